@@ -1,0 +1,74 @@
+"""What a training step receives: the tensors of one micro-batch and the keys of its random draws."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from library.dataset.plan import BatchRequest
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one rank, B samples of one bucket. B may be 0 (see BatchRequest).
+
+    Field names are the batch keys that plug-ins know; `batch["latents"]` reads a field too.
+    """
+
+    request: BatchRequest
+    image_keys: list[str]
+    """files, for messages"""
+    captions: list[str]
+    loss_weights: torch.Tensor  # [B] float32
+    original_sizes_hw: torch.Tensor  # [B, 2] int64
+    crop_top_lefts: torch.Tensor  # [B, 2] int64
+    target_sizes_hw: torch.Tensor  # [B, 2] int64
+    flippeds: list[bool]
+    network_multipliers: torch.Tensor  # [B] float32
+    custom_attributes: list[dict[str, Any]]
+    images: torch.Tensor | None = None  # [B, 3, H, W] in -1..1
+    latents: torch.Tensor | None = None  # [B, C, h, w]
+    latent_seeds: list[int] = field(default_factory=list)
+    """for live encoding: the seed of each sample's posterior draw, the same that its cache would have used"""
+    alpha_masks: torch.Tensor | None = None  # [B, H, W] weights 0..1, in pixels
+    conditioning_images: torch.Tensor | None = None  # [B, 3, H, W] in -1..1
+    text_encoder_outputs_list: list[torch.Tensor] | None = None
+    input_ids_list: list[torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.image_keys)
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self, key)
+
+    def keys(self) -> Iterator[str]:
+        return (f.name for f in dataclasses.fields(self))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return getattr(self, key, default)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy with all tensors on `device`."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.to(device, non_blocking=True)
+            if isinstance(value, list) and any(isinstance(v, torch.Tensor) for v in value):
+                return [move(v) for v in value]
+            return value
+
+        return dataclasses.replace(self, **{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+    def pin_memory(self) -> Batch:
+        def pin(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.pin_memory()
+            if isinstance(value, list) and any(isinstance(v, torch.Tensor) for v in value):
+                return [pin(v) for v in value]
+            return value
+
+        return dataclasses.replace(self, **{f.name: pin(getattr(self, f.name)) for f in dataclasses.fields(self)})

@@ -1,0 +1,108 @@
+"""Records of the data side: one image with everything known of it before its pixels are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetParams:
+    """Resolved settings of one subset: a folder or a metadata file. Names are those of the dataset TOML."""
+
+    image_dir: str | None = None
+    metadata_file: str | None = None
+    conditioning_data_dir: str | None = None
+    num_repeats: int = 1
+    is_reg: bool = False
+    class_tokens: str | None = None
+    caption_extension: str = ".caption"
+    cache_info: bool = False
+    alpha_mask: bool = False
+    shuffle_caption: bool = False
+    caption_separator: str = ","
+    keep_tokens: int = 0
+    keep_tokens_separator: str = ""
+    secondary_separator: str | None = None
+    enable_wildcard: bool = False
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
+    caption_tag_dropout_rate: float = 0.0
+    token_warmup_min: int = 1
+    token_warmup_step: float = 0
+    color_aug: bool = False
+    flip_aug: bool = False
+    random_crop: bool = False
+    face_crop_aug_range: tuple[float, float] | None = None
+    resize_interpolation: str | None = None
+    validation_split: float | None = None
+    custom_attributes: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+    """Where the subset stands in the configuration, for messages: `datasets[0].subsets[1]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetParams:
+    """Resolved settings of one dataset: one resolution, one batch size, one set of buckets."""
+
+    resolution: tuple[int, int]
+    """(width, height)"""
+    batch_size: int = 1
+    enable_bucket: bool = False
+    min_bucket_reso: int = 256
+    max_bucket_reso: int = 1024
+    bucket_reso_steps: int = 64
+    bucket_no_upscale: bool = False
+    network_multiplier: float = 1.0
+    validation_split: float = 0.0
+    validation_seed: int | None = None
+    resize_interpolation: str | None = None
+    kind: str = "DB"
+    """DB (folders with caption files), FT (metadata files) or CN (folders with mask or control images)."""
+    subsets: tuple[SubsetParams, ...] = ()
+    label: str = ""
+
+
+@dataclass
+class ImageItem:
+    """One image of one subset. Sizes are (width, height), after the EXIF orientation is applied.
+
+    The fields below `bucket_reso` are filled while buckets are made and caches are read; the names are those that the
+    caching strategies of `library/strategy_base.py` read and write.
+    """
+
+    image_key: str
+    absolute_path: str
+    caption: str
+    subset: SubsetParams
+    image_size: tuple[int, int]
+    num_repeats: int = 1
+    cond_path: str | None = None
+    """The mask or control image that belongs to this image (datasets of kind CN)."""
+    captions_extra: dict[str, Any] = field(default_factory=dict)
+
+    bucket_reso: tuple[int, int] | None = None
+    resized_size: tuple[int, int] | None = None
+
+    latents_npz: str | None = None
+    latents: torch.Tensor | None = None  # [C, h, w]
+    latents_flipped: torch.Tensor | None = None
+    latents_original_size: tuple[int, int] | None = None
+    latents_crop_ltrb: tuple[int, int, int, int] | None = None
+    alpha_mask: torch.Tensor | None = None  # [H, W], weights 0..1
+
+    text_encoder_outputs_npz: str | None = None
+    text_encoder_outputs: list[torch.Tensor] | None = None
+
+    @property
+    def is_reg(self) -> bool:
+        return self.subset.is_reg
+
+
+ImageInfo = ImageItem  # the name under which plug-ins know the record

@@ -1,0 +1,110 @@
+"""The order of an epoch: a pure function of (seed, epoch), made for the global batch and cut for the ranks.
+
+An optimizer step trains one *group*: `accumulation` consecutive micro-batches. A micro-batch is global: batch_size * processes
+samples of one bucket, of which each rank loads its slice. Positions number the samples of a group through, so that two
+processes, or two accumulated micro-batches, draw the same noise as one process with twice the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from library.keyed_random import keyed_random
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """What one rank loads for one micro-batch. An empty `items` is legal: the rank only joins the gradient reduction."""
+
+    dataset: int
+    """index of the dataset in its group"""
+    items: tuple[int, ...]
+    """indices into the dataset's `items`"""
+    positions: tuple[int, ...]
+    """place of each sample in the global batch of the optimizer step"""
+    epoch: int
+    """counted from 1"""
+    step: int
+    """optimizer steps done before this one (the global step, from 0)"""
+    index: int
+    """number of this micro-batch within its epoch, from 0"""
+    group_size: int
+    """samples of all ranks and micro-batches of this optimizer step"""
+    is_last_of_group: bool
+    is_last_of_epoch: bool
+    is_training: bool = True
+
+
+@dataclass(frozen=True)
+class BucketList:
+    """The samples of one bucket: item indices with repeats. `batch_size` is per process."""
+
+    dataset: int
+    bucket: tuple[int, int]
+    samples: tuple[int, ...]
+    batch_size: int
+
+
+GlobalBatch = tuple[int, tuple[int, ...]]  # dataset index, item indices
+
+
+def plan_epoch(buckets: Sequence[BucketList], *, seed: int, epoch: int, num_processes: int, shuffle: bool = True) -> list[GlobalBatch]:
+    """Global micro-batches of an epoch, none mixing buckets; the last of a bucket may be short, nothing is dropped."""
+    batches: list[GlobalBatch] = []
+    for bucket in buckets:
+        samples = list(bucket.samples)
+        if shuffle:
+            keyed_random(seed, "order of a bucket", epoch, bucket.dataset, *bucket.bucket).shuffle(samples)
+        size = bucket.batch_size * num_processes
+        batches += [(bucket.dataset, tuple(samples[i : i + size])) for i in range(0, len(samples), size)]
+    if shuffle:
+        keyed_random(seed, "order of batches", epoch).shuffle(batches)
+    return batches
+
+
+def rank_slice(count: int, rank: int, num_processes: int) -> slice:
+    """The part of `count` samples that belongs to a rank; sizes differ by at most one."""
+    base, extra = divmod(count, num_processes)
+    start = rank * base + min(rank, extra)
+    return slice(start, start + base + (rank < extra))
+
+
+def requests_of_epoch(
+    batches: Sequence[GlobalBatch],
+    *,
+    epoch: int,
+    first_step: int,
+    accumulation: int,
+    rank: int,
+    num_processes: int,
+    start: int = 0,
+    is_training: bool = True,
+) -> Iterator[BatchRequest]:
+    """This rank's requests of an epoch from micro-batch `start` on (a multiple of `accumulation`).
+
+    `first_step` is the global step of the epoch's first group. Accumulation groups do not reach over epochs; the last one
+    may be short.
+    """
+    for group_start in range(0, len(batches), accumulation):
+        if group_start < start:
+            continue
+        group = batches[group_start : group_start + accumulation]
+        group_size = sum(len(items) for _, items in group)
+        offset = 0
+        for k, (dataset, items) in enumerate(group):
+            part = rank_slice(len(items), rank, num_processes)
+            index = group_start + k
+            yield BatchRequest(
+                dataset=dataset,
+                items=items[part],
+                positions=tuple(range(offset + part.start, offset + part.stop)),
+                epoch=epoch,
+                step=first_step + group_start // accumulation,
+                index=index,
+                group_size=group_size,
+                is_last_of_group=k == len(group) - 1,
+                is_last_of_epoch=index == len(batches) - 1,
+                is_training=is_training,
+            )
+            offset += len(items)

@@ -1,0 +1,75 @@
+"""Errors that are written for the user: what has which value, what is needed, how to get there."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AtelierError(Exception):
+    """Base of the errors shown without a traceback. `exit_code` is the status of the process that ends with it."""
+
+    exit_code = 1
+
+
+class ConfigError(AtelierError):
+    """Something in the options or the configuration files that the user can mend.
+
+    Takes one message or several; all of them are shown, so that one run reports every problem.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        if len(self.problems) == 1:
+            text = self.problems[0]
+        else:
+            text = f"{len(self.problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in self.problems)
+        super().__init__(text)
+
+
+class UnsupportedCombination(ConfigError):
+    """Options that are each right and do not go together, or a feature that this model family does not have."""
+
+
+class CheckpointError(AtelierError):
+    """A model, adapter or state file that is missing, damaged or of another kind than needed."""
+
+    exit_code = 2
+
+
+class TrainingError(AtelierError):
+    """A run that has to stop: a loss that is not finite, a process group that did not form."""
+
+
+class Problems:
+    """Collects messages so that all of them are raised together."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def add(self, message: str) -> None:
+        if message not in self.messages:
+            self.messages.append(message)
+
+    def absorb(self, error: ConfigError) -> None:
+        for message in error.problems:
+            self.add(message)
+
+    def raise_if_any(self) -> None:
+        if self.messages:
+            raise ConfigError(self.messages)
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name that looks most like `name`, or None when nothing is near."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    matches = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[matches[0]] if matches else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for an unknown name, or an empty text."""
+    nearest = nearest_name(name, known)
+    return f"; did you mean '{nearest}'?" if nearest else ""

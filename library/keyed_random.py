@@ -1,0 +1,95 @@
+"""Random draws as pure functions of a key.
+
+A stream of random numbers depends on everything that was drawn before, so that worker processes, ranks, accumulation or a
+resumed run change the result. Here every draw has a key (seed, purpose, global step, position in the global batch) and
+nothing else, and the same key gives the same numbers anywhere. Numbers are drawn on the CPU in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def key_seed(seed: int, purpose: str, *keys: int | str) -> int:
+    """A 63-bit seed for this key. Independent keys give independent seeds (sha256 of the key's text)."""
+    text = "\x1f".join([str(int(seed)), purpose, *map(str, keys)])
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "little") >> 1
+
+
+def keyed_random(seed: int, purpose: str, *keys: int | str) -> random.Random:
+    """Python's generator for this key."""
+    return random.Random(key_seed(seed, purpose, *keys))
+
+
+def keyed_generator(seed: int, purpose: str, *keys: int | str) -> torch.Generator:
+    """A torch generator on the CPU for this key."""
+    import torch
+
+    return torch.Generator("cpu").manual_seed(key_seed(seed, purpose, *keys))
+
+
+@dataclass(frozen=True)
+class StepDraws:
+    """The draws of one micro-batch: `positions[i]` is the place of sample i in the global batch of optimizer step `step`.
+
+    All results are float32 tensors on the CPU whose first dimension is the sample.
+    """
+
+    seed: int
+    step: int
+    positions: tuple[int, ...]
+
+    def generator(self, purpose: str, sample: int, *keys: int | str) -> torch.Generator:
+        """The generator of sample number `sample` of this micro-batch."""
+        return keyed_generator(self.seed, purpose, self.step, self.positions[sample], *keys)
+
+    def normal(self, purpose: str, shape: Sequence[int] = (), *keys: int | str) -> torch.Tensor:
+        """Standard normal numbers [B, *shape]."""
+        import torch
+
+        return self._stack(lambda g: torch.randn(tuple(shape), generator=g), purpose, shape, keys)
+
+    def uniform(self, purpose: str, shape: Sequence[int] = (), *keys: int | str) -> torch.Tensor:
+        """Numbers in [0, 1) [B, *shape]."""
+        import torch
+
+        return self._stack(lambda g: torch.rand(tuple(shape), generator=g), purpose, shape, keys)
+
+    def batch_uniform(self, purpose: str, *keys: int | str) -> float:
+        """One number in [0, 1) for the whole global batch: the same for every sample and rank."""
+        return keyed_random(self.seed, purpose, self.step, *keys).random()
+
+    def _stack(self, draw, purpose: str, shape: Sequence[int], keys) -> torch.Tensor:
+        import torch
+
+        rows = [draw(self.generator(purpose, i, *keys)) for i in range(len(self.positions))]
+        return torch.stack(rows) if rows else torch.empty((0, *shape))
+
+
+@contextmanager
+def isolated_rng(seed: int):
+    """Run code that reads the global generators (samplers of other packages, say) with a given seed, then restore them."""
+    import numpy
+    import torch
+
+    python_state, numpy_state, torch_state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)

@@ -1,0 +1,205 @@
+"""Options are fields of frozen dataclasses: declared once, parsed once, handed on as plain data.
+
+    @dataclass(frozen=True, kw_only=True)
+    class SavingOptions:
+        '''Where and when files are written.'''
+        output_dir: str | None = option(None, help="folder of the trained files")
+
+A field's status says what a script does with it:
+  works       the default
+  refused     accepted only with its neutral value (the default); anything else is a start-up error with `reason`
+  equivalent  chooses among ways with equal results; accepted, and one log line says what is used
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Union
+
+from library.errors import ConfigError, Problems
+
+T = TypeVar("T")
+
+METADATA_KEY = "atelier_option"
+TRUE_TEXTS = frozenset({"true", "1", "yes", "on"})
+FALSE_TEXTS = frozenset({"false", "0", "no", "off"})
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionSpec:
+    """What argparse and the configuration file need to know of one field."""
+
+    help: str
+    convert: Callable[[str], Any] | None = None
+    nargs: str | int | None = None
+    choices: tuple[Any, ...] | None = None
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+    secret: bool = False
+    status: str = "works"
+    reason: str | None = None
+
+
+def option(
+    default: Any = None,
+    *,
+    help: str,
+    convert: Callable[[str], Any] | None = None,
+    nargs: str | int | None = None,
+    choices: Sequence[Any] | None = None,
+    flags: Sequence[str] = (),
+    metavar: str | None = None,
+    secret: bool = False,
+) -> Any:
+    """A dataclass field that is a command-line option as well.
+
+    `convert` turns the text into the value (default: from the field's annotation); `flags` are further spellings.
+    """
+    spec = OptionSpec(help, convert, nargs, tuple(choices) if choices is not None else None, tuple(flags), metavar, secret)
+    return dataclasses.field(default=default, metadata={METADATA_KEY: spec})
+
+
+def refused_option(default: Any = None, *, help: str, reason: str, **how: Any) -> Any:
+    """An option of the known scripts that this script does not have: its default passes, all else is an error."""
+    return _with_status(option(default, help=help, **how), "refused", reason)
+
+
+def equivalent_option(default: Any = None, *, help: str, reason: str, **how: Any) -> Any:
+    """An option that chooses among ways with equal results; `reason` is the log line that says what is used."""
+    return _with_status(option(default, help=help, **how), "equivalent", reason)
+
+
+def _with_status(field: Any, status: str, reason: str) -> Any:
+    spec = dataclasses.replace(field.metadata[METADATA_KEY], status=status, reason=reason)
+    return dataclasses.field(default=field.default, metadata={METADATA_KEY: spec})
+
+
+def parse_bool(text: str | bool) -> bool:
+    """true/1/yes/on and false/0/no/off, in any case."""
+    if isinstance(text, bool):
+        return text
+    lowered = str(text).strip().lower()
+    if lowered in TRUE_TEXTS:
+        return True
+    if lowered in FALSE_TEXTS:
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is not a truth value; use true or false")
+
+
+def option_fields(options_class: type) -> dict[str, tuple[dataclasses.Field, OptionSpec]]:
+    """Name -> (dataclass field, spec) of the fields that were made with option()."""
+    return {
+        field.name: (field, field.metadata[METADATA_KEY])
+        for field in dataclasses.fields(options_class)
+        if METADATA_KEY in field.metadata
+    }
+
+
+def value_type(options_class: type, name: str) -> type:
+    """The type behind a field's annotation: `float | None` -> float, `list[str] | None` -> str."""
+    hint = typing.get_type_hints(options_class)[name]
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if typing.get_origin(hint) in (list, tuple):
+        hint = typing.get_args(hint)[0]
+    return hint if isinstance(hint, type) else str
+
+
+def is_bool_option(options_class: type, name: str) -> bool:
+    return value_type(options_class, name) is bool
+
+
+def converter_of(options_class: type, name: str) -> Callable[[str], Any]:
+    """The function that turns a text into a value of this option; raises ValueError or ArgumentTypeError."""
+    _, spec = option_fields(options_class)[name]
+    if spec.convert is not None:
+        return spec.convert
+    kind = value_type(options_class, name)
+    return parse_bool if kind is bool else (kind if kind in (int, float, str, Path) else str)
+
+
+def add_options(parser: argparse.ArgumentParser, options_class: type, skip: Iterable[str] = ()) -> None:
+    """Add the options of a class to a parser as one titled group. Values that are not given are left out of the
+    namespace, so that the command line can win over a configuration file without guessing."""
+    group = parser.add_argument_group((options_class.__doc__ or options_class.__name__).strip().splitlines()[0])
+    skipped = set(skip)
+    for name, (field, spec) in option_fields(options_class).items():
+        if name in skipped:
+            continue
+        help_text = spec.help.replace("%", "%%")
+        if spec.status == "refused":
+            help_text += " [not available here]"
+        if field.default is not None and field.default is not False and field.default != "":
+            help_text += f" (default: {field.default})".replace("%", "%%")
+        flags = [f"--{name}", *spec.flags]
+        common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": help_text}
+        if is_bool_option(options_class, name):
+            group.add_argument(*flags, nargs="?", const=True, type=parse_bool, metavar="true|false", **common)
+            group.add_argument(
+                f"--no-{name}", f"--no_{name}" if not name.startswith("no_") else f"--no-{name.replace('_', '-')}",
+                dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS,
+            )
+        else:
+            group.add_argument(
+                *flags, type=converter_of(options_class, name), nargs=spec.nargs,
+                choices=[c for c in spec.choices if c is not None] if spec.choices else None,
+                metavar=spec.metavar, **common,
+            )
+
+
+def read_options(values: Mapping[str, Any], options_class: type[T]) -> T:
+    """Build the dataclass from the values that were given; absent ones keep their defaults.
+
+    Raises ConfigError when a check in `__post_init__` fails.
+    """
+    names = option_fields(options_class)
+    return options_class(**{name: values[name] for name in names if name in values})
+
+
+class Config:
+    """All option groups of one run, read by class: `config[SavingOptions].output_dir`.
+
+    `explicit` holds the names that the user wrote, on the command line or in a file.
+    """
+
+    def __init__(self, groups: Mapping[type, Any], explicit: Iterable[str] = ()) -> None:
+        self._groups = dict(groups)
+        self.explicit = frozenset(explicit)
+
+    def __getitem__(self, options_class: type[T]) -> T:
+        return self._groups[options_class]
+
+    def __contains__(self, options_class: object) -> bool:
+        return options_class in self._groups
+
+    def classes(self) -> list[type]:
+        return list(self._groups)
+
+    def values(self) -> dict[str, Any]:
+        """Every option by name, for logs and metadata."""
+        return {
+            name: getattr(group, name) for group in self._groups.values() for name in option_fields(type(group))
+        }
+
+    def value(self, name: str) -> Any:
+        for group in self._groups.values():
+            if name in option_fields(type(group)):
+                return getattr(group, name)
+        raise KeyError(name)
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], classes: Sequence[type]) -> Config:
+        """Read every group; the problems of all groups are raised together."""
+        problems, groups = Problems(), {}
+        for options_class in classes:
+            try:
+                groups[options_class] = read_options(values, options_class)
+            except ConfigError as error:
+                problems.absorb(error)
+        problems.raise_if_any()
+        return cls(groups, values.keys())

@@ -1,0 +1,87 @@
+"""The records of a run: models, outputs of the step, progress, and the complete frozen Run."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.options import Config
+from library.strategy_base import StrategySet
+
+if TYPE_CHECKING:
+    from library.training.accelerator_setup import Runtime
+    from library.training.families.base import ModelFamily
+    from library.training.hooks.base import HookList
+    from library.training.progress import Progress
+    from library.training.step import TrainStep
+    from library.training.trainables.base import Trainable
+
+
+@dataclass
+class Models:
+    """The parts of a model that are in memory now; each is None before it is loaded and after its last use."""
+
+    vae: torch.nn.Module | None = None
+    text_encoders: list[torch.nn.Module | None] = field(default_factory=list)
+    denoiser: torch.nn.Module | None = None
+
+
+@dataclass
+class DiTOutput:
+    """What a family's forward hands to the loss. `extra` holds side outputs (hidden features, say) for hooks."""
+
+    pred: torch.Tensor
+    target: torch.Tensor
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class StepOutput:
+    """`loss`: this rank's part of the loss of the optimizer step (already divided by the global sample count).
+    `loss_sum`, `count`: detached sum of the per-sample losses of this micro-batch and their number, for the log."""
+
+    loss: torch.Tensor
+    loss_sum: torch.Tensor
+    count: int
+    logs: dict[str, torch.Tensor | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything of a run that is ready to train. Built once, at the end of Trainer.prepare()."""
+
+    config: Config
+    runtime: Runtime
+    family: ModelFamily
+    trainable: Trainable
+    models: Models
+    strategies: StrategySet
+    step: TrainStep
+    data: Any
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+    progress: Progress
+    hooks: HookList
+
+    @contextmanager
+    def weights_for_eval(self):
+        """Inside, the trained weights are those to save, sample and validate with (schedule-free optimizers switch)."""
+        switches = hasattr(self.optimizer, "eval") and hasattr(self.optimizer, "train")
+        if switches:
+            self.optimizer.eval()
+        modes = {module: module.training for module in self.trainable.modules().values()}
+        denoiser_mode = self.models.denoiser.training
+        for module in modes:
+            module.eval()
+        self.models.denoiser.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.train(mode)
+            self.models.denoiser.train(denoiser_mode)
+            if switches:
+                self.optimizer.train()

@@ -1,0 +1,72 @@
+"""Trainable: what is learned, with its parameters, its inputs to the step and its file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from library.options import Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.keyed_random import StepDraws
+    from library.training.accelerator_setup import Runtime
+    from library.training.families.base import ModelFamily
+    from library.training.hooks.base import Hook
+    from library.training.run import Models
+
+
+class Trainable(ABC):
+    """Owns the trained parameters. Made before any model is loaded; `attach` binds it to the loaded models."""
+
+    name: ClassVar[str]
+    options: ClassVar[type]
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.opts = config[self.options]
+
+    @abstractmethod
+    def check(self, family: ModelFamily) -> None:
+        """Options and files (headers only); raises one ConfigError with every problem."""
+
+    def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
+        """Per text encoder, whether it learns."""
+        return []
+
+    @abstractmethod
+    def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None: ...
+
+    @abstractmethod
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups with `params` (list), `lr` and `name` (for the log)."""
+
+    @abstractmethod
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Name -> trained module."""
+
+    def inputs(self, batch: Any, sample: Any, conditioning: list[Any]) -> dict[str, Any]:
+        return {}
+
+    def on_step_start(self, draws: StepDraws) -> None:
+        """Before each micro-batch; `draws` keys the dropouts of the adapter."""
+
+    @contextmanager
+    def disabled(self):
+        """Inside, the model predicts as if nothing had been learned."""
+        yield
+
+    def hooks(self) -> list[Hook]:
+        return []
+
+    @abstractmethod
+    def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+        """Write the file (temporary name, flush, rename)."""
+
+    @abstractmethod
+    def load(self, path: str) -> None: ...
+
+    @abstractmethod
+    def metadata(self) -> dict[str, Any]: ...
