@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -100,9 +101,19 @@ def option_fields(options_class: type) -> dict[str, tuple[dataclasses.Field, Opt
     }
 
 
+@functools.cache
+def _hints(options_class: type) -> dict[str, Any]:
+    return typing.get_type_hints(options_class)
+
+
+def allows_none(options_class: type, name: str) -> bool:
+    """Whether the annotation of a field admits None: such an option can be "not given"."""
+    return type(None) in typing.get_args(_hints(options_class)[name])
+
+
 def value_type(options_class: type, name: str) -> type:
     """The type behind a field's annotation: `float | None` -> float, `list[str] | None` -> str."""
-    hint = typing.get_type_hints(options_class)[name]
+    hint = _hints(options_class)[name]
     if typing.get_origin(hint) in (Union, types.UnionType):
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     if typing.get_origin(hint) in (list, tuple):
