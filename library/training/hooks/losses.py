@@ -58,6 +58,7 @@ class LossReader(Hook):
         self.every = every
         self._pending: list[_Pending] = []
         self._files: list[str] = []
+        self._rates: dict[str, Any] = {}
         self._listeners: list[Listener] = []
 
     def listen(self, listener: Listener) -> None:
@@ -70,9 +71,10 @@ class LossReader(Hook):
 
     def on_step_start(self, run: Run, batch: Any) -> None:
         self._files.extend(batch.image_keys)
+        self._rates = learning_rates(run)  # the scheduler has moved on when the step is over
 
     def on_step_end(self, run: Run, output: StepOutput) -> None:
-        logs = {**learning_rates(run), **output.logs}
+        logs = {**self._rates, **output.logs}
         for values in run.hooks.extra_step_logs(run):
             logs.update(values)
         loss_sum = output.loss_sum.detach().float().reshape(())
@@ -130,15 +132,15 @@ def _ratio(total: float, count: float) -> float:
     return total / count if count else math.nan
 
 
-def learning_rates(run: Run) -> dict[str, float]:
+def learning_rates(run: Run) -> dict[str, float | torch.Tensor]:
     """`lr/<group>` per optimizer group and, where the optimizer estimates a step size `d`, `lr/d*lr/<group>`.
 
-    A group without a name is called by its number. The rate is the one that the step just done has used.
+    A group without a name is called by its number; a rate that lives on the device is copied there.
     """
-    logs: dict[str, float] = {}
+    logs: dict[str, float | torch.Tensor] = {}
     for number, group in enumerate(run.optimizer.param_groups):
         name = group.get("name") or f"group{number}"
-        rate = group["lr"] if group["lr"] is not None else 0.0
+        rate = group["lr"].clone() if isinstance(group["lr"], torch.Tensor) else float(group["lr"] or 0.0)
         logs[f"lr/{name}"] = rate
         if "d" in group:
             effective = group.get("effective_lr")  # schedule-free Prodigy keeps the product itself
