@@ -165,8 +165,8 @@ class MemoryOptions:
     sdpa: bool = equivalent_option(False, help="attention of torch", reason=f"--sdpa: {_TORCH_ATTENTION}")
     torch_compile: bool = option(False, help="compile the blocks of the denoiser with torch.compile")
     dynamo_backend: str = option(
-        "inductor", help="backend of --torch_compile",
-        choices=("eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt",
+        "inductor", help="backend of --torch_compile; no is what front ends write when they do not compile",
+        choices=("no", "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt",
                  "onnxrt", "tensort", "ipex", "tvm"),
     )
     lowram: bool = equivalent_option(
@@ -186,7 +186,9 @@ class MemoryOptions:
             problems.append("--blocks_to_swap and --cpu_offload_checkpointing do not go together; leave one of them out")
         if self.blocks_to_swap and self.torch_compile:
             problems.append("--blocks_to_swap and --torch_compile do not go together; leave one of them out")
-        if self.dynamo_backend != "inductor" and not self.torch_compile:
+        if self.torch_compile and self.dynamo_backend == "no":
+            problems.append("--torch_compile is set with --dynamo_backend no; leave one of them out")
+        if self.dynamo_backend not in ("inductor", "no") and not self.torch_compile:
             problems.append(f"--dynamo_backend is {self.dynamo_backend} without --torch_compile, which it belongs to; add it")
         raise_problems(problems)
 
@@ -364,7 +366,7 @@ class NoiseOptions:
 
     def __post_init__(self) -> None:
         problems = too_small(self, 0, "multires_noise_iterations", "ip_noise_gamma")
-        if self.adaptive_noise_scale is not None and self.noise_offset is None:
+        if self.adaptive_noise_scale and not self.noise_offset:
             problems.append("--adaptive_noise_scale is set without --noise_offset, which it scales; add it")
         raise_problems(problems)
 
