@@ -210,7 +210,10 @@ class _Reader:
                 result[name] = convert_value(self.owners[name], name, value)
             except ValueError as error:
                 self.failed.add(name)
-                self.problems.add(f"{where.format(name=name)} is {value!r}; needed: {error}")
+                self.problems.add(f"{where.format(name=name)} is {value!r}; needed: {str(error) or 'another form'}")
+            except argparse.ArgumentTypeError as error:
+                self.failed.add(name)
+                self.problems.add(f"{where.format(name=name)}: {error}")
         return result
 
     def file(self, name: str) -> dict[str, Any]:
