@@ -1,0 +1,239 @@
+"""Captions: from files and metadata entries to the text that is tokenized. Pure functions; random parts take a generator."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from library.dataset.items import SubsetParams
+from library.errors import ConfigError
+
+WILDCARD = re.compile(r"\{([^}]+)\}")
+OPEN_BRACE, CLOSE_BRACE = "\x00", "\x01"  # stand for {{ and }} while alternatives are chosen
+
+RANDOM_SETTINGS = ("shuffle_caption", "enable_wildcard", "token_warmup_step", "caption_tag_dropout_rate")
+"""Settings that make a caption another one at each use. Whole-caption dropout is not among them: it swaps in the empty
+caption, whose encoding can be cached."""
+
+
+def process_caption(
+    caption: str,
+    params: SubsetParams,
+    *,
+    rng: random.Random,
+    epoch: int,
+    step: int,
+    max_train_steps: int,
+    replacements: Mapping[str, str | Sequence[str]] | None = None,
+) -> str:
+    """The caption as one sample uses it: dropout, line, prefix and suffix, alternatives, tags, separators, replacements.
+
+    `epoch` counts from 1, `step` is the global step of the sample, `rng` belongs to this sample alone. `replacements` are
+    those of textual inversion: text -> text (or a list to choose from), the key "" replaces the whole caption.
+    """
+    if is_dropped(params, rng, epoch):
+        return ""
+    return _compose(caption, params, rng, step, max_train_steps, replacements)
+
+
+def is_dropped(params: SubsetParams, rng: random.Random, epoch: int) -> bool:
+    """Whether the whole caption is left out this time. Consumes one number of `rng` at most."""
+    if params.caption_dropout_rate > 0 and rng.random() < params.caption_dropout_rate:
+        return True
+    every = params.caption_dropout_every_n_epochs
+    return every > 0 and epoch % every == 0
+
+
+class _FixedChoice(random.Random):
+    """A generator that always takes the first alternative, keeps every tag and the order."""
+
+    def random(self) -> float:
+        return 1.0
+
+    def choice(self, options):
+        return options[0]
+
+    def shuffle(self, items) -> None:
+        return None
+
+
+def deterministic_caption(caption: str, params: SubsetParams) -> str:
+    """The caption without its random parts: what a text cache stores and validation uses.
+
+    First line, first alternative, all tags in their order, no dropout; prefix, suffix and separators as always.
+    """
+    return _compose(caption, params, _FixedChoice(), step=0, max_train_steps=0, replacements=None, warm_up=False)
+
+
+def random_caption_settings(params: SubsetParams) -> list[str]:
+    """The settings of a subset that make its captions random, and so unfit for a text cache."""
+    return [name for name in RANDOM_SETTINGS if getattr(params, name)]
+
+
+def _compose(
+    caption: str,
+    params: SubsetParams,
+    rng: random.Random,
+    step: int,
+    max_train_steps: int,
+    replacements: Mapping[str, str | Sequence[str]] | None,
+    *,
+    warm_up: bool = True,
+) -> str:
+    caption = _choose_line(caption, params, rng)
+    if params.caption_prefix:
+        caption = f"{params.caption_prefix} {caption}"
+    if params.caption_suffix:
+        caption = f"{caption} {params.caption_suffix}"
+    if params.enable_wildcard:
+        caption = expand_wildcards(caption, rng)
+    caption = _process_tags(caption, params, rng, warm_up_limit(params, step, max_train_steps) if warm_up else None)
+    if params.secondary_separator:
+        caption = caption.replace(params.secondary_separator, params.caption_separator)
+    for old, new in (replacements or {}).items():
+        text = new if isinstance(new, str) else rng.choice(list(new))
+        caption = text if old == "" else caption.replace(old, text)
+    return caption
+
+
+def _choose_line(caption: str, params: SubsetParams, rng: random.Random) -> str:
+    """The line is chosen before prefix and suffix are attached, so that every line carries them."""
+    if "\n" not in caption:
+        return caption
+    lines = caption.split("\n")
+    return rng.choice(lines) if params.enable_wildcard else lines[0]
+
+
+def expand_wildcards(text: str, rng: random.Random) -> str:
+    """Replace each {a|b|c} by one alternative; {{ and }} are literal braces. No nesting, no weights."""
+    text = text.replace("{{", OPEN_BRACE).replace("}}", CLOSE_BRACE)
+    text = WILDCARD.sub(lambda match: rng.choice(match.group(1).split("|")), text)
+    return text.replace(OPEN_BRACE, "{").replace(CLOSE_BRACE, "}")
+
+
+def warm_up_limit(params: SubsetParams, step: int, max_train_steps: int) -> tuple[int, int] | None:
+    """(step, warm-up steps) while the token warm-up lasts, else None. Below 1 the setting is a part of all steps."""
+    steps = params.token_warmup_step
+    if steps < 1:
+        steps = math.floor(steps * max_train_steps)
+    return (step, steps) if step < steps else None
+
+
+def _process_tags(caption: str, params: SubsetParams, rng: random.Random, warm_up: tuple[int, int] | None) -> str:
+    """Fixed head, flexible middle, fixed tail; the middle is warmed up, shuffled and thinned."""
+    has_separator = bool(params.keep_tokens_separator) and params.keep_tokens_separator in caption
+    active = params.shuffle_caption or params.token_warmup_step > 0 or params.caption_tag_dropout_rate > 0
+    if not active and not has_separator:
+        return caption
+    tail: list[str] = []
+    if has_separator:
+        first, _, rest = caption.partition(params.keep_tokens_separator)
+        middle, _, last = rest.partition(params.keep_tokens_separator)
+        head, flexible, tail = (split_tags(part, params.caption_separator) for part in (first, middle, last))
+    else:
+        tags = split_tags(caption, params.caption_separator)
+        head, flexible = tags[: params.keep_tokens], tags[params.keep_tokens :]
+    if warm_up is not None:
+        step, steps = warm_up
+        kept = math.floor(step * (len(flexible) - params.token_warmup_min) / steps) + params.token_warmup_min
+        flexible = flexible[: max(kept, 0)]
+    if params.shuffle_caption:
+        rng.shuffle(flexible)
+    if params.caption_tag_dropout_rate > 0:
+        flexible = [tag for tag in flexible if rng.random() >= params.caption_tag_dropout_rate]
+    return join_tags([*head, *flexible, *tail], params.caption_separator)
+
+
+def split_tags(text: str, separator: str) -> list[str]:
+    """Stripped tags; empty ones are left out."""
+    parts = text.split(separator) if separator else [text]
+    return [part.strip() for part in parts if part.strip()]
+
+
+def join_tags(tags: Iterable[str], separator: str) -> str:
+    """Tags with the separator between them, and a space after a comma."""
+    return (", " if separator == "," else separator).join(tags)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def dotted(extension: str) -> str:
+    return extension if extension.startswith(".") or not extension else f".{extension}"
+
+
+def face_numbers(path: str) -> tuple[int, int, int, int] | None:
+    """(centre x, centre y, width, height) of a face when the file name ends with these as `_cx_cy_w_h`, else None."""
+    parts = os.path.splitext(os.path.basename(path))[0].rsplit("_", 4)
+    if len(parts) != 5 or not all(re.fullmatch(r"\d+", part) for part in parts[1:]):
+        return None
+    return tuple(int(part) for part in parts[1:])  # type: ignore[return-value]
+
+
+def caption_paths(image_path: str, params: SubsetParams) -> list[str]:
+    """Where the caption of an image may lie, best place first. Images cut out around faces share the caption of the picture
+    that they come from: with face crop on, `img_10_20_30_40.png` also takes `img.txt`."""
+    stem = os.path.splitext(image_path)[0]
+    extension = dotted(params.caption_extension)
+    paths = [stem + extension]
+    if params.face_crop_aug_range is not None and face_numbers(image_path) is not None:
+        paths.append(stem.rsplit("_", 4)[0] + extension)
+    return paths
+
+
+def read_caption(image_path: str, params: SubsetParams) -> str | None:
+    """The raw caption of an image from its caption file; None when there is no file, "" when the file is empty.
+
+    Without wildcards it is the first line; with them all lines that are not blank, joined by newlines. A byte order mark is
+    removed. Raises ConfigError with the path when the file is not UTF-8.
+    """
+    for path in caption_paths(image_path, params):
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                return caption_of_text(file.read(), params)
+        except FileNotFoundError:
+            continue
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
+    return None
+
+
+def caption_of_text(text: str, params: SubsetParams) -> str:
+    """The raw caption in the text of a caption file."""
+    lines = text.splitlines()
+    if params.enable_wildcard:
+        return "\n".join(line.strip() for line in lines if line.strip())
+    return lines[0].strip() if lines else ""
+
+
+def metadata_caption(entry: Mapping[str, Any], params: SubsetParams) -> str:
+    """The raw caption of a metadata entry: caption, separator, tags; with wildcards the tags follow every line."""
+    separator = params.caption_separator
+    caption = entry.get("caption") or ""
+    tags = entry.get("tags") or ""
+    if not isinstance(tags, str):
+        tags = separator.join(str(tag) for tag in tags)
+    if params.enable_wildcard:
+        tags = tags.replace("\n", separator)
+        lines = [line for line in caption.split("\n") if line.strip()]
+        if not lines:
+            return tags
+        return "\n".join(f"{line}{separator}{tags}" if tags else line for line in lines)
+    return f"{caption}{separator}{tags}" if caption and tags else caption or tags
+
+
+def tag_frequency(texts: Iterable[str]) -> dict[str, int]:
+    """How many captions (or tag lists of metadata) hold each tag: split on commas, stripped, in lower case."""
+    counts: dict[str, int] = {}
+    for text in texts:
+        tags = dict.fromkeys(tag.strip().lower() for tag in text.replace("\n", ",").split(","))
+        for tag in tags:
+            if tag:
+                counts[tag] = counts.get(tag, 0) + 1
+    return counts
