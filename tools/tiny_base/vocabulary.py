@@ -1,6 +1,7 @@
 """The two small vocabularies of the tiny base, made from the words of its captions.
 
-Both know every single character of Western scripts, so that any word, a trigger word too, becomes known pieces.
+Both fall back to single letters, and to bytes where they do not know a letter, so that any word, a trigger word too,
+becomes known pieces.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tools.tiny_base.captions import CONSONANTS, VOWELS, vocabulary_words
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_LENGTH = 77
 T5_SPECIALS = ("<pad>", "</s>", "<unk>")
-NORMAL_PIECE, UNKNOWN_PIECE, CONTROL_PIECE = 1, 2, 3  # sentencepiece's piece types
+NORMAL_PIECE, UNKNOWN_PIECE, CONTROL_PIECE, BYTE_PIECE = 1, 2, 3, 6  # sentencepiece's piece types
 WORD_SCORE, SYLLABLE_SCORE, CHARACTER_SCORE = -6.0, -9.0, -12.0  # one word beats its syllables, these beat their letters
 
 
@@ -74,7 +75,7 @@ def t5_pieces() -> list[tuple[str, float, int]]:
             if text not in seen:
                 seen.add(text)
                 rows.append((text, score, NORMAL_PIECE))
-    return rows
+    return rows + [(f"<0x{byte:02X}>", 0.0, BYTE_PIECE) for byte in range(256)]
 
 
 def _varint(number: int) -> bytes:
@@ -91,15 +92,15 @@ def _field(number: int, payload: bytes) -> bytes:
 
 
 def sentencepiece_model(pieces: list[tuple[str, float, int]]) -> bytes:
-    """The pieces as a sentencepiece model file: field 1 = pieces {1 text, 2 score, 3 type}, 2 = trainer settings (model
-    type unigram, ids of the special pieces), 3 = normaliser (identity; its rules for spaces are the defaults)."""
+    """The pieces as a sentencepiece model file: field 1 = pieces {1 text, 2 score, 3 type}, 2 = trainer settings (3 model
+    type unigram, 35 fallback to bytes, 40-43 ids of the special pieces), 3 = normaliser (identity; its rules for spaces are the defaults)."""
     blob = b""
     for text, score, kind in pieces:
         blob += _field(1, _field(1, text.encode("utf-8")) + b"\x15" + struct.pack("<f", score) + b"\x18" + _varint(kind))
     names = [text for text, _, _ in pieces]
     minus_one = _varint(2**64 - 1)
     special_ids = {40: _varint(names.index("<unk>")), 41: minus_one, 42: _varint(names.index("</s>")), 43: _varint(names.index("<pad>"))}
-    trainer = b"\x18" + _varint(1) + b"".join(_varint(number << 3) + value for number, value in special_ids.items())
+    trainer = b"\x18" + _varint(1) + b"\x98\x02" + _varint(1) + b"".join(_varint(number << 3) + value for number, value in special_ids.items())
     return blob + _field(2, trainer) + _field(3, _field(1, b"identity"))
 
 
