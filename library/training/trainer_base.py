@@ -1,0 +1,60 @@
+"""Trainer: prepares a run in phases, trains it, finishes it. Phases return values; the Run is built once, complete."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from library.dataset import CachingOptions, DatasetOptions
+from library.errors import ConfigError
+from library.options import Config
+from library.strategy_base import StrategySet
+from library.training.accelerator_setup import Runtime, prepare_runtime
+from library.training.data import TrainingData
+from library.training.families.base import ModelFamily
+from library.training.hooks.base import Hook, HookList
+from library.training.loop import fit
+from library.training.option_groups import LoopOptions, MemoryOptions
+from library.training.progress import Progress
+from library.training.run import Models, Run
+from library.training.step import TrainStep
+from library.training.trainables.base import Trainable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DataGroups:
+    """The images of a run and what was decided about them."""
+
+    train: Any
+    validation: Any | None
+    blueprint: Any
+
+
+class Trainer:
+    """One run of one family and one trainable.
+
+    `prepare` goes through the phases in the order in which memory is needed: text encoders and denoiser meet only when the
+    text encoders run in the step. `run` is prepare, fit and the last messages.
+    """
+
+    def __init__(self, config: Config, family: ModelFamily, trainable: Trainable, hooks: list[Hook] | None = None) -> None:
+        self.config = config
+        self.family = family
+        self.trainable = trainable
+        self.extra_hooks = list(hooks or [])
+        self.started_at = time.time()
+
+    def run(self) -> None:
+        """Prepare, train, finish; returns early for --debug_dataset."""
+        run = self.prepare()
+        if run is not None:
+            fit(run)
