@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def read_config_file(name: str) -> dict[str, Any]:
 def convert_value(options_class: type, name: str, value: Any) -> Any:
     """`value`, a text from the command line or anything that TOML can hold, as the option's type.
 
-    Raises ValueError with what is needed.
+    Raises ValueError with what is needed, ArgumentTypeError with a whole sentence (an option's own converter).
     """
     _, spec = option_fields(options_class)[name]
     if (value in ("", []) or value is None) and allows_none(options_class, name):
@@ -84,7 +84,7 @@ def _convert_one(options_class: type, name: str, value: Any) -> Any:
     if isinstance(value, float) and value_type(options_class, name) is int and value.is_integer():
         value = int(value)
     text = value if isinstance(value, str) else str(value)
-    result = _converted(converter_of(options_class, name), text, needed)
+    result = spec.convert(text) if spec.convert is not None else _converted(converter_of(options_class, name), text, needed)
     if spec.choices is not None and result not in spec.choices:
         known = [str(choice) for choice in spec.choices if choice is not None]
         raise ValueError(f"one of {', '.join(known)}{did_you_mean(str(result), known)}")
@@ -94,9 +94,7 @@ def _convert_one(options_class: type, name: str, value: Any) -> Any:
 def _converted(convert: Any, text: str, needed: str) -> Any:
     try:
         return convert(text)
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(f"{needed} ({error})") from error
-    except (ValueError, TypeError) as error:
+    except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
         raise ValueError(needed) from error
 
 
@@ -142,15 +140,3 @@ def _as_toml(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_as_toml(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def loggable_values(config: Config, path_names: Iterable[str]) -> dict[str, Any]:
-    """Every option by name without secrets and without the given ones, lists and paths as texts: for trackers."""
-    left_out = {*path_names, *NEVER_IN_FILE}
-    for options_class in config.classes():
-        left_out |= {name for name, (_, spec) in option_fields(options_class).items() if spec.secret}
-    return {
-        name: value if isinstance(value, (int, float, str, bool)) else str(value)
-        for name, value in config.values().items()
-        if name not in left_out
-    }

@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import secrets
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from library.dataset import CachingOptions, DatasetOptions
-from library.errors import ConfigError
+from library.dataset import CachingOptions
+from library.errors import Problems
 from library.options import Config
 from library.strategy_base import StrategySet
+from library.training import checks, losses, loss_weights, optimizers, schedulers, timestep_samplers
 from library.training.accelerator_setup import Runtime, prepare_runtime
 from library.training.data import TrainingData
+from library.training.data_phase import DataGroups, build_data, cache_latents, cache_text
 from library.training.families.base import ModelFamily
 from library.training.hooks.base import Hook, HookList
 from library.training.loop import fit
+from library.training.loss import LossFunction
 from library.training.option_groups import LoopOptions, MemoryOptions
+from library.training.optimizers import OptimizerOptions
 from library.training.progress import Progress
 from library.training.run import Models, Run
+from library.training.schedulers import SchedulerOptions
 from library.training.step import TrainStep
 from library.training.trainables.base import Trainable
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class DataGroups:
-    """The images of a run and what was decided about them."""
-
-    train: Any
-    validation: Any | None
-    blueprint: Any
 
 
 class Trainer:
@@ -50,7 +44,7 @@ class Trainer:
         self.config = config
         self.family = family
         self.trainable = trainable
-        self.extra_hooks = list(hooks or [])
+        self.own_hooks = list(hooks or [])
         self.started_at = time.time()
 
     def run(self) -> None:
@@ -58,3 +52,11 @@ class Trainer:
         run = self.prepare()
         if run is not None:
             fit(run)
+
+    def prepare(self) -> Run | None:
+        """Every phase up to the complete Run; None when there is nothing to train (--debug_dataset)."""
+        blueprint = self.check()
+        runtime = prepare_runtime(self.config)
+        seed = self.draw_seed(runtime)
+        data = build_data(self.config, blueprint, self.family, seed=seed)
+        strategies = self.family.strategies()
