@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -91,6 +92,7 @@ def parse_bool(text: str | bool) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is not a truth value; use true or false")
 
 
+@functools.cache
 def option_fields(options_class: type) -> dict[str, tuple[dataclasses.Field, OptionSpec]]:
     """Name -> (dataclass field, spec) of the fields that were made with option()."""
     return {
@@ -100,9 +102,19 @@ def option_fields(options_class: type) -> dict[str, tuple[dataclasses.Field, Opt
     }
 
 
+@functools.cache
+def _hints(options_class: type) -> dict[str, Any]:
+    return typing.get_type_hints(options_class)
+
+
+def allows_none(options_class: type, name: str) -> bool:
+    """Whether the annotation of a field admits None: such an option can be "not given"."""
+    return type(None) in typing.get_args(_hints(options_class)[name])
+
+
 def value_type(options_class: type, name: str) -> type:
     """The type behind a field's annotation: `float | None` -> float, `list[str] | None` -> str."""
-    hint = typing.get_type_hints(options_class)[name]
+    hint = _hints(options_class)[name]
     if typing.get_origin(hint) in (Union, types.UnionType):
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     if typing.get_origin(hint) in (list, tuple):
@@ -123,19 +135,28 @@ def converter_of(options_class: type, name: str) -> Callable[[str], Any]:
     return parse_bool if kind is bool else (kind if kind in (int, float, str, Path) else str)
 
 
-def add_options(parser: argparse.ArgumentParser, options_class: type, skip: Iterable[str] = ()) -> None:
+def add_options(
+    parser: argparse.ArgumentParser,
+    options_class: type,
+    skip: Iterable[str] = (),
+    *,
+    defaults: Mapping[str, Any] = types.MappingProxyType({}),
+    refused: Iterable[str] = (),
+) -> None:
     """Add the options of a class to a parser as one titled group. Values that are not given are left out of the
-    namespace, so that the command line can win over a configuration file without guessing."""
+    namespace, so that the command line can win over a configuration file without guessing. `defaults` holds those that
+    differ from the fields' own and `refused` names options that the script does not have, both for the help."""
     group = parser.add_argument_group((options_class.__doc__ or options_class.__name__).strip().splitlines()[0])
-    skipped = set(skip)
+    skipped, refused = set(skip), set(refused)
     for name, (field, spec) in option_fields(options_class).items():
         if name in skipped:
             continue
         help_text = spec.help.replace("%", "%%")
-        if spec.status == "refused":
+        if spec.status == "refused" or name in refused:
             help_text += " [not available here]"
-        if field.default is not None and field.default is not False and field.default != "":
-            help_text += f" (default: {field.default})".replace("%", "%%")
+        default = defaults.get(name, field.default)
+        if default is not None and default is not False and default != "":
+            help_text += f" (default: {default})".replace("%", "%%")
         flags = [f"--{name}", *spec.flags]
         common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": help_text}
         if is_bool_option(options_class, name):

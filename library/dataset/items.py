@@ -98,6 +98,8 @@ class ImageItem:
     alpha_mask: torch.Tensor | None = None  # [H, W], weights 0..1
 
     text_encoder_outputs_npz: str | None = None
+    text_encoder_outputs_suffix: str = ""
+    """of the keys in that file that hold this item's caption"""
     text_encoder_outputs: list[torch.Tensor] | None = None
 
     @property

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from library.keyed_random import StepDraws
+from library.training import timesteps as levels
+
+logger = logging.getLogger(__name__)
+
+FLOW_TARGETS = ("velocity", "reverse_velocity", "latents")
+PREDICTION_TYPES = ("epsilon", "v")
 
 
 @dataclass
@@ -27,6 +36,8 @@ class Objective(ABC):
     timesteps for DDPM."""
 
     is_flow: bool
+    prediction_type: str
+    """"velocity" for flow matching, "epsilon" or "v" for DDPM"""
 
     @abstractmethod
     def corrupt(self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, draws: StepDraws) -> NoisyLatents:
@@ -39,3 +50,201 @@ class Objective(ABC):
     @abstractmethod
     def validation_times(self) -> list[float]:
         """The four fixed noise levels of a validation pass, in the unit of `times`."""
+
+    def loss_weight(self, sample: NoisyLatents) -> torch.Tensor | None:
+        """Weight [B] of the element-wise loss, applied before the mask; None = 1."""
+        return None
+
+    def notices(self) -> list[str]:
+        """Lines for the log at start."""
+        return []
+
+
+def expand_like(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """values [B] as [B, 1, ...], so that they broadcast over latents [B, C, ...] of any rank."""
+    return values.reshape(-1, *[1] * (latents.ndim - 1))
+
+
+class FlowMatchingObjective(Objective):
+    """x_t = (1 - s) x0 + s noise. Target by `target`: velocity noise - x0 (FLUX, HunyuanImage, Anima), reverse_velocity
+    x0 - noise (Lumina), latents x0 (SD3, compared with `clean_estimate`).
+
+    `timestep_options`: TimestepOptions; `noise_options`: NoiseOptions or None (only ip_noise_gamma has a meaning here);
+    `weigh`: whether the loss is weighted by `--weighting_scheme`.
+    """
+
+    is_flow = True
+    prediction_type = "velocity"
+
+    def __init__(self, timestep_options: Any, noise_options: Any = None, *, target: str = "velocity", weigh: bool = False) -> None:
+        if target not in FLOW_TARGETS:
+            raise ValueError(f"target is '{target}'; known: {', '.join(FLOW_TARGETS)}")
+        self.timestep_options = timestep_options
+        self.noise_options = noise_options
+        self.target = target
+        self.weigh = weigh
+
+    def corrupt(self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, draws: StepDraws) -> NoisyLatents:
+        sigmas = times.to(device=latents.device, dtype=torch.float32)  # [B]
+        input_noise = with_ip_noise(noise, self.noise_options, draws)
+        noisy = flow_noisy_latents(latents, input_noise, sigmas)
+        target = flow_target(latents, noise, self.target)
+        return NoisyLatents(latents, noisy, noise, sigmas * levels.NUM_TIMESTEPS, sigmas, target)
+
+    def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """((1 - s) / s)^2, infinite at s = 0."""
+        sigmas = timesteps.float() / levels.NUM_TIMESTEPS
+        return ((1 - sigmas) / sigmas) ** 2
+
+    def validation_times(self) -> list[float]:
+        options = self.timestep_options
+        steps = levels.validation_timesteps(options.min_timestep, options.max_timestep)
+        return [step / levels.NUM_TIMESTEPS for step in steps]
+
+    def loss_weight(self, sample: NoisyLatents) -> torch.Tensor | None:
+        scheme = self.timestep_options.weighting_scheme
+        if not self.weigh or scheme not in ("sigma_sqrt", "cosmap"):
+            return None
+        return levels.flow_weights(scheme, sample.sigmas)
+
+
+class DdpmObjective(Objective):
+    """x_t = sqrt(ac_t) x0 + sqrt(1 - ac_t) noise with the scaled-linear schedule of Stable Diffusion.
+
+    Target: the noise (`prediction_type` epsilon) or v = sqrt(ac_t) noise - sqrt(1 - ac_t) x0. The target holds the noise
+    of noise_offset and multires, not that of ip_noise_gamma. All tables belong to the schedule in use, so with
+    `zero_terminal_snr` the signal-to-noise ratios are those of the rescaled one.
+    """
+
+    is_flow = False
+
+    def __init__(
+        self, timestep_options: Any, noise_options: Any = None, *, prediction_type: str = "epsilon",
+        zero_terminal_snr: bool | None = None,
+    ) -> None:
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type is '{prediction_type}'; known: {', '.join(PREDICTION_TYPES)}")
+        self.timestep_options = timestep_options
+        self.noise_options = noise_options
+        self.prediction_type = prediction_type
+        if zero_terminal_snr is None:
+            zero_terminal_snr = bool(getattr(noise_options, "zero_terminal_snr", False))
+        self.zero_terminal_snr = zero_terminal_snr
+        self.alphas_cumprod = ddpm_alphas_cumprod(zero_terminal_snr)  # [1000] float64
+
+    def corrupt(self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, draws: StepDraws) -> NoisyLatents:
+        noise = with_noise_offset(noise, latents, self.noise_options, draws)
+        noise = with_multires_noise(noise, self.noise_options, draws)
+        input_noise = with_ip_noise(noise, self.noise_options, draws)
+        alphas = self.alphas_cumprod[times.long().cpu()]
+        signal = expand_like(alphas.sqrt().float(), latents).to(latents.device)  # [B, 1, ...]
+        scale = expand_like((1 - alphas).sqrt().float(), latents).to(latents.device)  # [B, 1, ...]
+        noisy = signal * latents + scale * input_noise
+        target = signal * noise - scale * latents if self.prediction_type == "v" else noise
+        times = times.to(device=latents.device, dtype=torch.float32)
+        return NoisyLatents(latents, noisy, noise, times, scale.flatten(), target)
+
+    def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """ac / (1 - ac) of the schedule in use; 0 at the last step of a zero-terminal one."""
+        alphas = self.alphas_cumprod[timesteps.long().cpu()]
+        return (alphas / (1 - alphas)).float().to(timesteps.device)
+
+    def validation_times(self) -> list[float]:
+        options = self.timestep_options
+        return [float(step) for step in levels.validation_timesteps(options.min_timestep, options.max_timestep)]
+
+    def notices(self) -> list[str]:
+        lines = []
+        if self.zero_terminal_snr and self.prediction_type != "v":
+            lines.append("--zero_terminal_snr without --v_parameterization: nothing is learned at the last, pure-noise step")
+        if getattr(self.noise_options, "multires_noise_iterations", None):
+            lines.append(
+                "--multires_noise_iterations: the noise is scaled to standard deviation 1 per sample, so that a result does"
+                " not depend on the other samples of the batch (known trainers scale the whole batch)"
+            )
+        return lines
+
+
+def flow_noisy_latents(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """(1 - s) x0 + s noise for latents [B, C, ...] and sigmas [B]."""
+    weights = expand_like(sigmas, latents)
+    return (1 - weights) * latents + weights * noise
+
+
+def flow_target(latents: torch.Tensor, noise: torch.Tensor, kind: str) -> torch.Tensor:
+    """What a flow model learns: see FlowMatchingObjective."""
+    if kind == "latents":
+        return latents
+    return noise - latents if kind == "velocity" else latents - noise
+
+
+def clean_estimate(velocity: torch.Tensor, noisy_latents: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """x0 = x_t - s v for a predicted velocity v = noise - x0 [B, C, ...] at sigmas [B]."""
+    return noisy_latents - expand_like(sigmas, noisy_latents) * velocity
+
+
+def ddpm_alphas_cumprod(zero_terminal_snr: bool) -> torch.Tensor:
+    """Cumulative product of 1 - beta [1000] float64, betas = linspace(sqrt(0.00085), sqrt(0.012), 1000)^2.
+
+    With `zero_terminal_snr` its root is shifted so that the last one is 0 and stretched so that the first one stays.
+    Source: arXiv 2305.08891, algorithm 1.
+    """
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, levels.NUM_TIMESTEPS, dtype=torch.float64) ** 2
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    if zero_terminal_snr:
+        roots = alphas_cumprod.sqrt()
+        first, last = roots[0], roots[-1]
+        alphas_cumprod = ((roots - last) * first / (first - last)) ** 2
+    return alphas_cumprod
+
+
+def with_noise_offset(noise: torch.Tensor, latents: torch.Tensor, options: Any, draws: StepDraws) -> torch.Tensor:
+    """noise [B, C, ...] plus one normal number per sample and channel, scaled by `--noise_offset`.
+
+    `noise_offset_random_strength` scales the offset by one uniform number of the global batch; `adaptive_noise_scale` a
+    makes it max(0, offset + a * |mean of the latents|) per sample and channel.
+    """
+    if options is None or not options.noise_offset:
+        return noise
+    strength = options.noise_offset
+    if options.noise_offset_random_strength:
+        strength = strength * draws.batch_uniform("noise_offset_strength")
+    shape = (noise.shape[1], *[1] * (noise.ndim - 2))
+    offset = draws.normal("noise_offset", shape).to(noise)  # [B, C, 1, ...]
+    if options.adaptive_noise_scale:
+        mean = latents.mean(dim=tuple(range(2, latents.ndim)), keepdim=True).abs()  # [B, C, 1, ...]
+        return noise + (strength + options.adaptive_noise_scale * mean).clamp(min=0) * offset
+    return noise + strength * offset
+
+
+def with_multires_noise(noise: torch.Tensor, options: Any, draws: StepDraws) -> torch.Tensor:
+    """noise [B, C, ..., H, W] plus coarser noise: level i has sides divided by r^i, r = 2..4, and the weight discount^i.
+
+    Each sample is scaled to standard deviation 1 at the end.
+    """
+    if options is None or not options.multires_noise_iterations or noise.shape[0] == 0:
+        return noise
+    height, width = noise.shape[-2:]
+    lead = tuple(noise.shape[1:-2])
+    for i in range(options.multires_noise_iterations):
+        ratio = 2 + 2 * draws.batch_uniform("multires_ratio", i)
+        size = (max(1, int(height / ratio**i)), max(1, int(width / ratio**i)))
+        coarse = draws.normal("multires_noise", (*lead, *size), i).to(noise)  # [B, C, ..., h, w]
+        rows = F.interpolate(coarse.reshape(noise.shape[0], -1, *size), (height, width), mode="bilinear")
+        noise = noise + rows.reshape(noise.shape) * options.multires_noise_discount**i
+        if 1 in size:
+            break
+    return noise / expand_like(noise.flatten(1).std(dim=1), noise)
+
+
+def with_ip_noise(noise: torch.Tensor, options: Any, draws: StepDraws) -> torch.Tensor:
+    """The noise that goes into the model's input: `noise` plus `--ip_noise_gamma` times fresh noise.
+
+    `ip_noise_gamma_random_strength` scales gamma by one uniform number of the global batch.
+    """
+    if options is None or not options.ip_noise_gamma:
+        return noise
+    gamma = options.ip_noise_gamma
+    if options.ip_noise_gamma_random_strength:
+        gamma = gamma * draws.batch_uniform("ip_noise_strength")
+    return noise + gamma * draws.normal("ip_noise", noise.shape[1:]).to(noise)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from library.dataset.plan import BatchRequest
+
 
 @dataclass
 class Progress:
@@ -23,6 +25,15 @@ class Progress:
     @property
     def is_finished(self) -> bool:
         return self.global_step >= self.max_train_steps
+
+    def advance(self, request: BatchRequest) -> None:
+        """Count an optimizer step whose last micro-batch was `request`."""
+        self.global_step += 1
+        self.batch_in_epoch = request.index + 1
+
+    def next_epoch(self) -> None:
+        self.epoch += 1
+        self.batch_in_epoch = 0
 
     @property
     def finished_epochs(self) -> int:

@@ -65,6 +65,7 @@ class Run:
     lr_scheduler: Any
     progress: Progress
     hooks: HookList
+    max_grad_norm: float = 0.0
 
     @contextmanager
     def weights_for_eval(self):

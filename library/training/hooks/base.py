@@ -18,9 +18,9 @@ class Hook:
     """
 
     process_batch = None
-    """(run, batch, times) -> StepOutput"""
+    """(step: TrainStep, batch, times) -> StepOutput"""
     compute_loss = None
-    """(run, output: DiTOutput, sample: NoisyLatents, batch) -> StepOutput"""
+    """(step: TrainStep, output: DiTOutput, sample: NoisyLatents, batch) -> (per-sample loss [B], logs)"""
 
     def on_transformer_loaded(self, denoiser: torch.nn.Module) -> None:
         """Right after loading, before freezing and before adapters are attached."""

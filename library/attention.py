@@ -1,0 +1,40 @@
+"""Attention and rotary positions shared by the denoisers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def scaled_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for [B, heads, L, D]; `key_mask` [B, L], true or 1 = attend. Returns [B, L, heads * D].
+
+    Query and key may come in float32 (from norms and rotations); they are rounded to the type of `value` here.
+    """
+    mask = None if key_mask is None else key_mask.bool()[:, None, None, :]  # [B, 1, 1, L]
+    attended = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value, attn_mask=mask)
+    return attended.transpose(1, 2).flatten(2)  # [B, L, heads * D]
+
+
+def rope_cos_sin(positions: Tensor, axes_dim: Sequence[int], theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary angles position * theta^(-2i/d) for each axis, axes side by side.
+
+    `positions` [B, L, axes]; each result [B, L, sum(axes_dim) / 2] in float32, computed in float64 because angles of
+    large positions lose digits otherwise.
+    """
+    angles = []
+    for axis, width in enumerate(axes_dim):
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+        angles.append(positions[..., axis, None].to(torch.float64) * theta**-exponents)
+    joined = torch.cat(angles, dim=-1)
+    return joined.cos().float(), joined.sin().float()
+
+
+def rotate_pairs(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (2i, 2i+1) of `states` [B, heads, L, D] by the angles of `rope` ([B, L, D/2] each); float32 result."""
+    cos, sin = rope[0][:, None], rope[1][:, None]  # [B, 1, L, D/2]
+    first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)

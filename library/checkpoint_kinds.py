@@ -1,0 +1,189 @@
+"""What a model file or folder is, from its header alone, and whether it fits the option it was given for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.checkpoint_recognition import recognise
+from library.errors import CheckpointError, did_you_mean
+from library.safetensors_utils import read_header
+
+NOT_A_MODEL = frozenset({"missing", "empty", "truncated", "damaged", "pickle", "gguf", "text", "folder", "other"})
+"""kinds of things from which no weight can be read"""
+
+WANTED_TEXTS: dict[str, str] = {
+    "flux": "a FLUX.1 denoiser (flux1-dev.safetensors, or the transformer folder of a diffusers model)",
+    "chroma": "a Chroma denoiser",
+    "clip_l": "a CLIP-L text encoder (clip_l.safetensors)",
+    "t5": "a T5-XXL text encoder (t5xxl_fp16.safetensors)",
+    "vae_flux": "a FLUX.1 autoencoder (ae.safetensors)",
+    "adapter": "a LoRA-type adapter",
+    "flux_controlnet": "a FLUX.1 ControlNet",
+}
+"""what a slot needs, in words; other kinds are named as they are"""
+
+INDEX_SUFFIX = ".safetensors.index.json"
+PREFERRED_SUBFOLDER = {"flux": "transformer", "vae_flux": "vae", "clip_l": "text_encoder", "t5": "text_encoder_2"}
+
+
+@dataclass(frozen=True)
+class CheckpointKind:
+    """`kind`: short name (flux, sdxl, clip_l, t5, vae_flux, adapter, ..., or one of NOT_A_MODEL, or unknown);
+    `detail`: in words, "an SDXL checkpoint (...)"; `layout`: original, diffusers, whole file, adapter, folder."""
+
+    kind: str
+    detail: str
+    layout: str = ""
+
+    @property
+    def is_model(self) -> bool:
+        return self.kind not in NOT_A_MODEL and self.kind != "unknown"
+
+
+def describe_checkpoint(path: str | os.PathLike) -> CheckpointKind:
+    """Say what lies at `path`. Reads headers only and never raises for a damaged or strange file."""
+    place = Path(path)
+    if place.is_dir():
+        return _describe_folder(place)
+    if not place.exists():
+        return CheckpointKind("missing", f"there is no such file or folder{_nearest_file(place)}")
+    broken = _what_is_not_safetensors(place)
+    if broken is not None:
+        return broken
+    try:
+        shapes = _shapes(place)
+    except CheckpointError as error:
+        return CheckpointKind("truncated" if "truncated" in str(error) else "damaged", str(error))
+    return _kind_of(shapes)
+
+
+def check_slot(path: str | os.PathLike | None, slot: str, wanted: set[str]) -> str | None:
+    """A message when what `--{slot}` names is not one of the wanted kinds, or None when it fits.
+
+    A pipeline folder fits when the part that is needed lies in its usual sub-folder.
+    """
+    needed = " or ".join(WANTED_TEXTS.get(kind, kind) for kind in sorted(wanted))
+    if not path:
+        return f"--{slot} is not given; needed: {needed}"
+    found = describe_checkpoint(path)
+    if found.kind in wanted:
+        return None
+    if found.kind == "folder":
+        for kind in sorted(wanted):
+            part = Path(path) / PREFERRED_SUBFOLDER.get(kind, "")
+            if part != Path(path) and part.is_dir() and describe_checkpoint(part).kind == kind:
+                return None
+    told = found.detail if found.kind in ("missing", "truncated", "damaged") else f"this is {found.detail}"
+    return f"--{slot} is {path}: {told}; needed: {needed}"
+
+
+def part_path(path: str | os.PathLike, kind: str) -> Path:
+    """`path`, or the sub-folder of a pipeline folder that holds the part of this kind."""
+    part = Path(path) / PREFERRED_SUBFOLDER.get(kind, "")
+    return part if part.is_dir() else Path(path)
+
+
+def _kind_of(shapes: Mapping[str, tuple[int, ...]], folder: bool = False) -> CheckpointKind:
+    found = recognise(shapes)
+    if found is not None:
+        return CheckpointKind(found.kind, found.title, "diffusers folder" if folder and found.layout == "diffusers" else found.layout)
+    if not shapes:
+        return CheckpointKind("empty", "a safetensors file without tensors")
+    examples = ", ".join(list(shapes)[:3])
+    return CheckpointKind("unknown", f"a safetensors file of a model that is not known here ({len(shapes)} tensors: {examples}, ...)")
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    infos, _ = read_header(path)
+    return {name: tuple(info.shape) for name, info in infos.items()}
+
+
+def _what_is_not_safetensors(path: Path) -> CheckpointKind | None:
+    """The kind of a file that does not begin like a safetensors file, or None when it does."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        return CheckpointKind("damaged", f"it cannot be read ({error.strerror})")
+    if size == 0:
+        return CheckpointKind("empty", "an empty file (0 bytes); fetch it again")
+    if start.startswith(b"PK\x03\x04") or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        return CheckpointKind("pickle", "a pickle (.ckpt, .pt, .bin), which can run any code when it is opened; get or make the safetensors version")
+    if start.startswith(b"GGUF"):
+        return CheckpointKind("gguf", "a quantised GGUF file; get the safetensors version")
+    if start.startswith(b"version https://git-lfs"):
+        return CheckpointKind("text", "a git-lfs pointer, not the file itself; run git lfs pull or fetch the file")
+    head = start.lstrip()[:15].lower()
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return CheckpointKind("text", "a web page, not the file itself; the download needs a login or another address")
+    length = int.from_bytes(start[:8], "little") if size >= 8 else 0
+    if start[8:9] == b"{" and length > 1:
+        if 8 + length > size:
+            return CheckpointKind("truncated", f"the file is truncated: {size} bytes, less than its header of {length}; fetch it again")
+        return None
+    if start.isascii() and b"\0" not in start:
+        return CheckpointKind("text", f"a text file ({size} bytes)")
+    return CheckpointKind("other", f"a file of {size} bytes that is not safetensors")
+
+
+def _describe_folder(folder: Path) -> CheckpointKind:
+    index = next(iter(sorted(folder.glob(f"*{INDEX_SUFFIX}"))), None)
+    if index is not None:
+        return _describe_shards(folder, index)
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: (not _has_usual_name(file), file.name))
+    if files and (len(files) == 1 or _has_usual_name(files[0])):
+        return _as_folder(describe_checkpoint(files[0]))
+    if (folder / "model_index.json").is_file():
+        return CheckpointKind("folder", f"a diffusers pipeline folder ({_pipeline_class(folder)})", "folder")
+    if files:
+        return CheckpointKind("folder", f"a folder with {len(files)} safetensors files, of which one must be named", "folder")
+    parts = sorted(child.name for child in folder.iterdir() if child.is_dir())
+    return CheckpointKind("folder", "a folder without safetensors files" + (f" (sub-folders: {', '.join(parts[:6])})" if parts else ""), "folder")
+
+
+def _describe_shards(folder: Path, index: Path) -> CheckpointKind:
+    """A model in several files: all of them must be there and whole."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        return CheckpointKind("damaged", f"{index.name} is not an index of shards ({error})")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        return CheckpointKind("damaged", f"{', '.join(missing)} of {len(names)} files of the model are missing")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        broken = _what_is_not_safetensors(folder / name)
+        if broken is not None:
+            return CheckpointKind(broken.kind, f"{name} is {broken.detail}")
+        try:
+            shapes.update(_shapes(folder / name))
+        except CheckpointError as error:
+            return CheckpointKind("truncated" if "truncated" in str(error) else "damaged", str(error))
+    return _kind_of(shapes, folder=True)
+
+
+def _as_folder(kind: CheckpointKind) -> CheckpointKind:
+    return CheckpointKind(kind.kind, kind.detail, "diffusers folder") if kind.layout == "diffusers" else kind
+
+
+def _has_usual_name(file: Path) -> bool:
+    return file.name.startswith(("model.", "diffusion_pytorch_model."))
+
+
+def _pipeline_class(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "of unknown class"))
+    except (ValueError, OSError, AttributeError):
+        return "with an unreadable model_index.json"
+
+
+def _nearest_file(path: Path) -> str:
+    """`; did you mean ...?` from the names beside a missing file."""
+    if not path.parent.is_dir():
+        return f", and no folder {path.parent}"
+    return did_you_mean(path.name, [child.name for child in path.parent.iterdir()])

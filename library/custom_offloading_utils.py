@@ -1,0 +1,167 @@
+"""Keeping weights and activations off the device: swapped blocks and checkpoints stored on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def run_checkpointed(function: Callable[..., Any], hidden: Sequence[Tensor], cpu_offload: bool = False) -> Any:
+    """function(*hidden), recomputed in the backward pass; with `cpu_offload` the kept inputs wait on the CPU.
+
+    Only `hidden` counts as input: what `function` captured (conditioning, positions) is shared by all blocks and stays.
+    """
+    # the inputs of a non-reentrant checkpoint are ordinary saved tensors, so the saved-tensor hooks of torch apply to them
+    place = torch.autograd.graph.save_on_cpu() if cpu_offload else nullcontext()
+    with place:
+        return checkpoint(function, *hidden, use_reentrant=False)
+
+
+def weighs_to_device(layer: nn.Module, device: torch.device) -> None:
+    """Move the `weight` of every sub-module; biases, norms and buffers stay where they are."""
+    for weight in swappable_weights(layer).values():
+        weight.data = weight.data.to(device)
+
+
+def swappable_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> the parameters that block swap moves: `weight` of each linear or convolution inside."""
+    return {
+        name: module.weight
+        for name, module in layer.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and isinstance(module.weight, nn.Parameter)
+    }
+
+
+class ModelOffloader:
+    """Swaps the weights of a row of equal blocks between CPU and device while the row runs forward and backward.
+
+    Of N blocks, S are away at any time. A forward starts with blocks 0..N-S-1 on the device; as soon as block i < S has
+    run, its place is given to block N-S+i. The backward pass goes the same way back. A transfer runs in one worker
+    thread on a stream of its own and is awaited before the block is used. Whatever layout a pass leaves behind (no
+    backward, an exception, a second forward), `arm` restores the start layout, and a block that is needed is fetched.
+    On a CPU device every method does nothing.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], num_swapped: int, device: torch.device) -> None:
+        self.device = torch.device(device)
+        self.active = num_swapped > 0 and self.device.type != "cpu"
+        self.blocks = list(blocks)
+        self.weights = [swappable_weights(block) for block in self.blocks]
+        self.num_swapped = num_swapped
+        self.pending: dict[int, Future] = {}
+        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="block-swap") if self.active else None
+        self.stream = torch.cuda.Stream(self.device) if self.active and self.device.type == "cuda" else None
+
+    @property
+    def first_away(self) -> int:
+        return len(self.blocks) - self.num_swapped
+
+    def cpu_weights(self) -> list[nn.Parameter]:
+        """The weights that are on the CPU when a forward starts."""
+        return [weight for block in self.weights[self.first_away :] for weight in block.values()] if self.active else []
+
+    def is_here(self, index: int) -> bool:
+        return all(weight.device.type == self.device.type for weight in self.weights[index].values())
+
+    def bring(self, index: int) -> None:
+        weighs_to_device(self.blocks[index], self.device)
+
+    def send_away(self, index: int) -> None:
+        weighs_to_device(self.blocks[index], torch.device("cpu"))
+
+    def swap(self, outgoing: int, incoming: int, ready: torch.cuda.Event | None) -> None:
+        """Exchange the places of two blocks; runs in the worker thread."""
+        if self.stream is None:
+            swap_weight_devices_no_cuda(self.device, self.blocks[outgoing], self.blocks[incoming])
+        else:
+            swap_weight_devices_cuda(self.device, self.blocks[outgoing], self.blocks[incoming], self.stream, ready)
+
+    def arm(self) -> None:
+        """Restore the layout that a forward starts with."""
+        if not self.active:
+            return
+        self._wait_all()
+        for index in range(self.first_away, len(self.blocks)):  # first make room, then fetch
+            self.send_away(index)
+        for index in range(self.first_away):
+            self._fetch(index)
+
+    def before_block(self, index: int) -> None:
+        if self.active:
+            self._fetch(index)
+
+    def after_block(self, index: int, outputs: Sequence[Tensor]) -> None:
+        """Start the transfer that block `index` makes room for, and arrange its return for the backward pass."""
+        if not self.active:
+            return
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(lambda grad, index=index: self._before_backward(index))
+        if index < self.num_swapped:
+            self._exchange(index, self.first_away + index)
+
+    def _before_backward(self, index: int) -> None:
+        """Gradients have reached the output of a block: the one after it is done, the next ones will be needed."""
+        done = len(self.blocks) - 1 - index
+        if 0 < done <= self.num_swapped:
+            self._exchange(index + 1, self.num_swapped - done)
+        self._fetch(index)
+
+    def _fetch(self, index: int) -> None:
+        if index in self.pending:
+            self.pending.pop(index).result()
+        if not self.is_here(index):
+            self.bring(index)
+
+    def _exchange(self, outgoing: int, incoming: int) -> None:
+        if self._is_moving(outgoing) or self._is_moving(incoming) or self.is_here(incoming) or not self.is_here(outgoing):
+            return
+        # the transfer may overwrite the outgoing weights only after the work queued so far has read them
+        ready = torch.cuda.current_stream(self.device).record_event() if self.stream is not None else None
+        self.pending[outgoing] = self.pending[incoming] = self.worker.submit(self.swap, outgoing, incoming, ready)
+
+    def _is_moving(self, index: int) -> bool:
+        return index in self.pending and not self.pending[index].done()
+
+    def _wait_all(self) -> None:
+        for index in list(self.pending):
+            self.pending.pop(index).result()
+
+
+def swap_weight_devices_no_cuda(device: torch.device, outgoing: nn.Module, incoming: nn.Module) -> None:
+    """Weights of `outgoing` go to the CPU, those of `incoming` to the device."""
+    weighs_to_device(outgoing, torch.device("cpu"))
+    weighs_to_device(incoming, device)
+
+
+def swap_weight_devices_cuda(
+    device: torch.device, outgoing: nn.Module, incoming: nn.Module, stream: torch.cuda.Stream, ready: torch.cuda.Event | None = None
+) -> None:
+    """Exchange the storages of two equal blocks on `stream`, so that no new device memory is taken.
+
+    Weights without a partner of the same name, shape and type are moved on their own.
+    """
+    leaving, arriving = swappable_weights(outgoing), swappable_weights(incoming)
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        if ready is not None:
+            stream.wait_event(ready)
+        for name, parameter in arriving.items():
+            partner = leaving.pop(name, None)
+            if partner is None or partner.shape != parameter.shape or partner.dtype != parameter.dtype:
+                if partner is not None:
+                    partner.data = partner.data.to("cpu")
+                parameter.data = parameter.data.to(device)
+                continue
+            place, source = partner.data, parameter.data
+            partner.data = place.to("cpu")
+            place.copy_(source)
+            parameter.data = place
+        for parameter in leaving.values():
+            parameter.data = parameter.data.to("cpu")
+    stream.synchronize()

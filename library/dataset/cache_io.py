@@ -1,0 +1,263 @@
+"""Cache files: names, keys, what is recorded with the data, and when a file may be used.
+
+The arrays lie under the keys that the known trainers read. Beside them stands one record per image size, or per caption,
+under a key that those ignore. It says what the data were made of, so that a stale cache is noticed; a file without it
+(written by another trainer) is judged by its keys and shapes alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from library.dataset.architectures import DataArchitecture
+from library.dataset.npz_file import UNREADABLE, ArrayHeader, checksum, read_arrays, read_headers, write_arrays
+from library.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+RECORD_KEY = "atelier_record"
+EXIF_POLICY = "transposed"
+"""How pictures are read: turned as their EXIF orientation says. Recorded, since latents of a turned picture differ."""
+LATENT_KEYS = ("latents", "original_size", "crop_ltrb", "latents_flipped", "alpha_mask")
+
+
+# ---- names ------------------------------------------------------------------------------------------------------------
+
+def latents_npz_path(architecture: DataArchitecture, image_path: str, image_size: tuple[int, int]) -> str:
+    """`<image without extension>_<WWWW>x<HHHH><suffix>`; the size is that of the image."""
+    width, height = image_size
+    return f"{os.path.splitext(image_path)[0]}_{width:04d}x{height:04d}{architecture.latents_suffix}"
+
+
+def text_npz_path(architecture: DataArchitecture, image_path: str) -> str:
+    """`<image without extension><suffix>`; ValueError for a family whose text outputs are never cached."""
+    if architecture.text_suffix is None:
+        raise ValueError(f"{architecture.name} has no cache of text encoder outputs")
+    return os.path.splitext(image_path)[0] + architecture.text_suffix
+
+
+def image_size_from_latents_path(architecture: DataArchitecture, image_path: str, npz_path: str) -> tuple[int, int] | None:
+    """(width, height) from the name of a cache file of exactly this image, or None when the file is another's."""
+    stem, suffix = os.path.splitext(image_path)[0] + "_", architecture.latents_suffix
+    if not (npz_path.startswith(stem) and npz_path.endswith(suffix)):
+        return None
+    width, separator, height = npz_path[len(stem) : len(npz_path) - len(suffix)].partition("x")
+    return (int(width), int(height)) if separator and width.isdecimal() and height.isdecimal() else None
+
+
+def size_suffix(architecture: DataArchitecture, bucket_wh: tuple[int, int]) -> str:
+    """`_<h>x<w>` in latent units."""
+    stride = architecture.latents.spatial_stride
+    return f"_{bucket_wh[1] // stride}x{bucket_wh[0] // stride}"
+
+
+# ---- identity of an image file ------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ImageIdentity:
+    """What is known of an image file. `content` is the sha256 of its bytes, "" while nobody needed it."""
+
+    num_bytes: int
+    mtime_ns: int
+    content: str = ""
+
+    @classmethod
+    def of(cls, path: str, with_content: bool = False) -> ImageIdentity:
+        status = os.stat(path)
+        return cls(status.st_size, status.st_mtime_ns, file_content_id(path) if with_content else "")
+
+    def is_still(self, path: str) -> bool:
+        """Whether the file is the one that was recorded: same size and time, or same bytes (a copied data set)."""
+        now = ImageIdentity.of(path)
+        if now.num_bytes != self.num_bytes:
+            return False
+        return now.mtime_ns == self.mtime_ns or file_content_id(path) == self.content
+
+
+def file_content_id(path: str) -> str:
+    """32 hex digits of the sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+# ---- latents ------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsRecord:
+    """What cached latents of one size were made of."""
+
+    model: str
+    """identity of the VAE file, "" when unknown"""
+    latent_space: str
+    resized: tuple[int, int]
+    interpolation: str | None
+    image: ImageIdentity | None = None
+    exif: str = EXIF_POLICY
+    version: int = FORMAT_VERSION
+    checksums: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentArrays:
+    """One image at one size, as stored."""
+
+    latents: np.ndarray  # [C, h, w] float32
+    original_size: np.ndarray  # [2] int64 (width, height)
+    crop_ltrb: np.ndarray  # [4]
+    latents_flipped: np.ndarray | None = None  # [C, h, w] float32, encoded from the mirrored image
+    alpha_mask: np.ndarray | None = None  # [H, W] float32, in pixels
+
+
+def save_latents(path: str, suffix: str, arrays: LatentArrays, record: LatentsRecord | None = None) -> None:
+    """Write latents under keys with `suffix`; other sizes that the file holds stay. All older data of this size go, so
+    that nothing of another model is left beside the new latents."""
+    new = {
+        "latents": np.asarray(arrays.latents, np.float32),
+        "original_size": np.asarray(arrays.original_size, np.int64),
+        "crop_ltrb": np.asarray(arrays.crop_ltrb, np.float64),
+    }
+    for name in ("latents_flipped", "alpha_mask"):
+        if getattr(arrays, name) is not None:
+            new[name] = np.asarray(getattr(arrays, name), np.float32)
+    replaced = {name + suffix for name in (*LATENT_KEYS, RECORD_KEY)}
+    merged = {key: array for key, array in existing_arrays(path).items() if key not in replaced}
+    merged |= {name + suffix: array for name, array in new.items()}
+    if record is not None:
+        sums = {name + suffix: checksum(array) for name, array in new.items()}
+        merged[RECORD_KEY + suffix] = record_array(replace(record, checksums=sums))
+    write_arrays(path, merged)
+
+
+def load_latents(path: str, architecture: DataArchitecture, bucket_wh: tuple[int, int]) -> LatentArrays:
+    """Latents of one size as they are stored. ValueError when the file has no such size, CheckpointError when it is damaged."""
+    suffix = size_suffix(architecture, bucket_wh)
+    try:
+        if f"latents{suffix}" not in (headers := read_headers(path)) and architecture.legacy_keys:
+            suffix = ""
+        if not _has_latents(headers, architecture, bucket_wh, suffix):
+            raise LatentsNotFound(f"latents{size_suffix(architecture, bucket_wh)} not found in {path}")
+        arrays = read_arrays(path, [name + suffix for name in LATENT_KEYS])
+    except LatentsNotFound:
+        raise
+    except UNREADABLE as error:
+        raise CheckpointError(f"cache file {path} cannot be read ({error}); delete it and run again to make it anew") from error
+    return LatentArrays(**{name: arrays.get(name + suffix) for name in LATENT_KEYS})
+
+
+class LatentsNotFound(ValueError):
+    """The file is sound and holds no latents of the wanted size."""
+
+
+def latents_problem(
+    path: str,
+    architecture: DataArchitecture,
+    bucket_wh: tuple[int, int],
+    *,
+    flip_aug: bool,
+    alpha_mask: bool,
+    expected: LatentsRecord | None = None,
+    image_path: str | None = None,
+) -> str | None:
+    """Why the file cannot serve this size, or None when it can. A damaged file is a problem like another, with a warning.
+
+    `expected` and `image_path` are compared with the record, where the file has one.
+    """
+    headers = headers_or_reason(path)
+    if isinstance(headers, str):
+        return headers
+    suffix = size_suffix(architecture, bucket_wh)
+    if f"latents{suffix}" not in headers and architecture.legacy_keys:
+        suffix = ""
+    if not _has_latents(headers, architecture, bucket_wh, suffix):
+        return f"no latents of size {bucket_wh[0]}x{bucket_wh[1]}"
+    shape = headers[f"latents{suffix}"].shape
+    if flip_aug and (flipped := headers.get(f"latents_flipped{suffix}")) is None or flip_aug and flipped.shape != shape:
+        return "no mirrored latents"
+    mask = headers.get(f"alpha_mask{suffix}")
+    if alpha_mask and (mask is None or mask.shape != (bucket_wh[1], bucket_wh[0])):
+        return "no alpha mask"
+    stored = read_record(path, headers, RECORD_KEY + suffix)
+    if stored is None or expected is None:
+        return None
+    return _latents_record_problem(stored, expected, image_path)
+
+
+def _has_latents(headers: Mapping[str, ArrayHeader], architecture: DataArchitecture, bucket_wh: tuple[int, int], suffix: str) -> bool:
+    spec = architecture.latents
+    wanted = (spec.channels, bucket_wh[1] // spec.spatial_stride, bucket_wh[0] // spec.spatial_stride)
+    found = headers.get(f"latents{suffix}")
+    return found is not None and found.shape == wanted and all(f"{k}{suffix}" in headers for k in ("original_size", "crop_ltrb"))
+
+
+def _latents_record_problem(stored: Mapping[str, Any], expected: LatentsRecord, image_path: str | None) -> str | None:
+    if stored.get("version") != expected.version:
+        return f"record version {stored.get('version')}"
+    if differ(stored.get("model"), expected.model) or differ(stored.get("latent_space"), expected.latent_space):
+        return "made with another VAE"
+    if tuple(stored.get("resized", ())) != tuple(expected.resized) or stored.get("interpolation") != expected.interpolation:
+        return "made with other resize settings"
+    if stored.get("exif") != expected.exif:
+        return "made with another EXIF policy"
+    image = stored.get("image")
+    if image is not None and image_path is not None and not ImageIdentity(**image).is_still(image_path):
+        return "the image has changed"
+    return None
+
+
+# ---- shared ---------------------------------------------------------------------------------------------------------------
+
+def differ(stored: str | None, expected: str) -> bool:
+    """Whether two identities contradict each other; an unknown one contradicts nothing."""
+    return bool(stored and expected and stored != expected)
+
+
+def headers_or_reason(path: str) -> dict[str, ArrayHeader] | str:
+    """The headers, or a text that says why there are none; a damaged file is a warning, not an error."""
+    if not Path(path).is_file():
+        return "no file"
+    try:
+        return read_headers(path)
+    except UNREADABLE as error:
+        logger.warning("cache file %s cannot be read (%s); it is made anew", path, error)
+        return "unreadable"
+
+
+def existing_arrays(path: str) -> dict[str, np.ndarray]:
+    """All arrays of a file that is there and sound, else none."""
+    if not Path(path).is_file():
+        return {}
+    try:
+        return read_arrays(path)
+    except UNREADABLE:
+        return {}
+
+
+def record_array(record: Any) -> np.ndarray:
+    """A record (a dataclass) as an array of one JSON text."""
+    return np.asarray(json.dumps(asdict(record), sort_keys=True))
+
+
+def read_record(path: str, headers: Mapping[str, ArrayHeader], key: str) -> dict[str, Any] | None:
+    """The record, or None where there is none, or where the arrays are no longer those it was written with (another
+    trainer has rewritten them and carried the record along)."""
+    if key not in headers:
+        return None
+    try:
+        record = json.loads(str(read_arrays(path, [key])[key]))
+    except UNREADABLE:
+        return None
+    sums = record.get("checksums", {})
+    return record if all(name in headers and headers[name].crc == crc for name, crc in sums.items()) else None

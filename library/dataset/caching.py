@@ -1,0 +1,258 @@
+"""Caching of latents: which images lack them, and a pipeline that decodes, encodes and writes at the same time.
+
+Decoding runs in threads with a bounded backlog, encoding in batches of one bucket, writing in one background thread. A file
+appears complete or not at all, so an interrupted run leaves what it finished and the next one goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from library.dataset import cache_io
+from library.dataset.background import BackgroundWriter, map_ahead
+from library.dataset.cache_checks import check_cache_folders, check_caching, shared_file_problems
+from library.dataset.cache_io import ImageIdentity, LatentArrays
+from library.dataset.items import ImageItem
+from library.dataset.media_utils import ImageFileError
+from library.dataset.samples import Geometry, Pixels, image_tensor, read_pixels
+from library.errors import ConfigError, TrainingError
+from library.strategy_base import LatentsCachingStrategy, posterior_seed
+
+logger = logging.getLogger(__name__)
+
+CHECK_THREADS = 8
+
+
+@dataclass
+class LatentsJob:
+    """One image at one size. Several items share it when datasets use the same image at the same size."""
+
+    items: list[ImageItem] = field(default_factory=list)
+    flip_aug: bool = False
+    alpha_mask: bool = False
+
+    @property
+    def item(self) -> ImageItem:
+        return self.items[0]
+
+    def add(self, item: ImageItem) -> None:
+        self.items.append(item)
+        self.flip_aug |= item.subset.flip_aug
+        self.alpha_mask |= item.subset.alpha_mask
+
+    @property
+    def batch_key(self) -> tuple:
+        return (*self.item.bucket_reso, self.flip_aug, self.alpha_mask)
+
+
+@dataclass
+class Decoded:
+    """A job with its pixels and the identity of the file they came from."""
+
+    job: LatentsJob
+    pixels: Pixels
+    identity: ImageIdentity
+
+
+@dataclass
+class Encoded:
+    """Float32 results of one job, on the CPU."""
+
+    latents: torch.Tensor  # [C, h, w]
+    flipped: torch.Tensor | None
+
+
+# ---- what is missing ----------------------------------------------------------------------------------------------------
+
+def plan_latents(
+    items: Iterable[ImageItem], strategy: LatentsCachingStrategy, *, process_index: int = 0, num_processes: int = 1
+) -> list[LatentsJob]:
+    """The jobs that this process has to encode, sorted by bucket size; sets `latents_npz` of the items.
+
+    On disk the files are divided among the processes; in memory every process encodes everything. Raises ConfigError when
+    two images would share a file, or one image would be needed in two ways under one key, or a folder cannot be written.
+    """
+    items = list(items)
+    check_caching({id(item.subset): item.subset for item in items}.values(), latents=True, text=False)
+    if not strategy.cache_to_disk:
+        return _sorted(_jobs_of(item for item in items if item.latents is None))
+    for item in items:
+        item.latents_npz = strategy.get_latents_npz_path(item.absolute_path, item.image_size)
+    problems = shared_file_problems(items, lambda item: item.latents_npz) + _conflicts(items)
+    if problems:
+        raise ConfigError(problems)
+    files = sorted({item.latents_npz for item in items})
+    mine = set(files[process_index::num_processes])
+    jobs = [job for job in _jobs_of(items) if job.item.latents_npz in mine]
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        reasons = list(pool.map(lambda job: strategy.problem_of(job.item, job.flip_aug, job.alpha_mask), jobs))
+    missing = [job for job, reason in zip(jobs, reasons) if reason is not None]
+    counts = dict(Counter(reason for reason in reasons if reason is not None))
+    logger.info("latents: %d images cached, %d to encode %s", len(jobs) - len(missing), len(missing), counts or "")
+    check_cache_folders(job.item.latents_npz for job in missing)
+    return _sorted(missing)
+
+
+def _jobs_of(items: Iterable[ImageItem]) -> list[LatentsJob]:
+    jobs: dict[tuple, LatentsJob] = {}
+    for item in items:
+        key = (item.absolute_path, item.bucket_reso, item.resized_size, item.subset.resize_interpolation)
+        jobs.setdefault(key, LatentsJob()).add(item)
+    return list(jobs.values())
+
+
+def _sorted(jobs: Iterable[LatentsJob]) -> list[LatentsJob]:
+    return sorted(jobs, key=lambda job: (job.batch_key, job.item.absolute_path))
+
+
+def _conflicts(items: Iterable[ImageItem]) -> list[str]:
+    """Images that two subsets want at one size with different resampling: a file has room for one."""
+    wanted: dict[tuple, ImageItem] = {}
+    problems = []
+    for item in items:
+        other = wanted.setdefault((item.latents_npz, item.bucket_reso), item)
+        if other.subset.resize_interpolation != item.subset.resize_interpolation:
+            problems.append(
+                f"{item.absolute_path} is used at {item.bucket_reso[0]}x{item.bucket_reso[1]} with resize_interpolation"
+                f" {other.subset.resize_interpolation} ({other.subset.label}) and {item.subset.resize_interpolation}"
+                f" ({item.subset.label}); its cache file has room for one of them"
+            )
+    return problems
+
+
+# ---- the pipeline ----------------------------------------------------------------------------------------------------------
+
+def encode_latents(
+    jobs: Sequence[LatentsJob],
+    strategy: LatentsCachingStrategy,
+    vae: Any,
+    *,
+    num_threads: int | None = None,
+    skip_bad_images: bool = False,
+    show_progress: bool = True,
+) -> list[ImageItem]:
+    """Encode the jobs and store the results: files in the background, memory on the items. The VAE runs where it is, in its
+    own dtype.
+
+    Images that cannot be decoded do not stop the others: their items are returned with `skip_bad_images`, else one
+    ConfigError names them all in the end. Raises TrainingError for latents that are not finite, and writes none of those.
+    """
+    bad: list[tuple[LatentsJob, BaseException]] = []
+    threads = num_threads or min(os.cpu_count() or 1, 8)
+    with tqdm(total=len(jobs), desc="caching latents", unit="image", disable=not show_progress) as bar, BackgroundWriter() as writer:
+        for batch in _batches(_decoded(jobs, threads, strategy.batch_size, bad), strategy.batch_size):
+            for decoded, encoded in zip(batch, encode_batch(strategy, vae, batch)):
+                if strategy.cache_to_disk:
+                    writer.submit(_store_on_disk, strategy, decoded, encoded)
+                else:
+                    _store_in_memory(decoded, encoded)
+            bar.update(len(batch))
+    if bad and not skip_bad_images:
+        raise ConfigError([f"{error}; repair or remove it, or go on without it with --skip_bad_images" for _, error in bad])
+    for _, error in bad:
+        logger.warning("%s; the image is left out", error)
+    return [item for job, _ in bad for item in job.items]
+
+
+def _decoded(jobs: Sequence[LatentsJob], threads: int, batch_size: int, bad: list) -> Iterator[Decoded]:
+    for job, result in map_ahead(decode, jobs, num_threads=threads, ahead=max(threads, batch_size) * 2):
+        if isinstance(result, ImageFileError):
+            bad.append((job, result))
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            yield result
+
+
+def decode(job: LatentsJob) -> Decoded:
+    identity = ImageIdentity.of(job.item.absolute_path, with_content=True)
+    return Decoded(job, read_pixels(job.item, Geometry.centred(job.item), with_alpha=job.alpha_mask), identity)
+
+
+def _batches(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
+    """Consecutive jobs of one bucket and one set of needs, at most `size`."""
+    batch: list[Decoded] = []
+    for entry in decoded:
+        if batch and (len(batch) == size or batch[0].job.batch_key != entry.job.batch_key):
+            yield batch
+            batch = []
+        batch.append(entry)
+    if batch:
+        yield batch
+
+
+def encode_batch(strategy: LatentsCachingStrategy, vae: Any, batch: Sequence[Decoded]) -> list[Encoded]:
+    """Latents of decoded images of one size. Raises TrainingError naming the images whose latents are not finite."""
+    latents = _encode(strategy, vae, batch, is_flipped=False)  # [B, C, h, w]
+    flipped = _encode(strategy, vae, batch, is_flipped=True) if batch[0].job.flip_aug else None
+    return [Encoded(latents[i].clone(), None if flipped is None else flipped[i].clone()) for i in range(len(batch))]
+
+
+def _encode(strategy: LatentsCachingStrategy, vae: Any, batch: Sequence[Decoded], is_flipped: bool) -> torch.Tensor:
+    parameter = next(vae.parameters())
+    images = torch.stack([image_tensor(entry.pixels.image, is_flipped) for entry in batch])  # [B, 3, H, W]
+    seeds = [posterior_seed(entry.identity.content, entry.job.item.bucket_reso, is_flipped) for entry in batch]
+    with torch.no_grad():
+        latents = strategy.encode(vae, images.to(parameter.device, parameter.dtype), seeds).float().cpu()
+    finite = torch.isfinite(latents).flatten(1).all(dim=1)
+    if not finite.all():
+        names = ", ".join(entry.job.item.absolute_path for entry, good in zip(batch, finite.tolist()) if not good)
+        raise TrainingError(
+            f"the VAE, running in {str(parameter.dtype).removeprefix('torch.')}, gave latents that are not finite for {names};"
+            " nothing was cached for them. Run the VAE in float32 (--no_half_vae) or bfloat16"
+        )
+    return latents
+
+
+def _store_on_disk(strategy: LatentsCachingStrategy, decoded: Decoded, encoded: Encoded) -> None:
+    item = decoded.job.item
+    arrays = LatentArrays(
+        latents=encoded.latents.numpy(), original_size=item.image_size, crop_ltrb=Geometry.centred(item).crop_ltrb,
+        latents_flipped=None if encoded.flipped is None else encoded.flipped.numpy(), alpha_mask=decoded.pixels.alpha_mask,
+    )
+    suffix = cache_io.size_suffix(strategy.architecture, item.bucket_reso)
+    cache_io.save_latents(item.latents_npz, suffix, arrays, strategy.record_of(item, decoded.identity))
+
+
+def _store_in_memory(decoded: Decoded, encoded: Encoded) -> None:
+    mask = decoded.pixels.alpha_mask
+    for item in decoded.job.items:
+        item.latents, item.latents_flipped = encoded.latents, encoded.flipped
+        item.latents_original_size = item.image_size
+        item.latents_crop_ltrb = Geometry.centred(item).crop_ltrb
+        item.alpha_mask = None if mask is None else torch.from_numpy(mask)
+
+
+def unusable_items(items: Iterable[ImageItem], strategy: LatentsCachingStrategy) -> list[ImageItem]:
+    """After all processes have encoded their part: items that still have no latents, the same list on every process."""
+    if not strategy.cache_to_disk:
+        return [item for item in items if item.latents is None]
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        items = list(items)
+        reasons = pool.map(lambda item: strategy.problem_of(item, item.subset.flip_aug, item.subset.alpha_mask), items)
+        return [item for item, reason in zip(items, reasons) if reason is not None]
+
+
+def cache_one_batch(
+    strategy: LatentsCachingStrategy, vae: Any, items: Sequence[ImageItem], *, flip_aug: bool, alpha_mask: bool
+) -> None:
+    """Decode, encode and store exactly these items, which have one bucket size."""
+    batch = []
+    for item in items:
+        if strategy.cache_to_disk and item.latents_npz is None:
+            item.latents_npz = strategy.get_latents_npz_path(item.absolute_path, item.image_size)
+        batch.append(decode(LatentsJob([item], flip_aug, alpha_mask)))
+    for decoded, encoded in zip(batch, encode_batch(strategy, vae, batch)):
+        if strategy.cache_to_disk:
+            _store_on_disk(strategy, decoded, encoded)
+        else:
+            _store_in_memory(decoded, encoded)

@@ -1,0 +1,218 @@
+"""Cache files of text encoder outputs: layouts of the families, several captions in one file, validity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from library.dataset.cache_io import (
+    FORMAT_VERSION,
+    RECORD_KEY,
+    differ,
+    existing_arrays,
+    headers_or_reason,
+    read_record,
+    record_array,
+)
+from library.dataset.npz_file import UNREADABLE, ArrayHeader, checksum, read_arrays, write_arrays
+from library.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class TextKey:
+    """One cached output. `kind`: float (bfloat16 becomes float32, float16 stays), or the dtype it always has.
+
+    `num_dims` is without the batch; `is_sized`: the first dimension is the family's maximum token length.
+    """
+
+    name: str
+    kind: str = "float"
+    num_dims: int = 2
+    is_sized: bool = False
+
+
+@dataclass(frozen=True)
+class TextLayout:
+    """`keys` in the order of the conditioning list; `flags`: options stored beside them that must be equal to use the file;
+    `live_when_partial`: outputs of the encoders that can be trained while the others are cached."""
+
+    keys: tuple[TextKey, ...]
+    flags: tuple[str, ...] = ()
+    live_when_partial: frozenset[str] = frozenset()
+
+
+TEXT_LAYOUTS: dict[str, TextLayout] = {
+    "sdxl": TextLayout((TextKey("hidden_state1"), TextKey("hidden_state2"), TextKey("pool2", num_dims=1))),
+    "sd3": TextLayout(
+        (
+            TextKey("lg_out"), TextKey("t5_out", is_sized=True), TextKey("lg_pooled", num_dims=1),
+            TextKey("clip_l_attn_mask", "int64", 1), TextKey("clip_g_attn_mask", "int64", 1),
+            TextKey("t5_attn_mask", "int64", 1, is_sized=True),
+        ),
+        flags=("apply_lg_attn_mask", "apply_t5_attn_mask"),
+        live_when_partial=frozenset({"lg_out", "lg_pooled"}),
+    ),
+    "flux": TextLayout(
+        (
+            TextKey("l_pooled", num_dims=1), TextKey("t5_out", is_sized=True), TextKey("txt_ids", "float32", is_sized=True),
+            TextKey("t5_attn_mask", "int64", 1, is_sized=True),
+        ),
+        flags=("apply_t5_attn_mask",),
+        live_when_partial=frozenset({"l_pooled"}),
+    ),
+    "lumina": TextLayout(
+        (TextKey("hidden_state", "float32", is_sized=True), TextKey("input_ids", "int64", 1, is_sized=True), TextKey("attention_mask", "int64", 1, is_sized=True)),
+    ),
+    "hunyuan_image": TextLayout(
+        (TextKey("vlm_embed"), TextKey("vlm_mask", "int64", 1), TextKey("byt5_embed"), TextKey("byt5_mask", "int64", 1), TextKey("ocr_mask", "bool", 0)),
+    ),
+    "anima": TextLayout(
+        (
+            TextKey("prompt_embeds", is_sized=True), TextKey("attn_mask", "int64", 1, is_sized=True), TextKey("t5_input_ids", "int32", 1),
+            TextKey("t5_attn_mask", "int32", 1), TextKey("caption_dropout_rate", "float32", 0),
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRecord:
+    """What cached text encoder outputs were made of."""
+
+    caption: str
+    """caption_hash of the encoded text"""
+    model: str
+    max_token_length: int | None = None
+    is_weighted: bool = False
+    flags: Mapping[str, bool] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
+    checksums: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def suffix(self) -> str:
+        """Of the keys, for a caption that is not the file's first."""
+        return f"_{self.caption[:8]}"
+
+
+def caption_hash(caption: str) -> str:
+    return hashlib.sha256(caption.encode("utf-8")).hexdigest()
+
+
+def find_text(
+    path: str, layout: TextLayout, expected: TextRecord, *, needed: tuple[str, ...], accept_unrecorded: bool = True
+) -> tuple[str | None, str]:
+    """(suffix of the keys that hold this caption, "") or (None, why there are none).
+
+    `needed` are the outputs that must be there (all, or fewer in a partial cache). `accept_unrecorded`: whether bare keys
+    that another trainer wrote may be taken for this caption (no, when the image has several captions in this run).
+    """
+    headers = headers_or_reason(path)
+    if isinstance(headers, str):
+        return None, headers
+    reasons = []
+    for suffix in ("", expected.suffix):
+        reason = _text_keys_problem(headers, layout, suffix, needed, expected.max_token_length)
+        if reason is None:
+            stored = read_record(path, headers, RECORD_KEY + suffix)
+            if stored is not None:
+                reason = _text_record_problem(stored, expected)
+            elif suffix or not accept_unrecorded:
+                reason = "no record of its caption"
+            else:
+                reason = _flags_problem(path, layout, expected)
+        if reason is None:
+            return suffix, ""
+        reasons.append(reason)
+    return None, reasons[0]
+
+
+def keys_problem(path: str, layout: TextLayout, expected: TextRecord, needed: tuple[str, ...]) -> str | None:
+    """Why the bare keys cannot serve any caption, or None: keys, shapes and flags are looked at, the record is not."""
+    headers = headers_or_reason(path)
+    if isinstance(headers, str):
+        return headers
+    reason = _text_keys_problem(headers, layout, "", needed, expected.max_token_length)
+    return reason or _flags_problem(path, layout, expected)
+
+
+def load_text(path: str, layout: TextLayout, suffix: str = "", leave_out: frozenset[str] = frozenset()) -> list[np.ndarray | None]:
+    """The outputs in the order of the conditioning list; None for those in `leave_out` and those not stored."""
+    try:
+        arrays = read_arrays(path, [key.name + suffix for key in layout.keys if key.name not in leave_out])
+    except UNREADABLE as error:
+        raise CheckpointError(f"cache file {path} cannot be read ({error}); delete it and run again to make it anew") from error
+    return [arrays.get(key.name + suffix) for key in layout.keys]
+
+
+def save_text(
+    path: str, layout: TextLayout, outputs: Mapping[str, np.ndarray], record: TextRecord, *, in_use: frozenset[str] = frozenset()
+) -> str:
+    """Write the outputs of one caption and return the suffix of their keys.
+
+    `in_use` holds the hashes of all captions that this run keeps in the file. Bare keys belong to the first of them;
+    data of captions that nobody uses any more go.
+    """
+    existing = existing_arrays(path)
+    kept = {suffix: caption for suffix, caption in _captions_in(existing).items() if caption in in_use and caption != record.caption}
+    suffix = "" if "" not in kept else record.suffix
+    names = [*(key.name for key in layout.keys), *layout.flags, RECORD_KEY]
+    merged = {name + s: existing[name + s] for s in kept for name in names if name + s in existing}
+    new = {name + suffix: array for name, array in outputs.items()}
+    new |= {name + suffix: np.asarray(bool(record.flags[name])) for name in layout.flags}
+    sums = {key: checksum(array) for key, array in new.items()}
+    merged |= new | {RECORD_KEY + suffix: record_array(replace(record, checksums=sums))}
+    write_arrays(path, merged)
+    return suffix
+
+
+def _captions_in(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Suffix -> caption hash of the captions that a text cache file holds."""
+    return {
+        key.removeprefix(RECORD_KEY): json.loads(str(array)).get("caption", "")
+        for key, array in arrays.items()
+        if key.startswith(RECORD_KEY)
+    }
+
+
+def _text_keys_problem(
+    headers: Mapping[str, ArrayHeader], layout: TextLayout, suffix: str, needed: tuple[str, ...], max_token_length: int | None
+) -> str | None:
+    for key in layout.keys:
+        if key.name not in needed:
+            continue
+        header = headers.get(key.name + suffix)
+        if header is None:
+            return f"no {key.name}"
+        if len(header.shape) != key.num_dims:
+            return f"{key.name} has shape {list(header.shape)}"
+        if key.is_sized and max_token_length is not None and header.shape[0] != max_token_length:
+            return f"{key.name} has {header.shape[0]} tokens, {max_token_length} are needed"
+    missing = [name for name in layout.flags if name + suffix not in headers]
+    return f"no {missing[0]}" if missing else None
+
+
+def _flags_problem(path: str, layout: TextLayout, expected: TextRecord) -> str | None:
+    stored = read_arrays(path, list(layout.flags))
+    wrong = [name for name in layout.flags if bool(stored[name]) != bool(expected.flags[name])]
+    return f"made with another {wrong[0]}" if wrong else None
+
+
+def _text_record_problem(stored: Mapping[str, Any], expected: TextRecord) -> str | None:
+    if stored.get("version") != expected.version:
+        return f"record version {stored.get('version')}"
+    if stored.get("caption") != expected.caption:
+        return "made with another caption"
+    if differ(stored.get("model"), expected.model):
+        return "made with other text encoders"
+    for name in ("max_token_length", "is_weighted"):
+        if stored.get(name) != getattr(expected, name):
+            return f"made with another {name}"
+    for name, value in expected.flags.items():
+        if stored.get("flags", {}).get(name) != value:
+            return f"made with another {name}"
+    return None

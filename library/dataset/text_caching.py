@@ -1,0 +1,227 @@
+"""Caching of text encoder outputs: which captions lack them, and encoding those in batches.
+
+What is cached is the caption without its random parts (captions.deterministic_caption). Whole-caption dropout works with a
+cache too: the outputs of the empty caption are encoded once and take the place of a dropped caption's when a batch is made.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from library.dataset import text_cache_io
+from library.dataset.background import BackgroundWriter
+from library.dataset.cache_checks import check_cache_folders, check_caching, shared_file_problems
+from library.dataset.captions import deterministic_caption
+from library.dataset.items import ImageItem
+from library.errors import ConfigError, TrainingError
+from library.strategy_base import StrategySet, TextEncoderOutputsCachingStrategy, as_stored
+
+logger = logging.getLogger(__name__)
+
+EMPTY_CAPTION_FILE = "_empty_caption"  # stem of the file that holds the outputs of ""
+
+
+@dataclass
+class TextJob:
+    """One caption and the items that have it; in disk mode `items` are those whose files lack it."""
+
+    caption: str
+    items: list[ImageItem] = field(default_factory=list)
+
+
+@dataclass
+class TextPlan:
+    """What this process has to encode. `in_use`: file -> hashes of all captions that the run keeps in it."""
+
+    jobs: list[TextJob]
+    in_use: dict[str, frozenset[str]]
+
+    @property
+    def needs_model(self) -> bool:
+        return bool(self.jobs)
+
+
+def cached_caption(item: ImageItem) -> str:
+    """The text whose outputs stand for the item in a cache."""
+    return deterministic_caption(item.caption, item.subset)
+
+
+def may_drop_captions(item: ImageItem) -> bool:
+    return item.subset.caption_dropout_rate > 0 or item.subset.caption_dropout_every_n_epochs > 0
+
+
+def empty_caption_item(items: Sequence[ImageItem]) -> ImageItem | None:
+    """A stand-in for the empty caption, with its file beside the first image that needs it; None when none does.
+
+    `items` are those of training: validation drops nothing.
+    """
+    first = next((item for item in items if may_drop_captions(item)), None)
+    if first is None:
+        return None
+    path = os.path.join(os.path.dirname(first.absolute_path), EMPTY_CAPTION_FILE + ".png")
+    return ImageItem(
+        image_key=EMPTY_CAPTION_FILE, absolute_path=path, caption="", subset=type(first.subset)(), image_size=first.image_size
+    )
+
+
+def plan_text(
+    items: Sequence[ImageItem], strategy: TextEncoderOutputsCachingStrategy, *, process_index: int = 0, num_processes: int = 1
+) -> TextPlan:
+    """Find what is cached already and what this process has to encode; sets paths and suffixes of the items.
+
+    On disk the files are divided among the processes; in memory every process encodes everything. Raises ConfigError when
+    two images would share a file or a folder cannot be written.
+    """
+    check_caching({id(item.subset): item.subset for item in items}.values(), latents=False, text=True)
+    if not strategy.cache_to_disk:
+        return TextPlan(_jobs_of(item for item in items if item.text_encoder_outputs is None), {})
+    if problems := shared_file_problems(items, lambda item: strategy.get_outputs_npz_path(item.absolute_path)):
+        raise ConfigError(problems)
+    by_file: dict[str, list[ImageItem]] = {}
+    for item in items:
+        item.text_encoder_outputs_npz = strategy.get_outputs_npz_path(item.absolute_path)
+        by_file.setdefault(item.text_encoder_outputs_npz, []).append(item)
+    mine = sorted(by_file)[process_index::num_processes]
+    missing, reasons = [], Counter()
+    for path in mine:
+        for item, reason in _find(by_file[path], strategy):
+            missing.append(item)
+            reasons[reason] += 1
+    logger.info("text encoder outputs: %d captions cached, %d to encode %s", sum(len(by_file[p]) for p in mine) - len(missing), len(missing), dict(reasons) or "")
+    check_cache_folders(item.text_encoder_outputs_npz for item in missing)
+    in_use = {path: frozenset(text_cache_io.caption_hash(cached_caption(i)) for i in by_file[path]) for path in mine}
+    return TextPlan(_jobs_of(missing), in_use)
+
+
+def _find(items: Sequence[ImageItem], strategy: TextEncoderOutputsCachingStrategy) -> list[tuple[ImageItem, str]]:
+    """Set the suffix of those items of one file whose caption is there; return the others with the reason."""
+    captions = {cached_caption(item) for item in items}
+    missing = []
+    for item in items:
+        suffix, reason = strategy.find(item.text_encoder_outputs_npz, cached_caption(item), accept_unrecorded=len(captions) == 1)
+        if suffix is None:
+            missing.append((item, reason))
+        else:
+            item.text_encoder_outputs_suffix = suffix
+    return missing
+
+
+def _jobs_of(items) -> list[TextJob]:
+    jobs: dict[str, TextJob] = {}
+    for item in items:
+        caption = cached_caption(item)
+        jobs.setdefault(caption, TextJob(caption)).items.append(item)
+    return list(jobs.values())
+
+
+def encode_text(
+    plan: TextPlan, strategies: StrategySet, text_encoders: list[Any], *, batch_size: int = 1, show_progress: bool = True
+) -> None:
+    """Encode the captions of a plan in batches and store them: files in the background, memory on the items.
+
+    Raises TrainingError for outputs that are not finite, naming an image of the caption; nothing of that batch is written.
+    """
+    strategy = strategies.text_encoder_outputs_caching
+    warn_overlong([job.caption for job in plan.jobs], strategies.tokenize)
+    size = strategy.batch_size or batch_size
+    with tqdm(total=len(plan.jobs), desc="caching text encoder outputs", unit="caption", disable=not show_progress) as bar, BackgroundWriter() as writer:
+        for start in range(0, len(plan.jobs), size):
+            jobs = plan.jobs[start : start + size]
+            for job, outputs in zip(jobs, _encode_batch(jobs, strategies, text_encoders)):
+                if strategy.cache_to_disk:
+                    writer.submit(_store_on_disk, strategy, job, outputs, plan.in_use)
+                else:
+                    for item in job.items:
+                        item.text_encoder_outputs = outputs
+            bar.update(len(jobs))
+
+
+def _encode_batch(jobs: Sequence[TextJob], strategies: StrategySet, text_encoders: list[Any]) -> list[list[torch.Tensor | None]]:
+    """Outputs of each job in list order, in the dtypes of the cache."""
+    strategy = strategies.text_encoder_outputs_caching
+    captions = [job.caption for job in jobs]
+    batch = strategy.encode(strategies.tokenize, text_encoders, strategies.text_encoding, captions)  # entries [B, ...]
+    results = []
+    for index, job in enumerate(jobs):
+        outputs = [None if out is None else as_stored(out[index], key) for out, key in zip(batch, strategy.layout.keys)]
+        _check_finite(outputs, job, strategy)
+        results.append([None if out is None else out.clone() for out in outputs])
+    return results
+
+
+def _check_finite(outputs: Sequence[torch.Tensor | None], job: TextJob, strategy: TextEncoderOutputsCachingStrategy) -> None:
+    for output, key in zip(outputs, strategy.layout.keys):
+        if output is not None and output.is_floating_point() and not torch.isfinite(output).all():
+            raise TrainingError(
+                f"{key.name} of the caption of {job.items[0].absolute_path} is not finite; run the text encoders in bfloat16"
+                " or float32 (--mixed_precision)"
+            )
+
+
+def _store_on_disk(strategy: TextEncoderOutputsCachingStrategy, job: TextJob, outputs: Sequence[torch.Tensor | None], in_use: dict) -> None:
+    arrays = {key.name: out.numpy() for key, out in zip(strategy.layout.keys, outputs) if out is not None}
+    record = strategy.record_of(job.caption)
+    written: dict[str, str] = {}
+    for item in job.items:
+        path = item.text_encoder_outputs_npz
+        if path not in written:
+            written[path] = text_cache_io.save_text(path, strategy.layout, arrays, record, in_use=in_use.get(path, frozenset()))
+        item.text_encoder_outputs_suffix = written[path]
+
+
+def finish_text(items: Sequence[ImageItem], strategy: TextEncoderOutputsCachingStrategy) -> None:
+    """After every process has encoded its part: look up the files that other processes wrote."""
+    if not strategy.cache_to_disk:
+        return
+    by_file: dict[str, list[ImageItem]] = {}
+    for item in items:
+        by_file.setdefault(item.text_encoder_outputs_npz, []).append(item)
+    missing = [entry for group in by_file.values() for entry in _find(group, strategy)]
+    if missing:
+        item, reason = missing[0]
+        raise TrainingError(f"{len(missing)} captions have no cached text encoder outputs, the first of {item.absolute_path} ({reason})")
+
+
+def text_outputs_of(item: ImageItem, strategy: TextEncoderOutputsCachingStrategy | None) -> list[torch.Tensor | None] | None:
+    """The cached outputs of an item, from memory or from its file; None when it has none."""
+    if item.text_encoder_outputs is not None:
+        return item.text_encoder_outputs
+    if item.text_encoder_outputs_npz is None or strategy is None:
+        return None
+    arrays = strategy.load_outputs_npz(item.text_encoder_outputs_npz, item.text_encoder_outputs_suffix)
+    return [None if array is None else torch.from_numpy(array) for array in arrays]
+
+
+def warn_overlong(captions: Sequence[str], tokenize: Any) -> int:
+    """Count the captions that the tokenizers cut off; one warning for all. Returns the count."""
+    overlong = getattr(tokenize, "overlong", None)
+    cut = [caption for caption in dict.fromkeys(captions) if overlong is not None and overlong(caption)]
+    if cut:
+        logger.warning(
+            "%d of %d captions are longer than the text encoders read and are cut off; the first begins: %.60s", len(cut), len(captions), cut[0]
+        )
+    return len(cut)
+
+
+def cache_one_batch(
+    strategy: TextEncoderOutputsCachingStrategy, tokenize: Any, models: list[Any], text_encoding: Any, items: Sequence[ImageItem]
+) -> None:
+    """Encode and store exactly these items in one batch; their paths are set when they are not."""
+    strategies = StrategySet(tokenize, text_encoding, None, strategy)
+    for item in items:
+        if strategy.cache_to_disk and item.text_encoder_outputs_npz is None:
+            item.text_encoder_outputs_npz = strategy.get_outputs_npz_path(item.absolute_path)
+    jobs = [TextJob(cached_caption(item), [item]) for item in items]
+    for job, outputs in zip(jobs, _encode_batch(jobs, strategies, models)):
+        if strategy.cache_to_disk:
+            _store_on_disk(strategy, job, outputs, {})
+        else:
+            job.items[0].text_encoder_outputs = outputs

@@ -1,0 +1,575 @@
+"""FLUX.1: the denoiser with its double and single stream blocks, and the 16-channel autoencoder.
+
+Module paths are the key names of the original files; leaf layers are plain nn.Linear and nn.Conv2d, so that adapters
+find them by name and class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from library.attention import rope_cos_sin, rotate_pairs, scaled_attention
+from library.custom_offloading_utils import ModelOffloader, run_checkpointed
+
+Rope = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxParams:
+    """Hyper-parameters of the denoiser; the defaults are FLUX.1 dev. `in_channels` is the width of a packed token (4C)."""
+
+    in_channels: int = 64
+    vec_in_dim: int = 768
+    context_in_dim: int = 4096
+    hidden_size: int = 3072
+    mlp_ratio: float = 4.0
+    num_heads: int = 24
+    depth: int = 19
+    depth_single_blocks: int = 38
+    axes_dim: tuple[int, ...] = (16, 56, 56)
+    theta: float = 10000
+    qkv_bias: bool = True
+    guidance_embed: bool = True
+    time_embed_dim: int = 256
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads is {self.num_heads}; it must divide hidden_size {self.hidden_size}")
+        if sum(self.axes_dim) != self.head_dim or any(width % 2 for width in self.axes_dim):
+            raise ValueError(f"axes_dim is {self.axes_dim}; it needs even numbers that sum to the head size {self.head_dim}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        return round(self.hidden_size * self.mlp_ratio)
+
+
+def timestep_embedding(timesteps: Tensor, width: int, time_factor: float = 1000.0) -> Tensor:
+    """[cos(t w) | sin(t w)] with w_k = 10000^(-k / (width/2)), t = timesteps * time_factor. [B] -> [B, width], float32."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
+    angles = (timesteps.float() * time_factor)[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class MLPEmbedder(nn.Module):
+    def __init__(self, in_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_dim)
+        self.silu = nn.SiLU()
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(self.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last dimension, in float32 until the product is rounded."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        full = x.float()
+        return (full * torch.rsqrt(full.square().mean(dim=-1, keepdim=True) + 1e-6) * self.scale.float()).to(x.dtype)
+
+
+class QKNorm(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(dim)
+        self.key_norm = RMSNorm(dim)
+
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(query), self.key_norm(key)
+
+
+class SelfAttention(nn.Module):
+    """Projections of one stream; the attention itself runs over both streams in the block."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.norm = QKNorm(dim // num_heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L, hidden] -> three of [B, heads, L, D], query and key normalised."""
+        query, key, value = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
+        query, key = self.norm(query, key)
+        return query, key, value
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate (twice for a double block) from the conditioning vector."""
+
+    def __init__(self, dim: int, double: bool) -> None:
+        super().__init__()
+        self.multiplier = 6 if double else 3
+        self.lin = nn.Linear(dim, self.multiplier * dim)
+
+    def forward(self, vec: Tensor) -> Sequence[Tensor]:
+        return self.lin(F.silu(vec))[:, None, :].chunk(self.multiplier, dim=-1)  # each [B, 1, hidden]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return (1 + scale) * x + shift
+
+
+def _mlp(hidden: int, mlp_hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(hidden, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, hidden))
+
+
+def _plain_norm(hidden: int) -> nn.LayerNorm:
+    return nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
+
+
+class DoubleStreamBlock(nn.Module):
+    """Text and image with weights of their own and one attention over both."""
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__()
+        hidden = params.hidden_size
+        self.img_mod = Modulation(hidden, double=True)
+        self.img_norm1 = _plain_norm(hidden)
+        self.img_attn = SelfAttention(hidden, params.num_heads, params.qkv_bias)
+        self.img_norm2 = _plain_norm(hidden)
+        self.img_mlp = _mlp(hidden, params.mlp_hidden)
+        self.txt_mod = Modulation(hidden, double=True)
+        self.txt_norm1 = _plain_norm(hidden)
+        self.txt_attn = SelfAttention(hidden, params.num_heads, params.qkv_bias)
+        self.txt_norm2 = _plain_norm(hidden)
+        self.txt_mlp = _mlp(hidden, params.mlp_hidden)
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """img [B, L, hidden], txt [B, T, hidden], vec [B, hidden]; rope and key_mask over the T + L joined tokens."""
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+        img_qkv = self.img_attn.query_key_value(modulate(self.img_norm1(img), img_shift1, img_scale1))
+        txt_qkv = self.txt_attn.query_key_value(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1))
+        query, key, value = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv))  # text first
+        attended = scaled_attention(rotate_pairs(query, rope), rotate_pairs(key, rope), value, key_mask)
+        txt_attended, img_attended = attended.split((txt.shape[1], img.shape[1]), dim=1)
+
+        img = img + img_gate1 * self.img_attn.proj(img_attended)
+        img = img + img_gate2 * self.img_mlp(modulate(self.img_norm2(img), img_shift2, img_scale2))
+        txt = txt + txt_gate1 * self.txt_attn.proj(txt_attended)
+        txt = txt + txt_gate2 * self.txt_mlp(modulate(self.txt_norm2(txt), txt_shift2, txt_scale2))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """Attention and MLP in parallel on the joined tokens, with fused input and output projections."""
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__()
+        hidden = params.hidden_size
+        self.num_heads = params.num_heads
+        self.split_sizes = (3 * hidden, params.mlp_hidden)
+        self.linear1 = nn.Linear(hidden, 3 * hidden + params.mlp_hidden)
+        self.linear2 = nn.Linear(hidden + params.mlp_hidden, hidden)
+        self.norm = QKNorm(params.head_dim)
+        self.pre_norm = _plain_norm(hidden)
+        self.mlp_act = nn.GELU(approximate="tanh")
+        self.modulation = Modulation(hidden, double=False)
+
+    def forward(self, x: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor | None = None) -> Tensor:
+        """x [B, T + L, hidden], text tokens first."""
+        shift, scale, gate = self.modulation(vec)
+        qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split_sizes, dim=-1)
+        query, key, value = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
+        query, key = self.norm(query, key)
+        attended = scaled_attention(rotate_pairs(query, rope), rotate_pairs(key, rope), value, key_mask)
+        return x + gate * self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1))
+
+
+class LastLayer(nn.Module):
+    def __init__(self, hidden: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = _plain_norm(hidden)
+        self.linear = nn.Linear(hidden, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class Flux(nn.Module):
+    """The rectified-flow transformer of FLUX.1 dev (with `guidance_in`) and schnell."""
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__()
+        self.params = params
+        hidden = params.hidden_size
+        self.img_in = nn.Linear(params.in_channels, hidden)
+        self.time_in = MLPEmbedder(params.time_embed_dim, hidden)
+        self.vector_in = MLPEmbedder(params.vec_in_dim, hidden)
+        self.guidance_in = MLPEmbedder(params.time_embed_dim, hidden) if params.guidance_embed else nn.Identity()
+        self.txt_in = nn.Linear(params.context_in_dim, hidden)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(params) for _ in range(params.depth))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(params) for _ in range(params.depth_single_blocks))
+        self.final_layer = LastLayer(hidden, params.in_channels)
+        self.gradient_checkpointing = False
+        self.cpu_offload_checkpointing = False
+        self.offloaders: tuple[ModelOffloader | None, ModelOffloader | None] = (None, None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.img_in.bias.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
+        return self.img_in.bias.dtype
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+        txt_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (noise - data) of packed latents.
+
+        img [B, L, 4C], img_ids [B, L, 3] = (0, row, column), txt [B, T, context], txt_ids [B, T, 3] = 0, timesteps [B]
+        in 0..1, y [B, vector] = pooled CLIP state, guidance [B] = scale as is, txt_attention_mask [B, T] with 1 = attend.
+        Returns [B, L, 4C]. ValueError when a guidance-distilled model gets no guidance.
+        """
+        self.prepare_block_swap_before_forward()
+        vec = self._conditioning_vector(timesteps, y, guidance)  # [B, hidden]
+        rope = rope_cos_sin(torch.cat((txt_ids, img_ids), dim=1), self.params.axes_dim, self.params.theta)
+        img = self.img_in(img.to(self.dtype))  # [B, L, hidden]
+        txt = self.txt_in(txt.to(self.dtype))  # [B, T, hidden]
+        key_mask = _joined_key_mask(txt_attention_mask, img.shape[1])
+
+        double, single = self.offloaders
+        for index, block in enumerate(self.double_blocks):
+            img, txt = self._run_block(block, index, double, (img, txt), (vec, rope, key_mask))
+        joined = torch.cat((txt, img), dim=1)  # [B, T + L, hidden]
+        for index, block in enumerate(self.single_blocks):
+            (joined,) = self._run_block(block, index, single, (joined,), (vec, rope, key_mask))
+        return self.final_layer(joined[:, txt.shape[1] :], vec)
+
+    def _conditioning_vector(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
+        width = self.params.time_embed_dim
+        vec = self.time_in(timestep_embedding(timesteps, width).to(self.dtype))
+        if self.params.guidance_embed:
+            if guidance is None:
+                raise ValueError("guidance is None; a guidance-distilled model (FLUX.1 dev) needs one scale per sample")
+            vec = vec + self.guidance_in(timestep_embedding(guidance, width).to(self.dtype))
+        return vec + self.vector_in(y.to(self.dtype))
+
+    def _run_block(
+        self, block: nn.Module, index: int, offloader: ModelOffloader | None, hidden: tuple[Tensor, ...], context: tuple
+    ) -> tuple[Tensor, ...]:
+        """One block on its hidden states, checkpointed and with its weights fetched where that is switched on."""
+        if offloader is not None:
+            offloader.before_block(index)
+        # autograd keeps the weights that a block ran with; where they move meanwhile, the block has to run again
+        moving = offloader is not None and offloader.active
+        if torch.is_grad_enabled() and (moving or (self.gradient_checkpointing and self.training)):
+            output = run_checkpointed(lambda *states: block(*states, *context), hidden, self.cpu_offload_checkpointing)
+        else:
+            output = block(*hidden, *context)
+        outputs = output if isinstance(output, tuple) else (output,)
+        if offloader is not None:
+            offloader.after_block(index, outputs)
+        return outputs
+
+    def enable_gradient_checkpointing(self, cpu_offload: bool = False) -> None:
+        """Recompute blocks in the backward pass while in train mode; `cpu_offload` keeps the block inputs on the CPU."""
+        self.gradient_checkpointing = True
+        self.cpu_offload_checkpointing = cpu_offload
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = False
+        self.cpu_offload_checkpointing = False
+
+    def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:
+        """Keep the weights of some blocks on the CPU while others compute. On a CPU `device` nothing moves.
+
+        ValueError when more blocks are asked for than `block_swap_problem` allows.
+        """
+        problem = block_swap_problem(blocks_to_swap, self.params.depth, self.params.depth_single_blocks)
+        if problem:
+            raise ValueError(problem)
+        num_double, num_single = split_blocks_to_swap(blocks_to_swap)
+        self.offloaders = (
+            ModelOffloader(self.double_blocks, num_double, device) if num_double else None,
+            ModelOffloader(self.single_blocks, num_single, device) if num_single else None,
+        )
+
+    def prepare_block_swap_before_forward(self) -> None:
+        """Bring the swapped blocks into the layout a forward starts with; costs nothing when they are in it."""
+        for offloader in self.offloaders:
+            if offloader is not None:
+                offloader.arm()
+
+    def move_to_device_except_swap_blocks(self, device: torch.device) -> None:
+        """Move everything but the weights that block swap keeps on the CPU."""
+        swapped = {id(weight) for offloader in self.offloaders if offloader is not None for weight in offloader.cpu_weights()}
+        for module in self.modules():
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) not in swapped:
+                    parameter.data = parameter.data.to(device)
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+        self.prepare_block_swap_before_forward()
+
+
+def _joined_key_mask(txt_attention_mask: Tensor | None, num_img_tokens: int) -> Tensor | None:
+    """Text mask followed by ones for the image tokens, [B, T + L]; None stays None."""
+    if txt_attention_mask is None:
+        return None
+    return F.pad(txt_attention_mask.bool(), (0, num_img_tokens), value=True)
+
+
+def split_blocks_to_swap(blocks_to_swap: int) -> tuple[int, int]:
+    """(double, single) blocks that `--blocks_to_swap` stands for; a double block weighs as much as two single ones."""
+    num_double = blocks_to_swap // 2
+    return num_double, (blocks_to_swap - num_double) * 2
+
+
+def block_swap_problem(blocks_to_swap: int, depth: int, depth_single_blocks: int) -> str | None:
+    """What is wrong with `--blocks_to_swap` for a model of these depths, or None. Two blocks of each kind must stay."""
+    if blocks_to_swap < 0:
+        return f"--blocks_to_swap is {blocks_to_swap}; it cannot be negative (0 = off)"
+    allowed = 0
+    while (split := split_blocks_to_swap(allowed + 1))[0] <= max(depth - 2, 0) and split[1] <= max(depth_single_blocks - 2, 0):
+        allowed += 1
+    if blocks_to_swap <= allowed:
+        return None
+    return (
+        f"--blocks_to_swap is {blocks_to_swap}; a model with {depth} double and {depth_single_blocks} single blocks"
+        f" allows at most {allowed}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoEncoderParams:
+    """Hyper-parameters of the autoencoder; the defaults are the 16-channel one of FLUX.1.
+
+    Latents seen by the denoiser are (z - shift_factor) * scaling_factor.
+    """
+
+    in_channels: int = 3
+    out_ch: int = 3
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 16
+    norm_groups: int = 32
+    norm_eps: float = 1e-6
+    scaling_factor: float = 0.3611
+    shift_factor: float = 0.1159
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
+        for width in self.widths:
+            if width % self.norm_groups:
+                raise ValueError(f"norm_groups is {self.norm_groups}; it must divide every width, among them {width}")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.ch * multiplier for multiplier in self.ch_mult)
+
+    @property
+    def spatial_stride(self) -> int:
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+def _group_norm(width: int, params: AutoEncoderParams) -> nn.GroupNorm:
+    return nn.GroupNorm(params.norm_groups, width, eps=params.norm_eps)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_width: int, out_width: int, params: AutoEncoderParams) -> None:
+        super().__init__()
+        self.norm1 = _group_norm(in_width, params)
+        self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
+        self.norm2 = _group_norm(out_width, params)
+        self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
+        if in_width != out_width:
+            self.nin_shortcut = nn.Conv2d(in_width, out_width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return shortcut + hidden
+
+
+class AttnBlock(nn.Module):
+    """Attention with one head over all positions; 1x1 convolutions as projections."""
+
+    def __init__(self, width: int, params: AutoEncoderParams) -> None:
+        super().__init__()
+        self.norm = _group_norm(width, params)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        query, key, value = (rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
+        attended = scaled_attention(query, key, value)  # [B, HW, C]
+        return x + self.proj_out(rearrange(attended, "b (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _middle(width: int, params: AutoEncoderParams) -> nn.Module:
+    middle = nn.Module()
+    middle.block_1 = ResnetBlock(width, width, params)
+    middle.attn_1 = AttnBlock(width, params)
+    middle.block_2 = ResnetBlock(width, width, params)
+    return middle
+
+
+def _run_middle(middle: nn.Module, x: Tensor) -> Tensor:
+    return middle.block_2(middle.attn_1(middle.block_1(x)))
+
+
+def _level(in_width: int, out_width: int, num_blocks: int, params: AutoEncoderParams) -> nn.Module:
+    level = nn.Module()
+    level.block = nn.ModuleList(
+        ResnetBlock(in_width if number == 0 else out_width, out_width, params) for number in range(num_blocks)
+    )
+    return level
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, H, W] -> [B, 2 * z_channels, H / stride, W / stride] (mean and log variance)."""
+
+    def __init__(self, params: AutoEncoderParams) -> None:
+        super().__init__()
+        widths = params.widths
+        self.conv_in = nn.Conv2d(params.in_channels, params.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for number, (in_width, out_width) in enumerate(zip((params.ch, *widths), widths)):
+            level = _level(in_width, out_width, params.num_res_blocks, params)
+            if number < len(widths) - 1:
+                level.downsample = Downsample(out_width)
+            self.down.append(level)
+        self.mid = _middle(widths[-1], params)
+        self.norm_out = _group_norm(widths[-1], params)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * params.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            for block in level.block:
+                x = block(x)
+            if hasattr(level, "downsample"):
+                x = level.downsample(x)
+        return self.conv_out(F.silu(self.norm_out(_run_middle(self.mid, x))))
+
+
+class Decoder(nn.Module):
+    """Raw latents [B, z_channels, h, w] -> images [B, out_ch, h * stride, w * stride]. `up` is indexed by level: the
+    last one runs first."""
+
+    def __init__(self, params: AutoEncoderParams) -> None:
+        super().__init__()
+        widths = params.widths
+        self.conv_in = nn.Conv2d(params.z_channels, widths[-1], 3, padding=1)
+        self.mid = _middle(widths[-1], params)
+        self.up = nn.ModuleList()
+        for number, out_width in enumerate(widths):
+            in_width = widths[min(number + 1, len(widths) - 1)]
+            level = _level(in_width, out_width, params.num_res_blocks + 1, params)
+            if number > 0:
+                level.upsample = Upsample(out_width)
+            self.up.append(level)
+        self.norm_out = _group_norm(widths[0], params)
+        self.conv_out = nn.Conv2d(widths[0], params.out_ch, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = _run_middle(self.mid, self.conv_in(z))
+        for level in reversed(self.up):
+            for block in level.block:
+                x = block(x)
+            if hasattr(level, "upsample"):
+                x = level.upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoEncoder(nn.Module):
+    """Images in -1..1 <-> latents as the denoiser sees them."""
+
+    def __init__(self, params: AutoEncoderParams) -> None:
+        super().__init__()
+        self.params = params
+        self.encoder = Encoder(params)
+        self.decoder = Decoder(params)
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.conv_in.weight.dtype
+
+    def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance (held to -30..20) of the raw latents, each [B, C, H / stride, W / stride]."""
+        mean, logvar = self.encoder(images.to(self.device, self.dtype)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def encode(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """Scaled latents of images [B, 3, H, W]: a posterior sample with one seed per image, or the mean without seeds.
+
+        The noise of an image depends on its seed and its latent size alone, not on its place in the batch.
+        """
+        mean, logvar = self.encode_moments(images)
+        if seeds is not None:
+            if len(seeds) != len(mean):
+                raise ValueError(f"{len(seeds)} seeds for {len(mean)} images; one per image is needed")
+            noise = [torch.randn(mean.shape[1:], generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
+            mean = mean + (0.5 * logvar).exp() * torch.stack(noise).to(mean)
+        return self.scale(mean)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images, about -1..1, of scaled latents [B, C, h, w]."""
+        return self.decoder(self.unscale(latents.to(self.device, self.dtype)))
+
+    def scale(self, raw_latents: Tensor) -> Tensor:
+        return (raw_latents - self.params.shift_factor) * self.params.scaling_factor
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        return latents / self.params.scaling_factor + self.params.shift_factor

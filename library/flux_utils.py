@@ -1,0 +1,328 @@
+"""FLUX.1 checkpoints: what a file holds, loading and saving it; packing of latents and position ids."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from library.errors import CheckpointError
+from library.flux_convert import (
+    attention_as_convolution,
+    convert_bfl_sd_to_diffusers,
+    convert_diffusers_sd_to_bfl,
+    convert_diffusers_vae_to_ldm,
+    count_blocks,
+    is_diffusers_autoencoder,
+    is_diffusers_denoiser,
+)
+from library.flux_models import AutoEncoder, AutoEncoderParams, Flux, FluxParams
+from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
+from library.model_loading import (
+    CheckpointFiles,
+    assign_state,
+    build_on_meta,
+    build_params,
+    check_state,
+    find_prefix,
+    open_checkpoint,
+    strip_prefix,
+    undo_scaling,
+)
+from library.safetensors_utils import FP8_DTYPES, cast_floats, save_file_atomic
+from library.text_encoder_utils import load_clip_l, load_t5xxl
+
+__all__ = [
+    "analyze_checkpoint_state", "convert_bfl_sd_to_diffusers", "convert_diffusers_sd_to_bfl", "get_t5xxl_actual_dtype",
+    "inspect_ae", "inspect_flow_model", "load_ae", "load_clip_l", "load_flow_model", "load_t5xxl", "pack_latents",
+    "prepare_img_ids", "save_flow_model", "unpack_latents",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.", "module.", "transformer.")
+DENOISER_ROOTS = (
+    "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "double_blocks", "single_blocks", "final_layer",
+    "distilled_guidance_layer", "x_embedder", "context_embedder", "time_text_embed", "transformer_blocks",
+    "single_transformer_blocks", "proj_out", "norm_out",
+)  # fmt: skip
+AE_PREFIXES = ("first_stage_model.", "vae.")
+AE_ROOTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+_OTHER_PARTS = ("text_encoders.", "text_encoder.", "cond_stage_model.", "conditioner.", "model_ema.", *AE_PREFIXES)
+
+
+@dataclass(frozen=True)
+class FlowModelInfo:
+    """What the headers of a denoiser checkpoint tell. `dtypes`: types of the stored weights."""
+
+    source: CheckpointFiles
+    prefix: str
+    is_diffusers: bool
+    params: FluxParams
+    dtypes: frozenset[torch.dtype]
+
+    @property
+    def is_schnell(self) -> bool:
+        return not self.params.guidance_embed
+
+
+def inspect_flow_model(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> FlowModelInfo:
+    """Recognise a FLUX.1 denoiser from headers alone; `config` overrides hyper-parameters by the names of FluxParams.
+
+    CheckpointError when the file is damaged, no FLUX.1 denoiser, or one of the variants that are not trained here.
+    """
+    source = open_checkpoint(path, "transformer")
+    prefix = find_prefix(source.shapes, DENOISER_PREFIXES, DENOISER_ROOTS, source.path, "denoiser")
+    stripped = strip_prefix(source.shapes, prefix)
+    is_diffusers = is_diffusers_denoiser(stripped)
+    shapes = convert_diffusers_sd_to_bfl(stripped) if is_diffusers else stripped
+    _refuse_other_models(shapes, source.path)
+    given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
+    params = build_params(FluxParams, _infer_flux(shapes, given, source.path), given, source.path)
+    dtypes = frozenset(tensor.dtype for key, tensor in stripped.items() if key.endswith(".weight"))
+    return FlowModelInfo(source, prefix, is_diffusers, params, dtypes)
+
+
+def _refuse_other_models(shapes: Mapping[str, Tensor], path: str) -> None:
+    if any(key.startswith("distilled_guidance_layer.") for key in shapes):
+        raise CheckpointError(f"{path} is a Chroma model, which needs its own training script; a FLUX.1 dev or schnell file is needed")
+    if "double_blocks.0.img_attn.norm.query_norm.scale" not in shapes or "img_in.weight" not in shapes:
+        some = ", ".join(list(shapes)[:3]) or "no tensors"
+        raise CheckpointError(f"{path} holds no FLUX.1 denoiser (double_blocks.* and img_in are not there; it begins with {some})")
+    if "final_layer.linear.weight" in shapes:
+        width, out_width = shapes["img_in.weight"].shape[1], shapes["final_layer.linear.weight"].shape[0]
+        if width != out_width:
+            variant = {6: "the Fill variant", 2: "the Depth or Canny variant"}.get(width // out_width, "a control variant")
+            raise CheckpointError(
+                f"{path} is {variant} of FLUX.1 (img_in takes {width} values, {out_width} come out); plain FLUX.1 dev or schnell is needed"
+            )
+
+
+def _diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Names of a diffusers config.json that FluxParams knows under other ones."""
+    names = {"axes_dims_rope": "axes_dim", "num_attention_heads": "num_heads"}
+    return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+
+
+def _infer_flux(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Hyper-parameters from shapes; head size h gives the rotary axes (h/8, 7h/16, 7h/16)."""
+
+    def size(key: str, dim: int) -> int:
+        if key not in shapes or shapes[key].ndim <= dim:
+            raise CheckpointError(f"{path} does not fit Flux: {key} is missing or has too few dimensions")
+        return shapes[key].shape[dim]
+
+    hidden = size("img_in.weight", 0)
+    head_dim = size("double_blocks.0.img_attn.norm.query_norm.scale", 0)
+    inferred: dict[str, Any] = {
+        "in_channels": size("img_in.weight", 1),
+        "vec_in_dim": size("vector_in.in_layer.weight", 1),
+        "context_in_dim": size("txt_in.weight", 1),
+        "hidden_size": hidden,
+        "mlp_ratio": size("double_blocks.0.img_mlp.0.weight", 0) / hidden,
+        "num_heads": hidden // head_dim,
+        "depth": count_blocks(shapes, "double_blocks."),
+        "depth_single_blocks": count_blocks(shapes, "single_blocks."),
+        "qkv_bias": "double_blocks.0.img_attn.qkv.bias" in shapes,
+        "guidance_embed": any(key.startswith("guidance_in.") for key in shapes),
+        "time_embed_dim": size("time_in.in_layer.weight", 1),
+    }
+    if "axes_dim" not in given:
+        if head_dim % 32:
+            raise CheckpointError(
+                f"{path}: the head size is {head_dim}, no multiple of 32, so the rotary axes are not known;"
+                " give axes_dim as an argument or under model_config in the file's metadata"
+            )
+        inferred["axes_dim"] = (head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16)
+    return inferred
+
+
+class CheckpointState(NamedTuple):
+    """The answer of `analyze_checkpoint_state`, in the order in which other code unpacks it."""
+
+    is_diffusers: bool
+    is_schnell: bool
+    num_blocks: tuple[int, int]
+    paths: list[str]
+
+
+def analyze_checkpoint_state(ckpt_path: str | os.PathLike) -> CheckpointState:
+    """Layout, kind, (double, single) block counts and files of a denoiser checkpoint, read from headers."""
+    info = inspect_flow_model(ckpt_path)
+    blocks = (info.params.depth, info.params.depth_single_blocks)
+    return CheckpointState(info.is_diffusers, info.is_schnell, blocks, list(info.source.files))
+
+
+def load_flow_model(
+    path: str | os.PathLike,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> Flux:
+    """Load a FLUX.1 denoiser: single file in either layout, one of a split set, or a diffusers folder.
+
+    `dtype` float8_e4m3fn keeps the weights of linear layers in 8 bits and the rest in bfloat16; None keeps the file's own
+    types. `config` overrides hyper-parameters. `model.params.guidance_embed` tells dev from schnell. CheckpointError when
+    the file does not fit.
+    """
+    info = inspect_flow_model(path, config)
+    _check_fp8(info, dtype)
+    logger.info(
+        "loading FLUX.1 %s from %s (%s layout, %d double and %d single blocks)",
+        "schnell" if info.is_schnell else "dev", path, "diffusers" if info.is_diffusers else "original",
+        info.params.depth, info.params.depth_single_blocks,
+    )  # fmt: skip
+    keys = [key for key in info.source.shapes if key.startswith(info.prefix)]
+    if not info.prefix:
+        keys = [key for key in keys if not key.startswith(_OTHER_PARTS)]
+    wide = torch.bfloat16 if dtype is None or dtype == FP8_STORAGE else dtype
+    state = undo_scaling(strip_prefix(info.source.tensors(device, disable_mmap, keys), info.prefix), wide)
+    if info.is_diffusers:
+        state = convert_diffusers_sd_to_bfl(state)
+    model = build_on_meta(lambda: Flux(info.params))
+    check_state(model, state, os.fspath(path))
+    stay_in_fp8 = dtype == FP8_STORAGE or dtype is None
+    for key in list(state):
+        tensor = state[key]
+        is_matrix = key.endswith(".weight")  # every such tensor of this model belongs to a linear layer
+        if stay_in_fp8 and is_matrix and (dtype is not None or tensor.dtype in FP8_DTYPES):
+            state[key] = cast_floats(tensor, dtype)
+        else:
+            state[key] = cast_floats(tensor, wide if dtype is not None or tensor.dtype in FP8_DTYPES else None)
+    assign_state(model, state)
+    if stay_in_fp8:
+        store_linears_in_fp8(model)
+    return model
+
+
+def _check_fp8(info: FlowModelInfo, dtype: torch.dtype | None) -> None:
+    other = sorted(str(kind).removeprefix("torch.") for kind in info.dtypes & set(FP8_DTYPES) - {FP8_STORAGE})
+    if dtype == FP8_STORAGE and other:
+        raise CheckpointError(f"{info.source.path} stores weights as {', '.join(other)}; 8-bit storage needs float8_e4m3fn or a wider file")
+
+
+def save_flow_model(
+    model: Flux, path: str | os.PathLike, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a denoiser in the original layout. Hyper-parameters that its shapes do not tell go into `model_config`."""
+    state = {key: cast_floats(tensor, dtype) for key, tensor in model.state_dict().items()}
+    save_file_atomic(state, path, {**(metadata or {}), **model_config_metadata(model)})
+
+
+def model_config_metadata(model: Flux | AutoEncoder) -> dict[str, str]:
+    """{"model_config": JSON} for a model whose hyper-parameters do not follow from its shapes, else nothing."""
+    state = model.state_dict()
+    try:
+        infer = _infer_flux if isinstance(model, Flux) else _infer_autoencoder
+        params = build_params(type(model.params), infer(state, {}, ""), {}, "")
+    except CheckpointError:
+        params = None
+    return {} if params == model.params else {"model_config": json.dumps(asdict(model.params), sort_keys=True)}
+
+
+@dataclass(frozen=True)
+class AutoEncoderInfo:
+    """What the headers of an autoencoder checkpoint tell."""
+
+    source: CheckpointFiles
+    prefix: str
+    is_diffusers: bool
+    params: AutoEncoderParams
+
+
+def inspect_ae(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:
+    """Recognise a 16-channel autoencoder from headers alone; `config` overrides by the names of AutoEncoderParams."""
+    source = open_checkpoint(path, "vae")
+    prefix = find_prefix(source.shapes, AE_PREFIXES, AE_ROOTS, source.path, "autoencoder")
+    stripped = strip_prefix(source.shapes, prefix)
+    is_diffusers = is_diffusers_autoencoder(stripped)
+    shapes = convert_diffusers_vae_to_ldm(stripped) if is_diffusers else stripped
+    if "encoder.down.0.block.0.norm1.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
+        some = ", ".join(list(shapes)[:3]) or "no tensors"
+        raise CheckpointError(f"{source.path} holds no FLUX.1 autoencoder (encoder.down.* is not there; it begins with {some})")
+    if "quant_conv.weight" in shapes:
+        channels = shapes["decoder.conv_in.weight"].shape[1]
+        raise CheckpointError(
+            f"{source.path} is the autoencoder of SD1, SD2 or SDXL (quant_conv, {channels} latent channels);"
+            " FLUX.1 needs its own, ae.safetensors"
+        )
+    names = {"norm_num_groups": "norm_groups", "scaling_factor": "scaling_factor", "shift_factor": "shift_factor"}
+    from_folder = {ours: source.config[theirs] for theirs, ours in names.items() if source.config.get(theirs) is not None}
+    given = {**from_folder, **source.model_config, **(config or {})}
+    params = build_params(AutoEncoderParams, _infer_autoencoder(shapes, given, source.path), given, source.path)
+    return AutoEncoderInfo(source, prefix, is_diffusers, params)
+
+
+def _infer_autoencoder(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
+    try:
+        ch = shapes["encoder.conv_in.weight"].shape[0]
+        levels = count_blocks(shapes, "encoder.down.")
+        widths = [shapes[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
+        inferred = {
+            "in_channels": shapes["encoder.conv_in.weight"].shape[1],
+            "out_ch": shapes["decoder.conv_out.weight"].shape[0],
+            "z_channels": shapes["decoder.conv_in.weight"].shape[1],
+        }
+    except KeyError as error:
+        raise CheckpointError(f"{path} does not fit AutoEncoder: {error.args[0]} is missing") from error
+    if any(width % ch for width in widths):
+        raise CheckpointError(f"{path}: the level widths {widths} are no multiples of the first one, {ch}")
+    return {
+        **inferred,
+        "ch": ch,
+        "ch_mult": tuple(width // ch for width in widths),
+        "num_res_blocks": count_blocks(shapes, "encoder.down.0.block."),
+    }
+
+
+def load_ae(
+    path: str | os.PathLike,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> AutoEncoder:
+    """Load the autoencoder of FLUX.1: a file in the original or the diffusers layout, alone or inside a larger file, or
+    a diffusers folder. CheckpointError when the file does not fit."""
+    info = inspect_ae(path, config)
+    keys = [key for key in info.source.shapes if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in AE_ROOTS]
+    state = strip_prefix(info.source.tensors(device, disable_mmap, keys), info.prefix)
+    state = attention_as_convolution(convert_diffusers_vae_to_ldm(state) if info.is_diffusers else state)
+    model = build_on_meta(lambda: AutoEncoder(info.params))
+    check_state(model, state, os.fspath(path))
+    assign_state(model, {key: cast_floats(tensor, dtype).contiguous() for key, tensor in state.items()})
+    return model
+
+
+def get_t5xxl_actual_dtype(t5xxl: torch.nn.Module) -> torch.dtype:
+    """The type in which the T5 encoder computes: that of its projections (embeddings and norms may be wider)."""
+    return t5xxl.encoder.block[0].layer[0].SelfAttention.q.weight.dtype
+
+
+def prepare_img_ids(batch_size: int, packed_latent_height: int, packed_latent_width: int) -> Tensor:
+    """Position ids (0, row, column) of packed tokens, [B, height * width, 3] float32."""
+    rows, columns = torch.meshgrid(
+        torch.arange(packed_latent_height, dtype=torch.float32), torch.arange(packed_latent_width, dtype=torch.float32), indexing="ij"
+    )
+    ids = torch.stack((torch.zeros_like(rows), rows, columns), dim=-1)
+    return ids.flatten(0, 1).expand(batch_size, -1, -1).clone()
+
+
+def pack_latents(latents: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, (H/2)(W/2), 4C]; inside a token the order is channel, row, column."""
+    return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
+
+
+def unpack_latents(packed: Tensor, packed_latent_height: int, packed_latent_width: int) -> Tensor:
+    """[B, height * width, 4C] -> [B, C, 2 * height, 2 * width]; the inverse of `pack_latents`."""
+    return rearrange(
+        packed, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=packed_latent_height, w=packed_latent_width, ph=2, pw=2
+    )

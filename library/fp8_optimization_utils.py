@@ -1,0 +1,34 @@
+"""Linear layers whose weights are stored in 8 bits and widened for every product."""
+
+from __future__ import annotations
+
+import types
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.safetensors_utils import FP8_DTYPES
+
+FP8_STORAGE = torch.float8_e4m3fn
+
+
+def _forward_widening(self: nn.Linear, x: Tensor) -> Tensor:
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    bias = None if self.bias is None else self.bias.to(dtype)
+    return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+
+
+def store_linears_in_fp8(model: nn.Module) -> int:
+    """Let every linear layer whose weight is stored in 8 bits compute in the type of its input; returns their number.
+
+    The layers stay nn.Linear, so that adapters find them, and the forward is replaced on the layer itself, so that an
+    adapter that wraps the layer's forward wraps this one.
+    """
+    count = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.dtype in FP8_DTYPES:
+            module.forward = types.MethodType(_forward_widening, module)
+            count += 1
+    return count

@@ -1,0 +1,205 @@
+"""What every loader of a model does: find the files, strip prefixes, undo quantisation, build on the meta device, assign."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import CheckpointError
+from library.safetensors_utils import FP8_DTYPES, get_split_weight_filenames, iterate_tensors, load_pickled_tensors, read_header
+
+logger = logging.getLogger(__name__)
+P = TypeVar("P")
+
+_SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
+_BLOB_NAMES = {"spiece_model", "tokenizer", "tekken_model", "scaled_fp8"}
+_BLOB_SUFFIXES = (".scale_input", ".input_scale", ".comfy_quant", ".scaled_fp8", ".spiece_model", *_SCALE_SUFFIXES)
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The files of one model part. `shapes`: every tensor without data; `config`: what a config.json beside them says;
+    `model_config`: hyper-parameters that the file itself carries in its metadata."""
+
+    path: str
+    files: tuple[str, ...]
+    shapes: dict[str, Tensor]
+    config: dict[str, Any]
+    model_config: dict[str, Any]
+
+    def tensors(self, device: torch.device | str, disable_mmap: bool, keys: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors."""
+        wanted = set(keys)
+        found = {}
+        for file in self.files:
+            names = [key for key in _keys_of(file) if key in wanted]
+            found.update(iterate_tensors(file, device, disable_mmap, names))
+        return found
+
+
+def open_checkpoint(path: str | os.PathLike, subfolder: str | None = None) -> CheckpointFiles:
+    """Headers of a model part: a file, one file of a split set, or a folder in the layout of diffusers / transformers.
+
+    A folder may be the whole model (then `subfolder` is looked into) or the part itself. CheckpointError otherwise.
+    """
+    files, config = _find_files(Path(path), subfolder)
+    shapes: dict[str, Tensor] = {}
+    model_config: dict[str, Any] = {}
+    for file in files:
+        if file.endswith(".safetensors") or not file.endswith((".pt", ".pth", ".bin", ".ckpt")):
+            infos, metadata = read_header(file)
+            shapes.update((key, info.as_meta()) for key, info in infos.items())
+            model_config.update(_parse_model_config(file, metadata))
+        else:
+            shapes.update((key, tensor.to("meta")) for key, tensor in load_pickled_tensors(file).items())
+    return CheckpointFiles(os.fspath(path), tuple(files), shapes, config, model_config)
+
+
+def _keys_of(file: str) -> list[str]:
+    if file.endswith((".pt", ".pth", ".bin", ".ckpt")):
+        return list(load_pickled_tensors(file))
+    return list(read_header(file)[0])
+
+
+def _parse_model_config(file: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if "model_config" not in metadata:
+        return {}
+    try:
+        config = json.loads(metadata["model_config"])
+    except ValueError as error:
+        raise CheckpointError(f"{file}: the metadata entry model_config is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: the metadata entry model_config is {type(config).__name__}; a JSON object is needed")
+    return config
+
+
+def _find_files(path: Path, subfolder: str | None) -> tuple[list[str], dict[str, Any]]:
+    if not path.is_dir():
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist")
+        return get_split_weight_filenames(path) or [str(path)], {}
+    folder = path / subfolder if subfolder and (path / subfolder).is_dir() else path
+    config = json.loads((folder / "config.json").read_text("utf-8")) if (folder / "config.json").exists() else {}
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise CheckpointError(f"{folder}: {index.name} lists files that are missing: {', '.join(missing)}")
+        return [str(folder / name) for name in names], config
+    for stem in ("diffusion_pytorch_model", "model"):
+        for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{stem}.bf16.safetensors"):
+            if (folder / name).exists():
+                return [str(folder / name)], config
+    for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [str(folder / name)], config
+    looked = f"{folder} (no {subfolder} sub-folder)" if subfolder and folder == path else str(folder)
+    raise CheckpointError(f"{looked} holds no model: expected diffusion_pytorch_model.safetensors or model.safetensors in it")
+
+
+def find_prefix(keys: Iterable[str], prefixes: Sequence[str], roots: Sequence[str], path: str, what: str) -> str:
+    """The prefix that every key of this part carries; "" for none.
+
+    `roots` are the first words of the part's own keys; a key belongs to the part when it starts with one of them after
+    the longest fitting prefix is taken away. CheckpointError when such keys carry different prefixes.
+    """
+    ordered = sorted(prefixes, key=len, reverse=True)
+    found: dict[str, str] = {}
+    for key in keys:
+        prefix = next((p for p in ordered if key.startswith(p) and key[len(p) :].split(".")[0] in roots), None)
+        if prefix is None and key.split(".")[0] in roots:
+            prefix = ""
+        if prefix is not None:
+            found.setdefault(prefix, key)
+    if len(found) > 1:
+        raise CheckpointError(f"{path}: keys of the {what} carry different prefixes: {', '.join(found.values())}")
+    return next(iter(found), "")
+
+
+def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries under `prefix`, without it."""
+    return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def is_blob(key: str) -> bool:
+    """Entries that are no weights: tokenizers inside the file, marks and scales of quantised files."""
+    return key in _BLOB_NAMES or key.endswith(_BLOB_SUFFIXES)
+
+
+def undo_scaling(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Multiply scaled 8-bit weights by the scales stored beside them (`X.scale_weight` for `X.weight`) and drop all blobs.
+
+    A scale has one value, one per row [out, 1], or one per block of a row [out, blocks, 1].
+    """
+    weights = {key: tensor for key, tensor in state.items() if not is_blob(key)}
+    for key, scale in state.items():
+        suffix = next((suffix for suffix in _SCALE_SUFFIXES if key.endswith(suffix)), None)
+        name = key[: -len(suffix)] + ".weight" if suffix else None
+        if name in weights and weights[name].dtype in FP8_DTYPES:
+            weights[name] = _times_scale(weights[name].float(), scale.float()).to(dtype)
+    return weights
+
+
+def _times_scale(weight: Tensor, scale: Tensor) -> Tensor:
+    if scale.numel() == 1:
+        return weight * scale.reshape(())
+    if scale.ndim == 3:  # [out, blocks, 1]
+        return (weight.unflatten(1, (scale.shape[1], -1)) * scale).flatten(1)
+    return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def build_params(params_class: Callable[..., P], inferred: Mapping[str, Any], given: Mapping[str, Any], path: str) -> P:
+    """The hyper-parameter record: what shapes tell, overridden by what the file or the caller gives.
+
+    Names that the record does not have are left aside (a `model_config` may describe more than one class). CheckpointError
+    when values do not go together; its message names the argument.
+    """
+    known = {field.name for field in fields(params_class)}
+    overrides = {key: value for key, value in given.items() if key in known}
+    try:
+        return params_class(**{**inferred, **overrides})
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: {error}. Shapes alone do not tell; give it as an argument or under model_config in the file's metadata"
+        ) from error
+
+
+def build_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
+    """Construct a module without allocating its weights."""
+    with torch.device("meta"):
+        return factory()
+
+
+def check_state(model: nn.Module, state: Mapping[str, Tensor], path: str, tolerated: Callable[[str], bool] = lambda key: False) -> None:
+    """CheckpointError unless `state` has exactly the model's keys with the model's shapes (`tolerated` extra keys aside)."""
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in state]
+    extra = [key for key in state if key not in expected and not tolerated(key)]
+    wrong = [
+        f"{key} is {list(state[key].shape)}, needed {list(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    problems = [
+        f"{len(names)} {text}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+        for names, text in ((missing, "keys are missing"), (extra, "keys are unknown"), (wrong, "shapes do not fit"))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: " + "; ".join(problems))
+
+
+def assign_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Make the tensors of `state` the model's own; every key of the model must be there."""
+    names = model.state_dict().keys()
+    model.load_state_dict({key: state[key] for key in names}, strict=True, assign=True)
+    model.requires_grad_(False)
+    model.eval()

@@ -1,0 +1,260 @@
+"""Reading and writing checkpoint files: headers without tensors, tensors one at a time, files that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.atomic_file import atomic_path
+from library.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+FP8_DTYPES = tuple(
+    getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz") if hasattr(torch, name)
+)
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
+_PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Entry of a header. `start` and `end` are byte positions after the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def as_meta(self) -> Tensor:
+        """A tensor of this shape and type without data."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Names with shapes, and the metadata, of a safetensors file; no tensor is read.
+
+    CheckpointError when the file is missing, empty, truncated or something else; the message says what it looks like.
+    """
+    infos, metadata, _ = _read_header(path)
+    return infos, metadata
+
+
+def _read_header(path: str | os.PathLike) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
+    if os.path.isdir(path):
+        raise CheckpointError(f"{path} is a folder; a safetensors file is needed here")
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(64)
+            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+            if not 2 <= length <= _MAX_HEADER_BYTES or start[8:9] != b"{":
+                raise CheckpointError(f"{path} is not a safetensors file: {_looks_like(start, size)}")
+            file.seek(8)
+            text = file.read(length)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if len(text) < length:
+        raise CheckpointError(f"{path} is truncated: {size} bytes, less than its header of {length} bytes; fetch it again")
+    return *_parse_header(path, text, size - 8 - length), 8 + length
+
+
+def _parse_header(path: str | os.PathLike, text: bytes, data_bytes: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    try:
+        header = json.loads(text)
+        metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
+        infos = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in _DTYPES:
+                raise CheckpointError(f"{path} stores '{name}' as {entry['dtype']}, which cannot be read here")
+            infos[name] = TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: its header is damaged ({error})") from error
+    needed = max((info.end for info in infos.values()), default=0)
+    if needed > data_bytes:
+        raise CheckpointError(f"{path} is truncated: {data_bytes} of {needed} bytes of tensors are there; fetch it again")
+    return infos, metadata
+
+
+def _looks_like(start: bytes, size: int) -> str:
+    """What a file that is no safetensors file seems to be, by its first bytes."""
+    text = start.lstrip().lower()
+    if size == 0:
+        return "it is empty (0 bytes)"
+    if start.startswith(b"PK\x03\x04") or start[:1] == b"\x80":
+        return "it is a pickle (a PyTorch .pt/.ckpt/.bin file); convert it to safetensors first"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, probably a failed download"
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a git-lfs pointer; fetch the real file with git lfs pull"
+    if start.startswith(b"GGUF"):
+        return "it is a GGUF file, which is for inference only"
+    if start.startswith((b"\x89PNG", b"\xff\xd8\xff")):
+        return "it is an image"
+    return "its first bytes are those of no known model file"
+
+
+class MemoryEfficientSafeOpen:
+    """Reads a safetensors file tensor by tensor with plain reads: no memory map, no second copy of the file in memory."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = path
+        self.infos, self._metadata, self._data_start = _read_header(path)
+        self._file = open(path, "rb")
+
+    def __enter__(self) -> MemoryEfficientSafeOpen:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def keys(self) -> list[str]:
+        return list(self.infos)
+
+    def metadata(self) -> dict[str, str]:
+        return self._metadata
+
+    def get_tensor(self, key: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        info = self.infos[key]
+        if info.end == info.start:
+            return torch.empty(info.shape, dtype=dtype or info.dtype, device=device)
+        buffer = bytearray(info.end - info.start)
+        self._file.seek(self._data_start + info.start)
+        self._file.readinto(buffer)
+        tensor = torch.frombuffer(buffer, dtype=torch.uint8).view(info.dtype).reshape(info.shape)
+        return tensor.to(device=device, dtype=dtype) if device is not None or dtype is not None else tensor
+
+
+def iterate_tensors(
+    path: str | os.PathLike, device: torch.device | str | None = None, disable_mmap: bool = False, keys: Sequence[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a checkpoint file in its order, or of the names in `keys`; pickles are read as weights only."""
+    if str(path).endswith(_PICKLE_SUFFIXES):
+        state = load_pickled_tensors(path)
+        yield from ((key, state[key].to(device)) for key in (state if keys is None else keys))
+    elif disable_mmap:
+        with MemoryEfficientSafeOpen(path) as file:
+            yield from ((key, file.get_tensor(key, device)) for key in (file.keys() if keys is None else keys))
+    else:
+        from safetensors import safe_open
+
+        infos, _ = read_header(path)  # its errors name what is wrong with the file
+        with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
+            yield from ((key, file.get_tensor(key)) for key in (infos if keys is None else keys))
+
+
+def load_pickled_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a PyTorch file; nothing in it is executed. CheckpointError when it holds anything but tensors."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except Exception as error:  # torch raises many kinds, among them pickle.UnpicklingError and RuntimeError
+        raise CheckpointError(f"{path} cannot be read as a file of weights: {error}") from error
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors")
+    return tensors
+
+
+def load_safetensors(
+    path: str | os.PathLike,
+    device: torch.device | str | None = None,
+    disable_mmap: bool = False,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """All tensors of a file; `dtype` casts the floating-point ones."""
+    return {key: cast_floats(tensor, dtype) for key, tensor in iterate_tensors(path, device, disable_mmap)}
+
+
+def cast_floats(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def get_split_weight_filenames(path: str | os.PathLike) -> list[str] | None:
+    """All parts of `name-00001-of-00004.safetensors` when `path` is one of them, else None.
+
+    CheckpointError when a part is missing.
+    """
+    match = re.fullmatch(r"(.*)-(\d+)-of-(\d+)(\.[a-z]+)", os.fspath(path))
+    if match is None:
+        return None
+    stem, digits, count, suffix = match[1], len(match[2]), int(match[3]), match[4]
+    parts = [f"{stem}-{number:0{digits}d}-of-{match[3]}{suffix}" for number in range(1, count + 1)]
+    missing = [part for part in parts if not os.path.exists(part)]
+    if missing:
+        raise CheckpointError(f"{path} is one of {count} parts and these are missing: {', '.join(missing)}")
+    return parts
+
+
+def load_split_weights(
+    path: str | os.PathLike,
+    device: torch.device | str | None = None,
+    disable_mmap: bool = False,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """All tensors of a file, or of all its parts when it is one of a split set."""
+    tensors: dict[str, Tensor] = {}
+    for part in get_split_weight_filenames(path) or [path]:
+        tensors.update(load_safetensors(part, device, disable_mmap, dtype))
+    return tensors
+
+
+def find_key(path: str | os.PathLike, starts_with: str | None = None, ends_with: str | None = None) -> str | None:
+    """The first name in a file with this beginning and this end, or None."""
+    infos, _ = read_header(path)
+    return next((key for key in infos if key.startswith(starts_with or "") and key.endswith(ends_with or "")), None)
+
+
+def save_file_atomic(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file that is either whole or not there; equal content gives equal bytes.
+
+    Tensors are written one at a time, widest type first and then by name, so that every one is aligned. Written to a
+    temporary name beside the target, flushed to the disk, then renamed.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {}
+    if metadata:
+        header["__metadata__"] = {key: str(metadata[key]) for key in sorted(metadata)}
+    position = 0
+    for name in order:
+        tensor = tensors[name]
+        end = position + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for name in order:
+            file.write(_bytes_of(tensors[name]))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def mem_eff_save_file(tensors: Mapping[str, Tensor], filename: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+    """The name by which other code knows `save_file_atomic`."""
+    save_file_atomic(tensors, filename, metadata)

@@ -1,0 +1,217 @@
+"""CLIP-L and T5-XXL text encoders: sizes from shapes, loaded into the classes of transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from library.errors import CheckpointError
+from library.flux_convert import count_blocks
+from library.model_loading import (
+    assign_state,
+    build_on_meta,
+    check_state,
+    find_prefix,
+    open_checkpoint,
+    strip_prefix,
+    undo_scaling,
+)
+from library.safetensors_utils import FP8_DTYPES, cast_floats
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+CLIP_PREFIXES = (
+    "text_encoders.clip_l.transformer.", "text_encoders.clip_l.", "cond_stage_model.transformer.",
+    "conditioner.embedders.0.transformer.", "clip_l.transformer.", "clip_l.", "text_encoder.",
+)  # fmt: skip
+T5_PREFIXES = ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.", "t5xxl.transformer.", "t5xxl.", "text_encoder_2.")
+_CLIP_TOLERATED = ("position_ids", "logit_scale", "visual_projection.weight")
+_HEAD_SIZE = 64
+
+
+def inspect_clip_l(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Hyper-parameters of a CLIP-L file by the names `width, heads, layers, vocab, act, eos, max_len, ff`, from headers."""
+    return _open_clip(path, config)[2]
+
+
+def _open_clip(path: str | os.PathLike, config: Mapping[str, Any] | None) -> tuple[Any, str, dict[str, Any]]:
+    source = open_checkpoint(path, "text_encoder")
+    prefix = find_prefix(source.shapes, CLIP_PREFIXES, ("text_model", "text_projection"), source.path, "CLIP text encoder")
+    shapes = strip_prefix(source.shapes, prefix)
+    tokens, first = "text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.mlp.fc1.weight"
+    if tokens not in shapes or first not in shapes:
+        some = ", ".join(list(shapes)[:3]) or "no tensors"
+        raise CheckpointError(f"{source.path} holds no CLIP text encoder (text_model.* is not there; it begins with {some})")
+    vocab, width = shapes[tokens].shape
+    inferred = {
+        "width": width,
+        "layers": count_blocks(shapes, "text_model.encoder.layers."),
+        "vocab": vocab,
+        "ff": shapes[first].shape[0],
+        "max_len": shapes["text_model.embeddings.position_embedding.weight"].shape[0],
+        "act": "quick_gelu",
+        "eos": vocab - 1,
+        "projection": shapes["text_projection.weight"].shape[0] if "text_projection.weight" in shapes else None,
+    }
+    values = {**inferred, **_folder_clip_config(source.config), **source.model_config, **(config or {})}
+    if "heads" not in values:
+        if width % _HEAD_SIZE:
+            raise CheckpointError(
+                f"{source.path}: the width {width} is no multiple of {_HEAD_SIZE}, so the number of heads is not known;"
+                " give heads as an argument or under model_config in the file's metadata"
+            )
+        values["heads"] = width // _HEAD_SIZE
+    if width % values["heads"]:
+        raise CheckpointError(f"{source.path}: heads is {values['heads']}; it must divide the width {width}")
+    return source, prefix, values
+
+
+def _folder_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"num_attention_heads": "heads", "hidden_act": "act"}
+    values = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    if config.get("eos_token_id") not in (None, 2):  # 2 is a placeholder in old folders, not the id
+        values["eos"] = config["eos_token_id"]
+    return values
+
+
+def load_clip_l(
+    path: str | os.PathLike,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> CLIPTextModelWithProjection:
+    """Load CLIP-L from a file (any known prefix) or a transformers folder. `config` overrides the names of `inspect_clip_l`.
+
+    A file without `text_projection.weight` gets the identity; FLUX.1 does not use it. CheckpointError when the file does
+    not fit.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    source, prefix, values = _open_clip(path, config)
+    model_config = CLIPTextConfig(
+        vocab_size=values["vocab"],
+        hidden_size=values["width"],
+        intermediate_size=values["ff"],
+        projection_dim=values["projection"] or values["width"],
+        num_hidden_layers=values["layers"],
+        num_attention_heads=values["heads"],
+        max_position_embeddings=values["max_len"],
+        hidden_act=values["act"],
+        bos_token_id=max(values["eos"] - 1, 0),
+        eos_token_id=values["eos"],
+        pad_token_id=values["eos"],
+    )
+    wide = dtype or torch.float32
+    keys = [key for key in source.shapes if key.startswith(prefix)]
+    state = undo_scaling(strip_prefix(source.tensors(device, disable_mmap, keys), prefix), wide)
+    state = {key: _cast_up(tensor, dtype) for key, tensor in state.items() if key.startswith(("text_model.", "text_projection."))}
+    if "text_projection.weight" not in state:
+        kind = state["text_model.final_layer_norm.weight"].dtype
+        state["text_projection.weight"] = torch.eye(values["width"], dtype=kind, device=device)
+    model = build_on_meta(lambda: CLIPTextModelWithProjection(model_config))
+    check_state(model, state, source.path, lambda key: key.endswith(_CLIP_TOLERATED))
+    assign_state(model, state)
+    _rebuild_buffers(model, device)
+    return model
+
+
+def _cast_up(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """To `dtype`; without one, 8-bit tensors become bfloat16 and the others stay as they are."""
+    return cast_floats(tensor, dtype or (torch.bfloat16 if tensor.dtype in FP8_DTYPES else None))
+
+
+def _rebuild_buffers(model: torch.nn.Module, device: torch.device | str) -> None:
+    """Buffers that no file holds were built without data; position ids are the only ones of CLIP."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                if name != "position_ids":
+                    raise AssertionError(f"buffer {name} of {type(module).__name__} has no data")
+                module.register_buffer(name, torch.arange(buffer.shape[-1], device=device).expand(buffer.shape), persistent=False)
+
+
+def inspect_t5xxl(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Hyper-parameters of a T5 encoder file by the names `d_model, d_kv, d_ff, num_layers, num_heads, vocab_size, buckets,
+    max_distance, eps`, from headers."""
+    return _open_t5(path, config)[2]
+
+
+def _open_t5(path: str | os.PathLike, config: Mapping[str, Any] | None) -> tuple[Any, str, dict[str, Any]]:
+    source = open_checkpoint(path, "text_encoder_2")
+    prefix = find_prefix(source.shapes, T5_PREFIXES, ("encoder", "shared"), source.path, "T5 encoder")
+    shapes = strip_prefix(source.shapes, prefix)
+    attention = "encoder.block.0.layer.0.SelfAttention."
+    feed_forward = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+    embedding = next((key for key in ("shared.weight", "encoder.embed_tokens.weight") if key in shapes), None)
+    needed = (attention + "q.weight", attention + "relative_attention_bias.weight", feed_forward)
+    if embedding is None or any(key not in shapes for key in needed):
+        some = ", ".join(list(shapes)[:3]) or "no tensors"
+        raise CheckpointError(f"{source.path} holds no T5 v1.1 encoder (shared and encoder.block.* are not there; it begins with {some})")
+    if "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in shapes:
+        raise CheckpointError(f"{source.path} is an umT5 encoder (a position bias in every block); FLUX.1 needs T5 v1.1 XXL")
+    buckets, heads = shapes[attention + "relative_attention_bias.weight"].shape
+    inferred = {
+        "d_model": shapes[embedding].shape[1],
+        "vocab_size": shapes[embedding].shape[0],
+        "num_heads": heads,
+        "d_kv": shapes[attention + "q.weight"].shape[0] // heads,
+        "d_ff": shapes[feed_forward].shape[0],
+        "num_layers": count_blocks(shapes, "encoder.block."),
+        "buckets": buckets,
+        "max_distance": 128,
+        "eps": 1e-6,
+    }
+    folder = {ours: source.config[theirs] for theirs, ours in _T5_FOLDER_NAMES.items() if theirs in source.config}
+    return source, prefix, {**inferred, **folder, **source.model_config, **(config or {})}
+
+
+_T5_FOLDER_NAMES = {"relative_attention_max_distance": "max_distance", "layer_norm_epsilon": "eps"}
+
+
+def load_t5xxl(
+    path: str | os.PathLike,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> T5EncoderModel:
+    """Load the encoder of T5 v1.1 XXL from a file (any known prefix) or a transformers folder; dropout is off.
+
+    8-bit files are widened. `config` overrides the names of `inspect_t5xxl`. CheckpointError when the file does not fit.
+    """
+    from transformers import T5Config, T5EncoderModel
+
+    source, prefix, values = _open_t5(path, config)
+    model_config = T5Config(
+        vocab_size=values["vocab_size"],
+        d_model=values["d_model"],
+        d_kv=values["d_kv"],
+        d_ff=values["d_ff"],
+        num_layers=values["num_layers"],
+        num_heads=values["num_heads"],
+        relative_attention_num_buckets=values["buckets"],
+        relative_attention_max_distance=values["max_distance"],
+        layer_norm_epsilon=values["eps"],
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    keys = [key for key in source.shapes if key.startswith(prefix)]
+    state = undo_scaling(strip_prefix(source.tensors(device, disable_mmap, keys), prefix), dtype or torch.bfloat16)
+    state = {key: _cast_up(tensor, dtype) for key, tensor in state.items() if key.startswith(("encoder.", "shared."))}
+    embedding = state.pop("encoder.embed_tokens.weight", None)
+    state.setdefault("shared.weight", embedding)
+    state["encoder.embed_tokens.weight"] = state["shared.weight"]
+    model = build_on_meta(lambda: T5EncoderModel(model_config))
+    check_state(model, state, source.path)
+    assign_state(model, state)
+    model.encoder.embed_tokens.weight = model.shared.weight  # one parameter under two names
+    _rebuild_buffers(model, device)
+    return model

@@ -1,0 +1,188 @@
+"""Runtime: accelerate, the process group, devices and dtypes behind one small interface."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Iterable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from library.errors import ConfigError, TrainingError
+from library.options import Config
+from library.training.option_groups import DdpOptions, LoopOptions, ModelOptions, PrecisionOptions
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and in which precision a run computes.
+
+    `weight_dtype`: dtype of autocast and of frozen weights; `denoiser_dtype`: dtype in which the denoiser's weights are
+    held (float8_e4m3fn with --fp8_base); `vae_dtype`: float32 with --no_half_vae.
+    """
+
+    accelerator: Any
+    device: torch.device
+    weight_dtype: torch.dtype
+    denoiser_dtype: torch.dtype
+    text_encoder_dtype: torch.dtype
+    vae_dtype: torch.dtype
+    trained_dtype: torch.dtype
+    rank: int
+    num_processes: int
+    seed: int
+    """of every random draw of the run: --seed, or a number that the main process drew"""
+    seed_was_drawn: bool = False
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.rank == 0
+
+    @contextmanager
+    def autocast(self):
+        """Mixed precision around forwards; nothing in full float32."""
+        enabled = self.weight_dtype != torch.float32
+        with torch.autocast(self.device.type, self.weight_dtype) if enabled else nullcontext():
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of this rank's part of the loss; scaled in fp16."""
+        self.accelerator.backward(loss)
+
+    def reduce_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Sum gradients over ranks. The loss was divided by the global sample count, so the sum is the batch's gradient;
+        a rank without samples adds zeros."""
+        if self.num_processes == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad, op=torch.distributed.ReduceOp.SUM)
+
+    def clip_gradients(self, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor | None:
+        """Clip to a global norm; returns the norm before clipping, a tensor on the device."""
+        return self.accelerator.clip_grad_norm_(parameters, max_norm)
+
+    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.num_processes == 1:
+            return tensor
+        total = tensor.detach().clone()
+        torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.SUM)
+        return total
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, on every rank."""
+        if self.num_processes == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def seed_foreign_code(self, seed: int) -> None:
+        """Seed the global generators for code that is not ours (dropout of a third-party network module): a pure function
+        of the step, so that a resumed run draws the same. Our own code never reads them."""
+        torch.manual_seed(seed)
+
+
+def prepare_runtime(config: Config) -> Runtime:
+    """Start accelerate and form the process group; TrainingError when processes that were started do not see each other."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    precision, ddp = config[PrecisionOptions], config[DdpOptions]
+    check_torchvision()
+    has_accelerator = torch.cuda.is_available() or _has("mps") or _has("xpu")
+    handlers: list[Any] = []
+    if ddp.ddp_timeout:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=ddp.ddp_timeout)))
+    if ddp.ddp_gradient_as_bucket_view or ddp.ddp_static_graph:
+        handlers.append(
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=ddp.ddp_gradient_as_bucket_view, static_graph=ddp.ddp_static_graph
+            )
+        )
+    accelerator = Accelerator(
+        # Without cpu=True accelerate on a machine without accelerator forms no group: every process believes to be alone.
+        cpu=not has_accelerator,
+        mixed_precision=precision.mixed_precision,
+        kwargs_handlers=handlers or None,
+    )
+    _check_process_group(accelerator.num_processes)
+    if precision.full_fp16:
+        allow_fp16_gradients(accelerator.scaler)
+    return _runtime_of(accelerator, config)
+
+
+def allow_fp16_gradients(scaler: Any) -> None:
+    """Let the gradient scaler unscale float16 gradients, which torch refuses by default: --full_fp16 trains in float16."""
+    unscale = scaler._unscale_grads_
+    scaler._unscale_grads_ = lambda optimizer, inv_scale, found_inf, _: unscale(optimizer, inv_scale, found_inf, True)
+
+
+def shared_seed(given: int | None, num_processes: int) -> int:
+    """--seed, or a number drawn by the main process and known to all."""
+    if given is not None:
+        return given
+    box = [secrets.randbits(32)]
+    if num_processes > 1:
+        torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _runtime_of(accelerator: Any, config: Config) -> Runtime:
+    precision, given_seed = config[PrecisionOptions], config[LoopOptions].seed
+    weight_dtype = DTYPES[precision.mixed_precision]
+    fp8 = torch.float8_e4m3fn
+    return Runtime(
+        accelerator=accelerator,
+        device=accelerator.device,
+        weight_dtype=weight_dtype,
+        denoiser_dtype=fp8 if precision.fp8_base or precision.fp8_base_unet else weight_dtype,
+        text_encoder_dtype=fp8 if precision.fp8_base and not precision.fp8_base_unet else weight_dtype,
+        vae_dtype=torch.float32 if config[ModelOptions].no_half_vae else weight_dtype,
+        trained_dtype=weight_dtype if precision.full_fp16 or precision.full_bf16 else torch.float32,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        seed=shared_seed(given_seed, accelerator.num_processes),
+        seed_was_drawn=given_seed is None,
+    )
+
+
+def _has(backend: str) -> bool:
+    module = getattr(torch, backend, None) or getattr(torch.backends, backend, None)
+    return bool(module is not None and module.is_available())
+
+
+def _check_process_group(num_processes: int) -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and num_processes != world_size:
+        raise TrainingError(
+            f"{world_size} processes were started (WORLD_SIZE) but only {num_processes} joined the group; start with"
+            " 'accelerate launch --multi_gpu --num_processes N' or 'torchrun --nproc_per_node N'"
+        )
+
+
+def check_torchvision() -> None:
+    """Name a torchvision that does not fit torch: its failing import makes every model class of transformers fail."""
+    import importlib.util
+
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:
+        raise ConfigError(
+            f"the installed torchvision does not fit torch {torch.__version__} ({error}); transformers cannot load a model"
+            " beside it. Remove it with: pip uninstall torchvision  (or install the release that belongs to this torch)"
+        ) from error

@@ -1,0 +1,288 @@
+"""Rules over several option groups, files and installed packages, looked at before anything heavy is loaded.
+
+Each function takes a Config and returns messages; `collect` calls them all, together with the checks of the family and of
+the trainable, so that one start reports every problem.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.dataset import CachingOptions, DatasetOptions
+from library.errors import AtelierError, ConfigError, Problems
+from library.options import Config
+from library.training.option_groups import (
+    HubOptions,
+    LoggingOptions,
+    LoopOptions,
+    MemoryOptions,
+    MetadataOptions,
+    ResumeOptions,
+    SamplingOptions,
+    SavingOptions,
+    ValidationOptions,
+)
+
+if TYPE_CHECKING:
+    from library.training.families.base import ModelFamily
+    from library.training.trainables.base import Trainable
+
+STEMS = {"final": "last", "epoch": "epoch", "step": "at"}
+"""names of files without --output_name"""
+
+
+def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
+    """Every problem of a run that can be seen before models are loaded; empty when it can start."""
+    problems = Problems()
+    for check in CHECKS:
+        for message in check(config):
+            problems.add(message)
+    for message in cached_text_problems(config, family, trainable):
+        problems.add(message)
+    for step in (family.check, lambda: trainable.check(family)):
+        try:
+            step()
+        except ConfigError as error:
+            problems.absorb(error)
+        except AtelierError as error:
+            problems.add(str(error))
+    return problems.messages
+
+
+def raise_problems(config: Config, family: ModelFamily, trainable: Trainable) -> None:
+    """Raise one ConfigError with everything that `collect` finds."""
+    messages = collect(config, family, trainable)
+    if messages:
+        raise ConfigError(messages)
+
+
+def output_problems(config: Config) -> list[str]:
+    """The output folder is given, can be made and written to."""
+    output_dir = config[SavingOptions].output_dir
+    if config[DatasetOptions].debug_dataset:
+        return []
+    if not output_dir:
+        return ["--output_dir is not given; needed: the folder for the trained files"]
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        return [f"--output_dir is {output_dir}; files cannot be written there ({error.strerror or error})"]
+    return []
+
+
+def overwrite_problems(config: Config) -> list[str]:
+    """No file of an earlier run under the same name would be replaced, unless this run goes on with it."""
+    saving, resume = config[SavingOptions], config[ResumeOptions]
+    folder = Path(saving.output_dir or "")
+    if saving.overwrite or resume.resume or not saving.output_dir or not folder.is_dir() or config[DatasetOptions].debug_dataset:
+        return []
+    earlier = sorted(entry.name for entry in os.scandir(folder) if is_output_of(entry.name, saving))
+    if not earlier:
+        return []
+    others = f" and {len(earlier) - 1} more" if len(earlier) > 1 else ""
+    return [
+        f"{folder / earlier[0]}{others} of an earlier run would be replaced; choose another --output_name or --output_dir,"
+        " go on with that run by --resume, or replace its files with --overwrite"
+    ]
+
+
+def is_output_of(name: str, saving: SavingOptions) -> bool:
+    """Whether a run with these options could write a file or folder of this name: final, epoch and step files, states."""
+    extension = f"\\.{saving.save_model_as or 'safetensors'}"
+    stems = {kind: re.escape(saving.output_name or stem) for kind, stem in STEMS.items()}
+    middles = {"final": "", "epoch": r"-\d{6}", "step": r"-step\d{8}"}
+    patterns = [f"{stems[kind]}{middle}({extension}|-state)" for kind, middle in middles.items()]
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def dataset_source_problems(config: Config) -> list[str]:
+    """There is something that says where the images are, and it exists."""
+    data = config[DatasetOptions]
+    if data.dataset_config is not None:
+        return [] if Path(data.dataset_config).is_file() else [f"--dataset_config is {data.dataset_config}; there is no such file"]
+    if data.train_data_dir is None:
+        return ["no images are named; give --dataset_config FILE.toml, or --train_data_dir with a folder of N_name sub-folders"]
+    problems = []
+    for name in ("train_data_dir", "reg_data_dir", "conditioning_data_dir"):
+        folder = getattr(data, name)
+        if folder is not None and not Path(folder).is_dir():
+            problems.append(f"--{name} is {folder}; there is no such folder")
+    if data.in_json is not None and not Path(data.in_json).is_file():
+        problems.append(f"--in_json is {data.in_json}; there is no such file")
+    return problems
+
+
+def cached_latents_problems(config: Config) -> list[str]:
+    """Cached latents cannot change from epoch to epoch. Settings of a --dataset_config are checked where it is read."""
+    data = config[DatasetOptions]
+    if not config[CachingOptions].caches_latents or data.dataset_config is not None:
+        return []
+    return [
+        f"--{name} is set with cached latents, which are the same in every epoch; leave out --{name} or --cache_latents"
+        for name in ("color_aug", "random_crop")
+        if getattr(data, name)
+    ]
+
+
+def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
+    """Cached text encoder outputs go with captions that stay the same and with text encoders that do not learn."""
+    data, caching = config[DatasetOptions], config[CachingOptions]
+    if not caching.caches_text:
+        return []
+    problems = []
+    if data.dataset_config is None:
+        problems += [
+            f"--{name} is {getattr(data, name)} with cached text encoder outputs, for which captions must stay the same;"
+            f" leave out --{name} or --cache_text_encoder_outputs"
+            for name in ("shuffle_caption", "caption_dropout_rate", "token_warmup_step", "caption_tag_dropout_rate")
+            if getattr(data, name)
+        ]
+    training = trainable.trains_text_encoders(family)
+    if training and all(training):
+        problems.append(
+            "text encoders are trained and their outputs cached; add --network_train_unet_only or leave out --cache_text_encoder_outputs"
+        )
+    return problems
+
+
+def sampling_problems(config: Config) -> list[str]:
+    """The prompt file exists and every line of it can be read."""
+    path = config[SamplingOptions].sample_prompts
+    if path is None:
+        return []
+    if not Path(path).is_file():
+        return [f"--sample_prompts is {path}; there is no such file"]
+    from library.training.sampling_prompts import load_prompts
+
+    try:
+        prompts = load_prompts(path)
+    except ConfigError as error:
+        return list(error.problems)
+    return [] if prompts else [f"--sample_prompts is {path}, which holds no prompt"]
+
+
+def resume_problems(config: Config) -> list[str]:
+    """The state to go on with is there and has steps left."""
+    resume, loop = config[ResumeOptions], config[LoopOptions]
+    problems = []
+    if resume.resume_from_huggingface:
+        if (resume.resume or "").count("/") < 2:
+            problems.append(f"--resume is {resume.resume}; with --resume_from_huggingface it is owner/name/path[:revision[:type]]")
+    elif resume.resume:
+        problems += _state_problems(resume, loop)
+    bounded_by_steps = loop.max_train_epochs is None
+    if resume.initial_step is not None and bounded_by_steps and resume.initial_step >= loop.max_train_steps:
+        problems.append(f"--initial_step is {resume.initial_step} with --max_train_steps {loop.max_train_steps}; no step is left to train")
+    if resume.initial_epoch is not None and not bounded_by_steps and resume.initial_epoch > loop.max_train_epochs:
+        problems.append(f"--initial_epoch is {resume.initial_epoch} with --max_train_epochs {loop.max_train_epochs}; no epoch is left to train")
+    return problems
+
+
+def _state_problems(resume: ResumeOptions, loop: LoopOptions) -> list[str]:
+    from library.training.state import OPTIMIZER_FILE, WEIGHTS_FILE, read_train_state
+
+    folder = Path(resume.resume or "")
+    if not folder.is_dir():
+        return [f"--resume is {folder}; there is no such folder"]
+    missing = [name for name in (WEIGHTS_FILE, OPTIMIZER_FILE) if not (folder / name).is_file()]
+    if missing:
+        return [f"--resume is {folder}, in which {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; give a whole state folder (its name ends in -state)"]
+    try:
+        step = read_train_state(folder)["current_step"]
+    except AtelierError as error:
+        return [str(error)]
+    explicit = resume.initial_step is not None or resume.initial_epoch is not None
+    if not explicit and loop.max_train_epochs is None and step >= loop.max_train_steps:
+        return [f"--resume is {folder}, a run after step {step}; --max_train_steps is {loop.max_train_steps}: no step is left, raise it"]
+    return []
+
+
+def logging_problems(config: Config) -> list[str]:
+    """The packages that keep the curves are installed; their settings can be read."""
+    logs = config[LoggingOptions]
+    problems = []
+    if logs.log_with in ("tensorboard", "all") or (logs.log_with is None and logs.logging_dir):
+        problems += _package_problems("tensorboard", "--logging_dir" if logs.log_with is None else f"--log_with {logs.log_with}", "tensorboard")
+    if logs.log_with in ("wandb", "all"):
+        problems += _package_problems("wandb", f"--log_with {logs.log_with}", "atelier[wandb]")
+    if logs.log_tracker_config is not None:
+        problems += _toml_problems("log_tracker_config", logs.log_tracker_config)
+    return problems
+
+
+def _package_problems(package: str, wanted_by: str, install: str) -> list[str]:
+    if importlib.util.find_spec(package) is not None:
+        return []
+    return [f"{wanted_by} needs the package {package}, which is not installed; install it with: pip install '{install}'"]
+
+
+def _toml_problems(name: str, path: str) -> list[str]:
+    import toml
+
+    try:
+        toml.load(path)
+    except FileNotFoundError:
+        return [f"--{name} is {path}; there is no such file"]
+    except (OSError, toml.TomlDecodeError, UnicodeDecodeError) as error:
+        return [f"--{name} is {path}, which is not a readable TOML file: {error}"]
+    return []
+
+
+def hub_problems(config: Config) -> list[str]:
+    repository = config[HubOptions].huggingface_repo_id
+    if repository is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        return [f"--huggingface_repo_id is {repository}; needed: owner/name"]
+    return []
+
+
+def compile_problems(config: Config) -> list[str]:
+    """The backend of --torch_compile is one that this torch knows."""
+    memory = config[MemoryOptions]
+    if not memory.torch_compile:
+        return []
+    from library.training.compilation import unknown_backend
+
+    return unknown_backend(memory.dynamo_backend)
+
+
+CHECKS: tuple[Callable[[Config], list[str]], ...] = (
+    dataset_source_problems, output_problems, overwrite_problems, cached_latents_problems, sampling_problems,
+    resume_problems, logging_problems, hub_problems, compile_problems,
+)
+
+
+def warnings(config: Config) -> list[str]:
+    """Options that are set and change nothing in this run, or something else than one may think."""
+    saving, sampling, loop, data = config[SavingOptions], config[SamplingOptions], config[LoopOptions], config[DatasetOptions]
+    lines = []
+    for unit in ("epochs", "steps"):
+        every = getattr(saving, f"save_every_n_{unit}") or (unit == "epochs" and saving.save_n_epoch_ratio)
+        for name in (f"save_last_n_{unit}", f"save_last_n_{unit}_state"):
+            if getattr(saving, name) is not None and not every:
+                lines.append(f"--{name} has no effect without --save_every_n_{unit}")
+    if saving.save_every_n_epochs and saving.save_n_epoch_ratio:
+        lines.append("--save_n_epoch_ratio replaces --save_every_n_epochs")
+    if saving.save_precision is None and saving.output_dir:
+        lines.append("--save_precision is not given: weights are saved in the format they are trained in (float32 unless --full_bf16 or --full_fp16)")
+    if sampling.sample_every_n_epochs and sampling.sample_every_n_steps:
+        lines.append("--sample_every_n_epochs replaces --sample_every_n_steps")
+    if sampling.sample_prompts and not (sampling.sample_every_n_epochs or sampling.sample_every_n_steps or sampling.sample_at_first):
+        lines.append("--sample_prompts has no effect without --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first")
+    if loop.persistent_data_loader_workers and loop.max_data_loader_n_workers == 0:
+        lines.append("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
+    if loop.max_train_epochs is not None and "max_train_steps" in config.explicit:
+        lines.append("--max_train_epochs replaces --max_train_steps")
+    asked = [name for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps") if getattr(config[ValidationOptions], name)]
+    if asked and data.dataset_config is None and not data.validation_split:
+        lines.append(f"--{asked[0]} has no effect without --validation_split")
+    if saving.save_model_as in ("ckpt", "pt") and not config[MetadataOptions].no_metadata:
+        lines.append(f"--save_model_as {saving.save_model_as} holds no metadata; safetensors does")
+    return lines

@@ -1,0 +1,92 @@
+"""What an entry script calls: build_parser() and main(), with the names of a family and of a trainable."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from library.errors import AtelierError
+from library.family_table import family_entry
+from library.registry import import_target
+from library.training import parser_common
+from library.training.config_file import write_config_file
+from library.training.option_groups import ConfigFileOptions, ConsoleOptions
+
+logger = logging.getLogger("atelier")
+
+INTERRUPTED = 130
+"""exit status after Ctrl-C, as shells use it"""
+
+
+def build_parser(family: str, trainable: str) -> argparse.ArgumentParser:
+    """A parser as scripts and plug-ins expect it: its namespace holds every option, with its default when not given."""
+    parser = parser_common.build_parser(family, trainable)
+    parser.set_defaults(**parser_common.script(family, trainable).all_defaults())
+    return parser
+
+
+def main(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
+    """Read the options, set up the log, train. Ends the process with the exit code of an error, one message and,
+    except under --console_log_level DEBUG, no traceback."""
+    try:
+        run(family, trainable, argv)
+    except AtelierError as error:
+        sys.exit(report(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def run(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
+    """`main` without the handling of errors."""
+    parsed = parser_common.parse_command(argv, family, trainable)
+    config = parsed.config
+    set_up_logging(config[ConsoleOptions])
+    for note in parsed.notes:
+        logger.log(note.level, note.text)
+    file_options = config[ConfigFileOptions]
+    if file_options.output_config:
+        defaults = parser_common.script(family, trainable).defaults
+        path = write_config_file(file_options.config_file, config, defaults)
+        logger.info("wrote %s; train with --config_file %s", path, path)
+        return
+    from library.training.trainer_base import Trainer
+
+    family_class = import_target(family_entry(family).family)
+    trainable_class = import_target(parser_common.TRAINABLES[trainable].trainable)
+    Trainer(config, family_class(config), trainable_class(config)).run()
+
+
+def report(error: AtelierError) -> int:
+    """Show an error, with its traceback when the log level is DEBUG; returns the exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        logging.getLogger().debug("the way to this error", exc_info=error)
+    return error.exit_code
+
+
+def set_up_logging(options: ConsoleOptions) -> None:
+    """Handlers of the root logger, once per process: the console (stderr) or a file. Of several processes only the
+    first tells what is going on; the others show warnings, marked with their number."""
+    level = getattr(logging, options.console_log_level or "INFO")
+    rank = int(os.environ.get("RANK", "0") or 0)
+    text = "%(message)s" if options.console_log_simple else "%(asctime)s %(levelname)s %(message)s"
+    if rank > 0:
+        level, text = max(level, logging.WARNING), f"[process {rank}] {text}"
+    if options.console_log_file:
+        name = options.console_log_file if rank == 0 else f"{options.console_log_file}.{rank}"
+        handler: logging.Handler = logging.FileHandler(name, mode="w", encoding="utf-8")
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(text, "%H:%M:%S"))
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        if getattr(old, "set_by_atelier", False):
+            root.removeHandler(old)
+            old.close()
+    handler.set_by_atelier = True  # type: ignore[attr-defined]
+    root.addHandler(handler)
+    root.setLevel(level)

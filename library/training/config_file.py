@@ -1,0 +1,142 @@
+"""Configuration files: reading, turning values into what the options want, writing."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from library.errors import ConfigError, did_you_mean
+from library.options import (
+    Config,
+    allows_none,
+    converter_of,
+    is_bool_option,
+    option_fields,
+    parse_bool,
+    value_type,
+)
+
+NEVER_IN_FILE = frozenset({"config_file", "output_config"})
+
+
+def config_path(name: str) -> Path:
+    """The file that --config_file means; `.toml` may be left out."""
+    return Path(name if name.endswith(".toml") else f"{name}.toml")
+
+
+def read_config_file(name: str) -> dict[str, Any]:
+    """Keys and values of a TOML file, as written there. One level of tables is flattened, their names mean nothing.
+
+    Raises ConfigError when the file is missing or is not TOML, and for tables inside tables.
+    """
+    import toml
+
+    path = config_path(name)
+    if not path.is_file():
+        raise ConfigError(f"--config_file is {name}; there is no file {path}")
+    try:
+        content = toml.loads(path.read_text(encoding="utf-8-sig"))
+    except (toml.TomlDecodeError, UnicodeDecodeError, IndexError, TypeError) as error:
+        raise ConfigError(f"{path} is not a readable TOML file: {error}") from error
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        values.update(value if isinstance(value, dict) else {key: value})
+    nested = [key for key, value in values.items() if isinstance(value, dict)]
+    if nested:
+        raise ConfigError(
+            [f"{path}: {key} is a table inside a table; options are written as key = value"
+             f" (a dataset configuration belongs to --dataset_config)" for key in nested]
+        )
+    return values
+
+
+def convert_value(options_class: type, name: str, value: Any) -> Any:
+    """`value`, a text from the command line or anything that TOML can hold, as the option's type.
+
+    Raises ValueError with what is needed, ArgumentTypeError with a whole sentence (an option's own converter).
+    """
+    _, spec = option_fields(options_class)[name]
+    if (value in ("", []) or value is None) and allows_none(options_class, name):
+        return None
+    if is_bool_option(options_class, name):
+        if not isinstance(value, (bool, str)) and value not in (0, 1):
+            raise ValueError("true or false")
+        return _converted(parse_bool, str(value), "true or false")
+    if spec.nargs is not None and spec.nargs != "?":
+        items = value if isinstance(value, (list, tuple)) else shlex.split(value) if isinstance(value, str) else [value]
+        return [_convert_one(options_class, name, item) for item in items]
+    if isinstance(value, (list, tuple)):
+        if not all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in value):
+            raise ValueError(f"one {_kind_of(options_class, name)}, not a list")
+        value = ",".join(str(item) for item in value)
+    return _convert_one(options_class, name, value)
+
+
+def _convert_one(options_class: type, name: str, value: Any) -> Any:
+    _, spec = option_fields(options_class)[name]
+    needed = _kind_of(options_class, name)
+    if isinstance(value, bool) or isinstance(value, (dict, list)):
+        raise ValueError(needed)
+    if isinstance(value, float) and value_type(options_class, name) is int and value.is_integer():
+        value = int(value)
+    text = value if isinstance(value, str) else str(value)
+    result = spec.convert(text) if spec.convert is not None else _converted(converter_of(options_class, name), text, needed)
+    if spec.choices is not None and result not in spec.choices:
+        known = [str(choice) for choice in spec.choices if choice is not None]
+        raise ValueError(f"one of {', '.join(known)}{did_you_mean(str(result), known)}")
+    return result
+
+
+def _converted(convert: Any, text: str, needed: str) -> Any:
+    try:
+        return convert(text)
+    except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
+        raise ValueError(needed) from error
+
+
+def _kind_of(options_class: type, name: str) -> str:
+    kind = value_type(options_class, name)
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "a text")
+
+
+def write_config_file(name: str, config: Config, defaults: Mapping[str, Any]) -> Path:
+    """Write the options that differ from their defaults, one table per group; secrets are left out.
+
+    Raises ConfigError when the file exists.
+    """
+    import toml
+
+    path = config_path(name)
+    if path.exists():
+        raise ConfigError(f"--output_config would replace {path}; name another file with --config_file or remove it")
+    tables = {}
+    for options_class in config.classes():
+        fields = option_fields(options_class)
+        table = {
+            key: _as_toml(getattr(config[options_class], key))
+            for key, (field, spec) in fields.items()
+            if key not in NEVER_IN_FILE and not spec.secret
+            and getattr(config[options_class], key) != defaults.get(key, field.default)
+        }
+        if table:
+            tables[options_class.__name__.removesuffix("Options").lower()] = table
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(toml.dumps(tables))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    return path
+
+
+def _as_toml(value: Any) -> Any:
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple)):
+        return [_as_toml(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

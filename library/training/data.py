@@ -1,0 +1,115 @@
+"""Batches of a run: the epoch plan cut for this rank, loaded in order, from any point of an epoch on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from library.dataset.batch import Batch
+from library.dataset.plan import BatchRequest, GlobalBatch, requests_of_epoch
+
+
+class RequestSampler:
+    """The requests that the loader hands to its workers; exchanged before each epoch."""
+
+    def __init__(self) -> None:
+        self.requests: Sequence[BatchRequest] = ()
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        return iter(self.requests)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+
+class RequestDataset(torch.utils.data.Dataset):
+    """A dataset whose index is a request; a pure function of it, so any worker may serve any request."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __getitem__(self, request: BatchRequest) -> Batch:
+        return self.group.load(request)
+
+
+class BatchLoader:
+    """Loads requests in their order with worker processes."""
+
+    def __init__(self, group: Any, *, num_workers: int, persistent: bool, pin_memory: bool) -> None:
+        self.sampler = RequestSampler()
+        self.loader = torch.utils.data.DataLoader(
+            RequestDataset(group),
+            batch_size=None,
+            sampler=self.sampler,
+            num_workers=num_workers,
+            persistent_workers=persistent and num_workers > 0,
+            pin_memory=pin_memory,
+            # the loader's own draw for worker seeds must not touch the global generator
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def load(self, requests: Sequence[BatchRequest]) -> Iterator[Batch]:
+        self.sampler.requests = requests
+        yield from self.loader
+
+
+class TrainingData:
+    """Training and validation batches of one rank.
+
+    The plan of an epoch depends on (seed, epoch) and the number of processes only; `batches` starts at any micro-batch, so
+    that a resumed run sees the rest of its epoch.
+    """
+
+    def __init__(
+        self, train: Any, validation: Any | None, *, seed: int, accumulation: int, rank: int, num_processes: int,
+        num_workers: int = 0, persistent_workers: bool = False, pin_memory: bool = False,
+    ) -> None:
+        self.train, self.validation = train, validation
+        self.seed, self.accumulation = seed, accumulation
+        self.rank, self.num_processes = rank, num_processes
+        how = {"num_workers": num_workers, "persistent": persistent_workers, "pin_memory": pin_memory}
+        self._loader = BatchLoader(train, **how)
+        self._validation_loader = BatchLoader(validation, **how) if validation is not None else None
+        self.batches_per_epoch = len(self._plan(1))
+        self.steps_per_epoch = -(-self.batches_per_epoch // accumulation)
+
+    def _plan(self, epoch: int) -> list[GlobalBatch]:
+        return self.train.plan(epoch, self.seed, self.num_processes)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """This rank's batches of an epoch (from 1), from micro-batch `start` on."""
+        requests = requests_of_epoch(
+            self._plan(epoch),
+            epoch=epoch,
+            first_step=(epoch - 1) * self.steps_per_epoch,
+            accumulation=self.accumulation,
+            rank=self.rank,
+            num_processes=self.num_processes,
+            start=start,
+        )
+        return self._loader.load(list(requests))
+
+    def validation_batches(self, limit: int | None = None) -> Iterator[Batch]:
+        """Validation batches in fixed order, at most `limit` global ones. Positions number the images through, so that
+        an image keeps its noise whatever the batch size and the number of processes."""
+        if self.validation is None:
+            return iter(())
+        plan = self.validation.plan(0, self.seed, self.num_processes, shuffle=False)
+        return self._validation_loader.load(self._validation_requests(plan[:limit]))
+
+    def _validation_requests(self, plan: Sequence[GlobalBatch]) -> list[BatchRequest]:
+        offset, requests = 0, []
+        for _, items in plan:
+            size = len(items)
+            requests.append(offset)
+            offset += size
+        cut = requests_of_epoch(
+            plan, epoch=0, first_step=0, accumulation=1, rank=self.rank, num_processes=self.num_processes, is_training=False
+        )
+        return [
+            dataclasses.replace(request, step=0, positions=tuple(start + p for p in request.positions))
+            for start, request in zip(requests, cut, strict=True)
+        ]

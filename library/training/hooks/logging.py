@@ -1,0 +1,140 @@
+"""The curves and the progress bar of a run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from library.training.hooks.base import Hook
+from library.training.hooks.losses import LossReader, StepLoss
+from library.training.hooks.trackers import Point, Tracker, open_trackers
+from library.training.option_groups import LoggingOptions
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from library.training.run import Run
+
+logger = logging.getLogger(__name__)
+
+SHOWN_IN_BAR = {"max_norm/keys_scaled": "Keys Scaled", "norm/avg_key_norm": "Average key norm"}
+
+
+class LossWindow:
+    """Mean over the last epoch: the first epoch appends, later ones overwrite the loss at the same place in the epoch."""
+
+    def __init__(self, values: list[float] | None = None) -> None:
+        self.values = list(values or [])
+
+    def put(self, index: int, loss: float) -> None:
+        """`index` is the place of the step in its epoch, from 0."""
+        if index < len(self.values):
+            self.values[index] = loss
+        else:
+            self.values.append(loss)
+
+    @property
+    def average(self) -> float | None:
+        return sum(self.values) / len(self.values) if self.values else None
+
+
+class LoggingHook(Hook):
+    """Logs each optimizer step once, with the mean loss over ranks and micro-batches, when the LossReader reads it.
+
+    Keys: loss/current, loss/average, lr/<group>, lr/d*lr/<group>, what other hooks add; loss/epoch_average on the axis of
+    epochs. Trackers and the bar exist on the main process; the window is kept by every rank.
+    """
+
+    def __init__(self, show_progress: bool = True) -> None:
+        self.show_progress = show_progress
+        self.window = LossWindow()
+        self._trackers: list[Tracker] = []
+        self._bar: Any = None
+        self._run: Run | None = None
+        self._postfix: dict[str, str] = {}
+
+    def on_train_start(self, run: Run) -> None:
+        self._run = run
+        self._reader = run.hooks.find(LossReader)
+        self._reader.listen(self.on_losses)
+        if not run.runtime.is_main_process:
+            return
+        self._trackers = open_trackers(run.config[LoggingOptions], run.config)
+        if self.show_progress:
+            self._bar = _progress_bar(run.progress.max_train_steps, run.progress.global_step)
+
+    def on_losses(self, losses: list[StepLoss]) -> None:
+        for entry in losses:
+            self.window.put((entry.step - 1) % self._run.progress.steps_per_epoch, entry.loss)
+            self.log(
+                {"loss/current": entry.loss, "loss/average": self.window.average, **entry.logs},
+                axis="step", step=entry.step, epoch=entry.epoch,
+            )
+        newest = losses[-1]
+        self._postfix["avr_loss"] = f"{self.window.average:.4g}"
+        self._postfix.update({text: f"{newest.logs[k]:.4g}" for k, text in SHOWN_IN_BAR.items() if k in newest.logs})
+        self._refresh_bar(newest.step)
+
+    def log(self, values: Mapping[str, float | None], *, axis: str = "step", step: int | None = None, epoch: int | None = None) -> None:
+        """Send values to every tracker; None values are left out. `axis` is "step" or "epoch"."""
+        progress = self._run.progress
+        step = progress.global_step if step is None else step
+        epoch = progress.finished_epochs if epoch is None else epoch
+        kept = {name: float(value) for name, value in values.items() if value is not None}
+        for tracker in self._trackers:
+            tracker.log(Point(kept, axis, epoch if axis == "epoch" else step, step, epoch))
+
+    def log_image(self, name: str, image: Image.Image, caption: str) -> None:
+        progress = self._run.progress
+        point = Point({}, "step", progress.global_step, progress.global_step, progress.finished_epochs)
+        for tracker in self._trackers:
+            tracker.log_image(name, image, caption, point)
+
+    def show(self, **texts: str) -> None:
+        """Add short texts to the progress bar."""
+        self._postfix.update(texts)
+        self._refresh_bar(None)
+
+    def on_epoch_start(self, run: Run) -> None:
+        if run.runtime.is_main_process:
+            logger.info("epoch %d of %d", run.progress.epoch, run.progress.num_epochs)
+
+    def on_epoch_end(self, run: Run) -> None:
+        self._reader.read()
+        self.log({"loss/epoch_average": self.window.average}, axis="epoch")
+
+    def on_train_end(self, run: Run) -> None:
+        self._reader.read()
+        if self._bar is not None:
+            self._bar.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window as of the last reading; a save reads first (NonFiniteGuard.check_before_save)."""
+        return {"window": list(self.window.values)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.window = LossWindow(state.get("window", []))
+
+    def _refresh_bar(self, step: int | None) -> None:
+        if self._bar is None:
+            return
+        self._bar.set_postfix(self._postfix, refresh=False)
+        if step is not None:
+            self._bar.update(step - self._bar.n)
+
+
+def _progress_bar(total: int, done: int) -> Any:
+    """A bar with rate and remaining time; on a console it moves twice a second, in a log file every ten seconds.
+
+    Without tqdm there is no bar.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    pause_s = 0.5 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, initial=done, desc="steps", unit="step", smoothing=0.05, mininterval=pause_s, dynamic_ncols=True)

@@ -1,0 +1,117 @@
+"""The loss curve as a picture and as a table, beside the trained file."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.atomic_file import atomic_path
+from library.training.hooks.base import Hook
+from library.training.hooks.losses import LossReader, StepLoss
+from library.training.option_groups import SavingOptions
+
+if TYPE_CHECKING:
+    from library.training.run import Run
+
+DEFAULT_NAME = "last"
+
+
+class LossCurveHook(Hook):
+    """Writes `{output_name}-loss.png` and `{output_name}-loss.csv` after every save and at the end of the run."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.losses: list[float] = []
+        self.validation: list[tuple[int, float]] = []
+        """(optimizer steps done, loss)"""
+
+    def on_train_start(self, run: Run) -> None:
+        self._reader = run.hooks.find(LossReader)
+        self._reader.listen(self.on_losses)
+
+    def on_losses(self, losses: list[StepLoss]) -> None:
+        self.steps.extend(entry.step for entry in losses)
+        self.losses.extend(entry.loss for entry in losses)
+
+    def add_validation(self, step: int, loss: float) -> None:
+        """A validation loss; of two at the same step the later one stays."""
+        self.validation = [point for point in self.validation if point[0] != step] + [(step, loss)]
+
+    def on_post_save(self, run: Run, path: str, metadata: dict[str, str]) -> None:
+        self.write(run)
+
+    def on_train_end(self, run: Run) -> None:
+        self._reader.read()
+        if run.runtime.is_main_process:
+            self.write(run)
+
+    def write(self, run: Run) -> None:
+        """Write both files; nothing before the first step, or without an output folder."""
+        options = run.config[SavingOptions]
+        if not self.steps or not options.output_dir:
+            return
+        stem = Path(options.output_dir) / f"{options.output_name or DEFAULT_NAME}-loss"
+        averages = trailing_mean(self.losses, run.progress.steps_per_epoch)
+        write_table(stem.with_name(stem.name + ".csv"), self.steps, self.losses, averages, self.validation)
+        plot_losses(stem.with_name(stem.name + ".png"), self.steps, self.losses, averages, self.validation)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "steps": list(self.steps),
+            "losses": list(self.losses),
+            "validation": [list(point) for point in self.validation],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = [int(step) for step in state.get("steps", [])]
+        self.losses = [float(loss) for loss in state.get("losses", [])]
+        self.validation = [(int(step), float(loss)) for step, loss in state.get("validation", [])]
+
+
+def trailing_mean(values: list[float], window: int) -> list[float]:
+    """Mean of each value and up to `window` - 1 before it."""
+    window, total, means = max(1, window), 0.0, []
+    for i, value in enumerate(values):
+        total += value - (values[i - window] if i >= window else 0.0)
+        means.append(total / min(i + 1, window))
+    return means
+
+
+def write_table(
+    path: Path, steps: list[int], losses: list[float], averages: list[float], validation: list[tuple[int, float]]
+) -> None:
+    """CSV with one row per step: step, loss, average, validation (empty where there was none)."""
+    rows: dict[int, list[Any]] = {step: [step, loss, average, ""] for step, loss, average in zip(steps, losses, averages)}
+    for step, loss in validation:
+        rows.setdefault(step, [step, "", "", ""])[3] = loss
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "loss", "average", "validation"])
+        writer.writerows(rows[step] for step in sorted(rows))
+
+
+def plot_losses(
+    path: Path, steps: list[int], losses: list[float], averages: list[float], validation: list[tuple[int, float]]
+) -> None:
+    """The curves as a PNG. Drawn on a figure of its own: the program's matplotlib settings are not touched."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="#9db4d0", linewidth=0.8, label="step")
+    axes.plot(steps, averages, color="#1f4e8c", linewidth=1.8, label="mean over an epoch")
+    if validation:
+        places, values = zip(*sorted(validation))
+        axes.plot(places, values, color="#c8501e", marker="o", markersize=4, linewidth=1.5, label="validation")
+        for index in {0, len(values) - 1}:
+            axes.annotate(f"{values[index]:.4f}", (places[index], values[index]), textcoords="offset points", xytext=(4, 6), fontsize=8)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})

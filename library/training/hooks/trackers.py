@@ -1,0 +1,167 @@
+"""Where curves go: TensorBoard files and Weights & Biases. Both are optional packages, imported when they are chosen."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import toml
+
+from library.errors import ConfigError
+from library.options import Config
+from library.training.config_file import loggable_values
+from library.training.parser_common import PATH_OPTIONS
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from library.training.option_groups import LoggingOptions
+
+DEFAULT_PROJECT = "network_train"
+
+
+@dataclass(frozen=True)
+class Point:
+    """Values at one place. `axis` is "step" or "epoch"; `x` is the place on it."""
+
+    values: Mapping[str, float]
+    axis: str
+    x: int
+    step: int
+    epoch: int
+
+
+class Tracker(ABC):
+    """One destination of the curves; lives on the main process only."""
+
+    @abstractmethod
+    def log(self, point: Point) -> None: ...
+
+    @abstractmethod
+    def log_image(self, name: str, image: Image.Image, caption: str, point: Point) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class TensorBoardTracker(Tracker):
+    """Event files; x is the global step, or the epoch for values of an epoch."""
+
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any] | None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                f"--log_with tensorboard needs the package tensorboard ({error}); install it with: pip install tensorboard"
+            ) from error
+        self._writer = SummaryWriter(str(folder / project))
+        if config:
+            text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+            self._writer.add_text("config", f"```\n{text}\n```", 0)
+
+    def log(self, point: Point) -> None:
+        for name, value in point.values.items():
+            self._writer.add_scalar(name, value, point.x)
+        self._writer.flush()
+
+    def log_image(self, name: str, image: Image.Image, caption: str, point: Point) -> None:
+        import numpy
+
+        self._writer.add_image(name, numpy.asarray(image.convert("RGB")), point.x, dataformats="HWC")
+        self._writer.add_text(f"{name}/prompt", caption, point.x)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbTracker(Tracker):
+    """Weights & Biases. Points carry `global_step` and `epoch` as fields, because W&B drops points whose own step goes
+    back; values of an epoch have the epoch as their axis."""
+
+    def __init__(self, folder: Path | None, project: str, options: LoggingOptions, config: Mapping[str, Any] | None) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                f"--log_with wandb needs the package wandb ({error}); install it with: pip install 'atelier[wandb]'"
+            ) from error
+        self._wandb = wandb
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ["WANDB_DIR"] = str(folder)
+        if options.wandb_api_key:
+            wandb.login(key=options.wandb_api_key)
+        arguments: dict[str, Any] = {"name": options.wandb_run_name} if options.wandb_run_name else {}
+        if options.log_tracker_config:
+            arguments = _wandb_arguments(options.log_tracker_config)
+        self._run = wandb.init(**{"project": project, "config": dict(config or {}), **arguments})
+        for axis in ("global_step", "epoch"):
+            self._run.define_metric(axis, hidden=True)
+        self._run.define_metric("*", step_metric="global_step")
+        for name in ("loss/epoch_average", "loss/validation/epoch_average", "loss/validation/epoch_divergence"):
+            self._run.define_metric(name, step_metric="epoch")
+
+    def log(self, point: Point) -> None:
+        self._run.log({**point.values, "global_step": point.step, "epoch": point.epoch})
+
+    def log_image(self, name: str, image: Image.Image, caption: str, point: Point) -> None:
+        picture = self._wandb.Image(image, caption=caption)
+        self._run.log({name: picture, "global_step": point.step, "epoch": point.epoch}, commit=False)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_logging(options: LoggingOptions) -> None:
+    """Raise ConfigError for a tracker configuration that cannot be read, before anything is loaded."""
+    if options.log_tracker_config:
+        _wandb_arguments(options.log_tracker_config)
+
+
+def _wandb_arguments(path: str) -> dict[str, Any]:
+    """Arguments of wandb.init from a TOML file; they may stand in a table called `wandb`."""
+    try:
+        values = toml.load(path)
+    except OSError as error:
+        raise ConfigError(f"--log_tracker_config is '{path}', which cannot be read: {error.strerror}") from error
+    except (toml.TomlDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--log_tracker_config is '{path}', which is not a TOML file: {error}") from error
+    return dict(values.get("wandb", values))
+
+
+def recorded_config(config: Config) -> dict[str, Any]:
+    """The options for `--log_config`: no secrets, none of the path options and no text that is an absolute path."""
+    values = loggable_values(config, PATH_OPTIONS)
+    return {name: value for name, value in values.items() if not (isinstance(value, str) and os.path.isabs(value))}
+
+
+def run_log_dir(options: LoggingOptions, now: float | None = None) -> Path | None:
+    """`{logging_dir}/{log_prefix}{YYYYmmddHHMMSS}`, or None without --logging_dir."""
+    if not options.logging_dir:
+        return None
+    stamp = time.strftime("%Y%m%d%H%M%S", time.localtime(now))
+    return Path(options.logging_dir) / f"{options.log_prefix or ''}{stamp}"
+
+
+def open_trackers(options: LoggingOptions, config: Config, default_project: str = DEFAULT_PROJECT) -> list[Tracker]:
+    """The trackers that the options ask for. Only --logging_dir means TensorBoard; "all" means both."""
+    chosen = options.log_with or ("tensorboard" if options.logging_dir else None)
+    if chosen is None:
+        return []
+    folder = run_log_dir(options)
+    project = options.log_tracker_name or default_project
+    recorded = recorded_config(config) if options.log_config else None
+    trackers: list[Tracker] = []
+    if chosen in ("tensorboard", "all"):
+        if folder is None:
+            raise ConfigError(f"--log_with is {chosen} without --logging_dir, the folder of the logs; add it")
+        trackers.append(TensorBoardTracker(folder, project, recorded))
+    if chosen in ("wandb", "all"):
+        trackers.append(WandbTracker(folder, project, options, recorded))
+    return trackers

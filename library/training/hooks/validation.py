@@ -1,0 +1,87 @@
+"""The loss on held-out images, at fixed noise levels and with fixed noise: comparable from start to end of a run."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from library.keyed_random import isolated_rng
+from library.training.hooks.base import Hook
+from library.training.hooks.logging import LoggingHook
+from library.training.hooks.loss_curve import LossCurveHook
+from library.training.hooks.losses import LossReader
+from library.training.option_groups import ValidationOptions
+
+if TYPE_CHECKING:
+    from library.training.run import Run, StepOutput
+
+logger = logging.getLogger(__name__)
+
+
+class ValidationHook(Hook):
+    """Runs after every n steps and n epochs, and once before the first step, so that curves begin at the base model.
+
+    Nothing of a pass depends on the state of the training but the weights: the batches come in file order with plain
+    captions, their noise is keyed by (seed, sample), the noise levels are the four of the objective, and the mean starts
+    anew in every pass. `seed` guards draws of code that reads the global generators.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.last_loss: float | None = None
+
+    def on_train_start(self, run: Run) -> None:
+        if run.progress.global_step == 0:
+            loss = self.validate(run)
+            if loss is not None:
+                self._report(run, loss, "epoch", divergence=None)
+
+    def on_step_end(self, run: Run, output: StepOutput) -> None:
+        every = run.config[ValidationOptions].validate_every_n_steps
+        if every and run.progress.global_step % every == 0:
+            self._validate_and_report(run, "step")
+
+    def on_epoch_end(self, run: Run) -> None:
+        every = run.config[ValidationOptions].validate_every_n_epochs or 1
+        if run.progress.finished_epochs % every == 0:
+            self._validate_and_report(run, "epoch")
+
+    def validate(self, run: Run) -> float | None:
+        """Mean loss over all held-out samples and the four noise levels; None without held-out images."""
+        limit = run.config[ValidationOptions].max_validation_steps
+        times = run.step.objective.validation_times()
+        device = torch.device(run.runtime.device)
+        total = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)  # loss sum, count
+        with run.weights_for_eval(), isolated_rng(self.seed), torch.no_grad():
+            for batch in run.data.validation_batches(limit):
+                if len(batch) == 0:  # this rank's slice of a short batch
+                    continue
+                batch = batch.to(device)
+                for time in times:
+                    output = run.step(batch, times=torch.full((len(batch),), time, device=device))
+                    total[0] += output.loss_sum.detach().to(total.dtype)
+                    total[1] += output.count
+        loss_sum, count = run.runtime.sum_over_ranks(total).tolist()
+        return loss_sum / count if count else None
+
+    def _validate_and_report(self, run: Run, axis: str) -> None:
+        loss = self.validate(run)
+        if loss is None:
+            return
+        run.hooks.find(LossReader).read()  # the training average up to this step; also on ranks that do not log
+        training = run.hooks.find(LoggingHook).window.average
+        self._report(run, loss, axis, None if training is None else loss - training)
+
+    def _report(self, run: Run, loss: float, axis: str, divergence: float | None) -> None:
+        """Names of the known tools: loss/validation/{step,epoch}_average and _divergence."""
+        self.last_loss = loss
+        log = run.hooks.find(LoggingHook)
+        log.log({f"loss/validation/{axis}_average": loss, f"loss/validation/{axis}_divergence": divergence}, axis=axis)
+        log.show(**{"val_avg_loss" if axis == "step" else "val_epoch_avg_loss": f"{loss:.4g}"})
+        curve = run.hooks.find(LossCurveHook)
+        if curve is not None:
+            curve.add_validation(run.progress.global_step, loss)
+        if run.runtime.is_main_process:
+            logger.info("validation loss after %d steps: %.5f", run.progress.global_step, loss)

@@ -1,0 +1,73 @@
+"""Weights of the loss by signal-to-noise ratio (DDPM families): the options, the table and `build`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from library.errors import Problems
+from library.options import option
+from library.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.training.objective import Objective
+
+    LossFactor = Callable[[torch.Tensor, Objective], torch.Tensor]
+    """(timesteps [B] on the 0..1000 scale, objective) -> factor [B]"""
+
+LOSS_WEIGHTS: Registry[Callable] = Registry("loss weight")
+"""Named by option, in the order of application; the target is a function (snr [B], option value, is_v) -> factor [B]."""
+LOSS_WEIGHTS.add("min_snr_gamma", "library.training.loss_weights.snr:min_snr_factor")
+LOSS_WEIGHTS.add("scale_v_pred_loss_like_noise_pred", "library.training.loss_weights.snr:scale_v_factor")
+LOSS_WEIGHTS.add("v_pred_like_loss", "library.training.loss_weights.snr:v_pred_like_factor")
+LOSS_WEIGHTS.add("debiased_estimation_loss", "library.training.loss_weights.snr:debiased_factor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeightOptions:
+    """Weight of the loss by noise level (models trained with DDPM)."""
+
+    min_snr_gamma: float | None = option(None, help="gamma of min-SNR weighting, arXiv 2303.09556; 5 is usual")
+    scale_v_pred_loss_like_noise_pred: bool = option(False, help="scale a v-prediction loss like a noise-prediction loss")
+    v_pred_like_loss: float | None = option(None, help="add this much of the loss that v-prediction would have")
+    debiased_estimation_loss: bool = option(False, help="weight of arXiv 2310.08442")
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        gamma, weight = self.min_snr_gamma, self.v_pred_like_loss
+        if gamma is not None and not (math.isfinite(gamma) and gamma > 0):
+            problems.add(f"--min_snr_gamma is {gamma}; a number above 0 is needed, e.g. 5")
+        if weight is not None and not (math.isfinite(weight) and weight >= 0):
+            problems.add(f"--v_pred_like_loss is {weight}; 0 (off) or a positive number is needed, e.g. 0.1")
+        problems.raise_if_any()
+
+
+def check(options: LossWeightOptions, v_parameterization: bool) -> None:
+    """Raise ConfigError for weights that the prediction type excludes."""
+    problems = Problems()
+    if options.scale_v_pred_loss_like_noise_pred and not v_parameterization:
+        problems.add("--scale_v_pred_loss_like_noise_pred is set; it needs --v_parameterization")
+    if options.v_pred_like_loss and v_parameterization:
+        problems.add("--v_pred_like_loss is set together with --v_parameterization, whose loss is that one already; drop it")
+    problems.raise_if_any()
+
+
+def build(options: LossWeightOptions) -> LossFactor | None:
+    """The product of all chosen factors, or None when none is chosen."""
+    chosen = [(LOSS_WEIGHTS.resolve(entry.name), getattr(options, entry.name)) for entry in LOSS_WEIGHTS
+              if getattr(options, entry.name)]
+    if not chosen:
+        return None
+
+    def factor(timesteps: torch.Tensor, objective: Objective) -> torch.Tensor:
+        snr, is_v = objective.snr(timesteps), objective.prediction_type == "v"
+        result = snr.new_ones(snr.shape)
+        for function, value in chosen:
+            result = result * function(snr, value, is_v)
+        return result
+
+    return factor

@@ -1,0 +1,76 @@
+"""Element-wise losses: the options, the table and `build`."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from library.errors import Problems, did_you_mean
+from library.options import option
+from library.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.training.objective import Objective
+
+    ElementLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Objective], torch.Tensor]
+    """(prediction, target [B, C, ...], timesteps [B] on the 0..1000 scale, objective) -> loss [B, C, ...]"""
+
+LOSSES: Registry[Callable] = Registry("loss", option="loss_type")
+LOSSES.add("l2", "library.training.losses.elementwise:l2_loss")
+LOSSES.add("l1", "library.training.losses.elementwise:l1_loss")
+LOSSES.add("huber", "library.training.losses.elementwise:huber_loss")
+LOSSES.add("smooth_l1", "library.training.losses.elementwise:smooth_l1_loss")
+
+HUBER_SCHEDULES = ("constant", "exponential", "snr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """Loss of one element."""
+
+    loss_type: str = option("l2", choices=("l1", "l2", "huber", "smooth_l1"), help="loss of one element of the prediction")
+    huber_schedule: str = option(
+        "snr", choices=HUBER_SCHEDULES, help="how the threshold of huber and smooth_l1 depends on the timestep"
+    )
+    huber_c: float = option(0.1, help="threshold of huber and smooth_l1 between quadratic and linear")
+    huber_scale: float = option(1.0, help="factor of the threshold, in every schedule")
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        if self.loss_type not in LOSSES:
+            problems.add(
+                f"--loss_type is '{self.loss_type}'{did_you_mean(self.loss_type, LOSSES.names())}"
+                f" Known: {', '.join(LOSSES.names())}"
+            )
+        if self.huber_schedule not in HUBER_SCHEDULES:
+            problems.add(
+                f"--huber_schedule is '{self.huber_schedule}'{did_you_mean(self.huber_schedule, HUBER_SCHEDULES)}"
+                f" Known: {', '.join(HUBER_SCHEDULES)}"
+            )
+        for name in ("huber_c", "huber_scale"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                problems.add(f"--{name} is {value}; a number above 0 is needed")
+        problems.raise_if_any()
+
+
+def build(options: LossOptions) -> ElementLoss:
+    """The element loss of a run."""
+    return functools.partial(LOSSES.resolve(options.loss_type), options)
+
+
+def notices(options: LossOptions, is_flow: bool) -> list[str]:
+    """Lines for the log at start where numbers differ from what people know."""
+    if options.loss_type not in ("huber", "smooth_l1") or options.huber_schedule != "snr":
+        return []
+    lines = []
+    if is_flow:
+        lines.append("--huber_schedule snr for a flow model: threshold (1 - huber_c) (1 - sigma)^2 + huber_c")
+    if options.huber_scale != 1:
+        lines.append("--huber_scale applies under --huber_schedule snr as well (known trainers ignore it there)")
+    return lines

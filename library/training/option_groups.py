@@ -1,0 +1,378 @@
+"""The options that every trainer shares, one frozen dataclass per subject. Each option is declared here or in the
+package that uses it, never twice. Rules that need one group only are checked in its `__post_init__`; rules that look
+at several groups, at files or at installed packages are in `checks.py`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from library.errors import ConfigError
+from library.options import equivalent_option, option, refused_option
+
+LARGEST_SEED = 2**64 - 1
+
+_DEEPSPEED = "DeepSpeed is not supported; several GPUs work through accelerate launch, memory is saved by --blocks_to_swap"
+_TORCH_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
+
+
+def raise_problems(problems: list[str]) -> None:
+    """Raise one ConfigError that names all problems, or return when there are none."""
+    if problems:
+        raise ConfigError(problems)
+
+
+def too_small(group: object, least: float, *names: str, hint: str = "") -> list[str]:
+    """A message for each of the named options of `group` that is set and below `least`."""
+    problems = []
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and value < least:
+            problems.append(f"--{name} is {value}; needed: {least} or more{hint}")
+    return problems
+
+
+def outside(group: object, low: float, high: float, *names: str) -> list[str]:
+    """A message for each of the named options of `group` that is set and not in low..high."""
+    values = {name: getattr(group, name) for name in names}
+    return [
+        f"--{name} is {value}; needed: a number from {low} to {high}"
+        for name, value in values.items()
+        if value is not None and not low <= value <= high
+    ]
+
+
+def interval_or_never(text: str | int) -> int | None:
+    """An interval in steps or epochs; 0 and below mean never, as front ends write it."""
+    try:
+        value = int(text)
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
+    return value if value > 0 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigFileOptions:
+    """Configuration file"""
+
+    config_file: str | None = option(None, help="TOML file with options (.toml may be left out); the command line wins over it")
+    output_config: bool = option(False, help="write the options that differ from their defaults to --config_file and stop")
+
+    def __post_init__(self) -> None:
+        if self.output_config and self.config_file is None:
+            raise ConfigError("--output_config needs --config_file: the file to write")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsoleOptions:
+    """Messages on the console"""
+
+    console_log_level: str | None = option(
+        None, help="least severe level that is shown; INFO when not given",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+    )
+    console_log_file: str | None = option(None, help="write the messages to this file (replaced) instead of the console")
+    console_log_simple: bool = option(False, help="messages alone, without time and level")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Base model"""
+
+    pretrained_model_name_or_path: str | None = option(None, help="file or folder of the base model")
+    vae: str | None = option(None, help="file of another VAE than the model's own")
+    tokenizer_cache_dir: str | None = option(None, help="folder where tokenizers are kept, so that a run needs no network")
+    v2: bool = option(False, help="the base is Stable Diffusion 2")
+    v_parameterization: bool = option(False, help="the base predicts velocity (Stable Diffusion 2.x 768)")
+    max_token_length: int | None = option(None, help="longest caption in CLIP tokens; 75 when not given", choices=(None, 150, 225))
+    clip_skip: int | None = option(None, help="take the output of the n-th layer of the text encoder from the end")
+    weighted_captions: bool = option(False, help="read (word:1.2) and [word] in captions as weights")
+    disable_mmap_load_safetensors: bool = option(False, help="read model files whole instead of mapping them; quicker on network drives")
+    no_half_vae: bool = option(False, help="keep the VAE in float32 under mixed precision")
+
+    def __post_init__(self) -> None:
+        raise_problems(too_small(self, 1, "clip_skip"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetadataOptions:
+    """What is written about the file, in the file"""
+
+    metadata_title: str | None = option(None, help="title; --output_name when not given")
+    metadata_author: str | None = option(None, help="author")
+    metadata_description: str | None = option(None, help="description")
+    metadata_license: str | None = option(None, help="licence")
+    metadata_tags: str | None = option(None, help="tags, separated by commas")
+    metadata_usage_hint: str | None = option(None, help="how to use the file")
+    metadata_thumbnail: str | None = option(None, help="thumbnail as a data: URL")
+    metadata_merged_from: str | None = option(None, help="models that were merged into this one")
+    metadata_trigger_phrase: str | None = option(None, help="words that call the learned concept")
+    metadata_preprocessor: str | None = option(None, help="preprocessor that the model needs (ControlNet)")
+    metadata_is_negative_embedding: str | None = option(None, help="whether it is meant for the negative prompt")
+    training_comment: str | None = option(None, help="any text, written to ss_training_comment")
+    no_metadata: bool = option(False, help="write no training metadata into the file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions:
+    """Length and order of the training"""
+
+    max_train_steps: int = option(1600, help="optimizer steps of the run")
+    max_train_epochs: int | None = option(None, help="epochs of the run; replaces --max_train_steps")
+    max_data_loader_n_workers: int = option(8, help="processes that read images and caches; 0 = the main process reads")
+    persistent_data_loader_workers: bool = option(False, help="keep the reading processes from epoch to epoch")
+    seed: int | None = option(None, help="number that fixes every random draw; a drawn one is logged when not given")
+    gradient_accumulation_steps: int = option(1, help="batches per optimizer step")
+
+    def __post_init__(self) -> None:
+        raise_problems(
+            too_small(self, 1, "max_train_steps", "max_train_epochs", "gradient_accumulation_steps")
+            + too_small(self, 0, "max_data_loader_n_workers")
+            + outside(self, 0, LARGEST_SEED, "seed")
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionOptions:
+    """Number formats"""
+
+    mixed_precision: str = option("no", help="format of the forward pass; trained weights stay float32", choices=("no", "fp16", "bf16"))
+    full_fp16: bool = option(False, help="trained weights and gradients in float16 too; needs --mixed_precision fp16")
+    full_bf16: bool = option(False, help="trained weights and gradients in bfloat16 too; needs --mixed_precision bf16")
+    fp8_base: bool = option(False, help="frozen weights of denoiser and text encoders in float8; needs mixed precision")
+    fp8_base_unet: bool = option(False, help="frozen weights of the denoiser alone in float8; needs mixed precision")
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, needed in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
+            if getattr(self, name) and self.mixed_precision != needed:
+                problems.append(f"--{name} is set with --mixed_precision {self.mixed_precision}; add --mixed_precision {needed}")
+        for name in ("fp8_base", "fp8_base_unet"):
+            if getattr(self, name) and self.mixed_precision == "no":
+                problems.append(f"--{name} is set with --mixed_precision no; float8 weights compute in bf16 or fp16: add --mixed_precision bf16")
+        raise_problems(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """Memory and speed"""
+
+    gradient_checkpointing: bool = option(False, help="recompute activations in the backward pass: less memory, slower")
+    cpu_offload_checkpointing: bool = option(False, help="keep the inputs of checkpointed blocks in main memory; needs --gradient_checkpointing")
+    blocks_to_swap: int | None = option(None, help="number of blocks of the denoiser that wait in main memory; 0 = none")
+    mem_eff_attn: bool = equivalent_option(False, help="memory-efficient attention", reason=f"--mem_eff_attn: {_TORCH_ATTENTION}")
+    xformers: bool = equivalent_option(False, help="attention of xformers", reason=f"--xformers: {_TORCH_ATTENTION}")
+    sdpa: bool = equivalent_option(False, help="attention of torch", reason=f"--sdpa: {_TORCH_ATTENTION}")
+    torch_compile: bool = option(False, help="compile the blocks of the denoiser with torch.compile")
+    dynamo_backend: str = option(
+        "inductor", help="backend of --torch_compile; no is what front ends write when they do not compile",
+        choices=("no", "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt",
+                 "onnxrt", "tensort", "ipex", "tvm"),
+    )
+    lowram: bool = equivalent_option(
+        False, help="hint for machines with little main memory",
+        reason="--lowram: every part is loaded where it is used and released after its last use; nothing else to do",
+    )
+    highvram: bool = equivalent_option(
+        False, help="hint for GPUs with much memory",
+        reason="--highvram: the GPU cache is emptied only when a part is released; nothing else to do",
+    )
+
+    def __post_init__(self) -> None:
+        problems = too_small(self, 0, "blocks_to_swap", hint=" (0 = no swapping)")
+        if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
+            problems.append("--cpu_offload_checkpointing is set without --gradient_checkpointing, whose blocks it moves; add it")
+        if self.blocks_to_swap and self.cpu_offload_checkpointing:
+            problems.append("--blocks_to_swap and --cpu_offload_checkpointing do not go together; leave one of them out")
+        if self.blocks_to_swap and self.torch_compile:
+            problems.append("--blocks_to_swap and --torch_compile do not go together; leave one of them out")
+        if self.torch_compile and self.dynamo_backend == "no":
+            problems.append("--torch_compile is set with --dynamo_backend no; leave one of them out")
+        if self.dynamo_backend not in ("inductor", "no") and not self.torch_compile:
+            problems.append(f"--dynamo_backend is {self.dynamo_backend} without --torch_compile, which it belongs to; add it")
+        raise_problems(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DdpOptions:
+    """Several processes"""
+
+    ddp_timeout: int | None = option(None, help="minutes that a process waits for the others; 30 when not given")
+    ddp_gradient_as_bucket_view: bool = equivalent_option(
+        False, help="share memory between gradients and buckets",
+        reason="--ddp_gradient_as_bucket_view: gradients are summed in place by the trainer; there are no buckets",
+    )
+    ddp_static_graph: bool = equivalent_option(
+        False, help="assume that the graph never changes",
+        reason="--ddp_static_graph: gradients are summed by the trainer after each step; the graph does not matter",
+    )
+
+    def __post_init__(self) -> None:
+        raise_problems(too_small(self, 1, "ddp_timeout"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedOptions:
+    """DeepSpeed"""
+
+    deepspeed: bool = refused_option(False, help="train through DeepSpeed", reason=_DEEPSPEED)
+    zero_stage: int = refused_option(2, help="ZeRO stage", choices=(0, 1, 2, 3), reason=_DEEPSPEED)
+    offload_optimizer_device: str | None = refused_option(None, help="where the optimizer lives", choices=(None, "cpu", "nvme"), reason=_DEEPSPEED)
+    offload_optimizer_nvme_path: str | None = refused_option(None, help="folder for the optimizer on NVMe", reason=_DEEPSPEED)
+    offload_param_device: str | None = refused_option(None, help="where the parameters live", choices=(None, "cpu", "nvme"), reason=_DEEPSPEED)
+    offload_param_nvme_path: str | None = refused_option(None, help="folder for the parameters on NVMe", reason=_DEEPSPEED)
+    zero3_init_flag: bool = refused_option(False, help="build the model under ZeRO-3", reason=_DEEPSPEED)
+    zero3_save_16bit_model: bool = refused_option(False, help="save 16-bit weights under ZeRO-3", reason=_DEEPSPEED)
+    fp16_master_weights_and_gradients: bool = refused_option(False, help="master weights in float16", reason=_DEEPSPEED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingOptions:
+    """Where and when files are written"""
+
+    output_dir: str | None = option(None, help="folder of the trained files and samples; made when missing")
+    output_name: str | None = option(None, help="name of the files without ending; 'last' for the final file when not given")
+    overwrite: bool = option(False, help="replace files of an earlier run with the same name")
+    save_precision: str | None = option(
+        None, help="number format of the saved weights; that of the trained weights when not given (float32, or that of --full_*)",
+        choices=(None, "float", "fp16", "bf16"),
+    )
+    save_every_n_epochs: int | None = option(None, help="write a file every n epochs")
+    save_every_n_steps: int | None = option(None, help="write a file every n steps")
+    save_n_epoch_ratio: int | None = option(None, help="write about n files, spread over the epochs")
+    save_last_n_epochs: int | None = option(None, help="keep only the epoch files of the last n epochs")
+    save_last_n_epochs_state: int | None = option(None, help="keep the epoch states of the last n epochs; replaces --save_last_n_epochs for states")
+    save_last_n_steps: int | None = option(None, help="keep only the step files of the last n steps")
+    save_last_n_steps_state: int | None = option(None, help="keep the step states of the last n steps; replaces --save_last_n_steps for states")
+    save_state: bool = option(False, help="write a state folder, to resume from, beside every file")
+    save_state_on_train_end: bool = option(False, help="write a state folder at the end")
+    save_model_as: str | None = option("safetensors", help="format of the files; ckpt and pt are pickles without metadata", choices=(None, "ckpt", "pt", "safetensors"))
+
+    def __post_init__(self) -> None:
+        problems = too_small(self, 1, "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio", hint="; leave it out to save at the end only")
+        problems += too_small(
+            self, 0, "save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state"
+        )
+        if self.output_name is not None and (not self.output_name.strip() or any(c in self.output_name for c in '/\\:*?"<>|\0')):
+            problems.append(f"--output_name is '{self.output_name}'; needed: a file name without folders and without \\ / : * ? \" < > |")
+        raise_problems(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """Upload to the Hugging Face hub"""
+
+    huggingface_repo_id: str | None = option(None, help="repository that receives the files, as owner/name; made when missing")
+    huggingface_repo_type: str | None = option(None, help="model (when not given), dataset or space")
+    huggingface_path_in_repo: str | None = option(None, help="folder inside the repository")
+    huggingface_token: str | None = option(None, help="access token; better: log in with 'hf auth login' or set HF_TOKEN", secret=True)
+    huggingface_repo_visibility: str | None = option(None, help="public, anything else is private; private when not given")
+    save_state_to_huggingface: bool = option(False, help="upload state folders too")
+    async_upload: bool = option(False, help="upload in the background; the last file is always waited for")
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.huggingface_repo_id is None:
+            names = ("huggingface_path_in_repo", "save_state_to_huggingface", "async_upload")
+            problems += [f"--{name} is set without --huggingface_repo_id, the repository to write to" for name in names if getattr(self, name)]
+        if self.huggingface_repo_type not in (None, "", "model", "dataset", "space"):
+            problems.append(f"--huggingface_repo_type is '{self.huggingface_repo_type}'; needed: model, dataset or space")
+        raise_problems(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeOptions:
+    """Going on with an earlier run"""
+
+    resume: str | None = option(None, help="state folder of the run to go on with")
+    resume_from_huggingface: bool = option(False, help="--resume names a folder on the hub: owner/name/path[:revision[:type]]")
+    initial_step: int | None = option(None, help="count steps from here; replaces the step of the state")
+    initial_epoch: int | None = option(None, help="count epochs from here (1 = the first); replaces the epoch of the state")
+    skip_until_initial_step: bool = equivalent_option(
+        False, help="leave out the batches before the first step",
+        reason="--skip_until_initial_step: a run always goes on at the exact batch of its first step",
+    )
+
+    def __post_init__(self) -> None:
+        problems = too_small(self, 0, "initial_step") + too_small(self, 1, "initial_epoch")
+        if self.initial_step is not None and self.initial_epoch is not None:
+            problems.append("--initial_step and --initial_epoch are both set; they say the same thing, leave one of them out")
+        if self.resume_from_huggingface and not self.resume:
+            problems.append("--resume_from_huggingface is set without --resume; add --resume owner/name/path")
+        raise_problems(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingOptions:
+    """Curves"""
+
+    logging_dir: str | None = option(None, help="folder of the TensorBoard and W&B logs; each run makes its own folder inside")
+    log_with: str | None = option(None, help="who keeps the curves; tensorboard when only --logging_dir is given", choices=("tensorboard", "wandb", "all"))
+    log_prefix: str | None = option(None, help="text before the time in the folder name of a run")
+    log_tracker_name: str | None = option(None, help="name of the project; network_train when not given")
+    log_tracker_config: str | None = option(None, help="TOML file with settings of the tracker")
+    log_config: bool = option(False, help="record the options of the run with the curves (never secrets and paths)")
+    wandb_run_name: str | None = option(None, help="name of the run on W&B")
+    wandb_api_key: str | None = option(None, help="key of W&B; better: wandb login or the variable WANDB_API_KEY", secret=True)
+
+    def __post_init__(self) -> None:
+        if self.log_with in ("tensorboard", "all") and not self.logging_dir:
+            raise ConfigError(f"--log_with is {self.log_with} without --logging_dir, the folder of the logs; add it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """Sample images while training"""
+
+    sample_every_n_steps: int | None = option(None, help="make sample images every n steps; 0 = never", convert=interval_or_never)
+    sample_every_n_epochs: int | None = option(
+        None, help="make sample images every n epochs; replaces --sample_every_n_steps; 0 = never", convert=interval_or_never
+    )
+    sample_at_first: bool = option(False, help="make sample images before the first step")
+    sample_prompts: str | None = option(None, help="file of prompts (.txt, .toml or .json)")
+
+    def __post_init__(self) -> None:
+        problems = too_small(self, 1, "sample_every_n_steps", "sample_every_n_epochs")
+        wants = [n for n in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first") if getattr(self, n)]
+        if wants and not self.sample_prompts:
+            problems.append(f"--{wants[0]} is set without --sample_prompts, the file of the prompts; add it")
+        raise_problems(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions:
+    """Loss on held-out images"""
+
+    validate_every_n_steps: int | None = option(None, help="validate every n steps")
+    validate_every_n_epochs: int | None = option(None, help="validate every n epochs; every epoch when neither is given")
+    max_validation_steps: int | None = option(None, help="most batches per validation; all when not given")
+
+    def __post_init__(self) -> None:
+        raise_problems(too_small(self, 1, "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseOptions:
+    """Changed noise (diffusion families with a noise schedule)"""
+
+    noise_offset: float | None = option(None, help="strength of an added per-channel offset of the noise")
+    noise_offset_random_strength: bool = option(False, help="draw the strength from 0..--noise_offset")
+    adaptive_noise_scale: float | None = option(None, help="add the mean of the latents times this to the noise offset")
+    multires_noise_iterations: int | None = option(None, help="noise of several resolutions: number of levels (6 to 10)")
+    multires_noise_discount: float = option(0.3, help="share of each coarser level of the noise")
+    ip_noise_gamma: float | None = option(None, help="strength of the noise that perturbs the input alone")
+    ip_noise_gamma_random_strength: bool = option(False, help="draw the strength from 0..--ip_noise_gamma")
+    zero_terminal_snr: bool = option(False, help="rescale the noise schedule to end without signal")
+
+    def __post_init__(self) -> None:
+        problems = too_small(self, 0, "multires_noise_iterations", "ip_noise_gamma")
+        if self.adaptive_noise_scale and not self.noise_offset:
+            problems.append("--adaptive_noise_scale is set without --noise_offset, which it scales; add it")
+        raise_problems(problems)
+
+
+SHARED_GROUPS: tuple[type, ...] = (
+    ConfigFileOptions, ModelOptions, SavingOptions, LoopOptions, PrecisionOptions, MemoryOptions, ResumeOptions,
+    SamplingOptions, ValidationOptions, LoggingOptions, ConsoleOptions, MetadataOptions, HubOptions, NoiseOptions,
+    DdpOptions, DeepSpeedOptions,
+)

@@ -1,0 +1,132 @@
+"""State folders: everything an interrupted run needs to go on exactly.
+
+Random numbers are keyed (library/keyed_random.py) and the order of an epoch is a function of (seed, epoch), so a state holds
+no generators: trained weights, optimizer, schedule, scaler, hook states and the position are enough.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from library.training.run import Run
+
+WEIGHTS_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.bin"
+SCHEDULER_FILE = "scheduler.bin"
+SCALER_FILE = "scaler.pt"
+HOOKS_FILE = "hooks.bin"
+STATE_FILE = "train_state.json"
+
+
+def save_state(run: Run, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
+    """Write a state folder under a temporary name, then rename it. Main process only; weights are equal on all ranks."""
+    from library.safetensors_utils import save_file_atomic
+
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors = {
+        f"{name}.{key}" if len(run.trainable.modules()) > 1 else key: tensor.detach().cpu().contiguous()
+        for name, module in run.trainable.modules().items()
+        for key, tensor in module.state_dict().items()
+    }
+    save_file_atomic(tensors, str(temporary / WEIGHTS_FILE), {"format": "pt"})
+    torch.save(run.optimizer.state_dict(), temporary / OPTIMIZER_FILE)
+    if hasattr(run.lr_scheduler, "state_dict"):
+        torch.save(run.lr_scheduler.state_dict(), temporary / SCHEDULER_FILE)
+    scaler = run.runtime.accelerator.scaler
+    if scaler is not None:
+        torch.save(scaler.state_dict(), temporary / SCALER_FILE)
+    torch.save({type(hook).__name__: hook.state_dict() for hook in run.hooks}, temporary / HOOKS_FILE)
+    content = {
+        "current_epoch": run.progress.epoch,
+        "current_step": run.progress.global_step,
+        "seed": run.step.seed,
+        "steps_per_epoch": run.progress.steps_per_epoch,
+        **(extra or {}),
+    }
+    (temporary / STATE_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+    _flush_folder(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    for path in folder.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+
+
+def read_train_state(folder: str | Path) -> dict[str, Any]:
+    """The counters of a state folder; CheckpointError when it is not one."""
+    path = Path(folder) / STATE_FILE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return {**state, "current_epoch": int(state["current_epoch"]), "current_step": int(state["current_step"])}
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"--resume is {folder}, which holds no {STATE_FILE}; give a state folder that --save_state wrote (its name ends in -state)"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); the state folder is damaged") from None
+
+
+def load_state(run: Run, folder: str | Path) -> None:
+    """Restore weights, optimizer, schedule, scaler and hooks. The position is restored by the caller."""
+    folder = Path(folder)
+    _load_weights(run, folder)
+    try:
+        run.optimizer.load_state_dict(_load(folder / OPTIMIZER_FILE))
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"the optimizer state in {folder} does not fit this run ({error}); resume with the optimizer, network and learning"
+            " rate groups of the interrupted run"
+        ) from error
+    if (folder / SCHEDULER_FILE).exists() and hasattr(run.lr_scheduler, "load_state_dict"):
+        run.lr_scheduler.load_state_dict(_load(folder / SCHEDULER_FILE))
+    scaler = run.runtime.accelerator.scaler
+    if scaler is not None and (folder / SCALER_FILE).exists():
+        scaler.load_state_dict(_load(folder / SCALER_FILE))
+    if (folder / HOOKS_FILE).exists():
+        states = _load(folder / HOOKS_FILE)
+        for hook in run.hooks:
+            if type(hook).__name__ in states:
+                hook.load_state_dict(states[type(hook).__name__])
+
+
+def _load(path: Path) -> Any:
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; the state folder is incomplete")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _load_weights(run: Run, folder: Path) -> None:
+    from library.safetensors_utils import load_safetensors
+
+    path = folder / WEIGHTS_FILE
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; the state folder is incomplete")
+    tensors = load_safetensors(str(path), device="cpu")
+    modules = run.trainable.modules()
+    for name, module in modules.items():
+        prefix = f"{name}." if len(modules) > 1 else ""
+        part = {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
+        own = {key: value.shape for key, value in module.state_dict().items()}
+        wrong = [key for key in own if key not in part or part[key].shape != own[key]]
+        if wrong or len(part) != len(own):
+            raise CheckpointError(
+                f"the weights in {path} do not fit this run: {len(wrong)} of {len(own)} tensors differ"
+                f" (first: {wrong[0] if wrong else sorted(set(part) - set(own))[0]});"
+                " resume with the network options of the interrupted run"
+            )
+        module.load_state_dict(part)

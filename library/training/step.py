@@ -1,0 +1,152 @@
+"""TrainStep: from a batch to its loss. One body for every family and everything that is learned."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.dataset.batch import Batch
+from library.errors import ConfigError
+from library.keyed_random import StepDraws, key_seed
+from library.strategy_base import StrategySet
+from library.training.objective import NoisyLatents, Objective
+from library.training.run import DiTOutput, Models, StepOutput
+
+if TYPE_CHECKING:
+    from library.training.accelerator_setup import Runtime
+    from library.training.families.base import ModelFamily
+    from library.training.hooks.base import Hook
+    from library.training.trainables.base import Trainable
+
+
+@dataclass
+class TrainStep:
+    """Computes the loss of one micro-batch.
+
+    Random draws are keyed by (seed, purpose, optimizer step, position in the global batch); the loss of every sample is
+    divided by the number of samples of the whole optimizer step. Both together make N processes, or N accumulated
+    micro-batches, equal to one process with N times the batch.
+    """
+
+    runtime: Runtime
+    family: ModelFamily
+    trainable: Trainable
+    models: Models
+    strategies: StrategySet
+    objective: Objective
+    timestep_sampler: Any
+    loss: Any
+    """per-sample loss: (output, sample, batch) -> [B]"""
+    seed: int
+    validation_seed: int
+    trained_text_encoders: list[bool] = field(default_factory=list)
+    hooks: list[Hook] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._process_batch = replacement_of(self.hooks, "process_batch")
+        self._compute_loss = replacement_of(self.hooks, "compute_loss")
+
+    def __call__(self, batch: Batch, times: torch.Tensor | None = None) -> StepOutput:
+        """Loss of one batch. `times` [B] fixes the noise level in the objective's unit (validation); None draws it."""
+        if len(batch) == 0:  # a rank without samples only joins the reduction
+            zero = torch.zeros((), device=self.runtime.device)
+            return StepOutput(zero, zero, 0)
+        if self._process_batch is not None:
+            return self._process_batch(self, batch, times)
+        return self.process_batch(batch, times)
+
+    def process_batch(self, batch: Batch, times: torch.Tensor | None = None) -> StepOutput:
+        """The body of the step, which one hook may replace."""
+        draws = self.draws_of(batch, times)
+        device = self.runtime.device
+        if batch.request.is_training:
+            self.runtime.seed_foreign_code(key_seed(self.seed, "foreign code", draws.step, draws.positions[0]))
+            self.trainable.on_step_start(draws)
+        latents = self.latents_of(batch)  # [B, C, H, W] or [B, C, F, H, W]
+        conditioning = self.conditioning_of(batch)  # list of tensors, order set by the text strategy
+        noise = draws.normal("noise", latents.shape[1:]).to(device)
+        if times is None:
+            times = self.timestep_sampler.sample(tuple(latents.shape), draws).to(device)  # [B]
+        sample = self.objective.corrupt(latents, noise, times, draws)
+        inputs = self.trainable.inputs(batch, sample, conditioning)
+        with self.runtime.autocast():
+            output = self.family.predict(self.models, sample, conditioning, batch, **inputs)
+        output = self.with_preserved_targets(output, sample, conditioning, batch)
+        compute = self._compute_loss or type(self).compute_loss
+        per_sample, logs = compute(self, output, sample, batch)  # [B]
+        return StepOutput(
+            loss=per_sample.sum() / batch.request.group_size,
+            loss_sum=per_sample.detach().sum(),
+            count=len(batch),
+            logs=logs,
+        )
+
+    def compute_loss(self, output: DiTOutput, sample: NoisyLatents, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
+        """From the prediction to one weighted loss per sample [B]; one hook may replace it."""
+        return self.loss(output, sample, batch), {}
+
+    def draws_of(self, batch: Batch, times: torch.Tensor | None) -> StepDraws:
+        """Training draws are keyed by the step, validation draws by the image and the noise level alone."""
+        request = batch.request
+        if request.is_training:
+            return StepDraws(self.seed, request.step, request.positions)
+        level = 0 if times is None else round(float(times.flatten()[0]) * 1e6)
+        return StepDraws(self.validation_seed, level, request.positions)
+
+    def latents_of(self, batch: Batch) -> torch.Tensor:
+        """Scaled latents, from the cache or from the VAE in its own dtype."""
+        latents = batch.latents
+        if latents is None:
+            with torch.no_grad():
+                latents = self.strategies.latents_caching.encode(self.models.vae, batch.images, batch.latent_seeds)
+        return self.family.scale_latents(latents.to(self.runtime.device, torch.float32))
+
+    def conditioning_of(self, batch: Batch) -> list[torch.Tensor | None]:
+        """Cached outputs, overwritten by position with what the text encoders in memory give (those that learn, or all)."""
+        cached = batch.text_encoder_outputs_list
+        if batch.input_ids_list is None:
+            return list(cached)
+        learns = any(self.trained_text_encoders) and batch.request.is_training
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()), self.runtime.autocast():
+            encoded = self.strategies.text_encoding.encode_tokens(
+                self.strategies.tokenize, self.models.text_encoders, batch.input_ids_list
+            )
+        if cached is None:
+            return encoded
+        return [old if new is None else new for old, new in zip(cached, encoded, strict=True)]
+
+    def with_preserved_targets(
+        self, output: DiTOutput, sample: NoisyLatents, conditioning: list[Any], batch: Batch
+    ) -> DiTOutput:
+        """Samples marked `diff_output_preservation` learn to keep what the model predicts without what was learned."""
+        marked = [bool(attributes.get("diff_output_preservation")) for attributes in batch.custom_attributes]
+        if not any(marked):
+            return output
+        with torch.no_grad(), self.trainable.disabled(), self.runtime.autocast():
+            prior = self.family.predict(self.models, sample, conditioning, batch)
+        rows = torch.tensor(marked, device=output.target.device).view(-1, *[1] * (output.target.ndim - 1))
+        return dataclasses.replace(output, target=torch.where(rows, prior.pred.to(output.target.dtype), output.target))
+
+
+def replacement_of(hooks: list[Hook], name: str) -> Any | None:
+    """The one hook method that replaces a part of the step; a second one is a start-up error."""
+    found = [hook for hook in hooks if getattr(hook, name) is not None]
+    if len(found) > 1:
+        names = ", ".join(type(hook).__name__ for hook in found)
+        raise ConfigError(f"{names} all replace {name}; only one hook may")
+    return getattr(found[0], name) if found else None
+
+
+def merge_outputs(outputs: list[StepOutput]) -> StepOutput:
+    """The micro-batches of one optimizer step as one output, for the log."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return StepOutput(
+        loss=sum(output.loss.detach() for output in outputs),
+        loss_sum=sum(output.loss_sum for output in outputs),
+        count=sum(output.count for output in outputs),
+        logs={key: value for output in outputs for key, value in output.logs.items()},
+    )

@@ -1,0 +1,128 @@
+"""How noise levels are drawn: the options, the table of modes and `build`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from library.errors import ConfigError, Problems, did_you_mean
+from library.options import option
+from library.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from library.keyed_random import StepDraws
+
+WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
+
+TIMESTEP_SAMPLERS: Registry[type] = Registry("timestep sampling", option="timestep_sampling")
+for _name in (
+    "sigma", "uniform", "sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift", "nextdit_shift",
+    "ideogram4_shift", "logsnr",
+):
+    TIMESTEP_SAMPLERS.add(_name, "library.training.timestep_samplers.baseline:FlowTimestepSampler")
+
+SIGMOID_MODES = frozenset({"sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift"})
+"""modes that start from sigmoid(sigmoid_scale * z)"""
+
+
+class TimestepSampler(Protocol):
+    """Draws times in the unit of the objective. An adaptive sampler has `record`, `refresh`, `state_dict` and
+    `load_state_dict` as well; the loop calls those that exist."""
+
+    def sample(self, latent_shape: Sequence[int], draws: StepDraws) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimestepOptions:
+    """Noise levels: how they are drawn and how the loss weighs them."""
+
+    timestep_sampling: str = option(
+        "sigma", help="how sigmas are drawn: " + ", ".join(TIMESTEP_SAMPLERS.names())
+        + ". sigma follows the density of --weighting_scheme",
+    )
+    sigmoid_scale: float = option(1.0, help="factor of the normal number in sigmoid, shift and the *_shift modes")
+    weighting_scheme: str = option(
+        "uniform", choices=WEIGHTING_SCHEMES,
+        help="density of the sigmas in mode sigma (logit_normal, mode) and weight of the loss (sigma_sqrt, cosmap)"
+        " where the model family weighs it",
+    )
+    logit_mean: float = option(0.0, help="mean of logit_normal; a larger one gives noisier samples. Log-SNR mean of logsnr")
+    logit_std: float = option(1.0, help="standard deviation of logit_normal and logsnr")
+    mode_scale: float = option(1.29, help="scale of the density mode")
+    discrete_flow_shift: float = option(3.0, help="shift of the modes sigma and shift; 1 = none")
+    min_timestep: int | None = option(None, help="smallest timestep, 0 to 999 (default 0)")
+    max_timestep: int | None = option(None, help="end of the range of timesteps, 1 to 1000 (default 1000)")
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        if self.timestep_sampling not in TIMESTEP_SAMPLERS:
+            names = TIMESTEP_SAMPLERS.names()
+            problems.add(
+                f"--timestep_sampling is '{self.timestep_sampling}'{did_you_mean(self.timestep_sampling, names)}"
+                f" Known: {', '.join(names)}"
+            )
+        if self.weighting_scheme not in WEIGHTING_SCHEMES:
+            problems.add(
+                f"--weighting_scheme is '{self.weighting_scheme}'"
+                f"{did_you_mean(self.weighting_scheme, WEIGHTING_SCHEMES)} Known: {', '.join(WEIGHTING_SCHEMES)}"
+            )
+        for name in ("sigmoid_scale", "discrete_flow_shift"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                problems.add(f"--{name} is {value}; a number above 0 is needed")
+        if not (math.isfinite(self.logit_std) and self.logit_std >= 0):
+            problems.add(f"--logit_std is {self.logit_std}; a standard deviation is 0 or more")
+        for name in ("logit_mean", "mode_scale"):
+            if not math.isfinite(getattr(self, name)):
+                problems.add(f"--{name} is {getattr(self, name)}; a finite number is needed")
+        low = 0 if self.min_timestep is None else self.min_timestep
+        high = 1000 if self.max_timestep is None else self.max_timestep
+        if not 0 <= low < high <= 1000:
+            problems.add(
+                f"--min_timestep is {low} and --max_timestep is {high}; 0 <= min < max <= 1000 is needed, e.g. 200 and 800"
+            )
+        problems.raise_if_any()
+
+
+def build(options: TimestepOptions, *, is_flow: bool = True) -> Any:
+    """The sampler of a run. DDPM has one way of drawing, whole timesteps uniform in the range."""
+    if not is_flow:
+        from library.training.timestep_samplers.baseline import DdpmTimestepSampler
+
+        return DdpmTimestepSampler(options)
+    name = TIMESTEP_SAMPLERS.entry(options.timestep_sampling).name
+    return TIMESTEP_SAMPLERS.resolve(name)(options)
+
+
+def notices(options: TimestepOptions) -> list[str]:
+    """Lines for the log at start: where numbers differ from what people know, and settings that have no effect."""
+    lines = []
+    if options.timestep_sampling == "sigma" and options.weighting_scheme in ("logit_normal", "mode"):
+        lines.append(
+            f"--timestep_sampling sigma with --weighting_scheme {options.weighting_scheme}: a larger number is a noisier"
+            " sample, as in the paper (known trainers mirror the distribution)"
+        )
+    if options.timestep_sampling != "sigma" and options.weighting_scheme in ("logit_normal", "mode"):
+        lines.append(
+            f"--weighting_scheme {options.weighting_scheme} shapes the sigmas only with --timestep_sampling sigma;"
+            f" with {options.timestep_sampling} it has no effect"
+        )
+    if options.min_timestep is not None or options.max_timestep is not None:
+        lines.append(
+            "--min_timestep/--max_timestep: the sigmas of every mode are squeezed into the range"
+            " (known trainers ignore the range for flow models)"
+        )
+    return lines
+
+
+def check(options: TimestepOptions, known: Sequence[str]) -> None:
+    """Raise ConfigError when a family has not the chosen mode; `known` are the family's modes."""
+    if options.timestep_sampling not in known:
+        raise ConfigError(
+            f"--timestep_sampling is '{options.timestep_sampling}'; this model family has {', '.join(known)}"
+        )
