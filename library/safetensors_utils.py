@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.atomic_file import atomic_path
 from library.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -242,20 +243,11 @@ def save_file_atomic(tensors: Mapping[str, Tensor], path: str | os.PathLike, met
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
 
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(struct.pack("<Q", len(text)))
-            file.write(text)
-            for name in order:
-                file.write(_bytes_of(tensors[name]))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for name in order:
+            file.write(_bytes_of(tensors[name]))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

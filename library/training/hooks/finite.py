@@ -9,7 +9,7 @@ import torch
 
 from library.errors import TrainingError
 from library.training.hooks.base import Hook
-from library.training.hooks.losses import LossReader, StepLoss, gather_objects, sum_over_ranks
+from library.training.hooks.losses import LossReader, StepLoss, gather_objects
 
 if TYPE_CHECKING:
     from library.training.run import Run
@@ -82,7 +82,7 @@ def names_of_non_finite(run: Run) -> list[str]:
         return []
     device = torch.device(run.runtime.device)
     bad = torch.stack([(~torch.isfinite(p.detach())).any().to(device) for _, p in parameters])  # [parameters]
-    bad = sum_over_ranks(bad.to(torch.int32))
+    bad = run.runtime.sum_over_ranks(bad.to(torch.int32))
     if not bool(bad.any()):
         return []
     return [name for (name, _), is_bad in zip(parameters, bad.tolist()) if is_bad]

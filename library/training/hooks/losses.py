@@ -17,6 +17,7 @@ import torch
 from library.training.hooks.base import Hook
 
 if TYPE_CHECKING:
+    from library.training.accelerator_setup import Runtime
     from library.training.run import Run, StepOutput
 
 STEPS_BETWEEN_READINGS = 10
@@ -60,12 +61,14 @@ class LossReader(Hook):
         self._files: list[str] = []
         self._rates: dict[str, Any] = {}
         self._listeners: list[Listener] = []
+        self._runtime: Runtime | None = None
 
     def listen(self, listener: Listener) -> None:
         """Call `listener` with the losses of every reading, in the order of the steps."""
         self._listeners.append(listener)
 
     def on_train_start(self, run: Run) -> None:
+        self._runtime = run.runtime
         if self.every is None:  # on the CPU a reading waits for nothing
             self.every = 1 if torch.device(run.runtime.device).type == "cpu" else STEPS_BETWEEN_READINGS
 
@@ -79,9 +82,8 @@ class LossReader(Hook):
             logs.update(values)
         loss_sum = output.loss_sum.detach().float().reshape(())
         progress = run.progress
-        epoch = min((progress.global_step - 1) // progress.steps_per_epoch + 1, progress.num_epochs)
         self._pending.append(
-            _Pending(progress.global_step, epoch, loss_sum, output.count, tuple(self._files), logs)
+            _Pending(progress.global_step, progress.epoch, loss_sum, output.count, tuple(self._files), logs)
         )
         self._files = []
         if len(self._pending) >= (self.every or 1):
@@ -95,17 +97,17 @@ class LossReader(Hook):
         pending, self._pending = self._pending, []
         if not pending:
             return
-        losses = _losses_of(pending)
+        losses = _losses_of(pending, self._runtime)
         for listener in self._listeners:
             listener(losses)
 
 
-def _losses_of(pending: list[_Pending]) -> list[StepLoss]:
+def _losses_of(pending: list[_Pending], runtime: Runtime) -> list[StepLoss]:
     """Mean losses over the ranks, and the other logged values, with one copy from the device for all steps."""
     device = pending[0].loss_sum.device
     counts = torch.tensor([float(p.count) for p in pending], device=device)
     local = torch.stack([torch.stack([p.loss_sum for p in pending]), counts], dim=1)  # [steps, 2]
-    together = sum_over_ranks(local.clone())  # [steps, 2]
+    together = runtime.sum_over_ranks(local)  # [steps, 2]
     tensors = [(i, name, v) for i, p in enumerate(pending) for name, v in p.logs.items() if isinstance(v, torch.Tensor)]
     extra = [v.detach().to(device, torch.float32).reshape(()) for _, _, v in tensors]
     numbers = torch.cat([together.flatten(), local.flatten(), *([torch.stack(extra)] if extra else [])]).tolist()
@@ -146,13 +148,6 @@ def learning_rates(run: Run) -> dict[str, float | torch.Tensor]:
             effective = group.get("effective_lr")  # schedule-free Prodigy keeps the product itself
             logs[f"lr/d*lr/{name}"] = group["d"] * (rate if effective is None else effective)
     return logs
-
-
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Element-wise sum of a tensor over all processes, in place; the tensor itself in a run of one process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
-    return values
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -11,7 +11,7 @@ from library.keyed_random import isolated_rng
 from library.training.hooks.base import Hook
 from library.training.hooks.logging import LoggingHook
 from library.training.hooks.loss_curve import LossCurveHook
-from library.training.hooks.losses import LossReader, sum_over_ranks
+from library.training.hooks.losses import LossReader
 from library.training.option_groups import ValidationOptions
 
 if TYPE_CHECKING:
@@ -55,16 +55,15 @@ class ValidationHook(Hook):
         device = torch.device(run.runtime.device)
         total = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)  # loss sum, count
         with run.weights_for_eval(), isolated_rng(self.seed), torch.no_grad():
-            for number, batch in enumerate(run.data.validation_batches()):
-                if limit is not None and number >= limit:
-                    break
+            for batch in run.data.validation_batches(limit):
                 if len(batch) == 0:  # this rank's slice of a short batch
                     continue
+                batch = batch.to(device)
                 for time in times:
                     output = run.step(batch, times=torch.full((len(batch),), time, device=device))
                     total[0] += output.loss_sum.detach().to(total.dtype)
                     total[1] += output.count
-        loss_sum, count = sum_over_ranks(total).tolist()
+        loss_sum, count = run.runtime.sum_over_ranks(total).tolist()
         return loss_sum / count if count else None
 
     def _validate_and_report(self, run: Run, axis: str) -> None:

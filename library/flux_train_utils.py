@@ -1,0 +1,204 @@
+"""Numerics that only FLUX.1 has: schedules, the forward that training and sampling share, and making one image.
+
+Times are float32 up to the model's embedding. Loss weights and samplers that other families share are in
+`library/training/timesteps.py` and `library/training/inference_samplers/`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from library.flux_utils import pack_latents, prepare_img_ids, unpack_latents
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from library.flux_models import AutoEncoder, Flux
+
+BASE_TOKENS, BASE_SHIFT = 256, 0.5
+MAX_TOKENS, MAX_SHIFT = 4096, 1.15
+NUM_TRAIN_TIMESTEPS = 1000.0
+SPATIAL_STRIDE = 8
+PATCH_AREA = 4
+
+Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, torch.Generator], Tensor]
+"""(velocity function, latents, sigmas, generator) -> latents; library/training/inference_samplers"""
+
+
+def time_shift(mu: float, sigma: float, t: Tensor) -> Tensor:
+    """e^mu / (e^mu + (1/t - 1)^sigma): moves times in 0..1 towards noise for mu > 0. t = 0 stays 0."""
+    return math.exp(mu) / (math.exp(mu) + (1 / t - 1) ** sigma)
+
+
+def get_lin_function(
+    x1: float = BASE_TOKENS, y1: float = BASE_SHIFT, x2: float = MAX_TOKENS, y2: float = MAX_SHIFT
+) -> Callable[[float], float]:
+    """The line through (x1, y1) and (x2, y2); the defaults give mu for a number of image tokens."""
+    slope = (y2 - y1) / (x2 - x1)
+    return lambda x: slope * x + (y1 - slope * x1)
+
+
+def get_schedule(
+    num_steps: int, image_seq_len: int, base_shift: float = BASE_SHIFT, max_shift: float = MAX_SHIFT, shift: bool = True
+) -> list[float]:
+    """Sigmas from 1 to 0, `num_steps` + 1 of them, moved by mu of the number of tokens unless `shift` is off (schnell)."""
+    sigmas = torch.linspace(1, 0, num_steps + 1)
+    if shift:
+        sigmas = time_shift(get_lin_function(y1=base_shift, y2=max_shift)(image_seq_len), 1.0, sigmas)
+    return sigmas.tolist()
+
+
+def predict_velocity(
+    denoiser: Flux,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    conditioning: Sequence[Tensor | None],
+    *,
+    guidance: float,
+    use_t5_mask: bool = False,
+    **inputs: Any,
+) -> Tensor:
+    """Velocity (noise - data) [B, C, H, W] of noisy latents [B, C, H, W]; H and W must be even.
+
+    `timesteps` [B] are on the 0..1000 scale, float32; the model gets them divided by 1000. `conditioning` is
+    [pooled CLIP-L, T5 states, their ids, T5 mask]; the mask reaches the model only with `use_t5_mask`. `guidance` is the
+    embedded scale, one float32 number per sample; a model without that embedding (schnell) ignores it.
+    """
+    batch_size, _, height, width = noisy_latents.shape
+    pooled, t5_out, txt_ids, t5_mask = conditioning
+    device = noisy_latents.device
+    packed = pack_latents(noisy_latents)  # [B, (H/2)(W/2), 4C]
+    img_ids = prepare_img_ids(batch_size, height // 2, width // 2).to(device)  # [B, (H/2)(W/2), 3]
+    velocity = denoiser(
+        img=packed,
+        img_ids=img_ids,
+        txt=t5_out.to(device),
+        txt_ids=txt_ids.to(device),
+        timesteps=timesteps.float() / NUM_TRAIN_TIMESTEPS,
+        y=pooled.to(device),
+        guidance=torch.full((batch_size,), float(guidance), device=device, dtype=torch.float32),
+        txt_attention_mask=t5_mask.to(device) if use_t5_mask else None,
+        **inputs,
+    )
+    return unpack_latents(velocity, height // 2, width // 2)  # [B, C, H, W]
+
+
+def clean_estimate(velocity: Tensor, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
+    """x0 = x_t - sigma * v, float32. Shapes [B, C, H, W], sigmas [B]."""
+    return noisy_latents.float() - sigmas.view(-1, 1, 1, 1) * velocity.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """How one image is made. `shift` is off for schnell; `cfg_scale` 1 (or no negative prompt) means one forward."""
+
+    height: int
+    width: int
+    num_steps: int
+    seed: int
+    guidance: float = 3.5
+    cfg_scale: float = 1.0
+    shift: bool = True
+    use_t5_mask: bool = False
+
+
+def start_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
+    """Standard normal latents [1, C, H, W]: drawn on the CPU in float32, so that a seed means one picture everywhere."""
+    return torch.randn((1, channels, height, width), generator=torch.Generator("cpu").manual_seed(seed))
+
+
+def guided_velocity(
+    denoiser: Flux, settings: SampleSettings, conditioning: list[Tensor | None], negative: list[Tensor | None] | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function (latents [1, C, H, W], sigma []) -> velocity. With CFG both prompts run as one batch, negative first:
+    v = v_neg + cfg_scale * (v_pos - v_neg)."""
+    with_cfg = negative is not None and settings.cfg_scale != 1.0
+    if with_cfg:
+        conditioning = [None if a is None else torch.cat((a, b)) for a, b in zip(negative, conditioning, strict=True)]
+    how = {"guidance": settings.guidance, "use_t5_mask": settings.use_t5_mask}
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        rows = 2 if with_cfg else 1
+        times = torch.full((rows,), float(sigma) * NUM_TRAIN_TIMESTEPS, device=latents.device, dtype=torch.float32)
+        predicted = predict_velocity(denoiser, latents.repeat(rows, 1, 1, 1), times, conditioning, **how).float()
+        if not with_cfg:
+            return predicted
+        negative_part, positive_part = predicted.chunk(2)
+        return negative_part + settings.cfg_scale * (positive_part - negative_part)
+
+    return velocity
+
+
+@torch.no_grad()
+def generate_latents(
+    denoiser: Flux,
+    settings: SampleSettings,
+    conditioning: list[Tensor | None],
+    negative: list[Tensor | None] | None,
+    *,
+    sampler: Sampler,
+    device: torch.device | str,
+) -> Tensor:
+    """Latents [1, C, height/8, width/8] of one image, float32: noise of the seed, the schedule, the sampler."""
+    channels = denoiser.params.in_channels // PATCH_AREA
+    height, width = settings.height // SPATIAL_STRIDE, settings.width // SPATIAL_STRIDE
+    latents = start_noise(settings.seed, channels, height, width).to(device)
+    tokens = (height // 2) * (width // 2)
+    sigmas = torch.tensor(get_schedule(settings.num_steps, tokens, shift=settings.shift), device=device)
+    velocity = guided_velocity(denoiser, settings, conditioning, negative)
+    generator = torch.Generator("cpu").manual_seed(settings.seed + 1)  # samplers with noise of their own draw from here
+    return sampler(velocity, latents, sigmas, generator)
+
+
+@torch.no_grad()
+def decode_to_image(vae: AutoEncoder, latents: Tensor) -> Image.Image:
+    """PIL image of latents [1, C, h, w]. A VAE that waits on the CPU computes where the latents are and goes back."""
+    from PIL import Image
+
+    home = vae.device
+    vae.to(latents.device)
+    try:
+        with torch.autocast(latents.device.type, enabled=False):  # the VAE computes in the type that was chosen for it
+            pixels = vae.decode(latents)[0].float().clamp(-1, 1)  # [3, H, W]
+    finally:
+        vae.to(home)
+    values = ((pixels + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
+
+
+def denoise(
+    model: Flux, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, vec: Tensor,
+    timesteps: Sequence[float], guidance: float = 4.0, t5_attn_mask: Tensor | None = None,
+) -> Tensor:
+    """Euler steps on packed latents [B, L, 4C] along `timesteps` (1 = noise, 0 = data), for callers that pack themselves."""
+    guidance_vec = torch.full((img.shape[0],), float(guidance), device=img.device, dtype=torch.float32)
+    for now, after in zip(timesteps[:-1], timesteps[1:]):
+        times = torch.full((img.shape[0],), now, device=img.device, dtype=torch.float32)
+        velocity = model(
+            img=img, img_ids=img_ids, txt=txt, txt_ids=txt_ids, timesteps=times, y=vec,
+            guidance=guidance_vec, txt_attention_mask=t5_attn_mask,
+        )
+        img = img + (after - now) * velocity
+    return img
+
+
+def compute_density_for_timestep_sampling(
+    weighting_scheme: str, batch_size: int, logit_mean: float, logit_std: float, mode_scale: float
+) -> Tensor:
+    """Numbers [B] in 0..1 that follow `--weighting_scheme`, drawn from torch's global generator (for foreign callers)."""
+    from library.training.timesteps import density
+
+    return density(weighting_scheme, torch.rand(batch_size), logit_mean=logit_mean, logit_std=logit_std, mode_scale=mode_scale)
+
+
+def compute_loss_weighting_for_sd3(weighting_scheme: str, sigmas: Tensor) -> Tensor:
+    """Loss weight of `--weighting_scheme` per sigma."""
+    from library.training.timesteps import flow_weights
+
+    return flow_weights(weighting_scheme, sigmas)

@@ -1,0 +1,149 @@
+"""FLUX.1: captions to tokens, tokens to conditioning [pooled CLIP state, T5 states, text ids, T5 mask], and the caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.dataset.architectures import ARCHITECTURES
+from library.errors import ConfigError
+from library.strategy_base import (
+    LatentsCachingStrategy,
+    TextEncoderOutputsCachingStrategy,
+    TextEncodingStrategy,
+    TokenizeStrategy,
+)
+from library.tokenizers import load_clip_tokenizer, load_t5_tokenizer, vocabulary_problem
+
+CLIP_L_MAX_LENGTH = 77
+
+
+class FluxTokenizeStrategy(TokenizeStrategy):
+    """CLIP-L (77 tokens) and T5 (`t5xxl_max_length`: 512 for dev, 256 for schnell).
+
+    The tokenizers come from a folder (`clip_l_tokenizer`, `t5xxl_tokenizer`; ready tokenizer objects are taken as they
+    are), `tokenizer_cache_dir`, the T5 file `t5xxl_path`, an installed package, or the hub, in this order. ConfigError
+    when one cannot be found.
+    """
+
+    def __init__(
+        self,
+        t5xxl_max_length: int = 512,
+        tokenizer_cache_dir: str | None = None,
+        clip_l_tokenizer: Any | None = None,
+        t5xxl_tokenizer: Any | None = None,
+        t5xxl_path: str | None = None,
+    ) -> None:
+        self.t5xxl_max_length = t5xxl_max_length
+        self.clip_l = (
+            clip_l_tokenizer if callable(clip_l_tokenizer) else load_clip_tokenizer(clip_l_tokenizer, tokenizer_cache_dir)
+        )
+        self.t5xxl = (
+            t5xxl_tokenizer
+            if callable(t5xxl_tokenizer)
+            else load_t5_tokenizer(t5xxl_tokenizer, tokenizer_cache_dir, t5xxl_path, max_length=t5xxl_max_length)
+        )
+
+    def tokenize(self, text: str | list[str]) -> list[Tensor]:
+        """[CLIP ids [B, 77], T5 ids [B, L], T5 mask [B, L] with 1 = token]."""
+        texts = [text] if isinstance(text, str) else list(text)
+        clip = self._encode(self.clip_l, texts, CLIP_L_MAX_LENGTH)
+        t5 = self._encode(self.t5xxl, texts, self.t5xxl_max_length)
+        return [clip["input_ids"], t5["input_ids"], t5["attention_mask"]]
+
+    def overlong(self, text: str) -> bool:
+        """Whether T5, which carries the text in this family, does not see all of it."""
+        return len(self.t5xxl(text, verbose=False).input_ids) > self.t5xxl_max_length
+
+    @staticmethod
+    def _encode(tokenizer: Any, texts: list[str], length: int) -> Any:
+        return tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+
+
+class FluxTextEncodingStrategy(TextEncodingStrategy):
+    """`apply_t5_attn_mask`: T5 does not attend to padding. The mask itself is always part of the result."""
+
+    def __init__(self, apply_t5_attn_mask: bool = False) -> None:
+        self.apply_t5_attn_mask = apply_t5_attn_mask
+
+    def encode_tokens(
+        self, tokenize_strategy: FluxTokenizeStrategy, models: list[Any], tokens: list[Tensor]
+    ) -> list[Tensor | None]:
+        """[pooled [B, D], T5 states [B, L, D], text ids [B, L, 3] of zeros, T5 mask [B, L]]; None where a model is absent.
+
+        `models` = [CLIP-L, T5]; `tokens` as `tokenize` gives them. ConfigError when an id has no embedding row.
+        """
+        clip_l, t5xxl = models[0], models[1] if len(models) > 1 else None
+        clip_ids, t5_ids, t5_mask = tokens
+        pooled = t5_states = text_ids = mask = None
+        if clip_l is not None and clip_ids is not None:
+            _check_ids(clip_ids, clip_l, tokenize_strategy.clip_l, "CLIP-L")
+            pooled = pool_at_first_eos(clip_l, clip_ids, tokenize_strategy.clip_l.eos_token_id)
+        if t5xxl is not None and t5_ids is not None:
+            _check_ids(t5_ids, t5xxl, tokenize_strategy.t5xxl, "T5")
+            device = _device(t5xxl)
+            attention_mask = t5_mask.to(device) if self.apply_t5_attn_mask else None
+            t5_states = t5xxl(t5_ids.to(device), attention_mask=attention_mask).last_hidden_state
+            text_ids = torch.zeros(*t5_ids.shape, 3, device=device)
+            mask = t5_mask.to(device)
+        return [pooled, t5_states, text_ids, mask]
+
+
+def pool_at_first_eos(clip_l: Any, ids: Tensor, eos_id: int) -> Tensor:
+    """The final-normed state at the first end token of each row, [B, D], without projection.
+
+    A row without an end token (which tokenizers do not make) is pooled at its first place.
+    """
+    device = _device(clip_l)
+    ids = ids.to(device)
+    states = clip_l.text_model(input_ids=ids).last_hidden_state  # [B, L, D]
+    first_eos = (ids == eos_id).int().argmax(dim=-1)
+    return states[torch.arange(len(states), device=device), first_eos]
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _check_ids(ids: Tensor, model: Any, tokenizer: Any, name: str) -> None:
+    """An id past the embedding would be an unreadable device error; looked at only when it happens to be needed."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if int(ids.max()) >= rows:
+        raise ConfigError(
+            vocabulary_problem(tokenizer, rows, name, f"the {name} text encoder")
+            or f"the {name} tokens hold the id {int(ids.max())}, the embedding has {rows} rows"
+        )
+
+
+class FluxLatentsCachingStrategy(LatentsCachingStrategy):
+    """Latents of the FLUX.1 autoencoder, shifted and scaled, one posterior draw per image and size."""
+
+    architecture = ARCHITECTURES["flux"]
+
+    def encode(self, vae: Any, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        return vae.encode(images, seeds)
+
+
+class FluxTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
+    """Pooled CLIP state, T5 states, their ids and mask. A partial cache leaves the CLIP state to the CLIP-L that trains."""
+
+    architecture = ARCHITECTURES["flux"]
+
+    def __init__(
+        self,
+        cache_to_disk: bool,
+        batch_size: int | None,
+        skip_disk_cache_validity_check: bool,
+        is_partial: bool = False,
+        is_weighted: bool = False,
+        apply_t5_attn_mask: bool = False,
+    ) -> None:
+        super().__init__(cache_to_disk, batch_size, skip_disk_cache_validity_check, is_partial, is_weighted)
+        self.apply_t5_attn_mask = apply_t5_attn_mask
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        return {"apply_t5_attn_mask": self.apply_t5_attn_mask}

@@ -1,0 +1,115 @@
+"""What adapter is trained: its options, and short names for the network modules."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from library.errors import ConfigError, Problems, did_you_mean
+from library.options import option
+from library.registry import Registry
+
+NETWORKS: Registry = Registry("network module", option="network_module")
+NETWORKS.add("lora", "networks.lora")
+NETWORKS.add("lycoris", "lycoris.kohya", package="lycoris-lora")
+
+OWN_MODULES = ("networks.lora", "networks.lora_flux")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """Adapter (network module)"""
+
+    network_module: str | None = option(None, help="module that makes the adapter, e.g. networks.lora_flux or lycoris.kohya")
+    network_dim: int | None = option(None, help="rank of the adapter; 4 when not given")
+    network_alpha: float = option(1.0, help="the change is scaled by alpha / rank")
+    network_dropout: float | None = option(None, help="share of the adapter's inner values that is zeroed in training, 0 to below 1")
+    network_args: list[str] | None = option(None, help="further arguments of the network module, as key=value", nargs="*")
+    network_weights: str | None = option(None, help="adapter file to start from")
+    dim_from_weights: bool = option(False, help="take layers, ranks and alphas from --network_weights")
+    network_train_unet_only: bool = option(False, help="train the denoiser alone")
+    network_train_text_encoder_only: bool = option(False, help="train the text encoders alone")
+    unet_lr: float | None = option(None, help="learning rate of the denoiser; --learning_rate when not given; 0 = not trained")
+    text_encoder_lr: list[float] | None = option(
+        None, help="learning rate of the text encoders, one for all or one for each; --learning_rate when not given; 0 = not trained",
+        nargs="*",
+    )
+    scale_weight_norms: float | None = option(None, help="largest norm of a layer's change; larger ones are scaled down")
+    base_weights: list[str] | None = option(None, help="adapter files merged into the model before training", nargs="*")
+    base_weights_multiplier: list[float] | None = option(None, help="strength of each of the --base_weights; 1 when not given", nargs="*")
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        self._check_numbers(problems)
+        if self.network_train_unet_only and self.network_train_text_encoder_only:
+            problems.add("--network_train_unet_only and --network_train_text_encoder_only together leave nothing to train; use one of them")
+        if self.dim_from_weights and not self.network_weights:
+            problems.add("--dim_from_weights is set without --network_weights, the file to take the ranks from; add it")
+        if self.base_weights_multiplier and len(self.base_weights_multiplier) > len(self.base_weights or ()):
+            problems.add(
+                f"--base_weights_multiplier has {len(self.base_weights_multiplier)} values for {len(self.base_weights or ())} --base_weights;"
+                " give at most one for each file"
+            )
+        try:
+            parse_pairs(self.network_args)
+        except ConfigError as error:
+            problems.absorb(error)
+        problems.raise_if_any()
+
+    def _check_numbers(self, problems: Problems) -> None:
+        if self.network_dim is not None and self.network_dim < 1:
+            problems.add(f"--network_dim is {self.network_dim}; needed: a rank of 1 or more")
+        if self.network_alpha < 0:
+            problems.add(f"--network_alpha is {self.network_alpha}; needed: 0 (the rank) or more")
+        if self.network_dropout is not None and not 0 <= self.network_dropout < 1:
+            problems.add(f"--network_dropout is {self.network_dropout}; needed: 0 or more and below 1")
+        if self.scale_weight_norms is not None and self.scale_weight_norms <= 0:
+            problems.add(f"--scale_weight_norms is {self.scale_weight_norms}; needed: a norm above 0")
+        for name, rates in (("unet_lr", [self.unet_lr]), ("text_encoder_lr", self.text_encoder_lr or [])):
+            for rate in rates:
+                if rate is not None and rate < 0:
+                    problems.add(f"--{name} is {rate}; needed: 0 (not trained) or more")
+
+    @property
+    def pairs(self) -> dict[str, str]:
+        """--network_args as key -> text."""
+        return parse_pairs(self.network_args)
+
+    @property
+    def module_path(self) -> str:
+        """The importable name of --network_module."""
+        name = self.network_module or ""
+        return NETWORKS.entry(name).target if name in NETWORKS else name
+
+
+def parse_pairs(items: Sequence[str] | None) -> dict[str, str]:
+    """`key=value` texts -> dict; split at the first `=`, the last of equal keys wins. ConfigError with every bad item."""
+    problems, pairs = Problems(), {}
+    for item in items or ():
+        key, separator, value = item.partition("=")
+        if not separator or not key.strip():
+            problems.add(f"--network_args has '{item}'; needed: key=value")
+        pairs[key.strip()] = value.strip()
+    problems.raise_if_any()
+    return pairs
+
+
+def check_network_module(options: NetworkOptions) -> None:
+    """Raise ConfigError unless --network_module is given and can be imported; nothing of it is executed."""
+    if not options.network_module:
+        raise ConfigError("--network_module is missing; name the adapter to train, e.g. --network_module networks.lora_flux")
+    path = options.module_path
+    try:
+        found = importlib.util.find_spec(path) is not None
+    except (ModuleNotFoundError, ValueError):
+        found = False
+    if found:
+        return
+    if path.split(".")[0] == "lycoris":
+        raise ConfigError(f"--network_module is {options.network_module}, which needs the package lycoris-lora: pip install lycoris-lora")
+    known = [*NETWORKS.names(), *OWN_MODULES, "lycoris.kohya"]
+    raise ConfigError(
+        f"--network_module is {options.network_module}; there is no such module{did_you_mean(options.network_module, known)}"
+        f" Known: {', '.join(known)}, or any importable module with create_network"
+    )

@@ -1,0 +1,37 @@
+"""What a network needs around the steps of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from library.training.hooks.base import Hook
+
+if TYPE_CHECKING:
+    from library.training.run import Run
+    from library.training.trainables.network import NetworkTrainable
+
+
+class NetworkHook(Hook):
+    """Passes the border of an epoch and the multiplier of a batch on to the network, and keeps what GGPO knows of gradients
+    over a resume."""
+
+    def __init__(self, trainable: NetworkTrainable) -> None:
+        self.trainable = trainable
+
+    def on_epoch_start(self, run: Run) -> None:
+        self.trainable.network.on_epoch_start(run.models.text_encoders, run.models.denoiser)
+
+    def on_step_start(self, run: Run, batch: Any) -> None:
+        self.trainable.use_multipliers(batch)
+
+    def _ggpo(self) -> dict[str, Any]:
+        loras = getattr(self.trainable.network, "loras", [])
+        return {lora.lora_name: lora.ggpo for lora in loras if getattr(lora, "ggpo", None) is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: ggpo.state() for name, ggpo in self._ggpo().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = next(self.trainable.network.parameters()).device
+        for name, ggpo in self._ggpo().items():
+            ggpo.load_state(state.get(name, {}), device)

@@ -1,0 +1,140 @@
+"""What a run is about to do, on one page: made from plain data, printed once at start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+LABEL_WIDTH = 15
+MAX_BUCKETS_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketSummary:
+    """One bucket: size in pixels, images with repeats, batches of one process."""
+
+    width: int
+    height: int
+    num_images: int
+    num_batches: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSummary:
+    """One dataset. `num_images` counts files, `num_samples` counts with repeats."""
+
+    name: str
+    resolution: tuple[int, int]
+    """(width, height)"""
+    batch_size: int
+    num_images: int
+    num_samples: int
+    num_reg_images: int = 0
+    num_validation_images: int = 0
+    buckets: tuple[BucketSummary, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartSummary:
+    """Everything that the page shows. `parts`: trained part -> number of parameters; `files`: what -> path;
+    `notes`: equivalents and other lines for the user."""
+
+    model: str
+    files: Mapping[str, str]
+    precision: str
+    datasets: Sequence[DatasetSummary]
+    num_epochs: int
+    max_train_steps: int
+    steps_per_epoch: int
+    gradient_accumulation_steps: int
+    num_processes: int
+    device: str
+    optimizer: str
+    lr_scheduler: str
+    learning_rates: Mapping[str, float | None]
+    network: str
+    parts: Mapping[str, int]
+    memory: Sequence[str]
+    seed: int
+    seed_was_drawn: bool = False
+    output: str = ""
+    first_step: int = 0
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def start_summary(run: StartSummary) -> str:
+    """The page as text, no line of it empty but the first and last."""
+    lines = ["", *_line("model", run.model)]
+    for what, path in run.files.items():
+        lines += _line(f"  {what}", path)
+    lines += _line("precision", run.precision)
+    for dataset in run.datasets:
+        lines += _dataset_lines(dataset)
+    lines += _line("length", _length(run))
+    lines += _line("batch", _batch(run))
+    lines += _line("trained", run.network)
+    for part, count in run.parts.items():
+        lines += _line(f"  {part}", f"{count:,} parameters")
+    lines += _line("optimizer", f"{run.optimizer}; {run.lr_scheduler}; {_rates(run.learning_rates)}")
+    lines += _line("memory", "; ".join(run.memory) or "no memory option in use")
+    lines += _line("seed", f"{run.seed}{' (drawn; give it with --seed to repeat this run)' if run.seed_was_drawn else ''}")
+    if run.output:
+        lines += _line("output", run.output)
+    for note in run.notes:
+        lines += _line("note", note)
+    return "\n".join([*lines, ""])
+
+
+def _line(label: str, text: str) -> list[str]:
+    return [f"{label:<{LABEL_WIDTH}} {text}".rstrip()]
+
+
+def _length(run: StartSummary) -> str:
+    steps = f"{run.max_train_steps} steps, {_count(run.num_epochs, 'epoch')} of {run.steps_per_epoch} steps"
+    return f"{steps}, going on at step {run.first_step + 1}" if run.first_step else steps
+
+
+def _batch(run: StartSummary) -> str:
+    sizes = sorted({dataset.batch_size for dataset in run.datasets})
+    size = " or ".join(map(str, sizes)) or "0"
+    text = f"{size} per process, {_count(run.num_processes, 'process', 'processes')} on {run.device}"
+    if run.gradient_accumulation_steps > 1:
+        text += f", {run.gradient_accumulation_steps} batches per step"
+    totals = [n * run.num_processes * run.gradient_accumulation_steps for n in sizes]
+    return f"{text}: {' or '.join(map(str, totals)) or '0'} images per step"
+
+
+def _rates(rates: Mapping[str, float | None]) -> str:
+    """`learning rate 0.0001` when all groups have one rate, else one per group; None: the optimizer finds its own."""
+    different = set(rates.values())
+    if len(different) == 1:
+        return f"learning rate {_rate(next(iter(different)))}"
+    return "learning rates " + ", ".join(f"{name} {_rate(rate)}" for name, rate in rates.items())
+
+
+def _rate(rate: float | None) -> str:
+    return "chosen by the optimizer" if rate is None else f"{rate:g}"
+
+
+def _dataset_lines(dataset: DatasetSummary) -> list[str]:
+    width, height = dataset.resolution
+    text = f"{_count(dataset.num_images, 'image')}, {dataset.num_samples} per epoch, {width}x{height}"
+    if dataset.num_reg_images:
+        text += f", {_count(dataset.num_reg_images, 'regularisation image')}"
+    if dataset.num_validation_images:
+        text += f", {dataset.num_validation_images} held out"
+    lines = _line(dataset.name, text)
+    if len(dataset.buckets) > 1:
+        shown = sorted(dataset.buckets, key=lambda bucket: -bucket.num_images)
+        for bucket in shown[:MAX_BUCKETS_SHOWN]:
+            size = f"{bucket.width}x{bucket.height}"
+            lines += _line("", f"  {size:<10} {bucket.num_images:>6} images {bucket.num_batches:>6} batches")
+        rest = shown[MAX_BUCKETS_SHOWN:]
+        if rest:
+            total = sum(bucket.num_images for bucket in rest)
+            lines += _line("", f"  {f'{len(rest)} others':<10} {total:>6} images {sum(b.num_batches for b in rest):>6} batches")
+    return lines
+
+
+def _count(number: int, one: str, several: str | None = None) -> str:
+    return f"{number} {one if number == 1 else several or one + 's'}"

@@ -1,0 +1,344 @@
+"""Training of an adapter through a network module: ours, lycoris.kohya or a user's own, all called in the same way."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.errors import AtelierError, CheckpointError, ConfigError, Problems
+from library.keyed_random import StepDraws, isolated_rng, key_seed
+from library.options import parse_bool
+from library.training.adapters import NetworkOptions, check_network_module
+from library.training.hooks.base import Hook
+from library.training.hooks.network import NetworkHook
+from library.training.optimizers import OptimizerOptions
+from library.training.trainables.base import Trainable
+from networks.network_files import by_module, match_names, read_adapter_file, write_adapter_file
+from networks.targets import NetworkTargets, targets_of_family
+
+if TYPE_CHECKING:
+    from library.training.accelerator_setup import Runtime
+    from library.training.families.base import ModelFamily
+    from library.training.run import Models
+
+logger = logging.getLogger(__name__)
+
+
+class NetworkTrainable(Trainable):
+    """An adapter. `network` is the object that the network module made; it exists after attach()."""
+
+    name = "network"
+    options = NetworkOptions
+    opts: NetworkOptions
+
+    def check(self, family: ModelFamily) -> None:
+        """Module, network arguments and files, as far as they can be judged without models."""
+        problems = Problems()
+        for step in (lambda: check_network_module(self.opts), lambda: self._check_arguments(family), self._check_files):
+            try:
+                step()
+            except ConfigError as error:
+                problems.absorb(error)
+            except AtelierError as error:
+                problems.add(str(error))
+        encoders = len(targets_of_family(family.name).text_encoders)
+        rates = self.opts.text_encoder_lr or ()
+        if len(rates) > max(encoders, 1):
+            problems.add(f"--text_encoder_lr has {len(rates)} values; {family.name} has {encoders} text encoders")
+        if self.opts.network_train_text_encoder_only and not any(self.trains_text_encoders(family)):
+            problems.add(f"--network_train_text_encoder_only leaves nothing to train: no text encoder of {family.name} is trained")
+        problems.raise_if_any()
+
+    def _check_arguments(self, family: ModelFamily) -> None:
+        if not self.opts.module_path.startswith("networks."):
+            return  # another package's module reads its own arguments
+        try:
+            module = importlib.import_module(self.opts.module_path)
+        except ModuleNotFoundError:
+            return  # reported by check_network_module
+        check = getattr(module, "check_network_args", None)
+        if check is not None:
+            check(self.opts.pairs, family.name)
+
+    def _check_files(self) -> None:
+        from library.checkpoint_kinds import check_slot
+
+        problems = Problems()
+        files = [("network_weights", self.opts.network_weights)] if self.opts.network_weights else []
+        files += [("base_weights", path) for path in self.opts.base_weights or ()]
+        for slot, path in files:
+            if str(path).endswith(".safetensors") or not os.path.isfile(path):
+                message = check_slot(path, slot, {"adapter"})
+                if message:
+                    problems.add(message)
+        problems.raise_if_any()
+
+    def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
+        if self.opts.network_train_unet_only:
+            return [False] * len(targets_of_family(family.name).text_encoders)
+        return [
+            encoder.switch is None or _is_on(self.opts.pairs.get(encoder.switch))
+            for encoder in targets_of_family(family.name).text_encoders
+        ]
+
+    # -- attaching -------------------------------------------------------------------------------------------------
+
+    def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None:
+        """Merge the base weights, make the network, hook it into the models and load its start weights."""
+        self._targets = targets_of_family(family.name)
+        self._models = models
+        for part in (models.denoiser, *models.text_encoders):
+            if part is not None:
+                part.requires_grad_(False)
+        module = importlib.import_module(self.opts.module_path)
+        self._is_own = hasattr(module, "check_network_args")
+        self._merge_base_weights(module, models, runtime)
+        text_encoders = self._text_encoders(models)
+        with isolated_rng(key_seed(runtime.seed, "network init")):
+            network = self._make_network(module, models, text_encoders)
+        if network is None:
+            raise ConfigError(f"--network_module {self.opts.network_module} made no network; see its messages above")
+        self.network = network
+        if hasattr(network, "initialize"):
+            network.initialize(runtime.seed)
+        if hasattr(network, "prepare_network"):
+            network.prepare_network(SimpleNamespace(**self.config.values()))
+        trains_text = any(self.trains_text_encoders(family))
+        network.apply_to(text_encoders, models.denoiser, trains_text, not self.opts.network_train_text_encoder_only)
+        self._refuse_empty(models)
+        if self.opts.network_weights:
+            self._load_start_weights(network)
+        self._finish(network, text_encoders, models, runtime)
+
+    def _finish(self, network: Any, text_encoders: Any, models: Models, runtime: Runtime) -> None:
+        if self.opts.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
+            raise ConfigError(f"--scale_weight_norms is set; {self.opts.network_module} has no apply_max_norm_regularization. Leave it out")
+        network.to(runtime.device, runtime.trained_dtype)
+        network.enable_gradient_checkpointing()
+        network.prepare_grad_etc(text_encoders, models.denoiser)
+        network.train()
+
+    def _make_network(self, module: Any, models: Models, text_encoders: Any) -> Any:
+        """The contract call. `dropout` is passed as well because LyCORIS reads no neuron_dropout."""
+        options, pairs = self.opts, dict(self.opts.pairs)
+        pairs.setdefault("dropout", options.network_dropout)
+        if options.dim_from_weights:
+            network, _ = module.create_network_from_weights(
+                1, options.network_weights, models.vae, text_encoders, models.denoiser,
+                neuron_dropout=options.network_dropout, **pairs,
+            )
+            return network
+        return module.create_network(
+            1.0, options.network_dim, options.network_alpha, models.vae, text_encoders, models.denoiser,
+            neuron_dropout=options.network_dropout, **pairs,
+        )
+
+    def _text_encoders(self, models: Models) -> Any:
+        """As the family's convention wants them: a bare model where files say `lora_te_`, else a list. Other packages'
+        modules cannot take None for an encoder that is not loaded."""
+        encoders = list(models.text_encoders)
+        if self._is_own:
+            return encoders
+        loaded = [encoder for encoder in encoders if encoder is not None]
+        if [encoder.prefix for encoder in self._targets.text_encoders] == ["lora_te"]:
+            return loaded[0] if loaded else []
+        return loaded
+
+    def _refuse_empty(self, models: Models) -> None:
+        if any(parameter.numel() for parameter in self.network.parameters()):
+            return
+        wanted = sorted({*self._targets.classes, *(name for encoder in self._targets.text_encoders for name in encoder.classes)})
+        blocks = sorted({type(module).__name__ for module in models.denoiser.modules() if "Block" in type(module).__name__})
+        raise ConfigError(
+            f"the network of {self.opts.network_module} has no layer to train. Denoiser {type(models.denoiser).__name__} has blocks"
+            f" {', '.join(blocks) or 'of no known class'}; {self._targets.family} adapters train layers in {', '.join(wanted)}."
+            " Look at --network_args, --network_train_unet_only and --network_train_text_encoder_only"
+        )
+
+    # -- files to start from -----------------------------------------------------------------------------------------
+
+    def _merge_base_weights(self, module: Any, models: Models, runtime: Runtime) -> None:
+        """Add adapters to the model's weights before training. LoRA files are merged by our own code, which keeps the
+        multiplier; other kinds by the network module."""
+        multipliers = list(self.opts.base_weights_multiplier or [])
+        for number, path in enumerate(self.opts.base_weights or ()):
+            multiplier = multipliers[number] if number < len(multipliers) else 1.0
+            tensors = read_adapter_file(path, self._targets)
+            is_lora = all({"lora_down.weight", "lora_up.weight"} <= set(part) for part in by_module(tensors).values())
+            maker = importlib.import_module("networks.lora") if is_lora else module
+            own = hasattr(maker, "check_network_args")
+            encoders = list(models.text_encoders) if own else [e for e in models.text_encoders if e is not None]
+            network, weights = maker.create_network_from_weights(
+                multiplier, path, models.vae, encoders, models.denoiser, weights_sd=tensors, for_inference=True
+            )
+            logger.info("merging %s with multiplier %g", path, multiplier)
+            network.merge_to(encoders, models.denoiser, weights, None if own else runtime.weight_dtype, runtime.device)
+
+    def _load_start_weights(self, network: Any) -> None:
+        path = self.opts.network_weights
+        if self._is_own:
+            self._refuse_other_alphas(network, path)
+        report = network.load_weights(path)
+        logger.info("weights of the network loaded from %s: %s", path, _summary(report))
+        if self._is_own and len(report["missing"]) == len(network.loras):
+            raise CheckpointError(f"--network_weights is {path}; none of its modules belongs to a layer that this network trains")
+
+    def _refuse_other_alphas(self, network: Any, path: str) -> None:
+        """An alpha that the user wrote must be the file's; otherwise the file's alphas count."""
+        if "network_alpha" not in self.config.explicit or self.opts.dim_from_weights:
+            return
+        modules = {module.lora_name: module for module in network.loras}
+        parts = by_module(read_adapter_file(path, self._targets))
+        found, _ = match_names(parts, modules, self._targets)
+        for name, own in found.items():
+            split = len(getattr(modules[own], "split", None) or (1,))
+            alpha = float(parts[name].get("alpha", torch.tensor(float(modules[own].lora_dim * split)))) / split
+            if abs(alpha - float(modules[own].alpha)) > 1e-6 * max(1.0, abs(alpha)):
+                raise ConfigError(
+                    f"--network_alpha is {self.opts.network_alpha}; {own} of --network_weights {path} has alpha {alpha:g}."
+                    " Leave --network_alpha out, or add --dim_from_weights, to go on with the file's"
+                )
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups with `params`, `lr` and `name`. Parameters of groups without rate are frozen: they would collect gradients
+        that nobody uses."""
+        default = self.config[OptimizerOptions].learning_rate
+        groups = []
+        for number, (group, name) in enumerate(self._described_groups(default)):
+            params, rate = list(group["params"]), group.get("lr", default)
+            if params and rate:
+                extra = {key: value for key, value in group.items() if key not in ("params", "lr", "name")}
+                groups.append({**extra, "params": params, "lr": rate, "name": name or group.get("name") or f"group {number}"})
+        chosen = {id(parameter) for group in groups for parameter in group["params"]}
+        for parameter in self.network.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+        if not groups:
+            raise ConfigError("every learning rate is 0: there is nothing to train; look at --learning_rate, --unet_lr and --text_encoder_lr")
+        return groups
+
+    def _described_groups(self, default: float | None) -> list[tuple[dict[str, Any], str | None]]:
+        rates = list(self.opts.text_encoder_lr or [])
+        several = getattr(self.network, "prepare_optimizer_params_with_multiple_te_lrs", None)
+        if several is not None:
+            result = several(rates or None, self.opts.unet_lr, default)
+        else:
+            if len(set(rates)) > 1:
+                raise ConfigError(f"--text_encoder_lr has {len(rates)} values; {self.opts.network_module} knows one rate for all text encoders")
+            values = [rates[0] if rates else None, self.opts.unet_lr, default]
+            method = self.network.prepare_optimizer_params
+            count = _positional_count(method)
+            if count == 2:  # older modules take no default rate
+                values = [default if value is None else value for value in values[:2]]
+            result = method(*values)
+        groups, names = result if isinstance(result, tuple) else (result, None)
+        groups = list(groups)
+        return list(zip(groups, names or [None] * len(groups), strict=True))
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {"network": self.network}
+
+    def inputs(self, batch: Any, sample: Any, conditioning: list[Any]) -> dict[str, Any]:
+        self.use_multipliers(batch)
+        return {}
+
+    def use_multipliers(self, batch: Any) -> None:
+        """`network_multiplier` of the dataset: the strength of the network for this batch (all of one dataset)."""
+        values = {float(value) for value in batch.network_multipliers.tolist()}
+        if len(values) > 1:
+            raise ValueError("samples of one batch have different network multipliers")
+        if values and self.network.multiplier != min(values):
+            self.network.set_multiplier(min(values))
+
+    def on_step_start(self, draws: StepDraws) -> None:
+        if hasattr(self.network, "set_step_draws"):
+            self.network.set_step_draws(draws)
+        if hasattr(self.network, "on_step_start"):
+            self.network.on_step_start(self._models.text_encoders, self._models.denoiser)
+
+    @contextmanager
+    def disabled(self):
+        multiplier = self.network.multiplier
+        self.network.set_multiplier(0.0)
+        try:
+            yield
+        finally:
+            self.network.set_multiplier(multiplier)
+
+    def hooks(self) -> list[Hook]:
+        from library.training.hooks.weight_norm import WeightNormHook
+
+        hooks: list[Hook] = [NetworkHook(self)]
+        if self.opts.scale_weight_norms or hasattr(self.network, "update_norms"):
+            hooks.append(WeightNormHook(self.network, self.opts.scale_weight_norms))
+        return hooks
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+        if self._is_own:
+            self.network.save_weights(path, dtype, metadata)
+            return
+        stem, ending = os.path.splitext(path)
+        temporary = f"{stem}.{os.getpid()}.tmp{ending}"
+        try:
+            self.network.save_weights(temporary, dtype, dict(metadata))
+            write_adapter_file(path, *_read_back(temporary), metadata) if ending == ".safetensors" else os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+
+    def load(self, path: str) -> None:
+        self.network.load_weights(path)
+
+    def metadata(self) -> dict[str, Any]:
+        """ss_network_* keys, plain values; the pair `dropout` that is added for LyCORIS is not the user's."""
+        options = self.opts
+        values = {
+            "ss_network_module": options.module_path,
+            "ss_network_dim": options.network_dim,
+            "ss_network_alpha": options.network_alpha,
+            "ss_network_dropout": options.network_dropout,
+            "ss_scale_weight_norms": options.scale_weight_norms,
+        }
+        if options.network_args:
+            values["ss_network_args"] = json.dumps(options.pairs)
+        return values
+
+
+def _is_on(text: str | None) -> bool:
+    try:
+        return text is not None and parse_bool(text)
+    except Exception:  # a bad value is reported by the check of the arguments
+        return False
+
+
+def _positional_count(method: Any) -> int:
+    """How many arguments a bound method takes by position, 3 at most."""
+    parameters = inspect.signature(method).parameters.values()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return 3
+    return min(3, sum(parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD) for parameter in parameters))
+
+
+def _read_back(path: str) -> tuple[dict[str, torch.Tensor], None]:
+    """Tensors that another package's module wrote; they are written again whole, with our hashes and a fixed order."""
+    from library.safetensors_utils import load_safetensors
+
+    return load_safetensors(path, device="cpu", disable_mmap=True), None
+
+
+def _summary(report: Any) -> str:
+    if isinstance(report, dict):
+        return ", ".join(f"{len(value)} {key}" for key, value in report.items() if isinstance(value, Sequence)) or "done"
+    return str(report)

@@ -1,0 +1,260 @@
+"""LoRA: low-rank changes of Linear and Conv2d layers, for every model family that has a target table.
+
+`delta W = scale * up @ down`. The functions below are the only place where a change is computed; forward, merging, saving
+and the tools build on them. The two functions at the end are what a trainer calls (`--network_module networks.lora`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.errors import CheckpointError, ConfigError
+from library.options import parse_bool
+from networks.adapter_module import AdapterModule
+from networks.ggpo import Ggpo, row_norms_squared
+from networks.network_args import parse_network_args, positive_number
+from networks.network_base import AdditionalNetwork, NetworkKind, build_from_weights, build_network
+from networks.targets import NetworkTargets, targets_of_family
+
+
+def lora_delta(
+    down: torch.Tensor, up: torch.Tensor, scale: float, mid: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Weight change of a LoRA layer: scale * up @ down.
+
+    Shapes: Linear down [rank, in], up [out, rank] -> [out, in]; convolution down [rank, in, kh, kw], up [out, rank, 1, 1]
+    -> [out, in, kh, kw]; with `mid` [rank, rank, kh, kw] (Tucker) down is [rank, in, 1, 1] and
+    delta[p, q, ..] = scale * sum_ij mid[i, j, ..] * up[p, i] * down[j, q].
+    `scale` is alpha / rank and is applied here only. Source: LoRA, arXiv 2106.09685, section 4.1; Tucker form: LyCORIS,
+    arXiv 2309.14859. Raises ValueError when the ranks differ.
+    """
+    rank = up.shape[1]
+    if (mid.shape[0] if mid is not None else down.shape[0]) != rank:
+        raise ValueError(f"down {list(down.shape)} and up {list(up.shape)} have different ranks")
+    if mid is not None:
+        return scale * torch.einsum("ij...,pi,jq->pq...", mid, up.flatten(1), down.flatten(1))
+    product = up.flatten(1) @ down.flatten(1)  # [out, in * kh * kw]
+    return scale * product.view(up.shape[0], *down.shape[1:])
+
+
+def fuse_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """k independent pairs [rank, in], [rows_i, rank] -> one pair [k*rank, in], [sum rows_i, k*rank] with the same change
+    (up is block-diagonal)."""
+    return torch.cat([down for down, _ in pairs]), torch.block_diag(*[up for _, up in pairs])
+
+
+def split_pair(
+    down: torch.Tensor, up: torch.Tensor, rows: Sequence[int]
+) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+    """The reverse of fuse_pairs; None when the rank does not divide or `up` is not block-diagonal."""
+    count, rank = len(rows), down.shape[0]
+    if rank % count or up.shape != (sum(rows), rank):
+        return None
+    size = rank // count
+    grid = [list(part.split(size, dim=1)) for part in up.split(list(rows))]
+    if any(bool(grid[i][j].any()) for i in range(count) for j in range(count) if i != j):
+        return None
+    return [(down_part, grid[i][i]) for i, down_part in enumerate(down.split(size))]
+
+
+class LoRAModule(AdapterModule):
+    """LoRA of one Linear or Conv2d. `split` gives the rows of independently trained parts of a fused Linear; `tucker`
+    builds the three-tensor form of a convolution."""
+
+    weight_keys = ("lora_down.weight", "lora_up.weight")
+    optional_keys = ("lora_mid.weight",)
+    plus_names = ("lora_up",)
+
+    def __init__(
+        self,
+        lora_name: str,
+        org_module: nn.Module,
+        multiplier: float = 1.0,
+        lora_dim: int = 4,
+        alpha: float | None = 1.0,
+        dropout: float | None = None,
+        rank_dropout: float | None = None,
+        module_dropout: float | None = None,
+        **shape: Any,
+    ) -> None:
+        super().__init__(lora_name, org_module, multiplier, lora_dim, alpha, dropout, rank_dropout, module_dropout)
+        self.split: tuple[int, ...] | None = shape.pop("split", None)
+        self.ggpo: Ggpo | None = None
+        tucker = shape.pop("tucker", False)
+        if shape:
+            raise TypeError(f"unknown arguments: {', '.join(shape)}")
+        self.is_conv = type(org_module).__name__ == "Conv2d"
+        if self.is_conv:
+            self._build_conv(org_module, tucker)
+        elif self.split:
+            in_features = org_module.in_features
+            self.lora_down = nn.ModuleList(nn.Linear(in_features, lora_dim, bias=False) for _ in self.split)
+            self.lora_up = nn.ModuleList(nn.Linear(lora_dim, rows, bias=False) for rows in self.split)
+        else:
+            self.lora_down = nn.Linear(org_module.in_features, lora_dim, bias=False)
+            self.lora_up = nn.Linear(lora_dim, org_module.out_features, bias=False)
+        self.initialize()
+
+    def _build_conv(self, org_module: nn.Conv2d, tucker: bool) -> None:
+        if org_module.groups != 1:
+            raise ConfigError(f"{self.lora_name} is a grouped convolution, for which LoRA is not defined; exclude this layer")
+        geometry = {
+            "stride": org_module.stride, "padding": org_module.padding, "dilation": org_module.dilation,
+            "padding_mode": org_module.padding_mode, "bias": False,
+        }
+        rank, kernel = self.lora_dim, org_module.kernel_size
+        if tucker:
+            self.lora_down = nn.Conv2d(org_module.in_channels, rank, 1, bias=False)
+            self.lora_mid = nn.Conv2d(rank, rank, kernel, **geometry)
+        else:
+            self.lora_down = nn.Conv2d(org_module.in_channels, rank, kernel, **geometry)
+        self.lora_up = nn.Conv2d(rank, org_module.out_channels, 1, bias=False)
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """down (and mid) kaiming-uniform as nn.Linear starts, up zero."""
+        for name, parameter in self.named_parameters():
+            if name.startswith("lora_up"):
+                parameter.zero_()
+            else:
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+
+    def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """(down, up) of every part; one pair unless the layer is split."""
+        return zip(self.lora_down, self.lora_up, strict=True) if self.split else iter([(self.lora_down, self.lora_up)])
+
+    def delta_output(self, x: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for number, (down, up) in enumerate(self.pairs()):
+            hidden = down(x)  # [B, ..., rank] or [B, rank, H, W]
+            if self.is_conv and hasattr(self, "lora_mid"):
+                hidden = self.lora_mid(hidden)
+            parts.append(up(self._dropped(hidden, number)))
+        change = torch.cat(parts, dim=-1) if self.split else parts[0]
+        if self.ggpo is not None and self.training:
+            change = change + self.ggpo.perturbation(x, self) / (self.multiplier * self.scale)
+        return change
+
+    def _dropped(self, hidden: torch.Tensor, part: int) -> torch.Tensor:
+        if not self.training:
+            return hidden
+        if self.dropout:
+            hidden = self.drop(hidden, self.dropout, tuple(hidden.shape[1:]), f"network dropout {part}")
+        if self.rank_dropout:
+            ranks = self.lora_dim
+            shape = (ranks, *[1] * (hidden.ndim - 2)) if self.is_conv else (*[1] * (hidden.ndim - 2), ranks)
+            hidden = self.drop(hidden, self.rank_dropout, shape, f"network rank dropout {part}")
+        return hidden
+
+    def delta_weight(self) -> torch.Tensor:
+        mid = self.lora_mid.weight.float() if hasattr(self, "lora_mid") else None
+        return torch.cat([lora_delta(down.weight.float(), up.weight.float(), self.scale, mid) for down, up in self.pairs()])
+
+    def file_tensors(self) -> dict[str, torch.Tensor]:
+        """Split layers are written fused, with alpha * parts: alpha / rank of the file is the scale that was trained."""
+        if not self.split:
+            return super().file_tensors()
+        down, up = fuse_pairs([(down.weight.detach(), up.weight.detach()) for down, up in self.pairs()])
+        return {"lora_down.weight": down, "lora_up.weight": up, "alpha": self.alpha * len(self.split)}
+
+    def load_file_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        if not self.split or any(name not in tensors for name in self.weight_keys):
+            return super().load_file_tensors(tensors)
+        down, up = (tensors[name] for name in self.weight_keys)
+        pairs = split_pair(down, up, self.split)
+        if pairs is None:
+            raise CheckpointError(
+                f"{self.lora_name}: up {list(up.shape)} of the file is one pair for all parts; it was trained without split_qkv."
+                " Leave split_qkv out"
+            )
+        parts = {f"lora_down.{i}.weight": pair[0] for i, pair in enumerate(pairs)}
+        parts.update({f"lora_up.{i}.weight": pair[1] for i, pair in enumerate(pairs)})
+        alpha = float(tensors.get("alpha", torch.tensor(float(down.shape[0]))))
+        super().load_file_tensors({**parts, "alpha": torch.tensor(alpha / len(pairs))})
+
+    @torch.no_grad()
+    def weight_norm(self) -> torch.Tensor:
+        if hasattr(self, "lora_mid"):
+            return super().weight_norm()
+        squares = [row_norms_squared(up.weight, down.weight).sum() for down, up in self.pairs()]
+        return abs(self.scale) * torch.stack(squares).sum().sqrt()
+
+    @torch.no_grad()
+    def scale_weight(self, ratio: torch.Tensor) -> None:
+        for down, up in self.pairs():
+            down.weight.mul_(ratio.sqrt())
+            up.weight.mul_(ratio.sqrt())
+
+
+def shape_from_file(
+    tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None
+) -> tuple[int, float | None, dict[str, Any]]:
+    """(rank, alpha, further arguments of LoRAModule) of one layer's tensors in a file."""
+    parts = len(split) if split else 1
+    rank = tensors["lora_down.weight"].shape[0]
+    alpha = float(tensors["alpha"]) if "alpha" in tensors else float(rank)
+    if rank % parts:
+        raise CheckpointError(f"rank {rank} of the file does not divide into {parts} parts; leave split_qkv out")
+    return rank // parts, alpha / parts, {"tucker": True} if "lora_mid.weight" in tensors else {}
+
+
+def extra_arguments(targets: NetworkTargets) -> dict[str, Callable[[Any], Any]]:
+    """Network arguments of LoRA beside those that every adapter has."""
+    parsers: dict[str, Callable[[Any], Any]] = {"ggpo_sigma": positive_number, "ggpo_beta": positive_number}
+    if targets.splits:
+        parsers["split_qkv"] = parse_bool
+    return parsers
+
+
+def prepare(network: AdditionalNetwork) -> None:
+    """Switch GGPO on where both of its arguments are given."""
+    sigma, beta = network.settings.get("ggpo_sigma"), network.settings.get("ggpo_beta")
+    if (sigma is None) != (beta is None):
+        raise ConfigError("--network_args ggpo_sigma and ggpo_beta belong together; one of them is missing")
+    if sigma is not None:
+        for module in network.unet_loras + network.text_encoder_loras:
+            module.ggpo = None if module.is_conv else Ggpo(sigma, beta)
+
+
+KIND = NetworkKind(LoRAModule, shape_from_file, extra_arguments, prepare)
+
+
+def check_network_args(pairs: Mapping[str, Any], family: str) -> None:
+    """Raise ConfigError for arguments that create_network would refuse, before any model is loaded."""
+    targets = targets_of_family(family)
+    values = parse_network_args(pairs, targets, extra_arguments(targets))
+    if (values.get("ggpo_sigma") is None) != (values.get("ggpo_beta") is None):
+        raise ConfigError("--network_args ggpo_sigma and ggpo_beta belong together; one of them is missing")
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: nn.Module | None,
+    text_encoder: nn.Module | Sequence[nn.Module | None] | None,
+    unet: nn.Module,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> AdditionalNetwork:
+    """A LoRA network for these models. `kwargs` are the --network_args pairs; `vae` is not used."""
+    return build_network(KIND, multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, kwargs)
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: str | None,
+    vae: nn.Module | None,
+    text_encoder: nn.Module | Sequence[nn.Module | None] | None,
+    unet: nn.Module,
+    weights_sd: Mapping[str, torch.Tensor] | None = None,
+    for_inference: bool = False,
+    **kwargs: Any,
+) -> tuple[AdditionalNetwork, dict[str, torch.Tensor]]:
+    """A network with the layers, ranks and alphas of a file, not loaded yet, and the file's tensors."""
+    return build_from_weights(KIND, multiplier, file, text_encoder, unet, weights_sd, for_inference, kwargs)

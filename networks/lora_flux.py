@@ -1,0 +1,69 @@
+"""FLUX.1: the layers that adapters train. Chroma shares the table; layers that it lacks are simply not found."""
+
+from __future__ import annotations
+
+from networks.lora import check_network_args, create_network, create_network_from_weights
+from networks.targets import (
+    ChoiceRule,
+    EntryRule,
+    IndexRule,
+    NetworkTargets,
+    PartRule,
+    SplitRule,
+    TextEncoderTargets,
+)
+
+__all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
+
+DOUBLE, SINGLE = ("DoubleStreamBlock",), ("SingleStreamBlock",)
+
+
+def qkv_rows(out_features: int, in_features: int) -> list[int]:
+    """Rows of q, k and v in a fused projection."""
+    return [out_features // 3] * 3
+
+
+def linear1_rows(out_features: int, in_features: int) -> list[int]:
+    """Rows of q, k, v and the feed-forward in the first layer of a single block."""
+    return [in_features] * 3 + [out_features - 3 * in_features]
+
+
+TARGETS = NetworkTargets(
+    family="flux",
+    classes=DOUBLE + SINGLE,
+    text_encoders=(
+        TextEncoderTargets(
+            "lora_te1", ("CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2", "CLIPMLP"), root="text_model", aliases=("lora_te",)
+        ),
+        TextEncoderTargets("lora_te3", ("T5Attention", "T5DenseGatedActDense"), switch="train_t5xxl", aliases=("lora_te2",)),
+    ),
+    choice=ChoiceRule("train_blocks", {"all": DOUBLE + SINGLE, "double": DOUBLE, "single": SINGLE}),
+    parts=(
+        PartRule("img_attn_dim", r"double_blocks\.\d+\.img_attn\..*"),
+        PartRule("txt_attn_dim", r"double_blocks\.\d+\.txt_attn\..*"),
+        PartRule("img_mlp_dim", r"double_blocks\.\d+\.img_mlp\..*"),
+        PartRule("txt_mlp_dim", r"double_blocks\.\d+\.txt_mlp\..*"),
+        PartRule("img_mod_dim", r"double_blocks\.\d+\.img_mod\..*"),
+        PartRule("txt_mod_dim", r"double_blocks\.\d+\.txt_mod\..*"),
+        PartRule("single_dim", r"single_blocks\.\d+\.linear[12]"),
+        PartRule("single_mod_dim", r"single_blocks\.\d+\.modulation\..*"),
+    ),
+    entries=EntryRule(
+        "in_dims",
+        (
+            ("img", r"img_in"),
+            ("time", r"time_in\..*"),
+            ("vector", r"vector_in\..*"),
+            ("guidance", r"guidance_in\..*"),
+            ("txt", r"txt_in"),
+        ),
+    ),
+    indices=(
+        IndexRule("train_double_block_indices", r"double_blocks\.(\d+)\."),
+        IndexRule("train_single_block_indices", r"single_blocks\.(\d+)\."),
+    ),
+    splits=(
+        SplitRule(r"double_blocks\.\d+\.(img|txt)_attn\.qkv", qkv_rows),
+        SplitRule(r"single_blocks\.\d+\.linear1", linear1_rows),
+    ),
+)

@@ -1,0 +1,111 @@
+"""Adapter files: reading them under any known naming, and writing them whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.errors import CheckpointError
+from library.model_hashes import adapter_hashes
+from library.safetensors_utils import save_file_atomic
+from networks.targets import NetworkTargets
+
+
+def read_adapter_file(path: str | os.PathLike[str], targets: NetworkTargets | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter file under kohya names; CheckpointError when it is missing, damaged or no adapter."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"adapter file {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            tensors = load_file(str(path))
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors and torch raise many kinds for a damaged file
+        raise CheckpointError(f"adapter file {path} cannot be read ({error}); it may be truncated") from error
+    return to_kohya_names(tensors, targets, str(path))
+
+
+def to_kohya_names(
+    tensors: Mapping[str, torch.Tensor], targets: NetworkTargets | None, label: str
+) -> dict[str, torch.Tensor]:
+    """Tensors of an adapter under kohya names; diffusers and dotted names are rewritten for families that have a map."""
+    if not any(is_adapter_key(key) for key in tensors):
+        example = next(iter(tensors), "nothing")
+        raise CheckpointError(f"{label} is no adapter: it holds {example} and no lora_down, lora_A or the like")
+    if targets is not None and any(".lora_A." in key or ".lora_B." in key for key in tensors):
+        from networks.lora_conversion import to_kohya
+
+        return to_kohya(targets.family, tensors)
+    return dict(tensors)
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a tensor of this name belongs to an adapter, of any kind."""
+    name = key.partition(".")[2] or key
+    marks = ("lora_down", "lora_up", "lora_A", "lora_B", "hada_w1_a", "lokr_w1", "lokr_w2", "oft_blocks", "lora.down", "lora.up")
+    return any(mark in name for mark in marks)
+
+
+def by_module(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """lora name -> parameter name -> tensor. A name ends at the first dot."""
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, dot, parameter = key.partition(".")
+        if dot:
+            modules.setdefault(name, {})[parameter] = tensor
+    return modules
+
+
+def match_names(names: Iterable[str], known: Iterable[str], targets: NetworkTargets) -> tuple[dict[str, str], list[str]]:
+    """(name in the file -> name in the model, names that are in no model), other programs' spellings included."""
+    known = set(known)
+    found: dict[str, str] = {}
+    unknown: list[str] = []
+    for name in names:
+        match = next((candidate for candidate in targets.canonical_names(name) if candidate in known), None)
+        if match is None:
+            unknown.append(name)
+        else:
+            found[name] = match
+    return found, unknown
+
+
+def write_adapter_file(
+    path: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None, metadata: Mapping[str, str] | None
+) -> None:
+    """Write tensors as `dtype` (None = as held); alpha stays float32. safetensors get the metadata and hashes of the
+    content, other endings are a torch pickle without metadata. The file appears complete or not at all."""
+    ready = {key: _for_file(key, tensor, dtype) for key, tensor in tensors.items()}
+    if os.path.splitext(path)[1] != ".safetensors":
+        _save_pickle(ready, path)
+        return
+    metadata = dict(metadata or {})
+    if metadata:
+        metadata.update(adapter_hashes(ready, metadata))
+    save_file_atomic(ready, path, metadata or None)
+
+
+def _for_file(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    if key.endswith(".alpha"):
+        dtype = torch.float32  # rounding alpha would change the scale
+    return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+
+
+def _save_pickle(tensors: dict[str, Any], path: str) -> None:
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(tensors, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)

@@ -1,0 +1,46 @@
+"""The curve is there as a picture and as a table, and goes on after a resume."""
+
+import csv
+
+import pytest
+from PIL import Image
+
+from library.training.hooks.logging import LoggingHook
+from library.training.hooks.loss_curve import LossCurveHook, trailing_mean
+from library.training.hooks.losses import LossReader
+from library.training.loop import fit
+from tests.library.training.hooks.small_run import small_run
+
+
+def test_picture_and_table_are_written_at_the_end(tmp_path):
+    curve = LossCurveHook()
+    run = small_run([LossReader(every=5), LoggingHook(show_progress=False), curve], output_dir=str(tmp_path), output_name="line")
+    curve.add_validation(0, 0.9)
+    curve.add_validation(8, 0.1)
+    fit(run)
+    with Image.open(tmp_path / "line-loss.png") as picture:
+        assert picture.size[0] > 400 and len(picture.convert("L").getcolors(256)) > 10
+    rows = list(csv.DictReader(open(tmp_path / "line-loss.csv", encoding="utf-8")))
+    assert [row["step"] for row in rows] == [str(n) for n in range(0, 9)]
+    assert rows[0]["validation"] == "0.9" and rows[0]["loss"] == "" and rows[8]["validation"] == "0.1"
+    assert [float(row["loss"]) for row in rows[1:]] == curve.losses
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["line-loss.csv", "line-loss.png"]
+
+
+def test_nothing_is_written_without_an_output_folder_or_a_step(tmp_path):
+    fit(small_run([LossReader(), LossCurveHook()]))
+    LossCurveHook().write(small_run([], output_dir=str(tmp_path)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_state_restores_the_history():
+    curve, again = LossCurveHook(), LossCurveHook()
+    fit(small_run([LossReader(), curve], steps=3))
+    curve.add_validation(3, 0.25)
+    again.load_state_dict(curve.state_dict())
+    assert (again.steps, again.losses, again.validation) == (curve.steps, curve.losses, [(3, 0.25)])
+
+
+def test_trailing_mean():
+    assert trailing_mean([1.0, 2.0, 3.0, 4.0], 2) == pytest.approx([1.0, 1.5, 2.5, 3.5])
+    assert trailing_mean([], 3) == []

@@ -1,0 +1,74 @@
+"""Validation looks at held-out data with fixed noise levels and leaves the training as it was."""
+
+import pytest
+import torch
+
+from library.training.hooks.logging import LoggingHook
+from library.training.hooks.loss_curve import LossCurveHook
+from library.training.hooks.losses import LossReader
+from library.training.hooks.validation import ValidationHook
+from library.training.loop import fit
+from tests.library.training.hooks.small_run import LineData, small_run
+
+
+def validation_data() -> LineData:
+    data = LineData()
+    data.validation = [data.batch(0, 5), data.batch(0, 6)]
+    return data
+
+
+def hooks_of(validation: ValidationHook) -> list:
+    return [LossReader(every=1), LoggingHook(show_progress=False), LossCurveHook(), validation]
+
+
+def mean_by_hand(run, batches) -> float:
+    losses = [
+        (run.models.denoiser(batch.inputs) - batch.targets - time).square().mean() for batch in batches for time in (0.2, 0.4, 0.6, 0.8)
+    ]
+    return torch.stack(losses).mean().item()
+
+
+def test_the_loss_is_the_mean_over_samples_and_levels():
+    hook, data = ValidationHook(seed=3), validation_data()
+    run = small_run(hooks_of(hook), data=data)
+    assert hook.validate(run) == pytest.approx(mean_by_hand(run, data.validation))
+    limited = small_run(hooks_of(hook), data=data, max_validation_steps=1)
+    assert hook.validate(limited) == pytest.approx(mean_by_hand(limited, data.validation[:1]))
+
+
+def test_it_leaves_mode_gradients_and_generators_alone():
+    hook = ValidationHook(seed=3)
+    run = small_run(hooks_of(hook), data=validation_data())
+    run.models.denoiser.train()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = hook.validate(run)
+    assert run.models.denoiser.training and run.models.denoiser.weight.grad is None
+    assert torch.equal(state, torch.get_rng_state())
+    torch.rand(3)
+    assert hook.validate(run) == first
+
+
+def test_curves_start_at_the_base_and_have_the_known_names():
+    hook, logged = ValidationHook(seed=3), []
+    run = small_run(hooks_of(hook), data=validation_data(), steps=8, validate_every_n_steps=3)
+    log = run.hooks.find(LoggingHook)
+    plain_log = log.log
+    log.log = lambda values, **where: (logged.append((dict(values), where)), plain_log(values, **where))
+    fit(run)
+    steps = [values for values, where in logged if "loss/validation/step_average" in values]
+    epochs = [values for values, where in logged if "loss/validation/epoch_average" in values]
+    assert len(steps) == 2 and len(epochs) == 3
+    assert epochs[0]["loss/validation/epoch_divergence"] is None
+    assert steps[0]["loss/validation/step_divergence"] is not None
+    assert epochs[-1]["loss/validation/epoch_divergence"] == pytest.approx(hook.last_loss - log.window.average)
+    curve = run.hooks.find(LossCurveHook)
+    assert [step for step, _ in curve.validation] == [0, 3, 4, 6, 8]
+    assert curve.validation[-1][1] < curve.validation[0][1] or curve.validation[0][1] < 0.5
+
+
+def test_without_held_out_data_nothing_happens():
+    hook = ValidationHook(seed=3)
+    run = small_run(hooks_of(hook))
+    fit(run)
+    assert hook.last_loss is None and run.hooks.find(LossCurveHook).validation == []
