@@ -136,18 +136,23 @@ def converter_of(options_class: type, name: str) -> Callable[[str], Any]:
 
 
 def add_options(
-    parser: argparse.ArgumentParser, options_class: type, skip: Iterable[str] = (), defaults: Mapping[str, Any] = types.MappingProxyType({})
+    parser: argparse.ArgumentParser,
+    options_class: type,
+    skip: Iterable[str] = (),
+    *,
+    defaults: Mapping[str, Any] = types.MappingProxyType({}),
+    refused: Iterable[str] = (),
 ) -> None:
     """Add the options of a class to a parser as one titled group. Values that are not given are left out of the
     namespace, so that the command line can win over a configuration file without guessing. `defaults` holds those that
-    differ from the fields' own, for the help."""
+    differ from the fields' own and `refused` names options that the script does not have, both for the help."""
     group = parser.add_argument_group((options_class.__doc__ or options_class.__name__).strip().splitlines()[0])
-    skipped = set(skip)
+    skipped, refused = set(skip), set(refused)
     for name, (field, spec) in option_fields(options_class).items():
         if name in skipped:
             continue
         help_text = spec.help.replace("%", "%%")
-        if spec.status == "refused":
+        if spec.status == "refused" or name in refused:
             help_text += " [not available here]"
         default = defaults.get(name, field.default)
         if default is not None and default is not False and default != "":

@@ -218,7 +218,7 @@ def assign_buckets(items: Sequence[ImageItem], params: DatasetParams, *, dataset
     for item, choice in zip(items, choices):
         if choice is not None:
             item.bucket_reso, item.resized_size = choice.bucket_reso, choice.resized_size
-    repeats = _repeats(items, choices, seed)
+    repeats, notes = _repeats(items, choices, seed)
 
     samples: dict[Size, list[int]] = {}
     for index, choice in enumerate(choices):
@@ -226,27 +226,28 @@ def assign_buckets(items: Sequence[ImageItem], params: DatasetParams, *, dataset
             samples.setdefault(choice.bucket_reso, []).extend([index] * repeats[index])
     buckets = tuple(BucketList(dataset, bucket, tuple(samples[bucket]), params.batch_size) for bucket in sorted(samples))
     too_small = tuple(index for index, choice in enumerate(choices) if choice is None)
-    warnings = [*_small_warnings(items, too_small, params), *_quality_warnings(items, choices)]
+    warnings = [*notes, *_small_warnings(items, too_small, params), *_quality_warnings(items, choices)]
     return BucketAssignment(buckets, tuple(repeats), too_small, bucket_info(buckets, choices, params), tuple(warnings))
 
 
-def _repeats(items: Sequence[ImageItem], choices: Sequence[BucketChoice | None], seed: int) -> list[int]:
+def _repeats(items: Sequence[ImageItem], choices: Sequence[BucketChoice | None], seed: int) -> tuple[list[int], list[str]]:
+    """How often each item appears, regularisation balanced, and what is to be said about it."""
     repeats = [item.num_repeats if choice is not None else 0 for item, choice in zip(items, choices)]
     reg = [index for index, item in enumerate(items) if item.is_reg]
     if not reg:
         logger.info("no regularisation images")
-        return repeats
+        return repeats, []
     total = sum(count for item, count in zip(items, repeats) if not item.is_reg)
     offered = [repeats[index] for index in reg]
     balanced = balance_regularization(total, offered, seed=seed)
-    if sum(offered) > total:
-        unused = sum(1 for count in balanced if count == 0)
-        logger.warning(
-            "%d regularisation samples for %d training samples: %d regularisation images are not used", sum(offered), total, unused
-        )
     for index, count in zip(reg, balanced):
         repeats[index] = count
-    return repeats
+    if sum(offered) <= total:
+        return repeats, []
+    unused = sum(1 for count in balanced if count == 0)
+    return repeats, [
+        f"{sum(offered)} regularisation samples are offered for {total} training samples: {unused} regularisation images are not used"
+    ]
 
 
 def bucket_info(buckets: Sequence[BucketList], choices: Sequence[BucketChoice | None], params: DatasetParams) -> dict[str, Any] | None:

@@ -142,11 +142,17 @@ class _opened:
 
 @dataclass(frozen=True)
 class ImageCheck:
-    """What a full read of an image showed. `deep`: more than 8 bits, cut to 8; `transparent`: has an alpha channel."""
+    """What a full read of an image showed."""
 
     size: Size
-    deep: bool
-    transparent: bool
+    deep: bool = False
+    """more than 8 bits per channel, of which 8 are used"""
+    transparent: bool = False
+    """has an alpha channel"""
+    black: bool = False
+    """the red channel is zero everywhere: as a mask it leaves nothing to train on"""
+    invisible: bool = False
+    """the alpha channel is zero everywhere"""
 
 
 def verify_image(path: str | Path) -> ImageCheck:
@@ -154,7 +160,13 @@ def verify_image(path: str | Path) -> ImageCheck:
     with _opened(path) as image:
         size = _shown_size(image, path)
         image.load()
-        return ImageCheck(size, image.mode in DEEP_MODES, _has_alpha(image))
+        transparent = _has_alpha(image)
+        alpha_range = image.convert("RGBA").getchannel("A").getextrema() if transparent else (255, 255)
+        bands = image.getextrema()
+        first = bands if isinstance(bands[0], (int, float)) else bands[0]
+        could_be_black = image.mode in ("P", "CMYK", "LAB", "HSV", "YCbCr") or first[1] == 0
+        black = could_be_black and image.convert("RGB").getextrema()[0][1] == 0
+        return ImageCheck(size, image.mode in DEEP_MODES, transparent, black, alpha_range[1] == 0)
 
 
 def _has_alpha(image: Image.Image) -> bool:

@@ -44,6 +44,7 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
     "noise_offset_random_strength": ("noise_offset",),
     "adaptive_noise_scale": ("noise_offset",),
     "ip_noise_gamma_random_strength": ("ip_noise_gamma",),
+    "sample_sampler": ("sample_prompts",),
     "show_timesteps_resolution": ("show_timesteps",),
     "compile_backend": ("compile",),
     "compile_mode": ("compile",),
@@ -53,8 +54,8 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
 }
 """settings of a feature -> the options that switch it on; without one of them the setting asks for nothing"""
 
-ALSO_NEUTRAL: dict[str, list[Any]] = {"clip_skip": [1], "max_token_length": [75]}
-"""spellings of the default that differ from it"""
+ALSO_NEUTRAL: dict[str, list[Any]] = {"clip_skip": [1], "max_token_length": [75], "sample_sampler": ["euler", "k_euler"]}
+"""refused options: values that ask for what happens anyway"""
 
 
 @cache

@@ -139,7 +139,7 @@ def _parser_of(what: Script, strict: bool) -> argparse.ArgumentParser:
     parser_class = _StrictParser if strict else OptionParser
     parser = parser_class(description=f"Train: {what.trainable} of {what.family}", allow_abbrev=False, usage="%(prog)s [options]")
     for options_class in what.classes:
-        add_options(parser, options_class, defaults=what.defaults)
+        add_options(parser, options_class, defaults=what.defaults, refused=what.refused)
     return parser
 
 
@@ -244,7 +244,7 @@ class _Reader:
 
     def without_refused(self, values: dict[str, Any]) -> dict[str, Any]:
         """Drop refused options that ask for nothing, complain about the others, note the equivalent ones."""
-        kept = {}
+        kept, idle = {}, []
         for name, value in values.items():
             spec = self.what.spec(name)
             reason = self.what.refused.get(name) or (spec.reason if spec.status == "refused" else None)
@@ -252,9 +252,15 @@ class _Reader:
                 kept[name] = value
                 if spec.status == "equivalent" and value != self.what.default(name):
                     self.notes.append(Note(logging.INFO, str(spec.reason)))
-            elif not is_neutral(name, value, [self.what.default(name)]) and not is_idle(name, values):
+            elif is_neutral(name, value, [self.what.default(name)]):
+                continue
+            elif is_idle(name, values):
+                idle.append(name)
+            else:
                 self.failed.add(name)
                 self.problems.add(f"--{name} is {value}; it is not available here: {reason}")
+        if idle:
+            self.notes.append(Note(logging.WARNING, f"settings of features that are off, ignored: {', '.join(sorted(idle))}"))
         return kept
 
     def config(self, values: dict[str, Any]) -> Config:

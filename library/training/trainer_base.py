@@ -5,56 +5,230 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import secrets
+import os
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from library.dataset import CachingOptions, DatasetOptions
-from library.errors import ConfigError
+from library.dataset.cache_checks import caching_problems
+from library.errors import ConfigError, Problems
 from library.options import Config
 from library.strategy_base import StrategySet
+from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.accelerator_setup import Runtime, prepare_runtime
+from library.training.compilation import compile_blocks
 from library.training.data import TrainingData
+from library.training.data_phase import DataGroups, TextPhase, cache_latents, prepare_text
 from library.training.families.base import ModelFamily
 from library.training.hooks.base import Hook, HookList
 from library.training.loop import fit
-from library.training.option_groups import LoopOptions, MemoryOptions
+from library.training.loss import LossFunction
+from library.training.option_groups import LoopOptions, MemoryOptions, SamplingOptions
+from library.training.optimizers import OptimizerBuild, OptimizerOptions
 from library.training.progress import Progress
 from library.training.run import Models, Run
+from library.training.schedulers import SchedulerOptions
 from library.training.step import TrainStep
+from library.training.timestep_samplers import TimestepOptions
 from library.training.trainables.base import Trainable
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class DataGroups:
-    """The images of a run and what was decided about them."""
-
-    train: Any
-    validation: Any | None
-    blueprint: Any
 
 
 class Trainer:
     """One run of one family and one trainable.
 
     `prepare` goes through the phases in the order in which memory is needed: text encoders and denoiser meet only when the
-    text encoders run in the step. `run` is prepare, fit and the last messages.
+    text encoders run in the step. `run` is prepare and fit.
     """
 
     def __init__(self, config: Config, family: ModelFamily, trainable: Trainable, hooks: list[Hook] | None = None) -> None:
         self.config = config
         self.family = family
         self.trainable = trainable
-        self.extra_hooks = list(hooks or [])
+        self.own_hooks = list(hooks or [])
         self.started_at = time.time()
 
     def run(self) -> None:
-        """Prepare, train, finish; returns early for --debug_dataset."""
+        """Prepare and train; returns early for --debug_dataset."""
         run = self.prepare()
         if run is not None:
             fit(run)
+
+    def prepare(self) -> Run | None:
+        """Every phase up to the complete Run; None when there is nothing to train (--debug_dataset)."""
+        blueprint, prompts = self.check()
+        runtime = prepare_runtime(self.config)
+        trained = self.trainable.trains_text_encoders(self.family)
+        strategies = self.family.strategies(trained)
+        data = self.find_images(blueprint, runtime)
+        data.set_strategies(strategies)
+        if self.config[DatasetOptions].debug_dataset:
+            show_dataset(data)
+            return None
+        vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
+        text = self.text_phase(data, strategies, runtime, prompts, trained)
+        models = Models(vae, text.text_encoders, self.denoiser_phase(runtime))
+        self.trainable.attach(self.family, models, runtime)
+        self.freeze_and_arm(models, trained)
+        return self.assemble(runtime, data, strategies, models, trained, prompts, text)
+
+    # ---- checks and data --------------------------------------------------------------------------------------------------
+
+    def check(self) -> tuple[Any, list[Any]]:
+        """Everything that can be wrong before models are loaded, in one error; the blueprint and the sample prompts."""
+        problems = Problems()
+        for message in checks.collect(self.config, self.family, self.trainable):
+            problems.add(message)
+        blueprint = None
+        try:
+            blueprint = checks.dataset_blueprint(self.config, self.family)
+        except ConfigError as error:
+            problems.absorb(error)
+            blueprint = getattr(error, "partial", None)
+        if blueprint is not None:
+            caching = self.config[CachingOptions]
+            subsets = [subset for dataset in blueprint.datasets for subset in dataset.subsets]
+            for message in caching_problems(subsets, latents=caching.caches_latents, text=caching.caches_text):
+                problems.add(message)
+        problems.raise_if_any()
+        return blueprint, self.read_prompts()
+
+    def find_images(self, blueprint: Any, runtime: Runtime) -> DataGroups:
+        """Look at the folders and files that the configuration names; every bad one in one error."""
+        data = self.config[DatasetOptions]
+        train, validation = build_dataset_groups(
+            blueprint, data, architecture=ARCHITECTURES[self.family.name], seed=runtime.seed
+        )
+        return DataGroups(train, validation, blueprint)
+
+    def read_prompts(self) -> list[Any]:
+        path = self.config[SamplingOptions].sample_prompts
+        return load_prompts(path) if path and samples_at_all(self.config[SamplingOptions]) else []
+
+    # ---- models -------------------------------------------------------------------------------------------------------------
+
+    def vae_phase(self, data: DataGroups, strategies: StrategySet, runtime: Runtime, *, keep: bool) -> torch.nn.Module | None:
+        """Cache latents. The VAE stays, on the CPU for samples or on the device for live encoding, or is released."""
+        vae = cache_latents(self.config, data, strategies, runtime, lambda: self._frozen(self.family.load_vae(runtime)))
+        live = not self.config[CachingOptions].caches_latents
+        if live or keep:
+            vae = vae if vae is not None else self._frozen(self.family.load_vae(runtime))
+            return vae.to(runtime.device if live else "cpu")
+        del vae
+        release_memory()
+        return None
+
+    def text_phase(
+        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[Any], trained: list[bool]
+    ) -> TextPhase:
+        """Encode captions and sample prompts; afterwards only encoders that the step needs are in memory."""
+        phase = prepare_text(
+            self.config, data, strategies, runtime,
+            load=lambda: [e if e is None else self._frozen(e) for e in self.family.load_text_encoders(runtime)],
+            encode_prompts=(lambda encoders: encode_sample_prompts(self.family, strategies, encoders, prompts)) if prompts else None,
+            trained=trained,
+        )
+        release_memory()
+        return phase
+
+    def denoiser_phase(self, runtime: Runtime) -> torch.nn.Module:
+        denoiser = self.family.load_denoiser(runtime)
+        for hook in self.own_hooks:
+            hook.on_transformer_loaded(denoiser)
+        return self._frozen(denoiser)
+
+    @staticmethod
+    def _frozen(module: torch.nn.Module) -> torch.nn.Module:
+        return module.requires_grad_(False).eval()
+
+    def freeze_and_arm(self, models: Models, trained: list[bool]) -> None:
+        """Gradient checkpointing and compilation, after adapters are in place. Checkpointing works in train mode only; the
+        models have no dropout of their own that it would switch on."""
+        memory = self.config[MemoryOptions]
+        if memory.gradient_checkpointing:
+            models.denoiser.enable_gradient_checkpointing(cpu_offload=memory.cpu_offload_checkpointing)
+            models.denoiser.train()
+            for encoder, learns in zip(models.text_encoders, trained):
+                if encoder is not None and learns:
+                    encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                    encoder.train()
+        if memory.torch_compile:
+            compile_blocks(models.denoiser, memory.dynamo_backend)
+
+    # ---- the Run --------------------------------------------------------------------------------------------------------------
+
+    def assemble(
+        self, runtime: Runtime, data: DataGroups, strategies: StrategySet, models: Models, trained: list[bool],
+        prompts: list[Any], text: TextPhase,
+    ) -> Run:
+        """Optimizer, schedule, loaders, hooks and step; resume; the complete Run."""
+        loop = self.config[LoopOptions]
+        batches = self.loader(data, runtime)
+        progress = self.new_progress(batches)
+        data.train.set_max_train_steps(progress.max_train_steps)
+        built = optimizers.build(self.config[OptimizerOptions], [*self.trainable.param_groups(), *self._extra_groups()])
+        scheduler = schedulers.build(
+            self.config[SchedulerOptions], built, learning_rate=self.config[OptimizerOptions].learning_rate,
+            max_train_steps=progress.max_train_steps,
+        )
+        optimizer = built.optimizer
+        if runtime.accelerator.scaler is not None:  # the wrapper scales and skips in fp16; it does nothing else for us
+            optimizer = runtime.accelerator.prepare_optimizer(optimizer)
+        hooks = HookList(standard_hooks(self.config, runtime, prompts, text.sample_conditioning, self.trainable, self.own_hooks))
+        run = Run(
+            config=self.config, runtime=runtime, family=self.family, trainable=self.trainable, models=models,
+            strategies=strategies, step=self.new_step(runtime, models, strategies, trained, hooks), data=batches,
+            optimizer=optimizer, lr_scheduler=scheduler, progress=progress, hooks=hooks,
+            max_grad_norm=self.config[OptimizerOptions].max_grad_norm,
+        )
+        resume(run)
+        writer = hooks.find(CheckpointHook)
+        writer.describe(run, built, data, self.started_at)
+        if runtime.is_main_process:
+            print_start(run, built, data)
+        return run
+
+    def _extra_groups(self) -> list[dict[str, Any]]:
+        return [group for hook in self.own_hooks for group in hook.extra_trainable_params()]
+
+    def loader(self, data: DataGroups, runtime: Runtime) -> TrainingData:
+        loop = self.config[LoopOptions]
+        return TrainingData(
+            data.train, data.validation, seed=runtime.seed, accumulation=loop.gradient_accumulation_steps, rank=runtime.rank,
+            num_processes=runtime.num_processes, num_workers=min(loop.max_data_loader_n_workers, os.cpu_count() or 1),
+            persistent_workers=loop.persistent_data_loader_workers, pin_memory=runtime.device.type == "cuda",
+        )
+
+    def new_progress(self, batches: TrainingData) -> Progress:
+        """Length of the run in optimizer steps; --max_train_epochs replaces --max_train_steps."""
+        loop, per_epoch = self.config[LoopOptions], batches.steps_per_epoch
+        steps = loop.max_train_epochs * per_epoch if loop.max_train_epochs else loop.max_train_steps
+        return Progress(
+            max_train_steps=steps, num_epochs=math.ceil(steps / per_epoch), steps_per_epoch=per_epoch,
+            batches_per_epoch=batches.batches_per_epoch,
+        )
+
+    def new_step(
+        self, runtime: Runtime, models: Models, strategies: StrategySet, trained: list[bool], hooks: HookList
+    ) -> TrainStep:
+        objective, data = self.family.objective(), self.config[DatasetOptions]
+        loss = LossFunction(
+            losses.build(self.config[losses.LossOptions]), loss_weights.build(self.config[loss_weights.LossWeightOptions]),
+            objective, data.masked_loss,
+        )
+        validation_seed = runtime.seed if data.validation_seed is None else data.validation_seed
+        return TrainStep(
+            runtime, self.family, self.trainable, models, strategies, objective,
+            timestep_samplers.build(self.config[TimestepOptions], is_flow=objective.is_flow), loss,
+            seed=runtime.seed, validation_seed=validation_seed, trained_text_encoders=trained, hooks=list(hooks),
+        )
+
+
+def release_memory() -> None:
+    """Give back what the last phase held; reference cycles of model classes live until a collection."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import toml
 
 from library.errors import ConfigError
-from library.options import Config, option_fields
+from library.options import Config
+from library.training.config_file import loggable_values
+from library.training.parser_common import PATH_OPTIONS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,13 +24,6 @@ if TYPE_CHECKING:
     from library.training.option_groups import LoggingOptions
 
 DEFAULT_PROJECT = "network_train"
-SECRET_OPTIONS = frozenset({"wandb_api_key", "huggingface_token"})
-PATH_OPTIONS = frozenset(
-    {
-        "pretrained_model_name_or_path", "vae", "tokenizer_cache_dir", "train_data_dir", "conditioning_data_dir",
-        "reg_data_dir", "output_dir", "logging_dir", "config_file",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -141,16 +136,9 @@ def _wandb_arguments(path: str) -> dict[str, Any]:
 
 
 def recorded_config(config: Config) -> dict[str, Any]:
-    """The options for `--log_config`: no secrets, none of the path options and no absolute path; lists become texts."""
-    secrets = set(SECRET_OPTIONS | PATH_OPTIONS)
-    for options_class in config.classes():
-        secrets.update(name for name, (_, spec) in option_fields(options_class).items() if spec.secret)
-    kept: dict[str, Any] = {}
-    for name, value in config.values().items():
-        if name in secrets or (isinstance(value, str) and os.path.isabs(value)):
-            continue
-        kept[name] = value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-    return kept
+    """The options for `--log_config`: no secrets, none of the path options and no text that is an absolute path."""
+    values = loggable_values(config, PATH_OPTIONS)
+    return {name: value for name, value in values.items() if not (isinstance(value, str) and os.path.isabs(value))}
 
 
 def run_log_dir(options: LoggingOptions, now: float | None = None) -> Path | None:

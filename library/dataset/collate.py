@@ -1,0 +1,95 @@
+"""Samples of one bucket -> a Batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from library.dataset.batch import Batch
+from library.dataset.plan import BatchRequest
+
+
+@dataclass
+class Sample:
+    """One sample, not batched. Exactly one of `image` and `latents` is set."""
+
+    image_key: str
+    caption: str
+    text_outputs: list[torch.Tensor | None] | None
+    loss_weight: float
+    original_size_hw: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    target_size_hw: tuple[int, int]
+    flipped: bool
+    custom_attributes: dict[str, Any] = field(default_factory=dict)
+    image: torch.Tensor | None = None  # [3, H, W]
+    latents: torch.Tensor | None = None  # [C, h, w]
+    latent_seed: int | None = None
+    alpha_mask: torch.Tensor | None = None  # [H, W]
+    conditioning: torch.Tensor | None = None  # [3, H, W]
+
+
+def collate(request: BatchRequest, samples: Sequence[Sample], tokenize: Any | None, network_multiplier: float = 1.0) -> Batch:
+    """The batch of these samples; with `tokenize` (a TokenizeStrategy) it has the tokens of the captions. No samples give a
+    batch of length 0 whose tensors have no rows."""
+    captions = [sample.caption for sample in samples]
+    return Batch(
+        request=request,
+        image_keys=[sample.image_key for sample in samples],
+        captions=captions,
+        loss_weights=torch.tensor([sample.loss_weight for sample in samples], dtype=torch.float32),  # [B]
+        original_sizes_hw=_pairs([sample.original_size_hw for sample in samples]),
+        crop_top_lefts=_pairs([sample.crop_top_left for sample in samples]),
+        target_sizes_hw=_pairs([sample.target_size_hw for sample in samples]),
+        flippeds=[sample.flipped for sample in samples],
+        network_multipliers=torch.full((len(samples),), network_multiplier, dtype=torch.float32),
+        custom_attributes=[sample.custom_attributes for sample in samples],
+        images=_stack([sample.image for sample in samples]),
+        latents=_stack([sample.latents for sample in samples]),
+        latent_seeds=[sample.latent_seed for sample in samples if sample.latent_seed is not None],
+        alpha_masks=_masks(samples),
+        conditioning_images=_stack([sample.conditioning for sample in samples]),
+        text_encoder_outputs_list=_text_outputs([sample.text_outputs for sample in samples]),
+        input_ids_list=tokenize.tokenize(captions) if tokenize is not None and captions else None,
+    )
+
+
+def _pairs(values: Sequence[tuple[int, int]]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64).reshape(len(values), 2)  # [B, 2]
+
+
+def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """[B, ...], or None when no sample has it. A batch where some have it and some not cannot be made."""
+    if all(tensor is None for tensor in tensors):
+        return None
+    if any(tensor is None for tensor in tensors):
+        raise ValueError("a batch mixes samples with and without cached latents or conditioning images")
+    return torch.stack(tensors)
+
+
+def _masks(samples: Sequence[Sample]) -> torch.Tensor | None:
+    """[B, H, W]; samples without a mask count as all ones when another has one."""
+    if all(sample.alpha_mask is None for sample in samples):
+        return None
+    return torch.stack(
+        [torch.ones(sample.target_size_hw) if sample.alpha_mask is None else sample.alpha_mask for sample in samples]
+    )
+
+
+def _text_outputs(outputs: Sequence[list[torch.Tensor | None] | None]) -> list[torch.Tensor | None] | None:
+    """One [B, ...] tensor per output, dtypes kept; None where an output is not cached. None when a sample has no cache."""
+    if not outputs or any(entry is None for entry in outputs):
+        return None
+    return [None if any(t is None for t in column) else stack_padded(column) for column in zip(*outputs)]
+
+
+def stack_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stack tensors whose first dimension may differ (token counts): shorter ones get zeros at its end."""
+    if tensors[0].dim() == 0 or len({tensor.shape[0] for tensor in tensors}) == 1:
+        return torch.stack(list(tensors))
+    longest = max(tensor.shape[0] for tensor in tensors)
+    return torch.stack([F.pad(t, (0, 0) * (t.dim() - 1) + (0, longest - t.shape[0])) for t in tensors])

@@ -1,0 +1,118 @@
+"""Checks of settings against each other: sizes and buckets, augmentation and caches, captions and caches, folders used twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from library.dataset import CachingOptions
+from library.dataset.architectures import DataArchitecture
+from library.dataset.bucket import effective_limits
+from library.dataset.captions import random_caption_settings
+from library.dataset.config_reading import BAD, ProblemList, Scope
+from library.dataset.items import DatasetParams, SubsetParams
+
+
+def check_resolution(scope: Scope, architecture: DataArchitecture, problems: ProblemList) -> None:
+    """The resolution is there, and sizes are multiples of what the model family can take."""
+    resolution, step = scope.get("resolution"), architecture.bucket_step
+    label = scope.tables[0].path
+    if resolution is None:
+        problems.add(f"{label}.resolution", "missing", "the dataset has no resolution; write resolution = 1024 (or [W, H]) or use --resolution")
+    elif resolution is not BAD and any(side % step for side in resolution):
+        fitting = ", ".join(str(max(step, round(side / step) * step)) for side in resolution)
+        problems.add(
+            scope.where("resolution"), "out_of_range",
+            f"is {resolution[0]}x{resolution[1]}; the sides must be multiples of {step} for {architecture.name}, e.g. {fitting}",
+        )
+    steps = scope.get("bucket_reso_steps")
+    if steps is not BAD and steps % step:
+        problems.add(
+            scope.where("bucket_reso_steps"), "out_of_range", f"is {steps}; {architecture.name} needs a multiple of {step}, e.g. 64"
+        )
+
+
+def checked_limits(scope: Scope, explicit: frozenset[str], problems: ProblemList) -> int | None:
+    """With buckets on: check the limits against the resolution. Returns the upper limit in force, None when it stays.
+
+    A maximum that nobody wrote follows the resolution; a written one below it is an error, like a minimum above it.
+    """
+    names = ("resolution", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
+    resolution, enabled, low, high, steps = (scope.get(name) for name in names)
+    if enabled is not True or resolution is None or resolution is BAD or steps is BAD:
+        return None
+    lowest, highest = effective_limits(1 if low is BAD else low, max(resolution) if high is BAD else high, steps)
+    if lowest > min(resolution):
+        problems.add(
+            scope.where("min_bucket_reso"), "conflict",
+            f"is {low}, larger than the shorter side of the resolution ({min(resolution)}); use {min(resolution)} or less",
+        )
+    if high is BAD or highest >= max(resolution):
+        return None
+    if scope.written_at("max_bucket_reso") or "max_bucket_reso" in explicit:
+        problems.add(
+            scope.where("max_bucket_reso"), "conflict",
+            f"is {high}, smaller than the longer side of the resolution ({max(resolution)}); use {max(resolution)} or more",
+        )
+        return None
+    return effective_limits(1, max(resolution), steps)[1]
+
+
+def check_subset(scope: Scope, subset: SubsetParams, dataset: DatasetParams, caching: CachingOptions, problems: ProblemList) -> None:
+    """Augmentations and random captions that cannot go with caches, buckets or masks."""
+
+    def refuse(name: str, reason: str) -> None:
+        problems.add(scope.where(name), "conflict", f"{reason} ({subset.label})")
+
+    if dataset.kind == "CN" and subset.random_crop:
+        refuse("random_crop", "cannot be used with conditioning_data_dir, whose images are cropped in the centre; set it to false")
+    if caching.caches_latents:
+        for name in ("color_aug", "random_crop"):
+            if getattr(subset, name):
+                refuse(name, "changes the pixels each time and cannot be used with --cache_latents; set it to false or do not cache")
+    if subset.face_crop_aug_range is not None and (dataset.enable_bucket or caching.caches_latents):
+        other = "enable_bucket" if dataset.enable_bucket else "--cache_latents"
+        refuse("face_crop_aug_range", f"needs images that are cropped each time and cannot be used with {other}; use one of the two")
+    if caching.caches_text:
+        for name in random_caption_settings(subset):
+            refuse(name, "changes the caption each time and cannot be used with --cache_text_encoder_outputs; switch one of them off")
+
+
+def same_sources(subsets: Sequence[SubsetParams], paths: Sequence[str], problems: ProblemList, warnings: list[str]) -> list[int]:
+    """Indices of the subsets that repeat an earlier one: same folder or file however it is spelled, and same settings.
+
+    With other settings it is a problem: which of them would count could not be seen.
+    """
+    first: dict[tuple, int] = {}
+    repeated = []
+    for index, subset in enumerate(subsets):
+        source = _source(subset)
+        if source is None:
+            continue
+        earlier = first.setdefault(source, index)
+        if earlier == index:
+            continue
+        name = "metadata_file" if subset.metadata_file else "image_dir"
+        if _settings(subset) == _settings(subsets[earlier]):
+            warnings.append(f"{paths[index]} is the same as {paths[earlier]} ({getattr(subset, name)}) and is ignored")
+            repeated.append(index)
+        else:
+            problems.add(
+                f"{paths[index]}.{name}", "conflict",
+                f"{getattr(subset, name)} is used by {paths[earlier]} of this dataset too, with other settings; keep one of them",
+            )
+    return repeated
+
+
+def _source(subset: SubsetParams) -> tuple | None:
+    """What a subset reads, as resolved paths."""
+    main = subset.metadata_file or subset.image_dir
+    if main is None:
+        return None
+    return os.path.realpath(main), os.path.realpath(subset.conditioning_data_dir) if subset.conditioning_data_dir else None
+
+
+def _settings(subset: SubsetParams) -> SubsetParams:
+    folder = os.path.realpath(subset.image_dir) if subset.image_dir else None
+    return dataclasses.replace(subset, label="", image_dir=folder, metadata_file=None, conditioning_data_dir=None)

@@ -1,0 +1,348 @@
+"""Dataset and DatasetGroup: from items to batches. A batch is a pure function of its request and the seed.
+
+Every random decision (mirroring, colours, crop, caption) has a generator keyed by the seed, the purpose, the optimizer step and
+the sample's place in the global batch, so that workers, ranks, prefetching and resuming change nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from library.dataset.architectures import DataArchitecture
+from library.dataset.batch import Batch
+from library.dataset.bucket import BucketAssignment, assign_buckets
+from library.dataset.captions import is_dropped, process_caption, tag_frequency
+from library.dataset.collate import Sample, collate
+from library.dataset.draws import sample_color, sample_flip, sample_geometry
+from library.dataset.items import DatasetParams, ImageItem, SubsetParams
+from library.dataset.plan import BatchRequest, BucketList, GlobalBatch, plan_epoch
+from library.dataset.samples import Geometry, conditioning_tensor, image_tensor, mask_tensor, read_pixels
+from library.dataset.shared_tensors import SharedTensors
+from library.dataset.text_caching import cached_caption, text_outputs_of
+from library.dataset.cache_io import file_content_id
+from library.errors import ConfigError
+from library.keyed_random import keyed_random
+from library.strategy_base import StrategySet, posterior_seed
+
+logger = logging.getLogger(__name__)
+
+SUBSET_RECORD = (
+    "num_repeats", "color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens", "keep_tokens_separator",
+    "secondary_separator", "enable_wildcard", "caption_prefix", "caption_suffix", "resize_interpolation",
+)
+
+
+class Dataset:
+    """One resolution, one batch size, one set of buckets."""
+
+    def __init__(
+        self,
+        params: DatasetParams,
+        items: Sequence[ImageItem],
+        *,
+        index: int,
+        architecture: DataArchitecture,
+        seed: int,
+        is_training: bool = True,
+        prior_loss_weight: float = 1.0,
+    ) -> None:
+        self.params = params
+        self.items = list(items)
+        self.index = index
+        self.architecture = architecture
+        self.seed = seed
+        self.is_training = is_training
+        self.prior_loss_weight = prior_loss_weight
+        self.strategies: StrategySet | None = None
+        self.max_train_steps = 0
+        self.replacements: Mapping[str, str | Sequence[str]] | None = None
+        """of textual inversion: text -> text, applied to every caption that is tokenized"""
+        self.empty_caption: ImageItem | None = None
+        """carries the cached outputs of "", for captions that are dropped"""
+        self.assignment = self._assign()
+        self._warned_masks: set[str] = set()
+
+    def _assign(self) -> BucketAssignment:
+        if not self.is_training:
+            for item in self.items:
+                item.num_repeats = 1
+        return assign_buckets(self.items, self.params, dataset=self.index, seed=self.seed)
+
+    # ---- counts and records ---------------------------------------------------------------------------------------------
+
+    @property
+    def buckets(self) -> tuple[BucketList, ...]:
+        return self.assignment.buckets
+
+    @property
+    def used_items(self) -> list[ImageItem]:
+        """Items that appear in an epoch: big enough for a bucket, and for regularisation images, needed."""
+        return [item for item, repeats in zip(self.items, self.assignment.repeats) if repeats]
+
+    @property
+    def num_train_images(self) -> int:
+        """Training samples of an epoch, repeats included."""
+        return sum(n for item, n in zip(self.items, self.assignment.repeats) if not item.is_reg)
+
+    @property
+    def num_reg_images(self) -> int:
+        """Regularisation images with their own repeats, as they were offered (what known trainers record)."""
+        return sum(item.num_repeats for item in self.items if item.is_reg)
+
+    @property
+    def batch_size(self) -> int:
+        return self.params.batch_size
+
+    @property
+    def bucket_info(self) -> dict[str, Any] | None:
+        return self.assignment.bucket_info
+
+    @property
+    def tag_frequency(self) -> dict[str, dict[str, int]]:
+        """Folder or metadata file -> tag -> number of images that have it."""
+        texts: dict[str, list[str]] = {}
+        for item in self.items:
+            tags = item.captions_extra.get("tags", "") if item.subset.metadata_file else item.caption
+            texts.setdefault(subset_name(item.subset), []).append(tags)
+        return {name: tag_frequency(entries) for name, entries in texts.items()}
+
+    @property
+    def subset_items(self) -> list[tuple[SubsetParams, list[ImageItem]]]:
+        """Each subset with its images."""
+        groups: dict[int, tuple[SubsetParams, list[ImageItem]]] = {id(s): (s, []) for s in self.params.subsets}
+        for item in self.items:
+            groups.setdefault(id(item.subset), (item.subset, []))[1].append(item)
+        return [group for group in groups.values() if group[1]]
+
+    def metadata(self) -> dict[str, Any]:
+        """The record of `ss_datasets`."""
+        params = self.params
+        return {
+            "is_dreambooth": params.kind != "FT",
+            "batch_size_per_device": params.batch_size,
+            "num_train_images": self.num_train_images,
+            "num_reg_images": self.num_reg_images,
+            "resolution": list(params.resolution),
+            "enable_bucket": params.enable_bucket,
+            "min_bucket_reso": params.min_bucket_reso if params.enable_bucket else None,
+            "max_bucket_reso": params.max_bucket_reso if params.enable_bucket else None,
+            "tag_frequency": self.tag_frequency,
+            "bucket_info": self.bucket_info,
+            "resize_interpolation": params.resize_interpolation,
+            "subsets": [subset_record(subset, len(items)) for subset, items in self.subset_items],
+        }
+
+    # ---- loading --------------------------------------------------------------------------------------------------------
+
+    def load(self, request: BatchRequest) -> Batch:
+        """The batch of a request. Raises ImageFileError or CheckpointError naming the file that cannot be read."""
+        samples = [self._sample(self.items[i], request, position) for i, position in zip(request.items, request.positions)]
+        tokenize = self.strategies.tokenize if self.strategies is not None else None
+        return collate(request, samples, tokenize if self._needs_tokens(samples) else None, self.params.network_multiplier)
+
+    def _needs_tokens(self, samples: Sequence[Sample]) -> bool:
+        """Tokens are made where an encoder runs in the step: nothing is cached, or an encoder trains beside the cache."""
+        caching = self.strategies.text_encoder_outputs_caching if self.strategies is not None else None
+        return caching is None or caching.is_partial or any(sample.text_outputs is None for sample in samples)
+
+    def _sample(self, item: ImageItem, request: BatchRequest, position: int) -> Sample:
+        flipped = sample_flip(self.seed, item, request, position)
+        geometry = sample_geometry(self.seed, item, request, position, self.params.enable_bucket)
+        caption, outputs = self._text(item, request, position)
+        sample = Sample(
+            image_key=item.absolute_path,
+            caption=caption,
+            text_outputs=outputs,
+            loss_weight=self.prior_loss_weight if item.is_reg else 1.0,
+            original_size_hw=(item.image_size[1], item.image_size[0]),
+            crop_top_left=geometry.top_left(flipped),
+            target_size_hw=(geometry.bucket[1], geometry.bucket[0]),
+            flipped=flipped,
+            custom_attributes=dict(item.subset.custom_attributes),
+        )
+        if item.latents is not None or item.latents_npz is not None:
+            self._add_latents(sample, item)
+        else:
+            self._add_pixels(sample, item, geometry, request, position)
+        if item.cond_path is not None:
+            sample.conditioning = conditioning_tensor(item, geometry, flipped)
+        self._warn_empty_mask(sample)
+        return sample
+
+    def _add_latents(self, sample: Sample, item: ImageItem) -> None:
+        if item.latents is not None:
+            latents, mirrored, mask = item.latents, item.latents_flipped, item.alpha_mask
+        else:
+            caching = self.strategies.latents_caching
+            latents, _, _, mirrored, mask = caching.load_latents_from_disk(item.latents_npz, item.bucket_reso)
+        sample.latents = torch.as_tensor(mirrored if sample.flipped else latents)  # [C, h, w]
+        if item.subset.alpha_mask:
+            sample.alpha_mask = mask_tensor(mask, sample.flipped)
+
+    def _add_pixels(self, sample: Sample, item: ImageItem, geometry: Geometry, request: BatchRequest, position: int) -> None:
+        color = sample_color(self.seed, item, request, position)
+        pixels = read_pixels(item, geometry, with_alpha=item.subset.alpha_mask, color=color)
+        sample.image = image_tensor(pixels.image, sample.flipped)  # [3, H, W]
+        sample.latent_seed = posterior_seed(file_content_id(item.absolute_path), item.bucket_reso, sample.flipped)
+        if pixels.alpha_mask is not None:
+            sample.alpha_mask = mask_tensor(pixels.alpha_mask, sample.flipped)
+
+    def _text(self, item: ImageItem, request: BatchRequest, position: int) -> tuple[str, list[torch.Tensor | None] | None]:
+        """The caption that is used, and its cached outputs when there are some."""
+        rng = keyed_random(self.seed, "caption", request.step, position)
+        caching = self.strategies.text_encoder_outputs_caching if self.strategies is not None else None
+        if item.text_encoder_outputs is not None or item.text_encoder_outputs_npz is not None:
+            if request.is_training and is_dropped(item.subset, rng, request.epoch):
+                return "", text_outputs_of(self.empty_caption, caching)
+            return cached_caption(item), text_outputs_of(item, caching)
+        if not request.is_training:
+            return cached_caption(item), None
+        caption = process_caption(
+            item.caption, item.subset, rng=rng, epoch=request.epoch, step=request.step, max_train_steps=self.max_train_steps,
+            replacements=self.replacements,
+        )
+        return caption, None
+
+    def _warn_empty_mask(self, sample: Sample) -> None:
+        mask = sample.alpha_mask if sample.conditioning is None else sample.conditioning[0] / 2 + 0.5
+        is_mask = sample.conditioning is None or self.params.kind == "CN"
+        if is_mask and mask is not None and sample.image_key not in self._warned_masks and not (mask > 0).any():
+            self._warned_masks.add(sample.image_key)
+            logger.warning("the mask of %s is zero everywhere: nothing is learned from this image", sample.image_key)
+
+
+def subset_name(subset: SubsetParams) -> str:
+    """The base name of a subset's folder or metadata file, as metadata records it."""
+    path = subset.metadata_file or subset.image_dir or ""
+    return os.path.basename(os.path.normpath(path))
+
+
+def subset_record(subset: SubsetParams, num_images: int) -> dict[str, Any]:
+    record: dict[str, Any] = {"img_count": num_images}
+    record |= {name: getattr(subset, name) for name in SUBSET_RECORD}
+    if subset.image_dir:
+        record["image_dir"] = os.path.basename(os.path.normpath(subset.image_dir))
+    if subset.metadata_file:
+        return record | {"metadata_file": os.path.basename(subset.metadata_file)}
+    return record | {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
+
+
+class DatasetGroup(torch.utils.data.Dataset):
+    """All datasets of a run, for training or for validation. `group[request]` is `group.load(request)`, so that it serves as
+    the dataset of `DataLoader(group, sampler=requests, batch_size=None)`; it pickles for spawned workers."""
+
+    def __init__(self, datasets: Sequence[Dataset], *, is_training: bool = True) -> None:
+        self.datasets = list(datasets)
+        self.is_training = is_training
+        self.shared = SharedTensors()
+
+    def __len__(self) -> int:
+        """Batches of an epoch with one process."""
+        return sum(dataset.assignment.num_batches for dataset in self.datasets)
+
+    def __getitem__(self, request: BatchRequest) -> Batch:
+        return self.load(request)
+
+    def plan(self, epoch: int, seed: int, num_processes: int, shuffle: bool | None = None) -> list[GlobalBatch]:
+        """The global micro-batches of an epoch; by default in the same order every time for validation."""
+        buckets = [bucket for dataset in self.datasets for bucket in dataset.buckets]
+        shuffle = self.is_training if shuffle is None else shuffle
+        return plan_epoch(buckets, seed=seed, epoch=epoch, num_processes=num_processes, shuffle=shuffle)
+
+    def load(self, request: BatchRequest) -> Batch:
+        return self.datasets[request.dataset].load(request)
+
+    @property
+    def items(self) -> list[ImageItem]:
+        """All items that appear in an epoch."""
+        return [item for dataset in self.datasets for item in dataset.used_items]
+
+    @property
+    def subsets(self) -> list[SubsetParams]:
+        return [subset for dataset in self.datasets for subset, _ in dataset.subset_items]
+
+    @property
+    def num_train_images(self) -> int:
+        return sum(dataset.num_train_images for dataset in self.datasets)
+
+    @property
+    def num_reg_images(self) -> int:
+        return sum(dataset.num_reg_images for dataset in self.datasets)
+
+    @property
+    def batch_size(self) -> int:
+        """The largest of the datasets."""
+        return max((dataset.batch_size for dataset in self.datasets), default=1)
+
+    @property
+    def bucket_info(self) -> list[dict[str, Any] | None]:
+        return [dataset.bucket_info for dataset in self.datasets]
+
+    @property
+    def tag_frequency(self) -> dict[str, dict[str, int]]:
+        """Of all datasets; where two have a folder of one name, the first counts."""
+        merged: dict[str, dict[str, int]] = {}
+        for dataset in self.datasets:
+            for name, tags in dataset.tag_frequency.items():
+                merged.setdefault(name, tags)
+        return merged
+
+    def metadata(self) -> list[dict[str, Any]]:
+        return [dataset.metadata() for dataset in self.datasets]
+
+    # ---- settings that are known later ------------------------------------------------------------------------------------
+
+    def set_strategies(self, strategies: StrategySet) -> None:
+        for dataset in self.datasets:
+            dataset.strategies = strategies
+
+    def set_max_train_steps(self, max_train_steps: int) -> None:
+        """For settings that are a part of all steps; before loader workers start."""
+        for dataset in self.datasets:
+            dataset.max_train_steps = max_train_steps
+
+    def set_replacements(self, replacements: Mapping[str, str | Sequence[str]]) -> None:
+        for dataset in self.datasets:
+            dataset.replacements = replacements
+
+    def set_empty_caption(self, item: ImageItem | None) -> None:
+        for dataset in self.datasets:
+            dataset.empty_caption = item
+
+    def drop(self, items: Iterable[ImageItem]) -> None:
+        """Leave out images that turned out to be unusable, and make the buckets anew. ConfigError when nothing is left."""
+        unwanted = {id(item) for item in items}
+        if not unwanted:
+            return
+        for dataset in self.datasets:
+            dataset.items = [item for item in dataset.items if id(item) not in unwanted]
+            dataset.assignment = dataset._assign()
+        if self.num_train_images == 0:
+            raise ConfigError("no image is left: all of them are unreadable or left out")
+
+    def share_memory(self) -> None:
+        """Pack the caches that are in memory, so that loader workers share them."""
+        self.shared.absorb([*self.items, *self._empty_captions()])
+
+    def _empty_captions(self) -> list[ImageItem]:
+        return [d.empty_caption for d in self.datasets if d.empty_caption is not None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.share_memory()
+        datasets = []
+        for dataset in self.datasets:
+            frozen = copy.copy(dataset)
+            frozen.items = [self.shared.frozen(item) for item in dataset.items]
+            frozen.empty_caption = None if dataset.empty_caption is None else self.shared.frozen(dataset.empty_caption)
+            datasets.append(frozen)
+        return {**self.__dict__, "datasets": datasets}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.shared.thaw([*(item for d in self.datasets for item in d.items), *self._empty_captions()])

@@ -1,0 +1,329 @@
+"""The scan: from a Blueprint to the images of a run, with sizes, captions, masks and the validation split.
+
+Every file problem is collected; one error names them all, before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from library.config_util import Blueprint, DatasetConfigError, load_blueprint
+from library.dataset import CachingOptions, DatasetOptions
+from library.dataset.architectures import DataArchitecture
+from library.dataset.bucket import BucketSelector
+from library.dataset.captions import read_caption, tag_frequency
+from library.dataset.discovery import FoundImage, Scanner, discover, listed
+from library.dataset.info_cache import info_entry, known_image, read_info, write_info
+from library.dataset.items import DatasetParams, ImageItem, SubsetParams
+from library.dataset.media_utils import ImageCheck, check_conditioning_size, image_size, verify_image
+from library.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SPLIT_SEED = 42
+"""seed of the validation split when neither validation_seed nor --seed is given: two runs agree"""
+MOST_PROBLEMS = 50
+MAX_THREADS = 8
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """The images of all datasets, in the order of the blueprint. Validation items have num_repeats 1."""
+
+    train: list[list[ImageItem]]
+    validation: list[list[ImageItem]]
+    has_validation: bool
+    """whether a validation split was asked for; the split itself may still be empty"""
+    warnings: tuple[str, ...]
+    """those of the blueprint and of the scan; to be logged once, by the main process"""
+    num_used: int
+    num_skipped: int
+    tag_frequency: list[dict[str, dict[str, int]]] = field(default_factory=list)
+    """per dataset: folder or metadata file name -> tag -> captions that hold it"""
+
+    @property
+    def summary(self) -> str:
+        return f"{self.num_used} images used, {self.num_skipped} skipped"
+
+
+def scan_datasets(
+    blueprint: Blueprint,
+    *,
+    seed: int | None = None,
+    skip_bad_images: bool = False,
+    fail_on_missing_captions: bool = False,
+    check_files: bool = True,
+) -> ScanResult:
+    """Find all images of a blueprint. `check_files`: read every image fully, so that a damaged one is known now.
+
+    `seed` is the run's seed, on which the validation split falls back. Raises ConfigError with all problems: folders that are
+    missing or empty, images that cannot be read (left out with `skip_bad_images`), captions, masks, metadata files.
+    """
+    scanner = Scanner(skip_bad_images, fail_on_missing_captions, check_files)
+    found = [[discover(subset, dataset.kind, scanner) for subset in dataset.subsets] for dataset in blueprint.datasets]
+    _read_files(blueprint, found, scanner)
+    train: list[list[ImageItem]] = []
+    validation: list[list[ImageItem]] = []
+    frequencies = []
+    for dataset, images_of in zip(blueprint.datasets, found):
+        parts = [_items_of(subset, images, dataset, seed, scanner) for subset, images in zip(dataset.subsets, images_of)]
+        train.append([item for part, _ in parts for item in part])
+        validation.append([item for _, part in parts for item in part])
+        frequencies.append(_frequencies(train[-1]))
+    has_validation = any(_split_of(subset, dataset) > 0 for dataset in blueprint.datasets for subset in dataset.subsets)
+    _check_counts(blueprint, train, validation, has_validation, scanner)
+    if scanner.problems:
+        raise ConfigError(_cut(scanner.problems))
+    used = {item.absolute_path for part in (*train, *validation) for item in part}
+    return ScanResult(
+        train, validation, has_validation, (*blueprint.warnings, *scanner.warnings), len(used), len(scanner.skipped - used), frequencies
+    )
+
+
+def load_datasets(
+    options: DatasetOptions,
+    caching: CachingOptions | None = None,
+    *,
+    explicit: frozenset[str] = frozenset(),
+    architecture: DataArchitecture,
+    script: str = "train_network",
+    seed: int | None = None,
+    check_files: bool = True,
+) -> tuple[Blueprint, ScanResult]:
+    """Read the configuration and scan its images; problems of both are raised together, as one ConfigError."""
+    settings = dict(
+        seed=seed, skip_bad_images=options.skip_bad_images, fail_on_missing_captions=options.fail_on_missing_captions,
+        check_files=check_files,
+    )
+    try:
+        blueprint = load_blueprint(options, caching, explicit=explicit, architecture=architecture, script=script)
+    except DatasetConfigError as error:
+        if error.partial is None or not error.partial.datasets:
+            raise
+        try:
+            scan_datasets(error.partial, **settings)
+        except ConfigError as files:
+            raise ConfigError([*error.problems, *files.problems]) from error
+        raise
+    return blueprint, scan_datasets(blueprint, **settings)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _read_files(blueprint: Blueprint, found: list[list[list[FoundImage]]], scanner: Scanner) -> None:
+    """Sizes and captions of all images; every file is opened once, however many datasets use it, by several threads."""
+    pairs = [
+        (subset, images) for dataset, parts in zip(blueprint.datasets, found) for subset, images in zip(dataset.subsets, parts)
+    ]
+    infos = {subset.image_dir: read_info(subset.image_dir) for subset, _ in pairs if subset.cache_info and subset.image_dir}
+    for subset, images in pairs:
+        for image in images:
+            known = known_image(infos[subset.image_dir], image.path, subset) if subset.cache_info and subset.image_dir in infos else None
+            if known is not None:
+                image.size, image.caption, image.is_known = known.size, known.caption, True
+    wanted = dict.fromkeys(
+        path for _, images in pairs for image in images
+        for path in ((image.cond_path,) if image.is_known else (image.path, image.cond_path)) if path is not None
+    )
+    _check_images(list(wanted), scanner)
+    for subset, images in pairs:
+        images[:] = [image for image in images if _take_check(image, subset, scanner)]
+        if subset.metadata_file is None:
+            _read_captions(images, subset, scanner)
+        _warn_of_pixels(images, subset, scanner)
+        _settle_captions(images, subset, scanner)
+        if subset.cache_info and images and not all(image.is_known for image in images):
+            _write_info(subset, images, scanner)
+
+
+def _check_images(paths: Sequence[str], scanner: Scanner) -> None:
+    if not paths:
+        return
+
+    def check(path: str) -> ImageCheck | ConfigError:
+        try:
+            return verify_image(path) if scanner.check_files else ImageCheck(image_size(path))
+        except ConfigError as error:
+            return error
+
+    logger.info("checking %d image files", len(paths))
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        scanner.checks.update(zip(paths, pool.map(check, paths)))
+
+
+def _take_check(image: FoundImage, subset: SubsetParams, scanner: Scanner) -> bool:
+    """Take over the size; False when the image, or its mask, cannot be used (which is then noted)."""
+    result = scanner.checks.get(image.path)
+    if isinstance(result, ConfigError):
+        scanner.bad_image(str(result), image.path, subset.label)
+        return False
+    if image.size is None and result is not None:
+        image.size = result.size
+    if image.cond_path is None:
+        return True
+    mask = scanner.checks[image.cond_path]
+    try:
+        if isinstance(mask, ConfigError):
+            raise mask
+        check_conditioning_size(image.cond_path, mask.size, image.size or (0, 0))
+    except ConfigError as error:
+        scanner.bad_image(str(error), image.path, subset.label)
+        return False
+    return True
+
+
+def _read_captions(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner) -> None:
+    for image in images:
+        if image.is_known:
+            continue
+        try:
+            image.caption = read_caption(image.path, subset)
+        except ConfigError as error:
+            scanner.problems += [f"{subset.label}: {problem}" for problem in error.problems if problem not in scanner.problems]
+
+
+def _write_info(subset: SubsetParams, images: Sequence[FoundImage], scanner: Scanner) -> None:
+    """The cache holds the caption of the file, before class_tokens stand in, and the whole subset, before any split."""
+    entries = {
+        os.path.basename(image.path): info_entry(image.path, image.size, image.caption, subset)
+        for image in images if image.size is not None
+    }
+    warning = write_info(subset.image_dir or "", entries)
+    if warning:
+        scanner.warnings.append(warning)
+
+
+def _settle_captions(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner) -> None:
+    """Mention images without a caption or with an empty one."""
+    missing = [image.path for image in images if image.caption is None and not subset.class_tokens]
+    empty = [image.path for image in images if image.caption == ""]
+    if missing and scanner.fail_on_missing_captions:
+        scanner.problems.append(f"{subset.label}: {len(missing)} images have no caption: {listed(missing)}")
+    else:
+        scanner.summary_warning(missing, f"images in {subset.label} have no caption and train with an empty one")
+    scanner.summary_warning(empty, f"images in {subset.label} have an empty caption")
+
+
+def _warn_of_pixels(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner) -> None:
+    def those(attribute: str, masks: bool = False) -> list[str]:
+        paths = [image.cond_path if masks else image.path for image in images]
+        checks = ((path, scanner.checks.get(path)) for path in paths if path is not None)
+        return [path for path, check in checks if isinstance(check, ImageCheck) and getattr(check, attribute)]
+
+    scanner.summary_warning(those("deep"), f"images in {subset.label} have more than 8 bits per channel; 8 are used")
+    if subset.alpha_mask:
+        scanner.summary_warning(those("invisible"), f"images in {subset.label} are transparent everywhere, so nothing is learned from them")
+    else:
+        scanner.summary_warning(those("transparent"), f"images in {subset.label} have transparency, which is dropped")
+    scanner.summary_warning(those("black", masks=True), f"masks of {subset.label} are black everywhere, so nothing is learned there")
+
+
+# ---------------------------------------------------------------- items and split
+
+
+def split_validation(names: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the training and of the validation images, each in the order of `names`.
+
+    The sorted names are shuffled with Python's generator of this seed; the last round(n * fraction) validate.
+    """
+    order = sorted(range(len(names)), key=lambda index: names[index])
+    random.Random(seed).shuffle(order)
+    num_validation = round(len(order) * fraction)
+    chosen = set(order[len(order) - num_validation :])
+    return [i for i in range(len(names)) if i not in chosen], sorted(chosen)
+
+
+def _split_of(subset: SubsetParams, dataset: DatasetParams) -> float:
+    if subset.is_reg or subset.num_repeats == 0:
+        return 0.0
+    return dataset.validation_split if subset.validation_split is None else subset.validation_split
+
+
+def _items_of(
+    subset: SubsetParams, images: Sequence[FoundImage], dataset: DatasetParams, seed: int | None, scanner: Scanner
+) -> tuple[list[ImageItem], list[ImageItem]]:
+    """The training and validation items of a subset. Regularisation images all stay in training."""
+    seeds = (dataset.validation_seed, seed, DEFAULT_SPLIT_SEED)
+    split_seed = next(value for value in seeds if value is not None)
+    fraction = _split_of(subset, dataset)
+    train, validation = split_validation([image.key for image in images], fraction, split_seed)
+    if fraction > 0 and images and not validation:
+        scanner.warnings.append(f"{subset.label}: validation_split {fraction} of {len(images)} images leaves none for validation")
+    return [_item(images[i], subset, subset.num_repeats) for i in train], [_item(images[i], subset, 1) for i in validation]
+
+
+def _item(image: FoundImage, subset: SubsetParams, num_repeats: int) -> ImageItem:
+    caption = image.caption if image.caption is not None else subset.class_tokens or ""
+    return ImageItem(
+        image_key=image.key, absolute_path=os.path.abspath(image.path), caption=caption, subset=subset,
+        image_size=image.size or (0, 0), num_repeats=num_repeats, cond_path=image.cond_path,
+        captions_extra={} if image.tags is None else {"tags": image.tags},
+    )
+
+
+def _frequencies(items: Iterable[ImageItem]) -> dict[str, dict[str, int]]:
+    """Tags per folder (of captions) or per metadata file (of its `tags` only)."""
+    texts: dict[str, list[str]] = {}
+    for item in items:
+        source = item.subset.metadata_file or item.subset.image_dir or ""
+        name = os.path.basename(os.path.normpath(source))
+        texts.setdefault(name, []).append(item.captions_extra.get("tags", "") if item.subset.metadata_file else item.caption)
+    return {name: tag_frequency(captions) for name, captions in texts.items()}
+
+
+# ---------------------------------------------------------------- counts
+
+
+def _check_counts(
+    blueprint: Blueprint, train: list[list[ImageItem]], validation: list[list[ImageItem]], has_validation: bool, scanner: Scanner
+) -> None:
+    """Empty folders, datasets and runs; bucket settings that no image fits."""
+    for dataset, items, held_out in zip(blueprint.datasets, train, validation):
+        filled = {item.subset.label for item in (*items, *held_out)}
+        for subset in dataset.subsets:
+            if subset.label not in filled and subset.num_repeats and _is_readable(subset):
+                (scanner.warnings if filled else scanner.problems).append(f"{subset.label}: {_why_empty(subset, scanner)}")
+        if items and not blueprint.is_partial:
+            selector = BucketSelector.of(dataset)
+            if all(selector.select(item.image_size) is None for item in items):
+                scanner.problems.append(
+                    f"{dataset.label}: every image is smaller than one bucket step ({dataset.bucket_reso_steps} px) and"
+                    " bucket_no_upscale is on; switch it off or lower bucket_reso_steps"
+                )
+    if scanner.problems:
+        return
+    if not any(not item.is_reg for items in train for item in items):
+        only_reg = any(items for items in train)
+        reason = "there are only regularisation images" if only_reg else "there is no image to train on"
+        scanner.problems.append(f"{reason}; check image_dir, num_repeats and validation_split of the datasets")
+    if has_validation and not any(validation):
+        scanner.warnings.append("a validation split is set and leaves no image for validation; nothing is validated")
+
+
+def _is_readable(subset: SubsetParams) -> bool:
+    """Whether the folder or file is there: if not, that was reported already."""
+    if subset.metadata_file is not None:
+        return os.path.isfile(subset.metadata_file)
+    return subset.image_dir is not None and os.path.isdir(subset.image_dir)
+
+
+def _why_empty(subset: SubsetParams, scanner: Scanner) -> str:
+    if subset.metadata_file is not None:
+        return f"{subset.metadata_file} names no image that can be used"
+    folder = subset.image_dir or ""
+    if any(os.path.splitext(name)[1].lower() in scanner.extensions for name in os.listdir(folder)):
+        return f"no image in {folder} can be used"
+    inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    hint = f"; it has sub-folders ({listed(inner)}): give each its own subset" if inner else ""
+    return f"the folder {folder} holds no images ({', '.join(sorted(scanner.extensions))}){hint}"
+
+
+def _cut(problems: Sequence[str]) -> list[str]:
+    more = len(problems) - MOST_PROBLEMS
+    return [*problems[:MOST_PROBLEMS], *([f"and {more} more problems of the same kinds"] if more > 0 else [])]

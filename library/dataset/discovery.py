@@ -1,0 +1,151 @@
+"""Which images a subset names: folders, metadata files, masks by name. Also what the steps of a scan share."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from library.dataset.captions import metadata_caption
+from library.dataset.items import SubsetParams
+from library.dataset.media_utils import ImageCheck, image_extensions
+from library.dataset.metadata_files import ImageFinder, read_metadata_file
+from library.errors import ConfigError
+
+SHOWN = 5
+
+
+@dataclass
+class FoundImage:
+    """An image on its way to an ImageItem. `caption` None: no caption file."""
+
+    key: str
+    path: str
+    caption: str | None = None
+    cond_path: str | None = None
+    size: tuple[int, int] | None = None
+    tags: str | None = None
+    is_known: bool = False
+
+
+@dataclass
+class Scanner:
+    """What all steps of a scan share: settings, and the problems and warnings so far."""
+
+    skip_bad_images: bool
+    fail_on_missing_captions: bool
+    check_files: bool
+    extensions: frozenset[str] = field(default_factory=image_extensions)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    skipped: set[str] = field(default_factory=set)
+    checks: dict[str, ImageCheck | ConfigError] = field(default_factory=dict)
+
+    def bad_image(self, message: str, path: str, label: str) -> None:
+        """An image that cannot be used: a problem, or with --skip_bad_images a warning."""
+        self.skipped.add(path)
+        self.problem_or_warning(f"{label}: {message}")
+
+    def problem_or_warning(self, message: str) -> None:
+        target = self.warnings if self.skip_bad_images else self.problems
+        text = f"{message}; skipped" if self.skip_bad_images else message
+        if text not in target:
+            target.append(text)
+
+    def summary_warning(self, names: Sequence[str], what: str) -> None:
+        if names:
+            self.warnings.append(f"{len(names)} {what}: {listed(names)}")
+
+
+def discover(subset: SubsetParams, kind: str, scanner: Scanner) -> list[FoundImage]:
+    """The images that a subset names, sorted; nothing is opened but metadata files and the lists of folders."""
+    if subset.num_repeats == 0:
+        return []
+    if kind == "FT":
+        return _from_metadata(subset, scanner)
+    if subset.image_dir is None:
+        return []  # the missing key was reported with the configuration
+    images = [FoundImage(path, path) for path in _image_paths(subset.image_dir, subset, scanner)]
+    _warn_of_shared_stems(images, subset, scanner)
+    if kind == "CN":
+        images = _paired(images, subset, scanner)
+    return images
+
+
+def _image_paths(folder: str, subset: SubsetParams, scanner: Scanner) -> list[str]:
+    """Image files directly in a folder, sorted by path; the case of the extension does not matter."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        scanner.problem_or_warning(f"{subset.label}: the folder {folder} does not exist")
+        return []
+    except NotADirectoryError:
+        scanner.problem_or_warning(f"{subset.label}: {folder} is a file; a folder is needed")
+        return []
+    except OSError as error:
+        scanner.problem_or_warning(f"{subset.label}: the folder {folder} cannot be read ({error.strerror})")
+        return []
+    paths = [os.path.join(folder, name) for name in names if os.path.splitext(name)[1].lower() in scanner.extensions]
+    return sorted(path for path in paths if os.path.isfile(path))
+
+
+def _warn_of_shared_stems(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner) -> None:
+    stems: dict[str, list[str]] = {}
+    for image in images:
+        stems.setdefault(os.path.splitext(image.path)[0], []).append(os.path.basename(image.path))
+    shared = [" and ".join(names) for names in stems.values() if len(names) > 1]
+    scanner.summary_warning(shared, f"groups of images in {subset.label} have one name and share a caption file")
+
+
+def _from_metadata(subset: SubsetParams, scanner: Scanner) -> list[FoundImage]:
+    if subset.metadata_file is None:
+        return []
+    try:
+        entries = read_metadata_file(subset.metadata_file)
+    except ConfigError as error:
+        scanner.problems += [f"{subset.label}: {problem}" for problem in error.problems]
+        return []
+    finder = ImageFinder(subset.image_dir, scanner.extensions)
+    images = []
+    for entry in entries:
+        try:
+            path = finder.find(entry.key)
+        except ConfigError as error:
+            scanner.bad_image(f"{subset.metadata_file}: {error}", entry.key, subset.label)
+            continue
+        caption = metadata_caption(entry.values, subset)
+        tags = entry.values.get("tags") or ""
+        images.append(FoundImage(
+            entry.key, path, caption if "caption" in entry.values or tags else None,
+            tags=tags if isinstance(tags, str) else ",".join(map(str, tags)),
+        ))
+    return images
+
+
+def _paired(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner) -> list[FoundImage]:
+    """Give every image the file with its stem in conditioning_data_dir. Extra files are only mentioned."""
+    folder = subset.conditioning_data_dir
+    if folder is None:
+        return list(images)
+    by_stem: dict[str, str] = {}
+    for path in _image_paths(folder, subset, scanner):
+        by_stem.setdefault(os.path.splitext(os.path.basename(path))[0], path)
+    if not os.path.isdir(folder):
+        return []
+    paired, used = [], set()
+    for image in images:
+        stem = os.path.splitext(os.path.basename(image.path))[0]
+        used.add(stem)
+        if stem in by_stem:
+            paired.append(dataclasses.replace(image, cond_path=by_stem[stem]))
+        else:
+            scanner.bad_image(f"{image.path} has no image named {stem} in {folder}", image.path, subset.label)
+    extra = [path for stem, path in by_stem.items() if stem not in used]
+    scanner.summary_warning(extra, f"images in {folder} ({subset.label}) belong to no training image")
+    return paired
+
+
+def listed(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

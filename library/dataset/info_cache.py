@@ -1,0 +1,96 @@
+"""`metadata_cache.json` of a folder (option cache_info): what a scan found, so that the next one need not open the files.
+
+{ "<file name>": {"caption": str | null, "resolution": [W, H], "image": stamp, "caption_file": [name, stamp] | null,
+"lines": bool} }, a stamp being [modification time in ns, size]. An entry counts while the stamps still agree; entries of the
+form without stamps (whole paths as keys) are looked up anew. The file always describes the whole folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from library.dataset.captions import caption_paths
+from library.dataset.items import SubsetParams
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "metadata_cache.json"
+
+
+@dataclass(frozen=True)
+class KnownImage:
+    """A cached entry that is still true. `caption` is that of the caption file, None without one."""
+
+    size: tuple[int, int]
+    caption: str | None
+
+
+def stamp(path: str) -> list[int] | None:
+    """[modification time in ns, size] of a file, None when there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return [status.st_mtime_ns, status.st_size]
+
+
+def caption_source(image_path: str, params: SubsetParams) -> list[Any] | None:
+    """[name, stamp] of the caption file that an image uses now."""
+    for path in caption_paths(image_path, params):
+        found = stamp(path)
+        if found is not None:
+            return [os.path.basename(path), found]
+    return None
+
+
+def read_info(folder: str) -> dict[str, Any]:
+    """The entries of a folder's cache; empty when there is none or it cannot be read."""
+    path = os.path.join(folder, FILE_NAME)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read and is made anew: %s", path, error)
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def known_image(entries: Mapping[str, Any], image_path: str, params: SubsetParams) -> KnownImage | None:
+    """The entry of an image if image and caption file are unchanged."""
+    entry = entries.get(os.path.basename(image_path))
+    if not isinstance(entry, dict) or entry.get("image") is None or entry["image"] != stamp(image_path):
+        return None
+    if entry.get("lines") != params.enable_wildcard or entry.get("caption_file") != caption_source(image_path, params):
+        return None
+    size, caption = entry.get("resolution"), entry.get("caption")
+    return KnownImage((size[0], size[1]), caption) if isinstance(size, list) and len(size) == 2 else None
+
+
+def info_entry(image_path: str, size: tuple[int, int], caption: str | None, params: SubsetParams) -> dict[str, Any]:
+    """The entry of an image that was just looked at."""
+    return {
+        "caption": caption, "resolution": list(size), "image": stamp(image_path),
+        "caption_file": caption_source(image_path, params), "lines": params.enable_wildcard,
+    }
+
+
+def write_info(folder: str, entries: Mapping[str, Any]) -> str | None:
+    """Write the cache of a folder, replacing the old one in one go. Returns a warning when the folder cannot be written."""
+    path = os.path.join(folder, FILE_NAME)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(entries, file, ensure_ascii=False, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        return f"{path} cannot be written ({error.strerror}); the folder is scanned anew each time"
+    return None

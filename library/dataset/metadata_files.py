@@ -1,0 +1,124 @@
+"""Metadata files of fine-tuning datasets: a JSON object keyed by image, or JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from library.errors import ConfigError
+
+MOST_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class MetadataEntry:
+    """One image of a metadata file: the key as written and what is said of it (caption, tags, image_size, ...)."""
+
+    key: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def read_metadata_file(path: str) -> list[MetadataEntry]:
+    """The entries of a metadata file, sorted by key. `.jsonl` by suffix, everything else is one JSON object.
+
+    Raises ConfigError naming file and line for what cannot be read, all of it at once.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except FileNotFoundError:
+        raise ConfigError(f"the metadata file {path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the metadata file {path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise ConfigError(f"the metadata file {path} cannot be read: {error.strerror}") from error
+    problems: list[str] = []
+    reader = _from_lines if path.lower().endswith(".jsonl") else _from_object
+    entries = list(reader(path, text, problems))
+    if problems:
+        more = len(problems) - MOST_SHOWN
+        raise ConfigError(problems[:MOST_SHOWN] + ([f"{path}: {more} more faulty entries"] if more > 0 else []))
+    return sorted(entries, key=lambda entry: entry.key)
+
+
+def _from_object(path: str, text: str, problems: list[str]) -> Iterator[MetadataEntry]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        problems.append(f"{path} is not valid JSON: {error}")
+        return
+    if not isinstance(content, dict):
+        problems.append(f"{path} holds a {type(content).__name__}; an object that maps each image to its entry is needed")
+        return
+    for key, values in content.items():
+        if _is_entry(values, f"{path}: {key}", problems):
+            yield MetadataEntry(key, values)
+
+
+def _from_lines(path: str, text: str, problems: list[str]) -> Iterator[MetadataEntry]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            problems.append(f"{where} is not valid JSON: {error}")
+            continue
+        if not _is_entry(values, where, problems):
+            continue
+        key = values.get("image_path")
+        if isinstance(key, str) and key:
+            yield MetadataEntry(key, values)
+        else:
+            problems.append(f"{where} has no image_path")
+
+
+def _is_entry(values: Any, where: str, problems: list[str]) -> bool:
+    if not isinstance(values, dict):
+        problems.append(f"{where} is not an object with caption or tags")
+        return False
+    for name in ("caption", "tags"):
+        value = values.get(name)
+        is_list = name == "tags" and isinstance(value, list)
+        if value is not None and not isinstance(value, str) and not is_list:
+            problems.append(f"{where}: {name} is {value!r}; a text is needed")
+            return False
+    return True
+
+
+class ImageFinder:
+    """Finds the files that metadata keys mean; keys may lack the extension. Each folder is listed once."""
+
+    def __init__(self, image_dir: str | None, extensions: frozenset[str]) -> None:
+        self.image_dir = image_dir
+        self.extensions = extensions
+        self._stems: dict[str, dict[str, list[str]]] = {}
+
+    def find(self, key: str) -> str:
+        """The path of the image. Raises ConfigError when there is none."""
+        if not os.path.isabs(key) and self.image_dir is None:
+            raise ConfigError(f"the key '{key}' is a relative path; the subset needs an image_dir")
+        path = key if os.path.isabs(key) else os.path.join(self.image_dir or "", key)
+        if os.path.splitext(path)[1].lower() in self.extensions:
+            if not os.path.isfile(path):
+                raise ConfigError(f"{path} does not exist")
+            return path
+        folder, stem = os.path.split(path)
+        names = self._listed(folder).get(stem)
+        if not names:
+            raise ConfigError(f"{path} does not exist, neither as it is nor with an image extension")
+        return os.path.join(folder, names[0])
+
+    def _listed(self, folder: str) -> dict[str, list[str]]:
+        if folder not in self._stems:
+            stems: dict[str, list[str]] = {}
+            for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+                stem, extension = os.path.splitext(name)
+                if extension.lower() in self.extensions:
+                    stems.setdefault(stem, []).append(name)
+            self._stems[folder] = stems
+        return self._stems[folder]

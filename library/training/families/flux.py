@@ -1,0 +1,347 @@
+"""FLUX.1 dev and schnell: options and wiring. Numerics are in flux_train_utils, loading in flux_utils, text in strategy_flux."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from library.dataset import CachingOptions
+from library.dataset.architectures import ARCHITECTURES
+from library.errors import CheckpointError, ConfigError, Problems
+from library.options import option, refused_option
+from library.training.families.base import ModelFamily
+from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
+from library.training.timestep_samplers import TimestepOptions
+from library.training.timestep_samplers import check as check_timesteps
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from library.flux_utils import FlowModelInfo
+    from library.strategy_base import StrategySet
+    from library.training.accelerator_setup import Runtime
+    from library.training.objective import NoisyLatents, Objective
+    from library.training.run import DiTOutput, Models
+    from library.training.sampling_prompts import SamplePrompt
+
+logger = logging.getLogger(__name__)
+
+PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
+TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr")
+SPLIT_MODE_BLOCKS = 18
+"""what the old --split_mode amounts to"""
+SAMPLER = "euler"
+DEFAULT_SAMPLE_SIZE, SAMPLE_SIZE_STEP = 512, 16
+DEFAULT_SAMPLE_STEPS, DEFAULT_SAMPLE_SCALE, DEFAULT_SAMPLE_GUIDANCE = 20, 1.0, 3.5
+TOKEN_LENGTH_DEV, TOKEN_LENGTH_SCHNELL = 512, 256
+
+_DDPM = "FLUX.1 learns by flow matching, which has no table of signal-to-noise ratios"
+_SD_NOISE = "FLUX.1 learns by flow matching from plain noise; of the noise options it has --ip_noise_gamma"
+_SD_MODELS = "it belongs to Stable Diffusion; FLUX.1 has no such variant"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxOptions:
+    """FLUX.1"""
+
+    clip_l: str | None = option(None, help="file of the CLIP-L text encoder")
+    t5xxl: str | None = option(None, help="file of the T5-XXL text encoder")
+    ae: str | None = option(None, help="file of the autoencoder (ae.safetensors)")
+    clip_l_tokenizer: str | None = option(None, help="folder of the CLIP-L tokenizer, for models with a vocabulary of their own")
+    t5xxl_tokenizer: str | None = option(None, help="folder or spiece.model file of the T5 tokenizer")
+    t5xxl_max_token_length: int | None = option(None, help="longest caption in T5 tokens; 512 for dev, 256 for schnell when not given")
+    apply_t5_attn_mask: bool = option(False, help="keep T5 and the denoiser from attending to padding")
+    guidance_scale: float = option(3.5, help="embedded guidance while training; 1.0 is advised for dev, schnell has none")
+    model_prediction_type: str = option(
+        "raw", choices=PREDICTION_TYPES,
+        help="raw: compare velocities; sigma_scaled: compare the clean estimate, weighted by --weighting_scheme",
+    )
+    model_type: str = refused_option(
+        "flux", help="flux or chroma", choices=("flux", "chroma"), reason="Chroma is a model family of its own that is not there yet; only flux is"
+    )
+    split_mode: bool = option(False, help=f"deprecated: the same as --blocks_to_swap {SPLIT_MODE_BLOCKS}")
+    controlnet_model_name_or_path: str | None = refused_option(
+        None, help="ControlNet to train with", reason="a ControlNet takes no part in the training of a network"
+    )
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        if self.model_prediction_type == "additive":
+            problems.add(
+                "--model_prediction_type is additive, which compares a sum of velocity and noisy latents with a velocity;"
+                " use raw (the same model output, compared with what it stands for)"
+            )
+        if self.t5xxl_max_token_length is not None and self.t5xxl_max_token_length < 1:
+            problems.add(f"--t5xxl_max_token_length is {self.t5xxl_max_token_length}; needed: 1 or more, usually 512 or 256")
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            problems.add(f"--guidance_scale is {self.guidance_scale}; needed: 0 or more, e.g. 1.0 or 3.5")
+        problems.raise_if_any()
+
+
+class FluxFamily(ModelFamily):
+    """The wiring of FLUX.1: conditioning is [pooled CLIP-L, T5 states, their ids, T5 mask]."""
+
+    name = "flux"
+    latents = ARCHITECTURES["flux"].latents
+    options = FluxOptions
+    refused: Mapping[str, str] = {
+        "v2": _SD_MODELS,
+        "v_parameterization": "FLUX.1 predicts the velocity of its flow in any case",
+        "clip_skip": "FLUX.1 takes the last layer of both text encoders",
+        "max_token_length": "it counts CLIP tokens; FLUX.1 reads captions through T5: see --t5xxl_max_token_length",
+        "weighted_captions": "FLUX.1 has no way to weigh words",
+        "vae": "the autoencoder of FLUX.1 is given with --ae",
+        "noise_offset": _SD_NOISE,
+        "noise_offset_random_strength": _SD_NOISE,
+        "adaptive_noise_scale": _SD_NOISE,
+        "multires_noise_iterations": _SD_NOISE,
+        "multires_noise_discount": _SD_NOISE,
+        "zero_terminal_snr": _DDPM,
+        "min_snr_gamma": _DDPM,
+        "scale_v_pred_loss_like_noise_pred": _DDPM,
+        "v_pred_like_loss": _DDPM,
+        "debiased_estimation_loss": _DDPM,
+        "sample_sampler": "FLUX.1 samples with Euler steps along its own schedule",
+    }
+
+    def check(self) -> None:
+        problems = Problems()
+        for problem in self._file_problems():
+            problems.add(problem)
+        try:
+            check_timesteps(self.config[TimestepOptions], TIMESTEP_MODES)
+        except ConfigError as error:
+            problems.absorb(error)
+        problems.raise_if_any()
+        for line in self._notices():
+            logger.info(line)
+
+    def _file_problems(self) -> list[str]:
+        """Missing, wrong and unfitting files, and a block swap that the depth of the file does not allow."""
+        from library.checkpoint_kinds import check_slot
+
+        slots = {
+            "pretrained_model_name_or_path": (self._denoiser_path, "flux"),
+            "clip_l": (self.opts.clip_l, "clip_l"),
+            "t5xxl": (self.opts.t5xxl, "t5"),
+            "ae": (self.opts.ae, "vae_flux"),
+        }
+        found = [check_slot(path, slot, {kind}) for slot, (path, kind) in slots.items()]
+        if any(found):
+            return [problem for problem in found if problem]
+        try:
+            return self._size_problems()
+        except CheckpointError as error:
+            return [str(error)]
+
+    def _size_problems(self) -> list[str]:
+        """Sizes of the four files against each other; headers only."""
+        from library.flux_models import block_swap_problem
+        from library.flux_utils import inspect_ae
+        from library.text_encoder_utils import inspect_clip_l, inspect_t5xxl
+
+        params = self._denoiser_info.params
+        sizes = (
+            ("clip_l", "its width", inspect_clip_l(self.opts.clip_l)["width"], params.vec_in_dim),
+            ("t5xxl", "its width", inspect_t5xxl(self.opts.t5xxl)["d_model"], params.context_in_dim),
+            ("ae", "4 x its latent channels", 4 * inspect_ae(self.opts.ae).params.z_channels, params.in_channels),
+        )
+        problems = [
+            f"--{slot} is {getattr(self.opts, slot)}: {what} is {size}, the denoiser {self._denoiser_path} takes {needed};"
+            " use the files that belong together"
+            for slot, what, size, needed in sizes
+            if size != needed
+        ]
+        swap = block_swap_problem(self._blocks_to_swap, params.depth, params.depth_single_blocks)
+        return [*problems, swap] if swap else problems
+
+    def _notices(self) -> list[str]:
+        """Lines for the log where a setting has no effect or numbers differ from what people know."""
+        lines = []
+        if self.opts.model_prediction_type == "sigma_scaled":
+            lines.append(
+                "--model_prediction_type sigma_scaled compares the clean estimate with the clean latents (known trainers compare"
+                " it with the velocity): with --weighting_scheme sigma_sqrt this is the raw loss"
+            )
+        elif "model_prediction_type" not in self.config.explicit:
+            lines.append("--model_prediction_type is raw by default here (sigma_scaled in known trainers)")
+        if self.opts.split_mode:
+            lines.append(f"--split_mode is deprecated; it stands for --blocks_to_swap {SPLIT_MODE_BLOCKS}")
+        if self.is_schnell and "guidance_scale" in self.config.explicit:
+            lines.append("--guidance_scale has no effect: FLUX.1 schnell has no embedded guidance")
+        return lines
+
+    @property
+    def _denoiser_path(self) -> str | None:
+        return self.config[ModelOptions].pretrained_model_name_or_path
+
+    @cached_property
+    def _denoiser_info(self) -> FlowModelInfo:
+        from library.flux_utils import inspect_flow_model
+
+        return inspect_flow_model(self._denoiser_path)
+
+    @property
+    def is_schnell(self) -> bool:
+        """By the file: schnell has no guidance embedding."""
+        return self._denoiser_info.is_schnell
+
+    @property
+    def _blocks_to_swap(self) -> int:
+        return self.config[MemoryOptions].blocks_to_swap or (SPLIT_MODE_BLOCKS if self.opts.split_mode else 0)
+
+    @property
+    def max_token_length(self) -> int:
+        """T5 tokens of a caption."""
+        return self.opts.t5xxl_max_token_length or (TOKEN_LENGTH_SCHNELL if self.is_schnell else TOKEN_LENGTH_DEV)
+
+    def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
+        """`trained` tells per text encoder whether it learns: the outputs of such a one are not cached."""
+        from library import strategy_flux
+        from library.model_identity import combined_identity, model_identity
+        from library.strategy_base import StrategySet
+
+        caching, models = self.config[CachingOptions], self.config[ModelOptions]
+        latents = strategy_flux.FluxLatentsCachingStrategy(
+            caching.cache_latents_to_disk, caching.vae_batch_size, caching.skip_cache_check
+        )
+        latents.model_identity = model_identity(self.opts.ae)
+        text = None
+        if caching.caches_text:
+            text = strategy_flux.FluxTextEncoderOutputsCachingStrategy(
+                caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check,
+                is_partial=any(trained), apply_t5_attn_mask=self.opts.apply_t5_attn_mask,
+            )
+            text.model_identity = combined_identity([model_identity(self.opts.clip_l), model_identity(self.opts.t5xxl)])
+            text.max_token_length = self.max_token_length
+        tokenize = strategy_flux.FluxTokenizeStrategy(
+            self.max_token_length, models.tokenizer_cache_dir, clip_l_tokenizer=self.opts.clip_l_tokenizer,
+            t5xxl_tokenizer=self.opts.t5xxl_tokenizer, t5xxl_path=self.opts.t5xxl,
+        )
+        return StrategySet(tokenize, strategy_flux.FluxTextEncodingStrategy(self.opts.apply_t5_attn_mask), latents, text)
+
+    @property
+    def _disable_mmap(self) -> bool:
+        return self.config[ModelOptions].disable_mmap_load_safetensors
+
+    def load_vae(self, runtime: Runtime) -> torch.nn.Module:
+        from library.flux_utils import load_ae
+
+        return load_ae(self.opts.ae, runtime.vae_dtype, runtime.device, self._disable_mmap)
+
+    def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
+        """[CLIP-L, T5]. With 8-bit storage they are read in the compute type first, because only their linear layers shrink."""
+        from library.flux_utils import load_clip_l, load_t5xxl
+
+        encoders = [
+            load(path, runtime.weight_dtype, runtime.device, self._disable_mmap)
+            for load, path in ((load_clip_l, self.opts.clip_l), (load_t5xxl, self.opts.t5xxl))
+        ]
+        if runtime.text_encoder_dtype != runtime.weight_dtype:
+            from library.fp8_optimization_utils import shrink_linears_to_fp8
+
+            for encoder in encoders:
+                # transformers casts the input of T5's `wo` to the type of its weight, which must not be 8 bits
+                shrink_linears_to_fp8(encoder, keep=("wo",))
+        return encoders
+
+    def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
+        """On the device, or with block swap spread over device and main memory."""
+        from library.flux_utils import load_flow_model
+
+        swap = self._blocks_to_swap
+        device = "cpu" if swap else runtime.device
+        denoiser = load_flow_model(self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap)
+        if swap:
+            denoiser.enable_block_swap(swap, runtime.device)
+            denoiser.move_to_device_except_swap_blocks(runtime.device)
+        return denoiser
+
+    def objective(self) -> Objective:
+        """Velocity; with sigma_scaled the clean latents, weighted by `--weighting_scheme`."""
+        from library.training.objective import FlowMatchingObjective
+
+        is_scaled = self.opts.model_prediction_type == "sigma_scaled"
+        return FlowMatchingObjective(
+            self.config[TimestepOptions], self.config[NoiseOptions], target="latents" if is_scaled else "velocity", weigh=is_scaled
+        )
+
+    def predict(self, models: Models, sample: NoisyLatents, conditioning: list[Any], batch: Any, **inputs: Any) -> DiTOutput:
+        from library.flux_train_utils import predict_velocity
+        from library.training.objective import clean_estimate
+        from library.training.run import DiTOutput
+
+        prediction = predict_velocity(
+            models.denoiser, sample.noisy_latents, sample.timesteps, conditioning,
+            guidance=self.opts.guidance_scale, use_t5_mask=self.opts.apply_t5_attn_mask, **inputs,
+        )
+        if self.opts.model_prediction_type == "sigma_scaled":
+            prediction = clean_estimate(prediction.float(), sample.noisy_latents, sample.sigmas)
+        return DiTOutput(prediction, sample.target)
+
+    def generate(
+        self, models: Models, prompt: SamplePrompt, conditioning: list[Any], negative: list[Any] | None
+    ) -> Image.Image:
+        """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
+        from library.flux_train_utils import SampleSettings, decode_to_image, generate_latents
+        from library.training.inference_samplers import INFERENCE_SAMPLERS
+
+        settings = SampleSettings(
+            height=prompt.height, width=prompt.width, num_steps=prompt.sample_steps, seed=prompt.seed,
+            guidance=prompt.guidance_scale, cfg_scale=prompt.scale, shift=models.denoiser.params.guidance_embed,
+            use_t5_mask=self.opts.apply_t5_attn_mask,
+        )
+        latents = generate_latents(
+            models.denoiser, settings, conditioning, negative,
+            sampler=INFERENCE_SAMPLERS.resolve(SAMPLER), device=models.denoiser.device,
+        )
+        return decode_to_image(models.vae, latents)
+
+    def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
+        """512 px, 20 steps, no CFG, guidance 3.5; both sides are rounded down to a multiple of 16."""
+
+        def given(value: Any, default: Any) -> Any:
+            return default if value is None else value
+
+        return dataclasses.replace(
+            prompt,
+            width=_floored(given(prompt.width, DEFAULT_SAMPLE_SIZE)),
+            height=_floored(given(prompt.height, DEFAULT_SAMPLE_SIZE)),
+            sample_steps=given(prompt.sample_steps, DEFAULT_SAMPLE_STEPS),
+            scale=given(prompt.scale, DEFAULT_SAMPLE_SCALE),
+            guidance_scale=given(prompt.guidance_scale, DEFAULT_SAMPLE_GUIDANCE),
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        times = self.config[TimestepOptions]
+        return {
+            "ss_base_model_version": "flux1",
+            "ss_model_type": self.opts.model_type,
+            "ss_apply_t5_attn_mask": self.opts.apply_t5_attn_mask,
+            "ss_weighting_scheme": times.weighting_scheme,
+            "ss_logit_mean": times.logit_mean,
+            "ss_logit_std": times.logit_std,
+            "ss_mode_scale": times.mode_scale,
+            "ss_guidance_scale": self.opts.guidance_scale,
+            "ss_timestep_sampling": times.timestep_sampling,
+            "ss_sigmoid_scale": times.sigmoid_scale,
+            "ss_model_prediction_type": self.opts.model_prediction_type,
+            "ss_discrete_flow_shift": times.discrete_flow_shift,
+        }
+
+    def modelspec(self) -> dict[str, str | None]:
+        """No prediction_type: readers know flow models by their architecture."""
+        return {
+            "architecture": "flux-1-schnell" if self.is_schnell else "flux-1-dev",
+            "implementation": "https://github.com/black-forest-labs/flux",
+        }
+
+
+def _floored(size_px: int) -> int:
+    return max(SAMPLE_SIZE_STEP, size_px - size_px % SAMPLE_SIZE_STEP)

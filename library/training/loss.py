@@ -1,0 +1,38 @@
+"""From the output of a model to one loss per sample, as the options say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from library.dataset.batch import Batch
+from library.training.losses.reduction import loss_mask, per_sample_loss
+from library.training.objective import NoisyLatents, Objective
+from library.training.run import DiTOutput
+
+
+@dataclass(frozen=True)
+class LossFunction:
+    """Element-wise loss, weight of the noise level, mask, mean, weight of the sample, SNR factors; in this order.
+
+    `element`: see library/training/losses; `factors`: see library/training/loss_weights, None = none.
+    """
+
+    element: Any
+    factors: Any | None
+    objective: Objective
+    masked_loss: bool = False
+
+    def __call__(self, output: DiTOutput, sample: NoisyLatents, batch: Batch) -> torch.Tensor:
+        """Losses [B] in float32."""
+        prediction, target = output.pred.float(), output.target.float()
+        timesteps = sample.timesteps
+        return per_sample_loss(
+            self.element(prediction, target, timesteps, self.objective),  # [B, C, ...]
+            flow_weight=self.objective.loss_weight(sample),
+            mask=loss_mask(batch.conditioning_images, batch.alpha_masks, prediction.shape, masked_loss=self.masked_loss),
+            sample_weights=batch.loss_weights,
+            factors=None if self.factors is None else self.factors(timesteps, self.objective),
+        )

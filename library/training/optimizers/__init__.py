@@ -1,0 +1,301 @@
+"""Optimizers: the options, the table of names, the checks at start and `build`.
+
+Nothing heavy is imported before a name is chosen. `choose` says what a name stands for without importing it, `check`
+imports it and looks at the arguments, `build` makes the optimizer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from library.errors import ConfigError, Problems, did_you_mean
+from library.options import option, refused_option
+from library.registry import Registry
+from library.training.keyword_args import argument_problems, parse_keyword_args
+
+if TYPE_CHECKING:
+    import torch
+
+OPTIMIZERS: Registry[type] = Registry("optimizer", option="optimizer_type")
+"""info: `defaults` are arguments set when absent, `forced` ones always."""
+OPTIMIZERS.add("AdamW", "torch.optim:AdamW")
+OPTIMIZERS.add("SGDNesterov", "torch.optim:SGD", defaults={"momentum": 0.9}, forced={"nesterov": True})
+for _name in ("AdamW8bit", "Lion8bit", "PagedLion8bit", "PagedAdamW8bit", "PagedAdamW", "PagedAdamW32bit"):
+    OPTIMIZERS.add(_name, f"bitsandbytes.optim:{_name}", package="bitsandbytes")
+OPTIMIZERS.add(
+    "SGDNesterov8bit", "bitsandbytes.optim:SGD8bit", package="bitsandbytes",
+    defaults={"momentum": 0.9}, forced={"nesterov": True},
+)
+OPTIMIZERS.add("Lion", "lion_pytorch:Lion", package="lion-pytorch")
+for _name in ("DAdaptation", "DAdaptAdamPreprint"):
+    OPTIMIZERS.add(_name, "dadaptation.experimental:DAdaptAdamPreprint", package="dadaptation")
+OPTIMIZERS.add("DAdaptAdanIP", "dadaptation.experimental:DAdaptAdanIP", package="dadaptation")
+for _name in ("DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptLion", "DAdaptSGD"):
+    OPTIMIZERS.add(_name, f"dadaptation:{_name}", package="dadaptation")
+OPTIMIZERS.add("Prodigy", "prodigyopt:Prodigy", package="prodigyopt")
+OPTIMIZERS.add("AdaFactor", "transformers.optimization:Adafactor", defaults={"relative_step": True})
+for _name in ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"):
+    OPTIMIZERS.add(_name, f"schedulefree:{_name}", package="schedulefree")
+
+PACKAGES = {
+    "lion_pytorch": "lion-pytorch", "prodigyplus": "prodigy-plus-schedule-free", "pytorch_optimizer": "pytorch-optimizer",
+}
+"""import name -> name to install, where they differ"""
+ADAFACTOR = "transformers.optimization.Adafactor"
+UNUSABLE = {
+    "torch.optim.LBFGS": "it evaluates the loss several times per step",
+    "torch.optim.SparseAdam": "it takes sparse gradients only",
+    "torch.optim.Optimizer": "it is the base class of the optimizers",
+}
+TOO_LOW_FOR_ADAPTIVE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """Optimizer and gradient clipping."""
+
+    optimizer_type: str = option(
+        "", help="AdamW when empty; a name of the table (" + ", ".join(OPTIMIZERS.names()) + "),"
+        " another class of torch.optim, or a dotted class path",
+    )
+    use_8bit_adam: bool = option(False, help="old spelling of --optimizer_type AdamW8bit")
+    use_lion_optimizer: bool = option(False, help="old spelling of --optimizer_type Lion")
+    learning_rate: float = option(2e-6, help="rate of every part that has no rate of its own")
+    max_grad_norm: float = option(1.0, help="largest norm of all gradients together; 0 = no clipping")
+    optimizer_args: list[str] | None = option(
+        None, nargs="*", metavar="KEY=VALUE", help='arguments of the optimizer, e.g. weight_decay=0.01 betas=0.9,0.999'
+    )
+    fused_backward_pass: bool = refused_option(
+        False, help="update each parameter inside the backward pass",
+        reason="gradients of a network are few, are averaged over processes and clipped by their common norm, which needs"
+        " all of them at once; the option saves memory in full fine-tuning only",
+    )
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        if self.use_8bit_adam and self.use_lion_optimizer:
+            problems.add("--use_8bit_adam and --use_lion_optimizer are exclusive; use --optimizer_type AdamW8bit or Lion alone")
+        for flag in ("use_8bit_adam", "use_lion_optimizer"):
+            if getattr(self, flag) and self.optimizer_type:
+                problems.add(f"--{flag} and --optimizer_type {self.optimizer_type} are exclusive; leave out --{flag}")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+                problems.add(f"--{name} is {value!r}; 0 or a positive number is needed")
+        try:
+            parse_keyword_args(self.optimizer_args, "optimizer_args")
+        except ConfigError as error:
+            problems.absorb(error)
+        problems.raise_if_any()
+
+
+@dataclass(frozen=True)
+class OptimizerChoice:
+    """What the options stand for: a class, as text, and the arguments it will get besides parameters and rates."""
+
+    class_path: str
+    kwargs: dict[str, Any]
+    """in the order of the user's, absent defaults after them; with the forced ones"""
+    recorded: dict[str, Any]
+    """without the forced ones: for `ss_optimizer`"""
+    name: str
+    package: str | None = None
+
+    @property
+    def class_name(self) -> str:
+        return self.class_path.rpartition(".")[2]
+
+    @property
+    def one_rate_for_all_groups(self) -> bool:
+        """D-Adaptation and Prodigy estimate one step size for all groups; they read the first group's rate only."""
+        return self.class_name.lower().startswith(("dadapt", "prodigy"))
+
+    @property
+    def named_schedule_free(self) -> bool:
+        """Whether the name promises schedule-free training; the built instance decides (`OptimizerBuild.schedule_free`)."""
+        return self.class_name.lower().endswith("schedulefree")
+
+    @property
+    def is_adafactor(self) -> bool:
+        return self.class_path == ADAFACTOR
+
+    @property
+    def finds_own_rate(self) -> bool:
+        """Adafactor with relative_step: no rate is given, it follows from the step and the size of each parameter."""
+        return self.is_adafactor and bool(self.kwargs.get("relative_step"))
+
+
+@dataclass(frozen=True)
+class OptimizerBuild:
+    """An optimizer and what the rest of a run wants to know of it."""
+
+    optimizer: torch.optim.Optimizer
+    choice: OptimizerChoice
+    class_path: str
+    """module.Class of the instance, e.g. torch.optim.adamw.AdamW"""
+    args_text: str
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def metadata_text(self) -> str:
+        """For `ss_optimizer`: module.Class(k=v,...), without parentheses when there are no arguments."""
+        return f"{self.class_path}({self.args_text})" if self.args_text else self.class_path
+
+    @property
+    def schedule_free(self) -> bool:
+        return switches_weights(self.optimizer)
+
+
+def switches_weights(optimizer: Any) -> bool:
+    """Whether an optimizer keeps other weights for evaluation: it has callable train and eval, whatever its name."""
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+
+
+def choose(options: OptimizerOptions) -> OptimizerChoice:
+    """What the options stand for, without importing it. Names of the table in any case, other names as written."""
+    name = options.optimizer_type.strip() or "AdamW"
+    if options.use_8bit_adam:
+        name = "AdamW8bit"
+    elif options.use_lion_optimizer:
+        name = "Lion"
+    kwargs = parse_keyword_args(options.optimizer_args, "optimizer_args")
+    if name in OPTIMIZERS:
+        entry = OPTIMIZERS.entry(name)
+        recorded = {**kwargs, **{k: v for k, v in entry.info.get("defaults", {}).items() if k not in kwargs}}
+        if kwargs.get("warmup_init") and entry.name == "AdaFactor":
+            recorded["relative_step"] = True
+        forced = entry.info.get("forced", {})
+        recorded = {key: value for key, value in recorded.items() if key not in forced}
+        return OptimizerChoice(entry.target.replace(":", "."), {**recorded, **forced}, recorded, entry.name, entry.package)
+    if "." in name:
+        top = name.partition(".")[0]
+        if name == ADAFACTOR:
+            kwargs["relative_step"] = bool(kwargs.get("warmup_init")) or kwargs.get("relative_step", True)
+        return OptimizerChoice(name, kwargs, dict(kwargs), name, PACKAGES.get(top, top))
+    return OptimizerChoice(f"torch.optim.{name}", kwargs, dict(kwargs), name)
+
+
+def optimizer_class(choice: OptimizerChoice) -> type:
+    """Import the class. ConfigError with the nearest name, or with the package to install."""
+    module_name, _, class_name = choice.class_path.rpartition(".")
+    top = module_name.partition(".")[0]
+    if choice.class_path in UNUSABLE:
+        raise ConfigError(f"--optimizer_type {choice.name} cannot be used here: {UNUSABLE[choice.class_path]}")
+    if importlib.util.find_spec(top) is None:
+        package = choice.package or PACKAGES.get(top, top)
+        raise ConfigError(
+            f"--optimizer_type {choice.name} needs the package {package}, which is not installed;"
+            f" install it with: pip install {package}"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"--optimizer_type {choice.name}: {module_name} cannot be imported ({error})") from error
+    found = getattr(module, class_name, None)
+    if isinstance(found, type):
+        return found
+    if module_name == "torch.optim" and "." not in choice.name:
+        from torch.optim import Optimizer
+
+        known = OPTIMIZERS.names() + [
+            name for name, value in vars(module).items()
+            if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+        ]
+        known = list(dict.fromkeys(known))
+        raise ConfigError(
+            f"unknown optimizer '{choice.name}' (--optimizer_type){did_you_mean(choice.name, known)}"
+            f" Known: {', '.join(known)}, or a dotted class path. Names of torch.optim are case-sensitive"
+        )
+    names = [name for name, value in vars(module).items() if isinstance(value, type)]
+    raise ConfigError(
+        f"--optimizer_type is '{choice.name}'; {module_name} has no class {class_name}{did_you_mean(class_name, names)}"
+    )
+
+
+def check(options: OptimizerOptions) -> None:
+    """Import the class and compare the arguments with its signature; ConfigError with every problem."""
+    choice = choose(options)
+    cls = optimizer_class(choice)
+    problems = argument_problems(cls, choice.kwargs, "optimizer_args", supplied=("params", "lr"), what=choice.name)
+    if problems:
+        raise ConfigError(problems)
+
+
+def build(options: OptimizerOptions, param_groups: Sequence[Mapping[str, Any]]) -> OptimizerBuild:
+    """Make the optimizer for groups with `params`, `lr` and `name`.
+
+    Raises ConfigError when nothing is trained or an argument is refused by the optimizer.
+    """
+    choice = choose(options)
+    cls = optimizer_class(choice)
+    groups = [dict(group, params=list(group["params"])) for group in param_groups]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ConfigError(
+            "there is nothing to train: no parameter group is left; look at --network_train_unet_only,"
+            " --network_train_text_encoder_only and at learning rates of 0"
+        )
+    rate: float | None = options.learning_rate
+    if choice.finds_own_rate:
+        rate = None
+        for group in groups:
+            group.pop("lr", None)
+    try:
+        optimizer = cls(groups, lr=rate, **choice.kwargs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--optimizer_type {choice.name} with {choice.kwargs} is refused: {error}") from error
+    if switches_weights(optimizer):
+        optimizer.train()
+    args_text = ",".join(f"{key}={value}" for key, value in choice.recorded.items())
+    return OptimizerBuild(optimizer, choice, f"{cls.__module__}.{cls.__qualname__}", args_text, log_lines(choice))
+
+
+def log_lines(choice: OptimizerChoice) -> list[str]:
+    """What is to be said once about a choice."""
+    lines = []
+    if choice.class_path == "bitsandbytes.optim.SGD8bit" and choice.kwargs.get("nesterov"):
+        lines.append("SGDNesterov8bit: nesterov=True is passed on, but bitsandbytes has plain momentum only and ignores it")
+    if choice.finds_own_rate:
+        lines.append(
+            "AdaFactor with relative_step finds its own learning rates; --learning_rate, --unet_lr and --text_encoder_lr"
+            " are not used (relative_step=False uses them)"
+        )
+    return lines
+
+
+@dataclass(frozen=True)
+class Warned:
+    """A warning at start and the options that it is about."""
+
+    options: tuple[str, ...]
+    text: str
+
+
+def warnings_of(
+    options: OptimizerOptions, *, lr_scheduler: str = "constant", unet_lr: float | None = None,
+    text_encoder_lr: Sequence[float] | None = None,
+) -> list[Warned]:
+    """Settings that the chosen optimizer makes doubtful; the run goes on."""
+    choice, found = choose(options), []
+    if choice.one_rate_for_all_groups:
+        rates = {"unet_lr": [unet_lr] if unet_lr is not None else [], "text_encoder_lr": list(text_encoder_lr or ())}
+        used = {name: values or [options.learning_rate] for name, values in rates.items()}
+        if used["unet_lr"][0] <= TOO_LOW_FOR_ADAPTIVE:
+            low = "unet_lr" if unet_lr is not None else "learning_rate"
+            found.append(Warned((low,), f"--{low} is {used['unet_lr'][0]}; {choice.name} scales it itself and wants about 1.0"))
+        if len({value for values in used.values() for value in values}) > 1:
+            names = tuple(n for n, values in rates.items() if any(v != options.learning_rate for v in values))
+            flags = " and ".join(f"--{name}" for name in names)
+            found.append(Warned(names, f"{flags}: {choice.name} uses one rate for all groups, that of the first group"))
+    if choice.is_adafactor and not choice.finds_own_rate:
+        if options.max_grad_norm != 0:
+            found.append(Warned(("max_grad_norm",), "--max_grad_norm is not 0; AdaFactor clips updates itself, 0 is recommended"))
+        if lr_scheduler != "constant_with_warmup":
+            found.append(Warned(("lr_scheduler",), f"--lr_scheduler is {lr_scheduler}; AdaFactor with a fixed rate wants constant_with_warmup"))
+        if choice.kwargs.get("clip_threshold", 1.0) != 1.0:
+            found.append(Warned(("clip_threshold",), "clip_threshold in --optimizer_args is not 1.0, which is recommended for AdaFactor"))
+    return found

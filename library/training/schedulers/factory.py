@@ -1,0 +1,75 @@
+"""Making the scheduler object of a run."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from torch.optim import lr_scheduler as torch_schedulers
+
+from library.errors import ConfigError, did_you_mean
+from library.training.keyword_args import parse_keyword_args
+from library.training.optimizers import OptimizerBuild
+from library.training.schedulers import SCHEDULERS, CurveSettings, SchedulerOptions
+from library.training.schedulers.adafactor import AdafactorRates
+
+logger = logging.getLogger(__name__)
+
+
+class FixedRates:
+    """For schedule-free optimizers: no schedule, nothing to save."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self) -> None:
+        """Nothing."""
+
+    def get_last_lr(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
+def build_scheduler(
+    options: SchedulerOptions, optimizer: OptimizerBuild, *, learning_rate: float, max_train_steps: int
+) -> Any:
+    """A torch scheduler, or one of our two stand-ins that have no state."""
+    if optimizer.schedule_free:
+        if not optimizer.choice.named_schedule_free:  # the name did not tell at start; see schedulers.notices
+            logger.warning("%s is schedule-free: --lr_scheduler and its options have no effect", optimizer.choice.name)
+        return FixedRates(optimizer.optimizer)
+    if optimizer.choice.finds_own_rate:
+        return AdafactorRates(optimizer.optimizer, learning_rate)
+    if options.lr_scheduler_type:
+        cls = scheduler_class(options.lr_scheduler_type)
+        args = parse_keyword_args(options.lr_scheduler_args, "lr_scheduler_args")
+        try:
+            return cls(optimizer.optimizer, **args)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"--lr_scheduler_type {options.lr_scheduler_type} with {args} is refused: {error}") from error
+    settings = CurveSettings.of(options, rate=learning_rate, max_train_steps=max_train_steps)
+    curve = SCHEDULERS.resolve(options.lr_scheduler)(settings)
+    return torch_schedulers.LambdaLR(optimizer.optimizer, curve)
+
+
+def scheduler_class(name: str) -> type:
+    """A class of torch.optim.lr_scheduler, or of a dotted path; ConfigError when there is none."""
+    module_name, _, class_name = name.rpartition(".")
+    module_name = module_name or torch_schedulers.__name__
+    top = module_name.partition(".")[0]
+    if importlib.util.find_spec(top) is None:
+        raise ConfigError(f"--lr_scheduler_type {name} needs the package {top}, which is not installed")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    except ImportError as error:
+        raise ConfigError(f"--lr_scheduler_type {name}: {module_name} cannot be imported ({error})") from error
+    if not isinstance(found, type):
+        classes = [n for n, value in vars(importlib.import_module(module_name)).items() if isinstance(value, type)]
+        raise ConfigError(
+            f"--lr_scheduler_type is '{name}'; {module_name} has no class {class_name}{did_you_mean(class_name, classes)}"
+        )
+    if issubclass(found, torch_schedulers.ReduceLROnPlateau):
+        raise ConfigError(f"--lr_scheduler_type {name} needs a metric after every step, which training does not have")
+    return found

@@ -1,0 +1,111 @@
+"""How the outputs of each reference file are computed by this code base.
+
+CASES: name of a reference file -> function (weights, inputs, config) -> outputs. All dicts are keyed as in the file, without
+the prefixes weights/, input/ and output/. Every model goes through a checkpoint file and its loader.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.safetensors_utils import save_file_atomic
+
+Tensors = dict[str, Tensor]
+FLOW_SHIFTS = (1.0, 1.15, 3.0, 5.0, 6.0)
+FLUX_AXES = (16, 56, 56)
+
+
+def _loaded(load: Callable[..., Any], weights: Tensors, config: Mapping[str, Any]) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_file_atomic(weights, path)
+        return load(path, torch.float32, "cpu", disable_mmap=True, config=config)
+
+
+@torch.no_grad()
+def flux(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.flux_utils import load_flow_model
+
+    model = _loaded(load_flow_model, weights, config)
+    given = dict(inputs)
+    mask = given.pop("txt_attention_mask")
+    return {"out": model(**given), "out_masked": model(**given, txt_attention_mask=mask)}
+
+
+@torch.no_grad()
+def vae_ldm16(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.flux_utils import load_ae
+
+    vae = _loaded(load_ae, weights, config)
+    mean, logvar = vae.encode_moments(inputs["image"])
+    return {
+        "mean": mean,
+        "logvar": logvar,
+        "scaled_latent": vae.encode(inputs["image"]),
+        "decoded": vae.decode(vae.scale(inputs["latent"])),  # the file holds raw latents
+    }
+
+
+@torch.no_grad()
+def clip_l(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.strategy_flux import pool_at_first_eos
+    from library.text_encoder_utils import load_clip_l
+
+    model = _loaded(load_clip_l, weights, config)
+    result = model(inputs["ids"], output_hidden_states=True)
+    norm, hidden = model.text_model.final_layer_norm, result.hidden_states
+    return {
+        "clip_skip_none": result.last_hidden_state,
+        "clip_skip_1": norm(hidden[-1]),
+        "clip_skip_2": norm(hidden[-2]),
+        "hidden_last_minus_1_raw": hidden[-2],
+        "pooled": pool_at_first_eos(model, inputs["ids"], config["eos"]),
+        "pooled_projected": result.text_embeds,
+    }
+
+
+@torch.no_grad()
+def te_t5xxl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.text_encoder_utils import load_t5xxl
+
+    model = _loaded(load_t5xxl, weights, config)
+    return {
+        "last_hidden_state": model(inputs["ids"], attention_mask=inputs["mask"]).last_hidden_state,
+        "last_hidden_state_no_mask": model(inputs["ids"]).last_hidden_state,
+    }
+
+
+def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    """The parts that FLUX uses."""
+    from library.attention import rope_cos_sin
+    from library.flux_models import timestep_embedding
+    from library.flux_utils import pack_latents, prepare_img_ids
+    from library.training.timesteps import MU_LINES, line_mu, shift_sigmas
+
+    latents, sigmas, tokens = inputs["flux/latent"], inputs["flow/sigma"], inputs["flow/flux_seq_len"]
+    img_ids = prepare_img_ids(latents.shape[0], latents.shape[2] // 2, latents.shape[3] // 2)
+    rope = torch.stack(rope_cos_sin(img_ids[:1], FLUX_AXES, 10000), dim=-1)[0]  # [L, D/2, 2]
+    return {
+        "flux_img_ids": img_ids,
+        "flux_packed": pack_latents(latents),
+        "flux_shift_mu": torch.tensor([line_mu(count, MU_LINES["flux_shift"]) for count in tokens.tolist()]),
+        "rope_flux_cos_sin": rope,
+        "time_flux_256": timestep_embedding(inputs["time/unit"], 256),
+        **{f"flow_shift_{shift}": shift_sigmas(sigmas, shift) for shift in FLOW_SHIFTS},
+    }
+
+
+CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
+    "flux_dev": flux,
+    "flux_schnell": flux,
+    "vae_ldm16": vae_ldm16,
+    "clip_l": clip_l,
+    "te_t5xxl": te_t5xxl,
+    "numeric": numeric,
+}

@@ -1,0 +1,93 @@
+"""Loss masks against recorded weights and losses: sources, area averaging, mirroring, geometry of mask images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.dataset.batch import Batch
+from library.dataset.bucket import BucketSelector
+from library.dataset.collate import Sample, collate
+from library.dataset.items import ImageItem, SubsetParams
+from library.dataset.masks import apply_mask, mask_for_loss
+from library.dataset.media_utils import alpha_to_mask, decode_image
+from library.dataset.plan import BatchRequest
+from library.dataset.samples import Geometry, conditioning_tensor, image_tensor, mask_tensor
+from tests.golden_dir import behaviour_cases
+
+FILE = "masks.json"
+
+
+def is_geometry(case) -> bool:
+    return "conditioning_size" in case["input"]
+
+
+def sample(shape_hw: tuple[int, int], tmp_path, *, alpha=None, red=None, flipped: bool = False) -> Sample:
+    """A sample whose alpha channel or red channel went through a file."""
+    entry = Sample(
+        image_key="a", caption="", text_outputs=None, loss_weight=1.0, original_size_hw=shape_hw, crop_top_left=(0, 0),
+        target_size_hw=shape_hw, flipped=flipped,
+    )
+    if alpha is not None:
+        pixels = np.zeros((*shape_hw, 4), np.uint8)
+        pixels[..., 3] = alpha
+        Image.fromarray(pixels).save(tmp_path / "alpha.png")
+        entry.alpha_mask = mask_tensor(alpha_to_mask(decode_image(tmp_path / "alpha.png", with_alpha=True)), flipped)
+    if red is not None:
+        pixels = np.zeros((*shape_hw, 3), np.uint8)
+        pixels[..., 0] = red
+        Image.fromarray(pixels).save(tmp_path / "mask.png")
+        entry.conditioning = image_tensor(decode_image(tmp_path / "mask.png"), flipped)
+    return entry
+
+
+def batch_of(samples: list[Sample]) -> Batch:
+    count = len(samples)
+    request = BatchRequest(0, tuple(range(count)), tuple(range(count)), 1, 0, 0, count, True, True)
+    return collate(request, samples, None)
+
+
+@pytest.mark.parametrize("case", behaviour_cases(FILE, where=lambda case: not is_geometry(case)))
+def test_mask_and_masked_loss(case, tmp_path):
+    given, expected = case["input"], case["expected"]
+    flipped = given.get("flipped", False)
+    if given["source"] is None:
+        samples = [sample(np.shape(given["loss"])[1:], tmp_path)]
+    elif given["source"] == "both":
+        samples = [sample(np.shape(given["alpha_u8"]), tmp_path, alpha=given["alpha_u8"], red=given["conditioning_r_u8"])]
+    else:
+        key = "alpha" if given["source"] == "alpha" else "red"
+        masks = given["masks_u8"] if "masks_u8" in given else [given["mask_u8"]]
+        shape = np.shape(next(mask for mask in masks if mask is not None))
+        samples = [sample(shape, tmp_path, flipped=flipped, **({key: mask} if mask is not None else {})) for mask in masks]
+    latent_hw = tuple(given.get("latent_size_hw") or np.shape(given["loss"])[1:])
+    mask = mask_for_loss(batch_of(samples), latent_hw)
+    if "mask" in expected:
+        np.testing.assert_allclose(mask[0, 0].numpy(), expected["mask"], atol=1e-6, rtol=0)
+    if "masks" in expected:
+        np.testing.assert_allclose(mask[:, 0].numpy(), expected["masks"], atol=1e-6, rtol=0)
+    if "masked_loss_mean" in expected:
+        loss = torch.tensor(given["loss"]).unsqueeze(0)
+        assert apply_mask(loss, mask).mean().item() == pytest.approx(expected["masked_loss_mean"], rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("case", behaviour_cases(FILE, where=is_geometry))
+def test_mask_image_is_resized_and_cropped_like_its_image(case, tmp_path):
+    given, expected = case["input"], case["expected"]
+    size, bucket = tuple(given["image_size"]), tuple(given["bucket"])
+    choice = BucketSelector(bucket, enable_bucket=False).select(size)
+    left, top = choice.crop_offset
+    assert list(choice.resized_size) == expected["resized"]
+    assert [left, top, left + bucket[0], top + bucket[1]] == expected["crop"]
+    ramp = np.zeros((given["conditioning_size"][1], given["conditioning_size"][0], 3), np.uint8)
+    ramp[..., 0] = np.linspace(0, 255, ramp.shape[1])[None]
+    Image.fromarray(ramp).save(tmp_path / "mask.png")
+    item = ImageItem(
+        image_key="a", absolute_path=str(tmp_path / "a.png"), caption="", subset=SubsetParams(), image_size=size,
+        bucket_reso=bucket, resized_size=choice.resized_size, cond_path=str(tmp_path / "mask.png"),
+    )
+    red = conditioning_tensor(item, Geometry.centred(item))[0] / 2 + 0.5  # [H, W]
+    columns = (np.arange(bucket[0]) + left + 0.5) / expected["resized"][0]  # where they lie in the whole image, 0..1
+    np.testing.assert_allclose(red.mean(dim=0).numpy(), columns, atol=0.006)
