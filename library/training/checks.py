@@ -15,9 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.config_util import Blueprint, load_blueprint
 from library.dataset import CachingOptions, DatasetOptions
+from library.dataset.architectures import ARCHITECTURES
 from library.errors import AtelierError, ConfigError, Problems
 from library.options import Config
+from library.training.checkpoint import CheckpointNames
 from library.training.option_groups import (
     HubOptions,
     LoggingOptions,
@@ -33,10 +36,6 @@ from library.training.option_groups import (
 if TYPE_CHECKING:
     from library.training.families.base import ModelFamily
     from library.training.trainables.base import Trainable
-
-STEMS = {"final": "last", "epoch": "epoch", "step": "at"}
-"""names of files without --output_name"""
-
 
 def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
     """Every problem of a run that can be seen before models are loaded; empty when it can start."""
@@ -97,11 +96,12 @@ def overwrite_problems(config: Config) -> list[str]:
 
 def is_output_of(name: str, saving: SavingOptions) -> bool:
     """Whether a run with these options could write a file or folder of this name: final, epoch and step files, states."""
-    extension = f"\\.{saving.save_model_as or 'safetensors'}"
-    stems = {kind: re.escape(saving.output_name or stem) for kind, stem in STEMS.items()}
-    middles = {"final": "", "epoch": r"-\d{6}", "step": r"-step\d{8}"}
-    patterns = [f"{stems[kind]}{middle}({extension}|-state)" for kind, middle in middles.items()]
-    return any(re.fullmatch(pattern, name) for pattern in patterns)
+    names = CheckpointNames(saving.output_name, saving.save_model_as)
+    number = re.search(r"-(?:step)?(\d{6,})(?:-state|\.\w+)$", name)
+    stems = [names.last()]
+    if number:
+        stems += [names.epoch(int(number.group(1))), names.step(int(number.group(1)))]
+    return any(name in (names.file(stem), names.state(stem)) for stem in stems)
 
 
 def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
@@ -210,6 +210,13 @@ def compile_problems(config: Config) -> list[str]:
     from library.training.compilation import unknown_backend
 
     return unknown_backend(memory.dynamo_backend)
+
+
+def dataset_blueprint(config: Config, family: ModelFamily) -> Blueprint:
+    """The datasets of a run with every setting resolved. Raises DatasetConfigError with all problems."""
+    return load_blueprint(
+        config[DatasetOptions], config[CachingOptions], explicit=config.explicit, architecture=ARCHITECTURES[family.name]
+    )
 
 
 CHECKS: tuple[Callable[[Config], list[str]], ...] = (

@@ -55,7 +55,7 @@ def test_the_prompt_file_is_read_at_start(tmp_path):
     assert "there is no such file" in checks.sampling_problems(config_of(sample_prompts=str(missing)))[0]
     empty = tmp_path / "empty.txt"
     empty.write_text("# only a comment\n")
-    assert "holds no prompt" in checks.sampling_problems(config_of(sample_prompts=str(empty)))[0]
+    assert "no prompt" in checks.sampling_problems(config_of(sample_prompts=str(empty)))[0]
     good = tmp_path / "good.txt"
     good.write_text("a red ball --w 64 --h 64\n")
     assert checks.sampling_problems(config_of(sample_prompts=str(good))) == []
