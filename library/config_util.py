@@ -14,6 +14,7 @@ from typing import Any
 
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
+from library.dataset.captions import dotted
 from library.dataset.config_checks import check_resolution, check_subset, checked_limits, same_sources
 from library.dataset.config_folders import config_from_options
 from library.dataset.config_reading import (
@@ -177,6 +178,8 @@ class _Resolver:
             key = KEYS[name]
             values[name] = scope.get(name) if kind in key.kinds else key.default
         values["custom_attributes"] = scope.merged("custom_attributes")
+        if isinstance(values["caption_extension"], str):
+            values["caption_extension"] = dotted(values["caption_extension"])
         subset = SubsetParams(label=table.path, **_without_bad(values, SubsetParams))
         check_subset(scope, subset, dataset, self.caching, self.problems)
         if subset.num_repeats == 0:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from library.errors import AtelierError
+from library.errors import AtelierError, ConfigError
 from library.family_table import family_entry
 from library.registry import import_target
 from library.training import parser_common
@@ -78,7 +78,10 @@ def set_up_logging(options: ConsoleOptions) -> None:
         level, text = max(level, logging.WARNING), f"[process {rank}] {text}"
     if options.console_log_file:
         name = options.console_log_file if rank == 0 else f"{options.console_log_file}.{rank}"
-        handler: logging.Handler = logging.FileHandler(name, mode="w", encoding="utf-8")
+        try:
+            handler: logging.Handler = logging.FileHandler(name, mode="w", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--console_log_file is {name}; it cannot be written ({error.strerror})") from error
     else:
         handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(text, "%H:%M:%S"))
