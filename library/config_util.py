@@ -7,6 +7,7 @@ and a kind: unknown_key, wrong_type, out_of_range, missing or conflict.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
 from library.dataset.captions import dotted
-from library.dataset.config_checks import check_resolution, check_subset, checked_limits, same_sources
+from library.dataset.config_checks import check_resolution, check_subset, checked_limits, notices, same_sources
 from library.dataset.config_folders import config_from_options
 from library.dataset.config_reading import (
     BAD, ConfigProblem, ConfigReader, ConfigTables, DatasetTables, ProblemList, Scope, Table, read_config_file,
@@ -23,6 +24,8 @@ from library.dataset.config_reading import (
 from library.dataset.config_schema import KEYS
 from library.dataset.items import DatasetParams, SubsetParams
 from library.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 FOLDER_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
 REQUIRED = {"DB": ("image_dir",), "FT": ("metadata_file",), "CN": ("image_dir", "conditioning_data_dir")}
@@ -127,6 +130,8 @@ def load_blueprint(
     blueprint = Blueprint(datasets, options.dataset_config is not None, options.dataset_config, tuple(warnings), bool(problems.items))
     if problems.items:
         raise DatasetConfigError(problems.items, blueprint)
+    for line in notices(datasets):
+        logger.info("%s", line)
     return blueprint
 
 

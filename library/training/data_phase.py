@@ -92,8 +92,7 @@ def group_data(config: Config, found: FoundData, architecture_name: str, seed: i
         group = load_custom_dataset(data.dataset_class, resolution=data.resolution, debug_dataset=data.debug_dataset)
         return DataGroups(group, None)
     train, validation = build_dataset_groups(
-        found.blueprint, architecture=ARCHITECTURES[architecture_name], seed=seed, scan=found.scan,
-        prior_loss_weight=data.prior_loss_weight,
+        found.blueprint, data, architecture=ARCHITECTURES[architecture_name], seed=seed, scan=found.scan
     )
     return DataGroups(train, validation, found.blueprint.used_config_file)
 

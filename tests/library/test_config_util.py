@@ -227,3 +227,11 @@ def test_masks_without_a_file(tmp_path):
         folders(train_data_dir=str(tmp_path), conditioning_data_dir="m")
     with pytest.raises(ConfigError, match="--reg_data_dir has no use with --in_json"):
         folders(in_json="m.json", reg_data_dir="r")
+
+
+def test_changed_effects_are_logged(tmp_path, caplog):
+    caplog.set_level("INFO")
+    load(tmp_path, f'[[datasets]]\nresolution = 64\n{SUBSET}')
+    assert not caplog.messages
+    load(tmp_path, f'[[datasets]]\nresolution = 64\ncaption_separator = ";"\n{SUBSET}color_aug = true\n')
+    assert len(caplog.messages) == 2

@@ -40,6 +40,12 @@ def test_all_problems_at_once():
         CachingOptions(vae_batch_size=0)
 
 
+def test_own_dataset_class_stands_alone():
+    assert DatasetOptions(dataset_class="a.B").dataset_class == "a.B"
+    with pytest.raises(ConfigError, match="--dataset_class.*--train_data_dir"):
+        DatasetOptions(dataset_class="a.B", train_data_dir="x")
+
+
 def test_old_spelling_of_the_extension_wins():
     assert DatasetOptions(caption_extension=".a", caption_extention=".b").effective_caption_extension == ".b"
     assert DatasetOptions(caption_extension=".a").effective_caption_extension == ".a"
