@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from library.config_util import Blueprint
+from library.dataset import DatasetOptions
 from library.dataset.architectures import DataArchitecture
 from library.dataset.dataset import Dataset, DatasetGroup
 from library.dataset.datasources import ScanResult, scan_datasets
@@ -15,32 +17,33 @@ logger = logging.getLogger(__name__)
 
 
 def build_dataset_groups(
-    blueprint: Any,
+    blueprint: Blueprint,
+    options: DatasetOptions,
     *,
     architecture: DataArchitecture,
     seed: int,
-    prior_loss_weight: float = 1.0,
     scan: ScanResult | None = None,
-    skip_bad_images: bool = False,
-    fail_on_missing_captions: bool = False,
 ) -> tuple[DatasetGroup, DatasetGroup | None]:
-    """(training group, validation group or None) of a config_util.Blueprint.
+    """(training group, validation group or None) of a Blueprint.
 
-    `scan`: what datasources.load_datasets or scan_datasets found, when that ran already. `seed` is the run's seed: it decides
-    augmentation and the choice of regularisation images, and the validation split where no seed of its own is set.
+    `scan`: what scan_datasets or load_datasets found, when that ran already. `seed` is the run's seed: it decides augmentation
+    and the choice of regularisation images, and the validation split where no seed of its own is set.
     Raises ConfigError with all problems of the files.
     """
     if scan is None:
         scan = scan_datasets(
-            blueprint, seed=seed, skip_bad_images=skip_bad_images, fail_on_missing_captions=fail_on_missing_captions
+            blueprint, seed=seed, skip_bad_images=options.skip_bad_images,
+            fail_on_missing_captions=options.fail_on_missing_captions,
         )
-    how = {"architecture": architecture, "seed": seed, "prior_loss_weight": prior_loss_weight}
+    how = {"architecture": architecture, "seed": seed, "prior_loss_weight": options.prior_loss_weight}
     train = _group(blueprint.datasets, scan.train, is_training=True, **how)
     validation = _group(blueprint.datasets, scan.validation, is_training=False, **how)
-    for group in (train, validation):
-        for dataset in group.datasets:
-            for warning in dataset.assignment.warnings:
-                logger.warning("%s: %s", dataset.params.label, warning)
+    for warning in scan.warnings:
+        logger.warning("%s", warning)
+    for dataset in (*train.datasets, *validation.datasets):
+        for warning in dataset.assignment.warnings:
+            logger.warning("%s: %s", dataset.params.label, warning)
+    logger.info("%s", scan.summary)
     return train, validation if len(validation) else None
 
 

@@ -15,6 +15,7 @@ for. Its order within the epoch is shuffled by us; its latents and captions are 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -120,8 +121,13 @@ class CustomDatasetGroup(torch.utils.data.Dataset):
         index = request.items[0] // self.batch_size if request.items else None
         content = self.dataset[index] if index is not None else {}
         samples = [self._sample(content, row, request.items[i]) for i, row in enumerate(rows)]
-        caching = self.strategies is not None and samples and content.get("input_ids_list") is None
-        return collate(request, samples, self.strategies.tokenize if caching else None)
+        ready = {
+            name: [tensor[rows] for tensor in content[name]]
+            for name in ("input_ids_list", "text_encoder_outputs_list")
+            if content.get(name) is not None
+        }
+        tokenize = self.strategies.tokenize if self.strategies is not None and not ready else None
+        return dataclasses.replace(collate(request, samples, tokenize), **ready)
 
     def _sample(self, content: dict[str, Any], row: int, sample_id: int) -> Sample:
         images, latents = content.get("images"), content.get("latents")
