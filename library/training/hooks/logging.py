@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from library.training.hooks.base import Hook
@@ -54,6 +54,7 @@ class LoggingHook(Hook):
         self._bar: Any = None
         self._run: Run | None = None
         self._postfix: dict[str, str] = {}
+        self._restore_console: Callable[[], None] | None = None
 
     def on_train_start(self, run: Run) -> None:
         self._run = run
@@ -64,6 +65,7 @@ class LoggingHook(Hook):
         self._trackers = open_trackers(run.config[LoggingOptions], run.config)
         if self.show_progress:
             self._bar = _progress_bar(run.progress.max_train_steps, run.progress.global_step)
+            self._restore_console = lines_above_bar() if self._bar is not None else None
 
     def on_losses(self, losses: list[StepLoss]) -> None:
         for entry in losses:
@@ -109,6 +111,7 @@ class LoggingHook(Hook):
         self._reader.read()
         if self._bar is not None:
             self._bar.close()
+            self._restore_console()
         for tracker in self._trackers:
             tracker.close()
 
@@ -138,3 +141,31 @@ def _progress_bar(total: int, done: int) -> Any:
         return None
     pause_s = 0.5 if sys.stderr.isatty() else 10.0
     return tqdm(total=total, initial=done, desc="steps", unit="step", smoothing=0.05, mininterval=pause_s, dynamic_ncols=True)
+
+
+class _LineAboveBar:
+    """Stream of a log handler: clears the bar, writes the line, draws the bar again."""
+
+    def write(self, text: str) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr, end="")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def lines_above_bar() -> Callable[[], None]:
+    """Let log lines of the console appear above the progress bar; the result undoes it."""
+    handlers = [
+        handler
+        for handler in logging.getLogger().handlers
+        if type(handler) is logging.StreamHandler and handler.stream in (sys.stderr, sys.__stderr__)
+    ]
+    streams = [handler.setStream(_LineAboveBar()) for handler in handlers]
+
+    def restore() -> None:
+        for handler, stream in zip(handlers, streams):
+            handler.setStream(stream)
+
+    return restore

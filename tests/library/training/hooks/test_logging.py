@@ -83,3 +83,19 @@ def test_a_broken_tracker_configuration_is_an_error_at_start(tmp_path):
         check_logging(LoggingOptions(log_tracker_config=str(path)))
     with pytest.raises(ConfigError, match="cannot be read"):
         check_logging(LoggingOptions(log_tracker_config=str(tmp_path / "none.toml")))
+
+
+def test_log_lines_go_above_the_bar_and_the_console_is_given_back(capsys):
+    import logging
+    import sys
+
+    handler = logging.StreamHandler(sys.stderr)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        hook = LoggingHook()
+        fit(small_run([LossReader(every=1), hook], steps=2))
+        assert handler.stream is sys.stderr
+    finally:
+        root.removeHandler(handler)
+    assert "2/2" in capsys.readouterr().err and "avr_loss" in hook._bar.postfix
