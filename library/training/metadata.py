@@ -112,7 +112,7 @@ def at_save(
     """Metadata of the file that is written now. `epoch` counts finished epochs; `hashes` are waited for."""
     texts = dict(metadata)
     if "ss_session_id" in texts:  # absent with --no_metadata
-        texts.update({"ss_steps": str(steps), "ss_epoch": str(epoch), "ss_training_finished_at": str(finished_at)})
+        texts.update({"ss_steps": str(steps), "ss_epoch": str(epoch), "ss_training_finished_at": time_text(finished_at)})
         if hashes is not None:
             texts.update(hashes.metadata())
     texts["modelspec.date"] = local_date(finished_at)
@@ -142,10 +142,15 @@ class BaseModelHashes:
         self._hashes.close()
 
 
+def time_text(timestamp: float) -> str:
+    """Seconds since 1970, always of the same length: sshs_legacy_hash depends on the length of the header."""
+    return f"{timestamp:.6f}"
+
+
 def _counts(inputs: MetadataInputs) -> dict[str, Any]:
     return {
-        "ss_session_id": inputs.session_id,
-        "ss_training_started_at": inputs.started_at,
+        "ss_session_id": f"{inputs.session_id:010d}",
+        "ss_training_started_at": time_text(inputs.started_at),
         "ss_seed": inputs.seed,
         "ss_num_train_images": inputs.num_train_images,
         "ss_num_validation_images": inputs.num_validation_images,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from library.errors import ConfigError
-from library.training.checkpoint import SaveRules, outdated_epoch, outdated_step, resume_point
+from library.training.checkpoint import SaveRules, outdated_epoch, outdated_step, resume_point, train_state
 from library.training.option_groups import ResumeOptions, SavingOptions
 
 
@@ -41,3 +41,8 @@ def test_every_step_of_a_run_has_its_own_place():
 def test_a_finished_run_says_what_to_raise():
     with pytest.raises(ConfigError, match="raise --max_train_steps"):
         resume_point(ResumeOptions(), {"current_step": 9}, steps_per_epoch=3, accumulation=1, max_train_steps=9)
+
+
+@pytest.mark.parametrize(("step", "epoch"), [(0, 1), (1, 1), (10, 1), (11, 2), (20, 2), (21, 3)])
+def test_a_state_at_the_border_belongs_to_the_finished_epoch(step, epoch):
+    assert train_state(step, 10) == {"current_epoch": epoch, "current_step": step}

@@ -46,7 +46,8 @@ def test_weights_are_switched_by_capability_not_by_name():
 
 
 def test_groups_keep_their_rates_and_names():
-    build = optimizers.build(OptimizerOptions(learning_rate=1e-4), [group(lr=1e-5), group(lr=1e-3, name="unet plus"), {"params": [], "lr": 1.0}])
+    groups = [group(lr=1e-5), group(lr=1e-3, name="unet plus"), {"params": [], "lr": 1.0}]
+    build = optimizers.build(OptimizerOptions(learning_rate=1e-4), groups)
     assert [(g["lr"], g["name"]) for g in build.optimizer.param_groups] == [(1e-5, "unet"), (1e-3, "unet plus")]
 
 
