@@ -142,7 +142,8 @@ def _runtime_of(accelerator: Any, config: Config) -> Runtime:
     fp8 = torch.float8_e4m3fn
     return Runtime(
         accelerator=accelerator,
-        device=accelerator.device,
+        # with several processes accelerate numbers the CPU (cpu:1), which file readers refuse
+        device=torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device,
         weight_dtype=weight_dtype,
         denoiser_dtype=fp8 if precision.fp8_base or precision.fp8_base_unet else weight_dtype,
         text_encoder_dtype=fp8 if precision.fp8_base and not precision.fp8_base_unet else weight_dtype,
