@@ -69,14 +69,26 @@ class ModelOffloader:
     def is_here(self, index: int) -> bool:
         return all(weight.device.type == self.device.type for weight in self.weights[index].values())
 
+    def bring(self, index: int) -> None:
+        weighs_to_device(self.blocks[index], self.device)
+
+    def send_away(self, index: int) -> None:
+        weighs_to_device(self.blocks[index], torch.device("cpu"))
+
+    def swap(self, outgoing: int, incoming: int, ready: torch.cuda.Event | None) -> None:
+        """Exchange the places of two blocks; runs in the worker thread."""
+        if self.stream is None:
+            swap_weight_devices_no_cuda(self.device, self.blocks[outgoing], self.blocks[incoming])
+        else:
+            swap_weight_devices_cuda(self.device, self.blocks[outgoing], self.blocks[incoming], self.stream, ready)
+
     def arm(self) -> None:
         """Restore the layout that a forward starts with."""
         if not self.active:
             return
         self._wait_all()
         for index in range(self.first_away, len(self.blocks)):  # first make room, then fetch
-            if any(weight.device.type != "cpu" for weight in self.weights[index].values()):
-                weighs_to_device(self.blocks[index], torch.device("cpu"))
+            self.send_away(index)
         for index in range(self.first_away):
             self._fetch(index)
 
@@ -104,34 +116,22 @@ class ModelOffloader:
     def _fetch(self, index: int) -> None:
         if index in self.pending:
             self.pending.pop(index).result()
-            self._join_stream()
         if not self.is_here(index):
-            weighs_to_device(self.blocks[index], self.device)
+            self.bring(index)
 
     def _exchange(self, outgoing: int, incoming: int) -> None:
         if self._is_moving(outgoing) or self._is_moving(incoming) or self.is_here(incoming) or not self.is_here(outgoing):
             return
         # the transfer may overwrite the outgoing weights only after the work queued so far has read them
         ready = torch.cuda.current_stream(self.device).record_event() if self.stream is not None else None
-        self.pending[outgoing] = self.pending[incoming] = self.worker.submit(self._swap, outgoing, incoming, ready)
+        self.pending[outgoing] = self.pending[incoming] = self.worker.submit(self.swap, outgoing, incoming, ready)
 
     def _is_moving(self, index: int) -> bool:
         return index in self.pending and not self.pending[index].done()
 
-    def _swap(self, outgoing: int, incoming: int, ready: Any) -> None:
-        if self.stream is None:
-            swap_weight_devices_no_cuda(self.device, self.blocks[outgoing], self.blocks[incoming])
-        else:
-            swap_weight_devices_cuda(self.device, self.blocks[outgoing], self.blocks[incoming], self.stream, ready)
-
-    def _join_stream(self) -> None:
-        if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-
     def _wait_all(self) -> None:
         for index in list(self.pending):
             self.pending.pop(index).result()
-        self._join_stream()
 
 
 def swap_weight_devices_no_cuda(device: torch.device, outgoing: nn.Module, incoming: nn.Module) -> None:

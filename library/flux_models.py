@@ -283,7 +283,9 @@ class Flux(nn.Module):
         """One block on its hidden states, checkpointed and with its weights fetched where that is switched on."""
         if offloader is not None:
             offloader.before_block(index)
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+        # autograd keeps the weights that a block ran with; where they move meanwhile, the block has to run again
+        moving = offloader is not None and offloader.active
+        if torch.is_grad_enabled() and (moving or (self.gradient_checkpointing and self.training)):
             output = run_checkpointed(lambda *states: block(*states, *context), hidden, self.cpu_offload_checkpointing)
         else:
             output = block(*hidden, *context)

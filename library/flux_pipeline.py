@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SAMPLER = "euler"
 TOKEN_LENGTH_DEV, TOKEN_LENGTH_SCHNELL = 512, 256
 
 
@@ -119,7 +120,7 @@ def load_pipeline(options: InferenceModelOptions) -> FluxPipeline:
     )
     pipeline = FluxPipeline(
         denoiser, vae, encoders, tokenize, FluxTextEncodingStrategy(options.apply_t5_attn_mask),
-        INFERENCE_SAMPLERS.resolve("euler"), device, options.offload,
+        INFERENCE_SAMPLERS.resolve(SAMPLER), device, options.offload,
     )
     for text in options.lora_weights or []:
         add_adapter(pipeline, *parse_lora_argument(text), merge=options.merge_lora_weights)

@@ -20,6 +20,17 @@ def _forward_widening(self: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
+def shrink_linears_to_fp8(model: nn.Module, keep: tuple[str, ...] = ()) -> int:
+    """Store the weights of all linear layers in 8 bits, without scales; layers whose own name is in `keep` stay as they are.
+
+    Embeddings, norms and biases keep their type. Returns the number of layers that changed.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in keep:
+            module.weight = nn.Parameter(module.weight.detach().to(FP8_STORAGE), requires_grad=False)
+    return store_linears_in_fp8(model)
+
+
 def store_linears_in_fp8(model: nn.Module) -> int:
     """Let every linear layer whose weight is stored in 8 bits compute in the type of its input; returns their number.
 

@@ -1,14 +1,21 @@
-"""FLUX.1: captions to tokens, and tokens to conditioning [pooled CLIP state, T5 states, text ids, T5 mask]."""
+"""FLUX.1: captions to tokens, tokens to conditioning [pooled CLIP state, T5 states, text ids, T5 mask], and the caches."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from library.dataset.architectures import ARCHITECTURES
 from library.errors import ConfigError
-from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
+from library.strategy_base import (
+    LatentsCachingStrategy,
+    TextEncoderOutputsCachingStrategy,
+    TextEncodingStrategy,
+    TokenizeStrategy,
+)
 from library.tokenizers import load_clip_tokenizer, load_t5_tokenizer, vocabulary_problem
 
 CLIP_L_MAX_LENGTH = 77
@@ -109,3 +116,34 @@ def _check_ids(ids: Tensor, model: Any, tokenizer: Any, name: str) -> None:
             vocabulary_problem(tokenizer, rows, name, f"the {name} text encoder")
             or f"the {name} tokens hold the id {int(ids.max())}, the embedding has {rows} rows"
         )
+
+
+class FluxLatentsCachingStrategy(LatentsCachingStrategy):
+    """Latents of the FLUX.1 autoencoder, shifted and scaled, one posterior draw per image and size."""
+
+    architecture = ARCHITECTURES["flux"]
+
+    def encode(self, vae: Any, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        return vae.encode(images, seeds)
+
+
+class FluxTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
+    """Pooled CLIP state, T5 states, their ids and mask. A partial cache leaves the CLIP state to the CLIP-L that trains."""
+
+    architecture = ARCHITECTURES["flux"]
+
+    def __init__(
+        self,
+        cache_to_disk: bool,
+        batch_size: int | None,
+        skip_disk_cache_validity_check: bool,
+        is_partial: bool = False,
+        is_weighted: bool = False,
+        apply_t5_attn_mask: bool = False,
+    ) -> None:
+        super().__init__(cache_to_disk, batch_size, skip_disk_cache_validity_check, is_partial, is_weighted)
+        self.apply_t5_attn_mask = apply_t5_attn_mask
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        return {"apply_t5_attn_mask": self.apply_t5_attn_mask}

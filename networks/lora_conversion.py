@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from library.errors import CheckpointError, ConfigError
+from library.flux_convert import denoiser_rules
 from networks.lora import fuse_pairs, split_pair
 
 Tensors = Mapping[str, torch.Tensor]
@@ -39,36 +40,18 @@ class LayerNames:
     rows: str = "equal"
 
 
-FLUX_LAYERS = (
-    *(
-        names
-        for stream, attn, proj, ff, norm in (
-            ("img", ("to_q", "to_k", "to_v"), "to_out.0", "ff", "norm1"),
-            ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "ff_context", "norm1_context"),
-        )
-        for names in (
-            LayerNames(f"double_blocks.{{i}}.{stream}_attn.qkv", tuple(f"transformer_blocks.{{i}}.attn.{a}" for a in attn)),
-            LayerNames(f"double_blocks.{{i}}.{stream}_attn.proj", (f"transformer_blocks.{{i}}.attn.{proj}",)),
-            LayerNames(f"double_blocks.{{i}}.{stream}_mlp.0", (f"transformer_blocks.{{i}}.{ff}.net.0.proj",)),
-            LayerNames(f"double_blocks.{{i}}.{stream}_mlp.2", (f"transformer_blocks.{{i}}.{ff}.net.2",)),
-            LayerNames(f"double_blocks.{{i}}.{stream}_mod.lin", (f"transformer_blocks.{{i}}.{norm}.linear",)),
-        )
-    ),
-    LayerNames(
-        "single_blocks.{i}.linear1",
-        (*(f"single_transformer_blocks.{{i}}.attn.to_{a}" for a in "qkv"), "single_transformer_blocks.{i}.proj_mlp"),
-        rows="linear1",
-    ),
-    LayerNames("single_blocks.{i}.linear2", ("single_transformer_blocks.{i}.proj_out",)),
-    LayerNames("single_blocks.{i}.modulation.lin", ("single_transformer_blocks.{i}.norm.linear",)),
-    LayerNames("img_in", ("x_embedder",)),
-    LayerNames("txt_in", ("context_embedder",)),
-    *(
-        LayerNames(f"{own}_in.{side}_layer", (f"time_text_embed.{theirs}.linear_{number}",))
-        for own, theirs in (("time", "timestep_embedder"), ("vector", "text_embedder"), ("guidance", "guidance_embedder"))
-        for side, number in (("in", 1), ("out", 2))
-    ),
-)
+def _flux_layers() -> tuple[LayerNames, ...]:
+    """The layers of FLUX.1 from the table of the denoiser's own conversion; the last layer is no adapter target."""
+    layers = []
+    for rule in denoiser_rules(1, 1):
+        path, is_weight = rule.original.removesuffix(".weight"), rule.original.endswith(".weight")
+        if is_weight and not path.startswith("final_layer"):
+            names = [name.removesuffix(".weight").replace("blocks.0.", "blocks.{i}.") for name in (path, *rule.parts)]
+            layers.append(LayerNames(names[0], tuple(names[1:]), "linear1" if path.endswith(".linear1") else "equal"))
+    return tuple(layers)
+
+
+FLUX_LAYERS = _flux_layers()
 
 CLIP_PATHS = tuple(
     f"text_model.encoder.layers.{{i}}.{leaf}"

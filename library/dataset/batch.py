@@ -52,7 +52,7 @@ class Batch:
         return getattr(self, key, default)
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy with all tensors on `device`."""
+        """A copy with all tensors on `device`, but for the network multipliers, which are read as numbers."""
 
         def move(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
@@ -61,7 +61,8 @@ class Batch:
                 return [move(v) for v in value]
             return value
 
-        return dataclasses.replace(self, **{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        names = [f.name for f in dataclasses.fields(self) if f.name != "network_multipliers"]
+        return dataclasses.replace(self, **{name: move(getattr(self, name)) for name in names})
 
     def pin_memory(self) -> Batch:
         def pin(value: Any) -> Any:

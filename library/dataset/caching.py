@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from library.dataset import cache_io
 from library.dataset.background import BackgroundWriter, map_ahead
-from library.dataset.cache_checks import check_cache_folders, shared_file_problems
+from library.dataset.cache_checks import check_cache_folders, check_caching, shared_file_problems
 from library.dataset.cache_io import ImageIdentity, LatentArrays
 from library.dataset.items import ImageItem
 from library.dataset.media_utils import ImageFileError
@@ -82,6 +82,7 @@ def plan_latents(
     two images would share a file, or one image would be needed in two ways under one key, or a folder cannot be written.
     """
     items = list(items)
+    check_caching({id(item.subset): item.subset for item in items}.values(), latents=True, text=False)
     if not strategy.cache_to_disk:
         return _sorted(_jobs_of(item for item in items if item.latents is None))
     for item in items:

@@ -249,10 +249,11 @@ class DatasetGroup(torch.utils.data.Dataset):
     def __getitem__(self, request: BatchRequest) -> Batch:
         return self.load(request)
 
-    def plan(self, epoch: int, seed: int, num_processes: int) -> list[GlobalBatch]:
-        """The global micro-batches of an epoch; always in the same order for validation."""
+    def plan(self, epoch: int, seed: int, num_processes: int, shuffle: bool | None = None) -> list[GlobalBatch]:
+        """The global micro-batches of an epoch; by default in the same order every time for validation."""
         buckets = [bucket for dataset in self.datasets for bucket in dataset.buckets]
-        return plan_epoch(buckets, seed=seed, epoch=epoch, num_processes=num_processes, shuffle=self.is_training)
+        shuffle = self.is_training if shuffle is None else shuffle
+        return plan_epoch(buckets, seed=seed, epoch=epoch, num_processes=num_processes, shuffle=shuffle)
 
     def load(self, request: BatchRequest) -> Batch:
         return self.datasets[request.dataset].load(request)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from library.dataset import text_cache_io
 from library.dataset.background import BackgroundWriter
-from library.dataset.cache_checks import check_cache_folders, shared_file_problems
+from library.dataset.cache_checks import check_cache_folders, check_caching, shared_file_problems
 from library.dataset.captions import deterministic_caption
 from library.dataset.items import ImageItem
 from library.errors import ConfigError, TrainingError
@@ -80,6 +80,7 @@ def plan_text(
     On disk the files are divided among the processes; in memory every process encodes everything. Raises ConfigError when
     two images would share a file or a folder cannot be written.
     """
+    check_caching({id(item.subset): item.subset for item in items}.values(), latents=False, text=True)
     if not strategy.cache_to_disk:
         return TextPlan(_jobs_of(item for item in items if item.text_encoder_outputs is None), {})
     if problems := shared_file_problems(items, lambda item: strategy.get_outputs_npz_path(item.absolute_path)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 
 from library.errors import ConfigError, TrainingError
 from library.options import Config
-from library.training.option_groups import DdpOptions, ModelOptions, PrecisionOptions
+from library.training.option_groups import DdpOptions, LoopOptions, ModelOptions, PrecisionOptions
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,9 @@ class Runtime:
     trained_dtype: torch.dtype
     rank: int
     num_processes: int
+    seed: int
+    """of every random draw of the run: --seed, or a number that the main process drew"""
+    seed_was_drawn: bool = False
 
     @property
     def is_main_process(self) -> bool:
@@ -115,11 +119,29 @@ def prepare_runtime(config: Config) -> Runtime:
         kwargs_handlers=handlers or None,
     )
     _check_process_group(accelerator.num_processes)
+    if precision.full_fp16:
+        allow_fp16_gradients(accelerator.scaler)
     return _runtime_of(accelerator, config)
 
 
+def allow_fp16_gradients(scaler: Any) -> None:
+    """Let the gradient scaler unscale float16 gradients, which torch refuses by default: --full_fp16 trains in float16."""
+    unscale = scaler._unscale_grads_
+    scaler._unscale_grads_ = lambda optimizer, inv_scale, found_inf, _: unscale(optimizer, inv_scale, found_inf, True)
+
+
+def shared_seed(given: int | None, num_processes: int) -> int:
+    """--seed, or a number drawn by the main process and known to all."""
+    if given is not None:
+        return given
+    box = [secrets.randbits(32)]
+    if num_processes > 1:
+        torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def _runtime_of(accelerator: Any, config: Config) -> Runtime:
-    precision = config[PrecisionOptions]
+    precision, given_seed = config[PrecisionOptions], config[LoopOptions].seed
     weight_dtype = DTYPES[precision.mixed_precision]
     fp8 = torch.float8_e4m3fn
     return Runtime(
@@ -132,6 +154,8 @@ def _runtime_of(accelerator: Any, config: Config) -> Runtime:
         trained_dtype=weight_dtype if precision.full_fp16 or precision.full_bf16 else torch.float32,
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
+        seed=shared_seed(given_seed, accelerator.num_processes),
+        seed_was_drawn=given_seed is None,
     )
 
 

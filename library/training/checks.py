@@ -1,7 +1,8 @@
 """Rules over several option groups, files and installed packages, looked at before anything heavy is loaded.
 
 Each function takes a Config and returns messages; `collect` calls them all, together with the checks of the family and of
-the trainable, so that one start reports every problem.
+the trainable, so that one start reports every problem. Settings of the datasets are checked where they are read, those of
+optimizer, schedule and timesteps in their packages.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from library.dataset import CachingOptions, DatasetOptions
 from library.errors import AtelierError, ConfigError, Problems
 from library.options import Config
+from library.training.checkpoint import CheckpointNames
 from library.training.option_groups import (
     HubOptions,
     LoggingOptions,
@@ -32,10 +34,6 @@ from library.training.option_groups import (
 if TYPE_CHECKING:
     from library.training.families.base import ModelFamily
     from library.training.trainables.base import Trainable
-
-STEMS = {"final": "last", "epoch": "epoch", "step": "at"}
-"""names of files without --output_name"""
-
 
 def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
     """Every problem of a run that can be seen before models are loaded; empty when it can start."""
@@ -96,61 +94,20 @@ def overwrite_problems(config: Config) -> list[str]:
 
 def is_output_of(name: str, saving: SavingOptions) -> bool:
     """Whether a run with these options could write a file or folder of this name: final, epoch and step files, states."""
-    extension = f"\\.{saving.save_model_as or 'safetensors'}"
-    stems = {kind: re.escape(saving.output_name or stem) for kind, stem in STEMS.items()}
-    middles = {"final": "", "epoch": r"-\d{6}", "step": r"-step\d{8}"}
-    patterns = [f"{stems[kind]}{middle}({extension}|-state)" for kind, middle in middles.items()]
-    return any(re.fullmatch(pattern, name) for pattern in patterns)
-
-
-def dataset_source_problems(config: Config) -> list[str]:
-    """There is something that says where the images are, and it exists."""
-    data = config[DatasetOptions]
-    if data.dataset_config is not None:
-        return [] if Path(data.dataset_config).is_file() else [f"--dataset_config is {data.dataset_config}; there is no such file"]
-    if data.train_data_dir is None:
-        return ["no images are named; give --dataset_config FILE.toml, or --train_data_dir with a folder of N_name sub-folders"]
-    problems = []
-    for name in ("train_data_dir", "reg_data_dir", "conditioning_data_dir"):
-        folder = getattr(data, name)
-        if folder is not None and not Path(folder).is_dir():
-            problems.append(f"--{name} is {folder}; there is no such folder")
-    if data.in_json is not None and not Path(data.in_json).is_file():
-        problems.append(f"--in_json is {data.in_json}; there is no such file")
-    return problems
-
-
-def cached_latents_problems(config: Config) -> list[str]:
-    """Cached latents cannot change from epoch to epoch. Settings of a --dataset_config are checked where it is read."""
-    data = config[DatasetOptions]
-    if not config[CachingOptions].caches_latents or data.dataset_config is not None:
-        return []
-    return [
-        f"--{name} is set with cached latents, which are the same in every epoch; leave out --{name} or --cache_latents"
-        for name in ("color_aug", "random_crop")
-        if getattr(data, name)
-    ]
+    names = CheckpointNames(saving.output_name, saving.save_model_as)
+    number = re.search(r"-(?:step)?(\d{6,})(?:-state|\.\w+)$", name)
+    stems = [names.last()]
+    if number:
+        stems += [names.epoch(int(number.group(1))), names.step(int(number.group(1)))]
+    return any(name in (names.file(stem), names.state(stem)) for stem in stems)
 
 
 def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
-    """Cached text encoder outputs go with captions that stay the same and with text encoders that do not learn."""
-    data, caching = config[DatasetOptions], config[CachingOptions]
-    if not caching.caches_text:
-        return []
-    problems = []
-    if data.dataset_config is None:
-        problems += [
-            f"--{name} is {getattr(data, name)} with cached text encoder outputs, for which captions must stay the same;"
-            f" leave out --{name} or --cache_text_encoder_outputs"
-            for name in ("shuffle_caption", "caption_dropout_rate", "token_warmup_step", "caption_tag_dropout_rate")
-            if getattr(data, name)
-        ]
+    """Outputs of a text encoder that learns cannot be cached. Captions that change are a matter of the dataset settings."""
     training = trainable.trains_text_encoders(family)
-    if training and all(training):
-        problems.append(
-            "text encoders are trained and their outputs cached; add --network_train_unet_only or leave out --cache_text_encoder_outputs"
-        )
-    return problems
+    if not config[CachingOptions].caches_text or not training or not all(training):
+        return []
+    return ["text encoders are trained and their outputs cached; add --network_train_unet_only or leave out --cache_text_encoder_outputs"]
 
 
 def sampling_problems(config: Config) -> list[str]:
@@ -254,8 +211,8 @@ def compile_problems(config: Config) -> list[str]:
 
 
 CHECKS: tuple[Callable[[Config], list[str]], ...] = (
-    dataset_source_problems, output_problems, overwrite_problems, cached_latents_problems, sampling_problems,
-    resume_problems, logging_problems, hub_problems, compile_problems,
+    output_problems, overwrite_problems, sampling_problems, resume_problems, logging_problems, hub_problems,
+    compile_problems,
 )
 
 
@@ -270,8 +227,6 @@ def warnings(config: Config) -> list[str]:
                 lines.append(f"--{name} has no effect without --save_every_n_{unit}")
     if saving.save_every_n_epochs and saving.save_n_epoch_ratio:
         lines.append("--save_n_epoch_ratio replaces --save_every_n_epochs")
-    if saving.save_precision is None and saving.output_dir:
-        lines.append("--save_precision is not given: weights are saved in the format they are trained in (float32 unless --full_bf16 or --full_fp16)")
     if sampling.sample_every_n_epochs and sampling.sample_every_n_steps:
         lines.append("--sample_every_n_epochs replaces --sample_every_n_steps")
     if sampling.sample_prompts and not (sampling.sample_every_n_epochs or sampling.sample_every_n_steps or sampling.sample_at_first):

@@ -33,14 +33,12 @@ def read_config_file(name: str) -> dict[str, Any]:
 
     Raises ConfigError when the file is missing or is not TOML, and for tables inside tables.
     """
-    import toml
-
     path = config_path(name)
     if not path.is_file():
         raise ConfigError(f"--config_file is {name}; there is no file {path}")
     try:
-        content = toml.loads(path.read_text(encoding="utf-8-sig"))
-    except (toml.TomlDecodeError, UnicodeDecodeError, IndexError, TypeError) as error:
+        content = _parse_toml(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, IndexError, TypeError) as error:            # the last two: faults of the toml package
         raise ConfigError(f"{path} is not a readable TOML file: {error}") from error
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -52,6 +50,17 @@ def read_config_file(name: str) -> dict[str, Any]:
              f" (a dataset configuration belongs to --dataset_config)" for key in nested]
         )
     return values
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """Python's own reader where there is one (3.11): the toml package refuses arrays such as [1e-4, 0]."""
+    try:
+        import tomllib
+    except ImportError:
+        import toml
+
+        return toml.loads(text)
+    return tomllib.loads(text)
 
 
 def convert_value(options_class: type, name: str, value: Any) -> Any:

@@ -4,30 +4,48 @@ from __future__ import annotations
 
 import gc
 import logging
-import secrets
+import math
+import os
 import time
 from typing import Any
 
 import torch
 
-from library.dataset import CachingOptions
-from library.errors import Problems
+from library.dataset import CachingOptions, DatasetOptions
+from library.errors import ConfigError, Problems
 from library.options import Config
 from library.strategy_base import StrategySet
-from library.training import checks, losses, loss_weights, optimizers, schedulers, timestep_samplers
+from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.accelerator_setup import Runtime, prepare_runtime
+from library.training.compilation import compile_blocks
 from library.training.data import TrainingData
-from library.training.data_phase import DataGroups, build_data, cache_latents, cache_text
+from library.training.data_phase import (
+    DataGroups,
+    FoundData,
+    KeptModels,
+    TextPhase,
+    cache_latents,
+    find_data,
+    group_data,
+    prepare_text,
+)
 from library.training.families.base import ModelFamily
 from library.training.hooks.base import Hook, HookList
 from library.training.loop import fit
 from library.training.loss import LossFunction
-from library.training.option_groups import LoopOptions, MemoryOptions
-from library.training.optimizers import OptimizerOptions
+from library.training.option_groups import LoopOptions, MemoryOptions, SamplingOptions
+from library.training.optimizers import OptimizerBuild, OptimizerOptions
 from library.training.progress import Progress
+from library.training.run_record import RunRecord
+from library.training.hooks.sample import encode_sample_prompts
+from library.training.hooks.standard import standard_hooks
 from library.training.run import Models, Run
+from library.training.sampling_prompts import load_prompts
 from library.training.schedulers import SchedulerOptions
+from library.training.start_page import print_start
+from library.training.state import resume
 from library.training.step import TrainStep
+from library.training.timestep_samplers import TimestepOptions
 from library.training.trainables.base import Trainable
 
 logger = logging.getLogger(__name__)
@@ -37,7 +55,7 @@ class Trainer:
     """One run of one family and one trainable.
 
     `prepare` goes through the phases in the order in which memory is needed: text encoders and denoiser meet only when the
-    text encoders run in the step. `run` is prepare, fit and the last messages.
+    text encoders run in the step. `run` is prepare and fit.
     """
 
     def __init__(self, config: Config, family: ModelFamily, trainable: Trainable, hooks: list[Hook] | None = None) -> None:
@@ -48,15 +66,169 @@ class Trainer:
         self.started_at = time.time()
 
     def run(self) -> None:
-        """Prepare, train, finish; returns early for --debug_dataset."""
+        """Prepare and train; returns early for --debug_dataset."""
         run = self.prepare()
         if run is not None:
             fit(run)
 
     def prepare(self) -> Run | None:
         """Every phase up to the complete Run; None when there is nothing to train (--debug_dataset)."""
-        blueprint = self.check()
+        found, prompts = self.check()
         runtime = prepare_runtime(self.config)
-        seed = self.draw_seed(runtime)
-        data = build_data(self.config, blueprint, self.family, seed=seed)
-        strategies = self.family.strategies()
+        trained = self.trainable.trains_text_encoders(self.family)
+        strategies = self.family.strategies(trained)
+        data = group_data(self.config, found, self.family.name, runtime.seed)
+        data.set_strategies(strategies)
+        if self.config[DatasetOptions].debug_dataset:
+            data.show(runtime.seed)
+            return None
+        vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
+        text = self.text_phase(data, strategies, runtime, prompts, trained)
+        models = Models(vae, text.text_encoders, self.denoiser_phase(runtime))
+        self.trainable.attach(self.family, models, runtime)
+        self.arm(models, trained)
+        return self.assemble(runtime, data, models, strategies, trained, prompts, text)
+
+    def check(self) -> tuple[FoundData, list[Any]]:
+        """Everything that can be wrong before models are loaded, in one error; the images and the sample prompts."""
+        problems = Problems()
+        for message in checks.collect(self.config, self.family, self.trainable):
+            problems.add(message)
+        found = None
+        try:
+            found = find_data(self.config, self.family.name)
+        except ConfigError as error:
+            problems.absorb(error)
+        problems.raise_if_any()
+        sampling = self.config[SamplingOptions]
+        wants = sampling.sample_at_first or sampling.sample_every_n_steps or sampling.sample_every_n_epochs
+        return found, load_prompts(sampling.sample_prompts) if sampling.sample_prompts and wants else []
+
+    # ---- models -------------------------------------------------------------------------------------------------------------
+
+    def vae_phase(self, data: DataGroups, strategies: StrategySet, runtime: Runtime, *, keep: bool) -> torch.nn.Module | None:
+        """Cache latents. The VAE stays, on the CPU for samples or on the device for live encoding, or is released."""
+        vae = KeptModels(lambda: self._frozen(self.family.load_vae(runtime)))
+        cache_latents(self.config, data, strategies, runtime, vae)
+        live = not self.config[CachingOptions].caches_latents
+        kept = vae().to(runtime.device if live else "cpu") if live or keep else None
+        del vae
+        release_memory()
+        return kept
+
+    def text_phase(
+        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[Any], trained: list[bool]
+    ) -> TextPhase:
+        """Encode captions and sample prompts; afterwards only encoders that the step needs are in memory."""
+
+        def load() -> list[torch.nn.Module | None]:
+            return [e if e is None else self._frozen(e) for e in self.family.load_text_encoders(runtime)]
+
+        def encode(encoders: list[torch.nn.Module | None]) -> dict[str, list[Any]]:
+            return encode_sample_prompts(self.family, strategies, encoders, prompts)
+
+        phase = prepare_text(data, strategies, runtime, load=load, encode_prompts=encode if prompts else None, trained=trained)
+        release_memory()
+        return phase
+
+    def denoiser_phase(self, runtime: Runtime) -> torch.nn.Module:
+        denoiser = self.family.load_denoiser(runtime)
+        for hook in self.own_hooks:
+            hook.on_transformer_loaded(denoiser)
+        return self._frozen(denoiser)
+
+    @staticmethod
+    def _frozen(module: torch.nn.Module) -> torch.nn.Module:
+        return module.requires_grad_(False).eval()
+
+    def arm(self, models: Models, trained: list[bool]) -> None:
+        """Gradient checkpointing and compilation, after adapters are in place. Checkpointing works in train mode only; the
+        models have no dropout of their own that it would switch on."""
+        memory = self.config[MemoryOptions]
+        if memory.gradient_checkpointing:
+            models.denoiser.enable_gradient_checkpointing(cpu_offload=memory.cpu_offload_checkpointing)
+            models.denoiser.train()
+            for encoder, learns in zip(models.text_encoders, trained):
+                if encoder is not None and learns:
+                    encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                    encoder.train()
+        if memory.torch_compile:
+            compile_blocks(models.denoiser, memory.dynamo_backend)
+
+    # ---- the Run --------------------------------------------------------------------------------------------------------------
+
+    def assemble(
+        self, runtime: Runtime, data: DataGroups, models: Models, strategies: StrategySet, trained: list[bool],
+        prompts: list[Any], text: TextPhase,
+    ) -> Run:
+        """Optimizer, schedule, loaders, hooks and step; resume; the complete Run."""
+        batches = self.loader(data, runtime)
+        progress = self.new_progress(batches)
+        data.train.set_max_train_steps(progress.max_train_steps)
+        built = optimizers.build(self.config[OptimizerOptions], [*self.trainable.param_groups(), *self._extra_groups()])
+        scheduler = schedulers.build(
+            self.config[SchedulerOptions], built, learning_rate=self.config[OptimizerOptions].learning_rate,
+            max_train_steps=progress.max_train_steps,
+        )
+        optimizer = built.optimizer
+        if runtime.accelerator.scaler is not None:  # the wrapper scales and skips in fp16; it does nothing else for us
+            optimizer = runtime.accelerator.prepare_optimizer(optimizer)
+        record = RunRecord(self.started_at, built, data)
+        hooks = HookList(
+            standard_hooks(
+                self.config, runtime, prompts=prompts, conditioning=text.sample_conditioning, trainable=self.trainable,
+                own=self.own_hooks, metadata=record.metadata,
+            )
+        )
+        run = Run(
+            config=self.config, runtime=runtime, family=self.family, trainable=self.trainable, models=models,
+            strategies=strategies, step=self.new_step(runtime, models, strategies, trained, hooks), data=batches,
+            optimizer=optimizer, lr_scheduler=scheduler, progress=progress, hooks=hooks,
+            max_grad_norm=self.config[OptimizerOptions].max_grad_norm,
+        )
+        resume(run)
+        if runtime.is_main_process:
+            print_start(run, built, data)
+        return run
+
+    def _extra_groups(self) -> list[dict[str, Any]]:
+        return [group for hook in self.own_hooks for group in hook.extra_trainable_params()]
+
+    def loader(self, data: DataGroups, runtime: Runtime) -> TrainingData:
+        loop = self.config[LoopOptions]
+        return TrainingData(
+            data.train, data.validation, seed=runtime.seed, accumulation=loop.gradient_accumulation_steps, rank=runtime.rank,
+            num_processes=runtime.num_processes, num_workers=min(loop.max_data_loader_n_workers, os.cpu_count() or 1),
+            persistent_workers=loop.persistent_data_loader_workers, pin_memory=runtime.device.type == "cuda",
+        )
+
+    def new_progress(self, batches: TrainingData) -> Progress:
+        """Length of the run in optimizer steps; --max_train_epochs replaces --max_train_steps."""
+        loop, per_epoch = self.config[LoopOptions], batches.steps_per_epoch
+        steps = loop.max_train_epochs * per_epoch if loop.max_train_epochs else loop.max_train_steps
+        return Progress(
+            max_train_steps=steps, num_epochs=math.ceil(steps / per_epoch), steps_per_epoch=per_epoch,
+            batches_per_epoch=batches.batches_per_epoch,
+        )
+
+    def new_step(
+        self, runtime: Runtime, models: Models, strategies: StrategySet, trained: list[bool], hooks: HookList
+    ) -> TrainStep:
+        objective, data = self.family.objective(), self.config[DatasetOptions]
+        loss = LossFunction(
+            losses.build(self.config[losses.LossOptions]), loss_weights.build(self.config[loss_weights.LossWeightOptions]),
+            objective, data.masked_loss,
+        )
+        validation_seed = runtime.seed if data.validation_seed is None else data.validation_seed
+        return TrainStep(
+            runtime, self.family, self.trainable, models, strategies, objective,
+            timestep_samplers.build(self.config[TimestepOptions], is_flow=objective.is_flow), loss,
+            seed=runtime.seed, validation_seed=validation_seed, trained_text_encoders=trained, hooks=list(hooks),
+        )
+
+
+def release_memory() -> None:
+    """Give back what the last phase held; reference cycles of model classes live until a collection."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -11,10 +11,10 @@ from library.dataset.batch import Batch
 from library.dataset.bucket import BucketSelector
 from library.dataset.collate import Sample, collate
 from library.dataset.items import ImageItem, SubsetParams
-from library.dataset.masks import apply_mask, mask_for_loss
 from library.dataset.media_utils import alpha_to_mask, decode_image
 from library.dataset.plan import BatchRequest
 from library.dataset.samples import Geometry, conditioning_tensor, image_tensor, mask_tensor
+from library.training.losses.reduction import loss_mask
 from tests.golden_dir import behaviour_cases
 
 FILE = "masks.json"
@@ -63,14 +63,16 @@ def test_mask_and_masked_loss(case, tmp_path):
         shape = np.shape(next(mask for mask in masks if mask is not None))
         samples = [sample(shape, tmp_path, flipped=flipped, **({key: mask} if mask is not None else {})) for mask in masks]
     latent_hw = tuple(given.get("latent_size_hw") or np.shape(given["loss"])[1:])
-    mask = mask_for_loss(batch_of(samples), latent_hw)
+    batch = batch_of(samples)
+    shape = torch.Size((len(batch), 4, *latent_hw))
+    mask = loss_mask(batch.conditioning_images, batch.alpha_masks, shape, masked_loss=True)  # [B, 1, h, w]
     if "mask" in expected:
         np.testing.assert_allclose(mask[0, 0].numpy(), expected["mask"], atol=1e-6, rtol=0)
     if "masks" in expected:
         np.testing.assert_allclose(mask[:, 0].numpy(), expected["masks"], atol=1e-6, rtol=0)
     if "masked_loss_mean" in expected:
         loss = torch.tensor(given["loss"]).unsqueeze(0)
-        assert apply_mask(loss, mask).mean().item() == pytest.approx(expected["masked_loss_mean"], rel=1e-6, abs=1e-8)
+        assert (loss if mask is None else loss * mask).mean().item() == pytest.approx(expected["masked_loss_mean"], rel=1e-6, abs=1e-8)
 
 
 @pytest.mark.parametrize("case", behaviour_cases(FILE, where=is_geometry))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -37,8 +36,6 @@ TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr"
 SPLIT_MODE_BLOCKS = 18
 """what the old --split_mode amounts to"""
 SAMPLER = "euler"
-DEFAULT_SAMPLE_SIZE, SAMPLE_SIZE_STEP = 512, 16
-DEFAULT_SAMPLE_STEPS, DEFAULT_SAMPLE_SCALE, DEFAULT_SAMPLE_GUIDANCE = 20, 1.0, 3.5
 TOKEN_LENGTH_DEV, TOKEN_LENGTH_SCHNELL = 512, 256
 
 _DDPM = "FLUX.1 learns by flow matching, which has no table of signal-to-noise ratios"
@@ -305,18 +302,9 @@ class FluxFamily(ModelFamily):
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
         """512 px, 20 steps, no CFG, guidance 3.5; both sides are rounded down to a multiple of 16."""
+        from library.training.sampling_prompts import with_defaults
 
-        def given(value: Any, default: Any) -> Any:
-            return default if value is None else value
-
-        return dataclasses.replace(
-            prompt,
-            width=_floored(given(prompt.width, DEFAULT_SAMPLE_SIZE)),
-            height=_floored(given(prompt.height, DEFAULT_SAMPLE_SIZE)),
-            sample_steps=given(prompt.sample_steps, DEFAULT_SAMPLE_STEPS),
-            scale=given(prompt.scale, DEFAULT_SAMPLE_SCALE),
-            guidance_scale=given(prompt.guidance_scale, DEFAULT_SAMPLE_GUIDANCE),
-        )
+        return with_defaults(prompt, self.name)
 
     def metadata(self) -> dict[str, Any]:
         times = self.config[TimestepOptions]
@@ -341,7 +329,3 @@ class FluxFamily(ModelFamily):
             "architecture": "flux-1-schnell" if self.is_schnell else "flux-1-dev",
             "implementation": "https://github.com/black-forest-labs/flux",
         }
-
-
-def _floored(size_px: int) -> int:
-    return max(SAMPLE_SIZE_STEP, size_px - size_px % SAMPLE_SIZE_STEP)

@@ -19,7 +19,7 @@ from library.training.hooks.base import Hook
 from library.training.hooks.logging import LoggingHook
 from library.training.hooks.losses import gather_objects
 from library.training.option_groups import SamplingOptions, SavingOptions
-from library.training.sampling_prompts import SamplePrompt
+from library.training.sampling_prompts import SamplePrompt, is_sample_due, sample_file_name, sample_suffix
 
 if TYPE_CHECKING:
     from library.strategy_base import StrategySet
@@ -136,7 +136,7 @@ class SampleHook(Hook):
         saving, progress = run.config[SavingOptions], run.progress
         name = sample_file_name(
             saving.output_name, at, progress.epoch if at == "epoch" else progress.global_step,
-            enum=given.enum, seed=given.seed, timestamp=time.strftime("%Y%m%d%H%M%S"),
+            enum=number if given.enum is None else given.enum, seed=given.seed, timestamp=time.strftime("%Y%m%d%H%M%S"),
         )
         path = Path(saving.output_dir) / name
         save_png(image, path)

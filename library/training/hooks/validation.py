@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 class ValidationHook(Hook):
-    """Runs after every n steps and n epochs, and once before the first step, so that curves begin at the base model.
+    """Runs after every n steps and n epochs (each epoch when not given), before the first step, so that curves begin at the
+    base model, and after the last one.
 
     Nothing of a pass depends on the state of the training but the weights: the batches come in file order with plain
     captions, their noise is keyed by (seed, sample), the noise levels are the four of the objective, and the mean starts
@@ -39,8 +40,10 @@ class ValidationHook(Hook):
                 self._report(run, loss, "epoch", divergence=None)
 
     def on_step_end(self, run: Run, output: StepOutput) -> None:
-        every = run.config[ValidationOptions].validate_every_n_steps
-        if every and run.progress.global_step % every == 0:
+        every, progress = run.config[ValidationOptions].validate_every_n_steps, run.progress
+        # a run that stops inside an epoch ends with a measurement too; at the border the epoch's own follows
+        is_cut_off = progress.is_finished and progress.global_step % progress.steps_per_epoch != 0
+        if is_cut_off or (every and progress.global_step % every == 0):
             self._validate_and_report(run, "step")
 
     def on_epoch_end(self, run: Run) -> None:

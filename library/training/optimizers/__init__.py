@@ -295,7 +295,9 @@ def warnings_of(
         if options.max_grad_norm != 0:
             found.append(Warned(("max_grad_norm",), "--max_grad_norm is not 0; AdaFactor clips updates itself, 0 is recommended"))
         if lr_scheduler != "constant_with_warmup":
-            found.append(Warned(("lr_scheduler",), f"--lr_scheduler is {lr_scheduler}; AdaFactor with a fixed rate wants constant_with_warmup"))
+            text = f"--lr_scheduler is {lr_scheduler}; AdaFactor with a fixed rate wants constant_with_warmup"
+            found.append(Warned(("lr_scheduler",), text))
         if choice.kwargs.get("clip_threshold", 1.0) != 1.0:
-            found.append(Warned(("clip_threshold",), "clip_threshold in --optimizer_args is not 1.0, which is recommended for AdaFactor"))
+            text = "clip_threshold in --optimizer_args is not 1.0, which is recommended for AdaFactor"
+            found.append(Warned(("clip_threshold",), text))
     return found

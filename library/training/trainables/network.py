@@ -20,7 +20,6 @@ from library.options import parse_bool
 from library.training.adapters import NetworkOptions, check_network_module
 from library.training.hooks.base import Hook
 from library.training.hooks.network import NetworkHook
-from library.training.option_groups import LoopOptions
 from library.training.optimizers import OptimizerOptions
 from library.training.trainables.base import Trainable
 from networks.network_files import by_module, match_names, read_adapter_file, write_adapter_file
@@ -104,13 +103,13 @@ class NetworkTrainable(Trainable):
         self._is_own = hasattr(module, "check_network_args")
         self._merge_base_weights(module, models, runtime)
         text_encoders = self._text_encoders(models)
-        with isolated_rng(key_seed(self._seed(runtime), "network init")):
+        with isolated_rng(key_seed(runtime.seed, "network init")):
             network = self._make_network(module, models, text_encoders)
         if network is None:
             raise ConfigError(f"--network_module {self.opts.network_module} made no network; see its messages above")
         self.network = network
         if hasattr(network, "initialize"):
-            network.initialize(self._seed(runtime))
+            network.initialize(runtime.seed)
         if hasattr(network, "prepare_network"):
             network.prepare_network(SimpleNamespace(**self.config.values()))
         trains_text = any(self.trains_text_encoders(family))
@@ -153,10 +152,6 @@ class NetworkTrainable(Trainable):
         if [encoder.prefix for encoder in self._targets.text_encoders] == ["lora_te"]:
             return loaded[0] if loaded else []
         return loaded
-
-    def _seed(self, runtime: Runtime) -> int:
-        seed = self.config[LoopOptions].seed
-        return seed if seed is not None else runtime.from_main(torch.initial_seed())
 
     def _refuse_empty(self, models: Models) -> None:
         if any(parameter.numel() for parameter in self.network.parameters()):

@@ -1,0 +1,58 @@
+"""From a Blueprint to the dataset groups of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from library.config_util import Blueprint
+from library.dataset import DatasetOptions
+from library.dataset.architectures import DataArchitecture
+from library.dataset.dataset import Dataset, DatasetGroup
+from library.dataset.datasources import ScanResult, scan_datasets
+from library.dataset.items import DatasetParams, ImageItem
+
+logger = logging.getLogger(__name__)
+
+
+def build_dataset_groups(
+    blueprint: Blueprint,
+    options: DatasetOptions,
+    *,
+    architecture: DataArchitecture,
+    seed: int,
+    scan: ScanResult | None = None,
+) -> tuple[DatasetGroup, DatasetGroup | None]:
+    """(training group, validation group or None) of a Blueprint.
+
+    `scan`: what scan_datasets or load_datasets found, when that ran already. `seed` is the run's seed: it decides augmentation
+    and the choice of regularisation images, and the validation split where no seed of its own is set.
+    Raises ConfigError with all problems of the files.
+    """
+    if scan is None:
+        scan = scan_datasets(
+            blueprint, seed=seed, skip_bad_images=options.skip_bad_images,
+            fail_on_missing_captions=options.fail_on_missing_captions,
+        )
+    how = {"architecture": architecture, "seed": seed, "prior_loss_weight": options.prior_loss_weight}
+    train = _group(blueprint.datasets, scan.train, is_training=True, **how)
+    validation = _group(blueprint.datasets, scan.validation, is_training=False, **how)
+    for warning in scan.warnings:
+        logger.warning("%s", warning)
+    for dataset in (*train.datasets, *validation.datasets):
+        for warning in dataset.assignment.warnings:
+            logger.warning("%s: %s", dataset.params.label, warning)
+    logger.info("%s", scan.summary)
+    return train, validation if len(validation) else None
+
+
+def _group(
+    datasets: Sequence[DatasetParams], items: Sequence[list[ImageItem]], *, is_training: bool, **how: Any
+) -> DatasetGroup:
+    """Datasets without images (all of them held out, or none) are not part of the group."""
+    filled = [(params, images) for params, images in zip(datasets, items) if images]
+    return DatasetGroup(
+        [Dataset(params, images, index=i, is_training=is_training, **how) for i, (params, images) in enumerate(filled)],
+        is_training=is_training,
+    )

@@ -1,0 +1,328 @@
+"""Sample prompts: prompt files and lines -> SamplePrompt records, when samples are due, and the names of their files.
+
+    a cat on a sofa --w 768 --h 512 --d 42 --s 28 --l 4.0 --n blurry
+
+The text before the first ` --` is the prompt, whatever it says. Unknown options and values of the wrong kind are errors
+that name the file, the line and the option; all of a file are reported together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.errors import ConfigError, Problems, did_you_mean
+
+MIN_STEPS, MAX_STEPS = 1, 1000
+LARGEST_SEED = 2**63 - 1
+SUFFIXES = (".txt", ".toml", ".json")
+FLOAT_PATTERN = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplePrompt:
+    """One sample to make. None = not given; a family fills it with its default. `enum` is the place in the file."""
+
+    prompt: str
+    enum: int | None = None
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    seed: int | None = None
+    sample_steps: int | None = None
+    scale: float | None = None
+    """CFG scale of image families"""
+    guidance_scale: float | None = None
+    """embedded guidance"""
+    sample_sampler: str | None = None
+    controlnet_image: str | None = None
+    cfg_trunc_ratio: float | None = None
+    renorm_cfg: float | None = None
+    flow_shift: float | None = None
+    frame_count: int | None = None
+    cfg_scale: float | None = None
+    """CFG scale of video families"""
+    discrete_flow_shift: float | None = None
+    image_path: str | None = None
+    end_image_path: str | None = None
+    control_image_path: tuple[str, ...] | None = None
+    control_video_path: str | None = None
+    one_frame: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings that are given, with plain values."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"\d+", text):
+        raise ValueError("a whole number, 0 or more, is needed, e.g. 512")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    if not FLOAT_PATTERN.fullmatch(text):
+        raise ValueError("a number is needed, e.g. 3.5")
+    return float(text)
+
+
+def _text(text: str) -> str:
+    return text
+
+
+@dataclass(frozen=True)
+class LineOption:
+    """An option of a prompt line: the field it fills and how its text is read."""
+
+    field: str
+    convert: Callable[[str], Any]
+    repeats: bool = False
+
+
+_SHARED_LINE_OPTIONS = {
+    "w": LineOption("width", _whole), "h": LineOption("height", _whole), "d": LineOption("seed", _whole),
+    "s": LineOption("sample_steps", _whole), "g": LineOption("guidance_scale", _number), "n": LineOption("negative_prompt", _text),
+}
+IMAGE_LINE_OPTIONS: Mapping[str, LineOption] = {
+    **_SHARED_LINE_OPTIONS,
+    "l": LineOption("scale", _number), "ss": LineOption("sample_sampler", _text), "cn": LineOption("controlnet_image", _text),
+    "ctr": LineOption("cfg_trunc_ratio", _number), "rcfg": LineOption("renorm_cfg", _number), "fs": LineOption("flow_shift", _number),
+}
+VIDEO_LINE_OPTIONS: Mapping[str, LineOption] = {
+    **_SHARED_LINE_OPTIONS,
+    "f": LineOption("frame_count", _whole), "fs": LineOption("discrete_flow_shift", _number), "l": LineOption("cfg_scale", _number),
+    "i": LineOption("image_path", _text), "ei": LineOption("end_image_path", _text), "cn": LineOption("control_video_path", _text),
+    "ci": LineOption("control_image_path", _text, repeats=True), "of": LineOption("one_frame", _text),
+}
+
+
+def parse_line(
+    line: str, where: str = "prompt", options: Mapping[str, LineOption] = IMAGE_LINE_OPTIONS, enum: int | None = None
+) -> SamplePrompt:
+    """One prompt line. `where` names its place in messages. Raises ConfigError with every problem of the line."""
+    prompt, *pieces = re.split(r"\s--", line.strip())
+    problems, values = Problems(), {}
+    for piece in pieces:
+        name, text = [*piece.split(None, 1), "", ""][:2]
+        text = text.strip()
+        entry = options.get(name.lower())
+        if entry is None:
+            known = ", ".join(f"--{option}" for option in options)
+            problems.add(f"{where}: unknown option --{name}; known: {known}. A text with ' --' in it cannot be used in a prompt")
+            continue
+        if not text:
+            problems.add(f"{where}: --{name} has no value")
+            continue
+        try:
+            value = _checked(entry.field, entry.convert(text))
+        except ValueError as error:
+            problems.add(f"{where}: --{name} is '{text}'; {error}")
+            continue
+        values[entry.field] = (*values.get(entry.field, ()), value) if entry.repeats else value
+    problems.raise_if_any()
+    return SamplePrompt(prompt=prompt.strip(), enum=enum, **values)
+
+
+def _checked(field: str, value: Any) -> Any:
+    """Range of a value; sample_steps is brought into its range."""
+    if field == "sample_steps":
+        return min(max(value, MIN_STEPS), MAX_STEPS)
+    if field in ("width", "height", "frame_count") and value < 1:
+        raise ValueError("1 or more is needed")
+    if field == "seed" and value > LARGEST_SEED:
+        raise ValueError(f"a seed of at most {LARGEST_SEED} is needed")
+    if field == "sample_sampler":
+        from library.training.inference_samplers import SAMPLER_NAMES
+
+        if value not in SAMPLER_NAMES:
+            raise ValueError(f"unknown sampler{did_you_mean(value, SAMPLER_NAMES)} Known: {', '.join(SAMPLER_NAMES)}")
+    return value
+
+
+def load_prompts(path: str | Path, options: Mapping[str, LineOption] = IMAGE_LINE_OPTIONS) -> list[SamplePrompt]:
+    """All prompts of a .txt, .toml or .json file, numbered in order. ConfigError with every problem of the file."""
+    path = Path(path)
+    readers = {".txt": _read_txt, ".toml": _read_toml, ".json": _read_json}
+    if path.suffix.lower() not in readers:
+        raise ConfigError(f"--sample_prompts is {path}; the file has to end in {', '.join(SUFFIXES)}")
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--sample_prompts is {path}, which cannot be read: {error}") from error
+    entries = readers[path.suffix.lower()](path.name, content)
+    problems, prompts = Problems(), []
+    for where, entry in entries:
+        try:
+            prompts.append(_prompt_of(where, entry, options, len(prompts)))
+        except ConfigError as error:
+            problems.absorb(error)
+    problems.raise_if_any()
+    if not prompts:
+        raise ConfigError(f"--sample_prompts is {path}; there is no prompt in the file")
+    return prompts
+
+
+def _read_txt(name: str, content: str) -> list[tuple[str, Any]]:
+    """One prompt per line; empty lines and lines whose first character is # are left out."""
+    lines = enumerate(content.split("\n"), start=1)
+    return [(f"{name} line {number}", line) for number, line in lines if line.strip() and not line.startswith("#")]
+
+
+def _read_toml(name: str, content: str) -> list[tuple[str, Any]]:
+    """[prompt] with keys for all, and [[prompt.subset]], whose keys win."""
+    import toml
+
+    try:
+        document = toml.loads(content)
+    except (toml.TomlDecodeError, IndexError) as error:
+        raise ConfigError(f"{name} is not valid TOML: {error}") from error
+    others = sorted(set(document) - {"prompt"})
+    table = document.get("prompt")
+    if others or not isinstance(table, dict):
+        raise ConfigError(
+            f"{name} has {', '.join(others) or 'no [prompt] table'}; needed: [prompt] with settings for all prompts and one"
+            " [[prompt.subset]] per prompt"
+        )
+    common = {key: value for key, value in table.items() if key != "subset"}
+    subsets = table.get("subset", [{}] if "prompt" in common else [])
+    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+        raise ConfigError(f"{name}: prompt.subset is not a list of tables; write [[prompt.subset]]")
+    return [(f"{name} prompt.subset[{i}]", {**common, **subset}) for i, subset in enumerate(subsets)]
+
+
+def _read_json(name: str, content: str) -> list[tuple[str, Any]]:
+    """A list of lines and objects."""
+    try:
+        document = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name} is not valid JSON: {error}") from error
+    if not isinstance(document, list):
+        raise ConfigError(f"{name} holds {type(document).__name__}; a list of texts and objects is needed")
+    return [(f"{name} entry {i} ({'first' if i == 1 else 'counted from 1'})", entry) for i, entry in enumerate(document, start=1)]
+
+
+def _prompt_of(where: str, entry: Any, options: Mapping[str, LineOption], enum: int) -> SamplePrompt:
+    if isinstance(entry, str):
+        return parse_line(entry, where, options, enum)
+    if isinstance(entry, dict):
+        return _prompt_of_keys(where, entry, options, enum)
+    raise ConfigError(f"{where} is {entry!r}; a text or an object with the key prompt is needed")
+
+
+def _prompt_of_keys(where: str, entry: Mapping[str, Any], options: Mapping[str, LineOption], enum: int) -> SamplePrompt:
+    by_field = {option.field: option for option in options.values()}
+    problems, values = Problems(), {}
+    if not isinstance(entry.get("prompt"), str):
+        problems.add(f"{where} has no text under the key prompt")
+    for key, value in entry.items():
+        if key == "prompt" or value is None:
+            continue
+        if key not in by_field:
+            problems.add(f"{where}: unknown key {key}{did_you_mean(key, [*by_field, 'prompt'])} Known: prompt, {', '.join(by_field)}")
+            continue
+        try:
+            values[key] = _checked_key(by_field[key], value)
+        except ValueError as error:
+            problems.add(f"{where}: {key} is {value!r}; {error}")
+    problems.raise_if_any()
+    return SamplePrompt(prompt=entry["prompt"], enum=enum, **values)
+
+
+def _checked_key(option: LineOption, value: Any) -> Any:
+    """A value of a TOML or JSON key; types are not converted, but a whole number may stand for a fraction."""
+    if option.repeats:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise ValueError("a text or a list of texts is needed")
+        return tuple(items)
+    if option.convert is _text:
+        if not isinstance(value, str):
+            raise ValueError("a text is needed")
+        return _checked(option.field, value)
+    kinds = (int,) if option.convert is _whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or (option.convert is _whole and value < 0):
+        raise ValueError("a whole number, 0 or more, is needed" if option.convert is _whole else "a number is needed")
+    return _checked(option.field, float(value) if option.convert is _number else value)
+
+
+@dataclass(frozen=True)
+class SampleDefaults:
+    """What a family uses where a prompt says nothing. Sides are rounded down to a multiple of `size_step`."""
+
+    size: int
+    size_step: int
+    settings: Mapping[str, Any]
+
+
+SAMPLE_DEFAULTS: Mapping[str, SampleDefaults] = {
+    "sd": SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}),
+    "sdxl": SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}),
+    "sd3": SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}),
+    "flux": SampleDefaults(512, 16, {"sample_steps": 20, "scale": 1.0, "guidance_scale": 3.5}),
+    "chroma": SampleDefaults(512, 16, {"sample_steps": 20, "scale": 1.0, "guidance_scale": 3.5}),
+    "lumina": SampleDefaults(1024, 8, {"sample_steps": 36, "scale": 3.5, "cfg_trunc_ratio": 0.25, "renorm_cfg": 1.0}),
+    "hunyuan_image": SampleDefaults(512, 16, {"sample_steps": 20, "scale": 3.5, "flow_shift": 5.0}),
+    "anima": SampleDefaults(512, 16, {"sample_steps": 30, "scale": 7.5, "flow_shift": 3.0}),
+}
+"""by the names of families; a family's `sample_defaults` calls `with_defaults` with its own"""
+
+
+def with_defaults(prompt: SamplePrompt, family: str) -> SamplePrompt:
+    """A complete prompt for a family; sides are rounded down. An explicit 0 stays."""
+    defaults = SAMPLE_DEFAULTS[family]
+    values = {key: value for key, value in defaults.settings.items() if getattr(prompt, key) is None}
+    for side in ("width", "height"):
+        pixels = defaults.size if getattr(prompt, side) is None else getattr(prompt, side)
+        values[side] = pixels // defaults.size_step * defaults.size_step
+        if values[side] < 1:
+            raise ConfigError(f"the sample prompt '{prompt.prompt}' has {side} {pixels}; at least {defaults.size_step} is needed")
+    return dataclasses.replace(prompt, **values)
+
+
+def unused_settings(prompts: Sequence[SamplePrompt], family: str) -> list[str]:
+    """Settings that prompts give and this family does not read, for one warning at start."""
+    used = {"prompt", "enum", "negative_prompt", "width", "height", "seed", *SAMPLE_DEFAULTS[family].settings}
+    if family in ("sd", "sdxl"):
+        used |= {"sample_sampler", "controlnet_image"}
+    return sorted({key for prompt in prompts for key in prompt.to_dict()} - used)
+
+
+def is_sample_due(options: Any, at: str, step: int, epoch: int) -> bool:
+    """Whether samples are due `at` "first", after optimizer step `step`, or at the end of `epoch` (from 1).
+
+    `options` is SamplingOptions. Epochs take precedence: with an interval of epochs, that of steps does nothing.
+    """
+    if at == "first":
+        return bool(options.sample_at_first)
+    every_epochs, every_steps = options.sample_every_n_epochs, options.sample_every_n_steps
+    if every_epochs:
+        return at == "epoch" and epoch % every_epochs == 0
+    return at == "step" and bool(every_steps) and step > 0 and step % every_steps == 0
+
+
+def sample_suffix(at: str, number: int) -> str:
+    """e000002 for an epoch (and e000000 at first), 000150 for a step."""
+    return f"{number:06d}" if at == "step" else f"e{number:06d}"
+
+
+def sample_file_name(
+    output_name: str | None, at: str, number: int, *, enum: int, seed: int | None, timestamp: str, extension: str = ".png"
+) -> str:
+    """Name below output_dir: sample/{output_name_}{suffix}_{enum:02d}_{timestamp}{_seed}.png. `number`: epoch or step."""
+    parts = [output_name, sample_suffix(at, number), f"{enum:02d}", timestamp, None if seed is None else str(seed)]
+    return "sample/" + "_".join(part for part in parts if part is not None) + extension
+
+
+def replace_token(prompt: SamplePrompt, token: str, count: int) -> SamplePrompt:
+    """`token` of a textual inversion with `count` vectors becomes `token token1 token2 ...`, in the negative prompt too."""
+    words = " ".join([token, *(f"{token}{i}" for i in range(1, count))])
+    negative = prompt.negative_prompt
+    return dataclasses.replace(
+        prompt, prompt=prompt.prompt.replace(token, words), negative_prompt=None if negative is None else negative.replace(token, words)
+    )

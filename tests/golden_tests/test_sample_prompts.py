@@ -1,0 +1,80 @@
+"""Prompt lines and files, defaults, file names and occasions against the reference file sample_prompts.json."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from library.errors import ConfigError
+from library.training import sampling_prompts
+from library.training.sampling_prompts import IMAGE_LINE_OPTIONS, VIDEO_LINE_OPTIONS, SamplePrompt
+from tests.golden_dir import behaviour, behaviour_cases
+
+FILE = "sample_prompts.json"
+
+
+def written(case, tmp_path):
+    path = tmp_path / case["name"]
+    path.write_text(case["content"], encoding="utf-8", newline="")
+    return path
+
+
+@pytest.mark.parametrize("case", behaviour_cases(FILE, "image_lines"))
+def test_image_lines(case):
+    assert sampling_prompts.parse_line(case["line"], options=IMAGE_LINE_OPTIONS).to_dict() == case["record"]
+
+
+@pytest.mark.parametrize("case", behaviour_cases(FILE, "video_lines"))
+def test_video_lines(case):
+    assert sampling_prompts.parse_line(case["line"], options=VIDEO_LINE_OPTIONS).to_dict() == case["record"]
+
+
+@pytest.mark.parametrize("case", behaviour_cases(FILE, "bad_lines"))
+def test_bad_lines(case):
+    option = case["line"].split(" --")[-1].split(" ")[0]
+    with pytest.raises(ConfigError, match=f"prompts.txt line 7: .*--{option}"):
+        sampling_prompts.parse_line(case["line"], "prompts.txt line 7")
+
+
+@pytest.mark.parametrize("case", behaviour_cases(FILE, "files"))
+def test_files(case, tmp_path):
+    prompts = sampling_prompts.load_prompts(written(case, tmp_path))
+    assert [prompt.to_dict() for prompt in prompts] == case["records"]
+
+
+@pytest.mark.parametrize("case", behaviour_cases(FILE, "file_errors"))
+def test_file_errors(case, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        sampling_prompts.load_prompts(written(case, tmp_path))
+    text = str(error.value)
+    assert case["name"] in text
+    words = {"bad.txt": ["line 3", "--w"], "bad.json": ["first", "width"], "prompts.yaml": [".txt, .toml, .json"]}
+    for word in words.get(case["name"], []):
+        assert word in text
+
+
+@pytest.mark.parametrize("case", behaviour_cases(FILE, "resolved"))
+def test_defaults_of_families(case):
+    used = sampling_prompts.with_defaults(SamplePrompt(**case["record"]), case["family"]).to_dict()
+    assert {key: used[key] for key in case["used"]} == case["used"]
+
+
+@pytest.mark.parametrize("case", behaviour_cases(FILE, "file_names"))
+def test_file_names(case):
+    name = sampling_prompts.sample_file_name(
+        case["output_name"], *case["when"], enum=case["enum"], seed=case["seed"], timestamp=case["timestamp"]
+    )
+    assert name == case["file"]
+
+
+@pytest.mark.parametrize("case", behaviour_cases(FILE, "when"))
+def test_occasions(case):
+    options = SimpleNamespace(**{"sample_every_n_steps": None, "sample_every_n_epochs": None, "sample_at_first": False, **case["options"]})
+    assert sampling_prompts.is_sample_due(options, case["at"], case["step"], case["epoch"]) is case["samples"]
+
+
+def test_token_vectors():
+    case = behaviour(FILE)["token_vectors"]
+    prompt = SamplePrompt(prompt=case["prompt"], negative_prompt=case["negative_prompt"])
+    assert sampling_prompts.replace_token(prompt, case["token"], case["count"]).to_dict() == case["expected"]

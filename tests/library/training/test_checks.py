@@ -1,0 +1,157 @@
+"""Start-up checks: what is wrong is said before anything is loaded, and what is right passes."""
+
+import json
+
+import pytest
+
+from library.options import Config
+from library.training import checks
+from library.training.parser_common import script
+
+CLASSES = script("flux", "network").classes
+
+
+def config_of(**values):
+    return Config.read(values, CLASSES)
+
+
+def test_the_output_folder_is_needed_and_made(tmp_path):
+    assert checks.output_problems(config_of()) == ["--output_dir is not given; needed: the folder for the trained files"]
+    folder = tmp_path / "new" / "folder"
+    assert checks.output_problems(config_of(output_dir=str(folder))) == []
+    assert folder.is_dir() and not list(folder.iterdir())
+    (tmp_path / "file").write_text("x")
+    assert "cannot be written" in checks.output_problems(config_of(output_dir=str(tmp_path / "file")))[0]
+
+
+@pytest.mark.parametrize("name", ["mine.safetensors", "mine-000002.safetensors", "mine-step00000010.safetensors"])
+def test_a_file_of_an_earlier_run_is_not_replaced(tmp_path, name):
+    (tmp_path / name).write_text("x")
+    where = {"output_dir": str(tmp_path), "output_name": "mine"}
+    problem = checks.overwrite_problems(config_of(**where))
+    assert len(problem) == 1 and name in problem[0] and "--overwrite" in problem[0]
+    assert checks.overwrite_problems(config_of(**where, overwrite=True)) == []
+    assert checks.overwrite_problems(config_of(**where, resume="state")) == []
+
+
+@pytest.mark.parametrize("name", ["other.safetensors", "mine.txt", "mine-2.safetensors", "mine-000002.ckpt", "mine_v2.safetensors"])
+def test_files_of_other_runs_do_not_matter(tmp_path, name):
+    (tmp_path / name).write_text("x")
+    assert checks.overwrite_problems(config_of(output_dir=str(tmp_path), output_name="mine")) == []
+
+
+def test_a_state_folder_of_an_earlier_run_is_not_replaced(tmp_path):
+    (tmp_path / "mine-step00000010-state").mkdir()
+    assert len(checks.overwrite_problems(config_of(output_dir=str(tmp_path), output_name="mine"))) == 1
+
+
+def test_files_without_a_name_are_looked_for_under_their_default_names(tmp_path):
+    (tmp_path / "at-step00000010.safetensors").write_text("x")
+    assert len(checks.overwrite_problems(config_of(output_dir=str(tmp_path)))) == 1
+
+
+def test_the_prompt_file_is_read_at_start(tmp_path):
+    missing = tmp_path / "none.txt"
+    assert "there is no such file" in checks.sampling_problems(config_of(sample_prompts=str(missing)))[0]
+    empty = tmp_path / "empty.txt"
+    empty.write_text("# only a comment\n")
+    assert "no prompt" in checks.sampling_problems(config_of(sample_prompts=str(empty)))[0]
+    good = tmp_path / "good.txt"
+    good.write_text("a red ball --w 64 --h 64\n")
+    assert checks.sampling_problems(config_of(sample_prompts=str(good))) == []
+
+
+def state_folder(tmp_path, step):
+    folder = tmp_path / "mine-state"
+    folder.mkdir()
+    (folder / "train_state.json").write_text(json.dumps({"current_epoch": 1, "current_step": step}))
+    for name in ("model.safetensors", "optimizer.bin"):
+        (folder / name).write_text("x")
+    return folder
+
+
+def test_the_state_to_resume_from_is_whole_and_has_steps_left(tmp_path):
+    assert "there is no such folder" in checks.resume_problems(config_of(resume=str(tmp_path / "none")))[0]
+    assert "model.safetensors and optimizer.bin are missing" in checks.resume_problems(config_of(resume=str(tmp_path)))[0]
+    folder = state_folder(tmp_path, step=10)
+    assert checks.resume_problems(config_of(resume=str(folder), max_train_steps=11)) == []
+    assert "no step is left" in checks.resume_problems(config_of(resume=str(folder), max_train_steps=10))[0]
+    (folder / "train_state.json").unlink()
+    assert "train_state.json" in checks.resume_problems(config_of(resume=str(folder)))[0]
+
+
+def test_start_points_lie_before_the_end():
+    assert "no step is left" in checks.resume_problems(config_of(initial_step=100, max_train_steps=100))[0]
+    assert checks.resume_problems(config_of(initial_step=99, max_train_steps=100)) == []
+    assert "no epoch is left" in checks.resume_problems(config_of(initial_epoch=4, max_train_epochs=3))[0]
+
+
+def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    problems = checks.logging_problems(config_of(log_with="all", logging_dir=str(tmp_path)))
+    assert len(problems) == 2 and "tensorboard" in problems[0] and "pip install 'atelier[wandb]'" in problems[1]
+    assert checks.logging_problems(config_of()) == []
+
+
+def test_a_tracker_configuration_is_read_at_start(tmp_path):
+    bad = tmp_path / "bad.toml"
+    bad.write_text("x = ")
+    assert "not a readable TOML" in checks.logging_problems(config_of(log_tracker_config=str(bad)))[0]
+
+
+def test_a_repository_name_has_an_owner():
+    assert "owner/name" in checks.hub_problems(config_of(huggingface_repo_id="name"))[0]
+    assert checks.hub_problems(config_of(huggingface_repo_id="me/name")) == []
+
+
+def test_a_backend_that_torch_lacks_is_refused():
+    assert "nvprims_nvfuser" in checks.compile_problems(config_of(torch_compile=True, dynamo_backend="nvprims_nvfuser"))[0]
+    assert checks.compile_problems(config_of(torch_compile=True, dynamo_backend="eager")) == []
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"save_last_n_epochs": 2}, "--save_last_n_epochs has no effect"),
+        ({"save_last_n_steps_state": 2}, "--save_last_n_steps_state has no effect"),
+        ({"persistent_data_loader_workers": True, "max_data_loader_n_workers": 0}, "persistent"),
+        ({"max_train_steps": 10, "max_train_epochs": 2}, "replaces --max_train_steps"),
+        ({"validate_every_n_steps": 2}, "--validation_split"),
+        ({"save_model_as": "pt"}, "no metadata"),
+        ({"sample_prompts": "x.txt"}, "--sample_prompts has no effect"),
+    ],
+)
+def test_options_without_effect_are_told(values, words):
+    assert any(words in line for line in checks.warnings(config_of(**values)))
+
+
+def test_a_plain_run_has_no_warning():
+    assert checks.warnings(config_of(save_every_n_epochs=1, save_last_n_epochs=2)) == []
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"full_fp16": True, "mixed_precision": "bf16"}, "--full_fp16"),
+        ({"full_bf16": True}, "--full_bf16"),
+        ({"fp8_base": True}, "--fp8_base"),
+        ({"blocks_to_swap": -1}, "--blocks_to_swap is -1"),
+        ({"blocks_to_swap": 2, "cpu_offload_checkpointing": True, "gradient_checkpointing": True}, "do not go together"),
+        ({"cpu_offload_checkpointing": True}, "--gradient_checkpointing"),
+        ({"sample_every_n_steps": 5}, "--sample_prompts"),
+        ({"sample_at_first": True}, "--sample_prompts"),
+        ({"log_with": "tensorboard"}, "--logging_dir"),
+        ({"initial_step": 5, "initial_epoch": 2}, "--initial_epoch"),
+        ({"output_name": "a/b"}, "--output_name"),
+        ({"save_every_n_steps": -3}, "--save_every_n_steps is -3"),
+        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps is 0"),
+        ({"async_upload": True}, "--huggingface_repo_id"),
+        ({"dynamo_backend": "eager"}, "--torch_compile"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(values, words):
+    from library.errors import ConfigError
+
+    with pytest.raises(ConfigError) as caught:
+        config_of(**values)
+    assert len(caught.value.problems) == 1 and words in caught.value.problems[0]
