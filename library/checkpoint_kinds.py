@@ -112,7 +112,9 @@ def _what_is_not_safetensors(path: Path) -> CheckpointKind | None:
         return CheckpointKind("damaged", f"it cannot be read ({error.strerror})")
     if size == 0:
         return CheckpointKind("empty", "an empty file (0 bytes); fetch it again")
-    if start.startswith(b"PK\x03\x04") or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    # a header of 640 or 896 bytes begins with the two bytes of a pickle, so the whole length field and the brace are looked at
+    has_header = start[4:9] == b"\0\0\0\0{"
+    if not has_header and (start.startswith(b"PK\x03\x04") or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return CheckpointKind("pickle", "a pickle (.ckpt, .pt, .bin), which can run any code when it is opened; get or make the safetensors version")
     if start.startswith(b"GGUF"):
         return CheckpointKind("gguf", "a quantised GGUF file; get the safetensors version")

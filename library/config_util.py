@@ -7,6 +7,7 @@ and a kind: unknown_key, wrong_type, out_of_range, missing or conflict.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
-from library.dataset.config_checks import check_resolution, check_subset, checked_limits, same_sources
+from library.dataset.captions import dotted
+from library.dataset.config_checks import check_resolution, check_subset, checked_limits, notices, same_sources
 from library.dataset.config_folders import config_from_options
 from library.dataset.config_reading import (
     BAD, ConfigProblem, ConfigReader, ConfigTables, DatasetTables, ProblemList, Scope, Table, read_config_file,
@@ -22,6 +24,8 @@ from library.dataset.config_reading import (
 from library.dataset.config_schema import KEYS
 from library.dataset.items import DatasetParams, SubsetParams
 from library.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 FOLDER_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
 REQUIRED = {"DB": ("image_dir",), "FT": ("metadata_file",), "CN": ("image_dir", "conditioning_data_dir")}
@@ -126,6 +130,8 @@ def load_blueprint(
     blueprint = Blueprint(datasets, options.dataset_config is not None, options.dataset_config, tuple(warnings), bool(problems.items))
     if problems.items:
         raise DatasetConfigError(problems.items, blueprint)
+    for line in notices(datasets):
+        logger.info("%s", line)
     return blueprint
 
 
@@ -150,10 +156,10 @@ class _Resolver:
         follows = checked_limits(scope, self.explicit, self.problems)
         if follows is not None:
             values["max_bucket_reso"] = follows
-        if values["bucket_no_upscale"] is True and values["enable_bucket"] is True and (
-            {"min_bucket_reso", "max_bucket_reso"} & self.explicit or scope.written_at("min_bucket_reso") or scope.written_at("max_bucket_reso")
-        ):
-            self.warnings.append(f"{dataset.table.path}: bucket_no_upscale is on, so min_bucket_reso and max_bucket_reso have no effect")
+        limits = ("min_bucket_reso", "max_bucket_reso")
+        is_limited = any(name in self.explicit or scope.written_at(name) for name in limits)
+        if is_limited and values["bucket_no_upscale"] is True and values["enable_bucket"] is True:
+            self.warnings.append(f"{dataset.table.path}: bucket_no_upscale is on, so {' and '.join(limits)} have no effect")
         if len(set(kinds)) <= 1:
             self._check_keys(dataset.table, kind)
         values["resolution"] = values["resolution"] or PLACEHOLDER_RESOLUTION
@@ -177,6 +183,8 @@ class _Resolver:
             key = KEYS[name]
             values[name] = scope.get(name) if kind in key.kinds else key.default
         values["custom_attributes"] = scope.merged("custom_attributes")
+        if isinstance(values["caption_extension"], str):
+            values["caption_extension"] = dotted(values["caption_extension"])
         subset = SubsetParams(label=table.path, **_without_bad(values, SubsetParams))
         check_subset(scope, subset, dataset, self.caching, self.problems)
         if subset.num_repeats == 0:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from library.model_loading import count_blocks
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -85,12 +87,6 @@ def _with_kinds(original: str, other: str, rules: Sequence[Rule]) -> Iterator[Ru
 def _placed(original: str, other: str, rules: Sequence[Rule]) -> Iterator[Rule]:
     for rule in rules:
         yield Rule(original + rule.original, tuple(other + part for part in rule.parts))
-
-
-def count_blocks(keys: Mapping[str, object] | Sequence[str], prefix: str) -> int:
-    """1 + the largest number N in keys `<prefix>N.`; 0 when there is none."""
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
-    return max((int(match[1]) + 1 for match in map(pattern.match, keys) if match), default=0)
 
 
 def is_diffusers_denoiser(keys: Mapping[str, object]) -> bool:

@@ -19,7 +19,6 @@ from library.flux_convert import (
     convert_bfl_sd_to_diffusers,
     convert_diffusers_sd_to_bfl,
     convert_diffusers_vae_to_ldm,
-    count_blocks,
     is_diffusers_autoencoder,
     is_diffusers_denoiser,
 )
@@ -31,6 +30,7 @@ from library.model_loading import (
     build_on_meta,
     build_params,
     check_state,
+    count_blocks,
     find_prefix,
     open_checkpoint,
     strip_prefix,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -127,6 +128,12 @@ def find_prefix(keys: Iterable[str], prefixes: Sequence[str], roots: Sequence[st
 def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries under `prefix`, without it."""
     return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def count_blocks(keys: Mapping[str, object] | Sequence[str], prefix: str) -> int:
+    """1 + the largest number N in keys `<prefix>N.`; 0 when there is none."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return max((int(match[1]) + 1 for match in map(pattern.match, keys) if match), default=0)
 
 
 def is_blob(key: str) -> bool:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from library.errors import CheckpointError
-from library.flux_convert import count_blocks
 from library.model_loading import (
     assign_state,
     build_on_meta,
     check_state,
+    count_blocks,
     find_prefix,
     open_checkpoint,
     strip_prefix,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import Problems
-from library.options import option, refused_option
+from library.options import option
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
@@ -46,18 +46,16 @@ class DatasetOptions:
     """Images, captions, buckets and augmentation"""
 
     dataset_config: Path | None = option(None, help="dataset configuration, .toml or .json")
-    dataset_class: str | None = refused_option(
-        None, help="dotted path of an own dataset class",
-        reason="batches are planned for all processes at once from the records of the images, which a foreign dataset class"
-        " does not have; describe the images in a --dataset_config (a metadata_file lists any files)",
-    )
+    dataset_class: str | None = option(None, help="package.module.Class of an own dataset, instead of a configuration")
     train_data_dir: str | None = option(None, help="folder of N_name sub-folders with images (N = repeats), or the images of --in_json")
     reg_data_dir: str | None = option(None, help="folder of N_name sub-folders with regularisation images")
     in_json: str | None = option(None, help="metadata file (.json or .jsonl) of the images in --train_data_dir")
-    conditioning_data_dir: str | None = option(None, help="folder of the masks (with --masked_loss) or control images of --train_data_dir")
+    conditioning_data_dir: str | None = option(None, help="folder of masks (with --masked_loss) or control images")
     debug_dataset: bool = option(False, help="show what the data loader gives and stop")
     train_batch_size: int = option(1, help="samples of a batch, per process")
-    resolution: tuple[int, int] | None = option(None, convert=parse_resolution, metavar="W,H", help="training size: one number or width,height")
+    resolution: tuple[int, int] | None = option(
+        None, convert=parse_resolution, metavar="W,H", help="training size: one number or width,height"
+    )
     enable_bucket: bool = option(False, help="several sizes by aspect ratio instead of one crop for all")
     min_bucket_reso: int = option(256, help="shortest bucket side")
     max_bucket_reso: int = option(1024, help="longest bucket side; when not written, it follows the resolution")
@@ -105,6 +103,10 @@ class DatasetOptions:
         for name in ("caption_dropout_rate", "caption_tag_dropout_rate", "validation_split"):
             if not 0 <= getattr(self, name) <= 1:
                 problems.add(f"--{name} is {getattr(self, name)}; use a number from 0 to 1")
+        sources = ("dataset_config", "train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
+        given = [f"--{name}" for name in sources if getattr(self, name) is not None]
+        if self.dataset_class is not None and given:
+            problems.add(f"--dataset_class makes its own batches and cannot be used with {', '.join(given)}; keep one of them")
         if self.resolution is not None and min(self.resolution) < 1:
             problems.add(f"--resolution is {self.resolution[0]},{self.resolution[1]}; both sides must be at least 1")
         if self.face_crop_aug_range is not None and not 0 < self.face_crop_aug_range[0] <= self.face_crop_aug_range[1]:

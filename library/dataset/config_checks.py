@@ -19,7 +19,8 @@ def check_resolution(scope: Scope, architecture: DataArchitecture, problems: Pro
     resolution, step = scope.get("resolution"), architecture.bucket_step
     label = scope.tables[0].path
     if resolution is None:
-        problems.add(f"{label}.resolution", "missing", "the dataset has no resolution; write resolution = 1024 (or [W, H]) or use --resolution")
+        message = "the dataset has no resolution; write resolution = 1024 (or [W, H]) or use --resolution"
+        problems.add(f"{label}.resolution", "missing", message)
     elif resolution is not BAD and any(side % step for side in resolution):
         fitting = ", ".join(str(max(step, round(side / step) * step)) for side in resolution)
         problems.add(
@@ -116,3 +117,23 @@ def _source(subset: SubsetParams) -> tuple | None:
 def _settings(subset: SubsetParams) -> SubsetParams:
     folder = os.path.realpath(subset.image_dir) if subset.image_dir else None
     return dataclasses.replace(subset, label="", image_dir=folder, metadata_file=None, conditioning_data_dir=None)
+
+
+def notices(datasets: Sequence[DatasetParams]) -> list[str]:
+    """Settings in use whose effect is another one than in other trainers; one line each, for the log at start."""
+    subsets = [subset for dataset in datasets for subset in dataset.subsets]
+    lines = {
+        "color_aug: gamma is applied to values 0..1, so brightness changes little":
+            any(s.color_aug for s in subsets),
+        "caption_separator: tags are joined with it again, not with a comma":
+            any(s.caption_separator != "," for s in subsets),
+        "enable_wildcard: the line of a caption is chosen first, then caption_prefix and caption_suffix are attached":
+            any(s.enable_wildcard and (s.caption_prefix or s.caption_suffix) for s in subsets),
+        "keep_tokens_separator: it is taken out of every caption, also when tags are neither shuffled nor dropped":
+            any(s.keep_tokens_separator for s in subsets),
+        "validation_split: every image is in one part only; the choice follows validation_seed, else --seed":
+            any(d.validation_split > 0 or any(s.validation_split for s in d.subsets) for d in datasets),
+        "conditioning_data_dir: masks are scaled and cropped like their images, not squeezed to the bucket":
+            any(d.kind == "CN" for d in datasets),
+    }
+    return [line for line, is_used in lines.items() if is_used]

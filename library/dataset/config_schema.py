@@ -41,11 +41,6 @@ def _text(value: Any) -> str:
     return value
 
 
-def _extension(value: Any) -> str:
-    text = _text(value)
-    return text if text.startswith(".") or not text else f".{text}"
-
-
 def _path(value: Any) -> str:
     if not _text(value):
         raise OutOfRange("a path that is not empty is needed")
@@ -150,7 +145,7 @@ def _keys() -> dict[str, Key]:
     add("custom_attributes", _table, "GDS", option=False)
     add("caption_dropout_rate caption_tag_dropout_rate", _number(0, 1), "GDS", is_dropout=True)
     add("caption_dropout_every_n_epochs", _integer(0), "GDS", is_dropout=True)
-    add("caption_extension", _extension, "GDS", kinds=folders, option="effective_caption_extension", default=".caption")
+    add("caption_extension", _text, "GDS", kinds=folders, option="effective_caption_extension", default=".caption")
     add("cache_info", _boolean, "GDS", kinds=folders, default=False)
     add("class_tokens", _text, "GDS", kinds=frozenset({"DB"}), option=False)
     add("alpha_mask", _boolean, "GDS", kinds=frozenset({"DB", "FT"}), default=False)

@@ -15,9 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.config_util import Blueprint, load_blueprint
 from library.dataset import CachingOptions, DatasetOptions
-from library.dataset.architectures import ARCHITECTURES
 from library.errors import AtelierError, ConfigError, Problems
 from library.options import Config
 from library.training.checkpoint import CheckpointNames
@@ -210,13 +208,6 @@ def compile_problems(config: Config) -> list[str]:
     from library.training.compilation import unknown_backend
 
     return unknown_backend(memory.dynamo_backend)
-
-
-def dataset_blueprint(config: Config, family: ModelFamily) -> Blueprint:
-    """The datasets of a run with every setting resolved. Raises DatasetConfigError with all problems."""
-    return load_blueprint(
-        config[DatasetOptions], config[CachingOptions], explicit=config.explicit, architecture=ARCHITECTURES[family.name]
-    )
 
 
 CHECKS: tuple[Callable[[Config], list[str]], ...] = (

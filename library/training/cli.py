@@ -46,18 +46,32 @@ def run(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
     config = parsed.config
     set_up_logging(config[ConsoleOptions])
     for note in parsed.notes:
-        logger.log(note.level, note.text)
+        _tell(note.level, note.text)
     file_options = config[ConfigFileOptions]
     if file_options.output_config:
         defaults = parser_common.script(family, trainable).defaults
         path = write_config_file(file_options.config_file, config, defaults)
         logger.info("wrote %s; train with --config_file %s", path, path)
         return
+    from library.training import checks
     from library.training.trainer_base import Trainer
 
+    for line in checks.warnings(config):
+        _tell(logging.WARNING, line)
     family_class = import_target(family_entry(family).family)
     trainable_class = import_target(parser_common.TRAINABLES[trainable].trainable)
     Trainer(config, family_class(config), trainable_class(config)).run()
+
+
+def _rank() -> int:
+    """Number of this process, as the launchers set it."""
+    return int(os.environ.get("RANK", "0") or 0)
+
+
+def _tell(level: int, text: str) -> None:
+    """A line that is the same in every process: the first one says it."""
+    if _rank() == 0:
+        logger.log(level, text)
 
 
 def report(error: AtelierError) -> int:
@@ -72,7 +86,7 @@ def set_up_logging(options: ConsoleOptions) -> None:
     """Handlers of the root logger, once per process: the console (stderr) or a file. Of several processes only the
     first tells what is going on; the others show warnings, marked with their number."""
     level = getattr(logging, options.console_log_level or "INFO")
-    rank = int(os.environ.get("RANK", "0") or 0)
+    rank = _rank()
     text = "%(message)s" if options.console_log_simple else "%(asctime)s %(levelname)s %(message)s"
     if rank > 0:
         level, text = max(level, logging.WARNING), f"[process {rank}] {text}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,37 +9,48 @@ from typing import Any
 import torch
 
 from library.dataset import CachingOptions, DatasetOptions
-from library.dataset.caching import encode_latents, plan_latents, unusable_items
-from library.dataset.dataset import DatasetGroup
-from library.dataset.items import ImageItem
-from library.dataset.text_caching import empty_caption_item, encode_text, finish_text, plan_text
+from library.dataset.architectures import ARCHITECTURES
+from library.dataset.build import build_dataset_groups
+from library.dataset.cache_checks import caching_problems
+from library.dataset.custom import load_custom_dataset
+from library.dataset.datasources import ScanResult, load_datasets
+from library.dataset.debug import debug_dataset
+from library.dataset.fill_caches import fill_latent_cache, fill_text_cache
+from library.errors import ConfigError, Problems
 from library.options import Config
 from library.strategy_base import StrategySet
 from library.training.accelerator_setup import Runtime
-from library.training.hooks.losses import gather_objects
+from library.training.option_groups import LoopOptions
 
-logger = logging.getLogger(__name__)
+
+@dataclass
+class FoundData:
+    """What the configuration names and the disk holds; nothing of it is decoded yet. None for --dataset_class."""
+
+    blueprint: Any | None
+    scan: ScanResult | None
 
 
 @dataclass
 class DataGroups:
-    """The images of a run."""
+    """The images of a run, for training and, when some are held out, for validation."""
 
-    train: DatasetGroup
-    validation: DatasetGroup | None
-    blueprint: Any
+    train: Any
+    validation: Any | None
+    used_config_file: bool = False
 
     @property
-    def groups(self) -> list[DatasetGroup]:
+    def groups(self) -> list[Any]:
         return [group for group in (self.train, self.validation) if group is not None]
-
-    @property
-    def items(self) -> list[ImageItem]:
-        return [item for group in self.groups for item in group.items]
 
     def set_strategies(self, strategies: StrategySet) -> None:
         for group in self.groups:
             group.set_strategies(strategies)
+
+    def show(self, seed: int) -> None:
+        """--debug_dataset."""
+        for group in self.groups:
+            debug_dataset(group, seed=seed)
 
 
 @dataclass
@@ -52,34 +62,65 @@ class TextPhase:
     sample_conditioning: dict[str, list[Any]] = field(default_factory=dict)
 
 
+def find_data(config: Config, architecture_name: str) -> FoundData:
+    """Read the dataset configuration and look at its files; every problem of both, and of the caches, in one ConfigError."""
+    data, caching = config[DatasetOptions], config[CachingOptions]
+    if data.dataset_class is not None:
+        if caching.caches_latents or caching.caches_text:
+            raise ConfigError("--dataset_class makes its own batches, which cannot be cached; leave the --cache_* options out")
+        return FoundData(None, None)
+    problems = Problems()
+    try:
+        blueprint, scan = load_datasets(
+            data, caching, explicit=config.explicit, architecture=ARCHITECTURES[architecture_name], seed=config[LoopOptions].seed
+        )
+    except ConfigError as error:
+        problems.absorb(error)
+        blueprint, scan = getattr(error, "partial", None), None
+    if blueprint is not None:
+        subsets = [subset for dataset in blueprint.datasets for subset in dataset.subsets]
+        for message in caching_problems(subsets, latents=caching.caches_latents, text=caching.caches_text):
+            problems.add(message)
+    problems.raise_if_any()
+    return FoundData(blueprint, scan)
+
+
+def group_data(config: Config, found: FoundData, architecture_name: str, seed: int) -> DataGroups:
+    """Items into buckets."""
+    data = config[DatasetOptions]
+    if found.blueprint is None:
+        group = load_custom_dataset(data.dataset_class, resolution=data.resolution, debug_dataset=data.debug_dataset)
+        return DataGroups(group, None)
+    train, validation = build_dataset_groups(
+        found.blueprint, data, architecture=ARCHITECTURES[architecture_name], seed=seed, scan=found.scan
+    )
+    return DataGroups(train, validation, found.blueprint.used_config_file)
+
+
+class KeptModels:
+    """Loads a part of the model when it is first asked for, and keeps it for whoever needs it after."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load = load
+        self.value: Any = None
+
+    def __call__(self) -> Any:
+        if self.value is None:
+            self.value = self._load()
+        return self.value
+
+
+@torch.no_grad()
 def cache_latents(
     config: Config, data: DataGroups, strategies: StrategySet, runtime: Runtime, load_vae: Callable[[], torch.nn.Module]
-) -> torch.nn.Module | None:
-    """Encode what the latent cache lacks. Returns the VAE when it had to be loaded; images that turned out to be unreadable
-    leave the data with --skip_bad_images."""
-    if not config[CachingOptions].caches_latents:
-        return None
-    strategy, skip = strategies.latents_caching, config[DatasetOptions].skip_bad_images
-    jobs = plan_latents(data.items, strategy, process_index=runtime.rank, num_processes=runtime.num_processes)
-    vae = None
-    if jobs:
-        vae = load_vae()
-        with torch.no_grad():
-            bad = encode_latents(jobs, strategy, vae, skip_bad_images=skip, show_progress=runtime.is_main_process)
-        vae.to("cpu")
-    else:
-        bad = []
-    runtime.barrier()
-    if skip and any(gather_objects(bool(bad))):
-        if runtime.num_processes > 1:  # other processes found bad images as well
-            bad = unusable_items(data.items, strategy)
-        for group in data.groups:
-            group.drop(bad)
-    return vae
+) -> None:
+    """Encode what the latent cache lacks; images that turn out to be unreadable leave the data with --skip_bad_images."""
+    if config[CachingOptions].caches_latents:
+        skip = config[DatasetOptions].skip_bad_images
+        fill_latent_cache(data.groups, strategies, load_vae, runtime, skip_bad_images=skip)
 
 
 def prepare_text(
-    config: Config,
     data: DataGroups,
     strategies: StrategySet,
     runtime: Runtime,
@@ -93,32 +134,14 @@ def prepare_text(
     `encode_prompts` turns the encoders into the conditioning of the sample prompts; None: there are none.
     """
     caches = strategies.text_encoder_outputs_caching is not None
-    plan, items = None, []
-    if caches:
-        empty = empty_caption_item(data.train.items)
-        for group in data.groups:
-            group.set_empty_caption(empty)
-        items = [*data.items, *([empty] if empty is not None else [])]
-        plan = plan_text(
-            items, strategies.text_encoder_outputs_caching, process_index=runtime.rank, num_processes=runtime.num_processes
-        )
-    in_step = any(trained) or not caches
-    phase = TextPhase()
-    encoders: list[torch.nn.Module | None] = []
-    if in_step or encode_prompts is not None or plan.needs_model:
-        encoders = load()
-        with torch.no_grad(), runtime.autocast():
-            if plan is not None and plan.needs_model:
-                encode_text(
-                    plan, strategies, encoders, batch_size=data.train.batch_size, show_progress=runtime.is_main_process
-                )
-            if encode_prompts is not None:
-                phase.sample_conditioning = encode_prompts(encoders)
-    runtime.barrier()
-    if caches:
-        finish_text(items, strategies.text_encoder_outputs_caching)
-        # beside a cache only the encoders that learn run in the step
-        phase.text_encoders = [e if i < len(trained) and trained[i] else None for i, e in enumerate(encoders)]
-    else:
-        phase.text_encoders = encoders
+    encoders, phase = KeptModels(load), TextPhase()
+    with torch.no_grad(), runtime.autocast():
+        if caches:
+            fill_text_cache(data.groups, strategies, encoders, runtime)
+        if encode_prompts is not None:
+            phase.sample_conditioning = encode_prompts(encoders())
+    if not caches:
+        phase.text_encoders = encoders()
+    elif any(trained):  # beside a cache only the encoders that learn run in the step
+        phase.text_encoders = [encoder if learns else None for encoder, learns in zip(encoders(), trained, strict=True)]
     return phase

@@ -7,17 +7,23 @@ no generators: trained weights, optimizer, schedule, scaler, hook states and the
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from library.errors import CheckpointError
+from library.training.checkpoint import resume_point
+from library.training.option_groups import HubOptions, ResumeOptions
 
 if TYPE_CHECKING:
     from library.training.run import Run
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.bin"
@@ -27,8 +33,11 @@ HOOKS_FILE = "hooks.bin"
 STATE_FILE = "train_state.json"
 
 
-def save_state(run: Run, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
-    """Write a state folder under a temporary name, then rename it. Main process only; weights are equal on all ranks."""
+def save_state(run: Run, folder: str | Path, counters: Mapping[str, int]) -> None:
+    """Write a state folder under a temporary name, then rename it. Main process only; weights are equal on all ranks.
+
+    `counters`: see checkpoint.train_state.
+    """
     from library.safetensors_utils import save_file_atomic
 
     folder = Path(folder)
@@ -48,13 +57,7 @@ def save_state(run: Run, folder: str | Path, extra: dict[str, Any] | None = None
     if scaler is not None:
         torch.save(scaler.state_dict(), temporary / SCALER_FILE)
     torch.save({type(hook).__name__: hook.state_dict() for hook in run.hooks}, temporary / HOOKS_FILE)
-    content = {
-        "current_epoch": run.progress.epoch,
-        "current_step": run.progress.global_step,
-        "seed": run.step.seed,
-        "steps_per_epoch": run.progress.steps_per_epoch,
-        **(extra or {}),
-    }
+    content = {**counters, "seed": run.step.seed, "steps_per_epoch": run.progress.steps_per_epoch}
     (temporary / STATE_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
     _flush_folder(temporary)
     shutil.rmtree(folder, ignore_errors=True)
@@ -102,6 +105,51 @@ def load_state(run: Run, folder: str | Path) -> None:
         for hook in run.hooks:
             if type(hook).__name__ in states:
                 hook.load_state_dict(states[type(hook).__name__])
+
+
+def resume(run: Run) -> None:
+    """Set the position of a run from --resume, --initial_step or --initial_epoch, and restore the state when there is one.
+
+    Raises CheckpointError when the state does not fit, ConfigError when no step is left.
+    """
+    options, progress = run.config[ResumeOptions], run.progress
+    folder = local_state_folder(options, run.config[HubOptions].huggingface_token, run.runtime)
+    counters = None
+    if folder is not None:
+        counters = read_train_state(folder)
+        load_state(run, folder)
+        _compare(counters, run)
+    point = resume_point(
+        options, counters, steps_per_epoch=progress.steps_per_epoch, accumulation=run.data.accumulation,
+        max_train_steps=progress.max_train_steps,
+    )
+    progress.global_step, progress.epoch, progress.step_in_epoch = point.global_step, point.epoch, point.step_in_epoch
+    if point.global_step:
+        logger.info("going on after step %d, in epoch %d", point.global_step, point.epoch)
+    if counters is not None and point.global_step != counters["current_step"]:
+        logger.warning("the state is at step %d, but training goes on at step %d, as you asked", counters["current_step"], point.global_step)
+
+
+def _compare(counters: Mapping[str, Any], run: Run) -> None:
+    """Say what makes the rest of the run another one than the interrupted run would have been."""
+    for name, own, hint in (
+        ("seed", run.step.seed, "random draws differ from those of the interrupted run; give its --seed"),
+        ("steps_per_epoch", run.progress.steps_per_epoch, "the images, batch size or number of processes changed; the position is counted in steps"),
+    ):
+        if name in counters and counters[name] != own:
+            logger.warning("%s was %s when the state was saved and is %s now: %s", name, counters[name], own, hint)
+
+
+def local_state_folder(options: ResumeOptions, token: str | None, runtime: Any) -> Path | None:
+    """The folder of --resume; with --resume_from_huggingface the main process fetches it for all."""
+    if not options.resume:
+        return None
+    if not options.resume_from_huggingface:
+        return Path(options.resume)
+    from library.huggingface_util import download_folder, parse_hub_folder
+
+    fetched = str(download_folder(parse_hub_folder(options.resume), token)) if runtime.is_main_process else None
+    return Path(runtime.from_main(fetched))
 
 
 def _load(path: Path) -> Any:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from library.dataset import CachingOptions, DatasetOptions
-from library.dataset.cache_checks import caching_problems
 from library.errors import ConfigError, Problems
 from library.options import Config
 from library.strategy_base import StrategySet
@@ -20,7 +19,16 @@ from library.training import checks, loss_weights, losses, optimizers, scheduler
 from library.training.accelerator_setup import Runtime, prepare_runtime
 from library.training.compilation import compile_blocks
 from library.training.data import TrainingData
-from library.training.data_phase import DataGroups, TextPhase, cache_latents, prepare_text
+from library.training.data_phase import (
+    DataGroups,
+    FoundData,
+    KeptModels,
+    TextPhase,
+    cache_latents,
+    find_data,
+    group_data,
+    prepare_text,
+)
 from library.training.families.base import ModelFamily
 from library.training.hooks.base import Hook, HookList
 from library.training.loop import fit
@@ -28,8 +36,14 @@ from library.training.loss import LossFunction
 from library.training.option_groups import LoopOptions, MemoryOptions, SamplingOptions
 from library.training.optimizers import OptimizerBuild, OptimizerOptions
 from library.training.progress import Progress
+from library.training.run_record import RunRecord
+from library.training.hooks.sample import encode_sample_prompts
+from library.training.hooks.standard import standard_hooks
 from library.training.run import Models, Run
+from library.training.sampling_prompts import load_prompts
 from library.training.schedulers import SchedulerOptions
+from library.training.start_page import print_start
+from library.training.state import resume
 from library.training.step import TrainStep
 from library.training.timestep_samplers import TimestepOptions
 from library.training.trainables.base import Trainable
@@ -59,78 +73,61 @@ class Trainer:
 
     def prepare(self) -> Run | None:
         """Every phase up to the complete Run; None when there is nothing to train (--debug_dataset)."""
-        blueprint, prompts = self.check()
+        found, prompts = self.check()
         runtime = prepare_runtime(self.config)
         trained = self.trainable.trains_text_encoders(self.family)
         strategies = self.family.strategies(trained)
-        data = self.find_images(blueprint, runtime)
+        data = group_data(self.config, found, self.family.name, runtime.seed)
         data.set_strategies(strategies)
         if self.config[DatasetOptions].debug_dataset:
-            show_dataset(data)
+            data.show(runtime.seed)
             return None
         vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
         text = self.text_phase(data, strategies, runtime, prompts, trained)
         models = Models(vae, text.text_encoders, self.denoiser_phase(runtime))
         self.trainable.attach(self.family, models, runtime)
-        self.freeze_and_arm(models, trained)
-        return self.assemble(runtime, data, strategies, models, trained, prompts, text)
+        self.arm(models, trained)
+        return self.assemble(runtime, data, models, strategies, trained, prompts, text)
 
-    # ---- checks and data --------------------------------------------------------------------------------------------------
-
-    def check(self) -> tuple[Any, list[Any]]:
-        """Everything that can be wrong before models are loaded, in one error; the blueprint and the sample prompts."""
+    def check(self) -> tuple[FoundData, list[Any]]:
+        """Everything that can be wrong before models are loaded, in one error; the images and the sample prompts."""
         problems = Problems()
         for message in checks.collect(self.config, self.family, self.trainable):
             problems.add(message)
-        blueprint = None
+        found = None
         try:
-            blueprint = checks.dataset_blueprint(self.config, self.family)
+            found = find_data(self.config, self.family.name)
         except ConfigError as error:
             problems.absorb(error)
-            blueprint = getattr(error, "partial", None)
-        if blueprint is not None:
-            caching = self.config[CachingOptions]
-            subsets = [subset for dataset in blueprint.datasets for subset in dataset.subsets]
-            for message in caching_problems(subsets, latents=caching.caches_latents, text=caching.caches_text):
-                problems.add(message)
         problems.raise_if_any()
-        return blueprint, self.read_prompts()
-
-    def find_images(self, blueprint: Any, runtime: Runtime) -> DataGroups:
-        """Look at the folders and files that the configuration names; every bad one in one error."""
-        data = self.config[DatasetOptions]
-        train, validation = build_dataset_groups(
-            blueprint, data, architecture=ARCHITECTURES[self.family.name], seed=runtime.seed
-        )
-        return DataGroups(train, validation, blueprint)
-
-    def read_prompts(self) -> list[Any]:
-        path = self.config[SamplingOptions].sample_prompts
-        return load_prompts(path) if path and samples_at_all(self.config[SamplingOptions]) else []
+        sampling = self.config[SamplingOptions]
+        wants = sampling.sample_at_first or sampling.sample_every_n_steps or sampling.sample_every_n_epochs
+        return found, load_prompts(sampling.sample_prompts) if sampling.sample_prompts and wants else []
 
     # ---- models -------------------------------------------------------------------------------------------------------------
 
     def vae_phase(self, data: DataGroups, strategies: StrategySet, runtime: Runtime, *, keep: bool) -> torch.nn.Module | None:
         """Cache latents. The VAE stays, on the CPU for samples or on the device for live encoding, or is released."""
-        vae = cache_latents(self.config, data, strategies, runtime, lambda: self._frozen(self.family.load_vae(runtime)))
+        vae = KeptModels(lambda: self._frozen(self.family.load_vae(runtime)))
+        cache_latents(self.config, data, strategies, runtime, vae)
         live = not self.config[CachingOptions].caches_latents
-        if live or keep:
-            vae = vae if vae is not None else self._frozen(self.family.load_vae(runtime))
-            return vae.to(runtime.device if live else "cpu")
+        kept = vae().to(runtime.device if live else "cpu") if live or keep else None
         del vae
         release_memory()
-        return None
+        return kept
 
     def text_phase(
         self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[Any], trained: list[bool]
     ) -> TextPhase:
         """Encode captions and sample prompts; afterwards only encoders that the step needs are in memory."""
-        phase = prepare_text(
-            self.config, data, strategies, runtime,
-            load=lambda: [e if e is None else self._frozen(e) for e in self.family.load_text_encoders(runtime)],
-            encode_prompts=(lambda encoders: encode_sample_prompts(self.family, strategies, encoders, prompts)) if prompts else None,
-            trained=trained,
-        )
+
+        def load() -> list[torch.nn.Module | None]:
+            return [e if e is None else self._frozen(e) for e in self.family.load_text_encoders(runtime)]
+
+        def encode(encoders: list[torch.nn.Module | None]) -> dict[str, list[Any]]:
+            return encode_sample_prompts(self.family, strategies, encoders, prompts)
+
+        phase = prepare_text(data, strategies, runtime, load=load, encode_prompts=encode if prompts else None, trained=trained)
         release_memory()
         return phase
 
@@ -144,7 +141,7 @@ class Trainer:
     def _frozen(module: torch.nn.Module) -> torch.nn.Module:
         return module.requires_grad_(False).eval()
 
-    def freeze_and_arm(self, models: Models, trained: list[bool]) -> None:
+    def arm(self, models: Models, trained: list[bool]) -> None:
         """Gradient checkpointing and compilation, after adapters are in place. Checkpointing works in train mode only; the
         models have no dropout of their own that it would switch on."""
         memory = self.config[MemoryOptions]
@@ -161,11 +158,10 @@ class Trainer:
     # ---- the Run --------------------------------------------------------------------------------------------------------------
 
     def assemble(
-        self, runtime: Runtime, data: DataGroups, strategies: StrategySet, models: Models, trained: list[bool],
+        self, runtime: Runtime, data: DataGroups, models: Models, strategies: StrategySet, trained: list[bool],
         prompts: list[Any], text: TextPhase,
     ) -> Run:
         """Optimizer, schedule, loaders, hooks and step; resume; the complete Run."""
-        loop = self.config[LoopOptions]
         batches = self.loader(data, runtime)
         progress = self.new_progress(batches)
         data.train.set_max_train_steps(progress.max_train_steps)
@@ -177,7 +173,13 @@ class Trainer:
         optimizer = built.optimizer
         if runtime.accelerator.scaler is not None:  # the wrapper scales and skips in fp16; it does nothing else for us
             optimizer = runtime.accelerator.prepare_optimizer(optimizer)
-        hooks = HookList(standard_hooks(self.config, runtime, prompts, text.sample_conditioning, self.trainable, self.own_hooks))
+        record = RunRecord(self.started_at, built, data)
+        hooks = HookList(
+            standard_hooks(
+                self.config, runtime, prompts=prompts, conditioning=text.sample_conditioning, trainable=self.trainable,
+                own=self.own_hooks, metadata=record.metadata,
+            )
+        )
         run = Run(
             config=self.config, runtime=runtime, family=self.family, trainable=self.trainable, models=models,
             strategies=strategies, step=self.new_step(runtime, models, strategies, trained, hooks), data=batches,
@@ -185,8 +187,6 @@ class Trainer:
             max_grad_norm=self.config[OptimizerOptions].max_grad_norm,
         )
         resume(run)
-        writer = hooks.find(CheckpointHook)
-        writer.describe(run, built, data, self.started_at)
         if runtime.is_main_process:
             print_start(run, built, data)
         return run

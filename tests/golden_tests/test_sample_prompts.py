@@ -49,7 +49,8 @@ def test_file_errors(case, tmp_path):
         sampling_prompts.load_prompts(written(case, tmp_path))
     text = str(error.value)
     assert case["name"] in text
-    for word in {"bad.txt": ["line 3", "--w"], "bad.json": ["first", "width"], "prompts.yaml": [".txt, .toml, .json"]}.get(case["name"], []):
+    words = {"bad.txt": ["line 3", "--w"], "bad.json": ["first", "width"], "prompts.yaml": [".txt, .toml, .json"]}
+    for word in words.get(case["name"], []):
         assert word in text
 
 

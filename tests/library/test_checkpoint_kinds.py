@@ -166,3 +166,14 @@ def test_the_message_of_a_slot_says_what_the_file_is_and_what_is_needed(tmp_path
     pickle = tmp_path / "old.ckpt"
     pickle.write_bytes(b"PK\x03\x04")
     assert "this is a pickle" in check_slot(pickle, "ae", {"vae_flux"})
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path, length):
+    """640 is 80 02 in the file, which is how pickles of protocol 2 begin."""
+
+    path = tmp_path / "a.safetensors"
+    entry = {"lora_unet_x.lora_down.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    text = json.dumps(entry).encode().ljust(length)
+    path.write_bytes(struct.pack("<Q", length) + text + bytes(4))
+    assert describe_checkpoint(path).kind == "adapter"

@@ -1,7 +1,7 @@
 """Training of the tiny base's autoencoder: 64-pixel pictures to 16 channels at an eighth of the size and back.
 
-Three phases: square crops of 32 pixels (four times as many steps in the same time), whole pictures, and the decoder
-alone. Between the second and the third the latents get the mean and the spread that the family's constants expect.
+Square crops of 32 pixels come first (four times as many steps in the same time), then whole pictures. After that the
+latents get the mean and the spread that the family's constants expect, the encoder stands, and the decoder goes on alone.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ logger = logging.getLogger(__name__)
 LATENT_CHANNELS = 16
 SCALE_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159  # of the family: (latent - shift) * scale has mean 0 and spread 1
 POSTERIOR_STD = 0.01 / SCALE_FACTOR  # spread of a sample around its mean: 1 % of the spread of the latents
-DECODER_NOISE = 0.1  # what the decoder learns to bear, as a share of the latents' spread
+NOISE, DECODER_NOISE = 0.1, 0.04  # what the decoder learns to bear, as a share of the latents' spread: first, and alone
 
 
 @dataclass(frozen=True)
 class AutoencoderPlan:
-    """Length of the phases in seconds or steps, whichever ends first."""
+    """Length of the phases in steps."""
 
     crop_steps: int = 2600
     whole_steps: int = 450
-    decoder_steps: int = 350
+    decoder_crop_steps: int = 2400
+    decoder_whole_steps: int = 400
     batch_size: int = 32
     learning_rate: float = 2e-3
 
@@ -136,33 +137,44 @@ def encode_mean(model: nn.Module, pictures: Tensor, batch_size: int = 64) -> Ten
 
 def train_autoencoder(model: nn.Module, pictures: Tensor, plan: AutoencoderPlan, seed: int) -> None:
     """Train `model` (with `.encoder` giving mean and log-variance, and `.decoder`) in place."""
+    train_both(model, pictures, plan, seed)
+    calibrate(model, pictures[:1024])
+    train_decoder(model, pictures, plan, seed)
+    model.eval()
+
+
+def train_both(model: nn.Module, pictures: Tensor, plan: AutoencoderPlan, seed: int) -> None:
+    """Encoder and decoder together, the latents' scale kept near 1."""
     model.train().to(memory_format=torch.channels_last)
     noise = torch.Generator().manual_seed(seed + 1)
-    total = plan.crop_steps + plan.whole_steps
 
-    def both(picture: Tensor) -> Tensor:
+    def loss_of(picture: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             mean = model.encoder(picture).float()[:, :LATENT_CHANNELS]
-            output = model.decoder(mean + DECODER_NOISE * torch.randn(mean.shape, generator=noise))
+            output = model.decoder(mean + NOISE * torch.randn(mean.shape, generator=noise))
         return picture_loss(output.float(), picture) + 0.02 * spread_penalty(mean)
 
+    total, side = plan.crop_steps + plan.whole_steps, pictures.shape[-1]
+    crops, whole = (batches(pictures, plan.batch_size, size, seed + size) for size in (side // 2, side))
     parameters = list(model.parameters())
-    crops = batches(pictures, plan.batch_size, pictures.shape[-1] // 2, seed)
-    run_steps(parameters, crops, both, range(plan.crop_steps), total, plan.learning_rate)
-    whole = batches(pictures, plan.batch_size, pictures.shape[-1], seed + 2)
-    run_steps(parameters, whole, both, range(plan.crop_steps, total), total, plan.learning_rate)
+    run_steps(parameters, crops, loss_of, range(plan.crop_steps), total, plan.learning_rate)
+    run_steps(parameters, whole, loss_of, range(plan.crop_steps, total), total, plan.learning_rate)
 
-    calibrate(model, pictures[:1024])
-    decoder = list(model.decoder.parameters())
 
-    def decoder_alone(picture: Tensor) -> Tensor:
+def train_decoder(model: nn.Module, pictures: Tensor, plan: AutoencoderPlan, seed: int) -> None:
+    """The decoder alone, on the encoder's finished latents."""
+    model.train().to(memory_format=torch.channels_last)
+    noise = torch.Generator().manual_seed(seed + 3)
+
+    def loss_of(picture: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 mean = model.encoder(picture).float()[:, :LATENT_CHANNELS]
-            spread = 0.5 * DECODER_NOISE / SCALE_FACTOR
-            output = model.decoder(mean + spread * torch.randn(mean.shape, generator=noise))
+            output = model.decoder(mean + DECODER_NOISE / SCALE_FACTOR * torch.randn(mean.shape, generator=noise))
         return picture_loss(output.float(), picture)
 
-    model.train()
-    run_steps(decoder, whole, decoder_alone, range(plan.decoder_steps), plan.decoder_steps, plan.learning_rate / 3)
-    model.eval()
+    total, side = plan.decoder_crop_steps + plan.decoder_whole_steps, pictures.shape[-1]
+    crops, whole = (batches(pictures, plan.batch_size, size, seed + 7 * size) for size in (side // 2, side))
+    parameters = list(model.decoder.parameters())
+    run_steps(parameters, crops, loss_of, range(plan.decoder_crop_steps), total, plan.learning_rate / 2)
+    run_steps(parameters, whole, loss_of, range(plan.decoder_crop_steps, total), total, plan.learning_rate / 2)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import toml
 
 from library.errors import ConfigError
-from library.options import Config
-from library.training.config_file import loggable_values
+from library.options import Config, option_fields
 from library.training.parser_common import PATH_OPTIONS
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ class WandbTracker(Tracker):
             import wandb
         except ImportError as error:
             raise ConfigError(
-                f"--log_with wandb needs the package wandb ({error}); install it with: pip install 'atelier[wandb]'"
+                f"--log_with wandb needs the package wandb ({error}); install it with: pip install wandb"
             ) from error
         self._wandb = wandb
         if folder is not None:
@@ -136,9 +135,18 @@ def _wandb_arguments(path: str) -> dict[str, Any]:
 
 
 def recorded_config(config: Config) -> dict[str, Any]:
-    """The options for `--log_config`: no secrets, none of the path options and no text that is an absolute path."""
-    values = loggable_values(config, PATH_OPTIONS)
-    return {name: value for name, value in values.items() if not (isinstance(value, str) and os.path.isabs(value))}
+    """The options for `--log_config`: no secrets, none of the path options and no text that is an absolute path.
+
+    Lists become texts.
+    """
+    left_out = {*PATH_OPTIONS, "config_file"}
+    for options_class in config.classes():
+        left_out.update(name for name, (_, spec) in option_fields(options_class).items() if spec.secret)
+    return {
+        name: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in config.values().items()
+        if name not in left_out and not (isinstance(value, str) and os.path.isabs(value))
+    }
 
 
 def run_log_dir(options: LoggingOptions, now: float | None = None) -> Path | None:

@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 class ValidationHook(Hook):
-    """Runs after every n steps and n epochs, and once before the first step, so that curves begin at the base model.
+    """Runs after every n steps and n epochs (each epoch when not given), before the first step, so that curves begin at the
+    base model, and after the last one.
 
     Nothing of a pass depends on the state of the training but the weights: the batches come in file order with plain
     captions, their noise is keyed by (seed, sample), the noise levels are the four of the objective, and the mean starts
@@ -31,6 +32,7 @@ class ValidationHook(Hook):
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.last_loss: float | None = None
+        self._measured_at: int | None = None
 
     def on_train_start(self, run: Run) -> None:
         if run.progress.global_step == 0:
@@ -39,8 +41,10 @@ class ValidationHook(Hook):
                 self._report(run, loss, "epoch", divergence=None)
 
     def on_step_end(self, run: Run, output: StepOutput) -> None:
-        every = run.config[ValidationOptions].validate_every_n_steps
-        if every and run.progress.global_step % every == 0:
+        every, progress = run.config[ValidationOptions].validate_every_n_steps, run.progress
+        # a run that stops inside an epoch ends with a measurement too; at the border the epoch's own follows
+        is_cut_off = progress.is_finished and progress.global_step % progress.steps_per_epoch != 0
+        if is_cut_off or (every and progress.global_step % every == 0):
             self._validate_and_report(run, "step")
 
     def on_epoch_end(self, run: Run) -> None:
@@ -67,7 +71,8 @@ class ValidationHook(Hook):
         return loss_sum / count if count else None
 
     def _validate_and_report(self, run: Run, axis: str) -> None:
-        loss = self.validate(run)
+        is_known = self._measured_at == run.progress.global_step  # an epoch's end is a step's end too
+        loss = self.last_loss if is_known else self.validate(run)
         if loss is None:
             return
         run.hooks.find(LossReader).read()  # the training average up to this step; also on ranks that do not log
@@ -76,12 +81,13 @@ class ValidationHook(Hook):
 
     def _report(self, run: Run, loss: float, axis: str, divergence: float | None) -> None:
         """Names of the known tools: loss/validation/{step,epoch}_average and _divergence."""
-        self.last_loss = loss
+        is_new = self._measured_at != run.progress.global_step
+        self.last_loss, self._measured_at = loss, run.progress.global_step
         log = run.hooks.find(LoggingHook)
         log.log({f"loss/validation/{axis}_average": loss, f"loss/validation/{axis}_divergence": divergence}, axis=axis)
         log.show(**{"val_avg_loss" if axis == "step" else "val_epoch_avg_loss": f"{loss:.4g}"})
         curve = run.hooks.find(LossCurveHook)
         if curve is not None:
             curve.add_validation(run.progress.global_step, loss)
-        if run.runtime.is_main_process:
+        if is_new and run.runtime.is_main_process:
             logger.info("validation loss after %d steps: %.5f", run.progress.global_step, loss)

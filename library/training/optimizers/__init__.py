@@ -284,10 +284,10 @@ def warnings_of(
     if choice.one_rate_for_all_groups:
         rates = {"unet_lr": [unet_lr] if unet_lr is not None else [], "text_encoder_lr": list(text_encoder_lr or ())}
         used = {name: values or [options.learning_rate] for name, values in rates.items()}
-        if used["unet_lr"][0] <= TOO_LOW_FOR_ADAPTIVE:
+        if 0 < used["unet_lr"][0] <= TOO_LOW_FOR_ADAPTIVE:
             low = "unet_lr" if unet_lr is not None else "learning_rate"
             found.append(Warned((low,), f"--{low} is {used['unet_lr'][0]}; {choice.name} scales it itself and wants about 1.0"))
-        if len({value for values in used.values() for value in values}) > 1:
+        if len({value for values in used.values() for value in values if value}) > 1:  # a part of rate 0 is not trained
             names = tuple(n for n, values in rates.items() if any(v != options.learning_rate for v in values))
             flags = " and ".join(f"--{name}" for name in names)
             found.append(Warned(names, f"{flags}: {choice.name} uses one rate for all groups, that of the first group"))
@@ -295,7 +295,9 @@ def warnings_of(
         if options.max_grad_norm != 0:
             found.append(Warned(("max_grad_norm",), "--max_grad_norm is not 0; AdaFactor clips updates itself, 0 is recommended"))
         if lr_scheduler != "constant_with_warmup":
-            found.append(Warned(("lr_scheduler",), f"--lr_scheduler is {lr_scheduler}; AdaFactor with a fixed rate wants constant_with_warmup"))
+            text = f"--lr_scheduler is {lr_scheduler}; AdaFactor with a fixed rate wants constant_with_warmup"
+            found.append(Warned(("lr_scheduler",), text))
         if choice.kwargs.get("clip_threshold", 1.0) != 1.0:
-            found.append(Warned(("clip_threshold",), "clip_threshold in --optimizer_args is not 1.0, which is recommended for AdaFactor"))
+            text = "clip_threshold in --optimizer_args is not 1.0, which is recommended for AdaFactor"
+            found.append(Warned(("clip_threshold",), text))
     return found

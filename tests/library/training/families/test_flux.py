@@ -151,9 +151,8 @@ def test_metadata_holds_the_known_keys(tiny):
 
 
 def test_eight_bit_text_encoders_still_encode(tiny):
-    family = family_of(tiny, mixed_precision="bf16", fp8_base=True)
-    runtime = prepare_runtime(family.config)
-    runtime = dataclasses.replace(runtime, text_encoder_dtype=torch.float8_e4m3fn, weight_dtype=torch.bfloat16)
+    family = family_of(tiny)
+    runtime = dataclasses.replace(prepare_runtime(family.config), text_encoder_dtype=torch.float8_e4m3fn, weight_dtype=torch.bfloat16)
     encoders = family.load_text_encoders(runtime)
     strategies = family.strategies()
     with torch.no_grad():

@@ -1,0 +1,99 @@
+"""Filling the caches of a run: what trainers and the tools call between reading the data set and loading the denoiser."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from library.dataset.caching import encode_latents, plan_latents, unusable_items
+from library.dataset.dataset import DatasetGroup
+from library.dataset.text_caching import empty_caption_item, encode_text, finish_text, plan_text, text_outputs_of
+from library.strategy_base import StrategySet
+
+logger = logging.getLogger(__name__)
+
+
+class Processes(Protocol):
+    """What is needed of a Runtime: which process this is, and waiting for the others."""
+
+    rank: int
+    num_processes: int
+
+    def barrier(self) -> None: ...
+
+
+class SingleProcess:
+    """A run of one process, for tools and tests without accelerate."""
+
+    rank = 0
+    num_processes = 1
+
+    def barrier(self) -> None:
+        return None
+
+
+def fill_latent_cache(
+    groups: list[DatasetGroup],
+    strategies: StrategySet,
+    load_vae: Callable[[], Any],
+    processes: Processes,
+    *,
+    num_threads: int | None = None,
+    skip_bad_images: bool = False,
+) -> int:
+    """Give every image of the groups (training and validation) its latents, in memory or on disk.
+
+    The VAE is loaded only when this process has something to encode, and released. Images that cannot be decoded are an
+    error naming all of them, or leave their groups with `skip_bad_images`. Returns the number of images encoded here.
+    """
+    strategy = strategies.latents_caching
+    items = [item for group in groups for item in group.items]
+    jobs = plan_latents(items, strategy, process_index=processes.rank, num_processes=processes.num_processes)
+    if jobs:
+        vae = load_vae()
+        encode_latents(
+            jobs, strategy, vae, num_threads=num_threads, skip_bad_images=skip_bad_images, show_progress=processes.rank == 0
+        )
+        del vae
+        gc.collect()
+    processes.barrier()
+    if jobs or processes.num_processes > 1:
+        unusable = unusable_items(items, strategy)
+        for group in groups:
+            group.drop(unusable)
+    for group in groups:
+        group.share_memory()
+    return len(jobs)
+
+
+def fill_text_cache(
+    groups: list[DatasetGroup],
+    strategies: StrategySet,
+    load_text_encoders: Callable[[], list[Any]],
+    processes: Processes,
+) -> int:
+    """Give every caption of the groups its text encoder outputs, and the empty caption where captions may be dropped.
+
+    `load_text_encoders` is called only when this process has something to encode; whoever wants to keep the encoders keeps
+    them. Returns the number of captions encoded here.
+    """
+    strategy = strategies.text_encoder_outputs_caching
+    items = [item for group in groups for item in group.items]
+    empty = empty_caption_item([item for group in groups if group.is_training for item in group.items])
+    everything = items if empty is None else [*items, empty]
+    plan = plan_text(everything, strategy, process_index=processes.rank, num_processes=processes.num_processes)
+    if plan.needs_model:
+        batch_size = max((group.batch_size for group in groups), default=1)
+        encode_text(plan, strategies, load_text_encoders(), batch_size=batch_size, show_progress=processes.rank == 0)
+        gc.collect()
+    processes.barrier()
+    finish_text(everything, strategy)
+    if empty is not None:
+        empty.text_encoder_outputs = text_outputs_of(empty, strategy)
+    for group in groups:
+        group.set_strategies(strategies)
+        group.set_empty_caption(empty)
+        group.share_memory()
+    return len(plan.jobs)

@@ -1,0 +1,76 @@
+"""modelspec.* metadata of model files, version 1.0.1 (https://github.com/Stability-AI/ModelSpec)."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import mimetypes
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from library.errors import ConfigError
+
+VERSION = "1.0.1"
+PREFIX = "modelspec."
+KIND_TITLES = {"lora": "LoRA", "textual-inversion": "TextualInversion"}
+OPTIONAL = (
+    "author", "description", "license", "tags", "merged_from", "usage_hint", "thumbnail", "trigger_phrase", "preprocessor",
+    "is_negative_embedding",
+)  # fmt: skip
+"""keys that the options --metadata_<key> fill"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What the keys are made of. `kind` is appended to the architecture: lora, textual-inversion, controlnet, or "" for a
+    full model; `resolution_wh` is the training size; `optional` holds the keys named in OPTIONAL."""
+
+    architecture: str
+    implementation: str
+    implementation_version: str
+    kind: str = ""
+    title: str | None = None
+    resolution_wh: tuple[int, int] = (1024, 1024)
+    timestamp: float
+    prediction_type: str | None = None
+    timestep_range: tuple[int, int] | None = None
+    encoder_layer: int | None = None
+    optional: Mapping[str, str | None] = field(default_factory=dict)
+
+
+def build_model_spec(spec: ModelSpec) -> dict[str, str]:
+    """The metadata entries; values that are None are left out."""
+    values: dict[str, Any] = {
+        "sai_model_spec": VERSION,
+        "architecture": f"{spec.architecture}/{spec.kind}" if spec.kind else spec.architecture,
+        "implementation": spec.implementation,
+        "title": spec.title or f"{KIND_TITLES.get(spec.kind, 'Checkpoint')}@{spec.timestamp}",
+        "resolution": f"{spec.resolution_wh[0]}x{spec.resolution_wh[1]}",
+        "date": local_date(spec.timestamp),
+        "implementation_version": spec.implementation_version,
+        "prediction_type": spec.prediction_type,
+        "timestep_range": None if spec.timestep_range is None else f"{spec.timestep_range[0]},{spec.timestep_range[1]}",
+        "encoder_layer": spec.encoder_layer,
+    }
+    for key in OPTIONAL:
+        values[key] = spec.optional.get(key)
+    values["thumbnail"] = thumbnail_url(values["thumbnail"])
+    return {PREFIX + key: str(value) for key, value in values.items() if value is not None}
+
+
+def local_date(timestamp: float) -> str:
+    """ISO 8601 with seconds and the offset of the local time zone."""
+    return datetime.datetime.fromtimestamp(int(timestamp)).astimezone().isoformat(timespec="seconds")
+
+
+def thumbnail_url(thumbnail: str | None) -> str | None:
+    """A data: URL as it is, an image file as a data: URL."""
+    if not thumbnail or thumbnail.startswith("data:"):
+        return thumbnail or None
+    kind = mimetypes.guess_type(thumbnail)[0] or ""
+    if not os.path.isfile(thumbnail) or not kind.startswith("image/"):
+        raise ConfigError(f"--metadata_thumbnail is {thumbnail}; needed: an image file, or a data: URL")
+    with open(thumbnail, "rb") as file:
+        return f"data:{kind};base64,{base64.b64encode(file.read()).decode('ascii')}"

@@ -1,0 +1,99 @@
+"""Writes model files and state folders when they are due, and removes the outdated ones."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.training.checkpoint import SaveRules, Saving, train_state
+from library.training.hooks.base import Hook
+from library.training.hooks.finite import NonFiniteGuard
+from library.training.option_groups import HubOptions, SavingOptions
+from library.training.state import save_state
+
+if TYPE_CHECKING:
+    from library.training.run import Run, StepOutput
+
+logger = logging.getLogger(__name__)
+
+SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+MetadataMaker = Callable[["Run"], dict[str, str]]
+
+
+class CheckpointHook(Hook):
+    """Rules of names and of what is due are in library/training/checkpoint.py. All ranks come here, because reading the
+    pending losses sums over ranks; the main process writes.
+
+    `metadata`: makes the metadata of a file from the run as it stands; `upload`: a huggingface_util.Uploader or None.
+    """
+
+    def __init__(self, metadata: MetadataMaker, upload: Any | None = None) -> None:
+        self._metadata = metadata
+        self._upload = upload
+
+    def on_step_end(self, run: Run, output: StepOutput) -> None:
+        self._write(run, self._rules(run).after_step(run.progress.global_step))
+
+    def on_epoch_end(self, run: Run) -> None:
+        self._write(run, self._rules(run).after_epoch(run.progress.epoch))
+
+    def on_train_end(self, run: Run) -> None:
+        self._write(run, self._rules(run).at_end(run.progress.global_step), is_last=True)
+        if self._upload is not None:
+            self._upload.finish()
+
+    @staticmethod
+    def _rules(run: Run) -> SaveRules:
+        return SaveRules(run.config[SavingOptions], run.progress.num_epochs)
+
+    def _write(self, run: Run, saving: Saving | None, is_last: bool = False) -> None:
+        """File, state, removal at a step; file, removal, state at an epoch."""
+        if saving is None:
+            return
+        guard = run.hooks.find(NonFiniteGuard)
+        if guard is not None:
+            guard.check_before_save(run)
+        if run.runtime.is_main_process:
+            folder = Path(run.config[SavingOptions].output_dir)
+            self._write_file(run, folder / saving.file, is_last)
+            if saving.at == "epoch":
+                self._remove(folder, saving)
+            if saving.state is not None:
+                self._write_state(run, folder / saving.state, is_last)
+            if saving.at != "epoch":
+                self._remove(folder, saving)
+        run.runtime.barrier()
+
+    def _write_file(self, run: Run, path: Path, is_last: bool) -> None:
+        metadata = self._metadata(run)
+        with run.weights_for_eval():
+            run.trainable.save(str(path), SAVE_DTYPES[run.config[SavingOptions].save_precision], metadata)
+        logger.info("saved %s", path)
+        run.hooks.on_post_save(run, str(path), metadata)
+        if self._upload is not None:
+            self._upload(path, wait=is_last)
+
+    def _write_state(self, run: Run, folder: Path, is_last: bool) -> None:
+        counters = train_state(run.progress.global_step, run.progress.steps_per_epoch)
+        save_state(run, folder, counters)
+        logger.info("saved the state %s", folder)
+        if self._upload is not None and run.config[HubOptions].save_state_to_huggingface:
+            self._upload(folder, folder.name, wait=is_last)
+
+    @staticmethod
+    def _remove(folder: Path, saving: Saving) -> None:
+        for name in saving.remove:
+            if (folder / name).is_file():
+                os.remove(folder / name)
+                logger.info("removed the outdated %s", folder / name)
+        for name in saving.remove_states:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+                logger.info("removed the outdated state %s", folder / name)

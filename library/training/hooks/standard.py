@@ -1,0 +1,54 @@
+"""The hooks of every run, in the order in which they are called."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from library.dataset import DatasetOptions
+from library.options import Config
+from library.training.hooks.base import Hook
+from library.training.hooks.checkpoint import CheckpointHook, MetadataMaker
+from library.training.hooks.finite import NonFiniteGuard
+from library.training.hooks.logging import LoggingHook
+from library.training.hooks.loss_curve import LossCurveHook
+from library.training.hooks.losses import LossReader
+from library.training.hooks.sample import SampleHook
+from library.training.hooks.validation import ValidationHook
+from library.training.option_groups import HubOptions
+
+if TYPE_CHECKING:
+    from library.training.accelerator_setup import Runtime
+    from library.training.trainables.base import Trainable
+
+
+def standard_hooks(
+    config: Config, runtime: Runtime, *, prompts: list[Any], conditioning: dict[str, list[Any]], trainable: Trainable,
+    own: list[Hook], metadata: MetadataMaker,
+) -> list[Hook]:
+    """Losses are read first and tested before they are logged; what changes weights (norms) comes before what looks at
+    them, and files are written before samples are made, so that a failing sample costs no checkpoint."""
+    seed = config[DatasetOptions].validation_seed
+    return [
+        NonFiniteGuard(),
+        LoggingHook(),
+        LossCurveHook(),
+        *trainable.hooks(),
+        *own,
+        LossReader(),
+        ValidationHook(runtime.seed if seed is None else seed),
+        CheckpointHook(metadata, uploader_of(config[HubOptions])),
+        SampleHook(prompts, conditioning, runtime.seed),
+    ]
+
+
+def uploader_of(options: HubOptions) -> Any | None:
+    """Uploads files to the hub, when a repository is named."""
+    if options.huggingface_repo_id is None:
+        return None
+    from library.huggingface_util import HubTarget, Uploader
+
+    target = HubTarget(
+        options.huggingface_repo_id, options.huggingface_repo_type, options.huggingface_path_in_repo,
+        options.huggingface_token, options.huggingface_repo_visibility,
+    )
+    return Uploader(target, options.async_upload)

@@ -1,0 +1,133 @@
+"""Collects what the start summary shows from a Run that is ready."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from library.dataset import CachingOptions
+from library.options import option_fields
+from library.training import losses, optimizers, schedulers, timestep_samplers
+from library.training.data_phase import DataGroups
+from library.training.hooks.losses import learning_rates
+from library.training.option_groups import LoopOptions, MemoryOptions, ModelOptions, PrecisionOptions, SavingOptions
+from library.training.optimizers import OptimizerBuild, OptimizerOptions
+from library.training.run import Run
+from library.training.schedulers import SchedulerOptions
+from library.training.summary import BucketSummary, DatasetSummary, StartSummary, start_summary
+from library.training.timestep_samplers import TimestepOptions
+
+logger = logging.getLogger(__name__)
+
+
+def print_start(run: Run, built: OptimizerBuild, data: DataGroups) -> None:
+    """Print the page; lines about changed meanings go to the log as well."""
+    logger.info("%s", start_summary(summary_of(run, built, data)))
+
+
+def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummary:
+    config, progress, runtime = run.config, run.progress, run.runtime
+    saving, scheduler = config[SavingOptions], config[SchedulerOptions]
+    return StartSummary(
+        model=run.family.name,
+        files=_files(run),
+        precision=_precision(run),
+        datasets=[_dataset(dataset, data) for dataset in data.train.datasets],
+        num_epochs=progress.num_epochs,
+        max_train_steps=progress.max_train_steps,
+        steps_per_epoch=progress.steps_per_epoch,
+        gradient_accumulation_steps=config[LoopOptions].gradient_accumulation_steps,
+        num_processes=runtime.num_processes,
+        device=str(runtime.device),
+        optimizer=built.metadata_text,
+        lr_scheduler=schedulers.name_in_use(scheduler, config[OptimizerOptions]),
+        learning_rates={
+            name.removeprefix("lr/"): None if built.choice.finds_own_rate else float(rate)
+            for name, rate in learning_rates(run).items()
+            if not name.startswith("lr/d*lr")
+        },
+        network=run.trainable.name,
+        parts=_trained_parts(run),
+        memory=_memory(run),
+        seed=runtime.seed,
+        seed_was_drawn=runtime.seed_was_drawn,
+        output=os.path.join(saving.output_dir or "", (saving.output_name or "last") + "." + (saving.save_model_as or "safetensors")),
+        first_step=progress.global_step,
+        notes=notes_of(run, built),
+    )
+
+
+def notes_of(run: Run, built: OptimizerBuild) -> list[str]:
+    """Options that choose among equal ways, settings without effect, and numbers that differ from what people know."""
+    config = run.config
+    lines = [*built.notices, *schedulers.notices(config[SchedulerOptions], config[OptimizerOptions])]
+    lines += timestep_samplers.notices(config[TimestepOptions])
+    lines += losses.notices(config[losses.LossOptions], run.step.objective.is_flow)
+    lines += run.step.objective.notices()
+    lines += [warned.text for warned in optimizers.warnings_of(config[OptimizerOptions], lr_scheduler=config[SchedulerOptions].lr_scheduler)]
+    return lines
+
+
+def _files(run: Run) -> dict[str, str]:
+    files = {"base model": run.config[ModelOptions].pretrained_model_name_or_path or ""}
+    family = run.family.opts
+    for name in option_fields(type(family)):
+        value = getattr(family, name)
+        if isinstance(value, str) and os.path.exists(value):
+            files[name] = value
+    return files
+
+
+def _precision(run: Run) -> str:
+    precision, runtime = run.config[PrecisionOptions], run.runtime
+    text = f"computing in {str(runtime.weight_dtype).removeprefix('torch.')}" + (" (autocast)" if precision.mixed_precision != "no" else "")
+    if runtime.denoiser_dtype != runtime.weight_dtype:
+        text += f", frozen weights in {str(runtime.denoiser_dtype).removeprefix('torch.')}"
+    return f"{text}, trained weights in {str(runtime.trained_dtype).removeprefix('torch.')}"
+
+
+def _dataset(dataset: Any, data: DataGroups) -> DatasetSummary:
+    params = getattr(dataset, "params", None)
+    if params is None:  # a class of the user's
+        return DatasetSummary(
+            name=type(dataset).__name__, resolution=(0, 0), batch_size=dataset.batch_size,
+            num_images=dataset.num_train_images, num_samples=dataset.num_train_images,
+        )
+    held_out = [d for d in data.validation.datasets if d.params.label == params.label] if data.validation is not None else []
+    return DatasetSummary(
+        name=params.label or "dataset",
+        resolution=params.resolution,
+        batch_size=params.batch_size,
+        num_images=sum(not item.is_reg for item in dataset.items),
+        num_samples=dataset.num_train_images,
+        num_reg_images=sum(item.is_reg for item in dataset.items),
+        num_validation_images=sum(len(d.items) for d in held_out),
+        buckets=tuple(
+            BucketSummary(width=b.bucket[0], height=b.bucket[1], num_images=len(b.samples), num_batches=-(-len(b.samples) // b.batch_size))
+            for b in dataset.buckets
+        ),
+    )
+
+
+def _trained_parts(run: Run) -> dict[str, int]:
+    return {
+        group.get("name") or f"group {i}": sum(parameter.numel() for parameter in group["params"])
+        for i, group in enumerate(run.optimizer.param_groups)
+    }
+
+
+def _memory(run: Run) -> list[str]:
+    memory, caching = run.config[MemoryOptions], run.config[CachingOptions]
+    lines = []
+    if caching.caches_latents:
+        lines.append("latents cached " + ("on disk" if caching.cache_latents_to_disk else "in memory"))
+    if caching.caches_text:
+        lines.append("text encoder outputs cached " + ("on disk" if caching.cache_text_encoder_outputs_to_disk else "in memory"))
+    resident = [name for name, part in (("VAE", run.models.vae), ("text encoders", any(e is not None for e in run.models.text_encoders))) if part]
+    lines.append("loaded beside the denoiser: " + (", ".join(resident) or "nothing"))
+    if memory.gradient_checkpointing:
+        lines.append("gradient checkpointing" + (" with inputs on the CPU" if memory.cpu_offload_checkpointing else ""))
+    if memory.blocks_to_swap:
+        lines.append(f"{memory.blocks_to_swap} blocks swapped")
+    return lines

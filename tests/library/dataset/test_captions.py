@@ -1,0 +1,94 @@
+"""Captions: what the reference cases do not reach."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from library.dataset.captions import (
+    caption_paths,
+    deterministic_caption,
+    metadata_caption,
+    process_caption,
+    random_caption_settings,
+    read_caption,
+    tag_frequency,
+)
+from library.dataset.items import SubsetParams
+from library.errors import ConfigError
+
+
+def processed(caption: str, seed: int = 0, epoch: int = 1, step: int = 0, **settings) -> str:
+    return process_caption(caption, SubsetParams(**settings), rng=random.Random(seed), epoch=epoch, step=step, max_train_steps=100)
+
+
+def test_every_line_carries_prefix_and_suffix():
+    results = {processed("one\ntwo", seed, enable_wildcard=True, caption_prefix="p", caption_suffix="s") for seed in range(50)}
+    assert results == {"p one s", "p two s"}
+    assert processed("one\ntwo", caption_suffix="s") == "one s"
+
+
+def test_the_separator_never_stays_in_the_text():
+    assert processed("a ||| b, c", keep_tokens_separator="|||") == "a, b, c"
+    assert processed("a;b ||| c", keep_tokens_separator="|||", caption_separator=";") == "a;b;c"
+    assert processed("a,  b", keep_tokens_separator="|||") == "a,  b"
+
+
+def test_dropout_is_a_rate():
+    dropped = sum(processed("a", seed, caption_dropout_rate=0.25) == "" for seed in range(2000))
+    assert 400 < dropped < 600
+
+
+def test_settings_are_not_changed_by_use():
+    params = SubsetParams(token_warmup_step=0.5)
+    for step in (0, 60):
+        process_caption("a, b", params, rng=random.Random(0), epoch=1, step=step, max_train_steps=100)
+    assert params == SubsetParams(token_warmup_step=0.5)
+
+
+def test_deterministic_part():
+    params = SubsetParams(
+        shuffle_caption=True, enable_wildcard=True, caption_tag_dropout_rate=1.0, token_warmup_step=10, caption_dropout_rate=1.0,
+        caption_dropout_every_n_epochs=1, caption_prefix="p,", caption_suffix=", s", secondary_separator=";;;",
+    )
+    assert deterministic_caption("{x|y}, b;;;c, d\nother", params) == "p, x, b,c, d, s"
+    assert deterministic_caption("a {b}", SubsetParams()) == "a {b}"
+
+
+def test_what_makes_a_caption_random():
+    assert random_caption_settings(SubsetParams(caption_dropout_rate=0.5, caption_prefix="p", keep_tokens=1)) == []
+    named = SubsetParams(shuffle_caption=True, enable_wildcard=True, token_warmup_step=0.1, caption_tag_dropout_rate=0.1)
+    assert set(random_caption_settings(named)) == {
+        "shuffle_caption", "enable_wildcard", "token_warmup_step", "caption_tag_dropout_rate",
+    }
+
+
+def test_not_utf8_names_the_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ConfigError, match="a.txt.*UTF-8"):
+        read_caption(str(tmp_path / "a.png"), SubsetParams(caption_extension=".txt"))
+
+
+def test_empty_file_is_an_empty_caption(tmp_path):
+    (tmp_path / "a.caption").write_bytes(b"")
+    assert read_caption(str(tmp_path / "a.png"), SubsetParams()) == ""
+    assert read_caption(str(tmp_path / "b.png"), SubsetParams()) is None
+
+
+def test_face_numbers_count_in_the_name_alone():
+    face = SubsetParams(face_crop_aug_range=(1.0, 2.0))
+    assert len(caption_paths("/x_1_2_3_4/img.png", face)) == 1
+    assert len(caption_paths("/x/img_1_2_3_4.png", face)) == 2
+    assert len(caption_paths("/x/img_1_2_3_four.png", face)) == 1
+    assert len(caption_paths("/x/img_1_2_3_4.png", SubsetParams())) == 1
+
+
+def test_metadata_tags_are_not_lost():
+    wild = SubsetParams(enable_wildcard=True)
+    assert metadata_caption({"tags": "x, y"}, wild) == "x, y"
+    assert metadata_caption({"caption": None, "tags": ["x", "y"]}, SubsetParams()) == "x,y"
+
+
+def test_tag_frequency():
+    assert tag_frequency(["A, b,, a", "b "]) == {"a": 1, "b": 2}

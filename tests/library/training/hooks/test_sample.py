@@ -1,0 +1,168 @@
+"""Sample images of a tiny FLUX: when, which files, which texts, and that the training does not notice."""
+
+import dataclasses
+
+import pytest
+import torch
+from PIL import Image
+
+from library.dataset import CachingOptions
+from library.options import Config
+from library.training.accelerator_setup import prepare_runtime
+from library.training.families.flux import FluxFamily, FluxOptions
+from library.training.hooks.base import Hook
+from library.training.hooks.logging import LoggingHook
+from library.training.hooks.losses import LossReader
+from library.training.hooks.sample import SampleHook, encode_sample_prompts, texts_of
+from library.training.loop import fit
+from library.training.option_groups import SHARED_GROUPS
+from library.training.run import Models
+from library.training.sampling_prompts import SamplePrompt
+from library.training.timestep_samplers import TimestepOptions
+from tests.library.training.hooks.small_run import small_run
+from tests.tiny import build_tiny_flux
+
+SMALL = {"width": 32, "height": 32, "sample_steps": 1}
+PROMPTS = [
+    SamplePrompt(prompt="a red cat", enum=0, seed=7, **SMALL),
+    SamplePrompt(prompt="the dog", enum=1, scale=3.0, negative_prompt="blue", **SMALL),
+]
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    """(family, strategies, text encoders, models)"""
+    tiny = build_tiny_flux(tmp_path_factory.mktemp("tiny"))
+    values = {
+        "pretrained_model_name_or_path": str(tiny.flux), "clip_l": str(tiny.clip_l), "t5xxl": str(tiny.t5xxl),
+        "ae": str(tiny.ae), "clip_l_tokenizer": str(tiny.clip_l_tokenizer), "t5xxl_max_token_length": 16,
+    }
+    family = FluxFamily(Config.read(values, [*SHARED_GROUPS, FluxOptions, CachingOptions, TimestepOptions]))
+    runtime = prepare_runtime(family.config)
+    return family, family.strategies(), family.load_text_encoders(runtime), Models(
+        vae=family.load_vae(runtime), denoiser=family.load_denoiser(runtime)
+    )
+
+
+def run_with(flux, hooks, **options):
+    family, strategies, _, models = flux
+    options = {"sample_prompts": "prompts.txt", **options}
+    return dataclasses.replace(small_run(hooks, steps=8, **options), family=family, strategies=strategies, models=models)
+
+
+def sample_hook(flux) -> SampleHook:
+    family, strategies, encoders, _ = flux
+    return SampleHook(PROMPTS, encode_sample_prompts(family, strategies, encoders, PROMPTS), seed=1)
+
+
+class CountPairs(Hook):
+    def __init__(self) -> None:
+        self.calls = []
+
+    def on_before_sample_images(self, run) -> None:
+        self.calls.append("before")
+
+    def on_after_sample_images(self, run) -> None:
+        self.calls.append("after")
+
+
+def test_negative_texts_are_encoded_where_cfg_is_on(flux):
+    prompts = [*PROMPTS, SamplePrompt(prompt="a", scale=2.0), SamplePrompt(prompt="a", negative_prompt="unused")]
+    assert texts_of(flux[0], prompts) == ["a red cat", "the dog", "blue", "a", ""]
+
+
+def test_files_and_sheet_of_an_occasion(flux, tmp_path):
+    hook = sample_hook(flux)
+    run = run_with(flux, [LossReader(), LoggingHook(False), hook], output_dir=str(tmp_path), output_name="my.lora")
+    run.hooks.on_train_start(run)
+    run.progress.global_step = 150
+    made = hook.sample(run, "step")
+    assert [file.caption for file in made] == ["a red cat", "the dog"]
+    names = sorted(path.name for path in (tmp_path / "sample").iterdir())
+    assert len(names) == 3 and "my.lora_000150_grid.png" in names
+    assert names[0].startswith("my.lora_000150_00_") and names[0].endswith("_7.png")
+    assert names[1].startswith("my.lora_000150_01_") and names[1].count("_") == 3  # no seed was given
+    with Image.open(tmp_path / "sample" / names[0]) as image:
+        assert image.size == (32, 32)
+
+
+def test_the_same_step_gives_the_same_pictures_and_another_step_other_drawn_seeds(flux, tmp_path):
+    hook = sample_hook(flux)
+    run = run_with(flux, [LossReader(), LoggingHook(False), hook], output_dir=str(tmp_path))
+    run.hooks.on_train_start(run)
+    pixels = []
+    for step in (3, 3, 4):
+        run.progress.global_step = step
+        pixels.append([Image.open(file.path).tobytes() for file in hook.sample(run, "step")])
+    assert pixels[0] == pixels[1]
+    assert pixels[2][0] == pixels[0][0] and pixels[2][1] != pixels[0][1]
+
+
+@pytest.mark.parametrize(
+    ("options", "suffixes"),
+    [
+        ({"sample_at_first": True, "sample_every_n_steps": 4}, ["000004", "000008", "e000000"]),
+        ({"sample_every_n_epochs": 2}, ["e000002"]),
+        ({"sample_every_n_epochs": 1, "sample_every_n_steps": 3}, ["e000001", "e000002"]),
+    ],
+)
+def test_occasions(flux, tmp_path, options, suffixes):
+    pairs = CountPairs()
+    run = run_with(flux, [LossReader(), LoggingHook(False), sample_hook(flux), pairs], output_dir=str(tmp_path), **options)
+    fit(run)
+    grids = sorted(path.name for path in (tmp_path / "sample").glob("*_grid.png"))
+    assert grids == [f"{suffix}_grid.png" for suffix in suffixes]
+    assert pairs.calls == ["before", "after"] * len(suffixes)
+
+
+def test_the_after_hook_runs_when_sampling_fails(flux, tmp_path):
+    pairs = CountPairs()
+    hook = SampleHook(PROMPTS, {}, seed=1)
+    run = run_with(flux, [LossReader(), LoggingHook(False), hook, pairs], output_dir=str(tmp_path), sample_at_first=True)
+    with pytest.raises(KeyError):
+        fit(run)
+    assert pairs.calls == ["before", "after"]
+
+
+def test_modes_and_generators_are_as_before(flux, tmp_path):
+    hook = sample_hook(flux)
+    run = run_with(flux, [LossReader(), LoggingHook(False), hook], output_dir=str(tmp_path))
+    run.hooks.on_train_start(run)
+    run.models.denoiser.train()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    hook.sample(run, "step")
+    assert run.models.denoiser.training and torch.equal(state, torch.get_rng_state())
+    run.models.denoiser.eval()
+
+
+def test_texts_are_encoded_anew_while_an_encoder_learns(flux, tmp_path):
+    family, _, encoders, models = flux
+    hook = sample_hook(flux)
+    run = run_with(flux, [LossReader(), LoggingHook(False), hook], output_dir=str(tmp_path))
+    run = dataclasses.replace(run, models=dataclasses.replace(models, text_encoders=[encoders[0], None]))
+    run.step.trained_text_encoders = [True, False]
+    before = hook.conditioning["a red cat"]
+    weight = encoders[0].text_model.final_layer_norm.bias
+    saved = weight.detach().clone()
+    with torch.no_grad():
+        weight += 1.0
+    try:
+        now = hook._current_conditioning(run)["a red cat"]
+    finally:
+        with torch.no_grad():
+            weight.copy_(saved)
+    torch.testing.assert_close(now[0], before[0] + 1.0)
+    assert now[1] is before[1]
+
+
+def test_pictures_reach_tensorboard(flux, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = run_with(
+        flux, [LossReader(), LoggingHook(False), sample_hook(flux)], output_dir=str(tmp_path), sample_every_n_steps=8,
+        logging_dir=str(tmp_path / "logs"),
+    )
+    fit(run)
+    path = next((tmp_path / "logs").rglob("events.out.tfevents.*"))
+    assert EventAccumulator(str(path)).Reload().Tags()["images"] == ["sample_0", "sample_1"]

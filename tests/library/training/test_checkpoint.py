@@ -1,0 +1,48 @@
+"""Rules of saving and resuming beyond the recorded runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from library.errors import ConfigError
+from library.training.checkpoint import SaveRules, outdated_epoch, outdated_step, resume_point, train_state
+from library.training.option_groups import ResumeOptions, SavingOptions
+
+
+def test_the_newest_file_is_never_removed():
+    assert outdated_epoch(4, 2, 0) == 2
+    assert outdated_step(40, 10, 0) == 30
+
+
+@pytest.mark.parametrize("step", [9, 10, 11, 37])
+def test_only_multiples_are_saved_and_removed(step):
+    rules = SaveRules(SavingOptions(save_every_n_steps=10, save_last_n_steps=0, save_state=True), num_epochs=2)
+    saving = rules.after_step(step)
+    assert (saving is not None) == (step == 10)
+    if saving:
+        assert saving.remove == saving.remove_states == ()
+
+
+def test_states_are_not_removed_when_none_are_written():
+    rules = SaveRules(SavingOptions(save_every_n_epochs=1, save_last_n_epochs=1), num_epochs=9)
+    saving = rules.after_epoch(5)
+    assert saving.remove == ("epoch-000004.safetensors",) and saving.remove_states == () and saving.state is None
+
+
+def test_every_step_of_a_run_has_its_own_place():
+    points = [
+        resume_point(ResumeOptions(), {"current_step": step}, steps_per_epoch=3, accumulation=2, max_train_steps=9)
+        for step in range(9)
+    ]
+    assert [(p.epoch, p.batches_to_skip) for p in points] == [(e, b) for e in (1, 2, 3) for b in (0, 2, 4)]
+    assert [p.steps_left for p in points] == list(range(9, 0, -1))
+
+
+def test_a_finished_run_says_what_to_raise():
+    with pytest.raises(ConfigError, match="raise --max_train_steps"):
+        resume_point(ResumeOptions(), {"current_step": 9}, steps_per_epoch=3, accumulation=1, max_train_steps=9)
+
+
+@pytest.mark.parametrize(("step", "epoch"), [(0, 1), (1, 1), (10, 1), (11, 2), (20, 2), (21, 3)])
+def test_a_state_at_the_border_belongs_to_the_finished_epoch(step, epoch):
+    assert train_state(step, 10) == {"current_epoch": epoch, "current_step": step}

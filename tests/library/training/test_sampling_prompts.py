@@ -1,0 +1,60 @@
+"""Reading prompt files: what people write by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from library.errors import ConfigError
+from library.training.sampling_prompts import SamplePrompt, load_prompts, parse_line, unused_settings, with_defaults
+
+
+def test_all_problems_of_a_file_come_together(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a --w x --zz 1\nfine\nb --l much\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        load_prompts(path)
+    assert [p.split(":")[0] for p in error.value.problems] == ["prompts.txt line 1", "prompts.txt line 1", "prompts.txt line 3"]
+
+
+def test_windows_text_files(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeff# note\r\na cat --w 64\r\n\r\nkatze --n h\u00e4sslich\r\n".encode())
+    assert [p.to_dict() for p in load_prompts(path)] == [
+        {"prompt": "a cat", "width": 64, "enum": 0}, {"prompt": "katze", "negative_prompt": "h\u00e4sslich", "enum": 1},
+    ]
+
+
+def test_tabs_separate_as_well():
+    assert parse_line("a cat\t--w\t64").to_dict() == {"prompt": "a cat", "width": 64}
+
+
+def test_a_single_toml_table_is_one_prompt(tmp_path):
+    path = tmp_path / "one.toml"
+    path.write_text('[prompt]\nprompt = "x"\nseed = 3\n', encoding="utf-8")
+    assert [p.to_dict() for p in load_prompts(path)] == [{"prompt": "x", "seed": 3, "enum": 0}]
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ('[{"prompt": "x", "widht": 5}]', "did you mean 'width'"),
+    ('[{"prompt": "x", "seed": true}]', "seed is True"),
+    ('[{"width": 64}]', "prompt"),
+    ('{"prompt": "x"}', "list"),
+    ('[{"prompt": "x", "sample_sampler": "eulr"}]', "did you mean 'euler'"),
+    ("[", "not valid JSON"),
+])
+def test_bad_json(tmp_path, content, words):
+    path = tmp_path / "prompts.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=words):
+        load_prompts(path)
+
+
+def test_a_side_that_rounds_to_nothing_is_an_error():
+    with pytest.raises(ConfigError, match="width 8"):
+        with_defaults(SamplePrompt(prompt="x", width=8), "flux")
+
+
+def test_settings_that_a_family_does_not_read_are_told():
+    prompts = [SamplePrompt(prompt="x", sample_sampler="euler", guidance_scale=2.0), SamplePrompt(prompt="y", renorm_cfg=1.0)]
+    assert unused_settings(prompts, "flux") == ["renorm_cfg", "sample_sampler"]
+    assert unused_settings(prompts, "sd") == ["guidance_scale", "renorm_cfg"]

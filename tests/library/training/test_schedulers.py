@@ -1,0 +1,95 @@
+"""Schedules: notices, start-up checks, and going on from a saved state."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+from library.errors import ConfigError
+from library.training import optimizers, schedulers
+from library.training.optimizers import OptimizerOptions
+from library.training.schedulers import SchedulerOptions
+
+NAMES = [entry.name for entry in schedulers.SCHEDULERS if entry.name != "adafactor"]
+NEEDED = {"lr_scheduler_min_lr_ratio": 0.1}
+
+
+def made(options: SchedulerOptions, total: int = 12):
+    build = optimizers.build(OptimizerOptions(learning_rate=1e-3), [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": 1e-3}])
+    return build.optimizer, schedulers.build(options, build, learning_rate=1e-3, max_train_steps=total)
+
+
+def advance(optimizer, scheduler, steps: int) -> list[float]:
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def options_named(name: str) -> SchedulerOptions:
+    if name == "piecewise_constant":
+        return SchedulerOptions(lr_scheduler=name, lr_scheduler_args=["step_rules=1:3,0.5:8,0.1"])
+    return SchedulerOptions(lr_scheduler=name, lr_warmup_steps="3", lr_decay_steps="25%", **NEEDED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_schedule_equals_the_uninterrupted_one(name):
+    optimizer, scheduler = made(options_named(name))
+    whole = advance(optimizer, scheduler, 12)
+    optimizer, scheduler = made(options_named(name))
+    first = advance(optimizer, scheduler, 5)
+    file = io.BytesIO()
+    torch.save([optimizer.state_dict(), scheduler.state_dict()], file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    optimizer, scheduler = made(options_named(name))
+    optimizer.load_state_dict(states[0])
+    scheduler.load_state_dict(states[1])
+    assert first + advance(optimizer, scheduler, 7) == whole
+    assert len(set(whole)) > 1, "the curve moves"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rates_stay_between_zero_and_the_rate(name):
+    optimizer, scheduler = made(options_named(name))
+    assert all(0 <= rate <= 1e-3 * (1 + 1e-12) for rate in advance(optimizer, scheduler, 20))
+
+
+@pytest.mark.parametrize(("options", "optimizer", "total", "words"), [
+    ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ["step_rules=1:9,0.5:3,0.1"]}, {}, None, "step_rules"),
+    ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ["step_rules=1:9,1"], "lr_warmup_steps": 3}, {}, None, "lr_warmup_steps"),
+    ({"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 6, "lr_decay_steps": 6}, {}, 10, "lr_decay_steps"),
+    ({"lr_scheduler": "warmup_stable_decay", "lr_scheduler_args": ["decay_type=line"]}, {}, None, "decay_type"),
+    ({"lr_scheduler": "cosine", "lr_scheduler_args": ["T_max=3"]}, {}, None, "T_max"),
+    ({"lr_scheduler_type": "CosineAnnealingLR"}, {}, None, "T_max"),
+    ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ["step_size=3"], "lr_warmup_steps": "5%"}, {}, None, "lr_warmup_steps"),
+    ({"lr_scheduler_type": "ReduceLROnPlateau"}, {}, None, "metric"),
+    ({"lr_scheduler_type": "no_such_package.Thing"}, {}, None, "no_such_package"),
+    ({"lr_scheduler": "rex", "lr_scheduler_args": ["min_lr=1"]}, {"learning_rate": 1e-3}, None, "min_lr"),
+    ({"lr_scheduler": "polynomial", "lr_scheduler_args": ["lr_end=1"]}, {"learning_rate": 1e-3}, None, "lr_end"),
+    ({"lr_scheduler": "adafactor"}, {"optimizer_type": "AdaFactor", "optimizer_args": ["relative_step=False"]}, None, "relative_step"),
+])
+def test_refused(options, optimizer, total, words):
+    with pytest.raises(ConfigError, match=words):
+        schedulers.check(SchedulerOptions(**options), OptimizerOptions(**optimizer), total)
+
+
+@pytest.mark.parametrize(("options", "optimizer", "words"), [
+    ({"lr_warmup_steps": 5}, {}, "constant_with_warmup"),
+    ({"lr_scheduler": "cosine", "lr_scheduler_num_cycles": 3}, {}, "lr_scheduler_num_cycles"),
+    ({"lr_scheduler": "cosine"}, {"optimizer_type": "AdamWScheduleFree"}, "lr_scheduler"),
+    ({"lr_scheduler": "linear", "lr_scheduler_type": "StepLR"}, {}, "lr_scheduler without effect"),
+    ({"lr_scheduler": "linear"}, {"optimizer_type": "AdaFactor"}, "own schedule"),
+])
+def test_one_notice(options, optimizer, words):
+    lines = schedulers.notices(SchedulerOptions(**options), OptimizerOptions(**optimizer))
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_no_notice_without_reason():
+    assert schedulers.notices(SchedulerOptions(), OptimizerOptions()) == []
+    assert schedulers.notices(SchedulerOptions(lr_scheduler="cosine", lr_warmup_steps="10%"), OptimizerOptions()) == []

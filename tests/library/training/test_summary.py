@@ -1,0 +1,43 @@
+"""The page at start says what a run will do."""
+
+import dataclasses
+
+from library.training.summary import BucketSummary, DatasetSummary, StartSummary, start_summary
+
+BUCKETS = tuple(BucketSummary(width=64 * n, height=64, num_images=n, num_batches=1) for n in range(1, 11))
+RUN = StartSummary(
+    model="flux", files={"base model": "flux1-dev.safetensors"}, precision="computing in bfloat16",
+    datasets=[
+        DatasetSummary(
+            name="datasets[0]", resolution=(512, 768), batch_size=2, num_images=10, num_samples=55, num_validation_images=3,
+            buckets=BUCKETS,
+        )
+    ],
+    num_epochs=2, max_train_steps=56, steps_per_epoch=28, gradient_accumulation_steps=2, num_processes=3, device="cuda",
+    optimizer="torch.optim.adamw.AdamW", lr_scheduler="constant", learning_rates={"unet": 1e-4, "textencoder": 5e-5},
+    network="network", parts={"unet": 1234567}, memory=["latents cached in memory"], seed=42, notes=["--sdpa: as always"],
+)
+
+
+def test_the_page_names_everything():
+    page = start_summary(RUN)
+    for words in (
+        "flux1-dev.safetensors", "10 images, 55 per epoch, 512x768, 3 held out", "56 steps, 2 epochs of 28 steps",
+        "2 per process, 3 processes on cuda, 2 batches per step: 12 images per step", "1,234,567 parameters",
+        "unet 0.0001, textencoder 5e-05", "latents cached in memory", "--sdpa: as always", "seed         42",
+    ):
+        assert words in page, words
+    assert "drawn" not in page and all(line == line.rstrip() for line in page.splitlines())
+
+
+def test_many_buckets_are_summed():
+    page = start_summary(RUN)
+    assert "640x64" in page and "2 others" in page and "192x64" in page and "128x64" not in page
+
+
+def test_other_cases():
+    page = start_summary(
+        dataclasses.replace(RUN, seed_was_drawn=True, num_processes=1, first_step=7, learning_rates={"a": None, "b": None})
+    )
+    assert "--seed to repeat" in page and "1 process on" in page and "going on at step 8" in page
+    assert "learning rate chosen by the optimizer" in page

@@ -1,0 +1,110 @@
+"""Real runs on a tiny random FLUX.1 set and a folder of small pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from library.training import cli
+from tests.tiny import TinyFlux, build_tiny_flux
+
+CHANGING_KEYS = {"ss_session_id", "ss_training_started_at", "ss_training_finished_at", "modelspec.date"}
+"""metadata that no two runs share"""
+
+DATASET = """
+[general]
+caption_extension = ".txt"
+enable_bucket = true
+min_bucket_reso = 32
+bucket_reso_steps = 16
+[[datasets]]
+resolution = 64
+batch_size = {batch_size}
+{dataset_keys}
+[[datasets.subsets]]
+image_dir = '{images}'
+{subset_keys}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> TinyFlux:
+    return build_tiny_flux(tmp_path_factory.mktemp("tiny"))
+
+
+def draw_pictures(folder: Path, count: int, size: tuple[int, int] = (64, 64)) -> Path:
+    """Noise pictures of one size, or of two when `count` is negative: every third wider."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.RandomState(0)
+    for i in range(abs(count)):
+        width = 96 if count < 0 and i % 3 == 0 else size[0]
+        Image.fromarray(random.randint(0, 255, (size[1], width, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"a red cat, number {i}, photo", encoding="utf-8")
+    return folder
+
+
+@dataclass
+class Work:
+    """A folder with pictures, a dataset configuration and the options of a short run."""
+
+    folder: Path
+    tiny: TinyFlux
+    images: Path
+
+    def dataset(self, batch_size: int = 2, dataset_keys: str = "", subset_keys: str = "", name: str = "data.toml") -> Path:
+        path = self.folder / name
+        text = DATASET.format(batch_size=batch_size, images=self.images, dataset_keys=dataset_keys, subset_keys=subset_keys)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def argv(self, out: str, *more: str, dataset: Path | None = None) -> list[str]:
+        return [
+            *self.tiny.arguments(), f"--dataset_config={dataset or self.dataset()}", f"--output_dir={self.folder / out}",
+            "--output_name=lora", "--network_module=networks.lora_flux", "--network_dim=4", "--max_train_steps=7", "--seed=5",
+            "--learning_rate=1e-2", "--max_data_loader_n_workers=0", "--console_log_level=WARNING", *more,
+        ]
+
+    def train(self, out: str, *more: str, dataset: Path | None = None) -> Path:
+        """Train in this process; the path of the final file."""
+        cli.run("flux", "network", self.argv(out, *more, dataset=dataset))
+        return self.folder / out / "lora.safetensors"
+
+
+@pytest.fixture
+def work(tmp_path: Path, tiny: TinyFlux) -> Work:
+    return Work(tmp_path, tiny, draw_pictures(tmp_path / "images", -9))
+
+
+def read_parts(path: Path) -> tuple[dict[str, str], bytes]:
+    """Metadata and everything after the header of a safetensors file."""
+    content = path.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + size])
+    return header.get("__metadata__", {}), content[8 + size :]
+
+
+def fingerprint(path: Path) -> str:
+    """Of all bytes of a file but the metadata that no two runs share."""
+    metadata, data = read_parts(path)
+    kept = {key: value for key, value in metadata.items() if key not in CHANGING_KEYS and not key.startswith("sshs_")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode() + data).hexdigest()
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    """Over all tensors of two files with the same keys."""
+    from safetensors.torch import load_file
+
+    left, right = load_file(a), load_file(b)
+    assert left.keys() == right.keys()
+    return max(float((left[key].float() - right[key].float()).abs().max()) for key in left)
+
+
+Train = Callable[[str, Sequence[str]], Path]

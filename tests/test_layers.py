@@ -1,0 +1,197 @@
+"""The import layers of the code base, read from the source: a module may import, at module level, only from its own row of
+the table in docs/architecture.md or from rows above it; families are strangers to each other and to shared code."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from fnmatch import fnmatch
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from library.family_table import FAMILIES
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("library", "networks", "tools")
+
+# Pattern -> row; the first match counts. A new file that no pattern knows fails the test: say where it belongs.
+LAYERS: tuple[tuple[str, int], ...] = (
+    # 6: wiring, found by name, never imported by shared code
+    ("library/training/families/base.py", 5),
+    ("library/training/families/*.py", 6),
+    ("library/training/cli.py", 6),
+    ("library/training/known_options*.py", 0),
+    ("tools/*/*.py", 7), ("library/*_pipeline.py", 7),  # the inside of a tool or script, which imports it in its functions
+    ("library/*_inference.py", 6),
+    ("tools/*.py", 6),
+    # 0: tables, options, errors, and records without tensors
+    ("library/__init__.py", 0), ("networks/__init__.py", 0), ("library/*/__init__.py", 0), ("library/*/*/__init__.py", 0),
+    ("library/errors.py", 0), ("library/registry.py", 0), ("library/options.py", 0), ("library/family_table.py", 0),
+    ("library/keyed_random.py", 0), ("library/atomic_file.py", 0),
+    ("library/training/option_groups.py", 0), ("library/training/config_file.py", 0), ("library/training/keyword_args.py", 0),
+    # 1: building blocks
+    ("library/utils.py", 1), ("library/device_utils.py", 1), ("library/attention.py", 1), ("library/image_grid.py", 1),
+    ("library/custom_offloading_utils.py", 1), ("library/*_models.py", 1),
+    # 4 by name, before the wider pattern of row 2
+    ("library/*_train_utils.py", 4), ("library/config_util.py", 3), ("library/train_util.py", 6),
+    # 2: files and checkpoints
+    ("library/*_utils.py", 2), ("library/*_util.py", 2), ("library/*_convert.py", 2), ("library/tokenizers.py", 2),
+    ("library/model_*.py", 2), ("library/checkpoint_*.py", 2), ("library/sai_model_spec.py", 2),
+    # 3: strategies and data
+    ("library/strategy_*.py", 3), ("library/dataset/*.py", 3),
+    # 4: numerics and adapters
+    ("networks/*.py", 4), ("library/training/objective.py", 4), ("library/training/timesteps.py", 4),
+    ("library/training/sampling_prompts.py", 4),
+    ("library/training/optimizers/*.py", 4), ("library/training/schedulers/*.py", 4), ("library/training/losses/*.py", 4),
+    ("library/training/loss_weights/*.py", 4), ("library/training/timestep_samplers/*.py", 4),
+    ("library/training/inference_samplers/*.py", 4), ("library/training/adapters/*.py", 4),
+    # 5: the training line
+    ("library/training/*.py", 5), ("library/training/*/*.py", 5),
+    # entry scripts
+    ("*.py", 6),
+)  # fmt: skip
+
+FAMILY_OF_TOOLS = {"tools/tiny_base": "flux"}
+ALLOWED_OUTSIDE = {0: {"toml"}, 1: {"torch", "einops", "numpy", "PIL"}, 6: {"toml"}}
+HEAVY = {"torch", "transformers", "diffusers", "numpy", "safetensors", "accelerate", "einops", "cv2", "PIL", "matplotlib"}
+NEVER = {"torchvision", "open_clip", "diffusers", "timm"}
+
+
+def source_files() -> list[str]:
+    """Every Python file of the project but tests and setup.py, relative to the root."""
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    files += [path for path in ROOT.glob("*.py") if path.name != "setup.py"]
+    return sorted(path.relative_to(ROOT).as_posix() for path in files)
+
+
+def layer_of(file: str) -> int | None:
+    return next((layer for pattern, layer in LAYERS if pattern.count("/") == file.count("/") and fnmatch(file, pattern)), None)
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (
+        isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING"
+    )
+
+
+def imports_of(nodes: list[ast.stmt]) -> list[str]:
+    """Dotted names imported by these statements and the blocks in them, functions and TYPE_CHECKING left out."""
+    names: list[str] = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.If):
+            names += imports_of(node.orelse if is_type_checking(node.test) else node.body + node.orelse)
+        elif isinstance(node, ast.Try):
+            names += imports_of(node.body + node.orelse + node.finalbody + [s for h in node.handlers for s in h.body])
+        elif isinstance(node, (ast.With, ast.ClassDef)):
+            names += imports_of(node.body)
+    return names
+
+
+@lru_cache(maxsize=None)
+def imports_of_file(file: str) -> tuple[str, ...]:
+    return tuple(imports_of(ast.parse((ROOT / file).read_text(encoding="utf-8")).body))
+
+
+def project_file(name: str) -> str | None:
+    """The project's file behind a dotted name (`library.utils.setup_logging` -> library/utils.py), or None."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        path = "/".join(parts[:length])
+        for candidate in (f"{path}.py", f"{path}/__init__.py"):
+            if (ROOT / candidate).is_file() and candidate in SOURCE_SET:
+                return candidate
+    return None
+
+
+FILES = source_files()
+SOURCE_SET = frozenset(FILES)
+
+
+def family_of_file(file: str) -> str | None:
+    """The family that a file belongs to by its name, or None for shared code."""
+    stem = Path(file).stem
+    for family in FAMILIES:
+        own_name = stem in (f"strategy_{family}", f"lora_{family}") or stem.startswith(f"{family}_")
+        if own_name or file == f"library/training/families/{family}.py":
+            return family
+    return FAMILY_OF_TOOLS.get(file.rpartition("/")[0])
+
+
+def heavy_at_module_level(file: str) -> list[str]:
+    return sorted({name.split(".")[0] for name in imports_of_file(file)} & HEAVY)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_module_has_a_row(file):
+    assert layer_of(file) is not None, f"{file} is in no row; add it to LAYERS"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_module_imports_only_from_its_row_or_above(file):
+    own = layer_of(file)
+    below = []
+    for name in imports_of_file(file):
+        imported = project_file(name)
+        if imported is not None and imported != file and layer_of(imported) > own:
+            below.append(f"{imported} (row {layer_of(imported)})")
+    assert not below, f"{file} (row {own}) imports {', '.join(below)}"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if layer_of(file) in ALLOWED_OUTSIDE])
+def test_outer_rows_import_only_what_the_table_allows(file):
+    own = layer_of(file)
+    outside = {name.split(".")[0] for name in imports_of_file(file) if project_file(name) is None}
+    foreign = outside - set(sys.stdlib_module_names) - set(PACKAGES) - ALLOWED_OUTSIDE[own]
+    assert not foreign, f"{file} (row {own}) imports {', '.join(sorted(foreign))}"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if layer_of(file) == 6])
+def test_wiring_imports_nothing_heavy(file):
+    """--help answers at once because nothing heavy is reached, over any number of steps, while the module is imported."""
+    seen, waiting = set(), [file]
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        assert not heavy_at_module_level(current), f"{file} reaches {current}, which imports {heavy_at_module_level(current)}"
+        for name in imports_of_file(current):
+            imported = project_file(name)
+            if imported is not None:
+                packages = [f"{'/'.join(imported.split('/')[:depth])}/__init__.py" for depth in range(1, imported.count("/") + 1)]
+                waiting += [imported, *(package for package in packages if package in SOURCE_SET)]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_families_are_strangers(file):
+    own = family_of_file(file)
+    for name in imports_of_file(file):
+        imported = project_file(name)
+        other = family_of_file(imported) if imported is not None else None
+        assert other in (None, own), f"{file} imports {imported}, which belongs to the family {other}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_packages_that_break_environments_are_not_imported(file):
+    assert not {name.split(".")[0] for name in imports_of_file(file)} & NEVER
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("networks/")])
+def test_networks_do_not_know_training(file):
+    assert not [name for name in imports_of_file(file) if name.startswith("library.training")]
+
+
+def test_the_reader_of_imports_sees_what_it_should():
+    source = (
+        "import torch\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import numpy\nelse:\n    import toml\n"
+        "try:\n    import a\nexcept ImportError:\n    import b\ndef f():\n    import c\nclass K:\n    import d\n"
+    )
+    names = imports_of(ast.parse(source).body)
+    assert names == ["torch", "typing.TYPE_CHECKING", "toml", "a", "b", "d"]

@@ -1,0 +1,80 @@
+"""Write the tables of options into a documentation page, from the option groups themselves.
+
+    python tools/document_options.py flux network docs/flux_train_network.md
+
+The tables replace what stands between the lines `<!-- options: begin -->` and `<!-- options: end -->` of the page.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from library.options import is_bool_option, option_fields, value_type  # noqa: E402
+from library.training.parser_common import Script, script  # noqa: E402
+
+BEGIN, END = "<!-- options: begin -->", "<!-- options: end -->"
+
+
+def tables(what: Script) -> str:
+    """One section with a table per option group."""
+    sections = []
+    for options_class in what.classes:
+        rows = [_row(what, options_class, name) for name in option_fields(options_class)]
+        title = (options_class.__doc__ or options_class.__name__).strip().splitlines()[0]
+        sections.append("\n".join([f"### {title}", "", "| option | value | default | meaning |", "|---|---|---|---|", *rows]))
+    return "\n\n".join(sections)
+
+
+def _row(what: Script, options_class: type, name: str) -> str:
+    spec = what.spec(name)
+    default = what.default(name)
+    shown = "" if default is None or default is False or default == "" else f"`{default}`"
+    meaning = spec.help
+    reason = what.refused.get(name) or (spec.reason if spec.status == "refused" else None)
+    if reason:
+        meaning += f". **Not available:** {reason}"
+    elif spec.status == "equivalent":
+        meaning += f". Accepted without effect; {str(spec.reason).partition(': ')[2]}"
+    return f"| `--{name}` | {_cell(_values(options_class, name))} | {_cell(shown)} | {_cell(meaning)} |"
+
+
+def _values(options_class: type, name: str) -> str:
+    _, spec = option_fields(options_class)[name]
+    if spec.choices:
+        text = ", ".join(str(choice) for choice in spec.choices if choice is not None)
+    elif is_bool_option(options_class, name):
+        text = "switch"
+    elif spec.metavar:
+        text = spec.metavar
+    else:
+        text = {int: "whole number", float: "number"}.get(value_type(options_class, name), "text")
+    return f"{text} ..." if spec.nargs == "*" else text
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def with_tables(page: str, what: Script) -> str:
+    """The page with fresh tables between its two marks. Raises ValueError when it has no marks."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page has no lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{tables(what)}\n\n{END}{after}"
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 3:
+        print(__doc__)
+        return
+    page = Path(argv[2])
+    page.write_text(with_tables(page.read_text(encoding="utf-8"), script(argv[0], argv[1])), encoding="utf-8")
+    print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
