@@ -187,7 +187,7 @@ def stage_denoiser(opts: PretrainOptions, work: Path) -> TinyBase:
             torch.save(average.state_dict(), work / "base-partial.pt")
 
         if opts.compile:
-            base.denoiser.compile()
+            base.denoiser.compile(dynamic=False)
         plan = DenoiserPlan(steps=opts.denoiser_steps, batch_size=opts.batch_size)
         torch.save(train_denoiser(base, latents, tokens, plan, opts.seed, report).state_dict(), path)
     base.load_state_dict(torch.load(path, weights_only=True))

@@ -21,7 +21,7 @@ from library.dataset.captions import is_dropped, process_caption, tag_frequency
 from library.dataset.collate import Sample, collate
 from library.dataset.draws import sample_color, sample_flip, sample_geometry
 from library.dataset.items import DatasetParams, ImageItem, SubsetParams
-from library.dataset.plan import BatchRequest, BucketList, GlobalBatch, plan_epoch
+from library.dataset.plan import BatchRequest, BucketList, StepPlan, plan_epoch
 from library.dataset.samples import Geometry, conditioning_tensor, image_tensor, mask_tensor, read_pixels
 from library.dataset.shared_tensors import SharedTensors
 from library.dataset.text_caching import cached_caption, text_outputs_of

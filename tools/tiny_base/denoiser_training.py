@@ -92,7 +92,9 @@ class TinyBase(nn.Module):
         batch = len(packed)
         img_ids = position_ids(math.isqrt(packed.shape[1])).expand(batch, -1, -1)
         txt_ids = torch.zeros(batch, text.shape[1], 3)
-        return self.denoiser(packed, img_ids, text, txt_ids, times, pooled, guidance)
+        # Where the denoiser is compiled, it is so for the usual shape of training alone.
+        run = self.denoiser if self.training and text.shape[1] == T5_LENGTH else self.denoiser.forward
+        return run(packed, img_ids, text, txt_ids, times, pooled, guidance)
 
 
 def initialise(denoiser: Flux) -> None:
