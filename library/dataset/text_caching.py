@@ -211,6 +211,11 @@ def warn_overlong(captions: Sequence[str], tokenize: Any) -> int:
     return len(cut)
 
 
+def warn_overlong_captions(items: Sequence[ImageItem], tokenize: Any) -> int:
+    """The same for the captions of items that are tokenized during training, without their random parts."""
+    return warn_overlong([cached_caption(item) for item in items], tokenize)
+
+
 def cache_one_batch(
     strategy: TextEncoderOutputsCachingStrategy, tokenize: Any, models: list[Any], text_encoding: Any, items: Sequence[ImageItem]
 ) -> None:
