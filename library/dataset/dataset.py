@@ -249,11 +249,12 @@ class DatasetGroup(torch.utils.data.Dataset):
     def __getitem__(self, request: BatchRequest) -> Batch:
         return self.load(request)
 
-    def plan(self, epoch: int, seed: int, num_processes: int, shuffle: bool | None = None) -> list[GlobalBatch]:
-        """The global micro-batches of an epoch; by default in the same order every time for validation."""
+    def plan(self, epoch: int, seed: int, num_processes: int, accumulation: int = 1) -> list[StepPlan]:
+        """The optimizer steps of an epoch as global micro-batches; always in the same order for validation."""
         buckets = [bucket for dataset in self.datasets for bucket in dataset.buckets]
-        shuffle = self.is_training if shuffle is None else shuffle
-        return plan_epoch(buckets, seed=seed, epoch=epoch, num_processes=num_processes, shuffle=shuffle)
+        return plan_epoch(
+            buckets, seed=seed, epoch=epoch, num_processes=num_processes, accumulation=accumulation, shuffle=self.is_training
+        )
 
     def load(self, request: BatchRequest) -> Batch:
         return self.datasets[request.dataset].load(request)

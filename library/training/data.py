@@ -89,12 +89,12 @@ class TrainingData:
         )
         return self._loader.load(list(requests))
 
-    def validation_batches(self) -> Iterator[Batch]:
-        """Validation batches in fixed order. Positions number the images through, so that an image keeps its noise
+    def validation_batches(self, limit: int | None = None) -> Iterator[Batch]:
+        """Validation batches in fixed order, at most `limit` global ones. Positions number the images through, so that an image keeps its noise
         whatever the batch size and the number of processes."""
         if self.validation is None:
             return iter(())
-        plan = self.validation.plan(0, self.seed, self.num_processes)
+        plan = self.validation.plan(0, self.seed, self.num_processes)[:limit]
         offsets = [0, *itertools.accumulate(len(items) for step in plan for _, items in step)]
         requests = requests_of_epoch(
             plan, epoch=0, first_step=0, rank=self.rank, num_processes=self.num_processes, is_training=False

@@ -457,3 +457,13 @@ def test_state_dict_has_the_names_of_the_file():
     network.apply_to([None, None], denoiser, True, True)
     assert set(network.state_dict()) == set(network.file_state_dict())
     assert not any("lora" in key for key in denoiser.state_dict())
+
+
+def test_chunks_of_one_sample_have_masks_of_their_own():
+    """Text encoders see several rows per sample; the masks still follow the sample."""
+    layer = nn.Linear(8, 6)
+    adapter = adapter_for(layer, dropout=0.5)
+    x = example_input(layer, batch=1).expand(4, -1, -1)
+    whole = output_in_training(adapter, layer, x, StepDraws(1, 5, (0, 1)))
+    assert not any(torch.equal(whole[i], whole[j]) for i in range(4) for j in range(i))
+    torch.testing.assert_close(output_in_training(adapter, layer, x[:2], StepDraws(1, 5, (1,))), whole[2:])
