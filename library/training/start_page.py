@@ -8,7 +8,7 @@ from typing import Any
 
 from library.dataset import CachingOptions
 from library.options import option_fields
-from library.training import checks, schedulers
+from library.training import schedulers
 from library.training.data_phase import DataGroups
 from library.training.formula_checks import formula_notices, formula_warnings
 from library.training.hooks.losses import learning_rates
@@ -54,7 +54,7 @@ def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummar
         seed_was_drawn=runtime.seed_was_drawn,
         output=os.path.join(saving.output_dir or "", (saving.output_name or "last") + "." + (saving.save_model_as or "safetensors")),
         first_step=progress.global_step,
-        notes=[*formula_warnings(config), *formula_notices(config, run.step.objective), *equivalent_notes(config), *checks.warnings(config)],
+        notes=[*formula_warnings(config), *formula_notices(config, run.step.objective)],
     )
 
 

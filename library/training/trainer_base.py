@@ -166,6 +166,7 @@ class Trainer:
         batches = self.loader(data, runtime)
         progress = self.new_progress(batches)
         data.train.set_max_train_steps(progress.max_train_steps)
+        schedulers.check(self.config[SchedulerOptions], self.config[OptimizerOptions], progress.max_train_steps)
         built = optimizers.build(self.config[OptimizerOptions], [*self.trainable.param_groups(), *self._extra_groups()])
         scheduler = schedulers.build(
             self.config[SchedulerOptions], built, learning_rate=self.config[OptimizerOptions].learning_rate,
