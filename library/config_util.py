@@ -156,10 +156,10 @@ class _Resolver:
         follows = checked_limits(scope, self.explicit, self.problems)
         if follows is not None:
             values["max_bucket_reso"] = follows
-        if values["bucket_no_upscale"] is True and values["enable_bucket"] is True and (
-            {"min_bucket_reso", "max_bucket_reso"} & self.explicit or scope.written_at("min_bucket_reso") or scope.written_at("max_bucket_reso")
-        ):
-            self.warnings.append(f"{dataset.table.path}: bucket_no_upscale is on, so min_bucket_reso and max_bucket_reso have no effect")
+        limits = ("min_bucket_reso", "max_bucket_reso")
+        is_limited = any(name in self.explicit or scope.written_at(name) for name in limits)
+        if is_limited and values["bucket_no_upscale"] is True and values["enable_bucket"] is True:
+            self.warnings.append(f"{dataset.table.path}: bucket_no_upscale is on, so {' and '.join(limits)} have no effect")
         if len(set(kinds)) <= 1:
             self._check_keys(dataset.table, kind)
         values["resolution"] = values["resolution"] or PLACEHOLDER_RESOLUTION

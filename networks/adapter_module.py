@@ -106,8 +106,12 @@ class AdapterModule(nn.Module):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer's output and the adapter's, summed in the wider dtype and rounded once to the layer's."""
         output = self.org_forward(x, *args, **kwargs)
-        if not self.enabled or self.multiplier == 0 or self._is_dropped():
+        if not self.enabled or self.multiplier == 0:
             return output
+        if self._is_dropped():
+            # Gradients of zero instead of none: optimizers treat them differently, and ranks could not tell a dropped
+            # module from one that has not run.
+            return output + sum(parameter.flatten()[0] for parameter in self.parameters()).to(output) * 0
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.compute_dtype)
         change = self.delta_output(x)

@@ -139,8 +139,11 @@ def to_kohya(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     layers = _layers(family)
     parts: dict[str, list[_Lora | None]] = {}
     sources: dict[str, LayerNames] = {}
-    result: dict[str, torch.Tensor] = {k: v for k, v in tensors.items() if ".lora_A." not in k and ".lora_B." not in k and not k.endswith(".alpha")}
-    result.update({k: v for k, v in tensors.items() if k.endswith(".alpha") and f"{k[:-6]}.lora_A.weight" not in tensors})
+    result = {  # what has kohya names already
+        key: tensor
+        for key, tensor in tensors.items()
+        if not key.endswith((".lora_A.weight", ".lora_B.weight")) and f"{key.removesuffix('.alpha')}.lora_A.weight" not in tensors
+    }
     unknown: list[str] = []
     for name, lora in _modules(tensors, ("lora_A.weight", "lora_B.weight")).items():
         encoder = _kohya_encoder_name(name)
@@ -274,4 +277,5 @@ def _put(result: dict[str, torch.Tensor], name: str, keys: tuple[str, str], lora
 
 def _refuse(unknown: list[str], layout: str) -> None:
     if unknown:
-        raise CheckpointError(f"{len(unknown)} modules have no name in {layout}: {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}")
+        more = " ..." if len(unknown) > 5 else ""
+        raise CheckpointError(f"{len(unknown)} modules have no name in {layout}: {', '.join(unknown[:5])}{more}")

@@ -336,7 +336,9 @@ def build_from_weights(
     parts = by_module(tensors)
     found, unknown = match_names(parts, layers, targets)
     if unknown:
-        logger.warning("%s: %d of %d modules are in no loaded model and are left out (first: %s)", label, len(unknown), len(parts), unknown[0])
+        logger.warning(
+            "%s: %d of %d modules are in no loaded model and are left out (first: %s)", label, len(unknown), len(parts), unknown[0]
+        )
     modules = []
     for name, own in found.items():
         _check_kind(kind, own, parts[name], label)

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from library.errors import CheckpointError
 from library.model_hashes import adapter_hashes
-from library.safetensors_utils import save_file_atomic
+from library.safetensors_utils import load_pickled_tensors, load_safetensors, save_file_atomic
 from networks.targets import NetworkTargets
 
 
 def read_adapter_file(path: str | os.PathLike[str], targets: NetworkTargets | None = None) -> dict[str, torch.Tensor]:
     """The tensors of an adapter file under kohya names; CheckpointError when it is missing, damaged or no adapter."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"adapter file {path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors = load_file(str(path))
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and torch raise many kinds for a damaged file
-        raise CheckpointError(f"adapter file {path} cannot be read ({error}); it may be truncated") from error
+    is_safetensors = os.fspath(path).endswith(".safetensors")
+    tensors = load_safetensors(path, device="cpu") if is_safetensors else load_pickled_tensors(path)
     return to_kohya_names(tensors, targets, str(path))
 
 

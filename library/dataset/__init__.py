@@ -50,10 +50,12 @@ class DatasetOptions:
     train_data_dir: str | None = option(None, help="folder of N_name sub-folders with images (N = repeats), or the images of --in_json")
     reg_data_dir: str | None = option(None, help="folder of N_name sub-folders with regularisation images")
     in_json: str | None = option(None, help="metadata file (.json or .jsonl) of the images in --train_data_dir")
-    conditioning_data_dir: str | None = option(None, help="folder of the masks (with --masked_loss) or control images of --train_data_dir")
+    conditioning_data_dir: str | None = option(None, help="folder of masks (with --masked_loss) or control images")
     debug_dataset: bool = option(False, help="show what the data loader gives and stop")
     train_batch_size: int = option(1, help="samples of a batch, per process")
-    resolution: tuple[int, int] | None = option(None, convert=parse_resolution, metavar="W,H", help="training size: one number or width,height")
+    resolution: tuple[int, int] | None = option(
+        None, convert=parse_resolution, metavar="W,H", help="training size: one number or width,height"
+    )
     enable_bucket: bool = option(False, help="several sizes by aspect ratio instead of one crop for all")
     min_bucket_reso: int = option(256, help="shortest bucket side")
     max_bucket_reso: int = option(1024, help="longest bucket side; when not written, it follows the resolution")

@@ -19,7 +19,8 @@ def check_resolution(scope: Scope, architecture: DataArchitecture, problems: Pro
     resolution, step = scope.get("resolution"), architecture.bucket_step
     label = scope.tables[0].path
     if resolution is None:
-        problems.add(f"{label}.resolution", "missing", "the dataset has no resolution; write resolution = 1024 (or [W, H]) or use --resolution")
+        message = "the dataset has no resolution; write resolution = 1024 (or [W, H]) or use --resolution"
+        problems.add(f"{label}.resolution", "missing", message)
     elif resolution is not BAD and any(side % step for side in resolution):
         fitting = ", ".join(str(max(step, round(side / step) * step)) for side in resolution)
         problems.add(

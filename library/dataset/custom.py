@@ -22,7 +22,7 @@ import torch
 
 from library.dataset.batch import Batch
 from library.dataset.collate import Sample, collate
-from library.dataset.plan import BatchRequest, GlobalBatch
+from library.dataset.plan import BatchRequest, StepPlan
 from library.errors import ConfigError
 from library.keyed_random import key_seed, keyed_random
 from library.registry import import_target
@@ -100,20 +100,18 @@ class CustomDatasetGroup(torch.utils.data.Dataset):
             }
         ]
 
-    def plan(self, epoch: int, seed: int, num_processes: int, shuffle: bool | None = None) -> list[GlobalBatch]:
+    def plan(self, epoch: int, seed: int, num_processes: int, accumulation: int = 1) -> list[StepPlan]:
         """Every rank loads whole batches of the user: full ones are grouped by the number of processes; those that are left
         over, and the short last one, are cut among the ranks."""
         size = self.batch_size
         samples = [tuple(range(i * size, min((i + 1) * size, self.num_train_images))) for i in range(len(self))]
         rng = keyed_random(seed, "order of batches", epoch)
         full, short = [batch for batch in samples if len(batch) == size], [batch for batch in samples if len(batch) < size]
-        if shuffle is not False:
-            rng.shuffle(full)
+        rng.shuffle(full)
         whole = len(full) - len(full) % num_processes
         groups = [sum(full[i : i + num_processes], ()) for i in range(0, whole, num_processes)] + full[whole:] + short
-        if shuffle is not False:
-            rng.shuffle(groups)
-        return [(0, group) for group in groups]
+        rng.shuffle(groups)
+        return [tuple((0, group) for group in groups[i : i + accumulation]) for i in range(0, len(groups), accumulation)]
 
     def load(self, request: BatchRequest) -> Batch:
         """The rows of one user batch. ConfigError when the user's batch is not what the protocol says."""

@@ -21,7 +21,7 @@ from library.dataset.captions import is_dropped, process_caption, tag_frequency
 from library.dataset.collate import Sample, collate
 from library.dataset.draws import sample_color, sample_flip, sample_geometry
 from library.dataset.items import DatasetParams, ImageItem, SubsetParams
-from library.dataset.plan import BatchRequest, BucketList, GlobalBatch, plan_epoch
+from library.dataset.plan import BatchRequest, BucketList, StepPlan, plan_epoch
 from library.dataset.samples import Geometry, conditioning_tensor, image_tensor, mask_tensor, read_pixels
 from library.dataset.shared_tensors import SharedTensors
 from library.dataset.text_caching import cached_caption, text_outputs_of
@@ -249,11 +249,12 @@ class DatasetGroup(torch.utils.data.Dataset):
     def __getitem__(self, request: BatchRequest) -> Batch:
         return self.load(request)
 
-    def plan(self, epoch: int, seed: int, num_processes: int, shuffle: bool | None = None) -> list[GlobalBatch]:
-        """The global micro-batches of an epoch; by default in the same order every time for validation."""
+    def plan(self, epoch: int, seed: int, num_processes: int, accumulation: int = 1) -> list[StepPlan]:
+        """The optimizer steps of an epoch as global micro-batches; always in the same order for validation."""
         buckets = [bucket for dataset in self.datasets for bucket in dataset.buckets]
-        shuffle = self.is_training if shuffle is None else shuffle
-        return plan_epoch(buckets, seed=seed, epoch=epoch, num_processes=num_processes, shuffle=shuffle)
+        return plan_epoch(
+            buckets, seed=seed, epoch=epoch, num_processes=num_processes, accumulation=accumulation, shuffle=self.is_training
+        )
 
     def load(self, request: BatchRequest) -> Batch:
         return self.datasets[request.dataset].load(request)

@@ -138,7 +138,7 @@ def _read_files(blueprint: Blueprint, found: list[list[list[FoundImage]]], scann
             _read_captions(images, subset, scanner)
         _warn_of_pixels(images, subset, scanner)
         _settle_captions(images, subset, scanner)
-        if subset.cache_info and images and not all(image.is_known for image in images):
+        if subset.cache_info and scanner.check_files and images and not all(image.is_known for image in images):
             _write_info(subset, images, scanner)
 
 

@@ -1,6 +1,6 @@
 """The order of an epoch: a pure function of (seed, epoch), made for the global batch and cut for the ranks.
 
-An optimizer step trains one *group*: `accumulation` consecutive micro-batches. A micro-batch is global: batch_size * processes
+An optimizer step trains one *group* of `accumulation` micro-batches. A micro-batch is global: batch_size * processes
 samples of one bucket, of which each rank loads its slice. Positions number the samples of a group through, so that two
 processes, or two accumulated micro-batches, draw the same noise as one process with twice the batch.
 """
@@ -46,21 +46,36 @@ class BucketList:
     batch_size: int
 
 
-GlobalBatch = tuple[int, tuple[int, ...]]  # dataset index, item indices
+GlobalBatch = tuple[int, tuple[int, ...]]
+"""index of the dataset, item indices: one micro-batch of all ranks"""
+StepPlan = tuple[GlobalBatch, ...]
+"""the micro-batches of one optimizer step"""
 
 
-def plan_epoch(buckets: Sequence[BucketList], *, seed: int, epoch: int, num_processes: int, shuffle: bool = True) -> list[GlobalBatch]:
-    """Global micro-batches of an epoch, none mixing buckets; the last of a bucket may be short, nothing is dropped."""
-    batches: list[GlobalBatch] = []
+def plan_epoch(
+    buckets: Sequence[BucketList], *, seed: int, epoch: int, num_processes: int, accumulation: int = 1, shuffle: bool = True
+) -> list[StepPlan]:
+    """The optimizer steps of an epoch. No micro-batch mixes buckets, the last of a bucket may be short, nothing is dropped.
+
+    A step takes its `accumulation` micro-batches from one bucket as long as that can fill them, exactly the samples that one
+    batch of `accumulation` times the size would have; what is left over in the buckets is gathered into steps that may mix
+    buckets, the last of them short. The number of steps is that of cutting the list of micro-batches.
+    """
+    steps: list[StepPlan] = []
+    left_over: list[GlobalBatch] = []
     for bucket in buckets:
         samples = list(bucket.samples)
         if shuffle:
             keyed_random(seed, "order of a bucket", epoch, bucket.dataset, *bucket.bucket).shuffle(samples)
         size = bucket.batch_size * num_processes
-        batches += [(bucket.dataset, tuple(samples[i : i + size])) for i in range(0, len(samples), size)]
+        batches = [(bucket.dataset, tuple(samples[i : i + size])) for i in range(0, len(samples), size)]
+        full = len(batches) - len(batches) % accumulation
+        steps += [tuple(batches[i : i + accumulation]) for i in range(0, full, accumulation)]
+        left_over += batches[full:]
+    steps += [tuple(left_over[i : i + accumulation]) for i in range(0, len(left_over), accumulation)]
     if shuffle:
-        keyed_random(seed, "order of batches", epoch).shuffle(batches)
-    return batches
+        keyed_random(seed, "order of steps", epoch).shuffle(steps)
+    return steps
 
 
 def rank_slice(count: int, rank: int, num_processes: int) -> slice:
@@ -71,40 +86,35 @@ def rank_slice(count: int, rank: int, num_processes: int) -> slice:
 
 
 def requests_of_epoch(
-    batches: Sequence[GlobalBatch],
+    steps: Sequence[StepPlan],
     *,
     epoch: int,
     first_step: int,
-    accumulation: int,
     rank: int,
     num_processes: int,
     start: int = 0,
     is_training: bool = True,
 ) -> Iterator[BatchRequest]:
-    """This rank's requests of an epoch from micro-batch `start` on (a multiple of `accumulation`).
-
-    `first_step` is the global step of the epoch's first group. Accumulation groups do not reach over epochs; the last one
-    may be short.
-    """
-    for group_start in range(0, len(batches), accumulation):
-        if group_start < start:
-            continue
-        group = batches[group_start : group_start + accumulation]
-        group_size = sum(len(items) for _, items in group)
+    """This rank's requests of an epoch from its optimizer step number `start` on. `first_step` is the global step of the
+    epoch's first."""
+    index = sum(len(step) for step in steps[:start])
+    last_index = sum(len(step) for step in steps) - 1
+    for number, step in enumerate(steps[start:], start):
+        group_size = sum(len(items) for _, items in step)
         offset = 0
-        for k, (dataset, items) in enumerate(group):
+        for k, (dataset, items) in enumerate(step):
             part = rank_slice(len(items), rank, num_processes)
-            index = group_start + k
             yield BatchRequest(
                 dataset=dataset,
                 items=items[part],
                 positions=tuple(range(offset + part.start, offset + part.stop)),
                 epoch=epoch,
-                step=first_step + group_start // accumulation,
+                step=first_step + number,
                 index=index,
                 group_size=group_size,
-                is_last_of_group=k == len(group) - 1,
-                is_last_of_epoch=index == len(batches) - 1,
+                is_last_of_group=k == len(step) - 1,
+                is_last_of_epoch=index == last_index,
                 is_training=is_training,
             )
             offset += len(items)
+            index += 1

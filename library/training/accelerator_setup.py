@@ -98,7 +98,8 @@ class Runtime:
 
 def prepare_runtime(config: Config) -> Runtime:
     """Start accelerate and form the process group; TrainingError when processes that were started do not see each other."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState
 
     precision, ddp = config[PrecisionOptions], config[DdpOptions]
     check_torchvision()
@@ -106,12 +107,7 @@ def prepare_runtime(config: Config) -> Runtime:
     handlers: list[Any] = []
     if ddp.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=ddp.ddp_timeout)))
-    if ddp.ddp_gradient_as_bucket_view or ddp.ddp_static_graph:
-        handlers.append(
-            DistributedDataParallelKwargs(
-                gradient_as_bucket_view=ddp.ddp_gradient_as_bucket_view, static_graph=ddp.ddp_static_graph
-            )
-        )
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         # Without cpu=True accelerate on a machine without accelerator forms no group: every process believes to be alone.
         cpu=not has_accelerator,
@@ -146,7 +142,8 @@ def _runtime_of(accelerator: Any, config: Config) -> Runtime:
     fp8 = torch.float8_e4m3fn
     return Runtime(
         accelerator=accelerator,
-        device=accelerator.device,
+        # with several processes accelerate numbers the CPU (cpu:1), which file readers refuse
+        device=torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device,
         weight_dtype=weight_dtype,
         denoiser_dtype=fp8 if precision.fp8_base or precision.fp8_base_unet else weight_dtype,
         text_encoder_dtype=fp8 if precision.fp8_base and not precision.fp8_base_unet else weight_dtype,

@@ -19,6 +19,7 @@ from library.dataset import CachingOptions, DatasetOptions
 from library.errors import AtelierError, ConfigError, Problems
 from library.options import Config
 from library.training.checkpoint import CheckpointNames
+from library.training.formula_checks import formula_problems
 from library.training.option_groups import (
     HubOptions,
     LoggingOptions,
@@ -212,7 +213,7 @@ def compile_problems(config: Config) -> list[str]:
 
 CHECKS: tuple[Callable[[Config], list[str]], ...] = (
     output_problems, overwrite_problems, sampling_problems, resume_problems, logging_problems, hub_problems,
-    compile_problems,
+    compile_problems, formula_problems,
 )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from library.dataset.batch import Batch
-from library.dataset.plan import BatchRequest, GlobalBatch, requests_of_epoch
+from library.dataset.plan import BatchRequest, StepPlan, requests_of_epoch
 
 
 class RequestSampler:
@@ -59,8 +60,8 @@ class BatchLoader:
 class TrainingData:
     """Training and validation batches of one rank.
 
-    The plan of an epoch depends on (seed, epoch) and the number of processes only; `batches` starts at any micro-batch, so
-    that a resumed run sees the rest of its epoch.
+    The plan of an epoch depends on (seed, epoch) and the number of processes only; `batches` starts at any optimizer step,
+    so that a resumed run sees the rest of its epoch.
     """
 
     def __init__(
@@ -73,43 +74,34 @@ class TrainingData:
         how = {"num_workers": num_workers, "persistent": persistent_workers, "pin_memory": pin_memory}
         self._loader = BatchLoader(train, **how)
         self._validation_loader = BatchLoader(validation, **how) if validation is not None else None
-        self.batches_per_epoch = len(self._plan(1))
-        self.steps_per_epoch = -(-self.batches_per_epoch // accumulation)
+        plan = self._plan(1)
+        self.steps_per_epoch = len(plan)
+        self.batches_per_epoch = sum(len(step) for step in plan)
 
-    def _plan(self, epoch: int) -> list[GlobalBatch]:
-        return self.train.plan(epoch, self.seed, self.num_processes)
+    def _plan(self, epoch: int) -> list[StepPlan]:
+        return self.train.plan(epoch, self.seed, self.num_processes, self.accumulation)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """This rank's batches of an epoch (from 1), from micro-batch `start` on."""
+        """This rank's batches of an epoch (from 1), from its optimizer step number `start` (from 0) on."""
         requests = requests_of_epoch(
-            self._plan(epoch),
-            epoch=epoch,
-            first_step=(epoch - 1) * self.steps_per_epoch,
-            accumulation=self.accumulation,
-            rank=self.rank,
-            num_processes=self.num_processes,
-            start=start,
+            self._plan(epoch), epoch=epoch, first_step=(epoch - 1) * self.steps_per_epoch, rank=self.rank,
+            num_processes=self.num_processes, start=start,
         )
         return self._loader.load(list(requests))
 
     def validation_batches(self, limit: int | None = None) -> Iterator[Batch]:
-        """Validation batches in fixed order, at most `limit` global ones. Positions number the images through, so that
-        an image keeps its noise whatever the batch size and the number of processes."""
+        """Validation batches in fixed order, at most `limit` global ones. Positions number the images through, so that an image keeps its noise
+        whatever the batch size and the number of processes."""
         if self.validation is None:
             return iter(())
-        plan = self.validation.plan(0, self.seed, self.num_processes, shuffle=False)
-        return self._validation_loader.load(self._validation_requests(plan[:limit]))
-
-    def _validation_requests(self, plan: Sequence[GlobalBatch]) -> list[BatchRequest]:
-        offset, requests = 0, []
-        for _, items in plan:
-            size = len(items)
-            requests.append(offset)
-            offset += size
-        cut = requests_of_epoch(
-            plan, epoch=0, first_step=0, accumulation=1, rank=self.rank, num_processes=self.num_processes, is_training=False
+        plan = self.validation.plan(0, self.seed, self.num_processes)[:limit]
+        offsets = [0, *itertools.accumulate(len(items) for step in plan for _, items in step)]
+        requests = requests_of_epoch(
+            plan, epoch=0, first_step=0, rank=self.rank, num_processes=self.num_processes, is_training=False
         )
-        return [
-            dataclasses.replace(request, step=0, positions=tuple(start + p for p in request.positions))
-            for start, request in zip(requests, cut, strict=True)
-        ]
+        return self._validation_loader.load(
+            [
+                dataclasses.replace(request, step=0, positions=tuple(offset + p for p in request.positions))
+                for offset, request in zip(offsets, requests)
+            ]
+        )

@@ -11,12 +11,11 @@ import torch
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.dataset.build import build_dataset_groups
-from library.dataset.cache_checks import caching_problems
 from library.dataset.custom import load_custom_dataset
 from library.dataset.datasources import ScanResult, load_datasets
 from library.dataset.debug import debug_dataset
 from library.dataset.fill_caches import fill_latent_cache, fill_text_cache
-from library.errors import ConfigError, Problems
+from library.errors import ConfigError
 from library.options import Config
 from library.strategy_base import StrategySet
 from library.training.accelerator_setup import Runtime
@@ -69,20 +68,11 @@ def find_data(config: Config, architecture_name: str) -> FoundData:
         if caching.caches_latents or caching.caches_text:
             raise ConfigError("--dataset_class makes its own batches, which cannot be cached; leave the --cache_* options out")
         return FoundData(None, None)
-    problems = Problems()
-    try:
-        blueprint, scan = load_datasets(
+    return FoundData(
+        *load_datasets(
             data, caching, explicit=config.explicit, architecture=ARCHITECTURES[architecture_name], seed=config[LoopOptions].seed
         )
-    except ConfigError as error:
-        problems.absorb(error)
-        blueprint, scan = getattr(error, "partial", None), None
-    if blueprint is not None:
-        subsets = [subset for dataset in blueprint.datasets for subset in dataset.subsets]
-        for message in caching_problems(subsets, latents=caching.caches_latents, text=caching.caches_text):
-            problems.add(message)
-    problems.raise_if_any()
-    return FoundData(blueprint, scan)
+    )
 
 
 def group_data(config: Config, found: FoundData, architecture_name: str, seed: int) -> DataGroups:

@@ -16,18 +16,18 @@ def fit(run: Run) -> None:
     while not progress.is_finished:
         run.hooks.on_epoch_start(run)
         outputs: list[StepOutput] = []
-        for batch in run.data.batches(progress.epoch, progress.batch_in_epoch):
+        for batch in run.data.batches(progress.epoch, progress.step_in_epoch):
             run.hooks.on_step_start(run, batch)
             outputs.append(micro_step(run, batch))
             if batch.request.is_last_of_group:
                 update(run)
-                progress.advance(batch.request)
+                progress.advance()
                 run.hooks.on_post_optimizer_step(run)
                 run.hooks.on_step_end(run, merge_outputs(outputs))
                 outputs = []
             if progress.is_finished:
                 break
-        if progress.batch_in_epoch == progress.batches_per_epoch:
+        if progress.step_in_epoch == progress.steps_per_epoch:
             run.hooks.on_epoch_end(run)
             progress.next_epoch()
     run.hooks.on_train_end(run)

@@ -131,23 +131,32 @@ class DdpmObjective(Objective):
             zero_terminal_snr = bool(getattr(noise_options, "zero_terminal_snr", False))
         self.zero_terminal_snr = zero_terminal_snr
         self.alphas_cumprod = ddpm_alphas_cumprod(zero_terminal_snr)  # [1000] float64
+        self._tables = {
+            "signal": self.alphas_cumprod.sqrt().float(),
+            "noise": (1 - self.alphas_cumprod).sqrt().float(),
+            "snr": (self.alphas_cumprod / (1 - self.alphas_cumprod)).float(),
+        }
 
     def corrupt(self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, draws: StepDraws) -> NoisyLatents:
         noise = with_noise_offset(noise, latents, self.noise_options, draws)
         noise = with_multires_noise(noise, self.noise_options, draws)
         input_noise = with_ip_noise(noise, self.noise_options, draws)
-        alphas = self.alphas_cumprod[times.long().cpu()]
-        signal = expand_like(alphas.sqrt().float(), latents).to(latents.device)  # [B, 1, ...]
-        scale = expand_like((1 - alphas).sqrt().float(), latents).to(latents.device)  # [B, 1, ...]
+        times = times.to(device=latents.device, dtype=torch.float32)
+        signal = expand_like(self._look_up("signal", times), latents)  # [B, 1, ...]
+        scale = expand_like(self._look_up("noise", times), latents)  # [B, 1, ...]
         noisy = signal * latents + scale * input_noise
         target = signal * noise - scale * latents if self.prediction_type == "v" else noise
-        times = times.to(device=latents.device, dtype=torch.float32)
         return NoisyLatents(latents, noisy, noise, times, scale.flatten(), target)
 
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """ac / (1 - ac) of the schedule in use; 0 at the last step of a zero-terminal one."""
-        alphas = self.alphas_cumprod[timesteps.long().cpu()]
-        return (alphas / (1 - alphas)).float().to(timesteps.device)
+        return self._look_up("snr", timesteps)
+
+    def _look_up(self, name: str, timesteps: torch.Tensor) -> torch.Tensor:
+        """Entries [B] of a table at timesteps [B]; the table moves to their device once."""
+        if self._tables[name].device != timesteps.device:
+            self._tables[name] = self._tables[name].to(timesteps.device)
+        return self._tables[name][timesteps.long()]
 
     def validation_times(self) -> list[float]:
         options = self.timestep_options

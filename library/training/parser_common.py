@@ -68,6 +68,8 @@ class Script:
     classes: tuple[type, ...]
     refused: Mapping[str, str]
     defaults: Mapping[str, Any]
+    shares_file: bool = False
+    """a tool that reads the --config_file of a training: keys that are the training's alone are passed over"""
 
     @cached_property
     def owners(self) -> dict[str, type]:
@@ -132,10 +134,11 @@ def script(family: str, trainable: str) -> Script:
 
 def build_parser(family: str, trainable: str, strict: bool = False) -> argparse.ArgumentParser:
     """A parser of every option of a script. Options that are not given are absent from its namespace."""
-    return _parser_of(script(family, trainable), strict)
+    return parser_of(script(family, trainable), strict)
 
 
-def _parser_of(what: Script, strict: bool) -> argparse.ArgumentParser:
+def parser_of(what: Script, strict: bool = False) -> argparse.ArgumentParser:
+    """The parser of a Script; `strict` raises ConfigError where argparse would end the process."""
     parser_class = _StrictParser if strict else OptionParser
     parser = parser_class(description=f"Train: {what.trainable} of {what.family}", allow_abbrev=False, usage="%(prog)s [options]")
     for options_class in what.classes:
@@ -153,7 +156,11 @@ def parse(argv: Sequence[str] | None, family: str, trainable: str) -> Config:
 
 def parse_command(argv: Sequence[str] | None, family: str, trainable: str) -> Parsed:
     """Like `parse`, with the log lines handed back: the log is set up from the options themselves."""
-    what = script(family, trainable)
+    return parse_script(argv, script(family, trainable))
+
+
+def parse_script(argv: Sequence[str] | None, what: Script) -> Parsed:
+    """The same for a Script that was put together elsewhere."""
     reader = _Reader(what)
     written = reader.command_line(sys.argv[1:] if argv is None else argv)
     on_line = reader.converted(written, "--{name}")
@@ -177,7 +184,7 @@ class _Reader:
 
     def command_line(self, argv: Sequence[str]) -> dict[str, Any]:
         """Option name -> text or texts as written; unknown options become problems."""
-        parser = _parser_of(self.what, strict=True)
+        parser = parser_of(self.what, strict=True)
         for action in parser._actions:                              # values are converted later, all problems at once
             action.type, action.choices = None, None
         try:
@@ -224,11 +231,19 @@ class _Reader:
             self.problems.absorb(error)
             return {}
         path = config_path(name)
+        if self.what.shares_file:
+            content = self._without_training_keys(content, path)
         aliases = {flag.lstrip("-").replace("-", "_"): option for option in self.owners for flag in self.what.spec(option).flags}
         content = {aliases.get(key, key): value for key, value in content.items()}
         own = {key: value for key, value in content.items() if key in self.owners and key not in NEVER_IN_FILE}
         self._foreign({key: value for key, value in content.items() if key not in own}, own, path)
         return self.converted(own, f"{path}: {{name}}")
+
+    def _without_training_keys(self, content: dict[str, Any], path: Any) -> dict[str, Any]:
+        others = [key for key in content if key in self.what.refused or (key in known_defaults() and key not in self.owners)]
+        if others:
+            self.notes.append(Note(logging.INFO, f"{path}: keys of the training, passed over: {', '.join(sorted(others))}"))
+        return {key: value for key, value in content.items() if key not in others}
 
     def _foreign(self, others: dict[str, Any], own: dict[str, Any], path: Any) -> None:
         ignored = []
@@ -299,7 +314,7 @@ def _privacy_notes(what: Script, config: Config, on_line: Mapping[str, Any]) -> 
         for name, value in on_line.items()
         if value and what.spec(name).secret
     ]
-    if config.value("log_with") in ("wandb", "all"):
+    if "log_with" in what.owners and config.value("log_with") in ("wandb", "all"):
         shown = [name for name in PATH_OPTIONS if str(on_line.get(name, "")).startswith(("/", "~")) or ":\\" in str(on_line.get(name, ""))]
         if shown:
             notes.append(Note(logging.INFO, f"W&B may record the command line with these paths: {', '.join(shown)}; a --config_file avoids it"))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from library.dataset.plan import BatchRequest
-
 
 @dataclass
 class Progress:
     """Epochs count from 1, steps are optimizer steps done.
 
-    `batch_in_epoch`: micro-batches of the current epoch that are done (a multiple of the accumulation except at the end).
+    `step_in_epoch`: optimizer steps of the current epoch that are done.
     """
 
     max_train_steps: int
@@ -20,20 +18,20 @@ class Progress:
     batches_per_epoch: int
     global_step: int = 0
     epoch: int = 1
-    batch_in_epoch: int = 0
+    step_in_epoch: int = 0
 
     @property
     def is_finished(self) -> bool:
         return self.global_step >= self.max_train_steps
 
-    def advance(self, request: BatchRequest) -> None:
-        """Count an optimizer step whose last micro-batch was `request`."""
+    def advance(self) -> None:
+        """Count an optimizer step."""
         self.global_step += 1
-        self.batch_in_epoch = request.index + 1
+        self.step_in_epoch += 1
 
     def next_epoch(self) -> None:
         self.epoch += 1
-        self.batch_in_epoch = 0
+        self.step_in_epoch = 0
 
     @property
     def finished_epochs(self) -> int:

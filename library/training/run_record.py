@@ -2,22 +2,60 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from library.training.data_phase import DataGroups
+from library.training.metadata import BaseModelHashes, MetadataInputs, at_save, build_metadata
 from library.training.optimizers import OptimizerBuild
 from library.training.run import Run
 
 
-@dataclass
 class RunRecord:
-    """`metadata(run)` makes the metadata of a file written now."""
+    """`metadata(run)` makes the metadata of a file that is written now. Hashes of the base model are taken in the
+    background from the start on, and waited for at the first save."""
 
-    started_at: float
-    optimizer: OptimizerBuild
-    data: DataGroups
+    def __init__(self, started_at: float, optimizer: OptimizerBuild, data: DataGroups, hashes: BaseModelHashes) -> None:
+        self.started_at = started_at
+        self.optimizer = optimizer
+        self.data = data
+        self.hashes = hashes
+        self.session_id = secrets.randbits(32)
+        self._common: Mapping[str, str] | None = None
 
     def metadata(self, run: Run) -> dict[str, str]:
-        return {}
+        """Of the main process; keys and values are texts."""
+        if self._common is None:
+            self._common = build_metadata(self._inputs(run))
+        return at_save(
+            self._common, steps=run.progress.global_step, epoch=run.progress.finished_epochs, finished_at=time.time(),
+            hashes=self.hashes,
+        )
+
+    def _inputs(self, run: Run) -> MetadataInputs:
+        train, validation, progress = self.data.train, self.data.validation, run.progress
+        extra: dict[str, Any] = {}
+        for values in run.hooks.extra_metadata(run):
+            extra.update(values)
+        return MetadataInputs(
+            config=run.config,
+            session_id=self.session_id,
+            started_at=self.started_at,
+            seed=run.runtime.seed,
+            datasets=train.metadata(),
+            tag_frequency=train.tag_frequency,
+            num_train_images=train.num_train_images,
+            num_validation_images=0 if validation is None else validation.num_train_images,
+            num_reg_images=train.num_reg_images,
+            num_batches_per_epoch=progress.batches_per_epoch,
+            num_epochs=progress.num_epochs,
+            max_train_steps=progress.max_train_steps,
+            num_processes=run.runtime.num_processes,
+            optimizer=self.optimizer.metadata_text,
+            family=run.family.metadata(),
+            modelspec=run.family.modelspec(),
+            trainable=run.trainable.metadata(),
+            extra=extra,
+        )

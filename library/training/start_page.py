@@ -8,15 +8,15 @@ from typing import Any
 
 from library.dataset import CachingOptions
 from library.options import option_fields
-from library.training import losses, optimizers, schedulers, timestep_samplers
+from library.training import schedulers
 from library.training.data_phase import DataGroups
+from library.training.formula_checks import formula_notices, formula_warnings
 from library.training.hooks.losses import learning_rates
 from library.training.option_groups import LoopOptions, MemoryOptions, ModelOptions, PrecisionOptions, SavingOptions
 from library.training.optimizers import OptimizerBuild, OptimizerOptions
 from library.training.run import Run
 from library.training.schedulers import SchedulerOptions
 from library.training.summary import BucketSummary, DatasetSummary, StartSummary, start_summary
-from library.training.timestep_samplers import TimestepOptions
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +54,8 @@ def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummar
         seed_was_drawn=runtime.seed_was_drawn,
         output=os.path.join(saving.output_dir or "", (saving.output_name or "last") + "." + (saving.save_model_as or "safetensors")),
         first_step=progress.global_step,
-        notes=notes_of(run, built),
+        notes=[*formula_warnings(config), *formula_notices(config, run.step.objective)],
     )
-
-
-def notes_of(run: Run, built: OptimizerBuild) -> list[str]:
-    """Options that choose among equal ways, settings without effect, and numbers that differ from what people know."""
-    config = run.config
-    lines = [*built.notices, *schedulers.notices(config[SchedulerOptions], config[OptimizerOptions])]
-    lines += timestep_samplers.notices(config[TimestepOptions])
-    lines += losses.notices(config[losses.LossOptions], run.step.objective.is_flow)
-    lines += run.step.objective.notices()
-    lines += [warned.text for warned in optimizers.warnings_of(config[OptimizerOptions], lr_scheduler=config[SchedulerOptions].lr_scheduler)]
-    return lines
 
 
 def _files(run: Run) -> dict[str, str]:

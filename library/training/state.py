@@ -123,7 +123,7 @@ def resume(run: Run) -> None:
         options, counters, steps_per_epoch=progress.steps_per_epoch, accumulation=run.data.accumulation,
         max_train_steps=progress.max_train_steps,
     )
-    progress.global_step, progress.epoch, progress.batch_in_epoch = point.global_step, point.epoch, point.batches_to_skip
+    progress.global_step, progress.epoch, progress.step_in_epoch = point.global_step, point.epoch, point.step_in_epoch
     if point.global_step:
         logger.info("going on after step %d, in epoch %d", point.global_step, point.epoch)
     if counters is not None and point.global_step != counters["current_step"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-LABEL_WIDTH = 15
 MAX_BUCKETS_SHOWN = 8
 
 
@@ -64,7 +63,7 @@ class StartSummary:
 
 def start_summary(run: StartSummary) -> str:
     """The page as text, no line of it empty but the first and last."""
-    lines = ["", *_line("model", run.model)]
+    lines = _line("model", run.model)
     for what, path in run.files.items():
         lines += _line(f"  {what}", path)
     lines += _line("precision", run.precision)
@@ -82,11 +81,12 @@ def start_summary(run: StartSummary) -> str:
         lines += _line("output", run.output)
     for note in run.notes:
         lines += _line("note", note)
-    return "\n".join([*lines, ""])
+    width = max(len(label) for label, _ in lines)
+    return "\n".join(["", *(f"{label:<{width}} {text}".rstrip() for label, text in lines), ""])
 
 
-def _line(label: str, text: str) -> list[str]:
-    return [f"{label:<{LABEL_WIDTH}} {text}".rstrip()]
+def _line(label: str, text: str) -> list[tuple[str, str]]:
+    return [(label, text)]
 
 
 def _length(run: StartSummary) -> str:
@@ -116,7 +116,7 @@ def _rate(rate: float | None) -> str:
     return "chosen by the optimizer" if rate is None else f"{rate:g}"
 
 
-def _dataset_lines(dataset: DatasetSummary) -> list[str]:
+def _dataset_lines(dataset: DatasetSummary) -> list[tuple[str, str]]:
     width, height = dataset.resolution
     text = f"{_count(dataset.num_images, 'image')}, {dataset.num_samples} per epoch, {width}x{height}"
     if dataset.num_reg_images:

@@ -34,7 +34,8 @@ from library.training.hooks.base import Hook, HookList
 from library.training.loop import fit
 from library.training.loss import LossFunction
 from library.training.option_groups import LoopOptions, MemoryOptions, SamplingOptions
-from library.training.optimizers import OptimizerBuild, OptimizerOptions
+from library.training.metadata import BaseModelHashes
+from library.training.optimizers import OptimizerOptions
 from library.training.progress import Progress
 from library.training.run_record import RunRecord
 from library.training.hooks.sample import encode_sample_prompts
@@ -165,6 +166,7 @@ class Trainer:
         batches = self.loader(data, runtime)
         progress = self.new_progress(batches)
         data.train.set_max_train_steps(progress.max_train_steps)
+        schedulers.check(self.config[SchedulerOptions], self.config[OptimizerOptions], progress.max_train_steps)
         built = optimizers.build(self.config[OptimizerOptions], [*self.trainable.param_groups(), *self._extra_groups()])
         scheduler = schedulers.build(
             self.config[SchedulerOptions], built, learning_rate=self.config[OptimizerOptions].learning_rate,
@@ -173,7 +175,7 @@ class Trainer:
         optimizer = built.optimizer
         if runtime.accelerator.scaler is not None:  # the wrapper scales and skips in fp16; it does nothing else for us
             optimizer = runtime.accelerator.prepare_optimizer(optimizer)
-        record = RunRecord(self.started_at, built, data)
+        record = RunRecord(self.started_at, built, data, BaseModelHashes(self.config))
         hooks = HookList(
             standard_hooks(
                 self.config, runtime, prompts=prompts, conditioning=text.sample_conditioning, trainable=self.trainable,

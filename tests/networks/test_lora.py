@@ -205,6 +205,9 @@ def test_module_dropout_is_one_decision_per_step_for_all_samples():
         assert torch.equal(first, second)
         dropped.append(torch.equal(first, plain))
     assert 0.3 < sum(dropped) / 300 < 0.5
+    step = dropped.index(True)
+    output_in_training(adapter, layer, x, StepDraws(1, step, (0, 1))).sum().backward()
+    assert adapter.lora_up.weight.grad is not None and not adapter.lora_up.weight.grad.any()
 
 
 def test_rows_that_are_no_multiple_of_the_samples_are_an_error():
@@ -240,7 +243,9 @@ def test_part_ranks_zero_leaves_out():
 
 
 def test_blocks_and_precedence():
-    pairs = {"train_double_block_indices": "1", "network_reg_dims": r"double_blocks_\d_img=7,linear1=5", "img_attn_dim": "2", "single_dim": "3"}
+    pairs = {
+        "train_double_block_indices": "1", "network_reg_dims": r"double_blocks_\d_img=7,linear1=5", "img_attn_dim": "2", "single_dim": "3",
+    }  # fmt: skip
     got = ranks(network_for(tiny_flux(), **pairs))
     assert not any(name.startswith("double_blocks_0") for name in got)  # the selection of blocks beats everything
     assert got["double_blocks_1_img_attn_qkv"] == 7  # an expression beats the rank of a part
@@ -256,7 +261,9 @@ def test_train_blocks(choice, count):
 def test_in_dims():
     got = ranks(network_for(tiny_flux(), in_dims="[1,2,0,5,6]"))
     extra = {name: rank for name, rank in got.items() if "_in" in name.split("_blocks")[0]}
-    assert extra == {"img_in": 1, "time_in_in_layer": 2, "time_in_out_layer": 2, "guidance_in_in_layer": 5, "guidance_in_out_layer": 5, "txt_in": 6}
+    assert extra == {
+        "img_in": 1, "time_in_in_layer": 2, "time_in_out_layer": 2, "guidance_in_in_layer": 5, "guidance_in_out_layer": 5, "txt_in": 6,
+    }  # fmt: skip
 
 
 def test_patterns_leave_layers_out():
@@ -401,7 +408,8 @@ def test_max_norm():
     assert after == pytest.approx([min(norm, 0.05) for norm in before], rel=1e-4)
     assert scaled == sum(norm > 0.05 for norm in before)
     assert (mean, largest) == pytest.approx((sum(after) / len(after), max(after)), rel=1e-4)
-    assert network_for(tiny_flux(), train_single_block_indices="none", train_double_block_indices="none").apply_max_norm_regularization(1.0) == (0, 0.0, 0.0)
+    empty = network_for(tiny_flux(), train_single_block_indices="none", train_double_block_indices="none")
+    assert empty.apply_max_norm_regularization(1.0) == (0, 0.0, 0.0)
 
 
 def test_start_weights_depend_on_seed_and_name():
@@ -449,3 +457,13 @@ def test_state_dict_has_the_names_of_the_file():
     network.apply_to([None, None], denoiser, True, True)
     assert set(network.state_dict()) == set(network.file_state_dict())
     assert not any("lora" in key for key in denoiser.state_dict())
+
+
+def test_chunks_of_one_sample_have_masks_of_their_own():
+    """Text encoders see several rows per sample; the masks still follow the sample."""
+    layer = nn.Linear(8, 6)
+    adapter = adapter_for(layer, dropout=0.5)
+    x = example_input(layer, batch=1).expand(4, -1, -1)
+    whole = output_in_training(adapter, layer, x, StepDraws(1, 5, (0, 1)))
+    assert not any(torch.equal(whole[i], whole[j]) for i in range(4) for j in range(i))
+    torch.testing.assert_close(output_in_training(adapter, layer, x[:2], StepDraws(1, 5, (1,))), whole[2:])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from library.dataset.architectures import LatentSpec
-    from library.strategy_base import StrategySet
+    from library.strategy_base import LatentsCachingStrategy, StrategySet
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
     from library.training.run import DiTOutput, Models
@@ -38,6 +38,8 @@ class ModelFamily(ABC):
     """shared options that have no meaning here: name -> reason"""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """shared options whose default differs here: name -> default"""
+    part_options: ClassVar[Mapping[str, frozenset[str]]] = {}
+    """own options that a part needs, for tools that load one part alone: "vae" and "text_encoders" -> names"""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -50,6 +52,14 @@ class ModelFamily(ABC):
     @abstractmethod
     def strategies(self) -> StrategySet:
         """Tokenizers are built here; no weights are loaded."""
+
+    @abstractmethod
+    def latents_caching(self) -> LatentsCachingStrategy:
+        """The one of `strategies()`, made without the text side."""
+
+    @abstractmethod
+    def part_problems(self, part: str) -> list[str]:
+        """What is wrong with the files and options of one part alone, "vae" or "text_encoders" (headers only)."""
 
     @abstractmethod
     def load_vae(self, runtime: Runtime) -> torch.nn.Module: ...

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from library.flux_utils import FlowModelInfo
-    from library.strategy_base import StrategySet
+    from library.strategy_base import LatentsCachingStrategy, StrategySet
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
     from library.training.run import DiTOutput, Models
@@ -87,6 +87,12 @@ class FluxFamily(ModelFamily):
     name = "flux"
     latents = ARCHITECTURES["flux"].latents
     options = FluxOptions
+    part_options = {
+        "vae": frozenset({"ae"}),
+        "text_encoders": frozenset(
+            {"clip_l", "t5xxl", "clip_l_tokenizer", "t5xxl_tokenizer", "t5xxl_max_token_length", "apply_t5_attn_mask"}
+        ),
+    }
     refused: Mapping[str, str] = {
         "v2": _SD_MODELS,
         "v_parameterization": "FLUX.1 predicts the velocity of its flow in any case",
@@ -123,19 +129,26 @@ class FluxFamily(ModelFamily):
         """Missing, wrong and unfitting files, and a block swap that the depth of the file does not allow."""
         from library.checkpoint_kinds import check_slot
 
-        slots = {
-            "pretrained_model_name_or_path": (self._denoiser_path, "flux"),
-            "clip_l": (self.opts.clip_l, "clip_l"),
-            "t5xxl": (self.opts.t5xxl, "t5"),
-            "ae": (self.opts.ae, "vae_flux"),
-        }
-        found = [check_slot(path, slot, {kind}) for slot, (path, kind) in slots.items()]
+        denoiser = check_slot(self._denoiser_path, "pretrained_model_name_or_path", {"flux"})
+        found = [denoiser, *self.part_problems("text_encoders"), *self.part_problems("vae")]
         if any(found):
             return [problem for problem in found if problem]
         try:
             return self._size_problems()
         except CheckpointError as error:
             return [str(error)]
+
+    def part_problems(self, part: str) -> list[str]:
+        from library.checkpoint_kinds import check_slot
+
+        slots = {"vae": {"ae": "vae_flux"}, "text_encoders": {"clip_l": "clip_l", "t5xxl": "t5"}}[part]
+        found = [check_slot(getattr(self.opts, slot), slot, {kind}) for slot, kind in slots.items()]
+        if part == "text_encoders" and not self._denoiser_path and self.opts.t5xxl_max_token_length is None:
+            found.append(
+                "neither --pretrained_model_name_or_path nor --t5xxl_max_token_length is given; needed: one of them, to know how"
+                f" many tokens captions have ({TOKEN_LENGTH_DEV} for dev, {TOKEN_LENGTH_SCHNELL} for schnell)"
+            )
+        return [problem for problem in found if problem]
 
     def _size_problems(self) -> list[str]:
         """Sizes of the four files against each other; headers only."""
@@ -205,10 +218,6 @@ class FluxFamily(ModelFamily):
         from library.strategy_base import StrategySet
 
         caching, models = self.config[CachingOptions], self.config[ModelOptions]
-        latents = strategy_flux.FluxLatentsCachingStrategy(
-            caching.cache_latents_to_disk, caching.vae_batch_size, caching.skip_cache_check
-        )
-        latents.model_identity = model_identity(self.opts.ae)
         text = None
         if caching.caches_text:
             text = strategy_flux.FluxTextEncoderOutputsCachingStrategy(
@@ -221,7 +230,17 @@ class FluxFamily(ModelFamily):
             self.max_token_length, models.tokenizer_cache_dir, clip_l_tokenizer=self.opts.clip_l_tokenizer,
             t5xxl_tokenizer=self.opts.t5xxl_tokenizer, t5xxl_path=self.opts.t5xxl,
         )
-        return StrategySet(tokenize, strategy_flux.FluxTextEncodingStrategy(self.opts.apply_t5_attn_mask), latents, text)
+        encoding = strategy_flux.FluxTextEncodingStrategy(self.opts.apply_t5_attn_mask)
+        return StrategySet(tokenize, encoding, self.latents_caching(), text)
+
+    def latents_caching(self) -> LatentsCachingStrategy:
+        from library.model_identity import model_identity
+        from library.strategy_flux import FluxLatentsCachingStrategy
+
+        caching = self.config[CachingOptions]
+        strategy = FluxLatentsCachingStrategy(caching.cache_latents_to_disk, caching.vae_batch_size, caching.skip_cache_check)
+        strategy.model_identity = model_identity(self.opts.ae)
+        return strategy
 
     @property
     def _disable_mmap(self) -> bool:

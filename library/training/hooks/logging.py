@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from library.training.hooks.base import Hook
@@ -54,6 +54,7 @@ class LoggingHook(Hook):
         self._bar: Any = None
         self._run: Run | None = None
         self._postfix: dict[str, str] = {}
+        self._restore_console: Callable[[], None] | None = None
 
     def on_train_start(self, run: Run) -> None:
         self._run = run
@@ -64,6 +65,7 @@ class LoggingHook(Hook):
         self._trackers = open_trackers(run.config[LoggingOptions], run.config)
         if self.show_progress:
             self._bar = _progress_bar(run.progress.max_train_steps, run.progress.global_step)
+            self._restore_console = lines_above_bar() if sys.stderr.isatty() else None
 
     def on_losses(self, losses: list[StepLoss]) -> None:
         for entry in losses:
@@ -109,6 +111,8 @@ class LoggingHook(Hook):
         self._reader.read()
         if self._bar is not None:
             self._bar.close()
+        if self._restore_console is not None:
+            self._restore_console()
         for tracker in self._trackers:
             tracker.close()
 
@@ -128,13 +132,54 @@ class LoggingHook(Hook):
 
 
 def _progress_bar(total: int, done: int) -> Any:
-    """A bar with rate and remaining time; on a console it moves twice a second, in a log file every ten seconds.
-
-    Without tqdm there is no bar.
-    """
+    """A bar with rate and remaining time; on a console it moves twice a second, in a log file it is a line every ten
+    seconds. Without tqdm there is no bar."""
     try:
         from tqdm import tqdm
     except ImportError:
         return None
-    pause_s = 0.5 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, initial=done, desc="steps", unit="step", smoothing=0.05, mininterval=pause_s, dynamic_ncols=True)
+    is_console = sys.stderr.isatty()
+    return tqdm(
+        total=total, initial=done, desc="steps", unit="step", smoothing=0.05, dynamic_ncols=is_console,
+        mininterval=0.5 if is_console else 10.0, file=sys.stderr if is_console else _FullLines(),
+    )
+
+
+class _FullLines:
+    """Stream of a bar in a log file: each drawing is a line of its own, erasing is nothing."""
+
+    def write(self, text: str) -> None:
+        text = text.strip()
+        if text:
+            sys.stderr.write(text + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+class _LineAboveBar:
+    """Stream of a log handler: clears the bar, writes the line, draws the bar again."""
+
+    def write(self, text: str) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr, end="")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def lines_above_bar() -> Callable[[], None]:
+    """Let log lines of the console appear above the progress bar; the result undoes it."""
+    handlers = [
+        handler
+        for handler in logging.getLogger().handlers
+        if type(handler) is logging.StreamHandler and handler.stream in (sys.stderr, sys.__stderr__)
+    ]
+    streams = [handler.setStream(_LineAboveBar()) for handler in handlers]
+
+    def restore() -> None:
+        for handler, stream in zip(handlers, streams):
+            handler.setStream(stream)
+
+    return restore

@@ -106,11 +106,15 @@ def plot_losses(
     if validation:
         places, values = zip(*sorted(validation))
         axes.plot(places, values, color="#c8501e", marker="o", markersize=4, linewidth=1.5, label="validation")
-        for index in {0, len(values) - 1}:
-            axes.annotate(f"{values[index]:.4f}", (places[index], values[index]), textcoords="offset points", xytext=(4, 6), fontsize=8)
+        for index, side in {0: "left", len(values) - 1: "right"}.items():
+            axes.annotate(
+                f"{values[index]:.4f}", (places[index], values[index]), textcoords="offset points", xytext=(0, 7), ha=side, fontsize=9
+            )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss")
-    axes.set_ylim(bottom=0)
+    shown = [*averages, *(loss for _, loss in validation)]
+    if min(shown) < max(shown) / 2:  # a curve that falls by less is not pressed flat by an axis from 0
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     with atomic_path(path) as temporary:

@@ -19,7 +19,7 @@ from library.training.hooks.base import Hook
 from library.training.hooks.logging import LoggingHook
 from library.training.hooks.losses import gather_objects
 from library.training.option_groups import SamplingOptions, SavingOptions
-from library.training.sampling_prompts import SamplePrompt, is_sample_due, sample_file_name, sample_suffix
+from library.training.sampling_prompts import SamplePrompt, is_sample_due, sample_file_name, sample_suffix, unused_settings
 
 if TYPE_CHECKING:
     from library.strategy_base import StrategySet
@@ -80,6 +80,9 @@ class SampleHook(Hook):
         self.seed = seed
 
     def on_train_start(self, run: Run) -> None:
+        unused = unused_settings(self.prompts, run.family.name) if self.prompts else []
+        if unused and run.runtime.is_main_process:
+            logger.warning("sample prompts set %s, which %s does not have; ignored", ", ".join(unused), run.family.name)
         if run.progress.global_step == 0:
             self._sample_if_due(run, "first")
 

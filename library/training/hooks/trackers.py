@@ -88,7 +88,7 @@ class WandbTracker(Tracker):
             import wandb
         except ImportError as error:
             raise ConfigError(
-                f"--log_with wandb needs the package wandb ({error}); install it with: pip install 'atelier[wandb]'"
+                f"--log_with wandb needs the package wandb ({error}); install it with: pip install wandb"
             ) from error
         self._wandb = wandb
         if folder is not None:

@@ -32,6 +32,7 @@ class ValidationHook(Hook):
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.last_loss: float | None = None
+        self._measured_at: int | None = None
 
     def on_train_start(self, run: Run) -> None:
         if run.progress.global_step == 0:
@@ -70,7 +71,8 @@ class ValidationHook(Hook):
         return loss_sum / count if count else None
 
     def _validate_and_report(self, run: Run, axis: str) -> None:
-        loss = self.validate(run)
+        is_known = self._measured_at == run.progress.global_step  # an epoch's end is a step's end too
+        loss = self.last_loss if is_known else self.validate(run)
         if loss is None:
             return
         run.hooks.find(LossReader).read()  # the training average up to this step; also on ranks that do not log
@@ -79,12 +81,13 @@ class ValidationHook(Hook):
 
     def _report(self, run: Run, loss: float, axis: str, divergence: float | None) -> None:
         """Names of the known tools: loss/validation/{step,epoch}_average and _divergence."""
-        self.last_loss = loss
+        is_new = self._measured_at != run.progress.global_step
+        self.last_loss, self._measured_at = loss, run.progress.global_step
         log = run.hooks.find(LoggingHook)
         log.log({f"loss/validation/{axis}_average": loss, f"loss/validation/{axis}_divergence": divergence}, axis=axis)
         log.show(**{"val_avg_loss" if axis == "step" else "val_epoch_avg_loss": f"{loss:.4g}"})
         curve = run.hooks.find(LossCurveHook)
         if curve is not None:
             curve.add_validation(run.progress.global_step, loss)
-        if run.runtime.is_main_process:
+        if is_new and run.runtime.is_main_process:
             logger.info("validation loss after %d steps: %.5f", run.progress.global_step, loss)

@@ -284,10 +284,10 @@ def warnings_of(
     if choice.one_rate_for_all_groups:
         rates = {"unet_lr": [unet_lr] if unet_lr is not None else [], "text_encoder_lr": list(text_encoder_lr or ())}
         used = {name: values or [options.learning_rate] for name, values in rates.items()}
-        if used["unet_lr"][0] <= TOO_LOW_FOR_ADAPTIVE:
+        if 0 < used["unet_lr"][0] <= TOO_LOW_FOR_ADAPTIVE:
             low = "unet_lr" if unet_lr is not None else "learning_rate"
             found.append(Warned((low,), f"--{low} is {used['unet_lr'][0]}; {choice.name} scales it itself and wants about 1.0"))
-        if len({value for values in used.values() for value in values}) > 1:
+        if len({value for values in used.values() for value in values if value}) > 1:  # a part of rate 0 is not trained
             names = tuple(n for n, values in rates.items() if any(v != options.learning_rate for v in values))
             flags = " and ".join(f"--{name}" for name in names)
             found.append(Warned(names, f"{flags}: {choice.name} uses one rate for all groups, that of the first group"))

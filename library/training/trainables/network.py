@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -17,11 +19,14 @@ import torch
 from library.errors import AtelierError, CheckpointError, ConfigError, Problems
 from library.keyed_random import StepDraws, isolated_rng, key_seed
 from library.options import parse_bool
+from library.safetensors_utils import load_safetensors, read_header
 from library.training.adapters import NetworkOptions, check_network_module
 from library.training.hooks.base import Hook
 from library.training.hooks.network import NetworkHook
+from library.training.option_groups import ModelOptions
 from library.training.optimizers import OptimizerOptions
 from library.training.trainables.base import Trainable
+from networks.network_args import selected_blocks, selection
 from networks.network_files import by_module, match_names, read_adapter_file, write_adapter_file
 from networks.targets import NetworkTargets, targets_of_family
 
@@ -43,7 +48,11 @@ class NetworkTrainable(Trainable):
     def check(self, family: ModelFamily) -> None:
         """Module, network arguments and files, as far as they can be judged without models."""
         problems = Problems()
-        for step in (lambda: check_network_module(self.opts), lambda: self._check_arguments(family), self._check_files):
+        steps = (
+            lambda: check_network_module(self.opts), lambda: self._check_arguments(family), lambda: self._check_blocks(family),
+            self._check_files,
+        )  # fmt: skip
+        for step in steps:
             try:
                 step()
             except ConfigError as error:
@@ -68,6 +77,28 @@ class NetworkTrainable(Trainable):
         check = getattr(module, "check_network_args", None)
         if check is not None:
             check(self.opts.pairs, family.name)
+
+    def _check_blocks(self, family: ModelFamily) -> None:
+        """Selected blocks exist in the model file, as far as its names tell."""
+        rules = [rule for rule in targets_of_family(family.name).indices if rule.arg in self.opts.pairs]
+        path = self.config[ModelOptions].pretrained_model_name_or_path
+        if not rules or not path or not os.path.isfile(path) or not self.opts.module_path.startswith("networks."):
+            return
+        try:
+            keys = read_header(path)[0]
+        except CheckpointError:
+            return  # reported by the family
+        problems = Problems()
+        for rule in rules:
+            numbers = [int(match[1]) for key in keys if (match := re.search(rule.pattern, key))]
+            try:
+                if numbers:
+                    selected_blocks(selection(self.opts.pairs[rule.arg]), max(numbers) + 1, rule.arg)
+            except ConfigError as error:
+                problems.absorb(error)
+            except ValueError:
+                continue  # reported by the check of the arguments
+        problems.raise_if_any()
 
     def _check_files(self) -> None:
         from library.checkpoint_kinds import check_slot
@@ -224,7 +255,9 @@ class NetworkTrainable(Trainable):
         for parameter in self.network.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
         if not groups:
-            raise ConfigError("every learning rate is 0: there is nothing to train; look at --learning_rate, --unet_lr and --text_encoder_lr")
+            raise ConfigError(
+                "every learning rate is 0: there is nothing to train; look at --learning_rate, --unet_lr and --text_encoder_lr"
+            )
         return groups
 
     def _described_groups(self, default: float | None) -> list[tuple[dict[str, Any], str | None]]:
@@ -234,7 +267,9 @@ class NetworkTrainable(Trainable):
             result = several(rates or None, self.opts.unet_lr, default)
         else:
             if len(set(rates)) > 1:
-                raise ConfigError(f"--text_encoder_lr has {len(rates)} values; {self.opts.network_module} knows one rate for all text encoders")
+                raise ConfigError(
+                    f"--text_encoder_lr has {len(rates)} values; {self.opts.network_module} knows one rate for all text encoders"
+                )
             values = [rates[0] if rates else None, self.opts.unet_lr, default]
             method = self.network.prepare_optimizer_params
             count = _positional_count(method)
@@ -293,7 +328,10 @@ class NetworkTrainable(Trainable):
         temporary = f"{stem}.{os.getpid()}.tmp{ending}"
         try:
             self.network.save_weights(temporary, dtype, dict(metadata))
-            write_adapter_file(path, *_read_back(temporary), metadata) if ending == ".safetensors" else os.replace(temporary, path)
+            if ending == ".safetensors":  # written again with our hashes and a fixed order of the keys
+                write_adapter_file(path, load_safetensors(temporary, device="cpu", disable_mmap=True), None, metadata)
+            else:
+                os.replace(temporary, path)
         finally:
             if os.path.exists(temporary):
                 os.remove(temporary)
@@ -319,7 +357,7 @@ class NetworkTrainable(Trainable):
 def _is_on(text: str | None) -> bool:
     try:
         return text is not None and parse_bool(text)
-    except Exception:  # a bad value is reported by the check of the arguments
+    except argparse.ArgumentTypeError:  # a bad value is reported by the check of the arguments
         return False
 
 
@@ -329,13 +367,6 @@ def _positional_count(method: Any) -> int:
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return 3
     return min(3, sum(parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD) for parameter in parameters))
-
-
-def _read_back(path: str) -> tuple[dict[str, torch.Tensor], None]:
-    """Tensors that another package's module wrote; they are written again whole, with our hashes and a fixed order."""
-    from library.safetensors_utils import load_safetensors
-
-    return load_safetensors(path, device="cpu", disable_mmap=True), None
 
 
 def _summary(report: Any) -> str:

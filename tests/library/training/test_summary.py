@@ -24,7 +24,7 @@ def test_the_page_names_everything():
     for words in (
         "flux1-dev.safetensors", "10 images, 55 per epoch, 512x768, 3 held out", "56 steps, 2 epochs of 28 steps",
         "2 per process, 3 processes on cuda, 2 batches per step: 12 images per step", "1,234,567 parameters",
-        "unet 0.0001, textencoder 5e-05", "latents cached in memory", "--sdpa: as always", "seed            42",
+        "unet 0.0001, textencoder 5e-05", "latents cached in memory", "--sdpa: as always", "seed         42",
     ):
         assert words in page, words
     assert "drawn" not in page and all(line == line.rstrip() for line in page.splitlines())

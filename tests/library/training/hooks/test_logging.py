@@ -1,11 +1,13 @@
 """What the curves hold: one point per optimizer step under the known names."""
 
 import json
+import logging
+import sys
 
 import pytest
 
 from library.errors import ConfigError
-from library.training.hooks.logging import LoggingHook, LossWindow
+from library.training.hooks.logging import LoggingHook, LossWindow, lines_above_bar
 from library.training.hooks.losses import LossReader
 from library.training.hooks.trackers import check_logging, open_trackers, recorded_config, run_log_dir
 from library.training.loop import fit
@@ -83,3 +85,24 @@ def test_a_broken_tracker_configuration_is_an_error_at_start(tmp_path):
         check_logging(LoggingOptions(log_tracker_config=str(path)))
     with pytest.raises(ConfigError, match="cannot be read"):
         check_logging(LoggingOptions(log_tracker_config=str(tmp_path / "none.toml")))
+
+
+def test_the_bar_shows_steps_and_average_as_lines_in_a_log_file(capsys):
+    hook = LoggingHook()
+    fit(small_run([LossReader(every=1), hook], steps=2))
+    lines = capsys.readouterr().err.splitlines()
+    assert "2/2" in lines[-1] and "avr_loss=" in lines[-1] and all(line.startswith("steps:") for line in lines)
+
+
+def test_log_lines_go_above_the_bar_and_the_console_is_given_back(capsys):
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger().addHandler(handler)
+    try:
+        restore = lines_above_bar()
+        logging.getLogger("x").warning("a line")
+        assert handler.stream is not sys.stderr
+        restore()
+        assert handler.stream is sys.stderr
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert capsys.readouterr().err.endswith("a line\n")

@@ -79,3 +79,13 @@ def test_a_run_that_stops_inside_an_epoch_ends_with_a_measurement():
     run = small_run(hooks_of(hook), data=validation_data(), steps=6)
     fit(run)
     assert [step for step, _ in run.hooks.find(LossCurveHook).validation] == [0, 4, 6]
+
+
+def test_one_step_is_measured_once(monkeypatch):
+    hook = ValidationHook(seed=3)
+    run = small_run(hooks_of(hook), data=validation_data(), steps=4, validate_every_n_steps=4)
+    calls = []
+    measure = hook.validate
+    monkeypatch.setattr(hook, "validate", lambda run: calls.append(run.progress.global_step) or measure(run))
+    fit(run)
+    assert calls == [0, 4]

@@ -1,0 +1,206 @@
+"""The tools that fill the caches of a data set: their options, and the run. They share the trainer's own code path."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from library.dataset import CachingOptions, DatasetOptions
+from library.errors import AtelierError, ConfigError, Problems
+from library.family_table import FAMILIES, family_entry
+from library.options import Config, equivalent_option, option, option_fields, refused_option
+from library.registry import import_target
+from library.training import parser_common
+from library.training.option_groups import (
+    ConfigFileOptions,
+    ConsoleOptions,
+    DdpOptions,
+    LoopOptions,
+    ModelOptions,
+    PrecisionOptions,
+)
+
+if TYPE_CHECKING:
+    from library.training.data_phase import DataGroups
+    from library.training.families.base import ModelFamily
+
+logger = logging.getLogger("atelier")
+
+PARTS = {"latents": "vae", "text": "text_encoders"}
+"""what is cached -> the part of the model that makes it"""
+_TRAINING = "it belongs to training; this tool only fills caches"
+_DENOISER = "it belongs to the denoiser, which this tool does not load"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheToolOptions:
+    """Which caches"""
+
+    family: str | None = option(None, help="model family; may be left out while there is only one", metavar="NAME")
+    flux: bool = option(False, help="the same as --family flux")
+    sdxl: bool = refused_option(False, help="the same as --family sdxl", reason="the family sdxl is not there yet")
+    skip_existing: bool = equivalent_option(
+        False, help="deprecated", reason="--skip_existing: cache files that are valid are never made again anyway"
+    )
+    t5xxl_dtype: str | None = refused_option(
+        None, help="number format of T5", reason="all text encoders run in the format of --mixed_precision"
+    )
+
+
+def refusals(family: type[ModelFamily], what: str) -> dict[str, str]:
+    """Options of the groups below that have no meaning for a tool, with the reason."""
+    names = {
+        _TRAINING: ("max_train_steps", "max_train_epochs", "persistent_data_loader_workers", "gradient_accumulation_steps",
+                    "full_fp16", "full_bf16", "prior_loss_weight", "debug_dataset", "output_config"),
+        _DENOISER: ("fp8_base_unet", *(set(option_fields(family.options)) - set().union(*family.part_options.values()))),
+        "a dataset class brings its own tensors, which are not cached": ("dataset_class",),
+    }
+    if what == "latents":
+        names["the VAE is not held in 8 bits"] = ("fp8_base",)
+    reasons = {name: reason for reason, group in names.items() for name in group}
+    return {**family.refused, **reasons}
+
+
+def tool_script(family: str, what: str) -> parser_common.Script:
+    """The options of the tool that caches `what` ("latents" or "text") for a family."""
+    family_class = import_target(family_entry(family).family)
+    defaults = (
+        {"cache_latents": True, "cache_latents_to_disk": True}
+        if what == "latents"
+        else {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
+    )
+    return parser_common.Script(
+        family, f"cache of {what}",
+        classes=(CacheToolOptions, ConfigFileOptions, ModelOptions, family_class.options, DatasetOptions, CachingOptions,
+                 LoopOptions, PrecisionOptions, DdpOptions, ConsoleOptions),
+        refused=refusals(family_class, what),
+        defaults={**family_class.defaults, **defaults},
+        shares_file=True,
+    )
+
+
+def chosen_family(argv: Sequence[str]) -> str:
+    """The family that the command line names. Raises ConfigError for an unknown one, and when several are possible."""
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    reader.add_argument("--family")
+    for name in FAMILIES:
+        reader.add_argument(f"--{name}", action="store_true")
+    given, _ = reader.parse_known_args([word for word in argv if word != "--"])
+    named = {name for name in FAMILIES if getattr(given, name)} | ({given.family} if given.family else set())
+    if not named and len(FAMILIES) == 1:
+        named = set(FAMILIES)
+    if len(named) != 1:
+        raise ConfigError(f"{'several model families are' if named else 'no model family is'} named; needed: --family with one of {', '.join(FAMILIES)}")
+    return family_entry_name(named.pop())
+
+
+def family_entry_name(name: str) -> str:
+    family_entry(name)  # complains about an unknown name
+    return name
+
+
+def build_parser(what: str, family: str = next(iter(FAMILIES))) -> argparse.ArgumentParser:
+    script = tool_script(family, what)
+    parser = parser_common.parser_of(script)
+    parser.description = f"Fill the {'latent' if what == 'latents' else 'text encoder output'} cache of a data set."
+    return parser
+
+
+def main(what: str, argv: Sequence[str] | None = None) -> None:
+    """Read the options, fill the cache, end the process with an error's exit code and one message."""
+    from library.training.cli import INTERRUPTED, report
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if {"-h", "--help"} & set(words):
+            build_parser(what, chosen_family(words)).print_help()
+            return
+        run(what, words)
+    except AtelierError as error:
+        sys.exit(report(error))
+    except KeyboardInterrupt:
+        print("interrupted; what is finished stays, and the next run goes on from there", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def run(what: str, argv: Sequence[str]) -> None:
+    """`main` without the handling of errors."""
+    from library.training.cli import set_up_logging
+
+    name = chosen_family(argv)
+    parsed = parser_common.parse_script(argv, tool_script(name, what))
+    config = only_this_cache(parsed.config, what)
+    set_up_logging(config[ConsoleOptions])
+    for note in parsed.notes:
+        logger.log(note.level, note.text)
+    family = import_target(family_entry(name).family)(config)
+    _name_unused(family, config, what)
+    data, runtime = _data(config, family, what)
+    fill(what, config, family, data, runtime)
+
+
+def only_this_cache(config: Config, what: str) -> Config:
+    """The same options with this tool's cache on disk and the other off, whose rules play no part."""
+    caching = config[CachingOptions]
+    option_name = "cache_latents_to_disk" if what == "latents" else "cache_text_encoder_outputs_to_disk"
+    if not getattr(caching, option_name):
+        raise ConfigError(f"--{option_name} is false; this tool does nothing but write these files")
+    off = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk") if what == "latents" else ("cache_latents", "cache_latents_to_disk")
+    groups = {options_class: config[options_class] for options_class in config.classes()}
+    groups[CachingOptions] = dataclasses.replace(caching, **{name: False for name in off})
+    return Config(groups, config.explicit)
+
+
+def _name_unused(family: ModelFamily, config: Config, what: str) -> None:
+    """Files of parts that are not loaded may be named, so that one set of options serves training and both tools."""
+    needed = family.part_options[PARTS[what]]
+    others = set().union(*family.part_options.values()) - needed
+    unused = sorted(others & config.explicit)
+    if unused:
+        logger.info("not needed for this cache: %s", ", ".join(f"--{name}" for name in unused))
+
+
+def _data(config: Config, family: ModelFamily, what: str):
+    """The images, after every problem of files, configuration and model files was looked for."""
+    from library.config_util import load_blueprint
+    from library.dataset.architectures import ARCHITECTURES
+    from library.dataset.build import build_dataset_groups
+    from library.training.accelerator_setup import prepare_runtime
+    from library.training.data_phase import DataGroups
+
+    problems, blueprint = Problems(), None
+    for message in family.part_problems(PARTS[what]):
+        problems.add(message)
+    architecture = ARCHITECTURES[family.name]
+    try:
+        blueprint = load_blueprint(
+            config[DatasetOptions], config[CachingOptions], explicit=config.explicit, architecture=architecture
+        )
+    except ConfigError as error:
+        problems.absorb(error)
+    problems.raise_if_any()
+    runtime = prepare_runtime(config)
+    train, validation = build_dataset_groups(blueprint, config[DatasetOptions], architecture=architecture, seed=runtime.seed)
+    return DataGroups(train, validation, blueprint), runtime
+
+
+def fill(what: str, config: Config, family: ModelFamily, data: DataGroups, runtime) -> None:
+    """Encode what is missing, in training and validation images."""
+    from library.strategy_base import StrategySet
+    from library.training.data_phase import cache_latents, prepare_text
+
+    if what == "latents":
+        strategies = StrategySet(None, None, family.latents_caching(), None)
+        cache_latents(config, data, strategies, runtime, lambda: family.load_vae(runtime).requires_grad_(False).eval())
+    else:
+        strategies = family.strategies()
+        prepare_text(
+            config, data, strategies, runtime, trained=[], encode_prompts=None,
+            load=lambda: [encoder.requires_grad_(False).eval() for encoder in family.load_text_encoders(runtime)],
+        )
+    logger.info("the cache of %d images is complete", len(data.items))

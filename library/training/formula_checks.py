@@ -1,0 +1,58 @@
+"""What the formulas of a run (optimizer, schedule, losses, noise levels) have to say before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from library.errors import ConfigError, Problems
+from library.options import Config
+from library.training import loss_weights, losses, optimizers, schedulers, timestep_samplers
+from library.training.loss_weights import LossWeightOptions
+from library.training.losses import LossOptions
+from library.training.option_groups import LoopOptions, ModelOptions
+from library.training.optimizers import OptimizerOptions
+from library.training.schedulers import SchedulerOptions
+from library.training.timestep_samplers import TimestepOptions
+
+
+def formula_problems(config: Config) -> list[str]:
+    """Names, packages, arguments and pairs that cannot work; imports the chosen optimizer's package."""
+    loop, optimizer = config[LoopOptions], config[OptimizerOptions]
+    steps = None if loop.max_train_epochs else loop.max_train_steps
+    checks: tuple[Callable[[], Any], ...] = (
+        lambda: optimizers.check(optimizer),
+        lambda: schedulers.check(config[SchedulerOptions], optimizer, steps),
+        lambda: loss_weights.check(config[LossWeightOptions], config[ModelOptions].v_parameterization),
+    )
+    problems = Problems()
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            problems.absorb(error)
+    return problems.messages
+
+
+def formula_warnings(config: Config) -> list[str]:
+    """Settings that are doubtful with the chosen optimizer."""
+    from library.training.adapters import NetworkOptions
+
+    rates: dict[str, Any] = {}
+    if NetworkOptions in config:
+        network = config[NetworkOptions]
+        rates = {"unet_lr": network.unet_lr, "text_encoder_lr": network.text_encoder_lr}
+    found = optimizers.warnings_of(config[OptimizerOptions], lr_scheduler=config[SchedulerOptions].lr_scheduler, **rates)
+    return [warning.text for warning in found]
+
+
+def formula_notices(config: Config, objective: Any) -> list[str]:
+    """Lines for the log at start: numbers that differ from what people know, and settings without effect.
+
+    `objective` is the run's Objective.
+    """
+    lines = optimizers.log_lines(optimizers.choose(config[OptimizerOptions]))
+    lines += schedulers.notices(config[SchedulerOptions], config[OptimizerOptions])
+    lines += losses.notices(config[LossOptions], objective.is_flow)
+    lines += timestep_samplers.notices(config[TimestepOptions]) if objective.is_flow else []
+    return lines + objective.notices()

@@ -1,0 +1,44 @@
+"""The start-up checks of all formulas together."""
+
+from __future__ import annotations
+
+from library.options import Config
+from library.training.adapters import NetworkOptions
+from library.training.formula_checks import formula_notices, formula_problems, formula_warnings
+from library.training.loss_weights import LossWeightOptions
+from library.training.losses import LossOptions
+from library.training.objective import DdpmObjective, FlowMatchingObjective
+from library.training.option_groups import LoopOptions, ModelOptions, NoiseOptions
+from library.training.optimizers import OptimizerOptions
+from library.training.schedulers import SchedulerOptions
+from library.training.timestep_samplers import TimestepOptions
+
+GROUPS = (LoopOptions, ModelOptions, NoiseOptions, OptimizerOptions, SchedulerOptions, LossOptions, LossWeightOptions, TimestepOptions, NetworkOptions)
+
+
+def config_of(**values) -> Config:
+    return Config.read(values, GROUPS)
+
+
+def test_problems_of_all_formulas_come_together():
+    problems = formula_problems(config_of(
+        optimizer_type="AdamWW", lr_scheduler="adafactor", v_pred_like_loss=0.1, v_parameterization=True,
+    ))
+    assert len(problems) == 3
+    assert formula_problems(config_of()) == []
+
+
+def test_warnings_see_the_rates_of_the_parts():
+    assert formula_warnings(config_of()) == []
+    mixed = config_of(optimizer_type="prodigy", learning_rate=1.0, text_encoder_lr=[0.5])
+    assert len(formula_warnings(mixed)) == 1
+
+
+def test_notices():
+    config = config_of(
+        timestep_sampling="sigma", weighting_scheme="logit_normal", loss_type="huber", multires_noise_iterations=6, lr_warmup_steps=10,
+    )
+    flow = formula_notices(config, FlowMatchingObjective(config[TimestepOptions], config[NoiseOptions]))
+    assert len(flow) == 3
+    ddpm = formula_notices(config, DdpmObjective(config[TimestepOptions], config[NoiseOptions]))
+    assert any("multires" in line for line in ddpm) and not any("timestep_sampling" in line for line in ddpm)
