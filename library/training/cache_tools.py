@@ -34,6 +34,7 @@ logger = logging.getLogger("atelier")
 
 PARTS = {"latents": "vae", "text": "text_encoders"}
 """what is cached -> the part of the model that makes it"""
+_OTHER = {"latents": "cache_text_encoder_outputs", "text": "cache_latents"}
 _TRAINING = "it belongs to training; this tool only fills caches"
 _DENOISER = "it belongs to the denoiser, which this tool does not load"
 
@@ -96,11 +97,9 @@ def chosen_family(argv: Sequence[str]) -> str:
     if not named and len(FAMILIES) == 1:
         named = set(FAMILIES)
     if len(named) != 1:
-        raise ConfigError(f"{'several model families are' if named else 'no model family is'} named; needed: --family with one of {', '.join(FAMILIES)}")
-    return family_entry_name(named.pop())
-
-
-def family_entry_name(name: str) -> str:
+        found = "several model families are" if named else "no model family is"
+        raise ConfigError(f"{found} named; needed: --family with one of {', '.join(FAMILIES)}")
+    name = named.pop()
     family_entry(name)  # complains about an unknown name
     return name
 
@@ -151,7 +150,7 @@ def only_this_cache(config: Config, what: str) -> Config:
     option_name = "cache_latents_to_disk" if what == "latents" else "cache_text_encoder_outputs_to_disk"
     if not getattr(caching, option_name):
         raise ConfigError(f"--{option_name} is false; this tool does nothing but write these files")
-    off = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk") if what == "latents" else ("cache_latents", "cache_latents_to_disk")
+    off = (_OTHER[what], f"{_OTHER[what]}_to_disk")
     groups = {options_class: config[options_class] for options_class in config.classes()}
     groups[CachingOptions] = dataclasses.replace(caching, **{name: False for name in off})
     return Config(groups, config.explicit)
