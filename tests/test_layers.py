@@ -53,7 +53,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("*.py", 6),
 )  # fmt: skip
 
-FAMILY_BY_PLACE = {"tools/tiny_base": "flux", "networks/lora_conversion.py": "flux"}  # where the name does not tell
+FAMILY_BY_PLACE = {"tools/tiny_base": "flux"}  # where the name does not tell
 ALLOWED_OUTSIDE = {0: {"toml"}, 1: {"torch", "einops", "numpy", "PIL"}, 6: {"toml"}}
 HEAVY = {"torch", "transformers", "diffusers", "numpy", "safetensors", "accelerate", "einops", "cv2", "PIL", "matplotlib"}
 NEVER = {"torchvision", "open_clip", "diffusers", "timm"}
