@@ -208,13 +208,14 @@ class _Resolver:
             return list(self.rules.kinds) * len(dataset.subsets)
         masked = ["conditioning_data_dir" in table.values for table in dataset.subsets]
         listed = ["metadata_file" in table.values for table in dataset.subsets]
+        mixes_listed = "FT" in self.rules.kinds and any(listed) and not all(listed)
         where = f"{dataset.table.path}.subsets"
         if "CN" in self.rules.kinds and any(masked):
             if all(masked):
                 return ["CN"] * len(masked)
             self.problems.add(where, "conflict", "mask and plain subsets cannot share a dataset; put each kind in its own [[datasets]]")
             return ["CN" if mask else "FT" if entry else "DB" for mask, entry in zip(masked, listed)]
-        if any(listed) and not all(listed):
+        if mixes_listed:
             self.problems.add(
                 where, "conflict",
                 "subsets with and without metadata_file cannot be mixed in the same dataset; put each kind in its own [[datasets]]",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,19 @@ INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic"
 
 
 def parse_resolution(value: Any) -> tuple[int, int]:
-    """(width, height) from "S", "W,H", "WxH", S or [W, H]. Raises ArgumentTypeError, which names the right forms."""
-    parts: Any = value
+    """(width, height) from "S", "W,H", S or [W, H]. Raises ArgumentTypeError, which names the right forms."""
+    sides: list[Any] = []
     if isinstance(value, str):
-        parts = value.strip().strip("[]()").replace("x", ",").replace("X", ",").split(",")
-    elif isinstance(value, int) and not isinstance(value, bool):
-        parts = [value]
-    try:
-        if any(isinstance(part, (bool, float)) for part in parts):
-            raise ValueError
-        numbers = [int(part) for part in parts]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) not in (1, 2):
+        parts = [part.strip() for part in value.split(",")]
+        if len(parts) <= 2 and all(re.fullmatch("[+-]?[0-9]+", part) for part in parts):
+            sides = [int(parts[0]), int(parts[-1])]
+    elif isinstance(value, (list, tuple)):
+        sides = list(value)
+    else:
+        sides = [value, value]
+    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
         raise argparse.ArgumentTypeError(f"resolution is {value!r}; use one number (1024) or width,height (1024,768)")
-    return (numbers[0], numbers[-1])
+    return (sides[0], sides[1])
 
 
 def parse_range(value: Any) -> tuple[float, float]:

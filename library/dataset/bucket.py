@@ -43,8 +43,8 @@ def make_bucket_resolutions(max_reso: Size, min_size: int, max_size: int, step: 
 
 
 def effective_limits(min_reso: int, max_reso: int, step: int) -> tuple[int, int]:
-    """The bucket limits on the grid: the lower one rounded down, the upper one rounded up to a multiple of `step`."""
-    return min_reso // step * step, -(-max_reso // step) * step
+    """The bucket limits on the grid: the lower one rounded down, but to one step at least, the upper one rounded up."""
+    return max(min_reso // step, 1) * step, -(-max_reso // step) * step
 
 
 def cover_size(size: Size, bucket: Size) -> Size:

@@ -206,10 +206,10 @@ def read_caption(image_path: str, params: SubsetParams) -> str | None:
 
 def caption_of_text(text: str, params: SubsetParams) -> str:
     """The raw caption in the text of a caption file."""
-    lines = text.splitlines()
+    lines = text.split("\n")  # not splitlines, which also cuts at form feeds and Unicode separators
     if params.enable_wildcard:
         return "\n".join(line.strip() for line in lines if line.strip())
-    return lines[0].strip() if lines else ""
+    return lines[0].strip()
 
 
 def metadata_caption(entry: Mapping[str, Any], params: SubsetParams) -> str:

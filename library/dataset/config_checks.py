@@ -45,9 +45,13 @@ def checked_limits(scope: Scope, explicit: frozenset[str], problems: ProblemList
         return None
     lowest, highest = effective_limits(1 if low is BAD else low, max(resolution) if high is BAD else high, steps)
     if lowest > min(resolution):
+        if low is not BAD and low >= lowest:
+            reason, way_out = f"is {low}", f"use {min(resolution)} or less"
+        else:
+            reason, way_out = f"is {lowest}, one bucket_reso_steps", "lower bucket_reso_steps"
         problems.add(
             scope.where("min_bucket_reso"), "conflict",
-            f"is {low}, larger than the shorter side of the resolution ({min(resolution)}); use {min(resolution)} or less",
+            f"{reason}, larger than the shorter side of the resolution ({min(resolution)}); {way_out}",
         )
     if high is BAD or highest >= max(resolution):
         return None

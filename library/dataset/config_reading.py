@@ -153,11 +153,12 @@ class ConfigReader:
         self.problems = problems
         self.kinds = kinds
         self.supports_dropout = supports_dropout
+        self._dataset_keys = frozenset((*KEYS, "subsets"))
 
     def read(self, raw: Any) -> ConfigTables:
         if not isinstance(raw, Mapping):
             self.problems.add("", "wrong_type", f"the file holds {_shown(raw)}; a table with [[datasets]] is needed")
-            raw = {"datasets": []}
+            return ConfigTables(Table("general", {}), ())
         for name in raw:
             if name not in ("general", "datasets"):
                 nearest = nearest_name(name, ("general", "datasets"))
@@ -176,7 +177,7 @@ class ConfigReader:
         if not found:
             self.problems.add("datasets", "missing", f"the dataset config has no [[datasets]]; {SHAPE_HINT}")
         if isinstance(found, Mapping):
-            loose = [name for name, value in found.items() if not isinstance(value, Mapping)]
+            loose = [name for name, value in found.items() if name in self._dataset_keys and not isinstance(value, Mapping)]
             if loose:
                 self.problems.add("datasets", "conflict", f"the keys {', '.join(loose)} stand directly under [datasets]; {SHAPE_HINT}")
                 return
@@ -218,7 +219,7 @@ class ConfigReader:
         accepted = keys_of(level, self.kinds)
         key = KEYS.get(name)
         if key is None and name in COMMAND_LINE_ONLY:
-            self.problems.add(where, "conflict", f"is an option of the command line (--{name}) and not a key of the dataset config")
+            self.problems.add(where, "unknown_key", f"is an option of the command line (--{name}) and not a key of the dataset config")
         elif key is None:
             near = RENAMED.get(name) or nearest_name(name, accepted) or nearest_name(name, KEYS)
             self._unknown(where, name, LEVEL_NAMES[level], accepted, near)

@@ -169,4 +169,5 @@ LEVEL_NAMES = {"G": "[general]", "D": "[[datasets]]", "S": "[[datasets.subsets]]
 
 def keys_of(level: str, kinds: frozenset[str] = ALL_KINDS) -> list[str]:
     """Names of the keys that may stand at a level for these kinds of dataset."""
-    return [key.name for key in KEYS.values() if level in key.levels and key.kinds & kinds]
+    keys = [key.name for key in KEYS.values() if level in key.levels and key.kinds & kinds]
+    return [*keys, "subsets"] if level == "D" else keys

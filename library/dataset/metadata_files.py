@@ -59,7 +59,7 @@ def _from_object(path: str, text: str, problems: list[str]) -> Iterator[Metadata
 
 
 def _from_lines(path: str, text: str, problems: list[str]) -> Iterator[MetadataEntry]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"

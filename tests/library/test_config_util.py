@@ -92,6 +92,44 @@ def test_renamed_options_suggest_the_key(tmp_path):
     assert (error.kind, error.nearest) == ("unknown_key", "batch_size")
 
 
+def errors_of(tmp_path, text: str, **settings) -> list[tuple[str, str, str | None]]:
+    with pytest.raises(DatasetConfigError) as caught:
+        load(tmp_path, text, **settings)
+    return [(error.path, error.kind, error.nearest) for error in caught.value.errors]
+
+
+def test_options_of_the_command_line_are_unknown_keys(tmp_path):
+    text = f"[[datasets]]\nresolution = 64\ncache_latents = true\n{SUBSET}train_data_dir = 'b'\n"
+    assert errors_of(tmp_path, text) == [
+        ("datasets[0].cache_latents", "unknown_key", None), ("datasets[0].subsets[0].train_data_dir", "unknown_key", None),
+    ]
+
+
+def test_misspelled_subsets(tmp_path):
+    text = "[[datasets]]\nresolution = 64\n[[datasets.subset]]\nimage_dir = 'a'\n"
+    assert ("datasets[0].subset", "unknown_key", "subsets") in errors_of(tmp_path, text)
+
+
+def test_named_dataset_that_is_no_table(tmp_path):
+    text = '{"datasets": {"one": {"resolution": 64, "subsets": [{"image_dir": "a", "num_repeats": -1}]}, "two": 5}}'
+    assert set(errors_of(tmp_path, text, name="d.json")) == {
+        ("datasets.two", "wrong_type", None), ("datasets.one.subsets[0].num_repeats", "out_of_range", None),
+    }
+    assert errors_of(tmp_path, "[]", name="d.json") == [("", "wrong_type", None)]
+
+
+@pytest.mark.parametrize("value", ["[64]", '"64x64"', '["64", "64"]', '"[64,64]"'])
+def test_forms_of_the_resolution(tmp_path, value):
+    assert errors_of(tmp_path, f"[[datasets]]\nresolution = {value}\n{SUBSET}") == [("datasets[0].resolution", "wrong_type", None)]
+
+
+def test_a_step_longer_than_the_resolution(tmp_path):
+    text = f"[[datasets]]\nresolution = 48\nenable_bucket = true\nmin_bucket_reso = 16\n{SUBSET}"
+    assert errors_of(tmp_path, text) == [("datasets[0].min_bucket_reso", "conflict", None)]
+    with pytest.raises(ConfigError, match="lower bucket_reso_steps"):
+        load(tmp_path, text)
+
+
 def test_size_rule_is_the_familys_alone(tmp_path):
     assert load(tmp_path, f"[[datasets]]\nresolution = 80\nbucket_reso_steps = 16\n{SUBSET}").datasets
     assert errors(tmp_path, f"[[datasets]]\nresolution = 72\n{SUBSET}") == {"datasets[0].resolution": "out_of_range"}

@@ -35,6 +35,11 @@ def test_limits_go_to_the_grid():
     assert effective_limits(256, 1024, 64) == (256, 1024)
 
 
+def test_a_minimum_below_one_step_is_one_step():
+    assert effective_limits(16, 1024, 64) == (64, 1024)
+    assert BucketSelector((512, 512), min_bucket_reso=16).predefined[0] == (64, 1024)
+
+
 def test_crop_is_that_of_the_pixels():
     """The margins belong to the covered image, not to a letterbox, and hold for the mirrored sample too."""
     choice = BucketSelector((1024, 1024), max_bucket_reso=2048).select((1200, 800))

@@ -76,6 +76,14 @@ def test_empty_file_is_an_empty_caption(tmp_path):
     assert read_caption(str(tmp_path / "b.png"), SubsetParams()) is None
 
 
+@pytest.mark.parametrize("separator", ["\x0b", "\x0c", "\x85", "\u2028"])
+def test_only_line_ends_end_a_line(tmp_path, separator):
+    (tmp_path / "a.txt").write_bytes(f"one{separator}two\r\nthree\n".encode())
+    assert read_caption(str(tmp_path / "a.png"), SubsetParams(caption_extension=".txt")) == f"one{separator}two"
+    wild = SubsetParams(caption_extension=".txt", enable_wildcard=True)
+    assert read_caption(str(tmp_path / "a.png"), wild) == f"one{separator}two\nthree"
+
+
 def test_face_numbers_count_in_the_name_alone():
     face = SubsetParams(face_crop_aug_range=(1.0, 2.0))
     assert len(caption_paths("/x_1_2_3_4/img.png", face)) == 1

@@ -258,6 +258,8 @@ def test_metadata_lines(tmp_path):
     good = json.dumps({"image_path": str(path), "caption": "c"})
     result = scan(tmp_path, config(metadata(tmp_path, f"{good}\n\n", "m.jsonl")))
     assert result.train[0][0].caption == "c"
+    odd = json.dumps({"image_path": str(path), "caption": "one\u2028two"}, ensure_ascii=False)  # a separator, but no end of line
+    assert scan(tmp_path, config(metadata(tmp_path, f"{odd}\r\n", "m.jsonl"))).train[0][0].caption == "one\u2028two"
     faulty = config(metadata(tmp_path, f'{good}\n{{"caption": 1}}\nnonsense\n{{"caption": "x"}}\n', "m.jsonl"))
     found = "\n".join(problems(tmp_path, faulty))
     assert "m.jsonl:2" in found and "m.jsonl:3" in found and "m.jsonl:4 has no image_path" in found

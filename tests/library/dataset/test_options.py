@@ -20,7 +20,7 @@ def test_resolution(text, size):
     assert parse_resolution(text) == size
 
 
-@pytest.mark.parametrize("text", ["big", "", "1,2,3", 1.5, [1.5, 2], True, None])
+@pytest.mark.parametrize("text", ["big", "", "1,2,3", "512x768", "[512,768]", "1,", 1.5, [1.5, 2], [512], ["512", "768"], [True, 512], True, None])
 def test_resolution_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="width,height"):
         parse_resolution(text)
