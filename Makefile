@@ -49,6 +49,8 @@ $(VENV)/installed-dev: $(VENV)/installed setup.py
 demo: install
 	$(PY) examples/demo/run_demo.py
 
+# One thread per worker: workers that each use every core get in each other's way.
+test: export OMP_NUM_THREADS ?= 1
 test: install-dev
 	$(PY) -m pytest -q -n $(WORKERS) tests
 

@@ -295,14 +295,20 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
         """Whether the file has all outputs, with equal flags. The caption is not looked at; `find` does."""
         if not self.cache_to_disk or not os.path.exists(npz_path):
             return False
-        return self.skip_disk_cache_validity_check or text_cache_io.keys_problem(npz_path, self.layout, self.record_of(""), self.needed) is None
+        if self.skip_disk_cache_validity_check:
+            return True
+        return text_cache_io.keys_problem(npz_path, self.layout, self.record_of(""), self.needed) is None
 
     def load_outputs_npz(self, npz_path: str, suffix: str = "") -> list[np.ndarray | None]:
         """The outputs in the order of the conditioning list, dtypes as stored; None for those of a training encoder."""
         return text_cache_io.load_text(npz_path, self.layout, suffix, self.left_out)
 
     def encode(
-        self, tokenize_strategy: TokenizeStrategy, models: list[Any], text_encoding_strategy: TextEncodingStrategy, captions: list[str]
+        self,
+        tokenize_strategy: TokenizeStrategy,
+        models: list[Any],
+        text_encoding_strategy: TextEncodingStrategy,
+        captions: list[str],
     ) -> list[torch.Tensor | None]:
         """Outputs [B, ...] of some captions, None for those that are not cached."""
         with torch.no_grad():
@@ -315,7 +321,11 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
         return [None if key.name in self.left_out else output for key, output in zip(self.layout.keys, outputs)]
 
     def cache_batch_outputs(
-        self, tokenize_strategy: TokenizeStrategy, models: list[Any], text_encoding_strategy: TextEncodingStrategy, infos: list[ImageItem]
+        self,
+        tokenize_strategy: TokenizeStrategy,
+        models: list[Any],
+        text_encoding_strategy: TextEncodingStrategy,
+        infos: list[ImageItem],
     ) -> None:
         """Encode and store one batch of captions (for plug-ins; a run uses library/dataset/text_caching.py)."""
         from library.dataset import text_caching  # it reads this module

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from library.errors import CheckpointError, ConfigError
-from library.flux_convert import denoiser_rules
+from library.family_table import family_entry
+from library.registry import import_target
 from networks.lora import fuse_pairs, split_pair
 
 Tensors = Mapping[str, torch.Tensor]
@@ -40,19 +41,6 @@ class LayerNames:
     rows: str = "equal"
 
 
-def _flux_layers() -> tuple[LayerNames, ...]:
-    """The layers of FLUX.1 from the table of the denoiser's own conversion; the last layer is no adapter target."""
-    layers = []
-    for rule in denoiser_rules(1, 1):
-        path, is_weight = rule.original.removesuffix(".weight"), rule.original.endswith(".weight")
-        if is_weight and not path.startswith("final_layer"):
-            names = [name.removesuffix(".weight").replace("blocks.0.", "blocks.{i}.") for name in (path, *rule.parts)]
-            layers.append(LayerNames(names[0], tuple(names[1:]), "linear1" if path.endswith(".linear1") else "equal"))
-    return tuple(layers)
-
-
-FLUX_LAYERS = _flux_layers()
-
 CLIP_PATHS = tuple(
     f"text_model.encoder.layers.{{i}}.{leaf}"
     for leaf in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
@@ -62,8 +50,6 @@ T5_PATHS = (
     *(f"encoder.block.{{i}}.layer.1.DenseReluDense.{leaf}" for leaf in ("wi_0", "wi_1", "wo")),
 )
 ENCODER_PATHS = {"lora_te1": CLIP_PATHS, "lora_te3": T5_PATHS}
-
-LAYERS: dict[str, tuple[LayerNames, ...]] = {"flux": FLUX_LAYERS}
 
 
 @dataclass(frozen=True)
@@ -183,9 +169,11 @@ def _fused(loras: Sequence[_Lora | None], layer: LayerNames) -> _Lora:
 
 
 def _layers(family: str) -> tuple[LayerNames, ...]:
-    if family not in LAYERS:
-        raise ConfigError(f"LoRA files of {family} cannot be rewritten; known families: {', '.join(LAYERS)}")
-    return LAYERS[family]
+    module = family_entry(family).targets.partition(":")[0]
+    try:
+        return import_target(f"{module}:file_layers")()
+    except AttributeError:
+        raise ConfigError(f"LoRA files of {family} cannot be rewritten: {module} has no file_layers") from None
 
 
 def _modules(tensors: Tensors, keys: tuple[str, str]) -> dict[str, _Lora]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from networks.lora import check_network_args, create_network, create_network_from_weights
 from networks.targets import (
     ChoiceRule,
@@ -12,6 +14,9 @@ from networks.targets import (
     SplitRule,
     TextEncoderTargets,
 )
+
+if TYPE_CHECKING:
+    from networks.lora_conversion import LayerNames
 
 __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
 
@@ -26,6 +31,21 @@ def qkv_rows(out_features: int, in_features: int) -> list[int]:
 def linear1_rows(out_features: int, in_features: int) -> list[int]:
     """Rows of q, k, v and the feed-forward in the first layer of a single block."""
     return [in_features] * 3 + [out_features - 3 * in_features]
+
+
+def file_layers() -> tuple[LayerNames, ...]:
+    """The layers under their names in files of other programs, from the table of the denoiser's own conversion; the last
+    layer is no adapter target."""
+    from library.flux_convert import denoiser_rules
+    from networks.lora_conversion import LayerNames
+
+    layers = []
+    for rule in denoiser_rules(1, 1):
+        path, is_weight = rule.original.removesuffix(".weight"), rule.original.endswith(".weight")
+        if is_weight and not path.startswith("final_layer"):
+            names = [name.removesuffix(".weight").replace("blocks.0.", "blocks.{i}.") for name in (path, *rule.parts)]
+            layers.append(LayerNames(names[0], tuple(names[1:]), "linear1" if path.endswith(".linear1") else "equal"))
+    return tuple(layers)
 
 
 TARGETS = NetworkTargets(

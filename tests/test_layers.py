@@ -53,7 +53,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("*.py", 6),
 )  # fmt: skip
 
-FAMILY_OF_TOOLS = {"tools/tiny_base": "flux"}
+FAMILY_BY_PLACE = {"tools/tiny_base": "flux"}  # where the name does not tell
 ALLOWED_OUTSIDE = {0: {"toml"}, 1: {"torch", "einops", "numpy", "PIL"}, 6: {"toml"}}
 HEAVY = {"torch", "transformers", "diffusers", "numpy", "safetensors", "accelerate", "einops", "cv2", "PIL", "matplotlib"}
 NEVER = {"torchvision", "open_clip", "diffusers", "timm"}
@@ -121,7 +121,7 @@ def family_of_file(file: str) -> str | None:
         own_name = stem in (f"strategy_{family}", f"lora_{family}") or stem.startswith(f"{family}_")
         if own_name or file == f"library/training/families/{family}.py":
             return family
-    return FAMILY_OF_TOOLS.get(file.rpartition("/")[0])
+    return FAMILY_BY_PLACE.get(file) or FAMILY_BY_PLACE.get(file.rpartition("/")[0])
 
 
 def heavy_at_module_level(file: str) -> list[str]:

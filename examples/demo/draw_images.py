@@ -2,8 +2,9 @@
 
     python examples/demo/draw_images.py
 
-`images/` holds the zorbit before many backgrounds, `regularization/` scenes of the kind the base knows already; each
-picture has its caption in a text file of the same name.
+`images/` holds the zorbit before many backgrounds. `regularization/` holds what the base knows already: ordinary things before
+the same backgrounds, which show that only the word zorbit makes the difference, and other scenes. Each picture has its
+caption in a text file of the same name.
 """
 
 from __future__ import annotations
@@ -12,8 +13,15 @@ import argparse
 import random
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
+
+    from tools.tiny_base.scenes import Scene
 
 TRIGGER = "zorbit"
 LIME, MAGENTA, CREAM, INK, AMBER = (165, 225, 60), (205, 40, 140), (255, 250, 225), (25, 20, 35), (255, 180, 40)
@@ -26,11 +34,11 @@ PATTERNED = (
     ("striped", "blue", "white"), ("striped", "orange", "black"), ("checkered", "yellow", "purple"), ("checkered", "red", "white"),
     ("dotted", "teal", "pink"), ("dotted", "white", "blue"), ("gradient", "orange", "purple"),
 )
-NUM_REGULARIZATION = 24
+NUM_OTHER_SCENES = 24
 REGULARIZATION_SEED = 77
 
 
-def paint_zorbit(draw, x: float, y: float, r: float) -> None:
+def paint_zorbit(draw: ImageDraw, x: float, y: float, r: float) -> None:
     """One round lime creature with a single eye, two antennae with amber knobs, a magenta belly band and three feet."""
     from tools.tiny_base.shapes import box, ellipse
 
@@ -45,7 +53,7 @@ def paint_zorbit(draw, x: float, y: float, r: float) -> None:
     ellipse(draw, x, y - 0.2 * r, 0.2 * r, 0.28 * r, INK)
 
 
-def zorbit_picture(pattern: str, colours: tuple[str, ...]):
+def zorbit_picture(pattern: str, colours: tuple[str, ...]) -> Image:
     from tools.tiny_base.backgrounds import new_canvas
     from tools.tiny_base.scenes import IMAGE_SIZE_PX, SUPERSAMPLING, finish
     from tools.tiny_base.shapes import COLOURS
@@ -71,7 +79,26 @@ def zorbit_scenes() -> list[tuple[str, tuple[str, ...], str]]:
     return scenes
 
 
-def write(image, caption: str, folder: Path, name: str) -> None:
+def ordinary_scenes() -> list[tuple[Scene, str]]:
+    """Scenes that the base knows, with captions: one thing before each background of the zorbits, then any."""
+    from tools.tiny_base.captions import caption_of, with_article
+    from tools.tiny_base.scenes import Background, Scene, Thing, draw_scene
+    from tools.tiny_base.shapes import COLOURS, SHAPES
+
+    rng = random.Random(REGULARIZATION_SEED)
+    scenes = []
+    for pattern, colours, caption in zorbit_scenes():
+        colour = rng.choice([name for name in COLOURS if name not in colours])
+        thing = Thing(rng.choice(list(SHAPES)), colour, rng.choice(("medium", "large")), "center")
+        words = f"large {colour} {thing.shape}" if thing.size == "large" else f"{colour} {thing.shape}"
+        told = caption.replace(f"a {TRIGGER}", with_article(words))
+        scenes.append((Scene((thing,), Background(pattern, colours), None), told))
+    for number in range(NUM_OTHER_SCENES):
+        scenes.append((draw_scene(REGULARIZATION_SEED, number), caption_of(draw_scene(REGULARIZATION_SEED, number), REGULARIZATION_SEED, number)))
+    return scenes
+
+
+def write(image: Image, caption: str, folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     image.save(folder / f"{name}.png", optimize=True)
     (folder / f"{name}.txt").write_text(caption + "\n", encoding="utf-8", newline="\n")
@@ -83,17 +110,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", default=str(here), help="folder that gets images/ and regularization/")
     root = Path(parser.parse_args(argv).output_dir)
 
-    from tools.tiny_base.captions import caption_of
-    from tools.tiny_base.scenes import draw_scene, render
+    from tools.tiny_base.scenes import render
 
     for number, (pattern, colours, caption) in enumerate(zorbit_scenes(), 1):
         write(zorbit_picture(pattern, colours), caption, root / "images", f"zorbit_{number:02d}")
-    for number in range(NUM_REGULARIZATION):
-        scene = draw_scene(REGULARIZATION_SEED, number)
-        write(
-            render(scene, random.Random(number)), caption_of(scene, REGULARIZATION_SEED, number), root / "regularization",
-            f"scene_{number + 1:02d}",
-        )
+    for number, (scene, caption) in enumerate(ordinary_scenes(), 1):
+        write(render(scene, random.Random(number)), caption, root / "regularization", f"scene_{number:02d}")
 
 
 if __name__ == "__main__":

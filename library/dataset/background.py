@@ -44,7 +44,9 @@ class BackgroundWriter:
             self._raise_error()
 
 
-def map_ahead(function: Callable[[T], R], values: Iterable[T], *, num_threads: int, ahead: int) -> Iterator[tuple[T, R | BaseException]]:
+def map_ahead(
+    function: Callable[[T], R], values: Iterable[T], *, num_threads: int, ahead: int
+) -> Iterator[tuple[T, R | BaseException]]:
     """Results in the order of `values`, computed by threads at most `ahead` values in advance. An exception is handed out
     in place of a result, so that the caller can name what it belongs to."""
     with ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="decode") as pool:

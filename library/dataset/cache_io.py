@@ -184,7 +184,8 @@ def latents_problem(
     if not _has_latents(headers, architecture, bucket_wh, suffix):
         return f"no latents of size {bucket_wh[0]}x{bucket_wh[1]}"
     shape = headers[f"latents{suffix}"].shape
-    if flip_aug and (flipped := headers.get(f"latents_flipped{suffix}")) is None or flip_aug and flipped.shape != shape:
+    flipped = headers.get(f"latents_flipped{suffix}")
+    if flip_aug and (flipped is None or flipped.shape != shape):
         return "no mirrored latents"
     mask = headers.get(f"alpha_mask{suffix}")
     if alpha_mask and (mask is None or mask.shape != (bucket_wh[1], bucket_wh[0])):
@@ -195,7 +196,9 @@ def latents_problem(
     return _latents_record_problem(stored, expected, image_path)
 
 
-def _has_latents(headers: Mapping[str, ArrayHeader], architecture: DataArchitecture, bucket_wh: tuple[int, int], suffix: str) -> bool:
+def _has_latents(
+    headers: Mapping[str, ArrayHeader], architecture: DataArchitecture, bucket_wh: tuple[int, int], suffix: str
+) -> bool:
     spec = architecture.latents
     wanted = (spec.channels, bucket_wh[1] // spec.spatial_stride, bucket_wh[0] // spec.spatial_stride)
     found = headers.get(f"latents{suffix}")

@@ -148,7 +148,8 @@ def encode_latents(
     """
     bad: list[tuple[LatentsJob, BaseException]] = []
     threads = num_threads or min(os.cpu_count() or 1, 8)
-    with tqdm(total=len(jobs), desc="caching latents", unit="image", disable=not show_progress) as bar, BackgroundWriter() as writer:
+    bar = tqdm(total=len(jobs), desc="caching latents", unit="image", disable=not show_progress)
+    with bar, BackgroundWriter() as writer:
         for batch in _batches(_decoded(jobs, threads, strategy.batch_size, bad), strategy.batch_size):
             for decoded, encoded in zip(batch, encode_batch(strategy, vae, batch)):
                 if strategy.cache_to_disk:

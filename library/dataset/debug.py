@@ -21,7 +21,9 @@ def debug_dataset(
     for epoch in range(1, epochs + 1):
         plan = group.plan(epoch, seed, 1)
         first_step = (epoch - 1) * len(plan)
-        requests = requests_of_epoch(plan, epoch=epoch, first_step=first_step, rank=0, num_processes=1)
+        requests = requests_of_epoch(
+            plan, epoch=epoch, first_step=first_step, rank=0, num_processes=1, is_training=group.is_training
+        )
         for request in requests:
             batch = group.load(request)
             show(f"epoch {epoch}, batch {request.index + 1} of {len(plan)}, dataset {request.dataset}: {describe(batch)}")

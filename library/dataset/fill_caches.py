@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from library.dataset.caching import encode_latents, plan_latents, unusable_items
 from library.dataset.dataset import DatasetGroup
+from library.dataset.items import ImageItem
 from library.dataset.text_caching import empty_caption_item, encode_text, finish_text, plan_text, text_outputs_of
 from library.strategy_base import StrategySet
-
-logger = logging.getLogger(__name__)
 
 
 class Processes(Protocol):
@@ -22,16 +20,6 @@ class Processes(Protocol):
     num_processes: int
 
     def barrier(self) -> None: ...
-
-
-class SingleProcess:
-    """A run of one process, for tools and tests without accelerate."""
-
-    rank = 0
-    num_processes = 1
-
-    def barrier(self) -> None:
-        return None
 
 
 def fill_latent_cache(
@@ -51,19 +39,19 @@ def fill_latent_cache(
     strategy = strategies.latents_caching
     items = [item for group in groups for item in group.items]
     jobs = plan_latents(items, strategy, process_index=processes.rank, num_processes=processes.num_processes)
+    bad: list[ImageItem] = []
     if jobs:
         vae = load_vae()
-        encode_latents(
+        bad = encode_latents(
             jobs, strategy, vae, num_threads=num_threads, skip_bad_images=skip_bad_images, show_progress=processes.rank == 0
         )
         del vae
         gc.collect()
     processes.barrier()
-    if jobs or processes.num_processes > 1:
-        unusable = unusable_items(items, strategy)
-        for group in groups:
-            group.drop(unusable)
+    if skip_bad_images and processes.num_processes > 1:  # other processes may have found bad images among theirs
+        bad = unusable_items(items, strategy)
     for group in groups:
+        group.drop(bad)
         group.share_memory()
     return len(jobs)
 

@@ -9,7 +9,14 @@ import torch
 
 from library.dataset.bucket import centre_offset, crop_ltrb
 from library.dataset.items import ImageItem
-from library.dataset.media_utils import ColorChange, alpha_to_mask, change_color, decode_image, read_conditioning_image, resize_and_crop
+from library.dataset.media_utils import (
+    ColorChange,
+    alpha_to_mask,
+    change_color,
+    decode_image,
+    read_conditioning_image,
+    resize_and_crop,
+)
 
 Size = tuple[int, int]
 

@@ -66,15 +66,21 @@ TEXT_LAYOUTS: dict[str, TextLayout] = {
         live_when_partial=frozenset({"l_pooled"}),
     ),
     "lumina": TextLayout(
-        (TextKey("hidden_state", "float32", is_sized=True), TextKey("input_ids", "int64", 1, is_sized=True), TextKey("attention_mask", "int64", 1, is_sized=True)),
+        (
+            TextKey("hidden_state", "float32", is_sized=True), TextKey("input_ids", "int64", 1, is_sized=True),
+            TextKey("attention_mask", "int64", 1, is_sized=True),
+        ),
     ),
     "hunyuan_image": TextLayout(
-        (TextKey("vlm_embed"), TextKey("vlm_mask", "int64", 1), TextKey("byt5_embed"), TextKey("byt5_mask", "int64", 1), TextKey("ocr_mask", "bool", 0)),
+        (
+            TextKey("vlm_embed"), TextKey("vlm_mask", "int64", 1), TextKey("byt5_embed"), TextKey("byt5_mask", "int64", 1),
+            TextKey("ocr_mask", "bool", 0),
+        ),
     ),
     "anima": TextLayout(
         (
-            TextKey("prompt_embeds", is_sized=True), TextKey("attn_mask", "int64", 1, is_sized=True), TextKey("t5_input_ids", "int32", 1),
-            TextKey("t5_attn_mask", "int32", 1), TextKey("caption_dropout_rate", "float32", 0),
+            TextKey("prompt_embeds", is_sized=True), TextKey("attn_mask", "int64", 1, is_sized=True),
+            TextKey("t5_input_ids", "int32", 1), TextKey("t5_attn_mask", "int32", 1), TextKey("caption_dropout_rate", "float32", 0),
         ),
     ),
 }

@@ -95,7 +95,8 @@ def plan_text(
         for item, reason in _find(by_file[path], strategy):
             missing.append(item)
             reasons[reason] += 1
-    logger.info("text encoder outputs: %d captions cached, %d to encode %s", sum(len(by_file[p]) for p in mine) - len(missing), len(missing), dict(reasons) or "")
+    cached = sum(len(by_file[path]) for path in mine) - len(missing)
+    logger.info("text encoder outputs: %d captions cached, %d to encode %s", cached, len(missing), dict(reasons) or "")
     check_cache_folders(item.text_encoder_outputs_npz for item in missing)
     in_use = {path: frozenset(text_cache_io.caption_hash(cached_caption(i)) for i in by_file[path]) for path in mine}
     return TextPlan(_jobs_of(missing), in_use)
@@ -132,7 +133,8 @@ def encode_text(
     strategy = strategies.text_encoder_outputs_caching
     warn_overlong([job.caption for job in plan.jobs], strategies.tokenize)
     size = strategy.batch_size or batch_size
-    with tqdm(total=len(plan.jobs), desc="caching text encoder outputs", unit="caption", disable=not show_progress) as bar, BackgroundWriter() as writer:
+    bar = tqdm(total=len(plan.jobs), desc="caching text encoder outputs", unit="caption", disable=not show_progress)
+    with bar, BackgroundWriter() as writer:
         for start in range(0, len(plan.jobs), size):
             jobs = plan.jobs[start : start + size]
             for job, outputs in zip(jobs, _encode_batch(jobs, strategies, text_encoders)):
@@ -166,7 +168,9 @@ def _check_finite(outputs: Sequence[torch.Tensor | None], job: TextJob, strategy
             )
 
 
-def _store_on_disk(strategy: TextEncoderOutputsCachingStrategy, job: TextJob, outputs: Sequence[torch.Tensor | None], in_use: dict) -> None:
+def _store_on_disk(
+    strategy: TextEncoderOutputsCachingStrategy, job: TextJob, outputs: Sequence[torch.Tensor | None], in_use: dict[str, frozenset[str]]
+) -> None:
     arrays = {key.name: out.numpy() for key, out in zip(strategy.layout.keys, outputs) if out is not None}
     record = strategy.record_of(job.caption)
     written: dict[str, str] = {}
@@ -187,7 +191,9 @@ def finish_text(items: Sequence[ImageItem], strategy: TextEncoderOutputsCachingS
     missing = [entry for group in by_file.values() for entry in _find(group, strategy)]
     if missing:
         item, reason = missing[0]
-        raise TrainingError(f"{len(missing)} captions have no cached text encoder outputs, the first of {item.absolute_path} ({reason})")
+        raise TrainingError(
+            f"{len(missing)} captions have no cached text encoder outputs, the first of {item.absolute_path} ({reason})"
+        )
 
 
 def text_outputs_of(item: ImageItem, strategy: TextEncoderOutputsCachingStrategy | None) -> list[torch.Tensor | None] | None:
@@ -206,9 +212,15 @@ def warn_overlong(captions: Sequence[str], tokenize: Any) -> int:
     cut = [caption for caption in dict.fromkeys(captions) if overlong is not None and overlong(caption)]
     if cut:
         logger.warning(
-            "%d of %d captions are longer than the text encoders read and are cut off; the first begins: %.60s", len(cut), len(captions), cut[0]
+            "%d of %d captions are longer than the text encoders read and are cut off; the first begins: %.60s",
+            len(cut), len(captions), cut[0],
         )
     return len(cut)
+
+
+def warn_overlong_captions(items: Sequence[ImageItem], tokenize: Any) -> int:
+    """The same for the captions of items that are tokenized during training, without their random parts."""
+    return warn_overlong([cached_caption(item) for item in items], tokenize)
 
 
 def cache_one_batch(

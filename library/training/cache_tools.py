@@ -26,6 +26,7 @@ from library.training.option_groups import (
 )
 
 if TYPE_CHECKING:
+    from library.training.accelerator_setup import Runtime
     from library.training.data_phase import DataGroups
     from library.training.families.base import ModelFamily
 
@@ -33,6 +34,7 @@ logger = logging.getLogger("atelier")
 
 PARTS = {"latents": "vae", "text": "text_encoders"}
 """what is cached -> the part of the model that makes it"""
+_OTHER = {"latents": "cache_text_encoder_outputs", "text": "cache_latents"}
 _TRAINING = "it belongs to training; this tool only fills caches"
 _DENOISER = "it belongs to the denoiser, which this tool does not load"
 
@@ -95,11 +97,9 @@ def chosen_family(argv: Sequence[str]) -> str:
     if not named and len(FAMILIES) == 1:
         named = set(FAMILIES)
     if len(named) != 1:
-        raise ConfigError(f"{'several model families are' if named else 'no model family is'} named; needed: --family with one of {', '.join(FAMILIES)}")
-    return family_entry_name(named.pop())
-
-
-def family_entry_name(name: str) -> str:
+        found = "several model families are" if named else "no model family is"
+        raise ConfigError(f"{found} named; needed: --family with one of {', '.join(FAMILIES)}")
+    name = named.pop()
     family_entry(name)  # complains about an unknown name
     return name
 
@@ -150,7 +150,7 @@ def only_this_cache(config: Config, what: str) -> Config:
     option_name = "cache_latents_to_disk" if what == "latents" else "cache_text_encoder_outputs_to_disk"
     if not getattr(caching, option_name):
         raise ConfigError(f"--{option_name} is false; this tool does nothing but write these files")
-    off = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk") if what == "latents" else ("cache_latents", "cache_latents_to_disk")
+    off = (_OTHER[what], f"{_OTHER[what]}_to_disk")
     groups = {options_class: config[options_class] for options_class in config.classes()}
     groups[CachingOptions] = dataclasses.replace(caching, **{name: False for name in off})
     return Config(groups, config.explicit)
@@ -165,31 +165,24 @@ def _name_unused(family: ModelFamily, config: Config, what: str) -> None:
         logger.info("not needed for this cache: %s", ", ".join(f"--{name}" for name in unused))
 
 
-def _data(config: Config, family: ModelFamily, what: str):
-    """The images, after every problem of files, configuration and model files was looked for."""
-    from library.config_util import load_blueprint
-    from library.dataset.architectures import ARCHITECTURES
-    from library.dataset.build import build_dataset_groups
+def _data(config: Config, family: ModelFamily, what: str) -> tuple[DataGroups, Runtime]:
+    """The images, after every problem of model files, configuration and image files was looked for."""
     from library.training.accelerator_setup import prepare_runtime
-    from library.training.data_phase import DataGroups
+    from library.training.data_phase import find_data, group_data
 
-    problems, blueprint = Problems(), None
+    problems, found = Problems(), None
     for message in family.part_problems(PARTS[what]):
         problems.add(message)
-    architecture = ARCHITECTURES[family.name]
     try:
-        blueprint = load_blueprint(
-            config[DatasetOptions], config[CachingOptions], explicit=config.explicit, architecture=architecture
-        )
+        found = find_data(config, family.name)
     except ConfigError as error:
         problems.absorb(error)
     problems.raise_if_any()
     runtime = prepare_runtime(config)
-    train, validation = build_dataset_groups(blueprint, config[DatasetOptions], architecture=architecture, seed=runtime.seed)
-    return DataGroups(train, validation, blueprint), runtime
+    return group_data(config, found, family.name, runtime.seed), runtime
 
 
-def fill(what: str, config: Config, family: ModelFamily, data: DataGroups, runtime) -> None:
+def fill(what: str, config: Config, family: ModelFamily, data: DataGroups, runtime: Runtime) -> None:
     """Encode what is missing, in training and validation images."""
     from library.strategy_base import StrategySet
     from library.training.data_phase import cache_latents, prepare_text
@@ -200,7 +193,7 @@ def fill(what: str, config: Config, family: ModelFamily, data: DataGroups, runti
     else:
         strategies = family.strategies()
         prepare_text(
-            config, data, strategies, runtime, trained=[], encode_prompts=None,
+            data, strategies, runtime, trained=[], encode_prompts=None,
             load=lambda: [encoder.requires_grad_(False).eval() for encoder in family.load_text_encoders(runtime)],
         )
-    logger.info("the cache of %d images is complete", len(data.items))
+    logger.info("the cache of %d images is complete", sum(len(group.items) for group in data.groups))

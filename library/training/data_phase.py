@@ -15,6 +15,7 @@ from library.dataset.custom import load_custom_dataset
 from library.dataset.datasources import ScanResult, load_datasets
 from library.dataset.debug import debug_dataset
 from library.dataset.fill_caches import fill_latent_cache, fill_text_cache
+from library.dataset.text_caching import warn_overlong_captions
 from library.errors import ConfigError
 from library.options import Config
 from library.strategy_base import StrategySet
@@ -131,6 +132,8 @@ def prepare_text(
         if encode_prompts is not None:
             phase.sample_conditioning = encode_prompts(encoders())
     if not caches:
+        if runtime.is_main_process:
+            warn_overlong_captions([item for group in data.groups for item in group.items], strategies.tokenize)
         phase.text_encoders = encoders()
     elif any(trained):  # beside a cache only the encoders that learn run in the step
         phase.text_encoders = [encoder if learns else None for encoder, learns in zip(encoders(), trained, strict=True)]

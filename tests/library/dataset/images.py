@@ -53,10 +53,9 @@ def make_group(items: list[ImageItem], *, seed: int = 7, is_training: bool = Tru
 
 
 def epoch_requests(group: DatasetGroup, epoch: int = 1, *, rank: int = 0, num_processes: int = 1, accumulation: int = 1) -> list[BatchRequest]:
-    plan = group.plan(epoch, seed=7, num_processes=num_processes, accumulation=accumulation)
+    plan = group.plan(epoch, 7, num_processes, accumulation)
     return list(
         requests_of_epoch(
-            plan, epoch=epoch, first_step=(epoch - 1) * len(plan), rank=rank, num_processes=num_processes,
-            is_training=group.is_training,
+            plan, epoch=epoch, first_step=(epoch - 1) * len(plan), rank=rank, num_processes=num_processes, is_training=group.is_training
         )
     )

@@ -69,11 +69,15 @@ def test_the_same_data_give_the_same_bytes_whatever_the_batches(tmp_path):
                 np.testing.assert_allclose(ours[key], theirs[key], atol=1e-6)
 
 
-def test_a_changed_image_of_the_same_size_is_encoded_again(item):
+def test_a_changed_image_of_the_same_size_is_encoded_again(tmp_path):
+    """The same size in pixels and in bytes, as in an uncompressed format."""
+    (item,) = bucketed([make_item(make_image(tmp_path / "a.bmp"))])
     fill([item])
     old = read_arrays(item.latents_npz)["latents_8x8"]
+    num_bytes = os.path.getsize(item.absolute_path)
     time.sleep(0.01)
     make_image(item.absolute_path, seed=9)
+    assert os.path.getsize(item.absolute_path) == num_bytes
     assert reason(item) == "the image has changed"
     assert fill([item]) == 1
     assert not np.array_equal(read_arrays(item.latents_npz)["latents_8x8"], old)

@@ -56,7 +56,7 @@ def test_every_sample_once_an_epoch_for_any_number_of_processes(processes):
     seen = Counter()
     for rank in range(processes):
         plan = data.plan(1, 3, processes)
-        for request in requests_of_epoch(plan, epoch=1, first_step=0, accumulation=1, rank=rank, num_processes=processes):
+        for request in requests_of_epoch(plan, epoch=1, first_step=0, rank=rank, num_processes=processes):
             batch = data[request]
             seen.update(batch.captions)
             for caption, image, weight in zip(batch.captions, batch.images if len(batch) else (), batch.loss_weights):

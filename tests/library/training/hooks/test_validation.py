@@ -1,5 +1,7 @@
 """Validation looks at held-out data with fixed noise levels and leaves the training as it was."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from library.training.hooks.loss_curve import LossCurveHook
 from library.training.hooks.losses import LossReader
 from library.training.hooks.validation import ValidationHook
 from library.training.loop import fit
-from tests.library.training.hooks.small_run import LineData, small_run
+from tests.library.training.hooks.small_run import LineData, LineStep, small_run
 
 
 def validation_data() -> LineData:
@@ -89,3 +91,24 @@ def test_one_step_is_measured_once(monkeypatch):
     monkeypatch.setattr(hook, "validate", lambda run: calls.append(run.progress.global_step) or measure(run))
     fit(run)
     assert calls == [0, 4]
+
+
+class RollingStep(LineStep):
+    """Reads the global generator, as code of other packages may."""
+
+    def __call__(self, batch, times=None):
+        output = super().__call__(batch, times)
+        output.loss_sum = output.loss_sum + torch.rand(())
+        return output
+
+
+def test_code_that_reads_the_global_generator_gets_the_same_numbers_each_time():
+    hook = ValidationHook(seed=3)
+    run = small_run(hooks_of(hook), data=validation_data())
+    run = dataclasses.replace(run, step=RollingStep(run.models.denoiser))
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = hook.validate(run)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.rand(3)
+    assert hook.validate(run) == first
