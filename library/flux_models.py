@@ -52,7 +52,7 @@ class FluxParams:
 
     @property
     def mlp_hidden(self) -> int:
-        return round(self.hidden_size * self.mlp_ratio)
+        return math.floor(self.hidden_size * self.mlp_ratio + 1e-6)  # a ratio read from shapes may miss its integer by rounding
 
 
 def timestep_embedding(timesteps: Tensor, width: int, time_factor: float = 1000.0) -> Tensor:

@@ -46,7 +46,7 @@ def build_model_spec(spec: ModelSpec) -> dict[str, str]:
         "sai_model_spec": VERSION,
         "architecture": f"{spec.architecture}/{spec.kind}" if spec.kind else spec.architecture,
         "implementation": spec.implementation,
-        "title": spec.title or f"{KIND_TITLES.get(spec.kind, 'Checkpoint')}@{spec.timestamp}",
+        "title": spec.title or KIND_TITLES.get(spec.kind, "Checkpoint"),  # no time: equal runs write equal files
         "resolution": f"{spec.resolution_wh[0]}x{spec.resolution_wh[1]}",
         "date": local_date(spec.timestamp),
         "implementation_version": spec.implementation_version,

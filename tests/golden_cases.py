@@ -60,13 +60,14 @@ def clip_l(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors
     model = _loaded(load_clip_l, weights, config)
     result = model(inputs["ids"], output_hidden_states=True)
     norm, hidden = model.text_model.final_layer_norm, result.hidden_states
+    pooled = pool_at_first_eos(model, inputs["ids"], config["eos"])
     return {
         "clip_skip_none": result.last_hidden_state,
         "clip_skip_1": norm(hidden[-1]),
         "clip_skip_2": norm(hidden[-2]),
         "hidden_last_minus_1_raw": hidden[-2],
-        "pooled": pool_at_first_eos(model, inputs["ids"], config["eos"]),
-        "pooled_projected": result.text_embeds,
+        "pooled": pooled,
+        "pooled_projected": model.text_projection(pooled),
     }
 
 

@@ -18,13 +18,15 @@ BEHAVIOUR_DIR = GOLDEN_DIR / "behaviour"
 
 
 class MissingFile:
-    """Stands for the cases of a file that is not there; the first look at it fails the test."""
+    """Stands for the cases of a file that is not there, or not readable, or has no such list; the first look at it fails
+    the test."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, problem: str = "is missing") -> None:
         self.path = path
+        self.problem = problem
 
-    def __getitem__(self, key: str) -> Any:
-        pytest.fail(f"reference file {self.path} is missing")
+    def __getitem__(self, key: Any) -> Any:
+        pytest.fail(f"reference file {self.path} {self.problem}")
 
     def get(self, key: str, default: Any = None) -> Any:
         return self[key]
@@ -41,9 +43,17 @@ def behaviour(name: str) -> dict[str, Any]:
 def behaviour_cases(name: str, key: str = "cases", where=lambda case: True) -> list[Any]:
     """pytest parameters, one per case of a list in a behaviour file, named by the case's `id` or `name`."""
     path = BEHAVIOUR_DIR / name
-    if not path.exists():
-        return [pytest.param(MissingFile(path), id=f"missing-{name}")]
-    cases = behaviour(name).get(key, [])
+    missing = MissingFile(path)
+    try:
+        cases = behaviour(name).get(key)
+    except FileNotFoundError:
+        cases = None
+    except (OSError, ValueError) as error:
+        cases, missing = None, MissingFile(path, f"cannot be read: {error}")
+    else:
+        missing = MissingFile(path, f"has no list '{key}'")
+    if cases is None:
+        return [pytest.param(missing, id=f"missing-{name}")]
     return [
         pytest.param(case, id=str(case.get("id") or case.get("name") or case.get("line") or i) if isinstance(case, dict) else str(i))
         for i, case in enumerate(cases)

@@ -109,7 +109,7 @@ def parse_line(
     prompt, *pieces = re.split(r"\s--", line.strip())
     problems, values = Problems(), {}
     for piece in pieces:
-        name, text = [*piece.split(None, 1), "", ""][:2]
+        name, text = [*piece.split(None, 1), "", ""][:2] if not piece[:1].isspace() else ("", piece)
         text = text.strip()
         entry = options.get(name.lower())
         if entry is None:

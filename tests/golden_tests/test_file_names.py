@@ -60,8 +60,9 @@ def test_resume(case):
         )
 
     if "error" in case:
-        with pytest.raises(ConfigError, match="max_train_steps"):
+        with pytest.raises(ConfigError) as error:
             point()
+        assert any(name in str(error.value) for name in ("max_train_steps", *case["options"]))
         return
     expected = case["expected"]
     found = {**vars(point()), "steps_per_epoch": steps_per_epoch, "num_epochs": -(-case["max_train_steps"] // steps_per_epoch)}
@@ -80,4 +81,4 @@ def test_train_state(case):
 def test_errors(case):
     with pytest.raises(ConfigError) as error:
         SavingOptions(**case["options"])
-    assert next(iter(case["options"])) in str(error.value)
+    assert any(name in str(error.value) for name in case["options"])

@@ -11,8 +11,8 @@ from tests.golden_dir import behaviour, behaviour_cases
 
 
 def flux_models():
-    """FLUX.1 dev and CLIP-L without data."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    """FLUX.1 dev, CLIP-L and T5 v1.1 XXL without data."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     from library.flux_models import Flux, FluxParams
 
@@ -20,7 +20,10 @@ def flux_models():
         clip = CLIPTextModelWithProjection(CLIPTextConfig(
             hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
         ))
-        return Flux(FluxParams()), [clip, None]
+        t5xxl = T5EncoderModel(T5Config(
+            vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+        ))
+        return Flux(FluxParams()), [clip, t5xxl]
 
 
 MODELS = {"flux": flux_models}

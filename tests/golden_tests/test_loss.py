@@ -19,6 +19,7 @@ from tests.golden_dir import BEHAVIOUR_DIR, behaviour_cases
 
 FILE = "loss.json"
 FLOW_FAMILIES = ("sd3", "flux", "chroma", "lumina", "hunyuan_image", "anima")
+WITH_PREDICTION_TYPE = ("flux", "chroma", "lumina", "hunyuan_image")
 FLOW_TARGET = {"lumina": "reverse_velocity", "sd3": "latents"}
 
 
@@ -38,7 +39,7 @@ def picked(options_class, case):
 def objective_of(case) -> Objective:
     families = case.get("families", [])
     if case.get("objective") == "flow" or any(family in FLOW_FAMILIES for family in families):
-        target = FLOW_TARGET.get(families[0], "velocity") if families and case["kind"] == "target" else "velocity"
+        target = FLOW_TARGET.get(families[0], "velocity") if families and case["kind"] != "noisy" else "velocity"
         return FlowMatchingObjective(picked(TimestepOptions, case), target=target, weigh=True)
     prediction_type = "v" if case["options"].get("v_parameterization") else "epsilon"
     return DdpmObjective(
@@ -71,9 +72,10 @@ def reduced(case, tensors) -> torch.Tensor:
     weight = objective.loss_weight(sample)
     family = case.get("families", [None])[0]
     if family is not None:
-        raw = family == "flux" and case["options"].get("model_prediction_type", "raw") == "raw"
-        if family == "sd3" or (family == "flux" and not raw):
-            prediction, target = clean_estimate(prediction, sample.noisy_latents, sample.sigmas), sample.latents
+        raw = family in WITH_PREDICTION_TYPE and case["options"].get("model_prediction_type", "raw") == "raw"
+        if family == "sd3" or (family in WITH_PREDICTION_TYPE and not raw):
+            velocity = -prediction if family == "lumina" else prediction
+            prediction, target = clean_estimate(velocity, sample.noisy_latents, sample.sigmas), sample.latents
         else:
             target = sample.target
         weight = None if raw else weight

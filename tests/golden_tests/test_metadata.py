@@ -13,11 +13,19 @@ from tests.golden_dir import behaviour, behaviour_cases
 
 ANY = "ANY"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+COUNTS = (
+    "seed", "num_train_images", "num_validation_images", "num_reg_images", "num_batches_per_epoch", "num_epochs", "max_train_steps",
+)
 WRITTEN_BY_THE_FILE = {"sshs_model_hash", "sshs_legacy_hash"}
 
 
 def of_our_families(case):
-    return case["name"] in FAMILIES
+    return family_of(case["name"]) in FAMILIES
+
+
+def family_of(name):
+    """The family of a recorded case: its name, or the name up to an underscore (flux_dev)."""
+    return max((family for family in FAMILIES if name == family or name.startswith(f"{family}_")), key=len, default=name)
 
 
 def recipe_tensor(recipe):
@@ -75,17 +83,16 @@ def inputs_of(case, tmp_path, *more):
     dataset = tmp_path / "dataset.toml"
     dataset.write_text(behaviour("metadata.json")["dataset_toml"])
     arguments = [*case["arguments"], "--pretrained_model_name_or_path", str(model), "--dataset_config", str(dataset), *more]
-    config = parse(arguments, case["name"], "network")
-    family = import_target(family_entry(case["name"]).family)(config)
+    config = parse(arguments, family_of(case["name"]), "network")
+    family = import_target(family_entry(family_of(case["name"])).family)(config)
     trainable = import_target("library.training.trainables.network:NetworkTrainable")(config)
-    recorded = case["final_file"]["json"]
-    spec = {"architecture": case["final_file"]["text"]["modelspec.architecture"].partition("/")[0]}
+    recorded, text = case["final_file"]["json"], case["final_file"]["text"]
+    counts = {name: int(text[f"ss_{name}"]) for name in COUNTS}
+    spec = {"architecture": text["modelspec.architecture"].partition("/")[0], "implementation": text["modelspec.implementation"]}
     return MetadataInputs(
-        config=config, session_id=7, started_at=1e9, seed=42, datasets=recorded["ss_datasets"],
-        tag_frequency=recorded["ss_tag_frequency"], num_train_images=12, num_validation_images=0, num_reg_images=0,
-        num_batches_per_epoch=6, num_epochs=2, max_train_steps=12, num_processes=1, optimizer="torch.optim.adamw.AdamW",
-        family=family.metadata(), modelspec={"implementation": case["final_file"]["text"]["modelspec.implementation"], **spec},
-        trainable=trainable.metadata(),
+        config=config, session_id=7, started_at=1e9, datasets=recorded["ss_datasets"],
+        tag_frequency=recorded["ss_tag_frequency"], num_processes=1, optimizer=text["ss_optimizer"], family=family.metadata(),
+        modelspec=spec, trainable=trainable.metadata(), **counts,
     )
 
 
@@ -93,7 +100,10 @@ def inputs_of(case, tmp_path, *more):
 def test_metadata_of_the_final_file(case, tmp_path):
     inputs = inputs_of(case, tmp_path)
     hashes = BaseModelHashes(inputs.config, tmp_path / "hashes.json")
-    metadata = at_save(build_metadata(inputs), steps=12, epoch=2, finished_at=2e9, hashes=hashes)
+    text = case["final_file"]["text"]
+    metadata = at_save(
+        build_metadata(inputs), steps=int(text["ss_steps"]), epoch=int(text["ss_epoch"]), finished_at=2e9, hashes=hashes
+    )
     metadata |= dict.fromkeys(WRITTEN_BY_THE_FILE, "")
     assert_metadata(case["final_file"], metadata)
     assert metadata["ss_sd_model_name"] == "model.safetensors" and len(metadata["ss_new_sd_model_hash"]) == 64

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from library.training import cli
 from tests.golden_dir import behaviour, behaviour_cases
-from tests.golden_tests.test_metadata import assert_metadata
+from tests.golden_tests.test_metadata import assert_metadata, family_of
 from tests.tiny import build_tiny_flux
 
 FILE = "metadata.json"
@@ -20,7 +20,7 @@ FILE = "metadata.json"
 
 def of_flux(case) -> bool:
     """The tiny models are those of FLUX.1."""
-    return case["name"] == "flux" or case["name"].startswith("flux_")
+    return family_of(case["name"]) == "flux"
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_names(case):
 @pytest.mark.parametrize("case", behaviour_cases(FILE, "parsing"))
 def test_parsing(case):
     if "error" in case:
-        with pytest.raises(ValueError, match=f"'{case['text']}'"):
+        with pytest.raises(ValueError, match=re.escape(f"'{case['text']}'")):
             parse_keyword_arg(case["text"])
         return
     key, value = parse_keyword_arg(case["text"])
@@ -108,14 +109,14 @@ def test_errors(case):
     with pytest.raises(ConfigError) as error:
         optimizers.check(OptimizerOptions(**case["options"]))
     text = str(error.value)
-    if case["name"] in ("both_flags", "flag_and_type"):
+    if "exclusive" in case["error"]:
         assert "exclusive" in text
-    elif case["name"] == "unknown":
-        assert "did you mean 'AdamW'?" in text
-    elif case["name"] == "unknown_case":
-        assert "did you mean 'RMSprop'?" in text
-    elif case["name"] == "missing_module":
+    elif "optimizer_args" in case["options"]:
+        assert any(argument.partition("=")[0] in text for argument in case["options"]["optimizer_args"])
+    elif "package" in case["error"]:
         assert case["options"]["optimizer_type"].partition(".")[0] in text
     else:
-        for argument in case["options"].get("optimizer_args", [case["options"].get("optimizer_type", "")]):
-            assert argument.partition("=")[0] in text
+        assert case["options"].get("optimizer_type", "") in text
+        offered = [word for word in re.findall(r"\w+", case["error"]) if word in optimizers.OPTIMIZERS or hasattr(torch.optim, word)]
+        for name in offered:
+            assert f"did you mean '{name}'?" in text

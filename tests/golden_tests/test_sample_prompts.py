@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from library.training.sampling_prompts import IMAGE_LINE_OPTIONS, VIDEO_LINE_OPT
 from tests.golden_dir import behaviour, behaviour_cases
 
 FILE = "sample_prompts.json"
+BY_FIELD = {option.field for option in IMAGE_LINE_OPTIONS.values()}
 
 
 def written(case, tmp_path):
@@ -32,8 +34,8 @@ def test_video_lines(case):
 
 @pytest.mark.parametrize("case", behaviour_cases(FILE, "bad_lines"))
 def test_bad_lines(case):
-    option = case["line"].split(" --")[-1].split(" ")[0]
-    with pytest.raises(ConfigError, match=f"prompts.txt line 7: .*--{option}"):
+    options = "|".join(re.escape(piece.split(" ")[0]) for piece in case["line"].split(" --")[1:])
+    with pytest.raises(ConfigError, match=f"prompts.txt line 7: .*--({options})"):
         sampling_prompts.parse_line(case["line"], "prompts.txt line 7")
 
 
@@ -43,15 +45,23 @@ def test_files(case, tmp_path):
     assert [prompt.to_dict() for prompt in prompts] == case["records"]
 
 
+def words_of(error: str) -> list[str]:
+    """What a message has to contain by the text of a recorded error: the line, options, suffixes, and the keys it names."""
+    ordinals = {"first": "entry 1", "second": "entry 2", "third": "entry 3"}
+    words = re.findall(r"line \d+|--\w+|(?<!\w)\.\w+", error)
+    if error.startswith("names"):
+        words += [ordinals.get(word, word) for word in re.findall(r"\w+", error) if word in ordinals or word in BY_FIELD]
+    return words
+
+
 @pytest.mark.parametrize("case", behaviour_cases(FILE, "file_errors"))
 def test_file_errors(case, tmp_path):
     with pytest.raises(ConfigError) as error:
         sampling_prompts.load_prompts(written(case, tmp_path))
     text = str(error.value)
     assert case["name"] in text
-    words = {"bad.txt": ["line 3", "--w"], "bad.json": ["first", "width"], "prompts.yaml": [".txt, .toml, .json"]}
-    for word in words.get(case["name"], []):
-        assert word in text
+    for word in words_of(case["error"]):
+        assert word in text, word
 
 
 @pytest.mark.parametrize("case", behaviour_cases(FILE, "resolved"))

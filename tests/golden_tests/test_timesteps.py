@@ -15,7 +15,7 @@ from tests.golden_dir import behaviour_cases
 
 FILE = "timesteps.json"
 NUM_DRAWS = 100_000
-LATENT_STRIDE = {"flux": 8, "lumina": 8, "anima": 8, "hunyuan_image": 32}
+LATENT_STRIDE = {"flux": 8, "chroma": 8, "sd3": 8, "lumina": 8, "anima": 8, "hunyuan_image": 32}
 
 
 def options_of(case) -> TimestepOptions:
