@@ -56,10 +56,8 @@ class Record:
 def test_background_uploads_keep_their_order_and_are_waited_for():
     record = Record()
     send = Uploader(HubTarget("me/repo"), in_background=True, send=record)
-    started = time.perf_counter()
     for name in ("a", "b", "c"):
         send(name)
-    assert time.perf_counter() - started < 0.05
     send.finish()
     assert record.sent == ["a", "b", "c"] and threading.current_thread().name not in record.threads
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -178,14 +177,11 @@ def test_the_family_may_be_left_out_while_there_is_only_one():
 
 @pytest.mark.parametrize("tool", ["cache_latents.py", "cache_text_encoder_outputs.py"])
 def test_help_needs_no_torch(tool, tmp_path):
-    """Imports are looked at, not only the clock: a busy machine must not decide."""
-    started = time.perf_counter()
     command = [sys.executable, "-X", "importtime", str(ROOT / "tools" / tool), "--help"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0 and "--vae_batch_size" in result.stdout
     imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in result.stderr.splitlines() if line.startswith("import time:")}
     assert not imported & {"torch", "numpy", "transformers", "accelerate", "PIL", "cv2", "diffusers"}
-    assert time.perf_counter() - started < 3
 
 
 def test_an_error_is_one_line_and_a_status(tmp_path):

@@ -126,26 +126,6 @@ def test_setup_parser_gives_a_namespace_with_every_option():
     assert (namespace.network_dim, namespace.cache_latents, namespace.max_train_steps) == (8, True, 1600)
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
-    code = (
-        "import sys, time; start = time.perf_counter()\n"
-        "sys.argv = ['flux_train_network.py', '--help']\n"
-        "import contextlib, io, runpy\n"
-        "with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):\n"
-        "    runpy.run_path('flux_train_network.py', run_name='__main__')\n"
-        "seconds = time.perf_counter() - start\n"
-        "heavy = {'torch', 'numpy', 'transformers', 'accelerate', 'PIL', 'cv2', 'diffusers', 'safetensors', 'matplotlib'} & set(sys.modules)\n"
-        "print(seconds, len(out.getvalue()), sorted(heavy))"
-    )
-    best = None
-    for _ in range(3):
-        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        seconds, size, heavy = result.stdout.split(maxsplit=2)
-        assert heavy.strip() == "[]" and int(size) > 10_000
-        best = min(float(seconds), best if best is not None else float(seconds))
-    assert best < 0.3
-
-
 def test_every_option_is_in_the_documentation():
     page = (ROOT / "docs" / "flux_train_network.md").read_text(encoding="utf-8")
     assert [name for name in SCRIPT.owners if f"`--{name}`" not in page] == []
