@@ -286,7 +286,7 @@ class ResumeOptions:
 
     resume: str | None = option(None, help="state folder of the run to go on with")
     resume_from_huggingface: bool = option(False, help="--resume names a folder on the hub: owner/name/path[:revision[:type]]")
-    initial_step: int | None = option(None, help="count steps from here; replaces the step of the state")
+    initial_step: int | None = option(None, help="count steps from here; replaces the step of the state and --initial_epoch")
     initial_epoch: int | None = option(None, help="count epochs from here (1 = the first); replaces the epoch of the state")
     skip_until_initial_step: bool = equivalent_option(
         False, help="leave out the batches before the first step",
@@ -295,8 +295,6 @@ class ResumeOptions:
 
     def __post_init__(self) -> None:
         problems = too_small(self, 0, "initial_step") + too_small(self, 1, "initial_epoch")
-        if self.initial_step is not None and self.initial_epoch is not None:
-            problems.append("--initial_step and --initial_epoch are both set; they say the same thing, leave one of them out")
         if self.resume_from_huggingface and not self.resume:
             problems.append("--resume_from_huggingface is set without --resume; add --resume owner/name/path")
         raise_problems(problems)
