@@ -44,13 +44,8 @@ def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[s
             problems.add(message)
     for message in cached_text_problems(config, family, trainable):
         problems.add(message)
-    for step in (family.check, lambda: trainable.check(family)):
-        try:
-            step()
-        except ConfigError as error:
-            problems.absorb(error)
-        except AtelierError as error:
-            problems.add(str(error))
+    problems.attempt(family.check)
+    problems.attempt(lambda: trainable.check(family))
     return problems.messages
 
 
