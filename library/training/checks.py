@@ -44,13 +44,8 @@ def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[s
             problems.add(message)
     for message in cached_text_problems(config, family, trainable):
         problems.add(message)
-    for step in (family.check, lambda: trainable.check(family)):
-        try:
-            step()
-        except ConfigError as error:
-            problems.absorb(error)
-        except AtelierError as error:
-            problems.add(str(error))
+    problems.attempt(family.check)
+    problems.attempt(lambda: trainable.check(family))
     return problems.messages
 
 
@@ -139,7 +134,7 @@ def resume_problems(config: Config) -> list[str]:
     bounded_by_steps = loop.max_train_epochs is None
     if resume.initial_step is not None and bounded_by_steps and resume.initial_step >= loop.max_train_steps:
         problems.append(f"--initial_step is {resume.initial_step} with --max_train_steps {loop.max_train_steps}; no step is left to train")
-    if resume.initial_epoch is not None and not bounded_by_steps and resume.initial_epoch > loop.max_train_epochs:
+    if resume.initial_step is None and resume.initial_epoch is not None and not bounded_by_steps and resume.initial_epoch > loop.max_train_epochs:
         problems.append(f"--initial_epoch is {resume.initial_epoch} with --max_train_epochs {loop.max_train_epochs}; no epoch is left to train")
     return problems
 
