@@ -166,7 +166,7 @@ def read_config_from_file(namespace: Any, parser: argparse.ArgumentParser) -> ar
 
 
 def _converted(action: argparse.Action, value: Any) -> Any:
-    if isinstance(action.const, bool):                              # a switch, of either way to declare one
+    if isinstance(action.const, bool):  # a switch, of either way to declare one
         return parse_bool(str(value))
     if isinstance(value, list):
         return [_converted_one(action, item) for item in value]
@@ -195,7 +195,10 @@ def add_training_arguments(parser: argparse.ArgumentParser, support_dreambooth: 
 
 
 def add_dataset_arguments(
-    parser: argparse.ArgumentParser, support_dreambooth: bool = True, support_caption: bool = True, support_caption_dropout: bool = True
+    parser: argparse.ArgumentParser,
+    support_dreambooth: bool = True,
+    support_caption: bool = True,
+    support_caption_dropout: bool = True,
 ) -> None:
     """The options of datasets and caches; those of captions or caption dropout only where they are supported."""
     from library.dataset import CachingOptions, DatasetOptions
