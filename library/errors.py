@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class AtelierError(Exception):
@@ -56,6 +59,16 @@ class Problems:
     def absorb(self, error: ConfigError) -> None:
         for message in error.problems:
             self.add(message)
+
+    def attempt(self, check: Callable[[], T]) -> T | None:
+        """Run a check and keep what it complains about; its result, or None after a complaint."""
+        try:
+            return check()
+        except ConfigError as error:
+            self.absorb(error)
+        except AtelierError as error:
+            self.add(str(error))
+        return None
 
     def raise_if_any(self) -> None:
         if self.messages:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,28 +27,28 @@ class RequestSampler:
         return len(self.requests)
 
 
-class RequestDataset(torch.utils.data.Dataset):
-    """A dataset whose index is a request; a pure function of it, so any worker may serve any request."""
+@dataclass(frozen=True)
+class Loading:
+    """How batches are read: by worker processes (0 = by this one), kept from epoch to epoch, into pinned memory."""
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
-
-    def __getitem__(self, request: BatchRequest) -> Batch:
-        return self.group.load(request)
+    num_workers: int = 0
+    persistent_workers: bool = False
+    pin_memory: bool = False
 
 
 class BatchLoader:
-    """Loads requests in their order with worker processes."""
+    """Loads requests in their order. A dataset group takes requests for indices and is a pure function of them, so any
+    worker may serve any request."""
 
-    def __init__(self, group: Any, *, num_workers: int, persistent: bool, pin_memory: bool) -> None:
+    def __init__(self, group: Any, loading: Loading) -> None:
         self.sampler = RequestSampler()
         self.loader = torch.utils.data.DataLoader(
-            RequestDataset(group),
+            group,
             batch_size=None,
             sampler=self.sampler,
-            num_workers=num_workers,
-            persistent_workers=persistent and num_workers > 0,
-            pin_memory=pin_memory,
+            num_workers=loading.num_workers,
+            persistent_workers=loading.persistent_workers and loading.num_workers > 0,
+            pin_memory=loading.pin_memory,
             # the loader's own draw for worker seeds must not touch the global generator
             generator=torch.Generator().manual_seed(0),
         )
@@ -66,14 +67,13 @@ class TrainingData:
 
     def __init__(
         self, train: Any, validation: Any | None, *, seed: int, accumulation: int, rank: int, num_processes: int,
-        num_workers: int = 0, persistent_workers: bool = False, pin_memory: bool = False,
+        loading: Loading,
     ) -> None:
         self.train, self.validation = train, validation
         self.seed, self.accumulation = seed, accumulation
         self.rank, self.num_processes = rank, num_processes
-        how = {"num_workers": num_workers, "persistent": persistent_workers, "pin_memory": pin_memory}
-        self._loader = BatchLoader(train, **how)
-        self._validation_loader = BatchLoader(validation, **how) if validation is not None else None
+        self._loader = BatchLoader(train, loading)
+        self._validation_loader = BatchLoader(validation, loading) if validation is not None else None
         plan = self._plan(1)
         self.steps_per_epoch = len(plan)
         self.batches_per_epoch = sum(len(step) for step in plan)

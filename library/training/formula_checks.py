@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from library.errors import ConfigError, Problems
+from library.errors import Problems
 from library.options import Config
 from library.training import loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.loss_weights import LossWeightOptions
@@ -27,10 +27,7 @@ def formula_problems(config: Config) -> list[str]:
     )
     problems = Problems()
     for check in checks:
-        try:
-            check()
-        except ConfigError as error:
-            problems.absorb(error)
+        problems.attempt(check)
     return problems.messages
 
 

@@ -296,14 +296,15 @@ def unused_settings(prompts: Sequence[SamplePrompt], family: str) -> list[str]:
 def is_sample_due(options: Any, at: str, step: int, epoch: int) -> bool:
     """Whether samples are due `at` "first", after optimizer step `step`, or at the end of `epoch` (from 1).
 
-    `options` is SamplingOptions. Epochs take precedence: with an interval of epochs, that of steps does nothing.
+    `options` is SamplingOptions. Epochs take precedence: with an interval of epochs, that of steps does nothing. An
+    interval of 0 or less is none.
     """
     if at == "first":
         return bool(options.sample_at_first)
     every_epochs, every_steps = options.sample_every_n_epochs, options.sample_every_n_steps
-    if every_epochs:
+    if every_epochs and every_epochs > 0:
         return at == "epoch" and epoch % every_epochs == 0
-    return at == "step" and bool(every_steps) and step > 0 and step % every_steps == 0
+    return at == "step" and bool(every_steps) and every_steps > 0 and step > 0 and step % every_steps == 0
 
 
 def sample_suffix(at: str, number: int) -> str:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from library.dataset import CachingOptions, DatasetOptions
-from library.errors import ConfigError, Problems
+from library.errors import Problems
 from library.options import Config
 from library.strategy_base import StrategySet
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.accelerator_setup import Runtime, prepare_runtime
 from library.training.checkpoint import resume_point
 from library.training.compilation import compile_blocks
-from library.training.data import TrainingData
+from library.training.data import Loading, TrainingData
 from library.training.data_phase import (
     DataGroups,
     FoundData,
@@ -97,11 +97,7 @@ class Trainer:
         problems = Problems()
         for message in checks.collect(self.config, self.family, self.trainable):
             problems.add(message)
-        found = None
-        try:
-            found = find_data(self.config, self.family.name)
-        except ConfigError as error:
-            problems.absorb(error)
+        found = problems.attempt(lambda: find_data(self.config, self.family.name))
         problems.raise_if_any()
         sampling = self.config[SamplingOptions]
         wants = sampling.sample_at_first or sampling.sample_every_n_steps or sampling.sample_every_n_epochs
@@ -213,8 +209,12 @@ class Trainer:
         loop = self.config[LoopOptions]
         return TrainingData(
             data.train, data.validation, seed=runtime.seed, accumulation=loop.gradient_accumulation_steps, rank=runtime.rank,
-            num_processes=runtime.num_processes, num_workers=min(loop.max_data_loader_n_workers, os.cpu_count() or 1),
-            persistent_workers=loop.persistent_data_loader_workers, pin_memory=runtime.device.type == "cuda",
+            num_processes=runtime.num_processes,
+            loading=Loading(
+                num_workers=min(loop.max_data_loader_n_workers, os.cpu_count() or 1),
+                persistent_workers=loop.persistent_data_loader_workers,
+                pin_memory=runtime.device.type == "cuda",
+            ),
         )
 
     def new_progress(self, batches: TrainingData) -> Progress:

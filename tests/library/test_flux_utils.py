@@ -207,6 +207,21 @@ def test_files_that_do_not_fit_are_named(flux_file, state: dict, message: str) -
         flux_utils.load_flow_model(flux_file(state), torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("mlp_ratio", [3.3, 1.7, 2.0, 41 / 64])
+def test_feed_forward_width_is_the_whole_part_of_the_ratio(flux_file, mlp_ratio: float) -> None:
+    params = replace(PARAMS, mlp_ratio=mlp_ratio)
+    width = {3.3: 211, 1.7: 108, 2.0: 128, 41 / 64: 41}[mlp_ratio]
+    assert params.mlp_hidden == width
+    model = flux_utils.load_flow_model(flux_file(flux_state(params)), None, "cpu", config={"axes_dim": (4, 14, 14)})
+    assert model.double_blocks[0].img_mlp[0].out_features == width
+
+
+@pytest.mark.parametrize("hidden", [48, 60, 84, 96])
+def test_feed_forward_width_is_found_again_from_shapes(hidden: int) -> None:
+    for width in range(1, 5 * hidden):
+        assert replace(PARAMS, hidden_size=hidden, num_heads=2, axes_dim=(hidden // 2,), mlp_ratio=width / hidden).mlp_hidden == width
+
+
 def test_rotary_axes_that_shapes_do_not_tell(flux_file) -> None:
     params = replace(PARAMS, num_heads=4, axes_dim=(4, 6, 6))
     path = flux_file(flux_state(params))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.errors import AtelierError, CheckpointError, ConfigError, Problems
+from library.errors import CheckpointError, ConfigError, Problems
 from library.keyed_random import StepDraws, isolated_rng, key_seed
 from library.options import parse_bool
 from library.safetensors_utils import load_safetensors, read_header
@@ -28,7 +28,7 @@ from library.training.optimizers import OptimizerOptions
 from library.training.trainables.base import Trainable
 from networks.network_args import selected_blocks, selection
 from networks.network_files import by_module, match_names, read_adapter_file, write_adapter_file
-from networks.targets import NetworkTargets, targets_of_family
+from networks.targets import targets_of_family
 
 if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
@@ -57,12 +57,7 @@ class NetworkTrainable(Trainable):
             self._check_files, self._check_ranks,
         )  # fmt: skip
         for step in steps:
-            try:
-                step()
-            except ConfigError as error:
-                problems.absorb(error)
-            except AtelierError as error:
-                problems.add(str(error))
+            problems.attempt(step)
         encoders = len(targets_of_family(family.name).text_encoders)
         rates = self.opts.text_encoder_lr or ()
         if len(rates) > max(encoders, 1):

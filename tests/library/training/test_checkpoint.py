@@ -38,6 +38,13 @@ def test_every_step_of_a_run_has_its_own_place():
     assert [p.steps_left for p in points] == list(range(9, 0, -1))
 
 
+def test_an_initial_step_beats_an_initial_epoch_and_the_state():
+    point = resume_point(
+        ResumeOptions(initial_step=4, initial_epoch=3), {"current_step": 8}, steps_per_epoch=3, accumulation=2, max_train_steps=9
+    )
+    assert (point.global_step, point.epoch, point.step_in_epoch, point.batches_to_skip) == (4, 2, 1, 2)
+
+
 def test_a_finished_run_says_what_to_raise():
     with pytest.raises(ConfigError, match="raise --max_train_steps"):
         resume_point(ResumeOptions(), {"current_step": 9}, steps_per_epoch=3, accumulation=1, max_train_steps=9)

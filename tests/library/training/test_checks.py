@@ -141,7 +141,6 @@ def test_a_plain_run_has_no_warning():
         ({"sample_every_n_steps": 5}, "--sample_prompts"),
         ({"sample_at_first": True}, "--sample_prompts"),
         ({"log_with": "tensorboard"}, "--logging_dir"),
-        ({"initial_step": 5, "initial_epoch": 2}, "--initial_epoch"),
         ({"output_name": "a/b"}, "--output_name"),
         ({"save_every_n_steps": -3}, "--save_every_n_steps is -3"),
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps is 0"),

@@ -2,14 +2,12 @@
 
 import ast
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from library.errors import ConfigError
-from library.options import allows_none, is_bool_option, option_fields, value_type
+from library.options import allows_none, is_bool_option, value_type
 from library.training import cli
 from library.training.parser_common import parse, parse_command, script
 

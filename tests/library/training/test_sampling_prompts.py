@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from library.errors import ConfigError
-from library.training.sampling_prompts import SamplePrompt, load_prompts, parse_line, unused_settings, with_defaults
+from library.training.sampling_prompts import (
+    SamplePrompt,
+    is_sample_due,
+    load_prompts,
+    parse_line,
+    unused_settings,
+    with_defaults,
+)
 
 
 def test_all_problems_of_a_file_come_together(tmp_path):
@@ -58,3 +67,16 @@ def test_settings_that_a_family_does_not_read_are_told():
     prompts = [SamplePrompt(prompt="x", sample_sampler="euler", guidance_scale=2.0), SamplePrompt(prompt="y", renorm_cfg=1.0)]
     assert unused_settings(prompts, "flux") == ["renorm_cfg", "sample_sampler"]
     assert unused_settings(prompts, "sd") == ["guidance_scale", "renorm_cfg"]
+
+
+@pytest.mark.parametrize("line", ["a cat -- w 512", "a cat -- 5", "a cat --"])
+def test_dashes_without_a_letter_are_no_option(line):
+    with pytest.raises(ConfigError, match="prompt: unknown option --;"):
+        parse_line(line)
+
+
+@pytest.mark.parametrize("at", ["step", "epoch"])
+@pytest.mark.parametrize("interval", [0, -1])
+def test_an_interval_of_none_or_less_makes_no_samples(at, interval):
+    options = SimpleNamespace(sample_at_first=False, sample_every_n_steps=interval, sample_every_n_epochs=interval)
+    assert not is_sample_due(options, at, 4, 2)
