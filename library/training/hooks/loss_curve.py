@@ -25,6 +25,7 @@ class LossCurveHook(Hook):
         self.losses: list[float] = []
         self.validation: list[tuple[int, float]] = []
         """(optimizer steps done, loss)"""
+        self._drawn: tuple[Any, ...] | None = None
 
     def on_train_start(self, run: Run) -> None:
         self._reader = run.hooks.find(LossReader)
@@ -47,10 +48,11 @@ class LossCurveHook(Hook):
             self.write(run)
 
     def write(self, run: Run) -> None:
-        """Write both files; nothing before the first step, or without an output folder."""
-        options = run.config[SavingOptions]
-        if not self.steps or not options.output_dir:
+        """Write both files; nothing before the first step, without an output folder, or when nothing was added."""
+        options, content = run.config[SavingOptions], (len(self.steps), tuple(self.validation))
+        if not self.steps or not options.output_dir or content == self._drawn:
             return
+        self._drawn = content
         stem = Path(options.output_dir) / f"{options.output_name or DEFAULT_NAME}-loss"
         averages = trailing_mean(self.losses, run.progress.steps_per_epoch)
         write_table(stem.with_name(stem.name + ".csv"), self.steps, self.losses, averages, self.validation)

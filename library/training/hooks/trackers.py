@@ -135,7 +135,7 @@ def _wandb_arguments(path: str) -> dict[str, Any]:
 
 
 def recorded_config(config: Config) -> dict[str, Any]:
-    """The options for `--log_config`: no secrets, none of the path options and no text that is an absolute path.
+    """The options for `--log_config`: no secrets, none of the path options and nothing else that is a path.
 
     Lists become texts.
     """
@@ -145,8 +145,15 @@ def recorded_config(config: Config) -> dict[str, Any]:
     return {
         name: value if isinstance(value, (bool, int, float, str)) else str(value)
         for name, value in config.values().items()
-        if name not in left_out and not (isinstance(value, str) and os.path.isabs(value))
+        if name not in left_out and not _names_a_place(value)
     }
+
+
+def _names_a_place(value: Any) -> bool:
+    """Whether a value, or one of a list, is a path that tells of the machine."""
+    if isinstance(value, (list, tuple)):
+        return any(_names_a_place(item) for item in value)
+    return isinstance(value, os.PathLike) or (isinstance(value, str) and (os.path.isabs(value) or value.startswith("~")))
 
 
 def run_log_dir(options: LoggingOptions, now: float | None = None) -> Path | None:
