@@ -90,11 +90,15 @@ def part_path(path: str | os.PathLike, kind: str) -> Path:
 def _kind_of(shapes: Mapping[str, tuple[int, ...]], folder: bool = False) -> CheckpointKind:
     found = recognise(shapes)
     if found is not None:
-        return CheckpointKind(found.kind, found.title, "diffusers folder" if folder and found.layout == "diffusers" else found.layout)
+        return CheckpointKind(
+            found.kind, found.title, "diffusers folder" if folder and found.layout == "diffusers" else found.layout
+        )
     if not shapes:
         return CheckpointKind("empty", "a safetensors file without tensors")
     examples = ", ".join(list(shapes)[:3])
-    return CheckpointKind("unknown", f"a safetensors file of a model that is not known here ({len(shapes)} tensors: {examples}, ...)")
+    return CheckpointKind(
+        "unknown", f"a safetensors file of a model that is not known here ({len(shapes)} tensors: {examples}, ...)"
+    )
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -115,7 +119,9 @@ def _what_is_not_safetensors(path: Path) -> CheckpointKind | None:
     # a header of 640 or 896 bytes begins with the two bytes of a pickle, so the whole length field and the brace are looked at
     has_header = start[4:9] == b"\0\0\0\0{"
     if not has_header and (start.startswith(b"PK\x03\x04") or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        return CheckpointKind("pickle", "a pickle (.ckpt, .pt, .bin), which can run any code when it is opened; get or make the safetensors version")
+        return CheckpointKind(
+            "pickle", "a pickle (.ckpt, .pt, .bin), which can run any code when it is opened; get or make the safetensors version"
+        )
     if start.startswith(b"GGUF"):
         return CheckpointKind("gguf", "a quantised GGUF file; get the safetensors version")
     if start.startswith(b"version https://git-lfs"):
@@ -126,7 +132,9 @@ def _what_is_not_safetensors(path: Path) -> CheckpointKind | None:
     length = int.from_bytes(start[:8], "little") if size >= 8 else 0
     if start[8:9] == b"{" and length > 1:
         if 8 + length > size:
-            return CheckpointKind("truncated", f"the file is truncated: {size} bytes, less than its header of {length}; fetch it again")
+            return CheckpointKind(
+                "truncated", f"the file is truncated: {size} bytes, less than its header of {length}; fetch it again"
+            )
         return None
     if start.isascii() and b"\0" not in start:
         return CheckpointKind("text", f"a text file ({size} bytes)")
@@ -145,7 +153,9 @@ def _describe_folder(folder: Path) -> CheckpointKind:
     if files:
         return CheckpointKind("folder", f"a folder with {len(files)} safetensors files, of which one must be named", "folder")
     parts = sorted(child.name for child in folder.iterdir() if child.is_dir())
-    return CheckpointKind("folder", "a folder without safetensors files" + (f" (sub-folders: {', '.join(parts[:6])})" if parts else ""), "folder")
+    return CheckpointKind(
+        "folder", "a folder without safetensors files" + (f" (sub-folders: {', '.join(parts[:6])})" if parts else ""), "folder"
+    )
 
 
 def _describe_shards(folder: Path, index: Path) -> CheckpointKind:

@@ -11,19 +11,48 @@ from dataclasses import dataclass
 from functools import cached_property
 
 PREFIXES: tuple[str, ...] = (
-    "", "model.diffusion_model.", "diffusion_model.", "net.", "model.", "module.", "first_stage_model.", "vae.",
-    "cond_stage_model.transformer.", "cond_stage_model.model.", "conditioner.embedders.0.transformer.",
-    "conditioner.embedders.1.model.", "text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.",
-    "text_encoders.t5xxl.transformer.", "text_encoders.gemma2_2b.transformer.model.", "language_model.model.",
-    "model.language_model.", "transformer.", "unet.",
+    "",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "net.",
+    "model.",
+    "module.",
+    "first_stage_model.",
+    "vae.",
+    "cond_stage_model.transformer.",
+    "cond_stage_model.model.",
+    "conditioner.embedders.0.transformer.",
+    "conditioner.embedders.1.model.",
+    "text_encoders.clip_l.transformer.",
+    "text_encoders.clip_g.transformer.",
+    "text_encoders.t5xxl.transformer.",
+    "text_encoders.gemma2_2b.transformer.model.",
+    "language_model.model.",
+    "model.language_model.",
+    "transformer.",
+    "unet.",
 )
 """what may stand before the names of a part, in files as they are passed around"""
 
 WHOLE_FILE_PREFIXES = ("first_stage_model.", "cond_stage_model.", "conditioner.embedders.", "text_encoders.")
 
 ADAPTER_ENDINGS = (
-    ".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight", ".lora.down.weight", ".lora.up.weight",
-    ".lora_A.default.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".oft_blocks", ".oft_diag", ".dora_scale", ".a1.weight", ".diff", ".diff_b",
+    ".lora_down.weight",
+    ".lora_up.weight",
+    ".lora_A.weight",
+    ".lora_B.weight",
+    ".lora.down.weight",
+    ".lora.up.weight",
+    ".lora_A.default.weight",
+    ".hada_w1_a",
+    ".lokr_w1",
+    ".lokr_w1_a",
+    ".oft_blocks",
+    ".oft_diag",
+    ".dora_scale",
+    ".a1.weight",
+    ".diff",
+    ".diff_b",
 )
 
 
@@ -103,8 +132,10 @@ def _flux_detail(table: KeyTable) -> str:
 
 def _flux_diffusers_detail(table: KeyTable) -> str:
     kind = "dev type" if table.contains("time_text_embed.guidance_embedder.") else "schnell type"
-    return (f"{kind}, {table.count('transformer_blocks.{}.attn.add_k_proj')} double"
-            f" and {table.count('single_transformer_blocks.{}.')} single blocks")
+    return (
+        f"{kind}, {table.count('transformer_blocks.{}.attn.add_k_proj')} double"
+        f" and {table.count('single_transformer_blocks.{}.')} single blocks"
+    )
 
 
 def _is_lumina(table: KeyTable) -> bool:
@@ -122,50 +153,128 @@ def _wan_detail(table: KeyTable) -> str:
 
 
 DENOISERS: tuple[Architecture, ...] = (
-    Architecture("flux_controlnet", "a FLUX.1 ControlNet", lambda t: t.contains("controlnet_blocks.0.") and t.contains("double_blocks.0.")
-                 or t.has("controlnet_x_embedder.weight")),
-    Architecture("controlnet", "a ControlNet", lambda t: t.has("controlnet_cond_embedding.conv_in.weight")
-                 or t.contains("control_model.input_hint_block.")),
-    Architecture("sdxl_refiner", "an SDXL refiner", lambda t: t.size("label_emb.0.0.weight", 1) == 2560 and t.has("input_blocks.0.0.weight")),
+    Architecture(
+        "flux_controlnet",
+        "a FLUX.1 ControlNet",
+        lambda t: t.contains("controlnet_blocks.0.") and t.contains("double_blocks.0.") or t.has("controlnet_x_embedder.weight"),
+    ),
+    Architecture(
+        "controlnet",
+        "a ControlNet",
+        lambda t: t.has("controlnet_cond_embedding.conv_in.weight") or t.contains("control_model.input_hint_block."),
+    ),
+    Architecture(
+        "sdxl_refiner",
+        "an SDXL refiner",
+        lambda t: t.size("label_emb.0.0.weight", 1) == 2560 and t.has("input_blocks.0.0.weight"),
+    ),
     Architecture("sdxl", "an SDXL checkpoint", lambda t: t.has("input_blocks.0.0.weight", "label_emb.0.0.weight")),
     Architecture("sd2", "a Stable Diffusion 2 checkpoint", lambda t: t.size(CROSS_ATTENTION, 1) == 1024, _sd_channels),
     Architecture("sd1", "a Stable Diffusion 1 checkpoint", lambda t: t.has(CROSS_ATTENTION), _sd_channels),
-    Architecture("sd3", "a Stable Diffusion 3 checkpoint", lambda t: t.has("joint_blocks.0.x_block.attn.qkv.weight"), _sd3_detail),
+    Architecture(
+        "sd3", "a Stable Diffusion 3 checkpoint", lambda t: t.has("joint_blocks.0.x_block.attn.qkv.weight"), _sd3_detail
+    ),
     Architecture("chroma", "a Chroma denoiser", lambda t: t.has("distilled_guidance_layer.in_proj.weight")),
     Architecture("flux", "a FLUX.1 denoiser", lambda t: t.has("double_blocks.0.img_attn.norm.query_norm.scale"), _flux_detail),
     Architecture("framepack", "a FramePack denoiser", lambda t: t.has("clean_x_embedder.proj_2x.weight")),
-    Architecture("flux", "a FLUX.1 denoiser", lambda t: t.has("transformer_blocks.0.attn.add_k_proj.weight", "single_transformer_blocks.0.proj_mlp.weight"),
-                 _flux_diffusers_detail, "diffusers"),
-    Architecture("hunyuan_image", "a HunyuanImage 2.1 denoiser", lambda t: t.has("byt5_in.fc1.weight") and t.rank("img_in.proj.weight") == 4),
-    Architecture("hunyuan_video", "a HunyuanVideo denoiser",
-                 lambda t: t.contains("txt_in.individual_token_refiner.blocks.0.norm1.weight") and t.rank("img_in.proj.weight") == 5,
-                 lambda t: "text to video" if t.size("img_in.proj.weight", 1) == 16 else "image to video"),
-    Architecture("lumina2", "a Lumina-Image 2.0 denoiser", lambda t: _is_lumina(t) and t.size("cap_embedder.1.weight", 0) == 2304),
-    Architecture("nextdit", "a NextDiT denoiser that is not Lumina-Image 2.0", _is_lumina,
-                 lambda t: f"width {t.size('cap_embedder.1.weight', 0)}, Lumina has 2304"),
-    Architecture("anima", "an Anima denoiser", lambda t: t.has("blocks.0.adaln_modulation_self_attn.1.weight") and t.contains("llm_adapter.")),
+    Architecture(
+        "flux",
+        "a FLUX.1 denoiser",
+        lambda t: t.has("transformer_blocks.0.attn.add_k_proj.weight", "single_transformer_blocks.0.proj_mlp.weight"),
+        _flux_diffusers_detail,
+        "diffusers",
+    ),
+    Architecture(
+        "hunyuan_image",
+        "a HunyuanImage 2.1 denoiser",
+        lambda t: t.has("byt5_in.fc1.weight") and t.rank("img_in.proj.weight") == 4,
+    ),
+    Architecture(
+        "hunyuan_video",
+        "a HunyuanVideo denoiser",
+        lambda t: t.contains("txt_in.individual_token_refiner.blocks.0.norm1.weight") and t.rank("img_in.proj.weight") == 5,
+        lambda t: "text to video" if t.size("img_in.proj.weight", 1) == 16 else "image to video",
+    ),
+    Architecture(
+        "lumina2", "a Lumina-Image 2.0 denoiser", lambda t: _is_lumina(t) and t.size("cap_embedder.1.weight", 0) == 2304
+    ),
+    Architecture(
+        "nextdit",
+        "a NextDiT denoiser that is not Lumina-Image 2.0",
+        _is_lumina,
+        lambda t: f"width {t.size('cap_embedder.1.weight', 0)}, Lumina has 2304",
+    ),
+    Architecture(
+        "anima",
+        "an Anima denoiser",
+        lambda t: t.has("blocks.0.adaln_modulation_self_attn.1.weight") and t.contains("llm_adapter."),
+    ),
     Architecture("cosmos", "a Cosmos-Predict2 denoiser", lambda t: t.has("blocks.0.adaln_modulation_self_attn.1.weight")),
-    Architecture("wan", "a Wan denoiser", lambda t: t.rank("patch_embedding.weight") == 5 and t.has("blocks.0.self_attn.norm_q.weight"), _wan_detail),
-    Architecture("sd3", "a Stable Diffusion 3 denoiser", lambda t: t.has("transformer_blocks.0.attn.add_k_proj.weight", "pos_embed.proj.weight"), layout="diffusers"),
-    Architecture("sdxl", "an SDXL U-Net", lambda t: t.has("down_blocks.0.resnets.0.conv1.weight", "add_embedding.linear_1.weight"), layout="diffusers"),
+    Architecture(
+        "wan",
+        "a Wan denoiser",
+        lambda t: t.rank("patch_embedding.weight") == 5 and t.has("blocks.0.self_attn.norm_q.weight"),
+        _wan_detail,
+    ),
+    Architecture(
+        "sd3",
+        "a Stable Diffusion 3 denoiser",
+        lambda t: t.has("transformer_blocks.0.attn.add_k_proj.weight", "pos_embed.proj.weight"),
+        layout="diffusers",
+    ),
+    Architecture(
+        "sdxl",
+        "an SDXL U-Net",
+        lambda t: t.has("down_blocks.0.resnets.0.conv1.weight", "add_embedding.linear_1.weight"),
+        layout="diffusers",
+    ),
     Architecture("sd2", "a Stable Diffusion 2 U-Net", lambda t: t.size(DIFFUSERS_CROSS, 1) == 1024, layout="diffusers"),
     Architecture("sd1", "a Stable Diffusion 1 U-Net", lambda t: t.has(DIFFUSERS_CROSS), layout="diffusers"),
 )
 
 VAES: tuple[Architecture, ...] = (
-    Architecture("vae_hunyuan_image", "a HunyuanImage autoencoder",
-                 lambda t: t.has("encoder.down.0.block.0.norm1.weight") and t.contains("encoder.down.5.")),
-    Architecture("vae_sd", "a Stable Diffusion autoencoder", lambda t: t.has("encoder.down.0.block.0.norm1.weight", "quant_conv.weight"),
-                 lambda t: f"{t.size('decoder.conv_in.weight', 1)} latent channels"),
-    Architecture("vae_flux", "a FLUX.1 or SD3 autoencoder", lambda t: t.has("encoder.down.0.block.0.norm1.weight"),
-                 lambda t: f"{t.size('decoder.conv_in.weight', 1)} latent channels"),
+    Architecture(
+        "vae_hunyuan_image",
+        "a HunyuanImage autoencoder",
+        lambda t: t.has("encoder.down.0.block.0.norm1.weight") and t.contains("encoder.down.5."),
+    ),
+    Architecture(
+        "vae_sd",
+        "a Stable Diffusion autoencoder",
+        lambda t: t.has("encoder.down.0.block.0.norm1.weight", "quant_conv.weight"),
+        lambda t: f"{t.size('decoder.conv_in.weight', 1)} latent channels",
+    ),
+    Architecture(
+        "vae_flux",
+        "a FLUX.1 or SD3 autoencoder",
+        lambda t: t.has("encoder.down.0.block.0.norm1.weight"),
+        lambda t: f"{t.size('decoder.conv_in.weight', 1)} latent channels",
+    ),
     Architecture("vae_wan", "a Wan or Qwen-Image autoencoder", lambda t: t.has("encoder.downsamples.0.residual.0.gamma")),
-    Architecture("vae_wan", "a Wan or Qwen-Image autoencoder",
-                 lambda t: t.rank("encoder.down_blocks.0.conv1.weight") == 5 and t.rank("quant_conv.weight") == 5, layout="diffusers"),
-    Architecture("vae_hunyuan_video", "a HunyuanVideo autoencoder", lambda t: t.rank("encoder.down_blocks.0.resnets.0.conv1.conv.weight") == 5),
-    Architecture("vae_sd", "a Stable Diffusion autoencoder", lambda t: t.has("encoder.down_blocks.0.resnets.0.conv1.weight", "quant_conv.weight"), layout="diffusers"),
-    Architecture("vae_flux", "a FLUX.1 or SD3 autoencoder", lambda t: t.has("encoder.down_blocks.0.resnets.0.conv1.weight"),
-                 lambda t: f"{t.size('decoder.conv_in.weight', 1)} latent channels", "diffusers"),
+    Architecture(
+        "vae_wan",
+        "a Wan or Qwen-Image autoencoder",
+        lambda t: t.rank("encoder.down_blocks.0.conv1.weight") == 5 and t.rank("quant_conv.weight") == 5,
+        layout="diffusers",
+    ),
+    Architecture(
+        "vae_hunyuan_video",
+        "a HunyuanVideo autoencoder",
+        lambda t: t.rank("encoder.down_blocks.0.resnets.0.conv1.conv.weight") == 5,
+    ),
+    Architecture(
+        "vae_sd",
+        "a Stable Diffusion autoencoder",
+        lambda t: t.has("encoder.down_blocks.0.resnets.0.conv1.weight", "quant_conv.weight"),
+        layout="diffusers",
+    ),
+    Architecture(
+        "vae_flux",
+        "a FLUX.1 or SD3 autoencoder",
+        lambda t: t.has("encoder.down_blocks.0.resnets.0.conv1.weight"),
+        lambda t: f"{t.size('decoder.conv_in.weight', 1)} latent channels",
+        "diffusers",
+    ),
 )
 
 
@@ -176,24 +285,53 @@ def _clip_width(table: KeyTable) -> int | None:
 TEXT_ENCODERS: tuple[Architecture, ...] = (
     Architecture("clip_g", "a CLIP-G text encoder", lambda t: _clip_width(t) == 1280),
     Architecture("clip_h", "a CLIP-H text encoder", lambda t: _clip_width(t) == 1024),
-    Architecture("clip_l", "a CLIP-L text encoder", lambda t: _clip_width(t) is not None,
-                 lambda t: f"width {_clip_width(t)}, {t.count('text_model.encoder.layers.{}.')} layers"),
-    Architecture("clip_g", "a CLIP-G text encoder", lambda t: t.contains("transformer.resblocks.0.attn.in_proj_weight")
-                 and t.size("token_embedding.weight", 1) == 1280, layout="open_clip"),
-    Architecture("clip_h", "a CLIP text encoder", lambda t: t.contains("transformer.resblocks.0.attn.in_proj_weight"), layout="open_clip"),
-    Architecture("umt5", "a UMT5 text encoder", lambda t: t.has("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight")
-                 or t.has("blocks.0.pos_embedding.embedding.weight", "token_embedding.weight")),
-    Architecture("byt5", "a ByT5 text encoder", lambda t: t.contains("encoder.block.0.layer.0.SelfAttention.q.weight")
-                 and t.size("shared.weight", 0) in (384, 1510)),
-    Architecture("t5", "a T5 text encoder", lambda t: t.has("encoder.block.0.layer.0.SelfAttention.q.weight"),
-                 lambda t: f"width {t.size('encoder.block.0.layer.0.SelfAttention.q.weight', 1)}, {t.count('encoder.block.{}.')} layers"),
+    Architecture(
+        "clip_l",
+        "a CLIP-L text encoder",
+        lambda t: _clip_width(t) is not None,
+        lambda t: f"width {_clip_width(t)}, {t.count('text_model.encoder.layers.{}.')} layers",
+    ),
+    Architecture(
+        "clip_g",
+        "a CLIP-G text encoder",
+        lambda t: t.contains("transformer.resblocks.0.attn.in_proj_weight") and t.size("token_embedding.weight", 1) == 1280,
+        layout="open_clip",
+    ),
+    Architecture(
+        "clip_h", "a CLIP text encoder", lambda t: t.contains("transformer.resblocks.0.attn.in_proj_weight"), layout="open_clip"
+    ),
+    Architecture(
+        "umt5",
+        "a UMT5 text encoder",
+        lambda t: (
+            t.has("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight")
+            or t.has("blocks.0.pos_embedding.embedding.weight", "token_embedding.weight")
+        ),
+    ),
+    Architecture(
+        "byt5",
+        "a ByT5 text encoder",
+        lambda t: t.contains("encoder.block.0.layer.0.SelfAttention.q.weight") and t.size("shared.weight", 0) in (384, 1510),
+    ),
+    Architecture(
+        "t5",
+        "a T5 text encoder",
+        lambda t: t.has("encoder.block.0.layer.0.SelfAttention.q.weight"),
+        lambda t: f"width {t.size('encoder.block.0.layer.0.SelfAttention.q.weight', 1)}, {t.count('encoder.block.{}.')} layers",
+    ),
     Architecture("t5", "a T5 text encoder", lambda t: t.has("enc.blk.0.attn_q.weight"), layout="GGUF names"),
     Architecture("qwen25_vl", "a Qwen2.5-VL model", lambda t: t.contains("visual.blocks.0.", "layers.0.self_attn.q_proj.bias")),
     Architecture("qwen3", "a Qwen3 text encoder", lambda t: t.has("layers.0.self_attn.q_norm.weight")),
     Architecture("gemma2", "a Gemma 2 text encoder", lambda t: t.has("layers.0.pre_feedforward_layernorm.weight")),
-    Architecture("llama", "a LLaMA language model", lambda t: t.has("layers.0.self_attn.q_proj.weight", "layers.0.mlp.gate_proj.weight")),
+    Architecture(
+        "llama", "a LLaMA language model", lambda t: t.has("layers.0.self_attn.q_proj.weight", "layers.0.mlp.gate_proj.weight")
+    ),
     Architecture("siglip", "a SigLIP image encoder", lambda t: t.has("vision_model.head.probe")),
-    Architecture("clip_vision", "a CLIP image encoder", lambda t: t.has("vision_model.embeddings.class_embedding") or t.contains("visual.cls_embedding")),
+    Architecture(
+        "clip_vision",
+        "a CLIP image encoder",
+        lambda t: t.has("vision_model.embeddings.class_embedding") or t.contains("visual.cls_embedding"),
+    ),
 )
 
 ADAPTER_FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -230,7 +368,15 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Recognised | None:
         if architecture.test(table):
             detail = architecture.detail(table)
             whole = table.is_whole_file and architecture in DENOISERS
-            parts = [detail, "with its VAE or text encoders in one file" if whole else "", f"{architecture.layout} names" if architecture.layout != "original" else ""]
+            parts = [
+                detail,
+                "with its VAE or text encoders in one file" if whole else "",
+                f"{architecture.layout} names" if architecture.layout != "original" else "",
+            ]
             told = ", ".join(part for part in parts if part)
-            return Recognised(architecture.kind, f"{architecture.title} ({told})" if told else architecture.title, "whole file" if whole else architecture.layout)
+            return Recognised(
+                architecture.kind,
+                f"{architecture.title} ({told})" if told else architecture.title,
+                "whole file" if whole else architecture.layout,
+            )
     return None

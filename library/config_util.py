@@ -192,9 +192,9 @@ class _Resolver:
         return subset
 
     def _check_keys(self, table: Table, kind: str) -> None:
-        """Keys that have no meaning for this kind of dataset."""
-        for name in table.values:
-            if kind in KEYS[name].kinds:
+        """Keys that have no meaning for this kind of dataset. A refused value was reported already."""
+        for name, value in table.values.items():
+            if kind in KEYS[name].kinds or value is BAD:
                 continue
             if name == "conditioning_data_dir":
                 self.problems.add(table.where(name), "conflict", "masks need the option --masked_loss; add it, or remove this key")

@@ -41,7 +41,11 @@ def grouped(defaults: dict[str, list]) -> dict[str, str]:
 
 def as_module(groups: dict[str, str]) -> str:
     """The table as Python source, with short lines."""
-    lines = ['"""Written by tools/make_known_options.py: defaults of known options as JSON -> names."""', "", "NAMES_BY_DEFAULTS: dict[str, str] = {"]
+    lines = [
+        '"""Written by tools/make_known_options.py: defaults of known options as JSON -> names."""',
+        "",
+        "NAMES_BY_DEFAULTS: dict[str, str] = {",
+    ]
     for defaults, names in groups.items():
         wrapped = textwrap.wrap(names, 108)
         lines.append(f"    {defaults!r}: (")

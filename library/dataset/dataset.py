@@ -16,7 +16,7 @@ import torch
 
 from library.dataset.architectures import DataArchitecture
 from library.dataset.batch import Batch
-from library.dataset.bucket import BucketAssignment, assign_buckets
+from library.dataset.bucket import BucketAssignment, assign_buckets, effective_limits
 from library.dataset.captions import is_dropped, process_caption, tag_frequency
 from library.dataset.collate import Sample, collate
 from library.dataset.draws import sample_color, sample_flip, sample_geometry
@@ -121,8 +121,10 @@ class Dataset:
         return [group for group in groups.values() if group[1]]
 
     def metadata(self) -> dict[str, Any]:
-        """The record of `ss_datasets`."""
+        """The record of `ss_datasets`; the bucket limits are those in force, on the grid."""
         params = self.params
+        limits = effective_limits(params.min_bucket_reso, params.max_bucket_reso, params.bucket_reso_steps)
+        lowest, highest = limits if params.enable_bucket else (None, None)
         return {
             "is_dreambooth": params.kind != "FT",
             "batch_size_per_device": params.batch_size,
@@ -130,8 +132,8 @@ class Dataset:
             "num_reg_images": self.num_reg_images,
             "resolution": list(params.resolution),
             "enable_bucket": params.enable_bucket,
-            "min_bucket_reso": params.min_bucket_reso if params.enable_bucket else None,
-            "max_bucket_reso": params.max_bucket_reso if params.enable_bucket else None,
+            "min_bucket_reso": lowest,
+            "max_bucket_reso": highest,
             "tag_frequency": self.tag_frequency,
             "bucket_info": self.bucket_info,
             "resize_interpolation": params.resize_interpolation,

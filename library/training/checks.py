@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from library.training.families.base import ModelFamily
     from library.training.trainables.base import Trainable
 
+
 def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
     """Every problem of a run that can be seen before models are loaded; empty when it can start."""
     problems = Problems()
@@ -103,7 +104,9 @@ def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainab
     training = trainable.trains_text_encoders(family)
     if not config[CachingOptions].caches_text or not training or not all(training):
         return []
-    return ["text encoders are trained and their outputs cached; add --network_train_unet_only or leave out --cache_text_encoder_outputs"]
+    return [
+        "text encoders are trained and their outputs cached; add --network_train_unet_only or leave out --cache_text_encoder_outputs"
+    ]
 
 
 def sampling_problems(config: Config) -> list[str]:
@@ -128,14 +131,21 @@ def resume_problems(config: Config) -> list[str]:
     problems = []
     if resume.resume_from_huggingface:
         if (resume.resume or "").count("/") < 2:
-            problems.append(f"--resume is {resume.resume}; with --resume_from_huggingface it is owner/name/path[:revision[:type]]")
+            problems.append(
+                f"--resume is {resume.resume}; with --resume_from_huggingface it is owner/name/path[:revision[:type]]"
+            )
     elif resume.resume:
         problems += _state_problems(resume, loop)
     bounded_by_steps = loop.max_train_epochs is None
     if resume.initial_step is not None and bounded_by_steps and resume.initial_step >= loop.max_train_steps:
-        problems.append(f"--initial_step is {resume.initial_step} with --max_train_steps {loop.max_train_steps}; no step is left to train")
-    if resume.initial_step is None and resume.initial_epoch is not None and not bounded_by_steps and resume.initial_epoch > loop.max_train_epochs:
-        problems.append(f"--initial_epoch is {resume.initial_epoch} with --max_train_epochs {loop.max_train_epochs}; no epoch is left to train")
+        problems.append(
+            f"--initial_step is {resume.initial_step} with --max_train_steps {loop.max_train_steps}; no step is left to train"
+        )
+    counts_epochs = resume.initial_step is None and resume.initial_epoch is not None and not bounded_by_steps
+    if counts_epochs and resume.initial_epoch > loop.max_train_epochs:
+        problems.append(
+            f"--initial_epoch is {resume.initial_epoch} with --max_train_epochs {loop.max_train_epochs}; no epoch is left to train"
+        )
     return problems
 
 
@@ -147,14 +157,19 @@ def _state_problems(resume: ResumeOptions, loop: LoopOptions) -> list[str]:
         return [f"--resume is {folder}; there is no such folder"]
     missing = [name for name in (WEIGHTS_FILE, OPTIMIZER_FILE) if not (folder / name).is_file()]
     if missing:
-        return [f"--resume is {folder}, in which {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; give a whole state folder (its name ends in -state)"]
+        return [
+            f"--resume is {folder}, in which {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing;"
+            " give a whole state folder (its name ends in -state)"
+        ]
     try:
         step = read_train_state(folder)["current_step"]
     except AtelierError as error:
         return [str(error)]
     explicit = resume.initial_step is not None or resume.initial_epoch is not None
     if not explicit and loop.max_train_epochs is None and step >= loop.max_train_steps:
-        return [f"--resume is {folder}, a run after step {step}; --max_train_steps is {loop.max_train_steps}: no step is left, raise it"]
+        return [
+            f"--resume is {folder}, a run after step {step}; --max_train_steps is {loop.max_train_steps}: no step is left, raise it"
+        ]
     return []
 
 
@@ -163,7 +178,9 @@ def logging_problems(config: Config) -> list[str]:
     logs = config[LoggingOptions]
     problems = []
     if logs.log_with in ("tensorboard", "all") or (logs.log_with is None and logs.logging_dir):
-        problems += _package_problems("tensorboard", "--logging_dir" if logs.log_with is None else f"--log_with {logs.log_with}", "tensorboard")
+        problems += _package_problems(
+            "tensorboard", "--logging_dir" if logs.log_with is None else f"--log_with {logs.log_with}", "tensorboard"
+        )
     if logs.log_with in ("wandb", "all"):
         problems += _package_problems("wandb", f"--log_with {logs.log_with}", "atelier[wandb]")
     if logs.log_tracker_config is not None:
@@ -207,8 +224,14 @@ def compile_problems(config: Config) -> list[str]:
 
 
 CHECKS: tuple[Callable[[Config], list[str]], ...] = (
-    output_problems, overwrite_problems, sampling_problems, resume_problems, logging_problems, hub_problems,
-    compile_problems, formula_problems,
+    output_problems,
+    overwrite_problems,
+    sampling_problems,
+    resume_problems,
+    logging_problems,
+    hub_problems,
+    compile_problems,
+    formula_problems,
 )
 
 
@@ -225,13 +248,21 @@ def warnings(config: Config) -> list[str]:
         lines.append("--save_n_epoch_ratio replaces --save_every_n_epochs")
     if sampling.sample_every_n_epochs and sampling.sample_every_n_steps:
         lines.append("--sample_every_n_epochs replaces --sample_every_n_steps")
-    if sampling.sample_prompts and not (sampling.sample_every_n_epochs or sampling.sample_every_n_steps or sampling.sample_at_first):
-        lines.append("--sample_prompts has no effect without --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first")
+    if sampling.sample_prompts and not (
+        sampling.sample_every_n_epochs or sampling.sample_every_n_steps or sampling.sample_at_first
+    ):
+        lines.append(
+            "--sample_prompts has no effect without --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
+        )
     if loop.persistent_data_loader_workers and loop.max_data_loader_n_workers == 0:
         lines.append("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
     if loop.max_train_epochs is not None and "max_train_steps" in config.explicit:
         lines.append("--max_train_epochs replaces --max_train_steps")
-    asked = [name for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps") if getattr(config[ValidationOptions], name)]
+    asked = [
+        name
+        for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
+        if getattr(config[ValidationOptions], name)
+    ]
     if asked and data.dataset_config is None and not data.validation_split:
         lines.append(f"--{asked[0]} has no effect without --validation_split")
     if saving.save_model_as in ("ckpt", "pt") and not config[MetadataOptions].no_metadata:

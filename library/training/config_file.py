@@ -38,7 +38,7 @@ def read_config_file(name: str) -> dict[str, Any]:
         raise ConfigError(f"--config_file is {name}; there is no file {path}")
     try:
         content = _parse_toml(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, IndexError, TypeError) as error:            # the last two: faults of the toml package
+    except (ValueError, IndexError, TypeError) as error:  # the last two: faults of the toml package
         raise ConfigError(f"{path} is not a readable TOML file: {error}") from error
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -46,8 +46,11 @@ def read_config_file(name: str) -> dict[str, Any]:
     nested = [key for key, value in values.items() if isinstance(value, dict)]
     if nested:
         raise ConfigError(
-            [f"{path}: {key} is a table inside a table; options are written as key = value"
-             f" (a dataset configuration belongs to --dataset_config)" for key in nested]
+            [
+                f"{path}: {key} is a table inside a table; options are written as key = value"
+                f" (a dataset configuration belongs to --dataset_config)"
+                for key in nested
+            ]
         )
     return values
 
@@ -128,7 +131,8 @@ def write_config_file(name: str, config: Config, defaults: Mapping[str, Any]) ->
         table = {
             key: _as_toml(getattr(config[options_class], key))
             for key, (field, spec) in fields.items()
-            if key not in NEVER_IN_FILE and not spec.secret
+            if key not in NEVER_IN_FILE
+            and not spec.secret
             and getattr(config[options_class], key) != defaults.get(key, field.default)
         }
         if table:

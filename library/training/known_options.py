@@ -86,7 +86,7 @@ def is_idle(name: str, values: dict[str, Any]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """"1e-4" -> 0.0001, "false" -> False, other texts as they are: front ends write values as texts too."""
+    """ "1e-4" -> 0.0001, "false" -> False, other texts as they are: front ends write values as texts too."""
     if not isinstance(value, str):
         return value
     lowered = value.strip().lower()

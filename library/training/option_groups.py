@@ -68,7 +68,8 @@ class ConsoleOptions:
     """Messages on the console"""
 
     console_log_level: str | None = option(
-        None, help="least severe level that is shown; INFO when not given",
+        None,
+        help="least severe level that is shown; INFO when not given",
         choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
     )
     console_log_file: str | None = option(None, help="write the messages to this file (replaced) instead of the console")
@@ -84,10 +85,14 @@ class ModelOptions:
     tokenizer_cache_dir: str | None = option(None, help="folder where tokenizers are kept, so that a run needs no network")
     v2: bool = option(False, help="the base is Stable Diffusion 2")
     v_parameterization: bool = option(False, help="the base predicts velocity (Stable Diffusion 2.x 768)")
-    max_token_length: int | None = option(None, help="longest caption in CLIP tokens; 75 when not given", choices=(None, 150, 225))
+    max_token_length: int | None = option(
+        None, help="longest caption in CLIP tokens; 75 when not given", choices=(None, 150, 225)
+    )
     clip_skip: int | None = option(None, help="take the output of the n-th layer of the text encoder from the end")
     weighted_captions: bool = option(False, help="read (word:1.2) and [word] in captions as weights")
-    disable_mmap_load_safetensors: bool = option(False, help="read model files whole instead of mapping them; quicker on network drives")
+    disable_mmap_load_safetensors: bool = option(
+        False, help="read model files whole instead of mapping them; quicker on network drives"
+    )
     no_half_vae: bool = option(False, help="keep the VAE in float32 under mixed precision")
 
     def __post_init__(self) -> None:
@@ -136,7 +141,9 @@ class LoopOptions:
 class PrecisionOptions:
     """Number formats"""
 
-    mixed_precision: str = option("no", help="format of the forward pass; trained weights stay float32", choices=("no", "fp16", "bf16"))
+    mixed_precision: str = option(
+        "no", help="format of the forward pass; trained weights stay float32", choices=("no", "fp16", "bf16")
+    )
     full_fp16: bool = option(False, help="trained weights and gradients in float16 too; needs --mixed_precision fp16")
     full_bf16: bool = option(False, help="trained weights and gradients in bfloat16 too; needs --mixed_precision bf16")
     fp8_base: bool = option(False, help="frozen weights of denoiser and text encoders in float8; needs mixed precision")
@@ -149,7 +156,9 @@ class PrecisionOptions:
                 problems.append(f"--{name} is set with --mixed_precision {self.mixed_precision}; add --mixed_precision {needed}")
         for name in ("fp8_base", "fp8_base_unet"):
             if getattr(self, name) and self.mixed_precision == "no":
-                problems.append(f"--{name} is set with --mixed_precision no; float8 weights compute in bf16 or fp16: add --mixed_precision bf16")
+                problems.append(
+                    f"--{name} is set with --mixed_precision no; float8 weights compute in bf16 or fp16: add --mixed_precision bf16"
+                )
         raise_problems(problems)
 
 
@@ -158,23 +167,41 @@ class MemoryOptions:
     """Memory and speed"""
 
     gradient_checkpointing: bool = option(False, help="recompute activations in the backward pass: less memory, slower")
-    cpu_offload_checkpointing: bool = option(False, help="keep the inputs of checkpointed blocks in main memory; needs --gradient_checkpointing")
+    cpu_offload_checkpointing: bool = option(
+        False, help="keep the inputs of checkpointed blocks in main memory; needs --gradient_checkpointing"
+    )
     blocks_to_swap: int | None = option(None, help="number of blocks of the denoiser that wait in main memory; 0 = none")
     mem_eff_attn: bool = equivalent_option(False, help="memory-efficient attention", reason=f"--mem_eff_attn: {_TORCH_ATTENTION}")
     xformers: bool = equivalent_option(False, help="attention of xformers", reason=f"--xformers: {_TORCH_ATTENTION}")
     sdpa: bool = equivalent_option(False, help="attention of torch", reason=f"--sdpa: {_TORCH_ATTENTION}")
     torch_compile: bool = option(False, help="compile the blocks of the denoiser with torch.compile")
     dynamo_backend: str = option(
-        "inductor", help="backend of --torch_compile; no is what front ends write when they do not compile",
-        choices=("no", "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt",
-                 "onnxrt", "tensort", "ipex", "tvm"),
+        "inductor",
+        help="backend of --torch_compile; no is what front ends write when they do not compile",
+        choices=(
+            "no",
+            "eager",
+            "aot_eager",
+            "inductor",
+            "aot_ts_nvfuser",
+            "nvprims_nvfuser",
+            "cudagraphs",
+            "ofi",
+            "fx2trt",
+            "onnxrt",
+            "tensort",
+            "ipex",
+            "tvm",
+        ),
     )
     lowram: bool = equivalent_option(
-        False, help="hint for machines with little main memory",
+        False,
+        help="hint for machines with little main memory",
         reason="--lowram: every part is loaded where it is used and released after its last use; nothing else to do",
     )
     highvram: bool = equivalent_option(
-        False, help="hint for GPUs with much memory",
+        False,
+        help="hint for GPUs with much memory",
         reason="--highvram: the GPU cache is emptied only when a part is released; nothing else to do",
     )
 
@@ -199,11 +226,13 @@ class DdpOptions:
 
     ddp_timeout: int | None = option(None, help="minutes that a process waits for the others; 30 when not given")
     ddp_gradient_as_bucket_view: bool = equivalent_option(
-        False, help="share memory between gradients and buckets",
+        False,
+        help="share memory between gradients and buckets",
         reason="--ddp_gradient_as_bucket_view: gradients are summed in place by the trainer; there are no buckets",
     )
     ddp_static_graph: bool = equivalent_option(
-        False, help="assume that the graph never changes",
+        False,
+        help="assume that the graph never changes",
         reason="--ddp_static_graph: gradients are summed by the trainer after each step; the graph does not matter",
     )
 
@@ -217,9 +246,13 @@ class DeepSpeedOptions:
 
     deepspeed: bool = refused_option(False, help="train through DeepSpeed", reason=_DEEPSPEED)
     zero_stage: int = refused_option(2, help="ZeRO stage", choices=(0, 1, 2, 3), reason=_DEEPSPEED)
-    offload_optimizer_device: str | None = refused_option(None, help="where the optimizer lives", choices=(None, "cpu", "nvme"), reason=_DEEPSPEED)
+    offload_optimizer_device: str | None = refused_option(
+        None, help="where the optimizer lives", choices=(None, "cpu", "nvme"), reason=_DEEPSPEED
+    )
     offload_optimizer_nvme_path: str | None = refused_option(None, help="folder for the optimizer on NVMe", reason=_DEEPSPEED)
-    offload_param_device: str | None = refused_option(None, help="where the parameters live", choices=(None, "cpu", "nvme"), reason=_DEEPSPEED)
+    offload_param_device: str | None = refused_option(
+        None, help="where the parameters live", choices=(None, "cpu", "nvme"), reason=_DEEPSPEED
+    )
     offload_param_nvme_path: str | None = refused_option(None, help="folder for the parameters on NVMe", reason=_DEEPSPEED)
     zero3_init_flag: bool = refused_option(False, help="build the model under ZeRO-3", reason=_DEEPSPEED)
     zero3_save_16bit_model: bool = refused_option(False, help="save 16-bit weights under ZeRO-3", reason=_DEEPSPEED)
@@ -234,27 +267,45 @@ class SavingOptions:
     output_name: str | None = option(None, help="name of the files without ending; 'last' for the final file when not given")
     overwrite: bool = option(False, help="replace files of an earlier run with the same name")
     save_precision: str | None = option(
-        None, help="number format of the saved weights; that of the trained weights when not given (float32, or that of --full_*)",
+        None,
+        help="number format of the saved weights; that of the trained weights when not given (float32, or that of --full_*)",
         choices=(None, "float", "fp16", "bf16"),
     )
     save_every_n_epochs: int | None = option(None, help="write a file every n epochs")
     save_every_n_steps: int | None = option(None, help="write a file every n steps")
     save_n_epoch_ratio: int | None = option(None, help="write about n files, spread over the epochs")
     save_last_n_epochs: int | None = option(None, help="keep only the epoch files of the last n epochs")
-    save_last_n_epochs_state: int | None = option(None, help="keep the epoch states of the last n epochs; replaces --save_last_n_epochs for states")
+    save_last_n_epochs_state: int | None = option(
+        None, help="keep the epoch states of the last n epochs; replaces --save_last_n_epochs for states"
+    )
     save_last_n_steps: int | None = option(None, help="keep only the step files of the last n steps")
-    save_last_n_steps_state: int | None = option(None, help="keep the step states of the last n steps; replaces --save_last_n_steps for states")
+    save_last_n_steps_state: int | None = option(
+        None, help="keep the step states of the last n steps; replaces --save_last_n_steps for states"
+    )
     save_state: bool = option(False, help="write a state folder, to resume from, beside every file")
     save_state_on_train_end: bool = option(False, help="write a state folder at the end")
-    save_model_as: str | None = option("safetensors", help="format of the files; ckpt and pt are pickles without metadata", choices=(None, "ckpt", "pt", "safetensors"))
+    save_model_as: str | None = option(
+        "safetensors",
+        help="format of the files; ckpt and pt are pickles without metadata",
+        choices=(None, "ckpt", "pt", "safetensors"),
+    )
 
     def __post_init__(self) -> None:
-        problems = too_small(self, 1, "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio", hint="; leave it out to save at the end only")
+        problems = too_small(
+            self,
+            1,
+            "save_every_n_epochs",
+            "save_every_n_steps",
+            "save_n_epoch_ratio",
+            hint="; leave it out to save at the end only",
+        )
         problems += too_small(
             self, 0, "save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state"
         )
         if self.output_name is not None and (not self.output_name.strip() or any(c in self.output_name for c in '/\\:*?"<>|\0')):
-            problems.append(f"--output_name is '{self.output_name}'; needed: a file name without folders and without \\ / : * ? \" < > |")
+            problems.append(
+                f"--output_name is '{self.output_name}'; needed: a file name without folders and without \\ / : * ? \" < > |"
+            )
         raise_problems(problems)
 
 
@@ -265,7 +316,9 @@ class HubOptions:
     huggingface_repo_id: str | None = option(None, help="repository that receives the files, as owner/name; made when missing")
     huggingface_repo_type: str | None = option(None, help="model (when not given), dataset or space")
     huggingface_path_in_repo: str | None = option(None, help="folder inside the repository")
-    huggingface_token: str | None = option(None, help="access token; better: log in with 'hf auth login' or set HF_TOKEN", secret=True)
+    huggingface_token: str | None = option(
+        None, help="access token; better: log in with 'hf auth login' or set HF_TOKEN", secret=True
+    )
     huggingface_repo_visibility: str | None = option(None, help="public, anything else is private; private when not given")
     save_state_to_huggingface: bool = option(False, help="upload state folders too")
     async_upload: bool = option(False, help="upload in the background; the last file is always waited for")
@@ -274,7 +327,11 @@ class HubOptions:
         problems = []
         if self.huggingface_repo_id is None:
             names = ("huggingface_path_in_repo", "save_state_to_huggingface", "async_upload")
-            problems += [f"--{name} is set without --huggingface_repo_id, the repository to write to" for name in names if getattr(self, name)]
+            problems += [
+                f"--{name} is set without --huggingface_repo_id, the repository to write to"
+                for name in names
+                if getattr(self, name)
+            ]
         if self.huggingface_repo_type not in (None, "", "model", "dataset", "space"):
             problems.append(f"--huggingface_repo_type is '{self.huggingface_repo_type}'; needed: model, dataset or space")
         raise_problems(problems)
@@ -289,7 +346,8 @@ class ResumeOptions:
     initial_step: int | None = option(None, help="count steps from here; replaces the step of the state and --initial_epoch")
     initial_epoch: int | None = option(None, help="count epochs from here (1 = the first); replaces the epoch of the state")
     skip_until_initial_step: bool = equivalent_option(
-        False, help="leave out the batches before the first step",
+        False,
+        help="leave out the batches before the first step",
         reason="--skip_until_initial_step: a run always goes on at the exact batch of its first step",
     )
 
@@ -305,7 +363,9 @@ class LoggingOptions:
     """Curves"""
 
     logging_dir: str | None = option(None, help="folder of the TensorBoard and W&B logs; each run makes its own folder inside")
-    log_with: str | None = option(None, help="who keeps the curves; tensorboard when only --logging_dir is given", choices=("tensorboard", "wandb", "all"))
+    log_with: str | None = option(
+        None, help="who keeps the curves; tensorboard when only --logging_dir is given", choices=("tensorboard", "wandb", "all")
+    )
     log_prefix: str | None = option(None, help="text before the time in the folder name of a run")
     log_tracker_name: str | None = option(None, help="name of the project; network_train when not given")
     log_tracker_config: str | None = option(None, help="TOML file with settings of the tracker")
@@ -370,7 +430,20 @@ class NoiseOptions:
 
 
 SHARED_GROUPS: tuple[type, ...] = (
-    ConfigFileOptions, ModelOptions, SavingOptions, LoopOptions, PrecisionOptions, MemoryOptions, ResumeOptions,
-    SamplingOptions, ValidationOptions, LoggingOptions, ConsoleOptions, MetadataOptions, HubOptions, NoiseOptions,
-    DdpOptions, DeepSpeedOptions,
+    ConfigFileOptions,
+    ModelOptions,
+    SavingOptions,
+    LoopOptions,
+    PrecisionOptions,
+    MemoryOptions,
+    ResumeOptions,
+    SamplingOptions,
+    ValidationOptions,
+    LoggingOptions,
+    ConsoleOptions,
+    MetadataOptions,
+    HubOptions,
+    NoiseOptions,
+    DdpOptions,
+    DeepSpeedOptions,
 )

@@ -36,8 +36,14 @@ PACKAGE_GROUPS: tuple[str, ...] = (
     "library.training.inference_samplers:SamplerOptions",
 )
 PATH_OPTIONS: tuple[str, ...] = (
-    "pretrained_model_name_or_path", "vae", "tokenizer_cache_dir", "train_data_dir", "conditioning_data_dir",
-    "reg_data_dir", "output_dir", "logging_dir",
+    "pretrained_model_name_or_path",
+    "vae",
+    "tokenizer_cache_dir",
+    "train_data_dir",
+    "conditioning_data_dir",
+    "reg_data_dir",
+    "output_dir",
+    "logging_dir",
 )
 """never recorded with the curves, and named in the log when W&B would record the command line"""
 
@@ -53,9 +59,7 @@ class TrainableEntry:
 
 
 TRAINABLES: dict[str, TrainableEntry] = {
-    "network": TrainableEntry(
-        "library.training.trainables.network:NetworkTrainable", "library.training.adapters:NetworkOptions"
-    ),
+    "network": TrainableEntry("library.training.trainables.network:NetworkTrainable", "library.training.adapters:NetworkOptions"),
 }
 
 
@@ -125,7 +129,8 @@ def script(family: str, trainable: str) -> Script:
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:2], SHARED_GROUPS[2:]
     return Script(
-        family, trainable,
+        family,
+        trainable,
         classes=(*first, family_class.options, import_target(entry.options), *packages, *rest),
         refused={**family_class.refused, **entry.refused},
         defaults=family_class.defaults,
@@ -185,7 +190,7 @@ class _Reader:
     def command_line(self, argv: Sequence[str]) -> dict[str, Any]:
         """Option name -> text or texts as written; unknown options become problems."""
         parser = parser_of(self.what, strict=True)
-        for action in parser._actions:                              # values are converted later, all problems at once
+        for action in parser._actions:  # values are converted later, all problems at once
             action.type, action.choices = None, None
         try:
             namespace, unknown = parser.parse_known_args(list(argv))
@@ -253,9 +258,16 @@ class _Reader:
             elif is_neutral(key, value, known_defaults()[key]) or is_idle(key, {**own, **others}) or _said_twice(key, value, own):
                 ignored.append(key)
             else:
-                self.problems.add(f"{path}: {key} is {value!r}; it is a key of other scripts and has no meaning here{_instead(key)}")
+                self.problems.add(
+                    f"{path}: {key} is {value!r}; it is a key of other scripts and has no meaning here{_instead(key)}"
+                )
         if ignored:
-            self.notes.append(Note(logging.WARNING, f"{path}: keys of other scripts, ignored as they ask for nothing: {', '.join(sorted(ignored))}"))
+            self.notes.append(
+                Note(
+                    logging.WARNING,
+                    f"{path}: keys of other scripts, ignored as they ask for nothing: {', '.join(sorted(ignored))}",
+                )
+            )
 
     def without_refused(self, values: dict[str, Any]) -> dict[str, Any]:
         """Drop refused options that ask for nothing, complain about the others, note the equivalent ones."""
@@ -315,7 +327,16 @@ def _privacy_notes(what: Script, config: Config, on_line: Mapping[str, Any]) -> 
         if value and what.spec(name).secret
     ]
     if "log_with" in what.owners and config.value("log_with") in ("wandb", "all"):
-        shown = [name for name in PATH_OPTIONS if str(on_line.get(name, "")).startswith(("/", "~")) or ":\\" in str(on_line.get(name, ""))]
+        shown = [
+            name
+            for name in PATH_OPTIONS
+            if str(on_line.get(name, "")).startswith(("/", "~")) or ":\\" in str(on_line.get(name, ""))
+        ]
         if shown:
-            notes.append(Note(logging.INFO, f"W&B may record the command line with these paths: {', '.join(shown)}; a --config_file avoids it"))
+            notes.append(
+                Note(
+                    logging.INFO,
+                    f"W&B may record the command line with these paths: {', '.join(shown)}; a --config_file avoids it",
+                )
+            )
     return notes

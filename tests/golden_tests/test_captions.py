@@ -37,6 +37,7 @@ def test_process(case):
 def test_file(case, tmp_path):
     given = case["input"]
     for name, text in given["files"].items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(text.encode("utf-8"))
     params = SubsetParams(**given["settings"])
     caption = read_caption(str(tmp_path / given["image"]), params)

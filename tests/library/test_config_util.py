@@ -105,6 +105,11 @@ def test_options_of_the_command_line_are_unknown_keys(tmp_path):
     ]
 
 
+def test_a_refused_value_is_reported_once(tmp_path):
+    text = f"[[datasets]]\nresolution = 64\n{SUBSET}conditioning_data_dir = 5\n"
+    assert errors_of(tmp_path, text) == [("datasets[0].subsets[0].conditioning_data_dir", "wrong_type", None)]
+
+
 def test_misspelled_subsets(tmp_path):
     text = "[[datasets]]\nresolution = 64\n[[datasets.subset]]\nimage_dir = 'a'\n"
     assert ("datasets[0].subset", "unknown_key", "subsets") in errors_of(tmp_path, text)

@@ -329,3 +329,11 @@ def test_the_record_for_metadata(tmp_path):
     assert record["subsets"][0]["img_count"] == 3 and record["subsets"][0]["image_dir"] == "10_cat"
     assert record["tag_frequency"]["10_cat"]["red"] == 3
     assert record["bucket_info"]["buckets"][0] == {"resolution": (64, 64), "count": 6}
+
+
+def test_the_recorded_limits_are_those_in_force(tmp_path):
+    items = make_folder(tmp_path, 1)
+    (record,) = make_group(items, min_bucket_reso=40, max_bucket_reso=120).metadata()
+    assert (record["min_bucket_reso"], record["max_bucket_reso"]) == (32, 128)
+    (record,) = make_group(items, enable_bucket=False).metadata()
+    assert (record["min_bucket_reso"], record["max_bucket_reso"]) == (None, None)

@@ -1,0 +1,105 @@
+"""Hooks replace parts of the step without touching the loop; families hand side outputs to them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from library.errors import ConfigError
+from library.training import parser_common
+from library.training.families.flux import FluxFamily
+from library.training.hooks.base import Hook
+from library.training.loop import fit
+from library.training.run import StepOutput
+from library.training.trainables.network import NetworkTrainable
+from library.training.trainer_base import Trainer
+from tests.runs.conftest import Work, read_parts
+
+
+def trainer(work: Work, out: str, *options: str, hooks: list[Hook] | None = None, family=FluxFamily, dataset=None) -> Trainer:
+    config = parser_common.parse_command(work.argv(out, *options, dataset=dataset), "flux", "network").config
+    return Trainer(config, family(config), NetworkTrainable(config), hooks)
+
+
+class SideOutput(FluxFamily):
+    """A family that returns more than a prediction."""
+
+    def predict(self, models, sample, conditioning, batch, **inputs):
+        output = super().predict(models, sample, conditioning, batch, **inputs)
+        return dataclasses.replace(output, extra={"features": output.pred.mean(dim=(2, 3))})
+
+
+class FeatureLoss(Hook):
+    """Adds a term on the side output, and tells the log."""
+
+    def compute_loss(self, step, output, sample, batch):
+        per_sample, logs = type(step).compute_loss(step, output, sample, batch)
+        features = output.extra["features"].square().mean(dim=1)  # [B]
+        return per_sample + features, {**logs, "loss/features": features.detach().mean()}
+
+
+def test_a_hook_replaces_the_loss_and_sees_side_outputs(work: Work) -> None:
+    logs: list[dict] = []
+
+    class Noting(Hook):
+        def on_step_end(self, run, output: StepOutput) -> None:
+            logs.append(output.logs)
+
+    trainer(work, "out", "--max_train_steps=2", hooks=[FeatureLoss(), Noting()], family=SideOutput).run()
+    assert len(logs) == 2 and all("loss/features" in entry for entry in logs)
+    plain = work.train("plain", "--max_train_steps=2")
+    assert read_parts(plain)[1] != read_parts(work.folder / "out" / "lora.safetensors")[1]
+
+
+def test_a_hook_replaces_the_whole_body(work: Work) -> None:
+    class Constant(Hook):
+        def process_batch(self, step, batch, times):
+            parameters = [p for module in step.trainable.modules().values() for p in module.parameters()]
+            loss = sum(p.square().sum() for p in parameters)
+            return StepOutput(loss / batch.request.group_size, loss.detach(), len(batch))
+
+    run = trainer(work, "out", "--max_train_steps=5", "--optimizer_type=SGD", "--learning_rate=0.1", hooks=[Constant()]).prepare()
+    network = run.trainable.modules()["network"]
+    before = sum(p.square().sum().item() for p in network.parameters())
+    fit(run)
+    assert sum(p.square().sum().item() for p in network.parameters()) < before
+
+
+@pytest.mark.parametrize("name", ["compute_loss", "process_batch"])
+def test_two_hooks_that_replace_the_same_part_are_refused(work: Work, name: str) -> None:
+    first, second = (type(f"Hook{i}", (Hook,), {name: lambda self, *a: None})() for i in (1, 2))
+    with pytest.raises(ConfigError, match=f"Hook1, Hook2 all replace {name}"):
+        trainer(work, "out", hooks=[first, second]).prepare()
+
+
+def test_preserved_samples_learn_what_the_base_predicts(work: Work) -> None:
+    """With a network that still does nothing the target equals the prediction: no loss, no gradient."""
+    data = work.dataset(subset_keys="custom_attributes = {diff_output_preservation = true}")
+    run = trainer(work, "out", dataset=data).prepare()
+    batch = next(run.data.batches(1))
+    assert run.step(batch).loss_sum.item() == pytest.approx(0, abs=1e-9)
+    with torch.no_grad():
+        for parameter in run.trainable.modules()["network"].parameters():
+            parameter.add_(0.05)
+    assert run.step(batch).loss_sum.item() > 1e-4
+    assert run.trainable.network.multiplier == 1.0
+
+
+def test_hooks_are_called_in_the_order_that_the_documentation_gives(work: Work) -> None:
+    calls: list[str] = []
+    names = [
+        "on_transformer_loaded", "on_train_start", "on_epoch_start", "on_step_start", "on_gradients_ready",
+        "on_post_optimizer_step", "on_step_end", "on_post_save", "on_epoch_end", "on_train_end",
+    ]  # fmt: skip
+    noting = type("Noting", (Hook,), {name: (lambda name: lambda self, *a: calls.append(name))(name) for name in names})()
+    trainer(work, "out", "--max_train_epochs=1", "--gradient_accumulation_steps=3", "--save_every_n_steps=2", hooks=[noting]).run()
+    step = ["on_step_start"] * 3 + ["on_gradients_ready", "on_post_optimizer_step", "on_step_end"]
+    short = ["on_step_start"] * 2 + ["on_gradients_ready", "on_post_optimizer_step", "on_step_end"]
+    expected = [
+        "on_transformer_loaded", "on_train_start", "on_epoch_start", *step, *short, "on_post_save", "on_epoch_end", "on_train_end", "on_post_save",
+    ]  # fmt: skip
+    assert sorted(calls) == sorted(expected)
+    assert [c for c in calls if c != "on_step_start"][:3] == expected[:3]
+    assert calls[-1] == "on_post_save" and calls.index("on_gradients_ready") < calls.index("on_post_optimizer_step") < calls.index("on_step_end")
