@@ -52,7 +52,7 @@ class PretrainOptions:
     """Making of the tiny base."""
 
     output_dir: str = option("assets/tiny-flux", help="folder of the finished model files")
-    work_dir: str = option("tiny_base_work", help="folder for the results of the stages and sample grids; a stage found there is not repeated")
+    work_dir: str = option("tiny_base_work", help="folder for sample grids and the results of the stages, which are not repeated")
     num_pictures: int = option(12000, help="pictures that the autoencoder learns from")
     num_scenes: int = option(30000, help="captioned scenes that the denoiser learns from")
     denoiser_steps: int = option(6000, help="training steps of the denoiser")

@@ -229,7 +229,9 @@ def train_denoiser(
 
 
 @torch.no_grad()
-def generate(model: TinyBase, tokens: TextTokens, empty: TextTokens, seeds: Sequence[int], steps: int = 20, cfg_scale: float = 3.0) -> Tensor:
+def generate(
+    model: TinyBase, tokens: TextTokens, empty: TextTokens, seeds: Sequence[int], steps: int = 20, cfg_scale: float = 3.0
+) -> Tensor:
     """Latents [B, 16, 8, 8] as the autoencoder's decoder takes them; one seed for each row of tokens."""
     count = len(seeds)
     noise = torch.stack([torch.randn(16, PARAMS.in_channels, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
