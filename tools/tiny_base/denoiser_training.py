@@ -36,7 +36,7 @@ PARAMS = FluxParams(
 class DenoiserPlan:
     """Length and rates of the training."""
 
-    steps: int = 6000
+    steps: int = 3400
     batch_size: int = 128
     matrix_rate: float = 3e-3  # of the orthogonalised updates of the matrices inside blocks
     other_rate: float = 1.5e-3  # of AdamW for the rest
