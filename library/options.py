@@ -182,6 +182,10 @@ def read_options(values: Mapping[str, Any], options_class: type[T]) -> T:
     return options_class(**{name: values[name] for name in names if name in values})
 
 
+class MissingGroup(KeyError):
+    """A group of options that a Config does not hold, because its values could not be read."""
+
+
 class Config:
     """All option groups of one run, read by class: `config[SavingOptions].output_dir`.
 
@@ -193,7 +197,10 @@ class Config:
         self.explicit = frozenset(explicit)
 
     def __getitem__(self, options_class: type[T]) -> T:
-        return self._groups[options_class]
+        try:
+            return self._groups[options_class]
+        except KeyError:
+            raise MissingGroup(options_class) from None
 
     def __contains__(self, options_class: object) -> bool:
         return options_class in self._groups

@@ -44,8 +44,9 @@ class FluxTokenizeStrategy(TokenizeStrategy):
         self.t5xxl = (
             t5xxl_tokenizer
             if callable(t5xxl_tokenizer)
-            else load_t5_tokenizer(t5xxl_tokenizer, tokenizer_cache_dir, t5xxl_path, max_length=t5xxl_max_length)
+            else load_t5_tokenizer(t5xxl_tokenizer, tokenizer_cache_dir, t5xxl_path)
         )
+        self.t5xxl.model_max_length = t5xxl_max_length
 
     def tokenize(self, text: str | list[str]) -> list[Tensor]:
         """[CLIP ids [B, 77], T5 ids [B, L], T5 mask [B, L] with 1 = token]."""

@@ -111,7 +111,10 @@ def _from_option(folder: str | None, option: str, read: Callable[[Path], Any]) -
         return None
     if not os.path.exists(folder):
         raise ConfigError(f"{option} is {folder}, which does not exist")
-    tokenizer = read(Path(folder))
+    try:
+        tokenizer = read(Path(folder))
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{option} is {folder}, whose tokenizer cannot be read: {error}") from error
     if tokenizer is None:
         raise ConfigError(f"{option} is {folder}, which holds no tokenizer (tokenizer.json, vocab.json with merges.txt, or spiece.model)")
     return tokenizer

@@ -68,7 +68,8 @@ def check_subset(scope: Scope, subset: SubsetParams, dataset: DatasetParams, cac
     """Augmentations and random captions that cannot go with caches, buckets or masks."""
 
     def refuse(name: str, reason: str) -> None:
-        problems.add(scope.where(name), "conflict", f"{reason} ({subset.label})")
+        where = scope.where(name)
+        problems.add(where, "conflict", reason if subset.label in where else f"{reason} ({subset.label})")
 
     if dataset.kind == "CN" and subset.random_crop:
         refuse("random_crop", "cannot be used with conditioning_data_dir, whose images are cropped in the centre; set it to false")

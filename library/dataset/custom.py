@@ -49,7 +49,13 @@ def load_custom_dataset(
         dataset_class = import_target(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"--dataset_class is {path}, which cannot be imported ({error}); use package.module.Class") from error
-    dataset = dataset_class(None, max_token_length, resolution, debug_dataset)
+    try:
+        dataset = dataset_class(None, max_token_length, resolution, debug_dataset)
+    except TypeError as error:
+        raise ConfigError(
+            f"--dataset_class {path} cannot be called with (None, max_token_length, resolution, debug_dataset): {error};"
+            " see library/dataset/custom.py for what is needed"
+        ) from error
     missing = [name for name in ("__len__", "__getitem__", "num_train_images", "batch_size") if not hasattr(dataset, name)]
     if missing:
         raise ConfigError(f"--dataset_class {path} has no {', '.join(missing)}; see library/dataset/custom.py for what is needed")

@@ -115,7 +115,7 @@ def prepare_runtime(config: Config) -> Runtime:
         kwargs_handlers=handlers or None,
     )
     _check_process_group(accelerator.num_processes)
-    if precision.full_fp16:
+    if precision.full_fp16 and accelerator.scaler is not None:  # there is none on the CPU
         allow_fp16_gradients(accelerator.scaler)
     return _runtime_of(accelerator, config)
 

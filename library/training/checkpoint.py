@@ -150,7 +150,7 @@ def resume_point(
     if options.initial_step is not None:
         step, source = options.initial_step, "--initial_step"
     elif options.initial_epoch is not None:
-        step, source = (options.initial_epoch - 1) * steps_per_epoch, f"--initial_epoch {options.initial_epoch}, which starts at step"
+        step, source = (options.initial_epoch - 1) * steps_per_epoch, f"--initial_epoch {options.initial_epoch}, after step"
     else:
         step, source = 0 if state is None else int(state["current_step"]), "the state to resume from, which is at step"
     if step < 0:

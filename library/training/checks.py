@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from library.dataset import CachingOptions, DatasetOptions
 from library.errors import AtelierError, ConfigError, Problems
-from library.options import Config
+from library.options import Config, MissingGroup
 from library.training.checkpoint import CheckpointNames
 from library.training.formula_checks import formula_problems
 from library.training.option_groups import (
@@ -26,11 +26,13 @@ from library.training.option_groups import (
     LoopOptions,
     MemoryOptions,
     MetadataOptions,
+    NoiseOptions,
     ResumeOptions,
     SamplingOptions,
     SavingOptions,
     ValidationOptions,
 )
+from library.training.schedulers import SchedulerOptions, parse_step_count
 
 if TYPE_CHECKING:
     from library.training.families.base import ModelFamily
@@ -47,6 +49,33 @@ def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[s
         problems.add(message)
     problems.attempt(family.check)
     problems.attempt(lambda: trainable.check(family))
+    return problems.messages
+
+
+def all_problems(config: Config, family: type[ModelFamily], trainable: type[Trainable]) -> list[str]:
+    """The problems of a Config in which groups of options are missing, as far as what is there tells: every check that
+    does not need them, and the data."""
+    from library.training.data_phase import find_data
+
+    problems = Problems()
+
+    def attempt(step: Callable[[], list[str] | None]) -> None:
+        try:
+            for message in step() or ():
+                problems.add(message)
+        except MissingGroup:
+            pass
+        except ConfigError as error:
+            problems.absorb(error)
+        except AtelierError as error:
+            problems.add(str(error))
+
+    for check in CHECKS:
+        attempt(lambda: check(config))
+    attempt(lambda: cached_text_problems(config, family(config), trainable(config)))
+    attempt(lambda: family(config).check())
+    attempt(lambda: trainable(config).check(family(config)))
+    attempt(lambda: find_data(config, family.name) and None)
     return problems.messages
 
 
@@ -206,6 +235,19 @@ def _toml_problems(name: str, path: str) -> list[str]:
     return []
 
 
+def metadata_problems(config: Config) -> list[str]:
+    """The thumbnail can be read."""
+    from library.sai_model_spec import thumbnail_url
+
+    try:
+        thumbnail_url(config[MetadataOptions].metadata_thumbnail)
+    except ConfigError as error:
+        return list(error.problems)
+    except OSError as error:
+        return [f"--metadata_thumbnail is {config[MetadataOptions].metadata_thumbnail}; it cannot be read ({error.strerror})"]
+    return []
+
+
 def hub_problems(config: Config) -> list[str]:
     repository = config[HubOptions].huggingface_repo_id
     if repository is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
@@ -230,6 +272,7 @@ CHECKS: tuple[Callable[[Config], list[str]], ...] = (
     resume_problems,
     logging_problems,
     hub_problems,
+    metadata_problems,
     compile_problems,
     formula_problems,
 )
@@ -258,6 +301,12 @@ def warnings(config: Config) -> list[str]:
         lines.append("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
     if loop.max_train_epochs is not None and "max_train_steps" in config.explicit:
         lines.append("--max_train_epochs replaces --max_train_steps")
+    warmup = parse_step_count(config[SchedulerOptions].lr_warmup_steps).resolve(loop.max_train_steps)
+    if loop.max_train_epochs is None and warmup >= loop.max_train_steps > 1:
+        lines.append(f"--lr_warmup_steps is {warmup} of {loop.max_train_steps} steps: the full learning rate is never reached")
+    lines += _idle_log_options(config[LoggingOptions])
+    if config[NoiseOptions].ip_noise_gamma_random_strength and not config[NoiseOptions].ip_noise_gamma:
+        lines.append("--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma")
     asked = [
         name
         for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
@@ -268,3 +317,13 @@ def warnings(config: Config) -> list[str]:
     if saving.save_model_as in ("ckpt", "pt") and not config[MetadataOptions].no_metadata:
         lines.append(f"--save_model_as {saving.save_model_as} holds no metadata; safetensors does")
     return lines
+
+
+def _idle_log_options(logs: LoggingOptions) -> list[str]:
+    """Settings of curves that nobody keeps, or of W&B without it."""
+    idle = []
+    if not (logs.logging_dir or logs.log_with):
+        idle += [(name, "--logging_dir") for name in ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config")]
+    if logs.log_with not in ("wandb", "all"):
+        idle += [(name, "--log_with wandb") for name in ("wandb_run_name", "wandb_api_key")]
+    return [f"--{name} has no effect without {needed}" for name, needed in idle if getattr(logs, name)]

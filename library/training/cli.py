@@ -42,7 +42,10 @@ def main(family: str, trainable: str, argv: Sequence[str] | None = None) -> None
 
 def run(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
     """`main` without the handling of errors."""
-    parsed = parser_common.parse_command(argv, family, trainable)
+    try:
+        parsed = parser_common.parse_command(argv, family, trainable)
+    except parser_common.OptionsError as error:
+        raise ConfigError([*error.problems, *further_problems(error, family, trainable)]) from error
     config = parsed.config
     set_up_logging(config[ConsoleOptions])
     for note in parsed.notes:
@@ -61,6 +64,22 @@ def run(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
     family_class = import_target(family_entry(family).family)
     trainable_class = import_target(parser_common.TRAINABLES[trainable].trainable)
     Trainer(config, family_class(config), trainable_class(config)).run()
+
+
+def further_problems(error: parser_common.OptionsError, family: str, trainable: str) -> list[str]:
+    """What files, packages and data have against a run, beside the options that are wrong already."""
+    if ConfigFileOptions not in error.config or error.config[ConfigFileOptions].output_config:
+        return []
+    from library.training.checks import all_problems
+
+    family_class = import_target(family_entry(family).family)
+    trainable_class = import_target(parser_common.TRAINABLES[trainable].trainable)
+    logging.disable(logging.CRITICAL)
+    try:
+        found = all_problems(error.config, family_class, trainable_class)
+    finally:
+        logging.disable(logging.NOTSET)
+    return [problem for problem in found if problem not in error.problems and not parser_common.names_any(problem, error.failed)]
 
 
 def _rank() -> int:

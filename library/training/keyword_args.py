@@ -71,7 +71,7 @@ def argument_problems(
         elif name not in named and not accepts_all:
             choices = [n for n in named if n not in supplied]
             problems.append(
-                f"--{option_name} sets {name}, which {what} does not have{did_you_mean(name, choices)}"
+                f"--{option_name} sets {name}, which {what} does not have{did_you_mean(name, choices) or '.'}"
                 f" It has: {', '.join(choices) or 'none'}"
             )
     missing = [n for n, p in named.items() if p.default is p.empty and n not in supplied and n not in given]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -108,6 +109,16 @@ class Note:
 class Parsed:
     config: Config
     notes: tuple[Note, ...]
+
+
+class OptionsError(ConfigError):
+    """Options that cannot be used. `config` holds the others, so that files and data can be looked at before the user is
+    told; `failed` names the options at fault, which have their defaults in it."""
+
+    def __init__(self, problems: Sequence[str], config: Config, failed: frozenset[str]) -> None:
+        super().__init__(problems)
+        self.config = config
+        self.failed = failed
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -291,18 +302,40 @@ class _Reader:
         return kept
 
     def config(self, values: dict[str, Any]) -> Config:
-        """Read every group and raise all problems; a group with a value that did not convert is left out of its checks."""
-        groups: dict[type, Any] = {}
-        everything = {**self.what.defaults, **values}
+        """Read every group; OptionsError with all problems."""
+        everything = {**self.what.defaults, **{name: value for name, value in values.items() if name not in self.failed}}
+        groups = {}
         for options_class in self.what.classes:
-            if any(self.owners[name] is options_class for name in self.failed):
-                continue
+            group = self._group(options_class, everything)
+            if group is not None:
+                groups[options_class] = group
+        config = Config(groups, everything.keys() & values.keys())
+        if self.problems.messages:
+            raise OptionsError(self.problems.messages, config, frozenset(self.failed))
+        return config
+
+    def _group(self, options_class: type, values: dict[str, Any]) -> Any:
+        """One group. When its checks fail, the options that they name are taken out of `values`, to read the others; None
+        when that does not help. A check that names an option which did not convert is not shown: it saw the default."""
+        while True:
             try:
-                groups[options_class] = Config.read(everything, [options_class])[options_class]
+                return Config.read(values, [options_class])[options_class]
             except ConfigError as error:
-                self.problems.absorb(error)
-        self.problems.raise_if_any()
-        return Config(groups, values)
+                named = {name for problem in error.problems for name in re.findall(r"--(\w+)", problem) if name in option_fields(options_class)}
+                for problem in error.problems:
+                    if not names_any(problem, self.failed):
+                        self.problems.add(problem)
+                guilty = named & values.keys()
+                self.failed |= named
+                if not guilty:
+                    return None
+                for name in guilty:
+                    del values[name]
+
+
+def names_any(problem: str, names: Iterable[str]) -> bool:
+    """Whether a message is about one of these options, or the dataset setting of the same name."""
+    return any(re.search(rf"(?:--|\.|^){re.escape(name)}(?!\w)", problem) for name in names)
 
 
 def _means_nothing(name: str, value: Any, default: Any) -> bool:

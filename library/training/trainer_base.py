@@ -17,6 +17,7 @@ from library.options import Config
 from library.strategy_base import StrategySet
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.accelerator_setup import Runtime, prepare_runtime
+from library.training.checkpoint import resume_point
 from library.training.compilation import compile_blocks
 from library.training.data import Loading, TrainingData
 from library.training.data_phase import (
@@ -33,7 +34,7 @@ from library.training.families.base import ModelFamily
 from library.training.hooks.base import Hook, HookList
 from library.training.loop import fit
 from library.training.loss import LossFunction
-from library.training.option_groups import LoopOptions, MemoryOptions, SamplingOptions
+from library.training.option_groups import LoopOptions, MemoryOptions, ResumeOptions, SamplingOptions
 from library.training.metadata import BaseModelHashes
 from library.training.optimizers import OptimizerOptions
 from library.training.progress import Progress
@@ -44,7 +45,7 @@ from library.training.run import Models, Run
 from library.training.sampling_prompts import load_prompts
 from library.training.schedulers import SchedulerOptions
 from library.training.start_page import print_start
-from library.training.state import resume
+from library.training.state import read_train_state, resume
 from library.training.step import TrainStep
 from library.training.timestep_samplers import TimestepOptions
 from library.training.trainables.base import Trainable
@@ -83,6 +84,7 @@ class Trainer:
         if self.config[DatasetOptions].debug_dataset:
             data.show(runtime.seed)
             return None
+        self.check_length(data, runtime)
         vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
         text = self.text_phase(data, strategies, runtime, prompts, trained)
         models = Models(vae, text.text_encoders, self.denoiser_phase(runtime))
@@ -100,6 +102,17 @@ class Trainer:
         sampling = self.config[SamplingOptions]
         wants = sampling.sample_at_first or sampling.sample_every_n_steps or sampling.sample_every_n_epochs
         return found, load_prompts(sampling.sample_prompts) if sampling.sample_prompts and wants else []
+
+    def check_length(self, data: DataGroups, runtime: Runtime) -> None:
+        """What depends on the number of batches, before models are loaded: the schedule, and whether steps are left."""
+        batches, options = self.loader(data, runtime), self.config[ResumeOptions]
+        progress = self.new_progress(batches)
+        schedulers.check(self.config[SchedulerOptions], self.config[OptimizerOptions], progress.max_train_steps)
+        is_local = options.resume and not options.resume_from_huggingface
+        resume_point(
+            options, read_train_state(options.resume) if is_local else None, steps_per_epoch=progress.steps_per_epoch,
+            accumulation=batches.accumulation, max_train_steps=progress.max_train_steps,
+        )
 
     # ---- models -------------------------------------------------------------------------------------------------------------
 

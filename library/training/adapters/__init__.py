@@ -110,6 +110,6 @@ def check_network_module(options: NetworkOptions) -> None:
         raise ConfigError(f"--network_module is {options.network_module}, which needs the package lycoris-lora: pip install lycoris-lora")
     known = [*NETWORKS.names(), *OWN_MODULES, "lycoris.kohya"]
     raise ConfigError(
-        f"--network_module is {options.network_module}; there is no such module{did_you_mean(options.network_module, known)}"
+        f"--network_module is {options.network_module}; there is no such module{did_you_mean(options.network_module, known) or '.'}"
         f" Known: {', '.join(known)}, or any importable module with create_network"
     )

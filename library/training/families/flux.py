@@ -130,25 +130,66 @@ class FluxFamily(ModelFamily):
         from library.checkpoint_kinds import check_slot
 
         denoiser = check_slot(self._denoiser_path, "pretrained_model_name_or_path", {"flux"})
-        found = [denoiser, *self.part_problems("text_encoders"), *self.part_problems("vae")]
-        if any(found):
-            return [problem for problem in found if problem]
+        text, vae = self._slot_problems("text_encoders"), self._slot_problems("vae")
+        found = [*([denoiser] if denoiser else []), *text, *vae, *([] if text else self._tokenizer_problems())]
+        if denoiser or text or vae:
+            return found
         try:
-            return self._size_problems()
+            return [*found, *self._size_problems()]
         except CheckpointError as error:
-            return [str(error)]
+            return [*found, str(error)]
 
     def part_problems(self, part: str) -> list[str]:
-        from library.checkpoint_kinds import check_slot
-
-        slots = {"vae": {"ae": "vae_flux"}, "text_encoders": {"clip_l": "clip_l", "t5xxl": "t5"}}[part]
-        found = [check_slot(getattr(self.opts, slot), slot, {kind}) for slot, kind in slots.items()]
+        found = self._slot_problems(part)
+        if part == "text_encoders" and not found:
+            found += self._tokenizer_problems()
         if part == "text_encoders" and not self._denoiser_path and self.opts.t5xxl_max_token_length is None:
             found.append(
                 "neither --pretrained_model_name_or_path nor --t5xxl_max_token_length is given; needed: one of them, to know how"
                 f" many tokens captions have ({TOKEN_LENGTH_DEV} for dev, {TOKEN_LENGTH_SCHNELL} for schnell)"
             )
+        return found
+
+    def _slot_problems(self, part: str) -> list[str]:
+        """Files of a part that are missing or something else."""
+        from library.checkpoint_kinds import check_slot
+
+        slots = {"vae": {"ae": "vae_flux"}, "text_encoders": {"clip_l": "clip_l", "t5xxl": "t5"}}[part]
+        found = [check_slot(getattr(self.opts, slot), slot, {kind}) for slot, kind in slots.items()]
         return [problem for problem in found if problem]
+
+    def _tokenizer_problems(self) -> list[str]:
+        """Tokenizers that cannot be found or read, or whose ids the text encoders do not have."""
+        from library.text_encoder_utils import inspect_clip_l, inspect_t5xxl
+        from library.tokenizers import vocabulary_problem
+
+        problems = Problems()
+        for name, load in (("CLIP-L", lambda: self._clip_l_tokenizer), ("T5", lambda: self._t5xxl_tokenizer)):
+            try:
+                tokenizer = load()
+                rows = inspect_clip_l(self.opts.clip_l)["vocab"] if name == "CLIP-L" else inspect_t5xxl(self.opts.t5xxl)["vocab_size"]
+            except ConfigError as error:
+                problems.absorb(error)
+            except CheckpointError as error:
+                problems.add(str(error))
+            else:
+                slot = "clip_l" if name == "CLIP-L" else "t5xxl"
+                problem = vocabulary_problem(tokenizer, rows, name, f"--{slot} {getattr(self.opts, slot)}")
+                if problem:
+                    problems.add(f"{problem}; name the right one with --{slot}_tokenizer")
+        return problems.messages
+
+    @cached_property
+    def _clip_l_tokenizer(self) -> Any:
+        from library.tokenizers import load_clip_tokenizer
+
+        return load_clip_tokenizer(self.opts.clip_l_tokenizer, self.config[ModelOptions].tokenizer_cache_dir)
+
+    @cached_property
+    def _t5xxl_tokenizer(self) -> Any:
+        from library.tokenizers import load_t5_tokenizer
+
+        return load_t5_tokenizer(self.opts.t5xxl_tokenizer, self.config[ModelOptions].tokenizer_cache_dir, self.opts.t5xxl)
 
     def _size_problems(self) -> list[str]:
         """Sizes of the four files against each other; headers only."""
@@ -217,8 +258,7 @@ class FluxFamily(ModelFamily):
         from library.model_identity import combined_identity, model_identity
         from library.strategy_base import StrategySet
 
-        caching, models = self.config[CachingOptions], self.config[ModelOptions]
-        text = None
+        caching, text = self.config[CachingOptions], None
         if caching.caches_text:
             text = strategy_flux.FluxTextEncoderOutputsCachingStrategy(
                 caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check,
@@ -227,8 +267,7 @@ class FluxFamily(ModelFamily):
             text.model_identity = combined_identity([model_identity(self.opts.clip_l), model_identity(self.opts.t5xxl)])
             text.max_token_length = self.max_token_length
         tokenize = strategy_flux.FluxTokenizeStrategy(
-            self.max_token_length, models.tokenizer_cache_dir, clip_l_tokenizer=self.opts.clip_l_tokenizer,
-            t5xxl_tokenizer=self.opts.t5xxl_tokenizer, t5xxl_path=self.opts.t5xxl,
+            self.max_token_length, clip_l_tokenizer=self._clip_l_tokenizer, t5xxl_tokenizer=self._t5xxl_tokenizer
         )
         encoding = strategy_flux.FluxTextEncodingStrategy(self.opts.apply_t5_attn_mask)
         return StrategySet(tokenize, encoding, self.latents_caching(), text)

@@ -207,7 +207,7 @@ def optimizer_class(choice: OptimizerChoice) -> type:
         ]
         known = list(dict.fromkeys(known))
         raise ConfigError(
-            f"unknown optimizer '{choice.name}' (--optimizer_type){did_you_mean(choice.name, known)}"
+            f"unknown optimizer '{choice.name}' (--optimizer_type){did_you_mean(choice.name, known) or '.'}"
             f" Known: {', '.join(known)}, or a dotted class path. Names of torch.optim are case-sensitive"
         )
     names = [name for name, value in vars(module).items() if isinstance(value, type)]
@@ -217,12 +217,16 @@ def optimizer_class(choice: OptimizerChoice) -> type:
 
 
 def check(options: OptimizerOptions) -> None:
-    """Import the class and compare the arguments with its signature; ConfigError with every problem."""
+    """Import the class, compare the arguments with its signature and try them on a small matrix; ConfigError with every
+    problem."""
     choice = choose(options)
     cls = optimizer_class(choice)
     problems = argument_problems(cls, choice.kwargs, "optimizer_args", supplied=("params", "lr"), what=choice.name)
     if problems:
         raise ConfigError(problems)
+    from torch import nn, zeros
+
+    build(options, [{"params": [nn.Parameter(zeros(2, 2))], "lr": options.learning_rate, "name": "probe"}])
 
 
 def build(options: OptimizerOptions, param_groups: Sequence[Mapping[str, Any]]) -> OptimizerBuild:
@@ -247,7 +251,10 @@ def build(options: OptimizerOptions, param_groups: Sequence[Mapping[str, Any]]) 
     try:
         optimizer = cls(groups, lr=rate, **choice.kwargs)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"--optimizer_type {choice.name} with {choice.kwargs} is refused: {error}") from error
+        given = ", ".join(f"{key}={value}" for key, value in choice.kwargs.items())
+        raise ConfigError(
+            f"--optimizer_args is {given}, which {choice.name} refuses: {error}; needed: values of the form that it documents"
+        ) from error
     if switches_weights(optimizer):
         optimizer.train()
     args_text = ",".join(f"{key}={value}" for key, value in choice.recorded.items())

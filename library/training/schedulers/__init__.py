@@ -115,7 +115,7 @@ class SchedulerOptions:
             try:
                 parse_step_count(getattr(self, name))
             except ValueError as error:
-                problems.add(f"--{name} is {error}")
+                problems.add(f"--{name}: {error}")
         ratio = self.lr_scheduler_min_lr_ratio
         if ratio is not None and not 0 <= ratio <= 1:
             problems.add(f"--lr_scheduler_min_lr_ratio is {ratio}; a number from 0 to 1 is needed")
@@ -220,7 +220,7 @@ def _check_args(name: str, options: SchedulerOptions, problems: Problems) -> Non
     for key in args:
         if key not in known:
             has = f"It has: {', '.join(known)}" if known else "It has no arguments"
-            problems.add(f"--lr_scheduler_args sets {key}, which {name} does not have{did_you_mean(key, known)} {has}")
+            problems.add(f"--lr_scheduler_args sets {key}, which {name} does not have{did_you_mean(key, known) or '.'} {has}")
     if name == "piecewise_constant" and "step_rules" not in args:
         problems.add("--lr_scheduler piecewise_constant needs step_rules in --lr_scheduler_args, e.g. step_rules=1:10,0.1:20,0.01")
 
@@ -251,6 +251,22 @@ def _check_class(options: SchedulerOptions, problems: Problems) -> None:
     args = parse_keyword_args(options.lr_scheduler_args, "lr_scheduler_args")
     for problem in argument_problems(cls, args, "lr_scheduler_args", supplied=("optimizer",), what=options.lr_scheduler_type):
         problems.add(problem)
+    if not problems.messages:
+        _try_class(cls, args, options, problems)
+
+
+def _try_class(cls: type, args: dict[str, Any], options: SchedulerOptions, problems: Problems) -> None:
+    """One step of the schedule, for an optimizer of one value: the class checks its own arguments."""
+    from torch import nn, optim, zeros
+
+    optimizer = optim.SGD([nn.Parameter(zeros(1))], lr=0.1)
+    try:
+        schedule = cls(optimizer, **args)
+        optimizer.step()
+        schedule.step()
+    except Exception as error:  # whatever a class of the user's raises
+        given = ", ".join(f"{key}={value}" for key, value in args.items()) or "not given"
+        problems.add(f"--lr_scheduler_args is {given}; {options.lr_scheduler_type} refuses it: {error}")
 
 
 def notices(options: SchedulerOptions, optimizer: OptimizerOptions) -> list[str]:

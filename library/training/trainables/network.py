@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_DIM = 4
+JOINED_PARTS = (1, 3, 4)
+"""how many adapters files hold as one: query, key and value of a layer, these and the first linear layer"""
+
 
 class NetworkTrainable(Trainable):
     """An adapter. `network` is the object that the network module made; it exists after attach()."""
@@ -50,7 +54,7 @@ class NetworkTrainable(Trainable):
         problems = Problems()
         steps = (
             lambda: check_network_module(self.opts), lambda: self._check_arguments(family), lambda: self._check_blocks(family),
-            self._check_files,
+            self._check_files, self._check_ranks,
         )  # fmt: skip
         for step in steps:
             problems.attempt(step)
@@ -63,12 +67,19 @@ class NetworkTrainable(Trainable):
         problems.raise_if_any()
 
     def _check_arguments(self, family: ModelFamily) -> None:
-        if not self.opts.module_path.startswith("networks."):
-            return  # another package's module reads its own arguments
+        """The module has the functions that make a network; its own look at --network_args, where it has one."""
+        path = self.opts.module_path
         try:
-            module = importlib.import_module(self.opts.module_path)
-        except ModuleNotFoundError:
-            return  # reported by check_network_module
+            check_network_module(self.opts)
+        except ConfigError:
+            return  # reported already
+        try:
+            module = importlib.import_module(path)
+        except Exception as error:  # whatever a module of the user's raises
+            raise ConfigError(f"--network_module is {path}, which cannot be imported: {error}") from error
+        needed = "create_network_from_weights" if self.opts.dim_from_weights else "create_network"
+        if not hasattr(module, needed):
+            raise ConfigError(f"--network_module is {path}, which has no function {needed}; name a module that makes adapters, e.g. networks.lora_flux")
         check = getattr(module, "check_network_args", None)
         if check is not None:
             check(self.opts.pairs, family.name)
@@ -108,6 +119,24 @@ class NetworkTrainable(Trainable):
                     problems.add(message)
         problems.raise_if_any()
 
+    def _check_ranks(self) -> None:
+        """The rank of the file to start from is that of the network, where one number says it for all layers."""
+        path, pairs = self.opts.network_weights or "", self.opts.pairs
+        if self.opts.dim_from_weights or not path.endswith(".safetensors") or any("dim" in key for key in pairs):
+            return
+        try:
+            infos, _ = read_header(path)
+        except (CheckpointError, OSError):
+            return  # reported by _check_files
+        downs = (info.shape for key, info in infos.items() if key.endswith(("lora_down.weight", "lora_A.weight")))
+        ranks = {shape[0] for shape in downs if len(shape) == 2}
+        dim = DEFAULT_DIM if self.opts.network_dim is None else self.opts.network_dim
+        if ranks and not any(rank % dim == 0 and rank // dim in JOINED_PARTS for rank in ranks):
+            raise ConfigError(
+                f"--network_dim is {dim}; --network_weights {path} has rank {', '.join(map(str, sorted(ranks)))};"
+                " give the same number, or add --dim_from_weights"
+            )
+
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
         if self.opts.network_train_unet_only:
             return [False] * len(targets_of_family(family.name).text_encoders)
@@ -116,12 +145,29 @@ class NetworkTrainable(Trainable):
             for encoder in targets_of_family(family.name).text_encoders
         ]
 
+    def _idle_rates(self, family: ModelFamily) -> list[str]:
+        """Learning rates that were given for parts that are not trained."""
+        trained, encoders = self.trains_text_encoders(family), targets_of_family(family.name).text_encoders
+        lines = []
+        if self.opts.unet_lr and self.opts.network_train_text_encoder_only:
+            lines.append("--unet_lr has no effect with --network_train_text_encoder_only")
+        rates = self.opts.text_encoder_lr or ()
+        if any(rates) and self.opts.network_train_unet_only:
+            lines.append("--text_encoder_lr has no effect with --network_train_unet_only")
+        elif len(rates) > 1:
+            for encoder, rate, learns in zip(encoders, rates, trained, strict=False):
+                if rate and not learns:
+                    lines.append(f"--text_encoder_lr: {rate} has no effect, as its text encoder learns only with --network_args {encoder.switch}=True")
+        return lines
+
     # -- attaching -------------------------------------------------------------------------------------------------
 
     def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None:
         """Merge the base weights, make the network, hook it into the models and load its start weights."""
         self._targets = targets_of_family(family.name)
         self._models = models
+        for line in self._idle_rates(family):
+            logger.warning(line)
         for part in (models.denoiser, *models.text_encoders):
             if part is not None:
                 part.requires_grad_(False)

@@ -30,7 +30,7 @@ def start(*argv):
 def test_bad_options_end_with_code_2_and_one_message():
     result = start("--max_train_steps", "0", "--netwrk_dim", "4")
     assert result.returncode == 2
-    assert result.stderr.startswith("error: 2 problems:")
+    assert result.stderr.startswith("error: 9 problems:") and "--ae is not given" in result.stderr
     assert "--max_train_steps is 0" in result.stderr and "did you mean 'network_dim'" in result.stderr
     assert "Traceback" not in result.stderr and "usage" not in result.stderr
 
