@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from library.flux_utils import inspect_ae, inspect_flow_model, load_ae, load_flow_model, pack_latents, prepare_img_ids, unpack_latents
+from library.flux_utils import (
+    inspect_ae,
+    inspect_flow_model,
+    load_ae,
+    load_flow_model,
+    pack_latents,
+    prepare_img_ids,
+    unpack_latents,
+)
 from library.safetensors_utils import read_header
 from library.text_encoder_utils import load_clip_l, load_t5xxl
 from library.tokenizers import load_clip_tokenizer, load_t5_tokenizer, vocabulary_problem

@@ -3,7 +3,7 @@
     python tools/pretrain_tiny_base.py --output_dir assets/tiny-flux --work_dir /tmp/tiny_base
 
 Four stages, each kept in the work folder and not repeated: pictures, autoencoder, latents, denoiser with text encoders.
-About an hour on two cores. Sample grids are written to the work folder while it trains.
+About an hour and a half on two cores, less with --compile. Sample grids are written to the work folder while it trains.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class PretrainOptions:
     """Making of the tiny base."""
 
     output_dir: str = option("assets/tiny-flux", help="folder of the finished model files")
-    work_dir: str = option("tiny_base_work", help="folder for the results of the stages and sample grids; a stage found there is not repeated")
+    work_dir: str = option("tiny_base_work", help="folder for sample grids and the results of the stages, which are not repeated")
     num_pictures: int = option(12000, help="pictures that the autoencoder learns from")
     num_scenes: int = option(30000, help="captioned scenes that the denoiser learns from")
-    denoiser_steps: int = option(6000, help="training steps of the denoiser")
+    denoiser_steps: int = option(3400, help="training steps of the denoiser")
     batch_size: int = option(128, help="scenes per step of the denoiser")
     compile: bool = option(False, help="compile the denoiser (needs a C++ compiler; a third quicker)")
     threads: int = option(2, help="CPU threads")

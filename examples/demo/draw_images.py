@@ -94,7 +94,8 @@ def ordinary_scenes() -> list[tuple[Scene, str]]:
         told = caption.replace(f"a {TRIGGER}", with_article(words))
         scenes.append((Scene((thing,), Background(pattern, colours), None), told))
     for number in range(NUM_OTHER_SCENES):
-        scenes.append((draw_scene(REGULARIZATION_SEED, number), caption_of(draw_scene(REGULARIZATION_SEED, number), REGULARIZATION_SEED, number)))
+        scene = draw_scene(REGULARIZATION_SEED, number)
+        scenes.append((scene, caption_of(scene, REGULARIZATION_SEED, number)))
     return scenes
 
 

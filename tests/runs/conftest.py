@@ -92,10 +92,12 @@ def read_parts(path: Path) -> tuple[dict[str, str], bytes]:
 
 
 def fingerprint(path: Path) -> str:
-    """Of all bytes of a file but the metadata that no two runs share."""
-    metadata, data = read_parts(path)
-    kept = {key: value for key, value in metadata.items() if key not in CHANGING_KEYS and not key.startswith("sshs_")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode() + data).hexdigest()
+    """Of all bytes of a file but the values that no two runs share; keys, their order and all lengths count."""
+    content = path.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = {k: len(v) if k in CHANGING_KEYS else v for k, v in header["__metadata__"].items()}
+    return hashlib.sha256(content[:8] + json.dumps(header).encode() + content[8 + size :]).hexdigest()
 
 
 def largest_difference(a: Path, b: Path) -> float:

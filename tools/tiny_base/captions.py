@@ -8,7 +8,8 @@ from library.keyed_random import keyed_random
 from tools.tiny_base.scenes import Background, Scene, Thing
 
 SHAPE_WORDS: dict[str, tuple[str, ...]] = {
-    "circle": ("circle", "circle", "disc", "ball"), "square": ("square", "square", "box"), "face": ("face", "smiling face", "smiley"),
+    "circle": ("circle", "circle", "disc", "ball"), "square": ("square", "square", "box"),
+    "face": ("face", "smiling face", "smiley"),
     "moon": ("moon", "crescent moon", "crescent"), "cup": ("cup", "cup", "mug"), "boat": ("boat", "sailing boat", "ship"),
     "cross": ("cross", "cross", "plus"), "car": ("car", "car", "automobile"), "mushroom": ("mushroom", "toadstool"),
     "house": ("house", "house", "hut"), "flower": ("flower", "flower", "blossom"), "ring": ("ring", "ring", "hoop"),

@@ -36,7 +36,7 @@ PARAMS = FluxParams(
 class DenoiserPlan:
     """Length and rates of the training."""
 
-    steps: int = 6000
+    steps: int = 3400
     batch_size: int = 128
     matrix_rate: float = 3e-3  # of the orthogonalised updates of the matrices inside blocks
     other_rate: float = 1.5e-3  # of AdamW for the rest
@@ -229,7 +229,9 @@ def train_denoiser(
 
 
 @torch.no_grad()
-def generate(model: TinyBase, tokens: TextTokens, empty: TextTokens, seeds: Sequence[int], steps: int = 20, cfg_scale: float = 3.0) -> Tensor:
+def generate(
+    model: TinyBase, tokens: TextTokens, empty: TextTokens, seeds: Sequence[int], steps: int = 20, cfg_scale: float = 3.0
+) -> Tensor:
     """Latents [B, 16, 8, 8] as the autoencoder's decoder takes them; one seed for each row of tokens."""
     count = len(seeds)
     noise = torch.stack([torch.randn(16, PARAMS.in_channels, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

@@ -148,7 +148,8 @@ def paint_cloud(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour:
 
 def paint_cup(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: Colour) -> None:
     draw.ellipse((x + 0.25 * r, y - 0.4 * r, x + 1.05 * r, y + 0.45 * r), outline=colour, width=max(1, round(0.18 * r)))
-    draw.polygon([(x - 0.8 * r, y - 0.75 * r), (x + 0.65 * r, y - 0.75 * r), (x + 0.5 * r, y + 0.85 * r), (x - 0.65 * r, y + 0.85 * r)], fill=colour)
+    rim, foot = ((x - 0.8 * r, y - 0.75 * r), (x + 0.65 * r, y - 0.75 * r)), ((x + 0.5 * r, y + 0.85 * r), (x - 0.65 * r, y + 0.85 * r))
+    draw.polygon([*rim, *foot], fill=colour)
     ellipse(draw, x - 0.07 * r, y - 0.75 * r, 0.72 * r, 0.18 * r, shade(colour, 0.5))
 
 
@@ -161,7 +162,8 @@ def paint_face(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: 
 
 
 def paint_car(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: Colour) -> None:
-    draw.polygon([(x - 0.6 * r, y - 0.05 * r), (x - 0.35 * r, y - 0.6 * r), (x + 0.4 * r, y - 0.6 * r), (x + 0.7 * r, y - 0.05 * r)], fill=shade(colour, 0.3))
+    roof = [(x - 0.6 * r, y - 0.05 * r), (x - 0.35 * r, y - 0.6 * r), (x + 0.4 * r, y - 0.6 * r), (x + 0.7 * r, y - 0.05 * r)]
+    draw.polygon(roof, fill=shade(colour, 0.3))
     box(draw, x - 1.05 * r, y - 0.1 * r, x + 1.05 * r, y + 0.45 * r, colour)
     for side in (-1, 1):
         ellipse(draw, x + side * 0.58 * r, y + 0.48 * r, 0.28 * r, 0.28 * r, (30, 30, 35))
