@@ -153,7 +153,9 @@ def _names_a_place(value: Any) -> bool:
     """Whether a value, or one of a list, is a path that tells of the machine."""
     if isinstance(value, (list, tuple)):
         return any(_names_a_place(item) for item in value)
-    return isinstance(value, os.PathLike) or (isinstance(value, str) and (os.path.isabs(value) or value.startswith("~")))
+    if isinstance(value, str):
+        return os.path.isabs(value) or value.startswith("~")
+    return isinstance(value, os.PathLike)
 
 
 def run_log_dir(options: LoggingOptions, now: float | None = None) -> Path | None:

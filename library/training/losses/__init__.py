@@ -65,8 +65,12 @@ def build(options: LossOptions) -> ElementLoss:
 
 
 def notices(options: LossOptions, is_flow: bool) -> list[str]:
-    """Lines for the log at start where numbers differ from what people know."""
-    if options.loss_type not in ("huber", "smooth_l1") or options.huber_schedule != "snr":
+    """Lines for the log at start: where numbers differ from what people know, and settings that have no effect."""
+    if options.loss_type not in ("huber", "smooth_l1"):
+        default = LossOptions()
+        idle = [n for n in ("huber_schedule", "huber_c", "huber_scale") if getattr(options, n) != getattr(default, n)]
+        return [f"{', '.join(f'--{name}' for name in idle)} without effect: --loss_type is {options.loss_type}"] if idle else []
+    if options.huber_schedule != "snr":
         return []
     lines = []
     if is_flow:

@@ -117,7 +117,24 @@ def notices(options: TimestepOptions) -> list[str]:
             "--min_timestep/--max_timestep: the sigmas of every mode are squeezed into the range"
             " (known trainers ignore the range for flow models)"
         )
+    idle = _idle(options)
+    if idle:
+        how = f"--timestep_sampling {options.timestep_sampling}, --weighting_scheme {options.weighting_scheme}"
+        lines.append(f"{', '.join(f'--{name}' for name in idle)} without effect with {how}")
     return lines
+
+
+def _idle(options: TimestepOptions) -> list[str]:
+    """Settings away from their defaults that the chosen mode does not read."""
+    mode, scheme, default = options.timestep_sampling, options.weighting_scheme, TimestepOptions()
+    used = {
+        "sigmoid_scale": mode in SIGMOID_MODES,
+        "discrete_flow_shift": mode in ("sigma", "shift"),
+        "logit_mean": mode == "logsnr" or (mode == "sigma" and scheme == "logit_normal"),
+        "logit_std": mode == "logsnr" or (mode == "sigma" and scheme == "logit_normal"),
+        "mode_scale": mode == "sigma" and scheme == "mode",
+    }
+    return [name for name, is_used in used.items() if not is_used and getattr(options, name) != getattr(default, name)]
 
 
 def check(options: TimestepOptions, known: Sequence[str]) -> None:
