@@ -11,7 +11,6 @@ from library.options import option_fields
 from library.training import schedulers
 from library.training.data_phase import DataGroups
 from library.training.formula_checks import formula_notices, formula_warnings
-from library.training.hooks.losses import learning_rates
 from library.training.option_groups import LoopOptions, MemoryOptions, ModelOptions, PrecisionOptions, SavingOptions
 from library.training.optimizers import OptimizerBuild, OptimizerOptions
 from library.training.run import Run
@@ -43,9 +42,8 @@ def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummar
         optimizer=built.metadata_text,
         lr_scheduler=schedulers.name_in_use(scheduler, config[OptimizerOptions]),
         learning_rates={
-            name.removeprefix("lr/"): None if built.choice.finds_own_rate else float(rate)
-            for name, rate in learning_rates(run).items()
-            if not name.startswith("lr/d*lr")
+            group.get("name") or f"group {i}": None if built.choice.finds_own_rate else float(group.get("initial_lr", group["lr"]))
+            for i, group in enumerate(run.optimizer.param_groups)
         },
         network=run.trainable.name,
         parts=_trained_parts(run),
