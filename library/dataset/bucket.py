@@ -6,7 +6,6 @@ more coarsely than wide ones, and is kept because caches and published bucket li
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from typing import Any
 from library.dataset.items import DatasetParams, ImageItem
 from library.dataset.plan import BucketList
 from library.keyed_random import keyed_random
-
-logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 
@@ -235,7 +232,6 @@ def _repeats(items: Sequence[ImageItem], choices: Sequence[BucketChoice | None],
     repeats = [item.num_repeats if choice is not None else 0 for item, choice in zip(items, choices)]
     reg = [index for index, item in enumerate(items) if item.is_reg]
     if not reg:
-        logger.info("no regularisation images")
         return repeats, []
     total = sum(count for item, count in zip(items, repeats) if not item.is_reg)
     offered = [repeats[index] for index in reg]

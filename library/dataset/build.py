@@ -44,6 +44,8 @@ def build_dataset_groups(
         for warning in dataset.assignment.warnings:
             logger.warning("%s: %s", dataset.params.label, warning)
     logger.info("%s", scan.summary)
+    if not train.num_reg_images:
+        logger.info("no regularisation images")
     return train, validation if len(validation) else None
 
 

@@ -402,7 +402,7 @@ class ValidationOptions:
     """Loss on held-out images"""
 
     validate_every_n_steps: int | None = option(None, help="validate every n steps")
-    validate_every_n_epochs: int | None = option(None, help="validate every n epochs; every epoch when neither is given")
+    validate_every_n_epochs: int | None = option(None, help="validate every n epochs; every epoch when not given")
     max_validation_steps: int | None = option(None, help="most batches per validation; all when not given")
 
     def __post_init__(self) -> None:
