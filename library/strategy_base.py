@@ -209,6 +209,17 @@ class LatentsCachingStrategy(PluginSlot, ABC):
         caching.cache_one_batch(self, vae, infos, flip_aug=flip_aug, alpha_mask=alpha_mask)
 
 
+def encode_images(strategy: LatentsCachingStrategy, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+    """`strategy.encode`, in which no image depends on its neighbours: a cache holds what live encoding gives.
+
+    Seeds take care of the draws. On the CPU, convolutions in float32 also round differently with the number of images, so
+    that they are encoded one by one there; it is hardly slower.
+    """
+    if images.device.type != "cpu" or len(images) < 2:
+        return strategy.encode(vae, images, seeds)
+    return torch.cat([strategy.encode(vae, images[i : i + 1], seeds[i : i + 1]) for i in range(len(images))])
+
+
 def posterior_seed(content: str, bucket_reso: tuple[int, int], is_flipped: bool) -> int:
     """The seed of an image's posterior draw: a function of the file's content, the size and the flip alone, not of the
     run's seed, so that a cache means the same to every run."""

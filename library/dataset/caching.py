@@ -25,7 +25,7 @@ from library.dataset.items import ImageItem
 from library.dataset.media_utils import ImageFileError
 from library.dataset.samples import Geometry, Pixels, image_tensor, read_pixels
 from library.errors import ConfigError, TrainingError
-from library.strategy_base import LatentsCachingStrategy, posterior_seed
+from library.strategy_base import LatentsCachingStrategy, encode_images, posterior_seed
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def _encode(strategy: LatentsCachingStrategy, vae: Any, batch: Sequence[Decoded]
     images = torch.stack([image_tensor(entry.pixels.image, is_flipped) for entry in batch])  # [B, 3, H, W]
     seeds = [posterior_seed(entry.identity.content, entry.job.item.bucket_reso, is_flipped) for entry in batch]
     with torch.no_grad():
-        latents = strategy.encode(vae, images.to(parameter.device, parameter.dtype), seeds).float().cpu()
+        latents = encode_images(strategy, vae, images.to(parameter.device, parameter.dtype), seeds).float().cpu()
     finite = torch.isfinite(latents).flatten(1).all(dim=1)
     if not finite.all():
         names = ", ".join(entry.job.item.absolute_path for entry, good in zip(batch, finite.tolist()) if not good)

@@ -11,7 +11,7 @@ import torch
 from library.dataset.batch import Batch
 from library.errors import ConfigError
 from library.keyed_random import StepDraws, key_seed
-from library.strategy_base import StrategySet
+from library.strategy_base import StrategySet, encode_images
 from library.training.objective import NoisyLatents, Objective
 from library.training.run import DiTOutput, Models, StepOutput
 
@@ -101,7 +101,7 @@ class TrainStep:
         latents = batch.latents
         if latents is None:
             with torch.no_grad():
-                latents = self.strategies.latents_caching.encode(self.models.vae, batch.images, batch.latent_seeds)
+                latents = encode_images(self.strategies.latents_caching, self.models.vae, batch.images, batch.latent_seeds)
         return self.family.scale_latents(latents.to(self.runtime.device, torch.float32))
 
     def conditioning_of(self, batch: Batch) -> list[torch.Tensor | None]:
