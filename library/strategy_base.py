@@ -150,7 +150,7 @@ class LatentsCachingStrategy(PluginSlot, ABC):
         Raises CheckpointError when these are not latents of the architecture, which no cache could be read back with.
         """
         parameter, spec = next(vae.parameters()), self.architecture.latents
-        latents = self.encode(vae, images.to(parameter.device, parameter.dtype), seeds).float()
+        latents = encode_apart(self, vae, images.to(parameter.device, parameter.dtype), seeds).float()
         wanted = (spec.channels, images.shape[2] // spec.spatial_stride, images.shape[3] // spec.spatial_stride)
         if tuple(latents.shape[1:]) != wanted:
             raise CheckpointError(
@@ -224,6 +224,17 @@ class LatentsCachingStrategy(PluginSlot, ABC):
         from library.dataset import caching  # it reads this module
 
         caching.cache_one_batch(self, vae, infos, flip_aug=flip_aug, alpha_mask=alpha_mask)
+
+
+def encode_apart(strategy: LatentsCachingStrategy, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+    """`strategy.encode`, in which no image depends on its neighbours: a cache holds what live encoding gives.
+
+    Seeds take care of the draws. On the CPU, convolutions in float32 also round differently with the number of images, so
+    that they are encoded one by one there; it is hardly slower.
+    """
+    if images.device.type != "cpu" or len(images) < 2:
+        return strategy.encode(vae, images, seeds)
+    return torch.cat([strategy.encode(vae, images[i : i + 1], seeds[i : i + 1]) for i in range(len(images))])
 
 
 def posterior_seed(content: str, bucket_reso: tuple[int, int], is_flipped: bool) -> int:

@@ -36,7 +36,10 @@ class Ggpo:
 
     @torch.no_grad()
     def update_grad_norms(self, module: LoRAModule) -> None:
-        """Row norms of the gradient of the change, scale * (up @ grad_down + grad_up @ down)."""
+        """Row norms of the gradient of the change, scale * (up @ grad_down + grad_up @ down).
+
+        A gradient that overflowed belongs to a step that fp16 skips: the last norms stay, 0 when there are none.
+        """
         rows = []
         for down, up in module.pairs():
             if down.weight.grad is None or up.weight.grad is None:
@@ -44,7 +47,9 @@ class Ggpo:
             wide_up = torch.cat([up.weight, up.weight.grad], dim=1)  # [out, 2 rank]
             wide_down = torch.cat([down.weight.grad, down.weight])  # [2 rank, in]
             rows.append(row_norms_squared(wide_up, wide_down))
-        self.grad_norms = abs(module.scale) * torch.cat(rows).sqrt().unsqueeze(1)
+        norms = abs(module.scale) * torch.cat(rows).sqrt().unsqueeze(1)  # [out, 1]
+        last = torch.zeros_like(norms) if self.grad_norms is None else self.grad_norms
+        self.grad_norms = torch.where(torch.isfinite(norms).all(), norms, last)
 
     @torch.no_grad()
     def update_norms(self, module: LoRAModule) -> None:

@@ -72,6 +72,11 @@ class Runtime:
         """Clip to a global norm; returns the norm before clipping, a tensor on the device."""
         return self.accelerator.clip_grad_norm_(parameters, max_norm)
 
+    def unscale_gradients(self) -> None:
+        """Take the factor of fp16 off the gradients, which clipping does on its way; hooks read their true size."""
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients()
+
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.num_processes == 1:
             return tensor

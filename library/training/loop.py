@@ -47,6 +47,8 @@ def update(run: Run) -> None:
     run.runtime.reduce_gradients(parameters)
     if run.max_grad_norm:
         run.runtime.clip_gradients(parameters, run.max_grad_norm)
+    else:
+        run.runtime.unscale_gradients()
     run.hooks.on_gradients_ready(run)
     run.optimizer.step()
     if not getattr(run.optimizer, "step_was_skipped", False):

@@ -70,8 +70,14 @@ class Run:
 
     @contextmanager
     def weights_for_eval(self):
-        """Inside, the trained weights are those to save, sample and validate with (schedule-free optimizers switch)."""
+        """Inside, the trained weights are those to save, sample and validate with (schedule-free optimizers switch).
+
+        Switching there and back rounds. The weights of training are therefore kept aside and put back as they were: a run
+        that saves or samples more often trains the same.
+        """
         switches = switches_weights(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]] if switches else []
+        kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
         if switches:
             self.optimizer.eval()
         modes = {module: module.training for module in self.trainable.modules().values()}
@@ -87,3 +93,6 @@ class Run:
             self.models.denoiser.train(denoiser_mode)
             if switches:
                 self.optimizer.train()
+            with torch.no_grad():
+                for parameter, value in zip(parameters, kept):
+                    parameter.copy_(value)

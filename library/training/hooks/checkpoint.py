@@ -9,11 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from library.training.checkpoint import SaveRules, Saving, train_state
 from library.training.hooks.base import Hook
-from library.training.hooks.finite import NonFiniteGuard
+from library.training.hooks.finite import SAVE_DTYPES, NonFiniteGuard
 from library.training.option_groups import HubOptions, SavingOptions
 from library.training.state import save_state
 
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
     from library.training.run import Run, StepOutput
 
 logger = logging.getLogger(__name__)
-
-SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 MetadataMaker = Callable[["Run"], dict[str, str]]
 

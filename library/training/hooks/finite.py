@@ -10,11 +10,14 @@ import torch
 from library.errors import TrainingError
 from library.training.hooks.base import Hook
 from library.training.hooks.losses import LossReader, StepLoss, gather_objects
+from library.training.option_groups import SavingOptions
 
 if TYPE_CHECKING:
     from library.training.run import Run
 
 MAX_FILES_NAMED = 20
+SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""of --save_precision; None = as trained"""
 
 
 class NonFiniteGuard(Hook):
@@ -56,8 +59,10 @@ class NonFiniteGuard(Hook):
             self._reader.read()
         bad = names_of_non_finite(run)
         if bad:
+            precision = run.config[SavingOptions].save_precision
             raise TrainingError(
-                f"after step {run.progress.global_step} these trained weights are not finite: {_listed(bad)};"
+                f"after step {run.progress.global_step} these trained weights are not finite"
+                f"{f' in --save_precision {precision}' if precision else ''}: {_listed(bad)};"
                 f" nothing of them is saved. {self._last_good()}"
             )
 
@@ -68,7 +73,8 @@ class NonFiniteGuard(Hook):
 
 
 def names_of_non_finite(run: Run) -> list[str]:
-    """Names of trained parameters with NaN or infinite values, found with one transfer when all is well.
+    """Names of trained parameters with values that are NaN or infinite, or would be in the precision of the files; found
+    with one transfer when all is well.
 
     All ranks get a list that is empty on all or on none.
     """
@@ -81,7 +87,8 @@ def names_of_non_finite(run: Run) -> list[str]:
     if not parameters:
         return []
     device = torch.device(run.runtime.device)
-    bad = torch.stack([(~torch.isfinite(p.detach())).any().to(device) for _, p in parameters])  # [parameters]
+    dtype = SAVE_DTYPES[run.config[SavingOptions].save_precision]
+    bad = torch.stack([(~torch.isfinite(p.detach().to(dtype or p.dtype))).any().to(device) for _, p in parameters])  # [parameters]
     bad = run.runtime.sum_over_ranks(bad.to(torch.int32))
     if not bool(bad.any()):
         return []
