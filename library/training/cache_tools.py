@@ -35,6 +35,8 @@ logger = logging.getLogger("atelier")
 
 PARTS = {"latents": "vae", "text": "text_encoders"}
 """what is cached -> the part of the model that makes it"""
+FIRST_FAMILY = next(iter(FAMILIES))
+"""whose options --help shows when no family is named"""
 KNOWN_SWITCHES = ("flux", "sdxl")
 """families that known tools choose with a switch of their own; refused by name while they are not there"""
 _OTHER = {"latents": "cache_text_encoder_outputs", "text": "cache_latents"}
@@ -101,16 +103,17 @@ def tool_script(family: str, what: str) -> parser_common.Script:
     )
 
 
-def chosen_family(argv: Sequence[str]) -> str:
-    """The family that the command line names. Raises ConfigError for an unknown one, and when several are possible."""
+def chosen_family(argv: Sequence[str], default: str | None = None) -> str:
+    """The family that the command line names, else `default`. Raises ConfigError for an unknown one, and when several are
+    possible."""
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     reader.add_argument("--family")
     for name in FAMILIES:
         reader.add_argument(f"--{name}", action="store_true")
     given, _ = reader.parse_known_args([word for word in argv if word != "--"])
     named = {name for name in FAMILIES if getattr(given, name)} | ({given.family} if given.family else set())
-    if not named and len(FAMILIES) == 1:
-        named = set(FAMILIES)
+    if not named and (default or len(FAMILIES) == 1):
+        named = {default or next(iter(FAMILIES))}
     if len(named) != 1:
         found = "several model families are" if named else "no model family is"
         raise ConfigError(f"{found} named; needed: --family with one of {', '.join(FAMILIES)}")
@@ -119,10 +122,14 @@ def chosen_family(argv: Sequence[str]) -> str:
     return name
 
 
-def build_parser(what: str, family: str = next(iter(FAMILIES))) -> argparse.ArgumentParser:
+def build_parser(what: str, family: str = FIRST_FAMILY) -> argparse.ArgumentParser:
+    """The parser of a tool with the options of one family."""
     script = tool_script(family, what)
     parser = parser_common.parser_of(script)
-    parser.description = f"Fill the {'latent' if what == 'latents' else 'text encoder output'} cache of a data set."
+    parser.description = (
+        f"Fill the {'latent' if what == 'latents' else 'text encoder output'} cache of a data set. Options of the family {family};"
+        f" families: {', '.join(FAMILIES)}."
+    )
     return parser
 
 
@@ -133,7 +140,7 @@ def main(what: str, argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if {"-h", "--help"} & set(words):
-            build_parser(what, chosen_family(words)).print_help()
+            build_parser(what, chosen_family(words, default=FIRST_FAMILY)).print_help()
             return
         run(what, words)
     except AtelierError as error:
