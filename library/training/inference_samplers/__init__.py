@@ -57,6 +57,16 @@ _add("dpmsingle", "dpmsolver:dpmsingle", "linspace_inner")
 _add("unipc", "unipc:unipc", "linspace_inner", flow="alpha")
 _add("er_sde", "er_sde:er_sde", "linspace_inner", flow="alpha")
 
+CLIPPED_ELSEWHERE = ("ddim", "ddpm", "heun")
+
+
+def sampler_notices(name: str) -> list[str]:
+    """Lines for the log at start of a script that samples an SD model: where pictures differ from those of known trainers."""
+    INFERENCE_SAMPLERS.entry(name)
+    if name in CLIPPED_ELSEWHERE:
+        return [f"{name}: predicted latents are not clipped to -1..1, so samples have more contrast than those of tools that clip them"]
+    return []
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerOptions:

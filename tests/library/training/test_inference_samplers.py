@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from library.errors import ConfigError
-from library.training.inference_samplers import INFERENCE_SAMPLERS, SAMPLER_NAMES, common, discrete
+from library.training.inference_samplers import INFERENCE_SAMPLERS, SAMPLER_NAMES, common, discrete, sampler_notices
 from library.training.inference_samplers.flow import LARGEST_SIGMA, flow_sampler, flow_schedule
 from library.training.objective import ddpm_alphas_cumprod
 
@@ -115,6 +115,13 @@ def test_names_with_k_are_the_same_samplers():
 
 def test_every_name_that_can_be_asked_for_is_registered():
     assert set(SAMPLER_NAMES) == set(INFERENCE_SAMPLERS.names())
+
+
+def test_samplers_that_other_tools_clip_are_told_about():
+    assert "not clipped" in sampler_notices("ddim")[0]
+    assert sampler_notices("euler") == []
+    with pytest.raises(ConfigError, match="unknown sampler 'eulr'"):
+        sampler_notices("eulr")
 
 
 def test_leading_times_begin_at_the_offset_and_stay_in_range():
