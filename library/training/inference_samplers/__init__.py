@@ -16,13 +16,7 @@ from library.errors import ConfigError, did_you_mean
 from library.options import option
 from library.registry import Registry
 
-SAMPLER_NAMES = (
-    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
-    "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a", "ddpm", "dpmsolver++_sde", "unipc", "er_sde",
-)
-"""names that --sample_sampler and prompt files may use; a family says which of them it has"""
 DEFAULT_SAMPLER = "ddim"
-
 
 INFERENCE_SAMPLERS: Registry[Callable] = Registry("sampler", option="sample_sampler")
 
@@ -57,6 +51,8 @@ _add("dpmsingle", "dpmsolver:dpmsingle", "linspace_inner")
 _add("unipc", "unipc:unipc", "linspace_inner", flow="alpha")
 _add("er_sde", "er_sde:er_sde", "linspace_inner", flow="alpha")
 
+SAMPLER_NAMES = tuple(INFERENCE_SAMPLERS.names())
+"""names that --sample_sampler and prompt files may use; a family says which of them it has"""
 CLIPPED_ELSEWHERE = ("ddim", "ddpm", "heun")
 
 
