@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from library.flux_utils import pack_latents, prepare_img_ids, unpack_latents
+from library.training.inference_samplers.common import NextNoise, noise_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,8 +28,8 @@ NUM_TRAIN_TIMESTEPS = 1000.0
 SPATIAL_STRIDE = 8
 PATCH_AREA = 4
 
-Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, torch.Generator], Tensor]
-"""(velocity function, latents, sigmas, generator) -> latents; library/training/inference_samplers"""
+Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, NextNoise], Tensor]
+"""(velocity function, latents, sigmas, noise function) -> latents; library/training/inference_samplers"""
 
 
 def time_shift(mu: float, sigma: float, t: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ def generate_latents(
     sigmas = torch.tensor(get_schedule(settings.num_steps, tokens, shift=settings.shift), device=device)
     velocity = guided_velocity(denoiser, settings, conditioning, negative)
     generator = torch.Generator("cpu").manual_seed(settings.seed + 1)  # samplers with noise of their own draw from here
-    return sampler(velocity, latents, sigmas, generator)
+    return sampler(velocity, latents, sigmas, noise_of([generator], latents))
 
 
 @torch.no_grad()

@@ -29,10 +29,11 @@ LAYERS: tuple[tuple[str, int], ...] = (
     # 0: tables, options, errors, and records without tensors
     ("library/__init__.py", 0), ("networks/__init__.py", 0), ("library/*/__init__.py", 0), ("library/*/*/__init__.py", 0),
     ("library/errors.py", 0), ("library/registry.py", 0), ("library/options.py", 0), ("library/family_table.py", 0),
-    ("library/keyed_random.py", 0), ("library/atomic_file.py", 0),
+    ("library/keyed_random.py", 0), ("library/atomic_file.py", 0), ("library/dynamic_prompts.py", 0),
     ("library/training/option_groups.py", 0), ("library/training/config_file.py", 0), ("library/training/keyword_args.py", 0),
     # 1: building blocks
     ("library/utils.py", 1), ("library/device_utils.py", 1), ("library/attention.py", 1), ("library/image_grid.py", 1),
+    ("library/prompt_weighting.py", 1),
     ("library/custom_offloading_utils.py", 1), ("library/*_models.py", 1),
     # 4 by name, before the wider pattern of row 2
     ("library/*_train_utils.py", 4), ("library/config_util.py", 3), ("library/train_util.py", 6),
@@ -43,7 +44,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/strategy_*.py", 3), ("library/dataset/*.py", 3),
     # 4: numerics and adapters
     ("networks/*.py", 4), ("library/training/objective.py", 4), ("library/training/timesteps.py", 4),
-    ("library/training/sampling_prompts.py", 4),
+    ("library/training/sampling_prompts.py", 4), ("library/generation_prompts.py", 4),
     ("library/training/optimizers/*.py", 4), ("library/training/schedulers/*.py", 4), ("library/training/losses/*.py", 4),
     ("library/training/loss_weights/*.py", 4), ("library/training/timestep_samplers/*.py", 4),
     ("library/training/inference_samplers/*.py", 4), ("library/training/adapters/*.py", 4),

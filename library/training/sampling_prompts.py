@@ -60,19 +60,19 @@ class SamplePrompt:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
 
 
-def _whole(text: str) -> int:
+def read_whole(text: str) -> int:
     if not re.fullmatch(r"\d+", text):
         raise ValueError("a whole number, 0 or more, is needed, e.g. 512")
     return int(text)
 
 
-def _number(text: str) -> float:
+def read_number(text: str) -> float:
     if not FLOAT_PATTERN.fullmatch(text):
         raise ValueError("a number is needed, e.g. 3.5")
     return float(text)
 
 
-def _text(text: str) -> str:
+def read_text(text: str) -> str:
     return text
 
 
@@ -86,19 +86,19 @@ class LineOption:
 
 
 _SHARED_LINE_OPTIONS = {
-    "w": LineOption("width", _whole), "h": LineOption("height", _whole), "d": LineOption("seed", _whole),
-    "s": LineOption("sample_steps", _whole), "g": LineOption("guidance_scale", _number), "n": LineOption("negative_prompt", _text),
+    "w": LineOption("width", read_whole), "h": LineOption("height", read_whole), "d": LineOption("seed", read_whole),
+    "s": LineOption("sample_steps", read_whole), "g": LineOption("guidance_scale", read_number), "n": LineOption("negative_prompt", read_text),
 }
 IMAGE_LINE_OPTIONS: Mapping[str, LineOption] = {
     **_SHARED_LINE_OPTIONS,
-    "l": LineOption("scale", _number), "ss": LineOption("sample_sampler", _text), "cn": LineOption("controlnet_image", _text),
-    "ctr": LineOption("cfg_trunc_ratio", _number), "rcfg": LineOption("renorm_cfg", _number), "fs": LineOption("flow_shift", _number),
+    "l": LineOption("scale", read_number), "ss": LineOption("sample_sampler", read_text), "cn": LineOption("controlnet_image", read_text),
+    "ctr": LineOption("cfg_trunc_ratio", read_number), "rcfg": LineOption("renorm_cfg", read_number), "fs": LineOption("flow_shift", read_number),
 }
 VIDEO_LINE_OPTIONS: Mapping[str, LineOption] = {
     **_SHARED_LINE_OPTIONS,
-    "f": LineOption("frame_count", _whole), "fs": LineOption("discrete_flow_shift", _number), "l": LineOption("cfg_scale", _number),
-    "i": LineOption("image_path", _text), "ei": LineOption("end_image_path", _text), "cn": LineOption("control_video_path", _text),
-    "ci": LineOption("control_image_path", _text, repeats=True), "of": LineOption("one_frame", _text),
+    "f": LineOption("frame_count", read_whole), "fs": LineOption("discrete_flow_shift", read_number), "l": LineOption("cfg_scale", read_number),
+    "i": LineOption("image_path", read_text), "ei": LineOption("end_image_path", read_text), "cn": LineOption("control_video_path", read_text),
+    "ci": LineOption("control_image_path", read_text, repeats=True), "of": LineOption("one_frame", read_text),
 }
 
 
@@ -106,6 +106,15 @@ def parse_line(
     line: str, where: str = "prompt", options: Mapping[str, LineOption] = IMAGE_LINE_OPTIONS, enum: int | None = None
 ) -> SamplePrompt:
     """One prompt line. `where` names its place in messages. Raises ConfigError with every problem of the line."""
+    prompt, values = parse_pieces(line, where, options)
+    return SamplePrompt(prompt=prompt, enum=enum, **values)
+
+
+def parse_pieces(line: str, where: str, options: Mapping[str, LineOption]) -> tuple[str, dict[str, Any]]:
+    """The text of a prompt line and the values of its options by field; for records of other scripts too.
+
+    Raises ConfigError with every problem of the line.
+    """
     prompt, *pieces = re.split(r"\s--", line.strip())
     problems, values = Problems(), {}
     for piece in pieces:
@@ -126,7 +135,7 @@ def parse_line(
             continue
         values[entry.field] = (*values.get(entry.field, ()), value) if entry.repeats else value
     problems.raise_if_any()
-    return SamplePrompt(prompt=prompt.strip(), enum=enum, **values)
+    return prompt.strip(), values
 
 
 def _checked(field: str, value: Any) -> Any:
@@ -241,14 +250,14 @@ def _checked_key(option: LineOption, value: Any) -> Any:
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             raise ValueError("a text or a list of texts is needed")
         return tuple(items)
-    if option.convert is _text:
+    if option.convert is read_text:
         if not isinstance(value, str):
             raise ValueError("a text is needed")
         return _checked(option.field, value)
-    kinds = (int,) if option.convert is _whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or (option.convert is _whole and value < 0):
-        raise ValueError("a whole number, 0 or more, is needed" if option.convert is _whole else "a number is needed")
-    return _checked(option.field, float(value) if option.convert is _number else value)
+    kinds = (int,) if option.convert is read_whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or (option.convert is read_whole and value < 0):
+        raise ValueError("a whole number, 0 or more, is needed" if option.convert is read_whole else "a number is needed")
+    return _checked(option.field, float(value) if option.convert is read_number else value)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Samplers that make images: the option and the table.
 
-A sampler is a function `(denoise, latents, sigmas, generator) -> latents`. `denoise(latents, sigma)` gives the derivative
-of the latents with respect to sigma from the network's prediction: the velocity noise - data in flow matching. `sigmas`
-[n + 1] run down to 0; `generator` feeds samplers that add noise.
+A sampler is a function `(denoise, latents, sigmas, noise) -> latents`. `denoise(latents, sigma)` gives the derivative of the
+latents with respect to sigma: in flow matching the velocity noise - data, in the space of SD models (data + sigma * noise)
+the noise. `sigmas` [n + 1] run down to 0; `noise()` gives the next standard normal tensor to samplers that add noise.
+
+`flow.flow_sampler` gives a name's function for flow models; `discrete.schedule_of` and `sampler_of` for SD models.
 """
 
 from __future__ import annotations
@@ -14,15 +16,52 @@ from library.errors import ConfigError, did_you_mean
 from library.options import option
 from library.registry import Registry
 
-SAMPLER_NAMES = (
-    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
-    "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
-)
-"""names that --sample_sampler and prompt files may use; a family says which of them it has"""
 DEFAULT_SAMPLER = "ddim"
 
 INFERENCE_SAMPLERS: Registry[Callable] = Registry("sampler", option="sample_sampler")
-INFERENCE_SAMPLERS.add("euler", "library.training.inference_samplers.flow:euler")
+
+
+def _add(
+    name: str, target: str, spacing: str, *, final: str = "zero", flow: str | None = None, midpoints: bool = False, k: bool = False
+) -> None:
+    """One sampler: how SD models space their times (`discrete.SPACINGS`) and end (`final`), what it means for flow models.
+
+    `flow`: None = not for them, "same" = the same function, "alpha" = it is told how flow latents hold the data.
+    `k`: the name with `k_` before it is the same sampler.
+    """
+    for alias in (name, f"k_{name}")[: 2 if k else 1]:
+        INFERENCE_SAMPLERS.add(
+            alias, f"library.training.inference_samplers.{target}", spacing=spacing, final=final, flow=flow, midpoints=midpoints
+        )
+
+
+_add("ddim", "flow:euler", "leading")
+_add("ddpm", "ancestral:euler_ancestral", "leading")
+_add("pndm", "linear_multistep:pndm", "leading", final="sigma_min", midpoints=True)
+_add("lms", "linear_multistep:lms", "linspace", flow="same", k=True)
+_add("euler", "flow:euler", "linspace", flow="same", k=True)
+_add("euler_a", "ancestral:euler_ancestral", "linspace", k=True)
+_add("heun", "two_stage:heun", "linspace", flow="same")
+_add("dpm_2", "two_stage:dpm_2", "linspace", k=True)
+_add("dpm_2_a", "two_stage:dpm_2_ancestral", "linspace", k=True)
+_add("dpmsolver", "dpmsolver:dpmsolver", "linspace_inner", final="sigma_min")
+_add("dpmsolver++", "dpmsolver:dpmsolver_pp", "linspace_inner", flow="alpha")
+_add("dpmsolver++_sde", "dpmsolver:dpmsolver_pp_sde", "linspace_inner", flow="alpha")
+_add("dpmsingle", "dpmsolver:dpmsingle", "linspace_inner")
+_add("unipc", "unipc:unipc", "linspace_inner", flow="alpha")
+_add("er_sde", "er_sde:er_sde", "linspace_inner", flow="alpha")
+
+SAMPLER_NAMES = tuple(INFERENCE_SAMPLERS.names())
+"""names that --sample_sampler and prompt files may use; a family says which of them it has"""
+CLIPPED_ELSEWHERE = ("ddim", "ddpm", "heun")
+
+
+def sampler_notices(name: str) -> list[str]:
+    """Lines for the log at start of a script that samples an SD model: where pictures differ from those of known trainers."""
+    INFERENCE_SAMPLERS.entry(name)
+    if name in CLIPPED_ELSEWHERE:
+        return [f"{name}: predicted latents are not clipped to -1..1, so samples have more contrast than those of tools that clip them"]
+    return []
 
 
 @dataclass(frozen=True, kw_only=True)

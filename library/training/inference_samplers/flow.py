@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 
+from library.errors import ConfigError
+from library.training.inference_samplers import INFERENCE_SAMPLERS
+from library.training.inference_samplers.common import Denoise, NextNoise, alpha_flow
 from library.training.timesteps import shift_sigmas
 
-Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(latents [B, C, ...], sigma []) -> velocity = noise - data, of the latents' shape"""
+LARGEST_SIGMA = 0.9999666644442962
+"""1 - 1e-4 shifted by 3: where log(alpha / sigma) is needed, sigma 1 would make it infinite"""
 
 
 def flow_schedule(num_steps: int, shift: float = 1.0) -> torch.Tensor:
@@ -18,9 +22,30 @@ def flow_schedule(num_steps: int, shift: float = 1.0) -> torch.Tensor:
 
 
 def euler(
-    denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, generator: torch.Generator | None = None
+    denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None
 ) -> torch.Tensor:
-    """x += (s_next - s) v at each step. `generator` is not used: no noise is added."""
+    """x += (s_next - s) d at each step. `noise` is not used. The same in VE, where it is DDIM (eta 0) on DDIM's times."""
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         latents = latents + (following - sigma) * denoise(latents, sigma)
     return latents
+
+
+def flow_sampler(name: str) -> Callable[..., torch.Tensor]:
+    """The sampler `(velocity, latents, sigmas, noise) -> latents` of this name for a flow model.
+
+    ConfigError when the name is unknown, or is that of a sampler for SD models only.
+    """
+    kind = INFERENCE_SAMPLERS.entry(name).info.get("flow")
+    if kind is None:
+        known = [entry.name for entry in INFERENCE_SAMPLERS if entry.info.get("flow")]
+        raise ConfigError(f"the sampler '{name}' is for SD models; flow models have {', '.join(known)}")
+    sampler = INFERENCE_SAMPLERS.resolve(name)
+    return functools.partial(_below_one, sampler) if kind == "alpha" else sampler
+
+
+def _below_one(
+    sampler: Callable[..., torch.Tensor], denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor,
+    noise: NextNoise | None = None,
+) -> torch.Tensor:
+    """A solver with the flow's alpha, on sigmas below 1."""
+    return sampler(denoise, latents, sigmas.clamp_max(LARGEST_SIGMA), noise, alpha=alpha_flow)
