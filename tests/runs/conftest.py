@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import struct
@@ -38,6 +39,13 @@ image_dir = '{images}'
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> TinyFlux:
     return build_tiny_flux(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def quick_collections() -> None:
+    """A run collects garbage twice, which would take most of its time here: all modules that were ever imported are looked at.
+    What exists before a test is left out."""
+    gc.freeze()
 
 
 def draw_pictures(folder: Path, count: int, size: tuple[int, int] = (64, 64)) -> Path:

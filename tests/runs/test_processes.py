@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from library.dataset.plan import BucketList, plan_epoch, requests_of_epoch
-from tests.runs.conftest import Work, draw_pictures, largest_difference
+from tests.runs.conftest import Work, draw_pictures, fingerprint, largest_difference
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("noting_script.py")
@@ -57,6 +57,21 @@ def test_two_processes_equal_one_with_twice_the_batch(work: Work, launcher: list
     for epoch in (1, 2):
         names = sorted(name for part in parts for e, name in part if e == epoch)
         assert names == [f"{i:02d}.png" for i in range(7)]
+
+
+def test_a_process_without_images_and_a_resumed_run(work: Work) -> None:
+    """Three images for two processes: one of them has none in the last batch. Resumed, the same bytes."""
+    work.images = draw_pictures(work.folder / "square", 3)
+    small, brief = work.dataset(batch_size=1, name="small.toml"), "--t5xxl_max_token_length=32"
+    two = start(work, "two", LAUNCHERS["torchrun"], brief, "--save_every_n_steps=3", "--save_state", dataset=small)
+    assert two.returncode == 0, two.stderr
+    whole = work.folder / "two" / "lora.safetensors"
+    one = work.train("one", *OPTIONS, brief, dataset=work.dataset(batch_size=2, name="large.toml"))
+    assert largest_difference(one, whole) < 1e-5
+    state = whole.with_name("lora-step00000003-state")
+    resumed = start(work, "resumed", LAUNCHERS["torchrun"], brief, f"--resume={state}", dataset=small)
+    assert resumed.returncode == 0, resumed.stderr
+    assert fingerprint(work.folder / "resumed" / "lora.safetensors") == fingerprint(whole)
 
 
 def test_caches_made_by_two_processes_are_whole(work: Work) -> None:

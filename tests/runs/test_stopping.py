@@ -47,6 +47,14 @@ def test_weights_that_overflow_are_never_saved(work: Work) -> None:
         assert all(torch.isfinite(t.float()).all() for t in load_file(path).values())
 
 
+def test_weights_that_overflow_in_the_precision_of_the_file_are_never_saved(work: Work) -> None:
+    """Finite in float32, infinite in float16."""
+    options = ["--learning_rate=1e6", "--optimizer_type=SGD", "--max_grad_norm=0", "--save_precision=fp16", "--max_train_steps=1"]
+    with pytest.raises(TrainingError, match="not finite in --save_precision fp16"):
+        work.train("out", *options)
+    assert not list((work.folder / "out").glob("*.safetensors"))
+
+
 def test_the_exit_code_of_a_stopped_run_is_not_0(work: Work, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     poison(monkeypatch, step=0)
     with pytest.raises(SystemExit) as caught:
