@@ -14,7 +14,7 @@ NETWORKS: Registry = Registry("network module", option="network_module")
 NETWORKS.add("lora", "networks.lora")
 NETWORKS.add("lycoris", "lycoris.kohya", package="lycoris-lora")
 
-OWN_MODULES = ("networks.lora", "networks.lora_flux")
+OWN_MODULES = ("networks.lora", "networks.lora_flux", "networks.lora_anima")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,6 +90,10 @@ class ModelFamily(ABC):
     def sample_defaults(self, prompt: Any) -> Any:
         """Fill the settings that a SamplePrompt leaves open (size, steps, scales) and round the size."""
 
+    def layer_rates(self) -> Mapping[str, float]:
+        """Pattern of layer paths of the denoiser -> learning rate, where the family has options for parts of its model."""
+        return {}
+
     def text_encoder_embeddings(self, encoder: torch.nn.Module) -> torch.nn.Module | None:
         """The input embedding that must require grad when this encoder is trained with gradient checkpointing."""
         return encoder.get_input_embeddings()
