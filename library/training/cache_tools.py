@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import logging
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ logger = logging.getLogger("atelier")
 
 PARTS = {"latents": "vae", "text": "text_encoders"}
 """what is cached -> the part of the model that makes it"""
+KNOWN_SWITCHES = ("flux", "sdxl")
+"""families that known tools choose with a switch of their own; refused by name while they are not there"""
 _OTHER = {"latents": "cache_text_encoder_outputs", "text": "cache_latents"}
 _TRAINING = "it belongs to training; this tool only fills caches"
 _DENOISER = "it belongs to the denoiser, which this tool does not load"
@@ -44,14 +47,26 @@ class CacheToolOptions:
     """Which caches"""
 
     family: str | None = option(None, help="model family; may be left out while there is only one", metavar="NAME")
-    flux: bool = option(False, help="the same as --family flux")
-    sdxl: bool = refused_option(False, help="the same as --family sdxl", reason="the family sdxl is not there yet")
     skip_existing: bool = equivalent_option(
         False, help="deprecated", reason="--skip_existing: cache files that are valid are never made again anyway"
     )
     t5xxl_dtype: str | None = refused_option(
         None, help="number format of T5", reason="all text encoders run in the format of --mixed_precision"
     )
+
+
+@functools.cache
+def family_switches() -> type:
+    """An option group with a switch for every family: `--flux` is `--family flux`."""
+    switches = {name: option(False, help=f"the same as --family {name}") for name in FAMILIES}
+    for name in KNOWN_SWITCHES:
+        refusal = refused_option(False, help=f"the same as --family {name}", reason=f"the family {name} is not there yet")
+        switches.setdefault(name, refusal)
+    group = dataclasses.make_dataclass(
+        "FamilySwitches", [(name, bool, switch) for name, switch in switches.items()], frozen=True, kw_only=True
+    )
+    group.__doc__ = "Model family"
+    return group
 
 
 def refusals(family: type[ModelFamily], what: str) -> dict[str, str]:
@@ -78,8 +93,8 @@ def tool_script(family: str, what: str) -> parser_common.Script:
     )
     return parser_common.Script(
         family, f"cache of {what}",
-        classes=(CacheToolOptions, ConfigFileOptions, ModelOptions, family_class.options, DatasetOptions, CachingOptions,
-                 LoopOptions, PrecisionOptions, DdpOptions, ConsoleOptions),
+        classes=(CacheToolOptions, family_switches(), ConfigFileOptions, ModelOptions, family_class.options, DatasetOptions,
+                 CachingOptions, LoopOptions, PrecisionOptions, DdpOptions, ConsoleOptions),
         refused=refusals(family_class, what),
         defaults={**family_class.defaults, **defaults},
         shares_file=True,
@@ -174,12 +189,12 @@ def _data(config: Config, family: ModelFamily, what: str) -> tuple[DataGroups, R
     for message in family.part_problems(PARTS[what]):
         problems.add(message)
     try:
-        found = find_data(config, family.name)
+        found = find_data(config, family.architecture)
     except ConfigError as error:
         problems.absorb(error)
     problems.raise_if_any()
     runtime = prepare_runtime(config)
-    return group_data(config, found, family.name, runtime.seed), runtime
+    return group_data(config, found, family.architecture, runtime.seed), runtime
 
 
 def fill(what: str, config: Config, family: ModelFamily, data: DataGroups, runtime: Runtime) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import os
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from library.dataset import CachingOptions, DatasetOptions
+from library.device_utils import clean_memory_on_device
 from library.errors import Problems
 from library.options import Config
 from library.strategy_base import StrategySet
@@ -79,7 +79,7 @@ class Trainer:
         runtime = prepare_runtime(self.config)
         trained = self.trainable.trains_text_encoders(self.family)
         strategies = self.family.strategies(trained)
-        data = group_data(self.config, found, self.family.name, runtime.seed)
+        data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)
         if self.config[DatasetOptions].debug_dataset:
             data.show(runtime.seed)
@@ -97,7 +97,7 @@ class Trainer:
         problems = Problems()
         for message in checks.collect(self.config, self.family, self.trainable):
             problems.add(message)
-        found = problems.attempt(lambda: find_data(self.config, self.family.name))
+        found = problems.attempt(lambda: find_data(self.config, self.family.architecture))
         problems.raise_if_any()
         sampling = self.config[SamplingOptions]
         wants = sampling.sample_at_first or sampling.sample_every_n_steps or sampling.sample_every_n_epochs
@@ -123,7 +123,7 @@ class Trainer:
         live = not self.config[CachingOptions].caches_latents
         kept = vae().to(runtime.device if live else "cpu") if live or keep else None
         del vae
-        release_memory()
+        clean_memory_on_device()
         return kept
 
     def text_phase(
@@ -138,7 +138,7 @@ class Trainer:
             return encode_sample_prompts(self.family, strategies, encoders, prompts)
 
         phase = prepare_text(data, strategies, runtime, load=load, encode_prompts=encode if prompts else None, trained=trained)
-        release_memory()
+        clean_memory_on_device()
         return phase
 
     def denoiser_phase(self, runtime: Runtime) -> torch.nn.Module:
@@ -240,10 +240,3 @@ class Trainer:
             timestep_samplers.build(self.config[TimestepOptions], is_flow=objective.is_flow), loss,
             seed=runtime.seed, validation_seed=validation_seed, trained_text_encoders=trained, hooks=list(hooks),
         )
-
-
-def release_memory() -> None:
-    """Give back what the last phase held; reference cycles of model classes live until a collection."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -12,8 +12,9 @@ from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError, ConfigError, Problems
 from library.options import equivalent_option, option, refused_option
-from library.training.families.base import ModelFamily
+from library.training.families.base import ModelFamily, refused_by_flow
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
+from library.training.sampling_prompts import SAMPLE_DEFAULTS
 from library.training.timestep_samplers import TimestepOptions
 from library.training.timestep_samplers import check as check_timesteps
 
@@ -43,8 +44,6 @@ RATE_PATTERNS = {
 }
 """options of rates -> the layers they speak of; the first that fits a layer counts"""
 
-_DDPM = "Anima learns by flow matching, which has no table of signal-to-noise ratios"
-_SD_NOISE = "Anima learns by flow matching from plain noise; of the noise options it has --ip_noise_gamma"
 _SD_MODELS = "it belongs to Stable Diffusion; Anima has no such variant"
 _ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
 
@@ -104,31 +103,23 @@ class AnimaFamily(ModelFamily):
     """The wiring of Anima: conditioning is [Qwen3 states, their mask, T5 ids, T5 mask, 0]."""
 
     name = "anima"
-    latents = ARCHITECTURES["anima"].latents
+    architecture = ARCHITECTURES["anima"]
+    sampling = SAMPLE_DEFAULTS["anima"]
     options = AnimaOptions
-    defaults: Mapping[str, Any] = {"timestep_sampling": "sigmoid", "discrete_flow_shift": 1.0}
+    defaults = {"timestep_sampling": "sigmoid", "discrete_flow_shift": 1.0}
     part_options = {
         "vae": frozenset({"vae_chunk_size", "vae_disable_cache"}),
         "text_encoders": frozenset(
             {"qwen3", "qwen3_tokenizer", "t5_tokenizer_path", "qwen3_max_token_length", "t5_max_token_length"}
         ),
     }
-    refused: Mapping[str, str] = {
+    refused = {
+        **refused_by_flow("Anima"),
         "v2": _SD_MODELS,
         "v_parameterization": "Anima predicts the velocity of its flow in any case",
         "clip_skip": "Anima takes the last layer of its text encoder",
         "max_token_length": "it counts CLIP tokens; see --qwen3_max_token_length and --t5_max_token_length",
         "weighted_captions": "training Anima with weighted words is not possible",
-        "noise_offset": _SD_NOISE,
-        "noise_offset_random_strength": _SD_NOISE,
-        "adaptive_noise_scale": _SD_NOISE,
-        "multires_noise_iterations": _SD_NOISE,
-        "multires_noise_discount": _SD_NOISE,
-        "zero_terminal_snr": _DDPM,
-        "min_snr_gamma": _DDPM,
-        "scale_v_pred_loss_like_noise_pred": _DDPM,
-        "v_pred_like_loss": _DDPM,
-        "debiased_estimation_loss": _DDPM,
         "sample_sampler": "Anima samples with Euler steps along its own schedule",
     }
 
@@ -259,7 +250,6 @@ class AnimaFamily(ModelFamily):
         return {pattern: rate for pattern, rate in given.items() if rate is not None}
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
-        """`trained` tells whether the text encoder learns: its outputs are not cached then."""
         from library import strategy_anima
         from library.model_identity import combined_identity, model_identity
         from library.strategy_base import StrategySet
@@ -355,11 +345,8 @@ class AnimaFamily(ModelFamily):
         )
         return decode_to_image(models.vae, latents)
 
-    def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
-        """512 px, 30 steps, CFG 7.5, shift 3.0; both sides are rounded down to a multiple of 16."""
-        from library.training.sampling_prompts import with_defaults
-
-        return with_defaults(prompt, self.name)
+    def needs_negative(self, prompt: SamplePrompt) -> bool:
+        return prompt.scale is not None and prompt.scale > 1.0
 
     def metadata(self) -> dict[str, Any]:
         times = self.config[TimestepOptions]
