@@ -15,6 +15,7 @@ from torch import Tensor
 from library.anima_models import AdapterParams, Anima, AnimaParams
 from library.errors import CheckpointError
 from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
+from library.llm_encoder_utils import load_qwen3
 from library.model_loading import (
     CheckpointFiles,
     assign_state,
@@ -28,8 +29,16 @@ from library.model_loading import (
     undo_scaling,
 )
 from library.safetensors_utils import FP8_DTYPES, cast_floats, save_file_atomic
+from library.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer
+
+__all__ = [
+    "inspect_anima", "load_anima_model", "load_qwen3_text_encoder", "load_qwen3_tokenizer", "load_t5_tokenizer", "save_anima_model",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
+
+load_qwen3_text_encoder = load_qwen3
+"""the name by which other code knows it"""
 
 FILE_PREFIX = "net."
 ADAPTER = "llm_adapter."

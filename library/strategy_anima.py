@@ -1,7 +1,6 @@
-"""Anima: captions to tokens, tokens to conditioning [Qwen3 states, their mask, T5 ids, their mask, 0], and the caches.
+"""Anima: captions to tokens, tokens to conditioning [Qwen3 states, their mask, T5 ids, their mask], and the caches.
 
-The LLM adapter, which joins the two, belongs to the denoiser and runs in its forward. The last entry is a number that cache
-files of known trainers carry, a dropout rate; it is written as 0 and not read, because the rate of the dataset counts.
+The LLM adapter, which joins the two, belongs to the denoiser and runs in its forward.
 """
 
 from __future__ import annotations
@@ -76,15 +75,14 @@ class AnimaTextEncodingStrategy(TextEncodingStrategy):
     def encode_tokens(
         self, tokenize_strategy: AnimaTokenizeStrategy, models: list[Any], tokens: list[Tensor]
     ) -> list[Tensor | None]:
-        """[states [B, L, D], their mask [B, L], T5 ids [B, M], T5 mask [B, M], zeros [B]]; states None without the model.
+        """[states [B, L, D], their mask [B, L], T5 ids [B, M], T5 mask [B, M]]; states None without the model.
 
         ConfigError when an id has no embedding row.
         """
         ids, mask, t5_ids, t5_mask = tokens
         qwen3 = models[0] if models else None
-        unused = torch.zeros(len(t5_ids))
         if qwen3 is None:
-            return [None, mask, t5_ids, t5_mask, unused]
+            return [None, mask, t5_ids, t5_mask]
         device = next(qwen3.parameters()).device
         _check_ids(ids, qwen3, tokenize_strategy.qwen3)
         ids, mask = ids.to(device), mask.to(device)
@@ -92,7 +90,7 @@ class AnimaTextEncodingStrategy(TextEncodingStrategy):
         attended[:, 0] = 1  # an empty caption attends to one position, whose state is set to 0 below
         states = qwen3(input_ids=ids, attention_mask=attended).last_hidden_state
         states = states * mask[..., None].to(states.dtype)
-        return [states, mask, t5_ids.to(device), t5_mask.to(device), unused.to(device)]
+        return [states, mask, t5_ids.to(device), t5_mask.to(device)]
 
 
 def _check_ids(ids: Tensor, qwen3: Any, tokenizer: Any) -> None:
@@ -115,6 +113,20 @@ class AnimaLatentsCachingStrategy(LatentsCachingStrategy):
 
 
 class AnimaTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
-    """Qwen3 states and mask, T5 ids and mask. Caption dropout is drawn in the run: it takes the cached empty caption."""
+    """Qwen3 states and mask, T5 ids and mask, and a dropout rate that the files of known trainers carry.
+
+    The rate is written as 0 and not read: caption dropout is drawn in the run by the rate of the dataset, and takes the
+    cached empty caption.
+    """
 
     architecture = ARCHITECTURES["anima"]
+
+    def encode(
+        self,
+        tokenize_strategy: TokenizeStrategy,
+        models: list[Any],
+        text_encoding_strategy: TextEncodingStrategy,
+        captions: list[str],
+    ) -> list[Tensor | None]:
+        outputs = super().encode(tokenize_strategy, models, text_encoding_strategy, captions)
+        return [*outputs, torch.zeros(len(captions))]

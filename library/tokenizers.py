@@ -107,8 +107,8 @@ def load_qwen3_tokenizer(
     tokenizer = _first_found(
         [
             lambda: _from_option(folder, option, read_qwen_folder),
-            lambda: next(filter(None, map(read_qwen_folder, beside)), None),
             lambda: _from_cache(cache_dir, hub_id, read_qwen_folder),
+            lambda: next(filter(None, map(read_qwen_folder, beside)), None),
             lambda: _from_hub(hub_id, None, cache_dir, read_qwen_folder),
         ],
         f"no Qwen3 tokenizer: give a folder with tokenizer.json (or vocab.json with merges.txt) with {option}, or give --qwen3 as a"

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from library.errors import ConfigError
-from library.family_table import FAMILIES
 from library.training import cache_tools, parser_common
 from tests.library.dataset.images import make_folder, make_image
 from tests.tiny import build_tiny_flux
@@ -152,17 +151,17 @@ def test_all_problems_at_once_and_before_a_model_is_loaded(tiny, data):
         cache_tools.run("latents", ["--ae", str(tiny.t5xxl), f"--dataset_config={data}"])
     assert "--ae is" in str(error.value) and "random_crop" in str(error.value)
     with pytest.raises(ConfigError, match="--clip_l is not given"):
-        cache_tools.run("text", [f"--dataset_config={data}"])
+        cache_tools.run("text", ["--flux", f"--dataset_config={data}"])
     with pytest.raises(ConfigError, match="--t5xxl_max_token_length"):
-        cache_tools.run("text", [f"--dataset_config={data}"])
+        cache_tools.run("text", ["--flux", f"--dataset_config={data}"])
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--family", "flix"], "unknown model family 'flix'; did you mean 'flux'"),
-        (["--sdxl"], "sdxl is True; it is not available here: the family sdxl is not there yet"),
-        (["--no-cache_latents_to_disk"], "this tool does nothing but write these files"),
+        (["--flux", "--sdxl"], "sdxl is True; it is not available here: the family sdxl is not there yet"),
+        (["--flux", "--no-cache_latents_to_disk"], "this tool does nothing but write these files"),
     ],
 )
 def test_what_the_tool_cannot_do(arguments, message):
@@ -170,8 +169,15 @@ def test_what_the_tool_cannot_do(arguments, message):
         cache_tools.run("latents", arguments)
 
 
-def test_the_family_may_be_left_out_while_there_is_only_one():
-    assert cache_tools.chosen_family(["--ae", "x"]) == "flux" or len(FAMILIES) > 1
+def test_the_family_may_be_left_out_where_another_option_tells_it(tmp_path):
+    assert cache_tools.chosen_family(["--ae", "x"]) == "flux"
+    assert cache_tools.chosen_family(["--qwen3=x"]) == "anima"
+    (tmp_path / "train.toml").write_text('[model]\nqwen3 = "x"\n', encoding="utf-8")
+    assert cache_tools.chosen_family(["--config_file", str(tmp_path / "train.toml")]) == "anima"
+    with pytest.raises(ConfigError, match="no model family is named"):
+        cache_tools.chosen_family(["--vae", "x"])
+    with pytest.raises(ConfigError, match="several model families are named"):
+        cache_tools.chosen_family(["--qwen3", "x", "--ae", "y"])
     assert cache_tools.chosen_family(["--flux"]) == cache_tools.chosen_family(["--family", "flux"]) == "flux"
 
 
@@ -186,7 +192,7 @@ def test_help_needs_no_torch(tool, tmp_path):
 
 def test_an_error_is_one_line_and_a_status(tmp_path):
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "cache_latents.py"), "--vae_batch_sise", "2"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, str(ROOT / "tools" / "cache_latents.py"), "--flux", "--vae_batch_sise", "2"], capture_output=True, text=True, cwd=tmp_path
     )
     assert result.returncode == 2
     assert result.stderr.strip() == "error: unknown option --vae_batch_sise; did you mean 'vae_batch_size'?"

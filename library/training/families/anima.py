@@ -100,7 +100,7 @@ class AnimaOptions:
 
 
 class AnimaFamily(ModelFamily):
-    """The wiring of Anima: conditioning is [Qwen3 states, their mask, T5 ids, T5 mask, 0]."""
+    """The wiring of Anima: conditioning is [Qwen3 states, their mask, T5 ids, T5 mask]."""
 
     name = "anima"
     architecture = ARCHITECTURES["anima"]
