@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from library.safetensors_utils import FP8_DTYPES, cast_floats, save_file_atomic
 from library.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer
 
 __all__ = [
-    "inspect_anima", "load_anima_model", "load_qwen3_text_encoder", "load_qwen3_tokenizer", "load_t5_tokenizer", "save_anima_model",
+    "inspect_anima", "inspect_llm_adapter", "load_anima_model", "load_qwen3_text_encoder", "load_qwen3_tokenizer", "load_t5_tokenizer", "save_anima_model",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -169,27 +169,43 @@ def _stored(key: str, tensor: Tensor, dtype: torch.dtype | None, wide: torch.dty
     return cast_floats(tensor, wide if dtype is not None or tensor.dtype in FP8_DTYPES else None)
 
 
-def _with_adapter(
-    state: dict[str, Tensor], params: AnimaParams, path: str | os.PathLike, wide: torch.dtype, device: torch.device | str
-) -> tuple[dict[str, Tensor], AnimaParams]:
-    """State and parameters with the adapter of another file: a whole denoiser file, or the adapter's keys alone."""
-    from dataclasses import replace
+def inspect_llm_adapter(path: str | os.PathLike) -> tuple[CheckpointFiles, str, AdapterParams]:
+    """An adapter from headers: a whole denoiser file, or the adapter's keys alone. (files, prefix of its keys, sizes).
 
+    CheckpointError when the file holds none, or a part of one.
+    """
     source = open_checkpoint(path)
     marker = next((key for key in source.shapes if key.endswith("out_proj.weight") and ".blocks." not in f".{key}"), None)
     if marker is None:
         some = ", ".join(list(source.shapes)[:3]) or "no tensors"
         raise CheckpointError(f"{source.path} holds no LLM adapter (llm_adapter.out_proj is not there; it begins with {some})")
     prefix = marker.removesuffix("out_proj.weight")
+    shapes = {ADAPTER + key: tensor for key, tensor in strip_prefix(source.shapes, prefix).items()}
+    try:
+        params = build_params(AdapterParams, _infer_adapter(shapes), source.model_config.get("adapter") or {}, source.path)
+    except (KeyError, IndexError) as error:
+        raise CheckpointError(f"{source.path} is no whole LLM adapter: {error.args[0]} is missing") from error
+    return source, prefix, params
+
+
+def adapter_problem(adapter: AdapterParams, params: AnimaParams, path: str | os.PathLike) -> str | None:
+    """Why this adapter cannot serve this denoiser, or None."""
+    if adapter.target_dim == params.context_dim:
+        return None
+    return f"{os.fspath(path)}: the LLM adapter gives {adapter.target_dim} values, the denoiser takes {params.context_dim}"
+
+
+def _with_adapter(
+    state: dict[str, Tensor], params: AnimaParams, path: str | os.PathLike, wide: torch.dtype, device: torch.device | str
+) -> tuple[dict[str, Tensor], AnimaParams]:
+    """State and parameters with the adapter of another file."""
+    source, prefix, adapter = inspect_llm_adapter(path)
+    problem = adapter_problem(adapter, params, path)
+    if problem:
+        raise CheckpointError(problem)
     keys = [key for key in source.shapes if key.startswith(prefix)]
     tensors = undo_scaling(source.tensors(device, False, keys), wide)
     ours = {ADAPTER + key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    try:
-        adapter = build_params(AdapterParams, _infer_adapter(ours), source.model_config.get("adapter") or {}, source.path)
-    except (KeyError, IndexError) as error:
-        raise CheckpointError(f"{source.path} is no whole LLM adapter: {error.args[0]} is missing") from error
-    if adapter.target_dim != params.context_dim:
-        raise CheckpointError(f"{source.path}: the adapter gives {adapter.target_dim} values, the denoiser takes {params.context_dim}")
     kept = {key: tensor for key, tensor in state.items() if not key.startswith(ADAPTER)}
     return {**kept, **ours}, replace(params, adapter=adapter)
 

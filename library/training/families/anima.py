@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from library.anima_models import AdapterParams
     from library.anima_utils import AnimaInfo
     from library.strategy_base import LatentsCachingStrategy, StrategySet
     from library.training.accelerator_setup import Runtime
@@ -200,31 +201,45 @@ class AnimaFamily(ModelFamily):
     def _size_problems(self) -> list[str]:
         """Sizes of the files against each other; headers only."""
         from library.anima_models import block_swap_problem
+        from library.anima_utils import adapter_problem
         from library.llm_encoder_utils import inspect_qwen3
         from library.tokenizers import vocabulary_problem
         from library.wan_vae_utils import inspect_wan_vae
 
-        params = self._denoiser_info.params
-        adapter = params.adapter
+        params, adapter = self._denoiser_info.params, self._adapter
         width, channels = inspect_qwen3(self.opts.qwen3)["hidden_size"], inspect_wan_vae(self._vae_path).params.z_dim
-        problems = []
+        place = self.opts.llm_adapter_path or self._denoiser_path
         needed = params.context_dim if adapter is None else adapter.source_dim
-        if width != needed and not self.opts.llm_adapter_path:
-            problems.append(f"--qwen3 is {self.opts.qwen3}: its width is {width}, the model {self._denoiser_path} takes {needed}")
+        problems = []
+        if width != needed:
+            problems.append(f"--qwen3 is {self.opts.qwen3}: its width is {width}, the model {place} takes {needed}")
         if channels != params.in_channels:
             problems.append(
                 f"--vae is {self._vae_path}: it has {channels} latent channels, the model {self._denoiser_path} takes {params.in_channels}"
             )
-        if adapter is not None and not self.opts.llm_adapter_path:
-            problem = vocabulary_problem(self._t5_tokenizer, adapter.vocab, "T5", f"the LLM adapter in {self._denoiser_path}")
-            problems += [f"{problem}; name the right one with --t5_tokenizer_path"] if problem else []
-        swap = block_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, params.num_blocks)
-        return [*problems, swap] if swap else problems
+        if adapter is not None:
+            vocabulary = vocabulary_problem(self._t5_tokenizer, adapter.vocab, "T5", f"the LLM adapter in {place}")
+            problems += [f"{vocabulary}; name the right one with --t5_tokenizer_path"] if vocabulary else []
+            problems.append(adapter_problem(adapter, params, place))
+        problems.append(block_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, params.num_blocks))
+        return [problem for problem in problems if problem]
+
+    @cached_property
+    def _adapter(self) -> AdapterParams | None:
+        """Sizes of the LLM adapter that the run uses."""
+        from library.anima_utils import inspect_llm_adapter
+
+        if not self.opts.llm_adapter_path:
+            return self._denoiser_info.params.adapter
+        try:
+            return inspect_llm_adapter(self.opts.llm_adapter_path)[2]
+        except CheckpointError as error:
+            raise CheckpointError(f"--llm_adapter_path: {error}") from error
 
     def _notices(self) -> list[str]:
         """Lines for the log where a setting has no effect or numbers differ from what people know."""
         lines = ["the time reaches the network in float32 (known trainers round it to the type of the weights)"]
-        if self._denoiser_info.params.adapter is None and not self.opts.llm_adapter_path:
+        if self._adapter is None:
             lines.append("the model file has no LLM adapter: the denoiser attends to the states of Qwen3 directly")
         if self.config[CachingOptions].caches_text and "caption_dropout_rate" not in self.config.explicit:
             lines.append("caption dropout follows the dataset, also with cached text encoder outputs; rates in old cache files are not read")
