@@ -88,7 +88,7 @@ def write_qwen_tokenizer(folder: Path) -> int:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = [chr(byte) for byte in printable] + [chr(256 + number) for number in range(256 - len(printable))]
     space = chr(256 + 32)
-    merges = list(dict.fromkeys(pair for word in CLIP_WORDS for start in ("", space) for pair in _merges(start + word)))
+    merges = list(dict.fromkeys(pair for word in CLIP_WORDS for pair in (*_merges(word), (space, word))))
     vocabulary = list(dict.fromkeys([*symbols, *("".join(pair) for pair in merges), "<|endoftext|>"]))
     folder.mkdir(exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(vocabulary)}), encoding="utf-8")
