@@ -23,6 +23,6 @@ setup(
     extras_require={
         "wandb": ["wandb"],
         "sentencepiece": ["sentencepiece"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "diffusers>=0.34", "peft>=0.15"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "diffusers>=0.34", "peft>=0.15", "sentencepiece>=0.2"],
     },
 )
