@@ -36,6 +36,8 @@ logger = logging.getLogger("atelier")
 
 PARTS = {"latents": "vae", "text": "text_encoders"}
 """what is cached -> the part of the model that makes it"""
+FIRST_FAMILY = next(iter(FAMILIES))
+"""whose options --help shows when no family is named"""
 KNOWN_SWITCHES = ("flux", "sdxl")
 """families that known tools choose with a switch of their own; refused by name while they are not there"""
 _OTHER = {"latents": "cache_text_encoder_outputs", "text": "cache_latents"}
@@ -102,9 +104,9 @@ def tool_script(family: str, what: str) -> parser_common.Script:
     )
 
 
-def chosen_family(argv: Sequence[str]) -> str:
-    """The family that the command line names, or the one whose own options it or its configuration file has; the first of
-    the table when only help is wanted. Raises ConfigError for an unknown one, and when several are possible."""
+def chosen_family(argv: Sequence[str], default: str | None = None) -> str:
+    """The family that the command line names, or the one whose own options it or its configuration file has, else `default`.
+    Raises ConfigError for an unknown one, and when several are possible."""
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     reader.add_argument("--family")
     reader.add_argument("--config_file")
@@ -114,8 +116,8 @@ def chosen_family(argv: Sequence[str]) -> str:
     given, _ = reader.parse_known_args(words)
     named = {name for name in FAMILIES if getattr(given, name)} | ({given.family} if given.family else set())
     named = named or _families_with(_names_used(words, given.config_file))
-    if not named and ({"-h", "--help"} & set(words) or len(FAMILIES) == 1):
-        named = {next(iter(FAMILIES))}
+    if not named and (default or len(FAMILIES) == 1):
+        named = {default or next(iter(FAMILIES))}
     if len(named) != 1:
         found = "several model families are" if named else "no model family is"
         raise ConfigError(f"{found} named; needed: --family with one of {', '.join(FAMILIES)}")
@@ -139,10 +141,14 @@ def _families_with(names: set[str]) -> set[str]:
     return {name for name, options in own.items() if names & options}
 
 
-def build_parser(what: str, family: str = next(iter(FAMILIES))) -> argparse.ArgumentParser:
+def build_parser(what: str, family: str = FIRST_FAMILY) -> argparse.ArgumentParser:
+    """The parser of a tool with the options of one family."""
     script = tool_script(family, what)
     parser = parser_common.parser_of(script)
-    parser.description = f"Fill the {'latent' if what == 'latents' else 'text encoder output'} cache of a data set."
+    parser.description = (
+        f"Fill the {'latent' if what == 'latents' else 'text encoder output'} cache of a data set. Options of the family {family};"
+        f" families: {', '.join(FAMILIES)}."
+    )
     return parser
 
 
@@ -153,7 +159,7 @@ def main(what: str, argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if {"-h", "--help"} & set(words):
-            build_parser(what, chosen_family(words)).print_help()
+            build_parser(what, chosen_family(words, default=FIRST_FAMILY)).print_help()
             return
         run(what, words)
     except AtelierError as error:

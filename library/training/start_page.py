@@ -59,7 +59,8 @@ def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummar
 
 
 def _files(run: Run) -> dict[str, str]:
-    files = {"base model": run.config[ModelOptions].pretrained_model_name_or_path or ""}
+    models = run.config[ModelOptions]
+    files = {"base model": models.pretrained_model_name_or_path or "", **({"vae": models.vae} if models.vae else {})}
     family = run.family.opts
     for name in option_fields(type(family)):
         value = getattr(family, name)

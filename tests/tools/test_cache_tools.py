@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import ConfigError
+from library.family_table import FAMILIES
 from library.training import cache_tools, parser_common
 from tests.library.dataset.images import make_folder, make_image
 from tests.tiny import build_tiny_flux
@@ -85,7 +86,7 @@ def latents_arguments(tiny, data: Path) -> list[str]:
 
 def text_arguments(tiny, data: Path) -> list[str]:
     return [
-        f"--clip_l={tiny.clip_l}", f"--t5xxl={tiny.t5xxl}", f"--clip_l_tokenizer={tiny.clip_l_tokenizer}",
+        "--flux", f"--clip_l={tiny.clip_l}", f"--t5xxl={tiny.t5xxl}", f"--clip_l_tokenizer={tiny.clip_l_tokenizer}",
         "--t5xxl_max_token_length=24", f"--dataset_config={data}",
     ]  # fmt: skip
 
@@ -126,7 +127,7 @@ def test_the_configuration_file_of_a_training_serves_the_tools(tiny, data, tmp_p
         f"guidance_scale = 1.0\ncache_text_encoder_outputs = true\ndataset_config = '{data}'\n",
         encoding="utf-8",
     )
-    cache_tools.run("latents", ["--config_file", str(tmp_path / "train.toml")])
+    cache_tools.run("latents", ["--family=flux", "--config_file", str(tmp_path / "train.toml")])
     assert "passed over: guidance_scale, learning_rate, max_train_steps, network_module" in caplog.text
 
 
@@ -148,7 +149,7 @@ def test_all_problems_at_once_and_before_a_model_is_loaded(tiny, data):
     text = data.read_text().replace("flip_aug", "random_crop")
     data.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError) as error:
-        cache_tools.run("latents", ["--ae", str(tiny.t5xxl), f"--dataset_config={data}"])
+        cache_tools.run("latents", ["--flux", "--ae", str(tiny.t5xxl), f"--dataset_config={data}"])
     assert "--ae is" in str(error.value) and "random_crop" in str(error.value)
     with pytest.raises(ConfigError, match="--clip_l is not given"):
         cache_tools.run("text", ["--flux", f"--dataset_config={data}"])
@@ -160,7 +161,7 @@ def test_all_problems_at_once_and_before_a_model_is_loaded(tiny, data):
     "arguments, message",
     [
         (["--family", "flix"], "unknown model family 'flix'; did you mean 'flux'"),
-        (["--flux", "--sdxl"], "sdxl is True; it is not available here: the family sdxl is not there yet"),
+        (["--family", "flux", "--sdxl"], "sdxl is True; it is not available here: the family sdxl is not there yet"),
         (["--flux", "--no-cache_latents_to_disk"], "this tool does nothing but write these files"),
     ],
 )
@@ -179,6 +180,25 @@ def test_the_family_may_be_left_out_where_another_option_tells_it(tmp_path):
     with pytest.raises(ConfigError, match="several model families are named"):
         cache_tools.chosen_family(["--qwen3", "x", "--ae", "y"])
     assert cache_tools.chosen_family(["--flux"]) == cache_tools.chosen_family(["--family", "flux"]) == "flux"
+
+
+@pytest.fixture
+def second_family(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "second", FAMILIES["flux"])
+    cache_tools.family_switches.cache_clear()
+    yield
+    cache_tools.family_switches.cache_clear()
+
+
+def test_one_of_several_families_must_be_named_but_not_for_help(second_family, capsys):
+    with pytest.raises(ConfigError, match="no model family is named; needed: --family with one of flux, .*second"):
+        cache_tools.run("latents", ["--vae_batch_size", "2"])
+    with pytest.raises(ConfigError, match="several model families are named"):
+        cache_tools.run("latents", ["--flux", "--second"])
+    assert cache_tools.chosen_family(["--second"]) == "second"
+    cache_tools.main("latents", ["--help"])
+    text = capsys.readouterr().out
+    assert "Options of the family flux" in text and "--second" in text and "--sdxl" in text
 
 
 @pytest.mark.parametrize("tool", ["cache_latents.py", "cache_text_encoder_outputs.py"])
