@@ -22,6 +22,7 @@ WANTED_TEXTS: dict[str, str] = {
     "t5": "a T5-XXL text encoder (t5xxl_fp16.safetensors)",
     "vae_flux": "a FLUX.1 autoencoder (ae.safetensors)",
     "anima": "an Anima denoiser (anima-base-v1.0.safetensors)",
+    "cosmos": "such a denoiser without its LLM adapter",
     "qwen3": "a Qwen3 text encoder (qwen_3_06b_base.safetensors, or its folder)",
     "vae_wan": "a Qwen-Image / Wan 2.1 autoencoder (qwen_image_vae.safetensors)",
     "adapter": "a LoRA-type adapter",
