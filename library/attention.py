@@ -38,3 +38,12 @@ def rotate_pairs(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rope[0][:, None], rope[1][:, None]  # [B, 1, L, D/2]
     first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
+
+
+def rotate_halves(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + D/2) of `states` [B, heads, L, D] by the angles of `rope` ([L, D] each, halves repeated);
+    float32 result."""
+    cos, sin = rope
+    full = states.float()
+    first, second = full.chunk(2, dim=-1)
+    return full * cos + torch.cat((-second, first), dim=-1) * sin

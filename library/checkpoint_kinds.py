@@ -21,13 +21,20 @@ WANTED_TEXTS: dict[str, str] = {
     "clip_l": "a CLIP-L text encoder (clip_l.safetensors)",
     "t5": "a T5-XXL text encoder (t5xxl_fp16.safetensors)",
     "vae_flux": "a FLUX.1 autoencoder (ae.safetensors)",
+    "anima": "an Anima denoiser (anima-base-v1.0.safetensors)",
+    "cosmos": "such a denoiser without its LLM adapter",
+    "qwen3": "a Qwen3 text encoder (qwen_3_06b_base.safetensors, or its folder)",
+    "vae_wan": "a Qwen-Image / Wan 2.1 autoencoder (qwen_image_vae.safetensors)",
     "adapter": "a LoRA-type adapter",
     "flux_controlnet": "a FLUX.1 ControlNet",
 }
 """what a slot needs, in words; other kinds are named as they are"""
 
 INDEX_SUFFIX = ".safetensors.index.json"
-PREFERRED_SUBFOLDER = {"flux": "transformer", "vae_flux": "vae", "clip_l": "text_encoder", "t5": "text_encoder_2"}
+PREFERRED_SUBFOLDER = {
+    "flux": "transformer", "vae_flux": "vae", "clip_l": "text_encoder", "t5": "text_encoder_2", "anima": "transformer",
+    "qwen3": "text_encoder", "vae_wan": "vae",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

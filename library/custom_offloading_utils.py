@@ -134,6 +134,67 @@ class ModelOffloader:
             self.pending.pop(index).result()
 
 
+class BlockStackMixin:
+    """What a denoiser made of rows of equal blocks does with its memory: checkpoints, and blocks that wait on the CPU.
+
+    A module calls `init_block_stack` in its constructor, runs its blocks through `run_block`, and fills `offloaders` (one
+    per row of blocks, None = that row stays) in its own `enable_block_swap`.
+    """
+
+    training: bool
+    gradient_checkpointing: bool
+    cpu_offload_checkpointing: bool
+    offloaders: tuple[ModelOffloader | None, ...]
+
+    def init_block_stack(self, num_rows: int) -> None:
+        self.gradient_checkpointing = False
+        self.cpu_offload_checkpointing = False
+        self.offloaders = (None,) * num_rows
+
+    def run_block(
+        self, block: nn.Module, index: int, offloader: ModelOffloader | None, hidden: tuple[Tensor, ...], context: tuple
+    ) -> tuple[Tensor, ...]:
+        """One block on its hidden states, checkpointed and with its weights fetched where that is switched on."""
+        if offloader is not None:
+            offloader.before_block(index)
+        # autograd keeps the weights that a block ran with; where they move meanwhile, the block has to run again
+        moving = offloader is not None and offloader.active
+        if torch.is_grad_enabled() and (moving or (self.gradient_checkpointing and self.training)):
+            output = run_checkpointed(lambda *states: block(*states, *context), hidden, self.cpu_offload_checkpointing)
+        else:
+            output = block(*hidden, *context)
+        outputs = output if isinstance(output, tuple) else (output,)
+        if offloader is not None:
+            offloader.after_block(index, outputs)
+        return outputs
+
+    def enable_gradient_checkpointing(self, cpu_offload: bool = False) -> None:
+        """Recompute blocks in the backward pass while in train mode; `cpu_offload` keeps the block inputs on the CPU."""
+        self.gradient_checkpointing = True
+        self.cpu_offload_checkpointing = cpu_offload
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = False
+        self.cpu_offload_checkpointing = False
+
+    def prepare_block_swap_before_forward(self) -> None:
+        """Bring the swapped blocks into the layout a forward starts with; costs nothing when they are in it."""
+        for offloader in self.offloaders:
+            if offloader is not None:
+                offloader.arm()
+
+    def move_to_device_except_swap_blocks(self, device: torch.device) -> None:
+        """Move everything but the weights that block swap keeps on the CPU."""
+        swapped = {id(weight) for offloader in self.offloaders if offloader is not None for weight in offloader.cpu_weights()}
+        for module in self.modules():
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) not in swapped:
+                    parameter.data = parameter.data.to(device)
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+        self.prepare_block_swap_before_forward()
+
+
 def swap_weight_devices_no_cuda(device: torch.device, outgoing: nn.Module, incoming: nn.Module) -> None:
     """Weights of `outgoing` go to the CPU, those of `incoming` to the device."""
     weighs_to_device(outgoing, torch.device("cpu"))

@@ -21,6 +21,9 @@ FAMILIES: dict[str, FamilyEntry] = {
     "flux": FamilyEntry(
         "library.training.families.flux:FluxFamily", denoisers=("Flux",), targets="networks.lora_flux:TARGETS"
     ),
+    "anima": FamilyEntry(
+        "library.training.families.anima:AnimaFamily", denoisers=("Anima",), targets="networks.lora_anima:TARGETS"
+    ),
 }
 
 

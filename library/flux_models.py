@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.attention import rope_cos_sin, rotate_pairs, scaled_attention
-from library.custom_offloading_utils import ModelOffloader, run_checkpointed
+from library.custom_offloading_utils import BlockStackMixin, ModelOffloader
 
 Rope = tuple[Tensor, Tensor]
 
@@ -208,7 +208,7 @@ class LastLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class Flux(nn.Module):
+class Flux(BlockStackMixin, nn.Module):
     """The rectified-flow transformer of FLUX.1 dev (with `guidance_in`) and schnell."""
 
     def __init__(self, params: FluxParams) -> None:
@@ -223,9 +223,7 @@ class Flux(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(params) for _ in range(params.depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(params) for _ in range(params.depth_single_blocks))
         self.final_layer = LastLayer(hidden, params.in_channels)
-        self.gradient_checkpointing = False
-        self.cpu_offload_checkpointing = False
-        self.offloaders: tuple[ModelOffloader | None, ModelOffloader | None] = (None, None)
+        self.init_block_stack(num_rows=2)
 
     @property
     def device(self) -> torch.device:
@@ -262,10 +260,10 @@ class Flux(nn.Module):
 
         double, single = self.offloaders
         for index, block in enumerate(self.double_blocks):
-            img, txt = self._run_block(block, index, double, (img, txt), (vec, rope, key_mask))
+            img, txt = self.run_block(block, index, double, (img, txt), (vec, rope, key_mask))
         joined = torch.cat((txt, img), dim=1)  # [B, T + L, hidden]
         for index, block in enumerate(self.single_blocks):
-            (joined,) = self._run_block(block, index, single, (joined,), (vec, rope, key_mask))
+            (joined,) = self.run_block(block, index, single, (joined,), (vec, rope, key_mask))
         return self.final_layer(joined[:, txt.shape[1] :], vec)
 
     def _conditioning_vector(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
@@ -276,32 +274,6 @@ class Flux(nn.Module):
                 raise ValueError("guidance is None; a guidance-distilled model (FLUX.1 dev) needs one scale per sample")
             vec = vec + self.guidance_in(timestep_embedding(guidance, width).to(self.dtype))
         return vec + self.vector_in(y.to(self.dtype))
-
-    def _run_block(
-        self, block: nn.Module, index: int, offloader: ModelOffloader | None, hidden: tuple[Tensor, ...], context: tuple
-    ) -> tuple[Tensor, ...]:
-        """One block on its hidden states, checkpointed and with its weights fetched where that is switched on."""
-        if offloader is not None:
-            offloader.before_block(index)
-        # autograd keeps the weights that a block ran with; where they move meanwhile, the block has to run again
-        moving = offloader is not None and offloader.active
-        if torch.is_grad_enabled() and (moving or (self.gradient_checkpointing and self.training)):
-            output = run_checkpointed(lambda *states: block(*states, *context), hidden, self.cpu_offload_checkpointing)
-        else:
-            output = block(*hidden, *context)
-        outputs = output if isinstance(output, tuple) else (output,)
-        if offloader is not None:
-            offloader.after_block(index, outputs)
-        return outputs
-
-    def enable_gradient_checkpointing(self, cpu_offload: bool = False) -> None:
-        """Recompute blocks in the backward pass while in train mode; `cpu_offload` keeps the block inputs on the CPU."""
-        self.gradient_checkpointing = True
-        self.cpu_offload_checkpointing = cpu_offload
-
-    def disable_gradient_checkpointing(self) -> None:
-        self.gradient_checkpointing = False
-        self.cpu_offload_checkpointing = False
 
     def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:
         """Keep the weights of some blocks on the CPU while others compute. On a CPU `device` nothing moves.
@@ -316,23 +288,6 @@ class Flux(nn.Module):
             ModelOffloader(self.double_blocks, num_double, device) if num_double else None,
             ModelOffloader(self.single_blocks, num_single, device) if num_single else None,
         )
-
-    def prepare_block_swap_before_forward(self) -> None:
-        """Bring the swapped blocks into the layout a forward starts with; costs nothing when they are in it."""
-        for offloader in self.offloaders:
-            if offloader is not None:
-                offloader.arm()
-
-    def move_to_device_except_swap_blocks(self, device: torch.device) -> None:
-        """Move everything but the weights that block swap keeps on the CPU."""
-        swapped = {id(weight) for offloader in self.offloaders if offloader is not None for weight in offloader.cpu_weights()}
-        for module in self.modules():
-            for parameter in module.parameters(recurse=False):
-                if id(parameter) not in swapped:
-                    parameter.data = parameter.data.to(device)
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(device)
-        self.prepare_block_swap_before_forward()
 
 
 def _joined_key_mask(txt_attention_mask: Tensor | None, num_img_tokens: int) -> Tensor | None:

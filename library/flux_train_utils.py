@@ -14,22 +14,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from library import sampling_utils
 from library.flux_utils import pack_latents, prepare_img_ids, unpack_latents
-from library.training.inference_samplers.common import NextNoise, noise_of
+from library.sampling_utils import NUM_TRAIN_TIMESTEPS, Sampler, decode_to_image, start_noise
+from library.training.inference_samplers.common import noise_of
+
+__all__ = [
+    "SampleSettings", "clean_estimate", "compute_density_for_timestep_sampling", "compute_loss_weighting_for_sd3", "decode_to_image",
+    "denoise", "generate_latents", "get_lin_function", "get_schedule", "guided_velocity", "predict_velocity", "start_noise", "time_shift",
+]  # fmt: skip
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from library.flux_models import AutoEncoder, Flux
+    from library.flux_models import Flux
 
 BASE_TOKENS, BASE_SHIFT = 256, 0.5
 MAX_TOKENS, MAX_SHIFT = 4096, 1.15
-NUM_TRAIN_TIMESTEPS = 1000.0
 SPATIAL_STRIDE = 8
 PATCH_AREA = 4
-
-Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, NextNoise], Tensor]
-"""(velocity function, latents, sigmas, noise function) -> latents; library/training/inference_samplers"""
 
 
 def time_shift(mu: float, sigma: float, t: Tensor) -> Tensor:
@@ -104,31 +105,16 @@ class SampleSettings:
     use_t5_mask: bool = False
 
 
-def start_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
-    """Standard normal latents [1, C, H, W]: drawn on the CPU in float32, so that a seed means one picture everywhere."""
-    return torch.randn((1, channels, height, width), generator=torch.Generator("cpu").manual_seed(seed))
-
-
 def guided_velocity(
     denoiser: Flux, settings: SampleSettings, conditioning: list[Tensor | None], negative: list[Tensor | None] | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (latents [1, C, H, W], sigma []) -> velocity. With CFG both prompts run as one batch, negative first:
-    v = v_neg + cfg_scale * (v_pos - v_neg)."""
-    with_cfg = negative is not None and settings.cfg_scale != 1.0
-    if with_cfg:
-        conditioning = [None if a is None else torch.cat((a, b)) for a, b in zip(negative, conditioning, strict=True)]
-    how = {"guidance": settings.guidance, "use_t5_mask": settings.use_t5_mask}
+    """A function (latents [1, C, H, W], sigma []) -> velocity, guided by the negative prompt where `cfg_scale` is not 1."""
 
-    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-        rows = 2 if with_cfg else 1
-        times = torch.full((rows,), float(sigma) * NUM_TRAIN_TIMESTEPS, device=latents.device, dtype=torch.float32)
-        predicted = predict_velocity(denoiser, latents.repeat(rows, 1, 1, 1), times, conditioning, **how).float()
-        if not with_cfg:
-            return predicted
-        negative_part, positive_part = predicted.chunk(2)
-        return negative_part + settings.cfg_scale * (positive_part - negative_part)
+    def predict(latents: Tensor, times: Tensor, given: list[Tensor | None]) -> Tensor:
+        return predict_velocity(denoiser, latents, times, given, guidance=settings.guidance, use_t5_mask=settings.use_t5_mask)
 
-    return velocity
+    with_cfg = settings.cfg_scale != 1.0
+    return sampling_utils.guided_velocity(predict, conditioning, negative if with_cfg else None, settings.cfg_scale)
 
 
 @torch.no_grad()
@@ -150,22 +136,6 @@ def generate_latents(
     velocity = guided_velocity(denoiser, settings, conditioning, negative)
     generator = torch.Generator("cpu").manual_seed(settings.seed + 1)  # samplers with noise of their own draw from here
     return sampler(velocity, latents, sigmas, noise_of([generator], latents))
-
-
-@torch.no_grad()
-def decode_to_image(vae: AutoEncoder, latents: Tensor) -> Image.Image:
-    """PIL image of latents [1, C, h, w]. A VAE that waits on the CPU computes where the latents are and goes back."""
-    from PIL import Image
-
-    home = vae.device
-    vae.to(latents.device)
-    try:
-        with torch.autocast(latents.device.type, enabled=False):  # the VAE computes in the type that was chosen for it
-            pixels = vae.decode(latents)[0].float().clamp(-1, 1)  # [3, H, W]
-    finally:
-        vae.to(home)
-    values = ((pixels + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 
 
 def denoise(

@@ -1,7 +1,7 @@
-"""Tokenizers of CLIP and T5 from what is at hand: a folder, a cache folder, the model file, an installed package, the hub.
+"""Tokenizers of CLIP, T5 and Qwen3 from what is at hand: a folder, a cache folder, the model file, an installed package, the hub.
 
-All of them come out as fast tokenizers of transformers that pad on the right, end every text with their end token and know
-their own end and padding ids.
+All of them come out as fast tokenizers of transformers that pad on the right and know their own end and padding ids; those
+of CLIP and T5 end every text with their end token.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ logger = logging.getLogger(__name__)
 
 CLIP_L_HUB_ID = "openai/clip-vit-large-patch14"
 T5_XXL_HUB_ID = "google/t5-v1_1-xxl"
+QWEN3_HUB_ID = "Qwen/Qwen3-0.6B-Base"
 CLIP_MAX_LENGTH = 77
 _NUM_CLIP_MERGES = 48894
 _CLIP_BOS, _CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
 _T5_PAD, _T5_EOS, _T5_UNK = "<pad>", "</s>", "<unk>"
+_QWEN_PAD = "<|endoftext|>"
 
 
 def load_clip_tokenizer(
@@ -82,6 +84,35 @@ def load_t5_tokenizer(
         ],
         f"no T5 tokenizer: give a folder with tokenizer.json or spiece.model with {option}, or put it under --tokenizer_cache_dir"
         f" as {hub_id.replace('/', '_')}, or use a T5 file that carries it (an entry spiece_model), or allow access to the hub ({hub_id})",
+    )
+    tokenizer.model_max_length = max_length
+    return tokenizer
+
+
+def load_qwen3_tokenizer(
+    folder: str | None = None,
+    cache_dir: str | None = None,
+    model_path: str | None = None,
+    *,
+    max_length: int = 512,
+    option: str = "--qwen3_tokenizer",
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of Qwen3, which adds no tokens of its own; `model_path` is the text encoder, a folder of which may hold it.
+
+    ConfigError naming every way to provide one when none is there.
+    """
+    hub_id = QWEN3_HUB_ID
+    model = Path(model_path) if model_path else None
+    beside = [model, model / "tokenizer"] if model is not None and model.is_dir() else []
+    tokenizer = _first_found(
+        [
+            lambda: _from_option(folder, option, read_qwen_folder),
+            lambda: _from_cache(cache_dir, hub_id, read_qwen_folder),
+            lambda: next(filter(None, map(read_qwen_folder, beside)), None),
+            lambda: _from_hub(hub_id, None, cache_dir, read_qwen_folder),
+        ],
+        f"no Qwen3 tokenizer: give a folder with tokenizer.json (or vocab.json with merges.txt) with {option}, or give --qwen3 as a"
+        f" folder that holds it, or put it under --tokenizer_cache_dir as {hub_id.replace('/', '_')}, or allow access to the hub ({hub_id})",
     )
     tokenizer.model_max_length = max_length
     return tokenizer
@@ -190,6 +221,28 @@ def _clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, ...]], p
     return tokenizer
 
 
+def read_qwen_folder(path: Path) -> PreTrainedTokenizerFast | None:
+    """From a folder with tokenizer.json or vocab.json and merges.txt (or one that has it in `tokenizer`), or from such a file."""
+    tokenizer_json = _tokenizer_json(path, "tokenizer")
+    if tokenizer_json is not None:
+        return _from_tokenizer_json(tokenizer_json, eos=_QWEN_PAD, pad=_QWEN_PAD, bos=None, ends_texts=False)
+    for folder in (path, path / "tokenizer"):
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return _qwen_tokenizer(folder)
+    return None
+
+
+def _qwen_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    from transformers import Qwen2Tokenizer
+
+    vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
+    lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, pad_token=_QWEN_PAD, eos_token=_QWEN_PAD)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
 def read_t5_folder(path: Path) -> PreTrainedTokenizerFast | None:
     """From a folder with tokenizer.json or spiece.model (or one that has it in `tokenizer_2`), or from such a file."""
     tokenizer_json = _tokenizer_json(path, "tokenizer_2")
@@ -219,7 +272,9 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     return found
 
 
-def _from_tokenizer_json(path: Path, *, eos: str, pad: str, bos: str | None) -> PreTrainedTokenizerFast:
+def _from_tokenizer_json(
+    path: Path, *, eos: str, pad: str, bos: str | None, ends_texts: bool = True
+) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -236,7 +291,7 @@ def _from_tokenizer_json(path: Path, *, eos: str, pad: str, bos: str | None) -> 
         raise ConfigError(f"{path} has no {' and no '.join(missing)}; name them in tokenizer_config.json beside it")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, padding_side="right", **names)
     ids = tokenizer("a").input_ids
-    if not ids or ids[-1] != tokenizer.eos_token_id:
+    if ends_texts and (not ids or ids[-1] != tokenizer.eos_token_id):
         raise ConfigError(f"{path} does not end texts with its end token {names['eos_token']}; its post-processor must add it")
     return tokenizer
 

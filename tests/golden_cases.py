@@ -19,6 +19,7 @@ from library.safetensors_utils import save_file_atomic
 Tensors = dict[str, Tensor]
 FLOW_SHIFTS = (1.0, 1.15, 3.0, 5.0, 6.0)
 FLUX_AXES = (16, 56, 56)
+ANIMA_GRID, ANIMA_TEXT = (1, 3, 5), 6
 
 
 def _loaded(load: Callable[..., Any], weights: Tensors, config: Mapping[str, Any]) -> Any:
@@ -82,8 +83,45 @@ def te_t5xxl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tenso
     }
 
 
+@torch.no_grad()
+def anima(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.anima_utils import load_anima_model
+
+    model = _loaded(load_anima_model, weights, config)
+    text = {name: inputs[name] for name in ("target_ids", "target_mask", "source_mask")}
+    context = model.llm_adapter(inputs["source_hidden_states"], **text)
+    given = (inputs["x"], inputs["timesteps"])
+    whole = model(*given, inputs["source_hidden_states"], inputs["padding_mask"], **text)
+    assert torch.equal(whole, model(*given, context, inputs["padding_mask"]))
+    return {"context": context, "out": whole}
+
+
+@torch.no_grad()
+def vae_wan(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.wan_vae_utils import load_wan_vae
+
+    statistics = {name: inputs[name].tolist() for name in ("latents_mean", "latents_std")}
+    vae = _loaded(load_wan_vae, weights, {**config, **statistics})
+    outputs = {}
+    for kind in ("image", "video"):
+        outputs[f"mean_{kind}"] = vae.encode_mean(inputs[kind])
+        outputs[f"normalized_{kind}"] = vae.encode(inputs[kind])
+        outputs[f"decoded_{kind}"] = vae.decode_raw(inputs[f"latent_{kind}"])
+    return outputs
+
+
+@torch.no_grad()
+def te_qwen3(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.llm_encoder_utils import load_qwen3
+
+    model = _loaded(load_qwen3, weights, config)
+    result = model(inputs["ids"], attention_mask=inputs["mask"], output_hidden_states=True)
+    return {"hidden_minus_2": result.hidden_states[-2], "last_hidden_state": result.last_hidden_state}
+
+
 def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
-    """The parts that FLUX uses."""
+    """The parts that FLUX and Anima use."""
+    from library.anima_models import AnimaParams, cos_sin, image_angles, sinusoid, text_angles
     from library.attention import rope_cos_sin
     from library.flux_models import timestep_embedding
     from library.flux_utils import pack_latents, prepare_img_ids
@@ -98,6 +136,10 @@ def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensor
         "flux_shift_mu": torch.tensor([line_mu(count, MU_LINES["flux_shift"]) for count in tokens.tolist()]),
         "rope_flux_cos_sin": rope,
         "time_flux_256": timestep_embedding(inputs["time/unit"], 256),
+        "rope_anima_angles": image_angles(*ANIMA_GRID, AnimaParams()),
+        "rope_anima_adapter_cos": cos_sin(text_angles(ANIMA_TEXT, 64))[0],
+        "rope_anima_adapter_sin": cos_sin(text_angles(ANIMA_TEXT, 64))[1],
+        "time_anima_64": sinusoid(inputs["time/unit"], 64),
         **{f"flow_shift_{shift}": shift_sigmas(sigmas, shift) for shift in FLOW_SHIFTS},
     }
 
@@ -108,5 +150,8 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "vae_ldm16": vae_ldm16,
     "clip_l": clip_l,
     "te_t5xxl": te_t5xxl,
+    "anima": anima,
+    "vae_wan": vae_wan,
+    "te_qwen3": te_qwen3,
     "numeric": numeric,
 }

@@ -17,6 +17,7 @@ from library.family_table import FAMILIES, family_entry
 from library.options import Config, equivalent_option, option, option_fields, refused_option
 from library.registry import import_target
 from library.training import parser_common
+from library.training.config_file import read_config_file
 from library.training.option_groups import (
     ConfigFileOptions,
     ConsoleOptions,
@@ -48,7 +49,7 @@ _DENOISER = "it belongs to the denoiser, which this tool does not load"
 class CacheToolOptions:
     """Which caches"""
 
-    family: str | None = option(None, help="model family; may be left out while there is only one", metavar="NAME")
+    family: str | None = option(None, help="model family; may be left out where another option tells it, e.g. --ae", metavar="NAME")
     skip_existing: bool = equivalent_option(
         False, help="deprecated", reason="--skip_existing: cache files that are valid are never made again anyway"
     )
@@ -104,14 +105,17 @@ def tool_script(family: str, what: str) -> parser_common.Script:
 
 
 def chosen_family(argv: Sequence[str], default: str | None = None) -> str:
-    """The family that the command line names, else `default`. Raises ConfigError for an unknown one, and when several are
-    possible."""
+    """The family that the command line names, or the one whose own options it or its configuration file has, else `default`.
+    Raises ConfigError for an unknown one, and when several are possible."""
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     reader.add_argument("--family")
+    reader.add_argument("--config_file")
     for name in FAMILIES:
         reader.add_argument(f"--{name}", action="store_true")
-    given, _ = reader.parse_known_args([word for word in argv if word != "--"])
+    words = [word for word in argv if word != "--"]
+    given, _ = reader.parse_known_args(words)
     named = {name for name in FAMILIES if getattr(given, name)} | ({given.family} if given.family else set())
+    named = named or _families_with(_names_used(words, given.config_file))
     if not named and (default or len(FAMILIES) == 1):
         named = {default or next(iter(FAMILIES))}
     if len(named) != 1:
@@ -120,6 +124,21 @@ def chosen_family(argv: Sequence[str], default: str | None = None) -> str:
     name = named.pop()
     family_entry(name)  # complains about an unknown name
     return name
+
+
+def _names_used(words: Sequence[str], config_file: str | None) -> set[str]:
+    """Names of options on the command line and in the configuration file, as far as that can be read."""
+    names = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    try:
+        return names | set(read_config_file(config_file)) if config_file else names
+    except ConfigError:
+        return names  # complained about when it is read in earnest
+
+
+def _families_with(names: set[str]) -> set[str]:
+    """Families that have one of these options for themselves."""
+    own = {name: set(option_fields(import_target(entry.family).options)) for name, entry in FAMILIES.items()}
+    return {name for name, options in own.items() if names & options}
 
 
 def build_parser(what: str, family: str = FIRST_FAMILY) -> argparse.ArgumentParser:

@@ -51,5 +51,5 @@ def formula_notices(config: Config, objective: Any) -> list[str]:
     lines = optimizers.log_lines(optimizers.choose(config[OptimizerOptions]))
     lines += schedulers.notices(config[SchedulerOptions], config[OptimizerOptions])
     lines += losses.notices(config[LossOptions], objective.is_flow)
-    lines += timestep_samplers.notices(config[TimestepOptions]) if objective.is_flow else []
+    lines += timestep_samplers.notices(config[TimestepOptions], config.explicit) if objective.is_flow else []
     return lines + objective.notices()

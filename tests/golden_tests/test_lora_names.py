@@ -26,7 +26,21 @@ def flux_models():
         return Flux(FluxParams()), [clip, t5xxl]
 
 
-MODELS = {"flux": flux_models}
+def anima_models():
+    """Anima with its LLM adapter and Qwen3 0.6B, without data."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    from library.anima_models import AdapterParams, Anima, AnimaParams
+
+    with torch.device("meta"):
+        qwen3 = Qwen3Model(Qwen3Config(
+            vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+            num_key_value_heads=8, head_dim=128,
+        ))
+        return Anima(AnimaParams(adapter=AdapterParams())), [qwen3]
+
+
+MODELS = {"flux": flux_models, "anima": anima_models}
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,8 @@ def inputs_of(case, tmp_path, *more):
     dataset = tmp_path / "dataset.toml"
     dataset.write_text(behaviour("metadata.json")["dataset_toml"])
     arguments = [*case["arguments"], "--pretrained_model_name_or_path", str(model), "--dataset_config", str(dataset), *more]
+    if "ss_vae_name" in case["final_file"]["text"]:
+        arguments += ["--vae", str(model)]
     config = parse(arguments, family_of(case["name"]), "network")
     family = import_target(family_entry(family_of(case["name"])).family)(config)
     trainable = import_target("library.training.trainables.network:NetworkTrainable")(config)

@@ -114,6 +114,10 @@ class ModelFamily(ABC):
         """Fill the settings that a SamplePrompt leaves open (size, steps, scales) and round the size."""
         return with_defaults(prompt, self.sampling)
 
+    def layer_rates(self) -> Mapping[str, float]:
+        """Pattern of layer paths of the denoiser -> learning rate, where the family has options for parts of its model."""
+        return {}
+
     def needs_negative(self, prompt: SamplePrompt) -> bool:
         """Whether a complete prompt is made with CFG, which takes a second conditioning."""
         return prompt.scale not in (None, 1.0)

@@ -11,7 +11,7 @@ from library.options import option
 from library.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
     import torch
 
@@ -98,8 +98,11 @@ def build(options: TimestepOptions, *, is_flow: bool = True) -> Any:
     return TIMESTEP_SAMPLERS.resolve(name)(options)
 
 
-def notices(options: TimestepOptions) -> list[str]:
-    """Lines for the log at start: where numbers differ from what people know, and settings that have no effect."""
+def notices(options: TimestepOptions, explicit: Container[str] | None = None) -> list[str]:
+    """Lines for the log at start: where numbers differ from what people know, and settings that have no effect.
+
+    `explicit` names the options that the user wrote; without it, those that differ from the defaults of this class.
+    """
     lines = []
     if options.timestep_sampling == "sigma" and options.weighting_scheme in ("logit_normal", "mode"):
         lines.append(
@@ -116,14 +119,14 @@ def notices(options: TimestepOptions) -> list[str]:
             "--min_timestep/--max_timestep: the sigmas of every mode are squeezed into the range"
             " (known trainers ignore the range for flow models)"
         )
-    idle = _idle(options)
+    idle = _idle(options, explicit)
     if idle:
         how = f"--timestep_sampling {options.timestep_sampling}, --weighting_scheme {options.weighting_scheme}"
         lines.append(f"{', '.join(f'--{name}' for name in idle)} without effect with {how}")
     return lines
 
 
-def _idle(options: TimestepOptions) -> list[str]:
+def _idle(options: TimestepOptions, explicit: Container[str] | None) -> list[str]:
     """Settings away from their defaults that the chosen mode does not read."""
     mode, scheme, default = options.timestep_sampling, options.weighting_scheme, TimestepOptions()
     used = {
@@ -133,7 +136,8 @@ def _idle(options: TimestepOptions) -> list[str]:
         "logit_std": mode == "logsnr" or (mode == "sigma" and scheme == "logit_normal"),
         "mode_scale": mode == "sigma" and scheme == "mode",
     }
-    return [name for name, is_used in used.items() if not is_used and getattr(options, name) != getattr(default, name)]
+    changed = [name for name in used if getattr(options, name) != getattr(default, name) and (explicit is None or name in explicit)]
+    return [name for name in changed if not used[name]]
 
 
 def check(options: TimestepOptions, known: Sequence[str]) -> None:

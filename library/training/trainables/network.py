@@ -26,7 +26,7 @@ from library.training.hooks.network import NetworkHook
 from library.training.option_groups import ModelOptions
 from library.training.optimizers import OptimizerOptions
 from library.training.trainables.base import Trainable
-from networks.network_args import selected_blocks, selection
+from networks.network_args import pattern_values, rate, selected_blocks, selection
 from networks.network_files import by_module, match_names, read_adapter_file, write_adapter_file
 from networks.targets import targets_of_family
 
@@ -177,7 +177,7 @@ class NetworkTrainable(Trainable):
         self._merge_base_weights(module, models, runtime)
         text_encoders = self._text_encoders(models)
         with isolated_rng(key_seed(runtime.seed, "network init")):
-            network = self._make_network(module, models, text_encoders)
+            network = self._make_network(module, models, text_encoders, self._pairs(family))
         if network is None:
             raise ConfigError(f"--network_module {self.opts.network_module} made no network; see its messages above")
         self.network = network
@@ -200,10 +200,25 @@ class NetworkTrainable(Trainable):
         network.prepare_grad_etc(text_encoders, models.denoiser)
         network.train()
 
-    def _make_network(self, module: Any, models: Models, text_encoders: Any) -> Any:
-        """The contract call. `dropout` is passed as well because LyCORIS reads no neuron_dropout."""
-        options, pairs = self.opts, dict(self.opts.pairs)
-        pairs.setdefault("dropout", options.network_dropout)
+    def _pairs(self, family: ModelFamily) -> dict[str, Any]:
+        """--network_args as the module gets them. Rates of the family's options stand behind those of network_reg_lrs.
+
+        `dropout` is passed as well because LyCORIS reads no neuron_dropout. ConfigError when rates of parts are given to a
+        module that does not know any.
+        """
+        pairs, rates = dict(self.opts.pairs), family.layer_rates()
+        pairs.setdefault("dropout", self.opts.network_dropout)
+        if rates and not self._is_own:
+            raise ConfigError(f"learning rates for parts of the model are set; {self.opts.network_module} has no network_reg_lrs. Leave them out")
+        if rates:
+            written = {pattern.pattern: value for pattern, value in pattern_values(pairs.get("network_reg_lrs") or {}, rate)}
+            others = {pattern: value for pattern, value in rates.items() if pattern not in written}
+            pairs["network_reg_lrs"] = {**written, **others}  # the first pattern that fits a layer counts
+        return pairs
+
+    def _make_network(self, module: Any, models: Models, text_encoders: Any, pairs: dict[str, Any]) -> Any:
+        """The contract call."""
+        options = self.opts
         if options.dim_from_weights:
             network, _ = module.create_network_from_weights(
                 1, options.network_weights, models.vae, text_encoders, models.denoiser,

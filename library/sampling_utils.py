@@ -1,0 +1,59 @@
+"""What making an image has in common in all flow families: the start, guidance by a negative prompt, and the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+NUM_TRAIN_TIMESTEPS = 1000.0
+
+Conditioning = list[Tensor | None]
+Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, Callable[[], Tensor]], Tensor]
+"""(velocity function, latents, sigmas, noise function) -> latents; library/training/inference_samplers"""
+
+
+def start_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
+    """Standard normal latents [1, C, H, W]: drawn on the CPU in float32, so that a seed means one picture everywhere."""
+    return torch.randn((1, channels, height, width), generator=torch.Generator("cpu").manual_seed(seed))
+
+
+def guided_velocity(
+    predict: Callable[[Tensor, Tensor, Conditioning], Tensor], conditioning: Conditioning, negative: Conditioning | None, cfg_scale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function (latents [1, C, H, W], sigma []) -> velocity, float32. `predict` takes latents, times on the 0..1000 scale
+    and conditioning. With a negative prompt both run as one batch, negative first: v = v_neg + cfg_scale * (v_pos - v_neg)."""
+    if negative is not None:
+        conditioning = [None if a is None else torch.cat((a, b)) for a, b in zip(negative, conditioning, strict=True)]
+    rows = 1 if negative is None else 2
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        times = torch.full((rows,), float(sigma) * NUM_TRAIN_TIMESTEPS, device=latents.device, dtype=torch.float32)
+        predicted = predict(latents.repeat(rows, 1, 1, 1), times, conditioning).float()
+        if negative is None:
+            return predicted
+        negative_part, positive_part = predicted.chunk(2)
+        return negative_part + cfg_scale * (positive_part - negative_part)
+
+    return velocity
+
+
+@torch.no_grad()
+def decode_to_image(vae: Any, latents: Tensor) -> Image.Image:
+    """PIL image of latents [1, C, h, w]. A VAE that waits on the CPU computes where the latents are and goes back."""
+    from PIL import Image
+
+    home = vae.device
+    vae.to(latents.device)
+    try:
+        with torch.autocast(latents.device.type, enabled=False):  # the VAE computes in the type that was chosen for it
+            pixels = vae.decode(latents)[0].float().clamp(-1, 1)  # [3, H, W]
+    finally:
+        vae.to(home)
+    values = ((pixels + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())

@@ -1,0 +1,381 @@
+"""Anima: options and wiring. Numerics are in anima_train_utils, loading in anima_utils, text in strategy_anima."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from library.dataset import CachingOptions
+from library.dataset.architectures import ARCHITECTURES
+from library.errors import CheckpointError, ConfigError, Problems
+from library.options import equivalent_option, option, refused_option
+from library.training.families.base import ModelFamily, refused_by_flow
+from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
+from library.training.sampling_prompts import SAMPLE_DEFAULTS
+from library.training.timestep_samplers import TimestepOptions
+from library.training.timestep_samplers import check as check_timesteps
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from library.anima_models import AdapterParams
+    from library.anima_utils import AnimaInfo
+    from library.strategy_base import LatentsCachingStrategy, StrategySet
+    from library.training.accelerator_setup import Runtime
+    from library.training.objective import NoisyLatents, Objective
+    from library.training.run import DiTOutput, Models
+    from library.training.sampling_prompts import SamplePrompt
+
+logger = logging.getLogger(__name__)
+
+TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr")
+ATTENTION_MODES = ("torch", "sdpa", "xformers", "flash", "sageattn")
+SAMPLER = "euler"
+TOKEN_LENGTH = 512
+RATE_PATTERNS = {
+    "llm_adapter_lr": r"llm_adapter\..*",
+    "self_attn_lr": r"blocks\.\d+\.self_attn\..*",
+    "cross_attn_lr": r"blocks\.\d+\.cross_attn\..*",
+    "mlp_lr": r"blocks\.\d+\.mlp\..*",
+    "mod_lr": r"blocks\.\d+\.adaln_modulation.*",
+}
+"""options of rates -> the layers they speak of; the first that fits a layer counts"""
+
+_SD_MODELS = "it belongs to Stable Diffusion; Anima has no such variant"
+_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimaOptions:
+    """Anima"""
+
+    qwen3: str | None = option(None, help="file or folder of the Qwen3-0.6B text encoder")
+    qwen3_tokenizer: str | None = option(None, help="folder of the Qwen3 tokenizer")
+    t5_tokenizer_path: str | None = option(None, help="folder or spiece.model file of the T5 tokenizer")
+    qwen3_max_token_length: int = option(TOKEN_LENGTH, help="longest caption in Qwen3 tokens")
+    t5_max_token_length: int = option(TOKEN_LENGTH, help="longest caption in T5 tokens; also the length of the denoiser's context")
+    llm_adapter_path: str | None = option(None, help="file whose LLM adapter replaces that of the model")
+    llm_adapter_lr: float | None = option(
+        None, help="learning rate of the LLM adapter's layers, which learn with --network_args train_llm_adapter=True; 0 = not trained"
+    )
+    self_attn_lr: float | None = option(None, help="learning rate of the self-attention layers; 0 = not trained")
+    cross_attn_lr: float | None = option(None, help="learning rate of the cross-attention layers; 0 = not trained")
+    mlp_lr: float | None = option(None, help="learning rate of the feed-forward layers; 0 = not trained")
+    mod_lr: float | None = option(
+        None, help="learning rate of the modulations, which adapters train only with --network_args include_patterns; 0 = not trained"
+    )
+    attn_mode: str | None = equivalent_option(
+        None, help="which package computes the attention", choices=(None, *ATTENTION_MODES), reason=f"--attn_mode: {_ATTENTION}"
+    )
+    split_attn: bool = equivalent_option(
+        False, help="one attention call for each sample", reason=f"--split_attn: {_ATTENTION}, which needs no splitting"
+    )
+    vae_chunk_size: int | None = option(
+        None, help="rows that the VAE computes at once, an even number: less memory, equal results; all when not given"
+    )
+    vae_disable_cache: bool = equivalent_option(
+        False, help="no feature cache in the VAE",
+        reason="--vae_disable_cache: a single image has no earlier frames, so there is nothing that would be kept",
+    )
+    unsloth_offload_checkpointing: bool = refused_option(
+        False, help="checkpoints in main memory",
+        reason="--gradient_checkpointing --cpu_offload_checkpointing does the same here; give these two",
+    )
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        for name in ("qwen3_max_token_length", "t5_max_token_length"):
+            if getattr(self, name) < 1:
+                problems.add(f"--{name} is {getattr(self, name)}; needed: 1 or more, usually {TOKEN_LENGTH}")
+        for name in RATE_PATTERNS:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                problems.add(f"--{name} is {value}; needed: a learning rate of 0 or more")
+        if self.vae_chunk_size is not None and (self.vae_chunk_size < 2 or self.vae_chunk_size % 2):
+            problems.add(f"--vae_chunk_size is {self.vae_chunk_size}; needed: an even number of 2 or more, e.g. 64")
+        problems.raise_if_any()
+
+
+class AnimaFamily(ModelFamily):
+    """The wiring of Anima: conditioning is [Qwen3 states, their mask, T5 ids, T5 mask]."""
+
+    name = "anima"
+    architecture = ARCHITECTURES["anima"]
+    sampling = SAMPLE_DEFAULTS["anima"]
+    options = AnimaOptions
+    defaults = {"timestep_sampling": "sigmoid", "discrete_flow_shift": 1.0}
+    part_options = {
+        "vae": frozenset({"vae_chunk_size", "vae_disable_cache"}),
+        "text_encoders": frozenset(
+            {"qwen3", "qwen3_tokenizer", "t5_tokenizer_path", "qwen3_max_token_length", "t5_max_token_length"}
+        ),
+    }
+    refused = {
+        **refused_by_flow("Anima"),
+        "v2": _SD_MODELS,
+        "v_parameterization": "Anima predicts the velocity of its flow in any case",
+        "clip_skip": "Anima takes the last layer of its text encoder",
+        "max_token_length": "it counts CLIP tokens; see --qwen3_max_token_length and --t5_max_token_length",
+        "weighted_captions": "training Anima with weighted words is not possible",
+        "sample_sampler": "Anima samples with Euler steps along its own schedule",
+    }
+
+    def check(self) -> None:
+        problems = Problems()
+        for problem in self._file_problems():
+            problems.add(problem)
+        try:
+            check_timesteps(self.config[TimestepOptions], TIMESTEP_MODES)
+        except ConfigError as error:
+            problems.absorb(error)
+        problems.raise_if_any()
+        for line in self._notices():
+            logger.info(line)
+
+    def _file_problems(self) -> list[str]:
+        """Missing, wrong and unfitting files, and a block swap that the depth of the file does not allow."""
+        from library.checkpoint_kinds import check_slot
+
+        denoiser = check_slot(self._denoiser_path, "pretrained_model_name_or_path", {"anima", "cosmos"})
+        text, vae = self._slot_problems("text_encoders"), self._slot_problems("vae")
+        found = [*([denoiser] if denoiser else []), *text, *vae, *([] if text else self._tokenizer_problems())]
+        if denoiser or text or vae:
+            return found
+        try:
+            return [*found, *self._size_problems()]
+        except CheckpointError as error:
+            return [*found, str(error)]
+
+    def part_problems(self, part: str) -> list[str]:
+        found = self._slot_problems(part)
+        return found + (self._tokenizer_problems() if part == "text_encoders" and not found else [])
+
+    def _slot_problems(self, part: str) -> list[str]:
+        """Files of a part that are missing or something else."""
+        from library.checkpoint_kinds import check_slot
+
+        if part == "vae":
+            found = check_slot(self._vae_path, "vae", {"vae_wan"})
+        else:
+            found = check_slot(self.opts.qwen3, "qwen3", {"qwen3"})
+        return [found] if found else []
+
+    def _tokenizer_problems(self) -> list[str]:
+        """Tokenizers that cannot be found or read, or whose ids the models do not have."""
+        from library.llm_encoder_utils import inspect_qwen3
+        from library.tokenizers import vocabulary_problem
+
+        problems = Problems()
+        try:
+            rows = inspect_qwen3(self.opts.qwen3)["vocab_size"]
+            problem = vocabulary_problem(self._qwen3_tokenizer, rows, "Qwen3", f"--qwen3 {self.opts.qwen3}")
+            if problem:
+                problems.add(f"{problem}; name the right one with --qwen3_tokenizer")
+        except ConfigError as error:
+            problems.absorb(error)
+        except CheckpointError as error:
+            problems.add(str(error))
+        try:
+            _ = self._t5_tokenizer
+        except ConfigError as error:
+            problems.absorb(error)
+        return problems.messages
+
+    @cached_property
+    def _qwen3_tokenizer(self) -> Any:
+        from library.tokenizers import load_qwen3_tokenizer
+
+        return load_qwen3_tokenizer(self.opts.qwen3_tokenizer, self.config[ModelOptions].tokenizer_cache_dir, self.opts.qwen3)
+
+    @cached_property
+    def _t5_tokenizer(self) -> Any:
+        from library.tokenizers import load_t5_tokenizer
+
+        cache_dir = self.config[ModelOptions].tokenizer_cache_dir
+        return load_t5_tokenizer(self.opts.t5_tokenizer_path, cache_dir, option="--t5_tokenizer_path")
+
+    def _size_problems(self) -> list[str]:
+        """Sizes of the files against each other; headers only."""
+        from library.anima_models import block_swap_problem
+        from library.anima_utils import adapter_problem
+        from library.llm_encoder_utils import inspect_qwen3
+        from library.tokenizers import vocabulary_problem
+        from library.wan_vae_utils import inspect_wan_vae
+
+        params, adapter = self._denoiser_info.params, self._adapter
+        width, channels = inspect_qwen3(self.opts.qwen3)["hidden_size"], inspect_wan_vae(self._vae_path).params.z_dim
+        place = self.opts.llm_adapter_path or self._denoiser_path
+        needed = params.context_dim if adapter is None else adapter.source_dim
+        problems = []
+        if width != needed:
+            problems.append(f"--qwen3 is {self.opts.qwen3}: its width is {width}, the model {place} takes {needed}")
+        if channels != params.in_channels:
+            problems.append(
+                f"--vae is {self._vae_path}: it has {channels} latent channels, the model {self._denoiser_path} takes {params.in_channels}"
+            )
+        if adapter is not None:
+            vocabulary = vocabulary_problem(self._t5_tokenizer, adapter.vocab, "T5", f"the LLM adapter in {place}")
+            problems += [f"{vocabulary}; name the right one with --t5_tokenizer_path"] if vocabulary else []
+            problems.append(adapter_problem(adapter, params, place))
+        problems.append(block_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, params.num_blocks))
+        return [problem for problem in problems if problem]
+
+    @cached_property
+    def _adapter(self) -> AdapterParams | None:
+        """Sizes of the LLM adapter that the run uses."""
+        from library.anima_utils import inspect_llm_adapter
+
+        if not self.opts.llm_adapter_path:
+            return self._denoiser_info.params.adapter
+        try:
+            return inspect_llm_adapter(self.opts.llm_adapter_path)[2]
+        except CheckpointError as error:
+            raise CheckpointError(f"--llm_adapter_path: {error}") from error
+
+    def _notices(self) -> list[str]:
+        """Lines for the log where a setting has no effect or numbers differ from what people know."""
+        lines = ["the time reaches the network in float32 (known trainers round it to the type of the weights)"]
+        if self._adapter is None:
+            lines.append("the model file has no LLM adapter: the denoiser attends to the states of Qwen3 directly")
+        if self.config[CachingOptions].caches_text and "caption_dropout_rate" not in self.config.explicit:
+            lines.append("caption dropout follows the dataset, also with cached text encoder outputs; rates in old cache files are not read")
+        return lines
+
+    @property
+    def _denoiser_path(self) -> str | None:
+        return self.config[ModelOptions].pretrained_model_name_or_path
+
+    @property
+    def _vae_path(self) -> str | None:
+        return self.config[ModelOptions].vae
+
+    @cached_property
+    def _denoiser_info(self) -> AnimaInfo:
+        from library.anima_utils import inspect_anima
+
+        return inspect_anima(self._denoiser_path)
+
+    def layer_rates(self) -> Mapping[str, float]:
+        """Path pattern -> learning rate, from the options of rates that are given."""
+        given = {pattern: getattr(self.opts, name) for name, pattern in RATE_PATTERNS.items()}
+        return {pattern: rate for pattern, rate in given.items() if rate is not None}
+
+    def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
+        from library import strategy_anima
+        from library.model_identity import combined_identity, model_identity
+        from library.strategy_base import StrategySet
+
+        caching, text = self.config[CachingOptions], None
+        if caching.caches_text:
+            text = strategy_anima.AnimaTextEncoderOutputsCachingStrategy(
+                caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check,
+                is_partial=any(trained),
+            )  # fmt: skip
+            # the number of T5 tokens is part of what was encoded, and the record has one length only
+            text.model_identity = combined_identity([model_identity(self.opts.qwen3), f"t5 tokens {self.opts.t5_max_token_length}"])
+            text.max_token_length = self.opts.qwen3_max_token_length
+        tokenize = strategy_anima.AnimaTokenizeStrategy(
+            self.opts.qwen3_max_token_length, self.opts.t5_max_token_length,
+            qwen3_tokenizer=self._qwen3_tokenizer, t5_tokenizer=self._t5_tokenizer,
+        )  # fmt: skip
+        return StrategySet(tokenize, strategy_anima.AnimaTextEncodingStrategy(), self.latents_caching(), text)
+
+    def latents_caching(self) -> LatentsCachingStrategy:
+        from library.model_identity import model_identity
+        from library.strategy_anima import AnimaLatentsCachingStrategy
+
+        caching = self.config[CachingOptions]
+        strategy = AnimaLatentsCachingStrategy(caching.cache_latents_to_disk, caching.vae_batch_size, caching.skip_cache_check)
+        strategy.model_identity = model_identity(self._vae_path)
+        return strategy
+
+    @property
+    def _disable_mmap(self) -> bool:
+        return self.config[ModelOptions].disable_mmap_load_safetensors
+
+    def load_vae(self, runtime: Runtime) -> torch.nn.Module:
+        from library.wan_vae_utils import load_wan_vae
+
+        vae = load_wan_vae(self._vae_path, runtime.vae_dtype, runtime.device, self._disable_mmap)
+        vae.set_chunk_rows(self.opts.vae_chunk_size)
+        return vae
+
+    def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
+        """[Qwen3]. With 8-bit storage it is read in the compute type first, because only its linear layers shrink."""
+        from library.llm_encoder_utils import load_qwen3
+
+        qwen3 = load_qwen3(self.opts.qwen3, runtime.weight_dtype, runtime.device, self._disable_mmap)
+        if runtime.text_encoder_dtype != runtime.weight_dtype:
+            from library.fp8_optimization_utils import shrink_linears_to_fp8
+
+            shrink_linears_to_fp8(qwen3)
+        return [qwen3]
+
+    def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
+        """On the device, or with block swap spread over device and main memory."""
+        from library.anima_utils import load_anima_model
+
+        swap = self.config[MemoryOptions].blocks_to_swap or 0
+        device = "cpu" if swap else runtime.device
+        denoiser = load_anima_model(
+            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, llm_adapter_path=self.opts.llm_adapter_path
+        )
+        if swap:
+            denoiser.enable_block_swap(swap, runtime.device)
+            denoiser.move_to_device_except_swap_blocks(runtime.device)
+        return denoiser
+
+    def objective(self) -> Objective:
+        """Velocity, weighted by `--weighting_scheme`."""
+        from library.training.objective import FlowMatchingObjective
+
+        return FlowMatchingObjective(self.config[TimestepOptions], self.config[NoiseOptions], target="velocity", weigh=True)
+
+    def predict(self, models: Models, sample: NoisyLatents, conditioning: list[Any], batch: Any, **inputs: Any) -> DiTOutput:
+        from library.anima_train_utils import predict_velocity
+        from library.training.run import DiTOutput
+
+        velocity = predict_velocity(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
+        return DiTOutput(velocity, sample.target)
+
+    def generate(
+        self, models: Models, prompt: SamplePrompt, conditioning: list[Any], negative: list[Any] | None
+    ) -> Image.Image:
+        """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
+        from library.anima_train_utils import SampleSettings, generate_latents
+        from library.sampling_utils import decode_to_image
+        from library.training.inference_samplers import INFERENCE_SAMPLERS
+        from library.training.inference_samplers.flow import flow_schedule
+
+        settings = SampleSettings(
+            height=prompt.height, width=prompt.width, seed=prompt.seed, cfg_scale=prompt.scale
+        )
+        latents = generate_latents(
+            models.denoiser, settings, conditioning, negative, sampler=INFERENCE_SAMPLERS.resolve(SAMPLER),
+            sigmas=flow_schedule(prompt.sample_steps, prompt.flow_shift),
+        )
+        return decode_to_image(models.vae, latents)
+
+    def needs_negative(self, prompt: SamplePrompt) -> bool:
+        return prompt.scale is not None and prompt.scale > 1.0
+
+    def metadata(self) -> dict[str, Any]:
+        times = self.config[TimestepOptions]
+        return {
+            "ss_base_model_version": "anima",
+            "ss_weighting_scheme": times.weighting_scheme,
+            "ss_logit_mean": times.logit_mean,
+            "ss_logit_std": times.logit_std,
+            "ss_mode_scale": times.mode_scale,
+            "ss_timestep_sampling": times.timestep_sampling,
+            "ss_sigmoid_scale": times.sigmoid_scale,
+            "ss_discrete_flow_shift": times.discrete_flow_shift,
+        }
+
+    def modelspec(self) -> dict[str, str | None]:
+        """No prediction_type: readers know flow models by their architecture."""
+        return {"architecture": "anima-preview", "implementation": "https://huggingface.co/circlestone-labs/Anima"}
