@@ -20,7 +20,7 @@ from library.sampling_utils import NUM_TRAIN_TIMESTEPS, Sampler, decode_to_image
 from library.training.inference_samplers.common import noise_of
 
 __all__ = [
-    "SampleSettings", "clean_estimate", "compute_density_for_timestep_sampling", "compute_loss_weighting_for_sd3", "decode_to_image",
+    "SampleSettings", "compute_density_for_timestep_sampling", "compute_loss_weighting_for_sd3", "decode_to_image",
     "denoise", "generate_latents", "get_lin_function", "get_schedule", "guided_velocity", "predict_velocity", "start_noise", "time_shift",
 ]  # fmt: skip
 
