@@ -53,6 +53,51 @@ def vae_ldm16(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tens
 
 
 @torch.no_grad()
+def vae_ldm4(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.sd_utils import load_vae_sd
+
+    vae = _loaded(load_vae_sd, weights, config)
+    mean, logvar = vae.encode_moments(inputs["image"])
+    decoded = vae.decode(vae.scale(inputs["latent"]))  # the file holds raw latents
+    return {"mean": mean, "logvar": logvar, "scaled_latent": vae.encode(inputs["image"]), "decoded": decoded}
+
+
+@torch.no_grad()
+def unet_sd(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.sd_utils import load_unet_sd
+
+    model = _loaded(load_unet_sd, weights, config)
+    return {"out": model(inputs["sample"], inputs["timesteps"], inputs["context"])}
+
+
+@torch.no_grad()
+def unet_sdxl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.sdxl_utils import load_unet_sdxl
+
+    model = _loaded(load_unet_sdxl, weights, config)
+    return {"out": model(inputs["sample"], inputs["timesteps"], inputs["context"], inputs["y"])}
+
+
+@torch.no_grad()
+def clip_g(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    """What peers make of the projection stored the other way round is not computed."""
+    from library.text_encoder_utils import CLIP_G, load_clip, pool_at_first_eos
+
+    values = {**config, "act": "gelu"}
+    model = _loaded(lambda path, *rest, **more: load_clip(path, CLIP_G, *rest, **more), weights, values)
+    result = model(inputs["ids"], output_hidden_states=True)
+    pooled = pool_at_first_eos(result.last_hidden_state, inputs["ids"], config["eos"])
+    norm = model.text_model.final_layer_norm
+    return {
+        "last_normed": result.last_hidden_state,
+        "penultimate_normed": norm(result.hidden_states[-2]),
+        "penultimate_raw": result.hidden_states[-2],
+        "pooled_before_projection": pooled,
+        "pooled_projected": model.text_projection(pooled),
+    }
+
+
+@torch.no_grad()
 def clip_l(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     from library.strategy_flux import pool_at_first_eos
     from library.text_encoder_utils import load_clip_l
@@ -106,6 +151,11 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "flux_dev": flux,
     "flux_schnell": flux,
     "vae_ldm16": vae_ldm16,
+    "sd15_unet": unet_sd,
+    "sd21_unet": unet_sd,
+    "sdxl_unet": unet_sdxl,
+    "vae_ldm4": vae_ldm4,
+    "clip_g": clip_g,
     "clip_l": clip_l,
     "te_t5xxl": te_t5xxl,
     "numeric": numeric,
