@@ -10,7 +10,7 @@ from library.errors import ConfigError, did_you_mean
 @dataclass(frozen=True)
 class FamilyEntry:
     """`family`: class of library/training/families; `denoisers`: class names of the denoiser, by which a network module
-    recognises the family; `targets`: the adapter target table; `options`: the option group of the family."""
+    recognises the family; `targets`: the adapter target table."""
 
     family: str
     denoisers: tuple[str, ...]

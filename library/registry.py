@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -13,11 +14,20 @@ T = TypeVar("T")
 
 
 def import_target(target: str) -> Any:
-    """Import `package.module:attribute` (or `package.module.attribute`)."""
+    """Import `package.module:attribute`, `package.module.attribute` or a module alone.
+
+    ImportError when a module is missing, AttributeError when it has no such attribute.
+    """
     module_name, separator, attribute = target.partition(":")
     if not separator:
         module_name, _, attribute = target.rpartition(".")
-    return getattr(importlib.import_module(module_name), attribute)
+        if not module_name:
+            return importlib.import_module(target)
+    module = importlib.import_module(module_name)
+    if not separator and not hasattr(module, attribute) and hasattr(module, "__path__"):
+        if importlib.util.find_spec(target) is not None:  # a module of a package that nobody has imported yet
+            return importlib.import_module(target)
+    return getattr(module, attribute)
 
 
 @dataclass(frozen=True)
@@ -78,4 +88,9 @@ class Registry(Generic[T]):
             raise ConfigError(
                 f"{self.kind} '{entry.name}' needs the package {package}, which cannot be imported ({error});"
                 f" install it with: pip install {package}"
+            ) from error
+        except AttributeError as error:
+            raise ConfigError(
+                f"{self.kind} '{entry.name}' is {entry.target}, which the installed package does not have ({error});"
+                " install a release that has it"
             ) from error

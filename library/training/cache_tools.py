@@ -174,12 +174,12 @@ def _data(config: Config, family: ModelFamily, what: str) -> tuple[DataGroups, R
     for message in family.part_problems(PARTS[what]):
         problems.add(message)
     try:
-        found = find_data(config, family.name)
+        found = find_data(config, family.architecture)
     except ConfigError as error:
         problems.absorb(error)
     problems.raise_if_any()
     runtime = prepare_runtime(config)
-    return group_data(config, found, family.name, runtime.seed), runtime
+    return group_data(config, found, family.architecture, runtime.seed), runtime
 
 
 def fill(what: str, config: Config, family: ModelFamily, data: DataGroups, runtime: Runtime) -> None:

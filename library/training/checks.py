@@ -75,7 +75,7 @@ def all_problems(config: Config, family: type[ModelFamily], trainable: type[Trai
     attempt(lambda: cached_text_problems(config, family(config), trainable(config)))
     attempt(lambda: family(config).check())
     attempt(lambda: trainable(config).check(family(config)))
-    attempt(lambda: find_data(config, family.name) and None)
+    attempt(lambda: find_data(config, family.architecture) and None)
     return problems.messages
 
 

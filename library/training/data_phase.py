@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from library.dataset import CachingOptions, DatasetOptions
-from library.dataset.architectures import ARCHITECTURES
+from library.dataset.architectures import DataArchitecture
 from library.dataset.build import build_dataset_groups
 from library.dataset.custom import load_custom_dataset
 from library.dataset.datasources import ScanResult, load_datasets
@@ -62,7 +62,7 @@ class TextPhase:
     sample_conditioning: dict[str, list[Any]] = field(default_factory=dict)
 
 
-def find_data(config: Config, architecture_name: str) -> FoundData:
+def find_data(config: Config, architecture: DataArchitecture) -> FoundData:
     """Read the dataset configuration and look at its files; every problem of both, and of the caches, in one ConfigError."""
     data, caching = config[DatasetOptions], config[CachingOptions]
     if data.dataset_class is not None:
@@ -71,20 +71,18 @@ def find_data(config: Config, architecture_name: str) -> FoundData:
         return FoundData(None, None)
     return FoundData(
         *load_datasets(
-            data, caching, explicit=config.explicit, architecture=ARCHITECTURES[architecture_name], seed=config[LoopOptions].seed
+            data, caching, explicit=config.explicit, architecture=architecture, seed=config[LoopOptions].seed
         )
     )
 
 
-def group_data(config: Config, found: FoundData, architecture_name: str, seed: int) -> DataGroups:
+def group_data(config: Config, found: FoundData, architecture: DataArchitecture, seed: int) -> DataGroups:
     """Items into buckets."""
     data = config[DatasetOptions]
     if found.blueprint is None:
         group = load_custom_dataset(data.dataset_class, resolution=data.resolution, debug_dataset=data.debug_dataset)
         return DataGroups(group, None)
-    train, validation = build_dataset_groups(
-        found.blueprint, data, architecture=ARCHITECTURES[architecture_name], seed=seed, scan=found.scan
-    )
+    train, validation = build_dataset_groups(found.blueprint, data, architecture=architecture, seed=seed, scan=found.scan)
     return DataGroups(train, validation, found.blueprint.used_config_file)
 
 

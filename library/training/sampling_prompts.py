@@ -253,16 +253,21 @@ def _checked_key(option: LineOption, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class SampleDefaults:
-    """What a family uses where a prompt says nothing. Sides are rounded down to a multiple of `size_step`."""
+    """What a family uses where a prompt says nothing. Sides are rounded down to a multiple of `size_step`.
+
+    `reads` names settings without a default that the family looks at, beside size, seed and negative prompt.
+    """
 
     size: int
     size_step: int
     settings: Mapping[str, Any]
+    reads: frozenset[str] = frozenset()
 
 
+_UNET_READS = frozenset({"sample_sampler", "controlnet_image"})
 SAMPLE_DEFAULTS: Mapping[str, SampleDefaults] = {
-    "sd": SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}),
-    "sdxl": SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}),
+    "sd": SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, _UNET_READS),
+    "sdxl": SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, _UNET_READS),
     "sd3": SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}),
     "flux": SampleDefaults(512, 16, {"sample_steps": 20, "scale": 1.0, "guidance_scale": 3.5}),
     "chroma": SampleDefaults(512, 16, {"sample_steps": 20, "scale": 1.0, "guidance_scale": 3.5}),
@@ -270,12 +275,11 @@ SAMPLE_DEFAULTS: Mapping[str, SampleDefaults] = {
     "hunyuan_image": SampleDefaults(512, 16, {"sample_steps": 20, "scale": 3.5, "flow_shift": 5.0}),
     "anima": SampleDefaults(512, 16, {"sample_steps": 30, "scale": 7.5, "flow_shift": 3.0}),
 }
-"""by the names of families; a family's `sample_defaults` calls `with_defaults` with its own"""
+"""of known families, which name theirs in `ModelFamily.sampling`"""
 
 
-def with_defaults(prompt: SamplePrompt, family: str) -> SamplePrompt:
+def with_defaults(prompt: SamplePrompt, defaults: SampleDefaults) -> SamplePrompt:
     """A complete prompt for a family; sides are rounded down. An explicit 0 stays."""
-    defaults = SAMPLE_DEFAULTS[family]
     values = {key: value for key, value in defaults.settings.items() if getattr(prompt, key) is None}
     for side in ("width", "height"):
         pixels = defaults.size if getattr(prompt, side) is None else getattr(prompt, side)
@@ -285,11 +289,9 @@ def with_defaults(prompt: SamplePrompt, family: str) -> SamplePrompt:
     return dataclasses.replace(prompt, **values)
 
 
-def unused_settings(prompts: Sequence[SamplePrompt], family: str) -> list[str]:
-    """Settings that prompts give and this family does not read, for one warning at start."""
-    used = {"prompt", "enum", "negative_prompt", "width", "height", "seed", *SAMPLE_DEFAULTS[family].settings}
-    if family in ("sd", "sdxl"):
-        used |= {"sample_sampler", "controlnet_image"}
+def unused_settings(prompts: Sequence[SamplePrompt], defaults: SampleDefaults) -> list[str]:
+    """Settings that prompts give and a family does not read, for one warning at start."""
+    used = {"prompt", "enum", "negative_prompt", "width", "height", "seed", *defaults.settings, *defaults.reads}
     return sorted({key for prompt in prompts for key in prompt.to_dict()} - used)
 
 

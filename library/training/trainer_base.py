@@ -79,7 +79,7 @@ class Trainer:
         runtime = prepare_runtime(self.config)
         trained = self.trainable.trains_text_encoders(self.family)
         strategies = self.family.strategies(trained)
-        data = group_data(self.config, found, self.family.name, runtime.seed)
+        data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)
         if self.config[DatasetOptions].debug_dataset:
             data.show(runtime.seed)
@@ -97,7 +97,7 @@ class Trainer:
         problems = Problems()
         for message in checks.collect(self.config, self.family, self.trainable):
             problems.add(message)
-        found = problems.attempt(lambda: find_data(self.config, self.family.name))
+        found = problems.attempt(lambda: find_data(self.config, self.family.architecture))
         problems.raise_if_any()
         sampling = self.config[SamplingOptions]
         wants = sampling.sample_at_first or sampling.sample_every_n_steps or sampling.sample_every_n_epochs

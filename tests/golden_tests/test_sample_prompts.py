@@ -66,7 +66,8 @@ def test_file_errors(case, tmp_path):
 
 @pytest.mark.parametrize("case", behaviour_cases(FILE, "resolved"))
 def test_defaults_of_families(case):
-    used = sampling_prompts.with_defaults(SamplePrompt(**case["record"]), case["family"]).to_dict()
+    defaults = sampling_prompts.SAMPLE_DEFAULTS[case["family"]]
+    used = sampling_prompts.with_defaults(SamplePrompt(**case["record"]), defaults).to_dict()
     assert {key: used[key] for key in case["used"]} == case["used"]
 
 

@@ -3,36 +3,49 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.errors import UnsupportedCombination
 from library.options import Config
+from library.training.sampling_prompts import SampleDefaults, SamplePrompt, with_defaults
 
 if TYPE_CHECKING:
     import torch
 
-    from library.dataset.architectures import LatentSpec
+    from library.dataset.architectures import DataArchitecture
     from library.strategy_base import LatentsCachingStrategy, StrategySet
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
     from library.training.run import DiTOutput, Models
 
 
-@dataclass(frozen=True)
-class NamedPart:
-    """A trainable part of a model: `module` under `prefix` (of adapter keys) and the name of its rate in the log."""
-
-    name: str
-    module: Any
+def refused_by_flow(model: str) -> dict[str, str]:
+    """What no family that learns by flow matching has: name -> reason, for its `refused`. `model` is its name in messages."""
+    table = f"{model} learns by flow matching, which has no table of signal-to-noise ratios"
+    noise = f"{model} learns by flow matching from plain noise; of the noise options it has --ip_noise_gamma"
+    return {
+        "noise_offset": noise,
+        "noise_offset_random_strength": noise,
+        "adaptive_noise_scale": noise,
+        "multires_noise_iterations": noise,
+        "multires_noise_discount": noise,
+        "zero_terminal_snr": table,
+        "min_snr_gamma": table,
+        "scale_v_pred_loss_like_noise_pred": table,
+        "v_pred_like_loss": table,
+        "debiased_estimation_loss": table,
+    }
 
 
 class ModelFamily(ABC):
     """Options and wiring of one architecture; holds no weights. Heavy imports happen inside methods."""
 
     name: ClassVar[str]
-    latents: ClassVar[LatentSpec]
+    architecture: ClassVar[DataArchitecture]
+    """latents, bucket step and cache files; families may share one (Chroma has those of FLUX.1)"""
+    sampling: ClassVar[SampleDefaults]
+    """what sample prompts leave open, and which of their settings are read"""
     options: ClassVar[type]
     refused: ClassVar[Mapping[str, str]] = {}
     """shared options that have no meaning here: name -> reason"""
@@ -50,8 +63,9 @@ class ModelFamily(ABC):
         """Look at options and files (headers only) and raise one ConfigError with every problem."""
 
     @abstractmethod
-    def strategies(self) -> StrategySet:
-        """Tokenizers are built here; no weights are loaded."""
+    def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
+        """Tokenizers are built here; no weights are loaded. `trained` tells per text encoder whether it learns: the outputs
+        of such a one are not cached."""
 
     @abstractmethod
     def latents_caching(self) -> LatentsCachingStrategy:
@@ -69,7 +83,9 @@ class ModelFamily(ABC):
         """In the order in which the text strategy expects them."""
 
     @abstractmethod
-    def load_denoiser(self, runtime: Runtime) -> torch.nn.Module: ...
+    def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
+        """A module with `device` and `enable_gradient_checkpointing(cpu_offload)`, whose repeated blocks stand in ModuleLists
+        of its own (--torch_compile compiles those) and which has no dropout."""
 
     @abstractmethod
     def objective(self) -> Objective: ...
@@ -83,20 +99,16 @@ class ModelFamily(ABC):
         """One forward of the denoiser; `pred` and `target` have the shape of the latents."""
 
     @abstractmethod
-    def generate(self, models: Models, prompt: Any, conditioning: list[Any], negative: list[Any] | None) -> Any:
+    def generate(self, models: Models, prompt: SamplePrompt, conditioning: list[Any], negative: list[Any] | None) -> Any:
         """Make one image for a SamplePrompt from encoded conditioning; returns a PIL image. The VAE is in `models`."""
 
-    @abstractmethod
-    def sample_defaults(self, prompt: Any) -> Any:
+    def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
         """Fill the settings that a SamplePrompt leaves open (size, steps, scales) and round the size."""
+        return with_defaults(prompt, self.sampling)
 
-    def text_encoder_embeddings(self, encoder: torch.nn.Module) -> torch.nn.Module | None:
-        """The input embedding that must require grad when this encoder is trained with gradient checkpointing."""
-        return encoder.get_input_embeddings()
-
-    def text_encoders_in_step(self, training: list[bool], cached: bool) -> bool:
-        """Whether the text encoders run in the step: they learn, or their outputs are not cached."""
-        return any(training) or not cached
+    def needs_negative(self, prompt: SamplePrompt) -> bool:
+        """Whether a complete prompt is made with CFG, which takes a second conditioning."""
+        return prompt.scale not in (None, 1.0)
 
     @abstractmethod
     def metadata(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,9 @@ from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError, ConfigError, Problems
 from library.options import option, refused_option
-from library.training.families.base import ModelFamily
+from library.training.families.base import ModelFamily, refused_by_flow
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
+from library.training.sampling_prompts import SAMPLE_DEFAULTS
 from library.training.timestep_samplers import TimestepOptions
 from library.training.timestep_samplers import check as check_timesteps
 
@@ -38,8 +39,6 @@ SPLIT_MODE_BLOCKS = 18
 SAMPLER = "euler"
 TOKEN_LENGTH_DEV, TOKEN_LENGTH_SCHNELL = 512, 256
 
-_DDPM = "FLUX.1 learns by flow matching, which has no table of signal-to-noise ratios"
-_SD_NOISE = "FLUX.1 learns by flow matching from plain noise; of the noise options it has --ip_noise_gamma"
 _SD_MODELS = "it belongs to Stable Diffusion; FLUX.1 has no such variant"
 
 
@@ -85,7 +84,8 @@ class FluxFamily(ModelFamily):
     """The wiring of FLUX.1: conditioning is [pooled CLIP-L, T5 states, their ids, T5 mask]."""
 
     name = "flux"
-    latents = ARCHITECTURES["flux"].latents
+    architecture = ARCHITECTURES["flux"]
+    sampling = SAMPLE_DEFAULTS["flux"]
     options = FluxOptions
     part_options = {
         "vae": frozenset({"ae"}),
@@ -93,23 +93,14 @@ class FluxFamily(ModelFamily):
             {"clip_l", "t5xxl", "clip_l_tokenizer", "t5xxl_tokenizer", "t5xxl_max_token_length", "apply_t5_attn_mask"}
         ),
     }
-    refused: Mapping[str, str] = {
+    refused = {
+        **refused_by_flow("FLUX.1"),
         "v2": _SD_MODELS,
         "v_parameterization": "FLUX.1 predicts the velocity of its flow in any case",
         "clip_skip": "FLUX.1 takes the last layer of both text encoders",
         "max_token_length": "it counts CLIP tokens; FLUX.1 reads captions through T5: see --t5xxl_max_token_length",
         "weighted_captions": "FLUX.1 has no way to weigh words",
         "vae": "the autoencoder of FLUX.1 is given with --ae",
-        "noise_offset": _SD_NOISE,
-        "noise_offset_random_strength": _SD_NOISE,
-        "adaptive_noise_scale": _SD_NOISE,
-        "multires_noise_iterations": _SD_NOISE,
-        "multires_noise_discount": _SD_NOISE,
-        "zero_terminal_snr": _DDPM,
-        "min_snr_gamma": _DDPM,
-        "scale_v_pred_loss_like_noise_pred": _DDPM,
-        "v_pred_like_loss": _DDPM,
-        "debiased_estimation_loss": _DDPM,
         "sample_sampler": "FLUX.1 samples with Euler steps along its own schedule",
     }
 
@@ -253,7 +244,6 @@ class FluxFamily(ModelFamily):
         return self.opts.t5xxl_max_token_length or (TOKEN_LENGTH_SCHNELL if self.is_schnell else TOKEN_LENGTH_DEV)
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
-        """`trained` tells per text encoder whether it learns: the outputs of such a one are not cached."""
         from library import strategy_flux
         from library.model_identity import combined_identity, model_identity
         from library.strategy_base import StrategySet
@@ -357,12 +347,6 @@ class FluxFamily(ModelFamily):
             sampler=INFERENCE_SAMPLERS.resolve(SAMPLER), device=models.denoiser.device,
         )
         return decode_to_image(models.vae, latents)
-
-    def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
-        """512 px, 20 steps, no CFG, guidance 3.5; both sides are rounded down to a multiple of 16."""
-        from library.training.sampling_prompts import with_defaults
-
-        return with_defaults(prompt, self.name)
 
     def metadata(self) -> dict[str, Any]:
         times = self.config[TimestepOptions]

@@ -36,7 +36,7 @@ def texts_of(family: ModelFamily, prompts: Sequence[SamplePrompt]) -> list[str]:
     texts: dict[str, None] = {}
     for prompt in map(family.sample_defaults, prompts):
         texts.setdefault(prompt.prompt)
-        if prompt.scale != 1.0:
+        if family.needs_negative(prompt):
             texts.setdefault(prompt.negative_prompt or "")
     return list(texts)
 
@@ -80,7 +80,7 @@ class SampleHook(Hook):
         self.seed = seed
 
     def on_train_start(self, run: Run) -> None:
-        unused = unused_settings(self.prompts, run.family.name) if self.prompts else []
+        unused = unused_settings(self.prompts, run.family.sampling) if self.prompts else []
         if unused and run.runtime.is_main_process:
             logger.warning("sample prompts set %s, which %s does not have; ignored", ", ".join(unused), run.family.name)
         if run.progress.global_step == 0:
@@ -134,7 +134,7 @@ class SampleHook(Hook):
         if prompt.seed is None:
             drawn = key_seed(self.seed, "sample without a seed", run.progress.global_step, number) % 2**32
             prompt = dataclasses.replace(prompt, seed=drawn)
-        negative = texts[prompt.negative_prompt or ""] if prompt.scale != 1.0 else None
+        negative = texts[prompt.negative_prompt or ""] if run.family.needs_negative(prompt) else None
         image = run.family.generate(run.models, prompt, texts[prompt.prompt], negative)
         saving, progress = run.config[SavingOptions], run.progress
         name = sample_file_name(

@@ -8,6 +8,7 @@ import pytest
 
 from library.errors import ConfigError
 from library.training.sampling_prompts import (
+    SAMPLE_DEFAULTS,
     SamplePrompt,
     is_sample_due,
     load_prompts,
@@ -60,13 +61,13 @@ def test_bad_json(tmp_path, content, words):
 
 def test_a_side_that_rounds_to_nothing_is_an_error():
     with pytest.raises(ConfigError, match="width 8"):
-        with_defaults(SamplePrompt(prompt="x", width=8), "flux")
+        with_defaults(SamplePrompt(prompt="x", width=8), SAMPLE_DEFAULTS["flux"])
 
 
 def test_settings_that_a_family_does_not_read_are_told():
     prompts = [SamplePrompt(prompt="x", sample_sampler="euler", guidance_scale=2.0), SamplePrompt(prompt="y", renorm_cfg=1.0)]
-    assert unused_settings(prompts, "flux") == ["renorm_cfg", "sample_sampler"]
-    assert unused_settings(prompts, "sd") == ["guidance_scale", "renorm_cfg"]
+    assert unused_settings(prompts, SAMPLE_DEFAULTS["flux"]) == ["renorm_cfg", "sample_sampler"]
+    assert unused_settings(prompts, SAMPLE_DEFAULTS["sd"]) == ["guidance_scale", "renorm_cfg"]
 
 
 @pytest.mark.parametrize("line", ["a cat -- w 512", "a cat -- 5", "a cat --"])
