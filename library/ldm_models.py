@@ -214,7 +214,11 @@ class AutoEncoder(nn.Module):
         return mean, logvar.clamp(-30.0, 20.0)
 
     def encode(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
-        """Scaled latents of images [B, 3, H, W]: a posterior sample with one seed per image, or the mean without seeds.
+        """Scaled latents of images [B, 3, H, W]; see `encode_raw`."""
+        return self.scale(self.encode_raw(images, seeds))
+
+    def encode_raw(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """Latents without scale and shift: a posterior sample with one seed per image, or the mean without seeds.
 
         The noise of an image depends on its seed and its latent size alone, not on its place in the batch.
         """
@@ -224,7 +228,7 @@ class AutoEncoder(nn.Module):
                 raise ValueError(f"{len(seeds)} seeds for {len(mean)} images; one per image is needed")
             noise = [torch.randn(mean.shape[1:], generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
             mean = mean + (0.5 * logvar).exp() * torch.stack(noise).to(mean)
-        return self.scale(mean)
+        return mean
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images, about -1..1, of scaled latents [B, C, h, w]."""
