@@ -128,9 +128,8 @@ def te_t5xxl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tenso
 
 
 def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
-    """The parts that FLUX uses."""
-    from library.attention import rope_cos_sin
-    from library.flux_models import timestep_embedding
+    """The parts that FLUX.1, Stable Diffusion and SDXL use."""
+    from library.attention import rope_cos_sin, timestep_embedding
     from library.flux_utils import pack_latents, prepare_img_ids
     from library.training.timesteps import MU_LINES, line_mu, shift_sigmas
 
@@ -144,6 +143,47 @@ def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensor
         "rope_flux_cos_sin": rope,
         "time_flux_256": timestep_embedding(inputs["time/unit"], 256),
         **{f"flow_shift_{shift}": shift_sigmas(sigmas, shift) for shift in FLOW_SHIFTS},
+        **noise_schedule(inputs),
+        **snr_weights(inputs),
+    }
+
+
+def noise_schedule(inputs: Tensors) -> Tensors:
+    """The schedule of Stable Diffusion, plain and zero-terminal, and the sinusoids of times and sizes."""
+    from library.attention import timestep_embedding
+    from library.keyed_random import StepDraws
+    from library.sdxl_train_utils import get_size_embeddings
+    from library.training.objective import DdpmObjective
+
+    sizes = (inputs["sdxl/original_hw"], inputs["sdxl/crop_top_left"], inputs["sdxl/target_hw"])
+    outputs = {"time_sd_320": timestep_embedding(inputs["time/int"], 320, 1.0), "sdxl_size_embeddings": get_size_embeddings(*sizes)}
+    draws = StepDraws(0, 0, [0, 1, 2])
+    for name, is_zero in (("sd", False), ("ztsnr", True)):
+        objective = DdpmObjective(None, None, prediction_type="v", zero_terminal_snr=is_zero)
+        sample = objective.corrupt(inputs["sd/x0"], inputs["sd/noise"], inputs["sd/t"], draws)
+        alphas = objective.alphas_cumprod
+        outputs |= {
+            f"{name}_alphas_cumprod": alphas,
+            f"{name}_betas": 1 - alphas / torch.cat((torch.ones(1, dtype=alphas.dtype), alphas[:-1])),
+            f"{name}_add_noise": sample.noisy_latents,
+            f"{name}_velocity": sample.target,
+        }
+        if not is_zero:
+            outputs["sd_snr"] = objective.snr(torch.arange(1000))
+    return outputs
+
+
+def snr_weights(inputs: Tensors) -> Tensors:
+    """Losses times the factors by signal-to-noise ratio."""
+    from library.training.loss_weights import snr as factors
+    from library.training.objective import DdpmObjective
+
+    loss, snr = inputs["sd/loss"], DdpmObjective(None).snr(inputs["sd/t_loss"])
+    return {
+        **{f"min_snr_gamma5_vpred{int(is_v)}": loss * factors.min_snr_factor(snr, 5.0, is_v) for is_v in (False, True)},
+        **{f"debiased_vpred{int(is_v)}": loss * factors.debiased_factor(snr, True, is_v) for is_v in (False, True)},
+        "scale_v_pred_loss": loss * factors.scale_v_factor(snr, True, True),
+        "v_pred_like_loss_0.25": loss * factors.v_pred_like_factor(snr, 0.25, False),
     }
 
 
