@@ -23,7 +23,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield Path(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, FILE_MODE)
         os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -38,6 +38,10 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
 
 def _umask() -> int:
     """The process's file mode mask; there is no call that reads it without setting it."""
-    mask = os.umask(0)
+    mask = os.umask(0o077)
     os.umask(mask)
     return mask
+
+
+FILE_MODE = 0o666 & ~_umask()
+"""of new files; read once at import, because reading it later would change the mode of files that other threads make"""

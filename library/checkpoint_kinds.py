@@ -88,12 +88,6 @@ def check_slot(path: str | os.PathLike | None, slot: str, wanted: set[str]) -> s
     return f"--{slot} is {path}: {told}; needed: {needed}"
 
 
-def part_path(path: str | os.PathLike, kind: str) -> Path:
-    """`path`, or the sub-folder of a pipeline folder that holds the part of this kind."""
-    part = Path(path) / PREFERRED_SUBFOLDER.get(kind, "")
-    return part if part.is_dir() else Path(path)
-
-
 def _kind_of(shapes: Mapping[str, tuple[int, ...]], folder: bool = False) -> CheckpointKind:
     found = recognise(shapes)
     if found is not None:

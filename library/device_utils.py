@@ -21,7 +21,8 @@ def get_preferred_device() -> torch.device:
 
 
 def clean_memory_on_device(device: torch.device | str | None = None) -> None:
-    """Collect garbage and release what the device's allocator holds unused."""
+    """Release what the allocator of the device (default: the preferred one) holds unused, after a collection: model classes
+    have reference cycles, which live until then."""
     gc.collect()
     kind = get_preferred_device().type if device is None else torch.device(device).type
     if kind == "cuda":

@@ -89,11 +89,6 @@ def predict_velocity(
     return unpack_latents(velocity, height // 2, width // 2)  # [B, C, H, W]
 
 
-def clean_estimate(velocity: Tensor, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
-    """x0 = x_t - sigma * v, float32. Shapes [B, C, H, W], sigmas [B]."""
-    return noisy_latents.float() - sigmas.view(-1, 1, 1, 1) * velocity.float()
-
-
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
     """How one image is made. `shift` is off for schnell; `cfg_scale` 1 (or no negative prompt) means one forward."""

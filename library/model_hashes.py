@@ -6,12 +6,13 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from library.atomic_file import write_text_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -150,12 +151,6 @@ class BackgroundHashes:
 
     def _write(self, known: dict[str, str]) -> None:
         try:
-            self.memory.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.memory.parent, suffix=".tmp")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(known, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.memory)
+            write_text_atomically(self.memory, json.dumps(known))
         except OSError as error:
             logger.debug("hashes are not remembered in %s: %s", self.memory, error)

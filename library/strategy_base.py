@@ -19,7 +19,7 @@ import torch
 from library.dataset import cache_io, text_cache_io
 from library.dataset.cache_io import ImageIdentity, LatentArrays, LatentsRecord
 from library.dataset.text_cache_io import TEXT_LAYOUTS, TextKey, TextLayout, TextRecord
-from library.errors import UnsupportedCombination
+from library.errors import CheckpointError, UnsupportedCombination
 from library.keyed_random import key_seed
 
 if TYPE_CHECKING:
@@ -136,11 +136,28 @@ class LatentsCachingStrategy(PluginSlot, ABC):
 
     @abstractmethod
     def encode(self, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
-        """Images [B, 3, H, W] in -1..1 -> latents [B, C, h, w] as the cache stores them.
+        """Images [B, 3, H, W] in -1..1 -> latents [B, C, h, w] as the cache stores them; a VAE with frames leaves out the
+        axis of the one frame, which `ModelFamily.scale_latents` puts back. Callers use `encode_images`.
 
         `seeds[i]` seeds the posterior draw of sample i, on the CPU and apart from all other samples, so that the cache and
         live encoding agree whatever the batches are. Families that take the mode ignore it.
         """
+
+    @torch.no_grad()
+    def encode_images(self, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+        """`encode` where the VAE is and in its own dtype, for caches and steps alike; float32 [B, C, h, w].
+
+        Raises CheckpointError when these are not latents of the architecture, which no cache could be read back with.
+        """
+        parameter, spec = next(vae.parameters()), self.architecture.latents
+        latents = self.encode(vae, images.to(parameter.device, parameter.dtype), seeds).float()
+        wanted = (spec.channels, images.shape[2] // spec.spatial_stride, images.shape[3] // spec.spatial_stride)
+        if tuple(latents.shape[1:]) != wanted:
+            raise CheckpointError(
+                f"the VAE makes latents of shape {list(latents.shape[1:])} from images of shape {list(images.shape[1:])};"
+                f" those of {self.architecture.name} have shape {list(wanted)}: use the VAE that belongs to the model"
+            )
+        return latents
 
     def get_image_size_from_disk_cache_path(self, absolute_path: str, npz_path: str) -> tuple[int | None, int | None]:
         """(width, height) from a cache file's name, (None, None) when it is another image's."""

@@ -21,12 +21,12 @@ from library.errors import CheckpointError, ConfigError
 from library.family_table import family_entry
 from library.registry import import_target
 from networks.lora import fuse_pairs, split_pair
+from networks.targets import targets_of_family
 
 Tensors = Mapping[str, torch.Tensor]
 
 DIFFUSERS_PREFIX = "transformer"
 DOTTED_PREFIX = "diffusion_model"
-DIFFUSERS_ENCODERS = {"lora_te1": "text_encoder", "lora_te3": "text_encoder_2"}
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,6 @@ class LayerNames:
     path: str
     parts: tuple[str, ...]
     rows: str = "equal"
-
-
-CLIP_PATHS = tuple(
-    f"text_model.encoder.layers.{{i}}.{leaf}"
-    for leaf in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
-)
-T5_PATHS = (
-    *(f"encoder.block.{{i}}.layer.0.SelfAttention.{leaf}" for leaf in "qkvo"),
-    *(f"encoder.block.{{i}}.layer.1.DenseReluDense.{leaf}" for leaf in ("wi_0", "wi_1", "wo")),
-)
-ENCODER_PATHS = {"lora_te1": CLIP_PATHS, "lora_te3": T5_PATHS}
 
 
 @dataclass(frozen=True)
@@ -84,7 +73,7 @@ def to_diffusers(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     result: dict[str, torch.Tensor] = {}
     unknown: list[str] = []
     for name, lora in _modules(tensors, ("lora_down.weight", "lora_up.weight")).items():
-        found, path = _find(layers, name, "_", "lora_unet_"), _encoder_path(name)
+        found, path = _find(layers, name, "_", "lora_unet_"), _encoder_path(family, name)
         if found is not None:
             rows = _rows(found.layer, lora)
             pairs = [(lora.down, lora.up)] if len(rows) == 1 else split_pair(lora.down, lora.up, rows)
@@ -113,7 +102,7 @@ def to_dotted(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
         found = _find(layers, name, "_", "lora_unet_")
         if found is not None:
             _put(result, f"{DOTTED_PREFIX}.{found.fill(found.layer.path)}", ("lora_A.weight", "lora_B.weight"), lora)
-        elif _encoder_path(name) is None:
+        elif _encoder_path(family, name) is None:
             unknown.append(name)
     _refuse(unknown, "the dotted layout")
     return result
@@ -132,7 +121,7 @@ def to_kohya(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     }
     unknown: list[str] = []
     for name, lora in _modules(tensors, ("lora_A.weight", "lora_B.weight")).items():
-        encoder = _kohya_encoder_name(name)
+        encoder = _kohya_encoder_name(family, name)
         dotted = _find_path(layers, name)
         place = _find_part(layers, name)
         if encoder is not None or dotted is not None:
@@ -223,21 +212,22 @@ def _find_part(layers: Iterable[LayerNames], name: str) -> tuple[_Found, int] | 
     return None
 
 
-def _encoder_path(name: str) -> str | None:
+def _encoder_path(family: str, name: str) -> str | None:
     """The diffusers name of a text encoder module under its kohya name."""
-    for prefix, paths in ENCODER_PATHS.items():
-        for path in paths:
-            match = _pattern(path, "_").fullmatch(name.removeprefix(f"{prefix}_")) if name.startswith(f"{prefix}_") else None
+    for encoder in targets_of_family(family).text_encoders:
+        rest = name.removeprefix(f"{encoder.prefix}_")
+        for path in encoder.paths if rest != name else ():
+            match = _pattern(path, "_").fullmatch(rest)
             if match:
-                return f"{DIFFUSERS_ENCODERS[prefix]}.{path.replace('{i}', match[1])}"
+                return f"{encoder.diffusers_name}.{path.replace('{i}', match[1])}"
     return None
 
 
-def _kohya_encoder_name(name: str) -> str | None:
-    for prefix, theirs in DIFFUSERS_ENCODERS.items():
-        rest = name.removeprefix(f"{theirs}.")
-        if rest != name and any(_pattern(path, ".").fullmatch(rest) for path in ENCODER_PATHS[prefix]):
-            return f"{prefix}_{rest.replace('.', '_')}"
+def _kohya_encoder_name(family: str, name: str) -> str | None:
+    for encoder in targets_of_family(family).text_encoders:
+        rest = name.removeprefix(f"{encoder.diffusers_name}.")
+        if rest != name and any(_pattern(path, ".").fullmatch(rest) for path in encoder.paths):
+            return f"{encoder.prefix}_{rest.replace('.', '_')}"
     return None
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from networks.lora import check_network_args, create_network, create_network_from_weights
 from networks.targets import (
+    CLIP_PATHS,
+    T5_PATHS,
     ChoiceRule,
     EntryRule,
     IndexRule,
@@ -53,9 +55,13 @@ TARGETS = NetworkTargets(
     classes=DOUBLE + SINGLE,
     text_encoders=(
         TextEncoderTargets(
-            "lora_te1", ("CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2", "CLIPMLP"), root="text_model", aliases=("lora_te",)
+            "lora_te1", ("CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2", "CLIPMLP"), root="text_model",
+            aliases=("lora_te",), diffusers_name="text_encoder", paths=CLIP_PATHS,
         ),
-        TextEncoderTargets("lora_te3", ("T5Attention", "T5DenseGatedActDense"), switch="train_t5xxl", aliases=("lora_te2",)),
+        TextEncoderTargets(
+            "lora_te3", ("T5Attention", "T5DenseGatedActDense"), switch="train_t5xxl", aliases=("lora_te2",),
+            diffusers_name="text_encoder_2", paths=T5_PATHS,
+        ),
     ),
     choice=ChoiceRule("train_blocks", {"all": DOUBLE + SINGLE, "double": DOUBLE, "single": SINGLE}),
     parts=(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 
+from library.atomic_file import atomic_path
 from library.errors import CheckpointError
 from library.model_hashes import adapter_hashes
 from library.safetensors_utils import load_pickled_tensors, load_safetensors, save_file_atomic
@@ -73,7 +73,8 @@ def write_adapter_file(
     content, other endings are a torch pickle without metadata. The file appears complete or not at all."""
     ready = {key: _for_file(key, tensor, dtype) for key, tensor in tensors.items()}
     if os.path.splitext(path)[1] != ".safetensors":
-        _save_pickle(ready, path)
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:  # given a name, torch writes it into the file
+            torch.save(ready, file)
         return
     metadata = dict(metadata or {})
     if metadata:
@@ -85,16 +86,3 @@ def _for_file(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torc
     if key.endswith(".alpha"):
         dtype = torch.float32  # rounding alpha would change the scale
     return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-
-
-def _save_pickle(tensors: dict[str, Any], path: str) -> None:
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(tensors, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)

@@ -21,17 +21,30 @@ if TYPE_CHECKING:
 LEAF_CLASSES = ("Linear", "Conv2d")
 
 
+CLIP_PATHS = tuple(
+    f"text_model.encoder.layers.{{i}}.{leaf}"
+    for leaf in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+)
+T5_PATHS = (
+    *(f"encoder.block.{{i}}.layer.0.SelfAttention.{leaf}" for leaf in "qkvo"),
+    *(f"encoder.block.{{i}}.layer.1.DenseReluDense.{leaf}" for leaf in ("wi_0", "wi_1", "wo")),
+)
+
+
 @dataclass(frozen=True)
 class TextEncoderTargets:
     """One text encoder. `root` is a level that names in files always carry, whatever the installed library calls its
     modules; `switch` names the network argument without which this encoder is not trained; `aliases` are prefixes that
-    other programs write for it."""
+    other programs write for it; `diffusers_name` is the model's part in diffusers and `paths` its layers there, with `{i}`
+    for the block (none: its adapters cannot be rewritten)."""
 
     prefix: str
     classes: tuple[str, ...]
     root: str = ""
     switch: str | None = None
     aliases: tuple[str, ...] = ()
+    diffusers_name: str = ""
+    paths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

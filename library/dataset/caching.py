@@ -199,16 +199,14 @@ def encode_batch(strategy: LatentsCachingStrategy, vae: Any, batch: Sequence[Dec
 
 
 def _encode(strategy: LatentsCachingStrategy, vae: Any, batch: Sequence[Decoded], is_flipped: bool) -> torch.Tensor:
-    parameter = next(vae.parameters())
     images = torch.stack([image_tensor(entry.pixels.image, is_flipped) for entry in batch])  # [B, 3, H, W]
     seeds = [posterior_seed(entry.identity.content, entry.job.item.bucket_reso, is_flipped) for entry in batch]
-    with torch.no_grad():
-        latents = strategy.encode(vae, images.to(parameter.device, parameter.dtype), seeds).float().cpu()
+    latents = strategy.encode_images(vae, images, seeds).cpu()
     finite = torch.isfinite(latents).flatten(1).all(dim=1)
     if not finite.all():
         names = ", ".join(entry.job.item.absolute_path for entry, good in zip(batch, finite.tolist()) if not good)
         raise TrainingError(
-            f"the VAE, running in {str(parameter.dtype).removeprefix('torch.')}, gave latents that are not finite for {names};"
+            f"the VAE, running in {str(next(vae.parameters()).dtype).removeprefix('torch.')}, gave latents that are not finite for {names};"
             " nothing was cached for them. Run the VAE in float32 (--no_half_vae) or bfloat16"
         )
     return latents

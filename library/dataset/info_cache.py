@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from library.atomic_file import write_text_atomically
 from library.dataset.captions import caption_paths
 from library.dataset.items import SubsetParams
 
@@ -84,13 +85,8 @@ def info_entry(image_path: str, size: tuple[int, int], caption: str | None, para
 def write_info(folder: str, entries: Mapping[str, Any]) -> str | None:
     """Write the cache of a folder, replacing the old one in one go. Returns a warning when the folder cannot be written."""
     path = os.path.join(folder, FILE_NAME)
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(entries, file, ensure_ascii=False, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_text_atomically(path, json.dumps(entries, ensure_ascii=False, indent=2))
     except OSError as error:
         return f"{path} cannot be written ({error.strerror}); the folder is scanned anew each time"
     return None

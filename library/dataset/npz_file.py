@@ -8,10 +8,11 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.lib import format as npy_format
+
+from library.atomic_file import atomic_path
 
 FIXED_DATE = (1980, 1, 1, 0, 0, 0)  # so that the same arrays give the same file
 UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError)
@@ -62,16 +63,6 @@ def checksum(array: np.ndarray) -> int:
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
     """Write an uncompressed npz under a temporary name in the same folder, then put it in place of an older one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for key, array in arrays.items():
-                    archive.writestr(zipfile.ZipInfo(f"{key}.npy", FIXED_DATE), npy_bytes(array))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for key, array in arrays.items():
+            archive.writestr(zipfile.ZipInfo(f"{key}.npy", FIXED_DATE), npy_bytes(array))

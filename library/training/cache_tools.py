@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import logging
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,10 @@ logger = logging.getLogger("atelier")
 
 PARTS = {"latents": "vae", "text": "text_encoders"}
 """what is cached -> the part of the model that makes it"""
+FIRST_FAMILY = next(iter(FAMILIES))
+"""whose options --help shows when no family is named"""
+KNOWN_SWITCHES = ("flux", "sdxl")
+"""families that known tools choose with a switch of their own; refused by name while they are not there"""
 _OTHER = {"latents": "cache_text_encoder_outputs", "text": "cache_latents"}
 _TRAINING = "it belongs to training; this tool only fills caches"
 _DENOISER = "it belongs to the denoiser, which this tool does not load"
@@ -44,14 +49,26 @@ class CacheToolOptions:
     """Which caches"""
 
     family: str | None = option(None, help="model family; may be left out while there is only one", metavar="NAME")
-    flux: bool = option(False, help="the same as --family flux")
-    sdxl: bool = refused_option(False, help="the same as --family sdxl", reason="the family sdxl is not there yet")
     skip_existing: bool = equivalent_option(
         False, help="deprecated", reason="--skip_existing: cache files that are valid are never made again anyway"
     )
     t5xxl_dtype: str | None = refused_option(
         None, help="number format of T5", reason="all text encoders run in the format of --mixed_precision"
     )
+
+
+@functools.cache
+def family_switches() -> type:
+    """An option group with a switch for every family: `--flux` is `--family flux`."""
+    switches = {name: option(False, help=f"the same as --family {name}") for name in FAMILIES}
+    for name in KNOWN_SWITCHES:
+        refusal = refused_option(False, help=f"the same as --family {name}", reason=f"the family {name} is not there yet")
+        switches.setdefault(name, refusal)
+    group = dataclasses.make_dataclass(
+        "FamilySwitches", [(name, bool, switch) for name, switch in switches.items()], frozen=True, kw_only=True
+    )
+    group.__doc__ = "Model family"
+    return group
 
 
 def refusals(family: type[ModelFamily], what: str) -> dict[str, str]:
@@ -78,24 +95,25 @@ def tool_script(family: str, what: str) -> parser_common.Script:
     )
     return parser_common.Script(
         family, f"cache of {what}",
-        classes=(CacheToolOptions, ConfigFileOptions, ModelOptions, family_class.options, DatasetOptions, CachingOptions,
-                 LoopOptions, PrecisionOptions, DdpOptions, ConsoleOptions),
+        classes=(CacheToolOptions, family_switches(), ConfigFileOptions, ModelOptions, family_class.options, DatasetOptions,
+                 CachingOptions, LoopOptions, PrecisionOptions, DdpOptions, ConsoleOptions),
         refused=refusals(family_class, what),
         defaults={**family_class.defaults, **defaults},
         shares_file=True,
     )
 
 
-def chosen_family(argv: Sequence[str]) -> str:
-    """The family that the command line names. Raises ConfigError for an unknown one, and when several are possible."""
+def chosen_family(argv: Sequence[str], default: str | None = None) -> str:
+    """The family that the command line names, else `default`. Raises ConfigError for an unknown one, and when several are
+    possible."""
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     reader.add_argument("--family")
     for name in FAMILIES:
         reader.add_argument(f"--{name}", action="store_true")
     given, _ = reader.parse_known_args([word for word in argv if word != "--"])
     named = {name for name in FAMILIES if getattr(given, name)} | ({given.family} if given.family else set())
-    if not named and len(FAMILIES) == 1:
-        named = set(FAMILIES)
+    if not named and (default or len(FAMILIES) == 1):
+        named = {default or next(iter(FAMILIES))}
     if len(named) != 1:
         found = "several model families are" if named else "no model family is"
         raise ConfigError(f"{found} named; needed: --family with one of {', '.join(FAMILIES)}")
@@ -104,10 +122,14 @@ def chosen_family(argv: Sequence[str]) -> str:
     return name
 
 
-def build_parser(what: str, family: str = next(iter(FAMILIES))) -> argparse.ArgumentParser:
+def build_parser(what: str, family: str = FIRST_FAMILY) -> argparse.ArgumentParser:
+    """The parser of a tool with the options of one family."""
     script = tool_script(family, what)
     parser = parser_common.parser_of(script)
-    parser.description = f"Fill the {'latent' if what == 'latents' else 'text encoder output'} cache of a data set."
+    parser.description = (
+        f"Fill the {'latent' if what == 'latents' else 'text encoder output'} cache of a data set. Options of the family {family};"
+        f" families: {', '.join(FAMILIES)}."
+    )
     return parser
 
 
@@ -118,7 +140,7 @@ def main(what: str, argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if {"-h", "--help"} & set(words):
-            build_parser(what, chosen_family(words)).print_help()
+            build_parser(what, chosen_family(words, default=FIRST_FAMILY)).print_help()
             return
         run(what, words)
     except AtelierError as error:

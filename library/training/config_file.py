@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from library.atomic_file import write_text_atomically
 from library.errors import ConfigError, did_you_mean
 from library.options import (
     Config,
@@ -137,13 +137,7 @@ def write_config_file(name: str, config: Config, defaults: Mapping[str, Any]) ->
         }
         if table:
             tables[options_class.__name__.removesuffix("Options").lower()] = table
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(toml.dumps(tables))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    write_text_atomically(path, toml.dumps(tables))
     return path
 
 

@@ -62,7 +62,7 @@ class MetadataInputs:
 
     `datasets` is DatasetGroup.metadata() and `tag_frequency` DatasetGroup.tag_frequency of the training images; `family`,
     `modelspec` and `trainable` come from the objects' methods of these names; `optimizer` is OptimizerBuild.metadata_text;
-    `extra` is what hooks add. `kind` ends the architecture (lora).
+    `extra` is what hooks add. `kind` is Trainable.spec_kind.
     """
 
     config: Config

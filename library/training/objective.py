@@ -128,7 +128,7 @@ class DdpmObjective(Objective):
         self.noise_options = noise_options
         self.prediction_type = prediction_type
         if zero_terminal_snr is None:
-            zero_terminal_snr = bool(getattr(noise_options, "zero_terminal_snr", False))
+            zero_terminal_snr = noise_options is not None and noise_options.zero_terminal_snr
         self.zero_terminal_snr = zero_terminal_snr
         self.alphas_cumprod = ddpm_alphas_cumprod(zero_terminal_snr)  # [1000] float64
         self._tables = {
@@ -166,7 +166,7 @@ class DdpmObjective(Objective):
         lines = []
         if self.zero_terminal_snr and self.prediction_type != "v":
             lines.append("--zero_terminal_snr without --v_parameterization: nothing is learned at the last, pure-noise step")
-        if getattr(self.noise_options, "multires_noise_iterations", None):
+        if self.noise_options is not None and self.noise_options.multires_noise_iterations:
             lines.append(
                 "--multires_noise_iterations: the noise is scaled to standard deviation 1 per sample, so that a result does"
                 " not depend on the other samples of the batch (known trainers scale the whole batch)"

@@ -10,6 +10,7 @@ import torch
 
 from library.options import Config
 from library.strategy_base import StrategySet
+from library.training.optimizers import switches_weights
 
 if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
@@ -70,7 +71,7 @@ class Run:
     @contextmanager
     def weights_for_eval(self):
         """Inside, the trained weights are those to save, sample and validate with (schedule-free optimizers switch)."""
-        switches = hasattr(self.optimizer, "eval") and hasattr(self.optimizer, "train")
+        switches = switches_weights(self.optimizer)
         if switches:
             self.optimizer.eval()
         modes = {module: module.training for module in self.trainable.modules().values()}

@@ -57,5 +57,6 @@ class RunRecord:
             family=run.family.metadata(),
             modelspec=run.family.modelspec(),
             trainable=run.trainable.metadata(),
+            kind=run.trainable.spec_kind,
             extra=extra,
         )

@@ -9,6 +9,7 @@ from typing import Any
 from library.dataset import CachingOptions
 from library.options import option_fields
 from library.training import schedulers
+from library.training.checkpoint import CheckpointNames
 from library.training.data_phase import DataGroups
 from library.training.formula_checks import formula_notices, formula_warnings
 from library.training.option_groups import LoopOptions, MemoryOptions, ModelOptions, PrecisionOptions, SavingOptions
@@ -28,6 +29,7 @@ def print_start(run: Run, built: OptimizerBuild, data: DataGroups) -> None:
 def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummary:
     config, progress, runtime = run.config, run.progress, run.runtime
     saving, scheduler = config[SavingOptions], config[SchedulerOptions]
+    names = CheckpointNames(saving.output_name, saving.save_model_as)
     return StartSummary(
         model=run.family.name,
         files=_files(run),
@@ -50,14 +52,15 @@ def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummar
         memory=_memory(run),
         seed=runtime.seed,
         seed_was_drawn=runtime.seed_was_drawn,
-        output=os.path.join(saving.output_dir or "", (saving.output_name or "last") + "." + (saving.save_model_as or "safetensors")),
+        output=os.path.join(saving.output_dir or "", names.file(names.last())),
         first_step=progress.global_step,
         notes=[*formula_warnings(config), *formula_notices(config, run.step.objective)],
     )
 
 
 def _files(run: Run) -> dict[str, str]:
-    files = {"base model": run.config[ModelOptions].pretrained_model_name_or_path or ""}
+    models = run.config[ModelOptions]
+    files = {"base model": models.pretrained_model_name_or_path or "", **({"vae": models.vae} if models.vae else {})}
     family = run.family.opts
     for name in option_fields(type(family)):
         value = getattr(family, name)

@@ -100,8 +100,7 @@ class TrainStep:
         """Scaled latents, from the cache or from the VAE in its own dtype."""
         latents = batch.latents
         if latents is None:
-            with torch.no_grad():
-                latents = self.strategies.latents_caching.encode(self.models.vae, batch.images, batch.latent_seeds)
+            latents = self.strategies.latents_caching.encode_images(self.models.vae, batch.images, batch.latent_seeds)
         return self.family.scale_latents(latents.to(self.runtime.device, torch.float32))
 
     def conditioning_of(self, batch: Batch) -> list[torch.Tensor | None]:

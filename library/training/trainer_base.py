@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import os
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from library.dataset import CachingOptions, DatasetOptions
+from library.device_utils import clean_memory_on_device
 from library.errors import Problems
 from library.options import Config
 from library.strategy_base import StrategySet
@@ -123,7 +123,7 @@ class Trainer:
         live = not self.config[CachingOptions].caches_latents
         kept = vae().to(runtime.device if live else "cpu") if live or keep else None
         del vae
-        release_memory()
+        clean_memory_on_device()
         return kept
 
     def text_phase(
@@ -138,7 +138,7 @@ class Trainer:
             return encode_sample_prompts(self.family, strategies, encoders, prompts)
 
         phase = prepare_text(data, strategies, runtime, load=load, encode_prompts=encode if prompts else None, trained=trained)
-        release_memory()
+        clean_memory_on_device()
         return phase
 
     def denoiser_phase(self, runtime: Runtime) -> torch.nn.Module:
@@ -240,10 +240,3 @@ class Trainer:
             timestep_samplers.build(self.config[TimestepOptions], is_flow=objective.is_flow), loss,
             seed=runtime.seed, validation_seed=validation_seed, trained_text_encoders=trained, hooks=list(hooks),
         )
-
-
-def release_memory() -> None:
-    """Give back what the last phase held; reference cycles of model classes live until a collection."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -86,7 +86,7 @@ def latents_arguments(tiny, data: Path) -> list[str]:
 
 def text_arguments(tiny, data: Path) -> list[str]:
     return [
-        f"--clip_l={tiny.clip_l}", f"--t5xxl={tiny.t5xxl}", f"--clip_l_tokenizer={tiny.clip_l_tokenizer}",
+        "--flux", f"--clip_l={tiny.clip_l}", f"--t5xxl={tiny.t5xxl}", f"--clip_l_tokenizer={tiny.clip_l_tokenizer}",
         "--t5xxl_max_token_length=24", f"--dataset_config={data}",
     ]  # fmt: skip
 
@@ -127,7 +127,7 @@ def test_the_configuration_file_of_a_training_serves_the_tools(tiny, data, tmp_p
         f"guidance_scale = 1.0\ncache_text_encoder_outputs = true\ndataset_config = '{data}'\n",
         encoding="utf-8",
     )
-    cache_tools.run("latents", ["--config_file", str(tmp_path / "train.toml")])
+    cache_tools.run("latents", ["--family=flux", "--config_file", str(tmp_path / "train.toml")])
     assert "passed over: guidance_scale, learning_rate, max_train_steps, network_module" in caplog.text
 
 
@@ -149,20 +149,20 @@ def test_all_problems_at_once_and_before_a_model_is_loaded(tiny, data):
     text = data.read_text().replace("flip_aug", "random_crop")
     data.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError) as error:
-        cache_tools.run("latents", ["--ae", str(tiny.t5xxl), f"--dataset_config={data}"])
+        cache_tools.run("latents", ["--flux", "--ae", str(tiny.t5xxl), f"--dataset_config={data}"])
     assert "--ae is" in str(error.value) and "random_crop" in str(error.value)
     with pytest.raises(ConfigError, match="--clip_l is not given"):
-        cache_tools.run("text", [f"--dataset_config={data}"])
+        cache_tools.run("text", ["--flux", f"--dataset_config={data}"])
     with pytest.raises(ConfigError, match="--t5xxl_max_token_length"):
-        cache_tools.run("text", [f"--dataset_config={data}"])
+        cache_tools.run("text", ["--flux", f"--dataset_config={data}"])
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--family", "flix"], "unknown model family 'flix'; did you mean 'flux'"),
-        (["--sdxl"], "sdxl is True; it is not available here: the family sdxl is not there yet"),
-        (["--no-cache_latents_to_disk"], "this tool does nothing but write these files"),
+        (["--family", "flux", "--sdxl"], "sdxl is True; it is not available here: the family sdxl is not there yet"),
+        (["--flux", "--no-cache_latents_to_disk"], "this tool does nothing but write these files"),
     ],
 )
 def test_what_the_tool_cannot_do(arguments, message):
@@ -170,9 +170,30 @@ def test_what_the_tool_cannot_do(arguments, message):
         cache_tools.run("latents", arguments)
 
 
-def test_the_family_may_be_left_out_while_there_is_only_one():
-    assert cache_tools.chosen_family(["--ae", "x"]) == "flux" or len(FAMILIES) > 1
+def test_the_family_may_be_left_out_while_there_is_only_one(monkeypatch):
+    for name in set(FAMILIES) - {"flux"}:
+        monkeypatch.delitem(FAMILIES, name)
+    assert cache_tools.chosen_family(["--ae", "x"]) == "flux"
     assert cache_tools.chosen_family(["--flux"]) == cache_tools.chosen_family(["--family", "flux"]) == "flux"
+
+
+@pytest.fixture
+def second_family(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "second", FAMILIES["flux"])
+    cache_tools.family_switches.cache_clear()
+    yield
+    cache_tools.family_switches.cache_clear()
+
+
+def test_one_of_several_families_must_be_named_but_not_for_help(second_family, capsys):
+    with pytest.raises(ConfigError, match="no model family is named; needed: --family with one of flux, .*second"):
+        cache_tools.run("latents", ["--ae", "x"])
+    with pytest.raises(ConfigError, match="several model families are named"):
+        cache_tools.run("latents", ["--flux", "--second"])
+    assert cache_tools.chosen_family(["--second"]) == "second"
+    cache_tools.main("latents", ["--help"])
+    text = capsys.readouterr().out
+    assert "Options of the family flux" in text and "--second" in text and "--sdxl" in text
 
 
 @pytest.mark.parametrize("tool", ["cache_latents.py", "cache_text_encoder_outputs.py"])
@@ -186,7 +207,7 @@ def test_help_needs_no_torch(tool, tmp_path):
 
 def test_an_error_is_one_line_and_a_status(tmp_path):
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "cache_latents.py"), "--vae_batch_sise", "2"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, str(ROOT / "tools" / "cache_latents.py"), "--flux", "--vae_batch_sise", "2"], capture_output=True, text=True, cwd=tmp_path
     )
     assert result.returncode == 2
     assert result.stderr.strip() == "error: unknown option --vae_batch_sise; did you mean 'vae_batch_size'?"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from library.errors import ConfigError, Problems, did_you_mean
+from library.family_table import FAMILIES
 from library.options import option
 from library.registry import Registry
 
@@ -14,7 +15,7 @@ NETWORKS: Registry = Registry("network module", option="network_module")
 NETWORKS.add("lora", "networks.lora")
 NETWORKS.add("lycoris", "lycoris.kohya", package="lycoris-lora")
 
-OWN_MODULES = ("networks.lora", "networks.lora_flux")
+OWN_MODULES = ("networks.lora", *dict.fromkeys(entry.targets.partition(":")[0] for entry in FAMILIES.values()))
 
 
 @dataclass(frozen=True, kw_only=True)

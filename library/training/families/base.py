@@ -38,6 +38,13 @@ def refused_by_flow(model: str) -> dict[str, str]:
     }
 
 
+def refused_by_ddpm(model: str) -> dict[str, str]:
+    """The same for families with a table of noise levels, whose timesteps are whole and uniform."""
+    reason = f"{model} is trained at whole timesteps, all equally likely; --min_timestep and --max_timestep bound them"
+    names = ("timestep_sampling", "sigmoid_scale", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "discrete_flow_shift")
+    return dict.fromkeys(names, reason)
+
+
 class ModelFamily(ABC):
     """Options and wiring of one architecture; holds no weights. Heavy imports happen inside methods."""
 
@@ -80,7 +87,8 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
-        """In the order in which the text strategy expects them."""
+        """In the order in which the text strategy expects them. One that can learn has `get_input_embeddings` and
+        `gradient_checkpointing_enable` as models of transformers have, and no dropout."""
 
     @abstractmethod
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
@@ -91,7 +99,7 @@ class ModelFamily(ABC):
     def objective(self) -> Objective: ...
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """From what the cache stores to what the denoiser sees."""
+        """From what the cache stores [B, C, h, w] to what the denoiser sees; of any rank, [B, C, 1, h, w] say."""
         return latents
 
     @abstractmethod

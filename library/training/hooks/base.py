@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Hook:
     """Every method is empty; a hook fills those it needs. All ranks call all methods, in the order of `Run.hooks`.
 
-    Three methods replace instead of add, at most one hook may define each: `process_batch` (the body of TrainStep),
+    Two methods replace instead of add, and at most one hook may define each: `process_batch` (the body of TrainStep) and
     `compute_loss` (from DiTOutput to the loss). Their default is None.
     """
 

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.atomic_file import atomic_path
+from library.training.checkpoint import CheckpointNames
 from library.training.hooks.base import Hook
 from library.training.hooks.losses import LossReader, StepLoss
 from library.training.option_groups import SavingOptions
 
 if TYPE_CHECKING:
     from library.training.run import Run
-
-DEFAULT_NAME = "last"
-
 
 class LossCurveHook(Hook):
     """Writes `{output_name}-loss.png` and `{output_name}-loss.csv` after every save and at the end of the run."""
@@ -53,7 +51,7 @@ class LossCurveHook(Hook):
         if not self.steps or not options.output_dir or content == self._drawn:
             return
         self._drawn = content
-        stem = Path(options.output_dir) / f"{options.output_name or DEFAULT_NAME}-loss"
+        stem = Path(options.output_dir) / f"{CheckpointNames(options.output_name).last()}-loss"
         averages = trailing_mean(self.losses, run.progress.steps_per_epoch)
         write_table(stem.with_name(stem.name + ".csv"), self.steps, self.losses, averages, self.validation)
         plot_losses(stem.with_name(stem.name + ".png"), self.steps, self.losses, averages, self.validation)

@@ -117,12 +117,6 @@ class WandbTracker(Tracker):
         self._run.finish()
 
 
-def check_logging(options: LoggingOptions) -> None:
-    """Raise ConfigError for a tracker configuration that cannot be read, before anything is loaded."""
-    if options.log_tracker_config:
-        _wandb_arguments(options.log_tracker_config)
-
-
 def _wandb_arguments(path: str) -> dict[str, Any]:
     """Arguments of wandb.init from a TOML file; they may stand in a table called `wandb`."""
     try:

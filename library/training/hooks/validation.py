@@ -64,7 +64,8 @@ class ValidationHook(Hook):
                     continue
                 batch = batch.to(device)
                 for time in times:
-                    output = run.step(batch, times=torch.full((len(batch),), time, device=device))
+                    # on the CPU, because the key of the draws is read from it: a time on the device would be waited for
+                    output = run.step(batch, times=torch.full((len(batch),), time))
                     total[0] += output.loss_sum.detach().to(total.dtype)
                     total[1] += output.count
         loss_sum, count = run.runtime.sum_over_ranks(total).tolist()

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     """(prediction, target [B, C, ...], timesteps [B] on the 0..1000 scale, objective) -> loss [B, C, ...]"""
 
 LOSSES: Registry[Callable] = Registry("loss", option="loss_type")
-LOSSES.add("l2", "library.training.losses.elementwise:l2_loss")
 LOSSES.add("l1", "library.training.losses.elementwise:l1_loss")
+LOSSES.add("l2", "library.training.losses.elementwise:l2_loss")
 LOSSES.add("huber", "library.training.losses.elementwise:huber_loss")
 LOSSES.add("smooth_l1", "library.training.losses.elementwise:smooth_l1_loss")
 
@@ -33,7 +33,7 @@ HUBER_SCHEDULES = ("constant", "exponential", "snr")
 class LossOptions:
     """Loss of one element."""
 
-    loss_type: str = option("l2", choices=("l1", "l2", "huber", "smooth_l1"), help="loss of one element of the prediction")
+    loss_type: str = option("l2", choices=LOSSES.names(), help="loss of one element of the prediction")
     huber_schedule: str = option(
         "snr", choices=HUBER_SCHEDULES, help="how the threshold of huber and smooth_l1 depends on the timestep"
     )

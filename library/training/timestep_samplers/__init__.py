@@ -31,8 +31,7 @@ SIGMOID_MODES = frozenset({"sigmoid", "shift", "flux_shift", "flux2_shift", "qwe
 
 
 class TimestepSampler(Protocol):
-    """Draws times in the unit of the objective. An adaptive sampler has `record`, `refresh`, `state_dict` and
-    `load_state_dict` as well; the loop calls those that exist."""
+    """Draws times in the unit of the objective; a pure function of the draws, so that a resumed run draws the same."""
 
     def sample(self, latent_shape: Sequence[int], draws: StepDraws) -> torch.Tensor: ...
 

@@ -23,6 +23,8 @@ class Trainable(ABC):
 
     name: ClassVar[str]
     options: ClassVar[type]
+    spec_kind: ClassVar[str] = ""
+    """what modelspec.architecture ends in: lora, textual-inversion, controlnet; "" for a full model"""
 
     def __init__(self, config: Config) -> None:
         self.config = config

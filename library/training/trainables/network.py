@@ -47,6 +47,7 @@ class NetworkTrainable(Trainable):
 
     name = "network"
     options = NetworkOptions
+    spec_kind = "lora"
     opts: NetworkOptions
 
     def check(self, family: ModelFamily) -> None:

@@ -274,6 +274,16 @@ def test_batches_are_of_one_size(tmp_path):
     assert len(seen) == 2 and {shape[0] for shape in seen} == {4}
 
 
+def test_latents_that_no_cache_could_be_read_back_with_are_not_written(item, tmp_path):
+    class WithFrames(SmallLatentsCaching):
+        def encode(self, vae, images, seeds):
+            return super().encode(vae, images, seeds)[:, :, None]  # [B, C, 1, h, w]
+
+    with pytest.raises(CheckpointError, match=r"latents of shape \[16, 1, \d+, \d+\].*those of flux have shape \[16, \d+, \d+\]"):
+        fill([item], WithFrames(FLUX, True))
+    assert not list(tmp_path.glob("*.npz"))
+
+
 def test_undecodable_images_are_all_named_and_the_others_are_cached(tmp_path):
     items = bucketed(make_folder(tmp_path, 4, sizes=((64, 64),)))
     for bad in (items[1], items[2]):

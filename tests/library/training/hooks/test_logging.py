@@ -6,10 +6,9 @@ import sys
 
 import pytest
 
-from library.errors import ConfigError
 from library.training.hooks.logging import LoggingHook, LossWindow, lines_above_bar
 from library.training.hooks.losses import LossReader
-from library.training.hooks.trackers import check_logging, open_trackers, recorded_config, run_log_dir
+from library.training.hooks.trackers import open_trackers, recorded_config, run_log_dir
 from library.training.loop import fit
 from library.training.option_groups import LoggingOptions
 from tests.library.training.hooks.small_run import LineData, small_run
@@ -76,15 +75,6 @@ def test_the_recorded_options_hold_no_secret_and_no_path():
     text = json.dumps(recorded)
     assert "secret" not in text and "someone" not in text and "wandb_api_key" not in recorded and "output_dir" not in recorded
     assert recorded["output_name"] == "name" and recorded["max_train_steps"] == 1600
-
-
-def test_a_broken_tracker_configuration_is_an_error_at_start(tmp_path):
-    path = tmp_path / "tracker.toml"
-    path.write_text("name = ")
-    with pytest.raises(ConfigError, match="not a TOML file"):
-        check_logging(LoggingOptions(log_tracker_config=str(path)))
-    with pytest.raises(ConfigError, match="cannot be read"):
-        check_logging(LoggingOptions(log_tracker_config=str(tmp_path / "none.toml")))
 
 
 def test_the_bar_shows_steps_and_average_as_lines_in_a_log_file(capsys):
