@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import rotate_halves, scaled_attention
+from library.attention import rotate_halves, scaled_attention, timestep_embedding
 from library.custom_offloading_utils import BlockStackMixin, ModelOffloader
 
 Rope = tuple[Tensor, Tensor]
@@ -90,14 +90,6 @@ class AnimaParams:
         """Widths of the rotary axes (t, h, w): 44, 42, 42 of 128."""
         spatial = self.head_dim // 6 * 2
         return self.head_dim - 2 * spatial, spatial, spatial
-
-
-def sinusoid(times: Tensor, width: int) -> Tensor:
-    """[cos(t w) | sin(t w)] with w_k = 10000^(-k / (width/2)); times are taken as they are. [B] -> [B, width], float32."""
-    half = width // 2
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=times.device) / half)
-    angles = times.float()[:, None] * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 def image_angles(frames: int, rows: int, columns: int, params: AnimaParams, device: torch.device | None = None) -> Tensor:
@@ -393,7 +385,7 @@ class Anima(BlockStackMixin, nn.Module):
             context = self.llm_adapter(context.to(self.dtype), target_ids, target_mask, source_mask)
         context = context.to(self.dtype)  # [B, L, C]
         tokens = self.x_embedder(_with_mask(x, padding_mask).to(self.dtype))  # [B, T'H'W', D]
-        sinusoids = sinusoid(timesteps, self.params.model_channels)  # float32: the time is not rounded
+        sinusoids = timestep_embedding(timesteps, self.params.model_channels, 1.0)  # float32: the time is not rounded
         adaln_lora = self.t_embedder[1](sinusoids.to(self.dtype))  # [B, 3D]
         emb = self.t_embedding_norm(sinusoids).to(self.dtype)  # [B, D]
 

@@ -1,7 +1,8 @@
-"""Attention and rotary positions shared by the denoisers."""
+"""Attention, rotary positions and time embeddings shared by the denoisers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -47,3 +48,11 @@ def rotate_halves(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     full = states.float()
     first, second = full.chunk(2, dim=-1)
     return full * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def timestep_embedding(timesteps: Tensor, width: int, time_factor: float = 1000.0) -> Tensor:
+    """[cos(t w) | sin(t w)] with w_k = 10000^(-k / (width/2)), t = timesteps * time_factor. [B] -> [B, width], float32."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
+    angles = (timesteps.float() * time_factor)[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)

@@ -16,6 +16,10 @@ NOT_A_MODEL = frozenset({"missing", "empty", "truncated", "damaged", "pickle", "
 """kinds of things from which no weight can be read"""
 
 WANTED_TEXTS: dict[str, str] = {
+    "sd1": "a Stable Diffusion 1 checkpoint or diffusers folder",
+    "sd2": "a Stable Diffusion 2 checkpoint or diffusers folder",
+    "sdxl": "an SDXL checkpoint or diffusers folder",
+    "vae_sd": "a Stable Diffusion autoencoder",
     "flux": "a FLUX.1 denoiser (flux1-dev.safetensors, or the transformer folder of a diffusers model)",
     "chroma": "a Chroma denoiser",
     "clip_l": "a CLIP-L text encoder (clip_l.safetensors)",
@@ -32,8 +36,8 @@ WANTED_TEXTS: dict[str, str] = {
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PREFERRED_SUBFOLDER = {
-    "flux": "transformer", "vae_flux": "vae", "clip_l": "text_encoder", "t5": "text_encoder_2", "anima": "transformer",
-    "qwen3": "text_encoder", "vae_wan": "vae",
+    "flux": "transformer", "vae_flux": "vae", "clip_l": "text_encoder", "t5": "text_encoder_2", "sd1": "unet", "sd2": "unet",
+    "sdxl": "unet", "vae_sd": "vae", "anima": "transformer", "qwen3": "text_encoder", "vae_wan": "vae",
 }  # fmt: skip
 
 

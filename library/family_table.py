@@ -18,6 +18,12 @@ class FamilyEntry:
 
 
 FAMILIES: dict[str, FamilyEntry] = {
+    "sd": FamilyEntry(
+        "library.training.families.sd:SdFamily", denoisers=("UNet2DConditionModel",), targets="networks.lora_sd:TARGETS"
+    ),
+    "sdxl": FamilyEntry(
+        "library.training.families.sdxl:SdxlFamily", denoisers=("SdxlUNet2DConditionModel",), targets="networks.lora_sdxl:TARGETS"
+    ),
     "flux": FamilyEntry(
         "library.training.families.flux:FluxFamily", denoisers=("Flux",), targets="networks.lora_flux:TARGETS"
     ),

@@ -14,16 +14,10 @@ from einops import rearrange
 from torch import Tensor
 
 from library.errors import CheckpointError
-from library.flux_convert import (
-    attention_as_convolution,
-    convert_bfl_sd_to_diffusers,
-    convert_diffusers_sd_to_bfl,
-    convert_diffusers_vae_to_ldm,
-    is_diffusers_autoencoder,
-    is_diffusers_denoiser,
-)
-from library.flux_models import AutoEncoder, AutoEncoderParams, Flux, FluxParams
+from library.flux_convert import convert_bfl_sd_to_diffusers, convert_diffusers_sd_to_bfl, is_diffusers_denoiser
+from library.flux_models import AutoEncoder, Flux, FluxParams
 from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
+from library.ldm_utils import AE_PREFIXES, AutoEncoderInfo, Wanted, infer_autoencoder, inspect_autoencoder, load_autoencoder
 from library.model_loading import (
     CheckpointFiles,
     assign_state,
@@ -47,14 +41,13 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+AE_WANTED = Wanted("FLUX.1", "ae.safetensors", quant_conv=False, scaling={})
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.", "module.", "transformer.")
 DENOISER_ROOTS = (
     "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "double_blocks", "single_blocks", "final_layer",
     "distilled_guidance_layer", "x_embedder", "context_embedder", "time_text_embed", "transformer_blocks",
     "single_transformer_blocks", "proj_out", "norm_out",
 )  # fmt: skip
-AE_PREFIXES = ("first_stage_model.", "vae.")
-AE_ROOTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 _OTHER_PARTS = ("text_encoders.", "text_encoder.", "cond_stage_model.", "conditioner.", "model_ema.", *AE_PREFIXES)
 
 
@@ -221,66 +214,16 @@ def model_config_metadata(model: Flux | AutoEncoder) -> dict[str, str]:
     """{"model_config": JSON} for a model whose hyper-parameters do not follow from its shapes, else nothing."""
     state = model.state_dict()
     try:
-        infer = _infer_flux if isinstance(model, Flux) else _infer_autoencoder
+        infer = _infer_flux if isinstance(model, Flux) else infer_autoencoder
         params = build_params(type(model.params), infer(state, {}, ""), {}, "")
     except CheckpointError:
         params = None
     return {} if params == model.params else {"model_config": json.dumps(asdict(model.params), sort_keys=True)}
 
 
-@dataclass(frozen=True)
-class AutoEncoderInfo:
-    """What the headers of an autoencoder checkpoint tell."""
-
-    source: CheckpointFiles
-    prefix: str
-    is_diffusers: bool
-    params: AutoEncoderParams
-
-
 def inspect_ae(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:
     """Recognise a 16-channel autoencoder from headers alone; `config` overrides by the names of AutoEncoderParams."""
-    source = open_checkpoint(path, "vae")
-    prefix = find_prefix(source.shapes, AE_PREFIXES, AE_ROOTS, source.path, "autoencoder")
-    stripped = strip_prefix(source.shapes, prefix)
-    is_diffusers = is_diffusers_autoencoder(stripped)
-    shapes = convert_diffusers_vae_to_ldm(stripped) if is_diffusers else stripped
-    if "encoder.down.0.block.0.norm1.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
-        some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(f"{source.path} holds no FLUX.1 autoencoder (encoder.down.* is not there; it begins with {some})")
-    if "quant_conv.weight" in shapes:
-        channels = shapes["decoder.conv_in.weight"].shape[1]
-        raise CheckpointError(
-            f"{source.path} is the autoencoder of SD1, SD2 or SDXL (quant_conv, {channels} latent channels);"
-            " FLUX.1 needs its own, ae.safetensors"
-        )
-    names = {"norm_num_groups": "norm_groups", "scaling_factor": "scaling_factor", "shift_factor": "shift_factor"}
-    from_folder = {ours: source.config[theirs] for theirs, ours in names.items() if source.config.get(theirs) is not None}
-    given = {**from_folder, **source.model_config, **(config or {})}
-    params = build_params(AutoEncoderParams, _infer_autoencoder(shapes, given, source.path), given, source.path)
-    return AutoEncoderInfo(source, prefix, is_diffusers, params)
-
-
-def _infer_autoencoder(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
-    try:
-        ch = shapes["encoder.conv_in.weight"].shape[0]
-        levels = count_blocks(shapes, "encoder.down.")
-        widths = [shapes[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
-        inferred = {
-            "in_channels": shapes["encoder.conv_in.weight"].shape[1],
-            "out_ch": shapes["decoder.conv_out.weight"].shape[0],
-            "z_channels": shapes["decoder.conv_in.weight"].shape[1],
-        }
-    except KeyError as error:
-        raise CheckpointError(f"{path} does not fit AutoEncoder: {error.args[0]} is missing") from error
-    if any(width % ch for width in widths):
-        raise CheckpointError(f"{path}: the level widths {widths} are no multiples of the first one, {ch}")
-    return {
-        **inferred,
-        "ch": ch,
-        "ch_mult": tuple(width // ch for width in widths),
-        "num_res_blocks": count_blocks(shapes, "encoder.down.0.block."),
-    }
+    return inspect_autoencoder(path, config, wanted=AE_WANTED)
 
 
 def load_ae(
@@ -292,14 +235,7 @@ def load_ae(
 ) -> AutoEncoder:
     """Load the autoencoder of FLUX.1: a file in the original or the diffusers layout, alone or inside a larger file, or
     a diffusers folder. CheckpointError when the file does not fit."""
-    info = inspect_ae(path, config)
-    keys = [key for key in info.source.shapes if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in AE_ROOTS]
-    state = strip_prefix(info.source.tensors(device, disable_mmap, keys), info.prefix)
-    state = attention_as_convolution(convert_diffusers_vae_to_ldm(state) if info.is_diffusers else state)
-    model = build_on_meta(lambda: AutoEncoder(info.params))
-    check_state(model, state, os.fspath(path))
-    assign_state(model, {key: cast_floats(tensor, dtype).contiguous() for key, tensor in state.items()})
-    return model
+    return load_autoencoder(inspect_ae(path, config), dtype, device, disable_mmap)
 
 
 def get_t5xxl_actual_dtype(t5xxl: torch.nn.Module) -> torch.dtype:

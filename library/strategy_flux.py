@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library import text_encoder_utils
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import ConfigError
 from library.strategy_base import (
@@ -101,8 +102,7 @@ def pool_at_first_eos(clip_l: Any, ids: Tensor, eos_id: int) -> Tensor:
     device = _device(clip_l)
     ids = ids.to(device)
     states = clip_l.text_model(input_ids=ids).last_hidden_state  # [B, L, D]
-    first_eos = (ids == eos_id).int().argmax(dim=-1)
-    return states[torch.arange(len(states), device=device), first_eos]
+    return text_encoder_utils.pool_at_first_eos(states, ids, eos_id)
 
 
 def _device(model: Any) -> torch.device:

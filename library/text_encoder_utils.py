@@ -1,9 +1,10 @@
-"""CLIP-L and T5-XXL text encoders: sizes from shapes, loaded into the classes of transformers."""
+"""CLIP and T5-XXL text encoders: sizes from shapes, loaded into the classes of transformers."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from library.errors import CheckpointError
 from library.model_loading import (
+    CheckpointFiles,
     assign_state,
     build_on_meta,
     check_state,
@@ -20,10 +22,11 @@ from library.model_loading import (
     strip_prefix,
     undo_scaling,
 )
+from library.open_clip_convert import OPEN_CLIP_ROOTS, is_open_clip_text, open_clip_to_hf, with_text_model
 from library.safetensors_utils import FP8_DTYPES, cast_floats
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5EncoderModel
 
 CLIP_PREFIXES = (
     "text_encoders.clip_l.transformer.", "text_encoders.clip_l.", "cond_stage_model.transformer.",
@@ -34,41 +37,88 @@ _CLIP_TOLERATED = ("position_ids", "logit_scale", "visual_projection.weight")
 _HEAD_SIZE = 64
 
 
+@dataclass(frozen=True)
+class ClipSlot:
+    """Where a CLIP text encoder lies and what its shapes do not tell. `layers`: how many are used when the file has more;
+    `has_open_clip`: files of this encoder may be in the layout of open_clip; `subfolder`: its place in a folder."""
+
+    name: str
+    title: str
+    subfolder: str
+    prefixes: tuple[str, ...]
+    act: str
+    layers: int | None = None
+    has_open_clip: bool = False
+
+
+CLIP_L = ClipSlot("clip_l", "CLIP text encoder", "text_encoder", CLIP_PREFIXES, "quick_gelu")
+CLIP_H = ClipSlot(
+    "clip_h", "CLIP-H text encoder", "text_encoder", ("cond_stage_model.model.", "text_encoder."), "gelu", layers=23, has_open_clip=True
+)
+CLIP_G = ClipSlot(
+    "clip_g", "CLIP-G text encoder", "text_encoder_2",
+    ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer.", "text_encoder_2."), "gelu", has_open_clip=True,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ClipInfo:
+    """What the headers of a CLIP checkpoint tell; `values` by the names `width, heads, layers, vocab, act, eos, max_len, ff,
+    projection`."""
+
+    source: CheckpointFiles
+    prefix: str
+    is_open_clip: bool
+    values: dict[str, Any]
+
+
 def inspect_clip_l(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Hyper-parameters of a CLIP-L file by the names `width, heads, layers, vocab, act, eos, max_len, ff`, from headers."""
-    return _open_clip(path, config)[2]
+    """Hyper-parameters of a CLIP-L file by the names of `ClipInfo.values`, from headers."""
+    return inspect_clip(path, CLIP_L, config).values
 
 
-def _open_clip(path: str | os.PathLike, config: Mapping[str, Any] | None) -> tuple[Any, str, dict[str, Any]]:
-    source = open_checkpoint(path, "text_encoder")
-    prefix = find_prefix(source.shapes, CLIP_PREFIXES, ("text_model", "text_projection"), source.path, "CLIP text encoder")
-    shapes = strip_prefix(source.shapes, prefix)
+def inspect_clip(path: str | os.PathLike, slot: ClipSlot, config: Mapping[str, Any] | None = None) -> ClipInfo:
+    """Recognise a CLIP text encoder from headers alone; `config` overrides values. CheckpointError when there is none."""
+    source = open_checkpoint(path, slot.subfolder)
+    names = {key: with_text_model(key) for key in source.shapes}
+    roots = ("text_model", "text_projection", *(OPEN_CLIP_ROOTS if slot.has_open_clip else ()))
+    prefix = find_prefix(names.values(), slot.prefixes, roots, source.path, slot.title)
+    shapes = strip_prefix({names[key]: tensor for key, tensor in source.shapes.items()}, prefix)
+    is_open_clip = slot.has_open_clip and is_open_clip_text(shapes)
+    shapes = open_clip_to_hf(shapes) if is_open_clip else shapes
     tokens, first = "text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.mlp.fc1.weight"
     if tokens not in shapes or first not in shapes:
-        some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(f"{source.path} holds no CLIP text encoder (text_model.* is not there; it begins with {some})")
+        some = ", ".join(list(source.shapes)[:3]) or "no tensors"
+        raise CheckpointError(f"{source.path} holds no {slot.title} (text_model.* is not there; it begins with {some})")
     vocab, width = shapes[tokens].shape
+    layers = count_blocks(shapes, "text_model.encoder.layers.")
     inferred = {
         "width": width,
-        "layers": count_blocks(shapes, "text_model.encoder.layers."),
+        "layers": min(layers, slot.layers or layers),
         "vocab": vocab,
         "ff": shapes[first].shape[0],
         "max_len": shapes["text_model.embeddings.position_embedding.weight"].shape[0],
-        "act": "quick_gelu",
+        "act": slot.act,
         "eos": vocab - 1,
         "projection": shapes["text_projection.weight"].shape[0] if "text_projection.weight" in shapes else None,
     }
-    values = {**inferred, **_folder_clip_config(source.config), **source.model_config, **(config or {})}
+    own = source.model_config.get(slot.name, source.model_config)
+    values = {**inferred, **_folder_clip_config(source.config), **own, **(config or {})}
+    return ClipInfo(source, prefix, is_open_clip, _with_heads(values, source.path))
+
+
+def _with_heads(values: dict[str, Any], path: str) -> dict[str, Any]:
+    width = values["width"]
     if "heads" not in values:
         if width % _HEAD_SIZE:
             raise CheckpointError(
-                f"{source.path}: the width {width} is no multiple of {_HEAD_SIZE}, so the number of heads is not known;"
+                f"{path}: the width {width} is no multiple of {_HEAD_SIZE}, so the number of heads is not known;"
                 " give heads as an argument or under model_config in the file's metadata"
             )
         values["heads"] = width // _HEAD_SIZE
     if width % values["heads"]:
-        raise CheckpointError(f"{source.path}: heads is {values['heads']}; it must divide the width {width}")
-    return source, prefix, values
+        raise CheckpointError(f"{path}: heads is {values['heads']}; it must divide the width {width}")
+    return values
 
 
 def _folder_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,10 +141,54 @@ def load_clip_l(
     A file without `text_projection.weight` gets the identity; FLUX.1 does not use it. CheckpointError when the file does
     not fit.
     """
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    return load_clip(path, CLIP_L, dtype, device, disable_mmap, config)
 
-    source, prefix, values = _open_clip(path, config)
-    model_config = CLIPTextConfig(
+
+def load_clip(
+    path: str | os.PathLike,
+    slot: ClipSlot,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> CLIPTextModelWithProjection:
+    """Load a CLIP text encoder from a file (any known prefix and layout) or a folder.
+
+    What the file holds beside the layers in use (further layers, logit_scale) stays in `model.unused_tensors` under the
+    names of transformers, so that it can be written back. CheckpointError when the file does not fit.
+    """
+    from transformers import CLIPTextModelWithProjection
+
+    info = inspect_clip(path, slot, config)
+    values = info.values
+    names = {key: with_text_model(key) for key in info.source.shapes}
+    keys = [key for key, name in names.items() if name.startswith(info.prefix)]
+    tensors = info.source.tensors(device, disable_mmap, keys)
+    state = undo_scaling(strip_prefix({names[key]: tensor for key, tensor in tensors.items()}, info.prefix), dtype or torch.float32)
+    state = open_clip_to_hf(state) if info.is_open_clip else state
+    state = {key: _cast_up(tensor, dtype) for key, tensor in state.items() if key.startswith(("text_model.", "text_projection.", "logit_scale"))}
+    if "text_projection.weight" not in state:
+        kind = state["text_model.final_layer_norm.weight"].dtype
+        state["text_projection.weight"] = torch.eye(values["width"], dtype=kind, device=device)
+    unused = {key: state.pop(key) for key in list(state) if _layer_number(key) >= values["layers"] or key == "logit_scale"}
+    model = build_on_meta(lambda: CLIPTextModelWithProjection(_clip_config(values)))
+    check_state(model, state, info.source.path, lambda key: key.endswith(_CLIP_TOLERATED))
+    assign_state(model, state)
+    _rebuild_buffers(model, device)
+    model.unused_tensors = {key: tensor.cpu() for key, tensor in unused.items()}
+    return model
+
+
+def _layer_number(key: str) -> int:
+    """Number of the encoder layer that a key belongs to, -1 for the rest."""
+    start = "text_model.encoder.layers."
+    return int(key[len(start) :].split(".")[0]) if key.startswith(start) else -1
+
+
+def _clip_config(values: Mapping[str, Any]) -> CLIPTextConfig:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
         vocab_size=values["vocab"],
         hidden_size=values["width"],
         intermediate_size=values["ff"],
@@ -107,18 +201,6 @@ def load_clip_l(
         eos_token_id=values["eos"],
         pad_token_id=values["eos"],
     )
-    wide = dtype or torch.float32
-    keys = [key for key in source.shapes if key.startswith(prefix)]
-    state = undo_scaling(strip_prefix(source.tensors(device, disable_mmap, keys), prefix), wide)
-    state = {key: _cast_up(tensor, dtype) for key, tensor in state.items() if key.startswith(("text_model.", "text_projection."))}
-    if "text_projection.weight" not in state:
-        kind = state["text_model.final_layer_norm.weight"].dtype
-        state["text_projection.weight"] = torch.eye(values["width"], dtype=kind, device=device)
-    model = build_on_meta(lambda: CLIPTextModelWithProjection(model_config))
-    check_state(model, state, source.path, lambda key: key.endswith(_CLIP_TOLERATED))
-    assign_state(model, state)
-    _rebuild_buffers(model, device)
-    return model
 
 
 def _cast_up(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -134,6 +216,13 @@ def _rebuild_buffers(model: torch.nn.Module, device: torch.device | str) -> None
                 if name != "position_ids":
                     raise AssertionError(f"buffer {name} of {type(module).__name__} has no data")
                 module.register_buffer(name, torch.arange(buffer.shape[-1], device=device).expand(buffer.shape), persistent=False)
+
+
+def pool_at_first_eos(states: Tensor, ids: Tensor, eos_id: int) -> Tensor:
+    """The state [B, D] of `states` [B, L, D] at the first end token of each row of `ids` [B, L]; a row without one (which
+    tokenizers do not make) is pooled at its first place."""
+    first = (ids == eos_id).int().argmax(dim=-1).to(states.device)
+    return states[torch.arange(len(states), device=states.device), first]
 
 
 def inspect_t5xxl(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -54,6 +54,51 @@ def vae_ldm16(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tens
 
 
 @torch.no_grad()
+def vae_ldm4(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.sd_utils import load_vae_sd
+
+    vae = _loaded(load_vae_sd, weights, config)
+    mean, logvar = vae.encode_moments(inputs["image"])
+    decoded = vae.decode(vae.scale(inputs["latent"]))  # the file holds raw latents
+    return {"mean": mean, "logvar": logvar, "scaled_latent": vae.encode(inputs["image"]), "decoded": decoded}
+
+
+@torch.no_grad()
+def unet_sd(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.sd_utils import load_unet_sd
+
+    model = _loaded(load_unet_sd, weights, config)
+    return {"out": model(inputs["sample"], inputs["timesteps"], inputs["context"])}
+
+
+@torch.no_grad()
+def unet_sdxl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.sdxl_utils import load_unet_sdxl
+
+    model = _loaded(load_unet_sdxl, weights, config)
+    return {"out": model(inputs["sample"], inputs["timesteps"], inputs["context"], inputs["y"])}
+
+
+@torch.no_grad()
+def clip_g(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    """What peers make of the projection stored the other way round is not computed."""
+    from library.text_encoder_utils import CLIP_G, load_clip, pool_at_first_eos
+
+    values = {**config, "act": "gelu"}
+    model = _loaded(lambda path, *rest, **more: load_clip(path, CLIP_G, *rest, **more), weights, values)
+    result = model(inputs["ids"], output_hidden_states=True)
+    pooled = pool_at_first_eos(result.last_hidden_state, inputs["ids"], config["eos"])
+    norm = model.text_model.final_layer_norm
+    return {
+        "last_normed": result.last_hidden_state,
+        "penultimate_normed": norm(result.hidden_states[-2]),
+        "penultimate_raw": result.hidden_states[-2],
+        "pooled_before_projection": pooled,
+        "pooled_projected": model.text_projection(pooled),
+    }
+
+
+@torch.no_grad()
 def clip_l(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     from library.strategy_flux import pool_at_first_eos
     from library.text_encoder_utils import load_clip_l
@@ -120,10 +165,9 @@ def te_qwen3(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tenso
 
 
 def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
-    """The parts that FLUX and Anima use."""
-    from library.anima_models import AnimaParams, cos_sin, image_angles, sinusoid, text_angles
-    from library.attention import rope_cos_sin
-    from library.flux_models import timestep_embedding
+    """The parts that FLUX.1, Stable Diffusion, SDXL and Anima use."""
+    from library.anima_models import AnimaParams, cos_sin, image_angles, text_angles
+    from library.attention import rope_cos_sin, timestep_embedding
     from library.flux_utils import pack_latents, prepare_img_ids
     from library.training.timesteps import MU_LINES, line_mu, shift_sigmas
 
@@ -139,8 +183,49 @@ def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensor
         "rope_anima_angles": image_angles(*ANIMA_GRID, AnimaParams()),
         "rope_anima_adapter_cos": cos_sin(text_angles(ANIMA_TEXT, 64))[0],
         "rope_anima_adapter_sin": cos_sin(text_angles(ANIMA_TEXT, 64))[1],
-        "time_anima_64": sinusoid(inputs["time/unit"], 64),
+        "time_anima_64": timestep_embedding(inputs["time/unit"], 64, 1.0),
         **{f"flow_shift_{shift}": shift_sigmas(sigmas, shift) for shift in FLOW_SHIFTS},
+        **noise_schedule(inputs),
+        **snr_weights(inputs),
+    }
+
+
+def noise_schedule(inputs: Tensors) -> Tensors:
+    """The schedule of Stable Diffusion, plain and zero-terminal, and the sinusoids of times and sizes."""
+    from library.attention import timestep_embedding
+    from library.keyed_random import StepDraws
+    from library.sdxl_train_utils import get_size_embeddings
+    from library.training.objective import DdpmObjective
+
+    sizes = (inputs["sdxl/original_hw"], inputs["sdxl/crop_top_left"], inputs["sdxl/target_hw"])
+    outputs = {"time_sd_320": timestep_embedding(inputs["time/int"], 320, 1.0), "sdxl_size_embeddings": get_size_embeddings(*sizes)}
+    draws = StepDraws(0, 0, [0, 1, 2])
+    for name, is_zero in (("sd", False), ("ztsnr", True)):
+        objective = DdpmObjective(None, None, prediction_type="v", zero_terminal_snr=is_zero)
+        sample = objective.corrupt(inputs["sd/x0"], inputs["sd/noise"], inputs["sd/t"], draws)
+        alphas = objective.alphas_cumprod
+        outputs |= {
+            f"{name}_alphas_cumprod": alphas,
+            f"{name}_betas": 1 - alphas / torch.cat((torch.ones(1, dtype=alphas.dtype), alphas[:-1])),
+            f"{name}_add_noise": sample.noisy_latents,
+            f"{name}_velocity": sample.target,
+        }
+        if not is_zero:
+            outputs["sd_snr"] = objective.snr(torch.arange(1000))
+    return outputs
+
+
+def snr_weights(inputs: Tensors) -> Tensors:
+    """Losses times the factors by signal-to-noise ratio."""
+    from library.training.loss_weights import snr as factors
+    from library.training.objective import DdpmObjective
+
+    loss, snr = inputs["sd/loss"], DdpmObjective(None).snr(inputs["sd/t_loss"])
+    return {
+        **{f"min_snr_gamma5_vpred{int(is_v)}": loss * factors.min_snr_factor(snr, 5.0, is_v) for is_v in (False, True)},
+        **{f"debiased_vpred{int(is_v)}": loss * factors.debiased_factor(snr, True, is_v) for is_v in (False, True)},
+        "scale_v_pred_loss": loss * factors.scale_v_factor(snr, True, True),
+        "v_pred_like_loss_0.25": loss * factors.v_pred_like_factor(snr, 0.25, False),
     }
 
 
@@ -148,6 +233,11 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "flux_dev": flux,
     "flux_schnell": flux,
     "vae_ldm16": vae_ldm16,
+    "sd15_unet": unet_sd,
+    "sd21_unet": unet_sd,
+    "sdxl_unet": unet_sdxl,
+    "vae_ldm4": vae_ldm4,
+    "clip_g": clip_g,
     "clip_l": clip_l,
     "te_t5xxl": te_t5xxl,
     "anima": anima,

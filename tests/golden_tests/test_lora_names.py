@@ -40,7 +40,35 @@ def anima_models():
         return Anima(AnimaParams(adapter=AdapterParams())), [qwen3]
 
 
-MODELS = {"flux": flux_models, "anima": anima_models}
+def clip(width: int, layers: int, heads: int):
+    """A CLIP text encoder without data."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    return CLIPTextModelWithProjection(CLIPTextConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads, projection_dim=width
+    ))
+
+
+def sd_models():
+    """Stable Diffusion 1.5 with CLIP-L, without data."""
+    from library.sd_models import UNet2DConditionModel
+    from library.unet_models import UNetParams
+
+    with torch.device("meta"):
+        return UNet2DConditionModel(UNetParams()), [clip(768, 12, 12)]
+
+
+def sdxl_models():
+    """SDXL with CLIP-L and bigG, without data."""
+    from library.sdxl_models import SdxlUNet2DConditionModel
+    from tests.library.test_unet_utils import SDXL
+
+    with torch.device("meta"):
+        return SdxlUNet2DConditionModel(SDXL), [clip(768, 12, 12), clip(1280, 32, 20)]
+
+
+MODELS = {"flux": flux_models, "anima": anima_models, "sd1": sd_models, "sdxl": sdxl_models}
+OUR_NAMES = {"sd1": "sd"}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +77,7 @@ def models():
     return lambda family: made.setdefault(family, MODELS[family]())
 
 
-@pytest.mark.parametrize("case", behaviour_cases("lora_names.json.gz", where=lambda case: case["family"] in FAMILIES))
+@pytest.mark.parametrize("case", behaviour_cases("lora_names.json.gz", where=lambda case: OUR_NAMES.get(case["family"], case["family"]) in FAMILIES))
 def test_names_and_shapes_of_a_network(case, models):
     denoiser, text_encoders = models(case["family"])
     module = importlib.import_module(case["network_module"])

@@ -91,6 +91,8 @@ def inputs_of(case, tmp_path, *more):
     recorded, text = case["final_file"]["json"], case["final_file"]["text"]
     counts = {name: int(text[f"ss_{name}"]) for name in COUNTS}
     spec = {"architecture": text["modelspec.architecture"].partition("/")[0], "implementation": text["modelspec.implementation"]}
+    if "modelspec.prediction_type" in text:
+        spec["prediction_type"] = text["modelspec.prediction_type"]
     return MetadataInputs(
         config=config, session_id=7, started_at=1e9, datasets=recorded["ss_datasets"],
         tag_frequency=recorded["ss_tag_frequency"], num_processes=1, optimizer=text["ss_optimizer"], family=family.metadata(),

@@ -1,0 +1,38 @@
+"""The forward of Stable Diffusion 1 and 2 that training and sampling share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from library.ldm_train_utils import guided
+
+if TYPE_CHECKING:
+    from library.sd_models import UNet2DConditionModel
+
+
+def predict_noise(unet: UNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, conditioning: Sequence[Tensor], **inputs: Any) -> Tensor:
+    """Prediction (noise or v) [B, 4, H, W] at timesteps [B] 0..999; `conditioning` is [text states [B, L, D]]."""
+    return unet(noisy_latents, timesteps, conditioning[0].to(noisy_latents.device), **inputs)
+
+
+def guided_predictor(
+    unet: UNet2DConditionModel, conditioning: Sequence[Tensor], negative: Sequence[Tensor] | None, cfg_scale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function (latents [1, 4, H, W], timestep) -> prediction. Both prompts run as one batch, negative first."""
+    with_cfg = negative is not None and cfg_scale != 1.0
+    states = [torch.cat(pair) for pair in zip(negative, conditioning, strict=True)] if with_cfg else conditioning
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        rows = 2 if with_cfg else 1
+        times = torch.full((rows,), float(timestep), device=latents.device)
+        predicted = predict_noise(unet, latents.repeat(rows, 1, 1, 1), times, states).float()
+        if not with_cfg:
+            return predicted
+        first, second = predicted.chunk(2)
+        return guided(second, first, cfg_scale)
+
+    return predict

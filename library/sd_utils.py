@@ -1,0 +1,102 @@
+"""Stable Diffusion 1 and 2 checkpoints: loading the three parts from a file or folder, and saving them as one file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from library.errors import CheckpointError
+from library.ldm_models import AutoEncoder
+from library.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
+from library.open_clip_convert import hf_to_open_clip
+from library.safetensors_utils import cast_floats, save_file_atomic
+from library.sd_models import UNet2DConditionModel
+from library.text_encoder_utils import CLIP_H, CLIP_L, ClipSlot, load_clip
+from library.unet_utils import UNetInfo, inspect_unet, load_unet, unet_file_state
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModelWithProjection
+
+VAE_WANTED = Wanted("Stable Diffusion", "with 4 latent channels", quant_conv=True, scaling={"scaling_factor": 0.18215, "shift_factor": 0.0})
+_V2_LAYERS_IN_FILE = 24
+
+
+def inspect_sd_unet(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> UNetInfo:
+    """Recognise a Stable Diffusion 1 or 2 U-Net from headers alone. CheckpointError for anything else."""
+    info = inspect_unet(path, config)
+    if info.is_sdxl:
+        raise CheckpointError(f"{info.source.path} is an SDXL checkpoint; Stable Diffusion 1 or 2 is needed (SDXL has its own script)")
+    return info
+
+
+def load_unet_sd(
+    path: str | os.PathLike, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> UNet2DConditionModel:
+    """Load the U-Net of a single file (.safetensors, .ckpt) or diffusers folder."""
+    return load_unet(
+        inspect_sd_unet(path, config), UNet2DConditionModel, tree_is_diffusers=True, dtype=dtype, device=device, disable_mmap=disable_mmap
+    )
+
+
+def text_slot(is_v2: bool) -> ClipSlot:
+    """Stable Diffusion 1 reads captions through CLIP-L, 2 through the first 23 of 24 layers of CLIP-H."""
+    return CLIP_H if is_v2 else CLIP_L
+
+
+def load_text_encoder_sd(
+    path: str | os.PathLike, is_v2: bool, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> CLIPTextModelWithProjection:
+    return load_clip(path, text_slot(is_v2), dtype, device, disable_mmap, config)
+
+
+def inspect_vae_sd(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:
+    return inspect_autoencoder(path, config, wanted=VAE_WANTED)
+
+
+def load_vae_sd(
+    path: str | os.PathLike, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> AutoEncoder:
+    return load_autoencoder(inspect_vae_sd(path, config), dtype, device, disable_mmap)
+
+
+def checkpoint_state(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModelWithProjection, vae: AutoEncoder, is_v2: bool
+) -> dict[str, Tensor]:
+    """All weights under the keys of a single file."""
+    state = {f"model.diffusion_model.{key}": tensor for key, tensor in unet_file_state(unet, tree_is_diffusers=True).items()}
+    state |= {f"first_stage_model.{key}": tensor for key, tensor in vae.state_dict().items()}
+    text = {**text_encoder.state_dict(), **getattr(text_encoder, "unused_tensors", {})}
+    if is_v2:
+        return state | {f"cond_stage_model.model.{key}": tensor for key, tensor in hf_to_open_clip(_all_v2_layers(text)).items()}
+    text = {key: tensor for key, tensor in text.items() if key.startswith("text_model.")}
+    positions = text["text_model.embeddings.position_embedding.weight"]
+    text["text_model.embeddings.position_ids"] = torch.arange(len(positions), device=positions.device)[None]
+    return state | {f"cond_stage_model.transformer.{key}": tensor for key, tensor in text.items()}
+
+
+def _all_v2_layers(text: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Readers expect the layer that is never used and the logit scale. A model from a folder has neither: the layer before
+    stands in, and ln 100, where that number starts."""
+    complete = dict(text)
+    complete.setdefault("logit_scale", torch.tensor(4.6052, dtype=text["text_projection.weight"].dtype))
+    used = max(int(key.split(".")[3]) for key in text if key.startswith("text_model.encoder.layers.")) + 1
+    if used == _V2_LAYERS_IN_FILE - 1:
+        before, last = f"text_model.encoder.layers.{used - 1}.", f"text_model.encoder.layers.{used}."
+        complete |= {last + key.removeprefix(before): tensor for key, tensor in text.items() if key.startswith(before)}
+    return complete
+
+
+def save_checkpoint_sd(
+    path: str | os.PathLike, unet: UNet2DConditionModel, text_encoder: CLIPTextModelWithProjection, vae: AutoEncoder, *,
+    is_v2: bool, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write one file in the original layout."""
+    state = checkpoint_state(unet, text_encoder, vae, is_v2)
+    save_file_atomic({key: cast_floats(tensor, dtype).contiguous() for key, tensor in state.items()}, path, metadata)

@@ -1,0 +1,66 @@
+"""The forward of SDXL that training and sampling share, and its vector of pooled text and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from library.attention import timestep_embedding
+from library.ldm_train_utils import guided
+
+if TYPE_CHECKING:
+    from library.sdxl_models import SdxlUNet2DConditionModel
+
+SIZE_WIDTH = 256
+NUM_SIZES = 6
+
+
+def get_size_embeddings(original_hw: Tensor, crop_top_left: Tensor, target_hw: Tensor, width: int = SIZE_WIDTH) -> Tensor:
+    """Sinusoids of the six numbers side by side, [B, 6 width] float32; each argument [B, 2] in pixels.
+
+    Order: original height, width; crop top, left; target height, width. Source: SDXL, arXiv 2307.01952, section 2.2.
+    """
+    numbers = torch.cat((original_hw, crop_top_left, target_hw), dim=1)  # [B, 6]
+    return timestep_embedding(numbers.flatten(), width, time_factor=1.0).view(len(numbers), -1)
+
+
+def predict_noise(
+    unet: SdxlUNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, conditioning: Sequence[Tensor],
+    sizes: tuple[Tensor, Tensor, Tensor], **inputs: Any,
+) -> Tensor:
+    """Prediction (noise or v) [B, 4, H, W] at timesteps [B] 0..999.
+
+    `conditioning` is [CLIP-L states, bigG states, pooled bigG]; `sizes` are (original, crop, target), [B, 2] each. Small
+    models have a narrower vector: what the pooled state leaves of it is shared by the six numbers.
+    """
+    device = noisy_latents.device
+    first, second, pooled = (tensor.to(device) for tensor in conditioning)
+    context = torch.cat((first, second), dim=2)  # [B, L, D1 + D2]
+    width = (unet.params.adm_in_channels - pooled.shape[1]) // NUM_SIZES
+    embedded = get_size_embeddings(*(size.to(device) for size in sizes), width=width)
+    return unet(noisy_latents, timesteps, context, torch.cat((pooled, embedded.to(pooled.dtype)), dim=1), **inputs)
+
+
+def guided_predictor(
+    unet: SdxlUNet2DConditionModel, conditioning: Sequence[Tensor], negative: Sequence[Tensor] | None, cfg_scale: float,
+    height: int, width: int,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function (latents [1, 4, H, W], timestep) -> prediction. Both prompts run as one batch, negative first; the sizes are
+    those of the picture, uncropped."""
+    with_cfg = negative is not None and cfg_scale != 1.0
+    states = [torch.cat(pair) for pair in zip(negative, conditioning, strict=True)] if with_cfg else conditioning
+    rows = 2 if with_cfg else 1
+    size, crop = torch.tensor([[height, width]] * rows), torch.zeros(rows, 2, dtype=torch.long)
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        times = torch.full((rows,), float(timestep), device=latents.device)
+        predicted = predict_noise(unet, latents.repeat(rows, 1, 1, 1), times, states, (size, crop, size)).float()
+        if not with_cfg:
+            return predicted
+        first, second = predicted.chunk(2)
+        return guided(second, first, cfg_scale)
+
+    return predict

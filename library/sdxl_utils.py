@@ -1,0 +1,86 @@
+"""SDXL checkpoints: loading the four parts from a file or folder, and saving them as one file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from library.errors import CheckpointError
+from library.ldm_models import AutoEncoder
+from library.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
+from library.open_clip_convert import hf_to_open_clip
+from library.safetensors_utils import cast_floats, save_file_atomic
+from library.sdxl_models import SdxlUNet2DConditionModel
+from library.text_encoder_utils import CLIP_G, CLIP_L, load_clip
+from library.unet_utils import UNetInfo, inspect_unet, load_unet, unet_file_state
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModelWithProjection
+
+VAE_WANTED = Wanted("SDXL", "with 4 latent channels", quant_conv=True, scaling={"scaling_factor": 0.13025, "shift_factor": 0.0})
+
+
+def inspect_sdxl_unet(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> UNetInfo:
+    """Recognise an SDXL U-Net from headers alone. CheckpointError for anything else."""
+    info = inspect_unet(path, config)
+    if not info.is_sdxl:
+        kind = "Stable Diffusion 2" if info.is_v2 else "Stable Diffusion 1"
+        raise CheckpointError(f"{info.source.path} is a {kind} checkpoint; SDXL is needed ({kind} has its own script)")
+    return info
+
+
+def load_unet_sdxl(
+    path: str | os.PathLike, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> SdxlUNet2DConditionModel:
+    """Load the U-Net of a single file (.safetensors, .ckpt) or diffusers folder."""
+    info = inspect_sdxl_unet(path, config)
+    return load_unet(info, SdxlUNet2DConditionModel, tree_is_diffusers=False, dtype=dtype, device=device, disable_mmap=disable_mmap)
+
+
+def load_text_encoders_sdxl(
+    path: str | os.PathLike, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False
+) -> list[CLIPTextModelWithProjection]:
+    """[CLIP-L, CLIP bigG]."""
+    return [load_clip(path, slot, dtype, device, disable_mmap) for slot in (CLIP_L, CLIP_G)]
+
+
+def inspect_vae_sdxl(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:
+    return inspect_autoencoder(path, config, wanted=VAE_WANTED)
+
+
+def load_vae_sdxl(
+    path: str | os.PathLike, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> AutoEncoder:
+    return load_autoencoder(inspect_vae_sdxl(path, config), dtype, device, disable_mmap)
+
+
+def checkpoint_state(
+    unet: SdxlUNet2DConditionModel, text_encoders: list[CLIPTextModelWithProjection], vae: AutoEncoder, marks: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """All weights under the keys of a single file. `marks`: empty marker keys, `v_pred` and `ztsnr`."""
+    clip_l, clip_g = text_encoders
+    state = {f"model.diffusion_model.{key}": tensor for key, tensor in unet_file_state(unet, tree_is_diffusers=False).items()}
+    state |= {f"first_stage_model.{key}": tensor for key, tensor in vae.state_dict().items()}
+    first = {key: tensor for key, tensor in clip_l.state_dict().items() if key.startswith("text_model.")}
+    positions = first["text_model.embeddings.position_embedding.weight"]
+    first["text_model.embeddings.position_ids"] = torch.arange(len(positions), device=positions.device)[None]
+    state |= {f"conditioner.embedders.0.transformer.{key}": tensor for key, tensor in first.items()}
+    second = {**clip_g.state_dict(), **getattr(clip_g, "unused_tensors", {})}
+    second.setdefault("logit_scale", torch.tensor(4.6052, dtype=positions.dtype))  # ln 100; a folder does not hold it
+    state |= {f"conditioner.embedders.1.model.{key}": tensor for key, tensor in hf_to_open_clip(second).items()}
+    return state | {mark: torch.zeros(0) for mark in marks}
+
+
+def save_checkpoint_sdxl(
+    path: str | os.PathLike, unet: SdxlUNet2DConditionModel, text_encoders: list[CLIPTextModelWithProjection], vae: AutoEncoder, *,
+    marks: tuple[str, ...] = (), dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write one file in the original layout."""
+    state = checkpoint_state(unet, text_encoders, vae, marks)
+    save_file_atomic({key: cast_floats(tensor, dtype).contiguous() for key, tensor in state.items()}, path, metadata)

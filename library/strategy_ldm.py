@@ -1,0 +1,22 @@
+"""The latent cache of Stable Diffusion 1, 2 and SDXL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from library.dataset.architectures import ARCHITECTURES
+from library.strategy_base import LatentsCachingStrategy
+
+
+class SdSdxlLatentsCachingStrategy(LatentsCachingStrategy):
+    """Posterior draws of the 4-channel autoencoder, stored without the scale; `sd` tells whose files are meant."""
+
+    def __init__(self, sd: bool, cache_to_disk: bool, batch_size: int, skip_disk_cache_validity_check: bool) -> None:
+        super().__init__(cache_to_disk, batch_size, skip_disk_cache_validity_check)
+        self.architecture = ARCHITECTURES["sd" if sd else "sdxl"]
+
+    def encode(self, vae: Any, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        return vae.encode_raw(images, seeds)

@@ -1,0 +1,77 @@
+"""Stable Diffusion 1 and 2: captions to tokens and tokens to conditioning [states of the text encoder]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from library.clip_prompt_utils import PER_ROW, joined, tokenize_rows
+from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
+from library.strategy_ldm import SdSdxlLatentsCachingStrategy
+from library.tokenizers import load_clip_tokenizer
+
+__all__ = ["SdSdxlLatentsCachingStrategy", "SdTextEncodingStrategy", "SdTokenizeStrategy"]
+
+V2_PAD = "!"
+
+
+class SdTokenizeStrategy(TokenizeStrategy):
+    """Rows of 77 tokens: one for 75 caption tokens, 2 or 3 for `max_length` 150 or 225.
+
+    `is_weighted`: captions carry weights (--weighted_captions), and `tokenize` gives them as a second tensor.
+    """
+
+    def __init__(
+        self, v2: bool = False, max_length: int | None = None, tokenizer_cache_dir: str | None = None, *,
+        tokenizer: Any | None = None, is_weighted: bool = False,
+    ) -> None:  # fmt: skip
+        self.num_rows = (max_length or PER_ROW) // PER_ROW
+        self.is_weighted = is_weighted
+        pad = V2_PAD if v2 else None
+        self.tokenizer = tokenizer if callable(tokenizer) else load_clip_tokenizer(tokenizer, tokenizer_cache_dir, pad_token=pad)
+
+    def tokenize(self, text: str | list[str]) -> list[Tensor]:
+        """[ids [B, N, 77]], or [ids, weights] when captions are weighted."""
+        texts = [text] if isinstance(text, str) else list(text)
+        ids, weights = tokenize_rows(self.tokenizer, texts, self.num_rows, is_weighted=self.is_weighted)
+        return [ids, weights] if self.is_weighted else [ids]
+
+    def tokenize_with_weights(self, text: str | list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        texts = [text] if isinstance(text, str) else list(text)
+        ids, weights = tokenize_rows(self.tokenizer, texts, self.num_rows, is_weighted=True)
+        return [ids], [weights]
+
+    def overlong(self, text: str) -> bool:
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) > self.num_rows * PER_ROW
+
+
+class SdTextEncodingStrategy(TextEncodingStrategy):
+    """`clip_skip` n takes the output of the n-th layer from the end, through the final norm; None the last one."""
+
+    def __init__(self, clip_skip: int | None = None) -> None:
+        self.clip_skip = clip_skip
+
+    def encode_tokens(self, tokenize_strategy: SdTokenizeStrategy, models: list[Any], tokens: list[Tensor]) -> list[Tensor | None]:
+        """[states [B, 75 N + 2, D]]; None when the model is absent. `tokens` as `tokenize` gives them."""
+        encoder = models[0]
+        if encoder is None:
+            return [None]
+        ids = tokens[0]
+        states = self._states(encoder, ids.flatten(0, 1).to(next(encoder.parameters()).device))
+        states = joined(states.unflatten(0, ids.shape[:2]))  # [B, 75 N + 2, D]
+        if len(tokens) > 1:
+            states = states * joined(tokens[1])[..., None].to(states)
+        return [states]
+
+    def encode_tokens_with_weights(
+        self, tokenize_strategy: SdTokenizeStrategy, models: list[Any], tokens: list[Tensor], weights: list[Tensor]
+    ) -> list[Tensor | None]:
+        return self.encode_tokens(tokenize_strategy, models, [tokens[0], weights[0]])
+
+    def _states(self, encoder: Any, ids: Tensor) -> Tensor:
+        """[R, 77, D] of rows [R, 77]."""
+        if self.clip_skip is None:
+            return encoder.text_model(input_ids=ids).last_hidden_state
+        hidden = encoder(ids, output_hidden_states=True).hidden_states[-self.clip_skip]
+        return encoder.text_model.final_layer_norm(hidden)

@@ -1,0 +1,89 @@
+"""SDXL: captions to tokens of both encoders, tokens to conditioning [CLIP-L states, bigG states, pooled bigG], the caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from library.clip_prompt_utils import PER_ROW, joined, tokenize_rows
+from library.dataset.architectures import ARCHITECTURES
+from library.strategy_base import TextEncoderOutputsCachingStrategy, TextEncodingStrategy, TokenizeStrategy
+from library.strategy_ldm import SdSdxlLatentsCachingStrategy
+from library.text_encoder_utils import pool_at_first_eos
+from library.tokenizers import load_clip_tokenizer
+
+__all__ = [
+    "SdSdxlLatentsCachingStrategy", "SdxlTextEncoderOutputsCachingStrategy", "SdxlTextEncodingStrategy", "SdxlTokenizeStrategy",
+]  # fmt: skip
+
+SECOND_PAD = "!"
+"""id 0 of the common vocabulary, with which the second encoder was trained"""
+
+
+class SdxlTokenizeStrategy(TokenizeStrategy):
+    """Rows of 77 tokens for each encoder: one for 75 caption tokens, 2 or 3 for `max_length` 150 or 225.
+
+    `is_weighted`: captions carry weights (--weighted_captions), and `tokenize` gives them behind the ids.
+    """
+
+    def __init__(
+        self, max_length: int | None = None, tokenizer_cache_dir: str | None = None, *,
+        tokenizers: tuple[Any, Any] | None = None, is_weighted: bool = False,
+    ) -> None:  # fmt: skip
+        self.num_rows = (max_length or PER_ROW) // PER_ROW
+        self.is_weighted = is_weighted
+        self.tokenizer1, self.tokenizer2 = tokenizers or (
+            load_clip_tokenizer(None, tokenizer_cache_dir),
+            load_clip_tokenizer(None, tokenizer_cache_dir, pad_token=SECOND_PAD),
+        )
+
+    def tokenize(self, text: str | list[str]) -> list[Tensor]:
+        """[ids of CLIP-L [B, N, 77], ids of bigG], and both weights when captions are weighted."""
+        ids, weights = self._rows(text, self.is_weighted)
+        return [*ids, *weights] if self.is_weighted else ids
+
+    def tokenize_with_weights(self, text: str | list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        return self._rows(text, True)
+
+    def _rows(self, text: str | list[str], is_weighted: bool) -> tuple[list[Tensor], list[Tensor]]:
+        texts = [text] if isinstance(text, str) else list(text)
+        both = [tokenize_rows(t, texts, self.num_rows, is_weighted=is_weighted) for t in (self.tokenizer1, self.tokenizer2)]
+        return [ids for ids, _ in both], [weights for _, weights in both]
+
+    def overlong(self, text: str) -> bool:
+        return len(self.tokenizer1(text, add_special_tokens=False, verbose=False).input_ids) > self.num_rows * PER_ROW
+
+
+class SdxlTextEncodingStrategy(TextEncodingStrategy):
+    """The last but one layer of both encoders without the final norm; bigG pooled at the end token of the first row."""
+
+    def encode_tokens(self, tokenize_strategy: SdxlTokenizeStrategy, models: list[Any], tokens: list[Tensor]) -> list[Tensor | None]:
+        """[states of CLIP-L [B, 75 N + 2, 768], of bigG [B, 75 N + 2, 1280], pooled [B, 1280]]; None where a model is absent."""
+        ids, weights = tokens[:2], tokens[2:] or [None, None]
+        first, _ = self._encoded(models[0], ids[0], weights[0], None)
+        second, pooled = self._encoded(models[1], ids[1], weights[1], tokenize_strategy.tokenizer2.eos_token_id)
+        return [first, second, pooled]
+
+    def encode_tokens_with_weights(
+        self, tokenize_strategy: SdxlTokenizeStrategy, models: list[Any], tokens: list[Tensor], weights: list[Tensor]
+    ) -> list[Tensor | None]:
+        return self.encode_tokens(tokenize_strategy, models, [*tokens, *weights])
+
+    def _encoded(self, encoder: Any, ids: Tensor, weights: Tensor | None, eos_id: int | None) -> tuple[Tensor | None, Tensor | None]:
+        """(joined states, pooled state of the first row where `eos_id` asks for it). Weights change the states alone."""
+        if encoder is None:
+            return None, None
+        rows = ids.flatten(0, 1).to(next(encoder.parameters()).device)  # [B N, 77]
+        result = encoder.text_model(input_ids=rows, output_hidden_states=True)
+        states = joined(result.hidden_states[-2].unflatten(0, ids.shape[:2]))  # [B, 75 N + 2, D]
+        if weights is not None:
+            states = states * joined(weights)[..., None].to(states)
+        if eos_id is None:
+            return states, None
+        pooled = pool_at_first_eos(result.last_hidden_state, rows, eos_id)[:: ids.shape[1]]  # [B, D] of first rows
+        return states, encoder.text_projection(pooled)
+
+
+class SdxlTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
+    architecture = ARCHITECTURES["sdxl"]

@@ -1,0 +1,144 @@
+"""Stable Diffusion 1 and 2: options and wiring. Numerics are in sd_train_utils, loading in sd_utils, text in strategy_sd."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from library.dataset.architectures import ARCHITECTURES
+from library.options import option
+from library.training.families.unet import REFUSED, UNetFamily, tokenizer_problems
+from library.training.option_groups import ModelOptions
+from library.training.sampling_prompts import SAMPLE_DEFAULTS
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from library.ldm_utils import AutoEncoderInfo
+    from library.strategy_base import StrategySet
+    from library.training.accelerator_setup import Runtime
+    from library.training.objective import NoisyLatents
+    from library.training.run import DiTOutput, Models
+    from library.training.sampling_prompts import SamplePrompt
+    from library.unet_utils import UNetInfo
+
+_NO_TEXT_CACHE = "captions of Stable Diffusion are encoded in the step; its text encoder is small"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdOptions:
+    """Stable Diffusion 1 and 2"""
+
+    clip_tokenizer: str | None = option(None, help="folder of the CLIP tokenizer, for models with a vocabulary of their own")
+
+
+class SdFamily(UNetFamily):
+    """The wiring of Stable Diffusion 1 and 2: conditioning is [text states]."""
+
+    name = "sd"
+    architecture = ARCHITECTURES["sd"]
+    sampling = dataclasses.replace(SAMPLE_DEFAULTS["sd"], reads=frozenset({"sample_sampler"}))
+    options = SdOptions
+    kinds = frozenset({"sd1", "sd2"})
+    part_options = {"vae": frozenset(), "text_encoders": frozenset({"clip_tokenizer"})}
+    refused = {
+        **REFUSED,
+        "cache_text_encoder_outputs": _NO_TEXT_CACHE,
+        "cache_text_encoder_outputs_to_disk": _NO_TEXT_CACHE,
+        "text_encoder_batch_size": _NO_TEXT_CACHE,
+    }
+
+    @cached_property
+    def info(self) -> UNetInfo:
+        from library.sd_utils import inspect_sd_unet
+
+        return inspect_sd_unet(self.base_path)
+
+    @cached_property
+    def vae_info(self) -> AutoEncoderInfo:
+        from library.sd_utils import inspect_vae_sd
+
+        return inspect_vae_sd(self.vae_path)
+
+    def declared_problems(self, info: UNetInfo) -> list[str]:
+        found = super().declared_problems(info)
+        if info.is_v2 and not self.is_v2:
+            found.append(f"{self.base_path} is Stable Diffusion 2; add --v2")
+        if self.is_v2 and not info.is_v2:
+            found.append(f"--v2 is set, {self.base_path} is Stable Diffusion 1; leave --v2 out")
+        return found
+
+    def text_problems(self) -> list[str]:
+        from library.sd_utils import text_slot
+        from library.text_encoder_utils import inspect_clip
+
+        def rows() -> int:
+            return inspect_clip(self.base_path, text_slot(self.is_v2)).values["vocab"]
+
+        return tokenizer_problems(lambda: self._tokenizer, rows, "CLIP", "--clip_tokenizer")
+
+    def notices(self) -> list[str]:
+        lines = super().notices()
+        if self.is_v2 and self.config[ModelOptions].clip_skip:
+            lines.append("--v2 with --clip_skip: Stable Diffusion 2 leaves out its last layer already; layers are counted from there")
+        return lines
+
+    @property
+    def is_v2(self) -> bool:
+        return self.config[ModelOptions].v2
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from library.strategy_sd import V2_PAD
+        from library.tokenizers import load_clip_tokenizer
+
+        cache = self.config[ModelOptions].tokenizer_cache_dir
+        return load_clip_tokenizer(self.opts.clip_tokenizer, cache, pad_token=V2_PAD if self.is_v2 else None, option="--clip_tokenizer")
+
+    def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
+        from library.strategy_base import StrategySet
+        from library.strategy_sd import SdTextEncodingStrategy, SdTokenizeStrategy
+
+        model = self.config[ModelOptions]
+        tokenize = SdTokenizeStrategy(
+            self.is_v2, model.max_token_length, tokenizer=self._tokenizer, is_weighted=model.weighted_captions
+        )
+        return StrategySet(tokenize, SdTextEncodingStrategy(model.clip_skip), self.latents_caching(), None)
+
+    def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
+        from library.sd_utils import load_text_encoder_sd
+
+        return [load_text_encoder_sd(self.base_path, self.is_v2, runtime.text_encoder_dtype, runtime.device, self.disable_mmap)]
+
+    def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
+        from library.sd_utils import load_unet_sd
+
+        return load_unet_sd(self.base_path, runtime.denoiser_dtype, runtime.device, self.disable_mmap)
+
+    def predict(self, models: Models, sample: NoisyLatents, conditioning: list[Any], batch: Any, **inputs: Any) -> DiTOutput:
+        from library.sd_train_utils import predict_noise
+        from library.training.run import DiTOutput
+
+        return DiTOutput(predict_noise(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs), sample.target)
+
+    def generate(self, models: Models, prompt: SamplePrompt, conditioning: list[Any], negative: list[Any] | None) -> Image.Image:
+        """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
+        from library.sd_train_utils import guided_predictor
+
+        settings = self.sample_settings(prompt)
+        return self.image_of(models, guided_predictor(models.denoiser, conditioning, negative, settings.cfg_scale), settings)
+
+    def metadata(self) -> dict[str, Any]:
+        return {"ss_base_model_version": f"sd_v{2 if self.is_v2 else 1}{'_v' if self.is_v else ''}"}
+
+    def modelspec(self) -> dict[str, str | None]:
+        version = ("v2-768-v" if self.is_v else "v2-512") if self.is_v2 else "v1"
+        return {
+            "architecture": f"stable-diffusion-{version}",
+            "implementation": "diffusers",
+            "prediction_type": "v" if self.is_v else "epsilon",
+        }

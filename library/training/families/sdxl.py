@@ -1,0 +1,145 @@
+"""SDXL: options and wiring. Numerics are in sdxl_train_utils, loading in sdxl_utils, text in strategy_sdxl."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from library.dataset import CachingOptions
+from library.dataset.architectures import ARCHITECTURES
+from library.errors import CheckpointError
+from library.options import option
+from library.training.families.unet import REFUSED, UNetFamily, tokenizer_problems
+from library.training.option_groups import ModelOptions
+from library.training.sampling_prompts import SAMPLE_DEFAULTS
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from library.ldm_utils import AutoEncoderInfo
+    from library.strategy_base import StrategySet
+    from library.training.accelerator_setup import Runtime
+    from library.training.objective import NoisyLatents
+    from library.training.run import DiTOutput, Models
+    from library.training.sampling_prompts import SamplePrompt
+    from library.unet_utils import UNetInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdxlOptions:
+    """SDXL"""
+
+    clip_tokenizer: str | None = option(None, help="folder of the CLIP tokenizer, for models with a vocabulary of their own")
+
+
+class SdxlFamily(UNetFamily):
+    """The wiring of SDXL: conditioning is [CLIP-L states, bigG states, pooled bigG]."""
+
+    name = "sdxl"
+    architecture = ARCHITECTURES["sdxl"]
+    sampling = dataclasses.replace(SAMPLE_DEFAULTS["sdxl"], reads=frozenset({"sample_sampler"}))
+    options = SdxlOptions
+    kinds = frozenset({"sdxl"})
+    part_options = {"vae": frozenset(), "text_encoders": frozenset({"clip_tokenizer"})}
+    refused = {
+        **REFUSED,
+        "v2": "it belongs to Stable Diffusion 2, which has its own script, train_network.py",
+        "clip_skip": "SDXL takes the last but one layer of both text encoders",
+    }
+
+    @cached_property
+    def info(self) -> UNetInfo:
+        from library.sdxl_utils import inspect_sdxl_unet
+
+        return inspect_sdxl_unet(self.base_path)
+
+    @cached_property
+    def vae_info(self) -> AutoEncoderInfo:
+        from library.sdxl_utils import inspect_vae_sdxl
+
+        return inspect_vae_sdxl(self.vae_path)
+
+    def text_problems(self) -> list[str]:
+        from library.text_encoder_utils import CLIP_G, CLIP_L, inspect_clip
+
+        try:
+            values = [inspect_clip(self.base_path, slot).values for slot in (CLIP_L, CLIP_G)]
+            context = self.info.params.context_dim
+        except CheckpointError as error:
+            return [str(error)]
+        found = tokenizer_problems(lambda: self._tokenizers[0], lambda: min(v["vocab"] for v in values), "CLIP", "--clip_tokenizer")
+        if sum(v["width"] for v in values) != context:
+            widths = " + ".join(str(v["width"]) for v in values)
+            found.append(f"{self.base_path}: its text encoders give {widths} values per token, its U-Net takes {context}; the file is no whole model")
+        return found
+
+    @cached_property
+    def _tokenizers(self) -> tuple[Any, Any]:
+        """The same vocabulary twice; the second one pads with its first entry."""
+        from library.strategy_sdxl import SECOND_PAD
+        from library.tokenizers import load_clip_tokenizer
+
+        given = (self.opts.clip_tokenizer, self.config[ModelOptions].tokenizer_cache_dir)
+        return (
+            load_clip_tokenizer(*given, option="--clip_tokenizer"),
+            load_clip_tokenizer(*given, pad_token=SECOND_PAD, option="--clip_tokenizer"),
+        )
+
+    def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
+        from library import strategy_sdxl
+        from library.model_identity import model_identity
+        from library.strategy_base import StrategySet
+
+        model, caching, text = self.config[ModelOptions], self.config[CachingOptions], None
+        if caching.caches_text:
+            text = strategy_sdxl.SdxlTextEncoderOutputsCachingStrategy(
+                caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check,
+                is_weighted=model.weighted_captions,
+            )
+            text.model_identity = model_identity(self.base_path)
+            text.max_token_length = model.max_token_length or 75
+        tokenize = strategy_sdxl.SdxlTokenizeStrategy(
+            model.max_token_length, tokenizers=self._tokenizers, is_weighted=model.weighted_captions
+        )
+        return StrategySet(tokenize, strategy_sdxl.SdxlTextEncodingStrategy(), self.latents_caching(), text)
+
+    def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
+        """[CLIP-L, CLIP bigG]."""
+        from library.sdxl_utils import load_text_encoders_sdxl
+
+        return load_text_encoders_sdxl(self.base_path, runtime.text_encoder_dtype, runtime.device, self.disable_mmap)
+
+    def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
+        from library.sdxl_utils import load_unet_sdxl
+
+        return load_unet_sdxl(self.base_path, runtime.denoiser_dtype, runtime.device, self.disable_mmap)
+
+    def predict(self, models: Models, sample: NoisyLatents, conditioning: list[Any], batch: Any, **inputs: Any) -> DiTOutput:
+        from library.sdxl_train_utils import predict_noise
+        from library.training.run import DiTOutput
+
+        sizes = (batch.original_sizes_hw, batch.crop_top_lefts, batch.target_sizes_hw)
+        prediction = predict_noise(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, sizes, **inputs)
+        return DiTOutput(prediction, sample.target)
+
+    def generate(self, models: Models, prompt: SamplePrompt, conditioning: list[Any], negative: list[Any] | None) -> Image.Image:
+        """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
+        from library.sdxl_train_utils import guided_predictor
+
+        settings = self.sample_settings(prompt)
+        predict = guided_predictor(models.denoiser, conditioning, negative, settings.cfg_scale, settings.height, settings.width)
+        return self.image_of(models, predict, settings)
+
+    def metadata(self) -> dict[str, Any]:
+        return {"ss_base_model_version": "sdxl_base_v1-0"}
+
+    def modelspec(self) -> dict[str, str | None]:
+        return {
+            "architecture": "stable-diffusion-xl-v1-base",
+            "implementation": "https://github.com/Stability-AI/generative-models",
+            "prediction_type": "v" if self.is_v else "epsilon",
+        }

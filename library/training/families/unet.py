@@ -1,0 +1,210 @@
+"""What the families with a U-Net and a noise schedule (Stable Diffusion 1 and 2, SDXL) have in common: options and wiring."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from abc import abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from library.dataset import CachingOptions
+from library.errors import CheckpointError, ConfigError, Problems, did_you_mean
+from library.training.families.base import ModelFamily
+from library.training.inference_samplers import SamplerOptions
+from library.training.option_groups import ModelOptions, NoiseOptions
+from library.training.sampling_prompts import SamplePrompt, with_defaults
+from library.training.timestep_samplers import TimestepOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.ldm_train_utils import SampleSettings
+    from library.ldm_utils import AutoEncoderInfo
+    from library.strategy_base import LatentsCachingStrategy
+    from library.training.accelerator_setup import Runtime
+    from library.training.objective import Objective
+    from library.unet_utils import UNetInfo
+
+logger = logging.getLogger(__name__)
+
+SAMPLERS = ("ddim", "euler", "k_euler")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_FLOW = "it shapes the noise levels of flow matching; models with a noise schedule draw whole timesteps uniformly"
+REFUSED = {
+    **dict.fromkeys(
+        ("timestep_sampling", "sigmoid_scale", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "discrete_flow_shift"), _FLOW
+    ),
+    "blocks_to_swap": "a U-Net has no row of equal blocks to swap; --gradient_checkpointing saves memory",
+    "fp8_base": "8-bit storage is there for transformers only; use --mixed_precision",
+    "fp8_base_unet": "8-bit storage is there for transformers only; use --mixed_precision",
+}
+
+
+class UNetFamily(ModelFamily):
+    """Files, prediction type, latents and sampling. A subclass says what its checkpoints and text encoders are."""
+
+    kinds: ClassVar[frozenset[str]]
+    """kinds of checkpoints (library/checkpoint_kinds.py) that the family trains"""
+
+    @cached_property
+    @abstractmethod
+    def info(self) -> UNetInfo:
+        """What the header of the base tells; CheckpointError when it is something else."""
+
+    @cached_property
+    @abstractmethod
+    def vae_info(self) -> AutoEncoderInfo:
+        """The autoencoder: of --vae, or the base's own."""
+
+    @abstractmethod
+    def text_problems(self) -> list[str]:
+        """What is wrong with text encoders and tokenizers."""
+
+    def check(self) -> None:
+        problems = Problems()
+        for problem in [*self._denoiser_problems(), *self.part_problems("vae"), *self.part_problems("text_encoders")]:
+            if problem not in problems.messages:
+                problems.add(problem)
+        problems.attempt(lambda: self._check_sampler(self.config[SamplerOptions].sample_sampler, "--sample_sampler"))
+        problems.raise_if_any()
+        for line in self.notices():
+            logger.info(line)
+
+    def _denoiser_problems(self) -> list[str]:
+        problem = slot_problem(self.base_path, "pretrained_model_name_or_path", set(self.kinds))
+        if problem:
+            return [problem]
+        try:
+            return self.declared_problems(self.info)
+        except CheckpointError as error:
+            return [str(error)]
+
+    def declared_problems(self, info: UNetInfo) -> list[str]:
+        """What the file says of itself against the options."""
+        if info.prediction_type == "v" and not self.is_v:
+            return [f"{self.base_path} says that it predicts velocity; add --v_parameterization"]
+        return []
+
+    def part_problems(self, part: str) -> list[str]:
+        slot, path, kinds = "pretrained_model_name_or_path", self.base_path, set(self.kinds)
+        if part == "vae" and self.config[ModelOptions].vae:
+            slot, path, kinds = "vae", self.config[ModelOptions].vae, {"vae_sd", *self.kinds}
+        problem = slot_problem(path, slot, kinds)
+        if problem:
+            return [problem]
+        if part == "text_encoders":
+            return self.text_problems()
+        try:
+            channels = self.vae_info.params.z_channels
+        except CheckpointError as error:
+            return [str(error)]
+        wanted = self.architecture.latents.channels
+        return [] if channels == wanted else [f"{path}: its autoencoder has {channels} latent channels; {wanted} are needed"]
+
+    def notices(self) -> list[str]:
+        """Lines for the log where a setting has no effect or differs from what the file says."""
+        lines = []
+        if self.is_v and self.info.prediction_type == "epsilon":
+            lines.append(f"--v_parameterization: {self.base_path} says that it predicts noise; it will be changed to predict velocity")
+        if self.info.zero_terminal_snr and not self.config[NoiseOptions].zero_terminal_snr:
+            lines.append(f"{self.base_path} says that it was trained with a zero-terminal schedule; --zero_terminal_snr is not set")
+        return lines
+
+    @property
+    def base_path(self) -> str | None:
+        return self.config[ModelOptions].pretrained_model_name_or_path
+
+    @property
+    def vae_path(self) -> str | None:
+        return self.config[ModelOptions].vae or self.base_path
+
+    @property
+    def is_v(self) -> bool:
+        return self.config[ModelOptions].v_parameterization
+
+    @property
+    def disable_mmap(self) -> bool:
+        return self.config[ModelOptions].disable_mmap_load_safetensors
+
+    def latents_caching(self) -> LatentsCachingStrategy:
+        from library.model_identity import model_identity
+        from library.strategy_ldm import SdSdxlLatentsCachingStrategy
+
+        caching = self.config[CachingOptions]
+        strategy = SdSdxlLatentsCachingStrategy(
+            self.architecture.name == "sd", caching.cache_latents_to_disk, caching.vae_batch_size, caching.skip_cache_check
+        )
+        strategy.model_identity = model_identity(self.vae_path)
+        return strategy
+
+    def load_vae(self, runtime: Runtime) -> torch.nn.Module:
+        from library.ldm_utils import load_autoencoder
+
+        return load_autoencoder(self.vae_info, runtime.vae_dtype, runtime.device, self.disable_mmap)
+
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents * self.vae_info.params.scaling_factor
+
+    def objective(self) -> Objective:
+        from library.training.objective import DdpmObjective
+
+        return DdpmObjective(
+            self.config[TimestepOptions], self.config[NoiseOptions], prediction_type="v" if self.is_v else "epsilon"
+        )
+
+    def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
+        """512 px, 30 steps, CFG 7.5, the sampler of --sample_sampler; both sides are rounded down to a multiple of 8."""
+        name = prompt.sample_sampler or self.config[SamplerOptions].sample_sampler
+        self._check_sampler(name, "a sample prompt's sampler")
+        return dataclasses.replace(with_defaults(prompt, self.sampling), sample_sampler=name)
+
+    @staticmethod
+    def _check_sampler(name: str, what: str) -> None:
+        if name not in SAMPLERS:
+            raise ConfigError(f"{what} is '{name}'; this model family has {', '.join(SAMPLERS)}{did_you_mean(name, SAMPLERS)}")
+
+    @staticmethod
+    def sample_settings(prompt: SamplePrompt) -> SampleSettings:
+        from library.ldm_train_utils import SPACINGS, SampleSettings
+
+        return SampleSettings(
+            height=prompt.height, width=prompt.width, num_steps=prompt.sample_steps, seed=prompt.seed, cfg_scale=prompt.scale,
+            spacing=SPACINGS[prompt.sample_sampler],
+        )
+
+    def image_of(self, models: Any, predict: Any, settings: SampleSettings) -> Any:
+        """The PIL image of a guided predictor."""
+        from library.ldm_train_utils import decode_to_image, generate_unet_latents
+        from library.training.inference_samplers import INFERENCE_SAMPLERS
+
+        objective = self.objective()
+        latents = generate_unet_latents(
+            predict, settings, objective.alphas_cumprod, objective.prediction_type,
+            sampler=INFERENCE_SAMPLERS.resolve("euler"), device=models.denoiser.device,
+        )
+        return decode_to_image(models.vae, latents)
+
+
+def slot_problem(path: str | None, slot: str, kinds: set[str]) -> str | None:
+    """`check_slot`, but pickled checkpoints pass: they are opened as data, which runs no code, and looked at then."""
+    from library.checkpoint_kinds import check_slot
+
+    if path and Path(path).is_file() and Path(path).suffix in PICKLES:
+        return None
+    return check_slot(path, slot, kinds)
+
+
+def tokenizer_problems(load: Any, rows: Any, name: str, option: str) -> list[str]:
+    """A tokenizer that cannot be found or read, or whose ids the text encoder does not have. `load` gives the tokenizer,
+    `rows` the number of embeddings."""
+    from library.tokenizers import vocabulary_problem
+
+    try:
+        problem = vocabulary_problem(load(), rows(), name, f"the {name} text encoder")
+    except ConfigError as error:
+        return list(error.problems) if hasattr(error, "problems") else [str(error)]
+    except CheckpointError as error:
+        return [str(error)]
+    return [f"{problem}; name the right one with {option}"] if problem else []

@@ -1,0 +1,214 @@
+"""What the U-Nets of Stable Diffusion 1, 2 and SDXL share: sizes, transformer blocks, the parts of a residual block.
+
+Class names are a contract: adapter programs choose layers by the names of the blocks they stand in (Transformer2DModel,
+ResnetBlock2D, Downsample2D, Upsample2D, CrossAttention). Leaf layers are plain nn.Linear, nn.Conv2d and norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from library.attention import scaled_attention, timestep_embedding
+from library.custom_offloading_utils import run_checkpointed
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetParams:
+    """Sizes of a U-Net; the defaults are Stable Diffusion 1.5.
+
+    One entry per level in `channels`, `attention_levels`, `heads` (a single number stands for all) and `transformer_depth`
+    (0 where a level has no attention). The middle has heads and depth of the last level, or depth 1 where that has none.
+    `adm_in_channels`: width of the vector conditioning, None without it.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    num_res_blocks: int = 2
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    transformer_depth: tuple[int, ...] = (1, 1, 1, 0)
+    middle_depth: int = 1
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    context_dim: int = 768
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    adm_in_channels: int | None = None
+    time_embed_dim: int = 1280
+    norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        levels = len(self.channels)
+        for name in ("channels", "attention_levels", "transformer_depth", "heads"):
+            value = getattr(self, name)
+            value = tuple(value) if isinstance(value, Sequence) else (value,) * levels
+            if len(value) != levels:
+                raise ValueError(f"{name} is {value}; it needs one entry for each of the {levels} levels")
+            object.__setattr__(self, name, value)
+        depths = tuple(depth if has else 0 for depth, has in zip(self.transformer_depth, self.attention_levels))
+        object.__setattr__(self, "transformer_depth", depths)
+        for width, heads in zip(self.channels, self.heads):
+            if width % heads:
+                raise ValueError(f"heads is {self.heads}; each must divide the width of its level, {self.channels}")
+            if width % self.norm_groups:
+                raise ValueError(f"norm_groups is {self.norm_groups}; it must divide every width, among them {width}")
+
+
+class GEGLU(nn.Module):
+    """x -> value * gelu(gate), both from one projection: value half first."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim_in, dim_out * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # the empty middle is where a dropout stood when the files were made; it keeps the name net.2
+        self.net = nn.ModuleList([GEGLU(dim, dim * 4), nn.Identity(), nn.Linear(dim * 4, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class CrossAttention(nn.Module):
+    """Attention over `context`, or over x itself without one. `upcast`: half precision computes products in float32, which
+    Stable Diffusion 2 needs (its products leave the range of float16)."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int, upcast: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.upcast = upcast
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Identity()])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        source = x if context is None else context
+        projected = (self.to_q(x), self.to_k(source), self.to_v(source))
+        query, key, value = (rearrange(t, "b l (h d) -> b h l d", h=self.heads) for t in projected)
+        if self.upcast and value.dtype == torch.float16:
+            with torch.autocast(value.device.type, enabled=False):
+                attended = scaled_attention(query.float(), key.float(), value.float()).to(value.dtype)
+        else:
+            attended = scaled_attention(query, key, value)  # [B, L, C]
+        return self.to_out[0](attended)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward; each on a normalised input and added to it."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int, upcast: bool) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(dim, dim, heads, upcast)
+        self.ff = FeedForward(dim)
+        self.attn2 = CrossAttention(dim, context_dim, heads, upcast)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nn.Module):
+    """Transformer blocks over the positions of a feature map; `proj_in` and `proj_out` are 1x1 convolutions or linear."""
+
+    def __init__(self, dim: int, depth: int, heads: int, params: UNetParams) -> None:
+        super().__init__()
+        self.is_linear = params.use_linear_projection
+        self.norm = nn.GroupNorm(params.norm_groups, dim, eps=1e-6)
+        self.proj_in = nn.Linear(dim, dim) if self.is_linear else nn.Conv2d(dim, dim, 1)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(dim, params.context_dim, heads, params.upcast_attention) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(dim, dim) if self.is_linear else nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        height = x.shape[2]
+        hidden = self.norm(x)
+        if self.is_linear:
+            hidden = self.proj_in(rearrange(hidden, "b c h w -> b (h w) c"))
+        else:
+            hidden = rearrange(self.proj_in(hidden), "b c h w -> b (h w) c")
+        for block in self.transformer_blocks:
+            hidden = block(hidden, context)  # [B, HW, C]
+        if self.is_linear:
+            return x + rearrange(self.proj_out(hidden), "b (h w) c -> b c h w", h=height)
+        return x + self.proj_out(rearrange(hidden, "b (h w) c -> b c h w", h=height))
+
+
+class Upsample2D(nn.Module):
+    """Nearest doubling and a convolution. `size` (height, width) is that of the skip connection that comes next, which is
+    one less than the double where a side was odd."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        if (2 * x.shape[2], 2 * x.shape[3]) == tuple(size):
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
+
+
+def residual_block(
+    x: Tensor, embedding: Tensor, entry: Sequence[nn.Module], projection: nn.Module, leave: Sequence[nn.Module], skip: nn.Module | None
+) -> Tensor:
+    """skip(x) + conv(silu(norm(conv(silu(norm(x))) + projection(silu(embedding))))).
+
+    x [B, C, H, W], embedding [B, E]; `entry` and `leave` are (norm, convolution) pairs. `skip` None = x itself.
+    """
+    hidden = entry[1](F.silu(entry[0](x)))
+    hidden = hidden + projection(F.silu(embedding))[:, :, None, None]
+    hidden = leave[1](F.silu(leave[0](hidden)))
+    return (x if skip is None else skip(x)) + hidden
+
+
+class UNetBase(nn.Module):
+    """Switches and small things of both module trees. Subclasses build the layers and the forward pass."""
+
+    params: UNetParams
+
+    def __init__(self, params: UNetParams) -> None:
+        super().__init__()
+        self.params = params
+        self.gradient_checkpointing = False
+        self.cpu_offload_checkpointing = False
+
+    def enable_gradient_checkpointing(self, cpu_offload: bool = False) -> None:
+        """Recompute blocks in the backward pass while in train mode; `cpu_offload` keeps the block inputs on the CPU."""
+        self.gradient_checkpointing = True
+        self.cpu_offload_checkpointing = cpu_offload
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = False
+        self.cpu_offload_checkpointing = False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def time_vector(self, timesteps: Tensor, sample: Tensor) -> Tensor:
+        """Sinusoid [B, channels[0]] of timesteps 0..999 ([B] or one number) for a sample [B, C, H, W]."""
+        times = timesteps.to(sample.device).reshape(-1).expand(sample.shape[0])
+        return timestep_embedding(times, self.params.channels[0], time_factor=1.0)
+
+    def run_block(self, block: nn.Module, x: Tensor, *context: Tensor) -> Tensor:
+        """One residual or transformer block, checkpointed where that is switched on."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing and self.training:
+            return run_checkpointed(lambda state: block(state, *context), (x,), self.cpu_offload_checkpointing)
+        return block(x, *context)

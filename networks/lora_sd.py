@@ -1,0 +1,31 @@
+"""Stable Diffusion 1 and 2: the layers that adapters train. Names are those of the module tree, in diffusers style."""
+
+from __future__ import annotations
+
+import re
+
+from networks.lora import check_network_args, create_network, create_network_from_weights
+from networks.targets import BlockTable, NetworkTargets, TextEncoderTargets
+
+__all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
+
+NUM_BLOCKS = 25
+CLIP_CLASSES = ("CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2", "CLIPMLP")
+
+
+def block_index(path: str) -> int | None:
+    """0..24: 1 + 3i + j on the way down, 12 the middle, 13 + 3i + j on the way up; 0 (no layer) and others None."""
+    match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)", path)
+    if match:
+        place = 2 if match[3].endswith("samplers") else int(match[4])
+        return (1 if match[1] == "down" else 13) + 3 * int(match[2]) + place
+    return 12 if path.startswith("mid_block.") else None
+
+
+TARGETS = NetworkTargets(
+    family="sd",
+    classes=("Transformer2DModel",),
+    conv_classes=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
+    text_encoders=(TextEncoderTargets("lora_te", CLIP_CLASSES, root="text_model", aliases=("lora_te1",)),),
+    blocks=BlockTable(NUM_BLOCKS, block_index),
+)
