@@ -12,7 +12,7 @@ from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError
 from library.options import option
-from library.training.families.unet import REFUSED, UNetFamily, tokenizer_problems
+from library.training.families.unet import UNetFamily, refused_by_unet, tokenizer_problems
 from library.training.option_groups import ModelOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 
@@ -46,7 +46,7 @@ class SdxlFamily(UNetFamily):
     kinds = frozenset({"sdxl"})
     part_options = {"vae": frozenset(), "text_encoders": frozenset({"clip_tokenizer"})}
     refused = {
-        **REFUSED,
+        **refused_by_unet("SDXL"),
         "v2": "it belongs to Stable Diffusion 2, which has its own script, train_network.py",
         "clip_skip": "SDXL takes the last but one layer of both text encoders",
     }
