@@ -91,7 +91,8 @@ class SdxlFamily(UNetFamily):
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_sdxl
-        from library.model_identity import model_identity
+        from library.checkpoint_kinds import part_path
+        from library.model_identity import combined_identity, model_identity
         from library.strategy_base import StrategySet
 
         model, caching, text = self.config[ModelOptions], self.config[CachingOptions], None
@@ -100,7 +101,8 @@ class SdxlFamily(UNetFamily):
                 caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check,
                 is_weighted=model.weighted_captions,
             )
-            text.model_identity = model_identity(self.base_path)
+            parts = {part_path(self.base_path, kind) for kind in ("clip_l", "clip_g")}
+            text.model_identity = combined_identity([model_identity(part) for part in sorted(parts)])
             text.max_token_length = model.max_token_length or 75
         tokenize = strategy_sdxl.SdxlTokenizeStrategy(
             model.max_token_length, tokenizers=self._tokenizers, is_weighted=model.weighted_captions

@@ -131,6 +131,7 @@ class UNetFamily(ModelFamily):
         return self.config[ModelOptions].disable_mmap_load_safetensors
 
     def latents_caching(self) -> LatentsCachingStrategy:
+        from library.checkpoint_kinds import part_path
         from library.model_identity import model_identity
         from library.strategy_ldm import SdSdxlLatentsCachingStrategy
 
@@ -138,7 +139,7 @@ class UNetFamily(ModelFamily):
         strategy = SdSdxlLatentsCachingStrategy(
             self.architecture.name == "sd", caching.cache_latents_to_disk, caching.vae_batch_size, caching.skip_cache_check
         )
-        strategy.model_identity = model_identity(self.vae_path)
+        strategy.model_identity = model_identity(part_path(self.vae_path, "vae_sd"))
         return strategy
 
     def load_vae(self, runtime: Runtime) -> torch.nn.Module:
