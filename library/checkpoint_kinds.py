@@ -33,7 +33,7 @@ WANTED_TEXTS: dict[str, str] = {
 INDEX_SUFFIX = ".safetensors.index.json"
 PREFERRED_SUBFOLDER = {
     "flux": "transformer", "vae_flux": "vae", "clip_l": "text_encoder", "t5": "text_encoder_2", "sd1": "unet", "sd2": "unet",
-    "sdxl": "unet", "vae_sd": "vae", "clip_g": "text_encoder_2",
+    "sdxl": "unet", "vae_sd": "vae",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError
 from library.options import option
-from library.training.families.unet import UNetFamily, refused_by_unet, tokenizer_problems
+from library.training.families.unet import UNetFamily, part_of, refused_by_unet, tokenizer_problems
 from library.training.option_groups import ModelOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 
@@ -91,7 +91,6 @@ class SdxlFamily(UNetFamily):
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_sdxl
-        from library.checkpoint_kinds import part_path
         from library.model_identity import combined_identity, model_identity
         from library.strategy_base import StrategySet
 
@@ -101,7 +100,7 @@ class SdxlFamily(UNetFamily):
                 caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check,
                 is_weighted=model.weighted_captions,
             )
-            parts = {part_path(self.base_path, kind) for kind in ("clip_l", "clip_g")}
+            parts = {part_of(self.base_path, name) for name in ("text_encoder", "text_encoder_2")}
             text.model_identity = combined_identity([model_identity(part) for part in sorted(parts)])
             text.max_token_length = model.max_token_length or 75
         tokenize = strategy_sdxl.SdxlTokenizeStrategy(

@@ -131,7 +131,6 @@ class UNetFamily(ModelFamily):
         return self.config[ModelOptions].disable_mmap_load_safetensors
 
     def latents_caching(self) -> LatentsCachingStrategy:
-        from library.checkpoint_kinds import part_path
         from library.model_identity import model_identity
         from library.strategy_ldm import SdSdxlLatentsCachingStrategy
 
@@ -139,7 +138,7 @@ class UNetFamily(ModelFamily):
         strategy = SdSdxlLatentsCachingStrategy(
             self.architecture.name == "sd", caching.cache_latents_to_disk, caching.vae_batch_size, caching.skip_cache_check
         )
-        strategy.model_identity = model_identity(part_path(self.vae_path, "vae_sd"))
+        strategy.model_identity = model_identity(part_of(self.vae_path, "vae"))
         return strategy
 
     def load_vae(self, runtime: Runtime) -> torch.nn.Module:
@@ -188,6 +187,12 @@ class UNetFamily(ModelFamily):
             sampler=INFERENCE_SAMPLERS.resolve("euler"), device=models.denoiser.device,
         )
         return decode_to_image(models.vae, latents)
+
+
+def part_of(path: str, subfolder: str) -> Path:
+    """`path`, or the sub-folder of a pipeline folder that holds a part."""
+    folder = Path(path) / subfolder
+    return folder if folder.is_dir() else Path(path)
 
 
 def slot_problem(path: str | None, slot: str, kinds: set[str]) -> str | None:
