@@ -18,14 +18,14 @@ class FamilyEntry:
 
 
 FAMILIES: dict[str, FamilyEntry] = {
+    "flux": FamilyEntry(
+        "library.training.families.flux:FluxFamily", denoisers=("Flux",), targets="networks.lora_flux:TARGETS"
+    ),
     "sd": FamilyEntry(
         "library.training.families.sd:SdFamily", denoisers=("UNet2DConditionModel",), targets="networks.lora_sd:TARGETS"
     ),
     "sdxl": FamilyEntry(
         "library.training.families.sdxl:SdxlFamily", denoisers=("SdxlUNet2DConditionModel",), targets="networks.lora_sdxl:TARGETS"
-    ),
-    "flux": FamilyEntry(
-        "library.training.families.flux:FluxFamily", denoisers=("Flux",), targets="networks.lora_flux:TARGETS"
     ),
     "anima": FamilyEntry(
         "library.training.families.anima:AnimaFamily", denoisers=("Anima",), targets="networks.lora_anima:TARGETS"

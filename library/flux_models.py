@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from library.attention import rope_cos_sin, rotate_pairs, scaled_attention, timestep_embedding
 from library.custom_offloading_utils import BlockStackMixin, ModelOffloader
-from library.ldm_models import AutoEncoder, AutoEncoderParams
 
 Rope = tuple[Tensor, Tensor]
 

@@ -161,7 +161,7 @@ def test_all_problems_at_once_and_before_a_model_is_loaded(tiny, data):
     "arguments, message",
     [
         (["--family", "flix"], "unknown model family 'flix'; did you mean 'flux'"),
-        (["--flux", "--sdxl"], "several model families are named"),
+        (["--family", "flux", "--sdxl"], "several model families are named"),
         (["--flux", "--no-cache_latents_to_disk"], "this tool does nothing but write these files"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.dataset.architectures import ARCHITECTURES
 from library.options import option
-from library.training.families.unet import REFUSED, UNetFamily, tokenizer_problems
+from library.training.families.unet import UNetFamily, refused_by_unet, tokenizer_problems
 from library.training.option_groups import ModelOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 
@@ -46,7 +46,7 @@ class SdFamily(UNetFamily):
     kinds = frozenset({"sd1", "sd2"})
     part_options = {"vae": frozenset(), "text_encoders": frozenset({"clip_tokenizer"})}
     refused = {
-        **REFUSED,
+        **refused_by_unet("Stable Diffusion"),
         "cache_text_encoder_outputs": _NO_TEXT_CACHE,
         "cache_text_encoder_outputs_to_disk": _NO_TEXT_CACHE,
         "text_encoder_batch_size": _NO_TEXT_CACHE,

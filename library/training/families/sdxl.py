@@ -12,7 +12,7 @@ from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError
 from library.options import option
-from library.training.families.unet import REFUSED, UNetFamily, tokenizer_problems
+from library.training.families.unet import UNetFamily, part_of, refused_by_unet, tokenizer_problems
 from library.training.option_groups import ModelOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 
@@ -46,7 +46,7 @@ class SdxlFamily(UNetFamily):
     kinds = frozenset({"sdxl"})
     part_options = {"vae": frozenset(), "text_encoders": frozenset({"clip_tokenizer"})}
     refused = {
-        **REFUSED,
+        **refused_by_unet("SDXL"),
         "v2": "it belongs to Stable Diffusion 2, which has its own script, train_network.py",
         "clip_skip": "SDXL takes the last but one layer of both text encoders",
     }
@@ -91,7 +91,7 @@ class SdxlFamily(UNetFamily):
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_sdxl
-        from library.model_identity import model_identity
+        from library.model_identity import combined_identity, model_identity
         from library.strategy_base import StrategySet
 
         model, caching, text = self.config[ModelOptions], self.config[CachingOptions], None
@@ -100,7 +100,8 @@ class SdxlFamily(UNetFamily):
                 caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check,
                 is_weighted=model.weighted_captions,
             )
-            text.model_identity = model_identity(self.base_path)
+            parts = {part_of(self.base_path, name) for name in ("text_encoder", "text_encoder_2")}
+            text.model_identity = combined_identity([model_identity(part) for part in sorted(parts)])
             text.max_token_length = model.max_token_length or 75
         tokenize = strategy_sdxl.SdxlTokenizeStrategy(
             model.max_token_length, tokenizers=self._tokenizers, is_weighted=model.weighted_captions

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.dataset import CachingOptions
 from library.errors import CheckpointError, ConfigError, Problems, did_you_mean
-from library.training.families.base import ModelFamily
+from library.training.families.base import ModelFamily, refused_by_ddpm
 from library.training.inference_samplers import SamplerOptions
 from library.training.option_groups import ModelOptions, NoiseOptions
 from library.training.sampling_prompts import SamplePrompt, with_defaults
@@ -31,15 +31,17 @@ logger = logging.getLogger(__name__)
 
 SAMPLERS = ("ddim", "euler", "k_euler")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-_FLOW = "it shapes the noise levels of flow matching; models with a noise schedule draw whole timesteps uniformly"
-REFUSED = {
-    **dict.fromkeys(
-        ("timestep_sampling", "sigmoid_scale", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "discrete_flow_shift"), _FLOW
-    ),
-    "blocks_to_swap": "a U-Net has no row of equal blocks to swap; --gradient_checkpointing saves memory",
-    "fp8_base": "8-bit storage is there for transformers only; use --mixed_precision",
-    "fp8_base_unet": "8-bit storage is there for transformers only; use --mixed_precision",
-}
+_FP8 = "8-bit storage is there for transformers only; use --mixed_precision"
+
+
+def refused_by_unet(model: str) -> dict[str, str]:
+    """What no family with a U-Net has: name -> reason, for its `refused`. `model` is its name in messages."""
+    return {
+        **refused_by_ddpm(model),
+        "blocks_to_swap": f"the U-Net of {model} has no row of equal blocks to swap; --gradient_checkpointing saves memory",
+        "fp8_base": _FP8,
+        "fp8_base_unet": _FP8,
+    }
 
 
 class UNetFamily(ModelFamily):
@@ -136,7 +138,7 @@ class UNetFamily(ModelFamily):
         strategy = SdSdxlLatentsCachingStrategy(
             self.architecture.name == "sd", caching.cache_latents_to_disk, caching.vae_batch_size, caching.skip_cache_check
         )
-        strategy.model_identity = model_identity(self.vae_path)
+        strategy.model_identity = model_identity(part_of(self.vae_path, "vae"))
         return strategy
 
     def load_vae(self, runtime: Runtime) -> torch.nn.Module:
@@ -185,6 +187,12 @@ class UNetFamily(ModelFamily):
             sampler=INFERENCE_SAMPLERS.resolve("euler"), device=models.denoiser.device,
         )
         return decode_to_image(models.vae, latents)
+
+
+def part_of(path: str, subfolder: str) -> Path:
+    """`path`, or the sub-folder of a pipeline folder that holds a part."""
+    folder = Path(path) / subfolder
+    return folder if folder.is_dir() else Path(path)
 
 
 def slot_problem(path: str | None, slot: str, kinds: set[str]) -> str | None:
