@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from library.attention import rope_cos_sin, rotate_pairs, scaled_attention, timestep_embedding
 from library.custom_offloading_utils import BlockStackMixin, ModelOffloader
+from library.ldm_models import AutoEncoder, AutoEncoderParams  # noqa: F401, names that are imported from here
 
 Rope = tuple[Tensor, Tensor]
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from library.clip_prompt_utils import PER_ROW, joined, tokenize_rows
+from library.clip_prompt_utils import tokenize_rows
+from library.prompt_weighting import PER_ROW, joined
 from library.dataset.architectures import ARCHITECTURES
 from library.strategy_base import TextEncoderOutputsCachingStrategy, TextEncodingStrategy, TokenizeStrategy
 from library.strategy_ldm import SdSdxlLatentsCachingStrategy
