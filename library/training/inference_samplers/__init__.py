@@ -4,7 +4,7 @@ A sampler is a function `(denoise, latents, sigmas, noise) -> latents`. `denoise
 latents with respect to sigma: in flow matching the velocity noise - data, in the space of SD models (data + sigma * noise)
 the noise. `sigmas` [n + 1] run down to 0; `noise()` gives the next standard normal tensor to samplers that add noise.
 
-`flow.flow_sampler` gives a name's function for flow models; `discrete.schedule_of` and `sampler_of` for SD models.
+`flow.flow_sampler` gives a name's function for flow models; `discrete.sample_latents` runs a name on an SD model.
 """
 
 from __future__ import annotations

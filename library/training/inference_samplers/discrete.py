@@ -16,7 +16,7 @@ import numpy
 import torch
 
 from library.training.inference_samplers import INFERENCE_SAMPLERS
-from library.training.inference_samplers.common import Denoise
+from library.training.inference_samplers.common import Denoise, NextNoise
 from library.training.objective import PREDICTION_TYPES, ddpm_alphas_cumprod
 from library.training.timesteps import NUM_TIMESTEPS
 
@@ -186,3 +186,17 @@ def network_denoiser(predict: Predict, schedule: DiscreteSchedule, prediction_ty
         return prediction if prediction_type == "epsilon" else level * scale * inputs + scale * prediction
 
     return denoise
+
+
+def sample_latents(
+    name: str, predict: Predict, start: torch.Tensor, num_steps: int, *, prediction_type: str, zero_terminal_snr: bool = False,
+    noise: NextNoise | None = None,
+) -> torch.Tensor:
+    """Clean latents [B, C, H, W] of the network's scale from standard normal noise `start`, with a sampler of the registry.
+
+    Raises ConfigError for an unknown name, ValueError for a prediction type or number of steps that there is not.
+    """
+    schedule = schedule_of(name, num_steps, zero_terminal_snr=zero_terminal_snr)
+    denoise = network_denoiser(predict, schedule, prediction_type)
+    latents = sampler_of(name, schedule)(denoise, start * schedule.start_scale, schedule.sigmas, noise)
+    return network_latents(latents, float(schedule.sigmas[-1]))

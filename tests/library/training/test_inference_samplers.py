@@ -33,7 +33,6 @@ REFERENCES = {
 }  # fmt: skip
 SHAPE = (2, 4, 3, 5)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside diffusers
-LINSPACED = ("lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a")
 
 
 def network(inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -46,12 +45,11 @@ def noises(count: int = 200) -> list[torch.Tensor]:
 
 
 def ours(name: str, num_steps: int, prediction_type: str = "epsilon", **settings) -> torch.Tensor:
-    schedule = discrete.schedule_of(name, num_steps, **settings)
     start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
-    denoise = discrete.network_denoiser(network, schedule, prediction_type)
     queue = iter(noises())
-    result = discrete.sampler_of(name, schedule)(denoise, start * schedule.start_scale, schedule.sigmas, lambda: next(queue))
-    return result if name in LINSPACED else discrete.network_latents(result, float(schedule.sigmas[-1]))
+    return discrete.sample_latents(
+        name, network, start, num_steps, prediction_type=prediction_type, noise=lambda: next(queue), **settings
+    )
 
 
 def theirs(name: str, num_steps: int, monkeypatch, prediction_type: str = "epsilon", **settings) -> torch.Tensor:
