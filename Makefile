@@ -43,7 +43,7 @@ $(VENV)/installed: requirements.txt Makefile
 	@$(PY) -c "open('$(VENV)/installed', 'w').close()"
 
 $(VENV)/installed-dev: $(VENV)/installed setup.py
-	$(PIP) "pytest>=8" "pytest-xdist>=3.5" "diffusers>=0.34" "peft>=0.15" "sentencepiece>=0.2"
+	$(PIP) "pytest>=8" "pytest-xdist>=3.5" "diffusers>=0.34" "peft>=0.15" "sentencepiece>=0.2" "scipy>=1.11"
 	@$(PY) -c "open('$(VENV)/installed-dev', 'w').close()"
 
 demo: install

@@ -1,4 +1,4 @@
-"""What making an image has in common in all flow families: the start, guidance by a negative prompt, and the picture."""
+"""What making an image has in common in all families: the start and the picture; and guidance of flow models."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from library.dataset import CachingOptions
 from library.errors import CheckpointError, ConfigError, Problems, did_you_mean
 from library.training.families.base import ModelFamily, refused_by_ddpm
-from library.training.inference_samplers import SamplerOptions
+from library.training.inference_samplers import INFERENCE_SAMPLERS, SamplerOptions
 from library.training.option_groups import ModelOptions, NoiseOptions
 from library.training.sampling_prompts import SamplePrompt, with_defaults
 from library.training.timestep_samplers import TimestepOptions
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS = ("ddim", "euler", "k_euler")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _FP8 = "8-bit storage is there for transformers only; use --mixed_precision"
 
@@ -164,27 +163,28 @@ class UNetFamily(ModelFamily):
 
     @staticmethod
     def _check_sampler(name: str, what: str) -> None:
-        if name not in SAMPLERS:
-            raise ConfigError(f"{what} is '{name}'; this model family has {', '.join(SAMPLERS)}{did_you_mean(name, SAMPLERS)}")
+        if name not in INFERENCE_SAMPLERS:
+            names = INFERENCE_SAMPLERS.names()
+            raise ConfigError(f"{what} is '{name}'{did_you_mean(name, names)} Known: {', '.join(names)}")
 
     @staticmethod
     def sample_settings(prompt: SamplePrompt) -> SampleSettings:
-        from library.ldm_train_utils import SPACINGS, SampleSettings
+        from library.ldm_train_utils import SampleSettings
 
         return SampleSettings(
             height=prompt.height, width=prompt.width, num_steps=prompt.sample_steps, seed=prompt.seed, cfg_scale=prompt.scale,
-            spacing=SPACINGS[prompt.sample_sampler],
+            sampler=prompt.sample_sampler,
         )
 
     def image_of(self, models: Any, predict: Any, settings: SampleSettings) -> Any:
         """The PIL image of a guided predictor."""
-        from library.ldm_train_utils import decode_to_image, generate_unet_latents
-        from library.training.inference_samplers import INFERENCE_SAMPLERS
+        from library.ldm_train_utils import generate_unet_latents
+        from library.sampling_utils import decode_to_image
 
         objective = self.objective()
         latents = generate_unet_latents(
-            predict, settings, objective.alphas_cumprod, objective.prediction_type,
-            sampler=INFERENCE_SAMPLERS.resolve("euler"), device=models.denoiser.device,
+            predict, settings, prediction_type=objective.prediction_type, zero_terminal_snr=objective.zero_terminal_snr,
+            device=models.denoiser.device,
         )
         return decode_to_image(models.vae, latents)
 
