@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.errors import UnsupportedCombination
+from library.errors import CheckpointError, Problems, UnsupportedCombination
 from library.options import Config
+from library.training import timestep_samplers
 from library.training.sampling_prompts import SampleDefaults, SamplePrompt, with_defaults
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
     from library.training.run import DiTOutput, Models
+
+logger = logging.getLogger(__name__)
 
 
 def refused_by_flow(model: str) -> dict[str, str]:
@@ -135,3 +139,55 @@ class ModelFamily(ABC):
 
     def embedding_tables(self, models: Models) -> list[torch.nn.Embedding]:
         raise UnsupportedCombination(f"{self.name} has no textual inversion")
+
+
+class FlowFamily(ModelFamily):
+    """What families of flow models with a denoiser, text encoders and a VAE in files of their own check alike."""
+
+    timestep_modes: ClassVar[Sequence[str]]
+    """the modes of --timestep_sampling that the family has"""
+    denoiser_kinds: ClassVar[Sequence[str]]
+    """kinds of file (checkpoint_kinds) that --pretrained_model_name_or_path may be"""
+
+    def check(self) -> None:
+        problems = Problems()
+        for problem in self._file_problems():
+            problems.add(problem)
+        problems.attempt(lambda: timestep_samplers.check(self.config[timestep_samplers.TimestepOptions], self.timestep_modes))
+        problems.raise_if_any()
+        for line in self._notices():
+            logger.info(line)
+
+    def _file_problems(self) -> list[str]:
+        """Missing, wrong and unfitting files, and a block swap that the depth of the file does not allow."""
+        from library.checkpoint_kinds import check_slot
+
+        denoiser = check_slot(self._denoiser_path, "pretrained_model_name_or_path", set(self.denoiser_kinds))
+        text, vae = self._slot_problems("text_encoders"), self._slot_problems("vae")
+        found = [*([denoiser] if denoiser else []), *text, *vae, *([] if text else self._tokenizer_problems())]
+        if denoiser or text or vae:
+            return found
+        try:
+            return [*found, *self._size_problems()]
+        except CheckpointError as error:
+            return [*found, str(error)]
+
+    @property
+    @abstractmethod
+    def _denoiser_path(self) -> str | None: ...
+
+    @abstractmethod
+    def _slot_problems(self, part: str) -> list[str]:
+        """Files of a part ("vae", "text_encoders") that are missing or something else."""
+
+    @abstractmethod
+    def _tokenizer_problems(self) -> list[str]:
+        """Tokenizers that cannot be found or read, or whose ids the models do not have."""
+
+    @abstractmethod
+    def _size_problems(self) -> list[str]:
+        """Sizes of the files against each other; headers only."""
+
+    @abstractmethod
+    def _notices(self) -> list[str]:
+        """Lines for the log where a setting has no effect or numbers differ from what people know."""

@@ -13,11 +13,10 @@ from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError, ConfigError, Problems
 from library.options import option, refused_option
-from library.training.families.base import ModelFamily, refused_by_flow
+from library.training.families.base import FlowFamily, refused_by_flow
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 from library.training.timestep_samplers import TimestepOptions
-from library.training.timestep_samplers import check as check_timesteps
 
 if TYPE_CHECKING:
     import torch
@@ -80,10 +79,12 @@ class FluxOptions:
         problems.raise_if_any()
 
 
-class FluxFamily(ModelFamily):
+class FluxFamily(FlowFamily):
     """The wiring of FLUX.1: conditioning is [pooled CLIP-L, T5 states, their ids, T5 mask]."""
 
     name = "flux"
+    timestep_modes = TIMESTEP_MODES
+    denoiser_kinds = ("flux",)
     architecture = ARCHITECTURES["flux"]
     sampling = SAMPLE_DEFAULTS["flux"]
     options = FluxOptions
@@ -103,32 +104,6 @@ class FluxFamily(ModelFamily):
         "vae": "the autoencoder of FLUX.1 is given with --ae",
         "sample_sampler": "FLUX.1 samples with Euler steps along its own schedule",
     }
-
-    def check(self) -> None:
-        problems = Problems()
-        for problem in self._file_problems():
-            problems.add(problem)
-        try:
-            check_timesteps(self.config[TimestepOptions], TIMESTEP_MODES)
-        except ConfigError as error:
-            problems.absorb(error)
-        problems.raise_if_any()
-        for line in self._notices():
-            logger.info(line)
-
-    def _file_problems(self) -> list[str]:
-        """Missing, wrong and unfitting files, and a block swap that the depth of the file does not allow."""
-        from library.checkpoint_kinds import check_slot
-
-        denoiser = check_slot(self._denoiser_path, "pretrained_model_name_or_path", {"flux"})
-        text, vae = self._slot_problems("text_encoders"), self._slot_problems("vae")
-        found = [*([denoiser] if denoiser else []), *text, *vae, *([] if text else self._tokenizer_problems())]
-        if denoiser or text or vae:
-            return found
-        try:
-            return [*found, *self._size_problems()]
-        except CheckpointError as error:
-            return [*found, str(error)]
 
     def part_problems(self, part: str) -> list[str]:
         found = self._slot_problems(part)

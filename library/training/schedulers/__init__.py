@@ -255,17 +255,17 @@ def _check_class(options: SchedulerOptions, problems: Problems) -> None:
         _try_class(cls, args, options, problems)
 
 
-def _try_class(cls: type, args: dict[str, Any], options: SchedulerOptions, problems: Problems) -> None:
+def _try_class(cls: type, settings: dict[str, Any], options: SchedulerOptions, problems: Problems) -> None:
     """One step of the schedule, for an optimizer of one value: the class checks its own arguments."""
     from torch import nn, optim, zeros
 
     optimizer = optim.SGD([nn.Parameter(zeros(1))], lr=0.1)
     try:
-        schedule = cls(optimizer, **args)
+        schedule = cls(optimizer, **settings)
         optimizer.step()
         schedule.step()
     except Exception as error:  # whatever a class of the user's raises
-        given = ", ".join(f"{key}={value}" for key, value in args.items()) or "not given"
+        given = ", ".join(f"{key}={value}" for key, value in settings.items()) or "not given"
         problems.add(f"--lr_scheduler_args is {given}; {options.lr_scheduler_type} refuses it: {error}")
 
 
