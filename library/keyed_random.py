@@ -67,6 +67,12 @@ class StepDraws:
         """One number in [0, 1) for the whole global batch: the same for every sample and rank."""
         return keyed_random(self.seed, purpose, self.step, *keys).random()
 
+    def batch_uniforms(self, purpose: str, count: int, *keys: int | str) -> torch.Tensor:
+        """Numbers in [0, 1) [count], float32: the same for every sample and rank."""
+        import torch
+
+        return torch.rand(count, generator=keyed_generator(self.seed, purpose, self.step, *keys))
+
     def _stack(self, draw, purpose: str, shape: Sequence[int], keys) -> torch.Tensor:
         import torch
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from library.errors import CheckpointError
@@ -21,16 +22,65 @@ class StepState:
     draws: StepDraws | None = None
 
 
-class AdapterModule(nn.Module):
-    """Adds a low-rank change to one layer by replacing the layer's forward, never the layer.
+def dora_change(change: torch.Tensor, weight: torch.Tensor, dora_scale: torch.Tensor, multiplier: float) -> torch.Tensor:
+    """Change of the weight under weight decomposition (DoRA, arXiv 2402.09353): multiplier * (W' - W), float32.
 
-    output = org_forward(x) + delta(x) * multiplier * scale, with scale = alpha / rank. `alpha` is a float32 buffer that is
-    saved; the scale is always derived from it. Subclasses hold the trained tensors and say in `weight_keys` how a file
-    calls them (the first one tells the kind).
+    V = W + change; W' = V * dora_scale / (norm(V) + eps). `dora_scale` is [out, 1, ..] for norms of the rows (output) or
+    [1, in, ..] for norms of the columns (input); the shape decides.
+    """
+    original = weight.float()
+    changed = original + change
+    axes = tuple(axis for axis, size in enumerate(dora_scale.shape) if size == 1)
+    if not axes:  # a layer with one output and one input
+        axes = tuple(range(1, changed.ndim))
+    norm = torch.linalg.vector_norm(changed, dim=axes, keepdim=True) + torch.finfo(torch.float32).eps
+    return multiplier * (changed * (dora_scale.float() / norm) - original)
+
+
+def change_of(
+    module_class: type[AdapterModule], tensors: Mapping[str, torch.Tensor], weight: torch.Tensor, multiplier: float
+) -> torch.Tensor:
+    """Change of `weight` by the tensors of one layer of a file, at this multiplier; float32, shape of the weight.
+
+    The one formula for forward, merging, saving, streaming and the tools. Gradients flow into the tensors.
+    """
+    if "dora_scale" not in tensors:
+        return module_class.weight_change(tensors, weight, multiplier)
+    plain = {name: tensor for name, tensor in tensors.items() if name != "dora_scale"}
+    return dora_change(module_class.weight_change(plain, weight, 1.0), weight, tensors["dora_scale"], multiplier)
+
+
+def scale_of(tensors: Mapping[str, torch.Tensor], rank: int) -> float:
+    """alpha / rank of a layer's tensors; 1 without an alpha."""
+    return float(tensors["alpha"]) / rank if "alpha" in tensors else 1.0
+
+
+def linear_output(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What a layer with this geometry and this weight gives, without bias."""
+    if type(layer).__name__ == "Linear":
+        return F.linear(x, weight)
+    if layer.padding_mode != "zeros":
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        return F.conv2d(x, weight, None, layer.stride, 0, layer.dilation, layer.groups)
+    return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+class AdapterModule(nn.Module):
+    """Changes one layer by replacing the layer's forward, never the layer.
+
+    output = org_forward(x) + output_change(x). A kind of adapter is a subclass that holds the trained tensors under the
+    names of a file and gives `weight_change`, the formula from those tensors to the change of the layer's weight. That is
+    enough: forward, merging and the tools use it. A kind with a cheaper way than building the whole change overrides
+    `output_change`.
+
+    `alpha` is a float32 buffer that is saved; the scale alpha / rank is always derived from it.
     """
 
     weight_keys: ClassVar[tuple[str, ...]]
+    """tensors that a file must have"""
     optional_keys: ClassVar[tuple[str, ...]] = ()
+    has_alpha: ClassVar[bool] = True
+    """whether files of this kind hold an alpha"""
     plus_names: ClassVar[tuple[str, ...]] = ()
     """parts of parameter names that LoRA+ trains at a higher rate"""
 
@@ -56,8 +106,9 @@ class AdapterModule(nn.Module):
         self.rate: tuple[int, float] | None = None
         self.step_state = StepState()
         self._org_module = [org_module]  # in a list, so that the layer's weights are not counted among the adapter's
-        self._backup: torch.Tensor | None = None
-        self.register_buffer("alpha", torch.zeros((), dtype=torch.float32))
+        self._backup: dict[str, torch.Tensor] | None = None
+        self.dora_scale: nn.Parameter | None = None
+        self.register_buffer("alpha", torch.zeros((), dtype=torch.float32), persistent=self.has_alpha)
         self.set_alpha(alpha)
 
     @property
@@ -114,24 +165,50 @@ class AdapterModule(nn.Module):
             return output + sum(parameter.flatten()[0] for parameter in self.parameters()).to(output) * 0
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.compute_dtype)
-        change = self.delta_output(x)
-        return torch.add(output, change.to(output.device), alpha=self.multiplier * self.scale).to(output.dtype)
+        return (output + self.output_change(x).to(output.device)).to(output.dtype)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    @abstractmethod
-    def delta_output(self, x: torch.Tensor) -> torch.Tensor:
-        """The adapter's output without multiplier and scale."""
+    def output_change(self, x: torch.Tensor) -> torch.Tensor:
+        """What is added to the layer's output, at the module's multiplier and with the scale."""
+        weight = self._dropped_rows(self.get_weight())
+        return linear_output(self.org_module, x, weight.to(x.device, x.dtype))
 
+    @staticmethod
     @abstractmethod
-    def delta_weight(self) -> torch.Tensor:
-        """The change of the layer's weight at multiplier 1, with the scale; float32, shape of the weight."""
+    def weight_change(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor, multiplier: float) -> torch.Tensor:
+        """Change of `weight` by one layer's tensors under the names of a file, scale included; float32, shape of `weight`.
+        `weight` is only read where the change depends on it. Gradients flow into the tensors."""
+
+    @staticmethod
+    def bias_change(tensors: Mapping[str, torch.Tensor], multiplier: float) -> torch.Tensor | None:
+        """Change of the layer's bias [out], float32; None for kinds that leave it alone."""
+        return None
+
+    @classmethod
+    def missing_keys(cls, names: Iterable[str]) -> list[str]:
+        """Tensors that a layer's file lacks for this kind."""
+        return [key for key in cls.weight_keys if key not in names]
 
     @abstractmethod
     def initialize(self, generator: torch.Generator | None = None) -> None:
         """Start values: the change is zero."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The live tensors (parameters and buffers), as `weight_change` takes them."""
+        alpha = {"alpha": torch.tensor(self._alpha)} if self.has_alpha else {}  # on the CPU: reading it waits for no device
+        return {**dict(self.named_parameters()), **dict(self.named_buffers()), **alpha}
+
+    @torch.no_grad()
+    def decompose_weight(self, on_output: bool = True) -> None:
+        """Switch DoRA on: a trained `dora_scale`, at first the norms of the layer's rows (of its columns with
+        on_output False), so that the change stays zero. Call it while the change is zero."""
+        weight = self.org_module.weight
+        axes = tuple(axis for axis in range(weight.ndim) if axis != (0 if on_output else 1))
+        norm = torch.linalg.vector_norm(weight.float(), dim=axes, keepdim=True)
+        self.dora_scale = nn.Parameter(norm + torch.finfo(torch.float32).eps)
 
     # -- dropout ---------------------------------------------------------------------------------------------------
 
@@ -162,11 +239,26 @@ class AdapterModule(nn.Module):
             ])
         return hidden * (kept.to(hidden.device, hidden.dtype) / (1 - probability))
 
+    def _dropped_rows(self, change: torch.Tensor) -> torch.Tensor:
+        """Rank dropout of kinds that build the whole change: output rows of it are zeroed, the others scaled up. One mask
+        for all samples of the optimizer step, because the samples share the weight."""
+        if not self.training or not self.rank_dropout:
+            return change
+        draws, rows = self.step_state.draws, change.shape[0]
+        uniform = torch.rand(rows) if draws is None else draws.batch_uniforms("network row dropout", rows, self.lora_name)
+        kept = (uniform >= self.rank_dropout).to(change.device, change.dtype) / (1 - self.rank_dropout)
+        return change * kept.view(-1, *[1] * (change.ndim - 1))
+
     # -- merging ---------------------------------------------------------------------------------------------------
 
     def get_weight(self, multiplier: float | None = None) -> torch.Tensor:
         """The change of the weight at this multiplier (default: the module's), float32."""
-        return (self.multiplier if multiplier is None else multiplier) * self.delta_weight()
+        multiplier = self.multiplier if multiplier is None else multiplier
+        return change_of(type(self), self.tensors(), self.org_module.weight, multiplier)
+
+    def delta_weight(self) -> torch.Tensor:
+        """The change of the weight at multiplier 1, with the scale; float32, shape of the weight."""
+        return self.get_weight(1.0)
 
     @torch.no_grad()
     def merge_to(
@@ -179,20 +271,33 @@ class AdapterModule(nn.Module):
         `sd` holds this module's tensors of a file, when they are not loaded yet."""
         if sd:
             self.load_file_tensors(sd)
-        weight = self.org_module.weight
-        device = weight.device if device is None else device
-        merged = weight.detach().to(device, torch.float32) + self.get_weight().to(device)
-        self.org_module.weight.data.copy_(merged.to(dtype or weight.dtype))
+        tensors = {name: tensor.to(device) if device is not None else tensor for name, tensor in self.tensors().items()}
+        for name, change_of_part in (("weight", self._merged_weight), ("bias", self._merged_bias)):
+            parameter = getattr(self.org_module, name, None)
+            if parameter is None:
+                continue
+            original = parameter.detach().to(next(iter(tensors.values())).device if device is None else device, torch.float32)
+            merged = change_of_part(tensors, original)
+            if merged is not None:
+                parameter.data.copy_(merged.to(dtype or parameter.dtype))
+
+    def _merged_weight(self, tensors: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor | None:
+        return weight + change_of(type(self), tensors, weight, self.multiplier)
+
+    def _merged_bias(self, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor) -> torch.Tensor | None:
+        change = self.bias_change(tensors, self.multiplier)
+        return None if change is None else bias + change
 
     @torch.no_grad()
     def backup_weight(self) -> None:
         if self._backup is None:
-            self._backup = self.org_module.weight.detach().clone()
+            self._backup = {name: parameter.detach().clone() for name, parameter in self.org_module.named_parameters(recurse=False)}
 
     @torch.no_grad()
     def restore_weight(self) -> None:
         if self._backup is not None:
-            self.org_module.weight.data.copy_(self._backup)
+            for name, tensor in self._backup.items():
+                getattr(self.org_module, name).data.copy_(tensor)
             self.enabled = True
 
     def pre_calculation(self) -> None:
@@ -210,6 +315,10 @@ class AdapterModule(nn.Module):
     def load_file_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Read the tensors of a file; CheckpointError when a name or shape does not fit. A file without alpha means
         alpha = rank. Shapes that differ only in 1x1 kernel axes fit."""
+        if "dora_scale" in tensors and self.dora_scale is None:
+            self.dora_scale = nn.Parameter(torch.empty_like(tensors["dora_scale"], dtype=torch.float32))
+        if not self.has_alpha:
+            tensors = {name: tensor for name, tensor in tensors.items() if name != "alpha"}
         own = self.state_dict()
         unknown = [name for name in tensors if name not in own]
         missing = [name for name in own if name not in tensors and name != "alpha"]
@@ -224,7 +333,8 @@ class AdapterModule(nn.Module):
             if [n for n in tensor.shape if n != 1] != [n for n in wanted if n != 1]:
                 raise CheckpointError(f"{self.lora_name}.{name} has shape {list(tensor.shape)}; this network needs {list(wanted)}")
             fitted[name] = tensor.reshape(wanted)
-        fitted.setdefault("alpha", torch.tensor(float(self.lora_dim)))
+        if self.has_alpha:
+            fitted.setdefault("alpha", torch.tensor(float(self.lora_dim)))
         self.load_state_dict(fitted)
 
     # -- norms -----------------------------------------------------------------------------------------------------

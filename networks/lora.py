@@ -7,19 +7,21 @@ and the tools build on them. The two functions at the end are what a trainer cal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from library.errors import CheckpointError, ConfigError
+from library.errors import CheckpointError, ConfigError, Problems
 from library.options import parse_bool
-from networks.adapter_module import AdapterModule
+from networks.adapter_module import AdapterModule, scale_of
 from networks.ggpo import Ggpo, row_norms_squared
-from networks.network_args import parse_network_args, positive_number
-from networks.network_base import AdditionalNetwork, NetworkKind, build_from_weights, build_network
-from networks.targets import NetworkTargets, targets_of_family
+from networks.kinds import NetworkKind
+from networks.network_args import RANK_STABILIZED, WEIGHT_DECOMPOSITION, NetworkSettings, positive_number
+from networks.network_base import AdditionalNetwork, NetworkFunctions
+from networks.targets import Layer, NetworkTargets
 
 
 def lora_delta(
@@ -115,6 +117,14 @@ class LoRAModule(AdapterModule):
             self.lora_down = nn.Conv2d(org_module.in_channels, rank, kernel, **geometry)
         self.lora_up = nn.Conv2d(rank, org_module.out_channels, 1, bias=False)
 
+    @classmethod
+    def missing_keys(cls, names: Iterable[str]) -> list[str]:
+        """A layer that is split may stand in parts, lora_down.0.weight and so on."""
+        names = set(names)
+        numbers = sorted(name.split(".")[1] for name in names if re.fullmatch(r"lora_(down|up)\.\d+\.weight", name))
+        keys = [f"{name}.{i}.weight" for i in numbers for name in ("lora_down", "lora_up")] or cls.weight_keys
+        return [key for key in keys if key not in names]
+
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
         """down (and mid) kaiming-uniform as nn.Linear starts, up zero."""
@@ -128,16 +138,18 @@ class LoRAModule(AdapterModule):
         """(down, up) of every part; one pair unless the layer is split."""
         return zip(self.lora_down, self.lora_up, strict=True) if self.split else iter([(self.lora_down, self.lora_up)])
 
-    def delta_output(self, x: torch.Tensor) -> torch.Tensor:
+    def output_change(self, x: torch.Tensor) -> torch.Tensor:
+        if self.dora_scale is not None:
+            return super().output_change(x)
         parts = []
         for number, (down, up) in enumerate(self.pairs()):
             hidden = down(x)  # [B, ..., rank] or [B, rank, H, W]
             if self.is_conv and hasattr(self, "lora_mid"):
                 hidden = self.lora_mid(hidden)
             parts.append(up(self._dropped(hidden, number)))
-        change = torch.cat(parts, dim=-1) if self.split else parts[0]
+        change = (torch.cat(parts, dim=-1) if self.split else parts[0]) * (self.multiplier * self.scale)
         if self.ggpo is not None and self.training:
-            change = change + self.ggpo.perturbation(x, self) / (self.multiplier * self.scale)
+            change = change + self.ggpo.perturbation(x, self)
         return change
 
     def _dropped(self, hidden: torch.Tensor, part: int) -> torch.Tensor:
@@ -151,9 +163,18 @@ class LoRAModule(AdapterModule):
             hidden = self.drop(hidden, self.rank_dropout, shape, f"network rank dropout {part}")
         return hidden
 
-    def delta_weight(self) -> torch.Tensor:
-        mid = self.lora_mid.weight.float() if hasattr(self, "lora_mid") else None
-        return torch.cat([lora_delta(down.weight.float(), up.weight.float(), self.scale, mid) for down, up in self.pairs()])
+    @staticmethod
+    def weight_change(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor, multiplier: float) -> torch.Tensor:
+        """Source of the formula: lora_delta. Parts of a split layer stand below one another."""
+        if "lora_down.0.weight" in tensors:
+            count = sum(name.startswith("lora_down.") for name in tensors)
+            pairs = [(tensors[f"lora_down.{i}.weight"].float(), tensors[f"lora_up.{i}.weight"].float()) for i in range(count)]
+            scale = multiplier * scale_of(tensors, pairs[0][0].shape[0])
+            return torch.cat([lora_delta(down, up, scale) for down, up in pairs])
+        down, up = tensors["lora_down.weight"].float(), tensors["lora_up.weight"].float()
+        mid = tensors["lora_mid.weight"].float() if "lora_mid.weight" in tensors else None
+        scale = multiplier * scale_of(tensors, up.shape[1])
+        return lora_delta(down, up, scale, mid).view(weight.shape)  # files differ in kernel axes of size one
 
     def file_tensors(self) -> dict[str, torch.Tensor]:
         """Split layers are written fused, with alpha * parts: alpha / rank of the file is the scale that was trained."""
@@ -179,7 +200,7 @@ class LoRAModule(AdapterModule):
 
     @torch.no_grad()
     def weight_norm(self) -> torch.Tensor:
-        if hasattr(self, "lora_mid"):
+        if hasattr(self, "lora_mid") or self.dora_scale is not None:
             return super().weight_norm()
         squares = [row_norms_squared(up.weight, down.weight).sum() for down, up in self.pairs()]
         return abs(self.scale) * torch.stack(squares).sum().sqrt()
@@ -203,58 +224,46 @@ def shape_from_file(
     return rank // parts, alpha / parts, {"tucker": True} if "lora_mid.weight" in tensors else {}
 
 
-def extra_arguments(targets: NetworkTargets) -> dict[str, Callable[[Any], Any]]:
+def shape_from_settings(settings: NetworkSettings, layer: Layer, split: Sequence[int] | None) -> dict[str, Any]:
+    return {"tucker": True} if settings.get("use_tucker") and layer.is_kxk_conv else {}
+
+
+def arguments(targets: NetworkTargets) -> dict[str, Callable[[Any], Any]]:
     """Network arguments of LoRA beside those that every adapter has."""
-    parsers: dict[str, Callable[[Any], Any]] = {"ggpo_sigma": positive_number, "ggpo_beta": positive_number}
+    parsers = {
+        "ggpo_sigma": positive_number,
+        "ggpo_beta": positive_number,
+        "use_tucker": parse_bool,
+        **WEIGHT_DECOMPOSITION,
+        **RANK_STABILIZED,
+    }
     if targets.splits:
         parsers["split_qkv"] = parse_bool
     return parsers
 
 
+def check(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for arguments that contradict each other."""
+    problems = Problems()
+    if (values.get("ggpo_sigma") is None) != (values.get("ggpo_beta") is None):
+        problems.add("--network_args ggpo_sigma and ggpo_beta belong together; one of them is missing")
+    if values.get("dora_wd"):
+        for name in ("ggpo_sigma", "split_qkv"):
+            if values.get(name):
+                problems.add(f"--network_args {name} and dora_wd cannot be used together; leave one of them out")
+    problems.raise_if_any()
+
+
 def prepare(network: AdditionalNetwork) -> None:
-    """Switch GGPO on where both of its arguments are given."""
+    """Switch GGPO on where it is asked for."""
     sigma, beta = network.settings.get("ggpo_sigma"), network.settings.get("ggpo_beta")
-    if (sigma is None) != (beta is None):
-        raise ConfigError("--network_args ggpo_sigma and ggpo_beta belong together; one of them is missing")
     if sigma is not None:
-        for module in network.unet_loras + network.text_encoder_loras:
+        for module in network.loras:
             module.ggpo = None if module.is_conv else Ggpo(sigma, beta)
 
 
-KIND = NetworkKind(LoRAModule, shape_from_file, extra_arguments, prepare)
-
-
-def check_network_args(pairs: Mapping[str, Any], family: str) -> None:
-    """Raise ConfigError for arguments that create_network would refuse, before any model is loaded."""
-    targets = targets_of_family(family)
-    values = parse_network_args(pairs, targets, extra_arguments(targets))
-    if (values.get("ggpo_sigma") is None) != (values.get("ggpo_beta") is None):
-        raise ConfigError("--network_args ggpo_sigma and ggpo_beta belong together; one of them is missing")
-
-
-def create_network(
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    vae: nn.Module | None,
-    text_encoder: nn.Module | Sequence[nn.Module | None] | None,
-    unet: nn.Module,
-    neuron_dropout: float | None = None,
-    **kwargs: Any,
-) -> AdditionalNetwork:
-    """A LoRA network for these models. `kwargs` are the --network_args pairs; `vae` is not used."""
-    return build_network(KIND, multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, kwargs)
-
-
-def create_network_from_weights(
-    multiplier: float,
-    file: str | None,
-    vae: nn.Module | None,
-    text_encoder: nn.Module | Sequence[nn.Module | None] | None,
-    unet: nn.Module,
-    weights_sd: Mapping[str, torch.Tensor] | None = None,
-    for_inference: bool = False,
-    **kwargs: Any,
-) -> tuple[AdditionalNetwork, dict[str, torch.Tensor]]:
-    """A network with the layers, ranks and alphas of a file, not loaded yet, and the file's tensors."""
-    return build_from_weights(KIND, multiplier, file, text_encoder, unet, weights_sd, for_inference, kwargs)
+KIND = NetworkKind("LoRA", LoRAModule, shape_from_file, shape_from_settings, arguments, check=check, prepare=prepare)
+_FUNCTIONS = NetworkFunctions(KIND)
+check_network_args = _FUNCTIONS.check_network_args
+create_network = _FUNCTIONS.create_network
+create_network_from_weights = _FUNCTIONS.create_network_from_weights

@@ -53,6 +53,13 @@ def parse_network_args(
     return values
 
 
+WEIGHT_DECOMPOSITION: dict[str, Callable[[Any], Any]] = {"dora_wd": parse_bool, "wd_on_output": parse_bool}
+"""arguments of the kinds that can be combined with DoRA: norms are trained apart from directions, of a layer's output rows
+or (wd_on_output=False) of its input columns"""
+RANK_STABILIZED: dict[str, Callable[[Any], Any]] = {"rs_lora": parse_bool}
+"""rs-LoRA (arXiv 2312.03732): scale alpha / sqrt(rank)"""
+
+
 def argument_parsers(targets: NetworkTargets) -> dict[str, Callable[[Any], Any]]:
     """Every argument that any adapter of this family knows."""
     parsers: dict[str, Callable[[Any], Any]] = {

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from library.errors import CheckpointError, ConfigError
+from library.errors import CheckpointError, ConfigError, Problems
 from library.keyed_random import StepDraws, keyed_generator
 from networks.adapter_module import AdapterModule, StepState
+from networks.kinds import NetworkKind, known_kind_of
 from networks.network_args import NetworkSettings, parse_network_args
 from networks.network_files import by_module, match_names, read_adapter_file, to_kohya_names, write_adapter_file
 from networks.selection import LayerPlan, all_layers, plan_network, rate_of, split_of
-from networks.targets import NetworkTargets, targets_of_denoiser
+from networks.targets import Layer, NetworkTargets, targets_of_denoiser, targets_of_family
 
-__all__ = ["AdapterModule", "AdditionalNetwork", "NetworkKind", "NetworkTargets", "build_from_weights", "build_network"]
+__all__ = ["AdapterModule", "AdditionalNetwork", "NetworkFunctions", "NetworkKind", "NetworkTargets", "build_from_weights", "build_network"]
 
 logger = logging.getLogger(__name__)
 
 LISTED_PROBLEMS = 5
-
-
-@dataclass(frozen=True)
-class NetworkKind:
-    """One type of adapter: its module class, how ranks are read from a file's tensors (tensors, split) -> (rank, alpha,
-    constructor arguments), its further network arguments, and a last touch on a new network."""
-
-    module_class: type[AdapterModule]
-    shape_from_file: Callable[[Mapping[str, torch.Tensor], Sequence[int] | None], tuple[int, float | None, dict[str, Any]]]
-    extra_arguments: Callable[[NetworkTargets], dict[str, Callable[[Any], Any]]]
-    prepare: Callable[[AdditionalNetwork], None] = lambda network: None
 
 
 class AdditionalNetwork(nn.Module):
@@ -300,9 +290,17 @@ def read_settings(
     kind: NetworkKind, targets: NetworkTargets, rank: int | None, alpha: float | None, dropout: float | None, pairs: Mapping[str, Any]
 ) -> NetworkSettings:
     """The settings of a network from the arguments of create_network."""
-    values = parse_network_args(pairs, targets, kind.extra_arguments(targets))
+    values = parse_network_args(pairs, targets, kind.arguments(targets))
     dropout = values.pop("dropout", None) if dropout is None else dropout
     values.pop("dropout", None)
+    problems = Problems()
+    for name, reason in kind.refused.items():
+        value = dropout if name == "dropout" else values.get(name)
+        if value:
+            option = "--network_dropout" if name == "dropout" else f"--network_args {name}"
+            problems.add(f"{option} is {value}; {kind.name} has none: {reason}")
+    problems.attempt(lambda: kind.check(values))
+    problems.raise_if_any()
     return NetworkSettings(4 if rank is None else int(rank), alpha, dropout, values)
 
 
@@ -311,19 +309,30 @@ def build_network(
     text_encoder: Any, unet: nn.Module, dropout: float | None, pairs: Mapping[str, Any],
 ) -> AdditionalNetwork:
     """A new network of this kind for these models."""
-    targets = targets_of_denoiser(unet)
+    targets = kind.targets(targets_of_denoiser(unet))
     settings = read_settings(kind, targets, rank, alpha, dropout, pairs)
     plans = plan_network(targets, unet, encoder_list(text_encoder), settings)
-    network = AdditionalNetwork(targets, settings, [_build(kind, plan, multiplier, settings) for plan in plans], multiplier)
-    return _finished(kind, network)
+    modules = [build_module(kind, plan, multiplier, settings) for plan in plans]
+    return _finished(kind, AdditionalNetwork(targets, settings, modules, multiplier))
+
+
+def build_module(kind: NetworkKind, plan: LayerPlan, multiplier: float, settings: NetworkSettings) -> AdapterModule:
+    """The adapter of one layer of a new network."""
+    if settings.get("rs_lora"):  # scale alpha / sqrt(rank), kept as an alpha that every reader divides by the rank
+        plan = replace(plan, alpha=(plan.alpha or plan.rank) * plan.rank**0.5)
+    module = _build(kind, plan, multiplier, settings, kind.shape_from_settings(settings, plan.layer, plan.split))
+    if settings.get("dora_wd"):
+        module.decompose_weight(settings.get("wd_on_output", True))
+    return module
 
 
 def build_from_weights(
     kind: NetworkKind, multiplier: float, file: str | None, text_encoder: Any, unet: nn.Module,
     weights_sd: Mapping[str, torch.Tensor] | None, for_inference: bool, pairs: Mapping[str, Any],
 ) -> tuple[AdditionalNetwork, dict[str, torch.Tensor]]:
-    """A network with the layers, ranks and alphas of a file (not loaded yet), and the file's tensors.
+    """A network with the layers, kinds, ranks and alphas of a file (not loaded yet), and the file's tensors.
 
+    Every layer gets the kind of its own tensors, so that a file may mix kinds; `kind` says which arguments are known.
     Layers that are in no model are left out with a warning; arguments that would change shapes (ranks by part, ...) have
     no effect, all others (dropouts, rates, LoRA+) apply.
     """
@@ -339,13 +348,10 @@ def build_from_weights(
         logger.warning(
             "%s: %d of %d modules are in no loaded model and are left out (first: %s)", label, len(unknown), len(parts), unknown[0]
         )
-    modules = []
-    for name, own in found.items():
-        _check_kind(kind, own, parts[name], label)
-        split = split_of(targets, layers[own], settings)
-        rank, alpha, shape = kind.shape_from_file(parts[name], split)
-        plan = LayerPlan(layers[own], rank, alpha, None, split)
-        modules.append(_build(kind, plan, multiplier, settings, shape))
+    modules = [
+        module_from_tensors(parts[name], layers[own], split_of(targets, layers[own], settings), multiplier, settings)
+        for name, own in found.items()
+    ]
     if for_inference:
         settings = replace(settings, values={})
     network = _finished(kind, AdditionalNetwork(targets, settings, modules, multiplier))
@@ -357,26 +363,31 @@ def build_from_weights(
     return network, tensors
 
 
+def module_from_tensors(
+    tensors: Mapping[str, torch.Tensor], layer: Layer, split: Sequence[int] | None, multiplier: float, settings: NetworkSettings
+) -> AdapterModule:
+    """A module with the shapes of a layer's tensors in a file."""
+    kind = known_kind_of(tensors, layer.lora_name)
+    known = {*kind.module_class.weight_keys, *kind.module_class.optional_keys, "alpha", "dora_scale"}
+    unknown = sorted(set(tensors) - known)
+    if unknown:
+        raise CheckpointError(f"{layer.lora_name} has {', '.join(unknown)}, which {kind.name} does not know; known: {', '.join(sorted(known))}")
+    rank, alpha, shape = kind.shape_from_file(tensors, split)
+    module = _build(kind, LayerPlan(layer, rank, alpha, None, split), multiplier, settings, shape)
+    if "dora_scale" in tensors:
+        module.dora_scale = nn.Parameter(torch.empty_like(tensors["dora_scale"], dtype=torch.float32))
+    return module
+
+
 def _give_rates(network: AdditionalNetwork, layers: Mapping[str, Any]) -> None:
     for module in network.loras:
         module.rate = rate_of(network.targets, layers[module.lora_name], network.settings)
 
 
-def _check_kind(kind: NetworkKind, name: str, tensors: Mapping[str, torch.Tensor], label: str) -> None:
-    known = {*kind.module_class.weight_keys, *kind.module_class.optional_keys, "alpha"}
-    other = sorted(set(tensors) - known)
-    missing = [key for key in kind.module_class.weight_keys if key not in tensors]
-    if other or missing:
-        raise CheckpointError(
-            f"{label}: {name} has {', '.join(sorted(tensors))}; needed: {', '.join(kind.module_class.weight_keys)}."
-            " The file is of another adapter type than --network_module"
-        )
-
-
 def _build(
-    kind: NetworkKind, plan: LayerPlan, multiplier: float, settings: NetworkSettings, shape: Mapping[str, Any] | None = None
+    kind: NetworkKind, plan: LayerPlan, multiplier: float, settings: NetworkSettings, shape: Mapping[str, Any]
 ) -> AdapterModule:
-    extra = dict(shape or {})
+    extra = dict(shape)
     if plan.split:
         extra["split"] = plan.split
     module = kind.module_class(
@@ -397,3 +408,44 @@ def _finished(kind: NetworkKind, network: AdditionalNetwork) -> AdditionalNetwor
         for module in network.loras:
             logger.info("  %s rank %d alpha %g", module.lora_name, module.lora_dim, float(module.alpha))
     return network
+
+
+@dataclass(frozen=True)
+class NetworkFunctions:
+    """The functions that a network module offers to trainers and image scripts, for one kind of adapter."""
+
+    kind: NetworkKind
+
+    def check_network_args(self, pairs: Mapping[str, Any], family: str) -> None:
+        """Raise ConfigError for arguments that create_network would refuse, before any model is loaded."""
+        pairs = dict(pairs)
+        dropout = pairs.pop("neuron_dropout", None)
+        read_settings(self.kind, self.kind.targets(targets_of_family(family)), None, None, dropout, pairs)
+
+    def create_network(
+        self,
+        multiplier: float,
+        network_dim: int | None,
+        network_alpha: float | None,
+        vae: nn.Module | None,
+        text_encoder: nn.Module | Sequence[nn.Module | None] | None,
+        unet: nn.Module,
+        neuron_dropout: float | None = None,
+        **kwargs: Any,
+    ) -> AdditionalNetwork:
+        """A new network for these models. `kwargs` are the --network_args pairs; `vae` is not used."""
+        return build_network(self.kind, multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, kwargs)
+
+    def create_network_from_weights(
+        self,
+        multiplier: float,
+        file: str | None,
+        vae: nn.Module | None,
+        text_encoder: nn.Module | Sequence[nn.Module | None] | None,
+        unet: nn.Module,
+        weights_sd: Mapping[str, torch.Tensor] | None = None,
+        for_inference: bool = False,
+        **kwargs: Any,
+    ) -> tuple[AdditionalNetwork, dict[str, torch.Tensor]]:
+        """A network with the layers, kinds, ranks and alphas of a file, not loaded yet, and the file's tensors."""
+        return build_from_weights(self.kind, multiplier, file, text_encoder, unet, weights_sd, for_inference, kwargs)

@@ -22,6 +22,7 @@ from networks.targets import (
     denoiser_layers,
     entry_layers,
     text_encoder_layers,
+    weighted_layers,
 )
 
 logger = logging.getLogger(__name__)
@@ -62,28 +63,36 @@ def all_layers(
     *,
     every: bool = False,
 ) -> list[Layer]:
-    """Layers that the settings make targets; with `every` all that a file may name, whatever the settings."""
+    """Layers that the settings make targets; with `every` all that a file may name: whatever has a weight."""
+    encoders = list(enumerate(text_encoders[: len(targets.text_encoders)]))
+    if every:
+        return [layer for position, part in [(None, denoiser), *encoders] if part is not None for layer in weighted_layers(part, position, targets)]
     classes = targets.classes
-    if targets.choice and not every:
+    if targets.choice:
         classes = targets.choice.classes[settings.get(targets.choice.arg, next(iter(targets.choice.classes)))]
-    if every or settings.get("conv_dim") or settings.get("conv_block_dims"):
+    if settings.get("conv_dim") or settings.get("conv_block_dims"):
         classes = (*classes, *targets.conv_classes)
     for arg, added in targets.optional_classes.items():
-        if every or settings.get(arg):
+        if settings.get(arg):
             classes = (*classes, *added)
     layers = denoiser_layers(denoiser, targets, classes)
-    if targets.entries and (every or settings.get(targets.entries.arg)):
+    if targets.entries and settings.get(targets.entries.arg):
         layers += entry_layers(denoiser, targets)
-    for position, encoder in enumerate(text_encoders[: len(targets.text_encoders)]):
+    for position, encoder in encoders:
         switch = targets.text_encoders[position].switch
-        if encoder is not None and (every or switch is None or settings.get(switch)):
+        if encoder is not None and (switch is None or settings.get(switch)):
             layers += text_encoder_layers(encoder, position, targets)
     return layers
 
 
 def split_of(targets: NetworkTargets, layer: Layer, settings: NetworkSettings) -> tuple[int, ...] | None:
     """Rows of the parts of a fused layer when `split_qkv` is on."""
-    if not settings.get("split_qkv") or layer.encoder is not None or type(layer.module).__name__ != "Linear":
+    return fused_rows(targets, layer) if settings.get("split_qkv") else None
+
+
+def fused_rows(targets: NetworkTargets, layer: Layer) -> tuple[int, ...] | None:
+    """Rows of the parts (query, key, value, ...) of a fused layer; None when the layer is no such one."""
+    if layer.encoder is not None or type(layer.module).__name__ != "Linear":
         return None
     for rule in targets.splits:
         if re.fullmatch(rule.pattern, layer.path):

@@ -102,6 +102,8 @@ class NetworkTargets:
     family: str
     classes: tuple[str, ...]
     prefix: str = "lora_unet"
+    aliases: tuple[str, ...] = ("lora_unet", "oft_unet", "lycoris")
+    """prefixes that files have for the denoiser"""
     conv_classes: tuple[str, ...] = ()
     """classes that become targets when `conv_dim` is given"""
     optional_classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -131,6 +133,9 @@ class NetworkTargets:
     def canonical_names(self, lora_name: str) -> list[str]:
         """Names under which this module may stand in the model: as written, then with other programs' spellings undone."""
         names = [lora_name]
+        for prefix in self.aliases:
+            if lora_name.startswith(prefix + "_"):
+                names.append(f"{self.prefix}_{lora_name[len(prefix) + 1 :]}")
         for encoder in self.text_encoders:
             for prefix in (encoder.prefix, *encoder.aliases):
                 if not lora_name.startswith(prefix + "_"):
@@ -189,6 +194,20 @@ def entry_layers(denoiser: nn.Module, targets: NetworkTargets) -> list[Layer]:
         for path, module in getattr(denoiser, "_orig_mod", denoiser).named_modules()
         if type(module).__name__ in LEAF_CLASSES and any(pattern.fullmatch(path) for pattern in patterns)
     ]
+
+
+def weighted_layers(part: nn.Module, position: int | None, targets: NetworkTargets) -> list[Layer]:
+    """Every module with a weight, norms and embeddings included, of the denoiser (position None) or of a text encoder."""
+    encoder = None if position is None else targets.text_encoders[position]
+    layers = {}
+    for path, module in getattr(part, "_orig_mod", part).named_modules():
+        if getattr(module, "weight", None) is None:
+            continue
+        if encoder and encoder.root and not path.startswith(encoder.root + "."):
+            path = f"{encoder.root}.{path}"
+        name = _name(encoder.prefix if encoder else targets.prefix, path)
+        layers.setdefault(name, Layer(name, path, module, position))
+    return list(layers.values())
 
 
 def text_encoder_layers(encoder: nn.Module, position: int, targets: NetworkTargets) -> list[Layer]:

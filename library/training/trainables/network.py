@@ -27,6 +27,7 @@ from library.training.option_groups import ModelOptions
 from library.training.optimizers import OptimizerOptions
 from library.training.trainables.base import Trainable
 from networks.network_args import pattern_values, rate, selected_blocks, selection
+from networks.kinds import kind_of
 from networks.network_files import by_module, match_names, read_adapter_file, write_adapter_file
 from networks.targets import targets_of_family
 
@@ -83,7 +84,7 @@ class NetworkTrainable(Trainable):
             raise ConfigError(f"--network_module is {path}, which has no function {needed}; name a module that makes adapters, e.g. networks.lora_flux")
         check = getattr(module, "check_network_args", None)
         if check is not None:
-            check(self.opts.pairs, family.name)
+            check({"dropout": self.opts.network_dropout, **self.opts.pairs}, family.name)
 
     def _check_blocks(self, family: ModelFamily) -> None:
         """Selected blocks exist in the model file, as far as its names tell."""
@@ -255,14 +256,14 @@ class NetworkTrainable(Trainable):
     # -- files to start from -----------------------------------------------------------------------------------------
 
     def _merge_base_weights(self, module: Any, models: Models, runtime: Runtime) -> None:
-        """Add adapters to the model's weights before training. LoRA files are merged by our own code, which keeps the
-        multiplier; other kinds by the network module."""
+        """Add adapters to the model's weights before training. Kinds that we know are merged by our own code, which keeps the
+        multiplier; others by the network module."""
         multipliers = list(self.opts.base_weights_multiplier or [])
         for number, path in enumerate(self.opts.base_weights or ()):
             multiplier = multipliers[number] if number < len(multipliers) else 1.0
             tensors = read_adapter_file(path, self._targets)
-            is_lora = all({"lora_down.weight", "lora_up.weight"} <= set(part) for part in by_module(tensors).values())
-            maker = importlib.import_module("networks.lora") if is_lora else module
+            is_known = all(kind_of(part) is not None for part in by_module(tensors).values())
+            maker = importlib.import_module("networks.lora") if is_known else module
             own = hasattr(maker, "check_network_args")
             encoders = list(models.text_encoders) if own else [e for e in models.text_encoders if e is not None]
             network, weights = maker.create_network_from_weights(

@@ -1,0 +1,48 @@
+"""Every kind of adapter that is tested, in one table: a new kind is one line here and is tested like all others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from networks.kinds import NetworkKind
+from networks.network_base import AdapterModule, build_module, read_settings
+from networks.selection import LayerPlan
+from networks.targets import Layer, targets_of_family
+
+from library.registry import import_target
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`pairs`: its --network_args; `rank` and `alpha` as a user would give them; `tucker`: whether it has a Tucker form;
+    `layers`: the kinds of layers it is defined for; `alone`: gradients reach exactly the parameters whose name contains it."""
+
+    module: str
+    pairs: Mapping[str, Any] = field(default_factory=dict)
+    rank: int = 2
+    alpha: float | None = 1.5
+    tucker: bool = True
+    layers: tuple[str, ...] = ("linear", "conv1x1", "conv3x3")
+
+
+ADAPTERS: dict[str, Adapter] = {
+    "lora": Adapter("networks.lora"),
+    "dora": Adapter("networks.lora", {"dora_wd": "True"}),
+    "dora_input": Adapter("networks.lora", {"dora_wd": "True", "wd_on_output": "False"}),
+    "rs_lora": Adapter("networks.lora", {"rs_lora": "True"}),
+}
+
+
+def kind_of_adapter(adapter: Adapter) -> NetworkKind:
+    return import_target(f"{adapter.module}:KIND")
+
+
+def make_adapter(adapter: Adapter, layer: Any, multiplier: float = 1.0, **more: Any) -> AdapterModule:
+    """The adapter of one layer, through the settings that --network_args give."""
+    kind = kind_of_adapter(adapter)
+    targets = kind.targets(targets_of_family("sd"))
+    settings = read_settings(kind, targets, adapter.rank, adapter.alpha, None, {**adapter.pairs, "conv_dim": str(adapter.rank), **more})
+    plan = LayerPlan(Layer("lora_unet_layer", "layer", layer), adapter.rank, adapter.alpha)
+    return build_module(kind, plan, multiplier, settings)

@@ -1,0 +1,102 @@
+"""Every adapter on every kind of layer: what it does in a forward pass, merged, and saved and loaded, is the same."""
+
+import pytest
+import torch
+from tests.networks.adapter_table import ADAPTERS, make_adapter
+from torch import nn
+
+from library.errors import ConfigError
+from networks.kinds import bias_change, weight_change
+from networks.network_base import module_from_tensors
+from networks.network_args import NetworkSettings
+from networks.targets import Layer
+
+LAYERS = {
+    "linear": lambda: nn.Linear(8, 12),
+    "conv1x1": lambda: nn.Conv2d(8, 12, 1),
+    "conv3x3": lambda: nn.Conv2d(8, 12, 3, stride=2, padding=1),
+}
+CELLS = (*((layer, False) for layer in LAYERS), ("conv3x3", True))
+TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7}}
+
+
+def example(layer, dtype=torch.float32):
+    shape = (2, 5, 8) if isinstance(layer, nn.Linear) else (2, 8, 6, 7)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+def trained(adapter):
+    """The adapter with values as after training: none is zero."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return adapter
+
+
+def cell(name, layer_name, tucker, dtype=torch.float32, multiplier=1.0):
+    """(layer, adapter), or the one message with which the cell is refused."""
+    adapter, layer = ADAPTERS[name], LAYERS[layer_name]()
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    layer.to(dtype)
+    more = {"use_tucker": "True"} if tucker else {}
+    if layer_name in adapter.layers and (adapter.tucker or not tucker):
+        return layer, make_adapter(adapter, layer, multiplier, **more)
+    with pytest.raises(ConfigError) as error:
+        make_adapter(adapter, layer, multiplier, **more)
+    assert len(error.value.problems) == 1
+    return None
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 0.5, 0.0, -1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("layer_name", "tucker"), CELLS)
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_forward_merge_and_file_are_equal(name, layer_name, tucker, dtype, multiplier):
+    made = cell(name, layer_name, tucker, dtype, multiplier)
+    if made is None:
+        return
+    layer, adapter = made
+    trained(adapter).eval()
+    x = example(layer, dtype)
+    plain = layer(x)
+    adapter.apply_to()
+    hooked = layer(x)
+    adapter.remove_from()
+    assert (multiplier == 0) == torch.equal(hooked, plain)
+
+    tensors = {key: tensor.clone() for key, tensor in adapter.file_tensors().items()}
+    weight = layer.weight.detach().float()
+    merged = (weight + weight_change(tensors, weight, multiplier)).to(dtype)
+
+    loaded = module_from_tensors(tensors, Layer("lora_unet_layer", "layer", layer), None, multiplier, NetworkSettings())
+    loaded.load_file_tensors(tensors)
+    loaded.eval().apply_to()
+    assert torch.equal(layer(x), hooked)
+    loaded.remove_from()
+    loaded.merge_to()
+    torch.testing.assert_close(layer.weight, merged, rtol=0, atol=0)
+    assert bias_change(tensors, multiplier) is None or not torch.equal(layer.bias, plain)
+    torch.testing.assert_close(layer(x), hooked, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("layer_name", "tucker"), CELLS)
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_start_and_gradients(name, layer_name, tucker):
+    """A new adapter changes nothing, and gradients reach its parameters alone."""
+    made = cell(name, layer_name, tucker)
+    if made is None:
+        return
+    layer, adapter = made
+    layer.requires_grad_(False)
+    x = example(layer)
+    plain = layer(x)
+    adapter.apply_to()
+    torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-6)
+    trained(adapter)
+    layer(x).square().sum().backward()
+    for parameter_name, parameter in adapter.named_parameters():
+        has_gradient = parameter.grad is not None and bool(parameter.grad.any())
+        assert has_gradient == parameter.requires_grad, parameter_name
+    assert all(parameter.grad is None for parameter in layer.parameters())
