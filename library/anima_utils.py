@@ -25,6 +25,7 @@ from library.model_loading import (
     count_blocks,
     find_prefix,
     open_checkpoint,
+    part_of,
     strip_prefix,
     undo_scaling,
 )
@@ -154,6 +155,11 @@ def load_anima_model(
     if dtype is None or dtype == FP8_STORAGE:
         store_linears_in_fp8(model)
     return model
+
+
+def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The denoiser's entries of a checkpoint's state under the names of the module tree."""
+    return part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS)
 
 
 def _read(source: CheckpointFiles, prefix: str, wide: torch.dtype, device: torch.device | str, disable_mmap: bool) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from library.model_loading import (
     count_blocks,
     find_prefix,
     open_checkpoint,
+    part_of,
     strip_prefix,
     undo_scaling,
 )
@@ -194,6 +195,12 @@ def load_flow_model(
     if stay_in_fp8:
         store_linears_in_fp8(model)
     return model
+
+
+def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The denoiser's entries of a checkpoint's state under the names of the module tree."""
+    part = part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS)
+    return convert_diffusers_sd_to_bfl(part) if is_diffusers_denoiser(part) else part
 
 
 def _check_fp8(info: FlowModelInfo, dtype: torch.dtype | None) -> None:

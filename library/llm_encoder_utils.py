@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from library.errors import CheckpointError
 from library.model_loading import (
@@ -17,6 +18,7 @@ from library.model_loading import (
     count_blocks,
     find_prefix,
     open_checkpoint,
+    part_of,
     strip_prefix,
     undo_scaling,
 )
@@ -68,6 +70,11 @@ def _folder_config(config: Mapping[str, Any]) -> dict[str, Any]:
     theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
     values = {"rope_theta": theta, "eps": config.get("rms_norm_eps")}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def qwen3_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Qwen3's entries of a checkpoint's state under the names of the module tree."""
+    return part_of(state, QWEN3_PREFIXES, _ROOTS)
 
 
 def load_qwen3(

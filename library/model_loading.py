@@ -19,6 +19,7 @@ from library.safetensors_utils import FP8_DTYPES, get_split_weight_filenames, it
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P")
+T = TypeVar("T")
 
 _SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 _BLOB_NAMES = {"spiece_model", "tokenizer", "tekken_model", "scaled_fp8"}
@@ -125,9 +126,15 @@ def find_prefix(keys: Iterable[str], prefixes: Sequence[str], roots: Sequence[st
     return next(iter(found), "")
 
 
-def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def strip_prefix(state: Mapping[str, T], prefix: str) -> dict[str, T]:
     """The entries under `prefix`, without it."""
     return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def part_of(state: Mapping[str, T], prefixes: Sequence[str], roots: Sequence[str]) -> dict[str, T]:
+    """The entries of one part of a checkpoint without their prefix; nothing when the part is not there."""
+    prefix = find_prefix(state, prefixes, roots, "the file", "part")
+    return {key: value for key, value in strip_prefix(state, prefix).items() if key.split(".")[0] in roots}
 
 
 def count_blocks(keys: Mapping[str, object] | Sequence[str], prefix: str) -> int:

@@ -19,6 +19,7 @@ from library.model_loading import (
     count_blocks,
     find_prefix,
     open_checkpoint,
+    part_of,
     strip_prefix,
     undo_scaling,
 )
@@ -33,6 +34,7 @@ CLIP_PREFIXES = (
     "conditioner.embedders.0.transformer.", "clip_l.transformer.", "clip_l.", "text_encoder.",
 )  # fmt: skip
 T5_PREFIXES = ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.", "t5xxl.transformer.", "t5xxl.", "text_encoder_2.")
+T5_ROOTS = ("encoder", "shared")
 _CLIP_TOLERATED = ("position_ids", "logit_scale", "visual_projection.weight")
 _HEAD_SIZE = 64
 
@@ -179,6 +181,31 @@ def load_clip(
     return model
 
 
+def clip_state(state: Mapping[str, Tensor], slot: ClipSlot) -> dict[str, Tensor]:
+    """The entries of a CLIP text encoder in a checkpoint's state under the names of transformers; {} when it is not there."""
+    roots = ("text_model", "text_projection", *(OPEN_CLIP_ROOTS if slot.has_open_clip else ()))
+    part = part_of({with_text_model(key): tensor for key, tensor in state.items()}, slot.prefixes, roots)
+    return open_clip_to_hf(part) if slot.has_open_clip and is_open_clip_text(part) else part
+
+
+def clip_l_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return clip_state(state, CLIP_L)
+
+
+def clip_g_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return clip_state(state, CLIP_G)
+
+
+def sd_clip_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The one text encoder of Stable Diffusion 1 (CLIP-L) or 2 (CLIP-H)."""
+    return clip_state(state, CLIP_H if any(key.startswith(CLIP_H.prefixes[0]) for key in state) else CLIP_L)
+
+
+def t5_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a T5 encoder in a checkpoint's state under the names of transformers; {} when it is not there."""
+    return part_of(state, T5_PREFIXES, T5_ROOTS)
+
+
 def _layer_number(key: str) -> int:
     """Number of the encoder layer that a key belongs to, -1 for the rest."""
     start = "text_model.encoder.layers."
@@ -233,7 +260,7 @@ def inspect_t5xxl(path: str | os.PathLike, config: Mapping[str, Any] | None = No
 
 def _open_t5(path: str | os.PathLike, config: Mapping[str, Any] | None) -> tuple[Any, str, dict[str, Any]]:
     source = open_checkpoint(path, "text_encoder_2")
-    prefix = find_prefix(source.shapes, T5_PREFIXES, ("encoder", "shared"), source.path, "T5 encoder")
+    prefix = find_prefix(source.shapes, T5_PREFIXES, T5_ROOTS, source.path, "T5 encoder")
     shapes = strip_prefix(source.shapes, prefix)
     attention = "encoder.block.0.layer.0.SelfAttention."
     feed_forward = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"

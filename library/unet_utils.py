@@ -22,6 +22,7 @@ from library.model_loading import (
     count_blocks,
     find_prefix,
     open_checkpoint,
+    part_of,
     strip_prefix,
     undo_scaling,
 )
@@ -30,6 +31,7 @@ from library.unet_convert import diffusers_to_original, is_diffusers_unet, origi
 from library.unet_models import UNetBase, UNetParams
 
 M = TypeVar("M", bound=UNetBase)
+T = TypeVar("T")
 
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "model.")
 UNET_ROOTS = (
@@ -165,6 +167,18 @@ def _declared_schedule(path: Path, source: CheckpointFiles) -> tuple[str | None,
     if is_v is None and source.files[0].endswith(".safetensors"):
         is_v = {"v": "v", "epsilon": "epsilon"}.get(read_header(source.files[0])[1].get("modelspec.prediction_type", ""))
     return is_v, is_zero
+
+
+def sd_unet_state(state: Mapping[str, T]) -> dict[str, T]:
+    """The U-Net's entries of a checkpoint's state under the names of the Stable Diffusion 1 and 2 module tree."""
+    part = part_of(state, UNET_PREFIXES, UNET_ROOTS)
+    return part if is_diffusers_unet(part) else original_to_diffusers(part)
+
+
+def sdxl_unet_state(state: Mapping[str, T]) -> dict[str, T]:
+    """The U-Net's entries of a checkpoint's state under the names of the SDXL module tree."""
+    part = part_of(state, UNET_PREFIXES, UNET_ROOTS)
+    return diffusers_to_original(part) if is_diffusers_unet(part) else part
 
 
 def load_unet(

@@ -26,11 +26,12 @@ def block_index(path: str) -> int | None:
 
 TARGETS = NetworkTargets(
     family="sdxl",
+    file_state="library.unet_utils:sdxl_unet_state",
     classes=("Transformer2DModel",),
     conv_classes=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     text_encoders=(
-        TextEncoderTargets("lora_te1", CLIP_CLASSES, root="text_model"),
-        TextEncoderTargets("lora_te2", CLIP_CLASSES, root="text_model"),
+        TextEncoderTargets("lora_te1", CLIP_CLASSES, root="text_model", file_state="library.text_encoder_utils:clip_l_state"),
+        TextEncoderTargets("lora_te2", CLIP_CLASSES, root="text_model", file_state="library.text_encoder_utils:clip_g_state"),
     ),
     blocks=BlockTable(NUM_BLOCKS, block_index),
 )

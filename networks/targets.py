@@ -45,6 +45,8 @@ class TextEncoderTargets:
     aliases: tuple[str, ...] = ()
     diffusers_name: str = ""
     paths: tuple[str, ...] = ()
+    file_state: str | None = None
+    """"module:function" that picks this encoder out of a checkpoint's state and renames it to the module tree"""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class NetworkTargets:
     prefix: str = "lora_unet"
     aliases: tuple[str, ...] = ("lora_unet", "oft_unet", "lycoris")
     """prefixes that files have for the denoiser"""
+    file_state: str | None = None
+    """"module:function" that picks the denoiser out of a checkpoint's state and renames it to the module tree"""
     conv_classes: tuple[str, ...] = ()
     """classes that become targets when `conv_dim` is given"""
     optional_classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -203,11 +207,17 @@ def weighted_layers(part: nn.Module, position: int | None, targets: NetworkTarge
     for path, module in getattr(part, "_orig_mod", part).named_modules():
         if getattr(module, "weight", None) is None:
             continue
-        if encoder and encoder.root and not path.startswith(encoder.root + "."):
-            path = f"{encoder.root}.{path}"
-        name = _name(encoder.prefix if encoder else targets.prefix, path)
+        name = layer_name(encoder or targets, path)
         layers.setdefault(name, Layer(name, path, module, position))
     return list(layers.values())
+
+
+def layer_name(part: NetworkTargets | TextEncoderTargets, path: str) -> str:
+    """The name that adapters have for the layer at this path of the denoiser or of a text encoder."""
+    root = getattr(part, "root", "")
+    if root and not path.startswith(root + "."):
+        path = f"{root}.{path}"
+    return _name(part.prefix, path)
 
 
 def text_encoder_layers(encoder: nn.Module, position: int, targets: NetworkTargets) -> list[Layer]:
