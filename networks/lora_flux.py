@@ -18,7 +18,7 @@ from networks.targets import (
 )
 
 if TYPE_CHECKING:
-    from networks.lora_conversion import LayerNames
+    from networks.file_names import LayerNames
 
 __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
 
@@ -39,7 +39,7 @@ def file_layers() -> tuple[LayerNames, ...]:
     """The layers under their names in files of other programs, from the table of the denoiser's own conversion; the last
     layer is no adapter target."""
     from library.flux_convert import denoiser_rules
-    from networks.lora_conversion import LayerNames
+    from networks.file_names import LayerNames
 
     layers = []
     for rule in denoiser_rules(1, 1):
@@ -52,15 +52,17 @@ def file_layers() -> tuple[LayerNames, ...]:
 
 TARGETS = NetworkTargets(
     family="flux",
+    file_state="library.flux_utils:denoiser_state",
     classes=DOUBLE + SINGLE,
     text_encoders=(
         TextEncoderTargets(
             "lora_te1", ("CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2", "CLIPMLP"), root="text_model",
             aliases=("lora_te",), diffusers_name="text_encoder", paths=CLIP_PATHS,
+            file_state="library.text_encoder_utils:clip_l_state",
         ),
         TextEncoderTargets(
             "lora_te3", ("T5Attention", "T5DenseGatedActDense"), switch="train_t5xxl", aliases=("lora_te2",),
-            diffusers_name="text_encoder_2", paths=T5_PATHS,
+            diffusers_name="text_encoder_2", paths=T5_PATHS, file_state="library.text_encoder_utils:t5_state",
         ),
     ),
     choice=ChoiceRule("train_blocks", {"all": DOUBLE + SINGLE, "double": DOUBLE, "single": SINGLE}),
