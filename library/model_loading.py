@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,14 +37,24 @@ class CheckpointFiles:
     config: dict[str, Any]
     model_config: dict[str, Any]
 
-    def tensors(self, device: torch.device | str, disable_mmap: bool, keys: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors."""
+    def tensors(
+        self, device: torch.device | str, disable_mmap: bool, keys: Iterable[str], transform: Transform | None = None
+    ) -> dict[str, Tensor]:
+        """The named tensors; `transform` may change them as they are read."""
+        items = self.stream(device, disable_mmap, keys)
+        return dict(items if transform is None else transform(self, items))
+
+    def stream(self, device: torch.device | str | None, disable_mmap: bool, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors one by one, in the order of the files."""
         wanted = set(keys)
-        found = {}
         for file in self.files:
             names = [key for key in _keys_of(file) if key in wanted]
-            found.update(iterate_tensors(file, device, disable_mmap, names))
-        return found
+            yield from iterate_tensors(file, device, disable_mmap, names)
+
+
+Items = Iterable[tuple[str, Tensor]]
+Transform = Callable[[CheckpointFiles, Items], Items]
+"""what a loader lets happen to the tensors of a file while they are read: (file, (key, tensor) pairs) -> pairs"""
 
 
 def open_checkpoint(path: str | os.PathLike, subfolder: str | None = None) -> CheckpointFiles:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,24 +231,50 @@ def save_file_atomic(tensors: Mapping[str, Tensor], path: str | os.PathLike, met
     Tensors are written one at a time, widest type first and then by name, so that every one is aligned. Written to a
     temporary name beside the target, flushed to the disk, then renamed.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    infos = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_file_atomic(infos, tensors.items(), path, metadata)
+
+
+def stream_file_atomic(
+    infos: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], items: Iterable[tuple[str, Tensor]], path: str | os.PathLike,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """As save_file_atomic, from tensors that come one by one in any order: `infos` tells their types and shapes before.
+
+    A tensor of `items` is cast to the type told. ValueError when one is missing, unknown or of another shape.
+    """
+    header, places = _layout(infos, metadata)
+    waiting = dict(places)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(header)
+        for name, tensor in items:
+            dtype, shape = infos[name]
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}; {list(shape)} was told")
+            file.seek(len(header) + waiting.pop(name))
+            file.write(_bytes_of(tensor.to(dtype)))
+        if waiting:
+            raise ValueError(f"{len(waiting)} tensors did not come, the first is {next(iter(waiting))}")
+
+
+def _layout(
+    infos: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
+) -> tuple[bytes, dict[str, int]]:
+    """(the first bytes of the file, where each tensor starts after them)."""
+    order = sorted(infos, key=lambda name: (-infos[name][0].itemsize, name))
     header: dict[str, Any] = {}
     if metadata:
         header["__metadata__"] = {key: str(metadata[key]) for key in sorted(metadata)}
-    position = 0
+    places, position = {}, 0
     for name in order:
-        tensor = tensors[name]
-        end = position + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        dtype, shape = infos[name]
+        places[name] = position
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
-
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
-        for name in order:
-            file.write(_bytes_of(tensors[name]))
+    return struct.pack("<Q", len(text)) + text, places
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -16,7 +16,7 @@ from library.registry import import_target
 from networks.targets import NetworkTargets, layer_name
 
 ROW_BITS = 32
-PARAMETERS = (".weight", ".bias", ".scale")
+PARAMETERS = ("weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def checkpoint_layers(targets: NetworkTargets, shapes: Mapping[str, tuple[int, .
             continue
         for path, rows in import_target(part.file_state)(stand_ins).items():
             module, _, parameter = path.rpartition(".")
-            if f".{parameter}" in PARAMETERS:
+            if parameter in PARAMETERS:
                 found.append(LayerParameter(layer_name(part, module), parameter, _pieces(rows, keys)))
     return found
 

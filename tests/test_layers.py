@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/prompt_weighting.py", 1),
     ("library/custom_offloading_utils.py", 1), ("library/*_models.py", 1),
     # 4 by name, before the wider pattern of row 2
-    ("library/*_train_utils.py", 4), ("library/config_util.py", 3), ("library/train_util.py", 6),
+    ("library/*_train_utils.py", 4), ("library/lora_utils.py", 4), ("library/config_util.py", 3), ("library/train_util.py", 6),
     # 2: files and checkpoints
     ("library/*_utils.py", 2), ("library/*_util.py", 2), ("library/*_convert.py", 2), ("library/tokenizers.py", 2),
     ("library/model_*.py", 2), ("library/checkpoint_*.py", 2), ("library/sai_model_spec.py", 2),

@@ -1,0 +1,245 @@
+"""Adapters of every kind merged into a model while its file is read: a few tensors at a time, never the whole model twice.
+
+`CheckpointMerge` knows from the headers which tensors of a checkpoint an adapter changes. `stream` takes the tensors of the
+file in any order and gives them back, changed ones in float32; tensors that make up one layer (q, k and v of a diffusers
+folder, say) wait for one another. Loaders, the merge tool and `--base_weights` use it; the formula is that of a forward pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from library.errors import CheckpointError
+from library.model_loading import is_blob, open_checkpoint
+from networks.adapter_module import change_of
+from networks.checkpoint_layers import LayerParameter, checkpoint_layers
+from networks.kinds import known_kind_of
+from networks.network_files import by_module, match_names, read_adapter_file
+from networks.targets import NetworkTargets
+
+logger = logging.getLogger(__name__)
+
+Tensors = Mapping[str, torch.Tensor]
+LISTED = 5
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter to be merged: `layers` maps the names of its layers to their tensors; `multiplier_of` gives the strength of
+    a layer by its name."""
+
+    label: str
+    layers: Mapping[str, Tensors]
+    multiplier_of: Callable[[str], float]
+
+
+def read_adapter(path: str | os.PathLike[str], targets: NetworkTargets, multiplier: float | Callable[[str], float] = 1.0) -> Adapter:
+    """An adapter file of any kind and naming. CheckpointError when it is none, is damaged or holds a value that is not finite."""
+    tensors = read_adapter_file(path, targets)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise CheckpointError(f"{path}: {key} has values that are not finite (NaN or infinite); the training of this file failed")
+    layers = by_module(tensors)
+    for name, parts in layers.items():
+        known_kind_of(parts, f"{path}: {name}")
+    return Adapter(str(path), layers, multiplier if callable(multiplier) else lambda name: float(multiplier))
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What the adapters do to one weight or bias."""
+
+    layer: LayerParameter
+    sources: tuple[tuple[Tensors, float], ...]
+
+
+@dataclass
+class _Group:
+    """Tensors of the file that must be there together, and the changes of the layers that they make up."""
+
+    keys: set[str] = field(default_factory=set)
+    changes: list[_Change] = field(default_factory=list)
+
+
+class CheckpointMerge:
+    """Adapters of one family, laid out for the tensors of one checkpoint (all of its files).
+
+    `matched`: layers that are changed; `unmatched`: adapter label -> layers that are in no part of the checkpoint that is
+    there; `absent`: the same for parts (a text encoder, say) that the checkpoint does not hold.
+    """
+
+    def __init__(self, targets: NetworkTargets, shapes: Mapping[str, tuple[int, ...]], adapters: Sequence[Adapter]) -> None:
+        scaled = next((key for key in shapes if is_blob(key) and "scale" in key), None)
+        if scaled is not None:
+            raise CheckpointError(
+                f"the model is stored in scaled 8-bit numbers ({scaled}), into which nothing can be merged; take the bf16 or fp16 file"
+            )
+        self.shapes = shapes
+        layers: dict[str, list[LayerParameter]] = {}
+        for layer in checkpoint_layers(targets, shapes):
+            layers.setdefault(layer.lora_name, []).append(layer)
+        self.matched: set[str] = set()
+        self.unmatched: dict[str, list[str]] = {}
+        self.absent: dict[str, list[str]] = {}
+        sources: dict[str, list[tuple[Tensors, float]]] = {}
+        present = {targets.encoder_of(name) for name in layers}
+        for adapter in adapters:
+            found, unknown = match_names(adapter.layers, layers, targets)
+            for name, own in found.items():
+                sources.setdefault(own, []).append((adapter.layers[name], adapter.multiplier_of(own)))
+            for name in unknown:
+                lacks = targets.encoder_of(targets.canonical_names(name)[-1]) not in present
+                (self.absent if lacks else self.unmatched).setdefault(adapter.label, []).append(name)
+        self.matched = set(sources)
+        self._groups = _grouped(_changes(layers, sources))
+
+    def check(self, *, allow_partial: bool = False) -> None:
+        """CheckpointError when nothing matches, or when layers of an adapter are unknown and that is not allowed."""
+        if not self.matched:
+            label, names = next(iter([*self.unmatched.items(), *self.absent.items()]), ("the adapter", ["nothing"]))
+            raise CheckpointError(f"no layer of {label} is in this model (it has {names[0]}); it belongs to another model family")
+        if self.unmatched and not allow_partial:
+            label, names = next(iter(self.unmatched.items()))
+            more = " ..." if len(names) > LISTED else ""
+            raise CheckpointError(
+                f"{label}: {len(names)} layers are not in this model: {', '.join(names[:LISTED])}{more}. {len(self.matched)} are;"
+                " use the model that the adapter was trained on, or --allow_partial to merge what fits"
+            )
+
+    def warn(self) -> None:
+        """Say which layers are left out."""
+        for what, left_out in (("that are not in this model", self.unmatched), ("of parts that this model file does not hold", self.absent)):
+            for label, names in left_out.items():
+                logger.warning("%s: %d layers %s are left out (first: %s)", label, len(names), what, names[0])
+
+    def stream(
+        self, items: Iterable[tuple[str, torch.Tensor]], device: torch.device | str | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(key, tensor) pairs of the checkpoint, each once; changed tensors come as float32 on `device` (default: where they
+        are), others as given."""
+        waiting: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in items:
+            group = self._groups.get(key)
+            if group is None:
+                yield key, tensor
+                continue
+            held = waiting.setdefault(id(group), {})
+            held[key] = tensor.to(device or tensor.device, torch.float32)
+            if len(held) == len(group.keys):
+                yield from _merge_group(group, waiting.pop(id(group))).items()
+        for held in waiting.values():  # only a part of the layers was asked for
+            yield from held.items()
+
+
+def _changes(layers: Mapping[str, list[LayerParameter]], sources: Mapping[str, list[tuple[Tensors, float]]]) -> list[_Change]:
+    changes = []
+    for name, own in sources.items():
+        for layer in layers[name]:
+            if layer.parameter == "bias":
+                own = [(t, m) for t, m in sources[name] if known_kind_of(t, name).module_class.bias_change(t, m) is not None]
+            else:
+                own = sources[name]
+            if own:
+                changes.append(_Change(layer, tuple(own)))
+    return changes
+
+
+def _grouped(changes: Iterable[_Change]) -> dict[str, _Group]:
+    """key -> its group: changes that share a tensor of the file belong together."""
+    groups: dict[str, _Group] = {}
+    for change in changes:
+        keys = {piece.key for piece in change.layer.pieces}
+        joined = _Group(set(keys), [change])
+        for other in {id(groups[key]): groups[key] for key in keys if key in groups}.values():
+            joined.keys |= other.keys
+            joined.changes += other.changes
+        groups.update(dict.fromkeys(joined.keys, joined))
+    return groups
+
+
+@torch.no_grad()
+def _merge_group(group: _Group, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    for change in group.changes:
+        pieces = [tensors[piece.key][piece.start : piece.stop] for piece in change.layer.pieces]
+        weight = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        delta = torch.zeros_like(weight)
+        for source, multiplier in change.sources:
+            own = {name: tensor.to(weight.device) for name, tensor in source.items()}
+            delta += _delta(change.layer, own, weight, multiplier)
+        for piece, part in zip(pieces, delta.split([len(piece) for piece in pieces]), strict=True):
+            piece += part  # a view of the tensor
+    return tensors
+
+
+def _delta(layer: LayerParameter, tensors: Tensors, parameter: torch.Tensor, multiplier: float) -> torch.Tensor:
+    kind = known_kind_of(tensors, layer.lora_name).module_class
+    try:
+        change = kind.bias_change(tensors, multiplier) if layer.parameter == "bias" else change_of(kind, tensors, parameter, multiplier)
+        return change.view(parameter.shape)
+    except (RuntimeError, ValueError) as error:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if tensor.ndim)
+        raise CheckpointError(
+            f"{layer.lora_name}: the model's {layer.parameter} has shape {list(parameter.shape)}, to which {shapes} of the adapter do not fit"
+        ) from error
+
+
+def load_safetensors_with_lora_and_fp8(
+    model_files: str | Sequence[str],
+    lora_weights_list: Sequence[Tensors] | None,
+    lora_multipliers: Sequence[float] | None,
+    *,
+    targets: NetworkTargets,
+    fp8_optimization: bool = False,
+    calc_device: torch.device | str | None = None,
+    move_to_device: bool = False,
+    dit_weight_dtype: torch.dtype | None = None,
+    target_keys: Sequence[str] = (),
+    exclude_keys: Sequence[str] = (),
+) -> dict[str, torch.Tensor]:
+    """The state of a checkpoint with adapters merged and, with `fp8_optimization`, the 2-D weights whose key contains one of
+    `target_keys` (all when empty) and none of `exclude_keys` rounded to float8_e4m3fn in the same pass.
+
+    `lora_weights_list`: tensors of adapter files under kohya names; missing multipliers are 1. `dit_weight_dtype` is the type
+    of the other floating-point tensors, None = as in the file. `move_to_device` leaves the result on `calc_device`.
+    """
+    files = [model_files] if isinstance(model_files, (str, os.PathLike)) else list(model_files)
+    sources = [open_checkpoint(file) for file in files]
+    shapes = {key: tuple(tensor.shape) for source in sources for key, tensor in source.shapes.items()}
+    given = list(lora_multipliers or [])
+    if len(given) > len(lora_weights_list or ()):
+        raise CheckpointError(f"{len(given)} multipliers for {len(lora_weights_list or ())} adapters; give at most one for each")
+    adapters = [
+        Adapter(f"adapter {number + 1}", by_module(tensors), lambda name, m=given[number] if number < len(given) else 1.0: m)
+        for number, tensors in enumerate(lora_weights_list or ())
+    ]
+    merge = CheckpointMerge(targets, shapes, adapters) if adapters else None
+    state: dict[str, torch.Tensor] = {}
+    for source in sources:
+        items: Iterable[tuple[str, torch.Tensor]] = source.stream(calc_device, True, source.shapes)
+        for key, tensor in merge.stream(items) if merge else items:
+            dtype = dit_weight_dtype or source.shapes[key].dtype
+            wanted = not target_keys or any(part in key for part in target_keys)
+            if fp8_optimization and tensor.ndim == 2 and wanted and not any(part in key for part in exclude_keys):
+                dtype = torch.float8_e4m3fn
+            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            state[key] = tensor if move_to_device else tensor.cpu()
+    if merge:
+        merge.warn()
+    return state
+
+
+def filter_lora_state_dict(tensors: Tensors, include_pattern: str | None = None, exclude_pattern: str | None = None) -> dict[str, torch.Tensor]:
+    """Adapter tensors whose key has a match of `include_pattern`, less those with a match of `exclude_pattern`."""
+    return {
+        key: tensor
+        for key, tensor in tensors.items()
+        if (not include_pattern or re.search(include_pattern, key)) and not (exclude_pattern and re.search(exclude_pattern, key))
+    }
+
+
