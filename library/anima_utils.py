@@ -18,6 +18,7 @@ from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
 from library.llm_encoder_utils import load_qwen3
 from library.model_loading import (
     CheckpointFiles,
+    Transform,
     assign_state,
     build_on_meta,
     build_params,
@@ -27,7 +28,6 @@ from library.model_loading import (
     open_checkpoint,
     part_of,
     strip_prefix,
-    undo_scaling,
 )
 from library.safetensors_utils import FP8_DTYPES, cast_floats, save_file_atomic
 from library.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer
@@ -133,6 +133,7 @@ def load_anima_model(
     config: Mapping[str, Any] | None = None,
     *,
     llm_adapter_path: str | os.PathLike | None = None,
+    transform: Transform | None = None,
 ) -> Anima:
     """Load an Anima denoiser; its sizes come from the file. `llm_adapter_path` gives the adapter's weights instead.
 
@@ -141,7 +142,12 @@ def load_anima_model(
     """
     info = inspect_anima(path, config)
     wide = torch.bfloat16 if dtype is None or dtype == FP8_STORAGE else dtype
-    state = _read(info.source, info.prefix, wide, device, disable_mmap)
+    keys = [key for key in info.source.shapes if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in DENOISER_ROOTS]
+
+    def cast(key: str, tensor: Tensor) -> Tensor:
+        return _stored(key[len(info.prefix) :], tensor, info.source.dtype_of(key), dtype, wide)
+
+    state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, cast), info.prefix)
     params = info.params
     if llm_adapter_path:
         state, params = _with_adapter(state, params, llm_adapter_path, wide, device)
@@ -151,7 +157,7 @@ def load_anima_model(
     )  # fmt: skip
     model = build_on_meta(lambda: Anima(params))
     check_state(model, state, os.fspath(path), lambda key: key in _ROPE_BUFFERS)
-    assign_state(model, {key: _stored(key, tensor, dtype, wide) for key, tensor in state.items() if key not in _ROPE_BUFFERS})
+    assign_state(model, {key: tensor for key, tensor in state.items() if key not in _ROPE_BUFFERS})
     if dtype is None or dtype == FP8_STORAGE:
         store_linears_in_fp8(model)
     return model
@@ -162,17 +168,13 @@ def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS)
 
 
-def _read(source: CheckpointFiles, prefix: str, wide: torch.dtype, device: torch.device | str, disable_mmap: bool) -> dict[str, Tensor]:
-    keys = [key for key in source.shapes if key.startswith(prefix) and key[len(prefix) :].split(".")[0] in DENOISER_ROOTS]
-    return undo_scaling(strip_prefix(source.tensors(device, disable_mmap, keys), prefix), wide)
-
-
-def _stored(key: str, tensor: Tensor, dtype: torch.dtype | None, wide: torch.dtype) -> Tensor:
-    """In the type that `dtype` asks for; only the large matrices of the blocks may stay in 8 bits."""
+def _stored(key: str, tensor: Tensor, kind: torch.dtype, dtype: torch.dtype | None, wide: torch.dtype) -> Tensor:
+    """In the type that `dtype` asks for (None: that of the file, `kind`); only the large matrices of the blocks may stay in
+    8 bits."""
     may_be_small = key.startswith("blocks.") and key.endswith("_proj.weight") or ".mlp.layer" in key
-    if may_be_small and (dtype == FP8_STORAGE or (dtype is None and tensor.dtype == FP8_STORAGE)):
+    if may_be_small and (dtype == FP8_STORAGE or (dtype is None and kind == FP8_STORAGE)):
         return cast_floats(tensor, FP8_STORAGE)
-    return cast_floats(tensor, wide if dtype is not None or tensor.dtype in FP8_DTYPES else None)
+    return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind)
 
 
 def inspect_llm_adapter(path: str | os.PathLike) -> tuple[CheckpointFiles, str, AdapterParams]:
@@ -210,7 +212,7 @@ def _with_adapter(
     if problem:
         raise CheckpointError(problem)
     keys = [key for key in source.shapes if key.startswith(prefix)]
-    tensors = undo_scaling(source.tensors(device, False, keys), wide)
+    tensors = source.tensors(device, False, keys, cast=source.casting(wide))
     ours = {ADAPTER + key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     kept = {key: tensor for key, tensor in state.items() if not key.startswith(ADAPTER)}
     return {**kept, **ours}, replace(params, adapter=adapter)

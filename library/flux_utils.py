@@ -20,6 +20,7 @@ from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
 from library.ldm_utils import AE_PREFIXES, AutoEncoderInfo, Wanted, infer_autoencoder, inspect_autoencoder, load_autoencoder
 from library.model_loading import (
     CheckpointFiles,
+    Transform,
     assign_state,
     build_on_meta,
     build_params,
@@ -29,7 +30,6 @@ from library.model_loading import (
     open_checkpoint,
     part_of,
     strip_prefix,
-    undo_scaling,
 )
 from library.safetensors_utils import FP8_DTYPES, cast_floats, save_file_atomic
 from library.text_encoder_utils import load_clip_l, load_t5xxl
@@ -160,11 +160,12 @@ def load_flow_model(
     device: torch.device | str,
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
+    transform: Transform | None = None,
 ) -> Flux:
     """Load a FLUX.1 denoiser: single file in either layout, one of a split set, or a diffusers folder.
 
     `dtype` float8_e4m3fn keeps the weights of linear layers in 8 bits and the rest in bfloat16; None keeps the file's own
-    types. `config` overrides hyper-parameters. `model.params.guidance_embed` tells dev from schnell. CheckpointError when
+    types. `config` overrides hyper-parameters; `transform` may change the tensors as they are read. `model.params.guidance_embed` tells dev from schnell. CheckpointError when
     the file does not fit.
     """
     info = inspect_flow_model(path, config)
@@ -178,19 +179,20 @@ def load_flow_model(
     if not info.prefix:
         keys = [key for key in keys if not key.startswith(_OTHER_PARTS)]
     wide = torch.bfloat16 if dtype is None or dtype == FP8_STORAGE else dtype
-    state = undo_scaling(strip_prefix(info.source.tensors(device, disable_mmap, keys), info.prefix), wide)
+    stay_in_fp8 = dtype == FP8_STORAGE or dtype is None
+
+    def cast(key: str, tensor: Tensor) -> Tensor:
+        kind = info.source.dtype_of(key)
+        is_matrix = key.endswith(".weight") and tensor.ndim == 2  # every such tensor of this model belongs to a linear layer
+        if stay_in_fp8 and is_matrix and (dtype is not None or kind in FP8_DTYPES):
+            return cast_floats(tensor, dtype or kind)
+        return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind)
+
+    state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, cast), info.prefix)
     if info.is_diffusers:
         state = convert_diffusers_sd_to_bfl(state)
     model = build_on_meta(lambda: Flux(info.params))
     check_state(model, state, os.fspath(path))
-    stay_in_fp8 = dtype == FP8_STORAGE or dtype is None
-    for key in list(state):
-        tensor = state[key]
-        is_matrix = key.endswith(".weight")  # every such tensor of this model belongs to a linear layer
-        if stay_in_fp8 and is_matrix and (dtype is not None or tensor.dtype in FP8_DTYPES):
-            state[key] = cast_floats(tensor, dtype)
-        else:
-            state[key] = cast_floats(tensor, wide if dtype is not None or tensor.dtype in FP8_DTYPES else None)
     assign_state(model, state)
     if stay_in_fp8:
         store_linears_in_fp8(model)

@@ -12,6 +12,7 @@ from torch import Tensor
 from library.errors import CheckpointError
 from library.model_loading import (
     CheckpointFiles,
+    Transform,
     assign_state,
     build_on_meta,
     check_state,
@@ -20,9 +21,7 @@ from library.model_loading import (
     open_checkpoint,
     part_of,
     strip_prefix,
-    undo_scaling,
 )
-from library.safetensors_utils import FP8_DTYPES, cast_floats
 
 if TYPE_CHECKING:
     from transformers import Qwen3Model
@@ -83,6 +82,7 @@ def load_qwen3(
     device: torch.device | str,
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
+    transform: Transform | None = None,
 ) -> Qwen3Model:
     """Load Qwen3 as an encoder from a file (any known prefix) or a transformers folder; the output head is left out.
 
@@ -105,12 +105,9 @@ def load_qwen3(
         attn_implementation="sdpa",
     )
     keys = [key for key in source.shapes if key.startswith(prefix) and key[len(prefix) :].split(".")[0] in _ROOTS]
-    state = undo_scaling(strip_prefix(source.tensors(device, disable_mmap, keys), prefix), dtype or torch.bfloat16)
-    widened = {
-        key: cast_floats(tensor, dtype or (torch.bfloat16 if tensor.dtype in FP8_DTYPES else None)) for key, tensor in state.items()
-    }
+    state = strip_prefix(source.tensors(device, disable_mmap, keys, transform, source.casting(dtype)), prefix)
     model = build_on_meta(lambda: Qwen3Model(model_config))
-    check_state(model, widened, source.path)
-    assign_state(model, widened)
+    check_state(model, state, source.path)
+    assign_state(model, state)
     model.rotary_emb = type(model.rotary_emb)(model_config).to(device)  # its table is in no file
     return model

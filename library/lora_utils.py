@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from library.errors import CheckpointError
-from library.model_loading import is_blob, open_checkpoint
+from library.model_loading import CheckpointFiles, open_checkpoint, unscaled
 from networks.adapter_module import change_of
 from networks.checkpoint_layers import LayerParameter, checkpoint_layers
 from networks.kinds import known_kind_of
@@ -75,12 +75,6 @@ class CheckpointMerge:
     """
 
     def __init__(self, targets: NetworkTargets, shapes: Mapping[str, tuple[int, ...]], adapters: Sequence[Adapter]) -> None:
-        scaled = next((key for key in shapes if is_blob(key) and "scale" in key), None)
-        if scaled is not None:
-            raise CheckpointError(
-                f"the model is stored in scaled 8-bit numbers ({scaled}), into which nothing can be merged; take the bf16 or fp16 file"
-            )
-        self.shapes = shapes
         layers: dict[str, list[LayerParameter]] = {}
         for layer in checkpoint_layers(targets, shapes):
             layers.setdefault(layer.lora_name, []).append(layer)
@@ -112,6 +106,11 @@ class CheckpointMerge:
                 " use the model that the adapter was trained on, or --allow_partial to merge what fits"
             )
 
+    def check_family(self) -> None:
+        """CheckpointError when parts of the model that are there have no layer of any adapter."""
+        if self.unmatched and not self.matched:
+            self.check()
+
     def warn(self) -> None:
         """Say which layers are left out."""
         for what, left_out in (("that are not in this model", self.unmatched), ("of parts that this model file does not hold", self.absent)):
@@ -137,17 +136,47 @@ class CheckpointMerge:
             yield from held.items()
 
 
+class MergeOnLoad:
+    """What a loader is given as `transform`: adapters merged into every part of the model that it reads.
+
+    A part is one file of several, so that layers of other parts are not missed; `report` says what fitted nowhere.
+    """
+
+    def __init__(self, targets: NetworkTargets, adapters: Sequence[Adapter]) -> None:
+        self.targets = targets
+        self.adapters = tuple(adapters)
+        self._left_out: dict[str, set[str]] = {}
+
+    def __call__(self, files: CheckpointFiles, items: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        merge = self.plan(files)
+        for label, names in merge.unmatched.items():
+            self._left_out.setdefault(label, set()).update(names)
+        if merge.matched:
+            logger.info("%s: adapters are merged into %d layers", files.path, len(merge.matched))
+        return merge.stream(items)
+
+    def plan(self, files: CheckpointFiles) -> CheckpointMerge:
+        """What would be merged into this file."""
+        return CheckpointMerge(self.targets, {key: tuple(tensor.shape) for key, tensor in files.shapes.items()}, self.adapters)
+
+    def report(self) -> None:
+        """Warn of layers that the parts that were read do not have."""
+        for label, names in self._left_out.items():
+            logger.warning("%s: %d layers are in no model that was loaded and are left out (first: %s)", label, len(names), min(names))
+
+
 def _changes(layers: Mapping[str, list[LayerParameter]], sources: Mapping[str, list[tuple[Tensors, float]]]) -> list[_Change]:
     changes = []
-    for name, own in sources.items():
+    for name, of_layer in sources.items():
         for layer in layers[name]:
-            if layer.parameter == "bias":
-                own = [(t, m) for t, m in sources[name] if known_kind_of(t, name).module_class.bias_change(t, m) is not None]
-            else:
-                own = sources[name]
+            own = [(t, m) for t, m in of_layer if layer.parameter == "weight" or _changes_bias(t, m)]
             if own:
                 changes.append(_Change(layer, tuple(own)))
     return changes
+
+
+def _changes_bias(tensors: Tensors, multiplier: float) -> bool:
+    return known_kind_of(tensors, "").module_class.bias_change(tensors, multiplier) is not None
 
 
 def _grouped(changes: Iterable[_Change]) -> dict[str, _Group]:
@@ -222,7 +251,7 @@ def load_safetensors_with_lora_and_fp8(
     state: dict[str, torch.Tensor] = {}
     for source in sources:
         items: Iterable[tuple[str, torch.Tensor]] = source.stream(calc_device, True, source.shapes)
-        for key, tensor in merge.stream(items) if merge else items:
+        for key, tensor in merge.stream(unscaled(source, items)) if merge else items:
             dtype = dit_weight_dtype or source.shapes[key].dtype
             wanted = not target_keys or any(part in key for part in target_keys)
             if fp8_optimization and tensor.ndim == 2 and wanted and not any(part in key for part in exclude_keys):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import CheckpointError
-from library.safetensors_utils import FP8_DTYPES, get_split_weight_filenames, iterate_tensors, load_pickled_tensors, read_header
+from library.safetensors_utils import FP8_DTYPES, cast_floats, get_split_weight_filenames, iterate_tensors, load_pickled_tensors, read_header
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P")
@@ -38,11 +38,31 @@ class CheckpointFiles:
     model_config: dict[str, Any]
 
     def tensors(
-        self, device: torch.device | str, disable_mmap: bool, keys: Iterable[str], transform: Transform | None = None
+        self, device: torch.device | str, disable_mmap: bool, keys: Iterable[str], transform: Transform | None = None,
+        cast: Callable[[str, Tensor], Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The named tensors; `transform` may change them as they are read."""
-        items = self.stream(device, disable_mmap, keys)
-        return dict(items if transform is None else transform(self, items))
+        """The named tensors, less what is no weight; scaled 8-bit weights are multiplied by their scales (float32).
+
+        `transform` may change them as they are read, `cast` gives each its type in the same pass.
+        """
+        items = unscaled(self, self.stream(device, disable_mmap, keys))
+        if transform is not None:
+            items = transform(self, items)
+        return {key: tensor if cast is None else cast(key, tensor) for key, tensor in items}
+
+    def dtype_of(self, key: str) -> torch.dtype:
+        """The type of a tensor in the file; bfloat16 for one in scaled 8-bit numbers, which is widened when it is read."""
+        is_scaled = any(key.removesuffix(".weight") + suffix in self.shapes for suffix in _SCALE_SUFFIXES)
+        return torch.bfloat16 if is_scaled else self.shapes[key].dtype
+
+    def casting(self, dtype: torch.dtype | None) -> Callable[[str, Tensor], Tensor]:
+        """The usual `cast` of `tensors`: floating-point ones to `dtype`, or as in the file with 8 bits widened to bfloat16."""
+
+        def cast(key: str, tensor: Tensor) -> Tensor:
+            kind = self.dtype_of(key)
+            return cast_floats(tensor, dtype or (torch.bfloat16 if kind in FP8_DTYPES else kind))
+
+        return cast
 
     def stream(self, device: torch.device | str | None, disable_mmap: bool, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The named tensors one by one, in the order of the files."""
@@ -158,18 +178,19 @@ def is_blob(key: str) -> bool:
     return key in _BLOB_NAMES or key.endswith(_BLOB_SUFFIXES)
 
 
-def undo_scaling(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Multiply scaled 8-bit weights by the scales stored beside them (`X.scale_weight` for `X.weight`) and drop all blobs.
+def unscaled(files: CheckpointFiles, items: Items) -> Items:
+    """Tensors of a file as they are read, less what is no weight. Scaled 8-bit weights (`X.weight`) are multiplied by the
+    scale that stands beside them (`X.scale_weight`) and come as float32.
 
     A scale has one value, one per row [out, 1], or one per block of a row [out, blocks, 1].
     """
-    weights = {key: tensor for key, tensor in state.items() if not is_blob(key)}
-    for key, scale in state.items():
-        suffix = next((suffix for suffix in _SCALE_SUFFIXES if key.endswith(suffix)), None)
-        name = key[: -len(suffix)] + ".weight" if suffix else None
-        if name in weights and weights[name].dtype in FP8_DTYPES:
-            weights[name] = _times_scale(weights[name].float(), scale.float()).to(dtype)
-    return weights
+    names = {f"{key[: -len(suffix)]}.weight": key for suffix in _SCALE_SUFFIXES for key in files.shapes if key.endswith(suffix)}
+    scales = dict(files.stream("cpu", True, names.values())) if names else {}
+    for key, tensor in items:
+        if key in names and tensor.dtype in FP8_DTYPES:
+            yield key, _times_scale(tensor.float(), scales[names[key]].to(tensor.device, torch.float32))
+        elif not is_blob(key):
+            yield key, tensor
 
 
 def _times_scale(weight: Tensor, scale: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from library.errors import CheckpointError
 from library.ldm_models import AutoEncoder
 from library.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
+from library.model_loading import Transform
 from library.open_clip_convert import hf_to_open_clip
 from library.safetensors_utils import cast_floats, save_file_atomic
 from library.sd_models import UNet2DConditionModel
@@ -35,11 +36,12 @@ def inspect_sd_unet(path: str | os.PathLike, config: Mapping[str, Any] | None = 
 
 def load_unet_sd(
     path: str | os.PathLike, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None, transform: Transform | None = None,
 ) -> UNet2DConditionModel:
     """Load the U-Net of a single file (.safetensors, .ckpt) or diffusers folder."""
     return load_unet(
-        inspect_sd_unet(path, config), UNet2DConditionModel, tree_is_diffusers=True, dtype=dtype, device=device, disable_mmap=disable_mmap
+        inspect_sd_unet(path, config), UNet2DConditionModel, tree_is_diffusers=True, dtype=dtype, device=device, disable_mmap=disable_mmap,
+        transform=transform,
     )
 
 
@@ -50,9 +52,9 @@ def text_slot(is_v2: bool) -> ClipSlot:
 
 def load_text_encoder_sd(
     path: str | os.PathLike, is_v2: bool, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None, transform: Transform | None = None,
 ) -> CLIPTextModelWithProjection:
-    return load_clip(path, text_slot(is_v2), dtype, device, disable_mmap, config)
+    return load_clip(path, text_slot(is_v2), dtype, device, disable_mmap, config, transform)
 
 
 def inspect_vae_sd(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:

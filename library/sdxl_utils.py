@@ -12,6 +12,7 @@ from torch import Tensor
 from library.errors import CheckpointError
 from library.ldm_models import AutoEncoder
 from library.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
+from library.model_loading import Transform
 from library.open_clip_convert import hf_to_open_clip
 from library.safetensors_utils import cast_floats, save_file_atomic
 from library.sdxl_models import SdxlUNet2DConditionModel
@@ -35,18 +36,21 @@ def inspect_sdxl_unet(path: str | os.PathLike, config: Mapping[str, Any] | None 
 
 def load_unet_sdxl(
     path: str | os.PathLike, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None, transform: Transform | None = None,
 ) -> SdxlUNet2DConditionModel:
     """Load the U-Net of a single file (.safetensors, .ckpt) or diffusers folder."""
     info = inspect_sdxl_unet(path, config)
-    return load_unet(info, SdxlUNet2DConditionModel, tree_is_diffusers=False, dtype=dtype, device=device, disable_mmap=disable_mmap)
+    return load_unet(
+        info, SdxlUNet2DConditionModel, tree_is_diffusers=False, dtype=dtype, device=device, disable_mmap=disable_mmap, transform=transform
+    )
 
 
 def load_text_encoders_sdxl(
-    path: str | os.PathLike, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False
+    path: str | os.PathLike, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False,
+    transform: Transform | None = None,
 ) -> list[CLIPTextModelWithProjection]:
     """[CLIP-L, CLIP bigG]."""
-    return [load_clip(path, slot, dtype, device, disable_mmap) for slot in (CLIP_L, CLIP_G)]
+    return [load_clip(path, slot, dtype, device, disable_mmap, transform=transform) for slot in (CLIP_L, CLIP_G)]
 
 
 def inspect_vae_sdxl(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from library.model_identity import combined_identity
 from library.dataset import cache_io, text_cache_io
 from library.dataset.cache_io import ImageIdentity, LatentArrays, LatentsRecord
 from library.dataset.text_cache_io import TEXT_LAYOUTS, TextKey, TextLayout, TextRecord
@@ -37,6 +38,12 @@ class StrategySet:
     text_encoding: Any
     latents_caching: Any | None = None
     text_encoder_outputs_caching: Any | None = None
+
+    def mark_text_models(self, mark: str) -> None:
+        """Tell cached text outputs of encoders that `mark` stands for (changed ones) from those of others; "" = unchanged."""
+        caching = self.text_encoder_outputs_caching
+        if caching is not None and mark:
+            caching.model_identity = combined_identity([caching.model_identity, mark])
 
 
 class PluginSlot:

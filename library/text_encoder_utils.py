@@ -13,6 +13,7 @@ from torch import Tensor
 from library.errors import CheckpointError
 from library.model_loading import (
     CheckpointFiles,
+    Transform,
     assign_state,
     build_on_meta,
     check_state,
@@ -21,10 +22,8 @@ from library.model_loading import (
     open_checkpoint,
     part_of,
     strip_prefix,
-    undo_scaling,
 )
 from library.open_clip_convert import OPEN_CLIP_ROOTS, is_open_clip_text, open_clip_to_hf, with_text_model
-from library.safetensors_utils import FP8_DTYPES, cast_floats
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5EncoderModel
@@ -137,13 +136,14 @@ def load_clip_l(
     device: torch.device | str,
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
+    transform: Transform | None = None,
 ) -> CLIPTextModelWithProjection:
     """Load CLIP-L from a file (any known prefix) or a transformers folder. `config` overrides the names of `inspect_clip_l`.
 
     A file without `text_projection.weight` gets the identity; FLUX.1 does not use it. CheckpointError when the file does
     not fit.
     """
-    return load_clip(path, CLIP_L, dtype, device, disable_mmap, config)
+    return load_clip(path, CLIP_L, dtype, device, disable_mmap, config, transform)
 
 
 def load_clip(
@@ -153,6 +153,7 @@ def load_clip(
     device: torch.device | str,
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
+    transform: Transform | None = None,
 ) -> CLIPTextModelWithProjection:
     """Load a CLIP text encoder from a file (any known prefix and layout) or a folder.
 
@@ -165,10 +166,10 @@ def load_clip(
     values = info.values
     names = {key: with_text_model(key) for key in info.source.shapes}
     keys = [key for key, name in names.items() if name.startswith(info.prefix)]
-    tensors = info.source.tensors(device, disable_mmap, keys)
-    state = undo_scaling(strip_prefix({names[key]: tensor for key, tensor in tensors.items()}, info.prefix), dtype or torch.float32)
+    tensors = info.source.tensors(device, disable_mmap, keys, transform, info.source.casting(dtype))
+    state = strip_prefix({names[key]: tensor for key, tensor in tensors.items()}, info.prefix)
     state = open_clip_to_hf(state) if info.is_open_clip else state
-    state = {key: _cast_up(tensor, dtype) for key, tensor in state.items() if key.startswith(("text_model.", "text_projection.", "logit_scale"))}
+    state = {key: tensor for key, tensor in state.items() if key.startswith(("text_model.", "text_projection.", "logit_scale"))}
     if "text_projection.weight" not in state:
         kind = state["text_model.final_layer_norm.weight"].dtype
         state["text_projection.weight"] = torch.eye(values["width"], dtype=kind, device=device)
@@ -228,11 +229,6 @@ def _clip_config(values: Mapping[str, Any]) -> CLIPTextConfig:
         eos_token_id=values["eos"],
         pad_token_id=values["eos"],
     )
-
-
-def _cast_up(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """To `dtype`; without one, 8-bit tensors become bfloat16 and the others stay as they are."""
-    return cast_floats(tensor, dtype or (torch.bfloat16 if tensor.dtype in FP8_DTYPES else None))
 
 
 def _rebuild_buffers(model: torch.nn.Module, device: torch.device | str) -> None:
@@ -296,6 +292,7 @@ def load_t5xxl(
     device: torch.device | str,
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
+    transform: Transform | None = None,
 ) -> T5EncoderModel:
     """Load the encoder of T5 v1.1 XXL from a file (any known prefix) or a transformers folder; dropout is off.
 
@@ -320,8 +317,8 @@ def load_t5xxl(
         use_cache=False,
     )
     keys = [key for key in source.shapes if key.startswith(prefix)]
-    state = undo_scaling(strip_prefix(source.tensors(device, disable_mmap, keys), prefix), dtype or torch.bfloat16)
-    state = {key: _cast_up(tensor, dtype) for key, tensor in state.items() if key.startswith(("encoder.", "shared."))}
+    state = strip_prefix(source.tensors(device, disable_mmap, keys, transform, source.casting(dtype)), prefix)
+    state = {key: tensor for key, tensor in state.items() if key.startswith(("encoder.", "shared."))}
     embedding = state.pop("encoder.embed_tokens.weight", None)
     state.setdefault("shared.weight", embedding)
     state["encoder.embed_tokens.weight"] = state["shared.weight"]

@@ -15,6 +15,7 @@ from torch import Tensor
 from library.errors import CheckpointError
 from library.model_loading import (
     CheckpointFiles,
+    Transform,
     assign_state,
     build_on_meta,
     build_params,
@@ -24,9 +25,8 @@ from library.model_loading import (
     open_checkpoint,
     part_of,
     strip_prefix,
-    undo_scaling,
 )
-from library.safetensors_utils import FP8_DTYPES, cast_floats, read_header
+from library.safetensors_utils import read_header
 from library.unet_convert import diffusers_to_original, is_diffusers_unet, original_to_diffusers
 from library.unet_models import UNetBase, UNetParams
 
@@ -183,24 +183,19 @@ def sdxl_unet_state(state: Mapping[str, T]) -> dict[str, T]:
 
 def load_unet(
     info: UNetInfo, build: Callable[[UNetParams], M], *, tree_is_diffusers: bool, dtype: torch.dtype | None,
-    device: torch.device | str, disable_mmap: bool = False,
+    device: torch.device | str, disable_mmap: bool = False, transform: Transform | None = None,
 ) -> M:
     """The weights of an inspected U-Net in a module tree of either naming. CheckpointError when the file does not fit."""
     starts = tuple(info.prefix + root + "." for root in UNET_ROOTS)
     keys = [key for key in info.source.shapes if key.startswith(starts)]
-    state = strip_prefix(info.source.tensors(device, disable_mmap, keys), info.prefix)
-    state = undo_scaling(state, dtype or torch.float32)
+    state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, info.source.casting(dtype)), info.prefix)
     if info.is_diffusers != tree_is_diffusers:
         state = original_to_diffusers(state) if tree_is_diffusers else diffusers_to_original(state)
     state = {key: _fitting_projection(key, tensor, info.params.use_linear_projection) for key, tensor in state.items()}
     model = build_on_meta(lambda: build(info.params))
     check_state(model, state, info.source.path)
-    assign_state(model, {key: _as_type(tensor, dtype) for key, tensor in state.items()})
+    assign_state(model, state)
     return model
-
-
-def _as_type(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return cast_floats(tensor, dtype or (torch.bfloat16 if tensor.dtype in FP8_DTYPES else None))
 
 
 def _fitting_projection(key: str, tensor: Tensor, is_linear: bool) -> Tensor:

@@ -283,7 +283,7 @@ class AnimaFamily(FlowFamily):
         """[Qwen3]. With 8-bit storage it is read in the compute type first, because only its linear layers shrink."""
         from library.llm_encoder_utils import load_qwen3
 
-        qwen3 = load_qwen3(self.opts.qwen3, runtime.weight_dtype, runtime.device, self._disable_mmap)
+        qwen3 = load_qwen3(self.opts.qwen3, runtime.weight_dtype, runtime.device, self._disable_mmap, transform=self.transform)
         if runtime.text_encoder_dtype != runtime.weight_dtype:
             from library.fp8_optimization_utils import shrink_linears_to_fp8
 
@@ -297,7 +297,8 @@ class AnimaFamily(FlowFamily):
         swap = self.config[MemoryOptions].blocks_to_swap or 0
         device = "cpu" if swap else runtime.device
         denoiser = load_anima_model(
-            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, llm_adapter_path=self.opts.llm_adapter_path
+            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, llm_adapter_path=self.opts.llm_adapter_path,
+            transform=self.transform,
         )
         if swap:
             denoiser.enable_block_swap(swap, runtime.device)

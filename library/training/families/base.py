@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from library.dataset.architectures import DataArchitecture
+    from library.model_loading import Transform
     from library.strategy_base import LatentsCachingStrategy, StrategySet
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
@@ -68,6 +69,8 @@ class ModelFamily(ABC):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.opts = config[self.options]
+        self.transform: Transform | None = None
+        """what is done to the tensors of text encoders and denoiser while their files are read: base adapters merged, say"""
 
     @abstractmethod
     def check(self) -> None:

@@ -260,7 +260,7 @@ class FluxFamily(FlowFamily):
         from library.flux_utils import load_clip_l, load_t5xxl
 
         encoders = [
-            load(path, runtime.weight_dtype, runtime.device, self._disable_mmap)
+            load(path, runtime.weight_dtype, runtime.device, self._disable_mmap, transform=self.transform)
             for load, path in ((load_clip_l, self.opts.clip_l), (load_t5xxl, self.opts.t5xxl))
         ]
         if runtime.text_encoder_dtype != runtime.weight_dtype:
@@ -277,7 +277,9 @@ class FluxFamily(FlowFamily):
 
         swap = self._blocks_to_swap
         device = "cpu" if swap else runtime.device
-        denoiser = load_flow_model(self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap)
+        denoiser = load_flow_model(
+            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, transform=self.transform
+        )
         if swap:
             denoiser.enable_block_swap(swap, runtime.device)
             denoiser.move_to_device_except_swap_blocks(runtime.device)

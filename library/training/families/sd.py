@@ -112,12 +112,16 @@ class SdFamily(UNetFamily):
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         from library.sd_utils import load_text_encoder_sd
 
-        return [load_text_encoder_sd(self.base_path, self.is_v2, runtime.text_encoder_dtype, runtime.device, self.disable_mmap)]
+        return [
+            load_text_encoder_sd(
+                self.base_path, self.is_v2, runtime.text_encoder_dtype, runtime.device, self.disable_mmap, transform=self.transform
+            )
+        ]
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         from library.sd_utils import load_unet_sd
 
-        return load_unet_sd(self.base_path, runtime.denoiser_dtype, runtime.device, self.disable_mmap)
+        return load_unet_sd(self.base_path, runtime.denoiser_dtype, runtime.device, self.disable_mmap, transform=self.transform)
 
     def predict(self, models: Models, sample: NoisyLatents, conditioning: list[Any], batch: Any, **inputs: Any) -> DiTOutput:
         from library.sd_train_utils import predict_noise

@@ -112,12 +112,14 @@ class SdxlFamily(UNetFamily):
         """[CLIP-L, CLIP bigG]."""
         from library.sdxl_utils import load_text_encoders_sdxl
 
-        return load_text_encoders_sdxl(self.base_path, runtime.text_encoder_dtype, runtime.device, self.disable_mmap)
+        return load_text_encoders_sdxl(
+            self.base_path, runtime.text_encoder_dtype, runtime.device, self.disable_mmap, transform=self.transform
+        )
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         from library.sdxl_utils import load_unet_sdxl
 
-        return load_unet_sdxl(self.base_path, runtime.denoiser_dtype, runtime.device, self.disable_mmap)
+        return load_unet_sdxl(self.base_path, runtime.denoiser_dtype, runtime.device, self.disable_mmap, transform=self.transform)
 
     def predict(self, models: Models, sample: NoisyLatents, conditioning: list[Any], batch: Any, **inputs: Any) -> DiTOutput:
         from library.sdxl_train_utils import predict_noise

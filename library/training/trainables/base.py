@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from library.keyed_random import StepDraws
+    from library.model_loading import Transform
     from library.training.accelerator_setup import Runtime
     from library.training.families.base import ModelFamily
     from library.training.hooks.base import Hook
@@ -37,6 +38,14 @@ class Trainable(ABC):
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
         """Per text encoder, whether it learns."""
         return []
+
+    def transform(self, family: ModelFamily) -> Transform | None:
+        """What is done to the models' tensors while their files are read; None = nothing."""
+        return None
+
+    def transform_identity(self) -> str:
+        """Stands for what `transform` does, so that cached outputs of changed text encoders are known from others; "" = nothing."""
+        return ""
 
     @abstractmethod
     def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None: ...

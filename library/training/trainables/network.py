@@ -18,7 +18,7 @@ import torch
 
 from library.errors import CheckpointError, ConfigError, Problems
 from library.keyed_random import StepDraws, isolated_rng, key_seed
-from library.options import parse_bool
+from library.options import Config, parse_bool
 from library.safetensors_utils import load_safetensors, read_header
 from library.training.adapters import NetworkOptions, check_network_module
 from library.training.hooks.base import Hook
@@ -26,12 +26,13 @@ from library.training.hooks.network import NetworkHook
 from library.training.option_groups import ModelOptions
 from library.training.optimizers import OptimizerOptions
 from library.training.trainables.base import Trainable
+from library.training.trainables.base_weights import BaseWeights
 from networks.network_args import pattern_values, rate, selected_blocks, selection
-from networks.kinds import kind_of
 from networks.network_files import by_module, match_names, read_adapter_file, write_adapter_file
 from networks.targets import targets_of_family
 
 if TYPE_CHECKING:
+    from library.model_loading import Transform
     from library.training.accelerator_setup import Runtime
     from library.training.families.base import ModelFamily
     from library.training.run import Models
@@ -50,6 +51,10 @@ class NetworkTrainable(Trainable):
     options = NetworkOptions
     spec_kind = "lora"
     opts: NetworkOptions
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._base_weights = BaseWeights(self.opts)
 
     def check(self, family: ModelFamily) -> None:
         """Module, network arguments and files, as far as they can be judged without models."""
@@ -164,8 +169,14 @@ class NetworkTrainable(Trainable):
 
     # -- attaching -------------------------------------------------------------------------------------------------
 
+    def transform(self, family: ModelFamily) -> Transform | None:
+        return self._base_weights.transform(family, self.config[ModelOptions].pretrained_model_name_or_path)
+
+    def transform_identity(self) -> str:
+        return self._base_weights.identity()
+
     def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None:
-        """Merge the base weights, make the network, hook it into the models and load its start weights."""
+        """Make the network, hook it into the models and load its start weights."""
         self._targets = targets_of_family(family.name)
         self._models = models
         for line in self._idle_rates(family):
@@ -175,7 +186,7 @@ class NetworkTrainable(Trainable):
                 part.requires_grad_(False)
         module = importlib.import_module(self.opts.module_path)
         self._is_own = hasattr(module, "check_network_args")
-        self._merge_base_weights(module, models, runtime)
+        self._base_weights.finish(module, models, runtime, self._targets)
         text_encoders = self._text_encoders(models)
         with isolated_rng(key_seed(runtime.seed, "network init")):
             network = self._make_network(module, models, text_encoders, self._pairs(family))
@@ -254,23 +265,6 @@ class NetworkTrainable(Trainable):
         )
 
     # -- files to start from -----------------------------------------------------------------------------------------
-
-    def _merge_base_weights(self, module: Any, models: Models, runtime: Runtime) -> None:
-        """Add adapters to the model's weights before training. Kinds that we know are merged by our own code, which keeps the
-        multiplier; others by the network module."""
-        multipliers = list(self.opts.base_weights_multiplier or [])
-        for number, path in enumerate(self.opts.base_weights or ()):
-            multiplier = multipliers[number] if number < len(multipliers) else 1.0
-            tensors = read_adapter_file(path, self._targets)
-            is_known = all(kind_of(part) is not None for part in by_module(tensors).values())
-            maker = importlib.import_module("networks.lora") if is_known else module
-            own = hasattr(maker, "check_network_args")
-            encoders = list(models.text_encoders) if own else [e for e in models.text_encoders if e is not None]
-            network, weights = maker.create_network_from_weights(
-                multiplier, path, models.vae, encoders, models.denoiser, weights_sd=tensors, for_inference=True
-            )
-            logger.info("merging %s with multiplier %g", path, multiplier)
-            network.merge_to(encoders, models.denoiser, weights, None if own else runtime.weight_dtype, runtime.device)
 
     def _load_start_weights(self, network: Any) -> None:
         path = self.opts.network_weights

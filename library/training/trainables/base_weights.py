@@ -1,0 +1,76 @@
+"""--base_weights: adapters that are part of the base model of a run, merged while its files are read."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from library.checkpoint_kinds import PREFERRED_SUBFOLDER
+from library.lora_utils import MergeOnLoad, read_adapter
+from library.model_identity import combined_identity, model_identity
+from library.model_loading import open_checkpoint
+from library.training.adapters import NetworkOptions
+from networks.kinds import kind_of
+from networks.network_files import by_module, read_adapter_file
+from networks.targets import NetworkTargets, targets_of_family
+
+if TYPE_CHECKING:
+    from library.training.accelerator_setup import Runtime
+    from library.training.families.base import ModelFamily
+    from library.training.run import Models
+
+logger = logging.getLogger(__name__)
+
+DENOISER_PREFIXES = ("lora_unet", "oft_unet", "lycoris", "diffusion_model", "transformer", "unet")
+
+
+class BaseWeights:
+    """The files of --base_weights with their multipliers."""
+
+    def __init__(self, options: NetworkOptions) -> None:
+        multipliers = list(options.base_weights_multiplier or [])
+        self.files = [(path, multipliers[i] if i < len(multipliers) else 1.0) for i, path in enumerate(options.base_weights or ())]
+        self._merge: MergeOnLoad | None = None
+
+    def transform(self, family: ModelFamily, model_path: str | None) -> MergeOnLoad | None:
+        """What the loaders of the family are given; None when there is nothing to merge.
+
+        CheckpointError when a file belongs to another family; it is found here, from headers, before anything is cached.
+        """
+        targets = targets_of_family(family.name)
+        own = [(path, multiplier) for path, multiplier in self.files if not _is_foreign(path, targets)]
+        if not own:
+            return None
+        self._merge = MergeOnLoad(targets, [read_adapter(path, targets, multiplier) for path, multiplier in own])
+        for path, multiplier in own:
+            logger.info("base weights: %s with multiplier %g", path, multiplier)
+        if model_path:
+            folder = next((PREFERRED_SUBFOLDER[kind] for kind in (family.name, "sd1") if kind in PREFERRED_SUBFOLDER), None)
+            self._merge.plan(open_checkpoint(model_path, folder)).check_family()
+        return self._merge
+
+    def identity(self) -> str:
+        """Stands for the files that change text encoders, so that outputs cached with others are not taken for theirs."""
+        parts = []
+        for path, multiplier in self.files:
+            if any(not name.startswith(DENOISER_PREFIXES) for name in by_module(read_adapter_file(path, None))):
+                parts.append(f"{model_identity(path)} {multiplier}")
+        return combined_identity(parts) if parts else ""
+
+    def finish(self, module: Any, models: Models, runtime: Runtime, targets: NetworkTargets) -> None:
+        """After loading: say what fitted nowhere; files of kinds that only the user's network module knows are merged by it."""
+        if self._merge is not None:
+            self._merge.report()
+        for path, multiplier in self.files:
+            if not _is_foreign(path, targets):
+                continue
+            encoders = [encoder for encoder in models.text_encoders if encoder is not None]
+            network, weights = module.create_network_from_weights(
+                multiplier, path, models.vae, encoders, models.denoiser, weights_sd=read_adapter_file(path, targets), for_inference=True
+            )
+            logger.info("base weights: %s with multiplier %g, merged by %s", path, multiplier, module.__name__)
+            network.merge_to(encoders, models.denoiser, weights, runtime.weight_dtype, runtime.device)
+
+
+def _is_foreign(path: str, targets: NetworkTargets) -> bool:
+    return any(kind_of(part) is None for part in by_module(read_adapter_file(path, targets)).values())
