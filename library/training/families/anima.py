@@ -176,26 +176,17 @@ class AnimaFamily(FlowFamily):
     def _size_problems(self) -> list[str]:
         """Sizes of the files against each other; headers only."""
         from library.anima_models import block_swap_problem
-        from library.anima_utils import adapter_problem
-        from library.llm_encoder_utils import inspect_qwen3
+        from library.anima_utils import fitting_problems
         from library.tokenizers import vocabulary_problem
-        from library.wan_vae_utils import inspect_wan_vae
 
         params, adapter = self._denoiser_info.params, self._adapter
-        width, channels = inspect_qwen3(self.opts.qwen3)["hidden_size"], inspect_wan_vae(self._vae_path).params.z_dim
         place = self.opts.llm_adapter_path or self._denoiser_path
-        needed = params.context_dim if adapter is None else adapter.source_dim
-        problems = []
-        if width != needed:
-            problems.append(f"--qwen3 is {self.opts.qwen3}: its width is {width}, the model {place} takes {needed}")
-        if channels != params.in_channels:
-            problems.append(
-                f"--vae is {self._vae_path}: it has {channels} latent channels, the model {self._denoiser_path} takes {params.in_channels}"
-            )
+        problems: list[str | None] = [*fitting_problems(
+            params, adapter, qwen3=("qwen3", self.opts.qwen3), vae=("vae", self._vae_path), model=self._denoiser_path, adapter_path=place
+        )]
         if adapter is not None:
             vocabulary = vocabulary_problem(self._t5_tokenizer, adapter.vocab, "T5", f"the LLM adapter in {place}")
             problems += [f"{vocabulary}; name the right one with --t5_tokenizer_path"] if vocabulary else []
-            problems.append(adapter_problem(adapter, params, place))
         problems.append(block_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, params.num_blocks))
         return [problem for problem in problems if problem]
 
