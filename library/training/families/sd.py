@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from library.dataset.architectures import ARCHITECTURES
 from library.options import option
-from library.training.families.unet import UNetFamily, refused_by_unet, tokenizer_problems
+from library.training.families.base import tokenizer_problems
+from library.training.families.unet import UNetFamily, refused_by_unet
 from library.training.option_groups import ModelOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 

@@ -12,7 +12,8 @@ from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError
 from library.options import option
-from library.training.families.unet import UNetFamily, part_of, refused_by_unet, tokenizer_problems
+from library.training.families.base import tokenizer_problems
+from library.training.families.unet import UNetFamily, part_of, refused_by_unet
 from library.training.option_groups import ModelOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _FP8 = "8-bit storage is there for transformers only; use --mixed_precision"
 
 
@@ -196,23 +195,7 @@ def part_of(path: str, subfolder: str) -> Path:
 
 
 def slot_problem(path: str | None, slot: str, kinds: set[str]) -> str | None:
-    """`check_slot`, but pickled checkpoints pass: they are opened as data, which runs no code, and looked at then."""
+    """`check_slot` that takes the .ckpt files of these families too: they are opened as data, which runs no code."""
     from library.checkpoint_kinds import check_slot
 
-    if path and Path(path).is_file() and Path(path).suffix in PICKLES:
-        return None
-    return check_slot(path, slot, kinds)
-
-
-def tokenizer_problems(load: Any, rows: Any, name: str, option: str) -> list[str]:
-    """A tokenizer that cannot be found or read, or whose ids the text encoder does not have. `load` gives the tokenizer,
-    `rows` the number of embeddings."""
-    from library.tokenizers import vocabulary_problem
-
-    try:
-        problem = vocabulary_problem(load(), rows(), name, f"the {name} text encoder")
-    except ConfigError as error:
-        return list(error.problems) if hasattr(error, "problems") else [str(error)]
-    except CheckpointError as error:
-        return [str(error)]
-    return [f"{problem}; name the right one with {option}"] if problem else []
+    return check_slot(path, slot, kinds, with_pickles=True)
