@@ -35,6 +35,7 @@ WANTED_TEXTS: dict[str, str] = {
 }
 """what a slot needs, in words; other kinds are named as they are"""
 
+PICKLED_NAMES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 INDEX_SUFFIX = ".safetensors.index.json"
 PREFERRED_SUBFOLDER = {
     "flux": "transformer", "vae_flux": "vae", "clip_l": "text_encoder", "t5": "text_encoder_2", "sd1": "unet", "sd2": "unet",
@@ -63,7 +64,7 @@ def describe_checkpoint(path: str | os.PathLike, with_pickles: bool = False) -> 
     """
     place = Path(path)
     if place.is_dir():
-        return _describe_folder(place)
+        return _describe_folder(place, with_pickles)
     if not place.exists():
         return CheckpointKind("missing", f"there is no such file or folder{_nearest_file(place)}")
     broken = _what_is_not_safetensors(place)
@@ -91,10 +92,23 @@ def check_slot(path: str | os.PathLike | None, slot: str, wanted: set[str], with
     if found.kind == "folder":
         for kind in sorted(wanted):
             part = Path(path) / PREFERRED_SUBFOLDER.get(kind, "")
-            if part != Path(path) and part.is_dir() and describe_checkpoint(part).kind == kind:
+            if part != Path(path) and part.is_dir() and describe_checkpoint(part, with_pickles).kind == kind:
                 return None
     told = found.detail if found.kind in ("missing", "truncated", "damaged") else f"this is {found.detail}"
+    told = f"it {told.removeprefix(f'{path} ')}" if told.startswith(f"{path} ") else told
+    told += _about_parts(Path(path), wanted, with_pickles) if found.kind == "folder" else ""
     return f"--{slot} is {path}: {told}; needed: {needed}{_way_out(path, found, wanted)}"
+
+
+def _about_parts(folder: Path, wanted: set[str], with_pickles: bool) -> str:
+    """What a pipeline folder has in the place of the part that is needed."""
+    if not (folder / "model_index.json").is_file():
+        return ""
+    told = ""
+    for name in sorted({PREFERRED_SUBFOLDER[kind] for kind in wanted & PREFERRED_SUBFOLDER.keys()}):
+        part = folder / name
+        told += f", whose {name} is {describe_checkpoint(part, with_pickles).detail}" if part.is_dir() else f" without its sub-folder {name}"
+    return told
 
 
 def _way_out(path: str | os.PathLike, found: CheckpointKind, wanted: set[str]) -> str:
@@ -180,13 +194,16 @@ def _what_is_not_safetensors(path: Path) -> CheckpointKind | None:
     return CheckpointKind("other", f"a file of {size} bytes that is not safetensors")
 
 
-def _describe_folder(folder: Path) -> CheckpointKind:
+def _describe_folder(folder: Path, with_pickles: bool = False) -> CheckpointKind:
     index = next(iter(sorted(folder.glob(f"*{INDEX_SUFFIX}"))), None)
     if index is not None:
         return _describe_shards(folder, index)
     files = sorted(folder.glob("*.safetensors"), key=lambda file: (not _has_usual_name(file), file.name))
     if files and (len(files) == 1 or _has_usual_name(files[0])):
         return _as_folder(describe_checkpoint(files[0]))
+    pickled = next((folder / name for name in PICKLED_NAMES if with_pickles and (folder / name).is_file()), None)
+    if pickled is not None and not files:
+        return _as_folder(describe_checkpoint(pickled, with_pickles))
     if (folder / "model_index.json").is_file():
         return CheckpointKind("folder", f"a diffusers pipeline folder ({_pipeline_class(folder)})", "folder")
     if files:

@@ -279,7 +279,9 @@ VAES: tuple[Architecture, ...] = (
 
 
 def _clip_width(table: KeyTable) -> int | None:
-    return table.size("text_model.embeddings.token_embedding.weight", 1)
+    """Width of a CLIP text encoder in the names of transformers; version 5 leaves `text_model.` out."""
+    names = ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight")
+    return next((width for name in names if (width := table.size(name, 1)) is not None), None)
 
 
 TEXT_ENCODERS: tuple[Architecture, ...] = (
@@ -289,7 +291,7 @@ TEXT_ENCODERS: tuple[Architecture, ...] = (
         "clip_l",
         "a CLIP-L text encoder",
         lambda t: _clip_width(t) is not None,
-        lambda t: f"width {_clip_width(t)}, {t.count('text_model.encoder.layers.{}.')} layers",
+        lambda t: f"width {_clip_width(t)}, {t.count('encoder.layers.{}.')} layers",
     ),
     Architecture(
         "clip_g",

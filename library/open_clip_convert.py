@@ -21,10 +21,14 @@ _LAYER = {
 }  # fmt: skip
 _TOP_BACK = {other: original for original, other in _TOP.items()}
 _LAYER_BACK = {other: original for original, other in _LAYER.items()}
+_BARE = ("embeddings.token_embedding.", "embeddings.position_embedding.", "encoder.layers.", "final_layer_norm.")
 
 
 def with_text_model(key: str) -> str:
-    """The level `text_model.` put into keys of Stable Diffusion 1 files that old tools saved without it."""
+    """The level `text_model.` put into keys that lack it: of Stable Diffusion 1 files by old tools, and of folders that
+    transformers 5 writes."""
+    if key.startswith(_BARE):
+        return f"text_model.{key}"
     return _OLD_SD1.sub(r"cond_stage_model.transformer.text_model.\1.", key)
 
 

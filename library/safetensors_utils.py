@@ -198,8 +198,12 @@ def load_pickled_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"{path} does not exist")
+    is_zip = zipfile.is_zipfile(path)
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\x03\x04" and not is_zip:
+            raise CheckpointError(f"{path} is truncated: the table at its end is not there; fetch it again")
     try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
         code = [name for name in foreign if not name.startswith(_FRAMEWORKS) and name not in _HARMLESS]
         if code:
             raise CheckpointError(
@@ -207,7 +211,7 @@ def load_pickled_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
                 " Nothing of it was run; get the safetensors version"
             )
         with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:

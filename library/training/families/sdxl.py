@@ -13,7 +13,7 @@ from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError
 from library.options import option
 from library.training.families.base import tokenizer_problems
-from library.training.families.unet import UNetFamily, part_of, refused_by_unet
+from library.training.families.unet import UNetFamily, about_slot, part_of, refused_by_unet
 from library.training.option_groups import ModelOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 
@@ -71,7 +71,7 @@ class SdxlFamily(UNetFamily):
             values = [inspect_clip(self.base_path, slot).values for slot in (CLIP_L, CLIP_G)]
             context = self.info.params.context_dim
         except CheckpointError as error:
-            return [str(error)]
+            return [about_slot("pretrained_model_name_or_path", self.base_path, error)]
         found = tokenizer_problems(lambda: self._tokenizers[0], lambda: min(v["vocab"] for v in values), "CLIP", "--clip_tokenizer")
         if sum(v["width"] for v in values) != context:
             widths = " + ".join(str(v["width"]) for v in values)

@@ -79,7 +79,7 @@ class UNetFamily(ModelFamily):
         try:
             return self.declared_problems(self.info)
         except CheckpointError as error:
-            return [str(error)]
+            return [about_slot("pretrained_model_name_or_path", self.base_path, error)]
 
     def declared_problems(self, info: UNetInfo) -> list[str]:
         """What the file says of itself against the options."""
@@ -99,9 +99,9 @@ class UNetFamily(ModelFamily):
         try:
             channels = self.vae_info.params.z_channels
         except CheckpointError as error:
-            return [str(error)]
+            return [about_slot(slot, path, error)]
         wanted = self.architecture.latents.channels
-        return [] if channels == wanted else [f"{path}: its autoencoder has {channels} latent channels; {wanted} are needed"]
+        return [] if channels == wanted else [f"--{slot} is {path}: its autoencoder has {channels} latent channels; {wanted} are needed"]
 
     def notices(self) -> list[str]:
         """Lines for the log where a setting has no effect or differs from what the file says."""
@@ -192,6 +192,15 @@ def part_of(path: str, subfolder: str) -> Path:
     """`path`, or the sub-folder of a pipeline folder that holds a part."""
     folder = Path(path) / subfolder
     return folder if folder.is_dir() else Path(path)
+
+
+def about_slot(slot: str, path: str | None, error: CheckpointError) -> str:
+    """What is wrong with a file, told as what is wrong with an option."""
+    text = str(error)
+    for start, instead in ((f"{path} ", "it "), (f"{path}: ", "")):
+        if text.startswith(start):
+            return f"--{slot} is {path}: {instead}{text.removeprefix(start)}"
+    return f"--{slot} is {path}: {text}"
 
 
 def slot_problem(path: str | None, slot: str, kinds: set[str]) -> str | None:
