@@ -21,6 +21,7 @@ from library.inference_script import (
     too_small_problems,
 )
 from library.options import Config, equivalent_option, option
+from library.training.families.base import tokenizer_problems
 from library.training.inference_samplers import INFERENCE_SAMPLERS
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import LineOption, read_number
@@ -310,29 +311,27 @@ def _device_problems(name: str | None) -> list[str]:
 
 
 def _fitting_problems(options: AnimaModelOptions, problems: Problems) -> list[str]:
-    """Sizes of the files against each other, and tokenizers that cannot be found or read."""
+    """Sizes of the files against each other, and tokenizers that cannot be found or read, or that are of other models."""
     from library.anima_utils import fitting_problems, inspect_anima, inspect_llm_adapter
     from library.llm_encoder_utils import inspect_qwen3
-    from library.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer, vocabulary_problem
+    from library.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer
 
-    def sizes() -> list[str]:
-        params = inspect_anima(options.dit).params
-        adapter = inspect_llm_adapter(options.llm_adapter_path)[2] if options.llm_adapter_path else params.adapter
-        source = options.llm_adapter_path or options.dit
-        found = fitting_problems(
-            params, adapter, qwen3=("text_encoder", options.text_encoder), vae=("vae", options.vae) if options.vae else None,
-            model=options.dit, adapter_path=source,
-        )  # fmt: skip
-        t5 = load_t5_tokenizer(options.t5_tokenizer_path, options.tokenizer_cache_dir, option="--t5_tokenizer_path")
-        vocabulary = vocabulary_problem(t5, adapter.vocab, "T5", f"the LLM adapter in {source}") if adapter else None
-        return [*found, f"{vocabulary}; name the right one with --t5_tokenizer_path"] if vocabulary else found
-
-    def qwen3() -> str | None:
-        tokenizer = load_qwen3_tokenizer(options.qwen3_tokenizer, options.tokenizer_cache_dir, options.text_encoder)
-        rows = inspect_qwen3(options.text_encoder)["vocab_size"]
-        problem = vocabulary_problem(tokenizer, rows, "Qwen3", f"--text_encoder {options.text_encoder}")
-        return f"{problem}; name the right one with --qwen3_tokenizer" if problem else None
-
-    found = problems.attempt(sizes) or []
-    vocabulary = problems.attempt(qwen3)
-    return [*found, vocabulary] if vocabulary else found
+    source = options.llm_adapter_path or options.dit
+    params = problems.attempt(lambda: inspect_anima(options.dit).params)
+    qwen3 = problems.attempt(lambda: inspect_qwen3(options.text_encoder))
+    adapter = problems.attempt(lambda: inspect_llm_adapter(source)[2]) if options.llm_adapter_path else params and params.adapter
+    if problems.messages:
+        return []
+    cache_dir, vae = options.tokenizer_cache_dir, ("vae", options.vae) if options.vae else None
+    found = problems.attempt(lambda: fitting_problems(
+        params, adapter, qwen3=("text_encoder", options.text_encoder), vae=vae, model=options.dit, adapter_path=source
+    )) or []  # fmt: skip
+    found += tokenizer_problems(
+        lambda: load_qwen3_tokenizer(options.qwen3_tokenizer, cache_dir, options.text_encoder),
+        lambda: qwen3["vocab_size"], "Qwen3", "--qwen3_tokenizer", f"--text_encoder {options.text_encoder}",
+    )  # fmt: skip
+    found += tokenizer_problems(
+        lambda: load_t5_tokenizer(options.t5_tokenizer_path, cache_dir, option="--t5_tokenizer_path"),
+        (lambda: adapter.vocab) if adapter else None, "T5", "--t5_tokenizer_path", f"the LLM adapter in {source}",
+    )  # fmt: skip
+    return found

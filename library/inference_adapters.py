@@ -79,7 +79,7 @@ def file_problem(path: str, option: str) -> str | None:
     """A message when a file is no adapter, or None."""
     from library.checkpoint_kinds import check_slot
 
-    return check_slot(path, option, {"adapter"})
+    return check_slot(path, option, {"adapter"}, with_pickles=True)
 
 
 def multiplier_problems(multipliers: Sequence[float] | None, num_adapters: int, *, merged: bool) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from library import inference_script
 from library.dataset.architectures import ARCHITECTURES
-from library.errors import ConfigError, Problems
+from library.errors import CheckpointError, ConfigError, Problems
 from library.inference_adapters import adapter_problems, multiplier_problems
 from library.inference_script import (
     COMMON_LINE_OPTIONS,
@@ -23,7 +23,8 @@ from library.inference_script import (
     too_small_problems,
 )
 from library.options import option
-from library.training.families.unet import slot_problem, tokenizer_problems
+from library.training.families.base import tokenizer_problems
+from library.training.families.unet import about_slot, slot_problem
 from library.training.inference_samplers import SAMPLER_NAMES, sampler_notices
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import LineOption, read_number
@@ -166,10 +167,11 @@ def check(options: SdxlModelOptions) -> None:
         if problem:
             problems.add(problem)
     if not model_problem:
-        for problem in problems.attempt(lambda: _model_problems(options)) or ():
+        found = _model_problems(options)
+        for problem in found if found or options.vae else _vae_problems("ckpt_path", options.ckpt_path):
             problems.add(problem)
-    if not vae_problem and (options.vae or not model_problem):
-        for problem in problems.attempt(lambda: _vae_problems(options.vae or options.ckpt_path)) or ():
+    if options.vae and not vae_problem:
+        for problem in _vae_problems("vae", options.vae):
             problems.add(problem)
     problems.raise_if_any()
 
@@ -179,8 +181,11 @@ def _model_problems(options: SdxlModelOptions) -> list[str]:
     from library.sdxl_utils import inspect_sdxl_unet, text_encoder_sizes, text_width_problem
     from library.tokenizers import load_clip_tokenizer
 
-    sizes = text_encoder_sizes(options.ckpt_path)
-    width = text_width_problem(options.ckpt_path, sizes, inspect_sdxl_unet(options.ckpt_path).params)
+    try:
+        sizes = text_encoder_sizes(options.ckpt_path)
+        width = text_width_problem(options.ckpt_path, sizes, inspect_sdxl_unet(options.ckpt_path).params)
+    except CheckpointError as error:
+        return [about_slot("ckpt_path", options.ckpt_path, error)]
     found = tokenizer_problems(
         lambda: load_clip_tokenizer(options.clip_tokenizer, options.tokenizer_cache_dir, option="--clip_tokenizer"),
         lambda: min(values["vocab"] for values in sizes), "CLIP", "--clip_tokenizer",
@@ -188,8 +193,11 @@ def _model_problems(options: SdxlModelOptions) -> list[str]:
     return [*found, width] if width else found
 
 
-def _vae_problems(path: str) -> list[str]:
+def _vae_problems(slot: str, path: str) -> list[str]:
     from library.sdxl_utils import inspect_vae_sdxl
 
-    channels, wanted = inspect_vae_sdxl(path).params.z_channels, ARCHITECTURES["sdxl"].latents.channels
-    return [] if channels == wanted else [f"{path}: its autoencoder has {channels} latent channels; {wanted} are needed"]
+    try:
+        channels, wanted = inspect_vae_sdxl(path).params.z_channels, ARCHITECTURES["sdxl"].latents.channels
+    except CheckpointError as error:
+        return [about_slot(slot, path, error)]
+    return [] if channels == wanted else [f"--{slot} is {path}: its autoencoder has {channels} latent channels; {wanted} are needed"]

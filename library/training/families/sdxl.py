@@ -12,7 +12,8 @@ from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError
 from library.options import option
-from library.training.families.unet import UNetFamily, part_of, refused_by_unet, tokenizer_problems
+from library.training.families.base import tokenizer_problems
+from library.training.families.unet import UNetFamily, about_slot, part_of, refused_by_unet
 from library.training.option_groups import ModelOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 
@@ -69,7 +70,7 @@ class SdxlFamily(UNetFamily):
         try:
             sizes, params = text_encoder_sizes(self.base_path), self.info.params
         except CheckpointError as error:
-            return [str(error)]
+            return [about_slot("pretrained_model_name_or_path", self.base_path, error)]
         found = tokenizer_problems(lambda: self._tokenizers[0], lambda: min(v["vocab"] for v in sizes), "CLIP", "--clip_tokenizer")
         width = text_width_problem(self.base_path, sizes, params)
         return [*found, width] if width else found
