@@ -10,7 +10,8 @@ import torch
 from library.atomic_file import atomic_path
 from library.errors import CheckpointError
 from library.model_hashes import adapter_hashes
-from library.safetensors_utils import load_pickled_tensors, load_safetensors, save_file_atomic
+from library.safetensors_utils import load_pickled_tensors, load_safetensors, read_header, save_file_atomic
+from networks.peft_config import configs_of, with_alphas
 from networks.targets import NetworkTargets
 
 
@@ -18,6 +19,9 @@ def read_adapter_file(path: str | os.PathLike[str], targets: NetworkTargets | No
     """The tensors of an adapter file under kohya names; CheckpointError when it is missing, damaged or no adapter."""
     is_safetensors = os.fspath(path).endswith(".safetensors")
     tensors = load_safetensors(path, device="cpu") if is_safetensors else load_pickled_tensors(path)
+    configs = configs_of(path, read_header(path)[1] if is_safetensors else {})
+    if configs:
+        tensors = with_alphas(tensors, configs)
     return to_kohya_names(tensors, targets, str(path))
 
 
@@ -38,7 +42,7 @@ def to_kohya_names(
 def is_adapter_key(key: str) -> bool:
     """Whether a tensor of this name belongs to an adapter, of any kind."""
     name = key.partition(".")[2] or key
-    marks = ("lora_down", "lora_up", "lora_A", "lora_B", "hada_w1_a", "lokr_w1", "lokr_w2", "oft_blocks", "lora.down", "lora.up")
+    marks = ("lora_down", "lora_up", "lora_A", "lora_B", "hada_w1_a", "lokr_w1", "lokr_w2", "oft_blocks", "lora.down", "lora.up", "lora_linear_layer")
     return any(mark in name for mark in marks)
 
 

@@ -41,8 +41,8 @@ class TinySd:
         return [f"--pretrained_model_name_or_path={self.model}", f"--clip_tokenizer={self.tokenizer}", *more]
 
 
-def tiny_params(kind: str) -> UNetParams:
-    sizes: dict[str, Any] = {"num_res_blocks": 1, "time_embed_dim": 32, "norm_groups": 4}
+def tiny_params(kind: str, num_res_blocks: int = 1) -> UNetParams:
+    sizes: dict[str, Any] = {"num_res_blocks": num_res_blocks, "time_embed_dim": 32, "norm_groups": 4}
     if kind == "sdxl":
         return UNetParams(
             channels=(16, 16, 32), attention_levels=(False, True, True), transformer_depth=(0, 1, 2), middle_depth=2, heads=(2, 2, 4),
@@ -54,12 +54,15 @@ def tiny_params(kind: str) -> UNetParams:
     )  # fmt: skip
 
 
-def build_tiny_sd(folder: str | Path, kind: str = "sd1", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> TinySd:
-    """Write a model of a kind (sd1, sd2, sdxl) and its tokenizer into `folder` (made when missing)."""
+def build_tiny_sd(
+    folder: str | Path, kind: str = "sd1", *, seed: int = 0, num_res_blocks: int = 1, dtype: torch.dtype = torch.float32
+) -> TinySd:
+    """Write a model of a kind (sd1, sd2, sdxl) and its tokenizer into `folder` (made when missing). Real models have two
+    residual blocks a level, on which the names of their layers in diffusers depend."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator("cpu").manual_seed(seed)
-    params = tiny_params(kind)
+    params = tiny_params(kind, num_res_blocks)
     vocab = write_clip_tokenizer(folder / "tokenizer")
     unet = (SdxlUNet2DConditionModel if kind == "sdxl" else UNet2DConditionModel)(params)
     unet.load_state_dict(random_state(unet, generator))
