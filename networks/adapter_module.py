@@ -187,6 +187,12 @@ class AdapterModule(nn.Module):
         """Change of the layer's bias [out], float32; None for kinds that leave it alone."""
         return None
 
+    @staticmethod
+    def change_shape(tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...] | None:
+        """Shape of the change as the tensors alone tell it (kernel axes may be folded into the inputs); None for kinds whose
+        change depends on the layer's weight."""
+        return None
+
     @classmethod
     def missing_keys(cls, names: Iterable[str]) -> list[str]:
         """Tensors that a layer's file lacks for this kind."""

@@ -117,6 +117,14 @@ class LoRAModule(AdapterModule):
             self.lora_down = nn.Conv2d(org_module.in_channels, rank, kernel, **geometry)
         self.lora_up = nn.Conv2d(rank, org_module.out_channels, 1, bias=False)
 
+    @staticmethod
+    def change_shape(tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...] | None:
+        if "lora_down.0.weight" in tensors:
+            ups = [tensor for name, tensor in tensors.items() if name.startswith("lora_up.")]
+            return (sum(up.shape[0] for up in ups), tensors["lora_down.0.weight"].shape[1])
+        kernel = tensors.get("lora_mid.weight", tensors["lora_down.weight"]).shape[2:]
+        return (tensors["lora_up.weight"].shape[0], tensors["lora_down.weight"].shape[1], *kernel)
+
     @classmethod
     def missing_keys(cls, names: Iterable[str]) -> list[str]:
         """A layer that is split may stand in parts, lora_down.0.weight and so on."""
