@@ -18,7 +18,7 @@ from library.options import parse_bool
 from networks.adapter_module import AdapterModule
 from networks.ggpo import Ggpo, row_norms_squared
 from networks.network_args import parse_network_args, positive_number
-from networks.network_base import AdditionalNetwork, NetworkKind, build_from_weights, build_network
+from networks.network_base import AdditionalNetwork, NetworkKind, build_for_text_encoders, build_from_weights, build_network
 from networks.targets import NetworkTargets, targets_of_family
 
 
@@ -258,3 +258,10 @@ def create_network_from_weights(
 ) -> tuple[AdditionalNetwork, dict[str, torch.Tensor]]:
     """A network with the layers, ranks and alphas of a file, not loaded yet, and the file's tensors."""
     return build_from_weights(KIND, multiplier, file, text_encoder, unet, weights_sd, for_inference, kwargs)
+
+
+def create_text_encoder_network(
+    targets: NetworkTargets, multiplier: float, text_encoders: Sequence[nn.Module | None], tensors: Mapping[str, torch.Tensor], label: str
+) -> AdditionalNetwork:
+    """The text encoder part of a file as a network for merging, while no denoiser is loaded; `label` names the file."""
+    return build_for_text_encoders(KIND, targets, multiplier, text_encoders, tensors, label)

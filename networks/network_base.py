@@ -16,7 +16,7 @@ from networks.adapter_module import AdapterModule, StepState
 from networks.network_args import NetworkSettings, parse_network_args
 from networks.network_files import by_module, match_names, read_adapter_file, to_kohya_names, write_adapter_file
 from networks.selection import LayerPlan, all_layers, plan_network, rate_of, split_of
-from networks.targets import NetworkTargets, targets_of_denoiser
+from networks.targets import NetworkTargets, targets_of_denoiser, text_encoder_layers
 
 __all__ = ["AdapterModule", "AdditionalNetwork", "NetworkKind", "NetworkTargets", "build_from_weights", "build_network"]
 
@@ -333,6 +333,34 @@ def build_from_weights(
     pairs = dict(pairs)
     settings = read_settings(kind, targets, None, None, pairs.pop("neuron_dropout", None), pairs)
     layers = {layer.lora_name: layer for layer in all_layers(targets, unet, encoder_list(text_encoder), settings, every=True)}
+    modules = _modules_of_file(kind, targets, layers, tensors, label, multiplier, settings)
+    if for_inference:
+        settings = replace(settings, values={})
+    network = _finished(kind, AdditionalNetwork(targets, settings, modules, multiplier))
+    _give_rates(network, layers)
+    if for_inference:
+        network.requires_grad_(False).eval()
+        for module in network.loras:
+            module.requires_grad_(False).eval()
+    return network, tensors
+
+
+def build_for_text_encoders(
+    kind: NetworkKind, targets: NetworkTargets, multiplier: float, text_encoders: Sequence[nn.Module | None],
+    tensors: Mapping[str, torch.Tensor], label: str,
+) -> AdditionalNetwork:
+    """As build_from_weights for inference, while there is no denoiser: for the layers of these text encoders alone."""
+    settings = read_settings(kind, targets, None, None, None, {})
+    found = [layer for i, e in enumerate(text_encoders) if e is not None for layer in text_encoder_layers(e, i, targets)]
+    modules = _modules_of_file(kind, targets, {layer.lora_name: layer for layer in found}, tensors, label, multiplier, settings)
+    return _finished(kind, AdditionalNetwork(targets, settings, modules, multiplier)).requires_grad_(False).eval()
+
+
+def _modules_of_file(
+    kind: NetworkKind, targets: NetworkTargets, layers: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], label: str,
+    multiplier: float, settings: NetworkSettings,
+) -> list[AdapterModule]:
+    """The modules of a file that have a layer, not loaded yet."""
     parts = by_module(tensors)
     found, unknown = match_names(parts, layers, targets)
     if unknown:
@@ -346,15 +374,7 @@ def build_from_weights(
         rank, alpha, shape = kind.shape_from_file(parts[name], split)
         plan = LayerPlan(layers[own], rank, alpha, None, split)
         modules.append(_build(kind, plan, multiplier, settings, shape))
-    if for_inference:
-        settings = replace(settings, values={})
-    network = _finished(kind, AdditionalNetwork(targets, settings, modules, multiplier))
-    _give_rates(network, {name: layers[name] for name in found.values()})
-    if for_inference:
-        network.requires_grad_(False).eval()
-        for module in network.loras:
-            module.requires_grad_(False).eval()
-    return network, tensors
+    return modules
 
 
 def _give_rates(network: AdditionalNetwork, layers: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 from library.dataset import CachingOptions, DatasetOptions
 from library.device_utils import clean_memory_on_device
 from library.errors import Problems
+from library.model_identity import combined_identity
 from library.options import Config
 from library.strategy_base import StrategySet
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
@@ -79,6 +80,7 @@ class Trainer:
         runtime = prepare_runtime(self.config)
         trained = self.trainable.trains_text_encoders(self.family)
         strategies = self.family.strategies(trained)
+        self.mark_text_cache(strategies)
         data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)
         if self.config[DatasetOptions].debug_dataset:
@@ -114,6 +116,12 @@ class Trainer:
             accumulation=batches.accumulation, max_train_steps=progress.max_train_steps,
         )
 
+    def mark_text_cache(self, strategies: StrategySet) -> None:
+        """Outputs of text encoders whose weights the trainable changes are not those of the plain ones."""
+        caching, identity = strategies.text_encoder_outputs_caching, self.trainable.text_identity(self.family)
+        if caching is not None and identity:
+            caching.model_identity = combined_identity([caching.model_identity, identity])
+
     # ---- models -------------------------------------------------------------------------------------------------------------
 
     def vae_phase(self, data: DataGroups, strategies: StrategySet, runtime: Runtime, *, keep: bool) -> torch.nn.Module | None:
@@ -132,7 +140,9 @@ class Trainer:
         """Encode captions and sample prompts; afterwards only encoders that the step needs are in memory."""
 
         def load() -> list[torch.nn.Module | None]:
-            return [e if e is None else self._frozen(e) for e in self.family.load_text_encoders(runtime)]
+            encoders = [e if e is None else self._frozen(e) for e in self.family.load_text_encoders(runtime)]
+            self.trainable.adapt_text_encoders(self.family, encoders)
+            return encoders
 
         def encode(encoders: list[torch.nn.Module | None]) -> dict[str, list[Any]]:
             return encode_sample_prompts(self.family, strategies, encoders, prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,6 +38,13 @@ class Trainable(ABC):
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
         """Per text encoder, whether it learns."""
         return []
+
+    def text_identity(self, family: ModelFamily) -> str:
+        """Stands for what `adapt_text_encoders` does, for caches of text encoder outputs; "" = nothing."""
+        return ""
+
+    def adapt_text_encoders(self, family: ModelFamily, text_encoders: Sequence[torch.nn.Module | None]) -> None:
+        """Change the weights of text encoders as soon as they are loaded, before captions are encoded."""
 
     @abstractmethod
     def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None: ...

@@ -26,6 +26,7 @@ from library.training.hooks.network import NetworkHook
 from library.training.option_groups import ModelOptions
 from library.training.optimizers import OptimizerOptions
 from library.training.trainables.base import Trainable
+from library.training.trainables.base_weights import BaseWeights
 from networks.network_args import pattern_values, rate, selected_blocks, selection
 from networks.network_files import by_module, match_names, read_adapter_file, write_adapter_file
 from networks.targets import targets_of_family
@@ -49,6 +50,7 @@ class NetworkTrainable(Trainable):
     options = NetworkOptions
     spec_kind = "lora"
     opts: NetworkOptions
+    _base_weights: BaseWeights | None = None
 
     def check(self, family: ModelFamily) -> None:
         """Module, network arguments and files, as far as they can be judged without models."""
@@ -161,6 +163,22 @@ class NetworkTrainable(Trainable):
                     lines.append(f"--text_encoder_lr: {rate} has no effect, as its text encoder learns only with --network_args {encoder.switch}=True")
         return lines
 
+    # -- base weights ----------------------------------------------------------------------------------------------
+
+    def _base_weights_of(self, family: ModelFamily) -> BaseWeights:
+        if self._base_weights is None:
+            options = self.opts
+            self._base_weights = BaseWeights(
+                options.base_weights or (), options.base_weights_multiplier or (), targets_of_family(family.name)
+            )
+        return self._base_weights
+
+    def text_identity(self, family: ModelFamily) -> str:
+        return self._base_weights_of(family).text_identity()
+
+    def adapt_text_encoders(self, family: ModelFamily, text_encoders: Sequence[torch.nn.Module | None]) -> None:
+        self._base_weights_of(family).merge_text_encoders(text_encoders)
+
     # -- attaching -------------------------------------------------------------------------------------------------
 
     def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None:
@@ -174,7 +192,7 @@ class NetworkTrainable(Trainable):
                 part.requires_grad_(False)
         module = importlib.import_module(self.opts.module_path)
         self._is_own = hasattr(module, "check_network_args")
-        self._merge_base_weights(module, models, runtime)
+        self._base_weights_of(family).merge(module, models, runtime)
         text_encoders = self._text_encoders(models)
         with isolated_rng(key_seed(runtime.seed, "network init")):
             network = self._make_network(module, models, text_encoders, self._pairs(family))
@@ -253,23 +271,6 @@ class NetworkTrainable(Trainable):
         )
 
     # -- files to start from -----------------------------------------------------------------------------------------
-
-    def _merge_base_weights(self, module: Any, models: Models, runtime: Runtime) -> None:
-        """Add adapters to the model's weights before training. LoRA files are merged by our own code, which keeps the
-        multiplier; other kinds by the network module."""
-        multipliers = list(self.opts.base_weights_multiplier or [])
-        for number, path in enumerate(self.opts.base_weights or ()):
-            multiplier = multipliers[number] if number < len(multipliers) else 1.0
-            tensors = read_adapter_file(path, self._targets)
-            is_lora = all({"lora_down.weight", "lora_up.weight"} <= set(part) for part in by_module(tensors).values())
-            maker = importlib.import_module("networks.lora") if is_lora else module
-            own = hasattr(maker, "check_network_args")
-            encoders = list(models.text_encoders) if own else [e for e in models.text_encoders if e is not None]
-            network, weights = maker.create_network_from_weights(
-                multiplier, path, models.vae, encoders, models.denoiser, weights_sd=tensors, for_inference=True
-            )
-            logger.info("merging %s with multiplier %g", path, multiplier)
-            network.merge_to(encoders, models.denoiser, weights, None if own else runtime.weight_dtype, runtime.device)
 
     def _load_start_weights(self, network: Any) -> None:
         path = self.opts.network_weights
