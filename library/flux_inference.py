@@ -1,23 +1,21 @@
-"""The image script of FLUX.1: options, prompt lines and the order of things. Models and numerics are in flux_pipeline."""
+"""The image script of FLUX.1: its options and the order of things. Models and numerics are in flux_pipeline."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import random
-import re
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from library.errors import AtelierError, ConfigError, Problems
-from library.options import add_options, option, option_fields, read_options, refused_option
-from library.training import cli
+from library import inference_script
+from library.errors import ConfigError, Problems
+from library.inference_adapters import adapter_problems, multiplier_problems
+from library.inference_script import COMMON_LINE_OPTIONS, DTYPE_NAMES, LineReader, PictureRequest, SessionOptions, dtype_problem, too_small_problems
+from library.options import Config, option, refused_option
 from library.training.option_groups import ConsoleOptions
-from library.training.parser_common import OptionParser
+from library.training.sampling_prompts import LineOption, read_number
 
 if TYPE_CHECKING:
     import argparse
@@ -28,15 +26,6 @@ logger = logging.getLogger(__name__)
 
 SIZE_STEP = 16
 STEPS_SCHNELL, STEPS_DEV = 4, 50
-LARGEST_DRAWN_SEED = 2**32 - 1
-
-DTYPE_NAMES: dict[str, str] = {
-    "float32": "float32", "fp32": "float32", "float": "float32",
-    "float16": "float16", "fp16": "float16", "half": "float16",
-    "bfloat16": "bfloat16", "bf16": "bfloat16",
-    "float8_e4m3fn": "float8_e4m3fn", "fp8": "float8_e4m3fn", "fp8_e4m3fn": "float8_e4m3fn", "e4m3fn": "float8_e4m3fn",
-}  # fmt: skip
-"""spellings of --dtype -> the name in torch"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +57,9 @@ class InferenceModelOptions:
         problems = Problems()
         for name in ("dtype", "clip_l_dtype", "ae_dtype", "t5xxl_dtype", "flux_dtype"):
             value = getattr(self, name)
-            if value is not None and value.lower() not in DTYPE_NAMES:
-                problems.add(f"--{name} is '{value}'; known: {', '.join(DTYPE_NAMES)}")
+            problem = dtype_problem(name, value)
+            if problem:
+                problems.add(problem)
             elif value is not None and name in ("clip_l_dtype", "ae_dtype", "t5xxl_dtype") and self.dtype_of(name).startswith("float8"):
                 problems.add(f"--{name} is {value}; only the denoiser is stored in 8 bits (--flux_dtype)")
         if self.merge_lora_weights and self.dtype_of("flux_dtype").startswith("float8"):
@@ -100,183 +90,85 @@ class PromptOptions:
     guidance: float = option(3.5, help="embedded guidance (dev)")
     cfg_scale: float = option(1.0, help="classifier-free guidance with --negative_prompt; 1 = off, else two forwards per step")
     output_dir: str = option(".", help="folder of the pictures; made when missing")
-    interactive: bool = option(False, help="ask for prompts, one per line: PROMPT --w --h --s --d --g --m --n --c")
 
     def __post_init__(self) -> None:
-        problems = Problems()
-        for name, least in (("width", SIZE_STEP), ("height", SIZE_STEP), ("steps", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                problems.add(f"--{name} is {value}; needed: {least} or more")
-        problems.raise_if_any()
+        problems = too_small_problems(self, ("width", SIZE_STEP), ("height", SIZE_STEP), ("steps", 1), ("seed", 0))
+        if problems:
+            raise ConfigError(problems)
 
 
-@dataclass(frozen=True)
-class PictureRequest:
-    """One picture, as asked for. `multipliers`: strengths of the adapters, None = as loaded."""
-
-    prompt: str
-    negative_prompt: str | None
-    width: int
-    height: int
-    steps: int | None
-    seed: int | None
-    guidance: float
-    cfg_scale: float
-    multipliers: tuple[float, ...] | None = None
+GROUPS = (InferenceModelOptions, PromptOptions, SessionOptions, ConsoleOptions)
 
 
-LINE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "w": ("width", int),
-    "h": ("height", int),
-    "s": ("steps", int),
-    "d": ("seed", int),
-    "g": ("guidance", float),
-    "c": ("cfg_scale", float),
-    "m": ("multipliers", lambda text: tuple(float(part) for part in text.split(","))),
-    "n": ("negative_prompt", lambda text: "" if text == "-" else text),
+@dataclass(frozen=True, kw_only=True)
+class FluxRequest(PictureRequest):
+    """A picture of FLUX.1; `guidance` is the embedded one of dev."""
+
+    guidance: float = 3.5
+
+
+LINE_OPTIONS: Mapping[str, LineOption] = {
+    **COMMON_LINE_OPTIONS,
+    "g": LineOption("guidance", read_number),
+    "c": LineOption("cfg_scale", read_number),
 }
 
 
-def parse_prompt_line(line: str, default: PictureRequest) -> PictureRequest:
-    """`PROMPT --w 512 --d 7 ...` on top of `default`; an empty prompt keeps the default's.
-
-    The first piece is always the prompt. ConfigError for an unknown option or a bad value.
-    """
-    prompt, *pieces = re.split(r"\s+--(?=[A-Za-z]+(?:\s|$))", " " + line.strip())
-    changes: dict[str, Any] = {"prompt": prompt.strip() or default.prompt}
-    problems = Problems()
-    for piece in pieces:
-        letter, _, text = piece.strip().partition(" ")
-        if letter.lower() not in LINE_OPTIONS:
-            problems.add(f"--{letter} is no option of a prompt line; known: {', '.join('--' + known for known in LINE_OPTIONS)}")
-            continue
-        name, convert = LINE_OPTIONS[letter.lower()]
-        try:
-            changes[name] = convert(text.strip())
-        except ValueError:
-            problems.add(f"--{letter} is '{text.strip()}', which is not a number")
-    for name, least in (("width", SIZE_STEP), ("height", SIZE_STEP), ("steps", 1), ("seed", 0)):
-        if changes.get(name) is not None and changes[name] < least:
-            problems.add(f"{name} is {changes[name]}; needed: {least} or more")
-    problems.raise_if_any()
-    return dataclasses.replace(default, **changes)
-
-
-def complete(request: PictureRequest, is_schnell: bool) -> PictureRequest:
+def complete(request: FluxRequest, is_schnell: bool) -> FluxRequest:
     """Sizes rounded down to 16, steps of the model, a drawn seed where none is given."""
-    width, height = (side - side % SIZE_STEP for side in (request.width, request.height))
-    if (width, height) != (request.width, request.height):
-        logger.warning("the size is %dx%d; made %dx%d, a multiple of %d", request.width, request.height, width, height, SIZE_STEP)
-    steps = request.steps or (STEPS_SCHNELL if is_schnell else STEPS_DEV)
-    seed = random.SystemRandom().randint(0, LARGEST_DRAWN_SEED) if request.seed is None else request.seed
+    request = inference_script.with_seed_and_size(request, SIZE_STEP)
     if request.cfg_scale != 1.0 and request.negative_prompt is None:
         logger.warning("--cfg_scale is %s without a negative prompt; no effect", request.cfg_scale)
-    return dataclasses.replace(request, width=width, height=height, steps=steps, seed=seed)
-
-
-def parse_lora_argument(text: str) -> tuple[str, float]:
-    """`path` or `path;multiplier`; ConfigError when the multiplier is no number."""
-    path, separator, multiplier = text.rpartition(";")
-    if not separator:
-        return text, 1.0
-    try:
-        return path, float(multiplier)
-    except ValueError:
-        raise ConfigError(f'--lora_weights has "{text}"; the text after ; is the multiplier, a number') from None
+    return dataclasses.replace(request, steps=request.steps or (STEPS_SCHNELL if is_schnell else STEPS_DEV))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OptionParser(description="Make images with FLUX.1", allow_abbrev=False, usage="%(prog)s [options]")
-    for options_class in (InferenceModelOptions, PromptOptions, ConsoleOptions):
-        add_options(parser, options_class)
-    return parser
+    return inference_script.script_parser("Make images with FLUX.1", GROUPS)
 
 
-def check_models(options: InferenceModelOptions) -> None:
+def check_models(config: Config) -> None:
     """Every missing or wrong file at once, from headers; ConfigError."""
     from library.checkpoint_kinds import check_slot
 
-    problems = Problems()
-    for name, (_, spec) in option_fields(InferenceModelOptions).items():
-        if spec.status == "refused" and getattr(options, name) != "flux":
-            problems.add(f"--{name} is {getattr(options, name)}: {spec.reason}")
+    options = config[InferenceModelOptions]
+    found: list[str | None] = [*inference_script.refused_problems(config)]
     for slot, kind in (("ckpt_path", "flux"), ("clip_l", "clip_l"), ("t5xxl", "t5"), ("ae", "vae_flux")):
-        problem = check_slot(getattr(options, slot), slot, {kind})
-        if problem:
-            problems.add(problem)
-    for text in options.lora_weights or []:
-        try:
-            problem = check_slot(parse_lora_argument(text)[0], "lora_weights", {"adapter"})
-            if problem:
-                problems.add(problem)
-        except ConfigError as error:
-            problems.absorb(error)
-    problems.raise_if_any()
+        found.append(check_slot(getattr(options, slot), slot, {kind}))
+    problems = [problem for problem in [*found, *adapter_problems(options.lora_weights)] if problem]
+    if problems:
+        raise ConfigError(problems)
+
+
+def line_reader(options: InferenceModelOptions) -> LineReader:
+    count, merged = len(options.lora_weights or ()), options.merge_lora_weights
+    return LineReader(LINE_OPTIONS, SIZE_STEP, lambda request: multiplier_problems(request.multipliers, count, merged=merged))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the options, load, make the pictures; ends the process with the exit code of an error and one message."""
-    try:
-        run(argv)
-    except AtelierError as error:
-        sys.exit(cli.report(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(cli.INTERRUPTED)
+    inference_script.run_to_exit(run, argv)
 
 
 def run(argv: Sequence[str] | None = None) -> list[Path]:
     """`main` without the handling of errors; returns the files that were written."""
-    values = vars(build_parser().parse_args(argv))
-    problems, groups = Problems(), []
-    for options_class in (InferenceModelOptions, PromptOptions, ConsoleOptions):
-        try:
-            groups.append(read_options(values, options_class))
-        except ConfigError as error:
-            problems.absorb(error)
-    problems.raise_if_any()
-    model_options, pictures, console = groups
-    cli.set_up_logging(console)
-    check_models(model_options)
+    config = inference_script.read_command(argv, build_parser(), GROUPS)
+    options, pictures, session = config[InferenceModelOptions], config[PromptOptions], config[SessionOptions]
+    first = FluxRequest(
+        prompt=pictures.prompt, negative_prompt=pictures.negative_prompt, width=pictures.width, height=pictures.height,
+        steps=pictures.steps, seed=pictures.seed, guidance=pictures.guidance, cfg_scale=pictures.cfg_scale,
+    )
+    requests = inference_script.planned_requests(session, first, line_reader(options), lambda: check_models(config))
     from library.flux_pipeline import load_pipeline
 
-    pipeline = load_pipeline(model_options)
-    return [make_picture(pipeline, request, index, pictures.output_dir) for index, request in enumerate(requests(pictures))]
-
-
-def requests(options: PromptOptions) -> Iterator[PictureRequest]:
-    """The one picture of the options, or one per line that is typed; an empty line or the end of input ends it."""
-    first = PictureRequest(
-        options.prompt, options.negative_prompt, options.width, options.height, options.steps, options.seed,
-        options.guidance, options.cfg_scale,
+    pipeline = load_pipeline(options)
+    return inference_script.make_each(
+        requests, lambda request, index: make_picture(pipeline, request, index, pictures.output_dir, with_texts=not session.no_metadata)
     )
-    if not options.interactive:
-        yield first
-        return
-    print("Enter a prompt with options: --w --h --s(teps) --d(seed) --g(uidance) --m 1.0,0.5 --n negative --c(fg); an empty line ends")
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            return
-        if not line.strip():
-            return
-        try:
-            yield parse_prompt_line(line, first)
-        except ConfigError as error:
-            print(f"error: {error}", file=sys.stderr)
 
 
-def make_picture(pipeline: FluxPipeline, request: PictureRequest, index: int, output_dir: str) -> Path:
+def make_picture(pipeline: FluxPipeline, request: FluxRequest, index: int, output_dir: str, *, with_texts: bool = True) -> Path:
     """Make and write one picture: `{YYYYmmdd_HHMMSS}_{seed}_{index}.png`."""
-    from library.atomic_file import atomic_path
-
     request = complete(request, pipeline.is_schnell)
-    started = time.perf_counter()
     image = pipeline.generate(request)
-    path = Path(output_dir) / f"{time.strftime('%Y%m%d_%H%M%S')}_{request.seed}_{index:02d}.png"
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
-    logger.info("%s: %dx%d, %d steps, seed %d, %.1f s", path, request.width, request.height, request.steps, request.seed, time.perf_counter() - started)
-    return path
+    texts = inference_script.picture_texts(request, guidance=request.guidance) if with_texts else None
+    return inference_script.write_picture(image, Path(output_dir) / inference_script.output_name(request.seed, index), texts)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from library.device_utils import clean_memory_on_device, get_preferred_device
-from library.errors import ConfigError
-from library.flux_inference import InferenceModelOptions, PictureRequest, parse_lora_argument
+from library.flux_inference import FluxRequest, InferenceModelOptions
 from library.flux_train_utils import SampleSettings, Sampler, decode_to_image, generate_latents
 from library.flux_utils import load_ae, load_clip_l, load_flow_model, load_t5xxl
+from library.inference_adapters import LoadedAdapters, parse_adapter_argument
 from library.strategy_flux import FluxTextEncodingStrategy, FluxTokenizeStrategy
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from library.flux_models import AutoEncoder, Flux
-
-logger = logging.getLogger(__name__)
 
 SAMPLER = "euler"
 TOKEN_LENGTH_DEV, TOKEN_LENGTH_SCHNELL = 512, 256
@@ -38,18 +35,17 @@ class FluxPipeline:
     encode: FluxTextEncodingStrategy
     sampler: Sampler
     device: torch.device
+    adapters: LoadedAdapters
     offload: bool = False
-    networks: list[Any] = field(default_factory=list)
-    multipliers: tuple[float, ...] = ()
 
     @property
     def is_schnell(self) -> bool:
         return not self.denoiser.params.guidance_embed
 
     @torch.no_grad()
-    def generate(self, request: PictureRequest) -> Image.Image:
+    def generate(self, request: FluxRequest) -> Image.Image:
         """One picture; `request` is complete (steps, seed and sizes are set)."""
-        self._set_multipliers(request.multipliers)
+        self.adapters.set_multipliers(request.multipliers)
         conditioning = self._conditioning(request.prompt)
         negative = None
         if request.negative_prompt is not None and request.cfg_scale != 1.0:
@@ -60,6 +56,7 @@ class FluxPipeline:
             use_t5_mask=self.encode.apply_t5_attn_mask,
         )
         self._bring(self.denoiser)
+        self.adapters.follow_models()
         with self._autocast():
             latents = generate_latents(
                 self.denoiser, settings, conditioning, negative, sampler=self.sampler, device=self.device
@@ -70,6 +67,7 @@ class FluxPipeline:
     def _conditioning(self, text: str) -> list[Any]:
         for encoder in self.text_encoders:
             self._bring(encoder)
+        self.adapters.follow_models()
         outputs = self.encode.encode_tokens(self.tokenize, self.text_encoders, self.tokenize.tokenize(text))
         for encoder in self.text_encoders:
             self._put_away(encoder)
@@ -80,16 +78,6 @@ class FluxPipeline:
         if any(parameter.dtype == torch.float8_e4m3fn for parameter in self.denoiser.parameters()):
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
-
-    def _set_multipliers(self, multipliers: tuple[float, ...] | None) -> None:
-        if multipliers is not None and not self.networks:
-            logger.warning("--m has no effect: there are no adapters, or they are merged into the weights")
-            return
-        wanted = self.multipliers if multipliers is None else multipliers
-        if len(wanted) > len(self.networks):
-            raise ConfigError(f"--m gives {len(wanted)} multipliers for {len(self.networks)} adapters")
-        for network, multiplier in zip(self.networks, (*wanted, *self.multipliers[len(wanted) :])):
-            network.set_multiplier(multiplier)
 
     def _bring(self, module: torch.nn.Module) -> None:
         if self.offload:
@@ -120,29 +108,11 @@ def load_pipeline(options: InferenceModelOptions) -> FluxPipeline:
     )
     pipeline = FluxPipeline(
         denoiser, vae, encoders, tokenize, FluxTextEncodingStrategy(options.apply_t5_attn_mask),
-        INFERENCE_SAMPLERS.resolve(SAMPLER), device, options.offload,
+        INFERENCE_SAMPLERS.resolve(SAMPLER), device, LoadedAdapters(denoiser, encoders), options.offload,
     )
     for text in options.lora_weights or []:
-        add_adapter(pipeline, *parse_lora_argument(text), merge=options.merge_lora_weights)
+        pipeline.adapters.add(parse_adapter_argument(text), merge=options.merge_lora_weights)
     return pipeline
-
-
-def add_adapter(pipeline: FluxPipeline, path: str, multiplier: float, *, merge: bool) -> None:
-    """Merge an adapter file into the weights, or hook it; hooked ones follow --m."""
-    from networks import lora_flux
-
-    network, tensors = lora_flux.create_network_from_weights(
-        multiplier, path, None, pipeline.text_encoders, pipeline.denoiser, for_inference=True
-    )
-    if merge:
-        network.merge_to(pipeline.text_encoders, pipeline.denoiser, tensors)
-        return
-    network.apply_to(pipeline.text_encoders, pipeline.denoiser)
-    result = network.load_weights(path)
-    logger.info("hooked %s with multiplier %s; layers of no model: %d", path, multiplier, len(result["unexpected"]))
-    network.to(pipeline.denoiser.device).eval()
-    pipeline.networks.append(network)
-    pipeline.multipliers = (*pipeline.multipliers, multiplier)
 
 
 def _dtype(options: InferenceModelOptions, name: str) -> torch.dtype:

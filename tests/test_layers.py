@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/training/cli.py", 6),
     ("library/training/known_options*.py", 0),
     ("tools/*/*.py", 7), ("library/*_pipeline.py", 7),  # the inside of a tool or script, which imports it in its functions
-    ("library/*_inference.py", 6),
+    ("library/*_inference.py", 6), ("library/inference_*.py", 6),
     ("tools/*.py", 6),
     # 0: tables, options, errors, and records without tensors
     ("library/__init__.py", 0), ("networks/__init__.py", 0), ("library/*/__init__.py", 0), ("library/*/*/__init__.py", 0),

@@ -11,12 +11,15 @@ from PIL import Image
 
 from library import flux_inference
 from library.errors import ConfigError
-from library.flux_inference import InferenceModelOptions, PictureRequest, complete, parse_lora_argument, parse_prompt_line
+from library.flux_inference import LINE_OPTIONS, FluxRequest, InferenceModelOptions, complete
+from library.inference_adapters import parse_adapter_argument
+from library.inference_script import LineReader
 from library.safetensors_utils import save_file_atomic
 from tests.tiny import build_tiny_flux
 
 ROOT = Path(__file__).parents[2]
-DEFAULT = PictureRequest("a cat", None, 64, 32, None, None, 3.5, 1.0)
+DEFAULT = FluxRequest(prompt="a cat", width=64, height=32)
+READER = LineReader(LINE_OPTIONS, 16)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +93,7 @@ def test_interactive_lines(tiny, adapter, tmp_path, monkeypatch, capsys):
     made = pixels_of(paths)
     assert Image.open(paths[0]).size == (32, 32)
     assert made[1] != made[2]  # --m counts for its line alone
-    assert "--x is no option" in capsys.readouterr().err
+    assert "unknown option --x" in capsys.readouterr().err
 
 
 def test_a_denoiser_in_eight_bits(tiny, tmp_path):
@@ -123,13 +126,13 @@ def test_every_wrong_file_is_named_before_anything_is_loaded(tiny, tmp_path):
 def test_prompt_lines(line, changes):
     import dataclasses
 
-    assert parse_prompt_line(line, DEFAULT) == dataclasses.replace(DEFAULT, **changes)
+    assert READER.read(line, DEFAULT) == dataclasses.replace(DEFAULT, **changes)
 
 
-@pytest.mark.parametrize(("line", "words"), [("a --w wide", "no number|not a number"), ("a --q 3", "--q"), ("a --h 3", "16 or more")])
+@pytest.mark.parametrize(("line", "words"), [("a --w wide", "a whole number"), ("a --q 3", "unknown option --q"), ("a --h 3", "16 or more")])
 def test_bad_prompt_lines(line, words):
     with pytest.raises(ConfigError, match=words):
-        parse_prompt_line(line, DEFAULT)
+        READER.read(line, DEFAULT)
 
 
 def test_what_is_left_open_is_completed():
@@ -141,7 +144,8 @@ def test_what_is_left_open_is_completed():
 
 
 def test_arguments():
-    assert parse_lora_argument("a;b.safetensors;0.5") == ("a;b.safetensors", 0.5) and parse_lora_argument("a") == ("a", 1.0)
+    adapters = [parse_adapter_argument(text) for text in ("a;b.safetensors;0.5", "a")]
+    assert [(adapter.path, adapter.multiplier) for adapter in adapters] == [("a;b.safetensors", 0.5), ("a", 1.0)]
     options = InferenceModelOptions(dtype="fp8")
     assert options.dtype_of("flux_dtype") == "float8_e4m3fn" and options.dtype_of("ae_dtype") == "bfloat16"
     with pytest.raises(ConfigError) as caught:

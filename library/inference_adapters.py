@@ -1,0 +1,169 @@
+"""LoRA files of the image scripts: reading the arguments, checking the files, hooking or merging them, multipliers."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from library.errors import CheckpointError, ConfigError, Problems
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+OWN_MODULE = "networks.lora"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter file and how strongly it works. `module`: the network module that reads it."""
+
+    path: str
+    multiplier: float = 1.0
+    module: str = OWN_MODULE
+
+
+@dataclass(frozen=True)
+class LayerFilter:
+    """Which layers of the files are used: with `include` those that one of its patterns finds, without those that one of
+    `exclude` finds. Patterns are searched in the layer's name in the file and in its dotted path."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def problems(self) -> list[str]:
+        found = []
+        for option, patterns in (("include_patterns", self.include), ("exclude_patterns", self.exclude)):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    found.append(f"--{option} has '{pattern}', which is no regular expression: {error}")
+        return found
+
+    def accepts(self, names: Sequence[str]) -> bool:
+        def hit(patterns: Sequence[str]) -> bool:
+            return any(re.search(pattern, name) for pattern in patterns for name in names)
+
+        return (not self.include or hit(self.include)) and not hit(self.exclude)
+
+
+def parse_adapter_argument(text: str, option: str = "lora_weights") -> AdapterFile:
+    """`path` or `path;multiplier`; ConfigError when the multiplier is no number."""
+    path, separator, multiplier = text.rpartition(";")
+    if not separator:
+        return AdapterFile(text)
+    try:
+        return AdapterFile(path, float(multiplier))
+    except ValueError:
+        raise ConfigError(f'--{option} has "{text}"; the text after ; is the multiplier, a number') from None
+
+
+def adapter_problems(texts: Sequence[str] | None, option: str = "lora_weights") -> list[str]:
+    """What is wrong with arguments of the form `path;multiplier` and with the files that they name, from headers."""
+    problems = Problems()
+    for text in texts or ():
+        adapter = problems.attempt(lambda: parse_adapter_argument(text, option))
+        if adapter is not None:
+            problem = file_problem(adapter.path, option)
+            if problem:
+                problems.add(problem)
+    return problems.messages
+
+
+def file_problem(path: str, option: str) -> str | None:
+    """A message when a file is no adapter, or None."""
+    from library.checkpoint_kinds import check_slot
+
+    return check_slot(path, option, {"adapter"}, with_pickles=True)
+
+
+def multiplier_problems(multipliers: Sequence[float] | None, num_adapters: int, *, merged: bool) -> list[str]:
+    """What is wrong with the multipliers of one prompt line."""
+    if multipliers is None:
+        return []
+    if not num_adapters:
+        return ["--m gives multipliers, and there are no adapters"]
+    if merged:
+        return ["--m needs adapters that are hooked; these are merged into the weights (--merge_lora_weights)"]
+    if len(multipliers) > num_adapters:
+        return [f"--m gives {len(multipliers)} multipliers for {num_adapters} adapters"]
+    return []
+
+
+@dataclass
+class LoadedAdapters:
+    """Adapters of a set of models. Those that are hooked can change their strength from picture to picture."""
+
+    denoiser: nn.Module
+    text_encoders: Sequence[nn.Module | None]
+    layer_filter: LayerFilter = LayerFilter()
+    networks: list[Any] = field(default_factory=list)
+    multipliers: tuple[float, ...] = ()
+
+    def add(self, adapter: AdapterFile, *, merge: bool) -> None:
+        """Merge a file into the weights, or hook it. CheckpointError when it has no layer of these models."""
+        import importlib
+
+        module = importlib.import_module(adapter.module)
+        encoders = _as_argument(self.text_encoders)
+        network, tensors = module.create_network_from_weights(
+            adapter.multiplier, adapter.path, None, encoders, self.denoiser, for_inference=True
+        )
+        if not [*network.unet_loras, *network.text_encoder_loras]:
+            raise CheckpointError(f"{adapter.path} has no layer of this model; is it an adapter for another one?")
+        self._filter(network, adapter.path)
+        if merge:
+            network.merge_to(encoders, self.denoiser, tensors)
+            return
+        network.apply_to(encoders, self.denoiser, True, True)
+        network.load_weights(adapter.path)
+        network.set_multiplier(adapter.multiplier)
+        network.eval().requires_grad_(False)
+        logger.info("hooked %s with multiplier %s", adapter.path, adapter.multiplier)
+        self.networks.append(network)
+        self.multipliers = (*self.multipliers, adapter.multiplier)
+
+    def set_multipliers(self, multipliers: Sequence[float] | None) -> None:
+        """Strengths for the next picture, in the order of the files; those that are not given are as loaded."""
+        wanted = self.multipliers if multipliers is None else multipliers
+        for network, multiplier in zip(self.networks, (*wanted, *self.multipliers[len(wanted) :])):
+            network.set_multiplier(multiplier)
+
+    def follow_models(self) -> None:
+        """Put every adapter where its layer is; call it after models have moved."""
+        for network in self.networks:
+            for module in (*network.unet_loras, *network.text_encoder_loras):
+                module.to(_layer_of(module).weight.device)
+
+    def _filter(self, network: Any, path: str) -> None:
+        """Take the layers out that the patterns leave out. ConfigError when nothing is left."""
+        if not (self.layer_filter.include or self.layer_filter.exclude):
+            return
+        models = [self.denoiser, *(encoder for encoder in self.text_encoders if encoder is not None)]
+        paths = {id(module): name for model in models for name, module in model.named_modules()}
+
+        def kept(modules: Sequence[Any]) -> list[Any]:
+            return [m for m in modules if self.layer_filter.accepts([m.lora_name, paths.get(id(_layer_of(m)), "")])]
+
+        total = len(network.unet_loras) + len(network.text_encoder_loras)
+        network.unet_loras, network.text_encoder_loras = kept(network.unet_loras), kept(network.text_encoder_loras)
+        left = len(network.unet_loras) + len(network.text_encoder_loras)
+        if not left:
+            raise ConfigError(f"--include_patterns and --exclude_patterns leave none of the {total} layers of {path}")
+        logger.info("%s: %d of %d layers are used", path, left, total)
+
+
+def _layer_of(module: Any) -> nn.Module:
+    """The layer that an adapter module belongs to; foreign ones keep it in a list."""
+    layer = module.org_module
+    return layer[0] if isinstance(layer, (list, tuple)) else layer
+
+
+def _as_argument(text_encoders: Sequence[nn.Module | None]) -> Any:
+    """One text encoder goes without a list: foreign network modules number the names of listed ones."""
+    return text_encoders[0] if len(text_encoders) == 1 else list(text_encoders)

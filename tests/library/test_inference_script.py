@@ -1,0 +1,68 @@
+"""What the image scripts share: prompt lines and files, sizes and seeds, picture files."""
+
+import pytest
+from PIL import Image
+
+from library.errors import ConfigError
+from library.inference_script import (
+    COMMON_LINE_OPTIONS,
+    LineReader,
+    PictureRequest,
+    SessionOptions,
+    output_name,
+    picture_texts,
+    planned_requests,
+    with_seed_and_size,
+    write_picture,
+)
+
+DEFAULT = PictureRequest(prompt="a cat", width=64, height=32, seed=3)
+READER = LineReader(COMMON_LINE_OPTIONS, 16, lambda request: ["too long"] if len(request.prompt) > 20 else [])
+
+
+def test_a_file_of_prompts_is_read_whole_before_anything_is_made(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# two cats\na red cat --d 5 --m 0.5,-1\n\n--n - --w 48\n", encoding="utf-8")
+    first, second = planned_requests(SessionOptions(from_file=str(path)), DEFAULT, READER)
+    assert (first.prompt, first.seed, first.multipliers, first.width) == ("a red cat", 5, (0.5, -1.0), 64)
+    assert (second.prompt, second.negative_prompt, second.width) == ("a cat", "", 48)
+
+
+def test_every_bad_line_is_told_with_its_number(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat --q 3\na cat\na cat --w 8 --s 0\na cat on the roof of a house\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        planned_requests(SessionOptions(from_file=str(path)), DEFAULT, READER)
+    numbers = [problem.split(":")[0].rpartition(" ")[2] for problem in caught.value.problems]
+    assert numbers == ["1", "3", "3", "4"]
+
+
+@pytest.mark.parametrize("content", [None, "# nothing\n"])
+def test_a_file_without_prompts(tmp_path, content):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match="--from_file is .*prompts.txt"):
+        planned_requests(SessionOptions(from_file=str(path)), DEFAULT, READER)
+
+
+def test_prompts_come_from_one_place():
+    with pytest.raises(ConfigError, match="--interactive and --from_file"):
+        SessionOptions(interactive=True, from_file="prompts.txt")
+    with pytest.raises(ConfigError, match="too long"):
+        planned_requests(SessionOptions(), PictureRequest(prompt="x" * 30, width=64, height=64), READER)
+
+
+def test_sides_are_rounded_down_and_a_seed_is_drawn():
+    request = with_seed_and_size(PictureRequest(prompt="", width=75, height=47), 16)
+    assert (request.width, request.height) == (64, 32) and request.seed is not None
+    assert with_seed_and_size(DEFAULT, 16) == DEFAULT
+
+
+def test_a_picture_carries_its_texts_and_appears_whole(tmp_path):
+    path = write_picture(Image.new("RGB", (4, 2)), tmp_path / "deep" / output_name(7, 2), picture_texts(DEFAULT, guidance=3.5))
+    assert path.name.endswith("_7_02.png") and [path] == list(path.parent.iterdir())
+    with Image.open(path) as image:
+        assert image.text == {"prompt": "a cat", "seed": "3", "scale": "1.0", "guidance": "3.5"}
+    bare = write_picture(Image.new("RGB", (4, 2)), tmp_path / "bare.png")
+    assert not Image.open(bare).text
