@@ -4,7 +4,6 @@ the same loss is computed."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
