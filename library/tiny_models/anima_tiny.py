@@ -78,4 +78,4 @@ def qwen3_state(generator: torch.Generator, *, vocab: int) -> dict[str, torch.Te
         shapes |= {f"{place}mlp.{name}_proj.weight": (QWEN_HIDDEN, QWEN_WIDTH) for name in ("gate", "up")}
         shapes |= {f"{place}mlp.down_proj.weight": (QWEN_WIDTH, QWEN_HIDDEN)}
         shapes |= {f"{place}{name}_layernorm.weight": (QWEN_WIDTH,) for name in ("input", "post_attention")}
-    return {key: random_weight(key.replace("layernorm", "norm"), shape, generator) for key, shape in shapes.items()}
+    return {key: random_weight(key, shape, generator) for key, shape in shapes.items()}

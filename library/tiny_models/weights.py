@@ -24,12 +24,11 @@ def random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tens
 
 
 def random_weight(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Matrices keep the variance of their input; scales are near 1, biases near 0."""
+    """Matrices keep the variance of their input; scales of norms (weights of one axis) are near 1, biases near 0."""
     values = torch.randn(shape, generator=generator)
     if len(shape) > 1:
         return values / torch.Size(shape[1:]).numel() ** 0.5
-    is_scale = key.endswith((".scale", "norm.weight", "norm1.weight", "norm2.weight", "norm_out.weight"))
-    return 1 + 0.1 * values if is_scale else 0.05 * values
+    return 1 + 0.1 * values if key.endswith((".scale", ".weight")) else 0.05 * values
 
 
 def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
