@@ -21,7 +21,7 @@ from library.unet_models import UNetParams
 from library.unet_utils import unet_file_state
 
 VAE = AutoEncoderParams(ch=8, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=4, norm_groups=4, quant_conv=True)
-SIZES: dict[str, Any] = {"channels": (16, 16, 32), "num_res_blocks": 1, "time_embed_dim": 32, "norm_groups": 4}
+SIZES: dict[str, Any] = {"channels": (16, 16, 32), "time_embed_dim": 32, "norm_groups": 4}
 
 TextWriter = Callable[[torch.Generator, int], tuple[dict[str, Tensor], dict[str, Any]]]
 """(generator, vocabulary size) -> (weights in file layout, entries of `model_config`)"""
