@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import pytest
 from PIL import Image
 
 from library.dataset.architectures import ARCHITECTURES
-from tests.runs.families import SLOTS, FamilyWork, Tinies, refused_run, without
+from tests.runs.conftest import losses_of
+from tests.runs.families import SLOTS, FamilyWork, Tinies, case_of, refused_run, without
 
 CACHE = "--cache_latents_to_disk"
 
@@ -24,11 +24,6 @@ def tinies(tmp_path_factory) -> Tinies:
 @pytest.fixture(params=SLOTS)
 def work(request, tmp_path: Path, tinies: Tinies) -> FamilyWork:
     return tinies.work(request.param, tmp_path)
-
-
-def losses_of(path: Path) -> list[float]:
-    with open(path.with_name("lora-loss.csv"), encoding="utf-8") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file) if row.get("loss")]
 
 
 def test_everything_at_once(work: FamilyWork, monkeypatch, capsys) -> None:
@@ -114,7 +109,7 @@ def test_caches_of_another_family_are_never_used(work: FamilyWork, tinies: Tinie
     those of the other one as they are."""
     clean = losses_of(work.train("clean", "--max_train_steps=2", "--network_train_unet_only"))
     name = "anima" if work.family == "flux" else "flux"
-    other = FamilyWork(work.folder, tinies[name], work.images, name)
+    other = FamilyWork(work.folder, tinies[name], work.images, case=case_of(name))
     other.train("other", "--max_train_steps=1", CACHE, "--network_train_unet_only")
     theirs = {path: path.read_bytes() for path in work.images.glob("*.npz")}
     mine, foreign = ARCHITECTURES[work.family], ARCHITECTURES[other.family]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.runs.conftest import losses_of
 from tests.runs.families import FamilyWork, Tinies
-from tests.runs.test_bad_data import losses_of
 from tests.tiny_sd import build_tiny_sd
 
 CHANGING = [
