@@ -344,7 +344,13 @@ ADAPTER_FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("HunyuanImage or HunyuanVideo", ("double_blocks_0_img_mlp_fc1", "double_blocks.0.img_mlp.fc1", "individual_token_refiner")),
     ("FLUX.1 or Chroma", ("double_blocks_", "single_blocks_", "double_blocks.", "single_blocks.", "single_transformer_blocks")),
     ("Stable Diffusion 3", ("joint_blocks",)),
-    ("SDXL", ("lora_te2_", "input_blocks_", "attentions_0_transformer_blocks_1_", "text_encoder_2.")),
+    (
+        "SDXL",
+        (
+            "lora_te2_", "input_blocks_", "text_encoder_2.", "attentions_0_transformer_blocks_1_", "attentions_1_transformer_blocks_1_",
+            "attentions.0.transformer_blocks.1.", "attentions.1.transformer_blocks.1.",
+        ),
+    ),
     ("Stable Diffusion 1 or 2", ("lora_unet_down_blocks", "lora_te_text_model", "unet.down_blocks")),
     ("Lumina-Image 2.0", ("noise_refiner", "context_refiner", "_attention_qkv")),
     ("Anima", ("llm_adapter", "adaln_modulation", "cross_attn_q_proj", "cross_attn_output_proj", "mlp_layer1", "mlp.layer1")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from library.clip_prompt_utils import num_tokens, tokenize_rows
@@ -83,7 +84,8 @@ class SdxlTextEncodingStrategy(TextEncodingStrategy):
         if eos_id is None:
             return states, None
         pooled = pool_at_first_eos(result.last_hidden_state, rows, eos_id)[:: ids.shape[1]]  # [B, D] of first rows
-        return states, encoder.text_projection(pooled)
+        # row by row: a matrix of one row takes another kernel, and a caption's result must not depend on those encoded with it
+        return states, torch.cat([encoder.text_projection(row) for row in pooled.split(1)])
 
 
 class SdxlTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):

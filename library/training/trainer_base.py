@@ -13,8 +13,8 @@ import torch
 from library.dataset import CachingOptions, DatasetOptions
 from library.device_utils import clean_memory_on_device
 from library.errors import Problems
-from library.model_identity import combined_identity
 from library.family_table import script_name
+from library.model_identity import combined_identity
 from library.options import Config
 from library.strategy_base import StrategySet
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
