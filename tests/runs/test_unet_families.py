@@ -97,3 +97,13 @@ def _keys(file: Path) -> list[str]:
     from library.safetensors_utils import read_header
 
     return list(read_header(file)[0])
+
+
+def test_a_layer_that_the_text_encoder_has_not_is_refused_at_start(tiny: TinySd, tmp_path: Path) -> None:
+    from library.errors import ConfigError
+
+    if tiny.kind == "sdxl":
+        pytest.skip("SDXL takes fixed layers")
+    with pytest.raises(ConfigError, match="--clip_skip is 3; .* has 2 layers in use"):
+        train(tiny, tmp_path, "out", "--clip_skip=3")
+    assert train(tiny, tmp_path, "out", "--clip_skip=2", "--max_train_steps=1").is_file()
