@@ -107,3 +107,13 @@ def test_a_layer_that_the_text_encoder_has_not_is_refused_at_start(tiny: TinySd,
     with pytest.raises(ConfigError, match="--clip_skip is 3; .* has 2 layers in use"):
         train(tiny, tmp_path, "out", "--clip_skip=3")
     assert train(tiny, tmp_path, "out", "--clip_skip=2", "--max_train_steps=1").is_file()
+
+
+def test_where_samples_differ_from_those_of_known_trainers_is_told(tiny: TinySd, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1 --d 1\n", encoding="utf-8")
+    more = ["--max_train_steps=1", "--console_log_level=INFO", "--network_train_unet_only"]
+    train(tiny, tmp_path, "without", *more)
+    assert "clipped" not in caplog.text
+    train(tiny, tmp_path, "with", *more, f"--sample_prompts={prompts}", "--sample_every_n_steps=1")
+    assert "ddim: predicted latents are not clipped" in caplog.text
