@@ -70,6 +70,10 @@ class TokenizeStrategy(PluginSlot, ABC):
         """Tokens and their weights from captions with (word:1.2) marks."""
         raise UnsupportedCombination(f"{type(self).__name__} does not read weighted captions; leave --weighted_captions out")
 
+    def tokenize_prompt(self, text: str) -> list[torch.Tensor]:
+        """Tokens of one sample prompt, which some families read otherwise than captions (longer, with weights)."""
+        return self.tokenize(text)
+
     def overlong(self, text: str) -> bool:
         """Whether tokenize() cuts this text off; families override it. False = not known to."""
         return False

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from library.clip_prompt_utils import tokenize_rows
+from library.clip_prompt_utils import tokenize_prompt_rows, tokenize_rows
 from library.prompt_weighting import PER_ROW, joined
 from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
 from library.strategy_ldm import SdSdxlLatentsCachingStrategy
@@ -42,6 +42,11 @@ class SdTokenizeStrategy(TokenizeStrategy):
         texts = [text] if isinstance(text, str) else list(text)
         ids, weights = tokenize_rows(self.tokenizer, texts, self.num_rows, is_weighted=True)
         return [ids], [weights]
+
+    def tokenize_prompt(self, text: str) -> list[Tensor]:
+        """[ids [1, N, 77], weights] of a sample prompt: it may carry weights and take up to three rows, whatever captions do."""
+        ids, weights = tokenize_prompt_rows(self.tokenizer, text, self.num_rows)
+        return [ids, weights]
 
     def overlong(self, text: str) -> bool:
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) > self.num_rows * PER_ROW

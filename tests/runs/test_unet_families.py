@@ -117,3 +117,16 @@ def test_where_samples_differ_from_those_of_known_trainers_is_told(tiny: TinySd,
     assert "clipped" not in caplog.text
     train(tiny, tmp_path, "with", *more, f"--sample_prompts={prompts}", "--sample_every_n_steps=1")
     assert "ddim: predicted latents are not clipped" in caplog.text
+
+
+def test_sample_prompts_may_be_long_and_weighted(tiny: TinySd, tmp_path: Path) -> None:
+    """Whatever --max_token_length and --weighted_captions say of captions."""
+    from PIL import Image
+
+    long = "red cat " * 45
+    texts = ["red cat", "(red:1.9) cat", long + "dog", long + "photo", "red cat --n " + long + "blue"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{text} --w 64 --h 64 --s 2 --d 1 --l 9\n" for text in texts), encoding="utf-8")
+    train(tiny, tmp_path, "out", "--max_train_steps=1", "--network_train_unet_only", f"--sample_prompts={prompts}", "--sample_every_n_steps=1")
+    pictures = [Image.open(path).tobytes() for path in sorted((tmp_path / "out" / "sample").glob("lora_000001_0*.png"))]
+    assert len(pictures) == len(set(pictures)) == len(texts)

@@ -51,7 +51,7 @@ def encode_sample_prompts(
     """
     encoded: dict[str, Conditioning] = {}
     for text in texts_of(family, prompts):
-        tokens = strategies.tokenize.tokenize(text)
+        tokens = strategies.tokenize.tokenize_prompt(text)
         outputs = strategies.text_encoding.encode_tokens(strategies.tokenize, text_encoders, tokens)
         encoded[text] = [None if tensor is None else tensor.detach().cpu() for tensor in outputs]
     return encoded
