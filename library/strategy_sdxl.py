@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.clip_prompt_utils import num_tokens, tokenize_rows
+from library.clip_prompt_utils import num_tokens, tokenize_prompt_rows, tokenize_rows
 from library.prompt_weighting import PER_ROW, apply_weights, joined
 from library.dataset.architectures import ARCHITECTURES
 from library.strategy_base import TextEncoderOutputsCachingStrategy, TextEncodingStrategy, TokenizeStrategy
@@ -47,6 +47,12 @@ class SdxlTokenizeStrategy(TokenizeStrategy):
     def tokenize_with_weights(self, text: str | list[str]) -> tuple[list[Tensor], list[Tensor]]:
         """(ids of both, weights of both), all [B, N, 77]."""
         return self._rows(text, True)
+
+    def tokenize_prompt(self, text: str) -> tuple[list[Tensor], list[Tensor]]:
+        """Ids and then weights of both encoders for a sample prompt: it may carry weights and take up to three rows, whatever
+        captions do."""
+        both = [tokenize_prompt_rows(tokenizer, text, self.num_rows) for tokenizer in (self.tokenizer1, self.tokenizer2)]
+        return [ids for ids, _ in both], [weights for _, weights in both]
 
     def _rows(self, text: str | list[str], is_weighted: bool) -> tuple[list[Tensor], list[Tensor]]:
         texts = [text] if isinstance(text, str) else list(text)

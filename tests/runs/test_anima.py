@@ -99,6 +99,18 @@ def test_a_part_with_rate_zero_stays_and_others_learn(work: Work) -> None:
     assert any("llm_adapter" in key for key in moved)
 
 
+@pytest.mark.parametrize("name", ["llm_adapter_lr", "mod_lr"])
+def test_a_rate_of_layers_that_do_not_learn_is_told(work: Work, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    from library.training.families.anima import RATE_SWITCHES
+
+    options = ["--network_train_unet_only", "--max_train_steps=1", f"--{name}=1e-3", "--console_log_level=INFO"]
+    work.train("out", *options)
+    assert f"--{name} has no effect" in caplog.text and "network_reg_lrs" not in caplog.text
+    caplog.clear()
+    work.train("on", *options, "--network_args", RATE_SWITCHES[name])
+    assert f"--{name} has no effect" not in caplog.text
+
+
 def test_sample_images_and_a_negative_prompt(work: Work) -> None:
     prompts = work.folder / "prompts.txt"
     prompts.write_text("a red cat --w 64 --h 48 --s 2 --d 3 --l 4 --n blue --fs 5\na dog --w 64 --h 48 --s 2 --d 3 --l 1\n", encoding="utf-8")

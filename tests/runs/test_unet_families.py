@@ -39,3 +39,36 @@ def test_options_of_stable_diffusion_train(work: Work) -> None:
 def test_what_the_model_predicts_is_recorded(work: Work) -> None:
     metadata = read_parts(work.train("out", "--max_train_steps=1"))[0]
     assert metadata["modelspec.prediction_type"] == ("v" if "--v_parameterization" in work.case.options() else "epsilon")
+
+
+def test_a_layer_that_the_text_encoder_has_not_is_refused_at_start(work: Work) -> None:
+    from library.errors import ConfigError
+
+    if work.case.name == "sdxl":
+        pytest.skip("SDXL takes fixed layers")
+    with pytest.raises(ConfigError, match="--clip_skip is 3; .* has 2 layers in use"):
+        work.train("out", "--clip_skip=3")
+    assert work.train("out", "--clip_skip=2", "--max_train_steps=1").is_file()
+
+
+def test_where_samples_differ_from_those_of_known_trainers_is_told(work: Work, caplog: pytest.LogCaptureFixture) -> None:
+    prompts = work.folder / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1 --d 1\n", encoding="utf-8")
+    more = ["--max_train_steps=1", "--console_log_level=INFO", "--network_train_unet_only"]
+    work.train("without", *more)
+    assert "clipped" not in caplog.text
+    work.train("with", *more, f"--sample_prompts={prompts}", "--sample_every_n_steps=1")
+    assert "ddim: predicted latents are not clipped" in caplog.text
+
+
+def test_sample_prompts_may_be_long_and_weighted(work: Work) -> None:
+    """Whatever --max_token_length and --weighted_captions say of captions."""
+    from PIL import Image
+
+    long = "red cat " * 45
+    texts = ["red cat", "(red:1.9) cat", long + "dog", long + "photo", "red cat --n " + long + "blue"]
+    prompts = work.folder / "prompts.txt"
+    prompts.write_text("".join(f"{text} --w 64 --h 64 --s 2 --d 1 --l 9\n" for text in texts), encoding="utf-8")
+    work.train("out", "--max_train_steps=1", "--network_train_unet_only", f"--sample_prompts={prompts}", "--sample_every_n_steps=1")
+    pictures = [Image.open(path).tobytes() for path in sorted((work.folder / "out" / "sample").glob("lora_000001_0*.png"))]
+    assert len(pictures) == len(set(pictures)) == len(texts)
