@@ -3,6 +3,7 @@ captions, options, rates of parts, wrong files. What holds for every family is i
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from library.errors import ConfigError
-from tests.families import CASES
+from tests.families import CASES, FamilyCase
 from tests.runs.conftest import Stopped, Work, draw_pictures, fingerprint, losses_of, read_parts, stop_after
 from tests.tiny import TinyAnima, build_tiny_anima, build_tiny_flux
 
@@ -19,17 +20,24 @@ CACHED = ["--cache_latents", "--cache_text_encoder_outputs", "--network_train_un
 ON_DISK = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--network_train_unet_only"]
 
 
+@dataclass
+class AnimaWork(Work):
+    """The same folder and options, for Anima."""
+
+    case: FamilyCase = field(default=CASES["anima"], kw_only=True)
+
+
 @pytest.fixture(scope="module")
 def tiny_anima(tmp_path_factory) -> TinyAnima:
     return build_tiny_anima(tmp_path_factory.mktemp("tiny_anima"))
 
 
 @pytest.fixture
-def work(tmp_path: Path, tiny_anima: TinyAnima) -> Work:
-    return Work(tmp_path, tiny_anima, draw_pictures(tmp_path / "images", -9), CASES["anima"])
+def work(tmp_path: Path, tiny_anima: TinyAnima) -> AnimaWork:
+    return AnimaWork(tmp_path, tiny_anima, draw_pictures(tmp_path / "images", -9))
 
 
-def test_the_file_is_as_documented(work: Work) -> None:
+def test_the_file_is_as_documented(work: AnimaWork) -> None:
     path = work.train("out", "--max_train_steps=2", *CACHED)
     metadata = read_parts(path)[0]
     assert metadata["ss_base_model_version"] == "anima" and metadata["ss_timestep_sampling"] == "sigmoid"
@@ -41,7 +49,7 @@ def test_the_file_is_as_documented(work: Work) -> None:
 
 
 @pytest.mark.parametrize("options", [CACHED, ON_DISK, ["--mixed_precision=bf16"], ["--network_args", "train_llm_adapter=True"]], ids=str)
-def test_a_resumed_run_ends_in_the_bytes_of_an_uninterrupted_one(work: Work, options: list[str]) -> None:
+def test_a_resumed_run_ends_in_the_bytes_of_an_uninterrupted_one(work: AnimaWork, options: list[str]) -> None:
     data = work.dataset(subset_keys="caption_dropout_rate = 0.2" if options in (CACHED, ON_DISK) else SETTINGS)
     whole = work.train("whole", *options, dataset=data)
     saving = ["--save_every_n_steps=3", "--save_state"]
@@ -53,7 +61,7 @@ def test_a_resumed_run_ends_in_the_bytes_of_an_uninterrupted_one(work: Work, opt
     assert fingerprint(resumed) == fingerprint(whole)
 
 
-def test_caches_change_nothing_and_captions_are_dropped_live(work: Work) -> None:
+def test_caches_change_nothing_and_captions_are_dropped_live(work: AnimaWork) -> None:
     data = work.dataset(subset_keys="caption_dropout_rate = 0.5")
     live = losses_of(work.train("live", "--network_train_unet_only", dataset=data))
     for name, options in (("memory", CACHED), ("disk", ON_DISK), ("again", ON_DISK)):
@@ -72,9 +80,9 @@ EQUAL = ["--attn_mode=sdpa", "--attn_mode=flash", "--split_attn", "--vae_disable
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory, tiny_anima: TinyAnima) -> tuple[Work, dict[str, torch.Tensor]]:
+def plain(tmp_path_factory, tiny_anima: TinyAnima) -> tuple[AnimaWork, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("plain")
-    base = Work(folder, tiny_anima, draw_pictures(folder / "images", 4), CASES["anima"])
+    base = AnimaWork(folder, tiny_anima, draw_pictures(folder / "images", 4))
     return base, load_file(base.train("plain", "--max_train_steps=2", "--network_train_unet_only"))
 
 
@@ -90,7 +98,7 @@ def test_what_an_option_does_to_the_result(plain, options: str) -> None:
         torch.testing.assert_close(result[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
 
 
-def test_a_part_with_rate_zero_stays_and_others_learn(work: Work) -> None:
+def test_a_part_with_rate_zero_stays_and_others_learn(work: AnimaWork) -> None:
     options = ["--network_train_unet_only", "--self_attn_lr=0", "--llm_adapter_lr=1e-3", "--network_args", "train_llm_adapter=True"]
     state = load_file(work.train("out", *options))
     moved = {key: bool(tensor.abs().max() > 0) for key, tensor in state.items() if key.endswith("lora_up.weight")}
@@ -99,7 +107,7 @@ def test_a_part_with_rate_zero_stays_and_others_learn(work: Work) -> None:
     assert any("llm_adapter" in key for key in moved)
 
 
-def test_sample_images_and_a_negative_prompt(work: Work) -> None:
+def test_sample_images_and_a_negative_prompt(work: AnimaWork) -> None:
     prompts = work.folder / "prompts.txt"
     prompts.write_text("a red cat --w 64 --h 48 --s 2 --d 3 --l 4 --n blue --fs 5\na dog --w 64 --h 48 --s 2 --d 3 --l 1\n", encoding="utf-8")
     work.train("out", *CACHED, f"--sample_prompts={prompts}", "--sample_every_n_steps=4")
@@ -109,12 +117,12 @@ def test_sample_images_and_a_negative_prompt(work: Work) -> None:
     assert [Image.open(path).size for path in images] == [(64, 48), (64, 48)]
 
 
-def test_a_model_without_adapter_trains(work: Work, tmp_path: Path) -> None:
+def test_a_model_without_adapter_trains(work: AnimaWork, tmp_path: Path) -> None:
     work.tiny = build_tiny_anima(tmp_path / "without", adapter=False)
     assert len(load_file(work.train("out", "--network_train_unet_only"))) == 3 * 30
 
 
-def test_another_adapter_is_loaded(work: Work, tmp_path: Path) -> None:
+def test_another_adapter_is_loaded(work: AnimaWork, tmp_path: Path) -> None:
     other = build_tiny_anima(tmp_path / "other", seed=8)
     plain, given = (load_file(work.train(name, *CACHED, *more)) for name, more in (("a", []), ("b", [f"--llm_adapter_path={other.anima}"])))
     assert any(not torch.equal(plain[key], given[key]) for key in plain)
@@ -127,7 +135,7 @@ def test_another_adapter_is_loaded(work: Work, tmp_path: Path) -> None:
         ("vae", "missing", "no such file"), ("llm_adapter_path", "ae", "LLM adapter"),
     ],
 )  # fmt: skip
-def test_wrong_files_are_named_before_anything_is_loaded(work: Work, tmp_path: Path, slot: str, wrong: str, words: str) -> None:
+def test_wrong_files_are_named_before_anything_is_loaded(work: AnimaWork, tmp_path: Path, slot: str, wrong: str, words: str) -> None:
     flux = build_tiny_flux(tmp_path / "flux")
     path = getattr(flux, wrong, tmp_path / "missing.safetensors")
     with pytest.raises(ConfigError, match=words) as error:
@@ -135,7 +143,7 @@ def test_wrong_files_are_named_before_anything_is_loaded(work: Work, tmp_path: P
     assert f"--{slot}" in str(error.value)
 
 
-def test_too_many_swapped_blocks(work: Work) -> None:
+def test_too_many_swapped_blocks(work: AnimaWork) -> None:
     with pytest.raises(ConfigError, match="--blocks_to_swap is 2; this model has 3 blocks, at most 1"):
         work.train("out", "--blocks_to_swap=2")
     work.train("out", "--blocks_to_swap=1")

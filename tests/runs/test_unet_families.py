@@ -1,4 +1,4 @@
-"""What is special to Stable Diffusion 1, 2 and SDXL, through the command line: options of families with a noise schedule.
+"""What is special to Stable Diffusion 1, 2 and SDXL, through the real command line: options of families with a noise schedule.
 What holds for every family is in test_families.py."""
 
 from __future__ import annotations
@@ -7,35 +7,67 @@ from pathlib import Path
 
 import pytest
 
-from library.safetensors_utils import read_header
-from library.tiny_models import build_tiny
-from tests.families import CASES
-from tests.runs.conftest import Work, draw_pictures, read_parts
+from library.training import cli
+from tests.runs.conftest import draw_pictures, read_parts
+from tests.tiny_sd import KINDS, TinySd, build_tiny_sd
+
+DATASET = """
+[[datasets]]
+resolution = 64
+batch_size = 2
+[[datasets.subsets]]
+image_dir = '{images}'
+caption_extension = ".txt"
+{keys}
+"""
+VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 
 
-@pytest.fixture(params=["sd1", "sd2", "sdxl"])
-def work(request: pytest.FixtureRequest, tmp_path: Path) -> Work:
-    tiny = build_tiny(request.param, tmp_path / "model")
-    return Work(tmp_path, tiny, draw_pictures(tmp_path / "images", 5), CASES[request.param])
+@pytest.fixture(scope="module", params=KINDS)
+def tiny(request, tmp_path_factory) -> TinySd:
+    return build_tiny_sd(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def test_options_of_stable_diffusion_train(work: Work) -> None:
-    prompts = work.folder / "prompts.txt"
+def train(tiny: TinySd, folder: Path, out: str, *more: str, keys: str = "flip_aug = true") -> Path:
+    images = folder / "images"
+    if not images.exists():
+        draw_pictures(images, 5)
+    data = folder / "data.toml"
+    data.write_text(DATASET.format(images=images, keys=keys), encoding="utf-8")
+    argv = [
+        *tiny.arguments(), f"--dataset_config={data}", f"--output_dir={folder / out}", "--output_name=lora",
+        "--network_module=networks.lora", "--network_dim=4", "--max_train_steps=4", "--seed=5", "--learning_rate=1e-2",
+        "--max_data_loader_n_workers=0", "--console_log_level=WARNING", *more,
+    ]  # fmt: skip
+    cli.run("sdxl" if tiny.kind == "sdxl" else "sd", "network", argv)
+    return folder / out / "lora.safetensors"
+
+
+def test_what_the_model_is_and_predicts_is_recorded(tiny: TinySd, tmp_path: Path) -> None:
+    for more, ending, prediction in (([], "", "epsilon"), (["--v_parameterization"], "_v", "v")):
+        metadata = read_parts(train(tiny, tmp_path, f"out{ending}", "--max_train_steps=1", *more))[0]
+        version = VERSIONS[tiny.kind] + (ending if tiny.kind != "sdxl" else "")
+        assert (metadata["ss_base_model_version"], metadata["modelspec.prediction_type"]) == (version, prediction)
+
+
+def test_options_of_stable_diffusion_train(tiny: TinySd, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
     prompts.write_text("a (red:1.3) cat --n blue --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
     more = [
         "--v_parameterization", "--zero_terminal_snr", "--min_snr_gamma=5", "--noise_offset=0.1", "--multires_noise_iterations=3",
         "--ip_noise_gamma=0.1", "--loss_type=huber", "--max_token_length=150", "--weighted_captions", "--gradient_checkpointing",
         "--max_train_steps=2", "--sample_every_n_steps=2", f"--sample_prompts={prompts}", "--network_args", "conv_dim=2",
     ]  # fmt: skip
-    if work.case.caches_text:
+    if tiny.kind == "sdxl":
         more = ["--cache_text_encoder_outputs", "--network_train_unet_only", *more]
     else:
         more = ["--clip_skip=2", *more]
-    file = work.train("out", *more)
-    assert len(list((work.folder / "out" / "sample").glob("*_00_*_1.png"))) == 1
-    assert any("resnets" in key or "in_layers" in key for key in read_header(file)[0])
+    file = train(tiny, tmp_path, "out", *more)
+    assert len(list((tmp_path / "out" / "sample").glob("*_00_*_1.png"))) == 1
+    assert any("resnets" in key or "in_layers" in key for key in _keys(file))
 
 
-def test_what_the_model_predicts_is_recorded(work: Work) -> None:
-    metadata = read_parts(work.train("out", "--max_train_steps=1"))[0]
-    assert metadata["modelspec.prediction_type"] == ("v" if "--v_parameterization" in work.case.options() else "epsilon")
+def _keys(file: Path) -> list[str]:
+    from library.safetensors_utils import read_header
+
+    return list(read_header(file)[0])
