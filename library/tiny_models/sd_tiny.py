@@ -24,7 +24,7 @@ def build_tiny_sd1(folder: str | Path, *, seed: int = 0, num_res_blocks: int = 1
         state = clip_state(generator, width=32, layers=2, vocab=vocab)
         return prefixed("cond_stage_model.transformer.", state), {"clip_l": {"heads": 2, "eos": vocab - 1}}
 
-    folder, params = Path(folder), _params(num_res_blocks, is_v2=False)
+    folder, params = Path(folder), unet_params(num_res_blocks, is_v2=False)
     tiny = TinyUNet(folder, folder / "sd1.safetensors", folder / "tokenizer", "sd1", params)
     return write_checkpoint(tiny, UNet2DConditionModel(params), text, seed=seed, dtype=dtype)
 
@@ -37,12 +37,12 @@ def build_tiny_sd2(folder: str | Path, *, seed: int = 0, num_res_blocks: int = 1
         config = {"use_linear_projection": True, "clip_h": {"heads": 2, "eos": vocab - 1, "layers": 2}}
         return prefixed("cond_stage_model.model.", state), config
 
-    folder, params = Path(folder), _params(num_res_blocks, is_v2=True)
-    tiny = TinyUNet(folder, folder / "sd2.safetensors", folder / "tokenizer", "sd2", params, ("--v2",))
+    folder, params = Path(folder), unet_params(num_res_blocks, is_v2=True)
+    tiny = TinyUNet(folder, folder / "sd2.safetensors", folder / "tokenizer", "sd2", params)
     return write_checkpoint(tiny, UNet2DConditionModel(params), text, seed=seed, dtype=dtype)
 
 
-def _params(num_res_blocks: int, *, is_v2: bool) -> UNetParams:
+def unet_params(num_res_blocks: int = 1, *, is_v2: bool) -> UNetParams:
     return UNetParams(
         attention_levels=(True, True, False), transformer_depth=(1, 1, 0), heads=2, context_dim=32, use_linear_projection=is_v2,
         upcast_attention=is_v2, num_res_blocks=num_res_blocks, **SIZES,

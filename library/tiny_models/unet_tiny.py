@@ -36,11 +36,11 @@ class TinyUNet:
     tokenizer: Path
     kind: str
     params: UNetParams
-    options: tuple[str, ...] = ()
 
     def arguments(self) -> list[str]:
         """Command-line options that name the model."""
-        return [f"--pretrained_model_name_or_path={self.model}", f"--clip_tokenizer={self.tokenizer}", *self.options]
+        more = ["--v2"] if self.kind == "sd2" else []
+        return [f"--pretrained_model_name_or_path={self.model}", f"--clip_tokenizer={self.tokenizer}", *more]
 
 
 def write_checkpoint(tiny: TinyUNet, unet: nn.Module, text: TextWriter, *, seed: int, dtype: torch.dtype) -> TinyUNet:

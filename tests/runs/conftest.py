@@ -8,7 +8,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Work:
     folder: Path
     tiny: TinySet
     images: Path
-    case: FamilyCase = CASES["flux"]
+    case: FamilyCase = field(default=CASES["flux"], kw_only=True)
 
     def dataset(self, batch_size: int = 2, dataset_keys: str = "", subset_keys: str = "", name: str = "data.toml") -> Path:
         path = self.folder / name

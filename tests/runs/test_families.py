@@ -45,7 +45,7 @@ def tiny_set(case: FamilyCase, tmp_path_factory: pytest.TempPathFactory) -> Tiny
 
 @pytest.fixture
 def work(case: FamilyCase, tiny_set: TinySet, tmp_path: Path) -> Work:
-    return Work(tmp_path, tiny_set, draw_pictures(tmp_path / "images", -5), case)
+    return Work(tmp_path, tiny_set, draw_pictures(tmp_path / "images", -5), case=case)
 
 
 def test_every_family_takes_part() -> None:
@@ -137,7 +137,8 @@ def test_denoiser_and_text_encoders_learn_alone_and_together(work: Work) -> None
 
 def moved_parts(path: Path) -> set[str]:
     """Beginnings of the keys whose `lora_up` is no longer zero."""
-    return {"_".join(key.split("_")[:2]) + "_" for key, tensor in load_file(path).items() if key.endswith("lora_up.weight") and tensor.any()}
+    moved = (key for key, tensor in load_file(path).items() if key.endswith("lora_up.weight") and tensor.any())
+    return {"_".join(key.split("_")[:2]) + "_" for key in moved}
 
 
 def test_masks_take_part_of_the_picture_out_of_the_loss(work: Work) -> None:
