@@ -1,0 +1,47 @@
+"""Stable Diffusion 1 and 2 for the image scripts: which files fit, loading, the forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.generation_conditioning import PromptEncoder, WordTokenizer
+from library.generation_options import GenerationModelOptions
+from library.sd_train_utils import predict_noise
+from library.sd_utils import inspect_sd_unet, load_text_encoder_sd, load_unet_sd, load_vae_sd
+from library.strategy_sd import V2_PAD, SdTextEncodingStrategy, SdTokenizeStrategy
+from library.tokenizers import load_clip_tokenizer
+from library.unet_utils import UNetInfo
+
+load_unet = load_unet_sd
+load_vae = load_vae_sd
+
+
+def inspect(options: GenerationModelOptions) -> tuple[UNetInfo, list[str]]:
+    """What the header of the checkpoint tells, and what the options have against it. CheckpointError for another model."""
+    info, problems = inspect_sd_unet(options.ckpt), []
+    if info.is_v2 and not options.v2:
+        problems.append(f"--ckpt is {options.ckpt}, which is Stable Diffusion 2; add --v2")
+    if options.v2 and not info.is_v2:
+        problems.append(f"--v2 is set and --ckpt is {options.ckpt}, which is Stable Diffusion 1; leave --v2 out")
+    return info, problems
+
+
+def load_prompt_encoder(options: GenerationModelOptions, dtype: torch.dtype, device: torch.device) -> PromptEncoder:
+    pad = V2_PAD if options.v2 else None
+    given = load_clip_tokenizer(options.clip_tokenizer, options.tokenizer_cache_dir, pad_token=pad, option="--clip_tokenizer")
+    tokenizer = WordTokenizer(given)
+    encoder = load_text_encoder_sd(options.ckpt, options.v2, dtype, device)
+    return PromptEncoder(
+        lambda length: SdTokenizeStrategy(options.v2, length, tokenizer=tokenizer), SdTextEncodingStrategy(options.clip_skip), [encoder], [tokenizer]
+    )
+
+
+def predictor(
+    unet: Any, conditioning: Sequence[Tensor], sizes: Sequence[Sequence[int]], target_hw: tuple[int, int]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """(latents [R, 4, h, w], timestep []) -> prediction, for conditioning of R rows. Sizes mean nothing to these models."""
+    return lambda latents, timestep: predict_noise(unet, latents, timestep.expand(len(latents)), conditioning).float()
