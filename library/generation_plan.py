@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +124,7 @@ class Planner:
         given = self.prompts.seed
         self.base_seed = random.SystemRandom().randint(0, LARGEST_SEED) if given is None else given
         self.number = 0
-        self._rounded: set[tuple[int, int]] = set()
+        self._told: set[str] = set()
 
     def check(self, line: PromptLine) -> list[ImageRequest]:
         """The first picture of a line, as examples; ConfigError, with its place, for a line that cannot be made."""
@@ -163,10 +163,13 @@ class Planner:
         strength = _first(prompt.strength, self.sources.strength, DEFAULT_STRENGTH)
         negative_scale = _first(prompt.negative_scale, self.pictures.negative_scale)
         sizes, sizes_negative = self._sizes(prompt, height, width)
+        scale = _first(prompt.scale, self.pictures.scale)
+        if scale <= 1 and (prompt.negative_prompt or negative_scale is not None):
+            self._tell(f"the scale is {scale:g}, which switches guidance off; negative prompts have no effect")
         return ImageRequest(
             prompt=prompt.prompt, negative_prompt=prompt.negative_prompt or "", raw_prompt=line.text, seed=seed, number=self.number,
             index=index, file_name=self._file_name(prompt, line), width=width, height=height,
-            steps=_first(prompt.sample_steps, self.pictures.steps), scale=_first(prompt.scale, self.pictures.scale),
+            steps=_first(prompt.sample_steps, self.pictures.steps), scale=scale,
             negative_scale=None if negative_scale == NO_NEGATIVE_SCALE else negative_scale,
             strength=strength, first_strength=_first(self.sources.highres_fix_strength, strength),
             multipliers=self._multipliers(prompt, line), sizes=sizes, sizes_negative=sizes_negative,
@@ -182,10 +185,15 @@ class Planner:
         width, height = (side - side % SIZE_STEP for side in asked)
         if min(width, height) < SIZE_STEP:
             raise ConfigError(f"the prompt '{prompt.prompt}' has the size {asked[0]}x{asked[1]}; at least {SIZE_STEP}x{SIZE_STEP} is needed")
-        if (width, height) != asked and asked not in self._rounded:
-            self._rounded.add(asked)
-            logger.warning("the size is %dx%d; made %dx%d, a multiple of %d", *asked, width, height, SIZE_STEP)
+        if (width, height) != asked:
+            self._tell(f"the size is {asked[0]}x{asked[1]}; made {width}x{height}, a multiple of {SIZE_STEP}")
         return width, height
+
+    def _tell(self, message: str) -> None:
+        """A warning, once in a run."""
+        if message not in self._told:
+            self._told.add(message)
+            logger.warning(message)
 
     def _sizes(self, prompt: GenerationPrompt, height: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         options = self.pictures
@@ -258,14 +266,17 @@ def _given_seeds(line: PromptLine) -> tuple[int, ...]:
     return (parse_generation_line(f"- --d {match[1]}", line.where).seeds or ()) if match else ()
 
 
-def batches(requests: Iterable[ImageRequest], size: int, key: Callable[[ImageRequest], Any] = lambda request: request.batch_key) -> Iterator[list[ImageRequest]]:
-    """Neighbours with an equal key, at most `size` together."""
+def batches(requests: Iterable[ImageRequest], size: int) -> Iterator[list[ImageRequest]]:
+    """Neighbours with an equal `batch_key`, at most `size` together."""
     waiting: list[ImageRequest] = []
     for request in requests:
-        if waiting and (len(waiting) == size or key(waiting[0]) != key(request)):
+        if waiting and waiting[0].batch_key != request.batch_key:
             yield waiting
             waiting = []
         waiting.append(request)
+        if len(waiting) == size:
+            yield waiting
+            waiting = []
     if waiting:
         yield waiting
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +78,12 @@ def run(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> list[Path]:
     add_pictures(pipeline, config)
     files = PictureFiles(config)
     size = config[GenerationPromptOptions].batch_size
-    for batch in batches(requests_of(config, planner, lines, pipeline), size):
-        started = time.perf_counter()
-        for made in pipeline.generate(batch):
-            files.write(made)
-        logger.info("%d pictures in %.1f s", len(batch), time.perf_counter() - started)
+    for requests in groups_of(config, planner, lines or [], pipeline):
+        for batch in batches(requests, size):
+            started = time.perf_counter()
+            for made in pipeline.generate(batch):
+                files.write(made)
+            logger.info("%d pictures in %.1f s", len(batch), time.perf_counter() - started)
     return files.written
 
 
@@ -179,26 +180,26 @@ def start_notices(config: Config) -> list[str]:
 # -- the run ---------------------------------------------------------------------------------------------------------------
 
 
-def requests_of(config: Config, planner: Planner, lines: list[PromptLine] | None, pipeline: UNetPipeline) -> Iterator[ImageRequest]:
-    """All pictures of the run, in order. --interactive has one endless round."""
-    options = config[GenerationPromptOptions]
+def groups_of(config: Config, planner: Planner, lines: list[PromptLine], pipeline: UNetPipeline) -> Iterator[Iterator[ImageRequest]]:
+    """The pictures of the run in order: of all rounds or, with --interactive, of each line as it is typed."""
 
     def check(line: PromptLine) -> None:
         check_line(planner, line, config)
 
+    options = config[GenerationPromptOptions]
     if options.interactive:
         for line in typed_lines(check):
-            yield from planner.requests(line, 0)
+            yield planner.requests(line, 0)
         return
     prompter: Any = None
     if options.from_module:
         prompter = load_prompter(options.from_module)(argparse.Namespace(**config.values()), pipeline, pipeline.networks.networks)
-    for number in range(options.n_iter):
-        found: Iterable[PromptLine] = round_of(lines or [], options, planner.base_seed, number)
-        if prompter is not None:
-            found = round_of(checked(list(module_lines(prompter)), check), options, planner.base_seed, number)
-        for line in found:
-            yield from planner.requests(line, number)
+
+    def lines_of(number: int) -> list[PromptLine]:
+        known = lines if prompter is None else checked(list(module_lines(prompter)), check)
+        return round_of(known, options, planner.base_seed, number)
+
+    yield (request for number in range(options.n_iter) for line in lines_of(number) for request in planner.requests(line, number))
 
 
 def add_pictures(pipeline: UNetPipeline, config: Config) -> None:
