@@ -45,7 +45,7 @@ def predict_velocity(
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
-    """How one image is made. `cfg_scale` 1 or less (or no negative prompt) means one forward per step."""
+    """How one image is made. `cfg_scale` 1 (or no negative prompt) means one forward per step."""
 
     height: int
     width: int
@@ -70,7 +70,7 @@ def generate_latents(
 
     height, width = settings.height // SPATIAL_STRIDE, settings.width // SPATIAL_STRIDE
     noise = start_noise(settings.seed, denoiser.params.in_channels, height, width)
-    velocity = guided_velocity(predict, conditioning, negative if settings.cfg_scale > 1.0 else None, settings.cfg_scale)
+    velocity = guided_velocity(predict, conditioning, negative if settings.cfg_scale != 1.0 else None, settings.cfg_scale)
     generator = torch.Generator("cpu").manual_seed(settings.seed + 1)  # samplers with noise of their own draw from here
     latents = noise.to(denoiser.device)
     return sampler(velocity, latents, sigmas.to(denoiser.device), noise_of([generator], latents))

@@ -15,7 +15,7 @@ from torch import Tensor
 from library.anima_models import AdapterParams, Anima, AnimaParams
 from library.errors import CheckpointError
 from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
-from library.llm_encoder_utils import load_qwen3
+from library.llm_encoder_utils import inspect_qwen3, load_qwen3
 from library.model_loading import (
     CheckpointFiles,
     assign_state,
@@ -30,6 +30,7 @@ from library.model_loading import (
 )
 from library.safetensors_utils import FP8_DTYPES, cast_floats, save_file_atomic
 from library.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer
+from library.wan_vae_utils import inspect_wan_vae
 
 __all__ = [
     "inspect_anima", "inspect_llm_adapter", "load_anima_model", "load_qwen3_text_encoder", "load_qwen3_tokenizer", "load_t5_tokenizer", "save_anima_model",
@@ -193,6 +194,25 @@ def adapter_problem(adapter: AdapterParams, params: AnimaParams, path: str | os.
     if adapter.target_dim == params.context_dim:
         return None
     return f"{os.fspath(path)}: the LLM adapter gives {adapter.target_dim} values, the denoiser takes {params.context_dim}"
+
+
+def fitting_problems(
+    params: AnimaParams, adapter: AdapterParams | None, *, qwen3: tuple[str, str], vae: tuple[str, str] | None, model: str, adapter_path: str
+) -> list[str]:
+    """Sizes of text encoder, autoencoder and LLM adapter against the denoiser's, from headers. `qwen3` and `vae` are (option,
+    path), no vae = not checked; `adapter_path` is the file of the adapter. CheckpointError when a file is no such part."""
+    width = inspect_qwen3(qwen3[1])["hidden_size"]
+    channels = inspect_wan_vae(vae[1]).params.z_dim if vae else params.in_channels
+    needed = params.context_dim if adapter is None else adapter.source_dim
+    problems = []
+    if width != needed:
+        problems.append(f"--{qwen3[0]} is {qwen3[1]}: its width is {width}, the model {adapter_path} takes {needed}")
+    if channels != params.in_channels:
+        problems.append(f"--{vae[0]} is {vae[1]}: it has {channels} latent channels, the model {model} takes {params.in_channels}")
+    if adapter is not None:
+        problem = adapter_problem(adapter, params, adapter_path)
+        problems += [problem] if problem else []
+    return problems
 
 
 def _with_adapter(

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.checkpoint_recognition import recognise
+from library.checkpoint_recognition import DENOISER_KINDS, KeyTable, adapter_family, recognise
 from library.errors import CheckpointError, did_you_mean
-from library.safetensors_utils import read_header
+from library.family_table import script_of_kind
+from library.safetensors_utils import is_pickle_name, load_pickled_tensors, read_header
 
 NOT_A_MODEL = frozenset({"missing", "empty", "truncated", "damaged", "pickle", "gguf", "text", "folder", "other"})
 """kinds of things from which no weight can be read"""
@@ -34,6 +35,7 @@ WANTED_TEXTS: dict[str, str] = {
 }
 """what a slot needs, in words; other kinds are named as they are"""
 
+PICKLED_NAMES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 INDEX_SUFFIX = ".safetensors.index.json"
 PREFERRED_SUBFOLDER = {
     "flux": "transformer", "vae_flux": "vae", "clip_l": "text_encoder", "t5": "text_encoder_2", "sd1": "unet", "sd2": "unet",
@@ -55,24 +57,28 @@ class CheckpointKind:
         return self.kind not in NOT_A_MODEL and self.kind != "unknown"
 
 
-def describe_checkpoint(path: str | os.PathLike) -> CheckpointKind:
-    """Say what lies at `path`. Reads headers only and never raises for a damaged or strange file."""
+def describe_checkpoint(path: str | os.PathLike, with_pickles: bool = False) -> CheckpointKind:
+    """Say what lies at `path`. Reads headers only and never raises for a damaged or strange file.
+
+    `with_pickles`: files of torch with a usual ending are opened as data, which runs no code, and looked at too.
+    """
     place = Path(path)
     if place.is_dir():
-        return _describe_folder(place)
+        return _describe_folder(place, with_pickles)
     if not place.exists():
         return CheckpointKind("missing", f"there is no such file or folder{_nearest_file(place)}")
     broken = _what_is_not_safetensors(place)
-    if broken is not None:
+    read = _pickled_shapes if broken is not None and broken.kind == "pickle" and with_pickles and is_pickle_name(place) else _shapes
+    if broken is not None and read is _shapes:
         return broken
     try:
-        shapes = _shapes(place)
+        shapes = read(place)
     except CheckpointError as error:
         return CheckpointKind("truncated" if "truncated" in str(error) else "damaged", str(error))
     return _kind_of(shapes)
 
 
-def check_slot(path: str | os.PathLike | None, slot: str, wanted: set[str]) -> str | None:
+def check_slot(path: str | os.PathLike | None, slot: str, wanted: set[str], with_pickles: bool = False) -> str | None:
     """A message when what `--{slot}` names is not one of the wanted kinds, or None when it fits.
 
     A pipeline folder fits when the part that is needed lies in its usual sub-folder.
@@ -80,16 +86,54 @@ def check_slot(path: str | os.PathLike | None, slot: str, wanted: set[str]) -> s
     needed = " or ".join(WANTED_TEXTS.get(kind, kind) for kind in sorted(wanted))
     if not path:
         return f"--{slot} is not given; needed: {needed}"
-    found = describe_checkpoint(path)
+    found = describe_checkpoint(path, with_pickles)
     if found.kind in wanted:
         return None
     if found.kind == "folder":
         for kind in sorted(wanted):
             part = Path(path) / PREFERRED_SUBFOLDER.get(kind, "")
-            if part != Path(path) and part.is_dir() and describe_checkpoint(part).kind == kind:
+            if part != Path(path) and part.is_dir() and describe_checkpoint(part, with_pickles).kind == kind:
                 return None
     told = found.detail if found.kind in ("missing", "truncated", "damaged") else f"this is {found.detail}"
-    return f"--{slot} is {path}: {told}; needed: {needed}"
+    told = f"it {told.removeprefix(f'{path} ')}" if told.startswith(f"{path} ") else told
+    told += _about_parts(Path(path), wanted, with_pickles) if found.kind == "folder" else ""
+    return f"--{slot} is {path}: {told}; needed: {needed}{_way_out(path, found, wanted)}"
+
+
+def _about_parts(folder: Path, wanted: set[str], with_pickles: bool) -> str:
+    """What a pipeline folder has in the place of the part that is needed."""
+    if not (folder / "model_index.json").is_file():
+        return ""
+    told = ""
+    for name in sorted({PREFERRED_SUBFOLDER[kind] for kind in wanted & PREFERRED_SUBFOLDER.keys()}):
+        part = folder / name
+        told += f", whose {name} is {describe_checkpoint(part, with_pickles).detail}" if part.is_dir() else f" without its sub-folder {name}"
+    return told
+
+
+def _way_out(path: str | os.PathLike, found: CheckpointKind, wanted: set[str]) -> str:
+    """Which script trains the model that was given where another one is needed."""
+    if not wanted & DENOISER_KINDS:
+        return ""
+    if found.kind == "folder":
+        parts = (Path(path) / name for name in ("unet", "transformer"))
+        found = next((describe_checkpoint(part) for part in parts if part.is_dir()), found)
+    if found.kind not in DENOISER_KINDS or found.kind in wanted:
+        return ""
+    script = script_of_kind(found.kind)
+    return f"; {script} trains such a model" if script else "; no script here trains such a model"
+
+
+def check_adapter(path: str | os.PathLike, slot: str, owner: str) -> str | None:
+    """A message when an adapter file is made for another model than `owner` (a name of ADAPTER_FAMILIES), or None when it
+    fits or its names do not tell."""
+    place = Path(path)
+    if place.suffix != ".safetensors" or not place.is_file():
+        return None
+    made_for = adapter_family(KeyTable(_shapes(place)))
+    if made_for in (None, owner):
+        return None
+    return f"--{slot} is {path}: this is a LoRA-type adapter for {made_for}; needed: one for {owner}"
 
 
 def _kind_of(shapes: Mapping[str, tuple[int, ...]], folder: bool = False) -> CheckpointKind:
@@ -109,6 +153,10 @@ def _kind_of(shapes: Mapping[str, tuple[int, ...]], folder: bool = False) -> Che
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     infos, _ = read_header(path)
     return {name: tuple(info.shape) for name, info in infos.items()}
+
+
+def _pickled_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in load_pickled_tensors(path).items()}
 
 
 def _what_is_not_safetensors(path: Path) -> CheckpointKind | None:
@@ -146,13 +194,16 @@ def _what_is_not_safetensors(path: Path) -> CheckpointKind | None:
     return CheckpointKind("other", f"a file of {size} bytes that is not safetensors")
 
 
-def _describe_folder(folder: Path) -> CheckpointKind:
+def _describe_folder(folder: Path, with_pickles: bool = False) -> CheckpointKind:
     index = next(iter(sorted(folder.glob(f"*{INDEX_SUFFIX}"))), None)
     if index is not None:
         return _describe_shards(folder, index)
     files = sorted(folder.glob("*.safetensors"), key=lambda file: (not _has_usual_name(file), file.name))
     if files and (len(files) == 1 or _has_usual_name(files[0])):
         return _as_folder(describe_checkpoint(files[0]))
+    pickled = next((folder / name for name in PICKLED_NAMES if with_pickles and (folder / name).is_file()), None)
+    if pickled is not None and not files:
+        return _as_folder(describe_checkpoint(pickled, with_pickles))
     if (folder / "model_index.json").is_file():
         return CheckpointKind("folder", f"a diffusers pipeline folder ({_pipeline_class(folder)})", "folder")
     if files:

@@ -279,7 +279,9 @@ VAES: tuple[Architecture, ...] = (
 
 
 def _clip_width(table: KeyTable) -> int | None:
-    return table.size("text_model.embeddings.token_embedding.weight", 1)
+    """Width of a CLIP text encoder in the names of transformers; version 5 leaves `text_model.` out."""
+    names = ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight")
+    return next((width for name in names if (width := table.size(name, 1)) is not None), None)
 
 
 TEXT_ENCODERS: tuple[Architecture, ...] = (
@@ -289,7 +291,7 @@ TEXT_ENCODERS: tuple[Architecture, ...] = (
         "clip_l",
         "a CLIP-L text encoder",
         lambda t: _clip_width(t) is not None,
-        lambda t: f"width {_clip_width(t)}, {t.count('text_model.encoder.layers.{}.')} layers",
+        lambda t: f"width {_clip_width(t)}, {t.count('encoder.layers.{}.')} layers",
     ),
     Architecture(
         "clip_g",
@@ -341,10 +343,13 @@ ADAPTER_FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("SDXL", ("lora_te2_", "input_blocks_", "attentions_0_transformer_blocks_1_", "text_encoder_2.")),
     ("Stable Diffusion 1 or 2", ("lora_unet_down_blocks", "lora_te_text_model", "unet.down_blocks")),
     ("Lumina-Image 2.0", ("noise_refiner", "context_refiner", "_attention_qkv")),
-    ("Anima", ("llm_adapter", "adaln_modulation")),
+    ("Anima", ("llm_adapter", "adaln_modulation", "cross_attn_q_proj", "cross_attn_output_proj", "mlp_layer1", "mlp.layer1")),
     ("Wan", ("blocks_0_self_attn", "blocks.0.self_attn", "blocks_0_cross_attn")),
 )
 """parts of adapter keys -> the family they are made for; the first match wins"""
+
+
+DENOISER_KINDS = frozenset(architecture.kind for architecture in DENOISERS)
 
 
 def is_adapter(table: KeyTable) -> bool:

@@ -27,6 +27,12 @@ def tokenize_rows(tokenizer: Any, texts: Sequence[str], num_rows: int, *, is_wei
     return torch.tensor(ids), torch.tensor(weights)
 
 
+def num_tokens(tokenizer: Any, text: str, *, is_weighted: bool) -> int:
+    """Tokens of a text without begin and end; marks of weights are none when `is_weighted` reads them."""
+    pieces = parse_weights(text) if is_weighted else [(text, 1.0)]
+    return sum(len(_ids(tokenizer, piece)) for piece, _ in pieces)
+
+
 def _ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text without begin and end, all of them."""
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else []

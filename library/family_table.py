@@ -10,25 +10,38 @@ from library.errors import ConfigError, did_you_mean
 @dataclass(frozen=True)
 class FamilyEntry:
     """`family`: class of library/training/families; `denoisers`: class names of the denoiser, by which a network module
-    recognises the family; `targets`: the adapter target table."""
+    recognises the family; `targets`: the adapter target table; `kinds`: what its model files are called by
+    library/checkpoint_kinds.py; `adapters`: who its adapters are for, as library/checkpoint_recognition.py says it; `prefix`: what the names of its scripts begin with."""
 
     family: str
     denoisers: tuple[str, ...]
     targets: str
+    kinds: tuple[str, ...] = ()
+    adapters: str = ""
+    prefix: str = ""
+
+    @property
+    def network_module(self) -> str:
+        """The network module of its LoRAs."""
+        return self.targets.partition(":")[0]
 
 
 FAMILIES: dict[str, FamilyEntry] = {
     "flux": FamilyEntry(
-        "library.training.families.flux:FluxFamily", denoisers=("Flux",), targets="networks.lora_flux:TARGETS"
+        "library.training.families.flux:FluxFamily", denoisers=("Flux",), targets="networks.lora_flux:TARGETS",
+        kinds=("flux",), adapters="FLUX.1 or Chroma", prefix="flux_",
     ),
     "sd": FamilyEntry(
-        "library.training.families.sd:SdFamily", denoisers=("UNet2DConditionModel",), targets="networks.lora_sd:TARGETS"
+        "library.training.families.sd:SdFamily", denoisers=("UNet2DConditionModel",), targets="networks.lora_sd:TARGETS",
+        kinds=("sd1", "sd2"), adapters="Stable Diffusion 1 or 2",
     ),
     "sdxl": FamilyEntry(
-        "library.training.families.sdxl:SdxlFamily", denoisers=("SdxlUNet2DConditionModel",), targets="networks.lora_sdxl:TARGETS"
+        "library.training.families.sdxl:SdxlFamily", denoisers=("SdxlUNet2DConditionModel",), targets="networks.lora_sdxl:TARGETS",
+        kinds=("sdxl",), adapters="SDXL", prefix="sdxl_",
     ),
     "anima": FamilyEntry(
-        "library.training.families.anima:AnimaFamily", denoisers=("Anima",), targets="networks.lora_anima:TARGETS"
+        "library.training.families.anima:AnimaFamily", denoisers=("Anima",), targets="networks.lora_anima:TARGETS",
+        kinds=("anima", "cosmos"), adapters="Anima", prefix="anima_",
     ),
 }
 
@@ -43,3 +56,13 @@ def family_entry(name: str) -> FamilyEntry:
 def family_of_denoiser(class_name: str) -> str | None:
     """The family whose denoiser has this class name, or None."""
     return next((name for name, entry in FAMILIES.items() if class_name in entry.denoisers), None)
+
+
+def script_name(family: str, kind: str = "train_network") -> str:
+    """The script of a family that does what `train_network.py` does for the first one: its name without .py."""
+    return family_entry(family).prefix + kind
+
+
+def script_of_kind(kind: str) -> str | None:
+    """The script that trains adapters for a kind of model file, or None when no family here has it."""
+    return next((f"{script_name(name)}.py" for name, entry in FAMILIES.items() if kind in entry.kinds), None)

@@ -56,6 +56,7 @@ class FluxPipeline:
             use_t5_mask=self.encode.apply_t5_attn_mask,
         )
         self._bring(self.denoiser)
+        self.adapters.follow_models()
         with self._autocast():
             latents = generate_latents(
                 self.denoiser, settings, conditioning, negative, sampler=self.sampler, device=self.device
@@ -66,6 +67,7 @@ class FluxPipeline:
     def _conditioning(self, text: str) -> list[Any]:
         for encoder in self.text_encoders:
             self._bring(encoder)
+        self.adapters.follow_models()
         outputs = self.encode.encode_tokens(self.tokenize, self.text_encoders, self.tokenize.tokenize(text))
         for encoder in self.text_encoders:
             self._put_away(encoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -42,4 +43,31 @@ def store_linears_in_fp8(model: nn.Module) -> int:
         if isinstance(module, nn.Linear) and module.weight.dtype in FP8_DTYPES:
             module.forward = types.MethodType(_forward_widening, module)
             count += 1
+    return count
+
+
+LARGEST_FP8 = 448.0
+"""largest number of float8_e4m3fn"""
+
+
+def _forward_scaled(self: nn.Linear, x: Tensor) -> Tensor:
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    output = F.linear(x.to(dtype), self.weight.to(dtype)) * self.fp8_scale.to(dtype)  # [..., out] times [out]
+    return output if self.bias is None else output + self.bias.to(dtype)
+
+
+def shrink_linears_to_scaled_fp8(model: nn.Module, wanted: Callable[[str], bool]) -> int:
+    """Store the weights of the linear layers whose path is `wanted` in 8 bits, each row divided by its largest absolute value /
+    448 (kept in float32), so that rows of any size use the whole range. Returns the number of layers."""
+    count = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or not wanted(name):
+            continue
+        weight = module.weight.detach().float()
+        scale = weight.abs().amax(dim=1).clamp_min(1e-12) / LARGEST_FP8  # [out]
+        module.weight = nn.Parameter((weight / scale[:, None]).to(FP8_STORAGE), requires_grad=False)
+        module.register_buffer("fp8_scale", scale, persistent=False)
+        module.forward = types.MethodType(_forward_scaled, module)
+        count += 1
     return count

@@ -79,7 +79,7 @@ def file_problem(path: str, option: str) -> str | None:
     """A message when a file is no adapter, or None."""
     from library.checkpoint_kinds import check_slot
 
-    return check_slot(path, option, {"adapter"})
+    return check_slot(path, option, {"adapter"}, with_pickles=True)
 
 
 def multiplier_problems(multipliers: Sequence[float] | None, num_adapters: int, *, merged: bool) -> list[str]:
@@ -110,7 +110,7 @@ class LoadedAdapters:
         import importlib
 
         module = importlib.import_module(adapter.module)
-        encoders = list(self.text_encoders)
+        encoders = _as_argument(self.text_encoders)
         network, tensors = module.create_network_from_weights(
             adapter.multiplier, adapter.path, None, encoders, self.denoiser, for_inference=True
         )
@@ -120,9 +120,10 @@ class LoadedAdapters:
         if merge:
             network.merge_to(encoders, self.denoiser, tensors)
             return
-        network.apply_to(encoders, self.denoiser)
+        network.apply_to(encoders, self.denoiser, True, True)
         network.load_weights(adapter.path)
-        network.to(self.denoiser.device).eval()
+        network.set_multiplier(adapter.multiplier)
+        network.eval().requires_grad_(False)
         logger.info("hooked %s with multiplier %s", adapter.path, adapter.multiplier)
         self.networks.append(network)
         self.multipliers = (*self.multipliers, adapter.multiplier)
@@ -133,6 +134,12 @@ class LoadedAdapters:
         for network, multiplier in zip(self.networks, (*wanted, *self.multipliers[len(wanted) :])):
             network.set_multiplier(multiplier)
 
+    def follow_models(self) -> None:
+        """Put every adapter where its layer is; call it after models have moved."""
+        for network in self.networks:
+            for module in (*network.unet_loras, *network.text_encoder_loras):
+                module.to(_layer_of(module).weight.device)
+
     def _filter(self, network: Any, path: str) -> None:
         """Take the layers out that the patterns leave out. ConfigError when nothing is left."""
         if not (self.layer_filter.include or self.layer_filter.exclude):
@@ -141,7 +148,7 @@ class LoadedAdapters:
         paths = {id(module): name for model in models for name, module in model.named_modules()}
 
         def kept(modules: Sequence[Any]) -> list[Any]:
-            return [m for m in modules if self.layer_filter.accepts([m.lora_name, paths.get(id(m.org_module), "")])]
+            return [m for m in modules if self.layer_filter.accepts([m.lora_name, paths.get(id(_layer_of(m)), "")])]
 
         total = len(network.unet_loras) + len(network.text_encoder_loras)
         network.unet_loras, network.text_encoder_loras = kept(network.unet_loras), kept(network.text_encoder_loras)
@@ -149,3 +156,14 @@ class LoadedAdapters:
         if not left:
             raise ConfigError(f"--include_patterns and --exclude_patterns leave none of the {total} layers of {path}")
         logger.info("%s: %d of %d layers are used", path, left, total)
+
+
+def _layer_of(module: Any) -> nn.Module:
+    """The layer that an adapter module belongs to; foreign ones keep it in a list."""
+    layer = module.org_module
+    return layer[0] if isinstance(layer, (list, tuple)) else layer
+
+
+def _as_argument(text_encoders: Sequence[nn.Module | None]) -> Any:
+    """One text encoder goes without a list: foreign network modules number the names of listed ones."""
+    return text_encoders[0] if len(text_encoders) == 1 else list(text_encoders)

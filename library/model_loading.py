@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import CheckpointError
-from library.safetensors_utils import FP8_DTYPES, get_split_weight_filenames, iterate_tensors, load_pickled_tensors, read_header
+from library.safetensors_utils import FP8_DTYPES, get_split_weight_filenames, is_pickled, iterate_tensors, load_pickled_tensors, read_header
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P")
@@ -55,7 +55,7 @@ def open_checkpoint(path: str | os.PathLike, subfolder: str | None = None) -> Ch
     shapes: dict[str, Tensor] = {}
     model_config: dict[str, Any] = {}
     for file in files:
-        if file.endswith(".safetensors") or not file.endswith((".pt", ".pth", ".bin", ".ckpt")):
+        if not is_pickled(file):
             infos, metadata = read_header(file)
             shapes.update((key, info.as_meta()) for key, info in infos.items())
             model_config.update(_parse_model_config(file, metadata))
@@ -65,7 +65,7 @@ def open_checkpoint(path: str | os.PathLike, subfolder: str | None = None) -> Ch
 
 
 def _keys_of(file: str) -> list[str]:
-    if file.endswith((".pt", ".pth", ".bin", ".ckpt")):
+    if is_pickled(file):
         return list(load_pickled_tensors(file))
     return list(read_header(file)[0])
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 OPEN_CLIP_ROOTS = ("positional_embedding", "token_embedding", "transformer", "ln_final", "logit_scale")
-_OLD_SD1 = re.compile(r"cond_stage_model\.transformer\.(embeddings|encoder|final_layer_norm)\.")
+_WITHOUT_ROOT = re.compile(
+    r"(cond_stage_model\.transformer\.|text_encoder\.|^)(embeddings\.(?:token|position)_embedding|encoder\.layers|final_layer_norm)\."
+)
 _TOP = {
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -24,8 +26,9 @@ _LAYER_BACK = {other: original for original, other in _LAYER.items()}
 
 
 def with_text_model(key: str) -> str:
-    """The level `text_model.` put into keys of Stable Diffusion 1 files that old tools saved without it."""
-    return _OLD_SD1.sub(r"cond_stage_model.transformer.text_model.\1.", key)
+    """The level `text_model.` put into keys that lack it: Stable Diffusion 1 files of old tools, and folders that
+    transformers 5 wrote."""
+    return _WITHOUT_ROOT.sub(r"\1text_model.\2.", key, count=1)
 
 
 def is_open_clip_text(keys: Iterable[str]) -> bool:

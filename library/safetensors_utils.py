@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +31,10 @@ FP8_DTYPES = tuple(
     getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz") if hasattr(torch, name)
 )
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
-_PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_FRAMEWORKS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.", "ldm.", "sgm.")
+_HARMLESS = frozenset({"typing.Any", "collections.defaultdict", "builtins.int", "builtins.list", "builtins.dict", "builtins.set"})
+"""what checkpoints hold beside weights: left out, whatever it is"""
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ def iterate_tensors(
     path: str | os.PathLike, device: torch.device | str | None = None, disable_mmap: bool = False, keys: Sequence[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a checkpoint file in its order, or of the names in `keys`; pickles are read as weights only."""
-    if str(path).endswith(_PICKLE_SUFFIXES):
+    if is_pickled(path):
         state = load_pickled_tensors(path)
         yield from ((key, state[key].to(device)) for key in (state if keys is None else keys))
     elif disable_mmap:
@@ -160,19 +165,68 @@ def iterate_tensors(
             yield from ((key, file.get_tensor(key)) for key in (infos if keys is None else keys))
 
 
+def is_pickle_name(path: str | os.PathLike) -> bool:
+    return os.fspath(path).endswith(PICKLE_SUFFIXES)
+
+
+def is_pickled(path: str | os.PathLike) -> bool:
+    """Whether a file is to be opened as one of torch: it has such a name, and is no safetensors file under it."""
+    if not is_pickle_name(path) or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(9)[4:] != b"\0\0\0\0{"
+
+
+class _Inert:
+    """Stands for an object of a training framework in a file of weights: it takes what was stored and does nothing."""
+
+    def __new__(cls, *_: object, **__: object) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
 def load_pickled_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a PyTorch file; nothing in it is executed. CheckpointError when it holds anything but tensors."""
+    """The tensors of a PyTorch file; nothing in it is executed. CheckpointError when it is damaged or holds code.
+
+    Old checkpoints hold objects of the framework that wrote them beside the weights (callbacks, settings): those are left out.
+    """
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path} does not exist")
+    is_zip = zipfile.is_zipfile(path)
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\x03\x04" and not is_zip:
+            raise CheckpointError(f"{path} is truncated: the table at its end is not there; fetch it again")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except Exception as error:  # torch raises many kinds, among them pickle.UnpicklingError and RuntimeError
-        raise CheckpointError(f"{path} cannot be read as a file of weights: {error}") from error
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+        code = [name for name in foreign if not name.startswith(_FRAMEWORKS) and name not in _HARMLESS]
+        if code:
+            raise CheckpointError(
+                f"{path} holds more than weights: opening it in the usual way would call {', '.join(sorted(code)[:3])}."
+                " Nothing of it was run; get the safetensors version"
+            )
+        with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} is damaged, or holds more than weights; nothing of it was run. Get the safetensors version") from error
+    except Exception as error:  # torch raises many kinds for damaged files
+        raise CheckpointError(f"{path} cannot be read as a file of weights ({_first_line(error)}); fetch it again") from error
     state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
     return tensors
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
 
 
 def load_safetensors(

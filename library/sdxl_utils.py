@@ -15,7 +15,8 @@ from library.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load
 from library.open_clip_convert import hf_to_open_clip
 from library.safetensors_utils import cast_floats, save_file_atomic
 from library.sdxl_models import SdxlUNet2DConditionModel
-from library.text_encoder_utils import CLIP_G, CLIP_L, load_clip
+from library.text_encoder_utils import CLIP_G, CLIP_L, inspect_clip, load_clip
+from library.unet_models import UNetParams
 from library.unet_utils import UNetInfo, inspect_unet, load_unet, unet_file_state
 
 if TYPE_CHECKING:
@@ -47,6 +48,19 @@ def load_text_encoders_sdxl(
 ) -> list[CLIPTextModelWithProjection]:
     """[CLIP-L, CLIP bigG]."""
     return [load_clip(path, slot, dtype, device, disable_mmap) for slot in (CLIP_L, CLIP_G)]
+
+
+def text_encoder_sizes(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Sizes of CLIP-L and bigG from headers. CheckpointError when one is not there."""
+    return [inspect_clip(path, slot).values for slot in (CLIP_L, CLIP_G)]
+
+
+def text_width_problem(path: str | os.PathLike, sizes: list[dict[str, Any]], params: UNetParams) -> str | None:
+    """What is wrong with the widths of the text encoders for this U-Net, or None."""
+    if sum(values["width"] for values in sizes) == params.context_dim:
+        return None
+    widths = " + ".join(str(values["width"]) for values in sizes)
+    return f"{path}: its text encoders give {widths} values per token, its U-Net takes {params.context_dim}; the file is no whole model"
 
 
 def inspect_vae_sdxl(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:

@@ -62,6 +62,9 @@ class PluginSlot:
 class TokenizeStrategy(PluginSlot, ABC):
     """Captions -> token ids. Objects travel to loader workers, so they must pickle."""
 
+    is_weighted = False
+    """whether captions carry weights (--weighted_captions), so that a run reads them with `tokenize_with_weights`"""
+
     @abstractmethod
     def tokenize(self, text: str | list[str]) -> list[torch.Tensor]:
         """One tensor [B, ...] per tokenizer output, in the order that the text encoding strategy expects."""
@@ -69,6 +72,10 @@ class TokenizeStrategy(PluginSlot, ABC):
     def tokenize_with_weights(self, text: str | list[str]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Tokens and their weights from captions with (word:1.2) marks."""
         raise UnsupportedCombination(f"{type(self).__name__} does not read weighted captions; leave --weighted_captions out")
+
+    def tokens_of(self, text: str | list[str]) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """Tokens as this run reads captions, and their weights where captions carry them."""
+        return self.tokenize_with_weights(text) if self.is_weighted else (self.tokenize(text), None)
 
     def overlong(self, text: str) -> bool:
         """Whether tokenize() cuts this text off; families override it. False = not known to."""
@@ -108,6 +115,14 @@ class TextEncodingStrategy(PluginSlot, ABC):
         self, tokenize_strategy: TokenizeStrategy, models: list[Any], tokens: list[torch.Tensor], weights: list[torch.Tensor]
     ) -> list[torch.Tensor | None]:
         raise UnsupportedCombination(f"{type(self).__name__} does not use token weights; leave --weighted_captions out")
+
+    def encode(
+        self, tokenize_strategy: TokenizeStrategy, models: list[Any], tokens: list[torch.Tensor], weights: list[torch.Tensor] | None
+    ) -> list[torch.Tensor | None]:
+        """What `TokenizeStrategy.tokens_of` gave, encoded with its weights where there are some."""
+        if weights is None:
+            return self.encode_tokens(tokenize_strategy, models, tokens)
+        return self.encode_tokens_with_weights(tokenize_strategy, models, tokens, weights)
 
 
 class LatentsCachingStrategy(PluginSlot, ABC):

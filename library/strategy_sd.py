@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from library.clip_prompt_utils import tokenize_rows
-from library.prompt_weighting import PER_ROW, joined
+from library.clip_prompt_utils import num_tokens, tokenize_rows
+from library.prompt_weighting import PER_ROW, apply_weights, joined
 from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
 from library.strategy_ldm import SdSdxlLatentsCachingStrategy
 from library.tokenizers import load_clip_tokenizer
@@ -20,7 +20,7 @@ V2_PAD = "!"
 class SdTokenizeStrategy(TokenizeStrategy):
     """Rows of 77 tokens: one for 75 caption tokens, 2 or 3 for `max_length` 150 or 225.
 
-    `is_weighted`: captions carry weights (--weighted_captions), and `tokenize` gives them as a second tensor.
+    `is_weighted`: captions carry weights (--weighted_captions).
     """
 
     def __init__(
@@ -33,18 +33,18 @@ class SdTokenizeStrategy(TokenizeStrategy):
         self.tokenizer = tokenizer if callable(tokenizer) else load_clip_tokenizer(tokenizer, tokenizer_cache_dir, pad_token=pad)
 
     def tokenize(self, text: str | list[str]) -> list[Tensor]:
-        """[ids [B, N, 77]], or [ids, weights] when captions are weighted."""
+        """[ids [B, N, 77]]; marks of weights are text."""
         texts = [text] if isinstance(text, str) else list(text)
-        ids, weights = tokenize_rows(self.tokenizer, texts, self.num_rows, is_weighted=self.is_weighted)
-        return [ids, weights] if self.is_weighted else [ids]
+        return [tokenize_rows(self.tokenizer, texts, self.num_rows, is_weighted=False)[0]]
 
     def tokenize_with_weights(self, text: str | list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """([ids [B, N, 77]], [weights [B, N, 77]])."""
         texts = [text] if isinstance(text, str) else list(text)
         ids, weights = tokenize_rows(self.tokenizer, texts, self.num_rows, is_weighted=True)
         return [ids], [weights]
 
     def overlong(self, text: str) -> bool:
-        return len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) > self.num_rows * PER_ROW
+        return num_tokens(self.tokenizer, text, is_weighted=self.is_weighted) > self.num_rows * PER_ROW
 
 
 class SdTextEncodingStrategy(TextEncodingStrategy):
@@ -54,21 +54,20 @@ class SdTextEncodingStrategy(TextEncodingStrategy):
         self.clip_skip = clip_skip
 
     def encode_tokens(self, tokenize_strategy: SdTokenizeStrategy, models: list[Any], tokens: list[Tensor]) -> list[Tensor | None]:
-        """[states [B, 75 N + 2, D]]; None when the model is absent. `tokens` as `tokenize` gives them."""
+        """[states [B, 75 N + 2, D]]; None when the model is absent."""
         encoder = models[0]
         if encoder is None:
             return [None]
         ids = tokens[0]
         states = self._states(encoder, ids.flatten(0, 1).to(next(encoder.parameters()).device))
-        states = joined(states.unflatten(0, ids.shape[:2]))  # [B, 75 N + 2, D]
-        if len(tokens) > 1:
-            states = states * joined(tokens[1])[..., None].to(states)
-        return [states]
+        return [joined(states.unflatten(0, ids.shape[:2]))]
 
     def encode_tokens_with_weights(
         self, tokenize_strategy: SdTokenizeStrategy, models: list[Any], tokens: list[Tensor], weights: list[Tensor]
     ) -> list[Tensor | None]:
-        return self.encode_tokens(tokenize_strategy, models, [tokens[0], weights[0]])
+        """The same, each state times the weight of its token."""
+        (states,) = self.encode_tokens(tokenize_strategy, models, tokens)
+        return [None if states is None else apply_weights(states, joined(weights[0]))]
 
     def _states(self, encoder: Any, ids: Tensor) -> Tensor:
         """[R, 77, D] of rows [R, 77]."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from library.clip_prompt_utils import tokenize_rows
-from library.prompt_weighting import PER_ROW, joined
+from library.clip_prompt_utils import num_tokens, tokenize_rows
+from library.prompt_weighting import PER_ROW, apply_weights, joined
 from library.dataset.architectures import ARCHITECTURES
 from library.strategy_base import TextEncoderOutputsCachingStrategy, TextEncodingStrategy, TokenizeStrategy
 from library.strategy_ldm import SdSdxlLatentsCachingStrategy
@@ -25,7 +25,7 @@ SECOND_PAD = "!"
 class SdxlTokenizeStrategy(TokenizeStrategy):
     """Rows of 77 tokens for each encoder: one for 75 caption tokens, 2 or 3 for `max_length` 150 or 225.
 
-    `is_weighted`: captions carry weights (--weighted_captions), and `tokenize` gives them behind the ids.
+    `is_weighted`: captions carry weights (--weighted_captions).
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class SdxlTokenizeStrategy(TokenizeStrategy):
         )
 
     def tokenize(self, text: str | list[str]) -> list[Tensor]:
-        """[ids of CLIP-L [B, N, 77], ids of bigG], and both weights when captions are weighted."""
-        ids, weights = self._rows(text, self.is_weighted)
-        return [*ids, *weights] if self.is_weighted else ids
+        """[ids of CLIP-L [B, N, 77], ids of bigG]; marks of weights are text."""
+        return self._rows(text, False)[0]
 
     def tokenize_with_weights(self, text: str | list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """(ids of both, weights of both), all [B, N, 77]."""
         return self._rows(text, True)
 
     def _rows(self, text: str | list[str], is_weighted: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -53,7 +53,7 @@ class SdxlTokenizeStrategy(TokenizeStrategy):
         return [ids for ids, _ in both], [weights for _, weights in both]
 
     def overlong(self, text: str) -> bool:
-        return len(self.tokenizer1(text, add_special_tokens=False, verbose=False).input_ids) > self.num_rows * PER_ROW
+        return num_tokens(self.tokenizer1, text, is_weighted=self.is_weighted) > self.num_rows * PER_ROW
 
 
 class SdxlTextEncodingStrategy(TextEncodingStrategy):
@@ -61,25 +61,25 @@ class SdxlTextEncodingStrategy(TextEncodingStrategy):
 
     def encode_tokens(self, tokenize_strategy: SdxlTokenizeStrategy, models: list[Any], tokens: list[Tensor]) -> list[Tensor | None]:
         """[states of CLIP-L [B, 75 N + 2, 768], of bigG [B, 75 N + 2, 1280], pooled [B, 1280]]; None where a model is absent."""
-        ids, weights = tokens[:2], tokens[2:] or [None, None]
-        first, _ = self._encoded(models[0], ids[0], weights[0], None)
-        second, pooled = self._encoded(models[1], ids[1], weights[1], tokenize_strategy.tokenizer2.eos_token_id)
+        first, _ = self._encoded(models[0], tokens[0], None)
+        second, pooled = self._encoded(models[1], tokens[1], tokenize_strategy.tokenizer2.eos_token_id)
         return [first, second, pooled]
 
     def encode_tokens_with_weights(
         self, tokenize_strategy: SdxlTokenizeStrategy, models: list[Any], tokens: list[Tensor], weights: list[Tensor]
     ) -> list[Tensor | None]:
-        return self.encode_tokens(tokenize_strategy, models, [*tokens, *weights])
+        """The same, each state times the weight of its token; the pooled one is not weighted."""
+        *states, pooled = self.encode_tokens(tokenize_strategy, models, tokens)
+        weighted = [None if s is None else apply_weights(s, joined(w)) for s, w in zip(states, weights, strict=True)]
+        return [*weighted, pooled]
 
-    def _encoded(self, encoder: Any, ids: Tensor, weights: Tensor | None, eos_id: int | None) -> tuple[Tensor | None, Tensor | None]:
-        """(joined states, pooled state of the first row where `eos_id` asks for it). Weights change the states alone."""
+    def _encoded(self, encoder: Any, ids: Tensor, eos_id: int | None) -> tuple[Tensor | None, Tensor | None]:
+        """(joined states, pooled state of the first row where `eos_id` asks for it)."""
         if encoder is None:
             return None, None
         rows = ids.flatten(0, 1).to(next(encoder.parameters()).device)  # [B N, 77]
         result = encoder.text_model(input_ids=rows, output_hidden_states=True)
         states = joined(result.hidden_states[-2].unflatten(0, ids.shape[:2]))  # [B, 75 N + 2, D]
-        if weights is not None:
-            states = states * joined(weights)[..., None].to(states)
         if eos_id is None:
             return states, None
         pooled = pool_at_first_eos(result.last_hidden_state, rows, eos_id)[:: ids.shape[1]]  # [B, D] of first rows

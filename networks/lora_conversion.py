@@ -1,58 +1,56 @@
-"""LoRA files under other names: kohya names <-> diffusers (`transformer.*.lora_A/B`) and dotted original names.
+"""Adapter files under other names: kohya names <-> diffusers (PEFT) and dotted (ComfyUI) names, for every family.
 
-| layout | denoiser | alpha |
+| layout | parameters | alpha |
 |---|---|---|
-| kohya | lora_unet_double_blocks_0_img_attn_qkv.lora_down/lora_up.weight | kept; fused layers fused |
-| diffusers | transformer.transformer_blocks.0.attn.to_q.lora_A/lora_B.weight | folded into lora_B; q, k, v and mlp apart |
-| dotted | diffusion_model.double_blocks.0.img_attn.qkv.lora_A/lora_B.weight | kept |
+| kohya | lora_down.weight, lora_up.weight | kept; fused layers fused |
+| diffusers | lora_A.weight, lora_B.weight | folded into lora_B; parts of fused layers apart |
+| dotted | lora_A.weight, lora_B.weight | kept |
 
-Sizes are read from the tensors, so models of any width work. Names are looked up in tables, never taken apart by guess.
+Reading goes through one hub, `to_kohya`: names by the table of the family (networks/file_names.py), parameters by the table
+below. Kinds other than LoRA (LoHa, LoKr, ...) keep their parameters and alpha in every layout; only layers are renamed.
+Sizes are read from the tensors, so models of any width work.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from library.errors import CheckpointError, ConfigError
-from library.family_table import family_entry
-from library.registry import import_target
+from library.errors import CheckpointError
+from networks.file_names import LayerNames, Place, is_kohya_name, names_of_family
 from networks.lora import fuse_pairs, split_pair
-from networks.targets import targets_of_family
+
+__all__ = ["LayerNames", "to_diffusers", "to_dotted", "to_kohya"]
+
+logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, torch.Tensor]
+Module = dict[str, torch.Tensor]
+"""parameter name of kohya files -> tensor"""
 
-DIFFUSERS_PREFIX = "transformer"
-DOTTED_PREFIX = "diffusion_model"
-
-
-@dataclass(frozen=True)
-class LayerNames:
-    """One layer, or one per block where `{i}` stands for the block: its original path and its parts in diffusers.
-
-    `rows` says how many output rows the parts have: "equal", or "linear1" (the input width three times, then the rest).
-    """
-
-    path: str
-    parts: tuple[str, ...]
-    rows: str = "equal"
-
-
-@dataclass(frozen=True)
-class _Found:
-    layer: LayerNames
-    block: str
-
-    def fill(self, text: str) -> str:
-        return text.replace("{i}", self.block)
+DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
+_PARAMETERS = {
+    **dict.fromkeys(("lora_A.weight", "lora_A.default.weight", "lora.down.weight", "lora_linear_layer.down.weight", DOWN), DOWN),
+    **dict.fromkeys(("lora_B.weight", "lora_B.default.weight", "lora.up.weight", "lora_linear_layer.up.weight", UP), UP),
+    **dict.fromkeys(("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight"), "dora_scale"),
+    **{name: name for name in (MID, "alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "oft_blocks", "rescale")},
+    **{name: name for name in ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "on_input")},
+    **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+}
+"""ending of a key -> parameter in kohya files"""
+_ENDINGS = sorted(_PARAMETERS, key=len, reverse=True)
+_PROCESSOR = re.compile(r"(?P<path>.+)\.(?P<leaf>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight")
+"""diffusers before PEFT: the layers of an attention stood in its processor"""
 
 
 @dataclass(frozen=True)
 class _Lora:
-    """The tensors of one module in a file; alpha None = the rank."""
+    """The tensors of one LoRA module; alpha None = the rank."""
 
     down: torch.Tensor
     up: torch.Tensor
@@ -63,87 +61,161 @@ class _Lora:
         return 1.0 if self.alpha is None else self.alpha / self.down.shape[0]
 
 
+def to_kohya(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """An adapter of any known layout under kohya names.
+
+    LoRA parts of a fused layer become one module: with the same down matrix as they are, else with rank k*r, a block-diagonal
+    up matrix and alpha = k*r; absent parts count as zero. Kohya names that are in no table stay as they are, for the reader
+    to report; other unknown names are a CheckpointError.
+    """
+    result: dict[str, torch.Tensor] = {}
+    parts: dict[str, list[_Lora | None]] = {}
+    fused: dict[str, LayerNames] = {}
+    unknown: list[str] = []
+    modules, others = _modules(tensors)
+    result.update(others)
+    for name, module in modules.items():
+        place = names_of_family(family).find(name)
+        if place is None and is_kohya_name(name):
+            _put(result, name, module)
+        elif place is None:
+            unknown.append(name)
+        elif place.part is None:
+            foreign = not is_kohya_name(name)
+            _put(result, place.kohya, _with_alpha(module) if foreign else module)
+        else:
+            own = parts.setdefault(place.kohya, [None] * len(place.layer.parts))
+            own[place.part] = _lora_of(name, module, "a part of a fused layer")
+            fused[place.kohya] = place.layer
+    _refuse(unknown, "kohya names")
+    for name, loras in parts.items():
+        lora = _fused(loras, fused[name])
+        _put(result, name, _with_alpha(_as_module(lora)))
+    return result
+
+
 def to_diffusers(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """A LoRA under kohya names, rewritten for diffusers: `lora_A` = down, `lora_B` = up * alpha / rank, no alpha.
+    """An adapter of any layout rewritten for diffusers: `lora_A` = down, `lora_B` = up * alpha / rank, no alpha.
 
     A fused layer whose up matrix is block-diagonal (trained with split_qkv) is taken apart into its own pairs; otherwise
     all parts share the down matrix. CheckpointError names the modules that have no counterpart.
     """
-    layers = _layers(family)
     result: dict[str, torch.Tensor] = {}
-    unknown: list[str] = []
-    for name, lora in _modules(tensors, ("lora_down.weight", "lora_up.weight")).items():
-        found, path = _find(layers, name, "_", "lora_unet_"), _encoder_path(family, name)
-        if found is not None:
-            rows = _rows(found.layer, lora)
-            pairs = [(lora.down, lora.up)] if len(rows) == 1 else split_pair(lora.down, lora.up, rows)
-            if pairs is None:
-                pairs = [(lora.down, part) for part in lora.up.split(rows)]
-            keys = [f"{DIFFUSERS_PREFIX}.{found.fill(part)}" for part in found.layer.parts]
-        elif path is not None:
-            pairs, keys = [(lora.down, lora.up)], [path]
-        else:
-            unknown.append(name)
+    for place, name, module in _placed(family, tensors, "diffusers"):
+        keys = place.diffusers
+        if not keys:
             continue
+        if not {DOWN, UP} <= set(module):
+            if len(keys) > 1:
+                held = ", ".join(sorted(module))
+                raise CheckpointError(f"{name} has {held}; diffusers keeps its {len(keys)} parts apart, which only LoRA can be")
+            _put(result, keys[0], module)
+            continue
+        lora = _lora_of(name, module, "an adapter")
+        rows = _rows(place.layer, lora) if len(keys) > 1 else [lora.up.shape[0]]
+        pairs = [(lora.down, lora.up)] if len(rows) == 1 else split_pair(lora.down, lora.up, rows)
+        if pairs is None:
+            pairs = [(lora.down, part) for part in lora.up.split(rows)]
         for key, (down, up) in zip(keys, pairs, strict=True):
             result[f"{key}.lora_A.weight"] = down.contiguous()
             result[f"{key}.lora_B.weight"] = _scaled(up, lora.scale)
-    _refuse(unknown, "diffusers")
+        if "dora_scale" in module:
+            magnitudes = _magnitudes(name, module["dora_scale"], lora).split(rows, dim=0 if lora.down.ndim == 2 else 1)
+            result.update({f"{key}.lora_magnitude_vector": part.contiguous() for key, part in zip(keys, magnitudes, strict=True)})
     return result
 
 
 def to_dotted(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """A LoRA under kohya names, rewritten to `diffusion_model.<original path>.lora_A/B.weight` with its alpha; text
-    encoders are left out, the layout has none."""
-    layers = _layers(family)
+    """An adapter of any layout rewritten to `diffusion_model.<original path>.lora_A/B.weight` with its alpha. Text encoders
+    that have no name there are left out, with a line in the log."""
+    spelled = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
     result: dict[str, torch.Tensor] = {}
-    unknown: list[str] = []
-    for name, lora in _modules(tensors, ("lora_down.weight", "lora_up.weight")).items():
-        found = _find(layers, name, "_", "lora_unet_")
-        if found is not None:
-            _put(result, f"{DOTTED_PREFIX}.{found.fill(found.layer.path)}", ("lora_A.weight", "lora_B.weight"), lora)
-        elif _encoder_path(family, name) is None:
-            unknown.append(name)
-    _refuse(unknown, "the dotted layout")
+    for place, _, module in _placed(family, tensors, "the dotted layout"):
+        if place.dotted:
+            _put(result, place.dotted, {spelled.get(key, key): tensor for key, tensor in module.items()})
     return result
 
 
-def to_kohya(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """A LoRA of any known layout under kohya names. Parts of a fused layer become one module: with the same down matrix
-    as they are, else with rank k*r, a block-diagonal up matrix and alpha = k*r. Absent parts count as zero."""
-    layers = _layers(family)
-    parts: dict[str, list[_Lora | None]] = {}
-    sources: dict[str, LayerNames] = {}
-    result = {  # what has kohya names already
-        key: tensor
-        for key, tensor in tensors.items()
-        if not key.endswith((".lora_A.weight", ".lora_B.weight")) and f"{key.removesuffix('.alpha')}.lora_A.weight" not in tensors
-    }
-    unknown: list[str] = []
-    for name, lora in _modules(tensors, ("lora_A.weight", "lora_B.weight")).items():
-        encoder = _kohya_encoder_name(family, name)
-        dotted = _find_path(layers, name)
-        place = _find_part(layers, name)
-        if encoder is not None or dotted is not None:
-            _put(result, encoder or dotted, ("lora_down.weight", "lora_up.weight"), lora, needs_alpha=True)
-        elif place is not None:
-            found, number = place
-            own = "lora_unet_" + found.fill(found.layer.path).replace(".", "_")
-            parts.setdefault(own, [None] * len(found.layer.parts))[number] = lora
-            sources[own] = found.layer
+def _modules(tensors: Tensors) -> tuple[dict[str, Module], dict[str, torch.Tensor]]:
+    """(module name as written -> its parameters, tensors whose keys are no adapter's)."""
+    modules: dict[str, Module] = {}
+    others: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        name, _, parameter = key.partition(".")
+        if is_kohya_name(name):
+            modules.setdefault(name, {})[_PARAMETERS.get(parameter, parameter)] = tensor
+            continue
+        found = _split(key)
+        if found is None:
+            others[key] = tensor
         else:
+            modules.setdefault(found[0], {})[found[1]] = tensor
+    for name, module in modules.items():
+        for have, lack in ((DOWN, UP), (UP, DOWN)):
+            if have in module and lack not in module:
+                raise CheckpointError(f"{name} has {have} and no {lack}; the file is incomplete")
+    return modules, others
+
+
+def _split(key: str) -> tuple[str, str] | None:
+    """(module name, parameter) of a dotted key; None for a key that is no adapter's."""
+    match = _PROCESSOR.fullmatch(key)
+    if match:
+        path, leaf = match["path"].removesuffix(".processor"), match["leaf"]
+        if path.endswith(".self_attn"):  # a CLIP layer under the name of an attention's
+            leaf = {"to_out": "out_proj"}.get(leaf, f"{leaf[3:]}_proj")
+        elif leaf == "to_out":
+            leaf = "to_out.0"
+        return f"{path}.{leaf}", DOWN if match["side"] == "down" else UP
+    ending = next((ending for ending in _ENDINGS if key.endswith(f".{ending}")), None)
+    return None if ending is None else (key[: -len(ending) - 1], _PARAMETERS[ending])
+
+
+def _placed(family: str, tensors: Tensors, layout: str) -> list[tuple[Place, str, Module]]:
+    """(place, kohya name, parameters) of every module of a file. Those without a name in the layout are told in the log when
+    they are text encoders' and refused otherwise."""
+    modules, others = _modules(to_kohya(family, tensors))
+    found, unknown, silent = [], list(others), []
+    for name, module in modules.items():
+        place = names_of_family(family).find(name)
+        if place is None:
             unknown.append(name)
-    _refuse(unknown, "kohya names")
-    for own, loras in parts.items():
-        _put(result, own, ("lora_down.weight", "lora_up.weight"), _fused(loras, sources[own]), needs_alpha=True)
-    return result
+            continue
+        if place.encoder is not None and not (place.diffusers if layout == "diffusers" else place.dotted):
+            silent.append(name)
+        found.append((place, name, module))
+    _refuse(unknown, layout)
+    if silent:
+        logger.warning("%d text encoder modules have no name in %s and are left out (first: %s)", len(silent), layout, silent[0])
+    return found
+
+
+def _lora_of(name: str, module: Module, what: str) -> _Lora:
+    """A module as LoRA; a Tucker convolution with its middle multiplied into down, which is the same change."""
+    rest = set(module) - {DOWN, UP, MID, "alpha", "dora_scale"}
+    if rest or DOWN not in module:
+        raise CheckpointError(f"{name} is {what} and has {', '.join(sorted(module))}; only LoRA can be rewritten there")
+    down, up = module[DOWN], module[UP]
+    if MID in module:
+        down = torch.einsum("ij...,jq->iq...", module[MID].float(), down.float().flatten(1)).to(down.dtype)
+    return _Lora(down, up, float(module["alpha"]) if "alpha" in module else None)
+
+
+def _as_module(lora: _Lora) -> Module:
+    module = {DOWN: lora.down, UP: lora.up}
+    return module if lora.alpha is None else module | {"alpha": torch.tensor(lora.alpha)}
+
+
+def _with_alpha(module: Module) -> Module:
+    """A LoRA module says its alpha: kohya readers that are strict miss it otherwise."""
+    if DOWN not in module or "alpha" in module:
+        return module
+    return module | {"alpha": torch.tensor(float(module[UP].shape[1]))}
 
 
 def _fused(loras: Sequence[_Lora | None], layer: LayerNames) -> _Lora:
     """The parts of a fused layer as one module."""
     present = [lora for lora in loras if lora is not None]
-    if len(loras) == 1:
-        return present[0]
     width = present[0].down.shape[1]
     rows = [lora.up.shape[0] if lora else width * (4 if layer.rows == "linear1" and i == 3 else 1) for i, lora in enumerate(loras)]
     first = present[0]
@@ -157,80 +229,6 @@ def _fused(loras: Sequence[_Lora | None], layer: LayerNames) -> _Lora:
     return _Lora(down, up, float(down.shape[0]))
 
 
-def _layers(family: str) -> tuple[LayerNames, ...]:
-    module = family_entry(family).targets.partition(":")[0]
-    try:
-        return import_target(f"{module}:file_layers")()
-    except AttributeError:
-        raise ConfigError(f"LoRA files of {family} cannot be rewritten: {module} has no file_layers") from None
-
-
-def _modules(tensors: Tensors, keys: tuple[str, str]) -> dict[str, _Lora]:
-    """Module name -> its tensors, for the modules that are written with these two keys."""
-    modules: dict[str, _Lora] = {}
-    for key in tensors:
-        if not key.endswith(f".{keys[0]}"):
-            continue
-        name = key[: -len(keys[0]) - 1]
-        if f"{name}.{keys[1]}" not in tensors:
-            raise CheckpointError(f"{name} has {keys[0]} and no {keys[1]}; the file is incomplete")
-        alpha = tensors.get(f"{name}.alpha")
-        modules[name] = _Lora(tensors[key], tensors[f"{name}.{keys[1]}"], None if alpha is None else float(alpha))
-    return modules
-
-
-def _pattern(text: str, separator: str) -> re.Pattern[str]:
-    return re.compile(re.escape(text.replace(".", separator)).replace(re.escape("{i}"), r"(\d+)"))
-
-
-def _find(layers: Iterable[LayerNames], name: str, separator: str, prefix: str) -> _Found | None:
-    if not name.startswith(prefix):
-        return None
-    for layer in layers:
-        match = _pattern(layer.path, separator).fullmatch(name, len(prefix))
-        if match:
-            return _Found(layer, match[1] if match.groups() else "")
-    return None
-
-
-def _find_path(layers: Iterable[LayerNames], name: str) -> str | None:
-    """The kohya name of a dotted original path."""
-    found = _find(layers, name, ".", f"{DOTTED_PREFIX}.")
-    return "lora_unet_" + found.fill(found.layer.path).replace(".", "_") if found else None
-
-
-def _find_part(layers: Iterable[LayerNames], name: str) -> tuple[_Found, int] | None:
-    """The layer and the number of the part that a diffusers name means."""
-    prefix = f"{DIFFUSERS_PREFIX}."
-    if not name.startswith(prefix):
-        return None
-    for layer in layers:
-        for number, part in enumerate(layer.parts):
-            match = _pattern(part, ".").fullmatch(name, len(prefix))
-            if match:
-                return _Found(layer, match[1] if match.groups() else ""), number
-    return None
-
-
-def _encoder_path(family: str, name: str) -> str | None:
-    """The diffusers name of a text encoder module under its kohya name."""
-    for encoder in targets_of_family(family).text_encoders:
-        rest = name.removeprefix(f"{encoder.prefix}_")
-        for path in encoder.paths if rest != name else ():
-            match = _pattern(path, "_").fullmatch(rest)
-            if match:
-                return f"{encoder.diffusers_name}.{path.replace('{i}', match[1])}"
-    return None
-
-
-def _kohya_encoder_name(family: str, name: str) -> str | None:
-    for encoder in targets_of_family(family).text_encoders:
-        rest = name.removeprefix(f"{encoder.diffusers_name}.")
-        if rest != name and any(_pattern(path, ".").fullmatch(rest) for path in encoder.paths):
-            return f"{encoder.prefix}_{rest.replace('.', '_')}"
-    return None
-
-
 def _rows(layer: LayerNames, lora: _Lora) -> list[int]:
     rows, width, count = lora.up.shape[0], lora.down.shape[1], len(layer.parts)
     if layer.rows == "linear1":
@@ -242,15 +240,22 @@ def _rows(layer: LayerNames, lora: _Lora) -> list[int]:
     return [rows // count] * count
 
 
+def _magnitudes(name: str, scale: torch.Tensor, lora: _Lora) -> torch.Tensor:
+    """The magnitudes of DoRA as PEFT keeps them: [out] of a linear layer, [1, out, 1, 1] of a convolution."""
+    out = lora.up.shape[0]
+    if scale.numel() != out or (scale.ndim > 1 and scale.shape[0] != out):
+        raise CheckpointError(
+            f"{name}.dora_scale is {list(scale.shape)}, norms of input columns; diffusers needs those of its {out} output rows"
+        )
+    return scale.reshape(1, out, 1, 1) if lora.down.ndim == 4 else scale.reshape(out)
+
+
 def _scaled(up: torch.Tensor, scale: float) -> torch.Tensor:
     return (up.float() * scale).to(up.dtype).contiguous()
 
 
-def _put(result: dict[str, torch.Tensor], name: str, keys: tuple[str, str], lora: _Lora, needs_alpha: bool = False) -> None:
-    result[f"{name}.{keys[0]}"] = lora.down.contiguous()
-    result[f"{name}.{keys[1]}"] = lora.up.contiguous()
-    if lora.alpha is not None or needs_alpha:
-        result[f"{name}.alpha"] = torch.tensor(float(lora.down.shape[0]) if lora.alpha is None else lora.alpha)
+def _put(result: dict[str, torch.Tensor], name: str, module: Module) -> None:
+    result.update({f"{name}.{key}": tensor.contiguous() for key, tensor in module.items()})
 
 
 def _refuse(unknown: list[str], layout: str) -> None:

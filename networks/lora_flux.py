@@ -18,7 +18,7 @@ from networks.targets import (
 )
 
 if TYPE_CHECKING:
-    from networks.lora_conversion import LayerNames
+    from networks.file_names import LayerNames
 
 __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
 
@@ -39,7 +39,7 @@ def file_layers() -> tuple[LayerNames, ...]:
     """The layers under their names in files of other programs, from the table of the denoiser's own conversion; the last
     layer is no adapter target."""
     from library.flux_convert import denoiser_rules
-    from networks.lora_conversion import LayerNames
+    from networks.file_names import LayerNames
 
     layers = []
     for rule in denoiser_rules(1, 1):

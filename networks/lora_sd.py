@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from networks.lora import check_network_args, create_network, create_network_from_weights
-from networks.targets import BlockTable, NetworkTargets, TextEncoderTargets
+from networks.targets import CLIP_PATHS, BlockTable, NetworkTargets, TextEncoderTargets
+
+if TYPE_CHECKING:
+    from networks.file_names import LayerNames
 
 __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
 
@@ -22,10 +26,21 @@ def block_index(path: str) -> int | None:
     return 12 if path.startswith("mid_block.") else None
 
 
+def file_layers() -> tuple[LayerNames, ...]:
+    """The layers of the U-Net under their names in files of other programs."""
+    from networks.unet_file_layers import unet_layers
+
+    return unet_layers(4, {0, 1, 2}, tree_is_diffusers=True)
+
+
 TARGETS = NetworkTargets(
     family="sd",
     classes=("Transformer2DModel",),
     conv_classes=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
-    text_encoders=(TextEncoderTargets("lora_te", CLIP_CLASSES, root="text_model", aliases=("lora_te1",)),),
+    text_encoders=(
+        TextEncoderTargets(
+            "lora_te", CLIP_CLASSES, root="text_model", aliases=("lora_te1",), diffusers_name="text_encoder", paths=CLIP_PATHS
+        ),
+    ),
     blocks=BlockTable(NUM_BLOCKS, block_index),
 )

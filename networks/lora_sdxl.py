@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from networks.lora import check_network_args, create_network, create_network_from_weights
-from networks.targets import BlockTable, NetworkTargets, TextEncoderTargets
+from networks.targets import CLIP_PATHS, BlockTable, NetworkTargets, TextEncoderTargets
+
+if TYPE_CHECKING:
+    from networks.file_names import LayerNames
 
 __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
 
@@ -24,13 +28,20 @@ def block_index(path: str) -> int | None:
     return 22 if path.startswith("out.") else None
 
 
+def file_layers() -> tuple[LayerNames, ...]:
+    """The layers of the U-Net under their names in files of other programs."""
+    from networks.unet_file_layers import unet_layers
+
+    return unet_layers(3, {1, 2}, tree_is_diffusers=False)
+
+
 TARGETS = NetworkTargets(
     family="sdxl",
     classes=("Transformer2DModel",),
     conv_classes=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     text_encoders=(
-        TextEncoderTargets("lora_te1", CLIP_CLASSES, root="text_model"),
-        TextEncoderTargets("lora_te2", CLIP_CLASSES, root="text_model"),
+        TextEncoderTargets("lora_te1", CLIP_CLASSES, root="text_model", diffusers_name="text_encoder", paths=CLIP_PATHS),
+        TextEncoderTargets("lora_te2", CLIP_CLASSES, root="text_model", diffusers_name="text_encoder_2", paths=CLIP_PATHS),
     ),
     blocks=BlockTable(NUM_BLOCKS, block_index),
 )

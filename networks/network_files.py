@@ -24,11 +24,11 @@ def read_adapter_file(path: str | os.PathLike[str], targets: NetworkTargets | No
 def to_kohya_names(
     tensors: Mapping[str, torch.Tensor], targets: NetworkTargets | None, label: str
 ) -> dict[str, torch.Tensor]:
-    """Tensors of an adapter under kohya names; diffusers and dotted names are rewritten for families that have a map."""
+    """Tensors of an adapter under kohya names; names of other programs are rewritten by the family's table."""
     if not any(is_adapter_key(key) for key in tensors):
         example = next(iter(tensors), "nothing")
         raise CheckpointError(f"{label} is no adapter: it holds {example} and no lora_down, lora_A or the like")
-    if targets is not None and any(".lora_A." in key or ".lora_B." in key for key in tensors):
+    if targets is not None:
         from networks.lora_conversion import to_kohya
 
         return to_kohya(targets.family, tensors)

@@ -1,7 +1,7 @@
 """Which layers of a model family take an adapter, and under which names. One table per family, one way to read it.
 
 Names: `<prefix>_<path with dots as underscores>`. The way back from underscores to dots is ambiguous, so names are always
-made from the model (or from the table of networks/lora_conversion.py) and looked up, never taken apart.
+made from the model (or from the table of networks/file_names.py) and looked up, never taken apart.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ T5_PATHS = (
 class TextEncoderTargets:
     """One text encoder. `root` is a level that names in files always carry, whatever the installed library calls its
     modules; `switch` names the network argument without which this encoder is not trained; `aliases` are prefixes that
-    other programs write for it; `diffusers_name` is the model's part in diffusers and `paths` its layers there, with `{i}`
-    for the block (none: its adapters cannot be rewritten)."""
+    other programs write for it; `diffusers_name` is the model's part in diffusers, `comfy_name` its place in dotted names, and
+    `paths` its layers, with `{i}` for the block (none: its adapters cannot be rewritten)."""
 
     prefix: str
     classes: tuple[str, ...]
@@ -44,6 +44,7 @@ class TextEncoderTargets:
     switch: str | None = None
     aliases: tuple[str, ...] = ()
     diffusers_name: str = ""
+    comfy_name: str = ""
     paths: tuple[str, ...] = ()
 
 

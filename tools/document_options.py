@@ -1,6 +1,7 @@
-"""Write the tables of options into a documentation page, from the option groups themselves.
+"""Write the tables of options into documentation pages, from the option groups themselves.
 
-    python tools/document_options.py flux network docs/flux_train_network.md
+    python tools/document_options.py all                                          the pages of all scripts
+    python tools/document_options.py flux network docs/flux_train_network.md      one page
 
 The tables replace what stands between the lines `<!-- options: begin -->` and `<!-- options: end -->` of the page.
 """
@@ -14,6 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.options import is_bool_option, option_fields, value_type  # noqa: E402
 from library.training.parser_common import Script, script  # noqa: E402
+
+PAGES: dict[tuple[str, str], str] = {
+    ("flux", "network"): "docs/flux_train_network.md",
+    ("sd", "network"): "docs/train_network.md",
+    ("sdxl", "network"): "docs/sdxl_train_network.md",
+    ("anima", "network"): "docs/anima_train_network.md",
+}
+"""(family, trainable) -> the page of the script"""
 
 BEGIN, END = "<!-- options: begin -->", "<!-- options: end -->"
 
@@ -67,13 +76,20 @@ def with_tables(page: str, what: Script) -> str:
     return f"{before}{BEGIN}\n\n{tables(what)}\n\n{END}{after}"
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) != 3:
-        print(__doc__)
-        return
-    page = Path(argv[2])
-    page.write_text(with_tables(page.read_text(encoding="utf-8"), script(argv[0], argv[1])), encoding="utf-8")
+def renew(family: str, trainable: str, page: Path) -> None:
+    page.write_text(with_tables(page.read_text(encoding="utf-8"), script(family, trainable)), encoding="utf-8")
     print(f"wrote {page}")
+
+
+def main(argv: list[str]) -> None:
+    if argv == ["all"]:
+        root = Path(__file__).resolve().parent.parent
+        for (family, trainable), page in PAGES.items():
+            renew(family, trainable, root / page)
+    elif len(argv) == 3:
+        renew(argv[0], argv[1], Path(argv[2]))
+    else:
+        print(__doc__)
 
 
 if __name__ == "__main__":

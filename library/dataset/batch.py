@@ -38,6 +38,7 @@ class Batch:
     conditioning_images: torch.Tensor | None = None  # [B, 3, H, W] in -1..1
     text_encoder_outputs_list: list[torch.Tensor] | None = None
     input_ids_list: list[torch.Tensor] | None = None
+    token_weights_list: list[torch.Tensor] | None = None  # weights of the ids, where captions carry some
 
     def __len__(self) -> int:
         return len(self.image_keys)

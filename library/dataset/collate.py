@@ -37,6 +37,7 @@ def collate(request: BatchRequest, samples: Sequence[Sample], tokenize: Any | No
     """The batch of these samples; with `tokenize` (a TokenizeStrategy) it has the tokens of the captions. No samples give a
     batch of length 0 whose tensors have no rows."""
     captions = [sample.caption for sample in samples]
+    tokens, weights = tokenize.tokens_of(captions) if tokenize is not None and captions else (None, None)
     return Batch(
         request=request,
         image_keys=[sample.image_key for sample in samples],
@@ -54,7 +55,8 @@ def collate(request: BatchRequest, samples: Sequence[Sample], tokenize: Any | No
         alpha_masks=_masks(samples),
         conditioning_images=_stack([sample.conditioning for sample in samples]),
         text_encoder_outputs_list=_text_outputs([sample.text_outputs for sample in samples]),
-        input_ids_list=tokenize.tokenize(captions) if tokenize is not None and captions else None,
+        input_ids_list=tokens,
+        token_weights_list=weights,
     )
 
 

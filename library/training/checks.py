@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from library.dataset import CachingOptions, DatasetOptions
 from library.errors import AtelierError, ConfigError, Problems
+from library.family_table import script_name
 from library.options import Config, MissingGroup
 from library.training.checkpoint import CheckpointNames
 from library.training.formula_checks import formula_problems
@@ -75,7 +76,7 @@ def all_problems(config: Config, family: type[ModelFamily], trainable: type[Trai
     attempt(lambda: cached_text_problems(config, family(config), trainable(config)))
     attempt(lambda: family(config).check())
     attempt(lambda: trainable(config).check(family(config)))
-    attempt(lambda: find_data(config, family.architecture) and None)
+    attempt(lambda: find_data(config, family.architecture, script_name(family.name, trainable.script)) and None)
     return problems.messages
 
 

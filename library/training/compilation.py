@@ -1,8 +1,10 @@
-"""--torch_compile: the repeated blocks of a denoiser compiled one by one."""
+"""How modules compute: the repeated blocks of a denoiser compiled one by one (--torch_compile), activations of text encoders
+computed again in the backward pass (--gradient_checkpointing)."""
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 
@@ -28,3 +30,12 @@ def compile_blocks(denoiser: torch.nn.Module, backend: str) -> int:
         block.compile(backend=backend)
     logger.info("compiled %d blocks with backend %s", len(blocks), backend)
     return len(blocks)
+
+
+def checkpoint_activations(encoder: Any) -> None:
+    """Gradient checkpointing of a model of transformers, which has two names for it: the old one goes with version 6."""
+    kwargs = {"use_reentrant": False}
+    if hasattr(encoder, "activation_checkpointing_enable"):
+        encoder.activation_checkpointing_enable(kwargs)
+    else:
+        encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)

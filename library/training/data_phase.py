@@ -62,8 +62,11 @@ class TextPhase:
     sample_conditioning: dict[str, list[Any]] = field(default_factory=dict)
 
 
-def find_data(config: Config, architecture: DataArchitecture) -> FoundData:
-    """Read the dataset configuration and look at its files; every problem of both, and of the caches, in one ConfigError."""
+def find_data(config: Config, architecture: DataArchitecture, script: str = "train_network") -> FoundData:
+    """Read the dataset configuration and look at its files; every problem of both, and of the caches, in one ConfigError.
+
+    `script`: the one that runs; scripts differ in the kinds of dataset that they take.
+    """
     data, caching = config[DatasetOptions], config[CachingOptions]
     if data.dataset_class is not None:
         if caching.caches_latents or caching.caches_text:
@@ -71,7 +74,7 @@ def find_data(config: Config, architecture: DataArchitecture) -> FoundData:
         return FoundData(None, None)
     return FoundData(
         *load_datasets(
-            data, caching, explicit=config.explicit, architecture=architecture, seed=config[LoopOptions].seed
+            data, caching, explicit=config.explicit, architecture=architecture, script=script, seed=config[LoopOptions].seed
         )
     )
 

@@ -110,8 +110,8 @@ class TrainStep:
             return list(cached)
         learns = any(self.trained_text_encoders) and batch.request.is_training
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()), self.runtime.autocast():
-            encoded = self.strategies.text_encoding.encode_tokens(
-                self.strategies.tokenize, self.models.text_encoders, batch.input_ids_list
+            encoded = self.strategies.text_encoding.encode(
+                self.strategies.tokenize, self.models.text_encoders, batch.input_ids_list, batch.token_weights_list
             )
         if cached is None:
             return encoded

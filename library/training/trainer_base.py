@@ -13,12 +13,13 @@ import torch
 from library.dataset import CachingOptions, DatasetOptions
 from library.device_utils import clean_memory_on_device
 from library.errors import Problems
+from library.family_table import script_name
 from library.options import Config
 from library.strategy_base import StrategySet
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.accelerator_setup import Runtime, prepare_runtime
 from library.training.checkpoint import resume_point
-from library.training.compilation import compile_blocks
+from library.training.compilation import checkpoint_activations, compile_blocks
 from library.training.data import Loading, TrainingData
 from library.training.data_phase import (
     DataGroups,
@@ -97,7 +98,8 @@ class Trainer:
         problems = Problems()
         for message in checks.collect(self.config, self.family, self.trainable):
             problems.add(message)
-        found = problems.attempt(lambda: find_data(self.config, self.family.architecture))
+        script = script_name(self.family.name, self.trainable.script)
+        found = problems.attempt(lambda: find_data(self.config, self.family.architecture, script))
         problems.raise_if_any()
         sampling = self.config[SamplingOptions]
         wants = sampling.sample_at_first or sampling.sample_every_n_steps or sampling.sample_every_n_epochs
@@ -160,7 +162,7 @@ class Trainer:
             models.denoiser.train()
             for encoder, learns in zip(models.text_encoders, trained):
                 if encoder is not None and learns:
-                    encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                    checkpoint_activations(encoder)
                     encoder.train()
         if memory.torch_compile:
             compile_blocks(models.denoiser, memory.dynamo_backend)

@@ -1,6 +1,7 @@
 """Metadata and hashes of trained files."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ def of_our_families(case):
 
 
 def family_of(name):
-    """The family of a recorded case: its name, or the name up to an underscore (flux_dev)."""
-    return max((family for family in FAMILIES if name == family or name.startswith(f"{family}_")), key=len, default=name)
+    """The family of a recorded case: its name, or the name up to a version (sd1) or an underscore (flux_dev)."""
+    return max((family for family in FAMILIES if re.fullmatch(rf"{family}\d?(_.*)?", name)), key=len, default=name)
 
 
 def recipe_tensor(recipe):

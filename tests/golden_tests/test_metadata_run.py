@@ -12,20 +12,32 @@ from safetensors import safe_open
 
 from library.training import cli
 from tests.golden_dir import behaviour, behaviour_cases
-from tests.golden_tests.test_metadata import assert_metadata, family_of
+from tests.golden_tests.test_metadata import assert_metadata, family_of, of_our_families
 from tests.tiny import build_tiny_flux
+from tests.tiny_anima import build_tiny_anima
+from tests.tiny_sd import build_tiny_sd
 
 FILE = "metadata.json"
 
 
-def of_flux(case) -> bool:
-    """The tiny models are those of FLUX.1."""
-    return family_of(case["name"]) == "flux"
+MODELS = {"flux": build_tiny_flux, "anima": build_tiny_anima, "sdxl": lambda folder: build_tiny_sd(folder, "sdxl")}
+"""family -> maker of its tiny models; Stable Diffusion by version"""
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return build_tiny_flux(tmp_path_factory.mktemp("tiny"))
+def models(tmp_path_factory):
+    """The tiny models that a case trains, made when first asked for."""
+    made = {}
+
+    def of_case(case):
+        family = family_of(case["name"])
+        kind = case["name"].partition("_")[0] if family == "sd" else family
+        if kind not in made:
+            make = MODELS.get(kind) or (lambda folder: build_tiny_sd(folder, kind))
+            made[kind] = make(tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return of_case
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +56,7 @@ def draw_images(root: Path, recorded) -> None:
         path.with_suffix(".txt").write_text(image["caption"], encoding="utf-8")
 
 
-def run_case(case, tiny, root: Path, *more: str) -> Path:
+def run_case(case, models, root: Path, *more: str) -> Path:
     """Train as the case says; the folder with the written files."""
     recorded = behaviour(FILE)
     draw_images(root, recorded)
@@ -52,10 +64,10 @@ def run_case(case, tiny, root: Path, *more: str) -> Path:
     dataset.write_text(recorded["dataset_toml"].replace("{ROOT}", root.as_posix()), encoding="utf-8")
     output = root / "output"
     argv = [
-        *tiny.arguments(), *case["arguments"], f"--dataset_config={dataset}", f"--output_dir={output}",
+        *models(case).arguments(), *case["arguments"], f"--dataset_config={dataset}", f"--output_dir={output}",
         "--max_data_loader_n_workers=0", "--console_log_level=WARNING", *more,
     ]  # fmt: skip
-    cli.run("flux", "network", argv)
+    cli.run(family_of(case["name"]), "network", argv)
     return output
 
 
@@ -64,9 +76,9 @@ def metadata_of(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-@pytest.mark.parametrize("case", behaviour_cases(FILE, where=of_flux))
-def test_files_of_a_run(case, tiny, tmp_path):
-    output = run_case(case, tiny, tmp_path)
+@pytest.mark.parametrize("case", behaviour_cases(FILE, where=of_our_families))
+def test_files_of_a_run(case, models, tmp_path):
+    output = run_case(case, models, tmp_path)
     final = metadata_of(output / f"{case['final_file']['text'].get('ss_output_name', 'last')}.safetensors")
     assert_metadata(case["final_file"], final)
     for name, expected in case["other_files"].items():
@@ -75,9 +87,9 @@ def test_files_of_a_run(case, tiny, tmp_path):
         assert json.loads(written["ss_datasets"]) == json.loads(final["ss_datasets"])
 
 
-@pytest.mark.parametrize("case", behaviour_cases(FILE, where=of_flux))
-def test_files_of_a_run_without_metadata(case, tiny, tmp_path):
-    output = run_case(case, tiny, tmp_path, "--no_metadata")
+@pytest.mark.parametrize("case", behaviour_cases(FILE, where=of_our_families))
+def test_files_of_a_run_without_metadata(case, models, tmp_path):
+    output = run_case(case, models, tmp_path, "--no_metadata")
     written = sorted(output.glob("*.safetensors"))
     assert len(written) == len(case["other_files"]) + 1
     for path in written:

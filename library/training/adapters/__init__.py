@@ -22,7 +22,7 @@ OWN_MODULES = ("networks.lora", *dict.fromkeys(entry.targets.partition(":")[0] f
 class NetworkOptions:
     """Adapter (network module)"""
 
-    network_module: str | None = option(None, help="module that makes the adapter, e.g. networks.lora_flux or lycoris.kohya")
+    network_module: str | None = option(None, help="module that makes the adapter, e.g. networks.lora or lycoris.kohya")
     network_dim: int | None = option(None, help="rank of the adapter; 4 when not given")
     network_alpha: float = option(1.0, help="the change is scaled by alpha / rank")
     network_dropout: float | None = option(None, help="share of the adapter's inner values that is zeroed in training, 0 to below 1")
@@ -96,10 +96,11 @@ def parse_pairs(items: Sequence[str] | None) -> dict[str, str]:
     return pairs
 
 
-def check_network_module(options: NetworkOptions) -> None:
-    """Raise ConfigError unless --network_module is given and can be imported; nothing of it is executed."""
+def check_network_module(options: NetworkOptions, usual: str = "networks.lora") -> None:
+    """Raise ConfigError unless --network_module is given and can be imported; nothing of it is executed. `usual`: the module
+    that messages name as an example."""
     if not options.network_module:
-        raise ConfigError("--network_module is missing; name the adapter to train, e.g. --network_module networks.lora_flux")
+        raise ConfigError(f"--network_module is missing; name the adapter to train, e.g. --network_module {usual}")
     path = options.module_path
     try:
         found = importlib.util.find_spec(path) is not None

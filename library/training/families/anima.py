@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
-from library.errors import CheckpointError, ConfigError, Problems
+from library.errors import CheckpointError, Problems
 from library.options import equivalent_option, option, refused_option
-from library.training.families.base import FlowFamily, refused_by_flow
+from library.training.families.base import FlowFamily, refused_by_flow, tokenizer_problems
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 from library.training.timestep_samplers import TimestepOptions
@@ -142,23 +142,14 @@ class AnimaFamily(FlowFamily):
     def _tokenizer_problems(self) -> list[str]:
         """Tokenizers that cannot be found or read, or whose ids the models do not have."""
         from library.llm_encoder_utils import inspect_qwen3
-        from library.tokenizers import vocabulary_problem
 
-        problems = Problems()
-        try:
-            rows = inspect_qwen3(self.opts.qwen3)["vocab_size"]
-            problem = vocabulary_problem(self._qwen3_tokenizer, rows, "Qwen3", f"--qwen3 {self.opts.qwen3}")
-            if problem:
-                problems.add(f"{problem}; name the right one with --qwen3_tokenizer")
-        except ConfigError as error:
-            problems.absorb(error)
-        except CheckpointError as error:
-            problems.add(str(error))
-        try:
-            _ = self._t5_tokenizer
-        except ConfigError as error:
-            problems.absorb(error)
-        return problems.messages
+        qwen3 = self.opts.qwen3
+        return [
+            *tokenizer_problems(
+                lambda: self._qwen3_tokenizer, lambda: inspect_qwen3(qwen3)["vocab_size"], "Qwen3", "--qwen3_tokenizer", f"--qwen3 {qwen3}"
+            ),
+            *tokenizer_problems(lambda: self._t5_tokenizer, None, "T5", "--t5_tokenizer_path"),
+        ]
 
     @cached_property
     def _qwen3_tokenizer(self) -> Any:
@@ -176,26 +167,16 @@ class AnimaFamily(FlowFamily):
     def _size_problems(self) -> list[str]:
         """Sizes of the files against each other; headers only."""
         from library.anima_models import block_swap_problem
-        from library.anima_utils import adapter_problem
-        from library.llm_encoder_utils import inspect_qwen3
-        from library.tokenizers import vocabulary_problem
-        from library.wan_vae_utils import inspect_wan_vae
+        from library.anima_utils import fitting_problems
 
         params, adapter = self._denoiser_info.params, self._adapter
-        width, channels = inspect_qwen3(self.opts.qwen3)["hidden_size"], inspect_wan_vae(self._vae_path).params.z_dim
         place = self.opts.llm_adapter_path or self._denoiser_path
-        needed = params.context_dim if adapter is None else adapter.source_dim
-        problems = []
-        if width != needed:
-            problems.append(f"--qwen3 is {self.opts.qwen3}: its width is {width}, the model {place} takes {needed}")
-        if channels != params.in_channels:
-            problems.append(
-                f"--vae is {self._vae_path}: it has {channels} latent channels, the model {self._denoiser_path} takes {params.in_channels}"
-            )
+        problems: list[str | None] = [*fitting_problems(
+            params, adapter, qwen3=("qwen3", self.opts.qwen3), vae=("vae", self._vae_path), model=self._denoiser_path, adapter_path=place
+        )]
         if adapter is not None:
-            vocabulary = vocabulary_problem(self._t5_tokenizer, adapter.vocab, "T5", f"the LLM adapter in {place}")
-            problems += [f"{vocabulary}; name the right one with --t5_tokenizer_path"] if vocabulary else []
-            problems.append(adapter_problem(adapter, params, place))
+            rows, where = adapter.vocab, f"the LLM adapter in {place}"
+            problems += tokenizer_problems(lambda: self._t5_tokenizer, lambda: rows, "T5", "--t5_tokenizer_path", where)
         problems.append(block_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, params.num_blocks))
         return [problem for problem in problems if problem]
 

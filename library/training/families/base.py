@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.errors import CheckpointError, Problems, UnsupportedCombination
+from library.errors import CheckpointError, ConfigError, Problems, UnsupportedCombination
 from library.options import Config
 from library.training import timestep_samplers
 from library.training.sampling_prompts import SampleDefaults, SamplePrompt, with_defaults
@@ -47,6 +47,23 @@ def refused_by_ddpm(model: str) -> dict[str, str]:
     reason = f"{model} is trained at whole timesteps, all equally likely; --min_timestep and --max_timestep bound them"
     names = ("timestep_sampling", "sigmoid_scale", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "discrete_flow_shift")
     return dict.fromkeys(names, reason)
+
+
+def tokenizer_problems(
+    load: Callable[[], Any], rows: Callable[[], int] | None, name: str, option: str, place: str | None = None
+) -> list[str]:
+    """A tokenizer that cannot be found or read, or whose ids the model does not have. `load` gives the tokenizer, `rows` the
+    number of embeddings of `place` (None: not compared), `option` names another tokenizer."""
+    from library.tokenizers import vocabulary_problem
+
+    try:
+        tokenizer = load()
+        problem = vocabulary_problem(tokenizer, rows(), name, place or f"the {name} text encoder") if rows else None
+    except ConfigError as error:
+        return list(error.problems)
+    except CheckpointError as error:
+        return [str(error)]
+    return [f"{problem}; name the right one with {option}"] if problem else []
 
 
 class ModelFamily(ABC):

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
-from library.errors import CheckpointError, ConfigError, Problems
+from library.errors import Problems
 from library.options import option, refused_option
-from library.training.families.base import FlowFamily, refused_by_flow
+from library.training.families.base import FlowFamily, refused_by_flow, tokenizer_problems
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 from library.training.timestep_samplers import TimestepOptions
@@ -127,23 +127,16 @@ class FluxFamily(FlowFamily):
     def _tokenizer_problems(self) -> list[str]:
         """Tokenizers that cannot be found or read, or whose ids the text encoders do not have."""
         from library.text_encoder_utils import inspect_clip_l, inspect_t5xxl
-        from library.tokenizers import vocabulary_problem
 
-        problems = Problems()
-        for name, load in (("CLIP-L", lambda: self._clip_l_tokenizer), ("T5", lambda: self._t5xxl_tokenizer)):
-            try:
-                tokenizer = load()
-                rows = inspect_clip_l(self.opts.clip_l)["vocab"] if name == "CLIP-L" else inspect_t5xxl(self.opts.t5xxl)["vocab_size"]
-            except ConfigError as error:
-                problems.absorb(error)
-            except CheckpointError as error:
-                problems.add(str(error))
-            else:
-                slot = "clip_l" if name == "CLIP-L" else "t5xxl"
-                problem = vocabulary_problem(tokenizer, rows, name, f"--{slot} {getattr(self.opts, slot)}")
-                if problem:
-                    problems.add(f"{problem}; name the right one with --{slot}_tokenizer")
-        return problems.messages
+        clip_l, t5xxl = self.opts.clip_l, self.opts.t5xxl
+        return [
+            *tokenizer_problems(
+                lambda: self._clip_l_tokenizer, lambda: inspect_clip_l(clip_l)["vocab"], "CLIP-L", "--clip_l_tokenizer", f"--clip_l {clip_l}"
+            ),
+            *tokenizer_problems(
+                lambda: self._t5xxl_tokenizer, lambda: inspect_t5xxl(t5xxl)["vocab_size"], "T5", "--t5xxl_tokenizer", f"--t5xxl {t5xxl}"
+            ),
+        ]
 
     @cached_property
     def _clip_l_tokenizer(self) -> Any:

@@ -9,8 +9,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from library.dataset.architectures import ARCHITECTURES
+from library.errors import CheckpointError
 from library.options import option
-from library.training.families.unet import UNetFamily, refused_by_unet, tokenizer_problems
+from library.training.families.base import tokenizer_problems
+from library.training.families.unet import UNetFamily, about_slot, refused_by_unet
 from library.training.option_groups import ModelOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 
@@ -76,10 +78,11 @@ class SdFamily(UNetFamily):
         from library.sd_utils import text_slot
         from library.text_encoder_utils import inspect_clip
 
-        def rows() -> int:
-            return inspect_clip(self.base_path, text_slot(self.is_v2)).values["vocab"]
-
-        return tokenizer_problems(lambda: self._tokenizer, rows, "CLIP", "--clip_tokenizer")
+        try:
+            rows = inspect_clip(self.base_path, text_slot(self.info.is_v2)).values["vocab"]  # a wrong --v2 is told of once
+        except CheckpointError as error:
+            return [about_slot("pretrained_model_name_or_path", self.base_path, error)]
+        return tokenizer_problems(lambda: self._tokenizer, lambda: rows, "CLIP", "--clip_tokenizer")
 
     def notices(self) -> list[str]:
         lines = super().notices()

@@ -12,7 +12,8 @@ from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError
 from library.options import option
-from library.training.families.unet import UNetFamily, part_of, refused_by_unet, tokenizer_problems
+from library.training.families.base import tokenizer_problems
+from library.training.families.unet import UNetFamily, about_slot, part_of, refused_by_unet
 from library.training.option_groups import ModelOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 
@@ -64,18 +65,15 @@ class SdxlFamily(UNetFamily):
         return inspect_vae_sdxl(self.vae_path)
 
     def text_problems(self) -> list[str]:
-        from library.text_encoder_utils import CLIP_G, CLIP_L, inspect_clip
+        from library.sdxl_utils import text_encoder_sizes, text_width_problem
 
         try:
-            values = [inspect_clip(self.base_path, slot).values for slot in (CLIP_L, CLIP_G)]
-            context = self.info.params.context_dim
+            sizes, params = text_encoder_sizes(self.base_path), self.info.params
         except CheckpointError as error:
-            return [str(error)]
-        found = tokenizer_problems(lambda: self._tokenizers[0], lambda: min(v["vocab"] for v in values), "CLIP", "--clip_tokenizer")
-        if sum(v["width"] for v in values) != context:
-            widths = " + ".join(str(v["width"]) for v in values)
-            found.append(f"{self.base_path}: its text encoders give {widths} values per token, its U-Net takes {context}; the file is no whole model")
-        return found
+            return [about_slot("pretrained_model_name_or_path", self.base_path, error)]
+        found = tokenizer_problems(lambda: self._tokenizers[0], lambda: min(v["vocab"] for v in sizes), "CLIP", "--clip_tokenizer")
+        width = text_width_problem(self.base_path, sizes, params)
+        return [*found, width] if width else found
 
     @cached_property
     def _tokenizers(self) -> tuple[Any, Any]:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _FP8 = "8-bit storage is there for transformers only; use --mixed_precision"
 
 
@@ -80,7 +79,7 @@ class UNetFamily(ModelFamily):
         try:
             return self.declared_problems(self.info)
         except CheckpointError as error:
-            return [str(error)]
+            return [about_slot("pretrained_model_name_or_path", self.base_path, error)]
 
     def declared_problems(self, info: UNetInfo) -> list[str]:
         """What the file says of itself against the options."""
@@ -100,9 +99,9 @@ class UNetFamily(ModelFamily):
         try:
             channels = self.vae_info.params.z_channels
         except CheckpointError as error:
-            return [str(error)]
+            return [about_slot(slot, path, error)]
         wanted = self.architecture.latents.channels
-        return [] if channels == wanted else [f"{path}: its autoencoder has {channels} latent channels; {wanted} are needed"]
+        return [] if channels == wanted else [f"--{slot} is {path}: its autoencoder has {channels} latent channels; {wanted} are needed"]
 
     def notices(self) -> list[str]:
         """Lines for the log where a setting has no effect or differs from what the file says."""
@@ -195,24 +194,17 @@ def part_of(path: str, subfolder: str) -> Path:
     return folder if folder.is_dir() else Path(path)
 
 
+def about_slot(slot: str, path: str | None, error: CheckpointError) -> str:
+    """What is wrong with a file, told as what is wrong with an option."""
+    text = str(error)
+    for start, instead in ((f"{path} ", "it "), (f"{path}: ", "")):
+        if text.startswith(start):
+            return f"--{slot} is {path}: {instead}{text.removeprefix(start)}"
+    return f"--{slot} is {path}: {text}"
+
+
 def slot_problem(path: str | None, slot: str, kinds: set[str]) -> str | None:
-    """`check_slot`, but pickled checkpoints pass: they are opened as data, which runs no code, and looked at then."""
+    """`check_slot` that takes the .ckpt files of these families too: they are opened as data, which runs no code."""
     from library.checkpoint_kinds import check_slot
 
-    if path and Path(path).is_file() and Path(path).suffix in PICKLES:
-        return None
-    return check_slot(path, slot, kinds)
-
-
-def tokenizer_problems(load: Any, rows: Any, name: str, option: str) -> list[str]:
-    """A tokenizer that cannot be found or read, or whose ids the text encoder does not have. `load` gives the tokenizer,
-    `rows` the number of embeddings."""
-    from library.tokenizers import vocabulary_problem
-
-    try:
-        problem = vocabulary_problem(load(), rows(), name, f"the {name} text encoder")
-    except ConfigError as error:
-        return list(error.problems) if hasattr(error, "problems") else [str(error)]
-    except CheckpointError as error:
-        return [str(error)]
-    return [f"{problem}; name the right one with {option}"] if problem else []
+    return check_slot(path, slot, kinds, with_pickles=True)

@@ -51,8 +51,7 @@ def encode_sample_prompts(
     """
     encoded: dict[str, Conditioning] = {}
     for text in texts_of(family, prompts):
-        tokens = strategies.tokenize.tokenize(text)
-        outputs = strategies.text_encoding.encode_tokens(strategies.tokenize, text_encoders, tokens)
+        outputs = strategies.text_encoding.encode(strategies.tokenize, text_encoders, *strategies.tokenize.tokens_of(text))
         encoded[text] = [None if tensor is None else tensor.detach().cpu() for tensor in outputs]
     return encoded
 

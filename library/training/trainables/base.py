@@ -23,6 +23,8 @@ class Trainable(ABC):
 
     name: ClassVar[str]
     options: ClassVar[type]
+    script: ClassVar[str] = "train_network"
+    """name of its scripts without .py and without what a family puts before it"""
     spec_kind: ClassVar[str] = ""
     """what modelspec.architecture ends in: lora, textual-inversion, controlnet; "" for a full model"""
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.errors import CheckpointError, ConfigError, Problems
+from library.family_table import family_entry
 from library.keyed_random import StepDraws, isolated_rng, key_seed
 from library.options import parse_bool
 from library.safetensors_utils import load_safetensors, read_header
@@ -54,8 +55,8 @@ class NetworkTrainable(Trainable):
         """Module, network arguments and files, as far as they can be judged without models."""
         problems = Problems()
         steps = (
-            lambda: check_network_module(self.opts), lambda: self._check_arguments(family), lambda: self._check_blocks(family),
-            self._check_files, self._check_ranks,
+            lambda: check_network_module(self.opts, self._usual_module(family)), lambda: self._check_arguments(family), lambda: self._check_blocks(family),
+            lambda: self._check_files(family), self._check_ranks,
         )  # fmt: skip
         for step in steps:
             problems.attempt(step)
@@ -66,6 +67,10 @@ class NetworkTrainable(Trainable):
         if self.opts.network_train_text_encoder_only and not any(self.trains_text_encoders(family)):
             problems.add(f"--network_train_text_encoder_only leaves nothing to train: no text encoder of {family.name} is trained")
         problems.raise_if_any()
+
+    @staticmethod
+    def _usual_module(family: ModelFamily) -> str:
+        return family_entry(family.name).network_module
 
     def _check_arguments(self, family: ModelFamily) -> None:
         """The module has the functions that make a network; its own look at --network_args, where it has one."""
@@ -80,7 +85,8 @@ class NetworkTrainable(Trainable):
             raise ConfigError(f"--network_module is {path}, which cannot be imported: {error}") from error
         needed = "create_network_from_weights" if self.opts.dim_from_weights else "create_network"
         if not hasattr(module, needed):
-            raise ConfigError(f"--network_module is {path}, which has no function {needed}; name a module that makes adapters, e.g. networks.lora_flux")
+            usual = self._usual_module(family)
+            raise ConfigError(f"--network_module is {path}, which has no function {needed}; name a module that makes adapters, e.g. {usual}")
         check = getattr(module, "check_network_args", None)
         if check is not None:
             check(self.opts.pairs, family.name)
@@ -107,15 +113,16 @@ class NetworkTrainable(Trainable):
                 continue  # reported by the check of the arguments
         problems.raise_if_any()
 
-    def _check_files(self) -> None:
-        from library.checkpoint_kinds import check_slot
+    def _check_files(self, family: ModelFamily) -> None:
+        from library.checkpoint_kinds import check_adapter, check_slot
 
+        maker = family_entry(family.name).adapters
         problems = Problems()
         files = [("network_weights", self.opts.network_weights)] if self.opts.network_weights else []
         files += [("base_weights", path) for path in self.opts.base_weights or ()]
         for slot, path in files:
             if str(path).endswith(".safetensors") or not os.path.isfile(path):
-                message = check_slot(path, slot, {"adapter"})
+                message = check_slot(path, slot, {"adapter"}) or check_adapter(path, slot, maker)
                 if message:
                     problems.add(message)
         problems.raise_if_any()

@@ -1,0 +1,11 @@
+"""Make images with Anima, with and without LoRAs."""
+
+from library import anima_inference
+
+
+def setup_parser():
+    return anima_inference.build_parser()
+
+
+if __name__ == "__main__":
+    anima_inference.main()

@@ -1,0 +1,11 @@
+"""Make images with SDXL, with and without LoRAs."""
+
+from library import sdxl_inference
+
+
+def setup_parser():
+    return sdxl_inference.build_parser()
+
+
+if __name__ == "__main__":
+    sdxl_inference.main()

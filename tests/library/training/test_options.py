@@ -1,0 +1,158 @@
+"""The options of every training script: the known set and our own, frozen; each works, or is refused with the reason."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from library.errors import ConfigError
+from library.options import allows_none, is_bool_option, value_type
+from library.training.parser_common import parse, parse_command, script
+from tests.option_sets import SCRIPTS, frozen_path, option_set, reason, status
+
+ROOT = Path(__file__).resolve().parents[3]
+WHAT = {f"{family}_{trainable}": script(family, trainable) for family, trainable in SCRIPTS}
+OWN_OPTIONS = {
+    "flux_network": {"clip_l_tokenizer", "t5xxl_tokenizer"},
+    "sd_network": {"clip_tokenizer"},
+    "sdxl_network": {"clip_tokenizer"},
+    "anima_network": {"qwen3_tokenizer"},
+}
+OWN_OF_ALL = {"overwrite", "skip_bad_images", "fail_on_missing_captions"}
+"""options that only this project has; extend the sets together with the documentation"""
+OTHER_DEFAULTS = {"flux_network": {"model_prediction_type": "raw"}}
+"""defaults that differ on purpose (a documented fault of the old one); the run says so at start"""
+SWITCHES = {
+    "multires_noise_discount": ["--multires_noise_iterations", "6"], "adaptive_noise_scale": ["--noise_offset", "0.1"],
+    "noise_offset_random_strength": ["--noise_offset", "0.1"], "sample_sampler": ["--sample_prompts", "p.txt"],
+}  # fmt: skip
+"""settings of a feature -> what switches it on, without which they ask for nothing"""
+
+
+def known(which: str) -> list[list]:
+    """[name, type, nargs, default, choices] of every option that the known script of this name has."""
+    path = Path(__file__).parent / f"{which}_options.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def each(wanted: str) -> list:
+    """One case for each option of each script with a status."""
+    return [
+        pytest.param(which, name, id=f"{which}-{name}")
+        for which, what in WHAT.items() for name in what.owners if status(what, name) == wanted
+    ]
+
+
+@pytest.mark.parametrize("which", WHAT)
+def test_the_options_are_the_frozen_ones(which: str) -> None:
+    """A change that is meant: `python -m tests.option_sets`, and look at the difference."""
+    frozen = json.loads(frozen_path(*which.rsplit("_", 1)).read_text(encoding="utf-8"))
+    found = option_set(WHAT[which])
+    assert found.keys() == frozen.keys()
+    for name, entry in frozen.items():
+        assert found[name] == entry, name
+
+
+@pytest.mark.parametrize("which", WHAT)
+def test_the_set_of_options_is_the_known_one_and_our_own(which: str) -> None:
+    """Shared options that the known script of a family does not have are refused here, or work here too."""
+    names, of_script = {entry[0] for entry in known(which)}, set(WHAT[which].owners)
+    assert names - of_script == set()
+    elsewhere = {entry[0] for other in WHAT for entry in known(other)}
+    assert of_script - names - elsewhere == OWN_OPTIONS[which] | OWN_OF_ALL
+    assert {name for name in of_script - names & elsewhere if status(WHAT[which], name) == "equivalent"} <= names
+
+
+@pytest.mark.parametrize(
+    "which, entry", [pytest.param(which, entry, id=f"{which}-{entry[0]}") for which in WHAT for entry in known(which)]
+)
+def test_an_option_keeps_its_type_default_and_choices(which: str, entry: list) -> None:
+    name, kind, nargs, default, choices = entry
+    what = WHAT[which]
+    owner, spec = what.owners[name], what.spec(name)
+    assert what.default(name) == OTHER_DEFAULTS.get(which, {}).get(name, default)
+    assert is_bool_option(owner, name) == (kind == "bool")
+    if kind in ("int", "float") and spec.convert is None:
+        assert value_type(owner, name).__name__ == kind
+    assert (spec.nargs == "*") == (nargs == "*")
+    if choices:
+        assert spec.choices is None or set(choices) <= set(spec.choices)
+    if default is None:
+        assert allows_none(owner, name)
+
+
+@pytest.mark.parametrize("which, name", each("refused"))
+def test_a_refused_option_is_refused_by_name_with_a_reason(which: str, name: str) -> None:
+    what = WHAT[which]
+    owner, spec = what.owners[name], what.spec(name)
+    if spec.choices:
+        value = str(next(choice for choice in reversed(spec.choices) if choice is not None and choice != what.default(name)))
+    elif is_bool_option(owner, name):
+        value = "true"
+    else:
+        value = {int: "7", float: "0.7"}.get(value_type(owner, name), "something")
+    with pytest.raises(ConfigError) as caught:
+        parse([f"--{name}", value, *SWITCHES.get(name, [])], what.family, what.trainable)
+    mine = [problem for problem in caught.value.problems if problem.startswith(f"--{name} ")]
+    told = reason(what, name)
+    assert len(mine) == 1 and told in mine[0]
+    assert len(told) > 15
+
+
+@pytest.mark.parametrize("which, name", each("refused"))
+def test_the_default_of_a_refused_option_passes(which: str, name: str) -> None:
+    what = WHAT[which]
+    default = what.default(name)
+    text = "" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    if text == "" and not allows_none(what.owners[name], name):
+        pytest.skip("the default cannot be written")
+    assert parse([f"--{name}={text}"], what.family, what.trainable).value(name) == default
+
+
+@pytest.mark.parametrize("which, name", each("equivalent"))
+def test_an_equivalent_option_is_answered_with_one_line(which: str, name: str) -> None:
+    what = WHAT[which]
+    choices = [choice for choice in what.spec(name).choices or () if choice not in (None, what.default(name))]
+    parsed = parse_command([f"--{name}", *choices[:1]], what.family, what.trainable)
+    assert [note.text for note in parsed.notes] == [what.spec(name).reason]
+
+
+def names_read(tree: ast.AST) -> Iterator[str]:
+    """Attributes and whole string constants of a module, outside the range checks of option groups."""
+    skipped = {
+        id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) and function.name == "__post_init__"
+        for node in ast.walk(function)
+    }  # fmt: skip
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+@pytest.mark.parametrize("which", WHAT)
+def test_every_option_that_works_is_read_somewhere(which: str) -> None:
+    """In a file that a run of this family uses: those of other families do not count."""
+    what = WHAT[which]
+    not_use = {"known_options_table.py", "known_options.py", "checks.py"}
+    others = {other for other, _ in SCRIPTS} - {what.family}
+    read = {"overwrite"}  # its whole job is a check
+    for folder in ("library", "networks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.name not in not_use and not others & set(path.stem.split("_")):
+                read |= set(names_read(ast.parse(path.read_text(encoding="utf-8"))))
+    metadata = {name for name in what.owners if name.startswith("metadata_")} if "metadata_" in read else set()
+    assert [name for name in what.owners if status(what, name) == "works" and name not in read | metadata] == []
+
+
+@pytest.mark.parametrize("which", WHAT)
+def test_names_in_the_lists_of_the_family_are_options(which: str) -> None:
+    what = WHAT[which]
+    assert set(what.refused) <= set(what.owners)
+    assert set(what.defaults) <= set(what.owners)

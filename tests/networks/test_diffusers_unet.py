@@ -1,0 +1,155 @@
+"""Our LoRA files of Stable Diffusion 1, 2 and SDXL in diffusers: trained on a folder that diffusers wrote, read back by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from library import sd_utils, sdxl_utils
+from library.sdxl_train_utils import predict_noise
+from library.text_encoder_utils import CLIP_G, CLIP_H, CLIP_L, load_clip
+from library.training import cli
+from networks.lora import create_network_from_weights
+from networks.lora_conversion import to_diffusers
+from tests.runs.conftest import draw_pictures
+from tests.tiny import write_clip_tokenizer
+
+diffusers = pytest.importorskip("diffusers")
+
+KINDS = ("sd1", "sd2", "sdxl")
+LAYERS = 2
+DATASET = "[[datasets]]\nresolution = 64\nbatch_size = 1\n[[datasets.subsets]]\nimage_dir = '{images}'\ncaption_extension = '.txt'\n"
+
+
+@dataclass
+class Trained:
+    """A folder in the layout of diffusers and a LoRA that the command line trained on it."""
+
+    kind: str
+    folder: Path
+    file: Path
+
+    @property
+    def family(self) -> str:
+        return "sdxl" if self.kind == "sdxl" else "sd"
+
+
+def write_folder(kind: str, folder: Path) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(3)
+    common = {"block_out_channels": (16, 32, 32), "layers_per_block": LAYERS, "norm_num_groups": 8, "sample_size": 8}
+    plain, cross, up, cross_up = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
+    if kind == "sdxl":
+        common |= {
+            "down_block_types": (plain, cross, cross), "up_block_types": (cross_up, cross_up, up), "cross_attention_dim": 48,
+            "transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (2, 4, 4), "use_linear_projection": True,
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 32 + 48,
+        }  # fmt: skip
+    else:
+        common |= {
+            "down_block_types": (cross, cross, plain), "up_block_types": (up, cross_up, cross_up), "attention_head_dim": 4,
+            "cross_attention_dim": 32, "use_linear_projection": kind == "sd2",
+        }  # fmt: skip
+    diffusers.UNet2DConditionModel(**common).save_pretrained(folder / "unet")
+    diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1, latent_channels=4, norm_num_groups=4, scaling_factor=0.18215,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    vocab = write_clip_tokenizer(folder / "tokenizer")
+    text = {
+        "vocab_size": vocab, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "bos_token_id": vocab - 2,
+        "eos_token_id": vocab - 1, "pad_token_id": vocab - 1,
+    }  # fmt: skip
+    width = 16 if kind == "sdxl" else 32
+    act = "gelu" if kind == "sd2" else "quick_gelu"
+    first = CLIPTextConfig(hidden_size=width, intermediate_size=2 * width, hidden_act=act, **text)
+    CLIPTextModel(first).save_pretrained(folder / "text_encoder")
+    if kind == "sdxl":
+        second = CLIPTextConfig(hidden_size=32, intermediate_size=64, hidden_act="gelu", projection_dim=32, **text)
+        CLIPTextModelWithProjection(second).save_pretrained(folder / "text_encoder_2")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request, tmp_path_factory) -> Trained:
+    kind, root = request.param, tmp_path_factory.mktemp(request.param)
+    write_folder(kind, root / "model")
+    (root / "data.toml").write_text(DATASET.format(images=draw_pictures(root / "images", 3)), encoding="utf-8")
+    result = Trained(kind, root / "model", root / "out" / "lora.safetensors")
+    cli.run(result.family, "network", [
+        f"--pretrained_model_name_or_path={root / 'model'}", f"--clip_tokenizer={root / 'model' / 'tokenizer'}",
+        f"--dataset_config={root / 'data.toml'}", f"--output_dir={root / 'out'}", "--output_name=lora",
+        "--network_module=networks.lora", "--network_dim=4", "--network_alpha=2", "--network_args", "conv_dim=2", "conv_alpha=1",
+        "--max_train_steps=3", "--learning_rate=0.1", "--seed=5", "--max_data_loader_n_workers=0",
+        "--console_log_level=WARNING", *(["--v2"] if kind == "sd2" else []),
+    ])  # fmt: skip
+    return result
+
+
+def our_models(trained: Trained):
+    """(U-Net, text encoders) of the folder."""
+    if trained.kind == "sdxl":
+        unet, slots = sdxl_utils.load_unet_sdxl(trained.folder, torch.float32, "cpu"), (CLIP_L, CLIP_G)
+    else:
+        unet = sd_utils.load_unet_sd(trained.folder, torch.float32, "cpu")
+        slots = (CLIP_H if trained.kind == "sd2" else CLIP_L,)
+    return unet, [load_clip(trained.folder, slot, torch.float32, "cpu") for slot in slots]
+
+
+def pipeline_of(trained: Trained):
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    unet = diffusers.UNet2DConditionModel.from_pretrained(trained.folder / "unet").eval()
+    vae = diffusers.AutoencoderKL.from_pretrained(trained.folder / "vae")
+    parts = {
+        "vae": vae, "unet": unet, "scheduler": diffusers.DDIMScheduler(), "tokenizer": None,
+        "text_encoder": CLIPTextModel.from_pretrained(trained.folder / "text_encoder").eval(),
+    }  # fmt: skip
+    if trained.kind == "sdxl":
+        second = CLIPTextModelWithProjection.from_pretrained(trained.folder / "text_encoder_2").eval()
+        return diffusers.StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=None, add_watermarker=False)
+    return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def predictions(kind: str, ours, theirs) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(ours, theirs) for the same inputs: the U-Net, then each text encoder. Each is a (U-Net, encoders) pair."""
+    generator = torch.Generator().manual_seed(1)
+    latents, times = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([1, 940])
+    states = torch.randn(2, 5, 48 if kind == "sdxl" else 32, generator=generator)
+    pooled, sizes = torch.randn(2, 32, generator=generator), torch.tensor([[80.0, 64, 0, 8, 64, 64], [64, 64, 0, 0, 64, 64]])
+    ids = torch.randint(0, 100, (2, 77), generator=generator)
+    with torch.no_grad():
+        if kind == "sdxl":
+            parts = [states[..., :16], states[..., 16:], pooled]
+            mine = predict_noise(ours[0], latents, times, parts, (sizes[:, :2], sizes[:, 2:4], sizes[:, 4:]))
+            other = theirs[0](latents, times, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+        else:
+            mine, other = ours[0](latents, times, states), theirs[0](latents, times, states).sample
+        pairs = [(mine, other)]
+        for own, foreign in zip(ours[1], theirs[1], strict=True):
+            pairs.append(tuple(encoder(ids, output_hidden_states=True).hidden_states[-1] for encoder in (own, foreign)))
+    return pairs
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_a_trained_file_changes_the_output_as_our_own_forward(trained: Trained, layout: str, tmp_path: Path) -> None:
+    unet, encoders = our_models(trained)
+    pipeline = pipeline_of(trained)
+    theirs = (pipeline.unet, [e for e in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if e is not None])
+    plain = predictions(trained.kind, (unet, encoders), theirs)
+    for mine, other in plain:
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    network, tensors = create_network_from_weights(1.0, str(trained.file), None, encoders, unet, for_inference=True)
+    network.apply_to(encoders, unet)
+    assert network.load_weights(str(trained.file)) == {"missing": [], "unexpected": []}
+    tensors = load_file(trained.file)
+    pipeline.load_lora_weights(tensors if layout == "kohya" else to_diffusers(trained.family, tensors))
+    for (mine, other), (before, _) in zip(predictions(trained.kind, (unet, encoders), theirs), plain, strict=True):
+        assert (mine - before).norm() / before.norm() > 0.01
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    loaded = sum("lora_A" in name for model in (theirs[0], *theirs[1]) for name, _ in model.named_parameters())
+    assert loaded == sum(key.endswith("lora_down.weight") for key in tensors)

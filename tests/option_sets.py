@@ -1,0 +1,64 @@
+"""The frozen options of the training scripts: what each option is called, takes, is by default, and whether it works there.
+
+    python -m tests.option_sets          after a change that is meant: writes tests/golden/options anew
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from library.family_table import FAMILIES
+from library.options import is_bool_option, value_type
+from library.training.parser_common import Script, script
+
+FOLDER = Path(__file__).parent / "golden" / "options"
+SCRIPTS = tuple((family, "network") for family in FAMILIES)
+
+
+def status(what: Script, name: str) -> str:
+    """works, refused or equivalent, in this script."""
+    return "refused" if name in what.refused else what.spec(name).status
+
+
+def reason(what: Script, name: str) -> str | None:
+    return what.refused.get(name) or what.spec(name).reason
+
+
+def option_set(what: Script) -> dict[str, dict[str, Any]]:
+    """Name -> what is frozen of an option, as JSON has it."""
+    found = {}
+    for name, owner in what.owners.items():
+        spec = what.spec(name)
+        kind = "bool" if is_bool_option(owner, name) else value_type(owner, name).__name__
+        found[name] = {
+            "type": f"{kind} by {spec.convert.__name__}" if spec.convert is not None and spec.convert is not str else kind,
+            "nargs": spec.nargs,
+            "default": what.default(name),
+            "choices": list(spec.choices) if spec.choices else None,
+            "flags": [f"--{name}", *spec.flags],
+            "status": status(what, name),
+        }
+    return json.loads(json.dumps(found))
+
+
+def frozen_path(family: str, trainable: str) -> Path:
+    return FOLDER / f"{family}_{trainable}.json"
+
+
+def as_text(options: dict[str, dict[str, Any]]) -> str:
+    """One option per line, so that a change of one is a change of one line."""
+    lines = [f" {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(options.items())]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for family, trainable in SCRIPTS:
+        frozen_path(family, trainable).write_text(as_text(option_set(script(family, trainable))), encoding="utf-8")
+        print(f"wrote {frozen_path(family, trainable)}")
+
+
+if __name__ == "__main__":
+    main()
