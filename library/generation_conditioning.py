@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.errors import CheckpointError, ConfigError
+from library.errors import AtelierError, CheckpointError, ConfigError
 from library.prompt_weighting import PER_ROW, apply_weights, joined, parse_weights, rows_needed
 from library.safetensors_utils import load_safetensors
 from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
+from library.tokenizers import vocabulary_problem
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,15 @@ def _pickled_inversion(path: str) -> dict[str, Tensor]:
     if isinstance(content, dict) and "string_to_param" in content:
         content = dict(content["string_to_param"])
     return {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+
+
+def tokenizer_problems(load: Callable[[], Any], num_rows: int) -> list[str]:
+    """What is wrong with a CLIP tokenizer that is still to be loaded, for an embedding of `num_rows` rows."""
+    try:
+        problem = vocabulary_problem(load(), num_rows, "CLIP", "the text encoder of --ckpt")
+    except AtelierError as error:
+        return [str(error)]
+    return [f"{problem}; give its folder with --clip_tokenizer"] if problem else []
 
 
 def checked_inversions(paths: Sequence[str]) -> list[str]:

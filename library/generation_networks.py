@@ -28,7 +28,7 @@ def network_problems(options: GenerationNetworkOptions) -> list[str]:
     for name in options.network_module or []:
         problems.attempt(lambda: _module(name))
     for path in options.network_weights or []:
-        problem = check_slot(path, "network_weights", {"adapter"})
+        problem = check_slot(path, "network_weights", {"adapter"}, with_pickles=True)
         if problem:
             problems.add(problem)
     for text in options.network_args or []:

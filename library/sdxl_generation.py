@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.generation_conditioning import PromptEncoder, WordTokenizer
+from library.generation_conditioning import PromptEncoder, WordTokenizer, tokenizer_problems
 from library.generation_options import GenerationModelOptions
 from library.sdxl_train_utils import predict_noise
-from library.sdxl_utils import inspect_sdxl_unet, load_text_encoders_sdxl, load_unet_sdxl, load_vae_sdxl
+from library.sdxl_utils import inspect_sdxl_unet, inspect_vae_sdxl, load_text_encoders_sdxl, load_unet_sdxl, load_vae_sdxl, text_encoder_sizes, text_width_problem
 from library.strategy_sdxl import SECOND_PAD, SdxlTextEncodingStrategy, SdxlTokenizeStrategy
 from library.tokenizers import load_clip_tokenizer
 from library.unet_utils import UNetInfo
 
+NAME, KINDS = "sdxl", frozenset({"sdxl"})
+inspect_vae = inspect_vae_sdxl
 load_unet = load_unet_sdxl
 load_vae = load_vae_sdxl
 
@@ -25,7 +27,20 @@ def inspect(options: GenerationModelOptions) -> tuple[UNetInfo, list[str]]:
     return inspect_sdxl_unet(options.ckpt), []
 
 
+def text_problems(options: GenerationModelOptions) -> list[str]:
+    """Text encoders against the U-Net, and the tokenizer against them."""
+    sizes = text_encoder_sizes(options.ckpt)
+    width = text_width_problem(options.ckpt, sizes, inspect_sdxl_unet(options.ckpt).params)
+
+    def load() -> Any:
+        return load_clip_tokenizer(options.clip_tokenizer, options.tokenizer_cache_dir, option="--clip_tokenizer")
+
+    found = tokenizer_problems(load, min(values["vocab"] for values in sizes))
+    return [*found, width] if width else found
+
+
 def load_prompt_encoder(options: GenerationModelOptions, dtype: torch.dtype, device: torch.device) -> PromptEncoder:
+    """Both text encoders and their tokenizers, which differ in their padding."""
     where = (options.clip_tokenizer, options.tokenizer_cache_dir)
     first = WordTokenizer(load_clip_tokenizer(*where, option="--clip_tokenizer"))
     second = WordTokenizer(load_clip_tokenizer(*where, pad_token=SECOND_PAD, option="--clip_tokenizer"))

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import AtelierError, ConfigError, Problems
+from library.dataset.architectures import ARCHITECTURES
+from library.errors import CheckpointError, ConfigError, Problems
 from library.generation_options import (
     GENERATION_CLASSES,
     GenerationModelOptions,
@@ -31,6 +32,7 @@ from library.generation_sources import (
 )
 from library.inference_script import read_command, refused_problems, run_to_exit, script_parser, tell_equivalent, write_picture
 from library.options import Config
+from library.training.families.unet import about_slot, slot_problem
 from library.training.inference_samplers import sampler_notices
 from library.training.option_groups import ConsoleOptions
 
@@ -109,22 +111,31 @@ def all_problems(config: Config) -> list[str]:
 
 
 def model_problems(options: GenerationModelOptions) -> list[str]:
-    """What is wrong with checkpoint and autoencoder, from headers."""
+    """What is wrong with checkpoint, autoencoder and tokenizer, from headers."""
     import importlib
 
-    from library.checkpoint_kinds import check_slot
     from library.unet_pipeline import GENERATORS
 
-    kinds = {"sdxl"} if options.sdxl else {"sd1", "sd2"}
-    found = [check_slot(options.ckpt, "ckpt", kinds)]
-    if options.vae:
-        found.append(check_slot(options.vae, "vae", {"vae_sd", *kinds}))
-    if found[0] is None:
+    family = importlib.import_module(GENERATORS[options.family])
+    model_problem = slot_problem(options.ckpt, "ckpt", family.KINDS)
+    if model_problem:
+        return [model_problem]
+    vae_problem = slot_problem(options.vae, "vae", {"vae_sd", *family.KINDS}) if options.vae else None
+    found = [vae_problem] if vae_problem else []
+    checks = [lambda: family.inspect(options)[1], lambda: family.text_problems(options)]
+    if not vae_problem:
+        checks.append(lambda: _vae_problems(family, "vae" if options.vae else "ckpt", options.vae or options.ckpt))
+    for check in checks:
         try:
-            found += importlib.import_module(GENERATORS[options.family]).inspect(options)[1]
-        except AtelierError as error:
-            found.append(str(error))
-    return [problem for problem in found if problem]
+            found += check()
+        except CheckpointError as error:
+            found.append(about_slot("ckpt", options.ckpt, error))
+    return found
+
+
+def _vae_problems(family: Any, slot: str, path: str) -> list[str]:
+    channels, wanted = family.inspect_vae(path).params.z_channels, ARCHITECTURES[family.NAME].latents.channels
+    return [] if channels == wanted else [f"--{slot} is {path}: its autoencoder has {channels} latent channels; {wanted} are needed"]
 
 
 def known_lines(config: Config) -> list[PromptLine]:

@@ -421,3 +421,35 @@ def test_noise_of_other_kinds(tiny, tmp_path):
 def test_every_known_option_is_there():
     ours = {option for action in unet_inference.build_parser()._actions for option in action.option_strings}
     assert not [name for name in KNOWN_OPTIONS.split() if f"--{name}" not in ours]
+
+
+def test_models_that_do_not_fit_are_told_before_anything_is_loaded(tiny, tmp_path):
+    sd1, sdxl = tiny["sd1"], tiny["sdxl"]
+    with pytest.raises(ConfigError) as caught:
+        made(sd1, tmp_path, "--prompt", "a", "--sdxl", f"--vae={tmp_path / 'missing.safetensors'}")
+    assert "--ckpt" in str(caught.value) and "an SDXL checkpoint" in str(caught.value)
+    with pytest.raises(ConfigError, match="--vae is .*missing.safetensors"):
+        made(sd1, tmp_path, "--prompt", "a", f"--vae={tmp_path / 'missing.safetensors'}")
+    with pytest.raises(ConfigError, match="--clip_tokenizer"):
+        made(sdxl, tmp_path, "--prompt", "a", f"--clip_tokenizer={tmp_path}")
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_half_precision_is_near(tiny, tmp_path, kind):
+    [full] = made(tiny[kind], tmp_path / "a", "--prompt", "a cat --d 1")
+    [half] = made(tiny[kind], tmp_path / "b", "--prompt", "a cat --d 1", "--bf16")
+    [vae] = made(tiny[kind], tmp_path / "c", "--prompt", "a cat --d 1", "--bf16", "--no_half_vae", "--opt_channels_last", "--vae_batch_size=0.5")
+    assert 0 < abs(pixels(full) - pixels(half)).mean() < 8 and abs(pixels(full) - pixels(vae)).mean() < 8
+
+
+def test_the_minimal_script_and_this_one_make_one_picture(tiny, tmp_path):
+    from library import sdxl_inference
+
+    [ours] = made(tiny["sdxl"], tmp_path / "a", "--prompt", "a cat --d 1 --l 6 --n dog", "--sampler=euler")
+    [other] = sdxl_inference.run(
+        [
+            f"--ckpt_path={tiny['sdxl'].model}", f"--clip_tokenizer={tiny['sdxl'].tokenizer}", f"--output_dir={tmp_path / 'b'}", "--prompt=a cat",
+            "--negative_prompt=dog", "--seed=1", "--width=64", "--height=64", "--steps=3", "--cfg_scale=6", "--dtype=float32",
+        ]
+    )  # fmt: skip
+    assert distance(ours, other) <= 1
