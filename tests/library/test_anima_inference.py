@@ -243,9 +243,11 @@ def test_every_wrong_file_is_named_before_anything_is_loaded(tiny, tmp_path):
     with pytest.raises(ConfigError) as caught:
         anima_inference.run([
             f"--dit={tiny.vae}", f"--vae={tmp_path / 'none'}", f"--text_encoder={tiny.anima}", "--lora_weight", str(tiny.qwen3),
-            f"--save_path={tmp_path}",
+            "--from_file=none.txt",
         ])  # fmt: skip
-    assert [problem.split()[0] for problem in caught.value.problems] == ["--prompt", "--dit", "--vae", "--text_encoder", "--lora_weight"]
+    assert [problem.split()[0] for problem in caught.value.problems] == [
+        "--save_path", "--dit", "--vae", "--text_encoder", "--lora_weight", "--from_file",
+    ]  # fmt: skip
 
 
 def test_parts_of_other_sizes_are_named(tiny, tmp_path):
