@@ -55,7 +55,7 @@ class _Encoded:
 @dataclass
 class PromptEncoder:
     """Text encoders and how captions go through them. `make_tokenize(length)` gives the family's token strategy for prompts
-    of `length` tokens; results are kept, as prompts come back in every round."""
+    of `length` tokens."""
 
     make_tokenize: Callable[[int], TokenizeStrategy]
     encoding: TextEncodingStrategy

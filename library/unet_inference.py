@@ -95,7 +95,7 @@ def run(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> list[Path]:
 def all_problems(config: Config) -> list[str]:
     """Everything that can be told without loading a model."""
     from library.generation_conditioning import checked_inversions
-    from library.generation_networks import network_problems
+    from library.inference_networks import network_problems
 
     networks, sources = config[GenerationNetworkOptions], config[GenerationSourceOptions]
     found = [*refused_problems(config), *model_problems(config[GenerationModelOptions]), *network_problems(networks)]

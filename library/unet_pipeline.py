@@ -17,7 +17,6 @@ from torch import Tensor
 from library.device_utils import get_preferred_device
 from library.errors import ConfigError
 from library.generation_conditioning import PromptEncoder, stacked
-from library.generation_networks import Networks
 from library.generation_options import (
     GenerationModelOptions,
     GenerationNetworkOptions,
@@ -36,6 +35,7 @@ from library.generation_sampling import (
     branches_of,
     guided_predictor,
 )
+from library.inference_networks import Networks
 from library.options import Config
 from library.prompt_weighting import sub_prompts
 from library.training.inference_samplers.discrete import STEPS_OFFSET, Predict

@@ -14,8 +14,9 @@ from PIL import Image
 
 from library import unet_inference
 from library.errors import CheckpointError, ConfigError
-from library.safetensors_utils import save_file_atomic
+from library.safetensors_utils import load_safetensors, save_file_atomic
 from library.training.inference_samplers import SAMPLER_NAMES
+from tests.library.test_sdxl_inference import write_adapter
 from tests.tiny_sd import KINDS, TinySd, build_tiny_sd
 
 ROOT = Path(__file__).parents[2]
@@ -259,6 +260,19 @@ def test_counts_of_networks_are_checked(tiny, network, tmp_path):
         made(tiny["sd1"], tmp_path, "--prompt", "a --am 0.5", *with_networks(network, "a", "--network_merge"))
     with pytest.raises(ConfigError, match="needed: a LoRA-type adapter"):
         made(tiny["sd1"], tmp_path, "--prompt", "a", "--network_module", "networks.lora", "--network_weights", str(tiny["sd1"].model))
+
+
+def test_networks_of_another_package(tiny, tmp_path):
+    pytest.importorskip("lycoris")
+    whole = write_adapter(tmp_path / "whole.safetensors", 4)
+    path = tmp_path / "denoiser.safetensors"
+    save_file_atomic({k: t for k, t in load_safetensors(whole, "cpu").items() if k.startswith("lora_unet")}, path)
+    prompt, file = ["--prompt", "a cat --d 1"], ["--network_weights", str(path), "--network_mul", "0.7"]
+    [ours] = made(tiny["sdxl"], tmp_path / "ours", *prompt, *file, "--network_module", "networks.lora")
+    [theirs] = made(tiny["sdxl"], tmp_path / "theirs", *prompt, *file, "--network_module", "lycoris.kohya")
+    assert distance(ours, theirs) <= 1
+    with pytest.raises(ConfigError, match="cannot take a network out"):
+        made(tiny["sdxl"], tmp_path, *prompt, *file, "--network_module", "lycoris.kohya", "--network_pre_calc")
 
 
 def test_metadata_of_networks_is_shown(tiny, network, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The networks of the image scripts: merged for the whole run, merged for a batch, or hooked; and their strengths."""
+"""Networks that image scripts merge for the whole run, merge for a batch, or hook; and their strengths from batch to batch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoint_kinds import check_slot
-from library.errors import CheckpointError, ConfigError, Problems
+from library.errors import ConfigError, Problems
 from library.generation_options import GenerationNetworkOptions
-from library.safetensors_utils import read_header
+from library.inference_adapters import AdapterFile, file_problem, hook, network_of
 from library.training.keyword_args import parse_keyword_args
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def network_problems(options: GenerationNetworkOptions) -> list[str]:
     for name in options.network_module or []:
         problems.attempt(lambda: _module(name))
     for path in options.network_weights or []:
-        problem = check_slot(path, "network_weights", {"adapter"}, with_pickles=True)
+        problem = file_problem(path, "network_weights")
         if problem:
             problems.add(problem)
     for text in options.network_args or []:
@@ -53,6 +52,8 @@ def _arguments(text: str) -> dict[str, Any]:
 
 def show_metadata(path: str) -> None:
     """The metadata of a network file on the console."""
+    from library.safetensors_utils import read_header
+
     metadata = read_header(path)[1] if path.endswith(".safetensors") else {}
     print(f"{path}:\n{json.dumps(metadata, indent=2, ensure_ascii=False, sort_keys=True)}")
 
@@ -70,28 +71,29 @@ class Networks:
         """Those whose strength can change."""
         return self.networks[self.merged :]
 
-    def add(self, options: GenerationNetworkOptions, place: int, denoiser: nn.Module, encoders: Sequence[nn.Module]) -> None:
-        """Load network number `place`. CheckpointError when it has no layer of these models."""
+    def add(self, options: GenerationNetworkOptions, place: int, denoiser: Any, encoders: Sequence[nn.Module]) -> None:
+        """Load network number `place`. CheckpointError when it has no layer of these models; ConfigError when its module
+        cannot be used as asked."""
         path = options.network_weights[place]
         if options.network_show_meta:
             show_metadata(path)
-        multiplier = options.network_mul[place] if options.network_mul else 1.0
-        arguments = _arguments(options.network_args[place]) if options.network_args else {}
-        network, tensors = _module(options.network_module[place]).create_network_from_weights(
-            multiplier, path, None, list(encoders), denoiser, for_inference=True, **arguments
-        )
-        if not [*network.unet_loras, *network.text_encoder_loras]:
-            raise CheckpointError(f"{path} has no layer of this model; is it a network for another one?")
+        adapter = AdapterFile(
+            path, options.network_mul[place] if options.network_mul else 1.0, options.network_module[place],
+            _arguments(options.network_args[place]) if options.network_args else {},
+        )  # fmt: skip
+        network, tensors = network_of(adapter, encoders, denoiser)
         self.networks.append(network)
         if place < options.num_merged:
-            network.merge_to(list(encoders), denoiser, tensors)
+            network.merge_to(encoders[0] if len(encoders) == 1 else list(encoders), denoiser, tensors, denoiser.dtype, denoiser.device)
             self.merged += 1
-            return
-        if not self.pre_calc:
-            network.apply_to(list(encoders), denoiser)
-        network.load_weights(path)
-        network.to(denoiser.device).eval()
-        logger.info("%s: multiplier %s", path, multiplier)
+        elif self.pre_calc:
+            if not hasattr(network, "backup_weights"):
+                raise ConfigError(f"--network_pre_calc: {adapter.module} cannot take a network out of the weights again; leave the option out")
+            network.load_weights(path)
+            network.to(denoiser.device).eval()
+        else:
+            hook(network, adapter, encoders, denoiser)
+            network.to(denoiser.device)
 
     @contextmanager
     def at(self, multipliers: Sequence[float]) -> Iterator[None]:
@@ -113,7 +115,10 @@ class Networks:
 
     @contextmanager
     def only(self, place: int | None) -> Iterator[None]:
-        """Hooked networks other than number `place` switched off (None: all work)."""
+        """Hooked networks other than number `place` switched off (None: all work). ConfigError for one that has no switch."""
+        for network in self.changing:
+            if not hasattr(network, "set_enabled"):
+                raise ConfigError(f"regions of --mask_path need networks that can be switched off; {type(network).__name__} cannot")
         try:
             for number, network in enumerate(self.changing, start=self.merged):
                 network.set_enabled(place is None or number == place)
