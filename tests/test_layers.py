@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/strategy_*.py", 3), ("library/dataset/*.py", 3),
     # 4: numerics and adapters
     ("networks/*.py", 4), ("library/training/objective.py", 4), ("library/training/timesteps.py", 4),
-    ("library/training/sampling_prompts.py", 4), ("library/generation_prompts.py", 4),
+    ("library/training/sampling_prompts.py", 4), ("library/generation_*.py", 4), ("library/*_generation.py", 4),
     ("library/training/optimizers/*.py", 4), ("library/training/schedulers/*.py", 4), ("library/training/losses/*.py", 4),
     ("library/training/loss_weights/*.py", 4), ("library/training/timestep_samplers/*.py", 4),
     ("library/training/inference_samplers/*.py", 4), ("library/training/adapters/*.py", 4),
