@@ -117,7 +117,7 @@ def test_deep_shrink_and_gradual_latent_of_line_and_options():
         requests(planner(), "a --glt 700")
 
 
-@pytest.mark.parametrize("name", ["/tmp/x.png", "../x.png", "a/../../x", "C:\\x.png"])
+@pytest.mark.parametrize("name", ["/x.png", "../x.png", "a/../../x", "C:\\x.png"])
 def test_file_names_stay_in_the_folder(name):
     with pytest.raises(ConfigError, match="a name inside --outdir is needed"):
         requests(planner(), f"a --f {name}")

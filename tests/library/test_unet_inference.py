@@ -242,8 +242,8 @@ def test_networks_hooked_merged_and_calculated_before(tiny, network, tmp_path):
 @pytest.mark.parametrize("how", [[], ["--network_pre_calc"]])
 def test_multipliers_of_a_line_hold_for_that_line(tiny, network, tmp_path, how):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat --d 1 --am 0,0\na cat --d 1\na cat --d 1 --am 0.5,1\na cat --d 1 --am 0,0\n", encoding="utf-8")
-    first, full, other, last = made(
+    prompts.write_text("a cat --d 1\na cat --d 1 --am 0,0\na cat --d 1 --am 0.5,1\na cat --d 1 --am 0,0\n", encoding="utf-8")
+    full, first, other, last = made(
         tiny["sd1"], tmp_path / "out", "--from_file", str(prompts), "--batch_size=4", "--sequential_file_name", *with_networks(network, "ab", *how)
     )
     [none] = made(tiny["sd1"], tmp_path / "none", "--prompt", "a cat --d 1")
@@ -294,6 +294,11 @@ def test_regions_of_a_mask(tiny, network, tmp_path):
     [networks] = made(tiny["sd1"], tmp_path / "net", "--prompt", "a cat AND a dog --d 1", *region, *with_networks(network, "ab"))
     assert distance(plain, same) <= 1 and distance(plain, two) > 0
     assert distance(two, codes) == 0 and distance(two, networks) > 3
+    values[...] = (255, 0, 0)
+    Image.fromarray(values).save(mask)
+    [first] = made(tiny["sd1"], tmp_path / "first", "--prompt", "a cat AND a dog --d 1", *region, *with_networks(network, "ab"))
+    [alone] = made(tiny["sd1"], tmp_path / "alone", "--prompt", "a cat --d 1", *with_networks(network, "a"))
+    assert distance(first, alone) <= 1
 
 
 def test_textual_inversions(tiny, tmp_path):
