@@ -168,6 +168,15 @@ def test_refused_options_say_why(tiny, tmp_path):
         made(tiny["sd1"], tmp_path, "--prompt", "a --c b")
 
 
+def test_options_without_effect_are_told(tiny, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        made(tiny["sd1"], tmp_path, "--prompt", "a --l 1 --n b", "--steps=1", "--strength=0.5", "--crop_top=8", "--sdpa")
+    for part in ("--strength has no effect", "--crop_top: sizes mean nothing", "--sdpa: attention of torch", "switches guidance off"):
+        assert part in caplog.text, part
+    with pytest.raises(ConfigError, match="--interactive has none"):
+        made(tiny["sd1"], tmp_path, "--interactive", "--n_iter=2")
+
+
 def test_typed_prompts(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("a cat --d 3\na cat --zz 3\na dog --d 4\n\n"))
     paths = made(tiny["sd1"], tmp_path, "--interactive", "--no_preview")
