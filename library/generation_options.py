@@ -156,6 +156,8 @@ class GenerationPromptOptions:
         sources = [f"--{name}" for name in ("prompt", "from_file", "from_module", "interactive") if getattr(self, name)]
         if len(sources) > 1:
             problems.append(f"{' and '.join(sources)} are given; prompts come from one of them")
+        if self.interactive and (self.n_iter > 1 or self.shuffle_prompts):
+            problems.append("--n_iter and --shuffle_prompts are about rounds, and --interactive has none; leave them out")
         if self.prompter_module_args is not None and not self.from_module:
             problems.append("--prompter_module_args is given without --from_module")
         _raise(problems)

@@ -32,10 +32,12 @@ _SEED_PIECE = re.compile(r"\s--[dD]\s+([\d,\s]+?)(?=\s--|$)")
 
 @dataclass(frozen=True)
 class PromptLine:
-    """A prompt with its options as written. `where` names its place in messages."""
+    """A prompt with its options as written. `where` names its place in messages; `source`: the picture of --image_path that
+    it belongs to, where it came from one."""
 
     text: str
     where: str
+    source: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Planner:
     def check(self, line: PromptLine) -> list[ImageRequest]:
         """The first picture of a line, as examples; ConfigError, with its place, for a line that cannot be made."""
         given = _given_seeds(line)
-        return self._requests(line, seed=given[0] if given else 0, index=0)
+        return list(self._requests(line, seed=given[0] if given else 0, index=0))
 
     def requests(self, line: PromptLine, round_number: int) -> Iterator[ImageRequest]:
         """The pictures of a line in one round: --images_per_prompt, each with the combinations of `{e$$...}`."""
@@ -137,15 +139,17 @@ class Planner:
         for index in range(self.prompts.images_per_prompt):
             seed = given[min(index, len(given) - 1)] if given else self._drawn_seed(round_number, index)
             for request in self._requests(line, seed, index):
-                yield dataclasses.replace(request, number=self.number, source=self._source())
+                yield request
                 self.number += 1
 
-    def _requests(self, line: PromptLine, seed: int, index: int) -> list[ImageRequest]:
+    def _requests(self, line: PromptLine, seed: int, index: int) -> Iterator[ImageRequest]:
+        """One request for each combination, made when it is asked for: its number is that of the picture then."""
         try:
             texts = expand_prompt(line.text, seed)
         except ConfigError as error:
             raise ConfigError([f"{line.where}: {problem}" for problem in error.problems]) from error
-        return [self._request(parse_generation_line(text, line.where), line, seed, index) for text in texts]
+        for text in texts:
+            yield self._request(parse_generation_line(text, line.where), line, seed, index)
 
     def _drawn_seed(self, round_number: int, index: int) -> int:
         if self.is_alone:
@@ -153,13 +157,16 @@ class Planner:
         key = ("round", round_number, index) if self.prompts.iter_same_seed else (self.number,)
         return key_seed(self.base_seed, "image seed", *key) % (LARGEST_SEED + 1)
 
-    def _source(self) -> int | None:
+    def _source(self, line: PromptLine) -> int | None:
+        """The prompt's own picture, or the next one in turn."""
+        if line.source is not None:
+            return line.source
         return self.number % len(self.source_sizes) if self.source_sizes else None
 
     def _request(self, prompt: GenerationPrompt, line: PromptLine, seed: int, index: int) -> ImageRequest:
         if prompt.clip_prompt is not None:
             raise ConfigError(f"{line.where}: --c is a second prompt for CLIP guidance, which is not there; leave it out")
-        width, height = self._size(prompt)
+        width, height = self._size(prompt, line)
         strength = _first(prompt.strength, self.sources.strength, DEFAULT_STRENGTH)
         negative_scale = _first(prompt.negative_scale, self.pictures.negative_scale)
         sizes, sizes_negative = self._sizes(prompt, height, width)
@@ -173,14 +180,14 @@ class Planner:
             negative_scale=None if negative_scale == NO_NEGATIVE_SCALE else negative_scale,
             strength=strength, first_strength=_first(self.sources.highres_fix_strength, strength),
             multipliers=self._multipliers(prompt, line), sizes=sizes, sizes_negative=sizes_negative,
-            deep_shrink=self._deep_shrink(prompt), gradual_latent=self._gradual_latent(prompt, line),
+            deep_shrink=self._deep_shrink(prompt), gradual_latent=self._gradual_latent(prompt, line), source=self._source(line),
         )  # fmt: skip
 
-    def _size(self, prompt: GenerationPrompt) -> tuple[int, int]:
+    def _size(self, prompt: GenerationPrompt, line: PromptLine) -> tuple[int, int]:
         """(width, height): of the line, of --W and --H, of the source picture (not in highres fix), or the model's."""
         defaults = (self.default_size, self.default_size)
         if self.source_sizes and self.sources.highres_fix_scale is None:
-            defaults = tuple(side - side % SOURCE_SIZE_STEP for side in self.source_sizes[self._source()])
+            defaults = tuple(side - side % SOURCE_SIZE_STEP for side in self.source_sizes[self._source(line)])
         asked = (_first(prompt.width, self.pictures.W, defaults[0]), _first(prompt.height, self.pictures.H, defaults[1]))
         width, height = (side - side % SIZE_STEP for side in asked)
         if min(width, height) < SIZE_STEP:

@@ -116,7 +116,7 @@ def lines_of_pictures(files: list[Path]) -> list[PromptLine]:
     from PIL import Image
 
     problems, lines = Problems(), []
-    for file in files:
+    for number, file in enumerate(files):
         with Image.open(file) as image:
             texts = getattr(image, "text", {})
         prompt, negative = texts.get("prompt"), texts.get("negative-prompt")
@@ -125,6 +125,6 @@ def lines_of_pictures(files: list[Path]) -> list[PromptLine]:
             continue
         braces = str.maketrans({"{": "\\{", "}": "\\}"})  # a finished prompt has no choices left
         line = prompt.translate(braces) + (f" --n {negative.translate(braces)}" if negative else "")
-        lines.append(PromptLine(line, str(file)))
+        lines.append(PromptLine(line, str(file), number))
     problems.raise_if_any()
     return lines

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 CLASSES = (*GENERATION_CLASSES, ConsoleOptions)
 DEFAULT_SIZES = {"sd": 512, "sdxl": 1024}
+SDXL_ONLY = ("original_height", "original_width", "original_height_negative", "original_width_negative", "crop_top", "crop_left")
 
 
 def build_parser(*, sdxl: bool = False) -> argparse.ArgumentParser:
@@ -183,6 +184,11 @@ def start_notices(config: Config) -> list[str]:
     lines += sampler_notices(pictures.sampler)
     if sources.image_path and sources.mask_path:
         lines.append("inpainting: the kept part has the noise of each step's end and none at the end, where other scripts leave some in it")
+    if sources.strength is not None and not sources.image_path and sources.highres_fix_scale is None:
+        lines.append("--strength has no effect: there is neither --image_path nor --highres_fix_scale")
+    sizes = [name for name in SDXL_ONLY if getattr(pictures, name) is not None]
+    if sizes and not config[GenerationModelOptions].sdxl:
+        lines.append(f"{', '.join(f'--{name}' for name in sizes)}: sizes mean nothing to Stable Diffusion 1 and 2; no effect")
     if config[GenerationModelOptions].sdxl and pictures.negative_scale is not None:
         lines.append("--negative_scale: three branches (negative, positive, empty prompt), for SDXL too")
     return lines

@@ -100,3 +100,39 @@ def test_sdxl_with_its_sizes(tmp_path, monkeypatch):
     line = "a red cat --n blue --w 96 --h 64 --l 6 --d 5 --oh 128 --ow 256 --ct 8 --cl 16 --nh 32 --nw 40"
     result = our_latents(monkeypatch, *where(tmp_path), "--sdxl", "--prompt", line, "--steps=5", "--sampler=euler")
     assert relative(result, expected) < 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_img2img(stable_diffusion, monkeypatch, tmp_path, sampler):
+    """Without the offset of steps, which diffusers' own pipeline does not have."""
+    from PIL import Image
+
+    from library.keyed_random import keyed_generator
+
+    folder, pipeline = stable_diffusion
+    source = tmp_path / "source.png"
+    Image.effect_mandelbrot((96, 64), (-2.0, -1.5, 1.0, 1.5), 50).convert("RGB").save(source)
+    seen = []
+    real = unet_pipeline.UNetPipeline._source_latents
+
+    def watched(self, requests):
+        seen.append(real(self, requests))
+        return seen[-1]
+
+    monkeypatch.setattr(unet_pipeline.UNetPipeline, "_source_latents", watched)
+    line = "a red cat --n blue --l 6 --d 5 --t 0.65"
+    result = our_latents(
+        monkeypatch, *where(folder), "--prompt", line, "--steps=10", f"--sampler={sampler}", "--image_path", str(source), "--force_scheduler_zero_steps_offset"
+    )
+    schedulers = {
+        "ddim": diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=True, steps_offset=0),
+        "euler": diffusers.EulerDiscreteScheduler(**BETAS),
+    }
+    reference = diffusers.StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    reference.scheduler = schedulers[sampler]  # afterwards: the pipeline changes the offset of the one it is given
+    reference.set_progress_bar_config(disable=True)
+    expected = reference(
+        "a red cat", image=seen[0], negative_prompt="blue", num_inference_steps=10, strength=0.65, guidance_scale=6.0, output_type="latent",
+        generator=keyed_generator(5, "img2img noise"),
+    ).images  # fmt: skip
+    assert relative(result, expected) < 1e-4

@@ -46,15 +46,21 @@ def run(**how) -> SamplingRun:
 def test_an_exact_prediction_of_the_noise_gives_the_source_back():
     """With timesteps from 0 the noise that is added is the noise that the first step expects."""
     source = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    from library.training.inference_samplers.discrete import model_sigmas, sigmas_at
+    from library.training.inference_samplers.discrete import model_sigmas, schedule_of, sigmas_at
+
+    told = []
 
     def predict(latents, timestep):
+        told.append(float(timestep))
         sigma = float(sigmas_at(model_sigmas(), timestep.reshape(1).double()))
         return (latents * (1 + sigma**2) ** 0.5 - source) / sigma
 
     for sampler in ("euler", "ddim", "dpmsolver++"):
         result = run(sampler=sampler, source=source, strength=0.6, steps_offset=0, steps=10).sample(predict, torch.device("cpu"))
         torch.testing.assert_close(result, source, atol=1e-4, rtol=1e-4)
+        schedule = schedule_of(sampler, 10, steps_offset=0)
+        assert told == pytest.approx(schedule.timesteps[4:].tolist())
+        told.clear()
 
 
 def test_strength_0_is_the_source_itself():

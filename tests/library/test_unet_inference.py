@@ -168,6 +168,15 @@ def test_refused_options_say_why(tiny, tmp_path):
         made(tiny["sd1"], tmp_path, "--prompt", "a --c b")
 
 
+def test_options_without_effect_are_told(tiny, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        made(tiny["sd1"], tmp_path, "--prompt", "a --l 1 --n b", "--steps=1", "--strength=0.5", "--crop_top=8", "--sdpa")
+    for part in ("--strength has no effect", "--crop_top: sizes mean nothing", "--sdpa: attention of torch", "switches guidance off"):
+        assert part in caplog.text, part
+    with pytest.raises(ConfigError, match="--interactive has none"):
+        made(tiny["sd1"], tmp_path, "--interactive", "--n_iter=2")
+
+
 def test_typed_prompts(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("a cat --d 3\na cat --zz 3\na dog --d 4\n\n"))
     paths = made(tiny["sd1"], tmp_path, "--interactive", "--no_preview")
@@ -242,8 +251,8 @@ def test_networks_hooked_merged_and_calculated_before(tiny, network, tmp_path):
 @pytest.mark.parametrize("how", [[], ["--network_pre_calc"]])
 def test_multipliers_of_a_line_hold_for_that_line(tiny, network, tmp_path, how):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat --d 1 --am 0,0\na cat --d 1\na cat --d 1 --am 0.5,1\na cat --d 1 --am 0,0\n", encoding="utf-8")
-    first, full, other, last = made(
+    prompts.write_text("a cat --d 1\na cat --d 1 --am 0,0\na cat --d 1 --am 0.5,1\na cat --d 1 --am 0,0\n", encoding="utf-8")
+    full, first, other, last = made(
         tiny["sd1"], tmp_path / "out", "--from_file", str(prompts), "--batch_size=4", "--sequential_file_name", *with_networks(network, "ab", *how)
     )
     [none] = made(tiny["sd1"], tmp_path / "none", "--prompt", "a cat --d 1")
@@ -294,6 +303,11 @@ def test_regions_of_a_mask(tiny, network, tmp_path):
     [networks] = made(tiny["sd1"], tmp_path / "net", "--prompt", "a cat AND a dog --d 1", *region, *with_networks(network, "ab"))
     assert distance(plain, same) <= 1 and distance(plain, two) > 0
     assert distance(two, codes) == 0 and distance(two, networks) > 3
+    values[...] = (255, 0, 0)
+    Image.fromarray(values).save(mask)
+    [first] = made(tiny["sd1"], tmp_path / "first", "--prompt", "a cat AND a dog --d 1", *region, *with_networks(network, "ab"))
+    [alone] = made(tiny["sd1"], tmp_path / "alone", "--prompt", "a cat --d 1", *with_networks(network, "a"))
+    assert distance(first, alone) <= 1
 
 
 def test_textual_inversions(tiny, tmp_path):
