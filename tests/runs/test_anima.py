@@ -26,7 +26,7 @@ def tiny_anima(tmp_path_factory) -> TinyAnima:
 
 @pytest.fixture
 def work(tmp_path: Path, tiny_anima: TinyAnima) -> Work:
-    return Work(tmp_path, tiny_anima, draw_pictures(tmp_path / "images", -9), CASES["anima"])
+    return Work(tmp_path, tiny_anima, draw_pictures(tmp_path / "images", -9), case=CASES["anima"])
 
 
 def test_the_file_is_as_documented(work: Work) -> None:
@@ -74,7 +74,7 @@ EQUAL = ["--attn_mode=sdpa", "--attn_mode=flash", "--split_attn", "--vae_disable
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, tiny_anima: TinyAnima) -> tuple[Work, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("plain")
-    base = Work(folder, tiny_anima, draw_pictures(folder / "images", 4), CASES["anima"])
+    base = Work(folder, tiny_anima, draw_pictures(folder / "images", 4), case=CASES["anima"])
     return base, load_file(base.train("plain", "--max_train_steps=2", "--network_train_unet_only"))
 
 

@@ -16,7 +16,7 @@ from tests.runs.conftest import Work, draw_pictures, read_parts
 @pytest.fixture(params=["sd1", "sd2", "sdxl"])
 def work(request: pytest.FixtureRequest, tmp_path: Path) -> Work:
     tiny = build_tiny(request.param, tmp_path / "model")
-    return Work(tmp_path, tiny, draw_pictures(tmp_path / "images", 5), CASES[request.param])
+    return Work(tmp_path, tiny, draw_pictures(tmp_path / "images", 5), case=CASES[request.param])
 
 
 def test_options_of_stable_diffusion_train(work: Work) -> None:
