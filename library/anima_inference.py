@@ -142,8 +142,6 @@ class AnimaPromptOptions:
             problems.append(f"--image_size is {' '.join(map(str, self.image_size))}; needed: height and width, {SIZE_STEP} or more each")
         if not self.flow_shift > 0:
             problems.append(f"--flow_shift is {self.flow_shift}; needed: a number above 0")
-        if not self.save_path:
-            problems.append("--save_path is not given; needed: the folder for the pictures")
         if self.latent_path and self.output_type != "images":
             problems.append(f"--output_type is {self.output_type} and --latent_path gives latents already; use --output_type images")
         if problems:
@@ -188,11 +186,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str] | None = None) -> list[Path]:
     """`main` without the handling of errors; returns the files that were written."""
     config = inference_script.read_command(argv, build_parser(), GROUPS)
-    check(config)
     inference_script.tell_equivalent(config)
     if config[AnimaPromptOptions].latent_path:
+        check(config)
         return decode_files(config)
-    requests = inference_script.planned_requests(config[SessionOptions], first_request(config), line_reader(config))
+    session, reader = config[SessionOptions], line_reader(config)
+    requests = inference_script.planned_requests(session, first_request(config), reader, lambda: check(config))
     return make_pictures(config, requests)
 
 
@@ -269,6 +268,8 @@ def check(config: Config) -> None:
 def _prompt_problems(config: Config) -> list[str]:
     pictures, session, model = config[AnimaPromptOptions], config[SessionOptions], config[AnimaModelOptions]
     adapters, found = config[AnimaAdapterOptions], []
+    if not pictures.save_path:
+        found.append("--save_path is not given; needed: the folder for the pictures")
     from_elsewhere = session.interactive or session.from_file
     if pictures.latent_path and (from_elsewhere or pictures.prompt):
         found.append("--latent_path decodes latents that are there; leave out --prompt, --from_file and --interactive")

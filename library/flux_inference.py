@@ -152,13 +152,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str] | None = None) -> list[Path]:
     """`main` without the handling of errors; returns the files that were written."""
     config = inference_script.read_command(argv, build_parser(), GROUPS)
-    check_models(config)
     options, pictures, session = config[InferenceModelOptions], config[PromptOptions], config[SessionOptions]
     first = FluxRequest(
         prompt=pictures.prompt, negative_prompt=pictures.negative_prompt, width=pictures.width, height=pictures.height,
         steps=pictures.steps, seed=pictures.seed, guidance=pictures.guidance, cfg_scale=pictures.cfg_scale,
     )
-    requests = inference_script.planned_requests(session, first, line_reader(options))
+    requests = inference_script.planned_requests(session, first, line_reader(options), lambda: check_models(config))
     from library.flux_pipeline import load_pipeline
 
     pipeline = load_pipeline(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from library.ldm_models import AutoEncoder
     from library.sdxl_models import SdxlUNet2DConditionModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,6 +70,8 @@ class SdxlPipeline:
 def load_pipeline(options: SdxlModelOptions) -> SdxlPipeline:
     """Load every part, and the adapters merged or hooked. CheckpointError when a file does not fit."""
     device, dtype = get_preferred_device(), getattr(torch, options.dtype_name)
+    if device.type == "cpu" and dtype == torch.float16:
+        logger.warning("float16 is slow on a CPU; --dtype float32 is quicker there")
     info = inspect_sdxl_unet(options.ckpt_path)
     unet = load_unet_sdxl(options.ckpt_path, dtype, device)
     encoders = load_text_encoders_sdxl(options.ckpt_path, dtype, device)

@@ -12,6 +12,7 @@ from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError, Problems
 from library.options import equivalent_option, option, refused_option
+from library.training.adapters import NetworkOptions
 from library.training.families.base import FlowFamily, refused_by_flow, tokenizer_problems
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
@@ -43,6 +44,8 @@ RATE_PATTERNS = {
     "mod_lr": r"blocks\.\d+\.adaln_modulation.*",
 }
 """options of rates -> the layers they speak of; the first that fits a layer counts"""
+RATE_SWITCHES = {"llm_adapter_lr": "train_llm_adapter=True", "mod_lr": "include_patterns=['.*_modulation.*']"}
+"""options of rates whose layers learn only with a network argument"""
 
 _SD_MODELS = "it belongs to Stable Diffusion; Anima has no such variant"
 _ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
@@ -199,6 +202,8 @@ class AnimaFamily(FlowFamily):
             lines.append("the model file has no LLM adapter: the denoiser attends to the states of Qwen3 directly")
         if self.config[CachingOptions].caches_text and "caption_dropout_rate" not in self.config.explicit:
             lines.append("caption dropout follows the dataset, also with cached text encoder outputs; rates in old cache files are not read")
+        for name, switch in self._idle_rates().items():
+            lines.append(f'--{name} has no effect: these layers learn only with --network_args "{switch}"')
         return lines
 
     @property
@@ -216,9 +221,18 @@ class AnimaFamily(FlowFamily):
         return inspect_anima(self._denoiser_path)
 
     def layer_rates(self) -> Mapping[str, float]:
-        """Path pattern -> learning rate, from the options of rates that are given."""
-        given = {pattern: getattr(self.opts, name) for name, pattern in RATE_PATTERNS.items()}
+        """Path pattern -> learning rate, from the options of rates that are given and mean layers that learn."""
+        given = {pattern: getattr(self.opts, name) for name, pattern in RATE_PATTERNS.items() if name not in self._idle_rates()}
         return {pattern: rate for pattern, rate in given.items() if rate is not None}
+
+    def _idle_rates(self) -> dict[str, str]:
+        """Options of rates whose layers take no adapter -> the network argument that gives them one. A network that is made
+        after a file has the layers of the file."""
+        if NetworkOptions not in self.config or self.config[NetworkOptions].dim_from_weights:
+            return {}
+        given = [name for name in RATE_SWITCHES if getattr(self.opts, name) is not None]
+        pairs = self.config[NetworkOptions].pairs
+        return {name: RATE_SWITCHES[name] for name in given if RATE_SWITCHES[name].split("=")[0] not in pairs}
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_anima

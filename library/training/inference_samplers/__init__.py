@@ -56,12 +56,20 @@ SAMPLER_NAMES = tuple(INFERENCE_SAMPLERS.names())
 CLIPPED_ELSEWHERE = ("ddim", "ddpm", "heun")
 
 
-def sampler_notices(name: str) -> list[str]:
-    """Lines for the log at start of a script that samples an SD model: where pictures differ from those of known trainers."""
+def sampler_notices(name: str, *, is_v: bool = False, zero_terminal_snr: bool = False) -> list[str]:
+    """Lines for the log at start of a script that samples an SD model: where pictures differ from those of known trainers.
+
+    `is_v`: the model predicts velocity.
+    """
     INFERENCE_SAMPLERS.entry(name)
+    lines = []
     if name in CLIPPED_ELSEWHERE:
-        return [f"{name}: predicted latents are not clipped to -1..1, so samples have more contrast than those of tools that clip them"]
-    return []
+        lines.append(f"{name}: predicted latents are not clipped to -1..1, so samples have more contrast than those of tools that clip them")
+    if name == "pndm" and is_v:
+        lines.append("pndm: predictions of velocity become noise before those of several steps are combined, which known tools do after it")
+    if zero_terminal_snr:
+        lines.append("samples follow the zero-terminal schedule of the training (known trainers sample on the plain one)")
+    return lines
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,9 +119,29 @@ def test_the_documentation_names_every_sampler():
 
 def test_samplers_that_other_tools_clip_are_told_about():
     assert "not clipped" in sampler_notices("ddim")[0]
-    assert sampler_notices("euler") == []
+    assert sampler_notices("euler") == sampler_notices("pndm") == []
+    assert "velocity" in sampler_notices("pndm", is_v=True)[0]
+    assert "zero-terminal" in sampler_notices("euler", zero_terminal_snr=True)[0]
     with pytest.raises(ConfigError, match="unknown sampler 'eulr'"):
         sampler_notices("eulr")
+
+
+def test_pndm_of_a_network_that_predicts_velocity_is_exact_where_that_is_known():
+    """Gaussian data: the path from noise to data has a closed form. Velocities combined as such miss it by 3 % at 50 steps."""
+    cumprod = discrete.ddpm_alphas_cumprod(False)
+
+    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        alpha = float(cumprod.sqrt()[int(timestep)])
+        scale = math.sqrt(1 - alpha**2)
+        clean = 0.3 + alpha * 0.25 / (alpha**2 * 0.25 + scale**2) * (latents - 0.3 * alpha)
+        return alpha * (latents - alpha * clean) / scale - scale * clean
+
+    start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    result = discrete.sample_latents("pndm", predict, start, 50, prediction_type="v")
+    first, last = float(cumprod[981]), float(cumprod[0])
+    spread = math.sqrt((0.25 * last + 1 - last) / (0.25 * first + 1 - first))
+    exact = 0.3 * math.sqrt(last) + spread * (start - 0.3 * math.sqrt(first))
+    assert ((result - exact).norm() / exact.norm()).item() < 0.004
 
 
 def test_leading_times_begin_at_the_offset_and_stay_in_range():
