@@ -275,9 +275,8 @@ def _prompt_problems(config: Config) -> list[str]:
         found.append("--latent_path decodes latents that are there; leave out --prompt, --from_file and --interactive")
     if not (pictures.prompt is not None or from_elsewhere or pictures.latent_path):
         found.append("--prompt is not given; needed: it, --from_file, --interactive or --latent_path")
-    if adapters.lora_weight and (model.fp8 or model.fp8_scaled) and (adapters.merge_lora_weights or adapters.lycoris):
-        name = "merge_lora_weights" if adapters.merge_lora_weights else "lycoris"
-        found.append(f"--{name} needs whole weights; with --fp8 or --fp8_scaled leave it out, hooks are exact")
+    if adapters.lora_weight and (model.fp8 or model.fp8_scaled) and adapters.lycoris:
+        found.append("--lycoris needs whole weights; with --fp8 or --fp8_scaled leave it out, our own modules read the same files")
     return found
 
 

@@ -51,7 +51,7 @@ class InferenceModelOptions:
     flux_dtype: str | None = option(None, help="number format of the denoiser; float8_e4m3fn halves its memory")
     offload: bool = option(False, help="keep only the part that computes on the GPU, the others in main memory")
     lora_weights: list[str] | None = option(None, nargs="*", help='adapter files, each as "path" or "path;multiplier"')
-    merge_lora_weights: bool = option(False, help="add the adapters to the weights instead of hooking them")
+    merge_lora_weights: bool = option(False, help="add the adapters to the weights while these are read, instead of hooking them; 8-bit weights are rounded after that, hooks are exact")
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -62,8 +62,6 @@ class InferenceModelOptions:
                 problems.add(problem)
             elif value is not None and name in ("clip_l_dtype", "ae_dtype", "t5xxl_dtype") and self.dtype_of(name).startswith("float8"):
                 problems.add(f"--{name} is {value}; only the denoiser is stored in 8 bits (--flux_dtype)")
-        if self.merge_lora_weights and self.dtype_of("flux_dtype").startswith("float8"):
-            problems.add("--merge_lora_weights into a denoiser of 8 bits would lose most of the adapter; leave it out, hooks are exact")
         if self.t5xxl_max_token_length is not None and self.t5xxl_max_token_length < 1:
             problems.add(f"--t5xxl_max_token_length is {self.t5xxl_max_token_length}; needed: 1 or more")
         problems.raise_if_any()

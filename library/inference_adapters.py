@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import CheckpointError, ConfigError, Problems
 
 if TYPE_CHECKING:
+    from library.lora_utils import MergeOnLoad
     from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,17 @@ def hook(network: Any, adapter: AdapterFile, text_encoders: Sequence[nn.Module |
     logger.info("hooked %s with multiplier %s", adapter.path, adapter.multiplier)
 
 
+def merging(family: str, adapters: Sequence[AdapterFile], layer_filter: LayerFilter | None = None) -> MergeOnLoad:
+    """What loaders are given as `transform`, so that these files are part of the weights: rounded once to the type that the
+    weights get. Call `finish` on it when the models are there."""
+    from library.lora_utils import MergeOnLoad, read_adapter
+    from networks.targets import targets_of_family
+
+    targets = targets_of_family(family)
+    read = [read_adapter(adapter.path, targets, adapter.multiplier) for adapter in adapters]
+    return MergeOnLoad(targets, read, layer_filter.accepts if layer_filter else None)
+
+
 @dataclass
 class LoadedAdapters:
     """Adapters of a set of models. Those that are hooked can change their strength from picture to picture."""
@@ -127,13 +139,10 @@ class LoadedAdapters:
     networks: list[Any] = field(default_factory=list)
     multipliers: tuple[float, ...] = ()
 
-    def add(self, adapter: AdapterFile, *, merge: bool) -> None:
-        """Merge a file into the weights, or hook it. CheckpointError when it has no layer of these models."""
-        network, tensors = network_of(adapter, self.text_encoders, self.denoiser)
+    def add(self, adapter: AdapterFile) -> None:
+        """Hook a file. CheckpointError when it has no layer of these models."""
+        network, _ = network_of(adapter, self.text_encoders, self.denoiser)
         self._filter(network, adapter.path)
-        if merge:
-            network.merge_to(_as_argument(self.text_encoders), self.denoiser, tensors)
-            return
         hook(network, adapter, self.text_encoders, self.denoiser)
         self.networks.append(network)
         self.multipliers = (*self.multipliers, adapter.multiplier)

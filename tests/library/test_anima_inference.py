@@ -185,8 +185,10 @@ def test_eight_bits(tiny, adapters, tmp_path):
     assert far[0] < 0.04 and plain[name].weight.dtype == torch.float8_e4m3fn
     base, lora = picture(tiny, tmp_path, "--fp8_scaled"), ("--lora_weight", str(adapters[0]))
     assert len({base, picture(tiny, tmp_path, "--fp8_scaled", *lora), picture(tiny, tmp_path, "--fp8", *lora)}) == 3
-    with pytest.raises(ConfigError, match="--merge_lora_weights needs whole weights"):
-        picture(tiny, tmp_path, "--fp8", *lora, "--merge_lora_weights")
+    merged = [picture(tiny, tmp_path, kind, *lora, "--merge_lora_weights") for kind in ("--fp8", "--fp8_scaled")]
+    assert base not in merged and len(set(merged)) == 2
+    with pytest.raises(ConfigError, match="--lycoris needs whole weights"):
+        picture(tiny, tmp_path, "--fp8", *lora, "--lycoris")
 
 
 def test_latents_are_written_and_decoded(tiny, tmp_path):
