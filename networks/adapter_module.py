@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from library.errors import CheckpointError
 from library.keyed_random import StepDraws
@@ -44,10 +45,11 @@ def change_of(
 
     The one formula for forward, merging, saving, streaming and the tools. Gradients flow into the tensors.
     """
-    if "dora_scale" not in tensors:
-        return module_class.weight_change(tensors, weight, multiplier)
-    plain = {name: tensor for name, tensor in tensors.items() if name != "dora_scale"}
-    return dora_change(module_class.weight_change(plain, weight, 1.0), weight, tensors["dora_scale"], multiplier)
+    with torch.autocast(weight.device.type, enabled=False):  # a change that is rounded on the way is no longer the file's
+        if "dora_scale" not in tensors:
+            return module_class.weight_change(tensors, weight, multiplier)
+        plain = {name: tensor for name, tensor in tensors.items() if name != "dora_scale"}
+        return dora_change(module_class.weight_change(plain, weight, 1.0), weight, tensors["dora_scale"], multiplier)
 
 
 def scale_of(tensors: Mapping[str, torch.Tensor], rank: int) -> float:
@@ -82,7 +84,9 @@ class AdapterModule(nn.Module):
     has_alpha: ClassVar[bool] = True
     """whether files of this kind hold an alpha"""
     plus_names: ClassVar[tuple[str, ...]] = ()
-    """parts of parameter names that LoRA+ trains at a higher rate"""
+    """parts of parameter names that LoRA+ trains at a higher rate; none = LoRA+ is refused"""
+    recomputes: ClassVar[bool] = False
+    """whether the backward pass builds the change of the weight again instead of keeping it and what it is made of"""
 
     def __init__(
         self,
@@ -173,8 +177,17 @@ class AdapterModule(nn.Module):
 
     def output_change(self, x: torch.Tensor) -> torch.Tensor:
         """What is added to the layer's output, at the module's multiplier and with the scale."""
-        weight = self._dropped_rows(self.get_weight())
-        return linear_output(self.org_module, x, weight.to(x.device, x.dtype))
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            is_keyed = self.step_state.draws is not None  # then dropout draws the same again
+            return checkpoint(self._built_change, x, use_reentrant=False, preserve_rng_state=not is_keyed)
+        return self._built_change(x)
+
+    def _built_change(self, x: torch.Tensor) -> torch.Tensor:
+        return linear_output(self.org_module, x, self.step_weight().to(x.device, x.dtype))
+
+    def step_weight(self) -> torch.Tensor:
+        """The change of the weight for one step: with rank dropout in training."""
+        return self._dropped_rows(self.get_weight())
 
     @staticmethod
     @abstractmethod

@@ -299,6 +299,9 @@ def read_settings(
         if value:
             option = "--network_dropout" if name == "dropout" else f"--network_args {name}"
             problems.add(f"{option} is {value}; {kind.name} has none: {reason}")
+    if not kind.module_class.plus_names:
+        for name in [name for name in values if name.startswith("loraplus_")]:
+            problems.add(f"--network_args {name}: {kind.name} has no part that LoRA+ would train faster; leave it out")
     problems.attempt(lambda: kind.check(values))
     problems.raise_if_any()
     return NetworkSettings(4 if rank is None else int(rank), alpha, dropout, values)

@@ -32,6 +32,15 @@ ADAPTERS: dict[str, Adapter] = {
     "dora": Adapter("networks.lora", {"dora_wd": "True"}),
     "dora_input": Adapter("networks.lora", {"dora_wd": "True", "wd_on_output": "False"}),
     "rs_lora": Adapter("networks.lora", {"rs_lora": "True"}),
+    "loha": Adapter("networks.loha"),
+    "loha_dora": Adapter("networks.loha", {"dora_wd": "True"}),
+    "loha_rs": Adapter("networks.loha", {"rs_lora": "True"}),
+    "lokr": Adapter("networks.lokr", {"factor": "2"}, rank=1),
+    "lokr_both": Adapter("networks.lokr", {"factor": "4", "decompose_both": "True"}, rank=1),
+    "lokr_unbalanced": Adapter("networks.lokr", {"unbalanced_factorization": "True"}, rank=1),
+    "lokr_full": Adapter("networks.lokr", {"full_matrix": "True"}, tucker=False),
+    "lokr_large_rank": Adapter("networks.lokr", rank=100),
+    "lokr_dora": Adapter("networks.lokr", {"dora_wd": "True", "wd_on_output": "False"}, rank=1),
 }
 
 
