@@ -124,10 +124,15 @@ class AdapterModule(nn.Module):
         """alpha / rank."""
         return self._alpha / self.lora_dim
 
+    @property
+    def neutral_alpha(self) -> float:
+        """The alpha that changes nothing, which a file without one has: the rank."""
+        return float(self.lora_dim)
+
     def set_alpha(self, alpha: float | torch.Tensor | None) -> None:
-        """0 and None stand for alpha = rank. The value is kept beside the buffer, so that no step reads the device."""
+        """0 and None stand for `neutral_alpha`. The value is kept beside the buffer, so that no step reads the device."""
         value = float(alpha) if alpha is not None else 0.0
-        self._alpha = value or float(self.lora_dim)
+        self._alpha = value or self.neutral_alpha
         self.alpha = torch.tensor(self._alpha, dtype=torch.float32, device=self.alpha.device)
         self._alpha = float(self.alpha) if not self.alpha.is_meta else self._alpha
 
@@ -326,8 +331,8 @@ class AdapterModule(nn.Module):
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
     def load_file_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Read the tensors of a file; CheckpointError when a name or shape does not fit. A file without alpha means
-        alpha = rank. Shapes that differ only in 1x1 kernel axes fit."""
+        """Read the tensors of a file; CheckpointError when a name or shape does not fit. A file without alpha has
+        the neutral one. Shapes that differ only in 1x1 kernel axes fit."""
         if "dora_scale" in tensors and self.dora_scale is None:
             self.dora_scale = nn.Parameter(torch.empty_like(tensors["dora_scale"], dtype=torch.float32))
         if not self.has_alpha:
@@ -347,7 +352,7 @@ class AdapterModule(nn.Module):
                 raise CheckpointError(f"{self.lora_name}.{name} has shape {list(tensor.shape)}; this network needs {list(wanted)}")
             fitted[name] = tensor.reshape(wanted)
         if self.has_alpha:
-            fitted.setdefault("alpha", torch.tensor(float(self.lora_dim)))
+            fitted.setdefault("alpha", torch.tensor(self.neutral_alpha))
         self.load_state_dict(fitted)
 
     # -- norms -----------------------------------------------------------------------------------------------------

@@ -27,6 +27,9 @@ MARKS: dict[str, tuple[Mark, ...]] = {
     "networks.lora:KIND": ("lora_down.weight", "lora_up.weight", "lora_down.0.weight"),
     "networks.loha:KIND": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
     "networks.lokr:KIND": ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w2_a"),
+    "networks.glora:KIND": ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
+    "networks.boft:KIND": (("oft_blocks", 4),),
+    "networks.oft:KIND": (("oft_blocks", 3), "oft_blocks.0"),
 }
 """kind -> marks of which any one tells that a layer is of this kind: the name of a tensor, or (name, number of its axes)
 where several kinds use the name"""
@@ -49,6 +52,7 @@ class NetworkKind:
     `check(values)`: raises ConfigError for arguments that contradict each other.
     `targets`: the layers of a family that this kind trains, where they are not those of the table.
     `prepare`: a last touch on a new network.
+    `splits`: whether fused layers of a file can be taken apart (split_qkv).
     """
 
     name: str
@@ -60,6 +64,7 @@ class NetworkKind:
     check: Callable[[Mapping[str, Any]], None] = lambda values: None
     targets: Callable[[NetworkTargets], NetworkTargets] = lambda targets: targets
     prepare: Callable[[AdditionalNetwork], None] = lambda network: None
+    splits: bool = False
 
 
 def kind_of(tensors: Mapping[str, torch.Tensor]) -> NetworkKind | None:

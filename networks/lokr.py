@@ -18,6 +18,7 @@ from torch import nn
 from library.errors import ConfigError
 from library.options import parse_bool
 from networks.adapter_module import AdapterModule
+from networks.factorization import factorization
 from networks.kinds import NO_INNER_VALUES, NetworkKind
 from networks.network_args import RANK_STABILIZED, WEIGHT_DECOMPOSITION, NetworkSettings
 from networks.network_base import NetworkFunctions
@@ -29,21 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HALVES = ("lokr_w1", "lokr_w2")
-
-
-def factorization(size: int, factor: int = -1) -> tuple[int, int]:
-    """(m, n) with m <= n and m * n = size. A factor that divides the size is one of them; otherwise m is the largest divisor
-    up to `factor` (-1: any) that the search reaches, for -1 the one nearest to the square root."""
-    if factor > 0 and size % factor == 0:
-        return min(factor, size // factor), max(factor, size // factor)
-    limit = size if factor < 0 else factor
-    small, large = 1, size
-    while small < large:
-        divisor = next(m for m in range(small + 1, size + 1) if size % m == 0)
-        if divisor > limit:
-            break
-        small, large = divisor, size // divisor
-    return min(small, large), max(small, large)
 
 
 def lokr_shapes(

@@ -262,7 +262,7 @@ def prepare(network: AdditionalNetwork) -> None:
             module.ggpo = None if module.is_conv else Ggpo(sigma, beta)
 
 
-KIND = NetworkKind("LoRA", LoRAModule, shape_from_file, shape_from_settings, arguments, check=check, prepare=prepare)
+KIND = NetworkKind("LoRA", LoRAModule, shape_from_file, shape_from_settings, arguments, check=check, prepare=prepare, splits=True)
 _FUNCTIONS = NetworkFunctions(KIND)
 check_network_args = _FUNCTIONS.check_network_args
 create_network = _FUNCTIONS.create_network

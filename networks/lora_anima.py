@@ -10,6 +10,7 @@ __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_fr
 TARGETS = NetworkTargets(
     family="anima",
     classes=("Block", "PatchEmbed", "TimestepEmbedding", "FinalLayer"),
+    attention_classes=("ImageAttention",),
     optional_classes={"train_llm_adapter": ("LLMAdapterTransformerBlock",)},
     text_encoders=(
         TextEncoderTargets("lora_te", ("Qwen3Attention", "Qwen3SdpaAttention", "Qwen3FlashAttention2", "Qwen3MLP")),

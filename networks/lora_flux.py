@@ -53,6 +53,7 @@ def file_layers() -> tuple[LayerNames, ...]:
 TARGETS = NetworkTargets(
     family="flux",
     classes=DOUBLE + SINGLE,
+    attention_classes=("SelfAttention",),
     text_encoders=(
         TextEncoderTargets(
             "lora_te1", ("CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2", "CLIPMLP"), root="text_model",

@@ -25,6 +25,7 @@ def block_index(path: str) -> int | None:
 TARGETS = NetworkTargets(
     family="sd",
     classes=("Transformer2DModel",),
+    attention_classes=("CrossAttention",),
     conv_classes=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     text_encoders=(TextEncoderTargets("lora_te", CLIP_CLASSES, root="text_model", aliases=("lora_te1",)),),
     blocks=BlockTable(NUM_BLOCKS, block_index),

@@ -27,6 +27,7 @@ def block_index(path: str) -> int | None:
 TARGETS = NetworkTargets(
     family="sdxl",
     classes=("Transformer2DModel",),
+    attention_classes=("CrossAttention",),
     conv_classes=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     text_encoders=(
         TextEncoderTargets("lora_te1", CLIP_CLASSES, root="text_model"),

@@ -339,7 +339,7 @@ def build_from_weights(
     Layers that are in no model are left out with a warning; arguments that would change shapes (ranks by part, ...) have
     no effect, all others (dropouts, rates, LoRA+) apply.
     """
-    targets = targets_of_denoiser(unet)
+    targets = kind.targets(targets_of_denoiser(unet))
     label = file or "the given weights"
     tensors = read_adapter_file(file, targets) if weights_sd is None else to_kohya_names(weights_sd, targets, label)
     pairs = dict(pairs)
@@ -351,8 +351,9 @@ def build_from_weights(
         logger.warning(
             "%s: %d of %d modules are in no loaded model and are left out (first: %s)", label, len(unknown), len(parts), unknown[0]
         )
+    fused = replace(targets, part_by_part=False)  # in a file the tensors tell; only split_qkv takes a layer apart
     modules = [
-        module_from_tensors(parts[name], layers[own], split_of(targets, layers[own], settings), multiplier, settings)
+        module_from_tensors(parts[name], layers[own], split_of(fused, layers[own], settings), multiplier, settings)
         for name, own in found.items()
     ]
     if for_inference:
@@ -375,6 +376,7 @@ def module_from_tensors(
     unknown = sorted(set(tensors) - known)
     if unknown:
         raise CheckpointError(f"{layer.lora_name} has {', '.join(unknown)}, which {kind.name} does not know; known: {', '.join(sorted(known))}")
+    split = split if kind.splits else None
     rank, alpha, shape = kind.shape_from_file(tensors, split)
     module = _build(kind, LayerPlan(layer, rank, alpha, None, split), multiplier, settings, shape)
     if "dora_scale" in tensors:
