@@ -210,6 +210,11 @@ class AdapterModule(nn.Module):
         """Tensors that a layer's file lacks for this kind."""
         return [key for key in cls.weight_keys if key not in names]
 
+    @classmethod
+    def unknown_keys(cls, names: Iterable[str]) -> list[str]:
+        """Tensors of a layer's file that this kind has no use for."""
+        return sorted(set(names) - {*cls.weight_keys, *cls.optional_keys, "alpha", "dora_scale"})
+
     @abstractmethod
     def initialize(self, generator: torch.Generator | None = None) -> None:
         """Start values: the change is zero."""

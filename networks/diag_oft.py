@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from library.errors import ConfigError
 from library.options import parse_bool
-from networks.factorization import factorization
+from networks.factorization import divisors, factorization
 from networks.kinds import NetworkKind
 from networks.network_args import NetworkSettings
 from networks.network_base import NetworkFunctions
@@ -23,6 +24,12 @@ class DiagOFTModule(OFTModule):
 
     def block_shape(self, rows: int) -> tuple[int, ...]:
         size, count = factorization(rows, self.lora_dim)
+        if size == 1:
+            fitting = next((number for number in divisors(rows) if number > 1 and number * number <= rows), None)
+            advice = f"use --network_dim {fitting} or more" if fitting else "exclude this layer"
+            raise ConfigError(
+                f"{self.lora_name}: blocks of up to {self.lora_dim} rows cut {rows} rows into single ones, which cannot be rotated; {advice}"
+            )
         return count, size, size
 
 

@@ -131,7 +131,7 @@ class LoRAModule(AdapterModule):
         for name, parameter in self.named_parameters():
             if name.startswith("lora_up"):
                 parameter.zero_()
-            else:
+            elif name.startswith("lora_"):  # a dora_scale keeps the norms of the layer
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
 
     def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:

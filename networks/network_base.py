@@ -372,10 +372,10 @@ def module_from_tensors(
 ) -> AdapterModule:
     """A module with the shapes of a layer's tensors in a file."""
     kind = known_kind_of(tensors, layer.lora_name)
-    known = {*kind.module_class.weight_keys, *kind.module_class.optional_keys, "alpha", "dora_scale"}
-    unknown = sorted(set(tensors) - known)
+    unknown = kind.module_class.unknown_keys(tensors)
     if unknown:
-        raise CheckpointError(f"{layer.lora_name} has {', '.join(unknown)}, which {kind.name} does not know; known: {', '.join(sorted(known))}")
+        known = sorted({*kind.module_class.weight_keys, *kind.module_class.optional_keys, "alpha"})
+        raise CheckpointError(f"{layer.lora_name} has {', '.join(unknown)}, which {kind.name} does not know; known: {', '.join(known)}")
     split = split if kind.splits else None
     rank, alpha, shape = kind.shape_from_file(tensors, split)
     module = _build(kind, LayerPlan(layer, rank, alpha, None, split), multiplier, settings, shape)

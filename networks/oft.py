@@ -8,6 +8,7 @@ the limit of COFT and never a scale. Text encoders are not trained.
 from __future__ import annotations
 
 import logging
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -61,7 +62,7 @@ def oft_rotated(weight: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
 
 def block_names(tensors: Iterable[str]) -> list[str]:
     """Names of the free matrices among a layer's tensors, parts in their order."""
-    parts = [name for name in tensors if name.startswith("oft_blocks.")]
+    parts = [name for name in tensors if re.fullmatch(r"oft_blocks\.\d+", name)]
     return sorted(parts, key=lambda name: int(name.split(".")[1])) or ["oft_blocks"]
 
 
@@ -99,6 +100,11 @@ class RotationModule(AdapterModule):
         self.oft_blocks = nn.ParameterList(blocks) if "oft_blocks.0" in shapes else blocks[0]
         if rescaled:
             self.rescale = nn.Parameter(torch.ones(weight.shape[0], *[1] * (weight.ndim - 1)))
+
+    @classmethod
+    def unknown_keys(cls, names: Iterable[str]) -> list[str]:
+        known = {*block_names(names), *cls.optional_keys, "alpha"}
+        return sorted(set(names) - known)
 
     @abstractmethod
     def block_shape(self, rows: int) -> tuple[int, ...]:
