@@ -36,13 +36,17 @@ def trained_network(name, family, model, inputs, **more):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     return network.eval(), plain
 
 
-@pytest.mark.parametrize("family", DENOISERS)
-@pytest.mark.parametrize("name", ADAPTERS)
+CELLS = [
+    (name, family) for name, adapter in ADAPTERS.items() for family in DENOISERS if not adapter.pairs or family == "flux"
+]  # variants of an adapter meet one family: what they change happens inside a layer
+
+
+@pytest.mark.parametrize(("name", "family"), CELLS)
 def test_trained_saved_and_loaded(name, family, tmp_path):
     model, inputs = tiny_denoiser(family)
     network, plain = trained_network(name, family, model, inputs)

@@ -104,3 +104,44 @@ def test_factors_are_those_of_lycoris(factor):
         if factor > 1:
             theirs = functional[1](size, factor)
             assert power_of_two_blocks(size, factor) == (theirs if theirs[1] else None), size
+
+
+NETWORKS = (
+    {"algo": "lora", "use_tucker": "True"}, {"algo": "loha", "use_tucker": "True"}, {"algo": "loha", "dora_wd": "True"},
+    {"algo": "lokr", "factor": "4", "decompose_both": "True"}, {"algo": "lokr", "use_tucker": "True", "use_scalar": "True"},
+    {"algo": "glora"}, {"algo": "diag-oft", "constraint": "0.01", "rescaled": "True"}, {"algo": "boft"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("pairs", NETWORKS, ids=lambda pairs: "-".join(pairs.values()))
+def test_files_that_lycoris_trained_load(family, pairs, tmp_path):
+    """Layers that LyCORIS trains and we would not (conv_in, the time embedding, ...) are loaded all the same."""
+    import lycoris.kohya
+    from tests.networks.tiny_denoisers import tiny_denoiser
+
+    from networks.lora import create_network_from_weights
+
+    model, inputs = tiny_denoiser(family)
+    torch.manual_seed(3)
+    theirs = lycoris.kohya.create_network(1.0, 4, 1.0, None, [], model, conv_dim="4", conv_alpha="2", **pairs)
+    theirs.apply_to([], model, False, True)
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        theirs.eval()
+        expected = model(*inputs)
+        theirs.save_weights(str(tmp_path / "theirs.safetensors"), torch.float32, {})
+        for module in theirs.loras:
+            module.org_module[0].forward = module.org_forward
+        plain = model(*inputs)
+        assert not torch.allclose(plain, expected, atol=1e-3)
+        ours, tensors = create_network_from_weights(1.0, str(tmp_path / "theirs.safetensors"), None, [None, None], model)
+        assert len(ours.unet_loras) == len(theirs.unet_loras)
+        names = {module.lora_name for module in ours.unet_loras}
+        assert family == "sdxl" or {"lora_unet_conv_in", "lora_unet_conv_out", "lora_unet_time_embedding_linear_1"} <= names
+        ours.load_tensors(tensors)
+        ours.apply_to(None, model, False, True)
+        ours.eval()
+        torch.testing.assert_close(model(*inputs), expected, rtol=1e-3, atol=1e-4)
