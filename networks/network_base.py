@@ -315,8 +315,12 @@ def build_network(
     targets = kind.targets(targets_of_denoiser(unet))
     settings = read_settings(kind, targets, rank, alpha, dropout, pairs)
     plans = plan_network(targets, unet, encoder_list(text_encoder), settings)
-    modules = [build_module(kind, plan, multiplier, settings) for plan in plans]
-    return _finished(kind, AdditionalNetwork(targets, settings, modules, multiplier))
+    problems = Problems()
+    modules = [problems.attempt(lambda plan=plan: build_module(kind, plan, multiplier, settings)) for plan in plans]
+    if len(problems.messages) > LISTED_PROBLEMS:
+        problems.messages[LISTED_PROBLEMS:] = [f"and {len(problems.messages) - LISTED_PROBLEMS} more layers like these"]
+    problems.raise_if_any()
+    return _finished(kind, AdditionalNetwork(targets, settings, [m for m in modules if m is not None], multiplier))
 
 
 def build_module(kind: NetworkKind, plan: LayerPlan, multiplier: float, settings: NetworkSettings) -> AdapterModule:

@@ -217,3 +217,9 @@ def test_file_of_sd_scripts_for_any_network_module(tmp_path):
                 network.apply_to(None, model, False, True)
                 torch.testing.assert_close(model(*inputs), expected)
                 network.remove_from()
+
+
+def test_layers_that_cannot_be_cut_are_told_together():
+    with pytest.raises(ConfigError) as caught:
+        oft.create_network(1.0, 5, 0.001, None, [None], tiny_denoiser("sd")[0])
+    assert len(caught.value.problems) == 6 and "more layers" in caught.value.problems[-1]
