@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from library.errors import CheckpointError
 from library.keyed_random import StepDraws
@@ -44,10 +45,11 @@ def change_of(
 
     The one formula for forward, merging, saving, streaming and the tools. Gradients flow into the tensors.
     """
-    if "dora_scale" not in tensors:
-        return module_class.weight_change(tensors, weight, multiplier)
-    plain = {name: tensor for name, tensor in tensors.items() if name != "dora_scale"}
-    return dora_change(module_class.weight_change(plain, weight, 1.0), weight, tensors["dora_scale"], multiplier)
+    with torch.autocast(weight.device.type, enabled=False):  # a change that is rounded on the way is no longer the file's
+        if "dora_scale" not in tensors:
+            return module_class.weight_change(tensors, weight, multiplier)
+        plain = {name: tensor for name, tensor in tensors.items() if name != "dora_scale"}
+        return dora_change(module_class.weight_change(plain, weight, 1.0), weight, tensors["dora_scale"], multiplier)
 
 
 def scale_of(tensors: Mapping[str, torch.Tensor], rank: int) -> float:
@@ -82,7 +84,9 @@ class AdapterModule(nn.Module):
     has_alpha: ClassVar[bool] = True
     """whether files of this kind hold an alpha"""
     plus_names: ClassVar[tuple[str, ...]] = ()
-    """parts of parameter names that LoRA+ trains at a higher rate"""
+    """parts of parameter names that LoRA+ trains at a higher rate; none = LoRA+ is refused"""
+    recomputes: ClassVar[bool] = False
+    """whether the backward pass builds the change of the weight again instead of keeping it and what it is made of"""
 
     def __init__(
         self,
@@ -120,10 +124,15 @@ class AdapterModule(nn.Module):
         """alpha / rank."""
         return self._alpha / self.lora_dim
 
+    @property
+    def neutral_alpha(self) -> float:
+        """The alpha that changes nothing, which a file without one has: the rank."""
+        return float(self.lora_dim)
+
     def set_alpha(self, alpha: float | torch.Tensor | None) -> None:
-        """0 and None stand for alpha = rank. The value is kept beside the buffer, so that no step reads the device."""
+        """0 and None stand for `neutral_alpha`. The value is kept beside the buffer, so that no step reads the device."""
         value = float(alpha) if alpha is not None else 0.0
-        self._alpha = value or float(self.lora_dim)
+        self._alpha = value or self.neutral_alpha
         self.alpha = torch.tensor(self._alpha, dtype=torch.float32, device=self.alpha.device)
         self._alpha = float(self.alpha) if not self.alpha.is_meta else self._alpha
 
@@ -173,8 +182,17 @@ class AdapterModule(nn.Module):
 
     def output_change(self, x: torch.Tensor) -> torch.Tensor:
         """What is added to the layer's output, at the module's multiplier and with the scale."""
-        weight = self._dropped_rows(self.get_weight())
-        return linear_output(self.org_module, x, weight.to(x.device, x.dtype))
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            is_keyed = self.step_state.draws is not None  # then dropout draws the same again
+            return checkpoint(self._built_change, x, use_reentrant=False, preserve_rng_state=not is_keyed)
+        return self._built_change(x)
+
+    def _built_change(self, x: torch.Tensor) -> torch.Tensor:
+        return linear_output(self.org_module, x, self.step_weight().to(x.device, x.dtype))
+
+    def step_weight(self) -> torch.Tensor:
+        """The change of the weight for one step: with rank dropout in training."""
+        return self._dropped_rows(self.get_weight())
 
     @staticmethod
     @abstractmethod
@@ -197,6 +215,11 @@ class AdapterModule(nn.Module):
     def missing_keys(cls, names: Iterable[str]) -> list[str]:
         """Tensors that a layer's file lacks for this kind."""
         return [key for key in cls.weight_keys if key not in names]
+
+    @classmethod
+    def unknown_keys(cls, names: Iterable[str]) -> list[str]:
+        """Tensors of a layer's file that this kind has no use for."""
+        return sorted(set(names) - {*cls.weight_keys, *cls.optional_keys, "alpha", "dora_scale"})
 
     @abstractmethod
     def initialize(self, generator: torch.Generator | None = None) -> None:
@@ -319,8 +342,8 @@ class AdapterModule(nn.Module):
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
     def load_file_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Read the tensors of a file; CheckpointError when a name or shape does not fit. A file without alpha means
-        alpha = rank. Shapes that differ only in 1x1 kernel axes fit."""
+        """Read the tensors of a file; CheckpointError when a name or shape does not fit. A file without alpha has
+        the neutral one. Shapes that differ only in 1x1 kernel axes fit."""
         if "dora_scale" in tensors and self.dora_scale is None:
             self.dora_scale = nn.Parameter(torch.empty_like(tensors["dora_scale"], dtype=torch.float32))
         if not self.has_alpha:
@@ -340,7 +363,7 @@ class AdapterModule(nn.Module):
                 raise CheckpointError(f"{self.lora_name}.{name} has shape {list(tensor.shape)}; this network needs {list(wanted)}")
             fitted[name] = tensor.reshape(wanted)
         if self.has_alpha:
-            fitted.setdefault("alpha", torch.tensor(float(self.lora_dim)))
+            fitted.setdefault("alpha", torch.tensor(self.neutral_alpha))
         self.load_state_dict(fitted)
 
     # -- norms -----------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ TARGETS = NetworkTargets(
     family="sd",
     file_state="library.unet_utils:sd_unet_state",
     classes=("Transformer2DModel",),
+    attention_classes=("CrossAttention",),
     conv_classes=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     text_encoders=(
         TextEncoderTargets(

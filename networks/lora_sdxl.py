@@ -39,6 +39,7 @@ TARGETS = NetworkTargets(
     family="sdxl",
     file_state="library.unet_utils:sdxl_unet_state",
     classes=("Transformer2DModel",),
+    attention_classes=("CrossAttention",),
     conv_classes=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     text_encoders=(
         TextEncoderTargets(

@@ -28,6 +28,15 @@ class NetworkSettings:
         value = self.values.get(name)
         return default if value is None else value
 
+    @property
+    def conv_rank(self) -> int:
+        """Rank of convolutions larger than 1x1; 0 = they are left alone."""
+        return self.rank if self.get("enable_conv") else self.get("conv_dim", 0)
+
+    @property
+    def conv_alpha(self) -> float | None:
+        return self.alpha if self.get("enable_conv") else self.get("conv_alpha", 1.0)
+
 
 def parse_network_args(
     pairs: Mapping[str, Any], targets: NetworkTargets, extra: Mapping[str, Callable[[Any], Any]] | None = None

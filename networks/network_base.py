@@ -299,6 +299,9 @@ def read_settings(
         if value:
             option = "--network_dropout" if name == "dropout" else f"--network_args {name}"
             problems.add(f"{option} is {value}; {kind.name} has none: {reason}")
+    if not kind.module_class.plus_names:
+        for name in [name for name in values if name.startswith("loraplus_")]:
+            problems.add(f"--network_args {name}: {kind.name} has no part that LoRA+ would train faster; leave it out")
     problems.attempt(lambda: kind.check(values))
     problems.raise_if_any()
     return NetworkSettings(4 if rank is None else int(rank), alpha, dropout, values)
@@ -312,8 +315,12 @@ def build_network(
     targets = kind.targets(targets_of_denoiser(unet))
     settings = read_settings(kind, targets, rank, alpha, dropout, pairs)
     plans = plan_network(targets, unet, encoder_list(text_encoder), settings)
-    modules = [build_module(kind, plan, multiplier, settings) for plan in plans]
-    return _finished(kind, AdditionalNetwork(targets, settings, modules, multiplier))
+    problems = Problems()
+    modules = [problems.attempt(lambda plan=plan: build_module(kind, plan, multiplier, settings)) for plan in plans]
+    if len(problems.messages) > LISTED_PROBLEMS:
+        problems.messages[LISTED_PROBLEMS:] = [f"and {len(problems.messages) - LISTED_PROBLEMS} more layers like these"]
+    problems.raise_if_any()
+    return _finished(kind, AdditionalNetwork(targets, settings, [m for m in modules if m is not None], multiplier))
 
 
 def build_module(kind: NetworkKind, plan: LayerPlan, multiplier: float, settings: NetworkSettings) -> AdapterModule:
@@ -336,7 +343,7 @@ def build_from_weights(
     Layers that are in no model are left out with a warning; arguments that would change shapes (ranks by part, ...) have
     no effect, all others (dropouts, rates, LoRA+) apply.
     """
-    targets = targets_of_denoiser(unet)
+    targets = kind.targets(targets_of_denoiser(unet))
     label = file or "the given weights"
     tensors = read_adapter_file(file, targets) if weights_sd is None else to_kohya_names(weights_sd, targets, label)
     pairs = dict(pairs)
@@ -348,8 +355,9 @@ def build_from_weights(
         logger.warning(
             "%s: %d of %d modules are in no loaded model and are left out (first: %s)", label, len(unknown), len(parts), unknown[0]
         )
+    fused = replace(targets, part_by_part=False)  # in a file the tensors tell; only split_qkv takes a layer apart
     modules = [
-        module_from_tensors(parts[name], layers[own], split_of(targets, layers[own], settings), multiplier, settings)
+        module_from_tensors(parts[name], layers[own], split_of(fused, layers[own], settings), multiplier, settings)
         for name, own in found.items()
     ]
     if for_inference:
@@ -368,10 +376,11 @@ def module_from_tensors(
 ) -> AdapterModule:
     """A module with the shapes of a layer's tensors in a file."""
     kind = known_kind_of(tensors, layer.lora_name)
-    known = {*kind.module_class.weight_keys, *kind.module_class.optional_keys, "alpha", "dora_scale"}
-    unknown = sorted(set(tensors) - known)
+    unknown = kind.module_class.unknown_keys(tensors)
     if unknown:
-        raise CheckpointError(f"{layer.lora_name} has {', '.join(unknown)}, which {kind.name} does not know; known: {', '.join(sorted(known))}")
+        known = sorted({*kind.module_class.weight_keys, *kind.module_class.optional_keys, "alpha"})
+        raise CheckpointError(f"{layer.lora_name} has {', '.join(unknown)}, which {kind.name} does not know; known: {', '.join(known)}")
+    split = split if kind.splits else None
     rank, alpha, shape = kind.shape_from_file(tensors, split)
     module = _build(kind, LayerPlan(layer, rank, alpha, None, split), multiplier, settings, shape)
     if "dora_scale" in tensors:

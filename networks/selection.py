@@ -86,7 +86,9 @@ def all_layers(
 
 
 def split_of(targets: NetworkTargets, layer: Layer, settings: NetworkSettings) -> tuple[int, ...] | None:
-    """Rows of the parts of a fused layer when `split_qkv` is on."""
+    """Rows of the parts of a layer that is trained part by part."""
+    if targets.part_by_part and layer.encoder is None and type(layer.module).__name__ == "Linear":
+        return fused_rows(targets, layer) or (layer.module.out_features,)
     return fused_rows(targets, layer) if settings.get("split_qkv") else None
 
 
@@ -117,7 +119,7 @@ def _rank_and_alpha(
         if block is not None:
             return _block_rank(layer, settings, block)
     if layer.is_kxk_conv:
-        return settings.get("conv_dim", 0), settings.get("conv_alpha", 1.0)
+        return settings.conv_rank, settings.conv_alpha
     return settings.rank, alpha
 
 
@@ -138,7 +140,9 @@ def _block_rank(layer: Layer, settings: NetworkSettings, block: int) -> tuple[in
         return default if values is None else values[block]
 
     if layer.is_kxk_conv:
-        return of_block("conv_block_dims", settings.get("conv_dim", 0)), of_block("conv_block_alphas", settings.get("conv_alpha", 1.0))
+        if settings.get("enable_conv"):
+            return of_block("block_dims", settings.rank), of_block("block_alphas", settings.alpha)
+        return of_block("conv_block_dims", settings.conv_rank), of_block("conv_block_alphas", settings.conv_alpha)
     return of_block("block_dims", settings.rank), of_block("block_alphas", settings.alpha)
 
 

@@ -111,6 +111,10 @@ class NetworkTargets:
     """"module:function" that picks the denoiser out of a checkpoint's state and renames it to the module tree"""
     conv_classes: tuple[str, ...] = ()
     """classes that become targets when `conv_dim` is given"""
+    attention_classes: tuple[str, ...] = ()
+    """classes of the attention layers, for kinds that train these alone"""
+    part_by_part: bool = False
+    """every Linear of the denoiser is trained in parts: a fused one in its own, another in one"""
     optional_classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """network argument -> classes that it adds"""
     text_encoders: tuple[TextEncoderTargets, ...] = ()

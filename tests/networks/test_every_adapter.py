@@ -17,7 +17,7 @@ LAYERS = {
     "conv3x3": lambda: nn.Conv2d(8, 12, 3, stride=2, padding=1),
 }
 CELLS = (*((layer, False) for layer in LAYERS), ("conv3x3", True))
-TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7}}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
 
 def example(layer, dtype=torch.float32):
@@ -78,7 +78,8 @@ def test_forward_merge_and_file_are_equal(name, layer_name, tucker, dtype, multi
     loaded.merge_to()
     torch.testing.assert_close(layer.weight, merged, rtol=0, atol=0)
     assert bias_change(tensors, multiplier) is None or not torch.equal(layer.bias, plain)
-    torch.testing.assert_close(layer(x), hooked, **TOLERANCE[dtype])
+    tolerance = TOLERANCE[dtype]  # of the largest output: rounded weights add up to errors of its size
+    torch.testing.assert_close(layer(x), hooked, rtol=tolerance, atol=tolerance * max(1.0, float(hooked.detach().abs().max())))
 
 
 @pytest.mark.parametrize(("layer_name", "tucker"), CELLS)

@@ -21,7 +21,7 @@ from library.family_table import family_entry
 from library.keyed_random import StepDraws, isolated_rng, key_seed
 from library.options import Config, parse_bool
 from library.safetensors_utils import load_safetensors, read_header
-from library.training.adapters import NetworkOptions, check_network_module
+from library.training.adapters import DENOISER_ONLY, NetworkOptions, check_network_module
 from library.training.hooks.base import Hook
 from library.training.hooks.network import NetworkHook
 from library.training.option_groups import ModelOptions
@@ -152,7 +152,7 @@ class NetworkTrainable(Trainable):
             )
 
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
-        if self.opts.network_train_unet_only:
+        if self.opts.network_train_unet_only or self.opts.module_path in DENOISER_ONLY:
             return [False] * len(targets_of_family(family.name).text_encoders)
         return [
             encoder.switch is None or _is_on(self.opts.pairs.get(encoder.switch))
@@ -166,7 +166,9 @@ class NetworkTrainable(Trainable):
         if self.opts.unet_lr and self.opts.network_train_text_encoder_only:
             lines.append("--unet_lr has no effect with --network_train_text_encoder_only")
         rates = self.opts.text_encoder_lr or ()
-        if any(rates) and self.opts.network_train_unet_only:
+        if any(rates) and self.opts.module_path in DENOISER_ONLY:
+            lines.append(f"--text_encoder_lr has no effect with {self.opts.network_module}, which trains the denoiser alone")
+        elif any(rates) and self.opts.network_train_unet_only:
             lines.append("--text_encoder_lr has no effect with --network_train_unet_only")
         elif len(rates) > 1:
             for encoder, rate, learns in zip(encoders, rates, trained, strict=False):
