@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 MARKS: dict[str, tuple[str, ...]] = {
     "networks.lora:KIND": ("lora_down.weight", "lora_up.weight", "lora_down.0.weight"),
+    "networks.ia3:KIND": ("on_input",),
+    "networks.full:KIND": ("diff", "diff_b"),
+    "networks.norm:KIND": ("w_norm", "b_norm"),
 }
 """kind -> tensor names of which any one tells that a layer is of this kind"""
 
@@ -38,7 +41,8 @@ class NetworkKind:
     `shape_from_file(tensors, split)`: rank, alpha and constructor arguments of a layer in a file.
     `shape_from_settings(settings, layer, split)`: constructor arguments of a layer of a new network.
     `arguments(targets)`: network arguments that only this kind has, name -> parser.
-    `refused`: arguments that every network has, but not this kind, name -> reason (`dropout` is --network_dropout).
+    `refused`: arguments that other kinds have, but not this one, name -> reason (`dropout`, `network_dim` and
+    `network_alpha` stand for the options).
     `check(values)`: raises ConfigError for arguments that contradict each other.
     `targets`: the layers of a family that this kind trains, where they are not those of the table.
     `prepare`: a last touch on a new network.
@@ -53,6 +57,16 @@ class NetworkKind:
     check: Callable[[Mapping[str, Any]], None] = lambda values: None
     targets: Callable[[NetworkTargets], NetworkTargets] = lambda targets: targets
     prepare: Callable[[AdditionalNetwork], None] = lambda network: None
+
+    @property
+    def tensor_names(self) -> set[str]:
+        """Tensors that a layer of this kind may have in a file."""
+        return {*self.module_class.weight_keys, *self.module_class.optional_keys, "alpha", "dora_scale"}
+
+    def reads(self, names: Iterable[str]) -> bool:
+        """Whether tensors of these names make a layer of this kind. Several kinds may write the same tensors (LoRA, DyLoRA)."""
+        names = set(names)
+        return names <= self.tensor_names and not self.module_class.missing_keys(names)
 
 
 def kind_of(names: Iterable[str]) -> NetworkKind | None:

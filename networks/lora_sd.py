@@ -27,5 +27,5 @@ TARGETS = NetworkTargets(
     classes=("Transformer2DModel",),
     conv_classes=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     text_encoders=(TextEncoderTargets("lora_te", CLIP_CLASSES, root="text_model", aliases=("lora_te1",)),),
-    blocks=BlockTable(NUM_BLOCKS, block_index),
+    blocks=BlockTable(NUM_BLOCKS, block_index, down=range(12), mid=range(12, 13), up=range(13, 25)),
 )

@@ -32,5 +32,5 @@ TARGETS = NetworkTargets(
         TextEncoderTargets("lora_te1", CLIP_CLASSES, root="text_model"),
         TextEncoderTargets("lora_te2", CLIP_CLASSES, root="text_model"),
     ),
-    blocks=BlockTable(NUM_BLOCKS, block_index),
+    blocks=BlockTable(NUM_BLOCKS, block_index, down=range(1, 10), mid=range(10, 13), up=range(13, 22)),
 )

@@ -32,6 +32,12 @@ ADAPTERS: dict[str, Adapter] = {
     "dora": Adapter("networks.lora", {"dora_wd": "True"}),
     "dora_input": Adapter("networks.lora", {"dora_wd": "True", "wd_on_output": "False"}),
     "rs_lora": Adapter("networks.lora", {"rs_lora": "True"}),
+    "lora_fa": Adapter("networks.lora_fa", tucker=False),
+    "dylora": Adapter("networks.dylora", {"unit": "2"}, rank=6, tucker=False),
+    "tlora": Adapter("networks.tlora"),
+    "ia3": Adapter("networks.ia3", rank=1, alpha=None, tucker=False),
+    "full": Adapter("networks.full", rank=1, alpha=None, tucker=False),
+    "norm": Adapter("networks.norm", rank=1, alpha=None, tucker=False, layers=("layer_norm", "group_norm")),
 }
 
 
