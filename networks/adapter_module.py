@@ -18,9 +18,11 @@ from library.keyed_random import StepDraws
 
 @dataclass
 class StepState:
-    """What all modules of a network share while training; set once per micro-batch."""
+    """What all modules of a network share while training; set once per micro-batch. `times` [B] says how noisy each sample
+    is: 0 = data, 1 = noise."""
 
     draws: StepDraws | None = None
+    times: torch.Tensor | None = None
 
 
 def dora_change(change: torch.Tensor, weight: torch.Tensor, dora_scale: torch.Tensor, multiplier: float) -> torch.Tensor:
@@ -81,6 +83,8 @@ class AdapterModule(nn.Module):
     weight_keys: ClassVar[tuple[str, ...]]
     """tensors that a file must have"""
     optional_keys: ClassVar[tuple[str, ...]] = ()
+    layer_classes: ClassVar[tuple[str, ...]] = ("Linear", "Conv2d")
+    """class names of the layers that it can change"""
     has_alpha: ClassVar[bool] = True
     """whether files of this kind hold an alpha"""
     plus_names: ClassVar[tuple[str, ...]] = ()
@@ -108,6 +112,10 @@ class AdapterModule(nn.Module):
         self.module_dropout = module_dropout
         self.enabled = True
         self.rate: tuple[int, float] | None = None
+        self.block: int | None = None
+        """number of the U-Net block that the layer stands in"""
+        self.weight_name = "weight"
+        """name of the layer's parameter that is changed"""
         self.step_state = StepState()
         self._org_module = [org_module]  # in a list, so that the layer's weights are not counted among the adapter's
         self._backup: dict[str, torch.Tensor] | None = None
@@ -171,7 +179,8 @@ class AdapterModule(nn.Module):
         if self._is_dropped():
             # Gradients of zero instead of none: optimizers treat them differently, and ranks could not tell a dropped
             # module from one that has not run.
-            return output + sum(parameter.flatten()[0] for parameter in self.parameters()).to(output) * 0
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            return output + sum(parameter.flatten()[0] for parameter in trained).to(output) * 0 if trained else output
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.compute_dtype)
         return (output + self.output_change(x).to(output.device)).to(output.dtype)
@@ -225,6 +234,9 @@ class AdapterModule(nn.Module):
     def initialize(self, generator: torch.Generator | None = None) -> None:
         """Start values: the change is zero."""
 
+    def on_step_draws(self) -> None:
+        """The draws of a micro-batch are set: kinds that train a drawn part of their parameters choose it here."""
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The live tensors (parameters and buffers), as `weight_change` takes them."""
         alpha = {"alpha": torch.tensor(self._alpha)} if self.has_alpha else {}  # on the CPU: reading it waits for no device
@@ -250,6 +262,12 @@ class AdapterModule(nn.Module):
             return float(torch.rand(())) < self.module_dropout
         return draws.batch_uniform("network module dropout", self.lora_name) < self.module_dropout
 
+    def rows_of_samples(self, rows: int, samples: int) -> int:
+        """How many rows of a layer's input belong to each sample: text encoders see several chunks per sample."""
+        if samples == 0 or rows % samples:
+            raise ValueError(f"{self.lora_name} sees {rows} rows for {samples} samples; the rows of a sample must be equally many")
+        return rows // samples
+
     def drop(self, hidden: torch.Tensor, probability: float, shape: tuple[int, ...], purpose: str) -> torch.Tensor:
         """Zero parts of `hidden` [B, ...] and scale up the rest. `shape` is that of one sample's mask, broadcast over the
         sample. Masks are keyed per sample, so that ranks, accumulation and recomputed activations see the same."""
@@ -257,10 +275,7 @@ class AdapterModule(nn.Module):
         if draws is None:  # outside a training run: a module used by hand
             kept = torch.rand((rows, *shape)) >= probability
         else:
-            samples = len(draws.positions)
-            if samples == 0 or rows % samples:
-                raise ValueError(f"{self.lora_name} sees {rows} rows for {samples} samples; the rows of a sample must be equally many")
-            per_sample = rows // samples  # text encoders see several chunks per sample
+            per_sample = self.rows_of_samples(rows, len(draws.positions))
             kept = torch.stack([
                 torch.rand(shape, generator=draws.generator(purpose, row // per_sample, self.lora_name, row % per_sample))
                 >= probability
@@ -283,7 +298,7 @@ class AdapterModule(nn.Module):
     def get_weight(self, multiplier: float | None = None) -> torch.Tensor:
         """The change of the weight at this multiplier (default: the module's), float32."""
         multiplier = self.multiplier if multiplier is None else multiplier
-        return change_of(type(self), self.tensors(), self.org_module.weight, multiplier)
+        return change_of(type(self), self.tensors(), getattr(self.org_module, self.weight_name), multiplier)
 
     def delta_weight(self) -> torch.Tensor:
         """The change of the weight at multiplier 1, with the scale; float32, shape of the weight."""
@@ -301,7 +316,7 @@ class AdapterModule(nn.Module):
         if sd:
             self.load_file_tensors(sd)
         tensors = {name: tensor.to(device) if device is not None else tensor for name, tensor in self.tensors().items()}
-        for name, change_of_part in (("weight", self._merged_weight), ("bias", self._merged_bias)):
+        for name, change_of_part in ((self.weight_name, self._merged_weight), ("bias", self._merged_bias)):
             parameter = getattr(self.org_module, name, None)
             if parameter is None:
                 continue

@@ -30,6 +30,9 @@ MARKS: dict[str, tuple[Mark, ...]] = {
     "networks.glora:KIND": ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
     "networks.boft:KIND": (("oft_blocks", 4),),
     "networks.oft:KIND": (("oft_blocks", 3), "oft_blocks.0"),
+    "networks.ia3:KIND": ("on_input",),
+    "networks.full:KIND": ("diff", "diff_b"),
+    "networks.norm:KIND": ("w_norm", "b_norm"),
 }
 """kind -> marks of which any one tells that a layer is of this kind: the name of a tensor, or (name, number of its axes)
 where several kinds use the name"""
@@ -48,7 +51,8 @@ class NetworkKind:
     `shape_from_file(tensors, split)`: rank, alpha and constructor arguments of a layer in a file.
     `shape_from_settings(settings, layer, split)`: constructor arguments of a layer of a new network.
     `arguments(targets)`: network arguments that only this kind has, name -> parser.
-    `refused`: arguments that every network has, but not this kind, name -> reason (`dropout` is --network_dropout).
+    `refused`: arguments that other kinds have, but not this one, name -> reason (`dropout`, `network_dim` and
+    `network_alpha` stand for the options).
     `check(values)`: raises ConfigError for arguments that contradict each other.
     `targets`: the layers of a family that this kind trains, where they are not those of the table.
     `prepare`: a last touch on a new network.
@@ -84,6 +88,16 @@ def known_kind_of(tensors: Mapping[str, torch.Tensor], lora_name: str) -> Networ
     if missing:
         raise CheckpointError(f"{lora_name} has {', '.join(sorted(tensors))}; needed for {kind.name}: {', '.join(missing)} too")
     return kind
+
+
+def kind_for(tensors: Mapping[str, torch.Tensor], lora_name: str, wanted: NetworkKind | None = None) -> NetworkKind:
+    """As known_kind_of. Kinds without marks of their own (DyLoRA, say) write the tensors of another: `wanted` is taken where it
+    is one of them and has a use for these tensors."""
+    kind = known_kind_of(tensors, lora_name)
+    if wanted is None or any(import_target(target) is wanted for target in MARKS):
+        return kind
+    module = wanted.module_class
+    return kind if module.missing_keys(tensors) or module.unknown_keys(tensors) else wanted
 
 
 def weight_change(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor, multiplier: float = 1.0, lora_name: str = "") -> torch.Tensor:

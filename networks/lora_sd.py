@@ -45,5 +45,5 @@ TARGETS = NetworkTargets(
             file_state="library.text_encoder_utils:sd_clip_state",
         ),
     ),
-    blocks=BlockTable(NUM_BLOCKS, block_index),
+    blocks=BlockTable(NUM_BLOCKS, block_index, down=range(12), mid=range(12, 13), up=range(13, 25)),
 )

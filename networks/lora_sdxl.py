@@ -51,5 +51,5 @@ TARGETS = NetworkTargets(
             file_state="library.text_encoder_utils:clip_g_state",
         ),
     ),
-    blocks=BlockTable(NUM_BLOCKS, block_index),
+    blocks=BlockTable(NUM_BLOCKS, block_index, down=range(1, 10), mid=range(10, 13), up=range(13, 22)),
 )

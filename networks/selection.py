@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from library.errors import ConfigError
+from networks.block_rates import block_factors
 from networks.network_args import NetworkSettings, selected_blocks
 from networks.targets import (
+    NORM_CLASSES,
     Layer,
     NetworkTargets,
     denoiser_layers,
@@ -38,6 +40,8 @@ class LayerPlan:
     alpha: float | None
     rate: tuple[int, float] | None = None
     split: tuple[int, ...] | None = None
+    block: int | None = None
+    """number of the U-Net block that the layer stands in"""
 
 
 def plan_network(
@@ -45,12 +49,13 @@ def plan_network(
 ) -> list[LayerPlan]:
     """The adapters for these models. Text encoders stand at their place in the family's list, absent ones as None."""
     layers = all_layers(targets, denoiser, text_encoders, settings)
-    selected = _selected_by_index(targets, layers, settings)
+    selected = {**_selected_by_rate(targets, layers, settings), **_selected_by_index(targets, layers, settings)}
     plans = []
     for layer in layers:
         rank, alpha = _rank_and_alpha(targets, layer, settings, selected)
         if rank > 0:
-            plans.append(LayerPlan(layer, rank, alpha, rate_of(targets, layer, settings), split_of(targets, layer, settings)))
+            rate, split = rate_of(targets, layer, settings), split_of(targets, layer, settings)
+            plans.append(LayerPlan(layer, rank, alpha, rate, split, block_of(targets, layer)))
     _warn_about_idle_settings(targets, layers, settings)
     return plans
 
@@ -75,6 +80,8 @@ def all_layers(
     for arg, added in targets.optional_classes.items():
         if settings.get(arg):
             classes = (*classes, *added)
+    if settings.get("train_norm"):
+        targets = replace(targets, leaf_classes=(*targets.leaf_classes, *NORM_CLASSES))
     layers = denoiser_layers(denoiser, targets, classes)
     if targets.entries and settings.get(targets.entries.arg):
         layers += entry_layers(denoiser, targets)
@@ -115,7 +122,7 @@ def _rank_and_alpha(
         rank = _part_rank(targets, layer, settings)
         if rank is not None:
             return rank, alpha
-        block = targets.blocks.index_of(layer.path) if targets.blocks else None
+        block = block_of(targets, layer)
         if block is not None:
             return _block_rank(layer, settings, block)
     if layer.is_kxk_conv:
@@ -147,7 +154,10 @@ def _block_rank(layer: Layer, settings: NetworkSettings, block: int) -> tuple[in
 
 
 def _excluded(targets: NetworkTargets, layer: Layer, settings: NetworkSettings) -> bool:
-    excludes = [*map(re.compile, targets.default_excludes if layer.encoder is None else ()), *settings.get("exclude_patterns", ())]
+    defaults = targets.default_excludes if layer.encoder is None else targets.encoder_excludes
+    if layer.is_norm:  # trained only when they are asked for
+        defaults = ()
+    excludes = [*map(re.compile, defaults), *settings.get("exclude_patterns", ())]
     if not any(pattern.fullmatch(layer.path) for pattern in excludes):
         return False
     return not any(pattern.fullmatch(layer.path) for pattern in settings.get("include_patterns", ()))
@@ -165,6 +175,23 @@ def rate_of(targets: NetworkTargets, layer: Layer, settings: NetworkSettings) ->
         if matches(targets, pattern, layer):
             return number, rate
     return None
+
+
+def block_of(targets: NetworkTargets, layer: Layer) -> int | None:
+    """The number of the U-Net block that a layer stands in; None outside the blocks and for families without numbers."""
+    return targets.blocks.index_of(layer.path) if targets.blocks and layer.encoder is None else None
+
+
+def _selected_by_rate(targets: NetworkTargets, layers: list[Layer], settings: NetworkSettings) -> dict[str, bool]:
+    """lora name -> False for the layers of blocks whose learning rate factor is 0."""
+    factors = block_factors(targets, settings)
+    if factors is None:
+        return {}
+    blocks = {layer.lora_name: block for layer in layers if (block := block_of(targets, layer)) is not None}
+    idle = sorted({block for block in blocks.values() if factors[block] == 0})
+    if idle:
+        logger.info("not trained, as their learning rate factor is 0: blocks %s", ", ".join(map(str, idle)))
+    return {name: False for name, block in blocks.items() if factors[block] == 0}
 
 
 def _selected_by_index(targets: NetworkTargets, layers: list[Layer], settings: NetworkSettings) -> dict[str, bool]:

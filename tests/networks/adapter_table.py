@@ -48,6 +48,12 @@ ADAPTERS: dict[str, Adapter] = {
     "boft_rescaled": Adapter("networks.boft", {"rescaled": "True"}, rank=7, alpha=0.05, tucker=False),
     "glora": Adapter("networks.glora", tucker=False),
     "lokr_dora": Adapter("networks.lokr", {"dora_wd": "True", "wd_on_output": "False"}, rank=1),
+    "lora_fa": Adapter("networks.lora_fa", tucker=False),
+    "dylora": Adapter("networks.dylora", {"unit": "2"}, rank=6, tucker=False),
+    "tlora": Adapter("networks.tlora"),
+    "ia3": Adapter("networks.ia3", rank=1, alpha=None, tucker=False),
+    "full": Adapter("networks.full", rank=1, alpha=None, tucker=False),
+    "norm": Adapter("networks.norm", rank=1, alpha=None, tucker=False, layers=("layer_norm", "group_norm")),
 }
 
 
