@@ -211,8 +211,8 @@ class AdapterModule(nn.Module):
 
     @staticmethod
     def bias_change(tensors: Mapping[str, torch.Tensor], multiplier: float) -> torch.Tensor | None:
-        """Change of the layer's bias [out], float32; None for kinds that leave it alone."""
-        return None
+        """Change of the layer's bias [out], float32; None when it is left alone. `diff_b` may stand beside any kind."""
+        return multiplier * tensors["diff_b"].float() if "diff_b" in tensors else None
 
     @staticmethod
     def change_shape(tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...] | None:

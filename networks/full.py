@@ -44,9 +44,8 @@ class FullModule(AdapterModule):
         return multiplier * tensors["diff"].float().view(weight.shape)
 
     @staticmethod
-    def bias_change(tensors: Mapping[str, torch.Tensor], multiplier: float) -> torch.Tensor | None:
-        """multiplier * diff_b."""
-        return multiplier * tensors["diff_b"].float() if "diff_b" in tensors else None
+    def change_shape(tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...] | None:
+        return tuple(tensors["diff"].shape)
 
     def output_change(self, x: torch.Tensor) -> torch.Tensor:
         change = super().output_change(x)

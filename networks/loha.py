@@ -6,6 +6,7 @@ where it is computed. `--network_module networks.loha`, for every family.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -83,6 +84,11 @@ class LoHaModule(AdapterModule):
                 parameter.zero_()
             elif name.startswith("hada_"):
                 parameter.normal_(0, 1.0 if name.endswith("_b") else 0.1, generator=generator)
+
+    @staticmethod
+    def change_shape(tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...] | None:
+        a, b = tensors["hada_w1_a"].shape, tensors["hada_w1_b"].shape
+        return (a[1], b[1], *tensors["hada_t1"].shape[2:]) if "hada_t1" in tensors else (a[0], math.prod(b[1:]))
 
     @staticmethod
     def weight_change(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor, multiplier: float) -> torch.Tensor:

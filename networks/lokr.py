@@ -155,6 +155,11 @@ class LoKrModule(AdapterModule):
         return self._dropped_rows(change.transpose(0, -1)).transpose(0, -1)  # rows of the weight are places of the output
 
     @staticmethod
+    def change_shape(tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...] | None:
+        w1, w2 = (half.shape for half in lokr_halves({name: tensor.to("meta", torch.float32) for name, tensor in tensors.items()}))
+        return (w1[0] * w2[0], w1[1] * w2[1], *w2[2:])
+
+    @staticmethod
     def weight_change(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor, multiplier: float) -> torch.Tensor:
         """Source of the formula: lokr_delta."""
         floats = {name: tensor.float() for name, tensor in tensors.items()}

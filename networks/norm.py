@@ -64,6 +64,10 @@ class NormModule(AdapterModule):
         return multiplier * tensors["w_norm"].float().view(weight.shape)
 
     @staticmethod
+    def change_shape(tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...] | None:
+        return tuple(tensors["w_norm"].shape)
+
+    @staticmethod
     def bias_change(tensors: Mapping[str, torch.Tensor], multiplier: float) -> torch.Tensor | None:
         """multiplier * b_norm."""
         return multiplier * tensors["b_norm"].float() if "b_norm" in tensors else None
