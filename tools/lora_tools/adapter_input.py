@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.errors import CheckpointError
+from library.errors import CheckpointError, ConfigError
+from library.options import Config, option_fields
+from library.training import cli
+from library.training.option_groups import ConsoleOptions
 
 if TYPE_CHECKING:
     import torch
@@ -79,3 +84,28 @@ def ending_problem(path: str | None, name: str, endings: tuple[str, ...] = ENDIN
     if not path:
         return f"--{name} is missing; name the file to write"
     return None if path.endswith(endings) else f"--{name} is {path}; needed: a name that ends in {', '.join(endings)}"
+
+
+FILES = "files"
+
+
+def add_files(parser: argparse.ArgumentParser, name: str, what: str) -> argparse.ArgumentParser:
+    """Let the values of --{name} be given without its name."""
+    parser.add_argument(FILES, nargs="*", help=f"{what}; the same as --{name}", default=argparse.SUPPRESS)
+    return parser
+
+
+def read_with_files(argv: Sequence[str] | None, parser: argparse.ArgumentParser, classes: Sequence[type], name: str) -> Config:
+    """As read_command, for a parser of add_files. ConfigError when files are given in both ways."""
+    values = vars(parser.parse_args(argv))
+    files = values.pop(FILES, [])
+    if files and values.get(name):
+        raise ConfigError(f"{files[0]} stands alone and --{name} is given too; give all files in one way")
+    if files:
+        owner = next(group for group in classes if name in option_fields(group))
+        values[name] = files if option_fields(owner)[name][1].nargs else files[0]
+        if len(files) > 1 and values[name] is files[0]:
+            raise ConfigError(f"{len(files)} files are given; this tool takes one")
+    config = Config.read(values, classes)
+    cli.set_up_logging(config[ConsoleOptions])
+    return config
