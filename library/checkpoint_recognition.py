@@ -52,11 +52,15 @@ ADAPTER_ENDINGS = (
     ".lokr_w1",
     ".lokr_w1_a",
     ".oft_blocks",
+    ".oft_blocks.0",
     ".oft_diag",
     ".dora_scale",
     ".a1.weight",
     ".diff",
     ".diff_b",
+    ".w_norm",
+    ".b_norm",
+    ".on_input",
 )
 
 

@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 P = TypeVar("P")
 T = TypeVar("T")
 
-_SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
+SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 _BLOB_NAMES = {"spiece_model", "tokenizer", "tekken_model", "scaled_fp8"}
-_BLOB_SUFFIXES = (".scale_input", ".input_scale", ".comfy_quant", ".scaled_fp8", ".spiece_model", *_SCALE_SUFFIXES)
+_BLOB_SUFFIXES = (".scale_input", ".input_scale", ".comfy_quant", ".scaled_fp8", ".spiece_model", *SCALE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class CheckpointFiles:
 
     def dtype_of(self, key: str) -> torch.dtype:
         """The type of a tensor in the file; bfloat16 for one in scaled 8-bit numbers, which is widened when it is read."""
-        is_scaled = any(key.removesuffix(".weight") + suffix in self.shapes for suffix in _SCALE_SUFFIXES)
+        is_scaled = any(key.removesuffix(".weight") + suffix in self.shapes for suffix in SCALE_SUFFIXES)
         return torch.bfloat16 if is_scaled else self.shapes[key].dtype
 
     def casting(self, dtype: torch.dtype | None) -> Callable[[str, Tensor], Tensor]:
@@ -192,16 +192,17 @@ def unscaled(files: CheckpointFiles, items: Items) -> Items:
 
     A scale has one value, one per row [out, 1], or one per block of a row [out, blocks, 1].
     """
-    names = {f"{key[: -len(suffix)]}.weight": key for suffix in _SCALE_SUFFIXES for key in files.shapes if key.endswith(suffix)}
+    names = {f"{key[: -len(suffix)]}.weight": key for suffix in SCALE_SUFFIXES for key in files.shapes if key.endswith(suffix)}
     scales = dict(files.stream("cpu", True, names.values())) if names else {}
     for key, tensor in items:
         if key in names and tensor.dtype in FP8_DTYPES:
-            yield key, _times_scale(tensor.float(), scales[names[key]].to(tensor.device, torch.float32))
+            yield key, times_scale(tensor.float(), scales[names[key]].to(tensor.device, torch.float32))
         elif not is_blob(key):
             yield key, tensor
 
 
-def _times_scale(weight: Tensor, scale: Tensor) -> Tensor:
+def times_scale(weight: Tensor, scale: Tensor) -> Tensor:
+    """A weight in scaled 8-bit numbers, multiplied out."""
     if scale.numel() == 1:
         return weight * scale.reshape(())
     if scale.ndim == 3:  # [out, blocks, 1]

@@ -35,7 +35,10 @@ class Downsample2D(nn.Module):
         return self.conv(x)
 
 
-class TimestepEmbedding(nn.Module):
+class TimeEmbedding(nn.Module):
+    """Named unlike Anima's: LyCORIS takes layers of a TimestepEmbedding, and those of time_embedding by name, and stops where
+    both find the same one."""
+
     def __init__(self, in_width: int, width: int) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(in_width, width)
@@ -61,7 +64,7 @@ class UNet2DConditionModel(UNetBase):
         super().__init__(params)
         widths, count = params.channels, params.num_res_blocks
         self.conv_in = nn.Conv2d(params.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], params.time_embed_dim)
+        self.time_embedding = TimeEmbedding(widths[0], params.time_embed_dim)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         skips = [widths[0]]
         for number, width in enumerate(widths):

@@ -19,14 +19,15 @@ def minimum_metadata(
     """What readers need of an adapter file: base model, network module, rank and alpha ("Dynamic" when layers differ)."""
     texts = {key: source[key] for key in KEPT for source in reversed(sources) if key in source}
     texts["ss_network_module"] = module
-    texts["ss_network_dim"] = _one_or_dynamic(dims)
-    texts["ss_network_alpha"] = _one_or_dynamic(alphas)
+    texts["ss_network_dim"] = one_or_dynamic(dims)
+    texts["ss_network_alpha"] = one_or_dynamic(alphas)
     if network_args:
         texts["ss_network_args"] = json.dumps(dict(network_args), sort_keys=True)
     return texts
 
 
-def _one_or_dynamic(values: Iterable[float]) -> str:
+def one_or_dynamic(values: Iterable[float]) -> str:
+    """The number that all values are, else "Dynamic"."""
     numbers = {f"{value:g}" for value in values}
     return numbers.pop() if len(numbers) == 1 else "Dynamic"
 

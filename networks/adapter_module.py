@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from library.errors import CheckpointError
 from library.keyed_random import StepDraws
@@ -17,9 +18,11 @@ from library.keyed_random import StepDraws
 
 @dataclass
 class StepState:
-    """What all modules of a network share while training; set once per micro-batch."""
+    """What all modules of a network share while training; set once per micro-batch. `times` [B] says how noisy each sample
+    is: 0 = data, 1 = noise."""
 
     draws: StepDraws | None = None
+    times: torch.Tensor | None = None
 
 
 def dora_change(change: torch.Tensor, weight: torch.Tensor, dora_scale: torch.Tensor, multiplier: float) -> torch.Tensor:
@@ -44,10 +47,11 @@ def change_of(
 
     The one formula for forward, merging, saving, streaming and the tools. Gradients flow into the tensors.
     """
-    if "dora_scale" not in tensors:
-        return module_class.weight_change(tensors, weight, multiplier)
-    plain = {name: tensor for name, tensor in tensors.items() if name != "dora_scale"}
-    return dora_change(module_class.weight_change(plain, weight, 1.0), weight, tensors["dora_scale"], multiplier)
+    with torch.autocast(weight.device.type, enabled=False):  # a change that is rounded on the way is no longer the file's
+        if "dora_scale" not in tensors:
+            return module_class.weight_change(tensors, weight, multiplier)
+        plain = {name: tensor for name, tensor in tensors.items() if name != "dora_scale"}
+        return dora_change(module_class.weight_change(plain, weight, 1.0), weight, tensors["dora_scale"], multiplier)
 
 
 def scale_of(tensors: Mapping[str, torch.Tensor], rank: int) -> float:
@@ -79,10 +83,14 @@ class AdapterModule(nn.Module):
     weight_keys: ClassVar[tuple[str, ...]]
     """tensors that a file must have"""
     optional_keys: ClassVar[tuple[str, ...]] = ()
+    layer_classes: ClassVar[tuple[str, ...]] = ("Linear", "Conv2d")
+    """class names of the layers that it can change"""
     has_alpha: ClassVar[bool] = True
     """whether files of this kind hold an alpha"""
     plus_names: ClassVar[tuple[str, ...]] = ()
-    """parts of parameter names that LoRA+ trains at a higher rate"""
+    """parts of parameter names that LoRA+ trains at a higher rate; none = LoRA+ is refused"""
+    recomputes: ClassVar[bool] = False
+    """whether the backward pass builds the change of the weight again instead of keeping it and what it is made of"""
 
     def __init__(
         self,
@@ -104,6 +112,10 @@ class AdapterModule(nn.Module):
         self.module_dropout = module_dropout
         self.enabled = True
         self.rate: tuple[int, float] | None = None
+        self.block: int | None = None
+        """number of the U-Net block that the layer stands in"""
+        self.weight_name = "weight"
+        """name of the layer's parameter that is changed"""
         self.step_state = StepState()
         self._org_module = [org_module]  # in a list, so that the layer's weights are not counted among the adapter's
         self._backup: dict[str, torch.Tensor] | None = None
@@ -120,10 +132,15 @@ class AdapterModule(nn.Module):
         """alpha / rank."""
         return self._alpha / self.lora_dim
 
+    @property
+    def neutral_alpha(self) -> float:
+        """The alpha that changes nothing, which a file without one has: the rank."""
+        return float(self.lora_dim)
+
     def set_alpha(self, alpha: float | torch.Tensor | None) -> None:
-        """0 and None stand for alpha = rank. The value is kept beside the buffer, so that no step reads the device."""
+        """0 and None stand for `neutral_alpha`. The value is kept beside the buffer, so that no step reads the device."""
         value = float(alpha) if alpha is not None else 0.0
-        self._alpha = value or float(self.lora_dim)
+        self._alpha = value or self.neutral_alpha
         self.alpha = torch.tensor(self._alpha, dtype=torch.float32, device=self.alpha.device)
         self._alpha = float(self.alpha) if not self.alpha.is_meta else self._alpha
 
@@ -162,7 +179,8 @@ class AdapterModule(nn.Module):
         if self._is_dropped():
             # Gradients of zero instead of none: optimizers treat them differently, and ranks could not tell a dropped
             # module from one that has not run.
-            return output + sum(parameter.flatten()[0] for parameter in self.parameters()).to(output) * 0
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            return output + sum(parameter.flatten()[0] for parameter in trained).to(output) * 0 if trained else output
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.compute_dtype)
         return (output + self.output_change(x).to(output.device)).to(output.dtype)
@@ -173,8 +191,17 @@ class AdapterModule(nn.Module):
 
     def output_change(self, x: torch.Tensor) -> torch.Tensor:
         """What is added to the layer's output, at the module's multiplier and with the scale."""
-        weight = self._dropped_rows(self.get_weight())
-        return linear_output(self.org_module, x, weight.to(x.device, x.dtype))
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            is_keyed = self.step_state.draws is not None  # then dropout draws the same again
+            return checkpoint(self._built_change, x, use_reentrant=False, preserve_rng_state=not is_keyed)
+        return self._built_change(x)
+
+    def _built_change(self, x: torch.Tensor) -> torch.Tensor:
+        return linear_output(self.org_module, x, self.step_weight().to(x.device, x.dtype))
+
+    def step_weight(self) -> torch.Tensor:
+        """The change of the weight for one step: with rank dropout in training."""
+        return self._dropped_rows(self.get_weight())
 
     @staticmethod
     @abstractmethod
@@ -184,8 +211,8 @@ class AdapterModule(nn.Module):
 
     @staticmethod
     def bias_change(tensors: Mapping[str, torch.Tensor], multiplier: float) -> torch.Tensor | None:
-        """Change of the layer's bias [out], float32; None for kinds that leave it alone."""
-        return None
+        """Change of the layer's bias [out], float32; None when it is left alone. `diff_b` may stand beside any kind."""
+        return multiplier * tensors["diff_b"].float() if "diff_b" in tensors else None
 
     @staticmethod
     def change_shape(tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...] | None:
@@ -198,9 +225,17 @@ class AdapterModule(nn.Module):
         """Tensors that a layer's file lacks for this kind."""
         return [key for key in cls.weight_keys if key not in names]
 
+    @classmethod
+    def unknown_keys(cls, names: Iterable[str]) -> list[str]:
+        """Tensors of a layer's file that this kind has no use for."""
+        return sorted(set(names) - {*cls.weight_keys, *cls.optional_keys, "alpha", "dora_scale"})
+
     @abstractmethod
     def initialize(self, generator: torch.Generator | None = None) -> None:
         """Start values: the change is zero."""
+
+    def on_step_draws(self) -> None:
+        """The draws of a micro-batch are set: kinds that train a drawn part of their parameters choose it here."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The live tensors (parameters and buffers), as `weight_change` takes them."""
@@ -227,6 +262,12 @@ class AdapterModule(nn.Module):
             return float(torch.rand(())) < self.module_dropout
         return draws.batch_uniform("network module dropout", self.lora_name) < self.module_dropout
 
+    def rows_of_samples(self, rows: int, samples: int) -> int:
+        """How many rows of a layer's input belong to each sample: text encoders see several chunks per sample."""
+        if samples == 0 or rows % samples:
+            raise ValueError(f"{self.lora_name} sees {rows} rows for {samples} samples; the rows of a sample must be equally many")
+        return rows // samples
+
     def drop(self, hidden: torch.Tensor, probability: float, shape: tuple[int, ...], purpose: str) -> torch.Tensor:
         """Zero parts of `hidden` [B, ...] and scale up the rest. `shape` is that of one sample's mask, broadcast over the
         sample. Masks are keyed per sample, so that ranks, accumulation and recomputed activations see the same."""
@@ -234,10 +275,7 @@ class AdapterModule(nn.Module):
         if draws is None:  # outside a training run: a module used by hand
             kept = torch.rand((rows, *shape)) >= probability
         else:
-            samples = len(draws.positions)
-            if samples == 0 or rows % samples:
-                raise ValueError(f"{self.lora_name} sees {rows} rows for {samples} samples; the rows of a sample must be equally many")
-            per_sample = rows // samples  # text encoders see several chunks per sample
+            per_sample = self.rows_of_samples(rows, len(draws.positions))
             kept = torch.stack([
                 torch.rand(shape, generator=draws.generator(purpose, row // per_sample, self.lora_name, row % per_sample))
                 >= probability
@@ -260,7 +298,7 @@ class AdapterModule(nn.Module):
     def get_weight(self, multiplier: float | None = None) -> torch.Tensor:
         """The change of the weight at this multiplier (default: the module's), float32."""
         multiplier = self.multiplier if multiplier is None else multiplier
-        return change_of(type(self), self.tensors(), self.org_module.weight, multiplier)
+        return change_of(type(self), self.tensors(), getattr(self.org_module, self.weight_name), multiplier)
 
     def delta_weight(self) -> torch.Tensor:
         """The change of the weight at multiplier 1, with the scale; float32, shape of the weight."""
@@ -278,7 +316,7 @@ class AdapterModule(nn.Module):
         if sd:
             self.load_file_tensors(sd)
         tensors = {name: tensor.to(device) if device is not None else tensor for name, tensor in self.tensors().items()}
-        for name, change_of_part in (("weight", self._merged_weight), ("bias", self._merged_bias)):
+        for name, change_of_part in ((self.weight_name, self._merged_weight), ("bias", self._merged_bias)):
             parameter = getattr(self.org_module, name, None)
             if parameter is None:
                 continue
@@ -319,8 +357,8 @@ class AdapterModule(nn.Module):
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
     def load_file_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Read the tensors of a file; CheckpointError when a name or shape does not fit. A file without alpha means
-        alpha = rank. Shapes that differ only in 1x1 kernel axes fit."""
+        """Read the tensors of a file; CheckpointError when a name or shape does not fit. A file without alpha has
+        the neutral one. Shapes that differ only in 1x1 kernel axes fit."""
         if "dora_scale" in tensors and self.dora_scale is None:
             self.dora_scale = nn.Parameter(torch.empty_like(tensors["dora_scale"], dtype=torch.float32))
         if not self.has_alpha:
@@ -340,7 +378,7 @@ class AdapterModule(nn.Module):
                 raise CheckpointError(f"{self.lora_name}.{name} has shape {list(tensor.shape)}; this network needs {list(wanted)}")
             fitted[name] = tensor.reshape(wanted)
         if self.has_alpha:
-            fitted.setdefault("alpha", torch.tensor(float(self.lora_dim)))
+            fitted.setdefault("alpha", torch.tensor(self.neutral_alpha))
         self.load_state_dict(fitted)
 
     # -- norms -----------------------------------------------------------------------------------------------------

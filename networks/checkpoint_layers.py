@@ -7,7 +7,7 @@ or taken apart (the joint projection of open_clip) are known without a second ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from library.registry import import_target
 from networks.targets import NetworkTargets, layer_name
 
 ROW_BITS = 32
-PARAMETERS = ("weight", "bias")
+PARAMETERS = {"weight": "weight", "bias": "bias", "scale": "weight"}
+"""name in the model -> name that adapters have for it; norms of FLUX.1 call their weight scale"""
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,21 @@ class LayerParameter:
     pieces: tuple[Piece, ...]
 
 
-def checkpoint_layers(targets: NetworkTargets, shapes: Mapping[str, tuple[int, ...]]) -> list[LayerParameter]:
-    """Every layer of a family that these tensors hold, in the order of the model. Parts that are not there give nothing."""
+def checkpoint_layers(
+    targets: NetworkTargets, shapes: Mapping[str, tuple[int, ...]], prefixes: Collection[str] | None = None
+) -> list[LayerParameter]:
+    """Every layer of a family that these tensors hold, in the order of the model. Parts that are not there give nothing.
+    `prefixes` names the parts to look for, where the file may look like several (default: all)."""
     keys = list(shapes)
     stand_ins = {key: _stand_in(number, shapes[key]) for number, key in enumerate(keys)}
     found: list[LayerParameter] = []
     for part in (targets, *targets.text_encoders):
-        if part.file_state is None:
+        if part.file_state is None or (prefixes is not None and part.prefix not in prefixes):
             continue
         for path, rows in import_target(part.file_state)(stand_ins).items():
             module, _, parameter = path.rpartition(".")
             if parameter in PARAMETERS:
-                found.append(LayerParameter(layer_name(part, module), module, parameter, _pieces(rows, keys)))
+                found.append(LayerParameter(layer_name(part, module), module, PARAMETERS[parameter], _pieces(rows, keys)))
     return found
 
 

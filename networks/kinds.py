@@ -6,7 +6,7 @@ one line in the table below.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,23 @@ if TYPE_CHECKING:
     from networks.network_base import AdditionalNetwork
     from networks.targets import Layer, NetworkTargets
 
-MARKS: dict[str, tuple[str, ...]] = {
+Mark = str | tuple[str, int]
+
+MARKS: dict[str, tuple[Mark, ...]] = {
     "networks.lora:KIND": ("lora_down.weight", "lora_up.weight", "lora_down.0.weight"),
+    "networks.loha:KIND": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    "networks.lokr:KIND": ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w2_a"),
+    "networks.glora:KIND": ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
+    "networks.boft:KIND": (("oft_blocks", 4),),
+    "networks.oft:KIND": (("oft_blocks", 3), "oft_blocks.0"),
+    "networks.ia3:KIND": ("on_input",),
+    "networks.full:KIND": ("diff", "diff_b"),
+    "networks.norm:KIND": ("w_norm", "b_norm"),
 }
-"""kind -> tensor names of which any one tells that a layer is of this kind"""
+"""kind -> marks of which any one tells that a layer is of this kind: the name of a tensor, or (name, number of its axes)
+where several kinds use the name"""
+
+NO_INNER_VALUES = "it has no inner values to drop; rank_dropout and module_dropout work"
 
 
 def _no_arguments(targets: NetworkTargets) -> dict[str, Callable[[Any], Any]]:
@@ -38,10 +51,12 @@ class NetworkKind:
     `shape_from_file(tensors, split)`: rank, alpha and constructor arguments of a layer in a file.
     `shape_from_settings(settings, layer, split)`: constructor arguments of a layer of a new network.
     `arguments(targets)`: network arguments that only this kind has, name -> parser.
-    `refused`: arguments that every network has, but not this kind, name -> reason (`dropout` is --network_dropout).
+    `refused`: arguments that other kinds have, but not this one, name -> reason (`dropout`, `network_dim` and
+    `network_alpha` stand for the options).
     `check(values)`: raises ConfigError for arguments that contradict each other.
     `targets`: the layers of a family that this kind trains, where they are not those of the table.
     `prepare`: a last touch on a new network.
+    `splits`: whether fused layers of a file can be taken apart (split_qkv).
     """
 
     name: str
@@ -53,12 +68,13 @@ class NetworkKind:
     check: Callable[[Mapping[str, Any]], None] = lambda values: None
     targets: Callable[[NetworkTargets], NetworkTargets] = lambda targets: targets
     prepare: Callable[[AdditionalNetwork], None] = lambda network: None
+    splits: bool = False
 
 
-def kind_of(names: Iterable[str]) -> NetworkKind | None:
-    """The kind that tensors of these names make, None when they are no adapter that is known."""
-    names = set(names)
-    target = next((target for target, marks in MARKS.items() if not names.isdisjoint(marks)), None)
+def kind_of(tensors: Mapping[str, torch.Tensor]) -> NetworkKind | None:
+    """The kind that one layer's tensors make, None when they are no adapter that is known."""
+    present = {*tensors, *((name, tensor.ndim) for name, tensor in tensors.items())}
+    target = next((target for target, marks in MARKS.items() if not present.isdisjoint(marks)), None)
     return None if target is None else import_target(target)
 
 
@@ -66,12 +82,22 @@ def known_kind_of(tensors: Mapping[str, torch.Tensor], lora_name: str) -> Networ
     """As kind_of, for a layer of a file: CheckpointError when the kind is unknown or its tensors are not complete."""
     kind = kind_of(tensors)
     if kind is None:
-        known = ", ".join(marks[0] for marks in MARKS.values())
+        known = ", ".join(marks[0] if isinstance(marks[0], str) else marks[0][0] for marks in MARKS.values())
         raise CheckpointError(f"{lora_name} has {', '.join(sorted(tensors))}, which is no kind of adapter that is known ({known})")
     missing = kind.module_class.missing_keys(tensors)
     if missing:
         raise CheckpointError(f"{lora_name} has {', '.join(sorted(tensors))}; needed for {kind.name}: {', '.join(missing)} too")
     return kind
+
+
+def kind_for(tensors: Mapping[str, torch.Tensor], lora_name: str, wanted: NetworkKind | None = None) -> NetworkKind:
+    """As known_kind_of. Kinds without marks of their own (DyLoRA, say) write the tensors of another: `wanted` is taken where it
+    is one of them and has a use for these tensors."""
+    kind = known_kind_of(tensors, lora_name)
+    if wanted is None or any(import_target(target) is wanted for target in MARKS):
+        return kind
+    module = wanted.module_class
+    return kind if module.missing_keys(tensors) or module.unknown_keys(tensors) else wanted
 
 
 def weight_change(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor, multiplier: float = 1.0, lora_name: str = "") -> torch.Tensor:

@@ -139,7 +139,7 @@ class LoRAModule(AdapterModule):
         for name, parameter in self.named_parameters():
             if name.startswith("lora_up"):
                 parameter.zero_()
-            else:
+            elif name.startswith("lora_"):  # a dora_scale keeps the norms of the layer
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
 
     def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -270,7 +270,7 @@ def prepare(network: AdditionalNetwork) -> None:
             module.ggpo = None if module.is_conv else Ggpo(sigma, beta)
 
 
-KIND = NetworkKind("LoRA", LoRAModule, shape_from_file, shape_from_settings, arguments, check=check, prepare=prepare)
+KIND = NetworkKind("LoRA", LoRAModule, shape_from_file, shape_from_settings, arguments, check=check, prepare=prepare, splits=True)
 _FUNCTIONS = NetworkFunctions(KIND)
 check_network_args = _FUNCTIONS.check_network_args
 create_network = _FUNCTIONS.create_network

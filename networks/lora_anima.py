@@ -49,6 +49,7 @@ TARGETS = NetworkTargets(
     family="anima",
     file_state="library.anima_utils:denoiser_state",
     classes=("Block", "PatchEmbed", "TimestepEmbedding", "FinalLayer"),
+    attention_classes=("ImageAttention",),
     optional_classes={"train_llm_adapter": ("LLMAdapterTransformerBlock",)},
     text_encoders=(
         TextEncoderTargets(

@@ -141,11 +141,7 @@ def _modules(tensors: Tensors) -> tuple[dict[str, Module], dict[str, torch.Tenso
     modules: dict[str, Module] = {}
     others: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        name, _, parameter = key.partition(".")
-        if is_kohya_name(name):
-            modules.setdefault(name, {})[_PARAMETERS.get(parameter, parameter)] = tensor
-            continue
-        found = _split(key)
+        found = named_parameter(key)
         if found is None:
             others[key] = tensor
         else:
@@ -155,6 +151,12 @@ def _modules(tensors: Tensors) -> tuple[dict[str, Module], dict[str, torch.Tenso
             if have in module and lack not in module:
                 raise CheckpointError(f"{name} has {have} and no {lack}; the file is incomplete")
     return modules, others
+
+
+def named_parameter(key: str) -> tuple[str, str] | None:
+    """(name of the layer as written, parameter under its kohya name) of a key of any layout; None when it is no adapter's."""
+    name, _, parameter = key.partition(".")
+    return (name, _PARAMETERS.get(parameter, parameter)) if is_kohya_name(name) else _split(key)
 
 
 def _split(key: str) -> tuple[str, str] | None:

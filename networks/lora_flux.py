@@ -54,6 +54,7 @@ TARGETS = NetworkTargets(
     family="flux",
     file_state="library.flux_utils:denoiser_state",
     classes=DOUBLE + SINGLE,
+    attention_classes=("SelfAttention",),
     text_encoders=(
         TextEncoderTargets(
             "lora_te1", ("CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2", "CLIPMLP"), root="text_model",

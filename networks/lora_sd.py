@@ -37,6 +37,7 @@ TARGETS = NetworkTargets(
     family="sd",
     file_state="library.unet_utils:sd_unet_state",
     classes=("Transformer2DModel",),
+    attention_classes=("CrossAttention",),
     conv_classes=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     text_encoders=(
         TextEncoderTargets(
@@ -44,5 +45,5 @@ TARGETS = NetworkTargets(
             file_state="library.text_encoder_utils:sd_clip_state",
         ),
     ),
-    blocks=BlockTable(NUM_BLOCKS, block_index),
+    blocks=BlockTable(NUM_BLOCKS, block_index, down=range(12), mid=range(12, 13), up=range(13, 25)),
 )

@@ -39,6 +39,7 @@ TARGETS = NetworkTargets(
     family="sdxl",
     file_state="library.unet_utils:sdxl_unet_state",
     classes=("Transformer2DModel",),
+    attention_classes=("CrossAttention",),
     conv_classes=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     text_encoders=(
         TextEncoderTargets(
@@ -50,5 +51,5 @@ TARGETS = NetworkTargets(
             file_state="library.text_encoder_utils:clip_g_state",
         ),
     ),
-    blocks=BlockTable(NUM_BLOCKS, block_index),
+    blocks=BlockTable(NUM_BLOCKS, block_index, down=range(1, 10), mid=range(10, 13), up=range(13, 22)),
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from library.keyed_random import keyed_generator
+
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
     """[out, in * kh * kw]."""
@@ -38,3 +40,16 @@ def svd_of_product(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, 
     q_down, r_down = torch.linalg.qr(down.float().t())
     u, s, vh = torch.linalg.svd(r_up @ r_down.t(), full_matrices=False)
     return q_up @ u, s, vh @ q_down.t()
+
+
+def widened(up: torch.Tensor, down: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same change, up [out, r] @ down [r, in] with orthonormal rows, at a higher rank: further columns of up are zero, further
+    rows of down orthonormal to the others, so that they can be trained on. rank is at most the number of inputs."""
+    have, size = down.shape
+    if rank <= have:
+        return up[:, :rank], down[:rank]
+    drawn = torch.randn(rank - have, size, generator=keyed_generator(0, "further ranks")).to(down)
+    for _ in range(2):  # once more, against rounding
+        drawn = drawn - drawn @ down.t() @ down
+        drawn = torch.linalg.qr(drawn.t())[0].t()
+    return torch.cat([up, up.new_zeros(len(up), rank - have)], dim=1), torch.cat([down, drawn])

@@ -12,7 +12,9 @@ from typing import Any
 
 from library.errors import ConfigError, Problems, did_you_mean
 from library.options import parse_bool
-from networks.targets import NetworkTargets
+from library.family_table import FAMILIES
+from networks.block_rates import block_parsers, check_block_rates
+from networks.targets import NetworkTargets, targets_of_family
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,15 @@ class NetworkSettings:
         value = self.values.get(name)
         return default if value is None else value
 
+    @property
+    def conv_rank(self) -> int:
+        """Rank of convolutions larger than 1x1; 0 = they are left alone."""
+        return self.rank if self.get("enable_conv") else self.get("conv_dim", 0)
+
+    @property
+    def conv_alpha(self) -> float | None:
+        return self.alpha if self.get("enable_conv") else self.get("conv_alpha", 1.0)
+
 
 def parse_network_args(
     pairs: Mapping[str, Any], targets: NetworkTargets, extra: Mapping[str, Callable[[Any], Any]] | None = None
@@ -40,17 +51,25 @@ def parse_network_args(
     problems, values = Problems(), {}
     for name, value in pairs.items():
         if name not in parsers:
+            where = families_with(name)
+            hint = f"; {', '.join(where)} has it." if where else did_you_mean(name, parsers)
             problems.add(
-                f"--network_args {name}={value}: there is no argument '{name}' for {targets.family}"
-                f"{did_you_mean(name, parsers)} Known: {', '.join(sorted(parsers))}"
+                f"--network_args {name}={value}: there is no argument '{name}' for {targets.family}{hint}"
+                f" Known: {', '.join(sorted(parsers))}"
             )
             continue
         try:
             values[name] = None if value is None else parsers[name](value)
         except (ValueError, SyntaxError, argparse.ArgumentTypeError) as error:
             problems.add(f"--network_args {name}={value}: {error}")
+    problems.attempt(lambda: check_block_rates(values))
     problems.raise_if_any()
     return values
+
+
+def families_with(name: str) -> list[str]:
+    """Families whose adapters know an argument."""
+    return [family for family in FAMILIES if name in argument_parsers(targets_of_family(family))]
 
 
 WEIGHT_DECOMPOSITION: dict[str, Callable[[Any], Any]] = {"dora_wd": parse_bool, "wd_on_output": parse_bool}
@@ -75,6 +94,7 @@ def argument_parsers(targets: NetworkTargets) -> dict[str, Callable[[Any], Any]]
         "network_reg_lrs": lambda text: pattern_values(text, rate),
         "exclude_patterns": patterns,
         "include_patterns": patterns,
+        "train_norm": parse_bool,
         "verbose": parse_bool,
     }
     parsers.update({rule.arg: rank for rule in targets.parts})
@@ -89,6 +109,7 @@ def argument_parsers(targets: NetworkTargets) -> dict[str, Callable[[Any], Any]]
         count = targets.blocks.count
         parsers.update({"block_dims": ranks(count), "conv_block_dims": ranks(count)})
         parsers.update({"block_alphas": numbers(count), "conv_block_alphas": numbers(count)})
+        parsers.update(block_parsers(targets.blocks))
     return parsers
 
 

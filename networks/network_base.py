@@ -13,10 +13,12 @@ from torch import nn
 from library.errors import CheckpointError, ConfigError, Problems
 from library.keyed_random import StepDraws, keyed_generator
 from networks.adapter_module import AdapterModule, StepState
-from networks.kinds import NetworkKind, known_kind_of
+from library.registry import import_target
+from networks.block_rates import block_factors
+from networks.kinds import NetworkKind, kind_for
 from networks.network_args import NetworkSettings, parse_network_args
 from networks.network_files import by_module, match_names, read_adapter_file, to_kohya_names, write_adapter_file
-from networks.selection import LayerPlan, all_layers, plan_network, rate_of, split_of
+from networks.selection import LayerPlan, all_layers, block_of, plan_network, rate_of, split_of
 from networks.targets import Layer, NetworkTargets, targets_of_denoiser, targets_of_family
 
 __all__ = ["AdapterModule", "AdditionalNetwork", "NetworkFunctions", "NetworkKind", "NetworkTargets", "build_from_weights", "build_network"]
@@ -24,6 +26,7 @@ __all__ = ["AdapterModule", "AdditionalNetwork", "NetworkFunctions", "NetworkKin
 logger = logging.getLogger(__name__)
 
 LISTED_PROBLEMS = 5
+OPTIONS = ("dropout", "network_dim", "network_alpha")
 
 
 class AdditionalNetwork(nn.Module):
@@ -43,6 +46,7 @@ class AdditionalNetwork(nn.Module):
             is_denoiser = targets.encoder_of(module.lora_name) is None
             (self.unet_loras if is_denoiser else self.text_encoder_loras).append(module)
         self.train_t5xxl = bool(settings.get("train_t5xxl", False))
+        self.block_lr_weight = block_factors(targets, settings)
         self.set_loraplus_lr_ratio(
             settings.get("loraplus_lr_ratio"),
             settings.get("loraplus_unet_lr_ratio"),
@@ -90,9 +94,16 @@ class AdditionalNetwork(nn.Module):
     def set_step_draws(self, draws: StepDraws | None) -> None:
         """Key the dropouts of the coming micro-batch; row i of a layer's input belongs to sample i."""
         self.step_state.draws = draws
+        self.step_state.times = None
+        for module in self.loras:
+            module.on_step_draws()
+
+    def set_step_times(self, times: torch.Tensor | None) -> None:
+        """How noisy each sample of the micro-batch is [B], 0 = data, 1 = noise: for kinds whose rank depends on it."""
+        self.step_state.times = times
 
     def get_trainable_params(self) -> Iterator[nn.Parameter]:
-        return self.parameters()
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def set_multiplier(self, multiplier: float) -> None:
         self.multiplier = multiplier
@@ -109,6 +120,17 @@ class AdditionalNetwork(nn.Module):
         """LoRA+ (arXiv 2402.12354): the up matrices learn `ratio` times as fast; a specific ratio wins over the general."""
         self.loraplus_unet_lr_ratio = unet if unet is not None else loraplus_lr_ratio
         self.loraplus_text_encoder_lr_ratio = text_encoder if text_encoder is not None else loraplus_lr_ratio
+
+    def set_block_lr_weight(self, block_lr_weight: Sequence[float] | None) -> None:
+        """One factor of the learning rate for every block of the U-Net; None = 1 for all."""
+        count = self.targets.blocks.count if self.targets.blocks else 0
+        if block_lr_weight is not None and len(block_lr_weight) != count:
+            raise ConfigError(f"{len(block_lr_weight)} learning rate factors; the denoiser of {self.targets.family} has {count} numbered blocks")
+        self.block_lr_weight = None if block_lr_weight is None else [float(factor) for factor in block_lr_weight]
+
+    def get_lr_weight(self, block_idx: int | None) -> float:
+        """The factor of a block's learning rate; 1 for layers outside the blocks and without factors."""
+        return 1.0 if self.block_lr_weight is None or block_idx is None else self.block_lr_weight[block_idx]
 
     def prepare_optimizer_params(
         self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
@@ -148,16 +170,26 @@ class AdditionalNetwork(nn.Module):
             return values * count
         return values + [values[-1]] * (count - len(values))
 
-    @staticmethod
+    def _rate_key(self, module: AdapterModule) -> tuple[int, float]:
+        """What the learning rate of a module hangs on: (number of its rate pattern, else -1; its block, else -1)."""
+        if module.rate is not None:
+            return module.rate[0], -1
+        return -1, -1 if self.block_lr_weight is None or module.block is None else module.block
+
     def _add_groups(
-        groups: list[dict[str, Any]], names: list[str], modules: list[AdapterModule],
+        self, groups: list[dict[str, Any]], names: list[str], modules: list[AdapterModule],
         rate: float | None, ratio: float | None, label: str,
     ) -> None:
-        """Append the groups of one part: by rate pattern, and each split into ordinary and LoRA+ parameters."""
-        for key in sorted({module.rate for module in modules}, key=lambda key: -1 if key is None else key[0]):
-            own = [module for module in modules if module.rate == key]
-            base = rate if key is None else key[1]
-            name = label if key is None else f"{label} reg_lr_{key[0]}"
+        """Append the groups of one part: by rate pattern, else by block, each split into ordinary and LoRA+ parameters."""
+        for key in sorted({self._rate_key(module) for module in modules}):
+            own = [module for module in modules if self._rate_key(module) == key]
+            pattern, block = key
+            if pattern >= 0:
+                base, name = own[0].rate[1], f"{label} reg_lr_{pattern}"
+            elif block >= 0:
+                base, name = None if rate is None else rate * self.get_lr_weight(block), f"{label}_block{block}"
+            else:
+                base, name = rate, label
             named = [(n, p, module) for module in own for n, p in module.named_parameters()]
             plus = [p for n, p, module in named if ratio is not None and any(part in n for part in module.plus_names)]
             chosen = {id(p) for p in plus}
@@ -287,18 +319,24 @@ def encoder_list(text_encoder: Any) -> list[nn.Module | None]:
 
 
 def read_settings(
-    kind: NetworkKind, targets: NetworkTargets, rank: int | None, alpha: float | None, dropout: float | None, pairs: Mapping[str, Any]
+    kind: NetworkKind, targets: NetworkTargets, rank: int | None, alpha: float | None, dropout: float | None, pairs: Mapping[str, Any],
+    explicit: Mapping[str, Any] | None = None,
 ) -> NetworkSettings:
-    """The settings of a network from the arguments of create_network."""
+    """The settings of a network from the arguments of create_network. `explicit` holds network_dim and network_alpha where the
+    user gave them, for kinds that have none."""
     values = parse_network_args(pairs, targets, kind.arguments(targets))
     dropout = values.pop("dropout", None) if dropout is None else dropout
     values.pop("dropout", None)
     problems = Problems()
+    options = {"dropout": dropout, **(explicit or {})}
     for name, reason in kind.refused.items():
-        value = dropout if name == "dropout" else values.get(name)
+        value = options.get(name, values.get(name))
         if value:
-            option = "--network_dropout" if name == "dropout" else f"--network_args {name}"
+            option = f"--network_{name.removeprefix('network_')}" if name in OPTIONS else f"--network_args {name}"
             problems.add(f"{option} is {value}; {kind.name} has none: {reason}")
+    if not kind.module_class.plus_names:
+        for name in [name for name in values if name.startswith("loraplus_")]:
+            problems.add(f"--network_args {name}: {kind.name} has no part that LoRA+ would train faster; leave it out")
     problems.attempt(lambda: kind.check(values))
     problems.raise_if_any()
     return NetworkSettings(4 if rank is None else int(rank), alpha, dropout, values)
@@ -312,12 +350,19 @@ def build_network(
     targets = kind.targets(targets_of_denoiser(unet))
     settings = read_settings(kind, targets, rank, alpha, dropout, pairs)
     plans = plan_network(targets, unet, encoder_list(text_encoder), settings)
-    modules = [build_module(kind, plan, multiplier, settings) for plan in plans]
-    return _finished(kind, AdditionalNetwork(targets, settings, modules, multiplier))
+    problems = Problems()
+    modules = [problems.attempt(lambda plan=plan: build_module(kind, plan, multiplier, settings)) for plan in plans]
+    if len(problems.messages) > LISTED_PROBLEMS:
+        problems.messages[LISTED_PROBLEMS:] = [f"and {len(problems.messages) - LISTED_PROBLEMS} more layers like these"]
+    problems.raise_if_any()
+    return _finished(kind, AdditionalNetwork(targets, settings, [m for m in modules if m is not None], multiplier))
 
 
 def build_module(kind: NetworkKind, plan: LayerPlan, multiplier: float, settings: NetworkSettings) -> AdapterModule:
-    """The adapter of one layer of a new network."""
+    """The adapter of one layer of a new network: norms have a kind of their own."""
+    if plan.layer.is_norm:
+        kind = norm_kind()
+    _check_layer(kind, plan.layer, ConfigError, "exclude it")
     if settings.get("rs_lora"):  # scale alpha / sqrt(rank), kept as an alpha that every reader divides by the rank
         plan = replace(plan, alpha=(plan.alpha or plan.rank) * plan.rank**0.5)
     module = _build(kind, plan, multiplier, settings, kind.shape_from_settings(settings, plan.layer, plan.split))
@@ -336,7 +381,7 @@ def build_from_weights(
     Layers that are in no model are left out with a warning; arguments that would change shapes (ranks by part, ...) have
     no effect, all others (dropouts, rates, LoRA+) apply.
     """
-    targets = targets_of_denoiser(unet)
+    targets = kind.targets(targets_of_denoiser(unet))
     label = file or "the given weights"
     tensors = read_adapter_file(file, targets) if weights_sd is None else to_kohya_names(weights_sd, targets, label)
     pairs = dict(pairs)
@@ -348,8 +393,9 @@ def build_from_weights(
         logger.warning(
             "%s: %d of %d modules are in no loaded model and are left out (first: %s)", label, len(unknown), len(parts), unknown[0]
         )
+    fused = replace(targets, part_by_part=False)  # in a file the tensors tell; only split_qkv takes a layer apart
     modules = [
-        module_from_tensors(parts[name], layers[own], split_of(targets, layers[own], settings), multiplier, settings)
+        module_from_tensors(parts[name], layers[own], split_of(fused, layers[own], settings), multiplier, settings, kind)
         for name, own in found.items()
     ]
     if for_inference:
@@ -364,14 +410,17 @@ def build_from_weights(
 
 
 def module_from_tensors(
-    tensors: Mapping[str, torch.Tensor], layer: Layer, split: Sequence[int] | None, multiplier: float, settings: NetworkSettings
+    tensors: Mapping[str, torch.Tensor], layer: Layer, split: Sequence[int] | None, multiplier: float, settings: NetworkSettings,
+    wanted: NetworkKind | None = None,
 ) -> AdapterModule:
-    """A module with the shapes of a layer's tensors in a file."""
-    kind = known_kind_of(tensors, layer.lora_name)
-    known = {*kind.module_class.weight_keys, *kind.module_class.optional_keys, "alpha", "dora_scale"}
-    unknown = sorted(set(tensors) - known)
+    """A module with the shapes of a layer's tensors in a file, of the kind `wanted` where the tensors may be its own."""
+    kind = kind_for(tensors, layer.lora_name, wanted)
+    _check_layer(kind, layer, CheckpointError, "the file belongs to another model")
+    unknown = kind.module_class.unknown_keys(tensors)
     if unknown:
-        raise CheckpointError(f"{layer.lora_name} has {', '.join(unknown)}, which {kind.name} does not know; known: {', '.join(sorted(known))}")
+        known = sorted({*kind.module_class.weight_keys, *kind.module_class.optional_keys, "alpha"})
+        raise CheckpointError(f"{layer.lora_name} has {', '.join(unknown)}, which {kind.name} does not know; known: {', '.join(known)}")
+    split = split if kind.splits else None
     rank, alpha, shape = kind.shape_from_file(tensors, split)
     module = _build(kind, LayerPlan(layer, rank, alpha, None, split), multiplier, settings, shape)
     if "dora_scale" in tensors:
@@ -379,9 +428,22 @@ def module_from_tensors(
     return module
 
 
+def norm_kind() -> NetworkKind:
+    return import_target("networks.norm:KIND")  # made of what stands in this file
+
+
+def _check_layer(kind: NetworkKind, layer: Layer, error: type[Exception], advice: str) -> None:
+    """Raise `error` for a layer that this kind of adapter is not defined for."""
+    known, own = kind.module_class.layer_classes, type(layer.module).__name__
+    if own not in known:
+        raise error(f"{layer.lora_name} is a layer of class {own}; {kind.name} is defined for {', '.join(known)}; {advice}")
+
+
 def _give_rates(network: AdditionalNetwork, layers: Mapping[str, Any]) -> None:
     for module in network.loras:
-        module.rate = rate_of(network.targets, layers[module.lora_name], network.settings)
+        layer = layers[module.lora_name]
+        module.rate = rate_of(network.targets, layer, network.settings)
+        module.block = block_of(network.targets, layer)
 
 
 def _build(
@@ -394,7 +456,7 @@ def _build(
         plan.layer.lora_name, plan.layer.module, multiplier, plan.rank, plan.alpha,
         settings.neuron_dropout, settings.get("rank_dropout"), settings.get("module_dropout"), **extra,
     )
-    module.rate = plan.rate
+    module.rate, module.block = plan.rate, plan.block
     return module
 
 
@@ -416,11 +478,12 @@ class NetworkFunctions:
 
     kind: NetworkKind
 
-    def check_network_args(self, pairs: Mapping[str, Any], family: str) -> None:
-        """Raise ConfigError for arguments that create_network would refuse, before any model is loaded."""
+    def check_network_args(self, pairs: Mapping[str, Any], family: str, explicit: Mapping[str, Any] | None = None) -> None:
+        """Raise ConfigError for arguments that create_network would refuse, before any model is loaded. `explicit` holds
+        network_dim and network_alpha where the user gave them."""
         pairs = dict(pairs)
         dropout = pairs.pop("neuron_dropout", None)
-        read_settings(self.kind, self.kind.targets(targets_of_family(family)), None, None, dropout, pairs)
+        read_settings(self.kind, self.kind.targets(targets_of_family(family)), None, None, dropout, pairs, explicit)
 
     def create_network(
         self,

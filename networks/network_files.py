@@ -42,8 +42,11 @@ def to_kohya_names(
 def is_adapter_key(key: str) -> bool:
     """Whether a tensor of this name belongs to an adapter, of any kind."""
     name = key.partition(".")[2] or key
-    marks = ("lora_down", "lora_up", "lora_A", "lora_B", "hada_w1_a", "lokr_w1", "lokr_w2", "oft_blocks", "lora.down", "lora.up", "lora_linear_layer")
-    return any(mark in name for mark in marks)
+    marks = (
+        "lora_down", "lora_up", "lora_A", "lora_B", "hada_w1_a", "lokr_w1", "lokr_w2", "oft_blocks", "a1.weight", "lora.down", "lora.up",
+        "lora_linear_layer",
+    )  # fmt: skip
+    return any(mark in name for mark in marks) or name.rpartition(".")[2] in ("diff", "diff_b", "w_norm", "b_norm", "on_input")
 
 
 def by_module(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

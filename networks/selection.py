@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from library.errors import ConfigError
+from networks.block_rates import block_factors
 from networks.network_args import NetworkSettings, selected_blocks
 from networks.targets import (
+    NORM_CLASSES,
     Layer,
     NetworkTargets,
     denoiser_layers,
@@ -38,6 +40,8 @@ class LayerPlan:
     alpha: float | None
     rate: tuple[int, float] | None = None
     split: tuple[int, ...] | None = None
+    block: int | None = None
+    """number of the U-Net block that the layer stands in"""
 
 
 def plan_network(
@@ -45,12 +49,13 @@ def plan_network(
 ) -> list[LayerPlan]:
     """The adapters for these models. Text encoders stand at their place in the family's list, absent ones as None."""
     layers = all_layers(targets, denoiser, text_encoders, settings)
-    selected = _selected_by_index(targets, layers, settings)
+    selected = {**_selected_by_rate(targets, layers, settings), **_selected_by_index(targets, layers, settings)}
     plans = []
     for layer in layers:
         rank, alpha = _rank_and_alpha(targets, layer, settings, selected)
         if rank > 0:
-            plans.append(LayerPlan(layer, rank, alpha, rate_of(targets, layer, settings), split_of(targets, layer, settings)))
+            rate, split = rate_of(targets, layer, settings), split_of(targets, layer, settings)
+            plans.append(LayerPlan(layer, rank, alpha, rate, split, block_of(targets, layer)))
     _warn_about_idle_settings(targets, layers, settings)
     return plans
 
@@ -75,6 +80,8 @@ def all_layers(
     for arg, added in targets.optional_classes.items():
         if settings.get(arg):
             classes = (*classes, *added)
+    if settings.get("train_norm"):
+        targets = replace(targets, leaf_classes=(*targets.leaf_classes, *NORM_CLASSES))
     layers = denoiser_layers(denoiser, targets, classes)
     if targets.entries and settings.get(targets.entries.arg):
         layers += entry_layers(denoiser, targets)
@@ -86,7 +93,9 @@ def all_layers(
 
 
 def split_of(targets: NetworkTargets, layer: Layer, settings: NetworkSettings) -> tuple[int, ...] | None:
-    """Rows of the parts of a fused layer when `split_qkv` is on."""
+    """Rows of the parts of a layer that is trained part by part."""
+    if targets.part_by_part and layer.encoder is None and type(layer.module).__name__ == "Linear":
+        return fused_rows(targets, layer) or (layer.module.out_features,)
     return fused_rows(targets, layer) if settings.get("split_qkv") else None
 
 
@@ -113,11 +122,11 @@ def _rank_and_alpha(
         rank = _part_rank(targets, layer, settings)
         if rank is not None:
             return rank, alpha
-        block = targets.blocks.index_of(layer.path) if targets.blocks else None
+        block = block_of(targets, layer)
         if block is not None:
             return _block_rank(layer, settings, block)
     if layer.is_kxk_conv:
-        return settings.get("conv_dim", 0), settings.get("conv_alpha", 1.0)
+        return settings.conv_rank, settings.conv_alpha
     return settings.rank, alpha
 
 
@@ -138,12 +147,17 @@ def _block_rank(layer: Layer, settings: NetworkSettings, block: int) -> tuple[in
         return default if values is None else values[block]
 
     if layer.is_kxk_conv:
-        return of_block("conv_block_dims", settings.get("conv_dim", 0)), of_block("conv_block_alphas", settings.get("conv_alpha", 1.0))
+        if settings.get("enable_conv"):
+            return of_block("block_dims", settings.rank), of_block("block_alphas", settings.alpha)
+        return of_block("conv_block_dims", settings.conv_rank), of_block("conv_block_alphas", settings.conv_alpha)
     return of_block("block_dims", settings.rank), of_block("block_alphas", settings.alpha)
 
 
 def _excluded(targets: NetworkTargets, layer: Layer, settings: NetworkSettings) -> bool:
-    excludes = [*map(re.compile, targets.default_excludes if layer.encoder is None else ()), *settings.get("exclude_patterns", ())]
+    defaults = targets.default_excludes if layer.encoder is None else targets.encoder_excludes
+    if layer.is_norm:  # trained only when they are asked for
+        defaults = ()
+    excludes = [*map(re.compile, defaults), *settings.get("exclude_patterns", ())]
     if not any(pattern.fullmatch(layer.path) for pattern in excludes):
         return False
     return not any(pattern.fullmatch(layer.path) for pattern in settings.get("include_patterns", ()))
@@ -161,6 +175,23 @@ def rate_of(targets: NetworkTargets, layer: Layer, settings: NetworkSettings) ->
         if matches(targets, pattern, layer):
             return number, rate
     return None
+
+
+def block_of(targets: NetworkTargets, layer: Layer) -> int | None:
+    """The number of the U-Net block that a layer stands in; None outside the blocks and for families without numbers."""
+    return targets.blocks.index_of(layer.path) if targets.blocks and layer.encoder is None else None
+
+
+def _selected_by_rate(targets: NetworkTargets, layers: list[Layer], settings: NetworkSettings) -> dict[str, bool]:
+    """lora name -> False for the layers of blocks whose learning rate factor is 0."""
+    factors = block_factors(targets, settings)
+    if factors is None:
+        return {}
+    blocks = {layer.lora_name: block for layer in layers if (block := block_of(targets, layer)) is not None}
+    idle = sorted({block for block in blocks.values() if factors[block] == 0})
+    if idle:
+        logger.info("not trained, as their learning rate factor is 0: blocks %s", ", ".join(map(str, idle)))
+    return {name: False for name, block in blocks.items() if factors[block] == 0}
 
 
 def _selected_by_index(targets: NetworkTargets, layers: list[Layer], settings: NetworkSettings) -> dict[str, bool]:

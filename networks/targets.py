@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 LEAF_CLASSES = ("Linear", "Conv2d")
+NORM_CLASSES = ("LayerNorm", "GroupNorm", "RMSNorm", "Qwen3RMSNorm", "T5LayerNorm")
+"""norm layers whose output is proportional to their weight (and bias)"""
 
 
 CLIP_PATHS = tuple(
@@ -84,10 +86,15 @@ class ChoiceRule:
 
 @dataclass(frozen=True)
 class BlockTable:
-    """Numbers the blocks of a U-Net for `block_dims` and its relatives: `count` values, `index_of(path)`."""
+    """Numbers the blocks of a U-Net for `block_dims` and its relatives: `count` values, `index_of(path)`.
+
+    `down`, `mid` and `up` are the numbers that `down_lr_weight` and its relatives have factors for."""
 
     count: int
     index_of: Callable[[str], int | None]
+    down: range
+    mid: range
+    up: range
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,10 @@ class NetworkTargets:
     """"module:function" that picks the denoiser out of a checkpoint's state and renames it to the module tree"""
     conv_classes: tuple[str, ...] = ()
     """classes that become targets when `conv_dim` is given"""
+    attention_classes: tuple[str, ...] = ()
+    """classes of the attention layers, for kinds that train these alone"""
+    part_by_part: bool = False
+    """every Linear of the denoiser is trained in parts: a fused one in its own, another in one"""
     optional_classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """network argument -> classes that it adds"""
     text_encoders: tuple[TextEncoderTargets, ...] = ()
@@ -121,6 +132,9 @@ class NetworkTargets:
     blocks: BlockTable | None = None
     splits: tuple[SplitRule, ...] = ()
     default_excludes: tuple[str, ...] = ()
+    encoder_excludes: tuple[str, ...] = ()
+    leaf_classes: tuple[str, ...] = LEAF_CLASSES
+    """classes of the layers inside the target classes that take an adapter"""
     regex_on_path: bool = False
     """rank and rate patterns: True = the whole dotted path; False = a search in the layer's name or dotted path"""
 
@@ -165,6 +179,16 @@ class Layer:
     def is_kxk_conv(self) -> bool:
         return type(self.module).__name__ == "Conv2d" and tuple(self.module.kernel_size) != (1, 1)
 
+    @property
+    def is_norm(self) -> bool:
+        return type(self.module).__name__ in NORM_CLASSES
+
+
+def weight_name(module: nn.Module) -> str | None:
+    """The parameter of a layer that an adapter changes, None for layers without. Some norms call it `scale`."""
+    names = ("weight", "scale") if type(module).__name__ in NORM_CLASSES else ("weight",)
+    return next((name for name in names if getattr(module, name, None) is not None), None)
+
 
 def targets_of_family(family: str) -> NetworkTargets:
     """The table of a family by its name."""
@@ -185,7 +209,7 @@ def targets_of_denoiser(denoiser: nn.Module) -> NetworkTargets:
 def denoiser_layers(denoiser: nn.Module, targets: NetworkTargets, classes: Sequence[str]) -> list[Layer]:
     """Every Linear and Conv2d inside a module of the given classes, in the order of the model."""
     denoiser = getattr(denoiser, "_orig_mod", denoiser)
-    found = [Layer(_name(targets.prefix, path), path, module) for path, module in _leaves(denoiser, classes)]
+    found = [Layer(_name(targets.prefix, path), path, module) for path, module in _leaves(denoiser, classes, targets.leaf_classes)]
     return _without_clashes(found)
 
 
@@ -197,7 +221,7 @@ def entry_layers(denoiser: nn.Module, targets: NetworkTargets) -> list[Layer]:
     return [
         Layer(_name(targets.prefix, path), path, module)
         for path, module in getattr(denoiser, "_orig_mod", denoiser).named_modules()
-        if type(module).__name__ in LEAF_CLASSES and any(pattern.fullmatch(path) for pattern in patterns)
+        if type(module).__name__ in targets.leaf_classes and any(pattern.fullmatch(path) for pattern in patterns)
     ]
 
 
@@ -206,7 +230,7 @@ def weighted_layers(part: nn.Module, position: int | None, targets: NetworkTarge
     encoder = None if position is None else targets.text_encoders[position]
     layers = {}
     for path, module in getattr(part, "_orig_mod", part).named_modules():
-        if getattr(module, "weight", None) is None:
+        if weight_name(module) is None:
             continue
         name = layer_name(encoder or targets, path)
         layers.setdefault(name, Layer(name, path, module, position))
@@ -225,7 +249,7 @@ def text_encoder_layers(encoder: nn.Module, position: int, targets: NetworkTarge
     """The layers of one text encoder. `position` is its place in the family's list."""
     table = targets.text_encoders[position]
     found = []
-    for path, module in _leaves(encoder, table.classes):
+    for path, module in _leaves(encoder, table.classes, targets.leaf_classes):
         if table.root and not path.startswith(table.root + "."):
             path = f"{table.root}.{path}"
         found.append(Layer(_name(table.prefix, path), path, module, position))
@@ -236,14 +260,16 @@ def _name(prefix: str, path: str) -> str:
     return f"{prefix}.{path}".replace(".", "_")
 
 
-def _leaves(root: nn.Module, classes: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+def _leaves(root: nn.Module, classes: Sequence[str], leaves: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
     seen: set[str] = set()
     for name, block in root.named_modules():
         if type(block).__name__ not in classes:
             continue
         for child_name, child in block.named_modules():
             path = ".".join(part for part in (name, child_name) if part)
-            if type(child).__name__ in LEAF_CLASSES and path not in seen:  # a target inside a target counts once
+            if type(child).__name__ not in leaves or weight_name(child) is None:
+                continue
+            if path not in seen:  # a target inside a target counts once
                 seen.add(path)
                 yield path, child
 

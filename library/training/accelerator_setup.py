@@ -60,10 +60,12 @@ class Runtime:
 
     def reduce_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sum gradients over ranks. The loss was divided by the global sample count, so the sum is the batch's gradient;
-        a rank without samples adds zeros."""
+        a rank without samples adds zeros. Parameters that an adapter holds still in this step have none on any rank."""
         if self.num_processes == 1:
             return
         for parameter in parameters:
+            if not parameter.requires_grad:
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             torch.distributed.all_reduce(parameter.grad, op=torch.distributed.ReduceOp.SUM)

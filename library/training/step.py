@@ -66,11 +66,13 @@ class TrainStep:
             self.runtime.seed_foreign_code(key_seed(self.seed, "foreign code", draws.step, draws.positions[0]))
             self.trainable.on_step_start(draws)
         latents = self.latents_of(batch)  # [B, C, H, W] or [B, C, F, H, W]
-        conditioning = self.conditioning_of(batch)  # list of tensors, order set by the text strategy
         noise = draws.normal("noise", latents.shape[1:]).to(device)
         if times is None:
             times = self.timestep_sampler.sample(tuple(latents.shape), draws).to(device)  # [B]
         sample = self.objective.corrupt(latents, noise, times, draws)
+        if batch.request.is_training:
+            self.trainable.on_sample(sample)
+        conditioning = self.conditioning_of(batch)  # list of tensors, order set by the text strategy
         inputs = self.trainable.inputs(batch, sample, conditioning)
         with self.runtime.autocast():
             output = self.family.predict(self.models, sample, conditioning, batch, **inputs)

@@ -32,6 +32,28 @@ ADAPTERS: dict[str, Adapter] = {
     "dora": Adapter("networks.lora", {"dora_wd": "True"}),
     "dora_input": Adapter("networks.lora", {"dora_wd": "True", "wd_on_output": "False"}),
     "rs_lora": Adapter("networks.lora", {"rs_lora": "True"}),
+    "loha": Adapter("networks.loha"),
+    "loha_dora": Adapter("networks.loha", {"dora_wd": "True"}),
+    "loha_rs": Adapter("networks.loha", {"rs_lora": "True"}),
+    "lokr": Adapter("networks.lokr", {"factor": "2"}, rank=1),
+    "lokr_both": Adapter("networks.lokr", {"factor": "4", "decompose_both": "True"}, rank=1),
+    "lokr_unbalanced": Adapter("networks.lokr", {"unbalanced_factorization": "True"}, rank=1),
+    "lokr_full": Adapter("networks.lokr", {"full_matrix": "True"}, tucker=False),
+    "lokr_large_rank": Adapter("networks.lokr", rank=100),
+    "oft": Adapter("networks.oft", rank=4, tucker=False),
+    "oft_constrained": Adapter("networks.oft", rank=4, alpha=0.01, tucker=False),
+    "diag_oft": Adapter("networks.diag_oft", rank=3, alpha=0.02, tucker=False),
+    "diag_oft_rescaled": Adapter("networks.diag_oft", {"rescaled": "True"}, rank=4, alpha=0.0, tucker=False),
+    "boft": Adapter("networks.boft", rank=6, tucker=False),
+    "boft_rescaled": Adapter("networks.boft", {"rescaled": "True"}, rank=7, alpha=0.05, tucker=False),
+    "glora": Adapter("networks.glora", tucker=False),
+    "lokr_dora": Adapter("networks.lokr", {"dora_wd": "True", "wd_on_output": "False"}, rank=1),
+    "lora_fa": Adapter("networks.lora_fa", tucker=False),
+    "dylora": Adapter("networks.dylora", {"unit": "2"}, rank=6, tucker=False),
+    "tlora": Adapter("networks.tlora"),
+    "ia3": Adapter("networks.ia3", rank=1, alpha=None, tucker=False),
+    "full": Adapter("networks.full", rank=1, alpha=None, tucker=False),
+    "norm": Adapter("networks.norm", rank=1, alpha=None, tucker=False, layers=("layer_norm", "group_norm")),
 }
 
 
@@ -43,6 +65,7 @@ def make_adapter(adapter: Adapter, layer: Any, multiplier: float = 1.0, **more: 
     """The adapter of one layer, through the settings that --network_args give."""
     kind = kind_of_adapter(adapter)
     targets = kind.targets(targets_of_family("sd"))
-    settings = read_settings(kind, targets, adapter.rank, adapter.alpha, None, {**adapter.pairs, "conv_dim": str(adapter.rank), **more})
+    conv = {} if "conv_dim" in kind.refused else {"conv_dim": str(adapter.rank)}
+    settings = read_settings(kind, targets, adapter.rank, adapter.alpha, None, {**adapter.pairs, **conv, **more})
     plan = LayerPlan(Layer("lora_unet_layer", "layer", layer), adapter.rank, adapter.alpha)
     return build_module(kind, plan, multiplier, settings)

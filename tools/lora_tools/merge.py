@@ -13,6 +13,7 @@ from library.inference_script import read_command, script_parser
 from library.options import Config, equivalent_option, option
 from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions
+from tools.lora_tools.ema import AveragingOptions, average_files
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("atelier")
 
-MODES = ("concat", "svd", "full")
+MODES = ("concat", "svd", "full", "ema")
 ENCODERS = ("clip_l", "t5xxl", "qwen3")
 
 
@@ -58,7 +59,8 @@ class SumOptions:
 
     mode: str = option(
         "concat", choices=MODES,
-        help="concat: LoRAs side by side, exact, the rank is the sum of the ranks; svd: the best LoRA of --new_rank, of any kinds; full: whole weights, exact",
+        help="concat: LoRAs side by side, exact, the rank is the sum of the ranks; svd: the best LoRA of --new_rank, of any kinds; full: whole weights, exact;"
+        " ema: the moving average of the files of one run",
     )
     concat: bool = option(False, help="the same as --mode concat")
     new_rank: int = option(4, help="rank with --mode svd")
@@ -86,7 +88,7 @@ class PrecisionToolOptions:
         return DTYPES[word.lower()] if word else None
 
 
-CLASSES = (MergeOptions, ModelFileOptions, SumOptions, PrecisionToolOptions, OutputOptions, ConsoleOptions)
+CLASSES = (MergeOptions, ModelFileOptions, SumOptions, AveragingOptions, PrecisionToolOptions, OutputOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,6 +103,10 @@ def run(argv: Sequence[str] | None = None) -> None:
     """AtelierError with one message for whatever is wrong; nothing is written then."""
     config = read_command(argv, build_parser(), CLASSES)
     check(config)
+    if config[SumOptions].mode == "ema":
+        options, numbers = config[MergeOptions], config[PrecisionToolOptions]
+        average_files(config, options.models, options.save_to, numbers.save_precision or numbers.precision, "save_to")
+        return
     targets, adapters = read_adapters(config)
     pairs = list(model_files(config[ModelFileOptions], config[MergeOptions].save_to))
     if pairs:
@@ -118,7 +124,8 @@ def check(config: Config) -> None:
 
     options, files, sums = config[MergeOptions], config[ModelFileOptions], config[SumOptions]
     problems = Problems()
-    for found in (*_count_problems(options), *_file_problems(files, options.save_to), *_sum_problems(sums, files)):
+    averaging = _averaging_problems(config[AveragingOptions], options, files, sums)
+    for found in (*_count_problems(options), *_file_problems(files, options.save_to), *_sum_problems(sums, files), *averaging):
         problems.add(found)
     for name in ("precision", "save_precision"):
         found = dtype_problem(name, getattr(config[PrecisionToolOptions], name))
@@ -167,6 +174,20 @@ def _sum_problems(sums: SumOptions, files: ModelFileOptions) -> Iterator[str]:
         value = getattr(sums, name)
         if value is not None and value < 1:
             yield f"--{name} is {value}; needed: a rank of 1 or more"
+
+
+def _averaging_problems(averaging: AveragingOptions, options: MergeOptions, files: ModelFileOptions, sums: SumOptions) -> Iterator[str]:
+    if sums.mode != "ema":
+        usual = AveragingOptions()
+        for name in vars(usual):
+            if getattr(averaging, name) != getattr(usual, name):
+                yield f"--{name} belongs to --mode ema; leave it out"
+        return
+    if files.model or any(getattr(files, name) for name in ENCODERS):
+        yield "--mode ema makes one adapter of several; merge the result into a model in a second step, without --mode"
+    for name in ("ratios", "lbws"):
+        if getattr(options, name):
+            yield f"--{name} has no meaning with --mode ema, where --beta or --sigma_rel say what counts; leave it out"
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------------

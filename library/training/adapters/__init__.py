@@ -13,9 +13,21 @@ from library.registry import Registry
 
 NETWORKS: Registry = Registry("network module", option="network_module")
 NETWORKS.add("lora", "networks.lora")
+NETWORKS.add("loha", "networks.loha")
+NETWORKS.add("lokr", "networks.lokr")
+NETWORKS.add("oft", "networks.oft")
+NETWORKS.add("diag_oft", "networks.diag_oft")
+NETWORKS.add("boft", "networks.boft")
+NETWORKS.add("glora", "networks.glora")
 NETWORKS.add("lycoris", "lycoris.kohya", package="lycoris-lora")
 
-OWN_MODULES = ("networks.lora", *dict.fromkeys(entry.targets.partition(":")[0] for entry in FAMILIES.values()))
+OWN_MODULES = tuple(dict.fromkeys([
+    *(NETWORKS.entry(name).target for name in NETWORKS.names() if NETWORKS.entry(name).target.startswith("networks.")),
+    *(entry.targets.partition(":")[0] for entry in FAMILIES.values()),
+]))  # fmt: skip
+
+DENOISER_ONLY = ("networks.oft", "networks.oft_flux", "networks.diag_oft", "networks.boft")
+"""network modules that never train text encoders"""
 
 
 @dataclass(frozen=True, kw_only=True)

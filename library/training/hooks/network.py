@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from library.keyed_random import StepDraws
 from library.training.hooks.base import Hook
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ class NetworkHook(Hook):
 
     def on_step_start(self, run: Run, batch: Any) -> None:
         self.trainable.use_multipliers(batch)
+        if len(batch) == 0:  # the step leaves such a batch out, and this rank has to know which parameters the others train
+            self.trainable.on_step_start(StepDraws(run.step.seed, batch.request.step, ()))
 
     def _ggpo(self) -> dict[str, Any]:
         loras = getattr(self.trainable.network, "loras", [])

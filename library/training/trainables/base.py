@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
     from library.training.families.base import ModelFamily
     from library.training.hooks.base import Hook
+    from library.training.objective import NoisyLatents
     from library.training.run import Models
 
 
@@ -65,6 +66,9 @@ class Trainable(ABC):
 
     def on_step_start(self, draws: StepDraws) -> None:
         """Before each micro-batch; `draws` keys the dropouts of the adapter."""
+
+    def on_sample(self, sample: NoisyLatents) -> None:
+        """The micro-batch is noised; nothing of it went through the text encoders or the denoiser yet."""
 
     @contextmanager
     def disabled(self):

@@ -21,11 +21,12 @@ from library.family_table import family_entry
 from library.keyed_random import StepDraws, isolated_rng, key_seed
 from library.options import Config, parse_bool
 from library.safetensors_utils import load_safetensors, read_header
-from library.training.adapters import NetworkOptions, check_network_module
+from library.training.adapters import DENOISER_ONLY, NetworkOptions, check_network_module
 from library.training.hooks.base import Hook
 from library.training.hooks.network import NetworkHook
 from library.training.option_groups import ModelOptions
 from library.training.optimizers import OptimizerOptions
+from library.training.timesteps import NUM_TIMESTEPS
 from library.training.trainables.base import Trainable
 from library.training.trainables.base_weights import BaseWeights
 from networks.network_args import pattern_values, rate, selected_blocks, selection
@@ -35,6 +36,7 @@ from networks.targets import targets_of_family
 if TYPE_CHECKING:
     from library.model_loading import Transform
     from library.training.accelerator_setup import Runtime
+    from library.training.objective import NoisyLatents
     from library.training.families.base import ModelFamily
     from library.training.run import Models
 
@@ -95,7 +97,8 @@ class NetworkTrainable(Trainable):
             raise ConfigError(f"--network_module is {path}, which has no function {needed}; name a module that makes adapters, e.g. {usual}")
         check = getattr(module, "check_network_args", None)
         if check is not None:
-            check({"dropout": self.opts.network_dropout, **self.opts.pairs}, family.name)
+            explicit = {name: getattr(self.opts, name) for name in ("network_dim", "network_alpha") if name in self.config.explicit}
+            check({"dropout": self.opts.network_dropout, **self.opts.pairs}, family.name, explicit)
 
     def _check_blocks(self, family: ModelFamily) -> None:
         """Selected blocks exist in the model file, as far as its names tell."""
@@ -152,7 +155,7 @@ class NetworkTrainable(Trainable):
             )
 
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
-        if self.opts.network_train_unet_only:
+        if self.opts.network_train_unet_only or self.opts.module_path in DENOISER_ONLY:
             return [False] * len(targets_of_family(family.name).text_encoders)
         return [
             encoder.switch is None or _is_on(self.opts.pairs.get(encoder.switch))
@@ -166,7 +169,9 @@ class NetworkTrainable(Trainable):
         if self.opts.unet_lr and self.opts.network_train_text_encoder_only:
             lines.append("--unet_lr has no effect with --network_train_text_encoder_only")
         rates = self.opts.text_encoder_lr or ()
-        if any(rates) and self.opts.network_train_unet_only:
+        if any(rates) and self.opts.module_path in DENOISER_ONLY:
+            lines.append(f"--text_encoder_lr has no effect with {self.opts.network_module}, which trains the denoiser alone")
+        elif any(rates) and self.opts.network_train_unet_only:
             lines.append("--text_encoder_lr has no effect with --network_train_unet_only")
         elif len(rates) > 1:
             for encoder, rate, learns in zip(encoders, rates, trained, strict=False):
@@ -359,6 +364,10 @@ class NetworkTrainable(Trainable):
             self.network.set_step_draws(draws)
         if hasattr(self.network, "on_step_start"):
             self.network.on_step_start(self._models.text_encoders, self._models.denoiser)
+
+    def on_sample(self, sample: NoisyLatents) -> None:
+        if hasattr(self.network, "set_step_times"):
+            self.network.set_step_times(sample.timesteps / NUM_TIMESTEPS)
 
     @contextmanager
     def disabled(self):

@@ -1,0 +1,111 @@
+"""What the tools that read one adapter file, or several, share: the tensors with their strengths, checked."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from library.errors import CheckpointError, ConfigError
+from library.options import Config, option_fields
+from library.training import cli
+from library.training.option_groups import ConsoleOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from networks.adapter_layout import FileLayer
+
+ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")
+"""of adapter files that are written"""
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A file as it is: `layers` and `others` under its own names; `configs` holds what PEFT says beside or in it."""
+
+    path: str
+    layers: dict[str, FileLayer]
+    others: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+    has_config_beside: bool = False
+
+
+def read_file(path: str) -> AdapterFile:
+    """An adapter file under its own names, with the alphas that PEFT keeps apart. CheckpointError when it is no adapter, is
+    damaged or holds values that are not finite."""
+    from library.safetensors_utils import is_pickled, load_pickled_tensors, load_safetensors, read_header
+    from networks.adapter_layout import file_layers
+    from networks.network_files import is_adapter_key
+    from networks.peft_config import METADATA_KEY, configs_of
+
+    is_pickle = is_pickled(path)
+    metadata = {} if is_pickle else dict(read_header(path)[1])
+    tensors = load_pickled_tensors(path) if is_pickle else load_safetensors(path, device="cpu")
+    if not any(is_adapter_key(key) for key in tensors):
+        raise CheckpointError(f"{path} is no adapter: it holds {next(iter(tensors), 'nothing')} and no lora_down, lora_A or the like")
+    _refuse_not_finite(path, tensors)
+    layers, others = file_layers(tensors, path)
+    configs = configs_of(path, metadata)
+    _give_alphas(layers, configs)
+    return AdapterFile(path, layers, others, metadata, bool(configs) and METADATA_KEY not in metadata)
+
+
+def _give_alphas(layers: dict[str, FileLayer], configs: dict) -> None:
+    """The alphas of PEFT's configuration, without a key: they are not in the file."""
+    from networks.peft_config import with_alphas
+
+    if not configs:
+        return
+    downs = {key: layer.tensors["lora_down.weight"] for layer in layers.values() if (key := layer.keys.get("lora_down.weight"))}
+    for key, alpha in with_alphas(downs, configs).items():
+        if key.endswith(".alpha") and key not in downs:
+            layers[key.removesuffix(".alpha")].tensors.setdefault("alpha", alpha)
+
+
+def _refuse_not_finite(path: str, tensors: dict[str, torch.Tensor]) -> None:
+    import torch
+
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise CheckpointError(f"{path}: {key} has values that are not finite (NaN or infinite); the training of this file failed")
+
+
+def adapter_slot_problem(path: str | None, name: str) -> str | None:
+    """A message when a safetensors file that --{name} names is there and is no adapter."""
+    from library.checkpoint_kinds import check_slot
+
+    return check_slot(path, name, {"adapter"}) if path and str(path).endswith(".safetensors") else None
+
+
+def ending_problem(path: str | None, name: str, endings: tuple[str, ...] = ENDINGS) -> str | None:
+    """A message when an output has no known ending."""
+    if not path:
+        return f"--{name} is missing; name the file to write"
+    return None if path.endswith(endings) else f"--{name} is {path}; needed: a name that ends in {', '.join(endings)}"
+
+
+FILES = "files"
+
+
+def add_files(parser: argparse.ArgumentParser, name: str, what: str) -> argparse.ArgumentParser:
+    """Let the values of --{name} be given without its name."""
+    parser.add_argument(FILES, nargs="*", help=f"{what}; the same as --{name}", default=argparse.SUPPRESS)
+    return parser
+
+
+def read_with_files(argv: Sequence[str] | None, parser: argparse.ArgumentParser, classes: Sequence[type], name: str) -> Config:
+    """As read_command, for a parser of add_files. ConfigError when files are given in both ways."""
+    values = vars(parser.parse_args(argv))
+    files = values.pop(FILES, [])
+    if files and values.get(name):
+        raise ConfigError(f"{files[0]} stands alone and --{name} is given too; give all files in one way")
+    if files:
+        owner = next(group for group in classes if name in option_fields(group))
+        values[name] = files if option_fields(owner)[name][1].nargs else files[0]
+        if len(files) > 1 and values[name] is files[0]:
+            raise ConfigError(f"{len(files)} files are given; this tool takes one")
+    config = Config.read(values, classes)
+    cli.set_up_logging(config[ConsoleOptions])
+    return config
