@@ -11,7 +11,7 @@ from networks.lora import create_network_from_weights as create_any_from_weights
 from networks.targets import targets_of_family
 
 STEPS = 2
-RATE = 5e-4
+RATE = 2e-4
 """small enough for kinds that change every weight by it in one step of AdamW"""
 
 
