@@ -9,6 +9,8 @@ from typing import Any
 from library.errors import ConfigError
 
 EPOCH_STEM, STEP_STEM, LAST_STEM = "epoch", "at", "last"
+AVERAGED = "-ema"
+"""what stands behind the name of a file that holds the moving average of the weights"""
 DEFAULT_FORMAT = "safetensors"
 
 
@@ -35,6 +37,10 @@ class CheckpointNames:
 
     def file(self, name: str) -> str:
         return name + self.extension
+
+    def averaged_file(self, name: str) -> str:
+        """Of the moving average, beside the file."""
+        return name + AVERAGED + self.extension
 
     def state(self, name: str) -> str:
         return name + "-state"

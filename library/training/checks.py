@@ -120,13 +120,13 @@ def overwrite_problems(config: Config) -> list[str]:
 
 
 def is_output_of(name: str, saving: SavingOptions) -> bool:
-    """Whether a run with these options could write a file or folder of this name: final, epoch and step files, states."""
+    """Whether a run with these options could write a file or folder of this name: final, epoch and step files, their averages, states."""
     names = CheckpointNames(saving.output_name, saving.save_model_as)
-    number = re.search(r"-(?:step)?(\d{6,})(?:-state|\.\w+)$", name)
+    number = re.search(r"-(?:step)?(\d{6,})(?:-state|(?:-ema)?\.\w+)$", name)
     stems = [names.last()]
     if number:
         stems += [names.epoch(int(number.group(1))), names.step(int(number.group(1)))]
-    return any(name in (names.file(stem), names.state(stem)) for stem in stems)
+    return any(name in (names.file(stem), names.averaged_file(stem), names.state(stem)) for stem in stems)
 
 
 def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:

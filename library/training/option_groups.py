@@ -310,6 +310,35 @@ class SavingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmaOptions:
+    """Moving average of the weights"""
+
+    ema: bool = option(
+        False, help="keep a moving average of the trained weights (EMA): samples and validation use it, files get a companion <name>-ema"
+    )
+    ema_decay: float = option(0.999, help="share of the average that an update leaves")
+    ema_power: float | None = option(
+        None, help="let the share grow from 0 to --ema_decay as 1 - n^-power over the updates, e.g. 0.75; at once --ema_decay when not given"
+    )
+    ema_every_n_steps: int = option(1, help="update the average every n optimizer steps")
+    ema_start_step: int = option(0, help="optimizer step from which on is averaged; the average is the weights themselves until then")
+    ema_on_cpu: bool = option(False, help="keep the average in main memory")
+
+    def __post_init__(self) -> None:
+        problems = too_small(self, 1, "ema_every_n_steps") + too_small(self, 0, "ema_start_step")
+        if not 0 <= self.ema_decay < 1:
+            problems.append(f"--ema_decay is {self.ema_decay}; needed: a number from 0, below 1, e.g. 0.999")
+        if self.ema_power is not None and not 0 < self.ema_power <= 1:
+            problems.append(f"--ema_power is {self.ema_power}; needed: a number above 0, up to 1")
+        given = [name for name in ("ema_power", "ema_start_step", "ema_on_cpu") if getattr(self, name)]
+        given += ["ema_decay"] if self.ema_decay != 0.999 else []
+        given += ["ema_every_n_steps"] if self.ema_every_n_steps != 1 else []
+        if given and not self.ema:
+            problems.append(f"--{given[0]} is set without --ema, which it belongs to; add it")
+        raise_problems(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
 class HubOptions:
     """Upload to the Hugging Face hub"""
 
@@ -433,6 +462,7 @@ SHARED_GROUPS: tuple[type, ...] = (
     ConfigFileOptions,
     ModelOptions,
     SavingOptions,
+    EmaOptions,
     LoopOptions,
     PrecisionOptions,
     MemoryOptions,

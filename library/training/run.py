@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 
 from library.options import Config
 from library.strategy_base import StrategySet
+from library.training.hooks.ema import EmaHook
 from library.training.optimizers import switches_weights
 
 if TYPE_CHECKING:
@@ -69,8 +70,9 @@ class Run:
     max_grad_norm: float = 0.0
 
     @contextmanager
-    def weights_for_eval(self):
-        """Inside, the trained weights are those to save, sample and validate with (schedule-free optimizers switch).
+    def weights_for_eval(self, averaged: bool = True):
+        """Inside, the trained weights are those to save, sample and validate with: schedule-free optimizers switch, and with
+        --ema they are the average unless `averaged` is False.
 
         Switching there and back rounds. The weights of training are therefore kept aside and put back as they were: a run
         that saves or samples more often trains the same.
@@ -85,8 +87,10 @@ class Run:
         for module in modes:
             module.eval()
         self.models.denoiser.eval()
+        hook = self.hooks.find(EmaHook) if averaged else None
         try:
-            yield
+            with nullcontext() if hook is None else hook.applied():
+                yield
         finally:
             for module, mode in modes.items():
                 module.train(mode)

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.training.checkpoint import SaveRules, Saving, train_state
+from library.training.checkpoint import AVERAGED, SaveRules, Saving, train_state
 from library.training.hooks.base import Hook
+from library.training.hooks.ema import EmaHook
 from library.training.hooks.finite import SAVE_DTYPES, NonFiniteGuard
 from library.training.option_groups import HubOptions, SavingOptions
 from library.training.state import save_state
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from library.training.run import Run, StepOutput
 
 logger = logging.getLogger(__name__)
+
+def averaged_path(path: Path) -> Path:
+    """Where the moving average of the weights of a file is."""
+    return path.with_name(path.stem + AVERAGED + path.suffix)
+
 
 MetadataMaker = Callable[["Run"], dict[str, str]]
 
@@ -68,13 +74,19 @@ class CheckpointHook(Hook):
         run.runtime.barrier()
 
     def _write_file(self, run: Run, path: Path, is_last: bool) -> None:
-        metadata = self._metadata(run)
-        with run.weights_for_eval():
-            run.trainable.save(str(path), SAVE_DTYPES[run.config[SavingOptions].save_precision], metadata)
-        logger.info("saved %s", path)
+        metadata, dtype = self._metadata(run), SAVE_DTYPES[run.config[SavingOptions].save_precision]
+        written = [path]
+        with run.weights_for_eval(averaged=False):
+            run.trainable.save(str(path), dtype, metadata)
+        if run.hooks.find(EmaHook) is not None:
+            written.append(averaged_path(path))
+            with run.weights_for_eval():
+                run.trainable.save(str(written[-1]), dtype, metadata)
+        logger.info("saved %s", " and ".join(map(str, written)))
         run.hooks.on_post_save(run, str(path), metadata)
-        if self._upload is not None:
-            self._upload(path, wait=is_last)
+        for file in written:
+            if self._upload is not None:
+                self._upload(file, wait=is_last)
 
     def _write_state(self, run: Run, folder: Path, is_last: bool) -> None:
         counters = train_state(run.progress.global_step, run.progress.steps_per_epoch)
@@ -86,9 +98,10 @@ class CheckpointHook(Hook):
     @staticmethod
     def _remove(folder: Path, saving: Saving) -> None:
         for name in saving.remove:
-            if (folder / name).is_file():
-                os.remove(folder / name)
-                logger.info("removed the outdated %s", folder / name)
+            for path in (folder / name, averaged_path(folder / name)):
+                if path.is_file():
+                    os.remove(path)
+                    logger.info("removed the outdated %s", path)
         for name in saving.remove_states:
             if (folder / name).is_dir():
                 shutil.rmtree(folder / name)

@@ -8,13 +8,14 @@ from library.dataset import DatasetOptions
 from library.options import Config
 from library.training.hooks.base import Hook
 from library.training.hooks.checkpoint import CheckpointHook, MetadataMaker
+from library.training.hooks.ema import EmaHook
 from library.training.hooks.finite import NonFiniteGuard
 from library.training.hooks.logging import LoggingHook
 from library.training.hooks.loss_curve import LossCurveHook
 from library.training.hooks.losses import LossReader
 from library.training.hooks.sample import SampleHook
 from library.training.hooks.validation import ValidationHook
-from library.training.option_groups import HubOptions
+from library.training.option_groups import EmaOptions, HubOptions
 
 if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
@@ -26,13 +27,14 @@ def standard_hooks(
     own: list[Hook], metadata: MetadataMaker,
 ) -> list[Hook]:
     """Losses are read first and tested before they are logged; what changes weights (norms) comes before what looks at
-    them, and files are written before samples are made, so that a failing sample costs no checkpoint."""
+    them (the average first), and files are written before samples are made, so that a failing sample costs no checkpoint."""
     seed = config[DatasetOptions].validation_seed
     return [
         NonFiniteGuard(),
         LoggingHook(),
         LossCurveHook(),
         *trainable.hooks(),
+        *([EmaHook(trainable, config[EmaOptions])] if config[EmaOptions].ema else []),
         *own,
         LossReader(),
         ValidationHook(runtime.seed if seed is None else seed),

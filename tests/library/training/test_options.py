@@ -22,7 +22,9 @@ OWN_OPTIONS = {
     "sdxl_network": {"clip_tokenizer"},
     "anima_network": {"qwen3_tokenizer"},
 }
-OWN_OF_ALL = {"overwrite", "skip_bad_images", "fail_on_missing_captions"}
+OWN_OF_ALL = {
+    "overwrite", "skip_bad_images", "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
+}
 """options that only this project has; extend the sets together with the documentation"""
 OTHER_DEFAULTS = {"flux_network": {"model_prediction_type": "raw"}}
 """defaults that differ on purpose (a documented fault of the old one); the run says so at start"""

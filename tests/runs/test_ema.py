@@ -1,0 +1,112 @@
+"""The moving average of the weights (--ema) through the command line: its values, its files, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from library.errors import ConfigError
+from library.safetensors_utils import load_safetensors
+from library.training.hooks.ema import decay_at
+from library.training.option_groups import EmaOptions
+from library.training.run import Run
+from tests.runs.conftest import Work, fingerprint, read_parts
+from tests.runs.test_exactness import Stopped, stop_after
+
+EVERY = ["--save_every_n_steps=1"]
+
+
+def files(work: Work, out: str, ending: str = "") -> list[dict[str, torch.Tensor]]:
+    return [load_safetensors(work.folder / out / f"lora-step{step:08d}{ending}.safetensors") for step in range(1, 8)]
+
+
+@pytest.mark.parametrize(("words", "how"), [
+    (["--ema_decay=0.8"], {}), (["--ema_decay=0.9", "--ema_power=0.5"], {"power": 0.5}),
+    (["--ema_decay=0.5", "--ema_every_n_steps=2", "--ema_start_step=2"], {"every": 2, "start": 2}),
+])  # fmt: skip
+def test_the_average_follows_the_weights(work: Work, words: list[str], how: dict) -> None:
+    """Computed from the files of every step, by hand. The weights themselves are those of a run without --ema."""
+    decay, start = float(words[0].partition("=")[2]), how.get("start", 0)
+    plain = work.train("plain")
+    final = work.train("out", "--ema", *words, *EVERY)
+    assert read_parts(final)[1] == read_parts(plain)[1]
+    steps, averages = files(work, "out"), files(work, "out", "-ema")
+    wanted = None
+    if start == 0:  # the start weights: up is zero, down is the drawn one, which no file holds
+        up = {key: torch.zeros_like(tensor) for key, tensor in steps[0].items() if "lora_up" in key}
+        wanted, updates = up, 0
+    for number, (weights, average) in enumerate(zip(steps, averages, strict=True), 1):
+        if start and number <= start:
+            wanted, updates = dict(weights), 0
+        elif (number - start) % how.get("every", 1) == 0:
+            share = decay if "power" not in how else min(decay, 1 - (updates + 1) ** -how["power"])
+            wanted = {key: share * tensor + (1 - share) * weights[key] for key, tensor in wanted.items()}
+            updates += 1
+        for key, tensor in wanted.items():
+            if not key.endswith("alpha"):
+                torch.testing.assert_close(average[key], tensor, rtol=1e-5, atol=1e-7)
+    assert fingerprint(work.folder / "out" / "lora-ema.safetensors") != fingerprint(final)
+    metadata = read_parts(work.folder / "out" / "lora-ema.safetensors")[0]
+    assert float(metadata["ss_ema_decay"]) == decay
+
+
+@pytest.mark.parametrize("more", [[], ["--ema_on_cpu", "--ema_power=0.75"], ["--ema_every_n_steps=2"]])
+def test_a_resumed_run_has_the_same_average(work: Work, more: list[str]) -> None:
+    options = ["--ema", "--ema_decay=0.7", *more]
+    whole = work.train("whole", *options)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Stopped):
+            work.train("parts", *options, "--save_every_n_steps=3", "--save_state")
+    resumed = work.train("parts", *options, f"--resume={work.folder / 'parts' / 'lora-step00000003-state'}")
+    for name in ("lora", "lora-ema"):
+        assert fingerprint(resumed.with_name(f"{name}.safetensors")) == fingerprint(whole.with_name(f"{name}.safetensors"))
+
+
+def test_samples_and_validation_use_the_average(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    original = Run.weights_for_eval
+
+    def noting(self, averaged=True):
+        asked.append(averaged)
+        return original(self, averaged)
+
+    monkeypatch.setattr(Run, "weights_for_eval", noting)
+    prompts = work.folder / "prompts.txt"
+    prompts.write_text("a dog --w 32 --h 32 --s 1 --d 1\n", encoding="utf-8")
+    sampling = [f"--sample_prompts={prompts}", "--sample_every_n_steps=7"]
+    final = work.train("out", "--ema", "--ema_decay=0.9", *sampling)
+    assert asked.count(False) == 1 and asked.count(True) >= 2  # the file; its companion and the samples
+    with_average = [path.read_bytes() for path in sorted((final.parent / "sample").glob("*.png"))]
+    other = work.train("other", *sampling)
+    assert read_parts(other)[1] == read_parts(final)[1]
+    assert with_average != [path.read_bytes() for path in sorted((other.parent / "sample").glob("*.png"))]
+
+
+def test_outdated_companions_go_and_none_is_overwritten(work: Work) -> None:
+    final = work.train("out", "--ema", *EVERY, "--save_last_n_steps=2")
+    steps = {path.name for path in final.parent.glob("lora-step*")}
+    assert {name.replace("-ema", "") for name in steps} == {name for name in steps if "-ema" not in name} and len(steps) % 2 == 0 and len(steps) < 14
+    final.unlink()
+    for path in final.parent.glob("lora-step*"):
+        path.unlink()
+    from library.training import cli
+
+    with pytest.raises(ConfigError, match="lora-ema.safetensors"):
+        cli.run("flux", "network", work.argv("out"))
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["--ema_decay=0.9"], "without --ema"), (["--ema", "--ema_decay=1"], "below 1"), (["--ema", "--ema_every_n_steps=0"], "1 or more"),
+    (["--ema", "--ema_power=2"], "up to 1"), (["--ema", "--ema_start_step=-1"], "0 or more"),
+])  # fmt: skip
+def test_bad_settings(work: Work, words: list[str], told: str) -> None:
+    from library.training import cli
+
+    with pytest.raises(ConfigError, match=told):
+        cli.run("flux", "network", work.argv("out", *words))
+
+
+def test_the_share_grows_to_its_limit() -> None:
+    options = EmaOptions(ema=True, ema_decay=0.9, ema_power=0.75)
+    assert decay_at(options, 0) == 0 and decay_at(options, 1) == pytest.approx(1 - 2**-0.75) and decay_at(options, 10**6) == 0.9
