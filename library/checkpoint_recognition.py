@@ -57,6 +57,11 @@ ADAPTER_ENDINGS = (
     ".a1.weight",
     ".diff",
     ".diff_b",
+    ".w_norm",
+    ".b_norm",
+    ".on_input",
+    "_lora1.down.weight",
+    "_lora2.down.weight",
 )
 
 
