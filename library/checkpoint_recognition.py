@@ -61,6 +61,8 @@ ADAPTER_ENDINGS = (
     ".w_norm",
     ".b_norm",
     ".on_input",
+    "_lora1.down.weight",
+    "_lora2.down.weight",
 )
 
 

@@ -155,6 +155,38 @@ def test_a_trained_file_changes_the_output_as_our_own_forward(trained: Trained, 
     assert loaded == sum(key.endswith("lora_down.weight") for key in tensors)
 
 
+@pytest.mark.parametrize("to", ["diffusers", "peft", "folder"])
+def test_a_converted_file_acts_the_same_in_diffusers_and_peft(trained: Trained, to: str, tmp_path: Path) -> None:
+    """Strength folded in; strength in the metadata, which diffusers reads from the file; a folder for PEFT alone."""
+    from tools.convert_lora import main
+
+    unet, encoders = our_models(trained)
+    pipeline = pipeline_of(trained)
+    theirs = [pipeline.unet, [e for e in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if e is not None]]
+    plain, _ = predictions(trained.kind, (unet, encoders), theirs)[0]
+    network, _ = create_network_from_weights(1.0, str(trained.file), None, encoders, unet, for_inference=True)
+    network.apply_to(encoders, unet)
+    network.load_weights(str(trained.file))
+    source, target = trained.file, tmp_path / "converted.safetensors"
+    if to == "folder":  # holds one model
+        from peft import PeftModel
+        from safetensors.torch import save_file
+
+        source, target = tmp_path / "unet.safetensors", tmp_path / "folder" / "adapter_model.safetensors"
+        save_file({key: tensor for key, tensor in load_file(trained.file).items() if "_te" not in key[:8]}, source)
+    words = [str(source), str(target), "--to", "peft" if to == "folder" else to, "--family", trained.family]
+    assert main(words) == 0
+    if to == "folder":
+        theirs[0] = PeftModel.from_pretrained(pipeline.unet, target.parent)
+        theirs[1] = encoders
+    else:
+        pipeline.load_lora_weights(tmp_path, weight_name=target.name)
+    results = predictions(trained.kind, (unet, encoders), theirs)
+    assert (results[0][0] - plain).norm() / plain.norm() > 0.01
+    for mine, other in results:
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
 def test_a_file_that_diffusers_saved_acts_the_same_here(trained: Trained, tmp_path: Path) -> None:
     """Its strength stands in the metadata alone; alpha is three times the rank."""
     from diffusers.training_utils import _collate_lora_metadata
