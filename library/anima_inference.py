@@ -22,7 +22,7 @@ from library.inference_script import (
 )
 from library.options import Config, equivalent_option, option
 from library.training.families.base import tokenizer_problems
-from library.training.inference_samplers import INFERENCE_SAMPLERS
+from library.training.inference_samplers import FLOW_SAMPLER_NAMES
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import LineOption, read_number
 
@@ -37,7 +37,6 @@ SIZE_STEP = 16
 TOKEN_LENGTH = 512
 LYCORIS_MODULE = "lycoris.kohya"
 OUTPUT_TYPES = ("images", "latent", "latent_images")
-SAMPLERS = tuple(entry.name for entry in INFERENCE_SAMPLERS if entry.info.get("flow"))
 _ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
 
 
@@ -130,7 +129,7 @@ class AnimaPromptOptions:
     infer_steps: int = option(50, help="steps")
     guidance_scale: float = option(3.5, help="classifier-free guidance; 1 = off, else two forwards per step")
     flow_shift: float = option(5.0, help="how far the steps lie towards noise; 1 = evenly spaced")
-    sampler: str = option("euler", choices=SAMPLERS, help="how a step is made")
+    sampler: str = option("euler", choices=FLOW_SAMPLER_NAMES, help="how a step is made")
     seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given")
     save_path: str | None = option(None, help="folder of the pictures; made when missing")
     output_type: str = option("images", choices=OUTPUT_TYPES, help="what is written: pictures, latents (safetensors), or both")
@@ -287,7 +286,7 @@ def _file_problems(config: Config) -> list[str]:
     slots = [("vae", {"vae_wan"})] if pictures.output_type != "latent" or model.vae else []
     if not pictures.latent_path:
         slots = [("dit", {"anima", "cosmos"}), *slots, ("text_encoder", {"qwen3"})]
-    found = [check_slot(getattr(model, slot), slot, kinds) for slot, kinds in slots]
+    found = [check_slot(getattr(model, slot), slot, kinds, for_pictures=True) for slot, kinds in slots]
     found += [file_problem(path, "lora_weight") for path in adapters.lora_weight or ()]
     found += [f"--latent_path is {path}: there is no such file" for path in pictures.latent_path or () if not Path(path).is_file()]
     if adapters.lycoris:

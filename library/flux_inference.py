@@ -131,7 +131,7 @@ def check_models(config: Config) -> None:
     options = config[InferenceModelOptions]
     found: list[str | None] = [*inference_script.refused_problems(config)]
     for slot, kind in (("ckpt_path", "flux"), ("clip_l", "clip_l"), ("t5xxl", "t5"), ("ae", "vae_flux")):
-        found.append(check_slot(getattr(options, slot), slot, {kind}))
+        found.append(check_slot(getattr(options, slot), slot, {kind}, for_pictures=True))
     problems = [problem for problem in [*found, *adapter_problems(options.lora_weights)] if problem]
     if problems:
         raise ConfigError(problems)

@@ -84,7 +84,6 @@ COMMON_LINE_OPTIONS: Mapping[str, LineOption] = {
     "m": LineOption("multipliers", read_multipliers),
 }  # fmt: skip
 """letters of a prompt line that every image script has"""
-TEXT_READERS = (read_text, read_negative)
 
 
 # -- options ---------------------------------------------------------------------------------------------------------------

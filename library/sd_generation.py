@@ -35,6 +35,8 @@ def inspect(options: GenerationModelOptions) -> tuple[UNetInfo, list[str]]:
 
 def text_problems(options: GenerationModelOptions) -> list[str]:
     """The tokenizer against the text encoder."""
+    if inspect_sd_unet(options.ckpt).is_v2 != options.v2:
+        return []  # told already; the text encoder of the other version would only be missed
     rows = inspect_clip(options.ckpt, text_slot(options.v2)).values["vocab"]
     return tokenizer_problems(lambda: _tokenizer(options), rows)
 

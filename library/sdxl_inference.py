@@ -160,7 +160,7 @@ def line_reader(options: SdxlModelOptions) -> LineReader:
 def check(options: SdxlModelOptions) -> None:
     """Every missing or wrong file at once, from headers; ConfigError."""
     problems = Problems()
-    model_problem = slot_problem(options.ckpt_path, "ckpt_path", {"sdxl"})
+    model_problem = slot_problem(options.ckpt_path, "ckpt_path", {"sdxl"}, for_pictures=True)
     vae_problem = slot_problem(options.vae, "vae", {"vae_sd", "sdxl"}) if options.vae else None
     for problem in (model_problem, vae_problem, *adapter_problems(options.lora_weights)):
         if problem:

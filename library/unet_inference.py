@@ -118,7 +118,7 @@ def model_problems(options: GenerationModelOptions) -> list[str]:
     from library.unet_pipeline import GENERATORS
 
     family = importlib.import_module(GENERATORS[options.family])
-    model_problem = slot_problem(options.ckpt, "ckpt", family.KINDS)
+    model_problem = slot_problem(options.ckpt, "ckpt", family.KINDS, for_pictures=True)
     if model_problem:
         return [model_problem]
     vae_problem = slot_problem(options.vae, "vae", {"vae_sd", *family.KINDS}) if options.vae else None

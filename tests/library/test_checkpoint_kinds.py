@@ -182,3 +182,18 @@ def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path, length):
     text = json.dumps(entry).encode().ljust(length)
     path.write_bytes(struct.pack("<Q", length) + text + bytes(4))
     assert describe_checkpoint(path).kind == "adapter"
+
+
+def test_the_way_out_for_scripts_that_make_images(tmp_path):
+    path = write_file(tmp_path / "given.safetensors", SDXL)
+    trained = check_slot(path, "ckpt", {"sd1", "sd2"})
+    assert trained.endswith("needed: a Stable Diffusion 1 or 2 checkpoint or diffusers folder; sdxl_train_network.py trains such a model")
+    assert check_slot(path, "ckpt", {"sd1", "sd2"}, for_pictures=True).endswith("; sdxl_gen_img.py makes images with such a model")
+
+
+def test_ids_of_the_hub_are_refused_with_the_command_that_fetches_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "hf download owner/name.v1 --local-dir FOLDER" in check_slot("owner/name.v1", "ckpt", {"sd1"})
+    (tmp_path / "models").mkdir()
+    for path in ("models/base", "owner/base.safetensors", "owner/group/base", "base"):
+        assert "hf download" not in check_slot(path, "ckpt", {"sd1"})

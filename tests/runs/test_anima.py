@@ -121,6 +121,21 @@ def test_sample_images_and_a_negative_prompt(work: Work) -> None:
     assert [Image.open(path).size for path in images] == [(64, 48), (64, 48)]
 
 
+def test_the_sampler_of_sample_images(work: Work) -> None:
+    prompts = work.folder / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 48 --s 4 --d 3\na cat --w 64 --h 48 --s 4 --d 3 --ss heun\n", encoding="utf-8")
+    given = [*CACHED, f"--sample_prompts={prompts}", "--sample_every_n_steps=4"]
+    work.train("euler", *given)
+    work.train("er_sde", *given, "--sample_sampler=er_sde")
+    pictures = [path.read_bytes() for name in ("euler", "er_sde") for path in sorted((work.folder / name / "sample").glob("lora_000004_0*.png"))]
+    assert len(pictures) == 4 and pictures[1] == pictures[3] and len(set(pictures)) == 3
+    with pytest.raises(ConfigError, match="--sample_sampler is 'euler_a', a sampler of SD models; flow models have ddim, lms, .*er_sde"):
+        work.train("no", *given, "--sample_sampler=euler_a")
+    prompts.write_text("a cat --ss pndm\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="a sample prompt's sampler is 'pndm'"):
+        work.train("no", *given)
+
+
 def test_a_model_without_adapter_trains(work: Work, tmp_path: Path) -> None:
     work.tiny = build_tiny_anima(tmp_path / "without", adapter=False)
     assert len(load_file(work.train("out", "--network_train_unet_only"))) == 3 * 30

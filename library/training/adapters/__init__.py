@@ -108,12 +108,17 @@ def parse_pairs(items: Sequence[str] | None) -> dict[str, str]:
     return pairs
 
 
-def check_network_module(options: NetworkOptions, usual: str = "networks.lora") -> None:
+def check_network_module(options: NetworkOptions, usual: str | None = None) -> None:
     """Raise ConfigError unless --network_module is given and can be imported; nothing of it is executed. `usual`: the module
-    that messages name as an example."""
+    of the family's LoRAs; that of another family is refused, and messages name it as an example."""
     if not options.network_module:
-        raise ConfigError(f"--network_module is missing; name the adapter to train, e.g. --network_module {usual}")
+        raise ConfigError(f"--network_module is missing; name the adapter to train, e.g. --network_module {usual or 'networks.lora'}")
     path = options.module_path
+    if usual is not None and path in OWN_MODULES and path not in ("networks.lora", usual):
+        owner = next(entry for entry in FAMILIES.values() if entry.network_module == path)
+        raise ConfigError(
+            f"--network_module is {options.network_module}, which is for {owner.adapters}; use {usual} or networks.lora, which serves every family"
+        )
     try:
         found = importlib.util.find_spec(path) is not None
     except (ModuleNotFoundError, ValueError):

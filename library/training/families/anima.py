@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from library.options import equivalent_option, option, refused_option
 from library.training.adapters import NetworkOptions
 from library.training.families.base import FlowFamily, refused_by_flow, tokenizer_problems
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
-from library.training.sampling_prompts import SAMPLE_DEFAULTS
+from library.training.inference_samplers import SamplerOptions, check_flow_sampler
+from library.training.sampling_prompts import SAMPLE_DEFAULTS, with_defaults
 from library.training.timestep_samplers import TimestepOptions
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr")
 ATTENTION_MODES = ("torch", "sdpa", "xformers", "flash", "sageattn")
-SAMPLER = "euler"
 TOKEN_LENGTH = 512
 RATE_PATTERNS = {
     "llm_adapter_lr": r"llm_adapter\..*",
@@ -109,7 +110,7 @@ class AnimaFamily(FlowFamily):
     timestep_modes = TIMESTEP_MODES
     denoiser_kinds = ("anima", "cosmos")
     architecture = ARCHITECTURES["anima"]
-    sampling = SAMPLE_DEFAULTS["anima"]
+    sampling = dataclasses.replace(SAMPLE_DEFAULTS["anima"], reads=frozenset({"sample_sampler"}))
     options = AnimaOptions
     defaults = {"timestep_sampling": "sigmoid", "discrete_flow_shift": 1.0}
     part_options = {
@@ -125,8 +126,14 @@ class AnimaFamily(FlowFamily):
         "clip_skip": "Anima takes the last layer of its text encoder",
         "max_token_length": "it counts CLIP tokens; see --qwen3_max_token_length and --t5_max_token_length",
         "weighted_captions": "training Anima with weighted words is not possible",
-        "sample_sampler": "Anima samples with Euler steps along its own schedule",
     }
+
+    def check(self) -> None:
+        problems = Problems()
+        problems.attempt(super().check)
+        if SamplerOptions in self.config:
+            problems.attempt(lambda: check_flow_sampler(self.config[SamplerOptions].sample_sampler, "--sample_sampler"))
+        problems.raise_if_any()
 
     def part_problems(self, part: str) -> list[str]:
         found = self._slot_problems(part)
@@ -319,17 +326,20 @@ class AnimaFamily(FlowFamily):
         """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
         from library.anima_train_utils import SampleSettings, generate_latents
         from library.sampling_utils import decode_to_image
-        from library.training.inference_samplers import INFERENCE_SAMPLERS
-        from library.training.inference_samplers.flow import flow_schedule
+        from library.training.inference_samplers.flow import flow_sampler, flow_schedule
 
-        settings = SampleSettings(
-            height=prompt.height, width=prompt.width, seed=prompt.seed, cfg_scale=prompt.scale
-        )
+        settings = SampleSettings(height=prompt.height, width=prompt.width, seed=prompt.seed, cfg_scale=prompt.scale)
         latents = generate_latents(
-            models.denoiser, settings, conditioning, negative, sampler=INFERENCE_SAMPLERS.resolve(SAMPLER),
+            models.denoiser, settings, conditioning, negative, sampler=flow_sampler(prompt.sample_sampler),
             sigmas=flow_schedule(prompt.sample_steps, prompt.flow_shift),
         )
         return decode_to_image(models.vae, latents)
+
+    def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
+        """Complete settings, with the sampler of --sample_sampler where the prompt names none."""
+        name = prompt.sample_sampler or self.config[SamplerOptions].sample_sampler
+        check_flow_sampler(name, "a sample prompt's sampler")
+        return dataclasses.replace(with_defaults(prompt, self.sampling), sample_sampler=name)
 
     def needs_negative(self, prompt: SamplePrompt) -> bool:
         return prompt.scale is not None and prompt.scale > 1.0

@@ -207,8 +207,8 @@ def about_slot(slot: str, path: str | None, error: CheckpointError) -> str:
     return f"--{slot} is {path}: {text}"
 
 
-def slot_problem(path: str | None, slot: str, kinds: set[str]) -> str | None:
+def slot_problem(path: str | None, slot: str, kinds: set[str], *, for_pictures: bool = False) -> str | None:
     """`check_slot` that takes the .ckpt files of these families too: they are opened as data, which runs no code."""
     from library.checkpoint_kinds import check_slot
 
-    return check_slot(path, slot, kinds, with_pickles=True)
+    return check_slot(path, slot, kinds, with_pickles=True, for_pictures=for_pictures)

@@ -199,7 +199,7 @@ def test_samplers_that_add_noise_ask_for_it(name):
         discrete.sampler_of(name, schedule)(lambda x, s: x, torch.ones(SHAPE), schedule.sigmas)
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "lms", "dpmsolver++", "unipc", "er_sde", "dpmsolver++_sde"])
+@pytest.mark.parametrize("name", ["euler", "ddim", "heun", "lms", "dpmsolver++", "unipc", "er_sde", "dpmsolver++_sde"])
 def test_flow_samplers_start_at_sigma_one(name):
     sigmas = flow_schedule(6, 3.0)
     start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
@@ -215,8 +215,8 @@ def test_flow_samplers_start_at_sigma_one(name):
 
 
 def test_samplers_of_sd_models_are_refused_for_flow():
-    with pytest.raises(ConfigError, match="'ddim' is for SD models; flow models have lms"):
-        flow_sampler("ddim")
+    with pytest.raises(ConfigError, match="'pndm', a sampler of SD models; flow models have ddim, lms"):
+        flow_sampler("pndm")
 
 
 def test_bad_values_are_refused():
