@@ -33,6 +33,7 @@ from networks.file_names import (
     names_of_family,
 )
 from networks.lora import fuse_pairs, split_pair
+from networks.parameter_names import DOWN, MID, PARAMETERS, UP
 
 __all__ = ["LayerNames", "fold_factors", "to_diffusers", "to_dotted", "to_kohya", "to_lycoris"]
 
@@ -42,19 +43,8 @@ Tensors = Mapping[str, torch.Tensor]
 Module = dict[str, torch.Tensor]
 """parameter name of kohya files -> tensor"""
 
-DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
-_PARAMETERS = {
-    **dict.fromkeys(("lora_A.weight", "lora_A.default.weight", "lora.down.weight", "lora_linear_layer.down.weight", DOWN), DOWN),
-    **dict.fromkeys(("lora_B.weight", "lora_B.default.weight", "lora.up.weight", "lora_linear_layer.up.weight", UP), UP),
-    **dict.fromkeys(("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight"), "dora_scale"),
-    **{name: name for name in (MID, "alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "oft_blocks", "rescale")},
-    **{name: name for name in ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "on_input", "oft_diag", "scalar")},
-    **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-}
-"""ending of a key -> parameter in kohya files"""
 _PEFT = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
-_ENDINGS = sorted(_PARAMETERS, key=len, reverse=True)
+_ENDINGS = sorted(PARAMETERS, key=len, reverse=True)
 _PROCESSOR = re.compile(r"(?P<path>.+)\.(?P<leaf>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight")
 """diffusers before PEFT: the layers of an attention stood in its processor"""
 
@@ -211,7 +201,7 @@ def named_parameter(key: str, tensors: Tensors) -> tuple[str, str] | None:
     """(name of the layer as written, parameter under its kohya name) of a key of any layout; None when it is no adapter's.
     `tensors` is the whole file, of which other keys may tell."""
     name, _, parameter = key.partition(".")
-    return (name, _PARAMETERS.get(parameter, parameter)) if is_kohya_name(name) else _split(key, tensors)
+    return (name, PARAMETERS.get(parameter, parameter)) if is_kohya_name(name) else _split(key, tensors)
 
 
 def _split(key: str, tensors: Tensors) -> tuple[str, str] | None:
@@ -226,7 +216,7 @@ def _split(key: str, tensors: Tensors) -> tuple[str, str] | None:
         return f"{path}.{leaf}", DOWN if match["side"] == "down" else UP
     ending = next((ending for ending in _ENDINGS if key.endswith(f".{ending}")), None)
     if ending is not None:
-        return key[: -len(ending) - 1], _PARAMETERS[ending]
+        return key[: -len(ending) - 1], PARAMETERS[ending]
     is_ia3 = key.endswith(".weight") and f"{key.removesuffix('.weight')}.on_input" in tensors
     return (key.removesuffix(".weight"), "weight") if is_ia3 else None
 
