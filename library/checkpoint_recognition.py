@@ -53,6 +53,9 @@ ADAPTER_ENDINGS = (
     ".a1.weight",
     ".diff",
     ".diff_b",
+    ".w_norm",
+    ".b_norm",
+    ".on_input",
 )
 
 

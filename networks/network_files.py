@@ -39,7 +39,7 @@ def is_adapter_key(key: str) -> bool:
     """Whether a tensor of this name belongs to an adapter, of any kind."""
     name = key.partition(".")[2] or key
     marks = ("lora_down", "lora_up", "lora_A", "lora_B", "hada_w1_a", "lokr_w1", "lokr_w2", "oft_blocks", "lora.down", "lora.up")
-    return any(mark in name for mark in marks)
+    return any(mark in name for mark in marks) or name in ("on_input", "diff", "diff_b", "w_norm", "b_norm")
 
 
 def by_module(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

@@ -12,10 +12,16 @@ from library.options import option
 from library.registry import Registry
 
 NETWORKS: Registry = Registry("network module", option="network_module")
-NETWORKS.add("lora", "networks.lora")
+KINDS = ("lora", "dylora", "lora_fa", "tlora", "ia3", "full", "norm")
+"""files in networks/ that make adapters of one kind, for every family; the short names are theirs"""
+
+for _kind in KINDS:
+    NETWORKS.add(_kind, f"networks.{_kind}")
+for _module in dict.fromkeys(entry.targets.partition(":")[0] for entry in FAMILIES.values()):
+    NETWORKS.add(_module.removeprefix("networks."), _module)  # the names under which known scripts have LoRA of one family
 NETWORKS.add("lycoris", "lycoris.kohya", package="lycoris-lora")
 
-OWN_MODULES = ("networks.lora", *dict.fromkeys(entry.targets.partition(":")[0] for entry in FAMILIES.values()))
+OWN_MODULES = tuple(NETWORKS.entry(name).target for name in NETWORKS.names() if name != "lycoris")
 
 
 @dataclass(frozen=True, kw_only=True)
