@@ -12,19 +12,18 @@ from library.options import option
 from library.registry import Registry
 
 NETWORKS: Registry = Registry("network module", option="network_module")
-NETWORKS.add("lora", "networks.lora")
-NETWORKS.add("loha", "networks.loha")
-NETWORKS.add("lokr", "networks.lokr")
-NETWORKS.add("oft", "networks.oft")
-NETWORKS.add("diag_oft", "networks.diag_oft")
-NETWORKS.add("boft", "networks.boft")
-NETWORKS.add("glora", "networks.glora")
+KINDS = (
+    "lora", "loha", "lokr", "glora", "oft", "diag_oft", "boft", "dylora", "lora_fa", "tlora", "ia3", "full", "norm",
+)  # fmt: skip
+"""files in networks/ that make adapters of one kind, for every family; the short names are theirs"""
+
+for _kind in KINDS:
+    NETWORKS.add(_kind, f"networks.{_kind}")
+for _module in dict.fromkeys(entry.targets.partition(":")[0] for entry in FAMILIES.values()):
+    NETWORKS.add(_module.removeprefix("networks."), _module)  # the names under which known scripts have LoRA of one family
 NETWORKS.add("lycoris", "lycoris.kohya", package="lycoris-lora")
 
-OWN_MODULES = tuple(dict.fromkeys([
-    *(NETWORKS.entry(name).target for name in NETWORKS.names() if NETWORKS.entry(name).target.startswith("networks.")),
-    *(entry.targets.partition(":")[0] for entry in FAMILIES.values()),
-]))  # fmt: skip
+OWN_MODULES = tuple(NETWORKS.entry(name).target for name in NETWORKS.names() if name != "lycoris")
 
 DENOISER_ONLY = ("networks.oft", "networks.oft_flux", "networks.diag_oft", "networks.boft")
 """network modules that never train text encoders"""
