@@ -19,8 +19,10 @@ KINDS = (
 
 for _kind in KINDS:
     NETWORKS.add(_kind, f"networks.{_kind}")
-for _module in dict.fromkeys(entry.targets.partition(":")[0] for entry in FAMILIES.values()):
-    NETWORKS.add(_module.removeprefix("networks."), _module)  # the names under which known scripts have LoRA of one family
+FAMILY_MODULES = tuple(dict.fromkeys(entry.targets.partition(":")[0] for entry in FAMILIES.values()))
+"""the names under which known scripts have the LoRA of one family"""
+for _module in FAMILY_MODULES:
+    NETWORKS.add(_module.removeprefix("networks."), _module)
 NETWORKS.add("lycoris", "lycoris.kohya", package="lycoris-lora")
 
 OWN_MODULES = tuple(NETWORKS.entry(name).target for name in NETWORKS.names() if name != "lycoris")
@@ -113,7 +115,7 @@ def check_network_module(options: NetworkOptions, usual: str | None = None) -> N
     if not options.network_module:
         raise ConfigError(f"--network_module is missing; name the adapter to train, e.g. --network_module {usual or 'networks.lora'}")
     path = options.module_path
-    if usual is not None and path in OWN_MODULES and path not in ("networks.lora", usual):
+    if usual is not None and path in FAMILY_MODULES and path != usual:
         owner = next(entry for entry in FAMILIES.values() if entry.network_module == path)
         raise ConfigError(
             f"--network_module is {options.network_module}, which is for {owner.adapters}; use {usual} or networks.lora, which serves every family"
