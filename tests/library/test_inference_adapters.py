@@ -85,7 +85,7 @@ def test_multipliers_of_a_line(multipliers, count, merged, words):
 
 def test_adapters_of_other_families_are_named_before_a_model_is_loaded(tmp_path):
     path = tmp_path / "anima.safetensors"
-    stem = "lora_unet_blocks_0_cross_attn_q_proj"
+    stem = "lora_unet_blocks_0_self_attn_q_proj"
     save_file_atomic(lora(1, stem), path)
     told = "this is a LoRA-type adapter for Anima; needed: one for SDXL"
     assert told in file_problem(str(path), "lora_weights", "sdxl") and file_problem(str(path), "lora_weight", "anima") is None
