@@ -12,6 +12,7 @@ import torch
 from library.errors import AtelierError
 from networks.file_names import is_kohya_name, names_of_family
 from networks.kinds import known_kind_of
+from networks.lora import rank_problem
 from networks.lora_conversion import named_parameter
 from networks.lora_merge import own_change
 from networks.low_rank import as_matrix, svd_of_product
@@ -81,9 +82,9 @@ def _layer(name: str, tensors: Mapping[str, torch.Tensor]) -> LayerReport:
     kind = known_kind_of(tensors, name)
     rank = None
     if DOWN in tensors:
-        rank = int(tensors[UP].shape[1])
-        if "lora_mid.weight" not in tensors and tensors[DOWN].shape[0] != rank:
-            raise ValueError(f"{name}: {DOWN} {list(tensors[DOWN].shape)} and {UP} {list(tensors[UP].shape)} have different ranks")
+        rank, wrong = int(tensors[UP].shape[1]), rank_problem(tensors)
+        if wrong:
+            raise ValueError(f"{name}: {wrong}")
     elif "hada_w1_b" in tensors or "lokr_w2_b" in tensors:
         rank = int(tensors.get("hada_w1_b", tensors.get("lokr_w2_b")).shape[0])
     alpha = float(tensors["alpha"]) if "alpha" in tensors else None
