@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def main(argv=None) -> int:
-    from tools.lora_tools.old_names import run
+    from tools.lora_tools.old_scripts import run
 
     return run("flux_merge_lora", argv)
 

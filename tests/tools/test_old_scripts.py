@@ -10,7 +10,7 @@ import pytest
 from library.safetensors_utils import load_safetensors
 from tests.tools.test_extract_lora import moved
 from tests.tools.test_merge_lora import build, models_of, write_lora
-from tools.lora_tools.old_names import SCRIPTS, translated
+from tools.lora_tools.old_scripts import SCRIPTS, translated
 
 ROOT = Path(__file__).resolve().parents[2]
 SUM = ["--models", "{lora}", "{other}", "--ratios", "0.5", "0.5", "--save_to", "{out}"]
