@@ -22,7 +22,7 @@ from library.inference_script import (
 )
 from library.options import Config, equivalent_option, option
 from library.training.families.base import tokenizer_problems
-from library.training.inference_samplers import INFERENCE_SAMPLERS
+from library.training.inference_samplers import FLOW_SAMPLER_NAMES
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import LineOption, read_number
 
@@ -37,7 +37,6 @@ SIZE_STEP = 16
 TOKEN_LENGTH = 512
 LYCORIS_MODULE = "lycoris.kohya"
 OUTPUT_TYPES = ("images", "latent", "latent_images")
-SAMPLERS = tuple(entry.name for entry in INFERENCE_SAMPLERS if entry.info.get("flow"))
 _ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
 
 
@@ -130,7 +129,7 @@ class AnimaPromptOptions:
     infer_steps: int = option(50, help="steps")
     guidance_scale: float = option(3.5, help="classifier-free guidance; 1 = off, else two forwards per step")
     flow_shift: float = option(5.0, help="how far the steps lie towards noise; 1 = evenly spaced")
-    sampler: str = option("euler", choices=SAMPLERS, help="how a step is made")
+    sampler: str = option("euler", choices=FLOW_SAMPLER_NAMES, help="how a step is made")
     seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given")
     save_path: str | None = option(None, help="folder of the pictures; made when missing")
     output_type: str = option("images", choices=OUTPUT_TYPES, help="what is written: pictures, latents (safetensors), or both")
@@ -142,8 +141,6 @@ class AnimaPromptOptions:
             problems.append(f"--image_size is {' '.join(map(str, self.image_size))}; needed: height and width, {SIZE_STEP} or more each")
         if not self.flow_shift > 0:
             problems.append(f"--flow_shift is {self.flow_shift}; needed: a number above 0")
-        if not self.save_path:
-            problems.append("--save_path is not given; needed: the folder for the pictures")
         if self.latent_path and self.output_type != "images":
             problems.append(f"--output_type is {self.output_type} and --latent_path gives latents already; use --output_type images")
         if problems:
@@ -188,11 +185,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str] | None = None) -> list[Path]:
     """`main` without the handling of errors; returns the files that were written."""
     config = inference_script.read_command(argv, build_parser(), GROUPS)
-    check(config)
     inference_script.tell_equivalent(config)
     if config[AnimaPromptOptions].latent_path:
+        check(config)
         return decode_files(config)
-    requests = inference_script.planned_requests(config[SessionOptions], first_request(config), line_reader(config))
+    session, reader = config[SessionOptions], line_reader(config)
+    requests = inference_script.planned_requests(session, first_request(config), reader, lambda: check(config))
     return make_pictures(config, requests)
 
 
@@ -269,14 +267,15 @@ def check(config: Config) -> None:
 def _prompt_problems(config: Config) -> list[str]:
     pictures, session, model = config[AnimaPromptOptions], config[SessionOptions], config[AnimaModelOptions]
     adapters, found = config[AnimaAdapterOptions], []
+    if not pictures.save_path:
+        found.append("--save_path is not given; needed: the folder for the pictures")
     from_elsewhere = session.interactive or session.from_file
     if pictures.latent_path and (from_elsewhere or pictures.prompt):
         found.append("--latent_path decodes latents that are there; leave out --prompt, --from_file and --interactive")
     if not (pictures.prompt is not None or from_elsewhere or pictures.latent_path):
         found.append("--prompt is not given; needed: it, --from_file, --interactive or --latent_path")
-    if adapters.lora_weight and (model.fp8 or model.fp8_scaled) and (adapters.merge_lora_weights or adapters.lycoris):
-        name = "merge_lora_weights" if adapters.merge_lora_weights else "lycoris"
-        found.append(f"--{name} needs whole weights; with --fp8 or --fp8_scaled leave it out, hooks are exact")
+    if adapters.lora_weight and (model.fp8 or model.fp8_scaled) and adapters.lycoris:
+        found.append("--lycoris needs whole weights; with --fp8 or --fp8_scaled leave it out, our own modules read the same files")
     return found
 
 
@@ -287,7 +286,7 @@ def _file_problems(config: Config) -> list[str]:
     slots = [("vae", {"vae_wan"})] if pictures.output_type != "latent" or model.vae else []
     if not pictures.latent_path:
         slots = [("dit", {"anima", "cosmos"}), *slots, ("text_encoder", {"qwen3"})]
-    found = [check_slot(getattr(model, slot), slot, kinds) for slot, kinds in slots]
+    found = [check_slot(getattr(model, slot), slot, kinds, for_pictures=True) for slot, kinds in slots]
     found += [file_problem(path, "lora_weight") for path in adapters.lora_weight or ()]
     found += [f"--latent_path is {path}: there is no such file" for path in pictures.latent_path or () if not Path(path).is_file()]
     if adapters.lycoris:

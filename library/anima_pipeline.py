@@ -17,8 +17,9 @@ from library.anima_utils import load_anima_model
 from library.device_utils import clean_memory_on_device, get_preferred_device
 from library.errors import CheckpointError
 from library.fp8_optimization_utils import FP8_STORAGE, shrink_linears_to_scaled_fp8
-from library.inference_adapters import LoadedAdapters
+from library.inference_adapters import LoadedAdapters, merging
 from library.llm_encoder_utils import load_qwen3
+from library.model_loading import Transform
 from library.safetensors_utils import MemoryEfficientSafeOpen, save_file_atomic
 from library.sampling_utils import decode_to_image
 from library.strategy_anima import AnimaTextEncodingStrategy, AnimaTokenizeStrategy
@@ -106,8 +107,11 @@ def device_of(options: AnimaModelOptions) -> torch.device:
 def load_pipeline(options: AnimaModelOptions, adapters: AnimaAdapterOptions, *, needs_vae: bool) -> AnimaPipeline:
     """Load every part, and the adapters merged or hooked. CheckpointError when a file does not fit."""
     device, wide = device_of(options), getattr(torch, options.dtype_name)
-    text_encoder = load_qwen3(options.text_encoder, wide, "cpu")
-    denoiser = load_denoiser(options, wide, device)
+    merge = merging("anima", adapters.files, adapters.layer_filter) if adapters.files and adapters.merge_lora_weights else None
+    text_encoder = load_qwen3(options.text_encoder, wide, "cpu", transform=merge)
+    denoiser = load_denoiser(options, wide, device, merge)
+    if merge:
+        merge.finish()
     pipeline = AnimaPipeline(
         denoiser, text_encoder,
         AnimaTokenizeStrategy(
@@ -117,16 +121,18 @@ def load_pipeline(options: AnimaModelOptions, adapters: AnimaAdapterOptions, *, 
         AnimaTextEncodingStrategy(), device, torch.device("cpu") if options.text_encoder_cpu else device,
         LoadedAdapters(denoiser, [text_encoder], adapters.layer_filter), Decoder.load(options) if needs_vae else None,
     )  # fmt: skip
-    for adapter in adapters.files:
-        pipeline.adapters.add(adapter, merge=adapters.merge_lora_weights)
+    for adapter in [] if merge else adapters.files:
+        pipeline.adapters.add(adapter)
     return pipeline
 
 
-def load_denoiser(options: AnimaModelOptions, wide: torch.dtype, device: torch.device) -> Anima:
+def load_denoiser(options: AnimaModelOptions, wide: torch.dtype, device: torch.device, transform: Transform | None = None) -> Anima:
     """The denoiser in the type that the options ask for. What is stored in 8 bits is never cast afterwards."""
     plain_fp8 = options.fp8 and not options.fp8_scaled
     place = "cpu" if options.fp8_scaled else device
-    denoiser = load_anima_model(options.dit, FP8_STORAGE if plain_fp8 else wide, place, llm_adapter_path=options.llm_adapter_path)
+    denoiser = load_anima_model(
+        options.dit, FP8_STORAGE if plain_fp8 else wide, place, llm_adapter_path=options.llm_adapter_path, transform=transform
+    )
     if options.fp8_scaled:
         shrink_linears_to_scaled_fp8(denoiser, takes_scale)
         denoiser.to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +28,23 @@ WANTED_TEXTS: dict[str, str] = {
     "t5": "a T5-XXL text encoder (t5xxl_fp16.safetensors)",
     "vae_flux": "a FLUX.1 autoencoder (ae.safetensors)",
     "anima": "an Anima denoiser (anima-base-v1.0.safetensors)",
-    "cosmos": "such a denoiser without its LLM adapter",
+    "cosmos": "an Anima denoiser without its LLM adapter",
     "qwen3": "a Qwen3 text encoder (qwen_3_06b_base.safetensors, or its folder)",
     "vae_wan": "a Qwen-Image / Wan 2.1 autoencoder (qwen_image_vae.safetensors)",
     "adapter": "a LoRA-type adapter",
     "flux_controlnet": "a FLUX.1 ControlNet",
 }
 """what a slot needs, in words; other kinds are named as they are"""
+WANTED_TOGETHER: dict[frozenset[str], str] = {
+    frozenset({"sd1", "sd2"}): "a Stable Diffusion 1 or 2 checkpoint or diffusers folder",
+    frozenset({"anima", "cosmos"}): "an Anima denoiser (anima-base-v1.0.safetensors), with or without its LLM adapter",
+}
+"""kinds that a slot takes together, in fewer words than one by one"""
 
 PICKLED_NAMES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
+MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""owner/name"""
 INDEX_SUFFIX = ".safetensors.index.json"
 PREFERRED_SUBFOLDER = {
     "flux": "transformer", "vae_flux": "vae", "clip_l": "text_encoder", "t5": "text_encoder_2", "sd1": "unet", "sd2": "unet",
@@ -78,12 +87,15 @@ def describe_checkpoint(path: str | os.PathLike, with_pickles: bool = False) -> 
     return _kind_of(shapes)
 
 
-def check_slot(path: str | os.PathLike | None, slot: str, wanted: set[str], with_pickles: bool = False) -> str | None:
+def check_slot(
+    path: str | os.PathLike | None, slot: str, wanted: set[str], with_pickles: bool = False, *, for_pictures: bool = False
+) -> str | None:
     """A message when what `--{slot}` names is not one of the wanted kinds, or None when it fits.
 
-    A pipeline folder fits when the part that is needed lies in its usual sub-folder.
+    A pipeline folder fits when the part that is needed lies in its usual sub-folder. `for_pictures`: the caller makes images, so a
+    model of another family is sent to the script that makes images with it.
     """
-    needed = " or ".join(WANTED_TEXTS.get(kind, kind) for kind in sorted(wanted))
+    needed = _in_words(wanted)
     if not path:
         return f"--{slot} is not given; needed: {needed}"
     found = describe_checkpoint(path, with_pickles)
@@ -97,7 +109,17 @@ def check_slot(path: str | os.PathLike | None, slot: str, wanted: set[str], with
     told = found.detail if found.kind in ("missing", "truncated", "damaged") else f"this is {found.detail}"
     told = f"it {told.removeprefix(f'{path} ')}" if told.startswith(f"{path} ") else told
     told += _about_parts(Path(path), wanted, with_pickles) if found.kind == "folder" else ""
-    return f"--{slot} is {path}: {told}; needed: {needed}{_way_out(path, found, wanted)}"
+    return f"--{slot} is {path}: {told}; needed: {needed}{_way_out(path, found, wanted, for_pictures)}"
+
+
+def _in_words(wanted: set[str]) -> str:
+    """What a slot needs: kinds that belong together first."""
+    left, texts = set(wanted), []
+    for kinds, text in WANTED_TOGETHER.items():
+        if kinds <= left:
+            left -= kinds
+            texts.append(text)
+    return " or ".join([*texts, *(WANTED_TEXTS.get(kind, kind) for kind in sorted(left))])
 
 
 def _about_parts(folder: Path, wanted: set[str], with_pickles: bool) -> str:
@@ -111,8 +133,11 @@ def _about_parts(folder: Path, wanted: set[str], with_pickles: bool) -> str:
     return told
 
 
-def _way_out(path: str | os.PathLike, found: CheckpointKind, wanted: set[str]) -> str:
-    """Which script trains the model that was given where another one is needed."""
+def _way_out(path: str | os.PathLike, found: CheckpointKind, wanted: set[str], for_pictures: bool) -> str:
+    """Which script takes the model that was given where another one is needed, or how one of the hub is fetched."""
+    looks_like_id = HUB_ID.fullmatch(str(path)) and Path(path).suffix not in MODEL_ENDINGS and not Path(path).parent.exists()
+    if found.kind == "missing" and looks_like_id:
+        return f"; a model of the hub is fetched beforehand: hf download {path} --local-dir FOLDER, and FOLDER is given here"
     if not wanted & DENOISER_KINDS:
         return ""
     if found.kind == "folder":
@@ -120,8 +145,8 @@ def _way_out(path: str | os.PathLike, found: CheckpointKind, wanted: set[str]) -
         found = next((describe_checkpoint(part) for part in parts if part.is_dir()), found)
     if found.kind not in DENOISER_KINDS or found.kind in wanted:
         return ""
-    script = script_of_kind(found.kind)
-    return f"; {script} trains such a model" if script else "; no script here trains such a model"
+    script = script_of_kind(found.kind, for_pictures=for_pictures) or "no script here"
+    return f"; {script} {'makes images with' if for_pictures else 'trains'} such a model"
 
 
 def check_adapter(path: str | os.PathLike, slot: str, owner: str) -> str | None:

@@ -61,6 +61,8 @@ ADAPTER_ENDINGS = (
     ".w_norm",
     ".b_norm",
     ".on_input",
+    "_lora1.down.weight",
+    "_lora2.down.weight",
 )
 
 
@@ -348,7 +350,13 @@ ADAPTER_FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("HunyuanImage or HunyuanVideo", ("double_blocks_0_img_mlp_fc1", "double_blocks.0.img_mlp.fc1", "individual_token_refiner")),
     ("FLUX.1 or Chroma", ("double_blocks_", "single_blocks_", "double_blocks.", "single_blocks.", "single_transformer_blocks")),
     ("Stable Diffusion 3", ("joint_blocks",)),
-    ("SDXL", ("lora_te2_", "input_blocks_", "attentions_0_transformer_blocks_1_", "text_encoder_2.")),
+    (
+        "SDXL",
+        (
+            "lora_te2_", "input_blocks_", "text_encoder_2.", "attentions_0_transformer_blocks_1_", "attentions_1_transformer_blocks_1_",
+            "attentions.0.transformer_blocks.1.", "attentions.1.transformer_blocks.1.",
+        ),
+    ),
     ("Stable Diffusion 1 or 2", ("lora_unet_down_blocks", "lora_te_text_model", "unet.down_blocks")),
     ("Lumina-Image 2.0", ("noise_refiner", "context_refiner", "_attention_qkv")),
     ("Anima", ("llm_adapter", "adaln_modulation", "cross_attn_q_proj", "cross_attn_output_proj", "mlp_layer1", "mlp.layer1")),
@@ -366,7 +374,20 @@ def is_adapter(table: KeyTable) -> bool:
 
 def adapter_family(table: KeyTable) -> str | None:
     """The family that an adapter file was made for, or None when its names do not tell."""
+    width = _unet_text_width(table)
+    if width in UNET_TEXT_WIDTHS:
+        return UNET_TEXT_WIDTHS[width]
     return next((family for family, parts in ADAPTER_FAMILIES if any(table.contains(part) for part in parts)), None)
+
+
+UNET_TEXT_WIDTHS = {768: "Stable Diffusion 1 or 2", 1024: "Stable Diffusion 1 or 2", 2048: "SDXL"}
+"""width of the text that cross-attention reads: U-Net adapters under diffusers names have the same names otherwise"""
+
+
+def _unet_text_width(table: KeyTable) -> int | None:
+    """Inputs of a cross-attention layer of a U-Net's adapter under diffusers names; None when there is none."""
+    pattern = r"(^|[._])(down|mid|up)_blocks?[._].*attn2[._]to_k[._].*(lora_down|lora_A|lora\.down|hada_w1_b)"
+    return next((shape[1] for key, shape in table.shapes.items() if len(shape) > 1 and re.search(pattern, key)), None)
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Recognised | None:

@@ -11,7 +11,8 @@ from library.errors import ConfigError, did_you_mean
 class FamilyEntry:
     """`family`: class of library/training/families; `denoisers`: class names of the denoiser, by which a network module
     recognises the family; `targets`: the adapter target table; `kinds`: what its model files are called by
-    library/checkpoint_kinds.py; `adapters`: who its adapters are for, as library/checkpoint_recognition.py says it; `prefix`: what the names of its scripts begin with."""
+    library/checkpoint_kinds.py; `adapters`: who its adapters are for, as library/checkpoint_recognition.py says it; `prefix`: what the names of its scripts begin with;
+    `pictures`: the script that makes images with it."""
 
     family: str
     denoisers: tuple[str, ...]
@@ -19,6 +20,7 @@ class FamilyEntry:
     kinds: tuple[str, ...] = ()
     adapters: str = ""
     prefix: str = ""
+    pictures: str = ""
 
     @property
     def network_module(self) -> str:
@@ -30,18 +32,20 @@ FAMILIES: dict[str, FamilyEntry] = {
     "flux": FamilyEntry(
         "library.training.families.flux:FluxFamily", denoisers=("Flux",), targets="networks.lora_flux:TARGETS",
         kinds=("flux",), adapters="FLUX.1 or Chroma", prefix="flux_",
+        pictures="flux_minimal_inference.py",
     ),
     "sd": FamilyEntry(
         "library.training.families.sd:SdFamily", denoisers=("UNet2DConditionModel",), targets="networks.lora_sd:TARGETS",
-        kinds=("sd1", "sd2"), adapters="Stable Diffusion 1 or 2",
+        kinds=("sd1", "sd2"), adapters="Stable Diffusion 1 or 2", pictures="gen_img.py",
     ),
     "sdxl": FamilyEntry(
         "library.training.families.sdxl:SdxlFamily", denoisers=("SdxlUNet2DConditionModel",), targets="networks.lora_sdxl:TARGETS",
-        kinds=("sdxl",), adapters="SDXL", prefix="sdxl_",
+        kinds=("sdxl",), adapters="SDXL", prefix="sdxl_", pictures="sdxl_gen_img.py",
     ),
     "anima": FamilyEntry(
         "library.training.families.anima:AnimaFamily", denoisers=("Anima",), targets="networks.lora_anima:TARGETS",
         kinds=("anima", "cosmos"), adapters="Anima", prefix="anima_",
+        pictures="anima_minimal_inference.py",
     ),
 }
 
@@ -63,6 +67,9 @@ def script_name(family: str, kind: str = "train_network") -> str:
     return family_entry(family).prefix + kind
 
 
-def script_of_kind(kind: str) -> str | None:
-    """The script that trains adapters for a kind of model file, or None when no family here has it."""
-    return next((f"{script_name(name)}.py" for name, entry in FAMILIES.items() if kind in entry.kinds), None)
+def script_of_kind(kind: str, *, for_pictures: bool = False) -> str | None:
+    """The script that trains adapters for a kind of model file, or makes images with it; None when no family here has it."""
+    for name, entry in FAMILIES.items():
+        if kind in entry.kinds:
+            return entry.pictures if for_pictures else f"{script_name(name)}.py"
+    return None

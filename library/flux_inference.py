@@ -51,7 +51,7 @@ class InferenceModelOptions:
     flux_dtype: str | None = option(None, help="number format of the denoiser; float8_e4m3fn halves its memory")
     offload: bool = option(False, help="keep only the part that computes on the GPU, the others in main memory")
     lora_weights: list[str] | None = option(None, nargs="*", help='adapter files, each as "path" or "path;multiplier"')
-    merge_lora_weights: bool = option(False, help="add the adapters to the weights instead of hooking them")
+    merge_lora_weights: bool = option(False, help="add the adapters to the weights while these are read, instead of hooking them; 8-bit weights are rounded after that, hooks are exact")
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -62,8 +62,6 @@ class InferenceModelOptions:
                 problems.add(problem)
             elif value is not None and name in ("clip_l_dtype", "ae_dtype", "t5xxl_dtype") and self.dtype_of(name).startswith("float8"):
                 problems.add(f"--{name} is {value}; only the denoiser is stored in 8 bits (--flux_dtype)")
-        if self.merge_lora_weights and self.dtype_of("flux_dtype").startswith("float8"):
-            problems.add("--merge_lora_weights into a denoiser of 8 bits would lose most of the adapter; leave it out, hooks are exact")
         if self.t5xxl_max_token_length is not None and self.t5xxl_max_token_length < 1:
             problems.add(f"--t5xxl_max_token_length is {self.t5xxl_max_token_length}; needed: 1 or more")
         problems.raise_if_any()
@@ -133,7 +131,7 @@ def check_models(config: Config) -> None:
     options = config[InferenceModelOptions]
     found: list[str | None] = [*inference_script.refused_problems(config)]
     for slot, kind in (("ckpt_path", "flux"), ("clip_l", "clip_l"), ("t5xxl", "t5"), ("ae", "vae_flux")):
-        found.append(check_slot(getattr(options, slot), slot, {kind}))
+        found.append(check_slot(getattr(options, slot), slot, {kind}, for_pictures=True))
     problems = [problem for problem in [*found, *adapter_problems(options.lora_weights)] if problem]
     if problems:
         raise ConfigError(problems)
@@ -152,13 +150,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str] | None = None) -> list[Path]:
     """`main` without the handling of errors; returns the files that were written."""
     config = inference_script.read_command(argv, build_parser(), GROUPS)
-    check_models(config)
     options, pictures, session = config[InferenceModelOptions], config[PromptOptions], config[SessionOptions]
     first = FluxRequest(
         prompt=pictures.prompt, negative_prompt=pictures.negative_prompt, width=pictures.width, height=pictures.height,
         steps=pictures.steps, seed=pictures.seed, guidance=pictures.guidance, cfg_scale=pictures.cfg_scale,
     )
-    requests = inference_script.planned_requests(session, first, line_reader(options))
+    requests = inference_script.planned_requests(session, first, line_reader(options), lambda: check_models(config))
     from library.flux_pipeline import load_pipeline
 
     pipeline = load_pipeline(options)

@@ -12,7 +12,7 @@ from library.device_utils import clean_memory_on_device, get_preferred_device
 from library.flux_inference import FluxRequest, InferenceModelOptions
 from library.flux_train_utils import SampleSettings, Sampler, decode_to_image, generate_latents
 from library.flux_utils import load_ae, load_clip_l, load_flow_model, load_t5xxl
-from library.inference_adapters import LoadedAdapters, parse_adapter_argument
+from library.inference_adapters import LoadedAdapters, merging, parse_adapter_argument
 from library.strategy_flux import FluxTextEncodingStrategy, FluxTokenizeStrategy
 
 if TYPE_CHECKING:
@@ -95,11 +95,15 @@ def load_pipeline(options: InferenceModelOptions) -> FluxPipeline:
 
     device = get_preferred_device()
     place = torch.device("cpu") if options.offload else device
+    files = [parse_adapter_argument(text) for text in options.lora_weights or ()]
+    merge = merging("flux", files) if files and options.merge_lora_weights else None
     encoders = [
-        load_clip_l(options.clip_l, _dtype(options, "clip_l_dtype"), place),
-        load_t5xxl(options.t5xxl, _dtype(options, "t5xxl_dtype"), place),
+        load_clip_l(options.clip_l, _dtype(options, "clip_l_dtype"), place, transform=merge),
+        load_t5xxl(options.t5xxl, _dtype(options, "t5xxl_dtype"), place, transform=merge),
     ]
-    denoiser = load_flow_model(options.ckpt_path, _dtype(options, "flux_dtype"), place)
+    denoiser = load_flow_model(options.ckpt_path, _dtype(options, "flux_dtype"), place, transform=merge)
+    if merge:
+        merge.finish()
     vae = load_ae(options.ae, _dtype(options, "ae_dtype"), place)
     default_length = TOKEN_LENGTH_DEV if denoiser.params.guidance_embed else TOKEN_LENGTH_SCHNELL
     tokenize = FluxTokenizeStrategy(
@@ -110,8 +114,8 @@ def load_pipeline(options: InferenceModelOptions) -> FluxPipeline:
         denoiser, vae, encoders, tokenize, FluxTextEncodingStrategy(options.apply_t5_attn_mask),
         INFERENCE_SAMPLERS.resolve(SAMPLER), device, LoadedAdapters(denoiser, encoders), options.offload,
     )
-    for text in options.lora_weights or []:
-        pipeline.adapters.add(parse_adapter_argument(text), merge=options.merge_lora_weights)
+    for adapter in [] if merge else files:
+        pipeline.adapters.add(adapter)
     return pipeline
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from library.errors import CheckpointError, ConfigError, Problems
 
 if TYPE_CHECKING:
+    from library.lora_utils import MergeOnLoad
     from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -20,11 +21,12 @@ OWN_MODULE = "networks.lora"
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter file and how strongly it works. `module`: the network module that reads it."""
+    """An adapter file and how strongly it works. `module`: the network module that reads it, with these `arguments`."""
 
     path: str
     multiplier: float = 1.0
     module: str = OWN_MODULE
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,38 @@ def multiplier_problems(multipliers: Sequence[float] | None, num_adapters: int, 
     return []
 
 
+def network_of(adapter: AdapterFile, text_encoders: Sequence[nn.Module | None], denoiser: nn.Module) -> tuple[Any, Any]:
+    """(network for a file, not loaded yet; the file's tensors). CheckpointError when it has no layer of these models."""
+    import importlib
+
+    network, tensors = importlib.import_module(adapter.module).create_network_from_weights(
+        adapter.multiplier, adapter.path, None, _as_argument(text_encoders), denoiser, for_inference=True, **adapter.arguments
+    )
+    if not [*network.unet_loras, *network.text_encoder_loras]:
+        raise CheckpointError(f"{adapter.path} has no layer of this model; is it an adapter for another one?")
+    return network, tensors
+
+
+def hook(network: Any, adapter: AdapterFile, text_encoders: Sequence[nn.Module | None], denoiser: nn.Module) -> None:
+    """Put a network into the layers and load its file."""
+    network.apply_to(_as_argument(text_encoders), denoiser, True, True)
+    network.load_weights(adapter.path)
+    network.set_multiplier(adapter.multiplier)
+    network.eval().requires_grad_(False)
+    logger.info("hooked %s with multiplier %s", adapter.path, adapter.multiplier)
+
+
+def merging(family: str, adapters: Sequence[AdapterFile], layer_filter: LayerFilter | None = None) -> MergeOnLoad:
+    """What loaders are given as `transform`, so that these files are part of the weights: rounded once to the type that the
+    weights get. Call `finish` on it when the models are there."""
+    from library.lora_utils import MergeOnLoad, read_adapter
+    from networks.targets import targets_of_family
+
+    targets = targets_of_family(family)
+    read = [read_adapter(adapter.path, targets, adapter.multiplier) for adapter in adapters]
+    return MergeOnLoad(targets, read, layer_filter.accepts if layer_filter else None)
+
+
 @dataclass
 class LoadedAdapters:
     """Adapters of a set of models. Those that are hooked can change their strength from picture to picture."""
@@ -105,26 +139,11 @@ class LoadedAdapters:
     networks: list[Any] = field(default_factory=list)
     multipliers: tuple[float, ...] = ()
 
-    def add(self, adapter: AdapterFile, *, merge: bool) -> None:
-        """Merge a file into the weights, or hook it. CheckpointError when it has no layer of these models."""
-        import importlib
-
-        module = importlib.import_module(adapter.module)
-        encoders = _as_argument(self.text_encoders)
-        network, tensors = module.create_network_from_weights(
-            adapter.multiplier, adapter.path, None, encoders, self.denoiser, for_inference=True
-        )
-        if not [*network.unet_loras, *network.text_encoder_loras]:
-            raise CheckpointError(f"{adapter.path} has no layer of this model; is it an adapter for another one?")
+    def add(self, adapter: AdapterFile) -> None:
+        """Hook a file. CheckpointError when it has no layer of these models."""
+        network, _ = network_of(adapter, self.text_encoders, self.denoiser)
         self._filter(network, adapter.path)
-        if merge:
-            network.merge_to(encoders, self.denoiser, tensors)
-            return
-        network.apply_to(encoders, self.denoiser, True, True)
-        network.load_weights(adapter.path)
-        network.set_multiplier(adapter.multiplier)
-        network.eval().requires_grad_(False)
-        logger.info("hooked %s with multiplier %s", adapter.path, adapter.multiplier)
+        hook(network, adapter, self.text_encoders, self.denoiser)
         self.networks.append(network)
         self.multipliers = (*self.multipliers, adapter.multiplier)
 

@@ -84,7 +84,6 @@ COMMON_LINE_OPTIONS: Mapping[str, LineOption] = {
     "m": LineOption("multipliers", read_multipliers),
 }  # fmt: skip
 """letters of a prompt line that every image script has"""
-TEXT_READERS = (read_text, read_negative)
 
 
 # -- options ---------------------------------------------------------------------------------------------------------------
@@ -212,14 +211,21 @@ class LineReader:
                 yield request
 
 
-def planned_requests(options: SessionOptions, first: Request, reader: LineReader) -> Iterable[Request]:
-    """The requests of a run, with a file read and checked whole before any model is loaded. ConfigError."""
+def planned_requests(
+    options: SessionOptions, first: Request, reader: LineReader, check: Callable[[], None] = lambda: None
+) -> Iterable[Request]:
+    """The requests of a run, with a file read and checked whole before any model is loaded. ConfigError with every problem,
+    those that `check` raises among them."""
+    problems = Problems()
+    problems.attempt(check)
+    requests: Iterable[Request] = reader.typed(first) if options.interactive else [first]
     if options.from_file:
-        return reader.read_file(options.from_file, first)
-    problems = reader.check(first) if not options.interactive else []
-    if problems:
-        raise ConfigError(problems)
-    return reader.typed(first) if options.interactive else [first]
+        requests = problems.attempt(lambda: reader.read_file(options.from_file, first)) or []
+    elif not options.interactive:
+        for problem in reader.check(first):
+            problems.add(problem)
+    problems.raise_if_any()
+    return requests
 
 
 def with_seed_and_size(request: Request, size_step: int) -> Request:

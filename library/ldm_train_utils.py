@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,16 @@ def generate_unet_latents(
         settings.sampler, predict, start, settings.num_steps, prediction_type=prediction_type,
         zero_terminal_snr=zero_terminal_snr, noise=noise_of([generator], start),
     )
+
+
+def sampling_passes(conditioning: Sequence[Tensor], negative: Sequence[Tensor] | None) -> list[list[Tensor]]:
+    """What the network is run with at each step: both prompts as one batch, negative first, or one after the other where their
+    texts take different numbers of tokens. Without a negative prompt there is one pass for the one prompt."""
+    if negative is None:
+        return [list(conditioning)]
+    if any(a.shape != b.shape for a, b in zip(negative, conditioning, strict=True)):
+        return [list(negative), list(conditioning)]
+    return [[torch.cat(pair) for pair in zip(negative, conditioning, strict=True)]]
 
 
 def guided(positive: Tensor, negative: Tensor, cfg_scale: float) -> Tensor:

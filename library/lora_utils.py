@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from library.errors import CheckpointError
+from library.errors import CheckpointError, ConfigError
 from library.model_loading import CheckpointFiles, open_checkpoint, unscaled
 from networks.adapter_module import change_of
 from networks.checkpoint_layers import LayerParameter, checkpoint_layers
@@ -27,6 +27,8 @@ from networks.targets import NetworkTargets
 logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, torch.Tensor]
+Accepts = Callable[[Sequence[str]], bool]
+"""whether a layer takes part, from its name in adapter files and its dotted path"""
 LISTED = 5
 
 
@@ -78,19 +80,24 @@ class CheckpointMerge:
     there; `absent`: the same for parts (a text encoder, say) that the checkpoint does not hold.
     """
 
-    def __init__(self, targets: NetworkTargets, shapes: Mapping[str, tuple[int, ...]], adapters: Sequence[Adapter]) -> None:
+    def __init__(
+        self, targets: NetworkTargets, shapes: Mapping[str, tuple[int, ...]], adapters: Sequence[Adapter], accepts: Accepts | None = None
+    ) -> None:
         layers: dict[str, list[LayerParameter]] = {}
         for layer in checkpoint_layers(targets, shapes):
             layers.setdefault(layer.lora_name, []).append(layer)
         self.matched: set[str] = set()
+        self.matched_of: dict[str, int] = {}
         self.unmatched: dict[str, list[str]] = {}
         self.absent: dict[str, list[str]] = {}
         sources: dict[str, list[tuple[Tensors, float]]] = {}
         present = {targets.encoder_of(name) for name in layers}
         for adapter in adapters:
             found, unknown = match_names(adapter.layers, layers, targets)
+            self.matched_of[adapter.label] = len(found)
             for name, own in found.items():
-                sources.setdefault(own, []).append((adapter.layers[name], adapter.multiplier_of(own)))
+                if accepts is None or accepts([own, layers[own][0].path]):
+                    sources.setdefault(own, []).append((adapter.layers[name], adapter.multiplier_of(own)))
             for name in unknown:
                 lacks = targets.encoder_of(targets.canonical_names(name)[-1]) not in present
                 (self.absent if lacks else self.unmatched).setdefault(adapter.label, []).append(name)
@@ -146,22 +153,38 @@ class MergeOnLoad:
     A part is one file of several, so that layers of other parts are not missed; `report` says what fitted nowhere.
     """
 
-    def __init__(self, targets: NetworkTargets, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, targets: NetworkTargets, adapters: Sequence[Adapter], accepts: Accepts | None = None) -> None:
         self.targets = targets
         self.adapters = tuple(adapters)
+        self.accepts = accepts
         self._left_out: dict[str, set[str]] = {}
+        self._matched_of = {adapter.label: 0 for adapter in self.adapters}
+        self._num_merged = 0
 
     def __call__(self, files: CheckpointFiles, items: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         merge = self.plan(files)
         for label, names in merge.unmatched.items():
             self._left_out.setdefault(label, set()).update(names)
+        for label, count in merge.matched_of.items():
+            self._matched_of[label] += count
+        self._num_merged += len(merge.matched)
         if merge.matched:
             logger.info("%s: adapters are merged into %d layers", files.path, len(merge.matched))
         return merge.stream(items)
 
     def plan(self, files: CheckpointFiles) -> CheckpointMerge:
         """What would be merged into this file."""
-        return CheckpointMerge(self.targets, {key: tuple(tensor.shape) for key, tensor in files.shapes.items()}, self.adapters)
+        shapes = {key: tuple(tensor.shape) for key, tensor in files.shapes.items()}
+        return CheckpointMerge(self.targets, shapes, self.adapters, self.accepts)
+
+    def finish(self) -> None:
+        """When the whole model was read: CheckpointError when an adapter has no layer of it or the filter leaves nothing."""
+        foreign = next((label for label, count in self._matched_of.items() if not count), None)
+        if foreign is not None:
+            raise CheckpointError(f"{foreign} has no layer of this model; is it an adapter for another one?")
+        if not self._num_merged:
+            raise ConfigError(f"--include_patterns and --exclude_patterns leave none of the {sum(self._matched_of.values())} layers of the adapters")
+        self.report()
 
     def report(self) -> None:
         """Warn of layers that the parts that were read do not have."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.unet_models import Transformer2DModel, UNetBase, UNetParams, Upsample2D, residual_block
+from library.unet_models import Transformer2DModel, UNetBase, UNetParams, Upsample2D, residual_block, with_skip
 
 
 class ResnetBlock2D(nn.Module):
@@ -102,7 +102,8 @@ class UNet2DConditionModel(UNetBase):
         embedding = self.time_embedding(self.time_vector(timesteps, sample).to(self.dtype))  # [B, time_embed_dim]
         x = self.conv_in(sample.to(self.dtype))
         skips = [x]
-        for level in self.down_blocks:
+        for depth, level in enumerate(self.down_blocks):
+            x = self.shrunk(depth, x, timesteps)
             for number in range(len(level.resnets)):
                 x = self._step(level, number, x, embedding, context)
                 skips.append(x)
@@ -114,7 +115,7 @@ class UNet2DConditionModel(UNetBase):
         x = self.run_block(self.mid_block.resnets[1], x, embedding)
         for level in self.up_blocks:
             for number in range(len(level.resnets)):
-                x = self._step(level, number, torch.cat((x, skips.pop()), dim=1), embedding, context)
+                x = self._step(level, number, with_skip(x, skips.pop()), embedding, context)
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0](x, skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.ldm_train_utils import guided
+from library.ldm_train_utils import guided, sampling_passes
 
 if TYPE_CHECKING:
     from library.sd_models import UNet2DConditionModel
@@ -22,14 +22,17 @@ def predict_noise(unet: UNet2DConditionModel, noisy_latents: Tensor, timesteps: 
 def guided_predictor(
     unet: UNet2DConditionModel, conditioning: Sequence[Tensor], negative: Sequence[Tensor] | None, cfg_scale: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (latents [1, 4, H, W], timestep) -> prediction. Both prompts run as one batch, negative first."""
+    """A function (latents [1, 4, H, W], timestep) -> prediction; see `sampling_passes` for how both prompts run."""
     with_cfg = negative is not None and cfg_scale != 1.0
-    states = [torch.cat(pair) for pair in zip(negative, conditioning, strict=True)] if with_cfg else conditioning
+    passes = sampling_passes(conditioning, negative if with_cfg else None)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        rows = 2 if with_cfg else 1
-        times = torch.full((rows,), float(timestep), device=latents.device)
-        predicted = predict_noise(unet, latents.repeat(rows, 1, 1, 1), times, states).float()
+        made = []
+        for states in passes:
+            rows = len(states[0])
+            times = torch.full((rows,), float(timestep), device=latents.device)
+            made.append(predict_noise(unet, latents.repeat(rows, 1, 1, 1), times, states).float())
+        predicted = torch.cat(made)
         if not with_cfg:
             return predicted
         first, second = predicted.chunk(2)

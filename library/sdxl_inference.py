@@ -127,12 +127,11 @@ def run(argv: Sequence[str] | None = None) -> list[Path]:
     """`main` without the handling of errors; returns the files that were written."""
     config = inference_script.read_command(argv, build_parser(), GROUPS)
     options, pictures, session = config[SdxlModelOptions], config[SdxlPromptOptions], config[SessionOptions]
-    check(options)
     first = SdxlRequest(
         prompt=pictures.prompt, prompt2=pictures.prompt2, negative_prompt=pictures.negative_prompt, width=pictures.width,
         height=pictures.height, steps=pictures.steps, seed=pictures.seed, cfg_scale=pictures.cfg_scale, sampler=pictures.sampler,
     )  # fmt: skip
-    requests = inference_script.planned_requests(session, first, line_reader(options))
+    requests = inference_script.planned_requests(session, first, line_reader(options), lambda: check(options))
     from library.sdxl_pipeline import load_pipeline
 
     logger.info("--prompt2 goes to the second text encoder with its own padding (known scripts give both encoders the first prompt)")
@@ -161,7 +160,7 @@ def line_reader(options: SdxlModelOptions) -> LineReader:
 def check(options: SdxlModelOptions) -> None:
     """Every missing or wrong file at once, from headers; ConfigError."""
     problems = Problems()
-    model_problem = slot_problem(options.ckpt_path, "ckpt_path", {"sdxl"})
+    model_problem = slot_problem(options.ckpt_path, "ckpt_path", {"sdxl"}, for_pictures=True)
     vae_problem = slot_problem(options.vae, "vae", {"vae_sd", "sdxl"}) if options.vae else None
     for problem in (model_problem, vae_problem, *adapter_problems(options.lora_weights)):
         if problem:

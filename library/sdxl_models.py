@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.unet_models import Transformer2DModel, UNetBase, UNetParams, Upsample2D, residual_block
+from library.unet_models import Transformer2DModel, UNetBase, UNetParams, Upsample2D, fitted, residual_block, with_skip
 
 
 class ResnetBlock2D(nn.Module):
@@ -88,15 +88,16 @@ class SdxlUNet2DConditionModel(UNetBase):
         context = context.to(self.dtype)
         embedding = self.time_embed(self.time_vector(timesteps, x).to(self.dtype))  # [B, time_embed_dim]
         embedding = embedding + self.label_emb(y.to(self.dtype))
-        x, skips = x.to(self.dtype), []
-        for block in self.input_blocks:
+        x, skips, size = x.to(self.dtype), [], x.shape[2:]
+        for depth, block in enumerate(self.input_blocks):
+            x = self.shrunk(depth, x, timesteps)
             x = self._run(block, x, embedding, context)
             skips.append(x)
         x = self._run(self.middle_block, x, embedding, context)
         for block in self.output_blocks:
-            x = torch.cat((x, skips.pop()), dim=1)
+            x = with_skip(x, skips.pop())
             x = self._run(block, x, embedding, context, skips[-1].shape[2:] if skips else None)
-        return self.out[2](F.silu(self.out[0](x)))
+        return self.out[2](F.silu(self.out[0](fitted(x, size))))
 
     def _run(
         self, block: nn.ModuleList, x: Tensor, embedding: Tensor, context: Tensor, skip_size: torch.Size | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from library.device_utils import get_preferred_device
-from library.inference_adapters import LoadedAdapters, parse_adapter_argument
+from library.inference_adapters import LoadedAdapters, merging, parse_adapter_argument
 from library.ldm_train_utils import SampleSettings, generate_unet_latents
 from library.sampling_utils import decode_to_image
 from library.sdxl_inference import SdxlModelOptions, SdxlRequest
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from library.ldm_models import AutoEncoder
     from library.sdxl_models import SdxlUNet2DConditionModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,9 +70,15 @@ class SdxlPipeline:
 def load_pipeline(options: SdxlModelOptions) -> SdxlPipeline:
     """Load every part, and the adapters merged or hooked. CheckpointError when a file does not fit."""
     device, dtype = get_preferred_device(), getattr(torch, options.dtype_name)
+    if device.type == "cpu" and dtype == torch.float16:
+        logger.warning("float16 is slow on a CPU; --dtype float32 is quicker there")
     info = inspect_sdxl_unet(options.ckpt_path)
-    unet = load_unet_sdxl(options.ckpt_path, dtype, device)
-    encoders = load_text_encoders_sdxl(options.ckpt_path, dtype, device)
+    files = [parse_adapter_argument(text) for text in options.lora_weights or ()]
+    merge = merging("sdxl", files) if files and options.merge_lora_weights else None
+    unet = load_unet_sdxl(options.ckpt_path, dtype, device, transform=merge)
+    encoders = load_text_encoders_sdxl(options.ckpt_path, dtype, device, transform=merge)
+    if merge:
+        merge.finish()
     vae = load_vae_sdxl(options.vae or options.ckpt_path, torch.float32, device)  # its values are beyond the range of float16
     given = (options.clip_tokenizer, options.tokenizer_cache_dir)
     tokenizers = (load_clip_tokenizer(*given), load_clip_tokenizer(*given, pad_token=SECOND_PAD))
@@ -78,6 +87,6 @@ def load_pipeline(options: SdxlModelOptions) -> SdxlPipeline:
         unet, vae, encoders, SdxlTokenizeStrategy(tokenizers=tokenizers), SdxlTextEncodingStrategy(),
         LoadedAdapters(unet, encoders), "v" if is_v else "epsilon", options.zero_terminal_snr or bool(info.zero_terminal_snr),
     )  # fmt: skip
-    for text in options.lora_weights or ():
-        pipeline.adapters.add(parse_adapter_argument(text), merge=options.merge_lora_weights)
+    for adapter in [] if merge else files:
+        pipeline.adapters.add(adapter)
     return pipeline

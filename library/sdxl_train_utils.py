@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from library.attention import timestep_embedding
-from library.ldm_train_utils import guided
+from library.ldm_train_utils import guided, sampling_passes
 
 if TYPE_CHECKING:
     from library.sdxl_models import SdxlUNet2DConditionModel
@@ -48,16 +48,19 @@ def guided_predictor(
     unet: SdxlUNet2DConditionModel, conditioning: Sequence[Tensor], negative: Sequence[Tensor] | None, cfg_scale: float,
     height: int, width: int,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (latents [1, 4, H, W], timestep) -> prediction. Both prompts run as one batch, negative first; the sizes are
+    """A function (latents [1, 4, H, W], timestep) -> prediction; see `sampling_passes` for how both prompts run. The sizes are
     those of the picture, uncropped."""
     with_cfg = negative is not None and cfg_scale != 1.0
-    states = [torch.cat(pair) for pair in zip(negative, conditioning, strict=True)] if with_cfg else conditioning
-    rows = 2 if with_cfg else 1
-    size, crop = torch.tensor([[height, width]] * rows), torch.zeros(rows, 2, dtype=torch.long)
+    passes = sampling_passes(conditioning, negative if with_cfg else None)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        times = torch.full((rows,), float(timestep), device=latents.device)
-        predicted = predict_noise(unet, latents.repeat(rows, 1, 1, 1), times, states, (size, crop, size)).float()
+        made = []
+        for states in passes:
+            rows = len(states[0])
+            times = torch.full((rows,), float(timestep), device=latents.device)
+            size, crop = torch.tensor([[height, width]] * rows), torch.zeros(rows, 2, dtype=torch.long)
+            made.append(predict_noise(unet, latents.repeat(rows, 1, 1, 1), times, states, (size, crop, size)).float())
+        predicted = torch.cat(made)
         if not with_cfg:
             return predicted
         first, second = predicted.chunk(2)

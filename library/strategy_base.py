@@ -84,6 +84,11 @@ class TokenizeStrategy(PluginSlot, ABC):
         """Tokens as this run reads captions, and their weights where captions carry them."""
         return self.tokenize_with_weights(text) if self.is_weighted else (self.tokenize(text), None)
 
+    def tokenize_prompt(self, text: str) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """Tokens of one sample prompt and their weights; some families read prompts otherwise than captions (longer, with
+        weights)."""
+        return self.tokens_of(text)
+
     def overlong(self, text: str) -> bool:
         """Whether tokenize() cuts this text off; families override it. False = not known to."""
         return False

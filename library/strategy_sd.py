@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from library.clip_prompt_utils import num_tokens, tokenize_rows
+from library.clip_prompt_utils import num_tokens, tokenize_prompt_rows, tokenize_rows
 from library.prompt_weighting import PER_ROW, apply_weights, joined
 from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
 from library.strategy_ldm import SdSdxlLatentsCachingStrategy
@@ -41,6 +41,11 @@ class SdTokenizeStrategy(TokenizeStrategy):
         """([ids [B, N, 77]], [weights [B, N, 77]])."""
         texts = [text] if isinstance(text, str) else list(text)
         ids, weights = tokenize_rows(self.tokenizer, texts, self.num_rows, is_weighted=True)
+        return [ids], [weights]
+
+    def tokenize_prompt(self, text: str) -> tuple[list[Tensor], list[Tensor]]:
+        """Ids [1, N, 77] and weights of a sample prompt: it may carry weights and take up to three rows, whatever captions do."""
+        ids, weights = tokenize_prompt_rows(self.tokenizer, text, self.num_rows)
         return [ids], [weights]
 
     def overlong(self, text: str) -> bool:

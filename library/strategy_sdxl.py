@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from library.clip_prompt_utils import num_tokens, tokenize_rows
+from library.clip_prompt_utils import num_tokens, tokenize_prompt_rows, tokenize_rows
 from library.prompt_weighting import PER_ROW, apply_weights, joined
 from library.dataset.architectures import ARCHITECTURES
 from library.strategy_base import TextEncoderOutputsCachingStrategy, TextEncodingStrategy, TokenizeStrategy
@@ -47,6 +48,12 @@ class SdxlTokenizeStrategy(TokenizeStrategy):
         """(ids of both, weights of both), all [B, N, 77]."""
         return self._rows(text, True)
 
+    def tokenize_prompt(self, text: str) -> tuple[list[Tensor], list[Tensor]]:
+        """Ids and then weights of both encoders for a sample prompt: it may carry weights and take up to three rows, whatever
+        captions do."""
+        both = [tokenize_prompt_rows(tokenizer, text, self.num_rows) for tokenizer in (self.tokenizer1, self.tokenizer2)]
+        return [ids for ids, _ in both], [weights for _, weights in both]
+
     def _rows(self, text: str | list[str], is_weighted: bool) -> tuple[list[Tensor], list[Tensor]]:
         texts = [text] if isinstance(text, str) else list(text)
         both = [tokenize_rows(t, texts, self.num_rows, is_weighted=is_weighted) for t in (self.tokenizer1, self.tokenizer2)]
@@ -83,7 +90,8 @@ class SdxlTextEncodingStrategy(TextEncodingStrategy):
         if eos_id is None:
             return states, None
         pooled = pool_at_first_eos(result.last_hidden_state, rows, eos_id)[:: ids.shape[1]]  # [B, D] of first rows
-        return states, encoder.text_projection(pooled)
+        # row by row: a matrix of one row takes another kernel, and a caption's result must not depend on those encoded with it
+        return states, torch.cat([encoder.text_projection(row) for row in pooled.split(1)])
 
 
 class SdxlTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):

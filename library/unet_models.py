@@ -178,6 +178,35 @@ def residual_block(
     return (x if skip is None else skip(x)) + hidden
 
 
+@dataclass(frozen=True)
+class DeepShrink:
+    """Features made smaller by `ratio` before a block of the way down, while the timestep is high: `depths` are (block,
+    highest timestep, lowest timestep). Large pictures then get one composition. Source: Kohya's Deep Shrink."""
+
+    depths: tuple[tuple[int, float, float], ...]
+    ratio: float
+
+    def apply(self, depth: int, x: Tensor, timesteps: Tensor) -> Tensor:
+        """x [B, C, H, W] as it goes into block number `depth`; all timesteps of a batch are one."""
+        time = float(timesteps.reshape(-1)[0])
+        if any(depth == block and low <= time < high for block, high, low in self.depths):
+            size = [max(1, int(side * self.ratio)) for side in x.shape[2:]]
+            return fitted(x, size)
+        return x
+
+
+def fitted(x: Tensor, size: Sequence[int]) -> Tensor:
+    """x [B, C, H, W] with sides `size`, bicubic; the same where they are right already."""
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    return F.interpolate(x.float(), size=tuple(size), mode="bicubic", align_corners=False).to(x.dtype)
+
+
+def with_skip(x: Tensor, skip: Tensor) -> Tensor:
+    """[B, C1 + C2, H, W]: x, brought to the size of the skip connection where Deep Shrink made it smaller, and `skip`."""
+    return torch.cat((fitted(x, skip.shape[2:]), skip), dim=1)
+
+
 class UNetBase(nn.Module):
     """Switches and small things of both module trees. Subclasses build the layers and the forward pass."""
 
@@ -188,6 +217,7 @@ class UNetBase(nn.Module):
         self.params = params
         self.gradient_checkpointing = False
         self.cpu_offload_checkpointing = False
+        self.deep_shrink: DeepShrink | None = None
 
     def enable_gradient_checkpointing(self, cpu_offload: bool = False) -> None:
         """Recompute blocks in the backward pass while in train mode; `cpu_offload` keeps the block inputs on the CPU."""
@@ -206,6 +236,10 @@ class UNetBase(nn.Module):
         """Sinusoid [B, channels[0]] of timesteps 0..999 ([B] or one number) for a sample [B, C, H, W]."""
         times = timesteps.to(sample.device).reshape(-1).expand(sample.shape[0])
         return timestep_embedding(times, self.params.channels[0], time_factor=1.0)
+
+    def shrunk(self, depth: int, x: Tensor, timesteps: Tensor) -> Tensor:
+        """x as it goes into block number `depth` of the way down."""
+        return x if self.deep_shrink is None else self.deep_shrink.apply(depth, x, timesteps)
 
     def run_block(self, block: nn.Module, x: Tensor, *context: Tensor) -> Tensor:
         """One residual or transformer block, checkpointed where that is switched on."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from library.checkpoint_recognition import KeyTable, adapter_family
 from library.errors import CheckpointError, ConfigError, did_you_mean
 from library.family_table import FAMILIES
+from networks.file_names import NAME_TABLES
 
 FAMILY_ALIASES = {"sd1": "sd", "sd2": "sd", "sd15": "sd", "sd21": "sd", "flux1": "flux", "chroma": "flux"}
 """names of variants that share the adapters of a family"""
@@ -50,3 +51,23 @@ def family_of_adapter(
         raise CheckpointError(f"{label} is an adapter for {title}, a family that is not there yet; there are {', '.join(FAMILIES)}")
     some = ", ".join(list(shapes)[:3]) or "no tensors"
     raise CheckpointError(f"{label}: its names do not tell the model family (it begins with {some}); name it with --family")
+
+
+NAMED = {"hunyuan_image": ("hunyuan-image", "hunyuan_image")}
+"""family of NAME_TABLES -> beginnings of ss_base_model_version and modelspec.architecture"""
+
+
+def family_of_names(
+    shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], label: str, given: str | None = None
+) -> str:
+    """As family_of_adapter, families included that have names alone (networks/file_names.py: NAME_TABLES)."""
+    if given in NAME_TABLES:
+        return given
+    if given is None:
+        told = (metadata.get("ss_base_model_version", "").lower(), metadata.get("modelspec.architecture", "").lower())
+        for family, starts in NAMED.items():
+            if any(text.startswith(starts) for text in told):
+                return family
+        if adapter_family(KeyTable(shapes)) == "HunyuanImage or HunyuanVideo" and not any("individual_token_refiner" in key for key in shapes):
+            return "hunyuan_image"
+    return family_of_adapter(shapes, metadata, label, given)

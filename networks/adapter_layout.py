@@ -50,7 +50,7 @@ def file_layers(tensors: Mapping[str, torch.Tensor], label: str) -> tuple[dict[s
     layers: dict[str, FileLayer] = {}
     others: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        found = named_parameter(key)
+        found = named_parameter(key, tensors)
         if found is None:
             others[key] = tensor
             continue

@@ -31,9 +31,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class LayerParameter:
-    """The weight or bias of a layer, by the name that adapters have for the layer."""
+    """The weight or bias of a layer, by the name that adapters have for the layer. `path` is that of the module tree."""
 
     lora_name: str
+    path: str
     parameter: str
     pieces: tuple[Piece, ...]
 
@@ -52,7 +53,7 @@ def checkpoint_layers(
         for path, rows in import_target(part.file_state)(stand_ins).items():
             module, _, parameter = path.rpartition(".")
             if parameter in PARAMETERS:
-                found.append(LayerParameter(layer_name(part, module), PARAMETERS[parameter], _pieces(rows, keys)))
+                found.append(LayerParameter(layer_name(part, module), module, PARAMETERS[parameter], _pieces(rows, keys)))
     return found
 
 

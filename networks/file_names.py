@@ -18,16 +18,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from library.family_table import family_entry
+from library.family_table import FAMILIES, family_entry
 from networks.targets import NetworkTargets, TextEncoderTargets, targets_of_family
 
 KOHYA_PREFIX = "lora_unet_"
 DOTTED_PREFIX = "diffusion_model."
 PEFT_PREFIX = "base_model.model."
 """PEFT puts it in front of every name of a model that it wraps"""
-DENOISER_PREFIXES = (KOHYA_PREFIX, "lycoris_")
+LYCORIS_PREFIX = "lycoris_"
+OFT_PREFIX = "oft_unet_"
+DENOISER_PREFIXES = (KOHYA_PREFIX, LYCORIS_PREFIX)
 """of names with underscores; the second one is that of LyCORIS outside trainers"""
-KOHYA_STARTS = ("lora_", "lycoris_", "oft_unet_")
+KOHYA_STARTS = ("lora_", LYCORIS_PREFIX, OFT_PREFIX)
+NAME_TABLES = {"hunyuan_image": "networks.hunyuan_image_names"}
+"""families whose adapter files can be renamed, though nothing here trains or runs them -> module with `names()`"""
 DENOISER_MODELS = ("unet", "transformer")
 
 _NUMBERS = re.compile(r"\d+|\{i\}")
@@ -74,6 +78,11 @@ class Place:
             return DOTTED_PREFIX + self._fill(self.layer.original or self.layer.path)
         return f"{self.encoder.comfy_name}.{self._fill(self.path)}" if self.encoder.comfy_name else None
 
+    @property
+    def original_kohya(self) -> str:
+        """The kohya name made of the path in original checkpoints."""
+        return self.kohya if self.layer is None else KOHYA_PREFIX + _underscored(self._fill(self.layer.original or self.layer.path))
+
     def _fill(self, text: str) -> str:
         return text.replace("{i}", self.block)
 
@@ -84,6 +93,8 @@ class FileNames:
 
     targets: NetworkTargets
     layers: tuple[LayerNames, ...]
+    comfy_is_kohya: bool = False
+    """ComfyUI reads these files under kohya names of the original paths"""
     _entries: dict[str, list[tuple[re.Pattern[str], Place]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -119,6 +130,8 @@ class FileNames:
 @lru_cache(maxsize=None)
 def names_of_family(family: str) -> FileNames:
     """The table of a family; its denoiser part is empty while the family has no `file_layers`."""
+    if family not in FAMILIES and family in NAME_TABLES:
+        return importlib.import_module(NAME_TABLES[family]).names()
     module = importlib.import_module(family_entry(family).targets.partition(":")[0])
     make = getattr(module, "file_layers", tuple)
     return FileNames(targets_of_family(family), make())

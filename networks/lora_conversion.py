@@ -5,8 +5,9 @@
 | kohya | lora_down.weight, lora_up.weight | kept; fused layers fused |
 | diffusers | lora_A.weight, lora_B.weight | folded into lora_B; parts of fused layers apart |
 | dotted | lora_A.weight, lora_B.weight | kept |
+| lycoris | lora_down.weight, lora_up.weight | kept |
 
-Reading goes through one hub, `to_kohya`: names by the table of the family (networks/file_names.py), parameters by the table
+Programs differ in what they do with alpha; networks/lora_layouts.py says which one gets what. Reading goes through one hub, `to_kohya`: names by the table of the family (networks/file_names.py), parameters by the table
 below. Kinds other than LoRA (LoHa, LoKr, ...) keep their parameters and alpha in every layout; only layers are renamed.
 Sizes are read from the tensors, so models of any width work.
 """
@@ -21,10 +22,20 @@ from dataclasses import dataclass
 import torch
 
 from library.errors import CheckpointError
-from networks.file_names import LayerNames, Place, is_kohya_name, names_of_family
+from networks.file_names import (
+    DOTTED_PREFIX,
+    KOHYA_PREFIX,
+    LYCORIS_PREFIX,
+    OFT_PREFIX,
+    LayerNames,
+    Place,
+    is_kohya_name,
+    names_of_family,
+)
 from networks.lora import fuse_pairs, split_pair
+from networks.parameter_names import DOWN, MID, PARAMETERS, UP
 
-__all__ = ["LayerNames", "to_diffusers", "to_dotted", "to_kohya"]
+__all__ = ["LayerNames", "fold_factors", "to_diffusers", "to_dotted", "to_kohya", "to_lycoris"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,18 +43,8 @@ Tensors = Mapping[str, torch.Tensor]
 Module = dict[str, torch.Tensor]
 """parameter name of kohya files -> tensor"""
 
-DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
-_PARAMETERS = {
-    **dict.fromkeys(("lora_A.weight", "lora_A.default.weight", "lora.down.weight", "lora_linear_layer.down.weight", DOWN), DOWN),
-    **dict.fromkeys(("lora_B.weight", "lora_B.default.weight", "lora.up.weight", "lora_linear_layer.up.weight", UP), UP),
-    **dict.fromkeys(("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight"), "dora_scale"),
-    **{name: name for name in (MID, "alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "oft_blocks", "rescale")},
-    **{name: name for name in ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "on_input")},
-    **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-}
-"""ending of a key -> parameter in kohya files"""
-_ENDINGS = sorted(_PARAMETERS, key=len, reverse=True)
+_PEFT = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
+_ENDINGS = sorted(PARAMETERS, key=len, reverse=True)
 _PROCESSOR = re.compile(r"(?P<path>.+)\.(?P<leaf>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight")
 """diffusers before PEFT: the layers of an attention stood in its processor"""
 
@@ -77,7 +78,7 @@ def to_kohya(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     for name, module in modules.items():
         place = names_of_family(family).find(name)
         if place is None and is_kohya_name(name):
-            _put(result, name, module)
+            _put(result, name, module)  # a name of OFT files, or one that the reader has to judge
         elif place is None:
             unknown.append(name)
         elif place.part is None:
@@ -94,11 +95,28 @@ def to_kohya(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     return result
 
 
-def to_diffusers(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
+def fold_factors(fold: str | None, scale: float) -> tuple[float, float]:
+    """What down and up are multiplied by when alpha / rank (= `scale`) goes into them.
+
+    None: nothing, alpha stays; "up": all into up; "balanced": into down, of which powers of two go over to up until both are
+    of about one size (16-bit numbers lose least so).
+    """
+    if fold is None:
+        return 1.0, 1.0
+    if fold == "up":
+        return 1.0, scale
+    down, up = scale, 1.0
+    while 0 < 2 * down < up:
+        down, up = 2 * down, up / 2
+    return down, up
+
+
+def to_diffusers(family: str, tensors: Tensors, fold: str | None = "up") -> dict[str, torch.Tensor]:
     """An adapter of any layout rewritten for diffusers: `lora_A` = down, `lora_B` = up * alpha / rank, no alpha.
 
-    A fused layer whose up matrix is block-diagonal (trained with split_qkv) is taken apart into its own pairs; otherwise
-    all parts share the down matrix. CheckpointError names the modules that have no counterpart.
+    `fold`: see fold_factors; with None each part keeps its alpha. A fused layer whose up matrix is block-diagonal (trained
+    with split_qkv) is taken apart into its own pairs; otherwise all parts share the down matrix. CheckpointError names the
+    modules that have no counterpart.
     """
     result: dict[str, torch.Tensor] = {}
     for place, name, module in _placed(family, tensors, "diffusers"):
@@ -116,23 +134,49 @@ def to_diffusers(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
         pairs = [(lora.down, lora.up)] if len(rows) == 1 else split_pair(lora.down, lora.up, rows)
         if pairs is None:
             pairs = [(lora.down, part) for part in lora.up.split(rows)]
+        factors = fold_factors(fold, lora.scale)
         for key, (down, up) in zip(keys, pairs, strict=True):
-            result[f"{key}.lora_A.weight"] = down.contiguous()
-            result[f"{key}.lora_B.weight"] = _scaled(up, lora.scale)
+            result[f"{key}.lora_A.weight"] = _scaled(down, factors[0])
+            result[f"{key}.lora_B.weight"] = _scaled(up, factors[1])
+            if fold is None and lora.alpha is not None:
+                result[f"{key}.alpha"] = torch.tensor(lora.alpha * down.shape[0] / lora.down.shape[0])
         if "dora_scale" in module:
             magnitudes = _magnitudes(name, module["dora_scale"], lora).split(rows, dim=0 if lora.down.ndim == 2 else 1)
             result.update({f"{key}.lora_magnitude_vector": part.contiguous() for key, part in zip(keys, magnitudes, strict=True)})
     return result
 
 
-def to_dotted(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """An adapter of any layout rewritten to `diffusion_model.<original path>.lora_A/B.weight` with its alpha. Text encoders
-    that have no name there are left out, with a line in the log."""
-    spelled = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
+def to_dotted(
+    family: str, tensors: Tensors, prefix: str = DOTTED_PREFIX, fold: str | None = None
+) -> dict[str, torch.Tensor]:
+    """An adapter of any layout rewritten to `diffusion_model.<original path>.lora_A/B.weight` with its alpha.
+
+    `prefix` stands in front of the denoiser's paths; `fold`: see fold_factors. A text encoder that has no dotted name keeps
+    its kohya names, which ComfyUI reads in the same file. So do all layers of families that ComfyUI reads under kohya names
+    of the original paths alone (HunyuanImage).
+    """
     result: dict[str, torch.Tensor] = {}
-    for place, _, module in _placed(family, tensors, "the dotted layout"):
-        if place.dotted:
-            _put(result, place.dotted, {spelled.get(key, key): tensor for key, tensor in module.items()})
+    for place, name, module in _placed(family, tensors, "the dotted layout"):
+        if fold is not None and DOWN in module:
+            module = _without_alpha(_lora_of(name, module, "an adapter"), module, fold)
+        if names_of_family(family).comfy_is_kohya:
+            _put(result, place.original_kohya, module)
+        elif place.dotted:
+            path = place.dotted
+            if path.startswith(DOTTED_PREFIX):
+                path = prefix + path[len(DOTTED_PREFIX) :]
+            _put(result, path, {_PEFT.get(key, key): tensor for key, tensor in module.items()})
+        else:
+            _put(result, name, module)
+    return result
+
+
+def to_lycoris(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """An adapter of any layout with `lycoris_` in front of the denoiser's layers, as LyCORIS writes outside trainers. Text
+    encoders keep their kohya names: that prefix does not say which encoder a layer is in."""
+    result: dict[str, torch.Tensor] = {}
+    for place, name, module in _placed(family, tensors, "the layout of LyCORIS"):
+        _put(result, name if place.encoder else LYCORIS_PREFIX + place.kohya[len(KOHYA_PREFIX) :], module)
     return result
 
 
@@ -141,7 +185,7 @@ def _modules(tensors: Tensors) -> tuple[dict[str, Module], dict[str, torch.Tenso
     modules: dict[str, Module] = {}
     others: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        found = named_parameter(key)
+        found = named_parameter(key, tensors)
         if found is None:
             others[key] = tensor
         else:
@@ -153,13 +197,14 @@ def _modules(tensors: Tensors) -> tuple[dict[str, Module], dict[str, torch.Tenso
     return modules, others
 
 
-def named_parameter(key: str) -> tuple[str, str] | None:
-    """(name of the layer as written, parameter under its kohya name) of a key of any layout; None when it is no adapter's."""
+def named_parameter(key: str, tensors: Tensors) -> tuple[str, str] | None:
+    """(name of the layer as written, parameter under its kohya name) of a key of any layout; None when it is no adapter's.
+    `tensors` is the whole file, of which other keys may tell."""
     name, _, parameter = key.partition(".")
-    return (name, _PARAMETERS.get(parameter, parameter)) if is_kohya_name(name) else _split(key)
+    return (name, PARAMETERS.get(parameter, parameter)) if is_kohya_name(name) else _split(key, tensors)
 
 
-def _split(key: str) -> tuple[str, str] | None:
+def _split(key: str, tensors: Tensors) -> tuple[str, str] | None:
     """(module name, parameter) of a dotted key; None for a key that is no adapter's."""
     match = _PROCESSOR.fullmatch(key)
     if match:
@@ -170,7 +215,10 @@ def _split(key: str) -> tuple[str, str] | None:
             leaf = "to_out.0"
         return f"{path}.{leaf}", DOWN if match["side"] == "down" else UP
     ending = next((ending for ending in _ENDINGS if key.endswith(f".{ending}")), None)
-    return None if ending is None else (key[: -len(ending) - 1], _PARAMETERS[ending])
+    if ending is not None:
+        return key[: -len(ending) - 1], PARAMETERS[ending]
+    is_ia3 = key.endswith(".weight") and f"{key.removesuffix('.weight')}.on_input" in tensors
+    return (key.removesuffix(".weight"), "weight") if is_ia3 else None
 
 
 def _placed(family: str, tensors: Tensors, layout: str) -> list[tuple[Place, str, Module]]:
@@ -179,17 +227,23 @@ def _placed(family: str, tensors: Tensors, layout: str) -> list[tuple[Place, str
     modules, others = _modules(to_kohya(family, tensors))
     found, unknown, silent = [], list(others), []
     for name, module in modules.items():
-        place = names_of_family(family).find(name)
-        if place is None:
+        place = names_of_family(family).find(name.replace(OFT_PREFIX, KOHYA_PREFIX, 1) if name.startswith(OFT_PREFIX) else name)
+        if place is None or (layout == "diffusers" and place.encoder is None and not place.diffusers):
             unknown.append(name)
             continue
-        if place.encoder is not None and not (place.diffusers if layout == "diffusers" else place.dotted):
+        if place.encoder is not None and layout == "diffusers" and not place.diffusers:
             silent.append(name)
         found.append((place, name, module))
     _refuse(unknown, layout)
     if silent:
         logger.warning("%d text encoder modules have no name in %s and are left out (first: %s)", len(silent), layout, silent[0])
     return found
+
+
+def _without_alpha(lora: _Lora, module: Module, fold: str) -> Module:
+    down, up = fold_factors(fold, lora.scale)
+    rest = {key: tensor for key, tensor in module.items() if key == "dora_scale"}
+    return {DOWN: _scaled(lora.down, down), UP: _scaled(lora.up, up), **rest}
 
 
 def _lora_of(name: str, module: Module, what: str) -> _Lora:
@@ -221,14 +275,17 @@ def _fused(loras: Sequence[_Lora | None], layer: LayerNames) -> _Lora:
     width = present[0].down.shape[1]
     rows = [lora.up.shape[0] if lora else width * (4 if layer.rows == "linear1" and i == 3 else 1) for i, lora in enumerate(loras)]
     first = present[0]
-    if len(present) == len(loras) and all(l.scale == first.scale and torch.equal(l.down, first.down) for l in present):
-        return _Lora(first.down, torch.cat([lora.up for lora in present]), first.alpha)
+    same_scale = all(lora.scale == first.scale for lora in present)
+    if same_scale and all(torch.equal(lora.down, first.down) for lora in present):
+        ups = [lora.up if lora else first.up.new_zeros(rows[i], first.up.shape[1]) for i, lora in enumerate(loras)]
+        return _Lora(first.down, torch.cat(ups), first.alpha)
     pairs = [
-        (lora.down, _scaled(lora.up, lora.scale)) if lora else (first.down.new_zeros(0, width), first.up.new_zeros(rows[i], 0))
+        (lora.down, lora.up if same_scale else _scaled(lora.up, lora.scale))
+        if lora else (first.down.new_zeros(0, width), first.up.new_zeros(rows[i], 0))
         for i, lora in enumerate(loras)
-    ]
+    ]  # fmt: skip
     down, up = fuse_pairs(pairs)
-    return _Lora(down, up, float(down.shape[0]))
+    return _Lora(down, up, float(down.shape[0]) * (first.scale if same_scale else 1.0))
 
 
 def _rows(layer: LayerNames, lora: _Lora) -> list[int]:
@@ -253,7 +310,7 @@ def _magnitudes(name: str, scale: torch.Tensor, lora: _Lora) -> torch.Tensor:
 
 
 def _scaled(up: torch.Tensor, scale: float) -> torch.Tensor:
-    return (up.float() * scale).to(up.dtype).contiguous()
+    return up.contiguous() if scale == 1 else (up.float() * scale).to(up.dtype).contiguous()
 
 
 def _put(result: dict[str, torch.Tensor], name: str, module: Module) -> None:

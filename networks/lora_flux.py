@@ -58,12 +58,13 @@ TARGETS = NetworkTargets(
     text_encoders=(
         TextEncoderTargets(
             "lora_te1", ("CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2", "CLIPMLP"), root="text_model",
-            aliases=("lora_te",), diffusers_name="text_encoder", paths=CLIP_PATHS,
+            aliases=("lora_te",), diffusers_name="text_encoder", comfy_name="text_encoders.clip_l.transformer", paths=CLIP_PATHS,
             file_state="library.text_encoder_utils:clip_l_state",
         ),
         TextEncoderTargets(
             "lora_te3", ("T5Attention", "T5DenseGatedActDense"), switch="train_t5xxl", aliases=("lora_te2",),
-            diffusers_name="text_encoder_2", paths=T5_PATHS, file_state="library.text_encoder_utils:t5_state",
+            diffusers_name="text_encoder_2", comfy_name="text_encoders.t5xxl.transformer", paths=T5_PATHS,
+            file_state="library.text_encoder_utils:t5_state",
         ),
     ),
     choice=ChoiceRule("train_blocks", {"all": DOUBLE + SINGLE, "double": DOUBLE, "single": SINGLE}),

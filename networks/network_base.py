@@ -57,10 +57,14 @@ class AdditionalNetwork(nn.Module):
     def loras(self) -> list[AdapterModule]:
         return [*self.text_encoder_loras, *self.unet_loras]
 
+    @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Start values as a function of (seed, layer name) alone."""
+        """Start values as a function of (seed, layer name) alone. Norms of DoRA are those of the layer and stay."""
         for module in self.loras:
+            norms = None if module.dora_scale is None else module.dora_scale.clone()
             module.initialize(keyed_generator(seed, "network init", module.lora_name))
+            if norms is not None:
+                module.dora_scale.copy_(norms)
 
     # -- the life of a training run --------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from library.errors import CheckpointError
 METADATA_KEY = "lora_adapter_metadata"
 CONFIG_FILE = "adapter_config.json"
 _MODEL_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+_WRAPPER = "base_model.model."
 _DOWN = re.compile(r"(?P<name>.+)\.lora_A(\.default)?\.weight")
 _FIELDS = ("lora_alpha", "alpha_pattern", "use_rslora")
 
@@ -54,7 +55,7 @@ def with_alphas(tensors: Mapping[str, torch.Tensor], configs: Mapping[str, Mappi
         config = configs.get(model, configs.get(""))
         if config is None:
             continue
-        alpha = _alpha(config, path if model in configs else match["name"])
+        alpha = _alpha(config, path if model in configs else match["name"].removeprefix(_WRAPPER))
         if alpha is not None:
             rank = down.shape[0]
             result[f"{match['name']}.alpha"] = torch.tensor(alpha * math.sqrt(rank) if config.get("use_rslora") else alpha)

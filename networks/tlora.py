@@ -1,7 +1,7 @@
 """T-LoRA (arXiv 2507.05964): LoRA whose rank in training depends on how noisy a sample is.
 
 Noisy samples teach the composition, and a full rank learns a single picture's by heart there; so they get few ranks:
-active = (1 - t)^power * (rank - least) + least for t from 0 (data) to 1 (noise), and the ranks with index < active are used.
+active = floor((1 - t)^power * (rank - least)) + least for t from 0 (data) to 1 (noise), and the first `active` ranks are used.
 Every sample has a mask of its own. Images are made, files written and merged with the whole rank; files are those of LoRA.
 """
 
@@ -25,8 +25,8 @@ from networks.targets import NetworkTargets
 def rank_masks(times: torch.Tensor, rank: int, least: int, power: float) -> torch.Tensor:
     """Which ranks are used [B, rank] (1 or 0, float32) at `times` [B], 0 = data, 1 = noise. Formula: see above."""
     least = min(least, rank)
-    active = (1 - times.float().clamp(0, 1)) ** power * (rank - least) + least  # [B]
-    return (torch.arange(rank, device=times.device) < active.clamp(least, rank).unsqueeze(1)).float()
+    active = ((1 - times.float().clamp(0, 1)) ** power * (rank - least)).floor() + least  # [B]
+    return (torch.arange(rank, device=times.device) < active.unsqueeze(1)).float()
 
 
 class TLoRAModule(LoRAModule):

@@ -24,7 +24,17 @@ PAGES: dict[tuple[str, str], str] = {
 }
 """(family, trainable) -> the page of the script"""
 
+GENERATION_PAGE = "docs/gen_img.md"
+"""the page of the image scripts of Stable Diffusion and SDXL"""
+
 BEGIN, END = "<!-- options: begin -->", "<!-- options: end -->"
+
+
+def generation_script() -> Script:
+    """The option groups of gen_img.py in the form of a training script."""
+    from library.unet_inference import CLASSES
+
+    return Script("sd", "generation", CLASSES, {}, {})
 
 
 def tables(what: Script) -> str:
@@ -76,8 +86,8 @@ def with_tables(page: str, what: Script) -> str:
     return f"{before}{BEGIN}\n\n{tables(what)}\n\n{END}{after}"
 
 
-def renew(family: str, trainable: str, page: Path) -> None:
-    page.write_text(with_tables(page.read_text(encoding="utf-8"), script(family, trainable)), encoding="utf-8")
+def renew(what: Script, page: Path) -> None:
+    page.write_text(with_tables(page.read_text(encoding="utf-8"), what), encoding="utf-8")
     print(f"wrote {page}")
 
 
@@ -85,9 +95,10 @@ def main(argv: list[str]) -> None:
     if argv == ["all"]:
         root = Path(__file__).resolve().parent.parent
         for (family, trainable), page in PAGES.items():
-            renew(family, trainable, root / page)
+            renew(script(family, trainable), root / page)
+        renew(generation_script(), root / GENERATION_PAGE)
     elif len(argv) == 3:
-        renew(argv[0], argv[1], Path(argv[2]))
+        renew(script(argv[0], argv[1]), Path(argv[2]))
     else:
         print(__doc__)
 

@@ -45,7 +45,8 @@ class Scanner:
     def bad_image(self, message: str, path: str, label: str) -> None:
         """An image that cannot be used: a problem, or with --skip_bad_images a warning."""
         self.skipped.add(path)
-        self.problem_or_warning(f"{label}: {message}")
+        way_out = "" if self.skip_bad_images else "; repair or remove it, or go on without it with --skip_bad_images"
+        self.problem_or_warning(f"{label}: {message}{way_out}")
 
     def problem_or_warning(self, message: str) -> None:
         target = self.warnings if self.skip_bad_images else self.problems

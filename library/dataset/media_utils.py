@@ -160,6 +160,7 @@ def verify_image(path: str | Path) -> ImageCheck:
     with _opened(path) as image:
         size = _shown_size(image, path)
         image.load()
+        _check_numbers(image, path)
         transparent = _has_alpha(image)
         alpha_range = image.convert("RGBA").getchannel("A").getextrema() if transparent else (255, 255)
         bands = image.getextrema()
@@ -182,11 +183,18 @@ def decode_image(path: str | Path, *, with_alpha: bool = False) -> np.ndarray:
     with _opened(path) as image:
         orientation = _orientation(image, path)
         image.load()
+        _check_numbers(image, path)
         shown: Image.Image = _eight_bit(image) if image.mode in DEEP_MODES else image
         shown = shown.convert("RGBA" if with_alpha else "RGB")
         if orientation in TRANSPOSITIONS:
             shown = shown.transpose(TRANSPOSITIONS[orientation])
         return np.array(shown, dtype=np.uint8)  # [H, W, C]
+
+
+def _check_numbers(image: Image.Image, path: str | Path) -> None:
+    """ImageFileError when pixels of a picture in floating point are no numbers."""
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise ImageFileError(f"{path} holds pixels that are no finite numbers (NaN or infinity)")
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

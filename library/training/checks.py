@@ -306,8 +306,7 @@ def warnings(config: Config) -> list[str]:
     if loop.max_train_epochs is None and warmup >= loop.max_train_steps > 1:
         lines.append(f"--lr_warmup_steps is {warmup} of {loop.max_train_steps} steps: the full learning rate is never reached")
     lines += _idle_log_options(config[LoggingOptions])
-    if config[NoiseOptions].ip_noise_gamma_random_strength and not config[NoiseOptions].ip_noise_gamma:
-        lines.append("--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma")
+    lines += _idle_noise_options(config)
     asked = [
         name
         for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
@@ -318,6 +317,16 @@ def warnings(config: Config) -> list[str]:
     if saving.save_model_as in ("ckpt", "pt") and not config[MetadataOptions].no_metadata:
         lines.append(f"--save_model_as {saving.save_model_as} holds no metadata; safetensors does")
     return lines
+
+
+def _idle_noise_options(config: Config) -> list[str]:
+    """Settings of a kind of noise that is off."""
+    noise, owners = config[NoiseOptions], {
+        "noise_offset_random_strength": "noise_offset", "ip_noise_gamma_random_strength": "ip_noise_gamma",
+        "multires_noise_discount": "multires_noise_iterations",
+    }  # fmt: skip
+    idle = [(name, owner) for name, owner in owners.items() if getattr(noise, name) and name in config.explicit and not getattr(noise, owner)]
+    return [f"--{name} has no effect without --{owner}" for name, owner in idle]
 
 
 def _idle_log_options(logs: LoggingOptions) -> list[str]:

@@ -10,7 +10,7 @@ from library.options import Config
 from library.training import loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.loss_weights import LossWeightOptions
 from library.training.losses import LossOptions
-from library.training.option_groups import LoopOptions, ModelOptions
+from library.training.option_groups import LoopOptions, ModelOptions, PrecisionOptions
 from library.training.optimizers import OptimizerOptions
 from library.training.schedulers import SchedulerOptions
 from library.training.timestep_samplers import TimestepOptions
@@ -22,6 +22,7 @@ def formula_problems(config: Config) -> list[str]:
     steps = None if loop.max_train_epochs else loop.max_train_steps
     checks: tuple[Callable[[], Any], ...] = (
         lambda: optimizers.check(optimizer),
+        lambda: optimizers.check_float16(optimizer) if _trains_in_float16(config) else None,
         lambda: schedulers.check(config[SchedulerOptions], optimizer, steps),
         lambda: loss_weights.check(config[LossWeightOptions], config[ModelOptions].v_parameterization),
     )
@@ -29,6 +30,10 @@ def formula_problems(config: Config) -> list[str]:
     for check in checks:
         problems.attempt(check)
     return problems.messages
+
+
+def _trains_in_float16(config: Config) -> bool:
+    return PrecisionOptions in config and config[PrecisionOptions].full_fp16
 
 
 def formula_warnings(config: Config) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from library.training.parser_common import script
 from tests.option_sets import SCRIPTS
-from tools.document_options import PAGES, with_tables
+from tools.document_options import GENERATION_PAGE, PAGES, generation_script, with_tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,3 +23,9 @@ def test_the_tables_are_current(which: tuple[str, str]) -> None:
     page, what = (ROOT / PAGES[which]).read_text(encoding="utf-8"), script(*which)
     assert with_tables(page, what) == page
     assert [name for name in what.owners if f"`--{name}`" not in page] == []
+
+
+def test_the_table_of_the_image_script_is_current() -> None:
+    page = (ROOT / GENERATION_PAGE).read_text(encoding="utf-8")
+    assert with_tables(page, generation_script()) == page
+    assert [name for name in generation_script().owners if f"`--{name}`" not in page] == []

@@ -185,8 +185,10 @@ def test_eight_bits(tiny, adapters, tmp_path):
     assert far[0] < 0.04 and plain[name].weight.dtype == torch.float8_e4m3fn
     base, lora = picture(tiny, tmp_path, "--fp8_scaled"), ("--lora_weight", str(adapters[0]))
     assert len({base, picture(tiny, tmp_path, "--fp8_scaled", *lora), picture(tiny, tmp_path, "--fp8", *lora)}) == 3
-    with pytest.raises(ConfigError, match="--merge_lora_weights needs whole weights"):
-        picture(tiny, tmp_path, "--fp8", *lora, "--merge_lora_weights")
+    merged = [picture(tiny, tmp_path, kind, *lora, "--merge_lora_weights") for kind in ("--fp8", "--fp8_scaled")]
+    assert base not in merged and len(set(merged)) == 2
+    with pytest.raises(ConfigError, match="--lycoris needs whole weights"):
+        picture(tiny, tmp_path, "--fp8", *lora, "--lycoris")
 
 
 def test_latents_are_written_and_decoded(tiny, tmp_path):
@@ -243,9 +245,11 @@ def test_every_wrong_file_is_named_before_anything_is_loaded(tiny, tmp_path):
     with pytest.raises(ConfigError) as caught:
         anima_inference.run([
             f"--dit={tiny.vae}", f"--vae={tmp_path / 'none'}", f"--text_encoder={tiny.anima}", "--lora_weight", str(tiny.qwen3),
-            f"--save_path={tmp_path}",
+            "--from_file=none.txt",
         ])  # fmt: skip
-    assert [problem.split()[0] for problem in caught.value.problems] == ["--prompt", "--dit", "--vae", "--text_encoder", "--lora_weight"]
+    assert [problem.split()[0] for problem in caught.value.problems] == [
+        "--save_path", "--dit", "--vae", "--text_encoder", "--lora_weight", "--from_file",
+    ]  # fmt: skip
 
 
 def test_parts_of_other_sizes_are_named(tiny, tmp_path):
@@ -267,3 +271,26 @@ def test_the_script_ends_with_one_message_and_a_code(tmp_path):
     command = [sys.executable, "anima_minimal_inference.py", "--dit", "none.safetensors", f"--save_path={tmp_path}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and "none.safetensors" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_scaled_rows_of_any_size_keep_their_digits():
+    from library.fp8_optimization_utils import shrink_linears_to_scaled_fp8
+
+    layer = torch.nn.Linear(64, 4)
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(2)) * torch.tensor([1e-5, 1.0, 1e5, 0.0])[:, None]
+    layer.weight.data, x = weight.clone(), torch.randn(9, 64, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = layer(x)
+        assert shrink_linears_to_scaled_fp8(torch.nn.Sequential(layer), lambda path: path == "0") == 1
+        far = (layer(x) - expected).norm(dim=0) / (expected - layer.bias).norm(dim=0).clamp_min(1e-9)
+    assert layer.weight.float().abs().amax(dim=1).tolist() == [448, 448, 448, 0] and float(far.max()) < 0.05
+
+
+def test_a_file_under_the_names_of_comfyui_is_the_same_adapter(tiny, adapters, tmp_path):
+    from networks.lora_conversion import to_dotted
+
+    tensors = {key: tensor for key, tensor in load_safetensors(adapters[0], "cpu").items() if key.startswith("lora_unet")}
+    save_file_atomic(tensors, tmp_path / "own.safetensors")
+    save_file_atomic(to_dotted("anima", tensors), tmp_path / "comfy.safetensors")
+    own, comfy = (picture(tiny, tmp_path, "--lora_weight", str(tmp_path / f"{name}.safetensors")) for name in ("own", "comfy"))
+    assert own == comfy != picture(tiny, tmp_path)

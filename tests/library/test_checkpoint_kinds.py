@@ -73,6 +73,11 @@ KINDS = [
     ("adapter", {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (4, 8)}, "FLUX.1 or Chroma"),
     ("adapter", {"lora_unet_double_blocks_0_img_mlp_fc1.lora_down.weight": (4, 8)}, "HunyuanImage"),
     ("adapter", {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 8)}, "SDXL"),
+    ("adapter", {"unet.down_blocks.1.attentions.1.transformer_blocks.1.attn1.to_q.lora_A.weight": (4, 8)}, "SDXL"),
+    ("adapter", {"unet.down_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q.lora_A.weight": (4, 8)}, "Stable Diffusion 1"),
+    ("adapter", {"lora_unet_blocks_7_mlp_layer1.lora_down.weight": (4, 8)}, "Anima"),
+    ("adapter", {"lora_unet_blocks_0_cross_attn_q.lora_down.weight": (4, 8)}, "Wan"),
+    ("clip_l", {"embeddings.token_embedding.weight": (49408, 768), "encoder.layers.11.mlp.fc1.weight": (8, 8)}, "width 768, 12 layers"),
     ("adapter", {"lora_unet_down_blocks_0_attentions_0_proj_in.hada_w1_a": (4, 8)}, "Stable Diffusion 1"),
     ("adapter", {"lycoris_something.lokr_w1": (4, 8)}, "LoRA-type adapter"),
     ("embedding", {"emb_params": (4, 768)}, "textual inversion"),
@@ -177,3 +182,18 @@ def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path, length):
     text = json.dumps(entry).encode().ljust(length)
     path.write_bytes(struct.pack("<Q", length) + text + bytes(4))
     assert describe_checkpoint(path).kind == "adapter"
+
+
+def test_the_way_out_for_scripts_that_make_images(tmp_path):
+    path = write_file(tmp_path / "given.safetensors", SDXL)
+    trained = check_slot(path, "ckpt", {"sd1", "sd2"})
+    assert trained.endswith("needed: a Stable Diffusion 1 or 2 checkpoint or diffusers folder; sdxl_train_network.py trains such a model")
+    assert check_slot(path, "ckpt", {"sd1", "sd2"}, for_pictures=True).endswith("; sdxl_gen_img.py makes images with such a model")
+
+
+def test_ids_of_the_hub_are_refused_with_the_command_that_fetches_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "hf download owner/name.v1 --local-dir FOLDER" in check_slot("owner/name.v1", "ckpt", {"sd1"})
+    (tmp_path / "models").mkdir()
+    for path in ("models/base", "owner/base.safetensors", "owner/group/base", "base"):
+        assert "hf download" not in check_slot(path, "ckpt", {"sd1"})

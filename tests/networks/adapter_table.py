@@ -17,7 +17,7 @@ from library.registry import import_target
 @dataclass(frozen=True)
 class Adapter:
     """`pairs`: its --network_args; `rank` and `alpha` as a user would give them; `tucker`: whether it has a Tucker form;
-    `layers`: the kinds of layers it is defined for; `alone`: gradients reach exactly the parameters whose name contains it."""
+    `layers`: the kinds of layers it is defined for; `rate`: a learning rate at which a short run learns."""
 
     module: str
     pairs: Mapping[str, Any] = field(default_factory=dict)
@@ -25,6 +25,7 @@ class Adapter:
     alpha: float | None = 1.5
     tucker: bool = True
     layers: tuple[str, ...] = ("linear", "conv1x1", "conv3x3")
+    rate: float = 5e-3
 
 
 ADAPTERS: dict[str, Adapter] = {
@@ -49,11 +50,11 @@ ADAPTERS: dict[str, Adapter] = {
     "glora": Adapter("networks.glora", tucker=False),
     "lokr_dora": Adapter("networks.lokr", {"dora_wd": "True", "wd_on_output": "False"}, rank=1),
     "lora_fa": Adapter("networks.lora_fa", tucker=False),
-    "dylora": Adapter("networks.dylora", {"unit": "2"}, rank=6, tucker=False),
-    "tlora": Adapter("networks.tlora"),
-    "ia3": Adapter("networks.ia3", rank=1, alpha=None, tucker=False),
-    "full": Adapter("networks.full", rank=1, alpha=None, tucker=False),
-    "norm": Adapter("networks.norm", rank=1, alpha=None, tucker=False, layers=("layer_norm", "group_norm")),
+    "dylora": Adapter("networks.dylora", {"unit": "2"}, rank=6, rate=1e-2, tucker=False),
+    "tlora": Adapter("networks.tlora", {"tlora_min_rank": "2"}, rank=6),
+    "ia3": Adapter("networks.ia3", rate=1e-2, rank=1, alpha=None, tucker=False),
+    "full": Adapter("networks.full", rate=2e-3, rank=1, alpha=None, tucker=False),
+    "norm": Adapter("networks.norm", rate=1e-2, rank=1, alpha=None, tucker=False, layers=("layer_norm", "group_norm")),
 }
 
 

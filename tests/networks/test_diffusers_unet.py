@@ -153,3 +153,67 @@ def test_a_trained_file_changes_the_output_as_our_own_forward(trained: Trained, 
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
     loaded = sum("lora_A" in name for model in (theirs[0], *theirs[1]) for name, _ in model.named_parameters())
     assert loaded == sum(key.endswith("lora_down.weight") for key in tensors)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft", "folder"])
+def test_a_converted_file_acts_the_same_in_diffusers_and_peft(trained: Trained, to: str, tmp_path: Path) -> None:
+    """Strength folded in; strength in the metadata, which diffusers reads from the file; a folder for PEFT alone."""
+    from tools.convert_lora import main
+
+    unet, encoders = our_models(trained)
+    pipeline = pipeline_of(trained)
+    theirs = [pipeline.unet, [e for e in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if e is not None]]
+    plain, _ = predictions(trained.kind, (unet, encoders), theirs)[0]
+    network, _ = create_network_from_weights(1.0, str(trained.file), None, encoders, unet, for_inference=True)
+    network.apply_to(encoders, unet)
+    network.load_weights(str(trained.file))
+    source, target = trained.file, tmp_path / "converted.safetensors"
+    if to == "folder":  # holds one model
+        from peft import PeftModel
+        from safetensors.torch import save_file
+
+        source, target = tmp_path / "unet.safetensors", tmp_path / "folder" / "adapter_model.safetensors"
+        save_file({key: tensor for key, tensor in load_file(trained.file).items() if "_te" not in key[:8]}, source)
+    words = [str(source), str(target), "--to", "peft" if to == "folder" else to, "--family", trained.family]
+    assert main(words) == 0
+    if to == "folder":
+        theirs[0] = PeftModel.from_pretrained(pipeline.unet, target.parent)
+        theirs[1] = encoders
+    else:
+        pipeline.load_lora_weights(tmp_path, weight_name=target.name)
+    results = predictions(trained.kind, (unet, encoders), theirs)
+    assert (results[0][0] - plain).norm() / plain.norm() > 0.01
+    for mine, other in results:
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_that_diffusers_saved_acts_the_same_here(trained: Trained, tmp_path: Path) -> None:
+    """Its strength stands in the metadata alone; alpha is three times the rank."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(7)
+    pipeline = pipeline_of(trained)
+    theirs = (pipeline.unet, [e for e in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if e is not None])
+    ours = our_models(trained)
+    plain = predictions(trained.kind, ours, theirs)
+    pipeline.unet.add_adapter(LoraConfig(
+        r=2, lora_alpha=6, init_lora_weights=False, target_modules=["to_q", "to_out.0", "proj_in", "conv1", "ff.net.2"],
+        alpha_pattern={"conv1": 3},
+    ))  # fmt: skip
+    parts = {"unet": pipeline.unet}
+    for number, encoder in enumerate(theirs[1]):
+        encoder.add_adapter(LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, use_rslora=True, target_modules=["q_proj", "fc1"]))
+        parts["text_encoder" if number == 0 else "text_encoder_2"] = encoder
+    pipeline.save_lora_weights(
+        tmp_path, **{f"{name}_lora_layers": get_peft_model_state_dict(model) for name, model in parts.items()},
+        **_collate_lora_metadata(parts),
+    )  # fmt: skip
+    path = str(tmp_path / "pytorch_lora_weights.safetensors")
+    network, _ = create_network_from_weights(1.0, path, None, ours[1], ours[0], for_inference=True)
+    network.apply_to(ours[1], ours[0])
+    assert network.load_weights(path) == {"missing": [], "unexpected": []}
+    for (mine, other), (before, _) in zip(predictions(trained.kind, ours, theirs), plain, strict=True):
+        assert (mine - before).norm() / before.norm() > 0.01
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)

@@ -203,3 +203,30 @@ def test_strength_that_stands_in_a_configuration(tmp_path) -> None:
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="adapter_config.json is no JSON"):
         read_adapter_file(folder, targets_of_family("sd"))
+
+
+@pytest.mark.parametrize(("kind", "is_linear"), [("sd1", False), ("sd2", True)])
+def test_projections_of_both_shapes_load(kind, is_linear) -> None:
+    """Files of Stable Diffusion 2 hold proj_in and proj_out as matrices or as 1x1 convolutions."""
+    from library.sd_models import UNet2DConditionModel
+    from tests.tiny_sd import tiny_params
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(tiny_params(kind))
+    source = lora.create_network(1.0, 2, 1.0, None, [None], unet)
+    for module in source.unet_loras:
+        torch.nn.init.normal_(module.lora_up.weight)
+    held = source.file_state_dict()
+    other = {key: _other_shape(tensor, is_linear) if "_proj_in." in key or "_proj_out." in key else tensor for key, tensor in held.items()}
+    changed = [key for key in held if held[key].shape != other[key].shape]
+    assert len(changed) == 2 * 2 * sum("proj_in.alpha" in key for key in held)
+    built, _ = lora.create_network_from_weights(1.0, None, None, [None], unet, weights_sd=other)
+    assert built.load_tensors(other) == {"missing": [], "unexpected": []}
+    for key, tensor in built.file_state_dict().items():
+        assert torch.equal(tensor, held[key]), key
+
+
+def _other_shape(tensor: torch.Tensor, is_linear: bool) -> torch.Tensor:
+    if tensor.ndim == 0:
+        return tensor
+    return tensor[:, :, None, None] if is_linear else tensor[:, :, 0, 0]

@@ -1,20 +1,29 @@
-"""Real runs on a tiny random FLUX.1 set and a folder of small pictures."""
+"""Real runs on tiny random models and a folder of small pictures; FLUX.1 where nothing else is said."""
 
 from __future__ import annotations
 
+import csv
 import gc
 import hashlib
 import json
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from library.training import cli
+from library.family_table import family_entry
+from library.registry import import_target
+from library.tiny_models import TinySet
+from library.training import cli, parser_common
+from library.training.hooks.base import Hook
+from library.training.trainables.network import NetworkTrainable
+from library.training.trainer_base import Trainer
+from tests.families import CASES, FamilyCase
 from tests.tiny import TinyFlux, build_tiny_flux
 
 CHANGING_KEYS = {"ss_session_id", "ss_training_started_at", "ss_training_finished_at", "modelspec.date"}
@@ -24,8 +33,8 @@ DATASET = """
 [general]
 caption_extension = ".txt"
 enable_bucket = true
-min_bucket_reso = 32
-bucket_reso_steps = 16
+min_bucket_reso = {min_bucket}
+bucket_reso_steps = {bucket_step}
 [[datasets]]
 resolution = 64
 batch_size = {batch_size}
@@ -64,26 +73,39 @@ class Work:
     """A folder with pictures, a dataset configuration and the options of a short run."""
 
     folder: Path
-    tiny: TinyFlux
+    tiny: TinySet
     images: Path
+    case: FamilyCase = field(default=CASES["flux"], kw_only=True)
 
     def dataset(self, batch_size: int = 2, dataset_keys: str = "", subset_keys: str = "", name: str = "data.toml") -> Path:
         path = self.folder / name
-        text = DATASET.format(batch_size=batch_size, images=self.images, dataset_keys=dataset_keys, subset_keys=subset_keys)
+        step = self.case.bucket_step
+        text = DATASET.format(
+            batch_size=batch_size, images=self.images, dataset_keys=dataset_keys, subset_keys=subset_keys, bucket_step=step,
+            min_bucket=max(32, step),
+        )
         path.write_text(text, encoding="utf-8")
         return path
 
     def argv(self, out: str, *more: str, dataset: Path | None = None) -> list[str]:
         return [
-            *self.tiny.arguments(), f"--dataset_config={dataset or self.dataset()}", f"--output_dir={self.folder / out}",
-            "--output_name=lora", "--network_module=networks.lora_flux", "--network_dim=4", "--max_train_steps=7", "--seed=5",
+            *self.tiny.arguments(), *self.case.options(), f"--dataset_config={dataset or self.dataset()}", f"--output_dir={self.folder / out}",
+            "--output_name=lora", "--network_dim=4", "--max_train_steps=7", "--seed=5",
             "--learning_rate=1e-2", "--max_data_loader_n_workers=0", "--console_log_level=WARNING", *more,
         ]
 
     def train(self, out: str, *more: str, dataset: Path | None = None) -> Path:
         """Train in this process; the path of the final file."""
-        cli.run("flux", "network", self.argv(out, *more, dataset=dataset))
+        cli.run(self.case.family, "network", self.argv(out, *more, dataset=dataset))
         return self.folder / out / "lora.safetensors"
+
+    def trainer(
+        self, out: str, *more: str, dataset: Path | None = None, hooks: list[Hook] | None = None, family: type[Any] | None = None
+    ) -> Trainer:
+        """A trainer for the same run that has not begun; `family` replaces the class of the family."""
+        config = parser_common.parse_command(self.argv(out, *more, dataset=dataset), self.case.family, "network").config
+        family = family or import_target(family_entry(self.case.family).family)
+        return Trainer(config, family(config), NetworkTrainable(config), hooks)
 
 
 @pytest.fixture
@@ -106,6 +128,30 @@ def fingerprint(path: Path) -> str:
     header = json.loads(content[8 : 8 + size])
     header["__metadata__"] = {k: len(v) if k in CHANGING_KEYS else v for k, v in header["__metadata__"].items()}
     return hashlib.sha256(content[:8] + json.dumps(header).encode() + content[8 + size :]).hexdigest()
+
+
+def losses_of(path: Path, column: str = "loss") -> list[float]:
+    """A column of the table of losses beside an adapter: loss, average or validation."""
+    with open(path.with_name("lora-loss.csv"), encoding="utf-8") as file:
+        return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Let a run die right after an optimizer step, when its files are written."""
+    from library.training import loop
+
+    original = loop.micro_step
+
+    def dying(run, batch):
+        if run.progress.global_step >= step:
+            raise Stopped
+        return original(run, batch)
+
+    patch.setattr(loop, "micro_step", dying)
 
 
 def largest_difference(a: Path, b: Path) -> float:

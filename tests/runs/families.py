@@ -12,21 +12,14 @@ from typing import Any
 
 import pytest
 
-from library.family_table import FAMILIES, family_entry
+from library.family_table import FAMILIES
 from library.registry import import_target
+from library.tiny_models import build_tiny
 from library.training import cli
+from tests.families import CASES, FamilyCase
 from tests.runs.conftest import Work, draw_pictures
-from tests.tiny import build_tiny_flux
-from tests.tiny_anima import build_tiny_anima
-from tests.tiny_sd import build_tiny_sd
 
 KEY_TABLES = Path(__file__).parents[1] / "golden" / "checkpoints"
-BUILDERS = {
-    "flux": build_tiny_flux,
-    "sd": lambda folder: build_tiny_sd(folder, "sd1"),
-    "sdxl": lambda folder: build_tiny_sd(folder, "sdxl"),
-    "anima": build_tiny_anima,
-}
 MODEL = "pretrained_model_name_or_path"
 SLOTS: dict[str, dict[str, set[str]]] = {
     "flux": {MODEL: {"flux_dev", "flux_schnell"}, "clip_l": {"clip_l"}, "t5xxl": {"t5xxl"}, "ae": {"vae_ldm16"}},
@@ -41,39 +34,30 @@ SLOTS: dict[str, dict[str, set[str]]] = {
 class FamilyWork(Work):
     """A folder with pictures and the options of a short run of one family."""
 
-    family: str = "flux"
-
-    def argv(self, out: str, *more: str, dataset: Path | None = None) -> list[str]:
-        usual = f"--network_module={family_entry(self.family).network_module}"
-        argv = super().argv(out, dataset=dataset)
-        return [*(usual if word.startswith("--network_module=") else word for word in argv), *more]
-
-    def dataset(self, *args: Any, **kwargs: Any) -> Path:
-        """With the bucket step of the family, which most have larger than the one of FLUX.1."""
-        path = super().dataset(*args, **kwargs)
-        step = import_target(family_entry(self.family).family).architecture.bucket_step
-        path.write_text(path.read_text(encoding="utf-8").replace("bucket_reso_steps = 16", f"bucket_reso_steps = {step}"), encoding="utf-8")
-        return path
-
-    def train(self, out: str, *more: str, dataset: Path | None = None) -> Path:
-        cli.run(self.family, "network", self.argv(out, *more, dataset=dataset))
-        return self.folder / out / "lora.safetensors"
+    @property
+    def family(self) -> str:
+        return self.case.family
 
 
 class Tinies:
-    """Tiny models, made when first asked for and kept."""
+    """Tiny models by family, made when first asked for and kept."""
 
     def __init__(self, factory: pytest.TempPathFactory) -> None:
         self.factory = factory
         self.made: dict[str, Any] = {}
 
-    def __getitem__(self, family: str) -> Any:
-        if family not in self.made:
-            self.made[family] = BUILDERS[family](self.factory.mktemp(f"tiny_{family}"))
-        return self.made[family]
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.made:
+            self.made[name] = build_tiny(case_of(name).name, self.factory.mktemp(f"tiny_{name}"))
+        return self.made[name]
 
-    def work(self, family: str, folder: Path) -> FamilyWork:
-        return FamilyWork(folder, self[family], draw_pictures(folder / "images", 4), family)
+    def work(self, name: str, folder: Path) -> FamilyWork:
+        """`name`: a family, or one of its tiny sets."""
+        return FamilyWork(folder, self[name], draw_pictures(folder / "images", 4), case=case_of(name))
+
+
+def case_of(name: str) -> FamilyCase:
+    return CASES.get(name) or next(case for case in CASES.values() if case.family == name)
 
 
 def refused_run(family: str, argv: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:

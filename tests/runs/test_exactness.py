@@ -1,23 +1,16 @@
-"""Same command, same bytes; stopped and resumed, the same bytes; a batch cut in two, the same training."""
+"""Exact runs under many options: another seed, resuming at any step, each image once. What holds for every family is in
+test_families.py."""
 
 from __future__ import annotations
 
 import pytest
 
 from library.training.trainer_base import Trainer
-from tests.runs.conftest import Work, fingerprint, largest_difference, read_parts
+from tests.runs.conftest import Stopped, Work, fingerprint, read_parts, stop_after
 
 SETTINGS = "shuffle_caption = true\nkeep_tokens = 1\nflip_aug = true\ncaption_dropout_rate = 0.2\nnum_repeats = 2"
 DROPOUTS = ["--network_dropout=0.1", "--network_args", "rank_dropout=0.1", "module_dropout=0.1"]
 SCHEDULE = ["--lr_scheduler=cosine", "--lr_warmup_steps=2"]
-
-
-def test_the_same_command_writes_the_same_bytes_with_any_number_of_workers(work: Work) -> None:
-    data = work.dataset(subset_keys=SETTINGS)
-    first = work.train("first", *SCHEDULE, *DROPOUTS, dataset=data)
-    again = work.train("again", *SCHEDULE, *DROPOUTS, dataset=data)
-    workers = work.train("workers", *SCHEDULE, *DROPOUTS, "--max_data_loader_n_workers=2", dataset=data)
-    assert fingerprint(first) == fingerprint(again) == fingerprint(workers)
 
 
 def test_another_seed_trains_otherwise_and_a_drawn_one_is_recorded(work: Work) -> None:
@@ -68,24 +61,6 @@ def test_a_resumed_run_ends_in_the_bytes_of_an_uninterrupted_one(work: Work, nam
     assert fingerprint(resumed) == fingerprint(whole)
 
 
-class Stopped(Exception):
-    """Stands for a kill."""
-
-
-def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
-    """Let a run die right after an optimizer step, when its files are written."""
-    from library.training import loop
-
-    original = loop.micro_step
-
-    def dying(run, batch):
-        if run.progress.global_step >= step:
-            raise Stopped
-        return original(run, batch)
-
-    patch.setattr(loop, "micro_step", dying)
-
-
 def test_resuming_at_any_step_gives_the_same_bytes(work: Work) -> None:
     whole = work.train("whole", "--save_every_n_steps=1", "--save_state")
     for step in (1, 2, 4, 5, 6):
@@ -93,19 +68,6 @@ def test_resuming_at_any_step_gives_the_same_bytes(work: Work) -> None:
         (work.folder / out).mkdir()
         resumed = work.train(out, f"--resume={work.folder / 'whole' / f'lora-step{step:08d}-state'}", "--save_every_n_steps=1", "--save_state")
         assert fingerprint(resumed) == fingerprint(whole), f"resumed at step {step}"
-
-
-def test_accumulated_batches_train_like_one_larger_batch(work: Work) -> None:
-    """Nine images of one bucket: 4 + 4 + 1 or, in twos, (2+2) + (2+2) + 1."""
-    from tests.runs.conftest import draw_pictures
-
-    work.images = draw_pictures(work.folder / "square", 9)
-    large = work.dataset(batch_size=4, name="large.toml")
-    small = work.dataset(batch_size=2, name="small.toml")
-    options = ["--max_train_steps=3", "--optimizer_type=SGDNesterov", "--network_args", "rank_dropout=0.2"]
-    one = work.train("one", *options, dataset=large)
-    two = work.train("two", *options, "--gradient_accumulation_steps=2", dataset=small)
-    assert largest_difference(one, two) < 1e-5
 
 
 def test_each_image_is_seen_once_per_epoch_with_workers(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.runs.conftest import Work, draw_pictures, fingerprint
-from tests.runs.test_exactness import Stopped, stop_after
+from tests.runs.conftest import Stopped, Work, draw_pictures, fingerprint, stop_after
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVING = ["--save_every_n_steps=1", "--save_state"]

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs.conftest import Work, draw_pictures, fingerprint, read_parts
-from tests.runs.test_exactness import Stopped, stop_after
+from tests.runs.conftest import Stopped, Work, draw_pictures, fingerprint, read_parts, stop_after
 
 BRIEF = "--t5xxl_max_token_length=32"
 """most of the time of such a small model goes into padding"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gc
 import json
 import logging
@@ -15,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from library.training import cli
-from tests.runs.conftest import Work, draw_pictures, fingerprint, largest_difference, read_parts
+from tests.runs.conftest import Work, draw_pictures, fingerprint, largest_difference, losses_of, read_parts
 from tests.tiny import TinyFlux, build_tiny_flux
 
 
@@ -43,11 +42,6 @@ def base(tiny: TinyFlux, tmp_path_factory) -> Iterator[Work]:
 def run(work: Work, name: str, *options: str, steps: int = 1, **settings: str) -> Path:
     dataset = work.dataset(name=f"{name}.toml", **settings)
     return work.train(name, f"--max_train_steps={steps}", *options, dataset=dataset)
-
-
-def losses_of(path: Path) -> list[float]:
-    with open(path.with_name("lora-loss.csv"), encoding="utf-8") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file) if row.get("loss")]
 
 
 CHANGING = [
@@ -162,20 +156,6 @@ def test_scale_weight_norms(base: Work):
             stem = key.removesuffix("lora_up.weight")
             down = state[stem + "lora_down.weight"]
             assert (up.flatten(1) @ down.flatten(1)).norm() * state[stem + "alpha"] / len(down) <= 0.01 * 1.001
-
-
-def test_masks(base: Work):
-    """A white mask changes nothing, a black one leaves nothing."""
-    masks = base.folder / "masks"
-    masks.mkdir()
-    for path in base.images.glob("*.png"):
-        Image.new("RGB", Image.open(path).size, (255, 255, 255)).save(masks / path.name)
-    white = run(base, "white", "--masked_loss", subset_keys=f"conditioning_data_dir = '{masks}'")
-    assert losses_of(white) == pytest.approx(losses_of(base.folder / "base" / "lora.safetensors"), rel=1e-5)
-    for path in masks.glob("*.png"):
-        Image.new("RGB", Image.open(path).size, (0, 0, 0)).save(path)
-    black = run(base, "black", "--masked_loss", subset_keys=f"conditioning_data_dir = '{masks}'")
-    assert losses_of(black) == [0.0]
 
 
 def folders(work: Work, name: str, **options: object) -> list[str]:

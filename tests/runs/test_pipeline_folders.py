@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,33 @@ from safetensors.torch import load_file
 
 from library.training import cli
 from tests.runs.conftest import draw_pictures, largest_difference, read_parts
+from tests.families import CASES
 from tests.runs.families import FamilyWork, refused_run, without
-from tests.tiny import write_clip_tokenizer
-from tests.tiny_sd import KINDS, TinySd, tiny_params
+from tests.tiny import KINDS, write_clip_tokenizer
 
 diffusers = pytest.importorskip("diffusers")
 PIPELINES = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
-FAMILY = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl"}
+
+
+@dataclass(frozen=True)
+class FolderModel:
+    """A pipeline folder or a file with its tokenizer, in the place of a tiny set."""
+
+    folder: Path
+    model: Path
+    tokenizer: Path
+    is_v2: bool
+
+    def arguments(self) -> list[str]:
+        words = [f"--pretrained_model_name_or_path={self.model}", f"--clip_tokenizer={self.tokenizer}"]
+        return [*words, *(["--v2"] if self.is_v2 else [])]
+
+
+def work_with(folder: Path, model: Path, kind: str, script: str) -> FamilyWork:
+    """A run of the script of `script` (a tiny set) on a model folder of a kind; epsilon prediction."""
+    tiny = FolderModel(folder, model, model / "tokenizer", kind == "sd2")
+    case = replace(CASES[script], name="sd1" if script == "sd2" else script)
+    return FamilyWork(folder, tiny, draw_pictures(folder / "images", 3), case=case)
 
 
 def unet(kind: str) -> Any:
@@ -93,8 +113,7 @@ def model(request, tmp_path_factory) -> tuple[str, Path]:
 @pytest.fixture
 def work(model: tuple[str, Path], tmp_path: Path) -> FamilyWork:
     kind, folder = model
-    tiny = TinySd(tmp_path, folder, folder / "tokenizer", kind, tiny_params(kind))
-    return FamilyWork(tmp_path, tiny, draw_pictures(tmp_path / "images", 3), FAMILY[kind])
+    return work_with(tmp_path, folder, kind, kind)
 
 
 def train(work: FamilyWork, out: str, path: Path, *more: str) -> Path:
@@ -176,11 +195,10 @@ def test_a_folder_with_a_missing_part(model: tuple[str, Path], work: FamilyWork,
 
 def test_a_folder_that_says_velocity(tmp_path: Path, monkeypatch, capsys) -> None:
     folder = write_folder(tmp_path / "v", "sd2", prediction="v_prediction")
-    tiny = TinySd(tmp_path, folder, folder / "tokenizer", "sd2", tiny_params("sd2"))
-    work = FamilyWork(tmp_path, tiny, draw_pictures(tmp_path / "images", 2), "sd")
+    work = work_with(tmp_path, folder, "sd2", "sd2")
     message = refused_run("sd", work.argv("out"), monkeypatch, capsys)
     assert "says that it predicts velocity; add --v_parameterization" in message
     assert read_parts(train(work, "out", folder, "--v_parameterization"))[0]["ss_base_model_version"] == "sd_v2_v"
-    other = FamilyWork(tmp_path, replace(tiny, kind="sd1"), work.images, "sdxl")
+    other = work_with(tmp_path, folder, "sd1", "sdxl")
     message = refused_run("sdxl", other.argv("other"), monkeypatch, capsys)
     assert "a diffusers pipeline folder (StableDiffusionPipeline)" in message and "train_network.py trains such a model" in message

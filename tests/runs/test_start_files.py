@@ -101,6 +101,24 @@ def test_multipliers_of_base_weights(trained: Start) -> None:
     assert parts == pytest.approx(once, rel=SAME) and once != pytest.approx(plain, rel=OTHER)
 
 
+def test_cached_captions_are_those_of_the_merged_encoders(trained: Start) -> None:
+    """Also when the plain encoders have filled the cache before, and they are the plain ones' again afterwards."""
+    if trained.family == "sd":  # has no such cache
+        with pytest.raises(ConfigError, match="cache_text_encoder_outputs"):
+            trained.train("refused", "--cache_text_encoder_outputs")
+        return
+    only, text = [FRESH, "--network_train_unet_only"], ["--base_weights", str(trained.folder / "text.safetensors")]
+    save_file_atomic({key: t for key, t in load_file(trained.file).items() if key.startswith("lora_te")}, Path(text[1]))
+    plain, merged = trained.first_loss(*only), trained.first_loss(*only, *text)
+    assert merged != pytest.approx(plain, rel=OTHER)
+    disk = "--cache_text_encoder_outputs_to_disk"
+    assert trained.first_loss(*only, "--cache_text_encoder_outputs", *text) == pytest.approx(merged, rel=SAME)
+    assert trained.first_loss(*only, disk) == pytest.approx(plain, rel=SAME)
+    assert trained.first_loss(*only, disk, *text) == pytest.approx(merged, rel=SAME)
+    assert losses_of(trained.train("again", *only, disk, *text))[0] == pytest.approx(merged, rel=SAME)
+    assert losses_of(trained.train("plain again", *only, disk))[0] == pytest.approx(plain, rel=SAME)
+
+
 @pytest.mark.parametrize("option", ["--base_weights", "--network_weights"])
 @pytest.mark.parametrize("layout", ["diffusers", "dotted"])
 def test_files_of_other_programs_are_taken(trained: Start, layout: str, option: str) -> None:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.checkpoint_kinds import describe_checkpoint
-from library.family_table import script_of_kind
+from library.family_table import FAMILIES, script_of_kind
 from library.safetensors_utils import load_pickled_tensors
 from tests.runs.families import MODEL, SLOTS, FamilyWork, Tinies, key_table, refused_run, without, write_header_only
 from tests.tiny_sd import build_tiny_sd
@@ -217,6 +217,13 @@ def test_adapters_of_other_families(work: FamilyWork, slot: str, monkeypatch, ca
         save_file({f"{stem}.lora_down.weight": torch.zeros(4, 8), f"{stem}.lora_up.weight": torch.zeros(8, 4)}, path)
         message = refused_run(work.family, [*work.argv("out"), f"--{slot}={path}"], monkeypatch, capsys)
         assert f"--{slot} is {path}: this is a LoRA-type adapter for {OWNERS[maker]}; needed: one for {OWNERS[work.family]}" in message
+
+
+def test_network_modules_of_other_families(work: FamilyWork, monkeypatch, capsys) -> None:
+    own = FAMILIES[work.family].network_module
+    for module in {entry.network_module for entry in FAMILIES.values()} - {own}:
+        message = refused_run(work.family, [*work.argv("out"), f"--network_module={module}"], monkeypatch, capsys)
+        assert f"--network_module is {module}, which is for " in message and f"use {own} or networks.lora" in message
 
 
 def test_nothing_given_names_every_needed_option(work: FamilyWork, monkeypatch, capsys) -> None:

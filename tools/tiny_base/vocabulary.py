@@ -11,19 +11,14 @@ import struct
 from collections import Counter
 from pathlib import Path
 
+from library.tiny_models.vocabularies import CONTROL_PIECE, NORMAL_PIECE, UNKNOWN_PIECE, byte_characters
 from tools.tiny_base.captions import CONSONANTS, VOWELS, vocabulary_words
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_LENGTH = 77
 T5_SPECIALS = ("<pad>", "</s>", "<unk>")
-NORMAL_PIECE, UNKNOWN_PIECE, CONTROL_PIECE, BYTE_PIECE = 1, 2, 3, 6  # sentencepiece's piece types
+BYTE_PIECE = 6  # beside the piece types of tiny_models/vocabularies.py
 WORD_SCORE, SYLLABLE_SCORE, CHARACTER_SCORE = -6.0, -9.0, -12.0  # one word beats its syllables, these beat their letters
-
-
-def byte_characters() -> list[str]:
-    """The 256 printable stand-ins for bytes, in CLIP's order."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(code) for code in printable] + [chr(0x100 + i) for i in range(256 - len(printable))]
 
 
 def byte_pair_merges(words: dict[str, int]) -> list[tuple[str, str]]:

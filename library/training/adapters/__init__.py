@@ -12,19 +12,18 @@ from library.options import option
 from library.registry import Registry
 
 NETWORKS: Registry = Registry("network module", option="network_module")
-NETWORKS.add("lora", "networks.lora")
-NETWORKS.add("loha", "networks.loha")
-NETWORKS.add("lokr", "networks.lokr")
-NETWORKS.add("oft", "networks.oft")
-NETWORKS.add("diag_oft", "networks.diag_oft")
-NETWORKS.add("boft", "networks.boft")
-NETWORKS.add("glora", "networks.glora")
+KINDS = (
+    "lora", "loha", "lokr", "glora", "oft", "diag_oft", "boft", "dylora", "lora_fa", "tlora", "ia3", "full", "norm",
+)  # fmt: skip
+"""files in networks/ that make adapters of one kind, for every family; the short names are theirs"""
+
+for _kind in KINDS:
+    NETWORKS.add(_kind, f"networks.{_kind}")
+for _module in dict.fromkeys(entry.targets.partition(":")[0] for entry in FAMILIES.values()):
+    NETWORKS.add(_module.removeprefix("networks."), _module)  # the names under which known scripts have LoRA of one family
 NETWORKS.add("lycoris", "lycoris.kohya", package="lycoris-lora")
 
-OWN_MODULES = tuple(dict.fromkeys([
-    *(NETWORKS.entry(name).target for name in NETWORKS.names() if NETWORKS.entry(name).target.startswith("networks.")),
-    *(entry.targets.partition(":")[0] for entry in FAMILIES.values()),
-]))  # fmt: skip
+OWN_MODULES = tuple(NETWORKS.entry(name).target for name in NETWORKS.names() if name != "lycoris")
 
 DENOISER_ONLY = ("networks.oft", "networks.oft_flux", "networks.diag_oft", "networks.boft")
 """network modules that never train text encoders"""
@@ -108,12 +107,17 @@ def parse_pairs(items: Sequence[str] | None) -> dict[str, str]:
     return pairs
 
 
-def check_network_module(options: NetworkOptions, usual: str = "networks.lora") -> None:
+def check_network_module(options: NetworkOptions, usual: str | None = None) -> None:
     """Raise ConfigError unless --network_module is given and can be imported; nothing of it is executed. `usual`: the module
-    that messages name as an example."""
+    of the family's LoRAs; that of another family is refused, and messages name it as an example."""
     if not options.network_module:
-        raise ConfigError(f"--network_module is missing; name the adapter to train, e.g. --network_module {usual}")
+        raise ConfigError(f"--network_module is missing; name the adapter to train, e.g. --network_module {usual or 'networks.lora'}")
     path = options.module_path
+    if usual is not None and path in OWN_MODULES and path not in ("networks.lora", usual):
+        owner = next(entry for entry in FAMILIES.values() if entry.network_module == path)
+        raise ConfigError(
+            f"--network_module is {options.network_module}, which is for {owner.adapters}; use {usual} or networks.lora, which serves every family"
+        )
     try:
         found = importlib.util.find_spec(path) is not None
     except (ModuleNotFoundError, ValueError):

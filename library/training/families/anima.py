@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError, Problems
 from library.options import equivalent_option, option, refused_option
+from library.training.adapters import NetworkOptions
 from library.training.families.base import FlowFamily, refused_by_flow, tokenizer_problems
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
-from library.training.sampling_prompts import SAMPLE_DEFAULTS
+from library.training.inference_samplers import SamplerOptions, check_flow_sampler
+from library.training.sampling_prompts import SAMPLE_DEFAULTS, with_defaults
 from library.training.timestep_samplers import TimestepOptions
 
 if TYPE_CHECKING:
@@ -33,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr")
 ATTENTION_MODES = ("torch", "sdpa", "xformers", "flash", "sageattn")
-SAMPLER = "euler"
 TOKEN_LENGTH = 512
 RATE_PATTERNS = {
     "llm_adapter_lr": r"llm_adapter\..*",
@@ -43,6 +45,8 @@ RATE_PATTERNS = {
     "mod_lr": r"blocks\.\d+\.adaln_modulation.*",
 }
 """options of rates -> the layers they speak of; the first that fits a layer counts"""
+RATE_SWITCHES = {"llm_adapter_lr": "train_llm_adapter=True", "mod_lr": "include_patterns=['.*_modulation.*']"}
+"""options of rates whose layers learn only with a network argument"""
 
 _SD_MODELS = "it belongs to Stable Diffusion; Anima has no such variant"
 _ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
@@ -106,7 +110,7 @@ class AnimaFamily(FlowFamily):
     timestep_modes = TIMESTEP_MODES
     denoiser_kinds = ("anima", "cosmos")
     architecture = ARCHITECTURES["anima"]
-    sampling = SAMPLE_DEFAULTS["anima"]
+    sampling = dataclasses.replace(SAMPLE_DEFAULTS["anima"], reads=frozenset({"sample_sampler"}))
     options = AnimaOptions
     defaults = {"timestep_sampling": "sigmoid", "discrete_flow_shift": 1.0}
     part_options = {
@@ -122,8 +126,14 @@ class AnimaFamily(FlowFamily):
         "clip_skip": "Anima takes the last layer of its text encoder",
         "max_token_length": "it counts CLIP tokens; see --qwen3_max_token_length and --t5_max_token_length",
         "weighted_captions": "training Anima with weighted words is not possible",
-        "sample_sampler": "Anima samples with Euler steps along its own schedule",
     }
+
+    def check(self) -> None:
+        problems = Problems()
+        problems.attempt(super().check)
+        if SamplerOptions in self.config:
+            problems.attempt(lambda: check_flow_sampler(self.config[SamplerOptions].sample_sampler, "--sample_sampler"))
+        problems.raise_if_any()
 
     def part_problems(self, part: str) -> list[str]:
         found = self._slot_problems(part)
@@ -199,6 +209,8 @@ class AnimaFamily(FlowFamily):
             lines.append("the model file has no LLM adapter: the denoiser attends to the states of Qwen3 directly")
         if self.config[CachingOptions].caches_text and "caption_dropout_rate" not in self.config.explicit:
             lines.append("caption dropout follows the dataset, also with cached text encoder outputs; rates in old cache files are not read")
+        for name, switch in self._idle_rates().items():
+            lines.append(f'--{name} has no effect: these layers learn only with --network_args "{switch}"')
         return lines
 
     @property
@@ -216,9 +228,18 @@ class AnimaFamily(FlowFamily):
         return inspect_anima(self._denoiser_path)
 
     def layer_rates(self) -> Mapping[str, float]:
-        """Path pattern -> learning rate, from the options of rates that are given."""
-        given = {pattern: getattr(self.opts, name) for name, pattern in RATE_PATTERNS.items()}
+        """Path pattern -> learning rate, from the options of rates that are given and mean layers that learn."""
+        given = {pattern: getattr(self.opts, name) for name, pattern in RATE_PATTERNS.items() if name not in self._idle_rates()}
         return {pattern: rate for pattern, rate in given.items() if rate is not None}
+
+    def _idle_rates(self) -> dict[str, str]:
+        """Options of rates whose layers take no adapter -> the network argument that gives them one. A network that is made
+        after a file has the layers of the file."""
+        if NetworkOptions not in self.config or self.config[NetworkOptions].dim_from_weights:
+            return {}
+        given = [name for name in RATE_SWITCHES if getattr(self.opts, name) is not None]
+        pairs = self.config[NetworkOptions].pairs
+        return {name: RATE_SWITCHES[name] for name in given if RATE_SWITCHES[name].split("=")[0] not in pairs}
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_anima
@@ -305,17 +326,20 @@ class AnimaFamily(FlowFamily):
         """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
         from library.anima_train_utils import SampleSettings, generate_latents
         from library.sampling_utils import decode_to_image
-        from library.training.inference_samplers import INFERENCE_SAMPLERS
-        from library.training.inference_samplers.flow import flow_schedule
+        from library.training.inference_samplers.flow import flow_sampler, flow_schedule
 
-        settings = SampleSettings(
-            height=prompt.height, width=prompt.width, seed=prompt.seed, cfg_scale=prompt.scale
-        )
+        settings = SampleSettings(height=prompt.height, width=prompt.width, seed=prompt.seed, cfg_scale=prompt.scale)
         latents = generate_latents(
-            models.denoiser, settings, conditioning, negative, sampler=INFERENCE_SAMPLERS.resolve(SAMPLER),
+            models.denoiser, settings, conditioning, negative, sampler=flow_sampler(prompt.sample_sampler),
             sigmas=flow_schedule(prompt.sample_steps, prompt.flow_shift),
         )
         return decode_to_image(models.vae, latents)
+
+    def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
+        """Complete settings, with the sampler of --sample_sampler where the prompt names none."""
+        name = prompt.sample_sampler or self.config[SamplerOptions].sample_sampler
+        check_flow_sampler(name, "a sample prompt's sampler")
+        return dataclasses.replace(with_defaults(prompt, self.sampling), sample_sampler=name)
 
     def needs_negative(self, prompt: SamplePrompt) -> bool:
         return prompt.scale is not None and prompt.scale > 1.0

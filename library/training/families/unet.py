@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from library.dataset import CachingOptions
 from library.errors import CheckpointError, ConfigError, Problems, did_you_mean
 from library.training.families.base import ModelFamily, refused_by_ddpm
-from library.training.inference_samplers import INFERENCE_SAMPLERS, SamplerOptions
-from library.training.option_groups import ModelOptions, NoiseOptions
+from library.training.inference_samplers import INFERENCE_SAMPLERS, SamplerOptions, sampler_notices
+from library.training.option_groups import ModelOptions, NoiseOptions, SamplingOptions
 from library.training.sampling_prompts import SamplePrompt, with_defaults
 from library.training.timestep_samplers import TimestepOptions
 
@@ -110,6 +110,10 @@ class UNetFamily(ModelFamily):
             lines.append(f"--v_parameterization: {self.base_path} says that it predicts noise; it will be changed to predict velocity")
         if self.info.zero_terminal_snr and not self.config[NoiseOptions].zero_terminal_snr:
             lines.append(f"{self.base_path} says that it was trained with a zero-terminal schedule; --zero_terminal_snr is not set")
+        if SamplingOptions in self.config and self.config[SamplingOptions].sample_prompts:
+            lines += sampler_notices(
+                self.config[SamplerOptions].sample_sampler, is_v=self.is_v, zero_terminal_snr=self.config[NoiseOptions].zero_terminal_snr
+            )
         return lines
 
     @property
@@ -203,8 +207,8 @@ def about_slot(slot: str, path: str | None, error: CheckpointError) -> str:
     return f"--{slot} is {path}: {text}"
 
 
-def slot_problem(path: str | None, slot: str, kinds: set[str]) -> str | None:
+def slot_problem(path: str | None, slot: str, kinds: set[str], *, for_pictures: bool = False) -> str | None:
     """`check_slot` that takes the .ckpt files of these families too: they are opened as data, which runs no code."""
     from library.checkpoint_kinds import check_slot
 
-    return check_slot(path, slot, kinds, with_pickles=True)
+    return check_slot(path, slot, kinds, with_pickles=True, for_pictures=for_pictures)

@@ -51,7 +51,8 @@ def encode_sample_prompts(
     """
     encoded: dict[str, Conditioning] = {}
     for text in texts_of(family, prompts):
-        outputs = strategies.text_encoding.encode(strategies.tokenize, text_encoders, *strategies.tokenize.tokens_of(text))
+        tokens, weights = strategies.tokenize.tokenize_prompt(text)
+        outputs = strategies.text_encoding.encode(strategies.tokenize, text_encoders, tokens, weights)
         encoded[text] = [None if tensor is None else tensor.detach().cpu() for tensor in outputs]
     return encoded
 

@@ -35,7 +35,7 @@ def _add(
         )
 
 
-_add("ddim", "flow:euler", "leading")
+_add("ddim", "flow:euler", "leading", flow="same")
 _add("ddpm", "ancestral:euler_ancestral", "leading")
 _add("pndm", "linear_multistep:pndm", "leading", final="sigma_min", midpoints=True)
 _add("lms", "linear_multistep:lms", "linspace", flow="same", k=True)
@@ -53,15 +53,33 @@ _add("er_sde", "er_sde:er_sde", "linspace_inner", flow="alpha")
 
 SAMPLER_NAMES = tuple(INFERENCE_SAMPLERS.names())
 """names that --sample_sampler and prompt files may use; a family says which of them it has"""
+FLOW_SAMPLER_NAMES = tuple(entry.name for entry in INFERENCE_SAMPLERS if entry.info.get("flow"))
+"""those of them that flow models have"""
 CLIPPED_ELSEWHERE = ("ddim", "ddpm", "heun")
 
 
-def sampler_notices(name: str) -> list[str]:
-    """Lines for the log at start of a script that samples an SD model: where pictures differ from those of known trainers."""
+def check_flow_sampler(name: str, what: str) -> None:
+    """ConfigError with the names that flow models have when `name` is none of them; `what` says where it stands."""
+    if name in FLOW_SAMPLER_NAMES:
+        return
+    told = ", a sampler of SD models;" if name in INFERENCE_SAMPLERS else did_you_mean(name, FLOW_SAMPLER_NAMES) or ";"
+    raise ConfigError(f"{what} is '{name}'{told} flow models have {', '.join(FLOW_SAMPLER_NAMES)}")
+
+
+def sampler_notices(name: str, *, is_v: bool = False, zero_terminal_snr: bool = False) -> list[str]:
+    """Lines for the log at start of a script that samples an SD model: where pictures differ from those of known trainers.
+
+    `is_v`: the model predicts velocity.
+    """
     INFERENCE_SAMPLERS.entry(name)
+    lines = []
     if name in CLIPPED_ELSEWHERE:
-        return [f"{name}: predicted latents are not clipped to -1..1, so samples have more contrast than those of tools that clip them"]
-    return []
+        lines.append(f"{name}: predicted latents are not clipped to -1..1, so samples have more contrast than those of tools that clip them")
+    if name == "pndm" and is_v:
+        lines.append("pndm: predictions of velocity become noise before those of several steps are combined, which known tools do after it")
+    if zero_terminal_snr:
+        lines.append("samples follow the zero-terminal schedule of the training (known trainers sample on the plain one)")
+    return lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +88,7 @@ class SamplerOptions:
 
     sample_sampler: str = option(
         DEFAULT_SAMPLER, choices=SAMPLER_NAMES,
-        help="sampler of the sample images; flow models (FLUX.1) always use their own Euler sampler",
+        help="sampler of the sample images, as far as the model has it",
     )
 
     def __post_init__(self) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from library.errors import ConfigError
-from library.training.inference_samplers import INFERENCE_SAMPLERS
+from library.training.inference_samplers import INFERENCE_SAMPLERS, check_flow_sampler
 from library.training.inference_samplers.common import Denoise, NextNoise, alpha_flow
 from library.training.timesteps import shift_sigmas
 
@@ -24,7 +23,8 @@ def flow_schedule(num_steps: int, shift: float = 1.0) -> torch.Tensor:
 def euler(
     denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None
 ) -> torch.Tensor:
-    """x += (s_next - s) d at each step. `noise` is not used. The same in VE, where it is DDIM (eta 0) on DDIM's times."""
+    """x += (s_next - s) d at each step. `noise` is not used. DDIM (eta 0) is this step too: in
+    VE on DDIM's times, and in flow, where (1 - s')(x - s v) + s'(x + (1 - s) v) = x + (s' - s) v."""
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         latents = latents + (following - sigma) * denoise(latents, sigma)
     return latents
@@ -36,9 +36,7 @@ def flow_sampler(name: str) -> Callable[..., torch.Tensor]:
     ConfigError when the name is unknown, or is that of a sampler for SD models only.
     """
     kind = INFERENCE_SAMPLERS.entry(name).info.get("flow")
-    if kind is None:
-        known = [entry.name for entry in INFERENCE_SAMPLERS if entry.info.get("flow")]
-        raise ConfigError(f"the sampler '{name}' is for SD models; flow models have {', '.join(known)}")
+    check_flow_sampler(name, "the sampler")
     sampler = INFERENCE_SAMPLERS.resolve(name)
     return functools.partial(_below_one, sampler) if kind == "alpha" else sampler
 

@@ -31,7 +31,7 @@ LOSS_WEIGHTS.add("debiased_estimation_loss", "library.training.loss_weights.snr:
 class LossWeightOptions:
     """Weight of the loss by noise level (models trained with DDPM)."""
 
-    min_snr_gamma: float | None = option(None, help="gamma of min-SNR weighting, arXiv 2303.09556; 5 is usual")
+    min_snr_gamma: float | None = option(None, help="gamma of min-SNR weighting, arXiv 2303.09556; 5 is usual, 0 = off")
     scale_v_pred_loss_like_noise_pred: bool = option(False, help="scale a v-prediction loss like a noise-prediction loss")
     v_pred_like_loss: float | None = option(None, help="add this much of the loss that v-prediction would have")
     debiased_estimation_loss: bool = option(False, help="weight of arXiv 2310.08442")
@@ -39,8 +39,8 @@ class LossWeightOptions:
     def __post_init__(self) -> None:
         problems = Problems()
         gamma, weight = self.min_snr_gamma, self.v_pred_like_loss
-        if gamma is not None and not (math.isfinite(gamma) and gamma > 0):
-            problems.add(f"--min_snr_gamma is {gamma}; a number above 0 is needed, e.g. 5")
+        if gamma is not None and not (math.isfinite(gamma) and gamma >= 0):
+            problems.add(f"--min_snr_gamma is {gamma}; 0 (off) or a positive number is needed, e.g. 5")
         if weight is not None and not (math.isfinite(weight) and weight >= 0):
             problems.add(f"--v_pred_like_loss is {weight}; 0 (off) or a positive number is needed, e.g. 0.1")
         problems.raise_if_any()

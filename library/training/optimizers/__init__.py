@@ -229,6 +229,26 @@ def check(options: OptimizerOptions) -> None:
     build(options, [{"params": [nn.Parameter(zeros(2, 2))], "lr": options.learning_rate, "name": "probe"}])
 
 
+def check_float16(options: OptimizerOptions) -> None:
+    """ConfigError when the optimizer makes float16 weights (--full_fp16) not-a-number that have no gradient yet, as the first
+    matrices of adapters do: Adam divides by sqrt(v) + eps, and a small eps is 0 in float16."""
+    from torch import float16, nn, zeros
+
+    try:
+        weight = nn.Parameter(zeros(2, 2, dtype=float16))
+        built = build(options, [{"params": [weight], "lr": options.learning_rate, "name": "probe"}])
+        weight.grad = zeros(2, 2, dtype=float16)
+        built.optimizer.step()
+    except Exception:  # an optimizer that does not run on the CPU cannot be tried; what `check` finds is told there
+        return
+    if not bool(weight.isfinite().all()):
+        raise ConfigError(
+            f"--full_fp16 with --optimizer_type {built.choice.name}: weights without gradient become not-a-number, because its eps"
+            " is 0 in float16; add --optimizer_args eps=1e-4, or leave --full_fp16 out (--mixed_precision fp16 alone keeps the"
+            " trained weights in float32)"
+        )
+
+
 def build(options: OptimizerOptions, param_groups: Sequence[Mapping[str, Any]]) -> OptimizerBuild:
     """Make the optimizer for groups with `params`, `lr` and `name`.
 

@@ -46,7 +46,7 @@ class Trainable(ABC):
         """What is done to the models' tensors while their files are read; None = nothing."""
         return None
 
-    def transform_identity(self) -> str:
+    def transform_identity(self, family: ModelFamily) -> str:
         """Stands for what `transform` does, so that cached outputs of changed text encoders are known from others; "" = nothing."""
         return ""
 

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DENOISER_PREFIXES = ("lora_unet", "oft_unet", "lycoris", "diffusion_model", "transformer", "unet")
-
-
 class BaseWeights:
     """The files of --base_weights with their multipliers."""
 
@@ -49,12 +46,15 @@ class BaseWeights:
             self._merge.plan(open_checkpoint(model_path, folder)).check_family()
         return self._merge
 
-    def identity(self) -> str:
+    def identity(self, targets: NetworkTargets) -> str:
         """Stands for the files that change text encoders, so that outputs cached with others are not taken for theirs."""
         parts = []
         for path, multiplier in self.files:
-            if any(not name.startswith(DENOISER_PREFIXES) for name in by_module(read_adapter_file(path, None))):
-                parts.append(f"{model_identity(path)} {multiplier}")
+            if multiplier and any(targets.encoder_of(name) is not None for name in by_module(read_adapter_file(path, targets))):
+                logger.info(
+                    "%s changes text encoders; cached outputs are made with it (other trainers cache those of the encoders without it)", path
+                )
+                parts.append(f"{model_identity(path)} times {multiplier:g}")
         return combined_identity(parts) if parts else ""
 
     def finish(self, module: Any, models: Models, runtime: Runtime, targets: NetworkTargets) -> None:

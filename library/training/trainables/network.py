@@ -184,8 +184,8 @@ class NetworkTrainable(Trainable):
     def transform(self, family: ModelFamily) -> Transform | None:
         return self._base_weights.transform(family, self.config[ModelOptions].pretrained_model_name_or_path)
 
-    def transform_identity(self) -> str:
-        return self._base_weights.identity()
+    def transform_identity(self, family: ModelFamily) -> str:
+        return self._base_weights.identity(targets_of_family(family.name))
 
     def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None:
         """Make the network, hook it into the models and load its start weights."""

@@ -118,6 +118,9 @@ def test_a_backend_that_torch_lacks_is_refused():
         ({"max_train_steps": 10, "max_train_epochs": 2}, "replaces --max_train_steps"),
         ({"validate_every_n_steps": 2}, "--validation_split"),
         ({"save_model_as": "pt"}, "no metadata"),
+        ({"noise_offset_random_strength": True}, "--noise_offset_random_strength has no effect without --noise_offset"),
+        ({"ip_noise_gamma_random_strength": True}, "--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma"),
+        ({"multires_noise_discount": 0.5}, "--multires_noise_discount has no effect without --multires_noise_iterations"),
         ({"sample_prompts": "x.txt"}, "--sample_prompts has no effect"),
     ],
 )

@@ -8,7 +8,7 @@ from library.training.formula_checks import formula_notices, formula_problems, f
 from library.training.loss_weights import LossWeightOptions
 from library.training.losses import LossOptions
 from library.training.objective import DdpmObjective, FlowMatchingObjective
-from library.training.option_groups import LoopOptions, ModelOptions, NoiseOptions
+from library.training.option_groups import LoopOptions, ModelOptions, NoiseOptions, PrecisionOptions
 from library.training.optimizers import OptimizerOptions
 from library.training.schedulers import SchedulerOptions
 from library.training.timestep_samplers import TimestepOptions
@@ -53,3 +53,14 @@ def test_settings_that_the_chosen_formula_does_not_read_are_named():
     (line,) = timestep_samplers.notices(options)
     assert line.startswith("--sigmoid_scale, --logit_mean without effect with --timestep_sampling uniform")
     assert timestep_samplers.notices(TimestepOptions(timestep_sampling="shift", sigmoid_scale=2.0, discrete_flow_shift=1.0)) == []
+
+
+def test_an_optimizer_that_makes_float16_weights_no_numbers_is_refused():
+    """Adam's usual eps is 0 in float16, and the first matrices of adapters have no gradient in the first step."""
+    groups = (*GROUPS, PrecisionOptions)
+    half = {"full_fp16": True, "mixed_precision": "fp16"}
+    problems = formula_problems(Config.read(half, groups))
+    assert len(problems) == 1 and "--full_fp16" in problems[0] and "eps=1e-4" in problems[0]
+    assert formula_problems(Config.read({**half, "optimizer_args": ["eps=1e-4"]}, groups)) == []
+    assert formula_problems(Config.read({**half, "optimizer_type": "SGDNesterov"}, groups)) == []
+    assert formula_problems(Config.read({"mixed_precision": "fp16"}, groups)) == []

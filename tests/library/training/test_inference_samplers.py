@@ -119,9 +119,29 @@ def test_the_documentation_names_every_sampler():
 
 def test_samplers_that_other_tools_clip_are_told_about():
     assert "not clipped" in sampler_notices("ddim")[0]
-    assert sampler_notices("euler") == []
+    assert sampler_notices("euler") == sampler_notices("pndm") == []
+    assert "velocity" in sampler_notices("pndm", is_v=True)[0]
+    assert "zero-terminal" in sampler_notices("euler", zero_terminal_snr=True)[0]
     with pytest.raises(ConfigError, match="unknown sampler 'eulr'"):
         sampler_notices("eulr")
+
+
+def test_pndm_of_a_network_that_predicts_velocity_is_exact_where_that_is_known():
+    """Gaussian data: the path from noise to data has a closed form. Velocities combined as such miss it by 3 % at 50 steps."""
+    cumprod = discrete.ddpm_alphas_cumprod(False)
+
+    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        alpha = float(cumprod.sqrt()[int(timestep)])
+        scale = math.sqrt(1 - alpha**2)
+        clean = 0.3 + alpha * 0.25 / (alpha**2 * 0.25 + scale**2) * (latents - 0.3 * alpha)
+        return alpha * (latents - alpha * clean) / scale - scale * clean
+
+    start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    result = discrete.sample_latents("pndm", predict, start, 50, prediction_type="v")
+    first, last = float(cumprod[981]), float(cumprod[0])
+    spread = math.sqrt((0.25 * last + 1 - last) / (0.25 * first + 1 - first))
+    exact = 0.3 * math.sqrt(last) + spread * (start - 0.3 * math.sqrt(first))
+    assert ((result - exact).norm() / exact.norm()).item() < 0.004
 
 
 def test_leading_times_begin_at_the_offset_and_stay_in_range():
@@ -179,7 +199,7 @@ def test_samplers_that_add_noise_ask_for_it(name):
         discrete.sampler_of(name, schedule)(lambda x, s: x, torch.ones(SHAPE), schedule.sigmas)
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "lms", "dpmsolver++", "unipc", "er_sde", "dpmsolver++_sde"])
+@pytest.mark.parametrize("name", ["euler", "ddim", "heun", "lms", "dpmsolver++", "unipc", "er_sde", "dpmsolver++_sde"])
 def test_flow_samplers_start_at_sigma_one(name):
     sigmas = flow_schedule(6, 3.0)
     start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
@@ -195,8 +215,8 @@ def test_flow_samplers_start_at_sigma_one(name):
 
 
 def test_samplers_of_sd_models_are_refused_for_flow():
-    with pytest.raises(ConfigError, match="'ddim' is for SD models; flow models have lms"):
-        flow_sampler("ddim")
+    with pytest.raises(ConfigError, match="'pndm', a sampler of SD models; flow models have ddim, lms"):
+        flow_sampler("pndm")
 
 
 def test_bad_values_are_refused():

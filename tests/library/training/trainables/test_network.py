@@ -218,6 +218,7 @@ def test_hooks_pass_on_epochs_and_multipliers(tiny):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--network_module", ""], "--network_module is missing"),
     (["--network_module", "networks.lora_fluxx"], "did you mean 'networks.lora_flux'"),
+    (["--network_module", "networks.lora_anima"], "for Anima; use networks.lora_flux or networks.lora"),
     (["--network_args", "rank_dropuot=0.1"], "did you mean 'rank_dropout'"),
     (["--network_args", "train_single_block_indices=0-2"], "blocks 0-1"),
     (["--network_weights", "/nowhere.safetensors"], "--network_weights is /nowhere.safetensors"),

@@ -1,0 +1,54 @@
+"""What the tests of all families know of each: one record, its tiny models and its command line in library/tiny_models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from library.dataset.architectures import ARCHITECTURES
+from library.tiny_models import TinyEntry, tiny_entry
+
+
+@dataclass(frozen=True)
+class FamilyCase:
+    """`name`: of the tiny set; `version`: ss_base_model_version of its adapters; `text_parts`: beginnings of the keys of text encoders
+    that learn by default; `caches_text`: their outputs can be cached."""
+
+    name: str
+    version: str
+    text_parts: tuple[str, ...]
+    caches_text: bool = True
+
+    @cached_property
+    def entry(self) -> TinyEntry:
+        return tiny_entry(self.name)
+
+    @property
+    def family(self) -> str:
+        """Its name in the family table."""
+        return self.entry.family
+
+    @property
+    def bucket_step(self) -> int:
+        return ARCHITECTURES[self.family].bucket_step
+
+    def options(self) -> list[str]:
+        """Of every run, beside those that name the model's files."""
+        return [f"--network_module={self.entry.network_module}", *self.entry.options]
+
+    def caches(self, *, on_disk: bool) -> list[str]:
+        """Options that cache all that can be cached."""
+        kinds = ["latents", *(["text_encoder_outputs"] if self.caches_text else [])]
+        return ["--network_train_unet_only", *(f"--cache_{kind}{'_to_disk' if on_disk else ''}" for kind in kinds)]
+
+
+CASES = {
+    case.name: case
+    for case in (
+        FamilyCase("flux", "flux1", ("lora_te1_",)),
+        FamilyCase("sd1", "sd_v1", ("lora_te_",), caches_text=False),
+        FamilyCase("sd2", "sd_v2_v", ("lora_te_",), caches_text=False),
+        FamilyCase("sdxl", "sdxl_base_v1-0", ("lora_te1_", "lora_te2_")),
+        FamilyCase("anima", "anima", ("lora_te_",)),
+    )
+}
