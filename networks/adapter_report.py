@@ -60,7 +60,7 @@ def report(tensors: Mapping[str, torch.Tensor], family: str | None) -> FileRepor
     """Everything that the tensors tell. `family` is None when nothing tells it."""
     result, parts, keys = FileReport(), {}, {}
     for key, tensor in tensors.items():
-        found = named_parameter(key)
+        found = named_parameter(key, tensors)
         if found is None:
             result.problems.append(f"{key} belongs to no adapter that is known")
             continue
