@@ -20,6 +20,7 @@ from library.model_loading import CheckpointFiles, open_checkpoint, unscaled
 from networks.adapter_module import change_of
 from networks.checkpoint_layers import LayerParameter, checkpoint_layers
 from networks.kinds import known_kind_of
+from networks.lora import rank_problem
 from networks.network_files import by_module, match_names, read_adapter_file
 from networks.targets import NetworkTargets
 
@@ -50,6 +51,9 @@ def read_adapter(path: str | os.PathLike[str], targets: NetworkTargets, multipli
     layers = by_module(tensors)
     for name, parts in layers.items():
         known_kind_of(parts, f"{path}: {name}")
+        wrong = rank_problem(parts)
+        if wrong:
+            raise CheckpointError(f"{path}: {name}: {wrong}")
     return Adapter(str(path), layers, multiplier if callable(multiplier) else lambda name: float(multiplier))
 
 

@@ -67,4 +67,6 @@ def tool_exit_code(run: Callable[[Sequence[str] | None], object], argv: Sequence
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return cli.INTERRUPTED
+    except BrokenPipeError:  # the program that reads the output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from library.errors import CheckpointError
+from networks.lora import rank_problem
 from networks.lora_conversion import named_parameter
 from networks.peft_config import METADATA_KEY
 
@@ -44,7 +45,8 @@ def _foreign(parameter: str) -> str:
 
 
 def file_layers(tensors: Mapping[str, torch.Tensor], label: str) -> tuple[dict[str, FileLayer], dict[str, torch.Tensor]]:
-    """(layers by the names of the file, tensors that belong to none). CheckpointError for halves without the other half."""
+    """(layers by the names of the file, tensors that belong to none). CheckpointError for halves without the other half, or of
+    another rank."""
     layers: dict[str, FileLayer] = {}
     others: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
@@ -58,6 +60,9 @@ def file_layers(tensors: Mapping[str, torch.Tensor], label: str) -> tuple[dict[s
         for have, lack in ((DOWN, UP), (UP, DOWN)):
             if have in layer.keys and lack not in layer.keys:
                 raise CheckpointError(f"{label}: {layer.keys[have]} is there and its other half, {lack}, is not; the file is incomplete")
+        wrong = rank_problem(layer.tensors)
+        if wrong:
+            raise CheckpointError(f"{label}: {layer.name}: {wrong}")
     return layers, others
 
 

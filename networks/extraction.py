@@ -49,13 +49,13 @@ class ExtractionPlan:
 
 @dataclass
 class Extracted:
-    """`tensors` of the file; `ranks` by layer; `left_out`: reason -> names; `kept`: share of the norm of the difference that the
-    adapter holds, by layer."""
+    """`tensors` of the file; `ranks` by layer; `left_out`: reason -> names; `errors`: norm of what the adapter lacks over that of the
+    difference, by layer."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
-    kept: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ def _put(result: Extracted, name: Name, diff: torch.Tensor, plan: ExtractionPlan
         result.tensors[f"{lora_name}.{key}"] = diff.to("cpu", plan.dtype)  # biases get their name when all layers are known
         return
     made, change = _MAKERS[plan.kind](diff, plan)
-    result.kept[lora_name] = 1 - float((diff - change).norm() / diff.norm())
+    result.errors[lora_name] = float((diff - change).norm() / diff.norm())
     if "lora_down.weight" in made:
         result.ranks[lora_name] = made["lora_down.weight"].shape[0]
     result.tensors |= {f"{lora_name}.{key}": tensor.to("cpu", torch.float32 if key == "alpha" else plan.dtype) for key, tensor in made.items()}
@@ -213,7 +213,7 @@ def _drop_part(targets: NetworkTargets, result: Extracted, part: int | None, siz
     logger.info("%s differs by no more than %g and is left out (%d tensors)", label, size, len(own))
     for key in own:
         del result.tensors[key]
-        for table in (result.ranks, result.kept):
+        for table in (result.ranks, result.errors):
             table.pop(key.partition(".")[0], None)
 
 
@@ -235,8 +235,8 @@ def told(result: Extracted) -> Iterator[str]:
     if result.ranks:
         ranks = sorted(set(result.ranks.values()))
         yield f"{len(result.ranks)} layers, rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
-    if result.kept:
-        values = list(result.kept.values())
-        yield f"kept share of the difference: mean {sum(values) / len(values):.4f}, least {min(values):.4f}"
+    if result.errors:
+        values = list(result.errors.values())
+        yield f"what is lacking, as a share of the difference: mean {sum(values) / len(values):.4f}, most {max(values):.4f}"
     for reason, names in result.left_out.items():
         yield f"{len(names)} weights differ and are left out: {reason}; the first is {names[0]}"

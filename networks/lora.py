@@ -44,6 +44,17 @@ def lora_delta(
     return scale * product.view(up.shape[0], *down.shape[1:])
 
 
+def rank_problem(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """What is wrong with the ranks of the matrices of one layer of a file; None when they fit, or are no LoRA's."""
+    down, up, mid = (tensors.get(f"lora_{name}.weight") for name in ("down", "up", "mid"))
+    if down is None or up is None or down.ndim < 2 or up.ndim < 2:
+        return None
+    inner = (down.shape[0], up.shape[1]) if mid is None else (down.shape[0], mid.shape[1], mid.shape[0], up.shape[1])
+    if all(first == second for first, second in zip(inner[::2], inner[1::2], strict=True)):
+        return None
+    return f"lora_down.weight {list(down.shape)} and lora_up.weight {list(up.shape)} have different ranks; the file is damaged"
+
+
 def fuse_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """k independent pairs [rank, in], [rows_i, rank] -> one pair [k*rank, in], [sum rows_i, k*rank] with the same change
     (up is block-diagonal)."""

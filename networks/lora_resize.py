@@ -106,8 +106,6 @@ def _decomposed(layer: FileLayer, device: torch.device | str) -> _Decomposed:
     scale = float(tensors[ALPHA]) / up.shape[1] if ALPHA in tensors else 1.0
     if MID in tensors:
         return _of_matrix(lora_delta(down, up, 1.0, tensors[MID].float()), scale)
-    if down.shape[0] != up.shape[1]:
-        raise CheckpointError(f"{layer.name}: {DOWN} {list(down.shape)} and {UP} {list(up.shape)} have different ranks; the file is damaged")
     return _Decomposed(*svd_of_product(as_matrix(up), as_matrix(down)), torch.Size((up.shape[0], *down.shape[1:])), scale)
 
 

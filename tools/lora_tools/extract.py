@@ -49,6 +49,12 @@ class ExtractModelOptions:
     family: str | None = option(None, help="model family, where the files do not tell it", metavar="NAME")
     v_parameterization: bool = option(False, help="the base predicts velocity (Stable Diffusion 2.x 768); said in the metadata")
 
+    @property
+    def variant(self) -> str | None:
+        """Which of a family's models --family says it is, where it says so."""
+        name = (self.family or "").lower()
+        return name if name in VERSIONS else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractOptions:
@@ -105,7 +111,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     for line in told(found):
         logger.info(line)
     if not config[OutputOptions].dry_run:
-        write(config, found, kind or other)
+        write(config, found, config[ExtractModelOptions].variant or kind or other)
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------------
@@ -203,10 +209,14 @@ def family_of(models: ExtractModelOptions, kind: str | None) -> str:
     """The model family: what --family says, that of the denoiser, that which has the text encoders. CheckpointError."""
     from networks.adapter_family import family_by_name
 
+    told = next((name for name, entry in FAMILIES.items() if kind in entry.kinds), "flux" if kind == "chroma" else None)
     if models.family:
-        return family_by_name(models.family)
-    if kind is not None:
-        return next((name for name, entry in FAMILIES.items() if kind in entry.kinds), "flux" if kind == "chroma" else "")
+        given = family_by_name(models.family)
+        if told not in (None, given):
+            raise CheckpointError(f"--family is {models.family} and the models are {kind}; leave --family out, or name the models that you mean")
+        return given
+    if told is not None:
+        return told
     if models.model_org is None:
         return "anima" if models.qwen3_org else "flux"
     raise CheckpointError(f"{models.model_org}: its names do not tell the model family; name it with --family")

@@ -66,8 +66,7 @@ class EmaHook(Hook):
         return {
             f"{part}.{name}": parameter
             for part, module in self.trainable.modules().items()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
+            for name, parameter in module.named_parameters()  # frozen ones too: some kinds choose per step what learns
         }
 
     def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
