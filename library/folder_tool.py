@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 from library.errors import AtelierError, ConfigError, Problems
 from library.inference_script import read_command, refused_problems, tell_equivalent
-from library.options import Config, add_options, option, option_fields
+from library.options import FALSE_TEXTS, TRUE_TEXTS, Config, add_options, is_bool_option, option, option_fields
 from library.training.parser_common import OptionParser
 
 logger = logging.getLogger("atelier")
@@ -57,13 +58,25 @@ class FolderTool:
 
     def read(self, argv: Sequence[str] | None, check: Callable[[Config], Iterable[str]] = lambda config: ()) -> Config:
         """The options, after every problem of theirs was looked for. ConfigError with all that `check` and the groups find."""
-        config = read_command(argv, self.parser(), self.classes)
+        config = read_command(self._plain(sys.argv[1:] if argv is None else argv), self.parser(), self.classes)
         problems = Problems()
         for message in (*refused_problems(config), *check(config)):
             problems.add(message)
         problems.raise_if_any()
         tell_equivalent(config)
         return config
+
+    def _plain(self, words: Sequence[str]) -> list[str]:
+        """The words with `=true` behind switches, which would otherwise take a folder that follows for their value."""
+        switches = {
+            flag for group in self.classes for name, (_, spec) in option_fields(group).items() if is_bool_option(group, name)
+            for flag in (f"--{name}", *spec.flags)
+        }  # fmt: skip
+        truths = TRUE_TEXTS | FALSE_TEXTS
+        return [
+            f"{word}=true" if word in switches and following.lower() not in truths else word
+            for word, following in zip(words, [*words[1:], ""])
+        ]
 
 
 # -- files -----------------------------------------------------------------------------------------------------------------
