@@ -48,3 +48,29 @@ def attention_as_convolution(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         key: tensor[:, :, None, None] if ".attn_1." in key and key.endswith(".weight") and tensor.ndim == 2 else tensor
         for key, tensor in state.items()
     }
+
+
+def convert_ldm_vae_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Autoencoder weights from the original names to those of diffusers; the inverse of `convert_diffusers_vae_to_ldm`. The
+    attention's 1x1 convolutions (C, C, 1, 1) are matrices (C, C) there."""
+    levels = count_blocks(state, "decoder.up.")
+    names = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+    converted = {}
+    for key, tensor in state.items():
+        name = re.sub(r"^encoder\.down\.(\d+)\.block\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2.", key)
+        name = re.sub(r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0.", name)
+        match = re.match(r"decoder\.up\.(\d+)\.(block\.(\d+)|upsample)\.", name)
+        if match:
+            place = f"resnets.{match[3]}" if match[3] else "upsamplers.0"
+            name = f"decoder.up_blocks.{levels - 1 - int(match[1])}.{place}.{name[match.end():]}"
+        match = re.match(r"(encoder|decoder)\.mid\.(block_(\d+)|attn_1)\.", name)
+        if match:
+            place = f"resnets.{int(match[3]) - 1}" if match[3] else "attentions.0"
+            name = f"{match[1]}.mid_block.{place}.{name[match.end():]}"
+        if ".attentions.0." in name:
+            start, rest = name.split(".attentions.0.")
+            part, _, kind = rest.rpartition(".")
+            name = f"{start}.attentions.0.{names.get(part, part)}.{kind}"
+            tensor = tensor[:, :, 0, 0] if tensor.ndim == 4 else tensor
+        converted[name.replace(".nin_shortcut.", ".conv_shortcut.").replace(".norm_out.", ".conv_norm_out.")] = tensor
+    return converted

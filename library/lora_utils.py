@@ -48,7 +48,7 @@ def read_adapter(path: str | os.PathLike[str], targets: NetworkTargets, multipli
     """An adapter file of any kind and naming. CheckpointError when it is none, is damaged or holds a value that is not finite."""
     tensors = read_adapter_file(path, targets)
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise CheckpointError(f"{path}: {key} has values that are not finite (NaN or infinite); the training of this file failed")
     layers = by_module(tensors)
     for name, parts in layers.items():
@@ -57,6 +57,11 @@ def read_adapter(path: str | os.PathLike[str], targets: NetworkTargets, multipli
         if wrong:
             raise CheckpointError(f"{path}: {name}: {wrong}")
     return Adapter(str(path), layers, multiplier if callable(multiplier) else lambda name: float(multiplier))
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite: the sum tells, and is one pass."""
+    return bool(torch.isfinite(tensor.float().sum(dtype=torch.float64)))
 
 
 @dataclass(frozen=True)

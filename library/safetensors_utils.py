@@ -11,6 +11,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -142,10 +143,10 @@ class MemoryEfficientSafeOpen:
         info = self.infos[key]
         if info.end == info.start:
             return torch.empty(info.shape, dtype=dtype or info.dtype, device=device)
-        buffer = bytearray(info.end - info.start)
+        buffer = torch.empty(info.end - info.start, dtype=torch.uint8)  # not a bytearray, which would be filled with zeros first
         self._file.seek(self._data_start + info.start)
-        self._file.readinto(buffer)
-        tensor = torch.frombuffer(buffer, dtype=torch.uint8).view(info.dtype).reshape(info.shape)
+        self._file.readinto(memoryview(buffer.numpy()))
+        tensor = buffer.view(info.dtype).reshape(info.shape)
         return tensor.to(device=device, dtype=dtype) if device is not None or dtype is not None else tensor
 
 
@@ -300,16 +301,20 @@ def stream_file_atomic(
     """
     header, places = _layout(infos, metadata)
     waiting = dict(places)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file, ThreadPoolExecutor(1) as writer:
         file.write(header)
+        pending: Future[None] | None = None
         for name, tensor in items:
             dtype, shape = infos[name]
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}; {list(shape)} was told")
             place, data = len(header) + waiting.pop(name), _bytes_of(tensor.to(dtype))
-            file.seek(place)
-            file.write(data)
-            _start_writing(file, place, len(data))
+            if pending is not None:
+                pending.result()  # one tensor is written while the next one is made, so that two are in memory
+            pending = writer.submit(_write_at, file, place, data)
+            del tensor, data
+        if pending is not None:
+            pending.result()
         if waiting:
             raise ValueError(f"{len(waiting)} tensors did not come, the first is {next(iter(waiting))}")
 
@@ -334,11 +339,13 @@ def _layout(
     return struct.pack("<Q", len(text)) + text, places
 
 
-def _start_writing(file: BinaryIO, place: int, length: int) -> None:
-    """Let the disk begin with what was written, while the next tensor is made; else all of it waits for the end."""
-    if length >= _WRITE_EARLY and hasattr(os, "posix_fadvise"):
+def _write_at(file: BinaryIO, place: int, data: memoryview) -> None:
+    """Write, and let the disk begin with it; else all of the file waits for the end."""
+    file.seek(place)
+    file.write(data)
+    if len(data) >= _WRITE_EARLY and hasattr(os, "posix_fadvise"):
         file.flush()
-        os.posix_fadvise(file.fileno(), place, length, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), place, len(data), os.POSIX_FADV_DONTNEED)
 
 
 def file_layout(

@@ -30,26 +30,24 @@ def change(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     return 0.5 * tensors[f"{NAME}.lora_up.weight"] @ tensors[f"{NAME}.lora_down.weight"]
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_two_adapters_add(model, tmp_path, merge):
+def test_two_adapters_add(model, tmp_path):
     layer, x = model.get_submodule(PATH), torch.randn(5, 32)
     before, adapters = layer(x).detach(), LoadedAdapters(model, [])
     for number, multiplier in ((1, 0.8), (2, -0.5)):
         save_file_atomic(lora(number), tmp_path / f"{number}.safetensors")
-        adapters.add(AdapterFile(str(tmp_path / f"{number}.safetensors"), multiplier), merge=merge)
+        adapters.add(AdapterFile(str(tmp_path / f"{number}.safetensors"), multiplier))
     expected = before + 0.8 * x @ change(lora(1)).T - 0.5 * x @ change(lora(2)).T
     torch.testing.assert_close(layer(x), expected)
-    if not merge:
-        adapters.set_multipliers((0.0,))
-        torch.testing.assert_close(layer(x), before - 0.5 * x @ change(lora(2)).T)
-        adapters.set_multipliers(None)
-        torch.testing.assert_close(layer(x), expected)
+    adapters.set_multipliers((0.0,))
+    torch.testing.assert_close(layer(x), before - 0.5 * x @ change(lora(2)).T)
+    adapters.set_multipliers(None)
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_adapters_follow_their_layers(model, tmp_path):
     save_file_atomic(lora(1), tmp_path / "lora.safetensors")
     adapters = LoadedAdapters(model, [])
-    adapters.add(AdapterFile(str(tmp_path / "lora.safetensors")), merge=False)
+    adapters.add(AdapterFile(str(tmp_path / "lora.safetensors")))
     model.to("meta")
     adapters.follow_models()
     assert {parameter.device.type for parameter in adapters.networks[0].parameters()} == {"meta"}
@@ -59,11 +57,11 @@ def test_files_that_fit_and_that_do_not(model, tmp_path):
     torch.save(lora(1), tmp_path / "old.pt")
     assert file_problem(str(tmp_path / "old.pt"), "lora_weights", "flux") is None
     adapters = LoadedAdapters(model, [])
-    adapters.add(AdapterFile(str(tmp_path / "old.pt")), merge=False)
+    adapters.add(AdapterFile(str(tmp_path / "old.pt")))
     assert len(adapters.networks) == 1
     save_file_atomic(lora(1, "lora_unet_blocks_0_self_attn_q_proj"), tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="no layer of this model"):
-        adapters.add(AdapterFile(str(tmp_path / "other.safetensors")), merge=False)
+        adapters.add(AdapterFile(str(tmp_path / "other.safetensors")))
 
 
 def test_layer_filter():

@@ -188,7 +188,7 @@ def test_rows_at_a_time_give_what_the_whole_gives(dtype, is_dora, monkeypatch):
         if is_dora:
             tensors["dora_scale"] = torch.rand(37, 1, generator=generator) + 0.5
         sources.append((tensors, 0.7))
-    change = lora_utils._Change(LayerParameter("x", "weight", (Piece("k", 0, 37),)), tuple(sources))
+    change = lora_utils._Change(LayerParameter("x", "x", "weight", (Piece("k", 0, 37),)), tuple(sources))
     group = lora_utils._Group({"k"}, [change])
     expected = lora_utils._merge_group(group, {"k": weight.float().clone()})["k"].to(dtype)
     monkeypatch.setattr(lora_utils, "ROW_BLOCK", 60)

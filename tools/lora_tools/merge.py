@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,8 @@ def run(argv: Sequence[str] | None = None) -> None:
         options, numbers = config[MergeOptions], config[PrecisionToolOptions]
         average_files(config, options.models, options.save_to, numbers.save_precision or numbers.precision, "save_to")
         return
-    targets, adapters = read_adapters(config)
+    with _one_thread():
+        targets, adapters = read_adapters(config)
     pairs = list(model_files(config[ModelFileOptions], config[MergeOptions].save_to))
     if pairs:
         merge_into_models(config, targets, adapters, pairs)
@@ -289,17 +291,24 @@ def _check_fit(plans: list[CheckpointMerge], allow_partial: bool) -> None:
 
 
 def _write_model(config: Config, files: CheckpointFiles, target: str, plan: CheckpointMerge) -> None:
-    import torch
-
     from library.safetensors_utils import stream_file_atomic
 
     infos = {key: (_saved_dtype(config, tensor.dtype), tuple(tensor.shape)) for key, tensor in files.shapes.items()}
     items = plan.stream(files.stream(None, True, files.shapes), config[PrecisionToolOptions].device, lambda key: infos[key][0])
     metadata = _model_metadata(config, files)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # blocks of rows are small: one thread is as fast as the disk, and others would wait for each other
-    try:
+    with _one_thread():
         stream_file_atomic(infos, items, target, metadata)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Adapter tensors and blocks of rows are small: one thread is as fast as the disk, several would wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 

@@ -61,10 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str] | None = None) -> None:
     """AtelierError with one message for whatever is wrong; nothing is written then."""
+    config = read_command(argv, build_parser(), CLASSES)
+    _merge(config, check(config))
+
+
+def _merge(config: Config, output: str) -> None:
     from library.model_loading import open_checkpoint
 
-    config = read_command(argv, build_parser(), CLASSES)
-    output = check(config)
     options = config[AverageOptions]
     models = [Model(open_checkpoint(path)) for path in options.models]
     ratios = options.ratios or [1 / len(models)] * len(models)

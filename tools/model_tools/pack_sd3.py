@@ -54,11 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str] | None = None) -> None:
     """AtelierError with one message for whatever is wrong; nothing is written then."""
+    config = read_command(argv, build_parser(), CLASSES)
+    check(config)
+    _pack(config)
+
+
+def _pack(config: Config) -> None:
     from library.model_loading import open_checkpoint
     from library.safetensors_utils import is_pickled, read_header, stream_file_atomic
 
-    config = read_command(argv, build_parser(), CLASSES)
-    check(config)
     options = config[PackOptions]
     parts = {name: open_checkpoint(getattr(options, name)) for name in PREFIXES if getattr(options, name)}
     names = {part: part_names(part, list(files.shapes), files.path) for part, files in parts.items()}

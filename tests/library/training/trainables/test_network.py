@@ -1,6 +1,7 @@
 """NetworkTrainable on a tiny FLUX: our networks and lycoris.kohya through the same calls."""
 
 import logging
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ def tiny(tmp_path_factory):
     return build_tiny_flux(tmp_path_factory.mktemp("flux"))
 
 
-def denoiser_of(tiny):
-    return load_flow_model(tiny.flux, torch.float32, "cpu")
+def denoiser_of(tiny, transform=None):
+    return load_flow_model(tiny.flux, torch.float32, "cpu", transform=transform)
 
 
 def clip_of(tiny):
@@ -47,7 +48,8 @@ def made(tiny, *arguments, clip=True):
     """(trainable, models) after the options are parsed and checked and the network is attached."""
     trainable, family = unattached(tiny, *arguments)
     trainable.check(family)
-    models = Models(None, [clip_of(tiny) if clip else None, None], denoiser_of(tiny))
+    family.transform = trainable.transform(family)
+    models = Models(None, [clip_of(tiny) if clip else None, None], denoiser_of(tiny, transform=family.transform))
     trainable.attach(family, models, runtime())
     return trainable, models
 
@@ -194,6 +196,16 @@ def test_base_weights_are_merged_with_their_multiplier(tiny, tmp_path):
     torch.testing.assert_close(predict(merged), expected, rtol=1e-4, atol=1e-5)
 
 
+@dataclass
+class SampledBatch:
+    """What the hook reads of a batch."""
+
+    network_multipliers: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.network_multipliers)
+
+
 def test_hooks_pass_on_epochs_and_multipliers(tiny):
     from types import SimpleNamespace
 
@@ -203,7 +215,7 @@ def test_hooks_pass_on_epochs_and_multipliers(tiny):
     trainable.network.eval()
     hooks["NetworkHook"].on_epoch_start(SimpleNamespace(models=models))
     assert trainable.network.training
-    hooks["NetworkHook"].on_step_start(None, SimpleNamespace(network_multipliers=torch.tensor([0.7, 0.7])))
+    hooks["NetworkHook"].on_step_start(None, SampledBatch(torch.tensor([0.7, 0.7])))
     assert all(lora.multiplier == pytest.approx(0.7) for lora in trainable.network.loras)
     models.denoiser(**denoiser_inputs(models.denoiser)).mean().backward()
     hooks["WeightNormHook"].on_gradients_ready(None)

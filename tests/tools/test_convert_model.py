@@ -1,0 +1,142 @@
+"""Models between one file and a diffusers folder: diffusers loads what is written and gives our output; the way back is exact."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.tiny import build_tiny_flux
+from tests.tiny_sd import build_tiny_sd
+
+from library.flux_convert import convert_bfl_sd_to_diffusers
+from library.safetensors_utils import load_safetensors, read_header
+from library.sd_utils import load_unet_sd, load_vae_sd
+from library.sdxl_train_utils import predict_noise
+from library.sdxl_utils import load_text_encoders_sdxl, load_unet_sdxl, load_vae_sdxl
+from library.text_encoder_utils import CLIP_H, CLIP_L, load_clip
+from tools import convert_model
+
+HOW = (torch.float32, "cpu")
+
+
+@pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl"])
+def case(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp(request.param)
+    tiny = build_tiny_sd(root, request.param, num_res_blocks=2)
+    tensors = load_file(tiny.model) | {"model_ema.decay": torch.ones(()), "betas": torch.rand(5)}
+    save_file(tensors, tiny.model, read_header(tiny.model)[1])
+    code = convert_model.main([str(tiny.model), str(root / "folder"), "--to", "diffusers", "--tokenizer", str(tiny.tokenizer)])
+    assert code == 0
+    return request.param, tiny, root / "folder"
+
+
+def test_diffusers_loads_the_folder_and_agrees(case):
+    import diffusers
+
+    kind, tiny, folder = case
+    is_sdxl = kind == "sdxl"
+    pipeline = (diffusers.StableDiffusionXLPipeline if is_sdxl else diffusers.StableDiffusionPipeline).from_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    latents, times = torch.randn(1, 4, 8, 8, generator=generator), torch.tensor([500])
+    states = torch.randn(1, 5, tiny.params.context_dim, generator=generator)
+    ids, image = torch.randint(0, 50, (1, 77), generator=generator), torch.randn(1, 3, 32, 32, generator=generator)
+    with torch.no_grad():
+        if is_sdxl:
+            unet, vae, encoders = load_unet_sdxl(tiny.model, *HOW), load_vae_sdxl(tiny.model, *HOW), load_text_encoders_sdxl(tiny.model, *HOW)
+            pooled, sizes = torch.randn(1, 32, generator=generator), torch.tensor([[64.0, 64, 0, 0, 64, 64]])
+            mine = predict_noise(unet, latents, times, [states[..., :16], states[..., 16:], pooled], (sizes[:, :2], sizes[:, 2:4], sizes[:, 4:]))
+            other = pipeline.unet(latents, times, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+        else:
+            unet, vae = load_unet_sd(tiny.model, *HOW), load_vae_sd(tiny.model, *HOW)
+            encoders = [load_clip(tiny.model, CLIP_H if kind == "sd2" else CLIP_L, *HOW)]
+            mine, other = unet(latents, times, states), pipeline.unet(latents, times, states).sample
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+        theirs = [pipeline.text_encoder] + ([pipeline.text_encoder_2] if is_sdxl else [])
+        for own, foreign in zip(encoders, theirs, strict=True):
+            one, two = (encoder.eval()(ids, output_hidden_states=True).hidden_states[-1] for encoder in (own, foreign))
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+        moments = pipeline.vae.encode(image).latent_dist
+        torch.testing.assert_close(vae.decode(latents), pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample, rtol=1e-3, atol=1e-3)
+        assert moments.mean.shape[1] == 4
+    assert pipeline.tokenizer("a cat").input_ids[0] == pipeline.tokenizer.bos_token_id
+
+
+def test_the_way_back_is_the_same_file(case, tmp_path):
+    kind, tiny, folder = case
+    assert convert_model.main([str(folder), str(tmp_path / "back.safetensors"), "--to", "single"]) == 0
+    before, after = load_file(tiny.model), load_file(tmp_path / "back.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+    assert read_header(tiny.model)[1] == read_header(tmp_path / "back.safetensors")[1]
+
+
+def test_a_folder_without_rest_is_completed_and_comes_back(case, tmp_path):
+    """Position ids and logit scale are made; tensors of the parts are those of the folder."""
+    import shutil
+
+    kind, tiny, folder = case
+    shutil.copytree(folder, tmp_path / "f")
+    (tmp_path / "f" / "original_rest.safetensors").unlink()
+    words = [str(tmp_path / "f"), str(tmp_path / "one.safetensors"), "--to", "single"]
+    assert convert_model.main(words) == 0
+    one = load_file(tmp_path / "one.safetensors")
+    assert ("cond_stage_model.model.logit_scale" in one) == (kind == "sd2") and "betas" not in one
+    assert convert_model.main(words) == 2  # exists
+    before = load_file(tiny.model)
+    assert all(torch.equal(before[key], tensor) for key, tensor in one.items() if key.startswith(("model.diffusion_model.", "first_stage_model.")))
+
+
+def test_precision_and_variant(case, tmp_path):
+    kind, tiny, _ = case
+    words = [str(tiny.model), str(tmp_path / "f"), "--to", "diffusers", "--tokenizer", str(tiny.tokenizer), "--save_precision", "fp16", "--variant", "fp16"]
+    assert convert_model.main([*words, "--prediction_type", "v"]) == 0
+    assert {t.dtype for t in load_file(tmp_path / "f" / "unet" / "diffusion_pytorch_model.fp16.safetensors").values()} == {torch.float16}
+    assert json.loads((tmp_path / "f" / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize("start", ["folder", "shard", "transformer"])
+def test_flux_from_shards(start, tmp_path):
+    tiny = build_tiny_flux(tmp_path / "tiny")
+    original = load_safetensors(tiny.flux)
+    state = {key: tensor.contiguous() for key, tensor in convert_bfl_sd_to_diffusers(original).items()}
+    folder = tmp_path / "pipeline" / "transformer"
+    folder.mkdir(parents=True)
+    names = [f"diffusion_pytorch_model-{number:05d}-of-00004.safetensors" for number in range(1, 5)]
+    places = {key: names[number % 4] for number, key in enumerate(state)}
+    for name in names:
+        save_file({key: state[key] for key, place in places.items() if place == name}, folder / name)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    source = {"folder": folder.parent, "transformer": folder, "shard": folder / names[2]}[start]
+    out = tmp_path / "flux.safetensors"
+    assert convert_model.main([str(source), str(out), "--to", "single"]) == 0
+    written = load_file(out)
+    assert written.keys() == original.keys() and all(torch.equal(written[key], original[key]) for key in original)
+    (folder / names[3]).unlink()
+    assert convert_model.main([str(source), str(tmp_path / "x.safetensors"), "--to", "single"]) == 2
+    assert convert_model.main([str(out), str(tmp_path / "x.safetensors"), "--to", "single"]) == 2
+    assert convert_model.main([str(out), str(tmp_path / "x"), "--to", "diffusers"]) == 2
+    assert not (tmp_path / "x.safetensors").exists() and not (tmp_path / "x").exists()
+
+
+def test_old_commands(tmp_path):
+    from tools.model_tools.old_names import convert_diffusers20_original_sd, convert_diffusers_to_flux
+
+    tiny = build_tiny_sd(tmp_path / "sd", "sd1", num_res_blocks=2)
+    folder, back = str(tmp_path / "folder"), str(tmp_path / "back.safetensors")
+    assert convert_diffusers20_original_sd([str(tiny.model), folder, "--v1", "--reference_model", str(tiny.tokenizer)]) == 0
+    assert convert_diffusers20_original_sd([folder, back, "--v1", "--fp16"]) == 0
+    assert load_file(back)["first_stage_model.quant_conv.weight"].dtype == torch.float16
+    with pytest.raises(SystemExit):
+        convert_diffusers20_original_sd([folder, back, "--v1", "--epoch", "3"])
+    flux = build_tiny_flux(tmp_path / "flux")
+    state = {key: tensor.contiguous() for key, tensor in convert_bfl_sd_to_diffusers(load_safetensors(flux.flux)).items()}
+    save_file(state, tmp_path / "diffusers.safetensors")
+    words = ["--diffusers_path", str(tmp_path / "diffusers.safetensors"), "--save_to", str(tmp_path / "one.safetensors"), "--mem_eff_load_save"]
+    assert convert_diffusers_to_flux(words) == 0 and load_file(tmp_path / "one.safetensors").keys() == load_safetensors(flux.flux).keys()
+
+
+def test_no_model_is_one_message(tmp_path, capsys):
+    save_file({"some.weight": torch.ones(2)}, tmp_path / "a.safetensors")
+    assert convert_model.main([str(tmp_path / "a.safetensors"), str(tmp_path / "out"), "--to", "diffusers"]) == 2
+    assert convert_model.main([str(tmp_path / "none"), str(tmp_path / "b.safetensors"), "--to", "single"]) == 2
+    assert "does not exist" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -1,0 +1,133 @@
+"""Models between one file in the original layout and a folder in that of diffusers: options, checks and the order of things."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.errors import CheckpointError, ConfigError, Problems
+from library.inference_script import read_command, script_parser
+from library.options import Config, option
+from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
+from library.training.option_groups import ConsoleOptions
+
+logger = logging.getLogger("atelier")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What is rewritten. Before the options: the model, then the file or folder to write"""
+
+    to: str | None = option(None, choices=("single", "diffusers"), help="single: one file in the original layout; diffusers: a folder")
+    save_precision: str | None = option(None, help="number format of the result; as in the model when not given")
+    tokenizer: str | None = option(None, help="folder of the CLIP tokenizer (vocab.json, merges.txt) that goes into a diffusers folder", metavar="FOLDER")
+    tokenizer_cache_dir: str | None = option(None, help="folder with tokenizers by their names on the hub", metavar="FOLDER")
+    prediction_type: str | None = option(
+        None, choices=("epsilon", "v"), help="what the model predicts, for the scheduler of a diffusers folder, where the file does not tell it"
+    )
+    variant: str | None = option(None, help="with --to diffusers: word in the names of the weight files, e.g. fp16")
+
+
+CLASSES = (ModelOptions, OutputOptions, ConsoleOptions)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser("Rewrite a model between one file and a diffusers folder", CLASSES)
+    parser.usage = "%(prog)s SRC DST --to single|diffusers [options]"
+    parser.add_argument("files", nargs="*", metavar="PATH", help="the model, then what to write")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return tool_exit_code(run, argv)
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """AtelierError with one message for whatever is wrong; nothing is written then."""
+    parser = build_parser()
+    words = parser.parse_args(argv).files
+    config = read_command(argv, parser, CLASSES)
+    if len(words) != 2:
+        raise ConfigError(f"{len(words)} paths are given ({', '.join(words)}); needed are two: the model, then what to write")
+    source, target = words
+    check(config, source, target)
+    kind = kind_of_model(source)
+    logger.info("%s: %s -> %s", source, kind, target)
+    if config[ModelOptions].to == "single":
+        _to_single(config, kind, source, target)
+    else:
+        _to_folder(config, kind, source, target)
+
+
+def check(config: Config, source: str, target: str) -> None:
+    options, problems = config[ModelOptions], Problems()
+    if not os.path.exists(source):
+        problems.add(f"{source} does not exist")
+    if not options.to:
+        problems.add("--to is missing; single (one file) or diffusers (a folder)")
+    found = dtype_problem("save_precision", options.save_precision)
+    if found:
+        problems.add(found)
+    if options.to == "single":
+        if not target.endswith(".safetensors"):
+            problems.add(f"the output {target} does not end in .safetensors")
+        for name in ("tokenizer", "tokenizer_cache_dir", "prediction_type", "variant"):
+            if getattr(options, name):
+                problems.add(f"--{name} is for --to diffusers; leave it out")
+        for found in output_problems([target], [source], config):
+            problems.add(found)
+    elif os.path.exists(target) and (not os.path.isdir(target) or os.listdir(target)):
+        problems.add(f"the output {target} exists and is no empty folder; give another name")
+    problems.raise_if_any()
+
+
+def kind_of_model(source: str) -> str:
+    """sd1, sd2, sdxl or flux. CheckpointError for others."""
+    from library.flux_convert import is_diffusers_denoiser
+    from library.model_loading import open_checkpoint, strip_prefix
+    from library.unet_utils import inspect_unet
+
+    has_transformer = os.path.isdir(source) and (Path(source) / "transformer").is_dir()
+    files = open_checkpoint(source, "transformer" if has_transformer else "unet")
+    is_flux = is_diffusers_denoiser(files.shapes) or is_diffusers_denoiser(strip_prefix(files.shapes, "transformer."))
+    if is_flux or any("double_blocks.0.img_attn.norm.query_norm.scale" in key for key in files.shapes):
+        return "flux"
+    info = inspect_unet(source)  # its errors name what the file is
+    return "sdxl" if info.is_sdxl else "sd2" if info.is_v2 else "sd1"
+
+
+def _dtype(config: Config):
+    import torch
+
+    word = config[ModelOptions].save_precision
+    return getattr(torch, DTYPES[word.lower()]) if word else None
+
+
+def _to_single(config: Config, kind: str, source: str, target: str) -> None:
+    from tools.model_tools import flux_single, ldm_folder
+
+    plan = flux_single.plan(source, _dtype(config)) if kind == "flux" else ldm_folder.single_plan(source, kind, _dtype(config))
+    if config[OutputOptions].dry_run:
+        return
+    plan.write(target)
+    logger.info("wrote %s, %d tensors", target, len(plan.infos))
+
+
+def _to_folder(config: Config, kind: str, source: str, target: str) -> None:
+    from tools.model_tools import ldm_folder
+
+    if kind == "flux":
+        raise CheckpointError(f"{source} is FLUX.1; folders are written for Stable Diffusion 1, 2 and SDXL. diffusers reads the one file (from_single_file)")
+    if os.path.isdir(source):
+        raise CheckpointError(f"{source} is a folder; --to diffusers takes one file in the original layout")
+    options = config[ModelOptions]
+    folder = ldm_folder.read_single(source, kind, options.prediction_type)
+    tokenizer = ldm_folder.tokenizer_of(options.tokenizer, options.tokenizer_cache_dir)
+    if config[OutputOptions].dry_run:
+        return
+    ldm_folder.write_folder(folder, tokenizer, target, _dtype(config), options.variant)
+    logger.info("wrote %s", target)
