@@ -1,4 +1,4 @@
-"""Packaging. `pip install -e .` in a clone; extras: [wandb], [sentencepiece], [dev]."""
+"""Packaging. `pip install -e .` in a clone; extras: [wandb], [sentencepiece], [onnx], [faces], [dev]."""
 
 from pathlib import Path
 
@@ -17,12 +17,14 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
-    packages=find_packages(include=["library", "library.*", "networks", "networks.*", "tools", "tools.*"]),
+    packages=find_packages(include=["library", "library.*", "networks", "networks.*", "tools", "tools.*", "finetune"]),
     py_modules=SCRIPTS,
     install_requires=REQUIREMENTS,
     extras_require={
         "wandb": ["wandb"],
         "sentencepiece": ["sentencepiece"],
+        "onnx": ["onnxruntime>=1.17"],
+        "faces": ["anime-face-detector"],
         "dev": ["pytest>=8", "pytest-xdist>=3.5", "diffusers>=0.34", "peft>=0.15", "sentencepiece>=0.2", "scipy>=1.11"],
     },
 )

@@ -287,7 +287,7 @@ def _file_problems(config: Config) -> list[str]:
     if not pictures.latent_path:
         slots = [("dit", {"anima", "cosmos"}), *slots, ("text_encoder", {"qwen3"})]
     found = [check_slot(getattr(model, slot), slot, kinds, for_pictures=True) for slot, kinds in slots]
-    found += [file_problem(path, "lora_weight") for path in adapters.lora_weight or ()]
+    found += [file_problem(path, "lora_weight", "anima") for path in adapters.lora_weight or ()]
     found += [f"--latent_path is {path}: there is no such file" for path in pictures.latent_path or () if not Path(path).is_file()]
     if adapters.lycoris:
         from importlib.util import find_spec

@@ -359,7 +359,13 @@ ADAPTER_FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("Stable Diffusion 1 or 2", ("lora_unet_down_blocks", "lora_te_text_model", "unet.down_blocks")),
     ("Lumina-Image 2.0", ("noise_refiner", "context_refiner", "_attention_qkv")),
-    ("Anima", ("llm_adapter", "adaln_modulation", "cross_attn_q_proj", "cross_attn_output_proj", "mlp_layer1", "mlp.layer1")),
+    (
+        "Anima",
+        (
+            "llm_adapter", "adaln_modulation", "cross_attn_q_proj", "cross_attn_output_proj", "self_attn_output_proj", "unet_blocks_0_self_attn_q_proj",
+            "blocks.0.self_attn.q_proj", "mlp_layer1", "mlp.layer1",
+        ),
+    ),
     ("Wan", ("blocks_0_self_attn", "blocks.0.self_attn", "blocks_0_cross_attn")),
 )
 """parts of adapter keys -> the family they are made for; the first match wins"""

@@ -132,7 +132,7 @@ def check_models(config: Config) -> None:
     found: list[str | None] = [*inference_script.refused_problems(config)]
     for slot, kind in (("ckpt_path", "flux"), ("clip_l", "clip_l"), ("t5xxl", "t5"), ("ae", "vae_flux")):
         found.append(check_slot(getattr(options, slot), slot, {kind}, for_pictures=True))
-    problems = [problem for problem in [*found, *adapter_problems(options.lora_weights)] if problem]
+    problems = [problem for problem in [*found, *adapter_problems(options.lora_weights, "flux")] if problem]
     if problems:
         raise ConfigError(problems)
 

@@ -65,23 +65,25 @@ def parse_adapter_argument(text: str, option: str = "lora_weights") -> AdapterFi
         raise ConfigError(f'--{option} has "{text}"; the text after ; is the multiplier, a number') from None
 
 
-def adapter_problems(texts: Sequence[str] | None, option: str = "lora_weights") -> list[str]:
-    """What is wrong with arguments of the form `path;multiplier` and with the files that they name, from headers."""
+def adapter_problems(texts: Sequence[str] | None, family: str, option: str = "lora_weights") -> list[str]:
+    """What is wrong with arguments of the form `path;multiplier` and with the files that they name, from headers. `family`: of the
+    model."""
     problems = Problems()
     for text in texts or ():
         adapter = problems.attempt(lambda: parse_adapter_argument(text, option))
         if adapter is not None:
-            problem = file_problem(adapter.path, option)
+            problem = file_problem(adapter.path, option, family)
             if problem:
                 problems.add(problem)
     return problems.messages
 
 
-def file_problem(path: str, option: str) -> str | None:
-    """A message when a file is no adapter, or None."""
-    from library.checkpoint_kinds import check_slot
+def file_problem(path: str, option: str, family: str) -> str | None:
+    """A message when a file is no adapter, or one that is known to be for another family; None otherwise."""
+    from library.checkpoint_kinds import check_adapter, check_slot
+    from library.family_table import family_entry
 
-    return check_slot(path, option, {"adapter"}, with_pickles=True)
+    return check_slot(path, option, {"adapter"}, with_pickles=True) or check_adapter(path, option, family_entry(family).adapters)
 
 
 def multiplier_problems(multipliers: Sequence[float] | None, num_adapters: int, *, merged: bool) -> list[str]:

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from library.errors import ConfigError, Problems
+from library.family_table import family_entry
 from library.generation_options import GenerationNetworkOptions
 from library.inference_adapters import AdapterFile, file_problem, hook, network_of
+from library.training.adapters import check_owner
 from library.training.keyword_args import parse_keyword_args
 
 if TYPE_CHECKING:
@@ -21,13 +23,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def network_problems(options: GenerationNetworkOptions) -> list[str]:
-    """What is wrong with modules, files and arguments, from headers."""
+def network_problems(options: GenerationNetworkOptions, family: str) -> list[str]:
+    """What is wrong with modules, files and arguments for a model of this family, from headers."""
     problems = Problems()
     for name in options.network_module or []:
+        problems.attempt(lambda: check_owner(name, family_entry(family).network_module))
         problems.attempt(lambda: _module(name))
     for path in options.network_weights or []:
-        problem = file_problem(path, "network_weights")
+        problem = file_problem(path, "network_weights", family)
         if problem:
             problems.add(problem)
     for text in options.network_args or []:

@@ -30,6 +30,8 @@ Tensors = Mapping[str, torch.Tensor]
 Accepts = Callable[[Sequence[str]], bool]
 """whether a layer takes part, from its name in adapter files and its dotted path"""
 LISTED = 5
+ROW_BLOCK = 1 << 22
+"""numbers of a weight that are merged at a time: they stay in the processor's cache"""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class _Group:
 
     keys: set[str] = field(default_factory=set)
     changes: list[_Change] = field(default_factory=list)
+
+    def is_one_whole_layer(self, tensor: torch.Tensor) -> bool:
+        """Whether this tensor alone is the weight of one layer."""
+        pieces = self.changes[0].layer.pieces
+        return len(self.keys) == len(self.changes) == len(pieces) == 1 and (pieces[0].start, pieces[0].stop) == (0, len(tensor))
 
 
 class CheckpointMerge:
@@ -129,16 +136,26 @@ class CheckpointMerge:
                 logger.warning("%s: %d layers %s are left out (first: %s)", label, len(names), what, names[0])
 
     def stream(
-        self, items: Iterable[tuple[str, torch.Tensor]], device: torch.device | str | None = None
+        self, items: Iterable[tuple[str, torch.Tensor]], device: torch.device | str | None = None,
+        dtype_of: Callable[[str], torch.dtype] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(key, tensor) pairs of the checkpoint, each once; changed tensors come as float32 on `device` (default: where they
-        are), others as given."""
+        are), others as given.
+
+        `dtype_of` says which type the receiver makes of a tensor. A changed one may then come in that type, and in the memory of
+        the one given: large layers are computed in float32 a few rows at a time, which needs no float32 copy of them.
+        """
         waiting: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in items:
             group = self._groups.get(key)
             if group is None:
                 yield key, tensor
                 continue
+            if dtype_of is not None and group.is_one_whole_layer(tensor):
+                merged = _merge_rows(group.changes[0], tensor if device is None else tensor.to(device), dtype_of(key))
+                if merged is not None:
+                    yield key, merged
+                    continue
             held = waiting.setdefault(id(group), {})
             held[key] = tensor.to(device or tensor.device, torch.float32)
             if len(held) == len(group.keys):
@@ -224,13 +241,37 @@ def _merge_group(group: _Group, tensors: dict[str, torch.Tensor]) -> dict[str, t
     for change in group.changes:
         pieces = [tensors[piece.key][piece.start : piece.stop] for piece in change.layer.pieces]
         weight = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        delta = torch.zeros_like(weight)
+        delta = None
         for source, multiplier in change.sources:
             own = {name: tensor.to(weight.device) for name, tensor in source.items()}
-            delta += _delta(change.layer, own, weight, multiplier)
+            more = _delta(change.layer, own, weight, multiplier)
+            delta = more if delta is None else delta + more
         for piece, part in zip(pieces, delta.split([len(piece) for piece in pieces]), strict=True):
             piece += part  # a view of the tensor
     return tensors
+
+
+@torch.no_grad()
+def _merge_rows(change: _Change, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """One layer's weight with its changes, as `dtype`; None when a kind has no rows of its own. Sums are float32."""
+    total, sources = len(tensor), []
+    for source, multiplier in change.sources:
+        own = {name: part.to(tensor.device, torch.float32) for name, part in source.items()}
+        kind = known_kind_of(own, change.layer.lora_name).module_class
+        if change.layer.parameter != "weight" or kind.rows_of(own, slice(0, 1), total) is None:
+            return None
+        sources.append((kind, own, multiplier))
+    result = tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype)
+    step = max(1, ROW_BLOCK * total // max(1, tensor.numel()))
+    for start in range(0, total, step):
+        rows = slice(start, min(start + step, total))
+        weight = tensor[rows].to(torch.float32, copy=True)
+        delta = None
+        for kind, own, multiplier in sources:
+            more = _delta(change.layer, kind.rows_of(own, rows, total), weight, multiplier)
+            delta = more if delta is None else delta.add_(more)
+        result[rows] = weight.add_(delta)
+    return result
 
 
 def _delta(layer: LayerParameter, tensors: Tensors, parameter: torch.Tensor, multiplier: float) -> torch.Tensor:

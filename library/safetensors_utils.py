@@ -12,7 +12,7 @@ import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 FP8_DTYPES = tuple(
     getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz") if hasattr(torch, name)
 )
+_WRITE_EARLY = 1 << 20  # bytes; for smaller tensors the call costs more than it gains
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _FRAMEWORKS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.", "ldm.", "sgm.")
@@ -305,8 +306,10 @@ def stream_file_atomic(
             dtype, shape = infos[name]
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}; {list(shape)} was told")
-            file.seek(len(header) + waiting.pop(name))
-            file.write(_bytes_of(tensor.to(dtype)))
+            place, data = len(header) + waiting.pop(name), _bytes_of(tensor.to(dtype))
+            file.seek(place)
+            file.write(data)
+            _start_writing(file, place, len(data))
         if waiting:
             raise ValueError(f"{len(waiting)} tensors did not come, the first is {next(iter(waiting))}")
 
@@ -329,6 +332,22 @@ def _layout(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text, places
+
+
+def _start_writing(file: BinaryIO, place: int, length: int) -> None:
+    """Let the disk begin with what was written, while the next tensor is made; else all of it waits for the end."""
+    if length >= _WRITE_EARLY and hasattr(os, "posix_fadvise"):
+        file.flush()
+        os.posix_fadvise(file.fileno(), place, length, os.POSIX_FADV_DONTNEED)
+
+
+def file_layout(
+    infos: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
+) -> tuple[bytes, dict[str, int], int]:
+    """(first bytes of a file with these tensors, where each tensor starts in the file, bytes of the file)."""
+    header, places = _layout(infos, metadata)
+    size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in infos.values())
+    return header, {name: len(header) + place for name, place in places.items()}, len(header) + size
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -99,7 +99,7 @@ def all_problems(config: Config) -> list[str]:
     from library.inference_networks import network_problems
 
     networks, sources = config[GenerationNetworkOptions], config[GenerationSourceOptions]
-    found = [*refused_problems(config), *model_problems(config[GenerationModelOptions]), *network_problems(networks)]
+    found = [*refused_problems(config), *model_problems(config[GenerationModelOptions]), *network_problems(networks, config[GenerationModelOptions].family)]
     found += checked_inversions(networks.textual_inversion_embeddings or [])
     if config[GenerationPictureOptions].use_original_file_name and not sources.image_path:
         found.append("--use_original_file_name is given without --image_path; there are no names to use")

@@ -221,6 +221,12 @@ class AdapterModule(nn.Module):
         return None
 
     @classmethod
+    def rows_of(cls, tensors: Mapping[str, torch.Tensor], rows: slice, total: int) -> Mapping[str, torch.Tensor] | None:
+        """The tensors whose change is these rows of the change of a layer with `total` rows, so that large layers can be merged a
+        few rows at a time; None where rows cannot be had alone."""
+        return None
+
+    @classmethod
     def missing_keys(cls, names: Iterable[str]) -> list[str]:
         """Tensors that a layer's file lacks for this kind."""
         return [key for key in cls.weight_keys if key not in names]

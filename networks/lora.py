@@ -195,6 +195,18 @@ class LoRAModule(AdapterModule):
         scale = multiplier * scale_of(tensors, up.shape[1])
         return lora_delta(down, up, scale, mid).view(weight.shape)  # files differ in kernel axes of size one
 
+    @classmethod
+    def rows_of(cls, tensors: Mapping[str, torch.Tensor], rows: slice, total: int) -> Mapping[str, torch.Tensor] | None:
+        """A row of the change is a row of up times down; a magnitude (DoRA) per row is that row's alone."""
+        up, magnitude = tensors.get("lora_up.weight"), tensors.get("dora_scale")
+        if up is None or up.shape[0] != total or "lora_mid.weight" in tensors:
+            return None
+        if magnitude is None:
+            return {**tensors, "lora_up.weight": up[rows]}
+        if magnitude.ndim == 0 or magnitude.shape[0] != total or magnitude.numel() != total:
+            return None
+        return {**tensors, "lora_up.weight": up[rows], "dora_scale": magnitude[rows]}
+
     def file_tensors(self) -> dict[str, torch.Tensor]:
         """Split layers are written fused, with alpha * parts: alpha / rank of the file is the scale that was trained."""
         if not self.split:

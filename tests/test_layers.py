@@ -14,7 +14,7 @@ import pytest
 from library.family_table import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("library", "networks", "tools")
+PACKAGES = ("library", "networks", "tools", "finetune")
 
 # Pattern -> row; the first match counts. A new file that no pattern knows fails the test: say where it belongs.
 LAYERS: tuple[tuple[str, int], ...] = (
@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("tools/*/*.py", 7), ("library/*_pipeline.py", 7),  # the inside of a tool or script, which imports it in its functions
     ("library/*_inference.py", 6), ("library/tool_script.py", 6), ("library/inference_*.py", 6),
     ("tools/*.py", 6),
+    ("library/folder_tool.py", 6), ("finetune/*.py", 6),
     # 0: tables, options, errors, and records without tensors
     ("library/__init__.py", 0), ("networks/__init__.py", 0), ("library/*/__init__.py", 0), ("library/*/*/__init__.py", 0),
     ("library/errors.py", 0), ("library/registry.py", 0), ("library/options.py", 0), ("library/family_table.py", 0),
@@ -41,7 +42,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/*_utils.py", 2), ("library/*_util.py", 2), ("library/*_convert.py", 2), ("library/tokenizers.py", 2),
     ("library/tiny_models/*.py", 2), ("library/model_*.py", 2), ("library/checkpoint_*.py", 2), ("library/sai_model_spec.py", 2),
     # 3: strategies and data
-    ("library/strategy_*.py", 3), ("library/dataset/*.py", 3),
+    ("library/strategy_*.py", 3), ("library/dataset/*.py", 3), ("library/image_files.py", 3),
     # 4: numerics and adapters
     ("networks/*.py", 4), ("library/training/objective.py", 4), ("library/training/timesteps.py", 4),
     ("library/training/sampling_prompts.py", 4), ("library/generation_*.py", 4), ("library/*_generation.py", 4),

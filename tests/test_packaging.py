@@ -14,11 +14,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name != "setup.py")
-TOOLS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tools").glob("*.py") if path.name != "__init__.py")
+PACKAGES = ("library", "networks", "tools", "finetune")
+TOOLS = sorted(
+    path.relative_to(ROOT).as_posix() for folder in ("tools", "finetune") for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"
+)
 EXAMPLES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.py"))
 MODULES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
-    for package in ("library", "networks", "tools")
+    for package in PACKAGES
     for path in (ROOT / package).rglob("*.py")
 )
 HEAVY = ("torch", "transformers", "diffusers", "numpy", "accelerate", "safetensors", "cv2", "PIL", "matplotlib")
@@ -67,7 +70,7 @@ def tracked_files() -> list[Path]:
     except (OSError, subprocess.CalledProcessError):
         found = []
     if not found:
-        folders = ("library", "networks", "tools", "tests", "docs", "examples", ".ai", "assets")
+        folders = (*PACKAGES, "tests", "docs", "examples", ".ai", "assets")
         found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     return found
 
@@ -119,7 +122,7 @@ def test_setup_lists_every_package_and_script():
 def test_every_folder_with_modules_is_a_package():
     missing = {
         path.parent.relative_to(ROOT).as_posix()
-        for package in ("library", "networks", "tools")
+        for package in PACKAGES
         for path in (ROOT / package).rglob("*.py")
         if not (path.parent / "__init__.py").is_file()
     }

@@ -5,7 +5,9 @@ import torch
 
 from library.errors import CheckpointError
 from library.flux_utils import load_flow_model
+from library.generation_options import GenerationNetworkOptions
 from library.inference_adapters import AdapterFile, LayerFilter, LoadedAdapters, file_problem, multiplier_problems
+from library.inference_networks import network_problems
 from library.safetensors_utils import save_file_atomic
 from tests.tiny import build_tiny_flux
 
@@ -55,7 +57,7 @@ def test_adapters_follow_their_layers(model, tmp_path):
 
 def test_files_that_fit_and_that_do_not(model, tmp_path):
     torch.save(lora(1), tmp_path / "old.pt")
-    assert file_problem(str(tmp_path / "old.pt"), "lora_weights") is None
+    assert file_problem(str(tmp_path / "old.pt"), "lora_weights", "flux") is None
     adapters = LoadedAdapters(model, [])
     adapters.add(AdapterFile(str(tmp_path / "old.pt")), merge=False)
     assert len(adapters.networks) == 1
@@ -79,3 +81,15 @@ def test_layer_filter():
 def test_multipliers_of_a_line(multipliers, count, merged, words):
     problems = multiplier_problems(multipliers, count, merged=merged)
     assert problems == [] if words is None else words in problems[0]
+
+
+def test_adapters_of_other_families_are_named_before_a_model_is_loaded(tmp_path):
+    path = tmp_path / "anima.safetensors"
+    stem = "lora_unet_blocks_0_self_attn_q_proj"
+    save_file_atomic(lora(1, stem), path)
+    told = "this is a LoRA-type adapter for Anima; needed: one for SDXL"
+    assert told in file_problem(str(path), "lora_weights", "sdxl") and file_problem(str(path), "lora_weight", "anima") is None
+    modules = GenerationNetworkOptions(network_module=["networks.lora_flux"], network_weights=[str(path)])
+    module_problem, weights_problem = network_problems(modules, "sdxl")
+    assert "networks.lora_flux, which is for FLUX.1 or Chroma; use networks.lora_sdxl or networks.lora" in module_problem
+    assert told in weights_problem

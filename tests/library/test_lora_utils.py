@@ -170,3 +170,28 @@ def test_bad_adapters(tmp_path):
     wrong = merge({**good, "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(9, 2)})
     with pytest.raises(CheckpointError, match="do not fit"):
         list(wrong.stream(load_safetensors(model).items()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_dora", [False, True])
+def test_rows_at_a_time_give_what_the_whole_gives(dtype, is_dora, monkeypatch):
+    """A block of rows has its own part of the up matrix and of the magnitude, and its own norm."""
+    from library import lora_utils
+    from networks.checkpoint_layers import LayerParameter, Piece
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(37, 12, generator=generator).to(dtype)
+    sources = []
+    for rank in (3, 5):
+        tensors = {"lora_down.weight": torch.randn(rank, 12, generator=generator), "lora_up.weight": torch.randn(37, rank, generator=generator)}
+        tensors["alpha"] = torch.tensor(2.0)
+        if is_dora:
+            tensors["dora_scale"] = torch.rand(37, 1, generator=generator) + 0.5
+        sources.append((tensors, 0.7))
+    change = lora_utils._Change(LayerParameter("x", "weight", (Piece("k", 0, 37),)), tuple(sources))
+    group = lora_utils._Group({"k"}, [change])
+    expected = lora_utils._merge_group(group, {"k": weight.float().clone()})["k"].to(dtype)
+    monkeypatch.setattr(lora_utils, "ROW_BLOCK", 60)
+    merged = lora_utils._merge_rows(change, weight.clone(), dtype)
+    assert merged.dtype == dtype
+    torch.testing.assert_close(merged, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)

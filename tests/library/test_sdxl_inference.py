@@ -145,7 +145,7 @@ def test_every_wrong_file_is_named_before_anything_is_loaded(tiny, tmp_path):
     save_file_atomic({f"{key}.lora_down.weight": torch.zeros(4, 32), f"{key}.lora_up.weight": torch.zeros(96, 4)}, flux_lora)
     command = [sys.executable, "sdxl_minimal_inference.py", *arguments(tiny, tmp_path, "--lora_weights", str(flux_lora))]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and "has no layer of this model" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "is a LoRA-type adapter for FLUX.1 or Chroma; needed: one for SDXL" in result.stderr and "Traceback" not in result.stderr
 
 
 # -- against diffusers -------------------------------------------------------------------------------------------------

@@ -310,12 +310,19 @@ def _check_fit(plans: list[CheckpointMerge], allow_partial: bool) -> None:
 
 
 def _write_model(config: Config, files: CheckpointFiles, target: str, plan: CheckpointMerge) -> None:
+    import torch
+
     from library.safetensors_utils import stream_file_atomic
 
     infos = {key: (_saved_dtype(config, tensor.dtype), tuple(tensor.shape)) for key, tensor in files.shapes.items()}
-    items = plan.stream(files.stream(None, True, files.shapes), config[PrecisionToolOptions].device)
+    items = plan.stream(files.stream(None, True, files.shapes), config[PrecisionToolOptions].device, lambda key: infos[key][0])
     metadata = _model_metadata(config, files)
-    stream_file_atomic(infos, items, target, metadata)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # blocks of rows are small: one thread is as fast as the disk, and others would wait for each other
+    try:
+        stream_file_atomic(infos, items, target, metadata)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _saved_dtype(config: Config, stored: torch.dtype) -> torch.dtype:

@@ -19,8 +19,10 @@ KINDS = (
 
 for _kind in KINDS:
     NETWORKS.add(_kind, f"networks.{_kind}")
-for _module in dict.fromkeys(entry.targets.partition(":")[0] for entry in FAMILIES.values()):
-    NETWORKS.add(_module.removeprefix("networks."), _module)  # the names under which known scripts have LoRA of one family
+FAMILY_MODULES = tuple(dict.fromkeys(entry.targets.partition(":")[0] for entry in FAMILIES.values()))
+"""the names under which known scripts have the LoRA of one family"""
+for _module in FAMILY_MODULES:
+    NETWORKS.add(_module.removeprefix("networks."), _module)
 NETWORKS.add("lycoris", "lycoris.kohya", package="lycoris-lora")
 
 OWN_MODULES = tuple(NETWORKS.entry(name).target for name in NETWORKS.names() if name != "lycoris")
@@ -107,17 +109,21 @@ def parse_pairs(items: Sequence[str] | None) -> dict[str, str]:
     return pairs
 
 
+def check_owner(path: str, usual: str) -> None:
+    """ConfigError when a network module is made for another family than the one whose LoRAs `usual` makes."""
+    if path in FAMILY_MODULES and path != usual:
+        owner = next(entry for entry in FAMILIES.values() if entry.network_module == path)
+        raise ConfigError(f"--network_module is {path}, which is for {owner.adapters}; use {usual} or networks.lora, which serves every family")
+
+
 def check_network_module(options: NetworkOptions, usual: str | None = None) -> None:
     """Raise ConfigError unless --network_module is given and can be imported; nothing of it is executed. `usual`: the module
     of the family's LoRAs; that of another family is refused, and messages name it as an example."""
     if not options.network_module:
         raise ConfigError(f"--network_module is missing; name the adapter to train, e.g. --network_module {usual or 'networks.lora'}")
     path = options.module_path
-    if usual is not None and path in OWN_MODULES and path not in ("networks.lora", usual):
-        owner = next(entry for entry in FAMILIES.values() if entry.network_module == path)
-        raise ConfigError(
-            f"--network_module is {options.network_module}, which is for {owner.adapters}; use {usual} or networks.lora, which serves every family"
-        )
+    if usual is not None:
+        check_owner(path, usual)
     try:
         found = importlib.util.find_spec(path) is not None
     except (ModuleNotFoundError, ValueError):

@@ -1,0 +1,170 @@
+"""What merging a LoRA into a large model costs: memory against the size of the model, time against a plain copy of the file.
+
+    python benchmarks/merge.py [--gigabytes 4] [--folder DIR] [--sparse]
+
+The model is a file in the layout of FLUX.1 with its real widths, in bfloat16, with as many blocks as fit the size (all 57 make 23.8
+GB, 12 billion parameters). The merge is the command line of tools/merge_lora.py in a process of its own. Memory is the peak of
+that process above what it had with torch imported, and must stay under a quarter of the model. The copy reads, writes and fsyncs
+the same file. --sparse writes a model of zeros that takes no space on the disk. Everything is removed afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+HIDDEN, MLP, CONTEXT = 3072, 12288, 4096
+DOUBLE, SINGLE = 19, 38
+RANK = 16
+CHUNK = 16 << 20
+
+CHILD = """
+import json, sys, time
+import torch
+from tools.lora_tools.merge import main
+
+def status(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(name))
+
+before, start = status("VmRSS"), time.perf_counter()
+code = main(json.loads(sys.argv[1]))
+print(json.dumps({"code": code, "seconds": time.perf_counter() - start, "before": before, "peak": status("VmHWM")}))
+"""
+
+
+def model_shapes(units: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a denoiser with `units` double and twice as many single blocks."""
+    h = HIDDEN
+    shapes = {"img_in": (h, 64), "txt_in": (h, CONTEXT), "final_layer.linear": (64, h), "final_layer.adaLN_modulation.1": (2 * h, h)}
+    for name, size in (("time_in", 256), ("vector_in", 768), ("guidance_in", 256)):
+        shapes |= {f"{name}.in_layer": (h, size), f"{name}.out_layer": (h, h)}
+    norms = {}
+    for number in range(units):
+        for side in ("img", "txt"):
+            place = f"double_blocks.{number}.{side}"
+            shapes |= {f"{place}_mod.lin": (6 * h, h), f"{place}_attn.qkv": (3 * h, h), f"{place}_attn.proj": (h, h)}
+            shapes |= {f"{place}_mlp.0": (MLP, h), f"{place}_mlp.2": (h, MLP)}
+            norms |= {f"{place}_attn.norm.{which}_norm.scale": (128,) for which in ("query", "key")}
+    for number in range(2 * units):
+        place = f"single_blocks.{number}"
+        shapes |= {f"{place}.modulation.lin": (3 * h, h), f"{place}.linear1": (3 * h + MLP, h), f"{place}.linear2": (h, h + MLP)}
+        norms |= {f"{place}.norm.{which}_norm.scale": (128,) for which in ("query", "key")}
+    weights = {f"{name}.weight": shape for name, shape in shapes.items()}
+    return {**weights, **{f"{name}.bias": shape[:1] for name, shape in shapes.items()}, **norms}
+
+
+def units_for(gigabytes: float) -> int:
+    sizes = [sum(2 * _count(shape) for shape in model_shapes(units).values()) for units in (0, 1)]
+    return max(1, min(DOUBLE, round((gigabytes * 1e9 - sizes[0]) / (sizes[1] - sizes[0]))))
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def write_model(path: Path, shapes: dict[str, tuple[int, ...]], sparse: bool) -> None:
+    import torch
+
+    from library.safetensors_utils import file_layout, stream_file_atomic
+
+    infos = {key: (torch.bfloat16, shape) for key, shape in shapes.items()}
+    if sparse:
+        header, _, size = file_layout(infos, None)
+        with open(path, "wb") as file:
+            file.write(header)
+            file.truncate(size)
+        return
+    noise = torch.randn(max(_count(shape) for shape in shapes.values()), dtype=torch.bfloat16)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for key, shape in shapes.items():
+            yield key, noise[: _count(shape)].view(shape)
+
+    stream_file_atomic(infos, tensors(), path)
+
+
+def write_lora(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Rank 16 on every layer of the blocks."""
+    import torch
+
+    from library.safetensors_utils import save_file_atomic
+
+    tensors = {}
+    for key, shape in shapes.items():
+        if len(shape) == 2 and "blocks" in key:
+            name = f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}"
+            tensors[f"{name}.lora_down.weight"] = torch.randn(RANK, shape[1], dtype=torch.bfloat16)
+            tensors[f"{name}.lora_up.weight"] = torch.randn(shape[0], RANK, dtype=torch.bfloat16)
+            tensors[f"{name}.alpha"] = torch.tensor(8.0)
+    save_file_atomic(tensors, path, {"ss_base_model_version": "flux1"})
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    """Read, write and fsync; the copy is removed."""
+    start, buffer = time.perf_counter(), bytearray(CHUNK)
+    with open(source, "rb", buffering=0) as read, open(target, "wb", buffering=0) as write:
+        while count := read.readinto(buffer):
+            write.write(memoryview(buffer)[:count])
+        os.fsync(write.fileno())
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return seconds
+
+
+def merge(model: Path, lora: Path, target: Path) -> dict[str, float]:
+    words = ["--model", str(model), "--models", str(lora), "--ratios", "0.8", "--save_to", str(target), "--console_log_level=WARNING"]
+    done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(words)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode or not done.stdout.strip():
+        raise SystemExit(f"the merge failed: {done.stderr.strip()}")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    if result["code"]:
+        raise SystemExit(f"the merge failed: {done.stderr.strip()}")
+    return result
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the model; 23.8 is all of FLUX.1")
+    parser.add_argument("--folder", help="where the files are written; the system's temporary folder when not given")
+    parser.add_argument("--sparse", action="store_true", help="a model of zeros that takes no space")
+    args = parser.parse_args(argv)
+    shapes = model_shapes(units_for(args.gigabytes))
+    size = sum(2 * _count(shape) for shape in shapes.values())
+    folder = Path(tempfile.mkdtemp(prefix="merge-", dir=args.folder))
+    try:
+        free, needed = shutil.disk_usage(folder).free, size * (1 if args.sparse else 2)
+        if free < needed * 1.1:
+            raise SystemExit(f"{folder} has {free / 1e9:.1f} GB free; needed are {needed * 1.1 / 1e9:.1f} GB: give a smaller --gigabytes")
+        model, lora = folder / "model.safetensors", folder / "lora.safetensors"
+        write_model(model, shapes, args.sparse)
+        write_lora(lora, shapes)
+        copy = copy_seconds(model, folder / "copy.safetensors")
+        merged = merge(model, lora, folder / "merged.safetensors")
+    finally:
+        shutil.rmtree(folder)
+    above = merged["peak"] - merged["before"]
+    print(f"model            {size / 1e9:8.2f} GB, {size / 2e9:.1f} billion parameters{', sparse' if args.sparse else ''}")
+    print(f"peak memory      {above / 1e9:8.2f} GB above {merged['before'] / 1e9:.2f} GB with torch loaded = {above / size:.1%} of the model")
+    print(f"merge            {merged['seconds']:8.1f} s = {size / merged['seconds'] / 1e6:.0f} MB/s")
+    print(f"copy             {copy:8.1f} s = {size / copy / 1e6:.0f} MB/s; merging takes {merged['seconds'] / copy:.2f} times as long")
+    return {"size": size, "above": above, "merge": merged["seconds"], "copy": copy}
+
+
+if __name__ == "__main__":
+    result = main()
+    sys.exit(0 if result["above"] < result["size"] / 4 else 1)

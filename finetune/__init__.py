@@ -1,0 +1,1 @@
+"""Scripts for captions and metadata of datasets."""

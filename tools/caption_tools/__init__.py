@@ -1,0 +1,1 @@
+"""The inside of the tools for captions, tags and metadata files."""
