@@ -20,7 +20,8 @@ from networks.low_rank import as_matrix, svd_of_product
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 _ENCODER = re.compile(r"(?:lora_)?(te\d?|text_encoder(?:_\d)?)(?=[_.])")
 _BLOCK = re.compile(
-    r"((?:double|single|joint|input|output|down|up|transformer|single_transformer)_blocks|middle_block|mid_block|blocks|layers|block|h)(?:[._](\d+))?(?=[._])"
+    r"((?:double|single|joint|input|output|down|up|transformer|single_transformer)_blocks|middle_block|mid_block|blocks|layers|block)"
+    r"(?:[._](\d+))?(?=[._])"
 )
 
 
@@ -58,14 +59,13 @@ class FileReport:
 
 def report(tensors: Mapping[str, torch.Tensor], family: str | None) -> FileReport:
     """Everything that the tensors tell. `family` is None when nothing tells it."""
-    result, parts, keys = FileReport(), {}, {}
+    result, parts = FileReport(), {}
     for key, tensor in tensors.items():
         found = named_parameter(key, tensors)
         if found is None:
             result.problems.append(f"{key} belongs to no adapter that is known")
             continue
         parts.setdefault(found[0], {})[found[1]] = tensor
-        keys.setdefault(found[0], []).append(key)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             result.problems.append(f"{key} has values that are not finite (NaN or infinite)")
     for name, own in parts.items():
@@ -161,7 +161,8 @@ def table(report_: FileReport, attribute: str) -> Iterator[str]:
         kinds = "/".join(sorted({layer.kind for layer in layers}))
         norm = total_norm(layers)
         told = "-" if norm is None else f"{norm:.4g}"
-        yield f"{key:{width}}  {len(layers):6}  {kinds:18}  {_range(layer.rank for layer in layers):>9}  {_range(layer.alpha for layer in layers):>13}  {told:>10}"
+        rank, alpha = (_range(getattr(layer, name) for layer in layers) for name in ("rank", "alpha"))
+        yield f"{key:{width}}  {len(layers):6}  {kinds:18}  {rank:>9}  {alpha:>13}  {told:>10}"
 
 
 def _range(values: Iterable[float | None]) -> str:

@@ -15,6 +15,7 @@ from library.keyed_random import keyed_generator
 from library.lora_utils import Adapter
 from networks.kinds import bias_change, known_kind_of
 from networks.low_rank import factors_of
+from networks.rank_rules import RankRule
 from networks.targets import NetworkTargets
 
 Tensors = Mapping[str, torch.Tensor]
@@ -112,10 +113,10 @@ def full_changes(layers: Mapping[str, Sources], device: torch.device | str) -> d
 
 
 def low_rank_sum(
-    layers: Mapping[str, Sources], rank_of: Callable[[torch.Size], int], device: torch.device | str
+    layers: Mapping[str, Sources], rule_of: Callable[[torch.Size], RankRule], device: torch.device | str
 ) -> dict[str, torch.Tensor]:
-    """The best LoRA of a given rank for the summed changes (singular value decomposition, float32). `rank_of` gives the rank
-    by the shape of a layer's weight; it is bounded by the layer's size. Norms and biases are kept whole."""
+    """The best LoRA of the rank that a rule chooses for the summed changes (singular value decomposition, float32). `rule_of` gives the
+    rule for the rank by the shape of a layer's weight. Norms and biases are kept whole."""
     result: dict[str, torch.Tensor] = {}
     for name, sources in layers.items():
         weight, bias = summed_changes(name, sources, device)
@@ -123,7 +124,7 @@ def low_rank_sum(
             result |= full_changes({name: sources}, device)
             continue
         if weight is not None:
-            down, up = factors_of(weight, rank_of(weight.shape))
+            down, up = factors_of(weight, rule_of(weight.shape))
             result[f"{name}.lora_down.weight"], result[f"{name}.lora_up.weight"] = down.cpu(), up.cpu()
             result[f"{name}.alpha"] = torch.tensor(float(down.shape[0]))
         if bias is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from library.keyed_random import keyed_generator
+from networks.rank_rules import RankRule
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
@@ -12,14 +13,14 @@ def as_matrix(weight: torch.Tensor) -> torch.Tensor:
     return weight.flatten(1)
 
 
-def factors_of(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def factors_of(change: torch.Tensor, rule: RankRule) -> tuple[torch.Tensor, torch.Tensor]:
     """(down [rank, in, kh, kw], up [out, rank, 1, 1]) of the best approximation of a change; 2-D for a linear layer.
 
-    up = U * S, down = Vh of the singular value decomposition in float32; rank is bounded by the size of the matrix.
+    up = U * S, down = Vh of the singular value decomposition in float32; `rule` chooses the rank by the singular values.
     """
     matrix = as_matrix(change.float())
-    rank = max(1, min(rank, *matrix.shape))
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    rank = rule.choose(s, (matrix.shape[0], matrix.shape[1]))
     return shaped_factors(u[:, :rank] * s[:rank], vh[:rank], change.shape)
 
 

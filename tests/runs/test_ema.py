@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from library.training.hooks.ema import decay_at
 from library.training.option_groups import EmaOptions
 from library.training.run import Run
 from tests.runs.conftest import Work, fingerprint, read_parts
+from tests.runs.families import Tinies
 from tests.runs.test_exactness import Stopped, stop_after
 
 EVERY = ["--save_every_n_steps=1"]
@@ -94,6 +97,17 @@ def test_outdated_companions_go_and_none_is_overwritten(work: Work) -> None:
 
     with pytest.raises(ConfigError, match="lora-ema.safetensors"):
         cli.run("flux", "network", work.argv("out"))
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "anima"])
+def test_other_families(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, family: str) -> None:
+    work = Tinies(tmp_path_factory).work(family, tmp_path)
+    final = work.train("out", "--ema", "--ema_decay=0.5", "--max_train_steps=3", *EVERY)
+    steps = [load_safetensors(final.with_name(f"lora-step{step:08d}.safetensors")) for step in (1, 2, 3)]
+    average = load_safetensors(final.with_name("lora-ema.safetensors"))
+    for key in (key for key in average if "lora_up" in key):  # zero at the start
+        wanted = 0.125 * steps[0][key] + 0.25 * steps[1][key] + 0.5 * steps[2][key]
+        torch.testing.assert_close(average[key], wanted, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("words", "told"), [

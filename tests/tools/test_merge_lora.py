@@ -103,6 +103,22 @@ def test_into_one_adapter(case, tmp_path, mode):
     assert len(metadata["sshs_model_hash"]) == 64
 
 
+def test_ranks_by_rule(case, tmp_path):
+    """--mode svd with a rule keeps as many directions of the sum as the rule asks."""
+    _, _, _, loras = case
+    out = tmp_path / "sum.safetensors"
+    words = ["--models", *loras, "--save_to", str(out), "--mode", "svd", "--new_rank", "5", "--dynamic_method", "sv_fro", "--dynamic_param", "0.8"]
+    assert main(words) == 0
+    first, second, result = (by_module(load_safetensors(path)) for path in (*loras, out))
+    for name, part in result.items():
+        weight = torch.zeros(first[name]["lora_up.weight"].shape[0], *first[name]["lora_down.weight"].shape[1:])
+        values = torch.linalg.svdvals((weight_change(first[name], weight) + weight_change(second[name], weight)).flatten(1).double())
+        shares = values.square().cumsum(0).sqrt() / values.norm()
+        assert part["lora_down.weight"].shape[0] == min(5, int((shares < 0.8).sum()) + 1)
+    assert main(["--models", *loras, "--save_to", str(out), "--dynamic_method", "sv_fro", "--dynamic_param", "0.8"]) == 2
+    assert main([*words[:-2], "--overwrite"]) == 2
+
+
 def test_precision_of_the_result(case, tmp_path):
     _, _, model, loras = case
     out = tmp_path / "half.safetensors"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from library.errors import CheckpointError, Problems
+from library.errors import CheckpointError, ConfigError, Problems
 from library.inference_script import read_command, script_parser
 from library.options import Config, equivalent_option, option
 from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
     from library.lora_utils import Adapter, CheckpointMerge
     from library.model_loading import CheckpointFiles
+    from networks.rank_rules import RankRule
     from networks.targets import NetworkTargets
 
 logger = logging.getLogger("atelier")
 
+METHODS = ("sv_ratio", "sv_fro", "sv_cumulative", "sv_quantile", "sv_threshold")
 MODES = ("concat", "svd", "full", "ema")
 ENCODERS = ("clip_l", "t5xxl", "qwen3")
 
@@ -66,6 +68,10 @@ class SumOptions:
     concat: bool = option(False, help="the same as --mode concat")
     new_rank: int = option(4, help="rank with --mode svd")
     new_conv_rank: int | None = option(None, help="rank of convolutions larger than 1x1 with --mode svd; --new_rank when not given")
+    dynamic_method: str | None = option(
+        None, choices=(None, *METHODS), help="choose the rank of each layer by its singular values with --mode svd; --new_rank is the largest then"
+    )
+    dynamic_param: float | None = option(None, help="number of --dynamic_method, as in tools/resize_lora.py")
     shuffle: bool = option(False, help="mix the order of the ranks with --mode concat")
     seed: int = option(0, help="number that fixes the order of --shuffle")
 
@@ -176,6 +182,21 @@ def _sum_problems(sums: SumOptions, files: ModelFileOptions) -> Iterator[str]:
         value = getattr(sums, name)
         if value is not None and value < 1:
             yield f"--{name} is {value}; needed: a rank of 1 or more"
+    yield from _dynamic_problems(sums, files)
+
+
+def _dynamic_problems(sums: SumOptions, files: ModelFileOptions) -> Iterator[str]:
+    from networks.rank_rules import RankRule
+
+    if sums.dynamic_method is None and sums.dynamic_param is None:
+        return
+    if sums.mode != "svd" or files.model:
+        yield f"--dynamic_method and --dynamic_param choose ranks with --mode svd, into one adapter; the mode is {sums.mode}. Leave them out"
+        return
+    try:
+        RankRule(max(sums.new_rank, 1), sums.dynamic_method, sums.dynamic_param)
+    except ConfigError as error:
+        yield str(error)
 
 
 def _averaging_problems(averaging: AveragingOptions, options: MergeOptions, files: ModelFileOptions, sums: SumOptions) -> Iterator[str]:
@@ -349,7 +370,7 @@ def merge_adapters(config: Config, targets: NetworkTargets, adapters: list[Adapt
     elif sums.mode == "full":
         tensors = lora_merge.full_changes(layers, device)
     else:
-        tensors = lora_merge.low_rank_sum(layers, lambda shape: _rank(sums, shape), device)
+        tensors = lora_merge.low_rank_sum(layers, lambda shape: _rule(sums, shape), device)
     logger.info("%d layers, %s", len(layers), sums.mode)
     if config[OutputOptions].dry_run:
         return
@@ -358,9 +379,11 @@ def merge_adapters(config: Config, targets: NetworkTargets, adapters: list[Adapt
     logger.info("wrote %s", path)
 
 
-def _rank(sums: SumOptions, shape: Sequence[int]) -> int:
+def _rule(sums: SumOptions, shape: Sequence[int]) -> RankRule:
+    from networks.rank_rules import RankRule
+
     is_kxk = len(shape) > 2 and any(size > 1 for size in shape[2:])
-    return (sums.new_conv_rank or sums.new_rank) if is_kxk else sums.new_rank
+    return RankRule((sums.new_conv_rank or sums.new_rank) if is_kxk else sums.new_rank, sums.dynamic_method, sums.dynamic_param)
 
 
 def _adapter_dtype(config: Config) -> torch.dtype:

@@ -35,13 +35,16 @@ SCRIPTS: dict[str, OldScript] = {
         {"--load_precision": 1, "--load_original_model_to": 1, "--load_tuned_model_to": 1}, told=NO_CLAMP,
     ),
     "flux_extract_lora": OldScript("extract_lora", dropped={"--mem_eff_safe_open": 0}, added=("--overwrite", "--family", "flux"), told=NO_CLAMP),
-    "extract_lora_from_dylora": OldScript("resize_lora", {"--unit": ("--split_unit",)}, told="alpha is that of the training, alpha * sqrt(rank / full rank)"),
+    "extract_lora_from_dylora": OldScript(
+        "resize_lora", {"--unit": ("--split_unit",)}, told="alpha is that of the training, alpha * sqrt(rank / full rank)"
+    ),
     "check_lora_weights": OldScript("check_lora", added=("--weights",)),
     "merge_lora": OldScript("merge_lora", {"--v2": ("--family", "sd2")}, told=EXACT_SUM),
     "merge_lora_old": OldScript("merge_lora", {"--v2": ("--family", "sd2")}, told=EXACT_SUM),
     "sdxl_merge_lora": OldScript("merge_lora", added=("--overwrite", "--family", "sdxl"), told=EXACT_SUM),
     "flux_merge_lora": OldScript(
-        "merge_lora", {"--working_device": ("--device",)}, {"--diffusers": 0, "--loading_device": 1}, added=("--overwrite", "--family", "flux"), told=EXACT_SUM,
+        "merge_lora", {"--working_device": ("--device",)}, {"--diffusers": 0, "--loading_device": 1},
+        added=("--overwrite", "--family", "flux"), told=EXACT_SUM,
     ),
     "svd_merge_lora": OldScript("merge_lora", added=("--overwrite", "--mode", "svd"), told="numbers are not clamped"),
 }  # fmt: skip

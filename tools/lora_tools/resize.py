@@ -149,7 +149,8 @@ def _metadata(options: ResizeOptions, source: AdapterFile, reports: list[Resized
     else:
         has_conv = any(report.is_kxk for report in reports)
         told = f"dimension is resized from {before} to {options.new_rank}{f' (conv: {conv_rank})' if has_conv else ''}"
-    others = [name for name, layer in source.layers.items() if "hada_w1_a" in layer.keys or "diff" in layer.keys or any("lokr" in key for key in layer.keys)]
+    ranked = {report.name for report in reports}
+    others = [name for name, layer in source.layers.items() if name in ranked and "lora_down.weight" not in layer.keys]
     told += f"; {len(others)} layers of other kinds rewritten as LoRA" if others else ""
     metadata = {**old, "ss_training_comment": f"{told}; {comment}"}
     if others:
@@ -207,7 +208,10 @@ def _write_config(path: str, source: AdapterFile, tensors: Mapping[str, torch.Te
     from networks.adapter_layout import peft_settings
     from networks.peft_config import CONFIG_FILE
 
-    ranks = {name.removeprefix("base_model.model."): tensors[layer.keys["lora_down.weight"]].shape[0] for name, layer in source.layers.items() if layer.is_peft}
+    ranks = {
+        name.removeprefix("base_model.model."): tensors[layer.keys["lora_down.weight"]].shape[0]
+        for name, layer in source.layers.items() if layer.is_peft
+    }  # fmt: skip
     old = json.loads(Path(source.path).with_name(CONFIG_FILE).read_text(encoding="utf-8"))
     target = Path(path).with_name(CONFIG_FILE)
     settings = {key: value for key, value in peft_settings(ranks, None).items() if key != "target_modules"}
