@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -25,6 +27,18 @@ class RequestSampler:
 
     def __len__(self) -> int:
         return len(self.requests)
+
+
+def leave_quietly(worker: int) -> None:
+    """Start of a loader worker: when the run is interrupted, the thread that hands tensors over may find the other end gone,
+    which the run itself tells in one word."""
+    default = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            default(kind, error, traceback)
+
+    sys.excepthook = hook
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,7 @@ class BatchLoader:
             num_workers=loading.num_workers,
             persistent_workers=loading.persistent_workers and loading.num_workers > 0,
             pin_memory=loading.pin_memory,
+            worker_init_fn=leave_quietly,
             # the loader's own draw for worker seeds must not touch the global generator
             generator=torch.Generator().manual_seed(0),
         )
