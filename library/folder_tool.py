@@ -60,7 +60,7 @@ class FolderTool:
         """The options, after every problem of theirs was looked for. ConfigError with all that `check` and the groups find."""
         config = read_command(self._plain(sys.argv[1:] if argv is None else argv), self.parser(), self.classes)
         problems = Problems()
-        for message in (*refused_problems(config), *check(config)):
+        for message in (*refused_problems(config), *check(config), *_worker_problems(config)):
             problems.add(message)
         problems.raise_if_any()
         tell_equivalent(config)
@@ -77,6 +77,12 @@ class FolderTool:
             f"{word}=true" if word in switches and following.lower() not in truths else word
             for word, following in zip(words, [*words[1:], ""])
         ]
+
+
+def _worker_problems(config: Config) -> Iterator[str]:
+    workers = config.values().get("max_data_loader_n_workers")
+    if workers is not None and workers < 0:
+        yield f"--max_data_loader_n_workers is {workers}; needed: 1 or more, or 0 for {READ_THREADS}"
 
 
 # -- files -----------------------------------------------------------------------------------------------------------------

@@ -173,10 +173,12 @@ def test_files_of_a_model_that_do_not_fit(pictures, listed, mapped):
 
 def test_every_problem_is_told_at_once(pictures, listed, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    more = ["--thresh=2", "--batch_size=0", "--tag_replacement=a", "--output_path=x.txt", "--use_quality_tags", "--use_rating_tags", "--use_rating_tags_as_last_tag"]
+    more = ["--thresh=2", "--batch_size=0", "--tag_replacement=a", "--output_path=x.txt", "--use_quality_tags", "--use_rating_tags",
+            "--use_rating_tags_as_last_tag", "--caption_separator=", "--max_data_loader_n_workers=-1", "--caption_extension=PNG"]  # fmt: skip
     assert script.main([str(pictures / "none"), f"--model_dir={listed}", *more]) == 2
     told = capsys.readouterr().err
-    for text in ("does not exist", "--thresh is 2", "--batch_size is 0", "--tag_replacement has", "x.txt", "tag_mapping.json", "both given", "pip install onnxruntime"):
+    for text in ("does not exist", "--thresh is 2", "--batch_size is 0", "--tag_replacement has", "x.txt", "tag_mapping.json", "both given", "pip install onnxruntime",
+                 "--caption_separator is empty", "--max_data_loader_n_workers is -1", "text would replace images"):  # fmt: skip
         assert text in told
 
 

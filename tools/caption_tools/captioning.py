@@ -31,15 +31,25 @@ class FolderOptions:
     max_data_loader_n_workers: int | None = option(None, help="images that are read at a time")
 
 
-def folder_problems(config: Config, least_batch: str = "batch_size") -> Iterator[str]:
+def folder_problems(config: Config) -> Iterator[str]:
     options = config[FolderOptions]
     found = folder_problem("train_data_dir", options.train_data_dir)
     if found:
         yield found
     if options.batch_size < 1:
-        yield f"--{least_batch} is {options.batch_size}; needed: 1 or more"
-    if not options.caption_extension.strip("."):
-        yield f"--caption_extension is '{options.caption_extension}'; needed: an ending, e.g. .txt"
+        yield f"--batch_size is {options.batch_size}; needed: 1 or more"
+    found = ending_problem(options.caption_extension)
+    if found:
+        yield found
+
+
+def ending_problem(ending: str) -> str | None:
+    """Why files beside images cannot end like this, or None."""
+    from library.dataset.media_utils import image_extensions
+
+    if f".{ending.lower().lstrip('.')}" in image_extensions():
+        return f"--caption_extension is '{ending}', with which text would replace images; needed: another ending, e.g. .txt"
+    return None if ending.strip(".") else f"--caption_extension is '{ending}'; needed: an ending, e.g. .txt"
 
 
 def model_problem(name: str, model: str | None) -> str | None:
@@ -77,7 +87,7 @@ def images_to_caption(config: Config, tally: Tally) -> list[str]:
 
 
 def caption_images(
-    images: Sequence[str], config: Config, tally: Tally, prepare: Callable[[np.ndarray], Tensor], describe: Callable[[Sequence[str], Tensor], Sequence[str]]
+    images: Sequence[str], config: Config, tally: Tally, prepare: Callable[[np.ndarray], Tensor], describe: Callable[[Sequence[str], Tensor], Sequence[str]],
 ) -> None:
     """Write a caption for each image: `prepare` gives its pixels [3, H, W], `describe` the captions of a batch [B, 3, H, W]."""
     import torch
@@ -111,7 +121,7 @@ def load_model(class_name: str, model: str, option_name: str) -> tuple[Any, Any]
     try:
         loaded = getattr(transformers, class_name).from_pretrained(model)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"--{option_name} is {model}, which cannot be loaded: {first}") from error
     return loaded.to(get_preferred_device()).eval(), tokenizer

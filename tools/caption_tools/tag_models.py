@@ -141,7 +141,9 @@ def probabilities(outputs: np.ndarray, layout: str) -> np.ndarray:
 def package_problem() -> str | None:
     from importlib.util import find_spec
 
-    return None if find_spec("onnxruntime") else "tags are made by the package onnxruntime, which is not installed: pip install onnxruntime (or onnxruntime-gpu)"
+    if find_spec("onnxruntime"):
+        return None
+    return "tags are made by the package onnxruntime, which is not installed: pip install onnxruntime (or onnxruntime-gpu)"
 
 
 class OnnxNetwork:

@@ -13,7 +13,7 @@ from library.folder_tool import DetailOptions, FolderTool, Tally, WriteOptions, 
 from library.options import Config, equivalent_option, option
 from library.tool_script import tool_exit_code
 from library.training.option_groups import ConsoleOptions
-from tools.caption_tools.captioning import caption_path
+from tools.caption_tools.captioning import caption_path, ending_problem
 from tools.caption_tools.metadata import read_metadata, write_metadata
 from tools.caption_tools.tag_models import (
     FILES, OnnxNetwork, OpenNetwork, Tag, download, layout_of, model_folder, package_problem, pixels_for, probabilities, read_tags,
@@ -106,6 +106,11 @@ def problems_of(config: Config) -> Iterator[str]:
     for kind in ("rating", "quality"):
         if all(getattr(config[TagTextOptions], f"use_{kind}_tags{end}") for end in ("", "_as_last_tag")):
             yield f"--use_{kind}_tags and --use_{kind}_tags_as_last_tag are both given; leave one out"
+    if not config[TagTextOptions].caption_separator:
+        yield "--caption_separator is empty; needed: what stands between tags, e.g. a comma"
+    found = ending_problem(output.caption_extension)
+    if found:
+        yield found
     if output.output_path:
         yield from _output_problems(output, config[WriteOptions].overwrite)
     yield from _model_problems(config)
@@ -176,6 +181,8 @@ def tag_images(images: Sequence[str], config: Config, tally: Tally, output: Outp
     layout = layout_of(folder)
     tags, network, rules = read_tags(folder), open_network(os.path.join(folder, FILES[layout][0])), rules_of(config, layout)
     size = network.batch_size or options.batch_size
+    if len(rules.always_first) > 1:
+        logger.info("--always_first_tags come in the order given: %s", ", ".join(rules.always_first))
     if size != options.batch_size:
         logger.info("--batch_size is %d; the model takes %d images at a time", options.batch_size, size)
 

@@ -76,15 +76,16 @@ def run(argv: Sequence[str] | None = None) -> None:
 def draw_folder(config: Config, tally: Tally) -> None:
     from library.image_files import read_on_white, write_image
 
-    options, wanted = config[EdgeOptions], {}
+    options, wanted, taken = config[EdgeOptions], {}, set()
     for path in images_of(options.input):
         target = os.path.join(options.output, os.path.splitext(os.path.basename(path))[0] + ".png")
         if os.path.exists(target) and not config[WriteOptions].overwrite:
             tally.skip("whose output exists; --overwrite makes it anew")
-        elif target in wanted.values():
+        elif target in taken:
             tally.fail(f"{path} shares its name with another image, and so would their edges")
         else:
             wanted[path] = target
+            taken.add(target)
     for path, image in read_ahead(read_on_white, list(wanted), tally, what="edges"):
         write_image(wanted[path], edges(image, options.thres1, options.thres2))
         tally.done += 1

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -198,10 +199,12 @@ def run(argv: Sequence[str] | None = None, make_detector: Callable[[], Detector]
     config = TOOL.read(argv, lambda config: [*problems_of(config), *filter(None, [make_detector is None and package_problem()])])
     options, tally = config[FaceOptions], Tally()
     images = images_of(options.src_dir)
-    stems = [os.path.splitext(os.path.basename(path))[0] for path in images]
-    shared = sorted({stem for stem in stems if stems.count(stem) > 1})
+    stems = Counter(os.path.splitext(os.path.basename(path))[0] for path in images)
+    shared = sorted(stem for stem, count in stems.items() if count > 1)
     if shared:
         raise ConfigError(f"images in {options.src_dir} share a name, and so could their cuts: {', '.join(shared)}; rename them")
+    if not options.multiple_faces:
+        logger.info("of several faces in an image the largest is cut; --multiple_faces cuts all of them")
     cut_faces(images, config, tally, (make_detector or load_detector)())
     tally.finish("images with faces")
 

@@ -7,13 +7,18 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from library.folder_tool import FolderTool, Tally, WriteOptions, files_of, folder_problem, images_of, read_ahead
 from library.options import Config, option
 from library.tool_script import tool_exit_code
 from library.training.option_groups import ConsoleOptions
+
+if TYPE_CHECKING:
+    import numpy as np
 
 logger = logging.getLogger("atelier")
 
@@ -79,6 +84,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     options = config[ResizeOptions]
     images, tally = images_of(options.src_img_folder), Tally()
     os.makedirs(options.dst_img_folder, exist_ok=True)
+    logger.info("copies keep the shape of their image, and each is made from the image itself")
     resize_images(images, config, tally)
     copy_others(images, config, tally)
     tally.finish("copies of images")
@@ -92,7 +98,7 @@ def resize_images(images: Sequence[str], config: Config, tally: Tally) -> None:
     extension = ".png" if options.save_as_png else ".jpg"
     resolutions = resolutions_of(options.max_resolution)
     copies = {path: {copy_path(path, name, extension, config): pixels for name, pixels in resolutions.items()} for path in images}
-    clashes = {copy for path in images for copy in copies[path] if sum(copy in others for others in copies.values()) > 1}
+    counts = Counter(copy for path in images for copy in copies[path])
 
     def needed(path: str) -> bool:
         return overwrite or not all(os.path.exists(copy) for copy in copies[path])
@@ -100,15 +106,17 @@ def resize_images(images: Sequence[str], config: Config, tally: Tally) -> None:
     for path in images:
         if not needed(path):
             tally.skip("whose copies exist; --overwrite makes them anew")
-    for path, image in read_ahead(lambda path: read_for(path, extension), list(filter(needed, images)), tally, what="resizing", workers=options.max_data_loader_n_workers):
-        if clashes & copies[path].keys():
+    beside = files_by_stem(options.src_img_folder) if options.copy_associated_files else {}
+    workers = options.max_data_loader_n_workers
+    for path, image in read_ahead(lambda path: read_for(path, extension), list(filter(needed, images)), tally, what="resizing", workers=workers):
+        if any(counts[copy] > 1 for copy in copies[path]):
             tally.fail(f"{path} shares its name with another image, and so would their copies")
             continue
         for copy, pixels in copies[path].items():
             if overwrite or not os.path.exists(copy):
                 write_image(copy, shrunk(image, pixels, options))
         if options.copy_associated_files:
-            copy_associated(path, options.dst_img_folder, resolutions, overwrite)
+            copy_associated([name for name in beside[os.path.splitext(path)[0]] if name != path], options.dst_img_folder, resolutions, overwrite)
         tally.done += 1
 
 
@@ -118,7 +126,7 @@ def copy_path(path: str, resolution: str, extension: str, config: Config) -> str
     return os.path.join(config[ResizeOptions].dst_img_folder, f"{stem}+{resolution}{extension}")
 
 
-def shrunk(image, max_pixels: int, options: ResizeOptions):
+def shrunk(image: np.ndarray, max_pixels: int, options: ResizeOptions) -> np.ndarray:
     """[H, W, C] with at most `max_pixels`: both sides times sqrt(max_pixels / (H W)), rounded down, then cut in the middle to
     multiples of `divisible_by`. An image that is small enough is cut alone."""
     from library.dataset.media_utils import resize_image
@@ -135,14 +143,17 @@ def shrunk(image, max_pixels: int, options: ResizeOptions):
     return image[top : top + cut_h, left : left + cut_w].copy()
 
 
-def associated(path: str, names: Sequence[str]) -> list[str]:
-    """Files beside an image with its stem and another extension."""
-    stem = os.path.splitext(path)[0]
-    return [name for name in names if os.path.splitext(name)[0] == stem and name != path]
+def files_by_stem(folder: str) -> dict[str, list[str]]:
+    """Path without extension -> files of a folder that have it."""
+    found: dict[str, list[str]] = {}
+    for path in files_of(folder):
+        found.setdefault(os.path.splitext(path)[0], []).append(path)
+    return found
 
 
-def copy_associated(path: str, folder: str, resolutions: dict[str, int], overwrite: bool) -> None:
-    for name in associated(path, files_of(os.path.dirname(path))):
+def copy_associated(names: Sequence[str], folder: str, resolutions: Iterable[str], overwrite: bool) -> None:
+    """Copies of the files beside an image, under the names of its copies."""
+    for name in names:
         stem, extension = os.path.splitext(os.path.basename(name))
         for resolution in resolutions:
             copy_file(name, os.path.join(folder, f"{stem}+{resolution}{extension}"), overwrite)
@@ -151,9 +162,10 @@ def copy_associated(path: str, folder: str, resolutions: dict[str, int], overwri
 def copy_others(images: Sequence[str], config: Config, tally: Tally) -> None:
     """Files that are no images keep their names; those of an image only where they were not copied under its copies' names."""
     options = config[ResizeOptions]
+    known = set(images)
     stems = {os.path.splitext(path)[0] for path in images} if options.copy_associated_files else set()
     for path in files_of(options.src_img_folder):
-        if path not in set(images) and os.path.splitext(path)[0] not in stems:
+        if path not in known and os.path.splitext(path)[0] not in stems:
             copy_file(path, os.path.join(options.dst_img_folder, os.path.basename(path)), config[WriteOptions].overwrite)
 
 

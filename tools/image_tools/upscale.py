@@ -85,12 +85,13 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 def wanted_images(config: Config, tally: Tally) -> dict[str, str]:
     """Image -> result, of those whose result is to be made. ConfigError when two images would share one."""
-    options, wanted = config[UpscaleOptions], {}
+    options, wanted, taken = config[UpscaleOptions], {}, set()
     for path in found_images(options.image_pattern):
         stem, extension = os.path.splitext(os.path.basename(path))
         target = os.path.join(options.output_dir, f"{stem}_upscaled{extension}")
-        if target in wanted.values():
+        if target in taken:
             raise ConfigError(f"two images are called {stem}{extension}, and so would their results; name their folders one by one")
+        taken.add(target)
         if os.path.exists(target) and not config[WriteOptions].overwrite:
             tally.skip("whose result exists; --overwrite makes it anew")
         else:
