@@ -350,7 +350,7 @@ ADAPTER_FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("FLUX.1 or Chroma", ("double_blocks_", "single_blocks_", "double_blocks.", "single_blocks.", "single_transformer_blocks")),
     ("Stable Diffusion 3", ("joint_blocks",)),
     ("SDXL", ("lora_te2_", "input_blocks_", "attentions_0_transformer_blocks_1_", "text_encoder_2.")),
-    ("Stable Diffusion 1 or 2", ("lora_te_text_model",)),
+    ("Stable Diffusion 1 or 2", ("lora_te_text_model", "lora_unet_down_blocks")),
     ("Lumina-Image 2.0", ("noise_refiner", "context_refiner", "_attention_qkv")),
     ("Anima", ("llm_adapter", "adaln_modulation", "cross_attn_q_proj", "cross_attn_output_proj", "mlp_layer1", "mlp.layer1")),
     ("Wan", ("blocks_0_self_attn", "blocks.0.self_attn", "blocks_0_cross_attn")),
