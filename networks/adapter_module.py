@@ -87,6 +87,8 @@ class AdapterModule(nn.Module):
     """class names of the layers that it can change"""
     has_alpha: ClassVar[bool] = True
     """whether files of this kind hold an alpha"""
+    default_alpha: ClassVar[float | None] = None
+    """the alpha when none is given; None = the neutral one"""
     plus_names: ClassVar[tuple[str, ...]] = ()
     """parts of parameter names that LoRA+ trains at a higher rate; none = LoRA+ is refused"""
     recomputes: ClassVar[bool] = False
@@ -102,7 +104,9 @@ class AdapterModule(nn.Module):
         dropout: float | None = None,
         rank_dropout: float | None = None,
         module_dropout: float | None = None,
+        **shape: Any,
     ) -> None:
+        """`shape`: what `build` of the kind takes."""
         super().__init__()
         self.lora_name = lora_name
         self.lora_dim = lora_dim
@@ -121,7 +125,13 @@ class AdapterModule(nn.Module):
         self._backup: dict[str, torch.Tensor] | None = None
         self.dora_scale: nn.Parameter | None = None
         self.register_buffer("alpha", torch.zeros((), dtype=torch.float32), persistent=self.has_alpha)
-        self.set_alpha(alpha)
+        self.set_alpha(self.default_alpha if alpha is None else alpha)
+        self.build(**shape)
+        self.initialize()
+
+    @abstractmethod
+    def build(self, **shape: Any) -> None:
+        """Make the trained tensors for `org_module` and `lora_dim`; `initialize` gives them values."""
 
     @property
     def org_module(self) -> nn.Module:

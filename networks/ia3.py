@@ -36,9 +36,8 @@ class IA3Module(AdapterModule):
     weight_keys = ("weight", "on_input")
     has_alpha = False
 
-    def __init__(self, lora_name: str, org_module: nn.Module, *args: Any, on_input: bool = False) -> None:
-        super().__init__(lora_name, org_module, *args)
-        own = org_module.weight
+    def build(self, *, on_input: bool = False) -> None:
+        own = self.org_module.weight
         size = own.shape[1 if on_input else 0]
         self.weight = nn.Parameter(torch.zeros(size if own.ndim == 2 else (1, size, *[1] * (own.ndim - 2))))
         self.trains_input = on_input
