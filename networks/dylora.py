@@ -74,7 +74,7 @@ class DyLoRAModule(AdapterModule):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         down, up = self._joined(len(self.lora_down))
-        return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(self._alpha)}
+        return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(self._alpha), **self.bias_tensors()}
 
     def _joined(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """down and up of the first `count` pieces."""

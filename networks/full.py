@@ -47,13 +47,6 @@ class FullModule(AdapterModule):
     def change_shape(tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...] | None:
         return tuple(tensors["diff"].shape)
 
-    def output_change(self, x: torch.Tensor) -> torch.Tensor:
-        change = super().output_change(x)
-        bias = self.bias_change(self.tensors(), self.multiplier)
-        if bias is None:
-            return change
-        return change + bias.to(change.dtype).view(-1, *[1] * (self.diff.ndim - 2))
-
     @torch.no_grad()
     def scale_weight(self, ratio: torch.Tensor) -> None:
         for parameter in self.parameters():

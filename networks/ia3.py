@@ -49,7 +49,8 @@ class IA3Module(AdapterModule):
         self.weight.zero_()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"weight": self.weight, "on_input": torch.tensor(int(self.trains_input))}  # on the CPU: reading waits for no device
+        on_input = torch.tensor(int(self.trains_input))  # on the CPU: reading waits for no device
+        return {"weight": self.weight, "on_input": on_input, **self.bias_tensors()}
 
     @staticmethod
     def weight_change(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor, multiplier: float) -> torch.Tensor:

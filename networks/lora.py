@@ -196,7 +196,8 @@ class LoRAModule(AdapterModule):
         if not self.split:
             return super().file_tensors()
         down, up = fuse_pairs([(down.weight.detach(), up.weight.detach()) for down, up in self.pairs()])
-        return {"lora_down.weight": down, "lora_up.weight": up, "alpha": self.alpha * len(self.split)}
+        bias = {name: tensor.detach() for name, tensor in self.bias_tensors().items()}
+        return {"lora_down.weight": down, "lora_up.weight": up, "alpha": self.alpha * len(self.split), **bias}
 
     def load_file_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         if not self.split or any(name not in tensors for name in self.weight_keys):
@@ -211,7 +212,8 @@ class LoRAModule(AdapterModule):
         parts = {f"lora_down.{i}.weight": pair[0] for i, pair in enumerate(pairs)}
         parts.update({f"lora_up.{i}.weight": pair[1] for i, pair in enumerate(pairs)})
         alpha = float(tensors.get("alpha", torch.tensor(float(down.shape[0]))))
-        super().load_file_tensors({**parts, "alpha": torch.tensor(alpha / len(pairs))})
+        bias = {name: tensor for name, tensor in tensors.items() if name == "diff_b"}
+        super().load_file_tensors({**parts, **bias, "alpha": torch.tensor(alpha / len(pairs))})
 
     @torch.no_grad()
     def weight_norm(self) -> torch.Tensor:

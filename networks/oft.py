@@ -90,7 +90,7 @@ class RotationModule(AdapterModule):
 
     @classmethod
     def unknown_keys(cls, names: Iterable[str]) -> list[str]:
-        known = {*block_names(names), *cls.optional_keys, "alpha"}
+        known = {*block_names(names), *cls.optional_keys, "alpha", "diff_b"}
         return sorted(set(names) - known)
 
     @abstractmethod
