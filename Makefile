@@ -55,4 +55,4 @@ test: install-dev
 	$(PY) -m pytest -q -n $(WORKERS) tests
 
 clean:
-	$(PYTHON) -c "import shutil; [shutil.rmtree(p, ignore_errors=True) for p in ('$(VENV)', 'demo_output')]"
+	$(PYTHON) -c "import shutil; [shutil.rmtree(p, ignore_errors=True) for p in ('$(VENV)', 'demo_output', 'adapter_tools')]"

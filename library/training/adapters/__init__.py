@@ -35,7 +35,7 @@ DENOISER_ONLY = ("networks.oft", "networks.oft_flux", "networks.diag_oft", "netw
 class NetworkOptions:
     """Adapter (network module)"""
 
-    network_module: str | None = option(None, help="module that makes the adapter, e.g. networks.lora or lycoris.kohya")
+    network_module: str | None = option(None, help=f"kind of adapter: {', '.join(KINDS)}, lycoris; or an importable module with create_network")
     network_dim: int | None = option(None, help="rank of the adapter; 4 when not given")
     network_alpha: float = option(1.0, help="the change is scaled by alpha / rank")
     network_dropout: float | None = option(None, help="share of the adapter's inner values that is zeroed in training, 0 to below 1")
