@@ -35,7 +35,10 @@ def to_kohya_names(
     if targets is not None:
         from networks.lora_conversion import to_kohya
 
-        return to_kohya(targets.family, tensors)
+        try:
+            return to_kohya(targets.family, tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{label}: {error}") from error
     return dict(tensors)
 
 
