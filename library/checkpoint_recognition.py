@@ -362,13 +362,15 @@ ADAPTER_FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "Anima",
         (
-            "llm_adapter", "adaln_modulation", "cross_attn_q_proj", "cross_attn_output_proj", "self_attn_output_proj", "unet_blocks_0_self_attn_q_proj",
-            "blocks.0.self_attn.q_proj", "mlp_layer1", "mlp.layer1",
+            "llm_adapter", "adaln_modulation", "cross_attn_output_proj", "self_attn_output_proj", "mlp_layer1", "mlp.layer1", "mlp_layer2",
+            "mlp.layer2",
         ),
     ),
     ("Wan", ("blocks_0_self_attn", "blocks.0.self_attn", "blocks_0_cross_attn")),
 )
 """parts of adapter keys -> the family they are made for; the first match wins"""
+ANIMA_ATTENTION = re.compile(r"(^|[_.])blocks[_.]\d+[_.](self|cross)_attn[_.]([qkv]_proj|output_proj|[qkv]_norm)\.")
+"""names of attention layers that no other family has: those of text encoders stand in `layers`, those of Wan are q, k, v"""
 
 
 DENOISER_KINDS = frozenset(architecture.kind for architecture in DENOISERS)
@@ -383,6 +385,8 @@ def adapter_family(table: KeyTable) -> str | None:
     width = _unet_text_width(table)
     if width in UNET_TEXT_WIDTHS:
         return UNET_TEXT_WIDTHS[width]
+    if any(ANIMA_ATTENTION.search(key) for key in table.shapes):
+        return "Anima"
     return next((family for family, parts in ADAPTER_FAMILIES if any(table.contains(part) for part in parts)), None)
 
 

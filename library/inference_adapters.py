@@ -159,7 +159,7 @@ class LoadedAdapters:
         """Put every adapter where its layer is; call it after models have moved."""
         for network in self.networks:
             for module in (*network.unet_loras, *network.text_encoder_loras):
-                module.to(_layer_of(module).weight.device)
+                module.to(next(_layer_of(module).parameters(recurse=False)).device)
 
     def _filter(self, network: Any, path: str) -> None:
         """Take the layers out that the patterns leave out. ConfigError when nothing is left."""

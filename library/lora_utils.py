@@ -21,7 +21,7 @@ from networks.adapter_module import change_of
 from networks.checkpoint_layers import LayerParameter, checkpoint_layers
 from networks.kinds import known_kind_of
 from networks.lora import rank_problem
-from networks.network_files import by_module, match_names, read_adapter_file
+from networks.network_files import by_module, check_finite, match_names, read_adapter_file
 from networks.targets import NetworkTargets
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,7 @@ class Adapter:
 def read_adapter(path: str | os.PathLike[str], targets: NetworkTargets, multiplier: float | Callable[[str], float] = 1.0) -> Adapter:
     """An adapter file of any kind and naming. CheckpointError when it is none, is damaged or holds a value that is not finite."""
     tensors = read_adapter_file(path, targets)
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not is_finite(tensor):
-            raise CheckpointError(f"{path}: {key} has values that are not finite (NaN or infinite); the training of this file failed")
+    check_finite(tensors, str(path))
     layers = by_module(tensors)
     for name, parts in layers.items():
         known_kind_of(parts, f"{path}: {name}")
@@ -57,11 +55,6 @@ def read_adapter(path: str | os.PathLike[str], targets: NetworkTargets, multipli
         if wrong:
             raise CheckpointError(f"{path}: {name}: {wrong}")
     return Adapter(str(path), layers, multiplier if callable(multiplier) else lambda name: float(multiplier))
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite: the sum tells, and is one pass."""
-    return bool(torch.isfinite(tensor.float().sum(dtype=torch.float64)))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from library.keyed_random import StepDraws, keyed_generator
 from networks.adapter_module import AdapterModule, StepState
 from networks.block_rates import block_factors
 from networks.network_args import NetworkSettings
-from networks.network_files import by_module, match_names, read_adapter_file, to_kohya_names, write_adapter_file
+from networks.network_files import by_module, check_finite, match_names, read_adapter_file, to_kohya_names, write_adapter_file
 from networks.targets import NetworkTargets
 
 logger = logging.getLogger(__name__)
@@ -254,7 +254,8 @@ class AdditionalNetwork(nn.Module):
         return self.load_tensors(read_adapter_file(file, self.targets), str(file))
 
     def load_tensors(self, tensors: Mapping[str, torch.Tensor], label: str = "the file") -> dict[str, list[str]]:
-        """As load_weights, from tensors under the names of a file."""
+        """As load_weights, from tensors under the names of a file; CheckpointError for values that are not finite, too."""
+        check_finite(tensors, label)
         modules = {module.lora_name: module for module in self.loras}
         parts = by_module(tensors)
         found, unknown = match_names(parts, modules, self.targets)

@@ -52,7 +52,7 @@ def parse_network_args(
     for name, value in pairs.items():
         if name not in parsers:
             where = families_with(name)
-            hint = f"; {', '.join(where)} has it." if where else did_you_mean(name, parsers)
+            hint = f"; {', '.join(where)} has it." if where else did_you_mean(name, parsers) or "."
             problems.add(
                 f"--network_args {name}={value}: there is no argument '{name}' for {targets.family}{hint}"
                 f" Known: {', '.join(sorted(parsers))}"
@@ -77,6 +77,13 @@ WEIGHT_DECOMPOSITION: dict[str, Callable[[Any], Any]] = {"dora_wd": parse_bool, 
 or (wd_on_output=False) of its input columns"""
 RANK_STABILIZED: dict[str, Callable[[Any], Any]] = {"rs_lora": parse_bool}
 """rs-LoRA (arXiv 2312.03732): scale alpha / sqrt(rank)"""
+
+
+CONV_RANKS = ("conv_dim", "conv_block_dims")
+NEEDS: dict[str, tuple[str, ...]] = {
+    "conv_alpha": CONV_RANKS, "conv_block_alphas": CONV_RANKS, "use_tucker": CONV_RANKS, "wd_on_output": ("dora_wd",),
+}  # fmt: skip
+"""arguments that do nothing on their own -> those of which one must be given too"""
 
 
 def argument_parsers(targets: NetworkTargets) -> dict[str, Callable[[Any], Any]]:

@@ -15,7 +15,7 @@ from library.registry import import_target
 from networks.adapter_module import AdapterModule
 from networks.additional_network import LISTED_PROBLEMS, AdditionalNetwork
 from networks.kinds import NetworkKind, kind_for
-from networks.network_args import NetworkSettings, parse_network_args
+from networks.network_args import NEEDS, NetworkSettings, parse_network_args
 from networks.network_files import by_module, match_names, read_adapter_file, to_kohya_names
 from networks.selection import LayerPlan, all_layers, block_of, plan_network, rate_of, split_of
 from networks.targets import Layer, NetworkTargets, targets_of_denoiser, targets_of_family
@@ -53,6 +53,9 @@ def read_settings(
     if not kind.module_class.plus_names:
         for name in [name for name in values if name.startswith("loraplus_")]:
             problems.add(f"--network_args {name}: {kind.name} has no part that LoRA+ would train faster; leave it out")
+    for name, needed in NEEDS.items():
+        if values.get(name) is not None and name not in kind.refused and not any(values.get(other) is not None for other in needed):
+            problems.add(f"--network_args {name} is given without {' or '.join(needed)}, which it belongs to; add it, or leave {name} out")
     problems.attempt(lambda: kind.check(values))
     problems.raise_if_any()
     return NetworkSettings(4 if rank is None else int(rank), alpha, dropout, values)
@@ -94,7 +97,7 @@ def build_from_weights(
     """A network with the layers, kinds, ranks and alphas of a file (not loaded yet), and the file's tensors.
 
     Every layer gets the kind of its own tensors, so that a file may mix kinds; `kind` says which arguments are known.
-    Layers that are in no model are left out with a warning; arguments that would change shapes (ranks by part, ...) have
+    Layers that are in no model are left out with a warning, CheckpointError when none is in one; arguments that would change shapes (ranks by part, ...) have
     no effect, all others (dropouts, rates, LoRA+) apply.
     """
     targets = kind.targets(targets_of_denoiser(unet))
@@ -105,6 +108,8 @@ def build_from_weights(
     layers = {layer.lora_name: layer for layer in all_layers(targets, unet, encoder_list(text_encoder), settings, every=True)}
     parts = by_module(tensors)
     found, unknown = match_names(parts, layers, targets)
+    if not found:
+        raise CheckpointError(f"{label} has no layer of this model (it begins with {next(iter(parts), 'nothing')}); is it an adapter for another one?")
     if unknown:
         logger.warning(
             "%s: %d of %d modules are in no loaded model and are left out (first: %s)", label, len(unknown), len(parts), unknown[0]

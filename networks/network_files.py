@@ -35,7 +35,10 @@ def to_kohya_names(
     if targets is not None:
         from networks.lora_conversion import to_kohya
 
-        return to_kohya(targets.family, tensors)
+        try:
+            return to_kohya(targets.family, tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{label}: {error}") from error
     return dict(tensors)
 
 
@@ -47,6 +50,18 @@ def is_adapter_key(key: str) -> bool:
         "lora_linear_layer",
     )  # fmt: skip
     return any(mark in name for mark in marks) or name.rpartition(".")[2] in ("diff", "diff_b", "w_norm", "b_norm", "on_input")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite: the sum tells, and is one pass."""
+    return bool(torch.isfinite(tensor.float().sum(dtype=torch.float64)))
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], label: str) -> None:
+    """CheckpointError for a value that would make every output NaN."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise CheckpointError(f"{label}: {key} has values that are not finite (NaN or infinite); the training of this file failed")
 
 
 def by_module(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

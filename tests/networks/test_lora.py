@@ -283,6 +283,9 @@ def test_patterns_leave_layers_out():
     ({"network_reg_dims": "(=3"}, "regular expression"),
     ({"network_reg_dims": "qkv"}, "expression=value"),
     ({"ggpo_sigma": "0.1"}, "ggpo_beta"),
+    ({"conv_alpha": "1"}, "without conv_dim"),
+    ({"use_tucker": "True"}, "without conv_dim"),
+    ({"wd_on_output": "False"}, "without dora_wd"),
 ])  # fmt: skip
 def test_bad_arguments_are_refused(pairs, message):
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):

@@ -1,0 +1,89 @@
+"""Files of every kind of adapter in the image scripts, hooked and merged, and as --base_weights: family and kind are recognised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.library import test_anima_inference, test_flux_inference, test_sdxl_inference, test_unet_inference
+from tests.networks.adapter_table import ADAPTERS, kind_of_adapter
+from tests.runs.test_start_files import OTHER, SAME, Start, start
+from tests.tools.test_merge_lora import models_of
+
+from library import anima_inference, flux_inference, sdxl_inference, unet_inference
+from library.registry import import_target
+from networks.targets import targets_of_family
+
+KINDS = ("dora", "loha", "lokr", "oft", "diag_oft_rescaled", "boft", "glora", "ia3", "full", "norm", "dylora")
+STRENGTH = {"ia3": 0.3, "full": 0.03, "norm": 0.3}
+"""size of the numbers that are added, where 0.15 shows too little or too much"""
+
+
+def write(path: Path, family: str, model: Path, name: str) -> str:
+    """A file of this kind for the denoiser, with values that show."""
+    adapter = ADAPTERS[name]
+    denoiser, _ = models_of({"sd": "sd1"}.get(family, family), str(model))
+    kind = kind_of_adapter(adapter)
+    pairs = dict(adapter.pairs)
+    if kind.targets(targets_of_family(family)).conv_classes and "conv_dim" not in kind.refused:
+        pairs["conv_dim"] = "2"
+    dim = None if "network_dim" in kind.refused else adapter.rank
+    network = import_target(f"{adapter.module}:create_network")(1.0, dim, adapter.alpha, None, [None, None], denoiser, **pairs)
+    network.apply_to([], denoiser, False, True)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(STRENGTH.get(name, 0.15) * torch.randn(parameter.shape, generator=generator))
+    network.save_weights(str(path), None, {})
+    return str(path)
+
+
+def model_file(made: Start) -> Path:
+    return getattr(made.tiny, made.family if made.family in ("flux", "anima") else "model")
+
+
+@pytest.fixture(scope="module", params=["flux", "anima", "sd1", "sdxl"])
+def made(request, tmp_path_factory) -> Start:
+    return start(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def pictures(made: Start, folder: Path, file: str) -> dict[str, list[bytes]]:
+    """script -> pixels without the adapter, with it hooked and merged, at multiplier 0.6."""
+    tiny, weights = made.tiny, ("--lora_weights", f"{file};0.6")
+    if made.family == "flux":
+        return {"flux": [test_flux_inference.pixels_of(flux_inference.run(test_flux_inference.arguments(tiny, folder, *more)))[0]
+                         for more in ((), weights, (*weights, "--merge_lora_weights"))]}  # fmt: skip
+    if made.family == "anima":
+        weights = ("--lora_weight", file, "--lora_multiplier", "0.6")
+        return {"anima": [test_anima_inference.pixels(anima_inference.run(test_anima_inference.arguments(tiny, folder, *more)))[0]
+                          for more in ((), weights, (*weights, "--merge_lora_weights"))]}  # fmt: skip
+    found = {}
+    hooked = ("--network_module", "networks.lora", "--network_weights", file, "--network_mul", "0.6")
+    found["gen_img"] = [
+        test_unet_inference.pixels(unet_inference.run(test_unet_inference.arguments(tiny, folder / str(number), "--prompt=a cat --d 5", *more))[0])
+        .astype("uint8").tobytes()
+        for number, more in enumerate(((), hooked, (*hooked, "--network_merge")))
+    ]  # fmt: skip
+    if made.family == "sdxl":
+        found["sdxl"] = [test_sdxl_inference.pixels(sdxl_inference.run(test_sdxl_inference.arguments(tiny, folder, *more)))[0]
+                         for more in ((), weights, (*weights, "--merge_lora_weights"))]  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_hooked_and_merged_pictures_are_the_same(name: str, made: Start, tmp_path: Path) -> None:
+    file = write(tmp_path / "adapter.safetensors", made.family, model_file(made), name)
+    for script, (plain, hooked, merged) in pictures(made, tmp_path, file).items():
+        assert test_sdxl_inference.largest_difference(plain, hooked) > 2, script
+        assert test_sdxl_inference.largest_difference(hooked, merged) <= 1, script
+
+
+@pytest.mark.parametrize("name", ("dora", "loha", "lokr", "oft", "full"))
+def test_base_weights_are_those_of_a_hooked_file(name: str, made: Start, tmp_path: Path) -> None:
+    """Merged while loading, whatever kind is trained: the loss is that of a run that starts from the file."""
+    file = write(tmp_path / "adapter.safetensors", made.family, model_file(made), name)
+    fresh = ("--network_dim=4", "--network_train_unet_only")
+    plain, merged = made.first_loss(*fresh), made.first_loss(*fresh, "--base_weights", file)
+    going_on = made.first_loss("--network_train_unet_only", f"--network_module={ADAPTERS[name].module}", "--dim_from_weights", f"--network_weights={file}")
+    assert merged == pytest.approx(going_on, rel=SAME) and merged != pytest.approx(plain, rel=OTHER)

@@ -1,0 +1,44 @@
+"""The package LyCORIS as --network_module: it trains through the command line, and its files are ours to load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.runs.test_adapters import loss_of, read_parts, train
+from tests.runs.test_adapters import family as family  # a fixture
+
+from networks.lora import create_network_from_weights
+
+pytest.importorskip("lycoris")
+WAYS = (("lora", "dora_wd=True"), ("loha",), ("lokr", "factor=4"))
+
+
+@pytest.mark.parametrize("family", ["flux", "sd", "sdxl"], indirect=True)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way[0])
+def test_a_file_of_the_package_gives_its_output_in_ours(way: tuple[str, ...], family, tmp_path: Path) -> None:
+    algo, *more = way
+    run, batches = train(
+        family, tmp_path, "--network_module=lycoris.kohya", "--network_dim=2", "--network_alpha=1", "--learning_rate=2e-2",
+        "--network_train_unet_only", "--network_args", f"algo={algo}", *more,
+    )  # fmt: skip
+    after = loss_of(run, batches)
+    theirs = run.trainable.network
+    for module in theirs.loras:
+        module.org_module[0].forward = module.org_forward
+    before = loss_of(run, batches)
+    assert after < before * 0.999, (before, after)
+
+    file = tmp_path / "lora.safetensors"
+    assert read_parts(file)[0]["ss_network_module"] == "lycoris.kohya"
+    encoders = list(run.models.text_encoders)
+    ours, tensors = create_network_from_weights(1.0, str(file), None, encoders, run.models.denoiser, for_inference=True)
+    assert len(ours.loras) == len(theirs.loras)
+    ours.apply_to(encoders, run.models.denoiser)
+    assert ours.load_weights(str(file)) == {"missing": [], "unexpected": []}
+    assert loss_of(run, batches) == pytest.approx(after, rel=1e-5)
+    ours.remove_from()
+    with torch.no_grad():
+        ours.merge_to(encoders, run.models.denoiser, tensors)
+    assert loss_of(run, batches) == pytest.approx(after, rel=1e-4)
