@@ -87,6 +87,8 @@ class AdapterModule(nn.Module):
     """class names of the layers that it can change"""
     has_alpha: ClassVar[bool] = True
     """whether files of this kind hold an alpha"""
+    default_alpha: ClassVar[float | None] = None
+    """the alpha when none is given; None = the neutral one"""
     plus_names: ClassVar[tuple[str, ...]] = ()
     """parts of parameter names that LoRA+ trains at a higher rate; none = LoRA+ is refused"""
     recomputes: ClassVar[bool] = False
@@ -102,7 +104,9 @@ class AdapterModule(nn.Module):
         dropout: float | None = None,
         rank_dropout: float | None = None,
         module_dropout: float | None = None,
+        **shape: Any,
     ) -> None:
+        """`shape`: what `build` of the kind takes."""
         super().__init__()
         self.lora_name = lora_name
         self.lora_dim = lora_dim
@@ -120,8 +124,15 @@ class AdapterModule(nn.Module):
         self._org_module = [org_module]  # in a list, so that the layer's weights are not counted among the adapter's
         self._backup: dict[str, torch.Tensor] | None = None
         self.dora_scale: nn.Parameter | None = None
+        self.diff_b: nn.Parameter | None = None
         self.register_buffer("alpha", torch.zeros((), dtype=torch.float32), persistent=self.has_alpha)
-        self.set_alpha(alpha)
+        self.set_alpha(self.default_alpha if alpha is None else alpha)
+        self.build(**shape)
+        self.initialize()
+
+    @abstractmethod
+    def build(self, **shape: Any) -> None:
+        """Make the trained tensors for `org_module` and `lora_dim`; `initialize` gives them values."""
 
     @property
     def org_module(self) -> nn.Module:
@@ -183,7 +194,11 @@ class AdapterModule(nn.Module):
             return output + sum(parameter.flatten()[0] for parameter in trained).to(output) * 0 if trained else output
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.compute_dtype)
-        return (output + self.output_change(x).to(output.device)).to(output.dtype)
+        change = self.output_change(x).to(output.device)
+        if self.diff_b is not None:
+            bias = self.multiplier * self.diff_b  # [out]
+            change = change + bias.to(change.device, change.dtype).view(-1, *[1] * (self.org_module.weight.ndim - 2))
+        return (output + change).to(output.dtype)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -234,7 +249,7 @@ class AdapterModule(nn.Module):
     @classmethod
     def unknown_keys(cls, names: Iterable[str]) -> list[str]:
         """Tensors of a layer's file that this kind has no use for."""
-        return sorted(set(names) - {*cls.weight_keys, *cls.optional_keys, "alpha", "dora_scale"})
+        return sorted(set(names) - {*cls.weight_keys, *cls.optional_keys, "alpha", "dora_scale", "diff_b"})
 
     @abstractmethod
     def initialize(self, generator: torch.Generator | None = None) -> None:
@@ -247,6 +262,10 @@ class AdapterModule(nn.Module):
         """The live tensors (parameters and buffers), as `weight_change` takes them."""
         alpha = {"alpha": torch.tensor(self._alpha)} if self.has_alpha else {}  # on the CPU: reading it waits for no device
         return {**dict(self.named_parameters()), **dict(self.named_buffers()), **alpha}
+
+    def bias_tensors(self) -> dict[str, torch.Tensor]:
+        """The live change of the bias, where there is one, as `bias_change` takes it."""
+        return {} if self.diff_b is None else {"diff_b": self.diff_b}
 
     @torch.no_grad()
     def decompose_weight(self, on_output: bool = True) -> None:
@@ -358,6 +377,15 @@ class AdapterModule(nn.Module):
 
     # -- files -----------------------------------------------------------------------------------------------------
 
+    def add_optional(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Make room for what may stand beside the tensors of any kind: a magnitude (DoRA) and a change of the bias.
+        CheckpointError for a change of a bias that the layer does not have."""
+        if "diff_b" in tensors and getattr(self.org_module, "bias", None) is None:
+            raise CheckpointError(f"{self.lora_name} has diff_b, a change of the bias; this model's layer has no bias, so that the file is another model's")
+        for name in ("dora_scale", "diff_b"):
+            if name in tensors and getattr(self, name) is None:
+                setattr(self, name, nn.Parameter(torch.empty_like(tensors[name], dtype=torch.float32)))
+
     def file_tensors(self) -> dict[str, torch.Tensor]:
         """Parameter names of the file -> tensors."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
@@ -365,8 +393,7 @@ class AdapterModule(nn.Module):
     def load_file_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Read the tensors of a file; CheckpointError when a name or shape does not fit. A file without alpha has
         the neutral one. Shapes that differ only in 1x1 kernel axes fit."""
-        if "dora_scale" in tensors and self.dora_scale is None:
-            self.dora_scale = nn.Parameter(torch.empty_like(tensors["dora_scale"], dtype=torch.float32))
+        self.add_optional(tensors)
         if not self.has_alpha:
             tensors = {name: tensor for name, tensor in tensors.items() if name != "alpha"}
         own = self.state_dict()

@@ -34,17 +34,12 @@ class DyLoRAModule(AdapterModule):
     plus_names = ("lora_up",)
     weight_change = staticmethod(LoRAModule.weight_change)
 
-    def __init__(
-        self, lora_name: str, org_module: nn.Module, multiplier: float = 1.0, lora_dim: int = 4, alpha: float | None = 1.0,
-        dropout: float | None = None, rank_dropout: float | None = None, module_dropout: float | None = None, unit: int = 1,
-    ) -> None:
-        super().__init__(lora_name, org_module, multiplier, lora_dim, alpha, dropout, rank_dropout, module_dropout)
-        if getattr(org_module, "groups", 1) != 1:
-            raise ConfigError(f"{lora_name} is a grouped convolution, for which DyLoRA is not defined; exclude this layer")
+    def build(self, *, unit: int = 1) -> None:
+        if getattr(self.org_module, "groups", 1) != 1:
+            raise ConfigError(f"{self.lora_name} is a grouped convolution, for which DyLoRA is not defined; exclude this layer")
         self.piece: int | None = None
         """the piece that is trained in this step; None = all of them"""
         self.cut(unit)
-        self.initialize()
 
     def cut(self, unit: int) -> None:
         """Make pieces of `unit` ranks. ConfigError when the rank is no multiple of it."""
@@ -79,7 +74,7 @@ class DyLoRAModule(AdapterModule):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         down, up = self._joined(len(self.lora_down))
-        return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(self._alpha)}
+        return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(self._alpha), **self.bias_tensors()}
 
     def _joined(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """down and up of the first `count` pieces."""

@@ -25,12 +25,12 @@ class FullModule(AdapterModule):
     optional_keys = ("diff_b",)
     has_alpha = False
 
-    def __init__(self, lora_name: str, org_module: nn.Module, *args: Any, bias: bool | None = None) -> None:
-        super().__init__(lora_name, org_module, *args)
+    def build(self, *, bias: bool | None = None) -> None:
+        layer = self.org_module
         if bias is None:
-            bias = org_module.bias is not None
-        self.diff = nn.Parameter(torch.zeros(org_module.weight.shape))
-        self.diff_b = nn.Parameter(torch.zeros(org_module.weight.shape[0])) if bias else None
+            bias = layer.bias is not None
+        self.diff = nn.Parameter(torch.zeros(layer.weight.shape))
+        self.diff_b = nn.Parameter(torch.zeros(layer.weight.shape[0])) if bias else None
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
@@ -46,13 +46,6 @@ class FullModule(AdapterModule):
     @staticmethod
     def change_shape(tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...] | None:
         return tuple(tensors["diff"].shape)
-
-    def output_change(self, x: torch.Tensor) -> torch.Tensor:
-        change = super().output_change(x)
-        bias = self.bias_change(self.tensors(), self.multiplier)
-        if bias is None:
-            return change
-        return change + bias.to(change.dtype).view(-1, *[1] * (self.diff.ndim - 2))
 
     @torch.no_grad()
     def scale_weight(self, ratio: torch.Tensor) -> None:

@@ -42,31 +42,17 @@ class GLoRAModule(AdapterModule):
     optional_keys = ("bm.weight",)
     recomputes = True
 
-    def __init__(
-        self,
-        lora_name: str,
-        org_module: nn.Module,
-        multiplier: float = 1.0,
-        lora_dim: int = 4,
-        alpha: float | None = 1.0,
-        dropout: float | None = None,
-        rank_dropout: float | None = None,
-        module_dropout: float | None = None,
-        *,
-        mid_shape: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(lora_name, org_module, multiplier, lora_dim, alpha, dropout, rank_dropout, module_dropout)
-        rows, columns, *kernel = org_module.weight.shape
+    def build(self, *, mid_shape: Sequence[int] | None = None) -> None:
+        rows, columns, *kernel = self.org_module.weight.shape
         ones = [1] * len(kernel)
-        shapes = {"a1": (columns, lora_dim, *ones), "a2": (lora_dim, columns, *ones), "b1": (rows, lora_dim, *ones)}
-        shapes["b2"] = (lora_dim, columns, *(ones if mid_shape else kernel))
+        shapes = {"a1": (columns, self.lora_dim, *ones), "a2": (self.lora_dim, columns, *ones), "b1": (rows, self.lora_dim, *ones)}
+        shapes["b2"] = (self.lora_dim, columns, *(ones if mid_shape else kernel))
         if mid_shape:
             shapes["bm"] = tuple(mid_shape)
         for name, shape in shapes.items():
             part = nn.Module()  # the file's names end in .weight
             part.register_parameter("weight", nn.Parameter(torch.empty(shape)))
             self.add_module(name, part)
-        self.initialize()
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:

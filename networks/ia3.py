@@ -36,9 +36,8 @@ class IA3Module(AdapterModule):
     weight_keys = ("weight", "on_input")
     has_alpha = False
 
-    def __init__(self, lora_name: str, org_module: nn.Module, *args: Any, on_input: bool = False) -> None:
-        super().__init__(lora_name, org_module, *args)
-        own = org_module.weight
+    def build(self, *, on_input: bool = False) -> None:
+        own = self.org_module.weight
         size = own.shape[1 if on_input else 0]
         self.weight = nn.Parameter(torch.zeros(size if own.ndim == 2 else (1, size, *[1] * (own.ndim - 2))))
         self.trains_input = on_input
@@ -50,7 +49,8 @@ class IA3Module(AdapterModule):
         self.weight.zero_()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"weight": self.weight, "on_input": torch.tensor(int(self.trains_input))}  # on the CPU: reading waits for no device
+        on_input = torch.tensor(int(self.trains_input))  # on the CPU: reading waits for no device
+        return {"weight": self.weight, "on_input": on_input, **self.bias_tensors()}
 
     @staticmethod
     def weight_change(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor, multiplier: float) -> torch.Tensor:

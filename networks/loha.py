@@ -49,32 +49,18 @@ class LoHaModule(AdapterModule):
     plus_names = ("hada_w2_a",)
     recomputes = True  # a step keeps two matrices of the weight's size otherwise
 
-    def __init__(
-        self,
-        lora_name: str,
-        org_module: nn.Module,
-        multiplier: float = 1.0,
-        lora_dim: int = 4,
-        alpha: float | None = 1.0,
-        dropout: float | None = None,
-        rank_dropout: float | None = None,
-        module_dropout: float | None = None,
-        *,
-        tucker: bool = False,
-    ) -> None:
-        super().__init__(lora_name, org_module, multiplier, lora_dim, alpha, dropout, rank_dropout, module_dropout)
-        rows, columns, *kernel = org_module.weight.shape
+    def build(self, *, tucker: bool = False) -> None:
+        rows, columns, *kernel = self.org_module.weight.shape
         self.is_tucker = tucker
         for number in (1, 2):
             if tucker:
-                shapes = {f"hada_t{number}": (lora_dim, lora_dim, *kernel)}
-                shapes |= {f"hada_w{number}_a": (lora_dim, rows), f"hada_w{number}_b": (lora_dim, columns)}
+                shapes = {f"hada_t{number}": (self.lora_dim, self.lora_dim, *kernel)}
+                shapes |= {f"hada_w{number}_a": (self.lora_dim, rows), f"hada_w{number}_b": (self.lora_dim, columns)}
             else:
-                inner = org_module.weight[0].numel()
-                shapes = {f"hada_w{number}_a": (rows, lora_dim), f"hada_w{number}_b": (lora_dim, inner)}
+                inner = self.org_module.weight[0].numel()
+                shapes = {f"hada_w{number}_a": (rows, self.lora_dim), f"hada_w{number}_b": (self.lora_dim, inner)}
             for name, shape in shapes.items():
                 self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-        self.initialize()
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:

@@ -99,27 +99,12 @@ class LoKrModule(AdapterModule):
     plus_names = ("lokr_w1",)
     recomputes = True
 
-    def __init__(
-        self,
-        lora_name: str,
-        org_module: nn.Module,
-        multiplier: float = 1.0,
-        lora_dim: int = 4,
-        alpha: float | None = 1.0,
-        dropout: float | None = None,
-        rank_dropout: float | None = None,
-        module_dropout: float | None = None,
-        *,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
-        **sizing: Any,
-    ) -> None:
-        super().__init__(lora_name, org_module, multiplier, lora_dim, alpha, dropout, rank_dropout, module_dropout)
-        for name, shape in (shapes or lokr_shapes(org_module.weight.shape, lora_dim, **sizing)).items():
+    def build(self, *, shapes: Mapping[str, tuple[int, ...]] | None = None, **sizing: Any) -> None:
+        for name, shape in (shapes or lokr_shapes(self.org_module.weight.shape, self.lora_dim, **sizing)).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.is_full = is_full(dict(self.named_parameters()))
         if self.is_full:
             self.set_alpha(None)
-        self.initialize()
 
     @property
     def scale(self) -> float:

@@ -83,35 +83,19 @@ class LoRAModule(AdapterModule):
     optional_keys = ("lora_mid.weight",)
     plus_names = ("lora_up",)
 
-    def __init__(
-        self,
-        lora_name: str,
-        org_module: nn.Module,
-        multiplier: float = 1.0,
-        lora_dim: int = 4,
-        alpha: float | None = 1.0,
-        dropout: float | None = None,
-        rank_dropout: float | None = None,
-        module_dropout: float | None = None,
-        **shape: Any,
-    ) -> None:
-        super().__init__(lora_name, org_module, multiplier, lora_dim, alpha, dropout, rank_dropout, module_dropout)
-        self.split: tuple[int, ...] | None = shape.pop("split", None)
+    def build(self, *, split: tuple[int, ...] | None = None, tucker: bool = False) -> None:
+        self.split = split
         self.ggpo: Ggpo | None = None
-        tucker = shape.pop("tucker", False)
-        if shape:
-            raise TypeError(f"unknown arguments: {', '.join(shape)}")
-        self.is_conv = type(org_module).__name__ == "Conv2d"
+        self.is_conv = type(self.org_module).__name__ == "Conv2d"
         if self.is_conv:
-            self._build_conv(org_module, tucker)
+            self._build_conv(self.org_module, tucker)
         elif self.split:
-            in_features = org_module.in_features
-            self.lora_down = nn.ModuleList(nn.Linear(in_features, lora_dim, bias=False) for _ in self.split)
-            self.lora_up = nn.ModuleList(nn.Linear(lora_dim, rows, bias=False) for rows in self.split)
+            in_features = self.org_module.in_features
+            self.lora_down = nn.ModuleList(nn.Linear(in_features, self.lora_dim, bias=False) for _ in self.split)
+            self.lora_up = nn.ModuleList(nn.Linear(self.lora_dim, rows, bias=False) for rows in self.split)
         else:
-            self.lora_down = nn.Linear(org_module.in_features, lora_dim, bias=False)
-            self.lora_up = nn.Linear(lora_dim, org_module.out_features, bias=False)
-        self.initialize()
+            self.lora_down = nn.Linear(self.org_module.in_features, self.lora_dim, bias=False)
+            self.lora_up = nn.Linear(self.lora_dim, self.org_module.out_features, bias=False)
 
     def _build_conv(self, org_module: nn.Conv2d, tucker: bool) -> None:
         if org_module.groups != 1:
@@ -212,7 +196,8 @@ class LoRAModule(AdapterModule):
         if not self.split:
             return super().file_tensors()
         down, up = fuse_pairs([(down.weight.detach(), up.weight.detach()) for down, up in self.pairs()])
-        return {"lora_down.weight": down, "lora_up.weight": up, "alpha": self.alpha * len(self.split)}
+        bias = {name: tensor.detach() for name, tensor in self.bias_tensors().items()}
+        return {"lora_down.weight": down, "lora_up.weight": up, "alpha": self.alpha * len(self.split), **bias}
 
     def load_file_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         if not self.split or any(name not in tensors for name in self.weight_keys):
@@ -227,7 +212,8 @@ class LoRAModule(AdapterModule):
         parts = {f"lora_down.{i}.weight": pair[0] for i, pair in enumerate(pairs)}
         parts.update({f"lora_up.{i}.weight": pair[1] for i, pair in enumerate(pairs)})
         alpha = float(tensors.get("alpha", torch.tensor(float(down.shape[0]))))
-        super().load_file_tensors({**parts, "alpha": torch.tensor(alpha / len(pairs))})
+        bias = {name: tensor for name, tensor in tensors.items() if name == "diff_b"}
+        super().load_file_tensors({**parts, **bias, "alpha": torch.tensor(alpha / len(pairs))})
 
     @torch.no_grad()
     def weight_norm(self) -> torch.Tensor:

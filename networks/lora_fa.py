@@ -26,8 +26,8 @@ class LoRAFAModule(LoRAModule):
 
     plus_names = ()
 
-    def __init__(self, *args: Any, **shape: Any) -> None:
-        super().__init__(*args, **shape)
+    def build(self, **shape: Any) -> None:
+        super().build(**shape)
         weight = self.lora_down.weight.detach()
         del self.lora_down.weight
         self.lora_down.register_buffer("weight", weight)

@@ -5,7 +5,7 @@ Trained alone by --network_module networks.norm, or beside any other adapter by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,14 +43,18 @@ class NormModule(AdapterModule):
     layer_classes = NORM_CLASSES
     has_alpha = False
 
-    def __init__(self, lora_name: str, org_module: nn.Module, *args: Any, bias: bool | None = None) -> None:
-        super().__init__(lora_name, org_module, *args)
+    def build(self, *, bias: bool | None = None) -> None:
         if bias is None:
-            bias = getattr(org_module, "bias", None) is not None
-        self.weight_name = weight_name(org_module) or "weight"
-        shape = getattr(org_module, self.weight_name).shape
+            bias = getattr(self.org_module, "bias", None) is not None
+        self.weight_name = weight_name(self.org_module) or "weight"
+        shape = getattr(self.org_module, self.weight_name).shape
         self.w_norm = nn.Parameter(torch.zeros(shape))
         self.b_norm = nn.Parameter(torch.zeros(shape)) if bias else None
+
+    @classmethod
+    def unknown_keys(cls, names: Iterable[str]) -> list[str]:
+        """A norm's bias is changed by b_norm."""
+        return sorted(set(names) - {*cls.weight_keys, *cls.optional_keys, "alpha"})
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:

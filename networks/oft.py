@@ -72,26 +72,13 @@ class RotationModule(AdapterModule):
 
     weight_keys = ("oft_blocks",)
     optional_keys = ("rescale",)
+    default_alpha = DEFAULT_CONSTRAINT
     recomputes = True
 
-    def __init__(
-        self,
-        lora_name: str,
-        org_module: nn.Module,
-        multiplier: float = 1.0,
-        lora_dim: int = 4,
-        alpha: float | None = None,
-        dropout: float | None = None,
-        rank_dropout: float | None = None,
-        module_dropout: float | None = None,
-        *,
-        shapes: Mapping[str, Sequence[int]] | None = None,
-        split: Sequence[int] | None = None,
-        rescaled: bool = False,
+    def build(
+        self, *, shapes: Mapping[str, Sequence[int]] | None = None, split: Sequence[int] | None = None, rescaled: bool = False
     ) -> None:
-        alpha = DEFAULT_CONSTRAINT if alpha is None else alpha
-        super().__init__(lora_name, org_module, multiplier, lora_dim, alpha, dropout, rank_dropout, module_dropout)
-        weight = org_module.weight
+        weight = self.org_module.weight
         if shapes is None and split:
             shapes = {f"oft_blocks.{number}": self.block_shape(rows) for number, rows in enumerate(split)}
         elif shapes is None:
@@ -103,7 +90,7 @@ class RotationModule(AdapterModule):
 
     @classmethod
     def unknown_keys(cls, names: Iterable[str]) -> list[str]:
-        known = {*block_names(names), *cls.optional_keys, "alpha"}
+        known = {*block_names(names), *cls.optional_keys, "alpha", "diff_b"}
         return sorted(set(names) - known)
 
     @abstractmethod

@@ -32,9 +32,9 @@ def rank_masks(times: torch.Tensor, rank: int, least: int, power: float) -> torc
 class TLoRAModule(LoRAModule):
     """LoRA of one layer with ranks by the time of each sample."""
 
-    def __init__(self, *args: Any, least_rank: int = 1, power: float = 1.0, **shape: Any) -> None:
+    def build(self, *, least_rank: int = 1, power: float = 1.0, **shape: Any) -> None:
         self.least_rank, self.power = least_rank, power
-        super().__init__(*args, **shape)
+        super().build(**shape)
 
     def _dropped(self, hidden: torch.Tensor, part: int) -> torch.Tensor:
         hidden = super()._dropped(hidden, part)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from networks.kinds import NetworkKind
-from networks.network_base import AdapterModule, build_module, read_settings
+from networks.network_base import AdapterModule, AdditionalNetwork, build_module, read_settings
 from networks.selection import LayerPlan
 from networks.targets import Layer, targets_of_family
 
@@ -16,7 +16,8 @@ from library.registry import import_target
 
 @dataclass(frozen=True)
 class Adapter:
-    """`pairs`: its --network_args; `rank` and `alpha` as a user would give them; `tucker`: whether it has a Tucker form;
+    """`families`: those that have its arguments, the first of them trains it even where another of its kind comes first;
+    `split`: rows of the parts where it trains parts; `pairs`: its --network_args; `rank` and `alpha` as a user would give them; `tucker`: whether it has a Tucker form;
     `layers`: the kinds of layers it is defined for; `rate`: a learning rate at which a short run learns."""
 
     module: str
@@ -26,6 +27,8 @@ class Adapter:
     tucker: bool = True
     layers: tuple[str, ...] = ("linear", "conv1x1", "conv3x3")
     rate: float = 5e-3
+    families: tuple[str, ...] = ("sd", "sdxl", "flux", "anima")
+    split: tuple[int, ...] = (4, 4, 4)
 
 
 ADAPTERS: dict[str, Adapter] = {
@@ -33,6 +36,8 @@ ADAPTERS: dict[str, Adapter] = {
     "dora": Adapter("networks.lora", {"dora_wd": "True"}),
     "dora_input": Adapter("networks.lora", {"dora_wd": "True", "wd_on_output": "False"}),
     "rs_lora": Adapter("networks.lora", {"rs_lora": "True"}),
+    "ggpo": Adapter("networks.lora", {"ggpo_sigma": "0.03", "ggpo_beta": "0.01"}),
+    "split_qkv": Adapter("networks.lora", {"split_qkv": "True"}, families=("flux",)),
     "loha": Adapter("networks.loha"),
     "loha_dora": Adapter("networks.loha", {"dora_wd": "True"}),
     "loha_rs": Adapter("networks.loha", {"rs_lora": "True"}),
@@ -65,8 +70,11 @@ def kind_of_adapter(adapter: Adapter) -> NetworkKind:
 def make_adapter(adapter: Adapter, layer: Any, multiplier: float = 1.0, **more: Any) -> AdapterModule:
     """The adapter of one layer, through the settings that --network_args give."""
     kind = kind_of_adapter(adapter)
-    targets = kind.targets(targets_of_family("sd"))
+    targets = kind.targets(targets_of_family(adapter.families[0]))
     conv = {} if "conv_dim" in kind.refused else {"conv_dim": str(adapter.rank)}
     settings = read_settings(kind, targets, adapter.rank, adapter.alpha, None, {**adapter.pairs, **conv, **more})
-    plan = LayerPlan(Layer("lora_unet_layer", "layer", layer), adapter.rank, adapter.alpha)
-    return build_module(kind, plan, multiplier, settings)
+    split = adapter.split if settings.get("split_qkv") and type(layer).__name__ == "Linear" else None
+    plan = LayerPlan(Layer("lora_unet_layer", "layer", layer), adapter.rank, adapter.alpha, None, split)
+    module = build_module(kind, plan, multiplier, settings)
+    kind.prepare(AdditionalNetwork(targets, settings, [module], multiplier))
+    return module

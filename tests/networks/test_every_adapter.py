@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from tests.networks.adapter_table import ADAPTERS, make_adapter
+from tests.networks.adapter_table import ADAPTERS, kind_of_adapter, make_adapter
 from torch import nn
 
-from library.errors import ConfigError
+from library.errors import CheckpointError, ConfigError
 from networks.kinds import bias_change, weight_change
 from networks.network_base import module_from_tensors
 from networks.network_args import NetworkSettings
+from networks.network_files import by_module, read_adapter_file, write_adapter_file
 from networks.targets import Layer
 
 LAYERS = {
@@ -57,33 +58,47 @@ def cell(name, layer_name, tucker, dtype=torch.float32, multiplier=1.0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("layer_name", "tucker"), CELLS)
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_forward_merge_and_file_are_equal(name, layer_name, tucker, dtype, multiplier):
+def test_forward_merge_and_file_are_equal(name, layer_name, tucker, dtype, multiplier, tmp_path):
     made = cell(name, layer_name, tucker, dtype, multiplier)
     if made is None:
         return
     layer, adapter = made
     trained(adapter).eval()
     x = example(layer, dtype)
-    plain = layer(x)
+    plain, own = layer(x), {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
     adapter.apply_to()
     hooked = layer(x)
     adapter.remove_from()
     assert (multiplier == 0) == torch.equal(hooked, plain)
 
-    tensors = {key: tensor.clone() for key, tensor in adapter.file_tensors().items()}
-    weight = layer.weight.detach().float()
+    file = tmp_path / "adapter.safetensors"
+    write_adapter_file(str(file), {f"lora_unet_layer.{name}": tensor for name, tensor in adapter.file_tensors().items()}, None, None)
+    tensors = by_module(read_adapter_file(file))["lora_unet_layer"]
+    weight = own["weight"].float()
     merged = (weight + weight_change(tensors, weight, multiplier)).to(dtype)
+    adapter.merge_to()
+    assert multiplier == 0 or not torch.equal(layer.weight, own["weight"])
+    torch.testing.assert_close(layer.weight, merged, rtol=0, atol=0)
+    by_hand = layer(x)
+    for key, parameter in layer.named_parameters():
+        parameter.data.copy_(own[key])
+    adapter.load_file_tensors(tensors)
+    for key, tensor in adapter.file_tensors().items():
+        assert torch.equal(tensor, tensors[key]), key
 
     loaded = module_from_tensors(tensors, Layer("lora_unet_layer", "layer", layer), None, multiplier, NetworkSettings())
     loaded.load_file_tensors(tensors)
     loaded.eval().apply_to()
-    assert torch.equal(layer(x), hooked)
+    tolerance = TOLERANCE[dtype]  # of the largest output: rounded weights add up to errors of its size
+    close = {"rtol": tolerance, "atol": tolerance * max(1.0, float(hooked.detach().abs().max()))}
+    torch.testing.assert_close(layer(x), hooked, **(close if ADAPTERS[name].pairs.get("split_qkv") else {"rtol": 0, "atol": 0}))
     loaded.remove_from()
     loaded.merge_to()
     torch.testing.assert_close(layer.weight, merged, rtol=0, atol=0)
-    assert bias_change(tensors, multiplier) is None or not torch.equal(layer.bias, plain)
-    tolerance = TOLERANCE[dtype]  # of the largest output: rounded weights add up to errors of its size
-    torch.testing.assert_close(layer(x), hooked, rtol=tolerance, atol=tolerance * max(1.0, float(hooked.detach().abs().max())))
+    bias = bias_change(tensors, multiplier)
+    torch.testing.assert_close(layer.bias, own["bias"] if bias is None else (own["bias"].float() + bias).to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(layer(x), hooked, **close)
+    torch.testing.assert_close(by_hand, hooked, **close)
 
 
 @pytest.mark.parametrize(("layer_name", "tucker"), CELLS)
@@ -105,3 +120,28 @@ def test_start_and_gradients(name, layer_name, tucker):
         has_gradient = parameter.grad is not None and bool(parameter.grad.any())
         assert has_gradient == parameter.requires_grad, parameter_name
     assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("layer_name", ["linear", "conv3x3"])
+@pytest.mark.parametrize("name", [name for name, adapter in ADAPTERS.items() if "linear" in adapter.layers])
+def test_a_change_of_the_bias_may_stand_beside_any_kind(name, layer_name):
+    """diff_b, which LyCORIS and others write: hooked, merged and written again; a layer without bias refuses it."""
+    layer, adapter = cell(name, layer_name, False, multiplier=0.5)
+    tensors = {key: tensor.clone() for key, tensor in trained(adapter).file_tensors().items()}
+    tensors["diff_b"] = torch.linspace(-1, 1, 12)
+    at = Layer("lora_unet_layer", "layer", layer)
+    loaded = module_from_tensors(tensors, at, None, 0.5, NetworkSettings(), kind_of_adapter(ADAPTERS[name]))
+    loaded.load_file_tensors(tensors)
+    assert torch.equal(loaded.file_tensors()["diff_b"], tensors["diff_b"])
+    x, shape = example(layer), (-1,) if layer_name == "linear" else (-1, 1, 1)
+    loaded.eval().apply_to()
+    hooked = layer(x)
+    loaded.diff_b.data.zero_()
+    torch.testing.assert_close(hooked - layer(x), (0.5 * tensors["diff_b"]).view(shape).expand_as(hooked), rtol=1e-4, atol=1e-5)
+    loaded.load_file_tensors(tensors)
+    loaded.remove_from()
+    loaded.merge_to()
+    torch.testing.assert_close(layer(x), hooked, rtol=1e-4, atol=1e-4)
+    layer.bias = None
+    with pytest.raises(CheckpointError, match="has no bias"):
+        module_from_tensors(tensors, at, None, 1.0, NetworkSettings())

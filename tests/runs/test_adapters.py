@@ -82,7 +82,8 @@ def loss_of(run: Any, batches: list[Any]) -> float:
 
 FIRST_OF_KIND = {adapter.module: name for name, adapter in reversed(ADAPTERS.items())}
 CELLS = [
-    (family, name) for family in FAMILIES for name, adapter in ADAPTERS.items() if family == "sd" or FIRST_OF_KIND[adapter.module] == name
+    (family, name) for family in FAMILIES for name, adapter in ADAPTERS.items()
+    if family in adapter.families and (family == adapter.families[0] or FIRST_OF_KIND[adapter.module] == name)
 ]  # variants of a kind differ inside a layer; one family is enough for them
 
 

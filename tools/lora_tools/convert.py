@@ -34,7 +34,7 @@ class ConvertOptions:
 
     input: str | None = option(None, help="the adapter file, instead of the first word of the command")
     output: str | None = option(None, help="the file to write, instead of the second word of the command")
-    to: str | None = option(None, choices=TARGETS, help="the layout to write; see the table above")
+    to: str | None = option(None, choices=TARGETS, help="the layout to write; docs/convert_lora.md has them in a table")
     target: str | None = option(
         None, choices=tuple(MUSUBI_TARGETS), help="as known from musubi-tuner: default = --to kohya; other = original paths with dots, no alpha"
     )
