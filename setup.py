@@ -13,7 +13,7 @@ SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if path.stem != "setup"
 setup(
     name="atelier-trainer",
     version="0.1.0",
-    description="A trainer for image diffusion models: LoRA training for FLUX.1, Stable Diffusion, SDXL and Anima with exact resume and checked numerics",
+    description="A trainer for image diffusion models: LoRA and other adapters for FLUX.1, Stable Diffusion, SDXL and Anima, with exact resume, checked numerics and tools for adapter files",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",

@@ -84,7 +84,7 @@ class GenerationModelOptions:
 class GenerationNetworkOptions:
     """Networks and embeddings"""
 
-    network_module: list[str] | None = option(None, nargs="*", help="module of each network, e.g. networks.lora")
+    network_module: list[str] | None = option(None, nargs="*", help="kind of each network, e.g. lora (any kind reads files of all), lycoris, or an importable module")
     network_weights: list[str] | None = option(None, nargs="*", help="file of each network")
     network_mul: list[float] | None = option(None, nargs="*", help="multiplier of each network; 1 when not given")
     network_args: list[str] | None = option(None, nargs="*", help='arguments of each network as one text: "key=value;key=value"')

@@ -14,7 +14,7 @@ from library.errors import ConfigError, Problems
 from library.family_table import family_entry
 from library.generation_options import GenerationNetworkOptions
 from library.inference_adapters import AdapterFile, file_problem, hook, network_of
-from library.training.adapters import check_owner
+from library.training.adapters import check_owner, importable_name
 from library.training.keyword_args import parse_keyword_args
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def network_problems(options: GenerationNetworkOptions, family: str) -> list[str
     """What is wrong with modules, files and arguments for a model of this family, from headers."""
     problems = Problems()
     for name in options.network_module or []:
-        problems.attempt(lambda: check_owner(name, family_entry(family).network_module))
+        problems.attempt(lambda: check_owner(importable_name(name), family_entry(family).network_module))
         problems.attempt(lambda: _module(name))
     for path in options.network_weights or []:
         problem = file_problem(path, "network_weights", family)
@@ -40,7 +40,7 @@ def network_problems(options: GenerationNetworkOptions, family: str) -> list[str
 
 def _module(name: str) -> Any:
     try:
-        module = importlib.import_module(name)
+        module = importlib.import_module(importable_name(name))
     except ImportError as error:
         raise ConfigError(f"--network_module is {name}, which cannot be imported: {error}; e.g. networks.lora") from error
     if not hasattr(module, "create_network_from_weights"):
@@ -81,7 +81,7 @@ class Networks:
         if options.network_show_meta:
             show_metadata(path)
         adapter = AdapterFile(
-            path, options.network_mul[place] if options.network_mul else 1.0, options.network_module[place],
+            path, options.network_mul[place] if options.network_mul else 1.0, importable_name(options.network_module[place]),
             _arguments(options.network_args[place]) if options.network_args else {},
         )  # fmt: skip
         network, tensors = network_of(adapter, encoders, denoiser)

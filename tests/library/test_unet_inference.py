@@ -277,7 +277,7 @@ def test_networks_of_another_package(tiny, tmp_path):
     path = tmp_path / "denoiser.safetensors"
     save_file_atomic({k: t for k, t in load_safetensors(whole, "cpu").items() if k.startswith("lora_unet")}, path)
     prompt, file = ["--prompt", "a cat --d 1"], ["--network_weights", str(path), "--network_mul", "0.7"]
-    [ours] = made(tiny["sdxl"], tmp_path / "ours", *prompt, *file, "--network_module", "networks.lora")
+    [ours] = made(tiny["sdxl"], tmp_path / "ours", *prompt, *file, "--network_module", "lora")
     [theirs] = made(tiny["sdxl"], tmp_path / "theirs", *prompt, *file, "--network_module", "lycoris.kohya")
     assert distance(ours, theirs) <= 1
     with pytest.raises(ConfigError, match="cannot take a network out"):

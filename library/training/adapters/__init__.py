@@ -93,8 +93,12 @@ class NetworkOptions:
     @property
     def module_path(self) -> str:
         """The importable name of --network_module."""
-        name = self.network_module or ""
-        return NETWORKS.entry(name).target if name in NETWORKS else name
+        return importable_name(self.network_module or "")
+
+
+def importable_name(name: str) -> str:
+    """The module that a short name stands for; other names are modules already."""
+    return NETWORKS.entry(name).target if name in NETWORKS else name
 
 
 def parse_pairs(items: Sequence[str] | None) -> dict[str, str]:
