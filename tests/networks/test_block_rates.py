@@ -62,6 +62,11 @@ def test_sd_has_twelve_ways_down_one_in_the_middle_twelve_up():
     assert factors_of("sd") is None
 
 
+def test_factors_up_to_the_threshold_count_as_zero():
+    got = factors_of("sdxl", down_lr_weight="linear", mid_lr_weight="0.25,0.3,0.2", block_lr_zero_threshold="0.25")
+    assert got == [1, 0, 0, 0, *QUARTERS[3:], 0, 0.3, 0, *ONES, 1]
+
+
 @pytest.mark.parametrize(("family", "pairs", "message"), [
     ("sd", {"down_lr_weight": ",".join("1" * 13)}, "13 factors for 12 blocks"),
     ("sdxl", {"up_lr_weight": ",".join("1" * 10)}, "10 factors for 9 blocks"),
