@@ -52,7 +52,7 @@ def parse_network_args(
     for name, value in pairs.items():
         if name not in parsers:
             where = families_with(name)
-            hint = f"; {', '.join(where)} has it." if where else did_you_mean(name, parsers) or "."
+            hint = f"; known for {', '.join(where)}." if where else did_you_mean(name, parsers) or "."
             problems.add(
                 f"--network_args {name}={value}: there is no argument '{name}' for {targets.family}{hint}"
                 f" Known: {', '.join(sorted(parsers))}"

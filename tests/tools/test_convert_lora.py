@@ -153,6 +153,7 @@ def test_xlabs(tmp_path):
     """Named as XLabs does, without alpha; diffusers reads the same change out of it."""
     from networks.lora_conversion import to_diffusers
 
+    pytest.importorskip("diffusers")
     tensors = attention_only()
     save_file(tensors, tmp_path / "a.safetensors")
     tool(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "xlabs", "flux")

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoint_kinds import PREFERRED_SUBFOLDER
+from library.errors import ConfigError
 from library.lora_utils import MergeOnLoad, read_adapter
 from library.model_identity import combined_identity, model_identity
 from library.model_loading import open_checkpoint
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
 class BaseWeights:
     """The files of --base_weights with their multipliers."""
 
@@ -29,12 +31,19 @@ class BaseWeights:
         self.files = [(path, multipliers[i] if i < len(multipliers) else 1.0) for i, path in enumerate(options.base_weights or ())]
         self._merge: MergeOnLoad | None = None
 
-    def transform(self, family: ModelFamily, model_path: str | None) -> MergeOnLoad | None:
+    def transform(self, family: ModelFamily, model_path: str | None, caches_text: bool) -> MergeOnLoad | None:
         """What the loaders of the family are given; None when there is nothing to merge.
 
-        CheckpointError when a file belongs to another family; it is found here, from headers, before anything is cached.
+        CheckpointError when a file belongs to another family, ConfigError when one can only be merged after text outputs are
+        cached; both are found here, from headers, before anything is cached.
         """
         targets = targets_of_family(family.name)
+        for path, multiplier in self.files:
+            if caches_text and multiplier and _is_foreign(path, targets) and _changes_text(path, targets):
+                raise ConfigError(
+                    f"--base_weights {path} is of a kind that only its network module can merge, and it changes text encoders, whose"
+                    " outputs would be cached before. Leave --cache_text_encoder_outputs out"
+                )
         own = [(path, multiplier) for path, multiplier in self.files if not _is_foreign(path, targets)]
         if not own:
             return None
@@ -50,7 +59,7 @@ class BaseWeights:
         """Stands for the files that change text encoders, so that outputs cached with others are not taken for theirs."""
         parts = []
         for path, multiplier in self.files:
-            if multiplier and any(targets.encoder_of(name) is not None for name in by_module(read_adapter_file(path, targets))):
+            if multiplier and not _is_foreign(path, targets) and _changes_text(path, targets):
                 logger.info(
                     "%s changes text encoders; cached outputs are made with it (other trainers cache those of the encoders without it)", path
                 )
@@ -70,6 +79,10 @@ class BaseWeights:
             )
             logger.info("base weights: %s with multiplier %g, merged by %s", path, multiplier, module.__name__)
             network.merge_to(encoders, models.denoiser, weights, runtime.weight_dtype, runtime.device)
+
+
+def _changes_text(path: str, targets: NetworkTargets) -> bool:
+    return any(targets.encoder_of(name) is not None for name in by_module(read_adapter_file(path, targets)))
 
 
 def _is_foreign(path: str, targets: NetworkTargets) -> bool:

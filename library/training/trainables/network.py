@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.dataset import CachingOptions
 from library.errors import CheckpointError, ConfigError, Problems
 from library.family_table import family_entry
 from library.keyed_random import StepDraws, isolated_rng, key_seed
@@ -182,7 +183,9 @@ class NetworkTrainable(Trainable):
     # -- attaching -------------------------------------------------------------------------------------------------
 
     def transform(self, family: ModelFamily) -> Transform | None:
-        return self._base_weights.transform(family, self.config[ModelOptions].pretrained_model_name_or_path)
+        return self._base_weights.transform(
+            family, self.config[ModelOptions].pretrained_model_name_or_path, self.config[CachingOptions].caches_text
+        )
 
     def transform_identity(self, family: ModelFamily) -> str:
         return self._base_weights.identity(targets_of_family(family.name))
