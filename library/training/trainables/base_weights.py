@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
 class BaseWeights:
     """The files of --base_weights with their multipliers."""
 
