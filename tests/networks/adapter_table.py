@@ -17,7 +17,7 @@ from library.registry import import_target
 @dataclass(frozen=True)
 class Adapter:
     """`families`: those that have its arguments, the first of them trains it even where another of its kind comes first;
-    `split`: rows of the parts where it trains parts; `pairs`: its --network_args; `rank` and `alpha` as a user would give them; `tucker`: whether it has a Tucker form;
+    `fixed`: tensors of its file that are not trained; `split`: rows of the parts where it trains parts; `pairs`: its --network_args; `rank` and `alpha` as a user would give them; `tucker`: whether it has a Tucker form;
     `layers`: the kinds of layers it is defined for; `rate`: a learning rate at which a short run learns."""
 
     module: str
@@ -29,6 +29,7 @@ class Adapter:
     rate: float = 5e-3
     families: tuple[str, ...] = ("sd", "sdxl", "flux", "anima")
     split: tuple[int, ...] = (4, 4, 4)
+    fixed: tuple[str, ...] = ()
 
 
 ADAPTERS: dict[str, Adapter] = {
@@ -54,10 +55,10 @@ ADAPTERS: dict[str, Adapter] = {
     "boft_rescaled": Adapter("networks.boft", {"rescaled": "True"}, rank=7, alpha=0.05, tucker=False),
     "glora": Adapter("networks.glora", tucker=False),
     "lokr_dora": Adapter("networks.lokr", {"dora_wd": "True", "wd_on_output": "False"}, rank=1),
-    "lora_fa": Adapter("networks.lora_fa", tucker=False),
+    "lora_fa": Adapter("networks.lora_fa", tucker=False, fixed=("lora_down",)),
     "dylora": Adapter("networks.dylora", {"unit": "2"}, rank=6, rate=1e-2, tucker=False),
     "tlora": Adapter("networks.tlora", {"tlora_min_rank": "2"}, rank=6),
-    "ia3": Adapter("networks.ia3", rate=1e-2, rank=1, alpha=None, tucker=False),
+    "ia3": Adapter("networks.ia3", fixed=("on_input",), rate=1e-2, rank=1, alpha=None, tucker=False),
     "full": Adapter("networks.full", rate=2e-3, rank=1, alpha=None, tucker=False),
     "norm": Adapter("networks.norm", rate=1e-2, rank=1, alpha=None, tucker=False, layers=("layer_norm", "group_norm")),
 }

@@ -120,6 +120,8 @@ def test_start_and_gradients(name, layer_name, tucker):
         has_gradient = parameter.grad is not None and bool(parameter.grad.any())
         assert has_gradient == parameter.requires_grad, parameter_name
     assert all(parameter.grad is None for parameter in layer.parameters())
+    fixed = {key.partition(".")[0] for key in adapter.file_tensors()} - {key.partition(".")[0] for key, _ in adapter.named_parameters()}
+    assert fixed == {*ADAPTERS[name].fixed, *(("alpha",) if adapter.has_alpha else ())}, "tensors of the file that are not trained"
 
 
 @pytest.mark.parametrize("layer_name", ["linear", "conv3x3"])
