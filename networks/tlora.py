@@ -72,7 +72,8 @@ def arguments(targets: NetworkTargets) -> dict[str, Callable[[Any], Any]]:
 
 REFUSED: Mapping[str, str] = {
     "dora_wd": "norms of the changed weight are the same for all samples, and ranks differ between them",
-    "tlora_use_ortho": "its matrices start as those of LoRA",
+    "tlora_use_ortho": "rotated singular vectors of the layer, which it would train instead of two matrices, cannot be read back from a"
+    " file of LoRA, so that a run that goes on from its file would lose a part of what was learned; leave it out",
 }
 
 

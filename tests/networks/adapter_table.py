@@ -58,7 +58,7 @@ ADAPTERS: dict[str, Adapter] = {
     "lora_fa": Adapter("networks.lora_fa", tucker=False, fixed=("lora_down",)),
     "dylora": Adapter("networks.dylora", {"unit": "2"}, rank=6, rate=1e-2, tucker=False),
     "tlora": Adapter("networks.tlora", {"tlora_min_rank": "2"}, rank=6),
-    "ia3": Adapter("networks.ia3", fixed=("on_input",), rate=1e-2, rank=1, alpha=None, tucker=False),
+    "ia3": Adapter("networks.ia3", fixed=("on_input",), rate=3e-2, rank=1, alpha=None, tucker=False),
     "full": Adapter("networks.full", rate=2e-3, rank=1, alpha=None, tucker=False),
     "norm": Adapter("networks.norm", rate=1e-2, rank=1, alpha=None, tucker=False, layers=("layer_norm", "group_norm")),
 }
