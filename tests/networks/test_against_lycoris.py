@@ -145,3 +145,44 @@ def test_files_that_lycoris_trained_load(family, pairs, tmp_path):
         ours.apply_to(None, model, False, True)
         ours.eval()
         torch.testing.assert_close(model(*inputs), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("algo", ["lora", "loha"])
+def test_norms_that_lycoris_trained_load_and_merge(family, algo, tmp_path):
+    """Norms beside other layers in one file: LyCORIS adds w_norm and b_norm to the weight and bias of a norm."""
+    import lycoris.kohya
+    from tests.networks.tiny_denoisers import tiny_denoiser
+
+    from networks.lora import create_network_from_weights
+    from networks.network_files import by_module
+
+    model, inputs = tiny_denoiser(family)
+    torch.manual_seed(3)
+    theirs = lycoris.kohya.create_network(1.0, 4, 1.0, None, [], model, algo=algo, train_norm="True")
+    theirs.apply_to([], model, False, True)
+    generator = torch.Generator().manual_seed(9)
+    path = str(tmp_path / "theirs.safetensors")
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.add_((0.3 if "norm" in name else 0.02) * torch.randn(parameter.shape, generator=generator))
+        theirs.eval()
+        expected = model(*inputs)
+        theirs.save_weights(path, torch.float32, {})
+        for module in theirs.loras:
+            module.org_module[0].forward = module.org_forward
+        ours, tensors = create_network_from_weights(1.0, path, None, [None, None], model)
+        parts = by_module(tensors)
+        norms = {name for name, part in parts.items() if "w_norm" in part}
+        assert norms and len(norms) < len(parts) and len(ours.unet_loras) == len(theirs.loras)
+        ours.load_tensors(tensors)
+        ours.apply_to(None, model, False, True)
+        ours.eval()
+        torch.testing.assert_close(model(*inputs), expected, rtol=1e-3, atol=1e-4)
+        assert {module.lora_name for module in ours.unet_loras if hasattr(module, "w_norm")} == norms
+        for module in ours.unet_loras:
+            module.enabled = module.lora_name not in norms
+        assert not torch.allclose(model(*inputs), expected, rtol=1e-2, atol=1e-3)
+        ours.remove_from()
+        ours.merge_to(None, model, tensors)
+        torch.testing.assert_close(model(*inputs), expected, rtol=1e-3, atol=1e-4)
