@@ -181,6 +181,8 @@ def test_bad_input(tmp_path, capsys):
     assert "--save_to is missing" in message(capsys, "--models", lora)
     assert "exists" in message(capsys, "--models", lora, "--save_to", other)
     assert "there are no block weights for flux" in message(capsys, "--models", lora, "--lbws", "[1]", "--save_to", out)
+    for ignored in (["--new_rank", 8], ["--new_conv_rank", 8, "--mode", "full"], ["--seed", 3], ["--mode", "svd", "--model", flux]):
+        assert "leave" in message(capsys, "--models", lora, "--save_to", out, *ignored)
     assert "known: float" in message(capsys, "--models", lora, "--save_to", out, "--precision", "int4")
     tensors = load_safetensors(lora)
     part = {key: tensor for key, tensor in tensors.items() if "img_mod" not in key}

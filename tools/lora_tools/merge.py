@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("atelier")
 
 METHODS = ("sv_ratio", "sv_fro", "sv_cumulative", "sv_quantile", "sv_threshold")
+DEFAULT_RANK = 4
 MODES = ("concat", "svd", "full", "ema")
 ENCODERS = ("clip_l", "t5xxl", "qwen3")
 
@@ -55,6 +56,11 @@ class ModelFileOptions:
     qwen3: str | None = option(None, help="file of the Qwen3 text encoder")
     qwen3_save_to: str | None = option(None, help="the merged Qwen3 file")
 
+    @property
+    def is_given(self) -> bool:
+        """Whether adapters go into models."""
+        return bool(self.model or any(getattr(self, name) for name in ENCODERS))
+
 
 @dataclass(frozen=True, kw_only=True)
 class SumOptions:
@@ -66,14 +72,18 @@ class SumOptions:
         " ema: the moving average of the files of one run",
     )
     concat: bool = option(False, help="the same as --mode concat")
-    new_rank: int = option(4, help="rank with --mode svd")
+    new_rank: int | None = option(None, help=f"rank with --mode svd; {DEFAULT_RANK} when not given")
     new_conv_rank: int | None = option(None, help="rank of convolutions larger than 1x1 with --mode svd; --new_rank when not given")
     dynamic_method: str | None = option(
         None, choices=(None, *METHODS), help="choose the rank of each layer by its singular values with --mode svd; --new_rank is the largest then"
     )
     dynamic_param: float | None = option(None, help="number of --dynamic_method, as in tools/resize_lora.py")
     shuffle: bool = option(False, help="mix the order of the ranks with --mode concat")
-    seed: int = option(0, help="number that fixes the order of --shuffle")
+    seed: int | None = option(None, help="number that fixes the order of --shuffle; 0 when not given")
+
+    @property
+    def rank(self) -> int:
+        return DEFAULT_RANK if self.new_rank is None else self.new_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +184,7 @@ def _file_problems(files: ModelFileOptions, save_to: str | None) -> Iterator[str
 
 
 def _sum_problems(sums: SumOptions, files: ModelFileOptions) -> Iterator[str]:
-    if sums.shuffle and (sums.mode != "concat" or files.model):
+    if sums.shuffle and (sums.mode != "concat" or files.is_given):
         yield "--shuffle mixes the ranks of adapters that are put side by side; it has no meaning here, leave it out"
     if sums.concat and sums.mode != "concat":
         yield f"--concat and --mode {sums.mode} contradict each other; leave one of them out"
@@ -182,6 +192,12 @@ def _sum_problems(sums: SumOptions, files: ModelFileOptions) -> Iterator[str]:
         value = getattr(sums, name)
         if value is not None and value < 1:
             yield f"--{name} is {value}; needed: a rank of 1 or more"
+        elif value is not None and (sums.mode != "svd" or files.is_given):
+            yield f"--{name} is the rank with --mode svd, into one adapter; it has no meaning here, leave it out"
+    if sums.mode in ("svd", "full") and files.is_given:
+        yield f"--mode {sums.mode} is for merging into one adapter; leave it out, or --model"
+    if sums.seed is not None and not sums.shuffle:
+        yield "--seed fixes the order of --shuffle; add it, or leave --seed out"
     yield from _dynamic_problems(sums, files)
 
 
@@ -194,7 +210,7 @@ def _dynamic_problems(sums: SumOptions, files: ModelFileOptions) -> Iterator[str
         yield f"--dynamic_method and --dynamic_param choose ranks with --mode svd, into one adapter; the mode is {sums.mode}. Leave them out"
         return
     try:
-        RankRule(max(sums.new_rank, 1), sums.dynamic_method, sums.dynamic_param)
+        RankRule(max(sums.rank, 1), sums.dynamic_method, sums.dynamic_param)
     except ConfigError as error:
         yield str(error)
 
@@ -366,7 +382,7 @@ def merge_adapters(config: Config, targets: NetworkTargets, adapters: list[Adapt
     sums, device = config[SumOptions], config[PrecisionToolOptions].device
     layers = lora_merge.by_layer(adapters, targets)
     if sums.mode == "concat":
-        tensors = lora_merge.concatenated(layers, sums.seed if sums.shuffle else None)
+        tensors = lora_merge.concatenated(layers, (sums.seed or 0) if sums.shuffle else None)
     elif sums.mode == "full":
         tensors = lora_merge.full_changes(layers, device)
     else:
@@ -383,7 +399,7 @@ def _rule(sums: SumOptions, shape: Sequence[int]) -> RankRule:
     from networks.rank_rules import RankRule
 
     is_kxk = len(shape) > 2 and any(size > 1 for size in shape[2:])
-    return RankRule((sums.new_conv_rank or sums.new_rank) if is_kxk else sums.new_rank, sums.dynamic_method, sums.dynamic_param)
+    return RankRule((sums.new_conv_rank or sums.rank) if is_kxk else sums.rank, sums.dynamic_method, sums.dynamic_param)
 
 
 def _adapter_dtype(config: Config) -> torch.dtype:
