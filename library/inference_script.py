@@ -21,7 +21,7 @@ from library.errors import AtelierError, ConfigError, Problems
 from library.options import Config, add_options, option, option_fields
 from library.training import cli
 from library.training.option_groups import ConsoleOptions
-from library.training.parser_common import OptionParser
+from library.training.option_reader import OptionParser
 from library.training.sampling_prompts import LineOption, parse_pieces, read_number, read_whole
 
 if TYPE_CHECKING:
