@@ -170,7 +170,7 @@ class OptionReader:
             self.problems.add(f"unknown option --{name}{did_you_mean(name, self.owners)}")
 
     def file(self, name: str, on_line: Mapping[str, Any]) -> dict[str, Any]:
-        """Values of the configuration file, without those that the command line replaces; unknown keys become problems."""
+        """Values of the configuration file; unknown keys become problems. `on_line`: what the command line has, which wins."""
         try:
             content = read_config_file(name)
         except ConfigError as error:
@@ -184,8 +184,7 @@ class OptionReader:
             content = self._without_training_keys(content, path)
         own = {key: value for key, value in content.items() if key in self.owners and key not in NEVER_IN_FILE}
         self._others({key: value for key, value in content.items() if key not in own}, content, path)
-        own = {key: value for key, value in own.items() if key not in on_line}
-        return self.converted(self.with_meaning(own, path), f"{path}: {{name}}")
+        return self.converted(self.with_meaning(own, path, replaced=on_line), f"{path}: {{name}}")
 
     def _without_training_keys(self, content: dict[str, Any], path: Any) -> dict[str, Any]:
         without = {**self.what.refused, **self.what.ignored, **self.what.foreign}
@@ -207,14 +206,15 @@ class OptionReader:
         if silent:
             self.ignored.append(Ignored(", ".join(sorted(silent)), "keys of other scripts that ask for nothing"))
 
-    def with_meaning(self, values: Mapping[str, Any], path: Any = None) -> dict[str, Any]:
-        """The values without those of options that have no meaning here; `path` is the file that they stand in."""
+    def with_meaning(self, values: Mapping[str, Any], path: Any = None, replaced: Iterable[str] = ()) -> dict[str, Any]:
+        """The values without those of options that have no meaning here; `path` is the file that they stand in. What is
+        `replaced` on the command line was looked at there."""
         kept = {}
         for name, value in values.items():
             status = self.what.status(name)
             if status != "ignored" and not (status == "foreign" and path is not None):
                 kept[name] = value
-            elif not self.what.asks_for_nothing(name, value):
+            elif name not in replaced and not self.what.asks_for_nothing(name, value):
                 self.ignored.append(Ignored(_as_written(name, value, path), str(self.what.reason(name))))
         return kept
 
