@@ -63,6 +63,14 @@ class Hook:
     def extra_step_logs(self, run: Run) -> dict[str, float]:
         return {}
 
+    def planned_files(self, run: Run) -> list[str]:
+        """Files that this hook will write, for the start page: names below the output folder, several of a kind as one line."""
+        return []
+
+    def written_files(self) -> list[str]:
+        """Files and folders that it has written and not removed again, for the last lines of the log."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """What this hook needs to go on after a resume; tensors, numbers, texts, lists and dicts only."""
         return {}

@@ -139,6 +139,16 @@ class LoggingHook(Hook):
             self._bar.close()
         if self._restore_console is not None:
             self._restore_console()
+
+    def planned_files(self, run: Run) -> list[str]:
+        folder = run.config[LoggingOptions].logging_dir
+        return [f"curves of this run in {folder}"] if folder else []
+
+    def written_files(self) -> list[str]:
+        return [str(tracker.folder) for tracker in self._trackers if tracker.folder is not None]
+
+    def close(self) -> None:
+        """End of the trackers; FinishHook calls it after the last hook that logs."""
         for tracker in self._trackers:
             tracker.close()
 

@@ -25,6 +25,7 @@ class LossCurveHook(Hook):
         """(optimizer steps done, loss)"""
         self._drawn: tuple[Any, ...] | None = None
         self._is_restored = False
+        self._paths: tuple[Path, ...] = ()
 
     def on_train_start(self, run: Run) -> None:
         self._reader = run.hooks.find(LossReader)
@@ -62,8 +63,16 @@ class LossCurveHook(Hook):
         self._drawn = content
         stem = Path(options.output_dir) / f"{CheckpointNames(options.output_name).last()}-loss"
         averages = trailing_mean(self.losses, run.progress.steps_per_epoch)
-        write_table(stem.with_name(stem.name + ".csv"), self.steps, self.losses, averages, self.validation)
-        plot_losses(stem.with_name(stem.name + ".png"), self.steps, self.losses, averages, self.validation)
+        self._paths = (stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".csv"))
+        plot_losses(self._paths[0], self.steps, self.losses, averages, self.validation)
+        write_table(self._paths[1], self.steps, self.losses, averages, self.validation)
+
+    def planned_files(self, run: Run) -> list[str]:
+        stem = CheckpointNames(run.config[SavingOptions].output_name).last()
+        return [f"{stem}-loss.png and {stem}-loss.csv"]
+
+    def written_files(self) -> list[str]:
+        return [str(path) for path in self._paths]
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -116,7 +125,9 @@ def plot_losses(
     if validation:
         places, values = zip(*sorted(validation))
         axes.plot(places, values, color="#c8501e", marker="o", markersize=4, linewidth=1.5, label="validation")
-        for index, side in {0: "left", len(values) - 1: "right"}.items():
+        lowest = min(range(len(values)), key=lambda index: values[index])
+        axes.plot(places[lowest], values[lowest], color="#c8501e", marker="*", markersize=14, linestyle="none", label=f"lowest, step {places[lowest]}")
+        for index, side in {0: "left", lowest: "center", len(values) - 1: "right"}.items():
             axes.annotate(
                 f"{values[index]:.4f}", (places[index], values[index]), textcoords="offset points", xytext=(0, 7), ha=side, fontsize=9
             )

@@ -82,6 +82,14 @@ class Trainable(ABC):
     def hooks(self) -> list[Hook]:
         return []
 
+    def description(self) -> str:
+        """What is learned, for the page at start; after attach()."""
+        return self.name
+
+    def notices(self) -> list[str]:
+        """Lines for the page at start about settings whose meaning is easily overlooked; after attach()."""
+        return []
+
     @abstractmethod
     def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
         """Write the file (temporary name, flush, rename)."""
