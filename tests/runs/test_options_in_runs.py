@@ -221,7 +221,7 @@ def test_metadata_and_log_file(base: Work):
     "options, told",
     [
         ("--log_prefix=a --wandb_run_name=b", ["--log_prefix: has no effect without --logging_dir", "--wandb_run_name"]),
-        ("--min_snr_gamma=5 --noise-offset 0.1", ["ignored ", "--strict", "--min_snr_gamma 5: FLUX.1 learns", "--noise_offset 0.1: "]),
+        ("--min_snr_gamma=5 --noise-offset 0.1", ["ignored", "--strict", "--min_snr_gamma 5: FLUX.1 learns", "--noise_offset 0.1: "]),
         ("--ip_noise_gamma_random_strength", ["has no effect without --ip_noise_gamma"]),
         ("--network_train_unet_only --text_encoder_lr 1", ["--text_encoder_lr has no effect with --network_train_unet_only"]),
         ("--text_encoder_lr 1e-3 1e-4", ["0.0001 has no effect", "train_t5xxl=True"]),
