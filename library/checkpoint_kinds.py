@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from library.checkpoint_recognition import DENOISER_KINDS, KeyTable, adapter_fam
 from library.errors import CheckpointError, did_you_mean
 from library.family_table import script_of_kind
 from library.safetensors_utils import header_bytes, is_pickle_name, load_pickled_tensors, read_header
+from library.text_files import open_file, parse_json, read_text
 
 NOT_A_MODEL = frozenset({"missing", "empty", "truncated", "damaged", "pickle", "gguf", "text", "folder", "other"})
 """kinds of things from which no weight can be read"""
@@ -188,7 +188,7 @@ def _what_is_not_safetensors(path: Path) -> CheckpointKind | None:
     """The kind of a file that does not begin like a safetensors file, or None when it does."""
     try:
         size = path.stat().st_size
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             start = file.read(512)
     except OSError as error:
         return CheckpointKind("damaged", f"it cannot be read ({error.strerror})")
@@ -240,8 +240,8 @@ def _describe_folder(folder: Path, with_pickles: bool = False) -> CheckpointKind
 def _describe_shards(folder: Path, index: Path) -> CheckpointKind:
     """A model in several files: all of them must be there and whole."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = sorted(set(parse_json(read_text(index, "utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return CheckpointKind("damaged", f"{index.name} is not an index of shards ({error})")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -268,7 +268,7 @@ def _has_usual_name(file: Path) -> bool:
 
 def _pipeline_class(folder: Path) -> str:
     try:
-        return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "of unknown class"))
+        return str(parse_json(read_text(folder / "model_index.json", "utf-8")).get("_class_name", "of unknown class"))
     except (ValueError, OSError, AttributeError):
         return "with an unreadable model_index.json"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from library.atomic_file import write_text_atomically
+from library.text_files import open_file, parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def model_hash(path: str | os.PathLike[str]) -> str:
     if os.path.isdir(path):
         return "IsADirectory"
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             file.seek(LEGACY_OFFSET)
             return hashlib.sha256(file.read(LEGACY_LENGTH)).hexdigest()[:8]
     except FileNotFoundError:
@@ -86,7 +87,7 @@ def calculate_sha256(path: str | os.PathLike[str]) -> str:
         return "IsADirectory"
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
     except FileNotFoundError:
@@ -144,7 +145,7 @@ class BackgroundHashes:
 
     def _read(self) -> dict[str, str]:
         try:
-            content = json.loads(self.memory.read_text(encoding="utf-8"))
+            content = parse_json(read_text(self.memory, "utf-8"))
             return content if isinstance(content, dict) else {}
         except (OSError, ValueError):
             return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -24,6 +23,7 @@ from library.safetensors_utils import (
     load_pickled_tensors,
     read_header,
 )
+from library.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P")
@@ -113,12 +113,23 @@ def _parse_model_config(file: str, metadata: Mapping[str, str]) -> dict[str, Any
     if "model_config" not in metadata:
         return {}
     try:
-        config = json.loads(metadata["model_config"])
+        config = parse_json(metadata["model_config"])
     except ValueError as error:
         raise CheckpointError(f"{file}: the metadata entry model_config is not JSON ({error})") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: the metadata entry model_config is {type(config).__name__}; a JSON object is needed")
     return config
+
+
+def _folder_json(path: Path) -> dict[str, Any]:
+    """An object in a model folder's JSON file. CheckpointError."""
+    try:
+        content = parse_json(read_text(path, "utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}; a JSON object is needed")
+    return content
 
 
 def _find_files(path: Path, subfolder: str | None) -> tuple[list[str], dict[str, Any]]:
@@ -127,9 +138,9 @@ def _find_files(path: Path, subfolder: str | None) -> tuple[list[str], dict[str,
             raise CheckpointError(f"{path} does not exist")
         return get_split_weight_filenames(path) or [str(path)], {}
     folder = path / subfolder if subfolder and (path / subfolder).is_dir() else path
-    config = json.loads((folder / "config.json").read_text("utf-8")) if (folder / "config.json").exists() else {}
+    config = _folder_json(folder / "config.json") if (folder / "config.json").exists() else {}
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        names = sorted(set(_folder_json(index).get("weight_map", {}).values()))
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise CheckpointError(f"{folder}: {index.name} lists files that are missing: {', '.join(missing)}")

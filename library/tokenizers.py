@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import json
 import logging
 import os
 import struct
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import CheckpointError, ConfigError
+from library.text_files import parse_json, read_text, require_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -186,8 +186,8 @@ def read_clip_folder(path: Path) -> PreTrainedTokenizerFast | None:
     folder = path if (path / "vocab.json").exists() else path / "tokenizer"
     if not (folder / "vocab.json").exists() or not (folder / "merges.txt").exists():
         return None
-    vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
-    lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+    vocabulary = _json(folder / "vocab.json")
+    lines = _text(folder / "merges.txt").splitlines()
     merges = [tuple(line.split()) for line in lines if len(line.split()) == 2 and not line.startswith("#version")]
     return _clip_tokenizer(vocabulary, merges, _special_tokens(folder).get("pad_token"))
 
@@ -215,7 +215,10 @@ def _byte_symbols() -> list[str]:
 def _clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, ...]], pad_token: str | None) -> PreTrainedTokenizerFast:
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
+    try:
+        tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
+    except Exception as error:  # the package raises bare Exception
+        raise ConfigError(f"a vocabulary and merges of CLIP do not fit each other: {error}") from error
     tokenizer.pad_token = pad_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
@@ -235,10 +238,13 @@ def read_qwen_folder(path: Path) -> PreTrainedTokenizerFast | None:
 def _qwen_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import Qwen2Tokenizer
 
-    vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
-    lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+    vocabulary = _json(folder / "vocab.json")
+    lines = _text(folder / "merges.txt").splitlines()
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, pad_token=_QWEN_PAD, eos_token=_QWEN_PAD)
+    try:
+        tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, pad_token=_QWEN_PAD, eos_token=_QWEN_PAD)
+    except Exception as error:  # the package raises bare Exception
+        raise ConfigError(f"{folder}: vocab.json and merges.txt do not fit each other: {error}") from error
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -254,6 +260,21 @@ def read_t5_folder(path: Path) -> PreTrainedTokenizerFast | None:
     return None
 
 
+def _text(path: Path) -> str:
+    """A file of a tokenizer; ConfigError when it cannot be read."""
+    try:
+        return read_text(path, "utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as a part of a tokenizer: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _json(path: Path) -> Any:
+    try:
+        return parse_json(_text(path))
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read as a part of a tokenizer: {error}") from error
+
+
 def _tokenizer_json(path: Path, subfolder: str) -> Path | None:
     candidates = (path, path / "tokenizer.json", path / subfolder / "tokenizer.json")
     return next((candidate for candidate in candidates if candidate.name.endswith(".json") and candidate.is_file()), None)
@@ -263,7 +284,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     """eos_token, pad_token ... as the files beside a tokenizer declare them."""
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        declared = json.loads((folder / name).read_text("utf-8")) if (folder / name).exists() else {}
+        declared = _json(folder / name) if (folder / name).exists() else {}
         for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
             value = declared.get(key)
             text = value.get("content") if isinstance(value, dict) else value
@@ -279,6 +300,7 @@ def _from_tokenizer_json(
     from transformers import PreTrainedTokenizerFast
 
     try:
+        require_file(path)
         core = Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exception
         raise ConfigError(f"{path} cannot be read as a tokenizer: {error}") from error

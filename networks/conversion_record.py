@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from library.text_files import parse_json
 from networks.lora_conversion import fold_factors
 from networks.lora_layouts import AdapterFile, Layout, kohya_tensors, layout_of, rewritten
 from networks.peft_config import METADATA_KEY
@@ -58,7 +59,7 @@ def restored(family: str, file: AdapterFile) -> tuple[AdapterFile, bool]:
     metadata = {key: value for key, value in file.metadata.items() if key != KEY}
     plain = replace(file, metadata=metadata)
     try:
-        record = json.loads(zlib.decompress(base64.b64decode(file.metadata[KEY])))
+        record = parse_json(zlib.decompress(base64.b64decode(file.metadata[KEY])))
         if record["content"] != _content(file.tensors):
             logger.info("the tensors were changed since this file was rewritten; its record of the file before is left aside")
             return plain, False

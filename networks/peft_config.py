@@ -6,7 +6,6 @@ diffusers keeps it in the metadata of the file (`lora_adapter_metadata`, keys wi
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from library.errors import CheckpointError
+from library.text_files import parse_json
 
 METADATA_KEY = "lora_adapter_metadata"
 CONFIG_FILE = "adapter_config.json"
@@ -72,7 +72,7 @@ def _alpha(config: Mapping[str, Any], path: str) -> float | None:
 
 def _parsed(text: str, label: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise CheckpointError(f"{label} is no JSON ({error}); the strength of the adapter stands there") from error
     if not isinstance(value, dict):

@@ -11,6 +11,7 @@ from typing import Any
 
 from library.dataset.items import SubsetParams
 from library.errors import ConfigError
+from library.text_files import read_text
 
 WILDCARD = re.compile(r"\{([^}]+)\}")
 OPEN_BRACE, CLOSE_BRACE = "\x00", "\x01"  # stand for {{ and }} while alternatives are chosen
@@ -193,8 +194,7 @@ def read_caption(image_path: str, params: SubsetParams) -> str | None:
     """
     for path in caption_paths(image_path, params):
         try:
-            with open(path, encoding="utf-8-sig") as file:
-                return caption_of_text(file.read(), params)
+            return caption_of_text(read_text(path), params)
         except FileNotFoundError:
             continue
         except UnicodeDecodeError as error:

@@ -13,6 +13,7 @@ from library.dataset.config_schema import (
     ALL_KINDS, COMMAND_LINE_ONLY, KEYS, LEVEL_NAMES, RENAMED, OutOfRange, WrongType, keys_of,
 )
 from library.errors import ConfigError, nearest_name
+from library.text_files import parse_json, parse_toml, read_text
 
 BAD = object()
 """stands for a value that was refused, so that nothing else is said about it"""
@@ -111,7 +112,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if suffix not in (".toml", ".json"):
         raise ConfigError(f"--dataset_config {path} ends in '{suffix}'; a .toml or .json file is needed")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except FileNotFoundError:
         raise ConfigError(f"--dataset_config {path} does not exist") from None
     except UnicodeDecodeError as error:
@@ -126,15 +127,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def _parse(text: str, suffix: str) -> Any:
-    if suffix == ".json":
-        return json.loads(text, object_pairs_hook=_without_duplicates)
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import toml
-
-        return toml.loads(text)
-    return tomllib.loads(text)
+    return parse_json(text, object_pairs_hook=_without_duplicates) if suffix == ".json" else parse_toml(text)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

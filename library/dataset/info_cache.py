@@ -17,6 +17,7 @@ from typing import Any
 from library.atomic_file import write_text_atomically
 from library.dataset.captions import caption_paths
 from library.dataset.items import SubsetParams
+from library.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,7 @@ def read_info(folder: str) -> dict[str, Any]:
     """The entries of a folder's cache; empty when there is none or it cannot be read."""
     path = os.path.join(folder, FILE_NAME)
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        content = parse_json(read_text(path, "utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from library.errors import ConfigError
+from library.text_files import parse_json, read_text
 
 MOST_SHOWN = 10
 
@@ -27,8 +27,7 @@ def read_metadata_file(path: str) -> list[MetadataEntry]:
     Raises ConfigError naming file and line for what cannot be read, all of it at once.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+        text = read_text(path)
     except FileNotFoundError:
         raise ConfigError(f"the metadata file {path} does not exist") from None
     except UnicodeDecodeError as error:
@@ -46,7 +45,7 @@ def read_metadata_file(path: str) -> list[MetadataEntry]:
 
 def _from_object(path: str, text: str, problems: list[str]) -> Iterator[MetadataEntry]:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         problems.append(f"{path} is not valid JSON: {error}")
         return
@@ -64,7 +63,7 @@ def _from_lines(path: str, text: str, problems: list[str]) -> Iterator[MetadataE
             continue
         where = f"{path}:{number}"
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError as error:
             problems.append(f"{where} is not valid JSON: {error}")
             continue

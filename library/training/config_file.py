@@ -18,6 +18,7 @@ from library.options import (
     parse_bool,
     value_type,
 )
+from library.text_files import parse_toml, read_text, toml_text
 from library.training.keyword_args import split_words
 
 NEVER_IN_FILE = frozenset({"config_file", "output_config"})
@@ -37,8 +38,10 @@ def read_config_file(name: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"--config_file is {name}; there is no file {path}")
     try:
-        content = _parse_toml(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, IndexError, TypeError) as error:  # the last two: faults of the toml package
+        content = parse_toml(read_text(path))
+    except OSError as error:
+        raise ConfigError(f"--config_file is {path}, which cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise ConfigError(f"{path} is not a readable TOML file: {error}") from error
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -53,17 +56,6 @@ def read_config_file(name: str) -> dict[str, Any]:
             ]
         )
     return values
-
-
-def _parse_toml(text: str) -> dict[str, Any]:
-    """Python's own reader where there is one (3.11): the toml package refuses arrays such as [1e-4, 0]."""
-    try:
-        import tomllib
-    except ImportError:
-        import toml
-
-        return toml.loads(text)
-    return tomllib.loads(text)
 
 
 def convert_value(options_class: type, name: str, value: Any) -> Any:
@@ -127,8 +119,6 @@ def write_config_file(name: str, config: Config, defaults: Mapping[str, Any]) ->
 
     Raises ConfigError when the file exists.
     """
-    import toml
-
     path = config_path(name)
     if path.exists():
         raise ConfigError(f"--output_config would replace {path}; name another file with --config_file or remove it")
@@ -144,7 +134,7 @@ def write_config_file(name: str, config: Config, defaults: Mapping[str, Any]) ->
         }
         if table:
             tables[options_class.__name__.removesuffix("Options").lower()] = table
-    write_text_atomically(path, toml.dumps(tables))
+    write_text_atomically(path, toml_text(tables))
     return path
 
 

@@ -9,7 +9,6 @@ that name the file, the line and the option; all of a file are reported together
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import ConfigError, Problems, did_you_mean
+from library.text_files import parse_json, parse_toml
+from library.text_files import read_text as read_file
 
 MIN_STEPS, MAX_STEPS = 1, 1000
 LARGEST_SEED = 2**63 - 1
@@ -161,7 +162,7 @@ def load_prompts(path: str | Path, options: Mapping[str, LineOption] = IMAGE_LIN
     if path.suffix.lower() not in readers:
         raise ConfigError(f"--sample_prompts is {path}; the file has to end in {', '.join(SUFFIXES)}")
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        content = read_file(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--sample_prompts is {path}, which cannot be read: {error}") from error
     entries = readers[path.suffix.lower()](path.name, content)
@@ -182,7 +183,7 @@ def holds_no_prompt(path: str | Path | None) -> bool:
     if path is None or not Path(path).is_file():
         return False
     try:
-        content = Path(path).read_text(encoding="utf-8-sig")
+        content = read_file(path)
     except (OSError, UnicodeDecodeError):
         return False  # told by load_prompts
     return not content.strip() or (Path(path).suffix.lower() == ".txt" and not _read_txt("", content))
@@ -196,11 +197,9 @@ def _read_txt(name: str, content: str) -> list[tuple[str, Any]]:
 
 def _read_toml(name: str, content: str) -> list[tuple[str, Any]]:
     """[prompt] with keys for all, and [[prompt.subset]], whose keys win."""
-    import toml
-
     try:
-        document = toml.loads(content)
-    except (toml.TomlDecodeError, IndexError) as error:
+        document = parse_toml(content)
+    except ValueError as error:
         raise ConfigError(f"{name} is not valid TOML: {error}") from error
     others = sorted(set(document) - {"prompt"})
     table = document.get("prompt")
@@ -219,8 +218,8 @@ def _read_toml(name: str, content: str) -> list[tuple[str, Any]]:
 def _read_json(name: str, content: str) -> list[tuple[str, Any]]:
     """A list of lines and objects."""
     try:
-        document = json.loads(content)
-    except json.JSONDecodeError as error:
+        document = parse_json(content)
+    except ValueError as error:
         raise ConfigError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(document, list):
         raise ConfigError(f"{name} holds {type(document).__name__}; a list of texts and objects is needed")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.errors import CheckpointError, ConfigError
+from library.text_files import parse_json, read_text
 from library.training.checkpoint import resume_point
 from library.training.option_groups import HubOptions, LoopOptions, ResumeOptions
 from library.training.run_settings import SETTINGS_FILE, change_lines, changed, fixed_problems, read_settings
@@ -77,13 +78,13 @@ def read_train_state(folder: str | Path) -> dict[str, Any]:
     """The counters of a state folder; CheckpointError when it is not one."""
     path = Path(folder) / STATE_FILE
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = parse_json(read_text(path, "utf-8"))
         return {**state, "current_epoch": int(state["current_epoch"]), "current_step": int(state["current_step"])}
     except FileNotFoundError:
         raise CheckpointError(
             f"--resume is {folder}, which holds no {STATE_FILE}; give a state folder that --save_state wrote (its name ends in -state)"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); the state folder is damaged") from None
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from library.errors import CheckpointError, ConfigError
+from library.text_files import open_file, parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,8 +87,8 @@ def read_tags(folder: str) -> list[Tag]:
     layout = layout_of(folder)
     path = os.path.join(folder, FILES[layout or "list"][1])
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return _tags_of_list(file) if layout == "list" else _tags_of_mapping(json.load(file))
+        with open_file(path, "r", encoding="utf-8-sig", newline="") as file:
+            return _tags_of_list(file) if layout == "list" else _tags_of_mapping(parse_json(file.read()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is no list of tags: {type(error).__name__} {error}") from error
 
