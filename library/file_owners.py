@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from library.file_limits import cut_name
+
 logger = logging.getLogger(__name__)
 
-_STEM_BYTES, _SUFFIX_BYTES = 60, 20  # what is left of a file's own name in that of its temporary
+_STEM_BYTES, _SUFFIX_BYTES = 60, 20  # what is left of a file's own name in that of its temporary; a longer suffix is no format
 _SAME_START_S = 120  # clocks are set; a process that took the number of a dead one started later than that
 _OWNED = re.compile(r"\.(?:.*\.)?([0-9a-f]{8})-(\d+)-(\d+)-\d+\.(tmp|old)(?:\.[^.]*)?")
 _numbers = itertools.count()
@@ -68,7 +70,7 @@ def owned_name(path: Path, ending: str) -> Path:
     written, "old" for what is being replaced. The suffix stays, because writers choose a format by it."""
     owner = this_process()
     mark = f"{_host_mark(owner.host)}-{owner.pid}-{owner.started}-{next(_numbers)}"
-    stem = os.fsencode(path.stem)[:_STEM_BYTES].decode("utf-8", "ignore")
+    stem = cut_name(path.stem, _STEM_BYTES)
     suffix = path.suffix if 0 < len(os.fsencode(path.suffix)) <= _SUFFIX_BYTES else ""
     return path.with_name(f".{stem}.{mark}.{ending}{suffix}")
 

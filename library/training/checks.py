@@ -46,7 +46,7 @@ def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[s
     for check in CHECKS:
         for message in check(config):
             problems.add(message)
-    for message in cached_text_problems(config, family, trainable):
+    for message in (*cached_text_problems(config, family, trainable), *changed_fixed_problems(config, family, trainable)):
         problems.add(message)
     problems.attempt(family.check)
     problems.attempt(lambda: trainable.check(family))
@@ -74,6 +74,7 @@ def all_problems(config: Config, family: type[ModelFamily], trainable: type[Trai
     for check in CHECKS:
         attempt(lambda: check(config))
     attempt(lambda: cached_text_problems(config, family(config), trainable(config)))
+    attempt(lambda: changed_fixed_problems(config, family(config), trainable(config)))
     attempt(lambda: family(config).check())
     attempt(lambda: trainable(config).check(family(config)))
     attempt(lambda: find_data(config, family.architecture, script_name(family.name, trainable.script)) and None)
@@ -176,6 +177,23 @@ def _state_problems(config: Config) -> list[str]:
             f"--resume is {folder}, a run after step {step}; --max_train_steps is {loop.max_train_steps}: no step is left, raise it"
         ]
     return []
+
+
+def changed_fixed_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
+    """What the state to go on with is bound to is as in the run that wrote it."""
+    from library.training.run_settings import fixed_problems, fixed_settings, read_settings
+    from library.training.state_files import STATE_FILE, read_train_state
+
+    try:
+        folder = resumed_state(config)
+        if folder is None or not (folder / STATE_FILE).is_file():
+            return []
+        state, recorded, own = read_train_state(folder), read_settings(folder), fixed_settings(config, family, trainable)
+    except ConfigError:
+        return []  # told by the check of --resume
+    except AtelierError as error:
+        return [str(error)]
+    return fixed_problems(folder, state, recorded, config[LoopOptions].seed, own)
 
 
 def logging_problems(config: Config) -> list[str]:

@@ -318,6 +318,15 @@ def is_sample_due(options: Any, at: str, step: int, epoch: int) -> bool:
     return at == "step" and bool(every_steps) and every_steps > 0 and step > 0 and step % every_steps == 0
 
 
+def unreached_interval(options: Any, max_train_steps: int, finished_epochs: int) -> str | None:
+    """The option whose interval is longer than the run, so that no samples would be made; None when there are some or none are
+    asked for. `options` is SamplingOptions; `finished_epochs`: whole epochs of the run."""
+    every_epochs, every_steps = options.sample_every_n_epochs or 0, options.sample_every_n_steps or 0
+    if every_epochs > 0:
+        return "sample_every_n_epochs" if every_epochs > finished_epochs else None
+    return "sample_every_n_steps" if every_steps > max_train_steps else None
+
+
 def sample_suffix(at: str, number: int) -> str:
     """e000002 for an epoch (and e000000 at first), 000150 for a step."""
     return f"{number:06d}" if at == "step" else f"e{number:06d}"

@@ -19,7 +19,8 @@ from library.atomic_file import atomic_folder
 from library.errors import AtelierError, CheckpointError, ConfigError
 from library.training.checkpoint import resume_point
 from library.training.earlier_runs import final_file, resumed_state
-from library.training.option_groups import HubOptions, ResumeOptions
+from library.training.option_groups import HubOptions, LoopOptions, ResumeOptions
+from library.training.run_settings import SETTINGS_FILE, change_lines, changed, fixed_problems, read_settings
 from library.training.state_files import (
     HOOKS_FILE,
     OPTIMIZER_FILE,
@@ -34,6 +35,7 @@ from library.training.state_files import (
 )
 
 if TYPE_CHECKING:
+    from library.options import Config
     from library.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,8 @@ def save_state(run: Run, folder: str | Path, counters: Mapping[str, int]) -> Non
         scaler = run.runtime.accelerator.scaler
         if scaler is not None:
             _save(scaler.state_dict(), temporary / SCALER_FILE)
-        _save({type(hook).__name__: hook.state_dict() for hook in run.hooks}, temporary / HOOKS_FILE)
+        _save({key: hook.state_dict() for key, hook in run.hooks.by_key().items()}, temporary / HOOKS_FILE)
+        run.settings.write(temporary / SETTINGS_FILE)
         content = {**counters, "seed": run.step.seed, "steps_per_epoch": run.progress.steps_per_epoch}
         (temporary / STATE_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
         write_sums(temporary)
@@ -71,16 +74,22 @@ def _save(value: Any, path: Path) -> None:
         torch.save(value, file)
 
 
-def load_state(run: Run, folder: str | Path) -> None:
-    """Restore weights, optimizer, schedule, scaler and hooks. The position is restored by the caller."""
-    folder = Path(folder)
+def load_state(run: Run, folder: str | Path, step: int) -> dict[str, list[Any]]:
+    """Restore weights, optimizer, schedule, scaler and hooks. The position is restored by the caller. `step`: that of the state.
+
+    Returns what this run has set otherwise: name -> [old, new]; this run's values hold.
+    """
+    from library.training.resumed_optimizer import restore
+
+    folder, recorded = Path(folder), read_settings(folder)
     _load_weights(run, folder)
     optimizer = _load(folder / OPTIMIZER_FILE)
+    schedule = _load(folder / SCHEDULER_FILE) if (folder / SCHEDULER_FILE).exists() else None
     with _told(f"the optimizer state in {folder}", "resume with the optimizer, network and learning rate groups of the interrupted run"):
-        run.optimizer.load_state_dict(optimizer)
-    if (folder / SCHEDULER_FILE).exists() and hasattr(run.lr_scheduler, "load_state_dict"):
-        with _told(f"the state of the schedule in {folder}", "resume with the --lr_scheduler of the interrupted run"):
-            run.lr_scheduler.load_state_dict(_load(folder / SCHEDULER_FILE))
+        changes = restore(run.optimizer, run.lr_scheduler, optimizer, schedule, step=step, recorded=recorded, own=run.settings)
+    if recorded is not None:
+        changes = changed(recorded.options, run.settings.options)
+        run.settings.history[:] = recorded.history
     scaler = run.runtime.accelerator.scaler
     if scaler is not None and (folder / SCALER_FILE).exists():
         with _told(str(folder / SCALER_FILE), "resume with the --mixed_precision of the interrupted run"):
@@ -88,9 +97,10 @@ def load_state(run: Run, folder: str | Path) -> None:
     if (folder / HOOKS_FILE).exists():
         states = _load(folder / HOOKS_FILE)
         with _told(str(folder / HOOKS_FILE), "resume with the options of the interrupted run"):
-            for hook in run.hooks:
-                if type(hook).__name__ in states:
-                    hook.load_state_dict(states[type(hook).__name__])
+            for key, hook in run.hooks.by_key().items():
+                if key in states:
+                    hook.load_state_dict(states[key])
+    return changes
 
 
 @contextmanager
@@ -128,10 +138,13 @@ def resume(run: Run, folder: Path | None) -> None:
     Raises CheckpointError when the state does not fit, ConfigError when no step is left.
     """
     options, progress = run.config[ResumeOptions], run.progress
-    counters = None
+    counters, changes = None, {}
     if folder is not None:
         counters = read_train_state(folder)
-        load_state(run, folder)
+        problems = fixed_problems(folder, counters, read_settings(folder), run.step.seed, run.settings.fixed)
+        if problems:  # those of a local folder were told before models were loaded
+            raise ConfigError(problems)
+        changes = load_state(run, folder, counters["current_step"])
         _compare(counters, run)
     point = resume_point(
         options, counters, steps_per_epoch=progress.steps_per_epoch, accumulation=run.data.accumulation,
@@ -142,18 +155,30 @@ def resume(run: Run, folder: Path | None) -> None:
         logger.info("the run is finished, and its file is missing: it is written from the state after step %d", point.global_step)
     elif point.global_step:
         logger.info("going on after step %d, in epoch %d", point.global_step, point.epoch)
+    if changes:
+        run.settings.history.append({"step": point.global_step, "changed": changes})
+        logger.info(
+            "settings that changed since the state was saved; the new ones hold from step %d on:\n%s", point.global_step + 1, change_lines(changes)
+        )
     if counters is not None and point.global_step != counters["current_step"]:
         logger.warning("the state is at step %d, but training goes on at step %d, as you asked", counters["current_step"], point.global_step)
 
 
 def _compare(counters: Mapping[str, Any], run: Run) -> None:
-    """Say what makes the rest of the run another one than the interrupted run would have been."""
-    for name, own, hint in (
-        ("seed", run.step.seed, "random draws differ from those of the interrupted run; give its --seed"),
-        ("steps_per_epoch", run.progress.steps_per_epoch, "the images, batch size or number of processes changed; the position is counted in steps"),
-    ):
-        if name in counters and counters[name] != own:
-            logger.warning("%s was %s when the state was saved and is %s now: %s", name, counters[name], own, hint)
+    """Say what of the data makes the rest of the run another one than the interrupted run would have been."""
+    own = run.progress.steps_per_epoch
+    if counters.get("steps_per_epoch", own) != own:
+        logger.warning(
+            "steps_per_epoch was %s when the state was saved and is %s now: the images, batch size or number of processes changed; the"
+            " position is counted in steps", counters["steps_per_epoch"], own,
+        )
+
+
+def seed_of(config: Config) -> int | None:
+    """--seed or, when it is not given, that of the local state to go on with; None = to be drawn."""
+    given = config[LoopOptions].seed
+    state = resumed_state(config) if given is None else None
+    return given if state is None else read_train_state(state).get("seed")
 
 
 def local_state_folder(config: Any, runtime: Any) -> Path | None:

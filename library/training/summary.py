@@ -57,6 +57,8 @@ class StartSummary:
     seed: int
     seed_was_drawn: bool = False
     output: str = ""
+    outputs: Sequence[str] = ()
+    """what will be written, names below the folder of `output`"""
     first_step: int = 0
     notes: Sequence[str] = field(default_factory=tuple)
 
@@ -79,6 +81,8 @@ def start_summary(run: StartSummary) -> str:
     lines += _line("seed", f"{run.seed}{' (drawn; give it with --seed to repeat this run)' if run.seed_was_drawn else ''}")
     if run.output:
         lines += _line("output", run.output)
+    for text in run.outputs:
+        lines += _line("", f"  {text}")
     for note in run.notes:
         lines += _line("note", note)
     width = max(len(label) for label, _ in lines)

@@ -47,6 +47,7 @@ from library.training.run_record import RunRecord
 from library.training.hooks.sample import encode_sample_prompts
 from library.training.hooks.standard import standard_hooks
 from library.training.run import Models, Run
+from library.training.run_settings import settings_of
 from library.training.sampling_prompts import load_prompts
 from library.training.schedulers import SchedulerOptions
 from library.training.start_page import print_start
@@ -196,6 +197,7 @@ class Trainer:
         data.train.set_max_train_steps(progress.max_train_steps)
         schedulers.check(self.config[SchedulerOptions], self.config[OptimizerOptions], progress.max_train_steps)
         built = optimizers.build(self.config[OptimizerOptions], [*self.trainable.param_groups(), *self._extra_groups()])
+        settings = settings_of(self.config, self.family, self.trainable, built, progress.max_train_steps)
         scheduler = schedulers.build(
             self.config[SchedulerOptions], built, learning_rate=self.config[OptimizerOptions].learning_rate,
             max_train_steps=progress.max_train_steps,
@@ -214,7 +216,7 @@ class Trainer:
             config=self.config, runtime=runtime, family=self.family, trainable=self.trainable, models=models,
             strategies=strategies, step=self.new_step(runtime, models, strategies, trained, hooks), data=batches,
             optimizer=optimizer, lr_scheduler=scheduler, progress=progress, hooks=hooks,
-            max_grad_norm=self.config[OptimizerOptions].max_grad_norm,
+            max_grad_norm=self.config[OptimizerOptions].max_grad_norm, settings=settings,
         )
         resume(run, state)
         if runtime.is_main_process:
