@@ -58,7 +58,7 @@ def resumed_state(config: Config) -> Path | None:
 
 def goes_on(config: Config) -> bool:
     """Whether the run goes on with one of its own name in its folder (or with one from the hub), whose files are its own."""
-    if config[ResumeOptions].resume_from_huggingface:
+    if config[ResumeOptions].resume and config[ResumeOptions].resume_from_huggingface:
         return True
     try:
         state = resumed_state(config)
