@@ -173,7 +173,7 @@ def local_state_folder(options: ResumeOptions, token: str | None, runtime: Any) 
     """The folder of --resume; with --resume_from_huggingface the main process fetches it for all."""
     if not options.resume:
         return None
-    if not options.resume_from_huggingface:
+    if not options.resume_from_huggingface or not options.resume:
         return Path(options.resume)
     from library.huggingface_util import download_folder, parse_hub_folder
 

@@ -44,7 +44,7 @@ from library.training.hooks.sample import encode_sample_prompts
 from library.training.hooks.standard import standard_hooks
 from library.training.run import Models, Run
 from library.training.run_settings import settings_of
-from library.training.sampling_prompts import load_prompts
+from library.training.sampling_prompts import holds_no_prompt, load_prompts
 from library.training.schedulers import SchedulerOptions
 from library.training.start_page import print_start
 from library.training.state import read_train_state, resume
@@ -105,8 +105,8 @@ class Trainer:
         found = problems.attempt(lambda: find_data(self.config, self.family.architecture, script))
         problems.raise_if_any()
         sampling = self.config[SamplingOptions]
-        wants = sampling.sample_at_first or sampling.sample_every_n_steps or sampling.sample_every_n_epochs
-        return found, load_prompts(sampling.sample_prompts) if sampling.sample_prompts and wants else []
+        path, wants = sampling.sample_prompts, checks.wants_samples(sampling)
+        return found, load_prompts(path) if path and wants and not holds_no_prompt(path) else []
 
     def check_length(self, data: DataGroups, runtime: Runtime) -> None:
         """What depends on the number of batches, before models are loaded: the schedule, and whether steps are left."""
@@ -167,7 +167,7 @@ class Trainer:
                 if encoder is not None and learns:
                     checkpoint_activations(encoder)
                     encoder.train()
-        if memory.torch_compile:
+        if memory.compiles:
             compile_blocks(models.denoiser, memory.dynamo_backend)
 
     # ---- the Run --------------------------------------------------------------------------------------------------------------
