@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from library.training import cli
 from library.training.families.flux import FluxFamily
 from tests.runs.conftest import Work, draw_pictures
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 FOLDER = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{}'\n"
@@ -401,7 +402,7 @@ def test_problems_of_options_files_and_data_come_together(work: Work, refused):
 def test_as_a_command(work: Work, option: str):
     argv = [*without(work.argv("out"), "console_log_level"), option]
     result = subprocess.run(
-        [sys.executable, "flux_train_network.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        [sys.executable, "flux_train_network.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 2
