@@ -227,7 +227,7 @@ def _package_problems(package: str, wanted_by: str, install: str) -> list[str]:
 
 def _toml_problems(name: str, path: str) -> list[str]:
     try:
-        parse_toml(read_text(path, f"--{name} is {path}, which"), f"--{name} is {path}, which")
+        parse_toml(read_text(path, f"--{name} is {path}, which"), f"--{name} is {path}: it")
     except ConfigError as error:
         return list(error.problems)
     return []

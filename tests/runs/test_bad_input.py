@@ -133,7 +133,7 @@ def test_option(work: Work, refused, options: str, words: list[str]):
         ("epoch = 5\nsingle_blocks_to_swap = 3", ["epoch is 5", "max_train_epochs", "blocks_to_swap"]),
         ("stop_text_encoder_training = '10%'", ["stop_text_encoder_training is '10%'"]),
         ("noise_offset = '0.1'", ["--noise_offset is 0.1", "not available here"]),
-        ("[model\nseed = 3", ["cfg.toml is not a readable TOML file", "line 1"]),
+        ("[model\nseed = 3", ["cfg.toml is not valid TOML", "line 1"]),
         ("[a.b]\nseed = 3", ["table inside a table"]),
     ],
 )
