@@ -22,7 +22,7 @@ from library.options import Config, add_options, option, option_fields
 from library.picture_files import settings_texts, write_picture
 from library.training import cli
 from library.training.option_groups import ConsoleOptions
-from library.training.parser_common import OptionParser
+from library.training.option_reader import OptionParser
 from library.training.sampling_prompts import LineOption, parse_pieces, read_number, read_whole
 
 logger = logging.getLogger(__name__)

@@ -177,6 +177,17 @@ def load_prompts(path: str | Path, options: Mapping[str, LineOption] = IMAGE_LIN
     return prompts
 
 
+def holds_no_prompt(path: str | Path | None) -> bool:
+    """Whether a file is there and has nothing but blanks and comments, as front ends write it when no prompt was given."""
+    if path is None or not Path(path).is_file():
+        return False
+    try:
+        content = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return False  # told by load_prompts
+    return not content.strip() or (Path(path).suffix.lower() == ".txt" and not _read_txt("", content))
+
+
 def _read_txt(name: str, content: str) -> list[tuple[str, Any]]:
     """One prompt per line; empty lines and lines whose first character is # are left out."""
     lines = enumerate(content.split("\n"), start=1)

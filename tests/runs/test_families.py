@@ -183,3 +183,32 @@ def test_preserved_samples_learn_what_the_base_predicts(work: Work) -> None:
             parameter.add_(0.05)
     assert run.step(batch).loss_sum.item() > 1e-4
     assert run.trainable.network.multiplier == 1.0
+
+
+def test_only_preserved_samples_go_through_the_untouched_model(work: Work) -> None:
+    """The conditioning is that of the untouched text encoders too, where they learn."""
+    other = draw_pictures(work.folder / "other", 4)
+    marks = "custom_attributes = {diff_output_preservation = true}"
+    run = work.trainer("out", dataset=work.dataset(batch_size=4, subset_keys=f"{marks}\n[[datasets.subsets]]\nimage_dir = '{other}'")).prepare()
+    with torch.no_grad():
+        for parameter in run.trainable.modules()["network"].parameters():
+            parameter.add_(0.05)
+    is_marked = lambda attributes: "diff_output_preservation" in attributes  # noqa: E731
+    batch = next(b for b in run.data.batches(1) if {is_marked(a) for a in b.custom_attributes} == {True, False})
+    calls = []
+    predict = run.family.predict
+
+    def noting(models, sample, conditioning, part, **inputs):
+        calls.append((len(sample.latents), len(part), conditioning))
+        return predict(models, sample, conditioning, part, **inputs)
+
+    run.family.predict = noting
+    run.step(batch)
+    rows = [i for i, attributes in enumerate(batch.custom_attributes) if is_marked(attributes)]
+    assert [call[:2] for call in calls] == [(len(batch), len(batch)), (len(rows), len(rows))]
+    with torch.no_grad(), run.trainable.disabled():
+        untouched = run.step.conditioning_of(batch)
+    for used, learned, wanted in zip(calls[1][2], calls[0][2], untouched, strict=True):
+        assert used is wanted is None or torch.allclose(used.float(), wanted[rows].float(), atol=1e-6)
+    if any(run.step.trained_text_encoders):
+        assert any(not torch.equal(calls[0][2][i][rows], used) for i, used in enumerate(calls[1][2]) if used is not None)

@@ -17,6 +17,8 @@ class Hook:
     `compute_loss` (from DiTOutput to the loss). Their default is None.
     """
 
+    state_key: str = ""
+    """names its part of a state; its class's name when empty"""
     process_batch = None
     """(step: TrainStep, batch, times) -> StepOutput"""
     compute_loss = None
@@ -93,6 +95,17 @@ class HookList:
             return [getattr(hook, name)(*args) for hook in self.hooks]
 
         return call_all
+
+    def by_key(self) -> dict[str, Hook]:
+        """Hooks by the name that their states have; a name that comes again gets the number of its place: `Losses 2`."""
+        found: dict[str, Hook] = {}
+        for hook in self.hooks:
+            name = key = hook.state_key or type(hook).__name__
+            number = 2
+            while key in found:
+                key, number = f"{name} {number}", number + 1
+            found[key] = hook
+        return found
 
     def find(self, hook_class: type) -> Any | None:
         return next((hook for hook in self.hooks if isinstance(hook, hook_class)), None)

@@ -24,11 +24,20 @@ class LossCurveHook(Hook):
         self.validation: list[tuple[int, float]] = []
         """(optimizer steps done, loss)"""
         self._drawn: tuple[Any, ...] | None = None
+        self._is_restored = False
         self._paths: tuple[Path, ...] = ()
 
     def on_train_start(self, run: Run) -> None:
         self._reader = run.hooks.find(LossReader)
         self._reader.listen(self.on_losses)
+        if self._is_restored:
+            self._forget_after(run.progress.global_step)
+
+    def _forget_after(self, done: int) -> None:
+        """A run may go on at an earlier step than that of its state."""
+        kept = [(step, loss) for step, loss in zip(self.steps, self.losses) if step <= done]
+        self.steps, self.losses = [step for step, _ in kept], [loss for _, loss in kept]
+        self.validation = [point for point in self.validation if point[0] <= done]
 
     def on_losses(self, losses: list[StepLoss]) -> None:
         self.steps.extend(entry.step for entry in losses)
@@ -73,6 +82,7 @@ class LossCurveHook(Hook):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._is_restored = True
         self.steps = [int(step) for step in state.get("steps", [])]
         self.losses = [float(loss) for loss in state.get("losses", [])]
         self.validation = [(int(step), float(loss)) for step, loss in state.get("validation", [])]

@@ -38,6 +38,10 @@ class Trainable(ABC):
     def check(self, family: ModelFamily) -> None:
         """Options and files (headers only); raises one ConfigError with every problem."""
 
+    def fixed_settings(self, family: ModelFamily) -> dict[str, Any]:
+        """Options on which the shape of what is learned hangs, by name: a run that resumes must have the same."""
+        return {}
+
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
         """Per text encoder, whether it learns."""
         return []

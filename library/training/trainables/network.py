@@ -31,7 +31,7 @@ from library.training.timesteps import NUM_TIMESTEPS
 from library.training.trainables.base import Trainable
 from library.training.trainables.base_weights import BaseWeights
 from networks.description import describe_network, is_scaled_by_rank
-from networks.network_args import pattern_values, rate, selected_blocks, selection
+from networks.network_args import pattern_values, rate, selected_blocks, selection, shapes_nothing
 from networks.network_files import by_module, match_names, read_adapter_file, write_adapter_file
 from networks.targets import targets_of_family
 
@@ -155,6 +155,18 @@ class NetworkTrainable(Trainable):
                 f"--network_dim is {dim}; --network_weights {path} has rank {', '.join(map(str, sorted(ranks)))};"
                 " give the same number, or add --dim_from_weights"
             )
+
+    def fixed_settings(self, family: ModelFamily) -> dict[str, Any]:
+        options = self.opts
+        return {
+            "network_module": options.module_path,
+            "network_dim": DEFAULT_DIM if options.network_dim is None else options.network_dim,
+            "network_alpha": options.network_alpha,
+            "network_args": {key: text for key, text in options.pairs.items() if not shapes_nothing(key)},
+            "dim_from_weights": options.dim_from_weights,
+            "network_train_unet_only": options.network_train_unet_only,
+            "network_train_text_encoder_only": options.network_train_text_encoder_only,
+        }
 
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
         if self.opts.network_train_unet_only or self.opts.module_path in DENOISER_ONLY:
