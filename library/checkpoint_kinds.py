@@ -219,6 +219,8 @@ def _what_is_not_safetensors(path: Path) -> CheckpointKind | None:
 
 
 def _describe_folder(folder: Path, with_pickles: bool = False) -> CheckpointKind:
+    if (folder / "model_index.json").is_file():  # files beside it (an adapter, what a conversion has kept) are no model
+        return CheckpointKind("folder", f"a diffusers pipeline folder ({_pipeline_class(folder)})", "folder")
     index = next(iter(sorted(folder.glob(f"*{INDEX_SUFFIX}"))), None)
     if index is not None:
         return _describe_shards(folder, index)
@@ -228,8 +230,6 @@ def _describe_folder(folder: Path, with_pickles: bool = False) -> CheckpointKind
     pickled = next((folder / name for name in PICKLED_NAMES if with_pickles and (folder / name).is_file()), None)
     if pickled is not None and not files:
         return _as_folder(describe_checkpoint(pickled, with_pickles))
-    if (folder / "model_index.json").is_file():
-        return CheckpointKind("folder", f"a diffusers pipeline folder ({_pipeline_class(folder)})", "folder")
     if files:
         return CheckpointKind("folder", f"a folder with {len(files)} safetensors files, of which one must be named", "folder")
     parts = sorted(child.name for child in folder.iterdir() if child.is_dir())
