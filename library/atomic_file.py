@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from library.file_limits import cut_name
+
+_LONGEST_SUFFIX = 20
+"""what stands behind the last dot of a longer name is no format"""
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -17,7 +22,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.stem[:60]}-", suffix=target.suffix, dir=target.parent)
+    suffix = target.suffix if len(target.suffix) <= _LONGEST_SUFFIX else ""
+    handle, temporary = tempfile.mkstemp(prefix=f".{cut_name(target.stem, 60)}-", suffix=suffix, dir=target.parent)
     os.close(handle)
     try:
         yield Path(temporary)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from library.errors import AtelierError, ConfigError, Problems
 from library.inference_script import read_command, refused_problems, tell_equivalent
 from library.options import FALSE_TEXTS, TRUE_TEXTS, Config, add_options, is_bool_option, option, option_fields
-from library.training.parser_common import OptionParser
+from library.training.option_reader import OptionParser
 
 logger = logging.getLogger("atelier")
 

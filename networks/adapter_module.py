@@ -45,11 +45,6 @@ def without_lengths(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     return {name: tensor for name, tensor in tensors.items() if name != "dora_scale"}
 
 
-def scale_of(tensors: Mapping[str, torch.Tensor], rank: int) -> float:
-    """alpha / rank of a layer's tensors; 1 without an alpha."""
-    return float(tensors["alpha"]) / rank if "alpha" in tensors else 1.0
-
-
 def linear_output(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """What a layer with this geometry and this weight gives, without bias."""
     if type(layer).__name__ == "Linear":

@@ -20,6 +20,7 @@ from library.options import parse_bool
 from networks.adapter_module import AdapterModule
 from networks.factorization import factorization
 from networks.kinds import NO_INNER_VALUES, NetworkKind
+from networks.layer_tensors import alpha_of, rank_of, scale_of
 from networks.network_args import RANK_STABILIZED, WEIGHT_DECOMPOSITION, NetworkSettings
 from networks.network_base import NetworkFunctions
 from networks.targets import Layer, NetworkTargets
@@ -86,8 +87,7 @@ def is_full(names: Iterable[str]) -> bool:
 
 def lokr_rank(tensors: Mapping[str, torch.Tensor]) -> int:
     """Rank of a layer's tensors; for plain halves, which have none, the larger side of the second."""
-    product = next((tensors[name] for name in ("lokr_w2_b", "lokr_w1_b") if name in tensors), None)
-    return max(tensors["lokr_w2"].shape[:2]) if product is None else product.shape[0]
+    return rank_of(tensors) or max(tensors["lokr_w2"].shape[:2])
 
 
 class LoKrModule(AdapterModule):
@@ -149,10 +149,7 @@ class LoKrModule(AdapterModule):
     def weight_change(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor, multiplier: float) -> torch.Tensor:
         """Source of the formula: lokr_delta."""
         floats = {name: tensor.float() for name, tensor in tensors.items()}
-        rank = lokr_rank(floats)
-        has_scale = "alpha" in tensors and not is_full(tensors)
-        scale = float(tensors["alpha"]) / rank if has_scale else 1.0
-        return lokr_delta(*lokr_halves(floats), multiplier * scale).reshape(weight.shape)
+        return lokr_delta(*lokr_halves(floats), multiplier * scale_of(tensors)).reshape(weight.shape)
 
     @torch.no_grad()
     def weight_norm(self) -> torch.Tensor:
@@ -171,7 +168,7 @@ class LoKrModule(AdapterModule):
 def shape_from_file(tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None) -> tuple[int, float | None, dict[str, Any]]:
     """(rank, alpha, further arguments of LoKrModule) of one layer's tensors in a file."""
     rank = lokr_rank(tensors)
-    alpha = float(tensors["alpha"]) if "alpha" in tensors else float(rank)
+    alpha = alpha_of(tensors) or float(rank)
     return rank, alpha, {"shapes": {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("lokr_")}}
 
 

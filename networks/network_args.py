@@ -79,6 +79,15 @@ RANK_STABILIZED: dict[str, Callable[[Any], Any]] = {"rs_lora": parse_bool}
 """rs-LoRA (arXiv 2312.03732): scale alpha / sqrt(rank)"""
 
 
+TRAINING_ONLY = ("ggpo_sigma", "ggpo_beta", "tlora_min_rank", "tlora_alpha_rank_scale", "block_lr_zero_threshold", "verbose")
+
+
+def shapes_nothing(name: str) -> bool:
+    """Whether an argument is about training alone, dropouts and learning rates: it may change when a run goes on. Names of other packages'
+    arguments tell it as well."""
+    return name in TRAINING_ONLY or "dropout" in name or re.search(r"(^|_)lrs?(_|$)", name) is not None
+
+
 CONV_RANKS = ("conv_dim", "conv_block_dims")
 NEEDS: dict[str, tuple[str, ...]] = {
     "conv_alpha": CONV_RANKS, "conv_block_alphas": CONV_RANKS, "use_tucker": CONV_RANKS, "wd_on_output": ("dora_wd",),

@@ -15,7 +15,7 @@ import torch
 
 from library.errors import ConfigError, TrainingError
 from library.options import Config
-from library.training.option_groups import DdpOptions, LoopOptions, ModelOptions, PrecisionOptions
+from library.training.option_groups import DdpOptions, ModelOptions, PrecisionOptions
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def allow_fp16_gradients(scaler: Any) -> None:
 
 
 def shared_seed(given: int | None, num_processes: int) -> int:
-    """--seed, or a number drawn by the main process and known to all."""
+    """--seed or that of the state to go on with, else a number drawn by the main process and known to all."""
     if given is not None:
         return given
     box = [secrets.randbits(32)]
@@ -144,7 +144,9 @@ def shared_seed(given: int | None, num_processes: int) -> int:
 
 
 def _runtime_of(accelerator: Any, config: Config) -> Runtime:
-    precision, given_seed = config[PrecisionOptions], config[LoopOptions].seed
+    from library.training.state import seed_of
+
+    precision, given_seed = config[PrecisionOptions], seed_of(config)
     weight_dtype = DTYPES[precision.mixed_precision]
     fp8 = torch.float8_e4m3fn
     return Runtime(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class NoisyLatents:
     timesteps: torch.Tensor  # [B] float32, 0..1000
     sigmas: torch.Tensor  # [B] float32
     target: torch.Tensor  # [B, C, ...]
+
+    def rows(self, rows: torch.Tensor) -> NoisyLatents:
+        """The samples of these numbers."""
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return NoisyLatents(**{name: tensor[rows.to(tensor.device)] for name, tensor in parts.items()})
 
 
 class Objective(ABC):

@@ -177,6 +177,17 @@ def load_prompts(path: str | Path, options: Mapping[str, LineOption] = IMAGE_LIN
     return prompts
 
 
+def holds_no_prompt(path: str | Path | None) -> bool:
+    """Whether a file is there and has nothing but blanks and comments, as front ends write it when no prompt was given."""
+    if path is None or not Path(path).is_file():
+        return False
+    try:
+        content = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return False  # told by load_prompts
+    return not content.strip() or (Path(path).suffix.lower() == ".txt" and not _read_txt("", content))
+
+
 def _read_txt(name: str, content: str) -> list[tuple[str, Any]]:
     """One prompt per line; empty lines and lines whose first character is # are left out."""
     lines = enumerate(content.split("\n"), start=1)
@@ -316,6 +327,15 @@ def is_sample_due(options: Any, at: str, step: int, epoch: int) -> bool:
     if every_epochs and every_epochs > 0:
         return at == "epoch" and epoch % every_epochs == 0
     return at == "step" and bool(every_steps) and every_steps > 0 and step > 0 and step % every_steps == 0
+
+
+def unreached_interval(options: Any, max_train_steps: int, finished_epochs: int) -> str | None:
+    """The option whose interval is longer than the run, so that no samples would be made; None when there are some or none are
+    asked for. `options` is SamplingOptions; `finished_epochs`: whole epochs of the run."""
+    every_epochs, every_steps = options.sample_every_n_epochs or 0, options.sample_every_n_steps or 0
+    if every_epochs > 0:
+        return "sample_every_n_epochs" if every_epochs > finished_epochs else None
+    return "sample_every_n_steps" if every_steps > max_train_steps else None
 
 
 def sample_suffix(at: str, number: int) -> str:

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.errors import CheckpointError
+from library.errors import CheckpointError, ConfigError
 from library.training.checkpoint import resume_point
-from library.training.option_groups import HubOptions, ResumeOptions
+from library.training.option_groups import HubOptions, LoopOptions, ResumeOptions
+from library.training.run_settings import SETTINGS_FILE, change_lines, changed, fixed_problems, read_settings
 
 if TYPE_CHECKING:
+    from library.options import Config
     from library.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,8 @@ def save_state(run: Run, folder: str | Path, counters: Mapping[str, int]) -> Non
     scaler = run.runtime.accelerator.scaler
     if scaler is not None:
         torch.save(scaler.state_dict(), temporary / SCALER_FILE)
-    torch.save({type(hook).__name__: hook.state_dict() for hook in run.hooks}, temporary / HOOKS_FILE)
+    torch.save({key: hook.state_dict() for key, hook in run.hooks.by_key().items()}, temporary / HOOKS_FILE)
+    run.settings.write(temporary / SETTINGS_FILE)
     content = {**counters, "seed": run.step.seed, "steps_per_epoch": run.progress.steps_per_epoch}
     (temporary / STATE_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
     _flush_folder(temporary)
@@ -84,27 +87,37 @@ def read_train_state(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read ({error}); the state folder is damaged") from None
 
 
-def load_state(run: Run, folder: str | Path) -> None:
-    """Restore weights, optimizer, schedule, scaler and hooks. The position is restored by the caller."""
-    folder = Path(folder)
+def load_state(run: Run, folder: str | Path, step: int) -> dict[str, list[Any]]:
+    """Restore weights, optimizer, schedule, scaler and hooks. The position is restored by the caller. `step`: that of the state.
+
+    Returns what this run has set otherwise: name -> [old, new]; this run's values hold.
+    """
+    from library.training.resumed_optimizer import restore
+
+    folder, recorded = Path(folder), read_settings(folder)
     _load_weights(run, folder)
+    schedule = _load(folder / SCHEDULER_FILE) if (folder / SCHEDULER_FILE).exists() else None
     try:
-        run.optimizer.load_state_dict(_load(folder / OPTIMIZER_FILE))
+        changes = restore(
+            run.optimizer, run.lr_scheduler, _load(folder / OPTIMIZER_FILE), schedule, step=step, recorded=recorded, own=run.settings
+        )
     except (ValueError, KeyError) as error:
         raise CheckpointError(
             f"the optimizer state in {folder} does not fit this run ({error}); resume with the optimizer, network and learning"
             " rate groups of the interrupted run"
         ) from error
-    if (folder / SCHEDULER_FILE).exists() and hasattr(run.lr_scheduler, "load_state_dict"):
-        run.lr_scheduler.load_state_dict(_load(folder / SCHEDULER_FILE))
+    if recorded is not None:
+        changes = changed(recorded.options, run.settings.options)
+        run.settings.history[:] = recorded.history
     scaler = run.runtime.accelerator.scaler
     if scaler is not None and (folder / SCALER_FILE).exists():
         scaler.load_state_dict(_load(folder / SCALER_FILE))
     if (folder / HOOKS_FILE).exists():
         states = _load(folder / HOOKS_FILE)
-        for hook in run.hooks:
-            if type(hook).__name__ in states:
-                hook.load_state_dict(states[type(hook).__name__])
+        for key, hook in run.hooks.by_key().items():
+            if key in states:
+                hook.load_state_dict(states[key])
+    return changes
 
 
 def resume(run: Run) -> None:
@@ -114,10 +127,13 @@ def resume(run: Run) -> None:
     """
     options, progress = run.config[ResumeOptions], run.progress
     folder = local_state_folder(options, run.config[HubOptions].huggingface_token, run.runtime)
-    counters = None
+    counters, changes = None, {}
     if folder is not None:
         counters = read_train_state(folder)
-        load_state(run, folder)
+        problems = fixed_problems(folder, counters, read_settings(folder), run.step.seed, run.settings.fixed)
+        if problems:  # those of a local folder were told before models were loaded
+            raise ConfigError(problems)
+        changes = load_state(run, folder, counters["current_step"])
         _compare(counters, run)
     point = resume_point(
         options, counters, steps_per_epoch=progress.steps_per_epoch, accumulation=run.data.accumulation,
@@ -126,25 +142,38 @@ def resume(run: Run) -> None:
     progress.global_step, progress.epoch, progress.step_in_epoch = point.global_step, point.epoch, point.step_in_epoch
     if point.global_step:
         logger.info("going on after step %d, in epoch %d", point.global_step, point.epoch)
+    if changes:
+        run.settings.history.append({"step": point.global_step, "changed": changes})
+        logger.info(
+            "settings that changed since the state was saved; the new ones hold from step %d on:\n%s", point.global_step + 1, change_lines(changes)
+        )
     if counters is not None and point.global_step != counters["current_step"]:
         logger.warning("the state is at step %d, but training goes on at step %d, as you asked", counters["current_step"], point.global_step)
 
 
 def _compare(counters: Mapping[str, Any], run: Run) -> None:
-    """Say what makes the rest of the run another one than the interrupted run would have been."""
-    for name, own, hint in (
-        ("seed", run.step.seed, "random draws differ from those of the interrupted run; give its --seed"),
-        ("steps_per_epoch", run.progress.steps_per_epoch, "the images, batch size or number of processes changed; the position is counted in steps"),
-    ):
-        if name in counters and counters[name] != own:
-            logger.warning("%s was %s when the state was saved and is %s now: %s", name, counters[name], own, hint)
+    """Say what of the data makes the rest of the run another one than the interrupted run would have been."""
+    own = run.progress.steps_per_epoch
+    if counters.get("steps_per_epoch", own) != own:
+        logger.warning(
+            "steps_per_epoch was %s when the state was saved and is %s now: the images, batch size or number of processes changed; the"
+            " position is counted in steps", counters["steps_per_epoch"], own,
+        )
+
+
+def seed_of(config: Config) -> int | None:
+    """--seed or, when it is not given, that of the local state to go on with; None = to be drawn."""
+    given, resume = config[LoopOptions].seed, config[ResumeOptions]
+    if given is not None or not resume.resume or resume.resume_from_huggingface or not (Path(resume.resume) / STATE_FILE).is_file():
+        return given
+    return read_train_state(resume.resume).get("seed")
 
 
 def local_state_folder(options: ResumeOptions, token: str | None, runtime: Any) -> Path | None:
     """The folder of --resume; with --resume_from_huggingface the main process fetches it for all."""
     if not options.resume:
         return None
-    if not options.resume_from_huggingface:
+    if not options.resume_from_huggingface or not options.resume:
         return Path(options.resume)
     from library.huggingface_util import download_folder, parse_hub_folder
 

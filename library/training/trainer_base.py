@@ -43,7 +43,8 @@ from library.training.run_record import RunRecord
 from library.training.hooks.sample import encode_sample_prompts
 from library.training.hooks.standard import standard_hooks
 from library.training.run import Models, Run
-from library.training.sampling_prompts import load_prompts
+from library.training.run_settings import settings_of
+from library.training.sampling_prompts import holds_no_prompt, load_prompts
 from library.training.schedulers import SchedulerOptions
 from library.training.start_page import print_start
 from library.training.state import read_train_state, resume
@@ -104,8 +105,8 @@ class Trainer:
         found = problems.attempt(lambda: find_data(self.config, self.family.architecture, script))
         problems.raise_if_any()
         sampling = self.config[SamplingOptions]
-        wants = sampling.sample_at_first or sampling.sample_every_n_steps or sampling.sample_every_n_epochs
-        return found, load_prompts(sampling.sample_prompts) if sampling.sample_prompts and wants else []
+        path, wants = sampling.sample_prompts, checks.wants_samples(sampling)
+        return found, load_prompts(path) if path and wants and not holds_no_prompt(path) else []
 
     def check_length(self, data: DataGroups, runtime: Runtime) -> None:
         """What depends on the number of batches, before models are loaded: the schedule, and whether steps are left."""
@@ -166,7 +167,7 @@ class Trainer:
                 if encoder is not None and learns:
                     checkpoint_activations(encoder)
                     encoder.train()
-        if memory.torch_compile:
+        if memory.compiles:
             compile_blocks(models.denoiser, memory.dynamo_backend)
 
     # ---- the Run --------------------------------------------------------------------------------------------------------------
@@ -181,6 +182,7 @@ class Trainer:
         data.train.set_max_train_steps(progress.max_train_steps)
         schedulers.check(self.config[SchedulerOptions], self.config[OptimizerOptions], progress.max_train_steps)
         built = optimizers.build(self.config[OptimizerOptions], [*self.trainable.param_groups(), *self._extra_groups()])
+        settings = settings_of(self.config, self.family, self.trainable, built, progress.max_train_steps)
         scheduler = schedulers.build(
             self.config[SchedulerOptions], built, learning_rate=self.config[OptimizerOptions].learning_rate,
             max_train_steps=progress.max_train_steps,
@@ -199,7 +201,7 @@ class Trainer:
             config=self.config, runtime=runtime, family=self.family, trainable=self.trainable, models=models,
             strategies=strategies, step=self.new_step(runtime, models, strategies, trained, hooks), data=batches,
             optimizer=optimizer, lr_scheduler=scheduler, progress=progress, hooks=hooks,
-            max_grad_norm=self.config[OptimizerOptions].max_grad_norm,
+            max_grad_norm=self.config[OptimizerOptions].max_grad_norm, settings=settings,
         )
         resume(run)
         if runtime.is_main_process:

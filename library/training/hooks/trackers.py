@@ -37,7 +37,9 @@ class Point:
 
 
 class Tracker(ABC):
-    """One destination of the curves; lives on the main process only."""
+    """One destination of the curves; lives on the main process only. `folder`: where its files are."""
+
+    folder: Path | None = None
 
     @abstractmethod
     def log(self, point: Point) -> None: ...
@@ -59,7 +61,8 @@ class TensorBoardTracker(Tracker):
             raise ConfigError(
                 f"--log_with tensorboard needs the package tensorboard ({error}); install it with: pip install tensorboard"
             ) from error
-        self._writer = SummaryWriter(str(folder / project))
+        self.folder = folder / project
+        self._writer = SummaryWriter(str(self.folder))
         if config:
             text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
             self._writer.add_text("config", f"```\n{text}\n```", 0)
@@ -91,6 +94,7 @@ class WandbTracker(Tracker):
                 f"--log_with wandb needs the package wandb ({error}); install it with: pip install wandb"
             ) from error
         self._wandb = wandb
+        self.folder = folder
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             os.environ["WANDB_DIR"] = str(folder)

@@ -30,7 +30,8 @@ from library.training.optimizers import OptimizerOptions
 from library.training.timesteps import NUM_TIMESTEPS
 from library.training.trainables.base import Trainable
 from library.training.trainables.base_weights import BaseWeights
-from networks.network_args import pattern_values, rate, selected_blocks, selection
+from networks.description import describe_network, is_scaled_by_rank
+from networks.network_args import pattern_values, rate, selected_blocks, selection, shapes_nothing
 from networks.network_files import by_module, match_names, read_adapter_file, write_adapter_file
 from networks.targets import targets_of_family
 
@@ -154,6 +155,18 @@ class NetworkTrainable(Trainable):
                 f"--network_dim is {dim}; --network_weights {path} has rank {', '.join(map(str, sorted(ranks)))};"
                 " give the same number, or add --dim_from_weights"
             )
+
+    def fixed_settings(self, family: ModelFamily) -> dict[str, Any]:
+        options = self.opts
+        return {
+            "network_module": options.module_path,
+            "network_dim": DEFAULT_DIM if options.network_dim is None else options.network_dim,
+            "network_alpha": options.network_alpha,
+            "network_args": {key: text for key, text in options.pairs.items() if not shapes_nothing(key)},
+            "dim_from_weights": options.dim_from_weights,
+            "network_train_unet_only": options.network_train_unet_only,
+            "network_train_text_encoder_only": options.network_train_text_encoder_only,
+        }
 
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
         if self.opts.network_train_unet_only or self.opts.module_path in DENOISER_ONLY:
@@ -388,6 +401,24 @@ class NetworkTrainable(Trainable):
         if self.opts.scale_weight_norms or hasattr(self.network, "update_norms"):
             hooks.append(WeightNormHook(self.network, self.opts.scale_weight_norms))
         return hooks
+
+    def description(self) -> str:
+        if self._is_own:
+            return f"{describe_network(self.network)} ({self.opts.module_path})"
+        rank, alpha = self.opts.network_dim or DEFAULT_DIM, self.opts.network_alpha
+        return f"{self.opts.module_path}, rank {rank}, alpha {alpha:g}, as the module reads them"
+
+    def notices(self) -> list[str]:
+        """A missing --network_alpha is 1, as the known scripts have it: people who do not know train at a fraction of the strength."""
+        if "network_alpha" in self.config.explicit or self.opts.dim_from_weights:
+            return []
+        rank = self.opts.network_dim or DEFAULT_DIM
+        if self._is_own and not any(map(is_scaled_by_rank, self.network.loras)) or rank == 1:
+            return []
+        return [
+            f"--network_alpha is not given and counts as {self.opts.network_alpha:g}: the change is scaled by alpha / rank ="
+            f" {self.opts.network_alpha:g}/{rank}; --network_alpha {rank} trains at full strength"
+        ]
 
     # -- files -------------------------------------------------------------------------------------------------------
 

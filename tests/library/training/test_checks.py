@@ -5,7 +5,7 @@ import json
 import pytest
 
 from library.options import Config
-from library.training import checks
+from library.training import checks, idle_options
 from library.training.parser_common import script
 
 CLASSES = script("flux", "network").classes
@@ -55,7 +55,9 @@ def test_the_prompt_file_is_read_at_start(tmp_path):
     assert "there is no such file" in checks.sampling_problems(config_of(sample_prompts=str(missing)))[0]
     empty = tmp_path / "empty.txt"
     empty.write_text("# only a comment\n")
-    assert "no prompt" in checks.sampling_problems(config_of(sample_prompts=str(empty)))[0]
+    assert checks.sampling_problems(config_of(sample_prompts=str(empty))) == []
+    told = checks.warnings(config_of(sample_prompts=str(empty), sample_every_n_epochs=1))
+    assert len(told) == 1 and "holds no prompt: no sample images" in told[0]
     good = tmp_path / "good.txt"
     good.write_text("a red ball --w 64 --h 64\n")
     assert checks.sampling_problems(config_of(sample_prompts=str(good))) == []
@@ -112,24 +114,47 @@ def test_a_backend_that_torch_lacks_is_refused():
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"save_last_n_epochs": 2}, "--save_last_n_epochs has no effect"),
-        ({"save_last_n_steps_state": 2}, "--save_last_n_steps_state has no effect"),
-        ({"persistent_data_loader_workers": True, "max_data_loader_n_workers": 0}, "persistent"),
         ({"max_train_steps": 10, "max_train_epochs": 2}, "replaces --max_train_steps"),
-        ({"validate_every_n_steps": 2}, "--validation_split"),
         ({"save_model_as": "pt"}, "no metadata"),
-        ({"noise_offset_random_strength": True}, "--noise_offset_random_strength has no effect without --noise_offset"),
-        ({"ip_noise_gamma_random_strength": True}, "--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma"),
-        ({"multires_noise_discount": 0.5}, "--multires_noise_discount has no effect without --multires_noise_iterations"),
-        ({"sample_prompts": "x.txt"}, "--sample_prompts has no effect"),
+        ({"sample_every_n_steps": 5}, "no sample images are made: --sample_prompts"),
+        ({"sample_at_first": True}, "no sample images are made: --sample_prompts"),
     ],
 )
-def test_options_without_effect_are_told(values, words):
+def test_options_that_do_something_else_are_warned_of(values, words):
     assert any(words in line for line in checks.warnings(config_of(**values)))
 
 
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"save_last_n_epochs": 2}, "--save_last_n_epochs: has no effect"),
+        ({"save_last_n_steps_state": 2}, "--save_last_n_steps_state: has no effect"),
+        ({"persistent_data_loader_workers": True, "max_data_loader_n_workers": 0}, "--persistent_data_loader_workers: "),
+        ({"validate_every_n_steps": 2}, "--validate_every_n_steps: has no effect without --validation_split"),
+        ({"noise_offset_random_strength": True}, "--noise_offset_random_strength: has no effect without --noise_offset"),
+        ({"ip_noise_gamma_random_strength": True}, "--ip_noise_gamma_random_strength: has no effect without --ip_noise_gamma"),
+        ({"multires_noise_discount": 0.5}, "--multires_noise_discount: has no effect without --multires_noise_iterations"),
+        ({"sample_prompts": "x.txt"}, "--sample_prompts: has no effect"),
+        ({"sample_every_n_epochs": 999999}, "--sample_every_n_epochs: makes no sample images without --sample_prompts"),
+        ({"cpu_offload_checkpointing": True}, "--cpu_offload_checkpointing: has no effect without --gradient_checkpointing"),
+        ({"torch_compile": True, "dynamo_backend": "no"}, "--torch_compile: has no effect with --dynamo_backend no"),
+        ({"dynamo_backend": "eager"}, "--dynamo_backend: has no effect without --torch_compile"),
+        ({"async_upload": True}, "--async_upload: has no effect without --huggingface_repo_id"),
+        ({"huggingface_repo_visibility": "public"}, "--huggingface_repo_visibility: has no effect without --huggingface_repo_id"),
+        ({"resume_from_huggingface": True}, "--resume_from_huggingface: has no effect without --resume"),
+        ({"log_prefix": "a"}, "--log_prefix: has no effect without --logging_dir"),
+    ],
+)
+def test_settings_of_features_that_are_off_are_ignored_and_an_error_under_strict(values, words):
+    assert [words in str(item) for item in idle_options.ignored(config_of(**values))] == [True]
+    assert checks.strict_problems(config_of(**values)) == []
+    (problem,) = checks.strict_problems(config_of(**values, strict=True))
+    assert words in problem and "--strict" in problem
+
+
 def test_a_plain_run_has_no_warning():
-    assert checks.warnings(config_of(save_every_n_epochs=1, save_last_n_epochs=2)) == []
+    plain = config_of(save_every_n_epochs=1, save_last_n_epochs=2)
+    assert checks.warnings(plain) == [] and idle_options.ignored(plain) == []
 
 
 @pytest.mark.parametrize(
@@ -140,15 +165,10 @@ def test_a_plain_run_has_no_warning():
         ({"fp8_base": True}, "--fp8_base"),
         ({"blocks_to_swap": -1}, "--blocks_to_swap is -1"),
         ({"blocks_to_swap": 2, "cpu_offload_checkpointing": True, "gradient_checkpointing": True}, "do not go together"),
-        ({"cpu_offload_checkpointing": True}, "--gradient_checkpointing"),
-        ({"sample_every_n_steps": 5}, "--sample_prompts"),
-        ({"sample_at_first": True}, "--sample_prompts"),
         ({"log_with": "tensorboard"}, "--logging_dir"),
         ({"output_name": "a/b"}, "--output_name"),
         ({"save_every_n_steps": -3}, "--save_every_n_steps is -3"),
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps is 0"),
-        ({"async_upload": True}, "--huggingface_repo_id"),
-        ({"dynamo_backend": "eager"}, "--torch_compile"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(values, words):
