@@ -125,6 +125,11 @@ def report(error: AtelierError) -> int:
     return error.exit_code
 
 
+def is_worth_showing(record: logging.LogRecord) -> bool:
+    """False for what bitsandbytes says of its 4-bit kernels on some CPUs when it is imported: nothing here uses them."""
+    return not (record.name.startswith("bitsandbytes") and "gemm_4bit" in str(record.msg))
+
+
 def set_up_logging(options: ConsoleOptions) -> None:
     """Handlers of the root logger, once per process: the console (stderr) or a file. Of several processes only the
     first tells what is going on; the others show warnings, marked with their number."""
@@ -148,5 +153,6 @@ def set_up_logging(options: ConsoleOptions) -> None:
             root.removeHandler(old)
             old.close()
     handler.set_by_atelier = True  # type: ignore[attr-defined]
+    handler.addFilter(is_worth_showing)
     root.addHandler(handler)
     root.setLevel(level)
