@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -46,6 +47,14 @@ class TrainingError(AtelierError):
     """A run that has to stop: a loss that is not finite, a process group that did not form."""
 
 
+class RunInterrupted(AtelierError):
+    """A run that a signal ended in good order: its message tells where it is and how to go on."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class Problems:
     """Collects messages so that all of them are raised together."""
 
@@ -73,6 +82,18 @@ class Problems:
     def raise_if_any(self) -> None:
         if self.messages:
             raise ConfigError(self.messages)
+
+
+@contextmanager
+def foreign_errors(kind: type[AtelierError], what: str) -> Iterator[None]:
+    """Turn whatever another library raises for damaged input, a panic of its native code included, into one message."""
+    try:
+        yield
+    except (AtelierError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        text = str(error).strip().partition("\n")[0][:200]
+        raise kind(f"{what} ({type(error).__name__}{': ' if text else ''}{text})") from error
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:

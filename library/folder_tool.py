@@ -121,12 +121,7 @@ def images_of(folder: str, recursive: bool = False) -> list[str]:
 
 def read_text_file(path: str) -> str:
     """A UTF-8 file, without a byte order mark. ConfigError."""
-    try:
-        return read_text(path)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
+    return read_text(path)
 
 
 # -- work ------------------------------------------------------------------------------------------------------------------

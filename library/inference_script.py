@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from library.errors import AtelierError, ConfigError, Problems
+from library.errors import ConfigError, Problems
 from library.options import Config, add_options, option, option_fields
 from library.picture_files import settings_texts, write_picture
+from library.text_files import read_text
 from library.training import cli
 from library.training.option_groups import ConsoleOptions
 from library.training.option_reader import OptionParser
@@ -140,13 +141,9 @@ def too_small_problems(values: Any, *least: tuple[str, int]) -> list[str]:
 
 def run_to_exit(run: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | None) -> None:
     """Call `run(argv)`; an error ends the process with its exit code and one message."""
-    try:
-        run(argv)
-    except AtelierError as error:
-        sys.exit(cli.report(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(cli.INTERRUPTED)
+    code = cli.exit_code(lambda: run(argv))
+    if code:
+        sys.exit(code)
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------------
@@ -178,10 +175,7 @@ class LineReader:
 
     def read_file(self, path: str, default: Request) -> list[Request]:
         """One request per line; blank lines and lines that begin with # are left out. ConfigError with every problem."""
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--from_file is {path}, which cannot be read: {error}") from error
+        lines = read_text(path, f"--from_file is {path}, which").splitlines()
         problems, found = Problems(), []
         for number, line in enumerate(lines, start=1):
             if line.strip() and not line.startswith("#"):

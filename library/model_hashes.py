@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from library.atomic_file import write_text_atomically
-from library.text_files import open_file, parse_json, read_text
+from library.text_files import open_file
 
 logger = logging.getLogger(__name__)
 
@@ -145,9 +145,9 @@ class BackgroundHashes:
 
     def _read(self) -> dict[str, str]:
         try:
-            content = parse_json(read_text(self.memory, "utf-8"))
+            content = json.loads(self.memory.read_text(encoding="utf-8"))
             return content if isinstance(content, dict) else {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
 
     def _write(self, known: dict[str, str]) -> None:

@@ -6,12 +6,12 @@ number multiplies the strength of its slot; layers of slots that are not listed 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from library.errors import ConfigError
-from library.text_files import parse_json
 
 BASE, FIRST_IN, MID, FIRST_OUT, COUNT = 0, 1, 13, 14, 26
 
@@ -33,9 +33,9 @@ def parse_block_weights(text: str, family: str) -> tuple[float, ...]:
     if family not in SLOTS:
         raise ConfigError(f"--lbws: there are no block weights for {family}; they are for {', '.join(SLOTS)}")
     try:
-        values: Any = parse_json(text)
+        values: Any = json.loads(text)
         numbers = [float(value) for value in values]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         raise ConfigError(f"--lbws has '{text}'; needed: a JSON list of numbers, e.g. \"[1,0,0.5,...]\"") from None
     if len(numbers) not in SLOTS[family]:
         lengths = " or ".join(map(str, SLOTS[family]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 from library.errors import ConfigError, Problems, did_you_mean
 from library.options import parse_bool
 from library.family_table import FAMILIES
-from library.text_files import parse_json, parse_toml
+from library.text_files import parse_toml
 from networks.block_rates import block_parsers, check_block_rates
 from networks.targets import NetworkTargets, targets_of_family
 
@@ -253,11 +254,11 @@ def pattern_values(value: Any, parse: Callable[[Any], Any]) -> tuple[tuple[re.Pa
 
 def _mapping(text: str) -> dict[str, Any]:
     try:
-        return parse_json(text)
-    except ValueError:
+        return json.loads(text)
+    except (ValueError, RecursionError):
         try:
-            return parse_toml(f"value = {text}")["value"]
-        except (ValueError, KeyError) as error:
+            return parse_toml(f"value = {text}", "the table")["value"]
+        except (ConfigError, KeyError) as error:
             raise ValueError(f"neither JSON nor a TOML table ({error})") from None
 
 

@@ -111,23 +111,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
     suffix = path.suffix.lower()
     if suffix not in (".toml", ".json"):
         raise ConfigError(f"--dataset_config {path} ends in '{suffix}'; a .toml or .json file is needed")
-    try:
-        text = read_text(path)
-    except FileNotFoundError:
-        raise ConfigError(f"--dataset_config {path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise ConfigError(f"--dataset_config {path} cannot be read: {error.strerror}") from error
-    try:
-        return _parse(text, suffix)
-    except ValueError as error:
-        hint = "; in TOML write Windows paths with / or in single quotes" if suffix == ".toml" and "\\" in text else ""
-        raise ConfigError(f"{path} is not valid {suffix[1:].upper()}: {error}{hint}") from error
-
-
-def _parse(text: str, suffix: str) -> Any:
-    return parse_json(text, object_pairs_hook=_without_duplicates) if suffix == ".json" else parse_toml(text)
+    text = read_text(path, f"--dataset_config {path}")
+    if suffix == ".json":
+        return parse_json(text, str(path), pairs_hook=_without_duplicates)
+    return parse_toml(text, str(path), hint="; in TOML write Windows paths with / or in single quotes" if "\\" in text else "")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -37,12 +37,7 @@ def read_config_file(name: str) -> dict[str, Any]:
     path = config_path(name)
     if not path.is_file():
         raise ConfigError(f"--config_file is {name}; there is no file {path}")
-    try:
-        content = parse_toml(read_text(path))
-    except OSError as error:
-        raise ConfigError(f"--config_file is {path}, which cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not a readable TOML file: {error}") from error
+    content = parse_toml(read_text(path), str(path))
     values: dict[str, Any] = {}
     for key, value in content.items():
         values.update(value if isinstance(value, dict) else {key: value})

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import CheckpointError
 from library.options import Config, option_fields
-from library.text_files import parse_json, read_text
 from library.training import option_groups
 from library.training.keyword_args import parse_keyword_args
 from library.training.optimizers import OptimizerOptions, choose
@@ -59,7 +58,7 @@ def read_settings(folder: str | Path) -> RunSettings | None:
     """Of a state folder; None for states that were written before settings were recorded."""
     path = Path(folder) / SETTINGS_FILE
     try:
-        content = parse_json(read_text(path, "utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
         return RunSettings(**{name: content[name] for name in RunSettings.__dataclass_fields__})
     except FileNotFoundError:
         return None

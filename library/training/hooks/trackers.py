@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
 from library.errors import ConfigError
 from library.options import Config, option_fields
 from library.text_files import parse_toml, read_text
@@ -123,12 +122,8 @@ class WandbTracker(Tracker):
 
 def _wandb_arguments(path: str) -> dict[str, Any]:
     """Arguments of wandb.init from a TOML file; they may stand in a table called `wandb`."""
-    try:
-        values = parse_toml(read_text(path))
-    except OSError as error:
-        raise ConfigError(f"--log_tracker_config is '{path}', which cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"--log_tracker_config is '{path}', which is not a TOML file: {error}") from error
+    name = f"--log_tracker_config is '{path}', which"
+    values = parse_toml(read_text(path, name), name)
     return dict(values.get("wandb", values))
 
 
