@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import Problems
-from library.options import option
+from library.options import count_or_none, option
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
@@ -126,13 +126,13 @@ class CachingOptions:
 
     cache_latents: bool = option(False, help="encode the images once, before training")
     cache_latents_to_disk: bool = option(False, help="keep the latents in files next to the images (implies --cache_latents)")
-    vae_batch_size: int = option(1, help="images per batch while latents are cached")
+    vae_batch_size: int = option(1, help="images per batch while latents are cached; 0 = 1", convert=lambda text: int(text) or 1)
     skip_cache_check: bool = option(False, help="use existing cache files without looking into them")
     cache_text_encoder_outputs: bool = option(False, help="encode the captions once, before training")
     cache_text_encoder_outputs_to_disk: bool = option(
         False, help="keep the text encoder outputs in files next to the images (implies --cache_text_encoder_outputs)"
     )
-    text_encoder_batch_size: int | None = option(None, help="captions per batch while they are cached; default: the dataset's batch size")
+    text_encoder_batch_size: int | None = option(None, help="captions per batch while they are cached; default: the dataset's batch size", convert=count_or_none)
 
     def __post_init__(self) -> None:
         problems = Problems()

@@ -22,6 +22,7 @@ def formula_problems(config: Config) -> list[str]:
     steps = None if loop.max_train_epochs else loop.max_train_steps
     checks: tuple[Callable[[], Any], ...] = (
         lambda: optimizers.check(optimizer),
+        lambda: optimizers.check_rates(optimizer, _rates(config)),
         lambda: optimizers.check_float16(optimizer) if _trains_in_float16(config) else None,
         lambda: schedulers.check(config[SchedulerOptions], optimizer, steps),
         lambda: loss_weights.check(config[LossWeightOptions], config[ModelOptions].v_parameterization),
@@ -30,6 +31,19 @@ def formula_problems(config: Config) -> list[str]:
     for check in checks:
         problems.attempt(check)
     return problems.messages
+
+
+def _rates(config: Config) -> list[float]:
+    """The learning rates of the parts that are trained; the denoiser's first."""
+    from library.training.adapters import NetworkOptions
+
+    default = config[OptimizerOptions].learning_rate
+    if NetworkOptions not in config:
+        return [default]
+    network = config[NetworkOptions]
+    unet = [] if network.network_train_text_encoder_only else [default if network.unet_lr is None else network.unet_lr]
+    text = [] if network.network_train_unet_only else (network.text_encoder_lr or [default])[:1]
+    return [*unet, *text]
 
 
 def _trains_in_float16(config: Config) -> bool:

@@ -26,7 +26,7 @@ from library.safetensors_utils import load_safetensors, read_header
 from library.training.adapters import DENOISER_ONLY, NetworkOptions, check_network_module
 from library.training.hooks.base import Hook
 from library.training.hooks.network import NetworkHook
-from library.training.option_groups import ModelOptions
+from library.training.option_groups import ModelOptions, PrecisionOptions
 from library.training.optimizers import OptimizerOptions
 from library.training.timesteps import NUM_TIMESTEPS
 from library.training.trainables.base import Trainable
@@ -71,6 +71,12 @@ class NetworkTrainable(Trainable):
         )  # fmt: skip
         for step in steps:
             problems.attempt(step)
+        precision = self.config[PrecisionOptions]
+        if self.opts.module_path.split(".")[0] == "lycoris" and (precision.fp8_base or precision.fp8_base_unet):
+            problems.add(
+                f"--network_module is {self.opts.network_module}, which computes in the number format of the base's weights; that is 8 bits"
+                " with --fp8_base, in which nothing can be computed. Leave --fp8_base out, or use one of the networks here, e.g. networks.loha"
+            )
         if self.opts.network_train_text_encoder_only and not any(self.trains_text_encoders(family)):
             problems.add(f"--network_train_text_encoder_only leaves nothing to train: no text encoder of {family.name} is trained")
         problems.raise_if_any()
