@@ -23,7 +23,7 @@ from library.picture_files import settings_texts, write_picture
 from library.training import cli
 from library.training.option_groups import ConsoleOptions
 from library.training.parser_common import OptionParser
-from library.training.sampling_prompts import LineOption, parse_pieces, read_number, read_whole
+from library.training.sampling_prompts import LineOption, parse_pieces, read_number, read_picture_side, read_seed, read_steps
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,8 @@ def read_multipliers(text: str) -> tuple[float, ...]:
 
 
 COMMON_LINE_OPTIONS: Mapping[str, LineOption] = {
-    "w": LineOption("width", read_whole), "h": LineOption("height", read_whole), "s": LineOption("steps", read_whole),
-    "d": LineOption("seed", read_whole), "n": LineOption("negative_prompt", read_negative),
+    "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side), "s": LineOption("steps", read_steps),
+    "d": LineOption("seed", read_seed), "n": LineOption("negative_prompt", read_negative),
     "m": LineOption("multipliers", read_multipliers),
 }  # fmt: skip
 """letters of a prompt line that every image script has"""

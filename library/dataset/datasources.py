@@ -29,6 +29,8 @@ DEFAULT_SPLIT_SEED = 42
 """seed of the validation split when neither validation_seed nor --seed is given: two runs agree"""
 MOST_PROBLEMS = 50
 MAX_THREADS = 8
+MOST_SAMPLES = 50_000_000
+"""of an epoch, with repeats; each is a number in memory"""
 
 
 @dataclass(frozen=True)
@@ -269,11 +271,12 @@ def _item(image: FoundImage, subset: SubsetParams, num_repeats: int) -> ImageIte
 
 def _frequencies(items: Iterable[ImageItem]) -> dict[str, dict[str, int]]:
     """Tags per folder (of captions) or per metadata file (of its `tags` only)."""
-    texts: dict[str, list[str]] = {}
+    texts: dict[str, list[tuple[str, SubsetParams]]] = {}
     for item in items:
         source = item.subset.metadata_file or item.subset.image_dir or ""
         name = os.path.basename(os.path.normpath(source))
-        texts.setdefault(name, []).append(item.captions_extra.get("tags", "") if item.subset.metadata_file else item.caption)
+        text = item.captions_extra.get("tags", "") if item.subset.metadata_file else item.caption
+        texts.setdefault(name, []).append((text, item.subset))
     return {name: tag_frequency(captions) for name, captions in texts.items()}
 
 
@@ -283,8 +286,14 @@ def _frequencies(items: Iterable[ImageItem]) -> dict[str, dict[str, int]]:
 def _check_counts(
     blueprint: Blueprint, train: list[list[ImageItem]], validation: list[list[ImageItem]], has_validation: bool, scanner: Scanner
 ) -> None:
-    """Empty folders, datasets and runs; bucket settings that no image fits."""
+    """Empty folders, datasets and runs; epochs longer than memory holds; bucket settings that no image fits."""
     for dataset, items, held_out in zip(blueprint.datasets, train, validation):
+        samples = sum(item.num_repeats for item in items)
+        if samples > MOST_SAMPLES:
+            scanner.problems.append(
+                f"{dataset.label}: {len(items)} images with their num_repeats are {samples} samples in an epoch; at most {MOST_SAMPLES} are"
+                " possible: lower num_repeats, the run is as long as --max_train_steps or --max_train_epochs says"
+            )
         filled = {item.subset.label for item in (*items, *held_out)}
         for subset in dataset.subsets:
             if subset.label not in filled and subset.num_repeats and _is_readable(subset):

@@ -106,7 +106,11 @@ class Trainer:
         problems.raise_if_any()
         sampling = self.config[SamplingOptions]
         wants = sampling.sample_at_first or sampling.sample_every_n_steps or sampling.sample_every_n_epochs
-        return found, load_prompts(sampling.sample_prompts) if sampling.sample_prompts and wants else []
+        prompts = load_prompts(sampling.sample_prompts) if sampling.sample_prompts and wants else []
+        for prompt in prompts:  # sizes, samplers and scales that the family does not have
+            problems.attempt(lambda: self.family.sample_defaults(prompt) and None)
+        problems.raise_if_any()
+        return found, prompts
 
     def check_length(self, data: DataGroups, runtime: Runtime) -> None:
         """What depends on the number of batches, before models are loaded: the schedule, and whether steps are left."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from library.errors import ConfigError, Problems, did_you_mean
 from library.family_table import FAMILIES
-from library.options import option
+from library.options import LARGEST_RANK, option
 from library.registry import Registry
 
 NETWORKS: Registry = Registry("network module", option="network_module")
@@ -36,7 +36,7 @@ class NetworkOptions:
     """Adapter (network module)"""
 
     network_module: str | None = option(None, help=f"kind of adapter: {', '.join(KINDS)}, lycoris; or an importable module with create_network")
-    network_dim: int | None = option(None, help="rank of the adapter; 4 when not given")
+    network_dim: int | None = option(None, help="rank of the adapter; 4 when not given", most=LARGEST_RANK)
     network_alpha: float = option(1.0, help="the change is scaled by alpha / rank")
     network_dropout: float | None = option(None, help="share of the adapter's inner values that is zeroed in training, 0 to below 1")
     network_args: list[str] | None = option(None, help="further arguments of the network module, as key=value", nargs="*")
