@@ -86,7 +86,7 @@ class Whole:
 
 read_whole = Whole()
 read_picture_side = Whole(1, LARGEST_PICTURE_SIDE)
-read_steps = Whole(1, LARGEST_STEPS, 28)
+read_steps = Whole(0, LARGEST_STEPS, 28)
 read_seed = Whole(0, LARGEST_SEED, 42)
 
 
