@@ -12,6 +12,7 @@ from library.training import schedulers
 from library.training.checkpoint import CheckpointNames
 from library.training.data_phase import DataGroups
 from library.training.formula_checks import formula_notices, formula_warnings
+from library.training.idle_options import ignored
 from library.training.option_groups import LoopOptions, MemoryOptions, ModelOptions, PrecisionOptions, SamplingOptions, SavingOptions
 from library.training.optimizers import OptimizerBuild, OptimizerOptions
 from library.training.run import Run
@@ -55,6 +56,7 @@ def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummar
         seed_was_drawn=runtime.seed_was_drawn,
         output=os.path.join(saving.output_dir or "", names.file(names.last())),
         first_step=progress.global_step,
+        ignored=[str(item) for item in ignored(config)],
         outputs=[line for lines in run.hooks.planned_files(run) for line in lines],
         notes=[*run.trainable.notices(), *unreached_intervals(run), *formula_warnings(config), *formula_notices(config, run.step.objective)],
     )
