@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from library.errors import CheckpointError
+from library.training.state_files import SUMS_FILE
 from tests.runs.conftest import Work, fingerprint
 from tests.runs.families import Tinies
 
@@ -82,7 +83,8 @@ def test_with_ranks_of_the_file_caches_and_a_resume(work: Work) -> None:
     state = f"--resume={work.folder / 'whole' / 'lora-step00000001-state'}"
     assert fingerprint(work.train("again", *options, state)) == fingerprint(whole)
     without = [option for option in options if "weights" not in option]
-    (work.folder / "whole" / "lora-step00000001-state" / "settings.json").unlink()
+    for name in ("settings.json", SUMS_FILE):
+        (work.folder / "whole" / "lora-step00000001-state" / name).unlink()
     with pytest.raises(CheckpointError, match="keeps .* untrained layers of its --network_weights"):
         work.train("third", *without, state)
 

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import torch
 
 from library.atomic_file import atomic_path, scratch_path
 from library.dataset import CachingOptions
-from library.errors import CheckpointError, ConfigError, Problems
+from library.errors import CheckpointError, ConfigError, Problems, TrainingError
 from library.family_table import family_entry
 from library.keyed_random import StepDraws, isolated_rng, key_seed
 from library.options import Config, parse_bool
@@ -390,6 +391,8 @@ class NetworkTrainable(Trainable):
         values = {float(value) for value in batch.network_multipliers.tolist()}
         if len(values) > 1:
             raise ValueError("samples of one batch have different network multipliers")
+        if values and not (math.isfinite(min(values)) and min(values)):  # of a dataset class; configurations are checked at start
+            raise TrainingError(f"the network multiplier of a batch is {min(values)}; needed: a finite number other than 0, which leaves nothing to learn")
         if values and self.network.multiplier != min(values):
             self.network.set_multiplier(min(values))
 
