@@ -36,6 +36,18 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def unwritable(folder: str | os.PathLike[str]) -> str | None:
+    """Why no file could be written below a folder that is there or would be made; None when one could. Nothing is made."""
+    place = Path(folder).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file."""
     with atomic_path(path) as temporary:

@@ -88,6 +88,7 @@ class Trainer:
             data.show(runtime.seed)
             return None
         self.check_length(data, runtime)
+        checks.make_output_folder(self.config)
         self.family.transform = self.trainable.transform(self.family)
         vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
         text = self.text_phase(data, strategies, runtime, prompts, trained)
