@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CASES = """
 import pytest
+from tests.waiting import PATIENCE
 
 @pytest.mark.cross_product("a", ("b", "c"), "d")
 @pytest.mark.parametrize("a", range(4))
@@ -32,7 +33,7 @@ def cases(tmp_path):
 
     def run(*words: str, name: str = "test_cases.py") -> list[tuple[str, ...]]:
         command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "tests.conftest", "--rootdir", str(tmp_path)]
-        result = subprocess.run([*command, str(tmp_path / name), *words], cwd=ROOT, capture_output=True, text=True, timeout=600)
+        result = subprocess.run([*command, str(tmp_path / name), *words], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
         assert result.returncode == 0, result.stdout + result.stderr
         lines = [line.lstrip(".") for line in result.stdout.splitlines()]
         assert sum(line == "other" for line in lines) == (0 if "::" in name else 5)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from library.training import cli
 from library.training.families.flux import FluxFamily
 from tests.runs.conftest import Work, draw_pictures
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 FOLDER = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{}'\n"
@@ -134,7 +135,7 @@ def test_option(work: Work, refused, options: str, words: list[str]):
         ("strict = true\nepoch = 5\nsingle_blocks_to_swap = 3", ["epoch = 5", "max_train_epochs", "blocks_to_swap"]),
         ("strict = true\nnoise_offset = '0.1'", ["noise_offset = '0.1'", "(--strict is set"]),
         ("deepspeed = true", ["--deepspeed is True", "not available here"]),
-        ("[model\nseed = 3", ["cfg.toml is not a readable TOML file", "line 1"]),
+        ("[model\nseed = 3", ["cfg.toml is not valid TOML", "line 1"]),
         ("[a.b]\nseed = 3", ["table inside a table"]),
     ],
 )
@@ -244,7 +245,7 @@ def test_tokenizer_of_another_model(work: Work, refused):
 def test_files_of_an_earlier_run(work: Work, refused):
     (work.folder / "out").mkdir()
     (work.folder / "out" / "lora-000002.safetensors").write_bytes(b"x")
-    message = refused(work.argv("out"))
+    message = refused(work.argv("out", "--on_existing=refuse"))
     assert "lora-000002.safetensors of an earlier run would be replaced" in message and "--overwrite" in message
 
 
@@ -401,7 +402,7 @@ def test_problems_of_options_files_and_data_come_together(work: Work, refused):
 def test_as_a_command(work: Work, option: str):
     argv = [*without(work.argv("out"), "console_log_level"), option]
     result = subprocess.run(
-        [sys.executable, "flux_train_network.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        [sys.executable, "flux_train_network.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 2

@@ -10,6 +10,7 @@ import pytest
 from library.errors import CheckpointError, TrainingError
 from library.training import cli
 from library.training.option_groups import ConsoleOptions
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -24,7 +25,7 @@ def root_logger_as_before():
 
 
 def start(*argv):
-    return subprocess.run([sys.executable, "flux_train_network.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "flux_train_network.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_bad_options_end_with_code_2_and_one_message():
