@@ -119,14 +119,14 @@ def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainab
 
 
 def sampling_problems(config: Config) -> list[str]:
-    """The prompt file exists and every line of it can be read."""
+    """The prompt file exists and has a prompt that can be read; others are told and left out."""
     path = config[SamplingOptions].sample_prompts
     if path is None or holds_no_prompt(path):
         return []
     if not Path(path).is_file():
         return [f"--sample_prompts is {path}; there is no such file"]
     try:
-        load_prompts(path)
+        load_prompts(path, left_out=[])
     except ConfigError as error:
         return list(error.problems)
     return []
