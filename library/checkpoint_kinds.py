@@ -13,7 +13,7 @@ from library.errors import AtelierError, CheckpointError, did_you_mean
 from library.family_table import script_of_kind
 from library.model_loading import names_of_index
 from library.safetensors_utils import header_bytes, is_pickle_name, load_pickled_tensors, read_header
-from library.text_files import read_json
+from library.text_files import open_file, read_json
 
 NOT_A_MODEL = frozenset({"missing", "empty", "truncated", "damaged", "pickle", "gguf", "text", "folder", "other"})
 """kinds of things from which no weight can be read"""
@@ -206,7 +206,7 @@ def _what_is_not_safetensors(path: Path) -> CheckpointKind | None:
     """The kind of a file that does not begin like a safetensors file, or None when it does."""
     try:
         size = path.stat().st_size
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             start = file.read(512)
     except OSError as error:
         return CheckpointKind("damaged", f"it cannot be read ({error.strerror})")

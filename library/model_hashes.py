@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from library.atomic_file import write_text_atomically
+from library.text_files import open_file
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def model_hash(path: str | os.PathLike[str]) -> str:
     if os.path.isdir(path):
         return "IsADirectory"
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             file.seek(LEGACY_OFFSET)
             return hashlib.sha256(file.read(LEGACY_LENGTH)).hexdigest()[:8]
     except FileNotFoundError:
@@ -90,7 +91,7 @@ def calculate_sha256(path: str | os.PathLike[str]) -> str:
         return "IsADirectory"
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
     except FileNotFoundError:

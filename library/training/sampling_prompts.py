@@ -213,8 +213,8 @@ def holds_no_prompt(path: str | Path | None) -> bool:
     if path is None or not Path(path).is_file():
         return False
     try:
-        content = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
+        content = read_text_file(path)
+    except ConfigError:
         return False  # told by load_prompts
     return not content.strip() or (Path(path).suffix.lower() == ".txt" and not _read_txt("", content))
 

@@ -82,7 +82,6 @@ OPTIONS: list[tuple[str, list[str]]] = [
     ("--network_weights=/nope.safetensors", ["--network_weights is /nope.safetensors", "no such file"]),
     ("--dim_from_weights", ["--dim_from_weights is set without --network_weights"]),
     ("--network_train_unet_only --network_train_text_encoder_only", ["leave nothing to train"]),
-    ("--text_encoder_lr 1 2 3", ["--text_encoder_lr has 3 values", "2 text encoders"]),
     ("--base_weights_multiplier 1.0", ["--base_weights_multiplier has 1 values for 0 --base_weights"]),
     ("--scale_weight_norms=-1", ["--scale_weight_norms is -1.0"]),
     ("--full_fp16", ["--full_fp16 is set with --mixed_precision no", "--mixed_precision fp16"]),

@@ -71,10 +71,6 @@ class NetworkTrainable(Trainable):
         )  # fmt: skip
         for step in steps:
             problems.attempt(step)
-        encoders = len(targets_of_family(family.name).text_encoders)
-        rates = self.opts.text_encoder_lr or ()
-        if len(rates) > max(encoders, 1):
-            problems.add(f"--text_encoder_lr has {len(rates)} values; {family.name} has {encoders} text encoders")
         if self.opts.network_train_text_encoder_only and not any(self.trains_text_encoders(family)):
             problems.add(f"--network_train_text_encoder_only leaves nothing to train: no text encoder of {family.name} is trained")
         problems.raise_if_any()
@@ -192,6 +188,10 @@ class NetworkTrainable(Trainable):
             for encoder, rate, learns in zip(encoders, rates, trained, strict=False):
                 if rate and not learns:
                     lines.append(f"--text_encoder_lr: {rate} has no effect, as its text encoder learns only with --network_args {encoder.switch}=True")
+        surplus = [rate for rate in rates[len(encoders) :] if rate != rates[0]]
+        if surplus:
+            number = f"{len(encoders)} text encoder{'s' if len(encoders) > 1 else ''}"
+            lines.append(f"--text_encoder_lr: {', '.join(map(str, surplus))} has no effect, as {family.name} has {number}")
         return lines
 
     # -- attaching -------------------------------------------------------------------------------------------------
@@ -357,15 +357,13 @@ class NetworkTrainable(Trainable):
         return groups
 
     def _described_groups(self, default: float | None) -> list[tuple[dict[str, Any], str | None]]:
-        rates = list(self.opts.text_encoder_lr or [])
+        rates = list(self.opts.text_encoder_lr or [])[: max(len(self._targets.text_encoders), 1)]
         several = getattr(self.network, "prepare_optimizer_params_with_multiple_te_lrs", None)
         if several is not None:
             result = several(rates or None, self.opts.unet_lr, default)
         else:
             if len(set(rates)) > 1:
-                raise ConfigError(
-                    f"--text_encoder_lr has {len(rates)} values; {self.opts.network_module} knows one rate for all text encoders"
-                )
+                logger.warning("--text_encoder_lr: %s knows one rate for all text encoders, the first, %s", self.opts.network_module, rates[0])
             values = [rates[0] if rates else None, self.opts.unet_lr, default]
             method = self.network.prepare_optimizer_params
             count = _positional_count(method)
@@ -444,9 +442,9 @@ class NetworkTrainable(Trainable):
             return
         is_safetensors = path.endswith(".safetensors")
         with (scratch_path if is_safetensors else atomic_path)(path) as temporary:
-            self.network.save_weights(str(temporary), dtype, dict(metadata))
-            if is_safetensors:  # written again with our hashes and a fixed order of the keys
-                write_adapter_file(path, load_safetensors(temporary, device="cpu", disable_mmap=True), None, metadata)
+            self.network.save_weights(str(temporary), None if is_safetensors else dtype, dict(metadata))
+            if is_safetensors:  # written again with our hashes, a fixed order of the keys, and numbers that are checked
+                write_adapter_file(path, load_safetensors(temporary, device="cpu", disable_mmap=True), dtype, metadata)
 
     def load(self, path: str) -> None:
         self.network.load_weights(path)
