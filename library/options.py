@@ -82,7 +82,7 @@ def option(
     largest number that makes sense. Every number is checked against it, or against LARGEST_WHOLE and LARGEST_NUMBER.
     """
     spec = OptionSpec(help, convert, nargs, tuple(choices) if choices is not None else None, tuple(flags), metavar, secret, most)
-    return dataclasses.field(default=default, metadata={METADATA_KEY: spec})
+    return dataclasses.field(default=default, metadata={METADATA_KEY: spec}, repr=not secret)
 
 
 def refused_option(default: Any = None, *, help: str, reason: str, **how: Any) -> Any:

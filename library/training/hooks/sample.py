@@ -109,7 +109,7 @@ class SampleHook(Hook):
     def on_train_end(self, run: Run) -> None:
         progress = run.progress
         unreached = unreached_interval(run.config[SamplingOptions], progress.max_train_steps, progress.max_train_steps // progress.steps_per_epoch)
-        if self.prompts and unreached:
+        if self.prompts and unreached and progress.is_finished:
             self._occasion(run, "step")
 
     def planned_files(self, run: Run) -> list[str]:
@@ -133,7 +133,7 @@ class SampleHook(Hook):
 
     def _sample_if_due(self, run: Run, at: str) -> None:
         options, progress = run.config[SamplingOptions], run.progress
-        if not self.prompts or not is_sample_due(options, at, progress.global_step, progress.epoch):
+        if not self.prompts or run.stop.agreed is not None or not is_sample_due(options, at, progress.global_step, progress.epoch):
             return
         self._occasion(run, at)
 
@@ -153,6 +153,8 @@ class SampleHook(Hook):
             texts = self._tried("the sample texts could not be encoded", lambda: self._current_conditioning(run))
             if texts is not None:
                 for number in range(runtime.rank, len(self.prompts), runtime.num_processes):
+                    if run.stop.is_wanted:  # a run that is to end makes no further pictures
+                        break
                     what = f"the sample of prompt {number} ('{shortened(self.prompts[number].prompt)}') could not be made"
                     file = self._tried(what, lambda: self._make(run, at, number, texts))
                     mine += [] if file is None else [file]
