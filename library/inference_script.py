@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from library.errors import ConfigError, Problems
+from library.errors import AtelierError, ConfigError, Problems
 from library.options import Config, add_options, option, option_fields
 from library.picture_files import settings_texts, write_picture
 from library.text_files import read_text
