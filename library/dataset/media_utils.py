@@ -70,11 +70,11 @@ def _importable(module: str) -> bool:
 
 def image_size(path: str | Path) -> Size:
     """Size of the image as shown, from its header. Raises ImageFileError."""
-    with _opened(path) as image:
-        return _shown_size(image, path)
+    with opened_image(path) as image:
+        return shown_size(image, path)
 
 
-def _shown_size(image: Image.Image, path: str | Path) -> Size:
+def shown_size(image: Image.Image, path: str | Path) -> Size:
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageFileError(f"{path} has the size {width}x{height}")
@@ -103,7 +103,7 @@ def _png_has_exif(path: str | Path) -> bool:
     return False
 
 
-class _opened:
+class opened_image:
     """Open an image and turn what Pillow raises, while opening or reading, into an ImageFileError that names the file."""
 
     def __init__(self, path: str | Path) -> None:
@@ -157,11 +157,11 @@ class ImageCheck:
 
 def verify_image(path: str | Path) -> ImageCheck:
     """Read all pixels of an image. Raises ImageFileError, which names the file, when it is empty, damaged or truncated."""
-    with _opened(path) as image:
-        size = _shown_size(image, path)
+    with opened_image(path) as image:
+        size = shown_size(image, path)
         image.load()
         _check_numbers(image, path)
-        transparent = _has_alpha(image)
+        transparent = has_alpha(image)
         alpha_range = image.convert("RGBA").getchannel("A").getextrema() if transparent else (255, 255)
         bands = image.getextrema()
         first = bands if isinstance(bands[0], (int, float)) else bands[0]
@@ -170,7 +170,7 @@ def verify_image(path: str | Path) -> ImageCheck:
         return ImageCheck(size, image.mode in DEEP_MODES, transparent, black, alpha_range[1] == 0)
 
 
-def _has_alpha(image: Image.Image) -> bool:
+def has_alpha(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
@@ -180,7 +180,7 @@ def decode_image(path: str | Path, *, with_alpha: bool = False) -> np.ndarray:
     The first frame of an animation; palette, grey and CMYK become RGB; 16-bit values keep their upper 8 bits. Without
     `with_alpha` transparency is dropped. Raises ImageFileError.
     """
-    with _opened(path) as image:
+    with opened_image(path) as image:
         orientation = _orientation(image, path)
         image.load()
         _check_numbers(image, path)
