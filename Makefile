@@ -3,14 +3,17 @@
 # Both make their own environment in .venv first. The torch that is installed can be chosen:
 #   make demo TORCH=torch                  newest release
 #   make demo TORCH="torch==2.13.0+cu130"  a build of your own package index
-# and pip takes further arguments in PIP_ARGS, an index for instance.
+# and pip takes further arguments in PIP_ARGS, an index for instance. Everything else comes in the versions of constraints.txt, with
+# which the tests last passed; `make test-newest` leaves them out, in an environment of its own.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 WORKERS ?= auto
+CONSTRAINTS ?= constraints.txt
+PYTEST_ARGS ?=
 
-VENV := .venv
+VENV ?= .venv
 ifeq ($(OS),Windows_NT)
 BIN := $(VENV)/Scripts
 else
@@ -18,12 +21,15 @@ BIN := $(VENV)/bin
 endif
 PY := $(BIN)/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+LISTED := $(PIP) $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: demo test install install-dev clean help
+.PHONY: demo test test-all test-newest install install-dev clean help
 
 help:
 	@echo "make demo   train a LoRA on examples/demo with the embedded base; results in demo_output/"
-	@echo "make test   run all tests"
+	@echo "make test   run the tests; cross products of settings pairwise"
+	@echo "make test-all   the same with cross products in full"
+	@echo "make test-newest   the tests with the newest packages, without constraints.txt, in .venv-newest"
 	@echo "make install   only make the environment in $(VENV)"
 
 install: $(VENV)/installed
@@ -33,17 +39,17 @@ install-dev: $(VENV)/installed-dev
 # torch comes first and alone, so that nothing else decides which build it is. open_clip is taken without its requirements:
 # they would bring in torchvision, and one that does not fit torch breaks transformers. On a server without libGL the
 # desktop build of OpenCV cannot be imported; the headless one is the same for us.
-$(VENV)/installed: requirements.txt Makefile
+$(VENV)/installed: requirements.txt $(CONSTRAINTS) Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)"
-	$(PIP) -r requirements.txt
-	$(PIP) --no-deps open-clip-torch
-	@$(PY) -c "import cv2" 2>/dev/null || { $(PY) -m pip uninstall --quiet --yes opencv-python; $(PIP) --force-reinstall --no-deps opencv-python-headless; }
+	$(LISTED) -r requirements.txt
+	$(LISTED) --no-deps open-clip-torch
+	@$(PY) -c "import cv2" 2>/dev/null || { $(PY) -m pip uninstall --quiet --yes opencv-python; $(LISTED) --force-reinstall --no-deps opencv-python-headless; }
 	@$(PY) tools/check_environment.py
 	@$(PY) -c "open('$(VENV)/installed', 'w').close()"
 
-$(VENV)/installed-dev: $(VENV)/installed setup.py
-	$(PIP) "pytest>=8" "pytest-xdist>=3.5" "diffusers>=0.34" "peft>=0.15" "sentencepiece>=0.2" "scipy>=1.11"
+$(VENV)/installed-dev: $(VENV)/installed $(wildcard requirements-*.txt)
+	$(LISTED) -r requirements-dev.txt
 	@$(PY) -c "open('$(VENV)/installed-dev', 'w').close()"
 
 demo: install
@@ -52,7 +58,15 @@ demo: install
 # One thread per worker: workers that each use every core get in each other's way.
 test: export OMP_NUM_THREADS ?= 1
 test: install-dev
-	$(PY) -m pytest -q -n $(WORKERS) tests
+	$(PY) -m pytest -q -n $(WORKERS) $(PYTEST_ARGS) tests
+
+test-all:
+	$(MAKE) test PYTEST_ARGS="--full $(PYTEST_ARGS)"
+
+# Made anew each time: pip keeps what is installed as long as it fits.
+test-newest:
+	$(PYTHON) -c "import shutil; shutil.rmtree('.venv-newest', ignore_errors=True)"
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
 
 clean:
-	$(PYTHON) -c "import shutil; [shutil.rmtree(p, ignore_errors=True) for p in ('$(VENV)', 'demo_output', 'adapter_tools')]"
+	$(PYTHON) -c "import shutil; [shutil.rmtree(p, ignore_errors=True) for p in ('$(VENV)', '.venv-newest', 'demo_output', 'adapter_tools')]"

@@ -5,9 +5,15 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
-REQUIREMENTS = [
-    line for line in (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")
-]
+
+
+def requirements(name: str) -> list[str]:
+    """The lines of a list, and of those that it takes in with `-r`."""
+    lines = [line.strip() for line in (HERE / name).read_text(encoding="utf-8").splitlines()]
+    found = [line for line in lines if line and not line.startswith("#")]
+    return [one for line in found for one in (requirements(line[3:].strip()) if line.startswith("-r ") else [line])]
+
+
 SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if path.stem != "setup")
 
 setup(
@@ -19,12 +25,12 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["library", "library.*", "networks", "networks.*", "tools", "tools.*", "finetune"]),
     py_modules=SCRIPTS,
-    install_requires=REQUIREMENTS,
+    install_requires=requirements("requirements.txt"),
     extras_require={
         "wandb": ["wandb"],
         "sentencepiece": ["sentencepiece"],
         "onnx": ["onnxruntime>=1.17"],
         "faces": ["anime-face-detector"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "diffusers>=0.34", "peft>=0.15", "sentencepiece>=0.2", "scipy>=1.11"],
+        "dev": requirements("requirements-dev.txt"),
     },
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -10,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.checkpoint_recognition import DENOISER_KINDS, KeyTable, adapter_family, recognise
-from library.errors import CheckpointError, did_you_mean
+from library.errors import AtelierError, CheckpointError, did_you_mean
 from library.family_table import script_of_kind
-from library.safetensors_utils import is_pickle_name, load_pickled_tensors, read_header
+from library.model_loading import names_of_index
+from library.safetensors_utils import header_bytes, is_pickle_name, load_pickled_tensors, read_header
+from library.text_files import read_json
 
 NOT_A_MODEL = frozenset({"missing", "empty", "truncated", "damaged", "pickle", "gguf", "text", "folder", "other"})
 """kinds of things from which no weight can be read"""
@@ -194,9 +195,8 @@ def _what_is_not_safetensors(path: Path) -> CheckpointKind | None:
         return CheckpointKind("damaged", f"it cannot be read ({error.strerror})")
     if size == 0:
         return CheckpointKind("empty", "an empty file (0 bytes); fetch it again")
-    # a header of 640 or 896 bytes begins with the two bytes of a pickle, so the whole length field and the brace are looked at
-    has_header = start[4:9] == b"\0\0\0\0{"
-    if not has_header and (start.startswith(b"PK\x03\x04") or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    length = header_bytes(start)  # one of 640 or 896 bytes begins with the two bytes of a pickle, so this is asked first
+    if not length and (start.startswith(b"PK\x03\x04") or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return CheckpointKind(
             "pickle", "a pickle (.ckpt, .pt, .bin), which can run any code when it is opened; get or make the safetensors version"
         )
@@ -207,8 +207,7 @@ def _what_is_not_safetensors(path: Path) -> CheckpointKind | None:
     head = start.lstrip()[:15].lower()
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
         return CheckpointKind("text", "a web page, not the file itself; the download needs a login or another address")
-    length = int.from_bytes(start[:8], "little") if size >= 8 else 0
-    if start[8:9] == b"{" and length > 1:
+    if length:
         if 8 + length > size:
             return CheckpointKind(
                 "truncated", f"the file is truncated: {size} bytes, less than its header of {length}; fetch it again"
@@ -220,6 +219,8 @@ def _what_is_not_safetensors(path: Path) -> CheckpointKind | None:
 
 
 def _describe_folder(folder: Path, with_pickles: bool = False) -> CheckpointKind:
+    if (folder / "model_index.json").is_file():  # files beside it (an adapter, what a conversion has kept) are no model
+        return CheckpointKind("folder", f"a diffusers pipeline folder ({_pipeline_class(folder)})", "folder")
     index = next(iter(sorted(folder.glob(f"*{INDEX_SUFFIX}"))), None)
     if index is not None:
         return _describe_shards(folder, index)
@@ -229,8 +230,6 @@ def _describe_folder(folder: Path, with_pickles: bool = False) -> CheckpointKind
     pickled = next((folder / name for name in PICKLED_NAMES if with_pickles and (folder / name).is_file()), None)
     if pickled is not None and not files:
         return _as_folder(describe_checkpoint(pickled, with_pickles))
-    if (folder / "model_index.json").is_file():
-        return CheckpointKind("folder", f"a diffusers pipeline folder ({_pipeline_class(folder)})", "folder")
     if files:
         return CheckpointKind("folder", f"a folder with {len(files)} safetensors files, of which one must be named", "folder")
     parts = sorted(child.name for child in folder.iterdir() if child.is_dir())
@@ -242,9 +241,9 @@ def _describe_folder(folder: Path, with_pickles: bool = False) -> CheckpointKind
 def _describe_shards(folder: Path, index: Path) -> CheckpointKind:
     """A model in several files: all of them must be there and whole."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        return CheckpointKind("damaged", f"{index.name} is not an index of shards ({error})")
+        names = names_of_index(index)
+    except CheckpointError as error:
+        return CheckpointKind("damaged", str(error))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         return CheckpointKind("damaged", f"{', '.join(missing)} of {len(names)} files of the model are missing")
@@ -270,8 +269,8 @@ def _has_usual_name(file: Path) -> bool:
 
 def _pipeline_class(folder: Path) -> str:
     try:
-        return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "of unknown class"))
-    except (ValueError, OSError, AttributeError):
+        return str(read_json(folder / "model_index.json", needed=dict).get("_class_name", "of unknown class"))
+    except AtelierError:
         return "with an unreadable model_index.json"
 
 

@@ -354,7 +354,7 @@ ADAPTER_FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
         "SDXL",
         (
             "lora_te2_", "input_blocks_", "text_encoder_2.", "attentions_0_transformer_blocks_1_", "attentions_1_transformer_blocks_1_",
-            "attentions.0.transformer_blocks.1.", "attentions.1.transformer_blocks.1.",
+            "attentions.0.transformer_blocks.1.", "attentions.1.transformer_blocks.1.", ".1.transformer_blocks.1.",
         ),
     ),
     ("Stable Diffusion 1 or 2", ("lora_unet_down_blocks", "lora_te_text_model", "unet.down_blocks")),
@@ -391,12 +391,12 @@ def adapter_family(table: KeyTable) -> str | None:
 
 
 UNET_TEXT_WIDTHS = {768: "Stable Diffusion 1 or 2", 1024: "Stable Diffusion 1 or 2", 2048: "SDXL"}
-"""width of the text that cross-attention reads: U-Net adapters under diffusers names have the same names otherwise"""
+"""width of the text that cross-attention reads: adapters of these U-Nets have the same names otherwise"""
 
 
 def _unet_text_width(table: KeyTable) -> int | None:
-    """Inputs of a cross-attention layer of a U-Net's adapter under diffusers names; None when there is none."""
-    pattern = r"(^|[._])(down|mid|up)_blocks?[._].*attn2[._]to_k[._].*(lora_down|lora_A|lora\.down|hada_w1_b)"
+    """Inputs of a cross-attention layer of a U-Net's adapter; None when there is none."""
+    pattern = r"(^|[._])(down|mid|up|input|output|middle)_blocks?[._].*attn2[._]to_k[._].*(lora_down|lora_A|lora\.down|hada_w1_b)"
     return next((shape[1] for key, shape in table.shapes.items() if len(shape) > 1 and re.search(pattern, key)), None)
 
 

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are stored in 8 bits and widened for every product."""
+"""Layers whose weights are stored in 8 bits and widened for every product."""
 
 from __future__ import annotations
 
@@ -19,6 +19,25 @@ def _forward_widening(self: nn.Linear, x: Tensor) -> Tensor:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     bias = None if self.bias is None else self.bias.to(dtype)
     return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+
+
+def _convolution_widening(self: nn.Conv2d, x: Tensor) -> Tensor:
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    bias = None if self.bias is None else self.bias.to(dtype)
+    return self._conv_forward(x.to(dtype), self.weight.to(dtype), bias)
+
+
+def shrink_to_fp8(model: nn.Module) -> int:
+    """Store the weights of all linear layers and convolutions in 8 bits, without scales; norms, embeddings and biases keep
+    their type. Returns the number of layers."""
+    count = shrink_linears_to_fp8(model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight = nn.Parameter(module.weight.detach().to(FP8_STORAGE), requires_grad=False)
+            module.forward = types.MethodType(_convolution_widening, module)
+            count += 1
+    return count
 
 
 def shrink_linears_to_fp8(model: nn.Module, keep: tuple[str, ...] = ()) -> int:

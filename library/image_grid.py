@@ -23,8 +23,11 @@ class GridCell:
     caption: str = ""
 
 
-def image_grid(cells: Sequence[GridCell], *, columns: int | None = None, title: str = "", min_cell_px: int = 192) -> Image.Image:
-    """All cells on one sheet, row by row; `columns` defaults to a sheet that is about as wide as high.
+def image_grid(
+    cells: Sequence[GridCell], *, columns: int | None = None, title: str = "", row_titles: Sequence[str] = (), min_cell_px: int = 192
+) -> Image.Image:
+    """All cells on one sheet, row by row; `columns` defaults to a sheet that is about as wide as high. `row_titles`: a line
+    above each row.
 
     Small pictures are enlarged by a whole factor up to about `min_cell_px`, so that captions stay readable. Pictures of
     different sizes share cells of the largest size. Raises ValueError without cells.
@@ -39,22 +42,20 @@ def image_grid(cells: Sequence[GridCell], *, columns: int | None = None, title: 
     captions = [_wrapped(cell.caption, font, cell_width) for cell in cells]
     caption_height = max((_text_height(text, font) for text in captions), default=0) + MARGIN_PX // 2
     title_height = _text_height(title, font) + MARGIN_PX if title else 0
-    rows = math.ceil(len(cells) / columns)
-    sheet = Image.new(
-        "RGB",
-        (
-            columns * (cell_width + MARGIN_PX) + MARGIN_PX,
-            title_height + rows * (picture_height + caption_height + MARGIN_PX) + MARGIN_PX,
-        ),
-        BACKGROUND,
-    )
+    rows, width = math.ceil(len(cells) / columns), columns * (cell_width + MARGIN_PX) + MARGIN_PX
+    row_titles = [_wrapped(text, font, width - 2 * MARGIN_PX) for text in row_titles]
+    row_title_height = max((_text_height(text, font) for text in row_titles), default=0)
+    row_height = row_title_height + picture_height + caption_height + MARGIN_PX
+    sheet = Image.new("RGB", (width, title_height + rows * row_height + MARGIN_PX), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     if title:
         draw.text((MARGIN_PX, MARGIN_PX // 2), title, fill=INK, font=font)
     for number, (picture, caption) in enumerate(zip(pictures, captions)):
         row, column = divmod(number, columns)
         left = MARGIN_PX + column * (cell_width + MARGIN_PX)
-        top = MARGIN_PX + title_height + row * (picture_height + caption_height + MARGIN_PX)
+        top = MARGIN_PX + title_height + row * row_height + row_title_height
+        if column == 0 and row < len(row_titles):
+            draw.multiline_text((left, top - row_title_height), row_titles[row], fill=INK, font=font, spacing=2)
         sheet.paste(picture, (left + (cell_width - picture.width) // 2, top + (picture_height - picture.height) // 2))
         draw.multiline_text((left, top + picture_height + 3), caption, fill=INK, font=font, spacing=2)
     return sheet

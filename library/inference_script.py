@@ -15,17 +15,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from library.errors import AtelierError, ConfigError, Problems
 from library.options import Config, add_options, option, option_fields
+from library.picture_files import settings_texts, write_picture
+from library.text_files import read_text
 from library.training import cli
 from library.training.option_groups import ConsoleOptions
-from library.training.parser_common import OptionParser
+from library.training.option_reader import OptionParser
 from library.training.sampling_prompts import LineOption, parse_pieces, read_number, read_whole
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -180,10 +179,7 @@ class LineReader:
 
     def read_file(self, path: str, default: Request) -> list[Request]:
         """One request per line; blank lines and lines that begin with # are left out. ConfigError with every problem."""
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--from_file is {path}, which cannot be read: {error}") from error
+        lines = read_text(path, f"--from_file is {path}, which").splitlines()
         problems, found = Problems(), []
         for number, line in enumerate(lines, start=1):
             if line.strip() and not line.startswith("#"):
@@ -246,26 +242,11 @@ def output_name(seed: int | None, index: int, ending: str = ".png") -> str:
 
 
 def picture_texts(request: PictureRequest, **more: Any) -> dict[str, str]:
-    """Text entries of a picture file, under the names that readers know: prompt, negative-prompt, seed, steps, scale."""
-    entries = {
-        "prompt": request.prompt, "negative-prompt": request.negative_prompt, "seed": request.seed, "steps": request.steps,
-        "scale": request.cfg_scale, **more,
-    }  # fmt: skip
-    return {name: str(value) for name, value in entries.items() if value is not None}
-
-
-def write_picture(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> Path:
-    """A PNG with its text entries, complete or not at all; the folder is made when missing."""
-    from PIL.PngImagePlugin import PngInfo
-
-    from library.atomic_file import atomic_path
-
-    info = PngInfo()
-    for name, text in (texts or {}).items():
-        info.add_itxt(name, text)
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
-    return path
+    """Text entries of a request's picture file."""
+    return settings_texts(
+        prompt=request.prompt, negative_prompt=request.negative_prompt, seed=request.seed, steps=request.steps,
+        scale=request.cfg_scale, **more,
+    )  # fmt: skip
 
 
 def make_each(requests: Iterable[Request], make: Callable[[Request, int], Path]) -> list[Path]:

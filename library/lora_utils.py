@@ -17,10 +17,10 @@ import torch
 
 from library.errors import CheckpointError, ConfigError
 from library.model_loading import CheckpointFiles, open_checkpoint, unscaled
+from networks.adapter_family import nothing_fits
 from networks.adapter_module import change_of
 from networks.checkpoint_layers import LayerParameter, checkpoint_layers
-from networks.kinds import known_kind_of
-from networks.lora import rank_problem
+from networks.kinds import check_layers, known_kind_of
 from networks.network_files import by_module, check_finite, match_names, read_adapter_file
 from networks.targets import NetworkTargets
 
@@ -49,11 +49,7 @@ def read_adapter(path: str | os.PathLike[str], targets: NetworkTargets, multipli
     tensors = read_adapter_file(path, targets)
     check_finite(tensors, str(path))
     layers = by_module(tensors)
-    for name, parts in layers.items():
-        known_kind_of(parts, f"{path}: {name}")
-        wrong = rank_problem(parts)
-        if wrong:
-            raise CheckpointError(f"{path}: {name}: {wrong}")
+    check_layers(layers, str(path))
     return Adapter(str(path), layers, multiplier if callable(multiplier) else lambda name: float(multiplier))
 
 
@@ -88,6 +84,7 @@ class CheckpointMerge:
     def __init__(
         self, targets: NetworkTargets, shapes: Mapping[str, tuple[int, ...]], adapters: Sequence[Adapter], accepts: Accepts | None = None
     ) -> None:
+        self._adapters, self._family = tuple(adapters), targets.family
         layers: dict[str, list[LayerParameter]] = {}
         for layer in checkpoint_layers(targets, shapes):
             layers.setdefault(layer.lora_name, []).append(layer)
@@ -112,8 +109,9 @@ class CheckpointMerge:
     def check(self, *, allow_partial: bool = False) -> None:
         """CheckpointError when nothing matches, or when layers of an adapter are unknown and that is not allowed."""
         if not self.matched:
-            label, names = next(iter([*self.unmatched.items(), *self.absent.items()]), ("the adapter", ["nothing"]))
-            raise CheckpointError(f"no layer of {label} is in this model (it has {names[0]}); it belongs to another model family")
+            label = next(iter([*self.unmatched, *self.absent]), "the adapter")
+            layers = next((adapter.layers for adapter in self._adapters if adapter.label == label), {})
+            raise CheckpointError(nothing_fits(label, layers, self._family))
         if self.unmatched and not allow_partial:
             label, names = next(iter(self.unmatched.items()))
             more = " ..." if len(names) > LISTED else ""
@@ -194,9 +192,9 @@ class MergeOnLoad:
 
     def finish(self) -> None:
         """When the whole model was read: CheckpointError when an adapter has no layer of it or the filter leaves nothing."""
-        foreign = next((label for label, count in self._matched_of.items() if not count), None)
+        foreign = next((adapter for adapter in self.adapters if not self._matched_of[adapter.label]), None)
         if foreign is not None:
-            raise CheckpointError(f"{foreign} has no layer of this model; is it an adapter for another one?")
+            raise CheckpointError(nothing_fits(foreign.label, foreign.layers, self.targets.family))
         if not self._num_merged:
             raise ConfigError(f"--include_patterns and --exclude_patterns leave none of the {sum(self._matched_of.values())} layers of the adapters")
         self.report()

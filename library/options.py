@@ -8,6 +8,7 @@
 A field's status says what a script does with it:
   works       the default
   refused     accepted only with its neutral value (the default); anything else is a start-up error with `reason`
+  ignored     accepted and without meaning here, as in the known script; the start page lists it with `reason`
   equivalent  chooses among ways with equal results; accepted, and one log line says what is used
 """
 
@@ -68,6 +69,11 @@ def option(
 def refused_option(default: Any = None, *, help: str, reason: str, **how: Any) -> Any:
     """An option of the known scripts that this script does not have: its default passes, all else is an error."""
     return _with_status(option(default, help=help, **how), "refused", reason)
+
+
+def ignored_option(default: Any = None, *, help: str, reason: str, **how: Any) -> Any:
+    """An option that the known scripts take and that changes nothing here; `reason` stands on the start page."""
+    return _with_status(option(default, help=help, **how), "ignored", reason)
 
 
 def equivalent_option(default: Any = None, *, help: str, reason: str, **how: Any) -> Any:
@@ -142,18 +148,22 @@ def add_options(
     *,
     defaults: Mapping[str, Any] = types.MappingProxyType({}),
     refused: Iterable[str] = (),
+    ignored: Iterable[str] = (),
 ) -> None:
     """Add the options of a class to a parser as one titled group. Values that are not given are left out of the
     namespace, so that the command line can win over a configuration file without guessing. `defaults` holds those that
-    differ from the fields' own and `refused` names options that the script does not have, both for the help."""
+    differ from the fields' own, `refused` names options that the script does not have and `ignored` those without meaning
+    there, all for the help."""
     group = parser.add_argument_group((options_class.__doc__ or options_class.__name__).strip().splitlines()[0])
-    skipped, refused = set(skip), set(refused)
+    skipped, refused, ignored = set(skip), set(refused), set(ignored)
     for name, (field, spec) in option_fields(options_class).items():
         if name in skipped:
             continue
         help_text = spec.help.replace("%", "%%")
         if spec.status == "refused" or name in refused:
             help_text += " [not available here]"
+        elif spec.status == "ignored" or name in ignored:
+            help_text += " [ignored here]"
         default = defaults.get(name, field.default)
         if default is not None and default is not False and default != "":
             help_text += f" (default: {default})".replace("%", "%%")
@@ -182,6 +192,17 @@ def read_options(values: Mapping[str, Any], options_class: type[T]) -> T:
     return options_class(**{name: values[name] for name in names if name in values})
 
 
+@dataclasses.dataclass(frozen=True)
+class Ignored:
+    """Something that the user wrote and that has no meaning in this run: `written` is how it stands there."""
+
+    written: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.written}: {self.reason}"
+
+
 class MissingGroup(KeyError):
     """A group of options that a Config does not hold, because its values could not be read."""
 
@@ -189,12 +210,14 @@ class MissingGroup(KeyError):
 class Config:
     """All option groups of one run, read by class: `config[SavingOptions].output_dir`.
 
-    `explicit` holds the names that the user wrote, on the command line or in a file.
+    `explicit` holds the names that the user wrote, on the command line or in a file; `ignored` what was written there and has no
+    meaning for the script.
     """
 
-    def __init__(self, groups: Mapping[type, Any], explicit: Iterable[str] = ()) -> None:
+    def __init__(self, groups: Mapping[type, Any], explicit: Iterable[str] = (), ignored: Iterable[Ignored] = ()) -> None:
         self._groups = dict(groups)
         self.explicit = frozenset(explicit)
+        self.ignored = tuple(ignored)
 
     def __getitem__(self, options_class: type[T]) -> T:
         try:

@@ -12,7 +12,6 @@ import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
@@ -20,103 +19,18 @@ from torch import Tensor
 
 from library.atomic_file import atomic_path
 from library.errors import CheckpointError
+from library.safetensors_header import DTYPE_NAMES, TensorInfo, header_bytes, read_header, read_header_and_start
 
 logger = logging.getLogger(__name__)
 
-_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 FP8_DTYPES = tuple(
     getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz") if hasattr(torch, name)
 )
 _WRITE_EARLY = 1 << 20  # bytes; for smaller tensors the call costs more than it gains
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _FRAMEWORKS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.", "ldm.", "sgm.")
 _HARMLESS = frozenset({"typing.Any", "collections.defaultdict", "builtins.int", "builtins.list", "builtins.dict", "builtins.set"})
 """what checkpoints hold beside weights: left out, whatever it is"""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Entry of a header. `start` and `end` are byte positions after the header."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    def as_meta(self) -> Tensor:
-        """A tensor of this shape and type without data."""
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
-
-
-def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Names with shapes, and the metadata, of a safetensors file; no tensor is read.
-
-    CheckpointError when the file is missing, empty, truncated or something else; the message says what it looks like.
-    """
-    infos, metadata, _ = _read_header(path)
-    return infos, metadata
-
-
-def _read_header(path: str | os.PathLike) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
-    if os.path.isdir(path):
-        raise CheckpointError(f"{path} is a folder; a safetensors file is needed here")
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(64)
-            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-            if not 2 <= length <= _MAX_HEADER_BYTES or start[8:9] != b"{":
-                raise CheckpointError(f"{path} is not a safetensors file: {_looks_like(start, size)}")
-            file.seek(8)
-            text = file.read(length)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if len(text) < length:
-        raise CheckpointError(f"{path} is truncated: {size} bytes, less than its header of {length} bytes; fetch it again")
-    return *_parse_header(path, text, size - 8 - length), 8 + length
-
-
-def _parse_header(path: str | os.PathLike, text: bytes, data_bytes: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    try:
-        header = json.loads(text)
-        metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
-        infos = {}
-        for name, entry in header.items():
-            if entry["dtype"] not in _DTYPES:
-                raise CheckpointError(f"{path} stores '{name}' as {entry['dtype']}, which cannot be read here")
-            infos[name] = TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: its header is damaged ({error})") from error
-    needed = max((info.end for info in infos.values()), default=0)
-    if needed > data_bytes:
-        raise CheckpointError(f"{path} is truncated: {data_bytes} of {needed} bytes of tensors are there; fetch it again")
-    return infos, metadata
-
-
-def _looks_like(start: bytes, size: int) -> str:
-    """What a file that is no safetensors file seems to be, by its first bytes."""
-    text = start.lstrip().lower()
-    if size == 0:
-        return "it is empty (0 bytes)"
-    if start.startswith(b"PK\x03\x04") or start[:1] == b"\x80":
-        return "it is a pickle (a PyTorch .pt/.ckpt/.bin file); convert it to safetensors first"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is a web page, probably a failed download"
-    if text.startswith(b"version https://git-lfs"):
-        return "it is a git-lfs pointer; fetch the real file with git lfs pull"
-    if start.startswith(b"GGUF"):
-        return "it is a GGUF file, which is for inference only"
-    if start.startswith((b"\x89PNG", b"\xff\xd8\xff")):
-        return "it is an image"
-    return "its first bytes are those of no known model file"
 
 
 class MemoryEfficientSafeOpen:
@@ -124,7 +38,7 @@ class MemoryEfficientSafeOpen:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = path
-        self.infos, self._metadata, self._data_start = _read_header(path)
+        self.infos, self._metadata, self._data_start = read_header_and_start(path)
         self._file = open(path, "rb")
 
     def __enter__(self) -> MemoryEfficientSafeOpen:
@@ -145,7 +59,8 @@ class MemoryEfficientSafeOpen:
             return torch.empty(info.shape, dtype=dtype or info.dtype, device=device)
         buffer = torch.empty(info.end - info.start, dtype=torch.uint8)  # not a bytearray, which would be filled with zeros first
         self._file.seek(self._data_start + info.start)
-        self._file.readinto(memoryview(buffer.numpy()))
+        if self._file.readinto(memoryview(buffer.numpy())) != len(buffer):
+            raise CheckpointError(f"{self.path} became shorter while it was read")
         tensor = buffer.view(info.dtype).reshape(info.shape)
         return tensor.to(device=device, dtype=dtype) if device is not None or dtype is not None else tensor
 
@@ -161,11 +76,19 @@ def iterate_tensors(
         with MemoryEfficientSafeOpen(path) as file:
             yield from ((key, file.get_tensor(key, device)) for key in (file.keys() if keys is None else keys))
     else:
-        from safetensors import safe_open
+        yield from _mapped_tensors(path, device, keys)
 
-        infos, _ = read_header(path)  # its errors name what is wrong with the file
-        with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
-            yield from ((key, file.get_tensor(key)) for key in (infos if keys is None else keys))
+
+def _mapped_tensors(path: str | os.PathLike, device: torch.device | str | None, keys: Sequence[str] | None) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    infos, _ = read_header(path)  # its errors name what is wrong with the file
+    try:
+        opened = safe_open(path, framework="pt", device=str(device or "cpu"))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}") from error
+    with opened as file:
+        yield from ((key, file.get_tensor(key)) for key in (infos if keys is None else keys))
 
 
 def is_pickle_name(path: str | os.PathLike) -> bool:
@@ -177,7 +100,7 @@ def is_pickled(path: str | os.PathLike) -> bool:
     if not is_pickle_name(path) or not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
-        return file.read(9)[4:] != b"\0\0\0\0{"
+        return not header_bytes(file.read(9))
 
 
 class _Inert:
@@ -332,7 +255,7 @@ def _layout(
         dtype, shape = infos[name]
         places[name] = position
         end = position + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)

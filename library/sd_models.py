@@ -94,7 +94,8 @@ class UNet2DConditionModel(UNetBase):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.conv_in.weight.dtype
+        """Of the computation: that of the norms, which 8-bit storage leaves alone."""
+        return self.conv_norm_out.weight.dtype
 
     def forward(self, sample: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """sample [B, 4, H, W], timesteps [B] 0..999, encoder_hidden_states [B, L, D] -> [B, 4, H, W]."""

@@ -81,7 +81,8 @@ class SdxlUNet2DConditionModel(UNetBase):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.out[2].weight.dtype
+        """Of the computation: that of the norms, which 8-bit storage leaves alone."""
+        return self.out[0].weight.dtype
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor) -> Tensor:
         """x [B, 4, H, W], timesteps [B] 0..999, context [B, L, D], y [B, V] (pooled text and sizes) -> [B, 4, H, W]."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from library.checkpoint_recognition import KeyTable, adapter_family
 from library.errors import CheckpointError, ConfigError, did_you_mean
 from library.family_table import FAMILIES
 from networks.file_names import NAME_TABLES
+
+if TYPE_CHECKING:
+    import torch
 
 FAMILY_ALIASES = {"sd1": "sd", "sd2": "sd", "sd15": "sd", "sd21": "sd", "flux1": "flux", "chroma": "flux"}
 """names of variants that share the adapters of a family"""
@@ -28,6 +32,17 @@ def family_by_name(name: str) -> str:
         known = [*FAMILIES, *FAMILY_ALIASES]
         raise ConfigError(f"--family is {name}, which is not known{did_you_mean(name, known) or ';'} known: {', '.join(known)}")
     return family
+
+
+def nothing_fits(label: str, layers: Mapping[str, Mapping[str, torch.Tensor]], family: str) -> str:
+    """The message for an adapter of which no layer is in a model of this family. It names a family only where the adapter is known
+    to be made for it."""
+    shapes = {f"{name}.{key}": tuple(tensor.shape) for name, tensors in layers.items() for key, tensor in tensors.items()}
+    title = adapter_family(KeyTable(shapes))
+    told = f"{label} has no layer of this model (it begins with {next(iter(layers), 'nothing')})"
+    if title is not None:
+        return f"{told}; it is an adapter for {title}: use a model of that kind, the one that it was made for"
+    return f"{told}; its names are in no {family} model that is known. Use the model that it was made for, or another file of it"
 
 
 def family_of_adapter(

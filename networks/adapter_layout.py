@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from library.errors import CheckpointError
-from networks.lora import rank_problem
-from networks.lora_conversion import named_parameter
+from library.text_files import parse_json
+from networks.kinds import check_layers
+from networks.lora_conversion import named_parameter, refuse_unknown
 from networks.peft_config import METADATA_KEY
 
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
@@ -45,8 +46,8 @@ def _foreign(parameter: str) -> str:
 
 
 def file_layers(tensors: Mapping[str, torch.Tensor], label: str) -> tuple[dict[str, FileLayer], dict[str, torch.Tensor]]:
-    """(layers by the names of the file, tensors that belong to none). CheckpointError for halves without the other half, or of
-    another rank."""
+    """(layers by the names of the file, what may stand beside them). CheckpointError for layers of no known kind, or that are not
+    complete and sound, and for tensors that belong to none."""
     layers: dict[str, FileLayer] = {}
     others: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
@@ -56,13 +57,8 @@ def file_layers(tensors: Mapping[str, torch.Tensor], label: str) -> tuple[dict[s
             continue
         layer = layers.setdefault(found[0], FileLayer(found[0]))
         layer.tensors[found[1]], layer.keys[found[1]] = tensor, key
-    for layer in layers.values():
-        for have, lack in ((DOWN, UP), (UP, DOWN)):
-            if have in layer.keys and lack not in layer.keys:
-                raise CheckpointError(f"{label}: {layer.keys[have]} is there and its other half, {lack}, is not; the file is incomplete")
-        wrong = rank_problem(layer.tensors)
-        if wrong:
-            raise CheckpointError(f"{label}: {layer.name}: {wrong}")
+    check_layers({name: layer.tensors for name, layer in layers.items()}, label)
+    refuse_unknown(others, label)
     return layers, others
 
 
@@ -95,7 +91,7 @@ def _by_model(ranks: Mapping[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
 def with_peft_settings(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, str]:
     """The metadata of a file in PEFT's naming after its ranks changed. Without an old entry, and with one rank, none is needed."""
     result = dict(metadata)
-    old = json.loads(result.pop(METADATA_KEY)) if METADATA_KEY in result else None
+    old = parse_json(result.pop(METADATA_KEY), f"{METADATA_KEY} in the metadata", CheckpointError) if METADATA_KEY in result else None
     if ranks and (old is not None or len(set(ranks.values())) > 1):
         result[METADATA_KEY] = json.dumps(peft_settings(ranks, old), sort_keys=True)
     return result

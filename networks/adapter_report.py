@@ -12,8 +12,8 @@ import torch
 from library.errors import AtelierError
 from networks.file_names import is_kohya_name, names_of_family
 from networks.kinds import known_kind_of
-from networks.lora import rank_problem
-from networks.lora_conversion import named_parameter
+from networks.layer_tensors import alpha_of, missing_alphas, rank_of, scale_of
+from networks.lora_conversion import is_beside, named_parameter
 from networks.lora_merge import own_change
 from networks.low_rank import as_matrix, svd_of_product
 
@@ -62,6 +62,9 @@ def report(tensors: Mapping[str, torch.Tensor], family: str | None) -> FileRepor
     result, parts = FileReport(), {}
     for key, tensor in tensors.items():
         found = named_parameter(key, tensors)
+        if found is None and is_beside(key):
+            result.notes.append(f"{key} is an embedding that was trained with the adapter; it is no part of it")
+            continue
         if found is None:
             result.problems.append(f"{key} belongs to no adapter that is known")
             continue
@@ -80,14 +83,7 @@ def report(tensors: Mapping[str, torch.Tensor], family: str | None) -> FileRepor
 
 def _layer(name: str, tensors: Mapping[str, torch.Tensor]) -> LayerReport:
     kind = known_kind_of(tensors, name)
-    rank = None
-    if DOWN in tensors:
-        rank, wrong = int(tensors[UP].shape[1]), rank_problem(tensors)
-        if wrong:
-            raise ValueError(f"{name}: {wrong}")
-    elif "hada_w1_b" in tensors or "lokr_w2_b" in tensors:
-        rank = int(tensors.get("hada_w1_b", tensors.get("lokr_w2_b")).shape[0])
-    alpha = float(tensors["alpha"]) if "alpha" in tensors else None
+    rank, alpha = rank_of(tensors), alpha_of(tensors)
     label = kind.name + (" with DoRA" if "dora_scale" in tensors else " (Tucker)" if "lora_mid.weight" in tensors else "")
     encoder = _ENCODER.match(name)
     block = _BLOCK.search(name)
@@ -101,8 +97,7 @@ def _norm(name: str, tensors: Mapping[str, torch.Tensor]) -> float | None:
         return None
     if set(tensors) <= {DOWN, UP, "alpha"}:
         up, down = as_matrix(tensors[UP].float()), as_matrix(tensors[DOWN].float())
-        scale = float(tensors["alpha"]) / up.shape[1] if "alpha" in tensors else 1.0
-        return abs(scale) * float(svd_of_product(up, down)[1].norm())
+        return abs(scale_of(tensors)) * float(svd_of_product(up, down)[1].norm())
     try:
         change = own_change(name, tensors, 1.0)
     except AtelierError:
@@ -111,16 +106,16 @@ def _norm(name: str, tensors: Mapping[str, torch.Tensor]) -> float | None:
 
 
 def _tell(result: FileReport, parts: Mapping[str, Mapping[str, torch.Tensor]], family: str | None) -> None:
-    without = [name for name, own in parts.items() if DOWN in own and "alpha" not in own and is_kohya_name(name)]
+    without = missing_alphas(parts)
     if without:
-        result.notes.append(f"{len(without)} layers have no alpha, which means alpha = rank (first: {without[0]})")
+        result.notes.append(without)
     idle = [layer.name for layer in result.layers if layer.norm == 0]
     if idle:
         result.notes.append(f"{len(idle)} layers change nothing: their norm is 0 (first: {idle[0]})")
     ranks = Counter(layer.rank for layer in result.layers if layer.rank is not None)
     if len(ranks) > 1:
         result.notes.append("layers have different ranks: " + ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(ranks.items())))
-    table = names_of_family(family) if family else None
+    table = names_of_family(family, parts) if family else None
     if table is not None and table.layers:
         unknown = [name for name in parts if table.find(name) is None]
         if unknown:
@@ -130,6 +125,8 @@ def _tell(result: FileReport, parts: Mapping[str, Mapping[str, torch.Tensor]], f
 def _naming(keys: Iterable[str]) -> str:
     found = set()
     for key in keys:
+        if is_beside(key):
+            continue
         name = key.partition(".")[0]
         if is_kohya_name(name):
             found.add("LyCORIS" if name.startswith("lycoris_") else "kohya")

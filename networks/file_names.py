@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -27,8 +27,8 @@ PEFT_PREFIX = "base_model.model."
 """PEFT puts it in front of every name of a model that it wraps"""
 LYCORIS_PREFIX = "lycoris_"
 OFT_PREFIX = "oft_unet_"
-DENOISER_PREFIXES = (KOHYA_PREFIX, LYCORIS_PREFIX)
-"""of names with underscores; the second one is that of LyCORIS outside trainers"""
+DENOISER_PREFIXES = (KOHYA_PREFIX, LYCORIS_PREFIX, "lora_transformer_")
+"""of names with underscores: of kohya files, of LyCORIS outside trainers, of OneTrainer"""
 KOHYA_STARTS = ("lora_", LYCORIS_PREFIX, OFT_PREFIX)
 NAME_TABLES = {"hunyuan_image": "networks.hunyuan_image_names"}
 """families whose adapter files can be renamed, though nothing here trains or runs them -> module with `names()`"""
@@ -41,7 +41,8 @@ _NUMBERS = re.compile(r"\d+|\{i\}")
 class LayerNames:
     """One layer, or one per block where `{i}` stands for the block: its path in our module tree and its parts in diffusers.
 
-    `rows` says how many output rows the parts have: "equal", or "linear1" (the input width three times, then the rest).
+    `rows` says how many output rows the parts have: "equal", or "linear1" (the input width three times, then the rest); "swapped":
+    there is one part, whose halves stand the other way round.
     `model` is the diffusers model that holds it; `original` its path in original checkpoints, where our tree differs.
     """
 
@@ -117,6 +118,8 @@ class FileNames:
         """What a name of any spelling means; None when it is in no table. Entries that were made first win."""
         if name.startswith(PEFT_PREFIX):
             name = name[len(PEFT_PREFIX) :]
+        if is_kohya_name(name):
+            name = name.rstrip("_")
         name = name.replace(f".{PEFT_PREFIX}", ".", 1)
         for pattern, place in self._entries.get(_NUMBERS.sub("#", name), ()):
             match = pattern.fullmatch(name)
@@ -127,14 +130,24 @@ class FileNames:
         return None
 
 
+def names_of_family(family: str, names: Iterable[str] = ()) -> FileNames:
+    """The table of a family; its denoiser part is empty while the family has no `file_layers`. `names`: of the layers of a file,
+    which tell the table where models of the family number their blocks in several ways."""
+    tables = _tables(family)
+    if len(tables) == 1:
+        return tables[0]
+    names = list(names)
+    return max(tables, key=lambda table: sum(table.find(name) is not None for name in names))
+
+
 @lru_cache(maxsize=None)
-def names_of_family(family: str) -> FileNames:
-    """The table of a family; its denoiser part is empty while the family has no `file_layers`."""
+def _tables(family: str) -> tuple[FileNames, ...]:
+    """That of released models first."""
     if family not in FAMILIES and family in NAME_TABLES:
-        return importlib.import_module(NAME_TABLES[family]).names()
+        return (importlib.import_module(NAME_TABLES[family]).names(),)
     module = importlib.import_module(family_entry(family).targets.partition(":")[0])
-    make = getattr(module, "file_layers", tuple)
-    return FileNames(targets_of_family(family), make())
+    layers = [getattr(module, "file_layers", tuple)(), *getattr(module, "other_file_layers", tuple)()]
+    return tuple(FileNames(targets_of_family(family), own) for own in layers)
 
 
 def is_kohya_name(name: str) -> bool:
@@ -148,13 +161,15 @@ def _underscored(path: str) -> str:
 
 def _denoiser_spellings(layer: LayerNames) -> Iterator[tuple[str, int | None]]:
     """(name, part of a fused layer), the own names first."""
-    single = len(layer.parts) == 1
+    single = len(layer.parts) == 1 and layer.rows != "swapped"
     paths = [layer.path, *([layer.original] if layer.original else [])]
     for prefix in DENOISER_PREFIXES:
         yield from ((prefix + _underscored(path), None) for path in paths)
         yield from ((prefix + _underscored(part), None if single else i) for i, part in enumerate(layer.parts))
     for path in paths:
         yield from ((prefix + path, None) for prefix in (DOTTED_PREFIX, f"model.{DOTTED_PREFIX}", ""))
+    if layer.model in DENOISER_MODELS:
+        yield from ((f"{layer.model}.{path}", None) for path in paths if path not in layer.parts)
     for i, part in enumerate(layer.parts):
         yield f"{layer.model}.{part}", None if single else i
         if layer.model in DENOISER_MODELS:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from networks.adapter_module import AdapterModule, scale_of
+from networks.adapter_module import AdapterModule
 from networks.kinds import NO_INNER_VALUES, NetworkKind
+from networks.layer_tensors import alpha_of, scale_of
 from networks.lora import lora_delta
 from networks.network_args import RANK_STABILIZED
 from networks.network_base import NetworkFunctions
@@ -68,7 +69,7 @@ class GLoRAModule(AdapterModule):
         """Source of the formula: glora_delta."""
         a1, a2, b1, b2 = (tensors[name].float() for name in GLoRAModule.weight_keys)
         mid = tensors["bm.weight"].float() if "bm.weight" in tensors else None
-        return glora_delta(weight.float(), (a1, a2), (b1, b2), multiplier * scale_of(tensors, a2.shape[0]), mid)
+        return glora_delta(weight.float(), (a1, a2), (b1, b2), multiplier * scale_of(tensors), mid)
 
     @torch.no_grad()
     def scale_weight(self, ratio: torch.Tensor) -> None:
@@ -79,7 +80,7 @@ class GLoRAModule(AdapterModule):
 def shape_from_file(tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None) -> tuple[int, float | None, dict[str, Any]]:
     """(rank, alpha, further arguments of GLoRAModule) of one layer's tensors in a file."""
     rank = tensors["a2.weight"].shape[0]
-    alpha = float(tensors["alpha"]) if "alpha" in tensors else float(rank)
+    alpha = alpha_of(tensors) or float(rank)
     mid = tensors.get("bm.weight")
     return rank, alpha, {"mid_shape": None if mid is None else tuple(mid.shape)}
 

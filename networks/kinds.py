@@ -6,6 +6,7 @@ one line in the table below.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,14 @@ import torch
 from library.errors import CheckpointError
 from library.registry import import_target
 from networks.adapter_module import AdapterModule, change_of
+from networks.layer_tensors import missing_alphas, problem_of
 
 if TYPE_CHECKING:
     from networks.network_args import NetworkSettings
     from networks.network_base import AdditionalNetwork
     from networks.targets import Layer, NetworkTargets
+
+logger = logging.getLogger(__name__)
 
 Mark = str | tuple[str, int]
 
@@ -33,6 +37,7 @@ MARKS: dict[str, tuple[Mark, ...]] = {
     "networks.ia3:KIND": ("on_input",),
     "networks.full:KIND": ("diff", "diff_b"),
     "networks.norm:KIND": ("w_norm", "b_norm"),
+    "networks.stacked:KIND": ("part.rows",),
 }
 """kind -> marks of which any one tells that a layer is of this kind: the name of a tensor, or (name, number of its axes)
 where several kinds use the name"""
@@ -79,7 +84,8 @@ def kind_of(tensors: Mapping[str, torch.Tensor]) -> NetworkKind | None:
 
 
 def known_kind_of(tensors: Mapping[str, torch.Tensor], lora_name: str) -> NetworkKind:
-    """As kind_of, for a layer of a file: CheckpointError when the kind is unknown or its tensors are not complete."""
+    """As kind_of, for a layer of a file: CheckpointError when the kind is unknown, its tensors are not complete or do not fit one
+    another, or when there are more than the kind has a use for."""
     kind = kind_of(tensors)
     if kind is None:
         known = ", ".join(marks[0] if isinstance(marks[0], str) else marks[0][0] for marks in MARKS.values())
@@ -87,7 +93,33 @@ def known_kind_of(tensors: Mapping[str, torch.Tensor], lora_name: str) -> Networ
     missing = kind.module_class.missing_keys(tensors)
     if missing:
         raise CheckpointError(f"{lora_name} has {', '.join(sorted(tensors))}; needed for {kind.name}: {', '.join(missing)} too")
+    unknown = kind.module_class.unknown_keys(tensors)
+    if unknown:
+        known = sorted({*kind.module_class.weight_keys, *kind.module_class.optional_keys, "alpha"})
+        raise CheckpointError(
+            f"{lora_name} has {', '.join(unknown)}, which {kind.name} does not know; known: {', '.join(known)}. What they do would be"
+            " lost; use the file with the program that wrote it, or have that write one without them"
+        )
+    wrong = problem_of(tensors)
+    if wrong:
+        raise CheckpointError(f"{lora_name}: {wrong}")
     return kind
+
+
+def check_layers(layers: Mapping[str, Mapping[str, torch.Tensor]], label: str) -> None:
+    """known_kind_of of every layer of a file, in one CheckpointError; layers without an alpha are told in the log."""
+    problems: list[str] = []
+    for name, tensors in layers.items():
+        try:
+            known_kind_of(tensors, name)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        more = f" ({len(problems) - 1} more layers of {len(layers)} are refused too)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{label}: {problems[0]}{more}")
+    without = missing_alphas(layers)
+    if without:
+        logger.warning("%s: %s", label, without)
 
 
 def kind_for(tensors: Mapping[str, torch.Tensor], lora_name: str, wanted: NetworkKind | None = None) -> NetworkKind:

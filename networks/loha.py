@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from library.options import parse_bool
-from networks.adapter_module import AdapterModule, scale_of
+from networks.adapter_module import AdapterModule
 from networks.kinds import NO_INNER_VALUES, NetworkKind
+from networks.layer_tensors import alpha_of, scale_of
 from networks.network_args import RANK_STABILIZED, WEIGHT_DECOMPOSITION, NetworkSettings
 from networks.network_base import NetworkFunctions
 from networks.targets import Layer, NetworkTargets
@@ -81,7 +82,7 @@ class LoHaModule(AdapterModule):
         """Source of the formula: loha_delta."""
         w1_a, w1_b, w2_a, w2_b = (tensors[name].float() for name in FACTORS)
         cores = (tensors["hada_t1"].float(), tensors["hada_t2"].float()) if "hada_t1" in tensors else None
-        scale = multiplier * scale_of(tensors, w1_b.shape[0])
+        scale = multiplier * scale_of(tensors)
         return loha_delta((w1_a, w1_b), (w2_a, w2_b), scale, cores).reshape(weight.shape)
 
     @classmethod
@@ -100,7 +101,7 @@ class LoHaModule(AdapterModule):
 def shape_from_file(tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None) -> tuple[int, float | None, dict[str, Any]]:
     """(rank, alpha, further arguments of LoHaModule) of one layer's tensors in a file."""
     rank = tensors["hada_w1_b"].shape[0]
-    alpha = float(tensors["alpha"]) if "alpha" in tensors else float(rank)
+    alpha = alpha_of(tensors) or float(rank)
     return rank, alpha, {"tucker": "hada_t1" in tensors}
 
 

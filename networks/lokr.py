@@ -20,6 +20,7 @@ from library.options import parse_bool
 from networks.adapter_module import AdapterModule
 from networks.factorization import factorization
 from networks.kinds import NO_INNER_VALUES, NetworkKind
+from networks.layer_tensors import alpha_of, rank_of, scale_of
 from networks.network_args import RANK_STABILIZED, WEIGHT_DECOMPOSITION, NetworkSettings
 from networks.network_base import NetworkFunctions
 from networks.targets import Layer, NetworkTargets
@@ -86,8 +87,7 @@ def is_full(names: Iterable[str]) -> bool:
 
 def lokr_rank(tensors: Mapping[str, torch.Tensor]) -> int:
     """Rank of a layer's tensors; for plain halves, which have none, the larger side of the second."""
-    product = next((tensors[name] for name in ("lokr_w2_b", "lokr_w1_b") if name in tensors), None)
-    return max(tensors["lokr_w2"].shape[:2]) if product is None else product.shape[0]
+    return rank_of(tensors) or max(tensors["lokr_w2"].shape[:2])
 
 
 class LoKrModule(AdapterModule):
@@ -126,17 +126,18 @@ class LoKrModule(AdapterModule):
             elif name.startswith("lokr_"):
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
 
-    def output_change(self, x: torch.Tensor) -> torch.Tensor:
+    def output_change(self, x: torch.Tensor, multiplier: float | None = None) -> torch.Tensor:
         """For a Linear the two halves are applied one after the other; their product is never built."""
-        if type(self.org_module).__name__ != "Linear" or self.dora_scale is not None:
-            return super().output_change(x)
+        multiplier = self.multiplier if multiplier is None else multiplier
+        if type(self.org_module).__name__ != "Linear":
+            return super().output_change(x, multiplier)
         tensors = dict(self.named_parameters())
         w1 = tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
         hidden = x.unflatten(-1, (w1.shape[1], -1))  # [..., m, n]
         for name in ("lokr_w2",) if "lokr_w2" in tensors else ("lokr_w2_b", "lokr_w2_a"):
             hidden = F.linear(hidden, tensors[name])  # [..., m, k]
         change = F.linear(hidden.transpose(-1, -2), w1)  # [..., k, l]
-        change = change.transpose(-1, -2).flatten(-2) * (self.multiplier * self.scale)  # [..., out]
+        change = change.transpose(-1, -2).flatten(-2) * (multiplier * self.scale)  # [..., out]
         return self._dropped_rows(change.transpose(0, -1)).transpose(0, -1)  # rows of the weight are places of the output
 
     @staticmethod
@@ -148,10 +149,7 @@ class LoKrModule(AdapterModule):
     def weight_change(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor, multiplier: float) -> torch.Tensor:
         """Source of the formula: lokr_delta."""
         floats = {name: tensor.float() for name, tensor in tensors.items()}
-        rank = lokr_rank(floats)
-        has_scale = "alpha" in tensors and not is_full(tensors)
-        scale = float(tensors["alpha"]) / rank if has_scale else 1.0
-        return lokr_delta(*lokr_halves(floats), multiplier * scale).reshape(weight.shape)
+        return lokr_delta(*lokr_halves(floats), multiplier * scale_of(tensors)).reshape(weight.shape)
 
     @torch.no_grad()
     def weight_norm(self) -> torch.Tensor:
@@ -170,7 +168,7 @@ class LoKrModule(AdapterModule):
 def shape_from_file(tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None) -> tuple[int, float | None, dict[str, Any]]:
     """(rank, alpha, further arguments of LoKrModule) of one layer's tensors in a file."""
     rank = lokr_rank(tensors)
-    alpha = float(tensors["alpha"]) if "alpha" in tensors else float(rank)
+    alpha = alpha_of(tensors) or float(rank)
     return rank, alpha, {"shapes": {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("lokr_")}}
 
 

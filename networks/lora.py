@@ -6,6 +6,7 @@ and the tools build on them. The two functions at the end are what a trainer cal
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,12 +17,18 @@ from torch import nn
 
 from library.errors import CheckpointError, ConfigError, Problems
 from library.options import parse_bool
-from networks.adapter_module import AdapterModule, scale_of
+from networks.adapter_module import AdapterModule
 from networks.ggpo import Ggpo, row_norms_squared
 from networks.kinds import NetworkKind
+from networks.layer_tensors import alpha_of, scale_of
 from networks.network_args import RANK_STABILIZED, WEIGHT_DECOMPOSITION, NetworkSettings, positive_number
 from networks.network_base import AdditionalNetwork, NetworkFunctions
 from networks.targets import Layer, NetworkTargets
+
+logger = logging.getLogger(__name__)
+
+_PART = re.compile(r"lora_(down|up)\.\d+\.weight")
+"""a matrix of a layer that is split"""
 
 
 def lora_delta(
@@ -42,17 +49,6 @@ def lora_delta(
         return scale * torch.einsum("ij...,pi,jq->pq...", mid, up.flatten(1), down.flatten(1))
     product = up.flatten(1) @ down.flatten(1)  # [out, in * kh * kw]
     return scale * product.view(up.shape[0], *down.shape[1:])
-
-
-def rank_problem(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """What is wrong with the ranks of the matrices of one layer of a file; None when they fit, or are no LoRA's."""
-    down, up, mid = (tensors.get(f"lora_{name}.weight") for name in ("down", "up", "mid"))
-    if down is None or up is None or down.ndim < 2 or up.ndim < 2:
-        return None
-    inner = (down.shape[0], up.shape[1]) if mid is None else (down.shape[0], mid.shape[1], mid.shape[0], up.shape[1])
-    if all(first == second for first, second in zip(inner[::2], inner[1::2], strict=True)):
-        return None
-    return f"lora_down.weight {list(down.shape)} and lora_up.weight {list(up.shape)} have different ranks; the file is damaged"
 
 
 def fuse_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,6 +78,7 @@ class LoRAModule(AdapterModule):
     weight_keys = ("lora_down.weight", "lora_up.weight")
     optional_keys = ("lora_mid.weight",)
     plus_names = ("lora_up",)
+    drops = ("dropout", "rank_dropout", "module_dropout")
 
     def build(self, *, split: tuple[int, ...] | None = None, tucker: bool = False) -> None:
         self.split = split
@@ -124,9 +121,13 @@ class LoRAModule(AdapterModule):
     def missing_keys(cls, names: Iterable[str]) -> list[str]:
         """A layer that is split may stand in parts, lora_down.0.weight and so on."""
         names = set(names)
-        numbers = sorted(name.split(".")[1] for name in names if re.fullmatch(r"lora_(down|up)\.\d+\.weight", name))
+        numbers = sorted(name.split(".")[1] for name in names if _PART.fullmatch(name))
         keys = [f"{name}.{i}.weight" for i in numbers for name in ("lora_down", "lora_up")] or cls.weight_keys
         return [key for key in keys if key not in names]
+
+    @classmethod
+    def unknown_keys(cls, names: Iterable[str]) -> list[str]:
+        return [name for name in super().unknown_keys(names) if not _PART.fullmatch(name)]
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
@@ -141,16 +142,15 @@ class LoRAModule(AdapterModule):
         """(down, up) of every part; one pair unless the layer is split."""
         return zip(self.lora_down, self.lora_up, strict=True) if self.split else iter([(self.lora_down, self.lora_up)])
 
-    def output_change(self, x: torch.Tensor) -> torch.Tensor:
-        if self.dora_scale is not None:
-            return super().output_change(x)
+    def output_change(self, x: torch.Tensor, multiplier: float | None = None) -> torch.Tensor:
+        multiplier = self.multiplier if multiplier is None else multiplier
         parts = []
         for number, (down, up) in enumerate(self.pairs()):
             hidden = down(x)  # [B, ..., rank] or [B, rank, H, W]
             if self.is_conv and hasattr(self, "lora_mid"):
                 hidden = self.lora_mid(hidden)
             parts.append(up(self._dropped(hidden, number)))
-        change = (torch.cat(parts, dim=-1) if self.split else parts[0]) * (self.multiplier * self.scale)
+        change = (torch.cat(parts, dim=-1) if self.split else parts[0]) * (multiplier * self.scale)
         if self.ggpo is not None and self.training:
             change = change + self.ggpo.perturbation(x, self)
         return change
@@ -172,11 +172,11 @@ class LoRAModule(AdapterModule):
         if "lora_down.0.weight" in tensors:
             count = sum(name.startswith("lora_down.") for name in tensors)
             pairs = [(tensors[f"lora_down.{i}.weight"].float(), tensors[f"lora_up.{i}.weight"].float()) for i in range(count)]
-            scale = multiplier * scale_of(tensors, pairs[0][0].shape[0])
+            scale = multiplier * scale_of(tensors)
             return torch.cat([lora_delta(down, up, scale) for down, up in pairs])
         down, up = tensors["lora_down.weight"].float(), tensors["lora_up.weight"].float()
         mid = tensors["lora_mid.weight"].float() if "lora_mid.weight" in tensors else None
-        scale = multiplier * scale_of(tensors, up.shape[1])
+        scale = multiplier * scale_of(tensors)
         return lora_delta(down, up, scale, mid).view(weight.shape)  # files differ in kernel axes of size one
 
     @classmethod
@@ -211,7 +211,7 @@ class LoRAModule(AdapterModule):
             )
         parts = {f"lora_down.{i}.weight": pair[0] for i, pair in enumerate(pairs)}
         parts.update({f"lora_up.{i}.weight": pair[1] for i, pair in enumerate(pairs)})
-        alpha = float(tensors.get("alpha", torch.tensor(float(down.shape[0]))))
+        alpha = alpha_of(tensors) or float(down.shape[0])
         bias = {name: tensor for name, tensor in tensors.items() if name == "diff_b"}
         super().load_file_tensors({**parts, **bias, "alpha": torch.tensor(alpha / len(pairs))})
 
@@ -235,7 +235,9 @@ def shape_from_file(
     """(rank, alpha, further arguments of LoRAModule) of one layer's tensors in a file."""
     parts = len(split) if split else 1
     rank = tensors["lora_down.weight"].shape[0]
-    alpha = float(tensors["alpha"]) if "alpha" in tensors else float(rank)
+    alpha = alpha_of(tensors) or float(rank)
+    if split and "dora_scale" in tensors:
+        raise CheckpointError("the file has dora_scale (DoRA), lengths that belong to the whole layer; leave split_qkv out")
     if rank % parts:
         raise CheckpointError(f"rank {rank} of the file does not divide into {parts} parts; leave split_qkv out")
     return rank // parts, alpha / parts, {"tucker": True} if "lora_mid.weight" in tensors else {}
@@ -274,9 +276,13 @@ def check(values: Mapping[str, Any]) -> None:
 def prepare(network: AdditionalNetwork) -> None:
     """Switch GGPO on where it is asked for."""
     sigma, beta = network.settings.get("ggpo_sigma"), network.settings.get("ggpo_beta")
-    if sigma is not None:
-        for module in network.loras:
-            module.ggpo = None if module.is_conv else Ggpo(sigma, beta)
+    if sigma is None:
+        return
+    own = [module for module in network.loras if type(module) is LoRAModule and not module.is_conv and module.dora_scale is None]
+    if not own:
+        logger.warning("--network_args ggpo_sigma has no effect: no layer of this network is a linear LoRA without DoRA")
+    for module in own:
+        module.ggpo = Ggpo(sigma, beta)
 
 
 KIND = NetworkKind("LoRA", LoRAModule, shape_from_file, shape_from_settings, arguments, check=check, prepare=prepare, splits=True)

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,8 +32,12 @@ from networks.file_names import (
     is_kohya_name,
     names_of_family,
 )
+from networks.kinds import known_kind_of
+from networks.layer_tensors import alpha_of, problem_of, scale_from
 from networks.lora import fuse_pairs, split_pair
 from networks.parameter_names import DOWN, MID, PARAMETERS, UP
+from networks.stacked import ROWS, parts_of, stacked
+from networks.xlabs_names import from_xlabs, is_xlabs
 
 __all__ = ["LayerNames", "fold_factors", "to_diffusers", "to_dotted", "to_kohya", "to_lycoris"]
 
@@ -44,6 +48,8 @@ Module = dict[str, torch.Tensor]
 """parameter name of kohya files -> tensor"""
 
 _PEFT = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
+BUNDLED = "bundle_emb."
+"""embeddings of trigger words that some programs put into the adapter file that was trained with them"""
 _ENDINGS = sorted(PARAMETERS, key=len, reverse=True)
 _PROCESSOR = re.compile(r"(?P<path>.+)\.(?P<leaf>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight")
 """diffusers before PEFT: the layers of an attention stood in its processor"""
@@ -59,7 +65,7 @@ class _Lora:
 
     @property
     def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.down.shape[0]
+        return scale_from(self.alpha, self.up.shape[1])
 
 
 def to_kohya(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -67,16 +73,20 @@ def to_kohya(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
 
     LoRA parts of a fused layer become one module: with the same down matrix as they are, else with rank k*r, a block-diagonal
     up matrix and alpha = k*r; absent parts count as zero. Kohya names that are in no table stay as they are, for the reader
-    to report; other unknown names are a CheckpointError.
+    to report, and so does what may stand beside layers (`is_beside`); other unknown names are a CheckpointError.
     """
     result: dict[str, torch.Tensor] = {}
-    parts: dict[str, list[_Lora | None]] = {}
+    parts: dict[str, list[Module | None]] = {}
     fused: dict[str, LayerNames] = {}
+    written: dict[tuple[str, int | None], str] = {}
     unknown: list[str] = []
-    modules, others = _modules(tensors)
+    modules, others = _modules(from_xlabs(tensors) if any(map(is_xlabs, tensors)) else tensors)
+    refuse_unknown(others)
     result.update(others)
+    table = names_of_family(family, modules)
     for name, module in modules.items():
-        place = names_of_family(family).find(name)
+        place = table.find(name)
+        _refuse_twice(written, place, name)
         if place is None and is_kohya_name(name):
             _put(result, name, module)  # a name of OFT files, or one that the reader has to judge
         elif place is None:
@@ -85,14 +95,49 @@ def to_kohya(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
             foreign = not is_kohya_name(name)
             _put(result, place.kohya, _with_alpha(module) if foreign else module)
         else:
-            own = parts.setdefault(place.kohya, [None] * len(place.layer.parts))
-            own[place.part] = _lora_of(name, module, "a part of a fused layer")
+            parts.setdefault(place.kohya, [None] * len(place.layer.parts))[place.part] = module
             fused[place.kohya] = place.layer
     _refuse(unknown, "kohya names")
-    for name, loras in parts.items():
-        lora = _fused(loras, fused[name])
-        _put(result, name, _with_alpha(_as_module(lora)))
+    for name, own in parts.items():
+        _put(result, name, _joined(name, own, fused[name]))
     return result
+
+
+def _refuse_twice(written: dict[tuple[str, int | None], str], place: Place | None, name: str) -> None:
+    """CheckpointError for a layer that stands in a file under two names, of which one would be lost."""
+    if place is None:
+        return
+    parts = [None, place.part] if place.part is not None else [None, *range(len(place.layer.parts) if place.layer else 0)]
+    other = next((written[place.kohya, part] for part in parts if (place.kohya, part) in written), None)
+    if other is not None:
+        raise CheckpointError(f"{other} and {name} are one layer, {place.kohya}; a file must hold it once")
+    written[place.kohya, place.part] = name
+
+
+def _joined(name: str, parts: Sequence[Module | None], layer: LayerNames) -> Module:
+    """The parts of a fused layer as one module: LoRA where all are LoRA, else side by side (networks/stacked.py)."""
+    present = [part for part in parts if part is not None]
+    if all(set(part) <= {DOWN, UP, MID, "alpha"} for part in present):
+        return _with_alpha(_as_module(_fused([part and _lora_of(name, part, "a part of a fused layer") for part in parts], layer)))
+    if layer.rows == "swapped":
+        raise CheckpointError(f"{name} has {', '.join(sorted(present[0]))} for rows in another order; only LoRA can be rewritten there")
+    shapes = [None if part is None else _shape_of(name, part) for part in parts]
+    width = next(shape[1] for shape in shapes if shape)
+    known = next(shape[0] for shape in shapes if shape)
+    if layer.rows == "linear1":
+        rows = [shape[0] if shape else width * (4 if number == 3 else 1) for number, shape in enumerate(shapes)]
+    else:
+        rows = [shape[0] if shape else known for shape in shapes]
+    return stacked(parts, rows)
+
+
+def _shape_of(name: str, part: Module) -> tuple[int, ...]:
+    """Shape of the weight that a part changes."""
+    kind = known_kind_of(part, name)
+    shape = kind.module_class.change_shape({key: tensor for key, tensor in part.items() if key != "dora_scale"})
+    if shape is None:
+        raise CheckpointError(f"{name} has a part of kind {kind.name}, whose tensors do not tell the size of the layer; only other kinds can be joined")
+    return shape
 
 
 def fold_factors(fold: str | None, scale: float) -> tuple[float, float]:
@@ -123,6 +168,10 @@ def to_diffusers(family: str, tensors: Tensors, fold: str | None = "up") -> dict
         keys = place.diffusers
         if not keys:
             continue
+        if ROWS in module:
+            for number, part in parts_of(module).items():
+                _put(result, keys[number], {_PEFT.get(key, key): tensor for key, tensor in part.items()})
+            continue
         if not {DOWN, UP} <= set(module):
             if len(keys) > 1:
                 held = ", ".join(sorted(module))
@@ -130,6 +179,8 @@ def to_diffusers(family: str, tensors: Tensors, fold: str | None = "up") -> dict
             _put(result, keys[0], module)
             continue
         lora = _lora_of(name, module, "an adapter")
+        if place.layer is not None and place.layer.rows == "swapped":
+            lora = _swapped(lora)
         rows = _rows(place.layer, lora) if len(keys) > 1 else [lora.up.shape[0]]
         pairs = [(lora.down, lora.up)] if len(rows) == 1 else split_pair(lora.down, lora.up, rows)
         if pairs is None:
@@ -157,6 +208,7 @@ def to_dotted(
     """
     result: dict[str, torch.Tensor] = {}
     for place, name, module in _placed(family, tensors, "the dotted layout"):
+        refuse_parts(name, module)
         if fold is not None and DOWN in module:
             module = _without_alpha(_lora_of(name, module, "an adapter"), module, fold)
         if names_of_family(family).comfy_is_kohya:
@@ -176,6 +228,7 @@ def to_lycoris(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     encoders keep their kohya names: that prefix does not say which encoder a layer is in."""
     result: dict[str, torch.Tensor] = {}
     for place, name, module in _placed(family, tensors, "the layout of LyCORIS"):
+        refuse_parts(name, module)
         _put(result, name if place.encoder else LYCORIS_PREFIX + place.kohya[len(KOHYA_PREFIX) :], module)
     return result
 
@@ -191,10 +244,51 @@ def _modules(tensors: Tensors) -> tuple[dict[str, Module], dict[str, torch.Tenso
         else:
             modules.setdefault(found[0], {})[found[1]] = tensor
     for name, module in modules.items():
+        module = modules[name] = _unsplit(module)
         for have, lack in ((DOWN, UP), (UP, DOWN)):
             if have in module and lack not in module:
                 raise CheckpointError(f"{name} has {have} and no {lack}; the file is incomplete")
+        wrong = problem_of(module)
+        if wrong:
+            raise CheckpointError(f"{name}: {wrong}")
     return modules, others
+
+
+def _unsplit(module: Module) -> Module:
+    """The matrices of a layer that was trained in parts, one pair each, as one pair."""
+    count = sum(key.startswith("lora_down.") and key != DOWN for key in module)
+    pairs = [tuple(module.get(f"lora_{side}.{number}.weight") for side in ("down", "up")) for number in range(count)]
+    if not count or any(tensor is None for pair in pairs for tensor in pair):
+        return module
+    down, up = fuse_pairs(pairs)
+    rest = {key: tensor for key, tensor in module.items() if not re.fullmatch(r"lora_(down|up)\.\d+\.weight", key)}
+    alpha = {"alpha": rest["alpha"] * count} if "alpha" in rest else {}
+    return {**rest, **alpha, DOWN: down, UP: up}
+
+
+def is_beside(key: str) -> bool:
+    """Whether a tensor may stand in an adapter file and is no layer's: embeddings that were trained with it."""
+    return key.startswith(BUNDLED)
+
+
+def refuse_unknown(others: Iterable[str], label: str = "") -> None:
+    """CheckpointError that names tensors which are no layer's, but for those that may stand beside layers."""
+    unknown = [key for key in others if not is_beside(key)]
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise CheckpointError(
+            f"{label}{': ' if label else ''}no known kind of adapter has these tensors: {', '.join(unknown[:5])}{more}."
+            " What they do would be lost; use the file with the program that wrote it, or have that write one without them"
+        )
+
+
+def refuse_parts(name: str, module: Iterable[str]) -> None:
+    """CheckpointError for a layer with adapters on its parts, where a layout has no names for these."""
+    if ROWS in module:
+        raise CheckpointError(
+            f"{name} is one layer here and has an adapter other than plain LoRA on each part of it; no single adapter has that change."
+            " Merge the file into a model (tools/merge_lora.py --model), or keep its layout, --to diffusers"
+        )
 
 
 def named_parameter(key: str, tensors: Tensors) -> tuple[str, str] | None:
@@ -225,9 +319,10 @@ def _placed(family: str, tensors: Tensors, layout: str) -> list[tuple[Place, str
     """(place, kohya name, parameters) of every module of a file. Those without a name in the layout are told in the log when
     they are text encoders' and refused otherwise."""
     modules, others = _modules(to_kohya(family, tensors))
-    found, unknown, silent = [], list(others), []
+    found, unknown, silent = [], [key for key in others if not is_beside(key)], []
+    table = names_of_family(family, modules)
     for name, module in modules.items():
-        place = names_of_family(family).find(name.replace(OFT_PREFIX, KOHYA_PREFIX, 1) if name.startswith(OFT_PREFIX) else name)
+        place = table.find(name.replace(OFT_PREFIX, KOHYA_PREFIX, 1) if name.startswith(OFT_PREFIX) else name)
         if place is None or (layout == "diffusers" and place.encoder is None and not place.diffusers):
             unknown.append(name)
             continue
@@ -254,7 +349,7 @@ def _lora_of(name: str, module: Module, what: str) -> _Lora:
     down, up = module[DOWN], module[UP]
     if MID in module:
         down = torch.einsum("ij...,jq->iq...", module[MID].float(), down.float().flatten(1)).to(down.dtype)
-    return _Lora(down, up, float(module["alpha"]) if "alpha" in module else None)
+    return _Lora(down, up, alpha_of(module))
 
 
 def _as_module(lora: _Lora) -> Module:
@@ -271,6 +366,8 @@ def _with_alpha(module: Module) -> Module:
 
 def _fused(loras: Sequence[_Lora | None], layer: LayerNames) -> _Lora:
     """The parts of a fused layer as one module."""
+    if layer.rows == "swapped":
+        return _swapped(loras[0])
     present = [lora for lora in loras if lora is not None]
     width = present[0].down.shape[1]
     rows = [lora.up.shape[0] if lora else width * (4 if layer.rows == "linear1" and i == 3 else 1) for i, lora in enumerate(loras)]
@@ -286,6 +383,11 @@ def _fused(loras: Sequence[_Lora | None], layer: LayerNames) -> _Lora:
     ]  # fmt: skip
     down, up = fuse_pairs(pairs)
     return _Lora(down, up, float(down.shape[0]) * (first.scale if same_scale else 1.0))
+
+
+def _swapped(lora: _Lora) -> _Lora:
+    """The two halves of the output change places."""
+    return replace(lora, up=torch.cat(lora.up.chunk(2)[::-1]))
 
 
 def _rows(layer: LayerNames, lora: _Lora) -> list[int]:

@@ -36,17 +36,17 @@ def linear1_rows(out_features: int, in_features: int) -> list[int]:
 
 
 def file_layers() -> tuple[LayerNames, ...]:
-    """The layers under their names in files of other programs, from the table of the denoiser's own conversion; the last
-    layer is no adapter target."""
+    """The layers under their names in files of other programs, from the table of the denoiser's own conversion."""
     from library.flux_convert import denoiser_rules
     from networks.file_names import LayerNames
 
     layers = []
     for rule in denoiser_rules(1, 1):
         path, is_weight = rule.original.removesuffix(".weight"), rule.original.endswith(".weight")
-        if is_weight and not path.startswith("final_layer"):
+        if is_weight:
             names = [name.removesuffix(".weight").replace("blocks.0.", "blocks.{i}.") for name in (path, *rule.parts)]
-            layers.append(LayerNames(names[0], tuple(names[1:]), "linear1" if path.endswith(".linear1") else "equal"))
+            rows = "swapped" if rule.swap_halves else "linear1" if path.endswith(".linear1") else "equal"
+            layers.append(LayerNames(names[0], tuple(names[1:]), rows))
     return tuple(layers)
 
 

@@ -24,11 +24,11 @@ import torch
 
 from library.errors import CheckpointError
 from networks.file_names import DOTTED_PREFIX, LYCORIS_PREFIX, PEFT_PREFIX, is_kohya_name, names_of_family
-from networks.lora_conversion import to_diffusers, to_dotted, to_kohya, to_lycoris
+from networks.lora_conversion import is_beside, refuse_parts, to_diffusers, to_dotted, to_kohya, to_lycoris
 from networks.network_files import by_module
 from networks.parameter_names import RENAMED
 from networks.peft_config import METADATA_KEY, with_alphas
-from networks.xlabs_names import from_xlabs, is_xlabs, to_xlabs
+from networks.xlabs_names import is_xlabs, to_xlabs
 
 _LORA = {"lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale"}
 _ALPHA = ".alpha"
@@ -86,7 +86,7 @@ def layout_of(file: AdapterFile) -> Layout:
             return Layout("dotted", None if has_alpha else "balanced", prefix=file.prefix)
         if key.startswith(LYCORIS_PREFIX):
             return Layout("lycoris")
-    if all(is_kohya_name(key.partition(".")[0]) for key in file.tensors):
+    if all(is_kohya_name(key.partition(".")[0]) or is_beside(key) for key in file.tensors):
         return Layout("kohya")
     return Layout("diffusers", config=True) if file.configs else Layout("diffusers", None if has_alpha else "up")
 
@@ -99,17 +99,23 @@ def kohya_tensors(family: str, file: AdapterFile) -> dict[str, torch.Tensor]:
     if file.prefix != DOTTED_PREFIX:
         start = len(file.prefix)
         tensors = {DOTTED_PREFIX + key[start:] if key.startswith(file.prefix) else key: tensor for key, tensor in tensors.items()}
-    if any(is_xlabs(key) for key in tensors):
-        tensors = from_xlabs(tensors)
     return to_kohya(family, tensors)
 
 
 def rewritten(family: str, file: AdapterFile, layout: Layout) -> AdapterFile:
-    """A file in another layout. CheckpointError when that cannot hold what the file has."""
+    """A file in another layout. CheckpointError when that cannot hold what the file has. What stands beside layers is carried along."""
+    beside = {key: tensor for key, tensor in file.tensors.items() if is_beside(key)}
+    result = _rewritten(family, replace(file, tensors={key: tensor for key, tensor in file.tensors.items() if key not in beside}), layout)
+    return replace(result, tensors={**result.tensors, **beside})
+
+
+def _rewritten(family: str, file: AdapterFile, layout: Layout) -> AdapterFile:
     tensors = kohya_tensors(family, file)
     metadata = {key: value for key, value in file.metadata.items() if key != METADATA_KEY}
     result = AdapterFile(tensors, metadata)
     if layout.names == "kohya":
+        for name, module in by_module(tensors).items():
+            refuse_parts(name, module)
         return result
     if layout.names == "lycoris":
         return replace(result, tensors=to_lycoris(family, tensors))

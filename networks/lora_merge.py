@@ -14,6 +14,7 @@ from library.errors import CheckpointError
 from library.keyed_random import keyed_generator
 from library.lora_utils import Adapter
 from networks.kinds import bias_change, known_kind_of
+from networks.layer_tensors import scale_of
 from networks.low_rank import factors_of
 from networks.rank_rules import RankRule
 from networks.targets import NetworkTargets
@@ -49,7 +50,7 @@ def concatenated(layers: Mapping[str, Sources], shuffle_seed: int | None = None)
                     " use --mode svd (a LoRA of --new_rank) or --mode full (exact), or merge into a model"
                 )
             down, up = tensors["lora_down.weight"].float(), tensors["lora_up.weight"].float()
-            scale = ratio * (float(tensors["alpha"]) / down.shape[0] if "alpha" in tensors else 1.0)
+            scale = ratio * scale_of(tensors)
             downs.append(down)
             ups.append(up * scale)
         _refuse_other_shapes(name, [down.shape[1:] for down in downs], [up.shape[0] for up in ups])

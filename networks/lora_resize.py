@@ -16,6 +16,7 @@ import torch
 from library.errors import CheckpointError
 from networks.adapter_layout import ALPHA, DOWN, UP, FileLayer
 from networks.file_names import is_kohya_name
+from networks.layer_tensors import alpha_of, scale_of
 from networks.lora import lora_delta
 from networks.lora_merge import own_change
 from networks.low_rank import as_matrix, shaped_factors, svd_of_product, widened
@@ -103,7 +104,7 @@ def _decomposed(layer: FileLayer, device: torch.device | str) -> _Decomposed:
         plain = {name: tensor for name, tensor in tensors.items() if name not in KEPT_WHOLE}
         return _of_matrix(_unfolded(layer.name, own_change(layer.name, plain, 1.0)), 1.0)
     down, up = tensors[DOWN].float(), tensors[UP].float()
-    scale = float(tensors[ALPHA]) / up.shape[1] if ALPHA in tensors else 1.0
+    scale = scale_of(tensors)
     if MID in tensors:
         return _of_matrix(lora_delta(down, up, 1.0, tensors[MID].float()), scale)
     return _Decomposed(*svd_of_product(as_matrix(up), as_matrix(down)), torch.Size((up.shape[0], *down.shape[1:])), scale)
@@ -149,7 +150,7 @@ def dylora_part(layer: FileLayer, rank: int) -> dict[str, torch.Tensor]:
     """
     full = layer.tensors[DOWN].shape[0]
     used = min(rank, full)
-    alpha = float(layer.tensors[ALPHA]) if ALPHA in layer.tensors else float(full)
+    alpha = alpha_of(layer.tensors) or float(full)
     down, up = layer.tensors[DOWN][:used].contiguous(), layer.tensors[UP][:, :used].contiguous()
     alpha *= math.sqrt(used / full)
     if not writes_alpha(layer):

@@ -35,6 +35,13 @@ def file_layers() -> tuple[LayerNames, ...]:
     return unet_layers(3, {1, 2}, tree_is_diffusers=False)
 
 
+def other_file_layers() -> tuple[tuple[LayerNames, ...], ...]:
+    """The same for small models, with one residual block a level: the numbers of blocks are others."""
+    from networks.unet_file_layers import unet_layers
+
+    return (unet_layers(3, {1, 2}, tree_is_diffusers=False, resnets=1),)
+
+
 TARGETS = NetworkTargets(
     family="sdxl",
     file_state="library.unet_utils:sdxl_unet_state",

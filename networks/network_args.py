@@ -13,6 +13,7 @@ from typing import Any
 from library.errors import ConfigError, Problems, did_you_mean
 from library.options import parse_bool
 from library.family_table import FAMILIES
+from library.text_files import parse_toml
 from networks.block_rates import block_parsers, check_block_rates
 from networks.targets import NetworkTargets, targets_of_family
 
@@ -77,6 +78,15 @@ WEIGHT_DECOMPOSITION: dict[str, Callable[[Any], Any]] = {"dora_wd": parse_bool, 
 or (wd_on_output=False) of its input columns"""
 RANK_STABILIZED: dict[str, Callable[[Any], Any]] = {"rs_lora": parse_bool}
 """rs-LoRA (arXiv 2312.03732): scale alpha / sqrt(rank)"""
+
+
+TRAINING_ONLY = ("ggpo_sigma", "ggpo_beta", "tlora_min_rank", "tlora_alpha_rank_scale", "block_lr_zero_threshold", "verbose")
+
+
+def shapes_nothing(name: str) -> bool:
+    """Whether an argument is about training alone, dropouts and learning rates: it may change when a run goes on. Names of other packages'
+    arguments tell it as well."""
+    return name in TRAINING_ONLY or "dropout" in name or re.search(r"(^|_)lrs?(_|$)", name) is not None
 
 
 CONV_RANKS = ("conv_dim", "conv_block_dims")
@@ -245,12 +255,10 @@ def pattern_values(value: Any, parse: Callable[[Any], Any]) -> tuple[tuple[re.Pa
 def _mapping(text: str) -> dict[str, Any]:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
-        import toml
-
+    except (ValueError, RecursionError):
         try:
-            return toml.loads(f"value = {text}")["value"]
-        except (toml.TomlDecodeError, IndexError) as error:
+            return parse_toml(f"value = {text}", "the table")["value"]
+        except (ConfigError, KeyError) as error:
             raise ValueError(f"neither JSON nor a TOML table ({error})") from None
 
 

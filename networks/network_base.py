@@ -12,9 +12,11 @@ from torch import nn
 
 from library.errors import CheckpointError, ConfigError, Problems
 from library.registry import import_target
+from networks.adapter_family import nothing_fits
 from networks.adapter_module import AdapterModule
 from networks.additional_network import LISTED_PROBLEMS, AdditionalNetwork
-from networks.kinds import NetworkKind, kind_for
+from networks.kinds import MARKS, NetworkKind, kind_for
+from networks.layer_tensors import missing_alphas
 from networks.network_args import NEEDS, NetworkSettings, parse_network_args
 from networks.network_files import by_module, match_names, read_adapter_file, to_kohya_names
 from networks.selection import LayerPlan, all_layers, block_of, plan_network, rate_of, split_of
@@ -85,7 +87,7 @@ def build_module(kind: NetworkKind, plan: LayerPlan, multiplier: float, settings
     if settings.get("rs_lora"):  # scale alpha / sqrt(rank), kept as an alpha that every reader divides by the rank
         plan = replace(plan, alpha=(plan.alpha or plan.rank) * plan.rank**0.5)
     module = _build(kind, plan, multiplier, settings, kind.shape_from_settings(settings, plan.layer, plan.split))
-    if settings.get("dora_wd"):
+    if settings.get("dora_wd") and module.decomposable:
         module.decompose_weight(settings.get("wd_on_output", True))
     return module
 
@@ -109,11 +111,14 @@ def build_from_weights(
     parts = by_module(tensors)
     found, unknown = match_names(parts, layers, targets)
     if not found:
-        raise CheckpointError(f"{label} has no layer of this model (it begins with {next(iter(parts), 'nothing')}); is it an adapter for another one?")
+        raise CheckpointError(nothing_fits(label, parts, targets.family))
     if unknown:
         logger.warning(
             "%s: %d of %d modules are in no loaded model and are left out (first: %s)", label, len(unknown), len(parts), unknown[0]
         )
+    without = missing_alphas({name: parts[name] for name in found})
+    if without:
+        logger.warning("%s: %s", label, without)
     fused = replace(targets, part_by_part=False)  # in a file the tensors tell; only split_qkv takes a layer apart
     modules = [
         module_from_tensors(parts[name], layers[own], split_of(fused, layers[own], settings), multiplier, settings, kind)
@@ -121,6 +126,9 @@ def build_from_weights(
     ]
     if for_inference:
         settings = replace(settings, values={})
+    else:
+        _refuse_parts(modules, label)
+        _check_use(kind, [module for module in modules if not module.is_norm], settings, label)
     network = _finished(kind, AdditionalNetwork(targets, settings, modules, multiplier))
     _give_rates(network, {name: layers[name] for name in found.values()})
     if for_inference:
@@ -137,15 +145,52 @@ def module_from_tensors(
     """A module with the shapes of a layer's tensors in a file, of the kind `wanted` where the tensors may be its own."""
     kind = kind_for(tensors, layer.lora_name, wanted)
     _check_layer(kind, layer, CheckpointError, "the file belongs to another model")
-    unknown = kind.module_class.unknown_keys(tensors)
-    if unknown:
-        known = sorted({*kind.module_class.weight_keys, *kind.module_class.optional_keys, "alpha"})
-        raise CheckpointError(f"{layer.lora_name} has {', '.join(unknown)}, which {kind.name} does not know; known: {', '.join(known)}")
     split = split if kind.splits else None
     rank, alpha, shape = kind.shape_from_file(tensors, split)
     module = _build(kind, LayerPlan(layer, rank, alpha, None, split), multiplier, settings, shape)
     module.add_optional(tensors)
     return module
+
+
+def _check_use(kind: NetworkKind, modules: Sequence[AdapterModule], settings: NetworkSettings, label: str) -> None:
+    """The layers of a file have the kinds of their tensors, for which arguments of `kind` may do nothing: ConfigError where one
+    does nothing for any of them, a warning where it does nothing for some."""
+    values = {"dropout": settings.neuron_dropout, **{name: settings.get(name) for name in ("rank_dropout", "module_dropout")}}
+    idle = {name: [module for module in modules if name not in module.drops] for name, value in values.items() if value}
+    ratios = [name for name in settings.values if name.startswith("loraplus_") and settings.get(name)]
+    idle.update({name: [module for module in modules if not module.plus_names] for name in ratios})
+    problems = Problems()
+    for name, without in idle.items():
+        option = "--network_dropout" if name == "dropout" else f"--network_args {name}"
+        if without and len(without) == len(modules):
+            problems.add(
+                f"{option} is given, and no layer of {label} is of a kind that it does something for (the kinds are those of its"
+                " tensors); leave it out"
+            )
+        elif without:
+            logger.warning(
+                "%s does nothing for %d of the %d layers of %s (first: %s), because of their kind",
+                option, len(without), len(modules), label, without[0].lora_name,
+            )
+    problems.raise_if_any()
+    others = [module for module in modules if not isinstance(module, kind.module_class)]
+    if others and not any(import_target(target) is kind for target in MARKS):
+        logger.warning(
+            "%d of the %d layers of %s are not trained as %s but as what their tensors are (first: %s)",
+            len(others), len(modules), label, kind.name, others[0].lora_name,
+        )
+
+
+def _refuse_parts(modules: Sequence[AdapterModule], label: str) -> None:
+    """CheckpointError for layers with adapters on their parts, which are not trained."""
+    from networks.stacked import StackedModule
+
+    found = next((module.lora_name for module in modules if isinstance(module, StackedModule)), None)
+    if found is not None:
+        raise CheckpointError(
+            f"{label}: {found} is one layer here and has adapters other than plain LoRA on its parts, which cannot be trained on; merge the file"
+            " into the base instead (--base_weights, or tools/merge_lora.py --model) and train a new adapter"
+        )
 
 
 def norm_kind() -> NetworkKind:

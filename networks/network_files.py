@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 
@@ -14,11 +15,14 @@ from library.safetensors_utils import load_pickled_tensors, load_safetensors, re
 from networks.peft_config import configs_of, with_alphas
 from networks.targets import NetworkTargets
 
+logger = logging.getLogger(__name__)
+
 
 def read_adapter_file(path: str | os.PathLike[str], targets: NetworkTargets | None = None) -> dict[str, torch.Tensor]:
     """The tensors of an adapter file under kohya names; CheckpointError when it is missing, damaged or no adapter."""
     is_safetensors = os.fspath(path).endswith(".safetensors")
-    tensors = load_safetensors(path, device="cpu") if is_safetensors else load_pickled_tensors(path)
+    # read, not mapped: Windows replaces no file that is mapped, and a run may write to the name of an adapter that it read
+    tensors = load_safetensors(path, device="cpu", disable_mmap=True) if is_safetensors else load_pickled_tensors(path)
     configs = configs_of(path, read_header(path)[1] if is_safetensors else {})
     if configs:
         tensors = with_alphas(tensors, configs)
@@ -33,12 +37,19 @@ def to_kohya_names(
         example = next(iter(tensors), "nothing")
         raise CheckpointError(f"{label} is no adapter: it holds {example} and no lora_down, lora_A or the like")
     if targets is not None:
-        from networks.lora_conversion import to_kohya
+        from networks.lora_conversion import is_beside, to_kohya
 
         try:
-            return to_kohya(targets.family, tensors)
+            renamed = to_kohya(targets.family, tensors)
         except CheckpointError as error:
             raise CheckpointError(f"{label}: {error}") from error
+        beside = [key for key in renamed if is_beside(key)]
+        if beside:
+            logger.warning(
+                "%s: %d tensors are embeddings of trigger words (%s), which are no part of the adapter; they are left out here and kept by tools that"
+                " write adapter files", label, len(beside), ", ".join(sorted({".".join(key.split(".")[:2]) for key in beside})),
+            )  # fmt: skip
+        return {key: tensor for key, tensor in renamed.items() if key not in beside}
     return dict(tensors)
 
 
@@ -47,7 +58,7 @@ def is_adapter_key(key: str) -> bool:
     name = key.partition(".")[2] or key
     marks = (
         "lora_down", "lora_up", "lora_A", "lora_B", "hada_w1_a", "lokr_w1", "lokr_w2", "oft_blocks", "a1.weight", "lora.down", "lora.up",
-        "lora_linear_layer",
+        "lora_linear_layer", "_lora1.", "_lora2.",
     )  # fmt: skip
     return any(mark in name for mark in marks) or name.rpartition(".")[2] in ("diff", "diff_b", "w_norm", "b_norm", "on_input")
 

@@ -20,12 +20,13 @@ _TOP = (
 )  # fmt: skip
 
 
-def unet_layers(levels: int, attention_levels: Collection[int], *, tree_is_diffusers: bool) -> tuple[LayerNames, ...]:
+def unet_layers(levels: int, attention_levels: Collection[int], *, tree_is_diffusers: bool, resnets: int = RESNETS) -> tuple[LayerNames, ...]:
     """Every layer of a U-Net with so many levels, of which those in `attention_levels` (counted on the way down) have
-    transformers. `tree_is_diffusers` says which of the two namings our module tree carries."""
+    transformers, and so many residual blocks a level on the way down. `tree_is_diffusers` says which of the two namings our module
+    tree carries."""
     from library.unet_convert import diffusers_to_original
 
-    theirs = list(_diffusers_paths(levels, attention_levels))
+    theirs = list(_diffusers_paths(levels, attention_levels, resnets))
     pairs = diffusers_to_original({f"{path}.weight": path for path in theirs})
     originals = {path: key.removesuffix(".weight") for key, path in pairs.items()}
     if tree_is_diffusers:
@@ -33,15 +34,15 @@ def unet_layers(levels: int, attention_levels: Collection[int], *, tree_is_diffu
     return tuple(LayerNames(originals[path], (path,), model="unet") for path in theirs)
 
 
-def _diffusers_paths(levels: int, attention_levels: Collection[int]) -> Iterator[str]:
+def _diffusers_paths(levels: int, attention_levels: Collection[int], resnets: int) -> Iterator[str]:
     yield from _TOP
     yield from (f"mid_block.resnets.{number}.{leaf}" for number in range(2) for leaf in _RESNET)
     yield from (f"mid_block.attentions.0.{leaf}" for leaf in _TRANSFORMER)
-    for side, resnets, sampler in (("down", RESNETS, "downsamplers"), ("up", RESNETS + 1, "upsamplers")):
+    for side, count, sampler in (("down", resnets, "downsamplers"), ("up", resnets + 1, "upsamplers")):
         for level in range(levels):
             place = f"{side}_blocks.{level}"
             has_attention = (level if side == "down" else levels - 1 - level) in attention_levels
-            for number in range(resnets):
+            for number in range(count):
                 yield from (f"{place}.resnets.{number}.{leaf}" for leaf in _RESNET)
                 if has_attention:
                     yield from (f"{place}.attentions.{number}.{leaf}" for leaf in _TRANSFORMER)

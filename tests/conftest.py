@@ -5,3 +5,21 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests import pairwise  # noqa: E402 - after the settings
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="cross products of settings in full, not pairwise")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cross_product(*axes): a parameter or a tuple of parameters each; runs pairwise without --full")
+
+
+def pytest_collection_modifyitems(config, items):
+    chosen = any("[" in word for word in config.args)  # a case that was named runs
+    if not config.getoption("full") and not chosen:
+        kept = pairwise.chosen(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]

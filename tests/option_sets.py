@@ -11,19 +11,20 @@ from typing import Any
 
 from library.family_table import FAMILIES
 from library.options import is_bool_option, value_type
-from library.training.parser_common import Script, script
+from library.training.option_reader import Script
+from library.training.parser_common import script
 
 FOLDER = Path(__file__).parent / "golden" / "options"
 SCRIPTS = tuple((family, "network") for family in FAMILIES)
 
 
 def status(what: Script, name: str) -> str:
-    """works, refused or equivalent, in this script."""
-    return "refused" if name in what.refused else what.spec(name).status
+    """works, equivalent, ignored, foreign or refused, in this script."""
+    return what.status(name)
 
 
 def reason(what: Script, name: str) -> str | None:
-    return what.refused.get(name) or what.spec(name).reason
+    return what.reason(name)
 
 
 def option_set(what: Script) -> dict[str, dict[str, Any]]:

@@ -29,6 +29,7 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "accelerate", "safetenso
 # Runs a script with --help where an import of a heavy package fails. How long it takes is measured by benchmarks/startup.py.
 HELP_PROBE = """
 import runpy, sys
+from tests.waiting import PATIENCE
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {heavy!r}:
@@ -42,7 +43,7 @@ runpy.run_path({script!r}, run_name="__main__")
 
 def probe_help(script: str) -> subprocess.CompletedProcess:
     code = HELP_PROBE.format(heavy=HEAVY, folder=str((ROOT / script).parent), script=str(ROOT / script))
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *TOOLS, *EXAMPLES])
@@ -104,7 +105,7 @@ def test_links_in_the_documentation_lead_to_files():
 def setup_arguments() -> dict:
     """What setup.py hands to setuptools."""
     code = "import setuptools, json, runpy\nsetuptools.setup = lambda **a: print(json.dumps(a))\nrunpy.run_path('setup.py')"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

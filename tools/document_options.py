@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.options import is_bool_option, option_fields, value_type  # noqa: E402
-from library.training.parser_common import Script, script  # noqa: E402
+from library.training.option_reader import Script  # noqa: E402
+from library.training.parser_common import script  # noqa: E402
 
 PAGES: dict[tuple[str, str], str] = {
     ("flux", "network"): "docs/flux_train_network.md",
@@ -52,11 +53,13 @@ def _row(what: Script, options_class: type, name: str) -> str:
     default = what.default(name)
     shown = "" if default is None or default is False or default == "" else f"`{default}`"
     meaning = spec.help
-    reason = what.refused.get(name) or (spec.reason if spec.status == "refused" else None)
-    if reason:
+    status, reason = what.status(name), what.reason(name)
+    if status in ("refused", "foreign"):
         meaning += f". **Not available:** {reason}"
-    elif spec.status == "equivalent":
-        meaning += f". Accepted without effect; {str(spec.reason).partition(': ')[2]}"
+    elif status == "ignored":
+        meaning += f". **Ignored:** {reason}"
+    elif status == "equivalent":
+        meaning += f". Accepted without effect; {str(reason).partition(': ')[2]}"
     return f"| `--{name}` | {_cell(_values(options_class, name))} | {_cell(shown)} | {_cell(meaning)} |"
 
 

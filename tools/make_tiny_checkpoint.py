@@ -87,7 +87,7 @@ def command(name: str, tiny: TinySet, dataset: str) -> str:
     script = ROOT / entry.script
     words = [
         "python", entry.script if Path.cwd() == ROOT else str(script), *tiny.arguments(), *entry.options, f"--dataset_config={dataset}",
-        f"--network_module={entry.network_module}", "--network_dim=4", "--learning_rate=1e-3", f"--max_train_steps={STEPS}",
+        f"--network_module={entry.network_module}", "--network_dim=4", "--network_alpha=4", "--learning_rate=1e-3", f"--max_train_steps={STEPS}",
         "--max_data_loader_n_workers=0", "--seed=1", f"--output_dir={folder / 'output'}", f"--output_name={name}_lora",
         f"--sample_prompts={folder / 'prompts.txt'}", f"--sample_every_n_steps={STEPS}",
     ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,24 @@ class Batch:
 
     def get(self, key: str, default: Any = None) -> Any:
         return getattr(self, key, default)
+
+    def rows(self, rows: Sequence[int]) -> Batch:
+        """A batch of the samples of these numbers; `request` stays that of the whole."""
+
+        def part(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value[torch.tensor(rows, dtype=torch.int64, device=value.device)]
+            return value
+
+        def listed(values: list[Any]) -> list[Any]:
+            return [values[i] for i in rows] if len(values) == len(self) else values
+
+        names = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "request"}
+        of_samples = ("image_keys", "captions", "flippeds", "custom_attributes", "latent_seeds")
+        return dataclasses.replace(self, **{
+            name: listed(value) if name in of_samples else [part(v) for v in value] if isinstance(value, list) else part(value)
+            for name, value in names.items()
+        })
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy with all tensors on `device`, but for the network multipliers, which are read as numbers."""

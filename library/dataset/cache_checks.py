@@ -58,8 +58,13 @@ def shared_file_problems(items: Iterable[ImageItem], path_of) -> list[str]:
 
 
 def check_cache_folders(paths: Iterable[str]) -> None:
-    """Raise ConfigError when one of these files could not be written, naming every folder that refuses."""
-    problems = []
+    """Raise ConfigError when one of these files could not be written, naming every folder that refuses and everything that is no
+    file where one belongs."""
+    paths = list(paths)
+    problems = [
+        f"{path} is where a cache file belongs, and is a {'folder' if os.path.isdir(path) else 'pipe or device'}; remove or rename it"
+        for path in sorted(set(paths)) if os.path.exists(path) and not os.path.isfile(path)
+    ]  # fmt: skip
     for folder in sorted({os.path.dirname(path) or "." for path in paths}):
         try:
             with tempfile.TemporaryFile(dir=folder):

@@ -11,9 +11,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 from library.dataset.architectures import DataArchitecture
 from library.dataset.npz_file import UNREADABLE, ArrayHeader, checksum, read_arrays, read_headers, write_arrays
 from library.errors import CheckpointError
+from library.file_limits import path_within_limit
 
 logger = logging.getLogger(__name__)
 
@@ -34,25 +35,26 @@ LATENT_KEYS = ("latents", "original_size", "crop_ltrb", "latents_flipped", "alph
 # ---- names ------------------------------------------------------------------------------------------------------------
 
 def latents_npz_path(architecture: DataArchitecture, image_path: str, image_size: tuple[int, int]) -> str:
-    """`<image without extension>_<WWWW>x<HHHH><suffix>`; the size is that of the image."""
+    """`<image without extension>_<WWWW>x<HHHH><suffix>`; the size is that of the image. A name that would be too long for the
+    file system is cut and ends in a hash, here and for text outputs."""
     width, height = image_size
-    return f"{os.path.splitext(image_path)[0]}_{width:04d}x{height:04d}{architecture.latents_suffix}"
+    return path_within_limit(os.path.splitext(image_path)[0], f"_{width:04d}x{height:04d}{architecture.latents_suffix}")
 
 
 def text_npz_path(architecture: DataArchitecture, image_path: str) -> str:
     """`<image without extension><suffix>`; ValueError for a family whose text outputs are never cached."""
     if architecture.text_suffix is None:
         raise ValueError(f"{architecture.name} has no cache of text encoder outputs")
-    return os.path.splitext(image_path)[0] + architecture.text_suffix
+    return path_within_limit(os.path.splitext(image_path)[0], architecture.text_suffix)
 
 
 def image_size_from_latents_path(architecture: DataArchitecture, image_path: str, npz_path: str) -> tuple[int, int] | None:
     """(width, height) from the name of a cache file of exactly this image, or None when the file is another's."""
-    stem, suffix = os.path.splitext(image_path)[0] + "_", architecture.latents_suffix
-    if not (npz_path.startswith(stem) and npz_path.endswith(suffix)):
-        return None
-    width, separator, height = npz_path[len(stem) : len(npz_path) - len(suffix)].partition("x")
-    return (int(width), int(height)) if separator and width.isdecimal() and height.isdecimal() else None
+    found = re.search(r"_(\d+)x(\d+)$", npz_path.removesuffix(architecture.latents_suffix))
+    size = (int(found[1]), int(found[2])) if found else (0, 0)
+    ending = f"{found[0]}{architecture.latents_suffix}" if found else ""
+    is_own = found is not None and npz_path == path_within_limit(os.path.splitext(image_path)[0], ending)
+    return size if is_own else None
 
 
 def size_suffix(architecture: DataArchitecture, bucket_wh: tuple[int, int]) -> str:
@@ -75,6 +77,13 @@ class ImageIdentity:
     def of(cls, path: str, with_content: bool = False) -> ImageIdentity:
         status = os.stat(path)
         return cls(status.st_size, status.st_mtime_ns, file_content_id(path) if with_content else "")
+
+    @classmethod
+    def from_record(cls, values: Any) -> ImageIdentity | None:
+        """None where nothing was recorded; what is damaged is the identity of no file."""
+        if values is None:
+            return None
+        return cls(**values) if isinstance(values, dict) and values.keys() == asdict(cls(0, 0)).keys() else cls(-1, -1)
 
     def is_still(self, path: str) -> bool:
         """Whether the file is the one that was recorded: same size and time, or same bytes (a copied data set)."""
@@ -149,12 +158,21 @@ def load_latents(path: str, architecture: DataArchitecture, bucket_wh: tuple[int
             suffix = ""
         if not _has_latents(headers, architecture, bucket_wh, suffix):
             raise LatentsNotFound(f"latents{size_suffix(architecture, bucket_wh)} not found in {path}")
-        arrays = read_arrays(path, [name + suffix for name in LATENT_KEYS])
+        arrays = read_arrays(path, [name + suffix for name in LATENT_KEYS], headers)
+        _check_others(headers, {f"latents_flipped{suffix}": headers[f"latents{suffix}"].shape, f"alpha_mask{suffix}": None})
     except LatentsNotFound:
         raise
     except UNREADABLE as error:
         raise CheckpointError(f"cache file {path} cannot be read ({error}); delete it and run again to make it anew") from error
     return LatentArrays(**{name: arrays.get(name + suffix) for name in LATENT_KEYS})
+
+
+def _check_others(headers: Mapping[str, ArrayHeader], wanted: Mapping[str, tuple[int, ...] | None]) -> None:
+    """ValueError when an array that need not be there is, and cannot be used. None: any two sides."""
+    for key, shape in wanted.items():
+        header = headers.get(key)
+        if header is not None and not header.holds("f", header.shape if shape is None and len(header.shape) == 2 else shape):
+            raise ValueError(f"{key} holds {header.dtype} of shape {list(header.shape)}")
 
 
 class LatentsNotFound(ValueError):
@@ -185,10 +203,10 @@ def latents_problem(
         return f"no latents of size {bucket_wh[0]}x{bucket_wh[1]}"
     shape = headers[f"latents{suffix}"].shape
     flipped = headers.get(f"latents_flipped{suffix}")
-    if flip_aug and (flipped is None or flipped.shape != shape):
+    if flip_aug and (flipped is None or not flipped.holds("f", shape)):
         return "no mirrored latents"
     mask = headers.get(f"alpha_mask{suffix}")
-    if alpha_mask and (mask is None or mask.shape != (bucket_wh[1], bucket_wh[0])):
+    if alpha_mask and (mask is None or not mask.holds("f", (bucket_wh[1], bucket_wh[0]))):
         return "no alpha mask"
     stored = read_record(path, headers, RECORD_KEY + suffix)
     if stored is None or expected is None:
@@ -201,8 +219,8 @@ def _has_latents(
 ) -> bool:
     spec = architecture.latents
     wanted = (spec.channels, bucket_wh[1] // spec.spatial_stride, bucket_wh[0] // spec.spatial_stride)
-    found = headers.get(f"latents{suffix}")
-    return found is not None and found.shape == wanted and all(f"{k}{suffix}" in headers for k in ("original_size", "crop_ltrb"))
+    needed = {"latents": ("f", wanted), "original_size": ("iuf", (2,)), "crop_ltrb": ("iuf", (4,))}
+    return all(f"{key}{suffix}" in headers and headers[f"{key}{suffix}"].holds(*what) for key, what in needed.items())
 
 
 def _latents_record_problem(stored: Mapping[str, Any], expected: LatentsRecord, image_path: str | None) -> str | None:
@@ -210,12 +228,12 @@ def _latents_record_problem(stored: Mapping[str, Any], expected: LatentsRecord, 
         return f"record version {stored.get('version')}"
     if differ(stored.get("model"), expected.model) or differ(stored.get("latent_space"), expected.latent_space):
         return "made with another VAE"
-    if tuple(stored.get("resized", ())) != tuple(expected.resized) or stored.get("interpolation") != expected.interpolation:
+    if stored.get("resized") != list(expected.resized) or stored.get("interpolation") != expected.interpolation:
         return "made with other resize settings"
     if stored.get("exif") != expected.exif:
         return "made with another EXIF policy"
-    image = stored.get("image")
-    if image is not None and image_path is not None and not ImageIdentity(**image).is_still(image_path):
+    image = ImageIdentity.from_record(stored.get("image"))
+    if image is not None and image_path is not None and not image.is_still(image_path):
         return "the image has changed"
     return None
 
@@ -229,7 +247,7 @@ def differ(stored: str | None, expected: str) -> bool:
 
 def headers_or_reason(path: str) -> dict[str, ArrayHeader] | str:
     """The headers, or a text that says why there are none; a damaged file is a warning, not an error."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         return "no file"
     try:
         return read_headers(path)
@@ -240,7 +258,7 @@ def headers_or_reason(path: str) -> dict[str, ArrayHeader] | str:
 
 def existing_arrays(path: str) -> dict[str, np.ndarray]:
     """All arrays of a file that is there and sound, else none."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         return {}
     try:
         return read_arrays(path)
@@ -255,12 +273,23 @@ def record_array(record: Any) -> np.ndarray:
 
 def read_record(path: str, headers: Mapping[str, ArrayHeader], key: str) -> dict[str, Any] | None:
     """The record, or None where there is none, or where the arrays are no longer those it was written with (another
-    trainer has rewritten them and carried the record along)."""
+    trainer has rewritten them and carried the record along). A damaged record is an empty one, which fits nothing."""
     if key not in headers:
         return None
     try:
-        record = json.loads(str(read_arrays(path, [key])[key]))
+        record = parse_record(read_arrays(path, [key], headers)[key]) if headers[key].holds("U", ()) else {}
     except UNREADABLE:
-        return None
+        return {}
     sums = record.get("checksums", {})
+    if not isinstance(sums, dict):
+        return {}
     return record if all(name in headers and headers[name].crc == crc for name, crc in sums.items()) else None
+
+
+def parse_record(array: np.ndarray) -> dict[str, Any]:
+    """The record in an array of `record_array`; empty when it is damaged."""
+    try:
+        record = json.loads(str(array))
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}

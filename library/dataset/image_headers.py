@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import zlib
 from pathlib import Path
@@ -36,12 +37,15 @@ def look_at_image(path: str | Path) -> ImageCheck:
     Damage in the middle of a file shows only when it is decoded (`verify_image`).
     """
     try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a file")
+        num_bytes = status.st_size
         with open(path, "rb", buffering=0) as file:
-            num_bytes = os.fstat(file.fileno()).st_size
             head = file.read(HEAD_BYTES)
             found = _from_head(file, head, num_bytes)
     except OSError:
-        found = None  # Pillow's way has the message
+        head, num_bytes, found = b"", 0, None  # what follows has the message
     if found is not None:
         return found
     with opened_image(path) as image:

@@ -5,7 +5,9 @@ Arrays are uint8 [H, W, 3] (RGB) or [H, W, 4] (RGBA); sizes are (width, height),
 
 from __future__ import annotations
 
+import os
 import random
+import stat
 import struct
 import warnings
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from library.errors import ConfigError
+from library.picture_files import allow_long_texts
 
 Size = tuple[int, int]
 
@@ -111,8 +114,12 @@ class opened_image:
         self.image: Image.Image | None = None
 
     def __enter__(self) -> Image.Image:
+        allow_long_texts()
         try:
-            if Path(self.path).stat().st_size == 0:
+            status = os.stat(self.path)
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageFileError(f"{self.path} is a folder, a pipe or a device; the file of an image is needed")
+            if status.st_size == 0:
                 raise ImageFileError(f"{self.path} is an empty file (0 bytes)")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)

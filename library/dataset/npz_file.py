@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,10 @@ UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, Key
 """What reading a damaged npz raises, whichever part is damaged."""
 
 
+MOST_UNPACKED = 1 << 30
+"""bytes; caches are written as they are, and packed ones of other programs are smaller by far"""
+
+
 @dataclass(frozen=True)
 class ArrayHeader:
     """Shape and dtype of an array in a file; `crc` is the checksum that the zip directory holds."""
@@ -27,27 +33,57 @@ class ArrayHeader:
     dtype: np.dtype
     crc: int
 
+    def holds(self, kinds: str, shape: tuple[int, ...] | None) -> bool:
+        """Whether the array has numbers of one of these kinds (letters of numpy's `dtype.kind`) in this machine's byte order,
+        and this shape."""
+        return self.dtype.kind in kinds and self.dtype.isnative and self.shape == shape
+
 
 def read_headers(path: str | os.PathLike[str]) -> dict[str, ArrayHeader]:
-    """Key -> header of every array; the data are not read. Raises one of UNREADABLE for a damaged file."""
-    headers = {}
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            with archive.open(info) as member:
-                version = npy_format.read_magic(member)
-                if version not in ((1, 0), (2, 0)):
-                    raise ValueError(f"{info.filename} has npy version {version}")
-                read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
-                shape, _, dtype = read(member)
-            headers[info.filename.removesuffix(".npy")] = ArrayHeader(shape, dtype, info.CRC)
-    return headers
+    """Key -> header of every array; the data are not read. Raises one of UNREADABLE for a damaged file: one of an array that
+    holds more or less than its header says, or would unpack to more than memory should hold."""
+    with _only_unreadable(), zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+        unpacked = sum(info.file_size for info in infos if info.compress_size != info.file_size)
+        if unpacked > MOST_UNPACKED:
+            raise ValueError(f"its packed arrays would unpack to {unpacked} bytes")
+        return {info.filename.removesuffix(".npy"): _header_of(archive, info) for info in infos}
 
 
-def read_arrays(path: str | os.PathLike[str], keys: list[str] | None = None) -> dict[str, np.ndarray]:
-    """The named arrays, all without `keys`; absent ones are left out. Raises one of UNREADABLE for a damaged file."""
-    with np.load(path, allow_pickle=False) as archive:
-        names = archive.files if keys is None else [key for key in keys if key in archive.files]
-        return {name: archive[name] for name in names}
+def _header_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> ArrayHeader:
+    if info.file_size == info.compress_size and info.file_size > archive.start_dir:  # it is stored as it is, in this file
+        raise ValueError(f"{info.filename} is longer than the file")
+    with archive.open(info) as member:
+        version = npy_format.read_magic(member)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{info.filename} has npy version {version}")
+        read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+        shape, _, dtype = read(member)
+        num_bytes = info.file_size - member.tell()
+    if any(side < 0 for side in shape) or num_bytes != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{info.filename} has {num_bytes} bytes, which is not {dtype} of shape {list(shape)}")
+    return ArrayHeader(tuple(map(int, shape)), dtype, info.CRC)
+
+
+def read_arrays(
+    path: str | os.PathLike[str], keys: list[str] | None = None, headers: Mapping[str, ArrayHeader] | None = None
+) -> dict[str, np.ndarray]:
+    """The named arrays, all without `keys`; absent ones are left out. Raises one of UNREADABLE for a damaged file. `headers`:
+    those of the file, where the caller has read them."""
+    headers = read_headers(path) if headers is None else headers
+    with _only_unreadable(), np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in (headers if keys is None else keys) if name in headers}
+
+
+@contextmanager
+def _only_unreadable() -> Iterator[None]:
+    """Damaged bytes bring zipfile and numpy to raise nearly anything; callers get one of UNREADABLE."""
+    try:
+        yield
+    except UNREADABLE:
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,11 +15,16 @@ from library.dataset.cache_io import (
     differ,
     existing_arrays,
     headers_or_reason,
+    parse_record,
     read_record,
     record_array,
 )
-from library.dataset.npz_file import UNREADABLE, ArrayHeader, checksum, read_arrays, write_arrays
+from library.dataset.npz_file import UNREADABLE, ArrayHeader, checksum, read_arrays, read_headers, write_arrays
 from library.errors import CheckpointError
+
+
+_STORED_KINDS = {"float": "f", "float32": "f", "bool": "biu"}
+"""kind of an output -> letters of numpy's `dtype.kind` that another trainer may have stored it in; the others are whole numbers"""
 
 
 @dataclass(frozen=True)
@@ -39,15 +43,20 @@ class TextKey:
 @dataclass(frozen=True)
 class TextLayout:
     """`keys` in the order of the conditioning list; `flags`: options stored beside them that must be equal to use the file;
-    `live_when_partial`: outputs of the encoders that can be trained while the others are cached."""
+    `live_when_partial`: outputs of the encoders that can be trained while the others are cached; `foreign`: how the numbers in
+    files of known trainers differ from ours."""
 
     keys: tuple[TextKey, ...]
     flags: tuple[str, ...] = ()
     live_when_partial: frozenset[str] = frozenset()
+    foreign: str = ""
 
 
 TEXT_LAYOUTS: dict[str, TextLayout] = {
-    "sdxl": TextLayout((TextKey("hidden_state1"), TextKey("hidden_state2"), TextKey("pool2", num_dims=1))),
+    "sdxl": TextLayout(
+        (TextKey("hidden_state1"), TextKey("hidden_state2"), TextKey("pool2", num_dims=1)),
+        foreign="their pooled captions (pool2) may have gone through the transposed text_projection",
+    ),
     "sd3": TextLayout(
         (
             TextKey("lg_out"), TextKey("t5_out", is_sized=True), TextKey("lg_pooled", num_dims=1),
@@ -64,6 +73,7 @@ TEXT_LAYOUTS: dict[str, TextLayout] = {
         ),
         flags=("apply_t5_attn_mask",),
         live_when_partial=frozenset({"l_pooled"}),
+        foreign="their pooled captions (l_pooled) were computed with gelu in the place of quick_gelu",
     ),
     "lumina": TextLayout(
         (
@@ -148,8 +158,13 @@ def keys_problem(path: str, layout: TextLayout, expected: TextRecord, needed: tu
 
 def load_text(path: str, layout: TextLayout, suffix: str = "", leave_out: frozenset[str] = frozenset()) -> list[np.ndarray | None]:
     """The outputs in the order of the conditioning list; None for those in `leave_out` and those not stored."""
+    wanted = {key.name + suffix: key for key in layout.keys if key.name not in leave_out}
     try:
-        arrays = read_arrays(path, [key.name + suffix for key in layout.keys if key.name not in leave_out])
+        headers = read_headers(path)
+        for name, key in wanted.items():
+            if name in headers and not _has_kind(headers[name], key):
+                raise ValueError(f"{name} holds {headers[name].dtype}")
+        arrays = read_arrays(path, list(wanted), headers)
     except UNREADABLE as error:
         raise CheckpointError(f"cache file {path} cannot be read ({error}); delete it and run again to make it anew") from error
     return [arrays.get(key.name + suffix) for key in layout.keys]
@@ -179,7 +194,7 @@ def save_text(
 def _captions_in(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Suffix -> caption hash of the captions that a text cache file holds."""
     return {
-        key.removeprefix(RECORD_KEY): json.loads(str(array)).get("caption", "")
+        key.removeprefix(RECORD_KEY): parse_record(array).get("caption", "")
         for key, array in arrays.items()
         if key.startswith(RECORD_KEY)
     }
@@ -196,10 +211,16 @@ def _text_keys_problem(
             return f"no {key.name}"
         if len(header.shape) != key.num_dims:
             return f"{key.name} has shape {list(header.shape)}"
+        if not _has_kind(header, key):
+            return f"{key.name} holds {header.dtype}"
         if key.is_sized and max_token_length is not None and header.shape[0] != max_token_length:
             return f"{key.name} has {header.shape[0]} tokens, {max_token_length} are needed"
-    missing = [name for name in layout.flags if name + suffix not in headers]
+    missing = [name for name in layout.flags if name + suffix not in headers or not headers[name + suffix].holds("biu", ())]
     return f"no {missing[0]}" if missing else None
+
+
+def _has_kind(header: ArrayHeader, key: TextKey) -> bool:
+    return header.holds(_STORED_KINDS.get(key.kind, "iu"), header.shape)
 
 
 def _flags_problem(path: str, layout: TextLayout, expected: TextRecord) -> str | None:
@@ -218,7 +239,8 @@ def _text_record_problem(stored: Mapping[str, Any], expected: TextRecord) -> str
     for name in ("max_token_length", "is_weighted"):
         if stored.get(name) != getattr(expected, name):
             return f"made with another {name}"
+    flags = stored.get("flags")
     for name, value in expected.flags.items():
-        if stored.get("flags", {}).get(name) != value:
+        if not isinstance(flags, dict) or flags.get(name) != value:
             return f"made with another {name}"
     return None

@@ -15,7 +15,7 @@ import torch
 
 from library.errors import ConfigError, TrainingError
 from library.options import Config
-from library.training.option_groups import DdpOptions, LoopOptions, ModelOptions, PrecisionOptions
+from library.training.option_groups import DdpOptions, ModelOptions, PrecisionOptions
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,11 @@ class Runtime:
         torch.manual_seed(seed)
 
 
+def is_main_process() -> bool:
+    """Before the process group is there: by what the launchers set."""
+    return int(os.environ.get("RANK", "0") or 0) == 0
+
+
 def prepare_runtime(config: Config) -> Runtime:
     """Start accelerate and form the process group; TrainingError when processes that were started do not see each other."""
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -134,7 +139,7 @@ def allow_fp16_gradients(scaler: Any) -> None:
 
 
 def shared_seed(given: int | None, num_processes: int) -> int:
-    """--seed, or a number drawn by the main process and known to all."""
+    """--seed or that of the state to go on with, else a number drawn by the main process and known to all."""
     if given is not None:
         return given
     box = [secrets.randbits(32)]
@@ -144,7 +149,9 @@ def shared_seed(given: int | None, num_processes: int) -> int:
 
 
 def _runtime_of(accelerator: Any, config: Config) -> Runtime:
-    precision, given_seed = config[PrecisionOptions], config[LoopOptions].seed
+    from library.training.state import seed_of
+
+    precision, given_seed = config[PrecisionOptions], seed_of(config)
     weight_dtype = DTYPES[precision.mixed_precision]
     fp8 = torch.float8_e4m3fn
     return Runtime(

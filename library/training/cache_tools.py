@@ -16,8 +16,9 @@ from library.errors import AtelierError, ConfigError, Problems
 from library.family_table import FAMILIES, family_entry
 from library.options import Config, equivalent_option, option, option_fields, refused_option
 from library.registry import import_target
-from library.training import parser_common
+from library.training import option_reader, parser_common
 from library.training.config_file import read_config_file
+from library.training.idle_options import as_block
 from library.training.option_groups import (
     ConfigFileOptions,
     ConsoleOptions,
@@ -86,7 +87,7 @@ def refusals(family: type[ModelFamily], what: str) -> dict[str, str]:
     return {**family.refused, **reasons}
 
 
-def tool_script(family: str, what: str) -> parser_common.Script:
+def tool_script(family: str, what: str) -> option_reader.Script:
     """The options of the tool that caches `what` ("latents" or "text") for a family."""
     family_class = import_target(family_entry(family).family)
     defaults = (
@@ -94,11 +95,14 @@ def tool_script(family: str, what: str) -> parser_common.Script:
         if what == "latents"
         else {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
     )
-    return parser_common.Script(
+    return option_reader.Script(
         family, f"cache of {what}",
         classes=(CacheToolOptions, family_switches(), ConfigFileOptions, ModelOptions, family_class.options, DatasetOptions,
                  CachingOptions, LoopOptions, PrecisionOptions, DdpOptions, ConsoleOptions),
         refused=refusals(family_class, what),
+        ignored=family_class.ignored,
+        foreign=family_class.foreign,
+        neutral=family_class.neutral,
         defaults={**family_class.defaults, **defaults},
         shares_file=True,
     )
@@ -128,7 +132,7 @@ def chosen_family(argv: Sequence[str], default: str | None = None) -> str:
 
 def _names_used(words: Sequence[str], config_file: str | None) -> set[str]:
     """Names of options on the command line and in the configuration file, as far as that can be read."""
-    names = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    names = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
     try:
         return names | set(read_config_file(config_file)) if config_file else names
     except ConfigError:
@@ -144,7 +148,7 @@ def _families_with(names: set[str]) -> set[str]:
 def build_parser(what: str, family: str = FIRST_FAMILY) -> argparse.ArgumentParser:
     """The parser of a tool with the options of one family."""
     script = tool_script(family, what)
-    parser = parser_common.parser_of(script)
+    parser = option_reader.parser_of(script)
     parser.description = (
         f"Fill the {'latent' if what == 'latents' else 'text encoder output'} cache of a data set. Options of the family {family};"
         f" families: {', '.join(FAMILIES)}."
@@ -179,6 +183,10 @@ def run(what: str, argv: Sequence[str]) -> None:
     set_up_logging(config[ConsoleOptions])
     for note in parsed.notes:
         logger.log(note.level, note.text)
+    if config.ignored and config[ConfigFileOptions].strict:
+        raise ConfigError([f"{item} (--strict is set)" for item in config.ignored])
+    if config.ignored:
+        logger.warning("%s", as_block(config.ignored))
     family = import_target(family_entry(name).family)(config)
     _name_unused(family, config, what)
     data, runtime = _data(config, family, what)
@@ -194,7 +202,7 @@ def only_this_cache(config: Config, what: str) -> Config:
     off = (_OTHER[what], f"{_OTHER[what]}_to_disk")
     groups = {options_class: config[options_class] for options_class in config.classes()}
     groups[CachingOptions] = dataclasses.replace(caching, **{name: False for name in off})
-    return Config(groups, config.explicit)
+    return Config(groups, config.explicit, config.ignored)
 
 
 def _name_unused(family: ModelFamily, config: Config, what: str) -> None:

@@ -19,20 +19,21 @@ from library.dataset import CachingOptions, DatasetOptions
 from library.errors import AtelierError, ConfigError, Problems
 from library.family_table import script_name
 from library.options import Config, MissingGroup
-from library.training.checkpoint import CheckpointNames
+from library.text_files import parse_toml, read_text
+from library.training.earlier_runs import existing_problems, final_file, resumed_state
 from library.training.formula_checks import formula_problems
+from library.training.idle_options import strict_problems
 from library.training.option_groups import (
     HubOptions,
     LoggingOptions,
     LoopOptions,
     MemoryOptions,
     MetadataOptions,
-    NoiseOptions,
     ResumeOptions,
     SamplingOptions,
     SavingOptions,
-    ValidationOptions,
 )
+from library.training.sampling_prompts import holds_no_prompt, load_prompts
 from library.training.schedulers import SchedulerOptions, parse_step_count
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[s
     for check in CHECKS:
         for message in check(config):
             problems.add(message)
-    for message in cached_text_problems(config, family, trainable):
+    for message in (*cached_text_problems(config, family, trainable), *changed_fixed_problems(config, family, trainable)):
         problems.add(message)
     problems.attempt(family.check)
     problems.attempt(lambda: trainable.check(family))
@@ -74,6 +75,7 @@ def all_problems(config: Config, family: type[ModelFamily], trainable: type[Trai
     for check in CHECKS:
         attempt(lambda: check(config))
     attempt(lambda: cached_text_problems(config, family(config), trainable(config)))
+    attempt(lambda: changed_fixed_problems(config, family(config), trainable(config)))
     attempt(lambda: family(config).check())
     attempt(lambda: trainable(config).check(family(config)))
     attempt(lambda: find_data(config, family.architecture, script_name(family.name, trainable.script)) and None)
@@ -103,32 +105,6 @@ def output_problems(config: Config) -> list[str]:
     return []
 
 
-def overwrite_problems(config: Config) -> list[str]:
-    """No file of an earlier run under the same name would be replaced, unless this run goes on with it."""
-    saving, resume = config[SavingOptions], config[ResumeOptions]
-    folder = Path(saving.output_dir or "")
-    if saving.overwrite or resume.resume or not saving.output_dir or not folder.is_dir() or config[DatasetOptions].debug_dataset:
-        return []
-    earlier = sorted(entry.name for entry in os.scandir(folder) if is_output_of(entry.name, saving))
-    if not earlier:
-        return []
-    others = f" and {len(earlier) - 1} more" if len(earlier) > 1 else ""
-    return [
-        f"{folder / earlier[0]}{others} of an earlier run would be replaced; choose another --output_name or --output_dir,"
-        " go on with that run by --resume, or replace its files with --overwrite"
-    ]
-
-
-def is_output_of(name: str, saving: SavingOptions) -> bool:
-    """Whether a run with these options could write a file or folder of this name: final, epoch and step files, their averages, states."""
-    names = CheckpointNames(saving.output_name, saving.save_model_as)
-    number = re.search(r"-(?:step)?(\d{6,})(?:-state|(?:-ema)?\.\w+)$", name)
-    stems = [names.last()]
-    if number:
-        stems += [names.epoch(int(number.group(1))), names.step(int(number.group(1)))]
-    return any(name in (names.file(stem), names.averaged_file(stem), names.state(stem)) for stem in stems)
-
-
 def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
     """Outputs of a text encoder that learns cannot be cached. Captions that change are a matter of the dataset settings."""
     training = trainable.trains_text_encoders(family)
@@ -142,17 +118,15 @@ def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainab
 def sampling_problems(config: Config) -> list[str]:
     """The prompt file exists and every line of it can be read."""
     path = config[SamplingOptions].sample_prompts
-    if path is None:
+    if path is None or holds_no_prompt(path):
         return []
     if not Path(path).is_file():
         return [f"--sample_prompts is {path}; there is no such file"]
-    from library.training.sampling_prompts import load_prompts
-
     try:
-        prompts = load_prompts(path)
+        load_prompts(path)
     except ConfigError as error:
         return list(error.problems)
-    return [] if prompts else [f"--sample_prompts is {path}, which holds no prompt"]
+    return []
 
 
 def resume_problems(config: Config) -> list[str]:
@@ -165,7 +139,7 @@ def resume_problems(config: Config) -> list[str]:
                 f"--resume is {resume.resume}; with --resume_from_huggingface it is owner/name/path[:revision[:type]]"
             )
     elif resume.resume:
-        problems += _state_problems(resume, loop)
+        problems += _state_problems(config)
     bounded_by_steps = loop.max_train_epochs is None
     if resume.initial_step is not None and bounded_by_steps and resume.initial_step >= loop.max_train_steps:
         problems.append(
@@ -179,28 +153,46 @@ def resume_problems(config: Config) -> list[str]:
     return problems
 
 
-def _state_problems(resume: ResumeOptions, loop: LoopOptions) -> list[str]:
-    from library.training.state import OPTIMIZER_FILE, WEIGHTS_FILE, read_train_state
+def _state_problems(config: Config) -> list[str]:
+    """Every file of the state is as it was written, and a step is left. One process of a machine looks at the files."""
+    from library.training.state import content_problems
+    from library.training.state_files import read_train_state, state_problems
 
-    folder = Path(resume.resume or "")
-    if not folder.is_dir():
-        return [f"--resume is {folder}; there is no such folder"]
-    missing = [name for name in (WEIGHTS_FILE, OPTIMIZER_FILE) if not (folder / name).is_file()]
-    if missing:
-        return [
-            f"--resume is {folder}, in which {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing;"
-            " give a whole state folder (its name ends in -state)"
-        ]
+    resume, loop = config[ResumeOptions], config[LoopOptions]
     try:
-        step = read_train_state(folder)["current_step"]
-    except AtelierError as error:
-        return [str(error)]
+        folder = resumed_state(config)
+    except ConfigError as error:
+        return list(error.problems)
+    if folder is None or os.environ.get("LOCAL_RANK", "0") != "0":
+        return []
+    problems = state_problems(folder) or content_problems(folder)
+    if problems:
+        return problems
+    step = read_train_state(folder)["current_step"]
     explicit = resume.initial_step is not None or resume.initial_epoch is not None
-    if not explicit and loop.max_train_epochs is None and step >= loop.max_train_steps:
+    writes_file = step == loop.max_train_steps and not final_file(config).exists()
+    if not explicit and loop.max_train_epochs is None and step >= loop.max_train_steps and not writes_file:
         return [
             f"--resume is {folder}, a run after step {step}; --max_train_steps is {loop.max_train_steps}: no step is left, raise it"
         ]
     return []
+
+
+def changed_fixed_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
+    """What the state to go on with is bound to is as in the run that wrote it."""
+    from library.training.run_settings import fixed_problems, fixed_settings, read_settings
+    from library.training.state_files import STATE_FILE, read_train_state
+
+    try:
+        folder = resumed_state(config)
+        if folder is None or not (folder / STATE_FILE).is_file():
+            return []
+        state, recorded, own = read_train_state(folder), read_settings(folder), fixed_settings(config, family, trainable)
+    except ConfigError:
+        return []  # told by the check of --resume
+    except AtelierError as error:
+        return [str(error)]
+    return fixed_problems(folder, state, recorded, config[LoopOptions].seed, own)
 
 
 def logging_problems(config: Config) -> list[str]:
@@ -225,14 +217,10 @@ def _package_problems(package: str, wanted_by: str, install: str) -> list[str]:
 
 
 def _toml_problems(name: str, path: str) -> list[str]:
-    import toml
-
     try:
-        toml.load(path)
-    except FileNotFoundError:
-        return [f"--{name} is {path}; there is no such file"]
-    except (OSError, toml.TomlDecodeError, UnicodeDecodeError) as error:
-        return [f"--{name} is {path}, which is not a readable TOML file: {error}"]
+        parse_toml(read_text(path, f"--{name} is {path}, which"), f"--{name} is {path}: it")
+    except ConfigError as error:
+        return list(error.problems)
     return []
 
 
@@ -259,7 +247,7 @@ def hub_problems(config: Config) -> list[str]:
 def compile_problems(config: Config) -> list[str]:
     """The backend of --torch_compile is one that this torch knows."""
     memory = config[MemoryOptions]
-    if not memory.torch_compile:
+    if not memory.compiles:
         return []
     from library.training.compilation import unknown_backend
 
@@ -267,8 +255,9 @@ def compile_problems(config: Config) -> list[str]:
 
 
 CHECKS: tuple[Callable[[Config], list[str]], ...] = (
+    strict_problems,
     output_problems,
-    overwrite_problems,
+    existing_problems,
     sampling_problems,
     resume_problems,
     logging_problems,
@@ -280,60 +269,26 @@ CHECKS: tuple[Callable[[Config], list[str]], ...] = (
 
 
 def warnings(config: Config) -> list[str]:
-    """Options that are set and change nothing in this run, or something else than one may think."""
-    saving, sampling, loop, data = config[SavingOptions], config[SamplingOptions], config[LoopOptions], config[DatasetOptions]
+    """Options that do something else in this run than one may think."""
+    saving, sampling, loop = config[SavingOptions], config[SamplingOptions], config[LoopOptions]
     lines = []
-    for unit in ("epochs", "steps"):
-        every = getattr(saving, f"save_every_n_{unit}") or (unit == "epochs" and saving.save_n_epoch_ratio)
-        for name in (f"save_last_n_{unit}", f"save_last_n_{unit}_state"):
-            if getattr(saving, name) is not None and not every:
-                lines.append(f"--{name} has no effect without --save_every_n_{unit}")
     if saving.save_every_n_epochs and saving.save_n_epoch_ratio:
         lines.append("--save_n_epoch_ratio replaces --save_every_n_epochs")
     if sampling.sample_every_n_epochs and sampling.sample_every_n_steps:
         lines.append("--sample_every_n_epochs replaces --sample_every_n_steps")
-    if sampling.sample_prompts and not (
-        sampling.sample_every_n_epochs or sampling.sample_every_n_steps or sampling.sample_at_first
-    ):
-        lines.append(
-            "--sample_prompts has no effect without --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
-        )
-    if loop.persistent_data_loader_workers and loop.max_data_loader_n_workers == 0:
-        lines.append("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
+    if wants_samples(sampling) and not sampling.sample_prompts:
+        lines.append("no sample images are made: --sample_prompts, the file of the prompts, is not given")
+    if wants_samples(sampling) and holds_no_prompt(sampling.sample_prompts):
+        lines.append(f"--sample_prompts is {sampling.sample_prompts}, which holds no prompt: no sample images are made")
     if loop.max_train_epochs is not None and "max_train_steps" in config.explicit:
         lines.append("--max_train_epochs replaces --max_train_steps")
     warmup = parse_step_count(config[SchedulerOptions].lr_warmup_steps).resolve(loop.max_train_steps)
     if loop.max_train_epochs is None and warmup >= loop.max_train_steps > 1:
         lines.append(f"--lr_warmup_steps is {warmup} of {loop.max_train_steps} steps: the full learning rate is never reached")
-    lines += _idle_log_options(config[LoggingOptions])
-    lines += _idle_noise_options(config)
-    asked = [
-        name
-        for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
-        if getattr(config[ValidationOptions], name)
-    ]
-    if asked and data.dataset_config is None and not data.validation_split:
-        lines.append(f"--{asked[0]} has no effect without --validation_split")
     if saving.save_model_as in ("ckpt", "pt") and not config[MetadataOptions].no_metadata:
         lines.append(f"--save_model_as {saving.save_model_as} holds no metadata; safetensors does")
     return lines
 
 
-def _idle_noise_options(config: Config) -> list[str]:
-    """Settings of a kind of noise that is off."""
-    noise, owners = config[NoiseOptions], {
-        "noise_offset_random_strength": "noise_offset", "ip_noise_gamma_random_strength": "ip_noise_gamma",
-        "multires_noise_discount": "multires_noise_iterations",
-    }  # fmt: skip
-    idle = [(name, owner) for name, owner in owners.items() if getattr(noise, name) and name in config.explicit and not getattr(noise, owner)]
-    return [f"--{name} has no effect without --{owner}" for name, owner in idle]
-
-
-def _idle_log_options(logs: LoggingOptions) -> list[str]:
-    """Settings of curves that nobody keeps, or of W&B without it."""
-    idle = []
-    if not (logs.logging_dir or logs.log_with):
-        idle += [(name, "--logging_dir") for name in ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config")]
-    if logs.log_with not in ("wandb", "all"):
-        idle += [(name, "--log_with wandb") for name in ("wandb_run_name", "wandb_api_key")]
-    return [f"--{name} has no effect without {needed}" for name, needed in idle if getattr(logs, name)]
+def wants_samples(sampling: SamplingOptions) -> bool:
+    return bool(sampling.sample_at_first or sampling.sample_every_n_steps or sampling.sample_every_n_epochs)

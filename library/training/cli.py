@@ -13,7 +13,9 @@ from library.family_table import family_entry
 from library.registry import import_target
 from library.training import parser_common
 from library.training.config_file import write_config_file
+from library.training.idle_options import as_block
 from library.training.option_groups import ConfigFileOptions, ConsoleOptions
+from library.training.option_reader import OptionsError, names_any
 
 logger = logging.getLogger("atelier")
 
@@ -44,13 +46,15 @@ def run(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
     """`main` without the handling of errors."""
     try:
         parsed = parser_common.parse_command(argv, family, trainable)
-    except parser_common.OptionsError as error:
+    except OptionsError as error:
         raise ConfigError([*error.problems, *further_problems(error, family, trainable)]) from error
     config = parsed.config
     set_up_logging(config[ConsoleOptions])
     for note in parsed.notes:
         _tell(note.level, note.text)
     file_options = config[ConfigFileOptions]
+    if file_options.output_config and config.ignored:
+        _tell(logging.WARNING, as_block(config.ignored))
     if file_options.output_config:
         defaults = parser_common.script(family, trainable).defaults
         path = write_config_file(file_options.config_file, config, defaults)
@@ -66,7 +70,7 @@ def run(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
     Trainer(config, family_class(config), trainable_class(config)).run()
 
 
-def further_problems(error: parser_common.OptionsError, family: str, trainable: str) -> list[str]:
+def further_problems(error: OptionsError, family: str, trainable: str) -> list[str]:
     """What files, packages and data have against a run, beside the options that are wrong already."""
     if ConfigFileOptions not in error.config or error.config[ConfigFileOptions].output_config:
         return []
@@ -79,7 +83,7 @@ def further_problems(error: parser_common.OptionsError, family: str, trainable: 
         found = all_problems(error.config, family_class, trainable_class)
     finally:
         logging.disable(logging.NOTSET)
-    return [problem for problem in found if problem not in error.problems and not parser_common.names_any(problem, error.failed)]
+    return [problem for problem in found if problem not in error.problems and not names_any(problem, error.failed)]
 
 
 def _rank() -> int:
@@ -99,6 +103,11 @@ def report(error: AtelierError) -> int:
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.getLogger().debug("the way to this error", exc_info=error)
     return error.exit_code
+
+
+def is_worth_showing(record: logging.LogRecord) -> bool:
+    """False for what bitsandbytes says of its 4-bit kernels on some CPUs when it is imported: nothing here uses them."""
+    return not (record.name.startswith("bitsandbytes") and "gemm_4bit" in str(record.msg))
 
 
 def set_up_logging(options: ConsoleOptions) -> None:
@@ -124,5 +133,6 @@ def set_up_logging(options: ConsoleOptions) -> None:
             root.removeHandler(old)
             old.close()
     handler.set_by_atelier = True  # type: ignore[attr-defined]
+    handler.addFilter(is_worth_showing)
     root.addHandler(handler)
     root.setLevel(level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class NoisyLatents:
     timesteps: torch.Tensor  # [B] float32, 0..1000
     sigmas: torch.Tensor  # [B] float32
     target: torch.Tensor  # [B, C, ...]
+
+    def rows(self, rows: torch.Tensor) -> NoisyLatents:
+        """The samples of these numbers."""
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return NoisyLatents(**{name: tensor[rows.to(tensor.device)] for name, tensor in parts.items()})
 
 
 class Objective(ABC):
@@ -164,6 +170,11 @@ class DdpmObjective(Objective):
 
     def notices(self) -> list[str]:
         lines = []
+        if self.zero_terminal_snr:
+            lines.append(
+                "--zero_terminal_snr: noise, loss weights and samples all follow the rescaled schedule (known trainers weigh by the"
+                " signal-to-noise ratios of the plain one)"
+            )
         if self.zero_terminal_snr and self.prediction_type != "v":
             lines.append("--zero_terminal_snr without --v_parameterization: nothing is learned at the last, pure-noise step")
         if self.noise_options is not None and self.noise_options.multires_noise_iterations:

@@ -42,6 +42,20 @@ def outside(group: object, low: float, high: float, *names: str) -> list[str]:
     ]
 
 
+def count_or_none(text: str | int) -> int | None:
+    """A count of 1 or more; 0 is the same as not given, as front ends write it. Negative ones are left to the checks."""
+    try:
+        return int(text) or None
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
+
+
+def token_length(text: str | int) -> int | None:
+    """A length of CLIP tokens; 75 is the same as not given."""
+    length = count_or_none(text)
+    return None if length == 75 else length
+
+
 def interval_or_never(text: str | int) -> int | None:
     """An interval in steps or epochs; 0 and below mean never, as front ends write it."""
     try:
@@ -53,10 +67,11 @@ def interval_or_never(text: str | int) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigFileOptions:
-    """Configuration file"""
+    """Where options come from"""
 
     config_file: str | None = option(None, help="TOML file with options (.toml may be left out); the command line wins over it")
     output_config: bool = option(False, help="write the options that differ from their defaults to --config_file and stop")
+    strict: bool = option(False, help="make an error of everything that the start page lists as ignored")
 
     def __post_init__(self) -> None:
         if self.output_config and self.config_file is None:
@@ -86,9 +101,11 @@ class ModelOptions:
     v2: bool = option(False, help="the base is Stable Diffusion 2")
     v_parameterization: bool = option(False, help="the base predicts velocity (Stable Diffusion 2.x 768)")
     max_token_length: int | None = option(
-        None, help="longest caption in CLIP tokens; 75 when not given", choices=(None, 150, 225)
+        None, help="longest caption in CLIP tokens; 75 when not given", choices=(None, 150, 225), convert=token_length
     )
-    clip_skip: int | None = option(None, help="take the output of the n-th layer of the text encoder from the end")
+    clip_skip: int | None = option(
+        None, help="take the output of the n-th layer of the text encoder from the end; 0 = not given", convert=count_or_none
+    )
     weighted_captions: bool = option(False, help="read (word:1.2) and [word] in captions as weights")
     disable_mmap_load_safetensors: bool = option(
         False, help="read model files whole instead of mapping them; quicker on network drives"
@@ -123,7 +140,7 @@ class LoopOptions:
     """Length and order of the training"""
 
     max_train_steps: int = option(1600, help="optimizer steps of the run")
-    max_train_epochs: int | None = option(None, help="epochs of the run; replaces --max_train_steps")
+    max_train_epochs: int | None = option(None, help="epochs of the run; replaces --max_train_steps; 0 = not given", convert=count_or_none)
     max_data_loader_n_workers: int = option(8, help="processes that read images and caches; 0 = the main process reads")
     persistent_data_loader_workers: bool = option(False, help="keep the reading processes from epoch to epoch")
     seed: int | None = option(None, help="number that fixes every random draw; a drawn one is logged when not given")
@@ -207,24 +224,22 @@ class MemoryOptions:
 
     def __post_init__(self) -> None:
         problems = too_small(self, 0, "blocks_to_swap", hint=" (0 = no swapping)")
-        if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
-            problems.append("--cpu_offload_checkpointing is set without --gradient_checkpointing, whose blocks it moves; add it")
-        if self.blocks_to_swap and self.cpu_offload_checkpointing:
+        if self.blocks_to_swap and self.cpu_offload_checkpointing and self.gradient_checkpointing:
             problems.append("--blocks_to_swap and --cpu_offload_checkpointing do not go together; leave one of them out")
-        if self.blocks_to_swap and self.torch_compile:
+        if self.blocks_to_swap and self.compiles:
             problems.append("--blocks_to_swap and --torch_compile do not go together; leave one of them out")
-        if self.torch_compile and self.dynamo_backend == "no":
-            problems.append("--torch_compile is set with --dynamo_backend no; leave one of them out")
-        if self.dynamo_backend not in ("inductor", "no") and not self.torch_compile:
-            problems.append(f"--dynamo_backend is {self.dynamo_backend} without --torch_compile, which it belongs to; add it")
         raise_problems(problems)
+
+    @property
+    def compiles(self) -> bool:
+        return self.torch_compile and self.dynamo_backend != "no"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DdpOptions:
     """Several processes"""
 
-    ddp_timeout: int | None = option(None, help="minutes that a process waits for the others; 30 when not given")
+    ddp_timeout: int | None = option(None, help="minutes that a process waits for the others; 30 when not given", convert=count_or_none)
     ddp_gradient_as_bucket_view: bool = equivalent_option(
         False,
         help="share memory between gradients and buckets",
@@ -265,15 +280,21 @@ class SavingOptions:
 
     output_dir: str | None = option(None, help="folder of the trained files and samples; made when missing")
     output_name: str | None = option(None, help="name of the files without ending; 'last' for the final file when not given")
-    overwrite: bool = option(False, help="replace files of an earlier run with the same name")
+    on_existing: str | None = option(
+        None,
+        help="what becomes of the files, states and samples of an earlier run of this name, unless --resume goes on with it: backup (when"
+        " not given) renames them to NAME-backup1, -backup2 and so on; overwrite replaces them; refuse stops",
+        choices=("backup", "overwrite", "refuse"),
+    )
+    overwrite: bool = option(False, help="short for --on_existing overwrite")
     save_precision: str | None = option(
         None,
         help="number format of the saved weights; that of the trained weights when not given (float32, or that of --full_*)",
         choices=(None, "float", "fp16", "bf16"),
     )
-    save_every_n_epochs: int | None = option(None, help="write a file every n epochs")
-    save_every_n_steps: int | None = option(None, help="write a file every n steps")
-    save_n_epoch_ratio: int | None = option(None, help="write about n files, spread over the epochs")
+    save_every_n_epochs: int | None = option(None, help="write a file every n epochs; 0 = never", convert=count_or_none)
+    save_every_n_steps: int | None = option(None, help="write a file every n steps; 0 = never", convert=count_or_none)
+    save_n_epoch_ratio: int | None = option(None, help="write about n files, spread over the epochs; 0 = not given", convert=count_or_none)
     save_last_n_epochs: int | None = option(None, help="keep only the epoch files of the last n epochs")
     save_last_n_epochs_state: int | None = option(
         None, help="keep the epoch states of the last n epochs; replaces --save_last_n_epochs for states"
@@ -302,11 +323,18 @@ class SavingOptions:
         problems += too_small(
             self, 0, "save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state"
         )
+        if self.overwrite and self.on_existing not in (None, "overwrite"):
+            problems.append(f"--overwrite is set with --on_existing {self.on_existing}; leave one of them out")
         if self.output_name is not None and (not self.output_name.strip() or any(c in self.output_name for c in '/\\:*?"<>|\0')):
             problems.append(
                 f"--output_name is '{self.output_name}'; needed: a file name without folders and without \\ / : * ? \" < > |"
             )
         raise_problems(problems)
+
+    @property
+    def what_of_existing(self) -> str:
+        """backup, overwrite or refuse."""
+        return self.on_existing or ("overwrite" if self.overwrite else "backup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,13 +382,6 @@ class HubOptions:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.huggingface_repo_id is None:
-            names = ("huggingface_path_in_repo", "save_state_to_huggingface", "async_upload")
-            problems += [
-                f"--{name} is set without --huggingface_repo_id, the repository to write to"
-                for name in names
-                if getattr(self, name)
-            ]
         if self.huggingface_repo_type not in (None, "", "model", "dataset", "space"):
             problems.append(f"--huggingface_repo_type is '{self.huggingface_repo_type}'; needed: model, dataset or space")
         raise_problems(problems)
@@ -370,7 +391,11 @@ class HubOptions:
 class ResumeOptions:
     """Going on with an earlier run"""
 
-    resume: str | None = option(None, help="state folder of the run to go on with")
+    resume: str | None = option(
+        None,
+        help="state folder of the run to go on with; a folder of states takes its newest; 'latest' takes the newest of this run's name in"
+        " --output_dir, or begins when there is none",
+    )
     resume_from_huggingface: bool = option(False, help="--resume names a folder on the hub: owner/name/path[:revision[:type]]")
     initial_step: int | None = option(None, help="count steps from here; replaces the step of the state and --initial_epoch")
     initial_epoch: int | None = option(None, help="count epochs from here (1 = the first); replaces the epoch of the state")
@@ -381,10 +406,7 @@ class ResumeOptions:
     )
 
     def __post_init__(self) -> None:
-        problems = too_small(self, 0, "initial_step") + too_small(self, 1, "initial_epoch")
-        if self.resume_from_huggingface and not self.resume:
-            problems.append("--resume_from_huggingface is set without --resume; add --resume owner/name/path")
-        raise_problems(problems)
+        raise_problems(too_small(self, 0, "initial_step") + too_small(self, 1, "initial_epoch"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,20 +441,16 @@ class SamplingOptions:
     sample_prompts: str | None = option(None, help="file of prompts (.txt, .toml or .json)")
 
     def __post_init__(self) -> None:
-        problems = too_small(self, 1, "sample_every_n_steps", "sample_every_n_epochs")
-        wants = [n for n in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first") if getattr(self, n)]
-        if wants and not self.sample_prompts:
-            problems.append(f"--{wants[0]} is set without --sample_prompts, the file of the prompts; add it")
-        raise_problems(problems)
+        raise_problems(too_small(self, 1, "sample_every_n_steps", "sample_every_n_epochs"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationOptions:
     """Loss on held-out images"""
 
-    validate_every_n_steps: int | None = option(None, help="validate every n steps")
-    validate_every_n_epochs: int | None = option(None, help="validate every n epochs; every epoch when not given")
-    max_validation_steps: int | None = option(None, help="most batches per validation; all when not given")
+    validate_every_n_steps: int | None = option(None, help="validate every n steps", convert=count_or_none)
+    validate_every_n_epochs: int | None = option(None, help="validate every n epochs; every epoch when not given", convert=count_or_none)
+    max_validation_steps: int | None = option(None, help="most batches per validation; all when not given", convert=count_or_none)
 
     def __post_init__(self) -> None:
         raise_problems(too_small(self, 1, "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"))

@@ -12,6 +12,7 @@ from library.options import Config
 from library.strategy_base import StrategySet
 from library.training.hooks.ema import EmaHook
 from library.training.optimizers import switches_weights
+from library.training.run_settings import RunSettings
 
 if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
@@ -68,6 +69,8 @@ class Run:
     progress: Progress
     hooks: HookList
     max_grad_norm: float = 0.0
+    settings: RunSettings = field(default_factory=RunSettings)
+    """what its states record"""
 
     @contextmanager
     def weights_for_eval(self, averaged: bool = True):

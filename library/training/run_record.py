@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Mapping
@@ -39,6 +40,8 @@ class RunRecord:
         extra: dict[str, Any] = {}
         for values in run.hooks.extra_metadata(run):
             extra.update(values)
+        if run.settings.history:
+            extra["ss_resume_changes"] = json.dumps(run.settings.history)
         return MetadataInputs(
             config=run.config,
             session_id=self.session_id,

@@ -9,7 +9,6 @@ that name the file, the line and the option; all of a file are reported together
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import ConfigError, Problems, did_you_mean
+from library.text_files import parse_json, parse_toml
+from library.text_files import read_text as read_text_file
 
 MIN_STEPS, MAX_STEPS = 1, 1000
 LARGEST_SEED = 2**63 - 1
@@ -160,10 +161,7 @@ def load_prompts(path: str | Path, options: Mapping[str, LineOption] = IMAGE_LIN
     readers = {".txt": _read_txt, ".toml": _read_toml, ".json": _read_json}
     if path.suffix.lower() not in readers:
         raise ConfigError(f"--sample_prompts is {path}; the file has to end in {', '.join(SUFFIXES)}")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--sample_prompts is {path}, which cannot be read: {error}") from error
+    content = read_text_file(path, f"--sample_prompts is {path}, which")
     entries = readers[path.suffix.lower()](path.name, content)
     problems, prompts = Problems(), []
     for where, entry in entries:
@@ -177,6 +175,17 @@ def load_prompts(path: str | Path, options: Mapping[str, LineOption] = IMAGE_LIN
     return prompts
 
 
+def holds_no_prompt(path: str | Path | None) -> bool:
+    """Whether a file is there and has nothing but blanks and comments, as front ends write it when no prompt was given."""
+    if path is None or not Path(path).is_file():
+        return False
+    try:
+        content = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return False  # told by load_prompts
+    return not content.strip() or (Path(path).suffix.lower() == ".txt" and not _read_txt("", content))
+
+
 def _read_txt(name: str, content: str) -> list[tuple[str, Any]]:
     """One prompt per line; empty lines and lines whose first character is # are left out."""
     lines = enumerate(content.split("\n"), start=1)
@@ -185,12 +194,7 @@ def _read_txt(name: str, content: str) -> list[tuple[str, Any]]:
 
 def _read_toml(name: str, content: str) -> list[tuple[str, Any]]:
     """[prompt] with keys for all, and [[prompt.subset]], whose keys win."""
-    import toml
-
-    try:
-        document = toml.loads(content)
-    except (toml.TomlDecodeError, IndexError) as error:
-        raise ConfigError(f"{name} is not valid TOML: {error}") from error
+    document = parse_toml(content, name)
     others = sorted(set(document) - {"prompt"})
     table = document.get("prompt")
     if others or not isinstance(table, dict):
@@ -207,10 +211,7 @@ def _read_toml(name: str, content: str) -> list[tuple[str, Any]]:
 
 def _read_json(name: str, content: str) -> list[tuple[str, Any]]:
     """A list of lines and objects."""
-    try:
-        document = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{name} is not valid JSON: {error}") from error
+    document = parse_json(content, name)
     if not isinstance(document, list):
         raise ConfigError(f"{name} holds {type(document).__name__}; a list of texts and objects is needed")
     return [(f"{name} entry {i} ({'first' if i == 1 else 'counted from 1'})", entry) for i, entry in enumerate(document, start=1)]
@@ -316,6 +317,15 @@ def is_sample_due(options: Any, at: str, step: int, epoch: int) -> bool:
     if every_epochs and every_epochs > 0:
         return at == "epoch" and epoch % every_epochs == 0
     return at == "step" and bool(every_steps) and every_steps > 0 and step > 0 and step % every_steps == 0
+
+
+def unreached_interval(options: Any, max_train_steps: int, finished_epochs: int) -> str | None:
+    """The option whose interval is longer than the run, so that no samples would be made; None when there are some or none are
+    asked for. `options` is SamplingOptions; `finished_epochs`: whole epochs of the run."""
+    every_epochs, every_steps = options.sample_every_n_epochs or 0, options.sample_every_n_steps or 0
+    if every_epochs > 0:
+        return "sample_every_n_epochs" if every_epochs > finished_epochs else None
+    return "sample_every_n_steps" if every_steps > max_train_steps else None
 
 
 def sample_suffix(at: str, number: int) -> str:

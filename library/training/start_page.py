@@ -12,9 +12,11 @@ from library.training import schedulers
 from library.training.checkpoint import CheckpointNames
 from library.training.data_phase import DataGroups
 from library.training.formula_checks import formula_notices, formula_warnings
-from library.training.option_groups import LoopOptions, MemoryOptions, ModelOptions, PrecisionOptions, SavingOptions
+from library.training.idle_options import ignored
+from library.training.option_groups import LoopOptions, MemoryOptions, ModelOptions, PrecisionOptions, SamplingOptions, SavingOptions
 from library.training.optimizers import OptimizerBuild, OptimizerOptions
 from library.training.run import Run
+from library.training.sampling_prompts import unreached_interval
 from library.training.schedulers import SchedulerOptions
 from library.training.summary import BucketSummary, DatasetSummary, StartSummary, start_summary
 
@@ -47,15 +49,36 @@ def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummar
             group.get("name") or f"group {i}": None if built.choice.finds_own_rate else float(group.get("initial_lr", group["lr"]))
             for i, group in enumerate(run.optimizer.param_groups)
         },
-        network=run.trainable.name,
+        network=run.trainable.description(),
         parts=_trained_parts(run),
         memory=_memory(run),
         seed=runtime.seed,
         seed_was_drawn=runtime.seed_was_drawn,
         output=os.path.join(saving.output_dir or "", names.file(names.last())),
         first_step=progress.global_step,
-        notes=[*formula_warnings(config), *formula_notices(config, run.step.objective)],
+        ignored=[str(item) for item in ignored(config)],
+        outputs=[line for lines in run.hooks.planned_files(run) for line in lines],
+        notes=[*run.trainable.notices(), *unreached_intervals(run), *formula_warnings(config), *formula_notices(config, run.step.objective)],
     )
+
+
+def unreached_intervals(run: Run) -> list[str]:
+    """Intervals of saves and samples that are longer than the run."""
+    saving, progress = run.config[SavingOptions], run.progress
+    finished = progress.max_train_steps // progress.steps_per_epoch
+    lines = []
+    for name, reached, unit in (
+        ("save_every_n_epochs", progress.num_epochs, "epochs"), ("save_every_n_steps", progress.max_train_steps, "steps"),
+    ):  # fmt: skip
+        every = getattr(saving, name)
+        if every and every > reached:
+            lines.append(f"--{name} is {every}, longer than the run of {reached} {unit}: only the file at the end is written")
+    name = unreached_interval(run.config[SamplingOptions], progress.max_train_steps, finished)
+    if name is not None and run.config[SamplingOptions].sample_prompts:
+        unit, length = ("epochs", finished) if name.endswith("epochs") else ("steps", progress.max_train_steps)
+        every = getattr(run.config[SamplingOptions], name)
+        lines.append(f"--{name} is {every}, longer than the run of {length} full {unit}: samples are made at the end")
+    return lines
 
 
 def _files(run: Run) -> dict[str, str]:

@@ -76,7 +76,7 @@ class TrainStep:
         inputs = self.trainable.inputs(batch, sample, conditioning)
         with self.runtime.autocast():
             output = self.family.predict(self.models, sample, conditioning, batch, **inputs)
-        output = self.with_preserved_targets(output, sample, conditioning, batch)
+        output = self.with_preserved_targets(output, sample, batch, conditioning)
         compute = self._compute_loss or type(self).compute_loss
         per_sample, logs = compute(self, output, sample, batch)  # [B]
         return StepOutput(
@@ -120,16 +120,25 @@ class TrainStep:
         return [old if new is None else new for old, new in zip(cached, encoded, strict=True)]
 
     def with_preserved_targets(
-        self, output: DiTOutput, sample: NoisyLatents, conditioning: list[Any], batch: Batch
+        self, output: DiTOutput, sample: NoisyLatents, batch: Batch, conditioning: list[torch.Tensor | None]
     ) -> DiTOutput:
-        """Samples marked `diff_output_preservation` learn to keep what the model predicts without what was learned."""
-        marked = [bool(attributes.get("diff_output_preservation")) for attributes in batch.custom_attributes]
-        if not any(marked):
+        """Samples marked `diff_output_preservation` learn to keep what the untouched model predicts: denoiser and text encoders without
+        what was learned. Only these samples go through it."""
+        marked = [i for i, attributes in enumerate(batch.custom_attributes) if attributes.get("diff_output_preservation")]
+        if not marked:
             return output
-        with torch.no_grad(), self.trainable.disabled(), self.runtime.autocast():
-            prior = self.family.predict(self.models, sample, conditioning, batch)
-        rows = torch.tensor(marked, device=output.target.device).view(-1, *[1] * (output.target.ndim - 1))
-        return dataclasses.replace(output, target=torch.where(rows, prior.pred.to(output.target.dtype), output.target))
+        rows = torch.tensor(marked)
+        part = batch.rows(marked)
+        with torch.no_grad(), self.trainable.disabled():
+            if any(self.trained_text_encoders):
+                untouched = self.conditioning_of(part)
+            else:
+                untouched = [None if tensor is None else tensor[rows.to(tensor.device)] for tensor in conditioning]
+            with self.runtime.autocast():
+                prior = self.family.predict(self.models, sample.rows(rows), untouched, part)
+        target = output.target.clone()  # [B, C, ...]
+        target[rows.to(target.device)] = prior.pred.to(target.dtype)
+        return dataclasses.replace(output, target=target)
 
 
 def replacement_of(hooks: list[Hook], name: str) -> Any | None:
@@ -142,12 +151,18 @@ def replacement_of(hooks: list[Hook], name: str) -> Any | None:
 
 
 def merge_outputs(outputs: list[StepOutput]) -> StepOutput:
-    """The micro-batches of one optimizer step as one output, for the log."""
+    """The micro-batches of one optimizer step as one output, for the log: further values are means over their samples."""
     if len(outputs) == 1:
         return outputs[0]
     return StepOutput(
         loss=sum(output.loss.detach() for output in outputs),
         loss_sum=sum(output.loss_sum for output in outputs),
         count=sum(output.count for output in outputs),
-        logs={key: value for output in outputs for key, value in output.logs.items()},
+        logs={key: _mean_of_samples(key, outputs) for key in dict.fromkeys(key for output in outputs for key in output.logs)},
     )
+
+
+def _mean_of_samples(key: str, outputs: list[StepOutput]) -> torch.Tensor | float:
+    having = [output for output in outputs if key in output.logs]
+    count = sum(output.count for output in having)
+    return sum(output.logs[key] * output.count for output in having) / count if count else having[-1].logs[key]

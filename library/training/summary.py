@@ -36,7 +36,7 @@ class DatasetSummary:
 @dataclass(frozen=True, kw_only=True)
 class StartSummary:
     """Everything that the page shows. `parts`: trained part -> number of parameters; `files`: what -> path;
-    `notes`: equivalents and other lines for the user."""
+    `ignored`: what was written and has no effect; `notes`: other lines for the user."""
 
     model: str
     files: Mapping[str, str]
@@ -57,7 +57,10 @@ class StartSummary:
     seed: int
     seed_was_drawn: bool = False
     output: str = ""
+    outputs: Sequence[str] = ()
+    """what will be written, names below the folder of `output`"""
     first_step: int = 0
+    ignored: Sequence[str] = field(default_factory=tuple)
     notes: Sequence[str] = field(default_factory=tuple)
 
 
@@ -79,6 +82,12 @@ def start_summary(run: StartSummary) -> str:
     lines += _line("seed", f"{run.seed}{' (drawn; give it with --seed to repeat this run)' if run.seed_was_drawn else ''}")
     if run.output:
         lines += _line("output", run.output)
+    for text in run.outputs:
+        lines += _line("", f"  {text}")
+    if run.ignored:
+        lines += _line("ignored", "without effect here (--strict makes it an error):")
+        for text in run.ignored:
+            lines += _line("", f"  {text}")
     for note in run.notes:
         lines += _line("note", note)
     width = max(len(label) for label, _ in lines)

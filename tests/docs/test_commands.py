@@ -20,6 +20,12 @@ def test_a_command_is_one_that_its_script_takes(command):
     parse(command)
 
 
+@pytest.mark.parametrize("command", SHOWN)
+def test_a_rank_never_stands_without_its_alpha(command):
+    """A reader who pastes it would train at 1 / rank of the strength."""
+    assert not re.search(r"--network_dim[ =]", command) or re.search(r"--network_alpha[ =]", command)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_files_exist(page):
     """Links to files of the repository, and scripts that the text names."""

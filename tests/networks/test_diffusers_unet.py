@@ -16,6 +16,7 @@ from library.training import cli
 from networks.lora import create_network_from_weights
 from networks.lora_conversion import to_diffusers
 from tests.runs.conftest import draw_pictures
+from tests.third_parties import need_agreement
 from tests.tiny import write_clip_tokenizer
 
 diffusers = pytest.importorskip("diffusers")
@@ -193,6 +194,7 @@ def test_a_file_that_diffusers_saved_acts_the_same_here(trained: Trained, tmp_pa
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
+    need_agreement("transformers", "peft")  # the encoders take adapters of peft
     torch.manual_seed(7)
     pipeline = pipeline_of(trained)
     theirs = (pipeline.unet, [e for e in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if e is not None])

@@ -81,6 +81,7 @@ def assert_within_rounding(output, hooked, layer, x, plain):
         torch.testing.assert_close(output, hooked, rtol=TOLERANCE, atol=TOLERANCE * max(1.0, float(hooked.detach().abs().max())))
 
 
+@pytest.mark.cross_product(("name", "layer_name", "tucker"), "dtype", "multiplier")
 @pytest.mark.parametrize("multiplier", [1.0, 0.5, 0.0, -1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("layer_name", "tucker"), CELLS)

@@ -116,6 +116,7 @@ def pair(name: str, down: str = "lora_A.weight", up: str = "lora_B.weight") -> d
 
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+KOHYA = ("lora_down.weight", "lora_up.weight")
 TEXT = "text_model.encoder.layers.3.self_attn"
 
 
@@ -142,6 +143,14 @@ TEXT = "text_model.encoder.layers.3.self_attn"
         ("anima", pair("lora_te1_layers_3_mlp_up_proj", "lora_down.weight", "lora_up.weight"), "lora_te_layers_3_mlp_up_proj"),
         ("anima", pair("text_conditioner.blocks.1.mlp.2"), "lora_unet_llm_adapter_blocks_1_mlp_2"),
         ("flux", pair("base_model.model.transformer_blocks.3.attn.to_out.0"), "lora_unet_double_blocks_3_img_attn_proj"),
+        ("flux", pair("lora_transformer_transformer_blocks_3_ff_net_0_proj", *KOHYA), "lora_unet_double_blocks_3_img_mlp_0"),
+        ("flux", pair("lora_transformer_single_transformer_blocks_12_proj_out", *KOHYA), "lora_unet_single_blocks_12_linear2"),
+        ("flux", pair("lora_transformer_proj_out", *KOHYA), "lora_unet_final_layer_linear"),
+        ("flux", pair("transformer.double_blocks.3.txt_attn.proj"), "lora_unet_double_blocks_3_txt_attn_proj"),
+        ("flux", pair("lora_unet_double_blocks_3_img_mlp_0_", *KOHYA), "lora_unet_double_blocks_3_img_mlp_0"),
+        ("sdxl", pair("unet.input_blocks.4.1.proj_in"), "lora_unet_input_blocks_4_1_proj_in"),
+        ("sdxl", pair("unet.output_blocks.2.1.transformer_blocks.9.ff.net.2"), "lora_unet_output_blocks_2_1_transformer_blocks_9_ff_net_2"),
+        ("sdxl", pair("lora_te2_text_model_encoder_layers_3_self_attn_k_proj_", *KOHYA), "lora_te2_{TEXT}_k_proj"),
     ],
 )  # fmt: skip
 def test_spellings(family, tensors, name) -> None:
@@ -159,11 +168,13 @@ def test_a_path_that_two_encoders_have_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["hada", "lokr"])
 def test_other_kinds_keep_their_parameters(kind) -> None:
     keys = {"hada": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"), "lokr": ("lokr_w1", "lokr_w2", "alpha")}[kind]
-    tensors = {f"lora_unet_input_blocks_4_1_proj_in.{key}": torch.tensor(float(i)) for i, key in enumerate(keys)}
+    shapes = {"alpha": ()}
+    tensors = {f"lora_unet_input_blocks_4_1_proj_in.{key}": torch.full(shapes.get(key, (2, 2)), float(i)) for i, key in enumerate(keys)}
     there = to_diffusers("sdxl", tensors)
     assert set(there) == {f"unet.down_blocks.1.attentions.0.proj_in.{key}" for key in keys}
-    assert to_kohya("sdxl", there) == tensors
-    fused = {f"lora_unet_double_blocks_0_img_attn_qkv.{key}": torch.zeros(2, 2) for key in keys}
+    again = to_kohya("sdxl", there)
+    assert again.keys() == tensors.keys() and all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
+    fused = {f"lora_unet_double_blocks_0_img_attn_qkv.{key}": torch.zeros(shapes.get(key, (2, 2))) for key in keys}
     with pytest.raises(CheckpointError, match="which only LoRA can be"):
         to_diffusers("flux", fused)
 
@@ -201,7 +212,7 @@ def test_strength_that_stands_in_a_configuration(tmp_path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6, "alpha_pattern": {}, "use_rslora": False}))
     assert float(read_adapter_file(folder, targets_of_family("sd"))[f"lora_unet_{place}_to_q.alpha"]) == 6
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="adapter_config.json is no JSON"):
+    with pytest.raises(CheckpointError, match="adapter_config.json is not valid JSON"):
         read_adapter_file(folder, targets_of_family("sd"))
 
 

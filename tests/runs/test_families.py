@@ -26,6 +26,7 @@ from tests.runs.conftest import (
     losses_of,
     read_parts,
     stop_after,
+    sample_pictures,
 )
 
 CAPTIONS = "shuffle_caption = true\nkeep_tokens = 1\nflip_aug = true\ncaption_dropout_rate = 0.2"
@@ -105,7 +106,7 @@ def test_samples_and_validation_are_made_and_change_no_byte(work: Work) -> None:
     plain = work.train("plain", "--max_train_steps=4", "--validate_every_n_epochs=9", dataset=data)
     full = work.train("full", "--max_train_steps=4", *around, dataset=data)
     assert read_parts(full)[1] == read_parts(plain)[1]
-    images = [path for path in sorted((work.folder / "full" / "sample").glob("*.png")) if "grid" not in path.name]
+    images = sample_pictures(work.folder / "full")
     assert len(images) == 3 * 2 and {Image.open(path).size for path in images} == {(64, 128), (64, 64)}
     losses = losses_of(full, "validation")
     assert len(losses) == 3 and len(set(losses)) == 3
@@ -182,3 +183,32 @@ def test_preserved_samples_learn_what_the_base_predicts(work: Work) -> None:
             parameter.add_(0.05)
     assert run.step(batch).loss_sum.item() > 1e-4
     assert run.trainable.network.multiplier == 1.0
+
+
+def test_only_preserved_samples_go_through_the_untouched_model(work: Work) -> None:
+    """The conditioning is that of the untouched text encoders too, where they learn."""
+    other = draw_pictures(work.folder / "other", 4)
+    marks = "custom_attributes = {diff_output_preservation = true}"
+    run = work.trainer("out", dataset=work.dataset(batch_size=4, subset_keys=f"{marks}\n[[datasets.subsets]]\nimage_dir = '{other}'")).prepare()
+    with torch.no_grad():
+        for parameter in run.trainable.modules()["network"].parameters():
+            parameter.add_(0.05)
+    is_marked = lambda attributes: "diff_output_preservation" in attributes  # noqa: E731
+    batch = next(b for b in run.data.batches(1) if {is_marked(a) for a in b.custom_attributes} == {True, False})
+    calls = []
+    predict = run.family.predict
+
+    def noting(models, sample, conditioning, part, **inputs):
+        calls.append((len(sample.latents), len(part), conditioning))
+        return predict(models, sample, conditioning, part, **inputs)
+
+    run.family.predict = noting
+    run.step(batch)
+    rows = [i for i, attributes in enumerate(batch.custom_attributes) if is_marked(attributes)]
+    assert [call[:2] for call in calls] == [(len(batch), len(batch)), (len(rows), len(rows))]
+    with torch.no_grad(), run.trainable.disabled():
+        untouched = run.step.conditioning_of(batch)
+    for used, learned, wanted in zip(calls[1][2], calls[0][2], untouched, strict=True):
+        assert used is wanted is None or torch.allclose(used.float(), wanted[rows].float(), atol=1e-6)
+    if any(run.step.trained_text_encoders):
+        assert any(not torch.equal(calls[0][2][i][rows], used) for i, used in enumerate(calls[1][2]) if used is not None)

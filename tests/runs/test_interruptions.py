@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,31 +13,28 @@ import torch
 from safetensors.torch import load_file
 
 from tests.runs.conftest import Stopped, Work, draw_pictures, fingerprint, stop_after
+from tests.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("held_script.py")
 SAVING = ["--save_every_n_steps=1", "--save_state"]
-LONG = "--max_train_steps=40"
+LONG = "--max_train_steps=10"
 BRIEF = "--t5xxl_max_token_length=32"
 """most of the time of such a small model goes into padding"""
-PATIENCE = 120  # seconds
 
 
-def start_script(work: Work, out: str, *more: str, dataset: Path) -> subprocess.Popen[str]:
-    """The script as users start it, in a process group of its own as a terminal would give it."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "flux_train_network.py"), *work.argv(out, LONG, BRIEF, *SAVING, *more, dataset=dataset)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+def start_held(work: Work, out: str, step: int, *more: str, dataset: Path) -> subprocess.Popen[str]:
+    """A run that stands before a step, with all files of the steps before, in a process group of its own as a terminal gives it.
+
+    It goes on when there is a file `go` in the folder of the test.
+    """
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *work.argv(out, LONG, BRIEF, *SAVING, *more, dataset=dataset)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HOLD_AT": str(step), "HOLD_FOLDER": str(work.folder)}, cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-
-
-def wait_for_state(process: subprocess.Popen[str], folder: Path, count: int) -> None:
-    """Until there are `count` state folders and the run still goes on."""
-    deadline = time.monotonic() + PATIENCE
-    while len(list(folder.glob("lora-step*-state"))) < count:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until((work.folder / "held").exists, process)
+    return process
 
 
 def assert_only_whole_files(folder: Path) -> None:
@@ -49,25 +45,24 @@ def assert_only_whole_files(folder: Path) -> None:
 
 
 def test_killed_and_resumed_with_another_number_of_workers(work: Work) -> None:
-    """The newest state is whole wherever the kill falls, because a state appears under its name when it is complete."""
+    """What stands on the disk when a run dies is whole and goes on."""
     data, out = work.dataset(subset_keys="flip_aug = true\nshuffle_caption = true"), work.folder / "parts"
-    process = start_script(work, "parts", "--max_data_loader_n_workers=2", dataset=data)
-    wait_for_state(process, out, 7)
+    process = start_held(work, "parts", 7, "--max_data_loader_n_workers=2", dataset=data)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     for path in out.glob("*.safetensors"):
         load_file(path)
     newest = max(out.glob("lora-step*-state"))
-    assert newest.name < "lora-step00000040"
+    assert newest.name == "lora-step00000007-state"
     resumed = work.train("parts", LONG, BRIEF, f"--resume={newest}", dataset=data)
     assert fingerprint(resumed) == fingerprint(work.train("whole", LONG, BRIEF, dataset=data))
 
 
 def test_interrupted_from_the_keyboard(work: Work) -> None:
     """Ctrl-C reaches the loader workers too."""
-    process = start_script(work, "out", "--max_data_loader_n_workers=2", dataset=work.dataset())
-    wait_for_state(process, work.folder / "out", 3)
+    process = start_held(work, "out", 3, "--max_data_loader_n_workers=2", dataset=work.dataset())
     os.killpg(process.pid, signal.SIGINT)
+    (work.folder / "go").touch()
     told = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 130
     assert "interrupted" in told and "Traceback" not in told

@@ -12,6 +12,7 @@ import pytest
 
 from library.dataset.plan import BucketList, plan_epoch, requests_of_epoch
 from tests.runs.conftest import Work, draw_pictures, fingerprint, largest_difference
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("noting_script.py")
@@ -30,7 +31,7 @@ def start(work: Work, out: str, launcher: list[str], *more: str, dataset: Path) 
     }
     argv = [a for a in work.argv(out, *OPTIONS, *more, dataset=dataset) if not a.startswith("--console_log_level")]
     return subprocess.run(
-        [*launcher, str(SCRIPT), *argv], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240
+        [*launcher, str(SCRIPT), *argv], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
 
 

@@ -19,7 +19,7 @@ CHANGING = [
     "--ip_noise_gamma=0.5 --ip_noise_gamma_random_strength", "--loss_type=l1", "--loss_type=huber", "--loss_type=smooth_l1",
     "--loss_type=huber --huber_schedule=constant", "--loss_type=huber --huber_c=0.5", "--loss_type=huber --huber_scale=2",
     "--max_timestep=100", "--min_timestep=900", "--max_token_length=150", "--max_token_length=225", "--mixed_precision=bf16",
-    "--mixed_precision=bf16 --full_bf16", "--mixed_precision=bf16 --no_half_vae", "--vae={vae}", "--caption_dropout_rate=1",
+    "--mixed_precision=bf16 --fp8_base", "--mixed_precision=bf16 --fp8_base_unet", "--mixed_precision=bf16 --full_bf16", "--mixed_precision=bf16 --no_half_vae", "--vae={vae}", "--caption_dropout_rate=1",
     "--network_args conv_dim=2", "--seed=8", "--clip_skip=2",
 ]  # fmt: skip
 EQUAL = [

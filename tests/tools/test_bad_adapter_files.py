@@ -7,7 +7,7 @@ from library.safetensors_utils import load_safetensors, save_file_atomic
 from tests.tiny import build_tiny_flux
 from tests.tiny_sd import build_tiny_sd
 from tests.tools.test_merge_lora import models_of, write_lora
-from tools import check_lora, inspect_lora, lora_post_hoc_ema, merge_lora, resize_lora
+from tools import check_lora, convert_lora, inspect_lora, lora_post_hoc_ema, merge_lora, resize_lora
 
 TOOLS = {
     "resize": (resize_lora, ["--model", "{bad}", "--save_to", "{out}", "--new_rank", "1"]),
@@ -19,6 +19,7 @@ TOOLS = {
     "merge_lora ema": (merge_lora, ["--models", "{bad}", "{good}", "--mode", "ema", "--save_to", "{out}"]),
     "check": (check_lora, ["{bad}", "--plot", "{out}"]),
     "inspect": (inspect_lora, ["{bad}"]),
+    "convert": (convert_lora, ["{bad}", "{out}", "--to", "comfy"]),
 }
 NAME = "lora_unet_double_blocks_0_img_attn_qkv"
 
@@ -59,8 +60,31 @@ def run(tool, words, files, tmp_path, capsys):
     return code, capsys.readouterr().err, written
 
 
+def unknown_parameter(tensors):
+    return {**tensors, f"{NAME}.lora_up.bias": torch.zeros(192)}
+
+
+def unknown_layer(tensors):
+    return {**tensors, "transformer.transformer_blocks.0.attn.norm_q.weight": torch.zeros(32)}
+
+
+def rank_of_nothing(tensors):
+    cut = {f"{NAME}.lora_down.weight": 0, f"{NAME}.lora_up.weight": 1}
+    return {key: tensor.narrow(cut[key], 0, 0).contiguous() if key in cut else tensor for key, tensor in tensors.items()}
+
+
+def flat_matrix(tensors):
+    return {key: tensor[0].contiguous() if key == f"{NAME}.lora_down.weight" else tensor for key, tensor in tensors.items()}
+
+
+def alpha_for_each_row(tensors):
+    return {**tensors, f"{NAME}.alpha": torch.ones(3)}
+
+
 @pytest.mark.parametrize(("change", "told"), [
     (nan, "not finite"), (half_a_pair, "lora_up"), (other_ranks_in_a_pair, "different ranks"), (no_adapter, "adapter"),
+    (unknown_parameter, "lora_up.bias, which LoRA does not know"), (unknown_layer, "attn.norm_q.weight"), (rank_of_nothing, "rank 0"),
+    (flat_matrix, "two axes"), (alpha_for_each_row, "alpha is a tensor of shape [3]"),
 ])  # fmt: skip
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_damaged_file(tool, change, told, files, tmp_path, capsys):
@@ -73,7 +97,7 @@ def test_a_damaged_file(tool, change, told, files, tmp_path, capsys):
     assert bad.read_bytes() == before
 
 
-@pytest.mark.parametrize("tool", [name for name in TOOLS if name not in ("check", "inspect", "resize", "split")])
+@pytest.mark.parametrize("tool", [name for name in TOOLS if name not in ("check", "inspect", "resize", "split", "convert")])
 def test_a_file_of_another_family(tool, files, tmp_path, capsys):
     code, error, written = run(tool, {"bad": files["other"]}, files, tmp_path, capsys)
     assert code in (1, 2) and error.count("error:") == 1 and "other.safetensors" in error and not written
@@ -117,3 +141,15 @@ def test_half_of_the_layers_known(files, tmp_path, capsys):
     for tool, told in (("merge into a model", "are not in this model"), ("check", "are in no flux model"), ("inspect", "are in no flux model")):
         code, error, _ = run(tool, {"bad": str(bad)}, files, tmp_path, capsys)
         assert code in (1, 2) and told in error
+
+
+@pytest.mark.parametrize("tool", ["resize", "merge into a model", "concat", "check", "convert"])
+def test_missing_alphas_are_told_in_one_sentence(tool, files, tmp_path, capsys):
+    tensors = {key: tensor for key, tensor in load_safetensors(files["good"]).items() if key != f"{NAME}.alpha"}
+    bad = tmp_path / "bad.safetensors"
+    save_file_atomic(tensors, bad, {"ss_base_model_version": "flux1"})
+    module, argv = TOOLS[tool]
+    capsys.readouterr()
+    assert module.main([word.format(**files, bad=str(bad), out=str(tmp_path / "out.png" if tool == "check" else tmp_path / "out.safetensors")) for word in argv]) == 0
+    told = capsys.readouterr()
+    assert f"1 layers have no alpha, which means alpha = rank (first: {NAME})" in told.out + told.err

@@ -12,6 +12,7 @@ import pytest
 from library.folder_tool import FolderTool, numbers_problem
 from library.image_files import over_white
 from tests.library.dataset.images import make_image
+from tests.waiting import PATIENCE
 from tools import caption
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,7 @@ def test_scripts_run_from_the_root(tmp_path):
     make_image(tmp_path / "a.png", (8, 8))
     (tmp_path / "a.caption").write_text("a cat")
     script = ["finetune/merge_captions_to_metadata.py", str(tmp_path), str(tmp_path / "meta.json")]
-    result = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0 and "1 done" in result.stderr, result.stderr
 
 

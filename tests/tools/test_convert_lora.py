@@ -12,6 +12,7 @@ from library.safetensors_utils import read_header
 from networks.conversion_record import KEY
 from tests.golden_dir import BEHAVIOUR_DIR
 from tests.golden_tests.test_convert import FILES, LAYOUTS
+from tests.waiting import PATIENCE
 from tools import convert_lora
 from tools.lora_tools import old_names
 
@@ -193,7 +194,7 @@ def test_options_of_musubi(tmp_path):
 
 
 def run_script(*words):
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_old_commands(tmp_path):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from library.family_table import FAMILIES
 from library.tiny_models import TINY_SETS
 from tools import make_tiny_checkpoint
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,7 +55,7 @@ def test_the_printed_command_trains_and_samples(name: str, tmp_path: Path, monke
     output = tmp_path / "a model" / "output"
     state = load_file(output / f"{name}_lora.safetensors")
     assert any(tensor.any() for key, tensor in state.items() if key.endswith("lora_up.weight"))
-    pictures = [path for path in (output / "sample").glob("*.png") if "grid" not in path.name]
+    pictures = [path for path in (output / "sample").glob("*.png") if not path.stem.endswith(("_grid", "_sheet"))]
     assert [Image.open(path).size for path in pictures] == [(64, 64)] * 2
 
 
@@ -62,7 +63,7 @@ def test_the_printed_line_can_be_pasted(tmp_path: Path, monkeypatch, capsys) -> 
     """Through a shell, in a process of its own, started where the tool was."""
     monkeypatch.chdir(ROOT)
     line = shlex.join([sys.executable, *make(capsys, "--family", "sd1", "--output", str(tmp_path / "it's"))[1:], "--max_train_steps=1"])
-    result = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "it's" / "output" / "sd1_lora.safetensors").is_file()
 

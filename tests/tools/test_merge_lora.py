@@ -172,7 +172,7 @@ def test_bad_input(tmp_path, capsys):
     other = write_lora(tmp_path / "sdxl.safetensors", *models_of("sdxl", sdxl), seed=1)
     out = tmp_path / "out.safetensors"
     told = message(capsys, "--model", sdxl, "--models", lora, "--save_to", out)
-    assert "belongs to another model family" in told and "flux.safetensors" in told
+    assert "is an adapter for FLUX.1" in told and "flux.safetensors" in told
     assert "different families" in message(capsys, "--models", lora, other, "--save_to", out)
     assert "is an input too" in message(capsys, "--model", flux, "--models", lora, "--save_to", flux)
     assert "is an input too" in message(capsys, "--models", lora, "--save_to", lora)

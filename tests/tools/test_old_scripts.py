@@ -10,6 +10,7 @@ import pytest
 from library.safetensors_utils import load_safetensors
 from tests.tools.test_extract_lora import moved
 from tests.tools.test_merge_lora import build, models_of, write_lora
+from tests.waiting import PATIENCE
 from tools.lora_tools.old_scripts import SCRIPTS, translated
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,5 +82,6 @@ def test_words_in_place_of_others():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_as_a_script(name):
-    result = subprocess.run([sys.executable, str(ROOT / "networks" / f"{name}.py"), "--help"], capture_output=True, text=True, timeout=60)
+    words = [sys.executable, str(ROOT / "networks" / f"{name}.py"), "--help"]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0 and "--save_to" in result.stdout or "--plot" in result.stdout, result.stderr

@@ -116,8 +116,10 @@ def read_file(path: str, given: str | None) -> tuple[str, AdapterFile]:
 
     from library.safetensors_utils import is_pickled, load_pickled_tensors, load_safetensors, read_header
     from networks.adapter_family import family_of_names
+    from networks.adapter_layout import file_layers
     from networks.lora_layouts import AdapterFile
     from networks.peft_config import configs_of
+    from networks.xlabs_names import is_xlabs
 
     pickled = is_pickled(path)
     metadata = {} if pickled else read_header(path)[1]
@@ -126,6 +128,8 @@ def read_file(path: str, given: str | None) -> tuple[str, AdapterFile]:
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise CheckpointError(f"{path}: {key} has values that are not finite (NaN or infinite); the training of this file failed")
+    if not any(map(is_xlabs, tensors)):
+        file_layers(tensors, path)  # refuses what would be lost on the way
     return family, AdapterFile(tensors, metadata, configs_of(path, metadata))
 
 
@@ -143,10 +147,11 @@ def convert(options: ConvertOptions, family: str, file: AdapterFile, target: str
 def _check_names(family: str, file: AdapterFile) -> None:
     """CheckpointError when modules are in no table of the family: rewriting the others alone would lose them."""
     from networks.file_names import KOHYA_PREFIX, OFT_PREFIX, names_of_family
+    from networks.lora_conversion import is_beside
     from networks.lora_layouts import kohya_tensors
 
-    names = {key.partition(".")[0] for key in kohya_tensors(family, file)}
-    table = names_of_family(family)
+    names = {key.partition(".")[0] for key in kohya_tensors(family, file) if not is_beside(key)}
+    table = names_of_family(family, names)
     unknown = sorted(name for name in names if table.find(name.replace(OFT_PREFIX, KOHYA_PREFIX, 1)) is None)
     if unknown:
         more = " ..." if len(unknown) > 5 else ""

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError, Problems
-from library.options import equivalent_option, option, refused_option
+from library.options import equivalent_option, option
 from library.training.adapters import NetworkOptions
-from library.training.families.base import FlowFamily, refused_by_flow, tokenizer_problems
+from library.training.families.base import FlowFamily, ignored_by_flow, tokenizer_problems
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.inference_samplers import SamplerOptions, check_flow_sampler
 from library.training.sampling_prompts import SAMPLE_DEFAULTS, with_defaults
@@ -84,9 +84,8 @@ class AnimaOptions:
         False, help="no feature cache in the VAE",
         reason="--vae_disable_cache: a single image has no earlier frames, so there is nothing that would be kept",
     )
-    unsloth_offload_checkpointing: bool = refused_option(
-        False, help="checkpoints in main memory",
-        reason="--gradient_checkpointing --cpu_offload_checkpointing does the same here; give these two",
+    unsloth_offload_checkpointing: bool = option(
+        False, help="another spelling of --gradient_checkpointing --cpu_offload_checkpointing, which do the same here"
     )
 
     def __post_init__(self) -> None:
@@ -119,13 +118,14 @@ class AnimaFamily(FlowFamily):
             {"qwen3", "qwen3_tokenizer", "t5_tokenizer_path", "qwen3_max_token_length", "t5_max_token_length"}
         ),
     }
-    refused = {
-        **refused_by_flow("Anima"),
+    stands_for = {"unsloth_offload_checkpointing": {"gradient_checkpointing": True, "cpu_offload_checkpointing": True}}
+    refused = {"weighted_captions": "training Anima with weighted words is not possible"}
+    ignored = {
+        **ignored_by_flow("Anima"),
         "v2": _SD_MODELS,
         "v_parameterization": "Anima predicts the velocity of its flow in any case",
         "clip_skip": "Anima takes the last layer of its text encoder",
         "max_token_length": "it counts CLIP tokens; see --qwen3_max_token_length and --t5_max_token_length",
-        "weighted_captions": "training Anima with weighted words is not possible",
     }
 
     def check(self) -> None:

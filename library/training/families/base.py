@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def refused_by_flow(model: str) -> dict[str, str]:
-    """What no family that learns by flow matching has: name -> reason, for its `refused`. `model` is its name in messages."""
+def ignored_by_flow(model: str) -> dict[str, str]:
+    """What means nothing to a family that learns by flow matching, though its known script takes it: name -> reason, for its
+    `ignored`. `model` is its name in messages."""
     table = f"{model} learns by flow matching, which has no table of signal-to-noise ratios"
     noise = f"{model} learns by flow matching from plain noise; of the noise options it has --ip_noise_gamma"
     return {
@@ -43,8 +44,9 @@ def refused_by_flow(model: str) -> dict[str, str]:
     }
 
 
-def refused_by_ddpm(model: str) -> dict[str, str]:
-    """The same for families with a table of noise levels, whose timesteps are whole and uniform."""
+def foreign_to_ddpm(model: str) -> dict[str, str]:
+    """Options that scripts of families with a table of noise levels do not have: their timesteps are whole and uniform. For
+    `foreign`."""
     reason = f"{model} is trained at whole timesteps, all equally likely; --min_timestep and --max_timestep bound them"
     names = ("timestep_sampling", "sigmoid_scale", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "discrete_flow_shift")
     return dict.fromkeys(names, reason)
@@ -77,7 +79,15 @@ class ModelFamily(ABC):
     """what sample prompts leave open, and which of their settings are read"""
     options: ClassVar[type]
     refused: ClassVar[Mapping[str, str]] = {}
-    """shared options that have no meaning here: name -> reason"""
+    """shared options that the known script refuses too, or without which the result would be another: name -> reason"""
+    ignored: ClassVar[Mapping[str, str]] = {}
+    """shared options that the known script of the family takes and does nothing with: name -> reason"""
+    foreign: ClassVar[Mapping[str, str]] = {}
+    """shared options that the known script of the family does not have: name -> reason"""
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """values of such options that ask for what happens anyway, where they differ from those of known_options.ALSO_NEUTRAL"""
+    stands_for: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """own switches that are another spelling of shared options: name -> those options with their values"""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """shared options whose default differs here: name -> default"""
     part_options: ClassVar[Mapping[str, frozenset[str]]] = {}

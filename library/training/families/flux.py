@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import Problems
-from library.options import option, refused_option
-from library.training.families.base import FlowFamily, refused_by_flow, tokenizer_problems
+from library.options import ignored_option, option, refused_option
+from library.training.families.base import FlowFamily, ignored_by_flow, tokenizer_problems
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 from library.training.timestep_samplers import TimestepOptions
@@ -61,7 +61,7 @@ class FluxOptions:
         "flux", help="flux or chroma", choices=("flux", "chroma"), reason="Chroma is a model family of its own that is not there yet; only flux is"
     )
     split_mode: bool = option(False, help=f"deprecated: the same as --blocks_to_swap {SPLIT_MODE_BLOCKS}")
-    controlnet_model_name_or_path: str | None = refused_option(
+    controlnet_model_name_or_path: str | None = ignored_option(
         None, help="ControlNet to train with", reason="a ControlNet takes no part in the training of a network"
     )
 
@@ -94,13 +94,13 @@ class FluxFamily(FlowFamily):
             {"clip_l", "t5xxl", "clip_l_tokenizer", "t5xxl_tokenizer", "t5xxl_max_token_length", "apply_t5_attn_mask"}
         ),
     }
-    refused = {
-        **refused_by_flow("FLUX.1"),
+    refused = {"weighted_captions": "FLUX.1 has no way to weigh words"}
+    ignored = {
+        **ignored_by_flow("FLUX.1"),
         "v2": _SD_MODELS,
         "v_parameterization": "FLUX.1 predicts the velocity of its flow in any case",
         "clip_skip": "FLUX.1 takes the last layer of both text encoders",
         "max_token_length": "it counts CLIP tokens; FLUX.1 reads captions through T5: see --t5xxl_max_token_length",
-        "weighted_captions": "FLUX.1 has no way to weigh words",
         "vae": "the autoencoder of FLUX.1 is given with --ae",
         "sample_sampler": "FLUX.1 samples with Euler steps along its own schedule",
     }
@@ -185,6 +185,7 @@ class FluxFamily(FlowFamily):
             lines.append(f"--split_mode is deprecated; it stands for --blocks_to_swap {SPLIT_MODE_BLOCKS}")
         if self.is_schnell and "guidance_scale" in self.config.explicit:
             lines.append("--guidance_scale has no effect: FLUX.1 schnell has no embedded guidance")
+        lines.append("CLIP-L computes with quick_gelu, as it was trained (known trainers compute with gelu here: other pooled captions and caches)")
         return lines
 
     @property

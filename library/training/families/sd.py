@@ -12,7 +12,7 @@ from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError
 from library.options import option
 from library.training.families.base import tokenizer_problems
-from library.training.families.unet import UNetFamily, about_slot, refused_by_unet
+from library.training.families.unet import UNetFamily, about_slot, foreign_to_unet
 from library.training.option_groups import ModelOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 
@@ -47,8 +47,8 @@ class SdFamily(UNetFamily):
     options = SdOptions
     kinds = frozenset({"sd1", "sd2"})
     part_options = {"vae": frozenset(), "text_encoders": frozenset({"clip_tokenizer"})}
-    refused = {
-        **refused_by_unet("Stable Diffusion"),
+    foreign = {
+        **foreign_to_unet("Stable Diffusion"),
         "cache_text_encoder_outputs": _NO_TEXT_CACHE,
         "cache_text_encoder_outputs_to_disk": _NO_TEXT_CACHE,
         "text_encoder_batch_size": _NO_TEXT_CACHE,
@@ -132,16 +132,16 @@ class SdFamily(UNetFamily):
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         from library.sd_utils import load_text_encoder_sd
 
-        return [
-            load_text_encoder_sd(
-                self.base_path, self.is_v2, runtime.text_encoder_dtype, runtime.device, self.disable_mmap, transform=self.transform
-            )
-        ]
+        encoder = load_text_encoder_sd(
+            self.base_path, self.is_v2, runtime.weight_dtype, runtime.device, self.disable_mmap, transform=self.transform
+        )
+        return self.stored_small_text([encoder], runtime)
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         from library.sd_utils import load_unet_sd
 
-        return load_unet_sd(self.base_path, runtime.denoiser_dtype, runtime.device, self.disable_mmap, transform=self.transform)
+        denoiser = load_unet_sd(self.base_path, runtime.weight_dtype, runtime.device, self.disable_mmap, transform=self.transform)
+        return self.stored_small(denoiser, runtime)
 
     def predict(self, models: Models, sample: NoisyLatents, conditioning: list[Any], batch: Any, **inputs: Any) -> DiTOutput:
         from library.sd_train_utils import predict_noise

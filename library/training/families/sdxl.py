@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError
 from library.options import option
 from library.training.families.base import tokenizer_problems
-from library.training.families.unet import UNetFamily, about_slot, part_of, refused_by_unet
+from library.training.families.unet import UNetFamily, about_slot, part_of, foreign_to_unet
 from library.training.option_groups import ModelOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 
@@ -46,11 +47,10 @@ class SdxlFamily(UNetFamily):
     options = SdxlOptions
     kinds = frozenset({"sdxl"})
     part_options = {"vae": frozenset(), "text_encoders": frozenset({"clip_tokenizer"})}
-    refused = {
-        **refused_by_unet("SDXL"),
-        "v2": "it belongs to Stable Diffusion 2, which has its own script, train_network.py",
-        "clip_skip": "SDXL takes the last but one layer of both text encoders",
-    }
+    refused = {"v2": "it belongs to Stable Diffusion 2, which has its own script, train_network.py"}
+    foreign = foreign_to_unet("SDXL")
+    ignored = {"clip_skip": "SDXL takes the last but one layer of both text encoders, which is 2"}
+    neutral = {"clip_skip": (2,)}
 
     @cached_property
     def info(self) -> UNetInfo:
@@ -63,6 +63,14 @@ class SdxlFamily(UNetFamily):
         from library.sdxl_utils import inspect_vae_sdxl
 
         return inspect_vae_sdxl(self.vae_path)
+
+    def notices(self) -> list[str]:
+        """Where numbers differ on purpose from those of known trainers, beside what all U-Nets have."""
+        lines = super().notices()
+        if os.path.isfile(self.base_path or ""):  # folders hold the matrix the way round in which everybody uses it
+            lines.append("pooled captions go through text_projection as it was trained (known trainers use the transposed matrix of single files)")
+        lines.append("the crop in the size conditioning is the corner that was cut off the picture (known trainers tell margins on the other axis)")
+        return lines
 
     def text_problems(self) -> list[str]:
         from library.sdxl_utils import text_encoder_sizes, text_width_problem
@@ -110,14 +118,16 @@ class SdxlFamily(UNetFamily):
         """[CLIP-L, CLIP bigG]."""
         from library.sdxl_utils import load_text_encoders_sdxl
 
-        return load_text_encoders_sdxl(
-            self.base_path, runtime.text_encoder_dtype, runtime.device, self.disable_mmap, transform=self.transform
+        encoders = load_text_encoders_sdxl(
+            self.base_path, runtime.weight_dtype, runtime.device, self.disable_mmap, transform=self.transform
         )
+        return self.stored_small_text(encoders, runtime)
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         from library.sdxl_utils import load_unet_sdxl
 
-        return load_unet_sdxl(self.base_path, runtime.denoiser_dtype, runtime.device, self.disable_mmap, transform=self.transform)
+        denoiser = load_unet_sdxl(self.base_path, runtime.weight_dtype, runtime.device, self.disable_mmap, transform=self.transform)
+        return self.stored_small(denoiser, runtime)
 
     def predict(self, models: Models, sample: NoisyLatents, conditioning: list[Any], batch: Any, **inputs: Any) -> DiTOutput:
         from library.sdxl_train_utils import predict_noise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.dataset import CachingOptions
 from library.errors import CheckpointError, ConfigError, Problems, did_you_mean
-from library.training.families.base import ModelFamily, refused_by_ddpm
+from library.training.families.base import ModelFamily, foreign_to_ddpm
 from library.training.inference_samplers import INFERENCE_SAMPLERS, SamplerOptions, sampler_notices
 from library.training.option_groups import ModelOptions, NoiseOptions, SamplingOptions
 from library.training.sampling_prompts import SamplePrompt, with_defaults
@@ -29,16 +29,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FP8 = "8-bit storage is there for transformers only; use --mixed_precision"
 
-
-def refused_by_unet(model: str) -> dict[str, str]:
-    """What no family with a U-Net has: name -> reason, for its `refused`. `model` is its name in messages."""
+def foreign_to_unet(model: str) -> dict[str, str]:
+    """What no script of a family with a U-Net has: name -> reason, for its `foreign`. `model` is its name in messages."""
     return {
-        **refused_by_ddpm(model),
+        **foreign_to_ddpm(model),
         "blocks_to_swap": f"the U-Net of {model} has no row of equal blocks to swap; --gradient_checkpointing saves memory",
-        "fp8_base": _FP8,
-        "fp8_base_unet": _FP8,
     }
 
 
@@ -147,6 +143,25 @@ class UNetFamily(ModelFamily):
         from library.ldm_utils import load_autoencoder
 
         return load_autoencoder(self.vae_info, runtime.vae_dtype, runtime.device, self.disable_mmap)
+
+    @staticmethod
+    def stored_small(denoiser: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
+        """The U-Net as --fp8_base stores it: linear layers and convolutions in 8 bits."""
+        if runtime.denoiser_dtype != runtime.weight_dtype:
+            from library.fp8_optimization_utils import shrink_to_fp8
+
+            shrink_to_fp8(denoiser)
+        return denoiser
+
+    @staticmethod
+    def stored_small_text(encoders: list[torch.nn.Module | None], runtime: Runtime) -> list[torch.nn.Module | None]:
+        """Text encoders as --fp8_base stores them: linear layers in 8 bits, embeddings and norms as they are."""
+        if runtime.text_encoder_dtype != runtime.weight_dtype:
+            from library.fp8_optimization_utils import shrink_linears_to_fp8
+
+            for encoder in encoders:
+                shrink_linears_to_fp8(encoder)
+        return encoders
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         return latents * self.vae_info.params.scaling_factor

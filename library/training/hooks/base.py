@@ -17,6 +17,8 @@ class Hook:
     `compute_loss` (from DiTOutput to the loss). Their default is None.
     """
 
+    state_key: str = ""
+    """names its part of a state; its class's name when empty"""
     process_batch = None
     """(step: TrainStep, batch, times) -> StepOutput"""
     compute_loss = None
@@ -61,6 +63,14 @@ class Hook:
     def extra_step_logs(self, run: Run) -> dict[str, float]:
         return {}
 
+    def planned_files(self, run: Run) -> list[str]:
+        """Files that this hook will write, for the start page: names below the output folder, several of a kind as one line."""
+        return []
+
+    def written_files(self) -> list[str]:
+        """Files and folders that it has written and not removed again, for the last lines of the log."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """What this hook needs to go on after a resume; tensors, numbers, texts, lists and dicts only."""
         return {}
@@ -85,6 +95,17 @@ class HookList:
             return [getattr(hook, name)(*args) for hook in self.hooks]
 
         return call_all
+
+    def by_key(self) -> dict[str, Hook]:
+        """Hooks by the name that their states have; a name that comes again gets the number of its place: `Losses 2`."""
+        found: dict[str, Hook] = {}
+        for hook in self.hooks:
+            name = key = hook.state_key or type(hook).__name__
+            number = 2
+            while key in found:
+                key, number = f"{name} {number}", number + 1
+            found[key] = hook
+        return found
 
     def find(self, hook_class: type) -> Any | None:
         return next((hook for hook in self.hooks if isinstance(hook, hook_class)), None)

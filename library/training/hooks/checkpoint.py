@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.atomic_file import remove_file, remove_folder
 from library.training.checkpoint import AVERAGED, SaveRules, Saving, train_state
 from library.training.hooks.base import Hook
 from library.training.hooks.ema import EmaHook
 from library.training.hooks.finite import SAVE_DTYPES, NonFiniteGuard
-from library.training.option_groups import HubOptions, SavingOptions
+from library.training.option_groups import EmaOptions, HubOptions, SavingOptions
 from library.training.state import save_state
 
 if TYPE_CHECKING:
@@ -24,6 +23,22 @@ logger = logging.getLogger(__name__)
 def averaged_path(path: Path) -> Path:
     """Where the moving average of the weights of a file is."""
     return path.with_name(path.stem + AVERAGED + path.suffix)
+
+
+def planned_lines(savings: Sequence[Saving], with_average: bool) -> list[str]:
+    """What the start page says of the files of several occasions: the first, the last and how many; those removed later too."""
+    if not savings:
+        return []
+    names = [saving.file for saving in savings]
+    lines = [names]
+    if with_average:
+        lines.append([averaged_path(Path(name)).name for name in names])
+    lines.append([f"{saving.state}/" for saving in savings if saving.state is not None])
+    removed = sum(bool(saving.remove) for saving in savings)
+    note = f", {removed} of them removed again" if removed else ""
+    return [
+        line[0] if len(line) == 1 else f"{line[0]} ... {line[-1]} ({len(line)}{note})" for line in lines if line
+    ]
 
 
 MetadataMaker = Callable[["Run"], dict[str, str]]
@@ -39,6 +54,17 @@ class CheckpointHook(Hook):
     def __init__(self, metadata: MetadataMaker, upload: Any | None = None) -> None:
         self._metadata = metadata
         self._upload = upload
+        self._files: dict[str, None] = {}
+
+    def planned_files(self, run: Run) -> list[str]:
+        rules, progress = self._rules(run), run.progress
+        at_epochs = [s for s in map(rules.after_epoch, range(1, progress.num_epochs + 1)) if s is not None]
+        at_steps = [s for s in map(rules.after_step, range(1, progress.max_train_steps + 1)) if s is not None]
+        last = rules.at_end(progress.max_train_steps)
+        return [line for savings in (at_epochs, at_steps, [last]) for line in planned_lines(savings, run.config[EmaOptions].ema)]
+
+    def written_files(self) -> list[str]:
+        return list(self._files)
 
     def on_step_end(self, run: Run, output: StepOutput) -> None:
         self._write(run, self._rules(run).after_step(run.progress.global_step))
@@ -56,7 +82,7 @@ class CheckpointHook(Hook):
         return SaveRules(run.config[SavingOptions], run.progress.num_epochs)
 
     def _write(self, run: Run, saving: Saving | None, is_last: bool = False) -> None:
-        """File, state, removal at a step; file, removal, state at an epoch."""
+        """File, state, then removal of what is outdated: a kill at any time leaves the newest or the one before."""
         if saving is None:
             return
         guard = run.hooks.find(NonFiniteGuard)
@@ -65,12 +91,9 @@ class CheckpointHook(Hook):
         if run.runtime.is_main_process:
             folder = Path(run.config[SavingOptions].output_dir)
             self._write_file(run, folder / saving.file, is_last)
-            if saving.at == "epoch":
-                self._remove(folder, saving)
             if saving.state is not None:
                 self._write_state(run, folder / saving.state, is_last)
-            if saving.at != "epoch":
-                self._remove(folder, saving)
+            self._remove(folder, saving)
         run.runtime.barrier()
 
     def _write_file(self, run: Run, path: Path, is_last: bool) -> None:
@@ -82,6 +105,7 @@ class CheckpointHook(Hook):
             written.append(averaged_path(path))
             with run.weights_for_eval():
                 run.trainable.save(str(written[-1]), dtype, metadata)
+        self._files.update(dict.fromkeys(map(str, written)))
         logger.info("saved %s", " and ".join(map(str, written)))
         run.hooks.on_post_save(run, str(path), metadata)
         for file in written:
@@ -91,18 +115,18 @@ class CheckpointHook(Hook):
     def _write_state(self, run: Run, folder: Path, is_last: bool) -> None:
         counters = train_state(run.progress.global_step, run.progress.steps_per_epoch)
         save_state(run, folder, counters)
+        self._files[str(folder)] = None
         logger.info("saved the state %s", folder)
         if self._upload is not None and run.config[HubOptions].save_state_to_huggingface:
             self._upload(folder, folder.name, wait=is_last)
 
-    @staticmethod
-    def _remove(folder: Path, saving: Saving) -> None:
+    def _remove(self, folder: Path, saving: Saving) -> None:
         for name in saving.remove:
             for path in (folder / name, averaged_path(folder / name)):
-                if path.is_file():
-                    os.remove(path)
+                if path.is_file() and remove_file(path):
+                    self._files.pop(str(path), None)
                     logger.info("removed the outdated %s", path)
         for name in saving.remove_states:
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
+            if (folder / name).is_dir() and remove_folder(folder / name):
+                self._files.pop(str(folder / name), None)
                 logger.info("removed the outdated state %s", folder / name)

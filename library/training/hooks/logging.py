@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.training.hooks.base import Hook
@@ -23,21 +25,44 @@ SHOWN_IN_BAR = {"max_norm/keys_scaled": "Keys Scaled", "norm/avg_key_norm": "Ave
 
 
 class LossWindow:
-    """Mean over the last epoch: the first epoch appends, later ones overwrite the loss at the same place in the epoch."""
+    """Mean over the last `size` steps, which is an epoch. Its sum runs along and is made anew once an epoch, so that rounding
+    does not add up; a state carries it, so that a resumed log equals that of a run that was never stopped."""
 
-    def __init__(self, values: list[float] | None = None) -> None:
-        self.values = list(values or [])
+    def __init__(self, size: int = 1, values: Sequence[float] = (), total: float | None = None, step: int | None = None) -> None:
+        self.size = size
+        self.values = deque(values, maxlen=size)
+        self.total = math.fsum(self.values) if total is None else total
+        self.step = step
+        """that of the newest loss"""
 
-    def put(self, index: int, loss: float) -> None:
-        """`index` is the place of the step in its epoch, from 0."""
-        if index < len(self.values):
-            self.values[index] = loss
-        else:
-            self.values.append(loss)
+    def put(self, step: int, loss: float) -> None:
+        """`step` counts from 1."""
+        self.total += loss - (self.values[0] if len(self.values) == self.size else 0.0)
+        self.values.append(loss)
+        self.step = step
+        if step % self.size == 0:
+            self.total = math.fsum(self.values)
 
     @property
     def average(self) -> float | None:
-        return sum(self.values) / len(self.values) if self.values else None
+        return self.total / len(self.values) if self.values else None
+
+    def at(self, step: int, size: int) -> LossWindow:
+        """This window where a run goes on after `step`, with epochs of `size` steps; empty when its losses are of other steps."""
+        if self.step not in (None, step):
+            return LossWindow(size)
+        if self.step is None and self.values:  # of an earlier version, by place in the epoch
+            newest = (step - 1) % self.size + 1
+            return LossWindow(size, [*list(self.values)[newest:], *list(self.values)[:newest]], step=step)
+        return LossWindow(size, self.values, self.total if size == self.size else None, self.step)
+
+    def state(self) -> dict[str, Any]:
+        return {"window": list(self.values), "size": self.size, "sum": self.total, "step": self.step}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> LossWindow:
+        values = state.get("window", [])
+        return cls(state.get("size", max(1, len(values))), values, state.get("sum"), state.get("step"))
 
 
 class LoggingHook(Hook):
@@ -60,6 +85,7 @@ class LoggingHook(Hook):
         self._run = run
         self._reader = run.hooks.find(LossReader)
         self._reader.listen(self.on_losses)
+        self.window = self.window.at(run.progress.global_step, run.progress.steps_per_epoch)
         if not run.runtime.is_main_process:
             return
         self._trackers = open_trackers(run.config[LoggingOptions], run.config)
@@ -69,7 +95,7 @@ class LoggingHook(Hook):
 
     def on_losses(self, losses: list[StepLoss]) -> None:
         for entry in losses:
-            self.window.put((entry.step - 1) % self._run.progress.steps_per_epoch, entry.loss)
+            self.window.put(entry.step, entry.loss)
             self.log(
                 {"loss/current": entry.loss, "loss/average": self.window.average, **entry.logs},
                 axis="step", step=entry.step, epoch=entry.epoch,
@@ -113,15 +139,25 @@ class LoggingHook(Hook):
             self._bar.close()
         if self._restore_console is not None:
             self._restore_console()
+
+    def planned_files(self, run: Run) -> list[str]:
+        folder = run.config[LoggingOptions].logging_dir
+        return [f"curves of this run in {folder}"] if folder else []
+
+    def written_files(self) -> list[str]:
+        return [str(tracker.folder) for tracker in self._trackers if tracker.folder is not None]
+
+    def close(self) -> None:
+        """End of the trackers; FinishHook calls it after the last hook that logs."""
         for tracker in self._trackers:
             tracker.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The window as of the last reading; a save reads first (NonFiniteGuard.check_before_save)."""
-        return {"window": list(self.window.values)}
+        return self.window.state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.window = LossWindow(state.get("window", []))
+        self.window = LossWindow.of_state(state)
 
     def _refresh_bar(self, step: int | None) -> None:
         if self._bar is None:

@@ -24,10 +24,20 @@ class LossCurveHook(Hook):
         self.validation: list[tuple[int, float]] = []
         """(optimizer steps done, loss)"""
         self._drawn: tuple[Any, ...] | None = None
+        self._is_restored = False
+        self._paths: tuple[Path, ...] = ()
 
     def on_train_start(self, run: Run) -> None:
         self._reader = run.hooks.find(LossReader)
         self._reader.listen(self.on_losses)
+        if self._is_restored:
+            self._forget_after(run.progress.global_step)
+
+    def _forget_after(self, done: int) -> None:
+        """A run may go on at an earlier step than that of its state."""
+        kept = [(step, loss) for step, loss in zip(self.steps, self.losses) if step <= done]
+        self.steps, self.losses = [step for step, _ in kept], [loss for _, loss in kept]
+        self.validation = [point for point in self.validation if point[0] <= done]
 
     def on_losses(self, losses: list[StepLoss]) -> None:
         self.steps.extend(entry.step for entry in losses)
@@ -53,8 +63,16 @@ class LossCurveHook(Hook):
         self._drawn = content
         stem = Path(options.output_dir) / f"{CheckpointNames(options.output_name).last()}-loss"
         averages = trailing_mean(self.losses, run.progress.steps_per_epoch)
-        write_table(stem.with_name(stem.name + ".csv"), self.steps, self.losses, averages, self.validation)
-        plot_losses(stem.with_name(stem.name + ".png"), self.steps, self.losses, averages, self.validation)
+        self._paths = (stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".csv"))
+        plot_losses(self._paths[0], self.steps, self.losses, averages, self.validation)
+        write_table(self._paths[1], self.steps, self.losses, averages, self.validation)
+
+    def planned_files(self, run: Run) -> list[str]:
+        stem = CheckpointNames(run.config[SavingOptions].output_name).last()
+        return [f"{stem}-loss.png and {stem}-loss.csv"]
+
+    def written_files(self) -> list[str]:
+        return [str(path) for path in self._paths]
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -64,6 +82,7 @@ class LossCurveHook(Hook):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._is_restored = True
         self.steps = [int(step) for step in state.get("steps", [])]
         self.losses = [float(loss) for loss in state.get("losses", [])]
         self.validation = [(int(step), float(loss)) for step, loss in state.get("validation", [])]
@@ -106,7 +125,9 @@ def plot_losses(
     if validation:
         places, values = zip(*sorted(validation))
         axes.plot(places, values, color="#c8501e", marker="o", markersize=4, linewidth=1.5, label="validation")
-        for index, side in {0: "left", len(values) - 1: "right"}.items():
+        lowest = min(range(len(values)), key=lambda index: values[index])
+        axes.plot(places[lowest], values[lowest], color="#c8501e", marker="*", markersize=14, linestyle="none", label=f"lowest, step {places[lowest]}")
+        for index, side in {0: "left", lowest: "center", len(values) - 1: "right"}.items():
             axes.annotate(
                 f"{values[index]:.4f}", (places[index], values[index]), textcoords="offset points", xytext=(0, 7), ha=side, fontsize=9
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from library.atomic_file import atomic_path
 from library.image_grid import GridCell, image_grid
 from library.keyed_random import isolated_rng, key_seed
+from library.picture_files import settings_texts, write_picture
 from library.training.hooks.base import Hook
 from library.training.hooks.logging import LoggingHook
 from library.training.hooks.losses import gather_objects
+from library.training.hooks.sample_sheet import SampleSheet
 from library.training.option_groups import SamplingOptions, SavingOptions
-from library.training.sampling_prompts import SamplePrompt, is_sample_due, sample_file_name, sample_suffix, unused_settings
+from library.training.sampling_prompts import SamplePrompt, is_sample_due, sample_file_name, sample_suffix, unreached_interval, unused_settings
 
 if TYPE_CHECKING:
     from library.strategy_base import StrategySet
     from library.training.families.base import ModelFamily
+    from library.training.progress import Progress
     from library.training.run import Run, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -70,14 +73,18 @@ class SampleHook(Hook):
     """Makes the images of `--sample_prompts` at first, after every n epochs or after every n steps.
 
     `conditioning` holds the encoded texts; while text encoders are trained, the texts are encoded anew on each occasion.
-    Prompts are dealt over the ranks. Each occasion gives one file per prompt and one sheet with all of them. A prompt
-    without a seed gets one that depends on (`seed`, step, prompt), so that a repeated run shows the same pictures.
+    Prompts are dealt over the ranks. Each occasion gives one file per prompt, one grid with all of them, and a column of the
+    sheet of the run. A prompt without a seed gets one that depends on (`seed`, step, prompt), so that a repeated run shows the
+    same pictures. When the interval is longer than the run, the pictures are made at its end.
     """
 
     def __init__(self, prompts: Sequence[SamplePrompt], conditioning: dict[str, Conditioning], seed: int) -> None:
         self.prompts = list(prompts)
         self.conditioning = conditioning
         self.seed = seed
+        self.sheet = SampleSheet()
+        self._made = self._grids = 0
+        self._folder: Path | None = None
 
     def on_train_start(self, run: Run) -> None:
         unused = unused_settings(self.prompts, run.family.sampling) if self.prompts else []
@@ -85,6 +92,9 @@ class SampleHook(Hook):
             logger.warning("sample prompts set %s, which %s does not have; ignored", ", ".join(unused), run.family.name)
         if run.progress.global_step == 0:
             self._sample_if_due(run, "first")
+        elif self.prompts and run.runtime.is_main_process:
+            saving = run.config[SavingOptions]
+            self.sheet.read_folder(Path(saving.output_dir) / "sample", saving.output_name, run.progress.global_step)
 
     def on_step_end(self, run: Run, output: StepOutput) -> None:
         self._sample_if_due(run, "step")
@@ -92,10 +102,36 @@ class SampleHook(Hook):
     def on_epoch_end(self, run: Run) -> None:
         self._sample_if_due(run, "epoch")
 
+    def on_train_end(self, run: Run) -> None:
+        progress = run.progress
+        unreached = unreached_interval(run.config[SamplingOptions], progress.max_train_steps, progress.max_train_steps // progress.steps_per_epoch)
+        if self.prompts and unreached:
+            self._occasion(run, "step")
+
+    def planned_files(self, run: Run) -> list[str]:
+        options, progress = run.config[SamplingOptions], run.progress
+        if not self.prompts:
+            return []
+        finished = progress.max_train_steps // progress.steps_per_epoch
+        occasions = sum(is_sample_due(options, "epoch", 0, epoch) for epoch in range(1, finished + 1))
+        occasions += sum(is_sample_due(options, "step", step, 0) for step in range(1, progress.max_train_steps + 1))
+        occasions += bool(options.sample_at_first) + bool(unreached_interval(options, progress.max_train_steps, finished))
+        return [f"sample/ with {len(self.prompts)} pictures and a grid on {occasions} occasions, all of them on {self._sheet_path(run).name}"]
+
+    def written_files(self) -> list[str]:
+        return [] if self._folder is None else [f"{self._folder}{os.sep} with {self._made} pictures, {self._grids} grids and the sheet of all"]
+
+    def _sheet_path(self, run: Run) -> Path:
+        saving = run.config[SavingOptions]
+        return Path(saving.output_dir) / "sample" / f"{saving.output_name or 'samples'}_sheet.png"
+
     def _sample_if_due(self, run: Run, at: str) -> None:
         options, progress = run.config[SamplingOptions], run.progress
         if not self.prompts or not is_sample_due(options, at, progress.global_step, progress.epoch):
             return
+        self._occasion(run, at)
+
+    def _occasion(self, run: Run, at: str) -> None:
         run.hooks.on_before_sample_images(run)
         try:
             self.sample(run, at)
@@ -141,28 +177,42 @@ class SampleHook(Hook):
             saving.output_name, at, progress.epoch if at == "epoch" else progress.global_step,
             enum=number if given.enum is None else given.enum, seed=given.seed, timestamp=time.strftime("%Y%m%d%H%M%S"),
         )
-        path = Path(saving.output_dir) / name
-        save_png(image, path)
+        path = write_picture(image, Path(saving.output_dir) / name, self._texts(run, at, number, prompt))
         return SampleFile(number, str(path), prompt.prompt)
 
+    @staticmethod
+    def _texts(run: Run, at: str, number: int, prompt: SamplePrompt) -> dict[str, str]:
+        """What a picture's file tells: its settings as those of the image scripts do, and where in the run it was made."""
+        return settings_texts(
+            prompt=prompt.prompt, negative_prompt=prompt.negative_prompt, seed=prompt.seed, steps=prompt.sample_steps, scale=prompt.scale,
+            guidance=prompt.guidance_scale, sampler=prompt.sample_sampler, flow_shift=prompt.flow_shift,
+            model=run.config[SavingOptions].output_name, step=run.progress.global_step, occasion=occasion_label(run.progress, at),
+            number=number,
+        )  # fmt: skip
+
     def _present(self, run: Run, at: str, made: list[SampleFile]) -> None:
-        """The sheet of all pictures, and the trackers' images."""
+        """The grid of this occasion's pictures, the sheet of all, and the trackers' images."""
+        if not made:
+            return
         pictures = [(file, _open(file.path)) for file in made]
         cells = [GridCell(image, f"{file.enum}: {file.caption}") for file, image in pictures]
         saving = run.config[SavingOptions]
         name = sample_suffix(at, run.progress.epoch if at == "epoch" else run.progress.global_step)
         stem = f"{saving.output_name}_{name}" if saving.output_name else name
         title = f"{saving.output_name or 'samples'}, step {run.progress.global_step}"
-        save_png(image_grid(cells, title=title), Path(saving.output_dir) / "sample" / f"{stem}_grid.png")
+        grid = write_picture(image_grid(cells, title=title), Path(saving.output_dir) / "sample" / f"{stem}_grid.png")
+        self.sheet.add(run.progress.global_step, occasion_label(run.progress, at), {file.enum: image for file, image in pictures})
+        self.sheet.write(self._sheet_path(run), {number: prompt.prompt for number, prompt in enumerate(self.prompts)}, saving.output_name or "samples")
+        self._made, self._grids, self._folder = self._made + len(made), self._grids + 1, grid.parent
         log = run.hooks.find(LoggingHook)
         if log is not None:
             for file, image in pictures:
                 log.log_image(f"sample_{file.enum}", image, file.caption)
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
+def occasion_label(progress: Progress, at: str) -> str:
+    """What stands below a picture of the sheet."""
+    return {"first": "start", "epoch": f"epoch {progress.epoch}"}.get(at, f"step {progress.global_step}")
 
 
 def _open(path: str) -> Image.Image:

@@ -9,6 +9,7 @@ from library.options import Config
 from library.training.hooks.base import Hook
 from library.training.hooks.checkpoint import CheckpointHook, MetadataMaker
 from library.training.hooks.ema import EmaHook
+from library.training.hooks.finish import FinishHook
 from library.training.hooks.finite import NonFiniteGuard
 from library.training.hooks.logging import LoggingHook
 from library.training.hooks.loss_curve import LossCurveHook
@@ -40,6 +41,7 @@ def standard_hooks(
         ValidationHook(runtime.seed if seed is None else seed),
         CheckpointHook(metadata, uploader_of(config[HubOptions])),
         SampleHook(prompts, conditioning, runtime.seed),
+        FinishHook(),
     ]
 
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import toml
-
 from library.errors import ConfigError
 from library.options import Config, option_fields
+from library.text_files import parse_toml, read_text
 from library.training.parser_common import PATH_OPTIONS
 
 if TYPE_CHECKING:
@@ -37,7 +36,9 @@ class Point:
 
 
 class Tracker(ABC):
-    """One destination of the curves; lives on the main process only."""
+    """One destination of the curves; lives on the main process only. `folder`: where its files are."""
+
+    folder: Path | None = None
 
     @abstractmethod
     def log(self, point: Point) -> None: ...
@@ -59,7 +60,8 @@ class TensorBoardTracker(Tracker):
             raise ConfigError(
                 f"--log_with tensorboard needs the package tensorboard ({error}); install it with: pip install tensorboard"
             ) from error
-        self._writer = SummaryWriter(str(folder / project))
+        self.folder = folder / project
+        self._writer = SummaryWriter(str(self.folder))
         if config:
             text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
             self._writer.add_text("config", f"```\n{text}\n```", 0)
@@ -91,6 +93,7 @@ class WandbTracker(Tracker):
                 f"--log_with wandb needs the package wandb ({error}); install it with: pip install wandb"
             ) from error
         self._wandb = wandb
+        self.folder = folder
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             os.environ["WANDB_DIR"] = str(folder)
@@ -119,12 +122,8 @@ class WandbTracker(Tracker):
 
 def _wandb_arguments(path: str) -> dict[str, Any]:
     """Arguments of wandb.init from a TOML file; they may stand in a table called `wandb`."""
-    try:
-        values = toml.load(path)
-    except OSError as error:
-        raise ConfigError(f"--log_tracker_config is '{path}', which cannot be read: {error.strerror}") from error
-    except (toml.TomlDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--log_tracker_config is '{path}', which is not a TOML file: {error}") from error
+    name = f"--log_tracker_config is '{path}', which"
+    values = parse_toml(read_text(path, name), name)
     return dict(values.get("wandb", values))
 
 

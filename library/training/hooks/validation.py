@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,8 @@ class ValidationHook(Hook):
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.last_loss: float | None = None
+        self.lowest: tuple[float, int] | None = None
+        """lowest loss after training began, and the optimizer steps done then"""
         self._measured_at: int | None = None
 
     def on_train_start(self, run: Run) -> None:
@@ -51,6 +53,23 @@ class ValidationHook(Hook):
         every = run.config[ValidationOptions].validate_every_n_epochs or 1
         if run.progress.finished_epochs % every == 0:
             self._validate_and_report(run, "epoch")
+
+    def on_train_end(self, run: Run) -> None:
+        if self.lowest is not None and run.runtime.is_main_process:
+            logger.info("lowest held-out loss: %s", self._lowest_text(run))
+
+    def _lowest_text(self, run: Run) -> str:
+        loss, step = self.lowest
+        epoch = (step - 1) // run.progress.steps_per_epoch + 1
+        return f"{loss:.5f} in epoch {epoch} (after step {step})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.lowest is None else {"lowest": list(self.lowest)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "lowest" in state:
+            loss, step = state["lowest"]
+            self.lowest = float(loss), int(step)
 
     def validate(self, run: Run) -> float | None:
         """Mean loss over all held-out samples and the four noise levels; None without held-out images."""
@@ -90,5 +109,9 @@ class ValidationHook(Hook):
         curve = run.hooks.find(LossCurveHook)
         if curve is not None:
             curve.add_validation(run.progress.global_step, loss)
+        is_lowest = self.lowest is None or loss < self.lowest[0]
+        if is_lowest and run.progress.global_step > 0:
+            self.lowest = loss, run.progress.global_step
         if is_new and run.runtime.is_main_process:
-            logger.info("validation loss after %d steps: %.5f", run.progress.global_step, loss)
+            mark = ", the lowest so far" if is_lowest and run.progress.global_step > 0 else ""
+            logger.info("validation loss after %d steps: %.5f%s", run.progress.global_step, loss, mark)

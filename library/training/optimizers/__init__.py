@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from library.errors import ConfigError, Problems, did_you_mean
-from library.options import option, refused_option
+from library.options import option
 from library.registry import Registry
 from library.training.keyword_args import argument_problems, parse_keyword_args
 
@@ -69,11 +69,7 @@ class OptimizerOptions:
     optimizer_args: list[str] | None = option(
         None, nargs="*", metavar="KEY=VALUE", help='arguments of the optimizer, e.g. weight_decay=0.01 betas=0.9,0.999'
     )
-    fused_backward_pass: bool = refused_option(
-        False, help="update each parameter inside the backward pass",
-        reason="gradients of a network are few, are averaged over processes and clipped by their common norm, which needs"
-        " all of them at once; the option saves memory in full fine-tuning only",
-    )
+    fused_backward_pass: bool = option(False, help="update each parameter inside the backward pass")
 
     def __post_init__(self) -> None:
         problems = Problems()

@@ -38,6 +38,10 @@ class Trainable(ABC):
     def check(self, family: ModelFamily) -> None:
         """Options and files (headers only); raises one ConfigError with every problem."""
 
+    def fixed_settings(self, family: ModelFamily) -> dict[str, Any]:
+        """Options on which the shape of what is learned hangs, by name: a run that resumes must have the same."""
+        return {}
+
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
         """Per text encoder, whether it learns."""
         return []
@@ -76,6 +80,14 @@ class Trainable(ABC):
         yield
 
     def hooks(self) -> list[Hook]:
+        return []
+
+    def description(self) -> str:
+        """What is learned, for the page at start; after attach()."""
+        return self.name
+
+    def notices(self) -> list[str]:
+        """Lines for the page at start about settings whose meaning is easily overlooked; after attach()."""
         return []
 
     @abstractmethod

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.atomic_file import atomic_path, scratch_path
 from library.dataset import CachingOptions
 from library.errors import CheckpointError, ConfigError, Problems
 from library.family_table import family_entry
@@ -30,7 +31,8 @@ from library.training.optimizers import OptimizerOptions
 from library.training.timesteps import NUM_TIMESTEPS
 from library.training.trainables.base import Trainable
 from library.training.trainables.base_weights import BaseWeights
-from networks.network_args import pattern_values, rate, selected_blocks, selection
+from networks.description import describe_network, is_scaled_by_rank
+from networks.network_args import pattern_values, rate, selected_blocks, selection, shapes_nothing
 from networks.network_files import by_module, match_names, read_adapter_file, write_adapter_file
 from networks.targets import targets_of_family
 
@@ -155,6 +157,18 @@ class NetworkTrainable(Trainable):
                 " give the same number, or add --dim_from_weights"
             )
 
+    def fixed_settings(self, family: ModelFamily) -> dict[str, Any]:
+        options = self.opts
+        return {
+            "network_module": options.module_path,
+            "network_dim": DEFAULT_DIM if options.network_dim is None else options.network_dim,
+            "network_alpha": options.network_alpha,
+            "network_args": {key: text for key, text in options.pairs.items() if not shapes_nothing(key)},
+            "dim_from_weights": options.dim_from_weights,
+            "network_train_unet_only": options.network_train_unet_only,
+            "network_train_text_encoder_only": options.network_train_text_encoder_only,
+        }
+
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
         if self.opts.network_train_unet_only or self.opts.module_path in DENOISER_ONLY:
             return [False] * len(targets_of_family(family.name).text_encoders)
@@ -217,6 +231,7 @@ class NetworkTrainable(Trainable):
         self._refuse_empty(models)
         if self.opts.network_weights:
             self._load_start_weights(network)
+            _own_memory(network)
         self._finish(network, text_encoders, models, runtime)
 
     def _finish(self, network: Any, text_encoders: Any, models: Models, runtime: Runtime) -> None:
@@ -389,23 +404,35 @@ class NetworkTrainable(Trainable):
             hooks.append(WeightNormHook(self.network, self.opts.scale_weight_norms))
         return hooks
 
+    def description(self) -> str:
+        if self._is_own:
+            return f"{describe_network(self.network)} ({self.opts.module_path})"
+        rank, alpha = self.opts.network_dim or DEFAULT_DIM, self.opts.network_alpha
+        return f"{self.opts.module_path}, rank {rank}, alpha {alpha:g}, as the module reads them"
+
+    def notices(self) -> list[str]:
+        """A missing --network_alpha is 1, as the known scripts have it: people who do not know train at a fraction of the strength."""
+        if "network_alpha" in self.config.explicit or self.opts.dim_from_weights:
+            return []
+        rank = self.opts.network_dim or DEFAULT_DIM
+        if self._is_own and not any(map(is_scaled_by_rank, self.network.loras)) or rank == 1:
+            return []
+        return [
+            f"--network_alpha is not given and counts as {self.opts.network_alpha:g}: the change is scaled by alpha / rank ="
+            f" {self.opts.network_alpha:g}/{rank}; --network_alpha {rank} trains at full strength"
+        ]
+
     # -- files -------------------------------------------------------------------------------------------------------
 
     def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
         if self._is_own:
             self.network.save_weights(path, dtype, metadata)
             return
-        stem, ending = os.path.splitext(path)
-        temporary = f"{stem}.{os.getpid()}.tmp{ending}"
-        try:
-            self.network.save_weights(temporary, dtype, dict(metadata))
-            if ending == ".safetensors":  # written again with our hashes and a fixed order of the keys
+        is_safetensors = path.endswith(".safetensors")
+        with (scratch_path if is_safetensors else atomic_path)(path) as temporary:
+            self.network.save_weights(str(temporary), dtype, dict(metadata))
+            if is_safetensors:  # written again with our hashes and a fixed order of the keys
                 write_adapter_file(path, load_safetensors(temporary, device="cpu", disable_mmap=True), None, metadata)
-            else:
-                os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
 
     def load(self, path: str) -> None:
         self.network.load_weights(path)
@@ -423,6 +450,16 @@ class NetworkTrainable(Trainable):
         if options.network_args:
             values["ss_network_args"] = json.dumps(options.pairs)
         return values
+
+
+def _own_memory(network: torch.nn.Module) -> None:
+    """Let go of a file that a module mapped and keeps as `weights_sd`: Windows replaces no mapped file, and the output may have
+    its name."""
+    held = getattr(network, "weights_sd", None)
+    if isinstance(held, dict):
+        network.weights_sd = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in held.items()}
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.data = tensor.data.clone()
 
 
 def _is_on(text: str | None) -> bool:

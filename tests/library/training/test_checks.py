@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from library.options import Config
-from library.training import checks
+from library.training import checks, idle_options
 from library.training.parser_common import script
 
 CLASSES = script("flux", "network").classes
@@ -24,38 +26,14 @@ def test_the_output_folder_is_needed_and_made(tmp_path):
     assert "cannot be written" in checks.output_problems(config_of(output_dir=str(tmp_path / "file")))[0]
 
 
-@pytest.mark.parametrize("name", ["mine.safetensors", "mine-000002.safetensors", "mine-step00000010.safetensors"])
-def test_a_file_of_an_earlier_run_is_not_replaced(tmp_path, name):
-    (tmp_path / name).write_text("x")
-    where = {"output_dir": str(tmp_path), "output_name": "mine"}
-    problem = checks.overwrite_problems(config_of(**where))
-    assert len(problem) == 1 and name in problem[0] and "--overwrite" in problem[0]
-    assert checks.overwrite_problems(config_of(**where, overwrite=True)) == []
-    assert checks.overwrite_problems(config_of(**where, resume="state")) == []
-
-
-@pytest.mark.parametrize("name", ["other.safetensors", "mine.txt", "mine-2.safetensors", "mine-000002.ckpt", "mine_v2.safetensors"])
-def test_files_of_other_runs_do_not_matter(tmp_path, name):
-    (tmp_path / name).write_text("x")
-    assert checks.overwrite_problems(config_of(output_dir=str(tmp_path), output_name="mine")) == []
-
-
-def test_a_state_folder_of_an_earlier_run_is_not_replaced(tmp_path):
-    (tmp_path / "mine-step00000010-state").mkdir()
-    assert len(checks.overwrite_problems(config_of(output_dir=str(tmp_path), output_name="mine"))) == 1
-
-
-def test_files_without_a_name_are_looked_for_under_their_default_names(tmp_path):
-    (tmp_path / "at-step00000010.safetensors").write_text("x")
-    assert len(checks.overwrite_problems(config_of(output_dir=str(tmp_path)))) == 1
-
-
 def test_the_prompt_file_is_read_at_start(tmp_path):
     missing = tmp_path / "none.txt"
     assert "there is no such file" in checks.sampling_problems(config_of(sample_prompts=str(missing)))[0]
     empty = tmp_path / "empty.txt"
     empty.write_text("# only a comment\n")
-    assert "no prompt" in checks.sampling_problems(config_of(sample_prompts=str(empty)))[0]
+    assert checks.sampling_problems(config_of(sample_prompts=str(empty))) == []
+    told = checks.warnings(config_of(sample_prompts=str(empty), sample_every_n_epochs=1))
+    assert len(told) == 1 and "holds no prompt: no sample images" in told[0]
     good = tmp_path / "good.txt"
     good.write_text("a red ball --w 64 --h 64\n")
     assert checks.sampling_problems(config_of(sample_prompts=str(good))) == []
@@ -65,19 +43,26 @@ def state_folder(tmp_path, step):
     folder = tmp_path / "mine-state"
     folder.mkdir()
     (folder / "train_state.json").write_text(json.dumps({"current_epoch": 1, "current_step": step}))
-    for name in ("model.safetensors", "optimizer.bin"):
-        (folder / name).write_text("x")
+    save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+    torch.save({}, folder / "optimizer.bin")
     return folder
 
 
 def test_the_state_to_resume_from_is_whole_and_has_steps_left(tmp_path):
     assert "there is no such folder" in checks.resume_problems(config_of(resume=str(tmp_path / "none")))[0]
-    assert "model.safetensors and optimizer.bin are missing" in checks.resume_problems(config_of(resume=str(tmp_path)))[0]
+    assert "no train_state.json and no folder with one" in checks.resume_problems(config_of(resume=str(tmp_path)))[0]
     folder = state_folder(tmp_path, step=10)
-    assert checks.resume_problems(config_of(resume=str(folder), max_train_steps=11)) == []
-    assert "no step is left" in checks.resume_problems(config_of(resume=str(folder), max_train_steps=10))[0]
+    where = {"resume": str(folder), "output_dir": str(tmp_path / "out"), "output_name": "mine"}
+    assert checks.resume_problems(config_of(**where, max_train_steps=11)) == []
+    assert "no step is left" in checks.resume_problems(config_of(**where, max_train_steps=9))[0]
+    assert checks.resume_problems(config_of(**where, max_train_steps=10)) == [], "its file is missing and will be written"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.safetensors").write_text("x")
+    assert "no step is left" in checks.resume_problems(config_of(**where, max_train_steps=10))[0]
     (folder / "train_state.json").unlink()
-    assert "train_state.json" in checks.resume_problems(config_of(resume=str(folder)))[0]
+    assert "train_state.json" in checks.resume_problems(config_of(**where))[0]
+    (folder / "optimizer.bin").unlink()
+    assert "train_state.json and optimizer.bin are missing" in checks.resume_problems(config_of(**where))[0]
 
 
 def test_start_points_lie_before_the_end():
@@ -96,7 +81,7 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch, tmp_
 def test_a_tracker_configuration_is_read_at_start(tmp_path):
     bad = tmp_path / "bad.toml"
     bad.write_text("x = ")
-    assert "not a readable TOML" in checks.logging_problems(config_of(log_tracker_config=str(bad)))[0]
+    assert "is not valid TOML" in checks.logging_problems(config_of(log_tracker_config=str(bad)))[0]
 
 
 def test_a_repository_name_has_an_owner():
@@ -112,24 +97,47 @@ def test_a_backend_that_torch_lacks_is_refused():
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"save_last_n_epochs": 2}, "--save_last_n_epochs has no effect"),
-        ({"save_last_n_steps_state": 2}, "--save_last_n_steps_state has no effect"),
-        ({"persistent_data_loader_workers": True, "max_data_loader_n_workers": 0}, "persistent"),
         ({"max_train_steps": 10, "max_train_epochs": 2}, "replaces --max_train_steps"),
-        ({"validate_every_n_steps": 2}, "--validation_split"),
         ({"save_model_as": "pt"}, "no metadata"),
-        ({"noise_offset_random_strength": True}, "--noise_offset_random_strength has no effect without --noise_offset"),
-        ({"ip_noise_gamma_random_strength": True}, "--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma"),
-        ({"multires_noise_discount": 0.5}, "--multires_noise_discount has no effect without --multires_noise_iterations"),
-        ({"sample_prompts": "x.txt"}, "--sample_prompts has no effect"),
+        ({"sample_every_n_steps": 5}, "no sample images are made: --sample_prompts"),
+        ({"sample_at_first": True}, "no sample images are made: --sample_prompts"),
     ],
 )
-def test_options_without_effect_are_told(values, words):
+def test_options_that_do_something_else_are_warned_of(values, words):
     assert any(words in line for line in checks.warnings(config_of(**values)))
 
 
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"save_last_n_epochs": 2}, "--save_last_n_epochs: has no effect"),
+        ({"save_last_n_steps_state": 2}, "--save_last_n_steps_state: has no effect"),
+        ({"persistent_data_loader_workers": True, "max_data_loader_n_workers": 0}, "--persistent_data_loader_workers: "),
+        ({"validate_every_n_steps": 2}, "--validate_every_n_steps: has no effect without --validation_split"),
+        ({"noise_offset_random_strength": True}, "--noise_offset_random_strength: has no effect without --noise_offset"),
+        ({"ip_noise_gamma_random_strength": True}, "--ip_noise_gamma_random_strength: has no effect without --ip_noise_gamma"),
+        ({"multires_noise_discount": 0.5}, "--multires_noise_discount: has no effect without --multires_noise_iterations"),
+        ({"sample_prompts": "x.txt"}, "--sample_prompts: has no effect"),
+        ({"sample_every_n_epochs": 999999}, "--sample_every_n_epochs: makes no sample images without --sample_prompts"),
+        ({"cpu_offload_checkpointing": True}, "--cpu_offload_checkpointing: has no effect without --gradient_checkpointing"),
+        ({"torch_compile": True, "dynamo_backend": "no"}, "--torch_compile: has no effect with --dynamo_backend no"),
+        ({"dynamo_backend": "eager"}, "--dynamo_backend: has no effect without --torch_compile"),
+        ({"async_upload": True}, "--async_upload: has no effect without --huggingface_repo_id"),
+        ({"huggingface_repo_visibility": "public"}, "--huggingface_repo_visibility: has no effect without --huggingface_repo_id"),
+        ({"resume_from_huggingface": True}, "--resume_from_huggingface: has no effect without --resume"),
+        ({"log_prefix": "a"}, "--log_prefix: has no effect without --logging_dir"),
+    ],
+)
+def test_settings_of_features_that_are_off_are_ignored_and_an_error_under_strict(values, words):
+    assert [words in str(item) for item in idle_options.ignored(config_of(**values))] == [True]
+    assert checks.strict_problems(config_of(**values)) == []
+    (problem,) = checks.strict_problems(config_of(**values, strict=True))
+    assert words in problem and "--strict" in problem
+
+
 def test_a_plain_run_has_no_warning():
-    assert checks.warnings(config_of(save_every_n_epochs=1, save_last_n_epochs=2)) == []
+    plain = config_of(save_every_n_epochs=1, save_last_n_epochs=2)
+    assert checks.warnings(plain) == [] and idle_options.ignored(plain) == []
 
 
 @pytest.mark.parametrize(
@@ -140,15 +148,10 @@ def test_a_plain_run_has_no_warning():
         ({"fp8_base": True}, "--fp8_base"),
         ({"blocks_to_swap": -1}, "--blocks_to_swap is -1"),
         ({"blocks_to_swap": 2, "cpu_offload_checkpointing": True, "gradient_checkpointing": True}, "do not go together"),
-        ({"cpu_offload_checkpointing": True}, "--gradient_checkpointing"),
-        ({"sample_every_n_steps": 5}, "--sample_prompts"),
-        ({"sample_at_first": True}, "--sample_prompts"),
         ({"log_with": "tensorboard"}, "--logging_dir"),
         ({"output_name": "a/b"}, "--output_name"),
         ({"save_every_n_steps": -3}, "--save_every_n_steps is -3"),
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps is 0"),
-        ({"async_upload": True}, "--huggingface_repo_id"),
-        ({"dynamo_backend": "eager"}, "--torch_compile"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(values, words):

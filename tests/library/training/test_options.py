@@ -23,16 +23,11 @@ OWN_OPTIONS = {
     "anima_network": {"qwen3_tokenizer"},
 }
 OWN_OF_ALL = {
-    "overwrite", "skip_bad_images", "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
+    "overwrite", "on_existing", "strict", "skip_bad_images", "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
 }
 """options that only this project has; extend the sets together with the documentation"""
 OTHER_DEFAULTS = {"flux_network": {"model_prediction_type": "raw"}}
 """defaults that differ on purpose (a documented fault of the old one); the run says so at start"""
-SWITCHES = {
-    "multires_noise_discount": ["--multires_noise_iterations", "6"], "adaptive_noise_scale": ["--noise_offset", "0.1"],
-    "noise_offset_random_strength": ["--noise_offset", "0.1"], "sample_sampler": ["--sample_prompts", "p.txt"],
-}  # fmt: skip
-"""settings of a feature -> what switches it on, without which they ask for nothing"""
 
 
 def known(which: str) -> list[list]:
@@ -41,11 +36,11 @@ def known(which: str) -> list[list]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def each(wanted: str) -> list:
-    """One case for each option of each script with a status."""
+def each(*wanted: str) -> list:
+    """One case for each option of each script with one of these statuses."""
     return [
         pytest.param(which, name, id=f"{which}-{name}")
-        for which, what in WHAT.items() for name in what.owners if status(what, name) == wanted
+        for which, what in WHAT.items() for name in what.owners if status(what, name) in wanted
     ]
 
 
@@ -87,26 +82,54 @@ def test_an_option_keeps_its_type_default_and_choices(which: str, entry: list) -
         assert allows_none(owner, name)
 
 
-@pytest.mark.parametrize("which, name", each("refused"))
-def test_a_refused_option_is_refused_by_name_with_a_reason(which: str, name: str) -> None:
+def some_value(which: str, name: str) -> str:
+    """A value of an option that asks for something."""
     what = WHAT[which]
     owner, spec = what.owners[name], what.spec(name)
     if spec.choices:
-        value = str(next(choice for choice in reversed(spec.choices) if choice is not None and choice != what.default(name)))
-    elif is_bool_option(owner, name):
-        value = "true"
-    else:
-        value = {int: "7", float: "0.7"}.get(value_type(owner, name), "something")
+        return str(next(choice for choice in reversed(spec.choices) if choice is not None and choice != what.default(name)))
+    if is_bool_option(owner, name):
+        return "true"
+    return {int: "7", float: "0.7"}.get(value_type(owner, name), "something")
+
+
+@pytest.mark.parametrize("which, name", each("refused", "foreign"))
+def test_a_refused_option_is_refused_by_name_with_a_reason(which: str, name: str) -> None:
+    what = WHAT[which]
     with pytest.raises(ConfigError) as caught:
-        parse([f"--{name}", value, *SWITCHES.get(name, [])], what.family, what.trainable)
+        parse([f"--{name}", some_value(which, name)], what.family, what.trainable)
     mine = [problem for problem in caught.value.problems if problem.startswith(f"--{name} ")]
     told = reason(what, name)
     assert len(mine) == 1 and told in mine[0]
     assert len(told) > 15
 
 
-@pytest.mark.parametrize("which, name", each("refused"))
-def test_the_default_of_a_refused_option_passes(which: str, name: str) -> None:
+@pytest.mark.parametrize("which, name", each("ignored", "foreign"))
+def test_an_option_without_meaning_in_a_file_is_ignored_with_a_reason(which: str, name: str, tmp_path: Path) -> None:
+    what = WHAT[which]
+    (tmp_path / "train.toml").write_text(f'{name} = "{some_value(which, name)}"\n', encoding="utf-8")
+    config = parse(["--config_file", str(tmp_path / "train.toml")], what.family, what.trainable)
+    assert [item.written for item in config.ignored] == [f"{name} = {some_value(which, name)!r}"]
+    assert config.ignored[0].reason == reason(what, name) and len(config.ignored[0].reason) > 15
+    assert config.value(name) == what.default(name) and name not in config.explicit
+
+
+@pytest.mark.parametrize("which, name", each("ignored"))
+def test_an_option_without_meaning_is_ignored_with_a_reason(which: str, name: str) -> None:
+    what = WHAT[which]
+    (item,) = parse([f"--{name}", some_value(which, name)], what.family, what.trainable).ignored
+    assert item.written == f"--{name} {some_value(which, name)}" and item.reason == reason(what, name)
+
+
+@pytest.mark.parametrize("which", WHAT)
+def test_only_what_the_known_script_takes_is_ignored_and_only_what_it_lacks_is_foreign(which: str) -> None:
+    names, what = {entry[0] for entry in known(which)}, WHAT[which]
+    by_status = {wanted: {name for name in what.owners if status(what, name) == wanted} for wanted in ("ignored", "foreign")}
+    assert by_status["ignored"] <= names and not by_status["foreign"] & names
+
+
+@pytest.mark.parametrize("which, name", each("refused", "foreign", "ignored"))
+def test_the_default_of_an_option_without_meaning_passes(which: str, name: str) -> None:
     what = WHAT[which]
     default = what.default(name)
     text = "" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
@@ -156,5 +179,6 @@ def test_every_option_that_works_is_read_somewhere(which: str) -> None:
 @pytest.mark.parametrize("which", WHAT)
 def test_names_in_the_lists_of_the_family_are_options(which: str) -> None:
     what = WHAT[which]
-    assert set(what.refused) <= set(what.owners)
+    for names in (what.refused, what.ignored, what.foreign, what.neutral, what.stands_for):
+        assert set(names) <= set(what.owners)
     assert set(what.defaults) <= set(what.owners)

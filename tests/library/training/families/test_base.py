@@ -1,30 +1,32 @@
-"""What families share: refusals by objective."""
+"""What families share: options without meaning, by objective."""
 
 from __future__ import annotations
 
 import pytest
 
 from library.errors import ConfigError
-from library.training.families.base import refused_by_ddpm, refused_by_flow
-from library.training.parser_common import Script, parse_script, script
+from library.training.families.base import foreign_to_ddpm, ignored_by_flow
+from library.training.option_reader import Script
+from library.training.parser_common import parse_script, script
 
 WHOLE = script("flux", "network")
 
 
-def refusing(refused: dict[str, str]) -> Script:
-    return Script("any", "network", WHOLE.classes, refused=refused, defaults={})
+def with_table(kind: str, table: dict[str, str]) -> Script:
+    return Script("any", "network", WHOLE.classes, refused={}, defaults={}, **{kind: table})
 
 
-@pytest.mark.parametrize("table", [refused_by_flow("Any"), refused_by_ddpm("Any")])
-def test_refused_names_are_options_and_pass_with_their_defaults(table):
+@pytest.mark.parametrize("kind, table", [("ignored", ignored_by_flow("Any")), ("foreign", foreign_to_ddpm("Any"))])
+def test_names_without_meaning_are_options_and_pass_with_their_defaults(kind, table):
     assert set(table) <= set(WHOLE.owners)
     words = [f"--{name}={WHOLE.default(name)}" for name in table if WHOLE.default(name) not in (None, False)]
-    assert parse_script(words, refusing(table)).config.explicit == frozenset()
+    config = parse_script(words, with_table(kind, table)).config
+    assert config.explicit == frozenset() and config.ignored == ()
 
 
-def test_settings_of_the_other_objective_are_refused_by_name():
+def test_settings_of_the_other_objective_are_refused_or_ignored_by_name():
     with pytest.raises(ConfigError) as error:
-        parse_script(["--timestep_sampling=shift", "--discrete_flow_shift=2"], refusing(refused_by_ddpm("Any")))
+        parse_script(["--timestep_sampling=shift", "--discrete_flow_shift=2"], with_table("foreign", foreign_to_ddpm("Any")))
     assert len(error.value.problems) == 2 and "Any is trained at whole timesteps" in str(error.value)
-    with pytest.raises(ConfigError, match="--min_snr_gamma is 5.0; .* no table of signal-to-noise ratios"):
-        parse_script(["--min_snr_gamma=5"], refusing(refused_by_flow("Any")))
+    (item,) = parse_script(["--min_snr_gamma=5"], with_table("ignored", ignored_by_flow("Any"))).config.ignored
+    assert item.written == "--min_snr_gamma 5" and "no table of signal-to-noise ratios" in item.reason

@@ -39,20 +39,41 @@ def test_tensorboard_gets_every_step_once(tmp_path):
     assert points["loss/average"][5][1] == pytest.approx((current[4] + current[5] + current[2] + current[3]) / 4, rel=1e-5)
 
 
-def test_the_window_overwrites_the_same_place_of_the_last_epoch():
-    window = LossWindow()
-    for index, loss in [(0, 1.0), (1, 2.0), (2, 3.0), (0, 4.0)]:
-        window.put(index, loss)
-    assert window.values == [4.0, 2.0, 3.0] and window.average == 3.0
+def test_the_window_holds_the_last_epoch_and_never_adds_it_up_again():
+    window = LossWindow(3)
+    for step, loss in enumerate([1.0, 2.0, 3.0, 4.0], start=1):
+        window.put(step, loss)
+    assert list(window.values) == [2.0, 3.0, 4.0] and window.average == 3.0
     assert LossWindow().average is None
+    window = LossWindow(100_000)
+    for step in range(1, 200_001):  # 15 billion additions if each average added up its epoch
+        window.put(step, 0.1)
+        assert abs(window.average - 0.1) < 1e-9
 
 
-def test_a_resumed_log_goes_on_with_the_same_average():
-    whole = LoggingHook(show_progress=False)
-    fit(small_run([LossReader(every=1), whole], steps=6, data=LineData(per_epoch=4)))
+@pytest.mark.parametrize("stopped", [3, 4, 6, 9])
+def test_a_resumed_log_equals_that_of_a_run_that_was_never_stopped(stopped):
+    """Losses that a sum in another order would round otherwise."""
+    losses = [0.1 * 3 ** (-1) ** k + k / 7 for k in range(12)]
+
+    def averages(window, steps):
+        return [(window.put(step, losses[step - 1]), window.average)[1] for step in steps]
+
+    whole, first = averages(LossWindow(4), range(1, 13)), LossWindow(4)
+    averages(first, range(1, stopped + 1))
+    hook = LoggingHook(show_progress=False)
+    hook.window = first
     again = LoggingHook(show_progress=False)
-    again.load_state_dict(json.loads(json.dumps(whole.state_dict())))
-    assert again.window.average == whole.window.average
+    again.load_state_dict(json.loads(json.dumps(hook.state_dict())))
+    assert averages(again.window.at(stopped, 4), range(stopped + 1, 13)) == whole[stopped:]
+
+
+def test_a_window_of_other_steps_is_not_kept():
+    window = LossWindow(4, [1.0, 2.0, 3.0, 4.0], step=8)
+    assert window.at(2, 4).average is None
+    assert list(window.at(8, 2).values) == [3.0, 4.0] and window.at(8, 2).average == 3.5
+    earlier = LossWindow.of_state({"window": [5.0, 2.0, 3.0, 4.0]})  # step 5 stands at the place of step 1
+    assert list(earlier.at(5, 4).values) == [2.0, 3.0, 4.0, 5.0]
 
 
 def test_the_folder_of_a_run_has_prefix_and_time():

@@ -39,6 +39,10 @@ def test_state_restores_the_history():
     curve.add_validation(3, 0.25)
     again.load_state_dict(curve.state_dict())
     assert (again.steps, again.losses, again.validation) == (curve.steps, curve.losses, [(3, 0.25)])
+    run = small_run([LossReader(), again], steps=4)
+    run.progress.global_step = run.progress.step_in_epoch = 2  # --initial_step 2: step 3 comes again
+    fit(run)
+    assert again.steps == [1, 2, 3, 4] and again.validation == []
 
 
 def test_trailing_mean():

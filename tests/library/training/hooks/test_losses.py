@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-from library.training.hooks.base import Hook
+from library.training.hooks.base import Hook, HookList
 from library.training.hooks.losses import LossReader, learning_rates
 from library.training.loop import fit
+from library.training.run import StepOutput
+from library.training.step import merge_outputs
 from tests.library.training.hooks.small_run import LineData, small_run
 
 
@@ -75,3 +77,23 @@ def test_a_step_without_samples_has_no_loss():
     run.progress.global_step = 1
     reader.on_step_end(run, output)
     assert math.isnan(collector.readings[0][0].loss)
+
+
+def test_values_of_several_micro_batches_are_means_over_their_samples():
+    one = StepOutput(torch.tensor(0.5), torch.tensor(1.0), 1, {"loss/part": torch.tensor(4.0), "other": 1.0})
+    three = StepOutput(torch.tensor(0.5), torch.tensor(3.0), 3, {"loss/part": torch.tensor(8.0)})
+    empty = StepOutput(torch.tensor(0.0), torch.tensor(0.0), 0)
+    merged = merge_outputs([one, three, empty])
+    assert merged.logs == {"loss/part": torch.tensor(7.0), "other": 1.0} and merged.count == 4
+
+
+def test_states_of_two_hooks_of_one_class_are_apart():
+    class Counting(Hook):
+        def __init__(self, start: int) -> None:
+            self.count = start
+
+    class Named(Counting):
+        state_key = "chosen"
+
+    first, second, third = Counting(1), Counting(2), Named(3)
+    assert HookList([first, second, third]).by_key() == {"Counting": first, "Counting 2": second, "chosen": third}

@@ -8,6 +8,7 @@ from PIL import Image
 
 from library.dataset import CachingOptions
 from library.options import Config
+from library.picture_files import read_texts
 from library.training.accelerator_setup import prepare_runtime
 from library.training.families.flux import FluxFamily, FluxOptions
 from library.training.hooks.base import Hook
@@ -18,6 +19,7 @@ from library.training.loop import fit
 from library.training.option_groups import SHARED_GROUPS
 from library.training.run import Models
 from library.training.sampling_prompts import SamplePrompt
+from library.training.start_page import unreached_intervals
 from library.training.timestep_samplers import TimestepOptions
 from tests.library.training.hooks.small_run import small_run
 from tests.tiny import build_tiny_flux
@@ -79,7 +81,7 @@ def test_files_and_sheet_of_an_occasion(flux, tmp_path):
     made = hook.sample(run, "step")
     assert [file.caption for file in made] == ["a red cat", "the dog"]
     names = sorted(path.name for path in (tmp_path / "sample").iterdir())
-    assert len(names) == 3 and "my.lora_000150_grid.png" in names
+    assert len(names) == 4 and {"my.lora_000150_grid.png", "my.lora_sheet.png"} < set(names)
     assert names[0].startswith("my.lora_000150_00_") and names[0].endswith("_7.png")
     assert names[1].startswith("my.lora_000150_01_") and names[1].count("_") == 3  # no seed was given
     with Image.open(tmp_path / "sample" / names[0]) as image:
@@ -175,3 +177,43 @@ def test_pictures_reach_tensorboard(flux, tmp_path):
     fit(run)
     path = next((tmp_path / "logs").rglob("events.out.tfevents.*"))
     assert EventAccumulator(str(path)).Reload().Tags()["images"] == ["sample_0", "sample_1"]
+
+
+def test_samples_tell_their_settings(flux, tmp_path):
+    hook = sample_hook(flux)
+    run = run_with(flux, [LossReader(), LoggingHook(False), hook], output_dir=str(tmp_path), output_name="lora")
+    run.hooks.on_train_start(run)
+    run.progress.global_step = 3
+    first, second = (read_texts(file.path) for file in hook.sample(run, "step"))
+    assert first["prompt"] == "a red cat" and (first["seed"], first["steps"], first["step"], first["occasion"]) == ("7", "1", "3", "step 3")
+    assert (second["negative-prompt"], second["scale"]) == ("blue", "3.0") and second["seed"].isdecimal()  # the drawn one
+
+
+def test_the_sheet_grows_and_a_resumed_run_goes_on_with_it(flux, tmp_path):
+    def occasion(hook, step, at):
+        run = run_with(flux, [LossReader(), LoggingHook(False), hook], output_dir=str(tmp_path), output_name="lora")
+        run.progress.global_step, run.progress.epoch = step, step // 4
+        run.hooks.on_train_start(run)
+        hook.sample(run, at)
+        return Image.open(tmp_path / "sample" / "lora_sheet.png").size
+
+    whole = sample_hook(flux)
+    sizes = [occasion(whole, 4, "epoch"), occasion(whole, 8, "epoch")]
+    assert sizes[1][0] > sizes[0][0] and sizes[1][1] == sizes[0][1]
+    resumed = sample_hook(flux)
+    assert occasion(resumed, 12, "epoch")[0] - sizes[1][0] == sizes[1][0] - sizes[0][0]
+    assert sorted(resumed.sheet.occasions) == [(4, "epoch 1"), (8, "epoch 2"), (12, "epoch 3")]
+    earlier = sample_hook(flux)  # from a state before the last pictures
+    occasion(earlier, 4, "epoch")
+    assert sorted(earlier.sheet.occasions) == [(4, "epoch 1")]
+
+
+@pytest.mark.parametrize("options", [{"sample_every_n_steps": 9}, {"sample_every_n_epochs": 3}])
+def test_an_interval_longer_than_the_run_samples_at_its_end(flux, tmp_path, options):
+    hook = sample_hook(flux)
+    run = run_with(flux, [LossReader(), LoggingHook(False), hook], output_dir=str(tmp_path), **options)
+    assert any(f"--{name} is {value}, longer than the run" in line for name, value in options.items() for line in unreached_intervals(run))
+    assert "2 pictures and a grid on 1 occasions" in hook.planned_files(run)[0]
+    fit(run)
+    assert [path.name for path in (tmp_path / "sample").glob("*_grid.png")] == ["000008_grid.png"]
+    assert hook.written_files()[0].endswith("with 2 pictures, 1 grids and the sheet of all")

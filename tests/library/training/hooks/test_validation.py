@@ -1,6 +1,7 @@
 """Validation looks at held-out data with fixed noise levels and leaves the training as it was."""
 
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -112,3 +113,28 @@ def test_code_that_reads_the_global_generator_gets_the_same_numbers_each_time():
     assert torch.equal(state, torch.get_rng_state())
     torch.rand(3)
     assert hook.validate(run) == first
+
+
+class RisingData(LineData):
+    """Every validation finds the targets further away, but for the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def validation_batches(self, limit=None):
+        self.passes += 1
+        batch = self.batch(0, 5)
+        return [dataclasses.replace(batch, targets=torch.full((2, 1), {1: 50.0, 2: 1.0}.get(self.passes, 10.0 * self.passes)))]
+
+
+def test_the_lowest_loss_marks_its_epoch(caplog, tmp_path):
+    validation = ValidationHook(seed=3)
+    run = small_run(hooks_of(validation), data=RisingData(), steps=16)
+    with caplog.at_level(logging.INFO, logger="library.training.hooks.validation"):
+        fit(run)
+    assert [line.endswith("the lowest so far") for line in caplog.messages if "validation loss after" in line] == [False, True, False, False, False]
+    assert "in epoch 1 (after step 4)" in caplog.messages[-1]
+    resumed = ValidationHook(seed=3)
+    resumed.load_state_dict(validation.state_dict())
+    assert resumed.lowest == validation.lowest and resumed.lowest[1] == 4

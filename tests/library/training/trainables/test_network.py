@@ -319,3 +319,21 @@ def test_our_file_loads_in_lycoris(tiny, tmp_path, quiet_lycoris):
     assert len(network.unet_loras) == len(trainable.network.unet_loras)
     torch.testing.assert_close(predict(Models(None, [], denoiser)), predict(models), rtol=1e-4, atol=1e-4)
     assert set(load_file(path)) == set(weights)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--network_dim=16",), ["alpha / rank = 1/16; --network_alpha 16 trains at full strength"]),
+        ((), ["alpha / rank = 1/4; --network_alpha 4 trains at full strength"]),
+        (("--network_dim=16", "--network_alpha=16"), []),
+        (("--network_dim=16", "--network_alpha=1"), []),
+        (("--network_dim=1",), []),
+        (("--network_module", "oft", "--network_dim=2"), []),
+        (("--network_module", "norm"), []),
+    ],
+)
+def test_a_missing_alpha_is_said(tiny, arguments, words):
+    trainable, _ = made(tiny, *arguments)
+    assert [line.partition("by ")[2] for line in trainable.notices()] == words
+    assert trainable.description().endswith(f"({trainable.opts.module_path})")

@@ -1,0 +1,105 @@
+"""What the user wrote and has no effect in this run: options that mean nothing to the script (`Config.ignored`) and settings of
+features that are off. The start page lists all of it in one block; --strict makes each an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from library.dataset import DatasetOptions
+from library.options import Config, Ignored
+from library.training.option_groups import (
+    ConfigFileOptions,
+    HubOptions,
+    LoggingOptions,
+    LoopOptions,
+    MemoryOptions,
+    NoiseOptions,
+    ResumeOptions,
+    SamplingOptions,
+    SavingOptions,
+    ValidationOptions,
+)
+
+_HUB = ("huggingface_repo_type", "huggingface_path_in_repo", "huggingface_repo_visibility", "save_state_to_huggingface", "async_upload")
+_VALIDATION = ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
+_NOISE = {
+    "noise_offset_random_strength": "noise_offset",
+    "ip_noise_gamma_random_strength": "ip_noise_gamma",
+    "multires_noise_discount": "multires_noise_iterations",
+}
+"""settings of a kind of noise -> what switches it on"""
+
+
+def ignored(config: Config) -> list[Ignored]:
+    """Everything without effect, in the order in which the start page shows it."""
+    return [*config.ignored, *(Ignored(f"--{name}", reason) for name, reason in _idle(config))]
+
+
+def strict_problems(config: Config) -> list[str]:
+    """Under --strict: one message for everything without effect."""
+    if not config[ConfigFileOptions].strict:
+        return []
+    return [f"{item} (--strict is set, which takes nothing without effect)" for item in ignored(config)]
+
+
+def as_block(items: Sequence[Ignored]) -> str:
+    """The lines that scripts without a start page write to the log."""
+    return "\n".join(["ignored, as it has no effect here (--strict makes it an error):", *(f"  {item}" for item in items)])
+
+
+def _idle(config: Config) -> Iterator[tuple[str, str]]:
+    """Option -> reason, of settings whose feature is off."""
+    yield from _idle_saving(config[SavingOptions])
+    yield from _idle_samples(config[SamplingOptions])
+    yield from _idle_memory(config)
+    yield from _idle_logs(config[LoggingOptions])
+    noise, hub, resume = config[NoiseOptions], config[HubOptions], config[ResumeOptions]
+    for name, owner in _NOISE.items():
+        if name in config.explicit and getattr(noise, name) and not getattr(noise, owner):
+            yield name, f"has no effect without --{owner}"
+    if hub.huggingface_repo_id is None:
+        yield from ((name, "has no effect without --huggingface_repo_id, the repository") for name in _HUB if getattr(hub, name))
+    if resume.resume_from_huggingface and not resume.resume:
+        yield "resume_from_huggingface", "has no effect without --resume"
+    data = config[DatasetOptions]
+    if data.dataset_config is None and not data.validation_split:
+        asked = (name for name in _VALIDATION if getattr(config[ValidationOptions], name))
+        yield from ((name, "has no effect without --validation_split") for name in asked)
+
+
+def _idle_saving(saving: SavingOptions) -> Iterator[tuple[str, str]]:
+    for unit in ("epochs", "steps"):
+        every = getattr(saving, f"save_every_n_{unit}") or (unit == "epochs" and saving.save_n_epoch_ratio)
+        for name in (f"save_last_n_{unit}", f"save_last_n_{unit}_state"):
+            if getattr(saving, name) is not None and not every:
+                yield name, f"has no effect without --save_every_n_{unit}"
+
+
+def _idle_samples(sampling: SamplingOptions) -> Iterator[tuple[str, str]]:
+    given = [name for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first") if getattr(sampling, name)]
+    if given and not sampling.sample_prompts:
+        yield from ((name, "makes no sample images without --sample_prompts, the file of the prompts") for name in given)
+    if sampling.sample_prompts and not given:
+        yield "sample_prompts", "has no effect without --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
+
+
+def _idle_memory(config: Config) -> Iterator[tuple[str, str]]:
+    memory, loop = config[MemoryOptions], config[LoopOptions]
+    if memory.cpu_offload_checkpointing and not memory.gradient_checkpointing:
+        yield "cpu_offload_checkpointing", "has no effect without --gradient_checkpointing, whose blocks it moves"
+    if memory.torch_compile and memory.dynamo_backend == "no":
+        yield "torch_compile", "has no effect with --dynamo_backend no"
+    if memory.dynamo_backend not in ("inductor", "no") and not memory.torch_compile:
+        yield "dynamo_backend", "has no effect without --torch_compile"
+    if loop.persistent_data_loader_workers and loop.max_data_loader_n_workers == 0:
+        yield "persistent_data_loader_workers", "has no effect with --max_data_loader_n_workers 0"
+
+
+def _idle_logs(logs: LoggingOptions) -> Iterator[tuple[str, str]]:
+    """Settings of curves that nobody keeps, or of W&B without it."""
+    rows = []
+    if not (logs.logging_dir or logs.log_with):
+        rows += [(name, "--logging_dir") for name in ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config")]
+    if logs.log_with not in ("wandb", "all"):
+        rows += [(name, "--log_with wandb") for name in ("wandb_run_name", "wandb_api_key")]
+    yield from ((name, f"has no effect without {needed}") for name, needed in rows if getattr(logs, name))

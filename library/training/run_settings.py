@@ -1,0 +1,177 @@
+"""The settings of a run as its states record them, and what another run that goes on from a state may not change.
+
+Options about files, logs, samples, memory and processes are left out: they change nothing that is learned.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import CheckpointError
+from library.options import Config, option_fields
+from library.training import option_groups
+from library.training.keyword_args import parse_keyword_args
+from library.training.optimizers import OptimizerOptions, choose
+from library.training.schedulers import SchedulerOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.training.families.base import ModelFamily
+    from library.training.optimizers import OptimizerBuild
+    from library.training.trainables.base import Trainable
+
+SETTINGS_FILE = "settings.json"
+NOT_ABOUT_LEARNING = tuple(
+    getattr(option_groups, f"{name}Options")
+    for name in (
+        "ConfigFile", "Console", "Metadata", "Saving", "Memory", "Resume", "Sampling", "Validation", "Logging", "Hub", "Ddp", "DeepSpeed",
+    )
+)  # fmt: skip
+KEYWORD_OPTIONS = ("optimizer_args", "lr_scheduler_args")
+RECORDED_ELSEWHERE = ("seed", "max_train_epochs", "max_data_loader_n_workers", "persistent_data_loader_workers", "max_train_steps")
+SHOWN_CHARACTERS = 60
+
+
+@dataclass
+class RunSettings:
+    """`fixed`: what cannot change, by option; `options`: what can; `schedule`: all that the learning rate follows from;
+    `groups`: name, settings and parameter names of each optimizer group as it was built; `history`: what earlier resumes
+    changed, [{"step", "changed": {name: [old, new]}}]. Plain values, as JSON gives them back."""
+
+    fixed: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
+def read_settings(folder: str | Path) -> RunSettings | None:
+    """Of a state folder; None for states that were written before settings were recorded."""
+    path = Path(folder) / SETTINGS_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return RunSettings(**{name: content[name] for name in RunSettings.__dataclass_fields__})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); the state folder is damaged") from None
+
+
+def fixed_settings(config: Config, family: ModelFamily, trainable: Trainable) -> dict[str, Any]:
+    """What a state is bound to, by option; the seed is in train_state.json."""
+    return plain({**trainable.fixed_settings(family), "optimizer_type": choose(config[OptimizerOptions]).class_path})
+
+
+def settings_of(
+    config: Config, family: ModelFamily, trainable: Trainable, built: OptimizerBuild, max_train_steps: int
+) -> RunSettings:
+    """Of a run whose optimizer was just built; the schedule must not have touched it yet."""
+    fixed = fixed_settings(config, family, trainable)
+    options = {**_option_values(config, fixed), "max_train_steps": max_train_steps}
+    names = {id(p): f"{part}.{name}" for part, module in trainable.modules().items() for name, p in module.named_parameters()}
+    groups = [
+        {
+            "settings": plain(group_settings(group)),
+            "parameters": [names.get(id(p), f"further {number}") for number, p in enumerate(group["params"])],
+        }
+        for group in built.optimizer.param_groups
+    ]
+    own = option_fields(SchedulerOptions).keys() - {"lr_scheduler_args"}
+    schedule = {name: value for name, value in options.items() if name in own or name.startswith("lr_scheduler_args ")}
+    schedule |= {"learning_rate": options.get("learning_rate"), "max_train_steps": max_train_steps}
+    schedule |= {"rates": [group["settings"].get("lr") for group in groups], "finds_own_rate": built.choice.finds_own_rate}
+    return RunSettings(fixed, options, schedule, groups)
+
+
+def group_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer group without its parameters."""
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _option_values(config: Config, fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that may change, by name; arguments written as key=value each by their own. Of paths the last part."""
+    values: dict[str, Any] = {}
+    for options_class in config.classes():
+        if options_class in NOT_ABOUT_LEARNING:
+            continue
+        for name, (_, spec) in option_fields(options_class).items():
+            value = getattr(config[options_class], name)
+            if name in KEYWORD_OPTIONS:
+                values.update({f"{name} {key}": argument for key, argument in parse_keyword_args(value, name).items()})
+            elif name == "network_args":
+                values.update({f"{name} {key}": text for key, text in config[options_class].pairs.items() if key not in fixed.get(name, {})})
+            elif name not in fixed and name not in RECORDED_ELSEWHERE and not spec.secret and spec.status == "works":
+                values[name] = os.path.basename(value.rstrip("/\\")) or value if _is_path(value) else value
+    return plain(values)
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and ("/" in value or "\\" in value)
+
+
+def plain(value: Any) -> Any:
+    """As JSON gives it back, so that what was read equals what is there now; tensors are their numbers."""
+    return json.loads(json.dumps(value, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)))
+
+
+# -- what a resumed run may change -----------------------------------------------------------------------------------
+
+
+def fixed_problems(folder: Path, state: Mapping[str, Any], recorded: RunSettings | None, seed: int | None, own: Mapping[str, Any]) -> list[str]:
+    """Settings that a state is bound to and that this run has otherwise. `state`: content of train_state.json; `seed`: None
+    takes that of the state; `own`: `fixed_settings` of this run."""
+    problems = []
+    if seed is not None and "seed" in state and state["seed"] != seed:
+        problems.append(
+            f"--seed is {seed}; the run of --resume {folder} has {state['seed']}, from which the order of its images and every"
+            f" random draw follow: give --seed {state['seed']}, or leave it out"
+        )
+    for name, value in own.items():
+        if recorded is None or name not in recorded.fixed or recorded.fixed[name] == value:
+            continue
+        earlier = recorded.fixed[name]
+        if isinstance(value, dict) and isinstance(earlier, dict):
+            problems += [
+                f"--{name} has {_written(key, value)}; the run of --resume {folder} has {_written(key, earlier)}, and the layers of a network"
+                f" cannot change: {_advice(name)}"
+                for key in dict.fromkeys((*earlier, *value))
+                if earlier.get(key) != value.get(key)
+            ]
+        else:
+            what = "the state of another optimizer does not fit" if name == "optimizer_type" else "the layers of a network cannot change"
+            problems.append(f"--{name} is {value}; the run of --resume {folder} has {earlier}, and {what}: {_advice(name)}")
+    return problems
+
+
+def _written(key: str, pairs: Mapping[str, Any]) -> str:
+    return f"{key}={pairs[key]}" if key in pairs else f"no {key}"
+
+
+def _advice(name: str) -> str:
+    return f"give the same --{name}, or begin a new run from the weights with --network_weights"
+
+
+def changed(earlier: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """name -> [old, new] of the options that both know and that differ; arguments (`optimizer_args eps`) may come and go."""
+    names = [n for n in dict.fromkeys((*earlier, *own)) if (n in earlier and n in own) or " " in n]
+    return {n: [earlier.get(n), own.get(n)] for n in names if earlier.get(n) != own.get(n)}
+
+
+def change_lines(changes: Mapping[str, Sequence[Any]]) -> str:
+    """One line for each change: `  learning_rate  0.01 -> 0.001`."""
+    width = max(map(len, changes), default=0)
+    return "\n".join(f"  {name:<{width}}  {_shown(old)} -> {_shown(new)}" for name, (old, new) in changes.items())
+
+
+def _shown(value: Any) -> str:
+    text = "not given" if value is None else str(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
