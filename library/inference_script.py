@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from library.errors import AtelierError, ConfigError, Problems
+from library.errors import ConfigError, Problems
 from library.options import Config, add_options, option, option_fields
 from library.picture_files import settings_texts, write_picture
 from library.text_files import read_text
@@ -141,13 +141,9 @@ def too_small_problems(values: Any, *least: tuple[str, int]) -> list[str]:
 
 def run_to_exit(run: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | None) -> None:
     """Call `run(argv)`; an error ends the process with its exit code and one message."""
-    try:
-        run(argv)
-    except AtelierError as error:
-        sys.exit(cli.report(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(cli.INTERRUPTED)
+    code = cli.exit_code(lambda: run(argv))
+    if code:
+        sys.exit(code)
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ import torch
 
 from library.dataset import CachingOptions, DatasetOptions
 from library.device_utils import clean_memory_on_device
-from library.errors import Problems
+from library.errors import Problems, RunInterrupted
 from library.family_table import script_name
-from library.options import Config
+from library.options import Config, option_fields
 from library.strategy_base import StrategySet
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime
@@ -36,6 +36,7 @@ from library.training.data_phase import (
 from library.training.earlier_runs import clean_up, final_file, keep_earlier_files
 from library.training.families.base import ModelFamily
 from library.training.hooks.base import Hook, HookList
+from library.training.hooks.checkpoint import CheckpointHook
 from library.training.loop import fit
 from library.training.loss import LossFunction
 from library.training.option_groups import LoopOptions, MemoryOptions, ResumeOptions, SamplingOptions, SavingOptions
@@ -54,6 +55,7 @@ from library.training.start_page import print_start
 from library.training.state import local_state_folder, resume
 from library.training.state_files import read_train_state
 from library.training.step import TrainStep
+from library.training.stopping import command_going_on, exit_code_of_signal
 from library.training.timestep_samplers import TimestepOptions
 from library.training.trainables.base import Trainable
 
@@ -81,6 +83,19 @@ class Trainer:
             run = self.prepare()
             if run is not None:
                 fit(run)
+        if run is not None and not run.progress.is_finished:
+            raise self.interrupted(run)
+
+    def interrupted(self, run: Run) -> RunInterrupted:
+        """What is told of a run that a signal ended."""
+        hook, code = run.hooks.find(CheckpointHook), exit_code_of_signal(run.stop.agreed)
+        secrets = [name for group in self.config.classes() for name, (_, spec) in option_fields(group).items() if spec.secret]
+        state = Path(self.config[SavingOptions].output_dir) if hook is None or hook.last_state is None else hook.last_state
+        return RunInterrupted(
+            f"interrupted after step {run.progress.global_step} of {run.progress.max_train_steps}; saved as {state}. Go on with:\n"
+            f"  {command_going_on(state, secrets)}",
+            code,
+        )
 
     def prepare(self) -> Run | None:
         """Every phase up to the complete Run; None when there is nothing to train (--debug_dataset)."""
