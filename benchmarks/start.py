@@ -37,7 +37,7 @@ batch_size = 4
 image_dir = '{images}'
 caption_extension = ".txt"
 """
-PICTURES, CAPTIONS, CACHES = (".png",), (".txt",), (".npz",)
+KINDS = {".png": "pictures", ".txt": "captions", ".npz": "caches"}
 
 
 @dataclass
@@ -58,12 +58,11 @@ def counted_run(script: str, argv: list[str], report: str) -> None:
     """Run a script and write what it opened and decoded. The hook costs a microsecond a file, which stays in the figures."""
     import runpy
 
-    opened = dict.fromkeys(("pictures", "captions", "caches"), 0)
-    kinds = {suffix: name for name, suffixes in zip(opened, (PICTURES, CAPTIONS, CACHES)) for suffix in suffixes}
+    opened = dict.fromkeys(KINDS.values(), 0)
 
     def hook(event: str, arguments: tuple) -> None:
         if event == "open" and isinstance(arguments[0], str) and (arguments[1] or "r").startswith("r"):
-            name = kinds.get(arguments[0][-4:])
+            name = KINDS.get(arguments[0][-4:])
             if name is not None:
                 opened[name] += 1
 
@@ -92,9 +91,9 @@ def baseline(folder: str) -> None:
     for _ in range(3):
         started = time.process_time()
         for entry in os.scandir(folder):
-            if entry.name.endswith(PICTURES):
+            if entry.name.endswith(".png"):
                 imagesize.get(entry.path)
-            elif entry.name.endswith(CAPTIONS):
+            elif entry.name.endswith(".txt"):
                 with open(entry.path, encoding="utf-8") as file:
                     file.read()
         least = min(least, time.process_time() - started)
@@ -148,15 +147,6 @@ def measured(script: str, argv: list[str], folder: Path) -> Start:
     return Start(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, counts["opened"], counts["decoded"])
 
 
-def copy_caches(folder: Path, count: int) -> None:
-    """Give every copy of a picture the cache files of its original. Captions differ, so their outputs are written anew."""
-    import shutil
-
-    for number in range(DISTINCT, count):
-        for path in folder.glob(f"{number % DISTINCT:06d}_*.npz"):
-            shutil.copyfile(path, folder / path.name.replace(f"{number % DISTINCT:06d}", f"{number:06d}", 1))
-
-
 def starts(family: str, count: int, folder: Path, more: list[str], encode_all: bool) -> tuple[list[Start], float]:
     """First and second start with `count` pictures, and the baseline's CPU seconds."""
     from library.tiny_models import build_tiny, tiny_entry
@@ -200,7 +190,7 @@ def main() -> None:
         for count in sorted(options.counts):
             found, least = starts(options.family, count, place / str(count), more, options.encode_all)
             for name, start in zip(("first", "second"), found):
-                opened = " ".join(f"{start.opened[kind]:>8}" for kind in ("pictures", "captions", "caches"))
+                opened = " ".join(f"{start.opened[kind]:>8}" for kind in KINDS.values())
                 print(f"{count:>9} {name:>7} {start.seconds:>8.1f} {start.cpu:>7.1f} {start.memory_mb:>6.0f} {start.decoded:>8}          {opened}")
             print(f"{count:>9} {'least':>7} {'':>8} {least:>7.2f}")
             seconds[count] = (found[1].cpu, least)

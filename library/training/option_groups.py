@@ -275,7 +275,16 @@ class DeepSpeedOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavingOptions:
+class OverflowOptions:
+    """Number formats of files"""
+
+    clamp_overflow: bool = option(
+        False, help="bound numbers that the format of the written file cannot hold (65504 in fp16, 448 in fp8); refused by name when not given"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingOptions(OverflowOptions):
     """Where and when files are written"""
 
     output_dir: str | None = option(None, help="folder of the trained files and samples; made when missing")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.atomic_file import remove_file, remove_folder
+from library.number_formats import clamping
 from library.training.checkpoint import AVERAGED, SaveRules, Saving, train_state
 from library.training.hooks.base import Hook
 from library.training.hooks.ema import EmaHook
@@ -132,11 +133,12 @@ class CheckpointHook(Hook):
     def _write_file(self, run: Run, path: Path, is_last: bool) -> None:
         metadata, dtype = self._metadata(run), SAVE_DTYPES[run.config[SavingOptions].save_precision]
         written = [path]
-        with run.weights_for_eval(averaged=False):
+        clamp = run.config[SavingOptions].clamp_overflow
+        with run.weights_for_eval(averaged=False), clamping(clamp):
             run.trainable.save(str(path), dtype, metadata)
         if run.hooks.find(EmaHook) is not None:
             written.append(averaged_path(path))
-            with run.weights_for_eval():
+            with run.weights_for_eval(), clamping(clamp):
                 run.trainable.save(str(written[-1]), dtype, metadata)
         self._files.update(dict.fromkeys(map(str, written)))
         logger.info("saved %s", " and ".join(map(str, written)))

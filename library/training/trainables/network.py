@@ -430,9 +430,9 @@ class NetworkTrainable(Trainable):
             return
         is_safetensors = path.endswith(".safetensors")
         with (scratch_path if is_safetensors else atomic_path)(path) as temporary:
-            self.network.save_weights(str(temporary), dtype, dict(metadata))
-            if is_safetensors:  # written again with our hashes and a fixed order of the keys
-                write_adapter_file(path, load_safetensors(temporary, device="cpu", disable_mmap=True), None, metadata)
+            self.network.save_weights(str(temporary), None if is_safetensors else dtype, dict(metadata))
+            if is_safetensors:  # written again with our hashes, a fixed order of the keys, and numbers that are checked
+                write_adapter_file(path, load_safetensors(temporary, device="cpu", disable_mmap=True), dtype, metadata)
 
     def load(self, path: str) -> None:
         self.network.load_weights(path)
