@@ -10,11 +10,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.atomic_file import unwritable
 from library.dataset import CachingOptions, DatasetOptions
 from library.errors import AtelierError, ConfigError, Problems
 from library.family_table import script_name
@@ -90,19 +90,22 @@ def raise_problems(config: Config, family: ModelFamily, trainable: Trainable) ->
 
 
 def output_problems(config: Config) -> list[str]:
-    """The output folder is given, can be made and written to."""
+    """The output folder is given, can be made and written to. It is not made: another check may still fail."""
     output_dir = config[SavingOptions].output_dir
     if config[DatasetOptions].debug_dataset:
         return []
     if not output_dir:
         return ["--output_dir is not given; needed: the folder for the trained files"]
+    reason = unwritable(output_dir)
+    return [f"--output_dir is {output_dir}; files cannot be written there ({reason})"] if reason else []
+
+
+def make_output_folder(config: Config) -> None:
+    """Once all checks have passed. ConfigError when it cannot be made after all."""
     try:
-        os.makedirs(output_dir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
+        os.makedirs(config[SavingOptions].output_dir, exist_ok=True)
     except OSError as error:
-        return [f"--output_dir is {output_dir}; files cannot be written there ({error.strerror or error})"]
-    return []
+        raise ConfigError(f"--output_dir is {config[SavingOptions].output_dir}; it cannot be made ({error.strerror or error})") from error
 
 
 def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
@@ -116,14 +119,14 @@ def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainab
 
 
 def sampling_problems(config: Config) -> list[str]:
-    """The prompt file exists and every line of it can be read."""
+    """The prompt file exists and has a prompt that can be read; others are told and left out."""
     path = config[SamplingOptions].sample_prompts
     if path is None or holds_no_prompt(path):
         return []
     if not Path(path).is_file():
         return [f"--sample_prompts is {path}; there is no such file"]
     try:
-        load_prompts(path)
+        load_prompts(path, left_out=[])
     except ConfigError as error:
         return list(error.problems)
     return []

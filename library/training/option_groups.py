@@ -32,6 +32,16 @@ def too_small(group: object, least: float, *names: str, hint: str = "") -> list[
     return problems
 
 
+def no_file_name(group: object, *names: str) -> list[str]:
+    """A message for each of the named options of `group` that is set and cannot be (a part of) the name of a file or folder."""
+    problems = []
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and (not value.strip(' .') or any(c in '/\\:*?"<>|' or c < " " for c in value)):
+            problems.append(f"--{name} is '{value}'; needed: a file name without folders and without \\ / : * ? \" < > |")
+    return problems
+
+
 def outside(group: object, low: float, high: float, *names: str) -> list[str]:
     """A message for each of the named options of `group` that is set and not in low..high."""
     values = {name: getattr(group, name) for name in names}
@@ -334,11 +344,7 @@ class SavingOptions(OverflowOptions):
         )
         if self.overwrite and self.on_existing not in (None, "overwrite"):
             problems.append(f"--overwrite is set with --on_existing {self.on_existing}; leave one of them out")
-        if self.output_name is not None and (not self.output_name.strip() or any(c in self.output_name for c in '/\\:*?"<>|\0')):
-            problems.append(
-                f"--output_name is '{self.output_name}'; needed: a file name without folders and without \\ / : * ? \" < > |"
-            )
-        raise_problems(problems)
+        raise_problems(problems + no_file_name(self, "output_name"))
 
     @property
     def what_of_existing(self) -> str:
@@ -434,8 +440,12 @@ class LoggingOptions:
     wandb_api_key: str | None = option(None, help="key of W&B; better: wandb login or the variable WANDB_API_KEY", secret=True)
 
     def __post_init__(self) -> None:
+        problems = no_file_name(self, "log_prefix")
         if self.log_with in ("tensorboard", "all") and not self.logging_dir:
-            raise ConfigError(f"--log_with is {self.log_with} without --logging_dir, the folder of the logs; add it")
+            problems.append(f"--log_with is {self.log_with} without --logging_dir, the folder of the logs; add it")
+        if self.log_tracker_name is not None and self.log_with != "wandb":  # TensorBoard makes a folder of it
+            problems += no_file_name(self, "log_tracker_name")
+        raise_problems(problems)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,6 +114,7 @@ class Trainer:
         state = local_state_folder(self.config, runtime)
         self.check_length(data, runtime, state)
         if runtime.is_main_process:
+            checks.make_output_folder(self.config)
             keep_earlier_files(self.config)
         runtime.barrier()
         self.family.transform = self.trainable.transform(self.family)
@@ -136,7 +137,16 @@ class Trainer:
         problems.raise_if_any()
         sampling = self.config[SamplingOptions]
         path, wants = sampling.sample_prompts, checks.wants_samples(sampling)
-        return found, load_prompts(path) if path and wants and not holds_no_prompt(path) else []
+        return found, self._sample_prompts(path) if path and wants and not holds_no_prompt(path) else []
+
+    @staticmethod
+    def _sample_prompts(path: str) -> list[Any]:
+        """The prompts that can be read: one that cannot does not cost the training."""
+        left_out: list[str] = []
+        prompts = load_prompts(path, left_out=left_out)
+        for problem in left_out:
+            logger.warning("%s; this sample prompt is left out", problem)
+        return prompts
 
     def check_length(self, data: DataGroups, runtime: Runtime, state: Path | None) -> None:
         """What depends on the number of batches, before models are loaded: the schedule, and whether steps are left."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ def check(config: Config) -> None:
     if found:
         problems.add(found)
     for path in options.models or ():
-        found = check_slot(path, "models", {"adapter"}) if str(path).endswith(".safetensors") else None
+        found = check_slot(path, "models", {"adapter"}) if str(path).endswith(".safetensors") or not os.path.exists(path) else None
         if found:
             problems.add(found)
     inputs = [*(options.models or ()), files.model, *(getattr(files, name) for name in ENCODERS)]
