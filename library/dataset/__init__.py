@@ -89,6 +89,7 @@ class DatasetOptions:
     validation_seed: int | None = option(None, help="seed of the choice of validation images; default: --seed", most=LARGEST_SEED)
     masked_loss: bool = option(False, help="weigh the loss with the masks of conditioning_data_dir")
     prior_loss_weight: float = option(1.0, help="weight of the loss of regularisation images")
+    check_images: bool = option(False, help="read every image in full at the start, not only its header")
     skip_bad_images: bool = option(False, help="go on without images that cannot be read, instead of stopping")
     fail_on_missing_captions: bool = option(False, help="stop when an image has neither a caption nor class_tokens")
 

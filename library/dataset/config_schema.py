@@ -175,7 +175,7 @@ RENAMED = {"train_batch_size": "batch_size", "dataset_repeats": "num_repeats", "
 """options of the command line whose key has another name"""
 COMMAND_LINE_ONLY = frozenset({
     "prior_loss_weight", "debug_dataset", "max_token_length", "masked_loss", "train_data_dir", "reg_data_dir", "in_json",
-    "dataset_config", "dataset_class", "skip_bad_images", "fail_on_missing_captions", "cache_latents", "cache_latents_to_disk",
+    "dataset_config", "dataset_class", "check_images", "skip_bad_images", "fail_on_missing_captions", "cache_latents", "cache_latents_to_disk",
     "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "vae_batch_size", "skip_cache_check", "seed",
 })
 LEVEL_NAMES = {"G": "[general]", "D": "[[datasets]]", "S": "[[datasets.subsets]]"}
