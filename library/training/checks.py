@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from library.dataset import CachingOptions, DatasetOptions
 from library.errors import AtelierError, ConfigError, Problems
+from library.file_limits import cut_name, name_length, name_limit
 from library.family_table import script_name
 from library.options import Config, MissingGroup
 from library.text_files import parse_toml, read_text
@@ -34,11 +35,16 @@ from library.training.option_groups import (
     SavingOptions,
 )
 from library.training.sampling_prompts import holds_no_prompt, load_prompts
+from library.training.sampling_prompts import sample_file_name
 from library.training.schedulers import SchedulerOptions, parse_step_count
 
 if TYPE_CHECKING:
     from library.training.families.base import ModelFamily
     from library.training.trainables.base import Trainable
+
+
+_LONGEST_PROCESS_ID = 4194304
+"""stands in the temporary name of a state"""
 
 
 def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
@@ -102,7 +108,30 @@ def output_problems(config: Config) -> list[str]:
             pass
     except OSError as error:
         return [f"--output_dir is {output_dir}; files cannot be written there ({error.strerror or error})"]
-    return []
+    except ValueError as error:  # a zero byte in the name
+        return [f"--output_dir is {output_dir!r}; that is no name of a folder ({error})"]
+    return name_problems(config)
+
+
+def name_problems(config: Config) -> list[str]:
+    """No name that the run will write is longer than the file system takes."""
+    saving = config[SavingOptions]
+    names, limit = CheckpointNames(saving.output_name, saving.save_model_as), name_limit(saving.output_dir or ".")
+    stem = max(names.step(0), names.epoch(0), key=len) if saving.save_every_n_steps or saving.save_every_n_epochs else names.last()
+    written = [names.averaged_file(stem), f"{names.last()}-loss.csv", f"{names.last()}-loss.png"]
+    if saving.save_state or saving.save_state_on_train_end:
+        written.append(f".{names.state(stem)}.{_LONGEST_PROCESS_ID}.tmp")
+    if config[SamplingOptions].sample_prompts:
+        written.append(Path(sample_file_name(saving.output_name, "epoch", 0, enum=0, seed=0xFFFFFFFF, timestamp="0" * 14)).name)
+    longest = max(written, key=name_length)
+    surplus = name_length(longest) - limit
+    if surplus <= 0:
+        return []
+    shown = cut_name(saving.output_name or "", 40)
+    return [
+        f"--output_name is '{shown}...', {name_length(saving.output_name or '')} long; names of its files would be up to {limit + surplus}"
+        f" long, and the file system takes {limit}: shorten it by {surplus}"
+    ]
 
 
 def overwrite_problems(config: Config) -> list[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.console import storable
 from library.errors import ConfigError, Problems, did_you_mean
 from library.text_files import parse_json, parse_toml
 from library.text_files import read_text as read_text_file
@@ -136,7 +137,8 @@ def parse_pieces(line: str, where: str, options: Mapping[str, LineOption]) -> tu
             continue
         values[entry.field] = (*values.get(entry.field, ()), value) if entry.repeats else value
     problems.raise_if_any()
-    return prompt.strip(), values
+    texts = {name: storable(text) for name, text in values.items() if name.endswith("prompt") and isinstance(text, str)}
+    return storable(prompt.strip()), {**values, **texts}
 
 
 def _checked(field: str, value: Any) -> Any:
