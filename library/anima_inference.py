@@ -24,7 +24,7 @@ from library.options import Config, equivalent_option, option
 from library.training.families.base import tokenizer_problems
 from library.training.inference_samplers import FLOW_SAMPLER_NAMES
 from library.training.option_groups import ConsoleOptions
-from library.training.sampling_prompts import LineOption, read_number
+from library.training.sampling_prompts import DRAWN, LineOption, read_number
 
 if TYPE_CHECKING:
     import argparse
@@ -130,13 +130,13 @@ class AnimaPromptOptions:
     guidance_scale: float = option(3.5, help="classifier-free guidance; 1 = off, else two forwards per step")
     flow_shift: float = option(5.0, help="how far the steps lie towards noise; 1 = evenly spaced")
     sampler: str = option("euler", choices=FLOW_SAMPLER_NAMES, help="how a step is made")
-    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given")
+    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given, or with -1")
     save_path: str | None = option(None, help="folder of the pictures; made when missing")
     output_type: str = option("images", choices=OUTPUT_TYPES, help="what is written: pictures, latents (safetensors), or both")
     latent_path: list[str] | None = option(None, nargs="*", help="decode these latents instead of making new ones")
 
     def __post_init__(self) -> None:
-        problems = too_small_problems(self, ("infer_steps", 1), ("seed", 0))
+        problems = too_small_problems(self, ("infer_steps", 1), ("seed", DRAWN))
         if len(self.image_size) != 2 or min(self.image_size) < SIZE_STEP:
             problems.append(f"--image_size is {' '.join(map(str, self.image_size))}; needed: height and width, {SIZE_STEP} or more each")
         if not self.flow_shift > 0:

@@ -47,6 +47,14 @@ class TrainingError(AtelierError):
     """A run that has to stop: a loss that is not finite, a process group that did not form."""
 
 
+class RunInterrupted(AtelierError):
+    """A run that a signal ended in good order: its message tells where it is and how to go on."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class Problems:
     """Collects messages so that all of them are raised together."""
 

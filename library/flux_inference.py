@@ -15,7 +15,7 @@ from library.inference_adapters import adapter_problems, multiplier_problems
 from library.inference_script import COMMON_LINE_OPTIONS, DTYPE_NAMES, LineReader, PictureRequest, SessionOptions, dtype_problem, too_small_problems
 from library.options import Config, option, refused_option
 from library.training.option_groups import ConsoleOptions
-from library.training.sampling_prompts import LineOption, read_number
+from library.training.sampling_prompts import DRAWN, LineOption, read_number
 
 if TYPE_CHECKING:
     import argparse
@@ -83,14 +83,14 @@ class PromptOptions:
     negative_prompt: str | None = option(None, help="what it should not show; needs --cfg_scale")
     width: int = option(1360, help="width in pixels, rounded down to a multiple of 16")
     height: int = option(768, help="height in pixels, rounded down to a multiple of 16")
-    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given")
+    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given, or with -1")
     steps: int | None = option(None, help=f"steps; {STEPS_SCHNELL} for schnell, {STEPS_DEV} for dev when not given")
     guidance: float = option(3.5, help="embedded guidance (dev)")
     cfg_scale: float = option(1.0, help="classifier-free guidance with --negative_prompt; 1 = off, else two forwards per step")
     output_dir: str = option(".", help="folder of the pictures; made when missing")
 
     def __post_init__(self) -> None:
-        problems = too_small_problems(self, ("width", SIZE_STEP), ("height", SIZE_STEP), ("steps", 1), ("seed", 0))
+        problems = too_small_problems(self, ("width", SIZE_STEP), ("height", SIZE_STEP), ("steps", 1), ("seed", DRAWN))
         if problems:
             raise ConfigError(problems)
 

@@ -8,6 +8,7 @@ from library.errors import ConfigError, Problems
 from library.generation_prompts import GENERATION_LINE_OPTIONS
 from library.options import equivalent_option, option, refused_option
 from library.training.inference_samplers import DEFAULT_SAMPLER, SAMPLER_NAMES
+from library.training.sampling_prompts import DRAWN
 
 DEFAULT_STRENGTH = 0.8
 _TORCH_ATTENTION = "attention of torch is used, which chooses a fast kernel by itself; the pictures are the same"
@@ -143,7 +144,7 @@ class GenerationPromptOptions:
     images_per_prompt: int = option(1, help="pictures of each prompt and round")
     batch_size: int = option(1, help="pictures that are made together")
     shuffle_prompts: bool = option(False, help="put the prompts into another order for each round")
-    seed: int | None = option(None, help="the picture's seed, or with several pictures what their seeds are drawn from; a drawn one is shown")
+    seed: int | None = option(None, help="the picture's seed, or with several pictures what their seeds are drawn from; a drawn one is shown when not given, or with -1")
     iter_same_seed: bool = option(False, help="the same seed for all prompts of a round")
     max_embeddings_multiples: int | None = option(None, help="longest prompt in rows of 75 tokens; 1 when not given")
     emb_normalize_mode: str = option(
@@ -152,7 +153,7 @@ class GenerationPromptOptions:
     )
 
     def __post_init__(self) -> None:
-        problems = _least(self, n_iter=1, images_per_prompt=1, batch_size=1, seed=0, max_embeddings_multiples=1)
+        problems = _least(self, n_iter=1, images_per_prompt=1, batch_size=1, seed=DRAWN, max_embeddings_multiples=1)
         sources = [f"--{name}" for name in ("prompt", "from_file", "from_module", "interactive") if getattr(self, name)]
         if len(sources) > 1:
             problems.append(f"{' and '.join(sources)} are given; prompts come from one of them")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.errors import ConfigError, Problems
-from library.training.sampling_prompts import LineOption, parse_pieces, read_number, read_text, read_whole
+from library.training.sampling_prompts import LineOption, parse_pieces, read_number, read_seed, read_text, read_whole
 
 NO_NEGATIVE_SCALE = "none"
 UNSHARP_VALUES = 4
@@ -35,7 +35,8 @@ class GenerationPrompt:
     crop_top: int | None = None
     crop_left: int | None = None
     sample_steps: int | None = None
-    seeds: tuple[int, ...] | None = None
+    seeds: tuple[int | None, ...] | None = None
+    """None among them: a drawn one"""
     scale: float | None = None
     negative_scale: float | str | None = None
     """a number, or "none": no third branch even if the script's option asks for one"""
@@ -56,7 +57,7 @@ class GenerationPrompt:
     """size of the kernel, sigma, strength, and 1 or 0: sharpen the latents or their noise"""
 
     def seed_of(self, image: int) -> int | None:
-        """The seed of image number `image` of this prompt; the last of a list repeats. None when none was given."""
+        """The seed of image number `image` of this prompt; the last of a list repeats. None when it is to be drawn."""
         return None if self.seeds is None else self.seeds[min(image, len(self.seeds) - 1)]
 
     def multipliers_of(self, num_networks: int, default: Sequence[float]) -> tuple[float, ...]:
@@ -80,9 +81,9 @@ def _listed(convert: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     return read
 
 
-def _seed(text: str) -> int:
-    seed = read_whole(text)
-    if seed > LARGEST_SEED:
+def _seed(text: str) -> int | None:
+    seed = read_seed(text)
+    if seed is not None and seed > LARGEST_SEED:
         raise ValueError(f"seeds of at most {LARGEST_SEED} are needed")
     return seed
 

@@ -63,7 +63,7 @@ def option(
     `convert` turns the text into the value (default: from the field's annotation); `flags` are further spellings.
     """
     spec = OptionSpec(help, convert, nargs, tuple(choices) if choices is not None else None, tuple(flags), metavar, secret)
-    return dataclasses.field(default=default, metadata={METADATA_KEY: spec})
+    return dataclasses.field(default=default, metadata={METADATA_KEY: spec}, repr=not secret)
 
 
 def refused_option(default: Any = None, *, help: str, reason: str, **how: Any) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from library.errors import ConfigError
+from library.text_files import open_file
 
 VERSION = "1.0.1"
 PREFIX = "modelspec."
@@ -72,5 +73,5 @@ def thumbnail_url(thumbnail: str | None) -> str | None:
     kind = mimetypes.guess_type(thumbnail)[0] or ""
     if not os.path.isfile(thumbnail) or not kind.startswith("image/"):
         raise ConfigError(f"--metadata_thumbnail is {thumbnail}; needed: an image file, or a data: URL")
-    with open(thumbnail, "rb") as file:
+    with open_file(thumbnail) as file:
         return f"data:{kind};base64,{base64.b64encode(file.read()).decode('ascii')}"

@@ -98,10 +98,12 @@ class TokenizeStrategy(PluginSlot, ABC):
     ) -> Any:
         """A tokenizer from `<tokenizer_cache_dir>/<model id with _ for />` when it is there, else from the hub; in that
         case it is stored there for the next run."""
+        from library.huggingface_util import is_hub_reachable
+
         local = os.path.join(tokenizer_cache_dir, model_id.replace("/", "_")) if tokenizer_cache_dir else None
         if local and os.path.isdir(local):
             return model_class.from_pretrained(local)
-        tokenizer = model_class.from_pretrained(model_id, subfolder=subfolder or "")
+        tokenizer = model_class.from_pretrained(model_id, subfolder=subfolder or "", local_files_only=not is_hub_reachable())
         if local:
             tokenizer.save_pretrained(local)
         return tokenizer

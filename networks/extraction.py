@@ -39,7 +39,6 @@ class ExtractionPlan:
     min_diff: float = 0.0
     clamp_quantile: float | None = None
     device: str = "cpu"
-    dtype: torch.dtype = torch.float32
 
     def wants(self, lora_name: str) -> bool:
         if self.include is not None and not self.include.search(lora_name):
@@ -151,13 +150,13 @@ def _put(result: Extracted, name: Name, diff: torch.Tensor, plan: ExtractionPlan
     lora_name, parameter = name
     if diff.ndim == 1:
         key = "b" if parameter == "bias" else "w_norm"
-        result.tensors[f"{lora_name}.{key}"] = diff.to("cpu", plan.dtype)  # biases get their name when all layers are known
+        result.tensors[f"{lora_name}.{key}"] = diff.cpu()  # biases get their name when all layers are known
         return
     made, change = _MAKERS[plan.kind](diff, plan)
     result.errors[lora_name] = float((diff - change).norm() / diff.norm())
     if "lora_down.weight" in made:
         result.ranks[lora_name] = made["lora_down.weight"].shape[0]
-    result.tensors |= {f"{lora_name}.{key}": tensor.to("cpu", torch.float32 if key == "alpha" else plan.dtype) for key, tensor in made.items()}
+    result.tensors |= {f"{lora_name}.{key}": tensor.cpu() for key, tensor in made.items()}
 
 
 Made = tuple[dict[str, torch.Tensor], torch.Tensor]

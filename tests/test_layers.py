@@ -30,8 +30,10 @@ LAYERS: tuple[tuple[str, int], ...] = (
     # 0: tables, options, errors, and records without tensors
     ("library/__init__.py", 0), ("networks/__init__.py", 0), ("library/*/__init__.py", 0), ("library/*/*/__init__.py", 0),
     ("library/errors.py", 0), ("library/registry.py", 0), ("library/options.py", 0), ("library/family_table.py", 0),
-    ("library/keyed_random.py", 0), ("library/atomic_file.py", 0), ("library/file_limits.py", 0), ("library/console.py", 0), ("library/text_files.py", 0), ("library/dynamic_prompts.py", 0),
-    ("library/training/option_groups.py", 0), ("library/training/option_reader.py", 0), ("library/training/config_file.py", 0), ("library/training/keyword_args.py", 0),
+    ("library/keyed_random.py", 0), ("library/text_files.py", 0), ("library/console.py", 0), ("library/dynamic_prompts.py", 0),
+    ("library/atomic_file.py", 0), ("library/file_limits.py", 0), ("library/file_owners.py", 0), ("library/write_errors.py", 0),
+    ("library/training/option_groups.py", 0), ("library/training/option_reader.py", 0), ("library/training/config_file.py", 0),
+    ("library/training/keyword_args.py", 0),
     # 1: building blocks
     ("library/utils.py", 1), ("library/device_utils.py", 1), ("library/attention.py", 1), ("library/image_grid.py", 1),
     ("library/prompt_weighting.py", 1),
@@ -41,7 +43,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     # 2: files and checkpoints
     ("library/*_utils.py", 2), ("library/*_util.py", 2), ("library/*_convert.py", 2), ("library/tokenizers.py", 2),
     ("library/tiny_models/*.py", 2), ("library/model_*.py", 2), ("library/checkpoint_*.py", 2), ("library/sai_model_spec.py", 2),
-    ("library/picture_files.py", 2), ("library/safetensors_header.py", 2),
+    ("library/picture_files.py", 2), ("library/number_formats.py", 1), ("library/safetensors_header.py", 2),
     # 3: strategies and data
     ("library/strategy_*.py", 3), ("library/dataset/*.py", 3), ("library/image_files.py", 3),
     # 4: numerics and adapters

@@ -11,6 +11,7 @@ from typing import Any
 
 from library.dataset.items import SubsetParams
 from library.errors import ConfigError
+from library.text_files import open_file
 
 WILDCARD = re.compile(r"\{([^}]+)\}")
 OPEN_BRACE, CLOSE_BRACE = "\x00", "\x01"  # stand for {{ and }} while alternatives are chosen
@@ -193,7 +194,7 @@ def read_caption(image_path: str, params: SubsetParams) -> str | None:
     """
     for path in caption_paths(image_path, params):
         try:
-            with open(path, encoding="utf-8-sig") as file:
+            with open_file(path, "r", encoding="utf-8-sig") as file:
                 return caption_of_text(file.read(), params)
         except FileNotFoundError:
             continue

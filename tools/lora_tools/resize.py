@@ -14,7 +14,7 @@ from library.inference_script import read_command, script_parser
 from library.options import Config, option
 from library.text_files import parse_json, read_json
 from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
-from library.training.option_groups import ConsoleOptions
+from library.training.option_groups import ConsoleOptions, OverflowOptions
 from tools.lora_tools.adapter_input import AdapterFile, adapter_slot_problem, ending_problem, read_file
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class ResizeOptions:
     verbose: bool = option(False, help="print a line for every layer: rank, kept shares, spread of the singular values")
 
 
-CLASSES = (ResizeOptions, OutputOptions, ConsoleOptions)
+CLASSES = (ResizeOptions, OutputOptions, OverflowOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -192,11 +192,13 @@ def _old_rank(source: AdapterFile) -> str:
 def _write(path: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], config: Config, source: AdapterFile) -> None:
     import torch
 
+    from library.number_formats import clamping
     from networks.network_files import write_adapter_file
 
     word = config[ResizeOptions].save_precision
     dtype = getattr(torch, DTYPES[word.lower()] if word else "float32")
-    write_adapter_file(path, tensors, dtype, metadata)
+    with clamping(config[OverflowOptions].clamp_overflow):
+        write_adapter_file(path, tensors, dtype, metadata)
     logger.info("wrote %s", path)
     if source.has_config_beside:
         _write_config(path, source, tensors)

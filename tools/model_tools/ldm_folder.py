@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +19,14 @@ import torch
 from torch import Tensor
 
 from library import ldm_folder_utils as configs
+from library.atomic_file import atomic_folder
 from library.errors import CheckpointError
 from library.ldm_convert import attention_as_convolution, convert_diffusers_vae_to_ldm, convert_ldm_vae_to_diffusers
 from library.ldm_utils import inspect_autoencoder
 from library.model_loading import CheckpointFiles, open_checkpoint
 from library.open_clip_convert import hf_to_open_clip, open_clip_to_hf, with_text_model
 from library.registry import import_target
-from library.safetensors_utils import cast_floats, is_pickled, load_safetensors, read_header, save_file_atomic, stream_file_atomic
+from library.safetensors_utils import cast_all, is_pickled, load_safetensors, read_header, save_file_atomic, stream_file_atomic
 from library.text_encoder_utils import CLIP_G, CLIP_H, CLIP_L, ClipSlot, inspect_clip
 from library.unet_convert import diffusers_to_original, original_to_diffusers
 from library.unet_utils import UNET_ROOTS, inspect_unet
@@ -125,33 +124,18 @@ def tokenizer_of(folder: str | None, cache_dir: str | None) -> Any:
 def write_folder(folder: Folder, tokenizer: Any, target: str, dtype: torch.dtype | None, variant: str | None) -> None:
     """The folder appears whole or not at all."""
     ending = f".{variant}.safetensors" if variant else ".safetensors"
-    Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{Path(target).name}-", dir=Path(target).absolute().parent))
-    try:
+    with atomic_folder(os.path.abspath(target)) as work:
         for name, content in folder.configs.items():
             (work / name).parent.mkdir(exist_ok=True)
             (work / name).write_text(f"{json.dumps(content, indent=2)}\n", encoding="utf-8")
         for name, tensors in folder.parts.items():
             stem = "diffusion_pytorch_model" if name == "vae" else "model"
-            save_file_atomic({key: cast_floats(t, dtype).contiguous() for key, t in tensors.items()}, work / name / f"{stem}{ending}", {"format": "pt"})
+            save_file_atomic({key: t.contiguous() for key, t in cast_all(tensors, dtype).items()}, work / name / f"{stem}{ending}", {"format": "pt"})
         _write_unet(folder, work / "unet" / f"diffusion_pytorch_model{ending}", dtype)
         for name in ("tokenizer", "tokenizer_2")[: 2 if "text_encoder_2" in folder.parts else 1]:
             tokenizer.save_pretrained(work / name)
         if folder.rest or folder.metadata:
             save_file_atomic({key: t.contiguous() for key, t in folder.rest.items()}, work / REST, folder.metadata or None)
-        os.chmod(work, 0o777 & ~_umask())
-        if os.path.isdir(target):
-            os.rmdir(target)
-        os.replace(work, target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    from library.atomic_file import FILE_MODE
-
-    return 0o777 & ~(FILE_MODE | 0o111)
 
 
 def _write_unet(folder: Folder, path: Path, dtype: torch.dtype | None) -> None:
@@ -203,7 +187,7 @@ def single_plan(source: str, kind: str, dtype: torch.dtype | None) -> SinglePlan
             small["v_pred"] = torch.zeros(0)
         if info.zero_terminal_snr:
             small["ztsnr"] = torch.zeros(0)
-    small = {key: cast_floats(tensor, dtype) for key, tensor in small.items()}
+    small = cast_all(small, dtype)
     infos = {**_infos(info.source, unet, dtype), **{key: (t.dtype, tuple(t.shape)) for key, t in small.items()}}
 
     def items() -> Iterator[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ from library.errors import ConfigError, Problems, did_you_mean
 from library.family_table import FAMILIES
 from library.options import option
 from library.registry import Registry
+from library.training.keyword_args import split_items
 
 NETWORKS: Registry = Registry("network module", option="network_module")
 KINDS = (
@@ -102,13 +103,15 @@ def importable_name(name: str) -> str:
 
 
 def parse_pairs(items: Sequence[str] | None) -> dict[str, str]:
-    """`key=value` texts -> dict; split at the first `=`, the last of equal keys wins. ConfigError with every bad item."""
+    """`key=value` texts -> dict; several in one text are split, each at its first `=`, and the last of equal keys wins.
+    ConfigError with every bad item."""
     problems, pairs = Problems(), {}
-    for item in items or ():
+    for item in split_items(items):
         key, separator, value = item.partition("=")
-        if not separator or not key.strip():
+        value = value.strip()
+        if not separator or not key.strip() or value.startswith("="):
             problems.add(f"--network_args has '{item}'; needed: key=value")
-        pairs[key.strip()] = value.strip()
+        pairs[key.strip()] = value[1:-1] if len(value) > 1 and value[0] in "'\"" and value.find(value[0], 1) == len(value) - 1 else value
     problems.raise_if_any()
     return pairs
 

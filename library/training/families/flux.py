@@ -185,6 +185,7 @@ class FluxFamily(FlowFamily):
             lines.append(f"--split_mode is deprecated; it stands for --blocks_to_swap {SPLIT_MODE_BLOCKS}")
         if self.is_schnell and "guidance_scale" in self.config.explicit:
             lines.append("--guidance_scale has no effect: FLUX.1 schnell has no embedded guidance")
+        lines.append("CLIP-L computes with quick_gelu, as it was trained (known trainers compute with gelu here: other pooled captions and caches)")
         return lines
 
     @property

@@ -105,7 +105,7 @@ class SampleHook(Hook):
     def on_train_end(self, run: Run) -> None:
         progress = run.progress
         unreached = unreached_interval(run.config[SamplingOptions], progress.max_train_steps, progress.max_train_steps // progress.steps_per_epoch)
-        if self.prompts and unreached:
+        if self.prompts and unreached and progress.is_finished:
             self._occasion(run, "step")
 
     def planned_files(self, run: Run) -> list[str]:
@@ -127,7 +127,7 @@ class SampleHook(Hook):
 
     def _sample_if_due(self, run: Run, at: str) -> None:
         options, progress = run.config[SamplingOptions], run.progress
-        if not self.prompts or not is_sample_due(options, at, progress.global_step, progress.epoch):
+        if not self.prompts or run.stop.agreed is not None or not is_sample_due(options, at, progress.global_step, progress.epoch):
             return
         self._occasion(run, at)
 
@@ -146,6 +146,7 @@ class SampleHook(Hook):
             mine = [
                 self._make(run, at, number, texts)
                 for number in range(runtime.rank, len(self.prompts), runtime.num_processes)
+                if not run.stop.is_wanted  # a run that is to end makes no further pictures
             ]
         made = [file for part in gather_objects(mine) for file in part]
         made.sort(key=lambda file: file.enum)

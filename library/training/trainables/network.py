@@ -10,14 +10,15 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.atomic_file import atomic_path, scratch_path
 from library.dataset import CachingOptions
-from library.errors import CheckpointError, ConfigError, Problems
+from library.errors import CheckpointError, ConfigError, Problems, foreign_errors
 from library.family_table import family_entry
 from library.keyed_random import StepDraws, isolated_rng, key_seed
 from library.options import Config, parse_bool
@@ -70,10 +71,6 @@ class NetworkTrainable(Trainable):
         )  # fmt: skip
         for step in steps:
             problems.attempt(step)
-        encoders = len(targets_of_family(family.name).text_encoders)
-        rates = self.opts.text_encoder_lr or ()
-        if len(rates) > max(encoders, 1):
-            problems.add(f"--text_encoder_lr has {len(rates)} values; {family.name} has {encoders} text encoders")
         if self.opts.network_train_text_encoder_only and not any(self.trains_text_encoders(family)):
             problems.add(f"--network_train_text_encoder_only leaves nothing to train: no text encoder of {family.name} is trained")
         problems.raise_if_any()
@@ -191,6 +188,10 @@ class NetworkTrainable(Trainable):
             for encoder, rate, learns in zip(encoders, rates, trained, strict=False):
                 if rate and not learns:
                     lines.append(f"--text_encoder_lr: {rate} has no effect, as its text encoder learns only with --network_args {encoder.switch}=True")
+        surplus = [rate for rate in rates[len(encoders) :] if rate != rates[0]]
+        if surplus:
+            number = f"{len(encoders)} text encoder{'s' if len(encoders) > 1 else ''}"
+            lines.append(f"--text_encoder_lr: {', '.join(map(str, surplus))} has no effect, as {family.name} has {number}")
         return lines
 
     # -- attaching -------------------------------------------------------------------------------------------------
@@ -214,23 +215,38 @@ class NetworkTrainable(Trainable):
                 part.requires_grad_(False)
         module = importlib.import_module(self.opts.module_path)
         self._is_own = hasattr(module, "check_network_args")
-        self._base_weights.finish(module, models, runtime, self._targets)
-        text_encoders = self._text_encoders(models)
-        with isolated_rng(key_seed(runtime.seed, "network init")):
-            network = self._make_network(module, models, text_encoders, self._pairs(family))
+        text_encoders, pairs = self._text_encoders(models), self._pairs(family)
+        with self._told():
+            self._base_weights.finish(module, models, runtime, self._targets)
+            with isolated_rng(key_seed(runtime.seed, "network init")):
+                network = self._make_network(module, models, text_encoders, pairs)
         if network is None:
             raise ConfigError(f"--network_module {self.opts.network_module} made no network; see its messages above")
         self.network = network
-        if hasattr(network, "initialize"):
-            network.initialize(runtime.seed)
-        if hasattr(network, "prepare_network"):
-            network.prepare_network(SimpleNamespace(**self.config.values()))
-        trains_text = any(self.trains_text_encoders(family))
-        network.apply_to(text_encoders, models.denoiser, trains_text, not self.opts.network_train_text_encoder_only)
-        self._refuse_empty(models)
-        if self.opts.network_weights:
-            self._load_start_weights(network)
-        self._finish(network, text_encoders, models, runtime)
+        with self._told():
+            if hasattr(network, "initialize"):
+                network.initialize(runtime.seed)
+            if hasattr(network, "prepare_network"):
+                network.prepare_network(SimpleNamespace(**self.config.values()))
+            trains_text = any(self.trains_text_encoders(family))
+            network.apply_to(text_encoders, models.denoiser, trains_text, not self.opts.network_train_text_encoder_only)
+            self._refuse_empty(models)
+            if self.opts.network_weights:
+                self._load_start_weights(network)
+                _own_memory(network)
+            self._finish(network, text_encoders, models, runtime)
+
+    def _told(self) -> AbstractContextManager[None]:
+        """Inside, whatever another package's module raises is one message with its name, its arguments and the reason."""
+        if self._is_own:
+            return nullcontext()
+        given = {"network_dim": self.opts.network_dim, "network_alpha": self.opts.network_alpha, "network_weights": self.opts.network_weights}
+        words = [f"--{name} {value}" for name, value in given.items() if value is not None]
+        pairs = " ".join(f"{key}={value}" for key, value in self.opts.pairs.items())
+        words += [f"--network_args {pairs}"] if pairs else []
+        return foreign_errors(
+            ConfigError, f"look at --network_args: the network of --network_module {self.opts.network_module} cannot be made with {' '.join(words) or 'no arguments'}"
+        )
 
     def _finish(self, network: Any, text_encoders: Any, models: Models, runtime: Runtime) -> None:
         if self.opts.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
@@ -341,15 +357,13 @@ class NetworkTrainable(Trainable):
         return groups
 
     def _described_groups(self, default: float | None) -> list[tuple[dict[str, Any], str | None]]:
-        rates = list(self.opts.text_encoder_lr or [])
+        rates = list(self.opts.text_encoder_lr or [])[: max(len(self._targets.text_encoders), 1)]
         several = getattr(self.network, "prepare_optimizer_params_with_multiple_te_lrs", None)
         if several is not None:
             result = several(rates or None, self.opts.unet_lr, default)
         else:
             if len(set(rates)) > 1:
-                raise ConfigError(
-                    f"--text_encoder_lr has {len(rates)} values; {self.opts.network_module} knows one rate for all text encoders"
-                )
+                logger.warning("--text_encoder_lr: %s knows one rate for all text encoders, the first, %s", self.opts.network_module, rates[0])
             values = [rates[0] if rates else None, self.opts.unet_lr, default]
             method = self.network.prepare_optimizer_params
             count = _positional_count(method)
@@ -426,17 +440,11 @@ class NetworkTrainable(Trainable):
         if self._is_own:
             self.network.save_weights(path, dtype, metadata)
             return
-        stem, ending = os.path.splitext(path)
-        temporary = f"{stem}.{os.getpid()}.tmp{ending}"
-        try:
-            self.network.save_weights(temporary, dtype, dict(metadata))
-            if ending == ".safetensors":  # written again with our hashes and a fixed order of the keys
-                write_adapter_file(path, load_safetensors(temporary, device="cpu", disable_mmap=True), None, metadata)
-            else:
-                os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+        is_safetensors = path.endswith(".safetensors")
+        with (scratch_path if is_safetensors else atomic_path)(path) as temporary:
+            self.network.save_weights(str(temporary), None if is_safetensors else dtype, dict(metadata))
+            if is_safetensors:  # written again with our hashes, a fixed order of the keys, and numbers that are checked
+                write_adapter_file(path, load_safetensors(temporary, device="cpu", disable_mmap=True), dtype, metadata)
 
     def load(self, path: str) -> None:
         self.network.load_weights(path)
@@ -454,6 +462,16 @@ class NetworkTrainable(Trainable):
         if options.network_args:
             values["ss_network_args"] = json.dumps(options.pairs)
         return values
+
+
+def _own_memory(network: torch.nn.Module) -> None:
+    """Let go of a file that a module mapped and keeps as `weights_sd`: Windows replaces no mapped file, and the output may have
+    its name."""
+    held = getattr(network, "weights_sd", None)
+    if isinstance(held, dict):
+        network.weights_sd = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in held.items()}
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.data = tensor.data.clone()
 
 
 def _is_on(text: str | None) -> bool:
