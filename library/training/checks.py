@@ -22,6 +22,7 @@ from library.family_table import script_name
 from library.options import Config, MissingGroup
 from library.text_files import parse_toml, read_text
 from library.training.earlier_runs import existing_problems, final_file, resumed_state
+from library.training.checkpoint import CheckpointNames
 from library.training.formula_checks import formula_problems
 from library.training.idle_options import strict_problems
 from library.training.option_groups import (
@@ -41,10 +42,6 @@ from library.training.schedulers import SchedulerOptions, parse_step_count
 if TYPE_CHECKING:
     from library.training.families.base import ModelFamily
     from library.training.trainables.base import Trainable
-
-
-_LONGEST_PROCESS_ID = 4194304
-"""stands in the temporary name of a state"""
 
 
 def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
@@ -121,7 +118,7 @@ def name_problems(config: Config) -> list[str]:
     stem = max(names.step(0), names.epoch(0), key=len) if saving.save_every_n_steps or saving.save_every_n_epochs else names.last()
     written = [names.averaged_file(stem), f"{names.last()}-loss.csv", f"{names.last()}-loss.png"]
     if saving.save_state or saving.save_state_on_train_end:
-        written.append(f".{names.state(stem)}.{_LONGEST_PROCESS_ID}.tmp")
+        written.append(names.state(stem))
     if config[SamplingOptions].sample_prompts:
         written.append(Path(sample_file_name(saving.output_name, "epoch", 0, enum=0, seed=0xFFFFFFFF, timestamp="0" * 14)).name)
     longest = max(written, key=name_length)

@@ -31,8 +31,7 @@ def outcome(case: Callable[[], object]) -> str:
         before = signal.signal(signal.SIGALRM, stop)
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        case()
-        return "success"
+        return "message" if case() in (1, 2) else "success"
     except AtelierError as error:
         assert str(error).strip(), "an empty message"
         return "message"
