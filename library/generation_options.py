@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from library.errors import ConfigError, Problems
 from library.generation_prompts import GENERATION_LINE_OPTIONS
-from library.options import equivalent_option, option, refused_option
+from library.options import LARGEST_BATCH, LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, equivalent_option, option, refused_option
 from library.training.inference_samplers import DEFAULT_SAMPLER, SAMPLER_NAMES
 from library.training.sampling_prompts import DRAWN
 
@@ -142,11 +142,11 @@ class GenerationPromptOptions:
     )
     n_iter: int = option(1, help="rounds over all prompts")
     images_per_prompt: int = option(1, help="pictures of each prompt and round")
-    batch_size: int = option(1, help="pictures that are made together")
+    batch_size: int = option(1, help="pictures that are made together", most=LARGEST_BATCH)
     shuffle_prompts: bool = option(False, help="put the prompts into another order for each round")
-    seed: int | None = option(None, help="the picture's seed, or with several pictures what their seeds are drawn from; a drawn one is shown when not given, or with -1")
+    seed: int | None = option(None, help="the picture's seed, or with several pictures what their seeds are drawn from; a drawn one is shown when not given, or with -1", most=LARGEST_SEED)
     iter_same_seed: bool = option(False, help="the same seed for all prompts of a round")
-    max_embeddings_multiples: int | None = option(None, help="longest prompt in rows of 75 tokens; 1 when not given")
+    max_embeddings_multiples: int | None = option(None, help="longest prompt in rows of 75 tokens; 1 when not given", most=1000)
     emb_normalize_mode: str = option(
         "original", choices=("original", "none", "abs"),
         help="what brings weighted prompts back to their size: their mean (original, can distort), nothing, or their mean absolute value (abs, recommended)",
@@ -171,9 +171,9 @@ class GenerationPictureOptions:
     outdir: str = option("outputs", help="folder of the pictures; made when missing")
     sequential_file_name: bool = option(False, help="number the files: im_000001.png")
     use_original_file_name: bool = option(False, help="name the files after those of --image_path")
-    W: int | None = option(None, help="width in pixels; 512, SDXL 1024, or that of --image_path when not given")
-    H: int | None = option(None, help="height in pixels")
-    steps: int = option(50, help="steps")
+    W: int | None = option(None, help="width in pixels; 512, SDXL 1024, or that of --image_path when not given", most=LARGEST_PICTURE_SIDE)
+    H: int | None = option(None, help="height in pixels", most=LARGEST_PICTURE_SIDE)
+    steps: int = option(50, help="steps", most=LARGEST_STEPS)
     sampler: str = option(DEFAULT_SAMPLER, choices=SAMPLER_NAMES, help="sampler")
     scale: float = option(7.5, help="strength of the prompt against the negative prompt (classifier-free guidance); up to 1 = off")
     negative_scale: float | None = option(
@@ -219,7 +219,7 @@ class GenerationSourceOptions:
     strength: float | None = option(None, help=f"part of the steps that are made, from 0 to 1; {DEFAULT_STRENGTH} when not given")
     force_scheduler_zero_steps_offset: bool = option(False, help="count timesteps from 0 instead of 1")
     highres_fix_scale: float | None = option(None, help="make pictures at this part of their size first, then enlarge and refine them")
-    highres_fix_steps: int = option(28, help="steps of the small picture")
+    highres_fix_steps: int = option(28, help="steps of the small picture", most=LARGEST_STEPS)
     highres_fix_strength: float | None = option(None, help="--strength for a small picture that starts from --image_path; as --strength when not given")
     highres_fix_save_1st: bool = option(False, help="write the small pictures too")
     highres_fix_latents_upscaling: bool = option(False, help="enlarge latents (bicubic) instead of pictures")

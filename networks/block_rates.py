@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from library.errors import ConfigError, did_you_mean
+from library.options import number_problem
 
 if TYPE_CHECKING:
     from networks.network_args import NetworkSettings
@@ -61,7 +62,7 @@ def _factor(text: str) -> float:
         factor = float(text or 0)
     except ValueError:
         raise ValueError(f"'{text}' is no number") from None
-    if not 0 <= factor < math.inf:
+    if not factor >= 0 or number_problem(factor, is_whole=False):
         raise ValueError(f"{text} is no factor of a learning rate; needed: 0 or more")
     return factor
 

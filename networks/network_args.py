@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from library.errors import ConfigError, Problems, did_you_mean
-from library.options import parse_bool
+from library.options import LARGEST_RANK, number_problem, parse_bool
 from library.family_table import FAMILIES
 from library.text_files import parse_toml
 from networks.block_rates import block_parsers, check_block_rates
@@ -132,9 +132,13 @@ def argument_parsers(targets: NetworkTargets) -> dict[str, Callable[[Any], Any]]
 
 def number(value: Any) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        result = float(value)
+    except (TypeError, ValueError, OverflowError):
         raise ValueError("a number is needed") from None
+    needed = number_problem(result, is_whole=False)
+    if needed is not None:
+        raise ValueError(f"{needed} is needed")
+    return result
 
 
 def positive_number(value: Any) -> float:
@@ -165,6 +169,8 @@ def rank(value: Any) -> int:
         raise ValueError("a whole number is needed (a rank; 0 leaves the layers out)") from None
     if result < 0:
         raise ValueError("a rank of 0 or more is needed")
+    if result > LARGEST_RANK:
+        raise ValueError(f"a rank of at most {LARGEST_RANK} is possible")
     return result
 
 

@@ -228,10 +228,11 @@ def _toml_problems(name: str, path: str) -> list[str]:
 
 
 def metadata_problems(config: Config) -> list[str]:
-    """The thumbnail can be read."""
-    from library.sai_model_spec import thumbnail_url
+    """The thumbnail and the source date can be read."""
+    from library.sai_model_spec import source_date, thumbnail_url
 
     try:
+        source_date()
         thumbnail_url(config[MetadataOptions].metadata_thumbnail)
     except ConfigError as error:
         return list(error.problems)
