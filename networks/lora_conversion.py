@@ -405,10 +405,10 @@ def _rows(layer: LayerNames, lora: _Lora) -> list[int]:
     rows, width, count = lora.up.shape[0], lora.down.shape[1], len(layer.parts)
     if layer.rows == "linear1":
         if rows <= 3 * width:
-            raise CheckpointError(f"{layer.path}: {rows} rows; needed: more than three times its {width} inputs")
+            raise CheckpointError(f"{layer.path} has {rows} rows; needed: more than three times its {width} inputs")
         return [width] * 3 + [rows - 3 * width]
     if rows % count:
-        raise CheckpointError(f"{layer.path}: {rows} rows do not divide into {count} parts")
+        raise CheckpointError(f"{layer.path} has {rows} rows, which do not divide into {count} parts; the file is for another model, or damaged")
     return [rows // count] * count
 
 
