@@ -170,12 +170,12 @@ def resume_problems(config: Config) -> list[str]:
     bounded_by_steps = loop.max_train_epochs is None
     if resume.initial_step is not None and bounded_by_steps and resume.initial_step >= loop.max_train_steps:
         problems.append(
-            f"--initial_step is {resume.initial_step} with --max_train_steps {loop.max_train_steps}; no step is left to train"
+            f"--initial_step is {resume.initial_step} with --max_train_steps {loop.max_train_steps}; no step is left to train: lower the one or raise the other"
         )
     counts_epochs = resume.initial_step is None and resume.initial_epoch is not None and not bounded_by_steps
     if counts_epochs and resume.initial_epoch > loop.max_train_epochs:
         problems.append(
-            f"--initial_epoch is {resume.initial_epoch} with --max_train_epochs {loop.max_train_epochs}; no epoch is left to train"
+            f"--initial_epoch is {resume.initial_epoch} with --max_train_epochs {loop.max_train_epochs}; no epoch is left to train: lower the one or raise the other"
         )
     return problems
 
@@ -252,10 +252,11 @@ def _toml_problems(name: str, path: str) -> list[str]:
 
 
 def metadata_problems(config: Config) -> list[str]:
-    """The thumbnail can be read."""
-    from library.sai_model_spec import thumbnail_url
+    """The thumbnail and the source date can be read."""
+    from library.sai_model_spec import source_date, thumbnail_url
 
     try:
+        source_date()
         thumbnail_url(config[MetadataOptions].metadata_thumbnail)
     except ConfigError as error:
         return list(error.problems)

@@ -14,7 +14,7 @@ import torch
 
 from library.dataset import CachingOptions, DatasetOptions
 from library.device_utils import clean_memory_on_device
-from library.errors import Problems, RunInterrupted
+from library.errors import ConfigError, Problems, RunInterrupted
 from library.family_table import script_name
 from library.options import Config, option_fields
 from library.strategy_base import StrategySet
@@ -139,11 +139,16 @@ class Trainer:
         path, wants = sampling.sample_prompts, checks.wants_samples(sampling)
         return found, self._sample_prompts(path) if path and wants and not holds_no_prompt(path) else []
 
-    @staticmethod
-    def _sample_prompts(path: str) -> list[Any]:
-        """The prompts that can be read: one that cannot does not cost the training."""
+    def _sample_prompts(self, path: str) -> list[Any]:
+        """The prompts that can be read and that the family has the sizes and samplers for: another one does not cost the training."""
         left_out: list[str] = []
-        prompts = load_prompts(path, left_out=left_out)
+        prompts = []
+        for prompt in load_prompts(path, left_out=left_out):
+            try:
+                self.family.sample_defaults(prompt)
+                prompts.append(prompt)
+            except ConfigError as error:
+                left_out += error.problems
         for problem in left_out:
             logger.warning("%s; this sample prompt is left out", problem)
         return prompts
