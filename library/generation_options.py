@@ -115,9 +115,9 @@ class GenerationNetworkOptions:
             if given is not None and len(given) != count or (name == "network_module" and given is None and count):
                 problems.add(f"--{name} has {len(given or [])} values for {count} files in --network_weights; give one for each file")
         if self.network_merge and self.network_pre_calc:
-            problems.add("--network_merge and --network_pre_calc are both given; the first adds the networks once, the second for each batch")
+            problems.add("--network_merge and --network_pre_calc are both given; the first adds the networks once, the second for each batch: leave one out")
         if self.network_merge_n_models is not None and not 0 <= self.network_merge_n_models <= count:
-            problems.add(f"--network_merge_n_models is {self.network_merge_n_models}; there are {count} networks")
+            problems.add(f"--network_merge_n_models is {self.network_merge_n_models}; there are {count} networks, needed: 0 to {count}")
         codes = self.network_regional_mask_max_color_codes
         if codes is not None and not 1 <= codes <= 7:
             problems.add(f"--network_regional_mask_max_color_codes is {codes}; colours give codes from 1 to 7")
@@ -160,7 +160,7 @@ class GenerationPromptOptions:
         if self.interactive and (self.n_iter > 1 or self.shuffle_prompts):
             problems.append("--n_iter and --shuffle_prompts are about rounds, and --interactive has none; leave them out")
         if self.prompter_module_args is not None and not self.from_module:
-            problems.append("--prompter_module_args is given without --from_module")
+            problems.append("--prompter_module_args is given without --from_module, the module that takes them; add it, or leave it out")
         _raise(problems)
 
 
@@ -196,7 +196,7 @@ class GenerationPictureOptions:
             crop_top=0, crop_left=0,
         )
         if self.steps > 1000:
-            problems.append(f"--steps is {self.steps}; the noise schedule has 1000")
+            problems.append(f"--steps is {self.steps}; the noise schedule has 1000, needed: as many or fewer")
         for name in ("pyramid_noise_prob", "noise_offset_prob"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -241,7 +241,7 @@ class GenerationSourceOptions:
         if self.highres_fix_latents_upscaling and self.highres_fix_upscaler:
             problems.append("--highres_fix_latents_upscaling and --highres_fix_upscaler are both given; leave one out")
         if self.highres_fix_upscaler_args and not self.highres_fix_upscaler:
-            problems.append("--highres_fix_upscaler_args is given without --highres_fix_upscaler")
+            problems.append("--highres_fix_upscaler_args is given without --highres_fix_upscaler, which takes them; add it, or leave it out")
         _raise([*problems, *_least(self, highres_fix_steps=1)])
 
 
@@ -271,7 +271,7 @@ class GenerationShrinkOptions:
             if not 0 < getattr(self, name) <= 1:
                 problems.append(f"--{name} is {getattr(self, name)}; needed: above 0, at most 1")
         if self.ds_depth_2 is not None and self.ds_depth_1 is None:
-            problems.append("--ds_depth_2 is given without --ds_depth_1")
+            problems.append("--ds_depth_2 is given without --ds_depth_1, the first depth; add it, or leave both out")
         if self.gradual_latent_unsharp_params is not None:
             try:
                 self.unsharp

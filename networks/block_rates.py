@@ -50,7 +50,7 @@ def factor_parser(count: int) -> Callable[[Any], list[float]]:
                 return curve_factors(match[1], float(match[2] or 0), count)
             items = [item.strip() for item in str(value).strip().removeprefix("[").removesuffix("]").split(",")]
         if len(items) > count:
-            raise ValueError(f"{len(items)} factors for {count} blocks")
+            raise ValueError(f"there are {len(items)} factors for {count} blocks; needed: one for all, or one for each")
         factors = [_factor(item) for item in items]
         return factors * count if len(factors) == 1 else factors + [1.0] * (count - len(factors))
 

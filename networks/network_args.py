@@ -184,7 +184,7 @@ def ranks(count: int, names: str = "one per block") -> Callable[[Any], list[int]
     def parse(value: Any) -> list[int]:
         items = _items(value)
         if len(items) != count:
-            raise ValueError(f"{len(items)} values; needed: {count} ranks ({names})")
+            raise ValueError(f"it has {len(items)} values; needed: {count} ranks ({names})")
         return [rank(item) for item in items]
 
     return parse
@@ -194,7 +194,7 @@ def numbers(count: int) -> Callable[[Any], list[float]]:
     def parse(value: Any) -> list[float]:
         items = _items(value)
         if len(items) != count:
-            raise ValueError(f"{len(items)} values; needed: {count} numbers (one per block)")
+            raise ValueError(f"it has {len(items)} values; needed: {count} numbers (one per block)")
         return [number(item) for item in items]
 
     return parse
@@ -265,7 +265,7 @@ def _mapping(text: str) -> dict[str, Any]:
         try:
             return parse_toml(f"value = {text}", "the table")["value"]
         except (ConfigError, KeyError) as error:
-            raise ValueError(f"neither JSON nor a TOML table ({error})") from None
+            raise ValueError(f"it is neither JSON nor a TOML table ({error})") from None
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
