@@ -10,12 +10,14 @@ import errno
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+from library.console import storable
 from library.file_owners import owned_name
 from library.write_errors import HeldFileError, WriteError, os_error_of, write_error, write_errors_of
 
@@ -90,10 +92,22 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise
 
 
+def unwritable(folder: str | os.PathLike[str]) -> str | None:
+    """Why no file could be written below a folder that is there or would be made; None when one could. Nothing is made."""
+    place = Path(folder).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(storable(text), encoding="utf-8", newline="\n")
 
 
 def remove_file(path: str | os.PathLike[str]) -> bool:

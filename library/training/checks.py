@@ -10,17 +10,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.atomic_file import unwritable
 from library.dataset import CachingOptions, DatasetOptions
 from library.errors import AtelierError, ConfigError, Problems
+from library.file_limits import cut_name, name_length, name_limit
 from library.family_table import script_name
 from library.options import Config, MissingGroup
 from library.text_files import parse_toml, read_text
 from library.training.earlier_runs import existing_problems, final_file, resumed_state
+from library.training.checkpoint import CheckpointNames
 from library.training.formula_checks import formula_problems
 from library.training.idle_options import strict_problems
 from library.training.option_groups import (
@@ -34,6 +36,7 @@ from library.training.option_groups import (
     SavingOptions,
 )
 from library.training.sampling_prompts import holds_no_prompt, load_prompts
+from library.training.sampling_prompts import sample_file_name
 from library.training.schedulers import SchedulerOptions, parse_step_count
 
 if TYPE_CHECKING:
@@ -90,19 +93,43 @@ def raise_problems(config: Config, family: ModelFamily, trainable: Trainable) ->
 
 
 def output_problems(config: Config) -> list[str]:
-    """The output folder is given, can be made and written to."""
+    """The output folder is given, can be made and written to. It is not made: another check may still fail."""
     output_dir = config[SavingOptions].output_dir
     if config[DatasetOptions].debug_dataset:
         return []
     if not output_dir:
         return ["--output_dir is not given; needed: the folder for the trained files"]
+    reason = unwritable(output_dir)
+    return [f"--output_dir is {output_dir}; files cannot be written there ({reason})"] if reason else name_problems(config)
+
+
+def make_output_folder(config: Config) -> None:
+    """Once all checks have passed. ConfigError when it cannot be made after all."""
     try:
-        os.makedirs(output_dir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
+        os.makedirs(config[SavingOptions].output_dir, exist_ok=True)
     except OSError as error:
-        return [f"--output_dir is {output_dir}; files cannot be written there ({error.strerror or error})"]
-    return []
+        raise ConfigError(f"--output_dir is {config[SavingOptions].output_dir}; it cannot be made ({error.strerror or error})") from error
+
+
+def name_problems(config: Config) -> list[str]:
+    """No name that the run will write is longer than the file system takes."""
+    saving = config[SavingOptions]
+    names, limit = CheckpointNames(saving.output_name, saving.save_model_as), name_limit(saving.output_dir or ".")
+    stem = max(names.step(0), names.epoch(0), key=len) if saving.save_every_n_steps or saving.save_every_n_epochs else names.last()
+    written = [names.averaged_file(stem), f"{names.last()}-loss.csv", f"{names.last()}-loss.png"]
+    if saving.save_state or saving.save_state_on_train_end:
+        written.append(names.state(stem))
+    if config[SamplingOptions].sample_prompts:
+        written.append(Path(sample_file_name(saving.output_name, "epoch", 0, enum=0, seed=0xFFFFFFFF, timestamp="0" * 14)).name)
+    longest = max(written, key=name_length)
+    surplus = name_length(longest) - limit
+    if surplus <= 0:
+        return []
+    shown = cut_name(saving.output_name or "", 40)
+    return [
+        f"--output_name is '{shown}...', {name_length(saving.output_name or '')} long; names of its files would be up to {limit + surplus}"
+        f" long, and the file system takes {limit}: shorten it by {surplus}"
+    ]
 
 
 def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
@@ -116,14 +143,14 @@ def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainab
 
 
 def sampling_problems(config: Config) -> list[str]:
-    """The prompt file exists and every line of it can be read."""
+    """The prompt file exists and has a prompt that can be read; others are told and left out."""
     path = config[SamplingOptions].sample_prompts
     if path is None or holds_no_prompt(path):
         return []
     if not Path(path).is_file():
         return [f"--sample_prompts is {path}; there is no such file"]
     try:
-        load_prompts(path)
+        load_prompts(path, left_out=[])
     except ConfigError as error:
         return list(error.problems)
     return []
@@ -143,12 +170,12 @@ def resume_problems(config: Config) -> list[str]:
     bounded_by_steps = loop.max_train_epochs is None
     if resume.initial_step is not None and bounded_by_steps and resume.initial_step >= loop.max_train_steps:
         problems.append(
-            f"--initial_step is {resume.initial_step} with --max_train_steps {loop.max_train_steps}; no step is left to train"
+            f"--initial_step is {resume.initial_step} with --max_train_steps {loop.max_train_steps}; no step is left to train: lower the one or raise the other"
         )
     counts_epochs = resume.initial_step is None and resume.initial_epoch is not None and not bounded_by_steps
     if counts_epochs and resume.initial_epoch > loop.max_train_epochs:
         problems.append(
-            f"--initial_epoch is {resume.initial_epoch} with --max_train_epochs {loop.max_train_epochs}; no epoch is left to train"
+            f"--initial_epoch is {resume.initial_epoch} with --max_train_epochs {loop.max_train_epochs}; no epoch is left to train: lower the one or raise the other"
         )
     return problems
 
@@ -225,10 +252,11 @@ def _toml_problems(name: str, path: str) -> list[str]:
 
 
 def metadata_problems(config: Config) -> list[str]:
-    """The thumbnail can be read."""
-    from library.sai_model_spec import thumbnail_url
+    """The thumbnail and the source date can be read."""
+    from library.sai_model_spec import source_date, thumbnail_url
 
     try:
+        source_date()
         thumbnail_url(config[MetadataOptions].metadata_thumbnail)
     except ConfigError as error:
         return list(error.problems)

@@ -14,7 +14,7 @@ import torch
 
 from library.dataset import CachingOptions, DatasetOptions
 from library.device_utils import clean_memory_on_device
-from library.errors import Problems, RunInterrupted
+from library.errors import ConfigError, Problems, RunInterrupted
 from library.family_table import script_name
 from library.options import Config, option_fields
 from library.strategy_base import StrategySet
@@ -114,6 +114,7 @@ class Trainer:
         state = local_state_folder(self.config, runtime)
         self.check_length(data, runtime, state)
         if runtime.is_main_process:
+            checks.make_output_folder(self.config)
             keep_earlier_files(self.config)
         runtime.barrier()
         self.family.transform = self.trainable.transform(self.family)
@@ -136,7 +137,21 @@ class Trainer:
         problems.raise_if_any()
         sampling = self.config[SamplingOptions]
         path, wants = sampling.sample_prompts, checks.wants_samples(sampling)
-        return found, load_prompts(path) if path and wants and not holds_no_prompt(path) else []
+        return found, self._sample_prompts(path) if path and wants and not holds_no_prompt(path) else []
+
+    def _sample_prompts(self, path: str) -> list[Any]:
+        """The prompts that can be read and that the family has the sizes and samplers for: another one does not cost the training."""
+        left_out: list[str] = []
+        prompts = []
+        for prompt in load_prompts(path, left_out=left_out):
+            try:
+                self.family.sample_defaults(prompt)
+                prompts.append(prompt)
+            except ConfigError as error:
+                left_out += error.problems
+        for problem in left_out:
+            logger.warning("%s; this sample prompt is left out", problem)
+        return prompts
 
     def check_length(self, data: DataGroups, runtime: Runtime, state: Path | None) -> None:
         """What depends on the number of batches, before models are loaded: the schedule, and whether steps are left."""

@@ -235,3 +235,11 @@ def test_options_without_effect_are_named(base: Work, capsys, options: str, told
     shown = capsys.readouterr().err
     for text in told:
         assert text in shown
+
+
+def test_a_negative_network_multiplier_trains_the_opposite(base: Work) -> None:
+    """At the start the change is zero either way; the gradient of the second matrix has the sign of the multiplier."""
+    data = base.dataset(dataset_keys="network_multiplier = -1", name="negative.toml")
+    plain, opposite = load_file(base.folder / "base" / "lora.safetensors"), load_file(base.train("opposite", "--max_train_steps=1", dataset=data))
+    ups = [key for key in plain if "lora_up" in key]
+    assert ups and all(torch.equal(plain[key], -opposite[key]) for key in ups) and any(bool(plain[key].any()) for key in ups)
