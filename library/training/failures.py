@@ -32,7 +32,7 @@ def failure_of(error: BaseException) -> AtelierError | None:
     if disk is not None:
         return TrainingError(disk)
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1 and _is_lost_connection(error):
-        return TrainingError("another process of this run ended, which tells its reason; this one cannot go on alone")
+        return TrainingError("the connection to another process of this run is lost: it ended, and says why where it was not killed; this one cannot go on alone")
     return None
 
 

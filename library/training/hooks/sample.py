@@ -22,6 +22,7 @@ from library.training.hooks.losses import gather_objects
 from library.training.hooks.sample_sheet import SampleSheet
 from library.training.option_groups import SamplingOptions, SavingOptions
 from library.training.sampling_prompts import SamplePrompt, is_sample_due, sample_file_name, sample_suffix, unreached_interval, unused_settings
+from library.write_errors import WriteError
 
 if TYPE_CHECKING:
     from library.strategy_base import StrategySet
@@ -144,16 +145,28 @@ class SampleHook(Hook):
         with run.weights_for_eval(), isolated_rng(self.seed), torch.no_grad(), runtime.autocast():
             texts = self._current_conditioning(run)
             mine = [
-                self._make(run, at, number, texts)
+                file
                 for number in range(runtime.rank, len(self.prompts), runtime.num_processes)
                 if not run.stop.is_wanted  # a run that is to end makes no further pictures
+                for file in self._written_or_told(run, at, number, texts)
             ]
         made = [file for part in gather_objects(mine) for file in part]
         made.sort(key=lambda file: file.enum)
-        if runtime.is_main_process:
-            self._present(run, at, made)
+        if runtime.is_main_process and made:
+            try:
+                self._present(run, at, made)
+            except WriteError as error:
+                logger.warning("%s; training goes on", error)
             logger.info("made %d sample images in %.1f s", len(made), time.perf_counter() - started)
         return made
+
+    def _written_or_told(self, run: Run, at: str, number: int, texts: dict[str, Conditioning]) -> list[SampleFile]:
+        """A picture that cannot be written does not end the training."""
+        try:
+            return [self._make(run, at, number, texts)]
+        except WriteError as error:
+            logger.warning("%s; training goes on", error)
+            return []
 
     def _current_conditioning(self, run: Run) -> dict[str, Conditioning]:
         """Encoded texts; parts that come from text encoders in training are made from their present weights."""
