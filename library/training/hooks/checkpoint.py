@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.atomic_file import remove_file, remove_folder
+from library.number_formats import clamping
 from library.training.checkpoint import AVERAGED, SaveRules, Saving, train_state
 from library.training.hooks.base import Hook
 from library.training.hooks.ema import EmaHook
@@ -42,6 +43,11 @@ def planned_lines(savings: Sequence[Saving], with_average: bool) -> list[str]:
     ]
 
 
+def _multiples(interval: int | None, last: int) -> range:
+    """Those of an interval up to `last`, none without one."""
+    return range(interval, last + 1, interval) if interval else range(0)
+
+
 MetadataMaker = Callable[["Run"], dict[str, str]]
 
 
@@ -62,8 +68,8 @@ class CheckpointHook(Hook):
 
     def planned_files(self, run: Run) -> list[str]:
         rules, progress = self._rules(run), run.progress
-        at_epochs = [s for s in map(rules.after_epoch, range(1, progress.num_epochs + 1)) if s is not None]
-        at_steps = [s for s in map(rules.after_step, range(1, progress.max_train_steps + 1)) if s is not None]
+        at_epochs = [s for s in map(rules.after_epoch, _multiples(rules.every_n_epochs, progress.num_epochs)) if s is not None]
+        at_steps = [s for s in map(rules.after_step, _multiples(rules.options.save_every_n_steps, progress.max_train_steps)) if s is not None]
         last = rules.at_end(progress.max_train_steps)
         return [line for savings in (at_epochs, at_steps, [last]) for line in planned_lines(savings, run.config[EmaOptions].ema)]
 
@@ -139,11 +145,12 @@ class CheckpointHook(Hook):
     def _write_file(self, run: Run, path: Path, is_last: bool) -> None:
         metadata, dtype = self._metadata(run), SAVE_DTYPES[run.config[SavingOptions].save_precision]
         written = [path]
-        with run.weights_for_eval(averaged=False):
+        clamp = run.config[SavingOptions].clamp_overflow
+        with run.weights_for_eval(averaged=False), clamping(clamp):
             run.trainable.save(str(path), dtype, metadata)
         if run.hooks.find(EmaHook) is not None:
             written.append(averaged_path(path))
-            with run.weights_for_eval():
+            with run.weights_for_eval(), clamping(clamp):
                 run.trainable.save(str(written[-1]), dtype, metadata)
         self._files.update(dict.fromkeys(map(str, written)))
         logger.info("saved %s", " and ".join(map(str, written)))
