@@ -281,6 +281,7 @@ def _prompt_problems(config: Config) -> list[str]:
 
 def _file_problems(config: Config) -> list[str]:
     from library.checkpoint_kinds import check_slot
+    from library.device_utils import device_problem
 
     model, pictures, adapters = config[AnimaModelOptions], config[AnimaPromptOptions], config[AnimaAdapterOptions]
     slots = [("vae", {"vae_wan"})] if pictures.output_type != "latent" or model.vae else []
@@ -294,19 +295,7 @@ def _file_problems(config: Config) -> list[str]:
 
         if find_spec("lycoris") is None:
             found.append("--lycoris needs the package lycoris-lora: pip install lycoris-lora")
-    return [problem for problem in found if problem] + _device_problems(model.device)
-
-
-def _device_problems(name: str | None) -> list[str]:
-    if name is None:
-        return []
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        return [f"--device is {name}, which cannot be used: {str(error).splitlines()[0]}"]
-    return []
+    return [problem for problem in (*found, device_problem("device", model.device)) if problem]
 
 
 def _fitting_problems(options: AnimaModelOptions, problems: Problems) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -10,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.checkpoint_recognition import DENOISER_KINDS, KeyTable, adapter_family, recognise
-from library.errors import CheckpointError, did_you_mean
+from library.errors import AtelierError, CheckpointError, did_you_mean
 from library.family_table import script_of_kind
+from library.model_loading import names_of_index
 from library.safetensors_utils import header_bytes, is_pickle_name, load_pickled_tensors, read_header
+from library.text_files import read_json
 
 NOT_A_MODEL = frozenset({"missing", "empty", "truncated", "damaged", "pickle", "gguf", "text", "folder", "other"})
 """kinds of things from which no weight can be read"""
@@ -218,6 +219,8 @@ def _what_is_not_safetensors(path: Path) -> CheckpointKind | None:
 
 
 def _describe_folder(folder: Path, with_pickles: bool = False) -> CheckpointKind:
+    if (folder / "model_index.json").is_file():  # files beside it (an adapter, what a conversion has kept) are no model
+        return CheckpointKind("folder", f"a diffusers pipeline folder ({_pipeline_class(folder)})", "folder")
     index = next(iter(sorted(folder.glob(f"*{INDEX_SUFFIX}"))), None)
     if index is not None:
         return _describe_shards(folder, index)
@@ -227,8 +230,6 @@ def _describe_folder(folder: Path, with_pickles: bool = False) -> CheckpointKind
     pickled = next((folder / name for name in PICKLED_NAMES if with_pickles and (folder / name).is_file()), None)
     if pickled is not None and not files:
         return _as_folder(describe_checkpoint(pickled, with_pickles))
-    if (folder / "model_index.json").is_file():
-        return CheckpointKind("folder", f"a diffusers pipeline folder ({_pipeline_class(folder)})", "folder")
     if files:
         return CheckpointKind("folder", f"a folder with {len(files)} safetensors files, of which one must be named", "folder")
     parts = sorted(child.name for child in folder.iterdir() if child.is_dir())
@@ -240,9 +241,9 @@ def _describe_folder(folder: Path, with_pickles: bool = False) -> CheckpointKind
 def _describe_shards(folder: Path, index: Path) -> CheckpointKind:
     """A model in several files: all of them must be there and whole."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        return CheckpointKind("damaged", f"{index.name} is not an index of shards ({error})")
+        names = names_of_index(index)
+    except CheckpointError as error:
+        return CheckpointKind("damaged", str(error))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         return CheckpointKind("damaged", f"{', '.join(missing)} of {len(names)} files of the model are missing")
@@ -268,8 +269,8 @@ def _has_usual_name(file: Path) -> bool:
 
 def _pipeline_class(folder: Path) -> str:
     try:
-        return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "of unknown class"))
-    except (ValueError, OSError, AttributeError):
+        return str(read_json(folder / "model_index.json", needed=dict).get("_class_name", "of unknown class"))
+    except AtelierError:
         return "with an unreadable model_index.json"
 
 

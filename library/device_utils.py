@@ -20,6 +20,31 @@ def get_preferred_device() -> torch.device:
     return torch.device("cpu")
 
 
+def device_problem(name: str, value: str | None) -> str | None:
+    """A message for a device that is not there, or is no device at all, or None. No value passes."""
+    if value is None:
+        return None
+    try:
+        device = torch.device(value)
+    except (RuntimeError, ValueError, TypeError):
+        return f"--{name} is '{value}', which is no device; here there are: {', '.join(_devices())}"
+    try:
+        torch.empty(1, device=device).cpu()  # what has no data ("meta") fails here too
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        built = "; this torch is built without CUDA" if device.type == "cuda" and torch.version.cuda is None else ""
+        return f"--{name} is '{value}', which is not there; here there are: {', '.join(_devices())}{built}"
+    return None
+
+
+def _devices() -> list[str]:
+    """The devices that can be named, the best ones first."""
+    kinds = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0}
+    if hasattr(torch, "xpu"):
+        kinds["xpu"] = torch.xpu.device_count() if torch.xpu.is_available() else 0
+    numbered = [f"{kind}:{number}" for kind, count in kinds.items() for number in range(count)]
+    return [*numbered, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
 def clean_memory_on_device(device: torch.device | str | None = None) -> None:
     """Release what the allocator of the device (default: the preferred one) holds unused, after a collection: model classes
     have reference cycles, which live until then."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -73,6 +74,18 @@ class Problems:
     def raise_if_any(self) -> None:
         if self.messages:
             raise ConfigError(self.messages)
+
+
+@contextmanager
+def foreign_errors(kind: type[AtelierError], what: str) -> Iterator[None]:
+    """Turn whatever another library raises for damaged input, a panic of its native code included, into one message."""
+    try:
+        yield
+    except (AtelierError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        text = str(error).strip().partition("\n")[0][:200]
+        raise kind(f"{what} ({type(error).__name__}{': ' if text else ''}{text})") from error
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:

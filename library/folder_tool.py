@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from library.errors import AtelierError, ConfigError, Problems
 from library.inference_script import read_command, refused_problems, tell_equivalent
 from library.options import FALSE_TEXTS, TRUE_TEXTS, Config, add_options, is_bool_option, option, option_fields
+from library.text_files import read_text
 from library.training.option_reader import OptionParser
 
 logger = logging.getLogger("atelier")
@@ -120,13 +121,7 @@ def images_of(folder: str, recursive: bool = False) -> list[str]:
 
 def read_text_file(path: str) -> str:
     """A UTF-8 file, without a byte order mark. ConfigError."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
+    return read_text(path)
 
 
 # -- work ------------------------------------------------------------------------------------------------------------------

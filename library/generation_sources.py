@@ -12,6 +12,7 @@ from library.errors import ConfigError, Problems
 from library.generation_options import GenerationPromptOptions
 from library.generation_plan import PromptLine
 from library.generation_prompts import GENERATION_LINE_OPTIONS
+from library.text_files import read_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,10 +26,7 @@ def written_lines(options: GenerationPromptOptions) -> list[PromptLine]:
         return [PromptLine(options.prompt, "--prompt")]
     if not options.from_file:
         return []
-    try:
-        text = Path(options.from_file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--from_file is {options.from_file}, which cannot be read: {error}") from error
+    text = read_text(options.from_file, f"--from_file is {options.from_file}, which")
     lines = [
         PromptLine(line.strip(), f"{options.from_file} line {number}")
         for number, line in enumerate(text.splitlines(), start=1)
@@ -102,23 +100,30 @@ def source_files(path: str, option: str) -> list[Path]:
 
 def open_picture(path: Path, mode: str, option: str) -> Image.Image:
     """The picture in a mode of PIL. ConfigError when it cannot be read."""
-    from PIL import Image
+    from library.dataset.media_utils import ImageFileError, opened_image
 
     try:
-        with Image.open(path) as image:
+        with opened_image(path) as image:
             return image.convert(mode)
-    except OSError as error:
-        raise ConfigError(f"--{option}: {path} cannot be read as a picture: {error}") from error
+    except ImageFileError as error:
+        raise ConfigError(f"--{option}: {error}") from error
+
+
+def _texts_of(file: Path) -> dict[str, str]:
+    """The text entries of a picture file. ConfigError when it cannot be read."""
+    from library.dataset.media_utils import opened_image
+
+    with opened_image(file) as image:
+        return dict(getattr(image, "text", {}))
 
 
 def lines_of_pictures(files: list[Path]) -> list[PromptLine]:
     """The prompts that picture files hold, as this script writes them. ConfigError for those without one."""
-    from PIL import Image
-
     problems, lines = Problems(), []
     for number, file in enumerate(files):
-        with Image.open(file) as image:
-            texts = getattr(image, "text", {})
+        texts = problems.attempt(lambda: _texts_of(file))
+        if texts is None:
+            continue
         prompt, negative = texts.get("prompt"), texts.get("negative-prompt")
         if prompt is None:
             problems.add(f"there is no prompt, and {file} holds none either; give --prompt")

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from library.errors import AtelierError, ConfigError, Problems
 from library.options import Config, add_options, option, option_fields
 from library.picture_files import settings_texts, write_picture
+from library.text_files import read_text
 from library.training import cli
 from library.training.option_groups import ConsoleOptions
 from library.training.option_reader import OptionParser
@@ -178,10 +179,7 @@ class LineReader:
 
     def read_file(self, path: str, default: Request) -> list[Request]:
         """One request per line; blank lines and lines that begin with # are left out. ConfigError with every problem."""
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--from_file is {path}, which cannot be read: {error}") from error
+        lines = read_text(path, f"--from_file is {path}, which").splitlines()
         problems, found = Problems(), []
         for number, line in enumerate(lines, start=1):
             if line.strip() and not line.startswith("#"):

@@ -146,7 +146,7 @@ class BackgroundHashes:
         try:
             content = json.loads(self.memory.read_text(encoding="utf-8"))
             return content if isinstance(content, dict) else {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
 
     def _write(self, known: dict[str, str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -24,6 +23,7 @@ from library.safetensors_utils import (
     load_pickled_tensors,
     read_header,
 )
+from library.text_files import parse_json, read_json
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P")
@@ -103,6 +103,15 @@ def open_checkpoint(path: str | os.PathLike, subfolder: str | None = None) -> Ch
     return CheckpointFiles(os.fspath(path), tuple(files), shapes, config, model_config)
 
 
+def names_of_index(index: Path) -> list[str]:
+    """The files that an index of a split model lists. CheckpointError."""
+    parts = read_json(index, error=CheckpointError, needed=dict).get("weight_map")
+    names = set(parts.values()) if isinstance(parts, dict) and all(isinstance(name, str) for name in parts.values()) else set()
+    if not names:
+        raise CheckpointError(f"{index} is no index of a split model: it has no weight_map from tensors to files")
+    return sorted(names)
+
+
 def _keys_of(file: str) -> list[str]:
     if is_pickled(file):
         return list(load_pickled_tensors(file))
@@ -112,10 +121,7 @@ def _keys_of(file: str) -> list[str]:
 def _parse_model_config(file: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     if "model_config" not in metadata:
         return {}
-    try:
-        config = json.loads(metadata["model_config"])
-    except ValueError as error:
-        raise CheckpointError(f"{file}: the metadata entry model_config is not JSON ({error})") from error
+    config = parse_json(metadata["model_config"], f"{file}: the metadata entry model_config", CheckpointError)
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: the metadata entry model_config is {type(config).__name__}; a JSON object is needed")
     return config
@@ -127,9 +133,9 @@ def _find_files(path: Path, subfolder: str | None) -> tuple[list[str], dict[str,
             raise CheckpointError(f"{path} does not exist")
         return get_split_weight_filenames(path) or [str(path)], {}
     folder = path / subfolder if subfolder and (path / subfolder).is_dir() else path
-    config = json.loads((folder / "config.json").read_text("utf-8")) if (folder / "config.json").exists() else {}
+    config = read_json(folder / "config.json", error=CheckpointError, needed=dict) if (folder / "config.json").exists() else {}
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        names = names_of_index(index)
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise CheckpointError(f"{folder}: {index.name} lists files that are missing: {', '.join(missing)}")

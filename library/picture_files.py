@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+def allow_long_texts() -> None:
+    """Let Pillow open pictures whose packed texts are long (a workflow, say): without it a text of more than 1 MB is an error. The
+    sum of all texts stays limited to its 64 MB."""
+    from PIL import PngImagePlugin
+
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+
 def settings_texts(
     *, prompt: str, negative_prompt: str | None, seed: int | None, steps: int | None, scale: float | None, **more: Any
 ) -> dict[str, str]:
@@ -36,10 +44,11 @@ def write_picture(image: Image.Image, path: Path, texts: Mapping[str, str] | Non
 
 def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
     """The text entries of a picture file; none for a file that is no picture or has none."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    allow_long_texts()
     try:
         with Image.open(path) as image:
             return {str(name): str(text) for name, text in getattr(image, "text", {}).items()}
-    except (OSError, ValueError, UnidentifiedImageError):
+    except Exception:  # Pillow raises nearly anything for damaged files
         return {}

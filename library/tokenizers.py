@@ -6,20 +6,23 @@ of CLIP and T5 end every text with their end token.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.util
-import json
 import logging
 import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from library.errors import CheckpointError, ConfigError
+from library.errors import CheckpointError, ConfigError, foreign_errors
+from library.text_files import read_json, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +181,18 @@ def _from_hub(hub_id: str, subfolder: str | None, cache_dir: str | None, read: C
     return tokenizer
 
 
+def _reader(read: Callable[[Path], R]) -> Callable[[Path], R]:
+    """A reader of files whose every failure is one message: the packages raise bare exceptions, and panic in native code."""
+
+    @functools.wraps(read)
+    def guarded(path: Path) -> R:
+        with foreign_errors(ConfigError, f"{path} cannot be read as a tokenizer"):
+            return read(path)
+
+    return guarded
+
+
+@_reader
 def read_clip_folder(path: Path) -> PreTrainedTokenizerFast | None:
     """From a folder with tokenizer.json or with vocab.json and merges.txt (or one that has it in `tokenizer`)."""
     tokenizer_json = _tokenizer_json(path, "tokenizer")
@@ -186,8 +201,8 @@ def read_clip_folder(path: Path) -> PreTrainedTokenizerFast | None:
     folder = path if (path / "vocab.json").exists() else path / "tokenizer"
     if not (folder / "vocab.json").exists() or not (folder / "merges.txt").exists():
         return None
-    vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
-    lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+    vocabulary = read_json(folder / "vocab.json", needed=dict)
+    lines = read_text(folder / "merges.txt").splitlines()
     merges = [tuple(line.split()) for line in lines if len(line.split()) == 2 and not line.startswith("#version")]
     return _clip_tokenizer(vocabulary, merges, _special_tokens(folder).get("pad_token"))
 
@@ -221,6 +236,7 @@ def _clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, ...]], p
     return tokenizer
 
 
+@_reader
 def read_qwen_folder(path: Path) -> PreTrainedTokenizerFast | None:
     """From a folder with tokenizer.json or vocab.json and merges.txt (or one that has it in `tokenizer`), or from such a file."""
     tokenizer_json = _tokenizer_json(path, "tokenizer")
@@ -235,14 +251,15 @@ def read_qwen_folder(path: Path) -> PreTrainedTokenizerFast | None:
 def _qwen_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import Qwen2Tokenizer
 
-    vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
-    lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+    vocabulary = read_json(folder / "vocab.json", needed=dict)
+    lines = read_text(folder / "merges.txt").splitlines()
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, pad_token=_QWEN_PAD, eos_token=_QWEN_PAD)
     tokenizer.padding_side = "right"
     return tokenizer
 
 
+@_reader
 def read_t5_folder(path: Path) -> PreTrainedTokenizerFast | None:
     """From a folder with tokenizer.json or spiece.model (or one that has it in `tokenizer_2`), or from such a file."""
     tokenizer_json = _tokenizer_json(path, "tokenizer_2")
@@ -263,7 +280,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     """eos_token, pad_token ... as the files beside a tokenizer declare them."""
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        declared = json.loads((folder / name).read_text("utf-8")) if (folder / name).exists() else {}
+        declared = read_json(folder / name, needed=dict) if (folder / name).exists() else {}
         for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
             value = declared.get(key)
             text = value.get("content") if isinstance(value, dict) else value
@@ -278,10 +295,7 @@ def _from_tokenizer_json(
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    try:
-        core = Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises bare Exception
-        raise ConfigError(f"{path} cannot be read as a tokenizer: {error}") from error
+    core = Tokenizer.from_file(str(path))
     core.no_padding()
     core.no_truncation()
     names = {"eos_token": eos, "pad_token": pad, "bos_token": bos, **_special_tokens(path.parent)}
@@ -310,7 +324,10 @@ def _t5_from_model(model_path: str | None) -> PreTrainedTokenizerFast | None:
     with MemoryEfficientSafeOpen(path) as file:
         name = next((key for key in file.keys() if key.split(".")[-1] == "spiece_model"), None)
         blob = None if name is None else file.get_tensor(name).numpy().tobytes()
-    return None if blob is None else t5_tokenizer_from_sentencepiece(blob, f"{model_path} (entry {name})")
+    if blob is None:
+        return None
+    with foreign_errors(CheckpointError, f"the entry {name} of {model_path} cannot be read as a tokenizer"):
+        return t5_tokenizer_from_sentencepiece(blob, f"{model_path} (entry {name})")
 
 
 def t5_tokenizer_from_sentencepiece(model: bytes, source: str) -> PreTrainedTokenizerFast:

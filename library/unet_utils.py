@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from library.model_loading import (
     strip_prefix,
 )
 from library.safetensors_utils import read_header
+from library.text_files import read_json
 from library.unet_convert import diffusers_to_original, is_diffusers_unet, original_to_diffusers
 from library.unet_models import UNetBase, UNetParams
 
@@ -159,8 +159,8 @@ def _declared_schedule(path: Path, source: CheckpointFiles) -> tuple[str | None,
         found = path / "scheduler" / "scheduler_config.json"
         if not found.is_file():
             return None, None
-        declared = json.loads(found.read_text("utf-8"))
-        kind = {"v_prediction": "v", "epsilon": "epsilon"}.get(declared.get("prediction_type", "epsilon"))
+        declared = read_json(found, error=CheckpointError, needed=dict)
+        kind = {"v_prediction": "v", "epsilon": "epsilon"}.get(str(declared.get("prediction_type", "epsilon")))
         return kind, bool(declared.get("rescale_betas_zero_snr", False))
     is_v = "v" if "v_pred" in source.shapes else None
     is_zero = True if "ztsnr" in source.shapes else None

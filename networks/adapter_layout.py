@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from library.errors import CheckpointError
+from library.text_files import parse_json
 from networks.kinds import check_layers
 from networks.lora_conversion import named_parameter, refuse_unknown
 from networks.peft_config import METADATA_KEY
@@ -89,7 +91,7 @@ def _by_model(ranks: Mapping[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
 def with_peft_settings(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, str]:
     """The metadata of a file in PEFT's naming after its ranks changed. Without an old entry, and with one rank, none is needed."""
     result = dict(metadata)
-    old = json.loads(result.pop(METADATA_KEY)) if METADATA_KEY in result else None
+    old = parse_json(result.pop(METADATA_KEY), f"{METADATA_KEY} in the metadata", CheckpointError) if METADATA_KEY in result else None
     if ranks and (old is not None or len(set(ranks.values())) > 1):
         result[METADATA_KEY] = json.dumps(peft_settings(ranks, old), sort_keys=True)
     return result

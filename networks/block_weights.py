@@ -35,7 +35,7 @@ def parse_block_weights(text: str, family: str) -> tuple[float, ...]:
     try:
         values: Any = json.loads(text)
         numbers = [float(value) for value in values]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         raise ConfigError(f"--lbws has '{text}'; needed: a JSON list of numbers, e.g. \"[1,0,0.5,...]\"") from None
     if len(numbers) not in SLOTS[family]:
         lengths = " or ".join(map(str, SLOTS[family]))

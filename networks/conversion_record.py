@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from library.errors import CheckpointError
 from networks.lora_conversion import fold_factors
 from networks.lora_layouts import AdapterFile, Layout, kohya_tensors, layout_of, rewritten
 from networks.peft_config import METADATA_KEY
@@ -64,7 +65,7 @@ def restored(family: str, file: AdapterFile) -> tuple[AdapterFile, bool]:
             return plain, False
         tensors = _patched(_base(family, replace(plain, prefix=record["prefix"]), record), record)
         changes, absent = record["metadata"], set(record["absent"])
-    except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, RuntimeError, zlib.error, CheckpointError) as error:
         logger.warning("the record of the file before (%s in the metadata) is damaged (%s) and left aside", KEY, error)
         return plain, False
     old = {key: value for key, value in {**metadata, **changes}.items() if key not in absent}

@@ -13,6 +13,7 @@ from typing import Any
 from library.errors import ConfigError, Problems, did_you_mean
 from library.options import parse_bool
 from library.family_table import FAMILIES
+from library.text_files import parse_toml
 from networks.block_rates import block_parsers, check_block_rates
 from networks.targets import NetworkTargets, targets_of_family
 
@@ -254,12 +255,10 @@ def pattern_values(value: Any, parse: Callable[[Any], Any]) -> tuple[tuple[re.Pa
 def _mapping(text: str) -> dict[str, Any]:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
-        import toml
-
+    except (ValueError, RecursionError):
         try:
-            return toml.loads(f"value = {text}")["value"]
-        except (toml.TomlDecodeError, IndexError) as error:
+            return parse_toml(f"value = {text}", "the table")["value"]
+        except (ConfigError, KeyError) as error:
             raise ValueError(f"neither JSON nor a TOML table ({error})") from None
 
 

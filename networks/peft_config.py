@@ -6,7 +6,6 @@ diffusers keeps it in the metadata of the file (`lora_adapter_metadata`, keys wi
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from library.errors import CheckpointError
+from library.text_files import parse_json, read_text
 
 METADATA_KEY = "lora_adapter_metadata"
 CONFIG_FILE = "adapter_config.json"
@@ -36,7 +36,7 @@ def configs_of(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dic
                 configs.setdefault(model, {})[name] = value
     beside = Path(path).with_name(CONFIG_FILE)
     if not configs and Path(path).name in _MODEL_NAMES and beside.is_file():
-        configs[""] = _parsed(beside.read_text(encoding="utf-8"), str(beside))
+        configs[""] = _parsed(read_text(beside, error=CheckpointError), str(beside))
     return configs
 
 
@@ -71,10 +71,7 @@ def _alpha(config: Mapping[str, Any], path: str) -> float | None:
 
 
 def _parsed(text: str, label: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{label} is no JSON ({error}); the strength of the adapter stands there") from error
+    value = parse_json(text, label, CheckpointError, hint="; the strength of the adapter stands there")
     if not isinstance(value, dict):
         raise CheckpointError(f"{label} is no JSON object; the strength of the adapter stands there")
     return value

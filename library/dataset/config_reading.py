@@ -13,6 +13,7 @@ from library.dataset.config_schema import (
     ALL_KINDS, COMMAND_LINE_ONLY, KEYS, LEVEL_NAMES, RENAMED, OutOfRange, WrongType, keys_of,
 )
 from library.errors import ConfigError, nearest_name
+from library.text_files import parse_json, parse_toml, read_text
 
 BAD = object()
 """stands for a value that was refused, so that nothing else is said about it"""
@@ -110,31 +111,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
     suffix = path.suffix.lower()
     if suffix not in (".toml", ".json"):
         raise ConfigError(f"--dataset_config {path} ends in '{suffix}'; a .toml or .json file is needed")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"--dataset_config {path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise ConfigError(f"--dataset_config {path} cannot be read: {error.strerror}") from error
-    try:
-        return _parse(text, suffix)
-    except ValueError as error:
-        hint = "; in TOML write Windows paths with / or in single quotes" if suffix == ".toml" and "\\" in text else ""
-        raise ConfigError(f"{path} is not valid {suffix[1:].upper()}: {error}{hint}") from error
-
-
-def _parse(text: str, suffix: str) -> Any:
+    text = read_text(path, f"--dataset_config {path}")
     if suffix == ".json":
-        return json.loads(text, object_pairs_hook=_without_duplicates)
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import toml
-
-        return toml.loads(text)
-    return tomllib.loads(text)
+        return parse_json(text, str(path), pairs_hook=_without_duplicates)
+    return parse_toml(text, str(path), hint="; in TOML write Windows paths with / or in single quotes" if "\\" in text else "")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

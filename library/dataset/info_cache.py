@@ -17,6 +17,8 @@ from typing import Any
 from library.atomic_file import write_text_atomically
 from library.dataset.captions import caption_paths
 from library.dataset.items import SubsetParams
+from library.errors import ConfigError
+from library.text_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +54,13 @@ def caption_source(image_path: str, params: SubsetParams) -> list[Any] | None:
 def read_info(folder: str) -> dict[str, Any]:
     """The entries of a folder's cache; empty when there is none or it cannot be read."""
     path = os.path.join(folder, FILE_NAME)
+    if not os.path.lexists(path):
+        return {}
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError:
+        return read_json(path, needed=dict)
+    except ConfigError as error:
+        logger.warning("%s; it is made anew", error)
         return {}
-    except (OSError, ValueError) as error:
-        logger.warning("%s cannot be read and is made anew: %s", path, error)
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def known_image(entries: Mapping[str, Any], image_path: str, params: SubsetParams) -> KnownImage | None:
@@ -71,7 +71,8 @@ def known_image(entries: Mapping[str, Any], image_path: str, params: SubsetParam
     if entry.get("lines") != params.enable_wildcard or entry.get("caption_file") != caption_source(image_path, params):
         return None
     size, caption = entry.get("resolution"), entry.get("caption")
-    return KnownImage((size[0], size[1]), caption) if isinstance(size, list) and len(size) == 2 else None
+    is_size = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+    return KnownImage((size[0], size[1]), caption) if is_size and isinstance(caption, (str, type(None))) else None
 
 
 def info_entry(image_path: str, size: tuple[int, int], caption: str | None, params: SubsetParams) -> dict[str, Any]:

@@ -5,7 +5,9 @@ Arrays are uint8 [H, W, 3] (RGB) or [H, W, 4] (RGBA); sizes are (width, height),
 
 from __future__ import annotations
 
+import os
 import random
+import stat
 import struct
 import warnings
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from library.errors import ConfigError
+from library.picture_files import allow_long_texts
 
 Size = tuple[int, int]
 
@@ -70,7 +73,7 @@ def _importable(module: str) -> bool:
 
 def image_size(path: str | Path) -> Size:
     """Size of the image as shown, from its header. Raises ImageFileError."""
-    with _opened(path) as image:
+    with opened_image(path) as image:
         return _shown_size(image, path)
 
 
@@ -103,7 +106,7 @@ def _png_has_exif(path: str | Path) -> bool:
     return False
 
 
-class _opened:
+class opened_image:
     """Open an image and turn what Pillow raises, while opening or reading, into an ImageFileError that names the file."""
 
     def __init__(self, path: str | Path) -> None:
@@ -111,8 +114,12 @@ class _opened:
         self.image: Image.Image | None = None
 
     def __enter__(self) -> Image.Image:
+        allow_long_texts()
         try:
-            if Path(self.path).stat().st_size == 0:
+            status = os.stat(self.path)
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageFileError(f"{self.path} is a folder, a pipe or a device; the file of an image is needed")
+            if status.st_size == 0:
                 raise ImageFileError(f"{self.path} is an empty file (0 bytes)")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -157,7 +164,7 @@ class ImageCheck:
 
 def verify_image(path: str | Path) -> ImageCheck:
     """Read all pixels of an image. Raises ImageFileError, which names the file, when it is empty, damaged or truncated."""
-    with _opened(path) as image:
+    with opened_image(path) as image:
         size = _shown_size(image, path)
         image.load()
         _check_numbers(image, path)
@@ -180,7 +187,7 @@ def decode_image(path: str | Path, *, with_alpha: bool = False) -> np.ndarray:
     The first frame of an animation; palette, grey and CMYK become RGB; 16-bit values keep their upper 8 bits. Without
     `with_alpha` transparency is dropped. Raises ImageFileError.
     """
-    with _opened(path) as image:
+    with opened_image(path) as image:
         orientation = _orientation(image, path)
         image.load()
         _check_numbers(image, path)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from library.errors import ConfigError
+from library.text_files import parse_json, read_text
 
 MOST_SHOWN = 10
 
@@ -26,15 +26,7 @@ def read_metadata_file(path: str) -> list[MetadataEntry]:
 
     Raises ConfigError naming file and line for what cannot be read, all of it at once.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-    except FileNotFoundError:
-        raise ConfigError(f"the metadata file {path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the metadata file {path} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise ConfigError(f"the metadata file {path} cannot be read: {error.strerror}") from error
+    text = read_text(path, f"the metadata file {path}")
     problems: list[str] = []
     reader = _from_lines if path.lower().endswith(".jsonl") else _from_object
     entries = list(reader(path, text, problems))
@@ -46,9 +38,9 @@ def read_metadata_file(path: str) -> list[MetadataEntry]:
 
 def _from_object(path: str, text: str, problems: list[str]) -> Iterator[MetadataEntry]:
     try:
-        content = json.loads(text)
-    except ValueError as error:
-        problems.append(f"{path} is not valid JSON: {error}")
+        content = parse_json(text, path)
+    except ConfigError as error:
+        problems.append(str(error))
         return
     if not isinstance(content, dict):
         problems.append(f"{path} holds a {type(content).__name__}; an object that maps each image to its entry is needed")
@@ -64,9 +56,9 @@ def _from_lines(path: str, text: str, problems: list[str]) -> Iterator[MetadataE
             continue
         where = f"{path}:{number}"
         try:
-            values = json.loads(line)
-        except ValueError as error:
-            problems.append(f"{where} is not valid JSON: {error}")
+            values = parse_json(line, where)
+        except ConfigError as error:
+            problems.append(str(error))
             continue
         if not _is_entry(values, where, problems):
             continue

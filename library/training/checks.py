@@ -19,6 +19,7 @@ from library.dataset import CachingOptions, DatasetOptions
 from library.errors import AtelierError, ConfigError, Problems
 from library.family_table import script_name
 from library.options import Config, MissingGroup
+from library.text_files import parse_toml, read_text
 from library.training.checkpoint import CheckpointNames
 from library.training.formula_checks import formula_problems
 from library.training.idle_options import strict_problems
@@ -240,14 +241,10 @@ def _package_problems(package: str, wanted_by: str, install: str) -> list[str]:
 
 
 def _toml_problems(name: str, path: str) -> list[str]:
-    import toml
-
     try:
-        toml.load(path)
-    except FileNotFoundError:
-        return [f"--{name} is {path}; there is no such file"]
-    except (OSError, toml.TomlDecodeError, UnicodeDecodeError) as error:
-        return [f"--{name} is {path}, which is not a readable TOML file: {error}"]
+        parse_toml(read_text(path, f"--{name} is {path}, which"), f"--{name} is {path}: it")
+    except ConfigError as error:
+        return list(error.problems)
     return []
 
 

@@ -19,6 +19,7 @@ from library.options import (
     parse_bool,
     value_type,
 )
+from library.text_files import parse_toml, read_text
 
 NEVER_IN_FILE = frozenset({"config_file", "output_config"})
 
@@ -36,10 +37,7 @@ def read_config_file(name: str) -> dict[str, Any]:
     path = config_path(name)
     if not path.is_file():
         raise ConfigError(f"--config_file is {name}; there is no file {path}")
-    try:
-        content = _parse_toml(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, IndexError, TypeError) as error:  # the last two: faults of the toml package
-        raise ConfigError(f"{path} is not a readable TOML file: {error}") from error
+    content = parse_toml(read_text(path), str(path))
     values: dict[str, Any] = {}
     for key, value in content.items():
         values.update(value if isinstance(value, dict) else {key: value})
@@ -53,17 +51,6 @@ def read_config_file(name: str) -> dict[str, Any]:
             ]
         )
     return values
-
-
-def _parse_toml(text: str) -> dict[str, Any]:
-    """Python's own reader where there is one (3.11): the toml package refuses arrays such as [1e-4, 0]."""
-    try:
-        import tomllib
-    except ImportError:
-        import toml
-
-        return toml.loads(text)
-    return tomllib.loads(text)
 
 
 def convert_value(options_class: type, name: str, value: Any) -> Any:

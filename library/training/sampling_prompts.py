@@ -9,7 +9,6 @@ that name the file, the line and the option; all of a file are reported together
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import ConfigError, Problems, did_you_mean
+from library.text_files import parse_json, parse_toml
+from library.text_files import read_text as read_text_file
 
 MIN_STEPS, MAX_STEPS = 1, 1000
 LARGEST_SEED = 2**63 - 1
@@ -160,10 +161,7 @@ def load_prompts(path: str | Path, options: Mapping[str, LineOption] = IMAGE_LIN
     readers = {".txt": _read_txt, ".toml": _read_toml, ".json": _read_json}
     if path.suffix.lower() not in readers:
         raise ConfigError(f"--sample_prompts is {path}; the file has to end in {', '.join(SUFFIXES)}")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--sample_prompts is {path}, which cannot be read: {error}") from error
+    content = read_text_file(path, f"--sample_prompts is {path}, which")
     entries = readers[path.suffix.lower()](path.name, content)
     problems, prompts = Problems(), []
     for where, entry in entries:
@@ -196,12 +194,7 @@ def _read_txt(name: str, content: str) -> list[tuple[str, Any]]:
 
 def _read_toml(name: str, content: str) -> list[tuple[str, Any]]:
     """[prompt] with keys for all, and [[prompt.subset]], whose keys win."""
-    import toml
-
-    try:
-        document = toml.loads(content)
-    except (toml.TomlDecodeError, IndexError) as error:
-        raise ConfigError(f"{name} is not valid TOML: {error}") from error
+    document = parse_toml(content, name)
     others = sorted(set(document) - {"prompt"})
     table = document.get("prompt")
     if others or not isinstance(table, dict):
@@ -218,10 +211,7 @@ def _read_toml(name: str, content: str) -> list[tuple[str, Any]]:
 
 def _read_json(name: str, content: str) -> list[tuple[str, Any]]:
     """A list of lines and objects."""
-    try:
-        document = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{name} is not valid JSON: {error}") from error
+    document = parse_json(content, name)
     if not isinstance(document, list):
         raise ConfigError(f"{name} holds {type(document).__name__}; a list of texts and objects is needed")
     return [(f"{name} entry {i} ({'first' if i == 1 else 'counted from 1'})", entry) for i, entry in enumerate(document, start=1)]

@@ -212,7 +212,7 @@ def test_strength_that_stands_in_a_configuration(tmp_path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6, "alpha_pattern": {}, "use_rslora": False}))
     assert float(read_adapter_file(folder, targets_of_family("sd"))[f"lora_unet_{place}_to_q.alpha"]) == 6
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="adapter_config.json is no JSON"):
+    with pytest.raises(CheckpointError, match="adapter_config.json is not valid JSON"):
         read_adapter_file(folder, targets_of_family("sd"))
 
 

@@ -178,6 +178,11 @@ def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(loop, "micro_step", dying)
 
 
+def sample_pictures(folder: Path) -> list[Path]:
+    """The samples in an output folder, without the sheets of several."""
+    return [path for path in sorted((folder / "sample").glob("*.png")) if not path.stem.endswith(("_grid", "_sheet"))]
+
+
 def largest_difference(a: Path, b: Path) -> float:
     """Over all tensors of two files with the same keys."""
     from safetensors.torch import load_file

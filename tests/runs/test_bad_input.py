@@ -135,7 +135,7 @@ def test_option(work: Work, refused, options: str, words: list[str]):
         ("strict = true\nepoch = 5\nsingle_blocks_to_swap = 3", ["epoch = 5", "max_train_epochs", "blocks_to_swap"]),
         ("strict = true\nnoise_offset = '0.1'", ["noise_offset = '0.1'", "(--strict is set"]),
         ("deepspeed = true", ["--deepspeed is True", "not available here"]),
-        ("[model\nseed = 3", ["cfg.toml is not a readable TOML file", "line 1"]),
+        ("[model\nseed = 3", ["cfg.toml is not valid TOML", "line 1"]),
         ("[a.b]\nseed = 3", ["table inside a table"]),
     ],
 )

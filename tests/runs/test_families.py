@@ -26,6 +26,7 @@ from tests.runs.conftest import (
     losses_of,
     read_parts,
     stop_after,
+    sample_pictures,
 )
 
 CAPTIONS = "shuffle_caption = true\nkeep_tokens = 1\nflip_aug = true\ncaption_dropout_rate = 0.2"
@@ -105,7 +106,7 @@ def test_samples_and_validation_are_made_and_change_no_byte(work: Work) -> None:
     plain = work.train("plain", "--max_train_steps=4", "--validate_every_n_epochs=9", dataset=data)
     full = work.train("full", "--max_train_steps=4", *around, dataset=data)
     assert read_parts(full)[1] == read_parts(plain)[1]
-    images = [path for path in sorted((work.folder / "full" / "sample").glob("*.png")) if "grid" not in path.name]
+    images = sample_pictures(work.folder / "full")
     assert len(images) == 3 * 2 and {Image.open(path).size for path in images} == {(64, 128), (64, 64)}
     losses = losses_of(full, "validation")
     assert len(losses) == 3 and len(set(losses)) == 3

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from library.training import cli
-from tests.runs.conftest import Work, draw_pictures, fingerprint, largest_difference, losses_of, read_parts
+from tests.runs.conftest import Work, draw_pictures, fingerprint, largest_difference, losses_of, read_parts, sample_pictures
 from tests.tiny import TinyFlux, build_tiny_flux
 
 
@@ -200,7 +200,7 @@ def test_sample_prompts(base: Work, ending: str):
     prompts = base.folder / f"prompts.{ending}"
     prompts.write_text(texts[ending], encoding="utf-8")
     path = run(base, f"samples {ending}", f"--sample_prompts={prompts}", "--sample_every_n_steps=1", "--sample_at_first")
-    images = [image for image in (path.parent / "sample").glob("*.png") if "grid" not in image.name]
+    images = sample_pictures(path.parent)
     assert sorted(image.name[:12] for image in images) == ["lora_000001_", "lora_e000000"]
     assert all(Image.open(image).size == (64, 64) for image in images)
 

@@ -89,7 +89,7 @@ def read_tags(folder: str) -> list[Tag]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             return _tags_of_list(file) if layout == "list" else _tags_of_mapping(json.load(file))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         raise CheckpointError(f"{path} is no list of tags: {type(error).__name__} {error}") from error
 
 

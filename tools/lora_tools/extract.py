@@ -121,6 +121,7 @@ def check(config: Config) -> ExtractionPlan:
     """What is extracted; ConfigError with every problem."""
     import torch
 
+    from library.device_utils import device_problem
     from networks.extraction import ExtractionPlan
     from networks.rank_rules import RankRule
 
@@ -135,6 +136,7 @@ def check(config: Config) -> ExtractionPlan:
     inputs = [getattr(models, name) for name in vars(models) if name.endswith(("_org", "_tuned"))]
     messages = (
         ending_problem(options.save_to, "save_to"), dtype_problem("save_precision", options.save_precision),
+        device_problem("device", options.device),
         *output_problems([options.save_to], inputs, config),
     )  # fmt: skip
     for message in messages:

@@ -139,6 +139,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 def check(config: Config) -> None:
     """Options and files against each other, before anything is read. ConfigError with every problem."""
     from library.checkpoint_kinds import check_slot
+    from library.device_utils import device_problem
 
     options, files, sums = config[MergeOptions], config[ModelFileOptions], config[SumOptions]
     problems = Problems()
@@ -149,6 +150,9 @@ def check(config: Config) -> None:
         found = dtype_problem(name, getattr(config[PrecisionToolOptions], name))
         if found:
             problems.add(found)
+    found = device_problem("device", config[PrecisionToolOptions].device)
+    if found:
+        problems.add(found)
     for path in options.models or ():
         found = check_slot(path, "models", {"adapter"}) if str(path).endswith(".safetensors") else None
         if found:

@@ -61,7 +61,7 @@ def decoded(text: str) -> Any:
         return text
     try:
         return _deep(json.loads(text))
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from library.errors import CheckpointError, Problems
 from library.inference_script import read_command, script_parser
 from library.options import Config, option
+from library.text_files import parse_json, read_json
 from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions
 from tools.lora_tools.adapter_input import AdapterFile, adapter_slot_problem, ending_problem, read_file
@@ -71,6 +72,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 def check(config: Config) -> tuple[RankRule, RankRule]:
     """(rule for linear layers and 1x1 convolutions, rule for larger kernels); ConfigError with every problem."""
+    from library.device_utils import device_problem
     from networks.rank_rules import RankRule
 
     options, problems = config[ResizeOptions], Problems()
@@ -89,6 +91,7 @@ def check(config: Config) -> tuple[RankRule, RankRule]:
             problems.add(f"--split_unit cuts a file into its ranks; --{given[0]} has no meaning beside it, leave it out")
     found = (
         ending_problem(options.save_to, "save_to"), dtype_problem("save_precision", options.save_precision),
+        device_problem("device", options.device),
         adapter_slot_problem(options.model, "model"), *output_problems([options.save_to], [options.model], config),
     )  # fmt: skip
     for message in found:
@@ -170,7 +173,7 @@ def _renew_conv_args(metadata: dict[str, str], convs: list[Resized]) -> None:
 
     try:
         pairs = json.loads(metadata.get("ss_network_args", "null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     if not isinstance(pairs, dict) or "conv_dim" not in pairs or not convs:
         return
@@ -212,7 +215,7 @@ def _write_config(path: str, source: AdapterFile, tensors: Mapping[str, torch.Te
         name.removeprefix("base_model.model."): tensors[layer.keys["lora_down.weight"]].shape[0]
         for name, layer in source.layers.items() if layer.is_peft
     }  # fmt: skip
-    old = json.loads(Path(source.path).with_name(CONFIG_FILE).read_text(encoding="utf-8"))
+    old = read_json(Path(source.path).with_name(CONFIG_FILE), error=CheckpointError, needed=dict)
     target = Path(path).with_name(CONFIG_FILE)
     settings = {key: value for key, value in peft_settings(ranks, None).items() if key != "target_modules"}
     write_text_atomically(target, json.dumps({**old, **settings}, indent=2, sort_keys=True))
@@ -246,7 +249,8 @@ def split(config: Config, source: AdapterFile) -> None:
         if alphas:
             metadata["ss_network_alpha"] = one_or_dynamic(alphas)
         if "ss_network_args" in metadata:
-            pairs = json.loads(metadata["ss_network_args"])
+            pairs = parse_json(metadata["ss_network_args"], f"{source.path}: ss_network_args in its metadata", CheckpointError)
+            pairs = pairs if isinstance(pairs, dict) else {}
             metadata["ss_network_args"] = json.dumps({key: value for key, value in pairs.items() if key != "unit"})
         logger.info("rank %d of %d: %s", rank, full, path)
         if not config[OutputOptions].dry_run:

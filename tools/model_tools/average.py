@@ -82,6 +82,8 @@ def _merge(config: Config, output: str) -> None:
 
 def check(config: Config) -> str:
     """The path to write; ConfigError with every problem that shows before the files are read."""
+    from library.device_utils import device_problem
+
     options = config[AverageOptions]
     problems = Problems()
     if not options.models:
@@ -97,6 +99,9 @@ def check(config: Config) -> str:
         found = dtype_problem(name, getattr(config[NumberOptions], name))
         if found:
             problems.add(found)
+    found = device_problem("device", config[NumberOptions].device)
+    if found:
+        problems.add(found)
     output = options.output or ""
     output = output if output.endswith(SUFFIX) else output + SUFFIX
     for found in output_problems([output] if options.output else [], options.models or (), config):

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import toml
-
 from library.errors import ConfigError
 from library.options import Config, option_fields
+from library.text_files import parse_toml, read_text
 from library.training.parser_common import PATH_OPTIONS
 
 if TYPE_CHECKING:
@@ -123,12 +122,8 @@ class WandbTracker(Tracker):
 
 def _wandb_arguments(path: str) -> dict[str, Any]:
     """Arguments of wandb.init from a TOML file; they may stand in a table called `wandb`."""
-    try:
-        values = toml.load(path)
-    except OSError as error:
-        raise ConfigError(f"--log_tracker_config is '{path}', which cannot be read: {error.strerror}") from error
-    except (toml.TomlDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--log_tracker_config is '{path}', which is not a TOML file: {error}") from error
+    name = f"--log_tracker_config is '{path}', which"
+    values = parse_toml(read_text(path, name), name)
     return dict(values.get("wandb", values))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -27,6 +28,7 @@ from library.dataset.media_utils import (
     resize_image,
     verify_image,
 )
+from library.errors import ConfigError
 
 PICTURE = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3  # 6 wide, 4 high
 
@@ -185,3 +187,51 @@ def test_face_crop_lies_inside_and_holds_the_face(random_crop):
     assert max(scales) - min(scales) > 0.1
     small = face_crop_geometry((100, 50), (256, 256), face, (1.0, 3.0), random.Random(0), random_crop=random_crop)
     assert small.resized == (512, 256)  # covers the target, no larger
+
+
+# ---- files of any kind ---------------------------------------------------------------------------------------------------
+
+
+def with_long_text(path, kind: str):
+    """A picture with 3 MB of packed text, as programs that keep their whole workflow in it write."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if kind == "iTXt":
+        info.add_itxt("workflow", "ab" * (3 << 19), zip=True)
+    else:
+        info.add_text("workflow", "ab" * (3 << 19), zip=True)
+    Image.new("RGB", (8, 6), (1, 2, 3)).save(path, pnginfo=info)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["iTXt", "zTXt"])
+def test_long_texts_in_a_picture(tmp_path, kind: str):
+    from PIL import PngImagePlugin
+
+    from library.generation_sources import lines_of_pictures, open_picture
+    from library.picture_files import read_texts
+
+    path = with_long_text(tmp_path / "a.png", kind)
+    readers = {
+        "size": lambda: image_size(path) == (8, 6), "check": lambda: verify_image(path).size == (8, 6), "pixels": lambda: decode_image(path).shape == (6, 8, 3),
+        "texts": lambda: len(read_texts(path)["workflow"]) == 3 << 20, "source": lambda: open_picture(path, "RGB", "image_path").size == (8, 6),
+    }  # fmt: skip
+    for name, reads in readers.items():
+        PngImagePlugin.MAX_TEXT_CHUNK = 1 << 20  # as at the start of a process
+        assert reads(), name
+    PngImagePlugin.MAX_TEXT_CHUNK = 1 << 20
+    with pytest.raises(ConfigError, match="holds none either"):
+        lines_of_pictures([path])
+
+
+def test_what_is_no_file_in_the_place_of_a_picture(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    names = ["folder.png", "none.png"]
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.png")
+        names.append("pipe.png")
+    for name in names:
+        for read in (image_size, verify_image, decode_image):
+            with pytest.raises(ImageFileError, match=name):
+                read(tmp_path / name)

@@ -98,7 +98,7 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch, tmp_
 def test_a_tracker_configuration_is_read_at_start(tmp_path):
     bad = tmp_path / "bad.toml"
     bad.write_text("x = ")
-    assert "not a readable TOML" in checks.logging_problems(config_of(log_tracker_config=str(bad)))[0]
+    assert "is not valid TOML" in checks.logging_problems(config_of(log_tracker_config=str(bad)))[0]
 
 
 def test_a_repository_name_has_an_owner():

@@ -104,7 +104,7 @@ def test_step_counts_may_be_a_part_of_the_run(config_file):
         ('resolution = "large"', ["resolution", "1024,768"]),
         ("netwrk_dim = 4", ["unknown key netwrk_dim", "did you mean 'network_dim'"]),
         ("[a.b]\nseed = 1", ["b is a table inside a table"]),
-        ('seed = "', ["not a readable TOML file"]),
+        ('seed = "', ["is not valid TOML"]),
         ("save_every_n_epochs = -1", ["--save_every_n_epochs is -1", "1 or more"]),
         ('config_file = "x"', ["config_file"]),
     ],
