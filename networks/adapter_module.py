@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.errors import CheckpointError
 from library.keyed_random import StepDraws
+from networks.weight_decomposition import decomposed_output, dora_change, lengths_of, shrink
 
 
 @dataclass
@@ -23,21 +24,6 @@ class StepState:
 
     draws: StepDraws | None = None
     times: torch.Tensor | None = None
-
-
-def dora_change(change: torch.Tensor, weight: torch.Tensor, dora_scale: torch.Tensor, multiplier: float) -> torch.Tensor:
-    """Change of the weight under weight decomposition (DoRA, arXiv 2402.09353): multiplier * (W' - W), float32.
-
-    V = W + change; W' = V * dora_scale / (norm(V) + eps). `dora_scale` is [out, 1, ..] for norms of the rows (output) or
-    [1, in, ..] for norms of the columns (input); the shape decides.
-    """
-    original = weight.float()
-    changed = original + change
-    axes = tuple(axis for axis, size in enumerate(dora_scale.shape) if size == 1)
-    if not axes:  # a layer with one output and one input
-        axes = tuple(range(1, changed.ndim))
-    norm = torch.linalg.vector_norm(changed, dim=axes, keepdim=True) + torch.finfo(torch.float32).eps
-    return multiplier * (changed * (dora_scale.float() / norm) - original)
 
 
 def change_of(
@@ -50,8 +36,13 @@ def change_of(
     with torch.autocast(weight.device.type, enabled=False):  # a change that is rounded on the way is no longer the file's
         if "dora_scale" not in tensors:
             return module_class.weight_change(tensors, weight, multiplier)
-        plain = {name: tensor for name, tensor in tensors.items() if name != "dora_scale"}
-        return dora_change(module_class.weight_change(plain, weight, 1.0), weight, tensors["dora_scale"], multiplier)
+        plain = module_class.weight_change(without_lengths(tensors), weight, 1.0)
+        return dora_change(plain, weight, tensors["dora_scale"], multiplier)
+
+
+def without_lengths(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A layer's tensors without those of DoRA."""
+    return {name: tensor for name, tensor in tensors.items() if name != "dora_scale"}
 
 
 def linear_output(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -86,6 +77,12 @@ class AdapterModule(nn.Module):
     """the alpha when none is given; None = the neutral one"""
     plus_names: ClassVar[tuple[str, ...]] = ()
     """parts of parameter names that LoRA+ trains at a higher rate; none = LoRA+ is refused"""
+    decomposable: ClassVar[bool] = True
+    """whether lengths (DoRA, `dora_scale`) may stand beside its tensors"""
+    is_norm: ClassVar[bool] = False
+    """whether it changes a norm layer: those stand beside the layers of any other kind"""
+    drops: ClassVar[tuple[str, ...]] = ("rank_dropout", "module_dropout")
+    """the dropouts that do something: `dropout` of inner values, `rank_dropout`, `module_dropout`"""
     recomputes: ClassVar[bool] = False
     """whether the backward pass builds the change of the weight again instead of keeping it and what it is made of"""
 
@@ -189,7 +186,8 @@ class AdapterModule(nn.Module):
             return output + sum(parameter.flatten()[0] for parameter in trained).to(output) * 0 if trained else output
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.compute_dtype)
-        change = self.output_change(x).to(output.device)
+        change = self.output_change(x) if self.dora_scale is None else self.multiplier * decomposed_output(self, x, output)
+        change = change.to(output.device)
         if self.diff_b is not None:
             bias = self.multiplier * self.diff_b  # [out]
             change = change + bias.to(change.device, change.dtype).view(-1, *[1] * (self.org_module.weight.ndim - 2))
@@ -199,19 +197,36 @@ class AdapterModule(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def output_change(self, x: torch.Tensor) -> torch.Tensor:
-        """What is added to the layer's output, at the module's multiplier and with the scale."""
+    def output_change(self, x: torch.Tensor, multiplier: float | None = None) -> torch.Tensor:
+        """What is added to the layer's output, at this multiplier (default: the module's) and with the scale; without the
+        lengths of DoRA."""
+        multiplier = self.multiplier if multiplier is None else multiplier
         if self.recomputes and self.training and torch.is_grad_enabled():
             is_keyed = self.step_state.draws is not None  # then dropout draws the same again
-            return checkpoint(self._built_change, x, use_reentrant=False, preserve_rng_state=not is_keyed)
-        return self._built_change(x)
+            return checkpoint(self._built_change, x, multiplier, use_reentrant=False, preserve_rng_state=not is_keyed)
+        return self._built_change(x, multiplier)
 
-    def _built_change(self, x: torch.Tensor) -> torch.Tensor:
-        return linear_output(self.org_module, x, self.step_weight().to(x.device, x.dtype))
+    def _built_change(self, x: torch.Tensor, multiplier: float) -> torch.Tensor:
+        return linear_output(self.org_module, x, self.step_weight(multiplier).to(x.device, x.dtype))
 
-    def step_weight(self) -> torch.Tensor:
-        """The change of the weight for one step: with rank dropout in training."""
-        return self._dropped_rows(self.get_weight())
+    def step_weight(self, multiplier: float | None = None) -> torch.Tensor:
+        """The change of the weight for one step, without the lengths of DoRA: with rank dropout in training."""
+        return self._dropped_rows(self.plain_change(self.multiplier if multiplier is None else multiplier))
+
+    def plain_change(self, multiplier: float) -> torch.Tensor:
+        """The change of the weight without the lengths of DoRA, float32."""
+        return change_of(type(self), without_lengths(self.tensors()), self.original_weight(), multiplier)
+
+    def original_weight(self) -> torch.Tensor:
+        """The weight of the layer, multiplied out where it is stored in scaled 8 bits."""
+        weight, scale = getattr(self.org_module, self.weight_name), getattr(self.org_module, "fp8_scale", None)
+        return weight if scale is None else weight.float() * scale.view(-1, *[1] * (weight.ndim - 1))
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """What the layer's weight makes of an input, without bias and adapter; in the type of autocast, else of `x`."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return linear_output(self.org_module, x, self.original_weight().to(dtype))  # no copy where it is stored so
 
     @staticmethod
     @abstractmethod
@@ -244,7 +259,8 @@ class AdapterModule(nn.Module):
     @classmethod
     def unknown_keys(cls, names: Iterable[str]) -> list[str]:
         """Tensors of a layer's file that this kind has no use for."""
-        return sorted(set(names) - {*cls.weight_keys, *cls.optional_keys, "alpha", "dora_scale", "diff_b"})
+        beside = ("alpha", "diff_b", *(("dora_scale",) if cls.decomposable else ()))
+        return sorted(set(names) - {*cls.weight_keys, *cls.optional_keys, *beside})
 
     @abstractmethod
     def initialize(self, generator: torch.Generator | None = None) -> None:
@@ -264,12 +280,11 @@ class AdapterModule(nn.Module):
 
     @torch.no_grad()
     def decompose_weight(self, on_output: bool = True) -> None:
-        """Switch DoRA on: a trained `dora_scale`, at first the norms of the layer's rows (of its columns with
+        """Switch DoRA on: a trained `dora_scale`, at first the lengths of the layer's rows (of its columns with
         on_output False), so that the change stays zero. Call it while the change is zero."""
-        weight = self.org_module.weight
-        axes = tuple(axis for axis in range(weight.ndim) if axis != (0 if on_output else 1))
-        norm = torch.linalg.vector_norm(weight.float(), dim=axes, keepdim=True)
-        self.dora_scale = nn.Parameter(norm + torch.finfo(torch.float32).eps)
+        weight = self.original_weight().float()
+        shape = [size if axis == (0 if on_output else 1) else 1 for axis, size in enumerate(weight.shape)]
+        self.dora_scale = nn.Parameter(lengths_of(weight, torch.empty(shape, device="meta")))
 
     # -- dropout ---------------------------------------------------------------------------------------------------
 
@@ -318,7 +333,7 @@ class AdapterModule(nn.Module):
     def get_weight(self, multiplier: float | None = None) -> torch.Tensor:
         """The change of the weight at this multiplier (default: the module's), float32."""
         multiplier = self.multiplier if multiplier is None else multiplier
-        return change_of(type(self), self.tensors(), getattr(self.org_module, self.weight_name), multiplier)
+        return change_of(type(self), self.tensors(), self.original_weight(), multiplier)
 
     def delta_weight(self) -> torch.Tensor:
         """The change of the weight at multiplier 1, with the scale; float32, shape of the weight."""
@@ -416,6 +431,13 @@ class AdapterModule(nn.Module):
         """Frobenius norm of the change at multiplier 1; a 0-d tensor on the device."""
         return self.delta_weight().norm()
 
+    def scale_change(self, ratio: torch.Tensor) -> None:
+        """Multiply the norm of the change of the weight by `ratio` (0-d, at most 1), in place."""
+        if self.dora_scale is None:
+            self.scale_weight(ratio)
+        else:
+            shrink(self, ratio)
+
     @abstractmethod
     def scale_weight(self, ratio: torch.Tensor) -> None:
-        """Multiply the change by `ratio`, in place."""
+        """Multiply the change by `ratio`, in place; without the lengths of DoRA."""

@@ -210,7 +210,7 @@ class AdditionalNetwork(nn.Module):
         floored = norms.clamp(min=max_norm_value / 2)
         ratios = floored.clamp(max=max_norm_value) / floored
         for module, ratio in zip(self.loras, ratios, strict=True):
-            module.scale_weight(ratio)
+            module.scale_change(ratio)
         scaled = norms * ratios
         summary = torch.stack([(ratios != 1).sum().to(scaled.dtype), scaled.mean(), scaled.max()]).tolist()
         return int(summary[0]), summary[1], summary[2]

@@ -32,6 +32,8 @@ class DyLoRAModule(AdapterModule):
 
     weight_keys = LoRAModule.weight_keys
     plus_names = ("lora_up",)
+    decomposable = False
+    drops = ("dropout", "module_dropout")
     weight_change = staticmethod(LoRAModule.weight_change)
 
     def build(self, *, unit: int = 1) -> None:
@@ -80,7 +82,8 @@ class DyLoRAModule(AdapterModule):
         """down and up of the first `count` pieces."""
         return torch.cat(list(self.lora_down)[:count]), torch.cat(list(self.lora_up)[:count], dim=1)
 
-    def output_change(self, x: torch.Tensor) -> torch.Tensor:
+    def output_change(self, x: torch.Tensor, multiplier: float | None = None) -> torch.Tensor:
+        multiplier = self.multiplier if multiplier is None else multiplier
         count = len(self.lora_down)
         used = count if self.piece is None or not self.training else self.piece + 1
         down, up = self._joined(used)
@@ -89,7 +92,7 @@ class DyLoRAModule(AdapterModule):
             hidden = self.drop(hidden, self.dropout, tuple(hidden.shape[1:]), "network dropout")
         up = up.to(hidden.dtype)
         output = nn.functional.conv2d(hidden, up) if up.ndim == 4 else nn.functional.linear(hidden, up)
-        return output * (self.multiplier * self.scale * math.sqrt(count / used))
+        return output * (multiplier * self.scale * math.sqrt(count / used))
 
     def file_tensors(self) -> dict[str, torch.Tensor]:
         tensors = {name: tensor.detach() for name, tensor in self.tensors().items()}

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from library.options import parse_bool
-from networks.adapter_module import AdapterModule, linear_output
+from networks.adapter_module import AdapterModule
 from networks.kinds import NetworkKind
 from networks.network_args import NetworkSettings
 from networks.network_base import NetworkFunctions
@@ -35,6 +35,8 @@ class IA3Module(AdapterModule):
 
     weight_keys = ("weight", "on_input")
     has_alpha = False
+    decomposable = False  # its factors are of the kind that DoRA adds
+    drops = ("module_dropout",)
 
     def build(self, *, on_input: bool = False) -> None:
         own = self.org_module.weight
@@ -59,12 +61,12 @@ class IA3Module(AdapterModule):
         shape = [-1 if number == axis else 1 for number in range(weight.ndim)]
         return multiplier * weight.float() * tensors["weight"].float().view(shape)
 
-    def output_change(self, x: torch.Tensor) -> torch.Tensor:
-        factors = self.multiplier * self.weight.to(x.dtype)  # last axis of a Linear, axis 1 of a convolution
-        weight = self.org_module.weight.to(x.dtype)
+    def output_change(self, x: torch.Tensor, multiplier: float | None = None) -> torch.Tensor:
+        multiplier = self.multiplier if multiplier is None else multiplier
+        factors = multiplier * self.weight.to(x.dtype)  # last axis of a Linear, axis 1 of a convolution
         if self.trains_input:
-            return linear_output(self.org_module, x * factors, weight)
-        output = linear_output(self.org_module, x, weight)
+            return self.product(x * factors)
+        output = self.product(x)
         return output * factors.to(output.dtype)
 
     @torch.no_grad()

@@ -126,17 +126,18 @@ class LoKrModule(AdapterModule):
             elif name.startswith("lokr_"):
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
 
-    def output_change(self, x: torch.Tensor) -> torch.Tensor:
+    def output_change(self, x: torch.Tensor, multiplier: float | None = None) -> torch.Tensor:
         """For a Linear the two halves are applied one after the other; their product is never built."""
-        if type(self.org_module).__name__ != "Linear" or self.dora_scale is not None:
-            return super().output_change(x)
+        multiplier = self.multiplier if multiplier is None else multiplier
+        if type(self.org_module).__name__ != "Linear":
+            return super().output_change(x, multiplier)
         tensors = dict(self.named_parameters())
         w1 = tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
         hidden = x.unflatten(-1, (w1.shape[1], -1))  # [..., m, n]
         for name in ("lokr_w2",) if "lokr_w2" in tensors else ("lokr_w2_b", "lokr_w2_a"):
             hidden = F.linear(hidden, tensors[name])  # [..., m, k]
         change = F.linear(hidden.transpose(-1, -2), w1)  # [..., k, l]
-        change = change.transpose(-1, -2).flatten(-2) * (self.multiplier * self.scale)  # [..., out]
+        change = change.transpose(-1, -2).flatten(-2) * (multiplier * self.scale)  # [..., out]
         return self._dropped_rows(change.transpose(0, -1)).transpose(0, -1)  # rows of the weight are places of the output
 
     @staticmethod

@@ -6,6 +6,7 @@ and the tools build on them. The two functions at the end are what a trainer cal
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from networks.layer_tensors import alpha_of, scale_of
 from networks.network_args import RANK_STABILIZED, WEIGHT_DECOMPOSITION, NetworkSettings, positive_number
 from networks.network_base import AdditionalNetwork, NetworkFunctions
 from networks.targets import Layer, NetworkTargets
+
+logger = logging.getLogger(__name__)
 
 _PART = re.compile(r"lora_(down|up)\.\d+\.weight")
 """a matrix of a layer that is split"""
@@ -75,6 +78,7 @@ class LoRAModule(AdapterModule):
     weight_keys = ("lora_down.weight", "lora_up.weight")
     optional_keys = ("lora_mid.weight",)
     plus_names = ("lora_up",)
+    drops = ("dropout", "rank_dropout", "module_dropout")
 
     def build(self, *, split: tuple[int, ...] | None = None, tucker: bool = False) -> None:
         self.split = split
@@ -138,16 +142,15 @@ class LoRAModule(AdapterModule):
         """(down, up) of every part; one pair unless the layer is split."""
         return zip(self.lora_down, self.lora_up, strict=True) if self.split else iter([(self.lora_down, self.lora_up)])
 
-    def output_change(self, x: torch.Tensor) -> torch.Tensor:
-        if self.dora_scale is not None:
-            return super().output_change(x)
+    def output_change(self, x: torch.Tensor, multiplier: float | None = None) -> torch.Tensor:
+        multiplier = self.multiplier if multiplier is None else multiplier
         parts = []
         for number, (down, up) in enumerate(self.pairs()):
             hidden = down(x)  # [B, ..., rank] or [B, rank, H, W]
             if self.is_conv and hasattr(self, "lora_mid"):
                 hidden = self.lora_mid(hidden)
             parts.append(up(self._dropped(hidden, number)))
-        change = (torch.cat(parts, dim=-1) if self.split else parts[0]) * (self.multiplier * self.scale)
+        change = (torch.cat(parts, dim=-1) if self.split else parts[0]) * (multiplier * self.scale)
         if self.ggpo is not None and self.training:
             change = change + self.ggpo.perturbation(x, self)
         return change
@@ -233,6 +236,8 @@ def shape_from_file(
     parts = len(split) if split else 1
     rank = tensors["lora_down.weight"].shape[0]
     alpha = alpha_of(tensors) or float(rank)
+    if split and "dora_scale" in tensors:
+        raise CheckpointError("the file has dora_scale (DoRA), lengths that belong to the whole layer; leave split_qkv out")
     if rank % parts:
         raise CheckpointError(f"rank {rank} of the file does not divide into {parts} parts; leave split_qkv out")
     return rank // parts, alpha / parts, {"tucker": True} if "lora_mid.weight" in tensors else {}
@@ -271,9 +276,13 @@ def check(values: Mapping[str, Any]) -> None:
 def prepare(network: AdditionalNetwork) -> None:
     """Switch GGPO on where it is asked for."""
     sigma, beta = network.settings.get("ggpo_sigma"), network.settings.get("ggpo_beta")
-    if sigma is not None:
-        for module in network.loras:
-            module.ggpo = None if module.is_conv else Ggpo(sigma, beta)
+    if sigma is None:
+        return
+    own = [module for module in network.loras if type(module) is LoRAModule and not module.is_conv and module.dora_scale is None]
+    if not own:
+        logger.warning("--network_args ggpo_sigma has no effect: no layer of this network is a linear LoRA without DoRA")
+    for module in own:
+        module.ggpo = Ggpo(sigma, beta)
 
 
 KIND = NetworkKind("LoRA", LoRAModule, shape_from_file, shape_from_settings, arguments, check=check, prepare=prepare, splits=True)

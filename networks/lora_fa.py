@@ -25,6 +25,7 @@ class LoRAFAModule(LoRAModule):
     """LoRA of one layer with a fixed down matrix: a buffer, so that it has no gradient and no optimizer can hold it."""
 
     plus_names = ()
+    decomposable = False
 
     def build(self, **shape: Any) -> None:
         super().build(**shape)

@@ -15,7 +15,7 @@ from library.registry import import_target
 from networks.adapter_family import nothing_fits
 from networks.adapter_module import AdapterModule
 from networks.additional_network import LISTED_PROBLEMS, AdditionalNetwork
-from networks.kinds import NetworkKind, kind_for
+from networks.kinds import MARKS, NetworkKind, kind_for
 from networks.layer_tensors import missing_alphas
 from networks.network_args import NEEDS, NetworkSettings, parse_network_args
 from networks.network_files import by_module, match_names, read_adapter_file, to_kohya_names
@@ -87,7 +87,7 @@ def build_module(kind: NetworkKind, plan: LayerPlan, multiplier: float, settings
     if settings.get("rs_lora"):  # scale alpha / sqrt(rank), kept as an alpha that every reader divides by the rank
         plan = replace(plan, alpha=(plan.alpha or plan.rank) * plan.rank**0.5)
     module = _build(kind, plan, multiplier, settings, kind.shape_from_settings(settings, plan.layer, plan.split))
-    if settings.get("dora_wd"):
+    if settings.get("dora_wd") and module.decomposable:
         module.decompose_weight(settings.get("wd_on_output", True))
     return module
 
@@ -128,6 +128,7 @@ def build_from_weights(
         settings = replace(settings, values={})
     else:
         _refuse_parts(modules, label)
+        _check_use(kind, [module for module in modules if not module.is_norm], settings, label)
     network = _finished(kind, AdditionalNetwork(targets, settings, modules, multiplier))
     _give_rates(network, {name: layers[name] for name in found.values()})
     if for_inference:
@@ -149,6 +150,35 @@ def module_from_tensors(
     module = _build(kind, LayerPlan(layer, rank, alpha, None, split), multiplier, settings, shape)
     module.add_optional(tensors)
     return module
+
+
+def _check_use(kind: NetworkKind, modules: Sequence[AdapterModule], settings: NetworkSettings, label: str) -> None:
+    """The layers of a file have the kinds of their tensors, for which arguments of `kind` may do nothing: ConfigError where one
+    does nothing for any of them, a warning where it does nothing for some."""
+    values = {"dropout": settings.neuron_dropout, **{name: settings.get(name) for name in ("rank_dropout", "module_dropout")}}
+    idle = {name: [module for module in modules if name not in module.drops] for name, value in values.items() if value}
+    ratios = [name for name in settings.values if name.startswith("loraplus_") and settings.get(name)]
+    idle.update({name: [module for module in modules if not module.plus_names] for name in ratios})
+    problems = Problems()
+    for name, without in idle.items():
+        option = "--network_dropout" if name == "dropout" else f"--network_args {name}"
+        if without and len(without) == len(modules):
+            problems.add(
+                f"{option} is given, and no layer of {label} is of a kind that it does something for (the kinds are those of its"
+                " tensors); leave it out"
+            )
+        elif without:
+            logger.warning(
+                "%s does nothing for %d of the %d layers of %s (first: %s), because of their kind",
+                option, len(without), len(modules), label, without[0].lora_name,
+            )
+    problems.raise_if_any()
+    others = [module for module in modules if not isinstance(module, kind.module_class)]
+    if others and not any(import_target(target) is kind for target in MARKS):
+        logger.warning(
+            "%d of the %d layers of %s are not trained as %s but as what their tensors are (first: %s)",
+            len(others), len(modules), label, kind.name, others[0].lora_name,
+        )
 
 
 def _refuse_parts(modules: Sequence[AdapterModule], label: str) -> None:

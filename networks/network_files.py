@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 def read_adapter_file(path: str | os.PathLike[str], targets: NetworkTargets | None = None) -> dict[str, torch.Tensor]:
     """The tensors of an adapter file under kohya names; CheckpointError when it is missing, damaged or no adapter."""
     is_safetensors = os.fspath(path).endswith(".safetensors")
-    tensors = load_safetensors(path, device="cpu") if is_safetensors else load_pickled_tensors(path)
+    # read, not mapped: Windows replaces no file that is mapped, and a run may write to the name of an adapter that it read
+    tensors = load_safetensors(path, device="cpu", disable_mmap=True) if is_safetensors else load_pickled_tensors(path)
     configs = configs_of(path, read_header(path)[1] if is_safetensors else {})
     if configs:
         tensors = with_alphas(tensors, configs)

@@ -42,6 +42,8 @@ class NormModule(AdapterModule):
     optional_keys = ("b_norm",)
     layer_classes = NORM_CLASSES
     has_alpha = False
+    is_norm = True
+    decomposable = False  # a norm's weight is a vector of lengths itself
 
     def build(self, *, bias: bool | None = None) -> None:
         if bias is None:
@@ -76,9 +78,10 @@ class NormModule(AdapterModule):
         """multiplier * b_norm."""
         return multiplier * tensors["b_norm"].float() if "b_norm" in tensors else None
 
-    def output_change(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.bias_change(self.tensors(), self.multiplier)
-        parts = {self.weight_name: self._dropped_rows(self.get_weight())}
+    def output_change(self, x: torch.Tensor, multiplier: float | None = None) -> torch.Tensor:
+        multiplier = self.multiplier if multiplier is None else multiplier
+        bias = self.bias_change(self.tensors(), multiplier)
+        parts = {self.weight_name: self._dropped_rows(self.get_weight(multiplier))}
         if getattr(self.org_module, "bias", None) is not None:
             parts["bias"] = torch.zeros_like(parts[self.weight_name]) if bias is None else bias
         values = {f"layer.{name}": part.to(x.device, x.dtype) for name, part in parts.items()}

@@ -73,6 +73,7 @@ class RotationModule(AdapterModule):
     weight_keys = ("oft_blocks",)
     optional_keys = ("rescale",)
     default_alpha = DEFAULT_CONSTRAINT
+    decomposable = False  # a factor per row is `rescale`
     recomputes = True
 
     def build(
@@ -117,14 +118,15 @@ class RotationModule(AdapterModule):
         if hasattr(self, "rescale"):
             self.rescale.fill_(1.0)
 
-    def step_weight(self) -> torch.Tensor:
+    def step_weight(self, multiplier: float | None = None) -> torch.Tensor:
         """Rank dropout: some blocks stand still for a step. Nothing is scaled up, a rotation stays one."""
+        multiplier = self.multiplier if multiplier is None else multiplier
         if not self.training or not self.rank_dropout:
-            return self.get_weight()
+            return self.get_weight(multiplier)
         tensors = self.tensors()
         for number, name in enumerate(block_names(tensors)):
             tensors[name] = tensors[name] * self._moving(tensors[name], number)
-        return change_of(type(self), tensors, self.org_module.weight, self.multiplier)
+        return change_of(type(self), tensors, self.original_weight(), multiplier)
 
     def _moving(self, blocks: torch.Tensor, part: int) -> torch.Tensor:
         """1 for the blocks that move in this step and 0 for the others, [..., count, 1, 1]."""
@@ -138,13 +140,17 @@ class RotationModule(AdapterModule):
 
     @torch.no_grad()
     def weight_norm(self) -> torch.Tensor:
-        """Norm of the free matrices: a rotation has no size of its own, what makes it large is their norm."""
-        return torch.stack([block.float().norm() for block in self.blocks]).norm()
+        """Norm of the free matrices, and of what the factors differ from 1 by: a rotation has no size of its own, what makes it
+        large is their norm."""
+        parts = [*self.blocks, *((self.rescale - 1,) if hasattr(self, "rescale") else ())]
+        return torch.stack([part.float().norm() for part in parts]).norm()
 
     @torch.no_grad()
     def scale_weight(self, ratio: torch.Tensor) -> None:
         for block in self.blocks:
             block.mul_(ratio)
+        if hasattr(self, "rescale"):
+            self.rescale.copy_(torch.where(ratio < 1, 1 + ratio * (self.rescale - 1), self.rescale))
 
 
 class OFTModule(RotationModule):
@@ -212,7 +218,7 @@ def oft_targets(targets: NetworkTargets) -> NetworkTargets:
 
 def tell_constraint(network: AdditionalNetwork) -> None:
     """Say what alpha means here, as it is a scale everywhere else."""
-    alphas = sorted({float(module.alpha) for module in network.loras})
+    alphas = sorted({float(module.alpha) for module in network.loras if isinstance(module, RotationModule)})
     if alphas:
         logger.info(
             "rotations: alpha is no scale; the norm of a layer's rotation is limited to alpha * rows, with alpha %s (0 = no limit;"

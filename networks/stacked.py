@@ -44,6 +44,7 @@ class StackedModule(AdapterModule):
     weight_keys = (ROWS,)
     layer_classes = ("Linear",)
     has_alpha = False
+    decomposable = False  # lengths belong to its parts
 
     def build(self, *, tensors: Tensors) -> None:
         """Buffers with the shapes of a file's tensors; dots cannot stand in their names."""

@@ -32,6 +32,8 @@ def rank_masks(times: torch.Tensor, rank: int, least: int, power: float) -> torc
 class TLoRAModule(LoRAModule):
     """LoRA of one layer with ranks by the time of each sample."""
 
+    decomposable = False
+
     def build(self, *, least_rank: int = 1, power: float = 1.0, **shape: Any) -> None:
         self.least_rank, self.power = least_rank, power
         super().build(**shape)

@@ -103,6 +103,11 @@ class Runtime:
         torch.manual_seed(seed)
 
 
+def is_main_process() -> bool:
+    """Before the process group is there: by what the launchers set."""
+    return int(os.environ.get("RANK", "0") or 0) == 0
+
+
 def prepare_runtime(config: Config) -> Runtime:
     """Start accelerate and form the process group; TrainingError when processes that were started do not see each other."""
     from accelerate import Accelerator, InitProcessGroupKwargs

@@ -48,8 +48,8 @@ class CheckpointNames:
 
 @dataclass(frozen=True)
 class Saving:
-    """What is written on one occasion: `at` is "step", "epoch" or "end". Then `remove` files and `remove_states` folders
-    go, where they exist. Order at a step: file, state, removal; at an epoch: file, removal, state."""
+    """What is written on one occasion: `at` is "step", "epoch" or "end". When file and state stand, `remove` files and
+    `remove_states` folders go, where they exist."""
 
     at: str
     number: int
@@ -146,12 +146,14 @@ class ResumePoint:
 
 
 def resume_point(
-    options: Any, state: Mapping[str, Any] | None, *, steps_per_epoch: int, accumulation: int, max_train_steps: int
+    options: Any, state: Mapping[str, Any] | None, *, steps_per_epoch: int, accumulation: int, max_train_steps: int,
+    lacks_final_file: bool = False,
 ) -> ResumePoint:
     """The start of a run, from ResumeOptions and the content of train_state.json (None for a fresh run).
 
     --initial_step, else --initial_epoch, else the state's step: the position follows from the step alone, so that a state
-    saved at the border of an epoch goes on with the next one. Raises ConfigError when no step is left.
+    saved at the border of an epoch goes on with the next one. Raises ConfigError when no step is left, unless the state is that
+    of the last step and `lacks_final_file`: the run was killed before it wrote its file, which is all that is left to do.
     """
     if options.initial_step is not None:
         step, source = options.initial_step, "--initial_step"
@@ -161,7 +163,8 @@ def resume_point(
         step, source = 0 if state is None else int(state["current_step"]), "the state to resume from, which is at step"
     if step < 0:
         raise ConfigError(f"{source} {step} is negative; 0 or more is needed")
-    if step >= max_train_steps:
+    writes_file = lacks_final_file and state is not None and step == max_train_steps == int(state["current_step"])
+    if step >= max_train_steps and not writes_file:
         raise ConfigError(
             f"{source} {step} leaves nothing to train of --max_train_steps {max_train_steps}; raise --max_train_steps (or"
             " --max_train_epochs) above it"

@@ -20,7 +20,7 @@ from library.errors import AtelierError, ConfigError, Problems
 from library.family_table import script_name
 from library.options import Config, MissingGroup
 from library.text_files import parse_toml, read_text
-from library.training.checkpoint import CheckpointNames
+from library.training.earlier_runs import existing_problems, final_file, resumed_state
 from library.training.formula_checks import formula_problems
 from library.training.idle_options import strict_problems
 from library.training.option_groups import (
@@ -105,32 +105,6 @@ def output_problems(config: Config) -> list[str]:
     return []
 
 
-def overwrite_problems(config: Config) -> list[str]:
-    """No file of an earlier run under the same name would be replaced, unless this run goes on with it."""
-    saving, resume = config[SavingOptions], config[ResumeOptions]
-    folder = Path(saving.output_dir or "")
-    if saving.overwrite or resume.resume or not saving.output_dir or not folder.is_dir() or config[DatasetOptions].debug_dataset:
-        return []
-    earlier = sorted(entry.name for entry in os.scandir(folder) if is_output_of(entry.name, saving))
-    if not earlier:
-        return []
-    others = f" and {len(earlier) - 1} more" if len(earlier) > 1 else ""
-    return [
-        f"{folder / earlier[0]}{others} of an earlier run would be replaced; choose another --output_name or --output_dir,"
-        " go on with that run by --resume, or replace its files with --overwrite"
-    ]
-
-
-def is_output_of(name: str, saving: SavingOptions) -> bool:
-    """Whether a run with these options could write a file or folder of this name: final, epoch and step files, their averages, states."""
-    names = CheckpointNames(saving.output_name, saving.save_model_as)
-    number = re.search(r"-(?:step)?(\d{6,})(?:-state|(?:-ema)?\.\w+)$", name)
-    stems = [names.last()]
-    if number:
-        stems += [names.epoch(int(number.group(1))), names.step(int(number.group(1)))]
-    return any(name in (names.file(stem), names.averaged_file(stem), names.state(stem)) for stem in stems)
-
-
 def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
     """Outputs of a text encoder that learns cannot be cached. Captions that change are a matter of the dataset settings."""
     training = trainable.trains_text_encoders(family)
@@ -165,7 +139,7 @@ def resume_problems(config: Config) -> list[str]:
                 f"--resume is {resume.resume}; with --resume_from_huggingface it is owner/name/path[:revision[:type]]"
             )
     elif resume.resume:
-        problems += _state_problems(resume, loop)
+        problems += _state_problems(config)
     bounded_by_steps = loop.max_train_epochs is None
     if resume.initial_step is not None and bounded_by_steps and resume.initial_step >= loop.max_train_steps:
         problems.append(
@@ -179,24 +153,25 @@ def resume_problems(config: Config) -> list[str]:
     return problems
 
 
-def _state_problems(resume: ResumeOptions, loop: LoopOptions) -> list[str]:
-    from library.training.state import OPTIMIZER_FILE, WEIGHTS_FILE, read_train_state
+def _state_problems(config: Config) -> list[str]:
+    """Every file of the state is as it was written, and a step is left. One process of a machine looks at the files."""
+    from library.training.state import content_problems
+    from library.training.state_files import read_train_state, state_problems
 
-    folder = Path(resume.resume or "")
-    if not folder.is_dir():
-        return [f"--resume is {folder}; there is no such folder"]
-    missing = [name for name in (WEIGHTS_FILE, OPTIMIZER_FILE) if not (folder / name).is_file()]
-    if missing:
-        return [
-            f"--resume is {folder}, in which {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing;"
-            " give a whole state folder (its name ends in -state)"
-        ]
+    resume, loop = config[ResumeOptions], config[LoopOptions]
     try:
-        step = read_train_state(folder)["current_step"]
-    except AtelierError as error:
-        return [str(error)]
+        folder = resumed_state(config)
+    except ConfigError as error:
+        return list(error.problems)
+    if folder is None or os.environ.get("LOCAL_RANK", "0") != "0":
+        return []
+    problems = state_problems(folder) or content_problems(folder)
+    if problems:
+        return problems
+    step = read_train_state(folder)["current_step"]
     explicit = resume.initial_step is not None or resume.initial_epoch is not None
-    if not explicit and loop.max_train_epochs is None and step >= loop.max_train_steps:
+    writes_file = step == loop.max_train_steps and not final_file(config).exists()
+    if not explicit and loop.max_train_epochs is None and step >= loop.max_train_steps and not writes_file:
         return [
             f"--resume is {folder}, a run after step {step}; --max_train_steps is {loop.max_train_steps}: no step is left, raise it"
         ]
@@ -206,14 +181,15 @@ def _state_problems(resume: ResumeOptions, loop: LoopOptions) -> list[str]:
 def changed_fixed_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
     """What the state to go on with is bound to is as in the run that wrote it."""
     from library.training.run_settings import fixed_problems, fixed_settings, read_settings
-    from library.training.state import STATE_FILE, read_train_state
+    from library.training.state_files import STATE_FILE, read_train_state
 
-    resume = config[ResumeOptions]
-    folder = Path(resume.resume or "")
-    if not resume.resume or resume.resume_from_huggingface or not (folder / STATE_FILE).is_file():
-        return []
     try:
+        folder = resumed_state(config)
+        if folder is None or not (folder / STATE_FILE).is_file():
+            return []
         state, recorded, own = read_train_state(folder), read_settings(folder), fixed_settings(config, family, trainable)
+    except ConfigError:
+        return []  # told by the check of --resume
     except AtelierError as error:
         return [str(error)]
     return fixed_problems(folder, state, recorded, config[LoopOptions].seed, own)
@@ -281,7 +257,7 @@ def compile_problems(config: Config) -> list[str]:
 CHECKS: tuple[Callable[[Config], list[str]], ...] = (
     strict_problems,
     output_problems,
-    overwrite_problems,
+    existing_problems,
     sampling_problems,
     resume_problems,
     logging_problems,

@@ -280,7 +280,13 @@ class SavingOptions:
 
     output_dir: str | None = option(None, help="folder of the trained files and samples; made when missing")
     output_name: str | None = option(None, help="name of the files without ending; 'last' for the final file when not given")
-    overwrite: bool = option(False, help="replace files of an earlier run with the same name")
+    on_existing: str | None = option(
+        None,
+        help="what becomes of the files, states and samples of an earlier run of this name, unless --resume goes on with it: backup (when"
+        " not given) renames them to NAME-backup1, -backup2 and so on; overwrite replaces them; refuse stops",
+        choices=("backup", "overwrite", "refuse"),
+    )
+    overwrite: bool = option(False, help="short for --on_existing overwrite")
     save_precision: str | None = option(
         None,
         help="number format of the saved weights; that of the trained weights when not given (float32, or that of --full_*)",
@@ -317,11 +323,18 @@ class SavingOptions:
         problems += too_small(
             self, 0, "save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state"
         )
+        if self.overwrite and self.on_existing not in (None, "overwrite"):
+            problems.append(f"--overwrite is set with --on_existing {self.on_existing}; leave one of them out")
         if self.output_name is not None and (not self.output_name.strip() or any(c in self.output_name for c in '/\\:*?"<>|\0')):
             problems.append(
                 f"--output_name is '{self.output_name}'; needed: a file name without folders and without \\ / : * ? \" < > |"
             )
         raise_problems(problems)
+
+    @property
+    def what_of_existing(self) -> str:
+        """backup, overwrite or refuse."""
+        return self.on_existing or ("overwrite" if self.overwrite else "backup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,7 +391,11 @@ class HubOptions:
 class ResumeOptions:
     """Going on with an earlier run"""
 
-    resume: str | None = option(None, help="state folder of the run to go on with")
+    resume: str | None = option(
+        None,
+        help="state folder of the run to go on with; a folder of states takes its newest; 'latest' takes the newest of this run's name in"
+        " --output_dir, or begins when there is none",
+    )
     resume_from_huggingface: bool = option(False, help="--resume names a folder on the hub: owner/name/path[:revision[:type]]")
     initial_step: int | None = option(None, help="count steps from here; replaces the step of the state and --initial_epoch")
     initial_epoch: int | None = option(None, help="count epochs from here (1 = the first); replaces the epoch of the state")

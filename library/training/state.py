@@ -8,18 +8,31 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.errors import CheckpointError, ConfigError
+from library.atomic_file import atomic_folder
+from library.errors import AtelierError, CheckpointError, ConfigError
 from library.training.checkpoint import resume_point
+from library.training.earlier_runs import final_file, resumed_state
 from library.training.option_groups import HubOptions, LoopOptions, ResumeOptions
 from library.training.run_settings import SETTINGS_FILE, change_lines, changed, fixed_problems, read_settings
+from library.training.state_files import (
+    HOOKS_FILE,
+    OPTIMIZER_FILE,
+    SCALER_FILE,
+    SCHEDULER_FILE,
+    STATE_FILE,
+    SUMS_FILE,
+    WEIGHTS_FILE,
+    read_train_state,
+    state_problems,
+    write_sums,
+)
 
 if TYPE_CHECKING:
     from library.options import Config
@@ -27,64 +40,38 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.bin"
-SCHEDULER_FILE = "scheduler.bin"
-SCALER_FILE = "scaler.pt"
-HOOKS_FILE = "hooks.bin"
-STATE_FILE = "train_state.json"
-
 
 def save_state(run: Run, folder: str | Path, counters: Mapping[str, int]) -> None:
-    """Write a state folder under a temporary name, then rename it. Main process only; weights are equal on all ranks.
+    """Write a state folder under a temporary name, then rename it: an earlier one of the name stands until then. Main
+    process only; weights are equal on all ranks.
 
     `counters`: see checkpoint.train_state.
     """
     from library.safetensors_utils import save_file_atomic
 
-    folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     tensors = {
         f"{name}.{key}" if len(run.trainable.modules()) > 1 else key: tensor.detach().cpu().contiguous()
         for name, module in run.trainable.modules().items()
         for key, tensor in module.state_dict().items()
     }
-    save_file_atomic(tensors, str(temporary / WEIGHTS_FILE), {"format": "pt"})
-    torch.save(run.optimizer.state_dict(), temporary / OPTIMIZER_FILE)
-    if hasattr(run.lr_scheduler, "state_dict"):
-        torch.save(run.lr_scheduler.state_dict(), temporary / SCHEDULER_FILE)
-    scaler = run.runtime.accelerator.scaler
-    if scaler is not None:
-        torch.save(scaler.state_dict(), temporary / SCALER_FILE)
-    torch.save({key: hook.state_dict() for key, hook in run.hooks.by_key().items()}, temporary / HOOKS_FILE)
-    run.settings.write(temporary / SETTINGS_FILE)
-    content = {**counters, "seed": run.step.seed, "steps_per_epoch": run.progress.steps_per_epoch}
-    (temporary / STATE_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
-    _flush_folder(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with atomic_folder(folder) as temporary:
+        save_file_atomic(tensors, temporary / WEIGHTS_FILE, {"format": "pt"})
+        _save(run.optimizer.state_dict(), temporary / OPTIMIZER_FILE)
+        if hasattr(run.lr_scheduler, "state_dict"):
+            _save(run.lr_scheduler.state_dict(), temporary / SCHEDULER_FILE)
+        scaler = run.runtime.accelerator.scaler
+        if scaler is not None:
+            _save(scaler.state_dict(), temporary / SCALER_FILE)
+        _save({key: hook.state_dict() for key, hook in run.hooks.by_key().items()}, temporary / HOOKS_FILE)
+        run.settings.write(temporary / SETTINGS_FILE)
+        content = {**counters, "seed": run.step.seed, "steps_per_epoch": run.progress.steps_per_epoch}
+        (temporary / STATE_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+        write_sums(temporary)
 
 
-def _flush_folder(folder: Path) -> None:
-    for path in folder.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-
-
-def read_train_state(folder: str | Path) -> dict[str, Any]:
-    """The counters of a state folder; CheckpointError when it is not one."""
-    path = Path(folder) / STATE_FILE
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        return {**state, "current_epoch": int(state["current_epoch"]), "current_step": int(state["current_step"])}
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"--resume is {folder}, which holds no {STATE_FILE}; give a state folder that --save_state wrote (its name ends in -state)"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); the state folder is damaged") from None
+def _save(value: Any, path: Path) -> None:
+    with open(path, "wb") as file:  # given a name, torch tells nothing of a full disk
+        torch.save(value, file)
 
 
 def load_state(run: Run, folder: str | Path, step: int) -> dict[str, list[Any]]:
@@ -96,37 +83,61 @@ def load_state(run: Run, folder: str | Path, step: int) -> dict[str, list[Any]]:
 
     folder, recorded = Path(folder), read_settings(folder)
     _load_weights(run, folder)
+    optimizer = _load(folder / OPTIMIZER_FILE)
     schedule = _load(folder / SCHEDULER_FILE) if (folder / SCHEDULER_FILE).exists() else None
-    try:
-        changes = restore(
-            run.optimizer, run.lr_scheduler, _load(folder / OPTIMIZER_FILE), schedule, step=step, recorded=recorded, own=run.settings
-        )
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"the optimizer state in {folder} does not fit this run ({error}); resume with the optimizer, network and learning"
-            " rate groups of the interrupted run"
-        ) from error
+    with _told(f"the optimizer state in {folder}", "resume with the optimizer, network and learning rate groups of the interrupted run"):
+        changes = restore(run.optimizer, run.lr_scheduler, optimizer, schedule, step=step, recorded=recorded, own=run.settings)
     if recorded is not None:
         changes = changed(recorded.options, run.settings.options)
         run.settings.history[:] = recorded.history
     scaler = run.runtime.accelerator.scaler
     if scaler is not None and (folder / SCALER_FILE).exists():
-        scaler.load_state_dict(_load(folder / SCALER_FILE))
+        with _told(str(folder / SCALER_FILE), "resume with the --mixed_precision of the interrupted run"):
+            scaler.load_state_dict(_load(folder / SCALER_FILE))
     if (folder / HOOKS_FILE).exists():
         states = _load(folder / HOOKS_FILE)
-        for key, hook in run.hooks.by_key().items():
-            if key in states:
-                hook.load_state_dict(states[key])
+        with _told(str(folder / HOOKS_FILE), "resume with the options of the interrupted run"):
+            for key, hook in run.hooks.by_key().items():
+                if key in states:
+                    hook.load_state_dict(states[key])
     return changes
 
 
-def resume(run: Run) -> None:
-    """Set the position of a run from --resume, --initial_step or --initial_epoch, and restore the state when there is one.
+@contextmanager
+def _told(what: str, hint: str) -> Iterator[None]:
+    """Whatever a library raises for a state of another run, or a damaged one of an older version, as one message."""
+    try:
+        yield
+    except AtelierError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise CheckpointError(f"{what} does not fit this run ({error}); {hint}") from error
+
+
+def content_problems(folder: Path) -> list[str]:
+    """What cannot be read in a state folder of an older version, which has no checksums."""
+    from library.safetensors_utils import read_header
+
+    if (folder / SUMS_FILE).exists():
+        return []
+    problems = []
+    try:
+        read_header(folder / WEIGHTS_FILE)
+        for name in (OPTIMIZER_FILE, SCHEDULER_FILE, SCALER_FILE, HOOKS_FILE):
+            if (folder / name).exists():
+                _load(folder / name)
+    except CheckpointError as error:
+        problems.append(f"--resume: {error}")
+    return problems
+
+
+def resume(run: Run, folder: Path | None) -> None:
+    """Set the position of a run from its state folder, --initial_step or --initial_epoch, and restore the state when there is
+    one.
 
     Raises CheckpointError when the state does not fit, ConfigError when no step is left.
     """
     options, progress = run.config[ResumeOptions], run.progress
-    folder = local_state_folder(options, run.config[HubOptions].huggingface_token, run.runtime)
     counters, changes = None, {}
     if folder is not None:
         counters = read_train_state(folder)
@@ -137,10 +148,12 @@ def resume(run: Run) -> None:
         _compare(counters, run)
     point = resume_point(
         options, counters, steps_per_epoch=progress.steps_per_epoch, accumulation=run.data.accumulation,
-        max_train_steps=progress.max_train_steps,
+        max_train_steps=progress.max_train_steps, lacks_final_file=not final_file(run.config).exists(),
     )
     progress.global_step, progress.epoch, progress.step_in_epoch = point.global_step, point.epoch, point.step_in_epoch
-    if point.global_step:
+    if counters is not None and point.steps_left == 0:
+        logger.info("the run is finished, and its file is missing: it is written from the state after step %d", point.global_step)
+    elif point.global_step:
         logger.info("going on after step %d, in epoch %d", point.global_step, point.epoch)
     if changes:
         run.settings.history.append({"step": point.global_step, "changed": changes})
@@ -163,37 +176,49 @@ def _compare(counters: Mapping[str, Any], run: Run) -> None:
 
 def seed_of(config: Config) -> int | None:
     """--seed or, when it is not given, that of the local state to go on with; None = to be drawn."""
-    given, resume = config[LoopOptions].seed, config[ResumeOptions]
-    if given is not None or not resume.resume or resume.resume_from_huggingface or not (Path(resume.resume) / STATE_FILE).is_file():
-        return given
-    return read_train_state(resume.resume).get("seed")
+    given = config[LoopOptions].seed
+    state = resumed_state(config) if given is None else None
+    return given if state is None else read_train_state(state).get("seed")
 
 
-def local_state_folder(options: ResumeOptions, token: str | None, runtime: Any) -> Path | None:
-    """The folder of --resume; with --resume_from_huggingface the main process fetches it for all."""
+def local_state_folder(config: Any, runtime: Any) -> Path | None:
+    """The folder of --resume, the same for every process; with --resume_from_huggingface the main process fetches it for
+    all, and it is looked at here, before models are loaded."""
+    options: ResumeOptions = config[ResumeOptions]
     if not options.resume:
         return None
-    if not options.resume_from_huggingface or not options.resume:
-        return Path(options.resume)
+    if not options.resume_from_huggingface:
+        state = resumed_state(config)
+        chosen = runtime.from_main(None if state is None else str(state))
+        if chosen is None:
+            logger.info("--resume %s: there is no state of this name yet; training begins at step 0", options.resume)
+        return None if chosen is None else Path(chosen)
     from library.huggingface_util import download_folder, parse_hub_folder
 
+    token = config[HubOptions].huggingface_token
     fetched = str(download_folder(parse_hub_folder(options.resume), token)) if runtime.is_main_process else None
-    return Path(runtime.from_main(fetched))
+    folder = Path(runtime.from_main(fetched))
+    problems = state_problems(folder) or content_problems(folder)
+    if problems:
+        raise ConfigError(problems)
+    return folder
 
 
 def _load(path: Path) -> Any:
     if not path.exists():
         raise CheckpointError(f"{path} is missing; the state folder is incomplete")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for damaged files
+        line = str(error).strip().partition("\n")[0][:200]
+        raise CheckpointError(f"{path} cannot be read ({line}); the state is damaged, go on from an earlier one") from error
 
 
 def _load_weights(run: Run, folder: Path) -> None:
     from library.safetensors_utils import load_safetensors
 
     path = folder / WEIGHTS_FILE
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing; the state folder is incomplete")
-    tensors = load_safetensors(str(path), device="cpu")
+    tensors = load_safetensors(str(path), device="cpu", disable_mmap=True)  # read, not mapped: the state may be replaced
     modules = run.trainable.modules()
     for name, module in modules.items():
         prefix = f"{name}." if len(modules) > 1 else ""

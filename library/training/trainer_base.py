@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import time
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from library.family_table import script_name
 from library.options import Config
 from library.strategy_base import StrategySet
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
-from library.training.accelerator_setup import Runtime, prepare_runtime
+from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime
 from library.training.checkpoint import resume_point
 from library.training.compilation import checkpoint_activations, compile_blocks
 from library.training.data import Loading, TrainingData
@@ -31,14 +33,16 @@ from library.training.data_phase import (
     group_data,
     prepare_text,
 )
+from library.training.earlier_runs import clean_up, final_file, keep_earlier_files
 from library.training.families.base import ModelFamily
 from library.training.hooks.base import Hook, HookList
 from library.training.loop import fit
 from library.training.loss import LossFunction
-from library.training.option_groups import LoopOptions, MemoryOptions, ResumeOptions, SamplingOptions
+from library.training.option_groups import LoopOptions, MemoryOptions, ResumeOptions, SamplingOptions, SavingOptions
 from library.training.metadata import BaseModelHashes
 from library.training.optimizers import OptimizerOptions
 from library.training.progress import Progress
+from library.training.run_lock import claimed_output
 from library.training.run_record import RunRecord
 from library.training.hooks.sample import encode_sample_prompts
 from library.training.hooks.standard import standard_hooks
@@ -47,7 +51,8 @@ from library.training.run_settings import settings_of
 from library.training.sampling_prompts import holds_no_prompt, load_prompts
 from library.training.schedulers import SchedulerOptions
 from library.training.start_page import print_start
-from library.training.state import read_train_state, resume
+from library.training.state import local_state_folder, resume
+from library.training.state_files import read_train_state
 from library.training.step import TrainStep
 from library.training.timestep_samplers import TimestepOptions
 from library.training.trainables.base import Trainable
@@ -68,16 +73,20 @@ class Trainer:
         self.trainable = trainable
         self.own_hooks = list(hooks or [])
         self.started_at = time.time()
+        self._claims = ExitStack()
 
     def run(self) -> None:
-        """Prepare and train; returns early for --debug_dataset."""
-        run = self.prepare()
-        if run is not None:
-            fit(run)
+        """Prepare and train, alone under the name of the output; returns early for --debug_dataset."""
+        with self._claims:
+            run = self.prepare()
+            if run is not None:
+                fit(run)
 
     def prepare(self) -> Run | None:
         """Every phase up to the complete Run; None when there is nothing to train (--debug_dataset)."""
         found, prompts = self.check()
+        if is_main_process() and not self.config[DatasetOptions].debug_dataset:
+            self._claims.enter_context(claimed_output(self.config))
         runtime = prepare_runtime(self.config)
         trained = self.trainable.trains_text_encoders(self.family)
         strategies = self.family.strategies(trained)
@@ -87,17 +96,23 @@ class Trainer:
         if self.config[DatasetOptions].debug_dataset:
             data.show(runtime.seed)
             return None
-        self.check_length(data, runtime)
+        state = local_state_folder(self.config, runtime)
+        self.check_length(data, runtime, state)
+        if runtime.is_main_process:
+            keep_earlier_files(self.config)
+        runtime.barrier()
         self.family.transform = self.trainable.transform(self.family)
         vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
         text = self.text_phase(data, strategies, runtime, prompts, trained)
         models = Models(vae, text.text_encoders, self.denoiser_phase(runtime))
         self.trainable.attach(self.family, models, runtime)
         self.arm(models, trained)
-        return self.assemble(runtime, data, models, strategies, trained, prompts, text)
+        return self.assemble(runtime, data, models, strategies, trained, prompts, text, state)
 
     def check(self) -> tuple[FoundData, list[Any]]:
         """Everything that can be wrong before models are loaded, in one error; the images and the sample prompts."""
+        if is_main_process() and not self.config[DatasetOptions].debug_dataset:
+            clean_up(self.config)
         problems = Problems()
         for message in checks.collect(self.config, self.family, self.trainable):
             problems.add(message)
@@ -108,15 +123,15 @@ class Trainer:
         path, wants = sampling.sample_prompts, checks.wants_samples(sampling)
         return found, load_prompts(path) if path and wants and not holds_no_prompt(path) else []
 
-    def check_length(self, data: DataGroups, runtime: Runtime) -> None:
+    def check_length(self, data: DataGroups, runtime: Runtime, state: Path | None) -> None:
         """What depends on the number of batches, before models are loaded: the schedule, and whether steps are left."""
         batches, options = self.loader(data, runtime), self.config[ResumeOptions]
         progress = self.new_progress(batches)
         schedulers.check(self.config[SchedulerOptions], self.config[OptimizerOptions], progress.max_train_steps)
-        is_local = options.resume and not options.resume_from_huggingface
         resume_point(
-            options, read_train_state(options.resume) if is_local else None, steps_per_epoch=progress.steps_per_epoch,
+            options, None if state is None else read_train_state(state), steps_per_epoch=progress.steps_per_epoch,
             accumulation=batches.accumulation, max_train_steps=progress.max_train_steps,
+            lacks_final_file=not final_file(self.config).exists(),
         )
 
     # ---- models -------------------------------------------------------------------------------------------------------------
@@ -174,7 +189,7 @@ class Trainer:
 
     def assemble(
         self, runtime: Runtime, data: DataGroups, models: Models, strategies: StrategySet, trained: list[bool],
-        prompts: list[Any], text: TextPhase,
+        prompts: list[Any], text: TextPhase, state: Path | None,
     ) -> Run:
         """Optimizer, schedule, loaders, hooks and step; resume; the complete Run."""
         batches = self.loader(data, runtime)
@@ -203,7 +218,7 @@ class Trainer:
             optimizer=optimizer, lr_scheduler=scheduler, progress=progress, hooks=hooks,
             max_grad_norm=self.config[OptimizerOptions].max_grad_norm, settings=settings,
         )
-        resume(run)
+        resume(run, state)
         if runtime.is_main_process:
             print_start(run, built, data)
         return run

@@ -6,6 +6,10 @@ import torch
 from torch import nn
 
 from networks.kinds import weight_change
+from networks.network_args import NetworkSettings
+from networks.network_base import module_from_tensors
+from networks.parameter_names import layer_tensors
+from networks.targets import Layer
 
 peft = pytest.importorskip("peft")
 
@@ -84,3 +88,29 @@ def test_rotations(rows, columns, size):
     changed = weight.T + weight_change({"oft_blocks": blocks, "alpha": torch.tensor(0.0)}, weight.T.contiguous())
     assert (expected - weight).abs().max() > 0.01
     torch.testing.assert_close(changed.T, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer_name", ["linear", "odd", "conv3x3"])
+def test_lengths_apart_from_directions(layer_name):
+    """DoRA: the output of a layer of PEFT, and its change of the weight (whose gradient PEFT takes for a constant, we do not)."""
+    torch.manual_seed(3)
+    layer = LAYERS[layer_name]()
+    config = peft.LoraConfig(r=3, lora_alpha=2, target_modules=["layer"], use_dora=True)
+    model = peft.get_peft_model(Model(layer), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+    x = torch.randn((2, 5, layer.in_features) if isinstance(layer, nn.Linear) else (2, layer.in_channels, 9, 8))
+    expected = model(x)
+    names = {"lora_A.default": "lora_down", "lora_B.default": "lora_up", "lora_magnitude_vector.default": "lora_magnitude_vector"}
+    tensors = {"alpha": torch.tensor(2.0)}
+    for name, parameter in model.named_parameters():
+        tensors.update({name.split("layer.")[1].replace(old, new): parameter.detach().flatten() if "magnitude" in old else parameter.detach()
+                        for old, new in names.items() if old in name})  # fmt: skip
+    tensors = layer_tensors(tensors)
+    ours = module_from_tensors(tensors, Layer("name", "name", layer), None, 1.0, NetworkSettings())
+    ours.load_file_tensors(tensors)
+    ours.train().apply_to()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    assert (layer(x) - ours.org_forward(x)).abs().max() > 0.05

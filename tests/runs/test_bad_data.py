@@ -80,7 +80,7 @@ def test_an_output_folder_that_cannot_be_written(work: FamilyWork, place: str, m
 def test_files_of_an_earlier_run_stay(work: FamilyWork, monkeypatch, capsys) -> None:
     (work.folder / "out").mkdir()
     (work.folder / "out" / "lora.safetensors").write_bytes(b"mine")
-    message = refused_run(work.family, work.argv("out"), monkeypatch, capsys)
+    message = refused_run(work.family, work.argv("out", "--on_existing=refuse"), monkeypatch, capsys)
     assert "of an earlier run would be replaced" in message and "--overwrite" in message
     assert (work.folder / "out" / "lora.safetensors").read_bytes() == b"mine"
 

@@ -245,7 +245,7 @@ def test_tokenizer_of_another_model(work: Work, refused):
 def test_files_of_an_earlier_run(work: Work, refused):
     (work.folder / "out").mkdir()
     (work.folder / "out" / "lora-000002.safetensors").write_bytes(b"x")
-    message = refused(work.argv("out"))
+    message = refused(work.argv("out", "--on_existing=refuse"))
     assert "lora-000002.safetensors of an earlier run would be replaced" in message and "--overwrite" in message
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from library import ldm_folder_utils as configs
+from library.atomic_file import atomic_folder
 from library.errors import CheckpointError
 from library.ldm_convert import attention_as_convolution, convert_diffusers_vae_to_ldm, convert_ldm_vae_to_diffusers
 from library.ldm_utils import inspect_autoencoder
@@ -125,9 +124,7 @@ def tokenizer_of(folder: str | None, cache_dir: str | None) -> Any:
 def write_folder(folder: Folder, tokenizer: Any, target: str, dtype: torch.dtype | None, variant: str | None) -> None:
     """The folder appears whole or not at all."""
     ending = f".{variant}.safetensors" if variant else ".safetensors"
-    Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{Path(target).name}-", dir=Path(target).absolute().parent))
-    try:
+    with atomic_folder(os.path.abspath(target)) as work:
         for name, content in folder.configs.items():
             (work / name).parent.mkdir(exist_ok=True)
             (work / name).write_text(f"{json.dumps(content, indent=2)}\n", encoding="utf-8")
@@ -139,19 +136,6 @@ def write_folder(folder: Folder, tokenizer: Any, target: str, dtype: torch.dtype
             tokenizer.save_pretrained(work / name)
         if folder.rest or folder.metadata:
             save_file_atomic({key: t.contiguous() for key, t in folder.rest.items()}, work / REST, folder.metadata or None)
-        os.chmod(work, 0o777 & ~_umask())
-        if os.path.isdir(target):
-            os.rmdir(target)
-        os.replace(work, target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    from library.atomic_file import FILE_MODE
-
-    return 0o777 & ~(FILE_MODE | 0o111)
 
 
 def _write_unet(folder: Folder, path: Path, dtype: torch.dtype | None) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.atomic_file import remove_file, remove_folder
 from library.training.checkpoint import AVERAGED, SaveRules, Saving, train_state
 from library.training.hooks.base import Hook
 from library.training.hooks.ema import EmaHook
@@ -83,7 +82,7 @@ class CheckpointHook(Hook):
         return SaveRules(run.config[SavingOptions], run.progress.num_epochs)
 
     def _write(self, run: Run, saving: Saving | None, is_last: bool = False) -> None:
-        """File, state, removal at a step; file, removal, state at an epoch."""
+        """File, state, then removal of what is outdated: a kill at any time leaves the newest or the one before."""
         if saving is None:
             return
         guard = run.hooks.find(NonFiniteGuard)
@@ -92,12 +91,9 @@ class CheckpointHook(Hook):
         if run.runtime.is_main_process:
             folder = Path(run.config[SavingOptions].output_dir)
             self._write_file(run, folder / saving.file, is_last)
-            if saving.at == "epoch":
-                self._remove(folder, saving)
             if saving.state is not None:
                 self._write_state(run, folder / saving.state, is_last)
-            if saving.at != "epoch":
-                self._remove(folder, saving)
+            self._remove(folder, saving)
         run.runtime.barrier()
 
     def _write_file(self, run: Run, path: Path, is_last: bool) -> None:
@@ -127,12 +123,10 @@ class CheckpointHook(Hook):
     def _remove(self, folder: Path, saving: Saving) -> None:
         for name in saving.remove:
             for path in (folder / name, averaged_path(folder / name)):
-                if path.is_file():
-                    os.remove(path)
+                if path.is_file() and remove_file(path):
                     self._files.pop(str(path), None)
                     logger.info("removed the outdated %s", path)
         for name in saving.remove_states:
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
+            if (folder / name).is_dir() and remove_folder(folder / name):
                 self._files.pop(str(folder / name), None)
                 logger.info("removed the outdated state %s", folder / name)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.atomic_file import atomic_path, scratch_path
 from library.dataset import CachingOptions
 from library.errors import CheckpointError, ConfigError, Problems
 from library.family_table import family_entry
@@ -230,6 +231,7 @@ class NetworkTrainable(Trainable):
         self._refuse_empty(models)
         if self.opts.network_weights:
             self._load_start_weights(network)
+            _own_memory(network)
         self._finish(network, text_encoders, models, runtime)
 
     def _finish(self, network: Any, text_encoders: Any, models: Models, runtime: Runtime) -> None:
@@ -426,17 +428,11 @@ class NetworkTrainable(Trainable):
         if self._is_own:
             self.network.save_weights(path, dtype, metadata)
             return
-        stem, ending = os.path.splitext(path)
-        temporary = f"{stem}.{os.getpid()}.tmp{ending}"
-        try:
-            self.network.save_weights(temporary, dtype, dict(metadata))
-            if ending == ".safetensors":  # written again with our hashes and a fixed order of the keys
+        is_safetensors = path.endswith(".safetensors")
+        with (scratch_path if is_safetensors else atomic_path)(path) as temporary:
+            self.network.save_weights(str(temporary), dtype, dict(metadata))
+            if is_safetensors:  # written again with our hashes and a fixed order of the keys
                 write_adapter_file(path, load_safetensors(temporary, device="cpu", disable_mmap=True), None, metadata)
-            else:
-                os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
 
     def load(self, path: str) -> None:
         self.network.load_weights(path)
@@ -454,6 +450,16 @@ class NetworkTrainable(Trainable):
         if options.network_args:
             values["ss_network_args"] = json.dumps(options.pairs)
         return values
+
+
+def _own_memory(network: torch.nn.Module) -> None:
+    """Let go of a file that a module mapped and keeps as `weights_sd`: Windows replaces no mapped file, and the output may have
+    its name."""
+    held = getattr(network, "weights_sd", None)
+    if isinstance(held, dict):
+        network.weights_sd = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in held.items()}
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.data = tensor.data.clone()
 
 
 def _is_on(text: str | None) -> bool:

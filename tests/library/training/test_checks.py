@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from library.options import Config
 from library.training import checks, idle_options
@@ -24,32 +26,6 @@ def test_the_output_folder_is_needed_and_made(tmp_path):
     assert "cannot be written" in checks.output_problems(config_of(output_dir=str(tmp_path / "file")))[0]
 
 
-@pytest.mark.parametrize("name", ["mine.safetensors", "mine-000002.safetensors", "mine-step00000010.safetensors"])
-def test_a_file_of_an_earlier_run_is_not_replaced(tmp_path, name):
-    (tmp_path / name).write_text("x")
-    where = {"output_dir": str(tmp_path), "output_name": "mine"}
-    problem = checks.overwrite_problems(config_of(**where))
-    assert len(problem) == 1 and name in problem[0] and "--overwrite" in problem[0]
-    assert checks.overwrite_problems(config_of(**where, overwrite=True)) == []
-    assert checks.overwrite_problems(config_of(**where, resume="state")) == []
-
-
-@pytest.mark.parametrize("name", ["other.safetensors", "mine.txt", "mine-2.safetensors", "mine-000002.ckpt", "mine_v2.safetensors"])
-def test_files_of_other_runs_do_not_matter(tmp_path, name):
-    (tmp_path / name).write_text("x")
-    assert checks.overwrite_problems(config_of(output_dir=str(tmp_path), output_name="mine")) == []
-
-
-def test_a_state_folder_of_an_earlier_run_is_not_replaced(tmp_path):
-    (tmp_path / "mine-step00000010-state").mkdir()
-    assert len(checks.overwrite_problems(config_of(output_dir=str(tmp_path), output_name="mine"))) == 1
-
-
-def test_files_without_a_name_are_looked_for_under_their_default_names(tmp_path):
-    (tmp_path / "at-step00000010.safetensors").write_text("x")
-    assert len(checks.overwrite_problems(config_of(output_dir=str(tmp_path)))) == 1
-
-
 def test_the_prompt_file_is_read_at_start(tmp_path):
     missing = tmp_path / "none.txt"
     assert "there is no such file" in checks.sampling_problems(config_of(sample_prompts=str(missing)))[0]
@@ -67,19 +43,26 @@ def state_folder(tmp_path, step):
     folder = tmp_path / "mine-state"
     folder.mkdir()
     (folder / "train_state.json").write_text(json.dumps({"current_epoch": 1, "current_step": step}))
-    for name in ("model.safetensors", "optimizer.bin"):
-        (folder / name).write_text("x")
+    save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+    torch.save({}, folder / "optimizer.bin")
     return folder
 
 
 def test_the_state_to_resume_from_is_whole_and_has_steps_left(tmp_path):
     assert "there is no such folder" in checks.resume_problems(config_of(resume=str(tmp_path / "none")))[0]
-    assert "model.safetensors and optimizer.bin are missing" in checks.resume_problems(config_of(resume=str(tmp_path)))[0]
+    assert "no train_state.json and no folder with one" in checks.resume_problems(config_of(resume=str(tmp_path)))[0]
     folder = state_folder(tmp_path, step=10)
-    assert checks.resume_problems(config_of(resume=str(folder), max_train_steps=11)) == []
-    assert "no step is left" in checks.resume_problems(config_of(resume=str(folder), max_train_steps=10))[0]
+    where = {"resume": str(folder), "output_dir": str(tmp_path / "out"), "output_name": "mine"}
+    assert checks.resume_problems(config_of(**where, max_train_steps=11)) == []
+    assert "no step is left" in checks.resume_problems(config_of(**where, max_train_steps=9))[0]
+    assert checks.resume_problems(config_of(**where, max_train_steps=10)) == [], "its file is missing and will be written"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.safetensors").write_text("x")
+    assert "no step is left" in checks.resume_problems(config_of(**where, max_train_steps=10))[0]
     (folder / "train_state.json").unlink()
-    assert "train_state.json" in checks.resume_problems(config_of(resume=str(folder)))[0]
+    assert "train_state.json" in checks.resume_problems(config_of(**where))[0]
+    (folder / "optimizer.bin").unlink()
+    assert "train_state.json and optimizer.bin are missing" in checks.resume_problems(config_of(**where))[0]
 
 
 def test_start_points_lie_before_the_end():

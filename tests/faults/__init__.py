@@ -1,0 +1,1 @@
+"""What happens around a run: kills, full disks, damaged states, files that other programs hold, signals."""
