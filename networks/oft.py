@@ -51,7 +51,9 @@ def cayley(blocks: torch.Tensor, constraint: float = 0.0) -> torch.Tensor:
         norm = torch.linalg.vector_norm(skew) + EPSILON
         skew = skew * (constraint / norm).clamp(max=1.0)
     identity = torch.eye(skew.shape[-1], device=skew.device)
-    return torch.linalg.solve(identity - skew, identity + skew)  # both factors are functions of Q and commute
+    # Both factors are functions of Q and commute. I - Q can always be solved: the eigenvalues of Q are imaginary. Unlike `solve`,
+    # `solve_ex` does not ask the device whether it could.
+    return torch.linalg.solve_ex(identity - skew, identity + skew).result
 
 
 def oft_rotated(weight: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
