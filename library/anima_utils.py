@@ -29,7 +29,7 @@ from library.model_loading import (
     part_of,
     strip_prefix,
 )
-from library.safetensors_utils import FP8_DTYPES, cast_floats, save_file_atomic
+from library.safetensors_utils import FP8_DTYPES, cast_all, cast_floats, save_file_atomic
 from library.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer
 from library.wan_vae_utils import inspect_wan_vae
 
@@ -242,7 +242,7 @@ def save_anima_model(
     model: Anima, path: str | os.PathLike, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a denoiser under its original names, `net.` included. Each tensor goes to the CPU before it is cast."""
-    state = {FILE_PREFIX + key: cast_floats(tensor.detach().cpu(), dtype) for key, tensor in model.state_dict().items()}
+    state = cast_all({FILE_PREFIX + key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}, dtype)
     save_file_atomic(state, path, {"format": "pt", **(metadata or {}), **model_config_metadata(model)})
 
 

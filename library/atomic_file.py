@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -88,6 +89,18 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             if isinstance(error, WriteError):  # of a file inside, under a name that nobody knows
                 raise write_error(target, os_error_of(error) or OSError(errno.EIO, "")) from error
             raise
+
+
+def unwritable(folder: str | os.PathLike[str]) -> str | None:
+    """Why no file could be written below a folder that is there or would be made; None when one could. Nothing is made."""
+    place = Path(folder).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:

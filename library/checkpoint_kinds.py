@@ -13,7 +13,7 @@ from library.errors import AtelierError, CheckpointError, did_you_mean
 from library.family_table import script_of_kind
 from library.model_loading import names_of_index
 from library.safetensors_utils import header_bytes, is_pickle_name, load_pickled_tensors, read_header
-from library.text_files import read_json
+from library.text_files import open_file, read_json
 
 NOT_A_MODEL = frozenset({"missing", "empty", "truncated", "damaged", "pickle", "gguf", "text", "folder", "other"})
 """kinds of things from which no weight can be read"""
@@ -110,7 +110,24 @@ def check_slot(
     told = found.detail if found.kind in ("missing", "truncated", "damaged") else f"this is {found.detail}"
     told = f"it {told.removeprefix(f'{path} ')}" if told.startswith(f"{path} ") else told
     told += _about_parts(Path(path), wanted, with_pickles) if found.kind == "folder" else ""
-    return f"--{slot} is {path}: {told}; needed: {needed}{_way_out(path, found, wanted, for_pictures)}"
+    return f"--{slot} is {path}: {told}; needed: {needed}{_strength(path, slot, found)}{_way_out(path, found, wanted, for_pictures)}"
+
+
+STRENGTHS = {
+    "lora_weights": '"FILE;{}"', "lora_weight": "--lora_multiplier {}", "base_weights": "--base_weights_multiplier {}", "network_weights": "--network_mul {} in image scripts",
+    "models": "--ratios {}",
+}  # fmt: skip
+"""slot of adapters -> how their strength is given"""
+
+
+def _strength(path: str | os.PathLike, slot: str, found: CheckpointKind) -> str:
+    """A number in the place of a file is the strength of the adapter before it."""
+    try:
+        float(path)
+    except ValueError:
+        return ""
+    how = STRENGTHS.get(slot)
+    return f". The strength of an adapter is given as {how.format(path)}" if how and found.kind == "missing" else ""
 
 
 def _in_words(wanted: set[str]) -> str:
@@ -189,7 +206,7 @@ def _what_is_not_safetensors(path: Path) -> CheckpointKind | None:
     """The kind of a file that does not begin like a safetensors file, or None when it does."""
     try:
         size = path.stat().st_size
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             start = file.read(512)
     except OSError as error:
         return CheckpointKind("damaged", f"it cannot be read ({error.strerror})")

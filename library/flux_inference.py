@@ -13,9 +13,9 @@ from library import inference_script
 from library.errors import ConfigError, Problems
 from library.inference_adapters import adapter_problems, multiplier_problems
 from library.inference_script import COMMON_LINE_OPTIONS, DTYPE_NAMES, LineReader, PictureRequest, SessionOptions, dtype_problem, too_small_problems
-from library.options import Config, option, refused_option
+from library.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, LARGEST_TOKENS, Config, option, refused_option
 from library.training.option_groups import ConsoleOptions
-from library.training.sampling_prompts import LineOption, read_number
+from library.training.sampling_prompts import DRAWN, LineOption, read_number
 
 if TYPE_CHECKING:
     import argparse
@@ -42,7 +42,7 @@ class InferenceModelOptions:
     clip_l_tokenizer: str | None = option(None, help="folder of the CLIP-L tokenizer, for models with a vocabulary of their own")
     t5xxl_tokenizer: str | None = option(None, help="folder or spiece.model file of the T5 tokenizer")
     tokenizer_cache_dir: str | None = option(None, help="folder where tokenizers are kept, so that no network is needed")
-    t5xxl_max_token_length: int | None = option(None, help="longest prompt in T5 tokens; 512 for dev, 256 for schnell when not given")
+    t5xxl_max_token_length: int | None = option(None, help="longest prompt in T5 tokens; 512 for dev, 256 for schnell when not given", most=LARGEST_TOKENS)
     apply_t5_attn_mask: bool = option(False, help="keep T5 and the denoiser from attending to padding")
     dtype: str = option("bfloat16", help=f"number format of all parts: {', '.join(DTYPE_NAMES)}")
     clip_l_dtype: str | None = option(None, help="number format of CLIP-L; that of --dtype when not given")
@@ -81,16 +81,16 @@ class PromptOptions:
 
     prompt: str = option("A photo of a cat", help="what the picture shows")
     negative_prompt: str | None = option(None, help="what it should not show; needs --cfg_scale")
-    width: int = option(1360, help="width in pixels, rounded down to a multiple of 16")
-    height: int = option(768, help="height in pixels, rounded down to a multiple of 16")
-    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given")
-    steps: int | None = option(None, help=f"steps; {STEPS_SCHNELL} for schnell, {STEPS_DEV} for dev when not given")
+    width: int = option(1360, help="width in pixels, rounded down to a multiple of 16", most=LARGEST_PICTURE_SIDE)
+    height: int = option(768, help="height in pixels, rounded down to a multiple of 16", most=LARGEST_PICTURE_SIDE)
+    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED)
+    steps: int | None = option(None, help=f"steps; {STEPS_SCHNELL} for schnell, {STEPS_DEV} for dev when not given", most=LARGEST_STEPS)
     guidance: float = option(3.5, help="embedded guidance (dev)")
     cfg_scale: float = option(1.0, help="classifier-free guidance with --negative_prompt; 1 = off, else two forwards per step")
     output_dir: str = option(".", help="folder of the pictures; made when missing")
 
     def __post_init__(self) -> None:
-        problems = too_small_problems(self, ("width", SIZE_STEP), ("height", SIZE_STEP), ("steps", 1), ("seed", 0))
+        problems = too_small_problems(self, ("width", SIZE_STEP), ("height", SIZE_STEP), ("steps", 1), ("seed", DRAWN))
         if problems:
             raise ConfigError(problems)
 

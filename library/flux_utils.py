@@ -31,7 +31,7 @@ from library.model_loading import (
     part_of,
     strip_prefix,
 )
-from library.safetensors_utils import FP8_DTYPES, cast_floats, save_file_atomic
+from library.safetensors_utils import FP8_DTYPES, cast_all, cast_floats, save_file_atomic
 from library.text_encoder_utils import load_clip_l, load_t5xxl
 
 __all__ = [
@@ -215,7 +215,7 @@ def save_flow_model(
     model: Flux, path: str | os.PathLike, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a denoiser in the original layout. Hyper-parameters that its shapes do not tell go into `model_config`."""
-    state = {key: cast_floats(tensor, dtype) for key, tensor in model.state_dict().items()}
+    state = cast_all(model.state_dict(), dtype)
     save_file_atomic(state, path, {**(metadata or {}), **model_config_metadata(model)})
 
 

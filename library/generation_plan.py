@@ -23,11 +23,12 @@ from library.generation_options import (
 from library.generation_prompts import LARGEST_SEED, NO_NEGATIVE_SCALE, GenerationPrompt, parse_generation_line
 from library.keyed_random import key_seed, keyed_random
 from library.options import Config
+from library.training.sampling_prompts import DRAWN
 
 logger = logging.getLogger(__name__)
 
 SIZE_STEP, SOURCE_SIZE_STEP = 8, 32
-_SEED_PIECE = re.compile(r"\s--[dD]\s+([\d,\s]+?)(?=\s--|$)")
+_SEED_PIECE = re.compile(r"\s--[dD]\s+([-\d,\s]+?)(?=\s--[A-Za-z]|$)")
 
 
 @dataclass(frozen=True)
@@ -124,20 +125,22 @@ class Planner:
         self.source_sizes = source_sizes
         self.is_alone = is_alone
         given = self.prompts.seed
-        self.base_seed = random.SystemRandom().randint(0, LARGEST_SEED) if given is None else given
+        self.base_seed = random.SystemRandom().randint(0, LARGEST_SEED) if given in (None, DRAWN) else given
         self.number = 0
         self._told: set[str] = set()
 
     def check(self, line: PromptLine) -> list[ImageRequest]:
         """The first picture of a line, as examples; ConfigError, with its place, for a line that cannot be made."""
         given = _given_seeds(line)
-        return list(self._requests(line, seed=given[0] if given else 0, index=0))
+        return list(self._requests(line, seed=(given[0] or 0) if given else 0, index=0))
 
     def requests(self, line: PromptLine, round_number: int) -> Iterator[ImageRequest]:
         """The pictures of a line in one round: --images_per_prompt, each with the combinations of `{e$$...}`."""
         given = _given_seeds(line)
         for index in range(self.prompts.images_per_prompt):
-            seed = given[min(index, len(given) - 1)] if given else self._drawn_seed(round_number, index)
+            seed = given[min(index, len(given) - 1)] if given else None
+            if seed is None:
+                seed = self._drawn_seed(round_number, index)
             for request in self._requests(line, seed, index):
                 yield request
                 self.number += 1
@@ -267,7 +270,7 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _given_seeds(line: PromptLine) -> tuple[int, ...]:
+def _given_seeds(line: PromptLine) -> tuple[int | None, ...]:
     """The seeds of `--d` on the line, read before the choices of the line are made from them."""
     match = _SEED_PIECE.search(line.text)
     return (parse_generation_line(f"- --d {match[1]}", line.where).seeds or ()) if match else ()

@@ -13,6 +13,7 @@ from library.generation_options import GenerationPromptOptions
 from library.generation_plan import PromptLine
 from library.generation_prompts import GENERATION_LINE_OPTIONS
 from library.text_files import read_text
+from library.training.sampling_prompts import good_lines
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,12 +39,12 @@ def written_lines(options: GenerationPromptOptions) -> list[PromptLine]:
 
 
 def checked(lines: list[PromptLine], check: Callable[[PromptLine], None]) -> list[PromptLine]:
-    """The lines; ConfigError with the problems of all of them."""
-    problems = Problems()
-    for line in lines:
-        problems.attempt(lambda: check(line))
-    problems.raise_if_any()
-    return lines
+    """The lines that can be made; the others are told. ConfigError with the problems of all of them where none can."""
+    def same(line: PromptLine) -> PromptLine:
+        check(line)
+        return line
+
+    return good_lines(lines, same)
 
 
 def typed_lines(check: Callable[[PromptLine], None]) -> Iterator[PromptLine]:

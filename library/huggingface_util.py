@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from library.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 REPO_TYPES = ("model", "dataset", "space")
+SECONDS_FOR_AN_ANSWER = 5
 RESUME_FORM = "{owner}/{repo}/{path}[:{revision}[:{type}]]"
 
 
@@ -56,6 +58,23 @@ def parse_hub_folder(text: str) -> HubFolder:
     if repo_type is not None and repo_type not in REPO_TYPES:
         raise ConfigError(f"--resume names the repository type '{repo_type}'; it is one of {', '.join(REPO_TYPES)}")
     return HubFolder("/".join(parts[:2]), "/".join(parts[2:]), revision, repo_type)
+
+
+@functools.cache
+def is_hub_reachable() -> bool:
+    """Whether the hub answers, asked once for all: the packages that load from it try for half a minute before they say that it
+    does not. False in offline mode."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=SECONDS_FOR_AN_ANSWER)
+        return True
+    except Exception as error:  # the classes differ between versions of the packages below
+        logger.debug("the hub does not answer: %s", error)
+        return False
 
 
 def exists_repo(repo_id: str, repo_type: str | None = None, revision: str | None = None, token: str | None = None) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from library.errors import CheckpointError, ConfigError, Problems
+from library.errors import CheckpointError, ConfigError, Problems, foreign_errors
 
 if TYPE_CHECKING:
     from library.lora_utils import MergeOnLoad
@@ -99,13 +100,23 @@ def multiplier_problems(multipliers: Sequence[float] | None, num_adapters: int, 
     return []
 
 
+def _told(adapter: AdapterFile) -> AbstractContextManager[None]:
+    """Inside, whatever another package's module raises is one message with its name, its arguments and the reason."""
+    if adapter.module.startswith("networks."):
+        return nullcontext()
+    pairs = " ".join(f"{key}={value}" for key, value in adapter.arguments.items())
+    told = f" with {pairs}" if pairs else ""
+    return foreign_errors(ConfigError, f"{adapter.path}: the network module {adapter.module} makes no network of it{told}")
+
+
 def network_of(adapter: AdapterFile, text_encoders: Sequence[nn.Module | None], denoiser: nn.Module) -> tuple[Any, Any]:
     """(network for a file, not loaded yet; the file's tensors). CheckpointError when it has no layer of these models."""
     import importlib
 
-    network, tensors = importlib.import_module(adapter.module).create_network_from_weights(
-        adapter.multiplier, adapter.path, None, _as_argument(text_encoders), denoiser, for_inference=True, **adapter.arguments
-    )
+    with _told(adapter):
+        network, tensors = importlib.import_module(adapter.module).create_network_from_weights(
+            adapter.multiplier, adapter.path, None, _as_argument(text_encoders), denoiser, for_inference=True, **adapter.arguments
+        )
     if not [*network.unet_loras, *network.text_encoder_loras]:
         raise CheckpointError(f"{adapter.path} has no layer of this model; is it an adapter for another one?")
     return network, tensors
@@ -113,9 +124,10 @@ def network_of(adapter: AdapterFile, text_encoders: Sequence[nn.Module | None], 
 
 def hook(network: Any, adapter: AdapterFile, text_encoders: Sequence[nn.Module | None], denoiser: nn.Module) -> None:
     """Put a network into the layers and load its file."""
-    network.apply_to(_as_argument(text_encoders), denoiser, True, True)
-    network.load_weights(adapter.path)
-    network.set_multiplier(adapter.multiplier)
+    with _told(adapter):
+        network.apply_to(_as_argument(text_encoders), denoiser, True, True)
+        network.load_weights(adapter.path)
+        network.set_multiplier(adapter.multiplier)
     network.eval().requires_grad_(False)
     logger.info("hooked %s with multiplier %s", adapter.path, adapter.multiplier)
 

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import logging
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,16 @@ from library.text_files import read_text
 from library.training import cli
 from library.training.option_groups import ConsoleOptions
 from library.training.option_reader import OptionParser
-from library.training.sampling_prompts import LineOption, parse_pieces, read_number, read_whole
+from library.training.sampling_prompts import (
+    DRAWN,
+    LineOption,
+    good_lines,
+    parse_pieces,
+    read_number,
+    read_picture_side,
+    read_seed,
+    read_steps,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +88,8 @@ def read_multipliers(text: str) -> tuple[float, ...]:
 
 
 COMMON_LINE_OPTIONS: Mapping[str, LineOption] = {
-    "w": LineOption("width", read_whole), "h": LineOption("height", read_whole), "s": LineOption("steps", read_whole),
-    "d": LineOption("seed", read_whole), "n": LineOption("negative_prompt", read_negative),
+    "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side), "s": LineOption("steps", read_steps),
+    "d": LineOption("seed", read_seed), "n": LineOption("negative_prompt", read_negative),
     "m": LineOption("multipliers", read_multipliers),
 }  # fmt: skip
 """letters of a prompt line that every image script has"""
@@ -149,13 +159,9 @@ def too_small_problems(values: Any, *least: tuple[str, int]) -> list[str]:
 
 def run_to_exit(run: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | None) -> None:
     """Call `run(argv)`; an error ends the process with its exit code and one message."""
-    try:
-        run(argv)
-    except AtelierError as error:
-        sys.exit(cli.report(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(cli.INTERRUPTED)
+    code = cli.exit_code(lambda: run(argv))
+    if code:
+        sys.exit(code)
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------------
@@ -172,7 +178,7 @@ class LineReader:
     def read(self, line: str, default: Request, where: str = "prompt") -> Request:
         """`PROMPT --w 512 --d 7 ...`; a line without a prompt keeps that of `default`. ConfigError with every problem."""
         text = line.strip()
-        has_prompt = not text.startswith("--")
+        has_prompt = re.match(r"--[A-Za-z]", text) is None
         prompt, changes = parse_pieces(text if has_prompt else f"- {text}", where, self.options)
         request = dataclasses.replace(default, prompt=prompt if has_prompt and prompt else default.prompt, **changes)
         problems = [
@@ -186,16 +192,13 @@ class LineReader:
         return request
 
     def read_file(self, path: str, default: Request) -> list[Request]:
-        """One request per line; blank lines and lines that begin with # are left out. ConfigError with every problem."""
+        """One request per line; blank lines and lines that begin with # are left out. A line that is wrong is told and left out;
+        ConfigError with every problem where none is right."""
         lines = read_text(path, f"--from_file is {path}, which").splitlines()
-        problems, found = Problems(), []
-        for number, line in enumerate(lines, start=1):
-            if line.strip() and not line.startswith("#"):
-                found.append(problems.attempt(lambda: self.read(line, default, f"{path} line {number}")))
-        problems.raise_if_any()
-        if not found:
+        given = [(f"{path} line {number}", line) for number, line in enumerate(lines, start=1) if line.strip() and not line.startswith("#")]
+        if not given:
             raise ConfigError(f"--from_file is {path}; there is no prompt in the file")
-        return found
+        return good_lines(given, lambda entry: self.read(entry[1], default, entry[0]))
 
     def typed(self, default: Request) -> Iterator[Request]:
         """What is typed, until an empty line or the end of input. A line that is wrong is told and asked for again."""
@@ -237,7 +240,7 @@ def with_seed_and_size(request: Request, size_step: int) -> Request:
     width, height = (side - side % size_step for side in (request.width, request.height))
     if (width, height) != (request.width, request.height):
         logger.warning("the size is %dx%d; made %dx%d, a multiple of %d", request.width, request.height, width, height, size_step)
-    seed = random.SystemRandom().randint(0, LARGEST_DRAWN_SEED) if request.seed is None else request.seed
+    seed = random.SystemRandom().randint(0, LARGEST_DRAWN_SEED) if request.seed in (None, DRAWN) else request.seed
     return dataclasses.replace(request, width=width, height=height, seed=seed)
 
 
@@ -258,10 +261,20 @@ def picture_texts(request: PictureRequest, **more: Any) -> dict[str, str]:
 
 
 def make_each(requests: Iterable[Request], make: Callable[[Request, int], Path]) -> list[Path]:
-    """`make(request, number)` for each; one log line per file."""
-    paths = []
+    """`make(request, number)` for each; one log line per file. A picture that cannot be made is told, and the others are;
+    AtelierError at the end."""
+    paths, failed, last = [], 0, None
     for index, request in enumerate(requests):
         started = time.perf_counter()
-        paths.append(make(request, index))
+        try:
+            paths.append(make(request, index))
+        except AtelierError as error:
+            failed, last = failed + 1, error
+            logger.error("picture %d: %s", index, error)
+            continue
         logger.info("%s: %.1f s", paths[-1], time.perf_counter() - started)
+    if last is not None and not paths and failed == 1:
+        raise last
+    if failed:
+        raise AtelierError(f"{failed} of {failed + len(paths)} pictures could not be made; the reasons stand above, the others are written")
     return paths

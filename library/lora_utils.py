@@ -17,6 +17,7 @@ import torch
 
 from library.errors import CheckpointError, ConfigError
 from library.model_loading import CheckpointFiles, open_checkpoint, unscaled
+from library.number_formats import IN_MEMORY, narrowed
 from networks.adapter_family import nothing_fits
 from networks.adapter_module import change_of
 from networks.checkpoint_layers import LayerParameter, checkpoint_layers
@@ -266,7 +267,7 @@ def _merge_rows(change: _Change, tensor: torch.Tensor, dtype: torch.dtype) -> to
         for kind, own, multiplier in sources:
             more = _delta(change.layer, kind.rows_of(own, rows, total), weight, multiplier)
             delta = more if delta is None else delta.add_(more)
-        result[rows] = weight.add_(delta)
+        result[rows] = narrowed(change.layer.lora_name, weight.add_(delta), dtype)
     return result
 
 
@@ -306,7 +307,7 @@ def load_safetensors_with_lora_and_fp8(
     shapes = {key: tuple(tensor.shape) for source in sources for key, tensor in source.shapes.items()}
     given = list(lora_multipliers or [])
     if len(given) > len(lora_weights_list or ()):
-        raise CheckpointError(f"{len(given)} multipliers for {len(lora_weights_list or ())} adapters; give at most one for each")
+        raise CheckpointError(f"there are {len(given)} multipliers for {len(lora_weights_list or ())} adapters; give at most one for each")
     adapters = [
         Adapter(f"adapter {number + 1}", by_module(tensors), lambda name, m=given[number] if number < len(given) else 1.0: m)
         for number, tensors in enumerate(lora_weights_list or ())
@@ -320,7 +321,7 @@ def load_safetensors_with_lora_and_fp8(
             wanted = not target_keys or any(part in key for part in target_keys)
             if fp8_optimization and tensor.ndim == 2 and wanted and not any(part in key for part in exclude_keys):
                 dtype = torch.float8_e4m3fn
-            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            tensor = narrowed(key, tensor, dtype, IN_MEMORY) if tensor.is_floating_point() else tensor
             state[key] = tensor if move_to_device else tensor.cpu()
     if merge:
         merge.warn()

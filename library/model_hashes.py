@@ -6,13 +6,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from library.atomic_file import write_text_atomically
+from library.text_files import open_file
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +32,21 @@ _HEADER_NAMES = {
 }  # fmt: skip
 
 
-def adapter_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+def adapter_hashes(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], read: Callable[[str], torch.Tensor] | None = None
+) -> dict[str, str]:
     """`sshs_model_hash` and `sshs_legacy_hash` of an adapter file with these tensors and this metadata.
 
     Both are taken from the file as the safetensors library would write it with only the ss_* keys: sha256 of the tensor
     data, and 8 digits of the sha256 of 64 KiB at 1 MiB. The data are read tensor by tensor; no file is built in memory.
+    `read` gives a tensor by its name, where `tensors` have shapes alone.
     """
     names = sorted(tensors, key=lambda name: (-_TYPE_ORDER.index(_type_name(tensors[name])), name))
     start = 8 + len(_header({key: str(metadata[key]) for key in metadata if key.startswith("ss_")}, tensors, names))
     whole, legacy = hashlib.sha256(), hashlib.sha256()
     for name in names:
-        data = memoryview(tensors[name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B")
+        tensor = tensors[name] if read is None else read(name)
+        data = memoryview(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B")
         whole.update(data)
         first, last = max(LEGACY_OFFSET - start, 0), max(LEGACY_OFFSET + LEGACY_LENGTH - start, 0)
         legacy.update(data[first:last])
@@ -73,7 +78,7 @@ def model_hash(path: str | os.PathLike[str]) -> str:
     if os.path.isdir(path):
         return "IsADirectory"
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             file.seek(LEGACY_OFFSET)
             return hashlib.sha256(file.read(LEGACY_LENGTH)).hexdigest()[:8]
     except FileNotFoundError:
@@ -86,7 +91,7 @@ def calculate_sha256(path: str | os.PathLike[str]) -> str:
         return "IsADirectory"
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
     except FileNotFoundError:

@@ -8,6 +8,8 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
+from library.text_files import open_file
+
 BLOCK_BYTES = 64 * 1024
 NUM_BLOCKS = 16
 MAX_HEADER_BYTES = 100 * 1024 * 1024
@@ -36,7 +38,7 @@ def combined_identity(parts: Iterable[str]) -> str:
 
 def _file_identity(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         digest.update(_safetensors_header(file, size))
         digest.update(struct.pack("<Q", size))

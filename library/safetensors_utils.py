@@ -20,6 +20,7 @@ from torch import Tensor
 
 from library.atomic_file import atomic_path
 from library.errors import CheckpointError
+from library.number_formats import narrowed, narrowed_all
 from library.safetensors_header import DTYPE_NAMES, TensorInfo, header_bytes, read_header, read_header_and_start
 
 logger = logging.getLogger(__name__)
@@ -200,6 +201,11 @@ def cast_floats(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
+def cast_all(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A state with its floating-point tensors in `dtype`, for a file: CheckpointError that names numbers which do not fit."""
+    return narrowed_all({key: (tensor, dtype if tensor.is_floating_point() else None) for key, tensor in state.items()})
+
+
 def get_split_weight_filenames(path: str | os.PathLike) -> list[str] | None:
     """All parts of `name-00001-of-00004.safetensors` when `path` is one of them, else None.
 
@@ -251,7 +257,7 @@ def stream_file_atomic(
 ) -> None:
     """As save_file_atomic, from tensors that come one by one in any order: `infos` tells their types and shapes before.
 
-    A tensor of `items` is cast to the type told. ValueError when one is missing, unknown or of another shape.
+    A tensor of `items` is cast to the type told; CheckpointError when that cannot hold its numbers (number_formats). ValueError when one is missing, unknown or of another shape.
     """
     header, places = _layout(infos, metadata)
     waiting = dict(places)
@@ -262,7 +268,7 @@ def stream_file_atomic(
             dtype, shape = infos[name]
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}; {list(shape)} was told")
-            place, data = len(header) + waiting.pop(name), _bytes_of(tensor.to(dtype))
+            place, data = len(header) + waiting.pop(name), _bytes_of(narrowed(name, tensor, dtype))
             if pending is not None:
                 pending.result()  # one tensor is written while the next one is made, so that two are in memory
             pending = writer.submit(_write_at, file, place, data)

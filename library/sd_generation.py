@@ -11,7 +11,7 @@ from torch import Tensor
 from library.generation_conditioning import PromptEncoder, WordTokenizer, tokenizer_problems
 from library.generation_options import GenerationModelOptions
 from library.sd_train_utils import predict_noise
-from library.sd_utils import inspect_sd_unet, inspect_vae_sd, load_text_encoder_sd, load_unet_sd, load_vae_sd, text_slot
+from library.sd_utils import clip_skip_problem, inspect_sd_unet, inspect_vae_sd, load_text_encoder_sd, load_unet_sd, load_vae_sd, text_slot
 from library.strategy_sd import V2_PAD, SdTextEncodingStrategy, SdTokenizeStrategy
 from library.text_encoder_utils import inspect_clip
 from library.tokenizers import load_clip_tokenizer
@@ -34,11 +34,12 @@ def inspect(options: GenerationModelOptions) -> tuple[UNetInfo, list[str]]:
 
 
 def text_problems(options: GenerationModelOptions) -> list[str]:
-    """The tokenizer against the text encoder."""
+    """The tokenizer and --clip_skip against the text encoder."""
     if inspect_sd_unet(options.ckpt).is_v2 != options.v2:
         return []  # told already; the text encoder of the other version would only be missed
     rows = inspect_clip(options.ckpt, text_slot(options.v2)).values["vocab"]
-    return tokenizer_problems(lambda: _tokenizer(options), rows)
+    skip = clip_skip_problem(options.ckpt, options.v2, options.clip_skip)
+    return [*tokenizer_problems(lambda: _tokenizer(options), rows), *([skip] if skip else [])]
 
 
 def _tokenizer(options: GenerationModelOptions) -> Any:

@@ -14,9 +14,9 @@ from library.ldm_models import AutoEncoder
 from library.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
 from library.model_loading import Transform
 from library.open_clip_convert import hf_to_open_clip
-from library.safetensors_utils import cast_floats, save_file_atomic
+from library.safetensors_utils import cast_all, save_file_atomic
 from library.sd_models import UNet2DConditionModel
-from library.text_encoder_utils import CLIP_H, CLIP_L, ClipSlot, load_clip
+from library.text_encoder_utils import CLIP_H, CLIP_L, ClipSlot, inspect_clip, load_clip
 from library.unet_utils import UNetInfo, inspect_unet, load_unet, unet_file_state
 
 if TYPE_CHECKING:
@@ -48,6 +48,19 @@ def load_unet_sd(
 def text_slot(is_v2: bool) -> ClipSlot:
     """Stable Diffusion 1 reads captions through CLIP-L, 2 through the first 23 of 24 layers of CLIP-H."""
     return CLIP_H if is_v2 else CLIP_L
+
+
+def clip_skip_problem(path: str | os.PathLike, is_v2: bool, clip_skip: int | None) -> str | None:
+    """A message for a layer of the text encoder that there is not; None also when the encoder cannot be read, which is told elsewhere."""
+    if clip_skip is None:
+        return None
+    try:
+        layers = inspect_clip(path, text_slot(is_v2)).values["layers"]
+    except CheckpointError:
+        return None
+    if clip_skip <= layers:
+        return None
+    return f"--clip_skip is {clip_skip}; the text encoder of {path} has {layers} layers in use, so 1 to {layers} is needed"
 
 
 def load_text_encoder_sd(
@@ -101,4 +114,4 @@ def save_checkpoint_sd(
 ) -> None:
     """Write one file in the original layout."""
     state = checkpoint_state(unet, text_encoder, vae, is_v2)
-    save_file_atomic({key: cast_floats(tensor, dtype).contiguous() for key, tensor in state.items()}, path, metadata)
+    save_file_atomic({key: tensor.contiguous() for key, tensor in cast_all(state, dtype).items()}, path, metadata)

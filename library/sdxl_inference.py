@@ -22,12 +22,12 @@ from library.inference_script import (
     read_negative,
     too_small_problems,
 )
-from library.options import option
+from library.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, option
 from library.training.families.base import tokenizer_problems
 from library.training.families.unet import about_slot, slot_problem
 from library.training.inference_samplers import SAMPLER_NAMES, sampler_notices
 from library.training.option_groups import ConsoleOptions
-from library.training.sampling_prompts import LineOption, read_number
+from library.training.sampling_prompts import DRAWN, LineOption, read_number
 
 if TYPE_CHECKING:
     import argparse
@@ -73,16 +73,16 @@ class SdxlPromptOptions:
     prompt: str = option("A photo of a cat", help="what the picture shows")
     prompt2: str | None = option(None, help="prompt of the second text encoder; the first prompt when not given")
     negative_prompt: str = option("", help="what it should not show")
-    width: int = option(1024, help="width in pixels, rounded down to a multiple of 8")
-    height: int = option(1024, help="height in pixels, rounded down to a multiple of 8")
+    width: int = option(1024, help="width in pixels, rounded down to a multiple of 8", most=LARGEST_PICTURE_SIDE)
+    height: int = option(1024, help="height in pixels, rounded down to a multiple of 8", most=LARGEST_PICTURE_SIDE)
     steps: int = option(50, help="steps")
     cfg_scale: float = option(7.0, help="classifier-free guidance; 1 = off, else two forwards per step")
     sampler: str = option("euler", choices=SAMPLER_NAMES, help="how a step is made")
-    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given")
+    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED)
     output_dir: str = option(".", help="folder of the pictures; made when missing")
 
     def __post_init__(self) -> None:
-        problems = too_small_problems(self, ("width", SIZE_STEP), ("height", SIZE_STEP), ("steps", 1), ("seed", 0))
+        problems = too_small_problems(self, ("width", SIZE_STEP), ("height", SIZE_STEP), ("steps", 1), ("seed", DRAWN))
         if self.steps > LARGEST_STEPS:
             problems.append(f"--steps is {self.steps}; needed: {LARGEST_STEPS} or less, the steps of the training schedule")
         if problems:

@@ -14,7 +14,7 @@ from library.ldm_models import AutoEncoder
 from library.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
 from library.model_loading import Transform
 from library.open_clip_convert import hf_to_open_clip
-from library.safetensors_utils import cast_floats, save_file_atomic
+from library.safetensors_utils import cast_all, save_file_atomic
 from library.sdxl_models import SdxlUNet2DConditionModel
 from library.text_encoder_utils import CLIP_G, CLIP_L, inspect_clip, load_clip
 from library.unet_models import UNetParams
@@ -101,4 +101,4 @@ def save_checkpoint_sdxl(
 ) -> None:
     """Write one file in the original layout."""
     state = checkpoint_state(unet, text_encoders, vae, marks)
-    save_file_atomic({key: cast_floats(tensor, dtype).contiguous() for key, tensor in state.items()}, path, metadata)
+    save_file_atomic({key: tensor.contiguous() for key, tensor in cast_all(state, dtype).items()}, path, metadata)

@@ -25,6 +25,7 @@ from library.keyed_random import key_seed
 
 if TYPE_CHECKING:
     from library.dataset.architectures import DataArchitecture
+    from library.dataset.cache_index import CacheIndex
     from library.dataset.items import ImageItem
 
 logger = logging.getLogger(__name__)
@@ -98,10 +99,12 @@ class TokenizeStrategy(PluginSlot, ABC):
     ) -> Any:
         """A tokenizer from `<tokenizer_cache_dir>/<model id with _ for />` when it is there, else from the hub; in that
         case it is stored there for the next run."""
+        from library.huggingface_util import is_hub_reachable
+
         local = os.path.join(tokenizer_cache_dir, model_id.replace("/", "_")) if tokenizer_cache_dir else None
         if local and os.path.isdir(local):
             return model_class.from_pretrained(local)
-        tokenizer = model_class.from_pretrained(model_id, subfolder=subfolder or "")
+        tokenizer = model_class.from_pretrained(model_id, subfolder=subfolder or "", local_files_only=not is_hub_reachable())
         if local:
             tokenizer.save_pretrained(local)
         return tokenizer
@@ -212,6 +215,20 @@ class LatentsCachingStrategy(PluginSlot, ABC):
             path, self.architecture, item.bucket_reso, flip_aug=flip_aug, alpha_mask=alpha_mask,
             expected=self.record_of(item), image_path=item.absolute_path,
         )
+
+    def find(self, item: ImageItem, flip_aug: bool, alpha_mask: bool, index: CacheIndex) -> str | None:
+        """`problem_of`, which an index may know without reading the file."""
+        path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
+        if self.skip_disk_cache_validity_check:
+            return self.problem_of(item, flip_aug, alpha_mask)
+        question = (type(self).__qualname__, self.architecture.name, item.bucket_reso, flip_aug, alpha_mask, self.record_of(item))
+
+        def read() -> tuple[str | None, str]:
+            problem = self.problem_of(item, flip_aug, alpha_mask)
+            return ("", "") if problem is None else (None, problem)
+
+        answer, problem = index.find(path, question, read, sources=(item.absolute_path,))
+        return problem if answer is None else None
 
     def record_of(self, item: ImageItem, image: ImageIdentity | None = None) -> LatentsRecord:
         return LatentsRecord(
@@ -336,8 +353,16 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
             is_weighted=self.is_weighted, flags=self.flags,
         )
 
-    def find(self, npz_path: str, caption: str, accept_unrecorded: bool = True) -> tuple[str | None, str]:
-        """(suffix of the keys that hold this caption, "") or (None, why there are none)."""
+    def find(
+        self, npz_path: str, caption: str, accept_unrecorded: bool = True, index: CacheIndex | None = None
+    ) -> tuple[str | None, str]:
+        """(suffix of the keys that hold this caption, "") or (None, why there are none); an index may know it without reading."""
+        if index is not None:
+            question = (
+                type(self).__qualname__, self.architecture.name, self.record_of(caption), self.needed, accept_unrecorded,
+                self.skip_disk_cache_validity_check,
+            )
+            return index.find(npz_path, question, lambda: self.find(npz_path, caption, accept_unrecorded))
         if self.skip_disk_cache_validity_check and os.path.exists(npz_path):
             expected = replace(self.record_of(caption), model="")
             suffix, _ = text_cache_io.find_text(npz_path, self.layout, expected, needed=self.needed)

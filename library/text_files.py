@@ -1,11 +1,15 @@
-"""Text, JSON and TOML from files of any origin: what cannot be read is one message that names the file and the reason."""
+"""Text, JSON and TOML from files of any origin: what cannot be read is one message that names the file and the reason. Input files
+are opened only when they are files, and TOML is written so that it can be read."""
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
-from collections.abc import Callable, Iterable
-from typing import Any
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from typing import IO, Any
 
 from library.errors import AtelierError, ConfigError
 
@@ -13,11 +17,26 @@ MOST_NESTED = 100
 """levels of lists and tables; no file that means something here has a tenth of that, and more would end in a RecursionError later"""
 
 
+def require_file(path: str | os.PathLike[str]) -> None:
+    """OSError for what is no regular file: a pipe or a device would be waited for, perhaps for ever."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, a file is needed", os.fspath(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, a file is needed", os.fspath(path))
+
+
+def open_file(path: str | os.PathLike[str], mode: str = "rb", **how: Any) -> IO[Any]:
+    """open() for an input file; OSError when it is none."""
+    require_file(path)
+    return open(path, mode, **how)
+
+
 def read_text(path: str | os.PathLike[str], what: str | None = None, error: type[AtelierError] = ConfigError) -> str:
     """The text of a UTF-8 file, with or without byte order mark. `what` says in messages which file it is."""
     name = what or str(path)
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open_file(path, "r", encoding="utf-8-sig") as file:
             return file.read()
     except FileNotFoundError:
         raise error(f"{name} does not exist") from None
@@ -83,3 +102,21 @@ def check_depth(value: Any) -> None:
 def _short(problem: Exception) -> str:
     text = str(problem)
     return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def toml_text(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Tables of plain values as a TOML document."""
+    parts = ("\n".join([f"[{name}]", *(f"{key} = {_toml_value(value)}" for key, value in table.items()), ""]) for name, table in tables.items())
+    return "\n".join(parts)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else str(value)
+    if isinstance(value, int):
+        return str(value)
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # strings of JSON are strings of TOML but for this

@@ -168,10 +168,12 @@ def _from_hub(hub_id: str, subfolder: str | None, cache_dir: str | None, read: C
     """Fetch the tokenizer files of a hub model and keep them in the cache folder; None when the hub cannot be reached."""
     from huggingface_hub import snapshot_download
 
+    from library.huggingface_util import is_hub_reachable
+
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model")
     place = f"{subfolder}/" if subfolder else ""
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=[place + name for name in names])) / (subfolder or "")
+        folder = Path(snapshot_download(hub_id, allow_patterns=[place + name for name in names], local_files_only=not is_hub_reachable())) / (subfolder or "")
     except Exception as error:  # no network, no permission, offline mode: each its own class, differing between versions
         logger.debug("the tokenizer of %s cannot be fetched: %s", hub_id, error)
         return None
@@ -406,7 +408,7 @@ def _protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
         size = {1: 8, 5: 4}.get(wire)
         if size is None:
             if wire != 2:
-                raise ValueError(f"wire type {wire} at byte {position}")
+                raise ValueError(f"byte {position} has the wire type {wire}, which is not known")
             size = varint()
         if position + size > len(message):
             raise ValueError(f"a field of {size} bytes at byte {position} runs past the end")

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from library.errors import AtelierError
 from library.options import Config, option
 from library.training import cli
 
@@ -61,12 +60,7 @@ def dtype_problem(name: str, value: str | None) -> str | None:
 def tool_exit_code(run: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None) -> int:
     """Call `run(argv)`: 0, or the exit code of the error after its one message."""
     try:
-        run(argv)
-    except AtelierError as error:
-        return cli.report(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return cli.INTERRUPTED
+        return cli.exit_code(lambda: run(argv))
     except BrokenPipeError:  # the program that reads the output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

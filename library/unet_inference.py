@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ def run(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> list[Path]:
     lines = problems.attempt(lambda: known_lines(config))
     planner = problems.attempt(lambda: make_planner(config, lines or []))
     if planner is not None and lines:
-        problems.attempt(lambda: checked(lines, lambda line: check_line(planner, line, config)))
+        lines = problems.attempt(lambda: checked(lines, lambda line: check_line(planner, line, config)))
     problems.raise_if_any()
     tell_equivalent(config)
     for line in start_notices(config):
@@ -173,10 +174,34 @@ def check_line(planner: Planner, line: PromptLine, config: Config) -> None:
     """ConfigError for a line that cannot be made with these options."""
     sources = config[GenerationSourceOptions]
     for request in planner.check(line):
+        _check_depths(request, line, config[GenerationModelOptions])
         if sources.highres_fix_scale is not None:
             first_stage(request, sources.highres_fix_scale, sources.highres_fix_steps)
         if request.gradual_latent is not None and sources.mask_path and sources.image_path:
             raise ConfigError(f"{line.where}: gradual latent changes the size of latents, which a mask of --mask_path does not follow; leave one out")
+
+
+def _check_depths(request: ImageRequest, line: PromptLine, model: GenerationModelOptions) -> None:
+    """ConfigError for a block of Deep Shrink that the U-Net has not, which would have no effect."""
+    depths = [] if request.deep_shrink is None else [request.deep_shrink.depth_1, request.deep_shrink.depth_2]
+    blocks = _blocks_down(model) if depths else None
+    wrong = next((depth for depth in depths if depth is not None and blocks is not None and depth >= blocks), None)
+    if wrong is not None:
+        raise ConfigError(f"{line.where}: Deep Shrink is for block {wrong}; the U-Net of {model.ckpt} has {blocks} on the way down, so 0 to {blocks - 1} is needed")
+
+
+@lru_cache(maxsize=1)
+def _blocks_down(model: GenerationModelOptions) -> int | None:
+    """Blocks of the U-Net on the way down, from the header; None for a checkpoint that does not fit, which is told elsewhere."""
+    import importlib
+
+    from library.unet_pipeline import GENERATORS
+
+    try:
+        params = importlib.import_module(GENERATORS[model.family]).inspect(model)[0].params
+    except CheckpointError:
+        return None
+    return len(params.channels) * (params.num_res_blocks + 1)
 
 
 def start_notices(config: Config) -> list[str]:
@@ -215,10 +240,19 @@ def groups_of(config: Config, planner: Planner, lines: list[PromptLine], pipelin
         prompter = load_prompter(options.from_module)(argparse.Namespace(**config.values()), pipeline, pipeline.networks.networks)
 
     def lines_of(number: int) -> list[PromptLine]:
-        known = lines if prompter is None else checked(list(module_lines(prompter)), check)
+        known = lines if prompter is None else _of_module(list(module_lines(prompter)), check)
         return round_of(known, options, planner.base_seed, number)
 
     yield (request for number in range(options.n_iter) for line in lines_of(number) for request in planner.requests(line, number))
+
+
+def _of_module(lines: list[PromptLine], check: Callable[[PromptLine], None]) -> list[PromptLine]:
+    """As `checked`; a round without a good line makes nothing."""
+    try:
+        return checked(lines, check)
+    except ConfigError as error:
+        logger.error("no prompt of this round can be made: %s", error)
+        return []
 
 
 def add_pictures(pipeline: UNetPipeline, config: Config) -> None:

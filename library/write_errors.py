@@ -31,8 +31,23 @@ _TORCH_WRITER = ("PytorchStreamWriter", "unexpected pos", "iostream error")
 _NEARLY_FULL = 1 << 20  # bytes
 
 
-class WriteError(AtelierError):
-    """A file could not be written. The message names it, tells why, what is there now and what to do."""
+class WriteError(AtelierError, OSError):
+    """A file could not be written. The message names it, tells why, what is there now and what to do. It is an OSError too,
+    so that code which can do without the file passes over it as before."""
+
+    def __init__(self, message: str, error: OSError | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.errno, self.strerror = (error.errno, error.strerror) if error is not None else (None, None)
+
+    def __str__(self) -> str:
+        return self.message
+
+    def with_more(self, text: str) -> WriteError:
+        """The same error with more to tell."""
+        more = WriteError(f"{self.message}. {text}")
+        more.errno, more.strerror = self.errno, self.strerror
+        return more
 
 
 class HeldFileError(WriteError):
@@ -47,7 +62,7 @@ def os_error_of(error: BaseException | None) -> OSError | None:
     """The system's error behind one that a library raised, or None: itself, one that it came from, or a number in its text."""
     seen = 0
     while error is not None and seen < 10:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, WriteError):
             return error
         number = _RUST.search(str(error)) if not isinstance(error, OSError) else None
         if number:
@@ -103,7 +118,7 @@ def write_error(path: str | os.PathLike[str], error: OSError) -> WriteError:
         reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
         advice = "Mend this, or choose another place, and run the command again"
     present = "; the earlier one of this name is unchanged" if os.path.lexists(path) else "; nothing of it is left there"
-    return WriteError(f"{path} could not be written: {reason}{present}. {advice}")
+    return WriteError(f"{path} could not be written: {reason}{present}. {advice}", error)
 
 
 def disk_problem(error: BaseException) -> str | None:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.errors import CheckpointError
 from library.keyed_random import StepDraws
+from library.number_formats import IN_MEMORY, narrowed
 from networks.weight_decomposition import decomposed_output, dora_change, lengths_of, shrink
 
 
@@ -358,7 +359,7 @@ class AdapterModule(nn.Module):
             original = parameter.detach().to(next(iter(tensors.values())).device if device is None else device, torch.float32)
             merged = change_of_part(tensors, original)
             if merged is not None:
-                parameter.data.copy_(merged.to(dtype or parameter.dtype))
+                parameter.data.copy_(narrowed(f"{self.lora_name}.{name}", merged, dtype or parameter.dtype, IN_MEMORY))
 
     def _merged_weight(self, tensors: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor | None:
         return weight + change_of(type(self), tensors, weight, self.multiplier)

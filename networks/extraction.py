@@ -39,7 +39,6 @@ class ExtractionPlan:
     min_diff: float = 0.0
     clamp_quantile: float | None = None
     device: str = "cpu"
-    dtype: torch.dtype = torch.float32
 
     def wants(self, lora_name: str) -> bool:
         if self.include is not None and not self.include.search(lora_name):
@@ -69,7 +68,14 @@ def extract(targets: NetworkTargets, original: ModelLayers, tuned: ModelLayers, 
         reason = _reason(targets, name, original.shape(name), plan)
         if reason == "":
             continue
-        diff = _difference(name, original, tuned).to(plan.device)
+        before, diff = _difference(name, original, tuned)
+        formats = original.dtype(name), tuned.dtype(name)
+        if is_rounding(before, diff, *formats):
+            if diff.any():
+                label = f"what the rounding from {_word(formats[0])} to {_word(formats[1])}, the formats of the models, explains"
+                result.left_out.setdefault(label, []).append(f"{lora_name}.{parameter}")
+            continue
+        diff = diff.to(plan.device)
         size = float(diff.abs().max()) if diff.numel() else 0.0
         part = targets.encoder_of(lora_name)
         largest[part] = max(largest.get(part, 0.0), size)
@@ -84,7 +90,7 @@ def extract(targets: NetworkTargets, original: ModelLayers, tuned: ModelLayers, 
             _drop_part(targets, result, part, size)
     _complete(result, original, plan.kind)
     if not result.tensors:
-        raise CheckpointError(f"{tuned.label} and {original.label} do not differ in any layer that is asked for; there is nothing to extract")
+        raise CheckpointError(f"{tuned.label} and {original.label} do not differ in any layer that is asked for{_but(result)}; there is nothing to extract")
     return result
 
 
@@ -101,13 +107,32 @@ def _common(original: ModelLayers, tuned: ModelLayers) -> list[Name]:
     return names
 
 
-def _difference(name: Name, original: ModelLayers, tuned: ModelLayers) -> torch.Tensor:
+def _but(result: Extracted) -> str:
+    return "" if not result.left_out else " but for " + "; ".join(f"{reason} ({len(names)})" for reason, names in result.left_out.items())
+
+
+def is_rounding(before: torch.Tensor, diff: torch.Tensor, original: torch.dtype, tuned: torch.dtype) -> bool:
+    """Whether storing the original weight in the format of the tuned model explains the whole difference: no number moved by more
+    than half a step of that format. Of equal formats, and where the tuned model's is the finer one, only no difference is."""
+    if not tuned.is_floating_point or not original.is_floating_point or torch.finfo(tuned).eps <= torch.finfo(original).eps:
+        return not bool(diff.any())
+    info = torch.finfo(tuned)
+    step = before.abs() * (info.eps / 2) + info.smallest_normal * info.eps / 2  # below the smallest normal number steps are equal
+    return bool((diff.abs() <= step).all())
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _difference(name: Name, original: ModelLayers, tuned: ModelLayers) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the original weight, what the tuned one differs by)."""
     before, after = original.read(name), tuned.read(name)
     if [size for size in before.shape if size != 1] != [size for size in after.shape if size != 1]:
         raise CheckpointError(
             f"{name[0]} is {list(before.shape)} in {original.label} and {list(after.shape)} in {tuned.label}; they are different models"
         )
-    return after.view(before.shape) - before
+    return before, after.view(before.shape) - before
 
 
 def _reason(targets: NetworkTargets, name: Name, shape: tuple[int, ...], plan: ExtractionPlan) -> str | None:
@@ -151,13 +176,13 @@ def _put(result: Extracted, name: Name, diff: torch.Tensor, plan: ExtractionPlan
     lora_name, parameter = name
     if diff.ndim == 1:
         key = "b" if parameter == "bias" else "w_norm"
-        result.tensors[f"{lora_name}.{key}"] = diff.to("cpu", plan.dtype)  # biases get their name when all layers are known
+        result.tensors[f"{lora_name}.{key}"] = diff.cpu()  # biases get their name when all layers are known
         return
     made, change = _MAKERS[plan.kind](diff, plan)
     result.errors[lora_name] = float((diff - change).norm() / diff.norm())
     if "lora_down.weight" in made:
         result.ranks[lora_name] = made["lora_down.weight"].shape[0]
-    result.tensors |= {f"{lora_name}.{key}": tensor.to("cpu", torch.float32 if key == "alpha" else plan.dtype) for key, tensor in made.items()}
+    result.tensors |= {f"{lora_name}.{key}": tensor.cpu() for key, tensor in made.items()}
 
 
 Made = tuple[dict[str, torch.Tensor], torch.Tensor]

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from library.errors import CheckpointError
+from library.number_formats import narrowed
 from networks.file_names import (
     DOTTED_PREFIX,
     KOHYA_PREFIX,
@@ -187,8 +188,8 @@ def to_diffusers(family: str, tensors: Tensors, fold: str | None = "up") -> dict
             pairs = [(lora.down, part) for part in lora.up.split(rows)]
         factors = fold_factors(fold, lora.scale)
         for key, (down, up) in zip(keys, pairs, strict=True):
-            result[f"{key}.lora_A.weight"] = _scaled(down, factors[0])
-            result[f"{key}.lora_B.weight"] = _scaled(up, factors[1])
+            result[f"{key}.lora_A.weight"] = _scaled(f"{key}.lora_A.weight", down, factors[0])
+            result[f"{key}.lora_B.weight"] = _scaled(f"{key}.lora_B.weight", up, factors[1])
             if fold is None and lora.alpha is not None:
                 result[f"{key}.alpha"] = torch.tensor(lora.alpha * down.shape[0] / lora.down.shape[0])
         if "dora_scale" in module:
@@ -204,13 +205,21 @@ def to_dotted(
 
     `prefix` stands in front of the denoiser's paths; `fold`: see fold_factors. A text encoder that has no dotted name keeps
     its kohya names, which ComfyUI reads in the same file. So do all layers of families that ComfyUI reads under kohya names
-    of the original paths alone (HunyuanImage).
+    of the original paths alone (HunyuanImage). Tensors come in the form that ComfyUI reads (comfy_forms); where its result differs all
+    the same, the log tells.
     """
+    from networks.comfy_forms import difference, for_comfy
+
     result: dict[str, torch.Tensor] = {}
+    different: dict[str, list[str]] = {}
     for place, name, module in _placed(family, tensors, "the dotted layout"):
         refuse_parts(name, module)
+        module = for_comfy(name, module)
+        reason = difference(module)
+        if reason:
+            different.setdefault(reason, []).append(name)
         if fold is not None and DOWN in module:
-            module = _without_alpha(_lora_of(name, module, "an adapter"), module, fold)
+            module = _without_alpha(name, _lora_of(name, module, "an adapter"), module, fold)
         if names_of_family(family).comfy_is_kohya:
             _put(result, place.original_kohya, module)
         elif place.dotted:
@@ -220,6 +229,8 @@ def to_dotted(
             _put(result, path, {_PEFT.get(key, key): tensor for key, tensor in module.items()})
         else:
             _put(result, name, module)
+    for reason, names in different.items():
+        logger.warning("ComfyUI gives another result for %d layers (first: %s): %s", len(names), names[0], reason)
     return result
 
 
@@ -335,10 +346,10 @@ def _placed(family: str, tensors: Tensors, layout: str) -> list[tuple[Place, str
     return found
 
 
-def _without_alpha(lora: _Lora, module: Module, fold: str) -> Module:
+def _without_alpha(name: str, lora: _Lora, module: Module, fold: str) -> Module:
     down, up = fold_factors(fold, lora.scale)
     rest = {key: tensor for key, tensor in module.items() if key == "dora_scale"}
-    return {DOWN: _scaled(lora.down, down), UP: _scaled(lora.up, up), **rest}
+    return {DOWN: _scaled(f"{name}.{DOWN}", lora.down, down), UP: _scaled(f"{name}.{UP}", lora.up, up), **rest}
 
 
 def _lora_of(name: str, module: Module, what: str) -> _Lora:
@@ -377,7 +388,7 @@ def _fused(loras: Sequence[_Lora | None], layer: LayerNames) -> _Lora:
         ups = [lora.up if lora else first.up.new_zeros(rows[i], first.up.shape[1]) for i, lora in enumerate(loras)]
         return _Lora(first.down, torch.cat(ups), first.alpha)
     pairs = [
-        (lora.down, lora.up if same_scale else _scaled(lora.up, lora.scale))
+        (lora.down, lora.up if same_scale else _scaled(f"a part of {layer.path}", lora.up, lora.scale))
         if lora else (first.down.new_zeros(0, width), first.up.new_zeros(rows[i], 0))
         for i, lora in enumerate(loras)
     ]  # fmt: skip
@@ -394,10 +405,10 @@ def _rows(layer: LayerNames, lora: _Lora) -> list[int]:
     rows, width, count = lora.up.shape[0], lora.down.shape[1], len(layer.parts)
     if layer.rows == "linear1":
         if rows <= 3 * width:
-            raise CheckpointError(f"{layer.path}: {rows} rows; needed: more than three times its {width} inputs")
+            raise CheckpointError(f"{layer.path} has {rows} rows; needed: more than three times its {width} inputs")
         return [width] * 3 + [rows - 3 * width]
     if rows % count:
-        raise CheckpointError(f"{layer.path}: {rows} rows do not divide into {count} parts")
+        raise CheckpointError(f"{layer.path} has {rows} rows, which do not divide into {count} parts; the file is for another model, or damaged")
     return [rows // count] * count
 
 
@@ -411,8 +422,8 @@ def _magnitudes(name: str, scale: torch.Tensor, lora: _Lora) -> torch.Tensor:
     return scale.reshape(1, out, 1, 1) if lora.down.ndim == 4 else scale.reshape(out)
 
 
-def _scaled(up: torch.Tensor, scale: float) -> torch.Tensor:
-    return up.contiguous() if scale == 1 else (up.float() * scale).to(up.dtype).contiguous()
+def _scaled(name: str, up: torch.Tensor, scale: float) -> torch.Tensor:
+    return up.contiguous() if scale == 1 else narrowed(name, up.float() * scale, up.dtype).contiguous()
 
 
 def _put(result: dict[str, torch.Tensor], name: str, module: Module) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from library.errors import CheckpointError
+from library.number_formats import narrowed
 from networks.adapter_layout import ALPHA, DOWN, UP, FileLayer
 from networks.file_names import is_kohya_name
 from networks.layer_tensors import alpha_of, scale_of
@@ -154,7 +155,7 @@ def dylora_part(layer: FileLayer, rank: int) -> dict[str, torch.Tensor]:
     down, up = layer.tensors[DOWN][:used].contiguous(), layer.tensors[UP][:, :used].contiguous()
     alpha *= math.sqrt(used / full)
     if not writes_alpha(layer):
-        return {layer.keys[DOWN]: down, layer.keys[UP]: (up.float() * (alpha / used)).to(up.dtype)}
+        return {layer.keys[DOWN]: down, layer.keys[UP]: narrowed(layer.keys[UP], up.float() * (alpha / used), up.dtype)}
     return {layer.keys[DOWN]: down, layer.keys[UP]: up, layer.key_of(ALPHA): torch.tensor(alpha)}
 
 

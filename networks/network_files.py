@@ -12,6 +12,7 @@ import torch
 from library.atomic_file import atomic_path
 from library.errors import CheckpointError
 from library.model_hashes import adapter_hashes
+from library.number_formats import narrowed_all
 from library.safetensors_utils import load_pickled_tensors, load_safetensors, read_header, save_file_atomic
 from networks.peft_config import configs_of, with_alphas
 from networks.targets import NetworkTargets
@@ -105,7 +106,7 @@ def write_adapter_file(
 ) -> None:
     """Write tensors as `dtype` (None = as held); alpha stays float32. safetensors get the metadata and hashes of the
     content, other endings are a torch pickle without metadata. The file appears complete or not at all."""
-    ready = {key: _for_file(key, tensor, dtype) for key, tensor in tensors.items()}
+    ready = {key: tensor.contiguous() for key, tensor in narrowed_all(_for_file(tensors, dtype)).items()}
     if os.path.splitext(path)[1] != ".safetensors":
         with atomic_path(path) as temporary, open(temporary, "wb") as file:  # given a name, torch writes it into the file
             torch.save(ready, file)
@@ -116,7 +117,9 @@ def write_adapter_file(
     save_file_atomic(ready, path, metadata or None)
 
 
-def _for_file(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    if key.endswith(".alpha"):
-        dtype = torch.float32  # rounding alpha would change the scale
-    return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+def _for_file(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, tuple[torch.Tensor, torch.dtype | None]]:
+    """key -> (tensor, its type in the file): rounding an alpha would change the scale."""
+    return {
+        key: (tensor.detach().cpu(), torch.float32 if key.endswith(".alpha") else dtype)
+        for key, tensor in tensors.items()
+    }

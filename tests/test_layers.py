@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     # 2: files and checkpoints
     ("library/*_utils.py", 2), ("library/*_util.py", 2), ("library/*_convert.py", 2), ("library/tokenizers.py", 2),
     ("library/tiny_models/*.py", 2), ("library/model_*.py", 2), ("library/checkpoint_*.py", 2), ("library/sai_model_spec.py", 2),
-    ("library/picture_files.py", 2), ("library/safetensors_header.py", 2),
+    ("library/picture_files.py", 2), ("library/number_formats.py", 1), ("library/safetensors_header.py", 2),
     # 3: strategies and data
     ("library/strategy_*.py", 3), ("library/dataset/*.py", 3), ("library/image_files.py", 3),
     # 4: numerics and adapters

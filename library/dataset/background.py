@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -42,6 +42,15 @@ class BackgroundWriter:
         self._pool.shutdown(wait=True)
         if kind is None:
             self._raise_error()
+
+
+def map_in_threads(function: Callable[[T], R], values: Sequence[T], *, num_threads: int, part: int = 64) -> list[R]:
+    """Results in the order of `values`; for many small tasks that wait for the disk. Raises the first exception."""
+    parts = [values[start : start + part] for start in range(0, len(values), part)]
+    if len(parts) < 2:
+        return [function(value) for value in values]
+    with ThreadPoolExecutor(min(num_threads, len(parts)), thread_name_prefix="files") as pool:
+        return [result for results in pool.map(lambda some: [function(value) for value in some], parts) for result in results]
 
 
 def map_ahead(

@@ -10,7 +10,7 @@ from library.config_util import Blueprint
 from library.dataset import DatasetOptions
 from library.dataset.architectures import DataArchitecture
 from library.dataset.dataset import Dataset, DatasetGroup
-from library.dataset.datasources import ScanResult, scan_datasets
+from library.dataset.datasources import ScanResult, reads_all_images, scan_datasets
 from library.dataset.items import DatasetParams, ImageItem
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def build_dataset_groups(
     if scan is None:
         scan = scan_datasets(
             blueprint, seed=seed, skip_bad_images=options.skip_bad_images,
-            fail_on_missing_captions=options.fail_on_missing_captions,
+            fail_on_missing_captions=options.fail_on_missing_captions, check_images=reads_all_images(options, None),
         )
     how = {"architecture": architecture, "seed": seed, "prior_loss_weight": options.prior_loss_weight}
     train = _group(blueprint.datasets, scan.train, is_training=True, **how)

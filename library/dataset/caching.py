@@ -10,7 +10,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +17,9 @@ import torch
 from tqdm import tqdm
 
 from library.dataset import cache_io
-from library.dataset.background import BackgroundWriter, map_ahead
+from library.dataset.background import BackgroundWriter, map_ahead, map_in_threads
 from library.dataset.cache_checks import check_cache_folders, check_caching, shared_file_problems
+from library.dataset.cache_index import CacheIndex
 from library.dataset.cache_io import ImageIdentity, LatentArrays
 from library.dataset.items import ImageItem
 from library.dataset.media_utils import ImageFileError
@@ -74,9 +74,11 @@ class Encoded:
 # ---- what is missing ----------------------------------------------------------------------------------------------------
 
 def plan_latents(
-    items: Iterable[ImageItem], strategy: LatentsCachingStrategy, *, process_index: int = 0, num_processes: int = 1
+    items: Iterable[ImageItem], strategy: LatentsCachingStrategy, *, process_index: int = 0, num_processes: int = 1,
+    index: CacheIndex | None = None,
 ) -> list[LatentsJob]:
-    """The jobs that this process has to encode, sorted by bucket size; sets `latents_npz` of the items.
+    """The jobs that this process has to encode, sorted by bucket size; sets `latents_npz` of the items. `index` knows files that
+    were found right before.
 
     On disk the files are divided among the processes; in memory every process encodes everything. Raises ConfigError when
     two images would share a file, or one image would be needed in two ways under one key, or a folder cannot be written.
@@ -93,13 +95,20 @@ def plan_latents(
     files = sorted({item.latents_npz for item in items})
     mine = set(files[process_index::num_processes])
     jobs = [job for job in _jobs_of(items) if job.item.latents_npz in mine]
-    with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        reasons = list(pool.map(lambda job: strategy.problem_of(job.item, job.flip_aug, job.alpha_mask), jobs))
+    reasons = check_jobs(jobs, strategy, index)
     missing = [job for job, reason in zip(jobs, reasons) if reason is not None]
     counts = dict(Counter(reason for reason in reasons if reason is not None))
     logger.info("latents: %d images cached, %d to encode %s", len(jobs) - len(missing), len(missing), counts or "")
     check_cache_folders(job.item.latents_npz for job in missing)
     return _sorted(missing)
+
+
+def check_jobs(jobs: Sequence[LatentsJob], strategy: LatentsCachingStrategy, index: CacheIndex | None) -> list[str | None]:
+    """Why the cache file of each job cannot be used, None where it can."""
+    index = index or CacheIndex()
+    return map_in_threads(
+        lambda job: strategy.find(job.item, job.flip_aug, job.alpha_mask, index), jobs, num_threads=CHECK_THREADS
+    )
 
 
 def _jobs_of(items: Iterable[ImageItem]) -> list[LatentsJob]:
@@ -231,14 +240,14 @@ def _store_in_memory(decoded: Decoded, encoded: Encoded) -> None:
         item.alpha_mask = None if mask is None else torch.from_numpy(mask)
 
 
-def unusable_items(items: Iterable[ImageItem], strategy: LatentsCachingStrategy) -> list[ImageItem]:
+def unusable_items(
+    items: Iterable[ImageItem], strategy: LatentsCachingStrategy, index: CacheIndex | None = None
+) -> list[ImageItem]:
     """After all processes have encoded their part: items that still have no latents, the same list on every process."""
     if not strategy.cache_to_disk:
         return [item for item in items if item.latents is None]
-    with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        items = list(items)
-        reasons = pool.map(lambda item: strategy.problem_of(item, item.subset.flip_aug, item.subset.alpha_mask), items)
-        return [item for item, reason in zip(items, reasons) if reason is not None]
+    jobs = _jobs_of(items)
+    return [item for job, reason in zip(jobs, check_jobs(jobs, strategy, index)) if reason is not None for item in job.items]
 
 
 def cache_one_batch(

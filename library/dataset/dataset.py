@@ -21,6 +21,7 @@ from library.dataset.captions import is_dropped, process_caption, tag_frequency
 from library.dataset.collate import Sample, collate
 from library.dataset.draws import sample_color, sample_flip, sample_geometry
 from library.dataset.items import DatasetParams, ImageItem, SubsetParams
+from library.dataset.media_utils import ImageFileError
 from library.dataset.plan import BatchRequest, BucketList, StepPlan, plan_epoch
 from library.dataset.samples import Geometry, conditioning_tensor, image_tensor, mask_tensor, read_pixels
 from library.dataset.shared_tensors import SharedTensors
@@ -106,10 +107,10 @@ class Dataset:
     @property
     def tag_frequency(self) -> dict[str, dict[str, int]]:
         """Folder or metadata file -> tag -> number of images that have it."""
-        texts: dict[str, list[str]] = {}
+        texts: dict[str, list[tuple[str, SubsetParams]]] = {}
         for item in self.items:
             tags = item.captions_extra.get("tags", "") if item.subset.metadata_file else item.caption
-            texts.setdefault(subset_name(item.subset), []).append(tags)
+            texts.setdefault(subset_name(item.subset), []).append((tags, item.subset))
         return {name: tag_frequency(entries) for name, entries in texts.items()}
 
     @property
@@ -144,7 +145,12 @@ class Dataset:
 
     def load(self, request: BatchRequest) -> Batch:
         """The batch of a request. Raises ImageFileError or CheckpointError naming the file that cannot be read."""
-        samples = [self._sample(self.items[i], request, position) for i, position in zip(request.items, request.positions)]
+        try:
+            samples = [self._sample(self.items[i], request, position) for i, position in zip(request.items, request.positions)]
+        except ImageFileError as error:  # damage inside a file, which its header does not show
+            raise ImageFileError(
+                f"{error}; repair or remove it. --check_images names all such images before training, --skip_bad_images leaves them out"
+            ) from error
         tokenize = self.strategies.tokenize if self.strategies is not None else None
         return collate(request, samples, tokenize if self._needs_tokens(samples) else None, self.params.network_multiplier)
 

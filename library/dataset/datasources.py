@@ -18,9 +18,10 @@ from library.dataset.architectures import DataArchitecture
 from library.dataset.bucket import BucketSelector
 from library.dataset.captions import read_caption, tag_frequency
 from library.dataset.discovery import FoundImage, Scanner, discover, listed
+from library.dataset.image_headers import look_at_image
 from library.dataset.info_cache import info_entry, known_image, read_info, write_info
 from library.dataset.items import DatasetParams, ImageItem, SubsetParams
-from library.dataset.media_utils import ImageCheck, check_conditioning_size, image_size, verify_image
+from library.dataset.media_utils import ImageCheck, check_conditioning_size, verify_image
 from library.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ DEFAULT_SPLIT_SEED = 42
 """seed of the validation split when neither validation_seed nor --seed is given: two runs agree"""
 MOST_PROBLEMS = 50
 MAX_THREADS = 8
+MOST_SAMPLES = 50_000_000
+"""of an epoch, with repeats; each is a number in memory"""
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,15 @@ def scan_datasets(
     seed: int | None = None,
     skip_bad_images: bool = False,
     fail_on_missing_captions: bool = False,
-    check_files: bool = True,
+    check_images: bool = False,
 ) -> ScanResult:
-    """Find all images of a blueprint. `check_files`: read every image fully, so that a damaged one is known now.
+    """Find all images of a blueprint. Sizes come from headers; with `check_images` every image is read in full, so that damage
+    inside a file is known now and not when it is first used.
 
     `seed` is the run's seed, on which the validation split falls back. Raises ConfigError with all problems: folders that are
     missing or empty, images that cannot be read (left out with `skip_bad_images`), captions, masks, metadata files.
     """
-    scanner = Scanner(skip_bad_images, fail_on_missing_captions, check_files)
+    scanner = Scanner(skip_bad_images, fail_on_missing_captions, check_images)
     found = [[discover(subset, dataset.kind, scanner) for subset in dataset.subsets] for dataset in blueprint.datasets]
     _read_files(blueprint, found, scanner)
     train: list[list[ImageItem]] = []
@@ -93,12 +97,17 @@ def load_datasets(
     architecture: DataArchitecture,
     script: str = "train_network",
     seed: int | None = None,
-    check_files: bool = True,
+    check_images: bool | None = None,
 ) -> tuple[Blueprint, ScanResult]:
-    """Read the configuration and scan its images; problems of both are raised together, as one ConfigError."""
+    """Read the configuration and scan its images; problems of both are raised together, as one ConfigError.
+
+    `check_images`: see scan_datasets; by default what the options say.
+    """
+    if check_images is None:
+        check_images = reads_all_images(options, caching)
     settings = dict(
         seed=seed, skip_bad_images=options.skip_bad_images, fail_on_missing_captions=options.fail_on_missing_captions,
-        check_files=check_files,
+        check_images=check_images,
     )
     try:
         blueprint = load_blueprint(options, caching, explicit=explicit, architecture=architecture, script=script)
@@ -111,6 +120,12 @@ def load_datasets(
             raise ConfigError([*error.problems, *files.problems]) from error
         raise
     return blueprint, scan_datasets(blueprint, **settings)
+
+
+def reads_all_images(options: DatasetOptions, caching: CachingOptions | None) -> bool:
+    """Whether images are read in full at the start: when asked for, and where damaged ones are to be left out of a run that has
+    no latent cache, whose making shows which they are."""
+    return options.check_images or (options.skip_bad_images and not (caching is not None and caching.caches_latents))
 
 
 # ---------------------------------------------------------------- reading
@@ -129,7 +144,8 @@ def _read_files(blueprint: Blueprint, found: list[list[list[FoundImage]]], scann
                 image.size, image.caption, image.is_known = known.size, known.caption, True
     wanted = dict.fromkeys(
         path for _, images in pairs for image in images
-        for path in ((image.cond_path,) if image.is_known else (image.path, image.cond_path)) if path is not None
+        for path in ((image.cond_path,) if image.is_known and not scanner.check_images else (image.path, image.cond_path))
+        if path is not None
     )
     _check_images(list(wanted), scanner)
     for subset, images in pairs:
@@ -138,7 +154,7 @@ def _read_files(blueprint: Blueprint, found: list[list[list[FoundImage]]], scann
             _read_captions(images, subset, scanner)
         _warn_of_pixels(images, subset, scanner)
         _settle_captions(images, subset, scanner)
-        if subset.cache_info and scanner.check_files and images and not all(image.is_known for image in images):
+        if subset.cache_info and images and not all(image.is_known for image in images):
             _write_info(subset, images, scanner)
 
 
@@ -148,7 +164,7 @@ def _check_images(paths: Sequence[str], scanner: Scanner) -> None:
 
     def check(path: str) -> ImageCheck | ConfigError:
         try:
-            return verify_image(path) if scanner.check_files else ImageCheck(image_size(path))
+            return verify_image(path) if scanner.check_images else look_at_image(path)
         except ConfigError as error:
             return error
 
@@ -269,11 +285,12 @@ def _item(image: FoundImage, subset: SubsetParams, num_repeats: int) -> ImageIte
 
 def _frequencies(items: Iterable[ImageItem]) -> dict[str, dict[str, int]]:
     """Tags per folder (of captions) or per metadata file (of its `tags` only)."""
-    texts: dict[str, list[str]] = {}
+    texts: dict[str, list[tuple[str, SubsetParams]]] = {}
     for item in items:
         source = item.subset.metadata_file or item.subset.image_dir or ""
         name = os.path.basename(os.path.normpath(source))
-        texts.setdefault(name, []).append(item.captions_extra.get("tags", "") if item.subset.metadata_file else item.caption)
+        text = item.captions_extra.get("tags", "") if item.subset.metadata_file else item.caption
+        texts.setdefault(name, []).append((text, item.subset))
     return {name: tag_frequency(captions) for name, captions in texts.items()}
 
 
@@ -283,8 +300,14 @@ def _frequencies(items: Iterable[ImageItem]) -> dict[str, dict[str, int]]:
 def _check_counts(
     blueprint: Blueprint, train: list[list[ImageItem]], validation: list[list[ImageItem]], has_validation: bool, scanner: Scanner
 ) -> None:
-    """Empty folders, datasets and runs; bucket settings that no image fits."""
+    """Empty folders, datasets and runs; epochs longer than memory holds; bucket settings that no image fits."""
     for dataset, items, held_out in zip(blueprint.datasets, train, validation):
+        samples = sum(item.num_repeats for item in items)
+        if samples > MOST_SAMPLES:
+            scanner.problems.append(
+                f"{dataset.label}: {len(items)} images with their num_repeats are {samples} samples in an epoch; at most {MOST_SAMPLES} are"
+                " possible: lower num_repeats, the run is as long as --max_train_steps or --max_train_epochs says"
+            )
         filled = {item.subset.label for item in (*items, *held_out)}
         for subset in dataset.subsets:
             if subset.label not in filled and subset.num_repeats and _is_readable(subset):

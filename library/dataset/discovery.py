@@ -35,7 +35,8 @@ class Scanner:
 
     skip_bad_images: bool
     fail_on_missing_captions: bool
-    check_files: bool
+    check_images: bool
+    """whether every image is read in full, and not only its header"""
     extensions: frozenset[str] = field(default_factory=image_extensions)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

@@ -6,7 +6,8 @@ import gc
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from library.dataset.caching import encode_latents, plan_latents, unusable_items
+from library.dataset.cache_index import CacheIndex
+from library.dataset.caching import check_jobs, encode_latents, plan_latents, unusable_items
 from library.dataset.dataset import DatasetGroup
 from library.dataset.items import ImageItem
 from library.dataset.text_caching import empty_caption_item, encode_text, finish_text, plan_text, text_outputs_of
@@ -38,7 +39,8 @@ def fill_latent_cache(
     """
     strategy = strategies.latents_caching
     items = [item for group in groups for item in group.items]
-    jobs = plan_latents(items, strategy, process_index=processes.rank, num_processes=processes.num_processes)
+    index = CacheIndex()
+    jobs = plan_latents(items, strategy, process_index=processes.rank, num_processes=processes.num_processes, index=index)
     bad: list[ImageItem] = []
     if jobs:
         vae = load_vae()
@@ -49,11 +51,22 @@ def fill_latent_cache(
         gc.collect()
     processes.barrier()
     if skip_bad_images and processes.num_processes > 1:  # other processes may have found bad images among theirs
-        bad = unusable_items(items, strategy)
+        bad = unusable_items(items, strategy, index)
+    if strategy.cache_to_disk:
+        check_jobs(jobs, strategy, index)  # what was just written is noted as it lies on the disk
+        _save_in_turn(index, processes)
     for group in groups:
         group.drop(bad)
         group.share_memory()
     return len(jobs)
+
+
+def _save_in_turn(index: CacheIndex, processes: Processes) -> None:
+    """One process after the other, so that none overwrites what another has noted."""
+    for rank in range(processes.num_processes):
+        if rank == processes.rank:
+            index.save()
+        processes.barrier()
 
 
 def fill_text_cache(
@@ -71,13 +84,16 @@ def fill_text_cache(
     items = [item for group in groups for item in group.items]
     empty = empty_caption_item([item for group in groups if group.is_training for item in group.items])
     everything = items if empty is None else [*items, empty]
-    plan = plan_text(everything, strategy, process_index=processes.rank, num_processes=processes.num_processes)
+    index = CacheIndex()
+    plan = plan_text(everything, strategy, process_index=processes.rank, num_processes=processes.num_processes, index=index)
     if plan.needs_model:
         batch_size = max((group.batch_size for group in groups), default=1)
         encode_text(plan, strategies, load_text_encoders(), batch_size=batch_size, show_progress=processes.rank == 0)
         gc.collect()
     processes.barrier()
-    finish_text(everything, strategy)
+    if strategy.cache_to_disk:
+        finish_text(everything if processes.num_processes > 1 else plan.items, strategy, index)
+        _save_in_turn(index, processes)
     if empty is not None:
         empty.text_encoder_outputs = text_outputs_of(empty, strategy)
     for group in groups:

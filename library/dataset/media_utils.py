@@ -74,10 +74,10 @@ def _importable(module: str) -> bool:
 def image_size(path: str | Path) -> Size:
     """Size of the image as shown, from its header. Raises ImageFileError."""
     with opened_image(path) as image:
-        return _shown_size(image, path)
+        return shown_size(image, path)
 
 
-def _shown_size(image: Image.Image, path: str | Path) -> Size:
+def shown_size(image: Image.Image, path: str | Path) -> Size:
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageFileError(f"{path} has the size {width}x{height}")
@@ -165,10 +165,10 @@ class ImageCheck:
 def verify_image(path: str | Path) -> ImageCheck:
     """Read all pixels of an image. Raises ImageFileError, which names the file, when it is empty, damaged or truncated."""
     with opened_image(path) as image:
-        size = _shown_size(image, path)
+        size = shown_size(image, path)
         image.load()
         _check_numbers(image, path)
-        transparent = _has_alpha(image)
+        transparent = has_alpha(image)
         alpha_range = image.convert("RGBA").getchannel("A").getextrema() if transparent else (255, 255)
         bands = image.getextrema()
         first = bands if isinstance(bands[0], (int, float)) else bands[0]
@@ -177,7 +177,7 @@ def verify_image(path: str | Path) -> ImageCheck:
         return ImageCheck(size, image.mode in DEEP_MODES, transparent, black, alpha_range[1] == 0)
 
 
-def _has_alpha(image: Image.Image) -> bool:
+def has_alpha(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 

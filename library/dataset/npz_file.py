@@ -15,6 +15,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from library.atomic_file import atomic_path
+from library.text_files import require_file
 
 FIXED_DATE = (1980, 1, 1, 0, 0, 0)  # so that the same arrays give the same file
 UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError)
@@ -42,6 +43,7 @@ class ArrayHeader:
 def read_headers(path: str | os.PathLike[str]) -> dict[str, ArrayHeader]:
     """Key -> header of every array; the data are not read. Raises one of UNREADABLE for a damaged file: one of an array that
     holds more or less than its header says, or would unpack to more than memory should hold."""
+    require_file(path)
     with _only_unreadable(), zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
         unpacked = sum(info.file_size for info in infos if info.compress_size != info.file_size)

@@ -43,15 +43,20 @@ class TextKey:
 @dataclass(frozen=True)
 class TextLayout:
     """`keys` in the order of the conditioning list; `flags`: options stored beside them that must be equal to use the file;
-    `live_when_partial`: outputs of the encoders that can be trained while the others are cached."""
+    `live_when_partial`: outputs of the encoders that can be trained while the others are cached; `foreign`: how the numbers in
+    files of known trainers differ from ours."""
 
     keys: tuple[TextKey, ...]
     flags: tuple[str, ...] = ()
     live_when_partial: frozenset[str] = frozenset()
+    foreign: str = ""
 
 
 TEXT_LAYOUTS: dict[str, TextLayout] = {
-    "sdxl": TextLayout((TextKey("hidden_state1"), TextKey("hidden_state2"), TextKey("pool2", num_dims=1))),
+    "sdxl": TextLayout(
+        (TextKey("hidden_state1"), TextKey("hidden_state2"), TextKey("pool2", num_dims=1)),
+        foreign="their pooled captions (pool2) may have gone through the transposed text_projection",
+    ),
     "sd3": TextLayout(
         (
             TextKey("lg_out"), TextKey("t5_out", is_sized=True), TextKey("lg_pooled", num_dims=1),
@@ -68,6 +73,7 @@ TEXT_LAYOUTS: dict[str, TextLayout] = {
         ),
         flags=("apply_t5_attn_mask",),
         live_when_partial=frozenset({"l_pooled"}),
+        foreign="their pooled captions (l_pooled) were computed with gelu in the place of quick_gelu",
     ),
     "lumina": TextLayout(
         (

@@ -17,8 +17,9 @@ import torch
 from tqdm import tqdm
 
 from library.dataset import text_cache_io
-from library.dataset.background import BackgroundWriter
+from library.dataset.background import BackgroundWriter, map_in_threads
 from library.dataset.cache_checks import check_cache_folders, check_caching, shared_file_problems
+from library.dataset.cache_index import CacheIndex
 from library.dataset.captions import deterministic_caption
 from library.dataset.items import ImageItem
 from library.errors import ConfigError, TrainingError
@@ -26,6 +27,7 @@ from library.strategy_base import StrategySet, TextEncoderOutputsCachingStrategy
 
 logger = logging.getLogger(__name__)
 
+CHECK_THREADS = 8
 EMPTY_CAPTION_FILE = "_empty_caption"  # stem of the file that holds the outputs of ""
 
 
@@ -43,6 +45,10 @@ class TextPlan:
 
     jobs: list[TextJob]
     in_use: dict[str, frozenset[str]]
+
+    @property
+    def items(self) -> list[ImageItem]:
+        return [item for job in self.jobs for item in job.items]
 
     @property
     def needs_model(self) -> bool:
@@ -73,7 +79,8 @@ def empty_caption_item(items: Sequence[ImageItem]) -> ImageItem | None:
 
 
 def plan_text(
-    items: Sequence[ImageItem], strategy: TextEncoderOutputsCachingStrategy, *, process_index: int = 0, num_processes: int = 1
+    items: Sequence[ImageItem], strategy: TextEncoderOutputsCachingStrategy, *, process_index: int = 0, num_processes: int = 1,
+    index: CacheIndex | None = None,
 ) -> TextPlan:
     """Find what is cached already and what this process has to encode; sets paths and suffixes of the items.
 
@@ -91,10 +98,9 @@ def plan_text(
         by_file.setdefault(item.text_encoder_outputs_npz, []).append(item)
     mine = sorted(by_file)[process_index::num_processes]
     missing, reasons = [], Counter()
-    for path in mine:
-        for item, reason in _find(by_file[path], strategy):
-            missing.append(item)
-            reasons[reason] += 1
+    for item, reason in _find_all([by_file[path] for path in mine], strategy, index):
+        missing.append(item)
+        reasons[reason] += 1
     cached = sum(len(by_file[path]) for path in mine) - len(missing)
     logger.info("text encoder outputs: %d captions cached, %d to encode %s", cached, len(missing), dict(reasons) or "")
     check_cache_folders(item.text_encoder_outputs_npz for item in missing)
@@ -102,12 +108,22 @@ def plan_text(
     return TextPlan(_jobs_of(missing), in_use)
 
 
-def _find(items: Sequence[ImageItem], strategy: TextEncoderOutputsCachingStrategy) -> list[tuple[ImageItem, str]]:
+def _find_all(
+    files: Sequence[Sequence[ImageItem]], strategy: TextEncoderOutputsCachingStrategy, index: CacheIndex | None
+) -> list[tuple[ImageItem, str]]:
+    """`_find` for the items of many files."""
+    index = index or CacheIndex()
+    found = map_in_threads(lambda items: _find(items, strategy, index), files, num_threads=CHECK_THREADS)
+    return [entry for entries in found for entry in entries]
+
+
+def _find(items: Sequence[ImageItem], strategy: TextEncoderOutputsCachingStrategy, index: CacheIndex) -> list[tuple[ImageItem, str]]:
     """Set the suffix of those items of one file whose caption is there; return the others with the reason."""
-    captions = {cached_caption(item) for item in items}
+    captions = [cached_caption(item) for item in items]
+    is_only_one = len(set(captions)) == 1
     missing = []
-    for item in items:
-        suffix, reason = strategy.find(item.text_encoder_outputs_npz, cached_caption(item), accept_unrecorded=len(captions) == 1)
+    for item, caption in zip(items, captions):
+        suffix, reason = strategy.find(item.text_encoder_outputs_npz, caption, accept_unrecorded=is_only_one, index=index)
         if suffix is None:
             missing.append((item, reason))
         else:
@@ -181,14 +197,16 @@ def _store_on_disk(
         item.text_encoder_outputs_suffix = written[path]
 
 
-def finish_text(items: Sequence[ImageItem], strategy: TextEncoderOutputsCachingStrategy) -> None:
-    """After every process has encoded its part: look up the files that other processes wrote."""
+def finish_text(
+    items: Sequence[ImageItem], strategy: TextEncoderOutputsCachingStrategy, index: CacheIndex | None = None
+) -> None:
+    """After every process has encoded its part: look up what was written, by this process and by others."""
     if not strategy.cache_to_disk:
         return
     by_file: dict[str, list[ImageItem]] = {}
     for item in items:
         by_file.setdefault(item.text_encoder_outputs_npz, []).append(item)
-    missing = [entry for group in by_file.values() for entry in _find(group, strategy)]
+    missing = _find_all(list(by_file.values()), strategy, index)
     if missing:
         item, reason = missing[0]
         raise TrainingError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.dataset import CachingOptions, DatasetOptions
-from library.errors import AtelierError, ConfigError, Problems
+from library.errors import ConfigError, Problems
 from library.family_table import FAMILIES, family_entry
 from library.options import Config, equivalent_option, option, option_fields, refused_option
 from library.registry import import_target
@@ -158,19 +158,19 @@ def build_parser(what: str, family: str = FIRST_FAMILY) -> argparse.ArgumentPars
 
 def main(what: str, argv: Sequence[str] | None = None) -> None:
     """Read the options, fill the cache, end the process with an error's exit code and one message."""
-    from library.training.cli import INTERRUPTED, report
+    from library.training.cli import exit_code
 
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def show_help_or_run() -> None:
         if {"-h", "--help"} & set(words):
             build_parser(what, chosen_family(words, default=FIRST_FAMILY)).print_help()
-            return
-        run(what, words)
-    except AtelierError as error:
-        sys.exit(report(error))
-    except KeyboardInterrupt:
-        print("interrupted; what is finished stays, and the next run goes on from there", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        else:
+            run(what, words)
+
+    code = exit_code(show_help_or_run, "interrupted; what is finished stays, and the next run goes on from there")
+    if code:
+        sys.exit(code)
 
 
 def run(what: str, argv: Sequence[str]) -> None:

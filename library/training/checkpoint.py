@@ -48,7 +48,7 @@ class CheckpointNames:
 
 @dataclass(frozen=True)
 class Saving:
-    """What is written on one occasion: `at` is "step", "epoch" or "end". When file and state stand, `remove` files and
+    """What is written on one occasion: `at` is "step", "epoch", "end" or "stop". When file and state stand, `remove` files and
     `remove_states` folders go, where they exist."""
 
     at: str
@@ -100,6 +100,11 @@ class SaveRules:
         name = self.names.last()
         with_state = self.options.save_state or self.options.save_state_on_train_end
         return Saving("end", step, self.names.file(name), self.names.state(name) if with_state else None)
+
+    def at_stop(self, step: int) -> Saving:
+        """When a signal ends the run before its last step: file and state, whatever the options say of states."""
+        name = self.names.step(step)
+        return Saving("stop", step, self.names.file(name), self.names.state(name))
 
     def _saving(self, at: str, number: int, name_of: Any, old_file: int | None, old_state: int | None) -> Saving:
         names, saves_state = self.names, self.options.save_state

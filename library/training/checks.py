@@ -10,11 +10,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.atomic_file import unwritable
 from library.dataset import CachingOptions, DatasetOptions
 from library.errors import AtelierError, ConfigError, Problems
 from library.family_table import script_name
@@ -91,19 +91,22 @@ def raise_problems(config: Config, family: ModelFamily, trainable: Trainable) ->
 
 
 def output_problems(config: Config) -> list[str]:
-    """The output folder is given, can be made and written to."""
+    """The output folder is given, can be made and written to. It is not made: another check may still fail."""
     output_dir = config[SavingOptions].output_dir
     if config[DatasetOptions].debug_dataset:
         return []
     if not output_dir:
         return ["--output_dir is not given; needed: the folder for the trained files"]
+    reason = unwritable(output_dir)
+    return [f"--output_dir is {output_dir}; files cannot be written there ({reason})"] if reason else []
+
+
+def make_output_folder(config: Config) -> None:
+    """Once all checks have passed. ConfigError when it cannot be made after all."""
     try:
-        os.makedirs(output_dir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
+        os.makedirs(config[SavingOptions].output_dir, exist_ok=True)
     except OSError as error:
-        return [f"--output_dir is {output_dir}; files cannot be written there ({error.strerror or error})"]
-    return []
+        raise ConfigError(f"--output_dir is {config[SavingOptions].output_dir}; it cannot be made ({error.strerror or error})") from error
 
 
 def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
@@ -117,14 +120,14 @@ def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainab
 
 
 def sampling_problems(config: Config) -> list[str]:
-    """The prompt file exists and every line of it can be read."""
+    """The prompt file exists and has a prompt that can be read; others are told and left out."""
     path = config[SamplingOptions].sample_prompts
     if path is None or holds_no_prompt(path):
         return []
     if not Path(path).is_file():
         return [f"--sample_prompts is {path}; there is no such file"]
     try:
-        load_prompts(path)
+        load_prompts(path, left_out=[])
     except ConfigError as error:
         return list(error.problems)
     return []
@@ -144,12 +147,12 @@ def resume_problems(config: Config) -> list[str]:
     bounded_by_steps = loop.max_train_epochs is None
     if resume.initial_step is not None and bounded_by_steps and resume.initial_step >= loop.max_train_steps:
         problems.append(
-            f"--initial_step is {resume.initial_step} with --max_train_steps {loop.max_train_steps}; no step is left to train"
+            f"--initial_step is {resume.initial_step} with --max_train_steps {loop.max_train_steps}; no step is left to train: lower the one or raise the other"
         )
     counts_epochs = resume.initial_step is None and resume.initial_epoch is not None and not bounded_by_steps
     if counts_epochs and resume.initial_epoch > loop.max_train_epochs:
         problems.append(
-            f"--initial_epoch is {resume.initial_epoch} with --max_train_epochs {loop.max_train_epochs}; no epoch is left to train"
+            f"--initial_epoch is {resume.initial_epoch} with --max_train_epochs {loop.max_train_epochs}; no epoch is left to train: lower the one or raise the other"
         )
     return problems
 
@@ -226,10 +229,11 @@ def _toml_problems(name: str, path: str) -> list[str]:
 
 
 def metadata_problems(config: Config) -> list[str]:
-    """The thumbnail can be read."""
-    from library.sai_model_spec import thumbnail_url
+    """The thumbnail and the source date can be read."""
+    from library.sai_model_spec import source_date, thumbnail_url
 
     try:
+        source_date()
         thumbnail_url(config[MetadataOptions].metadata_thumbnail)
     except ConfigError as error:
         return list(error.problems)

@@ -6,21 +6,21 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from library.errors import AtelierError, ConfigError
+from library.errors import AtelierError, ConfigError, RunInterrupted
 from library.family_table import family_entry
 from library.registry import import_target
 from library.training import parser_common
 from library.training.config_file import write_config_file
 from library.training.idle_options import as_block
 from library.training.option_groups import ConfigFileOptions, ConsoleOptions
+from library.training.failures import failure_of
 from library.training.option_reader import OptionsError, names_any
+from library.training.stopping import INTERRUPTED, exit_code_of, signals_end_cleanly  # noqa: F401
 
 logger = logging.getLogger("atelier")
 
-INTERRUPTED = 130
-"""exit status after Ctrl-C, as shells use it"""
 
 
 def build_parser(family: str, trainable: str) -> argparse.ArgumentParser:
@@ -33,13 +33,28 @@ def build_parser(family: str, trainable: str) -> argparse.ArgumentParser:
 def main(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
     """Read the options, set up the log, train. Ends the process with the exit code of an error, one message and,
     except under --console_log_level DEBUG, no traceback."""
+    code = exit_code(lambda: run(family, trainable, argv))
+    if code:
+        sys.exit(code)
+
+
+def exit_code(run: Callable[[], object], interrupted: str = "interrupted") -> int:
+    """Call `run`: 0, or the exit code of what ended it, after its one message. Signals leave in good order."""
     try:
-        run(family, trainable, argv)
+        with signals_end_cleanly():
+            run()
     except AtelierError as error:
-        sys.exit(report(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        return report(error)
+    except KeyboardInterrupt as interrupt:
+        print(interrupted, file=sys.stderr)
+        return exit_code_of(interrupt)
+    except Exception as error:
+        told = failure_of(error)
+        if told is None:
+            raise
+        told.__cause__ = error
+        return report(told)
+    return 0
 
 
 def run(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
@@ -99,10 +114,20 @@ def _tell(level: int, text: str) -> None:
 
 def report(error: AtelierError) -> int:
     """Show an error, with its traceback when the log level is DEBUG; returns the exit code."""
-    print(f"error: {error}", file=sys.stderr)
+    if isinstance(error, RunInterrupted):
+        if _rank() == 0:
+            print(error, file=sys.stderr)
+        return error.exit_code
+    process = f"[process {_rank()}] " if _rank() else ""
+    print(f"{process}error: {error}", file=sys.stderr)
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.getLogger().debug("the way to this error", exc_info=error)
     return error.exit_code
+
+
+def is_worth_showing(record: logging.LogRecord) -> bool:
+    """False for what bitsandbytes says of its 4-bit kernels on some CPUs when it is imported: nothing here uses them."""
+    return not (record.name.startswith("bitsandbytes") and "gemm_4bit" in str(record.msg))
 
 
 def set_up_logging(options: ConsoleOptions) -> None:
@@ -128,5 +153,6 @@ def set_up_logging(options: ConsoleOptions) -> None:
             root.removeHandler(old)
             old.close()
     handler.set_by_atelier = True  # type: ignore[attr-defined]
+    handler.addFilter(is_worth_showing)
     root.addHandler(handler)
     root.setLevel(level)

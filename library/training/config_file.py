@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from library.options import (
     parse_bool,
     value_type,
 )
-from library.text_files import parse_toml, read_text
+from library.text_files import parse_toml, read_text, toml_text
+from library.training.keyword_args import split_words
 
 NEVER_IN_FILE = frozenset({"config_file", "output_config"})
 
@@ -66,13 +66,20 @@ def convert_value(options_class: type, name: str, value: Any) -> Any:
             raise ValueError("true or false")
         return _converted(parse_bool, str(value), "true or false")
     if spec.nargs is not None and spec.nargs != "?":
-        items = value if isinstance(value, (list, tuple)) else shlex.split(value) if isinstance(value, str) else [value]
+        items = value if isinstance(value, (list, tuple)) else _words(value) if isinstance(value, str) else [value]
         return [_convert_one(options_class, name, item) for item in items]
     if isinstance(value, (list, tuple)):
         if not all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in value):
             raise ValueError(f"one {_kind_of(options_class, name)}, not a list")
         value = ",".join(str(item) for item in value)
     return _convert_one(options_class, name, value)
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return split_words(text)
+    except ValueError:
+        raise ValueError(f"words whose quotes are closed, or a list: {[text]!r}") from None
 
 
 def _convert_one(options_class: type, name: str, value: Any) -> Any:
@@ -107,8 +114,6 @@ def write_config_file(name: str, config: Config, defaults: Mapping[str, Any]) ->
 
     Raises ConfigError when the file exists.
     """
-    import toml
-
     path = config_path(name)
     if path.exists():
         raise ConfigError(f"--output_config would replace {path}; name another file with --config_file or remove it")
@@ -124,7 +129,7 @@ def write_config_file(name: str, config: Config, defaults: Mapping[str, Any]) ->
         }
         if table:
             tables[options_class.__name__.removesuffix("Options").lower()] = table
-    write_text_atomically(path, toml.dumps(tables))
+    write_text_atomically(path, toml_text(tables))
     return path
 
 

@@ -17,6 +17,7 @@ import torch
 from library.dataset.batch import Batch
 from library.dataset.plan import BatchRequest, StepPlan, requests_of_epoch
 from library.training.option_groups import LoopOptions
+from library.training.stopping import leave_signals_to_the_run
 
 
 class RequestSampler:
@@ -42,6 +43,7 @@ def leave_quietly(worker: int) -> None:
             default(kind, error, traceback)
 
     sys.excepthook = hook
+    leave_signals_to_the_run()
 
 
 @dataclass(frozen=True)

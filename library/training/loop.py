@@ -10,27 +10,35 @@ from library.training.step import merge_outputs
 
 
 def fit(run: Run) -> None:
-    """Train from where `run.progress` stands to the last step."""
-    run.hooks.on_train_start(run)
-    progress = run.progress
-    while not progress.is_finished:
-        run.hooks.on_epoch_start(run)
-        outputs: list[StepOutput] = []
-        for batch in run.data.batches(progress.epoch, progress.step_in_epoch):
-            run.hooks.on_step_start(run, batch)
-            outputs.append(micro_step(run, batch))
-            if batch.request.is_last_of_group:
-                update(run)
-                progress.advance()
-                run.hooks.on_post_optimizer_step(run)
-                run.hooks.on_step_end(run, merge_outputs(outputs))
-                outputs = []
-            if progress.is_finished:
-                break
-        if progress.step_in_epoch == progress.steps_per_epoch:
-            run.hooks.on_epoch_end(run)
-            progress.next_epoch()
-    run.hooks.on_train_end(run)
+    """Train from where `run.progress` stands to the last step, or to the step after which a signal was heard."""
+    with run.stop.listening(run.runtime):
+        run.hooks.on_train_start(run)
+        progress = run.progress
+        while not is_over(run):
+            run.hooks.on_epoch_start(run)
+            outputs: list[StepOutput] = []
+            for batch in run.data.batches(progress.epoch, progress.step_in_epoch):
+                run.hooks.on_step_start(run, batch)
+                outputs.append(micro_step(run, batch))
+                if batch.request.is_last_of_group:
+                    update(run)
+                    progress.advance()
+                    run.hooks.on_post_optimizer_step(run)
+                    run.stop.agree(run.runtime)
+                    run.hooks.on_step_end(run, merge_outputs(outputs))
+                    outputs = []
+                    run.stop.agree(run.runtime)  # samples and files take their time
+                    if is_over(run):
+                        break
+            if progress.step_in_epoch == progress.steps_per_epoch:
+                run.hooks.on_epoch_end(run)
+                progress.next_epoch()
+        run.stop.settle()
+        run.hooks.on_train_end(run)
+
+
+def is_over(run: Run) -> bool:
+    return run.progress.is_finished or run.stop.agreed is not None
 
 
 def micro_step(run: Run, batch: Batch) -> StepOutput:

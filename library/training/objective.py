@@ -170,6 +170,11 @@ class DdpmObjective(Objective):
 
     def notices(self) -> list[str]:
         lines = []
+        if self.zero_terminal_snr:
+            lines.append(
+                "--zero_terminal_snr: noise, loss weights and samples all follow the rescaled schedule (known trainers weigh by the"
+                " signal-to-noise ratios of the plain one)"
+            )
         if self.zero_terminal_snr and self.prediction_type != "v":
             lines.append("--zero_terminal_snr without --v_parameterization: nothing is learned at the last, pure-noise step")
         if self.noise_options is not None and self.noise_options.multires_noise_iterations:

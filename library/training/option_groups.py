@@ -8,9 +8,9 @@ import argparse
 from dataclasses import dataclass
 
 from library.errors import ConfigError
-from library.options import equivalent_option, option, refused_option
+from library.options import LARGEST_BATCH, LARGEST_SEED, equivalent_option, option, refused_option
 
-LARGEST_SEED = 2**64 - 1
+MINUTES_OF_A_YEAR = 525_600
 
 _DEEPSPEED = "DeepSpeed is not supported; several GPUs work through accelerate launch, memory is saved by --blocks_to_swap"
 _TORCH_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
@@ -29,6 +29,16 @@ def too_small(group: object, least: float, *names: str, hint: str = "") -> list[
         value = getattr(group, name)
         if value is not None and value < least:
             problems.append(f"--{name} is {value}; needed: {least} or more{hint}")
+    return problems
+
+
+def no_file_name(group: object, *names: str) -> list[str]:
+    """A message for each of the named options of `group` that is set and cannot be (a part of) the name of a file or folder."""
+    problems = []
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and (not value.strip(' .') or any(c in '/\\:*?"<>|' or c < " " for c in value)):
+            problems.append(f"--{name} is '{value}'; needed: a file name without folders and without \\ / : * ? \" < > |")
     return problems
 
 
@@ -147,8 +157,8 @@ class LoopOptions:
     persistent_data_loader_workers: bool = option(
         False, help="keep the reading processes from epoch to epoch; always so on Windows and macOS, where each starts anew"
     )
-    seed: int | None = option(None, help="number that fixes every random draw; a drawn one is logged when not given")
-    gradient_accumulation_steps: int = option(1, help="batches per optimizer step")
+    seed: int | None = option(None, help="number that fixes every random draw; a drawn one is logged when not given", most=LARGEST_SEED)
+    gradient_accumulation_steps: int = option(1, help="batches per optimizer step", most=LARGEST_BATCH)
 
     def __post_init__(self) -> None:
         raise_problems(
@@ -243,7 +253,7 @@ class MemoryOptions:
 class DdpOptions:
     """Several processes"""
 
-    ddp_timeout: int | None = option(None, help="minutes that a process waits for the others; 30 when not given", convert=count_or_none)
+    ddp_timeout: int | None = option(None, help="minutes that a process waits for the others; 30 when not given", convert=count_or_none, most=MINUTES_OF_A_YEAR)
     ddp_gradient_as_bucket_view: bool = equivalent_option(
         False,
         help="share memory between gradients and buckets",
@@ -279,7 +289,16 @@ class DeepSpeedOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavingOptions:
+class OverflowOptions:
+    """Number formats of files"""
+
+    clamp_overflow: bool = option(
+        False, help="bound numbers that the format of the written file cannot hold (65504 in fp16, 448 in fp8); refused by name when not given"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingOptions(OverflowOptions):
     """Where and when files are written"""
 
     output_dir: str | None = option(None, help="folder of the trained files and samples; made when missing")
@@ -329,11 +348,7 @@ class SavingOptions:
         )
         if self.overwrite and self.on_existing not in (None, "overwrite"):
             problems.append(f"--overwrite is set with --on_existing {self.on_existing}; leave one of them out")
-        if self.output_name is not None and (not self.output_name.strip() or any(c in self.output_name for c in '/\\:*?"<>|\0')):
-            problems.append(
-                f"--output_name is '{self.output_name}'; needed: a file name without folders and without \\ / : * ? \" < > |"
-            )
-        raise_problems(problems)
+        raise_problems(problems + no_file_name(self, "output_name"))
 
     @property
     def what_of_existing(self) -> str:
@@ -429,8 +444,12 @@ class LoggingOptions:
     wandb_api_key: str | None = option(None, help="key of W&B; better: wandb login or the variable WANDB_API_KEY", secret=True)
 
     def __post_init__(self) -> None:
+        problems = no_file_name(self, "log_prefix")
         if self.log_with in ("tensorboard", "all") and not self.logging_dir:
-            raise ConfigError(f"--log_with is {self.log_with} without --logging_dir, the folder of the logs; add it")
+            problems.append(f"--log_with is {self.log_with} without --logging_dir, the folder of the logs; add it")
+        if self.log_tracker_name is not None and self.log_with != "wandb":  # TensorBoard makes a folder of it
+            problems += no_file_name(self, "log_tracker_name")
+        raise_problems(problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -467,7 +486,7 @@ class NoiseOptions:
     noise_offset: float | None = option(None, help="strength of an added per-channel offset of the noise")
     noise_offset_random_strength: bool = option(False, help="draw the strength from 0..--noise_offset")
     adaptive_noise_scale: float | None = option(None, help="add the mean of the latents times this to the noise offset")
-    multires_noise_iterations: int | None = option(None, help="noise of several resolutions: number of levels (6 to 10)")
+    multires_noise_iterations: int | None = option(None, help="noise of several resolutions: number of levels (6 to 10)", most=1000)
     multires_noise_discount: float = option(0.3, help="share of each coarser level of the noise")
     ip_noise_gamma: float | None = option(None, help="strength of the noise that perturbs the input alone")
     ip_noise_gamma_random_strength: bool = option(False, help="draw the strength from 0..--ip_noise_gamma")

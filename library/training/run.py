@@ -13,6 +13,7 @@ from library.strategy_base import StrategySet
 from library.training.hooks.ema import EmaHook
 from library.training.optimizers import switches_weights
 from library.training.run_settings import RunSettings
+from library.training.stopping import StopSwitch
 
 if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
@@ -71,6 +72,7 @@ class Run:
     max_grad_norm: float = 0.0
     settings: RunSettings = field(default_factory=RunSettings)
     """what its states record"""
+    stop: StopSwitch = field(default_factory=StopSwitch)
 
     @contextmanager
     def weights_for_eval(self, averaged: bool = True):

@@ -32,6 +32,7 @@ def claimed_output(config: Config) -> Iterator[None]:
     that the file names is looked for.
     """
     path = lock_path(config[SavingOptions])
+    new = [folder for folder in path.parents if not folder.exists()]
     file = _open_locked(path)
     try:
         yield
@@ -44,6 +45,9 @@ def claimed_output(config: Config) -> Iterator[None]:
             with suppress(OSError):
                 if os.name == "nt":  # which removes no open file
                     path.unlink(missing_ok=True)
+        with suppress(OSError):
+            for folder in new:  # a run that was refused leaves no folder; one that holds a file stays
+                folder.rmdir()
 
 
 def _open_locked(path: Path) -> Any:

@@ -2,25 +2,34 @@
 
     a cat on a sofa --w 768 --h 512 --d 42 --s 28 --l 4.0 --n blurry
 
-The text before the first ` --` is the prompt, whatever it says. Unknown options and values of the wrong kind are errors
-that name the file, the line and the option; all of a file are reported together.
+The text before the first ` --` with a letter behind it is the prompt, whatever it says. Unknown options and values of the wrong
+kind are errors that name the file, the line and the option; all of a file are reported together.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from library.errors import ConfigError, Problems, did_you_mean
+from library.options import LARGEST_PICTURE_SIDE, LARGEST_STEPS, LARGEST_WHOLE, number_problem
 from library.text_files import parse_json, parse_toml
 from library.text_files import read_text as read_text_file
 
+logger = logging.getLogger(__name__)
+
 MIN_STEPS, MAX_STEPS = 1, 1000
 LARGEST_SEED = 2**63 - 1
+MOST_FRAMES = 10_000
+MOST_DIGITS = 30
+DRAWN = -1
+"""a seed that asks for a drawn one"""
+Line, Result = TypeVar("Line"), TypeVar("Result")
 SUFFIXES = (".txt", ".toml", ".json")
 FLOAT_PATTERN = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
@@ -61,16 +70,54 @@ class SamplePrompt:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
 
 
-def read_whole(text: str) -> int:
-    if not re.fullmatch(r"\d+", text):
-        raise ValueError("a whole number, 0 or more, is needed, e.g. 512")
-    return int(text)
+@dataclass(frozen=True)
+class Whole:
+    """Reads a whole number from `least` to `most`."""
+
+    least: int = 0
+    most: int = LARGEST_WHOLE
+    example: int = 512
+
+    def __call__(self, text: str) -> int:
+        if not re.fullmatch(r"[0-9]+", text):
+            raise ValueError(f"a whole number, {self.least} or more, is needed, e.g. {self.example}")
+        return self.checked(int(text) if len(text) <= MOST_DIGITS else self.most + 1)
+
+    def checked(self, value: int) -> int:
+        if value < self.least:
+            raise ValueError(f"{self.least} or more is needed")
+        if value > self.most:
+            raise ValueError(f"at most {self.most} is possible")
+        return value
+
+
+class Seed(Whole):
+    """-1 stands for a seed that is drawn, as when none is given."""
+
+    def __call__(self, text: str) -> int | None:
+        return None if text == str(DRAWN) else super().__call__(text)
+
+    def checked(self, value: int) -> int | None:
+        return None if value == DRAWN else super().checked(value)
+
+
+read_whole = Whole()
+read_picture_side = Whole(1, LARGEST_PICTURE_SIDE)
+read_steps = Whole(0, LARGEST_STEPS, 28)
+read_seed = Seed(0, LARGEST_SEED, 42)
 
 
 def read_number(text: str) -> float:
     if not FLOAT_PATTERN.fullmatch(text):
         raise ValueError("a number is needed, e.g. 3.5")
-    return float(text)
+    return finite(float(text))
+
+
+def finite(value: float) -> float:
+    needed = number_problem(value, is_whole=False)
+    if needed is not None:
+        raise ValueError(f"{needed} is needed")
+    return value
 
 
 def read_text(text: str) -> str:
@@ -87,7 +134,7 @@ class LineOption:
 
 
 _SHARED_LINE_OPTIONS = {
-    "w": LineOption("width", read_whole), "h": LineOption("height", read_whole), "d": LineOption("seed", read_whole),
+    "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side), "d": LineOption("seed", read_seed),
     "s": LineOption("sample_steps", read_whole), "g": LineOption("guidance_scale", read_number), "n": LineOption("negative_prompt", read_text),
 }
 IMAGE_LINE_OPTIONS: Mapping[str, LineOption] = {
@@ -97,7 +144,7 @@ IMAGE_LINE_OPTIONS: Mapping[str, LineOption] = {
 }
 VIDEO_LINE_OPTIONS: Mapping[str, LineOption] = {
     **_SHARED_LINE_OPTIONS,
-    "f": LineOption("frame_count", read_whole), "fs": LineOption("discrete_flow_shift", read_number), "l": LineOption("cfg_scale", read_number),
+    "f": LineOption("frame_count", Whole(1, MOST_FRAMES, 25)), "fs": LineOption("discrete_flow_shift", read_number), "l": LineOption("cfg_scale", read_number),
     "i": LineOption("image_path", read_text), "ei": LineOption("end_image_path", read_text), "cn": LineOption("control_video_path", read_text),
     "ci": LineOption("control_image_path", read_text, repeats=True), "of": LineOption("one_frame", read_text),
 }
@@ -116,15 +163,15 @@ def parse_pieces(line: str, where: str, options: Mapping[str, LineOption]) -> tu
 
     Raises ConfigError with every problem of the line.
     """
-    prompt, *pieces = re.split(r"\s--", line.strip())
+    prompt, *pieces = re.split(r"\s--(?=[A-Za-z])", line.strip())
     problems, values = Problems(), {}
     for piece in pieces:
-        name, text = [*piece.split(None, 1), "", ""][:2] if not piece[:1].isspace() else ("", piece)
+        name, text = [*piece.split(None, 1), ""][:2]
         text = text.strip()
         entry = options.get(name.lower())
         if entry is None:
             known = ", ".join(f"--{option}" for option in options)
-            problems.add(f"{where}: unknown option --{name}; known: {known}. A text with ' --' in it cannot be used in a prompt")
+            problems.add(f"{where}: unknown option --{name}; known: {known}. Dashes in a text stand with a blank behind them")
             continue
         if not text:
             problems.add(f"{where}: --{name} has no value")
@@ -139,14 +186,26 @@ def parse_pieces(line: str, where: str, options: Mapping[str, LineOption]) -> tu
     return prompt.strip(), values
 
 
+def good_lines(lines: Iterable[Line], read: Callable[[Line], Result]) -> list[Result]:
+    """What `read` makes of lines. Those that it refuses are told and left out, so that one bad line does not end a run of many;
+    ConfigError with every problem where none is right."""
+    problems, found = Problems(), []
+    for line in lines:
+        count = len(problems.messages)
+        result = problems.attempt(lambda: read(line))
+        if len(problems.messages) == count:
+            found.append(result)
+    if not found:
+        problems.raise_if_any()
+    for problem in problems.messages:
+        logger.warning("%s; this line is left out", problem)
+    return found
+
+
 def _checked(field: str, value: Any) -> Any:
     """Range of a value; sample_steps is brought into its range."""
     if field == "sample_steps":
         return min(max(value, MIN_STEPS), MAX_STEPS)
-    if field in ("width", "height", "frame_count") and value < 1:
-        raise ValueError("1 or more is needed")
-    if field == "seed" and value > LARGEST_SEED:
-        raise ValueError(f"a seed of at most {LARGEST_SEED} is needed")
     if field == "sample_sampler":
         from library.training.inference_samplers import SAMPLER_NAMES
 
@@ -155,8 +214,11 @@ def _checked(field: str, value: Any) -> Any:
     return value
 
 
-def load_prompts(path: str | Path, options: Mapping[str, LineOption] = IMAGE_LINE_OPTIONS) -> list[SamplePrompt]:
-    """All prompts of a .txt, .toml or .json file, numbered in order. ConfigError with every problem of the file."""
+def load_prompts(
+    path: str | Path, options: Mapping[str, LineOption] = IMAGE_LINE_OPTIONS, left_out: list[str] | None = None
+) -> list[SamplePrompt]:
+    """All prompts of a .txt, .toml or .json file, numbered in order. ConfigError with every problem of the file; with a list
+    `left_out`, problems of single prompts are put into it, as long as one prompt is good."""
     path = Path(path)
     readers = {".txt": _read_txt, ".toml": _read_toml, ".json": _read_json}
     if path.suffix.lower() not in readers:
@@ -169,9 +231,12 @@ def load_prompts(path: str | Path, options: Mapping[str, LineOption] = IMAGE_LIN
             prompts.append(_prompt_of(where, entry, options, len(prompts)))
         except ConfigError as error:
             problems.absorb(error)
-    problems.raise_if_any()
+    if left_out is None or not prompts:
+        problems.raise_if_any()
     if not prompts:
         raise ConfigError(f"--sample_prompts is {path}; there is no prompt in the file")
+    if left_out is not None:
+        left_out += problems.messages
     return prompts
 
 
@@ -180,8 +245,8 @@ def holds_no_prompt(path: str | Path | None) -> bool:
     if path is None or not Path(path).is_file():
         return False
     try:
-        content = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
+        content = read_text_file(path)
+    except ConfigError:
         return False  # told by load_prompts
     return not content.strip() or (Path(path).suffix.lower() == ".txt" and not _read_txt("", content))
 
@@ -255,10 +320,11 @@ def _checked_key(option: LineOption, value: Any) -> Any:
         if not isinstance(value, str):
             raise ValueError("a text is needed")
         return _checked(option.field, value)
-    kinds = (int,) if option.convert is read_whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or (option.convert is read_whole and value < 0):
-        raise ValueError("a whole number, 0 or more, is needed" if option.convert is read_whole else "a number is needed")
-    return _checked(option.field, float(value) if option.convert is read_number else value)
+    is_whole = isinstance(option.convert, Whole)
+    kinds = (int,) if is_whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or (is_whole and value < 0 and not isinstance(option.convert, Seed)):
+        raise ValueError("a whole number, 0 or more, is needed" if is_whole else "a number is needed")
+    return _checked(option.field, option.convert.checked(value) if is_whole else float(finite(value)))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from library.training import schedulers
 from library.training.checkpoint import CheckpointNames
 from library.training.data_phase import DataGroups
 from library.training.formula_checks import formula_notices, formula_warnings
-from library.training.idle_options import ignored
+from library.training.idle_options import as_block, ignored
 from library.training.option_groups import LoopOptions, MemoryOptions, ModelOptions, PrecisionOptions, SamplingOptions, SavingOptions
 from library.training.optimizers import OptimizerBuild, OptimizerOptions
 from library.training.run import Run
@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 def print_start(run: Run, built: OptimizerBuild, data: DataGroups) -> None:
     """Print the page; lines about changed meanings go to the log as well."""
-    logger.info("%s", start_summary(summary_of(run, built, data)))
+    summary = summary_of(run, built, data)
+    if summary.ignored and not logger.isEnabledFor(logging.INFO):
+        logger.warning("%s", as_block(ignored(run.config)))
+    logger.info("%s", start_summary(summary))
 
 
 def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummary:

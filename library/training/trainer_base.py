@@ -13,9 +13,9 @@ import torch
 
 from library.dataset import CachingOptions, DatasetOptions
 from library.device_utils import clean_memory_on_device
-from library.errors import Problems
+from library.errors import ConfigError, Problems, RunInterrupted
 from library.family_table import script_name
-from library.options import Config
+from library.options import Config, option_fields
 from library.strategy_base import StrategySet
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime
@@ -35,6 +35,7 @@ from library.training.data_phase import (
 from library.training.earlier_runs import clean_up, final_file, keep_earlier_files
 from library.training.families.base import ModelFamily
 from library.training.hooks.base import Hook, HookList
+from library.training.hooks.checkpoint import CheckpointHook
 from library.training.loop import fit
 from library.training.loss import LossFunction
 from library.training.option_groups import LoopOptions, MemoryOptions, ResumeOptions, SamplingOptions, SavingOptions
@@ -53,6 +54,7 @@ from library.training.start_page import print_start
 from library.training.state import local_state_folder, resume
 from library.training.state_files import read_train_state
 from library.training.step import TrainStep
+from library.training.stopping import command_going_on, exit_code_of_signal
 from library.training.timestep_samplers import TimestepOptions
 from library.training.trainables.base import Trainable
 
@@ -80,6 +82,19 @@ class Trainer:
             run = self.prepare()
             if run is not None:
                 fit(run)
+        if run is not None and not run.progress.is_finished:
+            raise self.interrupted(run)
+
+    def interrupted(self, run: Run) -> RunInterrupted:
+        """What is told of a run that a signal ended."""
+        hook, code = run.hooks.find(CheckpointHook), exit_code_of_signal(run.stop.agreed)
+        secrets = [name for group in self.config.classes() for name, (_, spec) in option_fields(group).items() if spec.secret]
+        state = Path(self.config[SavingOptions].output_dir) if hook is None or hook.last_state is None else hook.last_state
+        return RunInterrupted(
+            f"interrupted after step {run.progress.global_step} of {run.progress.max_train_steps}; saved as {state}. Go on with:\n"
+            f"  {command_going_on(state, secrets)}",
+            code,
+        )
 
     def prepare(self) -> Run | None:
         """Every phase up to the complete Run; None when there is nothing to train (--debug_dataset)."""
@@ -98,6 +113,7 @@ class Trainer:
         state = local_state_folder(self.config, runtime)
         self.check_length(data, runtime, state)
         if runtime.is_main_process:
+            checks.make_output_folder(self.config)
             keep_earlier_files(self.config)
         runtime.barrier()
         self.family.transform = self.trainable.transform(self.family)
@@ -120,7 +136,21 @@ class Trainer:
         problems.raise_if_any()
         sampling = self.config[SamplingOptions]
         path, wants = sampling.sample_prompts, checks.wants_samples(sampling)
-        return found, load_prompts(path) if path and wants and not holds_no_prompt(path) else []
+        return found, self._sample_prompts(path) if path and wants and not holds_no_prompt(path) else []
+
+    def _sample_prompts(self, path: str) -> list[Any]:
+        """The prompts that can be read and that the family has the sizes and samplers for: another one does not cost the training."""
+        left_out: list[str] = []
+        prompts = []
+        for prompt in load_prompts(path, left_out=left_out):
+            try:
+                self.family.sample_defaults(prompt)
+                prompts.append(prompt)
+            except ConfigError as error:
+                left_out += error.problems
+        for problem in left_out:
+            logger.warning("%s; this sample prompt is left out", problem)
+        return prompts
 
     def check_length(self, data: DataGroups, runtime: Runtime, state: Path | None) -> None:
         """What depends on the number of batches, before models are loaded: the schedule, and whether steps are left."""

@@ -1,12 +1,13 @@
 """Names on the hub, and uploads that never stop a training."""
 
+import logging
 import threading
 import time
 
 import pytest
 
-from library.errors import ConfigError
-from library.huggingface_util import HubFolder, HubTarget, Uploader, parse_hub_folder, upload
+from library.errors import CheckpointError, ConfigError
+from library.huggingface_util import HubFolder, HubTarget, Uploader, is_hub_reachable, parse_hub_folder, upload
 
 
 @pytest.mark.parametrize(
@@ -66,3 +67,22 @@ def test_the_last_upload_waits():
     record = Record()
     Uploader(HubTarget("me/repo"), in_background=True, send=record)("final", wait=True)
     assert record.sent == ["final"] and record.threads == {threading.current_thread().name}
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, caplog):
+    from huggingface_hub import constants
+
+    from tools.caption_tools.captioning import load_model
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # no program listens there
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    is_hub_reachable.cache_clear()
+    try:
+        with caplog.at_level(logging.DEBUG):
+            for _ in range(2):
+                with pytest.raises(CheckpointError, match="--model_id is nobody/nothing-of-this-name, which cannot be loaded"):
+                    load_model("GitForCausalLM", "nobody/nothing-of-this-name", "model_id")
+        told = [record.getMessage() for record in caplog.records]
+        assert sum("the hub does not answer" in line for line in told) == 1 and not any("Retry" in line for line in told)
+    finally:
+        is_hub_reachable.cache_clear()

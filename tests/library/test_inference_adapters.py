@@ -6,7 +6,7 @@ import torch
 from library.errors import CheckpointError
 from library.flux_utils import load_flow_model
 from library.generation_options import GenerationNetworkOptions
-from library.inference_adapters import AdapterFile, LayerFilter, LoadedAdapters, file_problem, multiplier_problems
+from library.inference_adapters import AdapterFile, LayerFilter, LoadedAdapters, adapter_problems, file_problem, multiplier_problems
 from library.inference_networks import network_problems
 from library.safetensors_utils import save_file_atomic
 from tests.tiny import build_tiny_flux
@@ -91,3 +91,11 @@ def test_adapters_of_other_families_are_named_before_a_model_is_loaded(tmp_path)
     module_problem, weights_problem = network_problems(modules, "sdxl")
     assert "networks.lora_flux, which is for FLUX.1 or Chroma; use networks.lora_sdxl or networks.lora" in module_problem
     assert told in weights_problem
+
+
+def test_a_strength_in_the_place_of_a_file_is_told_how_it_is_given(tmp_path):
+    save_file_atomic(lora(1), tmp_path / "lora.safetensors")
+    found = adapter_problems([str(tmp_path / "lora.safetensors"), "0.8"], "flux")
+    assert len(found) == 1 and 'given as "FILE;0.8"' in found[0]
+    assert "--lora_multiplier 0.8" in file_problem("0.8", "lora_weight", "anima")
+    assert "given as" not in file_problem(str(tmp_path / "none.safetensors"), "lora_weights", "flux")

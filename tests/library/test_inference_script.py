@@ -3,12 +3,13 @@
 import pytest
 from PIL import Image
 
-from library.errors import ConfigError
+from library.errors import AtelierError, CheckpointError, ConfigError
 from library.inference_script import (
     COMMON_LINE_OPTIONS,
     LineReader,
     PictureRequest,
     SessionOptions,
+    make_each,
     output_name,
     picture_texts,
     planned_requests,
@@ -28,9 +29,14 @@ def test_a_file_of_prompts_is_read_whole_before_anything_is_made(tmp_path):
     assert (second.prompt, second.negative_prompt, second.width) == ("a cat", "", 48)
 
 
-def test_every_bad_line_is_told_with_its_number(tmp_path):
+def test_every_bad_line_is_told_with_its_number_and_left_out(tmp_path, caplog):
     path = tmp_path / "prompts.txt"
-    path.write_text("a cat --q 3\na cat\na cat --w 8 --s 0\na cat on the roof of a house\n", encoding="utf-8")
+    lines = "a cat --q 3\n{}\na cat --w 8 --s 0\na cat on the roof of a house\n"
+    path.write_text(lines.format("a dog -- barking --d -1"), encoding="utf-8")
+    [request] = planned_requests(SessionOptions(from_file=str(path)), DEFAULT, READER)
+    assert (request.prompt, request.seed) == ("a dog -- barking", None) and with_seed_and_size(request, 16).seed is not None
+    assert caplog.text.count("left out") == 4 and "prompts.txt line 4: too long" in caplog.text
+    path.write_text(lines.format(""), encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
         planned_requests(SessionOptions(from_file=str(path)), DEFAULT, READER)
     numbers = [problem.split(":")[0].rpartition(" ")[2] for problem in caught.value.problems]
@@ -66,3 +72,18 @@ def test_a_picture_carries_its_texts_and_appears_whole(tmp_path):
         assert image.text == {"prompt": "a cat", "seed": "3", "scale": "1.0", "guidance": "3.5"}
     bare = write_picture(Image.new("RGB", (4, 2)), tmp_path / "bare.png")
     assert not Image.open(bare).text
+
+
+def test_a_picture_that_cannot_be_made_does_not_end_the_others(tmp_path, caplog):
+    from pathlib import Path
+
+    def make(request, index):
+        if index == 1:
+            raise CheckpointError("broken")
+        return Path(str(index))
+
+    with pytest.raises(AtelierError, match="1 of 3 pictures could not be made"):
+        make_each([DEFAULT] * 3, make)
+    assert "picture 1: broken" in caplog.text
+    with pytest.raises(CheckpointError, match="broken"):
+        make_each([DEFAULT], lambda request, index: make(request, 1))

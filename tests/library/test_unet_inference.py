@@ -284,6 +284,30 @@ def test_networks_of_another_package(tiny, tmp_path):
         made(tiny["sdxl"], tmp_path, *prompt, *file, "--network_module", "lycoris.kohya", "--network_pre_calc")
 
 
+def test_a_module_of_another_package_that_raises_is_one_message(tiny, network, tmp_path, monkeypatch):
+    (tmp_path / "raising_network.py").write_text("def create_network_from_weights(*args, **kwargs):\n    raise KeyError('no such preset')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"raising_network makes no network of it with kind=odd \(KeyError: 'no such preset'\)"):
+        made(tiny["sd1"], tmp_path / "out", "--prompt", "a", "--network_module", "raising_network", "--network_weights", str(network["a"]), "--network_args", "kind=odd")
+
+
+def test_layers_and_blocks_that_the_model_has_not_are_told_before_it_is_loaded(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="--clip_skip is 13; .* has 2 layers in use, so 1 to 2 is needed"):
+        made(tiny["sd1"], tmp_path, "--prompt", "a", "--clip_skip=13")
+    for words in (["--prompt", "a", "--ds_depth_1=8"], ["--prompt", "a --dsd1 2 --dsd2 99"]):
+        with pytest.raises(ConfigError, match="Deep Shrink is for block .* on the way down"):
+            made(tiny["sd1"], tmp_path, *words)
+
+
+def test_one_bad_line_does_not_end_the_run(tiny, tmp_path, caplog):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat --d -1\na dog --zz 4\na -- b --d 3\n", encoding="utf-8")
+    pictures = made(tiny["sd1"], tmp_path / "out", "--from_file", str(file), "--steps=1", "--seed=-1")
+    assert len(pictures) == 2 and "prompts.txt line 2: unknown option --zz" in caplog.text and "left out" in caplog.text
+    texts = [Image.open(picture).info["prompt"] for picture in pictures]
+    assert texts == ["a cat", "a -- b"]
+
+
 def test_metadata_of_networks_is_shown(tiny, network, tmp_path, capsys):
     made(tiny["sd1"], tmp_path, "--prompt", "a", "--steps=1", *with_networks(network, "b", "--network_show_meta"))
     assert '"ss_note": "b"' in capsys.readouterr().out

@@ -63,6 +63,8 @@ def case_of(name: str) -> FamilyCase:
 def refused_run(family: str, argv: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
     """Run the command line; assert that it ends with exit code 2 and one message, before a model is loaded."""
     family_class = import_target(FAMILIES[family].family)
+    folders = [Path(word.partition("=")[2]) for word in argv if word.startswith("--output_dir=")]
+    new = [folder for folder in folders if str(folder) != "." and not folder.exists()]
     with monkeypatch.context() as patch:
         for name in ("load_vae", "load_text_encoders", "load_denoiser"):
             patch.setattr(family_class, name, lambda *_: pytest.fail("a model is loaded"))
@@ -70,6 +72,7 @@ def refused_run(family: str, argv: Sequence[str], monkeypatch: pytest.MonkeyPatc
         with pytest.raises(SystemExit) as ended:
             cli.main(family, "network", list(argv))
     assert ended.value.code == 2
+    assert not any(folder.exists() for folder in new), "a run that is refused leaves no folder"
     message = capsys.readouterr().err
     errors = [line for line in message.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in message

@@ -82,7 +82,6 @@ OPTIONS: list[tuple[str, list[str]]] = [
     ("--network_weights=/nope.safetensors", ["--network_weights is /nope.safetensors", "no such file"]),
     ("--dim_from_weights", ["--dim_from_weights is set without --network_weights"]),
     ("--network_train_unet_only --network_train_text_encoder_only", ["leave nothing to train"]),
-    ("--text_encoder_lr 1 2 3", ["--text_encoder_lr has 3 values", "2 text encoders"]),
     ("--base_weights_multiplier 1.0", ["--base_weights_multiplier has 1 values for 0 --base_weights"]),
     ("--scale_weight_norms=-1", ["--scale_weight_norms is -1.0"]),
     ("--full_fp16", ["--full_fp16 is set with --mixed_precision no", "--mixed_precision fp16"]),
@@ -255,8 +254,9 @@ def test_output_folder_that_is_a_file(work: Work, refused):
 
 
 def test_prompt_lines(work: Work, refused):
+    """One bad line does not end a run; a file without a good one is refused."""
     path = work.folder / "prompts.txt"
-    path.write_text("a cat --w 64\n# comment\na dog --w abc\na bird --l x\n")
+    path.write_text("\n# comment\na dog --w abc\na bird --l x\n")
     message = refused([*work.argv("out"), "--sample_every_n_steps=1", f"--sample_prompts={path}"])
     assert "prompts.txt line 3: --w is 'abc'" in message and "prompts.txt line 4: --l is 'x'" in message
 
@@ -408,3 +408,11 @@ def test_as_a_command(work: Work, option: str):
     assert result.returncode == 2
     assert "error: " in result.stderr and "Traceback" not in result.stderr
     assert "loading FLUX" not in result.stderr and "caching" not in result.stderr
+
+
+def test_a_bad_prompt_line_does_not_end_the_run(work: Work, caplog):
+    path = work.folder / "prompts.txt"
+    path.write_text("a cat -- asleep --w 64 --h 64 --s 1 --d -1\na dog --w abc\n")
+    work.train("out", "--max_train_steps=1", "--sample_every_n_steps=1", f"--sample_prompts={path}")
+    assert "prompts.txt line 2: --w is 'abc'" in caplog.text and "left out" in caplog.text
+    assert len(list((work.folder / "out" / "sample").glob("*_00_*.png"))) == 1

@@ -58,15 +58,19 @@ def test_killed_and_resumed_with_another_number_of_workers(work: Work) -> None:
     assert fingerprint(resumed) == fingerprint(work.train("whole", LONG, BRIEF, dataset=data))
 
 
-def test_interrupted_from_the_keyboard(work: Work) -> None:
-    """Ctrl-C reaches the loader workers too."""
-    process = start_held(work, "out", 3, "--max_data_loader_n_workers=2", dataset=work.dataset())
-    os.killpg(process.pid, signal.SIGINT)
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_to_all_processes_of_a_run(work: Work, number: int, code: int) -> None:
+    """Ctrl-C and many job systems reach the loader workers too, which the run still needs for the step that it finishes."""
+    data = work.dataset()
+    process = start_held(work, "out", 3, "--max_data_loader_n_workers=2", "--no-save_state", dataset=data)
+    os.killpg(process.pid, number)
     (work.folder / "go").touch()
     told = process.communicate(timeout=PATIENCE)[1]
-    assert process.returncode == 130
-    assert "interrupted" in told and "Traceback" not in told
+    state = work.folder / "out" / "lora-step00000004-state"
+    assert process.returncode == code, told
+    assert "interrupted after step 4 of 10" in told and f"--resume {state}" in told and "Traceback" not in told
     assert_only_whole_files(work.folder)
+    assert [path.name for path in state.parent.glob("*-state")] == [state.name]
 
 
 def several_datasets(work: Work) -> Path:

@@ -42,3 +42,13 @@ def test_a_file_of_the_package_gives_its_output_in_ours(way: tuple[str, ...], fa
     with torch.no_grad():
         ours.merge_to(encoders, run.models.denoiser, tensors)
     assert loss_of(run, batches) == pytest.approx(after, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["sd"], indirect=True)
+@pytest.mark.parametrize("argument", ["preset=nothing_like_it", "algo=nothing_like_it"])
+def test_arguments_that_the_package_does_not_know_are_one_message(argument, family, tmp_path) -> None:
+    """Whatever a module of another package raises while the network is made comes with its name, its arguments and the reason."""
+    from library.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=f"lycoris.kohya cannot be made with .*{argument}.*Error"):
+        train(family, tmp_path, "--network_module=lycoris.kohya", "--network_dim=2", "--network_train_unet_only", "--network_args", argument)

@@ -221,9 +221,10 @@ def test_metadata_and_log_file(base: Work):
     "options, told",
     [
         ("--log_prefix=a --wandb_run_name=b", ["--log_prefix: has no effect without --logging_dir", "--wandb_run_name"]),
-        ("--min_snr_gamma=5 --noise-offset 0.1", ["ignored ", "--strict", "--min_snr_gamma 5: FLUX.1 learns", "--noise_offset 0.1: "]),
+        ("--min_snr_gamma=5 --noise-offset 0.1", ["ignored", "--strict", "--min_snr_gamma 5: FLUX.1 learns", "--noise_offset 0.1: "]),
         ("--ip_noise_gamma_random_strength", ["has no effect without --ip_noise_gamma"]),
         ("--network_train_unet_only --text_encoder_lr 1", ["--text_encoder_lr has no effect with --network_train_unet_only"]),
+        ("--text_encoder_lr 1e-3 0 1e-5", ["--text_encoder_lr: 1e-05 has no effect, as flux has 2 text encoders"]),
         ("--text_encoder_lr 1e-3 1e-4", ["0.0001 has no effect", "train_t5xxl=True"]),
         ("--max_train_steps=2 --lr_scheduler=cosine --lr_warmup_steps=5", ["the full learning rate is never reached"]),
         ("--validate_every_n_steps=1 --save_last_n_steps=2", ["--save_last_n_steps: has no effect"]),
@@ -234,3 +235,11 @@ def test_options_without_effect_are_named(base: Work, capsys, options: str, told
     shown = capsys.readouterr().err
     for text in told:
         assert text in shown
+
+
+def test_a_negative_network_multiplier_trains_the_opposite(base: Work) -> None:
+    """At the start the change is zero either way; the gradient of the second matrix has the sign of the multiplier."""
+    data = base.dataset(dataset_keys="network_multiplier = -1", name="negative.toml")
+    plain, opposite = load_file(base.folder / "base" / "lora.safetensors"), load_file(base.train("opposite", "--max_train_steps=1", dataset=data))
+    ups = [key for key in plain if "lora_up" in key]
+    assert ups and all(torch.equal(plain[key], -opposite[key]) for key in ups) and any(bool(plain[key].any()) for key in ups)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from library.errors import ConfigError
@@ -157,6 +158,11 @@ def test_rates_of_the_two_encoders_of_sdxl(sdxl: Start, options: list[str], rate
     assert moved == pytest.approx(rates, rel=1e-2)
 
 
-def test_more_rates_than_encoders_are_refused(sdxl: Start) -> None:
-    with pytest.raises(ConfigError, match="--text_encoder_lr has 3 values; sdxl has 2 text encoders"):
-        sdxl.train("refused", "--text_encoder_lr", "1e-3", "1e-3", "1e-3")
+def test_more_rates_than_encoders_are_left_out_and_warned_of_unless_equal(sdxl: Start, caplog) -> None:
+    """Front ends write one rate for every encoder that a model of any family has."""
+    two = load_file(sdxl.train("two", "--text_encoder_lr", "1e-3", "1e-3"))
+    three = load_file(sdxl.train("three", "--text_encoder_lr", "1e-3", "1e-3", "1e-3"))
+    assert two.keys() == three.keys() and all(torch.equal(two[key], three[key]) for key in two)
+    assert "has no effect, as sdxl has" not in caplog.text
+    sdxl.train("other", "--text_encoder_lr", "1e-3", "1e-3", "1e-4")
+    assert "--text_encoder_lr: 0.0001 has no effect, as sdxl has 2 text encoders" in caplog.text

@@ -117,10 +117,12 @@ def load_model(class_name: str, model: str, option_name: str) -> tuple[Any, Any]
     import transformers
 
     from library.device_utils import get_preferred_device
+    from library.huggingface_util import is_hub_reachable
 
+    is_local = os.path.isdir(model) or not is_hub_reachable()
     try:
-        loaded = getattr(transformers, class_name).from_pretrained(model)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        loaded = getattr(transformers, class_name).from_pretrained(model, local_files_only=is_local)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=is_local)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"--{option_name} is {model}, which cannot be loaded: {first}") from error

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from library.errors import CheckpointError, ConfigError
+from library.text_files import open_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,8 +63,12 @@ def download(repo_id: str, folder: str) -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    from library.huggingface_util import is_hub_reachable
+
     parts = repo_id.split("/")
     layout, subfolder = ("mapping", "/".join(parts[2:])) if len(parts) > 2 else ("list", None)
+    if not is_hub_reachable():
+        raise ConfigError(f"--repo_id is {repo_id}, which cannot be fetched: the hub does not answer; needed: its files in --model_dir")
     try:
         for name in FILES[layout]:
             found = hf_hub_download("/".join(parts[:2]), name, subfolder=subfolder, force_download=True)
@@ -87,7 +92,7 @@ def read_tags(folder: str) -> list[Tag]:
     layout = layout_of(folder)
     path = os.path.join(folder, FILES[layout or "list"][1])
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open_file(path, "r", encoding="utf-8-sig", newline="") as file:
             return _tags_of_list(file) if layout == "list" else _tags_of_mapping(json.load(file))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         raise CheckpointError(f"{path} is no list of tags: {type(error).__name__} {error}") from error

@@ -83,7 +83,6 @@ def run(argv: Sequence[str] | None = None) -> None:
     config = TOOL.read(argv, problems_of)
     options = config[ResizeOptions]
     images, tally = images_of(options.src_img_folder), Tally()
-    os.makedirs(options.dst_img_folder, exist_ok=True)
     logger.info("copies keep the shape of their image, and each is made from the image itself")
     resize_images(images, config, tally)
     copy_others(images, config, tally)

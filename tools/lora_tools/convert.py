@@ -15,7 +15,7 @@ from library.errors import CheckpointError, ConfigError, Problems
 from library.inference_script import read_command, script_parser
 from library.options import Config, option
 from library.tool_script import OutputOptions, output_problems, tool_exit_code
-from library.training.option_groups import ConsoleOptions
+from library.training.option_groups import ConsoleOptions, OverflowOptions
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ class ConvertOptions:
         return self.to or MUSUBI_TARGETS.get(self.target or "")
 
 
-CLASSES = (ConvertOptions, OutputOptions, ConsoleOptions)
+CLASSES = (ConvertOptions, OutputOptions, OverflowOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,13 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str] | None = None) -> None:
     """AtelierError with one message for whatever is wrong; nothing is written then."""
+    from library.number_formats import clamping
+
     parser = build_parser()
     words = parser.parse_args(argv).files
     config = read_command(argv, parser, CLASSES)
     source, target = _paths(config[ConvertOptions], words)
     check(config, source, target)
     family, file = read_file(source, config[ConvertOptions].family)
-    result = convert(config[ConvertOptions], family, file, target)
+    with clamping(config[OverflowOptions].clamp_overflow):
+        result = convert(config[ConvertOptions], family, file, target)
     logger.info("%s: %s, %d tensors -> %d tensors, --to %s", source, family, len(file.tensors), len(result.tensors), config[ConvertOptions].layout)
     if not config[OutputOptions].dry_run:
         write(target, result)

@@ -12,7 +12,7 @@ from library.errors import Problems
 from library.inference_script import script_parser
 from library.options import Config, option
 from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
-from library.training.option_groups import ConsoleOptions
+from library.training.option_groups import ConsoleOptions, OverflowOptions
 from tools.lora_tools.adapter_input import AdapterFile, adapter_slot_problem, add_files, ending_problem, read_file, read_with_files
 
 logger = logging.getLogger("atelier")
@@ -37,7 +37,7 @@ class EmaFileOptions:
     save_precision: str | None = option(None, help="number format of the result; that of the newest file when not given")
 
 
-CLASSES = (EmaFileOptions, AveragingOptions, OutputOptions, ConsoleOptions)
+CLASSES = (EmaFileOptions, AveragingOptions, OutputOptions, OverflowOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,6 +61,7 @@ def average_files(config: Config, paths: Sequence[str], save_to: str | None, pre
     import torch
 
     from library.errors import ConfigError
+    from library.number_formats import clamping
     from networks.network_files import write_adapter_file
     from networks.post_hoc_ema import Averaging, averaged
 
@@ -86,7 +87,8 @@ def average_files(config: Config, paths: Sequence[str], save_to: str | None, pre
     newest = files[-1].metadata
     spec = {"modelspec.title": os.path.splitext(os.path.basename(save_to))[0]} if "modelspec.title" in newest else {}
     dtype = getattr(torch, DTYPES[precision.lower()]) if precision else None
-    write_adapter_file(save_to, tensors, dtype, {**newest, **spec})
+    with clamping(config[OverflowOptions].clamp_overflow):
+        write_adapter_file(save_to, tensors, dtype, {**newest, **spec})
     logger.info("wrote %s", save_to)
 
 

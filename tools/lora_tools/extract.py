@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from library.errors import CheckpointError, ConfigError, Problems
 from library.family_table import FAMILIES
 from library.inference_script import read_command, script_parser
-from library.options import Config, option
+from library.options import LARGEST_RANK, Config, option
 from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
-from library.training.option_groups import ConsoleOptions
+from library.training.option_groups import ConsoleOptions, OverflowOptions
 from tools.lora_tools.adapter_input import ending_problem
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class ExtractOptions:
         "lora", choices=("lora", "lokr", "full", "norm"),
         help="lora: the best LoRA of each layer; lokr: the nearest Kronecker product; full: the differences as they are; norm: those of norms alone",
     )
-    dim: int = option(4, help="rank of the LoRA; with --dynamic_method the largest rank of a layer")
-    conv_dim: int | None = option(None, help="the same for convolutions larger than 1x1, which are left out when not given")
+    dim: int = option(4, help="rank of the LoRA; with --dynamic_method the largest rank of a layer", most=LARGEST_RANK)
+    conv_dim: int | None = option(None, help="the same for convolutions larger than 1x1, which are left out when not given", most=LARGEST_RANK)
     dynamic_method: str | None = option(None, choices=(None, *METHODS), help="choose the rank of each layer by its singular values")
     dynamic_param: float | None = option(None, help="number of --dynamic_method, as in tools/resize_lora.py")
     factor: int = option(-1, help="size of the smaller half with --kind lokr; -1 = near the square root")
@@ -80,7 +80,7 @@ class ExtractOptions:
     no_metadata: bool = option(False, help="leave modelspec.* out of the result's metadata")
 
 
-CLASSES = (ExtractModelOptions, ExtractOptions, OutputOptions, ConsoleOptions)
+CLASSES = (ExtractModelOptions, ExtractOptions, OutputOptions, OverflowOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -143,11 +143,9 @@ def check(config: Config) -> ExtractionPlan:
         if message:
             problems.add(message)
     problems.raise_if_any()
-    word = options.save_precision
     return ExtractionPlan(
         kind=options.kind, linear=rules[0], conv=rules[1], factor=options.factor, norms=options.with_norms, include=patterns[0],
         exclude=patterns[1], min_diff=options.min_diff, clamp_quantile=options.clamp_quantile, device=options.device,
-        dtype=getattr(torch, DTYPES[word.lower()] if word else "float32"),
     )  # fmt: skip
 
 
@@ -228,10 +226,15 @@ def family_of(models: ExtractModelOptions, kind: str | None) -> str:
 
 
 def write(config: Config, found: Extracted, kind: str | None) -> None:
+    import torch
+
+    from library.number_formats import clamping
     from networks.network_files import write_adapter_file
 
     options = config[ExtractOptions]
-    write_adapter_file(options.save_to, found.tensors, None, _metadata(config, found, kind))
+    dtype = getattr(torch, DTYPES[options.save_precision.lower()] if options.save_precision else "float32")
+    with clamping(config[OverflowOptions].clamp_overflow):
+        write_adapter_file(options.save_to, found.tensors, dtype, _metadata(config, found, kind))
     logger.info("wrote %s", options.save_to)
 
 

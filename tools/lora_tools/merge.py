@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import CheckpointError, ConfigError, Problems
 from library.inference_script import read_command, script_parser
-from library.options import Config, equivalent_option, option
+from library.options import LARGEST_RANK, LARGEST_SEED, Config, equivalent_option, option
 from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
-from library.training.option_groups import ConsoleOptions
+from library.training.option_groups import ConsoleOptions, OverflowOptions
 from tools.lora_tools.ema import AveragingOptions, average_files
 
 if TYPE_CHECKING:
@@ -72,14 +73,14 @@ class SumOptions:
         " ema: the moving average of the files of one run",
     )
     concat: bool = option(False, help="the same as --mode concat")
-    new_rank: int | None = option(None, help=f"rank with --mode svd; {DEFAULT_RANK} when not given")
-    new_conv_rank: int | None = option(None, help="rank of convolutions larger than 1x1 with --mode svd; --new_rank when not given")
+    new_rank: int | None = option(None, help=f"rank with --mode svd; {DEFAULT_RANK} when not given", most=LARGEST_RANK)
+    new_conv_rank: int | None = option(None, help="rank of convolutions larger than 1x1 with --mode svd; --new_rank when not given", most=LARGEST_RANK)
     dynamic_method: str | None = option(
         None, choices=(None, *METHODS), help="choose the rank of each layer by its singular values with --mode svd; --new_rank is the largest then"
     )
     dynamic_param: float | None = option(None, help="number of --dynamic_method, as in tools/resize_lora.py")
     shuffle: bool = option(False, help="mix the order of the ranks with --mode concat")
-    seed: int | None = option(None, help="number that fixes the order of --shuffle; 0 when not given")
+    seed: int | None = option(None, help="number that fixes the order of --shuffle; 0 when not given", most=LARGEST_SEED)
 
     @property
     def rank(self) -> int:
@@ -105,7 +106,7 @@ class PrecisionToolOptions:
         return DTYPES[word.lower()] if word else None
 
 
-CLASSES = (MergeOptions, ModelFileOptions, SumOptions, AveragingOptions, PrecisionToolOptions, OutputOptions, ConsoleOptions)
+CLASSES = (MergeOptions, ModelFileOptions, SumOptions, AveragingOptions, PrecisionToolOptions, OutputOptions, OverflowOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -154,7 +155,7 @@ def check(config: Config) -> None:
     if found:
         problems.add(found)
     for path in options.models or ():
-        found = check_slot(path, "models", {"adapter"}) if str(path).endswith(".safetensors") else None
+        found = check_slot(path, "models", {"adapter"}) if str(path).endswith(".safetensors") or not os.path.exists(path) else None
         if found:
             problems.add(found)
     inputs = [*(options.models or ()), files.model, *(getattr(files, name) for name in ENCODERS)]
@@ -332,12 +333,13 @@ def _check_fit(plans: list[CheckpointMerge], allow_partial: bool) -> None:
 
 
 def _write_model(config: Config, files: CheckpointFiles, target: str, plan: CheckpointMerge) -> None:
+    from library.number_formats import clamping
     from library.safetensors_utils import stream_file_atomic
 
     infos = {key: (_saved_dtype(config, tensor.dtype), tuple(tensor.shape)) for key, tensor in files.shapes.items()}
     items = plan.stream(files.stream(None, True, files.shapes), config[PrecisionToolOptions].device, lambda key: infos[key][0])
     metadata = _model_metadata(config, files)
-    with _one_thread():
+    with _one_thread(), clamping(config[OverflowOptions].clamp_overflow):
         stream_file_atomic(infos, items, target, metadata)
 
 
@@ -380,6 +382,7 @@ def _model_metadata(config: Config, files: CheckpointFiles) -> dict[str, str] | 
 
 def merge_adapters(config: Config, targets: NetworkTargets, adapters: list[Adapter]) -> None:
     """One adapter whose change is the sum of the others' changes."""
+    from library.number_formats import clamping
     from networks import lora_merge
     from networks.network_files import write_adapter_file
 
@@ -395,7 +398,8 @@ def merge_adapters(config: Config, targets: NetworkTargets, adapters: list[Adapt
     if config[OutputOptions].dry_run:
         return
     path = config[MergeOptions].save_to
-    write_adapter_file(path, tensors, _adapter_dtype(config), _adapter_metadata(config, tensors))
+    with clamping(config[OverflowOptions].clamp_overflow):
+        write_adapter_file(path, tensors, _adapter_dtype(config), _adapter_metadata(config, tensors))
     logger.info("wrote %s", path)
 
 

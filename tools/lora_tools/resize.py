@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from library.errors import CheckpointError, Problems
 from library.inference_script import read_command, script_parser
-from library.options import Config, option
+from library.options import LARGEST_RANK, Config, option
 from library.text_files import parse_json, read_json
 from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
-from library.training.option_groups import ConsoleOptions
+from library.training.option_groups import ConsoleOptions, OverflowOptions
 from tools.lora_tools.adapter_input import AdapterFile, adapter_slot_problem, ending_problem, read_file
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ class ResizeOptions:
 
     model: str | None = option(None, help="adapter file of any family and naming; the result keeps its names")
     save_to: str | None = option(None, help="the resized file; with --split_unit the rank is added to its name")
-    new_rank: int = option(4, help="rank of the result; with --dynamic_method the largest rank of a layer")
-    new_conv_rank: int | None = option(None, help="the same for convolutions larger than 1x1; --new_rank when not given")
+    new_rank: int = option(4, help="rank of the result; with --dynamic_method the largest rank of a layer", most=LARGEST_RANK)
+    new_conv_rank: int | None = option(None, help="the same for convolutions larger than 1x1; --new_rank when not given", most=LARGEST_RANK)
     dynamic_method: str | None = option(None, choices=(None, *METHODS), help="choose the rank of each layer by its singular values")
     dynamic_param: float | None = option(
         None,
@@ -48,7 +48,7 @@ class ResizeOptions:
     verbose: bool = option(False, help="print a line for every layer: rank, kept shares, spread of the singular values")
 
 
-CLASSES = (ResizeOptions, OutputOptions, ConsoleOptions)
+CLASSES = (ResizeOptions, OutputOptions, OverflowOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -192,11 +192,13 @@ def _old_rank(source: AdapterFile) -> str:
 def _write(path: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], config: Config, source: AdapterFile) -> None:
     import torch
 
+    from library.number_formats import clamping
     from networks.network_files import write_adapter_file
 
     word = config[ResizeOptions].save_precision
     dtype = getattr(torch, DTYPES[word.lower()] if word else "float32")
-    write_adapter_file(path, tensors, dtype, metadata)
+    with clamping(config[OverflowOptions].clamp_overflow):
+        write_adapter_file(path, tensors, dtype, metadata)
     logger.info("wrote %s", path)
     if source.has_config_beside:
         _write_config(path, source, tensors)

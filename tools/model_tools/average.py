@@ -13,7 +13,7 @@ from library.errors import CheckpointError, Problems
 from library.inference_script import read_command, script_parser
 from library.options import Config, option
 from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
-from library.training.option_groups import ConsoleOptions
+from library.training.option_groups import ConsoleOptions, OverflowOptions
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ class NumberOptions:
     saving_precision: str | None = option(None, help="number format of the result; that of the first model when not given")
 
 
-CLASSES = (AverageOptions, NumberOptions, OutputOptions, ConsoleOptions)
+CLASSES = (AverageOptions, NumberOptions, OutputOptions, OverflowOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -164,6 +164,7 @@ def _compare(options: AverageOptions, models: Sequence[Model]) -> None:
 
 def write(config: Config, models: Sequence[Model], ratios: Sequence[float], output: str) -> None:
     """The result under the names and with the metadata of the first model."""
+    from library.number_formats import clamping
     from library.safetensors_utils import is_pickled, read_header, stream_file_atomic
     from networks.adapter_metadata import merged_model_spec
 
@@ -176,7 +177,8 @@ def write(config: Config, models: Sequence[Model], ratios: Sequence[float], outp
     metadata = dict(headers[0][1])
     if any("modelspec.architecture" in own for _, own in headers):
         metadata = {key: value for key, value in metadata.items() if not key.startswith("modelspec.")} | merged_model_spec(headers, output)
-    stream_file_atomic(infos, averaged(config, models, ratios), output, metadata or None)
+    with clamping(config[OverflowOptions].clamp_overflow):
+        stream_file_atomic(infos, averaged(config, models, ratios), output, metadata or None)
 
 
 def _dtype(word: str) -> torch.dtype:

@@ -13,7 +13,7 @@ from library.errors import CheckpointError, ConfigError, Problems
 from library.inference_script import read_command, script_parser
 from library.options import Config, option
 from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
-from library.training.option_groups import ConsoleOptions
+from library.training.option_groups import ConsoleOptions, OverflowOptions
 
 logger = logging.getLogger("atelier")
 
@@ -32,7 +32,7 @@ class ModelOptions:
     variant: str | None = option(None, help="with --to diffusers: word in the names of the weight files, e.g. fp16")
 
 
-CLASSES = (ModelOptions, OutputOptions, ConsoleOptions)
+CLASSES = (ModelOptions, OutputOptions, OverflowOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,14 +53,14 @@ def run(argv: Sequence[str] | None = None) -> None:
     config = read_command(argv, parser, CLASSES)
     if len(words) != 2:
         raise ConfigError(f"{len(words)} paths are given ({', '.join(words)}); needed are two: the model, then what to write")
+    from library.number_formats import clamping
+
     source, target = words
     check(config, source, target)
     kind = kind_of_model(source)
     logger.info("%s: %s -> %s", source, kind, target)
-    if config[ModelOptions].to == "single":
-        _to_single(config, kind, source, target)
-    else:
-        _to_folder(config, kind, source, target)
+    with clamping(config[OverflowOptions].clamp_overflow):
+        (_to_single if config[ModelOptions].to == "single" else _to_folder)(config, kind, source, target)
 
 
 def check(config: Config, source: str, target: str) -> None:
@@ -68,7 +68,7 @@ def check(config: Config, source: str, target: str) -> None:
     if not os.path.exists(source):
         problems.add(f"{source} does not exist")
     if not options.to:
-        problems.add("--to is missing; single (one file) or diffusers (a folder)")
+        problems.add("--to is missing; give single (one file) or diffusers (a folder)")
     found = dtype_problem("save_precision", options.save_precision)
     if found:
         problems.add(found)

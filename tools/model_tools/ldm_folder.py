@@ -26,7 +26,7 @@ from library.ldm_utils import inspect_autoencoder
 from library.model_loading import CheckpointFiles, open_checkpoint
 from library.open_clip_convert import hf_to_open_clip, open_clip_to_hf, with_text_model
 from library.registry import import_target
-from library.safetensors_utils import cast_floats, is_pickled, load_safetensors, read_header, save_file_atomic, stream_file_atomic
+from library.safetensors_utils import cast_all, is_pickled, load_safetensors, read_header, save_file_atomic, stream_file_atomic
 from library.text_encoder_utils import CLIP_G, CLIP_H, CLIP_L, ClipSlot, inspect_clip
 from library.unet_convert import diffusers_to_original, original_to_diffusers
 from library.unet_utils import UNET_ROOTS, inspect_unet
@@ -130,7 +130,7 @@ def write_folder(folder: Folder, tokenizer: Any, target: str, dtype: torch.dtype
             (work / name).write_text(f"{json.dumps(content, indent=2)}\n", encoding="utf-8")
         for name, tensors in folder.parts.items():
             stem = "diffusion_pytorch_model" if name == "vae" else "model"
-            save_file_atomic({key: cast_floats(t, dtype).contiguous() for key, t in tensors.items()}, work / name / f"{stem}{ending}", {"format": "pt"})
+            save_file_atomic({key: t.contiguous() for key, t in cast_all(tensors, dtype).items()}, work / name / f"{stem}{ending}", {"format": "pt"})
         _write_unet(folder, work / "unet" / f"diffusion_pytorch_model{ending}", dtype)
         for name in ("tokenizer", "tokenizer_2")[: 2 if "text_encoder_2" in folder.parts else 1]:
             tokenizer.save_pretrained(work / name)
@@ -187,7 +187,7 @@ def single_plan(source: str, kind: str, dtype: torch.dtype | None) -> SinglePlan
             small["v_pred"] = torch.zeros(0)
         if info.zero_terminal_snr:
             small["ztsnr"] = torch.zeros(0)
-    small = {key: cast_floats(tensor, dtype) for key, tensor in small.items()}
+    small = cast_all(small, dtype)
     infos = {**_infos(info.source, unet, dtype), **{key: (t.dtype, tuple(t.shape)) for key, t in small.items()}}
 
     def items() -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ from library.errors import CheckpointError, Problems
 from library.inference_script import read_command, script_parser
 from library.options import Config, equivalent_option, option
 from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
-from library.training.option_groups import ConsoleOptions
+from library.training.option_groups import ConsoleOptions, OverflowOptions
 
 logger = logging.getLogger("atelier")
 
@@ -41,7 +41,7 @@ class PackOptions:
     device: str = equivalent_option("cpu", help="deprecated", reason="--device: tensors are passed on as they are, nothing is computed")
 
 
-CLASSES = (PackOptions, OutputOptions, ConsoleOptions)
+CLASSES = (PackOptions, OutputOptions, OverflowOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,6 +61,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 def _pack(config: Config) -> None:
     from library.model_loading import open_checkpoint
+    from library.number_formats import clamping
     from library.safetensors_utils import is_pickled, read_header, stream_file_atomic
 
     options = config[PackOptions]
@@ -83,7 +84,8 @@ def _pack(config: Config) -> None:
                 yield names[part][key], tensor
 
     first = parts["dit"].files[0]
-    stream_file_atomic(infos, items(), options.output, None if is_pickled(first) else read_header(first)[1] or None)
+    with clamping(config[OverflowOptions].clamp_overflow):
+        stream_file_atomic(infos, items(), options.output, None if is_pickled(first) else read_header(first)[1] or None)
     logger.info("wrote %s", options.output)
 
 

@@ -75,7 +75,7 @@ class SdFamily(UNetFamily):
         return found
 
     def text_problems(self) -> list[str]:
-        from library.sd_utils import text_slot
+        from library.sd_utils import clip_skip_problem, text_slot
         from library.text_encoder_utils import inspect_clip
 
         try:
@@ -83,23 +83,8 @@ class SdFamily(UNetFamily):
         except CheckpointError as error:
             return [about_slot("pretrained_model_name_or_path", self.base_path, error)]
         found = tokenizer_problems(lambda: self._tokenizer, lambda: rows, "CLIP", "--clip_tokenizer")
-        return found + self._clip_skip_problems()
-
-    def _clip_skip_problems(self) -> list[str]:
-        """A layer of the text encoder that there is not; nothing when the encoder cannot be read, which is told elsewhere."""
-        from library.sd_utils import text_slot
-        from library.text_encoder_utils import inspect_clip
-
-        skip = self.config[ModelOptions].clip_skip
-        if skip is None:
-            return []
-        try:
-            layers = inspect_clip(self.base_path, text_slot(self.info.is_v2)).values["layers"]
-        except CheckpointError:
-            return []
-        if skip <= layers:
-            return []
-        return [f"--clip_skip is {skip}; the text encoder of {self.base_path} has {layers} layers in use, so 1 to {layers} is needed"]
+        skip = clip_skip_problem(self.base_path, self.info.is_v2, self.config[ModelOptions].clip_skip)
+        return [*found, skip] if skip else found
 
     def notices(self) -> list[str]:
         lines = super().notices()

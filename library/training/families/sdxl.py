@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,6 +63,14 @@ class SdxlFamily(UNetFamily):
         from library.sdxl_utils import inspect_vae_sdxl
 
         return inspect_vae_sdxl(self.vae_path)
+
+    def notices(self) -> list[str]:
+        """Where numbers differ on purpose from those of known trainers, beside what all U-Nets have."""
+        lines = super().notices()
+        if os.path.isfile(self.base_path or ""):  # folders hold the matrix the way round in which everybody uses it
+            lines.append("pooled captions go through text_projection as it was trained (known trainers use the transposed matrix of single files)")
+        lines.append("the crop in the size conditioning is the corner that was cut off the picture (known trainers tell margins on the other axis)")
+        return lines
 
     def text_problems(self) -> list[str]:
         from library.sdxl_utils import text_encoder_sizes, text_width_problem

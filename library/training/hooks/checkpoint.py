@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.atomic_file import remove_file, remove_folder
+from library.number_formats import clamping
 from library.training.checkpoint import AVERAGED, SaveRules, Saving, train_state
 from library.training.hooks.base import Hook
 from library.training.hooks.ema import EmaHook
 from library.training.hooks.finite import SAVE_DTYPES, NonFiniteGuard
 from library.training.option_groups import EmaOptions, HubOptions, SavingOptions
 from library.training.state import save_state
+from library.write_errors import HeldFileError, WriteError
 
 if TYPE_CHECKING:
     from library.training.run import Run, StepOutput
@@ -41,6 +43,11 @@ def planned_lines(savings: Sequence[Saving], with_average: bool) -> list[str]:
     ]
 
 
+def _multiples(interval: int | None, last: int) -> range:
+    """Those of an interval up to `last`, none without one."""
+    return range(interval, last + 1, interval) if interval else range(0)
+
+
 MetadataMaker = Callable[["Run"], dict[str, str]]
 
 
@@ -55,11 +62,14 @@ class CheckpointHook(Hook):
         self._metadata = metadata
         self._upload = upload
         self._files: dict[str, None] = {}
+        self.last_state: Path | None = None
+        self._saved_at = -1
+        """optimizer steps done when the last state was written"""
 
     def planned_files(self, run: Run) -> list[str]:
         rules, progress = self._rules(run), run.progress
-        at_epochs = [s for s in map(rules.after_epoch, range(1, progress.num_epochs + 1)) if s is not None]
-        at_steps = [s for s in map(rules.after_step, range(1, progress.max_train_steps + 1)) if s is not None]
+        at_epochs = [s for s in map(rules.after_epoch, _multiples(rules.every_n_epochs, progress.num_epochs)) if s is not None]
+        at_steps = [s for s in map(rules.after_step, _multiples(rules.options.save_every_n_steps, progress.max_train_steps)) if s is not None]
         last = rules.at_end(progress.max_train_steps)
         return [line for savings in (at_epochs, at_steps, [last]) for line in planned_lines(savings, run.config[EmaOptions].ema)]
 
@@ -73,7 +83,11 @@ class CheckpointHook(Hook):
         self._write(run, self._rules(run).after_epoch(run.progress.epoch))
 
     def on_train_end(self, run: Run) -> None:
-        self._write(run, self._rules(run).at_end(run.progress.global_step), is_last=True)
+        step = run.progress.global_step
+        if run.progress.is_finished:
+            self._write(run, self._rules(run).at_end(step), is_last=True)
+        elif self._saved_at != step:
+            self._write(run, self._rules(run).at_stop(step), is_last=True)
         if self._upload is not None:
             self._upload.finish()
 
@@ -88,22 +102,48 @@ class CheckpointHook(Hook):
         guard = run.hooks.find(NonFiniteGuard)
         if guard is not None:
             guard.check_before_save(run)
+        if saving.state is not None:
+            self._saved_at = run.progress.global_step
         if run.runtime.is_main_process:
-            folder = Path(run.config[SavingOptions].output_dir)
-            self._write_file(run, folder / saving.file, is_last)
-            if saving.state is not None:
-                self._write_state(run, folder / saving.state, is_last)
-            self._remove(folder, saving)
+            try:
+                self._write_all(run, Path(run.config[SavingOptions].output_dir), saving, is_last)
+            except HeldFileError:
+                raise
+            except WriteError as error:
+                raise error.with_more(self._kept(run)) from error
         run.runtime.barrier()
+
+    def _write_all(self, run: Run, folder: Path, saving: Saving, is_last: bool) -> None:
+        held = None
+        try:
+            self._write_file(run, folder / saving.file, is_last)
+        except HeldFileError as error:  # the weights are kept, so training goes on; whoever waits for the last file is told at the end
+            logger.warning("%s", error)
+            held = error
+        if saving.state is not None:
+            self._write_state(run, folder / saving.state, is_last)
+        self._remove(folder, saving)
+        if held is not None and is_last:
+            raise held
+
+    def _kept(self, run: Run) -> str:
+        """What of the run stands, and how to go on when a file could not be written."""
+        guard = run.hooks.find(NonFiniteGuard)
+        file = None if guard is None else guard.last_good_checkpoint
+        if self.last_state is None:
+            kept = "Nothing was saved before" if file is None else f"Kept: {file}"
+            return f"{kept}; there is no state to go on from (--save_state writes them)"
+        return f"Kept: {file or self.last_state}. Go on with --resume {self.last_state}"
 
     def _write_file(self, run: Run, path: Path, is_last: bool) -> None:
         metadata, dtype = self._metadata(run), SAVE_DTYPES[run.config[SavingOptions].save_precision]
         written = [path]
-        with run.weights_for_eval(averaged=False):
+        clamp = run.config[SavingOptions].clamp_overflow
+        with run.weights_for_eval(averaged=False), clamping(clamp):
             run.trainable.save(str(path), dtype, metadata)
         if run.hooks.find(EmaHook) is not None:
             written.append(averaged_path(path))
-            with run.weights_for_eval():
+            with run.weights_for_eval(), clamping(clamp):
                 run.trainable.save(str(written[-1]), dtype, metadata)
         self._files.update(dict.fromkeys(map(str, written)))
         logger.info("saved %s", " and ".join(map(str, written)))
@@ -115,6 +155,7 @@ class CheckpointHook(Hook):
     def _write_state(self, run: Run, folder: Path, is_last: bool) -> None:
         counters = train_state(run.progress.global_step, run.progress.steps_per_epoch)
         save_state(run, folder, counters)
+        self.last_state = folder
         self._files[str(folder)] = None
         logger.info("saved the state %s", folder)
         if self._upload is not None and run.config[HubOptions].save_state_to_huggingface:

@@ -23,4 +23,5 @@ class FinishHook(Hook):
             log.close()
         if run.runtime.is_main_process:
             files = [path for paths in run.hooks.written_files() for path in paths]
-            logger.info("%s", "\n".join(["done; written:", *(f"  {path}" for path in files)]))
+            state = "done" if run.progress.is_finished else f"ended by a signal after step {run.progress.global_step}"
+            logger.info("%s", "\n".join([f"{state}; written:", *(f"  {path}" for path in files)]))

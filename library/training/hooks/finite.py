@@ -50,7 +50,7 @@ class NonFiniteGuard(Hook):
                 raise TrainingError(
                     f"the loss of step {entry.step} is {entry.loss}; training stops and nothing of it is saved."
                     f" Images of that step: {_listed(files)}. {self._last_good()}"
-                    " Usual causes: a learning rate that is too high, a damaged image or cache, float16."
+                    " Usual causes are a learning rate that is too high, a damaged image or cache, and float16."
                 )
 
     def check_before_save(self, run: Run) -> None:
@@ -59,11 +59,17 @@ class NonFiniteGuard(Hook):
             self._reader.read()
         bad = names_of_non_finite(run)
         if bad:
-            precision = run.config[SavingOptions].save_precision
             raise TrainingError(
-                f"after step {run.progress.global_step} these trained weights are not finite"
-                f"{f' in --save_precision {precision}' if precision else ''}: {_listed(bad)};"
+                f"after step {run.progress.global_step} these trained weights are not finite: {_listed(bad)};"
                 f" nothing of them is saved. {self._last_good()}"
+            )
+        saving = run.config[SavingOptions]
+        bad = [] if saving.clamp_overflow else names_of_non_finite(run, SAVE_DTYPES[saving.save_precision])
+        if bad:
+            raise TrainingError(
+                f"after step {run.progress.global_step} these trained weights are too large for --save_precision {saving.save_precision}:"
+                f" {_listed(bad)}; nothing of them is saved. {self._last_good()} Use --save_precision bf16 or float, or"
+                " --clamp_overflow to bound such numbers"
             )
 
     def _last_good(self) -> str:
@@ -72,9 +78,9 @@ class NonFiniteGuard(Hook):
         return f"Last good checkpoint: {self.last_good_checkpoint}."
 
 
-def names_of_non_finite(run: Run) -> list[str]:
-    """Names of trained parameters with values that are NaN or infinite, or would be in the precision of the files; found
-    with one transfer when all is well.
+def names_of_non_finite(run: Run, dtype: torch.dtype | None = None) -> list[str]:
+    """Names of trained parameters with values that are NaN or infinite, or would be in `dtype`; found with one transfer when all
+    is well.
 
     All ranks get a list that is empty on all or on none.
     """
@@ -87,7 +93,6 @@ def names_of_non_finite(run: Run) -> list[str]:
     if not parameters:
         return []
     device = torch.device(run.runtime.device)
-    dtype = SAVE_DTYPES[run.config[SavingOptions].save_precision]
     bad = torch.stack([(~torch.isfinite(p.detach().to(dtype or p.dtype))).any().to(device) for _, p in parameters])  # [parameters]
     bad = run.runtime.sum_over_ranks(bad.to(torch.int32))
     if not bool(bad.any()):

@@ -91,6 +91,8 @@ class ValidationHook(Hook):
         return loss_sum / count if count else None
 
     def _validate_and_report(self, run: Run, axis: str) -> None:
+        if run.stop.agreed is not None:
+            return
         is_known = self._measured_at == run.progress.global_step  # an epoch's end is a step's end too
         loss = self.last_loss if is_known else self.validate(run)
         if loss is None:

@@ -40,9 +40,20 @@ OPTIMIZERS.add("Prodigy", "prodigyopt:Prodigy", package="prodigyopt")
 OPTIMIZERS.add("AdaFactor", "transformers.optimization:Adafactor", defaults={"relative_step": True})
 for _name in ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"):
     OPTIMIZERS.add(_name, f"schedulefree:{_name}", package="schedulefree")
+OPTIMIZERS.add("ProdigyPlusScheduleFree", "prodigyplus:ProdigyPlusScheduleFree", package="prodigy-plus-schedule-free")
+OPTIMIZERS.add("CAME", "came_pytorch:CAME", package="came-pytorch")
+for _name in ("AdEMAMix8bit", "PagedAdEMAMix8bit", "Adam8bit", "PagedAdam8bit"):
+    OPTIMIZERS.add(_name, f"bitsandbytes.optim:{_name}", package="bitsandbytes")
+for _name in (
+    "AdaBelief", "Adan", "AdamP", "AdEMAMix", "ADOPT", "EmoFact", "EmoLynx", "EmoNavi", "FAdam", "Grams", "Lamb", "LaProp", "MARS",
+    "Ranger", "ScheduleFreeAdamW", "ScheduleFreeRAdam", "ScheduleFreeSGD", "SGDSaI", "SimplifiedAdEMAMix", "SOAP",
+    "StableAdamW", "Tiger", "Yogi",
+):  # fmt: skip
+    OPTIMIZERS.add(_name, f"pytorch_optimizer:{_name}", package="pytorch-optimizer")
 
 PACKAGES = {
     "lion_pytorch": "lion-pytorch", "prodigyplus": "prodigy-plus-schedule-free", "pytorch_optimizer": "pytorch-optimizer",
+    "came_pytorch": "came-pytorch",
 }
 """import name -> name to install, where they differ"""
 ADAFACTOR = "transformers.optimization.Adafactor"
@@ -113,7 +124,8 @@ class OptimizerChoice:
     @property
     def named_schedule_free(self) -> bool:
         """Whether the name promises schedule-free training; the built instance decides (`OptimizerBuild.schedule_free`)."""
-        return self.class_name.lower().endswith("schedulefree")
+        name = self.class_name.lower()
+        return name.endswith("schedulefree") or name.startswith("schedulefree")
 
     @property
     def is_adafactor(self) -> bool:
@@ -190,7 +202,7 @@ def optimizer_class(choice: OptimizerChoice) -> type:
         package = choice.package or PACKAGES.get(top, top)
         raise ConfigError(
             f"--optimizer_type {choice.name} needs the package {package}, which is not installed;"
-            f" install it with: pip install {package}"
+            f" install it with: pip install {package}, or all of these packages with: pip install -e .[optimizers]"
         )
     try:
         module = importlib.import_module(module_name)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from library.errors import ConfigError, Problems, did_you_mean
+from library.errors import ConfigError, Problems, did_you_mean, no_effect
 from library.options import option
 from library.registry import Registry
 from library.training.keyword_args import argument_problems, parse_keyword_args
@@ -91,7 +91,9 @@ def parse_step_count(value: str | int | float) -> StepCount:
 class SchedulerOptions:
     """Learning rate schedule."""
 
-    lr_scheduler: str = option("constant", help="curve of the learning rate: " + ", ".join(SCHEDULERS.names()))
+    lr_scheduler: str = option(
+        "constant", help="curve of the learning rate: " + ", ".join(SCHEDULERS.names()) + "; adafactor:1e-3 gives the rate that is shown first",
+    )
     lr_warmup_steps: str | int | float = option(
         0, convert=str, metavar="STEPS", help="warm-up in optimizer steps; below 1, or with %, a fraction of all steps"
     )
@@ -133,8 +135,25 @@ class SchedulerOptions:
             self._check_name(problems)
         problems.raise_if_any()
 
+    @property
+    def curve(self) -> str:
+        """The name in --lr_scheduler, without a rate."""
+        return self.lr_scheduler.partition(":")[0].strip().lower()
+
+    @property
+    def first_rate(self) -> float | None:
+        """The rate in `adafactor:1e-3`: shown before the first step, when the optimizer has found none yet."""
+        name, colon, rate = self.lr_scheduler.partition(":")
+        return float(rate) if colon else None
+
     def _check_name(self, problems: Problems) -> None:
-        name = self.lr_scheduler.lower()
+        name = self.curve
+        try:
+            if self.first_rate is not None and (name != "adafactor" or not 0 <= self.first_rate < math.inf):
+                raise ValueError
+        except ValueError:
+            problems.add(f"--lr_scheduler is {self.lr_scheduler}; a rate behind a colon has adafactor alone, e.g. adafactor:1e-3")
+            return
         if name in NOT_OFFERED:
             problems.add(f"--lr_scheduler {name} is not offered: {NOT_OFFERED[name]}")
         elif name not in SCHEDULERS:
@@ -171,10 +190,10 @@ def name_in_use(options: SchedulerOptions, optimizer: OptimizerOptions) -> str:
     if choice.named_schedule_free:
         return "none"
     if choice.finds_own_rate:
-        return f"adafactor:{optimizer.learning_rate}"
+        return f"adafactor:{optimizer.learning_rate if options.first_rate is None else options.first_rate}"
     if options.lr_scheduler_type:
         return options.lr_scheduler_type
-    name = SCHEDULERS.entry(options.lr_scheduler).name
+    name = SCHEDULERS.entry(options.curve).name
     return "constant_with_warmup" if name == "constant" and _has_warmup(options) else name
 
 
@@ -195,13 +214,13 @@ def check(options: SchedulerOptions, optimizer: OptimizerOptions, max_train_step
     if options.lr_scheduler_type:
         _check_class(options, problems)
     else:
-        entry = SCHEDULERS.entry(options.lr_scheduler)
+        entry = SCHEDULERS.entry(options.curve)
         if entry.name == "adafactor":
             problems.add(_adafactor_problem(choice))
         _check_args(entry.name, options, problems)
         if not problems.messages and entry.name != "adafactor":
             _try_curve(options, optimizer, max_train_steps, problems)
-    name = options.lr_scheduler_type or options.lr_scheduler.lower()
+    name = options.lr_scheduler_type or options.curve
     own_length = bool(options.lr_scheduler_type) or name in ("adafactor", "piecewise_constant")
     if own_length and _has_warmup(options):
         problems.add(f"--lr_warmup_steps is {options.lr_warmup_steps}; {name} has no warm-up of this kind, leave it out")
@@ -228,14 +247,14 @@ def _check_args(name: str, options: SchedulerOptions, problems: Problems) -> Non
 def _try_curve(options: SchedulerOptions, optimizer: OptimizerOptions, max_train_steps: int | None, problems: Problems) -> None:
     """Make the curve once: it checks its own arguments."""
     settings = CurveSettings.of(options, rate=optimizer.learning_rate, max_train_steps=max_train_steps or 1000)
-    if max_train_steps is not None and options.lr_scheduler.lower() == "warmup_stable_decay":
+    if max_train_steps is not None and options.curve == "warmup_stable_decay":
         if settings.warmup + settings.decay > max_train_steps:
             problems.add(
                 f"--lr_warmup_steps and --lr_decay_steps are {settings.warmup} and {settings.decay} of {max_train_steps} steps;"
                 " together they must not be longer than the run"
             )
     try:
-        SCHEDULERS.resolve(options.lr_scheduler)(settings)
+        SCHEDULERS.resolve(options.curve)(settings)
     except ConfigError as error:
         problems.absorb(error)
 
@@ -274,20 +293,19 @@ def notices(options: SchedulerOptions, optimizer: OptimizerOptions) -> list[str]
     choice = choose(optimizer)
     default = SchedulerOptions()
     given = [n for n in default.__dataclass_fields__ if str(getattr(options, n)) != str(getattr(default, n))]
-    flags = lambda names: ", ".join(f"--{name}" for name in names)  # noqa: E731
     if choice.named_schedule_free:
-        return [f"{flags(given)} without effect: {choice.name} has no learning rate schedule"] if given else []
+        return [f"{no_effect(given)}: {choice.name} has no learning rate schedule"] if given else []
     if choice.finds_own_rate:
-        return [f"{flags(given)} without effect: {choice.name} with relative_step follows its own schedule"] if given else []
+        return [f"{no_effect(given)}: {choice.name} with relative_step follows its own schedule"] if given else []
     if options.lr_scheduler_type:
         unused = [n for n in given if n not in ("lr_scheduler_type", "lr_scheduler_args", "lr_warmup_steps")]
-        return [f"{flags(unused)} without effect: --lr_scheduler_type {options.lr_scheduler_type} is used"] if unused else []
-    lines, entry = [], SCHEDULERS.entry(options.lr_scheduler)
+        return [f"{no_effect(unused)}: --lr_scheduler_type {options.lr_scheduler_type} is used"] if unused else []
+    lines, entry = [], SCHEDULERS.entry(options.curve)
     if entry.name == "constant" and _has_warmup(options):
         lines.append("--lr_scheduler constant with --lr_warmup_steps acts as constant_with_warmup")
     unused = [n for n in given if n in SHAPE_OPTIONS and n not in entry.info["uses"] and n != "lr_warmup_steps"]
     if unused:
-        lines.append(f"{flags(unused)} without effect: --lr_scheduler {entry.name} does not use it")
+        lines.append(f"{no_effect(unused)}: --lr_scheduler {entry.name} does not use it")
     return lines
 
 

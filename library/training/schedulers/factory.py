@@ -41,7 +41,7 @@ def build_scheduler(
             logger.warning("%s is schedule-free: --lr_scheduler and its options have no effect", optimizer.choice.name)
         return FixedRates(optimizer.optimizer)
     if optimizer.choice.finds_own_rate:
-        return AdafactorRates(optimizer.optimizer, learning_rate)
+        return AdafactorRates(optimizer.optimizer, learning_rate if options.first_rate is None else options.first_rate)
     if options.lr_scheduler_type:
         cls = scheduler_class(options.lr_scheduler_type)
         args = parse_keyword_args(options.lr_scheduler_args, "lr_scheduler_args")
@@ -50,7 +50,7 @@ def build_scheduler(
         except (TypeError, ValueError) as error:
             raise ConfigError(f"--lr_scheduler_type {options.lr_scheduler_type} with {args} is refused: {error}") from error
     settings = CurveSettings.of(options, rate=learning_rate, max_train_steps=max_train_steps)
-    curve = SCHEDULERS.resolve(options.lr_scheduler)(settings)
+    curve = SCHEDULERS.resolve(options.curve)(settings)
     return torch_schedulers.LambdaLR(optimizer.optimizer, curve)
 
 

@@ -7,10 +7,11 @@ import importlib
 import inspect
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import torch
 
 from library.atomic_file import atomic_path, scratch_path
 from library.dataset import CachingOptions
-from library.errors import CheckpointError, ConfigError, Problems
+from library.errors import CheckpointError, ConfigError, Problems, TrainingError, foreign_errors
 from library.family_table import family_entry
 from library.keyed_random import StepDraws, isolated_rng, key_seed
 from library.options import Config, parse_bool
@@ -31,6 +32,7 @@ from library.training.optimizers import OptimizerOptions
 from library.training.timesteps import NUM_TIMESTEPS
 from library.training.trainables.base import Trainable
 from library.training.trainables.base_weights import BaseWeights
+from library.training.trainables.kept_layers import KeptLayers, kept_layers
 from networks.description import describe_network, is_scaled_by_rank
 from networks.network_args import pattern_values, rate, selected_blocks, selection, shapes_nothing
 from networks.network_files import by_module, match_names, read_adapter_file, write_adapter_file
@@ -61,6 +63,7 @@ class NetworkTrainable(Trainable):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._base_weights = BaseWeights(self.opts)
+        self.kept: KeptLayers = KeptLayers()
 
     def check(self, family: ModelFamily) -> None:
         """Module, network arguments and files, as far as they can be judged without models."""
@@ -71,10 +74,6 @@ class NetworkTrainable(Trainable):
         )  # fmt: skip
         for step in steps:
             problems.attempt(step)
-        encoders = len(targets_of_family(family.name).text_encoders)
-        rates = self.opts.text_encoder_lr or ()
-        if len(rates) > max(encoders, 1):
-            problems.add(f"--text_encoder_lr has {len(rates)} values; {family.name} has {encoders} text encoders")
         if self.opts.network_train_text_encoder_only and not any(self.trains_text_encoders(family)):
             problems.add(f"--network_train_text_encoder_only leaves nothing to train: no text encoder of {family.name} is trained")
         problems.raise_if_any()
@@ -192,47 +191,74 @@ class NetworkTrainable(Trainable):
             for encoder, rate, learns in zip(encoders, rates, trained, strict=False):
                 if rate and not learns:
                     lines.append(f"--text_encoder_lr: {rate} has no effect, as its text encoder learns only with --network_args {encoder.switch}=True")
+        surplus = [rate for rate in rates[len(encoders) :] if rate != rates[0]]
+        if surplus:
+            number = f"{len(encoders)} text encoder{'s' if len(encoders) > 1 else ''}"
+            lines.append(f"--text_encoder_lr: {', '.join(map(str, surplus))} has no effect, as {family.name} has {number}")
         return lines
 
     # -- attaching -------------------------------------------------------------------------------------------------
 
     def transform(self, family: ModelFamily) -> Transform | None:
+        kept = self._read_kept(family).adapter()
         return self._base_weights.transform(
-            family, self.config[ModelOptions].pretrained_model_name_or_path, self.config[CachingOptions].caches_text
+            family, self.config[ModelOptions].pretrained_model_name_or_path, self.config[CachingOptions].caches_text,
+            [] if kept is None else [kept],
         )
 
     def transform_identity(self, family: ModelFamily) -> str:
-        return self._base_weights.identity(targets_of_family(family.name))
+        parts = [self._base_weights.identity(targets_of_family(family.name)), self._read_kept(family).identity()]
+        return " and ".join(part for part in parts if part)
+
+    def _read_kept(self, family: ModelFamily) -> KeptLayers:
+        if not self.kept.path:
+            self.kept = kept_layers(self.opts, targets_of_family(family.name), self.trains_text_encoders(family))
+        return self.kept
 
     def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None:
         """Make the network, hook it into the models and load its start weights."""
         self._targets = targets_of_family(family.name)
         self._models = models
-        for line in self._idle_rates(family):
-            logger.warning(line)
+        for line in (*self._idle_rates(family), self._read_kept(family).message()):
+            if line is not None:
+                logger.warning(line)
         for part in (models.denoiser, *models.text_encoders):
             if part is not None:
                 part.requires_grad_(False)
         module = importlib.import_module(self.opts.module_path)
         self._is_own = hasattr(module, "check_network_args")
-        self._base_weights.finish(module, models, runtime, self._targets)
-        text_encoders = self._text_encoders(models)
-        with isolated_rng(key_seed(runtime.seed, "network init")):
-            network = self._make_network(module, models, text_encoders, self._pairs(family))
+        text_encoders, pairs = self._text_encoders(models), self._pairs(family)
+        with self._told():
+            self._base_weights.finish(module, models, runtime, self._targets)
+            with isolated_rng(key_seed(runtime.seed, "network init")):
+                network = self._make_network(module, models, text_encoders, pairs)
         if network is None:
             raise ConfigError(f"--network_module {self.opts.network_module} made no network; see its messages above")
         self.network = network
-        if hasattr(network, "initialize"):
-            network.initialize(runtime.seed)
-        if hasattr(network, "prepare_network"):
-            network.prepare_network(SimpleNamespace(**self.config.values()))
-        trains_text = any(self.trains_text_encoders(family))
-        network.apply_to(text_encoders, models.denoiser, trains_text, not self.opts.network_train_text_encoder_only)
-        self._refuse_empty(models)
-        if self.opts.network_weights:
-            self._load_start_weights(network)
-            _own_memory(network)
-        self._finish(network, text_encoders, models, runtime)
+        with self._told():
+            if hasattr(network, "initialize"):
+                network.initialize(runtime.seed)
+            if hasattr(network, "prepare_network"):
+                network.prepare_network(SimpleNamespace(**self.config.values()))
+            trains_text = any(self.trains_text_encoders(family))
+            network.apply_to(text_encoders, models.denoiser, trains_text, not self.opts.network_train_text_encoder_only)
+            self._refuse_empty(models)
+            if self.opts.network_weights:
+                self._load_start_weights(network)
+                _own_memory(network)
+            self._finish(network, text_encoders, models, runtime)
+
+    def _told(self) -> AbstractContextManager[None]:
+        """Inside, whatever another package's module raises is one message with its name, its arguments and the reason."""
+        if self._is_own:
+            return nullcontext()
+        given = {"network_dim": self.opts.network_dim, "network_alpha": self.opts.network_alpha, "network_weights": self.opts.network_weights}
+        words = [f"--{name} {value}" for name, value in given.items() if value is not None]
+        pairs = " ".join(f"{key}={value}" for key, value in self.opts.pairs.items())
+        words += [f"--network_args {pairs}"] if pairs else []
+        return foreign_errors(
+            ConfigError, f"look at --network_args: the network of --network_module {self.opts.network_module} cannot be made with {' '.join(words) or 'no arguments'}"
+        )
 
     def _finish(self, network: Any, text_encoders: Any, models: Models, runtime: Runtime) -> None:
         if self.opts.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
@@ -262,9 +288,10 @@ class NetworkTrainable(Trainable):
         """The contract call."""
         options = self.opts
         if options.dim_from_weights:
+            rest = {"weights_sd": self.kept.rest()} if self._is_own and self.kept.layers else {}
             network, _ = module.create_network_from_weights(
                 1, options.network_weights, models.vae, text_encoders, models.denoiser,
-                neuron_dropout=options.network_dropout, **pairs,
+                neuron_dropout=options.network_dropout, **rest, **pairs,
             )
             return network
         return module.create_network(
@@ -300,8 +327,12 @@ class NetworkTrainable(Trainable):
         path = self.opts.network_weights
         if self._is_own:
             self._refuse_other_alphas(network, path)
-        report = network.load_weights(path)
-        logger.info("weights of the network loaded from %s: %s", path, _summary(report))
+        report = network.load_tensors(self.kept.rest(), path) if self._is_own and self.kept.layers else network.load_weights(path)
+        is_incomplete = self._is_own and bool(report["unexpected"])
+        logger.log(
+            logging.WARNING if is_incomplete else logging.INFO, "weights of the network loaded from %s: %s%s", path, _summary(report),
+            f"; those that this network does not train (first: {report['unexpected'][0]}) are left out of the output" if is_incomplete else "",
+        )
         if self._is_own and len(report["missing"]) == len(network.loras):
             raise CheckpointError(f"--network_weights is {path}; none of its modules belongs to a layer that this network trains")
 
@@ -343,15 +374,13 @@ class NetworkTrainable(Trainable):
         return groups
 
     def _described_groups(self, default: float | None) -> list[tuple[dict[str, Any], str | None]]:
-        rates = list(self.opts.text_encoder_lr or [])
+        rates = list(self.opts.text_encoder_lr or [])[: max(len(self._targets.text_encoders), 1)]
         several = getattr(self.network, "prepare_optimizer_params_with_multiple_te_lrs", None)
         if several is not None:
             result = several(rates or None, self.opts.unet_lr, default)
         else:
             if len(set(rates)) > 1:
-                raise ConfigError(
-                    f"--text_encoder_lr has {len(rates)} values; {self.opts.network_module} knows one rate for all text encoders"
-                )
+                logger.warning("--text_encoder_lr: %s knows one rate for all text encoders, the first, %s", self.opts.network_module, rates[0])
             values = [rates[0] if rates else None, self.opts.unet_lr, default]
             method = self.network.prepare_optimizer_params
             count = _positional_count(method)
@@ -374,6 +403,8 @@ class NetworkTrainable(Trainable):
         values = {float(value) for value in batch.network_multipliers.tolist()}
         if len(values) > 1:
             raise ValueError("samples of one batch have different network multipliers")
+        if values and not (math.isfinite(min(values)) and min(values)):  # of a dataset class; configurations are checked at start
+            raise TrainingError(f"the network multiplier of a batch is {min(values)}; needed: a finite number other than 0, which leaves nothing to learn")
         if values and self.network.multiplier != min(values):
             self.network.set_multiplier(min(values))
 
@@ -411,6 +442,10 @@ class NetworkTrainable(Trainable):
         return f"{self.opts.module_path}, rank {rank}, alpha {alpha:g}, as the module reads them"
 
     def notices(self) -> list[str]:
+        kept = self.kept.message()
+        return [*self._alpha_notice(), *([] if kept is None else [kept])]
+
+    def _alpha_notice(self) -> list[str]:
         """A missing --network_alpha is 1, as the known scripts have it: people who do not know train at a fraction of the strength."""
         if "network_alpha" in self.config.explicit or self.opts.dim_from_weights:
             return []
@@ -425,14 +460,18 @@ class NetworkTrainable(Trainable):
     # -- files -------------------------------------------------------------------------------------------------------
 
     def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+        kept = self.kept.tensors()
         if self._is_own:
-            self.network.save_weights(path, dtype, metadata)
+            if kept:
+                write_adapter_file(path, {**self.network.file_state_dict(), **kept}, dtype, metadata)
+            else:
+                self.network.save_weights(path, dtype, metadata)
             return
         is_safetensors = path.endswith(".safetensors")
         with (scratch_path if is_safetensors else atomic_path)(path) as temporary:
-            self.network.save_weights(str(temporary), dtype, dict(metadata))
-            if is_safetensors:  # written again with our hashes and a fixed order of the keys
-                write_adapter_file(path, load_safetensors(temporary, device="cpu", disable_mmap=True), None, metadata)
+            self.network.save_weights(str(temporary), None if is_safetensors else dtype, dict(metadata))
+            if is_safetensors:  # written again with our hashes, a fixed order of the keys, and numbers that are checked
+                write_adapter_file(path, {**load_safetensors(temporary, device="cpu", disable_mmap=True), **kept}, dtype, metadata)
 
     def load(self, path: str) -> None:
         self.network.load_weights(path)

@@ -17,13 +17,16 @@ def config_of(**values):
     return Config.read(values, CLASSES)
 
 
-def test_the_output_folder_is_needed_and_made(tmp_path):
+def test_the_output_folder_is_needed_and_made_after_the_checks(tmp_path):
     assert checks.output_problems(config_of()) == ["--output_dir is not given; needed: the folder for the trained files"]
     folder = tmp_path / "new" / "folder"
     assert checks.output_problems(config_of(output_dir=str(folder))) == []
+    assert not folder.exists() and not folder.parent.exists()
+    checks.make_output_folder(config_of(output_dir=str(folder)))
     assert folder.is_dir() and not list(folder.iterdir())
     (tmp_path / "file").write_text("x")
-    assert "cannot be written" in checks.output_problems(config_of(output_dir=str(tmp_path / "file")))[0]
+    for place in (tmp_path / "file", tmp_path / "file" / "folder"):
+        assert "cannot be written" in checks.output_problems(config_of(output_dir=str(place)))[0]
 
 
 def test_the_prompt_file_is_read_at_start(tmp_path):

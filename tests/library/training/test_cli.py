@@ -89,3 +89,11 @@ def test_other_processes_show_warnings_only(monkeypatch, capsys):
     logging.getLogger("library").info("told by the first")
     logging.getLogger("library").warning("odd")
     assert capsys.readouterr().err == "[process 1] odd\n"
+
+
+def test_what_bitsandbytes_says_of_kernels_that_nothing_uses_is_not_shown(capsys):
+    cli.set_up_logging(ConsoleOptions())
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "why")
+    logging.getLogger("bitsandbytes.cextension").warning("no binary for this CUDA")
+    told = capsys.readouterr().err
+    assert "gemm_4bit" not in told and "no binary for this CUDA" in told

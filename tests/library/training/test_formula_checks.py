@@ -47,11 +47,11 @@ def test_notices():
 def test_settings_that_the_chosen_formula_does_not_read_are_named():
     from library.training import losses, timestep_samplers
 
-    assert losses.notices(losses.LossOptions(loss_type="l1", huber_c=0.5), True) == ["--huber_c without effect: --loss_type is l1"]
+    assert losses.notices(losses.LossOptions(loss_type="l1", huber_c=0.5), True) == ["--huber_c has no effect: --loss_type is l1"]
     assert losses.notices(losses.LossOptions(), True) == []
     options = TimestepOptions(timestep_sampling="uniform", sigmoid_scale=2.0, logit_mean=1.0)
     (line,) = timestep_samplers.notices(options)
-    assert line.startswith("--sigmoid_scale, --logit_mean without effect with --timestep_sampling uniform")
+    assert line.startswith("--sigmoid_scale, --logit_mean have no effect with --timestep_sampling uniform")
     assert timestep_samplers.notices(TimestepOptions(timestep_sampling="shift", sigmoid_scale=2.0, discrete_flow_shift=1.0)) == []
 
 

@@ -70,10 +70,29 @@ def test_settings_that_a_family_does_not_read_are_told():
     assert unused_settings(prompts, SAMPLE_DEFAULTS["sd"]) == ["guidance_scale", "renorm_cfg"]
 
 
-@pytest.mark.parametrize("line", ["a cat -- w 512", "a cat -- 5", "a cat --"])
-def test_dashes_without_a_letter_are_no_option(line):
-    with pytest.raises(ConfigError, match="prompt: unknown option --;"):
-        parse_line(line)
+@pytest.mark.parametrize("line", ["a cat -- w 512", "a cat -- 5", "a cat --", "a cat --5 years old", "a cat --- asleep"])
+def test_dashes_without_a_letter_are_text(line):
+    assert parse_line(line).to_dict() == {"prompt": line}
+    assert parse_line(f"{line} --w 64 --n worse -- ugly").to_dict() == {"prompt": line, "width": 64, "negative_prompt": "worse -- ugly"}
+
+
+def test_minus_one_draws_a_seed(tmp_path):
+    assert parse_line("a cat --d -1").seed is None
+    with pytest.raises(ConfigError, match="--d is '-2'"):
+        parse_line("a cat --d -2")
+    (tmp_path / "p.toml").write_text('[prompt]\nprompt = "x"\nseed = 3\n[[prompt.subset]]\nseed = -1\n[[prompt.subset]]\n', encoding="utf-8")
+    assert [prompt.seed for prompt in load_prompts(tmp_path / "p.toml")] == [None, 3]
+
+
+def test_bad_prompts_can_be_left_out_while_one_is_good(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a --w x\nfine\nb --l much\n", encoding="utf-8")
+    left_out = []
+    assert [prompt.prompt for prompt in load_prompts(path, left_out=left_out)] == ["fine"]
+    assert [problem.split(":")[0] for problem in left_out] == ["prompts.txt line 1", "prompts.txt line 3"]
+    path.write_text("a --w x\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="prompts.txt line 1"):
+        load_prompts(path, left_out=[])
 
 
 @pytest.mark.parametrize("at", ["step", "epoch"])

@@ -82,7 +82,7 @@ def test_refused(options, optimizer, total, words):
     ({"lr_warmup_steps": 5}, {}, "constant_with_warmup"),
     ({"lr_scheduler": "cosine", "lr_scheduler_num_cycles": 3}, {}, "lr_scheduler_num_cycles"),
     ({"lr_scheduler": "cosine"}, {"optimizer_type": "AdamWScheduleFree"}, "lr_scheduler"),
-    ({"lr_scheduler": "linear", "lr_scheduler_type": "StepLR"}, {}, "lr_scheduler without effect"),
+    ({"lr_scheduler": "linear", "lr_scheduler_type": "StepLR"}, {}, "lr_scheduler has no effect"),
     ({"lr_scheduler": "linear"}, {"optimizer_type": "AdaFactor"}, "own schedule"),
 ])
 def test_one_notice(options, optimizer, words):

@@ -1,0 +1,209 @@
+"""What a start costs with few and with many pictures: the first one, which fills the caches on disk, and the second.
+
+    python benchmarks/start.py [--family sdxl] [--counts 20 20000] [--latents_only] [--encode_all] [--folder DIR]
+
+Small noise pictures with captions and a tiny random model; every run is the real script in a process of its own and trains one step.
+Beside it stands the least that a start must do for as many pictures: list the folder, read every header with imagesize and every
+caption. Opened files and decoded pictures are counted inside the runs. The second start should take at most twice the CPU time of
+that baseline beyond what it takes with the smallest count, and the first should decode what it encodes and nothing else.
+
+With more than 64 pictures the further ones are copies, and so are their cache files: the "first" start then meets finished caches of
+which it knows nothing, as after copying a data set, and encodes nothing. --encode_all has it encode every picture (half an hour for
+20,000 on one core). Figures: docs/caching.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SIZE_PX = 64
+DISTINCT = 64
+DATASET = """
+[[datasets]]
+resolution = {size}
+batch_size = 4
+[[datasets.subsets]]
+image_dir = '{images}'
+caption_extension = ".txt"
+"""
+KINDS = {".png": "pictures", ".txt": "captions", ".npz": "caches"}
+
+
+@dataclass
+class Start:
+    """One run, as its process and the system saw it."""
+
+    seconds: float
+    cpu: float
+    memory_mb: float
+    opened: dict[str, int]
+    decoded: int
+
+
+# ---- inside the measured processes ---------------------------------------------------------------------------------------
+
+
+def counted_run(script: str, argv: list[str], report: str) -> None:
+    """Run a script and write what it opened and decoded. The hook costs a microsecond a file, which stays in the figures."""
+    import runpy
+
+    opened = dict.fromkeys(KINDS.values(), 0)
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "open" and isinstance(arguments[0], str) and (arguments[1] or "r").startswith("r"):
+            name = KINDS.get(arguments[0][-4:])
+            if name is not None:
+                opened[name] += 1
+
+    from PIL import ImageFile
+
+    decoded, load = [0], ImageFile.ImageFile.load
+
+    def counting(self):
+        decoded[0] += bool(self.tile)
+        return load(self)
+
+    ImageFile.ImageFile.load = counting
+    sys.addaudithook(hook)
+    sys.argv = [script, *argv]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        Path(report).write_text(json.dumps({"opened": opened, "decoded": decoded[0]}), encoding="utf-8")
+
+
+def baseline(folder: str) -> None:
+    """Print the CPU seconds of listing a folder, reading every header and every caption: the least of three."""
+    import imagesize
+
+    least = float("inf")
+    for _ in range(3):
+        started = time.process_time()
+        for entry in os.scandir(folder):
+            if entry.name.endswith(".png"):
+                imagesize.get(entry.path)
+            elif entry.name.endswith(".txt"):
+                with open(entry.path, encoding="utf-8") as file:
+                    file.read()
+        least = min(least, time.process_time() - started)
+    print(least)
+
+
+# ---- around them ------------------------------------------------------------------------------------------------------------
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    """Noise pictures with captions; those beyond the first ones are copies."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    contents = []
+    for _ in range(min(count, DISTINCT)):
+        buffer = io.BytesIO()
+        Image.fromarray(random.integers(0, 255, (SIZE_PX, SIZE_PX, 3), dtype=np.uint8)).save(buffer, "PNG")
+        contents.append(buffer.getvalue())
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        (folder / f"{number:06d}.png").write_bytes(contents[number % DISTINCT])
+        (folder / f"{number:06d}.txt").write_text(f"picture {number % DISTINCT}, noise, grey, one of many", encoding="utf-8")
+
+
+def copy_caches(folder: Path, count: int) -> None:
+    """Give every copy of a picture the cache files of its original, and forget what is known of them."""
+    for path in sorted(folder.glob("*.npz")):
+        content = path.read_bytes()
+        for number in range(int(path.name[:6]) + DISTINCT, count, DISTINCT):
+            (folder / f"{number:06d}{path.name[6:]}").write_bytes(content)
+    for path in folder.glob(".*index*"):
+        path.unlink()
+
+
+def measured(script: str, argv: list[str], folder: Path) -> Start:
+    """Run a script in a process of its own."""
+    report = folder / "report.json"
+    command = [sys.executable, __file__, "--child", script, str(report), *argv]
+    with open(folder / "log.txt", "wb") as log:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+    if status:
+        sys.exit(f"the run failed:\n{(folder / 'log.txt').read_text(errors='replace')[-4000:]}")
+    counts = json.loads(report.read_text(encoding="utf-8"))
+    return Start(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, counts["opened"], counts["decoded"])
+
+
+def starts(family: str, count: int, folder: Path, more: list[str], encode_all: bool) -> tuple[list[Start], float]:
+    """First and second start with `count` pictures, and the baseline's CPU seconds."""
+    from library.tiny_models import build_tiny, tiny_entry
+
+    entry, tiny, images = tiny_entry(family), build_tiny(family, folder / "model"), folder / "images"
+    (folder / "data.toml").write_text(DATASET.format(size=SIZE_PX, images=images.as_posix()), encoding="utf-8")
+    argv = [
+        *tiny.arguments(), f"--network_module={entry.network_module}", *entry.options, f"--dataset_config={folder / 'data.toml'}",
+        "--network_dim=4", "--network_alpha=4", "--max_train_steps=1", "--seed=1", "--max_data_loader_n_workers=0",
+        "--cache_latents_to_disk", "--vae_batch_size=4", "--output_name=lora", *more,
+    ]
+    if count > DISTINCT and not encode_all:
+        write_pictures(images, DISTINCT)
+        measured(entry.script, [*argv, f"--output_dir={folder / 'out0'}"], folder)
+    write_pictures(images, count)
+    if count > DISTINCT and not encode_all:
+        copy_caches(images, count)
+    found = []
+    for number in (1, 2):
+        time.sleep(1.1)  # files of the second that is still running are read again by the next start
+        found.append(measured(entry.script, [*argv, f"--output_dir={folder / f'out{number}'}"], folder))
+    output = subprocess.run([sys.executable, __file__, "--baseline", str(images)], capture_output=True, text=True, check=True)
+    return found, float(output.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", default="sdxl", help="tiny model to train (default: sdxl)")
+    parser.add_argument("--counts", type=int, nargs="+", default=[20, 20000], help="numbers of pictures (default: 20 20000)")
+    parser.add_argument("--latents_only", action="store_true", help="cache no text encoder outputs")
+    parser.add_argument("--encode_all", action="store_true", help="encode every picture in the first start, instead of copying caches")
+    parser.add_argument("--folder", help="work in this folder and leave it (default: a temporary one)")
+    options = parser.parse_args()
+    caches_text = options.family not in ("sd1", "sd2") and not options.latents_only
+    more = ["--network_train_unet_only", *(["--cache_text_encoder_outputs_to_disk"] if caches_text else [])]
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(options.folder or temporary)
+        print(f"{options.family}, latents{' and text encoder outputs' if caches_text else ''} on disk")
+        print(f"{'pictures':>9} {'start':>7} {'seconds':>8} {'CPU s':>7} {'MB':>6} {'decoded':>8}  opened: pictures captions caches")
+        seconds: dict[int, tuple[float, float]] = {}
+        for count in sorted(options.counts):
+            found, least = starts(options.family, count, place / str(count), more, options.encode_all)
+            for name, start in zip(("first", "second"), found):
+                opened = " ".join(f"{start.opened[kind]:>8}" for kind in KINDS.values())
+                print(f"{count:>9} {name:>7} {start.seconds:>8.1f} {start.cpu:>7.1f} {start.memory_mb:>6.0f} {start.decoded:>8}          {opened}")
+            print(f"{count:>9} {'least':>7} {'':>8} {least:>7.2f}")
+            seconds[count] = (found[1].cpu, least)
+        few, many = min(seconds), max(seconds)
+        if few < many:
+            beyond = seconds[many][0] - seconds[few][0]
+            print(f"second start: {beyond:.2f} CPU s beyond {few} pictures, {beyond / seconds[many][1]:.2f} times the baseline (at most 2)")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        counted_run(sys.argv[2], sys.argv[4:], sys.argv[3])
+    elif sys.argv[1:2] == ["--baseline"]:
+        baseline(sys.argv[2])
+    else:
+        main()

@@ -1,0 +1,54 @@
+"""Every short name of --optimizer_type builds and steps, with the real package, on matrices as adapters have them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from library.training import optimizers
+from library.training.optimizers import OPTIMIZERS, OptimizerOptions
+
+NEEDS_GPU = {"PagedAdEMAMix8bit"} | {entry.name for entry in OPTIMIZERS if entry.name.startswith("Paged")}
+"""paged memory belongs to CUDA"""
+SHORT = sorted({entry.name for entry in OPTIMIZERS} - NEEDS_GPU)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_short_name_builds_and_steps(name: str) -> None:
+    """A linear fit with a low-rank pair comes closer to its target; the second matrix starts at zero, as adapters do."""
+    torch.manual_seed(0)
+    down, up = torch.nn.Parameter(torch.randn(4, 32) / 6), torch.nn.Parameter(torch.zeros(32, 4))
+    options = OptimizerOptions(optimizer_type=name.swapcase(), learning_rate=1.0 if "rodigy" in name or name.startswith("DAdapt") else 1e-2)
+    optimizers.check(options)
+    build = optimizers.build(options, [{"params": [down, up], "lr": options.learning_rate, "name": "unet"}])
+    target, x, losses = torch.randn(32, 32) / 6, torch.randn(64, 32), []
+    for _ in range(30):
+        build.optimizer.zero_grad()
+        loss = (x @ down.T @ up.T - x @ target.T).square().mean()
+        loss.backward()
+        build.optimizer.step()
+        losses.append(float(loss.detach()))
+    assert up.detach().abs().sum() > 0, "the second matrix left zero"
+    assert min(losses) < losses[0] and all(value == value for value in losses)
+    state = build.optimizer.state_dict()
+    again = optimizers.build(options, [{"params": [down, up], "lr": options.learning_rate, "name": "unet"}]).optimizer
+    again.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "given, name",
+    [
+        ("prodigyplus.ProdigyPlusScheduleFree", "ProdigyPlusScheduleFree"), ("schedulefree.AdamWScheduleFree", "AdamWScheduleFree"),
+        ("pytorch_optimizer.CAME", "CAME"), ("came_pytorch.CAME", "CAME"), ("pytorch_optimizer.ScheduleFreeAdamW", "ScheduleFreeAdamW"),
+    ],
+)
+def test_dotted_names_of_front_ends_work(given: str, name: str) -> None:
+    options = OptimizerOptions(optimizer_type=given, learning_rate=1e-3)
+    optimizers.check(options)
+    assert optimizers.choose(options).class_name == name
+
+
+def test_schedule_free_optimizers_switch_their_weights() -> None:
+    for name in ("ProdigyPlusScheduleFree", "ScheduleFreeAdamW", "ScheduleFreeRAdam", "ScheduleFreeSGD", "AdamWScheduleFree"):
+        build = optimizers.build(OptimizerOptions(optimizer_type=name), [{"params": [torch.nn.Parameter(torch.ones(2, 2))], "lr": 1.0}])
+        assert build.schedule_free and build.choice.named_schedule_free, name
