@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+from library.console import storable
 from library.file_owners import owned_name
 from library.write_errors import HeldFileError, WriteError, os_error_of, write_error, write_errors_of
 
@@ -106,7 +107,7 @@ def unwritable(folder: str | os.PathLike[str]) -> str | None:
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(storable(text), encoding="utf-8", newline="\n")
 
 
 def remove_file(path: str | os.PathLike[str]) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from library.atomic_file import atomic_path
+from library.console import storable
 from library.errors import CheckpointError
 from library.number_formats import narrowed, narrowed_all
 from library.safetensors_header import DTYPE_NAMES, TensorInfo, header_bytes, read_header, read_header_and_start
@@ -286,7 +287,7 @@ def _layout(
     order = sorted(infos, key=lambda name: (-infos[name][0].itemsize, name))
     header: dict[str, Any] = {}
     if metadata:
-        header["__metadata__"] = {key: str(metadata[key]) for key in sorted(metadata)}
+        header["__metadata__"] = {storable(key): storable(str(metadata[key])) for key in sorted(metadata)}
     places, position = {}, 0
     for name in order:
         dtype, shape = infos[name]

@@ -112,6 +112,8 @@ def _decomposed(layer: FileLayer, device: torch.device | str) -> _Decomposed:
 
 
 def _of_matrix(change: torch.Tensor, scale: float) -> _Decomposed:
+    if change.ndim < 2:
+        raise CheckpointError(f"a change of shape {list(change.shape)} is no matrix, which could get another rank; the file is damaged")
     return _Decomposed(*torch.linalg.svd(as_matrix(change), full_matrices=False), change.shape, scale)
 
 

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 from library.atomic_file import unwritable
 from library.dataset import CachingOptions, DatasetOptions
 from library.errors import AtelierError, ConfigError, Problems
+from library.file_limits import cut_name, name_length, name_limit
 from library.family_table import script_name
 from library.options import Config, MissingGroup
 from library.text_files import parse_toml, read_text
 from library.training.device_checks import precision_problems, precision_warnings
 from library.training.earlier_runs import existing_problems, final_file, resumed_state
+from library.training.checkpoint import CheckpointNames
 from library.training.formula_checks import formula_problems
 from library.training.idle_options import strict_problems
 from library.training.option_groups import (
@@ -35,6 +37,7 @@ from library.training.option_groups import (
     SavingOptions,
 )
 from library.training.sampling_prompts import holds_no_prompt, load_prompts
+from library.training.sampling_prompts import sample_file_name
 from library.training.schedulers import SchedulerOptions, parse_step_count
 
 if TYPE_CHECKING:
@@ -98,7 +101,7 @@ def output_problems(config: Config) -> list[str]:
     if not output_dir:
         return ["--output_dir is not given; needed: the folder for the trained files"]
     reason = unwritable(output_dir)
-    return [f"--output_dir is {output_dir}; files cannot be written there ({reason})"] if reason else []
+    return [f"--output_dir is {output_dir}; files cannot be written there ({reason})"] if reason else name_problems(config)
 
 
 def make_output_folder(config: Config) -> None:
@@ -107,6 +110,27 @@ def make_output_folder(config: Config) -> None:
         os.makedirs(config[SavingOptions].output_dir, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output_dir is {config[SavingOptions].output_dir}; it cannot be made ({error.strerror or error})") from error
+
+
+def name_problems(config: Config) -> list[str]:
+    """No name that the run will write is longer than the file system takes."""
+    saving = config[SavingOptions]
+    names, limit = CheckpointNames(saving.output_name, saving.save_model_as), name_limit(saving.output_dir or ".")
+    stem = max(names.step(0), names.epoch(0), key=len) if saving.save_every_n_steps or saving.save_every_n_epochs else names.last()
+    written = [names.averaged_file(stem), f"{names.last()}-loss.csv", f"{names.last()}-loss.png"]
+    if saving.save_state or saving.save_state_on_train_end:
+        written.append(names.state(stem))
+    if config[SamplingOptions].sample_prompts:
+        written.append(Path(sample_file_name(saving.output_name, "epoch", 0, enum=0, seed=0xFFFFFFFF, timestamp="0" * 14)).name)
+    longest = max(written, key=name_length)
+    surplus = name_length(longest) - limit
+    if surplus <= 0:
+        return []
+    shown = cut_name(saving.output_name or "", 40)
+    return [
+        f"--output_name is '{shown}...', {name_length(saving.output_name or '')} long; names of its files would be up to {limit + surplus}"
+        f" long, and the file system takes {limit}: shorten it by {surplus}"
+    ]
 
 
 def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:

@@ -141,7 +141,7 @@ def set_up_logging(options: ConsoleOptions) -> None:
     if options.console_log_file:
         name = options.console_log_file if rank == 0 else f"{options.console_log_file}.{rank}"
         try:
-            handler: logging.Handler = logging.FileHandler(name, mode="w", encoding="utf-8")
+            handler: logging.Handler = logging.FileHandler(name, mode="w", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise ConfigError(f"--console_log_file is {name}; it cannot be written ({error.strerror})") from error
     else:
