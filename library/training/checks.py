@@ -21,6 +21,7 @@ from library.file_limits import cut_name, name_length, name_limit
 from library.family_table import script_name
 from library.options import Config, MissingGroup
 from library.text_files import parse_toml, read_text
+from library.training.device_checks import precision_problems, precision_warnings
 from library.training.earlier_runs import existing_problems, final_file, resumed_state
 from library.training.checkpoint import CheckpointNames
 from library.training.formula_checks import formula_problems
@@ -292,6 +293,7 @@ CHECKS: tuple[Callable[[Config], list[str]], ...] = (
     hub_problems,
     metadata_problems,
     compile_problems,
+    precision_problems,
     formula_problems,
 )
 
@@ -315,7 +317,7 @@ def warnings(config: Config) -> list[str]:
         lines.append(f"--lr_warmup_steps is {warmup} of {loop.max_train_steps} steps: the full learning rate is never reached")
     if saving.save_model_as in ("ckpt", "pt") and not config[MetadataOptions].no_metadata:
         lines.append(f"--save_model_as {saving.save_model_as} holds no metadata; safetensors does")
-    return lines
+    return lines + precision_warnings(config)
 
 
 def wants_samples(sampling: SamplingOptions) -> bool:

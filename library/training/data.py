@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import multiprocessing
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 
 from library.dataset.batch import Batch
 from library.dataset.plan import BatchRequest, StepPlan, requests_of_epoch
+from library.training.option_groups import LoopOptions
 from library.training.stopping import leave_signals_to_the_run
 
 
@@ -50,6 +53,21 @@ class Loading:
     num_workers: int = 0
     persistent_workers: bool = False
     pin_memory: bool = False
+
+
+SPAWNED_WORKERS = 2
+"""default where a worker begins as a new process, which imports torch anew: 8 of them take gigabytes and a minute at each epoch"""
+
+
+def loading_of(options: LoopOptions, given: Collection[str], pin_memory: bool) -> Loading:
+    """How a run reads; `given` names the options that the user wrote. Linux forks workers, which costs nothing; Windows and macOS
+    spawn them: two that stay are the default there."""
+    number, stay = options.max_data_loader_n_workers, options.persistent_data_loader_workers
+    if multiprocessing.get_start_method() != "fork":
+        stay = True
+        if "max_data_loader_n_workers" not in given:
+            number = SPAWNED_WORKERS
+    return Loading(min(number, os.cpu_count() or 1), stay, pin_memory)
 
 
 class BatchLoader:

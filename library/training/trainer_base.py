@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +21,7 @@ from library.training import checks, loss_weights, losses, optimizers, scheduler
 from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime
 from library.training.checkpoint import resume_point
 from library.training.compilation import checkpoint_activations, compile_blocks
-from library.training.data import Loading, TrainingData
+from library.training.data import TrainingData, loading_of
 from library.training.data_phase import (
     DataGroups,
     FoundData,
@@ -261,11 +260,7 @@ class Trainer:
         return TrainingData(
             data.train, data.validation, seed=runtime.seed, accumulation=loop.gradient_accumulation_steps, rank=runtime.rank,
             num_processes=runtime.num_processes,
-            loading=Loading(
-                num_workers=min(loop.max_data_loader_n_workers, os.cpu_count() or 1),
-                persistent_workers=loop.persistent_data_loader_workers,
-                pin_memory=runtime.device.type == "cuda",
-            ),
+            loading=loading_of(loop, self.config.explicit, pin_memory=runtime.device.type == "cuda"),
         )
 
     def new_progress(self, batches: TrainingData) -> Progress:
