@@ -124,7 +124,7 @@ def _unfolded(name: str, change: torch.Tensor) -> torch.Tensor:
 
 
 def _report(name: str, parts: _Decomposed, rank: int) -> Resized:
-    values = parts.values.double()
+    values = parts.values.cpu().double()  # not every device has float64
     kept, norm, total = values[:rank], float(values.norm()), float(values.sum())
     return Resized(
         name, rank, parts.scale * rank, parts.is_kxk, float(kept.norm()) / norm if norm else 1.0, float(kept.sum()) / total if total else 1.0,

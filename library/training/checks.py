@@ -21,6 +21,7 @@ from library.file_limits import cut_name, name_length, name_limit
 from library.family_table import script_name
 from library.options import Config, MissingGroup
 from library.text_files import parse_toml, read_text
+from library.training.device_checks import precision_problems, precision_warnings
 from library.training.earlier_runs import existing_problems, final_file, resumed_state
 from library.training.checkpoint import CheckpointNames
 from library.training.formula_checks import formula_problems
@@ -230,6 +231,9 @@ def logging_problems(config: Config) -> list[str]:
         problems += _package_problems(
             "tensorboard", "--logging_dir" if logs.log_with is None else f"--log_with {logs.log_with}", "tensorboard"
         )
+    if logs.logging_dir:
+        reason = unwritable(logs.logging_dir)
+        problems += [f"--logging_dir is {logs.logging_dir}; files cannot be written there ({reason})"] if reason else []
     if logs.log_with in ("wandb", "all"):
         problems += _package_problems("wandb", f"--log_with {logs.log_with}", "atelier[wandb]")
     if logs.log_tracker_config is not None:
@@ -249,6 +253,30 @@ def _toml_problems(name: str, path: str) -> list[str]:
     except ConfigError as error:
         return list(error.problems)
     return []
+
+
+FILES_OF_A_RUN, FILES_PER_WORKER = 64, 16
+
+
+def open_files_problems(config: Config) -> list[str]:
+    """The processes that load images hand tensors over as open files; where too few may be open, they wait for ever. The
+    limit of this process is raised as far as the system lets it."""
+    workers = min(config[LoopOptions].max_data_loader_n_workers, os.cpu_count() or 1)
+    if workers == 0 or importlib.util.find_spec("resource") is None:  # Windows
+        return []
+    import resource
+
+    needed = FILES_OF_A_RUN + FILES_PER_WORKER * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return []
+    if hard == resource.RLIM_INFINITY or hard >= needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        return []
+    return [
+        f"--max_data_loader_n_workers is {config[LoopOptions].max_data_loader_n_workers}; with {workers} of them a run needs {needed} open files and"
+        f" this system lets it have {hard}: raise it (ulimit -n {needed}), or take --max_data_loader_n_workers 0"
+    ]
 
 
 def metadata_problems(config: Config) -> list[str]:
@@ -291,7 +319,9 @@ CHECKS: tuple[Callable[[Config], list[str]], ...] = (
     logging_problems,
     hub_problems,
     metadata_problems,
+    open_files_problems,
     compile_problems,
+    precision_problems,
     formula_problems,
 )
 
@@ -315,7 +345,7 @@ def warnings(config: Config) -> list[str]:
         lines.append(f"--lr_warmup_steps is {warmup} of {loop.max_train_steps} steps: the full learning rate is never reached")
     if saving.save_model_as in ("ckpt", "pt") and not config[MetadataOptions].no_metadata:
         lines.append(f"--save_model_as {saving.save_model_as} holds no metadata; safetensors does")
-    return lines
+    return lines + precision_warnings(config)
 
 
 def wants_samples(sampling: SamplingOptions) -> bool:

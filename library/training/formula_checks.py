@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from library.errors import Problems
+from library.errors import ConfigError, Problems
 from library.options import Config
 from library.training import loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.loss_weights import LossWeightOptions
 from library.training.losses import LossOptions
-from library.training.option_groups import LoopOptions, ModelOptions, PrecisionOptions
+from library.training.option_groups import EmaOptions, LoopOptions, ModelOptions, NoiseOptions, PrecisionOptions
 from library.training.optimizers import OptimizerOptions
 from library.training.schedulers import SchedulerOptions
 from library.training.timestep_samplers import TimestepOptions
@@ -21,11 +21,13 @@ def formula_problems(config: Config) -> list[str]:
     loop, optimizer = config[LoopOptions], config[OptimizerOptions]
     steps = None if loop.max_train_epochs else loop.max_train_steps
     checks: tuple[Callable[[], Any], ...] = (
-        lambda: optimizers.check(optimizer),
-        lambda: optimizers.check_rates(optimizer, _rates(config)),
+        lambda: _check_optimizer(config),
         lambda: optimizers.check_float16(optimizer) if _trains_in_float16(config) else None,
         lambda: schedulers.check(config[SchedulerOptions], optimizer, steps),
-        lambda: loss_weights.check(config[LossWeightOptions], config[ModelOptions].v_parameterization),
+        lambda: loss_weights.check(
+            config[LossWeightOptions], config[ModelOptions].v_parameterization,
+            NoiseOptions in config and config[NoiseOptions].zero_terminal_snr,
+        ),
     )
     problems = Problems()
     for check in checks:
@@ -33,17 +35,13 @@ def formula_problems(config: Config) -> list[str]:
     return problems.messages
 
 
-def _rates(config: Config) -> list[float]:
-    """The learning rates of the parts that are trained; the denoiser's first."""
-    from library.training.adapters import NetworkOptions
-
-    default = config[OptimizerOptions].learning_rate
-    if NetworkOptions not in config:
-        return [default]
-    network = config[NetworkOptions]
-    unet = [] if network.network_train_text_encoder_only else [default if network.unet_lr is None else network.unet_lr]
-    text = [] if network.network_train_unet_only else (network.text_encoder_lr or [default])[:1]
-    return [*unet, *text]
+def _check_optimizer(config: Config) -> None:
+    built = optimizers.check(config[OptimizerOptions])
+    if EmaOptions in config and config[EmaOptions].ema and built.schedule_free:
+        raise ConfigError(
+            f"--ema is set with --optimizer_type {built.choice.name}, which keeps an average of the weights itself (schedule-free);"
+            " leave --ema out, or choose another optimizer"
+        )
 
 
 def _trains_in_float16(config: Config) -> bool:
