@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from library.config_util import Blueprint, DatasetConfigError, load_blueprint
+from library.console import storable
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
 from library.dataset.bucket import BucketSelector
@@ -275,11 +276,11 @@ def _items_of(
 
 
 def _item(image: FoundImage, subset: SubsetParams, num_repeats: int) -> ImageItem:
-    caption = image.caption if image.caption is not None else subset.class_tokens or ""
+    caption = storable(image.caption if image.caption is not None else subset.class_tokens or "")
     return ImageItem(
         image_key=image.key, absolute_path=os.path.abspath(image.path), caption=caption, subset=subset,
         image_size=image.size or (0, 0), num_repeats=num_repeats, cond_path=image.cond_path,
-        captions_extra={} if image.tags is None else {"tags": image.tags},
+        captions_extra={} if image.tags is None else {"tags": storable(image.tags)},
     )
 
 
