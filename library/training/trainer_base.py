@@ -99,8 +99,6 @@ class Trainer:
     def prepare(self) -> Run | None:
         """Every phase up to the complete Run; None when there is nothing to train (--debug_dataset)."""
         found, prompts = self.check()
-        if is_main_process() and not self.config[DatasetOptions].debug_dataset:
-            self._claims.enter_context(claimed_output(self.config))
         runtime = prepare_runtime(self.config)
         trained = self.trainable.trains_text_encoders(self.family)
         strategies = self.family.strategies(trained)
@@ -112,10 +110,7 @@ class Trainer:
             return None
         state = local_state_folder(self.config, runtime)
         self.check_length(data, runtime, state)
-        if runtime.is_main_process:
-            checks.make_output_folder(self.config)
-            keep_earlier_files(self.config)
-        runtime.barrier()
+        self.take_output(runtime)
         self.family.transform = self.trainable.transform(self.family)
         vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
         text = self.text_phase(data, strategies, runtime, prompts, trained)
@@ -123,6 +118,20 @@ class Trainer:
         self.trainable.attach(self.family, models, runtime)
         self.arm(models, trained)
         return self.assemble(runtime, data, models, strategies, trained, prompts, text, state)
+
+    def take_output(self, runtime: Runtime) -> None:
+        """The folder of the output, for this run alone, with the files of earlier ones out of the way."""
+        problem = None
+        if runtime.is_main_process:
+            try:
+                checks.make_output_folder(self.config)
+                self._claims.enter_context(claimed_output(self.config))
+                keep_earlier_files(self.config)
+            except ConfigError as error:
+                problem = str(error)
+        problem = runtime.from_main(problem)
+        if problem is not None:
+            raise ConfigError(problem)
 
     def check(self) -> tuple[FoundData, list[Any]]:
         """Everything that can be wrong before models are loaded, in one error; the images and the sample prompts."""
