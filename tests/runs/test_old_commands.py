@@ -64,7 +64,7 @@ def test_prompts_that_a_front_end_left_empty_make_no_samples(works, capsys) -> N
     "family, options, refused",
     [
         ("sd", "--unet_lr=1 --learning_rate=1 --text_encoder_lr 0.5", True), ("sd", "--unet_lr=1 --learning_rate=1 --text_encoder_lr 1", False),
-        ("sd", "--unet_lr=1 --text_encoder_lr 0.5 --network_train_unet_only", False), ("anima", "--unet_lr=1 --learning_rate=1e-4", False),
+        ("sd", "--unet_lr=1 --text_encoder_lr 0.5 --network_train_unet_only", False), ("anima", "--unet_lr=1 --learning_rate=1", False),
         ("sdxl", "--unet_lr=1 --text_encoder_lr 1 0.5", True),
     ],
 )
