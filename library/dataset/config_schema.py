@@ -132,6 +132,7 @@ def _keys() -> dict[str, Key]:
     add("batch_size", _integer(1), "GD", option="train_batch_size")
     add("enable_bucket bucket_no_upscale", _boolean, "GD")
     add("min_bucket_reso max_bucket_reso bucket_reso_steps", _integer(1), "GD")
+    add("skip_image_resolution", _resolution, "GD")
     add("network_multiplier", _number(), "GD", option=False, default=1.0)
     add("validation_seed", _integer(), "GD")
     add("validation_split", _number(0, 1), "GDS")
