@@ -20,7 +20,7 @@ from library.inference_script import (
     dtype_problem,
     too_small_problems,
 )
-from library.options import Config, equivalent_option, option
+from library.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, LARGEST_TOKENS, Config, equivalent_option, option
 from library.training.families.base import tokenizer_problems
 from library.training.inference_samplers import FLOW_SAMPLER_NAMES
 from library.training.option_groups import ConsoleOptions
@@ -51,8 +51,8 @@ class AnimaModelOptions:
     qwen3_tokenizer: str | None = option(None, help="folder of the Qwen3 tokenizer")
     t5_tokenizer_path: str | None = option(None, help="folder or spiece.model file of the T5 tokenizer")
     tokenizer_cache_dir: str | None = option(None, help="folder where tokenizers are kept, so that no network is needed")
-    qwen3_max_token_length: int = option(TOKEN_LENGTH, help="longest prompt in Qwen3 tokens")
-    t5_max_token_length: int = option(TOKEN_LENGTH, help="longest prompt in T5 tokens; also the length of the denoiser's context")
+    qwen3_max_token_length: int = option(TOKEN_LENGTH, help="longest prompt in Qwen3 tokens", most=LARGEST_TOKENS)
+    t5_max_token_length: int = option(TOKEN_LENGTH, help="longest prompt in T5 tokens; also the length of the denoiser's context", most=LARGEST_TOKENS)
     dtype: str = option("bfloat16", help=f"number format of all parts: {', '.join(DTYPE_NAMES)}")
     fp8: bool = option(False, help="keep the large matrices of the denoiser in 8 bits, as they are")
     fp8_scaled: bool = option(False, help="keep the large matrices of the denoiser in 8 bits, each row scaled to the whole range; closer than --fp8")
@@ -125,12 +125,12 @@ class AnimaPromptOptions:
 
     prompt: str | None = option(None, help="what the picture shows")
     negative_prompt: str = option("", help="what it should not show")
-    image_size: tuple[int, ...] = option((1024, 1024), nargs=2, metavar="PIXELS", help="height and width, rounded down to multiples of 16")
-    infer_steps: int = option(50, help="steps")
+    image_size: tuple[int, ...] = option((1024, 1024), nargs=2, metavar="PIXELS", help="height and width, rounded down to multiples of 16", most=LARGEST_PICTURE_SIDE)
+    infer_steps: int = option(50, help="steps", most=LARGEST_STEPS)
     guidance_scale: float = option(3.5, help="classifier-free guidance; 1 = off, else two forwards per step")
     flow_shift: float = option(5.0, help="how far the steps lie towards noise; 1 = evenly spaced")
     sampler: str = option("euler", choices=FLOW_SAMPLER_NAMES, help="how a step is made")
-    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given, or with -1")
+    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED)
     save_path: str | None = option(None, help="folder of the pictures; made when missing")
     output_type: str = option("images", choices=OUTPUT_TYPES, help="what is written: pictures, latents (safetensors), or both")
     latent_path: list[str] | None = option(None, nargs="*", help="decode these latents instead of making new ones")
@@ -295,6 +295,8 @@ def _file_problems(config: Config) -> list[str]:
 
         if find_spec("lycoris") is None:
             found.append("--lycoris needs the package lycoris-lora: pip install lycoris-lora")
+    asked = {f"--{name}": "float8_e4m3fn" for name in ("fp8", "fp8_scaled") if getattr(model, name)}
+    found += inference_script.format_problems({f"--dtype {model.dtype}": model.dtype_name, **asked}, model.device)
     return [problem for problem in (*found, device_problem("device", model.device)) if problem]
 
 

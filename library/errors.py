@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -94,6 +94,11 @@ def foreign_errors(kind: type[AtelierError], what: str) -> Iterator[None]:
     except BaseException as error:
         text = str(error).strip().partition("\n")[0][:200]
         raise kind(f"{what} ({type(error).__name__}{': ' if text else ''}{text})") from error
+
+
+def no_effect(names: Sequence[str]) -> str:
+    """`--a has no effect`, `--a, --b have no effect`."""
+    return f"{', '.join(f'--{name}' for name in names)} {'has' if len(names) == 1 else 'have'} no effect"
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:

@@ -13,7 +13,7 @@ from library import inference_script
 from library.errors import ConfigError, Problems
 from library.inference_adapters import adapter_problems, multiplier_problems
 from library.inference_script import COMMON_LINE_OPTIONS, DTYPE_NAMES, LineReader, PictureRequest, SessionOptions, dtype_problem, too_small_problems
-from library.options import Config, option, refused_option
+from library.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, LARGEST_TOKENS, Config, option, refused_option
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption, read_number
 
@@ -42,7 +42,7 @@ class InferenceModelOptions:
     clip_l_tokenizer: str | None = option(None, help="folder of the CLIP-L tokenizer, for models with a vocabulary of their own")
     t5xxl_tokenizer: str | None = option(None, help="folder or spiece.model file of the T5 tokenizer")
     tokenizer_cache_dir: str | None = option(None, help="folder where tokenizers are kept, so that no network is needed")
-    t5xxl_max_token_length: int | None = option(None, help="longest prompt in T5 tokens; 512 for dev, 256 for schnell when not given")
+    t5xxl_max_token_length: int | None = option(None, help="longest prompt in T5 tokens; 512 for dev, 256 for schnell when not given", most=LARGEST_TOKENS)
     apply_t5_attn_mask: bool = option(False, help="keep T5 and the denoiser from attending to padding")
     dtype: str = option("bfloat16", help=f"number format of all parts: {', '.join(DTYPE_NAMES)}")
     clip_l_dtype: str | None = option(None, help="number format of CLIP-L; that of --dtype when not given")
@@ -81,10 +81,10 @@ class PromptOptions:
 
     prompt: str = option("A photo of a cat", help="what the picture shows")
     negative_prompt: str | None = option(None, help="what it should not show; needs --cfg_scale")
-    width: int = option(1360, help="width in pixels, rounded down to a multiple of 16")
-    height: int = option(768, help="height in pixels, rounded down to a multiple of 16")
-    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given, or with -1")
-    steps: int | None = option(None, help=f"steps; {STEPS_SCHNELL} for schnell, {STEPS_DEV} for dev when not given")
+    width: int = option(1360, help="width in pixels, rounded down to a multiple of 16", most=LARGEST_PICTURE_SIDE)
+    height: int = option(768, help="height in pixels, rounded down to a multiple of 16", most=LARGEST_PICTURE_SIDE)
+    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED)
+    steps: int | None = option(None, help=f"steps; {STEPS_SCHNELL} for schnell, {STEPS_DEV} for dev when not given", most=LARGEST_STEPS)
     guidance: float = option(3.5, help="embedded guidance (dev)")
     cfg_scale: float = option(1.0, help="classifier-free guidance with --negative_prompt; 1 = off, else two forwards per step")
     output_dir: str = option(".", help="folder of the pictures; made when missing")
@@ -132,6 +132,9 @@ def check_models(config: Config) -> None:
     found: list[str | None] = [*inference_script.refused_problems(config)]
     for slot, kind in (("ckpt_path", "flux"), ("clip_l", "clip_l"), ("t5xxl", "t5"), ("ae", "vae_flux")):
         found.append(check_slot(getattr(options, slot), slot, {kind}, for_pictures=True))
+    names = ("clip_l_dtype", "ae_dtype", "t5xxl_dtype", "flux_dtype")
+    asked = {f"--{name if getattr(options, name) else 'dtype'}": options.dtype_of(name) for name in names}
+    found += inference_script.format_problems(asked)
     problems = [problem for problem in [*found, *adapter_problems(options.lora_weights, "flux")] if problem]
     if problems:
         raise ConfigError(problems)

@@ -117,7 +117,7 @@ def read_inversion(path: str, num_encoders: int) -> list[Tensor]:
             raise CheckpointError(f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}; clip_l and clip_g are needed for SDXL")
         found = [tensors["clip_l"], tensors["clip_g"]]
     elif "clip_g" in tensors:
-        raise CheckpointError(f"{path} is a textual inversion for SDXL (clip_l and clip_g)")
+        raise CheckpointError(f"{path} is a textual inversion for SDXL (clip_l and clip_g); one for Stable Diffusion 1 or 2 is needed")
     else:
         name = next((key for key in OLD_KEYS if key in tensors), None)
         if name is None and len(tensors) != 1:
@@ -160,4 +160,4 @@ def stacked(conditionings: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     try:
         return [torch.cat(parts) for parts in zip(*conditionings, strict=True)]
     except RuntimeError as error:
-        raise ConfigError(f"prompts of different lengths in one batch: {error}") from error
+        raise ConfigError(f"prompts of different lengths are in one batch ({error}); use --batch_size 1") from error

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from library.errors import ConfigError, Problems
 from library.generation_prompts import GENERATION_LINE_OPTIONS
-from library.options import equivalent_option, option, refused_option
+from library.options import LARGEST_BATCH, LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, equivalent_option, option, refused_option
 from library.training.inference_samplers import DEFAULT_SAMPLER, SAMPLER_NAMES
 from library.training.sampling_prompts import DRAWN
 
@@ -115,9 +115,9 @@ class GenerationNetworkOptions:
             if given is not None and len(given) != count or (name == "network_module" and given is None and count):
                 problems.add(f"--{name} has {len(given or [])} values for {count} files in --network_weights; give one for each file")
         if self.network_merge and self.network_pre_calc:
-            problems.add("--network_merge and --network_pre_calc are both given; the first adds the networks once, the second for each batch")
+            problems.add("--network_merge and --network_pre_calc are both given; the first adds the networks once, the second for each batch: leave one out")
         if self.network_merge_n_models is not None and not 0 <= self.network_merge_n_models <= count:
-            problems.add(f"--network_merge_n_models is {self.network_merge_n_models}; there are {count} networks")
+            problems.add(f"--network_merge_n_models is {self.network_merge_n_models}; there are {count} networks, needed: 0 to {count}")
         codes = self.network_regional_mask_max_color_codes
         if codes is not None and not 1 <= codes <= 7:
             problems.add(f"--network_regional_mask_max_color_codes is {codes}; colours give codes from 1 to 7")
@@ -142,11 +142,11 @@ class GenerationPromptOptions:
     )
     n_iter: int = option(1, help="rounds over all prompts")
     images_per_prompt: int = option(1, help="pictures of each prompt and round")
-    batch_size: int = option(1, help="pictures that are made together")
+    batch_size: int = option(1, help="pictures that are made together", most=LARGEST_BATCH)
     shuffle_prompts: bool = option(False, help="put the prompts into another order for each round")
-    seed: int | None = option(None, help="the picture's seed, or with several pictures what their seeds are drawn from; a drawn one is shown when not given, or with -1")
+    seed: int | None = option(None, help="the picture's seed, or with several pictures what their seeds are drawn from; a drawn one is shown when not given, or with -1", most=LARGEST_SEED)
     iter_same_seed: bool = option(False, help="the same seed for all prompts of a round")
-    max_embeddings_multiples: int | None = option(None, help="longest prompt in rows of 75 tokens; 1 when not given")
+    max_embeddings_multiples: int | None = option(None, help="longest prompt in rows of 75 tokens; 1 when not given", most=1000)
     emb_normalize_mode: str = option(
         "original", choices=("original", "none", "abs"),
         help="what brings weighted prompts back to their size: their mean (original, can distort), nothing, or their mean absolute value (abs, recommended)",
@@ -160,7 +160,7 @@ class GenerationPromptOptions:
         if self.interactive and (self.n_iter > 1 or self.shuffle_prompts):
             problems.append("--n_iter and --shuffle_prompts are about rounds, and --interactive has none; leave them out")
         if self.prompter_module_args is not None and not self.from_module:
-            problems.append("--prompter_module_args is given without --from_module")
+            problems.append("--prompter_module_args is given without --from_module, the module that takes them; add it, or leave it out")
         _raise(problems)
 
 
@@ -171,9 +171,9 @@ class GenerationPictureOptions:
     outdir: str = option("outputs", help="folder of the pictures; made when missing")
     sequential_file_name: bool = option(False, help="number the files: im_000001.png")
     use_original_file_name: bool = option(False, help="name the files after those of --image_path")
-    W: int | None = option(None, help="width in pixels; 512, SDXL 1024, or that of --image_path when not given")
-    H: int | None = option(None, help="height in pixels")
-    steps: int = option(50, help="steps")
+    W: int | None = option(None, help="width in pixels; 512, SDXL 1024, or that of --image_path when not given", most=LARGEST_PICTURE_SIDE)
+    H: int | None = option(None, help="height in pixels", most=LARGEST_PICTURE_SIDE)
+    steps: int = option(50, help="steps", most=LARGEST_STEPS)
     sampler: str = option(DEFAULT_SAMPLER, choices=SAMPLER_NAMES, help="sampler")
     scale: float = option(7.5, help="strength of the prompt against the negative prompt (classifier-free guidance); up to 1 = off")
     negative_scale: float | None = option(
@@ -196,7 +196,7 @@ class GenerationPictureOptions:
             crop_top=0, crop_left=0,
         )
         if self.steps > 1000:
-            problems.append(f"--steps is {self.steps}; the noise schedule has 1000")
+            problems.append(f"--steps is {self.steps}; the noise schedule has 1000, needed: as many or fewer")
         for name in ("pyramid_noise_prob", "noise_offset_prob"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -219,7 +219,7 @@ class GenerationSourceOptions:
     strength: float | None = option(None, help=f"part of the steps that are made, from 0 to 1; {DEFAULT_STRENGTH} when not given")
     force_scheduler_zero_steps_offset: bool = option(False, help="count timesteps from 0 instead of 1")
     highres_fix_scale: float | None = option(None, help="make pictures at this part of their size first, then enlarge and refine them")
-    highres_fix_steps: int = option(28, help="steps of the small picture")
+    highres_fix_steps: int = option(28, help="steps of the small picture", most=LARGEST_STEPS)
     highres_fix_strength: float | None = option(None, help="--strength for a small picture that starts from --image_path; as --strength when not given")
     highres_fix_save_1st: bool = option(False, help="write the small pictures too")
     highres_fix_latents_upscaling: bool = option(False, help="enlarge latents (bicubic) instead of pictures")
@@ -241,7 +241,7 @@ class GenerationSourceOptions:
         if self.highres_fix_latents_upscaling and self.highres_fix_upscaler:
             problems.append("--highres_fix_latents_upscaling and --highres_fix_upscaler are both given; leave one out")
         if self.highres_fix_upscaler_args and not self.highres_fix_upscaler:
-            problems.append("--highres_fix_upscaler_args is given without --highres_fix_upscaler")
+            problems.append("--highres_fix_upscaler_args is given without --highres_fix_upscaler, which takes them; add it, or leave it out")
         _raise([*problems, *_least(self, highres_fix_steps=1)])
 
 
@@ -271,7 +271,7 @@ class GenerationShrinkOptions:
             if not 0 < getattr(self, name) <= 1:
                 problems.append(f"--{name} is {getattr(self, name)}; needed: above 0, at most 1")
         if self.ds_depth_2 is not None and self.ds_depth_1 is None:
-            problems.append("--ds_depth_2 is given without --ds_depth_1")
+            problems.append("--ds_depth_2 is given without --ds_depth_1, the first depth; add it, or leave both out")
         if self.gradual_latent_unsharp_params is not None:
             try:
                 self.unsharp

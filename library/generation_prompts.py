@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.errors import ConfigError, Problems
-from library.training.sampling_prompts import LineOption, parse_pieces, read_number, read_seed, read_text, read_whole
+from library.training.sampling_prompts import LineOption, Seed, Whole, parse_pieces, read_number, read_picture_side, read_text, read_whole
 
 NO_NEGATIVE_SCALE = "none"
 UNSHARP_VALUES = 4
@@ -81,18 +81,8 @@ def _listed(convert: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     return read
 
 
-def _seed(text: str) -> int | None:
-    seed = read_seed(text)
-    if seed is not None and seed > LARGEST_SEED:
-        raise ValueError(f"seeds of at most {LARGEST_SEED} are needed")
-    return seed
-
-
-def _side(text: str) -> int:
-    pixels = read_whole(text)
-    if pixels < 1:
-        raise ValueError("1 or more is needed")
-    return pixels
+_AT_LEAST_ONE = Whole(1)
+_SEED = Seed(0, LARGEST_SEED, 42)
 
 
 def _strength(text: str) -> float:
@@ -122,19 +112,19 @@ def _unsharp(text: str) -> tuple[float, ...]:
 
 
 GENERATION_LINE_OPTIONS: Mapping[str, LineOption] = {
-    "w": LineOption("width", _side), "h": LineOption("height", _side), "s": LineOption("sample_steps", read_whole),
-    "d": LineOption("seeds", _listed(_seed)), "t": LineOption("strength", _strength),
+    "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side), "s": LineOption("sample_steps", read_whole),
+    "d": LineOption("seeds", _listed(_SEED)), "t": LineOption("strength", _strength),
     "n": LineOption("negative_prompt", read_text), "c": LineOption("clip_prompt", read_text),
     "l": LineOption("scale", read_number), "nl": LineOption("negative_scale", _scale_or_none),
     "am": LineOption("network_multipliers", _listed(read_number)), "f": LineOption("file_name", read_text),
-    "ow": LineOption("original_width", _side), "oh": LineOption("original_height", _side),
-    "nw": LineOption("original_width_negative", _side), "nh": LineOption("original_height_negative", _side),
+    "ow": LineOption("original_width", _AT_LEAST_ONE), "oh": LineOption("original_height", _AT_LEAST_ONE),
+    "nw": LineOption("original_width_negative", _AT_LEAST_ONE), "nh": LineOption("original_height_negative", _AT_LEAST_ONE),
     "ct": LineOption("crop_top", read_whole), "cl": LineOption("crop_left", read_whole),
     "dsd1": LineOption("deep_shrink_depth_1", read_whole), "dst1": LineOption("deep_shrink_timesteps_1", read_whole),
     "dsd2": LineOption("deep_shrink_depth_2", read_whole), "dst2": LineOption("deep_shrink_timesteps_2", read_whole),
     "dsr": LineOption("deep_shrink_ratio", _ratio),
     "glt": LineOption("gradual_latent_timesteps", read_whole), "glr": LineOption("gradual_latent_ratio", _ratio),
-    "gle": LineOption("gradual_latent_every_n_steps", _side), "gls": LineOption("gradual_latent_ratio_step", _ratio),
+    "gle": LineOption("gradual_latent_every_n_steps", _AT_LEAST_ONE), "gls": LineOption("gradual_latent_ratio_step", _ratio),
     "glsn": LineOption("gradual_latent_s_noise", read_number), "glus": LineOption("gradual_latent_unsharp", _unsharp),
 }
 

@@ -44,7 +44,7 @@ def _module(name: str) -> Any:
     except ImportError as error:
         raise ConfigError(f"--network_module is {name}, which cannot be imported: {error}; e.g. networks.lora") from error
     if not hasattr(module, "create_network_from_weights"):
-        raise ConfigError(f"--network_module is {name}; it has no function create_network_from_weights")
+        raise ConfigError(f"--network_module is {name}; it has no function create_network_from_weights; name a module that reads adapters, e.g. networks.lora")
     return module
 
 

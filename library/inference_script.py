@@ -18,14 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from library.errors import ConfigError, Problems
+from library.errors import AtelierError, ConfigError, Problems
 from library.options import Config, add_options, option, option_fields
 from library.picture_files import settings_texts, write_picture
 from library.text_files import read_text
 from library.training import cli
 from library.training.option_groups import ConsoleOptions
 from library.training.option_reader import OptionParser
-from library.training.sampling_prompts import DRAWN, LineOption, good_lines, parse_pieces, read_number, read_seed, read_whole
+from library.training.sampling_prompts import (
+    DRAWN,
+    LineOption,
+    good_lines,
+    parse_pieces,
+    read_number,
+    read_picture_side,
+    read_seed,
+    read_steps,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +88,7 @@ def read_multipliers(text: str) -> tuple[float, ...]:
 
 
 COMMON_LINE_OPTIONS: Mapping[str, LineOption] = {
-    "w": LineOption("width", read_whole), "h": LineOption("height", read_whole), "s": LineOption("steps", read_whole),
+    "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side), "s": LineOption("steps", read_steps),
     "d": LineOption("seed", read_seed), "n": LineOption("negative_prompt", read_negative),
     "m": LineOption("multipliers", read_multipliers),
 }  # fmt: skip
@@ -129,6 +138,14 @@ def dtype_problem(name: str, value: str | None) -> str | None:
     if value is None or value.lower() in DTYPE_NAMES:
         return None
     return f"--{name} is '{value}'; known: {', '.join(DTYPE_NAMES)}"
+
+
+def format_problems(names: Mapping[str, str], device: str | None = None) -> list[str]:
+    """What the device cannot compute with of the formats asked for, {flag with its value: name in torch}."""
+    from library.device_utils import format_problem
+
+    instead = "choose another format: float32 works everywhere"
+    return [problem for flag, dtype in names.items() if (problem := format_problem(flag, dtype, device, instead))]
 
 
 def too_small_problems(values: Any, *least: tuple[str, int]) -> list[str]:

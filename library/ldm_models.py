@@ -225,7 +225,7 @@ class AutoEncoder(nn.Module):
         mean, logvar = self.encode_moments(images)
         if seeds is not None:
             if len(seeds) != len(mean):
-                raise ValueError(f"{len(seeds)} seeds for {len(mean)} images; one per image is needed")
+                raise ValueError(f"there are {len(seeds)} seeds for {len(mean)} images; one per image is needed")
             noise = [torch.randn(mean.shape[1:], generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
             mean = mean + (0.5 * logvar).exp() * torch.stack(noise).to(mean)
         return mean

@@ -307,7 +307,7 @@ def load_safetensors_with_lora_and_fp8(
     shapes = {key: tuple(tensor.shape) for source in sources for key, tensor in source.shapes.items()}
     given = list(lora_multipliers or [])
     if len(given) > len(lora_weights_list or ()):
-        raise CheckpointError(f"{len(given)} multipliers for {len(lora_weights_list or ())} adapters; give at most one for each")
+        raise CheckpointError(f"there are {len(given)} multipliers for {len(lora_weights_list or ())} adapters; give at most one for each")
     adapters = [
         Adapter(f"adapter {number + 1}", by_module(tensors), lambda name, m=given[number] if number < len(given) else 1.0: m)
         for number, tensors in enumerate(lora_weights_list or ())

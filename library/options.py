@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +29,21 @@ from library.errors import ConfigError, Problems
 T = TypeVar("T")
 
 METADATA_KEY = "atelier_option"
+LARGEST_WHOLE = 2**31 - 1
+"""of a whole number whose option says nothing else: more steps, files or images than any run has"""
+LARGEST_NUMBER = 3.4028234663852886e38
+"""of float32, in which numbers end up; what lies beyond it is infinite there"""
+LARGEST_SEED = 2**64 - 1
+LARGEST_SIDE = 65_536
+"""pixels of a training image or bucket"""
+LARGEST_PICTURE_SIDE = 16_384
+"""pixels of a picture that is made"""
+LARGEST_BATCH = 65_536
+LARGEST_TOKENS = 8_192
+LARGEST_RANK = 1_000_000
+"""users of LoKr write it for whole matrices"""
+LARGEST_STEPS = 10_000
+"""of a sampler"""
 TRUE_TEXTS = frozenset({"true", "1", "yes", "on"})
 FALSE_TEXTS = frozenset({"false", "0", "no", "off"})
 
@@ -43,6 +59,7 @@ class OptionSpec:
     flags: tuple[str, ...] = ()
     metavar: str | None = None
     secret: bool = False
+    most: float | None = None
     status: str = "works"
     reason: str | None = None
 
@@ -57,12 +74,14 @@ def option(
     flags: Sequence[str] = (),
     metavar: str | None = None,
     secret: bool = False,
+    most: float | None = None,
 ) -> Any:
     """A dataclass field that is a command-line option as well.
 
-    `convert` turns the text into the value (default: from the field's annotation); `flags` are further spellings.
+    `convert` turns the text into the value (default: from the field's annotation); `flags` are further spellings; `most` is the
+    largest number that makes sense. Every number is checked against it, or against LARGEST_WHOLE and LARGEST_NUMBER.
     """
-    spec = OptionSpec(help, convert, nargs, tuple(choices) if choices is not None else None, tuple(flags), metavar, secret)
+    spec = OptionSpec(help, convert, nargs, tuple(choices) if choices is not None else None, tuple(flags), metavar, secret, most)
     return dataclasses.field(default=default, metadata={METADATA_KEY: spec}, repr=not secret)
 
 
@@ -183,13 +202,49 @@ def add_options(
             )
 
 
+def number_problem(value: float, is_whole: bool, most: float | None = None) -> str | None:
+    """What is needed instead of a number that is not finite or too large in size; None when it is right."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    largest = most if most is not None else LARGEST_WHOLE if is_whole else LARGEST_NUMBER
+    if abs(value) <= largest:
+        return None
+    return f"a whole number of at most {int(largest)}" if is_whole else f"a number of at most {largest:.9g}"
+
+
+def range_problems(values: Mapping[str, Any], options_class: type) -> dict[str, str]:
+    """Name -> message of every option whose number, or one of whose numbers, no run can use."""
+    problems = {}
+    for name, (_, spec) in option_fields(options_class).items():
+        value, is_whole = values.get(name), value_type(options_class, name) is not float
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            needed = number_problem(part, is_whole, spec.most) if isinstance(part, (int, float)) and not isinstance(part, bool) else None
+            if needed is not None:
+                problems[name] = f"--{name} is {shortened(part)}; needed: {needed}"
+    return problems
+
+
+def shortened(value: Any, characters: int = 30) -> str:
+    """For messages: the beginning of a long value."""
+    text = str(value)
+    return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
+
+
 def read_options(values: Mapping[str, Any], options_class: type[T]) -> T:
     """Build the dataclass from the values that were given; absent ones keep their defaults.
 
-    Raises ConfigError when a check in `__post_init__` fails.
+    Raises ConfigError with every number that is out of range and everything that a check in `__post_init__` finds.
     """
-    names = option_fields(options_class)
-    return options_class(**{name: values[name] for name in names if name in values})
+    given = {name: values[name] for name in option_fields(options_class) if name in values}
+    problems = range_problems(given, options_class)
+    try:
+        group = options_class(**given)
+    except ConfigError as error:
+        told = [message for name, message in problems.items() if not any(f"--{name} " in own for own in error.problems)]
+        raise ConfigError([*told, *error.problems]) from None
+    if problems:
+        raise ConfigError(problems.values())
+    return group
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,9 @@ from library.text_files import open_file
 
 VERSION = "1.0.1"
 PREFIX = "modelspec."
+SOURCE_DATE = "SOURCE_DATE_EPOCH"
+LATEST_DATE = 253_402_300_799
+"""the last second of the year 9999"""
 KIND_TITLES = {"lora": "LoRA", "textual-inversion": "TextualInversion"}
 OPTIONAL = (
     "author", "description", "license", "tags", "merged_from", "usage_hint", "thumbnail", "trigger_phrase", "preprocessor",
@@ -61,9 +64,21 @@ def build_model_spec(spec: ModelSpec) -> dict[str, str]:
     return {PREFIX + key: str(value) for key, value in values.items() if value is not None}
 
 
+def source_date() -> int | None:
+    """Seconds since 1970 that stand for every time in a file (the variable SOURCE_DATE_EPOCH, https://reproducible-builds.org/specs/source-date-epoch),
+    so that equal runs write equal files; None when it is not set. ConfigError for another text."""
+    text = os.environ.get(SOURCE_DATE, "").strip()
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text[:20]) <= LATEST_DATE):
+        raise ConfigError(f"the environment variable {SOURCE_DATE} is '{text}'; needed: seconds since 1970 as a whole number, or unset it")
+    return int(text)
+
+
 def local_date(timestamp: float) -> str:
-    """ISO 8601 with seconds and the offset of the local time zone."""
-    return datetime.datetime.fromtimestamp(int(timestamp)).astimezone().isoformat(timespec="seconds")
+    """ISO 8601 with seconds and the offset of the local time zone; with a source date in UTC, which is the same everywhere."""
+    zone = datetime.timezone.utc if source_date() is not None else None
+    return datetime.datetime.fromtimestamp(int(timestamp), zone).astimezone(zone).isoformat(timespec="seconds")
 
 
 def thumbnail_url(thumbnail: str | None) -> str | None:

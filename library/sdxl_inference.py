@@ -22,7 +22,7 @@ from library.inference_script import (
     read_negative,
     too_small_problems,
 )
-from library.options import option
+from library.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, option
 from library.training.families.base import tokenizer_problems
 from library.training.families.unet import about_slot, slot_problem
 from library.training.inference_samplers import SAMPLER_NAMES, sampler_notices
@@ -73,12 +73,12 @@ class SdxlPromptOptions:
     prompt: str = option("A photo of a cat", help="what the picture shows")
     prompt2: str | None = option(None, help="prompt of the second text encoder; the first prompt when not given")
     negative_prompt: str = option("", help="what it should not show")
-    width: int = option(1024, help="width in pixels, rounded down to a multiple of 8")
-    height: int = option(1024, help="height in pixels, rounded down to a multiple of 8")
+    width: int = option(1024, help="width in pixels, rounded down to a multiple of 8", most=LARGEST_PICTURE_SIDE)
+    height: int = option(1024, help="height in pixels, rounded down to a multiple of 8", most=LARGEST_PICTURE_SIDE)
     steps: int = option(50, help="steps")
     cfg_scale: float = option(7.0, help="classifier-free guidance; 1 = off, else two forwards per step")
     sampler: str = option("euler", choices=SAMPLER_NAMES, help="how a step is made")
-    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given, or with -1")
+    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED)
     output_dir: str = option(".", help="folder of the pictures; made when missing")
 
     def __post_init__(self) -> None:
@@ -162,7 +162,8 @@ def check(options: SdxlModelOptions) -> None:
     problems = Problems()
     model_problem = slot_problem(options.ckpt_path, "ckpt_path", {"sdxl"}, for_pictures=True)
     vae_problem = slot_problem(options.vae, "vae", {"vae_sd", "sdxl"}) if options.vae else None
-    for problem in (model_problem, vae_problem, *adapter_problems(options.lora_weights, "sdxl")):
+    formats = inference_script.format_problems({f"--dtype {options.dtype}": options.dtype_name})
+    for problem in (model_problem, vae_problem, *formats, *adapter_problems(options.lora_weights, "sdxl")):
         if problem:
             problems.add(problem)
     if not model_problem:

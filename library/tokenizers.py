@@ -408,7 +408,7 @@ def _protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
         size = {1: 8, 5: 4}.get(wire)
         if size is None:
             if wire != 2:
-                raise ValueError(f"wire type {wire} at byte {position}")
+                raise ValueError(f"byte {position} has the wire type {wire}, which is not known")
             size = varint()
         if position + size > len(message):
             raise ValueError(f"a field of {size} bytes at byte {position} runs past the end")

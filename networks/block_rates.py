@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from library.errors import ConfigError, did_you_mean
+from library.options import number_problem
 
 if TYPE_CHECKING:
     from networks.network_args import NetworkSettings
@@ -49,7 +50,7 @@ def factor_parser(count: int) -> Callable[[Any], list[float]]:
                 return curve_factors(match[1], float(match[2] or 0), count)
             items = [item.strip() for item in str(value).strip().removeprefix("[").removesuffix("]").split(",")]
         if len(items) > count:
-            raise ValueError(f"{len(items)} factors for {count} blocks")
+            raise ValueError(f"there are {len(items)} factors for {count} blocks; needed: one for all, or one for each")
         factors = [_factor(item) for item in items]
         return factors * count if len(factors) == 1 else factors + [1.0] * (count - len(factors))
 
@@ -61,7 +62,7 @@ def _factor(text: str) -> float:
         factor = float(text or 0)
     except ValueError:
         raise ValueError(f"'{text}' is no number") from None
-    if not 0 <= factor < math.inf:
+    if not factor >= 0 or number_problem(factor, is_whole=False):
         raise ValueError(f"{text} is no factor of a learning rate; needed: 0 or more")
     return factor
 

@@ -104,7 +104,7 @@ class DyLoRAModule(AdapterModule):
         down, up = (tensors[name] for name in self.weight_keys)
         if down.shape[0] != self.lora_dim or up.ndim < 2 or up.shape[1] != self.lora_dim:
             raise CheckpointError(
-                f"{self.lora_name}: down {list(down.shape)} and up {list(up.shape)} of the file; this network has rank {self.lora_dim}"
+                f"{self.lora_name}: the file has down {list(down.shape)} and up {list(up.shape)}; this network needs rank {self.lora_dim}"
             )
         others = {name: tensor for name, tensor in tensors.items() if name not in self.weight_keys}
         downs, ups = down.split(self.unit), up.split(self.unit, dim=1)

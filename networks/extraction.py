@@ -68,7 +68,14 @@ def extract(targets: NetworkTargets, original: ModelLayers, tuned: ModelLayers, 
         reason = _reason(targets, name, original.shape(name), plan)
         if reason == "":
             continue
-        diff = _difference(name, original, tuned).to(plan.device)
+        before, diff = _difference(name, original, tuned)
+        formats = original.dtype(name), tuned.dtype(name)
+        if is_rounding(before, diff, *formats):
+            if diff.any():
+                label = f"what the rounding from {_word(formats[0])} to {_word(formats[1])}, the formats of the models, explains"
+                result.left_out.setdefault(label, []).append(f"{lora_name}.{parameter}")
+            continue
+        diff = diff.to(plan.device)
         size = float(diff.abs().max()) if diff.numel() else 0.0
         part = targets.encoder_of(lora_name)
         largest[part] = max(largest.get(part, 0.0), size)
@@ -83,7 +90,7 @@ def extract(targets: NetworkTargets, original: ModelLayers, tuned: ModelLayers, 
             _drop_part(targets, result, part, size)
     _complete(result, original, plan.kind)
     if not result.tensors:
-        raise CheckpointError(f"{tuned.label} and {original.label} do not differ in any layer that is asked for; there is nothing to extract")
+        raise CheckpointError(f"{tuned.label} and {original.label} do not differ in any layer that is asked for{_but(result)}; there is nothing to extract")
     return result
 
 
@@ -100,13 +107,32 @@ def _common(original: ModelLayers, tuned: ModelLayers) -> list[Name]:
     return names
 
 
-def _difference(name: Name, original: ModelLayers, tuned: ModelLayers) -> torch.Tensor:
+def _but(result: Extracted) -> str:
+    return "" if not result.left_out else " but for " + "; ".join(f"{reason} ({len(names)})" for reason, names in result.left_out.items())
+
+
+def is_rounding(before: torch.Tensor, diff: torch.Tensor, original: torch.dtype, tuned: torch.dtype) -> bool:
+    """Whether storing the original weight in the format of the tuned model explains the whole difference: no number moved by more
+    than half a step of that format. Of equal formats, and where the tuned model's is the finer one, only no difference is."""
+    if not tuned.is_floating_point or not original.is_floating_point or torch.finfo(tuned).eps <= torch.finfo(original).eps:
+        return not bool(diff.any())
+    info = torch.finfo(tuned)
+    step = before.abs() * (info.eps / 2) + info.smallest_normal * info.eps / 2  # below the smallest normal number steps are equal
+    return bool((diff.abs() <= step).all())
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _difference(name: Name, original: ModelLayers, tuned: ModelLayers) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the original weight, what the tuned one differs by)."""
     before, after = original.read(name), tuned.read(name)
     if [size for size in before.shape if size != 1] != [size for size in after.shape if size != 1]:
         raise CheckpointError(
             f"{name[0]} is {list(before.shape)} in {original.label} and {list(after.shape)} in {tuned.label}; they are different models"
         )
-    return after.view(before.shape) - before
+    return before, after.view(before.shape) - before
 
 
 def _reason(targets: NetworkTargets, name: Name, shape: tuple[int, ...], plan: ExtractionPlan) -> str | None:

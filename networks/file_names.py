@@ -51,6 +51,8 @@ class LayerNames:
     rows: str = "equal"
     model: str = "transformer"
     original: str = ""
+    parameter: str = ""
+    """what ComfyUI has behind the path where the layer's parameter is not called weight"""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class Place:
     def dotted(self) -> str | None:
         """The dotted name, or None when the layout has none."""
         if self.layer is not None:
-            return DOTTED_PREFIX + self._fill(self.layer.original or self.layer.path)
+            end = f".{self.layer.parameter}" if self.layer.parameter else ""
+            return DOTTED_PREFIX + self._fill(self.layer.original or self.layer.path) + end
         return f"{self.encoder.comfy_name}.{self._fill(self.path)}" if self.encoder.comfy_name else None
 
     @property
@@ -136,7 +139,7 @@ def names_of_family(family: str, names: Iterable[str] = ()) -> FileNames:
     tables = _tables(family)
     if len(tables) == 1:
         return tables[0]
-    names = list(names)
+    names = [name.replace(OFT_PREFIX, KOHYA_PREFIX, 1) if name.startswith(OFT_PREFIX) else name for name in names]
     return max(tables, key=lambda table: sum(table.find(name) is not None for name in names))
 
 
@@ -168,6 +171,8 @@ def _denoiser_spellings(layer: LayerNames) -> Iterator[tuple[str, int | None]]:
         yield from ((prefix + _underscored(part), None if single else i) for i, part in enumerate(layer.parts))
     for path in paths:
         yield from ((prefix + path, None) for prefix in (DOTTED_PREFIX, f"model.{DOTTED_PREFIX}", ""))
+    if layer.parameter:
+        yield from ((f"{DOTTED_PREFIX}{path}.{layer.parameter}", None) for path in paths)
     if layer.model in DENOISER_MODELS:
         yield from ((f"{layer.model}.{path}", None) for path in paths if path not in layer.parts)
     for i, part in enumerate(layer.parts):

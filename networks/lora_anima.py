@@ -16,7 +16,7 @@ QWEN3_PATHS = tuple(
     f"layers.{{i}}.{leaf}"
     for leaf in (
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_norm", "self_attn.k_norm",
     )
 )  # fmt: skip
 ATTENTIONS = (("self_attn", "attn1", "norm1"), ("cross_attn", "attn2", "norm2"))
@@ -32,13 +32,17 @@ def file_layers() -> tuple[LayerNames, ...]:
     for ours, other, _ in ATTENTIONS:
         pairs += [(f"{block}{ours}.{name}_proj", f"{theirs}{other}.to_{name}") for name in "qkv"]
         pairs += [(f"{block}{ours}.output_proj", f"{theirs}{other}.to_out.0")]
+        pairs += [(f"{block}{ours}.{name}_norm", f"{theirs}{other}.norm_{name}") for name in "qk"]
     for part, norm in (*((ours, norm) for ours, _, norm in ATTENTIONS), ("mlp", "norm3")):
         pairs += [(f"{block}adaln_modulation_{part}.{number}", f"{theirs}{norm}.linear_{number}") for number in (1, 2)]
     pairs += [(f"t_embedder.1.linear_{number}", f"time_embed.t_embedder.linear_{number}") for number in (1, 2)]
     pairs += [(f"final_layer.adaln_modulation.{number}", f"norm_out.linear_{number}") for number in (1, 2)]
     pairs += [("final_layer.linear", "proj_out"), ("x_embedder.proj.1", "patch_embed.proj")]
+    pairs += [("t_embedding_norm", "time_embed.norm")]
     leaves = [f"{ours}.{name}_proj" for ours, _, _ in ATTENTIONS for name in "qkvo"] + ["mlp.0", "mlp.2"]
-    adapter = ["in_proj", "out_proj", *(f"blocks.{{i}}.{leaf}" for leaf in leaves)]
+    leaves += [f"{ours}.{name}_norm" for ours, _, _ in ATTENTIONS for name in "qk"]
+    leaves += ["norm_mlp", *(f"norm_{ours}" for ours, _, _ in ATTENTIONS)]
+    adapter = ["in_proj", "out_proj", "norm", *(f"blocks.{{i}}.{leaf}" for leaf in leaves)]
     return (
         *(LayerNames(ours, (other,)) for ours, other in pairs),
         *(LayerNames(f"llm_adapter.{path}", (path,), model="text_conditioner") for path in adapter),

@@ -205,11 +205,19 @@ def to_dotted(
 
     `prefix` stands in front of the denoiser's paths; `fold`: see fold_factors. A text encoder that has no dotted name keeps
     its kohya names, which ComfyUI reads in the same file. So do all layers of families that ComfyUI reads under kohya names
-    of the original paths alone (HunyuanImage).
+    of the original paths alone (HunyuanImage). Tensors come in the form that ComfyUI reads (comfy_forms); where its result differs all
+    the same, the log tells.
     """
+    from networks.comfy_forms import difference, for_comfy
+
     result: dict[str, torch.Tensor] = {}
+    different: dict[str, list[str]] = {}
     for place, name, module in _placed(family, tensors, "the dotted layout"):
         refuse_parts(name, module)
+        module = for_comfy(name, module)
+        reason = difference(module)
+        if reason:
+            different.setdefault(reason, []).append(name)
         if fold is not None and DOWN in module:
             module = _without_alpha(name, _lora_of(name, module, "an adapter"), module, fold)
         if names_of_family(family).comfy_is_kohya:
@@ -221,6 +229,8 @@ def to_dotted(
             _put(result, path, {_PEFT.get(key, key): tensor for key, tensor in module.items()})
         else:
             _put(result, name, module)
+    for reason, names in different.items():
+        logger.warning("ComfyUI gives another result for %d layers (first: %s): %s", len(names), names[0], reason)
     return result
 
 
@@ -395,10 +405,10 @@ def _rows(layer: LayerNames, lora: _Lora) -> list[int]:
     rows, width, count = lora.up.shape[0], lora.down.shape[1], len(layer.parts)
     if layer.rows == "linear1":
         if rows <= 3 * width:
-            raise CheckpointError(f"{layer.path}: {rows} rows; needed: more than three times its {width} inputs")
+            raise CheckpointError(f"{layer.path} has {rows} rows; needed: more than three times its {width} inputs")
         return [width] * 3 + [rows - 3 * width]
     if rows % count:
-        raise CheckpointError(f"{layer.path}: {rows} rows do not divide into {count} parts")
+        raise CheckpointError(f"{layer.path} has {rows} rows, which do not divide into {count} parts; the file is for another model, or damaged")
     return [rows // count] * count
 
 

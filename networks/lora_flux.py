@@ -42,11 +42,11 @@ def file_layers() -> tuple[LayerNames, ...]:
 
     layers = []
     for rule in denoiser_rules(1, 1):
-        path, is_weight = rule.original.removesuffix(".weight"), rule.original.endswith(".weight")
-        if is_weight:
+        path, _, parameter = rule.original.rpartition(".")
+        if parameter in ("weight", "scale"):  # norms have a scale
             names = [name.removesuffix(".weight").replace("blocks.0.", "blocks.{i}.") for name in (path, *rule.parts)]
             rows = "swapped" if rule.swap_halves else "linear1" if path.endswith(".linear1") else "equal"
-            layers.append(LayerNames(names[0], tuple(names[1:]), rows))
+            layers.append(LayerNames(names[0], tuple(names[1:]), rows, parameter="" if parameter == "weight" else parameter))
     return tuple(layers)
 
 

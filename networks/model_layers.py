@@ -84,6 +84,11 @@ class ModelLayers:
         first = files.shapes[layer.pieces[0].key].shape
         return (sum(piece.stop - piece.start for piece in layer.pieces), *first[1:])
 
+    def dtype(self, name: Name) -> torch.dtype:
+        """The number format in which the weight or bias is stored."""
+        layer, files = self._layers[name]
+        return files.shapes[layer.pieces[0].key].dtype
+
     def read(self, name: Name) -> torch.Tensor:
         """The weight or bias in float32. CheckpointError when a value is not finite."""
         layer, files = self._layers[name]

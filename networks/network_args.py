@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from library.errors import ConfigError, Problems, did_you_mean
-from library.options import parse_bool
+from library.options import LARGEST_RANK, number_problem, parse_bool
 from library.family_table import FAMILIES
 from library.text_files import parse_toml
 from networks.block_rates import block_parsers, check_block_rates
@@ -132,9 +132,13 @@ def argument_parsers(targets: NetworkTargets) -> dict[str, Callable[[Any], Any]]
 
 def number(value: Any) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        result = float(value)
+    except (TypeError, ValueError, OverflowError):
         raise ValueError("a number is needed") from None
+    needed = number_problem(result, is_whole=False)
+    if needed is not None:
+        raise ValueError(f"{needed} is needed")
+    return result
 
 
 def positive_number(value: Any) -> float:
@@ -165,6 +169,8 @@ def rank(value: Any) -> int:
         raise ValueError("a whole number is needed (a rank; 0 leaves the layers out)") from None
     if result < 0:
         raise ValueError("a rank of 0 or more is needed")
+    if result > LARGEST_RANK:
+        raise ValueError(f"a rank of at most {LARGEST_RANK} is possible")
     return result
 
 
@@ -178,7 +184,7 @@ def ranks(count: int, names: str = "one per block") -> Callable[[Any], list[int]
     def parse(value: Any) -> list[int]:
         items = _items(value)
         if len(items) != count:
-            raise ValueError(f"{len(items)} values; needed: {count} ranks ({names})")
+            raise ValueError(f"it has {len(items)} values; needed: {count} ranks ({names})")
         return [rank(item) for item in items]
 
     return parse
@@ -188,7 +194,7 @@ def numbers(count: int) -> Callable[[Any], list[float]]:
     def parse(value: Any) -> list[float]:
         items = _items(value)
         if len(items) != count:
-            raise ValueError(f"{len(items)} values; needed: {count} numbers (one per block)")
+            raise ValueError(f"it has {len(items)} values; needed: {count} numbers (one per block)")
         return [number(item) for item in items]
 
     return parse
@@ -259,7 +265,7 @@ def _mapping(text: str) -> dict[str, Any]:
         try:
             return parse_toml(f"value = {text}", "the table")["value"]
         except (ConfigError, KeyError) as error:
-            raise ValueError(f"neither JSON nor a TOML table ({error})") from None
+            raise ValueError(f"it is neither JSON nor a TOML table ({error})") from None
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:

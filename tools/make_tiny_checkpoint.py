@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from library.errors import AtelierError, ConfigError, Problems  # noqa: E402
-from library.options import add_options, option, read_options  # noqa: E402
+from library.options import LARGEST_SEED, add_options, option, read_options  # noqa: E402
 from library.tiny_models import TINY_SETS, TinySet, build_tiny, tiny_entry  # noqa: E402
 
 DTYPES = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -34,7 +34,7 @@ class MakeOptions:
 
     family: str | None = option(None, help=f"the model: {', '.join(TINY_SETS)}")
     output: str | None = option(None, help="folder for the files; a new or empty one")
-    seed: int = option(0, help="seed of the weights and pictures; the same seed gives the same files")
+    seed: int = option(0, help="seed of the weights and pictures; the same seed gives the same files", most=LARGEST_SEED)
     precision: str = option("float", choices=tuple(DTYPES), help="type of the stored weights")
     num_pictures: int = option(8, help="pictures of the dataset; 0 = none, and a command with a place to fill in")
     overwrite: bool = option(False, help="write into a folder that has files already; those of the same names are replaced")

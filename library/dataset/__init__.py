@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import Problems
-from library.options import option
+from library.options import LARGEST_BATCH, LARGEST_SEED, LARGEST_SIDE, option
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
@@ -51,14 +51,14 @@ class DatasetOptions:
     in_json: str | None = option(None, help="metadata file (.json or .jsonl) of the images in --train_data_dir")
     conditioning_data_dir: str | None = option(None, help="folder of masks (with --masked_loss) or control images")
     debug_dataset: bool = option(False, help="show what the data loader gives, with a sheet of pictures (dataset.png in --output_dir), and stop")
-    train_batch_size: int = option(1, help="samples of a batch, per process")
+    train_batch_size: int = option(1, help="samples of a batch, per process", most=LARGEST_BATCH)
     resolution: tuple[int, int] | None = option(
-        None, convert=parse_resolution, metavar="W,H", help="training size: one number or width,height"
+        None, convert=parse_resolution, metavar="W,H", help="training size: one number or width,height", most=LARGEST_SIDE
     )
     enable_bucket: bool = option(False, help="several sizes by aspect ratio instead of one crop for all")
-    min_bucket_reso: int = option(256, help="shortest bucket side")
-    max_bucket_reso: int = option(1024, help="longest bucket side; when not written, it follows the resolution")
-    bucket_reso_steps: int = option(64, help="bucket sides are multiples of this")
+    min_bucket_reso: int = option(256, help="shortest bucket side", most=LARGEST_SIDE)
+    max_bucket_reso: int = option(1024, help="longest bucket side; when not written, it follows the resolution", most=LARGEST_SIDE)
+    bucket_reso_steps: int = option(64, help="bucket sides are multiples of this", most=LARGEST_SIDE)
     bucket_no_upscale: bool = option(False, help="make buckets from the image sizes, never enlarging an image")
     cache_info: bool = option(False, help="keep captions and sizes of a folder in metadata_cache.json")
     shuffle_caption: bool = option(False, help="shuffle the tags of a caption at each use")
@@ -86,11 +86,12 @@ class DatasetOptions:
     caption_tag_dropout_rate: float = option(0.0, help="probability that a tag is left out")
     resize_interpolation: str | None = option(None, choices=INTERPOLATIONS, help="default: area to shrink, lanczos to enlarge")
     validation_split: float = option(0.0, help="part of the images that is kept for validation, 0..1")
-    validation_seed: int | None = option(None, help="seed of the choice of validation images; default: --seed")
+    validation_seed: int | None = option(None, help="seed of the choice of validation images; default: --seed", most=LARGEST_SEED)
     masked_loss: bool = option(False, help="weigh the loss with the masks of conditioning_data_dir")
     prior_loss_weight: float = option(1.0, help="weight of the loss of regularisation images")
     skip_image_resolution: tuple[int, int] | None = option(
-        None, convert=parse_resolution, metavar="W,H", help="leave out images with no more pixels than this: one number or width,height"
+        None, convert=parse_resolution, metavar="W,H", most=LARGEST_SIDE,
+        help="leave out images with no more pixels than this: one number or width,height",
     )
     check_images: bool = option(False, help="read every image in full at the start, not only its header")
     skip_bad_images: bool = option(False, help="go on without images that cannot be read, instead of stopping")
@@ -132,13 +133,13 @@ class CachingOptions:
 
     cache_latents: bool = option(False, help="encode the images once, before training")
     cache_latents_to_disk: bool = option(False, help="keep the latents in files next to the images (implies --cache_latents)")
-    vae_batch_size: int = option(1, help="images per batch while latents are cached")
+    vae_batch_size: int = option(1, help="images per batch while latents are cached", most=LARGEST_BATCH)
     skip_cache_check: bool = option(False, help="use existing cache files without looking into them")
     cache_text_encoder_outputs: bool = option(False, help="encode the captions once, before training")
     cache_text_encoder_outputs_to_disk: bool = option(
         False, help="keep the text encoder outputs in files next to the images (implies --cache_text_encoder_outputs)"
     )
-    text_encoder_batch_size: int | None = option(None, help="captions per batch while they are cached; default: the dataset's batch size")
+    text_encoder_batch_size: int | None = option(None, help="captions per batch while they are cached; default: the dataset's batch size", most=LARGEST_BATCH)
 
     def __post_init__(self) -> None:
         problems = Problems()

@@ -95,9 +95,10 @@ def _compose(
         caption = f"{caption} {params.caption_suffix}"
     if params.enable_wildcard:
         caption = expand_wildcards(caption, rng)
-    caption = _process_tags(caption, params, rng, warm_up_limit(params, step, max_train_steps) if warm_up else None)
+    joint = joint_of(caption, params.caption_separator)
+    caption = _process_tags(caption, params, rng, warm_up_limit(params, step, max_train_steps) if warm_up else None, joint)
     if params.secondary_separator:
-        caption = caption.replace(params.secondary_separator, params.caption_separator)
+        caption = _with_joint(caption, params.secondary_separator, "," if params.caption_separator == "," else joint)
     for old, new in (replacements or {}).items():
         text = new if isinstance(new, str) else rng.choice(list(new))
         caption = text if old == "" else caption.replace(old, text)
@@ -127,7 +128,7 @@ def warm_up_limit(params: SubsetParams, step: int, max_train_steps: int) -> tupl
     return (step, steps) if step < steps else None
 
 
-def _process_tags(caption: str, params: SubsetParams, rng: random.Random, warm_up: tuple[int, int] | None) -> str:
+def _process_tags(caption: str, params: SubsetParams, rng: random.Random, warm_up: tuple[int, int] | None, joint: str) -> str:
     """Fixed head, flexible middle, fixed tail; the middle is warmed up, shuffled and thinned."""
     has_separator = bool(params.keep_tokens_separator) and params.keep_tokens_separator in caption
     active = params.shuffle_caption or params.token_warmup_step > 0 or params.caption_tag_dropout_rate > 0
@@ -149,7 +150,7 @@ def _process_tags(caption: str, params: SubsetParams, rng: random.Random, warm_u
         rng.shuffle(flexible)
     if params.caption_tag_dropout_rate > 0:
         flexible = [tag for tag in flexible if rng.random() >= params.caption_tag_dropout_rate]
-    return join_tags([*head, *flexible, *tail], params.caption_separator)
+    return joint.join([*head, *flexible, *tail])
 
 
 def split_tags(text: str, separator: str) -> list[str]:
@@ -158,9 +159,20 @@ def split_tags(text: str, separator: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def join_tags(tags: Iterable[str], separator: str) -> str:
-    """Tags with the separator between them, and a space after a comma."""
-    return (", " if separator == "," else separator).join(tags)
+def joint_of(caption: str, separator: str) -> str:
+    """What joins the tags of a caption again: the separator and a space, without the space where the caption writes none behind
+    its first separator. A comma always has one."""
+    if separator == "," or not separator.strip() or separator[-1:].isspace():
+        return ", " if separator == "," else separator
+    behind = caption.partition(separator)[2][:1]
+    return separator if behind and not behind.isspace() else f"{separator} "
+
+
+def _with_joint(caption: str, separator: str, joint: str) -> str:
+    """The caption with `joint` for every `separator`; a space of the joint takes the place of those around the separator."""
+    if not joint.endswith(" "):
+        return caption.replace(separator, joint)
+    return joint.join(part.strip(" ") for part in caption.split(separator))
 
 
 # ---------------------------------------------------------------- reading
@@ -222,7 +234,9 @@ def metadata_caption(entry: Mapping[str, Any], params: SubsetParams) -> str:
     caption = entry.get("caption") or ""
     tags = entry.get("tags") or ""
     if not isinstance(tags, str):
-        tags = separator.join(str(tag) for tag in tags)
+        tags = (separator if separator == "," else joint_of("", separator)).join(str(tag) for tag in tags)
+    if separator != ",":
+        separator = joint_of(f"{caption}{tags}", separator)
     if params.enable_wildcard:
         tags = tags.replace("\n", separator)
         lines = [line for line in caption.split("\n") if line.strip()]
@@ -232,12 +246,44 @@ def metadata_caption(entry: Mapping[str, Any], params: SubsetParams) -> str:
     return f"{caption}{separator}{tags}" if caption and tags else caption or tags
 
 
-def tag_frequency(texts: Iterable[str]) -> dict[str, int]:
-    """How many captions (or tag lists of metadata) hold each tag: split on commas, stripped, in lower case."""
+def tag_frequency(texts: Iterable[tuple[str, SubsetParams]]) -> dict[str, int]:
+    """How many captions (or tag lists of metadata) hold each tag: split as training splits them, stripped, in lower case. With
+    wildcards a caption holds the tags of all its lines and alternatives."""
     counts: dict[str, int] = {}
-    for text in texts:
-        tags = dict.fromkeys(tag.strip().lower() for tag in text.replace("\n", ",").split(","))
-        for tag in tags:
-            if tag:
-                counts[tag] = counts.get(tag, 0) + 1
+    for text, params in texts:
+        for tag in dict.fromkeys(tag.lower() for caption in _possible_captions(text, params) for tag in _tags_of(caption, params)):
+            counts[tag] = counts.get(tag, 0) + 1
     return counts
+
+
+def _possible_captions(text: str, params: SubsetParams) -> Iterable[str]:
+    """Every line; with wildcards each alternative once, beside the first one of the others."""
+    for line in text.split("\n"):
+        if not params.enable_wildcard:
+            yield line
+            continue
+        groups = [match[1].split("|") for match in WILDCARD.finditer(line.replace("{{", OPEN_BRACE).replace("}}", CLOSE_BRACE))]
+        yield expand_wildcards(line, _Picks([0] * len(groups)))
+        for place, group in enumerate(groups):
+            for number in range(1, len(group)):
+                yield expand_wildcards(line, _Picks([number if i == place else 0 for i in range(len(groups))]))
+
+
+class _Picks(_FixedChoice):
+    """Takes the alternatives of these numbers, in turn."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._numbers = iter(numbers)
+
+    def __new__(cls, numbers: Sequence[int]) -> _Picks:
+        return super().__new__(cls)
+
+    def choice(self, options):
+        return options[next(self._numbers)]
+
+
+def _tags_of(caption: str, params: SubsetParams) -> list[str]:
+    for separator in (params.keep_tokens_separator, params.secondary_separator):
+        if separator:
+            caption = caption.replace(separator, params.caption_separator or ",")
+    return split_tags(caption, params.caption_separator)

@@ -130,7 +130,7 @@ def notices(datasets: Sequence[DatasetParams]) -> list[str]:
     lines = {
         "color_aug: gamma is applied to values 0..1, so brightness changes little":
             any(s.color_aug for s in subsets),
-        "caption_separator: tags are joined with it again, not with a comma":
+        "caption_separator: tags are joined with it again, not with a comma, and with the space that captions write behind it":
             any(s.caption_separator != "," for s in subsets),
         "enable_wildcard: the line of a caption is chosen first, then caption_prefix and caption_suffix are attached":
             any(s.enable_wildcard and (s.caption_prefix or s.caption_suffix) for s in subsets),

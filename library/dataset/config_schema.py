@@ -13,6 +13,7 @@ from typing import Any
 
 from library.dataset import INTERPOLATIONS, parse_resolution
 from library.errors import nearest_name
+from library.options import LARGEST_BATCH, LARGEST_SEED, LARGEST_SIDE, LARGEST_WHOLE, number_problem
 
 ALL_KINDS = frozenset({"DB", "FT", "CN"})
 
@@ -47,12 +48,14 @@ def _path(value: Any) -> str:
     return value
 
 
-def _integer(minimum: int | None = None) -> Callable[[Any], int]:
+def _integer(minimum: int | None = None, maximum: int = LARGEST_WHOLE) -> Callable[[Any], int]:
     def parse(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise WrongType("a whole number is needed" + (f", {minimum} or more" if minimum is not None else ""))
         if minimum is not None and value < minimum:
             raise OutOfRange(f"{minimum} or more is needed")
+        if abs(value) > maximum:
+            raise OutOfRange(f"at most {maximum} is possible")
         return value
 
     return parse
@@ -68,9 +71,18 @@ def _number(minimum: float | None = None, maximum: float | None = None) -> Calla
             raise WrongType(f"{wanted} is needed")
         if value != value or (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
             raise OutOfRange(f"{wanted} is needed")
+        if number_problem(value, is_whole=False):
+            raise OutOfRange("a finite number is needed, within those of float32")
         return value
 
     return parse
+
+
+def _multiplier(value: Any) -> float:
+    """Strength of the network; a negative one trains it to be taken away."""
+    if _number()(value) == 0:
+        raise OutOfRange("0 leaves nothing to learn from these images; leave the dataset out, or give a number above or below 0")
+    return value
 
 
 def _resolution(value: Any) -> tuple[int, int]:
@@ -80,6 +92,8 @@ def _resolution(value: Any) -> tuple[int, int]:
         raise WrongType('one whole number (1024), two ([1024, 768]) or a text ("1024,768") is needed') from None
     if min(size) < 1:
         raise OutOfRange("both sides must be 1 or more")
+    if max(size) > LARGEST_SIDE:
+        raise OutOfRange(f"sides of at most {LARGEST_SIDE} are possible")
     return size
 
 
@@ -89,7 +103,7 @@ def _face_range(value: Any) -> tuple[float, float]:
     if any(isinstance(part, bool) or not isinstance(part, (int, float)) for part in value):
         raise WrongType("two numbers are needed, e.g. [1.0, 3.0]")
     low, high = float(value[0]), float(value[1])
-    if not 0 < low <= high:
+    if not 0 < low <= high or number_problem(high, is_whole=False):
         raise OutOfRange("two numbers with 0 < lo <= hi are needed, e.g. [1.0, 3.0]")
     return low, high
 
@@ -129,12 +143,12 @@ def _keys() -> dict[str, Key]:
 
     folders = frozenset({"DB", "CN"})
     add("resolution", _resolution, "GD")
-    add("batch_size", _integer(1), "GD", option="train_batch_size")
+    add("batch_size", _integer(1, LARGEST_BATCH), "GD", option="train_batch_size")
     add("enable_bucket bucket_no_upscale", _boolean, "GD")
-    add("min_bucket_reso max_bucket_reso bucket_reso_steps", _integer(1), "GD")
+    add("min_bucket_reso max_bucket_reso bucket_reso_steps", _integer(1, LARGEST_SIDE), "GD")
     add("skip_image_resolution", _resolution, "GD")
-    add("network_multiplier", _number(), "GD", option=False, default=1.0)
-    add("validation_seed", _integer(), "GD")
+    add("network_multiplier", _multiplier, "GD", option=False, default=1.0)
+    add("validation_seed", _integer(maximum=LARGEST_SEED), "GD")
     add("validation_split", _number(0, 1), "GDS")
     add("resize_interpolation", _interpolation, "GDS")
     add("num_repeats", _integer(0), "GDS", option="dataset_repeats")

@@ -107,10 +107,10 @@ class Dataset:
     @property
     def tag_frequency(self) -> dict[str, dict[str, int]]:
         """Folder or metadata file -> tag -> number of images that have it."""
-        texts: dict[str, list[str]] = {}
+        texts: dict[str, list[tuple[str, SubsetParams]]] = {}
         for item in self.items:
             tags = item.captions_extra.get("tags", "") if item.subset.metadata_file else item.caption
-            texts.setdefault(subset_name(item.subset), []).append(tags)
+            texts.setdefault(subset_name(item.subset), []).append((tags, item.subset))
         return {name: tag_frequency(entries) for name, entries in texts.items()}
 
     @property

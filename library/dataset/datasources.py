@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from library.config_util import Blueprint, DatasetConfigError, load_blueprint
+from library.console import storable
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
 from library.dataset.background import map_in_threads
@@ -33,6 +34,8 @@ MAX_THREADS = 8
 CAPTION_EXTENSIONS = (".txt", ".caption", ".tags", ".cap")
 """what caption files are called by the programs that write them"""
 CLASS_TOKENS_HINT = '; give them caption files, or write one text for all of them: class_tokens = "..." in the subset'
+MOST_SAMPLES = 50_000_000
+"""of an epoch, with repeats; each is a number in memory"""
 
 
 @dataclass(frozen=True)
@@ -319,21 +322,22 @@ def _items_of(
 
 
 def _item(image: FoundImage, subset: SubsetParams, num_repeats: int) -> ImageItem:
-    caption = image.caption if image.caption is not None else subset.class_tokens or ""
+    caption = storable(image.caption if image.caption is not None else subset.class_tokens or "")
     return ImageItem(
         image_key=image.key, absolute_path=os.path.abspath(image.path), caption=caption, subset=subset,
         image_size=image.size or (0, 0), num_repeats=num_repeats, cond_path=image.cond_path,
-        captions_extra={} if image.tags is None else {"tags": image.tags},
+        captions_extra={} if image.tags is None else {"tags": storable(image.tags)},
     )
 
 
 def _frequencies(items: Iterable[ImageItem]) -> dict[str, dict[str, int]]:
     """Tags per folder (of captions) or per metadata file (of its `tags` only)."""
-    texts: dict[str, list[str]] = {}
+    texts: dict[str, list[tuple[str, SubsetParams]]] = {}
     for item in items:
         source = item.subset.metadata_file or item.subset.image_dir or ""
         name = os.path.basename(os.path.normpath(source))
-        texts.setdefault(name, []).append(item.captions_extra.get("tags", "") if item.subset.metadata_file else item.caption)
+        text = item.captions_extra.get("tags", "") if item.subset.metadata_file else item.caption
+        texts.setdefault(name, []).append((text, item.subset))
     return {name: tag_frequency(captions) for name, captions in texts.items()}
 
 
@@ -343,8 +347,14 @@ def _frequencies(items: Iterable[ImageItem]) -> dict[str, dict[str, int]]:
 def _check_counts(
     blueprint: Blueprint, train: list[list[ImageItem]], validation: list[list[ImageItem]], has_validation: bool, scanner: Scanner
 ) -> None:
-    """Empty folders, datasets and runs; bucket settings that no image fits."""
+    """Empty folders, datasets and runs; epochs longer than memory holds; bucket settings that no image fits."""
     for dataset, items, held_out in zip(blueprint.datasets, train, validation):
+        samples = sum(item.num_repeats for item in items)
+        if samples > MOST_SAMPLES:
+            scanner.problems.append(
+                f"{dataset.label}: {len(items)} images with their num_repeats are {samples} samples in an epoch; at most {MOST_SAMPLES} are"
+                " possible: lower num_repeats, the run is as long as --max_train_steps or --max_train_epochs says"
+            )
         filled = {item.subset.label for item in (*items, *held_out)}
         for subset in dataset.subsets:
             if subset.label not in filled and subset.num_repeats and _is_readable(subset):

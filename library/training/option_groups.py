@@ -8,9 +8,9 @@ import argparse
 from dataclasses import dataclass
 
 from library.errors import ConfigError
-from library.options import equivalent_option, option, refused_option
+from library.options import LARGEST_BATCH, LARGEST_SEED, equivalent_option, option, refused_option
 
-LARGEST_SEED = 2**64 - 1
+MINUTES_OF_A_YEAR = 525_600
 
 _DEEPSPEED = "DeepSpeed is not supported; several GPUs work through accelerate launch, memory is saved by --blocks_to_swap"
 _TORCH_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
@@ -118,7 +118,7 @@ class ModelOptions:
     )
     weighted_captions: bool = option(False, help="read (word:1.2) and [word] in captions as weights")
     disable_mmap_load_safetensors: bool = option(
-        False, help="read model files whole instead of mapping them; quicker on network drives"
+        False, help="read model files whole instead of mapping them; quicker on network drives, and for files that Windows cannot map"
     )
     no_half_vae: bool = option(False, help="keep the VAE in float32 under mixed precision")
 
@@ -151,10 +151,14 @@ class LoopOptions:
 
     max_train_steps: int = option(1600, help="optimizer steps of the run")
     max_train_epochs: int | None = option(None, help="epochs of the run; replaces --max_train_steps; 0 = not given", convert=count_or_none)
-    max_data_loader_n_workers: int = option(8, help="processes that read images and caches; 0 = the main process reads")
-    persistent_data_loader_workers: bool = option(False, help="keep the reading processes from epoch to epoch")
-    seed: int | None = option(None, help="number that fixes every random draw; a drawn one is logged when not given")
-    gradient_accumulation_steps: int = option(1, help="batches per optimizer step")
+    max_data_loader_n_workers: int = option(
+        8, help="processes that read images and caches; 0 = the main process reads; 2 when not given on Windows and macOS"
+    )
+    persistent_data_loader_workers: bool = option(
+        False, help="keep the reading processes from epoch to epoch; always so on Windows and macOS, where each starts anew"
+    )
+    seed: int | None = option(None, help="number that fixes every random draw; a drawn one is logged when not given", most=LARGEST_SEED)
+    gradient_accumulation_steps: int = option(1, help="batches per optimizer step", most=LARGEST_BATCH)
 
     def __post_init__(self) -> None:
         raise_problems(
@@ -249,7 +253,7 @@ class MemoryOptions:
 class DdpOptions:
     """Several processes"""
 
-    ddp_timeout: int | None = option(None, help="minutes that a process waits for the others; 30 when not given", convert=count_or_none)
+    ddp_timeout: int | None = option(None, help="minutes that a process waits for the others; 30 when not given", convert=count_or_none, most=MINUTES_OF_A_YEAR)
     ddp_gradient_as_bucket_view: bool = equivalent_option(
         False,
         help="share memory between gradients and buckets",
@@ -482,7 +486,7 @@ class NoiseOptions:
     noise_offset: float | None = option(None, help="strength of an added per-channel offset of the noise")
     noise_offset_random_strength: bool = option(False, help="draw the strength from 0..--noise_offset")
     adaptive_noise_scale: float | None = option(None, help="add the mean of the latents times this to the noise offset")
-    multires_noise_iterations: int | None = option(None, help="noise of several resolutions: number of levels (6 to 10)")
+    multires_noise_iterations: int | None = option(None, help="noise of several resolutions: number of levels (6 to 10)", most=1000)
     multires_noise_discount: float = option(0.3, help="share of each coarser level of the noise")
     ip_noise_gamma: float | None = option(None, help="strength of the noise that perturbs the input alone")
     ip_noise_gamma_random_strength: bool = option(False, help="draw the strength from 0..--ip_noise_gamma")

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from library.console import make_console_safe
 from library.errors import ConfigError, Problems, did_you_mean
 from library.options import Config, Ignored, OptionSpec, add_options, option_fields
 from library.training.config_file import NEVER_IN_FILE, config_path, convert_value, read_config_file
@@ -105,6 +106,7 @@ class OptionParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; all options: --help\n")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        make_console_safe()  # every script and tool begins here, also with --help
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._known_spelling(word) for word in words], namespace)
 

@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from library.keyed_random import key_seed
+from library.sai_model_spec import source_date
 from library.training.data_phase import DataGroups
 from library.training.metadata import BaseModelHashes, MetadataInputs, at_save, build_metadata
 from library.training.optimizers import OptimizerBuild
@@ -16,14 +18,14 @@ from library.training.run import Run
 
 class RunRecord:
     """`metadata(run)` makes the metadata of a file that is written now. Hashes of the base model are taken in the
-    background from the start on, and waited for at the first save."""
+    background from the start on, and waited for at the first save. With SOURCE_DATE_EPOCH equal runs write equal files."""
 
     def __init__(self, started_at: float, optimizer: OptimizerBuild, data: DataGroups, hashes: BaseModelHashes) -> None:
-        self.started_at = started_at
+        self._source_date = source_date()
+        self.started_at = started_at if self._source_date is None else self._source_date
         self.optimizer = optimizer
         self.data = data
         self.hashes = hashes
-        self.session_id = secrets.randbits(32)
         self._common: Mapping[str, str] | None = None
 
     def metadata(self, run: Run) -> dict[str, str]:
@@ -31,9 +33,13 @@ class RunRecord:
         if self._common is None:
             self._common = build_metadata(self._inputs(run))
         return at_save(
-            self._common, steps=run.progress.global_step, epoch=run.progress.finished_epochs, finished_at=time.time(),
-            hashes=self.hashes,
+            self._common, steps=run.progress.global_step, epoch=run.progress.finished_epochs,
+            finished_at=time.time() if self._source_date is None else self._source_date, hashes=self.hashes,
         )
+
+    def _session_id(self, seed: int) -> int:
+        """Of this run alone; with a source date it follows from the seed."""
+        return secrets.randbits(32) if self._source_date is None else key_seed(seed, "session id") % 2**32
 
     def _inputs(self, run: Run) -> MetadataInputs:
         train, validation, progress = self.data.train, self.data.validation, run.progress
@@ -44,7 +50,7 @@ class RunRecord:
             extra["ss_resume_changes"] = json.dumps(run.settings.history)
         return MetadataInputs(
             config=run.config,
-            session_id=self.session_id,
+            session_id=self._session_id(run.runtime.seed),
             started_at=self.started_at,
             seed=run.runtime.seed,
             datasets=train.metadata(),

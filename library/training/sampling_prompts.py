@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from library.console import storable
 from library.errors import ConfigError, Problems, did_you_mean
+from library.options import LARGEST_PICTURE_SIDE, LARGEST_STEPS, LARGEST_WHOLE, number_problem
 from library.text_files import parse_json, parse_toml
 from library.text_files import read_text as read_text_file
 
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 MIN_STEPS, MAX_STEPS = 1, 1000
 LARGEST_SEED = 2**63 - 1
+MOST_FRAMES = 10_000
+MOST_DIGITS = 30
 DRAWN = -1
 """a seed that asks for a drawn one"""
 Line, Result = TypeVar("Line"), TypeVar("Result")
@@ -67,21 +71,54 @@ class SamplePrompt:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
 
 
-def read_whole(text: str) -> int:
-    if not re.fullmatch(r"\d+", text):
-        raise ValueError("a whole number, 0 or more, is needed, e.g. 512")
-    return int(text)
+@dataclass(frozen=True)
+class Whole:
+    """Reads a whole number from `least` to `most`."""
+
+    least: int = 0
+    most: int = LARGEST_WHOLE
+    example: int = 512
+
+    def __call__(self, text: str) -> int:
+        if not re.fullmatch(r"[0-9]+", text):
+            raise ValueError(f"a whole number, {self.least} or more, is needed, e.g. {self.example}")
+        return self.checked(int(text) if len(text) <= MOST_DIGITS else self.most + 1)
+
+    def checked(self, value: int) -> int:
+        if value < self.least:
+            raise ValueError(f"{self.least} or more is needed")
+        if value > self.most:
+            raise ValueError(f"at most {self.most} is possible")
+        return value
 
 
-def read_seed(text: str) -> int | None:
+class Seed(Whole):
     """-1 stands for a seed that is drawn, as when none is given."""
-    return None if text == str(DRAWN) else read_whole(text)
+
+    def __call__(self, text: str) -> int | None:
+        return None if text == str(DRAWN) else super().__call__(text)
+
+    def checked(self, value: int) -> int | None:
+        return None if value == DRAWN else super().checked(value)
+
+
+read_whole = Whole()
+read_picture_side = Whole(1, LARGEST_PICTURE_SIDE)
+read_steps = Whole(0, LARGEST_STEPS, 28)
+read_seed = Seed(0, LARGEST_SEED, 42)
 
 
 def read_number(text: str) -> float:
     if not FLOAT_PATTERN.fullmatch(text):
         raise ValueError("a number is needed, e.g. 3.5")
-    return float(text)
+    return finite(float(text))
+
+
+def finite(value: float) -> float:
+    needed = number_problem(value, is_whole=False)
+    if needed is not None:
+        raise ValueError(f"{needed} is needed")
+    return value
 
 
 def read_text(text: str) -> str:
@@ -98,7 +135,7 @@ class LineOption:
 
 
 _SHARED_LINE_OPTIONS = {
-    "w": LineOption("width", read_whole), "h": LineOption("height", read_whole), "d": LineOption("seed", read_seed),
+    "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side), "d": LineOption("seed", read_seed),
     "s": LineOption("sample_steps", read_whole), "g": LineOption("guidance_scale", read_number), "n": LineOption("negative_prompt", read_text),
 }
 IMAGE_LINE_OPTIONS: Mapping[str, LineOption] = {
@@ -108,7 +145,7 @@ IMAGE_LINE_OPTIONS: Mapping[str, LineOption] = {
 }
 VIDEO_LINE_OPTIONS: Mapping[str, LineOption] = {
     **_SHARED_LINE_OPTIONS,
-    "f": LineOption("frame_count", read_whole), "fs": LineOption("discrete_flow_shift", read_number), "l": LineOption("cfg_scale", read_number),
+    "f": LineOption("frame_count", Whole(1, MOST_FRAMES, 25)), "fs": LineOption("discrete_flow_shift", read_number), "l": LineOption("cfg_scale", read_number),
     "i": LineOption("image_path", read_text), "ei": LineOption("end_image_path", read_text), "cn": LineOption("control_video_path", read_text),
     "ci": LineOption("control_image_path", read_text, repeats=True), "of": LineOption("one_frame", read_text),
 }
@@ -147,7 +184,8 @@ def parse_pieces(line: str, where: str, options: Mapping[str, LineOption]) -> tu
             continue
         values[entry.field] = (*values.get(entry.field, ()), value) if entry.repeats else value
     problems.raise_if_any()
-    return prompt.strip(), values
+    texts = {name: storable(text) for name, text in values.items() if name.endswith("prompt") and isinstance(text, str)}
+    return storable(prompt.strip()), {**values, **texts}
 
 
 def good_lines(lines: Iterable[Line], read: Callable[[Line], Result]) -> list[Result]:
@@ -170,10 +208,6 @@ def _checked(field: str, value: Any) -> Any:
     """Range of a value; sample_steps is brought into its range."""
     if field == "sample_steps":
         return min(max(value, MIN_STEPS), MAX_STEPS)
-    if field in ("width", "height", "frame_count") and value < 1:
-        raise ValueError("1 or more is needed")
-    if field == "seed" and value is not None and value > LARGEST_SEED:
-        raise ValueError(f"a seed of at most {LARGEST_SEED} is needed")
     if field == "sample_sampler":
         from library.training.inference_samplers import SAMPLER_NAMES
 
@@ -288,13 +322,11 @@ def _checked_key(option: LineOption, value: Any) -> Any:
         if not isinstance(value, str):
             raise ValueError("a text is needed")
         return _checked(option.field, value)
-    is_whole = option.convert in (read_whole, read_seed)
+    is_whole = isinstance(option.convert, Whole)
     kinds = (int,) if is_whole else (int, float)
-    if option.convert is read_seed and value == DRAWN:
-        return None
-    if isinstance(value, bool) or not isinstance(value, kinds) or (is_whole and value < 0):
+    if isinstance(value, bool) or not isinstance(value, kinds) or (is_whole and value < 0 and not isinstance(option.convert, Seed)):
         raise ValueError("a whole number, 0 or more, is needed" if is_whole else "a number is needed")
-    return _checked(option.field, float(value) if option.convert is read_number else value)
+    return _checked(option.field, option.convert.checked(value) if is_whole else float(finite(value)))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from library.dataset import CachingOptions, DatasetOptions
 from library.device_utils import clean_memory_on_device
-from library.errors import Problems, RunInterrupted
+from library.errors import ConfigError, Problems, RunInterrupted
 from library.family_table import script_name
 from library.options import Config, option_fields
 from library.strategy_base import StrategySet
@@ -22,7 +21,7 @@ from library.training import checks, loss_weights, losses, optimizers, scheduler
 from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime
 from library.training.checkpoint import resume_point
 from library.training.compilation import checkpoint_activations, compile_blocks
-from library.training.data import Loading, TrainingData
+from library.training.data import TrainingData, loading_of
 from library.training.data_phase import (
     DataGroups,
     FoundData,
@@ -100,8 +99,6 @@ class Trainer:
     def prepare(self) -> Run | None:
         """Every phase up to the complete Run; None when there is nothing to train (--debug_dataset)."""
         found, prompts = self.check()
-        if is_main_process() and not self.config[DatasetOptions].debug_dataset:
-            self._claims.enter_context(claimed_output(self.config))
         runtime = prepare_runtime(self.config)
         trained = self.trainable.trains_text_encoders(self.family)
         strategies = self.family.strategies(trained)
@@ -113,10 +110,7 @@ class Trainer:
             return None
         state = local_state_folder(self.config, runtime)
         self.check_length(data, runtime, state)
-        if runtime.is_main_process:
-            checks.make_output_folder(self.config)
-            keep_earlier_files(self.config)
-        runtime.barrier()
+        self.take_output(runtime)
         self.family.transform = self.trainable.transform(self.family)
         vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
         text = self.text_phase(data, strategies, runtime, prompts, trained)
@@ -124,6 +118,20 @@ class Trainer:
         self.trainable.attach(self.family, models, runtime)
         self.arm(models, trained)
         return self.assemble(runtime, data, models, strategies, trained, prompts, text, state)
+
+    def take_output(self, runtime: Runtime) -> None:
+        """The folder of the output, for this run alone, with the files of earlier ones out of the way."""
+        problem = None
+        if runtime.is_main_process:
+            try:
+                checks.make_output_folder(self.config)
+                self._claims.enter_context(claimed_output(self.config))
+                keep_earlier_files(self.config)
+            except ConfigError as error:
+                problem = str(error)
+        problem = runtime.from_main(problem)
+        if problem is not None:
+            raise ConfigError(problem)
 
     def check(self) -> tuple[FoundData, list[Any]]:
         """Everything that can be wrong before models are loaded, in one error; the images and the sample prompts."""
@@ -139,11 +147,16 @@ class Trainer:
         path, wants = sampling.sample_prompts, checks.wants_samples(sampling)
         return found, self._sample_prompts(path) if path and wants and not holds_no_prompt(path) else []
 
-    @staticmethod
-    def _sample_prompts(path: str) -> list[Any]:
-        """The prompts that can be read: one that cannot does not cost the training."""
+    def _sample_prompts(self, path: str) -> list[Any]:
+        """The prompts that can be read and that the family has the sizes and samplers for: another one does not cost the training."""
         left_out: list[str] = []
-        prompts = load_prompts(path, left_out=left_out)
+        prompts = []
+        for prompt in load_prompts(path, left_out=left_out):
+            try:
+                self.family.sample_defaults(prompt)
+                prompts.append(prompt)
+            except ConfigError as error:
+                left_out += error.problems
         for problem in left_out:
             logger.warning("%s; this sample prompt is left out", problem)
         return prompts
@@ -256,11 +269,7 @@ class Trainer:
         return TrainingData(
             data.train, data.validation, seed=runtime.seed, accumulation=loop.gradient_accumulation_steps, rank=runtime.rank,
             num_processes=runtime.num_processes,
-            loading=Loading(
-                num_workers=min(loop.max_data_loader_n_workers, os.cpu_count() or 1),
-                persistent_workers=loop.persistent_data_loader_workers,
-                pin_memory=runtime.device.type == "cuda",
-            ),
+            loading=loading_of(loop, self.config.explicit, pin_memory=runtime.device.type == "cuda"),
         )
 
     def new_progress(self, batches: TrainingData) -> Progress:

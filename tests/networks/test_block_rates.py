@@ -176,7 +176,7 @@ def test_factors_can_be_set_and_read():
     assert network.prepare_optimizer_params(None, 1e-3)[1] == ["unet_block16"]  # a rate of 0 has no group
     network.set_block_lr_weight(None)
     assert network.prepare_optimizer_params(None, 1e-3)[1] == ["unet"]
-    with pytest.raises(ConfigError, match="23 learning rate factors; the denoiser of sd has 25"):
+    with pytest.raises(ConfigError, match="23 learning rate factors are given; the denoiser of sd has 25"):
         network.set_block_lr_weight([1.0] * 23)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from library.errors import ConfigError
 from library.training.trainer_base import Trainer
 from tests.runs.conftest import Stopped, Work, fingerprint, read_parts, stop_after
 
@@ -89,3 +90,18 @@ def test_each_image_is_seen_once_per_epoch_with_workers(work: Work, monkeypatch:
 
 def test_trainer_is_the_only_loop() -> None:
     assert Trainer.run.__module__ == "library.training.trainer_base"
+
+
+def test_with_a_source_date_the_whole_file_is_the_same(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ["--max_train_steps=1", "--t5xxl_max_token_length=32", "--network_train_unet_only"]
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    files = [work.train(name, *short).read_bytes() for name in ("first", "again")]
+    assert files[0] == files[1]
+    metadata = read_parts(work.folder / "first" / "lora.safetensors")[0]
+    assert metadata["ss_training_started_at"] == metadata["ss_training_finished_at"] == "1700000000.000000"
+    assert metadata["modelspec.date"] == "2023-11-14T22:13:20+00:00"
+    other = read_parts(work.train("other", *short, "--seed=6"))[0]
+    assert other["ss_session_id"] != metadata["ss_session_id"] and len(other["ss_session_id"]) == 10
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(ConfigError, match="SOURCE_DATE_EPOCH is 'yesterday'; needed: seconds"):
+        work.train("bad", *short)

@@ -158,6 +158,20 @@ def test_scale_weight_norms(base: Work):
             assert (up.flatten(1) @ down.flatten(1)).norm() * state[stem + "alpha"] / len(down) <= 0.01 * 1.001
 
 
+def test_dora_with_dropout_and_limited_norms(base: Work):
+    """--network_dropout reaches the low-rank part of DoRA; a limit shrinks it and the lengths without driving either to nothing."""
+    words = ["--network_args", "dora_wd=True"]
+    plain = load_file(run(base, "dora", *words, steps=3))
+    dropped = load_file(run(base, "dora dropout", "--network_dropout=0.5", *words, steps=3))
+    assert any(not torch.equal(plain[key], dropped[key]) for key in plain)
+    limited = load_file(run(base, "dora norms", "--scale_weight_norms=0.01", *words, steps=3))
+    for key, up in limited.items():
+        if key.endswith("lora_up.weight"):
+            down = limited[key.replace("lora_up", "lora_down")]
+            change, before = (up @ down).norm(), (plain[key] @ plain[key.replace("lora_up", "lora_down")]).norm()
+            assert 0 < float(change) <= float(before) * 1.01, key
+
+
 def folders(work: Work, name: str, **options: object) -> list[str]:
     """Arguments without a dataset configuration."""
     argv = [word for word in work.argv(name) if not word.startswith("--dataset_config")]
@@ -235,3 +249,11 @@ def test_options_without_effect_are_named(base: Work, capsys, options: str, told
     shown = capsys.readouterr().err
     for text in told:
         assert text in shown
+
+
+def test_a_negative_network_multiplier_trains_the_opposite(base: Work) -> None:
+    """At the start the change is zero either way; the gradient of the second matrix has the sign of the multiplier."""
+    data = base.dataset(dataset_keys="network_multiplier = -1", name="negative.toml")
+    plain, opposite = load_file(base.folder / "base" / "lora.safetensors"), load_file(base.train("opposite", "--max_train_steps=1", dataset=data))
+    ups = [key for key in plain if "lora_up" in key]
+    assert ups and all(torch.equal(plain[key], -opposite[key]) for key in ups) and any(bool(plain[key].any()) for key in ups)

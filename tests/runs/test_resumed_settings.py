@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from library.training import loop
+from library.training.state_files import SUMS_FILE
 from tests.runs.conftest import Work, fingerprint, read_parts
 from tests.runs.families import refused_run, without
 
@@ -41,8 +42,13 @@ def interrupted(work: Work, *options: str, old: bool = False) -> Path:
     work.train("first", *BRIEF, *SAVING, *options)
     state = work.folder / "first" / "lora-step00000003-state"
     if old:
-        (state / "settings.json").unlink()
+        make_old(state)
     return state
+
+
+def make_old(state: Path) -> None:
+    for name in ("settings.json", SUMS_FILE):
+        (state / name).unlink()
 
 
 def go_on(work: Work, state: Path, *options: str) -> Path:
@@ -135,6 +141,9 @@ def test_history_goes_on_in_later_states(work: Work) -> None:
     file = work.train("third", *BRIEF, f"--resume={work.folder / 'second' / 'lora-step00000005-state'}", "--learning_rate=1e-3", "--unet_lr=1e-4")
     assert [entry["step"] for entry in json.loads(read_parts(file)[0]["ss_resume_changes"])] == [3, 5]
     assert "ss_resume_changes" not in read_parts(work.folder / "first" / "lora.safetensors")[0]
+    recorded = (state / "settings.json").read_text(encoding="utf-8")
+    assert json.loads(recorded)["options"]["dataset_config"] == "data.toml" and str(work.folder) not in recorded
+    assert not {"output_dir", "cache_latents", "huggingface_token", "sample_prompts"} & json.loads(recorded)["options"].keys()
 
 
 FIXED = {
@@ -154,6 +163,7 @@ def test_what_cannot_change_is_told_before_models_are_loaded(
     for option, message in FIXED.items():
         told = refused_run("flux", work.argv("second", *BRIEF, f"--resume={state}", option), monkeypatch, capsys)
         assert message in told, told
+    (state / SUMS_FILE).unlink()
     (state / "settings.json").write_text('{"fixed": [', encoding="utf-8")
     told = refused_run("flux", work.argv("second", *BRIEF, f"--resume={state}"), monkeypatch, capsys)
     assert "settings.json cannot be read" in told and "damaged" in told

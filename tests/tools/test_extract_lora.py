@@ -7,6 +7,7 @@ from safetensors import safe_open
 
 from library.safetensors_utils import load_safetensors, save_file_atomic
 from library.unet_convert import original_to_diffusers
+from networks.extraction import is_rounding
 from networks.kinds import weight_change
 from networks.lora import create_network
 from networks.network_files import by_module
@@ -232,3 +233,34 @@ def test_bad_input(tmp_path, capsys):
     assert main(["--model_org", sd1, "--model_tuned", str(tmp_path / "less.safetensors"), "--save_to", str(out)]) != 0
     assert "lacks 1 layers" in capsys.readouterr().err and not out.exists()
     assert main(["--model_org", sd1, "--model_tuned", tuned, "--save_to", str(out), "--dry_run"]) == 0 and not out.exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_is_no_change(dtype, tmp_path, caplog):
+    """A float32 original and a tuned model in 16 bits: layers that the format alone moved are left out, in one line; the others are
+    taken, however little they changed beyond it."""
+    caplog.set_level("INFO")
+    model, tuned, out = str(build("flux", tmp_path)), *(str(tmp_path / f"{name}.safetensors") for name in ("tuned", "out"))
+    moved(model, tuned, lambda key, tensor: key == "double_blocks.0.img_mlp.0.weight", 0.02)
+    state = {key: tensor.to(dtype) for key, tensor in load_safetensors(tuned).items()}
+    with safe_open(model, "pt") as file:
+        metadata = file.metadata()
+    save_file_atomic(state, tuned, metadata)
+    words = ["--model_org", model, "--model_tuned", tuned, "--save_to", out]
+    assert main(words) == 0
+    assert {key.partition(".")[0] for key in load_safetensors(out)} == {"lora_unet_double_blocks_0_img_mlp_0"}
+    told = [record.getMessage() for record in caplog.records if "the formats of the models, explains" in record.getMessage()]
+    assert len(told) == 1 and f"from float32 to {str(dtype).removeprefix('torch.')}" in told[0]
+    save_file_atomic({key: tensor.to(dtype) for key, tensor in load_safetensors(model).items()}, tuned, metadata)
+    assert main([*words, "--overwrite"]) == 2, "nothing but rounding"
+
+
+def test_steps_of_a_format():
+    """Half a step is rounding; more, the same format and a finer one are not."""
+    weight = torch.tensor([1.0, -3.0, 1e-7, 0.0, 60000.0])
+    rounded = weight.half().float() - weight
+    assert is_rounding(weight, rounded, torch.float32, torch.float16)
+    assert not is_rounding(weight, rounded + torch.tensor([0.0, 0, 0, 0, 40.0]), torch.float32, torch.float16)
+    assert not is_rounding(weight, torch.full((5,), 1e-9), torch.float16, torch.float16)
+    assert not is_rounding(weight, torch.full((5,), 1e-9), torch.bfloat16, torch.float32)
+    assert is_rounding(weight, torch.zeros(5), torch.float16, torch.float16)

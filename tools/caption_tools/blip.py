@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.folder_tool import DetailOptions, FolderTool, Tally, WriteOptions
-from library.options import Config, option
+from library.options import LARGEST_SEED, Config, option
 from library.tool_script import tool_exit_code
 from library.training.option_groups import ConsoleOptions
 from tools.caption_tools.captioning import FolderOptions, caption_images, folder_problems, images_to_caption, load_model, model_problem, normalized
@@ -31,7 +31,7 @@ class BlipOptions:
     top_p: float = option(0.9, help="share of the likeliest words from which is drawn")
     max_length: int = option(75, help="most tokens of a caption")
     min_length: int = option(5, help="least tokens of a caption")
-    seed: int = option(42, help="number that fixes the draws")
+    seed: int = option(42, help="number that fixes the draws", most=LARGEST_SEED)
 
 
 CLASSES = (FolderOptions, BlipOptions, DetailOptions, WriteOptions, ConsoleOptions)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from library.errors import CheckpointError, ConfigError, Problems
 from library.family_table import FAMILIES
 from library.inference_script import read_command, script_parser
-from library.options import Config, option
+from library.options import LARGEST_RANK, Config, option
 from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
 from tools.lora_tools.adapter_input import ending_problem
@@ -65,8 +65,8 @@ class ExtractOptions:
         "lora", choices=("lora", "lokr", "full", "norm"),
         help="lora: the best LoRA of each layer; lokr: the nearest Kronecker product; full: the differences as they are; norm: those of norms alone",
     )
-    dim: int = option(4, help="rank of the LoRA; with --dynamic_method the largest rank of a layer")
-    conv_dim: int | None = option(None, help="the same for convolutions larger than 1x1, which are left out when not given")
+    dim: int = option(4, help="rank of the LoRA; with --dynamic_method the largest rank of a layer", most=LARGEST_RANK)
+    conv_dim: int | None = option(None, help="the same for convolutions larger than 1x1, which are left out when not given", most=LARGEST_RANK)
     dynamic_method: str | None = option(None, choices=(None, *METHODS), help="choose the rank of each layer by its singular values")
     dynamic_param: float | None = option(None, help="number of --dynamic_method, as in tools/resize_lora.py")
     factor: int = option(-1, help="size of the smaller half with --kind lokr; -1 = near the square root")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import CheckpointError, ConfigError, Problems
 from library.inference_script import read_command, script_parser
-from library.options import Config, equivalent_option, option
+from library.options import LARGEST_RANK, LARGEST_SEED, Config, equivalent_option, option
 from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
 from tools.lora_tools.ema import AveragingOptions, average_files
@@ -73,14 +73,14 @@ class SumOptions:
         " ema: the moving average of the files of one run",
     )
     concat: bool = option(False, help="the same as --mode concat")
-    new_rank: int | None = option(None, help=f"rank with --mode svd; {DEFAULT_RANK} when not given")
-    new_conv_rank: int | None = option(None, help="rank of convolutions larger than 1x1 with --mode svd; --new_rank when not given")
+    new_rank: int | None = option(None, help=f"rank with --mode svd; {DEFAULT_RANK} when not given", most=LARGEST_RANK)
+    new_conv_rank: int | None = option(None, help="rank of convolutions larger than 1x1 with --mode svd; --new_rank when not given", most=LARGEST_RANK)
     dynamic_method: str | None = option(
         None, choices=(None, *METHODS), help="choose the rank of each layer by its singular values with --mode svd; --new_rank is the largest then"
     )
     dynamic_param: float | None = option(None, help="number of --dynamic_method, as in tools/resize_lora.py")
     shuffle: bool = option(False, help="mix the order of the ranks with --mode concat")
-    seed: int | None = option(None, help="number that fixes the order of --shuffle; 0 when not given")
+    seed: int | None = option(None, help="number that fixes the order of --shuffle; 0 when not given", most=LARGEST_SEED)
 
     @property
     def rank(self) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from library.errors import CheckpointError, Problems
 from library.inference_script import read_command, script_parser
-from library.options import Config, option
+from library.options import LARGEST_RANK, Config, option
 from library.text_files import parse_json, read_json
 from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
@@ -34,8 +34,8 @@ class ResizeOptions:
 
     model: str | None = option(None, help="adapter file of any family and naming; the result keeps its names")
     save_to: str | None = option(None, help="the resized file; with --split_unit the rank is added to its name")
-    new_rank: int = option(4, help="rank of the result; with --dynamic_method the largest rank of a layer")
-    new_conv_rank: int | None = option(None, help="the same for convolutions larger than 1x1; --new_rank when not given")
+    new_rank: int = option(4, help="rank of the result; with --dynamic_method the largest rank of a layer", most=LARGEST_RANK)
+    new_conv_rank: int | None = option(None, help="the same for convolutions larger than 1x1; --new_rank when not given", most=LARGEST_RANK)
     dynamic_method: str | None = option(None, choices=(None, *METHODS), help="choose the rank of each layer by its singular values")
     dynamic_param: float | None = option(
         None,

@@ -68,7 +68,7 @@ def check(config: Config, source: str, target: str) -> None:
     if not os.path.exists(source):
         problems.add(f"{source} does not exist")
     if not options.to:
-        problems.add("--to is missing; single (one file) or diffusers (a folder)")
+        problems.add("--to is missing; give single (one file) or diffusers (a folder)")
     found = dtype_problem("save_precision", options.save_precision)
     if found:
         problems.add(found)

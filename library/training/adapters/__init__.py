@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from library.errors import ConfigError, Problems, did_you_mean
 from library.family_table import FAMILIES
-from library.options import option
+from library.options import LARGEST_RANK, option
 from library.registry import Registry
 from library.training.keyword_args import split_items
 
@@ -37,11 +37,14 @@ class NetworkOptions:
     """Adapter (network module)"""
 
     network_module: str | None = option(None, help=f"kind of adapter: {', '.join(KINDS)}, lycoris; or an importable module with create_network")
-    network_dim: int | None = option(None, help="rank of the adapter; 4 when not given")
+    network_dim: int | None = option(None, help="rank of the adapter; 4 when not given", most=LARGEST_RANK)
     network_alpha: float = option(1.0, help="the change is scaled by alpha / rank")
     network_dropout: float | None = option(None, help="share of the adapter's inner values that is zeroed in training, 0 to below 1")
     network_args: list[str] | None = option(None, help="further arguments of the network module, as key=value", nargs="*")
     network_weights: str | None = option(None, help="adapter file to start from")
+    drop_untrained: bool = option(
+        False, help="leave layers of --network_weights out that belong to parts that are not trained; they act and are written again otherwise"
+    )
     dim_from_weights: bool = option(False, help="take layers, ranks and alphas from --network_weights")
     network_train_unet_only: bool = option(False, help="train the denoiser alone")
     network_train_text_encoder_only: bool = option(False, help="train the text encoders alone")
@@ -59,6 +62,8 @@ class NetworkOptions:
         self._check_numbers(problems)
         if self.network_train_unet_only and self.network_train_text_encoder_only:
             problems.add("--network_train_unet_only and --network_train_text_encoder_only together leave nothing to train; use one of them")
+        if self.drop_untrained and not self.network_weights:
+            problems.add("--drop_untrained is set without --network_weights, whose layers it drops; add it, or leave --drop_untrained out")
         if self.dim_from_weights and not self.network_weights:
             problems.add("--dim_from_weights is set without --network_weights, the file to take the ranks from; add it")
         if self.base_weights_multiplier and len(self.base_weights_multiplier) > len(self.base_weights or ()):

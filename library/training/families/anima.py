@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError, Problems
-from library.options import equivalent_option, option
+from library.options import LARGEST_TOKENS, equivalent_option, option
 from library.training.adapters import NetworkOptions
 from library.training.families.base import FlowFamily, ignored_by_flow, tokenizer_problems
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
@@ -59,8 +59,8 @@ class AnimaOptions:
     qwen3: str | None = option(None, help="file or folder of the Qwen3-0.6B text encoder")
     qwen3_tokenizer: str | None = option(None, help="folder of the Qwen3 tokenizer")
     t5_tokenizer_path: str | None = option(None, help="folder or spiece.model file of the T5 tokenizer")
-    qwen3_max_token_length: int = option(TOKEN_LENGTH, help="longest caption in Qwen3 tokens")
-    t5_max_token_length: int = option(TOKEN_LENGTH, help="longest caption in T5 tokens; also the length of the denoiser's context")
+    qwen3_max_token_length: int = option(TOKEN_LENGTH, help="longest caption in Qwen3 tokens", most=LARGEST_TOKENS)
+    t5_max_token_length: int = option(TOKEN_LENGTH, help="longest caption in T5 tokens; also the length of the denoiser's context", most=LARGEST_TOKENS)
     llm_adapter_path: str | None = option(None, help="file whose LLM adapter replaces that of the model")
     llm_adapter_lr: float | None = option(
         None, help="learning rate of the LLM adapter's layers, which learn with --network_args train_llm_adapter=True; 0 = not trained"

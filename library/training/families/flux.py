@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import Problems
-from library.options import ignored_option, option, refused_option
+from library.options import LARGEST_TOKENS, ignored_option, option, refused_option
 from library.training.families.base import FlowFamily, ignored_by_flow, tokenizer_problems
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
@@ -50,7 +50,7 @@ class FluxOptions:
     ae: str | None = option(None, help="file of the autoencoder (ae.safetensors)")
     clip_l_tokenizer: str | None = option(None, help="folder of the CLIP-L tokenizer, for models with a vocabulary of their own")
     t5xxl_tokenizer: str | None = option(None, help="folder or spiece.model file of the T5 tokenizer")
-    t5xxl_max_token_length: int | None = option(None, help="longest caption in T5 tokens; 512 for dev, 256 for schnell when not given")
+    t5xxl_max_token_length: int | None = option(None, help="longest caption in T5 tokens; 512 for dev, 256 for schnell when not given", most=LARGEST_TOKENS)
     apply_t5_attn_mask: bool = option(False, help="keep T5 and the denoiser from attending to padding")
     guidance_scale: float = option(3.5, help="embedded guidance while training; 1.0 is advised for dev, schnell has none")
     model_prediction_type: str = option(

@@ -43,6 +43,11 @@ def planned_lines(savings: Sequence[Saving], with_average: bool) -> list[str]:
     ]
 
 
+def _multiples(interval: int | None, last: int) -> range:
+    """Those of an interval up to `last`, none without one."""
+    return range(interval, last + 1, interval) if interval else range(0)
+
+
 MetadataMaker = Callable[["Run"], dict[str, str]]
 
 
@@ -63,8 +68,8 @@ class CheckpointHook(Hook):
 
     def planned_files(self, run: Run) -> list[str]:
         rules, progress = self._rules(run), run.progress
-        at_epochs = [s for s in map(rules.after_epoch, range(1, progress.num_epochs + 1)) if s is not None]
-        at_steps = [s for s in map(rules.after_step, range(1, progress.max_train_steps + 1)) if s is not None]
+        at_epochs = [s for s in map(rules.after_epoch, _multiples(rules.every_n_epochs, progress.num_epochs)) if s is not None]
+        at_steps = [s for s in map(rules.after_step, _multiples(rules.options.save_every_n_steps, progress.max_train_steps)) if s is not None]
         last = rules.at_end(progress.max_train_steps)
         return [line for savings in (at_epochs, at_steps, [last]) for line in planned_lines(savings, run.config[EmaOptions].ema)]
 
@@ -109,17 +114,24 @@ class CheckpointHook(Hook):
         run.runtime.barrier()
 
     def _write_all(self, run: Run, folder: Path, saving: Saving, is_last: bool) -> None:
-        held = None
+        """What another program keeps from its place is kept under another name, so training goes on; whoever waits for the
+        last file is told at the end."""
+        held = []
         try:
             self._write_file(run, folder / saving.file, is_last)
-        except HeldFileError as error:  # the weights are kept, so training goes on; whoever waits for the last file is told at the end
-            logger.warning("%s", error)
-            held = error
+        except HeldFileError as error:
+            held.append(error)
         if saving.state is not None:
-            self._write_state(run, folder / saving.state, is_last)
+            try:
+                self._write_state(run, folder / saving.state, is_last)
+            except HeldFileError as error:
+                held.append(error)
+                self.last_state = error.kept
+        for error in held:
+            logger.warning("%s", error)
         self._remove(folder, saving)
-        if held is not None and is_last:
-            raise held
+        if held and is_last:
+            raise held[0]
 
     def _kept(self, run: Run) -> str:
         """What of the run stands, and how to go on when a file could not be written."""

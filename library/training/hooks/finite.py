@@ -50,7 +50,7 @@ class NonFiniteGuard(Hook):
                 raise TrainingError(
                     f"the loss of step {entry.step} is {entry.loss}; training stops and nothing of it is saved."
                     f" Images of that step: {_listed(files)}. {self._last_good()}"
-                    " Usual causes: a learning rate that is too high, a damaged image or cache, float16."
+                    " Usual causes are a learning rate that is too high, a damaged image or cache, and float16."
                 )
 
     def check_before_save(self, run: Run) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from library.errors import CheckpointError
 from library.keyed_random import StepDraws
 from library.training.hooks.base import Hook
 
 if TYPE_CHECKING:
     from library.training.run import Run
     from library.training.trainables.network import NetworkTrainable
+
+
+KEPT = "untrained layers"
 
 
 class NetworkHook(Hook):
@@ -32,9 +36,16 @@ class NetworkHook(Hook):
         return {lora.lora_name: lora.ggpo for lora in loras if getattr(lora, "ggpo", None) is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: ggpo.state() for name, ggpo in self._ggpo().items()}
+        kept = sorted(self.trainable.kept.layers) if self.trainable.kept.are_written else []
+        return {**{name: ggpo.state() for name, ggpo in self._ggpo().items()}, **({KEPT: kept} if kept else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        kept = self.trainable.kept
+        if state.get(KEPT) and not (kept.are_written and sorted(kept.layers) == state[KEPT]):
+            raise CheckpointError(
+                f"the run of the state keeps {len(state[KEPT])} untrained layers of its --network_weights (first: {state[KEPT][0]}); resume with the"
+                " same --network_weights and without --drop_untrained"
+            )
         device = next(self.trainable.network.parameters()).device
         for name, ggpo in self._ggpo().items():
             ggpo.load_state(state.get(name, {}), device)

@@ -6,15 +6,17 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from PIL import Image
 
+from library.device_utils import clean_memory_on_device
 from library.image_grid import GridCell, image_grid
 from library.keyed_random import isolated_rng, key_seed
+from library.options import shortened
 from library.picture_files import settings_texts, write_picture
 from library.training.hooks.base import Hook
 from library.training.hooks.logging import LoggingHook
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Conditioning = list[Any]
+T = TypeVar("T")
 
 
 def texts_of(family: ModelFamily, prompts: Sequence[SamplePrompt]) -> list[str]:
@@ -94,7 +97,8 @@ class SampleHook(Hook):
             self._sample_if_due(run, "first")
         elif self.prompts and run.runtime.is_main_process:
             saving = run.config[SavingOptions]
-            self.sheet.read_folder(Path(saving.output_dir) / "sample", saving.output_name, run.progress.global_step)
+            folder, done = Path(saving.output_dir) / "sample", run.progress.global_step
+            self._tried(f"the pictures in {folder} could not be read", lambda: self.sheet.read_folder(folder, saving.output_name, done))
 
     def on_step_end(self, run: Run, output: StepOutput) -> None:
         self._sample_if_due(run, "step")
@@ -113,8 +117,10 @@ class SampleHook(Hook):
         if not self.prompts:
             return []
         finished = progress.max_train_steps // progress.steps_per_epoch
-        occasions = sum(is_sample_due(options, "epoch", 0, epoch) for epoch in range(1, finished + 1))
-        occasions += sum(is_sample_due(options, "step", step, 0) for step in range(1, progress.max_train_steps + 1))
+        if options.sample_every_n_epochs:  # see is_sample_due
+            occasions = finished // options.sample_every_n_epochs
+        else:
+            occasions = progress.max_train_steps // options.sample_every_n_steps if options.sample_every_n_steps else 0
         occasions += bool(options.sample_at_first) + bool(unreached_interval(options, progress.max_train_steps, finished))
         return [f"sample/ with {len(self.prompts)} pictures and a grid on {occasions} occasions, all of them on {self._sheet_path(run).name}"]
 
@@ -139,21 +145,36 @@ class SampleHook(Hook):
             run.hooks.on_after_sample_images(run)
 
     def sample(self, run: Run, at: str) -> list[SampleFile]:
-        """Make and write all images of one occasion; every rank returns the whole list."""
+        """Make and write all images of one occasion; every rank returns the whole list. What fails is told and left out: a
+        picture is never worth the training."""
         runtime, started = run.runtime, time.perf_counter()
+        mine: list[SampleFile] = []
         with run.weights_for_eval(), isolated_rng(self.seed), torch.no_grad(), runtime.autocast():
-            texts = self._current_conditioning(run)
-            mine = [
-                self._make(run, at, number, texts)
-                for number in range(runtime.rank, len(self.prompts), runtime.num_processes)
-                if not run.stop.is_wanted  # a run that is to end makes no further pictures
-            ]
+            texts = self._tried("the sample texts could not be encoded", lambda: self._current_conditioning(run))
+            if texts is not None:
+                for number in range(runtime.rank, len(self.prompts), runtime.num_processes):
+                    if run.stop.is_wanted:  # a run that is to end makes no further pictures
+                        break
+                    what = f"the sample of prompt {number} ('{shortened(self.prompts[number].prompt)}') could not be made"
+                    file = self._tried(what, lambda: self._make(run, at, number, texts))
+                    mine += [] if file is None else [file]
         made = [file for part in gather_objects(mine) for file in part]
         made.sort(key=lambda file: file.enum)
         if runtime.is_main_process:
-            self._present(run, at, made)
+            self._tried("the overview of the samples could not be written", lambda: self._present(run, at, made))
             logger.info("made %d sample images in %.1f s", len(made), time.perf_counter() - started)
         return made
+
+    @staticmethod
+    def _tried(what: str, action: Callable[[], T]) -> T | None:
+        """The result, or None after a message."""
+        try:
+            return action()
+        except Exception as error:  # a full disk, too little memory, a sampler that diverges
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+        logger.error("%s: %s. Training goes on", what, reason)
+        clean_memory_on_device()  # here, where the error holds no tensors any more
+        return None
 
     def _current_conditioning(self, run: Run) -> dict[str, Conditioning]:
         """Encoded texts; parts that come from text encoders in training are made from their present weights."""

@@ -41,7 +41,7 @@ def noise_of(generators: Sequence[torch.Generator], latents: torch.Tensor) -> Ne
     Drawn on the CPU in float32, so that device and dtype do not change a picture. Raises ValueError when the counts differ.
     """
     if len(generators) != len(latents):
-        raise ValueError(f"{len(generators)} generators for {len(latents)} samples; one per sample is needed")
+        raise ValueError(f"there are {len(generators)} generators for {len(latents)} samples; one per sample is needed")
 
     def draw() -> torch.Tensor:
         rows = [torch.randn(latents.shape[1:], generator=generator) for generator in generators]

@@ -58,7 +58,7 @@ class DiscreteSchedule:
     def from_step(self, first: int) -> DiscreteSchedule:
         """The schedule without its first steps (img2img). Start from clean latents plus noise times `start_scale`."""
         if not 0 <= first < len(self.timesteps):
-            raise ValueError(f"first step {first} of a schedule of {len(self.timesteps)} steps")
+            raise ValueError(f"the first step is {first}; the schedule has {len(self.timesteps)} steps, needed: 0 to {len(self.timesteps) - 1}")
         if first == 0:
             return self
         return dataclasses.replace(
@@ -118,7 +118,10 @@ def make_schedule(
     have it, plain sigma ("linspace").
     """
     if not 1 <= num_steps <= NUM_TIMESTEPS or spacing not in SPACINGS or final not in FINAL_SIGMAS:
-        raise ValueError(f"num_steps {num_steps} (1..{NUM_TIMESTEPS}), spacing {spacing} {SPACINGS}, final {final} {FINAL_SIGMAS}")
+        raise ValueError(
+            f"num_steps is {num_steps}, spacing {spacing}, final {final}; needed: 1 to {NUM_TIMESTEPS}, one of {', '.join(SPACINGS)}, one of"
+            f" {', '.join(map(str, FINAL_SIGMAS))}"
+        )
     table = model_sigmas(zero_terminal_snr)
     if spacing == "leading":
         timesteps = leading_timesteps(num_steps, steps_offset)

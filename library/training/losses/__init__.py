@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.errors import Problems, did_you_mean
+from library.errors import Problems, did_you_mean, no_effect
 from library.options import option
 from library.registry import Registry
 
@@ -69,12 +69,12 @@ def notices(options: LossOptions, is_flow: bool) -> list[str]:
     if options.loss_type not in ("huber", "smooth_l1"):
         default = LossOptions()
         idle = [n for n in ("huber_schedule", "huber_c", "huber_scale") if getattr(options, n) != getattr(default, n)]
-        return [f"{', '.join(f'--{name}' for name in idle)} without effect: --loss_type is {options.loss_type}"] if idle else []
+        return [f"{no_effect(idle)}: --loss_type is {options.loss_type}"] if idle else []
     if options.huber_schedule != "snr":
         return []
     lines = []
     if is_flow:
-        lines.append("--huber_schedule snr for a flow model: threshold (1 - huber_c) (1 - sigma)^2 + huber_c")
+        lines.append("--huber_schedule snr for a flow model has the threshold (1 - huber_c) (1 - sigma)^2 + huber_c")
     if options.huber_scale != 1:
         lines.append("--huber_scale applies under --huber_schedule snr as well (known trainers ignore it there)")
     return lines

@@ -159,7 +159,12 @@ class OptimizerBuild:
 
 
 def switches_weights(optimizer: Any) -> bool:
-    """Whether an optimizer keeps other weights for evaluation: it has callable train and eval, whatever its name."""
+    """Whether an optimizer keeps other weights for evaluation: it has callable train and eval, whatever its name.
+
+    accelerate's wrapper, around every optimizer under fp16, has both for all and hands them on: the wrapped one decides.
+    """
+    if type(optimizer).__module__ == "accelerate.optimizer":
+        optimizer = optimizer.optimizer
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
@@ -224,9 +229,9 @@ def optimizer_class(choice: OptimizerChoice) -> type:
     )
 
 
-def check(options: OptimizerOptions) -> None:
-    """Import the class, compare the arguments with its signature and try them on a small matrix; ConfigError with every
-    problem."""
+def check(options: OptimizerOptions) -> OptimizerBuild:
+    """Import the class, compare the arguments with its signature and try them on a small matrix, which is returned; ConfigError
+    with every problem."""
     choice = choose(options)
     cls = optimizer_class(choice)
     problems = argument_problems(cls, choice.kwargs, "optimizer_args", supplied=("params", "lr"), what=choice.name)
@@ -234,7 +239,7 @@ def check(options: OptimizerOptions) -> None:
         raise ConfigError(problems)
     from torch import nn, zeros
 
-    build(options, [{"params": [nn.Parameter(zeros(2, 2))], "lr": options.learning_rate, "name": "probe"}])
+    return build(options, [{"params": [nn.Parameter(zeros(2, 2))], "lr": options.learning_rate, "name": "probe"}])
 
 
 def check_float16(options: OptimizerOptions) -> None:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from library.errors import ConfigError, Problems, did_you_mean
+from library.errors import ConfigError, Problems, did_you_mean, no_effect
 from library.options import option
 from library.registry import Registry
 from library.training.keyword_args import argument_problems, parse_keyword_args
@@ -293,20 +293,19 @@ def notices(options: SchedulerOptions, optimizer: OptimizerOptions) -> list[str]
     choice = choose(optimizer)
     default = SchedulerOptions()
     given = [n for n in default.__dataclass_fields__ if str(getattr(options, n)) != str(getattr(default, n))]
-    flags = lambda names: ", ".join(f"--{name}" for name in names)  # noqa: E731
     if choice.named_schedule_free:
-        return [f"{flags(given)} without effect: {choice.name} has no learning rate schedule"] if given else []
+        return [f"{no_effect(given)}: {choice.name} has no learning rate schedule"] if given else []
     if choice.finds_own_rate:
-        return [f"{flags(given)} without effect: {choice.name} with relative_step follows its own schedule"] if given else []
+        return [f"{no_effect(given)}: {choice.name} with relative_step follows its own schedule"] if given else []
     if options.lr_scheduler_type:
         unused = [n for n in given if n not in ("lr_scheduler_type", "lr_scheduler_args", "lr_warmup_steps")]
-        return [f"{flags(unused)} without effect: --lr_scheduler_type {options.lr_scheduler_type} is used"] if unused else []
+        return [f"{no_effect(unused)}: --lr_scheduler_type {options.lr_scheduler_type} is used"] if unused else []
     lines, entry = [], SCHEDULERS.entry(options.curve)
     if entry.name == "constant" and _has_warmup(options):
         lines.append("--lr_scheduler constant with --lr_warmup_steps acts as constant_with_warmup")
     unused = [n for n in given if n in SHAPE_OPTIONS and n not in entry.info["uses"] and n != "lr_warmup_steps"]
     if unused:
-        lines.append(f"{flags(unused)} without effect: --lr_scheduler {entry.name} does not use it")
+        lines.append(f"{no_effect(unused)}: --lr_scheduler {entry.name} does not use it")
     return lines
 
 

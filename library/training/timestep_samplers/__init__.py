@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from library.errors import ConfigError, Problems, did_you_mean
+from library.errors import ConfigError, Problems, did_you_mean, no_effect
 from library.options import option
 from library.registry import Registry
 
@@ -122,7 +122,7 @@ def notices(options: TimestepOptions, explicit: Container[str] | None = None) ->
     idle = _idle(options, explicit)
     if idle:
         how = f"--timestep_sampling {options.timestep_sampling}, --weighting_scheme {options.weighting_scheme}"
-        lines.append(f"{', '.join(f'--{name}' for name in idle)} without effect with {how}")
+        lines.append(f"{no_effect(idle)} with {how}")
     return lines
 
 

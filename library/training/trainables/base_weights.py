@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoint_kinds import PREFERRED_SUBFOLDER
 from library.errors import ConfigError
-from library.lora_utils import MergeOnLoad, read_adapter
+from library.lora_utils import Adapter, MergeOnLoad, read_adapter
 from library.model_identity import combined_identity, model_identity
 from library.model_loading import open_checkpoint
 from library.training.adapters import NetworkOptions
@@ -31,8 +32,10 @@ class BaseWeights:
         self.files = [(path, multipliers[i] if i < len(multipliers) else 1.0) for i, path in enumerate(options.base_weights or ())]
         self._merge: MergeOnLoad | None = None
 
-    def transform(self, family: ModelFamily, model_path: str | None, caches_text: bool) -> MergeOnLoad | None:
-        """What the loaders of the family are given; None when there is nothing to merge.
+    def transform(
+        self, family: ModelFamily, model_path: str | None, caches_text: bool, further: Sequence[Adapter] = ()
+    ) -> MergeOnLoad | None:
+        """What the loaders of the family are given; None when there is nothing to merge. `further` adapters are merged as well.
 
         CheckpointError when a file belongs to another family, ConfigError when one can only be merged after text outputs are
         cached; both are found here, from headers, before anything is cached.
@@ -45,9 +48,9 @@ class BaseWeights:
                     " outputs would be cached before. Leave --cache_text_encoder_outputs out"
                 )
         own = [(path, multiplier) for path, multiplier in self.files if not _is_foreign(path, targets)]
-        if not own:
+        if not own and not further:
             return None
-        self._merge = MergeOnLoad(targets, [read_adapter(path, targets, multiplier) for path, multiplier in own])
+        self._merge = MergeOnLoad(targets, [*(read_adapter(path, targets, multiplier) for path, multiplier in own), *further])
         for path, multiplier in own:
             logger.info("base weights: %s with multiplier %g", path, multiplier)
         if model_path:

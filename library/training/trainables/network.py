@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import torch
 
 from library.atomic_file import atomic_path, scratch_path
 from library.dataset import CachingOptions
-from library.errors import CheckpointError, ConfigError, Problems, foreign_errors
+from library.errors import CheckpointError, ConfigError, Problems, TrainingError, foreign_errors
 from library.family_table import family_entry
 from library.keyed_random import StepDraws, isolated_rng, key_seed
 from library.options import Config, parse_bool
@@ -31,6 +32,7 @@ from library.training.optimizers import OptimizerOptions
 from library.training.timesteps import NUM_TIMESTEPS
 from library.training.trainables.base import Trainable
 from library.training.trainables.base_weights import BaseWeights
+from library.training.trainables.kept_layers import KeptLayers, kept_layers
 from networks.description import describe_network, is_scaled_by_rank
 from networks.network_args import pattern_values, rate, selected_blocks, selection, shapes_nothing
 from networks.network_files import by_module, match_names, read_adapter_file, write_adapter_file
@@ -61,6 +63,7 @@ class NetworkTrainable(Trainable):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._base_weights = BaseWeights(self.opts)
+        self.kept: KeptLayers = KeptLayers()
 
     def check(self, family: ModelFamily) -> None:
         """Module, network arguments and files, as far as they can be judged without models."""
@@ -197,19 +200,28 @@ class NetworkTrainable(Trainable):
     # -- attaching -------------------------------------------------------------------------------------------------
 
     def transform(self, family: ModelFamily) -> Transform | None:
+        kept = self._read_kept(family).adapter()
         return self._base_weights.transform(
-            family, self.config[ModelOptions].pretrained_model_name_or_path, self.config[CachingOptions].caches_text
+            family, self.config[ModelOptions].pretrained_model_name_or_path, self.config[CachingOptions].caches_text,
+            [] if kept is None else [kept],
         )
 
     def transform_identity(self, family: ModelFamily) -> str:
-        return self._base_weights.identity(targets_of_family(family.name))
+        parts = [self._base_weights.identity(targets_of_family(family.name)), self._read_kept(family).identity()]
+        return " and ".join(part for part in parts if part)
+
+    def _read_kept(self, family: ModelFamily) -> KeptLayers:
+        if not self.kept.path:
+            self.kept = kept_layers(self.opts, targets_of_family(family.name), self.trains_text_encoders(family))
+        return self.kept
 
     def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None:
         """Make the network, hook it into the models and load its start weights."""
         self._targets = targets_of_family(family.name)
         self._models = models
-        for line in self._idle_rates(family):
-            logger.warning(line)
+        for line in (*self._idle_rates(family), self._read_kept(family).message()):
+            if line is not None:
+                logger.warning(line)
         for part in (models.denoiser, *models.text_encoders):
             if part is not None:
                 part.requires_grad_(False)
@@ -276,9 +288,10 @@ class NetworkTrainable(Trainable):
         """The contract call."""
         options = self.opts
         if options.dim_from_weights:
+            rest = {"weights_sd": self.kept.rest()} if self._is_own and self.kept.layers else {}
             network, _ = module.create_network_from_weights(
                 1, options.network_weights, models.vae, text_encoders, models.denoiser,
-                neuron_dropout=options.network_dropout, **pairs,
+                neuron_dropout=options.network_dropout, **rest, **pairs,
             )
             return network
         return module.create_network(
@@ -314,8 +327,12 @@ class NetworkTrainable(Trainable):
         path = self.opts.network_weights
         if self._is_own:
             self._refuse_other_alphas(network, path)
-        report = network.load_weights(path)
-        logger.info("weights of the network loaded from %s: %s", path, _summary(report))
+        report = network.load_tensors(self.kept.rest(), path) if self._is_own and self.kept.layers else network.load_weights(path)
+        is_incomplete = self._is_own and bool(report["unexpected"])
+        logger.log(
+            logging.WARNING if is_incomplete else logging.INFO, "weights of the network loaded from %s: %s%s", path, _summary(report),
+            f"; those that this network does not train (first: {report['unexpected'][0]}) are left out of the output" if is_incomplete else "",
+        )
         if self._is_own and len(report["missing"]) == len(network.loras):
             raise CheckpointError(f"--network_weights is {path}; none of its modules belongs to a layer that this network trains")
 
@@ -386,6 +403,8 @@ class NetworkTrainable(Trainable):
         values = {float(value) for value in batch.network_multipliers.tolist()}
         if len(values) > 1:
             raise ValueError("samples of one batch have different network multipliers")
+        if values and not (math.isfinite(min(values)) and min(values)):  # of a dataset class; configurations are checked at start
+            raise TrainingError(f"the network multiplier of a batch is {min(values)}; needed: a finite number other than 0, which leaves nothing to learn")
         if values and self.network.multiplier != min(values):
             self.network.set_multiplier(min(values))
 
@@ -423,6 +442,10 @@ class NetworkTrainable(Trainable):
         return f"{self.opts.module_path}, rank {rank}, alpha {alpha:g}, as the module reads them"
 
     def notices(self) -> list[str]:
+        kept = self.kept.message()
+        return [*self._alpha_notice(), *([] if kept is None else [kept])]
+
+    def _alpha_notice(self) -> list[str]:
         """A missing --network_alpha is 1, as the known scripts have it: people who do not know train at a fraction of the strength."""
         if "network_alpha" in self.config.explicit or self.opts.dim_from_weights:
             return []
@@ -437,14 +460,18 @@ class NetworkTrainable(Trainable):
     # -- files -------------------------------------------------------------------------------------------------------
 
     def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+        kept = self.kept.tensors()
         if self._is_own:
-            self.network.save_weights(path, dtype, metadata)
+            if kept:
+                write_adapter_file(path, {**self.network.file_state_dict(), **kept}, dtype, metadata)
+            else:
+                self.network.save_weights(path, dtype, metadata)
             return
         is_safetensors = path.endswith(".safetensors")
         with (scratch_path if is_safetensors else atomic_path)(path) as temporary:
             self.network.save_weights(str(temporary), None if is_safetensors else dtype, dict(metadata))
             if is_safetensors:  # written again with our hashes, a fixed order of the keys, and numbers that are checked
-                write_adapter_file(path, load_safetensors(temporary, device="cpu", disable_mmap=True), dtype, metadata)
+                write_adapter_file(path, {**load_safetensors(temporary, device="cpu", disable_mmap=True), **kept}, dtype, metadata)
 
     def load(self, path: str) -> None:
         self.network.load_weights(path)

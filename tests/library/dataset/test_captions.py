@@ -99,4 +99,26 @@ def test_metadata_tags_are_not_lost():
 
 
 def test_tag_frequency():
-    assert tag_frequency(["A, b,, a", "b "]) == {"a": 1, "b": 2}
+    def count(*texts, **settings):
+        return tag_frequency((text, SubsetParams(**settings)) for text in texts)
+
+    assert count("A, b,, a", "b ") == {"a": 1, "b": 2}
+    assert count("a ||| b, c ||| d", keep_tokens_separator="|||") == {"a": 1, "b": 1, "c": 1, "d": 1}
+    assert count("a;;;b, c", secondary_separator=";;;") == {"a": 1, "b": 1, "c": 1}
+    assert count("It sits, red. It rains", "it rains", caption_separator=".") == {"it sits, red": 1, "it rains": 2}
+    assert count("a {red|blue} cat, {{x}}\nsky, {up, high|low}", enable_wildcard=True) == dict.fromkeys(
+        ["a red cat", "a blue cat", "{x}", "sky", "up", "high", "low"], 1
+    )
+    assert count("a {red|blue} cat") == {"a {red|blue} cat": 1}
+
+
+def test_the_space_behind_a_separator_stays():
+    shuffled = {processed("It sits. It rains. Sun", seed, caption_separator=".", shuffle_caption=True) for seed in range(99)}
+    assert len(shuffled) == 6 and all(sorted(text.split(". ")) == ["It rains", "It sits", "Sun"] for text in shuffled)
+    assert processed("a;b;c", caption_separator=";", keep_tokens=3, shuffle_caption=True) == "a;b;c"
+    assert processed("a. b ||| c", caption_separator=".", keep_tokens_separator="|||") == "a. b. c"
+    assert processed("a ||| b", caption_separator=".", keep_tokens_separator="|||") == "a. b"
+    both = SubsetParams(caption_separator=".", secondary_separator="||")
+    for text in ("It sits||It rains. Sun", "It sits || It rains. Sun", "It sits|| It rains. Sun"):
+        assert deterministic_caption(text, both) == "It sits. It rains. Sun"
+    assert metadata_caption({"caption": "a cat", "tags": ["x", "y"]}, SubsetParams(caption_separator=".")) == "a cat. x. y"

@@ -47,11 +47,11 @@ def test_notices():
 def test_settings_that_the_chosen_formula_does_not_read_are_named():
     from library.training import losses, timestep_samplers
 
-    assert losses.notices(losses.LossOptions(loss_type="l1", huber_c=0.5), True) == ["--huber_c without effect: --loss_type is l1"]
+    assert losses.notices(losses.LossOptions(loss_type="l1", huber_c=0.5), True) == ["--huber_c has no effect: --loss_type is l1"]
     assert losses.notices(losses.LossOptions(), True) == []
     options = TimestepOptions(timestep_sampling="uniform", sigmoid_scale=2.0, logit_mean=1.0)
     (line,) = timestep_samplers.notices(options)
-    assert line.startswith("--sigmoid_scale, --logit_mean without effect with --timestep_sampling uniform")
+    assert line.startswith("--sigmoid_scale, --logit_mean have no effect with --timestep_sampling uniform")
     assert timestep_samplers.notices(TimestepOptions(timestep_sampling="shift", sigmoid_scale=2.0, discrete_flow_shift=1.0)) == []
 
 
@@ -64,3 +64,34 @@ def test_an_optimizer_that_makes_float16_weights_no_numbers_is_refused():
     assert formula_problems(Config.read({**half, "optimizer_args": ["eps=1e-4"]}, groups)) == []
     assert formula_problems(Config.read({**half, "optimizer_type": "SGDNesterov"}, groups)) == []
     assert formula_problems(Config.read({"mixed_precision": "fp16"}, groups)) == []
+
+
+def test_weights_that_divide_by_a_ratio_of_0_are_refused():
+    """At a zero-terminal schedule the last steps of noise prediction would have nearly all weight."""
+    for option, value in (("debiased_estimation_loss", True), ("v_pred_like_loss", 0.1)):
+        (problem,) = formula_problems(config_of(zero_terminal_snr=True, **{option: value}))
+        assert f"--{option}" in problem and "--zero_terminal_snr" in problem and "--v_parameterization" in problem
+        assert formula_problems(config_of(**{option: value})) == []
+    assert formula_problems(config_of(zero_terminal_snr=True, debiased_estimation_loss=True, v_parameterization=True)) == []
+    assert len(formula_problems(config_of(zero_terminal_snr=True, debiased_estimation_loss=True, v_pred_like_loss=0.1))) == 2
+
+
+def test_no_step_of_a_zero_terminal_schedule_has_a_weight_out_of_all_measure():
+    """Every combination that starts: the largest factor is at most some times the one that the plain schedule gives."""
+    import torch
+
+    from library.training import loss_weights
+
+    times = torch.arange(1000)
+    chosen = ({"min_snr_gamma": 5.0}, {"debiased_estimation_loss": True}, {"v_pred_like_loss": 0.5}, {"scale_v_pred_loss_like_noise_pred": True})
+    started = 0
+    for values in chosen:
+        for is_v in (False, True):
+            config = config_of(zero_terminal_snr=True, v_parameterization=is_v, **values)
+            if formula_problems(config):
+                continue
+            objective = DdpmObjective(config[TimestepOptions], config[NoiseOptions], prediction_type="v" if is_v else "epsilon")
+            factor = loss_weights.build(config[LossWeightOptions])(times, objective)
+            assert torch.isfinite(factor).all() and float(factor.max()) <= 20, (values, is_v)
+            started += 1
+    assert started == 4

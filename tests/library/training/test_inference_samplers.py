@@ -176,7 +176,7 @@ def test_a_schedule_can_start_late(name):
     assert late.start_scale == float(whole.sigmas[6])
     result = discrete.sampler_of(name, late)(lambda x, s: (x - 2.5) / float(s), torch.ones(SHAPE), late.sigmas, None)
     torch.testing.assert_close(result, torch.full(SHAPE, 2.5), rtol=0, atol=0.1)
-    with pytest.raises(ValueError, match="first step 10"):
+    with pytest.raises(ValueError, match="first step is 10"):
         whole.from_step(10)
 
 
@@ -220,7 +220,7 @@ def test_samplers_of_sd_models_are_refused_for_flow():
 
 
 def test_bad_values_are_refused():
-    with pytest.raises(ValueError, match="num_steps 0"):
+    with pytest.raises(ValueError, match="num_steps is 0"):
         discrete.make_schedule(0, "leading")
     with pytest.raises(ValueError, match="prediction_type is 'x'"):
         discrete.network_denoiser(network, discrete.schedule_of("ddim", 3), "x")

@@ -82,7 +82,7 @@ def test_refused(options, optimizer, total, words):
     ({"lr_warmup_steps": 5}, {}, "constant_with_warmup"),
     ({"lr_scheduler": "cosine", "lr_scheduler_num_cycles": 3}, {}, "lr_scheduler_num_cycles"),
     ({"lr_scheduler": "cosine"}, {"optimizer_type": "AdamWScheduleFree"}, "lr_scheduler"),
-    ({"lr_scheduler": "linear", "lr_scheduler_type": "StepLR"}, {}, "lr_scheduler without effect"),
+    ({"lr_scheduler": "linear", "lr_scheduler_type": "StepLR"}, {}, "lr_scheduler has no effect"),
     ({"lr_scheduler": "linear"}, {"optimizer_type": "AdaFactor"}, "own schedule"),
 ])
 def test_one_notice(options, optimizer, words):
@@ -93,3 +93,9 @@ def test_one_notice(options, optimizer, words):
 def test_no_notice_without_reason():
     assert schedulers.notices(SchedulerOptions(), OptimizerOptions()) == []
     assert schedulers.notices(SchedulerOptions(lr_scheduler="cosine", lr_warmup_steps="10%"), OptimizerOptions()) == []
+
+
+def test_arguments_of_a_curve_are_finite():
+    for text in ("rex_alpha=1e400", f"min_lr={10**40}"):
+        with pytest.raises(ConfigError, match="is needed"):
+            schedulers.check(SchedulerOptions(lr_scheduler="rex", lr_scheduler_args=[text]), OptimizerOptions())

@@ -117,13 +117,36 @@ def test_occasions(flux, tmp_path, options, suffixes):
     assert pairs.calls == ["before", "after"] * len(suffixes)
 
 
-def test_the_after_hook_runs_when_sampling_fails(flux, tmp_path):
-    pairs = CountPairs()
-    hook = SampleHook(PROMPTS, {}, seed=1)
-    run = run_with(flux, [LossReader(), LoggingHook(False), hook, pairs], output_dir=str(tmp_path), sample_at_first=True)
-    with pytest.raises(KeyError):
-        fit(run)
-    assert pairs.calls == ["before", "after"]
+class FailingFamily(FluxFamily):
+    """Has no memory for the first prompt."""
+
+    def generate(self, models, prompt, *conditioning):
+        if prompt.prompt == "a red cat":
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate 7 TiB\nand more lines")
+        return super().generate(models, prompt, *conditioning)
+
+
+def test_a_failing_sample_is_told_and_training_goes_on(flux, tmp_path, caplog):
+    pairs, hook = CountPairs(), sample_hook(flux)
+    flux = (FailingFamily(flux[0].config), *flux[1:])
+    options = {"output_dir": str(tmp_path), "sample_at_first": True, "sample_every_n_steps": 4}
+    run = run_with(flux, [LossReader(), LoggingHook(False), hook, pairs], **options)
+    fit(run)
+    assert run.progress.is_finished and pairs.calls == ["before", "after"] * 3
+    told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(told) == 3 and all(
+        line == "the sample of prompt 0 ('a red cat') could not be made: out of memory. Tried to allocate 7 TiB. Training goes on" for line in told
+    )
+    assert len(list((tmp_path / "sample").glob("*_01_*.png"))) == 3  # the other prompt
+
+
+def test_pictures_that_cannot_be_written_are_told_and_training_goes_on(flux, tmp_path, caplog):
+    (tmp_path / "sample").write_text("a file where the folder should be")
+    run = run_with(flux, [LossReader(), LoggingHook(False), sample_hook(flux)], output_dir=str(tmp_path), sample_every_n_steps=8)
+    fit(run)
+    assert run.progress.is_finished
+    told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(told) == 2 and all("could not be made" in line and "Training goes on" in line for line in told)
 
 
 class RollingFamily(FluxFamily):
