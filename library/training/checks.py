@@ -231,6 +231,9 @@ def logging_problems(config: Config) -> list[str]:
         problems += _package_problems(
             "tensorboard", "--logging_dir" if logs.log_with is None else f"--log_with {logs.log_with}", "tensorboard"
         )
+    if logs.logging_dir:
+        reason = unwritable(logs.logging_dir)
+        problems += [f"--logging_dir is {logs.logging_dir}; files cannot be written there ({reason})"] if reason else []
     if logs.log_with in ("wandb", "all"):
         problems += _package_problems("wandb", f"--log_with {logs.log_with}", "atelier[wandb]")
     if logs.log_tracker_config is not None:
@@ -250,6 +253,30 @@ def _toml_problems(name: str, path: str) -> list[str]:
     except ConfigError as error:
         return list(error.problems)
     return []
+
+
+FILES_OF_A_RUN, FILES_PER_WORKER = 64, 16
+
+
+def open_files_problems(config: Config) -> list[str]:
+    """The processes that load images hand tensors over as open files; where too few may be open, they wait for ever. The
+    limit of this process is raised as far as the system lets it."""
+    workers = min(config[LoopOptions].max_data_loader_n_workers, os.cpu_count() or 1)
+    if workers == 0 or importlib.util.find_spec("resource") is None:  # Windows
+        return []
+    import resource
+
+    needed = FILES_OF_A_RUN + FILES_PER_WORKER * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return []
+    if hard == resource.RLIM_INFINITY or hard >= needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        return []
+    return [
+        f"--max_data_loader_n_workers is {config[LoopOptions].max_data_loader_n_workers}; with {workers} of them a run needs {needed} open files and"
+        f" this system lets it have {hard}: raise it (ulimit -n {needed}), or take --max_data_loader_n_workers 0"
+    ]
 
 
 def metadata_problems(config: Config) -> list[str]:
@@ -292,6 +319,7 @@ CHECKS: tuple[Callable[[Config], list[str]], ...] = (
     logging_problems,
     hub_problems,
     metadata_problems,
+    open_files_problems,
     compile_problems,
     precision_problems,
     formula_problems,

@@ -228,7 +228,7 @@ def test_tokenizer_folders(tmp_path, tiny, cases, finds, monkeypatch):
     folder.mkdir()
     CLIPTokenizer(vocab=json.loads(CLIP["vocab.json"]), merges=[("a", "b</w>")])._tokenizer.save(str(tmp_path / "whole.json"))
     files = {**CLIP, "tokenizer.json": (tmp_path / "whole.json").read_bytes()}
-    for number in cases(120):
+    for number in cases(60):
         draw = generator("tokenizers", number)
         names = [name for name in files if name != "tokenizer.json"] if number % 2 else [name for name in files if "token" in name]
         shutil.rmtree(folder)
@@ -306,7 +306,7 @@ def test_model_folders(tmp_path, cases, finds):
         "model_index.json": {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]},
         "unet/diffusion_pytorch_model.safetensors.index.json": {"weight_map": {"a": "diffusion_pytorch_model.safetensors"}},
     }
-    for number in cases(120):
+    for number in cases(80):
         draw = generator("folders", number)
         for name, value in files.items():
             (folder / name).write_bytes(as_json(value))

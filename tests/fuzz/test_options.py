@@ -82,7 +82,7 @@ def changed_line(argv: list[str], names: list[str], draw) -> list[str]:
 def test_command_lines(lines, places, cases, finds):
     families = list(lines)
     names = {name: options_of(name) for name in families}
-    for number in cases(300):
+    for number in cases(200):
         draw, family = generator("lines", number), families[number % len(families)]
         argv = changed_line(lines[family], names[family], draw)
         finds.run(f"case {number} ({family}: {' '.join(argv[len(lines[family]) - 3 :])!a:.200})", lambda: start(family, argv))
@@ -95,7 +95,7 @@ def test_command_lines(lines, places, cases, finds):
 def test_configuration_files(lines, places, cases, finds):
     families = list(lines)
     path = places / "config.toml"
-    for number in cases(100):
+    for number in cases(75):
         draw, family = generator("files", number), families[number % len(families)]
         values = {name: draw.choice(VALUES) for name in draw.sample(options_of(family), 2)} | {"network_args": ["a=1"], "learning_rate": 1e-4}
         text = as_toml(values).encode("utf-8", "replace")
@@ -108,7 +108,7 @@ def test_dataset_configurations(lines, places, cases, finds):
     values = dataset_values(places)
     names = ["cache_latents", "class_tokens", "metadata_file", "conditioning_data_dir", "validation_split", "caption_separator", "secondary_separator", "resize_interpolation",
              "face_crop_aug_range", "max_bucket_reso", "caption_dropout_rate", "network_multiplier", "custom_attributes", "token_warmup_step", "color_aug"]  # fmt: skip
-    for number in cases(200):
+    for number in cases(225):
         draw, is_json = generator("datasets", number), number % 2
         changed = changed_value(values, draw)
         if draw.random() < 0.5 and isinstance(changed.get("datasets"), list) and changed["datasets"] and isinstance(changed["datasets"][0], dict):
