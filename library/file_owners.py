@@ -80,7 +80,7 @@ def clean_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
     replace it but did not replace. Returns what was removed or put back."""
     handled = []
     try:
-        names = sorted(os.listdir(folder))
+        names = sorted(name for name in os.listdir(folder) if name.startswith("."))
     except OSError:
         return []
     for name in names:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from library.dataset.captions import random_caption_settings
 from library.dataset.items import ImageItem, SubsetParams
 from library.errors import ConfigError
+from library.file_owners import clean_leftovers
 
 LATENT_BREAKERS = {
     "color_aug": "its colours change at every use",
@@ -95,13 +96,14 @@ def ignores_case(path: str) -> bool:
 
 def check_cache_folders(paths: Iterable[str]) -> None:
     """Raise ConfigError when one of these files could not be written, naming every folder that refuses and everything that is no
-    file where one belongs."""
+    file where one belongs. What killed runs left half written there goes."""
     paths = list(paths)
     problems = [
         f"{path} is where a cache file belongs, and is a {'folder' if os.path.isdir(path) else 'pipe or device'}; remove or rename it"
         for path in sorted(set(paths)) if os.path.exists(path) and not os.path.isfile(path)
     ]  # fmt: skip
     for folder in sorted({os.path.dirname(path) or "." for path in paths}):
+        clean_leftovers(folder)
         try:
             with tempfile.TemporaryFile(dir=folder):
                 pass

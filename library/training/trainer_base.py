@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -110,23 +111,28 @@ class Trainer:
             return None
         state = local_state_folder(self.config, runtime)
         self.check_length(data, runtime, state)
-        self.take_output(runtime)
+        self.on_main(runtime, self.take_output)
         self.family.transform = self.trainable.transform(self.family)
         vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
         text = self.text_phase(data, strategies, runtime, prompts, trained)
         models = Models(vae, text.text_encoders, self.denoiser_phase(runtime))
         self.trainable.attach(self.family, models, runtime)
         self.arm(models, trained)
+        self.on_main(runtime, lambda: keep_earlier_files(self.config))  # now that inputs among them (--network_weights) are read
         return self.assemble(runtime, data, models, strategies, trained, prompts, text, state)
 
-    def take_output(self, runtime: Runtime) -> None:
-        """The folder of the output, for this run alone, with the files of earlier ones out of the way."""
+    def take_output(self) -> None:
+        """The folder of the output, for this run alone."""
+        checks.make_output_folder(self.config)
+        self._claims.enter_context(claimed_output(self.config))
+
+    @staticmethod
+    def on_main(runtime: Runtime, action: Callable[[], object]) -> None:
+        """What the main process does for all; when it fails, all do."""
         problem = None
         if runtime.is_main_process:
             try:
-                checks.make_output_folder(self.config)
-                self._claims.enter_context(claimed_output(self.config))
-                keep_earlier_files(self.config)
+                action()
             except ConfigError as error:
                 problem = str(error)
         problem = runtime.from_main(problem)

@@ -136,3 +136,11 @@ def test_adapters_that_a_run_reads_are_let_go(work: Work, kind: str) -> None:
     trainer = work.trainer("second", BRIEF, *options, *module)
     run = trainer.prepare()
     assert run is not None and str(path) not in mapped_files()
+
+
+def test_a_run_starts_from_the_file_of_its_own_name(work: Work) -> None:
+    """The earlier file moves out of the way after it was read."""
+    first = fingerprint(work.train("out", BRIEF, "--max_train_steps=1"))
+    path = work.folder / "out" / "lora.safetensors"
+    again = work.train("out", BRIEF, "--max_train_steps=1", f"--network_weights={path}", f"--base_weights={path}")
+    assert fingerprint(work.folder / "out" / "lora-backup1.safetensors") == first != fingerprint(again)
