@@ -50,7 +50,7 @@ class DatasetOptions:
     reg_data_dir: str | None = option(None, help="folder of N_name sub-folders with regularisation images")
     in_json: str | None = option(None, help="metadata file (.json or .jsonl) of the images in --train_data_dir")
     conditioning_data_dir: str | None = option(None, help="folder of masks (with --masked_loss) or control images")
-    debug_dataset: bool = option(False, help="show what the data loader gives and stop")
+    debug_dataset: bool = option(False, help="show what the data loader gives, with a sheet of pictures (dataset.png in --output_dir), and stop")
     train_batch_size: int = option(1, help="samples of a batch, per process", most=LARGEST_BATCH)
     resolution: tuple[int, int] | None = option(
         None, convert=parse_resolution, metavar="W,H", help="training size: one number or width,height", most=LARGEST_SIDE
@@ -89,6 +89,10 @@ class DatasetOptions:
     validation_seed: int | None = option(None, help="seed of the choice of validation images; default: --seed", most=LARGEST_SEED)
     masked_loss: bool = option(False, help="weigh the loss with the masks of conditioning_data_dir")
     prior_loss_weight: float = option(1.0, help="weight of the loss of regularisation images")
+    skip_image_resolution: tuple[int, int] | None = option(
+        None, convert=parse_resolution, metavar="W,H", most=LARGEST_SIDE,
+        help="leave out images with no more pixels than this: one number or width,height",
+    )
     check_images: bool = option(False, help="read every image in full at the start, not only its header")
     skip_bad_images: bool = option(False, help="go on without images that cannot be read, instead of stopping")
     fail_on_missing_captions: bool = option(False, help="stop when an image has neither a caption nor class_tokens")
@@ -107,8 +111,10 @@ class DatasetOptions:
         given = [f"--{name}" for name in sources if getattr(self, name) is not None]
         if self.dataset_class is not None and given:
             problems.add(f"--dataset_class makes its own batches and cannot be used with {', '.join(given)}; keep one of them")
-        if self.resolution is not None and min(self.resolution) < 1:
-            problems.add(f"--resolution is {self.resolution[0]},{self.resolution[1]}; both sides must be at least 1")
+        for name in ("resolution", "skip_image_resolution"):
+            size = getattr(self, name)
+            if size is not None and min(size) < 1:
+                problems.add(f"--{name} is {size[0]},{size[1]}; both sides must be at least 1")
         if self.face_crop_aug_range is not None and not 0 < self.face_crop_aug_range[0] <= self.face_crop_aug_range[1]:
             problems.add(f"--face_crop_aug_range is {self.face_crop_aug_range}; use two numbers with 0 < lo <= hi, e.g. 1.0,3.0")
         if self.resize_interpolation is not None and self.resize_interpolation not in INTERPOLATIONS:
