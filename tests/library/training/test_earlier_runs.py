@@ -15,7 +15,7 @@ CLASSES = script("flux", "network").classes
 OF_A_RUN = [
     "mine.safetensors", "mine-ema.safetensors", "mine-000002.safetensors", "mine-000002-ema.safetensors", "mine-step00000010.safetensors",
     "mine-loss.csv", "mine-loss.png", "sample/mine_e000002_00_20250101120000_42.png", "sample/mine_000010_00_20250101120000.png",
-    "sample/mine_e000002_grid.png",
+    "sample/mine_e000002_grid.png", "sample/mine_sheet.png",
 ]  # fmt: skip
 STATES = ["mine-state", "mine-000002-state", "mine-step00000010-state"]
 OF_OTHERS = [
@@ -73,11 +73,11 @@ def test_a_kept_run_can_be_gone_on_with_by_its_new_name(tmp_path: Path, caplog: 
 
 
 def test_files_without_a_name_move_from_their_default_names(tmp_path: Path) -> None:
-    fill(tmp_path, ["last.safetensors", "epoch-000002.safetensors", "at-step00000010.safetensors", "sample/e000002_00_20250101120000.png"])
+    fill(tmp_path, ["last.safetensors", "epoch-000002.safetensors", "at-step00000010.safetensors", "sample/e000002_00_20250101120000.png", "sample/sheet.png"])
     earlier_runs.keep_earlier_files(config_of(tmp_path, output_name=None))
     assert files_of(tmp_path) == {
         "last-backup1.safetensors", "last-backup1-000002.safetensors", "last-backup1-step00000010.safetensors",
-        "sample/last-backup1_e000002_00_20250101120000.png",
+        "sample/last-backup1_e000002_00_20250101120000.png", "sample/last-backup1_sheet.png",
     }  # fmt: skip
     assert earlier_runs.earlier_files(config_of(tmp_path, output_name="last-backup1"))
 
