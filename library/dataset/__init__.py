@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import Problems
-from library.options import LARGEST_BATCH, LARGEST_SEED, LARGEST_SIDE, option
+from library.options import LARGEST_BATCH, LARGEST_SEED, LARGEST_SIDE, count_or_none, option
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
@@ -127,19 +127,26 @@ class DatasetOptions:
         return self.caption_extention if self.caption_extention is not None else self.caption_extension
 
 
+def batch_size_or_one(text: str | int) -> int:
+    """A batch size; 0 is 1, as front ends write it. ValueError for other texts."""
+    return int(text) or 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class CachingOptions:
     """Caches of latents and text encoder outputs"""
 
     cache_latents: bool = option(False, help="encode the images once, before training")
     cache_latents_to_disk: bool = option(False, help="keep the latents in files next to the images (implies --cache_latents)")
-    vae_batch_size: int = option(1, help="images per batch while latents are cached", most=LARGEST_BATCH)
+    vae_batch_size: int = option(1, help="images per batch while latents are cached; 0 = 1", convert=batch_size_or_one, most=LARGEST_BATCH)
     skip_cache_check: bool = option(False, help="use existing cache files without looking into them")
     cache_text_encoder_outputs: bool = option(False, help="encode the captions once, before training")
     cache_text_encoder_outputs_to_disk: bool = option(
         False, help="keep the text encoder outputs in files next to the images (implies --cache_text_encoder_outputs)"
     )
-    text_encoder_batch_size: int | None = option(None, help="captions per batch while they are cached; default: the dataset's batch size", most=LARGEST_BATCH)
+    text_encoder_batch_size: int | None = option(
+        None, help="captions per batch while they are cached; default: the dataset's batch size", convert=count_or_none, most=LARGEST_BATCH
+    )
 
     def __post_init__(self) -> None:
         problems = Problems()
