@@ -8,7 +8,7 @@ import argparse
 from dataclasses import dataclass
 
 from library.errors import ConfigError
-from library.options import LARGEST_BATCH, LARGEST_SEED, equivalent_option, option, refused_option
+from library.options import LARGEST_BATCH, LARGEST_SEED, count_or_none, equivalent_option, option, refused_option
 
 MINUTES_OF_A_YEAR = 525_600
 
@@ -50,14 +50,6 @@ def outside(group: object, low: float, high: float, *names: str) -> list[str]:
         for name, value in values.items()
         if value is not None and not low <= value <= high
     ]
-
-
-def count_or_none(text: str | int) -> int | None:
-    """A count of 1 or more; 0 is the same as not given, as front ends write it. Negative ones are left to the checks."""
-    try:
-        return int(text) or None
-    except (TypeError, ValueError):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
 
 
 def token_length(text: str | int) -> int | None:

@@ -107,7 +107,7 @@ class Trainer:
         data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)
         if self.config[DatasetOptions].debug_dataset:
-            data.show(runtime.seed)
+            data.show(runtime.seed, self.config[SavingOptions].output_dir or ".")
             return None
         state = local_state_folder(self.config, runtime)
         self.check_length(data, runtime, state)

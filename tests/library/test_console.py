@@ -18,6 +18,7 @@ from library.model_hashes import adapter_hashes
 from library.safetensors_utils import read_header, save_file_atomic
 from library.training.sampling_prompts import parse_line
 from tools import show_metadata
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 LATIN = os.fsdecode(b"caf\xe9")
@@ -36,7 +37,7 @@ def test_letters_that_the_console_lacks(encoding: str, monkeypatch):
 @pytest.mark.parametrize("settings", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252:strict"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
 @pytest.mark.parametrize("script", ["flux_train_network.py", "tools/show_metadata.py", "tools/cache_latents.py", "gen_img.py"])
 def test_help_on_narrow_consoles(settings: dict[str, str], script: str):
-    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], cwd=ROOT, env={**os.environ, **settings}, capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], cwd=ROOT, env={**os.environ, **settings}, capture_output=True, timeout=PATIENCE)
     assert done.returncode == 0 and b"Traceback" not in done.stderr and b"--" in done.stdout
 
 

@@ -242,6 +242,27 @@ def check(options: OptimizerOptions) -> OptimizerBuild:
     return build(options, [{"params": [nn.Parameter(zeros(2, 2))], "lr": options.learning_rate, "name": "probe"}])
 
 
+def check_rates(options: OptimizerOptions, rates: Sequence[float]) -> None:
+    """ConfigError when the optimizer refuses groups of these rates, as those that estimate one step size for all groups do in
+    their first step."""
+    different = sorted({rate for rate in rates if rate})
+    if len(different) < 2 or not choose(options).one_rate_for_all_groups:
+        return
+    from torch import nn, ones
+
+    weights = [nn.Parameter(ones(2, 2)) for _ in different]
+    built = build(options, [{"params": [weight], "lr": rate, "name": str(rate)} for weight, rate in zip(weights, different, strict=True)])
+    for weight in weights:
+        weight.grad = ones(2, 2)
+    try:
+        built.optimizer.step()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--optimizer_type {built.choice.name} takes one learning rate for all parts, or 0; --learning_rate, --unet_lr and"
+            f" --text_encoder_lr ask for {' and '.join(map(str, different))} ({error}). Give one rate, usually 1"
+        ) from error
+
+
 def check_float16(options: OptimizerOptions) -> None:
     """ConfigError when the optimizer makes float16 weights (--full_fp16) not-a-number that have no gradient yet, as the first
     matrices of adapters do: Adam divides by sqrt(v) + eps, and a small eps is 0 in float16."""
