@@ -295,6 +295,8 @@ def _file_problems(config: Config) -> list[str]:
 
         if find_spec("lycoris") is None:
             found.append("--lycoris needs the package lycoris-lora: pip install lycoris-lora")
+    asked = {f"--{name}": "float8_e4m3fn" for name in ("fp8", "fp8_scaled") if getattr(model, name)}
+    found += inference_script.format_problems({f"--dtype {model.dtype}": model.dtype_name, **asked}, model.device)
     return [problem for problem in (*found, device_problem("device", model.device)) if problem]
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import rotate_halves, scaled_attention, timestep_embedding
+from library.attention import DeviceTables, rotate_halves, scaled_attention, timestep_embedding
 from library.custom_offloading_utils import BlockStackMixin, ModelOffloader
 
 Rope = tuple[Tensor, Tensor]
@@ -92,7 +92,7 @@ class AnimaParams:
         return self.head_dim - 2 * spatial, spatial, spatial
 
 
-def image_angles(frames: int, rows: int, columns: int, params: AnimaParams, device: torch.device | None = None) -> Tensor:
+def image_angles(frames: int, rows: int, columns: int, params: AnimaParams) -> Tensor:
     """Rotary angles [frames * rows * columns, head_dim] float32: the axes (t, h, w) side by side, and all of it twice.
 
     An axis of width d turns by position * theta^(-2i/d) with theta = 10000 * ratio^(d / (d - 2)) (NTK scaling).
@@ -100,8 +100,8 @@ def image_angles(frames: int, rows: int, columns: int, params: AnimaParams, devi
     axes = []
     for length, width, ratio in zip((frames, rows, columns), params.axes_dim, params.rope_extrapolation_thw):
         theta = ROPE_THETA * ratio ** (width / (width - 2))
-        exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device)[: width // 2] / width
-        axes.append(torch.outer(torch.arange(length, dtype=torch.float32, device=device), 1.0 / theta**exponents))
+        exponents = torch.arange(0, width, 2, dtype=torch.float32)[: width // 2] / width
+        axes.append(torch.outer(torch.arange(length, dtype=torch.float32), 1.0 / theta**exponents))
     time, row, column = axes
     shape = (frames, rows, columns, -1)
     half = torch.cat(
@@ -110,10 +110,10 @@ def image_angles(frames: int, rows: int, columns: int, params: AnimaParams, devi
     return torch.cat((half, half), dim=-1).flatten(0, 2)
 
 
-def text_angles(length: int, head_dim: int, device: torch.device | None = None) -> Tensor:
+def text_angles(length: int, head_dim: int) -> Tensor:
     """Rotary angles [length, head_dim] float32 of plain positions 0.., the halves repeated."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    half = torch.outer(torch.arange(length, dtype=torch.float32, device=device), 1.0 / ROPE_THETA**exponents)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    half = torch.outer(torch.arange(length, dtype=torch.float32), 1.0 / ROPE_THETA**exponents)
     return torch.cat((half, half), dim=-1)
 
 
@@ -305,6 +305,7 @@ class LLMAdapter(nn.Module):
         self.blocks = nn.ModuleList(LLMAdapterTransformerBlock(params) for _ in range(params.num_layers))
         self.out_proj = nn.Linear(params.model_dim, params.target_dim)
         self.norm = RMSNorm(params.target_dim)
+        self.rope_tables = DeviceTables()
 
     def forward(
         self, source: Tensor, target_ids: Tensor, target_mask: Tensor | None = None, source_mask: Tensor | None = None
@@ -312,9 +313,9 @@ class LLMAdapter(nn.Module):
         """source [B, S, source_dim], target_ids [B, M], masks 1 = token. Returns [B, M, target_dim], 0 where target_mask is 0."""
         x = self.in_proj(self.embed(target_ids).to(source.dtype))
         head_dim = self.params.model_dim // self.params.num_heads
-        ropes = (
-            cos_sin(text_angles(x.shape[1], head_dim, x.device)),
-            cos_sin(text_angles(source.shape[1], head_dim, x.device)),
+        ropes = tuple(
+            self.rope_tables.get(length, x.device, lambda length=length: cos_sin(text_angles(length, head_dim)))
+            for length in (x.shape[1], source.shape[1])
         )
         target_mask, attended = _never_empty(target_mask), _never_empty(source_mask)
         for block in self.blocks:
@@ -347,6 +348,7 @@ class Anima(BlockStackMixin, nn.Module):
         self.final_layer = FinalLayer(params)
         if params.adapter is not None:
             self.llm_adapter = LLMAdapter(params.adapter)
+        self.rope_tables = DeviceTables()
         self.init_block_stack(num_rows=1)
 
     @property
@@ -390,7 +392,8 @@ class Anima(BlockStackMixin, nn.Module):
         emb = self.t_embedding_norm(sinusoids).to(self.dtype)  # [B, D]
 
         frames, rows, columns = self._grid(x)
-        rope = cos_sin(image_angles(frames, rows, columns, self.params, x.device))
+        grid = (frames, rows, columns)
+        rope = self.rope_tables.get(grid, x.device, lambda: cos_sin(image_angles(*grid, self.params)))
         (offloader,) = self.offloaders
         for index, block in enumerate(self.blocks):
             (tokens,) = self.run_block(block, index, offloader, (tokens,), (emb, adaln_lora, context, rope))
@@ -399,6 +402,9 @@ class Anima(BlockStackMixin, nn.Module):
         return rearrange(  # channel last, unlike on the way in
             patches, "b (t h w) (ph pw pt c) -> b c (t pt) (h ph) (w pw)", t=frames, h=rows, w=columns, ph=p, pw=p, pt=t
         )
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        return list(self.blocks)
 
     def _grid(self, x: Tensor) -> tuple[int, int, int]:
         p = self.params

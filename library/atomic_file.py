@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+from library.console import storable
 from library.file_owners import owned_name
 from library.write_errors import HeldFileError, WriteError, os_error_of, write_error, write_errors_of
 
@@ -106,7 +107,7 @@ def unwritable(folder: str | os.PathLike[str]) -> str | None:
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(storable(text), encoding="utf-8", newline="\n")
 
 
 def remove_file(path: str | os.PathLike[str]) -> bool:
@@ -117,14 +118,8 @@ def remove_file(path: str | os.PathLike[str]) -> bool:
 def remove_folder(path: str | os.PathLike[str]) -> bool:
     """Remove a folder: renamed first, so that it is never seen half empty under its name. When another program holds a
     file in it, all of it stays with a warning. Whether it is gone."""
-    aside = owned_name(Path(path), "old")
-
-    def move_and_remove() -> None:
-        if not os.path.isdir(aside):
-            os.replace(path, _inside(aside, Path(path)))
-        shutil.rmtree(aside)
-
-    return _removed(path, move_and_remove)
+    aside = owned_name(Path(path), "gone")
+    return _removed(path, lambda: os.replace(path, aside)) and _removed(aside, lambda: shutil.rmtree(aside))
 
 
 def move(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -143,18 +138,12 @@ def _removed(path: str | os.PathLike[str], remove: Callable[[], None]) -> bool:
     return True
 
 
-def _inside(aside: Path, path: Path) -> Path:
-    """The place of `path` in a folder made for it: keeping its whole name lets the next run put it back."""
-    aside.mkdir()
-    return aside / path.name
-
-
 def _replace_folder(temporary: Path, target: Path) -> None:
     aside = owned_name(target.with_name(target.name.replace(".", "_")), "old")
     try:
         if os.path.lexists(target):
-            place = _inside(aside, target)
-            _while_held(lambda: os.replace(target, place))
+            aside.mkdir()
+            _while_held(lambda: os.replace(target, aside / target.name))  # its whole name lets the next run put it back
         _while_held(lambda: os.replace(temporary, target))
     except OSError as error:
         if os.path.isdir(aside):

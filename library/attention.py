@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +21,42 @@ def scaled_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor
     return attended.transpose(1, 2).flatten(2)  # [B, L, heads * D]
 
 
+class DeviceTables:
+    """Small tables that are computed on the CPU, so that every device gets the same numbers and needs no type that it lacks
+    (MPS and some XPUs have no float64), and are kept on the devices that use them: the last `kept` of them."""
+
+    def __init__(self, kept: int = 32) -> None:
+        self.kept = kept
+        self._tables: OrderedDict[Hashable, tuple[Tensor, ...]] = OrderedDict()
+
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """The tables of `key` on `device`; `make` computes them on the CPU where they are not there."""
+        place = (key, str(device))
+        if place not in self._tables:
+            with torch.no_grad(), torch.inference_mode(False):  # made while sampling, they serve in training too
+                self._tables[place] = tuple(table.to(device) for table in make())
+            while len(self._tables) > self.kept:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(place)
+        return self._tables[place]
+
+
 def rope_cos_sin(positions: Tensor, axes_dim: Sequence[int], theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of rotary angles position * theta^(-2i/d) for each axis, axes side by side.
 
-    `positions` [B, L, axes]; each result [B, L, sum(axes_dim) / 2] in float32, computed in float64 because angles of
-    large positions lose digits otherwise.
+    `positions` [B, L, axes]; each result [B, L, sum(axes_dim) / 2] in float32 and on the CPU, computed in float64 because
+    angles of large positions lose digits otherwise.
     """
-    angles = []
+    positions, angles = positions.cpu(), []
     for axis, width in enumerate(axes_dim):
-        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+        exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
         angles.append(positions[..., axis, None].to(torch.float64) * theta**-exponents)
     joined = torch.cat(angles, dim=-1)
     return joined.cos().float(), joined.sin().float()
 
 
 def rotate_pairs(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (2i, 2i+1) of `states` [B, heads, L, D] by the angles of `rope` ([B, L, D/2] each); float32 result."""
+    """Turn the pairs (2i, 2i+1) of `states` [B, heads, L, D] by the angles of `rope` ([B or 1, L, D/2] each); float32 result."""
     cos, sin = rope[0][:, None], rope[1][:, None]  # [B, 1, L, D/2]
     first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)

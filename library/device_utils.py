@@ -36,6 +36,39 @@ def device_problem(name: str, value: str | None) -> str | None:
     return None
 
 
+def can_compute(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device holds numbers of this format and computes with them; 8-bit ones are only stored."""
+    try:
+        numbers = torch.ones(8, 8, device=device).to(dtype)
+        numbers = numbers.float() if numbers.element_size() == 1 else numbers @ numbers
+        return float(numbers.float().sum()) > 0
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+
+
+def format_problem(flag: str, dtype: str, device: str | None, instead: str) -> str | None:
+    """A message for a number format, by its name in torch, that the device cannot compute with (MPS has no 8-bit numbers, old GPUs
+    no bfloat16), or None. `device`: None is the preferred one; one that is not there has a message of its own."""
+    if dtype == "float32" or device_problem("device", device) is not None:
+        return None
+    place = get_preferred_device() if device is None else torch.device(device)
+    if can_compute(place, getattr(torch, dtype)):
+        return None
+    return f"{flag} asks for {dtype}, which {described(place)} cannot compute with; {instead}"
+
+
+def imitates_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is computed in software, many times slower: CUDA devices of compute capability below 8.0 (RTX 30) do so."""
+    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def described(device: torch.device) -> str:
+    """A device as people know it."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return {"mps": "the GPU of this Mac (mps)", "cpu": "the CPU"}.get(device.type, str(device))
+
+
 def _devices() -> list[str]:
     """The devices that can be named, the best ones first."""
     kinds = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0}

@@ -9,6 +9,8 @@ import sys
 
 _USUAL = 255
 """of nearly all file systems, where the system does not tell"""
+_ALWAYS = 143
+"""no file system in use takes less (encrypted home folders)"""
 _HASH_DIGITS = 20
 
 
@@ -48,6 +50,8 @@ def path_within_limit(stem: str, ending: str) -> str:
     The hash is of the stem's name alone, so that a folder can be moved.
     """
     folder, name = os.path.split(stem)
+    if len(name) + len(ending) <= _ALWAYS and name.isascii() and ending.isascii():
+        return stem + ending
     limit = name_limit(folder or ".")
     if name_length(name + ending) <= limit:
         return stem + ending

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 _STEM_BYTES, _SUFFIX_BYTES = 60, 20  # what is left of a file's own name in that of its temporary; a longer suffix is no format
 _SAME_START_S = 120  # clocks are set; a process that took the number of a dead one started later than that
-_OWNED = re.compile(r"\.(?:.*\.)?([0-9a-f]{8})-(\d+)-(\d+)-\d+\.(tmp|old)(?:\.[^.]*)?")
+_OWNED = re.compile(r"\.(?:.*\.)?([0-9a-f]{8})-(\d+)-(\d+)-\d+\.(tmp|old|gone)(?:\.[^.]*)?")
 _numbers = itertools.count()
 
 
@@ -67,7 +67,7 @@ def _host_mark(host: str) -> str:
 
 def owned_name(path: Path, ending: str) -> Path:
     """A hidden name beside `path` that no other file has and that tells its owner: `ending` is "tmp" for what is being
-    written, "old" for what is being replaced. The suffix stays, because writers choose a format by it."""
+    written, "old" for a folder in which stands what is being replaced, "gone" for what is being removed. The suffix stays, because writers choose a format by it."""
     owner = this_process()
     mark = f"{_host_mark(owner.host)}-{owner.pid}-{owner.started}-{next(_numbers)}"
     stem = cut_name(path.stem, _STEM_BYTES)
@@ -80,7 +80,7 @@ def clean_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
     replace it but did not replace. Returns what was removed or put back."""
     handled = []
     try:
-        names = sorted(os.listdir(folder))
+        names = sorted(name for name in os.listdir(folder) if name.startswith("."))
     except OSError:
         return []
     for name in names:

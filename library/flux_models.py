@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import rope_cos_sin, rotate_pairs, scaled_attention, timestep_embedding
+from library.attention import DeviceTables, rope_cos_sin, rotate_pairs, scaled_attention, timestep_embedding
 from library.custom_offloading_utils import BlockStackMixin, ModelOffloader
 from library.ldm_models import AutoEncoder, AutoEncoderParams  # noqa: F401, names that are imported from here
 
@@ -216,6 +216,7 @@ class Flux(BlockStackMixin, nn.Module):
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(params) for _ in range(params.depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(params) for _ in range(params.depth_single_blocks))
         self.final_layer = LastLayer(hidden, params.in_channels)
+        self.rope_tables = DeviceTables()
         self.init_block_stack(num_rows=2)
 
     @property
@@ -240,13 +241,14 @@ class Flux(BlockStackMixin, nn.Module):
     ) -> Tensor:
         """Velocity (noise - data) of packed latents.
 
-        img [B, L, 4C], img_ids [B, L, 3] = (0, row, column), txt [B, T, context], txt_ids [B, T, 3] = 0, timesteps [B]
-        in 0..1, y [B, vector] = pooled CLIP state, guidance [B] = scale as is, txt_attention_mask [B, T] with 1 = attend.
+        img [B, L, 4C], img_ids [B or 1, L, 3] = (0, row, column), txt [B, T, context], txt_ids [B or 1, T, 3] = 0, both best on
+        the CPU, where they are read; timesteps [B] in 0..1, y [B, vector] = pooled CLIP state, guidance [B] = scale as is,
+        txt_attention_mask [B, T] with 1 = attend.
         Returns [B, L, 4C]. ValueError when a guidance-distilled model gets no guidance.
         """
         self.prepare_block_swap_before_forward()
         vec = self._conditioning_vector(timesteps, y, guidance)  # [B, hidden]
-        rope = rope_cos_sin(torch.cat((txt_ids, img_ids), dim=1), self.params.axes_dim, self.params.theta)
+        rope = self._rope(torch.cat((txt_ids.cpu(), img_ids.cpu()), dim=1), img.device)  # [B or 1, T + L, D/2] each
         img = self.img_in(img.to(self.dtype))  # [B, L, hidden]
         txt = self.txt_in(txt.to(self.dtype))  # [B, T, hidden]
         key_mask = _joined_key_mask(txt_attention_mask, img.shape[1])
@@ -259,6 +261,11 @@ class Flux(BlockStackMixin, nn.Module):
             (joined,) = self.run_block(block, index, single, (joined,), (vec, rope, key_mask))
         return self.final_layer(joined[:, txt.shape[1] :], vec)
 
+    def _rope(self, positions: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+        """Cosines and sines for positions [B, T + L, 3], computed once for each bucket."""
+        key = (tuple(positions.shape), positions.numpy().tobytes())
+        return self.rope_tables.get(key, device, lambda: rope_cos_sin(positions, self.params.axes_dim, self.params.theta))
+
     def _conditioning_vector(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         width = self.params.time_embed_dim
         vec = self.time_in(timestep_embedding(timesteps, width).to(self.dtype))
@@ -267,6 +274,9 @@ class Flux(BlockStackMixin, nn.Module):
                 raise ValueError("guidance is None; a guidance-distilled model (FLUX.1 dev) needs one scale per sample")
             vec = vec + self.guidance_in(timestep_embedding(guidance, width).to(self.dtype))
         return vec + self.vector_in(y.to(self.dtype))
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        return [*self.double_blocks, *self.single_blocks]
 
     def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:
         """Keep the weights of some blocks on the CPU while others compute. On a CPU `device` nothing moves.

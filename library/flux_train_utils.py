@@ -69,19 +69,18 @@ def predict_velocity(
     """Velocity (noise - data) [B, C, H, W] of noisy latents [B, C, H, W]; H and W must be even.
 
     `timesteps` [B] are on the 0..1000 scale, float32; the model gets them divided by 1000. `conditioning` is
-    [pooled CLIP-L, T5 states, their ids, T5 mask]; the mask reaches the model only with `use_t5_mask`. `guidance` is the
+    [pooled CLIP-L, T5 states, their ids (0), T5 mask]; the mask reaches the model only with `use_t5_mask`. `guidance` is the
     embedded scale, one float32 number per sample; a model without that embedding (schnell) ignores it.
     """
     batch_size, _, height, width = noisy_latents.shape
-    pooled, t5_out, txt_ids, t5_mask = conditioning
+    pooled, t5_out, _, t5_mask = conditioning
     device = noisy_latents.device
     packed = pack_latents(noisy_latents)  # [B, (H/2)(W/2), 4C]
-    img_ids = prepare_img_ids(batch_size, height // 2, width // 2).to(device)  # [B, (H/2)(W/2), 3]
     velocity = denoiser(
         img=packed,
-        img_ids=img_ids,
+        img_ids=prepare_img_ids(1, height // 2, width // 2),
         txt=t5_out.to(device),
-        txt_ids=txt_ids.to(device),
+        txt_ids=torch.zeros(1, t5_out.shape[1], 3),  # as those of every text, here on the CPU, where positions are read
         timesteps=timesteps.float() / NUM_TRAIN_TIMESTEPS,
         y=pooled.to(device),
         guidance=torch.full((batch_size,), float(guidance), device=device, dtype=torch.float32),

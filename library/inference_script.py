@@ -140,6 +140,14 @@ def dtype_problem(name: str, value: str | None) -> str | None:
     return f"--{name} is '{value}'; known: {', '.join(DTYPE_NAMES)}"
 
 
+def format_problems(names: Mapping[str, str], device: str | None = None) -> list[str]:
+    """What the device cannot compute with of the formats asked for, {flag with its value: name in torch}."""
+    from library.device_utils import format_problem
+
+    instead = "choose another format: float32 works everywhere"
+    return [problem for flag, dtype in names.items() if (problem := format_problem(flag, dtype, device, instead))]
+
+
 def too_small_problems(values: Any, *least: tuple[str, int]) -> list[str]:
     """Messages for options of a group that are below their least value; None passes."""
     return [

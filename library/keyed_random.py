@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def key_seed(seed: int, purpose: str, *keys: int | str) -> int:
     """A 63-bit seed for this key. Independent keys give independent seeds (sha256 of the key's text)."""
     text = "\x1f".join([str(int(seed)), purpose, *map(str, keys)])
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "little") >> 1
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little") >> 1
 
 
 def keyed_random(seed: int, purpose: str, *keys: int | str) -> random.Random:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from library.atomic_file import write_text_atomically
+from library.console import storable
 from library.text_files import open_file
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def _header(metadata: dict[str, str], tensors: Mapping[str, torch.Tensor], names
         short = _HEADER_NAMES.get(kind) or kind.upper().replace("UINT", "U").replace("INT", "I")
         header[name] = {"dtype": short, "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text = storable(json.dumps(header, separators=(",", ":"), ensure_ascii=False)).encode("utf-8")
     return text + b" " * (-len(text) % 8)
 
 

@@ -33,7 +33,7 @@ def model_identity(path: str | os.PathLike[str] | None) -> str:
 
 def combined_identity(parts: Iterable[str]) -> str:
     """One identity for several (both text encoders of a family, say); order counts."""
-    return hashlib.sha256("\x1f".join(parts).encode("utf-8")).hexdigest()[:32]
+    return hashlib.sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def _file_identity(path: Path) -> str:

@@ -117,6 +117,22 @@ def parse_bool(text: str | bool) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is not a truth value; use true or false")
 
 
+def number_or_none(text: str | float) -> float | None:
+    """A number above 0; 0 is the same as not given, as front ends write it."""
+    try:
+        return float(text) or None
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+
+
+def count_or_none(text: str | int) -> int | None:
+    """A count of 1 or more; 0 is the same as not given, as front ends write it. Negative ones are left to the checks."""
+    try:
+        return int(text) or None
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
+
+
 @functools.cache
 def option_fields(options_class: type) -> dict[str, tuple[dataclasses.Field, OptionSpec]]:
     """Name -> (dataclass field, spec) of the fields that were made with option()."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.atomic_file import atomic_path
+from library.console import storable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,7 +37,7 @@ def write_picture(image: Image.Image, path: Path, texts: Mapping[str, str] | Non
 
     info = PngInfo()
     for name, text in (texts or {}).items():
-        info.add_itxt(name, text)
+        info.add_itxt(name, storable(text))
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from library.atomic_file import atomic_path
+from library.console import storable
 from library.errors import CheckpointError
 from library.number_formats import narrowed, narrowed_all
 from library.safetensors_header import DTYPE_NAMES, TensorInfo, header_bytes, read_header, read_header_and_start
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 FP8_DTYPES = tuple(
     getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz") if hasattr(torch, name)
 )
+WINDOWS_NO_ROOM = (8, 1453, 1455)
+"""numbers of Windows: not enough memory, not enough quota, the page file is too small"""
 _WRITE_EARLY = 1 << 20  # bytes; for smaller tensors the call costs more than it gains
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _FRAMEWORKS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.", "ldm.", "sgm.")
@@ -84,12 +88,31 @@ def _mapped_tensors(path: str | os.PathLike, device: torch.device | str | None, 
     from safetensors import SafetensorError, safe_open
 
     infos, _ = read_header(path)  # its errors name what is wrong with the file
+    left = list(infos if keys is None else keys)
     try:
-        opened = safe_open(path, framework="pt", device=str(device or "cpu"))
+        with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
+            while left:
+                yield left[0], file.get_tensor(left[0])
+                del left[0]
+        return
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}") from error
-    with opened as file:
-        yield from ((key, file.get_tensor(key)) for key in (infos if keys is None else keys))
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not is_mapping_failure(error):
+            raise
+        logger.warning(
+            "%s cannot be mapped into memory (%s), so it is read without mapping; --disable_mmap_load_safetensors does so from the"
+            " start. On Windows a larger page file lets it be mapped", path, _first_line(error),
+        )  # fmt: skip
+    yield from iterate_tensors(path, device, disable_mmap=True, keys=left)
+
+
+def is_mapping_failure(error: Exception) -> bool:
+    """Whether the system has no room in its address space or its page file for a map of a file."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or getattr(error, "winerror", None) in WINDOWS_NO_ROOM:
+        return True
+    codes = "|".join(map(str, (errno.ENOMEM, *WINDOWS_NO_ROOM)))
+    return re.search(rf"unable to mmap|file mapping|paging file|os error ({codes})\b", str(error)) is not None
 
 
 def is_pickle_name(path: str | os.PathLike) -> bool:
@@ -138,7 +161,7 @@ def load_pickled_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
                 " Nothing of it was run; get the safetensors version"
             )
         with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            state = _load_pickle(path, mapped=is_zip)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -150,6 +173,15 @@ def load_pickled_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
     return tensors
+
+
+def _load_pickle(path: str | os.PathLike, *, mapped: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not mapped or not is_mapping_failure(error):
+            raise
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _first_line(error: Exception) -> str:
@@ -255,7 +287,7 @@ def _layout(
     order = sorted(infos, key=lambda name: (-infos[name][0].itemsize, name))
     header: dict[str, Any] = {}
     if metadata:
-        header["__metadata__"] = {key: str(metadata[key]) for key in sorted(metadata)}
+        header["__metadata__"] = {storable(key): storable(str(metadata[key])) for key in sorted(metadata)}
     places, position = {}, 0
     for name in order:
         dtype, shape = infos[name]

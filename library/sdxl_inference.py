@@ -162,7 +162,8 @@ def check(options: SdxlModelOptions) -> None:
     problems = Problems()
     model_problem = slot_problem(options.ckpt_path, "ckpt_path", {"sdxl"}, for_pictures=True)
     vae_problem = slot_problem(options.vae, "vae", {"vae_sd", "sdxl"}) if options.vae else None
-    for problem in (model_problem, vae_problem, *adapter_problems(options.lora_weights, "sdxl")):
+    formats = inference_script.format_problems({f"--dtype {options.dtype}": options.dtype_name})
+    for problem in (model_problem, vae_problem, *formats, *adapter_problems(options.lora_weights, "sdxl")):
         if problem:
             problems.add(problem)
     if not model_problem:

@@ -221,7 +221,11 @@ class LatentsCachingStrategy(PluginSlot, ABC):
         path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
         if self.skip_disk_cache_validity_check:
             return self.problem_of(item, flip_aug, alpha_mask)
-        question = (type(self).__qualname__, self.architecture.name, item.bucket_reso, flip_aug, alpha_mask, self.record_of(item))
+        made = self.record_of(item)
+        question = (
+            f"{type(self).__qualname__} {self.architecture.name} {item.bucket_reso} {flip_aug} {alpha_mask} {made.model} {made.latent_space}"
+            f" {made.resized} {made.interpolation} {made.exif} {made.version}"
+        )
 
         def read() -> tuple[str | None, str]:
             problem = self.problem_of(item, flip_aug, alpha_mask)
@@ -358,9 +362,10 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
     ) -> tuple[str | None, str]:
         """(suffix of the keys that hold this caption, "") or (None, why there are none); an index may know it without reading."""
         if index is not None:
+            made = self.record_of(caption)
             question = (
-                type(self).__qualname__, self.architecture.name, self.record_of(caption), self.needed, accept_unrecorded,
-                self.skip_disk_cache_validity_check,
+                f"{type(self).__qualname__} {self.architecture.name} {made.caption} {made.model} {made.max_token_length} {made.is_weighted}"
+                f" {made.flags} {made.version} {self.needed} {accept_unrecorded} {self.skip_disk_cache_validity_check}"
             )
             return index.find(npz_path, question, lambda: self.find(npz_path, caption, accept_unrecorded))
         if self.skip_disk_cache_validity_check and os.path.exists(npz_path):

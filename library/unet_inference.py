@@ -31,7 +31,7 @@ from library.generation_sources import (
     typed_lines,
     written_lines,
 )
-from library.inference_script import read_command, refused_problems, run_to_exit, script_parser, tell_equivalent, write_picture
+from library.inference_script import format_problems, read_command, refused_problems, run_to_exit, script_parser, tell_equivalent, write_picture
 from library.options import Config
 from library.training.families.unet import about_slot, slot_problem
 from library.training.inference_samplers import sampler_notices
@@ -101,6 +101,8 @@ def all_problems(config: Config) -> list[str]:
 
     networks, sources = config[GenerationNetworkOptions], config[GenerationSourceOptions]
     found = [*refused_problems(config), *model_problems(config[GenerationModelOptions]), *network_problems(networks, config[GenerationModelOptions].family)]
+    model = config[GenerationModelOptions]
+    found += format_problems({"--fp16" if model.fp16 else "--bf16": model.dtype})
     found += checked_inversions(networks.textual_inversion_embeddings or [])
     if config[GenerationPictureOptions].use_original_file_name and not sources.image_path:
         found.append("--use_original_file_name is given without --image_path; there are no names to use")

@@ -241,6 +241,11 @@ class UNetBase(nn.Module):
         """x as it goes into block number `depth` of the way down."""
         return x if self.deep_shrink is None else self.deep_shrink.apply(depth, x, timesteps)
 
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The blocks of both kinds that `run_block` gets; the transformers of a place one by one, as there may be ten."""
+        residual = [module for module in self.modules() if type(module).__name__ == "ResnetBlock2D"]
+        return [*residual, *(module for module in self.modules() if isinstance(module, BasicTransformerBlock))]
+
     def run_block(self, block: nn.Module, x: Tensor, *context: Tensor) -> Tensor:
         """One residual or transformer block, checkpointed where that is switched on."""
         if torch.is_grad_enabled() and self.gradient_checkpointing and self.training:

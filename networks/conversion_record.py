@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 KEY = "atelier_conversion"
 MAX_BYTES = 64 << 20
 """of a record; the header of a safetensors file ends at 100 MB"""
+MOST_UNPACKED = 1 << 30
+"""bytes of a record in memory"""
 _HASHES = ("sshs_model_hash", "sshs_legacy_hash")
 _DOWN, _UP = "lora_down.weight", "lora_up.weight"
 
@@ -59,7 +61,7 @@ def restored(family: str, file: AdapterFile) -> tuple[AdapterFile, bool]:
     metadata = {key: value for key, value in file.metadata.items() if key != KEY}
     plain = replace(file, metadata=metadata)
     try:
-        record = json.loads(zlib.decompress(base64.b64decode(file.metadata[KEY])))
+        record = json.loads(_unpacked(file.metadata[KEY], MOST_UNPACKED))
         if record["content"] != _content(file.tensors):
             logger.info("the tensors were changed since this file was rewritten; its record of the file before is left aside")
             return plain, False
@@ -151,12 +153,21 @@ def _patched(base: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> dic
     tensors = {key: base[twin or key] for key, twin in record["renamed"].items()}
     for key, (kind, shape, is_difference, packed) in record["changed"].items():
         dtype = getattr(torch, kind)
-        planes = torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(packed))), dtype=torch.uint8)
+        planes = torch.frombuffer(bytearray(_unpacked(packed, math.prod(shape) * dtype.itemsize)), dtype=torch.uint8)
         data = planes.view(dtype.itemsize, -1).t().contiguous().view(-1)
         if is_difference:
             data = data ^ _bytes(base[key])
         tensors[key] = data.view(dtype).view(shape)
     return tensors
+
+
+def _unpacked(packed: str, most: int) -> bytes:
+    """The bytes behind a packed text. ValueError for more than `most`: a few kilobytes can stand for gigabytes."""
+    unpacker = zlib.decompressobj()
+    content = unpacker.decompress(base64.b64decode(packed), most + 1)
+    if len(content) > most:
+        raise ValueError(f"it would unpack to more than {most} bytes")
+    return content
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,7 @@ def known_kind_of(tensors: Mapping[str, torch.Tensor], lora_name: str) -> Networ
         raise CheckpointError(f"{lora_name} has {', '.join(sorted(tensors))}, which is no kind of adapter that is known ({known})")
     missing = kind.module_class.missing_keys(tensors)
     if missing:
-        raise CheckpointError(f"{lora_name} has {', '.join(sorted(tensors))}; needed for {kind.name}: {', '.join(missing)} too")
+        raise CheckpointError(f"{lora_name} has {', '.join(sorted(tensors))} and no {', no '.join(missing)}, needed for {kind.name}; the file is incomplete")
     unknown = kind.module_class.unknown_keys(tensors)
     if unknown:
         known = sorted({*kind.module_class.weight_keys, *kind.module_class.optional_keys, "alpha"})

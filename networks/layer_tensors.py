@@ -31,6 +31,8 @@ CORES: dict[str, tuple[tuple[Side, Side], ...]] = {
 """core of a Tucker form -> the seams that it has with the matrices that would meet without it"""
 MATRICES = frozenset({name for seams in (SEAMS, *CORES.values()) for seam in seams for name, _ in seam} | {"lokr_w1", "lokr_w2"})
 
+_AXES = (2, 4, 5)
+
 
 def rank_of(tensors: Tensors) -> int | None:
     """The rank of a layer; None for kinds without one."""
@@ -64,9 +66,9 @@ def problem_of(tensors: Tensors) -> str | None:
     alpha = tensors.get("alpha")
     if alpha is not None and (alpha.numel() != 1 or not math.isfinite(float(alpha))):
         return f"alpha is {_told(alpha)}; needed: one finite number. The file is damaged"
-    flat = next((name for name, tensor in tensors.items() if name in MATRICES and tensor.ndim < 2), None)
+    flat = next((name for name, tensor in tensors.items() if name in MATRICES and (tensor.ndim not in _AXES or name == "lokr_w1" and tensor.ndim > 2)), None)
     if flat is not None:
-        return f"{flat} has shape {list(tensors[flat].shape)}; needed: a matrix with two axes or more. The file is damaged"
+        return f"{flat} has shape {list(tensors[flat].shape)}; needed: a matrix with two axes, or four or five of a convolution. The file is damaged"
     for (first, axis), (second, other) in _seams(tensors):
         sizes = tensors[first].shape[axis], tensors[second].shape[other]
         if sizes[0] != sizes[1]:

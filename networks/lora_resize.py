@@ -112,6 +112,8 @@ def _decomposed(layer: FileLayer, device: torch.device | str) -> _Decomposed:
 
 
 def _of_matrix(change: torch.Tensor, scale: float) -> _Decomposed:
+    if change.ndim < 2:
+        raise CheckpointError(f"a change of shape {list(change.shape)} is no matrix, which could get another rank; the file is damaged")
     return _Decomposed(*torch.linalg.svd(as_matrix(change), full_matrices=False), change.shape, scale)
 
 
@@ -122,7 +124,7 @@ def _unfolded(name: str, change: torch.Tensor) -> torch.Tensor:
 
 
 def _report(name: str, parts: _Decomposed, rank: int) -> Resized:
-    values = parts.values.double()
+    values = parts.values.cpu().double()  # not every device has float64
     kept, norm, total = values[:rank], float(values.norm()), float(values.sum())
     return Resized(
         name, rank, parts.scale * rank, parts.is_kxk, float(kept.norm()) / norm if norm else 1.0, float(kept.sum()) / total if total else 1.0,

@@ -50,7 +50,9 @@ def cayley(blocks: torch.Tensor, constraint: float = 0.0) -> torch.Tensor:
     if constraint > 0:
         skew = skew * limit_factor(skew, constraint)
     identity = torch.eye(skew.shape[-1], device=skew.device)
-    return torch.linalg.solve(identity - skew, identity + skew)  # both factors are functions of Q and commute
+    # Both factors are functions of Q and commute. I - Q can always be solved: the eigenvalues of Q are imaginary. Unlike `solve`,
+    # `solve_ex` does not ask the device whether it could.
+    return torch.linalg.solve_ex(identity - skew, identity + skew).result
 
 
 def limit_factor(skew: torch.Tensor, constraint: float) -> torch.Tensor:

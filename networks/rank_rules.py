@@ -58,7 +58,7 @@ class RankRule:
         most = min(self.rank, *sides)
         if float(values[0]) <= NOTHING:
             return 1
-        return most if self.method is None else min(max(self._asked(values.double()), 1), len(values), most)
+        return most if self.method is None else min(max(self._asked(values.cpu().double()), 1), len(values), most)
 
     def _asked(self, values: torch.Tensor) -> int:
         parameter = float(self.parameter or 0.0)

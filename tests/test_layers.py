@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     # 0: tables, options, errors, and records without tensors
     ("library/__init__.py", 0), ("networks/__init__.py", 0), ("library/*/__init__.py", 0), ("library/*/*/__init__.py", 0),
     ("library/errors.py", 0), ("library/registry.py", 0), ("library/options.py", 0), ("library/family_table.py", 0),
-    ("library/keyed_random.py", 0), ("library/text_files.py", 0), ("library/dynamic_prompts.py", 0),
+    ("library/keyed_random.py", 0), ("library/text_files.py", 0), ("library/console.py", 0), ("library/dynamic_prompts.py", 0),
     ("library/atomic_file.py", 0), ("library/file_limits.py", 0), ("library/file_owners.py", 0), ("library/write_errors.py", 0),
     ("library/training/option_groups.py", 0), ("library/training/option_reader.py", 0), ("library/training/config_file.py", 0),
     ("library/training/keyword_args.py", 0),

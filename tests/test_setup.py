@@ -88,3 +88,14 @@ def test_the_makefile_takes_all_but_torch_with_the_constraints():
     assert re.search(r"^LISTED := \$\(PIP\) \$\(if \$\(CONSTRAINTS\),-c \$\(CONSTRAINTS\)\)$", text, re.MULTILINE)
     assert re.search(r"^CONSTRAINTS \?= constraints.txt$", text, re.MULTILINE)
     assert "requirements-dev.txt" in text
+
+
+def test_no_test_limits_the_time_of_a_process_by_a_number():
+    """A busy machine is slow: only a process that hangs may meet a limit (tests/waiting.py)."""
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(r"\btimeout=\d", line)
+    ]
+    assert not found, "use tests.waiting.PATIENCE: " + ", ".join(found)

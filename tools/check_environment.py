@@ -1,4 +1,5 @@
-"""Look for the known traps of an environment: missing packages, a torchvision that does not fit torch, OpenCV without libGL."""
+"""Tell the device that is used, and look for the known traps of an environment: missing packages, a torchvision that does not fit
+torch, OpenCV without libGL, a GPU that the installed torch cannot use."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import argparse
 import importlib
 import importlib.util
 import platform
+import shutil
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,6 +52,55 @@ def opencv_problem() -> str | None:
     return None
 
 
+def device_line() -> str:
+    """The device that runs compute on, as torch sees it."""
+    from library.device_utils import described, get_preferred_device, imitates_bfloat16
+
+    device = get_preferred_device()
+    if device.type != "cuda":
+        return f"device: {described(device)}"
+    import torch
+
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return f"device: {described(device)}, {memory:.0f} GiB, bf16 {'in software only: use fp16' if imitates_bfloat16(device) else 'yes'}"
+
+
+def gpu_names() -> list[str]:
+    """NVIDIA GPUs as their driver tells, without torch."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        told = subprocess.run([program, "-L"], capture_output=True, text=True, errors="replace", timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = told.stdout.splitlines() if told.returncode == 0 else []
+    return [line.partition(": ")[2].partition(" (UUID")[0] for line in lines if line.startswith("GPU ")]
+
+
+def unused_gpu_warning() -> str | None:
+    """A line when there is a GPU and torch computes on the CPU all the same."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    found = gpu_names()
+    if found and torch.version.cuda is None:
+        return (
+            f"{found[0]} is there, and torch {torch.__version__} is built without CUDA, so everything runs on the CPU. Install the CUDA"
+            " build: the line that PyTorch's installation page shows for your system, which is `pip install torch` with --index-url and"
+            " an address of PyTorch's own index; add --force-reinstall"
+        )
+    if found:
+        return (
+            f"{found[0]} is there, and torch {torch.__version__} cannot use it: its driver is probably older than CUDA"
+            f" {torch.version.cuda} needs. Update the driver, or install a torch that is built for an older CUDA"
+        )
+    if Path("/dev/kfd").exists() and torch.version.hip is None:
+        return f"an AMD GPU is there, and torch {torch.__version__} is built without ROCm: PyTorch's installation page shows the line for it"
+    return None
+
+
 def _version(name: str) -> str:
     try:
         return version(name)
@@ -60,6 +112,13 @@ def main(argv: list[str] | None = None) -> None:
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
     problems = [*missing_packages(), *filter(None, (torchvision_problem(), opencv_problem()))]
     print(f"python {platform.python_version()}, " + ", ".join(f"{name} {_version(name)}" for name in SHOWN))
+    try:
+        print(device_line())
+        warning = unused_gpu_warning()
+    except (ImportError, OSError) as error:  # a build for other libraries fails with OSError
+        warning = f"torch cannot be imported ({error})"
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     sys.exit(1 if problems else 0)

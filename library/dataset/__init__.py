@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import Problems
-from library.options import LARGEST_BATCH, LARGEST_SEED, LARGEST_SIDE, option
+from library.options import LARGEST_BATCH, LARGEST_SEED, LARGEST_SIDE, count_or_none, option
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
@@ -50,7 +50,7 @@ class DatasetOptions:
     reg_data_dir: str | None = option(None, help="folder of N_name sub-folders with regularisation images")
     in_json: str | None = option(None, help="metadata file (.json or .jsonl) of the images in --train_data_dir")
     conditioning_data_dir: str | None = option(None, help="folder of masks (with --masked_loss) or control images")
-    debug_dataset: bool = option(False, help="show what the data loader gives and stop")
+    debug_dataset: bool = option(False, help="show what the data loader gives, with a sheet of pictures (dataset.png in --output_dir), and stop")
     train_batch_size: int = option(1, help="samples of a batch, per process", most=LARGEST_BATCH)
     resolution: tuple[int, int] | None = option(
         None, convert=parse_resolution, metavar="W,H", help="training size: one number or width,height", most=LARGEST_SIDE
@@ -89,6 +89,10 @@ class DatasetOptions:
     validation_seed: int | None = option(None, help="seed of the choice of validation images; default: --seed", most=LARGEST_SEED)
     masked_loss: bool = option(False, help="weigh the loss with the masks of conditioning_data_dir")
     prior_loss_weight: float = option(1.0, help="weight of the loss of regularisation images")
+    skip_image_resolution: tuple[int, int] | None = option(
+        None, convert=parse_resolution, metavar="W,H", most=LARGEST_SIDE,
+        help="leave out images with no more pixels than this: one number or width,height",
+    )
     check_images: bool = option(False, help="read every image in full at the start, not only its header")
     skip_bad_images: bool = option(False, help="go on without images that cannot be read, instead of stopping")
     fail_on_missing_captions: bool = option(False, help="stop when an image has neither a caption nor class_tokens")
@@ -107,8 +111,10 @@ class DatasetOptions:
         given = [f"--{name}" for name in sources if getattr(self, name) is not None]
         if self.dataset_class is not None and given:
             problems.add(f"--dataset_class makes its own batches and cannot be used with {', '.join(given)}; keep one of them")
-        if self.resolution is not None and min(self.resolution) < 1:
-            problems.add(f"--resolution is {self.resolution[0]},{self.resolution[1]}; both sides must be at least 1")
+        for name in ("resolution", "skip_image_resolution"):
+            size = getattr(self, name)
+            if size is not None and min(size) < 1:
+                problems.add(f"--{name} is {size[0]},{size[1]}; both sides must be at least 1")
         if self.face_crop_aug_range is not None and not 0 < self.face_crop_aug_range[0] <= self.face_crop_aug_range[1]:
             problems.add(f"--face_crop_aug_range is {self.face_crop_aug_range}; use two numbers with 0 < lo <= hi, e.g. 1.0,3.0")
         if self.resize_interpolation is not None and self.resize_interpolation not in INTERPOLATIONS:
@@ -121,19 +127,26 @@ class DatasetOptions:
         return self.caption_extention if self.caption_extention is not None else self.caption_extension
 
 
+def batch_size_or_one(text: str | int) -> int:
+    """A batch size; 0 is 1, as front ends write it. ValueError for other texts."""
+    return int(text) or 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class CachingOptions:
     """Caches of latents and text encoder outputs"""
 
     cache_latents: bool = option(False, help="encode the images once, before training")
     cache_latents_to_disk: bool = option(False, help="keep the latents in files next to the images (implies --cache_latents)")
-    vae_batch_size: int = option(1, help="images per batch while latents are cached", most=LARGEST_BATCH)
+    vae_batch_size: int = option(1, help="images per batch while latents are cached; 0 = 1", convert=batch_size_or_one, most=LARGEST_BATCH)
     skip_cache_check: bool = option(False, help="use existing cache files without looking into them")
     cache_text_encoder_outputs: bool = option(False, help="encode the captions once, before training")
     cache_text_encoder_outputs_to_disk: bool = option(
         False, help="keep the text encoder outputs in files next to the images (implies --cache_text_encoder_outputs)"
     )
-    text_encoder_batch_size: int | None = option(None, help="captions per batch while they are cached; default: the dataset's batch size", most=LARGEST_BATCH)
+    text_encoder_batch_size: int | None = option(
+        None, help="captions per batch while they are cached; default: the dataset's batch size", convert=count_or_none, most=LARGEST_BATCH
+    )
 
     def __post_init__(self) -> None:
         problems = Problems()

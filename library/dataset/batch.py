@@ -72,10 +72,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy with all tensors on `device`, but for the network multipliers, which are read as numbers."""
+        waits = torch.device(device).type != "cuda"  # elsewhere a copy that is not waited for may be read before it is there
 
         def move(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                return value.to(device, non_blocking=True)
+                return value.to(device, non_blocking=not waits)
             if isinstance(value, list) and any(isinstance(v, torch.Tensor) for v in value):
                 return [move(v) for v in value]
             return value

@@ -6,6 +6,7 @@ more coarsely than wide ones, and is kept because caches and published bucket li
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -211,7 +212,8 @@ def assign_buckets(items: Sequence[ImageItem], params: DatasetParams, *, dataset
     left out and named in the warnings.
     """
     selector = BucketSelector.of(params)
-    choices = [selector.select(item.image_size) for item in items]
+    by_size = {size: selector.select(size) for size in {item.image_size for item in items}}
+    choices = [by_size[item.image_size] for item in items]
     for item, choice in zip(items, choices):
         if choice is not None:
             item.bucket_reso, item.resized_size = choice.bucket_reso, choice.resized_size
@@ -223,7 +225,7 @@ def assign_buckets(items: Sequence[ImageItem], params: DatasetParams, *, dataset
             samples.setdefault(choice.bucket_reso, []).extend([index] * repeats[index])
     buckets = tuple(BucketList(dataset, bucket, tuple(samples[bucket]), params.batch_size) for bucket in sorted(samples))
     too_small = tuple(index for index, choice in enumerate(choices) if choice is None)
-    warnings = [*notes, *_small_warnings(items, too_small, params), *_quality_warnings(items, choices)]
+    warnings = [*notes, *_small_warnings(items, too_small, params), *_quality_warnings(items, choices, params)]
     return BucketAssignment(buckets, tuple(repeats), too_small, bucket_info(buckets, choices, params), tuple(warnings))
 
 
@@ -265,26 +267,52 @@ def _small_warnings(items: Sequence[ImageItem], too_small: Sequence[int], params
     ]
 
 
-def _quality_warnings(items: Sequence[ImageItem], choices: Sequence[BucketChoice | None]) -> list[str]:
-    """The images that lose most by the crop, and those that are enlarged most."""
+def _quality_warnings(items: Sequence[ImageItem], choices: Sequence[BucketChoice | None], params: DatasetParams) -> list[str]:
+    """The images that lose most by the crop, with the setting that cuts them, and those that are enlarged most."""
     cuts, scales = [], []
     for item, choice in zip(items, choices):
         if choice is None:
             continue
         (bucket_w, bucket_h), (resized_w, resized_h) = choice.bucket_reso, choice.resized_size
-        cut = 1 - bucket_w * bucket_h / (resized_w * resized_h)
+        cut = cut_of(choice)
         scale = max(resized_w / item.image_size[0], resized_h / item.image_size[1])
         if cut > CROP_WARNING:
-            cuts.append((cut, f"{item.absolute_path} ({_wh(item.image_size)} in {_wh(choice.bucket_reso)}: {cut:.0%} cut)"))
+            cuts.append((cut, f"{item.absolute_path} ({_wh(item.image_size)} in {_wh(choice.bucket_reso)}: {cut:.0%} cut)", item.image_size))
         if scale > UPSCALE_WARNING:
-            scales.append((scale, f"{item.absolute_path} ({_wh(item.image_size)} in {_wh(choice.bucket_reso)}: x{scale:.1f})"))
+            scales.append((scale, f"{item.absolute_path} ({_wh(item.image_size)} in {_wh(choice.bucket_reso)}: x{scale:.1f})", None))
     lines = []
     for found, what in ((cuts, "lose more than %d%% of their area to the crop" % (CROP_WARNING * 100)),
                         (scales, f"are enlarged more than {UPSCALE_WARNING} times")):
         if found:
-            worst = ", ".join(text for _, text in sorted(found, reverse=True)[:WORST_SHOWN])
-            lines.append(f"{len(found)} images {what}; the worst: {worst}")
+            worst = sorted(found, key=lambda entry: entry[:2], reverse=True)[:WORST_SHOWN]
+            reasons = dict.fromkeys(cutting_setting(size, params) for _, _, size in worst if size is not None)
+            lines.append("; ".join((f"{len(found)} images {what}; the worst: {', '.join(text for _, text, _ in worst)}", *reasons)))
     return lines
+
+
+def cut_of(choice: BucketChoice) -> float:
+    """The part of the resized image that is cut away."""
+    (bucket_w, bucket_h), (resized_w, resized_h) = choice.bucket_reso, choice.resized_size
+    return 1 - bucket_w * bucket_h / (resized_w * resized_h)
+
+
+def cutting_setting(size: Size, params: DatasetParams) -> str:
+    """The bucket setting because of which an image of this size is cut, with a value that cuts little."""
+    if not params.enable_bucket:
+        return f"the reason is enable_bucket = false, which crops every image to {_wh(params.resolution)}; write enable_bucket = true"
+    area, ratio, step = params.resolution[0] * params.resolution[1], max(size) / min(size), params.bucket_reso_steps
+    limits = {
+        "max_bucket_reso": int(-(-math.sqrt(area * ratio) // step)) * step, "min_bucket_reso": max(int(math.sqrt(area / ratio) // step), 1) * step
+    }
+    finer = {"bucket_reso_steps": max(step // 4, 1)}
+    ways = [{name: value} for name, value in limits.items()] + [limits]
+    for change in [finer] if params.bucket_no_upscale else [*ways, finer, {**limits, **finer}]:
+        choice = BucketSelector.of(dataclasses.replace(params, **change)).select(size)
+        if choice is not None and cut_of(choice) <= CROP_WARNING:
+            are = " and ".join(f"{name} = {getattr(params, name)}" for name in change)
+            better = " and ".join(str(value) if name in limits else "a smaller one" for name, value in change.items())
+            return f"the reason is {are} ({better} would do)"
+    return "no setting of the buckets helps such narrow images"
 
 
 def _wh(size: Size) -> str:

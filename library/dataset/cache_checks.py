@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 
 from library.dataset.captions import random_caption_settings
 from library.dataset.items import ImageItem, SubsetParams
 from library.errors import ConfigError
+from library.file_owners import clean_leftovers
 
 LATENT_BREAKERS = {
     "color_aug": "its colours change at every use",
@@ -45,27 +47,63 @@ def check_caching(subsets: Iterable[SubsetParams], *, latents: bool, text: bool)
         raise ConfigError(problems)
 
 
-def shared_file_problems(items: Iterable[ImageItem], path_of) -> list[str]:
-    """Different images that would take the same cache file (`a.png` and `a.jpg`); `path_of(item)` names the file."""
-    owners: dict[str, str] = {}
-    problems = []
-    for item in items:
-        path, image = path_of(item), os.path.realpath(item.absolute_path)
-        other = owners.setdefault(path, image)
-        if other != image:
-            problems.append(f"{other} and {image} would share the cache file {os.path.basename(path)}; rename one of the images")
-    return sorted(set(problems))
+def cache_paths(items: Sequence[ImageItem], path_of: Callable[[ImageItem, str], str]) -> list[str]:
+    """The cache file of every item; `path_of(item, image path)` is the family's name for it.
+
+    Different images that would share a file (`a.png` and `a.jpg`; where the file system ignores case, `A.png` and `a.jpg`) get one
+    each, with the extension in its name: `a.png_0640x0480_sd.npz`. Raises ConfigError where that name is another image's too.
+    """
+    paths = [path_of(item, item.absolute_path) for item in items]
+    shared = crowded_names(zip(paths, (item.absolute_path for item in items)))
+    if not shared:
+        return paths
+    for index, item in enumerate(items):
+        if paths[index] in shared:
+            paths[index] = path_of(item, item.absolute_path + os.path.splitext(item.absolute_path)[1])
+    still = crowded_names(zip(paths, (item.absolute_path for item in items)))
+    if still:
+        raise ConfigError([f"{' and '.join(images)} would share a cache file; rename one of the images" for images in still.values()])
+    return paths
+
+
+def crowded_names(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """From (name, image) pairs: each name that is one and the same file for different images -> these images."""
+    owners: dict[str, dict[str, str]] = {}
+    for name, image in named:
+        owners.setdefault(unicodedata.normalize("NFC", name).casefold(), {})[image] = name
+    crowded: dict[str, list[str]] = {}
+    for images in owners.values():
+        if len(images) < 2:
+            continue
+        is_folded = len(set(images.values())) > 1 and any(ignores_case(image) for image in images)
+        together: dict[str, list[str]] = {}
+        for image, name in images.items():
+            together.setdefault("" if is_folded else name, []).append(image)
+        for group in together.values():
+            if len({os.path.realpath(image) for image in group}) > 1:
+                crowded |= {images[image]: group for image in group}
+    return crowded
+
+
+def ignores_case(path: str) -> bool:
+    """Whether the file system takes names that differ in case for one; asked with a file that is there."""
+    folder, name = os.path.split(path)
+    try:
+        return os.path.samefile(path, os.path.join(folder, name.swapcase()))
+    except OSError:
+        return False
 
 
 def check_cache_folders(paths: Iterable[str]) -> None:
     """Raise ConfigError when one of these files could not be written, naming every folder that refuses and everything that is no
-    file where one belongs."""
+    file where one belongs. What killed runs left half written there goes."""
     paths = list(paths)
     problems = [
         f"{path} is where a cache file belongs, and is a {'folder' if os.path.isdir(path) else 'pipe or device'}; remove or rename it"
         for path in sorted(set(paths)) if os.path.exists(path) and not os.path.isfile(path)
     ]  # fmt: skip
     for folder in sorted({os.path.dirname(path) or "." for path in paths}):
+        clean_leftovers(folder)
         try:
             with tempfile.TemporaryFile(dir=folder):
                 pass

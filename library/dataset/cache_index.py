@@ -1,7 +1,7 @@
 """`.atelier_index.json` of a folder with cache files: which of them were found right, so that the next start need not read them.
 
-{"version": 1, "files": {"<file name>": {"stamp": [size, modification time ns, change time ns], "answers": {"<question>":
-[second, answer]}}}}. A question is the hash of everything that decides whether a file may be used: what it should hold, made by
+{"version": 1, "files": {"<file name>": [size, modification time ns, change time ns, question, second, answer, ...]}}, with as many
+answers as there are questions. A question is the hash of everything that decides whether a file may be used: what it should hold, made by
 which model, and the stamps of the files it was made from. So another picture, caption, model or setting asks another question,
 and a changed cache file has another stamp; either is looked at as if there were no index.
 
@@ -30,6 +30,7 @@ VERSION = 1
 """to be raised when the rules by which a cache file is judged change: answers of older rules are then not believed"""
 
 Stamp = list[int]
+NUM_STAMP = 3
 Found = tuple[str | None, str]
 """(answer, "") of a file that may be used, or (None, why not)"""
 
@@ -51,15 +52,15 @@ class CacheIndex:
         self._changed: dict[str, set[str]] = {}
         self._lock = threading.Lock()
 
-    def find(self, path: str, question: Any, read: Callable[[], Found], sources: Sequence[str] = ()) -> Found:
+    def find(self, path: str, question: str, read: Callable[[], Found], sources: Sequence[str] = ()) -> Found:
         """The answer to a question about a cache file: the noted one, or what `read` finds, which is then noted.
 
-        `question` is anything whose repr says all that the answer depends on beside the content of `path` and `sources`.
+        `question` says all that the answer depends on beside the content of `path` and `sources`.
         """
         second, stamps = int(time.time()), [stamp_of(name) for name in (path, *sources)]
         if None in stamps:
             return read()
-        key = hashlib.sha256(repr((question, stamps[1:])).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        key = hashlib.blake2b(f"{question} {stamps[1:]}".encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         folder, name = os.path.split(path)
         noted = self._noted(folder, name, key, stamps)
         if noted is not None:
@@ -91,25 +92,25 @@ class CacheIndex:
         return entries
 
     def _noted(self, folder: str, name: str, key: str, stamps: Sequence[Stamp]) -> str | None:
-        try:
-            entry = self._entries(folder)[name]
-            second, answer = entry["answers"][key]
-            counts = entry["stamp"] == stamps[0] and all(mtime // 10**9 < second for _, mtime, _ in stamps)
-        except (KeyError, TypeError, ValueError):  # not there, or no index of ours
+        entry = self._entries(folder).get(name)
+        if not isinstance(entry, list) or entry[:NUM_STAMP] != stamps[0] or key not in entry:
             return None
-        return answer if counts and isinstance(answer, str) else None
+        second, answer = [*entry[entry.index(key) + 1 :], None, None][:2]
+        if not isinstance(second, int) or any(mtime // 10**9 >= second for _, mtime, _ in stamps):
+            return None
+        return answer if isinstance(answer, str) else None
 
     def _note(self, folder: str, name: str, key: str, stamp: Stamp, second: int, answer: str) -> None:
         entries = self._entries(folder)
         with self._lock:
             entry = entries.get(name)
-            known = entry["answers"] if _is_entry(entry) and entry.get("stamp") == stamp else {}
-            entries[name] = {"stamp": stamp, "answers": {**known, key: [second, answer]}}
+            is_same = isinstance(entry, list) and entry[:NUM_STAMP] == stamp
+            known = entry[NUM_STAMP:] if is_same else []
+            if key in known:
+                place = known.index(key)
+                known = known[:place] + known[place + 3 :]
+            entries[name] = [*stamp, *known, key, second, answer]
             self._changed.setdefault(folder, set()).add(name)
-
-
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("answers"), dict)
 
 
 def _names_in(folder: str) -> set[str]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from library.dataset import cache_io
 from library.dataset.background import BackgroundWriter, map_ahead, map_in_threads
-from library.dataset.cache_checks import check_cache_folders, check_caching, shared_file_problems
+from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
 from library.dataset.cache_io import ImageIdentity, LatentArrays
 from library.dataset.items import ImageItem
@@ -80,17 +80,16 @@ def plan_latents(
     """The jobs that this process has to encode, sorted by bucket size; sets `latents_npz` of the items. `index` knows files that
     were found right before.
 
-    On disk the files are divided among the processes; in memory every process encodes everything. Raises ConfigError when
-    two images would share a file, or one image would be needed in two ways under one key, or a folder cannot be written.
+    On disk the files are divided among the processes; in memory every process encodes everything. Raises ConfigError when one
+    image would be needed in two ways under one key, or a folder cannot be written.
     """
     items = list(items)
     check_caching({id(item.subset): item.subset for item in items}.values(), latents=True, text=False)
     if not strategy.cache_to_disk:
         return _sorted(_jobs_of(item for item in items if item.latents is None))
-    for item in items:
-        item.latents_npz = strategy.get_latents_npz_path(item.absolute_path, item.image_size)
-    problems = shared_file_problems(items, lambda item: item.latents_npz) + _conflicts(items)
-    if problems:
+    for item, path in zip(items, cache_paths(items, lambda item, image: strategy.get_latents_npz_path(image, item.image_size))):
+        item.latents_npz = path
+    if problems := _conflicts(items):
         raise ConfigError(problems)
     files = sorted({item.latents_npz for item in items})
     mine = set(files[process_index::num_processes])

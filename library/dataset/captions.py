@@ -62,12 +62,15 @@ class _FixedChoice(random.Random):
         return None
 
 
+_FIXED_CHOICE = _FixedChoice()
+
+
 def deterministic_caption(caption: str, params: SubsetParams) -> str:
     """The caption without its random parts: what a text cache stores and validation uses.
 
     First line, first alternative, all tags in their order, no dropout; prefix, suffix and separators as always.
     """
-    return _compose(caption, params, _FixedChoice(), step=0, max_train_steps=0, replacements=None, warm_up=False)
+    return _compose(caption, params, _FIXED_CHOICE, step=0, max_train_steps=0, replacements=None, warm_up=False)
 
 
 def random_caption_settings(params: SubsetParams) -> list[str]:

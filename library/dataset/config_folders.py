@@ -77,6 +77,8 @@ def _numbered_folders(option: str, parent: str, problems: ProblemList, warnings:
             continue
         if repeats >= 1:
             subsets.append({"image_dir": folder, "num_repeats": repeats, "class_tokens": words})
+        else:
+            warnings.append(f"{folder} is ignored: its name asks for {repeats} repeats; 1 or more are needed, as in 10_name")
     if not subsets:
         images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
         hint = f"; it holds {len(images)} images itself: move them to {os.path.join(parent, '1_name')}" if images else ""

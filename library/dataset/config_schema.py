@@ -146,6 +146,7 @@ def _keys() -> dict[str, Key]:
     add("batch_size", _integer(1, LARGEST_BATCH), "GD", option="train_batch_size")
     add("enable_bucket bucket_no_upscale", _boolean, "GD")
     add("min_bucket_reso max_bucket_reso bucket_reso_steps", _integer(1, LARGEST_SIDE), "GD")
+    add("skip_image_resolution", _resolution, "GD")
     add("network_multiplier", _multiplier, "GD", option=False, default=1.0)
     add("validation_seed", _integer(maximum=LARGEST_SEED), "GD")
     add("validation_split", _number(0, 1), "GDS")

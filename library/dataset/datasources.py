@@ -9,14 +9,15 @@ import logging
 import os
 import random
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from library.config_util import Blueprint, DatasetConfigError, load_blueprint
+from library.console import storable
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
+from library.dataset.background import map_in_threads
 from library.dataset.bucket import BucketSelector
-from library.dataset.captions import read_caption, tag_frequency
+from library.dataset.captions import dotted, read_caption, tag_frequency
 from library.dataset.discovery import FoundImage, Scanner, discover, listed
 from library.dataset.image_headers import look_at_image
 from library.dataset.info_cache import info_entry, known_image, read_info, write_info
@@ -30,6 +31,9 @@ DEFAULT_SPLIT_SEED = 42
 """seed of the validation split when neither validation_seed nor --seed is given: two runs agree"""
 MOST_PROBLEMS = 50
 MAX_THREADS = 8
+CAPTION_EXTENSIONS = (".txt", ".caption", ".tags", ".cap")
+"""what caption files are called by the programs that write them"""
+CLASS_TOKENS_HINT = '; give them caption files, or write one text for all of them: class_tokens = "..." in the subset'
 MOST_SAMPLES = 50_000_000
 """of an epoch, with repeats; each is a number in memory"""
 
@@ -71,6 +75,9 @@ def scan_datasets(
     scanner = Scanner(skip_bad_images, fail_on_missing_captions, check_images)
     found = [[discover(subset, dataset.kind, scanner) for subset in dataset.subsets] for dataset in blueprint.datasets]
     _read_files(blueprint, found, scanner)
+    for dataset, images_of in zip(blueprint.datasets, found):
+        for subset, images in zip(dataset.subsets, images_of):
+            _leave_out_small(images, subset, dataset, scanner)
     train: list[list[ImageItem]] = []
     validation: list[list[ImageItem]] = []
     frequencies = []
@@ -169,8 +176,8 @@ def _check_images(paths: Sequence[str], scanner: Scanner) -> None:
             return error
 
     logger.info("checking %d image files", len(paths))
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        scanner.checks.update(zip(paths, pool.map(check, paths)))
+    threads = min(MAX_THREADS, os.cpu_count() or 1) if scanner.check_images else MAX_THREADS  # headers wait for the disk
+    scanner.checks.update(zip(paths, map_in_threads(check, paths, num_threads=threads)))
 
 
 def _take_check(image: FoundImage, subset: SubsetParams, scanner: Scanner) -> bool:
@@ -204,6 +211,22 @@ def _read_captions(images: Sequence[FoundImage], subset: SubsetParams, scanner: 
             scanner.problems += [f"{subset.label}: {problem}" for problem in error.problems if problem not in scanner.problems]
 
 
+def _leave_out_small(images: list[FoundImage], subset: SubsetParams, dataset: DatasetParams, scanner: Scanner) -> None:
+    """Images that skip_image_resolution keeps out of this dataset. Another dataset of the same folder may use them."""
+    limit = dataset.skip_image_resolution
+    if limit is None or not images:
+        return
+    kept = [image for image in images if image.size is None or image.size[0] * image.size[1] > limit[0] * limit[1]]
+    if not kept:
+        scanner.too_small.add(subset.label)
+    if len(kept) < len(images):
+        scanner.warnings.append(
+            f"{subset.label}: {len(images) - len(kept)} of {len(images)} images have no more pixels than skip_image_resolution"
+            f" {limit[0]}x{limit[1]} and are left out of this dataset"
+        )
+    images[:] = kept
+
+
 def _write_info(subset: SubsetParams, images: Sequence[FoundImage], scanner: Scanner) -> None:
     """The cache holds the caption of the file, before class_tokens stand in, and the whole subset, before any split."""
     entries = {
@@ -216,14 +239,38 @@ def _write_info(subset: SubsetParams, images: Sequence[FoundImage], scanner: Sca
 
 
 def _settle_captions(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner) -> None:
-    """Mention images without a caption or with an empty one."""
-    missing = [image.path for image in images if image.caption is None and not subset.class_tokens]
+    """Mention images without a caption or with an empty one, and what is to be written for them."""
+    bare = [image.path for image in images if image.caption is None]
     empty = [image.path for image in images if image.caption == ""]
-    if missing and scanner.fail_on_missing_captions:
-        scanner.problems.append(f"{subset.label}: {len(missing)} images have no caption: {listed(missing)}")
-    else:
-        scanner.summary_warning(missing, f"images in {subset.label} have no caption and train with an empty one")
     scanner.summary_warning(empty, f"images in {subset.label} have an empty caption")
+    if not bare or (subset.class_tokens and subset.metadata_file):
+        return
+    hint = _caption_hint(bare, subset)
+    if subset.class_tokens:
+        if hint:
+            scanner.warnings.append(f"{len(bare)} images in {subset.label} train with class_tokens {subset.class_tokens!r}{hint}")
+    elif scanner.fail_on_missing_captions:
+        scanner.problems.append(f"{subset.label}: {len(bare)} images have no caption: {listed(bare)}{hint or CLASS_TOKENS_HINT}")
+    else:
+        scanner.warnings.append(
+            f"{len(bare)} images in {subset.label} have no caption and train with an empty one: {listed(bare)}{hint or CLASS_TOKENS_HINT}"
+        )
+
+
+def _caption_hint(paths: Sequence[str], subset: SubsetParams) -> str:
+    """The line to add when images without a caption have a text file of another extension beside them; "" when they have none."""
+    if subset.metadata_file is not None:
+        return ""
+    others = [extension for extension in CAPTION_EXTENSIONS if extension != dotted(subset.caption_extension)]
+    counts = {extension: sum(os.path.isfile(os.path.splitext(path)[0] + extension) for path in paths) for extension in others}
+    extension = max(counts, key=counts.get)
+    if not counts[extension]:
+        return ""
+    has = "has" if counts[extension] == 1 else "have"
+    return (
+        f"; {counts[extension]} of them {has} a {extension} file, and caption_extension is {dotted(subset.caption_extension)}:"
+        f' write caption_extension = "{extension}" in the dataset configuration, or --caption_extension {extension}'
+    )
 
 
 def _warn_of_pixels(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner) -> None:
@@ -275,11 +322,11 @@ def _items_of(
 
 
 def _item(image: FoundImage, subset: SubsetParams, num_repeats: int) -> ImageItem:
-    caption = image.caption if image.caption is not None else subset.class_tokens or ""
+    caption = storable(image.caption if image.caption is not None else subset.class_tokens or "")
     return ImageItem(
         image_key=image.key, absolute_path=os.path.abspath(image.path), caption=caption, subset=subset,
         image_size=image.size or (0, 0), num_repeats=num_repeats, cond_path=image.cond_path,
-        captions_extra={} if image.tags is None else {"tags": image.tags},
+        captions_extra={} if image.tags is None else {"tags": storable(image.tags)},
     )
 
 
@@ -311,7 +358,8 @@ def _check_counts(
         filled = {item.subset.label for item in (*items, *held_out)}
         for subset in dataset.subsets:
             if subset.label not in filled and subset.num_repeats and _is_readable(subset):
-                (scanner.warnings if filled else scanner.problems).append(f"{subset.label}: {_why_empty(subset, scanner)}")
+                why = _why_empty(subset, dataset, scanner)
+                (scanner.warnings if filled else scanner.problems).append(f"{subset.label}: {why}")
         if items and not blueprint.is_partial:
             selector = BucketSelector.of(dataset)
             if all(selector.select(item.image_size) is None for item in items):
@@ -336,7 +384,10 @@ def _is_readable(subset: SubsetParams) -> bool:
     return subset.image_dir is not None and os.path.isdir(subset.image_dir)
 
 
-def _why_empty(subset: SubsetParams, scanner: Scanner) -> str:
+def _why_empty(subset: SubsetParams, dataset: DatasetParams, scanner: Scanner) -> str:
+    if subset.label in scanner.too_small and dataset.skip_image_resolution is not None:
+        width, height = dataset.skip_image_resolution
+        return f"every image has no more pixels than skip_image_resolution {width}x{height}; lower it, or leave the dataset out"
     if subset.metadata_file is not None:
         return f"{subset.metadata_file} names no image that can be used"
     folder = subset.image_dir or ""

@@ -1,23 +1,29 @@
-"""`--debug_dataset`: show what the data loader gives, as text and, with a folder, as pictures."""
+"""`--debug_dataset`: show what the data loader gives, as text and as a sheet of pictures with their captions."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from PIL import Image
 
+from library.atomic_file import atomic_path
 from library.dataset.batch import Batch
 from library.dataset.dataset import DatasetGroup
 from library.dataset.plan import requests_of_epoch
+from library.image_grid import GridCell, image_grid
+
+MOST_CELLS = 64
+"""samples on the sheet"""
 
 
 def debug_dataset(
-    group: DatasetGroup, *, seed: int, epochs: int = 1, preview_dir: str | None = None, show: Callable[[str], None] = print
+    group: DatasetGroup, *, seed: int, epochs: int = 1, sheet: str | os.PathLike[str] | None = None, show: Callable[[str], None] = print
 ) -> int:
-    """Describe every sample of some epochs; write the pictures that are not cached to `preview_dir`. Returns the number of
-    samples shown."""
-    count = 0
+    """Describe every sample of some epochs; draw the first ones with their captions on one `sheet` (PNG), as the model sees them.
+    Returns the number of samples shown."""
+    count, cells = 0, []
     for epoch in range(1, epochs + 1):
         plan = group.plan(epoch, seed, 1)
         first_step = (epoch - 1) * len(plan)
@@ -30,40 +36,47 @@ def debug_dataset(
             for i in range(len(batch)):
                 count += 1
                 show("  " + describe_sample(batch, i))
-                if preview_dir is not None and batch.images is not None:
-                    save_preview(batch.images[i], Path(preview_dir) / f"{epoch}_{request.index:05d}_{i}.png")
+                if sheet is not None and batch.images is not None and len(cells) < MOST_CELLS:
+                    cells.append(GridCell(picture(batch.images[i]), f"{describe_size(batch, i)}: {batch.captions[i] or '(no caption)'}"))
+    if cells:
+        title = f"the first {len(cells)} of {count} samples" if len(cells) < count else f"{count} samples"
+        with atomic_path(sheet) as temporary:
+            image_grid(cells, title=title).save(temporary, "PNG")
+        show(f"wrote {sheet}: {title} with their captions")
     return count
 
 
 def describe(batch: Batch) -> str:
-    """The tensors of a batch with their shapes."""
-    names = ("images", "latents", "alpha_masks", "conditioning_images", "text_encoder_outputs_list", "input_ids_list")
+    """The tensors of a batch: pictures by their size, width x height, and others by their shapes."""
     parts = []
-    for name in names:
+    for name in ("images", "latents", "alpha_masks", "conditioning_images"):
         value = getattr(batch, name)
-        if isinstance(value, torch.Tensor):
-            parts.append(f"{name} {list(value.shape)}")
-        elif value is not None:
+        if value is not None:
+            parts.append(f"{name} {len(value)} of {value.shape[-1]}x{value.shape[-2]}")
+    for name in ("text_encoder_outputs_list", "input_ids_list"):
+        value = getattr(batch, name)
+        if value is not None:
             parts.append(f"{name} {[list(v.shape) if v is not None else None for v in value]}")
     return ", ".join(parts)
 
 
+def describe_size(batch: Batch, i: int) -> str:
+    """Size of the picture and of the sample made of it."""
+    (height, width), (original_height, original_width) = batch.target_sizes_hw[i].tolist(), batch.original_sizes_hw[i].tolist()
+    return f"{original_width}x{original_height} to {width}x{height}"
+
+
 def describe_sample(batch: Batch, i: int) -> str:
-    (height, width), (top, left) = batch.target_sizes_hw[i].tolist(), batch.crop_top_lefts[i].tolist()
-    original_height, original_width = batch.original_sizes_hw[i].tolist()
+    top, left = batch.crop_top_lefts[i].tolist()
     flipped = ", mirrored" if batch.flippeds[i] else ""
     weight = f", weight {batch.loss_weights[i].item():g}" if batch.loss_weights[i] != 1 else ""
     attributes = f", {batch.custom_attributes[i]}" if batch.custom_attributes[i] else ""
     return (
-        f"{batch.image_keys[i]}: {original_width}x{original_height} to {width}x{height}, cut left {left} top {top}{flipped}{weight}"
+        f"{batch.image_keys[i]}: {describe_size(batch, i)}, cut left {left} top {top}{flipped}{weight}"
         f"{attributes}; caption: {batch.captions[i]!r}"
     )
 
 
-def save_preview(image: torch.Tensor, path: Path) -> None:
-    """Write [3, H, W] in -1..1 as a picture."""
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(path)
+def picture(image: torch.Tensor) -> Image.Image:
+    """[3, H, W] in -1..1 as a picture."""
+    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from library.dataset.cache_checks import crowded_names
 from library.dataset.captions import metadata_caption
 from library.dataset.items import SubsetParams
 from library.dataset.media_utils import ImageCheck, image_extensions
@@ -41,6 +42,8 @@ class Scanner:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     skipped: set[str] = field(default_factory=set)
+    too_small: set[str] = field(default_factory=set)
+    """labels of subsets of which skip_image_resolution leaves no image"""
     checks: dict[str, ImageCheck | ConfigError] = field(default_factory=dict)
 
     def bad_image(self, message: str, path: str, label: str) -> None:
@@ -78,7 +81,11 @@ def discover(subset: SubsetParams, kind: str, scanner: Scanner) -> list[FoundIma
 def _image_paths(folder: str, subset: SubsetParams, scanner: Scanner) -> list[str]:
     """Image files directly in a folder, sorted by path; the case of the extension does not matter."""
     try:
-        names = os.listdir(folder)
+        with os.scandir(folder) as entries:
+            paths = [
+                entry.path for entry in entries if os.path.splitext(entry.name)[1].lower() in scanner.extensions and entry.is_file()
+            ]
+        return sorted(paths)
     except FileNotFoundError:
         scanner.problem_or_warning(f"{subset.label}: the folder {folder} does not exist")
         return []
@@ -88,15 +95,12 @@ def _image_paths(folder: str, subset: SubsetParams, scanner: Scanner) -> list[st
     except OSError as error:
         scanner.problem_or_warning(f"{subset.label}: the folder {folder} cannot be read ({error.strerror})")
         return []
-    paths = [os.path.join(folder, name) for name in names if os.path.splitext(name)[1].lower() in scanner.extensions]
-    return sorted(path for path in paths if os.path.isfile(path))
 
 
 def _warn_of_shared_stems(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner) -> None:
-    stems: dict[str, list[str]] = {}
-    for image in images:
-        stems.setdefault(os.path.splitext(image.path)[0], []).append(os.path.basename(image.path))
-    shared = [" and ".join(names) for names in stems.values() if len(names) > 1]
+    crowded = crowded_names((os.path.splitext(image.path)[0], image.path) for image in images)
+    groups = {tuple(group) for group in crowded.values()}
+    shared = sorted(" and ".join(map(os.path.basename, group)) for group in groups)
     scanner.summary_warning(shared, f"groups of images in {subset.label} have one name and share a caption file")
 
 

@@ -70,11 +70,15 @@ def _from_head(file: io.FileIO, head: bytes, num_bytes: int) -> ImageCheck | Non
 def _stored_size(head: bytes) -> Size | None:
     """Width and height as imagesize finds them; None where it does not."""
     try:
-        width, height = imagesize.get(io.BytesIO(head))
+        return _sound(imagesize.get(io.BytesIO(head)))
     except (ValueError, struct.error, IndexError):  # what versions before 2 raise
         return None
-    is_sound = width > 0 and height > 0 and width * height <= 2 * (Image.MAX_IMAGE_PIXELS or 1 << 60)  # Pillow names what is too large
-    return (width, height) if is_sound else None
+
+
+def _sound(size: Size) -> Size | None:
+    """None for sizes that Pillow refuses, with a message."""
+    width, height = size
+    return (width, height) if width > 0 and height > 0 and width * height <= 2 * (Image.MAX_IMAGE_PIXELS or 1 << 60) else None
 
 
 def _png(file: io.FileIO, head: bytes, num_bytes: int) -> ImageCheck | None:
@@ -82,10 +86,10 @@ def _png(file: io.FileIO, head: bytes, num_bytes: int) -> ImageCheck | None:
     if len(head) < 33 or head[12:16] != b"IHDR" or zlib.crc32(head[12:29]) != int.from_bytes(head[29:33], "big"):
         return None
     chunks = _png_chunks(file, head, num_bytes)
-    size = _stored_size(head)
+    width, height, depth, colour = struct.unpack_from(">IIBB", head, 16)
+    size = _sound((width, height))
     if size is None or "eXIf" in chunks or "IEND" not in chunks:
         return None
-    depth, colour = head[24], head[25]
     return ImageCheck(size, (depth, colour) == PNG_DEEP_GREY, colour in PNG_ALPHA_TYPES or "tRNS" in chunks)
 
 

@@ -63,6 +63,8 @@ class DatasetParams:
     validation_split: float = 0.0
     validation_seed: int | None = None
     resize_interpolation: str | None = None
+    skip_image_resolution: tuple[int, int] | None = None
+    """images of no more than this many pixels (as width, height) are left out of the dataset"""
     kind: str = "DB"
     """DB (folders with caption files), FT (metadata files) or CN (folders with mask or control images)."""
     subsets: tuple[SubsetParams, ...] = ()

@@ -116,7 +116,7 @@ class TextRecord:
 
 
 def caption_hash(caption: str) -> str:
-    return hashlib.sha256(caption.encode("utf-8")).hexdigest()
+    return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def find_text(

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from library.dataset import text_cache_io
 from library.dataset.background import BackgroundWriter, map_in_threads
-from library.dataset.cache_checks import check_cache_folders, check_caching, shared_file_problems
+from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
 from library.dataset.captions import deterministic_caption
 from library.dataset.items import ImageItem
-from library.errors import ConfigError, TrainingError
+from library.errors import TrainingError
 from library.strategy_base import StrategySet, TextEncoderOutputsCachingStrategy, as_stored
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class TextJob:
 
 @dataclass
 class TextPlan:
-    """What this process has to encode. `in_use`: file -> hashes of all captions that the run keeps in it."""
+    """What this process has to encode. `in_use`: file that is written -> hashes of all captions that the run keeps in it."""
 
     jobs: list[TextJob]
     in_use: dict[str, frozenset[str]]
@@ -85,16 +85,14 @@ def plan_text(
     """Find what is cached already and what this process has to encode; sets paths and suffixes of the items.
 
     On disk the files are divided among the processes; in memory every process encodes everything. Raises ConfigError when
-    two images would share a file or a folder cannot be written.
+    a folder cannot be written.
     """
     check_caching({id(item.subset): item.subset for item in items}.values(), latents=False, text=True)
     if not strategy.cache_to_disk:
         return TextPlan(_jobs_of(item for item in items if item.text_encoder_outputs is None), {})
-    if problems := shared_file_problems(items, lambda item: strategy.get_outputs_npz_path(item.absolute_path)):
-        raise ConfigError(problems)
     by_file: dict[str, list[ImageItem]] = {}
-    for item in items:
-        item.text_encoder_outputs_npz = strategy.get_outputs_npz_path(item.absolute_path)
+    for item, path in zip(items, cache_paths(items, lambda _, image: strategy.get_outputs_npz_path(image))):
+        item.text_encoder_outputs_npz = path
         by_file.setdefault(item.text_encoder_outputs_npz, []).append(item)
     mine = sorted(by_file)[process_index::num_processes]
     missing, reasons = [], Counter()
@@ -104,7 +102,8 @@ def plan_text(
     cached = sum(len(by_file[path]) for path in mine) - len(missing)
     logger.info("text encoder outputs: %d captions cached, %d to encode %s", cached, len(missing), dict(reasons) or "")
     check_cache_folders(item.text_encoder_outputs_npz for item in missing)
-    in_use = {path: frozenset(text_cache_io.caption_hash(cached_caption(i)) for i in by_file[path]) for path in mine}
+    written = {item.text_encoder_outputs_npz for item in missing}
+    in_use = {path: frozenset(text_cache_io.caption_hash(cached_caption(i)) for i in by_file[path]) for path in written}
     return TextPlan(_jobs_of(missing), in_use)
 
 

@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING
 from library.atomic_file import unwritable
 from library.dataset import CachingOptions, DatasetOptions
 from library.errors import AtelierError, ConfigError, Problems
+from library.file_limits import cut_name, name_length, name_limit
 from library.family_table import script_name
 from library.options import Config, MissingGroup
 from library.text_files import parse_toml, read_text
+from library.training.device_checks import precision_problems, precision_warnings
 from library.training.earlier_runs import existing_problems, final_file, resumed_state
+from library.training.checkpoint import CheckpointNames
 from library.training.formula_checks import formula_problems
 from library.training.idle_options import strict_problems
 from library.training.option_groups import (
@@ -34,6 +37,7 @@ from library.training.option_groups import (
     SavingOptions,
 )
 from library.training.sampling_prompts import holds_no_prompt, load_prompts
+from library.training.sampling_prompts import sample_file_name
 from library.training.schedulers import SchedulerOptions, parse_step_count
 
 if TYPE_CHECKING:
@@ -97,7 +101,7 @@ def output_problems(config: Config) -> list[str]:
     if not output_dir:
         return ["--output_dir is not given; needed: the folder for the trained files"]
     reason = unwritable(output_dir)
-    return [f"--output_dir is {output_dir}; files cannot be written there ({reason})"] if reason else []
+    return [f"--output_dir is {output_dir}; files cannot be written there ({reason})"] if reason else name_problems(config)
 
 
 def make_output_folder(config: Config) -> None:
@@ -106,6 +110,27 @@ def make_output_folder(config: Config) -> None:
         os.makedirs(config[SavingOptions].output_dir, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output_dir is {config[SavingOptions].output_dir}; it cannot be made ({error.strerror or error})") from error
+
+
+def name_problems(config: Config) -> list[str]:
+    """No name that the run will write is longer than the file system takes."""
+    saving = config[SavingOptions]
+    names, limit = CheckpointNames(saving.output_name, saving.save_model_as), name_limit(saving.output_dir or ".")
+    stem = max(names.step(0), names.epoch(0), key=len) if saving.save_every_n_steps or saving.save_every_n_epochs else names.last()
+    written = [names.averaged_file(stem), f"{names.last()}-loss.csv", f"{names.last()}-loss.png"]
+    if saving.save_state or saving.save_state_on_train_end:
+        written.append(names.state(stem))
+    if config[SamplingOptions].sample_prompts:
+        written.append(Path(sample_file_name(saving.output_name, "epoch", 0, enum=0, seed=0xFFFFFFFF, timestamp="0" * 14)).name)
+    longest = max(written, key=name_length)
+    surplus = name_length(longest) - limit
+    if surplus <= 0:
+        return []
+    shown = cut_name(saving.output_name or "", 40)
+    return [
+        f"--output_name is '{shown}...', {name_length(saving.output_name or '')} long; names of its files would be up to {limit + surplus}"
+        f" long, and the file system takes {limit}: shorten it by {surplus}"
+    ]
 
 
 def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
@@ -206,6 +231,9 @@ def logging_problems(config: Config) -> list[str]:
         problems += _package_problems(
             "tensorboard", "--logging_dir" if logs.log_with is None else f"--log_with {logs.log_with}", "tensorboard"
         )
+    if logs.logging_dir:
+        reason = unwritable(logs.logging_dir)
+        problems += [f"--logging_dir is {logs.logging_dir}; files cannot be written there ({reason})"] if reason else []
     if logs.log_with in ("wandb", "all"):
         problems += _package_problems("wandb", f"--log_with {logs.log_with}", "atelier[wandb]")
     if logs.log_tracker_config is not None:
@@ -225,6 +253,30 @@ def _toml_problems(name: str, path: str) -> list[str]:
     except ConfigError as error:
         return list(error.problems)
     return []
+
+
+FILES_OF_A_RUN, FILES_PER_WORKER = 64, 16
+
+
+def open_files_problems(config: Config) -> list[str]:
+    """The processes that load images hand tensors over as open files; where too few may be open, they wait for ever. The
+    limit of this process is raised as far as the system lets it."""
+    workers = min(config[LoopOptions].max_data_loader_n_workers, os.cpu_count() or 1)
+    if workers == 0 or importlib.util.find_spec("resource") is None:  # Windows
+        return []
+    import resource
+
+    needed = FILES_OF_A_RUN + FILES_PER_WORKER * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return []
+    if hard == resource.RLIM_INFINITY or hard >= needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        return []
+    return [
+        f"--max_data_loader_n_workers is {config[LoopOptions].max_data_loader_n_workers}; with {workers} of them a run needs {needed} open files and"
+        f" this system lets it have {hard}: raise it (ulimit -n {needed}), or take --max_data_loader_n_workers 0"
+    ]
 
 
 def metadata_problems(config: Config) -> list[str]:
@@ -267,7 +319,9 @@ CHECKS: tuple[Callable[[Config], list[str]], ...] = (
     logging_problems,
     hub_problems,
     metadata_problems,
+    open_files_problems,
     compile_problems,
+    precision_problems,
     formula_problems,
 )
 
@@ -291,7 +345,7 @@ def warnings(config: Config) -> list[str]:
         lines.append(f"--lr_warmup_steps is {warmup} of {loop.max_train_steps} steps: the full learning rate is never reached")
     if saving.save_model_as in ("ckpt", "pt") and not config[MetadataOptions].no_metadata:
         lines.append(f"--save_model_as {saving.save_model_as} holds no metadata; safetensors does")
-    return lines
+    return lines + precision_warnings(config)
 
 
 def wants_samples(sampling: SamplingOptions) -> bool:

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from library.errors import AtelierError, ConfigError, RunInterrupted
 from library.family_table import family_entry
@@ -18,6 +19,7 @@ from library.training.option_groups import ConfigFileOptions, ConsoleOptions
 from library.training.failures import failure_of
 from library.training.option_reader import OptionsError, names_any
 from library.training.stopping import INTERRUPTED, exit_code_of, signals_end_cleanly  # noqa: F401
+from library.write_errors import disk_problem
 
 logger = logging.getLogger("atelier")
 
@@ -106,6 +108,13 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0") or 0)
 
 
+def _is_said_by_another() -> bool:
+    """Before the processes of a run know each other, all of them find the same; one per machine says it."""
+    torch = sys.modules.get("torch")
+    together = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not together and os.environ.get("LOCAL_RANK", "0") not in ("", "0")
+
+
 def _tell(level: int, text: str) -> None:
     """A line that is the same in every process: the first one says it."""
     if _rank() == 0:
@@ -117,6 +126,8 @@ def report(error: AtelierError) -> int:
     if isinstance(error, RunInterrupted):
         if _rank() == 0:
             print(error, file=sys.stderr)
+        return error.exit_code
+    if _is_said_by_another():
         return error.exit_code
     process = f"[process {_rank()}] " if _rank() else ""
     print(f"{process}error: {error}", file=sys.stderr)
@@ -130,6 +141,24 @@ def is_worth_showing(record: logging.LogRecord) -> bool:
     return not (record.name.startswith("bitsandbytes") and "gemm_4bit" in str(record.msg))
 
 
+class _LogFile(logging.FileHandler):
+    """A log file whose disk runs full stops growing; that is told once, on the console."""
+
+    is_told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        problem = disk_problem(sys.exc_info()[1]) if sys.exc_info()[1] is not None else None
+        if problem is None:
+            super().handleError(record)
+        elif not self.is_told:
+            self.is_told = True
+            print(f"--console_log_file {self.baseFilename}: {problem}; lines are left out of it", file=sys.stderr)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 def set_up_logging(options: ConsoleOptions) -> None:
     """Handlers of the root logger, once per process: the console (stderr) or a file. Of several processes only the
     first tells what is going on; the others show warnings, marked with their number."""
@@ -141,7 +170,7 @@ def set_up_logging(options: ConsoleOptions) -> None:
     if options.console_log_file:
         name = options.console_log_file if rank == 0 else f"{options.console_log_file}.{rank}"
         try:
-            handler: logging.Handler = logging.FileHandler(name, mode="w", encoding="utf-8")
+            handler: logging.Handler = _LogFile(name, mode="w", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise ConfigError(f"--console_log_file is {name}; it cannot be written ({error.strerror})") from error
     else:

@@ -20,14 +20,16 @@ def unknown_backend(backend: str) -> list[str]:
 
 
 def compile_blocks(denoiser: torch.nn.Module, backend: str) -> int:
-    """Compile every module that stands in a ModuleList of `denoiser`, in place; returns their number.
+    """Compile the repeated blocks of `denoiser` one by one, in place; returns their number.
 
-    Blocks of a kind share one compiled graph, so that compiling takes seconds where the whole model takes minutes. Call it
-    after adapters are attached: what they put in place of a layer's forward is compiled with the block.
+    Blocks of a kind and size share one compiled graph, so that compiling takes seconds where the whole model takes minutes. Call
+    it after adapters are attached: what they put in place of a layer's forward is compiled with the block.
     """
-    blocks = [block for child in denoiser.children() if isinstance(child, torch.nn.ModuleList) for block in child]
+    blocks = denoiser.repeated_blocks()
     for block in blocks:
         block.compile(backend=backend)
+    # A U-Net has blocks of one class in many sizes, and a set many sizes of pictures; past its limit dynamo gives up in silence.
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 4 * len(blocks))
     logger.info("compiled %d blocks with backend %s", len(blocks), backend)
     return len(blocks)
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
+import multiprocessing
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from traceback import format_exc
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +18,12 @@ import torch
 
 from library.dataset.batch import Batch
 from library.dataset.plan import BatchRequest, StepPlan, requests_of_epoch
+from library.errors import AtelierError, CheckpointError, ConfigError, TrainingError
+from library.training.failures import failure_of
+from library.training.option_groups import LoopOptions
 from library.training.stopping import leave_signals_to_the_run
+
+logger = logging.getLogger(__name__)
 
 
 class RequestSampler:
@@ -52,6 +61,57 @@ class Loading:
     pin_memory: bool = False
 
 
+SPAWNED_WORKERS = 2
+"""default where a worker begins as a new process, which imports torch anew: 8 of them take gigabytes and a minute at each epoch"""
+
+
+def loading_of(options: LoopOptions, given: Collection[str], pin_memory: bool) -> Loading:
+    """How a run reads; `given` names the options that the user wrote. Linux forks workers, which costs nothing; Windows and macOS
+    spawn them: two that stay are the default there."""
+    number, stay = options.max_data_loader_n_workers, options.persistent_data_loader_workers
+    if multiprocessing.get_start_method() != "fork":
+        stay = True
+        if "max_data_loader_n_workers" not in given:
+            number = SPAWNED_WORKERS
+    return Loading(min(number, os.cpu_count() or 1), stay, pin_memory)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error on its way from the process that loads to the run, without the traceback that torch would put into its text."""
+
+    kind: type[AtelierError]
+    message: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        known = error if isinstance(error, AtelierError) else failure_of(error)
+        told = known or TrainingError(f"a batch cannot be loaded: {type(error).__name__}: {error}")
+        kind = next(c for c in (ConfigError, CheckpointError, TrainingError, AtelierError) if isinstance(told, c))
+        return cls(kind, str(told), format_exc())
+
+    def as_error(self) -> AtelierError:
+        logger.debug("the way to this error\n%s", self.traceback)
+        return self.kind(self.message)
+
+
+class Guarded:
+    """A dataset group whose errors are values."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __getitem__(self, request: BatchRequest) -> Batch | Failure:
+        try:
+            return self.group[request]
+        except Exception as error:
+            return Failure.of(error)
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+
 class BatchLoader:
     """Loads requests in their order. A dataset group takes requests for indices and is a pure function of them, so any
     worker may serve any request."""
@@ -59,7 +119,7 @@ class BatchLoader:
     def __init__(self, group: Any, loading: Loading) -> None:
         self.sampler = RequestSampler()
         self.loader = torch.utils.data.DataLoader(
-            group,
+            Guarded(group),
             batch_size=None,
             sampler=self.sampler,
             num_workers=loading.num_workers,
@@ -72,7 +132,10 @@ class BatchLoader:
 
     def load(self, requests: Sequence[BatchRequest]) -> Iterator[Batch]:
         self.sampler.requests = requests
-        yield from self.loader
+        for batch in self.loader:
+            if isinstance(batch, Failure):
+                raise batch.as_error()
+            yield batch
 
 
 class TrainingData:

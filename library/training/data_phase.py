@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,9 @@ from library.options import Config
 from library.strategy_base import StrategySet
 from library.training.accelerator_setup import Runtime
 from library.training.option_groups import LoopOptions
+
+
+SHEETS = ("dataset.png", "dataset_validation.png")
 
 
 @dataclass
@@ -47,10 +51,10 @@ class DataGroups:
         for group in self.groups:
             group.set_strategies(strategies)
 
-    def show(self, seed: int) -> None:
-        """--debug_dataset."""
-        for group in self.groups:
-            debug_dataset(group, seed=seed)
+    def show(self, seed: int, folder: str) -> None:
+        """--debug_dataset: a line for every sample, and sheets of the pictures in `folder`."""
+        for group, name in zip(self.groups, SHEETS):
+            debug_dataset(group, seed=seed, sheet=os.path.join(folder, name))
 
 
 @dataclass

@@ -38,6 +38,8 @@ def is_output_of(name: str, saving: SavingOptions) -> bool:
 def is_sample_of(name: str, saving: SavingOptions) -> bool:
     """The same for the folder of samples."""
     prefix = f"{saving.output_name}_" if saving.output_name else ""
+    if name == f"{saving.output_name or 'samples'}_sheet.png":
+        return True
     return name.startswith(prefix) and _SAMPLE.fullmatch(name[len(prefix):]) is not None
 
 

@@ -5,6 +5,7 @@ Nothing heavy is imported here; errors are known by their kind and text.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 
@@ -31,11 +32,16 @@ def failure_of(error: BaseException) -> AtelierError | None:
     disk = disk_problem(error)
     if disk is not None:
         return TrainingError(disk)
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _PLACES:
+        name = str(error.filename)
+        return TrainingError(f"{name if len(name) <= 200 else f'{name[:197]}...'} cannot be used: {error.strerror}")
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1 and _is_lost_connection(error):
-        return TrainingError("another process of this run ended, which tells its reason; this one cannot go on alone")
+        return TrainingError("the connection to another process of this run is lost: it ended, and says why where it was not killed; this one cannot go on alone")
     return None
 
 
+_PLACES = frozenset({errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP})
+"""what is wrong with a place that the user named, whichever option it came from"""
 _WORKER_HINT = "; take fewer of them with --max_data_loader_n_workers, or none with 0. What was saved before is whole: go on with --resume latest"
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from library.errors import Problems
+from library.errors import ConfigError, Problems
 from library.options import Config
 from library.training import loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.loss_weights import LossWeightOptions
 from library.training.losses import LossOptions
-from library.training.option_groups import LoopOptions, ModelOptions, PrecisionOptions
+from library.training.option_groups import EmaOptions, LoopOptions, ModelOptions, NoiseOptions, PrecisionOptions
 from library.training.optimizers import OptimizerOptions
 from library.training.schedulers import SchedulerOptions
 from library.training.timestep_samplers import TimestepOptions
@@ -21,15 +21,27 @@ def formula_problems(config: Config) -> list[str]:
     loop, optimizer = config[LoopOptions], config[OptimizerOptions]
     steps = None if loop.max_train_epochs else loop.max_train_steps
     checks: tuple[Callable[[], Any], ...] = (
-        lambda: optimizers.check(optimizer),
+        lambda: _check_optimizer(config),
         lambda: optimizers.check_float16(optimizer) if _trains_in_float16(config) else None,
         lambda: schedulers.check(config[SchedulerOptions], optimizer, steps),
-        lambda: loss_weights.check(config[LossWeightOptions], config[ModelOptions].v_parameterization),
+        lambda: loss_weights.check(
+            config[LossWeightOptions], config[ModelOptions].v_parameterization,
+            NoiseOptions in config and config[NoiseOptions].zero_terminal_snr,
+        ),
     )
     problems = Problems()
     for check in checks:
         problems.attempt(check)
     return problems.messages
+
+
+def _check_optimizer(config: Config) -> None:
+    built = optimizers.check(config[OptimizerOptions])
+    if EmaOptions in config and config[EmaOptions].ema and built.schedule_free:
+        raise ConfigError(
+            f"--ema is set with --optimizer_type {built.choice.name}, which keeps an average of the weights itself (schedule-free);"
+            " leave --ema out, or choose another optimizer"
+        )
 
 
 def _trains_in_float16(config: Config) -> bool:

@@ -8,7 +8,7 @@ import argparse
 from dataclasses import dataclass
 
 from library.errors import ConfigError
-from library.options import LARGEST_BATCH, LARGEST_SEED, equivalent_option, option, refused_option
+from library.options import LARGEST_BATCH, LARGEST_SEED, count_or_none, equivalent_option, option, refused_option
 
 MINUTES_OF_A_YEAR = 525_600
 
@@ -50,14 +50,6 @@ def outside(group: object, low: float, high: float, *names: str) -> list[str]:
         for name, value in values.items()
         if value is not None and not low <= value <= high
     ]
-
-
-def count_or_none(text: str | int) -> int | None:
-    """A count of 1 or more; 0 is the same as not given, as front ends write it. Negative ones are left to the checks."""
-    try:
-        return int(text) or None
-    except (TypeError, ValueError):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
 
 
 def token_length(text: str | int) -> int | None:
@@ -118,7 +110,7 @@ class ModelOptions:
     )
     weighted_captions: bool = option(False, help="read (word:1.2) and [word] in captions as weights")
     disable_mmap_load_safetensors: bool = option(
-        False, help="read model files whole instead of mapping them; quicker on network drives"
+        False, help="read model files whole instead of mapping them; quicker on network drives, and for files that Windows cannot map"
     )
     no_half_vae: bool = option(False, help="keep the VAE in float32 under mixed precision")
 
@@ -151,8 +143,12 @@ class LoopOptions:
 
     max_train_steps: int = option(1600, help="optimizer steps of the run")
     max_train_epochs: int | None = option(None, help="epochs of the run; replaces --max_train_steps; 0 = not given", convert=count_or_none)
-    max_data_loader_n_workers: int = option(8, help="processes that read images and caches; 0 = the main process reads")
-    persistent_data_loader_workers: bool = option(False, help="keep the reading processes from epoch to epoch")
+    max_data_loader_n_workers: int = option(
+        8, help="processes that read images and caches; 0 = the main process reads; 2 when not given on Windows and macOS"
+    )
+    persistent_data_loader_workers: bool = option(
+        False, help="keep the reading processes from epoch to epoch; always so on Windows and macOS, where each starts anew"
+    )
     seed: int | None = option(None, help="number that fixes every random draw; a drawn one is logged when not given", most=LARGEST_SEED)
     gradient_accumulation_steps: int = option(1, help="batches per optimizer step", most=LARGEST_BATCH)
 

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from library.console import make_console_safe
 from library.errors import ConfigError, Problems, did_you_mean
-from library.options import Config, Ignored, OptionSpec, add_options, option_fields
+from library.options import Config, Ignored, OptionSpec, add_options, allows_none, option_fields
 from library.training.config_file import NEVER_IN_FILE, config_path, convert_value, read_config_file
 from library.training.known_options import ALSO_NEUTRAL, INSTEAD, OLD_OPTIONS, is_idle, is_neutral, known_defaults, why_ignored
 
@@ -105,6 +106,7 @@ class OptionParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; all options: --help\n")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        make_console_safe()  # every script and tool begins here, also with --help
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._known_spelling(word) for word in words], namespace)
 
@@ -184,7 +186,12 @@ class OptionReader:
             content = self._without_training_keys(content, path)
         own = {key: value for key, value in content.items() if key in self.owners and key not in NEVER_IN_FILE}
         self._others({key: value for key, value in content.items() if key not in own}, content, path)
+        own = {key: value for key, value in own.items() if value != "" or self._takes_nothing(key)}
         return self.converted(self.with_meaning(own, path, replaced=on_line), f"{path}: {{name}}")
+
+    def _takes_nothing(self, name: str) -> bool:
+        """Whether an empty text is a value of an option; elsewhere it is how front ends write that nothing was given."""
+        return allows_none(self.owners[name], name) or self.what.default(name) == ""
 
     def _without_training_keys(self, content: dict[str, Any], path: Any) -> dict[str, Any]:
         without = {**self.what.refused, **self.what.ignored, **self.what.foreign}

@@ -6,15 +6,17 @@ Options about files, logs, samples, memory and processes are left out: they chan
 from __future__ import annotations
 
 import json
-import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.dataset import CachingOptions
 from library.errors import CheckpointError
 from library.options import Config, option_fields
 from library.training import option_groups
+from library.training.inference_samplers import SamplerOptions
 from library.training.keyword_args import parse_keyword_args
 from library.training.optimizers import OptimizerOptions, choose
 from library.training.schedulers import SchedulerOptions
@@ -27,11 +29,15 @@ if TYPE_CHECKING:
     from library.training.trainables.base import Trainable
 
 SETTINGS_FILE = "settings.json"
-NOT_ABOUT_LEARNING = tuple(
-    getattr(option_groups, f"{name}Options")
-    for name in (
-        "ConfigFile", "Console", "Metadata", "Saving", "Memory", "Resume", "Sampling", "Validation", "Logging", "Hub", "Ddp", "DeepSpeed",
-    )
+NOT_ABOUT_LEARNING = (
+    CachingOptions,
+    SamplerOptions,
+    *(
+        getattr(option_groups, f"{name}Options")
+        for name in (
+            "ConfigFile", "Console", "Metadata", "Saving", "Memory", "Resume", "Sampling", "Validation", "Logging", "Hub", "Ddp", "DeepSpeed",
+        )
+    ),
 )  # fmt: skip
 KEYWORD_OPTIONS = ("optimizer_args", "lr_scheduler_args")
 RECORDED_ELSEWHERE = ("seed", "max_train_epochs", "max_data_loader_n_workers", "persistent_data_loader_workers", "max_train_steps")
@@ -110,12 +116,15 @@ def _option_values(config: Config, fixed: Mapping[str, Any]) -> dict[str, Any]:
             elif name == "network_args":
                 values.update({f"{name} {key}": text for key, text in config[options_class].pairs.items() if key not in fixed.get(name, {})})
             elif name not in fixed and name not in RECORDED_ELSEWHERE and not spec.secret and spec.status == "works":
-                values[name] = os.path.basename(value.rstrip("/\\")) or value if _is_path(value) else value
+                values[name] = [_without_folder(part) for part in value] if isinstance(value, list) else _without_folder(value)
     return plain(values)
 
 
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and ("/" in value or "\\" in value)
+def _without_folder(value: Any) -> Any:
+    """The last part of a path; other values as they are."""
+    if not isinstance(value, (str, Path)):
+        return value
+    return re.split(r"[/\\]", str(value).rstrip("/\\"))[-1] or str(value)
 
 
 def plain(value: Any) -> Any:

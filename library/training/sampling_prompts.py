@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from library.console import storable
 from library.errors import ConfigError, Problems, did_you_mean
 from library.options import LARGEST_PICTURE_SIDE, LARGEST_STEPS, LARGEST_WHOLE, number_problem
 from library.text_files import parse_json, parse_toml
@@ -183,7 +184,8 @@ def parse_pieces(line: str, where: str, options: Mapping[str, LineOption]) -> tu
             continue
         values[entry.field] = (*values.get(entry.field, ()), value) if entry.repeats else value
     problems.raise_if_any()
-    return prompt.strip(), values
+    texts = {name: storable(text) for name, text in values.items() if name.endswith("prompt") and isinstance(text, str)}
+    return storable(prompt.strip()), {**values, **texts}
 
 
 def good_lines(lines: Iterable[Line], read: Callable[[Line], Result]) -> list[Result]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from library.training import checks, loss_weights, losses, optimizers, scheduler
 from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime
 from library.training.checkpoint import resume_point
 from library.training.compilation import checkpoint_activations, compile_blocks
-from library.training.data import Loading, TrainingData
+from library.training.data import TrainingData, loading_of
 from library.training.data_phase import (
     DataGroups,
     FoundData,
@@ -100,8 +100,6 @@ class Trainer:
     def prepare(self) -> Run | None:
         """Every phase up to the complete Run; None when there is nothing to train (--debug_dataset)."""
         found, prompts = self.check()
-        if is_main_process() and not self.config[DatasetOptions].debug_dataset:
-            self._claims.enter_context(claimed_output(self.config))
         runtime = prepare_runtime(self.config)
         trained = self.trainable.trains_text_encoders(self.family)
         strategies = self.family.strategies(trained)
@@ -109,21 +107,37 @@ class Trainer:
         data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)
         if self.config[DatasetOptions].debug_dataset:
-            data.show(runtime.seed)
+            data.show(runtime.seed, self.config[SavingOptions].output_dir or ".")
             return None
         state = local_state_folder(self.config, runtime)
         self.check_length(data, runtime, state)
-        if runtime.is_main_process:
-            checks.make_output_folder(self.config)
-            keep_earlier_files(self.config)
-        runtime.barrier()
+        self.on_main(runtime, self.take_output)
         self.family.transform = self.trainable.transform(self.family)
         vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
         text = self.text_phase(data, strategies, runtime, prompts, trained)
         models = Models(vae, text.text_encoders, self.denoiser_phase(runtime))
         self.trainable.attach(self.family, models, runtime)
         self.arm(models, trained)
+        self.on_main(runtime, lambda: keep_earlier_files(self.config))  # now that inputs among them (--network_weights) are read
         return self.assemble(runtime, data, models, strategies, trained, prompts, text, state)
+
+    def take_output(self) -> None:
+        """The folder of the output, for this run alone."""
+        checks.make_output_folder(self.config)
+        self._claims.enter_context(claimed_output(self.config))
+
+    @staticmethod
+    def on_main(runtime: Runtime, action: Callable[[], object]) -> None:
+        """What the main process does for all; when it fails, all do."""
+        problem = None
+        if runtime.is_main_process:
+            try:
+                action()
+            except ConfigError as error:
+                problem = str(error)
+        problem = runtime.from_main(problem)
+        if problem is not None:
+            raise ConfigError(problem)
 
     def check(self) -> tuple[FoundData, list[Any]]:
         """Everything that can be wrong before models are loaded, in one error; the images and the sample prompts."""
@@ -261,11 +275,7 @@ class Trainer:
         return TrainingData(
             data.train, data.validation, seed=runtime.seed, accumulation=loop.gradient_accumulation_steps, rank=runtime.rank,
             num_processes=runtime.num_processes,
-            loading=Loading(
-                num_workers=min(loop.max_data_loader_n_workers, os.cpu_count() or 1),
-                persistent_workers=loop.persistent_data_loader_workers,
-                pin_memory=runtime.device.type == "cuda",
-            ),
+            loading=loading_of(loop, self.config.explicit, pin_memory=runtime.device.type == "cuda"),
         )
 
     def new_progress(self, batches: TrainingData) -> Progress:

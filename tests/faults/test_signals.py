@@ -17,6 +17,7 @@ from library.errors import RunInterrupted
 from library.training import cli, loop
 from library.training.stopping import StopSwitch, command_going_on
 from tests.runs.conftest import Work, fingerprint
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 BRIEF = "--t5xxl_max_token_length=32"
@@ -95,7 +96,7 @@ def test_a_second_signal_ends_at_once() -> None:
         "    print('goes on', flush=True); time.sleep(1.1)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 143 and done.stdout == "goes on\n"
     assert "once more ends at once" in done.stderr and "ended at once" in done.stderr
 

@@ -13,6 +13,7 @@ from library.errors import AtelierError, ConfigError
 from library.text_files import open_file, parse_toml, read_text, require_file, toml_text
 from library.tokenizers import read_clip_folder, read_qwen_folder, read_t5_folder
 from library.training.parser_common import parse
+from tests.waiting import PATIENCE
 
 DEEP = 100_000
 needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
@@ -69,7 +70,7 @@ def test_a_pipe_in_a_tokenizer_folder_is_not_waited_for(tmp_path, name: str) -> 
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     code = "import sys\nfrom pathlib import Path\nimport tests.library.test_input_files as here\nhere.read_all(Path(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=120, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=PATIENCE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -241,3 +241,17 @@ def _other_shape(tensor: torch.Tensor, is_linear: bool) -> torch.Tensor:
     if tensor.ndim == 0:
         return tensor
     return tensor[:, :, None, None] if is_linear else tensor[:, :, 0, 0]
+
+
+def test_a_record_that_would_unpack_to_gigabytes(monkeypatch, caplog):
+    """It is left aside before it fills the memory."""
+    import base64
+    import zlib
+
+    from networks import conversion_record
+    from networks.lora_layouts import AdapterFile
+
+    monkeypatch.setattr(conversion_record, "MOST_UNPACKED", 1 << 16, raising=False)
+    packed = base64.b64encode(zlib.compress(b'{"content": "' + bytes(1 << 17) + b'"}')).decode()
+    file = AdapterFile({"a": torch.zeros(1)}, {conversion_record.KEY: packed})
+    assert conversion_record.restored("flux", file)[1] is False and "would unpack to more than" in caplog.text

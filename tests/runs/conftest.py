@@ -136,6 +136,30 @@ def losses_of(path: Path, column: str = "loss") -> list[float]:
         return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
 
 
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The scaling of gradients that fp16 has on a GPU, on the CPU; whether each step was left out."""
+    import torch
+
+    from library.training import loop, trainer_base
+
+    prepare, update, skipped = trainer_base.prepare_runtime, loop.update, []
+
+    def with_scaler(config):
+        runtime = prepare(config)
+        runtime.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
+        runtime.accelerator.native_amp = True
+        return runtime
+
+    def noting(run):
+        update(run)
+        skipped.append(run.optimizer.step_was_skipped)
+
+    monkeypatch.setattr(trainer_base, "prepare_runtime", with_scaler)
+    monkeypatch.setattr(loop, "update", noting)
+    return skipped
+
+
 class Stopped(Exception):
     """Stands for a kill."""
 

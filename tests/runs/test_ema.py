@@ -11,10 +11,12 @@ from library.errors import ConfigError
 from library.safetensors_utils import load_safetensors
 from library.training.hooks.ema import decay_at
 from library.training.option_groups import EmaOptions
+from library.training.optimizers import switches_weights
 from library.training.run import Run
 from tests.runs.conftest import Work, fingerprint, read_parts
-from tests.runs.families import Tinies
+from tests.runs.families import Tinies, refused_run
 from tests.runs.test_exactness import Stopped, stop_after
+from tests.runs.test_no_side_effects import AveragingSGD
 
 EVERY = ["--save_every_n_steps=1"]
 
@@ -124,3 +126,31 @@ def test_bad_settings(work: Work, words: list[str], told: str) -> None:
 def test_the_share_grows_to_its_limit() -> None:
     options = EmaOptions(ema=True, ema_decay=0.9, ema_power=0.75)
     assert decay_at(options, 0) == 0 and decay_at(options, 1) == pytest.approx(1 - 2**-0.75) and decay_at(options, 10**6) == 0.9
+
+
+def test_fp16_wraps_the_optimizer_and_is_no_schedule_free_one(work: Work, scaled: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's wrapper has train and eval around every optimizer; only what it wraps says whether weights are switched."""
+    copies = []
+    original = Run.weights_for_eval
+    monkeypatch.setattr(Run, "weights_for_eval", lambda run, averaged=True: copies.append(switches_weights(run.optimizer)) or original(run, averaged))
+    options = ["--mixed_precision=fp16", "--max_train_steps=5"]
+    plain = work.train("plain", *options)
+    final = work.train("out", *options, "--ema", "--ema_decay=0.5")
+    assert scaled and any(scaled)
+    assert copies and not any(copies)
+    assert read_parts(final)[1] == read_parts(plain)[1]
+    assert read_parts(final.with_name("lora-ema.safetensors"))[1] != read_parts(final)[1]
+
+
+def test_the_wrapper_hands_on_a_schedule_free_optimizer(work: Work, scaled: list[bool]) -> None:
+    optimizer = f"--optimizer_type={AveragingSGD.__module__}.AveragingSGD"
+    options = ["--mixed_precision=fp16", "--max_train_steps=4", optimizer]
+    seldom = work.train("seldom", *options)
+    assert not all(scaled)
+    often = work.train("often", *options, "--save_every_n_steps=1")
+    assert read_parts(seldom)[1] == read_parts(often)[1]
+
+
+def test_a_schedule_free_optimizer_is_refused_before_models_are_loaded(work: Work, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    words = work.argv("out", "--ema", f"--optimizer_type={AveragingSGD.__module__}.AveragingSGD")
+    assert "--ema is set with --optimizer_type" in refused_run("flux", words, monkeypatch, capsys)

@@ -139,28 +139,6 @@ def test_resumed_with_everything_that_draws(work: Work, name: str) -> None:
     assert fingerprint(resumed) == fingerprint(whole)
 
 
-@pytest.fixture
-def scaled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """The scaling of gradients that fp16 has on a GPU, on the CPU; whether each step was left out."""
-    from library.training import loop, trainer_base
-
-    prepare, update, skipped = trainer_base.prepare_runtime, loop.update, []
-
-    def with_scaler(config):
-        runtime = prepare(config)
-        runtime.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
-        runtime.accelerator.native_amp = True
-        return runtime
-
-    def noting(run):
-        update(run)
-        skipped.append(run.optimizer.step_was_skipped)
-
-    monkeypatch.setattr(trainer_base, "prepare_runtime", with_scaler)
-    monkeypatch.setattr(loop, "update", noting)
-    return skipped
-
-
 def test_steps_that_fp16_leaves_out(work: Work, scaled: list[bool]) -> None:
     """A gradient that overflows spoils neither the weights nor what GGPO keeps of gradients; the factor is resumed too."""
     options = ["--mixed_precision=fp16", "--lr_scheduler=cosine", "--network_args", "ggpo_sigma=0.03", "ggpo_beta=0.01"]

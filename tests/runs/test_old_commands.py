@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.registry import import_target
+from library.errors import ConfigError
 from library.family_table import FAMILIES
+from library.registry import import_target
 from tests.runs.conftest import losses_of
 from tests.runs.families import FamilyWork, Tinies
 
@@ -57,3 +58,26 @@ def test_prompts_that_a_front_end_left_empty_make_no_samples(works, capsys) -> N
     told = capsys.readouterr().err
     assert told.count("holds no prompt: no sample images are made") == 1 and "Traceback" not in told
     assert not list(Path(work.folder / "empty").glob("sample/*"))
+
+
+@pytest.mark.parametrize(
+    "family, options, refused",
+    [
+        ("sd", "--unet_lr=1 --learning_rate=1 --text_encoder_lr 0.5", True), ("sd", "--unet_lr=1 --learning_rate=1 --text_encoder_lr 1", False),
+        ("sd", "--unet_lr=1 --text_encoder_lr 0.5 --network_train_unet_only", False), ("anima", "--unet_lr=1 --learning_rate=1", False),
+        ("sdxl", "--unet_lr=1 --text_encoder_lr 1 0.5", True),
+    ],
+)
+def test_rates_that_an_optimizer_refuses_in_its_first_step_are_named_at_start(works, family: str, options: str, refused: bool) -> None:
+    trainer = works[family].trainer("rates", "--optimizer_type=prodigy", *options.split())
+    if not refused:
+        trainer.trainable.check(trainer.family)
+        return
+    with pytest.raises(ConfigError, match="Prodigy takes one learning rate for all parts.* 0.5 and 1.0"):
+        trainer.trainable.check(trainer.family)
+
+
+def test_lycoris_on_8_bit_weights_is_named_at_start(works) -> None:
+    trainer = works["sd"].trainer("lycoris", "--network_module=lycoris.kohya", "--mixed_precision=bf16", "--fp8_base")
+    with pytest.raises(ConfigError, match="computes in the number format of the base's weights"):
+        trainer.trainable.check(trainer.family)

@@ -158,6 +158,20 @@ def test_scale_weight_norms(base: Work):
             assert (up.flatten(1) @ down.flatten(1)).norm() * state[stem + "alpha"] / len(down) <= 0.01 * 1.001
 
 
+def test_dora_with_dropout_and_limited_norms(base: Work):
+    """--network_dropout reaches the low-rank part of DoRA; a limit shrinks it and the lengths without driving either to nothing."""
+    words = ["--network_args", "dora_wd=True"]
+    plain = load_file(run(base, "dora", *words, steps=3))
+    dropped = load_file(run(base, "dora dropout", "--network_dropout=0.5", *words, steps=3))
+    assert any(not torch.equal(plain[key], dropped[key]) for key in plain)
+    limited = load_file(run(base, "dora norms", "--scale_weight_norms=0.01", *words, steps=3))
+    for key, up in limited.items():
+        if key.endswith("lora_up.weight"):
+            down = limited[key.replace("lora_up", "lora_down")]
+            change, before = (up @ down).norm(), (plain[key] @ plain[key.replace("lora_up", "lora_down")]).norm()
+            assert 0 < float(change) <= float(before) * 1.01, key
+
+
 def folders(work: Work, name: str, **options: object) -> list[str]:
     """Arguments without a dataset configuration."""
     argv = [word for word in work.argv(name) if not word.startswith("--dataset_config")]

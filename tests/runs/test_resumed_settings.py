@@ -141,6 +141,9 @@ def test_history_goes_on_in_later_states(work: Work) -> None:
     file = work.train("third", *BRIEF, f"--resume={work.folder / 'second' / 'lora-step00000005-state'}", "--learning_rate=1e-3", "--unet_lr=1e-4")
     assert [entry["step"] for entry in json.loads(read_parts(file)[0]["ss_resume_changes"])] == [3, 5]
     assert "ss_resume_changes" not in read_parts(work.folder / "first" / "lora.safetensors")[0]
+    recorded = (state / "settings.json").read_text(encoding="utf-8")
+    assert json.loads(recorded)["options"]["dataset_config"] == "data.toml" and str(work.folder) not in recorded
+    assert not {"output_dir", "cache_latents", "huggingface_token", "sample_prompts"} & json.loads(recorded)["options"].keys()
 
 
 FIXED = {

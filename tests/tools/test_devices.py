@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library import anima_inference
-from library.device_utils import device_problem
+from library import anima_inference, device_utils, flux_inference, sdxl_inference, unet_inference
+from library.device_utils import can_compute, device_problem, format_problem
+from tests.runs.families import Tinies, refused_run
 from tools import extract_lora, merge_lora, merge_models, resize_lora
 
 TOOLS = {
@@ -38,3 +39,55 @@ def test_the_message_tells_what_there_is(monkeypatch):
     problem = device_problem("device", "cuda:77")
     assert problem.startswith("--device is 'cuda:77', which is not there; here there are: ") and problem.endswith("built without CUDA")
     assert device_problem("device", "cpu") is None and device_problem("device", None) is None
+
+
+SCRIPTS = {
+    "flux": (flux_inference, ["--prompt=x", "--flux_dtype=fp8"], ["--dtype asks for bfloat16", "--flux_dtype asks for float8_e4m3fn"]),
+    "anima": (anima_inference, ["--prompt=x", "--save_path=out", "--fp8_scaled"], ["--dtype bfloat16 asks", "--fp8_scaled asks for float8_e4m3fn"]),
+    "sdxl": (sdxl_inference, ["--prompt=x", "--dtype=bf16"], ["--dtype bf16 asks for bfloat16"]),
+    "gen_img": (unet_inference, ["--prompt=x", "--bf16"], ["--bf16 asks for bfloat16"]),
+}
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device with float32 and float16 alone."""
+    monkeypatch.setattr(device_utils, "can_compute", lambda device, dtype: dtype in (torch.float32, torch.float16))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_tell_formats_that_the_device_lacks(script: str, old_gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module, argv, told = SCRIPTS[script]
+    with pytest.raises(SystemExit) as ended:
+        module.main(argv)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in error
+    assert all(part in error for part in told), error
+
+
+@pytest.mark.parametrize("family", ["flux", "sd"])
+def test_training_tells_formats_that_the_device_lacks(family: str, old_gpu, tmp_path, tmp_path_factory, monkeypatch, capsys):
+    work = Tinies(tmp_path_factory).work(family, tmp_path)
+    told = refused_run(family, work.argv("out", "--mixed_precision=bf16", "--fp8_base"), monkeypatch, capsys)
+    assert "--mixed_precision bf16 asks for bfloat16" in told and "--fp8_base asks for float8_e4m3fn" in told
+
+
+def test_what_the_cpu_computes_with():
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert all(can_compute(cpu, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn))
+    assert not can_compute(meta, torch.bfloat16)  # holds no values
+    assert format_problem("--dtype", "bfloat16", "cpu", "") is None and format_problem("--dtype", "bfloat16", "no device", "") is None
+
+
+def test_a_format_that_the_device_imitates_is_a_warning(monkeypatch):
+    from library.options import Config
+    from library.training.device_checks import precision_warnings
+    from library.training.option_groups import PrecisionOptions
+
+    monkeypatch.setattr(device_utils, "get_preferred_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    (line,) = precision_warnings(Config.read({"mixed_precision": "bf16"}, (PrecisionOptions,)))
+    assert "Tesla T4" in line and "fp16" in line
+    assert precision_warnings(Config.read({"mixed_precision": "fp16"}, (PrecisionOptions,))) == []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from library.errors import ConfigError, Problems, did_you_mean
 from library.family_table import FAMILIES
-from library.options import LARGEST_RANK, option
+from library.options import LARGEST_RANK, number_or_none, option
 from library.registry import Registry
 from library.training.keyword_args import split_items
 
@@ -53,7 +53,9 @@ class NetworkOptions:
         None, help="learning rate of the text encoders, one for all or one for each; --learning_rate when not given; 0 = not trained",
         nargs="*",
     )
-    scale_weight_norms: float | None = option(None, help="largest norm of a layer's change; larger ones are scaled down")
+    scale_weight_norms: float | None = option(
+        None, help="largest norm of a layer's change; larger ones are scaled down; 0 = not given", convert=number_or_none
+    )
     base_weights: list[str] | None = option(None, help="adapter files merged into the model before training", nargs="*")
     base_weights_multiplier: list[float] | None = option(None, help="strength of each of the --base_weights; 1 when not given", nargs="*")
 

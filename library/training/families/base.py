@@ -126,8 +126,8 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
-        """A module with `device` and `enable_gradient_checkpointing(cpu_offload)`, whose repeated blocks stand in ModuleLists
-        of its own (--torch_compile compiles those) and which has no dropout."""
+        """A module with `device`, `enable_gradient_checkpointing(cpu_offload)` and `repeated_blocks()` (--torch_compile compiles
+        those), which has no dropout."""
 
     @abstractmethod
     def objective(self) -> Objective: ...

@@ -114,17 +114,24 @@ class CheckpointHook(Hook):
         run.runtime.barrier()
 
     def _write_all(self, run: Run, folder: Path, saving: Saving, is_last: bool) -> None:
-        held = None
+        """What another program keeps from its place is kept under another name, so training goes on; whoever waits for the
+        last file is told at the end."""
+        held = []
         try:
             self._write_file(run, folder / saving.file, is_last)
-        except HeldFileError as error:  # the weights are kept, so training goes on; whoever waits for the last file is told at the end
-            logger.warning("%s", error)
-            held = error
+        except HeldFileError as error:
+            held.append(error)
         if saving.state is not None:
-            self._write_state(run, folder / saving.state, is_last)
+            try:
+                self._write_state(run, folder / saving.state, is_last)
+            except HeldFileError as error:
+                held.append(error)
+                self.last_state = error.kept
+        for error in held:
+            logger.warning("%s", error)
         self._remove(folder, saving)
-        if held is not None and is_last:
-            raise held
+        if held and is_last:
+            raise held[0]
 
     def _kept(self, run: Run) -> str:
         """What of the run stands, and how to go on when a file could not be written."""

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.errors import CheckpointError, ConfigError
+from library.errors import CheckpointError
 from library.training.hooks.base import Hook
 from library.training.option_groups import EmaOptions
-from library.training.optimizers import switches_weights
 
 if TYPE_CHECKING:
     from library.training.run import Run
@@ -43,8 +42,6 @@ class EmaHook(Hook):
         self._average: dict[str, torch.Tensor] = {}
 
     def on_train_start(self, run: Run) -> None:
-        if switches_weights(run.optimizer):
-            raise ConfigError("--ema is set with an optimizer that keeps an average of the weights itself (schedule-free); leave one of them out")
         if not self._average:
             if run.progress.global_step:
                 logger.warning("the state that is resumed holds no average; --ema begins with the weights of step %d", run.progress.global_step)

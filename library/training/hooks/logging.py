@@ -88,7 +88,10 @@ class LoggingHook(Hook):
         self.window = self.window.at(run.progress.global_step, run.progress.steps_per_epoch)
         if not run.runtime.is_main_process:
             return
-        self._trackers = open_trackers(run.config[LoggingOptions], run.config)
+        try:
+            self._trackers = open_trackers(run.config[LoggingOptions], run.config)
+        except OSError as error:
+            logger.warning("the curves cannot be written (%s); training goes on without them", error.strerror or error)
         if self.show_progress:
             self._bar = _progress_bar(run.progress.max_train_steps, run.progress.global_step)
             self._restore_console = lines_above_bar() if sys.stderr.isatty() else None
@@ -111,14 +114,23 @@ class LoggingHook(Hook):
         step = progress.global_step if step is None else step
         epoch = progress.finished_epochs if epoch is None else epoch
         kept = {name: float(value) for name, value in values.items() if value is not None}
-        for tracker in self._trackers:
-            tracker.log(Point(kept, axis, epoch if axis == "epoch" else step, step, epoch))
+        point = Point(kept, axis, epoch if axis == "epoch" else step, step, epoch)
+        self._to_trackers(lambda tracker: tracker.log(point))
 
     def log_image(self, name: str, image: Image.Image, caption: str) -> None:
         progress = self._run.progress
         point = Point({}, "step", progress.global_step, progress.global_step, progress.finished_epochs)
-        for tracker in self._trackers:
-            tracker.log_image(name, image, caption, point)
+        self._to_trackers(lambda tracker: tracker.log_image(name, image, caption, point))
+
+    def _to_trackers(self, action: Callable[[Tracker], None]) -> None:
+        """A tracker whose disk is full is told once and left out from then on; curves are not worth a run."""
+        for tracker in list(self._trackers):
+            try:
+                action(tracker)
+            except OSError as error:
+                self._trackers.remove(tracker)
+                place = "" if tracker.folder is None else f" in {tracker.folder}"
+                logger.warning("the curves%s cannot be written (%s); training goes on without them", place, error.strerror or error)
 
     def show(self, **texts: str) -> None:
         """Add short texts to the progress bar."""
@@ -149,8 +161,7 @@ class LoggingHook(Hook):
 
     def close(self) -> None:
         """End of the trackers; FinishHook calls it after the last hook that logs."""
-        for tracker in self._trackers:
-            tracker.close()
+        self._to_trackers(lambda tracker: tracker.close())
 
     def state_dict(self) -> dict[str, Any]:
         """The window as of the last reading; a save reads first (NonFiniteGuard.check_before_save)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,13 @@ from library.training.checkpoint import CheckpointNames
 from library.training.hooks.base import Hook
 from library.training.hooks.losses import LossReader, StepLoss
 from library.training.option_groups import SavingOptions
+from library.write_errors import WriteError
 
 if TYPE_CHECKING:
     from library.training.run import Run
+
+logger = logging.getLogger(__name__)
+
 
 class LossCurveHook(Hook):
     """Writes `{output_name}-loss.png` and `{output_name}-loss.csv` after every save and at the end of the run."""
@@ -64,8 +69,11 @@ class LossCurveHook(Hook):
         stem = Path(options.output_dir) / f"{CheckpointNames(options.output_name).last()}-loss"
         averages = trailing_mean(self.losses, run.progress.steps_per_epoch)
         self._paths = (stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".csv"))
-        plot_losses(self._paths[0], self.steps, self.losses, averages, self.validation)
-        write_table(self._paths[1], self.steps, self.losses, averages, self.validation)
+        try:
+            plot_losses(self._paths[0], self.steps, self.losses, averages, self.validation)
+            write_table(self._paths[1], self.steps, self.losses, averages, self.validation)
+        except WriteError as error:
+            logger.warning("%s; training goes on", error)
 
     def planned_files(self, run: Run) -> list[str]:
         stem = CheckpointNames(run.config[SavingOptions].output_name).last()

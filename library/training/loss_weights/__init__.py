@@ -33,8 +33,8 @@ class LossWeightOptions:
 
     min_snr_gamma: float | None = option(None, help="gamma of min-SNR weighting, arXiv 2303.09556; 5 is usual, 0 = off")
     scale_v_pred_loss_like_noise_pred: bool = option(False, help="scale a v-prediction loss like a noise-prediction loss")
-    v_pred_like_loss: float | None = option(None, help="add this much of the loss that v-prediction would have")
-    debiased_estimation_loss: bool = option(False, help="weight of arXiv 2310.08442")
+    v_pred_like_loss: float | None = option(None, help="add this much of the loss that v-prediction would have; not with --zero_terminal_snr")
+    debiased_estimation_loss: bool = option(False, help="weight of arXiv 2310.08442; with --zero_terminal_snr only for v-prediction")
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -46,13 +46,24 @@ class LossWeightOptions:
         problems.raise_if_any()
 
 
-def check(options: LossWeightOptions, v_parameterization: bool) -> None:
-    """Raise ConfigError for weights that the prediction type excludes."""
+WITHOUT_SIGNAL = ("v_pred_like_loss", "debiased_estimation_loss")
+"""divide by the signal-to-noise ratio when noise is predicted"""
+
+
+def check(options: LossWeightOptions, v_parameterization: bool, zero_terminal_snr: bool = False) -> None:
+    """Raise ConfigError for weights that the prediction type or the noise schedule excludes."""
     problems = Problems()
     if options.scale_v_pred_loss_like_noise_pred and not v_parameterization:
         problems.add("--scale_v_pred_loss_like_noise_pred is set; it needs --v_parameterization")
     if options.v_pred_like_loss and v_parameterization:
         problems.add("--v_pred_like_loss is set together with --v_parameterization, whose loss is that one already; drop it")
+    for name in WITHOUT_SIGNAL if zero_terminal_snr and not v_parameterization else ():
+        if getattr(options, name):
+            problems.add(
+                f"--{name} is set together with --zero_terminal_snr and without --v_parameterization: it divides by the"
+                " signal-to-noise ratio, which falls to 0 there, so that the last few of 1000 timesteps would have most of all weight;"
+                f" leave out --{name} or --zero_terminal_snr, or train a v-prediction model with --v_parameterization"
+            )
     problems.raise_if_any()
 
 

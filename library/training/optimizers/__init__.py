@@ -159,7 +159,12 @@ class OptimizerBuild:
 
 
 def switches_weights(optimizer: Any) -> bool:
-    """Whether an optimizer keeps other weights for evaluation: it has callable train and eval, whatever its name."""
+    """Whether an optimizer keeps other weights for evaluation: it has callable train and eval, whatever its name.
+
+    accelerate's wrapper, around every optimizer under fp16, has both for all and hands them on: the wrapped one decides.
+    """
+    if type(optimizer).__module__ == "accelerate.optimizer":
+        optimizer = optimizer.optimizer
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
@@ -224,9 +229,9 @@ def optimizer_class(choice: OptimizerChoice) -> type:
     )
 
 
-def check(options: OptimizerOptions) -> None:
-    """Import the class, compare the arguments with its signature and try them on a small matrix; ConfigError with every
-    problem."""
+def check(options: OptimizerOptions) -> OptimizerBuild:
+    """Import the class, compare the arguments with its signature and try them on a small matrix, which is returned; ConfigError
+    with every problem."""
     choice = choose(options)
     cls = optimizer_class(choice)
     problems = argument_problems(cls, choice.kwargs, "optimizer_args", supplied=("params", "lr"), what=choice.name)
@@ -234,7 +239,28 @@ def check(options: OptimizerOptions) -> None:
         raise ConfigError(problems)
     from torch import nn, zeros
 
-    build(options, [{"params": [nn.Parameter(zeros(2, 2))], "lr": options.learning_rate, "name": "probe"}])
+    return build(options, [{"params": [nn.Parameter(zeros(2, 2))], "lr": options.learning_rate, "name": "probe"}])
+
+
+def check_rates(options: OptimizerOptions, rates: Sequence[float]) -> None:
+    """ConfigError when the optimizer refuses groups of these rates, as those that estimate one step size for all groups do in
+    their first step."""
+    different = sorted({rate for rate in rates if rate})
+    if len(different) < 2 or not choose(options).one_rate_for_all_groups:
+        return
+    from torch import nn, ones
+
+    weights = [nn.Parameter(ones(2, 2)) for _ in different]
+    built = build(options, [{"params": [weight], "lr": rate, "name": str(rate)} for weight, rate in zip(weights, different, strict=True)])
+    for weight in weights:
+        weight.grad = ones(2, 2)
+    try:
+        built.optimizer.step()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--optimizer_type {built.choice.name} takes one learning rate for all parts, or 0; --learning_rate, --unet_lr and"
+            f" --text_encoder_lr ask for {' and '.join(map(str, different))} ({error}). Give one rate, usually 1"
+        ) from error
 
 
 def check_float16(options: OptimizerOptions) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from library.errors import ConfigError
+from library.options import number_problem, shortened
 from library.training.schedulers import RAMP_TYPES, CurveSettings
 
 Curve = Callable[[int], float]
@@ -174,4 +175,7 @@ def _number(settings: CurveSettings, key: str, default: float) -> float:
     value = settings.args.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{key} in --lr_scheduler_args is {value!r}; a number is needed")
+    needed = number_problem(value, is_whole=False)
+    if needed is not None:
+        raise ConfigError(f"{key} in --lr_scheduler_args is {shortened(value)}; {needed} is needed")
     return float(value)

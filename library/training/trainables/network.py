@@ -27,8 +27,8 @@ from library.safetensors_utils import load_safetensors, read_header
 from library.training.adapters import DENOISER_ONLY, NetworkOptions, check_network_module
 from library.training.hooks.base import Hook
 from library.training.hooks.network import NetworkHook
-from library.training.option_groups import ModelOptions
-from library.training.optimizers import OptimizerOptions
+from library.training.option_groups import ModelOptions, PrecisionOptions
+from library.training.optimizers import OptimizerOptions, check_rates
 from library.training.timesteps import NUM_TIMESTEPS
 from library.training.trainables.base import Trainable
 from library.training.trainables.base_weights import BaseWeights
@@ -74,6 +74,13 @@ class NetworkTrainable(Trainable):
         )  # fmt: skip
         for step in steps:
             problems.attempt(step)
+        problems.attempt(lambda: check_rates(self.config[OptimizerOptions], self._rates(family)))
+        precision = self.config[PrecisionOptions]
+        if self.opts.module_path.split(".")[0] == "lycoris" and (precision.fp8_base or precision.fp8_base_unet):
+            problems.add(
+                f"--network_module is {self.opts.network_module}, which computes in the number format of the base's weights; that is 8 bits"
+                " with --fp8_base, in which nothing can be computed. Leave --fp8_base out, or use one of the networks here, e.g. networks.loha"
+            )
         if self.opts.network_train_text_encoder_only and not any(self.trains_text_encoders(family)):
             problems.add(f"--network_train_text_encoder_only leaves nothing to train: no text encoder of {family.name} is trained")
         problems.raise_if_any()
@@ -175,6 +182,15 @@ class NetworkTrainable(Trainable):
             encoder.switch is None or _is_on(self.opts.pairs.get(encoder.switch))
             for encoder in targets_of_family(family.name).text_encoders
         ]
+
+    def _rates(self, family: ModelFamily) -> list[float]:
+        """The learning rates of the parts that are trained."""
+        default, given = self.config[OptimizerOptions].learning_rate, self.opts.text_encoder_lr or []
+        rates = [] if self.opts.network_train_text_encoder_only else [default if self.opts.unet_lr is None else self.opts.unet_lr]
+        for position, learns in enumerate(self.trains_text_encoders(family)):
+            if learns:
+                rates.append(given[min(position, len(given) - 1)] if given else default)
+        return rates
 
     def _idle_rates(self, family: ModelFamily) -> list[str]:
         """Learning rates that were given for parts that are not trained."""

@@ -98,3 +98,17 @@ def test_which_regularisation_images_are_used_follows_the_seed():
     assert len(choices) > 10
     assert balance_regularization(3, [1] * 20, seed=4) == balance_regularization(3, [1] * 20, seed=4)
     assert balance_regularization(3, [0, 0], seed=1) == [0, 0]
+
+
+@pytest.mark.parametrize("size, settings, reason", [
+    ((300, 100), {}, "the reason is enable_bucket = false"),
+    ((2048, 512), {"enable_bucket": True, "max_bucket_reso": 1024, "min_bucket_reso": 512}, "max_bucket_reso = 1024 (2048 would do)"),
+    ((512, 2048), {"enable_bucket": True, "max_bucket_reso": 2048, "min_bucket_reso": 1024}, "min_bucket_reso = 1024 (512 would do)"),
+    ((100, 100), {"enable_bucket": True, "bucket_no_upscale": True}, "bucket_reso_steps = 64 (a smaller one would do)"),
+    ((8000, 10), {"enable_bucket": True}, "no setting of the buckets helps"),
+])  # fmt: skip
+def test_a_large_cut_names_the_setting_that_causes_it(size, settings, reason):
+    params = DatasetParams(resolution=(1024, 1024), **settings)
+    item = ImageItem(image_key="a", absolute_path="a.png", caption="", subset=SubsetParams(), image_size=size)
+    (line,) = [line for line in assign_buckets([item], params).warnings if "crop" in line]
+    assert reason in line and f"{size[0]}x{size[1]} in " in line

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from library.dataset import cache_io, caching
+from library.dataset import cache_checks, cache_io, caching
 from library.dataset.architectures import ARCHITECTURES
 from library.dataset.background import BackgroundWriter, map_ahead
 from library.dataset.cache_checks import check_cache_folders
@@ -307,11 +307,30 @@ def test_augmentations_that_have_no_single_latents_are_refused(tmp_path, name, v
         plan_latents(items, SmallLatentsCaching(FLUX, True))
 
 
-def test_two_images_of_one_stem_cannot_share_a_file(tmp_path):
-    items = [make_item(make_image(tmp_path / "a.png")), make_item(make_image(tmp_path / "a.jpg"))]
-    with pytest.raises(ConfigError, match="a.png and .*a.jpg would share"):
-        plan_latents(bucketed(items), SmallLatentsCaching(FLUX, True))
-    assert fill(items, SmallLatentsCaching(FLUX, False)) == 2
+def names_of(folder, *names: str) -> list[str]:
+    """Names of the cache files of pictures of one size, in their order."""
+    items = bucketed([make_item(make_image(folder / name, seed=i)) for i, name in enumerate(names)])
+    assert fill(items) == len(items) and fill(items) == 0
+    return [os.path.basename(item.latents_npz) for item in items]
+
+
+def test_two_images_of_one_stem_get_a_file_each(tmp_path):
+    """And so they do for their texts; all others keep their names, and so do those that differ in case here."""
+    assert names_of(tmp_path, "a.png", "a.jpg", "b.png", "B.jpg") == [
+        "a.png_0064x0064_flux.npz", "a.jpg_0064x0064_flux.npz", "b_0064x0064_flux.npz", "B_0064x0064_flux.npz",
+    ]  # fmt: skip
+
+
+def test_images_that_a_file_system_without_case_takes_for_one_get_a_file_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_checks, "ignores_case", lambda path: True)
+    assert names_of(tmp_path, "Cat.png", "cat.jpg", "dog.png") == [
+        "Cat.png_0064x0064_flux.npz", "cat.jpg_0064x0064_flux.npz", "dog_0064x0064_flux.npz",
+    ]  # fmt: skip
+
+
+def test_a_name_that_is_still_shared_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="would share a cache file; rename"):
+        names_of(tmp_path, "a.png", "a.jpg", "a.png.png")
 
 
 def test_one_file_cannot_hold_two_ways_of_resizing(tmp_path):

@@ -131,6 +131,33 @@ def test_captions(tmp_path):
     assert "1 images have no caption" in problem and "a/none.png" in problem.replace(os.sep, "/")
 
 
+def test_captions_of_another_extension_are_pointed_out(tmp_path):
+    for i in range(25):
+        image(tmp_path / "a" / f"{i:02d}.png", caption="x" if i < 16 else None)
+    text = config(folder(tmp_path / "a"), rest='caption_extension = ".caption"')
+    (line,) = [line for line in scan(tmp_path, text).warnings if "no caption" in line]
+    assert line.startswith("25 images in datasets[0].subsets[0] have no caption") and "16 of them have a .txt file" in line
+    assert 'caption_extension = ".txt"' in line and "--caption_extension .txt" in line
+    (problem,) = problems(tmp_path, text, fail_on_missing_captions=True)
+    assert 'caption_extension = ".txt"' in problem
+    named = config(folder(tmp_path / "a") + '\nclass_tokens = "dog"', rest='caption_extension = ".caption"')
+    (line,) = scan(tmp_path, named).warnings
+    assert "train with class_tokens 'dog'" in line and 'caption_extension = ".txt"' in line
+    assert "class_tokens = " in "\n".join(scan(tmp_path, config(folder(tmp_path / "a"))).warnings)
+
+
+def test_small_images_are_left_out_of_one_dataset(tmp_path):
+    for name, size in (("large.png", (200, 100)), ("wide.png", (160, 64)), ("equal.png", (100, 100)), ("small.png", (64, 64))):
+        image(tmp_path / "a" / name, size)
+    second = f"[[datasets]]\nresolution = 128\nskip_image_resolution = 100\n[[datasets.subsets]]\n{folder(tmp_path / 'a')}\n"
+    result = scan(tmp_path, config(folder(tmp_path / "a")) + second)
+    assert [names(items) for items in result.train] == [["equal.png", "large.png", "small.png", "wide.png"], ["large.png", "wide.png"]]
+    assert any("2 of 4 images" in line and "skip_image_resolution 100x100" in line for line in result.warnings)
+    everywhere = scan(tmp_path, config(folder(tmp_path / "a")), skip_image_resolution=(160, 64))
+    assert names(everywhere.train[0]) == ["large.png"]
+    assert "skip_image_resolution 500x500" in "".join(problems(tmp_path, config(folder(tmp_path / "a")), skip_image_resolution=(500, 500)))
+
+
 def test_one_stem_twice_is_mentioned(tmp_path):
     image(tmp_path / "a" / "x.png")
     image(tmp_path / "a" / "x.jpg")

@@ -1,37 +1,61 @@
 """Compiled blocks give the same outputs and gradients, also with a forward that an adapter has put in place."""
 
+from pathlib import Path
+
+import pytest
 import torch
+from torch import nn
 
+from library.training import trainer_base
 from library.training.compilation import compile_blocks
+from tests.networks.tiny_denoisers import DENOISERS, tiny_denoiser
+from tests.runs.conftest import largest_difference
+from tests.runs.families import Tinies
 
 
-class Tiny(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = torch.nn.Linear(4, 4)
-        self.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()) for _ in range(2))
-        self.more = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
-
-    def forward(self, x):
-        for block in (self.first, *self.blocks, *self.more):
-            x = block(x)
-        return x
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
-def test_compiled_blocks_compute_the_same():
-    torch.manual_seed(0)
-    model, x = Tiny(), torch.randn(3, 4)
-    scale = torch.nn.Parameter(torch.tensor(1.5))
-    layer = model.blocks[0][0]
-    plain = layer.forward
-    layer.forward = lambda h: plain(h) + scale * h
-    expected = model(x)
+@pytest.mark.parametrize("family", DENOISERS)
+def test_every_compiled_block_runs_compiled_and_computes_the_same(family: str):
+    model, inputs = tiny_denoiser(family)
+    layer = next(module for module in model.repeated_blocks()[-1].modules() if isinstance(module, nn.Linear))
+    plain, scale = layer.forward, nn.Parameter(torch.tensor(1.5))
+    layer.forward = lambda h: scale * plain(h)  # as an adapter does
+    expected = model(*inputs)
     expected.sum().backward()
-    gradient = scale.grad.clone()
-    scale.grad = None
-    assert compile_blocks(model, "eager") == 3
-    found = model(x)
+    gradient, scale.grad = scale.grad.clone(), None
+    blocks, compiled, called = model.repeated_blocks(), [], set()
+    assert len(blocks) == len(set(blocks)) >= 2
+
+    def counting(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    for number, block in enumerate(blocks):
+        block.register_forward_pre_hook(lambda *_, number=number: called.add(number))
+        inside = {module for module in block.modules() if module is not block}
+        assert not inside.intersection(blocks), "a block inside another one is compiled with it"
+    assert compile_blocks(model, counting) == len(blocks)
+    found = model(*inputs)
     found.sum().backward()
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(scale.grad, gradient)
-    torch._dynamo.reset()
+    assert called == set(range(len(blocks))) and compiled
+    before = len(compiled)
+    model(*inputs)
+    assert len(compiled) == before
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_run_on_a_compiled_u_net(family: str, tmp_path: Path, tmp_path_factory, monkeypatch: pytest.MonkeyPatch):
+    work, numbers = Tinies(tmp_path_factory).work(family, tmp_path), []
+    monkeypatch.setattr(trainer_base, "compile_blocks", lambda *words: numbers.append(compile_blocks(*words)))
+    plain = work.train("plain", "--max_train_steps=1")
+    compiled = work.train("compiled", "--max_train_steps=1", "--torch_compile", "--dynamo_backend=eager")
+    assert numbers and numbers[0] >= 4
+    assert largest_difference(plain, compiled) < 1e-4

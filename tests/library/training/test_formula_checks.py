@@ -64,3 +64,34 @@ def test_an_optimizer_that_makes_float16_weights_no_numbers_is_refused():
     assert formula_problems(Config.read({**half, "optimizer_args": ["eps=1e-4"]}, groups)) == []
     assert formula_problems(Config.read({**half, "optimizer_type": "SGDNesterov"}, groups)) == []
     assert formula_problems(Config.read({"mixed_precision": "fp16"}, groups)) == []
+
+
+def test_weights_that_divide_by_a_ratio_of_0_are_refused():
+    """At a zero-terminal schedule the last steps of noise prediction would have nearly all weight."""
+    for option, value in (("debiased_estimation_loss", True), ("v_pred_like_loss", 0.1)):
+        (problem,) = formula_problems(config_of(zero_terminal_snr=True, **{option: value}))
+        assert f"--{option}" in problem and "--zero_terminal_snr" in problem and "--v_parameterization" in problem
+        assert formula_problems(config_of(**{option: value})) == []
+    assert formula_problems(config_of(zero_terminal_snr=True, debiased_estimation_loss=True, v_parameterization=True)) == []
+    assert len(formula_problems(config_of(zero_terminal_snr=True, debiased_estimation_loss=True, v_pred_like_loss=0.1))) == 2
+
+
+def test_no_step_of_a_zero_terminal_schedule_has_a_weight_out_of_all_measure():
+    """Every combination that starts: the largest factor is at most some times the one that the plain schedule gives."""
+    import torch
+
+    from library.training import loss_weights
+
+    times = torch.arange(1000)
+    chosen = ({"min_snr_gamma": 5.0}, {"debiased_estimation_loss": True}, {"v_pred_like_loss": 0.5}, {"scale_v_pred_loss_like_noise_pred": True})
+    started = 0
+    for values in chosen:
+        for is_v in (False, True):
+            config = config_of(zero_terminal_snr=True, v_parameterization=is_v, **values)
+            if formula_problems(config):
+                continue
+            objective = DdpmObjective(config[TimestepOptions], config[NoiseOptions], prediction_type="v" if is_v else "epsilon")
+            factor = loss_weights.build(config[LossWeightOptions])(times, objective)
+            assert torch.isfinite(factor).all() and float(factor.max()) <= 20, (values, is_v)
+            started += 1
+    assert started == 4

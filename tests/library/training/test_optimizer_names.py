@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from library.errors import ConfigError
 from library.training import optimizers
 from library.training.optimizers import OPTIMIZERS, OptimizerOptions
 
@@ -52,3 +53,13 @@ def test_schedule_free_optimizers_switch_their_weights() -> None:
     for name in ("ProdigyPlusScheduleFree", "ScheduleFreeAdamW", "ScheduleFreeRAdam", "ScheduleFreeSGD", "AdamWScheduleFree"):
         build = optimizers.build(OptimizerOptions(optimizer_type=name), [{"params": [torch.nn.Parameter(torch.ones(2, 2))], "lr": 1.0}])
         assert build.schedule_free and build.choice.named_schedule_free, name
+
+
+@pytest.mark.parametrize("name", ["Prodigy", "DAdaptAdam", "DAdaptLion"])
+def test_different_rates_are_named_at_start_where_the_optimizer_refuses_them(name: str) -> None:
+    options = OptimizerOptions(optimizer_type=name, learning_rate=1.0)
+    with pytest.raises(ConfigError, match=f"{name} takes one learning rate for all parts.* 0.5 and 1.0"):
+        optimizers.check_rates(options, [1.0, 0.5])
+    optimizers.check_rates(options, [1.0, 1.0])
+    optimizers.check_rates(options, [1.0, 0.0])
+    optimizers.check_rates(OptimizerOptions(optimizer_type="AdamW"), [1.0, 0.5])

@@ -23,7 +23,7 @@ OWN_OPTIONS = {
     "anima_network": {"qwen3_tokenizer"},
 }
 OWN_OF_ALL = {
-    "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_bad_images", "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
+    "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_image_resolution", "skip_bad_images", "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
     "drop_untrained",
 }
 """options that only this project has; extend the sets together with the documentation"""

@@ -93,3 +93,9 @@ def test_one_notice(options, optimizer, words):
 def test_no_notice_without_reason():
     assert schedulers.notices(SchedulerOptions(), OptimizerOptions()) == []
     assert schedulers.notices(SchedulerOptions(lr_scheduler="cosine", lr_warmup_steps="10%"), OptimizerOptions()) == []
+
+
+def test_arguments_of_a_curve_are_finite():
+    for text in ("rex_alpha=1e400", f"min_lr={10**40}"):
+        with pytest.raises(ConfigError, match="is needed"):
+            schedulers.check(SchedulerOptions(lr_scheduler="rex", lr_scheduler_args=[text]), OptimizerOptions())
