@@ -5,7 +5,8 @@
 Small noise pictures with captions and a tiny random model; every run is the real script in a process of its own and trains one step.
 Beside it stands the least that a start must do for as many pictures: list the folder, read every header with imagesize and every
 caption. Opened files and decoded pictures are counted inside the runs. The second start should take at most twice the CPU time of
-that baseline beyond what it takes with the smallest count, and the first should decode what it encodes and nothing else.
+that baseline beyond what it takes with the smallest count (it is not there yet: docs/caching.md), and the first should decode what it
+encodes and nothing else.
 
 With more than 64 pictures the further ones are copies, and so are their cache files: the "first" start then meets finished caches of
 which it knows nothing, as after copying a data set, and encodes nothing. --encode_all has it encode every picture (half an hour for

@@ -41,7 +41,7 @@ class TextJob:
 
 @dataclass
 class TextPlan:
-    """What this process has to encode. `in_use`: file -> hashes of all captions that the run keeps in it."""
+    """What this process has to encode. `in_use`: file that is written -> hashes of all captions that the run keeps in it."""
 
     jobs: list[TextJob]
     in_use: dict[str, frozenset[str]]
@@ -102,7 +102,8 @@ def plan_text(
     cached = sum(len(by_file[path]) for path in mine) - len(missing)
     logger.info("text encoder outputs: %d captions cached, %d to encode %s", cached, len(missing), dict(reasons) or "")
     check_cache_folders(item.text_encoder_outputs_npz for item in missing)
-    in_use = {path: frozenset(text_cache_io.caption_hash(cached_caption(i)) for i in by_file[path]) for path in mine}
+    written = {item.text_encoder_outputs_npz for item in missing}
+    in_use = {path: frozenset(text_cache_io.caption_hash(cached_caption(i)) for i in by_file[path]) for path in written}
     return TextPlan(_jobs_of(missing), in_use)
 
 

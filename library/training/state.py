@@ -177,8 +177,13 @@ def _compare(counters: Mapping[str, Any], run: Run) -> None:
 def seed_of(config: Config) -> int | None:
     """--seed or, when it is not given, that of the local state to go on with; None = to be drawn."""
     given = config[LoopOptions].seed
-    state = resumed_state(config) if given is None else None
-    return given if state is None else read_train_state(state).get("seed")
+    if given is not None or ResumeOptions not in config:  # tools that fill caches resume nothing
+        return given
+    try:
+        state = resumed_state(config)
+    except ConfigError:
+        return None  # told by the check of --resume
+    return None if state is None else read_train_state(state).get("seed")
 
 
 def local_state_folder(config: Any, runtime: Any) -> Path | None:
