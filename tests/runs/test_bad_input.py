@@ -385,11 +385,11 @@ def test_problems_of_options_files_and_data_come_together(work: Work, refused):
     (work.folder / "d.toml").write_text(text)
     argv = without(work.argv("out", dataset=work.folder / "d.toml"), "ae", "output_dir", "seed")
     message = refused([
-        *argv, f"--config_file={work.folder / 'cfg.toml'}", "--learing_rate=3", "--save_every_n_steps=0", "--optimizer_type=foo",
+        *argv, f"--config_file={work.folder / 'cfg.toml'}", "--learing_rate=3", "--save_every_n_steps=-1", "--optimizer_type=foo",
         "--mixed_precision=fp99", "--full_fp16", "--sample_prompts=/nope.txt", f"--t5xxl={work.tiny.ae}",
     ])  # fmt: skip
     wanted = (
-        "--learing_rate", "network_dimm", "seed is 'x'", "--mixed_precision is 'fp99'", "--save_every_n_steps is 0",
+        "--learing_rate", "network_dimm", "seed is 'x'", "--mixed_precision is 'fp99'", "--save_every_n_steps is -1",
         "--output_dir is not given", "unknown optimizer 'foo'", "--ae is not given", "/nope.txt", "--t5xxl is", "resolutoin",
         "the folder /nope does not exist", "corrupt.png", "zero.jpg", "cut.png",
     )  # fmt: skip
