@@ -96,7 +96,7 @@ OPTIONS: list[tuple[str, list[str]]] = [
     ("--sample_every_n_steps=1 --strict", ["--sample_every_n_steps: makes no sample images without --sample_prompts"]),
     ("--sample_every_n_steps=1 --sample_prompts=/nope.txt", ["--sample_prompts is /nope.txt; there is no such file"]),
     ("--resume=/nope", ["--resume is /nope; there is no such folder"]),
-    ("--resume=/", ["model.safetensors and optimizer.bin are missing"]),
+    ("--resume=/", ["--resume is /, which holds no train_state.json and no folder with one"]),
     ("--initial_step=7", ["--initial_step is 7", "no step is left"]),
     ("--initial_step=70 --max_train_epochs=1", ["--initial_step 70 leaves nothing to train"]),
     ("--initial_epoch=70", ["--initial_epoch 70", "leaves nothing to train"]),
