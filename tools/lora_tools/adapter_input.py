@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from networks.adapter_layout import FileLayer
+
+logger = logging.getLogger("atelier")
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")
 """of adapter files that are written"""
@@ -70,6 +74,42 @@ def _refuse_not_finite(path: str, tensors: dict[str, torch.Tensor]) -> None:
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise CheckpointError(f"{path}: {key} has values that are not finite (NaN or infinite); the training of this file failed")
+
+
+def refuse_shared_config(source: AdapterFile, save_to: str) -> None:
+    """CheckpointError when the result would need another adapter_config.json in the folder of `source`, which has its own."""
+    if source.has_config_beside and _folder(save_to) == _folder(source.path):
+        raise CheckpointError(
+            f"{source.path} has its rank in the adapter_config.json beside it, which the result needs too; give --save_to in another folder"
+        )
+
+
+def _folder(path: str) -> str:
+    return os.path.dirname(os.path.realpath(path))
+
+
+def write_config_beside(path: str, source: AdapterFile, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Where PEFT reads ranks and alpha of `source` from adapter_config.json beside it, write one beside the result, whose scale
+    is 1: that of `source` is in its matrices."""
+    import json
+    from pathlib import Path
+
+    from library.atomic_file import write_text_atomically
+    from library.text_files import read_json
+    from networks.adapter_layout import peft_settings
+    from networks.peft_config import CONFIG_FILE
+
+    if not source.has_config_beside:
+        return
+    ranks = {
+        name.removeprefix("base_model.model."): tensors[layer.keys["lora_down.weight"]].shape[0]
+        for name, layer in source.layers.items() if layer.is_peft
+    }  # fmt: skip
+    old = read_json(Path(source.path).with_name(CONFIG_FILE), error=CheckpointError, needed=dict)
+    target = Path(path).with_name(CONFIG_FILE)
+    settings = {key: value for key, value in peft_settings(ranks, None).items() if key != "target_modules"}
+    write_text_atomically(target, json.dumps({**old, **settings}, indent=2, sort_keys=True))
+    logger.info("wrote %s", target)
 
 
 def adapter_slot_problem(path: str | None, name: str) -> str | None:

@@ -7,13 +7,26 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from library.errors import Problems
 from library.inference_script import script_parser
 from library.options import Config, option
 from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
-from tools.lora_tools.adapter_input import AdapterFile, adapter_slot_problem, add_files, ending_problem, read_file, read_with_files
+from tools.lora_tools.adapter_input import (
+    AdapterFile,
+    adapter_slot_problem,
+    add_files,
+    ending_problem,
+    read_file,
+    read_with_files,
+    refuse_shared_config,
+    write_config_beside,
+)
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger("atelier")
 
@@ -79,19 +92,42 @@ def average_files(config: Config, paths: Sequence[str], save_to: str | None, pre
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be looked at: {error.strerror}") from error
     files = [read_file(path) for path in ordered]
+    for file in files:
+        refuse_shared_config(file, save_to)
     tensors = averaged([(file.path, _all_tensors(file)) for file in files], how)
+    newest = files[-1]
+    tensors = _without_foreign_alphas(newest, tensors)
     for path, share in zip(ordered, [0.0, *how.shares(len(files) - 1)], strict=True):
         logger.info("%s: the average before it counts %.4f", path, share)
     if config[OutputOptions].dry_run:
         return
-    newest = files[-1].metadata
-    spec = {"modelspec.title": os.path.splitext(os.path.basename(save_to))[0]} if "modelspec.title" in newest else {}
+    spec = {"modelspec.title": os.path.splitext(os.path.basename(save_to))[0]} if "modelspec.title" in newest.metadata else {}
     dtype = getattr(torch, DTYPES[precision.lower()]) if precision else None
     with clamping(config[OverflowOptions].clamp_overflow):
-        write_adapter_file(save_to, tensors, dtype, {**newest, **spec})
+        write_adapter_file(save_to, tensors, dtype, {**newest.metadata, **spec})
     logger.info("wrote %s", save_to)
+    write_config_beside(save_to, newest, tensors)
 
 
-def _all_tensors(file: AdapterFile) -> dict:
-    own = {layer.keys[name]: tensor for layer in file.layers.values() for name, tensor in layer.tensors.items() if name in layer.keys}
+def _all_tensors(file: AdapterFile) -> dict[str, torch.Tensor]:
+    """All tensors by their keys. An alpha that PEFT's configuration tells stands under one too, so that those of all files are
+    compared."""
+    own = {layer.key_of(name): tensor for layer in file.layers.values() for name, tensor in layer.tensors.items()}
     return {**file.others, **own}
+
+
+def _without_foreign_alphas(file: AdapterFile, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The averaged tensors under the keys of the file alone. A strength that stood beside the file goes into the up matrices; one in
+    its metadata stays there."""
+    from library.number_formats import narrowed
+    from networks.layer_tensors import scale_of
+
+    result = dict(tensors)
+    for layer in file.layers.values():
+        if "alpha" not in layer.tensors or "alpha" in layer.keys:
+            continue
+        del result[layer.key_of("alpha")]
+        if file.has_config_beside:
+            key = layer.keys["lora_up.weight"]
+            result[key] = narrowed(key, tensors[key].float() * scale_of(layer.tensors), tensors[key].dtype)
+    return result

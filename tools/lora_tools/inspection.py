@@ -62,10 +62,11 @@ def run(argv: Sequence[str] | None = None) -> None:
     problems.raise_if_any()
 
     from networks.adapter_report import report
+    from networks.peft_config import configs_of, with_alphas
 
     tensors, metadata = _read(options.model)
     family = _family(options, tensors, metadata)
-    found = report(tensors, family)
+    found = report(with_alphas(tensors, configs_of(options.model, metadata)), family)
     _print(options, found, metadata, family)
     if options.weights or options.show_all_keys:
         _print_weights(tensors, options.show_all_keys)

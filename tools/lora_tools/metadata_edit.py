@@ -66,11 +66,23 @@ def run(argv: Sequence[str] | None = None) -> None:
         after[THUMBNAIL] = thumbnail_url(options.thumbnail, options.thumbnail_size)
     after = with_hashes(options.model, after)
     tell(before, after)
+    target = options.model if options.in_place else options.save_to
+    _tell_lost_config(options.model, before, target, after)
     if config[OutputOptions].dry_run:
         return
-    target = options.model if options.in_place else options.save_to
     rewrite_metadata(options.model, target, after)
     logger.info("wrote %s", target)
+
+
+def _tell_lost_config(source: str, before: Mapping[str, str], target: str, after: Mapping[str, str]) -> None:
+    """PEFT keeps the strength in a file beside the adapter, which no rewriting of metadata carries along."""
+    from networks.peft_config import CONFIG_FILE, configs_of
+
+    if configs_of(source, before) != configs_of(target, after):
+        logger.warning(
+            "the strength of %s stands in the %s beside it; copy that beside the result and call the result %s, else it acts at another strength",
+            source, CONFIG_FILE, os.path.basename(source),
+        )
 
 
 def check(config: Config) -> None:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from library.errors import CheckpointError, Problems
 from library.inference_script import read_command, script_parser
 from library.options import LARGEST_RANK, Config, option
-from library.text_files import parse_json, read_json
+from library.text_files import parse_json
 from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
-from tools.lora_tools.adapter_input import AdapterFile, adapter_slot_problem, ending_problem, read_file
+from tools.lora_tools.adapter_input import AdapterFile, adapter_slot_problem, ending_problem, read_file, refuse_shared_config, write_config_beside
 
 if TYPE_CHECKING:
     import torch
@@ -109,10 +109,7 @@ def resize(config: Config, source: AdapterFile, linear: RankRule, conv: RankRule
     from networks.lora_resize import lines, resized_layer
 
     options = config[ResizeOptions]
-    if source.has_config_beside and _folder(options.save_to) == _folder(source.path):
-        raise CheckpointError(
-            f"{source.path} has its rank in the adapter_config.json beside it, which the result needs too; give --save_to in another folder"
-        )
+    refuse_shared_config(source, options.save_to)
     tensors, reports = dict(source.others), []
     for layer in source.layers.values():
         own, report = resized_layer(layer, linear, conv, options.device)
@@ -126,10 +123,6 @@ def resize(config: Config, source: AdapterFile, linear: RankRule, conv: RankRule
     _tell(reports)
     if not config[OutputOptions].dry_run:
         _write(options.save_to, tensors, _metadata(options, source, reports), config, source)
-
-
-def _folder(path: str) -> str:
-    return os.path.dirname(os.path.realpath(path))
 
 
 def _tell(reports: list[Resized]) -> None:
@@ -200,28 +193,7 @@ def _write(path: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, s
     with clamping(config[OverflowOptions].clamp_overflow):
         write_adapter_file(path, tensors, dtype, metadata)
     logger.info("wrote %s", path)
-    if source.has_config_beside:
-        _write_config(path, source, tensors)
-
-
-def _write_config(path: str, source: AdapterFile, tensors: Mapping[str, torch.Tensor]) -> None:
-    """PEFT reads ranks and alpha from adapter_config.json beside the file."""
-    import json
-    from pathlib import Path
-
-    from library.atomic_file import write_text_atomically
-    from networks.adapter_layout import peft_settings
-    from networks.peft_config import CONFIG_FILE
-
-    ranks = {
-        name.removeprefix("base_model.model."): tensors[layer.keys["lora_down.weight"]].shape[0]
-        for name, layer in source.layers.items() if layer.is_peft
-    }  # fmt: skip
-    old = read_json(Path(source.path).with_name(CONFIG_FILE), error=CheckpointError, needed=dict)
-    target = Path(path).with_name(CONFIG_FILE)
-    settings = {key: value for key, value in peft_settings(ranks, None).items() if key != "target_modules"}
-    write_text_atomically(target, json.dumps({**old, **settings}, indent=2, sort_keys=True))
-    logger.info("wrote %s", target)
+    write_config_beside(path, source, tensors)
 
 
 # -- DyLoRA ----------------------------------------------------------------------------------------------------------------
