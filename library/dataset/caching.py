@@ -104,9 +104,9 @@ def plan_latents(
 
 def check_jobs(jobs: Sequence[LatentsJob], strategy: LatentsCachingStrategy, index: CacheIndex | None) -> list[str | None]:
     """Why the cache file of each job cannot be used, None where it can."""
-    index = index or CacheIndex()
+    problem_of = strategy.problem_with(index or CacheIndex())
     return map_in_threads(
-        lambda job: strategy.find(job.item, job.flip_aug, job.alpha_mask, index), jobs, num_threads=CHECK_THREADS
+        lambda job: problem_of(job.items[0], job.flip_aug, job.alpha_mask), jobs, num_threads=CHECK_THREADS
     )
 
 
