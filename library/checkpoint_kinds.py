@@ -123,7 +123,7 @@ STRENGTHS = {
 def _strength(path: str | os.PathLike, slot: str, found: CheckpointKind) -> str:
     """A number in the place of a file is the strength of the adapter before it."""
     try:
-        float(path)
+        float(os.fspath(path))
     except ValueError:
         return ""
     how = STRENGTHS.get(slot)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -37,6 +38,8 @@ def is_clamping() -> bool:
 def largest_that_fits(dtype: torch.dtype) -> float:
     """Numbers of at least this size are infinite in the format, or cut off where it has no infinity; smaller ones are rounded to it."""
     info = torch.finfo(dtype)
+    if info.max == sys.float_info.max:  # as wide as the numbers that are computed with here
+        return math.inf
     return info.max + 2.0 ** math.floor(math.log2(info.max)) * info.eps / 2
 
 

@@ -1,12 +1,16 @@
-"""Settings of every test: one thread (so that runs on any machine give the same bytes), nothing fetched from a hub."""
+"""Settings of every test: one thread (so that runs on any machine give the same bytes), nothing fetched from a hub, and no handler of
+the log that a run has set up stays for the next test."""
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests import pairwise  # noqa: E402 - after the settings
+import pytest  # noqa: E402 - after the settings
+
+from tests import pairwise  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -23,3 +27,15 @@ def pytest_collection_modifyitems(config, items):
         kept = pairwise.chosen(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
+
+
+@pytest.fixture(autouse=True)
+def log_as_before():
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
+    for handler in list(root.handlers):
+        if getattr(handler, "set_by_atelier", False):
+            root.removeHandler(handler)
+            handler.close()

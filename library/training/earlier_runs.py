@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLES = "sample"
 _NUMBERED = re.compile(r"-(?:step)?(\d{6,})(?:-state|(?:-ema)?\.\w+)$")
-_SAMPLE = re.compile(r"e?\d{6,}_(?:\d{2,}_\d{14}(?:_\d+)?|grid)\.png")
+_SAMPLE = re.compile(r"(?:e?\d{6,}_(?:\d{2,}_\d{14}(?:_\d+)?|grid)|sheet)\.png")
 
 
 def is_output_of(name: str, saving: SavingOptions) -> bool:

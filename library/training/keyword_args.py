@@ -42,7 +42,7 @@ def split_arguments(item: str) -> list[str]:
             closing.append(_PAIRS[letter])
         elif closing and letter == closing[-1]:
             closing.pop()
-        elif not closing and (blanks := _BEGIN.match(item, position)):
+        elif not closing and not item[start:position].endswith("=") and (blanks := _BEGIN.match(item, position)):
             pieces.append(item[start:position])
             start = position = blanks.end()
             continue

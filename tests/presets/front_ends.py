@@ -118,6 +118,8 @@ def _panel(family: str, chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, An
         fields["lr_warmup_steps"] = 0
     if fields["optimizer_type"] in ("Prodigy", "DAdaptAdam"):  # which refuse different rates in their first step
         fields["text_encoder_lr"] = [fields["unet_lr"]] * 2
+    if fields.get("cache_text_encoder_outputs"):  # with which every script refuses captions that change
+        fields.update(shuffle_caption=False, caption_dropout_rate=0)
     if fields["network_module"] == "lycoris.kohya" and fields["fp8_base"]:  # which no script can train on 8-bit weights
         fields.update(network_module="networks.loha", network_args=["conv_dim=2", "conv_alpha=1"])
     if family == "sd":  # its panel has no such field

@@ -16,6 +16,8 @@ from tests.runs.families import FamilyWork, Tinies
 COUNT = 10
 FAMILIES = ("sd", "sdxl", "flux")
 WRITERS = (dropping, as_it_stands)
+GIVEN_UP = ("shuffle_caption", "caption_dropout_rate")
+"""fields that a panel gives up for cached text encoder outputs"""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,8 @@ def test_the_panels_hold_every_choice() -> None:
         found = panels(family, COUNT)
         for group in ("noise", "weights", "text", "samples", "memory", "precision"):
             for choice in CHOICES[group]:
-                assert any(panel.items() >= choice.items() for panel in found), (family, choice)
+                wanted = {name: value for name, value in choice.items() if name not in GIVEN_UP}
+                assert any(panel.items() >= wanted.items() for panel in found), (family, choice)
 
 
 @pytest.mark.parametrize("number", range(COUNT))

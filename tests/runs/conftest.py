@@ -180,7 +180,7 @@ def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
 
 def sample_pictures(folder: Path) -> list[Path]:
     """The samples in an output folder, without the sheets of several."""
-    return [path for path in sorted((folder / "sample").glob("*.png")) if not path.stem.endswith(("_grid", "_sheet"))]
+    return [path for path in sorted((folder / "sample").glob("*.png")) if not path.stem.endswith(("_grid", "sheet"))]
 
 
 def largest_difference(a: Path, b: Path) -> float:

@@ -34,11 +34,11 @@ def test_everything_at_once(work: FamilyWork, monkeypatch, capsys) -> None:
     (work.images / "text.jpg").write_text("not a picture")
     (work.images / "01.txt").write_bytes("caf\xe9".encode("latin-1"))
     data = work.dataset(subset_keys="num_repeats = 'many'\nfilp_aug = true", dataset_keys="bucket_no_upscal = true")
-    argv = [*work.argv("out", dataset=data), "--network_args", "conv_dimm=3", "--learing_rate=1", "--save_every_n_steps=0"]
+    argv = [*work.argv("out", dataset=data), "--network_args", "conv_dimm=3", "--learing_rate=1", "--save_every_n_steps=-1"]
     message = refused_run(work.family, argv, monkeypatch, capsys)
     for word in (
         "zero.png", "cut.png", "text.jpg", "01.txt is not UTF-8", "num_repeats", "filp_aug", "did you mean 'flip_aug'", "bucket_no_upscal",
-        "did you mean 'bucket_no_upscale'", "'conv_dimm'", "did you mean 'conv_dim'", "--learing_rate", "--save_every_n_steps is 0",
+        "did you mean 'bucket_no_upscale'", "'conv_dimm'", "did you mean 'conv_dim'", "--learing_rate", "--save_every_n_steps is -1",
     ):  # fmt: skip
         assert word in message, message
 

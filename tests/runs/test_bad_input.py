@@ -96,7 +96,7 @@ OPTIONS: list[tuple[str, list[str]]] = [
     ("--sample_every_n_steps=1 --strict", ["--sample_every_n_steps: makes no sample images without --sample_prompts"]),
     ("--sample_every_n_steps=1 --sample_prompts=/nope.txt", ["--sample_prompts is /nope.txt; there is no such file"]),
     ("--resume=/nope", ["--resume is /nope; there is no such folder"]),
-    ("--resume=/", ["model.safetensors and optimizer.bin are missing"]),
+    ("--resume=/", ["--resume is /, which holds no train_state.json and no folder with one"]),
     ("--initial_step=7", ["--initial_step is 7", "no step is left"]),
     ("--initial_step=70 --max_train_epochs=1", ["--initial_step 70 leaves nothing to train"]),
     ("--initial_epoch=70", ["--initial_epoch 70", "leaves nothing to train"]),
@@ -385,11 +385,11 @@ def test_problems_of_options_files_and_data_come_together(work: Work, refused):
     (work.folder / "d.toml").write_text(text)
     argv = without(work.argv("out", dataset=work.folder / "d.toml"), "ae", "output_dir", "seed")
     message = refused([
-        *argv, f"--config_file={work.folder / 'cfg.toml'}", "--learing_rate=3", "--save_every_n_steps=0", "--optimizer_type=foo",
+        *argv, f"--config_file={work.folder / 'cfg.toml'}", "--learing_rate=3", "--save_every_n_steps=-1", "--optimizer_type=foo",
         "--mixed_precision=fp99", "--full_fp16", "--sample_prompts=/nope.txt", f"--t5xxl={work.tiny.ae}",
     ])  # fmt: skip
     wanted = (
-        "--learing_rate", "network_dimm", "seed is 'x'", "--mixed_precision is 'fp99'", "--save_every_n_steps is 0",
+        "--learing_rate", "network_dimm", "seed is 'x'", "--mixed_precision is 'fp99'", "--save_every_n_steps is -1",
         "--output_dir is not given", "unknown optimizer 'foo'", "--ae is not given", "/nope.txt", "--t5xxl is", "resolutoin",
         "the folder /nope does not exist", "corrupt.png", "zero.jpg", "cut.png",
     )  # fmt: skip

@@ -55,7 +55,7 @@ def test_the_printed_command_trains_and_samples(name: str, tmp_path: Path, monke
     output = tmp_path / "a model" / "output"
     state = load_file(output / f"{name}_lora.safetensors")
     assert any(tensor.any() for key, tensor in state.items() if key.endswith("lora_up.weight"))
-    pictures = [path for path in (output / "sample").glob("*.png") if not path.stem.endswith(("_grid", "_sheet"))]
+    pictures = [path for path in (output / "sample").glob("*.png") if not path.stem.endswith(("_grid", "sheet"))]
     assert [Image.open(path).size for path in pictures] == [(64, 64)] * 2
 
 

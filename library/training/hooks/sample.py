@@ -129,7 +129,8 @@ class SampleHook(Hook):
 
     def _sheet_path(self, run: Run) -> Path:
         saving = run.config[SavingOptions]
-        return Path(saving.output_dir) / "sample" / f"{saving.output_name or 'samples'}_sheet.png"
+        name = f"{saving.output_name}_sheet" if saving.output_name else "sheet"
+        return Path(saving.output_dir) / "sample" / f"{name}.png"
 
     def _sample_if_due(self, run: Run, at: str) -> None:
         options, progress = run.config[SamplingOptions], run.progress

@@ -73,11 +73,11 @@ def test_a_kept_run_can_be_gone_on_with_by_its_new_name(tmp_path: Path, caplog: 
 
 
 def test_files_without_a_name_move_from_their_default_names(tmp_path: Path) -> None:
-    fill(tmp_path, ["last.safetensors", "epoch-000002.safetensors", "at-step00000010.safetensors", "sample/e000002_00_20250101120000.png"])
+    fill(tmp_path, ["last.safetensors", "epoch-000002.safetensors", "at-step00000010.safetensors", "sample/e000002_00_20250101120000.png", "sample/sheet.png"])
     earlier_runs.keep_earlier_files(config_of(tmp_path, output_name=None))
     assert files_of(tmp_path) == {
         "last-backup1.safetensors", "last-backup1-000002.safetensors", "last-backup1-step00000010.safetensors",
-        "sample/last-backup1_e000002_00_20250101120000.png",
+        "sample/last-backup1_e000002_00_20250101120000.png", "sample/last-backup1_sheet.png",
     }  # fmt: skip
     assert earlier_runs.earlier_files(config_of(tmp_path, output_name="last-backup1"))
 

@@ -234,7 +234,6 @@ def test_hooks_pass_on_epochs_and_multipliers(tiny):
     (["--network_args", "rank_dropuot=0.1"], "did you mean 'rank_dropout'"),
     (["--network_args", "train_single_block_indices=0-2"], "blocks 0-1"),
     (["--network_weights", "/nowhere.safetensors"], "--network_weights is /nowhere.safetensors"),
-    (["--text_encoder_lr", "1", "2", "3"], "3 values"),
 ])  # fmt: skip
 def test_bad_options_are_refused_before_models_are_loaded(tiny, arguments, message):
     trainable, family = unattached(tiny, *arguments)
