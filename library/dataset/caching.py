@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from library.dataset import cache_io
-from library.dataset.background import BackgroundWriter, map_ahead, map_in_threads
+from library.dataset.background import BackgroundWriter, map_ahead, map_in_threads, records_stay
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
 from library.dataset.cache_io import ImageIdentity, LatentArrays
@@ -73,6 +73,7 @@ class Encoded:
 
 # ---- what is missing ----------------------------------------------------------------------------------------------------
 
+@records_stay()
 def plan_latents(
     items: Iterable[ImageItem], strategy: LatentsCachingStrategy, *, process_index: int = 0, num_processes: int = 1,
     index: CacheIndex | None = None,

@@ -16,7 +16,7 @@ from library.config_util import Blueprint, DatasetConfigError, load_blueprint
 from library.console import storable
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
-from library.dataset.background import map_in_threads
+from library.dataset.background import map_in_threads, records_stay
 from library.dataset.bucket import BucketSelector
 from library.dataset.captions import dotted, read_caption, tags_of_folders
 from library.dataset.discovery import FoundImage, Scanner, discover, listed
@@ -62,6 +62,7 @@ class ScanResult:
         return f"{self.num_used} images used, {self.num_skipped} skipped"
 
 
+@records_stay()
 def scan_datasets(
     blueprint: Blueprint,
     *,

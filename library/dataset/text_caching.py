@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from library.dataset import text_cache_io
-from library.dataset.background import BackgroundWriter, map_in_threads
+from library.dataset.background import BackgroundWriter, map_in_threads, records_stay
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
 from library.dataset.captions import deterministic_caption
@@ -78,6 +78,7 @@ def empty_caption_item(items: Sequence[ImageItem]) -> ImageItem | None:
     )
 
 
+@records_stay()
 def plan_text(
     items: Sequence[ImageItem], strategy: TextEncoderOutputsCachingStrategy, *, process_index: int = 0, num_processes: int = 1,
     index: CacheIndex | None = None,

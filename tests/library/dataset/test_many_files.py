@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from library.dataset import captions
-from library.dataset.background import map_in_threads
+from library.dataset.background import map_in_threads, records_stay
 from library.dataset.cache_checks import crowded_names
 from library.dataset.captions import read_caption
 from library.dataset.datasources import AbsolutePaths
@@ -91,3 +92,11 @@ def test_only_tasks_that_wait_are_given_to_threads():
     waiting = list(range(-300, 0))
     assert map_in_threads(task, waiting, num_threads=4) == waiting
     assert len(names) > 1
+
+
+def test_the_collector_works_again_after_an_error():
+    assert gc.isenabled()
+    with pytest.raises(ValueError), records_stay():
+        assert not gc.isenabled()
+        raise ValueError
+    assert gc.isenabled()
