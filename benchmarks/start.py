@@ -1,12 +1,16 @@
 """What a start costs with few and with many pictures: the first one, which fills the caches on disk, and the second.
 
-    python benchmarks/start.py [--family sdxl] [--counts 20 20000] [--latents_only] [--encode_all] [--folder DIR]
+    python benchmarks/start.py [--family sdxl] [--counts 20 20000] [--runs 5] [--latents_only] [--encode_all] [--folder DIR]
 
 Small noise pictures with captions and a tiny random model; every run is the real script in a process of its own and trains one step.
 Beside it stands the least that a start must do for as many pictures: list the folder, read every header with imagesize and every
-caption. Opened files and decoded pictures are counted inside the runs. The second start should take at most twice the CPU time of
-that baseline beyond what it takes with the smallest count (it is not there yet: docs/caching.md), and the first should decode what it
-encodes and nothing else.
+caption. Files of the data set that are opened and decoded pictures are counted inside the runs. The second start should take at most
+twice the CPU time of that baseline beyond what it takes with the smallest count, and the first should decode what it encodes and
+nothing else.
+
+CPU time is that of the process and of all that it started, user and system, on one thread. The second start is run several times,
+in turn with few and with many pictures and the baseline, so that all see the same load of the machine; the least of each counts, since
+a start with few pictures takes many times what is compared.
 
 With more than 64 pictures the further ones are copies, and so are their cache files: the "first" start then meets finished caches of
 which it knows nothing, as after copying a data set, and encodes nothing. --encode_all has it encode every picture (half an hour for
@@ -55,8 +59,8 @@ class Start:
 # ---- inside the measured processes ---------------------------------------------------------------------------------------
 
 
-def counted_run(script: str, argv: list[str], report: str) -> None:
-    """Run a script and write what it opened and decoded. The hook costs a microsecond a file, which stays in the figures."""
+def counted_run(script: str, argv: list[str], report: str, images: str) -> None:
+    """Run a script and write what it opened in a folder and decoded. The hook costs a microsecond a file, which stays in the figures."""
     import runpy
 
     opened = dict.fromkeys(KINDS.values(), 0)
@@ -64,7 +68,7 @@ def counted_run(script: str, argv: list[str], report: str) -> None:
     def hook(event: str, arguments: tuple) -> None:
         if event == "open" and isinstance(arguments[0], str) and (arguments[1] or "r").startswith("r"):
             name = KINDS.get(arguments[0][-4:])
-            if name is not None:
+            if name is not None and arguments[0].startswith(images):
                 opened[name] += 1
 
     from PIL import ImageFile
@@ -85,20 +89,17 @@ def counted_run(script: str, argv: list[str], report: str) -> None:
 
 
 def baseline(folder: str) -> None:
-    """Print the CPU seconds of listing a folder, reading every header and every caption: the least of three."""
+    """Print the CPU seconds of listing a folder, reading every header and every caption."""
     import imagesize
 
-    least = float("inf")
-    for _ in range(3):
-        started = time.process_time()
-        for entry in os.scandir(folder):
-            if entry.name.endswith(".png"):
-                imagesize.get(entry.path)
-            elif entry.name.endswith(".txt"):
-                with open(entry.path, encoding="utf-8") as file:
-                    file.read()
-        least = min(least, time.process_time() - started)
-    print(least)
+    started = time.process_time()
+    for entry in os.scandir(folder):
+        if entry.name.endswith(".png"):
+            imagesize.get(entry.path)
+        elif entry.name.endswith(".txt"):
+            with open(entry.path, encoding="utf-8") as file:
+                file.read()
+    print(time.process_time() - started)
 
 
 # ---- around them ------------------------------------------------------------------------------------------------------------
@@ -136,10 +137,10 @@ def copy_caches(folder: Path, count: int) -> None:
 def measured(script: str, argv: list[str], folder: Path) -> Start:
     """Run a script in a process of its own."""
     report = folder / "report.json"
-    command = [sys.executable, __file__, "--child", script, str(report), *argv]
+    command = [sys.executable, __file__, "--child", script, str(report), str(folder / "images"), *argv]
     with open(folder / "log.txt", "wb") as log:
         started = time.perf_counter()
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started
     if status:
@@ -148,35 +149,59 @@ def measured(script: str, argv: list[str], folder: Path) -> Start:
     return Start(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, counts["opened"], counts["decoded"])
 
 
-def starts(family: str, count: int, folder: Path, more: list[str], encode_all: bool) -> tuple[list[Start], float]:
-    """First and second start with `count` pictures, and the baseline's CPU seconds."""
-    from library.tiny_models import build_tiny, tiny_entry
+class Case:
+    """The starts with one number of pictures."""
 
-    entry, tiny, images = tiny_entry(family), build_tiny(family, folder / "model"), folder / "images"
-    (folder / "data.toml").write_text(DATASET.format(size=SIZE_PX, images=images.as_posix()), encoding="utf-8")
-    argv = [
-        *tiny.arguments(), f"--network_module={entry.network_module}", *entry.options, f"--dataset_config={folder / 'data.toml'}",
-        "--network_dim=4", "--network_alpha=4", "--max_train_steps=1", "--seed=1", "--max_data_loader_n_workers=0",
-        "--cache_latents_to_disk", "--vae_batch_size=4", "--output_name=lora", *more,
-    ]
-    if count > DISTINCT and not encode_all:
-        write_pictures(images, DISTINCT)
-        measured(entry.script, [*argv, f"--output_dir={folder / 'out0'}"], folder)
-    write_pictures(images, count)
-    if count > DISTINCT and not encode_all:
-        copy_caches(images, count)
-    found = []
-    for number in (1, 2):
+    def __init__(self, family: str, count: int, folder: Path, more: list[str], encode_all: bool) -> None:
+        from library.tiny_models import build_tiny, tiny_entry
+
+        self.count, self.folder, self.images, self.num_runs = count, folder, folder / "images", 0
+        entry, tiny = tiny_entry(family), build_tiny(family, folder / "model")
+        (folder / "data.toml").write_text(DATASET.format(size=SIZE_PX, images=self.images.as_posix()), encoding="utf-8")
+        self.script, self.argv = entry.script, [
+            *tiny.arguments(), f"--network_module={entry.network_module}", *entry.options, f"--dataset_config={folder / 'data.toml'}",
+            "--network_dim=4", "--network_alpha=4", "--max_train_steps=1", "--seed=1", "--max_data_loader_n_workers=0",
+            "--cache_latents_to_disk", "--vae_batch_size=4", "--output_name=lora", *more,
+        ]
+        if count > DISTINCT and not encode_all:
+            write_pictures(self.images, DISTINCT)
+            self.start()
+        write_pictures(self.images, count)
+        if count > DISTINCT and not encode_all:
+            copy_caches(self.images, count)
+        self.first = self.start()
+        self.seconds: list[Start] = []
+        self.baselines: list[float] = []
+
+    def start(self) -> Start:
         time.sleep(1.1)  # files of the second that is still running are read again by the next start
-        found.append(measured(entry.script, [*argv, f"--output_dir={folder / f'out{number}'}"], folder))
-    output = subprocess.run([sys.executable, __file__, "--baseline", str(images)], capture_output=True, text=True, check=True)
-    return found, float(output.stdout)
+        self.num_runs += 1
+        return measured(self.script, [*self.argv, f"--output_dir={self.folder / f'out{self.num_runs}'}"], self.folder)
+
+    def second(self) -> None:
+        """One more second start, and the baseline."""
+        self.seconds.append(self.start())
+        command = [sys.executable, __file__, "--baseline", str(self.images)]
+        self.baselines.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+
+    @property
+    def least(self) -> Start:
+        return min(self.seconds, key=lambda start: start.cpu)
+
+    def print(self) -> None:
+        for name, start in (("first", self.first), *(("second", start) for start in self.seconds)):
+            opened = " ".join(f"{start.opened[kind]:>8}" for kind in KINDS.values())
+            print(
+                f"{self.count:>9} {name:>8} {start.seconds:>8.1f} {start.cpu:>7.2f} {start.memory_mb:>6.0f} {start.decoded:>8}          {opened}"
+            )
+        print(f"{self.count:>9} {'baseline':>8} {'':>8} {min(self.baselines):>7.2f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", default="sdxl", help="tiny model to train (default: sdxl)")
     parser.add_argument("--counts", type=int, nargs="+", default=[20, 20000], help="numbers of pictures (default: 20 20000)")
+    parser.add_argument("--runs", type=int, default=5, help="second starts with each number (default: 5)")
     parser.add_argument("--latents_only", action="store_true", help="cache no text encoder outputs")
     parser.add_argument("--encode_all", action="store_true", help="encode every picture in the first start, instead of copying caches")
     parser.add_argument("--folder", help="work in this folder and leave it (default: a temporary one)")
@@ -186,24 +211,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(options.folder or temporary)
         print(f"{options.family}, latents{' and text encoder outputs' if caches_text else ''} on disk")
-        print(f"{'pictures':>9} {'start':>7} {'seconds':>8} {'CPU s':>7} {'MB':>6} {'decoded':>8}  opened: pictures captions caches")
-        seconds: dict[int, tuple[float, float]] = {}
-        for count in sorted(options.counts):
-            found, least = starts(options.family, count, place / str(count), more, options.encode_all)
-            for name, start in zip(("first", "second"), found):
-                opened = " ".join(f"{start.opened[kind]:>8}" for kind in KINDS.values())
-                print(f"{count:>9} {name:>7} {start.seconds:>8.1f} {start.cpu:>7.1f} {start.memory_mb:>6.0f} {start.decoded:>8}          {opened}")
-            print(f"{count:>9} {'least':>7} {'':>8} {least:>7.2f}")
-            seconds[count] = (found[1].cpu, least)
-        few, many = min(seconds), max(seconds)
-        if few < many:
-            beyond = seconds[many][0] - seconds[few][0]
-            print(f"second start: {beyond:.2f} CPU s beyond {few} pictures, {beyond / seconds[many][1]:.2f} times the baseline (at most 2)")
+        print(f"{'pictures':>9} {'start':>8} {'seconds':>8} {'CPU s':>7} {'MB':>6} {'decoded':>8}  opened: pictures captions caches", flush=True)
+        cases = [Case(options.family, count, place / str(count), more, options.encode_all) for count in sorted(options.counts)]
+        for _ in range(options.runs):
+            for case in cases:
+                case.second()
+        for case in cases:
+            case.print()
+        few, many = cases[0], cases[-1]
+        if few is not many:
+            beyond, least = many.least.cpu - few.least.cpu, min(many.baselines)
+            print(f"second start: {beyond:.2f} CPU s beyond {few.count} pictures, {beyond / least:.2f} times the baseline (at most 2)")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        counted_run(sys.argv[2], sys.argv[4:], sys.argv[3])
+        counted_run(sys.argv[2], sys.argv[5:], sys.argv[3], sys.argv[4])
     elif sys.argv[1:2] == ["--baseline"]:
         baseline(sys.argv[2])
     else:

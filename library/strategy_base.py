@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -216,23 +216,32 @@ class LatentsCachingStrategy(PluginSlot, ABC):
             expected=self.record_of(item), image_path=item.absolute_path,
         )
 
-    def find(self, item: ImageItem, flip_aug: bool, alpha_mask: bool, index: CacheIndex) -> str | None:
-        """`problem_of`, which an index may know without reading the file."""
-        path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
+    def problem_with(self, index: CacheIndex) -> Callable[[ImageItem, bool, bool], str | None]:
+        """`problem_of`, which an index may know without reading the file; for many items, with the settings of now."""
         if self.skip_disk_cache_validity_check:
-            return self.problem_of(item, flip_aug, alpha_mask)
-        made = self.record_of(item)
-        question = (
-            f"{type(self).__qualname__} {self.architecture.name} {item.bucket_reso} {flip_aug} {alpha_mask} {made.model} {made.latent_space}"
-            f" {made.resized} {made.interpolation} {made.exif} {made.version}"
-        )
+            return self.problem_of
+        questions: dict[tuple, str] = {}  # many images ask the same
 
-        def read() -> tuple[str | None, str]:
-            problem = self.problem_of(item, flip_aug, alpha_mask)
+        def question(item: ImageItem, *needs: bool) -> str:
+            made = self.record_of(item)
+            return (
+                f"{type(self).__qualname__} {self.architecture.name} {item.bucket_reso} {needs} {made.model} {made.latent_space}"
+                f" {made.resized} {made.interpolation} {made.exif} {made.version}"
+            )
+
+        def problem_of(item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
+            kind = (item.bucket_reso, item.resized_size, item.subset.resize_interpolation, flip_aug, alpha_mask)
+            if kind not in questions:
+                questions[kind] = question(item, flip_aug, alpha_mask)
+            path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
+            answer, problem = index.find(path, questions[kind], lambda: read(item, flip_aug, alpha_mask), source=item.absolute_path)
+            return problem if answer is None else None
+
+        def read(item: ImageItem, *needs: bool) -> tuple[str | None, str]:
+            problem = self.problem_of(item, *needs)
             return ("", "") if problem is None else (None, problem)
 
-        answer, problem = index.find(path, question, read, sources=(item.absolute_path,))
-        return problem if answer is None else None
+        return problem_of
 
     def record_of(self, item: ImageItem, image: ImageIdentity | None = None) -> LatentsRecord:
         return LatentsRecord(
@@ -357,17 +366,25 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
             is_weighted=self.is_weighted, flags=self.flags,
         )
 
-    def find(
-        self, npz_path: str, caption: str, accept_unrecorded: bool = True, index: CacheIndex | None = None
-    ) -> tuple[str | None, str]:
-        """(suffix of the keys that hold this caption, "") or (None, why there are none); an index may know it without reading."""
-        if index is not None:
-            made = self.record_of(caption)
-            question = (
-                f"{type(self).__qualname__} {self.architecture.name} {made.caption} {made.model} {made.max_token_length} {made.is_weighted}"
-                f" {made.flags} {made.version} {self.needed} {accept_unrecorded} {self.skip_disk_cache_validity_check}"
+    def find_with(self, index: CacheIndex) -> Callable[[str, str, bool], tuple[str | None, str]]:
+        """`find`, which an index may know without reading the file; for many captions, with the settings of now."""
+        made = self.record_of("")
+        questions = [
+            f"{type(self).__qualname__} {self.architecture.name} {made.model} {made.max_token_length} {made.is_weighted} {made.flags}"
+            f" {made.version} {self.needed} {accept_unrecorded} {self.skip_disk_cache_validity_check}"
+            for accept_unrecorded in (False, True)
+        ]
+
+        def find(npz_path: str, caption: str, accept_unrecorded: bool) -> tuple[str | None, str]:
+            return index.find(
+                npz_path, questions[accept_unrecorded], lambda: self.find(npz_path, caption, accept_unrecorded),
+                detail=text_cache_io.caption_hash(caption),
             )
-            return index.find(npz_path, question, lambda: self.find(npz_path, caption, accept_unrecorded))
+
+        return find
+
+    def find(self, npz_path: str, caption: str, accept_unrecorded: bool = True) -> tuple[str | None, str]:
+        """(suffix of the keys that hold this caption, "") or (None, why there are none)."""
         if self.skip_disk_cache_validity_check and os.path.exists(npz_path):
             expected = replace(self.record_of(caption), model="")
             suffix, _ = text_cache_io.find_text(npz_path, self.layout, expected, needed=self.needed)

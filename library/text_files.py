@@ -16,10 +16,16 @@ from library.errors import AtelierError, ConfigError
 MOST_NESTED = 100
 """levels of lists and tables; no file that means something here has a tenth of that, and more would end in a RecursionError later"""
 
+_READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+"""a pipe is opened without waiting for its writer, and then refused"""
+
 
 def require_file(path: str | os.PathLike[str]) -> None:
     """OSError for what is no regular file: a pipe or a device would be waited for, perhaps for ever."""
-    mode = os.stat(path).st_mode
+    _require_file(os.stat(path).st_mode, path)
+
+
+def _require_file(mode: int, path: str | os.PathLike[str]) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "it is a folder, a file is needed", os.fspath(path))
     if not stat.S_ISREG(mode):
@@ -30,6 +36,37 @@ def open_file(path: str | os.PathLike[str], mode: str = "rb", **how: Any) -> IO[
     """open() for an input file; OSError when it is none."""
     require_file(path)
     return open(path, mode, **how)
+
+
+def open_descriptor(path: str | os.PathLike[str]) -> tuple[int, os.stat_result]:
+    """The descriptor of an input file, to be closed by os.close, and what the system says of the file. For looks into many
+    small files, of which the layers of open() would be the greater part. OSError when it is none."""
+    try:
+        descriptor = os.open(path, _READ_FLAGS)
+    except OSError:
+        require_file(path)  # systems that open no folder say something else
+        raise
+    try:
+        status = os.fstat(descriptor)
+        _require_file(status.st_mode, path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, status
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """All bytes of a small input file; see open_descriptor."""
+    descriptor, status = open_descriptor(path)
+    try:
+        content = os.read(descriptor, status.st_size + 1)
+        if 0 < len(content) == status.st_size:
+            return content
+        while more := os.read(descriptor, 1 << 16):
+            content += more
+        return content
+    finally:
+        os.close(descriptor)
 
 
 def read_text(path: str | os.PathLike[str], what: str | None = None, error: type[AtelierError] = ConfigError) -> str:

@@ -54,23 +54,27 @@ def cache_paths(items: Sequence[ImageItem], path_of: Callable[[ImageItem, str], 
     each, with the extension in its name: `a.png_0640x0480_sd.npz`. Raises ConfigError where that name is another image's too.
     """
     paths = [path_of(item, item.absolute_path) for item in items]
-    shared = crowded_names(zip(paths, (item.absolute_path for item in items)))
+    images = [item.absolute_path for item in items]
+    shared = crowded_names(paths, images)
     if not shared:
         return paths
     for index, item in enumerate(items):
         if paths[index] in shared:
             paths[index] = path_of(item, item.absolute_path + os.path.splitext(item.absolute_path)[1])
-    still = crowded_names(zip(paths, (item.absolute_path for item in items)))
+    still = crowded_names(paths, images)
     if still:
-        raise ConfigError([f"{' and '.join(images)} would share a cache file; rename one of the images" for images in still.values()])
+        raise ConfigError([f"{' and '.join(group)} would share a cache file; rename one of the images" for group in still.values()])
     return paths
 
 
-def crowded_names(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """From (name, image) pairs: each name that is one and the same file for different images -> these images."""
+def crowded_names(names: Sequence[str], images: Sequence[str]) -> dict[str, list[str]]:
+    """From names and the images that they belong to: each name that is one and the same file for different images -> these images."""
+    folded = _folded(names)
+    if len(set(folded)) == len(set(zip(folded, images))):
+        return {}  # no name has two images, whatever the file system takes for one name
     owners: dict[str, dict[str, str]] = {}
-    for name, image in named:
-        owners.setdefault(unicodedata.normalize("NFC", name).casefold(), {})[image] = name
+    for key, name, image in zip(folded, names, images):
+        owners.setdefault(key, {})[image] = name
     crowded: dict[str, list[str]] = {}
     for images in owners.values():
         if len(images) < 2:
@@ -83,6 +87,11 @@ def crowded_names(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
             if len({os.path.realpath(image) for image in group}) > 1:
                 crowded |= {images[image]: group for image in group}
     return crowded
+
+
+def _folded(names: Sequence[str]) -> list[str]:
+    """The names in the form in which some file systems compare them, all in one go: no file name holds a zero character."""
+    return unicodedata.normalize("NFC", "\0".join(names)).casefold().split("\0")
 
 
 def ignores_case(path: str) -> bool:

@@ -1,9 +1,11 @@
 """`.atelier_index.json` of a folder with cache files: which of them were found right, so that the next start need not read them.
 
-{"version": 1, "files": {"<file name>": [size, modification time ns, change time ns, question, second, answer, ...]}}, with as many
-answers as there are questions. A question is the hash of everything that decides whether a file may be used: what it should hold, made by
-which model, and the stamps of the files it was made from. So another picture, caption, model or setting asks another question,
-and a changed cache file has another stamp; either is looked at as if there were no index.
+{"version": 2, "files": {"<file name>": "<size>,<modification time ns>,<change time ns>|<question> <made of> <second> <answer>|..."}} with
+as many answers as were asked for; texts, since lists of numbers for tens of thousands of files take several times as long to read. A
+question is the hash of all settings that decide whether a file may be used: what it should
+hold, made by which model. What it was made of is the stamp of the picture, or the hash of the caption. So
+another picture, caption, model or setting finds no answer, and a changed cache file has another stamp; either is looked at as if there
+were no index.
 
 An answer counts only while all files of its question are older than the second in which it was found: a file may change twice
 within the resolution of a file system's clock. Only good answers are kept. A folder that cannot be written keeps its index in
@@ -18,7 +20,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from library.atomic_file import write_text_atomically
@@ -26,48 +28,52 @@ from library.atomic_file import write_text_atomically
 logger = logging.getLogger(__name__)
 
 FILE_NAME = ".atelier_index.json"
-VERSION = 1
+VERSION = 2
 """to be raised when the rules by which a cache file is judged change: answers of older rules are then not believed"""
 
-Stamp = list[int]
-NUM_STAMP = 3
+Stamp = tuple[int, int, int]
 Found = tuple[str | None, str]
 """(answer, "") of a file that may be used, or (None, why not)"""
 
 
 def stamp_of(path: str) -> Stamp | None:
-    """[size, modification time, change time in ns] of a file; None when there is none."""
+    """(size, modification time, change time in ns) of a file; None when there is none."""
     try:
         status = os.stat(path)
     except OSError:
         return None
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 class CacheIndex:
-    """The indexes of all folders that a phase of a run looks into. Threads may ask at the same time."""
+    """The indexes of all folders that a run looks into while it fills its caches. Threads may ask at the same time."""
 
     def __init__(self) -> None:
-        self._folders: dict[str, dict[str, Any]] = {}
+        self._folders: dict[str, dict[str, str]] = {}
         self._changed: dict[str, set[str]] = {}
+        self._keys: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def find(self, path: str, question: str, read: Callable[[], Found], sources: Sequence[str] = ()) -> Found:
+    def find(self, path: str, question: str, read: Callable[[], Found], *, source: str | None = None, detail: str = "") -> Found:
         """The answer to a question about a cache file: the noted one, or what `read` finds, which is then noted.
 
-        `question` says all that the answer depends on beside the content of `path` and `sources`.
+        `question` and `detail` say all that the answer depends on beside the content of `path` and `source`: the question what is
+        common to many files, the detail (a word) what is not.
         """
-        second, stamps = int(time.time()), [stamp_of(name) for name in (path, *sources)]
-        if None in stamps:
+        second, stamp = int(time.time()), stamp_of(path)
+        other = stamp if source is None else stamp_of(source)
+        if stamp is None or other is None:
             return read()
-        key = hashlib.blake2b(f"{question} {stamps[1:]}".encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-        folder, name = os.path.split(path)
-        noted = self._noted(folder, name, key, stamps)
+        folder, name = _split(path)
+        what = self._keys.get(question) or self._key_of(question)
+        made_of = detail if source is None else "%d,%d,%d" % other
+        noted = _noted(self._entries(folder).get(name), "%d,%d,%d|" % stamp, f"|{what} {made_of} ", max(stamp[1], other[1]) // 10**9)
         if noted is not None:
             return noted, ""
         answer, reason = read()
         if answer is not None:
-            self._note(folder, name, key, stamps[0], second, answer)
+            earlier = f"{what} {made_of} " if source is None else f"{what} "
+            self._note(folder, name, "%d,%d,%d" % stamp, earlier, f"{what} {made_of} {second} {answer}")
         return answer, reason
 
     def save(self) -> None:
@@ -84,33 +90,44 @@ class CacheIndex:
                 logger.debug("no index of cache files is kept in %s: %s", folder, error)
         self._changed = {}
 
-    def _entries(self, folder: str) -> dict[str, Any]:
+    def release(self) -> None:
+        """Forget what was read; what was not saved is lost."""
+        self._folders, self._changed = {}, {}
+
+    def _key_of(self, question: str) -> str:
+        key = hashlib.blake2b(question.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+        return self._keys.setdefault(question, key)
+
+    def _entries(self, folder: str) -> dict[str, str]:
         entries = self._folders.get(folder)
         if entries is None:
             with self._lock:
                 entries = self._folders.setdefault(folder, _read(folder))
         return entries
 
-    def _noted(self, folder: str, name: str, key: str, stamps: Sequence[Stamp]) -> str | None:
-        entry = self._entries(folder).get(name)
-        if not isinstance(entry, list) or entry[:NUM_STAMP] != stamps[0] or key not in entry:
-            return None
-        second, answer = [*entry[entry.index(key) + 1 :], None, None][:2]
-        if not isinstance(second, int) or any(mtime // 10**9 >= second for _, mtime, _ in stamps):
-            return None
-        return answer if isinstance(answer, str) else None
-
-    def _note(self, folder: str, name: str, key: str, stamp: Stamp, second: int, answer: str) -> None:
+    def _note(self, folder: str, name: str, stamp: str, earlier: str, answer: str) -> None:
+        """Keep an answer beside those that do not begin with `earlier`: to other questions, or about another caption."""
         entries = self._entries(folder)
         with self._lock:
-            entry = entries.get(name)
-            is_same = isinstance(entry, list) and entry[:NUM_STAMP] == stamp
-            known = entry[NUM_STAMP:] if is_same else []
-            if key in known:
-                place = known.index(key)
-                known = known[:place] + known[place + 3 :]
-            entries[name] = [*stamp, *known, key, second, answer]
+            known = entries.get(name)
+            is_same = isinstance(known, str) and known.startswith(f"{stamp}|")
+            kept = [other for other in known.split("|")[1:] if not other.startswith(earlier)] if is_same else []
+            entries[name] = "|".join([stamp, *kept, answer])
             self._changed.setdefault(folder, set()).add(name)
+
+
+def _noted(entry: Any, stamp: str, question: str, youngest: int) -> str | None:
+    """The answer of an entry, if it is about these very files and all of them were older than the second in which it was found."""
+    if not isinstance(entry, str) or not entry.startswith(stamp):
+        return None
+    second, _, answer = entry.partition(question)[2].partition("|")[0].partition(" ")
+    return answer if second.isdecimal() and youngest < int(second) else None
+
+
+def _split(path: str) -> tuple[str, str]:
+    """os.path.split, at a fraction of its time where a path is plain."""
+    folder, _, name = path.rpartition("/")
+    return (folder, name) if folder and name and os.sep == "/" and folder[-1] != "/" else os.path.split(path)
 
 
 def _names_in(folder: str) -> set[str]:
@@ -120,7 +137,7 @@ def _names_in(folder: str) -> set[str]:
         return set()
 
 
-def _read(folder: str) -> dict[str, Any]:
+def _read(folder: str) -> dict[str, str]:
     """The entries of a folder's index; none where it is missing, damaged or of other rules."""
     try:
         with open(os.path.join(folder, FILE_NAME), encoding="utf-8") as file:

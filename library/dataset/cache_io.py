@@ -21,7 +21,7 @@ import numpy as np
 from library.dataset.architectures import DataArchitecture
 from library.dataset.npz_file import UNREADABLE, ArrayHeader, checksum, read_arrays, read_headers, write_arrays
 from library.errors import CheckpointError
-from library.file_limits import path_within_limit
+from library.file_limits import path_within_limit, stem_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +38,14 @@ def latents_npz_path(architecture: DataArchitecture, image_path: str, image_size
     """`<image without extension>_<WWWW>x<HHHH><suffix>`; the size is that of the image. A name that would be too long for the
     file system is cut and ends in a hash, here and for text outputs."""
     width, height = image_size
-    return path_within_limit(os.path.splitext(image_path)[0], f"_{width:04d}x{height:04d}{architecture.latents_suffix}")
+    return path_within_limit(stem_of(image_path), f"_{width:04d}x{height:04d}{architecture.latents_suffix}")
 
 
 def text_npz_path(architecture: DataArchitecture, image_path: str) -> str:
     """`<image without extension><suffix>`; ValueError for a family whose text outputs are never cached."""
     if architecture.text_suffix is None:
         raise ValueError(f"{architecture.name} has no cache of text encoder outputs")
-    return path_within_limit(os.path.splitext(image_path)[0], architecture.text_suffix)
+    return path_within_limit(stem_of(image_path), architecture.text_suffix)
 
 
 def image_size_from_latents_path(architecture: DataArchitecture, image_path: str, npz_path: str) -> tuple[int, int] | None:
@@ -53,7 +53,7 @@ def image_size_from_latents_path(architecture: DataArchitecture, image_path: str
     found = re.search(r"_(\d+)x(\d+)$", npz_path.removesuffix(architecture.latents_suffix))
     size = (int(found[1]), int(found[2])) if found else (0, 0)
     ending = f"{found[0]}{architecture.latents_suffix}" if found else ""
-    is_own = found is not None and npz_path == path_within_limit(os.path.splitext(image_path)[0], ending)
+    is_own = found is not None and npz_path == path_within_limit(stem_of(image_path), ending)
     return size if is_own else None
 
 

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from library.dataset import cache_io
-from library.dataset.background import BackgroundWriter, map_ahead, map_in_threads
+from library.dataset.background import BackgroundWriter, map_ahead, map_in_threads, records_stay
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
 from library.dataset.cache_io import ImageIdentity, LatentArrays
@@ -73,6 +73,7 @@ class Encoded:
 
 # ---- what is missing ----------------------------------------------------------------------------------------------------
 
+@records_stay()
 def plan_latents(
     items: Iterable[ImageItem], strategy: LatentsCachingStrategy, *, process_index: int = 0, num_processes: int = 1,
     index: CacheIndex | None = None,
@@ -104,9 +105,9 @@ def plan_latents(
 
 def check_jobs(jobs: Sequence[LatentsJob], strategy: LatentsCachingStrategy, index: CacheIndex | None) -> list[str | None]:
     """Why the cache file of each job cannot be used, None where it can."""
-    index = index or CacheIndex()
+    problem_of = strategy.problem_with(index or CacheIndex())
     return map_in_threads(
-        lambda job: strategy.find(job.item, job.flip_aug, job.alpha_mask, index), jobs, num_threads=CHECK_THREADS
+        lambda job: problem_of(job.items[0], job.flip_aug, job.alpha_mask), jobs, num_threads=CHECK_THREADS
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import os
 import random
@@ -9,9 +10,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from library.dataset.items import SubsetParams
+from library.dataset.items import ImageItem, SubsetParams
 from library.errors import ConfigError
-from library.text_files import open_file
+from library.file_limits import stem_of
+from library.text_files import read_bytes
 
 WILDCARD = re.compile(r"\{([^}]+)\}")
 OPEN_BRACE, CLOSE_BRACE = "\x00", "\x01"  # stand for {{ and }} while alternatives are chosen
@@ -155,8 +157,8 @@ def _process_tags(caption: str, params: SubsetParams, rng: random.Random, warm_u
 
 def split_tags(text: str, separator: str) -> list[str]:
     """Stripped tags; empty ones are left out."""
-    parts = text.split(separator) if separator else [text]
-    return [part.strip() for part in parts if part.strip()]
+    parts = map(str.strip, text.split(separator) if separator else [text])
+    return [part for part in parts if part]
 
 
 def joint_of(caption: str, separator: str) -> str:
@@ -193,7 +195,7 @@ def face_numbers(path: str) -> tuple[int, int, int, int] | None:
 def caption_paths(image_path: str, params: SubsetParams) -> list[str]:
     """Where the caption of an image may lie, best place first. Images cut out around faces share the caption of the picture
     that they come from: with face crop on, `img_10_20_30_40.png` also takes `img.txt`."""
-    stem = os.path.splitext(image_path)[0]
+    stem = stem_of(image_path)
     extension = dotted(params.caption_extension)
     paths = [stem + extension]
     if params.face_crop_aug_range is not None and face_numbers(image_path) is not None:
@@ -209,8 +211,8 @@ def read_caption(image_path: str, params: SubsetParams) -> str | None:
     """
     for path in caption_paths(image_path, params):
         try:
-            with open_file(path, "r", encoding="utf-8-sig") as file:
-                return caption_of_text(file.read(), params)
+            text = read_bytes(path).removeprefix(codecs.BOM_UTF8).decode("utf-8")
+            return caption_of_text(text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n"), params)
         except FileNotFoundError:
             continue
         except UnicodeDecodeError as error:
@@ -222,10 +224,9 @@ def read_caption(image_path: str, params: SubsetParams) -> str | None:
 
 def caption_of_text(text: str, params: SubsetParams) -> str:
     """The raw caption in the text of a caption file."""
-    lines = text.split("\n")  # not splitlines, which also cuts at form feeds and Unicode separators
-    if params.enable_wildcard:
-        return "\n".join(line.strip() for line in lines if line.strip())
-    return lines[0].strip()
+    if params.enable_wildcard:  # not splitlines, which also cuts at form feeds and Unicode separators
+        return "\n".join(line.strip() for line in text.split("\n") if line.strip())
+    return text.partition("\n")[0].strip()
 
 
 def metadata_caption(entry: Mapping[str, Any], params: SubsetParams) -> str:
@@ -251,17 +252,37 @@ def tag_frequency(texts: Iterable[tuple[str, SubsetParams]]) -> dict[str, int]:
     wildcards a caption holds the tags of all its lines and alternatives."""
     counts: dict[str, int] = {}
     for text, params in texts:
-        for tag in dict.fromkeys(tag.lower() for caption in _possible_captions(text, params) for tag in _tags_of(caption, params)):
+        tags = [tag for caption in _possible_captions(text, params) for tag in _tags_of(caption, params)]
+        for tag in dict.fromkeys(map(str.lower, tags)):
             counts[tag] = counts.get(tag, 0) + 1
     return counts
 
 
+def tags_of_folders(items: Iterable[ImageItem]) -> dict[str, dict[str, int]]:
+    """Folder (of captions) or metadata file (of its `tags` only) -> tag -> number of images that have it."""
+    texts: dict[str, list[tuple[str, SubsetParams]]] = {}
+    of_subset: dict[int, list[tuple[str, SubsetParams]]] = {}
+    for item in items:
+        subset = item.subset
+        if id(subset) not in of_subset:
+            of_subset[id(subset)] = texts.setdefault(subset_name(subset), [])
+        of_subset[id(subset)].append((item.captions_extra.get("tags", "") if subset.metadata_file else item.caption, subset))
+    return {name: tag_frequency(entries) for name, entries in texts.items()}
+
+
+def subset_name(subset: SubsetParams) -> str:
+    """The base name of a subset's folder or metadata file, as metadata records it."""
+    path = subset.metadata_file or subset.image_dir or ""
+    return os.path.basename(os.path.normpath(path))
+
+
 def _possible_captions(text: str, params: SubsetParams) -> Iterable[str]:
     """Every line; with wildcards each alternative once, beside the first one of the others."""
+    return _with_alternatives(text) if params.enable_wildcard else text.split("\n")
+
+
+def _with_alternatives(text: str) -> Iterable[str]:
     for line in text.split("\n"):
-        if not params.enable_wildcard:
-            yield line
-            continue
         groups = [match[1].split("|") for match in WILDCARD.finditer(line.replace("{{", OPEN_BRACE).replace("}}", CLOSE_BRACE))]
         yield expand_wildcards(line, _Picks([0] * len(groups)))
         for place, group in enumerate(groups):

@@ -17,7 +17,7 @@ import torch
 from library.dataset.architectures import DataArchitecture
 from library.dataset.batch import Batch
 from library.dataset.bucket import BucketAssignment, assign_buckets, effective_limits
-from library.dataset.captions import is_dropped, process_caption, tag_frequency
+from library.dataset.captions import is_dropped, process_caption, tags_of_folders
 from library.dataset.collate import Sample, collate
 from library.dataset.draws import sample_color, sample_flip, sample_geometry
 from library.dataset.items import DatasetParams, ImageItem, SubsetParams
@@ -70,6 +70,7 @@ class Dataset:
         self._warned_masks: set[str] = set()
 
     def _assign(self) -> BucketAssignment:
+        self._tag_frequency: dict[str, dict[str, int]] | None = None  # counted once, when the record of the run is made
         if not self.is_training:
             for item in self.items:
                 item.num_repeats = 1
@@ -107,11 +108,9 @@ class Dataset:
     @property
     def tag_frequency(self) -> dict[str, dict[str, int]]:
         """Folder or metadata file -> tag -> number of images that have it."""
-        texts: dict[str, list[tuple[str, SubsetParams]]] = {}
-        for item in self.items:
-            tags = item.captions_extra.get("tags", "") if item.subset.metadata_file else item.caption
-            texts.setdefault(subset_name(item.subset), []).append((tags, item.subset))
-        return {name: tag_frequency(entries) for name, entries in texts.items()}
+        if self._tag_frequency is None:
+            self._tag_frequency = tags_of_folders(self.items)
+        return self._tag_frequency
 
     @property
     def subset_items(self) -> list[tuple[SubsetParams, list[ImageItem]]]:
@@ -223,12 +222,6 @@ class Dataset:
         if is_mask and mask is not None and sample.image_key not in self._warned_masks and not (mask > 0).any():
             self._warned_masks.add(sample.image_key)
             logger.warning("the mask of %s is zero everywhere: nothing is learned from this image", sample.image_key)
-
-
-def subset_name(subset: SubsetParams) -> str:
-    """The base name of a subset's folder or metadata file, as metadata records it."""
-    path = subset.metadata_file or subset.image_dir or ""
-    return os.path.basename(os.path.normpath(path))
 
 
 def subset_record(subset: SubsetParams, num_images: int) -> dict[str, Any]:

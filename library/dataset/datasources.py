@@ -8,16 +8,17 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 
 from library.config_util import Blueprint, DatasetConfigError, load_blueprint
 from library.console import storable
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
-from library.dataset.background import map_in_threads
+from library.dataset.background import map_in_threads, records_stay
 from library.dataset.bucket import BucketSelector
-from library.dataset.captions import dotted, read_caption, tag_frequency
+from library.dataset.captions import dotted, read_caption, tags_of_folders
 from library.dataset.discovery import FoundImage, Scanner, discover, listed
 from library.dataset.image_headers import look_at_image
 from library.dataset.info_cache import info_entry, known_image, read_info, write_info
@@ -50,14 +51,18 @@ class ScanResult:
     """those of the blueprint and of the scan; to be logged once, by the main process"""
     num_used: int
     num_skipped: int
-    tag_frequency: list[dict[str, dict[str, int]]] = field(default_factory=list)
-    """per dataset: folder or metadata file name -> tag -> captions that hold it"""
+
+    @property
+    def tag_frequency(self) -> list[dict[str, dict[str, int]]]:
+        """Per dataset: folder or metadata file name -> tag -> captions that hold it."""
+        return [tags_of_folders(items) for items in self.train]
 
     @property
     def summary(self) -> str:
         return f"{self.num_used} images used, {self.num_skipped} skipped"
 
 
+@records_stay()
 def scan_datasets(
     blueprint: Blueprint,
     *,
@@ -80,20 +85,17 @@ def scan_datasets(
             _leave_out_small(images, subset, dataset, scanner)
     train: list[list[ImageItem]] = []
     validation: list[list[ImageItem]] = []
-    frequencies = []
     for dataset, images_of in zip(blueprint.datasets, found):
         parts = [_items_of(subset, images, dataset, seed, scanner) for subset, images in zip(dataset.subsets, images_of)]
         train.append([item for part, _ in parts for item in part])
         validation.append([item for _, part in parts for item in part])
-        frequencies.append(_frequencies(train[-1]))
     has_validation = any(_split_of(subset, dataset) > 0 for dataset in blueprint.datasets for subset in dataset.subsets)
     _check_counts(blueprint, train, validation, has_validation, scanner)
     if scanner.problems:
         raise ConfigError(_cut(scanner.problems))
     used = {item.absolute_path for part in (*train, *validation) for item in part}
-    return ScanResult(
-        train, validation, has_validation, (*blueprint.warnings, *scanner.warnings), len(used), len(scanner.skipped - used), frequencies
-    )
+    warnings = (*blueprint.warnings, *scanner.warnings)
+    return ScanResult(train, validation, has_validation, warnings, len(used), len(scanner.skipped - used))
 
 
 def load_datasets(
@@ -274,17 +276,19 @@ def _caption_hint(paths: Sequence[str], subset: SubsetParams) -> str:
 
 
 def _warn_of_pixels(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner) -> None:
-    def those(attribute: str, masks: bool = False) -> list[str]:
-        paths = [image.cond_path if masks else image.path for image in images]
-        checks = ((path, scanner.checks.get(path)) for path in paths if path is not None)
-        return [path for path, check in checks if isinstance(check, ImageCheck) and getattr(check, attribute)]
+    pictures = [(image.path, scanner.checks.get(image.path)) for image in images]
+    masks = [(image.cond_path, scanner.checks.get(image.cond_path)) for image in images if image.cond_path is not None]
+
+    def those(attribute: str, checks: Sequence[tuple[str, ImageCheck | ConfigError | None]] = pictures) -> list[str]:
+        kinds = {check for check in set(map(itemgetter(1), checks)) if isinstance(check, ImageCheck) and getattr(check, attribute)}
+        return [path for path, check in checks if check in kinds] if kinds else []
 
     scanner.summary_warning(those("deep"), f"images in {subset.label} have more than 8 bits per channel; 8 are used")
     if subset.alpha_mask:
         scanner.summary_warning(those("invisible"), f"images in {subset.label} are transparent everywhere, so nothing is learned from them")
     else:
         scanner.summary_warning(those("transparent"), f"images in {subset.label} have transparency, which is dropped")
-    scanner.summary_warning(those("black", masks=True), f"masks of {subset.label} are black everywhere, so nothing is learned there")
+    scanner.summary_warning(those("black", masks), f"masks of {subset.label} are black everywhere, so nothing is learned there")
 
 
 # ---------------------------------------------------------------- items and split
@@ -295,6 +299,8 @@ def split_validation(names: Sequence[str], fraction: float, seed: int) -> tuple[
 
     The sorted names are shuffled with Python's generator of this seed; the last round(n * fraction) validate.
     """
+    if round(len(names) * fraction) == 0:
+        return list(range(len(names))), []
     order = sorted(range(len(names)), key=lambda index: names[index])
     random.Random(seed).shuffle(order)
     num_validation = round(len(order) * fraction)
@@ -312,33 +318,41 @@ def _items_of(
     subset: SubsetParams, images: Sequence[FoundImage], dataset: DatasetParams, seed: int | None, scanner: Scanner
 ) -> tuple[list[ImageItem], list[ImageItem]]:
     """The training and validation items of a subset. Regularisation images all stay in training."""
+    absolute = AbsolutePaths()
     seeds = (dataset.validation_seed, seed, DEFAULT_SPLIT_SEED)
     split_seed = next(value for value in seeds if value is not None)
     fraction = _split_of(subset, dataset)
     train, validation = split_validation([image.key for image in images], fraction, split_seed)
     if fraction > 0 and images and not validation:
         scanner.warnings.append(f"{subset.label}: validation_split {fraction} of {len(images)} images leaves none for validation")
-    return [_item(images[i], subset, subset.num_repeats) for i in train], [_item(images[i], subset, 1) for i in validation]
-
-
-def _item(image: FoundImage, subset: SubsetParams, num_repeats: int) -> ImageItem:
-    caption = storable(image.caption if image.caption is not None else subset.class_tokens or "")
-    return ImageItem(
-        image_key=image.key, absolute_path=os.path.abspath(image.path), caption=caption, subset=subset,
-        image_size=image.size or (0, 0), num_repeats=num_repeats, cond_path=image.cond_path,
-        captions_extra={} if image.tags is None else {"tags": storable(image.tags)},
+    return (
+        [_item(images[i], subset, subset.num_repeats, absolute) for i in train],
+        [_item(images[i], subset, 1, absolute) for i in validation],
     )
 
 
-def _frequencies(items: Iterable[ImageItem]) -> dict[str, dict[str, int]]:
-    """Tags per folder (of captions) or per metadata file (of its `tags` only)."""
-    texts: dict[str, list[tuple[str, SubsetParams]]] = {}
-    for item in items:
-        source = item.subset.metadata_file or item.subset.image_dir or ""
-        name = os.path.basename(os.path.normpath(source))
-        text = item.captions_extra.get("tags", "") if item.subset.metadata_file else item.caption
-        texts.setdefault(name, []).append((text, item.subset))
-    return {name: tag_frequency(captions) for name, captions in texts.items()}
+class AbsolutePaths:
+    """os.path.abspath for many files of few folders, each of which is looked up once."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, str] = {}
+
+    def of(self, path: str) -> str:
+        folder, _, name = path.rpartition(os.sep)
+        if not folder or name in ("", ".", "..") or (os.altsep and os.altsep in name):
+            return os.path.abspath(path)
+        if folder not in self._folders:
+            self._folders[folder] = os.path.join(os.path.abspath(folder + os.sep), "")
+        return self._folders[folder] + name
+
+
+def _item(image: FoundImage, subset: SubsetParams, num_repeats: int, absolute: AbsolutePaths) -> ImageItem:
+    caption = storable(image.caption if image.caption is not None else subset.class_tokens or "")
+    return ImageItem(
+        image_key=image.key, absolute_path=absolute.of(image.path), caption=caption, subset=subset,
+        image_size=image.size or (0, 0), num_repeats=num_repeats, cond_path=image.cond_path,
+        captions_extra={} if image.tags is None else {"tags": storable(image.tags)},
+    )
 
 
 # ---------------------------------------------------------------- counts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from library.dataset.cache_checks import crowded_names
@@ -13,6 +13,7 @@ from library.dataset.items import SubsetParams
 from library.dataset.media_utils import ImageCheck, image_extensions
 from library.dataset.metadata_files import ImageFinder, read_metadata_file
 from library.errors import ConfigError
+from library.file_limits import stem_of
 
 SHOWN = 5
 
@@ -82,9 +83,7 @@ def _image_paths(folder: str, subset: SubsetParams, scanner: Scanner) -> list[st
     """Image files directly in a folder, sorted by path; the case of the extension does not matter."""
     try:
         with os.scandir(folder) as entries:
-            paths = [
-                entry.path for entry in entries if os.path.splitext(entry.name)[1].lower() in scanner.extensions and entry.is_file()
-            ]
+            paths = [entry.path for entry in entries if _has_extension(entry.name, scanner.extensions) and entry.is_file()]
         return sorted(paths)
     except FileNotFoundError:
         scanner.problem_or_warning(f"{subset.label}: the folder {folder} does not exist")
@@ -97,8 +96,14 @@ def _image_paths(folder: str, subset: SubsetParams, scanner: Scanner) -> list[st
         return []
 
 
+def _has_extension(name: str, extensions: Container[str]) -> bool:
+    """Quick for names that have another, which are most of what lies in a folder with caches."""
+    return name[name.rfind(".") :].lower() in extensions and os.path.splitext(name)[1].lower() in extensions
+
+
 def _warn_of_shared_stems(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner) -> None:
-    crowded = crowded_names((os.path.splitext(image.path)[0], image.path) for image in images)
+    paths = [image.path for image in images]
+    crowded = crowded_names(list(map(stem_of, paths)), paths)
     groups = {tuple(group) for group in crowded.values()}
     shared = sorted(" and ".join(map(os.path.basename, group)) for group in groups)
     scanner.summary_warning(shared, f"groups of images in {subset.label} have one name and share a caption file")

@@ -31,15 +31,17 @@ def fill_latent_cache(
     *,
     num_threads: int | None = None,
     skip_bad_images: bool = False,
+    index: CacheIndex | None = None,
 ) -> int:
     """Give every image of the groups (training and validation) its latents, in memory or on disk.
 
     The VAE is loaded only when this process has something to encode, and released. Images that cannot be decoded are an
-    error naming all of them, or leave their groups with `skip_bad_images`. Returns the number of images encoded here.
+    error naming all of them, or leave their groups with `skip_bad_images`. `index` may be that of the other caches of the run,
+    so that it is read once. Returns the number of images encoded here.
     """
     strategy = strategies.latents_caching
     items = [item for group in groups for item in group.items]
-    index = CacheIndex()
+    index = index or CacheIndex()
     jobs = plan_latents(items, strategy, process_index=processes.rank, num_processes=processes.num_processes, index=index)
     bad: list[ImageItem] = []
     if jobs:
@@ -74,17 +76,19 @@ def fill_text_cache(
     strategies: StrategySet,
     load_text_encoders: Callable[[], list[Any]],
     processes: Processes,
+    *,
+    index: CacheIndex | None = None,
 ) -> int:
     """Give every caption of the groups its text encoder outputs, and the empty caption where captions may be dropped.
 
     `load_text_encoders` is called only when this process has something to encode; whoever wants to keep the encoders keeps
-    them. Returns the number of captions encoded here.
+    them. `index`: see fill_latent_cache. Returns the number of captions encoded here.
     """
     strategy = strategies.text_encoder_outputs_caching
     items = [item for group in groups for item in group.items]
     empty = empty_caption_item([item for group in groups if group.is_training for item in group.items])
     everything = items if empty is None else [*items, empty]
-    index = CacheIndex()
+    index = index or CacheIndex()
     plan = plan_text(everything, strategy, process_index=processes.rank, num_processes=processes.num_processes, index=index)
     if plan.needs_model:
         batch_size = max((group.batch_size for group in groups), default=1)

@@ -7,9 +7,9 @@ in full: a picture that broke off is known before anything is trained.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
-import stat
 import struct
 import zlib
 from pathlib import Path
@@ -20,6 +20,7 @@ from PIL import Image
 from library.dataset.media_utils import (
     DEEP_MODES, ImageCheck, ImageFileError, Size, has_alpha, opened_image, shown_size, verify_image,
 )
+from library.text_files import open_descriptor
 
 HEAD_BYTES = 16 * 1024
 PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -37,13 +38,13 @@ def look_at_image(path: str | Path) -> ImageCheck:
     Damage in the middle of a file shows only when it is decoded (`verify_image`).
     """
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("not a file")
+        descriptor, status = open_descriptor(path)
         num_bytes = status.st_size
-        with open(path, "rb", buffering=0) as file:
-            head = file.read(HEAD_BYTES)
-            found = _from_head(file, head, num_bytes)
+        try:
+            head = os.read(descriptor, HEAD_BYTES)
+            found = _from_head(descriptor, head, num_bytes)
+        finally:
+            os.close(descriptor)
     except OSError:
         head, num_bytes, found = b"", 0, None  # what follows has the message
     if found is not None:
@@ -51,20 +52,24 @@ def look_at_image(path: str | Path) -> ImageCheck:
     with opened_image(path) as image:
         size = shown_size(image, path)
         if image.format in HEADER_FORMATS and not _is_cut(path, head, num_bytes):
-            return ImageCheck(size, image.mode in DEEP_MODES, has_alpha(image))
+            return _check(size, image.mode in DEEP_MODES, has_alpha(image))
     return verify_image(path)
 
 
-def _from_head(file: io.FileIO, head: bytes, num_bytes: int) -> ImageCheck | None:
+_check = functools.lru_cache(maxsize=4096)(ImageCheck)
+"""pictures of one size and kind share a record"""
+
+
+def _from_head(descriptor: int, head: bytes, num_bytes: int) -> ImageCheck | None:
     """The common cases; None: Pillow is to look."""
     if head.startswith(PNG_START):
-        return _png(file, head, num_bytes)
+        return _png(descriptor, head, num_bytes)
     if head.startswith(JPEG_START):
-        plain = _is_plain_jpeg(head) and _ends_with(file, JPEG_END, num_bytes)
+        plain = _is_plain_jpeg(head) and _ends_with(descriptor, JPEG_END, num_bytes)
     else:
         plain = head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8 " and _webp_bytes(head) <= num_bytes
     size = _stored_size(head) if plain else None
-    return None if size is None else ImageCheck(size)
+    return None if size is None else _check(size)
 
 
 def _stored_size(head: bytes) -> Size | None:
@@ -81,19 +86,19 @@ def _sound(size: Size) -> Size | None:
     return (width, height) if width > 0 and height > 0 and width * height <= 2 * (Image.MAX_IMAGE_PIXELS or 1 << 60) else None
 
 
-def _png(file: io.FileIO, head: bytes, num_bytes: int) -> ImageCheck | None:
+def _png(descriptor: int, head: bytes, num_bytes: int) -> ImageCheck | None:
     """A PNG whose first chunk is sound, whose last one is there and which nothing turns."""
     if len(head) < 33 or head[12:16] != b"IHDR" or zlib.crc32(head[12:29]) != int.from_bytes(head[29:33], "big"):
         return None
-    chunks = _png_chunks(file, head, num_bytes)
+    chunks = _png_chunks(descriptor, head, num_bytes)
     width, height, depth, colour = struct.unpack_from(">IIBB", head, 16)
     size = _sound((width, height))
     if size is None or "eXIf" in chunks or "IEND" not in chunks:
         return None
-    return ImageCheck(size, (depth, colour) == PNG_DEEP_GREY, colour in PNG_ALPHA_TYPES or "tRNS" in chunks)
+    return _check(size, (depth, colour) == PNG_DEEP_GREY, colour in PNG_ALPHA_TYPES or "tRNS" in chunks)
 
 
-def _png_chunks(file: io.FileIO, head: bytes, num_bytes: int) -> set[str]:
+def _png_chunks(descriptor: int, head: bytes, num_bytes: int) -> set[str]:
     """Names of the chunks up to IEND, or up to where the file breaks off. EXIF may also stand after the pixels."""
     names: set[str] = set()
     position = len(PNG_START)
@@ -101,8 +106,8 @@ def _png_chunks(file: io.FileIO, head: bytes, num_bytes: int) -> set[str]:
         if position + 8 <= len(head):
             length, name = struct.unpack_from(">I4s", head, position)
         else:
-            file.seek(position)
-            length, name = struct.unpack(">I4s", file.read(8))
+            os.lseek(descriptor, position, os.SEEK_SET)
+            length, name = struct.unpack(">I4s", os.read(descriptor, 8))
         names.add(name.decode("latin-1"))
         position += 12 + length
     return names if position <= num_bytes else names - {"IEND"}
@@ -124,9 +129,9 @@ def _is_plain_jpeg(head: bytes) -> bool:
     return False
 
 
-def _ends_with(file: io.FileIO, end: bytes, num_bytes: int) -> bool:
-    file.seek(max(num_bytes - len(end), 0))
-    return file.read(len(end)) == end
+def _ends_with(descriptor: int, end: bytes, num_bytes: int) -> bool:
+    os.lseek(descriptor, max(num_bytes - len(end), 0), os.SEEK_SET)
+    return os.read(descriptor, len(end)) == end
 
 
 def _webp_bytes(head: bytes) -> int:
@@ -138,9 +143,9 @@ def _is_cut(path: str | Path, head: bytes, num_bytes: int) -> bool:
     """Whether the end of a file is missing, as far as its format says where that is."""
     with open(path, "rb", buffering=0) as file:
         if head.startswith(PNG_START):
-            return "IEND" not in _png_chunks(file, head, num_bytes)
+            return "IEND" not in _png_chunks(file.fileno(), head, num_bytes)
         if head.startswith(JPEG_START):
-            return not _ends_with(file, JPEG_END, num_bytes)
+            return not _ends_with(file.fileno(), JPEG_END, num_bytes)
     if head[:4] == b"RIFF":
         return _webp_bytes(head) > num_bytes
     return head[:2] == b"BM" and int.from_bytes(head[2:6], "little") > num_bytes

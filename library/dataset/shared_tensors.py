@@ -36,7 +36,7 @@ class SharedTensors:
 
     def absorb(self, items: Iterable[ImageItem]) -> None:
         """Move the cached tensors of the items into large ones; items get views. Entries that are in already stay."""
-        items = list(items)
+        items = [item for item in items if _holds_tensors(item)]
         unique = {id(t): t for item in items for t in _tensors_of(item) if id(t) not in self._views}
         by_kind: dict[tuple, list[torch.Tensor]] = {}
         for tensor in unique.values():
@@ -79,6 +79,10 @@ class SharedTensors:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.tensors, self._views = state["tensors"], {}
+
+
+def _holds_tensors(item: ImageItem) -> bool:
+    return not (item.latents is None and item.text_encoder_outputs is None and item.latents_flipped is None and item.alpha_mask is None)
 
 
 def _tensors_of(item: ImageItem) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from library.dataset import text_cache_io
-from library.dataset.background import BackgroundWriter, map_in_threads
+from library.dataset.background import BackgroundWriter, map_in_threads, records_stay
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
 from library.dataset.captions import deterministic_caption
@@ -78,6 +78,7 @@ def empty_caption_item(items: Sequence[ImageItem]) -> ImageItem | None:
     )
 
 
+@records_stay()
 def plan_text(
     items: Sequence[ImageItem], strategy: TextEncoderOutputsCachingStrategy, *, process_index: int = 0, num_processes: int = 1,
     index: CacheIndex | None = None,
@@ -111,18 +112,18 @@ def _find_all(
     files: Sequence[Sequence[ImageItem]], strategy: TextEncoderOutputsCachingStrategy, index: CacheIndex | None
 ) -> list[tuple[ImageItem, str]]:
     """`_find` for the items of many files."""
-    index = index or CacheIndex()
-    found = map_in_threads(lambda items: _find(items, strategy, index), files, num_threads=CHECK_THREADS)
+    find = strategy.find_with(index or CacheIndex())
+    found = map_in_threads(lambda items: _find(items, find), files, num_threads=CHECK_THREADS)
     return [entry for entries in found for entry in entries]
 
 
-def _find(items: Sequence[ImageItem], strategy: TextEncoderOutputsCachingStrategy, index: CacheIndex) -> list[tuple[ImageItem, str]]:
+def _find(items: Sequence[ImageItem], find: Callable[[str, str, bool], tuple[str | None, str]]) -> list[tuple[ImageItem, str]]:
     """Set the suffix of those items of one file whose caption is there; return the others with the reason."""
     captions = [cached_caption(item) for item in items]
     is_only_one = len(set(captions)) == 1
     missing = []
     for item, caption in zip(items, captions):
-        suffix, reason = strategy.find(item.text_encoder_outputs_npz, caption, accept_unrecorded=is_only_one, index=index)
+        suffix, reason = find(item.text_encoder_outputs_npz, caption, is_only_one)
         if suffix is None:
             missing.append((item, reason))
         else:

@@ -12,6 +12,7 @@ import torch
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
 from library.dataset.build import build_dataset_groups
+from library.dataset.cache_index import CacheIndex
 from library.dataset.custom import load_custom_dataset
 from library.dataset.datasources import ScanResult, load_datasets
 from library.dataset.debug import debug_dataset
@@ -42,6 +43,8 @@ class DataGroups:
     train: Any
     validation: Any | None
     used_config_file: bool = False
+    index: CacheIndex = field(default_factory=CacheIndex, repr=False)
+    """of cache files, for the phases that fill caches; released after them"""
 
     @property
     def groups(self) -> list[Any]:
@@ -113,7 +116,7 @@ def cache_latents(
     """Encode what the latent cache lacks; images that turn out to be unreadable leave the data with --skip_bad_images."""
     if config[CachingOptions].caches_latents:
         skip = config[DatasetOptions].skip_bad_images
-        fill_latent_cache(data.groups, strategies, load_vae, runtime, skip_bad_images=skip)
+        fill_latent_cache(data.groups, strategies, load_vae, runtime, skip_bad_images=skip, index=data.index)
 
 
 def prepare_text(
@@ -133,7 +136,8 @@ def prepare_text(
     encoders, phase = KeptModels(load), TextPhase()
     with torch.no_grad(), runtime.autocast():
         if caches:
-            fill_text_cache(data.groups, strategies, encoders, runtime)
+            fill_text_cache(data.groups, strategies, encoders, runtime, index=data.index)
+        data.index.release()
         if encode_prompts is not None:
             phase.sample_conditioning = encode_prompts(encoders())
     if not caches:

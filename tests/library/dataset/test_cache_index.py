@@ -47,8 +47,9 @@ def start(folder: Path, *, caption: str = "a cat", subset=None, latents=None, te
     items = [make_item(path, caption=caption, subset=subset) for path in sorted(folder.glob("*.png"))]
     group = make_group(items)
     strategies = small_strategies(latents or SmallLatentsCaching(FLUX, True), text or SmallTextCaching(True))
-    encoded = fill_latent_cache([group], strategies, lambda: SmallVae(FLUX), OneProcess())
-    return encoded, fill_text_cache([group], strategies, lambda: [SmallTextEncoder(), SmallTextEncoder()], OneProcess())
+    index = CacheIndex()
+    encoded = fill_latent_cache([group], strategies, lambda: SmallVae(FLUX), OneProcess(), index=index)
+    return encoded, fill_text_cache([group], strategies, lambda: [SmallTextEncoder(), SmallTextEncoder()], OneProcess(), index=index)
 
 
 def age(folder: Path, seconds: int = 10) -> None:
@@ -75,7 +76,7 @@ def cache_files(opened: list[str]) -> list[str]:
 def test_what_was_found_right_is_not_read_again(folder, opened):
     assert start(folder) == (0, 0)
     assert not cache_files(opened) and not [name for name in opened if name.endswith(".png")]
-    assert opened.count(FILE_NAME) == 2  # for latents and for text
+    assert opened.count(FILE_NAME) == 1  # for latents and for text
     assert sorted(json.loads((folder / FILE_NAME).read_text())["files"]) == sorted(path.name for path in folder.glob("*.npz"))
 
 
@@ -136,8 +137,8 @@ def test_a_changed_cache_file_is_noticed(folder, damage, caplog):
 
 
 @pytest.mark.parametrize("content", [
-    "", "not json", "[]", '{"version": 1}', '{"version": 1, "files": []}', '{"version": 0, "files": {}}', "[" * 100000,
-    '{"version": 1, "files": {"00_0064x0064_flux.npz": 3, "01_0064x0064_flux.npz": {"stamp": 1}}}',
+    "", "not json", "[]", '{"version": 2}', '{"version": 2, "files": []}', '{"version": 1, "files": {}}', "[" * 100000,
+    '{"version": 2, "files": {"00_0064x0064_flux.npz": 3, "01_0064x0064_flux.npz": {"stamp": 1}, "01_flux_te.npz": "1,2,3|"}}',
 ])  # fmt: skip
 def test_an_index_that_is_none_of_ours_counts_for_nothing(folder, content, opened):
     (folder / FILE_NAME).write_text(content)

@@ -1,0 +1,102 @@
+"""Short cuts for folders with many files give what the plain ways give."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+
+import pytest
+
+from library.dataset import captions
+from library.dataset.background import map_in_threads, records_stay
+from library.dataset.cache_checks import crowded_names
+from library.dataset.captions import read_caption
+from library.dataset.datasources import AbsolutePaths
+from library.dataset.discovery import _has_extension
+from library.dataset.items import SubsetParams
+from library.file_limits import stem_of
+from library.text_files import read_bytes
+from tests.library.dataset.images import make_folder, make_group
+
+NAMES = (
+    "a.png", "a.b.png", ".png", "..png", "...png", "a", "a.", "", "a.b/c", "a.b/c.png", "a/.png", "a/..png", "a\\b.png", "a.b\\c", "/a.png", "é.PNG",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stems_and_extensions_are_those_of_the_standard_library(name):
+    stem, extension = os.path.splitext(name)
+    assert stem_of(name) == stem
+    for wanted in (frozenset({".png"}), frozenset({".b"})):
+        assert _has_extension(os.path.basename(name), wanted) == (os.path.splitext(os.path.basename(name))[1].lower() in wanted)
+
+
+@pytest.mark.parametrize("path", ["a.png", "./a.png", "x/../a.png", "x//a.png", "x/./a.png", "/a.png", "//a.png", "/x/y/a.png", "x/..", "x/", "."])
+def test_absolute_paths_are_those_of_the_standard_library(path):
+    absolute = AbsolutePaths()
+    assert absolute.of(path) == absolute.of(path) == os.path.abspath(path)
+
+
+@pytest.mark.parametrize("text, caption", [
+    (b"a cat\nsecond", "a cat"), (b"a cat\r\nsecond", "a cat"), (b"a cat\rsecond", "a cat"), (b"\xef\xbb\xbfa cat", "a cat"), (b"", ""),
+    (b" a\x0ccat \n", "a\x0ccat"), ("ä cat".encode(), "ä cat"), (b"x" * 100000 + b"\n", "x" * 100000),
+])  # fmt: skip
+def test_captions_of_every_line_ending(tmp_path, text, caption):
+    (tmp_path / "a.txt").write_bytes(text)
+    assert read_caption(str(tmp_path / "a.png"), SubsetParams(caption_extension=".txt")) == caption
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        read_bytes(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_bytes(tmp_path / "missing")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(OSError, match="pipe"):
+            read_bytes(tmp_path / "pipe")
+
+
+def test_names_are_crowded_in_one_of_many(tmp_path):
+    for name in ("a.png", "a.jpg", "b.png"):
+        (tmp_path / name).write_bytes(b"")
+    images = [str(tmp_path / name) for name in ("a.png", "b.png", "a.jpg", "b.png")]
+    assert crowded_names([stem_of(image) for image in images], images) == {str(tmp_path / "a"): [images[0], images[2]]}
+    assert crowded_names([stem_of(image) for image in images[:2]], images[:2]) == crowded_names([], []) == {}
+
+
+def test_tags_are_counted_once_and_anew_after_a_change(tmp_path, monkeypatch):
+    group = make_group(make_folder(tmp_path, 3))
+    counted, whole = [], captions.tag_frequency
+    monkeypatch.setattr(captions, "tag_frequency", lambda texts: counted.append(1) or whole(texts))
+    assert group.metadata()[0]["tag_frequency"] == group.tag_frequency and len(counted) == 1
+    assert group.tag_frequency[tmp_path.name]["red"] == 3
+    group.drop(group.items[:1])
+    assert group.tag_frequency[tmp_path.name]["red"] == 2
+
+
+def test_only_tasks_that_wait_are_given_to_threads():
+    """A busy machine makes a few tasks late, a slow disk nearly all."""
+    names = set()
+
+    def task(number: int) -> int:
+        if number % 100 == 50 or number < 0:
+            time.sleep(0.005 if number < 0 else 0.1)
+        names.add(threading.current_thread().name)
+        return number
+
+    assert map_in_threads(task, range(300), num_threads=4) == list(range(300))
+    assert names == {threading.current_thread().name}
+    waiting = list(range(-300, 0))
+    assert map_in_threads(task, waiting, num_threads=4) == waiting
+    assert len(names) > 1
+
+
+def test_the_collector_works_again_after_an_error():
+    assert gc.isenabled()
+    with pytest.raises(ValueError), records_stay():
+        assert not gc.isenabled()
+        raise ValueError
+    assert gc.isenabled()
