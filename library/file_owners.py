@@ -75,6 +75,11 @@ def owned_name(path: Path, ending: str) -> Path:
     return path.with_name(f".{stem}.{mark}.{ending}{suffix}")
 
 
+def is_owned(name: str) -> bool:
+    """Whether `owned_name` made this name."""
+    return _OWNED.fullmatch(name) is not None
+
+
 def clean_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
     """Remove what dead processes of this machine left half written in a folder, and put back what they had taken away to
     replace it but did not replace. Returns what was removed or put back."""

@@ -90,8 +90,12 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def existing_problems(config: Config) -> list[str]:
-    """--on_existing refuse: no file of an earlier run under the same name is there, unless this run goes on with it."""
-    if config[SavingOptions].what_of_existing != "refuse":
+    """No folder is where the file of the run goes. --on_existing refuse: no file of an earlier run under the same name is
+    there, unless this run goes on with it."""
+    what, target = config[SavingOptions].what_of_existing, final_file(config)
+    if target.is_dir() and (what == "overwrite" or goes_on(config)):
+        return [f"{target} is a folder, and the file of this run goes there; rename or remove it, or choose another --output_name"]
+    if what != "refuse":
         return []
     earlier = [path for path in earlier_files(config) if path.parent.name != SAMPLES]
     if not earlier:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import CheckpointError, ConfigError
+from library.file_owners import is_owned
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def states_in(folder: Path) -> list[Path]:
     """State folders below a folder, the newest last: by step, then by time."""
     found = []
     try:
-        candidates = [path for path in folder.iterdir() if not path.name.startswith(".") and (path / STATE_FILE).is_file()]
+        candidates = [path for path in folder.iterdir() if not is_owned(path.name) and (path / STATE_FILE).is_file()]
         for path in candidates:
             try:
                 found.append((read_train_state(path)["current_step"], (path / STATE_FILE).stat().st_mtime_ns, path))

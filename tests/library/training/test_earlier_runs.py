@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import ConfigError
+from library.file_owners import owned_name
 from library.options import Config
 from library.training import earlier_runs
 from library.training.parser_common import script
@@ -51,6 +52,29 @@ def test_refuse_names_what_would_be_replaced(tmp_path: Path, name: str) -> None:
     assert len(problems) == 1 and name in problems[0] and "--overwrite" in problems[0] and "--on_existing" in problems[0]
     for choice in ({}, {"on_existing": "backup"}, {"on_existing": "overwrite"}, {"overwrite": True}):
         assert earlier_runs.existing_problems(config_of(tmp_path, **choice)) == []
+
+
+def test_a_folder_in_the_place_of_the_file_is_told_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "mine.safetensors").mkdir()
+    problems = earlier_runs.existing_problems(config_of(tmp_path, overwrite=True))
+    assert len(problems) == 1 and "mine.safetensors is a folder" in problems[0]
+    assert earlier_runs.existing_problems(config_of(tmp_path)) == []  # it is renamed then
+    state = tmp_path / "mine-step00000005-state"
+    state.mkdir()
+    for name in ("model.safetensors", "optimizer.bin"):
+        (state / name).touch()
+    (state / "train_state.json").write_text('{"current_epoch": 1, "current_step": 5}')
+    assert len(earlier_runs.existing_problems(config_of(tmp_path, resume="latest"))) == 1
+
+
+def test_the_newest_state_of_a_hidden_name(tmp_path: Path) -> None:
+    """What begins with a dot may be a run's name; only names that processes make for a while are passed over."""
+    for folder in (".mine-step00000005-state", owned_name(tmp_path / ".mine-step00000009-state", "tmp").name):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train_state.json").write_text('{"current_epoch": 1, "current_step": 5}')
+    config = config_of(tmp_path, output_name=".mine", resume="latest")
+    assert earlier_runs.resumed_state(config) == tmp_path / ".mine-step00000005-state"
+    assert earlier_runs.resumed_state(config_of(tmp_path, resume=str(tmp_path))) == tmp_path / ".mine-step00000005-state"
 
 
 def test_all_files_of_an_earlier_run_move_to_a_numbered_name(tmp_path: Path) -> None:
