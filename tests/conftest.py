@@ -39,3 +39,12 @@ def log_as_before():
         if getattr(handler, "set_by_atelier", False):
             root.removeHandler(handler)
             handler.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What a test printed of names that are not UTF-8 must not stop the process that collects the reports."""
+    report = yield
+    report.sections = [(title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections]
+    report.user_properties = list(report.user_properties)
+    return report
