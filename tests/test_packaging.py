@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name != "setup.py")
 PACKAGES = ("library", "networks", "tools", "finetune")
@@ -29,7 +31,6 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "accelerate", "safetenso
 # Runs a script with --help where an import of a heavy package fails. How long it takes is measured by benchmarks/startup.py.
 HELP_PROBE = """
 import runpy, sys
-from tests.waiting import PATIENCE
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {heavy!r}:

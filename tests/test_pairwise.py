@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE
+
 ROOT = Path(__file__).resolve().parent.parent
 CASES = """
 import pytest
-from tests.waiting import PATIENCE
 
 @pytest.mark.cross_product("a", ("b", "c"), "d")
 @pytest.mark.parametrize("a", range(4))

@@ -7,7 +7,6 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.waiting import PATIENCE
 import pytest
 
 from packaging.requirements import Requirement
