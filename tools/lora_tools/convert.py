@@ -62,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str] | None = None) -> None:
     """AtelierError with one message for whatever is wrong; nothing is written then."""
-    from library.number_formats import clamping
-
     parser = build_parser()
     words = parser.parse_args(argv).files
+    from library.number_formats import clamping  # --help has been answered
+
     config = read_command(argv, parser, CLASSES)
     source, target = _paths(config[ConvertOptions], words)
     check(config, source, target)
