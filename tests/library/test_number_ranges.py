@@ -44,7 +44,7 @@ def numeric_options() -> list[tuple[type, str]]:
 def wrapped(options_class: type, name: str, number: float) -> object:
     """A list for options of several values."""
     nargs = option_fields(options_class)[name][1].nargs
-    return (number,) * nargs if isinstance(nargs, int) else [number] if nargs else (number, 64) if name in ("resolution", "face_crop_aug_range") else number
+    return (number,) * nargs if isinstance(nargs, int) else [number] if nargs else (number, 64) if name in ("resolution", "skip_image_resolution", "face_crop_aug_range") else number
 
 
 @pytest.mark.parametrize(("options_class", "name"), numeric_options(), ids=lambda value: getattr(value, "__name__", value))
