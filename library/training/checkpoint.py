@@ -12,6 +12,7 @@ EPOCH_STEM, STEP_STEM, LAST_STEM = "epoch", "at", "last"
 AVERAGED = "-ema"
 """what stands behind the name of a file that holds the moving average of the weights"""
 DEFAULT_FORMAT = "safetensors"
+STATE_ENDING = "-state"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class CheckpointNames:
         return name + AVERAGED + self.extension
 
     def state(self, name: str) -> str:
-        return name + "-state"
+        return name + STATE_ENDING
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from library.dataset import DatasetOptions
 from library.errors import ConfigError
 from library.file_owners import clean_leftovers
 from library.options import Config
-from library.training.checkpoint import LAST_STEM, CheckpointNames
+from library.training.checkpoint import LAST_STEM, STATE_ENDING, CheckpointNames
 from library.training.option_groups import ResumeOptions, SavingOptions
 from library.training.state_files import LATEST, chosen_state
 
@@ -109,9 +109,12 @@ def existing_problems(config: Config) -> list[str]:
 
 def keep_earlier_files(config: Config) -> dict[Path, Path]:
     """--on_existing backup: rename the files, states and samples of an earlier run of this name, as if it had been called
-    NAME-backupN. Returns old -> new. ConfigError when one cannot be renamed."""
+    NAME-backupN; overwrite: its states alone, which `--resume latest` would take for those of the new run. Returns old -> new.
+    ConfigError when one cannot be renamed."""
     saving = config[SavingOptions]
-    earlier = earlier_files(config) if saving.what_of_existing == "backup" else []
+    earlier = earlier_files(config) if saving.what_of_existing != "refuse" else []
+    if saving.what_of_existing == "overwrite":
+        earlier = [path for path in earlier if path.is_dir() and path.name.endswith(STATE_ENDING)]
     if not earlier:
         return {}
     name = _free_name(saving)

@@ -298,7 +298,7 @@ class SavingOptions(OverflowOptions):
     on_existing: str | None = option(
         None,
         help="what becomes of the files, states and samples of an earlier run of this name, unless --resume goes on with it: backup (when"
-        " not given) renames them to NAME-backup1, -backup2 and so on; overwrite replaces them; refuse stops",
+        " not given) renames them to NAME-backup1, -backup2 and so on; overwrite replaces the files and renames the states alone; refuse stops",
         choices=("backup", "overwrite", "refuse"),
     )
     overwrite: bool = option(False, help="short for --on_existing overwrite")

@@ -70,6 +70,8 @@ class CheckpointHook(Hook):
         rules, progress = self._rules(run), run.progress
         at_epochs = [s for s in map(rules.after_epoch, _multiples(rules.every_n_epochs, progress.num_epochs)) if s is not None]
         at_steps = [s for s in map(rules.after_step, _multiples(rules.options.save_every_n_steps, progress.max_train_steps)) if s is not None]
+        at_epochs = [saving for saving in at_epochs if saving.number * progress.steps_per_epoch > progress.global_step]  # still to come
+        at_steps = [saving for saving in at_steps if saving.number > progress.global_step]
         last = rules.at_end(progress.max_train_steps)
         return [line for savings in (at_epochs, at_steps, [last]) for line in planned_lines(savings, run.config[EmaOptions].ema)]
 

@@ -116,16 +116,23 @@ class SampleHook(Hook):
         options, progress = run.config[SamplingOptions], run.progress
         if not self.prompts:
             return []
-        finished = progress.max_train_steps // progress.steps_per_epoch
-        if options.sample_every_n_epochs:  # see is_sample_due
-            occasions = finished // options.sample_every_n_epochs
+        finished, done = progress.max_train_steps // progress.steps_per_epoch, progress.global_step // progress.steps_per_epoch
+        if every := options.sample_every_n_epochs:  # see is_sample_due
+            occasions = finished // every - done // every
         else:
-            occasions = progress.max_train_steps // options.sample_every_n_steps if options.sample_every_n_steps else 0
-        occasions += bool(options.sample_at_first) + bool(unreached_interval(options, progress.max_train_steps, finished))
-        return [f"sample/ with {len(self.prompts)} pictures and a grid on {occasions} occasions, all of them on {self._sheet_path(run).name}"]
+            every = options.sample_every_n_steps
+            occasions = progress.max_train_steps // every - progress.global_step // every if every else 0
+        occasions += bool(options.sample_at_first and not progress.global_step)
+        occasions += bool(unreached_interval(options, progress.max_train_steps, finished))
+        if not occasions:
+            return []
+        pictures, times = counted(len(self.prompts), "picture"), counted(occasions, "occasion")
+        return [f"sample/ with {pictures} and a grid on {times}, all of them on {self._sheet_path(run).name}"]
 
     def written_files(self) -> list[str]:
-        return [] if self._folder is None else [f"{self._folder}{os.sep} with {self._made} pictures, {self._grids} grids and the sheet of all"]
+        return [] if self._folder is None else [
+            f"{self._folder}{os.sep} with {counted(self._made, 'picture')}, {counted(self._grids, 'grid')} and the sheet of all"
+        ]
 
     def _sheet_path(self, run: Run) -> Path:
         saving = run.config[SavingOptions]
@@ -231,6 +238,10 @@ class SampleHook(Hook):
         if log is not None:
             for file, image in pictures:
                 log.log_image(f"sample_{file.enum}", image, file.caption)
+
+
+def counted(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
 
 
 def occasion_label(progress: Progress, at: str) -> str:

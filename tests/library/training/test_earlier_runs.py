@@ -106,7 +106,17 @@ def test_files_without_a_name_move_from_their_default_names(tmp_path: Path) -> N
     assert earlier_runs.earlier_files(config_of(tmp_path, output_name="last-backup1"))
 
 
-@pytest.mark.parametrize("choice", [{"overwrite": True}, {"on_existing": "overwrite"}, {"on_existing": "refuse"}, {"debug_dataset": True}])
+@pytest.mark.parametrize("choice", [{"overwrite": True}, {"on_existing": "overwrite"}])
+def test_overwriting_puts_states_aside(tmp_path: Path, choice: dict) -> None:
+    """A later `--resume latest` would go on with them."""
+    fill(tmp_path, [*OF_A_RUN, *STATES])
+    earlier_runs.keep_earlier_files(config_of(tmp_path, **choice))
+    moved = {f"{name.replace('mine', 'mine-backup1', 1)}/train_state.json" for name in STATES}
+    assert files_of(tmp_path) == set(OF_A_RUN) | moved
+    assert earlier_runs.resumed_state(config_of(tmp_path, resume="latest")) is None
+
+
+@pytest.mark.parametrize("choice", [{"on_existing": "refuse"}, {"debug_dataset": True}])
 def test_nothing_moves_when_it_is_not_asked_for(tmp_path: Path, choice: dict) -> None:
     fill(tmp_path, [*OF_A_RUN, *STATES])
     before = files_of(tmp_path)

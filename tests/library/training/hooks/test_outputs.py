@@ -46,3 +46,10 @@ def test_intervals_that_are_never_reached_are_said(tmp_path):
         "--save_every_n_epochs is 4, longer than the run of 3 epochs", "--save_every_n_steps is 13, longer than the run of 12 steps",
     ]  # fmt: skip
     assert unreached_intervals(run_with_files(tmp_path, save_every_n_epochs=2, save_every_n_steps=12)) == []
+
+
+def test_a_run_that_goes_on_lists_what_is_still_to_come(tmp_path):
+    run = run_with_files(tmp_path, save_every_n_epochs=1)
+    run.progress.global_step = 4
+    planned = [line for lines in run.hooks.planned_files(run) for line in lines]
+    assert planned[1:] == ["lora-000002.safetensors", "lora.safetensors"]

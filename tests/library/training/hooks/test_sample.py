@@ -236,7 +236,7 @@ def test_an_interval_longer_than_the_run_samples_at_its_end(flux, tmp_path, opti
     hook = sample_hook(flux)
     run = run_with(flux, [LossReader(), LoggingHook(False), hook], output_dir=str(tmp_path), **options)
     assert any(f"--{name} is {value}, longer than the run" in line for name, value in options.items() for line in unreached_intervals(run))
-    assert "2 pictures and a grid on 1 occasions" in hook.planned_files(run)[0]
+    assert "2 pictures and a grid on 1 occasion," in hook.planned_files(run)[0]
     fit(run)
     assert [path.name for path in (tmp_path / "sample").glob("*_grid.png")] == ["000008_grid.png"]
-    assert hook.written_files()[0].endswith("with 2 pictures, 1 grids and the sheet of all")
+    assert hook.written_files()[0].endswith("with 2 pictures, 1 grid and the sheet of all")
