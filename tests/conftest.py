@@ -32,9 +32,14 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def log_as_before():
     root = logging.getLogger()
+    _without_handlers(root)  # of a run that a fixture of a module has made
     level = root.level
     yield
     root.setLevel(level)
+    _without_handlers(root)
+
+
+def _without_handlers(root):
     for handler in list(root.handlers):
         if getattr(handler, "set_by_atelier", False):
             root.removeHandler(handler)
