@@ -58,7 +58,7 @@ demo: install
 # One thread per worker: workers that each use every core get in each other's way.
 test: export OMP_NUM_THREADS ?= 1
 test: install-dev
-	$(PY) -m pytest -q -n $(WORKERS) $(PYTEST_ARGS) tests
+	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) tests
 
 test-all:
 	$(MAKE) test PYTEST_ARGS="--full $(PYTEST_ARGS)"

@@ -98,7 +98,7 @@ def test_outdated_companions_go_and_none_is_overwritten(work: Work) -> None:
     from library.training import cli
 
     with pytest.raises(ConfigError, match="lora-ema.safetensors"):
-        cli.run("flux", "network", work.argv("out"))
+        cli.run("flux", "network", work.argv("out", "--on_existing=refuse"))
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "anima"])
