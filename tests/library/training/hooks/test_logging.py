@@ -98,7 +98,8 @@ def test_the_recorded_options_hold_no_secret_and_no_path():
     assert recorded["output_name"] == "name" and recorded["max_train_steps"] == 1600
 
 
-def test_the_bar_shows_steps_and_average_as_lines_in_a_log_file(capsys):
+def test_the_bar_shows_steps_and_average_as_lines_in_a_log_file(capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     hook = LoggingHook()
     fit(small_run([LossReader(every=1), hook], steps=2))
     lines = capsys.readouterr().err.splitlines()
