@@ -187,7 +187,8 @@ def _progress_bar(total: int, done: int) -> Any:
         return None
     is_console = sys.stderr.isatty()
     return tqdm(
-        total=total, initial=done, desc="steps", unit="step", smoothing=0.05, dynamic_ncols=is_console,
+        total=total, initial=done, desc="steps", unit="step", position=0,  # whatever a run that ended by an error has left
+        smoothing=0.05, dynamic_ncols=is_console,
         mininterval=0.5 if is_console else 10.0, file=sys.stderr if is_console else _FullLines(),
     )
 
