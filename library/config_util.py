@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.dataset import CachingOptions, DatasetOptions
+from library.dataset import FOLDER_OPTIONS, CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
 from library.dataset.captions import dotted
 from library.dataset.config_checks import check_resolution, check_subset, checked_limits, notices, same_sources
@@ -27,7 +27,6 @@ from library.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-FOLDER_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
 REQUIRED = {"DB": ("image_dir",), "FT": ("metadata_file",), "CN": ("image_dir", "conditioning_data_dir")}
 KIND_NAMES = {"DB": "folders with caption files", "FT": "metadata files", "CN": "folders with masks or control images"}
 SUBSET_FIELDS = tuple(f.name for f in dataclasses.fields(SubsetParams) if f.name in KEYS)

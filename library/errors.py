@@ -96,11 +96,6 @@ def foreign_errors(kind: type[AtelierError], what: str) -> Iterator[None]:
         raise kind(f"{what} ({type(error).__name__}{': ' if text else ''}{text})") from error
 
 
-def no_effect(names: Sequence[str]) -> str:
-    """`--a has no effect`, `--a, --b have no effect`."""
-    return f"{', '.join(f'--{name}' for name in names)} {'has' if len(names) == 1 else 'have'} no effect"
-
-
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """The known name that looks most like `name`, or None when nothing is near."""
     by_lower = {candidate.lower(): candidate for candidate in known}

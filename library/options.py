@@ -274,6 +274,11 @@ class Ignored:
         return f"{self.written}: {self.reason}"
 
 
+def without_effect(names: Iterable[str], reason: str) -> list[Ignored]:
+    """Options, without dashes, that do nothing in this run, all for one reason (no full stop)."""
+    return [Ignored(f"--{name}", f"has no effect: {reason}") for name in names]
+
+
 class MissingGroup(KeyError):
     """A group of options that a Config does not hold, because its values could not be read."""
 

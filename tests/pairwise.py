@@ -1,16 +1,44 @@
-"""Cross products of settings run pairwise: every value of one axis meets every value of each other axis, in few cases."""
+"""Cross products of settings run pairwise: every value of one axis meets every value of each other axis, in few cases.
+
+An axis is a parameter, a tuple of parameters, or a `Sort`: a parameter whose values count as one when they are of one sort.
+"""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import pytest
+
+U_NETS = {"sd", "sd1", "sd2", "sdxl"}
+
+
+@dataclass(frozen=True)
+class Sort:
+    """The values of parameter `name`, sorted by `of`."""
+
+    name: str
+    of: Callable[[Any], Any]
+
+
+def denoiser(name: str) -> Sort:
+    """Families by what their denoiser is built of, which is all that an adapter sees of them."""
+    return Sort(name, lambda family: "U-Net" if family in U_NETS else "transformer")
+
+
+def value_of(item: pytest.Item, axis: Any) -> tuple:
+    params = item.callspec.params
+    if isinstance(axis, Sort):
+        return (repr(axis.of(params[axis.name])),)
+    return tuple(repr(params[name]) for name in ((axis,) if isinstance(axis, str) else axis))
 
 
 def pairs_of(item: pytest.Item, axes: tuple) -> set[tuple]:
     """The pairs of values that a case holds."""
-    values = [(axis, tuple(repr(item.callspec.params[name]) for name in ((axis,) if isinstance(axis, str) else axis))) for axis in axes]
+    values = [(axis, value_of(item, axis)) for axis in axes]
     return {(item.function.__module__, item.originalname, *pair) for pair in combinations(values, 2)}
 
 

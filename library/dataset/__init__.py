@@ -11,6 +11,8 @@ from typing import Any
 from library.errors import Problems
 from library.options import LARGEST_BATCH, LARGEST_SEED, LARGEST_SIDE, count_or_none, option
 
+FOLDER_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
+"""options that stand for a dataset configuration"""
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
 
@@ -107,7 +109,7 @@ class DatasetOptions:
         for name in ("caption_dropout_rate", "caption_tag_dropout_rate", "validation_split"):
             if not 0 <= getattr(self, name) <= 1:
                 problems.add(f"--{name} is {getattr(self, name)}; use a number from 0 to 1")
-        sources = ("dataset_config", "train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
+        sources = ("dataset_config", *FOLDER_OPTIONS)
         given = [f"--{name}" for name in sources if getattr(self, name) is not None]
         if self.dataset_class is not None and given:
             problems.add(f"--dataset_class makes its own batches and cannot be used with {', '.join(given)}; keep one of them")
@@ -172,4 +174,4 @@ def check_minimum(problems: Problems, options: Any, minimum: float, *names: str)
             problems.add(f"--{name} is {value}; use {minimum} or more")
 
 
-__all__ = ["INTERPOLATIONS", "CachingOptions", "DatasetOptions", "check_minimum", "parse_range", "parse_resolution"]
+__all__ = ["FOLDER_OPTIONS", "INTERPOLATIONS", "CachingOptions", "DatasetOptions", "check_minimum", "parse_range", "parse_resolution"]

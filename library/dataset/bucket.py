@@ -205,11 +205,13 @@ class BucketAssignment:
         return sum(-(-len(bucket.samples) // bucket.batch_size) for bucket in self.buckets)
 
 
-def assign_buckets(items: Sequence[ImageItem], params: DatasetParams, *, dataset: int = 0, seed: int = 0) -> BucketAssignment:
+def assign_buckets(
+    items: Sequence[ImageItem], params: DatasetParams, *, dataset: int = 0, seed: int = 0, finest_step: int = 1
+) -> BucketAssignment:
     """Give every item its bucket (sets `bucket_reso` and `resized_size`) and list the samples of each bucket with repeats.
 
-    `dataset` is the index in the group, `seed` decides which regularisation images are used. Items too small for a bucket are
-    left out and named in the warnings.
+    `dataset` is the index in the group, `seed` decides which regularisation images are used, `finest_step` is what bucket sides
+    of the model must be a multiple of. Items too small for a bucket are left out and named in the warnings.
     """
     selector = BucketSelector.of(params)
     by_size = {size: selector.select(size) for size in {item.image_size for item in items}}
@@ -225,7 +227,7 @@ def assign_buckets(items: Sequence[ImageItem], params: DatasetParams, *, dataset
             samples.setdefault(choice.bucket_reso, []).extend([index] * repeats[index])
     buckets = tuple(BucketList(dataset, bucket, tuple(samples[bucket]), params.batch_size) for bucket in sorted(samples))
     too_small = tuple(index for index, choice in enumerate(choices) if choice is None)
-    warnings = [*notes, *_small_warnings(items, too_small, params), *_quality_warnings(items, choices, params)]
+    warnings = [*notes, *_small_warnings(items, too_small, params), *_quality_warnings(items, choices, params, finest_step)]
     return BucketAssignment(buckets, tuple(repeats), too_small, bucket_info(buckets, choices, params), tuple(warnings))
 
 
@@ -260,14 +262,19 @@ def bucket_info(buckets: Sequence[BucketList], choices: Sequence[BucketChoice | 
 
 
 def _small_warnings(items: Sequence[ImageItem], too_small: Sequence[int], params: DatasetParams) -> list[str]:
+    if not too_small:
+        return []
+    shown = ", ".join(f"{items[index].absolute_path} ({_wh(items[index].image_size)})" for index in too_small[:WORST_SHOWN])
+    more = f" and {len(too_small) - WORST_SHOWN} more" if len(too_small) > WORST_SHOWN else ""
     return [
-        f"{items[index].absolute_path} is {_wh(items[index].image_size)}, shorter than one bucket step"
-        f" ({params.bucket_reso_steps} px) and bucket_no_upscale is on: it is left out"
-        for index in too_small
+        f"images left out: {len(too_small)}, of which one side would be shorter than one bucket step ({params.bucket_reso_steps} px)"
+        f" at the area of {_wh(params.resolution)}, and bucket_no_upscale is on: {shown}{more}"
     ]
 
 
-def _quality_warnings(items: Sequence[ImageItem], choices: Sequence[BucketChoice | None], params: DatasetParams) -> list[str]:
+def _quality_warnings(
+    items: Sequence[ImageItem], choices: Sequence[BucketChoice | None], params: DatasetParams, finest_step: int
+) -> list[str]:
     """The images that lose most by the crop, with the setting that cuts them, and those that are enlarged most."""
     cuts, scales = [], []
     for item, choice in zip(items, choices):
@@ -285,7 +292,7 @@ def _quality_warnings(items: Sequence[ImageItem], choices: Sequence[BucketChoice
                         (scales, f"are enlarged more than {UPSCALE_WARNING} times")):
         if found:
             worst = sorted(found, key=lambda entry: entry[:2], reverse=True)[:WORST_SHOWN]
-            reasons = dict.fromkeys(cutting_setting(size, params) for _, _, size in worst if size is not None)
+            reasons = dict.fromkeys(cutting_setting(size, params, finest_step) for _, _, size in worst if size is not None)
             lines.append("; ".join((f"{len(found)} images {what}; the worst: {', '.join(text for _, text, _ in worst)}", *reasons)))
     return lines
 
@@ -296,15 +303,16 @@ def cut_of(choice: BucketChoice) -> float:
     return 1 - bucket_w * bucket_h / (resized_w * resized_h)
 
 
-def cutting_setting(size: Size, params: DatasetParams) -> str:
-    """The bucket setting because of which an image of this size is cut, with a value that cuts little."""
+def cutting_setting(size: Size, params: DatasetParams, finest_step: int = 1) -> str:
+    """The bucket setting because of which an image of this size is cut, with a value that cuts little. `finest_step`: what
+    bucket_reso_steps must be a multiple of."""
     if not params.enable_bucket:
         return f"the reason is enable_bucket = false, which crops every image to {_wh(params.resolution)}; write enable_bucket = true"
     area, ratio, step = params.resolution[0] * params.resolution[1], max(size) / min(size), params.bucket_reso_steps
     limits = {
         "max_bucket_reso": int(-(-math.sqrt(area * ratio) // step)) * step, "min_bucket_reso": max(int(math.sqrt(area / ratio) // step), 1) * step
     }
-    finer = {"bucket_reso_steps": max(step // 4, 1)}
+    finer = {"bucket_reso_steps": max(step // 4 // finest_step, 1) * finest_step}
     ways = [{name: value} for name, value in limits.items()] + [limits]
     for change in [finer] if params.bucket_no_upscale else [*ways, finer, {**limits, **finer}]:
         choice = BucketSelector.of(dataclasses.replace(params, **change)).select(size)

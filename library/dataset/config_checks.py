@@ -46,7 +46,8 @@ def checked_limits(scope: Scope, explicit: frozenset[str], problems: ProblemList
     lowest, highest = effective_limits(1 if low is BAD else low, max(resolution) if high is BAD else high, steps)
     if lowest > min(resolution):
         if low is not BAD and low >= lowest:
-            reason, way_out = f"is {low}", f"use {min(resolution)} or less"
+            given = scope.written_at("min_bucket_reso") or "min_bucket_reso" in explicit
+            reason, way_out = f"is {low}{'' if given else ' (when it is not given)'}", f"use {min(resolution)} or less"
         else:
             reason, way_out = f"is {lowest}, one bucket_reso_steps", "lower bucket_reso_steps"
         problems.add(

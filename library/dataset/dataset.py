@@ -74,7 +74,7 @@ class Dataset:
         if not self.is_training:
             for item in self.items:
                 item.num_repeats = 1
-        return assign_buckets(self.items, self.params, dataset=self.index, seed=self.seed)
+        return assign_buckets(self.items, self.params, dataset=self.index, seed=self.seed, finest_step=self.architecture.bucket_step)
 
     # ---- counts and records ---------------------------------------------------------------------------------------------
 

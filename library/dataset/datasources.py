@@ -59,7 +59,8 @@ class ScanResult:
 
     @property
     def summary(self) -> str:
-        return f"{self.num_used} images used, {self.num_skipped} skipped"
+        skipped = f", {self.num_skipped} left out" if self.num_skipped else ""
+        return f"{self.num_used} {'image' if self.num_used == 1 else 'images'} found{skipped}"
 
 
 @records_stay()
@@ -378,8 +379,8 @@ def _check_counts(
             selector = BucketSelector.of(dataset)
             if all(selector.select(item.image_size) is None for item in items):
                 scanner.problems.append(
-                    f"{dataset.label}: every image is smaller than one bucket step ({dataset.bucket_reso_steps} px) and"
-                    " bucket_no_upscale is on; switch it off or lower bucket_reso_steps"
+                    f"{dataset.label}: of every image one side would be shorter than one bucket step ({dataset.bucket_reso_steps} px),"
+                    " and bucket_no_upscale is on; switch it off or lower bucket_reso_steps"
                 )
     if scanner.problems:
         return

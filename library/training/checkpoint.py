@@ -164,16 +164,16 @@ def resume_point(
     if options.initial_step is not None:
         step, source = options.initial_step, "--initial_step"
     elif options.initial_epoch is not None:
-        step, source = (options.initial_epoch - 1) * steps_per_epoch, f"--initial_epoch {options.initial_epoch}, after step"
+        step, source = (options.initial_epoch - 1) * steps_per_epoch, f"--initial_epoch {options.initial_epoch} after step"
     else:
-        step, source = 0 if state is None else int(state["current_step"]), "the state to resume from, which is at step"
+        step, source = 0 if state is None else int(state["current_step"]), "the state of --resume after step"
     if step < 0:
         raise ConfigError(f"{source} {step} is negative; 0 or more is needed")
     writes_file = lacks_final_file and state is not None and step == max_train_steps == int(state["current_step"])
     if step >= max_train_steps and not writes_file:
         raise ConfigError(
-            f"{source} {step} leaves nothing to train of --max_train_steps {max_train_steps}; raise --max_train_steps (or"
-            " --max_train_epochs) above it"
+            f"{source} {step} leaves nothing to train: the run has {max_train_steps} steps, {-(-max_train_steps // steps_per_epoch)} epochs of"
+            f" {steps_per_epoch}; raise --max_train_steps (or --max_train_epochs) above it"
         )
     step_in_epoch = step % steps_per_epoch
     return ResumePoint(step, step // steps_per_epoch + 1, step_in_epoch, step_in_epoch * accumulation, max_train_steps - step)

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
     """Every problem of a run that can be seen before models are loaded; empty when it can start."""
     problems = Problems()
+    for message in strict_problems(config, family, trainable):
+        problems.add(message)
     for check in CHECKS:
         for message in check(config):
             problems.add(message)
@@ -311,7 +313,6 @@ def compile_problems(config: Config) -> list[str]:
 
 
 CHECKS: tuple[Callable[[Config], list[str]], ...] = (
-    strict_problems,
     output_problems,
     existing_problems,
     sampling_problems,

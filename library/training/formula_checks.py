@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from library.errors import ConfigError, Problems
-from library.options import Config
+from library.options import Config, Ignored
 from library.training import loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.loss_weights import LossWeightOptions
 from library.training.losses import LossOptions
@@ -61,12 +61,19 @@ def formula_warnings(config: Config) -> list[str]:
 
 
 def formula_notices(config: Config, objective: Any) -> list[str]:
-    """Lines for the log at start: numbers that differ from what people know, and settings without effect.
-
-    `objective` is the run's Objective.
-    """
+    """Lines for the log at start: numbers that differ from what people know. `objective` is the run's Objective."""
     lines = optimizers.log_lines(optimizers.choose(config[OptimizerOptions]))
-    lines += schedulers.notices(config[SchedulerOptions], config[OptimizerOptions])
+    lines += schedulers.notices(config[SchedulerOptions])
     lines += losses.notices(config[LossOptions], objective.is_flow)
-    lines += timestep_samplers.notices(config[TimestepOptions], config.explicit) if objective.is_flow else []
+    lines += timestep_samplers.notices(config[TimestepOptions]) if objective.is_flow else []
     return lines + objective.notices()
+
+
+def idle_formulas(config: Config) -> list[Ignored]:
+    """Settings that the chosen formulas do not read. Those of noise levels are known to flow families only, so that nothing is
+    `explicit` elsewhere."""
+    found = losses.idle(config[LossOptions]) + timestep_samplers.idle(config[TimestepOptions], config.explicit)
+    try:
+        return schedulers.idle(config[SchedulerOptions], config[OptimizerOptions]) + found
+    except ConfigError:  # an unknown optimizer, which `formula_problems` tells
+        return found

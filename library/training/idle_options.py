@@ -4,9 +4,11 @@ features that are off. The start page lists all of it in one block; --strict mak
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from library.dataset import DatasetOptions
+from library.dataset import FOLDER_OPTIONS, DatasetOptions
 from library.options import Config, Ignored
+from library.training.formula_checks import idle_formulas
 from library.training.option_groups import (
     ConfigFileOptions,
     HubOptions,
@@ -20,6 +22,10 @@ from library.training.option_groups import (
     ValidationOptions,
 )
 
+if TYPE_CHECKING:
+    from library.training.families.base import ModelFamily
+    from library.training.trainables.base import Trainable
+
 _HUB = ("huggingface_repo_type", "huggingface_path_in_repo", "huggingface_repo_visibility", "save_state_to_huggingface", "async_upload")
 _VALIDATION = ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
 _NOISE = {
@@ -30,16 +36,21 @@ _NOISE = {
 """settings of a kind of noise -> what switches it on"""
 
 
-def ignored(config: Config) -> list[Ignored]:
-    """Everything without effect, in the order in which the start page shows it."""
-    return [*config.ignored, *(Ignored(f"--{name}", reason) for name, reason in _idle(config))]
+def ignored(config: Config, family: ModelFamily | None = None, trainable: Trainable | None = None) -> list[Ignored]:
+    """Everything without effect, in the order in which the start page shows it; with what family and trainable know."""
+    found = [*config.ignored, *(Ignored(f"--{name}", reason) for name, reason in _idle(config)), *idle_formulas(config)]
+    if family is not None:
+        found += family.idle()
+    if trainable is not None and family is not None:
+        found += trainable.idle(family)
+    return found
 
 
-def strict_problems(config: Config) -> list[str]:
+def strict_problems(config: Config, family: ModelFamily | None = None, trainable: Trainable | None = None) -> list[str]:
     """Under --strict: one message for everything without effect."""
     if not config[ConfigFileOptions].strict:
         return []
-    return [f"{item} (--strict is set, which takes nothing without effect)" for item in ignored(config)]
+    return [f"{item} (--strict is set, which takes nothing without effect)" for item in ignored(config, family, trainable)]
 
 
 def as_block(items: Sequence[Ignored]) -> str:
@@ -61,17 +72,28 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
         yield from ((name, "has no effect without --huggingface_repo_id, the repository") for name in _HUB if getattr(hub, name))
     if resume.resume_from_huggingface and not resume.resume:
         yield "resume_from_huggingface", "has no effect without --resume"
+    yield from _idle_data(config)
+
+
+def _idle_data(config: Config) -> Iterator[tuple[str, str]]:
     data = config[DatasetOptions]
-    if data.dataset_config is None and not data.validation_split:
-        asked = (name for name in _VALIDATION if getattr(config[ValidationOptions], name))
+    if data.dataset_config is not None:
+        given = (name for name in FOLDER_OPTIONS if getattr(data, name) is not None)
+        yield from ((name, "has no effect with --dataset_config, which names the folders") for name in given)
+        return
+    if not data.validation_split:
+        asked = [name for name in _VALIDATION if getattr(config[ValidationOptions], name)]
+        asked += ["validation_seed"] if data.validation_seed is not None else []
         yield from ((name, "has no effect without --validation_split") for name in asked)
+    if data.keep_tokens and not (data.shuffle_caption or data.caption_tag_dropout_rate or data.token_warmup_step):
+        yield "keep_tokens", "has no effect without --shuffle_caption or --caption_tag_dropout_rate, from which it keeps tags"
 
 
 def _idle_saving(saving: SavingOptions) -> Iterator[tuple[str, str]]:
     for unit in ("epochs", "steps"):
         every = getattr(saving, f"save_every_n_{unit}") or (unit == "epochs" and saving.save_n_epoch_ratio)
         for name in (f"save_last_n_{unit}", f"save_last_n_{unit}_state"):
-            if getattr(saving, name) is not None and not every:
+            if getattr(saving, name) and not every:
                 yield name, f"has no effect without --save_every_n_{unit}"
 
 

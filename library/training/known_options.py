@@ -90,9 +90,9 @@ def known_defaults() -> dict[str, list[Any]]:
 def why_ignored(key: str, content: Mapping[str, Any]) -> str:
     """The reason for ignoring a key of another script that stands in a file with `content`."""
     if key == "epoch" and content.get("max_train_steps"):
-        return f"max_train_steps, which was computed from it, is {content['max_train_steps']}"
+        return f"the length is max_train_steps = {content['max_train_steps']}, which front ends compute from it"
     if key == "epoch" and content.get("max_train_epochs"):
-        return f"max_train_epochs is {content['max_train_epochs']}"
+        return f"the length is max_train_epochs = {content['max_train_epochs']}"
     if key in OLD_OPTIONS:
         return OLD_OPTIONS[key]
     return FRONT_END_KEYS[key][1] if key in FRONT_END_KEYS else "a key of other scripts, which nothing reads here"

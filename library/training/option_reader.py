@@ -211,7 +211,8 @@ class OptionReader:
             else:
                 self.ignored.append(Ignored(f"{key} = {value!r}", why_ignored(key, content)))
         if silent:
-            self.ignored.append(Ignored(", ".join(sorted(silent)), "keys of other scripts that ask for nothing"))
+            what = "a key of other scripts that asks for nothing" if len(silent) == 1 else "keys of other scripts that ask for nothing"
+            self.ignored.append(Ignored(", ".join(sorted(silent)), what))
 
     def with_meaning(self, values: Mapping[str, Any], path: Any = None, replaced: Iterable[str] = ()) -> dict[str, Any]:
         """The values without those of options that have no meaning here; `path` is the file that they stand in. What is

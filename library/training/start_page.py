@@ -9,7 +9,6 @@ from typing import Any
 from library.dataset import CachingOptions
 from library.options import option_fields
 from library.training import schedulers
-from library.training.checkpoint import CheckpointNames
 from library.training.data_phase import DataGroups
 from library.training.formula_checks import formula_notices, formula_warnings
 from library.training.idle_options import as_block, ignored
@@ -27,14 +26,13 @@ def print_start(run: Run, built: OptimizerBuild, data: DataGroups) -> None:
     """Print the page; lines about changed meanings go to the log as well."""
     summary = summary_of(run, built, data)
     if summary.ignored and not logger.isEnabledFor(logging.INFO):
-        logger.warning("%s", as_block(ignored(run.config)))
+        logger.warning("%s", as_block(ignored(run.config, run.family, run.trainable)))
     logger.info("%s", start_summary(summary))
 
 
 def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummary:
     config, progress, runtime = run.config, run.progress, run.runtime
     saving, scheduler = config[SavingOptions], config[SchedulerOptions]
-    names = CheckpointNames(saving.output_name, saving.save_model_as)
     return StartSummary(
         model=run.family.name,
         files=_files(run),
@@ -57,9 +55,9 @@ def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummar
         memory=_memory(run),
         seed=runtime.seed,
         seed_was_drawn=runtime.seed_was_drawn,
-        output=os.path.join(saving.output_dir or "", names.file(names.last())),
+        output=os.path.abspath(saving.output_dir or "."),
         first_step=progress.global_step,
-        ignored=[str(item) for item in ignored(config)],
+        ignored=[str(item) for item in ignored(config, run.family, run.trainable)],
         outputs=[line for lines in run.hooks.planned_files(run) for line in lines],
         notes=[*run.trainable.notices(), *unreached_intervals(run), *formula_warnings(config), *formula_notices(config, run.step.objective)],
     )

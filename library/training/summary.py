@@ -58,7 +58,7 @@ class StartSummary:
     seed_was_drawn: bool = False
     output: str = ""
     outputs: Sequence[str] = ()
-    """what will be written, names below the folder of `output`"""
+    """what will be written, names below the folder `output`"""
     first_step: int = 0
     ignored: Sequence[str] = field(default_factory=tuple)
     notes: Sequence[str] = field(default_factory=tuple)
@@ -137,12 +137,18 @@ def _dataset_lines(dataset: DatasetSummary) -> list[tuple[str, str]]:
         shown = sorted(dataset.buckets, key=lambda bucket: -bucket.num_images)
         for bucket in shown[:MAX_BUCKETS_SHOWN]:
             size = f"{bucket.width}x{bucket.height}"
-            lines += _line("", f"  {size:<10} {bucket.num_images:>6} images {bucket.num_batches:>6} batches")
+            lines += _line("", f"  {size:<10} {_column(bucket.num_images, 'image')} {_column(bucket.num_batches, 'batch', 'batches')}")
         rest = shown[MAX_BUCKETS_SHOWN:]
         if rest:
             total = sum(bucket.num_images for bucket in rest)
-            lines += _line("", f"  {f'{len(rest)} others':<10} {total:>6} images {sum(b.num_batches for b in rest):>6} batches")
+            batches = sum(bucket.num_batches for bucket in rest)
+            lines += _line("", f"  {f'{len(rest)} others':<10} {_column(total, 'image')} {_column(batches, 'batch', 'batches')}")
     return lines
+
+
+def _column(number: int, one: str, several: str | None = None) -> str:
+    """`_count`, the number right-aligned."""
+    return f"{number:>6} {one if number == 1 else several or one + 's'}"
 
 
 def _count(number: int, one: str, several: str | None = None) -> str:

@@ -15,6 +15,7 @@ from library.training import cli, loop
 from networks.lora import create_network_from_weights
 from networks.targets import targets_of_family
 from tests.networks.adapter_table import ADAPTERS, Adapter, kind_of_adapter
+from tests.pairwise import denoiser
 from tests.runs.conftest import draw_pictures, read_parts
 
 FAMILIES = {"flux": "flux", "sd": "sd1", "sdxl": "sdxl", "anima": "anima"}
@@ -87,6 +88,7 @@ CELLS = [
 ]  # variants of a kind differ inside a layer; one family is enough for them
 
 
+@pytest.mark.cross_product("name", denoiser("family"))
 @pytest.mark.parametrize(("family", "name"), CELLS, indirect=["family"])
 def test_an_adapter_trains_and_its_file_gives_the_same_output(name: str, family, tmp_path: Path) -> None:
     adapter = ADAPTERS[name]

@@ -105,10 +105,10 @@ def test_a_rate_of_layers_that_do_not_learn_is_told(work: Work, name: str, caplo
 
     options = ["--network_train_unet_only", "--max_train_steps=1", f"--{name}=1e-3", "--console_log_level=INFO"]
     work.train("out", *options)
-    assert f"--{name} has no effect" in caplog.text and "network_reg_lrs" not in caplog.text
+    assert f"--{name}: has no effect" in caplog.text and "network_reg_lrs" not in caplog.text
     caplog.clear()
     work.train("on", *options, "--network_args", RATE_SWITCHES[name])
-    assert f"--{name} has no effect" not in caplog.text
+    assert f"--{name}: has no effect" not in caplog.text
 
 
 def test_sample_images_and_a_negative_prompt(work: Work) -> None:

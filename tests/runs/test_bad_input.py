@@ -95,6 +95,8 @@ OPTIONS: list[tuple[str, list[str]]] = [
     ("--deepspeed", ["--deepspeed", "not available here"]),
     ("--sample_every_n_steps=1 --strict", ["--sample_every_n_steps: makes no sample images without --sample_prompts"]),
     ("--sample_every_n_steps=1 --sample_prompts=/nope.txt", ["--sample_prompts is /nope.txt; there is no such file"]),
+    ("--learning_rate=0", ["every learning rate is 0"]),
+    ("--unet_lr=0 --text_encoder_lr=0", ["every learning rate is 0"]),
     ("--resume=/nope", ["--resume is /nope; there is no such folder"]),
     ("--resume=/", ["--resume is /, which holds no train_state.json and no folder with one"]),
     ("--initial_step=7", ["--initial_step is 7", "no step is left"]),
@@ -302,7 +304,7 @@ def test_bucket_settings_that_no_image_fits(work: Work, refused):
     text = f"{BUCKETS}[[datasets]]\nresolution = 64\nbucket_no_upscale = true\n[[datasets.subsets]]\nimage_dir = '{images}'\n"
     (work.folder / "d.toml").write_text(text, encoding="utf-8")
     message = refused(work.argv("out", dataset=work.folder / "d.toml"))
-    assert "every image is smaller than one bucket step (16 px)" in message and "bucket_no_upscale" in message
+    assert "of every image one side would be shorter than one bucket step (16 px)" in message and "bucket_no_upscale" in message
 
 
 @pytest.mark.parametrize(

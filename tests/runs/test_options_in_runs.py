@@ -237,11 +237,13 @@ def test_metadata_and_log_file(base: Work):
         ("--log_prefix=a --wandb_run_name=b", ["--log_prefix: has no effect without --logging_dir", "--wandb_run_name"]),
         ("--min_snr_gamma=5 --noise-offset 0.1", ["ignored", "--strict", "--min_snr_gamma 5: FLUX.1 learns", "--noise_offset 0.1: "]),
         ("--ip_noise_gamma_random_strength", ["has no effect without --ip_noise_gamma"]),
-        ("--network_train_unet_only --text_encoder_lr 1", ["--text_encoder_lr has no effect with --network_train_unet_only"]),
-        ("--text_encoder_lr 1e-3 0 1e-5", ["--text_encoder_lr: 1e-05 has no effect, as flux has 2 text encoders"]),
-        ("--text_encoder_lr 1e-3 1e-4", ["0.0001 has no effect", "train_t5xxl=True"]),
+        ("--network_train_unet_only --text_encoder_lr 1", ["--text_encoder_lr: has no effect: --network_train_unet_only is set"]),
+        ("--text_encoder_lr 1e-3 0 1e-5", ["--text_encoder_lr 1e-05: has no effect: flux has 2 text encoders"]),
+        ("--text_encoder_lr 1e-3 1e-4", ["0.0001: has no effect", "train_t5xxl=True"]),
         ("--max_train_steps=2 --lr_scheduler=cosine --lr_warmup_steps=5", ["the full learning rate is never reached"]),
         ("--validate_every_n_steps=1 --save_last_n_steps=2", ["--save_last_n_steps: has no effect"]),
+        ("--lr_scheduler_num_cycles=3 --huber_c=0.5", ["--lr_scheduler_num_cycles: has no effect", "--huber_c: has no effect"]),
+        ("--train_data_dir=/x", ["--train_data_dir: has no effect with --dataset_config"]),
     ],
 )
 def test_options_without_effect_are_named(base: Work, capsys, options: str, told: list[str]):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import CheckpointError, Problems
-from library.options import LARGEST_TOKENS, equivalent_option, option
+from library.options import LARGEST_TOKENS, Ignored, equivalent_option, option, without_effect
 from library.training.adapters import NetworkOptions
 from library.training.families.base import FlowFamily, ignored_by_flow, tokenizer_problems
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
@@ -209,9 +209,11 @@ class AnimaFamily(FlowFamily):
             lines.append("the model file has no LLM adapter: the denoiser attends to the states of Qwen3 directly")
         if self.config[CachingOptions].caches_text and "caption_dropout_rate" not in self.config.explicit:
             lines.append("caption dropout follows the dataset, also with cached text encoder outputs; rates in old cache files are not read")
-        for name, switch in self._idle_rates().items():
-            lines.append(f'--{name} has no effect: these layers learn only with --network_args "{switch}"')
         return lines
+
+    def idle(self) -> list[Ignored]:
+        reason = 'these layers learn only with --network_args "{}"'
+        return [item for name, switch in self._idle_rates().items() for item in without_effect([name], reason.format(switch))]
 
     @property
     def _denoiser_path(self) -> str | None:

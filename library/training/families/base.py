@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.errors import CheckpointError, ConfigError, Problems, UnsupportedCombination
-from library.options import Config
+from library.options import Config, Ignored
 from library.training import timestep_samplers
 from library.training.sampling_prompts import SampleDefaults, SamplePrompt, with_defaults
 
@@ -147,6 +147,10 @@ class ModelFamily(ABC):
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
         """Fill the settings that a SamplePrompt leaves open (size, steps, scales) and round the size."""
         return with_defaults(prompt, self.sampling)
+
+    def idle(self) -> list[Ignored]:
+        """Options of the family, or read by it, that have no effect in this run."""
+        return []
 
     def layer_rates(self) -> Mapping[str, float]:
         """Pattern of layer paths of the denoiser -> learning rate, where the family has options for parts of its model."""

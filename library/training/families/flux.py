@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.errors import Problems
-from library.options import LARGEST_TOKENS, ignored_option, option, refused_option
+from library.options import LARGEST_TOKENS, Ignored, ignored_option, option, refused_option, without_effect
 from library.training.families.base import FlowFamily, ignored_by_flow, tokenizer_problems
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
@@ -183,10 +183,12 @@ class FluxFamily(FlowFamily):
             lines.append("--model_prediction_type is raw by default here (sigma_scaled in known trainers)")
         if self.opts.split_mode:
             lines.append(f"--split_mode is deprecated; it stands for --blocks_to_swap {SPLIT_MODE_BLOCKS}")
-        if self.is_schnell and "guidance_scale" in self.config.explicit:
-            lines.append("--guidance_scale has no effect: FLUX.1 schnell has no embedded guidance")
         lines.append("CLIP-L computes with quick_gelu, as it was trained (known trainers compute with gelu here: other pooled captions and caches)")
         return lines
+
+    def idle(self) -> list[Ignored]:
+        given = ["guidance_scale"] if self.is_schnell and "guidance_scale" in self.config.explicit else []
+        return without_effect(given, "FLUX.1 schnell has no embedded guidance")
 
     @property
     def _denoiser_path(self) -> str | None:

@@ -68,12 +68,13 @@ class LossCurveHook(Hook):
         self._drawn = content
         stem = Path(options.output_dir) / f"{CheckpointNames(options.output_name).last()}-loss"
         averages = trailing_mean(self.losses, run.progress.steps_per_epoch)
-        self._paths = (stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".csv"))
-        try:
-            plot_losses(self._paths[0], self.steps, self.losses, averages, self.validation)
-            write_table(self._paths[1], self.steps, self.losses, averages, self.validation)
-        except WriteError as error:
-            logger.warning("%s; training goes on", error)
+        for ending, draw in ((".png", plot_losses), (".csv", write_table)):
+            path = stem.with_name(stem.name + ending)
+            try:
+                draw(path, self.steps, self.losses, averages, self.validation)
+                self._paths = (*(known for known in self._paths if known != path), path)
+            except WriteError as error:
+                logger.warning("%s; training goes on", error)
 
     def planned_files(self, run: Run) -> list[str]:
         stem = CheckpointNames(run.config[SavingOptions].output_name).last()
@@ -135,7 +136,7 @@ def plot_losses(
         axes.plot(places, values, color="#c8501e", marker="o", markersize=4, linewidth=1.5, label="validation")
         lowest = min(range(len(values)), key=lambda index: values[index])
         axes.plot(places[lowest], values[lowest], color="#c8501e", marker="*", markersize=14, linestyle="none", label=f"lowest, step {places[lowest]}")
-        for index, side in {0: "left", lowest: "center", len(values) - 1: "right"}.items():
+        for index, side in {lowest: "center", 0: "left", len(values) - 1: "right"}.items():
             axes.annotate(
                 f"{values[index]:.4f}", (places[index], values[index]), textcoords="offset points", xytext=(0, 7), ha=side, fontsize=9
             )
@@ -144,6 +145,7 @@ def plot_losses(
     shown = [*averages, *(loss for _, loss in validation)]
     if min(shown) < max(shown) / 2:  # a curve that falls by less is not pressed flat by an axis from 0
         axes.set_ylim(bottom=0)
+    axes.margins(y=0.1)  # room for the labels
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     with atomic_path(path) as temporary:

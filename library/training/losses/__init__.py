@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.errors import Problems, did_you_mean, no_effect
-from library.options import option
+from library.errors import Problems, did_you_mean
+from library.options import Ignored, option, without_effect
 from library.registry import Registry
 
 if TYPE_CHECKING:
@@ -65,12 +65,8 @@ def build(options: LossOptions) -> ElementLoss:
 
 
 def notices(options: LossOptions, is_flow: bool) -> list[str]:
-    """Lines for the log at start: where numbers differ from what people know, and settings that have no effect."""
-    if options.loss_type not in ("huber", "smooth_l1"):
-        default = LossOptions()
-        idle = [n for n in ("huber_schedule", "huber_c", "huber_scale") if getattr(options, n) != getattr(default, n)]
-        return [f"{no_effect(idle)}: --loss_type is {options.loss_type}"] if idle else []
-    if options.huber_schedule != "snr":
+    """Lines for the log at start: where numbers differ from what people know."""
+    if options.loss_type not in ("huber", "smooth_l1") or options.huber_schedule != "snr":
         return []
     lines = []
     if is_flow:
@@ -78,3 +74,12 @@ def notices(options: LossOptions, is_flow: bool) -> list[str]:
     if options.huber_scale != 1:
         lines.append("--huber_scale applies under --huber_schedule snr as well (known trainers ignore it there)")
     return lines
+
+
+def idle(options: LossOptions) -> list[Ignored]:
+    """Settings that the chosen loss does not read."""
+    if options.loss_type in ("huber", "smooth_l1"):
+        return []
+    default = LossOptions()
+    unused = [n for n in ("huber_schedule", "huber_c", "huber_scale") if getattr(options, n) != getattr(default, n)]
+    return without_effect(unused, f"--loss_type is {options.loss_type}")

@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from library.errors import ConfigError, Problems, did_you_mean, no_effect
-from library.options import option
+from library.errors import ConfigError, Problems, did_you_mean
+from library.options import Ignored, option, without_effect
 from library.registry import Registry
 from library.training.keyword_args import argument_problems, parse_keyword_args
 from library.training.optimizers import OptimizerChoice, OptimizerOptions, choose
@@ -288,25 +288,29 @@ def _try_class(cls: type, settings: dict[str, Any], options: SchedulerOptions, p
         problems.add(f"--lr_scheduler_args is {given}; {options.lr_scheduler_type} refuses it: {error}")
 
 
-def notices(options: SchedulerOptions, optimizer: OptimizerOptions) -> list[str]:
-    """Lines for the log at start: a changed meaning, and settings without effect."""
-    choice = choose(optimizer)
-    default = SchedulerOptions()
+def notices(options: SchedulerOptions) -> list[str]:
+    """Lines for the log at start: a changed meaning."""
+    if not options.lr_scheduler_type and options.curve == "constant" and _has_warmup(options):
+        return ["--lr_scheduler constant with --lr_warmup_steps acts as constant_with_warmup"]
+    return []
+
+
+def idle(options: SchedulerOptions, optimizer: OptimizerOptions) -> list[Ignored]:
+    """Settings that the schedule of this run does not read."""
+    choice, default = choose(optimizer), SchedulerOptions()
     given = [n for n in default.__dataclass_fields__ if str(getattr(options, n)) != str(getattr(default, n))]
     if choice.named_schedule_free:
-        return [f"{no_effect(given)}: {choice.name} has no learning rate schedule"] if given else []
-    if choice.finds_own_rate:
-        return [f"{no_effect(given)}: {choice.name} with relative_step follows its own schedule"] if given else []
-    if options.lr_scheduler_type:
+        unused, reason = given, f"{choice.name} has no learning rate schedule"
+    elif choice.finds_own_rate:
+        unused, reason = given, f"{choice.name} with relative_step follows its own schedule"
+    elif options.lr_scheduler_type:
         unused = [n for n in given if n not in ("lr_scheduler_type", "lr_scheduler_args", "lr_warmup_steps")]
-        return [f"{no_effect(unused)}: --lr_scheduler_type {options.lr_scheduler_type} is used"] if unused else []
-    lines, entry = [], SCHEDULERS.entry(options.curve)
-    if entry.name == "constant" and _has_warmup(options):
-        lines.append("--lr_scheduler constant with --lr_warmup_steps acts as constant_with_warmup")
-    unused = [n for n in given if n in SHAPE_OPTIONS and n not in entry.info["uses"] and n != "lr_warmup_steps"]
-    if unused:
-        lines.append(f"{no_effect(unused)}: --lr_scheduler {entry.name} does not use it")
-    return lines
+        reason = f"--lr_scheduler_type {options.lr_scheduler_type} is used"
+    else:
+        entry = SCHEDULERS.entry(options.curve)
+        unused = [n for n in given if n in SHAPE_OPTIONS and n not in entry.info["uses"] and n != "lr_warmup_steps"]
+        reason = f"--lr_scheduler {entry.name} does not use it"
+    return without_effect(unused, reason)
 
 
 def build(options: SchedulerOptions, optimizer: OptimizerBuild, *, learning_rate: float, max_train_steps: int) -> Any:

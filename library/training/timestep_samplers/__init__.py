@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from library.errors import ConfigError, Problems, did_you_mean, no_effect
-from library.options import option
+from library.errors import ConfigError, Problems, did_you_mean
+from library.options import Ignored, option, without_effect
 from library.registry import Registry
 
 if TYPE_CHECKING:
@@ -98,36 +98,27 @@ def build(options: TimestepOptions, *, is_flow: bool = True) -> Any:
     return TIMESTEP_SAMPLERS.resolve(name)(options)
 
 
-def notices(options: TimestepOptions, explicit: Container[str] | None = None) -> list[str]:
-    """Lines for the log at start: where numbers differ from what people know, and settings that have no effect.
-
-    `explicit` names the options that the user wrote; without it, those that differ from the defaults of this class.
-    """
+def notices(options: TimestepOptions) -> list[str]:
+    """Lines for the log at start: where numbers differ from what people know."""
     lines = []
     if options.timestep_sampling == "sigma" and options.weighting_scheme in ("logit_normal", "mode"):
         lines.append(
             f"--timestep_sampling sigma with --weighting_scheme {options.weighting_scheme}: a larger number is a noisier"
             " sample, as in the paper (known trainers mirror the distribution)"
         )
-    if options.timestep_sampling != "sigma" and options.weighting_scheme in ("logit_normal", "mode"):
-        lines.append(
-            f"--weighting_scheme {options.weighting_scheme} shapes the sigmas only with --timestep_sampling sigma;"
-            f" with {options.timestep_sampling} it has no effect"
-        )
-    if options.min_timestep is not None or options.max_timestep is not None:
+    if (options.min_timestep or 0, options.max_timestep or 1000) != (0, 1000):
         lines.append(
             "--min_timestep/--max_timestep: the sigmas of every mode are squeezed into the range"
             " (known trainers ignore the range for flow models)"
         )
-    idle = _idle(options, explicit)
-    if idle:
-        how = f"--timestep_sampling {options.timestep_sampling}, --weighting_scheme {options.weighting_scheme}"
-        lines.append(f"{no_effect(idle)} with {how}")
     return lines
 
 
-def _idle(options: TimestepOptions, explicit: Container[str] | None) -> list[str]:
-    """Settings away from their defaults that the chosen mode does not read."""
+def idle(options: TimestepOptions, explicit: Container[str] | None = None) -> list[Ignored]:
+    """Settings away from their defaults that the chosen mode does not read.
+
+    `explicit` names the options that the user wrote; without it, those that differ from the defaults of this class.
+    """
     mode, scheme, default = options.timestep_sampling, options.weighting_scheme, TimestepOptions()
     used = {
         "sigmoid_scale": mode in SIGMOID_MODES,
@@ -137,7 +128,11 @@ def _idle(options: TimestepOptions, explicit: Container[str] | None) -> list[str
         "mode_scale": mode == "sigma" and scheme == "mode",
     }
     changed = [name for name in used if getattr(options, name) != getattr(default, name) and (explicit is None or name in explicit)]
-    return [name for name in changed if not used[name]]
+    how = f"neither --timestep_sampling {mode} nor --weighting_scheme {scheme} uses it"
+    found = without_effect([name for name in changed if not used[name]], how)
+    if mode != "sigma" and scheme in ("logit_normal", "mode"):
+        found += without_effect(["weighting_scheme"], f"{scheme} shapes the sigmas only with --timestep_sampling sigma")
+    return found
 
 
 def check(options: TimestepOptions, known: Sequence[str]) -> None:

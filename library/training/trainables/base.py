@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.options import Config
+from library.options import Config, Ignored
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,10 @@ class Trainable(ABC):
     @abstractmethod
     def check(self, family: ModelFamily) -> None:
         """Options and files (headers only); raises one ConfigError with every problem."""
+
+    def idle(self, family: ModelFamily) -> list[Ignored]:
+        """Options about what is learned that have no effect in this run."""
+        return []
 
     def fixed_settings(self, family: ModelFamily) -> dict[str, Any]:
         """Options on which the shape of what is learned hangs, by name: a run that resumes must have the same."""

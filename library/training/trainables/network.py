@@ -22,7 +22,7 @@ from library.dataset import CachingOptions
 from library.errors import CheckpointError, ConfigError, Problems, TrainingError, foreign_errors
 from library.family_table import family_entry
 from library.keyed_random import StepDraws, isolated_rng, key_seed
-from library.options import Config, parse_bool
+from library.options import Config, Ignored, parse_bool, without_effect
 from library.safetensors_utils import load_safetensors, read_header
 from library.training.adapters import DENOISER_ONLY, NetworkOptions, check_network_module
 from library.training.hooks.base import Hook
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_DIM = 4
+NO_RATE = "every learning rate is 0: there is nothing to train; look at --learning_rate, --unet_lr and --text_encoder_lr"
 JOINED_PARTS = (1, 3, 4)
 """how many adapters files hold as one: query, key and value of a layer, these and the first linear layer"""
 
@@ -81,6 +82,8 @@ class NetworkTrainable(Trainable):
                 f"--network_module is {self.opts.network_module}, which computes in the number format of the base's weights; that is 8 bits"
                 " with --fp8_base, in which nothing can be computed. Leave --fp8_base out, or use one of the networks here, e.g. networks.loha"
             )
+        if not self._has_a_rate(family):
+            problems.add(NO_RATE)
         if self.opts.network_train_text_encoder_only and not any(self.trains_text_encoders(family)):
             problems.add(f"--network_train_text_encoder_only leaves nothing to train: no text encoder of {family.name} is trained")
         problems.raise_if_any()
@@ -192,26 +195,38 @@ class NetworkTrainable(Trainable):
                 rates.append(given[min(position, len(given) - 1)] if given else default)
         return rates
 
-    def _idle_rates(self, family: ModelFamily) -> list[str]:
+    def _has_a_rate(self, family: ModelFamily) -> bool:
+        """Whether some part can learn, as far as the options tell: rates by layer in arguments are a matter of the network."""
+        if any("lr" in name for name in self.opts.pairs) or any(family.layer_rates().values()):
+            return True
+        default = self.config[OptimizerOptions].learning_rate
+        unet = default if self.opts.unet_lr is None else self.opts.unet_lr
+        rates = [] if self.opts.network_train_text_encoder_only else [unet]
+        if any(self.trains_text_encoders(family)):
+            rates += self.opts.text_encoder_lr or [default]
+        return any(rate is None or rate for rate in rates) or not rates
+
+    def idle(self, family: ModelFamily) -> list[Ignored]:
         """Learning rates that were given for parts that are not trained."""
         trained, encoders = self.trains_text_encoders(family), targets_of_family(family.name).text_encoders
-        lines = []
+        found: list[Ignored] = []
         if self.opts.unet_lr and self.opts.network_train_text_encoder_only:
-            lines.append("--unet_lr has no effect with --network_train_text_encoder_only")
+            found += without_effect(["unet_lr"], "--network_train_text_encoder_only is set")
         rates = self.opts.text_encoder_lr or ()
         if any(rates) and self.opts.module_path in DENOISER_ONLY:
-            lines.append(f"--text_encoder_lr has no effect with {self.opts.network_module}, which trains the denoiser alone")
+            found += without_effect(["text_encoder_lr"], f"{self.opts.network_module} trains the denoiser alone")
         elif any(rates) and self.opts.network_train_unet_only:
-            lines.append("--text_encoder_lr has no effect with --network_train_unet_only")
+            found += without_effect(["text_encoder_lr"], "--network_train_unet_only is set")
         elif len(rates) > 1:
             for encoder, rate, learns in zip(encoders, rates, trained, strict=False):
                 if rate and not learns:
-                    lines.append(f"--text_encoder_lr: {rate} has no effect, as its text encoder learns only with --network_args {encoder.switch}=True")
+                    reason = f"has no effect: its text encoder learns only with --network_args {encoder.switch}=True"
+                    found.append(Ignored(f"--text_encoder_lr {rate}", reason))
         surplus = [rate for rate in rates[len(encoders) :] if rate != rates[0]]
         if surplus:
             number = f"{len(encoders)} text encoder{'s' if len(encoders) > 1 else ''}"
-            lines.append(f"--text_encoder_lr: {', '.join(map(str, surplus))} has no effect, as {family.name} has {number}")
-        return lines
+            found.append(Ignored(f"--text_encoder_lr {' '.join(map(str, surplus))}", f"has no effect: {family.name} has {number}"))
+        return found
 
     # -- attaching -------------------------------------------------------------------------------------------------
 
@@ -235,9 +250,9 @@ class NetworkTrainable(Trainable):
         """Make the network, hook it into the models and load its start weights."""
         self._targets = targets_of_family(family.name)
         self._models = models
-        for line in (*self._idle_rates(family), self._read_kept(family).message()):
-            if line is not None:
-                logger.warning(line)
+        kept = self._read_kept(family).message()
+        if kept is not None:
+            logger.warning(kept)
         for part in (models.denoiser, *models.text_encoders):
             if part is not None:
                 part.requires_grad_(False)
@@ -384,9 +399,7 @@ class NetworkTrainable(Trainable):
         for parameter in self.network.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
         if not groups:
-            raise ConfigError(
-                "every learning rate is 0: there is nothing to train; look at --learning_rate, --unet_lr and --text_encoder_lr"
-            )
+            raise ConfigError(NO_RATE)
         return groups
 
     def _described_groups(self, default: float | None) -> list[tuple[dict[str, Any], str | None]]:

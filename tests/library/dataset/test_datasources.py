@@ -102,7 +102,7 @@ def test_bad_images_can_be_skipped(tmp_path):
     (tmp_path / "a" / "empty.png").touch()
     result = scan(tmp_path, config(folder(tmp_path / "a"), folder(tmp_path / "none")), skip_bad_images=True)
     assert names(result.train[0]) == ["good.png"]
-    assert (result.num_used, result.num_skipped) == (1, 1) and result.summary == "1 images used, 1 skipped"
+    assert (result.num_used, result.num_skipped) == (1, 1) and result.summary == "1 image found, 1 left out"
     assert any("empty.png" in line for line in result.warnings) and any("none does not exist" in line for line in result.warnings)
     (tmp_path / "a" / "good.png").write_bytes(b"")
     assert "no image" in "".join(problems(tmp_path, config(folder(tmp_path / "a")), skip_bad_images=True))
@@ -174,7 +174,7 @@ def test_only_regularisation_images(tmp_path):
 def test_buckets_that_no_image_fits(tmp_path):
     image(tmp_path / "a" / "a.png")
     text = config(folder(tmp_path / "a"), head="resolution = 256\nenable_bucket = true\nbucket_no_upscale = true")
-    assert "smaller than one bucket step" in "".join(problems(tmp_path, text))
+    assert "shorter than one bucket step" in "".join(problems(tmp_path, text))
 
 
 def test_notes_on_pixels(tmp_path):

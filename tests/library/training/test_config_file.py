@@ -138,8 +138,8 @@ def test_keys_of_other_scripts_that_ask_for_nothing_are_ignored_in_one_line(conf
     "line, words",
     [
         ('gemma2 = "gemma.safetensors"', "a key of other scripts"),
-        ("epoch = 20\nmax_train_steps = 100", "max_train_steps, which was computed from it, is 100"),
-        ("epoch = 10\nmax_train_epochs = 10", "max_train_epochs is 10"),
+        ("epoch = 20\nmax_train_steps = 100", "the length is max_train_steps = 100"),
+        ("epoch = 10\nmax_train_epochs = 10", "the length is max_train_epochs = 10"),
         ('noise_offset_type = "Multires"', "multires_noise_iterations"),
         ("stop_text_encoder_training = 50", "--network_train_unet_only"),
         ("train_inpainting = true", "no known script reads it"),

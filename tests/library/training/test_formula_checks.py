@@ -47,12 +47,21 @@ def test_notices():
 def test_settings_that_the_chosen_formula_does_not_read_are_named():
     from library.training import losses, timestep_samplers
 
-    assert losses.notices(losses.LossOptions(loss_type="l1", huber_c=0.5), True) == ["--huber_c has no effect: --loss_type is l1"]
-    assert losses.notices(losses.LossOptions(), True) == []
+    assert [str(item) for item in losses.idle(losses.LossOptions(loss_type="l1", huber_c=0.5))] == ["--huber_c: has no effect: --loss_type is l1"]
+    assert losses.idle(losses.LossOptions()) == []
     options = TimestepOptions(timestep_sampling="uniform", sigmoid_scale=2.0, logit_mean=1.0)
-    (line,) = timestep_samplers.notices(options)
-    assert line.startswith("--sigmoid_scale, --logit_mean have no effect with --timestep_sampling uniform")
-    assert timestep_samplers.notices(TimestepOptions(timestep_sampling="shift", sigmoid_scale=2.0, discrete_flow_shift=1.0)) == []
+    assert [item.written for item in timestep_samplers.idle(options)] == ["--sigmoid_scale", "--logit_mean"]
+    assert all("--timestep_sampling uniform" in item.reason for item in timestep_samplers.idle(options))
+    assert timestep_samplers.idle(TimestepOptions(timestep_sampling="shift", sigmoid_scale=2.0, discrete_flow_shift=1.0)) == []
+    scheme = TimestepOptions(timestep_sampling="shift", weighting_scheme="logit_normal")
+    assert [item.written for item in timestep_samplers.idle(scheme)] == ["--weighting_scheme"]
+
+
+def test_the_whole_range_of_timesteps_is_no_range():
+    from library.training import timestep_samplers
+
+    assert timestep_samplers.notices(TimestepOptions(min_timestep=0, max_timestep=1000)) == []
+    assert len(timestep_samplers.notices(TimestepOptions(min_timestep=0, max_timestep=900))) == 1
 
 
 def test_an_optimizer_that_makes_float16_weights_no_numbers_is_refused():

@@ -82,17 +82,18 @@ def test_refused(options, optimizer, total, words):
     ({"lr_warmup_steps": 5}, {}, "constant_with_warmup"),
     ({"lr_scheduler": "cosine", "lr_scheduler_num_cycles": 3}, {}, "lr_scheduler_num_cycles"),
     ({"lr_scheduler": "cosine"}, {"optimizer_type": "AdamWScheduleFree"}, "lr_scheduler"),
-    ({"lr_scheduler": "linear", "lr_scheduler_type": "StepLR"}, {}, "lr_scheduler has no effect"),
+    ({"lr_scheduler": "linear", "lr_scheduler_type": "StepLR"}, {}, "--lr_scheduler: has no effect"),
     ({"lr_scheduler": "linear"}, {"optimizer_type": "AdaFactor"}, "own schedule"),
 ])
 def test_one_notice(options, optimizer, words):
-    lines = schedulers.notices(SchedulerOptions(**options), OptimizerOptions(**optimizer))
+    options = SchedulerOptions(**options)
+    lines = [*schedulers.notices(options), *map(str, schedulers.idle(options, OptimizerOptions(**optimizer)))]
     assert len(lines) == 1 and words in lines[0]
 
 
 def test_no_notice_without_reason():
-    assert schedulers.notices(SchedulerOptions(), OptimizerOptions()) == []
-    assert schedulers.notices(SchedulerOptions(lr_scheduler="cosine", lr_warmup_steps="10%"), OptimizerOptions()) == []
+    for options in (SchedulerOptions(), SchedulerOptions(lr_scheduler="cosine", lr_warmup_steps="10%")):
+        assert schedulers.notices(options) == [] and schedulers.idle(options, OptimizerOptions()) == []
 
 
 def test_arguments_of_a_curve_are_finite():

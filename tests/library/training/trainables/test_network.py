@@ -92,9 +92,8 @@ def test_rates_of_parts(tiny):
     frozen, _ = made(tiny, "--text_encoder_lr", "0")
     assert [group["name"] for group in frozen.param_groups()] == ["unet"]
     assert not any(parameter.requires_grad for lora in frozen.network.text_encoder_loras for parameter in lora.parameters())
-    nothing, _ = made(tiny, "--text_encoder_lr", "0", "--unet_lr", "0")
     with pytest.raises(ConfigError, match="nothing to train"):
-        nothing.param_groups()
+        made(tiny, "--text_encoder_lr", "0", "--unet_lr", "0")
 
 
 def test_sides_can_be_left_out(tiny):
