@@ -1,6 +1,6 @@
 """Make images with Anima, with and without LoRAs."""
 
-from library import anima_inference
+from library.generation import anima_inference
 
 
 def setup_parser():

@@ -1,6 +1,6 @@
 """Make images with FLUX.1, with and without LoRAs."""
 
-from library import flux_inference
+from library.generation import flux_inference
 
 
 def setup_parser():

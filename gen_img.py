@@ -1,6 +1,6 @@
 """Make images with Stable Diffusion 1, 2 and SDXL, with and without networks."""
 
-from library import unet_inference
+from library.generation import unet_inference
 
 
 def setup_parser():

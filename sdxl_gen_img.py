@@ -1,6 +1,6 @@
 """Make images with SDXL, with and without networks: gen_img.py with --sdxl."""
 
-from library import unet_inference
+from library.generation import unet_inference
 
 
 def setup_parser():

@@ -1,6 +1,6 @@
 """Make images with SDXL, with and without LoRAs."""
 
-from library import sdxl_inference
+from library.generation import sdxl_inference
 
 
 def setup_parser():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.sampling_utils import NUM_TRAIN_TIMESTEPS, Sampler, guided_velocity, start_noise
+from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, Sampler, guided_velocity, start_noise
 from library.training.inference_samplers.common import noise_of
 
 if TYPE_CHECKING:

@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from library.anima_models import AdapterParams, Anima, AnimaParams
-from library.errors import CheckpointError
-from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
-from library.llm_encoder_utils import inspect_qwen3, load_qwen3
-from library.model_loading import (
+from library.checkpoints.loading import (
     CheckpointFiles,
     Transform,
     assign_state,
@@ -29,9 +26,12 @@ from library.model_loading import (
     part_of,
     strip_prefix,
 )
+from library.components.llm_encoder_utils import inspect_qwen3, load_qwen3
+from library.components.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer
+from library.components.wan_vae_utils import inspect_wan_vae
+from library.core.errors import CheckpointError
+from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
 from library.safetensors_utils import FP8_DTYPES, cast_all, cast_floats, save_file_atomic
-from library.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer
-from library.wan_vae_utils import inspect_wan_vae
 
 __all__ = [
     "inspect_anima", "inspect_llm_adapter", "load_anima_model", "load_qwen3_text_encoder", "load_qwen3_tokenizer", "load_t5_tokenizer", "save_anima_model",

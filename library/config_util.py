@@ -13,17 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.core.errors import ConfigError
 from library.dataset import FOLDER_OPTIONS, CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
 from library.dataset.captions import dotted
 from library.dataset.config_checks import check_resolution, check_subset, checked_limits, notices, same_sources
 from library.dataset.config_folders import config_from_options
 from library.dataset.config_reading import (
-    BAD, ConfigProblem, ConfigReader, ConfigTables, DatasetTables, ProblemList, Scope, Table, read_config_file,
+    BAD,
+    ConfigProblem,
+    ConfigReader,
+    ConfigTables,
+    DatasetTables,
+    ProblemList,
+    Scope,
+    Table,
+    read_config_file,
 )
 from library.dataset.config_schema import KEYS
 from library.dataset.items import DatasetParams, SubsetParams
-from library.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

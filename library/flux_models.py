@@ -1,4 +1,4 @@
-"""FLUX.1: the denoiser with its double and single stream blocks; its autoencoder is the one of library/ldm_models.py.
+"""FLUX.1: the denoiser with its double and single stream blocks; its autoencoder is the one of library/components/ldm_models.py.
 
 Module paths are the key names of the original files; leaf layers are plain nn.Linear and nn.Conv2d, so that adapters
 find them by name and class.
@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.attention import DeviceTables, rope_cos_sin, rotate_pairs, scaled_attention, timestep_embedding
+from library.components.ldm_models import AutoEncoder, AutoEncoderParams  # noqa: F401, names that are imported from here
 from library.custom_offloading_utils import BlockStackMixin, ModelOffloader
-from library.ldm_models import AutoEncoder, AutoEncoderParams  # noqa: F401, names that are imported from here
 
 Rope = tuple[Tensor, Tensor]
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library import sampling_utils
 from library.flux_utils import pack_latents, prepare_img_ids, unpack_latents
-from library.sampling_utils import NUM_TRAIN_TIMESTEPS, Sampler, decode_to_image, start_noise
+from library.generation import sampling_utils
+from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, Sampler, decode_to_image, start_noise
 from library.training.inference_samplers.common import noise_of
 
 __all__ = [

@@ -13,12 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from library.errors import CheckpointError
-from library.flux_convert import convert_bfl_sd_to_diffusers, convert_diffusers_sd_to_bfl, is_diffusers_denoiser
-from library.flux_models import AutoEncoder, Flux, FluxParams
-from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
-from library.ldm_utils import AE_PREFIXES, AutoEncoderInfo, Wanted, infer_autoencoder, inspect_autoencoder, load_autoencoder
-from library.model_loading import (
+from library.checkpoints.flux_convert import convert_bfl_sd_to_diffusers, convert_diffusers_sd_to_bfl, is_diffusers_denoiser
+from library.checkpoints.loading import (
     CheckpointFiles,
     Transform,
     assign_state,
@@ -31,8 +27,12 @@ from library.model_loading import (
     part_of,
     strip_prefix,
 )
+from library.components.ldm_utils import AE_PREFIXES, AutoEncoderInfo, Wanted, infer_autoencoder, inspect_autoencoder, load_autoencoder
+from library.components.text_encoder_utils import load_clip_l, load_t5xxl
+from library.core.errors import CheckpointError
+from library.flux_models import AutoEncoder, Flux, FluxParams
+from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
 from library.safetensors_utils import FP8_DTYPES, cast_all, cast_floats, save_file_atomic
-from library.text_encoder_utils import load_clip_l, load_t5xxl
 
 __all__ = [
     "analyze_checkpoint_state", "convert_bfl_sd_to_diffusers", "convert_diffusers_sd_to_bfl", "get_t5xxl_actual_dtype",

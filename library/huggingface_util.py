@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

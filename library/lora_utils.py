@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from library.errors import CheckpointError, ConfigError
-from library.model_loading import CheckpointFiles, open_checkpoint, unscaled
-from library.number_formats import IN_MEMORY, narrowed
-from networks.adapter_family import nothing_fits
-from networks.adapter_module import change_of
-from networks.checkpoint_layers import LayerParameter, checkpoint_layers
-from networks.kinds import check_layers, known_kind_of
-from networks.network_files import by_module, check_finite, match_names, read_adapter_file
-from networks.targets import NetworkTargets
+from library.checkpoints.loading import CheckpointFiles, open_checkpoint, unscaled
+from library.checkpoints.number_formats import IN_MEMORY, narrowed
+from library.core.errors import CheckpointError, ConfigError
+from networks.files.checkpoint_layers import LayerParameter, checkpoint_layers
+from networks.files.network_files import by_module, check_finite, match_names, read_adapter_file
+from networks.kinds.adapter_family import nothing_fits
+from networks.kinds.adapter_module import change_of
+from networks.kinds.registry import check_layers, known_kind_of
+from networks.kinds.targets import NetworkTargets
 
 logger = logging.getLogger(__name__)
 

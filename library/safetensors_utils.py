@@ -18,11 +18,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from library.atomic_file import atomic_path
-from library.console import storable
-from library.errors import CheckpointError
-from library.number_formats import narrowed, narrowed_all
-from library.safetensors_header import DTYPE_NAMES, TensorInfo, header_bytes, read_header, read_header_and_start
+from library.checkpoints.number_formats import narrowed, narrowed_all
+from library.checkpoints.safetensors_header import DTYPE_NAMES, TensorInfo, header_bytes, read_header, read_header_and_start
+from library.core.atomic_file import atomic_path
+from library.core.console import storable
+from library.core.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from library.errors import ConfigError
-from library.text_files import open_file
+from library.core.errors import ConfigError
+from library.core.text_files import open_file
 
 VERSION = "1.0.1"
 PREFIX = "modelspec."

@@ -1,5 +1,5 @@
 """The U-Net of Stable Diffusion 1 and 2. Its module tree carries diffusers names, from which adapter keys are made; files
-are in the original layout (library/unet_convert.py)."""
+are in the original layout (library/checkpoints/unet_convert.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.unet_models import Transformer2DModel, UNetBase, UNetParams, Upsample2D, residual_block, with_skip
+from library.components.unet_models import Transformer2DModel, UNetBase, UNetParams, Upsample2D, residual_block, with_skip
 
 
 class ResnetBlock2D(nn.Module):

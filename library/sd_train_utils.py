@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.ldm_train_utils import guided, sampling_passes
+from library.components.ldm_coding import guided, sampling_passes
 
 if TYPE_CHECKING:
     from library.sd_models import UNet2DConditionModel

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.unet_models import Transformer2DModel, UNetBase, UNetParams, Upsample2D, fitted, residual_block, with_skip
+from library.components.unet_models import Transformer2DModel, UNetBase, UNetParams, Upsample2D, fitted, residual_block, with_skip
 
 
 class ResnetBlock2D(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from library.attention import timestep_embedding
-from library.ldm_train_utils import guided, sampling_passes
+from library.components.ldm_coding import guided, sampling_passes
 
 if TYPE_CHECKING:
     from library.sdxl_models import SdxlUNet2DConditionModel

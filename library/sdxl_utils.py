@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.errors import CheckpointError
-from library.ldm_models import AutoEncoder
-from library.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
-from library.model_loading import Transform
-from library.open_clip_convert import hf_to_open_clip
+from library.checkpoints.loading import Transform
+from library.checkpoints.open_clip_convert import hf_to_open_clip
+from library.components.ldm_models import AutoEncoder
+from library.components.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
+from library.components.text_encoder_utils import CLIP_G, CLIP_L, inspect_clip, load_clip
+from library.components.unet_models import UNetParams
+from library.components.unet_utils import UNetInfo, inspect_unet, load_unet, unet_file_state
+from library.core.errors import CheckpointError
 from library.safetensors_utils import cast_all, save_file_atomic
 from library.sdxl_models import SdxlUNet2DConditionModel
-from library.text_encoder_utils import CLIP_G, CLIP_L, inspect_clip, load_clip
-from library.unet_models import UNetParams
-from library.unet_utils import UNetInfo, inspect_unet, load_unet, unet_file_state
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection

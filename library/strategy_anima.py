@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.components.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer, vocabulary_problem
+from library.core.errors import ConfigError
 from library.dataset.architectures import ARCHITECTURES
-from library.errors import ConfigError
 from library.strategy_base import (
     LatentsCachingStrategy,
     TextEncoderOutputsCachingStrategy,
     TextEncodingStrategy,
     TokenizeStrategy,
 )
-from library.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer, vocabulary_problem
 
 logger = logging.getLogger(__name__)
 

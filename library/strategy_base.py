@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from library.model_identity import combined_identity
+from library.checkpoints.identity import combined_identity
+from library.core.errors import CheckpointError, UnsupportedCombination
+from library.core.keyed_random import key_seed
 from library.dataset import cache_io, text_cache_io
 from library.dataset.cache_io import ImageIdentity, LatentArrays, LatentsRecord
 from library.dataset.text_cache_io import TEXT_LAYOUTS, TextKey, TextLayout, TextRecord
-from library.errors import CheckpointError, UnsupportedCombination
-from library.keyed_random import key_seed
 
 if TYPE_CHECKING:
     from library.dataset.architectures import DataArchitecture
@@ -150,7 +150,7 @@ class LatentsCachingStrategy(PluginSlot, ABC):
         self._batch_size = batch_size
         self.skip_disk_cache_validity_check = skip_disk_cache_validity_check
         self.model_identity = ""
-        """library.model_identity of the VAE file; set by the family, "" = not compared"""
+        """library.checkpoints.identity of the VAE file; set by the family, "" = not compared"""
 
     @property
     def cache_to_disk(self) -> bool:
@@ -319,7 +319,7 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
         self._is_partial = is_partial
         self._is_weighted = is_weighted
         self.model_identity = ""
-        """library.model_identity of the text encoder files together; set by the family, "" = not compared"""
+        """library.checkpoints.identity of the text encoder files together; set by the family, "" = not compared"""
         self.max_token_length: int | None = None
         """the family's token length, where it has one; set by the family, None = not compared"""
 

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library import text_encoder_utils
+from library.components import text_encoder_utils
+from library.components.tokenizers import load_clip_tokenizer, load_t5_tokenizer, vocabulary_problem
+from library.core.errors import ConfigError
 from library.dataset.architectures import ARCHITECTURES
-from library.errors import ConfigError
 from library.strategy_base import (
     LatentsCachingStrategy,
     TextEncoderOutputsCachingStrategy,
     TextEncodingStrategy,
     TokenizeStrategy,
 )
-from library.tokenizers import load_clip_tokenizer, load_t5_tokenizer, vocabulary_problem
 
 CLIP_L_MAX_LENGTH = 77
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from library.clip_prompt_utils import num_tokens, tokenize_prompt_rows, tokenize_rows
-from library.prompt_weighting import PER_ROW, apply_weights, joined
+from library.components.clip_prompt_utils import num_tokens, tokenize_prompt_rows, tokenize_rows
+from library.components.tokenizers import load_clip_tokenizer
+from library.generation.prompt_weighting import PER_ROW, apply_weights, joined
 from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
 from library.strategy_ldm import SdSdxlLatentsCachingStrategy
-from library.tokenizers import load_clip_tokenizer
 
 __all__ = ["SdSdxlLatentsCachingStrategy", "SdTextEncodingStrategy", "SdTokenizeStrategy"]
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.clip_prompt_utils import num_tokens, tokenize_prompt_rows, tokenize_rows
-from library.prompt_weighting import PER_ROW, apply_weights, joined
+from library.components.clip_prompt_utils import num_tokens, tokenize_prompt_rows, tokenize_rows
+from library.components.text_encoder_utils import pool_at_first_eos
+from library.components.tokenizers import load_clip_tokenizer
 from library.dataset.architectures import ARCHITECTURES
+from library.generation.prompt_weighting import PER_ROW, apply_weights, joined
 from library.strategy_base import TextEncoderOutputsCachingStrategy, TextEncodingStrategy, TokenizeStrategy
 from library.strategy_ldm import SdSdxlLatentsCachingStrategy
-from library.text_encoder_utils import pool_at_first_eos
-from library.tokenizers import load_clip_tokenizer
 
 __all__ = [
     "SdSdxlLatentsCachingStrategy", "SdxlTextEncoderOutputsCachingStrategy", "SdxlTextEncodingStrategy", "SdxlTokenizeStrategy",

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from library.registry import import_target
+from library.core.registry import import_target
 
 _CALLS = "library.training.namespace_calls"
 HOMES: dict[str, str] = {
     "DatasetGroup": "library.dataset.dataset:DatasetGroup",
-    "model_hash": "library.model_hashes:model_hash",
-    "calculate_sha256": "library.model_hashes:calculate_sha256",
-    "precalculate_safetensors_hashes": "library.model_hashes:precalculate_safetensors_hashes",
+    "model_hash": "library.checkpoints.hashes:model_hash",
+    "calculate_sha256": "library.checkpoints.hashes:calculate_sha256",
+    "precalculate_safetensors_hashes": "library.checkpoints.hashes:precalculate_safetensors_hashes",
     **{
         name: f"{_CALLS}:{name}"
         for name in (

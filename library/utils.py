@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from library.errors import ConfigError, did_you_mean
+from library.core.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     import argparse

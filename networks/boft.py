@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from networks.diag_oft import arguments, shape_from_settings
-from networks.factorization import power_of_two_blocks
-from networks.kinds import NetworkKind
-from networks.network_base import NetworkFunctions
+from networks.kinds.factorization import power_of_two_blocks
+from networks.kinds.network_base import NetworkFunctions
+from networks.kinds.registry import NetworkKind
 from networks.oft import REFUSED, RotationModule, cayley, rotation_targets, tell_constraint
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from library.errors import ConfigError
-from library.options import parse_bool
-from networks.factorization import divisors, factorization
-from networks.kinds import NetworkKind
-from networks.network_args import NetworkSettings
-from networks.network_base import NetworkFunctions
+from library.core.errors import ConfigError
+from library.core.options import parse_bool
+from networks.kinds.factorization import divisors, factorization
+from networks.kinds.network_args import NetworkSettings
+from networks.kinds.network_base import NetworkFunctions
+from networks.kinds.registry import NetworkKind
+from networks.kinds.targets import Layer, NetworkTargets
 from networks.oft import REFUSED, OFTModule, rotation_targets, shape_from_file, tell_constraint
-from networks.targets import Layer, NetworkTargets
 
 
 class DiagOFTModule(OFTModule):

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.errors import CheckpointError, ConfigError
-from library.options import parse_bool
-from networks.adapter_module import AdapterModule, linear_output
-from networks.kinds import NetworkKind
+from library.core.errors import CheckpointError, ConfigError
+from library.core.options import parse_bool
+from networks.kinds.adapter_module import AdapterModule, linear_output
+from networks.kinds.network_args import RANK_STABILIZED, NetworkSettings
+from networks.kinds.network_base import AdditionalNetwork, NetworkFunctions
+from networks.kinds.registry import NetworkKind
+from networks.kinds.targets import NetworkTargets
 from networks.lora import LoRAModule, shape_from_file
-from networks.network_args import RANK_STABILIZED, NetworkSettings
-from networks.network_base import AdditionalNetwork, NetworkFunctions
-from networks.targets import NetworkTargets
 
 
 class DyLoRAModule(AdapterModule):

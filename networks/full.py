@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.options import parse_bool
-from networks.adapter_module import AdapterModule
-from networks.kinds import NetworkKind
-from networks.network_base import NetworkFunctions
-from networks.targets import NetworkTargets
+from library.core.options import parse_bool
+from networks.kinds.adapter_module import AdapterModule
+from networks.kinds.network_base import NetworkFunctions
+from networks.kinds.registry import NetworkKind
+from networks.kinds.targets import NetworkTargets
 
 
 class FullModule(AdapterModule):

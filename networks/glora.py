@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from networks.adapter_module import AdapterModule
-from networks.kinds import NO_INNER_VALUES, NetworkKind
-from networks.layer_tensors import alpha_of, scale_of
+from networks.files.layer_tensors import alpha_of, scale_of
+from networks.kinds.adapter_module import AdapterModule
+from networks.kinds.network_args import RANK_STABILIZED
+from networks.kinds.network_base import NetworkFunctions
+from networks.kinds.registry import NO_INNER_VALUES, NetworkKind
+from networks.kinds.targets import NetworkTargets
 from networks.lora import lora_delta
-from networks.network_args import RANK_STABILIZED
-from networks.network_base import NetworkFunctions
-from networks.targets import NetworkTargets
 
 
 def glora_delta(

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.options import parse_bool
-from networks.adapter_module import AdapterModule
-from networks.kinds import NetworkKind
-from networks.network_args import NetworkSettings
-from networks.network_base import NetworkFunctions
-from networks.targets import Layer, NetworkTargets
+from library.core.options import parse_bool
+from networks.kinds.adapter_module import AdapterModule
+from networks.kinds.network_args import NetworkSettings
+from networks.kinds.network_base import NetworkFunctions
+from networks.kinds.registry import NetworkKind
+from networks.kinds.targets import Layer, NetworkTargets
 
 KEYS_AND_VALUES = r"(to_k|to_v|k_proj|v_proj|qkv|linear1|SelfAttention\.[kv])"
 """layers that make keys and values; fused layers make queries and more besides"""

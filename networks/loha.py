@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.options import parse_bool
-from networks.adapter_module import AdapterModule
-from networks.kinds import NO_INNER_VALUES, NetworkKind
-from networks.layer_tensors import alpha_of, scale_of
-from networks.network_args import RANK_STABILIZED, WEIGHT_DECOMPOSITION, NetworkSettings
-from networks.network_base import NetworkFunctions
-from networks.targets import Layer, NetworkTargets
+from library.core.options import parse_bool
+from networks.files.layer_tensors import alpha_of, scale_of
+from networks.kinds.adapter_module import AdapterModule
+from networks.kinds.network_args import RANK_STABILIZED, WEIGHT_DECOMPOSITION, NetworkSettings
+from networks.kinds.network_base import NetworkFunctions
+from networks.kinds.registry import NO_INNER_VALUES, NetworkKind
+from networks.kinds.targets import Layer, NetworkTargets
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 

@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from library.errors import ConfigError
-from library.options import parse_bool
-from networks.adapter_module import AdapterModule
-from networks.factorization import factorization
-from networks.kinds import NO_INNER_VALUES, NetworkKind
-from networks.layer_tensors import alpha_of, rank_of, scale_of
-from networks.network_args import RANK_STABILIZED, WEIGHT_DECOMPOSITION, NetworkSettings
-from networks.network_base import NetworkFunctions
-from networks.targets import Layer, NetworkTargets
+from library.core.errors import ConfigError
+from library.core.options import parse_bool
+from networks.files.layer_tensors import alpha_of, rank_of, scale_of
+from networks.kinds.adapter_module import AdapterModule
+from networks.kinds.factorization import factorization
+from networks.kinds.network_args import RANK_STABILIZED, WEIGHT_DECOMPOSITION, NetworkSettings
+from networks.kinds.network_base import NetworkFunctions
+from networks.kinds.registry import NO_INNER_VALUES, NetworkKind
+from networks.kinds.targets import Layer, NetworkTargets
 
 if TYPE_CHECKING:
-    from networks.network_base import AdditionalNetwork
+    from networks.kinds.network_base import AdditionalNetwork
 
 logger = logging.getLogger(__name__)
 

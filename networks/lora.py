@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.errors import CheckpointError, ConfigError, Problems
-from library.options import parse_bool
-from networks.adapter_module import AdapterModule
-from networks.ggpo import Ggpo, row_norms_squared
-from networks.kinds import NetworkKind
-from networks.layer_tensors import alpha_of, scale_of
-from networks.network_args import RANK_STABILIZED, WEIGHT_DECOMPOSITION, NetworkSettings, positive_number
-from networks.network_base import AdditionalNetwork, NetworkFunctions
-from networks.targets import Layer, NetworkTargets
+from library.core.errors import CheckpointError, ConfigError, Problems
+from library.core.options import parse_bool
+from networks.files.layer_tensors import alpha_of, scale_of
+from networks.kinds.adapter_module import AdapterModule
+from networks.kinds.ggpo import Ggpo, row_norms_squared
+from networks.kinds.network_args import RANK_STABILIZED, WEIGHT_DECOMPOSITION, NetworkSettings, positive_number
+from networks.kinds.network_base import AdditionalNetwork, NetworkFunctions
+from networks.kinds.registry import NetworkKind
+from networks.kinds.targets import Layer, NetworkTargets
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from networks.kinds.targets import NetworkTargets, TextEncoderTargets
 from networks.lora import check_network_args, create_network, create_network_from_weights
-from networks.targets import NetworkTargets, TextEncoderTargets
 
 if TYPE_CHECKING:
-    from networks.file_names import LayerNames
+    from networks.files.file_names import LayerNames
 
 __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
 
@@ -25,7 +25,7 @@ ATTENTIONS = (("self_attn", "attn1", "norm1"), ("cross_attn", "attn2", "norm2"))
 
 def file_layers() -> tuple[LayerNames, ...]:
     """The layers of the denoiser and its LLM adapter under their names in files of other programs."""
-    from networks.file_names import LayerNames
+    from networks.files.file_names import LayerNames
 
     block, theirs = "blocks.{i}.", "transformer_blocks.{i}."
     pairs = [(f"{block}mlp.layer1", f"{theirs}ff.net.0.proj"), (f"{block}mlp.layer2", f"{theirs}ff.net.2")]
@@ -59,7 +59,7 @@ TARGETS = NetworkTargets(
         TextEncoderTargets(
             "lora_te", ("Qwen3Attention", "Qwen3SdpaAttention", "Qwen3FlashAttention2", "Qwen3MLP"),
             aliases=("lora_te1", "lora_te_model", "lora_te1_model"), comfy_name="text_encoders.qwen3_06b.transformer.model",
-            paths=QWEN3_PATHS, file_state="library.llm_encoder_utils:qwen3_state",
+            paths=QWEN3_PATHS, file_state="library.components.llm_encoder_utils:qwen3_state",
         ),
     ),
     default_excludes=(r".*(_modulation|_norm|_embedder|final_layer).*",),

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.options import parse_bool
-from networks.kinds import NetworkKind
+from library.core.options import parse_bool
+from networks.kinds.network_args import RANK_STABILIZED
+from networks.kinds.network_base import NetworkFunctions
+from networks.kinds.registry import NetworkKind
+from networks.kinds.targets import NetworkTargets
 from networks.lora import LoRAModule, shape_from_file
-from networks.network_args import RANK_STABILIZED
-from networks.network_base import NetworkFunctions
-from networks.targets import NetworkTargets
 
 ONLY_UP = "only the up matrices are trained; give their learning rate instead"
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from networks.lora import check_network_args, create_network, create_network_from_weights
-from networks.targets import (
+from networks.kinds.targets import (
     CLIP_PATHS,
     T5_PATHS,
     ChoiceRule,
@@ -16,9 +15,10 @@ from networks.targets import (
     SplitRule,
     TextEncoderTargets,
 )
+from networks.lora import check_network_args, create_network, create_network_from_weights
 
 if TYPE_CHECKING:
-    from networks.file_names import LayerNames
+    from networks.files.file_names import LayerNames
 
 __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
 
@@ -37,8 +37,8 @@ def linear1_rows(out_features: int, in_features: int) -> list[int]:
 
 def file_layers() -> tuple[LayerNames, ...]:
     """The layers under their names in files of other programs, from the table of the denoiser's own conversion."""
-    from library.flux_convert import denoiser_rules
-    from networks.file_names import LayerNames
+    from library.checkpoints.flux_convert import denoiser_rules
+    from networks.files.file_names import LayerNames
 
     layers = []
     for rule in denoiser_rules(1, 1):
@@ -59,12 +59,12 @@ TARGETS = NetworkTargets(
         TextEncoderTargets(
             "lora_te1", ("CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2", "CLIPMLP"), root="text_model",
             aliases=("lora_te",), diffusers_name="text_encoder", comfy_name="text_encoders.clip_l.transformer", paths=CLIP_PATHS,
-            file_state="library.text_encoder_utils:clip_l_state",
+            file_state="library.components.text_encoder_utils:clip_l_state",
         ),
         TextEncoderTargets(
             "lora_te3", ("T5Attention", "T5DenseGatedActDense"), switch="train_t5xxl", aliases=("lora_te2",),
             diffusers_name="text_encoder_2", comfy_name="text_encoders.t5xxl.transformer", paths=T5_PATHS,
-            file_state="library.text_encoder_utils:t5_state",
+            file_state="library.components.text_encoder_utils:t5_state",
         ),
     ),
     choice=ChoiceRule("train_blocks", {"all": DOUBLE + SINGLE, "double": DOUBLE, "single": SINGLE}),

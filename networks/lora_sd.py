@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from networks.kinds.targets import CLIP_PATHS, BlockTable, NetworkTargets, TextEncoderTargets
 from networks.lora import check_network_args, create_network, create_network_from_weights
-from networks.targets import CLIP_PATHS, BlockTable, NetworkTargets, TextEncoderTargets
 
 if TYPE_CHECKING:
-    from networks.file_names import LayerNames
+    from networks.files.file_names import LayerNames
 
 __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
 
@@ -28,21 +28,21 @@ def block_index(path: str) -> int | None:
 
 def file_layers() -> tuple[LayerNames, ...]:
     """The layers of the U-Net under their names in files of other programs."""
-    from networks.unet_file_layers import unet_layers
+    from networks.files.unet_file_layers import unet_layers
 
     return unet_layers(4, {0, 1, 2}, tree_is_diffusers=True)
 
 
 TARGETS = NetworkTargets(
     family="sd",
-    file_state="library.unet_utils:sd_unet_state",
+    file_state="library.components.unet_utils:sd_unet_state",
     classes=("Transformer2DModel",),
     attention_classes=("CrossAttention",),
     conv_classes=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     text_encoders=(
         TextEncoderTargets(
             "lora_te", CLIP_CLASSES, root="text_model", aliases=("lora_te1",), diffusers_name="text_encoder", paths=CLIP_PATHS,
-            file_state="library.text_encoder_utils:sd_clip_state",
+            file_state="library.components.text_encoder_utils:sd_clip_state",
         ),
     ),
     blocks=BlockTable(NUM_BLOCKS, block_index, down=range(12), mid=range(12, 13), up=range(13, 25)),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from networks.kinds.targets import CLIP_PATHS, BlockTable, NetworkTargets, TextEncoderTargets
 from networks.lora import check_network_args, create_network, create_network_from_weights
-from networks.targets import CLIP_PATHS, BlockTable, NetworkTargets, TextEncoderTargets
 
 if TYPE_CHECKING:
-    from networks.file_names import LayerNames
+    from networks.files.file_names import LayerNames
 
 __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
 
@@ -30,32 +30,32 @@ def block_index(path: str) -> int | None:
 
 def file_layers() -> tuple[LayerNames, ...]:
     """The layers of the U-Net under their names in files of other programs."""
-    from networks.unet_file_layers import unet_layers
+    from networks.files.unet_file_layers import unet_layers
 
     return unet_layers(3, {1, 2}, tree_is_diffusers=False)
 
 
 def other_file_layers() -> tuple[tuple[LayerNames, ...], ...]:
     """The same for small models, with one residual block a level: the numbers of blocks are others."""
-    from networks.unet_file_layers import unet_layers
+    from networks.files.unet_file_layers import unet_layers
 
     return (unet_layers(3, {1, 2}, tree_is_diffusers=False, resnets=1),)
 
 
 TARGETS = NetworkTargets(
     family="sdxl",
-    file_state="library.unet_utils:sdxl_unet_state",
+    file_state="library.components.unet_utils:sdxl_unet_state",
     classes=("Transformer2DModel",),
     attention_classes=("CrossAttention",),
     conv_classes=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     text_encoders=(
         TextEncoderTargets(
             "lora_te1", CLIP_CLASSES, root="text_model", diffusers_name="text_encoder", comfy_name="text_encoders.clip_l.transformer", paths=CLIP_PATHS,
-            file_state="library.text_encoder_utils:clip_l_state",
+            file_state="library.components.text_encoder_utils:clip_l_state",
         ),
         TextEncoderTargets(
             "lora_te2", CLIP_CLASSES, root="text_model", diffusers_name="text_encoder_2", comfy_name="text_encoders.clip_g.transformer", paths=CLIP_PATHS,
-            file_state="library.text_encoder_utils:clip_g_state",
+            file_state="library.components.text_encoder_utils:clip_g_state",
         ),
     ),
     blocks=BlockTable(NUM_BLOCKS, block_index, down=range(1, 10), mid=range(10, 13), up=range(13, 22)),

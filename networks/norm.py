@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from library.options import parse_bool
-from networks.adapter_module import AdapterModule
-from networks.kinds import NetworkKind
-from networks.network_base import NetworkFunctions
-from networks.targets import NORM_CLASSES, NetworkTargets, weight_name
+from library.core.options import parse_bool
+from networks.kinds.adapter_module import AdapterModule
+from networks.kinds.network_base import NetworkFunctions
+from networks.kinds.registry import NetworkKind
+from networks.kinds.targets import NORM_CLASSES, NetworkTargets, weight_name
 
 
 class _Original(nn.Module):

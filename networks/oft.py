@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from library.errors import ConfigError
-from networks.adapter_module import AdapterModule, change_of
-from networks.factorization import divisors
-from networks.kinds import NetworkKind
-from networks.network_base import NetworkFunctions
-from networks.targets import NetworkTargets
+from library.core.errors import ConfigError
+from networks.kinds.adapter_module import AdapterModule, change_of
+from networks.kinds.factorization import divisors
+from networks.kinds.network_base import NetworkFunctions
+from networks.kinds.registry import NetworkKind
+from networks.kinds.targets import NetworkTargets
 
 if TYPE_CHECKING:
-    from networks.network_base import AdditionalNetwork
+    from networks.kinds.network_base import AdditionalNetwork
 
 logger = logging.getLogger(__name__)
 

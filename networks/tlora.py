@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from library.errors import ConfigError
-from library.options import parse_bool
-from networks.kinds import NetworkKind
+from library.core.errors import ConfigError
+from library.core.options import parse_bool
+from networks.kinds.network_args import RANK_STABILIZED, NetworkSettings, positive_number
+from networks.kinds.network_base import AdditionalNetwork, NetworkFunctions
+from networks.kinds.registry import NetworkKind
+from networks.kinds.targets import NetworkTargets
 from networks.lora import LoRAModule, shape_from_file
 from networks.lora import shape_from_settings as lora_shape
-from networks.network_args import RANK_STABILIZED, NetworkSettings, positive_number
-from networks.network_base import AdditionalNetwork, NetworkFunctions
-from networks.targets import NetworkTargets
 
 
 def rank_masks(times: torch.Tensor, rank: int, least: int, power: float) -> torch.Tensor:

@@ -82,7 +82,7 @@ def unet_sdxl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tens
 @torch.no_grad()
 def clip_g(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     """What peers make of the projection stored the other way round is not computed."""
-    from library.text_encoder_utils import CLIP_G, load_clip, pool_at_first_eos
+    from library.components.text_encoder_utils import CLIP_G, load_clip, pool_at_first_eos
 
     values = {**config, "act": "gelu"}
     model = _loaded(lambda path, *rest, **more: load_clip(path, CLIP_G, *rest, **more), weights, values)
@@ -100,8 +100,8 @@ def clip_g(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors
 
 @torch.no_grad()
 def clip_l(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.components.text_encoder_utils import load_clip_l
     from library.strategy_flux import pool_at_first_eos
-    from library.text_encoder_utils import load_clip_l
 
     model = _loaded(load_clip_l, weights, config)
     result = model(inputs["ids"], output_hidden_states=True)
@@ -119,7 +119,7 @@ def clip_l(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors
 
 @torch.no_grad()
 def te_t5xxl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
-    from library.text_encoder_utils import load_t5xxl
+    from library.components.text_encoder_utils import load_t5xxl
 
     model = _loaded(load_t5xxl, weights, config)
     return {
@@ -143,7 +143,7 @@ def anima(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
 
 @torch.no_grad()
 def vae_wan(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
-    from library.wan_vae_utils import load_wan_vae
+    from library.components.wan_vae_utils import load_wan_vae
 
     statistics = {name: inputs[name].tolist() for name in ("latents_mean", "latents_std")}
     vae = _loaded(load_wan_vae, weights, {**config, **statistics})
@@ -157,7 +157,7 @@ def vae_wan(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensor
 
 @torch.no_grad()
 def te_qwen3(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
-    from library.llm_encoder_utils import load_qwen3
+    from library.components.llm_encoder_utils import load_qwen3
 
     model = _loaded(load_qwen3, weights, config)
     result = model(inputs["ids"], attention_mask=inputs["mask"], output_hidden_states=True)
@@ -193,7 +193,7 @@ def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensor
 def noise_schedule(inputs: Tensors) -> Tensors:
     """The schedule of Stable Diffusion, plain and zero-terminal, and the sinusoids of times and sizes."""
     from library.attention import timestep_embedding
-    from library.keyed_random import StepDraws
+    from library.core.keyed_random import StepDraws
     from library.sdxl_train_utils import get_size_embeddings
     from library.training.objective import DdpmObjective
 

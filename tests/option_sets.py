@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from library.family_table import FAMILIES
-from library.options import is_bool_option, value_type
+from library.core.options import is_bool_option, value_type
+from library.families.table import FAMILIES
 from library.training.option_reader import Script
 from library.training.parser_common import script
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from library.components.text_encoder_utils import load_clip_l, load_t5xxl
+from library.components.tokenizers import load_clip_tokenizer, load_t5_tokenizer, vocabulary_problem
 from library.flux_utils import (
     inspect_ae,
     inspect_flow_model,
@@ -20,8 +22,6 @@ from library.flux_utils import (
     unpack_latents,
 )
 from library.safetensors_utils import read_header
-from library.text_encoder_utils import load_clip_l, load_t5xxl
-from library.tokenizers import load_clip_tokenizer, load_t5_tokenizer, vocabulary_problem
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "tiny-flux"
 FILES = ("flux1-tiny.safetensors", "ae.safetensors", "clip_l.safetensors", "t5xxl.safetensors")

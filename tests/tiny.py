@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from library.components.unet_models import UNetParams
 from library.tiny_models import build_tiny, sd_tiny, sdxl_tiny
 from library.tiny_models.anima_tiny import TinyAnima, build_tiny_anima
 from library.tiny_models.flux_tiny import TinyFlux, build_tiny_flux
 from library.tiny_models.unet_tiny import TinyUNet
-from library.unet_models import UNetParams
 from library.tiny_models.vocabularies import sentencepiece_model, write_clip_tokenizer
 from library.tiny_models.weights import clip_state, random_state, random_weight, save_part, t5_state
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from library.options import is_bool_option, option_fields, value_type  # noqa: E402
+from library.core.options import is_bool_option, option_fields, value_type  # noqa: E402
 from library.training.option_reader import Script  # noqa: E402
 from library.training.parser_common import script  # noqa: E402
 
@@ -33,7 +33,7 @@ BEGIN, END = "<!-- options: begin -->", "<!-- options: end -->"
 
 def generation_script() -> Script:
     """The option groups of gen_img.py in the form of a training script."""
-    from library.unet_inference import CLASSES
+    from library.generation.unet_inference import CLASSES
 
     return Script("sd", "generation", CLASSES, {}, {})
 

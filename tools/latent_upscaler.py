@@ -20,7 +20,7 @@ def setup_parser():
 
 def create_upscaler(*, weights: str):
     """The object that gen_img.py asks for: `upscale(vae, images, latents, dtype, width, height, batch_size, vae_batch_size)`."""
-    from library.latent_upscaler_utils import load_upscaler
+    from library.components.latent_upscaler_utils import load_upscaler
 
     return load_upscaler(weights)
 

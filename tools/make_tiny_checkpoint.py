@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from library.errors import AtelierError, ConfigError, Problems  # noqa: E402
-from library.options import LARGEST_SEED, add_options, option, read_options  # noqa: E402
+from library.core.errors import AtelierError, ConfigError, Problems  # noqa: E402
+from library.core.options import LARGEST_SEED, add_options, option, read_options  # noqa: E402
 from library.tiny_models import TINY_SETS, TinySet, build_tiny, tiny_entry  # noqa: E402
 
 DTYPES = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -65,7 +65,7 @@ def make(opts: MakeOptions) -> str:
 
     import torch
 
-    from library.atomic_file import write_text_atomically
+    from library.core.atomic_file import write_text_atomically
     from library.tiny_models.pictures import write_dataset
 
     tiny = build_tiny(opts.family or "", folder, seed=opts.seed, dtype=getattr(torch, DTYPES[opts.precision]))

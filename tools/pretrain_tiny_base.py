@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from library.options import add_options, option, read_options  # noqa: E402
+from library.core.options import add_options, option, read_options  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,7 +123,7 @@ def tokenize(captions: list[str], folder: Path) -> TextTokens:
     """Ids of captions through the project's own tokenizer loaders, padded to the lengths of training."""
     import torch
 
-    from library.tokenizers import load_clip_tokenizer, load_t5_tokenizer
+    from library.components.tokenizers import load_clip_tokenizer, load_t5_tokenizer
     from tools.tiny_base.denoiser_training import T5_LENGTH, TextTokens
     from tools.tiny_base.vocabulary import CLIP_LENGTH
 
@@ -153,7 +153,7 @@ def write_grid(base: TinyBase, autoencoder: AutoEncoder, tokens: TextTokens, pat
     """Samples of PROMPTS as one picture; the last row of tokens is the empty prompt."""
     import torch
 
-    from library.image_grid import GridCell, image_grid
+    from library.generation.image_grid import GridCell, image_grid
     from tools.tiny_base.denoiser_training import generate
 
     latents = generate(base, tokens, tokens.rows(torch.tensor([len(PROMPTS) - 1])), range(len(PROMPTS)))

@@ -61,7 +61,7 @@ def write_sheet(prompts: list[str], before: list[Path], after: list[Path], targe
     """Before above after, one column per prompt."""
     from PIL import Image
 
-    from library.image_grid import GridCell, image_grid
+    from library.generation.image_grid import GridCell, image_grid
 
     def cells(paths: list[Path], word: str) -> list[GridCell]:
         pictures = []

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.errors import Problems
-from library.options import LARGEST_BATCH, LARGEST_SEED, LARGEST_SIDE, count_or_none, option
+from library.core.errors import Problems
+from library.core.options import LARGEST_BATCH, LARGEST_SEED, LARGEST_SIDE, count_or_none, option
 
 FOLDER_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
 """options that stand for a dataset configuration"""

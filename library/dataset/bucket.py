@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from library.core.keyed_random import keyed_random
 from library.dataset.items import DatasetParams, ImageItem
 from library.dataset.plan import BucketList
-from library.keyed_random import keyed_random
 
 Size = tuple[int, int]
 

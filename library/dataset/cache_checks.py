@@ -7,10 +7,10 @@ import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
+from library.core.errors import ConfigError
+from library.core.file_owners import clean_leftovers
 from library.dataset.captions import random_caption_settings
 from library.dataset.items import ImageItem, SubsetParams
-from library.errors import ConfigError
-from library.file_owners import clean_leftovers
 
 LATENT_BREAKERS = {
     "color_aug": "its colours change at every use",

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from library.atomic_file import write_text_atomically
+from library.core.atomic_file import write_text_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from library.core.errors import CheckpointError
+from library.core.file_limits import path_within_limit, stem_of
 from library.dataset.architectures import DataArchitecture
 from library.dataset.npz_file import UNREADABLE, ArrayHeader, checksum, read_arrays, read_headers, write_arrays
-from library.errors import CheckpointError
-from library.file_limits import path_within_limit, stem_of
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from library.core.errors import ConfigError, TrainingError
 from library.dataset import cache_io
 from library.dataset.background import BackgroundWriter, map_ahead, map_in_threads, records_stay
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
@@ -24,7 +25,6 @@ from library.dataset.cache_io import ImageIdentity, LatentArrays
 from library.dataset.items import ImageItem
 from library.dataset.media_utils import ImageFileError
 from library.dataset.samples import Geometry, Pixels, image_tensor, read_pixels
-from library.errors import ConfigError, TrainingError
 from library.strategy_base import LatentsCachingStrategy, posterior_seed
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from library.core.errors import ConfigError
+from library.core.file_limits import stem_of
+from library.core.text_files import read_bytes
 from library.dataset.items import ImageItem, SubsetParams
-from library.errors import ConfigError
-from library.file_limits import stem_of
-from library.text_files import read_bytes
 
 WILDCARD = re.compile(r"\{([^}]+)\}")
 OPEN_BRACE, CLOSE_BRACE = "\x00", "\x01"  # stand for {{ and }} while alternatives are chosen

@@ -8,12 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from library.core.errors import ConfigError, nearest_name
+from library.core.text_files import parse_json, parse_toml, read_text
 from library.dataset import DatasetOptions
 from library.dataset.config_schema import (
-    ALL_KINDS, COMMAND_LINE_ONLY, KEYS, LEVEL_NAMES, RENAMED, OutOfRange, WrongType, keys_of,
+    ALL_KINDS,
+    COMMAND_LINE_ONLY,
+    KEYS,
+    LEVEL_NAMES,
+    RENAMED,
+    OutOfRange,
+    WrongType,
+    keys_of,
 )
-from library.errors import ConfigError, nearest_name
-from library.text_files import parse_json, parse_toml, read_text
 
 BAD = object()
 """stands for a value that was refused, so that nothing else is said about it"""

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from library.core.errors import nearest_name
+from library.core.options import LARGEST_BATCH, LARGEST_SEED, LARGEST_SIDE, LARGEST_WHOLE, number_problem
 from library.dataset import INTERPOLATIONS, parse_resolution
-from library.errors import nearest_name
-from library.options import LARGEST_BATCH, LARGEST_SEED, LARGEST_SIDE, LARGEST_WHOLE, number_problem
 
 ALL_KINDS = frozenset({"DB", "FT", "CN"})
 

@@ -20,12 +20,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from library.core.errors import ConfigError
+from library.core.keyed_random import key_seed, keyed_random
+from library.core.registry import import_target
 from library.dataset.batch import Batch
 from library.dataset.collate import Sample, collate
 from library.dataset.plan import BatchRequest, StepPlan
-from library.errors import ConfigError
-from library.keyed_random import key_seed, keyed_random
-from library.registry import import_target
 from library.strategy_base import StrategySet
 
 

@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 
+from library.core.errors import ConfigError
+from library.core.keyed_random import keyed_random
 from library.dataset.architectures import DataArchitecture
 from library.dataset.batch import Batch
 from library.dataset.bucket import BucketAssignment, assign_buckets, effective_limits
+from library.dataset.cache_io import file_content_id
 from library.dataset.captions import is_dropped, process_caption, tags_of_folders
 from library.dataset.collate import Sample, collate
 from library.dataset.draws import sample_color, sample_flip, sample_geometry
@@ -26,9 +29,6 @@ from library.dataset.plan import BatchRequest, BucketList, StepPlan, plan_epoch
 from library.dataset.samples import Geometry, conditioning_tensor, image_tensor, mask_tensor, read_pixels
 from library.dataset.shared_tensors import SharedTensors
 from library.dataset.text_caching import cached_caption, text_outputs_of
-from library.dataset.cache_io import file_content_id
-from library.errors import ConfigError
-from library.keyed_random import keyed_random
 from library.strategy_base import StrategySet, posterior_seed
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from library.config_util import Blueprint, DatasetConfigError, load_blueprint
-from library.console import storable
+from library.core.console import storable
+from library.core.errors import ConfigError
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
 from library.dataset.background import map_in_threads, records_stay
@@ -24,7 +25,6 @@ from library.dataset.image_headers import look_at_image
 from library.dataset.info_cache import info_entry, known_image, read_info, write_info
 from library.dataset.items import DatasetParams, ImageItem, SubsetParams
 from library.dataset.media_utils import ImageCheck, check_conditioning_size, verify_image
-from library.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

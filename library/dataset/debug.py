@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from PIL import Image
 
-from library.atomic_file import atomic_path
+from library.core.atomic_file import atomic_path
 from library.dataset.batch import Batch
 from library.dataset.dataset import DatasetGroup
 from library.dataset.plan import requests_of_epoch
-from library.image_grid import GridCell, image_grid
+from library.generation.image_grid import GridCell, image_grid
 
 MOST_CELLS = 64
 """samples on the sheet"""

@@ -7,13 +7,13 @@ import os
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
+from library.core.errors import ConfigError
+from library.core.file_limits import stem_of
 from library.dataset.cache_checks import crowded_names
 from library.dataset.captions import metadata_caption
 from library.dataset.items import SubsetParams
 from library.dataset.media_utils import ImageCheck, image_extensions
 from library.dataset.metadata_files import ImageFinder, read_metadata_file
-from library.errors import ConfigError
-from library.file_limits import stem_of
 
 SHOWN = 5
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from library.core.keyed_random import keyed_random
 from library.dataset.captions import face_numbers
 from library.dataset.items import ImageItem
 from library.dataset.media_utils import ColorChange, draw_color_change, face_crop_geometry, random_offset
 from library.dataset.plan import BatchRequest
 from library.dataset.samples import Geometry
-from library.keyed_random import keyed_random
 
 
 def sample_flip(seed: int, item: ImageItem, request: BatchRequest, position: int) -> bool:

@@ -17,10 +17,17 @@ from pathlib import Path
 import imagesize
 from PIL import Image
 
+from library.core.text_files import open_descriptor
 from library.dataset.media_utils import (
-    DEEP_MODES, ImageCheck, ImageFileError, Size, has_alpha, opened_image, shown_size, verify_image,
+    DEEP_MODES,
+    ImageCheck,
+    ImageFileError,
+    Size,
+    has_alpha,
+    opened_image,
+    shown_size,
+    verify_image,
 )
-from library.text_files import open_descriptor
 
 HEAD_BYTES = 16 * 1024
 PNG_START = b"\x89PNG\r\n\x1a\n"

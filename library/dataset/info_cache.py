@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from library.atomic_file import write_text_atomically
+from library.core.atomic_file import write_text_atomically
+from library.core.errors import ConfigError
+from library.core.text_files import read_json
 from library.dataset.captions import caption_paths
 from library.dataset.items import SubsetParams
-from library.errors import ConfigError
-from library.text_files import read_json
 
 logger = logging.getLogger(__name__)
 

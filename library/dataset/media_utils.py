@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from library.errors import ConfigError
-from library.picture_files import allow_long_texts
+from library.core.errors import ConfigError
+from library.generation.picture_files import allow_long_texts
 
 Size = tuple[int, int]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from library.errors import ConfigError
-from library.text_files import parse_json, read_text
+from library.core.errors import ConfigError
+from library.core.text_files import parse_json, read_text
 
 MOST_SHOWN = 10
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.lib import format as npy_format
 
-from library.atomic_file import atomic_path
-from library.text_files import require_file
+from library.core.atomic_file import atomic_path
+from library.core.text_files import require_file
 
 FIXED_DATE = (1980, 1, 1, 0, 0, 0)  # so that the same arrays give the same file
 UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from library.keyed_random import keyed_random
+from library.core.keyed_random import keyed_random
 
 
 @dataclass(frozen=True)

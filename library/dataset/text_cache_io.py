@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from library.core.errors import CheckpointError
 from library.dataset.cache_io import (
     FORMAT_VERSION,
     RECORD_KEY,
@@ -20,8 +21,6 @@ from library.dataset.cache_io import (
     record_array,
 )
 from library.dataset.npz_file import UNREADABLE, ArrayHeader, checksum, read_arrays, read_headers, write_arrays
-from library.errors import CheckpointError
-
 
 _STORED_KINDS = {"float": "f", "float32": "f", "bool": "biu"}
 """kind of an output -> letters of numpy's `dtype.kind` that another trainer may have stored it in; the others are whole numbers"""

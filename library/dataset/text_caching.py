@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from library.core.errors import TrainingError
 from library.dataset import text_cache_io
 from library.dataset.background import BackgroundWriter, map_in_threads, records_stay
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
 from library.dataset.captions import deterministic_caption
 from library.dataset.items import ImageItem
-from library.errors import TrainingError
 from library.strategy_base import StrategySet, TextEncoderOutputsCachingStrategy, as_stored
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from library.errors import ConfigError, did_you_mean
-from library.registry import import_target
+from library.core.errors import ConfigError, did_you_mean
+from library.core.registry import import_target
 
 
 class TinySet(Protocol):

@@ -12,9 +12,9 @@ import torch
 
 from library.anima_models import AdapterParams, Anima, AnimaParams
 from library.anima_utils import FILE_PREFIX
+from library.components.wan_vae_models import WanVAE, WanVAEParams
 from library.tiny_models.vocabularies import T5_ROWS, write_qwen_tokenizer, write_t5_tokenizer
 from library.tiny_models.weights import prefixed, random_state, random_weight, save_part
-from library.wan_vae_models import WanVAE, WanVAEParams
 
 QWEN_WIDTH, QWEN_HEADS, QWEN_KV_HEADS, QWEN_HEAD, QWEN_HIDDEN, QWEN_LAYERS = 24, 2, 1, 16, 40, 2
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from library.atomic_file import atomic_path, write_text_atomically
+from library.core.atomic_file import atomic_path, write_text_atomically
 
 SIZE_PX = 64
 COLOURS = {"red": (200, 40, 40), "green": (40, 160, 70), "blue": (50, 80, 200)}

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.components.unet_models import UNetParams
 from library.sd_models import UNet2DConditionModel
 from library.tiny_models.unet_tiny import SIZES, TinyUNet, open_clip_state, write_checkpoint
 from library.tiny_models.weights import clip_state, prefixed
-from library.unet_models import UNetParams
 
 
 def build_tiny_sd1(folder: str | Path, *, seed: int = 0, num_res_blocks: int = 1, dtype: torch.dtype = torch.float32) -> TinyUNet:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.components.unet_models import UNetParams
 from library.sdxl_models import SdxlUNet2DConditionModel
 from library.tiny_models.unet_tiny import SIZES, TinyUNet, open_clip_state, write_checkpoint
 from library.tiny_models.weights import clip_state, prefixed
-from library.unet_models import UNetParams
 
 CLIP_L_WIDTH, CLIP_G_WIDTH, SIZE_EMBEDDING = 16, 32, 8
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.ldm_models import AutoEncoder, AutoEncoderParams
-from library.open_clip_convert import hf_to_open_clip
+from library.checkpoints.open_clip_convert import hf_to_open_clip
+from library.components.ldm_models import AutoEncoder, AutoEncoderParams
+from library.components.unet_models import UNetParams
+from library.components.unet_utils import unet_file_state
 from library.tiny_models.vocabularies import write_clip_tokenizer
 from library.tiny_models.weights import clip_state, prefixed, random_state, save_part
-from library.unet_models import UNetParams
-from library.unet_utils import unet_file_state
 
 VAE = AutoEncoderParams(ch=8, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=4, norm_groups=4, quant_conv=True)
 SIZES: dict[str, Any] = {"channels": (16, 16, 32), "time_embed_dim": 32, "norm_groups": 4}

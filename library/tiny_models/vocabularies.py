@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from library.atomic_file import atomic_path, write_text_atomically
+from library.core.atomic_file import atomic_path, write_text_atomically
 
 WORDS = ("a", "the", "of", "red", "blue", "green", "cat", "dog", "photo", "circle", "square", "girl")
 NORMAL_PIECE, UNKNOWN_PIECE, CONTROL_PIECE = 1, 2, 3  # sentencepiece's piece types

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from library.errors import ConfigError, TrainingError
-from library.options import Config
+from library.core.errors import ConfigError, TrainingError
+from library.core.options import Config
 from library.training.option_groups import DdpOptions, ModelOptions, PrecisionOptions
 
 logger = logging.getLogger(__name__)

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from library.core.errors import ConfigError, Problems
+from library.core.options import Config, equivalent_option, option, option_fields, refused_option
+from library.core.registry import import_target
 from library.dataset import CachingOptions, DatasetOptions
-from library.errors import ConfigError, Problems
-from library.family_table import FAMILIES, family_entry
-from library.options import Config, equivalent_option, option, option_fields, refused_option
-from library.registry import import_target
+from library.families.table import FAMILIES, family_entry
 from library.training import option_reader, parser_common
 from library.training.config_file import read_config_file
 from library.training.idle_options import as_block

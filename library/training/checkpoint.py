@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 
 EPOCH_STEM, STEP_STEM, LAST_STEM = "epoch", "at", "last"
 AVERAGED = "-ema"

@@ -14,16 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.atomic_file import unwritable
+from library.core.atomic_file import unwritable
+from library.core.errors import AtelierError, ConfigError, Problems
+from library.core.file_limits import cut_name, name_length, name_limit
+from library.core.options import Config, MissingGroup
+from library.core.text_files import parse_toml, read_text
 from library.dataset import CachingOptions, DatasetOptions
-from library.errors import AtelierError, ConfigError, Problems
-from library.file_limits import cut_name, name_length, name_limit
-from library.family_table import script_name
-from library.options import Config, MissingGroup
-from library.text_files import parse_toml, read_text
+from library.families.table import script_name
+from library.training.checkpoint import CheckpointNames
 from library.training.device_checks import precision_problems, precision_warnings
 from library.training.earlier_runs import existing_problems, final_file, resumed_state
-from library.training.checkpoint import CheckpointNames
 from library.training.formula_checks import formula_problems
 from library.training.idle_options import strict_problems
 from library.training.option_groups import (
@@ -36,8 +36,7 @@ from library.training.option_groups import (
     SamplingOptions,
     SavingOptions,
 )
-from library.training.sampling_prompts import holds_no_prompt, load_prompts
-from library.training.sampling_prompts import sample_file_name
+from library.training.sampling_prompts import holds_no_prompt, load_prompts, sample_file_name
 from library.training.schedulers import SchedulerOptions, parse_step_count
 
 if TYPE_CHECKING:

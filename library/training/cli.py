@@ -9,17 +9,17 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from library.errors import AtelierError, ConfigError, RunInterrupted
-from library.family_table import family_entry
-from library.registry import import_target
+from library.core.errors import AtelierError, ConfigError, RunInterrupted
+from library.core.registry import import_target
+from library.core.write_errors import disk_problem
+from library.families.table import family_entry
 from library.training import parser_common
 from library.training.config_file import write_config_file
+from library.training.failures import failure_of
 from library.training.idle_options import as_block
 from library.training.option_groups import ConfigFileOptions, ConsoleOptions
-from library.training.failures import failure_of
 from library.training.option_reader import OptionsError, names_any
 from library.training.stopping import INTERRUPTED, exit_code_of, signals_end_cleanly  # noqa: F401
-from library.write_errors import disk_problem
 
 logger = logging.getLogger("atelier")
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from library.atomic_file import write_text_atomically
-from library.errors import ConfigError, did_you_mean
-from library.options import (
+from library.core.atomic_file import write_text_atomically
+from library.core.errors import ConfigError, did_you_mean
+from library.core.options import (
     Config,
     allows_none,
     converter_of,
@@ -18,7 +18,7 @@ from library.options import (
     parse_bool,
     value_type,
 )
-from library.text_files import parse_toml, read_text, toml_text
+from library.core.text_files import parse_toml, read_text, toml_text
 from library.training.keyword_args import split_words
 
 NEVER_IN_FILE = frozenset({"config_file", "output_config"})

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from library.core.errors import AtelierError, CheckpointError, ConfigError, TrainingError
 from library.dataset.batch import Batch
 from library.dataset.plan import BatchRequest, StepPlan, requests_of_epoch
-from library.errors import AtelierError, CheckpointError, ConfigError, TrainingError
 from library.training.failures import failure_of
 from library.training.option_groups import LoopOptions
 from library.training.stopping import leave_signals_to_the_run

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from library.core.errors import ConfigError
+from library.core.options import Config
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
 from library.dataset.build import build_dataset_groups
@@ -18,12 +20,9 @@ from library.dataset.datasources import ScanResult, load_datasets
 from library.dataset.debug import debug_dataset
 from library.dataset.fill_caches import fill_latent_cache, fill_text_cache
 from library.dataset.text_caching import warn_overlong_captions
-from library.errors import ConfigError
-from library.options import Config
 from library.strategy_base import StrategySet
 from library.training.accelerator_setup import Runtime
 from library.training.option_groups import LoopOptions
-
 
 SHEETS = ("dataset.png", "dataset_validation.png")
 

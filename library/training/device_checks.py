@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from library.options import Config
+from library.core.options import Config
 from library.training.option_groups import PrecisionOptions
 
 

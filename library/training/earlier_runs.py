@@ -7,11 +7,11 @@ import os
 import re
 from pathlib import Path
 
-from library.atomic_file import move
+from library.core.atomic_file import move
+from library.core.errors import ConfigError
+from library.core.file_owners import clean_leftovers
+from library.core.options import Config
 from library.dataset import DatasetOptions
-from library.errors import ConfigError
-from library.file_owners import clean_leftovers
-from library.options import Config
 from library.training.checkpoint import LAST_STEM, STATE_ENDING, CheckpointNames
 from library.training.option_groups import ResumeOptions, SavingOptions
 from library.training.state_files import LATEST, chosen_state

@@ -9,8 +9,8 @@ import errno
 import os
 import re
 
-from library.errors import AtelierError, TrainingError
-from library.write_errors import disk_problem
+from library.core.errors import AtelierError, TrainingError
+from library.core.write_errors import disk_problem
 
 _LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpectedly)")
 _SHARED_MEMORY = ("unable to write to file </torch", "unable to open shared memory", "unable to mmap", "bus error")

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from library.core.options import Config, Ignored
 from library.dataset import FOLDER_OPTIONS, DatasetOptions
-from library.options import Config, Ignored
 from library.training.formula_checks import idle_formulas
 from library.training.option_groups import (
     ConfigFileOptions,

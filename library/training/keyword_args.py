@@ -12,8 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from library.errors import Problems, did_you_mean
-
+from library.core.errors import Problems, did_you_mean
 
 _BEGIN = re.compile(r"\s+(?=[A-Za-z_][\w.]*\s*=)")
 """blanks before the next key=value"""

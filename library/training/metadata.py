@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from library.model_hashes import BackgroundHashes
-from library.options import Config
+from library.checkpoints.hashes import BackgroundHashes
+from library.core.options import Config
 from library.sai_model_spec import OPTIONAL, ModelSpec, build_model_spec, local_date
 
 MINIMUM = (

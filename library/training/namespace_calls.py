@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from library.errors import Problems, did_you_mean
-from library.options import add_options, allows_none, option_fields, parse_bool
+from library.core.errors import Problems, did_you_mean
+from library.core.options import add_options, allows_none, option_fields, parse_bool
 from library.safetensors_utils import read_header
 from library.training import optimizers, schedulers
 from library.training.checkpoint import CheckpointNames, outdated_epoch, outdated_step

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from library.keyed_random import StepDraws
+from library.core.keyed_random import StepDraws
 from library.training import timesteps as levels
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from library.errors import ConfigError
-from library.options import LARGEST_BATCH, LARGEST_SEED, count_or_none, equivalent_option, option, refused_option
+from library.core.errors import ConfigError
+from library.core.options import LARGEST_BATCH, LARGEST_SEED, count_or_none, equivalent_option, option, refused_option
 
 MINUTES_OF_A_YEAR = 525_600
 

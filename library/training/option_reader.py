@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from library.console import make_console_safe
-from library.errors import ConfigError, Problems, did_you_mean
-from library.options import Config, Ignored, OptionSpec, add_options, allows_none, option_fields
+from library.core.console import make_console_safe
+from library.core.errors import ConfigError, Problems, did_you_mean
+from library.core.options import Config, Ignored, OptionSpec, add_options, allows_none, option_fields
 from library.training.config_file import NEVER_IN_FILE, config_path, convert_value, read_config_file
 from library.training.known_options import ALSO_NEUTRAL, INSTEAD, OLD_OPTIONS, is_idle, is_neutral, known_defaults, why_ignored
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from library.family_table import family_entry
-from library.options import Config
-from library.registry import import_target
+from library.core.options import Config
+from library.core.registry import import_target
+from library.families.table import family_entry
 from library.training.option_groups import SHARED_GROUPS
 from library.training.option_reader import Note, OptionReader, Script, parser_of
 

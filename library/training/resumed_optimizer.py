@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from library.errors import CheckpointError, ConfigError
+from library.core.errors import CheckpointError, ConfigError
 from library.training.run_settings import RunSettings, group_settings, plain
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.options import Config
+from library.core.options import Config
 from library.strategy_base import StrategySet
 from library.training.hooks.ema import EmaHook
 from library.training.optimizers import switches_weights

@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from library.errors import ConfigError
-from library.file_owners import Process, this_process
-from library.options import Config
+from library.core.errors import ConfigError
+from library.core.file_owners import Process, this_process
+from library.core.options import Config
 from library.training.checkpoint import CheckpointNames
 from library.training.option_groups import SavingOptions
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from library.keyed_random import key_seed
+from library.core.keyed_random import key_seed
 from library.sai_model_spec import source_date
 from library.training.data_phase import DataGroups
 from library.training.metadata import BaseModelHashes, MetadataInputs, at_save, build_metadata

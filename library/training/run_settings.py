@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.core.errors import CheckpointError
+from library.core.options import Config, option_fields
 from library.dataset import CachingOptions
-from library.errors import CheckpointError
-from library.options import Config, option_fields
 from library.training import option_groups
 from library.training.inference_samplers import SamplerOptions
 from library.training.keyword_args import parse_keyword_args

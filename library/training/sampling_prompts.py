@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from library.console import storable
-from library.errors import ConfigError, Problems, did_you_mean
-from library.options import LARGEST_PICTURE_SIDE, LARGEST_STEPS, LARGEST_WHOLE, number_problem
-from library.text_files import parse_json, parse_toml
-from library.text_files import read_text as read_text_file
+from library.core.console import storable
+from library.core.errors import ConfigError, Problems, did_you_mean
+from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_STEPS, LARGEST_WHOLE, number_problem
+from library.core.text_files import parse_json, parse_toml
+from library.core.text_files import read_text as read_text_file
 
 logger = logging.getLogger(__name__)
 

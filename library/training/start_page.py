@@ -6,14 +6,14 @@ import logging
 import os
 from typing import Any
 
+from library.core.options import option_fields
 from library.dataset import CachingOptions
-from library.options import option_fields
 from library.training import schedulers
 from library.training.data_phase import DataGroups
 from library.training.formula_checks import formula_notices, formula_warnings
 from library.training.idle_options import as_block, ignored
-from library.training.option_groups import LoopOptions, MemoryOptions, ModelOptions, PrecisionOptions, SamplingOptions, SavingOptions
 from library.training.optimizers import OptimizerBuild, OptimizerOptions
+from library.training.option_groups import LoopOptions, MemoryOptions, ModelOptions, PrecisionOptions, SamplingOptions, SavingOptions
 from library.training.run import Run
 from library.training.sampling_prompts import unreached_interval
 from library.training.schedulers import SchedulerOptions

@@ -1,6 +1,6 @@
 """State folders: everything an interrupted run needs to go on exactly.
 
-Random numbers are keyed (library/keyed_random.py) and the order of an epoch is a function of (seed, epoch), so a state holds
+Random numbers are keyed (library/core/keyed_random.py) and the order of an epoch is a function of (seed, epoch), so a state holds
 no generators: trained weights, optimizer, schedule, scaler, hook states and the position are enough.
 """
 
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.atomic_file import atomic_folder
-from library.errors import AtelierError, CheckpointError, ConfigError
+from library.core.atomic_file import atomic_folder
+from library.core.errors import AtelierError, CheckpointError, ConfigError
 from library.training.checkpoint import resume_point
 from library.training.earlier_runs import final_file, resumed_state
 from library.training.option_groups import HubOptions, LoopOptions, ResumeOptions
@@ -35,7 +35,7 @@ from library.training.state_files import (
 )
 
 if TYPE_CHECKING:
-    from library.options import Config
+    from library.core.options import Config
     from library.training.run import Run
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from library.errors import CheckpointError, ConfigError
-from library.file_owners import is_owned
+from library.core.errors import CheckpointError, ConfigError
+from library.core.file_owners import is_owned
 
 logger = logging.getLogger(__name__)
 

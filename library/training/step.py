@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.core.errors import ConfigError
+from library.core.keyed_random import StepDraws, key_seed
 from library.dataset.batch import Batch
-from library.errors import ConfigError
-from library.keyed_random import StepDraws, key_seed
 from library.strategy_base import StrategySet
 from library.training.objective import NoisyLatents, Objective
 from library.training.run import DiTOutput, Models, StepOutput

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from library.core.errors import ConfigError, Problems, RunInterrupted
+from library.core.options import Config, option_fields
 from library.dataset import CachingOptions, DatasetOptions
 from library.device_utils import clean_memory_on_device
-from library.errors import ConfigError, Problems, RunInterrupted
-from library.family_table import script_name
-from library.options import Config, option_fields
+from library.families.table import script_name
 from library.strategy_base import StrategySet
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime
@@ -37,17 +37,17 @@ from library.training.earlier_runs import clean_up, final_file, keep_earlier_fil
 from library.training.families.base import ModelFamily
 from library.training.hooks.base import Hook, HookList
 from library.training.hooks.checkpoint import CheckpointHook
-from library.training.loop import fit
-from library.training.loss import LossFunction
-from library.training.option_groups import LoopOptions, MemoryOptions, ResumeOptions, SamplingOptions, SavingOptions
-from library.training.metadata import BaseModelHashes
-from library.training.optimizers import OptimizerOptions
-from library.training.progress import Progress
-from library.training.run_lock import claimed_output
-from library.training.run_record import RunRecord
 from library.training.hooks.sample import encode_sample_prompts
 from library.training.hooks.standard import standard_hooks
+from library.training.loop import fit
+from library.training.loss import LossFunction
+from library.training.metadata import BaseModelHashes
+from library.training.optimizers import OptimizerOptions
+from library.training.option_groups import LoopOptions, MemoryOptions, ResumeOptions, SamplingOptions, SavingOptions
+from library.training.progress import Progress
 from library.training.run import Models, Run
+from library.training.run_lock import claimed_output
+from library.training.run_record import RunRecord
 from library.training.run_settings import settings_of
 from library.training.sampling_prompts import holds_no_prompt, load_prompts
 from library.training.schedulers import SchedulerOptions

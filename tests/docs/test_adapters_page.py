@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from library.family_table import FAMILIES
-from library.registry import import_target
+from library.core.registry import import_target
+from library.families.table import FAMILIES
 from library.training import cli
 from library.training.adapters import KINDS, NETWORKS, NetworkOptions
-from networks.network_args import argument_parsers, families_with
-from networks.targets import targets_of_family
+from networks.kinds.network_args import argument_parsers, families_with
+from networks.kinds.targets import targets_of_family
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
 SCRIPTS = {"train_network.py": "sd", "sdxl_train_network.py": "sdxl", "flux_train_network.py": "flux", "anima_train_network.py": "anima"}
@@ -73,7 +73,7 @@ def test_the_table_tells_which_family_has_an_argument(name: str) -> None:
 
 
 def test_sizes_and_presets_are_told() -> None:
-    from networks.block_rates import CURVES
+    from networks.kinds.block_rates import CURVES
 
     section = SECTIONS["Which layers"] + SECTIONS["Learning rates"]
     assert all(f"`{name}`" in section for name in CURVES)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from library.folder_tool import FolderTool
-from library.options import option_fields
+from library.core.options import option_fields
+from library.scripts.folder_tool import FolderTool
 from library.training.option_groups import ConsoleOptions
 from tools import caption
 

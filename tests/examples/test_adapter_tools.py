@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 import torch
-from tests.docs.commands import ROOT, fenced_commands, parse, script_and_words
 
 from library.flux_utils import load_flow_model
 from library.safetensors_utils import load_safetensors
 from networks.lora_flux import create_network
+from tests.docs.commands import ROOT, fenced_commands, parse, script_and_words
 
 PAGE = (ROOT / "examples" / "adapter_tools" / "README.md").read_text(encoding="utf-8")
 TRAINING = "flux_train_network"
@@ -53,7 +53,7 @@ def run(command, place):
         for seed, epoch in enumerate(("-000004", "-000008", "-000012", "")):
             write_lora(place / values.output_dir / f"{values.output_name}{epoch}.safetensors", seed)
     elif module.__name__ == "flux_minimal_inference":
-        from library import flux_inference
+        from library.generation import flux_inference
 
         assert flux_inference.run(words)
     else:

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from library.atomic_file import atomic_folder, atomic_path, write_text_atomically
+from library.core.atomic_file import atomic_folder, atomic_path, write_text_atomically
+from library.core.errors import AtelierError
+from library.core.write_errors import WriteError
 from library.dataset.npz_file import write_arrays
-from library.errors import AtelierError
-from library.inference_script import write_picture
+from library.generation.script import write_picture
 from library.safetensors_utils import save_file_atomic
 from library.training import cli
-from library.write_errors import WriteError
-from networks.network_files import write_adapter_file
+from networks.files.network_files import write_adapter_file
 from tests.runs.conftest import Work
 
 BRIEF = "--t5xxl_max_token_length=32"
@@ -121,7 +121,7 @@ def test_errors_of_reading_pass(tmp_path: Path, error: Exception) -> None:
 
 def failing(monkeypatch: pytest.MonkeyPatch, ending: str, after: int = 0) -> None:
     """The disk is full whenever a file or folder whose name ends so takes its name, after `after` of them."""
-    from library import atomic_file
+    from library.core import atomic_file
 
     for name in ("_take_name", "_replace_folder"):
         original = getattr(atomic_file, name)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from library import atomic_file
-from library.atomic_file import atomic_folder, atomic_path, remove_file, remove_folder, write_text_atomically
-from library.write_errors import HeldFileError
+from library.core import atomic_file
+from library.core.atomic_file import atomic_folder, atomic_path, remove_file, remove_folder, write_text_atomically
+from library.core.write_errors import HeldFileError
 from tests.runs.conftest import Work, fingerprint
 
 BRIEF = "--t5xxl_max_token_length=32"

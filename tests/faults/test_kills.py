@@ -117,7 +117,7 @@ def test_before_every_change_while_earlier_files_are_kept(saved: tuple[Work, Run
 
 
 def test_only_what_dead_processes_left_is_removed(saved: tuple[Work, Run]) -> None:
-    from library.file_owners import Process, clean_leftovers, host_name, owned_name, this_process
+    from library.core.file_owners import Process, clean_leftovers, host_name, owned_name, this_process
 
     out = start_again(saved[0])
     mine = owned_name(out / "lora.safetensors", "tmp")

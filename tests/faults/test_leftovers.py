@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from library.file_owners import owned_name, this_process
+from library.core.file_owners import owned_name, this_process
 from tests.runs.conftest import Work
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from library.errors import AtelierError
+from library.core.errors import AtelierError
 from library.training import checks, cli, loop, parser_common
 from library.training.failures import failure_of
 from library.training.run_lock import claimed_output, lock_path
@@ -193,7 +193,7 @@ def own_lines(told: str) -> list[str]:
 
 def test_what_every_process_finds_is_said_once(monkeypatch, capsys) -> None:
     """Before the processes know each other: by the first of each machine."""
-    from library.errors import ConfigError
+    from library.core.errors import ConfigError
 
     for rank, local in (("0", "0"), ("1", "1"), ("2", "0")):
         monkeypatch.setenv("RANK", rank)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from library.errors import RunInterrupted
+from library.core.errors import RunInterrupted
 from library.training import cli, loop
 from library.training.stopping import StopSwitch, command_going_on
 from tests.runs.conftest import Work, fingerprint

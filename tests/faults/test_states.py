@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from library.errors import AtelierError
+from library.core.errors import AtelierError
 from library.training import checks, parser_common
 from library.training.state_files import LATEST, SUMS_FILE
 from tests.runs.conftest import Work, fingerprint, read_parts

@@ -56,7 +56,7 @@ def test_captions_by_blip(blip, pictures, caplog):
 def test_beams_agree_with_the_model_called_by_itself(blip, pictures):
     from transformers import AutoTokenizer, BlipForConditionalGeneration
 
-    from library.image_files import read_on_white
+    from library.dataset.image_files import read_on_white
 
     assert make_captions.main(blip_command(pictures, blip, "--beam_search", "--num_beams=3", "--caption_extension=txt")) == 0
     model, tokenizer = BlipForConditionalGeneration.from_pretrained(blip).eval(), AutoTokenizer.from_pretrained(blip)

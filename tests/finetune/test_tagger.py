@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from finetune import tag_images_by_wd14_tagger as script
-from library.errors import CheckpointError, ConfigError
+from library.core.errors import CheckpointError, ConfigError
 from tests.library.dataset.images import make_image
 from tools.caption_tools.tag_models import Tag, pixels_for, read_tags
 from tools.caption_tools.tag_rules import TagRules, expanded, read_replacements

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from library.errors import AtelierError
+from library.core.errors import AtelierError
 
 SECONDS = 20
 SEED = int(os.environ.get("FUZZ_SEED", "0"))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from library.safetensors_utils import save_file_atomic
-from networks.network_files import read_adapter_file
-from networks.targets import targets_of_family
+from networks.files.network_files import read_adapter_file
+from networks.kinds.targets import targets_of_family
 from tests.fuzz.mutations import changed_safetensors
 from tests.fuzz.running import corpus, generator
 from tests.tiny import build_tiny_flux

@@ -12,19 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
+from library.checkpoints.kinds import describe_checkpoint
+from library.components.tokenizers import load_clip_tokenizer, read_clip_folder, read_qwen_folder, read_t5_folder
 from library.dataset import cache_io, text_cache_io
 from library.dataset.info_cache import known_image, read_info
 from library.dataset.items import SubsetParams
 from library.dataset.media_utils import decode_image, image_size, verify_image
 from library.dataset.metadata_files import read_metadata_file
 from library.dataset.text_cache_io import TEXT_LAYOUTS
-from library.checkpoint_kinds import describe_checkpoint
-from library.folder_tool import read_text_file
-from library.generation_conditioning import read_inversion
-from library.picture_files import read_texts
+from library.generation.conditioning import read_inversion
+from library.generation.picture_files import read_texts
 from library.safetensors_utils import MemoryEfficientSafeOpen, load_pickled_tensors, load_safetensors, save_file_atomic
+from library.scripts.folder_tool import read_text_file
 from library.sd_utils import inspect_sd_unet
-from library.tokenizers import load_clip_tokenizer, read_clip_folder, read_qwen_folder, read_t5_folder
 from library.training.sampling_prompts import load_prompts
 from tests.fuzz.mutations import as_json, changed_bytes, changed_safetensors, changed_value
 from tests.fuzz.running import corpus, generator

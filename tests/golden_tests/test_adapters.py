@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from tests.golden_dir import GOLDEN_DIR
 
-from networks.parameter_names import layer_tensors
-from networks.kinds import weight_change
+from networks.files.parameter_names import layer_tensors
+from networks.kinds.registry import weight_change
+from tests.golden_dir import GOLDEN_DIR
 
 PATH = GOLDEN_DIR / "adapters.safetensors"
 

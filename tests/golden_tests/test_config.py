@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from library.config_util import load_blueprint
+from library.core.options import add_options, read_options
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import ARCHITECTURES, DataArchitecture
-from library.options import add_options, read_options
-from tests.golden_dir import behaviour_cases, behaviour
+from tests.golden_dir import behaviour, behaviour_cases
 
 
 def architecture_of(script: str) -> DataArchitecture:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from networks import lora_conversion
+from networks.files import lora_conversion
+from networks.files.network_files import by_module
 from networks.lora import lora_delta
-from networks.network_files import by_module
 from tests.golden_dir import BEHAVIOUR_DIR
 
 FILES = {"flux": "flux", "sd": "sd1", "sdxl": "sdxl", "anima": "anima", "hunyuan_image": "hunyuan_image"}
@@ -77,7 +77,7 @@ def test_every_layout_gives_the_recorded_change(family, source):
 
 @pytest.mark.parametrize("family", OURS)
 def test_a_layer_without_name_is_refused(family):
-    from library.errors import CheckpointError
+    from library.core.errors import CheckpointError
 
     tensors = {"lora_unet_nowhere.lora_down.weight": torch.zeros(2, 4), "lora_unet_nowhere.lora_up.weight": torch.zeros(4, 2)}
     with pytest.raises(CheckpointError, match="lora_unet_nowhere"):

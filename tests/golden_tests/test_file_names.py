@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from library.errors import ConfigError
-from library.options import option_fields
+from library.core.errors import ConfigError
+from library.core.options import option_fields
 from library.training import checkpoint
 from library.training.checkpoint import CheckpointNames, SaveRules
 from library.training.option_groups import ResumeOptions, SavingOptions

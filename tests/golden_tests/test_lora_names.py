@@ -5,8 +5,8 @@ import importlib
 import pytest
 import torch
 
-from library.family_table import FAMILIES
-from networks.targets import targets_of_family
+from library.families.table import FAMILIES
+from networks.kinds.targets import targets_of_family
 from tests.golden_dir import behaviour, behaviour_cases
 
 
@@ -51,8 +51,8 @@ def clip(width: int, layers: int, heads: int):
 
 def sd_models():
     """Stable Diffusion 1.5 with CLIP-L, without data."""
+    from library.components.unet_models import UNetParams
     from library.sd_models import UNet2DConditionModel
-    from library.unet_models import UNetParams
 
     with torch.device("meta"):
         return UNet2DConditionModel(UNetParams()), [clip(768, 12, 12)]

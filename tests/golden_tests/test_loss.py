@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.keyed_random import StepDraws
+from library.core.keyed_random import StepDraws
 from library.training import loss_weights, losses, timesteps
 from library.training.loss_weights import LossWeightOptions
 from library.training.losses import LossOptions

@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from library.family_table import FAMILIES, family_entry
-from library.model_hashes import BackgroundHashes, adapter_hashes, calculate_sha256, model_hash
-from library.registry import import_target
+from library.checkpoints.hashes import BackgroundHashes, adapter_hashes, calculate_sha256, model_hash
+from library.core.registry import import_target
+from library.families.table import FAMILIES, family_entry
 from library.training.metadata import BaseModelHashes, MetadataInputs, at_save, build_metadata
 from tests.golden_dir import behaviour, behaviour_cases
 

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training import optimizers, schedulers
 from library.training.keyword_args import parse_keyword_arg
 from library.training.optimizers import OptimizerOptions

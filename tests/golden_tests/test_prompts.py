@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from library import prompt_weighting as pw
+from library.generation import prompt_weighting as pw
 from tests.golden_dir import behaviour, behaviour_cases
 
 FILE, BEGIN, END = "prompts.json", 49406, 49407

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training import sampling_prompts
 from library.training.sampling_prompts import IMAGE_LINE_OPTIONS, VIDEO_LINE_OPTIONS, SamplePrompt
 from tests.golden_dir import behaviour, behaviour_cases

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.errors import ConfigError
-from library.keyed_random import StepDraws
+from library.core.errors import ConfigError
+from library.core.keyed_random import StepDraws
 from library.training import timesteps
 from library.training.objective import DdpmObjective, FlowMatchingObjective
 from library.training.timestep_samplers import TimestepOptions, build

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from library import anima_inference
-from library.errors import CheckpointError, ConfigError
+from library.core.errors import CheckpointError, ConfigError
+from library.generation import anima_inference
 from library.safetensors_utils import load_safetensors, save_file_atomic
 from tests.tiny_anima import build_tiny_anima
 
@@ -95,9 +95,9 @@ def test_equal_options_give_equal_pictures_and_each_option_tells(tiny, tmp_path)
 def test_a_picture_equals_a_plain_loop(tiny, tmp_path):
     """Tokens, text encoder, CFG, shifted Euler steps and decoding, written out."""
     from library.anima_utils import load_anima_model
-    from library.llm_encoder_utils import load_qwen3
-    from library.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer
-    from library.wan_vae_utils import load_wan_vae
+    from library.components.llm_encoder_utils import load_qwen3
+    from library.components.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer
+    from library.components.wan_vae_utils import load_wan_vae
 
     model, qwen3 = load_anima_model(tiny.anima, torch.float32, "cpu"), load_qwen3(tiny.qwen3, torch.float32, "cpu")
     tokenizers = (load_qwen3_tokenizer(str(tiny.qwen3_tokenizer), None, None), 24), (load_t5_tokenizer(str(tiny.t5_tokenizer), None), 32)
@@ -171,7 +171,7 @@ def test_lycoris_reads_the_same_file(tiny, tmp_path):
 
 
 def test_eight_bits(tiny, adapters, tmp_path):
-    from library.anima_pipeline import load_denoiser, takes_scale
+    from library.generation.anima_pipeline import load_denoiser, takes_scale
 
     options = anima_inference.AnimaModelOptions(dit=str(tiny.anima), fp8_scaled=True, dtype="float32")
     scaled = dict(load_denoiser(options, torch.float32, torch.device("cpu")).named_modules())
@@ -287,7 +287,7 @@ def test_scaled_rows_of_any_size_keep_their_digits():
 
 
 def test_a_file_under_the_names_of_comfyui_is_the_same_adapter(tiny, adapters, tmp_path):
-    from networks.lora_conversion import to_dotted
+    from networks.files.lora_conversion import to_dotted
 
     tensors = {key: tensor for key, tensor in load_safetensors(adapters[0], "cpu").items() if key.startswith("lora_unet")}
     save_file_atomic(tensors, tmp_path / "own.safetensors")

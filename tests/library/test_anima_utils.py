@@ -12,8 +12,8 @@ import torch
 
 from library import anima_utils
 from library.anima_models import AdapterParams, Anima, AnimaParams
-from library.errors import CheckpointError
-from library.model_loading import build_on_meta
+from library.checkpoints.loading import build_on_meta
+from library.core.errors import CheckpointError
 from library.safetensors_utils import load_safetensors, read_header, save_file_atomic
 from tests.tiny import random_state
 

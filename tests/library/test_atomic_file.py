@@ -2,7 +2,7 @@
 
 import pytest
 
-from library.atomic_file import atomic_path, write_text_atomically
+from library.core.atomic_file import atomic_path, write_text_atomically
 
 
 def test_a_failure_leaves_the_old_file_and_no_other(tmp_path):

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from library.checkpoint_kinds import check_slot, describe_checkpoint
+from library.checkpoints.kinds import check_slot, describe_checkpoint
 
 FLUX = {"double_blocks.0.img_attn.norm.query_norm.scale": (16,), "double_blocks.1.img_attn.norm.query_norm.scale": (16,),
         "single_blocks.0.linear1.weight": (8, 8), "img_in.weight": (8, 64)}

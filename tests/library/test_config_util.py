@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from library.config_util import DatasetConfigError, load_blueprint
+from library.core.errors import ConfigError
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import ARCHITECTURES
-from library.errors import ConfigError
 
 FLUX = ARCHITECTURES["flux"]
 SUBSET = '[[datasets.subsets]]\nimage_dir = "a"\n'

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.atomic_file import write_text_atomically
-from library.console import make_console_safe, storable
-from library.model_hashes import adapter_hashes
+from library.checkpoints.hashes import adapter_hashes
+from library.core.atomic_file import write_text_atomically
+from library.core.console import make_console_safe, storable
 from library.safetensors_utils import read_header, save_file_atomic
 from library.training.sampling_prompts import parse_line
-from tools import show_metadata
 from tests.waiting import PATIENCE
+from tools import show_metadata
 
 ROOT = Path(__file__).resolve().parents[2]
 LATIN = os.fsdecode(b"caf\xe9")

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from library.dynamic_prompts import expand_prompt, is_dynamic
-from library.errors import ConfigError
+from library.core.errors import ConfigError
+from library.generation.dynamic_prompts import expand_prompt, is_dynamic
 
 
 def one(prompt: str, seed: int = 0) -> str:

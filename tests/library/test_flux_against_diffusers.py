@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from library import flux_utils
-from library.flux_convert import convert_bfl_sd_to_diffusers, convert_diffusers_sd_to_bfl
+from library.checkpoints.flux_convert import convert_bfl_sd_to_diffusers, convert_diffusers_sd_to_bfl
 from library.flux_models import Flux, FluxParams
 from tests.tiny import random_state
 

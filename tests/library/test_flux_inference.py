@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from library import flux_inference
-from library.errors import ConfigError
-from library.flux_inference import LINE_OPTIONS, FluxRequest, InferenceModelOptions, complete
-from library.inference_adapters import parse_adapter_argument
-from library.inference_script import LineReader
+from library.core.errors import ConfigError
+from library.generation import flux_inference
+from library.generation.adapters import parse_adapter_argument
+from library.generation.flux_inference import LINE_OPTIONS, FluxRequest, InferenceModelOptions, complete
+from library.generation.script import LineReader
 from library.safetensors_utils import save_file_atomic
 from tests.tiny import build_tiny_flux
 
@@ -161,6 +161,6 @@ def test_the_script_ends_with_one_message_and_a_code():
 
 
 def test_help_imports_no_torch():
-    code = "import sys; from library import flux_inference; flux_inference.build_parser().format_help(); print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = "import sys; from library.generation import flux_inference; flux_inference.build_parser().format_help(); print('torch' in sys.modules, 'numpy' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.split() == ["False", "False"]

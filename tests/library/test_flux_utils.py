@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from library import flux_utils
-from library.errors import CheckpointError
+from library.checkpoints.loading import build_on_meta
+from library.components.text_encoder_utils import inspect_clip_l, inspect_t5xxl
+from library.core.errors import CheckpointError
 from library.flux_models import AutoEncoder, AutoEncoderParams, Flux, FluxParams
-from library.model_loading import build_on_meta
 from library.safetensors_utils import load_safetensors, read_header, save_file_atomic
-from library.text_encoder_utils import inspect_clip_l, inspect_t5xxl
 from tests.tiny import build_tiny_flux, random_state
 
 KEY_TABLES = Path(__file__).parents[1] / "golden" / "checkpoints"

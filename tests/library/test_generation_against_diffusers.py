@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from library import unet_inference, unet_pipeline
-from library.sampling_utils import start_noise
+from library.generation import unet_inference, unet_pipeline
+from library.generation.sampling_utils import start_noise
 from tests.library.test_sdxl_inference import reference_pipeline
 from tests.tiny import write_clip_tokenizer
 
@@ -107,7 +107,7 @@ def test_img2img(stable_diffusion, monkeypatch, tmp_path, sampler):
     """Without the offset of steps, which diffusers' own pipeline does not have."""
     from PIL import Image
 
-    from library.keyed_random import keyed_generator
+    from library.core.keyed_random import keyed_generator
 
     folder, pipeline = stable_diffusion
     source = tmp_path / "source.png"

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from library.errors import ConfigError
-from library.generation_prompts import GENERATION_LINE_OPTIONS, GenerationPrompt, parse_generation_line, parse_generation_lines
+from library.core.errors import ConfigError
+from library.generation.prompts import GENERATION_LINE_OPTIONS, GenerationPrompt, parse_generation_line, parse_generation_lines
 from library.training.sampling_prompts import IMAGE_LINE_OPTIONS, parse_line
 
 

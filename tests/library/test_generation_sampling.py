@@ -3,9 +3,19 @@
 import pytest
 import torch
 
-from library.errors import ConfigError
-from library.generation_plan import GradualLatentSettings
-from library.generation_sampling import NoiseSettings, SamplingRun, blended, branches_of, first_step, growth, guided, guided_predictor, sharpened
+from library.core.errors import ConfigError
+from library.generation.plan import GradualLatentSettings
+from library.generation.sampling import (
+    NoiseSettings,
+    SamplingRun,
+    blended,
+    branches_of,
+    first_step,
+    growth,
+    guided,
+    guided_predictor,
+    sharpened,
+)
 
 
 def test_two_and_three_branches():
@@ -93,7 +103,7 @@ def test_regions_weigh_predictions_and_what_is_outside_counts_alike():
 
 
 def test_start_noise_is_that_of_training_samples_and_its_kinds_are_keyed_by_the_seed():
-    from library.sampling_utils import start_noise
+    from library.generation.sampling_utils import start_noise
 
     assert torch.equal(NoiseSettings().start(5, 8, 8), start_noise(5, 4, 8, 8))
     pyramid = NoiseSettings(pyramid_prob=1.0)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from library.errors import CheckpointError, ConfigError
+from library.core.errors import CheckpointError, ConfigError
 from library.huggingface_util import HubFolder, HubTarget, Uploader, is_hub_reachable, parse_hub_folder, upload
 
 

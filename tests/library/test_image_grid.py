@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from library.image_grid import BACKGROUND, GridCell, image_grid
+from library.generation.image_grid import BACKGROUND, GridCell, image_grid
 
 
 def test_every_picture_is_on_the_sheet_in_order():

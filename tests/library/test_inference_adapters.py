@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from library.errors import CheckpointError
+from library.core.errors import CheckpointError
 from library.flux_utils import load_flow_model
-from library.generation_options import GenerationNetworkOptions
-from library.inference_adapters import AdapterFile, LayerFilter, LoadedAdapters, adapter_problems, file_problem, multiplier_problems
-from library.inference_networks import network_problems
+from library.generation.adapters import AdapterFile, LayerFilter, LoadedAdapters, adapter_problems, file_problem, multiplier_problems
+from library.generation.networks import network_problems
+from library.generation.options import GenerationNetworkOptions
 from library.safetensors_utils import save_file_atomic
 from tests.tiny import build_tiny_flux
 

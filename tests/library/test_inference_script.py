@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from library.errors import AtelierError, CheckpointError, ConfigError
-from library.inference_script import (
+from library.core.errors import AtelierError, CheckpointError, ConfigError
+from library.generation.script import (
     COMMON_LINE_OPTIONS,
     LineReader,
     PictureRequest,

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from library.errors import AtelierError, ConfigError
-from library.text_files import open_file, parse_toml, read_text, require_file, toml_text
-from library.tokenizers import read_clip_folder, read_qwen_folder, read_t5_folder
+from library.components.tokenizers import read_clip_folder, read_qwen_folder, read_t5_folder
+from library.core.errors import AtelierError, ConfigError
+from library.core.text_files import open_file, parse_toml, read_text, require_file, toml_text
 from library.training.parser_common import parse
 from tests.waiting import PATIENCE
 
@@ -98,14 +98,15 @@ def test_pipes_and_folders_in_the_place_of_files_are_named(tmp_path) -> None:
 @needs_pipes
 def test_no_reader_of_a_run_waits_for_a_pipe(tmp_path) -> None:
     """Models, data sets, captions, prompts, thumbnails: all end with a message or pass the pipe over."""
-    from library.checkpoint_kinds import describe_checkpoint
+    from types import SimpleNamespace
+
+    from library.checkpoints.kinds import describe_checkpoint
     from library.dataset.captions import read_caption
     from library.dataset.config_reading import read_config_file
     from library.dataset.metadata_files import read_metadata_file
     from library.dataset.npz_file import UNREADABLE, read_headers
     from library.sai_model_spec import thumbnail_url
     from library.training.sampling_prompts import load_prompts
-    from types import SimpleNamespace
 
     for name in ("a.safetensors", "a.toml", "a.json", "a.txt", "a.npz", "a.png"):
         os.mkfifo(tmp_path / name)

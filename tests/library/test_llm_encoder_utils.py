@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from library import llm_encoder_utils
-from library.errors import CheckpointError
+from library.components import llm_encoder_utils
+from library.core.errors import CheckpointError
 from library.safetensors_utils import save_file_atomic
 from tests.library.test_flux_utils import empty_checkpoint
 

@@ -2,23 +2,23 @@
 
 import pytest
 import torch
-from tests.tiny import build_tiny_flux
-from tests.tiny_anima import build_tiny_anima
-from tests.tiny_sd import build_tiny_sd
 
 from library.anima_utils import load_anima_model
-from library.errors import CheckpointError
-from library.flux_convert import convert_bfl_sd_to_diffusers
+from library.checkpoints.flux_convert import convert_bfl_sd_to_diffusers
+from library.checkpoints.unet_convert import original_to_diffusers
+from library.components.llm_encoder_utils import load_qwen3
+from library.components.text_encoder_utils import load_clip_l, load_t5xxl
+from library.core.errors import CheckpointError
 from library.flux_utils import load_flow_model
-from library.llm_encoder_utils import load_qwen3
 from library.lora_utils import CheckpointMerge, MergeOnLoad, load_safetensors_with_lora_and_fp8, read_adapter
 from library.safetensors_utils import load_safetensors, read_header, save_file_atomic
 from library.sd_utils import load_text_encoder_sd, load_unet_sd
 from library.sdxl_utils import load_text_encoders_sdxl, load_unet_sdxl
-from library.text_encoder_utils import load_clip_l, load_t5xxl
-from library.unet_convert import original_to_diffusers
+from networks.kinds.targets import targets_of_family
 from networks.lora import create_network, create_network_from_weights
-from networks.targets import targets_of_family
+from tests.tiny import build_tiny_flux
+from tests.tiny_anima import build_tiny_anima
+from tests.tiny_sd import build_tiny_sd
 
 HOW = (torch.float32, "cpu")
 
@@ -177,7 +177,7 @@ def test_bad_adapters(tmp_path):
 def test_rows_at_a_time_give_what_the_whole_gives(dtype, is_dora, monkeypatch):
     """A block of rows has its own part of the up matrix and of the magnitude, and its own norm."""
     from library import lora_utils
-    from networks.checkpoint_layers import LayerParameter, Piece
+    from networks.files.checkpoint_layers import LayerParameter, Piece
 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(37, 12, generator=generator).to(dtype)

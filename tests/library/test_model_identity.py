@@ -7,7 +7,7 @@ import os
 import torch
 from safetensors.torch import save_file
 
-from library.model_identity import BLOCK_BYTES, combined_identity, model_identity
+from library.checkpoints.identity import BLOCK_BYTES, combined_identity, model_identity
 
 
 def test_a_copy_has_the_same_identity_and_a_changed_file_another(tmp_path):

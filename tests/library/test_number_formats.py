@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from library.errors import CheckpointError
-from library.number_formats import clamping, largest_that_fits, narrowed, narrowed_all, overflow_of
+from library.checkpoints.number_formats import clamping, largest_that_fits, narrowed, narrowed_all, overflow_of
+from library.core.errors import CheckpointError
 
 FORMATS = [getattr(torch, name) for name in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")]
 

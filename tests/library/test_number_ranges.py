@@ -10,17 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from library import anima_inference, flux_inference, generation_options, sdxl_inference
+from library.core.errors import ConfigError
+from library.core.options import Config, allows_none, is_bool_option, option_fields, value_type
 from library.dataset.config_schema import KEYS, OutOfRange
-from library.errors import ConfigError
-from library.family_table import FAMILIES
-from library.generation_prompts import GENERATION_LINE_OPTIONS, parse_generation_line
-from library.options import Config, allows_none, is_bool_option, option_fields, value_type
+from library.families.table import FAMILIES
+from library.generation import anima_inference, flux_inference, sdxl_inference
+from library.generation import options as generation_options
+from library.generation.prompts import GENERATION_LINE_OPTIONS, parse_generation_line
 from library.training import parser_common
 from library.training.option_groups import DdpOptions, LoopOptions
-from library.training.sampling_prompts import IMAGE_LINE_OPTIONS, VIDEO_LINE_OPTIONS, Whole, load_prompts, parse_line, parse_pieces, read_number
-from networks.network_args import argument_parsers
-from networks.targets import targets_of_family
+from library.training.sampling_prompts import (
+    IMAGE_LINE_OPTIONS,
+    VIDEO_LINE_OPTIONS,
+    Whole,
+    load_prompts,
+    parse_line,
+    parse_pieces,
+    read_number,
+)
+from networks.kinds.network_args import argument_parsers
+from networks.kinds.targets import targets_of_family
 from tests.runs.conftest import Work
 from tests.runs.families import refused_run
 

@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 
-from library import prompt_weighting as pw
-from library.errors import ConfigError
+from library.core.errors import ConfigError
+from library.generation import prompt_weighting as pw
 
 
 @pytest.mark.parametrize(

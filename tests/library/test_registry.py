@@ -6,8 +6,8 @@ import types
 
 import pytest
 
-from library.errors import ConfigError
-from library.registry import Registry, import_target
+from library.core.errors import ConfigError
+from library.core.registry import Registry, import_target
 from library.training.adapters import NETWORKS
 from library.training.inference_samplers import INFERENCE_SAMPLERS
 from library.training.loss_weights import LOSS_WEIGHTS

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
-from library.errors import CheckpointError
+from library.core.errors import CheckpointError
 from library.safetensors_utils import MemoryEfficientSafeOpen, load_safetensors, read_header
 
 A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.errors import CheckpointError
+from library.core.errors import CheckpointError
 from library.safetensors_utils import (
     MemoryEfficientSafeOpen,
     find_key,

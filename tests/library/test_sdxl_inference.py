@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from library import sdxl_inference
-from library.errors import ConfigError
+from library.core.errors import ConfigError
+from library.generation import sdxl_inference
 from library.safetensors_utils import load_safetensors, save_file_atomic
 from tests.tiny import write_clip_tokenizer
 from tests.tiny_sd import build_tiny_sd
@@ -191,7 +191,7 @@ def reference_pipeline(folder: Path):
 
 
 def test_the_same_picture_as_diffusers(tmp_path):
-    from library.sdxl_pipeline import load_pipeline
+    from library.generation.sdxl_pipeline import load_pipeline
 
     reference = reference_pipeline(tmp_path)
     given = {

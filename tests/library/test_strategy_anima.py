@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from library.errors import ConfigError
-from library.llm_encoder_utils import load_qwen3
+from library.components.llm_encoder_utils import load_qwen3
+from library.components.tokenizers import load_qwen3_tokenizer
+from library.core.errors import ConfigError
 from library.strategy_anima import (
     AnimaTextEncoderOutputsCachingStrategy,
     AnimaTextEncodingStrategy,
     AnimaTokenizeStrategy,
 )
-from library.tokenizers import load_qwen3_tokenizer
 from tests.tiny_anima import TinyAnima, build_tiny_anima
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from library.core.errors import UnsupportedCombination
 from library.dataset.architectures import ARCHITECTURES
-from library.errors import UnsupportedCombination
 from library.strategy_base import LatentsCachingStrategy, PluginSlot, TokenizeStrategy, posterior_seed
 from tests.library.dataset.small_family import SmallLatentsCaching, SmallTextEncoding, SmallTokenize
 

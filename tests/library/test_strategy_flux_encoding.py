@@ -7,10 +7,10 @@ import pickle
 import pytest
 import torch
 
-from library.errors import ConfigError
+from library.components.tokenizers import load_clip_tokenizer
+from library.core.errors import ConfigError
 from library.flux_utils import load_clip_l, load_t5xxl
 from library.strategy_flux import FluxTextEncodingStrategy, FluxTokenizeStrategy, pool_at_first_eos
-from library.tokenizers import load_clip_tokenizer
 from tests.tiny import TinyFlux, build_tiny_flux
 
 TEXTS = ["a red cat", "photo of the blue dog"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from library.errors import CheckpointError
+from library.components.text_encoder_utils import CLIP_PREFIXES, T5_PREFIXES, inspect_clip_l, load_clip_l, load_t5xxl
+from library.core.errors import CheckpointError
 from library.flux_utils import get_t5xxl_actual_dtype
 from library.safetensors_utils import save_file_atomic
-from library.text_encoder_utils import CLIP_PREFIXES, T5_PREFIXES, inspect_clip_l, load_clip_l, load_t5xxl
 from tests.tiny import build_tiny_flux, clip_state, t5_state
 
 IDS = torch.tensor([[5, 17, 3, 39, 1, 1], [5, 39, 39, 39, 1, 1]])

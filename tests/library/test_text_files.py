@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from library.errors import CheckpointError, ConfigError
-from library.text_files import MOST_NESTED, parse_json, parse_toml, read_json, read_text
+from library.core.errors import CheckpointError, ConfigError
+from library.core.text_files import MOST_NESTED, parse_json, parse_toml, read_json, read_text
 
 
 def test_what_can_be_read(tmp_path):

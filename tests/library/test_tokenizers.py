@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from library import tokenizers
-from library.errors import CheckpointError, ConfigError
+from library.components import tokenizers
+from library.components.tokenizers import load_clip_tokenizer, load_t5_tokenizer, t5_tokenizer_from_sentencepiece, vocabulary_problem
+from library.core.errors import CheckpointError, ConfigError
 from library.safetensors_utils import save_file_atomic
-from library.tokenizers import load_clip_tokenizer, load_t5_tokenizer, t5_tokenizer_from_sentencepiece, vocabulary_problem
 from tests.tiny import build_tiny_flux, sentencepiece_model
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from library import train_util
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", sorted(train_util.HOMES))

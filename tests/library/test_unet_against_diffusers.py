@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from library import sd_utils, sdxl_utils
-from library.text_encoder_utils import CLIP_G, load_clip
+from library.components.text_encoder_utils import CLIP_G, load_clip
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from library import unet_inference
-from library.errors import CheckpointError, ConfigError
+from library.core.errors import CheckpointError, ConfigError
+from library.generation import unet_inference
 from library.safetensors_utils import load_safetensors, save_file_atomic
 from library.training.inference_samplers import SAMPLER_NAMES
 from tests.library.test_sdxl_inference import write_adapter
@@ -336,8 +336,8 @@ def test_regions_of_a_mask(tiny, network, tmp_path):
 
 def test_textual_inversions(tiny, tmp_path):
     """Two vectors that are those of known words make the same picture as the words."""
+    from library.components.tokenizers import load_clip_tokenizer
     from library.sd_utils import load_text_encoder_sd
-    from library.tokenizers import load_clip_tokenizer
 
     for kind in ("sd1",):
         table = load_text_encoder_sd(tiny[kind].model, False, torch.float32, "cpu").text_model.embeddings.token_embedding.weight
@@ -391,7 +391,7 @@ def test_inpainting_keeps_what_the_mask_leaves(tiny, tmp_path, source, sampler):
     values[:, 32:] = 255
     Image.fromarray(values).save(tmp_path / "mask.png")
     latents = []
-    from library import unet_pipeline
+    from library.generation import unet_pipeline
 
     real = unet_pipeline.UNetPipeline._decoded
 
@@ -495,7 +495,7 @@ def test_half_precision_is_near(tiny, tmp_path, kind):
 
 
 def test_the_minimal_script_and_this_one_make_one_picture(tiny, tmp_path):
-    from library import sdxl_inference
+    from library.generation import sdxl_inference
 
     [ours] = made(tiny["sdxl"], tmp_path / "a", "--prompt", "a cat --d 1 --l 6 --n dog", "--sampler=euler")
     [other] = sdxl_inference.run(

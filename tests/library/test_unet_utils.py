@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library import sd_utils, sdxl_utils
-from library.errors import CheckpointError
-from library.ldm_models import AutoEncoder
-from library.model_loading import build_on_meta
+from library.checkpoints.loading import build_on_meta
+from library.checkpoints.unet_convert import diffusers_to_original, original_to_diffusers
+from library.components.ldm_models import AutoEncoder
+from library.components.text_encoder_utils import CLIP_G, CLIP_H, CLIP_L, _clip_config, inspect_clip
+from library.components.unet_models import UNetParams
+from library.core.errors import CheckpointError
 from library.safetensors_utils import read_header
 from library.sd_models import UNet2DConditionModel
 from library.sdxl_models import SdxlUNet2DConditionModel
-from library.text_encoder_utils import CLIP_G, CLIP_H, CLIP_L, _clip_config, inspect_clip
-from library.unet_convert import diffusers_to_original, original_to_diffusers
-from library.unet_models import UNetParams
 from tests.library.test_flux_utils import empty_checkpoint
 from tests.tiny_sd import KINDS, build_tiny_sd
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from library import wan_vae_utils
-from library.errors import CheckpointError
-from library.model_loading import build_on_meta
+from library.checkpoints.loading import build_on_meta
+from library.components import wan_vae_utils
+from library.components.wan_vae_models import WanVAE, WanVAEParams
+from library.core.errors import CheckpointError
 from library.safetensors_utils import save_file_atomic
-from library.wan_vae_models import WanVAE, WanVAEParams
 from tests.tiny import random_state
 
 KEY_TABLES = Path(__file__).parents[1] / "golden" / "checkpoints"

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from networks.kinds import NetworkKind
-from networks.network_base import AdapterModule, AdditionalNetwork, build_module, read_settings
-from networks.selection import LayerPlan
-from networks.targets import Layer, targets_of_family
-
-from library.registry import import_target
+from library.core.registry import import_target
+from networks.kinds.network_base import AdapterModule, AdditionalNetwork, build_module, read_settings
+from networks.kinds.registry import NetworkKind
+from networks.kinds.selection import LayerPlan
+from networks.kinds.targets import Layer, targets_of_family
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ import importlib
 
 import pytest
 import torch
+
+from networks.kinds.targets import targets_of_family
+from networks.lora import create_network_from_weights as create_any_from_weights
 from tests.networks.adapter_table import ADAPTERS
 from tests.networks.tiny_denoisers import DENOISERS, tiny_denoiser
-
-from networks.lora import create_network_from_weights as create_any_from_weights
-from networks.targets import targets_of_family
 
 STEPS = 2
 RATE = 2e-4

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from library.registry import import_target
-from networks.factorization import factorization, power_of_two_blocks
-from networks.kinds import known_kind_of, weight_change
-from networks.network_args import NetworkSettings
-from networks.network_base import module_from_tensors
-from networks.targets import Layer
+from library.core.registry import import_target
+from networks.kinds.factorization import factorization, power_of_two_blocks
+from networks.kinds.network_args import NetworkSettings
+from networks.kinds.network_base import module_from_tensors
+from networks.kinds.registry import known_kind_of, weight_change
+from networks.kinds.targets import Layer
 
 pytest.importorskip("lycoris")
 functional = import_target("lycoris.functional.general:factorization"), import_target("lycoris.functional.general:power2factorization")
@@ -118,9 +118,9 @@ NETWORKS = (
 def test_files_that_lycoris_trained_load(family, pairs, tmp_path):
     """Layers that LyCORIS trains and we would not (conv_in, the time embedding, ...) are loaded all the same."""
     import lycoris.kohya
-    from tests.networks.tiny_denoisers import tiny_denoiser
 
     from networks.lora import create_network_from_weights
+    from tests.networks.tiny_denoisers import tiny_denoiser
 
     model, inputs = tiny_denoiser(family)
     torch.manual_seed(3)
@@ -152,10 +152,10 @@ def test_files_that_lycoris_trained_load(family, pairs, tmp_path):
 def test_norms_that_lycoris_trained_load_and_merge(family, algo, tmp_path):
     """Norms beside other layers in one file: LyCORIS adds w_norm and b_norm to the weight and bias of a norm."""
     import lycoris.kohya
-    from tests.networks.tiny_denoisers import tiny_denoiser
 
+    from networks.files.network_files import by_module
     from networks.lora import create_network_from_weights
-    from networks.network_files import by_module
+    from tests.networks.tiny_denoisers import tiny_denoiser
 
     model, inputs = tiny_denoiser(family)
     torch.manual_seed(3)

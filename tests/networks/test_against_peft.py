@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from networks.kinds import weight_change
-from networks.network_args import NetworkSettings
-from networks.network_base import module_from_tensors
-from networks.parameter_names import layer_tensors
-from networks.targets import Layer
+from networks.files.parameter_names import layer_tensors
+from networks.kinds.network_args import NetworkSettings
+from networks.kinds.network_base import module_from_tensors
+from networks.kinds.registry import weight_change
+from networks.kinds.targets import Layer
 
 peft = pytest.importorskip("peft")
 

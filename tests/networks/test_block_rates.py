@@ -4,13 +4,13 @@ import logging
 
 import pytest
 import torch
-from tests.networks.tiny_denoisers import tiny_denoiser
 
-from library.errors import ConfigError
-from networks.block_rates import block_factors
+from library.core.errors import ConfigError
+from networks.kinds.block_rates import block_factors
+from networks.kinds.network_args import NetworkSettings, parse_network_args
+from networks.kinds.targets import targets_of_family
 from networks.lora import create_network
-from networks.network_args import NetworkSettings, parse_network_args
-from networks.targets import targets_of_family
+from tests.networks.tiny_denoisers import tiny_denoiser
 
 QUARTERS = [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
 SINES = [0.0, 0.19509, 0.38268, 0.55557, 0.70711, 0.83147, 0.92388, 0.98079, 1.0]

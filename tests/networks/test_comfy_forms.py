@@ -3,14 +3,14 @@ and every weight becomes the one that merging gives here, or the log says which 
 
 import pytest
 import torch
+
+from library.core.errors import CheckpointError
+from library.core.registry import import_target
+from networks.files.lora_conversion import to_dotted, to_kohya
+from networks.files.network_files import by_module
+from networks.kinds.registry import bias_change, weight_change
 from tests.networks.test_every_adapter import trained
 from tests.networks.tiny_denoisers import tiny_denoiser
-
-from library.errors import CheckpointError
-from library.registry import import_target
-from networks.kinds import bias_change, weight_change
-from networks.lora_conversion import to_dotted, to_kohya
-from networks.network_files import by_module
 
 
 def lengths(weight, axis):

@@ -3,7 +3,7 @@
 import pytest
 
 from networks import dylora, ia3, lora, oft
-from networks.description import describe_network
+from networks.kinds.description import describe_network
 from tests.networks.tiny_denoisers import tiny_denoiser
 
 

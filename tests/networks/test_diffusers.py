@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from library.flux_convert import convert_diffusers_sd_to_bfl
+from library.checkpoints.flux_convert import convert_diffusers_sd_to_bfl
 from library.flux_models import Flux, FluxParams
 from library.flux_utils import prepare_img_ids
+from networks.files.lora_conversion import to_diffusers
 from networks.lora import create_network
-from networks.lora_conversion import to_diffusers
 
 diffusers = pytest.importorskip("diffusers")
 

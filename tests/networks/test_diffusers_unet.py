@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from library import sd_utils, sdxl_utils
+from library.components.text_encoder_utils import CLIP_G, CLIP_H, CLIP_L, load_clip
 from library.sdxl_train_utils import predict_noise
-from library.text_encoder_utils import CLIP_G, CLIP_H, CLIP_L, load_clip
 from library.training import cli
+from networks.files.lora_conversion import to_diffusers
 from networks.lora import create_network_from_weights
-from networks.lora_conversion import to_diffusers
 from tests.runs.conftest import draw_pictures
 from tests.third_parties import need_agreement
 from tests.tiny import write_clip_tokenizer

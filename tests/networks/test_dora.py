@@ -2,22 +2,22 @@
 
 import pytest
 import torch
-from tests.networks.adapter_table import ADAPTERS, Adapter, kind_of_adapter, make_adapter
-from tests.networks.test_every_adapter import CELLS, LAYERS, cell, example, trained
-from tests.networks.tiny_denoisers import DENOISERS, tiny_denoiser
 from torch import nn
 from torch.func import functional_call
 
-from library.errors import CheckpointError, ConfigError
+from library.core.errors import CheckpointError, ConfigError
+from library.core.registry import import_target
 from library.fp8_optimization_utils import shrink_linears_to_scaled_fp8
-from library.registry import import_target
-from networks.additional_network import AdditionalNetwork
-from networks.kinds import MARKS, weight_change
-from networks.network_args import NetworkSettings
-from networks.network_base import build_module, module_from_tensors, read_settings
-from networks.network_files import by_module
-from networks.selection import LayerPlan
-from networks.targets import Layer, targets_of_family
+from networks.files.network_files import by_module
+from networks.kinds.additional_network import AdditionalNetwork
+from networks.kinds.network_args import NetworkSettings
+from networks.kinds.network_base import build_module, module_from_tensors, read_settings
+from networks.kinds.registry import MARKS, weight_change
+from networks.kinds.selection import LayerPlan
+from networks.kinds.targets import Layer, targets_of_family
+from tests.networks.adapter_table import ADAPTERS, Adapter, kind_of_adapter, make_adapter
+from tests.networks.test_every_adapter import CELLS, LAYERS, cell, example, trained
+from tests.networks.tiny_denoisers import DENOISERS, tiny_denoiser
 
 DECOMPOSED = [name for name, adapter in ADAPTERS.items() if adapter.pairs.get("dora_wd")]
 DORA_CELLS = [(name, layer, tucker) for name in DECOMPOSED for layer, tucker in CELLS if "norm" not in layer]

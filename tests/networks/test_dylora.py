@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.networks.adapter_table import ADAPTERS, make_adapter
-from tests.networks.tiny_denoisers import tiny_denoiser
 from torch import nn
 
-from library.errors import ConfigError
-from library.keyed_random import StepDraws
+from library.core.errors import ConfigError
+from library.core.keyed_random import StepDraws
 from networks.dylora import create_network, create_network_from_weights
+from tests.networks.adapter_table import ADAPTERS, make_adapter
+from tests.networks.tiny_denoisers import tiny_denoiser
 
 RANK, UNIT, ALPHA = 6, 2, 1.5
 """of the adapter table; every layer has three pieces"""

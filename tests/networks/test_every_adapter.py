@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from tests.networks.adapter_table import ADAPTERS, kind_of_adapter, make_adapter
 from torch import nn
 from torch.func import functional_call
 
-from library.errors import CheckpointError, ConfigError
-from networks.kinds import bias_change, weight_change
-from networks.network_base import module_from_tensors
-from networks.network_args import NetworkSettings
-from networks.network_files import by_module, read_adapter_file, write_adapter_file
-from networks.targets import Layer
+from library.core.errors import CheckpointError, ConfigError
+from networks.files.network_files import by_module, read_adapter_file, write_adapter_file
+from networks.kinds.network_args import NetworkSettings
+from networks.kinds.network_base import module_from_tensors
+from networks.kinds.registry import bias_change, weight_change
+from networks.kinds.targets import Layer
+from tests.networks.adapter_table import ADAPTERS, kind_of_adapter, make_adapter
 
 LAYERS = {
     "linear": lambda: nn.Linear(8, 12),

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.errors import CheckpointError
+from library.core.errors import CheckpointError
 from networks import lora
-from networks.file_names import names_of_family
-from networks.lora_conversion import to_diffusers, to_kohya
-from networks.network_files import read_adapter_file
-from networks.targets import targets_of_family
+from networks.files.file_names import names_of_family
+from networks.files.lora_conversion import to_diffusers, to_kohya
+from networks.files.network_files import read_adapter_file
+from networks.kinds.targets import targets_of_family
 from tests.golden_tests.test_lora_names import anima_models, clip, sd_models, sdxl_models
 
 KEY_TABLES = Path(__file__).parents[1] / "golden" / "checkpoints"
@@ -248,8 +248,8 @@ def test_a_record_that_would_unpack_to_gigabytes(monkeypatch, caplog):
     import base64
     import zlib
 
-    from networks import conversion_record
-    from networks.lora_layouts import AdapterFile
+    from networks.files import conversion_record
+    from networks.files.lora_layouts import AdapterFile
 
     monkeypatch.setattr(conversion_record, "MOST_UNPACKED", 1 << 16, raising=False)
     packed = base64.b64encode(zlib.compress(b'{"content": "' + bytes(1 << 17) + b'"}')).decode()

@@ -6,18 +6,18 @@ import logging
 
 import pytest
 import torch
-from tests.tiny import build_tiny_flux, build_tiny_sd
 
-from library.errors import CheckpointError
-from library.flux_convert import convert_bfl_sd_to_diffusers
+from library.checkpoints.flux_convert import convert_bfl_sd_to_diffusers
+from library.core.errors import CheckpointError
 from library.flux_utils import load_flow_model
 from library.lora_utils import CheckpointMerge, MergeOnLoad, read_adapter
 from library.safetensors_utils import load_safetensors, read_header, save_file_atomic
 from networks import lora
-from networks.adapter_family import nothing_fits
-from networks.lora_conversion import to_diffusers, to_kohya
-from networks.network_files import by_module, read_adapter_file
-from networks.targets import targets_of_family
+from networks.files.lora_conversion import to_diffusers, to_kohya
+from networks.files.network_files import by_module, read_adapter_file
+from networks.kinds.adapter_family import nothing_fits
+from networks.kinds.targets import targets_of_family
+from tests.tiny import build_tiny_flux, build_tiny_sd
 from tools import check_lora, convert_lora, resize_lora
 
 FLUX = targets_of_family("flux")
@@ -167,7 +167,7 @@ def test_another_family_is_named_only_where_it_is_known():
     parts = {"lora_unet_single_blocks_0_linear2": {"lora_down.weight": torch.ones(2, 4)}}
     assert "an adapter for FLUX.1" in nothing_fits("x", parts, "sd")
     assert "in no sd model that is known" in nothing_fits("x", {"lora_unet_something": parts["lora_unet_single_blocks_0_linear2"]}, "sd")
-    from library.checkpoint_recognition import KeyTable, adapter_family
+    from library.checkpoints.recognition import KeyTable, adapter_family
 
     cross = "input_blocks{0}1{0}1{0}transformer_blocks{0}0{0}attn2{0}to_k"
     for start, dot in (("lora_unet_", "_"), ("diffusion_model.", "."), ("unet.", ".")):

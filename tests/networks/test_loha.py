@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from library.errors import CheckpointError, ConfigError
-from library.keyed_random import StepDraws, keyed_generator
-from networks.kinds import known_kind_of
+from library.core.errors import CheckpointError, ConfigError
+from library.core.keyed_random import StepDraws, keyed_generator
+from networks.kinds.registry import known_kind_of
 from networks.loha import LoHaModule, create_network, create_network_from_weights, loha_delta
 from tests.networks.tiny_denoisers import tiny_denoiser
 

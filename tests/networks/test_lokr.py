@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from library.errors import CheckpointError, ConfigError
-from library.keyed_random import StepDraws
-from networks.factorization import factorization
-from networks.kinds import known_kind_of, weight_change
+from library.core.errors import CheckpointError, ConfigError
+from library.core.keyed_random import StepDraws
+from networks.kinds.factorization import factorization
+from networks.kinds.registry import known_kind_of, weight_change
 from networks.lokr import LoKrModule, create_network, create_network_from_weights, lokr_delta, lokr_shapes
 from networks.lora import create_network_from_weights as create_any_from_weights
 from tests.networks.test_loha import filled

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from library.errors import CheckpointError, ConfigError
+from library.core.errors import CheckpointError, ConfigError
+from library.core.keyed_random import StepDraws
 from library.flux_models import Flux, FluxParams
-from library.keyed_random import StepDraws
 from networks.lora import LoRAModule, create_network, create_network_from_weights, fuse_pairs, lora_delta, split_pair
 
 LAYERS = {

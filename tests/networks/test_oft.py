@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from library.errors import ConfigError
-from library.keyed_random import StepDraws
+from library.components.unet_models import UNetParams
+from library.core.errors import ConfigError
+from library.core.keyed_random import StepDraws
 from library.sd_models import UNet2DConditionModel
-from library.unet_models import UNetParams
 from networks import boft, diag_oft, oft, oft_flux
 from networks.boft import BOFTModule
 from networks.diag_oft import DiagOFTModule
-from networks.kinds import kind_of
+from networks.kinds.registry import kind_of
 from networks.lora import create_network_from_weights as create_any_from_weights
 from networks.oft import OFTModule, cayley
 from tests.networks.test_loha import filled

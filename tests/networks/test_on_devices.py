@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from networks.network_files import is_finite
+from networks.files.network_files import is_finite
 from tests.networks.adapter_table import ADAPTERS
 from tests.networks.test_every_adapter import LAYERS, cell
 from tests.networks.tiny_denoisers import DENOISERS, tiny_denoiser

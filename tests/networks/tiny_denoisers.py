@@ -13,7 +13,7 @@ from library.flux_models import Flux, FluxParams
 from library.flux_utils import prepare_img_ids
 from library.sd_models import UNet2DConditionModel
 from library.sdxl_models import SdxlUNet2DConditionModel
-from networks.targets import targets_of_denoiser
+from networks.kinds.targets import targets_of_denoiser
 from tests.tiny import random_state
 from tests.tiny_sd import tiny_params
 

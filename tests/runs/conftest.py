@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.family_table import family_entry
-from library.registry import import_target
+from library.core.registry import import_target
+from library.families.table import family_entry
 from library.tiny_models import TinySet
 from library.training import cli, parser_common
 from library.training.hooks.base import Hook

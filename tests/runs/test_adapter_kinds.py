@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from safetensors import safe_open
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training.adapters import NETWORKS, OWN_MODULES
-from networks.kinds import kind_of
-from networks.network_files import by_module, read_adapter_file
+from networks.files.network_files import by_module, read_adapter_file
+from networks.kinds.registry import kind_of
 from tests.runs.conftest import Work
 
 KINDS = {

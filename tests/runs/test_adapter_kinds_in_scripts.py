@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from library.core.registry import import_target
+from library.generation import anima_inference, flux_inference, sdxl_inference, unet_inference
+from networks.kinds.targets import targets_of_family
 from tests.library import test_anima_inference, test_flux_inference, test_sdxl_inference, test_unet_inference
 from tests.networks.adapter_table import ADAPTERS, kind_of_adapter
 from tests.pairwise import denoiser
 from tests.runs.test_start_files import OTHER, SAME, Start, start
 from tests.tools.test_merge_lora import models_of
-
-from library import anima_inference, flux_inference, sdxl_inference, unet_inference
-from library.registry import import_target
-from networks.targets import targets_of_family
 
 KINDS = ("dora", "loha", "lokr", "oft", "diag_oft_rescaled", "boft", "glora", "ia3", "full", "norm", "dylora")
 STRENGTH = {"ia3": 0.3, "full": 0.03, "norm": 0.3}

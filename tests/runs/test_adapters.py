@@ -12,8 +12,8 @@ import torch
 
 from library.tiny_models import build_tiny
 from library.training import cli, loop
+from networks.kinds.targets import targets_of_family
 from networks.lora import create_network_from_weights
-from networks.targets import targets_of_family
 from tests.networks.adapter_table import ADAPTERS, Adapter, kind_of_adapter
 from tests.pairwise import denoiser
 from tests.runs.conftest import draw_pictures, read_parts

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from tests.families import CASES
 from tests.runs.conftest import Stopped, Work, draw_pictures, fingerprint, losses_of, read_parts, stop_after
 from tests.tiny import TinyAnima, build_tiny_anima, build_tiny_flux

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.safetensors_utils import load_safetensors
 from library.training.hooks.ema import decay_at
-from library.training.option_groups import EmaOptions
 from library.training.optimizers import switches_weights
+from library.training.option_groups import EmaOptions
 from library.training.run import Run
 from tests.runs.conftest import Work, fingerprint, read_parts
 from tests.runs.families import Tinies, refused_run

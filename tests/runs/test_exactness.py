@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training.trainer_base import Trainer
 from tests.runs.conftest import Stopped, Work, fingerprint, read_parts, stop_after
 

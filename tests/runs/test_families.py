@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from library.family_table import FAMILIES
+from library.families.table import FAMILIES
 from library.tiny_models import TINY_SETS, TinySet, build_tiny
 from library.tiny_models.pictures import draw_pictures as draw_shapes
 from library.training.loop import fit
@@ -25,8 +25,8 @@ from tests.runs.conftest import (
     largest_difference,
     losses_of,
     read_parts,
-    stop_after,
     sample_pictures,
+    stop_after,
 )
 
 CAPTIONS = "shuffle_caption = true\nkeep_tokens = 1\nflip_aug = true\ncaption_dropout_rate = 0.2"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.errors import CheckpointError
+from library.core.errors import CheckpointError
 from library.training.state_files import SUMS_FILE
 from tests.runs.conftest import Work, fingerprint
 from tests.runs.families import Tinies

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.runs.test_adapters import loss_of, read_parts, train
-from tests.runs.test_adapters import family as family  # a fixture
 
 from networks.lora import create_network_from_weights
+from tests.runs.test_adapters import family as family  # a fixture
+from tests.runs.test_adapters import loss_of, read_parts, train
 
 pytest.importorskip("lycoris")
 WAYS = (("lora", "dora_wd=True"), ("loha",), ("lokr", "factor=4"))
@@ -48,7 +48,7 @@ def test_a_file_of_the_package_gives_its_output_in_ours(way: tuple[str, ...], fa
 @pytest.mark.parametrize("argument", ["preset=nothing_like_it", "algo=nothing_like_it"])
 def test_arguments_that_the_package_does_not_know_are_one_message(argument, family, tmp_path) -> None:
     """Whatever a module of another package raises while the network is made comes with its name, its arguments and the reason."""
-    from library.errors import ConfigError
+    from library.core.errors import ConfigError
 
     with pytest.raises(ConfigError, match=f"lycoris.kohya cannot be made with .*{argument}.*Error"):
         train(family, tmp_path, "--network_module=lycoris.kohya", "--network_dim=2", "--network_train_unet_only", "--network_args", argument)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.safetensors_utils import read_header
 from library.training import cli
 from tests.runs.conftest import Work, draw_pictures

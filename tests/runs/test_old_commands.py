@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.errors import ConfigError
-from library.family_table import FAMILIES
-from library.registry import import_target
+from library.core.errors import ConfigError
+from library.core.registry import import_target
+from library.families.table import FAMILIES
 from tests.runs.conftest import losses_of
 from tests.runs.families import FamilyWork, Tinies
 

@@ -91,7 +91,7 @@ def test_the_summary_tells_that_plain_accelerate_starts_one_process(work: Work) 
 
 
 def test_processes_that_do_not_find_each_other_are_an_error(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    from library.errors import TrainingError
+    from library.core.errors import TrainingError
     from library.training.accelerator_setup import _check_process_group
 
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -180,7 +180,7 @@ def test_the_seed_is_that_of_the_state_when_none_is_given(work: Work) -> None:
 def test_the_state_of_another_optimizer_is_refused_also_where_nothing_is_recorded(
     work: Work, capsys: pytest.CaptureFixture
 ) -> None:
-    from library.errors import CheckpointError
+    from library.core.errors import CheckpointError
 
     state = interrupted(work, old=True)
     with pytest.raises(CheckpointError, match="state of --resume is that of another optimizer"):

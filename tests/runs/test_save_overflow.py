@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.errors import TrainingError
+from library.core.errors import TrainingError
 from tests.runs.conftest import Work
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.safetensors_utils import save_file_atomic
 from library.training import cli
-from networks.lora_conversion import to_diffusers, to_dotted
+from networks.files.lora_conversion import to_diffusers, to_dotted
 from tests.runs.conftest import draw_pictures
 from tests.runs.test_anima import losses_of
 from tests.tiny import build_tiny_flux

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training.families.flux import FluxFamily
 from library.training.hooks.base import Hook
 from library.training.loop import fit

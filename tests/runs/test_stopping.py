@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.errors import ConfigError, TrainingError
+from library.core.errors import ConfigError, TrainingError
 from library.training import cli
 from tests.runs.conftest import Work
 

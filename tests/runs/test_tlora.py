@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training.objective import DdpmObjective, FlowMatchingObjective
-from networks.network_files import read_adapter_file
+from networks.files.network_files import read_adapter_file
 from networks.tlora import TLoRAModule
 from tests.runs.conftest import Work
 from tests.runs.families import Tinies

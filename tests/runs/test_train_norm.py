@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from networks.files.network_files import by_module
 from networks.lora import create_network_from_weights
-from networks.network_files import by_module
 from tests.networks.adapter_table import Adapter
 from tests.runs.test_adapters import family, loss_of, options_of, train  # noqa: F401 - family is a fixture
 

@@ -42,7 +42,7 @@ def test_what_the_model_predicts_is_recorded(work: Work) -> None:
 
 
 def test_a_layer_that_the_text_encoder_has_not_is_refused_at_start(work: Work) -> None:
-    from library.errors import ConfigError
+    from library.core.errors import ConfigError
 
     if work.case.name == "sdxl":
         pytest.skip("SDXL takes fixed layers")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from tests.runs.conftest import losses_of
 from tests.runs.families import FamilyWork, Tinies
 from tests.tiny import KINDS

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from library.checkpoint_kinds import describe_checkpoint
-from library.family_table import FAMILIES, script_of_kind
+from library.checkpoints.kinds import describe_checkpoint
+from library.families.table import FAMILIES, script_of_kind
 from library.safetensors_utils import load_pickled_tensors
 from tests.runs.families import MODEL, SLOTS, FamilyWork, Tinies, key_table, refused_run, without, write_header_only
 from tests.tiny_sd import build_tiny_sd

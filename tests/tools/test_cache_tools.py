@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from library.errors import ConfigError
-from library.family_table import FAMILIES
+from library.core.errors import ConfigError
+from library.families.table import FAMILIES
 from library.training import cache_tools, parser_common
 from tests.library.dataset.images import make_folder, make_image
 from tests.tiny import build_tiny_flux

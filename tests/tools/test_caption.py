@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from library.folder_tool import FolderTool, numbers_problem
-from library.image_files import over_white
+from library.dataset.image_files import over_white
+from library.scripts.folder_tool import FolderTool, numbers_problem
 from tests.library.dataset.images import make_image
 from tests.waiting import PATIENCE
 from tools import caption

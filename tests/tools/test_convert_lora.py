@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.safetensors_utils import read_header
-from networks.conversion_record import KEY
+from networks.files.conversion_record import KEY
 from tests.golden_dir import BEHAVIOUR_DIR
 from tests.golden_tests.test_convert import FILES, LAYOUTS
 from tests.waiting import PATIENCE
@@ -153,7 +153,7 @@ def attention_only():
 
 def test_xlabs(tmp_path):
     """Named as XLabs does, without alpha; diffusers reads the same change out of it."""
-    from networks.lora_conversion import to_diffusers
+    from networks.files.lora_conversion import to_diffusers
 
     pytest.importorskip("diffusers")
     tensors = attention_only()
@@ -269,10 +269,9 @@ def test_outputs_are_not_written_over(tmp_path, capsys):
 @pytest.mark.parametrize(("kind", "dim", "alpha"), [("norm", 4, 1.0), ("oft", 4, 0.002), ("diag_oft", 4, 0.002), ("boft", 16, 0.002)])
 def test_norms_and_rotations_for_comfy_and_back(family, kind, dim, alpha, tmp_path):
     """Through the command line: ComfyUI's form (see test_comfy_forms), and the same file again on the way back."""
+    from library.core.registry import import_target
     from tests.networks.test_every_adapter import trained
     from tests.networks.tiny_denoisers import tiny_denoiser
-
-    from library.registry import import_target
 
     model, _ = tiny_denoiser(family)
     network = import_target(f"networks.{kind}:create_network")(1.0, dim, alpha, None, None, model)

@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny import build_tiny_flux
-from tests.tiny_sd import build_tiny_sd
 
-from library.flux_convert import convert_bfl_sd_to_diffusers
+from library.checkpoints.flux_convert import convert_bfl_sd_to_diffusers
+from library.components.text_encoder_utils import CLIP_H, CLIP_L, load_clip
 from library.safetensors_utils import load_safetensors, read_header
 from library.sd_utils import load_unet_sd, load_vae_sd
 from library.sdxl_train_utils import predict_noise
 from library.sdxl_utils import load_text_encoders_sdxl, load_unet_sdxl, load_vae_sdxl
-from library.text_encoder_utils import CLIP_H, CLIP_L, load_clip
+from tests.tiny import build_tiny_flux
+from tests.tiny_sd import build_tiny_sd
 from tools import convert_model
 
 HOW = (torch.float32, "cpu")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library import anima_inference, device_utils, flux_inference, sdxl_inference, unet_inference
+from library import device_utils
 from library.device_utils import can_compute, device_problem, format_problem
+from library.generation import anima_inference, flux_inference, sdxl_inference, unet_inference
 from tests.runs.families import Tinies, refused_run
 from tools import extract_lora, merge_lora, merge_models, resize_lora
 
@@ -81,7 +82,7 @@ def test_what_the_cpu_computes_with():
 
 
 def test_a_format_that_the_device_imitates_is_a_warning(monkeypatch):
-    from library.options import Config
+    from library.core.options import Config
     from library.training.device_checks import precision_warnings
     from library.training.option_groups import PrecisionOptions
 

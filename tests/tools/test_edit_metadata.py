@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from library.model_hashes import adapter_hashes
-from networks.network_files import write_adapter_file
+from library.checkpoints.hashes import adapter_hashes
+from networks.files.network_files import write_adapter_file
 from tools import edit_metadata
 
 SECRET = "zorbit"

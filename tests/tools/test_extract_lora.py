@@ -5,12 +5,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from library.checkpoints.unet_convert import original_to_diffusers
 from library.safetensors_utils import load_safetensors, save_file_atomic
-from library.unet_convert import original_to_diffusers
-from networks.extraction import is_rounding
-from networks.kinds import weight_change
+from networks.files.network_files import by_module
+from networks.kinds.registry import weight_change
 from networks.lora import create_network
-from networks.network_files import by_module
+from networks.operations.extraction import is_rounding
 from tests.tiny import build_tiny_flux
 from tests.tools.test_merge_lora import build, models_of
 from tools.lora_tools.extract import main

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from library.components.latent_upscaler_models import LatentUpscaler
+from library.core.errors import CheckpointError
 from library.dataset.captions import face_numbers
-from library.errors import CheckpointError
-from library.image_files import read_on_white
-from library.latent_upscaler_models import LatentUpscaler
+from library.dataset.image_files import read_on_white
 from library.safetensors_utils import save_file_atomic
 from tests.library.dataset.images import make_image
 from tests.tiny import build_tiny_sd
@@ -260,7 +260,7 @@ def test_images_of_several_sizes_are_doubled(tiny, weights, tmp_path, caplog):
 
 
 def test_the_upscaler_of_the_image_script(tiny, weights, tmp_path):
-    from library import unet_inference
+    from library.generation import unet_inference
 
     options = ["--prompt", "a cat --d 1", "--W=128", "--H=128", "--steps=2", "--highres_fix_scale=0.5", "--highres_fix_steps=2"]
     base = [f"--ckpt={tiny.model}", f"--clip_tokenizer={tiny.tokenizer}", *options]

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from library.safetensors_utils import load_safetensors, save_file_atomic
-from networks.adapter_report import report
-from networks.lora_conversion import to_diffusers, to_dotted
+from networks.files.adapter_report import report
+from networks.files.lora_conversion import to_diffusers, to_dotted
 from tests.tiny_sd import build_tiny_sd
 from tests.tools.test_merge_lora import models_of, write_lora
 from tools import check_lora, inspect_lora, show_metadata

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from library.safetensors_utils import load_safetensors, save_file_atomic
-from networks.post_hoc_ema import Averaging, gamma_of
+from networks.operations.post_hoc_ema import Averaging, gamma_of
 from tools.lora_tools.ema import main
 from tools.lora_tools.merge import main as merge
 

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from library.family_table import FAMILIES
+from library.families.table import FAMILIES
 from library.tiny_models import TINY_SETS
-from tools import make_tiny_checkpoint
 from tests.waiting import PATIENCE
+from tools import make_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

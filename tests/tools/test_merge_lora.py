@@ -5,19 +5,19 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from tests.tiny import build_tiny_flux
-from tests.tiny_anima import build_tiny_anima
-from tests.tiny_sd import build_tiny_sd
 
 from library.anima_utils import load_anima_model
 from library.flux_utils import load_flow_model
 from library.safetensors_utils import load_safetensors, save_file_atomic
 from library.sd_utils import load_text_encoder_sd, load_unet_sd
 from library.sdxl_utils import load_text_encoders_sdxl, load_unet_sdxl
-from networks.block_weights import parse_block_weights, slot_of
-from networks.kinds import weight_change
+from networks.files.network_files import by_module
+from networks.kinds.block_weights import parse_block_weights, slot_of
+from networks.kinds.registry import weight_change
 from networks.lora import create_network, create_network_from_weights
-from networks.network_files import by_module
+from tests.tiny import build_tiny_flux
+from tests.tiny_anima import build_tiny_anima
+from tests.tiny_sd import build_tiny_sd
 from tools.lora_tools.merge import main
 
 HOW = (torch.float32, "cpu")

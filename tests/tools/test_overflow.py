@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from library.registry import import_target
+from library.core.registry import import_target
 from library.safetensors_utils import read_header
 from tests.tiny_sd import build_tiny_sd
 

@@ -8,10 +8,10 @@ import torch
 from safetensors import safe_open
 
 from library.safetensors_utils import load_safetensors, save_file_atomic
-from networks.kinds import weight_change
+from networks.files.network_files import by_module
+from networks.kinds.registry import weight_change
 from networks.lora import lora_delta
-from networks.network_files import by_module
-from networks.rank_rules import RankRule, quantile_of_size
+from networks.operations.rank_rules import RankRule, quantile_of_size
 from tools.lora_tools.resize import main
 
 SHAPES = {

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 
 from library.safetensors_utils import load_safetensors, save_file_atomic
+from networks.files.lora_conversion import to_diffusers
 from networks.lora import create_network, create_network_from_weights
-from networks.lora_conversion import to_diffusers
 from tests.networks.test_diffusers import outputs, twin_models
 from tools.lora_tools.resize import main
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from library.components.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from library.flux_models import AutoEncoder, AutoEncoderParams
 from library.flux_utils import pack_latents, unpack_latents
-from library.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from tools.tiny_base import captions, denoiser_training, vocabulary
 from tools.tiny_base.autoencoder_training import (
     LATENT_CHANNELS,

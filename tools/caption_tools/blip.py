@@ -7,11 +7,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.folder_tool import DetailOptions, FolderTool, Tally, WriteOptions
-from library.options import LARGEST_SEED, Config, option
-from library.tool_script import tool_exit_code
+from library.core.options import LARGEST_SEED, Config, option
+from library.scripts.folder_tool import DetailOptions, FolderTool, Tally, WriteOptions
+from library.scripts.tool_script import tool_exit_code
 from library.training.option_groups import ConsoleOptions
-from tools.caption_tools.captioning import FolderOptions, caption_images, folder_problems, images_to_caption, load_model, model_problem, normalized
+from tools.caption_tools.captioning import (
+    FolderOptions,
+    caption_images,
+    folder_problems,
+    images_to_caption,
+    load_model,
+    model_problem,
+    normalized,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +91,7 @@ class Captioner:
         """Captions of [B, 3, H, W]."""
         import torch
 
-        from library.keyed_random import isolated_rng, key_seed
+        from library.core.keyed_random import isolated_rng, key_seed
 
         options = self.options
         ids = self.tokenizer([PROMPT.strip()] * len(paths), return_tensors="pt").input_ids.to(self.model.device)  # [B, L]

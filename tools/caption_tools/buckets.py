@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.errors import ConfigError
-from library.folder_tool import FolderTool, Tally, WriteOptions, files_of, folder_problem, logger, numbers_problem
-from library.options import Config, equivalent_option, option
-from library.tool_script import tool_exit_code
+from library.core.errors import ConfigError
+from library.core.options import Config, equivalent_option, option
+from library.scripts.folder_tool import FolderTool, Tally, WriteOptions, files_of, folder_problem, logger, numbers_problem
+from library.scripts.tool_script import tool_exit_code
 from library.training.option_groups import ConsoleOptions
 from tools.caption_tools.metadata import output_json_problems, read_metadata, write_metadata
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def problems_of(config: Config) -> Iterator[str]:
-    from library.checkpoint_kinds import check_slot
+    from library.checkpoints.kinds import check_slot
 
     options, sizes = config[BucketToolOptions], config[BucketSizeOptions]
     found = folder_problem("train_data_dir", options.train_data_dir)
@@ -117,9 +117,9 @@ def cache_words(config: Config, family: str) -> list[str]:
 
 def cached_data(config: Config) -> DataGroups:
     """The images, each with its size, after their latents were cached. ConfigError with all that the data have against it."""
-    from library.checkpoint_kinds import describe_checkpoint
-    from library.family_table import family_entry
-    from library.registry import import_target
+    from library.checkpoints.kinds import describe_checkpoint
+    from library.core.registry import import_target
+    from library.families.table import family_entry
     from library.training import cache_tools, parser_common
     from library.training.accelerator_setup import prepare_runtime
     from library.training.data_phase import find_data, group_data

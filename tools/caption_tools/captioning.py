@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from library.errors import CheckpointError
-from library.folder_tool import DetailOptions, Tally, WriteOptions, batches, folder_problem, images_of, logger, read_ahead
-from library.options import Config, option
+from library.core.errors import CheckpointError
+from library.core.options import Config, option
+from library.scripts.folder_tool import DetailOptions, Tally, WriteOptions, batches, folder_problem, images_of, logger, read_ahead
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,8 +92,8 @@ def caption_images(
     """Write a caption for each image: `prepare` gives its pixels [3, H, W], `describe` the captions of a batch [B, 3, H, W]."""
     import torch
 
-    from library.atomic_file import write_text_atomically
-    from library.image_files import read_on_white
+    from library.core.atomic_file import write_text_atomically
+    from library.dataset.image_files import read_on_white
 
     options = config[FolderOptions]
     pixels = read_ahead(lambda path: prepare(read_on_white(path)), images, tally, what="captions", workers=options.max_data_loader_n_workers)

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from library.folder_tool import DetailOptions, FolderTool, Tally, WriteOptions, logger, progress
-from library.options import Config, option
-from library.tool_script import tool_exit_code
+from library.core.options import Config, option
+from library.scripts.folder_tool import DetailOptions, FolderTool, Tally, WriteOptions, logger, progress
+from library.scripts.tool_script import tool_exit_code
 from library.training.option_groups import ConsoleOptions
 from tools.caption_tools.metadata import output_json_problems, read_metadata, write_metadata
 from tools.caption_tools.text_rules import clean_caption, clean_tags

@@ -6,11 +6,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.folder_tool import DetailOptions, FolderTool, Tally, WriteOptions
-from library.options import Config, option
-from library.tool_script import tool_exit_code
+from library.core.options import Config, option
+from library.scripts.folder_tool import DetailOptions, FolderTool, Tally, WriteOptions
+from library.scripts.tool_script import tool_exit_code
 from library.training.option_groups import ConsoleOptions
-from tools.caption_tools.captioning import FolderOptions, caption_images, folder_problems, images_to_caption, load_model, model_problem, normalized
+from tools.caption_tools.captioning import (
+    FolderOptions,
+    caption_images,
+    folder_problems,
+    images_to_caption,
+    load_model,
+    model_problem,
+    normalized,
+)
 from tools.caption_tools.text_rules import without_written_words
 
 if TYPE_CHECKING:

@@ -8,10 +8,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from library.errors import ConfigError
-from library.folder_tool import DetailOptions, FolderTool, Tally, WriteOptions, folder_problem, images_of, logger, progress, read_text_file
-from library.options import Config, option
-from library.tool_script import tool_exit_code
+from library.core.errors import ConfigError
+from library.core.options import Config, option
+from library.scripts.folder_tool import (
+    DetailOptions,
+    FolderTool,
+    Tally,
+    WriteOptions,
+    folder_problem,
+    images_of,
+    logger,
+    progress,
+    read_text_file,
+)
+from library.scripts.tool_script import tool_exit_code
 from library.training.option_groups import ConsoleOptions
 
 ENDINGS = {"caption": ".caption", "tags": ".txt"}
@@ -106,7 +116,7 @@ def read_metadata(path: str) -> dict[str, dict[str, Any]]:
 
 def write_metadata(path: str, metadata: Mapping[str, Mapping[str, Any]]) -> None:
     """A JSON object, or a line for each image in a file that ends in .jsonl, in UTF-8; complete or not at all."""
-    from library.atomic_file import write_text_atomically
+    from library.core.atomic_file import write_text_atomically
 
     if path.lower().endswith(".jsonl"):
         lines = [json.dumps({"image_path": key, **entry}, ensure_ascii=False) for key, entry in metadata.items()]

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from library.errors import CheckpointError, ConfigError
-from library.text_files import open_file
+from library.core.errors import CheckpointError, ConfigError
+from library.core.text_files import open_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +81,7 @@ def download(repo_id: str, folder: str) -> None:
 def copy_into(source: str, target: str) -> None:
     import shutil
 
-    from library.atomic_file import atomic_path
+    from library.core.atomic_file import atomic_path
 
     with atomic_path(target) as temporary:
         shutil.copyfile(source, temporary)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from tools.caption_tools.tag_models import Tag
 
 CHOSEN_ONE = ("rating", "quality")

@@ -8,15 +8,36 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from library.errors import AtelierError, CheckpointError, ConfigError
-from library.folder_tool import DetailOptions, FolderTool, Tally, WriteOptions, batches, folder_problem, images_of, logger, read_ahead, read_text_file
-from library.options import Config, equivalent_option, option
-from library.tool_script import tool_exit_code
+from library.core.errors import AtelierError, CheckpointError, ConfigError
+from library.core.options import Config, equivalent_option, option
+from library.scripts.folder_tool import (
+    DetailOptions,
+    FolderTool,
+    Tally,
+    WriteOptions,
+    batches,
+    folder_problem,
+    images_of,
+    logger,
+    read_ahead,
+    read_text_file,
+)
+from library.scripts.tool_script import tool_exit_code
 from library.training.option_groups import ConsoleOptions
 from tools.caption_tools.captioning import caption_path, ending_problem
 from tools.caption_tools.metadata import read_metadata, write_metadata
 from tools.caption_tools.tag_models import (
-    FILES, OnnxNetwork, OpenNetwork, Tag, download, layout_of, model_folder, package_problem, pixels_for, probabilities, read_tags,
+    FILES,
+    OnnxNetwork,
+    OpenNetwork,
+    Tag,
+    download,
+    layout_of,
+    model_folder,
+    package_problem,
+    pixels_for,
+    probabilities,
+    read_tags,
 )  # fmt: skip
 from tools.caption_tools.tag_rules import TagRules, read_replacements, split_list
 
@@ -171,7 +192,7 @@ def rules_of(config: Config, layout: str) -> TagRules:
 def tag_images(images: Sequence[str], config: Config, tally: Tally, output: Output, open_network: OpenNetwork) -> None:
     import numpy as np
 
-    from library.image_files import read_on_white
+    from library.dataset.image_files import read_on_white
 
     options = config[TagModelOptions]
     folder = model_folder(options.model_dir, options.repo_id)
@@ -246,7 +267,7 @@ class Output:
         return True
 
     def add(self, path: str, size_wh: tuple[int, int], tags: list[str], tally: Tally) -> None:
-        from library.atomic_file import write_text_atomically
+        from library.core.atomic_file import write_text_atomically
 
         options = self.config[TagOutputOptions]
         try:

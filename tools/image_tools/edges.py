@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.folder_tool import FolderTool, Tally, WriteOptions, images_of, read_ahead
-from library.options import Config, option
-from library.tool_script import tool_exit_code
+from library.core.options import Config, option
+from library.scripts.folder_tool import FolderTool, Tally, WriteOptions, images_of, read_ahead
+from library.scripts.tool_script import tool_exit_code
 from library.training.option_groups import ConsoleOptions
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     config = TOOL.read(argv, problems_of)
     options, tally = config[EdgeOptions], Tally()
     if os.path.isfile(options.input):
-        from library.image_files import read_on_white, write_image
+        from library.dataset.image_files import read_on_white, write_image
 
         write_image(options.output, edges(read_on_white(options.input), options.thres1, options.thres2))
         tally.done = 1
@@ -74,7 +74,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 
 def draw_folder(config: Config, tally: Tally) -> None:
-    from library.image_files import read_on_white, write_image
+    from library.dataset.image_files import read_on_white, write_image
 
     options, wanted, taken = config[EdgeOptions], {}, set()
     for path in images_of(options.input):

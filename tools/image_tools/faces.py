@@ -11,10 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.errors import ConfigError
-from library.folder_tool import DetailOptions, FolderTool, Tally, WriteOptions, folder_problem, images_of, numbers_problem, read_ahead
-from library.options import Config, option
-from library.tool_script import tool_exit_code
+from library.core.errors import ConfigError
+from library.core.options import Config, option
+from library.scripts.folder_tool import (
+    DetailOptions,
+    FolderTool,
+    Tally,
+    WriteOptions,
+    folder_problem,
+    images_of,
+    numbers_problem,
+    read_ahead,
+)
+from library.scripts.tool_script import tool_exit_code
 from library.training.option_groups import ConsoleOptions
 
 if TYPE_CHECKING:
@@ -210,7 +219,7 @@ def run(argv: Sequence[str] | None = None, make_detector: Callable[[], Detector]
 
 
 def cut_faces(images: Sequence[str], config: Config, tally: Tally, detect: Detector) -> None:
-    from library.image_files import over_white, read_for
+    from library.dataset.image_files import over_white, read_for
 
     options = config[FaceOptions]
     for path, image in read_ahead(lambda path: read_for(path, ".png"), images, tally, what="cutting faces"):
@@ -231,7 +240,7 @@ def cut_faces(images: Sequence[str], config: Config, tally: Tally, detect: Detec
 
 
 def write_cuts(path: str, image: np.ndarray, faces: Sequence[Face], config: Config, tally: Tally) -> None:
-    from library.image_files import write_image
+    from library.dataset.image_files import write_image
 
     options, written = config[FaceOptions], 0
     stem = os.path.splitext(os.path.basename(path))[0]

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.folder_tool import FolderTool, Tally, WriteOptions, files_of, folder_problem, images_of, read_ahead
-from library.options import Config, option
-from library.tool_script import tool_exit_code
+from library.core.options import Config, option
+from library.scripts.folder_tool import FolderTool, Tally, WriteOptions, files_of, folder_problem, images_of, read_ahead
+from library.scripts.tool_script import tool_exit_code
 from library.training.option_groups import ConsoleOptions
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 def resize_images(images: Sequence[str], config: Config, tally: Tally) -> None:
     """A copy of every image for every resolution, each from the image itself, so that their order does not matter."""
-    from library.image_files import read_for, write_image
+    from library.dataset.image_files import read_for, write_image
 
     options, overwrite = config[ResizeOptions], config[WriteOptions].overwrite
     extension = ".png" if options.save_as_png else ".jpg"
@@ -169,7 +169,7 @@ def copy_others(images: Sequence[str], config: Config, tally: Tally) -> None:
 
 
 def copy_file(source: str, target: str, overwrite: bool) -> None:
-    from library.atomic_file import atomic_path
+    from library.core.atomic_file import atomic_path
 
     if os.path.exists(target) and not overwrite:
         logger.warning("%s exists and stays; --overwrite replaces it", target)

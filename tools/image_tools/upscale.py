@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from library.errors import ConfigError
-from library.folder_tool import DetailOptions, FolderTool, Tally, WriteOptions, logger, read_ahead
-from library.options import Config, option
-from library.tool_script import DTYPES, dtype_problem, tool_exit_code
+from library.core.errors import ConfigError
+from library.core.options import Config, option
+from library.scripts.folder_tool import DetailOptions, FolderTool, Tally, WriteOptions, logger, read_ahead
+from library.scripts.tool_script import DTYPES, dtype_problem, tool_exit_code
 from library.training.option_groups import ConsoleOptions
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ def load_models(options: UpscaleOptions) -> tuple[Any, Any]:
     """(autoencoder, upscaler), on the best device there is. CheckpointError for files of other models."""
     import torch
 
+    from library.components.latent_upscaler_utils import load_upscaler
+    from library.core.registry import import_target
     from library.device_utils import get_preferred_device
-    from library.latent_upscaler_utils import load_upscaler
-    from library.registry import import_target
 
     load_vae = import_target("library.sdxl_utils:load_vae_sdxl" if options.sdxl else "library.sd_utils:load_vae_sd")
     dtype, device = getattr(torch, DTYPES[options.precision.lower()]), get_preferred_device()
@@ -115,7 +115,7 @@ def load_models(options: UpscaleOptions) -> tuple[Any, Any]:
 
 def enlarge(wanted: dict[str, str], config: Config, tally: Tally) -> None:
     """Images of one size together, in the order in which they come."""
-    from library.image_files import read_on_white, write_image
+    from library.dataset.image_files import read_on_white, write_image
 
     options = config[UpscaleOptions]
     vae, upscaler = load_models(options)
@@ -143,7 +143,7 @@ def doubled(images: Sequence[np.ndarray], vae: Any, upscaler: Any, options: Upsc
     import torch
     from PIL import Image
 
-    from library.latent_upscaler_utils import STRIDE
+    from library.components.latent_upscaler_utils import STRIDE
 
     height, width = images[0].shape[:2]
     step = STRIDE // FACTOR

@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.errors import CheckpointError, ConfigError
-from library.options import Config, option_fields
+from library.core.errors import CheckpointError, ConfigError
+from library.core.options import Config, option_fields
 from library.training import cli
 from library.training.option_groups import ConsoleOptions
 
 if TYPE_CHECKING:
     import torch
 
-    from networks.adapter_layout import FileLayer
+    from networks.files.adapter_layout import FileLayer
 
 logger = logging.getLogger("atelier")
 
@@ -40,9 +40,9 @@ def read_file(path: str) -> AdapterFile:
     """An adapter file under its own names, with the alphas that PEFT keeps apart. CheckpointError when it is no adapter, is
     damaged or holds values that are not finite."""
     from library.safetensors_utils import is_pickled, load_pickled_tensors, load_safetensors, read_header
-    from networks.adapter_layout import file_layers
-    from networks.network_files import is_adapter_key
-    from networks.peft_config import METADATA_KEY, configs_of
+    from networks.files.adapter_layout import file_layers
+    from networks.files.network_files import is_adapter_key
+    from networks.files.peft_config import METADATA_KEY, configs_of
 
     is_pickle = is_pickled(path)
     metadata = {} if is_pickle else dict(read_header(path)[1])
@@ -58,7 +58,7 @@ def read_file(path: str) -> AdapterFile:
 
 def _give_alphas(layers: dict[str, FileLayer], configs: dict) -> None:
     """The alphas of PEFT's configuration, without a key: they are not in the file."""
-    from networks.peft_config import with_alphas
+    from networks.files.peft_config import with_alphas
 
     if not configs:
         return
@@ -94,10 +94,10 @@ def write_config_beside(path: str, source: AdapterFile, tensors: Mapping[str, to
     import json
     from pathlib import Path
 
-    from library.atomic_file import write_text_atomically
-    from library.text_files import read_json
-    from networks.adapter_layout import peft_settings
-    from networks.peft_config import CONFIG_FILE
+    from library.core.atomic_file import write_text_atomically
+    from library.core.text_files import read_json
+    from networks.files.adapter_layout import peft_settings
+    from networks.files.peft_config import CONFIG_FILE
 
     if not source.has_config_beside:
         return
@@ -114,7 +114,7 @@ def write_config_beside(path: str, source: AdapterFile, tensors: Mapping[str, to
 
 def adapter_slot_problem(path: str | None, name: str) -> str | None:
     """A message when a safetensors file that --{name} names is there and is no adapter."""
-    from library.checkpoint_kinds import check_slot
+    from library.checkpoints.kinds import check_slot
 
     return check_slot(path, name, {"adapter"}) if path and str(path).endswith(".safetensors") else None
 

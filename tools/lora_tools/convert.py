@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import CheckpointError, ConfigError, Problems
-from library.inference_script import read_command, script_parser
-from library.options import Config, option
-from library.tool_script import OutputOptions, output_problems, tool_exit_code
+from library.core.errors import CheckpointError, ConfigError, Problems
+from library.core.options import Config, option
+from library.generation.script import read_command, script_parser
+from library.scripts.tool_script import OutputOptions, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
 
 if TYPE_CHECKING:
     import torch
 
-    from networks.lora_layouts import AdapterFile
+    from networks.files.lora_layouts import AdapterFile
 
 logger = logging.getLogger("atelier")
 
@@ -64,7 +64,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     """AtelierError with one message for whatever is wrong; nothing is written then."""
     parser = build_parser()
     words = parser.parse_args(argv).files
-    from library.number_formats import clamping  # --help has been answered
+    from library.checkpoints.number_formats import clamping  # --help has been answered
 
     config = read_command(argv, parser, CLASSES)
     source, target = _paths(config[ConvertOptions], words)
@@ -87,7 +87,7 @@ def _paths(options: ConvertOptions, words: Sequence[str]) -> tuple[str, str]:
 
 def check(config: Config, source: str, target: str) -> None:
     """ConfigError with every problem that shows before the tensors are read."""
-    from library.checkpoint_kinds import check_slot
+    from library.checkpoints.kinds import check_slot
 
     options = config[ConvertOptions]
     problems = Problems()
@@ -118,11 +118,11 @@ def read_file(path: str, given: str | None) -> tuple[str, AdapterFile]:
     import torch
 
     from library.safetensors_utils import is_pickled, load_pickled_tensors, load_safetensors, read_header
-    from networks.adapter_family import family_of_names
-    from networks.adapter_layout import file_layers
-    from networks.lora_layouts import AdapterFile
-    from networks.peft_config import configs_of
-    from networks.xlabs_names import is_xlabs
+    from networks.files.adapter_layout import file_layers
+    from networks.files.lora_layouts import AdapterFile
+    from networks.files.peft_config import configs_of
+    from networks.files.xlabs_names import is_xlabs
+    from networks.kinds.adapter_family import family_of_names
 
     pickled = is_pickled(path)
     metadata = {} if pickled else read_header(path)[1]
@@ -137,8 +137,8 @@ def read_file(path: str, given: str | None) -> tuple[str, AdapterFile]:
 
 
 def convert(options: ConvertOptions, family: str, file: AdapterFile, target: str) -> AdapterFile:
-    from networks.conversion_record import converted, restored
-    from networks.lora_layouts import layout_for
+    from networks.files.conversion_record import converted, restored
+    from networks.files.lora_layouts import layout_for
 
     prefix = None if options.diffusers_prefix is None else f"{options.diffusers_prefix.rstrip('.')}."
     if prefix and options.layout == "kohya":
@@ -149,9 +149,9 @@ def convert(options: ConvertOptions, family: str, file: AdapterFile, target: str
 
 def _check_names(family: str, file: AdapterFile) -> None:
     """CheckpointError when modules are in no table of the family: rewriting the others alone would lose them."""
-    from networks.file_names import KOHYA_PREFIX, OFT_PREFIX, names_of_family
-    from networks.lora_conversion import is_beside
-    from networks.lora_layouts import kohya_tensors
+    from networks.files.file_names import KOHYA_PREFIX, OFT_PREFIX, names_of_family
+    from networks.files.lora_conversion import is_beside
+    from networks.files.lora_layouts import kohya_tensors
 
     names = {key.partition(".")[0] for key in kohya_tensors(family, file) if not is_beside(key)}
     table = names_of_family(family, names)
@@ -165,8 +165,8 @@ def _check_names(family: str, file: AdapterFile) -> None:
 
 
 def write(target: str, file: AdapterFile) -> None:
-    from library.atomic_file import write_text_atomically
-    from library.model_hashes import adapter_hashes
+    from library.checkpoints.hashes import adapter_hashes
+    from library.core.atomic_file import write_text_atomically
     from library.safetensors_utils import save_file_atomic
 
     metadata = dict(file.metadata)

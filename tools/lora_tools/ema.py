@@ -1,4 +1,4 @@
-"""Averaging of saved adapters: options, checks, and the order of things. The formulas are in networks/post_hoc_ema.py."""
+"""Averaging of saved adapters: options, checks, and the order of things. The formulas are in networks/operations/post_hoc_ema.py."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.errors import Problems
-from library.inference_script import script_parser
-from library.options import Config, option
-from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
+from library.core.errors import Problems
+from library.core.options import Config, option
+from library.generation.script import script_parser
+from library.scripts.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
 from tools.lora_tools.adapter_input import (
     AdapterFile,
@@ -73,10 +73,10 @@ def average_files(config: Config, paths: Sequence[str], save_to: str | None, pre
     says where."""
     import torch
 
-    from library.errors import ConfigError
-    from library.number_formats import clamping
-    from networks.network_files import write_adapter_file
-    from networks.post_hoc_ema import Averaging, averaged
+    from library.checkpoints.number_formats import clamping
+    from library.core.errors import ConfigError
+    from networks.files.network_files import write_adapter_file
+    from networks.operations.post_hoc_ema import Averaging, averaged
 
     options, problems = config[AveragingOptions], Problems()
     how = problems.attempt(lambda: Averaging(options.beta, options.beta2, options.sigma_rel))
@@ -119,8 +119,8 @@ def _all_tensors(file: AdapterFile) -> dict[str, torch.Tensor]:
 def _without_foreign_alphas(file: AdapterFile, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The averaged tensors under the keys of the file alone. A strength that stood beside the file goes into the up matrices; one in
     its metadata stays there."""
-    from library.number_formats import narrowed
-    from networks.layer_tensors import scale_of
+    from library.checkpoints.number_formats import narrowed
+    from networks.files.layer_tensors import scale_of
 
     result = dict(tensors)
     for layer in file.layers.values():

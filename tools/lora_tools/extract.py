@@ -1,4 +1,4 @@
-"""The extraction tool: its options, its checks, and the order of things. The formulas are in networks/extraction.py."""
+"""The extraction tool: its options, its checks, and the order of things. The formulas are in networks/operations/extraction.py."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.errors import CheckpointError, ConfigError, Problems
-from library.family_table import FAMILIES
-from library.inference_script import read_command, script_parser
-from library.options import LARGEST_RANK, Config, option
-from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
+from library.core.errors import CheckpointError, ConfigError, Problems
+from library.core.options import LARGEST_RANK, Config, option
+from library.families.table import FAMILIES
+from library.generation.script import read_command, script_parser
+from library.scripts.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
 from tools.lora_tools.adapter_input import ending_problem
 
 if TYPE_CHECKING:
-    from networks.extraction import Extracted, ExtractionPlan
-    from networks.model_layers import Source
+    from networks.files.model_layers import Source
+    from networks.operations.extraction import Extracted, ExtractionPlan
 
 logger = logging.getLogger("atelier")
 
@@ -95,9 +95,9 @@ def run(argv: Sequence[str] | None = None) -> None:
     """AtelierError with one message for whatever is wrong; nothing is written then."""
     config = read_command(argv, build_parser(), CLASSES)
 
-    from networks.extraction import extract, told
-    from networks.model_layers import ModelLayers, kind_of_model
-    from networks.targets import targets_of_family
+    from networks.files.model_layers import ModelLayers, kind_of_model
+    from networks.kinds.targets import targets_of_family
+    from networks.operations.extraction import extract, told
 
     plan = check(config)
     original, tuned = sources(config[ExtractModelOptions], "org"), sources(config[ExtractModelOptions], "tuned")
@@ -122,8 +122,8 @@ def check(config: Config) -> ExtractionPlan:
     import torch
 
     from library.device_utils import device_problem
-    from networks.extraction import ExtractionPlan
-    from networks.rank_rules import RankRule
+    from networks.operations.extraction import ExtractionPlan
+    from networks.operations.rank_rules import RankRule
 
     models, options, problems = config[ExtractModelOptions], config[ExtractOptions], Problems()
     for found in (*_model_problems(models), *_kind_problems(options)):
@@ -193,8 +193,8 @@ def _pattern(name: str, text: str | None) -> re.Pattern[str] | None:
 
 def sources(models: ExtractModelOptions, side: str) -> list[Source]:
     """The parts of the original (`org`) or of the tuned model."""
-    from library.model_loading import open_checkpoint
-    from networks.model_layers import Source, sources_of
+    from library.checkpoints.loading import open_checkpoint
+    from networks.files.model_layers import Source, sources_of
 
     path = getattr(models, f"model_{side}")
     found = sources_of(path) if path else []
@@ -207,7 +207,7 @@ def sources(models: ExtractModelOptions, side: str) -> list[Source]:
 
 def family_of(models: ExtractModelOptions, kind: str | None) -> str:
     """The model family: what --family says, that of the denoiser, that which has the text encoders. CheckpointError."""
-    from networks.adapter_family import family_by_name
+    from networks.kinds.adapter_family import family_by_name
 
     told = next((name for name, entry in FAMILIES.items() if kind in entry.kinds), "flux" if kind == "chroma" else None)
     if models.family:
@@ -228,8 +228,8 @@ def family_of(models: ExtractModelOptions, kind: str | None) -> str:
 def write(config: Config, found: Extracted, kind: str | None) -> None:
     import torch
 
-    from library.number_formats import clamping
-    from networks.network_files import write_adapter_file
+    from library.checkpoints.number_formats import clamping
+    from networks.files.network_files import write_adapter_file
 
     options = config[ExtractOptions]
     dtype = getattr(torch, DTYPES[options.save_precision.lower()] if options.save_precision else "float32")
@@ -241,7 +241,7 @@ def write(config: Config, found: Extracted, kind: str | None) -> None:
 def _metadata(config: Config, found: Extracted, kind: str | None) -> dict[str, str]:
     from pathlib import Path
 
-    from networks.adapter_metadata import minimum_metadata
+    from networks.files.adapter_metadata import minimum_metadata
 
     options, models = config[ExtractOptions], config[ExtractModelOptions]
     version, architecture = VERSIONS.get(kind or "", (None, None))

@@ -1,4 +1,4 @@
-"""The inspection tool: its options and its output. What is measured is in networks/adapter_report.py."""
+"""The inspection tool: its options and its output. What is measured is in networks/files/adapter_report.py."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.errors import CheckpointError, ConfigError, Problems
-from library.inference_script import script_parser
-from library.options import option
-from library.tool_script import OutputOptions, output_problems, tool_exit_code
+from library.core.errors import CheckpointError, ConfigError, Problems
+from library.core.options import option
+from library.generation.script import script_parser
+from library.scripts.tool_script import OutputOptions, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions
 from tools.lora_tools.adapter_input import add_files, read_with_files
 
 if TYPE_CHECKING:
     import torch
 
-    from networks.adapter_report import FileReport
+    from networks.files.adapter_report import FileReport
 
 logger = logging.getLogger("atelier")
 
@@ -61,8 +61,8 @@ def run(argv: Sequence[str] | None = None) -> None:
         problems.add(f"--plot is {options.plot}; needed: a name that ends in .png")
     problems.raise_if_any()
 
-    from networks.adapter_report import report
-    from networks.peft_config import configs_of, with_alphas
+    from networks.files.adapter_report import report
+    from networks.files.peft_config import configs_of, with_alphas
 
     tensors, metadata = _read(options.model)
     family = _family(options, tensors, metadata)
@@ -80,7 +80,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 def _read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     from library.safetensors_utils import is_pickled, load_pickled_tensors, load_safetensors, read_header
-    from networks.network_files import is_adapter_key
+    from networks.files.network_files import is_adapter_key
 
     pickled = is_pickled(path)
     metadata = {} if pickled else dict(read_header(path)[1])
@@ -91,7 +91,7 @@ def _read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def _family(options: InspectionOptions, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str | None:
-    from networks.adapter_family import family_by_name, family_of_adapter
+    from networks.kinds.adapter_family import family_by_name, family_of_adapter
 
     if options.family:
         return family_by_name(options.family)
@@ -105,7 +105,7 @@ def _family(options: InspectionOptions, tensors: Mapping[str, torch.Tensor], met
 def _print(options: InspectionOptions, found: FileReport, metadata: Mapping[str, str], family: str | None) -> None:
     import json
 
-    from networks.adapter_report import table
+    from networks.files.adapter_report import table
 
     print(f"{options.model}: {len(found.layers)} layers for {family or 'an unknown family'}, {found.naming} names")
     told = {"base model": "ss_base_model_version", "network": "ss_network_module", "rank": "ss_network_dim", "alpha": "ss_network_alpha"}
@@ -140,8 +140,8 @@ def plot_norms(path: str, found: FileReport, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from library.atomic_file import atomic_path
-    from networks.adapter_report import total_norm
+    from library.core.atomic_file import atomic_path
+    from networks.files.adapter_report import total_norm
 
     norms = {key: total_norm(layers) for key, layers in found.by("block").items()}
     known = {key: norm for key, norm in norms.items() if norm is not None}

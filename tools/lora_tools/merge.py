@@ -10,20 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from library.errors import CheckpointError, ConfigError, Problems
-from library.inference_script import read_command, script_parser
-from library.options import LARGEST_RANK, LARGEST_SEED, Config, equivalent_option, option
-from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
+from library.core.errors import CheckpointError, ConfigError, Problems
+from library.core.options import LARGEST_RANK, LARGEST_SEED, Config, equivalent_option, option
+from library.generation.script import read_command, script_parser
+from library.scripts.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
 from tools.lora_tools.ema import AveragingOptions, average_files
 
 if TYPE_CHECKING:
     import torch
 
+    from library.checkpoints.loading import CheckpointFiles
     from library.lora_utils import Adapter, CheckpointMerge
-    from library.model_loading import CheckpointFiles
-    from networks.rank_rules import RankRule
-    from networks.targets import NetworkTargets
+    from networks.kinds.targets import NetworkTargets
+    from networks.operations.rank_rules import RankRule
 
 logger = logging.getLogger("atelier")
 
@@ -139,7 +139,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 def check(config: Config) -> None:
     """Options and files against each other, before anything is read. ConfigError with every problem."""
-    from library.checkpoint_kinds import check_slot
+    from library.checkpoints.kinds import check_slot
     from library.device_utils import device_problem
 
     options, files, sums = config[MergeOptions], config[ModelFileOptions], config[SumOptions]
@@ -207,7 +207,7 @@ def _sum_problems(sums: SumOptions, files: ModelFileOptions) -> Iterator[str]:
 
 
 def _dynamic_problems(sums: SumOptions, files: ModelFileOptions) -> Iterator[str]:
-    from networks.rank_rules import RankRule
+    from networks.operations.rank_rules import RankRule
 
     if sums.dynamic_method is None and sums.dynamic_param is None:
         return
@@ -239,7 +239,7 @@ def _averaging_problems(averaging: AveragingOptions, options: MergeOptions, file
 
 def headers(paths: Iterable[str]) -> list[tuple[str, dict[str, tuple[int, ...]], dict[str, str]]]:
     """(path, shapes, metadata) of adapter files; a pickle has no metadata."""
-    from library.model_loading import open_checkpoint
+    from library.checkpoints.loading import open_checkpoint
     from library.safetensors_utils import is_pickled, read_header
 
     found = []
@@ -252,9 +252,9 @@ def headers(paths: Iterable[str]) -> list[tuple[str, dict[str, tuple[int, ...]],
 def read_adapters(config: Config) -> tuple[NetworkTargets, list[Adapter]]:
     """The adapters with their strengths, and the family that they all belong to. CheckpointError when they differ in it."""
     from library.lora_utils import read_adapter
-    from networks.adapter_family import family_of_adapter
-    from networks.block_weights import multiplier_by_block, parse_block_weights
-    from networks.targets import targets_of_family
+    from networks.kinds.adapter_family import family_of_adapter
+    from networks.kinds.block_weights import multiplier_by_block, parse_block_weights
+    from networks.kinds.targets import targets_of_family
 
     options = config[MergeOptions]
     families = {path: family_of_adapter(shapes, metadata, path, options.family) for path, shapes, metadata in headers(options.models)}
@@ -288,8 +288,8 @@ def model_files(files: ModelFileOptions, save_to: str | None) -> Iterator[tuple[
 
 def merge_into_models(config: Config, targets: NetworkTargets, adapters: list[Adapter], pairs: list[tuple[str, str]]) -> None:
     """Every file read and written a few tensors at a time. CheckpointError when adapters do not fit; nothing is written then."""
+    from library.checkpoints.loading import open_checkpoint
     from library.lora_utils import CheckpointMerge
-    from library.model_loading import open_checkpoint
 
     plans = []
     for source, target in pairs:
@@ -306,7 +306,7 @@ def merge_into_models(config: Config, targets: NetworkTargets, adapters: list[Ad
 
 
 def _refuse_scaled(files: CheckpointFiles) -> None:
-    from library.model_loading import is_blob
+    from library.checkpoints.loading import is_blob
 
     scaled = next((key for key in files.shapes if is_blob(key) and "scale" in key), None)
     if scaled is not None:
@@ -333,7 +333,7 @@ def _check_fit(plans: list[CheckpointMerge], allow_partial: bool) -> None:
 
 
 def _write_model(config: Config, files: CheckpointFiles, target: str, plan: CheckpointMerge) -> None:
-    from library.number_formats import clamping
+    from library.checkpoints.number_formats import clamping
     from library.safetensors_utils import stream_file_atomic
 
     infos = {key: (_saved_dtype(config, tensor.dtype), tuple(tensor.shape)) for key, tensor in files.shapes.items()}
@@ -365,7 +365,7 @@ def _saved_dtype(config: Config, stored: torch.dtype) -> torch.dtype:
 
 def _model_metadata(config: Config, files: CheckpointFiles) -> dict[str, str] | None:
     from library.safetensors_utils import is_pickled, read_header
-    from networks.adapter_metadata import merged_model_spec
+    from networks.files.adapter_metadata import merged_model_spec
 
     own = {} if is_pickled(files.files[0]) else dict(read_header(files.files[0])[1])
     spec = {key: value for key, value in own.items() if key.startswith("modelspec.")}
@@ -382,9 +382,9 @@ def _model_metadata(config: Config, files: CheckpointFiles) -> dict[str, str] | 
 
 def merge_adapters(config: Config, targets: NetworkTargets, adapters: list[Adapter]) -> None:
     """One adapter whose change is the sum of the others' changes."""
-    from library.number_formats import clamping
-    from networks import lora_merge
-    from networks.network_files import write_adapter_file
+    from library.checkpoints.number_formats import clamping
+    from networks.files.network_files import write_adapter_file
+    from networks.operations import lora_merge
 
     sums, device = config[SumOptions], config[PrecisionToolOptions].device
     layers = lora_merge.by_layer(adapters, targets)
@@ -404,7 +404,7 @@ def merge_adapters(config: Config, targets: NetworkTargets, adapters: list[Adapt
 
 
 def _rule(sums: SumOptions, shape: Sequence[int]) -> RankRule:
-    from networks.rank_rules import RankRule
+    from networks.operations.rank_rules import RankRule
 
     is_kxk = len(shape) > 2 and any(size > 1 for size in shape[2:])
     return RankRule((sums.new_conv_rank or sums.rank) if is_kxk else sums.rank, sums.dynamic_method, sums.dynamic_param)
@@ -417,7 +417,7 @@ def _adapter_dtype(config: Config) -> torch.dtype:
 
 
 def _adapter_metadata(config: Config, tensors: Mapping[str, Any]) -> dict[str, str]:
-    from networks.adapter_metadata import merged_model_spec, minimum_metadata, ranks_and_alphas
+    from networks.files.adapter_metadata import merged_model_spec, minimum_metadata, ranks_and_alphas
 
     found = headers(config[MergeOptions].models)
     module = "networks.full" if config[SumOptions].mode == "full" else "networks.lora"

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from library.errors import ConfigError
-from library.inference_script import script_parser
-from library.options import option
-from library.tool_script import tool_exit_code
+from library.core.errors import ConfigError
+from library.core.options import option
+from library.generation.script import script_parser
+from library.scripts.tool_script import tool_exit_code
 from library.training.option_groups import ConsoleOptions
 from tools.lora_tools.adapter_input import add_files, read_with_files
 

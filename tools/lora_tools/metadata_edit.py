@@ -1,4 +1,4 @@
-"""The tool that edits metadata: its options, its checks, and the order of things. What is removed is in library/model_metadata.py."""
+"""The tool that edits metadata: its options, its checks, and the order of things. What is removed is in library/checkpoints/metadata.py."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from library.errors import ConfigError, Problems
-from library.inference_script import script_parser
-from library.options import Config, option
-from library.tool_script import OutputOptions, output_problems, tool_exit_code
+from library.core.errors import ConfigError, Problems
+from library.core.options import Config, option
+from library.generation.script import script_parser
+from library.scripts.tool_script import OutputOptions, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions
 from tools.lora_tools.adapter_input import add_files, read_with_files
 
@@ -57,8 +57,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     options = config[MetadataEditOptions]
     check(config)
 
-    from library.model_metadata import rewrite_metadata, with_hashes
-    from library.safetensors_header import read_header
+    from library.checkpoints.metadata import rewrite_metadata, with_hashes
+    from library.checkpoints.safetensors_header import read_header
 
     before = dict(read_header(options.model)[1])
     after = edited(before, options)
@@ -76,7 +76,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 def _tell_lost_config(source: str, before: Mapping[str, str], target: str, after: Mapping[str, str]) -> None:
     """PEFT keeps the strength in a file beside the adapter, which no rewriting of metadata carries along."""
-    from networks.peft_config import CONFIG_FILE, configs_of
+    from networks.files.peft_config import CONFIG_FILE, configs_of
 
     if configs_of(source, before) != configs_of(target, after):
         logger.warning(
@@ -97,7 +97,7 @@ def check(config: Config) -> None:
 
 
 def _problems(options: MetadataEditOptions) -> Iterator[str]:
-    from library.model_metadata import HASHES, NEEDED
+    from library.checkpoints.metadata import HASHES, NEEDED
 
     if not options.model:
         yield "--model is missing; name the safetensors file"
@@ -124,7 +124,7 @@ def _problems(options: MetadataEditOptions) -> Iterator[str]:
 
 def edited(metadata: Mapping[str, str], options: MetadataEditOptions) -> dict[str, str]:
     """The metadata after --strip, --remove and --set, in this order. ConfigError for a pattern of --remove that fits no key."""
-    from library.model_metadata import NEEDED, stripped
+    from library.checkpoints.metadata import NEEDED, stripped
 
     result = dict(metadata)
     for what in options.strip or ():

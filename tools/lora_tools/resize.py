@@ -1,4 +1,4 @@
-"""The resize tool: its options, its checks, and the order of things. The formulas are in networks/lora_resize.py."""
+"""The resize tool: its options, its checks, and the order of things. The formulas are in networks/operations/lora_resize.py."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.errors import CheckpointError, Problems
-from library.inference_script import read_command, script_parser
-from library.options import LARGEST_RANK, Config, option
-from library.text_files import parse_json
-from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
+from library.core.errors import CheckpointError, Problems
+from library.core.options import LARGEST_RANK, Config, option
+from library.core.text_files import parse_json
+from library.generation.script import read_command, script_parser
+from library.scripts.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
-from tools.lora_tools.adapter_input import AdapterFile, adapter_slot_problem, ending_problem, read_file, refuse_shared_config, write_config_beside
+from tools.lora_tools.adapter_input import (
+    AdapterFile,
+    adapter_slot_problem,
+    ending_problem,
+    read_file,
+    refuse_shared_config,
+    write_config_beside,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from networks.lora_resize import Resized
-    from networks.rank_rules import RankRule
+    from networks.operations.lora_resize import Resized
+    from networks.operations.rank_rules import RankRule
 
 logger = logging.getLogger("atelier")
 
@@ -73,7 +80,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 def check(config: Config) -> tuple[RankRule, RankRule]:
     """(rule for linear layers and 1x1 convolutions, rule for larger kernels); ConfigError with every problem."""
     from library.device_utils import device_problem
-    from networks.rank_rules import RankRule
+    from networks.operations.rank_rules import RankRule
 
     options, problems = config[ResizeOptions], Problems()
     if not options.model:
@@ -106,7 +113,7 @@ def check(config: Config) -> tuple[RankRule, RankRule]:
 
 def resize(config: Config, source: AdapterFile, linear: RankRule, conv: RankRule) -> None:
     """Every layer at its new rank, in one file."""
-    from networks.lora_resize import lines, resized_layer
+    from networks.operations.lora_resize import lines, resized_layer
 
     options = config[ResizeOptions]
     refuse_shared_config(source, options.save_to)
@@ -135,8 +142,8 @@ def _tell(reports: list[Resized]) -> None:
 
 
 def _metadata(options: ResizeOptions, source: AdapterFile, reports: list[Resized]) -> dict[str, str]:
-    from networks.adapter_layout import with_peft_settings
-    from networks.lora_resize import writes_alpha
+    from networks.files.adapter_layout import with_peft_settings
+    from networks.operations.lora_resize import writes_alpha
 
     old, conv_rank = source.metadata, options.new_rank if options.new_conv_rank is None else options.new_conv_rank
     before, comment = _old_rank(source), old.get("ss_training_comment", "")
@@ -185,8 +192,8 @@ def _old_rank(source: AdapterFile) -> str:
 def _write(path: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], config: Config, source: AdapterFile) -> None:
     import torch
 
-    from library.number_formats import clamping
-    from networks.network_files import write_adapter_file
+    from library.checkpoints.number_formats import clamping
+    from networks.files.network_files import write_adapter_file
 
     word = config[ResizeOptions].save_precision
     dtype = getattr(torch, DTYPES[word.lower()] if word else "float32")
@@ -203,8 +210,8 @@ def split(config: Config, source: AdapterFile) -> None:
     """One file for every rank that DyLoRA trained, at the strength that it had in training."""
     import json
 
-    from networks.adapter_metadata import one_or_dynamic
-    from networks.lora_resize import dylora_part, dylora_ranks
+    from networks.files.adapter_metadata import one_or_dynamic
+    from networks.operations.lora_resize import dylora_part, dylora_ranks
 
     options = config[ResizeOptions]
     full, ranks = dylora_ranks(source.layers, options.split_unit)

@@ -9,16 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.errors import CheckpointError, Problems
-from library.inference_script import read_command, script_parser
-from library.options import Config, option
-from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
+from library.core.errors import CheckpointError, Problems
+from library.core.options import Config, option
+from library.generation.script import read_command, script_parser
+from library.scripts.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
 
 if TYPE_CHECKING:
     import torch
 
-    from library.model_loading import CheckpointFiles
+    from library.checkpoints.loading import CheckpointFiles
 
 logger = logging.getLogger("atelier")
 
@@ -66,7 +66,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 
 def _merge(config: Config, output: str) -> None:
-    from library.model_loading import open_checkpoint
+    from library.checkpoints.loading import open_checkpoint
 
     options = config[AverageOptions]
     models = [Model(open_checkpoint(path)) for path in options.models]
@@ -115,8 +115,8 @@ class Model:
     in the names of their text encoder."""
 
     def __init__(self, files: CheckpointFiles) -> None:
-        from library.model_loading import is_blob
-        from library.open_clip_convert import with_text_model
+        from library.checkpoints.loading import is_blob
+        from library.checkpoints.open_clip_convert import with_text_model
 
         self.files = files
         self.keys = {with_text_model(key): key for key in files.shapes}
@@ -164,9 +164,9 @@ def _compare(options: AverageOptions, models: Sequence[Model]) -> None:
 
 def write(config: Config, models: Sequence[Model], ratios: Sequence[float], output: str) -> None:
     """The result under the names and with the metadata of the first model."""
-    from library.number_formats import clamping
+    from library.checkpoints.number_formats import clamping
     from library.safetensors_utils import is_pickled, read_header, stream_file_atomic
-    from networks.adapter_metadata import merged_model_spec
+    from networks.files.adapter_metadata import merged_model_spec
 
     name = config[NumberOptions].saving_precision
     infos = {}

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.errors import CheckpointError, ConfigError, Problems
-from library.inference_script import read_command, script_parser
-from library.options import Config, option
-from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
+from library.core.errors import CheckpointError, ConfigError, Problems
+from library.core.options import Config, option
+from library.generation.script import read_command, script_parser
+from library.scripts.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
 
 logger = logging.getLogger("atelier")
@@ -53,7 +53,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     config = read_command(argv, parser, CLASSES)
     if len(words) != 2:
         raise ConfigError(f"{len(words)} paths are given ({', '.join(words)}); needed are two: the model, then what to write")
-    from library.number_formats import clamping
+    from library.checkpoints.number_formats import clamping
 
     source, target = words
     check(config, source, target)
@@ -87,9 +87,9 @@ def check(config: Config, source: str, target: str) -> None:
 
 def kind_of_model(source: str) -> str:
     """sd1, sd2, sdxl or flux. CheckpointError for others."""
-    from library.flux_convert import is_diffusers_denoiser
-    from library.model_loading import open_checkpoint, strip_prefix
-    from library.unet_utils import inspect_unet
+    from library.checkpoints.flux_convert import is_diffusers_denoiser
+    from library.checkpoints.loading import open_checkpoint, strip_prefix
+    from library.components.unet_utils import inspect_unet
 
     has_transformer = os.path.isdir(source) and (Path(source) / "transformer").is_dir()
     files = open_checkpoint(source, "transformer" if has_transformer else "unet")

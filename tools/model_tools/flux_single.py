@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from library.errors import CheckpointError
-from library.flux_convert import Rule, convert_diffusers_sd_to_bfl, denoiser_rules, is_diffusers_denoiser
-from library.model_loading import CheckpointFiles, count_blocks, open_checkpoint, strip_prefix
+from library.checkpoints.flux_convert import Rule, convert_diffusers_sd_to_bfl, denoiser_rules, is_diffusers_denoiser
+from library.checkpoints.loading import CheckpointFiles, count_blocks, open_checkpoint, strip_prefix
+from library.core.errors import CheckpointError
 from library.safetensors_utils import MemoryEfficientSafeOpen, read_header, stream_file_atomic
 
 

@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library import ldm_folder_utils as configs
-from library.atomic_file import atomic_folder
-from library.errors import CheckpointError
-from library.ldm_convert import attention_as_convolution, convert_diffusers_vae_to_ldm, convert_ldm_vae_to_diffusers
-from library.ldm_utils import inspect_autoencoder
-from library.model_loading import CheckpointFiles, open_checkpoint
-from library.open_clip_convert import hf_to_open_clip, open_clip_to_hf, with_text_model
-from library.registry import import_target
+from library.checkpoints import ldm_folder as configs
+from library.checkpoints.ldm_convert import attention_as_convolution, convert_diffusers_vae_to_ldm, convert_ldm_vae_to_diffusers
+from library.checkpoints.loading import CheckpointFiles, open_checkpoint
+from library.checkpoints.open_clip_convert import hf_to_open_clip, open_clip_to_hf, with_text_model
+from library.checkpoints.unet_convert import diffusers_to_original, original_to_diffusers
+from library.components.ldm_utils import inspect_autoencoder
+from library.components.text_encoder_utils import CLIP_G, CLIP_H, CLIP_L, ClipSlot, inspect_clip
+from library.components.unet_utils import UNET_ROOTS, inspect_unet
+from library.core.atomic_file import atomic_folder
+from library.core.errors import CheckpointError
+from library.core.registry import import_target
 from library.safetensors_utils import cast_all, is_pickled, load_safetensors, read_header, save_file_atomic, stream_file_atomic
-from library.text_encoder_utils import CLIP_G, CLIP_H, CLIP_L, ClipSlot, inspect_clip
-from library.unet_convert import diffusers_to_original, original_to_diffusers
-from library.unet_utils import UNET_ROOTS, inspect_unet
 
 logger = logging.getLogger("atelier")
 
@@ -116,7 +116,7 @@ def _has_no_place(name: str, slot: ClipSlot, layers: int) -> bool:
 
 
 def tokenizer_of(folder: str | None, cache_dir: str | None) -> Any:
-    from library.tokenizers import load_clip_tokenizer
+    from library.components.tokenizers import load_clip_tokenizer
 
     return load_clip_tokenizer(folder, cache_dir, option="--tokenizer")
 

@@ -7,10 +7,10 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from library.errors import CheckpointError, Problems
-from library.inference_script import read_command, script_parser
-from library.options import Config, equivalent_option, option
-from library.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
+from library.core.errors import CheckpointError, Problems
+from library.core.options import Config, equivalent_option, option
+from library.generation.script import read_command, script_parser
+from library.scripts.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
 
 logger = logging.getLogger("atelier")
@@ -60,8 +60,8 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 
 def _pack(config: Config) -> None:
-    from library.model_loading import open_checkpoint
-    from library.number_formats import clamping
+    from library.checkpoints.loading import open_checkpoint
+    from library.checkpoints.number_formats import clamping
     from library.safetensors_utils import is_pickled, read_header, stream_file_atomic
 
     options = config[PackOptions]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from library.keyed_random import keyed_random
+from library.core.keyed_random import keyed_random
 from tools.tiny_base.scenes import Background, Scene, Thing
 
 SHAPE_WORDS: dict[str, tuple[str, ...]] = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from library.keyed_random import keyed_random
+from library.core.keyed_random import keyed_random
 from tools.tiny_base.backgrounds import LANDSCAPES, TWO_COLOURED, new_canvas
 from tools.tiny_base.shapes import COLOURS, SHAPES, Colour
 

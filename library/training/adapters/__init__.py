@@ -6,10 +6,10 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from library.errors import ConfigError, Problems, did_you_mean
-from library.family_table import FAMILIES
-from library.options import LARGEST_RANK, number_or_none, option
-from library.registry import Registry
+from library.core.errors import ConfigError, Problems, did_you_mean
+from library.core.options import LARGEST_RANK, number_or_none, option
+from library.core.registry import Registry
+from library.families.table import FAMILIES
 from library.training.keyword_args import split_items
 
 NETWORKS: Registry = Registry("network module", option="network_module")

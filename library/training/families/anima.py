@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from library.core.errors import CheckpointError, Problems
+from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, option, without_effect
 from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
-from library.errors import CheckpointError, Problems
-from library.options import LARGEST_TOKENS, Ignored, equivalent_option, option, without_effect
 from library.training.adapters import NetworkOptions
 from library.training.families.base import FlowFamily, ignored_by_flow, tokenizer_problems
-from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.inference_samplers import SamplerOptions, check_flow_sampler
+from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS, with_defaults
 from library.training.timestep_samplers import TimestepOptions
 
@@ -141,7 +141,7 @@ class AnimaFamily(FlowFamily):
 
     def _slot_problems(self, part: str) -> list[str]:
         """Files of a part that are missing or something else."""
-        from library.checkpoint_kinds import check_slot
+        from library.checkpoints.kinds import check_slot
 
         if part == "vae":
             found = check_slot(self._vae_path, "vae", {"vae_wan"})
@@ -151,7 +151,7 @@ class AnimaFamily(FlowFamily):
 
     def _tokenizer_problems(self) -> list[str]:
         """Tokenizers that cannot be found or read, or whose ids the models do not have."""
-        from library.llm_encoder_utils import inspect_qwen3
+        from library.components.llm_encoder_utils import inspect_qwen3
 
         qwen3 = self.opts.qwen3
         return [
@@ -163,13 +163,13 @@ class AnimaFamily(FlowFamily):
 
     @cached_property
     def _qwen3_tokenizer(self) -> Any:
-        from library.tokenizers import load_qwen3_tokenizer
+        from library.components.tokenizers import load_qwen3_tokenizer
 
         return load_qwen3_tokenizer(self.opts.qwen3_tokenizer, self.config[ModelOptions].tokenizer_cache_dir, self.opts.qwen3)
 
     @cached_property
     def _t5_tokenizer(self) -> Any:
-        from library.tokenizers import load_t5_tokenizer
+        from library.components.tokenizers import load_t5_tokenizer
 
         cache_dir = self.config[ModelOptions].tokenizer_cache_dir
         return load_t5_tokenizer(self.opts.t5_tokenizer_path, cache_dir, option="--t5_tokenizer_path")
@@ -245,7 +245,7 @@ class AnimaFamily(FlowFamily):
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_anima
-        from library.model_identity import combined_identity, model_identity
+        from library.checkpoints.identity import combined_identity, model_identity
         from library.strategy_base import StrategySet
 
         caching, text = self.config[CachingOptions], None
@@ -264,7 +264,7 @@ class AnimaFamily(FlowFamily):
         return StrategySet(tokenize, strategy_anima.AnimaTextEncodingStrategy(), self.latents_caching(), text)
 
     def latents_caching(self) -> LatentsCachingStrategy:
-        from library.model_identity import model_identity
+        from library.checkpoints.identity import model_identity
         from library.strategy_anima import AnimaLatentsCachingStrategy
 
         caching = self.config[CachingOptions]
@@ -277,7 +277,7 @@ class AnimaFamily(FlowFamily):
         return self.config[ModelOptions].disable_mmap_load_safetensors
 
     def load_vae(self, runtime: Runtime) -> torch.nn.Module:
-        from library.wan_vae_utils import load_wan_vae
+        from library.components.wan_vae_utils import load_wan_vae
 
         vae = load_wan_vae(self._vae_path, runtime.vae_dtype, runtime.device, self._disable_mmap)
         vae.set_chunk_rows(self.opts.vae_chunk_size)
@@ -285,7 +285,7 @@ class AnimaFamily(FlowFamily):
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         """[Qwen3]. With 8-bit storage it is read in the compute type first, because only its linear layers shrink."""
-        from library.llm_encoder_utils import load_qwen3
+        from library.components.llm_encoder_utils import load_qwen3
 
         qwen3 = load_qwen3(self.opts.qwen3, runtime.weight_dtype, runtime.device, self._disable_mmap, transform=self.transform)
         if runtime.text_encoder_dtype != runtime.weight_dtype:
@@ -327,7 +327,7 @@ class AnimaFamily(FlowFamily):
     ) -> Image.Image:
         """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
         from library.anima_train_utils import SampleSettings, generate_latents
-        from library.sampling_utils import decode_to_image
+        from library.generation.sampling_utils import decode_to_image
         from library.training.inference_samplers.flow import flow_sampler, flow_schedule
 
         settings = SampleSettings(height=prompt.height, width=prompt.width, seed=prompt.seed, cfg_scale=prompt.scale)

@@ -7,16 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.errors import CheckpointError, ConfigError, Problems, UnsupportedCombination
-from library.options import Config, Ignored
+from library.core.errors import CheckpointError, ConfigError, Problems, UnsupportedCombination
+from library.core.options import Config, Ignored
 from library.training import timestep_samplers
 from library.training.sampling_prompts import SampleDefaults, SamplePrompt, with_defaults
 
 if TYPE_CHECKING:
     import torch
 
+    from library.checkpoints.loading import Transform
     from library.dataset.architectures import DataArchitecture
-    from library.model_loading import Transform
     from library.strategy_base import LatentsCachingStrategy, StrategySet
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
@@ -57,7 +57,7 @@ def tokenizer_problems(
 ) -> list[str]:
     """A tokenizer that cannot be found or read, or whose ids the model does not have. `load` gives the tokenizer, `rows` the
     number of embeddings of `place` (None: not compared), `option` names another tokenizer."""
-    from library.tokenizers import vocabulary_problem
+    from library.components.tokenizers import vocabulary_problem
 
     try:
         tokenizer = load()
@@ -194,7 +194,7 @@ class FlowFamily(ModelFamily):
 
     def _file_problems(self) -> list[str]:
         """Missing, wrong and unfitting files, and a block swap that the depth of the file does not allow."""
-        from library.checkpoint_kinds import check_slot
+        from library.checkpoints.kinds import check_slot
 
         denoiser = check_slot(self._denoiser_path, "pretrained_model_name_or_path", set(self.denoiser_kinds))
         text, vae = self._slot_problems("text_encoders"), self._slot_problems("vae")

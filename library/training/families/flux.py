@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from library.core.errors import Problems
+from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, refused_option, without_effect
 from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
-from library.errors import Problems
-from library.options import LARGEST_TOKENS, Ignored, ignored_option, option, refused_option, without_effect
 from library.training.families.base import FlowFamily, ignored_by_flow, tokenizer_problems
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
@@ -118,7 +118,7 @@ class FluxFamily(FlowFamily):
 
     def _slot_problems(self, part: str) -> list[str]:
         """Files of a part that are missing or something else."""
-        from library.checkpoint_kinds import check_slot
+        from library.checkpoints.kinds import check_slot
 
         slots = {"vae": {"ae": "vae_flux"}, "text_encoders": {"clip_l": "clip_l", "t5xxl": "t5"}}[part]
         found = [check_slot(getattr(self.opts, slot), slot, {kind}) for slot, kind in slots.items()]
@@ -126,7 +126,7 @@ class FluxFamily(FlowFamily):
 
     def _tokenizer_problems(self) -> list[str]:
         """Tokenizers that cannot be found or read, or whose ids the text encoders do not have."""
-        from library.text_encoder_utils import inspect_clip_l, inspect_t5xxl
+        from library.components.text_encoder_utils import inspect_clip_l, inspect_t5xxl
 
         clip_l, t5xxl = self.opts.clip_l, self.opts.t5xxl
         return [
@@ -140,21 +140,21 @@ class FluxFamily(FlowFamily):
 
     @cached_property
     def _clip_l_tokenizer(self) -> Any:
-        from library.tokenizers import load_clip_tokenizer
+        from library.components.tokenizers import load_clip_tokenizer
 
         return load_clip_tokenizer(self.opts.clip_l_tokenizer, self.config[ModelOptions].tokenizer_cache_dir)
 
     @cached_property
     def _t5xxl_tokenizer(self) -> Any:
-        from library.tokenizers import load_t5_tokenizer
+        from library.components.tokenizers import load_t5_tokenizer
 
         return load_t5_tokenizer(self.opts.t5xxl_tokenizer, self.config[ModelOptions].tokenizer_cache_dir, self.opts.t5xxl)
 
     def _size_problems(self) -> list[str]:
         """Sizes of the four files against each other; headers only."""
+        from library.components.text_encoder_utils import inspect_clip_l, inspect_t5xxl
         from library.flux_models import block_swap_problem
         from library.flux_utils import inspect_ae
-        from library.text_encoder_utils import inspect_clip_l, inspect_t5xxl
 
         params = self._denoiser_info.params
         sizes = (
@@ -216,7 +216,7 @@ class FluxFamily(FlowFamily):
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_flux
-        from library.model_identity import combined_identity, model_identity
+        from library.checkpoints.identity import combined_identity, model_identity
         from library.strategy_base import StrategySet
 
         caching, text = self.config[CachingOptions], None
@@ -234,7 +234,7 @@ class FluxFamily(FlowFamily):
         return StrategySet(tokenize, encoding, self.latents_caching(), text)
 
     def latents_caching(self) -> LatentsCachingStrategy:
-        from library.model_identity import model_identity
+        from library.checkpoints.identity import model_identity
         from library.strategy_flux import FluxLatentsCachingStrategy
 
         caching = self.config[CachingOptions]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from library.core.errors import CheckpointError
+from library.core.options import option
 from library.dataset.architectures import ARCHITECTURES
-from library.errors import CheckpointError
-from library.options import option
 from library.training.families.base import tokenizer_problems
 from library.training.families.unet import UNetFamily, about_slot, foreign_to_unet
 from library.training.option_groups import ModelOptions
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from library.ldm_utils import AutoEncoderInfo
+    from library.components.ldm_utils import AutoEncoderInfo
+    from library.components.unet_utils import UNetInfo
     from library.strategy_base import StrategySet
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents
     from library.training.run import DiTOutput, Models
     from library.training.sampling_prompts import SamplePrompt
-    from library.unet_utils import UNetInfo
 
 _NO_TEXT_CACHE = "captions of Stable Diffusion are encoded in the step; its text encoder is small"
 
@@ -75,8 +75,8 @@ class SdFamily(UNetFamily):
         return found
 
     def text_problems(self) -> list[str]:
+        from library.components.text_encoder_utils import inspect_clip
         from library.sd_utils import clip_skip_problem, text_slot
-        from library.text_encoder_utils import inspect_clip
 
         try:
             rows = inspect_clip(self.base_path, text_slot(self.info.is_v2)).values["vocab"]  # a wrong --v2 is told of once
@@ -98,8 +98,8 @@ class SdFamily(UNetFamily):
 
     @cached_property
     def _tokenizer(self) -> Any:
+        from library.components.tokenizers import load_clip_tokenizer
         from library.strategy_sd import V2_PAD
-        from library.tokenizers import load_clip_tokenizer
 
         cache = self.config[ModelOptions].tokenizer_cache_dir
         return load_clip_tokenizer(self.opts.clip_tokenizer, cache, pad_token=V2_PAD if self.is_v2 else None, option="--clip_tokenizer")

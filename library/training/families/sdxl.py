@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from library.core.errors import CheckpointError
+from library.core.options import option
 from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
-from library.errors import CheckpointError
-from library.options import option
 from library.training.families.base import tokenizer_problems
-from library.training.families.unet import UNetFamily, about_slot, part_of, foreign_to_unet
+from library.training.families.unet import UNetFamily, about_slot, foreign_to_unet, part_of
 from library.training.option_groups import ModelOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from library.ldm_utils import AutoEncoderInfo
+    from library.components.ldm_utils import AutoEncoderInfo
+    from library.components.unet_utils import UNetInfo
     from library.strategy_base import StrategySet
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents
     from library.training.run import DiTOutput, Models
     from library.training.sampling_prompts import SamplePrompt
-    from library.unet_utils import UNetInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,8 @@ class SdxlFamily(UNetFamily):
     @cached_property
     def _tokenizers(self) -> tuple[Any, Any]:
         """The same vocabulary twice; the second one pads with its first entry."""
+        from library.components.tokenizers import load_clip_tokenizer
         from library.strategy_sdxl import SECOND_PAD
-        from library.tokenizers import load_clip_tokenizer
 
         given = (self.opts.clip_tokenizer, self.config[ModelOptions].tokenizer_cache_dir)
         return (
@@ -97,7 +97,7 @@ class SdxlFamily(UNetFamily):
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_sdxl
-        from library.model_identity import combined_identity, model_identity
+        from library.checkpoints.identity import combined_identity, model_identity
         from library.strategy_base import StrategySet
 
         model, caching, text = self.config[ModelOptions], self.config[CachingOptions], None

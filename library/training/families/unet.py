@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from library.core.errors import CheckpointError, ConfigError, Problems, did_you_mean
 from library.dataset import CachingOptions
-from library.errors import CheckpointError, ConfigError, Problems, did_you_mean
 from library.training.families.base import ModelFamily, foreign_to_ddpm
 from library.training.inference_samplers import INFERENCE_SAMPLERS, SamplerOptions, sampler_notices
 from library.training.option_groups import ModelOptions, NoiseOptions, SamplingOptions
@@ -20,12 +20,12 @@ from library.training.timestep_samplers import TimestepOptions
 if TYPE_CHECKING:
     import torch
 
-    from library.ldm_train_utils import SampleSettings
-    from library.ldm_utils import AutoEncoderInfo
+    from library.components.ldm_coding import SampleSettings
+    from library.components.ldm_utils import AutoEncoderInfo
+    from library.components.unet_utils import UNetInfo
     from library.strategy_base import LatentsCachingStrategy
     from library.training.accelerator_setup import Runtime
     from library.training.objective import Objective
-    from library.unet_utils import UNetInfo
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class UNetFamily(ModelFamily):
     """Files, prediction type, latents and sampling. A subclass says what its checkpoints and text encoders are."""
 
     kinds: ClassVar[frozenset[str]]
-    """kinds of checkpoints (library/checkpoint_kinds.py) that the family trains"""
+    """kinds of checkpoints (library/checkpoints/kinds.py) that the family trains"""
 
     @cached_property
     @abstractmethod
@@ -129,7 +129,7 @@ class UNetFamily(ModelFamily):
         return self.config[ModelOptions].disable_mmap_load_safetensors
 
     def latents_caching(self) -> LatentsCachingStrategy:
-        from library.model_identity import model_identity
+        from library.checkpoints.identity import model_identity
         from library.strategy_ldm import SdSdxlLatentsCachingStrategy
 
         caching = self.config[CachingOptions]
@@ -140,7 +140,7 @@ class UNetFamily(ModelFamily):
         return strategy
 
     def load_vae(self, runtime: Runtime) -> torch.nn.Module:
-        from library.ldm_utils import load_autoencoder
+        from library.components.ldm_utils import load_autoencoder
 
         return load_autoencoder(self.vae_info, runtime.vae_dtype, runtime.device, self.disable_mmap)
 
@@ -187,7 +187,7 @@ class UNetFamily(ModelFamily):
 
     @staticmethod
     def sample_settings(prompt: SamplePrompt) -> SampleSettings:
-        from library.ldm_train_utils import SampleSettings
+        from library.components.ldm_coding import SampleSettings
 
         return SampleSettings(
             height=prompt.height, width=prompt.width, num_steps=prompt.sample_steps, seed=prompt.seed, cfg_scale=prompt.scale,
@@ -196,8 +196,8 @@ class UNetFamily(ModelFamily):
 
     def image_of(self, models: Any, predict: Any, settings: SampleSettings) -> Any:
         """The PIL image of a guided predictor."""
-        from library.ldm_train_utils import generate_unet_latents
-        from library.sampling_utils import decode_to_image
+        from library.components.ldm_coding import generate_unet_latents
+        from library.generation.sampling_utils import decode_to_image
 
         objective = self.objective()
         latents = generate_unet_latents(
@@ -224,6 +224,6 @@ def about_slot(slot: str, path: str | None, error: CheckpointError) -> str:
 
 def slot_problem(path: str | None, slot: str, kinds: set[str], *, for_pictures: bool = False) -> str | None:
     """`check_slot` that takes the .ckpt files of these families too: they are opened as data, which runs no code."""
-    from library.checkpoint_kinds import check_slot
+    from library.checkpoints.kinds import check_slot
 
     return check_slot(path, slot, kinds, with_pickles=True, for_pictures=for_pictures)

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.atomic_file import remove_file, remove_folder
-from library.number_formats import clamping
+from library.checkpoints.number_formats import clamping
+from library.core.atomic_file import remove_file, remove_folder
+from library.core.write_errors import HeldFileError, WriteError
 from library.training.checkpoint import AVERAGED, SaveRules, Saving, train_state
 from library.training.hooks.base import Hook
 from library.training.hooks.ema import EmaHook
 from library.training.hooks.finite import SAVE_DTYPES, NonFiniteGuard
 from library.training.option_groups import EmaOptions, HubOptions, SavingOptions
 from library.training.state import save_state
-from library.write_errors import HeldFileError, WriteError
 
 if TYPE_CHECKING:
     from library.training.run import Run, StepOutput

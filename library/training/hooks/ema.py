@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.errors import CheckpointError
+from library.core.errors import CheckpointError
 from library.training.hooks.base import Hook
 from library.training.option_groups import EmaOptions
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library.errors import TrainingError
+from library.core.errors import TrainingError
 from library.training.hooks.base import Hook
 from library.training.hooks.losses import LossReader, StepLoss, gather_objects
 from library.training.option_groups import SavingOptions

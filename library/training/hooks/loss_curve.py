@@ -7,12 +7,12 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.atomic_file import atomic_path
+from library.core.atomic_file import atomic_path
+from library.core.write_errors import WriteError
 from library.training.checkpoint import CheckpointNames
 from library.training.hooks.base import Hook
 from library.training.hooks.losses import LossReader, StepLoss
 from library.training.option_groups import SavingOptions
-from library.write_errors import WriteError
 
 if TYPE_CHECKING:
     from library.training.run import Run

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from library.errors import CheckpointError
-from library.keyed_random import StepDraws
+from library.core.errors import CheckpointError
+from library.core.keyed_random import StepDraws
 from library.training.hooks.base import Hook
 
 if TYPE_CHECKING:

@@ -13,17 +13,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from PIL import Image
 
+from library.core.keyed_random import isolated_rng, key_seed
+from library.core.options import shortened
 from library.device_utils import clean_memory_on_device
-from library.image_grid import GridCell, image_grid
-from library.keyed_random import isolated_rng, key_seed
-from library.options import shortened
-from library.picture_files import settings_texts, write_picture
+from library.generation.image_grid import GridCell, image_grid
+from library.generation.picture_files import settings_texts, write_picture
 from library.training.hooks.base import Hook
 from library.training.hooks.logging import LoggingHook
 from library.training.hooks.losses import gather_objects
 from library.training.hooks.sample_sheet import SampleSheet
 from library.training.option_groups import SamplingOptions, SavingOptions
-from library.training.sampling_prompts import SamplePrompt, is_sample_due, sample_file_name, sample_suffix, unreached_interval, unused_settings
+from library.training.sampling_prompts import (
+    SamplePrompt,
+    is_sample_due,
+    sample_file_name,
+    sample_suffix,
+    unreached_interval,
+    unused_settings,
+)
 
 if TYPE_CHECKING:
     from library.strategy_base import StrategySet

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from library.image_grid import GridCell, image_grid
-from library.picture_files import read_texts, write_picture
+from library.generation.image_grid import GridCell, image_grid
+from library.generation.picture_files import read_texts, write_picture
 
 CELL_PX = 256
 MAX_COLUMNS = 24

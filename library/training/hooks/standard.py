@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from library.core.options import Config
 from library.dataset import DatasetOptions
-from library.options import Config
 from library.training.hooks.base import Hook
 from library.training.hooks.checkpoint import CheckpointHook, MetadataMaker
 from library.training.hooks.ema import EmaHook

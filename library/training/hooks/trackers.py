@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import ConfigError
-from library.options import Config, option_fields
-from library.text_files import parse_toml, read_text
+from library.core.errors import ConfigError
+from library.core.options import Config, option_fields
+from library.core.text_files import parse_toml, read_text
 from library.training.parser_common import PATH_OPTIONS
 
 if TYPE_CHECKING:

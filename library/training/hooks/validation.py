@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.keyed_random import isolated_rng
+from library.core.keyed_random import isolated_rng
 from library.training.hooks.base import Hook
 from library.training.hooks.logging import LoggingHook
 from library.training.hooks.loss_curve import LossCurveHook

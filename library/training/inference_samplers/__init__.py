@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from library.errors import ConfigError, did_you_mean
-from library.options import option
-from library.registry import Registry
+from library.core.errors import ConfigError, did_you_mean
+from library.core.options import option
+from library.core.registry import Registry
 
 DEFAULT_SAMPLER = "ddim"
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.errors import Problems
-from library.options import option
-from library.registry import Registry
+from library.core.errors import Problems
+from library.core.options import option
+from library.core.registry import Registry
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.errors import Problems, did_you_mean
-from library.options import Ignored, option, without_effect
-from library.registry import Registry
+from library.core.errors import Problems, did_you_mean
+from library.core.options import Ignored, option, without_effect
+from library.core.registry import Registry
 
 if TYPE_CHECKING:
     import torch

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from library.errors import ConfigError, Problems, did_you_mean
-from library.options import option
-from library.registry import Registry
+from library.core.errors import ConfigError, Problems, did_you_mean
+from library.core.options import option
+from library.core.registry import Registry
 from library.training.keyword_args import argument_problems, parse_keyword_args
 
 if TYPE_CHECKING:

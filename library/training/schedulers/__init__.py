@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from library.errors import ConfigError, Problems, did_you_mean
-from library.options import Ignored, option, without_effect
-from library.registry import Registry
+from library.core.errors import ConfigError, Problems, did_you_mean
+from library.core.options import Ignored, option, without_effect
+from library.core.registry import Registry
 from library.training.keyword_args import argument_problems, parse_keyword_args
 from library.training.optimizers import OptimizerChoice, OptimizerOptions, choose
 

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from library.errors import ConfigError
-from library.options import number_problem, shortened
+from library.core.errors import ConfigError
+from library.core.options import number_problem, shortened
 from library.training.schedulers import RAMP_TYPES, CurveSettings
 
 Curve = Callable[[int], float]

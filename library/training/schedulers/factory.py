@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
-from library.errors import ConfigError, did_you_mean
+from library.core.errors import ConfigError, did_you_mean
 from library.training.keyword_args import parse_keyword_args
 from library.training.optimizers import OptimizerBuild
 from library.training.schedulers import SCHEDULERS, CurveSettings, SchedulerOptions

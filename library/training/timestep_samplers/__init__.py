@@ -6,16 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from library.errors import ConfigError, Problems, did_you_mean
-from library.options import Ignored, option, without_effect
-from library.registry import Registry
+from library.core.errors import ConfigError, Problems, did_you_mean
+from library.core.options import Ignored, option, without_effect
+from library.core.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
 
     import torch
 
-    from library.keyed_random import StepDraws
+    from library.core.keyed_random import StepDraws
 
 WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
 

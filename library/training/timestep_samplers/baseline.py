@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from library.keyed_random import StepDraws
+from library.core.keyed_random import StepDraws
 from library.training import timesteps
 from library.training.timestep_samplers import SIGMOID_MODES, TimestepOptions
 

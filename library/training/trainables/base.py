@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.options import Config, Ignored
+from library.core.options import Config, Ignored
 
 if TYPE_CHECKING:
     import torch
 
-    from library.keyed_random import StepDraws
-    from library.model_loading import Transform
+    from library.checkpoints.loading import Transform
+    from library.core.keyed_random import StepDraws
     from library.training.accelerator_setup import Runtime
     from library.training.families.base import ModelFamily
     from library.training.hooks.base import Hook

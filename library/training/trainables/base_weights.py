@@ -6,15 +6,15 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoint_kinds import PREFERRED_SUBFOLDER
-from library.errors import ConfigError
+from library.checkpoints.identity import combined_identity, model_identity
+from library.checkpoints.kinds import PREFERRED_SUBFOLDER
+from library.checkpoints.loading import open_checkpoint
+from library.core.errors import ConfigError
 from library.lora_utils import Adapter, MergeOnLoad, read_adapter
-from library.model_identity import combined_identity, model_identity
-from library.model_loading import open_checkpoint
 from library.training.adapters import NetworkOptions
-from networks.kinds import kind_of
-from networks.network_files import by_module, read_adapter_file
-from networks.targets import NetworkTargets, targets_of_family
+from networks.files.network_files import by_module, read_adapter_file
+from networks.kinds.registry import kind_of
+from networks.kinds.targets import NetworkTargets, targets_of_family
 
 if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from library.errors import AtelierError
+from library.checkpoints.identity import model_identity
+from library.core.errors import AtelierError
 from library.lora_utils import Adapter
-from library.model_identity import model_identity
 from library.training.adapters import NetworkOptions
-from networks.kinds import kind_of
-from networks.network_files import by_module, check_finite, read_adapter_file
-from networks.targets import NetworkTargets
+from networks.files.network_files import by_module, check_finite, read_adapter_file
+from networks.kinds.registry import kind_of
+from networks.kinds.targets import NetworkTargets
 
 logger = logging.getLogger(__name__)
 

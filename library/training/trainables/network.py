@@ -17,32 +17,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.atomic_file import atomic_path, scratch_path
+from library.core.atomic_file import atomic_path, scratch_path
+from library.core.errors import CheckpointError, ConfigError, Problems, TrainingError, foreign_errors
+from library.core.keyed_random import StepDraws, isolated_rng, key_seed
+from library.core.options import Config, Ignored, parse_bool, without_effect
 from library.dataset import CachingOptions
-from library.errors import CheckpointError, ConfigError, Problems, TrainingError, foreign_errors
-from library.family_table import family_entry
-from library.keyed_random import StepDraws, isolated_rng, key_seed
-from library.options import Config, Ignored, parse_bool, without_effect
+from library.families.table import family_entry
 from library.safetensors_utils import load_safetensors, read_header
 from library.training.adapters import DENOISER_ONLY, NetworkOptions, check_network_module
 from library.training.hooks.base import Hook
 from library.training.hooks.network import NetworkHook
-from library.training.option_groups import ModelOptions, PrecisionOptions
 from library.training.optimizers import OptimizerOptions, check_rates
+from library.training.option_groups import ModelOptions, PrecisionOptions
 from library.training.timesteps import NUM_TIMESTEPS
 from library.training.trainables.base import Trainable
 from library.training.trainables.base_weights import BaseWeights
 from library.training.trainables.kept_layers import KeptLayers, kept_layers
-from networks.description import describe_network, is_scaled_by_rank
-from networks.network_args import pattern_values, rate, selected_blocks, selection, shapes_nothing
-from networks.network_files import by_module, match_names, read_adapter_file, write_adapter_file
-from networks.targets import targets_of_family
+from networks.files.network_files import by_module, match_names, read_adapter_file, write_adapter_file
+from networks.kinds.description import describe_network, is_scaled_by_rank
+from networks.kinds.network_args import pattern_values, rate, selected_blocks, selection, shapes_nothing
+from networks.kinds.targets import targets_of_family
 
 if TYPE_CHECKING:
-    from library.model_loading import Transform
+    from library.checkpoints.loading import Transform
     from library.training.accelerator_setup import Runtime
-    from library.training.objective import NoisyLatents
     from library.training.families.base import ModelFamily
+    from library.training.objective import NoisyLatents
     from library.training.run import Models
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class NetworkTrainable(Trainable):
         problems.raise_if_any()
 
     def _check_files(self, family: ModelFamily) -> None:
-        from library.checkpoint_kinds import check_adapter, check_slot
+        from library.checkpoints.kinds import check_adapter, check_slot
 
         maker = family_entry(family.name).adapters
         problems = Problems()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from library.core.errors import CheckpointError, ConfigError, TrainingError
 from library.dataset import cache_checks, cache_io, caching
 from library.dataset.architectures import ARCHITECTURES
 from library.dataset.background import BackgroundWriter, map_ahead
@@ -20,7 +21,6 @@ from library.dataset.cache_checks import check_cache_folders
 from library.dataset.caching import encode_latents, plan_latents, unusable_items
 from library.dataset.items import ImageItem, SubsetParams
 from library.dataset.npz_file import read_arrays, write_arrays
-from library.errors import CheckpointError, ConfigError, TrainingError
 from library.strategy_base import LatentsCachingStrategy
 from tests.library.dataset.images import FLUX, make_folder, make_group, make_image, make_item
 from tests.library.dataset.small_family import SmallLatentsCaching, SmallVae

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from library.core.errors import ConfigError
 from library.dataset.captions import (
     caption_paths,
     deterministic_caption,
@@ -16,7 +17,6 @@ from library.dataset.captions import (
     tag_frequency,
 )
 from library.dataset.items import SubsetParams
-from library.errors import ConfigError
 
 
 def processed(caption: str, seed: int = 0, epoch: int = 1, step: int = 0, **settings) -> str:

@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 import torch
 
+from library.core.errors import ConfigError
 from library.dataset.custom import CustomDataset, load_custom_dataset
 from library.dataset.plan import requests_of_epoch
-from library.errors import ConfigError
 from tests.library.dataset.small_family import small_strategies
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from library.core.errors import CheckpointError, ConfigError
 from library.dataset import cache_io, npz_file, text_cache_io
 from library.dataset.architectures import ARCHITECTURES
 from library.dataset.caching import plan_latents
 from library.dataset.items import ImageItem
 from library.dataset.npz_file import UNREADABLE, read_arrays, read_headers
 from library.dataset.text_cache_io import TEXT_LAYOUTS, TextRecord, caption_hash
-from library.errors import CheckpointError, ConfigError
 from tests.library.dataset.images import FLUX, make_image, make_item
 from tests.library.dataset.small_family import SmallLatentsCaching
 from tests.library.dataset.test_caching import bucketed, fill, reason

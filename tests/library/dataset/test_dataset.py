@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from library.core.errors import ConfigError
 from library.dataset.batch import Batch
 from library.dataset.caching import encode_latents, plan_latents
 from library.dataset.items import SubsetParams
 from library.dataset.text_caching import empty_caption_item, encode_text, plan_text
-from library.errors import ConfigError
 from tests.library.dataset.images import FLUX, epoch_requests, make_folder, make_group, make_image, make_item
 from tests.library.dataset.small_family import SmallLatentsCaching, SmallTextCaching, SmallTextEncoder, SmallVae, small_strategies
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from library.core.errors import ConfigError
 from library.dataset import DatasetOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.dataset.datasources import ScanResult, load_datasets
 from library.dataset.info_cache import FILE_NAME
-from library.errors import ConfigError
 
 
 def image(path: Path, size=(32, 16), caption: str | None = "a cat", mode: str = "RGB", **options) -> Path:

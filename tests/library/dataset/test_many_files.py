@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from library.core.file_limits import stem_of
+from library.core.text_files import read_bytes
 from library.dataset import captions
 from library.dataset.background import map_in_threads, records_stay
 from library.dataset.cache_checks import crowded_names
@@ -16,8 +18,6 @@ from library.dataset.captions import read_caption
 from library.dataset.datasources import AbsolutePaths
 from library.dataset.discovery import _has_extension
 from library.dataset.items import SubsetParams
-from library.file_limits import stem_of
-from library.text_files import read_bytes
 from tests.library.dataset.images import make_folder, make_group
 
 NAMES = (

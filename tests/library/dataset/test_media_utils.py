@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from library.core.errors import ConfigError
 from library.dataset import INTERPOLATIONS
 from library.dataset.captions import face_numbers
 from library.dataset.media_utils import (
@@ -28,7 +29,6 @@ from library.dataset.media_utils import (
     resize_image,
     verify_image,
 )
-from library.errors import ConfigError
 
 PICTURE = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3  # 6 wide, 4 high
 
@@ -209,8 +209,8 @@ def with_long_text(path, kind: str):
 def test_long_texts_in_a_picture(tmp_path, kind: str):
     from PIL import PngImagePlugin
 
-    from library.generation_sources import lines_of_pictures, open_picture
-    from library.picture_files import read_texts
+    from library.generation.picture_files import read_texts
+    from library.generation.sources import lines_of_pictures, open_picture
 
     path = with_long_text(tmp_path / "a.png", kind)
     readers = {

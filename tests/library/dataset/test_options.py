@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
+from library.core.errors import ConfigError
+from library.core.options import add_options, read_options
 from library.dataset import CachingOptions, DatasetOptions, parse_range, parse_resolution
-from library.errors import ConfigError
-from library.options import add_options, read_options
 
 
 @pytest.mark.parametrize(

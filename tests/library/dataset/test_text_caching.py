@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from library.core.errors import ConfigError, TrainingError
 from library.dataset.captions import deterministic_caption
 from library.dataset.items import ImageItem, SubsetParams
 from library.dataset.npz_file import read_arrays, write_arrays
 from library.dataset.text_caching import empty_caption_item, encode_text, finish_text, plan_text, text_outputs_of
-from library.errors import ConfigError, TrainingError
 from library.strategy_base import TextEncoderOutputsCachingStrategy
 from tests.library.dataset.images import make_folder, make_image, make_item
 from tests.library.dataset.small_family import SmallTextCaching, SmallTextEncoder, small_strategies

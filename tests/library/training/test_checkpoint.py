@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training.checkpoint import SaveRules, outdated_epoch, outdated_step, resume_point, train_state
 from library.training.option_groups import ResumeOptions, SavingOptions
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from library.options import Config
+from library.core.options import Config
 from library.training import checks, idle_options
 from library.training.parser_common import script
 
@@ -162,7 +162,7 @@ def test_a_plain_run_has_no_warning():
     ],
 )
 def test_options_that_contradict_each_other_are_refused(values, words):
-    from library.errors import ConfigError
+    from library.core.errors import ConfigError
 
     with pytest.raises(ConfigError) as caught:
         config_of(**values)

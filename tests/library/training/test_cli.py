@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from library.errors import CheckpointError, TrainingError
+from library.core.errors import CheckpointError, TrainingError
 from library.training import cli
 from library.training.option_groups import ConsoleOptions
 from tests.waiting import PATIENCE

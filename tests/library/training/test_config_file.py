@@ -3,7 +3,7 @@
 import pytest
 import toml
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training.option_groups import LoopOptions
 from library.training.parser_common import parse, parse_command
 

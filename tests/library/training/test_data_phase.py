@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from library.core.errors import ConfigError
 from library.dataset.architectures import ARCHITECTURES
-from library.errors import ConfigError
-from library.family_table import FAMILIES, script_name
+from library.families.table import FAMILIES, script_name
 from library.training import checks, data_phase, trainer_base
 from library.training.families.flux import FluxFamily
 from library.training.parser_common import parse

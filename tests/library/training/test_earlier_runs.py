@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from library.errors import ConfigError
-from library.file_owners import owned_name
-from library.options import Config
+from library.core.errors import ConfigError
+from library.core.file_owners import owned_name
+from library.core.options import Config
 from library.training import earlier_runs
 from library.training.parser_common import script
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from library.options import Config
+from library.core.options import Config
 from library.training.adapters import NetworkOptions
 from library.training.formula_checks import formula_notices, formula_problems, formula_warnings
 from library.training.loss_weights import LossWeightOptions
 from library.training.losses import LossOptions
 from library.training.objective import DdpmObjective, FlowMatchingObjective
-from library.training.option_groups import LoopOptions, ModelOptions, NoiseOptions, PrecisionOptions
 from library.training.optimizers import OptimizerOptions
+from library.training.option_groups import LoopOptions, ModelOptions, NoiseOptions, PrecisionOptions
 from library.training.schedulers import SchedulerOptions
 from library.training.timestep_samplers import TimestepOptions
 

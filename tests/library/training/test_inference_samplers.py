@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training.inference_samplers import INFERENCE_SAMPLERS, SAMPLER_NAMES, common, discrete, sampler_notices
 from library.training.inference_samplers.flow import LARGEST_SIGMA, flow_sampler, flow_schedule
 from library.training.objective import ddpm_alphas_cumprod

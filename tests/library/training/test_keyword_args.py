@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training import optimizers, schedulers
 from library.training.adapters import parse_pairs
 from library.training.keyword_args import parse_keyword_args, split_arguments, split_words

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from library.keyed_random import StepDraws
+from library.core.keyed_random import StepDraws
 from library.training.objective import DdpmObjective, FlowMatchingObjective
 from library.training.timestep_samplers import TimestepOptions, build
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training import optimizers
 from library.training.optimizers import OPTIMIZERS, OptimizerOptions
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training import optimizers
 from library.training.optimizers import OptimizerOptions
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from library.errors import ConfigError
-from library.options import allows_none, is_bool_option, value_type
+from library.core.errors import ConfigError
+from library.core.options import allows_none, is_bool_option, value_type
 from library.training.parser_common import parse, parse_command, script
 from tests.option_sets import SCRIPTS, frozen_path, option_set, reason, status
 

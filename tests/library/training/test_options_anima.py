@@ -2,7 +2,7 @@
 
 import pytest
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training.parser_common import parse
 
 

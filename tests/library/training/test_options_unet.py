@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training.parser_common import parse
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training.sampling_prompts import (
     SAMPLE_DEFAULTS,
     SamplePrompt,

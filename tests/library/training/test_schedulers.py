@@ -7,7 +7,7 @@ import io
 import pytest
 import torch
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training import optimizers, schedulers
 from library.training.optimizers import OptimizerOptions
 from library.training.schedulers import SchedulerOptions

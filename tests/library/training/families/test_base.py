@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
 from library.training.families.base import foreign_to_ddpm, ignored_by_flow
 from library.training.option_reader import Script
 from library.training.parser_common import parse_script, script

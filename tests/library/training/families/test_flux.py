@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from library.core.errors import ConfigError
+from library.core.keyed_random import StepDraws
+from library.core.options import Config
 from library.dataset import CachingOptions
-from library.errors import ConfigError
-from library.keyed_random import StepDraws
-from library.options import Config
 from library.training.accelerator_setup import prepare_runtime
 from library.training.families.flux import FluxFamily, FluxOptions
 from library.training.losses.reduction import per_sample_loss

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from library.core.options import Config
 from library.dataset.plan import BatchRequest
-from library.options import Config
 from library.training.accelerator_setup import Runtime, prepare_runtime
 from library.training.hooks.base import Hook, HookList
 from library.training.option_groups import SHARED_GROUPS

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from library.errors import TrainingError
+from library.core.errors import TrainingError
 from library.training.hooks.base import Hook
 from library.training.hooks.finite import NonFiniteGuard
 from library.training.hooks.losses import LossReader

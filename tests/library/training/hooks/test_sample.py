@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from library.core.options import Config
 from library.dataset import CachingOptions
-from library.options import Config
-from library.picture_files import read_texts
+from library.generation.picture_files import read_texts
 from library.training.accelerator_setup import prepare_runtime
 from library.training.families.flux import FluxFamily, FluxOptions
 from library.training.hooks.base import Hook

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from library.errors import ConfigError
+from library.core.errors import ConfigError
+from library.core.keyed_random import StepDraws
 from library.flux_utils import load_clip_l, load_flow_model
-from library.keyed_random import StepDraws
 from library.training.accelerator_setup import Runtime
 from library.training.adapters import NetworkOptions, parse_pairs
 from library.training.families.flux import FluxFamily

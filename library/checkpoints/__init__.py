@@ -1,0 +1,1 @@
+"""Files of models: what they are, how they are read, identified, converted and described."""

@@ -1,0 +1,127 @@
+"""FLUX.1 key names of the denoiser: the original layout and the one of diffusers folders, both ways.
+
+Each rule says how one original tensor is made of one or more others; both directions read the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from library.checkpoints.loading import count_blocks
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`original` = rows of `parts` one below the other; `swap_halves`: the two halves of the rows change places."""
+
+    original: str
+    parts: tuple[str, ...]
+    swap_halves: bool = False
+
+
+_TOP = (
+    Rule("img_in", ("x_embedder",)),
+    Rule("txt_in", ("context_embedder",)),
+    *(
+        Rule(f"{original}_in.{side}_layer", (f"time_text_embed.{other}_embedder.linear_{number}",))
+        for original, other in (("time", "timestep"), ("guidance", "guidance"), ("vector", "text"))
+        for number, side in ((1, "in"), (2, "out"))
+    ),
+    Rule("final_layer.linear", ("proj_out",)),
+    # diffusers keeps (scale, shift), the original (shift, scale)
+    Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
+)
+_DOUBLE = (
+    Rule("img_mod.lin", ("norm1.linear",)),
+    Rule("txt_mod.lin", ("norm1_context.linear",)),
+    Rule("img_attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
+    Rule("txt_attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+    Rule("img_attn.proj", ("attn.to_out.0",)),
+    Rule("txt_attn.proj", ("attn.to_add_out",)),
+    Rule("img_mlp.0", ("ff.net.0.proj",)),
+    Rule("img_mlp.2", ("ff.net.2",)),
+    Rule("txt_mlp.0", ("ff_context.net.0.proj",)),
+    Rule("txt_mlp.2", ("ff_context.net.2",)),
+)
+_DOUBLE_NORMS = (
+    Rule("img_attn.norm.query_norm.scale", ("attn.norm_q.weight",)),
+    Rule("img_attn.norm.key_norm.scale", ("attn.norm_k.weight",)),
+    Rule("txt_attn.norm.query_norm.scale", ("attn.norm_added_q.weight",)),
+    Rule("txt_attn.norm.key_norm.scale", ("attn.norm_added_k.weight",)),
+)
+_SINGLE = (
+    Rule("modulation.lin", ("norm.linear",)),
+    Rule("linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")),
+    Rule("linear2", ("proj_out",)),
+)
+_SINGLE_NORMS = (
+    Rule("norm.query_norm.scale", ("attn.norm_q.weight",)),
+    Rule("norm.key_norm.scale", ("attn.norm_k.weight",)),
+)
+
+
+def denoiser_rules(depth: int, depth_single_blocks: int) -> Iterator[Rule]:
+    """Every rule of a denoiser with these depths; names of weights, biases and scales."""
+    yield from _with_kinds("", "", _TOP)
+    for number in range(depth):
+        places = (f"double_blocks.{number}.", f"transformer_blocks.{number}.")
+        yield from _with_kinds(*places, _DOUBLE)
+        yield from _placed(*places, _DOUBLE_NORMS)
+    for number in range(depth_single_blocks):
+        places = (f"single_blocks.{number}.", f"single_transformer_blocks.{number}.")
+        yield from _with_kinds(*places, _SINGLE)
+        yield from _placed(*places, _SINGLE_NORMS)
+
+
+def _with_kinds(original: str, other: str, rules: Sequence[Rule]) -> Iterator[Rule]:
+    for kind in (".weight", ".bias"):
+        for rule in rules:
+            yield Rule(original + rule.original + kind, tuple(other + part + kind for part in rule.parts), rule.swap_halves)
+
+
+def _placed(original: str, other: str, rules: Sequence[Rule]) -> Iterator[Rule]:
+    for rule in rules:
+        yield Rule(original + rule.original, tuple(other + part for part in rule.parts))
+
+
+def is_diffusers_denoiser(keys: Mapping[str, object]) -> bool:
+    return "transformer_blocks.0.attn.add_k_proj.weight" in keys
+
+
+def convert_diffusers_sd_to_bfl(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Denoiser weights from diffusers names to the original ones. Names outside the table stay as they are."""
+    rest = dict(state)
+    converted: dict[str, Tensor] = {}
+    for rule in denoiser_rules(count_blocks(state, "transformer_blocks."), count_blocks(state, "single_transformer_blocks.")):
+        if not all(part in rest for part in rule.parts):
+            continue
+        tensors = [rest.pop(part) for part in rule.parts]
+        joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        converted[rule.original] = _swap_halves(joined) if rule.swap_halves else joined
+    return {**converted, **rest}
+
+
+def convert_bfl_sd_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Denoiser weights from the original names to those of diffusers; the inverse of `convert_diffusers_sd_to_bfl`."""
+    rest = dict(state)
+    hidden = state["img_in.weight"].shape[0]
+    converted: dict[str, Tensor] = {}
+    for rule in denoiser_rules(count_blocks(state, "double_blocks."), count_blocks(state, "single_blocks.")):
+        if rule.original not in rest:
+            continue
+        tensor = rest.pop(rule.original)
+        if rule.swap_halves:
+            tensor = _swap_halves(tensor)
+        sizes = [hidden] * 3 + [tensor.shape[0] - 3 * hidden] * (len(rule.parts) == 4)
+        pieces = [tensor] if len(rule.parts) == 1 else tensor.split(sizes)
+        converted.update(zip(rule.parts, pieces))
+    return {**converted, **rest}
+
+
+def _swap_halves(tensor: Tensor) -> Tensor:
+    first, second = tensor.chunk(2)
+    return torch.cat((second, first))

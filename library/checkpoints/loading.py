@@ -1,0 +1,265 @@
+"""What every loader of a model does: find the files, strip prefixes, undo quantisation, build on the meta device, assign."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from library.core.errors import CheckpointError
+from library.core.text_files import parse_json, read_json
+from library.safetensors_utils import (
+    FP8_DTYPES,
+    cast_floats,
+    get_split_weight_filenames,
+    is_pickled,
+    iterate_tensors,
+    load_pickled_tensors,
+    read_header,
+)
+
+logger = logging.getLogger(__name__)
+P = TypeVar("P")
+T = TypeVar("T")
+
+SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
+_BLOB_NAMES = {"spiece_model", "tokenizer", "tekken_model", "scaled_fp8"}
+_BLOB_SUFFIXES = (".scale_input", ".input_scale", ".comfy_quant", ".scaled_fp8", ".spiece_model", *SCALE_SUFFIXES)
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The files of one model part. `shapes`: every tensor without data; `config`: what a config.json beside them says;
+    `model_config`: hyper-parameters that the file itself carries in its metadata."""
+
+    path: str
+    files: tuple[str, ...]
+    shapes: dict[str, Tensor]
+    config: dict[str, Any]
+    model_config: dict[str, Any]
+
+    def tensors(
+        self, device: torch.device | str, disable_mmap: bool, keys: Iterable[str], transform: Transform | None = None,
+        cast: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The named tensors, less what is no weight; scaled 8-bit weights are multiplied by their scales (float32).
+
+        `transform` may change them as they are read, `cast` gives each its type in the same pass.
+        """
+        items = unscaled(self, self.stream(device, disable_mmap, keys))
+        if transform is not None:
+            items = transform(self, items)
+        return {key: tensor if cast is None else cast(key, tensor) for key, tensor in items}
+
+    def dtype_of(self, key: str) -> torch.dtype:
+        """The type of a tensor in the file; bfloat16 for one in scaled 8-bit numbers, which is widened when it is read."""
+        is_scaled = any(key.removesuffix(".weight") + suffix in self.shapes for suffix in SCALE_SUFFIXES)
+        return torch.bfloat16 if is_scaled else self.shapes[key].dtype
+
+    def casting(self, dtype: torch.dtype | None) -> Callable[[str, Tensor], Tensor]:
+        """The usual `cast` of `tensors`: floating-point ones to `dtype`, or as in the file with 8 bits widened to bfloat16."""
+
+        def cast(key: str, tensor: Tensor) -> Tensor:
+            kind = self.dtype_of(key)
+            return cast_floats(tensor, dtype or (torch.bfloat16 if kind in FP8_DTYPES else kind))
+
+        return cast
+
+    def stream(self, device: torch.device | str | None, disable_mmap: bool, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors one by one, in the order of the files."""
+        wanted = set(keys)
+        for file in self.files:
+            names = [key for key in _keys_of(file) if key in wanted]
+            yield from iterate_tensors(file, device, disable_mmap, names)
+
+
+Items = Iterable[tuple[str, Tensor]]
+Transform = Callable[[CheckpointFiles, Items], Items]
+"""what a loader lets happen to the tensors of a file while they are read: (file, (key, tensor) pairs) -> pairs"""
+
+
+def open_checkpoint(path: str | os.PathLike, subfolder: str | None = None) -> CheckpointFiles:
+    """Headers of a model part: a file, one file of a split set, or a folder in the layout of diffusers / transformers.
+
+    A folder may be the whole model (then `subfolder` is looked into) or the part itself. CheckpointError otherwise.
+    """
+    files, config = _find_files(Path(path), subfolder)
+    shapes: dict[str, Tensor] = {}
+    model_config: dict[str, Any] = {}
+    for file in files:
+        if not is_pickled(file):
+            infos, metadata = read_header(file)
+            shapes.update((key, info.as_meta()) for key, info in infos.items())
+            model_config.update(_parse_model_config(file, metadata))
+        else:
+            shapes.update((key, tensor.to("meta")) for key, tensor in load_pickled_tensors(file).items())
+    return CheckpointFiles(os.fspath(path), tuple(files), shapes, config, model_config)
+
+
+def names_of_index(index: Path) -> list[str]:
+    """The files that an index of a split model lists. CheckpointError."""
+    parts = read_json(index, error=CheckpointError, needed=dict).get("weight_map")
+    names = set(parts.values()) if isinstance(parts, dict) and all(isinstance(name, str) for name in parts.values()) else set()
+    if not names:
+        raise CheckpointError(f"{index} is no index of a split model: it has no weight_map from tensors to files")
+    return sorted(names)
+
+
+def _keys_of(file: str) -> list[str]:
+    if is_pickled(file):
+        return list(load_pickled_tensors(file))
+    return list(read_header(file)[0])
+
+
+def _parse_model_config(file: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if "model_config" not in metadata:
+        return {}
+    config = parse_json(metadata["model_config"], f"{file}: the metadata entry model_config", CheckpointError)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: the metadata entry model_config is {type(config).__name__}; a JSON object is needed")
+    return config
+
+
+def _find_files(path: Path, subfolder: str | None) -> tuple[list[str], dict[str, Any]]:
+    if not path.is_dir():
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist")
+        return get_split_weight_filenames(path) or [str(path)], {}
+    folder = path / subfolder if subfolder and (path / subfolder).is_dir() else path
+    config = read_json(folder / "config.json", error=CheckpointError, needed=dict) if (folder / "config.json").exists() else {}
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        names = names_of_index(index)
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise CheckpointError(f"{folder}: {index.name} lists files that are missing: {', '.join(missing)}")
+        return [str(folder / name) for name in names], config
+    for stem in ("diffusion_pytorch_model", "model"):
+        for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{stem}.bf16.safetensors"):
+            if (folder / name).exists():
+                return [str(folder / name)], config
+    for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [str(folder / name)], config
+    looked = f"{folder} (no {subfolder} sub-folder)" if subfolder and folder == path else str(folder)
+    raise CheckpointError(f"{looked} holds no model: expected diffusion_pytorch_model.safetensors or model.safetensors in it")
+
+
+def find_prefix(keys: Iterable[str], prefixes: Sequence[str], roots: Sequence[str], path: str, what: str) -> str:
+    """The prefix that every key of this part carries; "" for none.
+
+    `roots` are the first words of the part's own keys; a key belongs to the part when it starts with one of them after
+    the longest fitting prefix is taken away. CheckpointError when such keys carry different prefixes.
+    """
+    ordered = sorted(prefixes, key=len, reverse=True)
+    found: dict[str, str] = {}
+    for key in keys:
+        prefix = next((p for p in ordered if key.startswith(p) and key[len(p) :].split(".")[0] in roots), None)
+        if prefix is None and key.split(".")[0] in roots:
+            prefix = ""
+        if prefix is not None:
+            found.setdefault(prefix, key)
+    if len(found) > 1:
+        raise CheckpointError(f"{path}: keys of the {what} carry different prefixes: {', '.join(found.values())}")
+    return next(iter(found), "")
+
+
+def strip_prefix(state: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """The entries under `prefix`, without it."""
+    return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def part_of(state: Mapping[str, T], prefixes: Sequence[str], roots: Sequence[str]) -> dict[str, T]:
+    """The entries of one part of a checkpoint without their prefix; nothing when the part is not there."""
+    prefix = find_prefix(state, prefixes, roots, "the file", "part")
+    return {key: value for key, value in strip_prefix(state, prefix).items() if key.split(".")[0] in roots}
+
+
+def count_blocks(keys: Mapping[str, object] | Sequence[str], prefix: str) -> int:
+    """1 + the largest number N in keys `<prefix>N.`; 0 when there is none."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return max((int(match[1]) + 1 for match in map(pattern.match, keys) if match), default=0)
+
+
+def is_blob(key: str) -> bool:
+    """Entries that are no weights: tokenizers inside the file, marks and scales of quantised files."""
+    return key in _BLOB_NAMES or key.endswith(_BLOB_SUFFIXES)
+
+
+def unscaled(files: CheckpointFiles, items: Items) -> Items:
+    """Tensors of a file as they are read, less what is no weight. Scaled 8-bit weights (`X.weight`) are multiplied by the
+    scale that stands beside them (`X.scale_weight`) and come as float32.
+
+    A scale has one value, one per row [out, 1], or one per block of a row [out, blocks, 1].
+    """
+    names = {f"{key[: -len(suffix)]}.weight": key for suffix in SCALE_SUFFIXES for key in files.shapes if key.endswith(suffix)}
+    scales = dict(files.stream("cpu", True, names.values())) if names else {}
+    for key, tensor in items:
+        if key in names and tensor.dtype in FP8_DTYPES:
+            yield key, times_scale(tensor.float(), scales[names[key]].to(tensor.device, torch.float32))
+        elif not is_blob(key):
+            yield key, tensor
+
+
+def times_scale(weight: Tensor, scale: Tensor) -> Tensor:
+    """A weight in scaled 8-bit numbers, multiplied out."""
+    if scale.numel() == 1:
+        return weight * scale.reshape(())
+    if scale.ndim == 3:  # [out, blocks, 1]
+        return (weight.unflatten(1, (scale.shape[1], -1)) * scale).flatten(1)
+    return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def build_params(params_class: Callable[..., P], inferred: Mapping[str, Any], given: Mapping[str, Any], path: str) -> P:
+    """The hyper-parameter record: what shapes tell, overridden by what the file or the caller gives.
+
+    Names that the record does not have are left aside (a `model_config` may describe more than one class). CheckpointError
+    when values do not go together; its message names the argument.
+    """
+    known = {field.name for field in fields(params_class)}
+    overrides = {key: value for key, value in given.items() if key in known}
+    try:
+        return params_class(**{**inferred, **overrides})
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: {error}. Shapes alone do not tell; give it as an argument or under model_config in the file's metadata"
+        ) from error
+
+
+def build_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
+    """Construct a module without allocating its weights."""
+    with torch.device("meta"):
+        return factory()
+
+
+def check_state(model: nn.Module, state: Mapping[str, Tensor], path: str, tolerated: Callable[[str], bool] = lambda key: False) -> None:
+    """CheckpointError unless `state` has exactly the model's keys with the model's shapes (`tolerated` extra keys aside)."""
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in state]
+    extra = [key for key in state if key not in expected and not tolerated(key)]
+    wrong = [
+        f"{key} is {list(state[key].shape)}, needed {list(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    problems = [
+        f"{len(names)} {text}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+        for names, text in ((missing, "keys are missing"), (extra, "keys are unknown"), (wrong, "shapes do not fit"))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: " + "; ".join(problems))
+
+
+def assign_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Make the tensors of `state` the model's own; every key of the model must be there."""
+    names = model.state_dict().keys()
+    model.load_state_dict({key: state[key] for key in names}, strict=True, assign=True)
+    model.requires_grad_(False)
+    model.eval()

@@ -1,0 +1,1 @@
+"""Parts that several families share: U-Net, autoencoders, text encoders, tokenizers."""

@@ -1,0 +1,122 @@
+"""Checkpoints of the latent diffusion autoencoder, alone or inside a larger file: what they hold, and loading them.
+
+Which autoencoder a family needs, with which scale and shift, is the family's to say.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.checkpoints.ldm_convert import attention_as_convolution, convert_diffusers_vae_to_ldm, is_diffusers_autoencoder
+from library.checkpoints.loading import (
+    CheckpointFiles,
+    assign_state,
+    build_on_meta,
+    build_params,
+    check_state,
+    count_blocks,
+    find_prefix,
+    open_checkpoint,
+    strip_prefix,
+)
+from library.components.ldm_models import AutoEncoder, AutoEncoderParams
+from library.core.errors import CheckpointError
+from library.safetensors_utils import cast_floats
+
+AE_PREFIXES = ("first_stage_model.", "vae.")
+AE_ROOTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+
+
+@dataclass(frozen=True)
+class AutoEncoderInfo:
+    """What the headers of an autoencoder checkpoint tell."""
+
+    source: CheckpointFiles
+    prefix: str
+    is_diffusers: bool
+    params: AutoEncoderParams
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The autoencoder that a family needs: by `quant_conv` known from others, with its scale and shift; `owner` and
+    `usual_name` are for messages."""
+
+    owner: str
+    usual_name: str
+    quant_conv: bool
+    scaling: Mapping[str, float]
+
+
+def inspect_autoencoder(
+    path: str | os.PathLike, config: Mapping[str, Any] | None = None, *, wanted: Wanted
+) -> AutoEncoderInfo:
+    """Recognise an autoencoder from headers alone; `config` overrides by the names of AutoEncoderParams. CheckpointError when
+    the file is damaged or not of the wanted kind."""
+    source = open_checkpoint(path, "vae")
+    prefix = find_prefix(source.shapes, AE_PREFIXES, AE_ROOTS, source.path, "autoencoder")
+    stripped = strip_prefix(source.shapes, prefix)
+    is_diffusers = is_diffusers_autoencoder(stripped)
+    shapes = convert_diffusers_vae_to_ldm(stripped) if is_diffusers else stripped
+    if "encoder.down.0.block.0.norm1.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
+        some = ", ".join(list(shapes)[:3]) or "no tensors"
+        raise CheckpointError(f"{source.path} holds no {wanted.owner} autoencoder (encoder.down.* is not there; it begins with {some})")
+    if ("quant_conv.weight" in shapes) != wanted.quant_conv:
+        channels = shapes["decoder.conv_in.weight"].shape[1]
+        kind = "FLUX.1 or SD3 (no quant_conv" if wanted.quant_conv else "SD1, SD2 or SDXL (quant_conv"
+        raise CheckpointError(
+            f"{source.path} is the autoencoder of {kind}, {channels} latent channels); {wanted.owner} needs its own, {wanted.usual_name}"
+        )
+    names = {"norm_num_groups": "norm_groups", "scaling_factor": "scaling_factor", "shift_factor": "shift_factor"}
+    from_folder = {ours: source.config[theirs] for theirs, ours in names.items() if source.config.get(theirs) is not None}
+    given = {**wanted.scaling, **from_folder, **_own_config(source.model_config), **(config or {})}
+    params = build_params(AutoEncoderParams, infer_autoencoder(shapes, given, source.path), given, source.path)
+    return AutoEncoderInfo(source, prefix, is_diffusers, params)
+
+
+def _own_config(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a whole file's `model_config` that is about its autoencoder; a file of its own has it without a level."""
+    return model_config.get("vae", model_config)
+
+
+def infer_autoencoder(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Hyper-parameters from shapes in the original layout."""
+    try:
+        ch = shapes["encoder.conv_in.weight"].shape[0]
+        levels = count_blocks(shapes, "encoder.down.")
+        widths = [shapes[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
+        inferred = {
+            "in_channels": shapes["encoder.conv_in.weight"].shape[1],
+            "out_ch": shapes["decoder.conv_out.weight"].shape[0],
+            "z_channels": shapes["decoder.conv_in.weight"].shape[1],
+        }
+    except KeyError as error:
+        raise CheckpointError(f"{path} does not fit AutoEncoder: {error.args[0]} is missing") from error
+    if any(width % ch for width in widths):
+        raise CheckpointError(f"{path}: the level widths {widths} are no multiples of the first one, {ch}")
+    return {
+        **inferred,
+        "ch": ch,
+        "ch_mult": tuple(width // ch for width in widths),
+        "num_res_blocks": count_blocks(shapes, "encoder.down.0.block."),
+        "quant_conv": "quant_conv.weight" in shapes,
+    }
+
+
+def load_autoencoder(
+    info: AutoEncoderInfo, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False
+) -> AutoEncoder:
+    """The weights of an inspected autoencoder. CheckpointError when the file does not fit."""
+    keys = [key for key in info.source.shapes if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in AE_ROOTS]
+    state = strip_prefix(info.source.tensors(device, disable_mmap, keys), info.prefix)
+    state = attention_as_convolution(convert_diffusers_vae_to_ldm(state) if info.is_diffusers else state)
+    model = build_on_meta(lambda: AutoEncoder(info.params))
+    check_state(model, state, info.source.path)
+    assign_state(model, {key: cast_floats(tensor, dtype).contiguous() for key, tensor in state.items()})
+    return model

@@ -1,0 +1,1 @@
+"""What the families of models are: one record each, and the tables that are derived from them."""

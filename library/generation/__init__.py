@@ -1,0 +1,1 @@
+"""Making pictures: prompts, conditioning, sampling, pipelines and the image scripts."""

@@ -1,0 +1,203 @@
+"""LoRA files of the image scripts: reading the arguments, checking the files, hooking or merging them, multipliers."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from library.core.errors import CheckpointError, ConfigError, Problems, foreign_errors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from library.lora_utils import MergeOnLoad
+
+logger = logging.getLogger(__name__)
+
+OWN_MODULE = "networks.lora"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter file and how strongly it works. `module`: the network module that reads it, with these `arguments`."""
+
+    path: str
+    multiplier: float = 1.0
+    module: str = OWN_MODULE
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerFilter:
+    """Which layers of the files are used: with `include` those that one of its patterns finds, without those that one of
+    `exclude` finds. Patterns are searched in the layer's name in the file and in its dotted path."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def problems(self) -> list[str]:
+        found = []
+        for option, patterns in (("include_patterns", self.include), ("exclude_patterns", self.exclude)):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    found.append(f"--{option} has '{pattern}', which is no regular expression: {error}")
+        return found
+
+    def accepts(self, names: Sequence[str]) -> bool:
+        def hit(patterns: Sequence[str]) -> bool:
+            return any(re.search(pattern, name) for pattern in patterns for name in names)
+
+        return (not self.include or hit(self.include)) and not hit(self.exclude)
+
+
+def parse_adapter_argument(text: str, option: str = "lora_weights") -> AdapterFile:
+    """`path` or `path;multiplier`; ConfigError when the multiplier is no number."""
+    path, separator, multiplier = text.rpartition(";")
+    if not separator:
+        return AdapterFile(text)
+    try:
+        return AdapterFile(path, float(multiplier))
+    except ValueError:
+        raise ConfigError(f'--{option} has "{text}"; the text after ; is the multiplier, a number') from None
+
+
+def adapter_problems(texts: Sequence[str] | None, family: str, option: str = "lora_weights") -> list[str]:
+    """What is wrong with arguments of the form `path;multiplier` and with the files that they name, from headers. `family`: of the
+    model."""
+    problems = Problems()
+    for text in texts or ():
+        adapter = problems.attempt(lambda: parse_adapter_argument(text, option))
+        if adapter is not None:
+            problem = file_problem(adapter.path, option, family)
+            if problem:
+                problems.add(problem)
+    return problems.messages
+
+
+def file_problem(path: str, option: str, family: str) -> str | None:
+    """A message when a file is no adapter, or one that is known to be for another family; None otherwise."""
+    from library.checkpoints.kinds import check_adapter, check_slot
+    from library.families.table import family_entry
+
+    return check_slot(path, option, {"adapter"}, with_pickles=True) or check_adapter(path, option, family_entry(family).adapters)
+
+
+def multiplier_problems(multipliers: Sequence[float] | None, num_adapters: int, *, merged: bool) -> list[str]:
+    """What is wrong with the multipliers of one prompt line."""
+    if multipliers is None:
+        return []
+    if not num_adapters:
+        return ["--m gives multipliers, and there are no adapters"]
+    if merged:
+        return ["--m needs adapters that are hooked; these are merged into the weights (--merge_lora_weights)"]
+    if len(multipliers) > num_adapters:
+        return [f"--m gives {len(multipliers)} multipliers for {num_adapters} adapters"]
+    return []
+
+
+def _told(adapter: AdapterFile) -> AbstractContextManager[None]:
+    """Inside, whatever another package's module raises is one message with its name, its arguments and the reason."""
+    if adapter.module.startswith("networks."):
+        return nullcontext()
+    pairs = " ".join(f"{key}={value}" for key, value in adapter.arguments.items())
+    told = f" with {pairs}" if pairs else ""
+    return foreign_errors(ConfigError, f"{adapter.path}: the network module {adapter.module} makes no network of it{told}")
+
+
+def network_of(adapter: AdapterFile, text_encoders: Sequence[nn.Module | None], denoiser: nn.Module) -> tuple[Any, Any]:
+    """(network for a file, not loaded yet; the file's tensors). CheckpointError when it has no layer of these models."""
+    import importlib
+
+    with _told(adapter):
+        network, tensors = importlib.import_module(adapter.module).create_network_from_weights(
+            adapter.multiplier, adapter.path, None, _as_argument(text_encoders), denoiser, for_inference=True, **adapter.arguments
+        )
+    if not [*network.unet_loras, *network.text_encoder_loras]:
+        raise CheckpointError(f"{adapter.path} has no layer of this model; is it an adapter for another one?")
+    return network, tensors
+
+
+def hook(network: Any, adapter: AdapterFile, text_encoders: Sequence[nn.Module | None], denoiser: nn.Module) -> None:
+    """Put a network into the layers and load its file."""
+    with _told(adapter):
+        network.apply_to(_as_argument(text_encoders), denoiser, True, True)
+        network.load_weights(adapter.path)
+        network.set_multiplier(adapter.multiplier)
+    network.eval().requires_grad_(False)
+    logger.info("hooked %s with multiplier %s", adapter.path, adapter.multiplier)
+
+
+def merging(family: str, adapters: Sequence[AdapterFile], layer_filter: LayerFilter | None = None) -> MergeOnLoad:
+    """What loaders are given as `transform`, so that these files are part of the weights: rounded once to the type that the
+    weights get. Call `finish` on it when the models are there."""
+    from library.lora_utils import MergeOnLoad, read_adapter
+    from networks.kinds.targets import targets_of_family
+
+    targets = targets_of_family(family)
+    read = [read_adapter(adapter.path, targets, adapter.multiplier) for adapter in adapters]
+    return MergeOnLoad(targets, read, layer_filter.accepts if layer_filter else None)
+
+
+@dataclass
+class LoadedAdapters:
+    """Adapters of a set of models. Those that are hooked can change their strength from picture to picture."""
+
+    denoiser: nn.Module
+    text_encoders: Sequence[nn.Module | None]
+    layer_filter: LayerFilter = LayerFilter()
+    networks: list[Any] = field(default_factory=list)
+    multipliers: tuple[float, ...] = ()
+
+    def add(self, adapter: AdapterFile) -> None:
+        """Hook a file. CheckpointError when it has no layer of these models."""
+        network, _ = network_of(adapter, self.text_encoders, self.denoiser)
+        self._filter(network, adapter.path)
+        hook(network, adapter, self.text_encoders, self.denoiser)
+        self.networks.append(network)
+        self.multipliers = (*self.multipliers, adapter.multiplier)
+
+    def set_multipliers(self, multipliers: Sequence[float] | None) -> None:
+        """Strengths for the next picture, in the order of the files; those that are not given are as loaded."""
+        wanted = self.multipliers if multipliers is None else multipliers
+        for network, multiplier in zip(self.networks, (*wanted, *self.multipliers[len(wanted) :])):
+            network.set_multiplier(multiplier)
+
+    def follow_models(self) -> None:
+        """Put every adapter where its layer is; call it after models have moved."""
+        for network in self.networks:
+            for module in (*network.unet_loras, *network.text_encoder_loras):
+                module.to(next(_layer_of(module).parameters(recurse=False)).device)
+
+    def _filter(self, network: Any, path: str) -> None:
+        """Take the layers out that the patterns leave out. ConfigError when nothing is left."""
+        if not (self.layer_filter.include or self.layer_filter.exclude):
+            return
+        models = [self.denoiser, *(encoder for encoder in self.text_encoders if encoder is not None)]
+        paths = {id(module): name for model in models for name, module in model.named_modules()}
+
+        def kept(modules: Sequence[Any]) -> list[Any]:
+            return [m for m in modules if self.layer_filter.accepts([m.lora_name, paths.get(id(_layer_of(m)), "")])]
+
+        total = len(network.unet_loras) + len(network.text_encoder_loras)
+        network.unet_loras, network.text_encoder_loras = kept(network.unet_loras), kept(network.text_encoder_loras)
+        left = len(network.unet_loras) + len(network.text_encoder_loras)
+        if not left:
+            raise ConfigError(f"--include_patterns and --exclude_patterns leave none of the {total} layers of {path}")
+        logger.info("%s: %d of %d layers are used", path, left, total)
+
+
+def _layer_of(module: Any) -> nn.Module:
+    """The layer that an adapter module belongs to; foreign ones keep it in a list."""
+    layer = module.org_module
+    return layer[0] if isinstance(layer, (list, tuple)) else layer
+
+
+def _as_argument(text_encoders: Sequence[nn.Module | None]) -> Any:
+    """One text encoder goes without a list: foreign network modules number the names of listed ones."""
+    return text_encoders[0] if len(text_encoders) == 1 else list(text_encoders)

@@ -1,0 +1,1 @@
+"""Files of adapters: names, layouts, conversion, layers of the models that they belong to."""
