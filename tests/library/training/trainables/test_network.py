@@ -13,10 +13,10 @@ from library.core.keyed_random import StepDraws
 from library.flux_utils import load_clip_l, load_flux
 from library.training.accelerator_setup import Runtime
 from library.training.adapters import NetworkOptions, parse_pairs
-from library.training.families.flux import FluxFamily
 from library.training.parser_common import parse
 from library.training.run import Models
 from library.training.trainables.network import NetworkTrainable
+from library.training.wiring.flux import FluxFamily
 from tests.networks.test_lora import denoiser_inputs
 from tests.tiny import build_tiny_flux
 

@@ -14,11 +14,11 @@ from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, opt
 from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.training.adapters import NetworkOptions
-from library.training.families.base import FlowFamily, ignored_by_flow, tokenizer_problems
 from library.training.inference_samplers import SamplerOptions, check_flow_sampler
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS, with_defaults
 from library.training.timestep_samplers import TimestepOptions
+from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
 if TYPE_CHECKING:
     import torch
