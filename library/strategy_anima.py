@@ -120,13 +120,3 @@ class AnimaTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
     """
 
     architecture = ARCHITECTURES["anima"]
-
-    def encode(
-        self,
-        tokenize_strategy: TokenizeStrategy,
-        models: list[Any],
-        text_encoding_strategy: TextEncodingStrategy,
-        captions: list[str],
-    ) -> list[Tensor | None]:
-        outputs = super().encode(tokenize_strategy, models, text_encoding_strategy, captions)
-        return [*outputs, torch.zeros(len(captions))]

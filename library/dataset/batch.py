@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,9 +36,19 @@ class Batch:
     """for live encoding: the seed of each sample's posterior draw, the same that its cache would have used"""
     alpha_masks: torch.Tensor | None = None  # [B, H, W] weights 0..1, in pixels
     conditioning_images: torch.Tensor | None = None  # [B, 3, H, W] in -1..1
-    text_encoder_outputs_list: list[torch.Tensor] | None = None
+    conditioning: dict[str, torch.Tensor] | None = None
+    """cached outputs of text encoders, [B, ...] by name; keys that come from an encoder in the step are not there"""
+    conditioning_keys: tuple[str, ...] = ()
+    """all keys of the family, in the order of the list that plug-ins know"""
     input_ids_list: list[torch.Tensor] | None = None
     token_weights_list: list[torch.Tensor] | None = None  # weights of the ids, where captions carry some
+
+    @property
+    def text_encoder_outputs_list(self) -> list[torch.Tensor | None] | None:
+        """The conditioning as plug-ins know it: a list in the order of the family, None where an output is not cached."""
+        if self.conditioning is None:
+            return None
+        return [self.conditioning.get(name) for name in self.conditioning_keys or self.conditioning]
 
     def __len__(self) -> int:
         return len(self.image_keys)
@@ -47,7 +57,8 @@ class Batch:
         return getattr(self, key)
 
     def keys(self) -> Iterator[str]:
-        return (f.name for f in dataclasses.fields(self))
+        yield from (f.name for f in dataclasses.fields(self))
+        yield "text_encoder_outputs_list"
 
     def get(self, key: str, default: Any = None) -> Any:
         return getattr(self, key, default)
@@ -55,41 +66,39 @@ class Batch:
     def rows(self, rows: Sequence[int]) -> Batch:
         """A batch of the samples of these numbers; `request` stays that of the whole."""
 
-        def part(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return value[torch.tensor(rows, dtype=torch.int64, device=value.device)]
-            return value
-
         def listed(values: list[Any]) -> list[Any]:
             return [values[i] for i in rows] if len(values) == len(self) else values
 
         names = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "request"}
         of_samples = ("image_keys", "captions", "flippeds", "custom_attributes", "latent_seeds")
         return dataclasses.replace(self, **{
-            name: listed(value) if name in of_samples else [part(v) for v in value] if isinstance(value, list) else part(value)
-            for name, value in names.items()
+            name: listed(value) if name in of_samples else rows_of(value, rows) for name, value in names.items()
         })
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy with all tensors on `device`, but for the network multipliers, which are read as numbers."""
         waits = torch.device(device).type != "cuda"  # elsewhere a copy that is not waited for may be read before it is there
-
-        def move(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return value.to(device, non_blocking=not waits)
-            if isinstance(value, list) and any(isinstance(v, torch.Tensor) for v in value):
-                return [move(v) for v in value]
-            return value
-
         names = [f.name for f in dataclasses.fields(self) if f.name != "network_multipliers"]
-        return dataclasses.replace(self, **{name: move(getattr(self, name)) for name in names})
+        return self._mapped(names, lambda tensor: tensor.to(device, non_blocking=not waits))
 
     def pin_memory(self) -> Batch:
-        def pin(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return value.pin_memory()
-            if isinstance(value, list) and any(isinstance(v, torch.Tensor) for v in value):
-                return [pin(v) for v in value]
-            return value
+        return self._mapped([f.name for f in dataclasses.fields(self)], lambda tensor: tensor.pin_memory())
 
-        return dataclasses.replace(self, **{f.name: pin(getattr(self, f.name)) for f in dataclasses.fields(self)})
+    def _mapped(self, names: Sequence[str], change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return dataclasses.replace(self, **{name: map_tensors(getattr(self, name), change) for name in names})
+
+
+def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`change` of a tensor, or of every tensor of a list or dict; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: map_tensors(entry, change) for name, entry in value.items()}
+    if isinstance(value, list) and any(isinstance(entry, torch.Tensor) for entry in value):
+        return [map_tensors(entry, change) for entry in value]
+    return value
+
+
+def rows_of(value: Any, rows: Sequence[int]) -> Any:
+    """Some rows of a tensor, or of every tensor of a list or dict."""
+    return map_tensors(value, lambda tensor: tensor[torch.tensor(rows, dtype=torch.int64, device=tensor.device)])

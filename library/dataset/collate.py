@@ -19,7 +19,7 @@ class Sample:
 
     image_key: str
     caption: str
-    text_outputs: list[torch.Tensor | None] | None
+    text_outputs: dict[str, torch.Tensor] | None
     loss_weight: float
     original_size_hw: tuple[int, int]
     crop_top_left: tuple[int, int]
@@ -33,9 +33,11 @@ class Sample:
     conditioning: torch.Tensor | None = None  # [3, H, W]
 
 
-def collate(request: BatchRequest, samples: Sequence[Sample], tokenize: Any | None, network_multiplier: float = 1.0) -> Batch:
+def collate(
+    request: BatchRequest, samples: Sequence[Sample], tokenize: Any | None, network_multiplier: float = 1.0, conditioning_keys: tuple[str, ...] = ()
+) -> Batch:
     """The batch of these samples; with `tokenize` (a TokenizeStrategy) it has the tokens of the captions. No samples give a
-    batch of length 0 whose tensors have no rows."""
+    batch of length 0 whose tensors have no rows. `conditioning_keys`: see Batch."""
     captions = [sample.caption for sample in samples]
     tokens, weights = tokenize.tokens_of(captions) if tokenize is not None and captions else (None, None)
     return Batch(
@@ -54,7 +56,8 @@ def collate(request: BatchRequest, samples: Sequence[Sample], tokenize: Any | No
         latent_seeds=[sample.latent_seed for sample in samples if sample.latent_seed is not None],
         alpha_masks=_masks(samples),
         conditioning_images=_stack([sample.conditioning for sample in samples]),
-        text_encoder_outputs_list=_text_outputs([sample.text_outputs for sample in samples]),
+        conditioning=_text_outputs([sample.text_outputs for sample in samples]),
+        conditioning_keys=conditioning_keys,
         input_ids_list=tokens,
         token_weights_list=weights,
     )
@@ -82,11 +85,12 @@ def _masks(samples: Sequence[Sample]) -> torch.Tensor | None:
     )
 
 
-def _text_outputs(outputs: Sequence[list[torch.Tensor | None] | None]) -> list[torch.Tensor | None] | None:
-    """One [B, ...] tensor per output, dtypes kept; None where an output is not cached. None when a sample has no cache."""
+def _text_outputs(outputs: Sequence[dict[str, torch.Tensor] | None]) -> dict[str, torch.Tensor] | None:
+    """One [B, ...] tensor per key that all samples have, dtypes kept. None when a sample has no cache."""
     if not outputs or any(entry is None for entry in outputs):
         return None
-    return [None if any(t is None for t in column) else stack_padded(column) for column in zip(*outputs)]
+    shared = [name for name in outputs[0] if all(name in entry for entry in outputs)]
+    return {name: stack_padded([entry[name] for entry in outputs]) for name in shared}
 
 
 def stack_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -86,7 +86,7 @@ def _holds_tensors(item: ImageItem) -> bool:
 
 
 def _tensors_of(item: ImageItem) -> list[torch.Tensor]:
-    fields = [getattr(item, name) for name in TENSOR_FIELDS] + list(item.text_encoder_outputs or ())
+    fields = [getattr(item, name) for name in TENSOR_FIELDS] + list((item.text_encoder_outputs or {}).values())
     return [value for value in fields if isinstance(value, torch.Tensor)]
 
 
@@ -95,4 +95,4 @@ def _replace(item: ImageItem, function) -> None:
         if getattr(item, name) is not None:
             setattr(item, name, function(getattr(item, name)))
     if item.text_encoder_outputs is not None:
-        item.text_encoder_outputs = [None if value is None else function(value) for value in item.text_encoder_outputs]
+        item.text_encoder_outputs = {name: function(value) for name, value in item.text_encoder_outputs.items()}
