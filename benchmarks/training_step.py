@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def prepare(folder: Path, hidden: int, steps: int):
     """A complete Run on a tiny random model and noise pictures."""
     from library.training import cli, parser_common
-    from library.training.families.flux import FluxFamily
     from library.training.trainables.network import NetworkTrainable
     from library.training.trainer_base import Trainer
+    from library.training.wiring.flux import FluxFamily
     from tests.runs.conftest import Work, draw_pictures
     from tests.tiny import build_tiny_flux
 

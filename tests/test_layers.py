@@ -19,8 +19,8 @@ PACKAGES = ("library", "networks", "tools", "finetune")
 # Pattern -> row; the first match counts. A new file that no pattern knows fails the test: say where it belongs.
 LAYERS: tuple[tuple[str, int], ...] = (
     # 6: wiring and scripts, found by name, never imported by shared code
-    ("library/training/families/base.py", 5), ("library/training/families/unet.py", 5),
-    ("library/training/families/*.py", 6), ("library/training/cli.py", 6),
+    ("library/training/wiring/base.py", 5), ("library/training/wiring/unet.py", 5),
+    ("library/training/wiring/*.py", 6), ("library/training/cli.py", 6),
     ("library/generation/*_inference.py", 6), ("library/generation/script.py", 6), ("library/generation/adapters.py", 6),
     ("library/generation/networks.py", 6), ("library/scripts/*.py", 6), ("library/train_util.py", 6),
     ("tools/*.py", 6), ("finetune/*.py", 6), ("*.py", 6),
@@ -118,7 +118,7 @@ def family_of_file(file: str) -> str | None:
     stem = Path(file).stem
     for family in FAMILIES:
         own_name = stem in (f"strategy_{family}", f"lora_{family}") or stem.startswith(f"{family}_")
-        if own_name or file == f"library/training/families/{family}.py":
+        if own_name or file == f"library/training/wiring/{family}.py":
             return family
     return FAMILY_BY_PLACE.get(file) or FAMILY_BY_PLACE.get(file.rpartition("/")[0])
 

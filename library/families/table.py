@@ -9,7 +9,7 @@ from library.core.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True)
 class FamilyEntry:
-    """`family`: class of library/training/families; `denoisers`: class names of the denoiser, by which a network module
+    """`family`: class of library/training/wiring; `denoisers`: class names of the denoiser, by which a network module
     recognises the family; `targets`: the adapter target table; `kinds`: what its model files are called by
     library/checkpoints/kinds.py; `adapters`: who its adapters are for, as library/checkpoints/recognition.py says it; `prefix`: what the names of its scripts begin with;
     `pictures`: the script that makes images with it."""
@@ -30,20 +30,20 @@ class FamilyEntry:
 
 FAMILIES: dict[str, FamilyEntry] = {
     "flux": FamilyEntry(
-        "library.training.families.flux:FluxFamily", denoisers=("Flux",), targets="networks.lora_flux:TARGETS",
+        "library.training.wiring.flux:FluxFamily", denoisers=("Flux",), targets="networks.lora_flux:TARGETS",
         kinds=("flux",), adapters="FLUX.1 or Chroma", prefix="flux_",
         pictures="flux_minimal_inference.py",
     ),
     "sd": FamilyEntry(
-        "library.training.families.sd:SdFamily", denoisers=("UNet2DConditionModel",), targets="networks.lora_sd:TARGETS",
+        "library.training.wiring.sd:SdFamily", denoisers=("UNet2DConditionModel",), targets="networks.lora_sd:TARGETS",
         kinds=("sd1", "sd2"), adapters="Stable Diffusion 1 or 2", pictures="gen_img.py",
     ),
     "sdxl": FamilyEntry(
-        "library.training.families.sdxl:SdxlFamily", denoisers=("SdxlUNet2DConditionModel",), targets="networks.lora_sdxl:TARGETS",
+        "library.training.wiring.sdxl:SdxlFamily", denoisers=("SdxlUNet2DConditionModel",), targets="networks.lora_sdxl:TARGETS",
         kinds=("sdxl",), adapters="SDXL", prefix="sdxl_", pictures="sdxl_gen_img.py",
     ),
     "anima": FamilyEntry(
-        "library.training.families.anima:AnimaFamily", denoisers=("Anima",), targets="networks.lora_anima:TARGETS",
+        "library.training.wiring.anima:AnimaFamily", denoisers=("Anima",), targets="networks.lora_anima:TARGETS",
         kinds=("anima", "cosmos"), adapters="Anima", prefix="anima_",
         pictures="anima_minimal_inference.py",
     ),

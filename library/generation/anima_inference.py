@@ -21,10 +21,10 @@ from library.generation.script import (
     dtype_problem,
     too_small_problems,
 )
-from library.training.families.base import tokenizer_problems
 from library.training.inference_samplers import FLOW_SAMPLER_NAMES
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption, read_number
+from library.training.wiring.base import tokenizer_problems
 
 if TYPE_CHECKING:
     import argparse

@@ -23,11 +23,11 @@ from library.generation.script import (
     read_negative,
     too_small_problems,
 )
-from library.training.families.base import tokenizer_problems
-from library.training.families.unet import about_slot, slot_problem
 from library.training.inference_samplers import SAMPLER_NAMES, sampler_notices
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption, read_number
+from library.training.wiring.base import tokenizer_problems
+from library.training.wiring.unet import about_slot, slot_problem
 
 if TYPE_CHECKING:
     import argparse

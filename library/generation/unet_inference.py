@@ -41,9 +41,9 @@ from library.generation.sources import (
     typed_lines,
     written_lines,
 )
-from library.training.families.unet import about_slot, slot_problem
 from library.training.inference_samplers import sampler_notices
 from library.training.option_groups import ConsoleOptions
+from library.training.wiring.unet import about_slot, slot_problem
 
 if TYPE_CHECKING:
     from library.generation.plan import ImageRequest

@@ -31,7 +31,7 @@ from library.training.option_groups import (
 if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
     from library.training.data_phase import DataGroups
-    from library.training.families.base import ModelFamily
+    from library.training.wiring.base import ModelFamily
 
 logger = logging.getLogger("atelier")
 

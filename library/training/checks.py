@@ -40,8 +40,8 @@ from library.training.sampling_prompts import holds_no_prompt, load_prompts, sam
 from library.training.schedulers import SchedulerOptions, parse_step_count
 
 if TYPE_CHECKING:
-    from library.training.families.base import ModelFamily
     from library.training.trainables.base import Trainable
+    from library.training.wiring.base import ModelFamily
 
 
 def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:

@@ -23,8 +23,8 @@ from library.training.option_groups import (
 )
 
 if TYPE_CHECKING:
-    from library.training.families.base import ModelFamily
     from library.training.trainables.base import Trainable
+    from library.training.wiring.base import ModelFamily
 
 _HUB = ("huggingface_repo_type", "huggingface_path_in_repo", "huggingface_repo_visibility", "save_state_to_huggingface", "async_upload")
 _VALIDATION = ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")

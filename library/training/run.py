@@ -17,11 +17,11 @@ from library.training.stopping import StopSwitch
 
 if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
-    from library.training.families.base import ModelFamily
     from library.training.hooks.base import HookList
     from library.training.progress import Progress
     from library.training.step import TrainStep
     from library.training.trainables.base import Trainable
+    from library.training.wiring.base import ModelFamily
 
 
 @dataclass

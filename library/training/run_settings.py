@@ -24,9 +24,9 @@ from library.training.schedulers import SchedulerOptions
 if TYPE_CHECKING:
     import torch
 
-    from library.training.families.base import ModelFamily
     from library.training.optimizers import OptimizerBuild
     from library.training.trainables.base import Trainable
+    from library.training.wiring.base import ModelFamily
 
 SETTINGS_FILE = "settings.json"
 NOT_ABOUT_LEARNING = (

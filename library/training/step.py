@@ -17,9 +17,9 @@ from library.training.run import DiTOutput, Models, StepOutput
 
 if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
-    from library.training.families.base import ModelFamily
     from library.training.hooks.base import Hook
     from library.training.trainables.base import Trainable
+    from library.training.wiring.base import ModelFamily
 
 
 @dataclass

@@ -34,7 +34,6 @@ from library.training.data_phase import (
     prepare_text,
 )
 from library.training.earlier_runs import clean_up, final_file, keep_earlier_files
-from library.training.families.base import ModelFamily
 from library.training.hooks.base import Hook, HookList
 from library.training.hooks.checkpoint import CheckpointHook
 from library.training.hooks.sample import encode_sample_prompts
@@ -58,6 +57,7 @@ from library.training.step import TrainStep
 from library.training.stopping import command_going_on, exit_code_of_signal
 from library.training.timestep_samplers import TimestepOptions
 from library.training.trainables.base import Trainable
+from library.training.wiring.base import ModelFamily
 
 logger = logging.getLogger(__name__)
 

@@ -45,7 +45,7 @@ def test_shapes_of_layers_that_patterns_include(model: Anima) -> None:
 
 
 def test_rates_by_the_patterns_of_the_options(model: Anima) -> None:
-    from library.training.families.anima import RATE_PATTERNS
+    from library.training.wiring.anima import RATE_PATTERNS
 
     rates = {pattern: 10.0**-position for position, pattern in enumerate(RATE_PATTERNS.values(), start=1)}
     network = network_of(model, **EVERYTHING, network_reg_lrs=rates)

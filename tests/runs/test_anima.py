@@ -101,7 +101,7 @@ def test_a_part_with_rate_zero_stays_and_others_learn(work: Work) -> None:
 
 @pytest.mark.parametrize("name", ["llm_adapter_lr", "mod_lr"])
 def test_a_rate_of_layers_that_do_not_learn_is_told(work: Work, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    from library.training.families.anima import RATE_SWITCHES
+    from library.training.wiring.anima import RATE_SWITCHES
 
     options = ["--network_train_unet_only", "--max_train_steps=1", f"--{name}=1e-3", "--console_log_level=INFO"]
     work.train("out", *options)

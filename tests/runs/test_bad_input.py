@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.training import cli
-from library.training.families.flux import FluxFamily
+from library.training.wiring.flux import FluxFamily
 from tests.runs.conftest import Work, draw_pictures
 from tests.waiting import PATIENCE
 

@@ -7,8 +7,8 @@ import gc
 import pytest
 import torch
 
-from library.training.families.flux import FluxFamily
 from library.training.hooks.base import Hook
+from library.training.wiring.flux import FluxFamily
 from tests.runs.conftest import Work
 
 

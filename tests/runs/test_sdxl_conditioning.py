@@ -13,7 +13,7 @@ from PIL import Image
 
 from library.sdxl_models import SdxlUNet2DConditionModel
 from library.training import cli
-from library.training.families.sdxl import SdxlFamily
+from library.training.wiring.sdxl import SdxlFamily
 from tests.tiny_sd import TinySd, build_tiny_sd
 
 DATASET = """

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 
 from library.core.errors import ConfigError
-from library.training.families.flux import FluxFamily
 from library.training.hooks.base import Hook
 from library.training.loop import fit
 from library.training.run import StepOutput
+from library.training.wiring.flux import FluxFamily
 from tests.runs.conftest import Work, read_parts
 
 

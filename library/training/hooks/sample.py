@@ -34,9 +34,9 @@ from library.training.sampling_prompts import (
 
 if TYPE_CHECKING:
     from library.strategy_base import StrategySet
-    from library.training.families.base import ModelFamily
     from library.training.progress import Progress
     from library.training.run import Run, StepOutput
+    from library.training.wiring.base import ModelFamily
 
 logger = logging.getLogger(__name__)
 

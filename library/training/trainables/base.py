@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from library.checkpoints.loading import Transform
     from library.core.keyed_random import StepDraws
     from library.training.accelerator_setup import Runtime
-    from library.training.families.base import ModelFamily
     from library.training.hooks.base import Hook
     from library.training.objective import NoisyLatents
     from library.training.run import Models
+    from library.training.wiring.base import ModelFamily
 
 
 class Trainable(ABC):

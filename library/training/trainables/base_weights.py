@@ -18,8 +18,8 @@ from networks.kinds.targets import NetworkTargets, targets_of_family
 
 if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
-    from library.training.families.base import ModelFamily
     from library.training.run import Models
+    from library.training.wiring.base import ModelFamily
 
 logger = logging.getLogger(__name__)
 

@@ -41,9 +41,9 @@ from networks.kinds.targets import targets_of_family
 if TYPE_CHECKING:
     from library.checkpoints.loading import Transform
     from library.training.accelerator_setup import Runtime
-    from library.training.families.base import ModelFamily
     from library.training.objective import NoisyLatents
     from library.training.run import Models
+    from library.training.wiring.base import ModelFamily
 
 logger = logging.getLogger(__name__)
 

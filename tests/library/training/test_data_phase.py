@@ -10,9 +10,9 @@ from library.core.errors import ConfigError
 from library.dataset.architectures import ARCHITECTURES
 from library.families.table import FAMILIES, script_name
 from library.training import checks, data_phase, trainer_base
-from library.training.families.flux import FluxFamily
 from library.training.parser_common import parse
 from library.training.trainables.network import NetworkTrainable
+from library.training.wiring.flux import FluxFamily
 from tests.runs.conftest import draw_pictures
 
 

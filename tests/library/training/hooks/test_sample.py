@@ -10,7 +10,6 @@ from library.core.options import Config
 from library.dataset import CachingOptions
 from library.generation.picture_files import read_texts
 from library.training.accelerator_setup import prepare_runtime
-from library.training.families.flux import FluxFamily, FluxOptions
 from library.training.hooks.base import Hook
 from library.training.hooks.logging import LoggingHook
 from library.training.hooks.losses import LossReader
@@ -21,6 +20,7 @@ from library.training.run import Models
 from library.training.sampling_prompts import SamplePrompt
 from library.training.start_page import unreached_intervals
 from library.training.timestep_samplers import TimestepOptions
+from library.training.wiring.flux import FluxFamily, FluxOptions
 from tests.library.training.hooks.small_run import small_run
 from tests.tiny import build_tiny_flux
 

@@ -5,10 +5,10 @@ import torch
 from PIL import Image
 
 from library.training import parser_common
-from library.training.families.flux import FluxFamily
 from library.training.hooks.validation import ValidationHook
 from library.training.trainables.network import NetworkTrainable
 from library.training.trainer_base import Trainer
+from library.training.wiring.flux import FluxFamily
 from tests.tiny import build_tiny_flux
 
 

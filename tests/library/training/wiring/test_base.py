@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from library.core.errors import ConfigError
-from library.training.families.base import foreign_to_ddpm, ignored_by_flow
 from library.training.option_reader import Script
 from library.training.parser_common import parse_script, script
+from library.training.wiring.base import foreign_to_ddpm, ignored_by_flow
 
 WHOLE = script("flux", "network")
 

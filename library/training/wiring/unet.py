@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.core.errors import CheckpointError, ConfigError, Problems, did_you_mean
 from library.dataset import CachingOptions
-from library.training.families.base import ModelFamily, foreign_to_ddpm
 from library.training.inference_samplers import INFERENCE_SAMPLERS, SamplerOptions, sampler_notices
 from library.training.option_groups import ModelOptions, NoiseOptions, SamplingOptions
 from library.training.sampling_prompts import SamplePrompt, with_defaults
 from library.training.timestep_samplers import TimestepOptions
+from library.training.wiring.base import ModelFamily, foreign_to_ddpm
 
 if TYPE_CHECKING:
     import torch

@@ -13,10 +13,10 @@ from library.core.errors import CheckpointError
 from library.core.options import option
 from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
-from library.training.families.base import tokenizer_problems
-from library.training.families.unet import UNetFamily, about_slot, foreign_to_unet, part_of
 from library.training.option_groups import ModelOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
+from library.training.wiring.base import tokenizer_problems
+from library.training.wiring.unet import UNetFamily, about_slot, foreign_to_unet, part_of
 
 if TYPE_CHECKING:
     import torch

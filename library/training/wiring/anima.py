@@ -14,11 +14,11 @@ from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, opt
 from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.training.adapters import NetworkOptions
-from library.training.families.base import FlowFamily, ignored_by_flow, tokenizer_problems
 from library.training.inference_samplers import SamplerOptions, check_flow_sampler
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS, with_defaults
 from library.training.timestep_samplers import TimestepOptions
+from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
 if TYPE_CHECKING:
     import torch
@@ -296,11 +296,11 @@ class AnimaFamily(FlowFamily):
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory."""
-        from library.anima_utils import load_anima_model
+        from library.anima_utils import load_anima
 
         swap = self.config[MemoryOptions].blocks_to_swap or 0
         device = "cpu" if swap else runtime.device
-        denoiser = load_anima_model(
+        denoiser = load_anima(
             self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, llm_adapter_path=self.opts.llm_adapter_path,
             transform=self.transform,
         )

@@ -13,10 +13,10 @@ from library.core.errors import Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, refused_option, without_effect
 from library.dataset import CachingOptions
 from library.dataset.architectures import ARCHITECTURES
-from library.training.families.base import FlowFamily, ignored_by_flow, tokenizer_problems
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
 from library.training.timestep_samplers import TimestepOptions
+from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
 if TYPE_CHECKING:
     import torch
@@ -269,11 +269,11 @@ class FluxFamily(FlowFamily):
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory."""
-        from library.flux_utils import load_flow_model
+        from library.flux_utils import load_flux
 
         swap = self._blocks_to_swap
         device = "cpu" if swap else runtime.device
-        denoiser = load_flow_model(
+        denoiser = load_flux(
             self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, transform=self.transform
         )
         if swap:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from library.core.errors import CheckpointError
 from library.core.options import option
 from library.dataset.architectures import ARCHITECTURES
-from library.training.families.base import tokenizer_problems
-from library.training.families.unet import UNetFamily, about_slot, foreign_to_unet
 from library.training.option_groups import ModelOptions
 from library.training.sampling_prompts import SAMPLE_DEFAULTS
+from library.training.wiring.base import tokenizer_problems
+from library.training.wiring.unet import UNetFamily, about_slot, foreign_to_unet
 
 if TYPE_CHECKING:
     import torch

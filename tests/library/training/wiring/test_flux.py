@@ -10,11 +10,11 @@ from library.core.keyed_random import StepDraws
 from library.core.options import Config
 from library.dataset import CachingOptions
 from library.training.accelerator_setup import prepare_runtime
-from library.training.families.flux import FluxFamily, FluxOptions
 from library.training.losses.reduction import per_sample_loss
 from library.training.option_groups import SHARED_GROUPS
 from library.training.run import Models
 from library.training.timestep_samplers import TimestepOptions
+from library.training.wiring.flux import FluxFamily, FluxOptions
 from tests.tiny import build_tiny_flux
 
 GROUPS = [*SHARED_GROUPS, FluxOptions, CachingOptions, TimestepOptions]
