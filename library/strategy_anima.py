@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from library.components.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer, vocabulary_problem
