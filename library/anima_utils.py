@@ -174,8 +174,8 @@ def _stored(key: str, tensor: Tensor, kind: torch.dtype, dtype: torch.dtype | No
     8 bits."""
     may_be_small = key.startswith("blocks.") and key.endswith("_proj.weight") or ".mlp.layer" in key
     if may_be_small and (dtype == FP8_STORAGE or (dtype is None and kind == FP8_STORAGE)):
-        return cast_floats(tensor, FP8_STORAGE)
-    return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind)
+        return cast_floats(tensor, FP8_STORAGE, key)
+    return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind, key)
 
 
 def inspect_llm_adapter(path: str | os.PathLike) -> tuple[CheckpointFiles, str, AdapterParams]:

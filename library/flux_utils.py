@@ -185,8 +185,8 @@ def load_flux(
         kind = info.source.dtype_of(key)
         is_matrix = key.endswith(".weight") and tensor.ndim == 2  # every such tensor of this model belongs to a linear layer
         if stay_in_fp8 and is_matrix and (dtype is not None or kind in FP8_DTYPES):
-            return cast_floats(tensor, dtype or kind)
-        return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind)
+            return cast_floats(tensor, dtype or kind, key)
+        return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind, key)
 
     state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, cast), info.prefix)
     if info.is_diffusers:
