@@ -233,12 +233,15 @@ def _data(config: Config, family: ModelFamily, what: str) -> tuple[DataGroups, R
 
 def fill(what: str, config: Config, family: ModelFamily, data: DataGroups, runtime: Runtime) -> None:
     """Encode what is missing, in training and validation images."""
-    from library.strategy_base import StrategySet
+    from library.dataset.strategies import StrategySet
     from library.training.data_phase import cache_latents, prepare_text
 
     if what == "latents":
         strategies = StrategySet(None, None, family.latents_caching(), None)
-        cache_latents(config, data, strategies, runtime, lambda: family.load_vae(runtime).requires_grad_(False).eval())
+        cache_latents(
+            config, data, strategies, runtime, lambda: family.load_vae(runtime).requires_grad_(False).eval(),
+            lambda: {name: part.requires_grad_(False).eval() for name, part in family.load_parts(runtime, "vae").items()},
+        )
     else:
         strategies = family.strategies()
         prepare_text(

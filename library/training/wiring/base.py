@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from library.checkpoints.loading import Transform
     from library.dataset.architectures import DataArchitecture
-    from library.strategy_base import LatentsCachingStrategy, StrategySet
+    from library.dataset.strategies import StrategySet
+    from library.strategy_base import LatentsCachingStrategy
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
     from library.training.run import DiTOutput, Models
@@ -129,19 +130,24 @@ class ModelFamily(ABC):
         """A module with `device`, `enable_gradient_checkpointing(cpu_offload)` and `repeated_blocks()` (--torch_compile compiles
         those), which has no dropout."""
 
+    def load_parts(self, runtime: Runtime, beside: str) -> dict[str, torch.nn.Module]:
+        """Further parts by name. `beside` "vae": those that encode images while latents are cached or in the step, and live as
+        long as the VAE (a vision encoder); "denoiser": those that run in the step (a second expert, a ControlNet)."""
+        return {}
+
     @abstractmethod
     def objective(self) -> Objective: ...
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """From what the cache stores [B, C, h, w] to what the denoiser sees; of any rank, [B, C, 1, h, w] say."""
+        """From what the cache stores, [B, C, h, w] or [B, C, F, h, w], to what the denoiser sees; of any rank, [B, C, 1, h, w] say."""
         return latents
 
     @abstractmethod
-    def predict(self, models: Models, sample: NoisyLatents, conditioning: list[Any], batch: Any, **inputs: Any) -> DiTOutput:
+    def predict(self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any) -> DiTOutput:
         """One forward of the denoiser; `pred` and `target` have the shape of the latents."""
 
     @abstractmethod
-    def generate(self, models: Models, prompt: SamplePrompt, conditioning: list[Any], negative: list[Any] | None) -> Any:
+    def generate(self, models: Models, prompt: SamplePrompt, conditioning: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor] | None) -> Any:
         """Make one image for a SamplePrompt from encoded conditioning; returns a PIL image. The VAE is in `models`."""
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
