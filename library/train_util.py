@@ -28,6 +28,7 @@ _HOMES = {
         "resume_from_local_or_hf_if_specified", "save_and_remove_state_on_epoch_end", "save_and_remove_state_stepwise",
         "save_state_on_train_end",
     ),
+    **homes("library.compat.sd_names", "load_target_model"),
     **homes("library.compat.samples", "line_to_prompt_dict", "load_prompts"),
     **homes("library.checkpoints.hashes", "calculate_sha256", "model_hash", "precalculate_safetensors_hashes"),
 }  # fmt: skip
