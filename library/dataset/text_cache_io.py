@@ -21,22 +21,11 @@ from library.dataset.cache_io import (
     record_array,
 )
 from library.dataset.npz_file import UNREADABLE, ArrayHeader, checksum, read_arrays, read_headers, write_arrays
+from library.families.record import FamilyRecord, TextKey
+from library.families.registry import by_family
 
 _STORED_KINDS = {"float": "f", "float32": "f", "bool": "biu"}
-"""kind of an output -> letters of numpy's `dtype.kind` that another trainer may have stored it in; the others are whole numbers"""
-
-
-@dataclass(frozen=True)
-class TextKey:
-    """One cached output. `kind`: float (bfloat16 becomes float32, float16 stays), or the dtype it always has.
-
-    `num_dims` is without the batch; `is_sized`: the first dimension is the family's maximum token length.
-    """
-
-    name: str
-    kind: str = "float"
-    num_dims: int = 2
-    is_sized: bool = False
+"""dtype of an output -> letters of numpy's `dtype.kind` that another trainer may have stored it in; the others are whole numbers"""
 
 
 @dataclass(frozen=True)
@@ -51,48 +40,18 @@ class TextLayout:
     foreign: str = ""
 
 
-TEXT_LAYOUTS: dict[str, TextLayout] = {
-    "sdxl": TextLayout(
-        (TextKey("hidden_state1"), TextKey("hidden_state2"), TextKey("pool2", num_dims=1)),
-        foreign="their pooled captions (pool2) may have gone through the transposed text_projection",
-    ),
-    "sd3": TextLayout(
-        (
-            TextKey("lg_out"), TextKey("t5_out", is_sized=True), TextKey("lg_pooled", num_dims=1),
-            TextKey("clip_l_attn_mask", "int64", 1), TextKey("clip_g_attn_mask", "int64", 1),
-            TextKey("t5_attn_mask", "int64", 1, is_sized=True),
-        ),
-        flags=("apply_lg_attn_mask", "apply_t5_attn_mask"),
-        live_when_partial=frozenset({"lg_out", "lg_pooled"}),
-    ),
-    "flux": TextLayout(
-        (
-            TextKey("l_pooled", num_dims=1), TextKey("t5_out", is_sized=True), TextKey("txt_ids", "float32", is_sized=True),
-            TextKey("t5_attn_mask", "int64", 1, is_sized=True),
-        ),
-        flags=("apply_t5_attn_mask",),
-        live_when_partial=frozenset({"l_pooled"}),
-        foreign="their pooled captions (l_pooled) were computed with gelu in the place of quick_gelu",
-    ),
-    "lumina": TextLayout(
-        (
-            TextKey("hidden_state", "float32", is_sized=True), TextKey("input_ids", "int64", 1, is_sized=True),
-            TextKey("attention_mask", "int64", 1, is_sized=True),
-        ),
-    ),
-    "hunyuan_image": TextLayout(
-        (
-            TextKey("vlm_embed"), TextKey("vlm_mask", "int64", 1), TextKey("byt5_embed"), TextKey("byt5_mask", "int64", 1),
-            TextKey("ocr_mask", "bool", 0),
-        ),
-    ),
-    "anima": TextLayout(
-        (
-            TextKey("prompt_embeds", is_sized=True), TextKey("attn_mask", "int64", 1, is_sized=True),
-            TextKey("t5_input_ids", "int32", 1), TextKey("t5_attn_mask", "int32", 1), TextKey("caption_dropout_rate", "float32", 0),
-        ),
-    ),
-}
+def layout_of(record: FamilyRecord) -> TextLayout | None:
+    """The layout of a family's text caches; None where captions are encoded in the step."""
+    if record.caches is None or record.caches.text is None:
+        return None
+    learning = set(record.learning_encoders)
+    return TextLayout(
+        record.conditioning, record.text_flags, frozenset(key.name for key in record.conditioning if learning & set(key.encoder)),
+        record.foreign_text,
+    )
+
+
+TEXT_LAYOUTS: Mapping[str, TextLayout] = by_family(layout_of)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +167,7 @@ def _text_keys_problem(
         header = headers.get(key.name + suffix)
         if header is None:
             return f"no {key.name}"
-        if len(header.shape) != key.num_dims:
+        if len(header.shape) != key.rank:
             return f"{key.name} has shape {list(header.shape)}"
         if not _has_kind(header, key):
             return f"{key.name} holds {header.dtype}"
@@ -219,7 +178,7 @@ def _text_keys_problem(
 
 
 def _has_kind(header: ArrayHeader, key: TextKey) -> bool:
-    return header.holds(_STORED_KINDS.get(key.kind, "iu"), header.shape)
+    return header.holds(_STORED_KINDS.get(key.dtype, "iu"), header.shape)
 
 
 def _flags_problem(path: str, layout: TextLayout, expected: TextRecord) -> str | None:

@@ -16,7 +16,7 @@ from library.core.errors import ConfigError, Problems, RunInterrupted
 from library.core.options import Config, option_fields
 from library.dataset import CachingOptions, DatasetOptions
 from library.device_utils import clean_memory_on_device
-from library.families.table import script_name
+from library.families.registry import script_name
 from library.strategy_base import StrategySet
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime

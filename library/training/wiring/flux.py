@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from library.core.errors import Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, refused_option, without_effect
 from library.dataset import CachingOptions
-from library.dataset.architectures import ARCHITECTURES
+from library.families.flux import FAMILY
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
-from library.training.sampling_prompts import SAMPLE_DEFAULTS
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
@@ -82,11 +81,9 @@ class FluxOptions:
 class FluxFamily(FlowFamily):
     """The wiring of FLUX.1: conditioning is [pooled CLIP-L, T5 states, their ids, T5 mask]."""
 
-    name = "flux"
+    record = FAMILY
     timestep_modes = TIMESTEP_MODES
     denoiser_kinds = ("flux",)
-    architecture = ARCHITECTURES["flux"]
-    sampling = SAMPLE_DEFAULTS["flux"]
     options = FluxOptions
     part_options = {
         "vae": frozenset({"ae"}),
