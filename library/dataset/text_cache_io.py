@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from library.core.errors import CheckpointError
+from library.core.errors import CheckpointError, TrainingError
 from library.dataset.cache_io import (
     FORMAT_VERSION,
     RECORD_KEY,
@@ -30,25 +30,67 @@ _STORED_KINDS = {"float": "f", "float32": "f", "bool": "biu"}
 
 @dataclass(frozen=True)
 class TextLayout:
-    """`keys` in the order of the conditioning list; `flags`: options stored beside them that must be equal to use the file;
-    `live_when_partial`: outputs of the encoders that can be trained while the others are cached; `foreign`: how the numbers in
-    files of known trainers differ from ours."""
+    """The conditioning of a family: `keys` in the order of the lists that plug-ins know; `flags`: options stored beside them that must
+    be equal to use a file; `partial`: encoders that learn where a caller of the known classes says `is_partial` and no more; `foreign`:
+    how the numbers in files of known trainers differ from ours."""
 
     keys: tuple[TextKey, ...]
     flags: tuple[str, ...] = ()
-    live_when_partial: frozenset[str] = frozenset()
+    partial: tuple[int, ...] = ()
     foreign: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(key.name for key in self.keys)
+
+    def made_by(self, encoders: Collection[int]) -> frozenset[str]:
+        """The keys that change with any of these encoders: what cannot be cached while they learn."""
+        return frozenset(key.name for key in self.keys if not set(encoders).isdisjoint(key.encoders))
+
+    def encoders_for(self, names: Collection[str]) -> frozenset[int]:
+        """The encoders that must be in memory to make these keys."""
+        return frozenset(encoder for key in self.keys if key.name in names for encoder in key.encoders)
+
+    def named(self, outputs: Sequence[Any | None], origin: str = "the text encoders") -> dict[str, Any]:
+        """The list that strategies of plug-ins give, [B, ...] each or None, by name and without the None.
+
+        Raises TrainingError for what is not the conditioning of the family; `origin` says whose list it is.
+        """
+        keys = self.keys if len(outputs) == len(self.keys) else tuple(key for key in self.keys if key.constant is None)
+        if len(outputs) != len(keys):
+            raise TrainingError(f"{origin} gave {len(outputs)} outputs; needed: {len(keys)}, {', '.join(key.name for key in keys)}")
+        found = {key.name: output for key, output in zip(keys, outputs) if output is not None}
+        self.check(found, origin)
+        return found
+
+    def listed(self, conditioning: Mapping[str, Any]) -> list[Any | None]:
+        """As plug-ins know it: in the order of the keys, None for what is not there."""
+        return [conditioning.get(name) for name in self.names]
+
+    def check(self, conditioning: Mapping[str, Any], origin: str = "the text encoders") -> None:
+        """Names, ranks (with the batch) and kinds of numbers; TrainingError says what is wrong and what is needed."""
+        unknown = [name for name in conditioning if name not in self.names]
+        if unknown:
+            raise TrainingError(f"{origin} gave {', '.join(unknown)}; the conditioning has {', '.join(self.names)}")
+        for key in self.keys:
+            tensor = conditioning.get(key.name)
+            if tensor is not None and tensor.dim() != key.rank + 1:
+                raise TrainingError(f"{origin} gave {key.name} of shape {list(tensor.shape)}; needed: {key.rank + 1} dimensions, the batch first")
+            if tensor is not None and key.dtype == "float" and not tensor.is_floating_point():
+                raise TrainingError(f"{origin} gave {key.name} as {str(tensor.dtype).removeprefix('torch.')}; needed: floating-point numbers")
+
+    def check_complete(self, conditioning: Mapping[str, Any], origin: str) -> None:
+        """TrainingError when a key that the model reads is not there."""
+        missing = [key.name for key in self.keys if key.constant is None and key.name not in conditioning]
+        if missing:
+            raise TrainingError(f"{origin} gave no {', '.join(missing)}, which the model is conditioned on")
 
 
 def layout_of(record: FamilyRecord) -> TextLayout | None:
-    """The layout of a family's text caches; None where captions are encoded in the step."""
-    if record.caches is None or record.caches.text is None:
+    """The layout of a family's conditioning; None where it is not known."""
+    if not record.conditioning:
         return None
-    learning = set(record.learning_encoders)
-    return TextLayout(
-        record.conditioning, record.text_flags, frozenset(key.name for key in record.conditioning if learning & set(key.encoder)),
-        record.foreign_text,
-    )
+    return TextLayout(record.conditioning, record.text_flags, record.learning_encoders, record.foreign_text)
 
 
 TEXT_LAYOUTS: Mapping[str, TextLayout] = by_family(layout_of)
@@ -114,18 +156,20 @@ def keys_problem(path: str, layout: TextLayout, expected: TextRecord, needed: tu
     return reason or _flags_problem(path, layout, expected)
 
 
-def load_text(path: str, layout: TextLayout, suffix: str = "", leave_out: frozenset[str] = frozenset()) -> list[np.ndarray | None]:
-    """The outputs in the order of the conditioning list; None for those in `leave_out` and those not stored."""
+def load_text(path: str, layout: TextLayout, suffix: str = "", leave_out: frozenset[str] = frozenset()) -> dict[str, np.ndarray]:
+    """The outputs by name, as stored, in the order of the layout; without those in `leave_out` and those not stored."""
     wanted = {key.name + suffix: key for key in layout.keys if key.name not in leave_out}
     try:
         headers = read_headers(path)
         for name, key in wanted.items():
             if name in headers and not _has_kind(headers[name], key):
                 raise ValueError(f"{name} holds {headers[name].dtype}")
+            if name in headers and len(headers[name].shape) != key.rank:
+                raise ValueError(f"{name} has shape {list(headers[name].shape)}")
         arrays = read_arrays(path, list(wanted), headers)
     except UNREADABLE as error:
         raise CheckpointError(f"cache file {path} cannot be read ({error}); delete it and run again to make it anew") from error
-    return [arrays.get(key.name + suffix) for key in layout.keys]
+    return {key.name: arrays[name] for name, key in wanted.items() if name in arrays}
 
 
 def save_text(

@@ -34,11 +34,11 @@ FAMILY = FamilyRecord(
     bucket_step=16,
     caches=CacheNames(latents="_anima.npz", text="_anima_te.npz"),
     conditioning=(
-        TextKey("prompt_embeds", encoder=(0,), is_sized=True),
+        TextKey("prompt_embeds", encoders=(0,), is_sized=True),
         TextKey("attn_mask", rank=1, dtype="int64", is_sized=True),
         TextKey("t5_input_ids", rank=1, dtype="int32"),
         TextKey("t5_attn_mask", rank=1, dtype="int32"),
-        TextKey("caption_dropout_rate", rank=0, dtype="float32"),
+        TextKey("caption_dropout_rate", rank=0, dtype="float32", constant=0.0),
     ),
     samples=SampleDefaults(512, 16, {"sample_steps": 30, "scale": 7.5, "flow_shift": 3.0}, reads=frozenset({"sample_sampler"})),
     model_kinds=(

@@ -34,9 +34,9 @@ FAMILY = FamilyRecord(
     bucket_step=16,
     caches=CacheNames(latents="_flux.npz", text="_flux_te.npz"),
     conditioning=(
-        TextKey("l_pooled", rank=1, encoder=(0,)),
-        TextKey("t5_out", encoder=(1,), is_sized=True),
-        TextKey("txt_ids", dtype="float32", encoder=(1,), is_sized=True),
+        TextKey("l_pooled", rank=1, encoders=(0,)),
+        TextKey("t5_out", encoders=(1,), is_sized=True),
+        TextKey("txt_ids", dtype="float32", is_sized=True),
         TextKey("t5_attn_mask", rank=1, dtype="int64", is_sized=True),
     ),
     text_flags=("apply_t5_attn_mask",),

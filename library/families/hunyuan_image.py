@@ -22,9 +22,9 @@ FAMILY = FamilyRecord(
     bucket_step=32,
     caches=CacheNames(latents="_hi.npz", text="_hi_te.npz"),
     conditioning=(
-        TextKey("vlm_embed", encoder=(0,)),
+        TextKey("vlm_embed", encoders=(0,)),
         TextKey("vlm_mask", rank=1, dtype="int64"),
-        TextKey("byt5_embed", encoder=(1,)),
+        TextKey("byt5_embed", encoders=(1,)),
         TextKey("byt5_mask", rank=1, dtype="int64"),
         TextKey("ocr_mask", rank=0, dtype="bool"),
     ),

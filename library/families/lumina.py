@@ -25,7 +25,7 @@ FAMILY = FamilyRecord(
     bucket_step=16,
     caches=CacheNames(latents="_lumina.npz", text="_lumina_te.npz"),
     conditioning=(
-        TextKey("hidden_state", dtype="float32", encoder=(0,), is_sized=True),
+        TextKey("hidden_state", dtype="float32", encoders=(0,), is_sized=True),
         TextKey("input_ids", rank=1, dtype="int64", is_sized=True),
         TextKey("attention_mask", rank=1, dtype="int64", is_sized=True),
     ),

@@ -46,15 +46,19 @@ class DataArchitecture:
 
 @dataclass(frozen=True)
 class TextKey:
-    """One output of the text side. `rank`: dimensions without the batch; `dtype`: float (bfloat16 is stored as float32, float16 stays), or
-    the one it always has; `encoder`: places of the text encoders that make it, none for what the tokenizers give; `is_sized`: the first
-    dimension is the family's maximum token length."""
+    """One named tensor of a family's conditioning, as a cache stores it for one caption.
+
+    `rank`: its dimensions without the batch; `dtype`: float (bfloat16 becomes float32, float16 stays), or the one it always has.
+    `encoders`: places of the text encoders that make it, none for what comes from the tokens alone. `is_sized`: the first dimension is
+    the family's maximum token length. `constant`: a number that files of known trainers carry and nothing reads; no encoder gives it.
+    """
 
     name: str
     rank: int = 2
     dtype: str = "float"
-    encoder: tuple[int, ...] = ()
+    encoders: tuple[int, ...] = ()
     is_sized: bool = False
+    constant: float | None = None
 
 
 @dataclass(frozen=True)

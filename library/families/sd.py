@@ -39,7 +39,7 @@ FAMILY = FamilyRecord(
     latents=LatentSpec(channels=4, spatial_stride=8, fingerprint="ldm-f8c4"),
     bucket_step=64,
     caches=CacheNames(latents="_sd.npz", legacy_keys=True),
-    conditioning=(TextKey("hidden_state", encoder=(0,)),),
+    conditioning=(TextKey("hidden_state", encoders=(0,)),),
     samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler"})),
     model_kinds=(
         ModelKind(

@@ -23,9 +23,9 @@ FAMILY = FamilyRecord(
     bucket_step=16,
     caches=CacheNames(latents="_sd3.npz", text="_sd3_te.npz"),
     conditioning=(
-        TextKey("lg_out", encoder=(0, 1)),
-        TextKey("t5_out", encoder=(2,), is_sized=True),
-        TextKey("lg_pooled", rank=1, encoder=(0, 1)),
+        TextKey("lg_out", encoders=(0, 1)),
+        TextKey("t5_out", encoders=(2,), is_sized=True),
+        TextKey("lg_pooled", rank=1, encoders=(0, 1)),
         TextKey("clip_l_attn_mask", rank=1, dtype="int64"),
         TextKey("clip_g_attn_mask", rank=1, dtype="int64"),
         TextKey("t5_attn_mask", rank=1, dtype="int64", is_sized=True),

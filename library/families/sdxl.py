@@ -30,9 +30,9 @@ FAMILY = FamilyRecord(
     bucket_step=32,
     caches=CacheNames(latents="_sdxl.npz", text="_te_outputs.npz", legacy_keys=True),
     conditioning=(
-        TextKey("hidden_state1", encoder=(0,)),
-        TextKey("hidden_state2", encoder=(1,)),
-        TextKey("pool2", rank=1, encoder=(1,)),
+        TextKey("hidden_state1", encoders=(0,)),
+        TextKey("hidden_state2", encoders=(1,)),
+        TextKey("pool2", rank=1, encoders=(1,)),
     ),
     foreign_text="their pooled captions (pool2) may have gone through the transposed text_projection",
     samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler"})),

@@ -77,7 +77,7 @@ def script(family: str, trainable: str) -> Script:
     family_class = import_target(record_of(family).family)
     entry = TRAINABLES[trainable]
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
-    first, rest = SHARED_GROUPS[:2], SHARED_GROUPS[2:]
+    first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
     return Script(
         family,
         trainable,
