@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from library.families.record import DataArchitecture, LatentSpec
+from library.families.latents import LatentSpec
+from library.families.record import DataArchitecture
 from library.families.registry import by_family
 
 __all__ = ["ARCHITECTURES", "DataArchitecture", "LatentSpec"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
     CacheNames,
     EncoderFile,
     FamilyRecord,
-    LatentSpec,
     ModelKind,
     SampleDefaults,
     Signature,

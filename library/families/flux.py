@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
     CacheNames,
     EncoderFile,
     FamilyRecord,
-    LatentSpec,
     ModelKind,
     SampleDefaults,
     Signature,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
     CacheNames,
     FamilyRecord,
-    LatentSpec,
     ModelKind,
     SampleDefaults,
     Signature,

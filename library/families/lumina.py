@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
     CacheNames,
     FamilyRecord,
-    LatentSpec,
     ModelKind,
     SampleDefaults,
     Signature,

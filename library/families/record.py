@@ -10,16 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True, kw_only=True)
-class LatentSpec:
-    """Latents of a family. `fingerprint` names the latent space, so that caches of another space are never mixed up."""
-
-    channels: int
-    spatial_stride: int
-    temporal_stride: int | None = None
-    patch: int = 1
-    fingerprint: str = ""
+from library.families.latents import LatentSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ class TrainStep:
         self._compute_loss = replacement_of(self.hooks, "compute_loss")
 
     def __call__(self, batch: Batch, times: torch.Tensor | None = None) -> StepOutput:
-        """Loss of one batch. `times` [B] fixes the noise level in the objective's unit (validation); None draws it."""
+        """Loss of one batch. `times` ([B], or one per frame or token) fixes the noise level in the objective's unit (validation); None draws it."""
         if len(batch) == 0:  # a rank without samples only joins the reduction
             zero = torch.zeros((), device=self.runtime.device)
             return StepOutput(zero, zero, 0)
@@ -65,10 +65,11 @@ class TrainStep:
         if batch.request.is_training:
             self.runtime.seed_foreign_code(key_seed(self.seed, "foreign code", draws.step, draws.positions[0]))
             self.trainable.on_step_start(draws)
+        batch = self.with_latents(batch)
         latents = self.latents_of(batch)  # [B, C, H, W] or [B, C, F, H, W]
         noise = draws.normal("noise", latents.shape[1:]).to(device)
         if times is None:
-            times = self.timestep_sampler.sample(tuple(latents.shape), draws).to(device)  # [B]
+            times = self.timestep_sampler.sample(tuple(latents.shape), draws).to(device)  # [B], [B, F] or [B, tokens]
         sample = self.objective.corrupt(latents, noise, times, draws)
         if batch.request.is_training:
             self.trainable.on_sample(sample)
@@ -98,12 +99,18 @@ class TrainStep:
         level = 0 if times is None else round(float(times.flatten()[0]) * 1e6)
         return StepDraws(self.validation_seed, level, request.positions)
 
+    def with_latents(self, batch: Batch) -> Batch:
+        """The batch with latents and the conditions beside them; what is not cached is encoded, by models in their own dtype."""
+        if batch.latents is not None:
+            return batch
+        latents, conditions = self.strategies.latents_caching.encode_samples(
+            self.models.vae, self.models.extra, batch.images, batch.latent_seeds
+        )
+        return dataclasses.replace(batch, latents=latents, conditions={**batch.conditions, **conditions})
+
     def latents_of(self, batch: Batch) -> torch.Tensor:
-        """Scaled latents, from the cache or from the VAE in its own dtype."""
-        latents = batch.latents
-        if latents is None:
-            latents = self.strategies.latents_caching.encode_images(self.models.vae, batch.images, batch.latent_seeds)
-        return self.family.scale_latents(latents.to(self.runtime.device, torch.float32))
+        """Scaled latents."""
+        return self.family.scale_latents(self.with_latents(batch).latents.to(self.runtime.device, torch.float32))
 
     def conditioning_of(self, batch: Batch) -> list[torch.Tensor | None]:
         """Cached outputs, overwritten by position with what the text encoders in memory give (those that learn, or all)."""
