@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.core.options import Config
-from library.strategy_base import StrategySet
+from library.dataset.strategies import StrategySet
 from library.training.hooks.ema import EmaHook
 from library.training.optimizers import switches_weights
 from library.training.run_settings import RunSettings

@@ -32,14 +32,13 @@ from library.training.sampling_prompts import (
 )
 
 if TYPE_CHECKING:
-    from library.strategy_base import StrategySet
+    from library.dataset.strategies import Conditioning, StrategySet
     from library.training.progress import Progress
     from library.training.run import Run, StepOutput
     from library.training.wiring.base import ModelFamily
 
 logger = logging.getLogger(__name__)
 
-Conditioning = list[Any]
 T = TypeVar("T")
 
 
@@ -59,13 +58,13 @@ def encode_sample_prompts(
 ) -> dict[str, Conditioning]:
     """Text -> conditioning of one sample (tensors [1, ...] on the CPU) for every text that sampling needs.
 
-    Made once while the text encoders are in memory. An encoder that is None leaves None at its places.
+    Made once while the text encoders are in memory. What an encoder that is None would make is not there.
     """
     encoded: dict[str, Conditioning] = {}
     for text in texts_of(family, prompts):
         tokens, weights = strategies.tokenize.tokenize_prompt(text)
-        outputs = strategies.text_encoding.encode(strategies.tokenize, text_encoders, tokens, weights)
-        encoded[text] = [None if tensor is None else tensor.detach().cpu() for tensor in outputs]
+        outputs = strategies.encode(text_encoders, tokens, weights)
+        encoded[text] = {name: tensor.detach().cpu() for name, tensor in outputs.items()}
     return encoded
 
 
@@ -195,10 +194,7 @@ class SampleHook(Hook):
         if not any(run.step.trained_text_encoders):
             return self.conditioning
         fresh = encode_sample_prompts(run.family, run.strategies, run.models.text_encoders, self.prompts)
-        return {
-            text: [old if new is None else new for old, new in zip(self.conditioning.get(text, outputs), outputs)]
-            for text, outputs in fresh.items()
-        }
+        return {text: {**self.conditioning.get(text, {}), **outputs} for text, outputs in fresh.items()}
 
     def _make(self, run: Run, at: str, number: int, texts: dict[str, Conditioning]) -> SampleFile:
         given = self.prompts[number]
