@@ -226,6 +226,8 @@ class LatentsCachingStrategy(PluginSlot, ABC):
     def problem_of(self, item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
         """Why the item's cache file cannot be used, with everything that is known of the item; None when it can."""
         path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
+        if self._has_files_of_its_own:
+            return None if self.is_disk_cached_latents_expected(item.bucket_reso, path, flip_aug, alpha_mask) else "not as expected"
         if self.skip_disk_cache_validity_check:
             return None if os.path.exists(path) else "no file"
         return cache_io.latents_problem(
@@ -233,9 +235,13 @@ class LatentsCachingStrategy(PluginSlot, ABC):
             expected=self.record_of(item), image_path=item.absolute_path, conditions=self.condition_shapes(item.bucket.key),
         )
 
+    @property
+    def _has_files_of_its_own(self) -> bool:
+        return type(self).is_disk_cached_latents_expected is not LatentsCachingStrategy.is_disk_cached_latents_expected
+
     def problem_with(self, index: CacheIndex) -> Callable[[ImageItem, bool, bool], str | None]:
         """`problem_of`, which an index may know without reading the file; for many items, with the settings of now."""
-        if self.skip_disk_cache_validity_check:
+        if self.skip_disk_cache_validity_check or self._has_files_of_its_own:
             return self.problem_of
         questions: dict[tuple, str] = {}  # many images ask the same
 
@@ -295,6 +301,11 @@ class LatentsCachingStrategy(PluginSlot, ABC):
             alpha_mask=None if alpha_mask is None else to_float32(alpha_mask),
         )
         cache_io.save_latents(npz_path, key_reso_suffix, arrays)
+
+    @property
+    def stores_itself(self) -> bool:
+        """Whether a subclass encodes and stores whole batches in a `cache_batch_latents` of its own, as plug-ins know it."""
+        return type(self).cache_batch_latents is not LatentsCachingStrategy.cache_batch_latents
 
     def cache_batch_latents(self, vae: Any, infos: list[ImageItem], flip_aug: bool, alpha_mask: bool, random_crop: bool) -> None:
         """Read, encode and store one batch of equal bucket size (for plug-ins; a run uses library/dataset/caching.py)."""
@@ -404,8 +415,19 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
             is_weighted=self.is_weighted, flags=self.flags,
         )
 
+    @property
+    def stores_itself(self) -> bool:
+        """Whether a subclass encodes and stores whole batches in a `cache_batch_outputs` of its own, as plug-ins know it."""
+        return type(self).cache_batch_outputs is not TextEncoderOutputsCachingStrategy.cache_batch_outputs
+
+    @property
+    def _has_files_of_its_own(self) -> bool:
+        return type(self).is_disk_cached_outputs_expected is not TextEncoderOutputsCachingStrategy.is_disk_cached_outputs_expected
+
     def find_with(self, index: CacheIndex) -> Callable[[str, str, bool], tuple[str | None, str]]:
         """`find`, which an index may know without reading the file; for many captions, with the settings of now."""
+        if self._has_files_of_its_own:
+            return self.find
         made = self.record_of("")
         questions = [
             f"{type(self).__qualname__} {self.architecture.name} {made.model} {made.max_token_length} {made.is_weighted} {made.flags}"
@@ -423,6 +445,8 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
 
     def find(self, npz_path: str, caption: str, accept_unrecorded: bool = True) -> tuple[str | None, str]:
         """(suffix of the keys that hold this caption, "") or (None, why there are none)."""
+        if self._has_files_of_its_own:
+            return ("", "") if self.is_disk_cached_outputs_expected(npz_path) else (None, "not as expected")
         if self.skip_disk_cache_validity_check and os.path.exists(npz_path):
             expected = replace(self.record_of(caption), model="")
             suffix, _ = text_cache_io.find_text(npz_path, self.layout, expected, needed=self.needed)

@@ -10,7 +10,7 @@ from library.core.keyed_random import keyed_random
 from library.dataset.bucket import BucketSelector, centre_offset, cover_size, crop_ltrb
 from library.dataset.datasources import DEFAULT_SPLIT_SEED, split_validation
 from library.dataset.items import ImageItem, SubsetParams
-from library.scripts.folder_tool import images_of
+from library.dataset.media_utils import image_extensions
 
 Size = tuple[int, int]
 
@@ -96,4 +96,5 @@ def split_train_val(
 
 def glob_images_pathlib(dir_path: str | Path, recursive: bool) -> list[Path]:
     """Image files of a folder, sorted."""
-    return [Path(path) for path in images_of(str(dir_path), recursive)]
+    found, extensions = Path(dir_path).glob("**/*" if recursive else "*"), image_extensions()
+    return sorted(path for path in found if path.suffix.lower() in extensions)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from library.compat.arguments import add_config_arguments
-from library.compat.datasets import DatasetGroup
+from library.compat.datasets import ARCHITECTURE, DatasetGroup
 from library.compat.namespace import options_of
 from library.config_util import Blueprint as OwnBlueprint
 from library.config_util import DatasetConfigError, load_blueprint
 from library.core.options import option_fields
 from library.dataset import CachingOptions, DatasetOptions
-from library.dataset.architectures import ARCHITECTURES
 from library.dataset.build import build_dataset_groups
 from library.dataset.config_folders import config_from_options
 from library.dataset.config_reading import ConfigReader, ProblemList, read_config_file
@@ -28,8 +27,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-FAMILY = "sd"
-"""whose bucket step is asked for; `DatasetGroup.verify_bucket_reso_steps` checks that of another"""
+SCRIPTS = {frozenset({"DB"}): "train_db", frozenset({"FT"}): "fine_tune", frozenset({"CN"}): "train_controlnet"}
+"""kinds of dataset -> a script that takes just these"""
 
 
 def load_user_config(file: str) -> dict[str, Any]:
@@ -96,8 +95,8 @@ class BlueprintGenerator:
             if getattr(argparse_namespace, name, field.default) != field.default
         }
         blueprint = load_blueprint(
-            options, options_of(argparse_namespace, CachingOptions), explicit=frozenset(given), architecture=ARCHITECTURES[FAMILY],
-            script="train_controlnet" if kinds == {"CN"} else "train_network", supports_cn="CN" in kinds,
+            options, options_of(argparse_namespace, CachingOptions), explicit=frozenset(given), architecture=ARCHITECTURE,
+            script=SCRIPTS.get(kinds - {"CN"} or kinds, "train_network"), supports_cn="CN" in kinds,
             supports_dropout=self.sanitizer.supports_dropout, content=user_config,
         )
         return Blueprint(DatasetGroupBlueprint(blueprint, options, getattr(argparse_namespace, "seed", None) or 0))
@@ -106,7 +105,7 @@ class BlueprintGenerator:
 def generate_dataset_group_by_blueprint(dataset_group_blueprint: DatasetGroupBlueprint) -> tuple[DatasetGroup, DatasetGroup | None]:
     """(training images, validation images or None)."""
     groups = build_dataset_groups(
-        dataset_group_blueprint.blueprint, dataset_group_blueprint.options, architecture=ARCHITECTURES[FAMILY], seed=dataset_group_blueprint.seed
+        dataset_group_blueprint.blueprint, dataset_group_blueprint.options, architecture=ARCHITECTURE, seed=dataset_group_blueprint.seed
     )
     train, validation = (None if group is None else DatasetGroup(group.datasets) for group in groups)
     return train, validation

@@ -28,8 +28,8 @@ from library.strategy_base import (
     TokenizeStrategy,
 )
 
-ARCHITECTURE = ARCHITECTURES[next(iter(ARCHITECTURES))]
-"""only its bucket step is read here, in warnings; caches are those of the strategies"""
+ARCHITECTURE = min(ARCHITECTURES.values(), key=lambda architecture: architecture.bucket_step)
+"""A dataset by hand has no family: only the bucket step is read, the least that any asks for; caches are those of the strategies."""
 
 
 class DreamBoothSubset(SubsetParams):

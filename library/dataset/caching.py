@@ -6,6 +6,7 @@ appears complete or not at all, so an interrupted run leaves what it finished an
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections import Counter
@@ -158,6 +159,9 @@ def encode_latents(
     Images that cannot be decoded do not stop the others: their items are returned with `skip_bad_images`, else one
     ConfigError names them all in the end. Raises TrainingError for latents that are not finite, and writes none of those.
     """
+    if strategy.stores_itself:
+        _stored_by_plugin(jobs, strategy, vae)
+        return []
     bad: list[tuple[LatentsJob, BaseException]] = []
     threads = num_threads or min(os.cpu_count() or 1, 8)
     bar = tqdm(total=len(jobs), desc="caching latents", unit="image", disable=not show_progress)
@@ -174,6 +178,20 @@ def encode_latents(
     for _, error in bad:
         logger.warning("%s; the image is left out", error)
     return [item for job, _ in bad for item in job.items]
+
+
+def _stored_by_plugin(jobs: Sequence[LatentsJob], strategy: LatentsCachingStrategy, vae: Any) -> None:
+    """Batches of one bucket and one set of needs through the strategy's own `cache_batch_latents`."""
+    for key, group in itertools.groupby(jobs, key=lambda job: job.batch_key):
+        same = list(group)
+        for start in range(0, len(same), strategy.batch_size):
+            batch = same[start : start + strategy.batch_size]
+            infos = [job.item for job in batch]
+            strategy.cache_batch_latents(vae, infos, batch[0].flip_aug, batch[0].alpha_mask, False)
+            for job in batch if not strategy.cache_to_disk else ():
+                for item in job.items[1:]:
+                    for name in ("latents", "latents_flipped", "latents_original_size", "latents_crop_ltrb", "alpha_mask"):
+                        setattr(item, name, getattr(job.item, name))
 
 
 def _decoded(jobs: Sequence[LatentsJob], threads: int, batch_size: int, bad: list) -> Iterator[Decoded]:

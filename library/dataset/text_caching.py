@@ -150,6 +150,9 @@ def encode_text(
     strategy = strategies.text_encoder_outputs_caching
     warn_overlong([job.caption for job in plan.jobs], strategies.tokenize)
     size = strategy.batch_size or batch_size
+    if strategy.stores_itself:
+        _stored_by_plugin(plan, strategies, text_encoders, size)
+        return
     bar = tqdm(total=len(plan.jobs), desc="caching text encoder outputs", unit="caption", disable=not show_progress)
     with bar, BackgroundWriter() as writer:
         for start in range(0, len(plan.jobs), size):
@@ -161,6 +164,21 @@ def encode_text(
                     for item in job.items:
                         item.text_encoder_outputs = outputs
             bar.update(len(jobs))
+
+
+def _stored_by_plugin(plan: TextPlan, strategies: StrategySet, text_encoders: list[Any], size: int) -> None:
+    """Batches through the strategy's own `cache_batch_outputs`, which gives lists where it keeps outputs in memory. Items that share a
+    caption have files of their own."""
+    strategy = strategies.text_encoder_outputs_caching
+    infos = [item for job in plan.jobs for item in (job.items if strategy.cache_to_disk else job.items[:1])]
+    for start in range(0, len(infos), size):
+        strategy.cache_batch_outputs(strategies.tokenize, text_encoders, strategies.text_encoding, infos[start : start + size])
+    for job in plan.jobs if not strategy.cache_to_disk else ():
+        outputs = job.items[0].text_encoder_outputs
+        if not isinstance(outputs, dict):
+            outputs = {name: torch.as_tensor(out) for name, out in zip(strategy.layout.names, outputs) if out is not None}
+        for item in job.items:
+            item.text_encoder_outputs = outputs
 
 
 def _encode_batch(jobs: Sequence[TextJob], strategies: StrategySet, text_encoders: list[Any]) -> list[Conditioning]:
@@ -221,7 +239,8 @@ def text_outputs_of(item: ImageItem, strategy: TextEncoderOutputsCachingStrategy
         return item.text_encoder_outputs
     if item.text_encoder_outputs_npz is None or strategy is None:
         return None
-    arrays = strategy.load_outputs_npz(item.text_encoder_outputs_npz, item.text_encoder_outputs_suffix)
+    suffix = [item.text_encoder_outputs_suffix] if item.text_encoder_outputs_suffix else []  # plug-ins know the path alone
+    arrays = strategy.load_outputs_npz(item.text_encoder_outputs_npz, *suffix)
     return {name: torch.from_numpy(array) for name, array in zip(strategy.layout.names, arrays) if array is not None}
 
 
