@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.attention import DeviceTables, rotate_halves, scaled_attention, timestep_embedding
-from library.custom_offloading_utils import BlockStackMixin, ModelOffloader
+from library.custom_offloading_utils import BlockStackMixin, BlockOffloader
 
 Rope = tuple[Tensor, Tensor]
 NORM_EPS = 1e-6
@@ -428,7 +428,7 @@ class Anima(BlockStackMixin, nn.Module):
         problem = block_swap_problem(blocks_to_swap, self.params.num_blocks)
         if problem:
             raise ValueError(problem)
-        self.offloaders = (ModelOffloader(self.blocks, blocks_to_swap, device) if blocks_to_swap else None,)
+        self.offloaders = (BlockOffloader(self.blocks, blocks_to_swap, device) if blocks_to_swap else None,)
 
 
 def _with_mask(x: Tensor, padding_mask: Tensor | None) -> Tensor:

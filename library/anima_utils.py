@@ -34,7 +34,7 @@ from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
 from library.safetensors_utils import FP8_DTYPES, cast_all, cast_floats, save_file_atomic
 
 __all__ = [
-    "inspect_anima", "inspect_llm_adapter", "load_anima_model", "load_qwen3_text_encoder", "load_qwen3_tokenizer", "load_t5_tokenizer", "save_anima_model",
+    "inspect_anima", "inspect_llm_adapter", "load_anima", "load_qwen3_text_encoder", "load_qwen3_tokenizer", "load_t5_tokenizer", "save_anima",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def _infer_adapter(shapes: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def load_anima_model(
+def load_anima(
     path: str | os.PathLike,
     dtype: torch.dtype | None,
     device: torch.device | str,
@@ -174,8 +174,8 @@ def _stored(key: str, tensor: Tensor, kind: torch.dtype, dtype: torch.dtype | No
     8 bits."""
     may_be_small = key.startswith("blocks.") and key.endswith("_proj.weight") or ".mlp.layer" in key
     if may_be_small and (dtype == FP8_STORAGE or (dtype is None and kind == FP8_STORAGE)):
-        return cast_floats(tensor, FP8_STORAGE)
-    return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind)
+        return cast_floats(tensor, FP8_STORAGE, key)
+    return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind, key)
 
 
 def inspect_llm_adapter(path: str | os.PathLike) -> tuple[CheckpointFiles, str, AdapterParams]:
@@ -238,7 +238,7 @@ def _with_adapter(
     return {**kept, **ours}, replace(params, adapter=adapter)
 
 
-def save_anima_model(
+def save_anima(
     model: Anima, path: str | os.PathLike, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a denoiser under its original names, `net.` included. Each tensor goes to the CPU before it is cast."""

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from library.core.lazy_names import homes, lazy_names
+
+__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.offloading", "Offloader", "ModelOffloader", "create_cpu_offloading_wrapper"))
+
 
 def run_checkpointed(function: Callable[..., Any], hidden: Sequence[Tensor], cpu_offload: bool = False) -> Any:
     """function(*hidden), recomputed in the backward pass; with `cpu_offload` the kept inputs wait on the CPU.
@@ -38,7 +42,7 @@ def swappable_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-class ModelOffloader:
+class BlockOffloader:
     """Swaps the weights of a row of equal blocks between CPU and device while the row runs forward and backward.
 
     Of N blocks, S are away at any time. A forward starts with blocks 0..N-S-1 on the device; as soon as block i < S has
@@ -102,11 +106,11 @@ class ModelOffloader:
             return
         for output in outputs:
             if output.requires_grad:
-                output.register_hook(lambda grad, index=index: self._before_backward(index))
+                output.register_hook(lambda grad, index=index: self.before_backward(index))
         if index < self.num_swapped:
             self._exchange(index, self.first_away + index)
 
-    def _before_backward(self, index: int) -> None:
+    def before_backward(self, index: int) -> None:
         """Gradients have reached the output of a block: the one after it is done, the next ones will be needed."""
         done = len(self.blocks) - 1 - index
         if 0 < done <= self.num_swapped:
@@ -144,7 +148,7 @@ class BlockStackMixin:
     training: bool
     gradient_checkpointing: bool
     cpu_offload_checkpointing: bool
-    offloaders: tuple[ModelOffloader | None, ...]
+    offloaders: tuple[BlockOffloader | None, ...]
 
     def init_block_stack(self, num_rows: int) -> None:
         self.gradient_checkpointing = False
@@ -152,7 +156,7 @@ class BlockStackMixin:
         self.offloaders = (None,) * num_rows
 
     def run_block(
-        self, block: nn.Module, index: int, offloader: ModelOffloader | None, hidden: tuple[Tensor, ...], context: tuple
+        self, block: nn.Module, index: int, offloader: BlockOffloader | None, hidden: tuple[Tensor, ...], context: tuple
     ) -> tuple[Tensor, ...]:
         """One block on its hidden states, checkpointed and with its weights fetched where that is switched on."""
         if offloader is not None:
@@ -195,20 +199,22 @@ class BlockStackMixin:
         self.prepare_block_swap_before_forward()
 
 
-def swap_weight_devices_no_cuda(device: torch.device, outgoing: nn.Module, incoming: nn.Module) -> None:
-    """Weights of `outgoing` go to the CPU, those of `incoming` to the device."""
-    weighs_to_device(outgoing, torch.device("cpu"))
-    weighs_to_device(incoming, device)
+def swap_weight_devices_no_cuda(device: torch.device, layer_to_cpu: nn.Module, layer_to_cuda: nn.Module) -> None:
+    """Weights of `layer_to_cpu` go to the CPU, those of `layer_to_cuda` to the device."""
+    weighs_to_device(layer_to_cpu, torch.device("cpu"))
+    weighs_to_device(layer_to_cuda, device)
 
 
 def swap_weight_devices_cuda(
-    device: torch.device, outgoing: nn.Module, incoming: nn.Module, stream: torch.cuda.Stream, ready: torch.cuda.Event | None = None
+    device: torch.device, layer_to_cpu: nn.Module, layer_to_cuda: nn.Module, stream: torch.cuda.Stream | None = None,
+    ready: torch.cuda.Event | None = None,
 ) -> None:
-    """Exchange the storages of two equal blocks on `stream`, so that no new device memory is taken.
+    """Exchange the storages of two equal blocks on `stream` (the present one when None), so that no new device memory is taken.
 
     Weights without a partner of the same name, shape and type are moved on their own.
     """
-    leaving, arriving = swappable_weights(outgoing), swappable_weights(incoming)
+    stream = torch.cuda.current_stream(device) if stream is None else stream
+    leaving, arriving = swappable_weights(layer_to_cpu), swappable_weights(layer_to_cuda)
     with torch.cuda.device(device), torch.cuda.stream(stream):
         if ready is not None:
             stream.wait_event(ready)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from library.attention import DeviceTables, rope_cos_sin, rotate_pairs, scaled_attention, timestep_embedding
 from library.components.ldm_models import AutoEncoder, AutoEncoderParams  # noqa: F401, names that are imported from here
-from library.custom_offloading_utils import BlockStackMixin, ModelOffloader
+from library.custom_offloading_utils import BlockStackMixin, BlockOffloader
 
 Rope = tuple[Tensor, Tensor]
 
@@ -288,8 +288,8 @@ class Flux(BlockStackMixin, nn.Module):
             raise ValueError(problem)
         num_double, num_single = split_blocks_to_swap(blocks_to_swap)
         self.offloaders = (
-            ModelOffloader(self.double_blocks, num_double, device) if num_double else None,
-            ModelOffloader(self.single_blocks, num_single, device) if num_single else None,
+            BlockOffloader(self.double_blocks, num_double, device) if num_double else None,
+            BlockOffloader(self.single_blocks, num_single, device) if num_single else None,
         )
 
 

@@ -36,7 +36,7 @@ from library.safetensors_utils import FP8_DTYPES, cast_all, cast_floats, save_fi
 
 __all__ = [
     "analyze_checkpoint_state", "convert_bfl_sd_to_diffusers", "convert_diffusers_sd_to_bfl", "get_t5xxl_actual_dtype",
-    "inspect_ae", "inspect_flow_model", "load_ae", "load_clip_l", "load_flow_model", "load_t5xxl", "pack_latents",
+    "inspect_ae", "inspect_flow_model", "load_ae", "load_clip_l", "load_flux", "load_t5xxl", "pack_latents",
     "prepare_img_ids", "save_flow_model", "unpack_latents",
 ]  # fmt: skip
 
@@ -154,7 +154,7 @@ def analyze_checkpoint_state(ckpt_path: str | os.PathLike) -> CheckpointState:
     return CheckpointState(info.is_diffusers, info.is_schnell, blocks, list(info.source.files))
 
 
-def load_flow_model(
+def load_flux(
     path: str | os.PathLike,
     dtype: torch.dtype | None,
     device: torch.device | str,
@@ -185,8 +185,8 @@ def load_flow_model(
         kind = info.source.dtype_of(key)
         is_matrix = key.endswith(".weight") and tensor.ndim == 2  # every such tensor of this model belongs to a linear layer
         if stay_in_fp8 and is_matrix and (dtype is not None or kind in FP8_DTYPES):
-            return cast_floats(tensor, dtype or kind)
-        return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind)
+            return cast_floats(tensor, dtype or kind, key)
+        return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind, key)
 
     state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, cast), info.prefix)
     if info.is_diffusers:
@@ -236,7 +236,7 @@ def inspect_ae(path: str | os.PathLike, config: Mapping[str, Any] | None = None)
 
 
 def load_ae(
-    path: str | os.PathLike,
+    ckpt_path: str | os.PathLike,
     dtype: torch.dtype | None,
     device: torch.device | str,
     disable_mmap: bool = False,
@@ -244,7 +244,7 @@ def load_ae(
 ) -> AutoEncoder:
     """Load the autoencoder of FLUX.1: a file in the original or the diffusers layout, alone or inside a larger file, or
     a diffusers folder. CheckpointError when the file does not fit."""
-    return load_autoencoder(inspect_ae(path, config), dtype, device, disable_mmap)
+    return load_autoencoder(inspect_ae(ckpt_path, config), dtype, device, disable_mmap)
 
 
 def get_t5xxl_actual_dtype(t5xxl: torch.nn.Module) -> torch.dtype:
@@ -261,13 +261,13 @@ def prepare_img_ids(batch_size: int, packed_latent_height: int, packed_latent_wi
     return ids.flatten(0, 1).expand(batch_size, -1, -1).clone()
 
 
-def pack_latents(latents: Tensor) -> Tensor:
+def pack_latents(x: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, (H/2)(W/2), 4C]; inside a token the order is channel, row, column."""
-    return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
+    return rearrange(x, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
 
 
-def unpack_latents(packed: Tensor, packed_latent_height: int, packed_latent_width: int) -> Tensor:
+def unpack_latents(x: Tensor, packed_latent_height: int, packed_latent_width: int) -> Tensor:
     """[B, height * width, 4C] -> [B, C, 2 * height, 2 * width]; the inverse of `pack_latents`."""
     return rearrange(
-        packed, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=packed_latent_height, w=packed_latent_width, ph=2, pw=2
+        x, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=packed_latent_height, w=packed_latent_width, ph=2, pw=2
     )

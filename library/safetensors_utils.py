@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from library.checkpoints.number_formats import narrowed, narrowed_all
+from library.checkpoints.number_formats import AT_LOADING, narrowed, narrowed_all
 from library.checkpoints.safetensors_header import DTYPE_NAMES, TensorInfo, header_bytes, read_header, read_header_and_start
 from library.core.atomic_file import atomic_path
 from library.core.console import storable
@@ -195,11 +195,14 @@ def load_safetensors(
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """All tensors of a file; `dtype` casts the floating-point ones."""
-    return {key: cast_floats(tensor, dtype) for key, tensor in iterate_tensors(path, device, disable_mmap)}
+    return {key: cast_floats(tensor, dtype, key) for key, tensor in iterate_tensors(path, device, disable_mmap)}
 
 
-def cast_floats(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+def cast_floats(tensor: Tensor, dtype: torch.dtype | None, name: str = "a weight") -> Tensor:
+    """A tensor of a model that is loaded; CheckpointError with its `name` for numbers that the format does not hold."""
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype) if tensor.is_meta else narrowed(name, tensor, dtype, AT_LOADING)
 
 
 def cast_all(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

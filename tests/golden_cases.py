@@ -31,9 +31,9 @@ def _loaded(load: Callable[..., Any], weights: Tensors, config: Mapping[str, Any
 
 @torch.no_grad()
 def flux(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
-    from library.flux_utils import load_flow_model
+    from library.flux_utils import load_flux
 
-    model = _loaded(load_flow_model, weights, config)
+    model = _loaded(load_flux, weights, config)
     given = dict(inputs)
     mask = given.pop("txt_attention_mask")
     return {"out": model(**given), "out_masked": model(**given, txt_attention_mask=mask)}
@@ -130,9 +130,9 @@ def te_t5xxl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tenso
 
 @torch.no_grad()
 def anima(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
-    from library.anima_utils import load_anima_model
+    from library.anima_utils import load_anima
 
-    model = _loaded(load_anima_model, weights, config)
+    model = _loaded(load_anima, weights, config)
     text = {name: inputs[name] for name in ("target_ids", "target_mask", "source_mask")}
     context = model.llm_adapter(inputs["source_hidden_states"], **text)
     given = (inputs["x"], inputs["timesteps"])

@@ -16,7 +16,7 @@ from library.flux_utils import (
     inspect_ae,
     inspect_flow_model,
     load_ae,
-    load_flow_model,
+    load_flux,
     pack_latents,
     prepare_img_ids,
     unpack_latents,
@@ -37,7 +37,7 @@ def tokenizers():
 
 @pytest.fixture(scope="module")
 def base():
-    loaders = (load_flow_model, load_ae, load_clip_l, load_t5xxl)
+    loaders = (load_flux, load_ae, load_clip_l, load_t5xxl)
     return tuple(load(str(FOLDER / name), torch.float32, "cpu").eval().requires_grad_(False) for load, name in zip(loaders, FILES))
 
 

@@ -68,7 +68,7 @@ class CheckpointFiles:
 
         def cast(key: str, tensor: Tensor) -> Tensor:
             kind = self.dtype_of(key)
-            return cast_floats(tensor, dtype or (torch.bfloat16 if kind in FP8_DTYPES else kind))
+            return cast_floats(tensor, dtype or (torch.bfloat16 if kind in FP8_DTYPES else kind), key)
 
         return cast
 

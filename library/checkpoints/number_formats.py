@@ -59,6 +59,7 @@ def overflow_of(tensor: Tensor, dtype: torch.dtype | None) -> float | None:
 
 
 FOR_FILES = "Write it in bf16 or float32, or add --clamp_overflow to bound such numbers"
+AT_LOADING = "Compute in bf16 or float32 (--mixed_precision bf16, without --fp8_base)"
 IN_MEMORY = "Load the model in bf16 or float32, or lower the adapter's multiplier"
 
 

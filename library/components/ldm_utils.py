@@ -118,5 +118,5 @@ def load_autoencoder(
     state = attention_as_convolution(convert_diffusers_vae_to_ldm(state) if info.is_diffusers else state)
     model = build_on_meta(lambda: AutoEncoder(info.params))
     check_state(model, state, info.source.path)
-    assign_state(model, {key: cast_floats(tensor, dtype).contiguous() for key, tensor in state.items()})
+    assign_state(model, {key: cast_floats(tensor, dtype, key).contiguous() for key, tensor in state.items()})
     return model

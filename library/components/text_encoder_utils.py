@@ -131,7 +131,7 @@ def _folder_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_clip_l(
-    path: str | os.PathLike,
+    ckpt_path: str | os.PathLike,
     dtype: torch.dtype | None,
     device: torch.device | str,
     disable_mmap: bool = False,
@@ -143,7 +143,7 @@ def load_clip_l(
     A file without `text_projection.weight` gets the identity; FLUX.1 does not use it. CheckpointError when the file does
     not fit.
     """
-    return load_clip(path, CLIP_L, dtype, device, disable_mmap, config, transform)
+    return load_clip(ckpt_path, CLIP_L, dtype, device, disable_mmap, config, transform)
 
 
 def load_clip(
@@ -287,7 +287,7 @@ _T5_FOLDER_NAMES = {"relative_attention_max_distance": "max_distance", "layer_no
 
 
 def load_t5xxl(
-    path: str | os.PathLike,
+    ckpt_path: str | os.PathLike,
     dtype: torch.dtype | None,
     device: torch.device | str,
     disable_mmap: bool = False,
@@ -300,7 +300,7 @@ def load_t5xxl(
     """
     from transformers import T5Config, T5EncoderModel
 
-    source, prefix, values = _open_t5(path, config)
+    source, prefix, values = _open_t5(ckpt_path, config)
     model_config = T5Config(
         vocab_size=values["vocab_size"],
         d_model=values["d_model"],

@@ -148,5 +148,5 @@ def load_wan_vae(
     state = convert_diffusers_vae_to_wan(state) if info.is_diffusers else state
     model = build_on_meta(lambda: WanVAE(info.params))
     check_state(model, state, os.fspath(path))
-    assign_state(model, {key: cast_floats(tensor, dtype) for key, tensor in state.items()})
+    assign_state(model, {key: cast_floats(tensor, dtype, key) for key, tensor in state.items()})
     return model

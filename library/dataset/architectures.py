@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True, kw_only=True)
-class LatentSpec:
-    """Latents of a family. `fingerprint` names the latent space, so that caches of another space are never mixed up."""
-
-    channels: int
-    spatial_stride: int
-    temporal_stride: int | None = None
-    patch: int = 1
-    fingerprint: str = ""
+from library.families.latents import LatentSpec
 
 
 @dataclass(frozen=True, kw_only=True)

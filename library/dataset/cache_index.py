@@ -1,4 +1,5 @@
-"""`.atelier_index.json` of a folder with cache files: which of them were found right, so that the next start need not read them.
+"""`.atelier_index.json` of a folder with cache files: which of them were found right, and what the headers of the pictures beside them
+tell, so that the next start need not read them.
 
 {"version": 2, "files": {"<file name>": "<size>,<modification time ns>,<change time ns>|<question> <made of> <second> <answer>|..."}} with
 as many answers as were asked for; texts, since lists of numbers for tens of thousands of files take several times as long to read. A
@@ -52,6 +53,7 @@ class CacheIndex:
         self._folders: dict[str, dict[str, str]] = {}
         self._changed: dict[str, set[str]] = {}
         self._keys: dict[str, str] = {}
+        self._stamps: dict[str, Stamp] = {}
         self._lock = threading.Lock()
 
     def find(self, path: str, question: str, read: Callable[[], Found], *, source: str | None = None, detail: str = "") -> Found:
@@ -61,9 +63,11 @@ class CacheIndex:
         common to many files, the detail (a word) what is not.
         """
         second, stamp = int(time.time()), stamp_of(path)
-        other = stamp if source is None else stamp_of(source)
+        other = stamp if source is None else self._stamps.get(source) or stamp_of(source)
         if stamp is None or other is None:
             return read()
+        if source is None and not detail:
+            self._stamps[path] = stamp  # a picture, the source of its latents: one look serves both
         folder, name = _split(path)
         what = self._keys.get(question) or self._key_of(question)
         made_of = detail if source is None else "%d,%d,%d" % other
@@ -92,7 +96,7 @@ class CacheIndex:
 
     def release(self) -> None:
         """Forget what was read; what was not saved is lost."""
-        self._folders, self._changed = {}, {}
+        self._folders, self._changed, self._stamps = {}, {}, {}
 
     def _key_of(self, question: str) -> str:
         key = hashlib.blake2b(question.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
@@ -101,8 +105,11 @@ class CacheIndex:
     def _entries(self, folder: str) -> dict[str, str]:
         entries = self._folders.get(folder)
         if entries is None:
+            absolute = os.path.abspath(folder)  # one index, however the folder is written
             with self._lock:
-                entries = self._folders.setdefault(folder, _read(folder))
+                if absolute not in self._folders:
+                    self._folders[absolute] = _read(absolute)
+                entries = self._folders[folder] = self._folders[absolute]
         return entries
 
     def _note(self, folder: str, name: str, stamp: str, earlier: str, answer: str) -> None:

@@ -23,7 +23,7 @@ import torch
 from library.core.errors import ConfigError
 from library.core.keyed_random import key_seed, keyed_random
 from library.core.registry import import_target
-from library.dataset.batch import Batch
+from library.dataset.batch import CONDITIONING_IMAGES, Batch
 from library.dataset.collate import Sample, collate
 from library.dataset.plan import BatchRequest, StepPlan
 from library.strategy_base import StrategySet
@@ -159,5 +159,11 @@ class CustomDatasetGroup(torch.utils.data.Dataset):
             latents=None if images is not None else latents[row],
             latent_seed=None if images is None else key_seed(self.seed, "posterior of a custom dataset", sample_id),
             alpha_mask=value("alpha_masks", None),
-            conditioning=value("conditioning_images", None),
+            conditions={name: tensor[row] for name, tensor in conditions_of(content).items()},
         )
+
+
+def conditions_of(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What a user's batch has beside images and captions: `conditions` by name, conditioning images under their own name too."""
+    images = content.get(CONDITIONING_IMAGES)
+    return {**(content.get("conditions") or {}), **({} if images is None else {CONDITIONING_IMAGES: images})}

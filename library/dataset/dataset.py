@@ -185,18 +185,21 @@ class Dataset:
     def _add_latents(self, sample: Sample, item: ImageItem) -> None:
         if item.latents is not None:
             latents, mirrored, mask = item.latents, item.latents_flipped, item.alpha_mask
+            conditions = item.conditions_flipped if sample.flipped else item.conditions
         else:
-            caching = self.strategies.latents_caching
-            latents, _, _, mirrored, mask = caching.load_latents_from_disk(item.latents_npz, item.bucket_reso)
-        sample.latents = torch.as_tensor(mirrored if sample.flipped else latents)  # [C, h, w]
+            caching, size = self.strategies.latents_caching, item.bucket.key
+            latents, _, _, mirrored, mask = caching.load_latents_from_disk(item.latents_npz, size)
+            conditions = caching.load_conditions_from_disk(item.latents_npz, size, sample.flipped)
+        sample.latents = torch.as_tensor(mirrored if sample.flipped else latents)  # [C, h, w] or [C, F, h, w]
+        sample.conditions |= {name: torch.as_tensor(value) for name, value in (conditions or {}).items()}
         if item.subset.alpha_mask:
             sample.alpha_mask = mask_tensor(mask, sample.flipped)
 
     def _add_pixels(self, sample: Sample, item: ImageItem, geometry: Geometry, request: BatchRequest, position: int) -> None:
         color = sample_color(self.seed, item, request, position)
         pixels = read_pixels(item, geometry, with_alpha=item.subset.alpha_mask, color=color)
-        sample.image = image_tensor(pixels.image, sample.flipped)  # [3, H, W]
-        sample.latent_seed = posterior_seed(file_content_id(item.absolute_path), item.bucket_reso, sample.flipped)
+        sample.image = image_tensor(pixels.image, sample.flipped)  # [3, H, W] or [3, F, H, W]
+        sample.latent_seed = posterior_seed(file_content_id(item.absolute_path), item.bucket.key, sample.flipped)
         if pixels.alpha_mask is not None:
             sample.alpha_mask = mask_tensor(pixels.alpha_mask, sample.flipped)
 

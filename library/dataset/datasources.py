@@ -9,7 +9,7 @@ import logging
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 
 from library.config_util import Blueprint, DatasetConfigError, load_blueprint
@@ -19,9 +19,10 @@ from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
 from library.dataset.background import map_in_threads, records_stay
 from library.dataset.bucket import BucketSelector
+from library.dataset.cache_index import CacheIndex
 from library.dataset.captions import dotted, read_caption, tags_of_folders
 from library.dataset.discovery import FoundImage, Scanner, discover, listed
-from library.dataset.image_headers import look_at_image
+from library.dataset.image_headers import look_at_noted_image
 from library.dataset.info_cache import info_entry, known_image, read_info, write_info
 from library.dataset.items import DatasetParams, ImageItem, SubsetParams
 from library.dataset.media_utils import ImageCheck, check_conditioning_size, verify_image
@@ -51,6 +52,8 @@ class ScanResult:
     """those of the blueprint and of the scan; to be logged once, by the main process"""
     num_used: int
     num_skipped: int
+    index: CacheIndex = field(default_factory=CacheIndex, repr=False)
+    """what was noted of pictures and caches beside them; saved by whoever writes caches there"""
 
     @property
     def tag_frequency(self) -> list[dict[str, dict[str, int]]]:
@@ -96,7 +99,7 @@ def scan_datasets(
         raise ConfigError(_cut(scanner.problems))
     used = {item.absolute_path for part in (*train, *validation) for item in part}
     warnings = (*blueprint.warnings, *scanner.warnings)
-    return ScanResult(train, validation, has_validation, warnings, len(used), len(scanner.skipped - used))
+    return ScanResult(train, validation, has_validation, warnings, len(used), len(scanner.skipped - used), scanner.index)
 
 
 def load_datasets(
@@ -174,7 +177,7 @@ def _check_images(paths: Sequence[str], scanner: Scanner) -> None:
 
     def check(path: str) -> ImageCheck | ConfigError:
         try:
-            return verify_image(path) if scanner.check_images else look_at_image(path)
+            return verify_image(path) if scanner.check_images else look_at_noted_image(path, scanner.index)
         except ConfigError as error:
             return error
 

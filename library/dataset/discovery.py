@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from library.core.errors import ConfigError
 from library.core.file_limits import stem_of
 from library.dataset.cache_checks import crowded_names
+from library.dataset.cache_index import CacheIndex
 from library.dataset.captions import metadata_caption
 from library.dataset.items import SubsetParams
 from library.dataset.media_utils import ImageCheck, image_extensions
@@ -46,6 +47,8 @@ class Scanner:
     too_small: set[str] = field(default_factory=set)
     """labels of subsets of which skip_image_resolution leaves no image"""
     checks: dict[str, ImageCheck | ConfigError] = field(default_factory=dict)
+
+    index: CacheIndex = field(default_factory=CacheIndex, repr=False)
 
     def bad_image(self, message: str, path: str, label: str) -> None:
         """An image that cannot be used: a problem, or with --skip_bad_images a warning."""

@@ -18,6 +18,7 @@ import imagesize
 from PIL import Image
 
 from library.core.text_files import open_descriptor
+from library.dataset.cache_index import CacheIndex
 from library.dataset.media_utils import (
     DEEP_MODES,
     ImageCheck,
@@ -37,6 +38,24 @@ JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 JPEG_EXIF, JPEG_SCAN = 0xE1, 0xDA
 HEADER_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "JXL")
 """of which a sound header vouches for the rest, as far as can be told cheaply; others are read in full"""
+FLAGS = ("deep", "transparent", "black", "invisible")
+QUESTION = "what the header of a picture tells"
+
+
+def look_at_noted_image(path: str, index: CacheIndex) -> ImageCheck:
+    """`look_at_image`, of which an index may know the result from an earlier start: then the file is not opened."""
+
+    def look() -> tuple[str, str]:
+        check = look_at_image(path)
+        return " ".join(map(str, (*check.size, *(int(getattr(check, name)) for name in FLAGS)))), ""
+
+    return _as_noted(index.find(path, QUESTION, look)[0])
+
+
+@functools.lru_cache(maxsize=4096)
+def _as_noted(text: str) -> ImageCheck:
+    width, height, *flags = map(int, text.split())
+    return ImageCheck((width, height), **dict(zip(FLAGS, map(bool, flags))))
 
 
 def look_at_image(path: str | Path) -> ImageCheck:
@@ -158,4 +177,4 @@ def _is_cut(path: str | Path, head: bytes, num_bytes: int) -> bool:
     return head[:2] == b"BM" and int.from_bytes(head[2:6], "little") > num_bytes
 
 
-__all__ = ["ImageFileError", "look_at_image"]
+__all__ = ["ImageFileError", "look_at_image", "look_at_noted_image"]

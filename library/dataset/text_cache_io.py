@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from library.core.errors import CheckpointError
+from library.core.errors import CheckpointError, TrainingError
 from library.dataset.cache_io import (
     FORMAT_VERSION,
     RECORD_KEY,
@@ -28,68 +28,124 @@ _STORED_KINDS = {"float": "f", "float32": "f", "bool": "biu"}
 
 @dataclass(frozen=True)
 class TextKey:
-    """One cached output. `kind`: float (bfloat16 becomes float32, float16 stays), or the dtype it always has.
+    """One named tensor of a family's conditioning, as a cache stores it for one caption.
 
-    `num_dims` is without the batch; `is_sized`: the first dimension is the family's maximum token length.
+    `kind`: float (bfloat16 becomes float32, float16 stays), or the dtype it always has. `num_dims` is without the batch;
+    `is_sized`: the first dimension is the family's maximum token length. `encoders`: which text encoders make it; none for what
+    comes from the tokens alone. `constant`: a number that files of known trainers carry and nothing reads; no encoder gives it.
     """
 
     name: str
     kind: str = "float"
     num_dims: int = 2
     is_sized: bool = False
+    encoders: tuple[int, ...] = ()
+    constant: float | None = None
 
 
 @dataclass(frozen=True)
 class TextLayout:
-    """`keys` in the order of the conditioning list; `flags`: options stored beside them that must be equal to use the file;
-    `live_when_partial`: outputs of the encoders that can be trained while the others are cached; `foreign`: how the numbers in
-    files of known trainers differ from ours."""
+    """The conditioning of a family: `keys` in the order of the lists that plug-ins know; `flags`: options stored beside them that must
+    be equal to use a file; `partial`: encoders that learn where a caller of the known classes says `is_partial` and no more; `foreign`:
+    how the numbers in files of known trainers differ from ours."""
 
     keys: tuple[TextKey, ...]
     flags: tuple[str, ...] = ()
-    live_when_partial: frozenset[str] = frozenset()
+    partial: tuple[int, ...] = ()
     foreign: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(key.name for key in self.keys)
+
+    def made_by(self, encoders: Collection[int]) -> frozenset[str]:
+        """The keys that change with any of these encoders: what cannot be cached while they learn."""
+        return frozenset(key.name for key in self.keys if not set(encoders).isdisjoint(key.encoders))
+
+    def encoders_for(self, names: Collection[str]) -> frozenset[int]:
+        """The encoders that must be in memory to make these keys."""
+        return frozenset(encoder for key in self.keys if key.name in names for encoder in key.encoders)
+
+    def named(self, outputs: Sequence[Any | None], origin: str = "the text encoders") -> dict[str, Any]:
+        """The list that strategies of plug-ins give, [B, ...] each or None, by name and without the None.
+
+        Raises TrainingError for what is not the conditioning of the family; `origin` says whose list it is.
+        """
+        keys = self.keys if len(outputs) == len(self.keys) else tuple(key for key in self.keys if key.constant is None)
+        if len(outputs) != len(keys):
+            raise TrainingError(f"{origin} gave {len(outputs)} outputs; needed: {len(keys)}, {', '.join(key.name for key in keys)}")
+        found = {key.name: output for key, output in zip(keys, outputs) if output is not None}
+        self.check(found, origin)
+        return found
+
+    def listed(self, conditioning: Mapping[str, Any]) -> list[Any | None]:
+        """As plug-ins know it: in the order of the keys, None for what is not there."""
+        return [conditioning.get(name) for name in self.names]
+
+    def check(self, conditioning: Mapping[str, Any], origin: str = "the text encoders") -> None:
+        """Names, ranks (with the batch) and kinds of numbers; TrainingError says what is wrong and what is needed."""
+        unknown = [name for name in conditioning if name not in self.names]
+        if unknown:
+            raise TrainingError(f"{origin} gave {', '.join(unknown)}; the conditioning has {', '.join(self.names)}")
+        for key in self.keys:
+            tensor = conditioning.get(key.name)
+            if tensor is not None and tensor.dim() != key.num_dims + 1:
+                raise TrainingError(f"{origin} gave {key.name} of shape {list(tensor.shape)}; needed: {key.num_dims + 1} dimensions, the batch first")
+            if tensor is not None and key.kind == "float" and not tensor.is_floating_point():
+                raise TrainingError(f"{origin} gave {key.name} as {str(tensor.dtype).removeprefix('torch.')}; needed: floating-point numbers")
+
+    def check_complete(self, conditioning: Mapping[str, Any], origin: str) -> None:
+        """TrainingError when a key that the model reads is not there."""
+        missing = [key.name for key in self.keys if key.constant is None and key.name not in conditioning]
+        if missing:
+            raise TrainingError(f"{origin} gave no {', '.join(missing)}, which the model is conditioned on")
 
 
 TEXT_LAYOUTS: dict[str, TextLayout] = {
+    "sd": TextLayout((TextKey("hidden_state", encoders=(0,)),)),
     "sdxl": TextLayout(
-        (TextKey("hidden_state1"), TextKey("hidden_state2"), TextKey("pool2", num_dims=1)),
+        (
+            TextKey("hidden_state1", encoders=(0,)), TextKey("hidden_state2", encoders=(1,)),
+            TextKey("pool2", num_dims=1, encoders=(1,)),
+        ),
         foreign="their pooled captions (pool2) may have gone through the transposed text_projection",
     ),
     "sd3": TextLayout(
         (
-            TextKey("lg_out"), TextKey("t5_out", is_sized=True), TextKey("lg_pooled", num_dims=1),
+            TextKey("lg_out", encoders=(0, 1)), TextKey("t5_out", is_sized=True, encoders=(2,)),
+            TextKey("lg_pooled", num_dims=1, encoders=(0, 1)),
             TextKey("clip_l_attn_mask", "int64", 1), TextKey("clip_g_attn_mask", "int64", 1),
             TextKey("t5_attn_mask", "int64", 1, is_sized=True),
         ),
         flags=("apply_lg_attn_mask", "apply_t5_attn_mask"),
-        live_when_partial=frozenset({"lg_out", "lg_pooled"}),
+        partial=(0, 1),
     ),
     "flux": TextLayout(
         (
-            TextKey("l_pooled", num_dims=1), TextKey("t5_out", is_sized=True), TextKey("txt_ids", "float32", is_sized=True),
-            TextKey("t5_attn_mask", "int64", 1, is_sized=True),
+            TextKey("l_pooled", num_dims=1, encoders=(0,)), TextKey("t5_out", is_sized=True, encoders=(1,)),
+            TextKey("txt_ids", "float32", is_sized=True), TextKey("t5_attn_mask", "int64", 1, is_sized=True),
         ),
         flags=("apply_t5_attn_mask",),
-        live_when_partial=frozenset({"l_pooled"}),
+        partial=(0,),
         foreign="their pooled captions (l_pooled) were computed with gelu in the place of quick_gelu",
     ),
     "lumina": TextLayout(
         (
-            TextKey("hidden_state", "float32", is_sized=True), TextKey("input_ids", "int64", 1, is_sized=True),
+            TextKey("hidden_state", "float32", is_sized=True, encoders=(0,)), TextKey("input_ids", "int64", 1, is_sized=True),
             TextKey("attention_mask", "int64", 1, is_sized=True),
         ),
     ),
     "hunyuan_image": TextLayout(
         (
-            TextKey("vlm_embed"), TextKey("vlm_mask", "int64", 1), TextKey("byt5_embed"), TextKey("byt5_mask", "int64", 1),
-            TextKey("ocr_mask", "bool", 0),
+            TextKey("vlm_embed", encoders=(0,)), TextKey("vlm_mask", "int64", 1), TextKey("byt5_embed", encoders=(1,)),
+            TextKey("byt5_mask", "int64", 1), TextKey("ocr_mask", "bool", 0),
         ),
     ),
     "anima": TextLayout(
         (
-            TextKey("prompt_embeds", is_sized=True), TextKey("attn_mask", "int64", 1, is_sized=True),
-            TextKey("t5_input_ids", "int32", 1), TextKey("t5_attn_mask", "int32", 1), TextKey("caption_dropout_rate", "float32", 0),
+            TextKey("prompt_embeds", is_sized=True, encoders=(0,)), TextKey("attn_mask", "int64", 1, is_sized=True),
+            TextKey("t5_input_ids", "int32", 1), TextKey("t5_attn_mask", "int32", 1),
+            TextKey("caption_dropout_rate", "float32", 0, constant=0.0),
         ),
     ),
 }
@@ -155,18 +211,20 @@ def keys_problem(path: str, layout: TextLayout, expected: TextRecord, needed: tu
     return reason or _flags_problem(path, layout, expected)
 
 
-def load_text(path: str, layout: TextLayout, suffix: str = "", leave_out: frozenset[str] = frozenset()) -> list[np.ndarray | None]:
-    """The outputs in the order of the conditioning list; None for those in `leave_out` and those not stored."""
+def load_text(path: str, layout: TextLayout, suffix: str = "", leave_out: frozenset[str] = frozenset()) -> dict[str, np.ndarray]:
+    """The outputs by name, as stored, in the order of the layout; without those in `leave_out` and those not stored."""
     wanted = {key.name + suffix: key for key in layout.keys if key.name not in leave_out}
     try:
         headers = read_headers(path)
         for name, key in wanted.items():
             if name in headers and not _has_kind(headers[name], key):
                 raise ValueError(f"{name} holds {headers[name].dtype}")
+            if name in headers and len(headers[name].shape) != key.num_dims:
+                raise ValueError(f"{name} has shape {list(headers[name].shape)}")
         arrays = read_arrays(path, list(wanted), headers)
     except UNREADABLE as error:
         raise CheckpointError(f"cache file {path} cannot be read ({error}); delete it and run again to make it anew") from error
-    return [arrays.get(key.name + suffix) for key in layout.keys]
+    return {key.name: arrays[name] for name, key in wanted.items() if name in arrays}
 
 
 def save_text(

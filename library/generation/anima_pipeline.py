@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from library.anima_train_utils import SampleSettings, generate_latents
-from library.anima_utils import load_anima_model
+from library.anima_utils import load_anima
 from library.checkpoints.loading import Transform
 from library.components.llm_encoder_utils import load_qwen3
 from library.components.wan_vae_utils import load_wan_vae
@@ -130,7 +130,7 @@ def load_denoiser(options: AnimaModelOptions, wide: torch.dtype, device: torch.d
     """The denoiser in the type that the options ask for. What is stored in 8 bits is never cast afterwards."""
     plain_fp8 = options.fp8 and not options.fp8_scaled
     place = "cpu" if options.fp8_scaled else device
-    denoiser = load_anima_model(
+    denoiser = load_anima(
         options.dit, FP8_STORAGE if plain_fp8 else wide, place, llm_adapter_path=options.llm_adapter_path, transform=transform
     )
     if options.fp8_scaled:

@@ -10,7 +10,7 @@ import torch
 
 from library.device_utils import clean_memory_on_device, get_preferred_device
 from library.flux_train_utils import Sampler, SampleSettings, decode_to_image, generate_latents
-from library.flux_utils import load_ae, load_clip_l, load_flow_model, load_t5xxl
+from library.flux_utils import load_ae, load_clip_l, load_flux, load_t5xxl
 from library.generation.adapters import LoadedAdapters, merging, parse_adapter_argument
 from library.generation.flux_inference import FluxRequest, InferenceModelOptions
 from library.strategy_flux import FluxTextEncodingStrategy, FluxTokenizeStrategy
@@ -101,7 +101,7 @@ def load_pipeline(options: InferenceModelOptions) -> FluxPipeline:
         load_clip_l(options.clip_l, _dtype(options, "clip_l_dtype"), place, transform=merge),
         load_t5xxl(options.t5xxl, _dtype(options, "t5xxl_dtype"), place, transform=merge),
     ]
-    denoiser = load_flow_model(options.ckpt_path, _dtype(options, "flux_dtype"), place, transform=merge)
+    denoiser = load_flux(options.ckpt_path, _dtype(options, "flux_dtype"), place, transform=merge)
     if merge:
         merge.finish()
     vae = load_ae(options.ae, _dtype(options, "ae_dtype"), place)

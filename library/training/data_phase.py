@@ -92,7 +92,7 @@ def group_data(config: Config, found: FoundData, architecture: DataArchitecture,
         group = load_custom_dataset(data.dataset_class, resolution=data.resolution, debug_dataset=data.debug_dataset)
         return DataGroups(group, None)
     train, validation = build_dataset_groups(found.blueprint, data, architecture=architecture, seed=seed, scan=found.scan)
-    return DataGroups(train, validation, found.blueprint.used_config_file)
+    return DataGroups(train, validation, found.blueprint.used_config_file, index=found.scan.index)
 
 
 class KeptModels:

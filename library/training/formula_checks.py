@@ -24,6 +24,7 @@ def formula_problems(config: Config) -> list[str]:
         lambda: _check_optimizer(config),
         lambda: optimizers.check_float16(optimizer) if _trains_in_float16(config) else None,
         lambda: schedulers.check(config[SchedulerOptions], optimizer, steps),
+        lambda: losses.check(config[LossOptions]),
         lambda: loss_weights.check(
             config[LossWeightOptions], config[ModelOptions].v_parameterization,
             NoiseOptions in config and config[NoiseOptions].zero_terminal_snr,

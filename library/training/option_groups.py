@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from library.core.errors import ConfigError
 from library.core.options import LARGEST_BATCH, LARGEST_SEED, count_or_none, equivalent_option, option, refused_option
+from library.core.plugins import PluginOptions
 
 MINUTES_OF_A_YEAR = 525_600
 
@@ -504,6 +505,7 @@ class NoiseOptions:
 
 SHARED_GROUPS: tuple[type, ...] = (
     ConfigFileOptions,
+    PluginOptions,
     ModelOptions,
     SavingOptions,
     EmaOptions,

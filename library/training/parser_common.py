@@ -79,7 +79,7 @@ def script(family: str, trainable: str) -> Script:
     family_class = import_target(family_entry(family).family)
     entry = TRAINABLES[trainable]
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
-    first, rest = SHARED_GROUPS[:2], SHARED_GROUPS[2:]
+    first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
     return Script(
         family,
         trainable,
@@ -140,6 +140,12 @@ def parse_script(argv: Sequence[str] | None, what: Script) -> Parsed:
     return Parsed(config, (*reader.notes, *_privacy_notes(what, config, on_line)))
 
 
+def shown_paths(values: Mapping[str, Any]) -> list[str]:
+    """Names of options whose values tell where on this machine something lies."""
+    texts = {name: str(values.get(name) or "") for name in PATH_OPTIONS}
+    return [name for name, text in texts.items() if text.startswith(("/", "~")) or ":\\" in text]
+
+
 def _privacy_notes(what: Script, config: Config, on_line: Mapping[str, Any]) -> list[Note]:
     """Secrets on the command line, which other programs and W&B can read; paths, when W&B is on."""
     notes = [
@@ -148,11 +154,7 @@ def _privacy_notes(what: Script, config: Config, on_line: Mapping[str, Any]) -> 
         if value and what.spec(name).secret
     ]
     if "log_with" in what.owners and config.value("log_with") in ("wandb", "all"):
-        shown = [
-            name
-            for name in PATH_OPTIONS
-            if str(on_line.get(name, "")).startswith(("/", "~")) or ":\\" in str(on_line.get(name, ""))
-        ]
+        shown = shown_paths(on_line)
         if shown:
             notes.append(
                 Note(

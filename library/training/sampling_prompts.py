@@ -209,9 +209,9 @@ def _checked(field: str, value: Any) -> Any:
     if field == "sample_steps":
         return min(max(value, MIN_STEPS), MAX_STEPS)
     if field == "sample_sampler":
-        from library.training.inference_samplers import SAMPLER_NAMES
+        from library.training.inference_samplers import INFERENCE_SAMPLERS, SAMPLER_NAMES
 
-        if value not in SAMPLER_NAMES:
+        if INFERENCE_SAMPLERS.problem(value) is not None:
             raise ValueError(f"unknown sampler{did_you_mean(value, SAMPLER_NAMES)} Known: {', '.join(SAMPLER_NAMES)}")
     return value
 

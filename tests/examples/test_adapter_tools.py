@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from library.flux_utils import load_flow_model
+from library.flux_utils import load_flux
 from library.safetensors_utils import load_safetensors
 from networks.lora_flux import create_network
 from tests.docs.commands import ROOT, fenced_commands, parse, script_and_words
@@ -20,7 +20,7 @@ METADATA = {"ss_base_model_version": "flux1", "ss_network_module": "networks.lor
 
 def write_lora(path, seed):
     """A LoRA as the demo's training writes it: rank 16 on the denoiser, with random changes."""
-    denoiser = load_flow_model("assets/tiny-flux/flux1-tiny.safetensors", torch.float32, "cpu")
+    denoiser = load_flux("assets/tiny-flux/flux1-tiny.safetensors", torch.float32, "cpu")
     network = create_network(1.0, 16, 16.0, None, None, denoiser)
     network.apply_to(None, denoiser, False, True)
     generator = torch.Generator().manual_seed(seed)

@@ -94,12 +94,12 @@ def test_equal_options_give_equal_pictures_and_each_option_tells(tiny, tmp_path)
 @torch.no_grad()
 def test_a_picture_equals_a_plain_loop(tiny, tmp_path):
     """Tokens, text encoder, CFG, shifted Euler steps and decoding, written out."""
-    from library.anima_utils import load_anima_model
+    from library.anima_utils import load_anima
     from library.components.llm_encoder_utils import load_qwen3
     from library.components.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer
     from library.components.wan_vae_utils import load_wan_vae
 
-    model, qwen3 = load_anima_model(tiny.anima, torch.float32, "cpu"), load_qwen3(tiny.qwen3, torch.float32, "cpu")
+    model, qwen3 = load_anima(tiny.anima, torch.float32, "cpu"), load_qwen3(tiny.qwen3, torch.float32, "cpu")
     tokenizers = (load_qwen3_tokenizer(str(tiny.qwen3_tokenizer), None, None), 24), (load_t5_tokenizer(str(tiny.t5_tokenizer), None), 32)
 
     def velocity(x, sigma, text):

@@ -50,15 +50,15 @@ def test_full_size_model_has_the_keys_and_shapes_of_the_real_file() -> None:
 def test_every_prefix_loads_and_sizes_come_from_shapes(tmp_path: Path, prefix: str) -> None:
     state = tiny_state()
     state["pos_embedder.seq"] = torch.arange(4.0)
-    model = anima_utils.load_anima_model(write(tmp_path / "a.safetensors", state, prefix), None, "cpu")
+    model = anima_utils.load_anima(write(tmp_path / "a.safetensors", state, prefix), None, "cpu")
     assert model.params == PARAMS
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
 def test_saving_keeps_the_prefix_and_casts(tmp_path: Path) -> None:
     source = write(tmp_path / "a.safetensors", tiny_state())
-    model = anima_utils.load_anima_model(source, torch.float32, "cpu")
-    anima_utils.save_anima_model(model, tmp_path / "b.safetensors", torch.bfloat16)
+    model = anima_utils.load_anima(source, torch.float32, "cpu")
+    anima_utils.save_anima(model, tmp_path / "b.safetensors", torch.bfloat16)
     infos, metadata = read_header(tmp_path / "b.safetensors")
     assert set(infos) == set(read_header(source)[0]) and metadata["format"] == "pt"
     saved = load_safetensors(tmp_path / "b.safetensors", "cpu")
@@ -75,7 +75,7 @@ def test_a_file_that_does_not_fit_is_an_error(tmp_path: Path, change: str, words
     else:
         state["blocks.2.mlp.layer2.weight"] = torch.zeros(48, 7)
     with pytest.raises(CheckpointError, match=words):
-        anima_utils.load_anima_model(write(tmp_path / "a.safetensors", state), torch.float32, "cpu")
+        anima_utils.load_anima(write(tmp_path / "a.safetensors", state), torch.float32, "cpu")
 
 
 def test_adapter_of_another_file_replaces_the_models_own(tmp_path: Path) -> None:
@@ -83,14 +83,14 @@ def test_adapter_of_another_file_replaces_the_models_own(tmp_path: Path) -> None
     other = tiny_state(seed=9)
     alone = {key.removeprefix("llm_adapter."): tensor for key, tensor in other.items() if key.startswith("llm_adapter.")}
     for name, given in (("whole", write(tmp_path / "w.safetensors", other)), ("alone", write(tmp_path / "l.safetensors", alone, ""))):
-        model = anima_utils.load_anima_model(path, torch.float32, "cpu", llm_adapter_path=given)
+        model = anima_utils.load_anima(path, torch.float32, "cpu", llm_adapter_path=given)
         torch.testing.assert_close(model.llm_adapter.embed.weight, other["llm_adapter.embed.weight"], msg=name)
         torch.testing.assert_close(model.blocks[0].mlp.layer1.weight, tiny_state()["blocks.0.mlp.layer1.weight"])
 
 
 def test_a_file_without_adapter_takes_language_states_as_they_are(tmp_path: Path) -> None:
     params = replace(PARAMS, adapter=None)
-    model = anima_utils.load_anima_model(write(tmp_path / "a.safetensors", tiny_state(params)), torch.float32, "cpu")
+    model = anima_utils.load_anima(write(tmp_path / "a.safetensors", tiny_state(params)), torch.float32, "cpu")
     assert not model.has_adapter
     latents, times, context = example()
     plain = model(latents, times, context)
@@ -183,7 +183,7 @@ def test_checkpointing_and_block_limits() -> None:
 
 def test_eight_bit_storage_keeps_the_adapter_and_the_modulation_wide(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", tiny_state())
-    model = anima_utils.load_anima_model(path, torch.float8_e4m3fn, "cpu")
+    model = anima_utils.load_anima(path, torch.float8_e4m3fn, "cpu")
     kinds = {name: weight.dtype for name, weight in model.named_parameters()}
     assert kinds["blocks.0.self_attn.q_proj.weight"] == kinds["blocks.0.mlp.layer1.weight"] == torch.float8_e4m3fn
     assert {kinds[name] for name in kinds if "adaln" in name or "llm_adapter" in name or "norm" in name} == {torch.bfloat16}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.custom_offloading_utils import ModelOffloader
+from library.custom_offloading_utils import BlockOffloader
 from library.flux_models import Flux, FluxParams, block_swap_problem, split_blocks_to_swap
 
 PARAMS = FluxParams(
@@ -14,7 +14,7 @@ PARAMS = FluxParams(
 )  # fmt: skip
 
 
-class TwoPlaces(ModelOffloader):
+class TwoPlaces(BlockOffloader):
     """The same logic with both places in the memory of one machine: a block that is away holds NaN in its weights."""
 
     def __init__(self, blocks, num_swapped: int) -> None:

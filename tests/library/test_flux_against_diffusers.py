@@ -54,7 +54,7 @@ def test_denoiser_from_a_sharded_folder(tmp_path, guidance: bool) -> None:
     reference = diffusers_transformer(guidance)
     reference.save_pretrained(tmp_path / "transformer", max_shard_size="200KB")
     assert len(list((tmp_path / "transformer").glob("*-of-*.safetensors"))) > 1
-    model = flux_utils.load_flow_model(tmp_path, torch.float32, "cpu")
+    model = flux_utils.load_flux(tmp_path, torch.float32, "cpu")
     assert model.params.guidance_embed is guidance
     assert relative(*both_outputs(model, reference, guidance)) < 1e-5
     state = flux_utils.analyze_checkpoint_state(tmp_path / "transformer")
@@ -66,7 +66,7 @@ def test_denoiser_from_a_single_file_in_diffusers_names(tmp_path) -> None:
     reference = diffusers_transformer(True)
     path = tmp_path / "transformer.safetensors"
     save_file({f"model.diffusion_model.{key}": tensor for key, tensor in reference.state_dict().items()}, path)
-    model = flux_utils.load_flow_model(path, torch.float32, "cpu", config={"axes_dim": [8, 12, 12]})
+    model = flux_utils.load_flux(path, torch.float32, "cpu", config={"axes_dim": [8, 12, 12]})
     assert relative(*both_outputs(model, reference, True)) < 1e-5
 
 
@@ -134,4 +134,4 @@ def test_folder_with_a_missing_shard_names_it(tmp_path) -> None:
     victim = sorted(set(index["weight_map"].values()))[1]
     (tmp_path / victim).unlink()
     with pytest.raises(flux_utils.CheckpointError, match=victim):
-        flux_utils.load_flow_model(tmp_path, torch.float32, "cpu")
+        flux_utils.load_flux(tmp_path, torch.float32, "cpu")

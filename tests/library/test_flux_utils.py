@@ -104,7 +104,7 @@ def test_sizes_of_the_real_text_encoders(tmp_path) -> None:
 def test_every_prefix_is_stripped(flux_file, prefix: str) -> None:
     state = {"aaa.first": torch.zeros(1)} if prefix else {}  # the first key of a file says nothing about the others
     state |= {prefix + key: tensor for key, tensor in flux_state().items()}
-    model = flux_utils.load_flow_model(flux_file(state), torch.float32, "cpu")
+    model = flux_utils.load_flux(flux_file(state), torch.float32, "cpu")
     assert model.params == PARAMS
     assert all(torch.equal(tensor, flux_state()[key]) for key, tensor in model.state_dict().items())
 
@@ -114,31 +114,31 @@ def test_parts_out_of_one_large_file(flux_file) -> None:
     state |= {f"vae.{key}": tensor for key, tensor in ae_state().items()}
     state["text_encoders.t5xxl.transformer.shared.weight"] = torch.zeros(4, 4)
     path = flux_file(state)
-    assert flux_utils.load_flow_model(path, torch.float32, "cpu", disable_mmap=True).params == PARAMS
+    assert flux_utils.load_flux(path, torch.float32, "cpu", disable_mmap=True).params == PARAMS
     assert flux_utils.load_ae(path, torch.float32, "cpu", config={"norm_groups": 4}).params == AE_PARAMS
 
 
 def test_mixed_prefixes_are_an_error(flux_file) -> None:
     state = {("diffusion_model." if key.startswith("img_in") else "") + key: tensor for key, tensor in flux_state().items()}
     with pytest.raises(CheckpointError, match="different prefixes"):
-        flux_utils.load_flow_model(flux_file(state), torch.float32, "cpu")
+        flux_utils.load_flux(flux_file(state), torch.float32, "cpu")
 
 
 def test_part_of_a_split_set(flux_file, tmp_path) -> None:
     items = list(flux_state().items())
     for number, part in enumerate((items[:20], items[20:]), 1):
         path = flux_file(dict(part), name=f"m-{number:05d}-of-00002.safetensors")
-    assert flux_utils.load_flow_model(path, torch.float32, "cpu").params == PARAMS
+    assert flux_utils.load_flux(path, torch.float32, "cpu").params == PARAMS
     (tmp_path / "m-00001-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match="m-00001-of-00002"):
-        flux_utils.load_flow_model(path, torch.float32, "cpu")
+        flux_utils.load_flux(path, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
 def test_types_of_files(flux_file, stored: torch.dtype, wanted: torch.dtype) -> None:
     state = {key: tensor.to(stored) for key, tensor in flux_state().items()}
-    model = flux_utils.load_flow_model(flux_file(state), wanted, "cpu")
+    model = flux_utils.load_flux(flux_file(state), wanted, "cpu")
     assert {tensor.dtype for tensor in model.state_dict().values()} == {wanted}
     assert torch.equal(model.img_in.weight, state["img_in.weight"].to(wanted))
 
@@ -147,7 +147,7 @@ def test_types_of_files(flux_file, stored: torch.dtype, wanted: torch.dtype) -> 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_weights_kept_in_8_bits_compute_like_widened_ones(flux_file, stored: torch.dtype, autocast: bool) -> None:
     path = flux_file({key: tensor.to(stored) for key, tensor in flux_state().items()})
-    model = flux_utils.load_flow_model(path, torch.float8_e4m3fn, "cpu")
+    model = flux_utils.load_flux(path, torch.float8_e4m3fn, "cpu")
     linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
     assert {module.weight.dtype for module in linears} == {torch.float8_e4m3fn}
     assert {module.bias.dtype for module in linears} == {torch.bfloat16} == {model.dtype}
@@ -168,7 +168,7 @@ def test_scaled_8_bit_weights_are_scaled_back(flux_file) -> None:
         blocks = state[key].float().unflatten(1, (scale[1] if len(scale) == 3 else 1, -1))
         expected[key] = (blocks * state[f"{stem}.scale_weight"].reshape(-1, scale[1] if len(scale) == 3 else 1, 1)).flatten(1)
     state["scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
-    model = flux_utils.load_flow_model(flux_file(state), torch.float32, "cpu")
+    model = flux_utils.load_flux(flux_file(state), torch.float32, "cpu")
     for key, tensor in expected.items():
         torch.testing.assert_close(model.state_dict()[key], tensor)
 
@@ -176,7 +176,7 @@ def test_scaled_8_bit_weights_are_scaled_back(flux_file) -> None:
 def test_other_8_bit_types_cannot_stay_in_8_bits(flux_file) -> None:
     path = flux_file({key: tensor.to(torch.float8_e5m2) for key, tensor in flux_state().items()})
     with pytest.raises(CheckpointError, match="float8_e5m2"):
-        flux_utils.load_flow_model(path, torch.float8_e4m3fn, "cpu")
+        flux_utils.load_flux(path, torch.float8_e4m3fn, "cpu")
 
 
 def with_shape(key: str, *shape: int) -> dict[str, torch.Tensor]:
@@ -204,7 +204,7 @@ def without(key: str) -> dict[str, torch.Tensor]:
 )
 def test_files_that_do_not_fit_are_named(flux_file, state: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        flux_utils.load_flow_model(flux_file(state), torch.float32, "cpu")
+        flux_utils.load_flux(flux_file(state), torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("mlp_ratio", [3.3, 1.7, 2.0, 41 / 64])
@@ -212,7 +212,7 @@ def test_feed_forward_width_is_the_whole_part_of_the_ratio(flux_file, mlp_ratio:
     params = replace(PARAMS, mlp_ratio=mlp_ratio)
     width = {3.3: 211, 1.7: 108, 2.0: 128, 41 / 64: 41}[mlp_ratio]
     assert params.mlp_hidden == width
-    model = flux_utils.load_flow_model(flux_file(flux_state(params)), None, "cpu", config={"axes_dim": (4, 14, 14)})
+    model = flux_utils.load_flux(flux_file(flux_state(params)), None, "cpu", config={"axes_dim": (4, 14, 14)})
     assert model.double_blocks[0].img_mlp[0].out_features == width
 
 
@@ -226,18 +226,18 @@ def test_rotary_axes_that_shapes_do_not_tell(flux_file) -> None:
     params = replace(PARAMS, num_heads=4, axes_dim=(4, 6, 6))
     path = flux_file(flux_state(params))
     with pytest.raises(CheckpointError, match="axes_dim"):
-        flux_utils.load_flow_model(path, torch.float32, "cpu")
+        flux_utils.load_flux(path, torch.float32, "cpu")
     with pytest.raises(CheckpointError, match="axes_dim"):
-        flux_utils.load_flow_model(path, torch.float32, "cpu", config={"axes_dim": [4, 6, 8]})
-    assert flux_utils.load_flow_model(path, torch.float32, "cpu", config={"axes_dim": [4, 6, 6]}).params == params
+        flux_utils.load_flux(path, torch.float32, "cpu", config={"axes_dim": [4, 6, 8]})
+    assert flux_utils.load_flux(path, torch.float32, "cpu", config={"axes_dim": [4, 6, 6]}).params == params
     path = flux_file(flux_state(params), {"model_config": json.dumps({"axes_dim": [4, 6, 6], "theta": 256})})
-    assert flux_utils.load_flow_model(path, torch.float32, "cpu").params == replace(params, theta=256)
-    assert flux_utils.load_flow_model(path, torch.float32, "cpu", config={"theta": 64}).params.theta == 64
+    assert flux_utils.load_flux(path, torch.float32, "cpu").params == replace(params, theta=256)
+    assert flux_utils.load_flux(path, torch.float32, "cpu", config={"theta": 64}).params.theta == 64
 
 
 def test_damaged_model_config_is_named(flux_file) -> None:
     with pytest.raises(CheckpointError, match="model_config"):
-        flux_utils.load_flow_model(flux_file(flux_state(), {"model_config": "{"}), torch.float32, "cpu")
+        flux_utils.load_flux(flux_file(flux_state(), {"model_config": "{"}), torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
@@ -247,7 +247,7 @@ def test_saved_model_loads_as_it_was(tmp_path, qkv_bias: bool, axes: tuple[int, 
     flux_utils.save_flow_model(model, tmp_path / "m.safetensors", torch.bfloat16, {"modelspec.title": "x"})
     metadata = read_header(tmp_path / "m.safetensors")[1]
     assert ("model_config" in metadata) == (axes == (8, 12, 12)) and metadata["modelspec.title"] == "x"
-    again = flux_utils.load_flow_model(tmp_path / "m.safetensors", None, "cpu")
+    again = flux_utils.load_flux(tmp_path / "m.safetensors", None, "cpu")
     assert again.params == model.params
     assert all(torch.equal(tensor.to(torch.bfloat16), again.state_dict()[key]) for key, tensor in model.state_dict().items())
 
@@ -300,7 +300,7 @@ def test_tiny_set_is_complete_and_the_same_every_time(tmp_path) -> None:
     first, second = (build_tiny_flux(tmp_path / name) for name in "ab")
     for name in ("flux", "ae", "clip_l", "t5xxl"):
         assert getattr(first, name).read_bytes() == getattr(second, name).read_bytes()
-    assert flux_utils.load_flow_model(first.flux, None, "cpu").params == first.params
+    assert flux_utils.load_flux(first.flux, None, "cpu").params == first.params
     assert flux_utils.load_ae(first.ae, None, "cpu").params == first.ae_params
     assert build_tiny_flux(tmp_path / "c", seed=1).flux.read_bytes() != first.flux.read_bytes()
     schnell = build_tiny_flux(tmp_path / "d", guidance=False, hidden=64, dtype=torch.bfloat16)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from library.core.errors import CheckpointError
-from library.flux_utils import load_flow_model
+from library.flux_utils import load_flux
 from library.generation.adapters import AdapterFile, LayerFilter, LoadedAdapters, adapter_problems, file_problem, multiplier_problems
 from library.generation.networks import network_problems
 from library.generation.options import GenerationNetworkOptions
@@ -23,7 +23,7 @@ def lora(seed: int, name: str = NAME) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def model(tmp_path):
-    return load_flow_model(build_tiny_flux(tmp_path / "tiny").flux, torch.float32, "cpu")
+    return load_flux(build_tiny_flux(tmp_path / "tiny").flux, torch.float32, "cpu")
 
 
 def change(tensors: dict[str, torch.Tensor]) -> torch.Tensor:

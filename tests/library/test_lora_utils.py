@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from library.anima_utils import load_anima_model
+from library.anima_utils import load_anima
 from library.checkpoints.flux_convert import convert_bfl_sd_to_diffusers
 from library.checkpoints.unet_convert import original_to_diffusers
 from library.components.llm_encoder_utils import load_qwen3
 from library.components.text_encoder_utils import load_clip_l, load_t5xxl
 from library.core.errors import CheckpointError
-from library.flux_utils import load_flow_model
+from library.flux_utils import load_flux
 from library.lora_utils import CheckpointMerge, MergeOnLoad, load_safetensors_with_lora_and_fp8, read_adapter
 from library.safetensors_utils import load_safetensors, read_header, save_file_atomic
 from library.sd_utils import load_text_encoder_sd, load_unet_sd
@@ -29,11 +29,11 @@ def flux_parts(folder):
     state = convert_bfl_sd_to_diffusers(load_safetensors(model.flux))
     save_file_atomic({key: tensor.contiguous() for key, tensor in state.items()}, path, read_header(model.flux)[1])
     loaders = {
-        "denoiser": lambda **how: load_flow_model(model.flux, *HOW, **how),
+        "denoiser": lambda **how: load_flux(model.flux, *HOW, **how),
         "clip_l": lambda **how: load_clip_l(model.clip_l, *HOW, **how),
         "t5": lambda **how: load_t5xxl(model.t5xxl, *HOW, **how),
     }
-    return loaders, {"denoiser": lambda **how: load_flow_model(path, *HOW, **how)}
+    return loaders, {"denoiser": lambda **how: load_flux(path, *HOW, **how)}
 
 
 def sd_parts(folder, kind):
@@ -60,7 +60,7 @@ def sd_parts(folder, kind):
 def anima_parts(folder):
     model = build_tiny_anima(folder)
     loaders = {
-        "denoiser": lambda **how: load_anima_model(model.anima, *HOW, **how),
+        "denoiser": lambda **how: load_anima(model.anima, *HOW, **how),
         "qwen3": lambda **how: load_qwen3(model.qwen3, *HOW, **how),
     }
     return loaders, {}
@@ -115,8 +115,8 @@ def is_part(targets, lora_name, name, names):
 def test_several_adapters_add_up_and_8_bits_are_rounded_once(tmp_path):
     model = build_tiny_flux(tmp_path).flux
     targets = targets_of_family("flux")
-    network = create_network(1.0, 2, 1.0, None, [], load_flow_model(model, *HOW))
-    network.apply_to([], load_flow_model(model, *HOW), False, True)
+    network = create_network(1.0, 2, 1.0, None, [], load_flux(model, *HOW))
+    network.apply_to([], load_flux(model, *HOW), False, True)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     tensors = network.file_state_dict()
@@ -131,7 +131,7 @@ def test_several_adapters_add_up_and_8_bits_are_rounded_once(tmp_path):
     )
     assert torch.equal(small[key].float(), once[key].to(torch.float8_e4m3fn).float())
     assert small["img_in.weight"].dtype == torch.float32 and small["double_blocks.0.img_mod.lin.weight"].dtype == torch.float32
-    model_in_8_bits = load_flow_model(
+    model_in_8_bits = load_flux(
         model, torch.float8_e4m3fn, "cpu", transform=MergeOnLoad(targets, [read_adapter_of(tensors, tmp_path)])
     )
     torch.testing.assert_close(

@@ -37,3 +37,26 @@ def test_one_message_for_many_and_what_is_not_narrowed():
         narrowed_all(many)
     same = {"ids": (torch.arange(3), None), "wide": (torch.full((2,), 1e30), torch.bfloat16), "empty": (torch.zeros(0), torch.float16)}
     assert [tensor.dtype for tensor in narrowed_all(same).values()] == [torch.int64, torch.bfloat16, torch.float16]
+
+
+def test_a_model_whose_weights_do_not_fit_is_not_loaded_with_infinities(tmp_path):
+    """In every part and family: they share the cast of the loaders."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    from library.flux_utils import load_flux
+    from library.tiny_models import build_tiny
+
+    tiny = build_tiny("flux", tmp_path)
+    state = load_file(tiny.flux)
+    with safe_open(tiny.flux, framework="pt") as file:
+        metadata = file.metadata()
+    name = next(key for key in state if key.endswith("img_mlp.0.weight"))
+    state[name] = state[name].float()
+    state[name][0, 0] = 70000.0
+    save_file(state, tiny.flux, metadata)
+    with pytest.raises(CheckpointError, match=r"img_mlp\.0\.weight reaches 70000; float16 .*--mixed_precision bf16"):
+        load_flux(str(tiny.flux), torch.float16, "cpu")
+    with pytest.raises(CheckpointError, match="img_mlp.*float8_e4m3fn"):
+        load_flux(str(tiny.flux), torch.float8_e4m3fn, "cpu")
+    assert load_flux(str(tiny.flux), torch.bfloat16, "cpu") is not None

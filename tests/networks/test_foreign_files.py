@@ -9,7 +9,7 @@ import torch
 
 from library.checkpoints.flux_convert import convert_bfl_sd_to_diffusers
 from library.core.errors import CheckpointError
-from library.flux_utils import load_flow_model
+from library.flux_utils import load_flux
 from library.lora_utils import CheckpointMerge, MergeOnLoad, read_adapter
 from library.safetensors_utils import load_safetensors, read_header, save_file_atomic
 from networks import lora
@@ -75,8 +75,8 @@ def test_parts_of_fused_layers_keep_their_kind(number, flux, tmp_path):
     merged = dict(merge.stream({key: tensor.clone() for key, tensor in state.items()}.items()))
     for key, tensor in convert_bfl_sd_to_diffusers(merged).items():
         torch.testing.assert_close(tensor, wanted[key], rtol=1e-5, atol=1e-6)
-    transformer = load_flow_model(flux, torch.float32, "cpu", transform=MergeOnLoad(FLUX, [read_adapter(path, FLUX)]))
-    hooked = load_flow_model(flux, torch.float32, "cpu")
+    transformer = load_flux(flux, torch.float32, "cpu", transform=MergeOnLoad(FLUX, [read_adapter(path, FLUX)]))
+    hooked = load_flux(flux, torch.float32, "cpu")
     network, _ = lora.create_network_from_weights(1.0, str(path), None, [], hooked, for_inference=True)
     network.apply_to([], hooked, True, True)
     network.load_weights(str(path))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from library.anima_utils import load_anima_model
-from library.flux_utils import load_flow_model
+from library.anima_utils import load_anima
+from library.flux_utils import load_flux
 from library.safetensors_utils import load_safetensors, save_file_atomic
 from library.sd_utils import load_text_encoder_sd, load_unet_sd
 from library.sdxl_utils import load_text_encoders_sdxl, load_unet_sdxl
@@ -26,9 +26,9 @@ HOW = (torch.float32, "cpu")
 def models_of(family, path):
     """(denoiser, text encoders) of a model file."""
     if family == "flux":
-        return load_flow_model(path, *HOW), []
+        return load_flux(path, *HOW), []
     if family == "anima":
-        return load_anima_model(path, *HOW), []
+        return load_anima(path, *HOW), []
     if family == "sdxl":
         return load_unet_sdxl(path, *HOW), load_text_encoders_sdxl(path, *HOW)
     return load_unet_sd(path, *HOW), [load_text_encoder_sd(path, family == "sd2", *HOW)]

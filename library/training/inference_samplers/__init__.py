@@ -18,7 +18,11 @@ from library.core.registry import Registry
 
 DEFAULT_SAMPLER = "ddim"
 
-INFERENCE_SAMPLERS: Registry[Callable] = Registry("sampler", option="sample_sampler")
+INFERENCE_SAMPLERS: Registry[Callable] = Registry(
+    "sampler", option="sample_sampler", group="inference_samplers", takes=("denoise", "latents", "sigmas", "noise"),
+    wanted="a function of (denoise, latents, sigmas, noise) that gives the latents at the last sigma",
+    info={"spacing": "linspace", "final": "zero", "flow": None, "midpoints": False},
+)
 
 
 def _add(
@@ -55,6 +59,7 @@ SAMPLER_NAMES = tuple(INFERENCE_SAMPLERS.names())
 """names that --sample_sampler and prompt files may use; a family says which of them it has"""
 FLOW_SAMPLER_NAMES = tuple(entry.name for entry in INFERENCE_SAMPLERS if entry.info.get("flow"))
 """those of them that flow models have"""
+SAMPLER_HELP = ", or a path package.module:function"
 CLIPPED_ELSEWHERE = ("ddim", "ddpm", "heun")
 
 
@@ -62,8 +67,22 @@ def check_flow_sampler(name: str, what: str) -> None:
     """ConfigError with the names that flow models have when `name` is none of them; `what` says where it stands."""
     if name in FLOW_SAMPLER_NAMES:
         return
-    told = ", a sampler of SD models;" if name in INFERENCE_SAMPLERS else did_you_mean(name, FLOW_SAMPLER_NAMES) or ";"
-    raise ConfigError(f"{what} is '{name}'{told} flow models have {', '.join(FLOW_SAMPLER_NAMES)}")
+    if INFERENCE_SAMPLERS.problem(name) is not None:
+        raise ConfigError(f"{what} is '{name}'{did_you_mean(name, FLOW_SAMPLER_NAMES) or ';'} flow models have {', '.join(FLOW_SAMPLER_NAMES)}")
+    entry = INFERENCE_SAMPLERS.entry(name, what)
+    if not entry.info["flow"]:
+        hint = '; one from outside says that it is for them by @INFERENCE_SAMPLERS.register(name, flow="same")' if entry.is_outside else ""
+        raise ConfigError(f"{what} is '{name}', a sampler of SD models; flow models have {', '.join(FLOW_SAMPLER_NAMES)}{hint}")
+    check_sampler(name, what)
+
+
+def check_sampler(name: str, what: str) -> None:
+    """ConfigError when there is no sampler of this name, or one from outside does not keep the contract."""
+    problem = INFERENCE_SAMPLERS.problem(name, what)
+    if problem is not None:
+        raise ConfigError(problem)
+    if name not in SAMPLER_NAMES:
+        INFERENCE_SAMPLERS.resolve(name, what)
 
 
 def sampler_notices(name: str, *, is_v: bool = False, zero_terminal_snr: bool = False) -> list[str]:
@@ -87,13 +106,8 @@ class SamplerOptions:
     """Sampler of the sample images."""
 
     sample_sampler: str = option(
-        DEFAULT_SAMPLER, choices=SAMPLER_NAMES,
-        help="sampler of the sample images, as far as the model has it",
+        DEFAULT_SAMPLER, help="sampler of the sample images, as far as the model has it: " + ", ".join(SAMPLER_NAMES) + SAMPLER_HELP,
     )
 
     def __post_init__(self) -> None:
-        if self.sample_sampler not in SAMPLER_NAMES:
-            raise ConfigError(
-                f"--sample_sampler is '{self.sample_sampler}'{did_you_mean(self.sample_sampler, SAMPLER_NAMES)}"
-                f" Known: {', '.join(SAMPLER_NAMES)}"
-            )
+        check_sampler(self.sample_sampler, "--sample_sampler")

@@ -1,4 +1,4 @@
-"""Weights of the loss by signal-to-noise ratio (DDPM families): the options, the table and `build`."""
+"""Weights of the loss by signal-to-noise ratio: the options, the table and `build`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.core.errors import Problems
+from library.core.errors import ConfigError, Problems
 from library.core.options import option
 from library.core.registry import Registry
 
@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     LossFactor = Callable[[torch.Tensor, Objective], torch.Tensor]
     """(timesteps [B] on the 0..1000 scale, objective) -> factor [B]"""
 
-LOSS_WEIGHTS: Registry[Callable] = Registry("loss weight")
-"""Named by option, in the order of application; the target is a function (snr [B], option value, is_v) -> factor [B]."""
+LOSS_WEIGHTS: Registry[Callable] = Registry(
+    "loss weight", option="loss_weight", group="loss_weights", takes=("snr", "value", "is_v"),
+    wanted="a function of (snr, value, is_v) that gives a factor of the loss for each sample",
+)
+"""The target is a function (snr [B], value, is_v) -> factor [B]. Those of the project are chosen by options of their names, in this
+order; those from outside by --loss_weight."""
 LOSS_WEIGHTS.add("min_snr_gamma", "library.training.loss_weights.snr:min_snr_factor")
 LOSS_WEIGHTS.add("scale_v_pred_loss_like_noise_pred", "library.training.loss_weights.snr:scale_v_factor")
 LOSS_WEIGHTS.add("v_pred_like_loss", "library.training.loss_weights.snr:v_pred_like_factor")
@@ -29,21 +33,49 @@ LOSS_WEIGHTS.add("debiased_estimation_loss", "library.training.loss_weights.snr:
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeightOptions:
-    """Weight of the loss by noise level (models trained with DDPM)."""
+    """Weight of the loss by noise level."""
 
     min_snr_gamma: float | None = option(None, help="gamma of min-SNR weighting, arXiv 2303.09556; 5 is usual, 0 = off")
     scale_v_pred_loss_like_noise_pred: bool = option(False, help="scale a v-prediction loss like a noise-prediction loss")
     v_pred_like_loss: float | None = option(None, help="add this much of the loss that v-prediction would have; not with --zero_terminal_snr")
     debiased_estimation_loss: bool = option(False, help="weight of arXiv 2310.08442; with --zero_terminal_snr only for v-prediction")
 
+    loss_weight: list[str] | None = option(
+        None, nargs="*", metavar="NAME[=VALUE]",
+        help="weights of the loss that plug-ins register, or paths package.module:function, each with its number behind = where it has one",
+    )
+
     def __post_init__(self) -> None:
         problems = Problems()
+        for item in self.loss_weight or ():
+            problems.attempt(lambda item=item: parse_loss_weight(item))
         gamma, weight = self.min_snr_gamma, self.v_pred_like_loss
         if gamma is not None and not (math.isfinite(gamma) and gamma >= 0):
             problems.add(f"--min_snr_gamma is {gamma}; 0 (off) or a positive number is needed, e.g. 5")
         if weight is not None and not (math.isfinite(weight) and weight >= 0):
             problems.add(f"--v_pred_like_loss is {weight}; 0 (off) or a positive number is needed, e.g. 0.1")
         problems.raise_if_any()
+
+
+OWN_OPTIONS = tuple(LOSS_WEIGHTS.names())
+"""those of the project, each of which is an option"""
+
+
+def parse_loss_weight(item: str) -> tuple[str, float | None]:
+    """`name=5` -> ("name", 5.0); without = there is no value. ConfigError for an unknown name and for what is no number."""
+    name, sign, text = item.partition("=")
+    if name in OWN_OPTIONS:
+        raise ConfigError(f"--loss_weight has {name}, which is an option of its own: use --{name}{f' {text}' if text else ''}")
+    problem = LOSS_WEIGHTS.problem(name)
+    if problem is not None:
+        raise ConfigError(problem)
+    try:
+        value = float(text) if sign else None
+    except ValueError:
+        value = math.nan
+    if value is not None and not math.isfinite(value):
+        raise ConfigError(f"--loss_weight has {item}; needed: a finite number behind the =, e.g. {name}=5")
+    return name, value
 
 
 WITHOUT_SIGNAL = ("v_pred_like_loss", "debiased_estimation_loss")
@@ -53,6 +85,8 @@ WITHOUT_SIGNAL = ("v_pred_like_loss", "debiased_estimation_loss")
 def check(options: LossWeightOptions, v_parameterization: bool, zero_terminal_snr: bool = False) -> None:
     """Raise ConfigError for weights that the prediction type or the noise schedule excludes."""
     problems = Problems()
+    for item in options.loss_weight or ():
+        problems.attempt(lambda item=item: LOSS_WEIGHTS.resolve(parse_loss_weight(item)[0]))
     if options.scale_v_pred_loss_like_noise_pred and not v_parameterization:
         problems.add("--scale_v_pred_loss_like_noise_pred is set; it needs --v_parameterization")
     if options.v_pred_like_loss and v_parameterization:
@@ -69,8 +103,9 @@ def check(options: LossWeightOptions, v_parameterization: bool, zero_terminal_sn
 
 def build(options: LossWeightOptions) -> LossFactor | None:
     """The product of all chosen factors, or None when none is chosen."""
-    chosen = [(LOSS_WEIGHTS.resolve(entry.name), getattr(options, entry.name)) for entry in LOSS_WEIGHTS
-              if getattr(options, entry.name)]
+    chosen = [(LOSS_WEIGHTS.resolve(name), getattr(options, name)) for name in OWN_OPTIONS if getattr(options, name)]
+    named = map(parse_loss_weight, options.loss_weight or ())
+    chosen += [(LOSS_WEIGHTS.resolve(name), value) for name, value in named]
     if not chosen:
         return None
 

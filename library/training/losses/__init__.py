@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     ElementLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Objective], torch.Tensor]
     """(prediction, target [B, C, ...], timesteps [B] on the 0..1000 scale, objective) -> loss [B, C, ...]"""
 
-LOSSES: Registry[Callable] = Registry("loss", option="loss_type")
+LOSSES: Registry[Callable] = Registry(
+    "loss", option="loss_type", group="losses", takes=("options", "prediction", "target", "timesteps", "objective"),
+    wanted="a function of (options, prediction, target, timesteps, objective) that gives the loss of each element",
+)
 LOSSES.add("l1", "library.training.losses.elementwise:l1_loss")
 LOSSES.add("l2", "library.training.losses.elementwise:l2_loss")
 LOSSES.add("huber", "library.training.losses.elementwise:huber_loss")
@@ -33,7 +36,9 @@ HUBER_SCHEDULES = ("constant", "exponential", "snr")
 class LossOptions:
     """Loss of one element."""
 
-    loss_type: str = option("l2", choices=LOSSES.names(), help="loss of one element of the prediction")
+    loss_type: str = option(
+        "l2", help="loss of one element of the prediction: " + ", ".join(LOSSES.names()) + ", or a path package.module:function"
+    )
     huber_schedule: str = option(
         "snr", choices=HUBER_SCHEDULES, help="how the threshold of huber and smooth_l1 depends on the timestep"
     )
@@ -42,11 +47,9 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        if self.loss_type not in LOSSES:
-            problems.add(
-                f"--loss_type is '{self.loss_type}'{did_you_mean(self.loss_type, LOSSES.names())}"
-                f" Known: {', '.join(LOSSES.names())}"
-            )
+        unknown = LOSSES.problem(self.loss_type)
+        if unknown is not None:
+            problems.add(unknown)
         if self.huber_schedule not in HUBER_SCHEDULES:
             problems.add(
                 f"--huber_schedule is '{self.huber_schedule}'{did_you_mean(self.huber_schedule, HUBER_SCHEDULES)}"
@@ -57,6 +60,11 @@ class LossOptions:
             if not (math.isfinite(value) and value > 0):
                 problems.add(f"--{name} is {value}; a number above 0 is needed")
         problems.raise_if_any()
+
+
+def check(options: LossOptions) -> None:
+    """ConfigError when the loss cannot be imported or is none."""
+    LOSSES.resolve(options.loss_type)
 
 
 def build(options: LossOptions) -> ElementLoss:
@@ -78,8 +86,8 @@ def notices(options: LossOptions, is_flow: bool) -> list[str]:
 
 def idle(options: LossOptions) -> list[Ignored]:
     """Settings that the chosen loss does not read."""
-    if options.loss_type in ("huber", "smooth_l1"):
-        return []
+    if LOSSES.problem(options.loss_type) or options.loss_type.lower() not in ("l1", "l2"):
+        return []  # a loss from outside may read them
     default = LossOptions()
     unused = [n for n in ("huber_schedule", "huber_c", "huber_scale") if getattr(options, n) != getattr(default, n)]
     return without_effect(unused, f"--loss_type is {options.loss_type}")

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from library.core.errors import ConfigError, Problems, did_you_mean
 from library.core.options import option
-from library.core.registry import Registry
+from library.core.registry import Registry, is_path
 from library.training.keyword_args import argument_problems, parse_keyword_args
 
 if TYPE_CHECKING:
     import torch
 
-OPTIMIZERS: Registry[type] = Registry("optimizer", option="optimizer_type")
+OPTIMIZERS: Registry[type] = Registry("optimizer", option="optimizer_type", group="optimizers")
 """info: `defaults` are arguments set when absent, `forced` ones always."""
 OPTIMIZERS.add("AdamW", "torch.optim:AdamW")
 OPTIMIZERS.add("SGDNesterov", "torch.optim:SGD", defaults={"momentum": 0.9}, forced={"nesterov": True})
@@ -175,6 +175,8 @@ def choose(options: OptimizerOptions) -> OptimizerChoice:
         name = "AdamW8bit"
     elif options.use_lion_optimizer:
         name = "Lion"
+    if is_path(name):
+        name = name.replace(":", ".")
     kwargs = parse_keyword_args(options.optimizer_args, "optimizer_args")
     if name in OPTIMIZERS:
         entry = OPTIMIZERS.entry(name)
@@ -206,7 +208,7 @@ def optimizer_class(choice: OptimizerChoice) -> type:
         )
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # whatever a module of the user's raises
         raise ConfigError(f"--optimizer_type {choice.name}: {module_name} cannot be imported ({error})") from error
     found = getattr(module, class_name, None)
     if isinstance(found, type):

@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from library.core.errors import ConfigError, Problems, did_you_mean
+from library.core.errors import ConfigError, Problems, did_you_mean, foreign_errors
 from library.core.options import Ignored, option, without_effect
-from library.core.registry import Registry
+from library.core.registry import Registry, is_path
 from library.training.keyword_args import argument_problems, parse_keyword_args
 from library.training.optimizers import OptimizerChoice, OptimizerOptions, choose
 
@@ -24,19 +24,25 @@ if TYPE_CHECKING:
     Curve = Callable[[int], float]
     """multiplier of a group's own rate at optimizer step k"""
 
-SCHEDULERS: Registry[type] = Registry("learning rate scheduler", option="lr_scheduler")
-"""The target makes a curve from a CurveSettings. `uses`: options that have an effect; `args`: keys of --lr_scheduler_args."""
+STEP_OPTIONS = ("lr_warmup_steps", "lr_decay_steps")
+SHAPE_OPTIONS = (*STEP_OPTIONS, "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale", "lr_scheduler_min_lr_ratio")
+
+SCHEDULERS: Registry[type] = Registry(
+    "learning rate scheduler", option="lr_scheduler", group="schedulers", takes=("settings",), info={"uses": SHAPE_OPTIONS, "args": None},
+    wanted="a function of CurveSettings that gives a curve: optimizer step -> factor of the rate",
+)
+"""The target makes a curve from a CurveSettings. `uses`: options that have an effect; `args`: keys of --lr_scheduler_args, None = any."""
 _CURVES = "library.training.schedulers.curves:"
-SCHEDULERS.add("constant", _CURVES + "constant", uses=("lr_warmup_steps",))
-SCHEDULERS.add("constant_with_warmup", _CURVES + "constant", uses=("lr_warmup_steps",))
-SCHEDULERS.add("linear", _CURVES + "linear", uses=("lr_warmup_steps",))
-SCHEDULERS.add("cosine", _CURVES + "cosine", uses=("lr_warmup_steps",))
-SCHEDULERS.add("cosine_with_restarts", _CURVES + "cosine_with_restarts", uses=("lr_warmup_steps", "lr_scheduler_num_cycles"))
+SCHEDULERS.add("constant", _CURVES + "constant", uses=("lr_warmup_steps",), args=())
+SCHEDULERS.add("constant_with_warmup", _CURVES + "constant", uses=("lr_warmup_steps",), args=())
+SCHEDULERS.add("linear", _CURVES + "linear", uses=("lr_warmup_steps",), args=())
+SCHEDULERS.add("cosine", _CURVES + "cosine", uses=("lr_warmup_steps",), args=())
+SCHEDULERS.add("cosine_with_restarts", _CURVES + "cosine_with_restarts", uses=("lr_warmup_steps", "lr_scheduler_num_cycles"), args=())
 SCHEDULERS.add("polynomial", _CURVES + "polynomial", uses=("lr_warmup_steps", "lr_scheduler_power"), args=("lr_end",))
-SCHEDULERS.add("inverse_sqrt", _CURVES + "inverse_sqrt", uses=("lr_warmup_steps", "lr_scheduler_timescale"))
+SCHEDULERS.add("inverse_sqrt", _CURVES + "inverse_sqrt", uses=("lr_warmup_steps", "lr_scheduler_timescale"), args=())
 SCHEDULERS.add(
     "cosine_with_min_lr", _CURVES + "cosine_with_min_lr",
-    uses=("lr_warmup_steps", "lr_scheduler_num_cycles", "lr_scheduler_min_lr_ratio"),
+    uses=("lr_warmup_steps", "lr_scheduler_num_cycles", "lr_scheduler_min_lr_ratio"), args=(),
 )
 SCHEDULERS.add(
     "warmup_stable_decay", _CURVES + "warmup_stable_decay",
@@ -45,15 +51,13 @@ SCHEDULERS.add(
 )
 SCHEDULERS.add("piecewise_constant", _CURVES + "piecewise_constant", uses=(), args=("step_rules",))
 SCHEDULERS.add("rex", _CURVES + "rex", uses=("lr_warmup_steps",), args=("rex_alpha", "rex_beta", "min_lr"))
-SCHEDULERS.add("adafactor", "library.training.schedulers.adafactor:AdafactorRates", uses=())
+SCHEDULERS.add("adafactor", "library.training.schedulers.adafactor:AdafactorRates", uses=(), args=())
 
 NOT_OFFERED = {
     "reduce_lr_on_plateau": "it needs a metric after every step, which training does not have",
     "cosine_warmup_with_min_lr": "it needs a warm-up rate that has no option; use cosine_with_min_lr",
 }
 RAMP_TYPES = ("linear", "cosine", "1-sqrt")
-STEP_OPTIONS = ("lr_warmup_steps", "lr_decay_steps")
-SHAPE_OPTIONS = (*STEP_OPTIONS, "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale", "lr_scheduler_min_lr_ratio")
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class SchedulerOptions:
     """Learning rate schedule."""
 
     lr_scheduler: str = option(
-        "constant", help="curve of the learning rate: " + ", ".join(SCHEDULERS.names()) + "; adafactor:1e-3 gives the rate that is shown first",
+        "constant", help="curve of the learning rate: " + ", ".join(SCHEDULERS.names()) + ", or a path package.module:function; adafactor:1e-3 gives the rate that is shown first",
     )
     lr_warmup_steps: str | int | float = option(
         0, convert=str, metavar="STEPS", help="warm-up in optimizer steps; below 1, or with %, a fraction of all steps"
@@ -137,14 +141,21 @@ class SchedulerOptions:
 
     @property
     def curve(self) -> str:
-        """The name in --lr_scheduler, without a rate."""
+        """The name in --lr_scheduler, without a rate; a path as it is."""
+        if self._is_path:
+            return self.lr_scheduler.strip()
         return self.lr_scheduler.partition(":")[0].strip().lower()
+
+    @property
+    def _is_path(self) -> bool:
+        text = self.lr_scheduler.strip()
+        return is_path(text) and text.partition(":")[0] not in SCHEDULERS
 
     @property
     def first_rate(self) -> float | None:
         """The rate in `adafactor:1e-3`: shown before the first step, when the optimizer has found none yet."""
         name, colon, rate = self.lr_scheduler.partition(":")
-        return float(rate) if colon else None
+        return float(rate) if colon and not self._is_path else None
 
     def _check_name(self, problems: Problems) -> None:
         name = self.curve
@@ -156,7 +167,7 @@ class SchedulerOptions:
             return
         if name in NOT_OFFERED:
             problems.add(f"--lr_scheduler {name} is not offered: {NOT_OFFERED[name]}")
-        elif name not in SCHEDULERS:
+        elif SCHEDULERS.problem(name) is not None:
             known = SCHEDULERS.names()
             problems.add(
                 f"unknown learning rate scheduler '{self.lr_scheduler}' (--lr_scheduler){did_you_mean(name, known)}"
@@ -235,8 +246,8 @@ def _adafactor_problem(choice: OptimizerChoice) -> str:
 
 def _check_args(name: str, options: SchedulerOptions, problems: Problems) -> None:
     args = parse_keyword_args(options.lr_scheduler_args, "lr_scheduler_args")
-    known = SCHEDULERS.entry(name).info.get("args", ())
-    for key in args:
+    known = SCHEDULERS.entry(name).info["args"]
+    for key in args if known is not None else ():
         if key not in known:
             has = f"It has: {', '.join(known)}" if known else "It has no arguments"
             problems.add(f"--lr_scheduler_args sets {key}, which {name} does not have{did_you_mean(key, known) or '.'} {has}")
@@ -253,10 +264,21 @@ def _try_curve(options: SchedulerOptions, optimizer: OptimizerOptions, max_train
                 f"--lr_warmup_steps and --lr_decay_steps are {settings.warmup} and {settings.decay} of {max_train_steps} steps;"
                 " together they must not be longer than the run"
             )
-    try:
-        SCHEDULERS.resolve(options.curve)(settings)
-    except ConfigError as error:
-        problems.absorb(error)
+    problems.attempt(lambda: curve_of(options, settings))
+
+
+def curve_of(options: SchedulerOptions, settings: CurveSettings) -> Curve:
+    """The curve of --lr_scheduler. ConfigError when it refuses the settings, or one from outside gives no numbers."""
+    make = SCHEDULERS.resolve(options.curve)
+    if not SCHEDULERS.entry(options.curve).is_outside:
+        return make(settings)
+    where = f"--lr_scheduler is {options.lr_scheduler}, which"
+    with foreign_errors(ConfigError, f"{where} fails for these settings"):
+        curve = make(settings)
+        factors = [curve(step) for step in (0, settings.total)]  # torch asks for one more than there are steps
+    if not all(isinstance(factor, (int, float)) and math.isfinite(factor) for factor in factors):
+        raise ConfigError(f"{where} gives {factors[0]!r} at the first step and {factors[1]!r} after the last; needed: finite numbers")
+    return curve
 
 
 def _check_class(options: SchedulerOptions, problems: Problems) -> None:

@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler as torch_schedulers
 from library.core.errors import ConfigError, did_you_mean
 from library.training.keyword_args import parse_keyword_args
 from library.training.optimizers import OptimizerBuild
-from library.training.schedulers import SCHEDULERS, CurveSettings, SchedulerOptions
+from library.training.schedulers import CurveSettings, SchedulerOptions, curve_of
 from library.training.schedulers.adafactor import AdafactorRates
 
 logger = logging.getLogger(__name__)
@@ -50,20 +50,20 @@ def build_scheduler(
         except (TypeError, ValueError) as error:
             raise ConfigError(f"--lr_scheduler_type {options.lr_scheduler_type} with {args} is refused: {error}") from error
     settings = CurveSettings.of(options, rate=learning_rate, max_train_steps=max_train_steps)
-    curve = SCHEDULERS.resolve(options.curve)(settings)
+    curve = curve_of(options, settings)
     return torch_schedulers.LambdaLR(optimizer.optimizer, curve)
 
 
 def scheduler_class(name: str) -> type:
     """A class of torch.optim.lr_scheduler, or of a dotted path; ConfigError when there is none."""
-    module_name, _, class_name = name.rpartition(".")
+    module_name, _, class_name = name.replace(":", ".").rpartition(".")
     module_name = module_name or torch_schedulers.__name__
     top = module_name.partition(".")[0]
     if importlib.util.find_spec(top) is None:
         raise ConfigError(f"--lr_scheduler_type {name} needs the package {top}, which is not installed")
     try:
         found = getattr(importlib.import_module(module_name), class_name, None)
-    except ImportError as error:
+    except Exception as error:  # whatever a module of the user's raises
         raise ConfigError(f"--lr_scheduler_type {name}: {module_name} cannot be imported ({error})") from error
     if not isinstance(found, type):
         classes = [n for n, value in vars(importlib.import_module(module_name)).items() if isinstance(value, type)]

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from library.core.errors import ConfigError, Problems, did_you_mean
+from library.core.errors import ConfigError, Problems, did_you_mean, foreign_errors
 from library.core.options import Ignored, option, without_effect
 from library.core.registry import Registry
 
@@ -19,19 +19,27 @@ if TYPE_CHECKING:
 
 WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
 
-TIMESTEP_SAMPLERS: Registry[type] = Registry("timestep sampling", option="timestep_sampling")
+TIMESTEP_SAMPLERS: Registry[type] = Registry(
+    "timestep sampling", option="timestep_sampling", group="timestep_samplers", takes=("options",), info={"flow": True},
+    wanted="a class made from TimestepOptions, with a method sample(latent_shape, draws)", is_a=lambda found: hasattr(found, "sample"),
+)
+"""`flow`: it draws sigmas of flow models"""
 for _name in (
     "sigma", "uniform", "sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift", "nextdit_shift",
     "ideogram4_shift", "logsnr",
 ):
     TIMESTEP_SAMPLERS.add(_name, "library.training.timestep_samplers.baseline:FlowTimestepSampler")
 
+MODES = tuple(TIMESTEP_SAMPLERS.names())
+"""those of the project"""
+
 SIGMOID_MODES = frozenset({"sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift"})
 """modes that start from sigmoid(sigmoid_scale * z)"""
 
 
 class TimestepSampler(Protocol):
-    """Draws times in the unit of the objective; a pure function of the draws, so that a resumed run draws the same."""
+    """Draws times in the unit of the objective, [B], or one per frame or token (`objective.expand_like`); a pure function of
+    the draws, so that a resumed run draws the same."""
 
     def sample(self, latent_shape: Sequence[int], draws: StepDraws) -> torch.Tensor: ...
 
@@ -42,7 +50,7 @@ class TimestepOptions:
 
     timestep_sampling: str = option(
         "sigma", help="how sigmas are drawn: " + ", ".join(TIMESTEP_SAMPLERS.names())
-        + ". sigma follows the density of --weighting_scheme",
+        + ", or a path package.module:class. sigma follows the density of --weighting_scheme",
     )
     sigmoid_scale: float = option(1.0, help="factor of the normal number in sigmoid, shift and the *_shift modes")
     weighting_scheme: str = option(
@@ -59,12 +67,9 @@ class TimestepOptions:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        if self.timestep_sampling not in TIMESTEP_SAMPLERS:
-            names = TIMESTEP_SAMPLERS.names()
-            problems.add(
-                f"--timestep_sampling is '{self.timestep_sampling}'{did_you_mean(self.timestep_sampling, names)}"
-                f" Known: {', '.join(names)}"
-            )
+        unknown = TIMESTEP_SAMPLERS.problem(self.timestep_sampling)
+        if unknown is not None:
+            problems.add(unknown)
         if self.weighting_scheme not in WEIGHTING_SCHEMES:
             problems.add(
                 f"--weighting_scheme is '{self.weighting_scheme}'"
@@ -94,8 +99,7 @@ def build(options: TimestepOptions, *, is_flow: bool = True) -> Any:
         from library.training.timestep_samplers.baseline import DdpmTimestepSampler
 
         return DdpmTimestepSampler(options)
-    name = TIMESTEP_SAMPLERS.entry(options.timestep_sampling).name
-    return TIMESTEP_SAMPLERS.resolve(name)(options)
+    return TIMESTEP_SAMPLERS.resolve(options.timestep_sampling)(options)
 
 
 def notices(options: TimestepOptions) -> list[str]:
@@ -120,6 +124,8 @@ def idle(options: TimestepOptions, explicit: Container[str] | None = None) -> li
     `explicit` names the options that the user wrote; without it, those that differ from the defaults of this class.
     """
     mode, scheme, default = options.timestep_sampling, options.weighting_scheme, TimestepOptions()
+    if mode not in MODES:
+        return []  # a sampler from outside may read them all
     used = {
         "sigmoid_scale": mode in SIGMOID_MODES,
         "discrete_flow_shift": mode in ("sigma", "shift"),
@@ -135,9 +141,35 @@ def idle(options: TimestepOptions, explicit: Container[str] | None = None) -> li
     return found
 
 
+def _try_sampler(options: TimestepOptions) -> None:
+    """Draw once with a sampler from outside: it checks its own settings, and gives one sigma from 0 to 1 for each sample."""
+    import torch
+
+    from library.core.keyed_random import StepDraws
+
+    where = f"--timestep_sampling is {options.timestep_sampling}"
+    cls = TIMESTEP_SAMPLERS.resolve(options.timestep_sampling)
+    with foreign_errors(ConfigError, f"{where}, which fails on a batch of two"):
+        sigmas = cls(options).sample((2, 16, 8, 8), StepDraws(0, 0, (0, 1)))
+    told = "a tensor with sigmas from 0 to 1, whose first axis is the sample"
+    if not isinstance(sigmas, torch.Tensor) or sigmas.shape[:1] != (2,):
+        raise ConfigError(f"{where}, whose sample() gives {getattr(sigmas, 'shape', type(sigmas).__name__)} for a batch of two; needed: {told}")
+    if not ((0 <= sigmas) & (sigmas <= 1)).all():
+        raise ConfigError(f"{where}, whose sample() gives {sigmas.tolist()}; needed: {told} (1 = noise)")
+
+
 def check(options: TimestepOptions, known: Sequence[str]) -> None:
-    """Raise ConfigError when a family has not the chosen mode; `known` are the family's modes."""
-    if options.timestep_sampling not in known:
+    """Raise ConfigError when a flow family has not the chosen mode: `known` are those of the project that it has. Samplers from
+    outside serve every flow family, unless they say that they are not for flow models."""
+    name = options.timestep_sampling
+    if name in known:
+        return
+    entry = TIMESTEP_SAMPLERS.entry(name)
+    if entry.is_outside:
+        if not entry.info["flow"]:
+            raise ConfigError(f"--timestep_sampling is {name}, which says that it is not for flow models (flow=False)")
+        _try_sampler(options)
+    else:
         raise ConfigError(
             f"--timestep_sampling is '{options.timestep_sampling}'; this model family has {', '.join(known)}"
         )

@@ -296,11 +296,11 @@ class AnimaFamily(FlowFamily):
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory."""
-        from library.anima_utils import load_anima_model
+        from library.anima_utils import load_anima
 
         swap = self.config[MemoryOptions].blocks_to_swap or 0
         device = "cpu" if swap else runtime.device
-        denoiser = load_anima_model(
+        denoiser = load_anima(
             self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, llm_adapter_path=self.opts.llm_adapter_path,
             transform=self.transform,
         )

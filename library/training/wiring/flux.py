@@ -269,11 +269,11 @@ class FluxFamily(FlowFamily):
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory."""
-        from library.flux_utils import load_flow_model
+        from library.flux_utils import load_flux
 
         swap = self._blocks_to_swap
         device = "cpu" if swap else runtime.device
-        denoiser = load_flow_model(
+        denoiser = load_flux(
             self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, transform=self.transform
         )
         if swap:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.core.errors import CheckpointError, ConfigError, Problems, did_you_mean
 from library.dataset import CachingOptions
-from library.training.inference_samplers import INFERENCE_SAMPLERS, SamplerOptions, sampler_notices
+from library.training.inference_samplers import SamplerOptions, check_sampler, sampler_notices
 from library.training.option_groups import ModelOptions, NoiseOptions, SamplingOptions
 from library.training.sampling_prompts import SamplePrompt, with_defaults
 from library.training.timestep_samplers import TimestepOptions
@@ -181,9 +181,7 @@ class UNetFamily(ModelFamily):
 
     @staticmethod
     def _check_sampler(name: str, what: str) -> None:
-        if name not in INFERENCE_SAMPLERS:
-            names = INFERENCE_SAMPLERS.names()
-            raise ConfigError(f"{what} is '{name}'{did_you_mean(name, names)} Known: {', '.join(names)}")
+        check_sampler(name, what)
 
     @staticmethod
     def sample_settings(prompt: SamplePrompt) -> SampleSettings:

@@ -14,6 +14,7 @@ import pytest
 from library.dataset import cache_index
 from library.dataset.cache_index import FILE_NAME, CacheIndex
 from library.dataset.fill_caches import fill_latent_cache, fill_text_cache
+from library.dataset.image_headers import ImageFileError, look_at_noted_image
 from library.dataset.npz_file import read_arrays, write_arrays
 from tests.library.dataset.images import FLUX, make_folder, make_group, make_image, make_item
 from tests.library.dataset.small_family import SmallLatentsCaching, SmallTextCaching, SmallTextEncoder, SmallVae, small_strategies
@@ -177,3 +178,42 @@ def test_two_processes_that_write_one_index_keep_what_both_found(tmp_path):
     (tmp_path / "a").unlink()
     fresh.save()
     assert sorted(json.loads((tmp_path / FILE_NAME).read_text())["files"]) == ["b", "c"]
+
+
+def look(folder: Path, *, save: bool = True) -> dict[str, tuple]:
+    """The headers of the pictures of a folder, as the start of a run looks at them."""
+    index = CacheIndex()
+    found = {path.name: look_at_noted_image(str(path), index) for path in sorted(folder.glob("*.png"))}
+    if save:
+        index.save()
+    return found
+
+
+def test_headers_of_pictures_that_did_not_change_are_not_read_again(tmp_path, opened):
+    make_folder(tmp_path, 2, sizes=((40, 24),))
+    make_image(tmp_path / "99.png", (16, 8), alpha=100)
+    age(tmp_path)
+    first = look(tmp_path)
+    assert opened and {check.size for check in first.values()} == {(40, 24), (16, 8)} and first["99.png"].transparent
+    opened.clear()
+    assert look(tmp_path) == first and not [name for name in opened if name.endswith(".png")]
+
+
+def test_a_picture_that_changed_is_looked_at_again(tmp_path, opened):
+    make_folder(tmp_path, 2, sizes=((40, 24),))
+    age(tmp_path)
+    look(tmp_path)
+    first = sorted(tmp_path.glob("*.png"))[0]
+    make_image(first, (24, 40))
+    opened.clear()
+    assert look(tmp_path)[first.name].size == (24, 40) and [name for name in opened if name.endswith(".png")] == [first.name]
+
+
+def test_a_damaged_picture_is_told_each_time(tmp_path):
+    make_folder(tmp_path, 1)
+    (path,) = tmp_path.glob("*.png")
+    path.write_bytes(path.read_bytes()[:50])
+    age(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ImageFileError):
+            look(tmp_path)

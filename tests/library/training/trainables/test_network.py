@@ -10,7 +10,7 @@ from torch import nn
 
 from library.core.errors import ConfigError
 from library.core.keyed_random import StepDraws
-from library.flux_utils import load_clip_l, load_flow_model
+from library.flux_utils import load_clip_l, load_flux
 from library.training.accelerator_setup import Runtime
 from library.training.adapters import NetworkOptions, parse_pairs
 from library.training.parser_common import parse
@@ -29,7 +29,7 @@ def tiny(tmp_path_factory):
 
 
 def denoiser_of(tiny, transform=None):
-    return load_flow_model(tiny.flux, torch.float32, "cpu", transform=transform)
+    return load_flux(tiny.flux, torch.float32, "cpu", transform=transform)
 
 
 def clip_of(tiny):
