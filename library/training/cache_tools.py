@@ -238,7 +238,10 @@ def fill(what: str, config: Config, family: ModelFamily, data: DataGroups, runti
 
     if what == "latents":
         strategies = StrategySet(None, None, family.latents_caching(), None)
-        cache_latents(config, data, strategies, runtime, lambda: family.load_vae(runtime).requires_grad_(False).eval())
+        cache_latents(
+            config, data, strategies, runtime, lambda: family.load_vae(runtime).requires_grad_(False).eval(),
+            lambda: {name: part.requires_grad_(False).eval() for name, part in family.load_parts(runtime, "vae").items()},
+        )
     else:
         strategies = family.strategies()
         prepare_text(

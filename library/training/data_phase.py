@@ -110,12 +110,13 @@ class KeptModels:
 
 @torch.no_grad()
 def cache_latents(
-    config: Config, data: DataGroups, strategies: StrategySet, runtime: Runtime, load_vae: Callable[[], torch.nn.Module]
+    config: Config, data: DataGroups, strategies: StrategySet, runtime: Runtime, load_vae: Callable[[], torch.nn.Module],
+    load_parts: Callable[[], dict[str, torch.nn.Module]] = dict,
 ) -> None:
-    """Encode what the latent cache lacks; images that turn out to be unreadable leave the data with --skip_bad_images."""
+    """Encode what the latent cache lacks with the VAE and the parts beside it; images that turn out to be unreadable leave the data with --skip_bad_images."""
     if config[CachingOptions].caches_latents:
         skip = config[DatasetOptions].skip_bad_images
-        fill_latent_cache(data.groups, strategies, load_vae, runtime, skip_bad_images=skip, index=data.index)
+        fill_latent_cache(data.groups, strategies, load_vae, runtime, skip_bad_images=skip, index=data.index, load_parts=load_parts)
 
 
 def prepare_text(

@@ -52,7 +52,7 @@ class TrainStep:
         self._compute_loss = replacement_of(self.hooks, "compute_loss")
 
     def __call__(self, batch: Batch, times: torch.Tensor | None = None) -> StepOutput:
-        """Loss of one batch. `times` [B] fixes the noise level in the objective's unit (validation); None draws it."""
+        """Loss of one batch. `times` ([B], or one per frame or token) fixes the noise level in the objective's unit (validation); None draws it."""
         if len(batch) == 0:  # a rank without samples only joins the reduction
             zero = torch.zeros((), device=self.runtime.device)
             return StepOutput(zero, zero, 0)
@@ -63,6 +63,7 @@ class TrainStep:
     def process_batch(self, batch: Batch, times: torch.Tensor | None = None) -> StepOutput:
         """The body of the step, which one hook may replace."""
         draws = self.begin(batch, times)
+        batch = self.with_latents(batch)
         latents = self.latents_of(batch)  # [B, C, H, W] or [B, C, F, H, W]
         noise = self.noise_of(latents, draws)
         if times is None:
@@ -89,7 +90,7 @@ class TrainStep:
         return draws.normal("noise", latents.shape[1:]).to(self.runtime.device)
 
     def times_of(self, latents: torch.Tensor, draws: StepDraws) -> torch.Tensor:
-        """Noise levels [B] from the run's timestep sampler, in the objective's unit."""
+        """Noise levels [B], [B, F] or [B, tokens] from the run's timestep sampler, in the objective's unit."""
         return self.timestep_sampler.sample(tuple(latents.shape), draws).to(self.runtime.device)
 
     def predict(
@@ -128,12 +129,18 @@ class TrainStep:
         level = 0 if times is None else round(float(times.flatten()[0]) * 1e6)
         return StepDraws(self.validation_seed, level, request.positions)
 
+    def with_latents(self, batch: Batch) -> Batch:
+        """The batch with latents and the conditions beside them; what is not cached is encoded, by models in their own dtype."""
+        if batch.latents is not None:
+            return batch
+        latents, conditions = self.strategies.latents_caching.encode_samples(
+            self.models.vae, self.models.extra, batch.images, batch.latent_seeds
+        )
+        return dataclasses.replace(batch, latents=latents, conditions={**batch.conditions, **conditions})
+
     def latents_of(self, batch: Batch) -> torch.Tensor:
-        """Scaled latents, from the cache or from the VAE in its own dtype."""
-        latents = batch.latents
-        if latents is None:
-            latents = self.strategies.latents_caching.encode_images(self.models.vae, batch.images, batch.latent_seeds)
-        return self.family.scale_latents(latents.to(self.runtime.device, torch.float32))
+        """Scaled latents."""
+        return self.family.scale_latents(self.with_latents(batch).latents.to(self.runtime.device, torch.float32))
 
     def conditioning_of(self, batch: Batch) -> list[torch.Tensor | None]:
         """Cached outputs, overwritten by position with what the text encoders in memory give (those that learn, or all)."""

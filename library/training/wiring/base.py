@@ -129,11 +129,16 @@ class ModelFamily(ABC):
         """A module with `device`, `enable_gradient_checkpointing(cpu_offload)` and `repeated_blocks()` (--torch_compile compiles
         those), which has no dropout."""
 
+    def load_parts(self, runtime: Runtime, beside: str) -> dict[str, torch.nn.Module]:
+        """Further parts by name. `beside` "vae": those that encode images while latents are cached or in the step, and live as
+        long as the VAE (a vision encoder); "denoiser": those that run in the step (a second expert, a ControlNet)."""
+        return {}
+
     @abstractmethod
     def objective(self) -> Objective: ...
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """From what the cache stores [B, C, h, w] to what the denoiser sees; of any rank, [B, C, 1, h, w] say."""
+        """From what the cache stores, [B, C, h, w] or [B, C, F, h, w], to what the denoiser sees; of any rank, [B, C, 1, h, w] say."""
         return latents
 
     @abstractmethod
