@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from library.components.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer, vocabulary_problem
@@ -120,13 +119,3 @@ class AnimaTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
     """
 
     architecture = ARCHITECTURES["anima"]
-
-    def encode(
-        self,
-        tokenize_strategy: TokenizeStrategy,
-        models: list[Any],
-        text_encoding_strategy: TextEncodingStrategy,
-        captions: list[str],
-    ) -> list[Tensor | None]:
-        outputs = super().encode(tokenize_strategy, models, text_encoding_strategy, captions)
-        return [*outputs, torch.zeros(len(captions))]

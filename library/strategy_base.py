@@ -10,17 +10,17 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
-from library.checkpoints.identity import combined_identity
-from library.core.errors import CheckpointError, UnsupportedCombination
+from library.core.errors import CheckpointError, TrainingError, UnsupportedCombination
 from library.core.keyed_random import key_seed
 from library.dataset import cache_io, text_cache_io
 from library.dataset.cache_io import ImageIdentity, LatentArrays, LatentsRecord
+from library.dataset.strategies import StrategySet
 from library.dataset.text_cache_io import TEXT_LAYOUTS, TextKey, TextLayout, TextRecord
 from library.families.latents import Bucket
 
@@ -29,23 +29,12 @@ if TYPE_CHECKING:
     from library.dataset.cache_index import CacheIndex
     from library.dataset.items import ImageItem
 
+__all__ = [
+    "LatentsCachingStrategy", "PluginSlot", "StrategySet", "TextEncoderOutputsCachingStrategy", "TextEncodingStrategy",
+    "TokenizeStrategy", "as_stored", "encode_apart", "posterior_seed", "to_float32",
+]  # fmt: skip
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StrategySet:
-    """The strategies of one run, made by the family and handed to dataset and step. None = that cache is off."""
-
-    tokenize: Any
-    text_encoding: Any
-    latents_caching: Any | None = None
-    text_encoder_outputs_caching: Any | None = None
-
-    def mark_text_models(self, mark: str) -> None:
-        """Tell cached text outputs of encoders that `mark` stands for (changed ones) from those of others; "" = unchanged."""
-        caching = self.text_encoder_outputs_caching
-        if caching is not None and mark:
-            caching.model_identity = combined_identity([caching.model_identity, mark])
 
 
 class PluginSlot:
@@ -131,14 +120,6 @@ class TextEncodingStrategy(PluginSlot, ABC):
         self, tokenize_strategy: TokenizeStrategy, models: list[Any], tokens: list[torch.Tensor], weights: list[torch.Tensor]
     ) -> list[torch.Tensor | None]:
         raise UnsupportedCombination(f"{type(self).__name__} does not use token weights; leave --weighted_captions out")
-
-    def encode(
-        self, tokenize_strategy: TokenizeStrategy, models: list[Any], tokens: list[torch.Tensor], weights: list[torch.Tensor] | None
-    ) -> list[torch.Tensor | None]:
-        """What `TokenizeStrategy.tokens_of` gave, encoded with its weights where there are some."""
-        if weights is None:
-            return self.encode_tokens(tokenize_strategy, models, tokens)
-        return self.encode_tokens_with_weights(tokenize_strategy, models, tokens, weights)
 
 
 class LatentsCachingStrategy(PluginSlot, ABC):
@@ -368,6 +349,8 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
         self._batch_size = batch_size
         self.skip_disk_cache_validity_check = skip_disk_cache_validity_check
         self._is_partial = is_partial
+        self.trained: Sequence[bool] | None = None
+        """per text encoder, whether it learns; set by the family, None = as `is_partial` says"""
         self._is_weighted = is_weighted
         self.model_identity = ""
         """library.checkpoints.identity of the text encoder files together; set by the family, "" = not compared"""
@@ -384,7 +367,8 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
 
     @property
     def is_partial(self) -> bool:
-        return self._is_partial
+        """Whether keys are left to encoders that learn."""
+        return bool(self.live)
 
     @property
     def is_weighted(self) -> bool:
@@ -400,13 +384,16 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
         return {}
 
     @property
-    def left_out(self) -> frozenset[str]:
-        """Outputs that a partial cache does not hold, because their encoder trains."""
-        return self.layout.live_when_partial if self.is_partial else frozenset()
+    def live(self) -> frozenset[str]:
+        """Keys that are not cached, because an encoder that makes them learns."""
+        learning = self.layout.partial if self._is_partial else ()
+        if self.trained is not None:
+            learning = [number for number, learns in enumerate(self.trained) if learns]
+        return self.layout.made_by(learning)
 
     @property
     def needed(self) -> tuple[str, ...]:
-        return tuple(key.name for key in self.layout.keys if key.name not in self.left_out)
+        return tuple(name for name in self.layout.names if name not in self.live)
 
     def get_outputs_npz_path(self, image_abs_path: str) -> str:
         return cache_io.text_npz_path(self.architecture, image_abs_path)
@@ -453,8 +440,8 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
         return text_cache_io.keys_problem(npz_path, self.layout, self.record_of(""), self.needed) is None
 
     def load_outputs_npz(self, npz_path: str, suffix: str = "") -> list[np.ndarray | None]:
-        """The outputs in the order of the conditioning list, dtypes as stored; None for those of a training encoder."""
-        return text_cache_io.load_text(npz_path, self.layout, suffix, self.left_out)
+        """The outputs in the order of the layout, dtypes as stored; None for those of a training encoder."""
+        return self.layout.listed(text_cache_io.load_text(npz_path, self.layout, suffix, self.live))
 
     def encode(
         self,
@@ -462,16 +449,18 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
         models: list[Any],
         text_encoding_strategy: TextEncodingStrategy,
         captions: list[str],
-    ) -> list[torch.Tensor | None]:
-        """Outputs [B, ...] of some captions, None for those that are not cached."""
+    ) -> dict[str, torch.Tensor]:
+        """Conditioning [B, ...] of some captions, by name, without what is not cached."""
+        strategies = StrategySet(tokenize_strategy, text_encoding_strategy, None, self)
         with torch.no_grad():
             if self.is_weighted:
-                tokens, weights = tokenize_strategy.tokenize_with_weights(captions)
-                outputs = text_encoding_strategy.encode_tokens_with_weights(tokenize_strategy, models, tokens, weights)
+                found = strategies.encode(models, *tokenize_strategy.tokenize_with_weights(captions))
             else:
-                tokens = tokenize_strategy.tokenize(captions)
-                outputs = text_encoding_strategy.encode_tokens(tokenize_strategy, models, tokens)
-        return [None if key.name in self.left_out else output for key, output in zip(self.layout.keys, outputs)]
+                found = strategies.encode(models, tokenize_strategy.tokenize(captions))
+        found |= {key.name: torch.full((len(captions),), key.constant) for key in self.layout.keys if key.constant is not None}
+        if missing := [name for name in self.needed if name not in found]:
+            raise TrainingError(f"{type(text_encoding_strategy).__name__} gave no {', '.join(missing)} to cache")
+        return {name: found[name] for name in self.needed}
 
     def cache_batch_outputs(
         self,

@@ -42,9 +42,19 @@ class Batch:
     conditions: dict[str, torch.Tensor] = field(default_factory=dict)
     """what samples have beside latents and captions, name -> [B, ...]: control pictures and masks (CONDITIONING_IMAGES,
     [B, 3, H, W] in -1..1), what the family encodes with latents (`LatentsCachingStrategy.condition_shapes`)"""
-    text_encoder_outputs_list: list[torch.Tensor] | None = None
+    conditioning: dict[str, torch.Tensor] | None = None
+    """cached outputs of text encoders, [B, ...] by name; keys that come from an encoder in the step are not there"""
+    conditioning_keys: tuple[str, ...] = ()
+    """all keys of the family, in the order of the list that plug-ins know"""
     input_ids_list: list[torch.Tensor] | None = None
     token_weights_list: list[torch.Tensor] | None = None  # weights of the ids, where captions carry some
+
+    @property
+    def text_encoder_outputs_list(self) -> list[torch.Tensor | None] | None:
+        """The conditioning as plug-ins know it: a list in the order of the family, None where an output is not cached."""
+        if self.conditioning is None:
+            return None
+        return [self.conditioning.get(name) for name in self.conditioning_keys or self.conditioning]
 
     def __len__(self) -> int:
         return len(self.image_keys)
@@ -59,7 +69,7 @@ class Batch:
 
     def keys(self) -> Iterator[str]:
         yield from (f.name for f in dataclasses.fields(self))
-        yield CONDITIONING_IMAGES
+        yield from (CONDITIONING_IMAGES, "text_encoder_outputs_list")
 
     def get(self, key: str, default: Any = None) -> Any:
         return getattr(self, key, default)
@@ -67,16 +77,13 @@ class Batch:
     def rows(self, rows: Sequence[int]) -> Batch:
         """A batch of the samples of these numbers; `request` stays that of the whole."""
 
-        def part(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor[torch.tensor(rows, dtype=torch.int64, device=tensor.device)]
-
         def listed(values: list[Any]) -> list[Any]:
             return [values[i] for i in rows] if len(values) == len(self) else values
 
         names = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "request"}
         of_samples = ("image_keys", "captions", "flippeds", "custom_attributes", "latent_seeds")
         return dataclasses.replace(
-            self, **{name: listed(value) if name in of_samples else on_tensors(part, value) for name, value in names.items()}
+            self, **{name: listed(value) if name in of_samples else rows_of(value, rows) for name, value in names.items()}
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -103,3 +110,8 @@ def on_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> 
     if isinstance(value, dict):
         return {name: on_tensors(function, v) for name, v in value.items()}
     return value
+
+
+def rows_of(value: Any, rows: Sequence[int]) -> Any:
+    """Some rows of a tensor, or of every tensor of a list or dict."""
+    return on_tensors(lambda tensor: tensor[torch.tensor(rows, dtype=torch.int64, device=tensor.device)], value)

@@ -19,7 +19,7 @@ class Sample:
 
     image_key: str
     caption: str
-    text_outputs: list[torch.Tensor | None] | None
+    text_outputs: dict[str, torch.Tensor] | None
     loss_weight: float
     original_size_hw: tuple[int, int]
     crop_top_left: tuple[int, int]
@@ -43,9 +43,11 @@ class Sample:
         self.conditions[CONDITIONING_IMAGES] = picture
 
 
-def collate(request: BatchRequest, samples: Sequence[Sample], tokenize: Any | None, network_multiplier: float = 1.0) -> Batch:
+def collate(
+    request: BatchRequest, samples: Sequence[Sample], tokenize: Any | None, network_multiplier: float = 1.0, conditioning_keys: tuple[str, ...] = ()
+) -> Batch:
     """The batch of these samples; with `tokenize` (a TokenizeStrategy) it has the tokens of the captions. No samples give a
-    batch of length 0 whose tensors have no rows."""
+    batch of length 0 whose tensors have no rows. `conditioning_keys`: see Batch."""
     captions = [sample.caption for sample in samples]
     tokens, weights = tokenize.tokens_of(captions) if tokenize is not None and captions else (None, None)
     return Batch(
@@ -67,7 +69,8 @@ def collate(request: BatchRequest, samples: Sequence[Sample], tokenize: Any | No
             name: _stack([sample.conditions.get(name) for sample in samples])
             for name in dict.fromkeys(name for sample in samples for name in sample.conditions)
         },
-        text_encoder_outputs_list=_text_outputs([sample.text_outputs for sample in samples]),
+        conditioning=_text_outputs([sample.text_outputs for sample in samples]),
+        conditioning_keys=conditioning_keys,
         input_ids_list=tokens,
         token_weights_list=weights,
     )
@@ -94,11 +97,12 @@ def _masks(samples: Sequence[Sample]) -> torch.Tensor | None:
     return torch.stack([torch.ones(given[0].shape) if sample.alpha_mask is None else sample.alpha_mask for sample in samples])
 
 
-def _text_outputs(outputs: Sequence[list[torch.Tensor | None] | None]) -> list[torch.Tensor | None] | None:
-    """One [B, ...] tensor per output, dtypes kept; None where an output is not cached. None when a sample has no cache."""
+def _text_outputs(outputs: Sequence[dict[str, torch.Tensor] | None]) -> dict[str, torch.Tensor] | None:
+    """One [B, ...] tensor per key that all samples have, dtypes kept. None when a sample has no cache."""
     if not outputs or any(entry is None for entry in outputs):
         return None
-    return [None if any(t is None for t in column) else stack_padded(column) for column in zip(*outputs)]
+    shared = [name for name in outputs[0] if all(name in entry for entry in outputs)]
+    return {name: stack_padded([entry[name] for entry in outputs]) for name in shared}
 
 
 def stack_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -23,10 +23,10 @@ import torch
 from library.core.errors import ConfigError
 from library.core.keyed_random import key_seed, keyed_random
 from library.core.registry import import_target
-from library.dataset.batch import CONDITIONING_IMAGES, Batch
+from library.dataset.batch import CONDITIONING_IMAGES, Batch, rows_of
 from library.dataset.collate import Sample, collate
 from library.dataset.plan import BatchRequest, StepPlan
-from library.strategy_base import StrategySet
+from library.dataset.strategies import StrategySet
 
 
 @runtime_checkable
@@ -126,10 +126,11 @@ class CustomDatasetGroup(torch.utils.data.Dataset):
         content = self.dataset[index] if index is not None else {}
         samples = [self._sample(content, row, request.items[i]) for i, row in enumerate(rows)]
         ready = {
-            name: [tensor[rows] for tensor in content[name]]
-            for name in ("input_ids_list", "text_encoder_outputs_list")
-            if content.get(name) is not None
+            name: rows_of(content[name], rows) for name in ("input_ids_list", "conditioning") if content.get(name) is not None
         }
+        if content.get("text_encoder_outputs_list") is not None and self.strategies is not None:
+            layout, outputs = self.strategies.layout, rows_of(content["text_encoder_outputs_list"], rows)
+            ready |= {"conditioning": layout.named(outputs, "--dataset_class"), "conditioning_keys": layout.names}
         tokenize = self.strategies.tokenize if self.strategies is not None and not ready else None
         return dataclasses.replace(collate(request, samples, tokenize), **ready)
 

@@ -55,10 +55,10 @@ def describe(batch: Batch) -> str:
             frames = f"x{value.shape[2]}" if value.ndim == 5 else ""
             parts.append(f"{name} {len(value)} of {value.shape[-1]}x{value.shape[-2]}{frames}")
     parts += [f"{name} {list(value.shape)}" for name, value in batch.conditions.items() if name != CONDITIONING_IMAGES]
-    for name in ("text_encoder_outputs_list", "input_ids_list"):
-        value = getattr(batch, name)
-        if value is not None:
-            parts.append(f"{name} {[list(v.shape) if v is not None else None for v in value]}")
+    if batch.conditioning is not None:
+        parts.append(f"conditioning {', '.join(f'{name} {list(value.shape)}' for name, value in batch.conditioning.items())}")
+    if batch.input_ids_list is not None:
+        parts.append(f"input_ids_list {[list(value.shape) for value in batch.input_ids_list]}")
     return ", ".join(parts)
 
 

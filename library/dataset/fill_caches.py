@@ -10,8 +10,8 @@ from library.dataset.cache_index import CacheIndex
 from library.dataset.caching import check_jobs, encode_latents, plan_latents, unusable_items
 from library.dataset.dataset import DatasetGroup
 from library.dataset.items import ImageItem
+from library.dataset.strategies import StrategySet
 from library.dataset.text_caching import empty_caption_item, encode_text, finish_text, plan_text, text_outputs_of
-from library.strategy_base import StrategySet
 
 
 class Processes(Protocol):

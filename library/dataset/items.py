@@ -109,7 +109,7 @@ class ImageItem:
     text_encoder_outputs_npz: str | None = None
     text_encoder_outputs_suffix: str = ""
     """of the keys in that file that hold this item's caption"""
-    text_encoder_outputs: list[torch.Tensor] | None = None
+    text_encoder_outputs: dict[str, torch.Tensor] | None = None
 
     @property
     def is_reg(self) -> bool:

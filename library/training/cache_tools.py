@@ -233,7 +233,7 @@ def _data(config: Config, family: ModelFamily, what: str) -> tuple[DataGroups, R
 
 def fill(what: str, config: Config, family: ModelFamily, data: DataGroups, runtime: Runtime) -> None:
     """Encode what is missing, in training and validation images."""
-    from library.strategy_base import StrategySet
+    from library.dataset.strategies import StrategySet
     from library.training.data_phase import cache_latents, prepare_text
 
     if what == "latents":

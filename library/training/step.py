@@ -12,8 +12,8 @@ import torch
 
 from library.core.errors import ConfigError
 from library.core.keyed_random import StepDraws, key_seed
-from library.dataset.batch import Batch
-from library.strategy_base import StrategySet
+from library.dataset.batch import Batch, rows_of
+from library.dataset.strategies import Conditioning, StrategySet
 from library.training.objective import NoisyLatents, Objective
 from library.training.run import DiTOutput, Models, StepOutput
 
@@ -71,8 +71,15 @@ class TrainStep:
         sample = self.objective.corrupt(latents, noise, times, draws)
         if batch.request.is_training:
             self.trainable.on_sample(sample)
+<<<<<<< HEAD
         conditioning = self.conditioning_of(batch)  # list of tensors, order set by the text strategy
         output = self.predict(sample, conditioning, batch)
+=======
+        conditioning = self.conditioning_of(batch)
+        inputs = self.trainable.inputs(batch, sample, conditioning)
+        with self.runtime.autocast():
+            output = self.family.predict(self.models, sample, conditioning, batch, **inputs)
+>>>>>>> main
         output = self.with_preserved_targets(output, sample, batch, conditioning)
         return self.result(*self.loss_of(output, sample, batch), batch)
 
@@ -142,22 +149,18 @@ class TrainStep:
         """Scaled latents."""
         return self.family.scale_latents(self.with_latents(batch).latents.to(self.runtime.device, torch.float32))
 
-    def conditioning_of(self, batch: Batch) -> list[torch.Tensor | None]:
-        """Cached outputs, overwritten by position with what the text encoders in memory give (those that learn, or all)."""
-        cached = batch.text_encoder_outputs_list
-        if batch.input_ids_list is None:
-            return list(cached)
-        learns = any(self.trained_text_encoders) and batch.request.is_training
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()), self.runtime.autocast():
-            encoded = self.strategies.text_encoding.encode(
-                self.strategies.tokenize, self.models.text_encoders, batch.input_ids_list, batch.token_weights_list
-            )
-        if cached is None:
-            return encoded
-        return [old if new is None else new for old, new in zip(cached, encoded, strict=True)]
+    def conditioning_of(self, batch: Batch) -> Conditioning:
+        """Cached outputs, and those of the text encoders in memory (the ones that learn, or all) in the place of theirs."""
+        conditioning = dict(batch.conditioning or {})
+        if batch.input_ids_list is not None:
+            learns = any(self.trained_text_encoders) and batch.request.is_training
+            with torch.set_grad_enabled(learns and torch.is_grad_enabled()), self.runtime.autocast():
+                conditioning |= self.strategies.encode(self.models.text_encoders, batch.input_ids_list, batch.token_weights_list)
+        self.strategies.layout.check_complete(conditioning, "the cache" if batch.input_ids_list is None else "cache and text encoders")
+        return conditioning
 
     def with_preserved_targets(
-        self, output: DiTOutput, sample: NoisyLatents, batch: Batch, conditioning: list[torch.Tensor | None]
+        self, output: DiTOutput, sample: NoisyLatents, batch: Batch, conditioning: Conditioning
     ) -> DiTOutput:
         """Samples marked `diff_output_preservation` learn to keep what the untouched model predicts: denoiser and text encoders without
         what was learned. Only these samples go through it."""
@@ -170,8 +173,14 @@ class TrainStep:
             if any(self.trained_text_encoders):
                 untouched = self.conditioning_of(part)
             else:
+<<<<<<< HEAD
                 untouched = [None if tensor is None else tensor[rows.to(tensor.device)] for tensor in conditioning]
             prior = self.predict(sample.rows(rows), untouched, part, untouched=True)
+=======
+                untouched = rows_of(conditioning, marked)
+            with self.runtime.autocast():
+                prior = self.family.predict(self.models, sample.rows(rows), untouched, part)
+>>>>>>> main
         target = output.target.clone()  # [B, C, ...]
         target[rows.to(target.device)] = prior.pred.to(target.dtype)
         return dataclasses.replace(output, target=target)

@@ -17,7 +17,7 @@ from library.core.options import Config, option_fields
 from library.dataset import CachingOptions, DatasetOptions
 from library.device_utils import clean_memory_on_device
 from library.families.table import script_name
-from library.strategy_base import StrategySet
+from library.dataset.strategies import Conditioning, StrategySet
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime
 from library.training.checkpoint import resume_point
@@ -211,7 +211,7 @@ class Trainer:
         def load() -> list[torch.nn.Module | None]:
             return [e if e is None else self._frozen(e) for e in self.family.load_text_encoders(runtime)]
 
-        def encode(encoders: list[torch.nn.Module | None]) -> dict[str, list[Any]]:
+        def encode(encoders: list[torch.nn.Module | None]) -> dict[str, Conditioning]:
             return encode_sample_prompts(self.family, strategies, encoders, prompts)
 
         phase = prepare_text(data, strategies, runtime, load=load, encode_prompts=encode if prompts else None, trained=trained)

@@ -20,13 +20,19 @@ from library.training.hooks.validation import ValidationHook
 from library.training.option_groups import EmaOptions, HubOptions
 
 if TYPE_CHECKING:
+    from library.dataset.strategies import Conditioning
     from library.training.accelerator_setup import Runtime
     from library.training.trainables.base import Trainable
 
 
 def standard_hooks(
+<<<<<<< HEAD
     config: Config, runtime: Runtime, *, prompts: list[Any], conditioning: dict[str, list[Any]], trainable: Trainable,
     of_trainable: Sequence[Hook], own: Sequence[Hook], metadata: MetadataMaker,
+=======
+    config: Config, runtime: Runtime, *, prompts: list[Any], conditioning: dict[str, Conditioning], trainable: Trainable,
+    own: list[Hook], metadata: MetadataMaker,
+>>>>>>> main
 ) -> list[Hook]:
     """Losses are read first and tested before they are logged; what changes weights (norms) comes before what looks at
     them (the average first), and files are written before samples are made, so that a failing sample costs no checkpoint."""

@@ -41,6 +41,7 @@ from networks.kinds.targets import targets_of_family
 
 if TYPE_CHECKING:
     from library.checkpoints.loading import Transform
+    from library.dataset.strategies import Conditioning
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents
     from library.training.run import Models
@@ -424,7 +425,7 @@ class NetworkTrainable(Trainable):
     def modules(self) -> dict[str, torch.nn.Module]:
         return {"network": self.network}
 
-    def inputs(self, batch: Any, sample: Any, conditioning: list[Any]) -> dict[str, Any]:
+    def inputs(self, batch: Any, sample: Any, conditioning: Conditioning) -> dict[str, Any]:
         self.use_multipliers(batch)
         return {}
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from library.checkpoints.loading import Transform
     from library.dataset.architectures import DataArchitecture
-    from library.strategy_base import LatentsCachingStrategy, StrategySet
+    from library.dataset.strategies import StrategySet
+    from library.strategy_base import LatentsCachingStrategy
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
     from library.training.run import DiTOutput, Models
@@ -142,11 +143,11 @@ class ModelFamily(ABC):
         return latents
 
     @abstractmethod
-    def predict(self, models: Models, sample: NoisyLatents, conditioning: list[Any], batch: Any, **inputs: Any) -> DiTOutput:
+    def predict(self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any) -> DiTOutput:
         """One forward of the denoiser; `pred` and `target` have the shape of the latents."""
 
     @abstractmethod
-    def generate(self, models: Models, prompt: SamplePrompt, conditioning: list[Any], negative: list[Any] | None) -> Any:
+    def generate(self, models: Models, prompt: SamplePrompt, conditioning: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor] | None) -> Any:
         """Make one image for a SamplePrompt from encoded conditioning; returns a PIL image. The VAE is in `models`."""
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:

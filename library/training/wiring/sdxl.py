@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from library.components.ldm_utils import AutoEncoderInfo
     from library.components.unet_utils import UNetInfo
-    from library.strategy_base import StrategySet
+    from library.dataset.strategies import StrategySet
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents
     from library.training.run import DiTOutput, Models
@@ -39,7 +39,7 @@ class SdxlOptions:
 
 
 class SdxlFamily(UNetFamily):
-    """The wiring of SDXL: conditioning is [CLIP-L states, bigG states, pooled bigG]."""
+    """The wiring of SDXL."""
 
     name = "sdxl"
     architecture = ARCHITECTURES["sdxl"]
@@ -98,7 +98,8 @@ class SdxlFamily(UNetFamily):
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_sdxl
         from library.checkpoints.identity import combined_identity, model_identity
-        from library.strategy_base import StrategySet
+        from library.dataset.strategies import StrategySet
+        from library.dataset.text_cache_io import TEXT_LAYOUTS
 
         model, caching, text = self.config[ModelOptions], self.config[CachingOptions], None
         if caching.caches_text:
@@ -107,12 +108,13 @@ class SdxlFamily(UNetFamily):
                 is_weighted=model.weighted_captions,
             )
             parts = {part_of(self.base_path, name) for name in ("text_encoder", "text_encoder_2")}
+            text.trained = trained
             text.model_identity = combined_identity([model_identity(part) for part in sorted(parts)])
             text.max_token_length = model.max_token_length or 75
         tokenize = strategy_sdxl.SdxlTokenizeStrategy(
             model.max_token_length, tokenizers=self._tokenizers, is_weighted=model.weighted_captions
         )
-        return StrategySet(tokenize, strategy_sdxl.SdxlTextEncodingStrategy(), self.latents_caching(), text)
+        return StrategySet(tokenize, strategy_sdxl.SdxlTextEncodingStrategy(), self.latents_caching(), text, TEXT_LAYOUTS["sdxl"])
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         """[CLIP-L, CLIP bigG]."""
@@ -129,7 +131,7 @@ class SdxlFamily(UNetFamily):
         denoiser = load_unet_sdxl(self.base_path, runtime.weight_dtype, runtime.device, self.disable_mmap, transform=self.transform)
         return self.stored_small(denoiser, runtime)
 
-    def predict(self, models: Models, sample: NoisyLatents, conditioning: list[Any], batch: Any, **inputs: Any) -> DiTOutput:
+    def predict(self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any) -> DiTOutput:
         from library.sdxl_train_utils import predict_noise
         from library.training.run import DiTOutput
 
@@ -137,7 +139,7 @@ class SdxlFamily(UNetFamily):
         prediction = predict_noise(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, sizes, **inputs)
         return DiTOutput(prediction, sample.target)
 
-    def generate(self, models: Models, prompt: SamplePrompt, conditioning: list[Any], negative: list[Any] | None) -> Image.Image:
+    def generate(self, models: Models, prompt: SamplePrompt, conditioning: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor] | None) -> Image.Image:
         """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
         from library.sdxl_train_utils import guided_predictor
 
