@@ -21,13 +21,13 @@ from library.core.keyed_random import key_seed
 from library.dataset import cache_io, text_cache_io
 from library.dataset.cache_io import ImageIdentity, LatentArrays, LatentsRecord
 from library.dataset.strategies import StrategySet
-from library.dataset.text_cache_io import TEXT_LAYOUTS, TextKey, TextLayout, TextRecord
+from library.dataset.text_cache_io import TEXT_LAYOUTS, TextLayout, TextRecord
 from library.families.latents import Bucket
 
 if TYPE_CHECKING:
-    from library.dataset.architectures import DataArchitecture
     from library.dataset.cache_index import CacheIndex
     from library.dataset.items import ImageItem
+    from library.families.record import DataArchitecture, TextKey
 
 __all__ = [
     "LatentsCachingStrategy", "PluginSlot", "StrategySet", "TextEncoderOutputsCachingStrategy", "TextEncodingStrategy",
@@ -478,9 +478,9 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
 def as_stored(output: torch.Tensor, key: TextKey) -> torch.Tensor:
     """One output of one caption in the dtype that the cache gives it: bfloat16 becomes float32, masks and ids integers."""
     output = output.detach().cpu()
-    if key.kind == "float":
+    if key.dtype == "float":
         return output.float() if output.dtype == torch.bfloat16 else output
-    return output.to(getattr(torch, key.kind))
+    return output.to(getattr(torch, key.dtype))
 
 
 def to_float32(value: torch.Tensor | np.ndarray) -> np.ndarray:

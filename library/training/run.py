@@ -10,12 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.core.options import Config
-<<<<<<< HEAD
-from library.strategy_base import StrategySet
-=======
 from library.dataset.strategies import StrategySet
-from library.training.hooks.ema import EmaHook
->>>>>>> main
 from library.training.optimizers import switches_weights
 from library.training.run_settings import RunSettings
 from library.training.stopping import StopSwitch

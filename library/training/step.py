@@ -71,15 +71,8 @@ class TrainStep:
         sample = self.objective.corrupt(latents, noise, times, draws)
         if batch.request.is_training:
             self.trainable.on_sample(sample)
-<<<<<<< HEAD
-        conditioning = self.conditioning_of(batch)  # list of tensors, order set by the text strategy
-        output = self.predict(sample, conditioning, batch)
-=======
         conditioning = self.conditioning_of(batch)
-        inputs = self.trainable.inputs(batch, sample, conditioning)
-        with self.runtime.autocast():
-            output = self.family.predict(self.models, sample, conditioning, batch, **inputs)
->>>>>>> main
+        output = self.predict(sample, conditioning, batch)
         output = self.with_preserved_targets(output, sample, batch, conditioning)
         return self.result(*self.loss_of(output, sample, batch), batch)
 
@@ -101,7 +94,7 @@ class TrainStep:
         return self.timestep_sampler.sample(tuple(latents.shape), draws).to(self.runtime.device)
 
     def predict(
-        self, sample: NoisyLatents, conditioning: list[torch.Tensor | None], batch: Batch, *, untouched: bool = False, **inputs: Any
+        self, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, *, untouched: bool = False, **inputs: Any
     ) -> DiTOutput:
         """One forward of the denoiser in the run's precision, with what the trainable adds to its inputs. `untouched`: as if nothing
         had been learned. `inputs` go to the family's `predict`."""
@@ -173,14 +166,8 @@ class TrainStep:
             if any(self.trained_text_encoders):
                 untouched = self.conditioning_of(part)
             else:
-<<<<<<< HEAD
-                untouched = [None if tensor is None else tensor[rows.to(tensor.device)] for tensor in conditioning]
-            prior = self.predict(sample.rows(rows), untouched, part, untouched=True)
-=======
                 untouched = rows_of(conditioning, marked)
-            with self.runtime.autocast():
-                prior = self.family.predict(self.models, sample.rows(rows), untouched, part)
->>>>>>> main
+            prior = self.predict(sample.rows(rows), untouched, part, untouched=True)
         target = output.target.clone()  # [B, C, ...]
         target[rows.to(target.device)] = prior.pred.to(target.dtype)
         return dataclasses.replace(output, target=target)
