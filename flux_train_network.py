@@ -1,6 +1,9 @@
 """Train a LoRA-type network for FLUX.1."""
 
+from library.core.lazy_names import homes, lazy_names
 from library.training import cli
+
+__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.trainers", "FluxNetworkTrainer"))
 
 
 def setup_parser():

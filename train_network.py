@@ -1,6 +1,9 @@
 """Train a LoRA-type network for Stable Diffusion 1 and 2."""
 
+from library.core.lazy_names import homes, lazy_names
 from library.training import cli
+
+__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.trainers", "NetworkTrainer"))
 
 
 def setup_parser():

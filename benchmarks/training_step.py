@@ -47,7 +47,7 @@ def bare_step(run, batch) -> None:
     noise, sigmas = torch.randn_like(latents), torch.rand(len(latents))
     mixed = sigmas.view(-1, 1, 1, 1)
     sample = NoisyLatents(latents, (1 - mixed) * latents + mixed * noise, noise, sigmas * 1000, sigmas, noise - latents)
-    output = run.family.predict(run.models, sample, batch.text_encoder_outputs_list, batch)
+    output = run.family.predict(run.models, sample, batch.conditioning, batch)
     loss = torch.nn.functional.mse_loss(output.pred.float(), output.target.float())
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for g in run.optimizer.param_groups for p in g["params"]], 1.0)

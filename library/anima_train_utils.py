@@ -5,7 +5,7 @@ Times are float32 up to the sinusoid of the model, and latents are float32 betwe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,22 +22,22 @@ SPATIAL_STRIDE = 8
 
 
 def predict_velocity(
-    denoiser: Anima, noisy_latents: Tensor, timesteps: Tensor, conditioning: Sequence[Tensor | None], **inputs: Any
+    denoiser: Anima, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], **inputs: Any
 ) -> Tensor:
     """Velocity (noise - data) [B, C, H, W] of noisy latents [B, C, H, W]; H and W must be even.
 
-    `timesteps` [B] are on the 0..1000 scale, float32; the model gets them divided by 1000. `conditioning` is [Qwen3 states,
-    their mask, T5 ids, T5 mask, ...]; the LLM adapter runs inside the forward, so that its gradients take the same way.
+    `timesteps` [B] are on the 0..1000 scale, float32; the model gets them divided by 1000. `conditioning` has
+    the keys of the family; the LLM adapter runs inside the forward, so that its gradients take the same way.
     A model without an adapter attends to the states themselves.
     """
-    states, mask, t5_ids, t5_mask = (tensor.to(noisy_latents.device) for tensor in conditioning[:4])
+    given = {name: tensor.to(noisy_latents.device) for name, tensor in conditioning.items()}
     velocity = denoiser(
         noisy_latents[:, :, None],  # an image is one frame: [B, C, 1, H, W]
         timesteps.float() / NUM_TRAIN_TIMESTEPS,
-        states,
-        target_ids=t5_ids.long(),
-        target_mask=t5_mask,
-        source_mask=mask,
+        given["prompt_embeds"],
+        target_ids=given["t5_input_ids"].long(),
+        target_mask=given["t5_attn_mask"],
+        source_mask=given["attn_mask"],
         **inputs,
     )
     return velocity[:, :, 0]
@@ -57,15 +57,15 @@ class SampleSettings:
 def generate_latents(
     denoiser: Anima,
     settings: SampleSettings,
-    conditioning: list[Tensor | None],
-    negative: list[Tensor | None] | None,
+    conditioning: Mapping[str, Tensor],
+    negative: Mapping[str, Tensor] | None,
     *,
     sampler: Sampler,
     sigmas: Tensor,
 ) -> Tensor:
     """Latents [1, C, height/8, width/8] of one image, float32: CPU noise of the seed, then the sampler along `sigmas`."""
 
-    def predict(latents: Tensor, times: Tensor, given: list[Tensor | None]) -> Tensor:
+    def predict(latents: Tensor, times: Tensor, given: Mapping[str, Tensor]) -> Tensor:
         return predict_velocity(denoiser, latents, times, given)
 
     height, width = settings.height // SPATIAL_STRIDE, settings.width // SPATIAL_STRIDE

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from library.core.lazy_names import homes, lazy_names
+
+__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.offloading", "Offloader", "ModelOffloader", "create_cpu_offloading_wrapper"))
+
 
 def run_checkpointed(function: Callable[..., Any], hidden: Sequence[Tensor], cpu_offload: bool = False) -> Any:
     """function(*hidden), recomputed in the backward pass; with `cpu_offload` the kept inputs wait on the CPU.
@@ -102,11 +106,11 @@ class BlockOffloader:
             return
         for output in outputs:
             if output.requires_grad:
-                output.register_hook(lambda grad, index=index: self._before_backward(index))
+                output.register_hook(lambda grad, index=index: self.before_backward(index))
         if index < self.num_swapped:
             self._exchange(index, self.first_away + index)
 
-    def _before_backward(self, index: int) -> None:
+    def before_backward(self, index: int) -> None:
         """Gradients have reached the output of a block: the one after it is done, the next ones will be needed."""
         done = len(self.blocks) - 1 - index
         if 0 < done <= self.num_swapped:

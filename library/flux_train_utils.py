@@ -7,7 +7,7 @@ Times are float32 up to the model's embedding. Loss weights and samplers that ot
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ def predict_velocity(
     denoiser: Flux,
     noisy_latents: Tensor,
     timesteps: Tensor,
-    conditioning: Sequence[Tensor | None],
+    conditioning: Mapping[str, Tensor],
     *,
     guidance: float,
     use_t5_mask: bool = False,
@@ -68,12 +68,12 @@ def predict_velocity(
 ) -> Tensor:
     """Velocity (noise - data) [B, C, H, W] of noisy latents [B, C, H, W]; H and W must be even.
 
-    `timesteps` [B] are on the 0..1000 scale, float32; the model gets them divided by 1000. `conditioning` is
-    [pooled CLIP-L, T5 states, their ids (0), T5 mask]; the mask reaches the model only with `use_t5_mask`. `guidance` is the
+    `timesteps` [B] are on the 0..1000 scale, float32; the model gets them divided by 1000. `conditioning` has
+    the keys of the family; the T5 mask reaches the model only with `use_t5_mask`. `guidance` is the
     embedded scale, one float32 number per sample; a model without that embedding (schnell) ignores it.
     """
     batch_size, _, height, width = noisy_latents.shape
-    pooled, t5_out, _, t5_mask = conditioning
+    t5_out = conditioning["t5_out"]
     device = noisy_latents.device
     packed = pack_latents(noisy_latents)  # [B, (H/2)(W/2), 4C]
     velocity = denoiser(
@@ -82,9 +82,9 @@ def predict_velocity(
         txt=t5_out.to(device),
         txt_ids=torch.zeros(1, t5_out.shape[1], 3),  # as those of every text, here on the CPU, where positions are read
         timesteps=timesteps.float() / NUM_TRAIN_TIMESTEPS,
-        y=pooled.to(device),
+        y=conditioning["l_pooled"].to(device),
         guidance=torch.full((batch_size,), float(guidance), device=device, dtype=torch.float32),
-        txt_attention_mask=t5_mask.to(device) if use_t5_mask else None,
+        txt_attention_mask=conditioning["t5_attn_mask"].to(device) if use_t5_mask else None,
         **inputs,
     )
     return unpack_latents(velocity, height // 2, width // 2)  # [B, C, H, W]
@@ -105,11 +105,11 @@ class SampleSettings:
 
 
 def guided_velocity(
-    denoiser: Flux, settings: SampleSettings, conditioning: list[Tensor | None], negative: list[Tensor | None] | None
+    denoiser: Flux, settings: SampleSettings, conditioning: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A function (latents [1, C, H, W], sigma []) -> velocity, guided by the negative prompt where `cfg_scale` is not 1."""
 
-    def predict(latents: Tensor, times: Tensor, given: list[Tensor | None]) -> Tensor:
+    def predict(latents: Tensor, times: Tensor, given: Mapping[str, Tensor]) -> Tensor:
         return predict_velocity(denoiser, latents, times, given, guidance=settings.guidance, use_t5_mask=settings.use_t5_mask)
 
     with_cfg = settings.cfg_scale != 1.0
@@ -120,8 +120,8 @@ def guided_velocity(
 def generate_latents(
     denoiser: Flux,
     settings: SampleSettings,
-    conditioning: list[Tensor | None],
-    negative: list[Tensor | None] | None,
+    conditioning: Mapping[str, Tensor],
+    negative: Mapping[str, Tensor] | None,
     *,
     sampler: Sampler,
     device: torch.device | str,

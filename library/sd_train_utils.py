@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from library.sd_models import UNet2DConditionModel
 
 
-def predict_noise(unet: UNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, conditioning: Sequence[Tensor], **inputs: Any) -> Tensor:
-    """Prediction (noise or v) [B, 4, H, W] at timesteps [B] 0..999; `conditioning` is [text states [B, L, D]]."""
-    return unet(noisy_latents, timesteps, conditioning[0].to(noisy_latents.device), **inputs)
+def predict_noise(unet: UNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], **inputs: Any) -> Tensor:
+    """Prediction (noise or v) [B, 4, H, W] at timesteps [B] 0..999; `conditioning` has the keys of the family."""
+    return unet(noisy_latents, timesteps, conditioning["hidden_state"].to(noisy_latents.device), **inputs)
 
 
 def guided_predictor(
-    unet: UNet2DConditionModel, conditioning: Sequence[Tensor], negative: Sequence[Tensor] | None, cfg_scale: float
+    unet: UNet2DConditionModel, conditioning: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None, cfg_scale: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A function (latents [1, 4, H, W], timestep) -> prediction; see `sampling_passes` for how both prompts run."""
     with_cfg = negative is not None and cfg_scale != 1.0
@@ -29,7 +29,7 @@ def guided_predictor(
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         made = []
         for states in passes:
-            rows = len(states[0])
+            rows = len(states["hidden_state"])
             times = torch.full((rows,), float(timestep), device=latents.device)
             made.append(predict_noise(unet, latents.repeat(rows, 1, 1, 1), times, states).float())
         predicted = torch.cat(made)

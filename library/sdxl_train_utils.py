@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,16 +28,16 @@ def get_size_embeddings(original_hw: Tensor, crop_top_left: Tensor, target_hw: T
 
 
 def predict_noise(
-    unet: SdxlUNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, conditioning: Sequence[Tensor],
+    unet: SdxlUNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor],
     sizes: tuple[Tensor, Tensor, Tensor], **inputs: Any,
 ) -> Tensor:
     """Prediction (noise or v) [B, 4, H, W] at timesteps [B] 0..999.
 
-    `conditioning` is [CLIP-L states, bigG states, pooled bigG]; `sizes` are (original, crop, target), [B, 2] each. Small
+    `conditioning` has the keys of the family; `sizes` are (original, crop, target), [B, 2] each. Small
     models have a narrower vector: what the pooled state leaves of it is shared by the six numbers.
     """
     device = noisy_latents.device
-    first, second, pooled = (tensor.to(device) for tensor in conditioning)
+    first, second, pooled = (conditioning[name].to(device) for name in ("hidden_state1", "hidden_state2", "pool2"))
     context = torch.cat((first, second), dim=2)  # [B, L, D1 + D2]
     width = (unet.params.adm_in_channels - pooled.shape[1]) // NUM_SIZES
     embedded = get_size_embeddings(*(size.to(device) for size in sizes), width=width)
@@ -45,7 +45,7 @@ def predict_noise(
 
 
 def guided_predictor(
-    unet: SdxlUNet2DConditionModel, conditioning: Sequence[Tensor], negative: Sequence[Tensor] | None, cfg_scale: float,
+    unet: SdxlUNet2DConditionModel, conditioning: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None, cfg_scale: float,
     height: int, width: int,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A function (latents [1, 4, H, W], timestep) -> prediction; see `sampling_passes` for how both prompts run. The sizes are
@@ -56,7 +56,7 @@ def guided_predictor(
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         made = []
         for states in passes:
-            rows = len(states[0])
+            rows = len(states["pool2"])
             times = torch.full((rows,), float(timestep), device=latents.device)
             size, crop = torch.tensor([[height, width]] * rows), torch.zeros(rows, 2, dtype=torch.long)
             made.append(predict_noise(unet, latents.repeat(rows, 1, 1, 1), times, states, (size, crop, size)).float())

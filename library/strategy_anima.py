@@ -9,12 +9,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from library.components.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer, vocabulary_problem
 from library.core.errors import ConfigError
-from library.dataset.architectures import ARCHITECTURES
+from library.families.anima import FAMILY
 from library.strategy_base import (
     LatentsCachingStrategy,
     TextEncoderOutputsCachingStrategy,
@@ -106,7 +105,7 @@ def _check_ids(ids: Tensor, qwen3: Any, tokenizer: Any) -> None:
 class AnimaLatentsCachingStrategy(LatentsCachingStrategy):
     """Normalised latents of the Qwen-Image autoencoder; the mode of the posterior, so nothing is drawn."""
 
-    architecture = ARCHITECTURES["anima"]
+    architecture = FAMILY.architecture
 
     def encode(self, vae: Any, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return vae.encode(images)
@@ -119,14 +118,4 @@ class AnimaTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
     cached empty caption.
     """
 
-    architecture = ARCHITECTURES["anima"]
-
-    def encode(
-        self,
-        tokenize_strategy: TokenizeStrategy,
-        models: list[Any],
-        text_encoding_strategy: TextEncodingStrategy,
-        captions: list[str],
-    ) -> list[Tensor | None]:
-        outputs = super().encode(tokenize_strategy, models, text_encoding_strategy, captions)
-        return [*outputs, torch.zeros(len(captions))]
+    architecture = FAMILY.architecture

@@ -9,42 +9,32 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
-from library.checkpoints.identity import combined_identity
-from library.core.errors import CheckpointError, UnsupportedCombination
+from library.core.errors import CheckpointError, TrainingError, UnsupportedCombination
 from library.core.keyed_random import key_seed
 from library.dataset import cache_io, text_cache_io
 from library.dataset.cache_io import ImageIdentity, LatentArrays, LatentsRecord
-from library.dataset.text_cache_io import TEXT_LAYOUTS, TextKey, TextLayout, TextRecord
+from library.dataset.strategies import StrategySet
+from library.dataset.text_cache_io import TEXT_LAYOUTS, TextLayout, TextRecord
+from library.families.latents import Bucket
 
 if TYPE_CHECKING:
-    from library.dataset.architectures import DataArchitecture
     from library.dataset.cache_index import CacheIndex
     from library.dataset.items import ImageItem
+    from library.families.record import DataArchitecture, TextKey
+
+__all__ = [
+    "LatentsCachingStrategy", "PluginSlot", "StrategySet", "TextEncoderOutputsCachingStrategy", "TextEncodingStrategy",
+    "TokenizeStrategy", "as_stored", "encode_apart", "posterior_seed", "to_float32",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StrategySet:
-    """The strategies of one run, made by the family and handed to dataset and step. None = that cache is off."""
-
-    tokenize: Any
-    text_encoding: Any
-    latents_caching: Any | None = None
-    text_encoder_outputs_caching: Any | None = None
-
-    def mark_text_models(self, mark: str) -> None:
-        """Tell cached text outputs of encoders that `mark` stands for (changed ones) from those of others; "" = unchanged."""
-        caching = self.text_encoder_outputs_caching
-        if caching is not None and mark:
-            caching.model_identity = combined_identity([caching.model_identity, mark])
 
 
 class PluginSlot:
@@ -131,14 +121,6 @@ class TextEncodingStrategy(PluginSlot, ABC):
     ) -> list[torch.Tensor | None]:
         raise UnsupportedCombination(f"{type(self).__name__} does not use token weights; leave --weighted_captions out")
 
-    def encode(
-        self, tokenize_strategy: TokenizeStrategy, models: list[Any], tokens: list[torch.Tensor], weights: list[torch.Tensor] | None
-    ) -> list[torch.Tensor | None]:
-        """What `TokenizeStrategy.tokens_of` gave, encoded with its weights where there are some."""
-        if weights is None:
-            return self.encode_tokens(tokenize_strategy, models, tokens)
-        return self.encode_tokens_with_weights(tokenize_strategy, models, tokens, weights)
-
 
 class LatentsCachingStrategy(PluginSlot, ABC):
     """The latent cache of a family. A subclass sets `architecture` and writes `encode`."""
@@ -167,7 +149,8 @@ class LatentsCachingStrategy(PluginSlot, ABC):
     @abstractmethod
     def encode(self, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
         """Images [B, 3, H, W] in -1..1 -> latents [B, C, h, w] as the cache stores them; a VAE with frames leaves out the
-        axis of the one frame, which `ModelFamily.scale_latents` puts back. Callers use `encode_images`.
+        axis of the one frame, which `ModelFamily.scale_latents` puts back. Clips [B, 3, F, H, W] -> [B, C, F', h, w], for
+        families that learn from them. Callers use `encode_images`.
 
         `seeds[i]` seeds the posterior draw of sample i, on the CPU and apart from all other samples, so that the cache and
         live encoding agree whatever the batches are. Families that take the mode ignore it.
@@ -175,19 +158,50 @@ class LatentsCachingStrategy(PluginSlot, ABC):
 
     @torch.no_grad()
     def encode_images(self, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
-        """`encode` where the VAE is and in its own dtype, for caches and steps alike; float32 [B, C, h, w].
+        """`encode` where the VAE is and in its own dtype, for caches and steps alike; float32 [B, C, h, w] or [B, C, F, h, w].
 
         Raises CheckpointError when these are not latents of the architecture, which no cache could be read back with.
         """
-        parameter, spec = next(vae.parameters()), self.architecture.latents
+        parameter = next(vae.parameters())
         latents = encode_apart(self, vae, images.to(parameter.device, parameter.dtype), seeds).float()
-        wanted = (spec.channels, images.shape[2] // spec.spatial_stride, images.shape[3] // spec.spatial_stride)
+        wanted = self.architecture.latents.latent_shape(bucket_of(images))
         if tuple(latents.shape[1:]) != wanted:
             raise CheckpointError(
                 f"the VAE makes latents of shape {list(latents.shape[1:])} from images of shape {list(images.shape[1:])};"
                 f" those of {self.architecture.name} have shape {list(wanted)}: use the VAE that belongs to the model"
             )
         return latents
+
+    def condition_shapes(self, bucket: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
+        """What the family needs of a sample beside its latents and caches with them (first-frame latents, the embedding of a
+        vision encoder), for a sample of this size (a Bucket or its key): name -> shape. Nothing by default."""
+        return {}
+
+    def encode_conditions(
+        self, vae: Any, parts: Mapping[str, Any], images: torch.Tensor, seeds: Sequence[int]
+    ) -> Mapping[str, torch.Tensor]:
+        """The tensors of `condition_shapes` [B, ...] from images or clips as `encode` gets them. `parts`: what the family loads
+        beside the VAE (`ModelFamily.load_parts`)."""
+        return {}
+
+    @torch.no_grad()
+    def encode_samples(
+        self, vae: Any, parts: Mapping[str, Any], images: torch.Tensor, seeds: Sequence[int]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Latents (`encode_images`) and conditions by name, float32: what a cache holds of samples, and a step without one
+        makes."""
+        latents = self.encode_images(vae, images, seeds)
+        shapes = self.condition_shapes(bucket_of(images))
+        if not shapes:
+            return latents, {}
+        parameter = next(vae.parameters())
+        images = images.to(parameter.device, parameter.dtype)
+        rows = [self.encode_conditions(vae, parts, images[part], seeds[part]) for part in parts_apart(images)]
+        conditions = {name: torch.cat([row[name] for row in rows]).float() for name in shapes}
+        for name, shape in shapes.items():
+            if tuple(conditions[name].shape[1:]) != tuple(shape):
+                raise CheckpointError(f"{name} has shape {list(conditions[name].shape[1:])}; that of {self.architecture.name} is {list(shape)}")
+        return latents, conditions
 
     def get_image_size_from_disk_cache_path(self, absolute_path: str, npz_path: str) -> tuple[int | None, int | None]:
         """(width, height) from a cache file's name, (None, None) when it is another image's."""
@@ -197,14 +211,17 @@ class LatentsCachingStrategy(PluginSlot, ABC):
         return cache_io.latents_npz_path(self.architecture, absolute_path, image_size)
 
     def is_disk_cached_latents_expected(
-        self, bucket_reso: tuple[int, int], npz_path: str, flip_aug: bool, alpha_mask: bool
+        self, bucket_reso: tuple[int, ...], npz_path: str, flip_aug: bool, alpha_mask: bool
     ) -> bool:
         """Whether the file serves this size, as far as it can be told without the image; see `problem_of` for the rest."""
         if not self.cache_to_disk or not os.path.exists(npz_path):
             return False
         if self.skip_disk_cache_validity_check:
             return True
-        return cache_io.latents_problem(npz_path, self.architecture, bucket_reso, flip_aug=flip_aug, alpha_mask=alpha_mask) is None
+        return cache_io.latents_problem(
+            npz_path, self.architecture, bucket_reso, flip_aug=flip_aug, alpha_mask=alpha_mask,
+            conditions=self.condition_shapes(bucket_reso),
+        ) is None
 
     def problem_of(self, item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
         """Why the item's cache file cannot be used, with everything that is known of the item; None when it can."""
@@ -212,8 +229,8 @@ class LatentsCachingStrategy(PluginSlot, ABC):
         if self.skip_disk_cache_validity_check:
             return None if os.path.exists(path) else "no file"
         return cache_io.latents_problem(
-            path, self.architecture, item.bucket_reso, flip_aug=flip_aug, alpha_mask=alpha_mask,
-            expected=self.record_of(item), image_path=item.absolute_path,
+            path, self.architecture, item.bucket.key, flip_aug=flip_aug, alpha_mask=alpha_mask,
+            expected=self.record_of(item), image_path=item.absolute_path, conditions=self.condition_shapes(item.bucket.key),
         )
 
     def problem_with(self, index: CacheIndex) -> Callable[[ImageItem, bool, bool], str | None]:
@@ -225,12 +242,12 @@ class LatentsCachingStrategy(PluginSlot, ABC):
         def question(item: ImageItem, *needs: bool) -> str:
             made = self.record_of(item)
             return (
-                f"{type(self).__qualname__} {self.architecture.name} {item.bucket_reso} {needs} {made.model} {made.latent_space}"
+                f"{type(self).__qualname__} {self.architecture.name} {item.bucket.key} {needs} {made.model} {made.latent_space}"
                 f" {made.resized} {made.interpolation} {made.exif} {made.version}"
             )
 
         def problem_of(item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
-            kind = (item.bucket_reso, item.resized_size, item.subset.resize_interpolation, flip_aug, alpha_mask)
+            kind = (item.bucket, item.resized_size, item.subset.resize_interpolation, flip_aug, alpha_mask)
             if kind not in questions:
                 questions[kind] = question(item, flip_aug, alpha_mask)
             path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
@@ -249,8 +266,13 @@ class LatentsCachingStrategy(PluginSlot, ABC):
             resized=tuple(item.resized_size), interpolation=item.subset.resize_interpolation,
         )
 
+    def load_conditions_from_disk(self, npz_path: str, bucket_reso: tuple[int, ...], flipped: bool) -> dict[str, np.ndarray]:
+        """What `condition_shapes` names, as stored beside the latents of this size."""
+        shapes = self.condition_shapes(bucket_reso)
+        return cache_io.load_conditions(npz_path, self.architecture, bucket_reso, shapes, flipped=flipped) if shapes else {}
+
     def load_latents_from_disk(
-        self, npz_path: str, bucket_reso: tuple[int, int]
+        self, npz_path: str, bucket_reso: tuple[int, ...]
     ) -> tuple[np.ndarray, list[int], list[float], np.ndarray | None, np.ndarray | None]:
         """(latents, original size (W, H), crop_ltrb, mirrored latents or None, alpha mask or None), as stored."""
         arrays = cache_io.load_latents(npz_path, self.architecture, bucket_reso)
@@ -289,15 +311,25 @@ def encode_apart(strategy: LatentsCachingStrategy, vae: Any, images: torch.Tenso
     Seeds take care of the draws. On the CPU, convolutions in float32 also round differently with the number of images, so
     that they are encoded one by one there; it is hardly slower.
     """
+    return torch.cat([strategy.encode(vae, images[part], seeds[part]) for part in parts_apart(images)])
+
+
+def parts_apart(images: torch.Tensor) -> list[slice]:
+    """The rows of a batch that are encoded together."""
     if images.device.type != "cpu" or len(images) < 2:
-        return strategy.encode(vae, images, seeds)
-    return torch.cat([strategy.encode(vae, images[i : i + 1], seeds[i : i + 1]) for i in range(len(images))])
+        return [slice(None)]
+    return [slice(i, i + 1) for i in range(len(images))]
 
 
-def posterior_seed(content: str, bucket_reso: tuple[int, int], is_flipped: bool) -> int:
+def bucket_of(images: torch.Tensor) -> Bucket:
+    """The size of images [B, 3, H, W] or clips [B, 3, F, H, W]."""
+    return Bucket(images.shape[-1], images.shape[-2], images.shape[2] if images.ndim == 5 else 1)
+
+
+def posterior_seed(content: str, bucket_reso: tuple[int, ...], is_flipped: bool) -> int:
     """The seed of an image's posterior draw: a function of the file's content, the size and the flip alone, not of the
     run's seed, so that a cache means the same to every run."""
-    return key_seed(0, "posterior", content, f"{bucket_reso[0]}x{bucket_reso[1]}", int(is_flipped))
+    return key_seed(0, "posterior", content, "x".join(map(str, bucket_reso)), int(is_flipped))
 
 
 class TextEncoderOutputsCachingStrategy(PluginSlot):
@@ -317,6 +349,8 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
         self._batch_size = batch_size
         self.skip_disk_cache_validity_check = skip_disk_cache_validity_check
         self._is_partial = is_partial
+        self.trained: Sequence[bool] | None = None
+        """per text encoder, whether it learns; set by the family, None = as `is_partial` says"""
         self._is_weighted = is_weighted
         self.model_identity = ""
         """library.checkpoints.identity of the text encoder files together; set by the family, "" = not compared"""
@@ -333,7 +367,8 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
 
     @property
     def is_partial(self) -> bool:
-        return self._is_partial
+        """Whether keys are left to encoders that learn."""
+        return bool(self.live)
 
     @property
     def is_weighted(self) -> bool:
@@ -349,13 +384,16 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
         return {}
 
     @property
-    def left_out(self) -> frozenset[str]:
-        """Outputs that a partial cache does not hold, because their encoder trains."""
-        return self.layout.live_when_partial if self.is_partial else frozenset()
+    def live(self) -> frozenset[str]:
+        """Keys that are not cached, because an encoder that makes them learns."""
+        learning = self.layout.partial if self._is_partial else ()
+        if self.trained is not None:
+            learning = [number for number, learns in enumerate(self.trained) if learns]
+        return self.layout.made_by(learning)
 
     @property
     def needed(self) -> tuple[str, ...]:
-        return tuple(key.name for key in self.layout.keys if key.name not in self.left_out)
+        return tuple(name for name in self.layout.names if name not in self.live)
 
     def get_outputs_npz_path(self, image_abs_path: str) -> str:
         return cache_io.text_npz_path(self.architecture, image_abs_path)
@@ -402,8 +440,8 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
         return text_cache_io.keys_problem(npz_path, self.layout, self.record_of(""), self.needed) is None
 
     def load_outputs_npz(self, npz_path: str, suffix: str = "") -> list[np.ndarray | None]:
-        """The outputs in the order of the conditioning list, dtypes as stored; None for those of a training encoder."""
-        return text_cache_io.load_text(npz_path, self.layout, suffix, self.left_out)
+        """The outputs in the order of the layout, dtypes as stored; None for those of a training encoder."""
+        return self.layout.listed(text_cache_io.load_text(npz_path, self.layout, suffix, self.live))
 
     def encode(
         self,
@@ -411,16 +449,18 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
         models: list[Any],
         text_encoding_strategy: TextEncodingStrategy,
         captions: list[str],
-    ) -> list[torch.Tensor | None]:
-        """Outputs [B, ...] of some captions, None for those that are not cached."""
+    ) -> dict[str, torch.Tensor]:
+        """Conditioning [B, ...] of some captions, by name, without what is not cached."""
+        strategies = StrategySet(tokenize_strategy, text_encoding_strategy, None, self)
         with torch.no_grad():
             if self.is_weighted:
-                tokens, weights = tokenize_strategy.tokenize_with_weights(captions)
-                outputs = text_encoding_strategy.encode_tokens_with_weights(tokenize_strategy, models, tokens, weights)
+                found = strategies.encode(models, *tokenize_strategy.tokenize_with_weights(captions))
             else:
-                tokens = tokenize_strategy.tokenize(captions)
-                outputs = text_encoding_strategy.encode_tokens(tokenize_strategy, models, tokens)
-        return [None if key.name in self.left_out else output for key, output in zip(self.layout.keys, outputs)]
+                found = strategies.encode(models, tokenize_strategy.tokenize(captions))
+        found |= {key.name: torch.full((len(captions),), key.constant) for key in self.layout.keys if key.constant is not None}
+        if missing := [name for name in self.needed if name not in found]:
+            raise TrainingError(f"{type(text_encoding_strategy).__name__} gave no {', '.join(missing)} to cache")
+        return {name: found[name] for name in self.needed}
 
     def cache_batch_outputs(
         self,
@@ -438,9 +478,9 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
 def as_stored(output: torch.Tensor, key: TextKey) -> torch.Tensor:
     """One output of one caption in the dtype that the cache gives it: bfloat16 becomes float32, masks and ids integers."""
     output = output.detach().cpu()
-    if key.kind == "float":
+    if key.dtype == "float":
         return output.float() if output.dtype == torch.bfloat16 else output
-    return output.to(getattr(torch, key.kind))
+    return output.to(getattr(torch, key.dtype))
 
 
 def to_float32(value: torch.Tensor | np.ndarray) -> np.ndarray:

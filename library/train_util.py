@@ -1,42 +1,35 @@
-"""Names that scripts, notebooks and plug-ins import from here, handed on from where the work is done.
+"""Names that scripts, notebooks and plug-ins import from here, handed on from where they are made.
 
-Importing this module costs nothing: a name is looked up when it is asked for. A name whose job does not exist in this project
-is not here.
+Importing this module costs nothing: a name is looked up when it is asked for. docs/public_names.md lists them.
 """
 
-from __future__ import annotations
+from library.core.lazy_names import homes, lazy_names
 
-from typing import Any
-
-from library.core.registry import import_target
-
-_CALLS = "library.training.namespace_calls"
-HOMES: dict[str, str] = {
-    "DatasetGroup": "library.dataset.dataset:DatasetGroup",
-    "model_hash": "library.checkpoints.hashes:model_hash",
-    "calculate_sha256": "library.checkpoints.hashes:calculate_sha256",
-    "precalculate_safetensors_hashes": "library.checkpoints.hashes:precalculate_safetensors_hashes",
-    **{
-        name: f"{_CALLS}:{name}"
-        for name in (
-            "load_prompts", "line_to_prompt_dict", "prepare_dtype", "get_optimizer", "get_optimizer_train_eval_fn",
-            "is_schedulefree_optimizer", "get_scheduler_fix", "get_epoch_ckpt_name", "get_step_ckpt_name", "get_last_ckpt_name",
-            "get_remove_epoch_no", "get_remove_step_no", "load_metadata_from_safetensors", "get_sanitized_config_or_none",
-            "read_config_from_file", "add_sd_models_arguments", "add_optimizer_arguments", "add_training_arguments",
-            "add_dataset_arguments",
-        )
-    },
+_HOMES = {
+    **homes(
+        "library.compat.arguments", "add_dataset_arguments", "add_dit_training_arguments", "add_masked_loss_arguments",
+        "add_optimizer_arguments", "add_sd_models_arguments", "add_sd_saving_arguments", "add_training_arguments", "enable_high_vram",
+        "get_sanitized_config_or_none", "prepare_dataset_args", "read_config_from_file", "verify_command_line_training_args",
+        "verify_training_args",
+    ),
+    **homes(
+        "library.compat.accelerator", "patch_accelerator_for_fp16_training", "prepare_accelerator", "prepare_dtype",
+    ),
+    **homes(
+        "library.compat.optimizing", "LossRecorder", "append_lr_to_logs", "append_lr_to_logs_with_names", "get_optimizer",
+        "get_optimizer_train_eval_fn", "get_scheduler_fix", "is_schedulefree_optimizer",
+    ),
+    **homes(
+        "library.compat.losses", "conditional_loss", "get_huber_threshold_if_needed", "get_noise_noisy_latents_and_timesteps",
+    ),
+    **homes(
+        "library.compat.files", "build_minimum_network_metadata", "get_epoch_ckpt_name", "get_git_revision_hash", "get_last_ckpt_name",
+        "get_remove_epoch_no", "get_remove_step_no", "get_step_ckpt_name", "load_metadata_from_safetensors",
+        "resume_from_local_or_hf_if_specified", "save_and_remove_state_on_epoch_end", "save_and_remove_state_stepwise",
+        "save_state_on_train_end",
+    ),
+    **homes("library.compat.samples", "line_to_prompt_dict", "load_prompts"),
+    **homes("library.checkpoints.hashes", "calculate_sha256", "model_hash", "precalculate_safetensors_hashes"),
 }  # fmt: skip
-"""name -> module:attribute"""
-
-__all__ = list(HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in HOMES:
-        raise AttributeError(f"library.train_util has no {name}")
-    return import_target(HOMES[name])
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *HOMES])
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
+__all__ = list(_HOMES)

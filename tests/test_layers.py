@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from library.families.table import FAMILIES
+from library.families.registry import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("library", "networks", "tools", "finetune")
 
+PUBLIC_NAMES_ALONE = ("custom_train_functions", "deepspeed_utils", "model_util", "sdxl_model_util", "sdxl_train_util")
 # Pattern -> row; the first match counts. A new file that no pattern knows fails the test: say where it belongs.
 LAYERS: tuple[tuple[str, int], ...] = (
+    # 8: names of other trainers, and the modules at known paths that are nothing else; see test_only_known_paths_lead_to_public_names
+    ("library/compat/*.py", 8), *((f"library/{name}.py", 8) for name in PUBLIC_NAMES_ALONE),
     # 6: wiring and scripts, found by name, never imported by shared code
     ("library/training/wiring/base.py", 5), ("library/training/wiring/unet.py", 5),
     ("library/training/wiring/*.py", 6), ("library/training/cli.py", 6),
@@ -118,7 +121,7 @@ def family_of_file(file: str) -> str | None:
     stem = Path(file).stem
     for family in FAMILIES:
         own_name = stem in (f"strategy_{family}", f"lora_{family}") or stem.startswith(f"{family}_")
-        if own_name or file == f"library/training/wiring/{family}.py":
+        if own_name or file in (f"library/families/{family}.py", f"library/training/wiring/{family}.py"):
             return family
     return FAMILY_BY_PLACE.get(file) or FAMILY_BY_PLACE.get(file.rpartition("/")[0])
 
@@ -175,6 +178,18 @@ def test_families_are_strangers(file):
         imported = project_file(name)
         other = family_of_file(imported) if imported is not None else None
         assert other in (None, own), f"{file} imports {imported}, which belongs to the family {other}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_only_known_paths_lead_to_public_names(file):
+    """Our own code does not use the names of other trainers: library.compat appears in itself and in what hands its names on."""
+    hands_on = file.count("/") == 0 or file.rpartition("/")[0] in ("library/compat", "library", "networks")
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert hands_on or "library.compat" not in text, f"{file} names library.compat"
+    if hands_on and layer_of(file) != 8:  # by text, looked up when it is asked for
+        tree = ast.parse(text)
+        inside = [node for scope in ast.walk(tree) if isinstance(scope, (ast.FunctionDef, ast.ClassDef)) for node in scope.body]
+        assert not [name for name in imports_of([*tree.body, *inside]) if name.startswith("library.compat")]
 
 
 @pytest.mark.parametrize("file", FILES)

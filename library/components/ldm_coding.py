@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,14 +45,14 @@ def generate_unet_latents(
     )
 
 
-def sampling_passes(conditioning: Sequence[Tensor], negative: Sequence[Tensor] | None) -> list[list[Tensor]]:
+def sampling_passes(conditioning: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None) -> list[Mapping[str, Tensor]]:
     """What the network is run with at each step: both prompts as one batch, negative first, or one after the other where their
     texts take different numbers of tokens. Without a negative prompt there is one pass for the one prompt."""
     if negative is None:
-        return [list(conditioning)]
-    if any(a.shape != b.shape for a, b in zip(negative, conditioning, strict=True)):
-        return [list(negative), list(conditioning)]
-    return [[torch.cat(pair) for pair in zip(negative, conditioning, strict=True)]]
+        return [conditioning]
+    if any(negative[name].shape != tensor.shape for name, tensor in conditioning.items()):
+        return [negative, conditioning]
+    return [{name: torch.cat((negative[name], tensor)) for name, tensor in conditioning.items()}]
 
 
 def guided(positive: Tensor, negative: Tensor, cfg_scale: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +11,16 @@ import torch
 
 from library.dataset.plan import BatchRequest
 
+CONDITIONING_IMAGES = "conditioning_images"
+"""the condition that masks and control pictures are, and the key under which plug-ins know them"""
+
 
 @dataclass
 class Batch:
     """One micro-batch of one rank, B samples of one bucket. B may be 0 (see BatchRequest).
 
-    Field names are the batch keys that plug-ins know; `batch["latents"]` reads a field too.
+    Field names are the batch keys that plug-ins know; `batch["latents"]` reads a field too. Pictures have no axis of frames,
+    clips have it before the height.
     """
 
     request: BatchRequest
@@ -30,24 +34,42 @@ class Batch:
     flippeds: list[bool]
     network_multipliers: torch.Tensor  # [B] float32
     custom_attributes: list[dict[str, Any]]
-    images: torch.Tensor | None = None  # [B, 3, H, W] in -1..1
-    latents: torch.Tensor | None = None  # [B, C, h, w]
+    images: torch.Tensor | None = None  # [B, 3, H, W] or [B, 3, F, H, W] in -1..1
+    latents: torch.Tensor | None = None  # [B, C, h, w] or [B, C, F, h, w]
     latent_seeds: list[int] = field(default_factory=list)
     """for live encoding: the seed of each sample's posterior draw, the same that its cache would have used"""
-    alpha_masks: torch.Tensor | None = None  # [B, H, W] weights 0..1, in pixels
-    conditioning_images: torch.Tensor | None = None  # [B, 3, H, W] in -1..1
-    text_encoder_outputs_list: list[torch.Tensor] | None = None
+    alpha_masks: torch.Tensor | None = None  # [B, H, W] or [B, F, H, W] weights 0..1, in pixels
+    conditions: dict[str, torch.Tensor] = field(default_factory=dict)
+    """what samples have beside latents and captions, name -> [B, ...]: control pictures and masks (CONDITIONING_IMAGES,
+    [B, 3, H, W] in -1..1), what the family encodes with latents (`LatentsCachingStrategy.condition_shapes`)"""
+    conditioning: dict[str, torch.Tensor] | None = None
+    """cached outputs of text encoders, [B, ...] by name; keys that come from an encoder in the step are not there"""
+    conditioning_keys: tuple[str, ...] = ()
+    """all keys of the family, in the order of the list that plug-ins know"""
     input_ids_list: list[torch.Tensor] | None = None
     token_weights_list: list[torch.Tensor] | None = None  # weights of the ids, where captions carry some
 
+    @property
+    def text_encoder_outputs_list(self) -> list[torch.Tensor | None] | None:
+        """The conditioning as plug-ins know it: a list in the order of the family, None where an output is not cached."""
+        if self.conditioning is None:
+            return None
+        return [self.conditioning.get(name) for name in self.conditioning_keys or self.conditioning]
+
     def __len__(self) -> int:
         return len(self.image_keys)
+
+    @property
+    def conditioning_images(self) -> torch.Tensor | None:
+        """Masks or control pictures [B, 3, H, W] in -1..1."""
+        return self.conditions.get(CONDITIONING_IMAGES)
 
     def __getitem__(self, key: str) -> Any:
         return getattr(self, key)
 
     def keys(self) -> Iterator[str]:
-        return (f.name for f in dataclasses.fields(self))
+        yield from (f.name for f in dataclasses.fields(self))
+        yield from (CONDITIONING_IMAGES, "text_encoder_outputs_list")
 
     def get(self, key: str, default: Any = None) -> Any:
         return getattr(self, key, default)
@@ -55,41 +77,41 @@ class Batch:
     def rows(self, rows: Sequence[int]) -> Batch:
         """A batch of the samples of these numbers; `request` stays that of the whole."""
 
-        def part(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return value[torch.tensor(rows, dtype=torch.int64, device=value.device)]
-            return value
-
         def listed(values: list[Any]) -> list[Any]:
             return [values[i] for i in rows] if len(values) == len(self) else values
 
         names = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "request"}
         of_samples = ("image_keys", "captions", "flippeds", "custom_attributes", "latent_seeds")
-        return dataclasses.replace(self, **{
-            name: listed(value) if name in of_samples else [part(v) for v in value] if isinstance(value, list) else part(value)
-            for name, value in names.items()
-        })
+        return dataclasses.replace(
+            self, **{name: listed(value) if name in of_samples else rows_of(value, rows) for name, value in names.items()}
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy with all tensors on `device`, but for the network multipliers, which are read as numbers."""
         waits = torch.device(device).type != "cuda"  # elsewhere a copy that is not waited for may be read before it is there
 
-        def move(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return value.to(device, non_blocking=not waits)
-            if isinstance(value, list) and any(isinstance(v, torch.Tensor) for v in value):
-                return [move(v) for v in value]
-            return value
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=not waits)
 
         names = [f.name for f in dataclasses.fields(self) if f.name != "network_multipliers"]
-        return dataclasses.replace(self, **{name: move(getattr(self, name)) for name in names})
+        return dataclasses.replace(self, **{name: on_tensors(move, getattr(self, name)) for name in names})
 
     def pin_memory(self) -> Batch:
-        def pin(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return value.pin_memory()
-            if isinstance(value, list) and any(isinstance(v, torch.Tensor) for v in value):
-                return [pin(v) for v in value]
-            return value
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: on_tensors(torch.Tensor.pin_memory, value) for name, value in values.items()})
 
-        return dataclasses.replace(self, **{f.name: pin(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+def on_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """A field of a batch with its tensors replaced, be it one, or a list or dict that holds some; others as they are."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, list) and any(isinstance(v, torch.Tensor) for v in value):
+        return [on_tensors(function, v) for v in value]
+    if isinstance(value, dict):
+        return {name: on_tensors(function, v) for name, v in value.items()}
+    return value
+
+
+def rows_of(value: Any, rows: Sequence[int]) -> Any:
+    """Some rows of a tensor, or of every tensor of a list or dict."""
+    return on_tensors(lambda tensor: tensor[torch.tensor(rows, dtype=torch.int64, device=tensor.device)], value)

@@ -1,6 +1,6 @@
 """Buckets: which sizes there are, which one an image takes, and how it is resized and cropped to it. Pure functions.
 
-Sizes are (width, height). Buckets are chosen by the absolute difference of the ratios width/height; this judges tall images
+Sizes are (width, height); clips of one size and length share a bucket. Buckets are chosen by the absolute difference of the ratios width/height; this judges tall images
 more coarsely than wide ones, and is kept because caches and published bucket lists depend on it.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 from library.core.keyed_random import keyed_random
 from library.dataset.items import DatasetParams, ImageItem
 from library.dataset.plan import BucketList
+from library.families.latents import Bucket
 
 Size = tuple[int, int]
 
@@ -221,11 +222,11 @@ def assign_buckets(
             item.bucket_reso, item.resized_size = choice.bucket_reso, choice.resized_size
     repeats, notes = _repeats(items, choices, seed)
 
-    samples: dict[Size, list[int]] = {}
+    samples: dict[Bucket, list[int]] = {}
     for index, choice in enumerate(choices):
         if choice is not None and repeats[index]:
-            samples.setdefault(choice.bucket_reso, []).extend([index] * repeats[index])
-    buckets = tuple(BucketList(dataset, bucket, tuple(samples[bucket]), params.batch_size) for bucket in sorted(samples))
+            samples.setdefault(items[index].bucket, []).extend([index] * repeats[index])
+    buckets = tuple(BucketList(dataset, bucket.key, tuple(samples[bucket]), params.batch_size) for bucket in sorted(samples))
     too_small = tuple(index for index, choice in enumerate(choices) if choice is None)
     warnings = [*notes, *_small_warnings(items, too_small, params), *_quality_warnings(items, choices, params, finest_step)]
     return BucketAssignment(buckets, tuple(repeats), too_small, bucket_info(buckets, choices, params), tuple(warnings))

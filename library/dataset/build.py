@@ -9,11 +9,16 @@ from typing import Any
 from library.config_util import Blueprint
 from library.dataset import DatasetOptions
 from library.dataset.architectures import DataArchitecture
+from library.dataset.background import map_in_threads
 from library.dataset.dataset import Dataset, DatasetGroup
 from library.dataset.datasources import ScanResult, reads_all_images, scan_datasets
 from library.dataset.items import DatasetParams, ImageItem
+from library.dataset.media_utils import count_frames
+from library.families.latents import LatentSpec
 
 logger = logging.getLogger(__name__)
+
+HEADER_THREADS = 8
 
 
 def build_dataset_groups(
@@ -54,7 +59,17 @@ def _group(
 ) -> DatasetGroup:
     """Datasets without images (all of them held out, or none) are not part of the group."""
     filled = [(params, images) for params, images in zip(datasets, items) if images]
+    if how["architecture"].latents.clips:
+        set_frames([item for _, images in filled for item in images], how["architecture"].latents)
     return DatasetGroup(
         [Dataset(params, images, index=i, is_training=is_training, **how) for i, (params, images) in enumerate(filled)],
         is_training=is_training,
     )
+
+
+def set_frames(items: Sequence[ImageItem], latents: LatentSpec) -> None:
+    """Look at the files for how many frames they have, and give every item as many as the family's VAE takes."""
+    paths = list(dict.fromkeys(item.absolute_path for item in items))
+    counts = dict(zip(paths, map_in_threads(count_frames, paths, num_threads=HEADER_THREADS)))
+    for item in items:
+        item.frames = latents.usable_frames(counts[item.absolute_path])

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from library.core.errors import CheckpointError
 from library.core.file_limits import path_within_limit, stem_of
 from library.dataset.architectures import DataArchitecture
 from library.dataset.npz_file import UNREADABLE, ArrayHeader, checksum, read_arrays, read_headers, write_arrays
+from library.families.latents import Bucket
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +58,9 @@ def image_size_from_latents_path(architecture: DataArchitecture, image_path: str
     return size if is_own else None
 
 
-def size_suffix(architecture: DataArchitecture, bucket_wh: tuple[int, int]) -> str:
-    """`_<h>x<w>` in latent units."""
-    stride = architecture.latents.spatial_stride
-    return f"_{bucket_wh[1] // stride}x{bucket_wh[0] // stride}"
+def size_suffix(architecture: DataArchitecture, bucket: Sequence[int]) -> str:
+    """`_<h>x<w>` of a picture, `_<F>x<h>x<w>` of a clip, in latent units. `bucket`, here and below: a Bucket or its key."""
+    return "_" + "x".join(map(str, architecture.latents.latent_shape(bucket)[1:]))
 
 
 # ---- identity of an image file ------------------------------------------------------------------------------------------
@@ -121,27 +121,38 @@ class LatentsRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentArrays:
-    """One image at one size, as stored."""
+    """One picture or clip at one size, as stored. `conditions`: what the family caches beside latents, by name."""
 
-    latents: np.ndarray  # [C, h, w] float32
+    latents: np.ndarray  # [C, h, w] or [C, F, h, w] float32
     original_size: np.ndarray  # [2] int64 (width, height)
     crop_ltrb: np.ndarray  # [4]
-    latents_flipped: np.ndarray | None = None  # [C, h, w] float32, encoded from the mirrored image
-    alpha_mask: np.ndarray | None = None  # [H, W] float32, in pixels
+    latents_flipped: np.ndarray | None = None  # as latents, encoded from the mirrored image
+    alpha_mask: np.ndarray | None = None  # [H, W] or [F, H, W] float32, in pixels
+    conditions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    conditions_flipped: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Key without a suffix -> array, in the number formats of files."""
+        always = {
+            "latents": np.asarray(self.latents, np.float32),
+            "original_size": np.asarray(self.original_size, np.int64),
+            "crop_ltrb": np.asarray(self.crop_ltrb, np.float64),
+        }
+        others = {"latents_flipped": self.latents_flipped, "alpha_mask": self.alpha_mask, **self.conditions}
+        others |= {flipped_key(name): array for name, array in self.conditions_flipped.items()}
+        return always | {name: np.asarray(array, np.float32) for name, array in others.items() if array is not None}
+
+
+def flipped_key(name: str) -> str:
+    """Of a condition made from the mirrored image."""
+    return f"{name}_flipped"
 
 
 def save_latents(path: str, suffix: str, arrays: LatentArrays, record: LatentsRecord | None = None) -> None:
     """Write latents under keys with `suffix`; other sizes that the file holds stay. All older data of this size go, so
     that nothing of another model is left beside the new latents."""
-    new = {
-        "latents": np.asarray(arrays.latents, np.float32),
-        "original_size": np.asarray(arrays.original_size, np.int64),
-        "crop_ltrb": np.asarray(arrays.crop_ltrb, np.float64),
-    }
-    for name in ("latents_flipped", "alpha_mask"):
-        if getattr(arrays, name) is not None:
-            new[name] = np.asarray(getattr(arrays, name), np.float32)
-    replaced = {name + suffix for name in (*LATENT_KEYS, RECORD_KEY)}
+    new = arrays.arrays()
+    replaced = {name + suffix for name in (*LATENT_KEYS, RECORD_KEY, *arrays.conditions, *map(flipped_key, arrays.conditions))}
     merged = {key: array for key, array in existing_arrays(path).items() if key not in replaced}
     merged |= {name + suffix: array for name, array in new.items()}
     if record is not None:
@@ -150,16 +161,19 @@ def save_latents(path: str, suffix: str, arrays: LatentArrays, record: LatentsRe
     write_arrays(path, merged)
 
 
-def load_latents(path: str, architecture: DataArchitecture, bucket_wh: tuple[int, int]) -> LatentArrays:
+def load_latents(path: str, architecture: DataArchitecture, bucket: Sequence[int]) -> LatentArrays:
     """Latents of one size as they are stored. ValueError when the file has no such size, CheckpointError when it is damaged."""
-    suffix = size_suffix(architecture, bucket_wh)
+    suffix = size_suffix(architecture, bucket)
     try:
         if f"latents{suffix}" not in (headers := read_headers(path)) and architecture.legacy_keys:
             suffix = ""
-        if not _has_latents(headers, architecture, bucket_wh, suffix):
-            raise LatentsNotFound(f"latents{size_suffix(architecture, bucket_wh)} not found in {path}")
+        if not _has_latents(headers, architecture, bucket, suffix):
+            raise LatentsNotFound(f"latents{size_suffix(architecture, bucket)} not found in {path}")
         arrays = read_arrays(path, [name + suffix for name in LATENT_KEYS], headers)
-        _check_others(headers, {f"latents_flipped{suffix}": headers[f"latents{suffix}"].shape, f"alpha_mask{suffix}": None})
+        _check_others(
+            headers, {f"latents_flipped{suffix}": headers[f"latents{suffix}"].shape, f"alpha_mask{suffix}": None},
+            mask_rank=len(mask_shape(bucket)),
+        )
     except LatentsNotFound:
         raise
     except UNREADABLE as error:
@@ -167,11 +181,38 @@ def load_latents(path: str, architecture: DataArchitecture, bucket_wh: tuple[int
     return LatentArrays(**{name: arrays.get(name + suffix) for name in LATENT_KEYS})
 
 
-def _check_others(headers: Mapping[str, ArrayHeader], wanted: Mapping[str, tuple[int, ...] | None]) -> None:
-    """ValueError when an array that need not be there is, and cannot be used. None: any two sides."""
+def load_conditions(
+    path: str, architecture: DataArchitecture, bucket: Sequence[int], shapes: Mapping[str, tuple[int, ...]], *, flipped: bool
+) -> dict[str, np.ndarray]:
+    """What the family caches beside latents of one size. CheckpointError when it is not there, or damaged."""
+    suffix = size_suffix(architecture, bucket)
+    keys = {name: (flipped_key(name) if flipped else name) + suffix for name in shapes}
+    try:
+        headers = read_headers(path)
+        if problem := _condition_problem(headers, {keys[name]: shape for name, shape in shapes.items()}):
+            raise ValueError(problem)
+        arrays = read_arrays(path, list(keys.values()), headers)
+    except UNREADABLE as error:
+        raise CheckpointError(f"cache file {path} cannot be read ({error}); delete it and run again to make it anew") from error
+    return {name: arrays[key] for name, key in keys.items()}
+
+
+def _condition_problem(headers: Mapping[str, ArrayHeader], wanted: Mapping[str, tuple[int, ...]]) -> str | None:
+    missing = [key for key, shape in wanted.items() if key not in headers or not headers[key].holds("f", tuple(shape))]
+    return f"no {missing[0]}" if missing else None
+
+
+def mask_shape(bucket: Sequence[int]) -> tuple[int, ...]:
+    """Of the weights of a sample's pixels: [H, W] of a picture, [F, H, W] of a clip."""
+    width, height, frames = Bucket(*bucket)
+    return (height, width) if frames == 1 else (frames, height, width)
+
+
+def _check_others(headers: Mapping[str, ArrayHeader], wanted: Mapping[str, tuple[int, ...] | None], *, mask_rank: int) -> None:
+    """ValueError when an array that need not be there is, and cannot be used. None: any sides of a mask."""
     for key, shape in wanted.items():
         header = headers.get(key)
-        if header is not None and not header.holds("f", header.shape if shape is None and len(header.shape) == 2 else shape):
+        if header is not None and not header.holds("f", header.shape if shape is None and len(header.shape) == mask_rank else shape):
             raise ValueError(f"{key} holds {header.dtype} of shape {list(header.shape)}")
 
 
@@ -182,32 +223,38 @@ class LatentsNotFound(ValueError):
 def latents_problem(
     path: str,
     architecture: DataArchitecture,
-    bucket_wh: tuple[int, int],
+    bucket: Sequence[int],
     *,
     flip_aug: bool,
     alpha_mask: bool,
     expected: LatentsRecord | None = None,
     image_path: str | None = None,
+    conditions: Mapping[str, tuple[int, ...]] | None = None,
 ) -> str | None:
     """Why the file cannot serve this size, or None when it can. A damaged file is a problem like another, with a warning.
 
-    `expected` and `image_path` are compared with the record, where the file has one.
+    `expected` and `image_path` are compared with the record, where the file has one. `conditions`: shapes of what has to be
+    beside the latents.
     """
     headers = headers_or_reason(path)
     if isinstance(headers, str):
         return headers
-    suffix = size_suffix(architecture, bucket_wh)
+    suffix = size_suffix(architecture, bucket)
     if f"latents{suffix}" not in headers and architecture.legacy_keys:
         suffix = ""
-    if not _has_latents(headers, architecture, bucket_wh, suffix):
-        return f"no latents of size {bucket_wh[0]}x{bucket_wh[1]}"
+    if not _has_latents(headers, architecture, bucket, suffix):
+        return f"no latents of size {'x'.join(map(str, Bucket(*bucket).key))}"
     shape = headers[f"latents{suffix}"].shape
     flipped = headers.get(f"latents_flipped{suffix}")
     if flip_aug and (flipped is None or not flipped.holds("f", shape)):
         return "no mirrored latents"
     mask = headers.get(f"alpha_mask{suffix}")
-    if alpha_mask and (mask is None or not mask.holds("f", (bucket_wh[1], bucket_wh[0]))):
+    if alpha_mask and (mask is None or not mask.holds("f", mask_shape(bucket))):
         return "no alpha mask"
+    for name, wanted in (conditions or {}).items():
+        keys = (name, flipped_key(name)) if flip_aug else (name,)
+        if problem := _condition_problem(headers, {key + suffix: wanted for key in keys}):
+            return problem
     stored = read_record(path, headers, RECORD_KEY + suffix)
     if stored is None or expected is None:
         return None
@@ -215,11 +262,9 @@ def latents_problem(
 
 
 def _has_latents(
-    headers: Mapping[str, ArrayHeader], architecture: DataArchitecture, bucket_wh: tuple[int, int], suffix: str
+    headers: Mapping[str, ArrayHeader], architecture: DataArchitecture, bucket: Sequence[int], suffix: str
 ) -> bool:
-    spec = architecture.latents
-    wanted = (spec.channels, bucket_wh[1] // spec.spatial_stride, bucket_wh[0] // spec.spatial_stride)
-    needed = {"latents": ("f", wanted), "original_size": ("iuf", (2,)), "crop_ltrb": ("iuf", (4,))}
+    needed = {"latents": ("f", architecture.latents.latent_shape(bucket)), "original_size": ("iuf", (2,)), "crop_ltrb": ("iuf", (4,))}
     return all(f"{key}{suffix}" in headers and headers[f"{key}{suffix}"].holds(*what) for key, what in needed.items())
 
 

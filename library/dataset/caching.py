@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,7 @@ class LatentsJob:
 
     @property
     def batch_key(self) -> tuple:
-        return (*self.item.bucket_reso, self.flip_aug, self.alpha_mask)
+        return (*self.item.bucket, self.flip_aug, self.alpha_mask)
 
 
 @dataclass
@@ -67,8 +67,10 @@ class Decoded:
 class Encoded:
     """Float32 results of one job, on the CPU."""
 
-    latents: torch.Tensor  # [C, h, w]
+    latents: torch.Tensor  # [C, h, w] or [C, F, h, w]
+    conditions: dict[str, torch.Tensor]
     flipped: torch.Tensor | None
+    conditions_flipped: dict[str, torch.Tensor]
 
 
 # ---- what is missing ----------------------------------------------------------------------------------------------------
@@ -114,7 +116,7 @@ def check_jobs(jobs: Sequence[LatentsJob], strategy: LatentsCachingStrategy, ind
 def _jobs_of(items: Iterable[ImageItem]) -> list[LatentsJob]:
     jobs: dict[tuple, LatentsJob] = {}
     for item in items:
-        key = (item.absolute_path, item.bucket_reso, item.resized_size, item.subset.resize_interpolation)
+        key = (item.absolute_path, item.bucket, item.resized_size, item.subset.resize_interpolation)
         jobs.setdefault(key, LatentsJob()).add(item)
     return list(jobs.values())
 
@@ -128,10 +130,10 @@ def _conflicts(items: Iterable[ImageItem]) -> list[str]:
     wanted: dict[tuple, ImageItem] = {}
     problems = []
     for item in items:
-        other = wanted.setdefault((item.latents_npz, item.bucket_reso), item)
+        other = wanted.setdefault((item.latents_npz, item.bucket), item)
         if other.subset.resize_interpolation != item.subset.resize_interpolation:
             problems.append(
-                f"{item.absolute_path} is used at {item.bucket_reso[0]}x{item.bucket_reso[1]} with resize_interpolation"
+                f"{item.absolute_path} is used at {'x'.join(map(str, item.bucket.key))} with resize_interpolation"
                 f" {other.subset.resize_interpolation} ({other.subset.label}) and {item.subset.resize_interpolation}"
                 f" ({item.subset.label}); its cache file has room for one of them"
             )
@@ -148,9 +150,10 @@ def encode_latents(
     num_threads: int | None = None,
     skip_bad_images: bool = False,
     show_progress: bool = True,
+    parts: Mapping[str, Any] | None = None,
 ) -> list[ImageItem]:
-    """Encode the jobs and store the results: files in the background, memory on the items. The VAE runs where it is, in its
-    own dtype.
+    """Encode the jobs and store the results: files in the background, memory on the items. The VAE, and the `parts` that the
+    family has beside it, run where they are, in their own dtype.
 
     Images that cannot be decoded do not stop the others: their items are returned with `skip_bad_images`, else one
     ConfigError names them all in the end. Raises TrainingError for latents that are not finite, and writes none of those.
@@ -160,7 +163,7 @@ def encode_latents(
     bar = tqdm(total=len(jobs), desc="caching latents", unit="image", disable=not show_progress)
     with bar, BackgroundWriter() as writer:
         for batch in _batches(_decoded(jobs, threads, strategy.batch_size, bad), strategy.batch_size):
-            for decoded, encoded in zip(batch, encode_batch(strategy, vae, batch)):
+            for decoded, encoded in zip(batch, encode_batch(strategy, vae, batch, parts)):
                 if strategy.cache_to_disk:
                     writer.submit(_store_on_disk, strategy, decoded, encoded)
                 else:
@@ -200,25 +203,37 @@ def _batches(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
         yield batch
 
 
-def encode_batch(strategy: LatentsCachingStrategy, vae: Any, batch: Sequence[Decoded]) -> list[Encoded]:
-    """Latents of decoded images of one size. Raises TrainingError naming the images whose latents are not finite."""
-    latents = _encode(strategy, vae, batch, is_flipped=False)  # [B, C, h, w]
-    flipped = _encode(strategy, vae, batch, is_flipped=True) if batch[0].job.flip_aug else None
-    return [Encoded(latents[i].clone(), None if flipped is None else flipped[i].clone()) for i in range(len(batch))]
+def encode_batch(
+    strategy: LatentsCachingStrategy, vae: Any, batch: Sequence[Decoded], parts: Mapping[str, Any] | None = None
+) -> list[Encoded]:
+    """Latents and conditions of decoded images of one size. Raises TrainingError naming the images for which they are not finite."""
+    latents, conditions = _encode(strategy, vae, batch, parts, is_flipped=False)  # [B, C, ...]
+    flipped, mirrored = _encode(strategy, vae, batch, parts, is_flipped=True) if batch[0].job.flip_aug else (None, {})
+    return [
+        Encoded(latents[i].clone(), _row(conditions, i), None if flipped is None else flipped[i].clone(), _row(mirrored, i))
+        for i in range(len(batch))
+    ]
 
 
-def _encode(strategy: LatentsCachingStrategy, vae: Any, batch: Sequence[Decoded], is_flipped: bool) -> torch.Tensor:
-    images = torch.stack([image_tensor(entry.pixels.image, is_flipped) for entry in batch])  # [B, 3, H, W]
-    seeds = [posterior_seed(entry.identity.content, entry.job.item.bucket_reso, is_flipped) for entry in batch]
-    latents = strategy.encode_images(vae, images, seeds).cpu()
-    finite = torch.isfinite(latents).flatten(1).all(dim=1)
+def _row(tensors: Mapping[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]:
+    return {name: tensor[i].clone() for name, tensor in tensors.items()}
+
+
+def _encode(
+    strategy: LatentsCachingStrategy, vae: Any, batch: Sequence[Decoded], parts: Mapping[str, Any] | None, is_flipped: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    images = torch.stack([image_tensor(entry.pixels.image, is_flipped) for entry in batch])  # [B, 3, H, W] or [B, 3, F, H, W]
+    seeds = [posterior_seed(entry.identity.content, entry.job.item.bucket.key, is_flipped) for entry in batch]
+    latents, conditions = strategy.encode_samples(vae, parts or {}, images, seeds)
+    latents, conditions = latents.cpu(), {name: tensor.cpu() for name, tensor in conditions.items()}
+    finite = torch.stack([torch.isfinite(tensor).flatten(1).all(dim=1) for tensor in (latents, *conditions.values())]).all(dim=0)
     if not finite.all():
         names = ", ".join(entry.job.item.absolute_path for entry, good in zip(batch, finite.tolist()) if not good)
         raise TrainingError(
             f"the VAE, running in {str(next(vae.parameters()).dtype).removeprefix('torch.')}, gave latents that are not finite for {names};"
             " nothing was cached for them. Run the VAE in float32 (--no_half_vae) or bfloat16"
         )
-    return latents
+    return latents, conditions
 
 
 def _store_on_disk(strategy: LatentsCachingStrategy, decoded: Decoded, encoded: Encoded) -> None:
@@ -226,8 +241,10 @@ def _store_on_disk(strategy: LatentsCachingStrategy, decoded: Decoded, encoded: 
     arrays = LatentArrays(
         latents=encoded.latents.numpy(), original_size=item.image_size, crop_ltrb=Geometry.centred(item).crop_ltrb,
         latents_flipped=None if encoded.flipped is None else encoded.flipped.numpy(), alpha_mask=decoded.pixels.alpha_mask,
+        conditions={name: tensor.numpy() for name, tensor in encoded.conditions.items()},
+        conditions_flipped={name: tensor.numpy() for name, tensor in encoded.conditions_flipped.items()},
     )
-    suffix = cache_io.size_suffix(strategy.architecture, item.bucket_reso)
+    suffix = cache_io.size_suffix(strategy.architecture, item.bucket)
     cache_io.save_latents(item.latents_npz, suffix, arrays, strategy.record_of(item, decoded.identity))
 
 
@@ -235,6 +252,7 @@ def _store_in_memory(decoded: Decoded, encoded: Encoded) -> None:
     mask = decoded.pixels.alpha_mask
     for item in decoded.job.items:
         item.latents, item.latents_flipped = encoded.latents, encoded.flipped
+        item.conditions, item.conditions_flipped = encoded.conditions or None, encoded.conditions_flipped or None
         item.latents_original_size = item.image_size
         item.latents_crop_ltrb = Geometry.centred(item).crop_ltrb
         item.alpha_mask = None if mask is None else torch.from_numpy(mask)

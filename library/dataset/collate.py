@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from library.dataset.batch import Batch
+from library.dataset.batch import CONDITIONING_IMAGES, Batch
 from library.dataset.plan import BatchRequest
 
 
@@ -19,23 +19,35 @@ class Sample:
 
     image_key: str
     caption: str
-    text_outputs: list[torch.Tensor | None] | None
+    text_outputs: dict[str, torch.Tensor] | None
     loss_weight: float
     original_size_hw: tuple[int, int]
     crop_top_left: tuple[int, int]
     target_size_hw: tuple[int, int]
     flipped: bool
     custom_attributes: dict[str, Any] = field(default_factory=dict)
-    image: torch.Tensor | None = None  # [3, H, W]
-    latents: torch.Tensor | None = None  # [C, h, w]
+    image: torch.Tensor | None = None  # [3, H, W] or [3, F, H, W]
+    latents: torch.Tensor | None = None  # [C, h, w] or [C, F, h, w]
     latent_seed: int | None = None
-    alpha_mask: torch.Tensor | None = None  # [H, W]
-    conditioning: torch.Tensor | None = None  # [3, H, W]
+    alpha_mask: torch.Tensor | None = None  # [H, W] or [F, H, W]
+    conditions: dict[str, torch.Tensor] = field(default_factory=dict)
+    """what a sample has beside its latents and caption, by name; `Batch.conditions`"""
+
+    @property
+    def conditioning(self) -> torch.Tensor | None:
+        """The mask or control picture among the conditions, [3, H, W]."""
+        return self.conditions.get(CONDITIONING_IMAGES)
+
+    @conditioning.setter
+    def conditioning(self, picture: torch.Tensor) -> None:
+        self.conditions[CONDITIONING_IMAGES] = picture
 
 
-def collate(request: BatchRequest, samples: Sequence[Sample], tokenize: Any | None, network_multiplier: float = 1.0) -> Batch:
+def collate(
+    request: BatchRequest, samples: Sequence[Sample], tokenize: Any | None, network_multiplier: float = 1.0, conditioning_keys: tuple[str, ...] = ()
+) -> Batch:
     """The batch of these samples; with `tokenize` (a TokenizeStrategy) it has the tokens of the captions. No samples give a
-    batch of length 0 whose tensors have no rows."""
+    batch of length 0 whose tensors have no rows. `conditioning_keys`: see Batch."""
     captions = [sample.caption for sample in samples]
     tokens, weights = tokenize.tokens_of(captions) if tokenize is not None and captions else (None, None)
     return Batch(
@@ -53,8 +65,12 @@ def collate(request: BatchRequest, samples: Sequence[Sample], tokenize: Any | No
         latents=_stack([sample.latents for sample in samples]),
         latent_seeds=[sample.latent_seed for sample in samples if sample.latent_seed is not None],
         alpha_masks=_masks(samples),
-        conditioning_images=_stack([sample.conditioning for sample in samples]),
-        text_encoder_outputs_list=_text_outputs([sample.text_outputs for sample in samples]),
+        conditions={
+            name: _stack([sample.conditions.get(name) for sample in samples])
+            for name in dict.fromkeys(name for sample in samples for name in sample.conditions)
+        },
+        conditioning=_text_outputs([sample.text_outputs for sample in samples]),
+        conditioning_keys=conditioning_keys,
         input_ids_list=tokens,
         token_weights_list=weights,
     )
@@ -69,24 +85,24 @@ def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     if all(tensor is None for tensor in tensors):
         return None
     if any(tensor is None for tensor in tensors):
-        raise ValueError("a batch mixes samples with and without cached latents or conditioning images")
+        raise ValueError("a batch mixes samples with and without cached latents or a condition (a conditioning image, say)")
     return torch.stack(tensors)
 
 
 def _masks(samples: Sequence[Sample]) -> torch.Tensor | None:
-    """[B, H, W]; samples without a mask count as all ones when another has one."""
-    if all(sample.alpha_mask is None for sample in samples):
+    """[B, H, W] or [B, F, H, W]; samples without a mask count as all ones when another has one."""
+    given = [sample.alpha_mask for sample in samples if sample.alpha_mask is not None]
+    if not given:
         return None
-    return torch.stack(
-        [torch.ones(sample.target_size_hw) if sample.alpha_mask is None else sample.alpha_mask for sample in samples]
-    )
+    return torch.stack([torch.ones(given[0].shape) if sample.alpha_mask is None else sample.alpha_mask for sample in samples])
 
 
-def _text_outputs(outputs: Sequence[list[torch.Tensor | None] | None]) -> list[torch.Tensor | None] | None:
-    """One [B, ...] tensor per output, dtypes kept; None where an output is not cached. None when a sample has no cache."""
+def _text_outputs(outputs: Sequence[dict[str, torch.Tensor] | None]) -> dict[str, torch.Tensor] | None:
+    """One [B, ...] tensor per key that all samples have, dtypes kept. None when a sample has no cache."""
     if not outputs or any(entry is None for entry in outputs):
         return None
-    return [None if any(t is None for t in column) else stack_padded(column) for column in zip(*outputs)]
+    shared = [name for name in outputs[0] if all(name in entry for entry in outputs)]
+    return {name: stack_padded([entry[name] for entry in outputs]) for name in shared}
 
 
 def stack_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -23,10 +23,10 @@ import torch
 from library.core.errors import ConfigError
 from library.core.keyed_random import key_seed, keyed_random
 from library.core.registry import import_target
-from library.dataset.batch import Batch
+from library.dataset.batch import CONDITIONING_IMAGES, Batch, rows_of
 from library.dataset.collate import Sample, collate
 from library.dataset.plan import BatchRequest, StepPlan
-from library.strategy_base import StrategySet
+from library.dataset.strategies import StrategySet
 
 
 @runtime_checkable
@@ -126,10 +126,11 @@ class CustomDatasetGroup(torch.utils.data.Dataset):
         content = self.dataset[index] if index is not None else {}
         samples = [self._sample(content, row, request.items[i]) for i, row in enumerate(rows)]
         ready = {
-            name: [tensor[rows] for tensor in content[name]]
-            for name in ("input_ids_list", "text_encoder_outputs_list")
-            if content.get(name) is not None
+            name: rows_of(content[name], rows) for name in ("input_ids_list", "conditioning") if content.get(name) is not None
         }
+        if content.get("text_encoder_outputs_list") is not None and self.strategies is not None:
+            layout, outputs = self.strategies.layout, rows_of(content["text_encoder_outputs_list"], rows)
+            ready |= {"conditioning": layout.named(outputs, "--dataset_class"), "conditioning_keys": layout.names}
         tokenize = self.strategies.tokenize if self.strategies is not None and not ready else None
         return dataclasses.replace(collate(request, samples, tokenize), **ready)
 
@@ -159,5 +160,11 @@ class CustomDatasetGroup(torch.utils.data.Dataset):
             latents=None if images is not None else latents[row],
             latent_seed=None if images is None else key_seed(self.seed, "posterior of a custom dataset", sample_id),
             alpha_mask=value("alpha_masks", None),
-            conditioning=value("conditioning_images", None),
+            conditions={name: tensor[row] for name, tensor in conditions_of(content).items()},
         )
+
+
+def conditions_of(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What a user's batch has beside images and captions: `conditions` by name, conditioning images under their own name too."""
+    images = content.get(CONDITIONING_IMAGES)
+    return {**(content.get("conditions") or {}), **({} if images is None else {CONDITIONING_IMAGES: images})}

@@ -28,8 +28,9 @@ from library.dataset.media_utils import ImageFileError
 from library.dataset.plan import BatchRequest, BucketList, StepPlan, plan_epoch
 from library.dataset.samples import Geometry, conditioning_tensor, image_tensor, mask_tensor, read_pixels
 from library.dataset.shared_tensors import SharedTensors
+from library.dataset.strategies import Conditioning, StrategySet
 from library.dataset.text_caching import cached_caption, text_outputs_of
-from library.strategy_base import StrategySet, posterior_seed
+from library.strategy_base import posterior_seed
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +151,9 @@ class Dataset:
             raise ImageFileError(
                 f"{error}; repair or remove it. --check_images names all such images before training, --skip_bad_images leaves them out"
             ) from error
-        tokenize = self.strategies.tokenize if self.strategies is not None else None
-        return collate(request, samples, tokenize if self._needs_tokens(samples) else None, self.params.network_multiplier)
+        tokenize = self.strategies.tokenize if self.strategies is not None and self._needs_tokens(samples) else None
+        caching = self.strategies.text_encoder_outputs_caching if self.strategies is not None else None
+        return collate(request, samples, tokenize, self.params.network_multiplier, () if caching is None else caching.layout.names)
 
     def _needs_tokens(self, samples: Sequence[Sample]) -> bool:
         """Tokens are made where an encoder runs in the step: nothing is cached, or an encoder trains beside the cache."""
@@ -185,22 +187,25 @@ class Dataset:
     def _add_latents(self, sample: Sample, item: ImageItem) -> None:
         if item.latents is not None:
             latents, mirrored, mask = item.latents, item.latents_flipped, item.alpha_mask
+            conditions = item.conditions_flipped if sample.flipped else item.conditions
         else:
-            caching = self.strategies.latents_caching
-            latents, _, _, mirrored, mask = caching.load_latents_from_disk(item.latents_npz, item.bucket_reso)
-        sample.latents = torch.as_tensor(mirrored if sample.flipped else latents)  # [C, h, w]
+            caching, size = self.strategies.latents_caching, item.bucket.key
+            latents, _, _, mirrored, mask = caching.load_latents_from_disk(item.latents_npz, size)
+            conditions = caching.load_conditions_from_disk(item.latents_npz, size, sample.flipped)
+        sample.latents = torch.as_tensor(mirrored if sample.flipped else latents)  # [C, h, w] or [C, F, h, w]
+        sample.conditions |= {name: torch.as_tensor(value) for name, value in (conditions or {}).items()}
         if item.subset.alpha_mask:
             sample.alpha_mask = mask_tensor(mask, sample.flipped)
 
     def _add_pixels(self, sample: Sample, item: ImageItem, geometry: Geometry, request: BatchRequest, position: int) -> None:
         color = sample_color(self.seed, item, request, position)
         pixels = read_pixels(item, geometry, with_alpha=item.subset.alpha_mask, color=color)
-        sample.image = image_tensor(pixels.image, sample.flipped)  # [3, H, W]
-        sample.latent_seed = posterior_seed(file_content_id(item.absolute_path), item.bucket_reso, sample.flipped)
+        sample.image = image_tensor(pixels.image, sample.flipped)  # [3, H, W] or [3, F, H, W]
+        sample.latent_seed = posterior_seed(file_content_id(item.absolute_path), item.bucket.key, sample.flipped)
         if pixels.alpha_mask is not None:
             sample.alpha_mask = mask_tensor(pixels.alpha_mask, sample.flipped)
 
-    def _text(self, item: ImageItem, request: BatchRequest, position: int) -> tuple[str, list[torch.Tensor | None] | None]:
+    def _text(self, item: ImageItem, request: BatchRequest, position: int) -> tuple[str, Conditioning | None]:
         """The caption that is used, and its cached outputs when there are some."""
         rng = keyed_random(self.seed, "caption", request.step, position)
         caching = self.strategies.text_encoder_outputs_caching if self.strategies is not None else None

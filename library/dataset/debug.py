@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from library.core.atomic_file import atomic_path
-from library.dataset.batch import Batch
+from library.dataset.batch import CONDITIONING_IMAGES, Batch
 from library.dataset.dataset import DatasetGroup
 from library.dataset.plan import requests_of_epoch
 from library.generation.image_grid import GridCell, image_grid
@@ -47,16 +47,18 @@ def debug_dataset(
 
 
 def describe(batch: Batch) -> str:
-    """The tensors of a batch: pictures by their size, width x height, and others by their shapes."""
+    """The tensors of a batch: pictures by their size, width x height, clips with their frames, and others by their shapes."""
     parts = []
     for name in ("images", "latents", "alpha_masks", "conditioning_images"):
         value = getattr(batch, name)
         if value is not None:
-            parts.append(f"{name} {len(value)} of {value.shape[-1]}x{value.shape[-2]}")
-    for name in ("text_encoder_outputs_list", "input_ids_list"):
-        value = getattr(batch, name)
-        if value is not None:
-            parts.append(f"{name} {[list(v.shape) if v is not None else None for v in value]}")
+            frames = f"x{value.shape[2]}" if value.ndim == 5 else ""
+            parts.append(f"{name} {len(value)} of {value.shape[-1]}x{value.shape[-2]}{frames}")
+    parts += [f"{name} {list(value.shape)}" for name, value in batch.conditions.items() if name != CONDITIONING_IMAGES]
+    if batch.conditioning is not None:
+        parts.append(f"conditioning {', '.join(f'{name} {list(value.shape)}' for name, value in batch.conditioning.items())}")
+    if batch.input_ids_list is not None:
+        parts.append(f"input_ids_list {[list(value.shape) for value in batch.input_ids_list]}")
     return ", ".join(parts)
 
 
@@ -78,5 +80,6 @@ def describe_sample(batch: Batch, i: int) -> str:
 
 
 def picture(image: torch.Tensor) -> Image.Image:
-    """[3, H, W] in -1..1 as a picture."""
+    """[3, H, W] in -1..1 as a picture; the first frame of a clip [3, F, H, W]."""
+    image = image if image.ndim == 3 else image[:, 0]
     return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from library.dataset.cache_index import CacheIndex
 from library.dataset.caching import check_jobs, encode_latents, plan_latents, unusable_items
 from library.dataset.dataset import DatasetGroup
 from library.dataset.items import ImageItem
+from library.dataset.strategies import StrategySet
 from library.dataset.text_caching import empty_caption_item, encode_text, finish_text, plan_text, text_outputs_of
-from library.strategy_base import StrategySet
 
 
 class Processes(Protocol):
@@ -32,10 +32,11 @@ def fill_latent_cache(
     num_threads: int | None = None,
     skip_bad_images: bool = False,
     index: CacheIndex | None = None,
+    load_parts: Callable[[], Mapping[str, Any]] = dict,
 ) -> int:
     """Give every image of the groups (training and validation) its latents, in memory or on disk.
 
-    The VAE is loaded only when this process has something to encode, and released. Images that cannot be decoded are an
+    The VAE, and what `load_parts` gives beside it, are loaded only when this process has something to encode, and released. Images that cannot be decoded are an
     error naming all of them, or leave their groups with `skip_bad_images`. `index` may be that of the other caches of the run,
     so that it is read once. Returns the number of images encoded here.
     """
@@ -45,11 +46,11 @@ def fill_latent_cache(
     jobs = plan_latents(items, strategy, process_index=processes.rank, num_processes=processes.num_processes, index=index)
     bad: list[ImageItem] = []
     if jobs:
-        vae = load_vae()
+        vae, parts = load_vae(), load_parts()
         bad = encode_latents(
-            jobs, strategy, vae, num_threads=num_threads, skip_bad_images=skip_bad_images, show_progress=processes.rank == 0
+            jobs, strategy, vae, num_threads=num_threads, skip_bad_images=skip_bad_images, show_progress=processes.rank == 0, parts=parts
         )
-        del vae
+        del vae, parts
         gc.collect()
     processes.barrier()
     if skip_bad_images and processes.num_processes > 1:  # other processes may have found bad images among theirs

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from library.families.latents import Bucket
+
 if TYPE_CHECKING:
     import torch
 
@@ -85,6 +87,8 @@ class ImageItem:
     subset: SubsetParams
     image_size: tuple[int, int]
     num_repeats: int = 1
+    frames: int = 1
+    """Of the file, how many are used; a picture has one."""
     cond_path: str | None = None
     """The mask or control image that belongs to this image (datasets of kind CN)."""
     captions_extra: dict[str, Any] = field(default_factory=dict)
@@ -93,20 +97,28 @@ class ImageItem:
     resized_size: tuple[int, int] | None = None
 
     latents_npz: str | None = None
-    latents: torch.Tensor | None = None  # [C, h, w]
+    latents: torch.Tensor | None = None  # [C, h, w] or [C, F, h, w]
     latents_flipped: torch.Tensor | None = None
     latents_original_size: tuple[int, int] | None = None
     latents_crop_ltrb: tuple[int, int, int, int] | None = None
-    alpha_mask: torch.Tensor | None = None  # [H, W], weights 0..1
+    alpha_mask: torch.Tensor | None = None  # [H, W] or [F, H, W], weights 0..1
+    conditions: dict[str, torch.Tensor] | None = None
+    """what is cached beside the latents, by name"""
+    conditions_flipped: dict[str, torch.Tensor] | None = None
 
     text_encoder_outputs_npz: str | None = None
     text_encoder_outputs_suffix: str = ""
     """of the keys in that file that hold this item's caption"""
-    text_encoder_outputs: list[torch.Tensor] | None = None
+    text_encoder_outputs: dict[str, torch.Tensor] | None = None
 
     @property
     def is_reg(self) -> bool:
         return self.subset.is_reg
+
+    @property
+    def bucket(self) -> Bucket:
+        """Its size in training; known once buckets are made."""
+        return Bucket(*self.bucket_reso, self.frames)
 
 
 ImageInfo = ImageItem  # the name under which plug-ins know the record

@@ -181,21 +181,41 @@ def has_alpha(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
+def count_frames(path: str | Path) -> int:
+    """Frames of an animated file; 1 for a picture. Raises ImageFileError."""
+    with opened_image(path) as image:
+        return getattr(image, "n_frames", 1)
+
+
 def decode_image(path: str | Path, *, with_alpha: bool = False) -> np.ndarray:
     """Pixels of an image as shown: [H, W, 3] RGB, or [H, W, 4] RGBA (opaque where the file has no alpha).
 
     The first frame of an animation; palette, grey and CMYK become RGB; 16-bit values keep their upper 8 bits. Without
     `with_alpha` transparency is dropped. Raises ImageFileError.
     """
+    return decode_frames(path, 1, with_alpha=with_alpha)[0]
+
+
+def decode_frames(path: str | Path, count: int, *, with_alpha: bool = False) -> list[np.ndarray]:
+    """The first `count` frames of a file, each as `decode_image` gives it."""
     with opened_image(path) as image:
         orientation = _orientation(image, path)
-        image.load()
-        _check_numbers(image, path)
-        shown: Image.Image = _eight_bit(image) if image.mode in DEEP_MODES else image
-        shown = shown.convert("RGBA" if with_alpha else "RGB")
-        if orientation in TRANSPOSITIONS:
-            shown = shown.transpose(TRANSPOSITIONS[orientation])
-        return np.array(shown, dtype=np.uint8)  # [H, W, C]
+        frames = []
+        for number in range(count):
+            if number:
+                image.seek(number)
+            frames.append(_shown_pixels(image, orientation, path, with_alpha))
+        return frames
+
+
+def _shown_pixels(image: Image.Image, orientation: int, path: str | Path, with_alpha: bool) -> np.ndarray:
+    image.load()
+    _check_numbers(image, path)
+    shown: Image.Image = _eight_bit(image) if image.mode in DEEP_MODES else image
+    shown = shown.convert("RGBA" if with_alpha else "RGB")
+    if orientation in TRANSPOSITIONS:
+        shown = shown.transpose(TRANSPOSITIONS[orientation])
+    return np.array(shown, dtype=np.uint8)  # [H, W, C]
 
 
 def _check_numbers(image: Image.Image, path: str | Path) -> None:

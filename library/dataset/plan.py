@@ -38,10 +38,10 @@ class BatchRequest:
 
 @dataclass(frozen=True)
 class BucketList:
-    """The samples of one bucket: item indices with repeats. `batch_size` is per process."""
+    """The samples of one bucket: item indices with repeats. `batch_size` is per process, `bucket` the key of a Bucket."""
 
     dataset: int
-    bucket: tuple[int, int]
+    bucket: tuple[int, ...]
     samples: tuple[int, ...]
     batch_size: int
 

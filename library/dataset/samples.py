@@ -13,7 +13,7 @@ from library.dataset.media_utils import (
     ColorChange,
     alpha_to_mask,
     change_color,
-    decode_image,
+    decode_frames,
     read_conditioning_image,
     resize_and_crop,
 )
@@ -46,31 +46,38 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Pixels:
-    """An image at its training size, not mirrored."""
+    """A picture or clip at its training size, not mirrored."""
 
-    image: np.ndarray  # [H, W, 3] uint8
-    alpha_mask: np.ndarray | None = None  # [H, W] float32, 0..1
+    image: np.ndarray  # [H, W, 3] or [F, H, W, 3] uint8
+    alpha_mask: np.ndarray | None = None  # [H, W] or [F, H, W] float32, 0..1
 
 
 def read_pixels(item: ImageItem, geometry: Geometry, *, with_alpha: bool = False, color: ColorChange | None = None) -> Pixels:
-    """Decode an image to its training size. Raises ImageFileError, which names the file."""
-    image = decode_image(item.absolute_path, with_alpha=with_alpha)  # [H, W, 3 or 4]
-    image = resize_and_crop(image, geometry.resized, geometry.bucket, geometry.offset, item.subset.resize_interpolation)
-    alpha = alpha_to_mask(image) if with_alpha else None
-    image = image[..., :3]
-    return Pixels(change_color(image, color) if color is not None else image, alpha)
+    """Decode a picture or clip to its training size, all frames alike. Raises ImageFileError, which names the file."""
+    frames = [
+        resize_and_crop(frame, geometry.resized, geometry.bucket, geometry.offset, item.subset.resize_interpolation)
+        for frame in decode_frames(item.absolute_path, item.frames, with_alpha=with_alpha)  # [H, W, 3 or 4]
+    ]
+    alpha = _stacked([alpha_to_mask(frame) for frame in frames]) if with_alpha else None
+    colors = [frame[..., :3] for frame in frames]
+    return Pixels(_stacked(colors if color is None else [change_color(frame, color) for frame in colors]), alpha)
+
+
+def _stacked(frames: list[np.ndarray]) -> np.ndarray:
+    """[F, ...] of several frames; the one frame of a picture as it is."""
+    return frames[0] if len(frames) == 1 else np.stack(frames)
 
 
 def image_tensor(image: np.ndarray, flipped: bool = False) -> torch.Tensor:
-    """uint8 [H, W, 3] -> float32 [3, H, W] in -1..1, mirrored when `flipped`."""
+    """uint8 [..., H, W, 3] -> float32 [3, ..., H, W] in -1..1, mirrored when `flipped`."""
     if flipped:
-        image = image[:, ::-1]
-    values = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))  # [3, H, W]
+        image = image[..., ::-1, :]
+    values = torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, 0)))  # [3, H, W] or [3, F, H, W]
     return values.float() / 127.5 - 1
 
 
 def mask_tensor(mask: np.ndarray | torch.Tensor, flipped: bool = False) -> torch.Tensor:
-    """[H, W] weights as float32, mirrored when `flipped`."""
+    """[..., H, W] weights as float32, mirrored when `flipped`."""
     tensor = torch.as_tensor(mask, dtype=torch.float32)
     return tensor.flip(-1) if flipped else tensor
 

@@ -17,6 +17,7 @@ import torch
 from library.dataset.items import ImageItem
 
 TENSOR_FIELDS = ("latents", "latents_flipped", "alpha_mask")
+NAMED_FIELDS = ("conditions", "conditions_flipped", "text_encoder_outputs")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def _holds_tensors(item: ImageItem) -> bool:
 
 
 def _tensors_of(item: ImageItem) -> list[torch.Tensor]:
-    fields = [getattr(item, name) for name in TENSOR_FIELDS] + list(item.text_encoder_outputs or ())
+    fields = [getattr(item, name) for name in TENSOR_FIELDS]
+    fields += [value for name in NAMED_FIELDS for value in (getattr(item, name) or {}).values()]
     return [value for value in fields if isinstance(value, torch.Tensor)]
 
 
@@ -94,5 +96,6 @@ def _replace(item: ImageItem, function) -> None:
     for name in TENSOR_FIELDS:
         if getattr(item, name) is not None:
             setattr(item, name, function(getattr(item, name)))
-    if item.text_encoder_outputs is not None:
-        item.text_encoder_outputs = [None if value is None else function(value) for value in item.text_encoder_outputs]
+    for name in NAMED_FIELDS:
+        if getattr(item, name) is not None:
+            setattr(item, name, {key: function(value) for key, value in getattr(item, name).items()})

@@ -23,7 +23,8 @@ from library.dataset.cache_checks import cache_paths, check_cache_folders, check
 from library.dataset.cache_index import CacheIndex
 from library.dataset.captions import deterministic_caption
 from library.dataset.items import ImageItem
-from library.strategy_base import StrategySet, TextEncoderOutputsCachingStrategy, as_stored
+from library.dataset.strategies import Conditioning, StrategySet
+from library.strategy_base import TextEncoderOutputsCachingStrategy, as_stored
 
 logger = logging.getLogger(__name__)
 
@@ -162,32 +163,32 @@ def encode_text(
             bar.update(len(jobs))
 
 
-def _encode_batch(jobs: Sequence[TextJob], strategies: StrategySet, text_encoders: list[Any]) -> list[list[torch.Tensor | None]]:
-    """Outputs of each job in list order, in the dtypes of the cache."""
+def _encode_batch(jobs: Sequence[TextJob], strategies: StrategySet, text_encoders: list[Any]) -> list[Conditioning]:
+    """Outputs of each job, in the dtypes of the cache."""
     strategy = strategies.text_encoder_outputs_caching
     captions = [job.caption for job in jobs]
     batch = strategy.encode(strategies.tokenize, text_encoders, strategies.text_encoding, captions)  # entries [B, ...]
     results = []
     for index, job in enumerate(jobs):
-        outputs = [None if out is None else as_stored(out[index], key) for out, key in zip(batch, strategy.layout.keys)]
-        _check_finite(outputs, job, strategy)
-        results.append([None if out is None else out.clone() for out in outputs])
+        outputs = {key.name: as_stored(batch[key.name][index], key) for key in strategy.layout.keys if key.name in batch}
+        _check_finite(outputs, job)
+        results.append({name: output.clone() for name, output in outputs.items()})
     return results
 
 
-def _check_finite(outputs: Sequence[torch.Tensor | None], job: TextJob, strategy: TextEncoderOutputsCachingStrategy) -> None:
-    for output, key in zip(outputs, strategy.layout.keys):
-        if output is not None and output.is_floating_point() and not torch.isfinite(output).all():
+def _check_finite(outputs: Conditioning, job: TextJob) -> None:
+    for name, output in outputs.items():
+        if output.is_floating_point() and not torch.isfinite(output).all():
             raise TrainingError(
-                f"{key.name} of the caption of {job.items[0].absolute_path} is not finite; run the text encoders in bfloat16"
+                f"{name} of the caption of {job.items[0].absolute_path} is not finite; run the text encoders in bfloat16"
                 " or float32 (--mixed_precision)"
             )
 
 
 def _store_on_disk(
-    strategy: TextEncoderOutputsCachingStrategy, job: TextJob, outputs: Sequence[torch.Tensor | None], in_use: dict[str, frozenset[str]]
+    strategy: TextEncoderOutputsCachingStrategy, job: TextJob, outputs: Conditioning, in_use: dict[str, frozenset[str]]
 ) -> None:
-    arrays = {key.name: out.numpy() for key, out in zip(strategy.layout.keys, outputs) if out is not None}
+    arrays = {name: output.numpy() for name, output in outputs.items()}
     record = strategy.record_of(job.caption)
     written: dict[str, str] = {}
     for item in job.items:
@@ -214,14 +215,14 @@ def finish_text(
         )
 
 
-def text_outputs_of(item: ImageItem, strategy: TextEncoderOutputsCachingStrategy | None) -> list[torch.Tensor | None] | None:
+def text_outputs_of(item: ImageItem, strategy: TextEncoderOutputsCachingStrategy | None) -> Conditioning | None:
     """The cached outputs of an item, from memory or from its file; None when it has none."""
     if item.text_encoder_outputs is not None:
         return item.text_encoder_outputs
     if item.text_encoder_outputs_npz is None or strategy is None:
         return None
     arrays = strategy.load_outputs_npz(item.text_encoder_outputs_npz, item.text_encoder_outputs_suffix)
-    return [None if array is None else torch.from_numpy(array) for array in arrays]
+    return {name: torch.from_numpy(array) for name, array in zip(strategy.layout.names, arrays) if array is not None}
 
 
 def warn_overlong(captions: Sequence[str], tokenize: Any) -> int:

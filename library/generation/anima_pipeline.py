@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from library.checkpoints.loading import Transform
 from library.components.llm_encoder_utils import load_qwen3
 from library.components.wan_vae_utils import load_wan_vae
 from library.core.errors import CheckpointError
+from library.dataset.strategies import Conditioning
+from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.device_utils import clean_memory_on_device, get_preferred_device
 from library.fp8_optimization_utils import FP8_STORAGE, shrink_linears_to_scaled_fp8
 from library.generation.adapters import LoadedAdapters, merging
@@ -86,14 +88,14 @@ class AnimaPipeline:
             sampler=flow_sampler(request.sampler), sigmas=flow_schedule(request.steps, request.flow_shift),
         )
 
-    def _conditionings(self, texts: list[str]) -> list[list[Any]]:
+    def _conditionings(self, texts: list[str]) -> list[Conditioning]:
         self.text_encoder.to(self.text_device)
         self.adapters.follow_models()
         found = [self.encode.encode_tokens(self.tokenize, [self.text_encoder], self.tokenize.tokenize(text)) for text in texts]
         if self.text_device.type != "cpu":
             self.text_encoder.to("cpu")
             clean_memory_on_device(self.text_device)
-        return found
+        return [TEXT_LAYOUTS["anima"].named(outputs) for outputs in found]
 
     def decode(self, latents: Tensor) -> Image.Image:
         assert self.decoder is not None, "loaded without an autoencoder"

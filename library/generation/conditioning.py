@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from library.components.tokenizers import vocabulary_problem
 from library.core.errors import AtelierError, CheckpointError, ConfigError
+from library.dataset.strategies import Conditioning
+from library.dataset.text_cache_io import TextLayout
 from library.generation.prompt_weighting import PER_ROW, apply_weights, joined, parse_weights, rows_needed
 from library.safetensors_utils import load_safetensors
 from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
@@ -54,11 +56,12 @@ class _Encoded:
 
 @dataclass
 class PromptEncoder:
-    """Text encoders and how captions go through them. `make_tokenize(length)` gives the family's token strategy for prompts
+    """Text encoders and how captions go through them; `layout` names what comes out. `make_tokenize(length)` gives the family's token strategy for prompts
     of `length` tokens."""
 
     make_tokenize: Callable[[int], TokenizeStrategy]
     encoding: TextEncodingStrategy
+    layout: TextLayout
     encoders: Sequence[nn.Module]
     tokenizers: Sequence[WordTokenizer]
     max_rows: int = 1
@@ -79,15 +82,15 @@ class PromptEncoder:
         return rows_needed(longest, self.max_rows)
 
     @torch.no_grad()
-    def encode(self, text: str, num_rows: int) -> list[Tensor]:
-        """Conditioning of one prompt, in the order of the family: states [1, 75 N + 2, D], ..."""
+    def encode(self, text: str, num_rows: int) -> Conditioning:
+        """Conditioning of one prompt: states [1, 75 N + 2, D], ..."""
         tokenize = self.make_tokenize(num_rows * PER_ROW)
         ids, weights = tokenize.tokenize_with_weights(text)
         outputs = self.encoding.encode_tokens(tokenize, list(self.encoders), ids)
         for place, weight in enumerate(weights):
             if bool((weight != 1).any()):
                 outputs[place] = apply_weights(outputs[place], joined(weight), self.normalize_mode)
-        return outputs
+        return self.layout.named(outputs)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizers[0](text, add_special_tokens=False, verbose=False).input_ids if text else []
@@ -155,9 +158,9 @@ def checked_inversions(paths: Sequence[str]) -> list[str]:
     return found + [f"--textual_inversion_embeddings: two files give the word '{stem}'" for stem in sorted({s for s in stems if stems.count(s) > 1})]
 
 
-def stacked(conditionings: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def stacked(conditionings: Sequence[Conditioning]) -> Conditioning:
     """Conditionings of single prompts as one batch."""
     try:
-        return [torch.cat(parts) for parts in zip(*conditionings, strict=True)]
+        return {name: torch.cat([entry[name] for entry in conditionings]) for name in conditionings[0]}
     except RuntimeError as error:
         raise ConfigError(f"prompts of different lengths are in one batch ({error}); use --batch_size 1") from error

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.dataset.strategies import Conditioning
+from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.device_utils import clean_memory_on_device, get_preferred_device
 from library.flux_train_utils import Sampler, SampleSettings, decode_to_image, generate_latents
 from library.flux_utils import load_ae, load_clip_l, load_flux, load_t5xxl
@@ -64,14 +66,14 @@ class FluxPipeline:
         self._put_away(self.denoiser)
         return decode_to_image(self.vae, latents)
 
-    def _conditioning(self, text: str) -> list[Any]:
+    def _conditioning(self, text: str) -> Conditioning:
         for encoder in self.text_encoders:
             self._bring(encoder)
         self.adapters.follow_models()
-        outputs = self.encode.encode_tokens(self.tokenize, self.text_encoders, self.tokenize.tokenize(text))
+        found = self.encode.encode_tokens(self.tokenize, self.text_encoders, self.tokenize.tokenize(text))
         for encoder in self.text_encoders:
             self._put_away(encoder)
-        return outputs
+        return TEXT_LAYOUTS["flux"].named(found)
 
     def _autocast(self) -> Any:
         """Weights of 8 bits compute in bfloat16."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 NUM_TRAIN_TIMESTEPS = 1000.0
 
-Conditioning = list[Tensor | None]
+Conditioning = Mapping[str, Tensor]
 Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, Callable[[], Tensor]], Tensor]
 """(velocity function, latents, sigmas, noise function) -> latents; library/training/inference_samplers"""
 
@@ -29,7 +29,7 @@ def guided_velocity(
     """A function (latents [1, C, H, W], sigma []) -> velocity, float32. `predict` takes latents, times on the 0..1000 scale
     and conditioning. With a negative prompt both run as one batch, negative first: v = v_neg + cfg_scale * (v_pos - v_neg)."""
     if negative is not None:
-        conditioning = [None if a is None else torch.cat((a, b)) for a, b in zip(negative, conditioning, strict=True)]
+        conditioning = {name: torch.cat((negative[name], conditioning[name])) for name in conditioning}
     rows = 1 if negative is None else 2
 
     def velocity(latents: Tensor, sigma: Tensor) -> Tensor:

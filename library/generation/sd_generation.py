@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from library.components.text_encoder_utils import inspect_clip
 from library.components.tokenizers import load_clip_tokenizer
 from library.components.unet_utils import UNetInfo
+from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.generation.conditioning import PromptEncoder, WordTokenizer, tokenizer_problems
 from library.generation.options import GenerationModelOptions
 from library.sd_train_utils import predict_noise
@@ -52,12 +53,12 @@ def load_prompt_encoder(options: GenerationModelOptions, dtype: torch.dtype, dev
     tokenizer = WordTokenizer(_tokenizer(options))
     encoder = load_text_encoder_sd(options.ckpt, options.v2, dtype, device)
     return PromptEncoder(
-        lambda length: SdTokenizeStrategy(options.v2, length, tokenizer=tokenizer), SdTextEncodingStrategy(options.clip_skip), [encoder], [tokenizer]
+        lambda length: SdTokenizeStrategy(options.v2, length, tokenizer=tokenizer), SdTextEncodingStrategy(options.clip_skip), TEXT_LAYOUTS["sd"], [encoder], [tokenizer]
     )
 
 
 def predictor(
-    unet: Any, conditioning: Sequence[Tensor], sizes: Sequence[Sequence[int]], target_hw: tuple[int, int]
+    unet: Any, conditioning: Mapping[str, Tensor], sizes: Sequence[Sequence[int]], target_hw: tuple[int, int]
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """(latents [R, 4, h, w], timestep []) -> prediction, for conditioning of R rows. Sizes mean nothing to these models."""
     return lambda latents, timestep: predict_noise(unet, latents, timestep.expand(len(latents)), conditioning).float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from library.components.tokenizers import load_clip_tokenizer
 from library.components.unet_utils import UNetInfo
+from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.generation.conditioning import PromptEncoder, WordTokenizer, tokenizer_problems
 from library.generation.options import GenerationModelOptions
 from library.sdxl_train_utils import predict_noise
@@ -54,12 +55,12 @@ def load_prompt_encoder(options: GenerationModelOptions, dtype: torch.dtype, dev
     second = WordTokenizer(load_clip_tokenizer(*where, pad_token=SECOND_PAD, option="--clip_tokenizer"))
     encoders = load_text_encoders_sdxl(options.ckpt, dtype, device)
     return PromptEncoder(
-        lambda length: SdxlTokenizeStrategy(length, tokenizers=(first, second)), SdxlTextEncodingStrategy(), encoders, [first, second]
+        lambda length: SdxlTokenizeStrategy(length, tokenizers=(first, second)), SdxlTextEncodingStrategy(), TEXT_LAYOUTS["sdxl"], encoders, [first, second]
     )
 
 
 def predictor(
-    unet: Any, conditioning: Sequence[Tensor], sizes: Sequence[Sequence[int]], target_hw: tuple[int, int]
+    unet: Any, conditioning: Mapping[str, Tensor], sizes: Sequence[Sequence[int]], target_hw: tuple[int, int]
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """(latents [R, 4, h, w], timestep []) -> prediction, for conditioning of R rows. `sizes`: original height and width, crop
     top and left of each row."""

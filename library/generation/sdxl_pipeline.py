@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from library.components.ldm_coding import SampleSettings, generate_unet_latents
 from library.components.tokenizers import load_clip_tokenizer
+from library.dataset.strategies import Conditioning
+from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.device_utils import get_preferred_device
 from library.generation.adapters import LoadedAdapters, merging, parse_adapter_argument
 from library.generation.sampling_utils import decode_to_image
@@ -57,11 +59,11 @@ class SdxlPipeline:
             predict, settings, prediction_type=self.prediction_type, zero_terminal_snr=self.zero_terminal_snr, device=self.unet.device
         )
 
-    def conditioning(self, prompt: str, prompt2: str | None) -> list[Any]:
-        """[CLIP-L states of `prompt`, bigG states of `prompt2`, pooled bigG]; `prompt2` None = `prompt`."""
+    def conditioning(self, prompt: str, prompt2: str | None) -> Conditioning:
+        """The first encoder reads `prompt`, the second `prompt2`; None = `prompt`."""
         first = self.tokenize.tokenize(prompt)[0]
         second = self.tokenize.tokenize(prompt if prompt2 is None else prompt2)[1]
-        return self.encode.encode_tokens(self.tokenize, self.text_encoders, [first, second])
+        return TEXT_LAYOUTS["sdxl"].named(self.encode.encode_tokens(self.tokenize, self.text_encoders, [first, second]))
 
     def decode(self, latents: Tensor) -> Image.Image:
         return decode_to_image(self.vae, latents)

@@ -110,10 +110,14 @@ def is_main_process() -> bool:
 
 def prepare_runtime(config: Config) -> Runtime:
     """Start accelerate and form the process group; TrainingError when processes that were started do not see each other."""
+    return _runtime_of(start_accelerator(config[PrecisionOptions], config[DdpOptions]), config)
+
+
+def start_accelerator(precision: PrecisionOptions, ddp: DdpOptions, **further: Any) -> Any:
+    """accelerate's Accelerator; `further` are arguments of its own that our loop has no use for."""
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
-    precision, ddp = config[PrecisionOptions], config[DdpOptions]
     check_torchvision()
     has_accelerator = torch.cuda.is_available() or _has("mps") or _has("xpu")
     handlers: list[Any] = []
@@ -125,11 +129,12 @@ def prepare_runtime(config: Config) -> Runtime:
         cpu=not has_accelerator,
         mixed_precision=precision.mixed_precision,
         kwargs_handlers=handlers or None,
+        **further,
     )
     _check_process_group(accelerator.num_processes)
     if precision.full_fp16 and accelerator.scaler is not None:  # there is none on the CPU
         allow_fp16_gradients(accelerator.scaler)
-    return _runtime_of(accelerator, config)
+    return accelerator
 
 
 def allow_fp16_gradients(scaler: Any) -> None:

@@ -19,8 +19,8 @@ from library.dataset.custom import load_custom_dataset
 from library.dataset.datasources import ScanResult, load_datasets
 from library.dataset.debug import debug_dataset
 from library.dataset.fill_caches import fill_latent_cache, fill_text_cache
+from library.dataset.strategies import Conditioning, StrategySet
 from library.dataset.text_caching import warn_overlong_captions
-from library.strategy_base import StrategySet
 from library.training.accelerator_setup import Runtime
 from library.training.option_groups import LoopOptions
 
@@ -62,10 +62,10 @@ class DataGroups:
 @dataclass
 class TextPhase:
     """What remains of the text encoders after their phase: the modules that the step needs (None = released) and the
-    conditioning of the sample prompts, text -> list of tensors [1, ...]."""
+    conditioning of the sample prompts, text -> tensors [1, ...] by name."""
 
     text_encoders: list[torch.nn.Module | None] = field(default_factory=list)
-    sample_conditioning: dict[str, list[Any]] = field(default_factory=dict)
+    sample_conditioning: dict[str, Conditioning] = field(default_factory=dict)
 
 
 def find_data(config: Config, architecture: DataArchitecture, script: str = "train_network") -> FoundData:
@@ -110,12 +110,13 @@ class KeptModels:
 
 @torch.no_grad()
 def cache_latents(
-    config: Config, data: DataGroups, strategies: StrategySet, runtime: Runtime, load_vae: Callable[[], torch.nn.Module]
+    config: Config, data: DataGroups, strategies: StrategySet, runtime: Runtime, load_vae: Callable[[], torch.nn.Module],
+    load_parts: Callable[[], dict[str, torch.nn.Module]] = dict,
 ) -> None:
-    """Encode what the latent cache lacks; images that turn out to be unreadable leave the data with --skip_bad_images."""
+    """Encode what the latent cache lacks with the VAE and the parts beside it; images that turn out to be unreadable leave the data with --skip_bad_images."""
     if config[CachingOptions].caches_latents:
         skip = config[DatasetOptions].skip_bad_images
-        fill_latent_cache(data.groups, strategies, load_vae, runtime, skip_bad_images=skip, index=data.index)
+        fill_latent_cache(data.groups, strategies, load_vae, runtime, skip_bad_images=skip, index=data.index, load_parts=load_parts)
 
 
 def prepare_text(
@@ -124,7 +125,7 @@ def prepare_text(
     runtime: Runtime,
     *,
     load: Callable[[], list[torch.nn.Module | None]],
-    encode_prompts: Callable[[list[torch.nn.Module | None]], dict[str, list[Any]]] | None,
+    encode_prompts: Callable[[list[torch.nn.Module | None]], dict[str, Conditioning]] | None,
     trained: list[bool],
 ) -> TextPhase:
     """Encode captions and sample prompts, then keep only the text encoders that the step needs.
@@ -143,6 +144,7 @@ def prepare_text(
         if runtime.is_main_process:
             warn_overlong_captions([item for group in data.groups for item in group.items], strategies.tokenize)
         phase.text_encoders = encoders()
-    elif any(trained):  # beside a cache only the encoders that learn run in the step
-        phase.text_encoders = [encoder if learns else None for encoder, learns in zip(encoders(), trained, strict=True)]
+    elif live := strategies.text_encoder_outputs_caching.live:  # beside a cache only what makes these runs in the step
+        needed = strategies.layout.encoders_for(live)
+        phase.text_encoders = [encoder if number in needed else None for number, encoder in enumerate(encoders())]
     return phase

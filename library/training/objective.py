@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,8 @@ class NoisyLatents:
     latents: torch.Tensor  # [B, C, ...]
     noisy_latents: torch.Tensor  # [B, C, ...]
     noise: torch.Tensor  # [B, C, ...]
-    timesteps: torch.Tensor  # [B] float32, 0..1000
-    sigmas: torch.Tensor  # [B] float32
+    timesteps: torch.Tensor  # [B], [B, F] or [B, tokens] float32, 0..1000
+    sigmas: torch.Tensor  # as timesteps
     target: torch.Tensor  # [B, C, ...]
 
     def rows(self, rows: torch.Tensor) -> NoisyLatents:
@@ -47,18 +48,19 @@ class Objective(ABC):
 
     @abstractmethod
     def corrupt(self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, draws: StepDraws) -> NoisyLatents:
-        """Noise the latents [B, C, ...] to `times` [B]; `draws` feeds options that need more random numbers."""
+        """Noise the latents [B, C, ...] to `times`, one per sample [B], per frame [B, F] or per token (see `expand_like`);
+        `draws` feeds options that need more random numbers."""
 
     @abstractmethod
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Signal-to-noise ratio [B] at timesteps [B] on the 0..1000 scale."""
+        """Signal-to-noise ratio at timesteps of any shape on the 0..1000 scale."""
 
     @abstractmethod
     def validation_times(self) -> list[float]:
         """The four fixed noise levels of a validation pass, in the unit of `times`."""
 
     def loss_weight(self, sample: NoisyLatents) -> torch.Tensor | None:
-        """Weight [B] of the element-wise loss, applied before the mask; None = 1."""
+        """Weight of the element-wise loss, one per time, applied before the mask; None = 1."""
         return None
 
     def notices(self) -> list[str]:
@@ -67,8 +69,25 @@ class Objective(ABC):
 
 
 def expand_like(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """values [B] as [B, 1, ...], so that they broadcast over latents [B, C, ...] of any rank."""
-    return values.reshape(-1, *[1] * (latents.ndim - 1))
+    """values as they broadcast over latents [B, C, ...] of any rank, or over packed ones [B, tokens, D].
+
+    One per sample [B]; one per frame [B, F] of latents [B, C, F, h, w]; one per token [B, tokens], tokens being square
+    patches of all frames, row by row as models pack them.
+    """
+    if values.ndim == 1:
+        return values.reshape(-1, *[1] * (latents.ndim - 1))
+    count = values.shape[1]
+    if latents.ndim == 3 and count == latents.shape[1]:
+        return values.unsqueeze(2)  # [B, tokens, 1]
+    if latents.ndim == 5 and count == latents.shape[2]:
+        return values[:, None, :, None, None]
+    frames = latents.shape[2:-2]  # (F,), or () for pictures
+    height, width = latents.shape[-2:]
+    side = math.isqrt(math.prod(frames) * height * width // count) if count else 0
+    if latents.ndim < 4 or not side or (height % side, width % side) != (0, 0) or math.prod(frames) * (height // side) * (width // side) != count:
+        raise ValueError(f"{count} times for each sample fit neither frames nor tokens of latents of shape {list(latents.shape)}")
+    patches = values.reshape(-1, 1, *frames, height // side, width // side)
+    return patches.repeat_interleave(side, dim=-2).repeat_interleave(side, dim=-1)  # [B, 1, ..., h, w]
 
 
 class FlowMatchingObjective(Objective):
@@ -91,7 +110,7 @@ class FlowMatchingObjective(Objective):
         self.weigh = weigh
 
     def corrupt(self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, draws: StepDraws) -> NoisyLatents:
-        sigmas = times.to(device=latents.device, dtype=torch.float32)  # [B]
+        sigmas = times.to(device=latents.device, dtype=torch.float32)
         input_noise = with_ip_noise(noise, self.noise_options, draws)
         noisy = flow_noisy_latents(latents, input_noise, sigmas)
         target = flow_target(latents, noise, self.target)
@@ -148,18 +167,18 @@ class DdpmObjective(Objective):
         noise = with_multires_noise(noise, self.noise_options, draws)
         input_noise = with_ip_noise(noise, self.noise_options, draws)
         times = times.to(device=latents.device, dtype=torch.float32)
-        signal = expand_like(self._look_up("signal", times), latents)  # [B, 1, ...]
-        scale = expand_like(self._look_up("noise", times), latents)  # [B, 1, ...]
+        sigmas = self._look_up("noise", times)
+        signal, scale = expand_like(self._look_up("signal", times), latents), expand_like(sigmas, latents)  # [B, 1, ...]
         noisy = signal * latents + scale * input_noise
         target = signal * noise - scale * latents if self.prediction_type == "v" else noise
-        return NoisyLatents(latents, noisy, noise, times, scale.flatten(), target)
+        return NoisyLatents(latents, noisy, noise, times, sigmas, target)
 
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """ac / (1 - ac) of the schedule in use; 0 at the last step of a zero-terminal one."""
         return self._look_up("snr", timesteps)
 
     def _look_up(self, name: str, timesteps: torch.Tensor) -> torch.Tensor:
-        """Entries [B] of a table at timesteps [B]; the table moves to their device once."""
+        """Entries of a table at timesteps of any shape; the table moves to their device once."""
         if self._tables[name].device != timesteps.device:
             self._tables[name] = self._tables[name].to(timesteps.device)
         return self._tables[name][timesteps.long()]
@@ -186,7 +205,7 @@ class DdpmObjective(Objective):
 
 
 def flow_noisy_latents(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """(1 - s) x0 + s noise for latents [B, C, ...] and sigmas [B]."""
+    """(1 - s) x0 + s noise for latents [B, C, ...] and sigmas as `expand_like` takes them."""
     weights = expand_like(sigmas, latents)
     return (1 - weights) * latents + weights * noise
 
@@ -199,7 +218,7 @@ def flow_target(latents: torch.Tensor, noise: torch.Tensor, kind: str) -> torch.
 
 
 def clean_estimate(velocity: torch.Tensor, noisy_latents: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """x0 = x_t - s v for a predicted velocity v = noise - x0 [B, C, ...] at sigmas [B]."""
+    """x0 = x_t - s v for a predicted velocity v = noise - x0 [B, C, ...] at sigmas as `expand_like` takes them."""
     return noisy_latents - expand_like(sigmas, noisy_latents) * velocity
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from library.core.options import Config
 from library.core.registry import import_target
-from library.families.table import family_entry
+from library.families.registry import record_of
 from library.training.option_groups import SHARED_GROUPS
 from library.training.option_reader import Note, OptionReader, Script, parser_of
 
@@ -74,7 +74,7 @@ class Parsed:
 
 def script(family: str, trainable: str) -> Script:
     """The options of the script that trains `trainable` of `family`."""
-    family_class = import_target(family_entry(family).family)
+    family_class = import_target(record_of(family).family)
     entry = TRAINABLES[trainable]
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
@@ -121,6 +121,12 @@ def parse_script(argv: Sequence[str] | None, what: Script) -> Parsed:
     return Parsed(config, (*reader.notes, *_privacy_notes(what, config, on_line)))
 
 
+def shown_paths(values: Mapping[str, Any]) -> list[str]:
+    """Names of options whose values tell where on this machine something lies."""
+    texts = {name: str(values.get(name) or "") for name in PATH_OPTIONS}
+    return [name for name, text in texts.items() if text.startswith(("/", "~")) or ":\\" in text]
+
+
 def _privacy_notes(what: Script, config: Config, on_line: Mapping[str, Any]) -> list[Note]:
     """Secrets on the command line, which other programs and W&B can read; paths, when W&B is on."""
     notes = [
@@ -129,11 +135,7 @@ def _privacy_notes(what: Script, config: Config, on_line: Mapping[str, Any]) -> 
         if value and what.spec(name).secret
     ]
     if "log_with" in what.owners and config.value("log_with") in ("wandb", "all"):
-        shown = [
-            name
-            for name in PATH_OPTIONS
-            if str(on_line.get(name, "")).startswith(("/", "~")) or ":\\" in str(on_line.get(name, ""))
-        ]
+        shown = shown_paths(on_line)
         if shown:
             notes.append(
                 Note(

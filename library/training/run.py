@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.core.options import Config
-from library.strategy_base import StrategySet
+from library.dataset.strategies import StrategySet
 from library.training.hooks.ema import EmaHook
 from library.training.optimizers import switches_weights
 from library.training.run_settings import RunSettings
@@ -26,11 +26,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class Models:
-    """The parts of a model that are in memory now; each is None before it is loaded and after its last use."""
+    """The parts of a model that are in memory now; each is None, or not there, before it is loaded and after its last use."""
 
     vae: torch.nn.Module | None = None
     text_encoders: list[torch.nn.Module | None] = field(default_factory=list)
     denoiser: torch.nn.Module | None = None
+    extra: dict[str, torch.nn.Module] = field(default_factory=dict)
+    """further parts by name (a vision encoder, a second expert, a ControlNet); see `ModelFamily.load_parts`"""
+
+    @contextmanager
+    def used(self, name: str, device: torch.device | str):
+        """A further part on `device`; one that waits elsewhere goes back after its use."""
+        module = self.extra[name]
+        home = next(module.parameters()).device
+        module.to(device)
+        try:
+            yield module
+        finally:
+            module.to(home)
 
 
 @dataclass

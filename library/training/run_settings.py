@@ -40,7 +40,8 @@ NOT_ABOUT_LEARNING = (
     ),
 )  # fmt: skip
 KEYWORD_OPTIONS = ("optimizer_args", "lr_scheduler_args")
-RECORDED_ELSEWHERE = ("seed", "max_train_epochs", "max_data_loader_n_workers", "persistent_data_loader_workers", "max_train_steps")
+NOT_COMPARED = ("seed", "max_train_epochs", "max_data_loader_n_workers", "persistent_data_loader_workers", "max_train_steps", "network_weights")
+"""options that are recorded elsewhere, or, as the weights to begin with, mean nothing to a run that goes on"""
 SHOWN_CHARACTERS = 60
 
 
@@ -115,7 +116,7 @@ def _option_values(config: Config, fixed: Mapping[str, Any]) -> dict[str, Any]:
                 values.update({f"{name} {key}": argument for key, argument in parse_keyword_args(value, name).items()})
             elif name == "network_args":
                 values.update({f"{name} {key}": text for key, text in config[options_class].pairs.items() if key not in fixed.get(name, {})})
-            elif name not in fixed and name not in RECORDED_ELSEWHERE and not spec.secret and spec.status == "works":
+            elif name not in fixed and name not in NOT_COMPARED and not spec.secret and spec.status == "works":
                 values[name] = [_without_folder(part) for part in value] if isinstance(value, list) else _without_folder(value)
     return plain(values)
 

@@ -10,8 +10,8 @@ import torch
 
 from library.core.errors import ConfigError
 from library.core.keyed_random import StepDraws, key_seed
-from library.dataset.batch import Batch
-from library.strategy_base import StrategySet
+from library.dataset.batch import Batch, rows_of
+from library.dataset.strategies import Conditioning, StrategySet
 from library.training.objective import NoisyLatents, Objective
 from library.training.run import DiTOutput, Models, StepOutput
 
@@ -50,7 +50,7 @@ class TrainStep:
         self._compute_loss = replacement_of(self.hooks, "compute_loss")
 
     def __call__(self, batch: Batch, times: torch.Tensor | None = None) -> StepOutput:
-        """Loss of one batch. `times` [B] fixes the noise level in the objective's unit (validation); None draws it."""
+        """Loss of one batch. `times` ([B], or one per frame or token) fixes the noise level in the objective's unit (validation); None draws it."""
         if len(batch) == 0:  # a rank without samples only joins the reduction
             zero = torch.zeros((), device=self.runtime.device)
             return StepOutput(zero, zero, 0)
@@ -65,14 +65,15 @@ class TrainStep:
         if batch.request.is_training:
             self.runtime.seed_foreign_code(key_seed(self.seed, "foreign code", draws.step, draws.positions[0]))
             self.trainable.on_step_start(draws)
+        batch = self.with_latents(batch)
         latents = self.latents_of(batch)  # [B, C, H, W] or [B, C, F, H, W]
         noise = draws.normal("noise", latents.shape[1:]).to(device)
         if times is None:
-            times = self.timestep_sampler.sample(tuple(latents.shape), draws).to(device)  # [B]
+            times = self.timestep_sampler.sample(tuple(latents.shape), draws).to(device)  # [B], [B, F] or [B, tokens]
         sample = self.objective.corrupt(latents, noise, times, draws)
         if batch.request.is_training:
             self.trainable.on_sample(sample)
-        conditioning = self.conditioning_of(batch)  # list of tensors, order set by the text strategy
+        conditioning = self.conditioning_of(batch)
         inputs = self.trainable.inputs(batch, sample, conditioning)
         with self.runtime.autocast():
             output = self.family.predict(self.models, sample, conditioning, batch, **inputs)
@@ -98,29 +99,31 @@ class TrainStep:
         level = 0 if times is None else round(float(times.flatten()[0]) * 1e6)
         return StepDraws(self.validation_seed, level, request.positions)
 
-    def latents_of(self, batch: Batch) -> torch.Tensor:
-        """Scaled latents, from the cache or from the VAE in its own dtype."""
-        latents = batch.latents
-        if latents is None:
-            latents = self.strategies.latents_caching.encode_images(self.models.vae, batch.images, batch.latent_seeds)
-        return self.family.scale_latents(latents.to(self.runtime.device, torch.float32))
+    def with_latents(self, batch: Batch) -> Batch:
+        """The batch with latents and the conditions beside them; what is not cached is encoded, by models in their own dtype."""
+        if batch.latents is not None:
+            return batch
+        latents, conditions = self.strategies.latents_caching.encode_samples(
+            self.models.vae, self.models.extra, batch.images, batch.latent_seeds
+        )
+        return dataclasses.replace(batch, latents=latents, conditions={**batch.conditions, **conditions})
 
-    def conditioning_of(self, batch: Batch) -> list[torch.Tensor | None]:
-        """Cached outputs, overwritten by position with what the text encoders in memory give (those that learn, or all)."""
-        cached = batch.text_encoder_outputs_list
-        if batch.input_ids_list is None:
-            return list(cached)
-        learns = any(self.trained_text_encoders) and batch.request.is_training
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()), self.runtime.autocast():
-            encoded = self.strategies.text_encoding.encode(
-                self.strategies.tokenize, self.models.text_encoders, batch.input_ids_list, batch.token_weights_list
-            )
-        if cached is None:
-            return encoded
-        return [old if new is None else new for old, new in zip(cached, encoded, strict=True)]
+    def latents_of(self, batch: Batch) -> torch.Tensor:
+        """Scaled latents."""
+        return self.family.scale_latents(self.with_latents(batch).latents.to(self.runtime.device, torch.float32))
+
+    def conditioning_of(self, batch: Batch) -> Conditioning:
+        """Cached outputs, and those of the text encoders in memory (the ones that learn, or all) in the place of theirs."""
+        conditioning = dict(batch.conditioning or {})
+        if batch.input_ids_list is not None:
+            learns = any(self.trained_text_encoders) and batch.request.is_training
+            with torch.set_grad_enabled(learns and torch.is_grad_enabled()), self.runtime.autocast():
+                conditioning |= self.strategies.encode(self.models.text_encoders, batch.input_ids_list, batch.token_weights_list)
+        self.strategies.layout.check_complete(conditioning, "the cache" if batch.input_ids_list is None else "cache and text encoders")
+        return conditioning
 
     def with_preserved_targets(
-        self, output: DiTOutput, sample: NoisyLatents, batch: Batch, conditioning: list[torch.Tensor | None]
+        self, output: DiTOutput, sample: NoisyLatents, batch: Batch, conditioning: Conditioning
     ) -> DiTOutput:
         """Samples marked `diff_output_preservation` learn to keep what the untouched model predicts: denoiser and text encoders without
         what was learned. Only these samples go through it."""
@@ -133,7 +136,7 @@ class TrainStep:
             if any(self.trained_text_encoders):
                 untouched = self.conditioning_of(part)
             else:
-                untouched = [None if tensor is None else tensor[rows.to(tensor.device)] for tensor in conditioning]
+                untouched = rows_of(conditioning, marked)
             with self.runtime.autocast():
                 prior = self.family.predict(self.models, sample.rows(rows), untouched, part)
         target = output.target.clone()  # [B, C, ...]

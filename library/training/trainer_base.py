@@ -15,9 +15,9 @@ import torch
 from library.core.errors import ConfigError, Problems, RunInterrupted
 from library.core.options import Config, option_fields
 from library.dataset import CachingOptions, DatasetOptions
+from library.dataset.strategies import Conditioning, StrategySet
 from library.device_utils import clean_memory_on_device
-from library.families.table import script_name
-from library.strategy_base import StrategySet
+from library.families.registry import script_name
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime
 from library.training.checkpoint import resume_point
@@ -113,9 +113,9 @@ class Trainer:
         self.check_length(data, runtime, state)
         self.on_main(runtime, self.take_output)
         self.family.transform = self.trainable.transform(self.family)
-        vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
+        vae, beside_vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
         text = self.text_phase(data, strategies, runtime, prompts, trained)
-        models = Models(vae, text.text_encoders, self.denoiser_phase(runtime))
+        models = Models(vae, text.text_encoders, self.denoiser_phase(runtime), {**beside_vae, **self._parts(runtime, "denoiser")})
         self.trainable.attach(self.family, models, runtime)
         self.arm(models, trained)
         self.on_main(runtime, lambda: keep_earlier_files(self.config))  # now that inputs among them (--network_weights) are read
@@ -180,15 +180,23 @@ class Trainer:
 
     # ---- models -------------------------------------------------------------------------------------------------------------
 
-    def vae_phase(self, data: DataGroups, strategies: StrategySet, runtime: Runtime, *, keep: bool) -> torch.nn.Module | None:
-        """Cache latents. The VAE stays, on the CPU for samples or on the device for live encoding, or is released."""
+    def vae_phase(
+        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, *, keep: bool
+    ) -> tuple[torch.nn.Module | None, dict[str, torch.nn.Module]]:
+        """Cache latents. The VAE and the parts beside it stay, on the CPU for samples or on the device for live encoding, or
+        are released."""
         vae = KeptModels(lambda: self._frozen(self.family.load_vae(runtime)))
-        cache_latents(self.config, data, strategies, runtime, vae)
+        parts = KeptModels(lambda: self._parts(runtime, "vae"))
+        cache_latents(self.config, data, strategies, runtime, vae, parts)
         live = not self.config[CachingOptions].caches_latents
-        kept = vae().to(runtime.device if live else "cpu") if live or keep else None
-        del vae
+        place = runtime.device if live else "cpu"
+        kept = (vae().to(place), {name: part.to(place) for name, part in parts().items()}) if live or keep else (None, {})
+        del vae, parts
         clean_memory_on_device()
         return kept
+
+    def _parts(self, runtime: Runtime, beside: str) -> dict[str, torch.nn.Module]:
+        return {name: self._frozen(part) for name, part in self.family.load_parts(runtime, beside).items()}
 
     def text_phase(
         self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[Any], trained: list[bool]
@@ -198,7 +206,7 @@ class Trainer:
         def load() -> list[torch.nn.Module | None]:
             return [e if e is None else self._frozen(e) for e in self.family.load_text_encoders(runtime)]
 
-        def encode(encoders: list[torch.nn.Module | None]) -> dict[str, list[Any]]:
+        def encode(encoders: list[torch.nn.Module | None]) -> dict[str, Conditioning]:
             return encode_sample_prompts(self.family, strategies, encoders, prompts)
 
         phase = prepare_text(data, strategies, runtime, load=load, encode_prompts=encode if prompts else None, trained=trained)

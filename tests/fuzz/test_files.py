@@ -62,7 +62,7 @@ def read_text_cache(path: Path) -> None:
     suffix, _ = text_cache_io.find_text(str(path), layout, flux_record(), needed=tuple(flux_outputs()))
     text_cache_io.keys_problem(str(path), layout, flux_record(), tuple(flux_outputs()))
     if suffix is not None:
-        for array in text_cache_io.load_text(str(path), layout, suffix):
+        for array in text_cache_io.load_text(str(path), layout, suffix).values():
             torch.from_numpy(array)
     text_cache_io.save_text(str(path), layout, flux_outputs(), flux_record())
 

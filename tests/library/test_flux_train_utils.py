@@ -38,14 +38,14 @@ def tiny_denoiser(guidance: bool = True, seed: int = 0) -> Flux:
     return model.eval().requires_grad_(False)
 
 
-def conditioning_of(batch_size: int, seed: int = 1) -> list[torch.Tensor]:
+def conditioning_of(batch_size: int, seed: int = 1) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     mask = torch.ones(batch_size, TOKENS, dtype=torch.long)
     mask[:, 4:] = 0
-    return [
-        torch.randn(batch_size, 8, generator=generator), torch.randn(batch_size, TOKENS, 12, generator=generator),
-        torch.zeros(batch_size, TOKENS, 3), mask,
-    ]
+    return {
+        "l_pooled": torch.randn(batch_size, 8, generator=generator), "t5_out": torch.randn(batch_size, TOKENS, 12, generator=generator),
+        "t5_attn_mask": mask,
+    }  # fmt: skip
 
 
 def noisy_latents(batch_size: int = 2) -> torch.Tensor:
@@ -61,7 +61,7 @@ def test_prediction_is_the_packed_forward_in_the_layout_of_the_latents():
     times = torch.tensor([123.456, 900.0])
     velocity = predict_velocity(model, latents, times, conditioning, guidance=2.5)
     direct = model(
-        pack_latents(latents), prepare_img_ids(2, 2, 3), conditioning[1], conditioning[2], times / 1000, conditioning[0],
+        pack_latents(latents), prepare_img_ids(2, 2, 3), conditioning["t5_out"], torch.zeros(2, TOKENS, 3), times / 1000, conditioning["l_pooled"],
         torch.tensor([2.5, 2.5]),
     )
     assert velocity.shape == latents.shape
@@ -87,8 +87,8 @@ def test_a_model_without_guidance_ignores_it():
 def test_padding_counts_only_without_the_mask():
     model, latents, times = tiny_denoiser(), noisy_latents(), torch.tensor([500.0, 500.0])
     conditioning, other = conditioning_of(2), conditioning_of(2)
-    other[1] = other[1].clone()
-    other[1][:, 4:] += 1.0
+    other["t5_out"] = other["t5_out"].clone()
+    other["t5_out"][:, 4:] += 1.0
     with_mask = [predict_velocity(model, latents, times, c, guidance=1.0, use_t5_mask=True) for c in (conditioning, other)]
     without = [predict_velocity(model, latents, times, c, guidance=1.0) for c in (conditioning, other)]
     torch.testing.assert_close(with_mask[0], with_mask[1])
@@ -124,8 +124,8 @@ def test_sampling_is_euler_along_the_schedule():
     model, conditioning = tiny_denoiser(), conditioning_of(1)
     made = generate_latents(model, settings_of(guidance=2.0), conditioning, None, sampler=EULER, device="cpu")
     packed = denoise(
-        model, pack_latents(start_noise(7, 16, 4, 6)), prepare_img_ids(1, 2, 3), conditioning[1], conditioning[2],
-        conditioning[0], get_schedule(3, 6), guidance=2.0,
+        model, pack_latents(start_noise(7, 16, 4, 6)), prepare_img_ids(1, 2, 3), conditioning["t5_out"], torch.zeros(1, TOKENS, 3),
+        conditioning["l_pooled"], get_schedule(3, 6), guidance=2.0,
     )
     torch.testing.assert_close(made, unpack_latents(packed, 2, 3), rtol=1e-4, atol=1e-5)
 

@@ -59,8 +59,8 @@ def test_the_cache_file_has_the_known_keys_and_no_dropout_rate(tiny: TinyAnima, 
     qwen3 = load_qwen3(tiny.qwen3, torch.bfloat16, "cpu")
     caching = AnimaTextEncoderOutputsCachingStrategy(True, 1, False)
     outputs = caching.encode(strategy(tiny), [qwen3], AnimaTextEncodingStrategy(), ["a red cat"])
-    assert [tuple(output.shape) for output in outputs] == [(1, 12, 24), (1, 12), (1, 16), (1, 16), (1,)]
-    assert float(outputs[-1]) == 0
+    assert [tuple(output.shape) for output in outputs.values()] == [(1, 12, 24), (1, 12), (1, 16), (1, 16), (1,)]
+    assert float(outputs["caption_dropout_rate"]) == 0
 
 
 def test_a_tokenizer_of_another_model_is_an_error(tiny: TinyAnima) -> None:

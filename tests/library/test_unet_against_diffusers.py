@@ -52,7 +52,7 @@ def test_unet_of_sdxl(tmp_path) -> None:
     with torch.no_grad():
         given = {"text_embeds": pooled, "time_ids": sizes}
         theirs = reference(latents, times, states, added_cond_kwargs=given).sample
-        parts = [states[..., :10], states[..., 10:], pooled]
+        parts = {"hidden_state1": states[..., :10], "hidden_state2": states[..., 10:], "pool2": pooled}
         ours = predict_noise(model, latents, times, parts, (sizes[:, :2], sizes[:, 2:4], sizes[:, 4:]))
         assert relative(ours, theirs) < 1e-5
 

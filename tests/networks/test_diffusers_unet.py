@@ -125,7 +125,7 @@ def predictions(kind: str, ours, theirs) -> list[tuple[torch.Tensor, torch.Tenso
     ids = torch.randint(0, 100, (2, 77), generator=generator)
     with torch.no_grad():
         if kind == "sdxl":
-            parts = [states[..., :16], states[..., 16:], pooled]
+            parts = {"hidden_state1": states[..., :16], "hidden_state2": states[..., 16:], "pool2": pooled}
             mine = predict_noise(ours[0], latents, times, parts, (sizes[:, :2], sizes[:, 2:4], sizes[:, 4:]))
             other = theirs[0](latents, times, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
         else:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from library.families.table import FAMILIES
+from library.families.registry import FAMILIES
 from library.tiny_models import TINY_SETS, TinySet, build_tiny
 from library.tiny_models.pictures import draw_pictures as draw_shapes
 from library.training.loop import fit
@@ -208,7 +208,8 @@ def test_only_preserved_samples_go_through_the_untouched_model(work: Work) -> No
     assert [call[:2] for call in calls] == [(len(batch), len(batch)), (len(rows), len(rows))]
     with torch.no_grad(), run.trainable.disabled():
         untouched = run.step.conditioning_of(batch)
-    for used, learned, wanted in zip(calls[1][2], calls[0][2], untouched, strict=True):
-        assert used is wanted is None or torch.allclose(used.float(), wanted[rows].float(), atol=1e-6)
+    assert calls[1][2].keys() == calls[0][2].keys() == untouched.keys()
+    for name, used in calls[1][2].items():
+        assert torch.allclose(used.float(), untouched[name][rows].float(), atol=1e-6)
     if any(run.step.trained_text_encoders):
-        assert any(not torch.equal(calls[0][2][i][rows], used) for i, used in enumerate(calls[1][2]) if used is not None)
+        assert any(not torch.equal(calls[0][2][name][rows], used) for name, used in calls[1][2].items())

@@ -64,8 +64,8 @@ def test_they_act_while_the_others_learn(work: Work) -> None:
     batch = next(whole.data.batches(1))
     with torch.no_grad():
         wanted, used, plain = (run.step.conditioning_of(batch) for run in (whole, kept, dropped))
-    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-3) for a, b in zip(wanted, used, strict=True))
-    assert max(float((a - b).abs().max()) for a, b in zip(wanted, plain, strict=True)) > 1e-2
+    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-3) for a, b in zip(wanted.values(), used.values(), strict=True))
+    assert max(float((a - b).abs().max()) for a, b in zip(wanted.values(), plain.values(), strict=True)) > 1e-2
 
 
 def test_dropped_on_request(work: Work, caplog: pytest.LogCaptureFixture) -> None:

@@ -195,3 +195,12 @@ def test_schedule_free_rates_change_too(work: Work, rates: list[dict[str, Any]])
     rates.clear()
     go_on(work, state, *options, "--learning_rate=1e-3")
     assert {entry["lr"] for entry in rates} == {1e-3} and [entry["k"] for entry in rates] == [3, 4, 5]
+
+
+def test_weights_to_begin_with_are_no_change_of_a_run_that_goes_on(work: Work, caplog: pytest.LogCaptureFixture) -> None:
+    """The state has the weights: the same command with other start weights ends in the same ones and tells of no change."""
+    state = interrupted(work)
+    plain = go_on(work, state)
+    with caplog.at_level(logging.INFO):
+        other = work.train("third", *BRIEF, f"--resume={state}", f"--network_weights={work.folder / 'first' / 'lora.safetensors'}")
+    assert fingerprint(other) == fingerprint(plain) and "network_weights " not in caplog.text

@@ -116,7 +116,7 @@ def train(tiny: TinySd, folder: Path, dataset: str, subset: str, *more: str, epo
         numbers = torch.cat((batch.original_sizes_hw, batch.crop_top_lefts, batch.target_sizes_hw), dim=1)
         for i, key in enumerate(batch.image_keys):
             pixels = None if batch.images is None else batch.images[i]
-            vector = vectors[-1][i, conditioning[2].shape[1] :]
+            vector = vectors[-1][i, conditioning["pool2"].shape[1] :]
             seen.append(Seen(Path(key).stem, batch.flippeds[i], numbers[i].tolist(), tuple(sample.noisy_latents.shape[2:]), pixels, vector))
         return output
 

@@ -44,7 +44,8 @@ def test_diffusers_loads_the_folder_and_agrees(case):
         if is_sdxl:
             unet, vae, encoders = load_unet_sdxl(tiny.model, *HOW), load_vae_sdxl(tiny.model, *HOW), load_text_encoders_sdxl(tiny.model, *HOW)
             pooled, sizes = torch.randn(1, 32, generator=generator), torch.tensor([[64.0, 64, 0, 0, 64, 64]])
-            mine = predict_noise(unet, latents, times, [states[..., :16], states[..., 16:], pooled], (sizes[:, :2], sizes[:, 2:4], sizes[:, 4:]))
+            parts = {"hidden_state1": states[..., :16], "hidden_state2": states[..., 16:], "pool2": pooled}
+            mine = predict_noise(unet, latents, times, parts, (sizes[:, :2], sizes[:, 2:4], sizes[:, 4:]))
             other = pipeline.unet(latents, times, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
         else:
             unet, vae = load_unet_sd(tiny.model, *HOW), load_vae_sd(tiny.model, *HOW)

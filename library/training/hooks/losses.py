@@ -8,7 +8,7 @@ curve, test for finite values) is told.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -135,12 +135,17 @@ def _ratio(total: float, count: float) -> float:
 
 
 def learning_rates(run: Run) -> dict[str, float | torch.Tensor]:
+    """`lr/<group>` of every group of the run's optimizer."""
+    return learning_rates_of(run.optimizer.param_groups)
+
+
+def learning_rates_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, float | torch.Tensor]:
     """`lr/<group>` per optimizer group and, where the optimizer estimates a step size `d`, `lr/d*lr/<group>`.
 
     A group without a name is called by its number; a rate that lives on the device is copied there.
     """
     logs: dict[str, float | torch.Tensor] = {}
-    for number, group in enumerate(run.optimizer.param_groups):
+    for number, group in enumerate(groups):
         name = group.get("name") or f"group{number}"
         rate = group["lr"].clone() if isinstance(group["lr"], torch.Tensor) else float(group["lr"] or 0.0)
         logs[f"lr/{name}"] = rate

@@ -19,12 +19,13 @@ from library.training.hooks.validation import ValidationHook
 from library.training.option_groups import EmaOptions, HubOptions
 
 if TYPE_CHECKING:
+    from library.dataset.strategies import Conditioning
     from library.training.accelerator_setup import Runtime
     from library.training.trainables.base import Trainable
 
 
 def standard_hooks(
-    config: Config, runtime: Runtime, *, prompts: list[Any], conditioning: dict[str, list[Any]], trainable: Trainable,
+    config: Config, runtime: Runtime, *, prompts: list[Any], conditioning: dict[str, Conditioning], trainable: Trainable,
     own: list[Hook], metadata: MetadataMaker,
 ) -> list[Hook]:
     """Losses are read first and tested before they are logged; what changes weights (norms) comes before what looks at

@@ -30,7 +30,7 @@ def huber_loss(
 ) -> torch.Tensor:
     """Pseudo-Huber 2c (sqrt(d^2 + c^2) - c), about d^2 for small d."""
     threshold = expand_like(huber_threshold(options, timesteps, objective), prediction)
-    return threshold * _scaled_pseudo_huber(prediction, target, threshold)
+    return threshold * scaled_pseudo_huber(prediction, target, threshold)
 
 
 def smooth_l1_loss(
@@ -38,10 +38,10 @@ def smooth_l1_loss(
 ) -> torch.Tensor:
     """2 (sqrt(d^2 + c^2) - c), about 2|d| for large d."""
     threshold = expand_like(huber_threshold(options, timesteps, objective), prediction)
-    return _scaled_pseudo_huber(prediction, target, threshold)
+    return scaled_pseudo_huber(prediction, target, threshold)
 
 
-def _scaled_pseudo_huber(prediction: torch.Tensor, target: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+def scaled_pseudo_huber(prediction: torch.Tensor, target: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     """2 (sqrt(d^2 + c^2) - c), written as 2 d^2 / (sqrt(d^2 + c^2) + c): no digits cancel for small d."""
     squared = (prediction.float() - target.float()) ** 2
     return 2 * squared / ((squared + threshold**2).sqrt() + threshold)

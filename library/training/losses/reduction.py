@@ -16,12 +16,15 @@ def per_sample_loss(
     sample_weights: torch.Tensor | None = None,
     factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Losses [B] from element-wise ones [B, C, ...], in the order: flow weight [B], mask, mean over all but the batch,
-    sample weights [B] (prior_loss_weight), factors [B] of the DDPM options.
+    """Losses [B] from element-wise ones [B, C, ...], in the order: flow weight, mask, mean over all but the batch, sample
+    weights [B] (prior_loss_weight), factors of the DDPM options.
 
-    `mask` broadcasts to `elementwise` (see `loss_mask`). The mean divides by all elements, so a small mask makes a small
-    loss. Works for B = 0.
+    Flow weight and factors are [B], or one per frame or token (`expand_like`); such factors act before the mean. `mask`
+    broadcasts to `elementwise` (see `loss_mask`). The mean divides by all elements, so a small mask makes a small loss.
+    Works for B = 0.
     """
+    if factors is not None and factors.ndim > 1:
+        elementwise, factors = elementwise * expand_like(factors.to(elementwise), elementwise), None
     if flow_weight is not None:
         elementwise = elementwise * expand_like(flow_weight.to(elementwise), elementwise)
     if mask is not None:
@@ -40,8 +43,9 @@ def loss_mask(
     """The mask [B, 1, ..., h, w] for losses of `latents_shape` [B, C, ..., h, w], or None when there is none.
 
     With `masked_loss` the first channel of the conditioning images [B, 3, H, W] (-1..1 becomes 0..1) comes first; else the
-    alpha masks [B, H, W] in 0..1. Conditioning images without `masked_loss` are a ControlNet's input and no mask.
-    Resized by area. A sample without a mask has ones in its alpha mask.
+    alpha masks [B, H, W], or [B, F, H, W] of clips, in 0..1. Conditioning images without `masked_loss` are a ControlNet's
+    input and no mask. Resized by area; of frames that the VAE encodes together (all but the first) the mean counts. A sample
+    without a mask has ones in its alpha mask.
     """
     if masked_loss and conditioning_images is not None:
         mask = conditioning_images[:, 0].float() / 2 + 0.5
@@ -51,5 +55,16 @@ def loss_mask(
         return None
     if mask.shape[0] == 0:
         return mask.new_ones((0, *[1] * (len(latents_shape) - 1)))
+    if mask.ndim == 4:
+        mask = F.interpolate(mask, size=tuple(latents_shape[-2:]), mode="area")  # [B, F, h, w]
+        return _of_latent_frames(mask, latents_shape[2]).unsqueeze(1)
     mask = F.interpolate(mask.unsqueeze(1), size=tuple(latents_shape[-2:]), mode="area")  # [B, 1, h, w]
     return mask.reshape(mask.shape[0], *[1] * (len(latents_shape) - 3), *mask.shape[-2:])
+
+
+def _of_latent_frames(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """[B, F, h, w] in frames of the clip -> [B, count, h, w] in frames of its latents."""
+    if mask.shape[1] == count:
+        return mask
+    later = mask[:, 1:].unflatten(1, (count - 1, -1)).mean(dim=2)
+    return torch.cat([mask[:, :1], later], dim=1)

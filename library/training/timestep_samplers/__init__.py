@@ -38,7 +38,8 @@ SIGMOID_MODES = frozenset({"sigmoid", "shift", "flux_shift", "flux2_shift", "qwe
 
 
 class TimestepSampler(Protocol):
-    """Draws times in the unit of the objective; a pure function of the draws, so that a resumed run draws the same."""
+    """Draws times in the unit of the objective, [B], or one per frame or token (`objective.expand_like`); a pure function of
+    the draws, so that a resumed run draws the same."""
 
     def sample(self, latent_shape: Sequence[int], draws: StepDraws) -> torch.Tensor: ...
 

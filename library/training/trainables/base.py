@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from library.checkpoints.loading import Transform
     from library.core.keyed_random import StepDraws
+    from library.dataset.strategies import Conditioning
     from library.training.accelerator_setup import Runtime
     from library.training.hooks.base import Hook
     from library.training.objective import NoisyLatents
@@ -69,7 +70,8 @@ class Trainable(ABC):
     def modules(self) -> dict[str, torch.nn.Module]:
         """Name -> trained module."""
 
-    def inputs(self, batch: Any, sample: Any, conditioning: list[Any]) -> dict[str, Any]:
+    def inputs(self, batch: Any, sample: Any, conditioning: Conditioning) -> dict[str, Any]:
+        """Further arguments of the family's `predict`."""
         return {}
 
     def on_step_start(self, draws: StepDraws) -> None:

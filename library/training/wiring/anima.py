@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from library.core.errors import CheckpointError, Problems
 from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, option, without_effect
 from library.dataset import CachingOptions
-from library.dataset.architectures import ARCHITECTURES
+from library.families.anima import FAMILY
 from library.training.adapters import NetworkOptions
 from library.training.inference_samplers import SamplerOptions, check_flow_sampler
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
-from library.training.sampling_prompts import SAMPLE_DEFAULTS, with_defaults
+from library.training.sampling_prompts import with_defaults
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from library.anima_models import AdapterParams
     from library.anima_utils import AnimaInfo
-    from library.strategy_base import LatentsCachingStrategy, StrategySet
+    from library.dataset.strategies import StrategySet
+    from library.strategy_base import LatentsCachingStrategy
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
     from library.training.run import DiTOutput, Models
@@ -103,13 +104,11 @@ class AnimaOptions:
 
 
 class AnimaFamily(FlowFamily):
-    """The wiring of Anima: conditioning is [Qwen3 states, their mask, T5 ids, T5 mask]."""
+    """The wiring of Anima."""
 
-    name = "anima"
+    record = FAMILY
     timestep_modes = TIMESTEP_MODES
     denoiser_kinds = ("anima", "cosmos")
-    architecture = ARCHITECTURES["anima"]
-    sampling = dataclasses.replace(SAMPLE_DEFAULTS["anima"], reads=frozenset({"sample_sampler"}))
     options = AnimaOptions
     defaults = {"timestep_sampling": "sigmoid", "discrete_flow_shift": 1.0}
     part_options = {
@@ -246,14 +245,15 @@ class AnimaFamily(FlowFamily):
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_anima
         from library.checkpoints.identity import combined_identity, model_identity
-        from library.strategy_base import StrategySet
+        from library.dataset.strategies import StrategySet
+        from library.dataset.text_cache_io import TEXT_LAYOUTS
 
         caching, text = self.config[CachingOptions], None
         if caching.caches_text:
             text = strategy_anima.AnimaTextEncoderOutputsCachingStrategy(
                 caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check,
-                is_partial=any(trained),
             )  # fmt: skip
+            text.trained = trained
             # the number of T5 tokens is part of what was encoded, and the record has one length only
             text.model_identity = combined_identity([model_identity(self.opts.qwen3), f"t5 tokens {self.opts.t5_max_token_length}"])
             text.max_token_length = self.opts.qwen3_max_token_length
@@ -261,7 +261,7 @@ class AnimaFamily(FlowFamily):
             self.opts.qwen3_max_token_length, self.opts.t5_max_token_length,
             qwen3_tokenizer=self._qwen3_tokenizer, t5_tokenizer=self._t5_tokenizer,
         )  # fmt: skip
-        return StrategySet(tokenize, strategy_anima.AnimaTextEncodingStrategy(), self.latents_caching(), text)
+        return StrategySet(tokenize, strategy_anima.AnimaTextEncodingStrategy(), self.latents_caching(), text, TEXT_LAYOUTS["anima"])
 
     def latents_caching(self) -> LatentsCachingStrategy:
         from library.checkpoints.identity import model_identity
@@ -315,7 +315,7 @@ class AnimaFamily(FlowFamily):
 
         return FlowMatchingObjective(self.config[TimestepOptions], self.config[NoiseOptions], target="velocity", weigh=True)
 
-    def predict(self, models: Models, sample: NoisyLatents, conditioning: list[Any], batch: Any, **inputs: Any) -> DiTOutput:
+    def predict(self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any) -> DiTOutput:
         from library.anima_train_utils import predict_velocity
         from library.training.run import DiTOutput
 
@@ -323,7 +323,7 @@ class AnimaFamily(FlowFamily):
         return DiTOutput(velocity, sample.target)
 
     def generate(
-        self, models: Models, prompt: SamplePrompt, conditioning: list[Any], negative: list[Any] | None
+        self, models: Models, prompt: SamplePrompt, conditioning: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor] | None
     ) -> Image.Image:
         """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
         from library.anima_train_utils import SampleSettings, generate_latents

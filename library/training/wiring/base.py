@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from library.core.errors import CheckpointError, ConfigError, Problems, UnsupportedCombination
 from library.core.options import Config, Ignored
 from library.training import timestep_samplers
-from library.training.sampling_prompts import SampleDefaults, SamplePrompt, with_defaults
+from library.training.sampling_prompts import SamplePrompt, with_defaults
 
 if TYPE_CHECKING:
     import torch
 
     from library.checkpoints.loading import Transform
-    from library.dataset.architectures import DataArchitecture
-    from library.strategy_base import LatentsCachingStrategy, StrategySet
+    from library.dataset.strategies import StrategySet
+    from library.families.record import DataArchitecture, FamilyRecord, SampleDefaults
+    from library.strategy_base import LatentsCachingStrategy
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
     from library.training.run import DiTOutput, Models
@@ -72,9 +73,11 @@ def tokenizer_problems(
 class ModelFamily(ABC):
     """Options and wiring of one architecture; holds no weights. Heavy imports happen inside methods."""
 
+    record: ClassVar[FamilyRecord]
+    """its facts: library/families/<name>.py; the three below are read from it"""
     name: ClassVar[str]
     architecture: ClassVar[DataArchitecture]
-    """latents, bucket step and cache files; families may share one (Chroma has those of FLUX.1)"""
+    """latents, bucket step and cache files"""
     sampling: ClassVar[SampleDefaults]
     """what sample prompts leave open, and which of their settings are read"""
     options: ClassVar[type]
@@ -92,6 +95,11 @@ class ModelFamily(ABC):
     """shared options whose default differs here: name -> default"""
     part_options: ClassVar[Mapping[str, frozenset[str]]] = {}
     """own options that a part needs, for tools that load one part alone: "vae" and "text_encoders" -> names"""
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "record" in vars(cls):
+            cls.name, cls.architecture, cls.sampling = cls.record.name, cls.record.architecture, cls.record.samples
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -129,19 +137,24 @@ class ModelFamily(ABC):
         """A module with `device`, `enable_gradient_checkpointing(cpu_offload)` and `repeated_blocks()` (--torch_compile compiles
         those), which has no dropout."""
 
+    def load_parts(self, runtime: Runtime, beside: str) -> dict[str, torch.nn.Module]:
+        """Further parts by name. `beside` "vae": those that encode images while latents are cached or in the step, and live as
+        long as the VAE (a vision encoder); "denoiser": those that run in the step (a second expert, a ControlNet)."""
+        return {}
+
     @abstractmethod
     def objective(self) -> Objective: ...
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """From what the cache stores [B, C, h, w] to what the denoiser sees; of any rank, [B, C, 1, h, w] say."""
+        """From what the cache stores, [B, C, h, w] or [B, C, F, h, w], to what the denoiser sees; of any rank, [B, C, 1, h, w] say."""
         return latents
 
     @abstractmethod
-    def predict(self, models: Models, sample: NoisyLatents, conditioning: list[Any], batch: Any, **inputs: Any) -> DiTOutput:
+    def predict(self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any) -> DiTOutput:
         """One forward of the denoiser; `pred` and `target` have the shape of the latents."""
 
     @abstractmethod
-    def generate(self, models: Models, prompt: SamplePrompt, conditioning: list[Any], negative: list[Any] | None) -> Any:
+    def generate(self, models: Models, prompt: SamplePrompt, conditioning: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor] | None) -> Any:
         """Make one image for a SamplePrompt from encoded conditioning; returns a PIL image. The VAE is in `models`."""
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from library.core.errors import Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, refused_option, without_effect
 from library.dataset import CachingOptions
-from library.dataset.architectures import ARCHITECTURES
+from library.families.flux import FAMILY
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
-from library.training.sampling_prompts import SAMPLE_DEFAULTS
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
@@ -22,8 +21,9 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from library.dataset.strategies import StrategySet
     from library.flux_utils import FlowModelInfo
-    from library.strategy_base import LatentsCachingStrategy, StrategySet
+    from library.strategy_base import LatentsCachingStrategy
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
     from library.training.run import DiTOutput, Models
@@ -80,13 +80,11 @@ class FluxOptions:
 
 
 class FluxFamily(FlowFamily):
-    """The wiring of FLUX.1: conditioning is [pooled CLIP-L, T5 states, their ids, T5 mask]."""
+    """The wiring of FLUX.1."""
 
-    name = "flux"
+    record = FAMILY
     timestep_modes = TIMESTEP_MODES
     denoiser_kinds = ("flux",)
-    architecture = ARCHITECTURES["flux"]
-    sampling = SAMPLE_DEFAULTS["flux"]
     options = FluxOptions
     part_options = {
         "vae": frozenset({"ae"}),
@@ -217,21 +215,23 @@ class FluxFamily(FlowFamily):
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_flux
         from library.checkpoints.identity import combined_identity, model_identity
-        from library.strategy_base import StrategySet
+        from library.dataset.strategies import StrategySet
+        from library.dataset.text_cache_io import TEXT_LAYOUTS
 
         caching, text = self.config[CachingOptions], None
         if caching.caches_text:
             text = strategy_flux.FluxTextEncoderOutputsCachingStrategy(
                 caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check,
-                is_partial=any(trained), apply_t5_attn_mask=self.opts.apply_t5_attn_mask,
+                apply_t5_attn_mask=self.opts.apply_t5_attn_mask,
             )
+            text.trained = trained
             text.model_identity = combined_identity([model_identity(self.opts.clip_l), model_identity(self.opts.t5xxl)])
             text.max_token_length = self.max_token_length
         tokenize = strategy_flux.FluxTokenizeStrategy(
             self.max_token_length, clip_l_tokenizer=self._clip_l_tokenizer, t5xxl_tokenizer=self._t5xxl_tokenizer
         )
         encoding = strategy_flux.FluxTextEncodingStrategy(self.opts.apply_t5_attn_mask)
-        return StrategySet(tokenize, encoding, self.latents_caching(), text)
+        return StrategySet(tokenize, encoding, self.latents_caching(), text, TEXT_LAYOUTS["flux"])
 
     def latents_caching(self) -> LatentsCachingStrategy:
         from library.checkpoints.identity import model_identity
@@ -290,7 +290,7 @@ class FluxFamily(FlowFamily):
             self.config[TimestepOptions], self.config[NoiseOptions], target="latents" if is_scaled else "velocity", weigh=is_scaled
         )
 
-    def predict(self, models: Models, sample: NoisyLatents, conditioning: list[Any], batch: Any, **inputs: Any) -> DiTOutput:
+    def predict(self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any) -> DiTOutput:
         from library.flux_train_utils import predict_velocity
         from library.training.objective import clean_estimate
         from library.training.run import DiTOutput
@@ -304,7 +304,7 @@ class FluxFamily(FlowFamily):
         return DiTOutput(prediction, sample.target)
 
     def generate(
-        self, models: Models, prompt: SamplePrompt, conditioning: list[Any], negative: list[Any] | None
+        self, models: Models, prompt: SamplePrompt, conditioning: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor] | None
     ) -> Image.Image:
         """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
         from library.flux_train_utils import SampleSettings, decode_to_image, generate_latents

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from library.core.errors import CheckpointError
 from library.core.options import option
-from library.dataset.architectures import ARCHITECTURES
+from library.families.sd import FAMILY
 from library.training.option_groups import ModelOptions
-from library.training.sampling_prompts import SAMPLE_DEFAULTS
 from library.training.wiring.base import tokenizer_problems
 from library.training.wiring.unet import UNetFamily, about_slot, foreign_to_unet
 
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 
     from library.components.ldm_utils import AutoEncoderInfo
     from library.components.unet_utils import UNetInfo
-    from library.strategy_base import StrategySet
+    from library.dataset.strategies import StrategySet
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents
     from library.training.run import DiTOutput, Models
@@ -39,11 +37,9 @@ class SdOptions:
 
 
 class SdFamily(UNetFamily):
-    """The wiring of Stable Diffusion 1 and 2: conditioning is [text states]."""
+    """The wiring of Stable Diffusion 1 and 2."""
 
-    name = "sd"
-    architecture = ARCHITECTURES["sd"]
-    sampling = dataclasses.replace(SAMPLE_DEFAULTS["sd"], reads=frozenset({"sample_sampler"}))
+    record = FAMILY
     options = SdOptions
     kinds = frozenset({"sd1", "sd2"})
     part_options = {"vae": frozenset(), "text_encoders": frozenset({"clip_tokenizer"})}
@@ -105,14 +101,15 @@ class SdFamily(UNetFamily):
         return load_clip_tokenizer(self.opts.clip_tokenizer, cache, pad_token=V2_PAD if self.is_v2 else None, option="--clip_tokenizer")
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
-        from library.strategy_base import StrategySet
+        from library.dataset.strategies import StrategySet
+        from library.dataset.text_cache_io import TEXT_LAYOUTS
         from library.strategy_sd import SdTextEncodingStrategy, SdTokenizeStrategy
 
         model = self.config[ModelOptions]
         tokenize = SdTokenizeStrategy(
             self.is_v2, model.max_token_length, tokenizer=self._tokenizer, is_weighted=model.weighted_captions
         )
-        return StrategySet(tokenize, SdTextEncodingStrategy(model.clip_skip), self.latents_caching(), None)
+        return StrategySet(tokenize, SdTextEncodingStrategy(model.clip_skip), self.latents_caching(), None, TEXT_LAYOUTS["sd"])
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         from library.sd_utils import load_text_encoder_sd
@@ -128,13 +125,13 @@ class SdFamily(UNetFamily):
         denoiser = load_unet_sd(self.base_path, runtime.weight_dtype, runtime.device, self.disable_mmap, transform=self.transform)
         return self.stored_small(denoiser, runtime)
 
-    def predict(self, models: Models, sample: NoisyLatents, conditioning: list[Any], batch: Any, **inputs: Any) -> DiTOutput:
+    def predict(self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any) -> DiTOutput:
         from library.sd_train_utils import predict_noise
         from library.training.run import DiTOutput
 
         return DiTOutput(predict_noise(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs), sample.target)
 
-    def generate(self, models: Models, prompt: SamplePrompt, conditioning: list[Any], negative: list[Any] | None) -> Image.Image:
+    def generate(self, models: Models, prompt: SamplePrompt, conditioning: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor] | None) -> Image.Image:
         """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
         from library.sd_train_utils import guided_predictor
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from library.core.errors import CheckpointError
 from library.core.options import option
 from library.dataset import CachingOptions
-from library.dataset.architectures import ARCHITECTURES
+from library.families.sdxl import FAMILY
 from library.training.option_groups import ModelOptions
-from library.training.sampling_prompts import SAMPLE_DEFAULTS
 from library.training.wiring.base import tokenizer_problems
 from library.training.wiring.unet import UNetFamily, about_slot, foreign_to_unet, part_of
 
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 
     from library.components.ldm_utils import AutoEncoderInfo
     from library.components.unet_utils import UNetInfo
-    from library.strategy_base import StrategySet
+    from library.dataset.strategies import StrategySet
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents
     from library.training.run import DiTOutput, Models
@@ -39,11 +37,9 @@ class SdxlOptions:
 
 
 class SdxlFamily(UNetFamily):
-    """The wiring of SDXL: conditioning is [CLIP-L states, bigG states, pooled bigG]."""
+    """The wiring of SDXL."""
 
-    name = "sdxl"
-    architecture = ARCHITECTURES["sdxl"]
-    sampling = dataclasses.replace(SAMPLE_DEFAULTS["sdxl"], reads=frozenset({"sample_sampler"}))
+    record = FAMILY
     options = SdxlOptions
     kinds = frozenset({"sdxl"})
     part_options = {"vae": frozenset(), "text_encoders": frozenset({"clip_tokenizer"})}
@@ -98,7 +94,8 @@ class SdxlFamily(UNetFamily):
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_sdxl
         from library.checkpoints.identity import combined_identity, model_identity
-        from library.strategy_base import StrategySet
+        from library.dataset.strategies import StrategySet
+        from library.dataset.text_cache_io import TEXT_LAYOUTS
 
         model, caching, text = self.config[ModelOptions], self.config[CachingOptions], None
         if caching.caches_text:
@@ -107,12 +104,13 @@ class SdxlFamily(UNetFamily):
                 is_weighted=model.weighted_captions,
             )
             parts = {part_of(self.base_path, name) for name in ("text_encoder", "text_encoder_2")}
+            text.trained = trained
             text.model_identity = combined_identity([model_identity(part) for part in sorted(parts)])
             text.max_token_length = model.max_token_length or 75
         tokenize = strategy_sdxl.SdxlTokenizeStrategy(
             model.max_token_length, tokenizers=self._tokenizers, is_weighted=model.weighted_captions
         )
-        return StrategySet(tokenize, strategy_sdxl.SdxlTextEncodingStrategy(), self.latents_caching(), text)
+        return StrategySet(tokenize, strategy_sdxl.SdxlTextEncodingStrategy(), self.latents_caching(), text, TEXT_LAYOUTS["sdxl"])
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         """[CLIP-L, CLIP bigG]."""
@@ -129,7 +127,7 @@ class SdxlFamily(UNetFamily):
         denoiser = load_unet_sdxl(self.base_path, runtime.weight_dtype, runtime.device, self.disable_mmap, transform=self.transform)
         return self.stored_small(denoiser, runtime)
 
-    def predict(self, models: Models, sample: NoisyLatents, conditioning: list[Any], batch: Any, **inputs: Any) -> DiTOutput:
+    def predict(self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any) -> DiTOutput:
         from library.sdxl_train_utils import predict_noise
         from library.training.run import DiTOutput
 
@@ -137,7 +135,7 @@ class SdxlFamily(UNetFamily):
         prediction = predict_noise(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, sizes, **inputs)
         return DiTOutput(prediction, sample.target)
 
-    def generate(self, models: Models, prompt: SamplePrompt, conditioning: list[Any], negative: list[Any] | None) -> Image.Image:
+    def generate(self, models: Models, prompt: SamplePrompt, conditioning: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor] | None) -> Image.Image:
         """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
         from library.sdxl_train_utils import guided_predictor
 

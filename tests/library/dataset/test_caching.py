@@ -267,9 +267,9 @@ def test_batches_are_of_one_size(tmp_path, monkeypatch):
     items = bucketed(make_folder(tmp_path, 8, sizes=((96, 48), (48, 96))), resolution=(64, 64))
     seen, encode_batch = [], caching.encode_batch
 
-    def watching(strategy, vae, batch):
+    def watching(strategy, vae, batch, parts):
         seen.append([decoded.pixels.image.shape for decoded in batch])
-        return encode_batch(strategy, vae, batch)
+        return encode_batch(strategy, vae, batch, parts)
 
     monkeypatch.setattr(caching, "encode_batch", watching)
     fill(items, SmallLatentsCaching(FLUX, True, batch_size=4))

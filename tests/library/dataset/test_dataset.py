@@ -33,6 +33,8 @@ def assert_equal_batches(first: Batch, second: Batch) -> None:
             assert torch.equal(a, b) and a.dtype == b.dtype, field.name
         elif isinstance(a, list) and a and isinstance(a[0], torch.Tensor):
             assert all(torch.equal(x, y) for x, y in zip(a, b)), field.name
+        elif isinstance(a, dict):
+            assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), field.name
         else:
             assert a == b, field.name
 

@@ -29,7 +29,7 @@ def fill(items: list[ImageItem], strategy: TextEncoderOutputsCachingStrategy | N
     return [job.caption for job in plan.jobs]
 
 
-def outputs(item: ImageItem, strategy: TextEncoderOutputsCachingStrategy | None = None) -> list[torch.Tensor]:
+def outputs(item: ImageItem, strategy: TextEncoderOutputsCachingStrategy | None = None) -> dict[str, torch.Tensor]:
     return text_outputs_of(item, strategy or SmallTextCaching(True))
 
 
@@ -43,14 +43,15 @@ def test_a_second_run_encodes_nothing_and_reads_the_same(item):
     first = outputs(item)
     again = dataclasses.replace(item, text_encoder_outputs_npz=None)
     assert fill([again]) == []
-    assert all(torch.equal(a, b) for a, b in zip(first, outputs(again)))
+    assert all(torch.equal(tensor, outputs(again)[name]) for name, tensor in first.items())
 
 
 def test_memory_and_disk_hold_the_same(item):
     fill([item])
     in_memory = dataclasses.replace(item, text_encoder_outputs_npz=None)
     fill([in_memory], SmallTextCaching(False))
-    for a, b in zip(outputs(item), outputs(in_memory)):
+    assert outputs(item).keys() == outputs(in_memory).keys()
+    for a, b in zip(outputs(item).values(), outputs(in_memory).values()):
         assert torch.equal(a, b) and a.dtype == b.dtype
 
 
@@ -68,9 +69,9 @@ def test_two_captions_of_one_image_lie_side_by_side(item):
     keys = sorted(key for key in read_arrays(item.text_encoder_outputs_npz) if key.startswith("l_pooled"))
     assert keys[0] == "l_pooled" and len(keys) == 2 and keys[1] == "l_pooled" + other.text_encoder_outputs_suffix
     assert len(other.text_encoder_outputs_suffix) == 9
-    assert not torch.equal(outputs(item)[0], outputs(other)[0])
+    assert not torch.equal(outputs(item)["l_pooled"], outputs(other)["l_pooled"])
     assert fill([other, item]) == []
-    assert outputs(item)[0].shape == (8,)
+    assert outputs(item)["l_pooled"].shape == (8,)
     # editing one of them leaves the other alone
     edited = dataclasses.replace(item, caption="a blue dog")
     other.caption = "a red cat"
@@ -150,7 +151,7 @@ def test_the_empty_caption_is_cached_only_where_captions_may_be_dropped(tmp_path
     assert sorted(fill([*dropping, empty])) == ["", "a red cat"]
     assert (tmp_path / "_empty_caption_flux_te.npz").exists()
     assert fill([*dropping, empty_caption_item(dropping)]) == []
-    assert outputs(empty)[3].sum() == 0
+    assert outputs(empty)["t5_attn_mask"].sum() == 0
 
 
 def test_a_partial_cache_holds_only_what_is_needed(item):
@@ -158,10 +159,10 @@ def test_a_partial_cache_holds_only_what_is_needed(item):
     plan = plan_text([item], partial)
     encode_text(plan, small_strategies(text=partial), [SmallTextEncoder(), SmallTextEncoder()], show_progress=False)
     assert "l_pooled" not in read_arrays(item.text_encoder_outputs_npz)
-    assert [output is None for output in outputs(item, partial)] == [True, False, False, False]
+    assert list(outputs(item, partial)) == ["t5_out", "txt_ids", "t5_attn_mask"]
     assert fill([item]) == ["a red cat"], "a full cache needs the pooled state too"
     assert plan_text([item], partial).jobs == [], "a full cache serves a partial one"
-    assert outputs(item, partial)[0] is None
+    assert "l_pooled" not in outputs(item, partial)
 
 
 def test_outputs_that_are_not_finite_are_named(item):
@@ -175,7 +176,7 @@ def test_outputs_that_are_not_finite_are_named(item):
 def test_half_precision_outputs(item):
     for dtype, stored in ((torch.bfloat16, torch.float32), (torch.float16, torch.float16)):
         fill([item], encoder=SmallTextEncoder().to(dtype))
-        kinds = [output.dtype for output in outputs(item)]
+        kinds = [output.dtype for output in outputs(item).values()]
         assert kinds == [stored, stored, torch.float32, torch.int64]
         os.remove(item.text_encoder_outputs_npz)
 

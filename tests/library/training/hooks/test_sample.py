@@ -186,8 +186,8 @@ def test_texts_are_encoded_anew_while_an_encoder_learns(flux, tmp_path):
     finally:
         with torch.no_grad():
             weight.copy_(saved)
-    torch.testing.assert_close(now[0], before[0] + 1.0)
-    assert now[1] is before[1]
+    torch.testing.assert_close(now["l_pooled"], before["l_pooled"] + 1.0)
+    assert now["t5_out"] is before["t5_out"]
 
 
 def test_pictures_reach_tensorboard(flux, tmp_path):

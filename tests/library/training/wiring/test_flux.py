@@ -33,15 +33,13 @@ def family_of(tiny, **options) -> FluxFamily:
     return FluxFamily(Config.read({**files, **options}, GROUPS))
 
 
-def loaded(family: FluxFamily) -> tuple[Models, list]:
+def loaded(family: FluxFamily) -> tuple[Models, dict[str, torch.Tensor]]:
     """Models with the denoiser and the conditioning of two captions."""
     runtime = prepare_runtime(family.config)
     strategies = family.strategies()
     encoders = family.load_text_encoders(runtime)
     with torch.no_grad():
-        conditioning = strategies.text_encoding.encode_tokens(
-            strategies.tokenize, encoders, strategies.tokenize.tokenize(["a red cat", "the dog"])
-        )
+        conditioning = strategies.encode(encoders, strategies.tokenize.tokenize(["a red cat", "the dog"]))
     return Models(vae=family.load_vae(runtime), denoiser=family.load_denoiser(runtime)), conditioning
 
 
@@ -117,7 +115,7 @@ def test_the_mask_matters_only_with_its_flag(tiny):
     for flag in (False, True):
         family = family_of(tiny, apply_t5_attn_mask=flag)
         models, conditioning = loaded(family)
-        ones = [*conditioning[:3], torch.ones_like(conditioning[3])]
+        ones = {**conditioning, "t5_attn_mask": torch.ones_like(conditioning["t5_attn_mask"])}
         sample = sample_of(family)
         pair = [family.predict(models, sample, c, None).pred for c in (conditioning, ones)]
         results.append(torch.allclose(pair[0], pair[1]))
@@ -129,7 +127,7 @@ def test_strategies_follow_the_caching_options(tiny):
     assert plain.text_encoder_outputs_caching is None and plain.latents_caching is not None
     cached = family_of(tiny, cache_text_encoder_outputs=True, apply_t5_attn_mask=True).strategies(trained=[True, False])
     text = cached.text_encoder_outputs_caching
-    assert text.is_partial and not text.cache_to_disk and text.max_token_length == 16 and len(text.model_identity) == 32
+    assert text.live == {"l_pooled"} and text.is_partial and not text.cache_to_disk and text.max_token_length == 16 and len(text.model_identity) == 32
     assert plain.tokenize.tokenize("a cat")[1].shape == (1, 16)
 
 
@@ -168,7 +166,7 @@ def test_an_image_of_the_family(tiny):
     models, conditioning = loaded(family)
     prompt = family.sample_defaults(SamplePrompt(prompt="a red cat", width=40, height=33, sample_steps=2, seed=3))
     assert (prompt.width, prompt.height, prompt.scale, prompt.guidance_scale) == (32, 32, 1.0, 3.5)
-    one = [None if c is None else c[:1] for c in conditioning]
+    one = {name: tensor[:1] for name, tensor in conditioning.items()}
     image = family.generate(models, prompt, one, None)
     assert image.size == (32, 32)
     assert image.tobytes() == family.generate(models, prompt, one, None).tobytes()

@@ -1,0 +1,53 @@
+"""The strategies of one run: who turns captions into tokens and tokens into conditioning, and the caches of what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from library.checkpoints.identity import combined_identity
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from library.dataset.text_cache_io import TextLayout
+
+Conditioning = dict[str, "Tensor"]
+"""what the denoiser is given beside latents and times: name of a TextKey -> [B, ...]"""
+
+
+@dataclass(frozen=True)
+class StrategySet:
+    """The strategies of one run, made by the family and handed to dataset and step. A cache that is None is off."""
+
+    tokenize: Any
+    text_encoding: Any
+    latents_caching: Any | None = None
+    text_encoder_outputs_caching: Any | None = None
+    text_layout: TextLayout | None = None
+    """what the text encoding gives; None: that of the cache"""
+
+    @property
+    def layout(self) -> TextLayout:
+        return self.text_layout or self.text_encoder_outputs_caching.layout
+
+    def encode(self, models: Sequence[Any | None], tokens: list[Tensor], weights: list[Tensor] | None = None) -> Conditioning:
+        """The conditioning that the models make; keys of models that are None are not there."""
+        outputs = encoded(self.text_encoding, self.tokenize, models, tokens, weights)
+        return self.layout.named(outputs, type(self.text_encoding).__name__)
+
+    def mark_text_models(self, mark: str) -> None:
+        """Tell cached text outputs of encoders that `mark` stands for (changed ones) from those of others; "" = unchanged."""
+        caching = self.text_encoder_outputs_caching
+        if caching is not None and mark:
+            caching.model_identity = combined_identity([caching.model_identity, mark])
+
+
+def encoded(
+    text_encoding: Any, tokenize: Any, models: Sequence[Any | None], tokens: list[Tensor], weights: list[Tensor] | None
+) -> list[Tensor | None]:
+    """What a text encoding strategy gives for tokens and, where captions carry them, their weights: the list of its family."""
+    if weights is None:
+        return text_encoding.encode_tokens(tokenize, list(models), tokens)
+    return text_encoding.encode_tokens_with_weights(tokenize, list(models), tokens, weights)

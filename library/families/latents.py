@@ -1,0 +1,49 @@
+"""Sizes of training samples and of their latents. A picture is a clip of one frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Bucket(NamedTuple):
+    """Size of a sample in pixels and frames."""
+
+    width: int
+    height: int
+    frames: int = 1
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """(width, height) of a picture, (width, height, frames) of a clip: how caches, records and random draws name it."""
+        return self[:2] if self.frames == 1 else tuple(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """Latents of a family. `fingerprint` names the latent space, so that caches of another space are never mixed up.
+
+    `clips`: the family learns from clips too; for the others the first frame of a file is a picture. A VAE with a
+    `temporal_stride` encodes the first frame alone and then that many together, so that a clip has 1 + n * stride frames.
+    """
+
+    channels: int
+    spatial_stride: int
+    temporal_stride: int | None = None
+    patch: int = 1
+    fingerprint: str = ""
+    clips: bool = False
+
+    def latent_shape(self, bucket: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the latents of a sample of this size (a Bucket, or its key): (C, h, w) of a picture, (C, F, h, w) of a clip."""
+        width, height, frames = Bucket(*bucket)
+        picture = (self.channels, height // self.spatial_stride, width // self.spatial_stride)
+        if frames == 1:
+            return picture
+        return (self.channels, 1 + (frames - 1) // (self.temporal_stride or 1), *picture[1:])
+
+    def usable_frames(self, frames: int) -> int:
+        """How many of a file's frames a sample has: as many as the VAE takes, and one where a family makes pictures."""
+        stride = self.temporal_stride or 1
+        return 1 + (frames - 1) // stride * stride if self.clips else 1
