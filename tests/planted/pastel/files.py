@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pastel.models import PastelDenoiser, PastelVae, PastelWords
 
 from library.checkpoints.loading import assign_state, build_on_meta, check_state, open_checkpoint
 from library.safetensors_utils import save_file_atomic
-from pastel.models import PastelDenoiser, PastelVae, PastelWords
 
 
 def load(module_class, path, dtype, device, transform=None):

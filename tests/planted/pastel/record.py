@@ -22,6 +22,7 @@ FAMILY = FamilyRecord(
     family="pastel.wiring:PastelFamily",
     denoisers=("PastelDenoiser",),
     targets="pastel.adapters:TARGETS",
+    pipeline="pastel.pipeline:PastelPipeline",
     tiny=(TinyModel(name="pastel", title="Pastel", build="pastel.files:build_tiny_pastel"),),
     latents=LatentSpec(channels=4, spatial_stride=8, fingerprint="pastel-f8c4"),
     bucket_step=16,

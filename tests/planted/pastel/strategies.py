@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-
-from library.strategy_base import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy, TextEncodingStrategy, TokenizeStrategy
 from pastel.models import LENGTH, WORDS
 from pastel.record import FAMILY
+
+from library.strategy_base import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy, TextEncodingStrategy, TokenizeStrategy
 
 
 class PastelTokenize(TokenizeStrategy):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pastel.record import FAMILY
+
 from library.core.options import option
 from library.dataset import CachingOptions
 from library.training.option_groups import ModelOptions, NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow
-from pastel.record import FAMILY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +56,12 @@ class PastelFamily(FlowFamily):
         return []
 
     def strategies(self, trained=()):
+        from pastel.models import LENGTH
+        from pastel.strategies import PastelEncoding, PastelText, PastelTokenize
+
         from library.checkpoints.identity import model_identity
         from library.dataset.strategies import StrategySet
         from library.dataset.text_cache_io import TEXT_LAYOUTS
-        from pastel.models import LENGTH
-        from pastel.strategies import PastelEncoding, PastelText, PastelTokenize
 
         caching, text = self.config[CachingOptions], None
         if caching.caches_text:
@@ -69,8 +71,9 @@ class PastelFamily(FlowFamily):
         return StrategySet(PastelTokenize(), PastelEncoding(), self.latents_caching(), text, TEXT_LAYOUTS["pastel"])
 
     def latents_caching(self):
-        from library.checkpoints.identity import model_identity
         from pastel.strategies import PastelLatents
+
+        from library.checkpoints.identity import model_identity
 
         caching = self.config[CachingOptions]
         strategy = PastelLatents(caching.cache_latents_to_disk, caching.vae_batch_size, caching.skip_cache_check)
@@ -100,32 +103,12 @@ class PastelFamily(FlowFamily):
 
         return FlowMatchingObjective(self.config[TimestepOptions], self.config[NoiseOptions])
 
-    @staticmethod
-    def velocity(denoiser, latents, times, conditioning, **inputs):
-        given = {name: tensor.to(latents.device) for name, tensor in conditioning.items()}
-        return denoiser(latents.to(denoiser.dtype), times.float() / 1000, given["words"].to(denoiser.dtype), given["words_mask"], **inputs)
-
     def predict(self, models, sample, conditioning, batch, **inputs):
+        from pastel.pipeline import predict_velocity
+
         from library.training.run import DiTOutput
 
-        return DiTOutput(self.velocity(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs), sample.target)
-
-    def generate(self, models, prompt, conditioning, negative):
-        import torch
-
-        from library.generation.sampling_utils import decode_to_image, guided_velocity, start_noise
-        from library.training.inference_samplers.flow import euler, flow_schedule
-
-        spec = self.record.latents
-        noise = start_noise(prompt.seed, spec.channels, prompt.height // spec.spatial_stride, prompt.width // spec.spatial_stride)
-
-        def predict(latents, times, given):
-            return self.velocity(models.denoiser, latents, times, given)
-
-        with torch.no_grad():
-            velocity = guided_velocity(predict, conditioning, negative, prompt.scale)
-            latents = euler(velocity, noise.to(models.denoiser.device), flow_schedule(prompt.sample_steps))
-        return decode_to_image(models.vae, latents)
+        return DiTOutput(predict_velocity(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs), sample.target)
 
     def metadata(self):
         return {"ss_base_model_version": "pastel"}
