@@ -11,7 +11,8 @@ from torch import Tensor
 from library.components import text_encoder_utils
 from library.components.tokenizers import load_clip_tokenizer, load_t5_tokenizer, vocabulary_problem
 from library.core.errors import ConfigError
-from library.dataset.architectures import ARCHITECTURES
+from library.families.flux import FAMILY
+from library.dataset.latent_cache import LatentEncoder
 from library.strategy_base import (
     LatentsCachingStrategy,
     TextEncoderOutputsCachingStrategy,
@@ -119,19 +120,21 @@ def _check_ids(ids: Tensor, model: Any, tokenizer: Any, name: str) -> None:
         )
 
 
-class FluxLatentsCachingStrategy(LatentsCachingStrategy):
+class FluxLatentEncoder(LatentEncoder):
     """Latents of the FLUX.1 autoencoder, shifted and scaled, one posterior draw per image and size."""
-
-    architecture = ARCHITECTURES["flux"]
 
     def encode(self, vae: Any, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return vae.encode(images, seeds)
 
 
+class FluxLatentsCachingStrategy(FluxLatentEncoder, LatentsCachingStrategy):
+    architecture = FAMILY.architecture
+
+
 class FluxTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
     """Pooled CLIP state, T5 states, their ids and mask. A partial cache leaves the CLIP state to the CLIP-L that trains."""
 
-    architecture = ARCHITECTURES["flux"]
+    architecture = FAMILY.architecture
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 from library.components.clip_prompt_utils import num_tokens, tokenize_prompt_rows, tokenize_rows
 from library.components.text_encoder_utils import pool_at_first_eos
 from library.components.tokenizers import load_clip_tokenizer
-from library.dataset.architectures import ARCHITECTURES
+from library.families.sdxl import FAMILY
 from library.generation.prompt_weighting import PER_ROW, apply_weights, joined
 from library.strategy_base import TextEncoderOutputsCachingStrategy, TextEncodingStrategy, TokenizeStrategy
 from library.strategy_ldm import SdSdxlLatentsCachingStrategy
@@ -95,4 +95,4 @@ class SdxlTextEncodingStrategy(TextEncodingStrategy):
 
 
 class SdxlTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
-    architecture = ARCHITECTURES["sdxl"]
+    architecture = FAMILY.architecture

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from library.core.options import is_bool_option, value_type
-from library.families.table import FAMILIES
+from library.families.registry import FAMILIES
 from library.training.option_reader import Script
 from library.training.parser_common import script
 

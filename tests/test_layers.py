@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from library.families.table import FAMILIES
+from library.families.registry import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("library", "networks", "tools", "finetune")
@@ -121,7 +121,7 @@ def family_of_file(file: str) -> str | None:
     stem = Path(file).stem
     for family in FAMILIES:
         own_name = stem in (f"strategy_{family}", f"lora_{family}") or stem.startswith(f"{family}_")
-        if own_name or file == f"library/training/wiring/{family}.py":
+        if own_name or file in (f"library/families/{family}.py", f"library/training/wiring/{family}.py"):
             return family
     return FAMILY_BY_PLACE.get(file) or FAMILY_BY_PLACE.get(file.rpartition("/")[0])
 

@@ -14,15 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.core.options import is_bool_option, option_fields, value_type  # noqa: E402
+from library.families.registry import FAMILIES  # noqa: E402
 from library.training.option_reader import Script  # noqa: E402
 from library.training.parser_common import script  # noqa: E402
 
-PAGES: dict[tuple[str, str], str] = {
-    ("flux", "network"): "docs/flux_train_network.md",
-    ("sd", "network"): "docs/train_network.md",
-    ("sdxl", "network"): "docs/sdxl_train_network.md",
-    ("anima", "network"): "docs/anima_train_network.md",
-}
+PAGES: dict[tuple[str, str], str] = {(name, "network"): record.page for name, record in FAMILIES.items() if record.page}
 """(family, trainable) -> the page of the script"""
 
 GENERATION_PAGE = "docs/gen_img.md"

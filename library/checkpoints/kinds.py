@@ -9,48 +9,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.checkpoints.loading import names_of_index
-from library.checkpoints.recognition import DENOISER_KINDS, KeyTable, adapter_family, recognise
+from library.checkpoints.recognition import KeyTable, adapter_family, denoiser_kinds, model_kinds, recognise
 from library.core.errors import AtelierError, CheckpointError, did_you_mean
 from library.core.text_files import open_file, read_json
-from library.families.table import script_of_kind
+from library.families.registry import records, script_of_kind
 from library.safetensors_utils import header_bytes, is_pickle_name, load_pickled_tensors, read_header
 
 NOT_A_MODEL = frozenset({"missing", "empty", "truncated", "damaged", "pickle", "gguf", "text", "folder", "other"})
 """kinds of things from which no weight can be read"""
-
-WANTED_TEXTS: dict[str, str] = {
-    "sd1": "a Stable Diffusion 1 checkpoint or diffusers folder",
-    "sd2": "a Stable Diffusion 2 checkpoint or diffusers folder",
-    "sdxl": "an SDXL checkpoint or diffusers folder",
-    "vae_sd": "a Stable Diffusion autoencoder",
-    "flux": "a FLUX.1 denoiser (flux1-dev.safetensors, or the transformer folder of a diffusers model)",
-    "chroma": "a Chroma denoiser",
-    "clip_l": "a CLIP-L text encoder (clip_l.safetensors)",
-    "t5": "a T5-XXL text encoder (t5xxl_fp16.safetensors)",
-    "vae_flux": "a FLUX.1 autoencoder (ae.safetensors)",
-    "anima": "an Anima denoiser (anima-base-v1.0.safetensors)",
-    "cosmos": "an Anima denoiser without its LLM adapter",
-    "qwen3": "a Qwen3 text encoder (qwen_3_06b_base.safetensors, or its folder)",
-    "vae_wan": "a Qwen-Image / Wan 2.1 autoencoder (qwen_image_vae.safetensors)",
-    "adapter": "a LoRA-type adapter",
-    "flux_controlnet": "a FLUX.1 ControlNet",
-}
-"""what a slot needs, in words; other kinds are named as they are"""
-WANTED_TOGETHER: dict[frozenset[str], str] = {
-    frozenset({"sd1", "sd2"}): "a Stable Diffusion 1 or 2 checkpoint or diffusers folder",
-    frozenset({"anima", "cosmos"}): "an Anima denoiser (anima-base-v1.0.safetensors), with or without its LLM adapter",
-}
-"""kinds that a slot takes together, in fewer words than one by one"""
 
 PICKLED_NAMES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """owner/name"""
 INDEX_SUFFIX = ".safetensors.index.json"
-PREFERRED_SUBFOLDER = {
-    "flux": "transformer", "vae_flux": "vae", "clip_l": "text_encoder", "t5": "text_encoder_2", "sd1": "unet", "sd2": "unet",
-    "sdxl": "unet", "vae_sd": "vae", "anima": "transformer", "qwen3": "text_encoder", "vae_wan": "vae",
-}  # fmt: skip
+
+
+def wanted_texts() -> dict[str, str]:
+    """What a slot needs, in words; other kinds are named as they are."""
+    return {kind.name: kind.wanted for kind in model_kinds() if kind.wanted}
+
+
+def wanted_together() -> dict[frozenset[str], str]:
+    """Kinds that a slot takes together, in fewer words than one by one."""
+    return {frozenset(record.kinds): record.wanted_denoiser for record in records().values() if record.wanted_denoiser}
+
+
+def preferred_subfolders() -> dict[str, str]:
+    """Kind of model -> where it lies in a pipeline folder of diffusers."""
+    return {kind.name: kind.subfolder for kind in model_kinds() if kind.subfolder}
 
 
 @dataclass(frozen=True)
@@ -104,7 +91,7 @@ def check_slot(
         return None
     if found.kind == "folder":
         for kind in sorted(wanted):
-            part = Path(path) / PREFERRED_SUBFOLDER.get(kind, "")
+            part = Path(path) / preferred_subfolders().get(kind, "")
             if part != Path(path) and part.is_dir() and describe_checkpoint(part, with_pickles).kind == kind:
                 return None
     told = found.detail if found.kind in ("missing", "truncated", "damaged") else f"this is {found.detail}"
@@ -133,19 +120,20 @@ def _strength(path: str | os.PathLike, slot: str, found: CheckpointKind) -> str:
 def _in_words(wanted: set[str]) -> str:
     """What a slot needs: kinds that belong together first."""
     left, texts = set(wanted), []
-    for kinds, text in WANTED_TOGETHER.items():
+    for kinds, text in wanted_together().items():
         if kinds <= left:
             left -= kinds
             texts.append(text)
-    return " or ".join([*texts, *(WANTED_TEXTS.get(kind, kind) for kind in sorted(left))])
+    known = wanted_texts()
+    return " or ".join([*texts, *(known.get(kind, kind) for kind in sorted(left))])
 
 
 def _about_parts(folder: Path, wanted: set[str], with_pickles: bool) -> str:
     """What a pipeline folder has in the place of the part that is needed."""
     if not (folder / "model_index.json").is_file():
         return ""
-    told = ""
-    for name in sorted({PREFERRED_SUBFOLDER[kind] for kind in wanted & PREFERRED_SUBFOLDER.keys()}):
+    told, places = "", preferred_subfolders()
+    for name in sorted({places[kind] for kind in wanted & places.keys()}):
         part = folder / name
         told += f", whose {name} is {describe_checkpoint(part, with_pickles).detail}" if part.is_dir() else f" without its sub-folder {name}"
     return told
@@ -156,19 +144,20 @@ def _way_out(path: str | os.PathLike, found: CheckpointKind, wanted: set[str], f
     looks_like_id = HUB_ID.fullmatch(str(path)) and Path(path).suffix not in MODEL_ENDINGS and not Path(path).parent.exists()
     if found.kind == "missing" and looks_like_id:
         return f"; a model of the hub is fetched beforehand: hf download {path} --local-dir FOLDER, and FOLDER is given here"
-    if not wanted & DENOISER_KINDS:
+    denoisers = denoiser_kinds()
+    if not wanted & denoisers:
         return ""
     if found.kind == "folder":
         parts = (Path(path) / name for name in ("unet", "transformer"))
         found = next((describe_checkpoint(part) for part in parts if part.is_dir()), found)
-    if found.kind not in DENOISER_KINDS or found.kind in wanted:
+    if found.kind not in denoisers or found.kind in wanted:
         return ""
     script = script_of_kind(found.kind, for_pictures=for_pictures) or "no script here"
     return f"; {script} {'makes images with' if for_pictures else 'trains'} such a model"
 
 
 def check_adapter(path: str | os.PathLike, slot: str, owner: str) -> str | None:
-    """A message when an adapter file is made for another model than `owner` (a name of ADAPTER_FAMILIES), or None when it
+    """A message when an adapter file is made for another model than `owner` (the `title` of AdapterFacts), or None when it
     fits or its names do not tell."""
     place = Path(path)
     if place.suffix != ".safetensors" or not place.is_file():

@@ -18,9 +18,9 @@ from library.dataset.cache_io import ImageIdentity, LatentsRecord
 from library.families.latents import Bucket
 
 if TYPE_CHECKING:
-    from library.dataset.architectures import DataArchitecture
     from library.dataset.cache_index import CacheIndex
     from library.dataset.items import ImageItem
+    from library.families.record import DataArchitecture
 
 
 class LatentEncoder(ABC):

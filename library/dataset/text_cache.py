@@ -13,12 +13,12 @@ import torch
 from library.core.errors import TrainingError
 from library.dataset import cache_io, text_cache_io
 from library.dataset.strategies import Conditioning, StrategySet
-from library.dataset.text_cache_io import TEXT_LAYOUTS, TextKey, TextLayout, TextRecord
+from library.dataset.text_cache_io import TEXT_LAYOUTS, TextLayout, TextRecord
 
 if TYPE_CHECKING:
-    from library.dataset.architectures import DataArchitecture
     from library.dataset.cache_index import CacheIndex
     from library.dataset.items import ImageItem
+    from library.families.record import DataArchitecture, TextKey
 
 
 class TextCache:
@@ -134,6 +134,6 @@ class TextCache:
 def as_stored(output: torch.Tensor, key: TextKey) -> torch.Tensor:
     """One output of one caption in the dtype that the cache gives it: bfloat16 becomes float32, masks and ids integers."""
     output = output.detach().cpu()
-    if key.kind == "float":
+    if key.dtype == "float":
         return output.float() if output.dtype == torch.bfloat16 else output
-    return output.to(getattr(torch, key.kind))
+    return output.to(getattr(torch, key.dtype))

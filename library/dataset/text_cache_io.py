@@ -21,26 +21,11 @@ from library.dataset.cache_io import (
     record_array,
 )
 from library.dataset.npz_file import UNREADABLE, ArrayHeader, checksum, read_arrays, read_headers, write_arrays
+from library.families.record import FamilyRecord, TextKey
+from library.families.registry import by_family
 
 _STORED_KINDS = {"float": "f", "float32": "f", "bool": "biu"}
-"""kind of an output -> letters of numpy's `dtype.kind` that another trainer may have stored it in; the others are whole numbers"""
-
-
-@dataclass(frozen=True)
-class TextKey:
-    """One named tensor of a family's conditioning, as a cache stores it for one caption.
-
-    `kind`: float (bfloat16 becomes float32, float16 stays), or the dtype it always has. `num_dims` is without the batch;
-    `is_sized`: the first dimension is the family's maximum token length. `encoders`: which text encoders make it; none for what
-    comes from the tokens alone. `constant`: a number that files of known trainers carry and nothing reads; no encoder gives it.
-    """
-
-    name: str
-    kind: str = "float"
-    num_dims: int = 2
-    is_sized: bool = False
-    encoders: tuple[int, ...] = ()
-    constant: float | None = None
+"""dtype of an output -> letters of numpy's `dtype.kind` that another trainer may have stored it in; the others are whole numbers"""
 
 
 @dataclass(frozen=True)
@@ -90,10 +75,10 @@ class TextLayout:
             raise TrainingError(f"{origin} gave {', '.join(unknown)}; the conditioning has {', '.join(self.names)}")
         for key in self.keys:
             tensor = conditioning.get(key.name)
-            if tensor is not None and tensor.dim() != key.num_dims + has_batch:
-                needed = f"{key.num_dims + has_batch} dimensions{', the batch first' if has_batch else ''}"
+            if tensor is not None and tensor.dim() != key.rank + has_batch:
+                needed = f"{key.rank + has_batch} dimensions{', the batch first' if has_batch else ''}"
                 raise TrainingError(f"{origin} gave {key.name} of shape {list(tensor.shape)}; needed: {needed}")
-            if tensor is not None and key.kind == "float" and not tensor.is_floating_point():
+            if tensor is not None and key.dtype == "float" and not tensor.is_floating_point():
                 raise TrainingError(f"{origin} gave {key.name} as {str(tensor.dtype).removeprefix('torch.')}; needed: floating-point numbers")
 
     def check_complete(self, conditioning: Mapping[str, Any], origin: str) -> None:
@@ -103,54 +88,14 @@ class TextLayout:
             raise TrainingError(f"{origin} gave no {', '.join(missing)}, which the model is conditioned on")
 
 
-TEXT_LAYOUTS: dict[str, TextLayout] = {
-    "sd": TextLayout((TextKey("hidden_state", encoders=(0,)),)),
-    "sdxl": TextLayout(
-        (
-            TextKey("hidden_state1", encoders=(0,)), TextKey("hidden_state2", encoders=(1,)),
-            TextKey("pool2", num_dims=1, encoders=(1,)),
-        ),
-        foreign="their pooled captions (pool2) may have gone through the transposed text_projection",
-    ),
-    "sd3": TextLayout(
-        (
-            TextKey("lg_out", encoders=(0, 1)), TextKey("t5_out", is_sized=True, encoders=(2,)),
-            TextKey("lg_pooled", num_dims=1, encoders=(0, 1)),
-            TextKey("clip_l_attn_mask", "int64", 1), TextKey("clip_g_attn_mask", "int64", 1),
-            TextKey("t5_attn_mask", "int64", 1, is_sized=True),
-        ),
-        flags=("apply_lg_attn_mask", "apply_t5_attn_mask"),
-        partial=(0, 1),
-    ),
-    "flux": TextLayout(
-        (
-            TextKey("l_pooled", num_dims=1, encoders=(0,)), TextKey("t5_out", is_sized=True, encoders=(1,)),
-            TextKey("txt_ids", "float32", is_sized=True), TextKey("t5_attn_mask", "int64", 1, is_sized=True),
-        ),
-        flags=("apply_t5_attn_mask",),
-        partial=(0,),
-        foreign="their pooled captions (l_pooled) were computed with gelu in the place of quick_gelu",
-    ),
-    "lumina": TextLayout(
-        (
-            TextKey("hidden_state", "float32", is_sized=True, encoders=(0,)), TextKey("input_ids", "int64", 1, is_sized=True),
-            TextKey("attention_mask", "int64", 1, is_sized=True),
-        ),
-    ),
-    "hunyuan_image": TextLayout(
-        (
-            TextKey("vlm_embed", encoders=(0,)), TextKey("vlm_mask", "int64", 1), TextKey("byt5_embed", encoders=(1,)),
-            TextKey("byt5_mask", "int64", 1), TextKey("ocr_mask", "bool", 0),
-        ),
-    ),
-    "anima": TextLayout(
-        (
-            TextKey("prompt_embeds", is_sized=True, encoders=(0,)), TextKey("attn_mask", "int64", 1, is_sized=True),
-            TextKey("t5_input_ids", "int32", 1), TextKey("t5_attn_mask", "int32", 1),
-            TextKey("caption_dropout_rate", "float32", 0, constant=0.0),
-        ),
-    ),
-}
+def layout_of(record: FamilyRecord) -> TextLayout | None:
+    """The layout of a family's conditioning; None where it is not known."""
+    if not record.conditioning:
+        return None
+    return TextLayout(record.conditioning, record.text_flags, record.learning_encoders, record.foreign_text)
+
+
+TEXT_LAYOUTS: Mapping[str, TextLayout] = by_family(layout_of)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +166,7 @@ def load_text(path: str, layout: TextLayout, suffix: str = "", leave_out: frozen
         for name, key in wanted.items():
             if name in headers and not _has_kind(headers[name], key):
                 raise ValueError(f"{name} holds {headers[name].dtype}")
-            if name in headers and len(headers[name].shape) != key.num_dims:
+            if name in headers and len(headers[name].shape) != key.rank:
                 raise ValueError(f"{name} has shape {list(headers[name].shape)}")
         arrays = read_arrays(path, list(wanted), headers)
     except UNREADABLE as error:
@@ -268,7 +213,7 @@ def _text_keys_problem(
         header = headers.get(key.name + suffix)
         if header is None:
             return f"no {key.name}"
-        if len(header.shape) != key.num_dims:
+        if len(header.shape) != key.rank:
             return f"{key.name} has shape {list(header.shape)}"
         if not _has_kind(header, key):
             return f"{key.name} holds {header.dtype}"
@@ -279,7 +224,7 @@ def _text_keys_problem(
 
 
 def _has_kind(header: ArrayHeader, key: TextKey) -> bool:
-    return header.holds(_STORED_KINDS.get(key.kind, "iu"), header.shape)
+    return header.holds(_STORED_KINDS.get(key.dtype, "iu"), header.shape)
 
 
 def _flags_problem(path: str, layout: TextLayout, expected: TextRecord) -> str | None:

@@ -83,9 +83,9 @@ def adapter_problems(texts: Sequence[str] | None, family: str, option: str = "lo
 def file_problem(path: str, option: str, family: str) -> str | None:
     """A message when a file is no adapter, or one that is known to be for another family; None otherwise."""
     from library.checkpoints.kinds import check_adapter, check_slot
-    from library.families.table import family_entry
+    from library.families.registry import record_of
 
-    return check_slot(path, option, {"adapter"}, with_pickles=True) or check_adapter(path, option, family_entry(family).adapters)
+    return check_slot(path, option, {"adapter"}, with_pickles=True) or check_adapter(path, option, record_of(family).adapters.title)
 
 
 def multiplier_problems(multipliers: Sequence[float] | None, num_adapters: int, *, merged: bool) -> list[str]:

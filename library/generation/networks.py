@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from library.core.errors import ConfigError, Problems
-from library.families.table import family_entry
+from library.families.registry import record_of
 from library.generation.adapters import AdapterFile, file_problem, hook, network_of
 from library.generation.options import GenerationNetworkOptions
 from library.training.adapters import check_owner, importable_name
@@ -27,7 +27,7 @@ def network_problems(options: GenerationNetworkOptions, family: str) -> list[str
     """What is wrong with modules, files and arguments for a model of this family, from headers."""
     problems = Problems()
     for name in options.network_module or []:
-        problems.attempt(lambda: check_owner(importable_name(name), family_entry(family).network_module))
+        problems.attempt(lambda: check_owner(importable_name(name), record_of(family).network_module))
         problems.attempt(lambda: _module(name))
     for path in options.network_weights or []:
         problem = file_problem(path, "network_weights", family)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 from library.core.atomic_file import atomic_path
 from library.core.console import storable
 
 if TYPE_CHECKING:
     from PIL import Image
+
+Picture = Union["Image.Image", Sequence["Image.Image"]]
+"""a picture, or the frames of a clip"""
+FRAMES_PER_SECOND = 16
 
 
 def allow_long_texts() -> None:
@@ -31,16 +36,46 @@ def settings_texts(
     return {name: str(value) for name, value in entries.items() if value is not None}
 
 
-def write_picture(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> Path:
-    """A PNG with its text entries, complete or not at all; the folder is made when missing."""
+def write_picture(picture: Picture, path: Path, texts: Mapping[str, str] | None = None) -> Path:
+    """A PNG with its text entries, complete or not at all; the folder is made when missing. Several frames are an animated PNG,
+    of which readers of pictures see the first frame."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     for name, text in (texts or {}).items():
         info.add_itxt(name, storable(text))
+    first, *others = frames_of(picture)
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+        first.save(temporary, format="PNG", pnginfo=info, **(_animation(others) if others else {}))
     return path
+
+
+def _animation(others: Sequence[Image.Image]) -> dict[str, Any]:
+    """Arguments of Pillow's `save` for the frames after the first."""
+    return {"save_all": True, "append_images": list(others), "duration": 1000 / FRAMES_PER_SECOND, "loop": 0}
+
+
+def frames_of(picture: Picture) -> list[Image.Image]:
+    """The frames of a clip; a picture is one."""
+    from PIL import Image
+
+    return [picture] if isinstance(picture, Image.Image) else list(picture)
+
+
+def read_frames(path: str | os.PathLike[str]) -> list[Image.Image]:
+    """All frames of a file as RGB."""
+    from PIL import Image, ImageSequence
+
+    allow_long_texts()
+    with Image.open(path) as image:
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+
+
+def gif_of(frames: Sequence[Image.Image]) -> bytes:
+    """Frames as a GIF, the form in which trackers take what moves."""
+    file = io.BytesIO()
+    frames[0].save(file, format="GIF", **_animation(frames[1:]))
+    return file.getvalue()
 
 
 def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:

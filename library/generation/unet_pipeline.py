@@ -18,6 +18,7 @@ from library.components.unet_models import DeepShrink
 from library.core.errors import ConfigError
 from library.core.options import Config
 from library.device_utils import get_preferred_device
+from library.families.registry import by_family
 from library.generation.conditioning import PromptEncoder, stacked
 from library.generation.networks import Networks
 from library.generation.options import (
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHANNELS = 3
-GENERATORS = {"sd": "library.generation.sd_generation", "sdxl": "library.generation.sdxl_generation"}
+GENERATORS = by_family(lambda record: record.generator or None)
+"""family -> module with its part of these scripts"""
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,19 @@
 """Random tiny checkpoints of every family, in the files of real ones: for tests, and for trying a script offline.
 
-One record per set: strings only, so that reading the table imports nothing.
+The sets stand in the records of families as strings, so that reading the table imports nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from library.core.errors import ConfigError, did_you_mean
 from library.core.registry import import_target
+from library.families.record import FamilyRecord
+from library.families.registry import Derived, script_name
 
 
 class TinySet(Protocol):
@@ -25,7 +28,7 @@ class TinySet(Protocol):
 
 @dataclass(frozen=True)
 class TinyEntry:
-    """`build`: a function (folder, *, seed, dtype) -> TinySet; `family`: the family's name in family_table; `script`: what
+    """`build`: a function (folder, *, seed, dtype) -> TinySet; `family`: the name of its record; `script`: what
     trains it, with `network_module` and `options`."""
 
     title: str
@@ -36,17 +39,12 @@ class TinyEntry:
     options: tuple[str, ...] = ()
 
 
-_HERE = "library.tiny_models"
-TINY_SETS: dict[str, TinyEntry] = {
-    "flux": TinyEntry("FLUX.1 dev", f"{_HERE}.flux_tiny:build_tiny_flux", "flux", "flux_train_network.py", "networks.lora_flux"),
-    "sd1": TinyEntry("Stable Diffusion 1", f"{_HERE}.sd_tiny:build_tiny_sd1", "sd", "train_network.py", "networks.lora"),
-    "sd2": TinyEntry(
-        "Stable Diffusion 2, velocity prediction", f"{_HERE}.sd_tiny:build_tiny_sd2", "sd", "train_network.py", "networks.lora",
-        ("--v_parameterization",),
-    ),
-    "sdxl": TinyEntry("SDXL", f"{_HERE}.sdxl_tiny:build_tiny_sdxl", "sdxl", "sdxl_train_network.py", "networks.lora"),
-    "anima": TinyEntry("Anima", f"{_HERE}.anima_tiny:build_tiny_anima", "anima", "anima_train_network.py", "networks.lora_anima"),
-}  # fmt: skip
+def _sets_of(record: FamilyRecord) -> Iterator[tuple[str, TinyEntry]]:
+    for tiny in record.tiny:
+        yield tiny.name, TinyEntry(tiny.title, tiny.build, record.name, f"{script_name(record.name)}.py", tiny.network_module, tiny.options)
+
+
+TINY_SETS: Mapping[str, TinyEntry] = Derived(_sets_of)
 
 
 def tiny_entry(name: str) -> TinyEntry:

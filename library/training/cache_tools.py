@@ -15,7 +15,7 @@ from library.core.errors import ConfigError, Problems
 from library.core.options import Config, equivalent_option, option, option_fields, refused_option
 from library.core.registry import import_target
 from library.dataset import CachingOptions, DatasetOptions
-from library.families.table import FAMILIES, family_entry
+from library.families.registry import FAMILIES, record_of
 from library.training import option_reader, parser_common
 from library.training.config_file import read_config_file
 from library.training.idle_options import as_block
@@ -39,8 +39,6 @@ PARTS = {"latents": "vae", "text": "text_encoders"}
 """what is cached -> the part of the model that makes it"""
 FIRST_FAMILY = next(iter(FAMILIES))
 """whose options --help shows when no family is named"""
-KNOWN_SWITCHES = ("flux", "sdxl")
-"""families that known tools choose with a switch of their own; refused by name while they are not there"""
 _OTHER = {"latents": "cache_text_encoder_outputs", "text": "cache_latents"}
 _TRAINING = "it belongs to training; this tool only fills caches"
 _DENOISER = "it belongs to the denoiser, which this tool does not load"
@@ -63,9 +61,6 @@ class CacheToolOptions:
 def family_switches() -> type:
     """An option group with a switch for every family: `--flux` is `--family flux`."""
     switches = {name: option(False, help=f"the same as --family {name}") for name in FAMILIES}
-    for name in KNOWN_SWITCHES:
-        refusal = refused_option(False, help=f"the same as --family {name}", reason=f"the family {name} is not there yet")
-        switches.setdefault(name, refusal)
     group = dataclasses.make_dataclass(
         "FamilySwitches", [(name, bool, switch) for name, switch in switches.items()], frozen=True, kw_only=True
     )
@@ -89,7 +84,7 @@ def refusals(family: type[ModelFamily], what: str) -> dict[str, str]:
 
 def tool_script(family: str, what: str) -> option_reader.Script:
     """The options of the tool that caches `what` ("latents" or "text") for a family."""
-    family_class = import_target(family_entry(family).family)
+    family_class = import_target(record_of(family).family)
     defaults = (
         {"cache_latents": True, "cache_latents_to_disk": True}
         if what == "latents"
@@ -126,7 +121,7 @@ def chosen_family(argv: Sequence[str], default: str | None = None) -> str:
         found = "several model families are" if named else "no model family is"
         raise ConfigError(f"{found} named; needed: --family with one of {', '.join(FAMILIES)}")
     name = named.pop()
-    family_entry(name)  # complains about an unknown name
+    record_of(name)  # complains about an unknown name
     return name
 
 
@@ -187,7 +182,7 @@ def run(what: str, argv: Sequence[str]) -> None:
         raise ConfigError([f"{item} (--strict is set)" for item in config.ignored])
     if config.ignored:
         logger.warning("%s", as_block(config.ignored))
-    family = import_target(family_entry(name).family)(config)
+    family = import_target(record_of(name).family)(config)
     _name_unused(family, config, what)
     data, runtime = _data(config, family, what)
     fill(what, config, family, data, runtime)

@@ -20,7 +20,7 @@ from library.core.file_limits import cut_name, name_length, name_limit
 from library.core.options import Config, MissingGroup
 from library.core.text_files import parse_toml, read_text
 from library.dataset import CachingOptions, DatasetOptions
-from library.families.table import script_name
+from library.families.registry import script_name
 from library.training.checkpoint import CheckpointNames
 from library.training.device_checks import precision_problems, precision_warnings
 from library.training.earlier_runs import existing_problems, final_file, resumed_state

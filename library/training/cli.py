@@ -12,7 +12,7 @@ from contextlib import suppress
 from library.core.errors import AtelierError, ConfigError, RunInterrupted
 from library.core.registry import import_target
 from library.core.write_errors import disk_problem
-from library.families.table import family_entry
+from library.families.registry import record_of
 from library.training import parser_common
 from library.training.config_file import write_config_file
 from library.training.failures import failure_of
@@ -82,7 +82,7 @@ def run(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
 
     for line in checks.warnings(config):
         _tell(logging.WARNING, line)
-    family_class = import_target(family_entry(family).family)
+    family_class = import_target(record_of(family).family)
     trainable_class = import_target(parser_common.TRAINABLES[trainable].trainable)
     Trainer(config, family_class(config), trainable_class(config)).run()
 
@@ -93,7 +93,7 @@ def further_problems(error: OptionsError, family: str, trainable: str) -> list[s
         return []
     from library.training.checks import all_problems
 
-    family_class = import_target(family_entry(family).family)
+    family_class = import_target(record_of(family).family)
     trainable_class = import_target(parser_common.TRAINABLES[trainable].trainable)
     logging.disable(logging.CRITICAL)
     try:

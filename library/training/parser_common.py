@@ -16,7 +16,7 @@ from typing import Any
 
 from library.core.options import Config
 from library.core.registry import import_target
-from library.families.table import family_entry
+from library.families.registry import record_of
 from library.training.option_groups import SHARED_GROUPS
 from library.training.option_reader import Note, OptionReader, Script, parser_of
 
@@ -74,7 +74,7 @@ class Parsed:
 
 def script(family: str, trainable: str) -> Script:
     """The options of the script that trains `trainable` of `family`."""
-    family_class = import_target(family_entry(family).family)
+    family_class = import_target(record_of(family).family)
     entry = TRAINABLES[trainable]
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]

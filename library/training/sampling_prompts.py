@@ -21,6 +21,8 @@ from library.core.errors import ConfigError, Problems, did_you_mean
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_STEPS, LARGEST_WHOLE, number_problem
 from library.core.text_files import parse_json, parse_toml
 from library.core.text_files import read_text as read_text_file
+from library.families.record import SampleDefaults
+from library.families.registry import by_family
 
 logger = logging.getLogger(__name__)
 
@@ -329,31 +331,7 @@ def _checked_key(option: LineOption, value: Any) -> Any:
     return _checked(option.field, option.convert.checked(value) if is_whole else float(finite(value)))
 
 
-@dataclass(frozen=True)
-class SampleDefaults:
-    """What a family uses where a prompt says nothing. Sides are rounded down to a multiple of `size_step`.
-
-    `reads` names settings without a default that the family looks at, beside size, seed and negative prompt.
-    """
-
-    size: int
-    size_step: int
-    settings: Mapping[str, Any]
-    reads: frozenset[str] = frozenset()
-
-
-_UNET_READS = frozenset({"sample_sampler", "controlnet_image"})
-SAMPLE_DEFAULTS: Mapping[str, SampleDefaults] = {
-    "sd": SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, _UNET_READS),
-    "sdxl": SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, _UNET_READS),
-    "sd3": SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}),
-    "flux": SampleDefaults(512, 16, {"sample_steps": 20, "scale": 1.0, "guidance_scale": 3.5}),
-    "chroma": SampleDefaults(512, 16, {"sample_steps": 20, "scale": 1.0, "guidance_scale": 3.5}),
-    "lumina": SampleDefaults(1024, 8, {"sample_steps": 36, "scale": 3.5, "cfg_trunc_ratio": 0.25, "renorm_cfg": 1.0}),
-    "hunyuan_image": SampleDefaults(512, 16, {"sample_steps": 20, "scale": 3.5, "flow_shift": 5.0}),
-    "anima": SampleDefaults(512, 16, {"sample_steps": 30, "scale": 7.5, "flow_shift": 3.0}),
-}
-"""of known families, which name theirs in `ModelFamily.sampling`"""
+SAMPLE_DEFAULTS: Mapping[str, SampleDefaults] = by_family(lambda record: record.samples)
 
 
 def with_defaults(prompt: SamplePrompt, defaults: SampleDefaults) -> SamplePrompt:

@@ -15,9 +15,9 @@ import torch
 from library.core.errors import ConfigError, Problems, RunInterrupted
 from library.core.options import Config, option_fields
 from library.dataset import CachingOptions, DatasetOptions
-from library.device_utils import clean_memory_on_device
-from library.families.table import script_name
 from library.dataset.strategies import Conditioning, StrategySet
+from library.device_utils import clean_memory_on_device
+from library.families.registry import script_name
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime
 from library.training.checkpoint import resume_point

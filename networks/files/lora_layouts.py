@@ -23,6 +23,8 @@ from typing import Any
 import torch
 
 from library.core.errors import CheckpointError
+from library.families.record import AdapterFacts
+from library.families.registry import records
 from networks.files.file_names import DOTTED_PREFIX, LYCORIS_PREFIX, PEFT_PREFIX, is_kohya_name, names_of_family
 from networks.files.lora_conversion import is_beside, refuse_parts, to_diffusers, to_dotted, to_kohya, to_lycoris
 from networks.files.network_files import by_module
@@ -59,10 +61,12 @@ class Layout:
 
 def layout_for(name: str, family: str, prefix: str | None = None, wrapped: bool = False) -> Layout:
     """The layout that `--to` means for a family. CheckpointError when the family has no such files."""
+    facts = records()[family].adapters or AdapterFacts(title=family)
     if name == "ai-toolkit":
-        return {"flux": Layout("diffusers", "balanced"), "anima": Layout("dotted", "balanced")}.get(family, Layout("kohya"))
-    if name == "xlabs" and family != "flux":
-        raise CheckpointError(f"the layout of XLabs is for FLUX adapters; this one is for {family}")
+        return Layout("kohya") if facts.ai_toolkit == "kohya" else Layout(facts.ai_toolkit, "balanced")
+    if name == "xlabs" and not facts.has_xlabs:
+        owners = [record.title for record in records().values() if record.adapters is not None and record.adapters.has_xlabs]
+        raise CheckpointError(f"the layout of XLabs is for adapters of {', '.join(owners)}; this one is for {family}")
     return {
         "kohya": Layout("kohya"),
         "diffusers": Layout("diffusers", "up"),

@@ -13,7 +13,7 @@ import torch
 from library.checkpoints.loading import SCALE_SUFFIXES, CheckpointFiles, open_checkpoint, times_scale
 from library.checkpoints.recognition import recognise
 from library.core.errors import CheckpointError
-from library.families.table import FAMILIES
+from library.families.registry import FAMILIES, adapter_family_of, records
 from library.safetensors_utils import MemoryEfficientSafeOpen, is_pickled, load_pickled_tensors, read_header
 from networks.files.checkpoint_layers import LayerParameter, checkpoint_layers
 from networks.kinds.targets import NetworkTargets
@@ -46,7 +46,7 @@ def sources_of(path: str | os.PathLike[str]) -> list[Source]:
 
 def kind_of_model(sources: Iterable[Source]) -> str | None:
     """What the denoiser among them is (sd1, sdxl, flux ...); None when none is there or known."""
-    known = {kind for entry in FAMILIES.values() for kind in entry.kinds} | {"chroma"}
+    known = {kind for record in records().values() if adapter_family_of(record).name in FAMILIES for kind in record.kinds}
     for source in sources:
         found = recognise({key: tuple(tensor.shape) for key, tensor in source.files.shapes.items()})
         if found is not None and found.kind in known:

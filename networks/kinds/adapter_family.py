@@ -5,31 +5,42 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from library.checkpoints.recognition import KeyTable, adapter_family
+from library.checkpoints.recognition import KeyTable, adapter_family, adapter_record
 from library.core.errors import CheckpointError, ConfigError, did_you_mean
-from library.families.table import FAMILIES
+from library.families.registry import FAMILIES, adapter_family_of, records
 from networks.files.file_names import NAME_TABLES
 
 if TYPE_CHECKING:
     import torch
 
-FAMILY_ALIASES = {"sd1": "sd", "sd2": "sd", "sd15": "sd", "sd21": "sd", "flux1": "flux", "chroma": "flux"}
-"""names of variants that share the adapters of a family"""
-BASE_VERSIONS = (("sdxl", "sdxl"), ("sd_v", "sd"), ("flux", "flux"), ("chroma", "flux"), ("anima", "anima"))
-"""beginning of ss_base_model_version -> family"""
-ARCHITECTURES = (
-    ("stable-diffusion-xl", "sdxl"), ("stable-diffusion-v1", "sd"), ("stable-diffusion-v2", "sd"), ("flux-1", "flux"), ("chroma", "flux"),
-    ("anima", "anima"),
-)  # fmt: skip
-"""beginning of modelspec.architecture -> family"""
-BY_TITLE = {"FLUX.1 or Chroma": "flux", "SDXL": "sdxl", "Stable Diffusion 1 or 2": "sd", "Anima": "anima"}
+
+def aliases() -> dict[str, str]:
+    """Names of variants that share the adapters of a family."""
+    found = {}
+    for name, record in records().items():
+        family = adapter_family_of(record).name
+        if family in FAMILIES and record.adapters is not None:
+            found |= {alias: family for alias in (*record.adapters.aliases, *([name] if name != family else []))}
+    return found
+
+
+def beginnings(key: str) -> list[tuple[str, str]]:
+    """(beginning of a metadata value, family) from the longest to the shortest: of ss_base_model_version (`base_versions`) or of
+    modelspec.architecture (`modelspec`)."""
+    found = [
+        (start, adapter_family_of(record).name)
+        for record in records().values()
+        if record.adapters is not None
+        for start in getattr(record.adapters, key)
+    ]
+    return sorted(found, key=lambda pair: -len(pair[0]))
 
 
 def family_by_name(name: str) -> str:
     """The family that `--family` means; ConfigError with the nearest name."""
-    family = FAMILY_ALIASES.get(name.lower(), name.lower())
+    family = aliases().get(name.lower(), name.lower())
     if family not in FAMILIES:
-        known = [*FAMILIES, *FAMILY_ALIASES]
+        known = [*FAMILIES, *aliases()]
         raise ConfigError(f"--family is {name}, which is not known{did_you_mean(name, known) or ';'} known: {', '.join(known)}")
     return family
 
@@ -54,22 +65,26 @@ def family_of_adapter(
     """
     if given:
         return family_by_name(given)
-    for key, table in (("ss_base_model_version", BASE_VERSIONS), ("modelspec.architecture", ARCHITECTURES)):
-        told = metadata.get(key, "").lower()
-        found = next((family for start, family in table if told.startswith(start)), None)
-        if found:
-            return found
-    title = adapter_family(KeyTable(shapes))
-    if title in BY_TITLE:
-        return BY_TITLE[title]
-    if title:
+    found = _told_by_metadata(metadata)
+    if found in FAMILIES:
+        return found
+    record = adapter_record(KeyTable(shapes))
+    if record is not None and adapter_family_of(record).name in FAMILIES:
+        return adapter_family_of(record).name
+    if record is not None:
+        title = record.adapters.title
         raise CheckpointError(f"{label} is an adapter for {title}, a family that is not there yet; there are {', '.join(FAMILIES)}")
     some = ", ".join(list(shapes)[:3]) or "no tensors"
     raise CheckpointError(f"{label}: its names do not tell the model family (it begins with {some}); name it with --family")
 
 
-NAMED = {"hunyuan_image": ("hunyuan-image", "hunyuan_image")}
-"""family of NAME_TABLES -> beginnings of ss_base_model_version and modelspec.architecture"""
+def _told_by_metadata(metadata: Mapping[str, str]) -> str | None:
+    for key, facts in (("ss_base_model_version", "base_versions"), ("modelspec.architecture", "modelspec")):
+        told = metadata.get(key, "").lower()
+        found = next((family for start, family in beginnings(facts) if told.startswith(start)), None)
+        if found:
+            return found
+    return None
 
 
 def family_of_names(
@@ -79,10 +94,8 @@ def family_of_names(
     if given in NAME_TABLES:
         return given
     if given is None:
-        told = (metadata.get("ss_base_model_version", "").lower(), metadata.get("modelspec.architecture", "").lower())
-        for family, starts in NAMED.items():
-            if any(text.startswith(starts) for text in told):
-                return family
-        if adapter_family(KeyTable(shapes)) == "HunyuanImage or HunyuanVideo" and not any("individual_token_refiner" in key for key in shapes):
-            return "hunyuan_image"
+        record = adapter_record(KeyTable(shapes))
+        for name in (_told_by_metadata(metadata), record.name if record is not None else None):
+            if name in NAME_TABLES:
+                return name
     return family_of_adapter(shapes, metadata, label, given)

@@ -13,7 +13,7 @@ from typing import Any
 from library.core.errors import ConfigError, Problems, did_you_mean
 from library.core.options import LARGEST_RANK, number_problem, parse_bool
 from library.core.text_files import parse_toml
-from library.families.table import FAMILIES
+from library.families.registry import FAMILIES
 from networks.kinds.block_rates import block_parsers, check_block_rates
 from networks.kinds.targets import NetworkTargets, targets_of_family
 

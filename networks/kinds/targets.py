@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from library.core.errors import ConfigError
 from library.core.registry import import_target
-from library.families.table import FAMILIES, family_entry, family_of_denoiser
+from library.families.registry import FAMILIES, family_of_denoiser, record_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -192,7 +192,7 @@ def weight_name(module: nn.Module) -> str | None:
 
 def targets_of_family(family: str) -> NetworkTargets:
     """The table of a family by its name."""
-    return import_target(family_entry(family).targets)
+    return import_target(record_of(family).targets)
 
 
 def targets_of_denoiser(denoiser: nn.Module) -> NetworkTargets:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from library.core.registry import import_target
-from library.families.table import FAMILIES
+from library.families.registry import FAMILIES
 from library.training import cli
 from library.training.adapters import KINDS, NETWORKS, NetworkOptions
 from networks.kinds.network_args import argument_parsers, families_with

@@ -97,7 +97,7 @@ def test_text_file_that_is_written(case, tmp_path):
     given, expected = case["input"], case["expected"]
     layout = text_cache_io.TEXT_LAYOUTS[given["family"]]
     dtype = getattr(torch, given["encoder_dtype"])
-    outputs = [torch.ones(expected["keys"][key.name]["shape"]).to(dtype if key.kind == "float" else torch.int64) for key in layout.keys]
+    outputs = [torch.ones(expected["keys"][key.name]["shape"]).to(dtype if key.dtype == "float" else torch.int64) for key in layout.keys]
     strategy = FamilyTextCaching(given["family"], {name: given[name] for name in layout.flags})
     Image.new("RGB", (8, 8)).save(tmp_path / given["image"])
     item = ImageItem(

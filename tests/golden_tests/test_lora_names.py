@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from library.families.table import FAMILIES
+from library.families.registry import FAMILIES
 from networks.kinds.targets import targets_of_family
 from tests.golden_dir import behaviour, behaviour_cases
 

@@ -8,7 +8,7 @@ import torch
 
 from library.checkpoints.hashes import BackgroundHashes, adapter_hashes, calculate_sha256, model_hash
 from library.core.registry import import_target
-from library.families.table import FAMILIES, family_entry
+from library.families.registry import FAMILIES, record_of
 from library.training.metadata import BaseModelHashes, MetadataInputs, at_save, build_metadata
 from tests.golden_dir import behaviour, behaviour_cases
 
@@ -87,7 +87,7 @@ def inputs_of(case, tmp_path, *more):
     if "ss_vae_name" in case["final_file"]["text"]:
         arguments += ["--vae", str(model)]
     config = parse(arguments, family_of(case["name"]), "network")
-    family = import_target(family_entry(family_of(case["name"])).family)(config)
+    family = import_target(record_of(family_of(case["name"])).family)(config)
     trainable = import_target("library.training.trainables.network:NetworkTrainable")(config)
     recorded, text = case["final_file"]["json"], case["final_file"]["text"]
     counts = {name: int(text[f"ss_{name}"]) for name in COUNTS}

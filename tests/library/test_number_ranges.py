@@ -13,7 +13,7 @@ import pytest
 from library.core.errors import ConfigError
 from library.core.options import Config, allows_none, is_bool_option, option_fields, value_type
 from library.dataset.config_schema import KEYS, OutOfRange
-from library.families.table import FAMILIES
+from library.families.registry import FAMILIES
 from library.generation import anima_inference, flux_inference, sdxl_inference
 from library.generation import options as generation_options
 from library.generation.prompts import GENERATION_LINE_OPTIONS, parse_generation_line

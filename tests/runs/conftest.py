@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from library.core.registry import import_target
-from library.families.table import family_entry
+from library.families.registry import record_of
 from library.tiny_models import TinySet
 from library.training import cli, parser_common
 from library.training.hooks.base import Hook
@@ -104,7 +104,7 @@ class Work:
     ) -> Trainer:
         """A trainer for the same run that has not begun; `family` replaces the class of the family."""
         config = parser_common.parse_command(self.argv(out, *more, dataset=dataset), self.case.family, "network").config
-        family = family or import_target(family_entry(self.case.family).family)
+        family = family or import_target(record_of(self.case.family).family)
         return Trainer(config, family(config), NetworkTrainable(config), hooks)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from library.core.registry import import_target
-from library.families.table import FAMILIES
+from library.families.registry import FAMILIES
 from library.tiny_models import build_tiny
 from library.training import cli
 from tests.families import CASES, FamilyCase

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from library.families.table import FAMILIES
+from library.families.registry import FAMILIES
 from library.tiny_models import TINY_SETS, TinySet, build_tiny
 from library.tiny_models.pictures import draw_pictures as draw_shapes
 from library.training.loop import fit

@@ -9,7 +9,7 @@ import torch
 
 from library.core.errors import ConfigError
 from library.core.registry import import_target
-from library.families.table import FAMILIES
+from library.families.registry import FAMILIES
 from tests.runs.conftest import losses_of
 from tests.runs.families import FamilyWork, Tinies
 

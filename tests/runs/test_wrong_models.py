@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.checkpoints.kinds import describe_checkpoint
-from library.families.table import FAMILIES, script_of_kind
+from library.families.registry import FAMILIES, script_of_kind
 from library.safetensors_utils import load_pickled_tensors
 from tests.runs.families import MODEL, SLOTS, FamilyWork, Tinies, key_table, refused_run, without, write_header_only
 from tests.tiny_sd import build_tiny_sd

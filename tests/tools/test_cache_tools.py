@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from library.core.errors import ConfigError
-from library.families.table import FAMILIES
+from library.families.registry import record_of
 from library.training import cache_tools, parser_common
 from tests.library.dataset.images import make_folder, make_image
+from tests.planted import plant
 from tests.tiny import build_tiny_flux
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +184,7 @@ def test_the_family_may_be_left_out_where_another_option_tells_it(tmp_path):
 
 @pytest.fixture
 def second_family(monkeypatch):
-    monkeypatch.setitem(FAMILIES, "second", FAMILIES["flux"])
+    plant(monkeypatch, dataclasses.replace(record_of("flux"), name="second"))
     cache_tools.family_switches.cache_clear()
     yield
     cache_tools.family_switches.cache_clear()

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from library.families.table import FAMILIES
+from library.families.registry import FAMILIES
 from library.tiny_models import TINY_SETS
 from tests.waiting import PATIENCE
 from tools import make_tiny_checkpoint

@@ -119,7 +119,7 @@ def cached_data(config: Config) -> DataGroups:
     """The images, each with its size, after their latents were cached. ConfigError with all that the data have against it."""
     from library.checkpoints.kinds import describe_checkpoint
     from library.core.registry import import_target
-    from library.families.table import family_entry
+    from library.families.registry import record_of
     from library.training import cache_tools, parser_common
     from library.training.accelerator_setup import prepare_runtime
     from library.training.data_phase import find_data, group_data
@@ -127,7 +127,7 @@ def cached_data(config: Config) -> DataGroups:
     name = family_of(describe_checkpoint(config[BucketToolOptions].model_name_or_path).kind, config)
     words = cache_words(config, name)
     own = cache_tools.only_this_cache(parser_common.parse_script(words, cache_tools.tool_script(name, "latents")).config, "latents")
-    family = import_target(family_entry(name).family)(own)
+    family = import_target(record_of(name).family)(own)
     problems = list(family.part_problems("vae"))
     if problems:
         raise ConfigError(problems)

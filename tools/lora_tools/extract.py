@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.options import LARGEST_RANK, Config, option
-from library.families.table import FAMILIES
+from library.families.record import ModelKind
+from library.families.registry import FAMILIES, adapter_family_of, records
 from library.generation.script import read_command, script_parser
 from library.scripts.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
 from tools.lora_tools.adapter_input import ending_problem
+from tools.lora_tools.encoder_files import encoder_options, with_encoder_files
 
 if TYPE_CHECKING:
     from networks.files.model_layers import Source
@@ -25,27 +27,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger("atelier")
 
 METHODS = ("sv_ratio", "sv_fro", "sv_cumulative", "sv_quantile", "sv_threshold")
-ENCODERS = {"clip_l": "lora_te1", "t5xxl": "lora_te3", "qwen3": "lora_te"}
-"""option of a text encoder in a file of its own -> its prefix in adapters"""
-VERSIONS = {
-    "sd1": ("sd_v1", "stable-diffusion-v1"), "sd2": ("sd_v2", "stable-diffusion-v2"), "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
-    "flux": ("flux1", "flux-1-dev"), "chroma": ("chroma", "chroma"), "anima": ("anima", "anima-preview"), "cosmos": ("anima", "anima-preview"),
-}  # fmt: skip
-"""kind of model -> (ss_base_model_version, modelspec.architecture)"""
+ENCODERS = encoder_options()
 
 
+def versions() -> dict[str, ModelKind]:
+    """Kinds of model whose adapters are named after it in metadata."""
+    return {kind.name: kind for record in records().values() for kind in record.model_kinds if kind.base_version}
+
+
+@with_encoder_files({"org": "original {} text encoder", "tuned": "tuned {} text encoder"})
 @dataclass(frozen=True, kw_only=True)
 class ExtractModelOptions:
     """Models"""
 
     model_org: str | None = option(None, help="the original model: a file, or a folder in the layout of diffusers")
     model_tuned: str | None = option(None, help="the tuned model, in any layout")
-    clip_l_org: str | None = option(None, help="original CLIP-L text encoder, for families that have it apart")
-    clip_l_tuned: str | None = option(None, help="tuned CLIP-L text encoder")
-    t5xxl_org: str | None = option(None, help="original T5-XXL text encoder")
-    t5xxl_tuned: str | None = option(None, help="tuned T5-XXL text encoder")
-    qwen3_org: str | None = option(None, help="original Qwen3 text encoder")
-    qwen3_tuned: str | None = option(None, help="tuned Qwen3 text encoder")
     family: str | None = option(None, help="model family, where the files do not tell it", metavar="NAME")
     v_parameterization: bool = option(False, help="the base predicts velocity (Stable Diffusion 2.x 768); said in the metadata")
 
@@ -53,7 +49,7 @@ class ExtractModelOptions:
     def variant(self) -> str | None:
         """Which of a family's models --family says it is, where it says so."""
         name = (self.family or "").lower()
-        return name if name in VERSIONS else None
+        return name if name in versions() else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +205,7 @@ def family_of(models: ExtractModelOptions, kind: str | None) -> str:
     """The model family: what --family says, that of the denoiser, that which has the text encoders. CheckpointError."""
     from networks.kinds.adapter_family import family_by_name
 
-    told = next((name for name, entry in FAMILIES.items() if kind in entry.kinds), "flux" if kind == "chroma" else None)
+    told = next((adapter_family_of(record).name for record in records().values() if kind in record.kinds), None)
     if models.family:
         given = family_by_name(models.family)
         if told not in (None, given):
@@ -218,7 +214,9 @@ def family_of(models: ExtractModelOptions, kind: str | None) -> str:
     if told is not None:
         return told
     if models.model_org is None:
-        return "anima" if models.qwen3_org else "flux"
+        return next(
+            name for name, record in FAMILIES.items() if any(getattr(models, f"{file.option}_org") for file in record.encoder_files)
+        )
     raise CheckpointError(f"{models.model_org}: its names do not tell the model family; name it with --family")
 
 
@@ -244,19 +242,17 @@ def _metadata(config: Config, found: Extracted, kind: str | None) -> dict[str, s
     from networks.files.adapter_metadata import minimum_metadata
 
     options, models = config[ExtractOptions], config[ExtractModelOptions]
-    version, architecture = VERSIONS.get(kind or "", (None, None))
+    made = versions().get(kind or "")
     base = {}
-    if version:
-        base["ss_base_model_version"] = version + ("_v" if models.v_parameterization else "")
-        if kind in ("sd1", "sd2"):
-            base["ss_v2"] = str(kind == "sd2")
+    if made is not None:
+        base = {"ss_base_model_version": made.base_version + ("_v" if models.v_parameterization else ""), **made.metadata}
     is_lora = options.kind == "lora"
     pairs = {"conv_dim": options.conv_dim, "conv_alpha": float(options.conv_dim)} if is_lora and options.conv_dim else None
     ranks = [options.dim] if is_lora and not options.dynamic_method else [float(rank) for rank in found.ranks.values()]
     metadata = minimum_metadata([base], f"networks.{options.kind}", ranks, ranks, pairs)
-    if options.no_metadata or architecture is None:
+    if options.no_metadata or made is None:
         return metadata
     return {
-        **metadata, "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": f"{architecture}/lora",
+        **metadata, "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": f"{made.modelspec}/lora",
         "modelspec.title": Path(options.save_to).stem,
     }  # fmt: skip

@@ -16,6 +16,7 @@ from library.generation.script import read_command, script_parser
 from library.scripts.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
 from tools.lora_tools.ema import AveragingOptions, average_files
+from tools.lora_tools.encoder_files import encoder_options, with_encoder_files
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ logger = logging.getLogger("atelier")
 METHODS = ("sv_ratio", "sv_fro", "sv_cumulative", "sv_quantile", "sv_threshold")
 DEFAULT_RANK = 4
 MODES = ("concat", "svd", "full", "ema")
-ENCODERS = ("clip_l", "t5xxl", "qwen3")
+ENCODERS = encoder_options()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +46,12 @@ class MergeOptions:
     save_to: str | None = option(None, help="the merged model, or the merged adapter when no model is given")
 
 
+@with_encoder_files({"": "file of the {} text encoder", "save_to": "the merged {} file"})
 @dataclass(frozen=True, kw_only=True)
 class ModelFileOptions:
     """Into a model"""
 
     model: str | None = option(None, help="checkpoint into which the adapters are merged", flags=("--sd_model", "--flux_model"))
-    clip_l: str | None = option(None, help="file of the CLIP-L text encoder, for families that have it apart")
-    clip_l_save_to: str | None = option(None, help="the merged CLIP-L file")
-    t5xxl: str | None = option(None, help="file of the T5-XXL text encoder")
-    t5xxl_save_to: str | None = option(None, help="the merged T5-XXL file")
-    qwen3: str | None = option(None, help="file of the Qwen3 text encoder")
-    qwen3_save_to: str | None = option(None, help="the merged Qwen3 file")
 
     @property
     def is_given(self) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from library.core.errors import ConfigError, Problems, did_you_mean
 from library.core.options import LARGEST_RANK, number_or_none, option
 from library.core.registry import Registry
-from library.families.table import FAMILIES
+from library.families.registry import FAMILIES
 from library.training.keyword_args import split_items
 
 NETWORKS: Registry = Registry("network module", option="network_module")
@@ -20,10 +20,9 @@ KINDS = (
 
 for _kind in KINDS:
     NETWORKS.add(_kind, f"networks.{_kind}")
-FAMILY_MODULES = tuple(dict.fromkeys(entry.targets.partition(":")[0] for entry in FAMILIES.values()))
-"""the names under which known scripts have the LoRA of one family"""
-for _module in FAMILY_MODULES:
-    NETWORKS.add(_module.removeprefix("networks."), _module)
+for _record in FAMILIES.values():  # the names under which known scripts have the LoRA of one family
+    if _record.network_module.startswith("networks.") and _record.network_module.removeprefix("networks.") not in NETWORKS:
+        NETWORKS.add(_record.network_module.removeprefix("networks."), _record.network_module)
 NETWORKS.add("lycoris", "lycoris.kohya", package="lycoris-lora")
 
 OWN_MODULES = tuple(NETWORKS.entry(name).target for name in NETWORKS.names() if name != "lycoris")
@@ -125,9 +124,9 @@ def parse_pairs(items: Sequence[str] | None) -> dict[str, str]:
 
 def check_owner(path: str, usual: str) -> None:
     """ConfigError when a network module is made for another family than the one whose LoRAs `usual` makes."""
-    if path in FAMILY_MODULES and path != usual:
-        owner = next(entry for entry in FAMILIES.values() if entry.network_module == path)
-        raise ConfigError(f"--network_module is {path}, which is for {owner.adapters}; use {usual} or networks.lora, which serves every family")
+    owner = next((record for record in FAMILIES.values() if record.network_module == path), None)
+    if owner is not None and path != usual:
+        raise ConfigError(f"--network_module is {path}, which is for {owner.adapters.title}; use {usual} or networks.lora, which serves every family")
 
 
 def check_network_module(options: NetworkOptions, usual: str | None = None) -> None:

@@ -15,7 +15,7 @@ from library.training.hooks.trackers import Point, Tracker, open_trackers
 from library.training.option_groups import LoggingOptions
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from library.generation.picture_files import Picture
 
     from library.training.run import Run
 
@@ -117,10 +117,11 @@ class LoggingHook(Hook):
         point = Point(kept, axis, epoch if axis == "epoch" else step, step, epoch)
         self._to_trackers(lambda tracker: tracker.log(point))
 
-    def log_image(self, name: str, image: Image.Image, caption: str) -> None:
+    def log_image(self, name: str, picture: Picture, caption: str) -> None:
+        """A picture, or the frames of a clip, for every tracker."""
         progress = self._run.progress
         point = Point({}, "step", progress.global_step, progress.global_step, progress.finished_epochs)
-        self._to_trackers(lambda tracker: tracker.log_image(name, image, caption, point))
+        self._to_trackers(lambda tracker: tracker.log_image(name, picture, caption, point))
 
     def _to_trackers(self, action: Callable[[Tracker], None]) -> None:
         """A tracker whose disk is full is told once and left out from then on; curves are not worth a run."""

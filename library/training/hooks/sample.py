@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from PIL import Image
 
 from library.core.keyed_random import isolated_rng, key_seed
 from library.core.options import shortened
 from library.device_utils import clean_memory_on_device
 from library.generation.image_grid import GridCell, image_grid
-from library.generation.picture_files import settings_texts, write_picture
+from library.generation.picture_files import read_frames, settings_texts, write_picture
 from library.training.hooks.base import Hook
 from library.training.hooks.logging import LoggingHook
 from library.training.hooks.losses import gather_objects
@@ -218,7 +217,7 @@ class SampleHook(Hook):
         """What a picture's file tells: its settings as those of the image scripts do, and where in the run it was made."""
         return settings_texts(
             prompt=prompt.prompt, negative_prompt=prompt.negative_prompt, seed=prompt.seed, steps=prompt.sample_steps, scale=prompt.scale,
-            guidance=prompt.guidance_scale, sampler=prompt.sample_sampler, flow_shift=prompt.flow_shift,
+            guidance=prompt.guidance_scale, sampler=prompt.sample_sampler, flow_shift=prompt.flow_shift, frames=prompt.frame_count,
             model=run.config[SavingOptions].output_name, step=run.progress.global_step, occasion=occasion_label(run.progress, at),
             number=number,
         )  # fmt: skip
@@ -227,20 +226,20 @@ class SampleHook(Hook):
         """The grid of this occasion's pictures, the sheet of all, and the trackers' images."""
         if not made:
             return
-        pictures = [(file, _open(file.path)) for file in made]
-        cells = [GridCell(image, f"{file.enum}: {file.caption}") for file, image in pictures]
+        pictures = [(file, read_frames(file.path)) for file in made]
+        cells = [GridCell(frames[0], f"{file.enum}: {file.caption}") for file, frames in pictures]
         saving = run.config[SavingOptions]
         name = sample_suffix(at, run.progress.epoch if at == "epoch" else run.progress.global_step)
         stem = f"{saving.output_name}_{name}" if saving.output_name else name
         title = f"{saving.output_name or 'samples'}, step {run.progress.global_step}"
         grid = write_picture(image_grid(cells, title=title), Path(saving.output_dir) / "sample" / f"{stem}_grid.png")
-        self.sheet.add(run.progress.global_step, occasion_label(run.progress, at), {file.enum: image for file, image in pictures})
+        self.sheet.add(run.progress.global_step, occasion_label(run.progress, at), {file.enum: frames[0] for file, frames in pictures})
         self.sheet.write(self._sheet_path(run), {number: prompt.prompt for number, prompt in enumerate(self.prompts)}, saving.output_name or "samples")
         self._made, self._grids, self._folder = self._made + len(made), self._grids + 1, grid.parent
         log = run.hooks.find(LoggingHook)
         if log is not None:
-            for file, image in pictures:
-                log.log_image(f"sample_{file.enum}", image, file.caption)
+            for file, frames in pictures:
+                log.log_image(f"sample_{file.enum}", frames if len(frames) > 1 else frames[0], file.caption)
 
 
 def counted(number: int, word: str) -> str:
@@ -250,8 +249,3 @@ def counted(number: int, word: str) -> str:
 def occasion_label(progress: Progress, at: str) -> str:
     """What stands below a picture of the sheet."""
     return {"first": "start", "epoch": f"epoch {progress.epoch}"}.get(at, f"step {progress.global_step}")
-
-
-def _open(path: str) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from library.core.errors import ConfigError
 from library.core.options import Config, option_fields
 from library.core.text_files import parse_toml, read_text
+from library.generation.picture_files import Picture, frames_of, gif_of
 from library.training.parser_common import PATH_OPTIONS
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ class Tracker(ABC):
     def log(self, point: Point) -> None: ...
 
     @abstractmethod
-    def log_image(self, name: str, image: Image.Image, caption: str, point: Point) -> None: ...
+    def log_image(self, name: str, picture: Picture, caption: str, point: Point) -> None:
+        """A picture, or the frames of a clip."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -71,11 +74,22 @@ class TensorBoardTracker(Tracker):
             self._writer.add_scalar(name, value, point.x)
         self._writer.flush()
 
-    def log_image(self, name: str, image: Image.Image, caption: str, point: Point) -> None:
+    def log_image(self, name: str, picture: Picture, caption: str, point: Point) -> None:
         import numpy
 
-        self._writer.add_image(name, numpy.asarray(image.convert("RGB")), point.x, dataformats="HWC")
+        frames = frames_of(picture)
+        if len(frames) == 1:
+            self._writer.add_image(name, numpy.asarray(frames[0].convert("RGB")), point.x, dataformats="HWC")
+        else:
+            self._add_animation(name, frames, point)
         self._writer.add_text(f"{name}/prompt", caption, point.x)
+
+    def _add_animation(self, name: str, frames: list[Image.Image], point: Point) -> None:
+        """As a moving picture, which the event file holds as it is; `add_video` of torch needs a further package."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        image = Summary.Image(height=frames[0].height, width=frames[0].width, colorspace=3, encoded_image_string=gif_of(frames))
+        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), point.x)
 
     def close(self) -> None:
         self._writer.close()
@@ -112,9 +126,13 @@ class WandbTracker(Tracker):
     def log(self, point: Point) -> None:
         self._run.log({**point.values, "global_step": point.step, "epoch": point.epoch})
 
-    def log_image(self, name: str, image: Image.Image, caption: str, point: Point) -> None:
-        picture = self._wandb.Image(image, caption=caption)
-        self._run.log({name: picture, "global_step": point.step, "epoch": point.epoch}, commit=False)
+    def log_image(self, name: str, picture: Picture, caption: str, point: Point) -> None:
+        frames = frames_of(picture)
+        if len(frames) == 1:
+            shown = self._wandb.Image(frames[0], caption=caption)
+        else:
+            shown = self._wandb.Video(io.BytesIO(gif_of(frames)), caption=caption, format="gif")
+        self._run.log({name: shown, "global_step": point.step, "epoch": point.epoch}, commit=False)
 
     def close(self) -> None:
         self._run.finish()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.identity import combined_identity, model_identity
-from library.checkpoints.kinds import PREFERRED_SUBFOLDER
+from library.checkpoints.kinds import preferred_subfolders
 from library.checkpoints.loading import open_checkpoint
 from library.core.errors import ConfigError
 from library.lora_utils import Adapter, MergeOnLoad, read_adapter
@@ -54,7 +54,8 @@ class BaseWeights:
         for path, multiplier in own:
             logger.info("base weights: %s with multiplier %g", path, multiplier)
         if model_path:
-            folder = next((PREFERRED_SUBFOLDER[kind] for kind in (family.name, "sd1") if kind in PREFERRED_SUBFOLDER), None)
+            places = preferred_subfolders()
+            folder = next((places[kind] for kind in family.record.kinds if kind in places), None)
             self._merge.plan(open_checkpoint(model_path, folder)).check_family()
         return self._merge
 

@@ -22,7 +22,7 @@ from library.core.errors import CheckpointError, ConfigError, Problems, Training
 from library.core.keyed_random import StepDraws, isolated_rng, key_seed
 from library.core.options import Config, Ignored, parse_bool, without_effect
 from library.dataset import CachingOptions
-from library.families.table import family_entry
+from library.families.registry import record_of
 from library.safetensors_utils import load_safetensors, read_header
 from library.training.adapters import DENOISER_ONLY, NetworkOptions, check_network_module
 from library.training.hooks.base import Hook
@@ -91,7 +91,7 @@ class NetworkTrainable(Trainable):
 
     @staticmethod
     def _usual_module(family: ModelFamily) -> str:
-        return family_entry(family.name).network_module
+        return record_of(family.name).network_module
 
     def _check_arguments(self, family: ModelFamily) -> None:
         """The module has the functions that make a network; its own look at --network_args, where it has one."""
@@ -138,7 +138,7 @@ class NetworkTrainable(Trainable):
     def _check_files(self, family: ModelFamily) -> None:
         from library.checkpoints.kinds import check_adapter, check_slot
 
-        maker = family_entry(family.name).adapters
+        maker = record_of(family.name).adapters.title
         problems = Problems()
         files = [("network_weights", self.opts.network_weights)] if self.opts.network_weights else []
         files += [("base_weights", path) for path in self.opts.base_weights or ()]

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from library.core.errors import CheckpointError, Problems
 from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, option, without_effect
 from library.dataset import CachingOptions
-from library.dataset.architectures import ARCHITECTURES
+from library.families.anima import FAMILY
 from library.training.adapters import NetworkOptions
 from library.training.inference_samplers import SamplerOptions, check_flow_sampler
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
-from library.training.sampling_prompts import SAMPLE_DEFAULTS, with_defaults
+from library.training.sampling_prompts import with_defaults
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
@@ -106,11 +106,9 @@ class AnimaOptions:
 class AnimaFamily(FlowFamily):
     """The wiring of Anima."""
 
-    name = "anima"
+    record = FAMILY
     timestep_modes = TIMESTEP_MODES
     denoiser_kinds = ("anima", "cosmos")
-    architecture = ARCHITECTURES["anima"]
-    sampling = dataclasses.replace(SAMPLE_DEFAULTS["anima"], reads=frozenset({"sample_sampler"}))
     options = AnimaOptions
     defaults = {"timestep_sampling": "sigmoid", "discrete_flow_shift": 1.0}
     part_options = {

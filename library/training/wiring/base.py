@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from library.core.errors import CheckpointError, ConfigError, Problems, UnsupportedCombination
 from library.core.options import Config, Ignored
 from library.training import timestep_samplers
-from library.training.sampling_prompts import SampleDefaults, SamplePrompt, with_defaults
+from library.training.sampling_prompts import SamplePrompt, with_defaults
 
 if TYPE_CHECKING:
     import torch
 
     from library.checkpoints.loading import Transform
-    from library.dataset.architectures import DataArchitecture
     from library.dataset.strategies import StrategySet
+    from library.families.record import DataArchitecture, FamilyRecord, SampleDefaults
     from library.strategy_base import LatentsCachingStrategy
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
@@ -73,9 +73,11 @@ def tokenizer_problems(
 class ModelFamily(ABC):
     """Options and wiring of one architecture; holds no weights. Heavy imports happen inside methods."""
 
+    record: ClassVar[FamilyRecord]
+    """its facts: library/families/<name>.py; the three below are read from it"""
     name: ClassVar[str]
     architecture: ClassVar[DataArchitecture]
-    """latents, bucket step and cache files; families may share one (Chroma has those of FLUX.1)"""
+    """latents, bucket step and cache files"""
     sampling: ClassVar[SampleDefaults]
     """what sample prompts leave open, and which of their settings are read"""
     options: ClassVar[type]
@@ -93,6 +95,11 @@ class ModelFamily(ABC):
     """shared options whose default differs here: name -> default"""
     part_options: ClassVar[Mapping[str, frozenset[str]]] = {}
     """own options that a part needs, for tools that load one part alone: "vae" and "text_encoders" -> names"""
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "record" in vars(cls):
+            cls.name, cls.architecture, cls.sampling = cls.record.name, cls.record.architecture, cls.record.samples
 
     def __init__(self, config: Config) -> None:
         self.config = config

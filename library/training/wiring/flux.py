@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from library.core.errors import Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, refused_option, without_effect
 from library.dataset import CachingOptions
-from library.dataset.architectures import ARCHITECTURES
+from library.families.flux import FAMILY
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
-from library.training.sampling_prompts import SAMPLE_DEFAULTS
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
@@ -22,8 +21,8 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from library.flux_utils import FlowModelInfo
     from library.dataset.strategies import StrategySet
+    from library.flux_utils import FlowModelInfo
     from library.strategy_base import LatentsCachingStrategy
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
@@ -83,11 +82,9 @@ class FluxOptions:
 class FluxFamily(FlowFamily):
     """The wiring of FLUX.1."""
 
-    name = "flux"
+    record = FAMILY
     timestep_modes = TIMESTEP_MODES
     denoiser_kinds = ("flux",)
-    architecture = ARCHITECTURES["flux"]
-    sampling = SAMPLE_DEFAULTS["flux"]
     options = FluxOptions
     part_options = {
         "vae": frozenset({"ae"}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from library.core.errors import CheckpointError
 from library.core.options import option
-from library.dataset.architectures import ARCHITECTURES
+from library.families.sd import FAMILY
 from library.training.option_groups import ModelOptions
-from library.training.sampling_prompts import SAMPLE_DEFAULTS
 from library.training.wiring.base import tokenizer_problems
 from library.training.wiring.unet import UNetFamily, about_slot, foreign_to_unet
 
@@ -41,9 +39,7 @@ class SdOptions:
 class SdFamily(UNetFamily):
     """The wiring of Stable Diffusion 1 and 2."""
 
-    name = "sd"
-    architecture = ARCHITECTURES["sd"]
-    sampling = dataclasses.replace(SAMPLE_DEFAULTS["sd"], reads=frozenset({"sample_sampler"}))
+    record = FAMILY
     options = SdOptions
     kinds = frozenset({"sd1", "sd2"})
     part_options = {"vae": frozenset(), "text_encoders": frozenset({"clip_tokenizer"})}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from library.core.errors import CheckpointError
 from library.core.options import option
 from library.dataset import CachingOptions
-from library.dataset.architectures import ARCHITECTURES
+from library.families.sdxl import FAMILY
 from library.training.option_groups import ModelOptions
-from library.training.sampling_prompts import SAMPLE_DEFAULTS
 from library.training.wiring.base import tokenizer_problems
 from library.training.wiring.unet import UNetFamily, about_slot, foreign_to_unet, part_of
 
@@ -41,9 +39,7 @@ class SdxlOptions:
 class SdxlFamily(UNetFamily):
     """The wiring of SDXL."""
 
-    name = "sdxl"
-    architecture = ARCHITECTURES["sdxl"]
-    sampling = dataclasses.replace(SAMPLE_DEFAULTS["sdxl"], reads=frozenset({"sample_sampler"}))
+    record = FAMILY
     options = SdxlOptions
     kinds = frozenset({"sdxl"})
     part_options = {"vae": frozenset(), "text_encoders": frozenset({"clip_tokenizer"})}

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.core.errors import CheckpointError, ConfigError, Problems, did_you_mean
+from library.core.errors import CheckpointError, Problems
 from library.dataset import CachingOptions
 from library.training.inference_samplers import SamplerOptions, check_sampler, sampler_notices
 from library.training.option_groups import ModelOptions, NoiseOptions, SamplingOptions

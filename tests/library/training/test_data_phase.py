@@ -8,7 +8,7 @@ import pytest
 
 from library.core.errors import ConfigError
 from library.dataset.architectures import ARCHITECTURES
-from library.families.table import FAMILIES, script_name
+from library.families.registry import FAMILIES, script_name
 from library.training import checks, data_phase, trainer_base
 from library.training.parser_common import parse
 from library.training.trainables.network import NetworkTrainable

@@ -1,0 +1,109 @@
+"""Stable Diffusion 1 and 2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from library.families.latents import LatentSpec
+from library.families.record import (
+    AdapterFacts,
+    CacheNames,
+    FamilyRecord,
+    ModelKind,
+    SampleDefaults,
+    Signature,
+    TextKey,
+    TinyModel,
+)
+
+_CROSS_ATTENTION = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+_DIFFUSERS_CROSS = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+
+FAMILY = FamilyRecord(
+    name="sd",
+    title="Stable Diffusion 1 and 2",
+    page="docs/train_network.md",
+    place=20,
+    family="library.training.wiring.sd:SdFamily",
+    denoisers=("UNet2DConditionModel",),
+    targets="networks.lora_sd:TARGETS",
+    generator="library.generation.sd_generation",
+    pictures="gen_img.py",
+    tiny=(
+        TinyModel(name="sd1", title="Stable Diffusion 1", build="library.tiny_models.sd_tiny:build_tiny_sd1"),
+        TinyModel(
+            name="sd2", title="Stable Diffusion 2, velocity prediction", build="library.tiny_models.sd_tiny:build_tiny_sd2",
+            options=("--v_parameterization",),
+        ),
+    ),
+    latents=LatentSpec(channels=4, spatial_stride=8, fingerprint="ldm-f8c4"),
+    bucket_step=64,
+    caches=CacheNames(latents="_sd.npz", legacy_keys=True),
+    conditioning=(TextKey("hidden_state", encoders=(0,)),),
+    samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler"})),
+    model_kinds=(
+        ModelKind(
+            name="sd1",
+            wanted="a Stable Diffusion 1 checkpoint or diffusers folder",
+            subfolder="unet",
+            base_version="sd_v1",
+            modelspec="stable-diffusion-v1",
+            metadata={"ss_v2": "False"},
+            signatures=(
+                Signature(title="a Stable Diffusion 1 checkpoint", has=(_CROSS_ATTENTION,), detail="library.families.sd:channels"),
+                Signature(title="a Stable Diffusion 1 U-Net", has=(_DIFFUSERS_CROSS,), layout="diffusers"),
+            ),
+        ),
+        ModelKind(
+            name="sd2",
+            wanted="a Stable Diffusion 2 checkpoint or diffusers folder",
+            subfolder="unet",
+            base_version="sd_v2",
+            modelspec="stable-diffusion-v2",
+            metadata={"ss_v2": "True"},
+            signatures=(
+                Signature(
+                    title="a Stable Diffusion 2 checkpoint", sizes=((_CROSS_ATTENTION, 1, (1024,)),), detail="library.families.sd:channels",
+                    priority=10,
+                ),
+                Signature(title="a Stable Diffusion 2 U-Net", sizes=((_DIFFUSERS_CROSS, 1, (1024,)),), layout="diffusers", priority=10),
+            ),
+        ),
+        ModelKind(
+            name="vae_sd",
+            role="vae",
+            wanted="a Stable Diffusion autoencoder",
+            subfolder="vae",
+            signatures=(
+                Signature(
+                    title="a Stable Diffusion autoencoder",
+                    has=("encoder.down.0.block.0.norm1.weight", "quant_conv.weight"),
+                    detail="library.checkpoints.recognition:latent_channels",
+                    priority=10,
+                ),
+                Signature(
+                    title="a Stable Diffusion autoencoder",
+                    has=("encoder.down_blocks.0.resnets.0.conv1.weight", "quant_conv.weight"),
+                    layout="diffusers",
+                    priority=10,
+                ),
+            ),
+        ),
+    ),
+    wanted_denoiser="a Stable Diffusion 1 or 2 checkpoint or diffusers folder",
+    adapters=AdapterFacts(
+        title="Stable Diffusion 1 or 2",
+        parts=("lora_unet_down_blocks", "lora_te_text_model", "unet.down_blocks"),
+        priority=20,
+        text_widths=(768, 1024),
+        aliases=("sd1", "sd2", "sd15", "sd21"),
+        base_versions=("sd_v",),
+        modelspec=("stable-diffusion-v1", "stable-diffusion-v2"),
+    ),
+)
+
+
+def channels(table: Any) -> str:
+    """What the first layer of a U-Net says, of a KeyTable."""
+    count = table.size("input_blocks.0.0.weight", 1)
+    return {9: "inpainting, 9 input channels", 8: "image editing, 8 input channels"}.get(count or 4, "")

@@ -1,0 +1,61 @@
+"""Stable Diffusion 3 and 3.5: how their files are recognised and cached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from library.families.latents import LatentSpec
+from library.families.record import (
+    AdapterFacts,
+    CacheNames,
+    FamilyRecord,
+    ModelKind,
+    SampleDefaults,
+    Signature,
+    TextKey,
+)
+
+FAMILY = FamilyRecord(
+    name="sd3",
+    title="Stable Diffusion 3",
+    place=50,
+    latents=LatentSpec(channels=16, spatial_stride=8, patch=2, fingerprint="ldm-f8c16"),
+    bucket_step=16,
+    caches=CacheNames(latents="_sd3.npz", text="_sd3_te.npz"),
+    conditioning=(
+        TextKey("lg_out", encoders=(0, 1)),
+        TextKey("t5_out", encoders=(2,), is_sized=True),
+        TextKey("lg_pooled", rank=1, encoders=(0, 1)),
+        TextKey("clip_l_attn_mask", rank=1, dtype="int64"),
+        TextKey("clip_g_attn_mask", rank=1, dtype="int64"),
+        TextKey("t5_attn_mask", rank=1, dtype="int64", is_sized=True),
+    ),
+    text_flags=("apply_lg_attn_mask", "apply_t5_attn_mask"),
+    learning_encoders=(0, 1),
+    samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}),
+    model_kinds=(
+        ModelKind(
+            name="sd3",
+            signatures=(
+                Signature(
+                    title="a Stable Diffusion 3 checkpoint",
+                    has=("joint_blocks.0.x_block.attn.qkv.weight",),
+                    detail="library.families.sd3:detail",
+                ),
+                Signature(
+                    title="a Stable Diffusion 3 denoiser",
+                    has=("transformer_blocks.0.attn.add_k_proj.weight", "pos_embed.proj.weight"),
+                    layout="diffusers",
+                ),
+            ),
+        ),
+    ),
+    adapters=AdapterFacts(title="Stable Diffusion 3", parts=("joint_blocks",), priority=40),
+)
+
+
+def detail(table: Any) -> str:
+    """Which release it is, of a KeyTable."""
+    if not table.has("joint_blocks.0.x_block.attn.ln_q.weight"):
+        return "SD3 medium"
+    return "SD3.5 medium" if table.contains("x_block.attn2.") else "SD3.5 large"
