@@ -13,8 +13,8 @@ from torch import Tensor
 
 from library.components.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer, vocabulary_problem
 from library.core.errors import ConfigError
-from library.families.anima import FAMILY
 from library.dataset.latent_cache import LatentEncoder
+from library.families.anima import FAMILY
 from library.strategy_base import (
     LatentsCachingStrategy,
     TextEncoderOutputsCachingStrategy,

@@ -258,6 +258,34 @@ class TextEncoderOutputsCachingStrategy(PluginSlot, TextCache):
         return self.layout.named([None if array is None else torch.from_numpy(array) for array in arrays], type(self).__name__, has_batch=False)
 
 
+class _FamilyLatents(LatentsCachingStrategy):
+    """The latent cache of a run as plug-ins know it."""
+
+    def __init__(self, cache: LatentCache) -> None:
+        self.__dict__.update(cache.__dict__)
+
+    def encode(self, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+        return self.encoder.encode(vae, images, seeds)
+
+
+class _FamilyText(TextEncoderOutputsCachingStrategy):
+    """The text cache of a run as plug-ins know it."""
+
+    def __init__(self, cache: TextCache) -> None:
+        self.__dict__.update(cache.__dict__)
+        self._is_partial = any(cache.trained)
+
+
+def latents_strategy_of(cache: LatentCache) -> LatentsCachingStrategy:
+    """The same cache by the known interface."""
+    return cache if isinstance(cache, LatentsCachingStrategy) else _FamilyLatents(cache)
+
+
+def text_strategy_of(cache: TextCache | None) -> TextEncoderOutputsCachingStrategy | None:
+    """The same cache by the known interface; None stays None."""
+    return cache if cache is None or isinstance(cache, TextEncoderOutputsCachingStrategy) else _FamilyText(cache)
+
+
 def _overrides(strategy: Any, base: type, method: str) -> bool:
     """Whether a subclass has its own version of a method."""
     return getattr(type(strategy), method) is not getattr(base, method)

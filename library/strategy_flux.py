@@ -11,8 +11,8 @@ from torch import Tensor
 from library.components import text_encoder_utils
 from library.components.tokenizers import load_clip_tokenizer, load_t5_tokenizer, vocabulary_problem
 from library.core.errors import ConfigError
-from library.families.flux import FAMILY
 from library.dataset.latent_cache import LatentEncoder
+from library.families.flux import FAMILY
 from library.strategy_base import (
     LatentsCachingStrategy,
     TextEncoderOutputsCachingStrategy,

@@ -67,6 +67,9 @@ class Decoded:
         return self.job.batch_key
 
 
+T = TypeVar("T", LatentsJob, Decoded)
+
+
 @dataclass
 class Encoded:
     """Float32 results of one job, on the CPU."""
@@ -203,9 +206,6 @@ def _decoded(jobs: Sequence[LatentsJob], threads: int, batch_size: int, bad: lis
 def decode(job: LatentsJob) -> Decoded:
     identity = ImageIdentity.of(job.item.absolute_path, with_content=True)
     return Decoded(job, read_pixels(job.item, Geometry.centred(job.item), with_alpha=job.alpha_mask), identity)
-
-
-T = TypeVar("T", "LatentsJob", "Decoded")
 
 
 def _batches(entries: Iterable[T], size: int) -> Iterator[list[T]]:
