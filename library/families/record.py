@@ -168,8 +168,8 @@ class FamilyRecord:
     """the table of layers that adapters train, in a module that makes LoRAs for the family"""
     layer_names: str = ""
     """module with `names()`, of a family whose adapter files can be renamed though nothing trains it"""
-    generator: str = ""
-    """module with the family's part of the image scripts that serve several families"""
+    pipeline: str = ""
+    """class of library/generation that makes pictures: the samples while training, and those of its image scripts"""
     pictures: str = ""
     """the script that makes images with it"""
     tiny: tuple[TinyModel, ...] = ()
@@ -196,7 +196,7 @@ class FamilyRecord:
     adapters_of: str = ""
     """the family whose adapters these are too"""
     variant_of: tuple[str, str, str] | None = None
-    """(family, option, value): the option of that family's scripts that chooses this record"""
+    """(family, option, value): the option of that family's scripts that chooses this record; both families have the option"""
 
     @property
     def network_module(self) -> str:

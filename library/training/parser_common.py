@@ -8,16 +8,19 @@ Nothing heavy is imported here: groups are named as texts and their packages hol
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from library.core.errors import ConfigError
 from library.core.options import Config
 from library.core.registry import import_target
-from library.families.registry import record_of
-from library.training.option_groups import SHARED_GROUPS
+from library.families.registry import record_of, variants_of
+from library.training.config_file import read_config_file
+from library.training.option_groups import SHARED_GROUPS, ConfigFileOptions, HookOptions
 from library.training.option_reader import Note, OptionReader, Script, parser_of
 
 logger = logging.getLogger(__name__)
@@ -72,6 +75,28 @@ class Parsed:
     notes: tuple[Note, ...]
 
 
+def chosen_variant(family: str, argv: Sequence[str] | None) -> str:
+    """The family itself, or the variant that an option on the command line or in its configuration file chooses instead
+    (`FamilyRecord.variant_of`). Whatever is wrong with the options is told when they are read with those of the family."""
+    variants = variants_of(family)
+    if not variants:
+        return family
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("config_file", *dict.fromkeys(record.variant_of[1] for record in variants if record.variant_of)):
+        reader.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), dest=name)
+    try:
+        given = vars(reader.parse_known_args(sys.argv[1:] if argv is None else list(argv))[0])
+        in_file = read_config_file(given["config_file"]) if given["config_file"] else {}
+    except (argparse.ArgumentError, ConfigError):
+        return family
+    values = {**{key.replace("-", "_"): value for key, value in in_file.items()}, **{key: value for key, value in given.items() if value is not None}}
+    for record in variants:
+        _, name, value = record.variant_of
+        if values.get(name) == value:
+            return record.name
+    return family
+
+
 def script(family: str, trainable: str) -> Script:
     """The options of the script that trains `trainable` of `family`."""
     family_class = import_target(record_of(family).family)
@@ -106,7 +131,24 @@ def parse(argv: Sequence[str] | None, family: str, trainable: str) -> Config:
 
 def parse_command(argv: Sequence[str] | None, family: str, trainable: str) -> Parsed:
     """Like `parse`, with the log lines handed back: the log is set up from the options themselves."""
-    return parse_script(argv, script(family, trainable))
+    argv = sys.argv[1:] if argv is None else argv
+    return parse_script(argv, with_own_hooks(script(family, trainable), argv))
+
+
+def with_own_hooks(what: Script, argv: Sequence[str]) -> Script:
+    """The script with the options of the hooks that the command line or its configuration file name."""
+    reader = OptionReader(Script(what.family, what.trainable, (ConfigFileOptions, HookOptions), {}, {}))
+    try:
+        written = reader.command_line([word for word in argv if word not in ("-h", "--help")])
+        in_file = reader.file(written["config_file"], written) if written.get("config_file") else {}
+        names = reader.converted({**in_file, **written}, "--{name}").get("hook")
+    except ConfigError:
+        names = None  # what is wrong is told when all options are read
+    if not names:
+        return what
+    from library.training.own_hooks import option_groups_of
+
+    return dataclasses.replace(what, classes=(*what.classes, *option_groups_of(names, what.owners)))
 
 
 def parse_script(argv: Sequence[str] | None, what: Script) -> Parsed:

@@ -18,7 +18,6 @@ from library.training.wiring.unet import UNetFamily, about_slot, foreign_to_unet
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from library.components.ldm_utils import AutoEncoderInfo
     from library.components.unet_utils import UNetInfo
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents
     from library.training.run import DiTOutput, Models
-    from library.training.sampling_prompts import SamplePrompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,20 +91,14 @@ class SdxlFamily(UNetFamily):
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_sdxl
-        from library.checkpoints.identity import combined_identity, model_identity
         from library.dataset.strategies import StrategySet
         from library.dataset.text_cache_io import TEXT_LAYOUTS
 
-        model, caching, text = self.config[ModelOptions], self.config[CachingOptions], None
-        if caching.caches_text:
-            text = strategy_sdxl.SdxlTextEncoderOutputsCachingStrategy(
-                caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check,
-                is_weighted=model.weighted_captions,
-            )
-            parts = {part_of(self.base_path, name) for name in ("text_encoder", "text_encoder_2")}
-            text.trained = trained
-            text.model_identity = combined_identity([model_identity(part) for part in sorted(parts)])
-            text.max_token_length = model.max_token_length or 75
+        model = self.config[ModelOptions]
+        parts = {part_of(self.base_path, name) for name in ("text_encoder", "text_encoder_2")}
+        text = self.text_cache(
+            trained, sorted(parts), is_weighted=model.weighted_captions, max_token_length=model.max_token_length or 75
+        )
         tokenize = strategy_sdxl.SdxlTokenizeStrategy(
             model.max_token_length, tokenizers=self._tokenizers, is_weighted=model.weighted_captions
         )
@@ -134,14 +126,6 @@ class SdxlFamily(UNetFamily):
         sizes = (batch.original_sizes_hw, batch.crop_top_lefts, batch.target_sizes_hw)
         prediction = predict_noise(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, sizes, **inputs)
         return DiTOutput(prediction, sample.target)
-
-    def generate(self, models: Models, prompt: SamplePrompt, conditioning: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor] | None) -> Image.Image:
-        """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
-        from library.sdxl_train_utils import guided_predictor
-
-        settings = self.sample_settings(prompt)
-        predict = guided_predictor(models.denoiser, conditioning, negative, settings.cfg_scale, settings.height, settings.width)
-        return self.image_of(models, predict, settings)
 
     def metadata(self) -> dict[str, Any]:
         return {"ss_base_model_version": "sdxl_base_v1-0"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,10 +21,9 @@ from library.training.wiring.base import ModelFamily, foreign_to_ddpm
 if TYPE_CHECKING:
     import torch
 
-    from library.components.ldm_coding import SampleSettings
     from library.components.ldm_utils import AutoEncoderInfo
     from library.components.unet_utils import UNetInfo
-    from library.strategy_base import LatentsCachingStrategy
+    from library.dataset.latent_cache import LatentCache
     from library.training.accelerator_setup import Runtime
     from library.training.objective import Objective
 
@@ -128,16 +128,10 @@ class UNetFamily(ModelFamily):
     def disable_mmap(self) -> bool:
         return self.config[ModelOptions].disable_mmap_load_safetensors
 
-    def latents_caching(self) -> LatentsCachingStrategy:
-        from library.checkpoints.identity import model_identity
-        from library.strategy_ldm import SdSdxlLatentsCachingStrategy
+    def latents_caching(self) -> LatentCache:
+        from library.strategy_ldm import LdmLatentEncoder
 
-        caching = self.config[CachingOptions]
-        strategy = SdSdxlLatentsCachingStrategy(
-            self.architecture.name == "sd", caching.cache_latents_to_disk, caching.vae_batch_size, caching.skip_cache_check
-        )
-        strategy.model_identity = model_identity(part_of(self.vae_path, "vae"))
-        return strategy
+        return self.latent_cache(LdmLatentEncoder(), part_of(self.vae_path, "vae"))
 
     def load_vae(self, runtime: Runtime) -> torch.nn.Module:
         from library.components.ldm_utils import load_autoencoder
@@ -183,26 +177,9 @@ class UNetFamily(ModelFamily):
     def _check_sampler(name: str, what: str) -> None:
         check_sampler(name, what)
 
-    @staticmethod
-    def sample_settings(prompt: SamplePrompt) -> SampleSettings:
-        from library.components.ldm_coding import SampleSettings
-
-        return SampleSettings(
-            height=prompt.height, width=prompt.width, num_steps=prompt.sample_steps, seed=prompt.seed, cfg_scale=prompt.scale,
-            sampler=prompt.sample_sampler,
-        )
-
-    def image_of(self, models: Any, predict: Any, settings: SampleSettings) -> Any:
-        """The PIL image of a guided predictor."""
-        from library.components.ldm_coding import generate_unet_latents
-        from library.generation.sampling_utils import decode_to_image
-
+    def pipeline_settings(self) -> Mapping[str, Any]:
         objective = self.objective()
-        latents = generate_unet_latents(
-            predict, settings, prediction_type=objective.prediction_type, zero_terminal_snr=objective.zero_terminal_snr,
-            device=models.denoiser.device,
-        )
-        return decode_to_image(models.vae, latents)
+        return {"prediction_type": objective.prediction_type, "zero_terminal_snr": objective.zero_terminal_snr}
 
 
 def part_of(path: str, subfolder: str) -> Path:

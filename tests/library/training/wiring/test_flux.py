@@ -127,7 +127,7 @@ def test_strategies_follow_the_caching_options(tiny):
     assert plain.text_encoder_outputs_caching is None and plain.latents_caching is not None
     cached = family_of(tiny, cache_text_encoder_outputs=True, apply_t5_attn_mask=True).strategies(trained=[True, False])
     text = cached.text_encoder_outputs_caching
-    assert text.live == {"l_pooled"} and text.is_partial and not text.cache_to_disk and text.max_token_length == 16 and len(text.model_identity) == 32
+    assert text.live == {"l_pooled"} and not text.cache_to_disk and text.max_token_length == 16 and len(text.model_identity) == 32
     assert plain.tokenize.tokenize("a cat")[1].shape == (1, 16)
 
 
@@ -167,6 +167,6 @@ def test_an_image_of_the_family(tiny):
     prompt = family.sample_defaults(SamplePrompt(prompt="a red cat", width=40, height=33, sample_steps=2, seed=3))
     assert (prompt.width, prompt.height, prompt.scale, prompt.guidance_scale) == (32, 32, 1.0, 3.5)
     one = {name: tensor[:1] for name, tensor in conditioning.items()}
-    image = family.generate(models, prompt, one, None)
+    image = family.pipeline(models).sample(prompt, one, None)
     assert image.size == (32, 32)
-    assert image.tobytes() == family.generate(models, prompt, one, None).tobytes()
+    assert image.tobytes() == family.pipeline(models).sample(prompt, one, None).tobytes()
