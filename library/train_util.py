@@ -33,7 +33,7 @@ _HOMES = {
         "library.compat.datasets", "BaseDataset", "DatasetGroup", "DreamBoothDataset", "DreamBoothSubset", "FineTuningDataset",
         "FineTuningSubset", "MinimalDataset", "collator_class", "debug_dataset", "load_arbitrary_dataset",
     ),
-    **homes("library.compat.sd_names", "load_target_model"),
+    **homes("library.compat.sd_names", "load_target_model", "replace_unet_modules"),
     **homes("library.compat.modelspec", "get_sai_model_spec", "get_sai_model_spec_dataclass"),
     **homes("library.compat.samples", "line_to_prompt_dict", "load_prompts"),
     **homes("library.checkpoints.hashes", "calculate_sha256", "model_hash", "precalculate_safetensors_hashes"),

@@ -26,7 +26,7 @@ __all__ = [
     "convert_ldm_clip_checkpoint_v1", "convert_ldm_clip_checkpoint_v2", "convert_ldm_unet_checkpoint", "convert_ldm_vae_checkpoint",
     "convert_text_encoder_state_dict_to_sd_v2", "convert_unet_state_dict_to_sd", "convert_vae_state_dict",
     "get_model_version_str_for_sd1_sd2", "is_safetensors", "load_models_from_stable_diffusion_checkpoint", "load_target_model", "load_vae",
-    "make_bucket_resolutions", "save_diffusers_checkpoint", "save_stable_diffusion_checkpoint",
+    "make_bucket_resolutions", "replace_unet_modules", "save_diffusers_checkpoint", "save_stable_diffusion_checkpoint",
 ]  # fmt: skip
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -60,6 +60,10 @@ def load_models_from_stable_diffusion_checkpoint(
 
 def load_vae(vae_id: str, dtype: torch.dtype | None) -> AutoEncoder:
     return load_vae_sd(vae_id, dtype, "cpu")
+
+
+def replace_unet_modules(unet: UNet2DConditionModel, mem_eff_attn: bool, xformers: bool, sdpa: bool) -> None:
+    """Nothing: all of them give what torch's own attention gives, which is what computes here."""
 
 
 def load_target_model(
