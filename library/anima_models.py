@@ -361,6 +361,11 @@ class Anima(BlockStackMixin, nn.Module):
         return self.t_embedding_norm.weight.device
 
     @property
+    def feature_width(self) -> int:
+        """Width of the tokens that `feature_layer` gives."""
+        return self.params.model_channels
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Norms tell it: weights of linear layers may be stored in 8 bits."""
         return self.t_embedding_norm.weight.dtype

@@ -240,6 +240,11 @@ class Flux(BlockStackMixin, nn.Module):
         return self.img_in.bias.device
 
     @property
+    def feature_width(self) -> int:
+        """Width of the tokens that `feature_layer` gives."""
+        return self.params.hidden_size
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
         return self.img_in.bias.dtype

@@ -104,7 +104,7 @@ class ModelFamily(ABC):
 
     gives_features: ClassVar[bool] = False
     """whether `predict` takes `feature_layer` and gives the image tokens [B, L, hidden] after that block of `repeated_blocks` as
-    DiTOutput.extra["features"], and takes times per token"""
+    DiTOutput.extra["features"], and takes times per token; the denoiser has a `feature_width` then"""
 
     def __init__(self, config: Config) -> None:
         self.config = config
