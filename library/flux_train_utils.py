@@ -66,12 +66,13 @@ def predict_velocity(
     guidance: float,
     use_t5_mask: bool = False,
     **inputs: Any,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Velocity (noise - data) [B, C, H, W] of noisy latents [B, C, H, W]; H and W must be even.
 
-    `timesteps` [B] are on the 0..1000 scale, float32; the model gets them divided by 1000. `conditioning` has
-    the keys of the family; the T5 mask reaches the model only with `use_t5_mask`. `guidance` is the
-    embedded scale, one float32 number per sample; a model without that embedding (schnell) ignores it.
+    `timesteps` [B], or [B, (H/2)(W/2)] for a time per token, are on the 0..1000 scale, float32; the model gets them divided by 1000.
+    `conditioning` has the keys of the family; the T5 mask reaches the model only with `use_t5_mask`. `guidance` is the embedded
+    scale, one float32 number per sample; a model without that embedding (schnell) ignores it. With `feature_layer` among
+    `inputs` the result is (velocity, tokens [B, L, hidden] after that block).
     """
     batch_size, _, height, width = noisy_latents.shape
     t5_out = conditioning["t5_out"]
@@ -88,6 +89,8 @@ def predict_velocity(
         txt_attention_mask=conditioning["t5_attn_mask"].to(device) if use_t5_mask else None,
         **inputs,
     )
+    if isinstance(velocity, tuple):
+        return unpack_latents(velocity[0], height // 2, width // 2), velocity[1]
     return unpack_latents(velocity, height // 2, width // 2)  # [B, C, H, W]
 
 
