@@ -20,7 +20,6 @@ from library.core.file_limits import cut_name, name_length, name_limit
 from library.core.options import Config, MissingGroup
 from library.core.text_files import parse_toml, read_text
 from library.dataset import CachingOptions, DatasetOptions
-from library.families.registry import script_name
 from library.training.checkpoint import CheckpointNames
 from library.training.device_checks import precision_problems, precision_warnings
 from library.training.earlier_runs import existing_problems, final_file, resumed_state
@@ -84,7 +83,7 @@ def all_problems(config: Config, family: type[ModelFamily], trainable: type[Trai
     attempt(lambda: changed_fixed_problems(config, family(config), trainable(config)))
     attempt(lambda: family(config).check())
     attempt(lambda: trainable(config).check(family(config)))
-    attempt(lambda: find_data(config, family.architecture, script_name(family.name, trainable.script)) and None)
+    attempt(lambda: find_data(config, family.architecture, trainable.dataset_rules(family)) and None)
     return problems.messages
 
 

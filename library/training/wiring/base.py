@@ -221,6 +221,11 @@ class ModelFamily(ABC):
     def modelspec(self) -> dict[str, str | None]:
         """architecture, implementation (and prediction_type where it applies) for modelspec.* metadata."""
 
+    def save_model(self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+        """Write the base model as it is now, in the layout that its files have; safely. Families without it cannot be fine-tuned
+        whole."""
+        raise UnsupportedCombination(f"{self.name} models cannot be written whole")
+
     def new_control_net(self, models: Models) -> torch.nn.Module:
         raise UnsupportedCombination(f"{self.name} has no ControlNet training")
 
