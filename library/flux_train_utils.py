@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from library.core.lazy_names import homes, lazy_names
 from library.flux_utils import pack_latents, prepare_img_ids, unpack_latents
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
@@ -23,6 +24,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from library.flux_models import Flux
+
+__getattr__, __dir__ = lazy_names(__name__, homes(
+    "library.compat.flux_names", "add_flux_train_arguments", "apply_model_prediction_type", "get_noisy_model_input_and_timesteps",
+    "get_sigmas", "sample_images",
+))
 
 BASE_TOKENS, BASE_SHIFT = 256, 0.5
 MAX_TOKENS, MAX_SHIFT = 4096, 1.15
@@ -105,7 +111,7 @@ def denoise(
 
 
 def compute_density_for_timestep_sampling(
-    weighting_scheme: str, batch_size: int, logit_mean: float, logit_std: float, mode_scale: float
+    weighting_scheme: str, batch_size: int, logit_mean: float = 0.0, logit_std: float = 1.0, mode_scale: float = 1.29
 ) -> Tensor:
     """Numbers [B] in 0..1 that follow `--weighting_scheme`, drawn from torch's global generator (for foreign callers)."""
     from library.training.timesteps import density
