@@ -1,11 +1,11 @@
 """Make images with Stable Diffusion 1, 2 and SDXL, with and without networks."""
 
-from library.generation import unet_inference
+from library.generation.gen_img import script
 
 
 def setup_parser():
-    return unet_inference.build_parser()
+    return script.build_parser()
 
 
 if __name__ == "__main__":
-    unet_inference.main()
+    script.main()

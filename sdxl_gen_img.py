@@ -1,11 +1,11 @@
 """Make images with SDXL, with and without networks: gen_img.py with --sdxl."""
 
-from library.generation import unet_inference
+from library.generation.gen_img import script
 
 
 def setup_parser():
-    return unet_inference.build_parser(sdxl=True)
+    return script.build_parser(sdxl=True)
 
 
 if __name__ == "__main__":
-    unet_inference.main(sdxl=True)
+    script.main(sdxl=True)

@@ -1,19 +1,15 @@
-"""Numerics that only Anima has: the forward that training and sampling share, and making one image.
-
-Times are float32 up to the sinusoid of the model, and latents are float32 between the steps of a sampler.
+"""Numerics that only Anima has: the forward that training and sampling share, with times in float32 up to the
+sinusoid of the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, Sampler, guided_velocity, start_noise
-from library.training.inference_samplers.common import noise_of
+from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
 if TYPE_CHECKING:
     from library.anima_models import Anima
@@ -41,36 +37,3 @@ def predict_velocity(
         **inputs,
     )
     return velocity[:, :, 0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleSettings:
-    """How one image is made. `cfg_scale` 1 (or no negative prompt) means one forward per step."""
-
-    height: int
-    width: int
-    seed: int
-    cfg_scale: float = 7.5
-
-
-@torch.no_grad()
-def generate_latents(
-    denoiser: Anima,
-    settings: SampleSettings,
-    conditioning: Mapping[str, Tensor],
-    negative: Mapping[str, Tensor] | None,
-    *,
-    sampler: Sampler,
-    sigmas: Tensor,
-) -> Tensor:
-    """Latents [1, C, height/8, width/8] of one image, float32: CPU noise of the seed, then the sampler along `sigmas`."""
-
-    def predict(latents: Tensor, times: Tensor, given: Mapping[str, Tensor]) -> Tensor:
-        return predict_velocity(denoiser, latents, times, given)
-
-    height, width = settings.height // SPATIAL_STRIDE, settings.width // SPATIAL_STRIDE
-    noise = start_noise(settings.seed, denoiser.params.in_channels, height, width)
-    velocity = guided_velocity(predict, conditioning, negative if settings.cfg_scale != 1.0 else None, settings.cfg_scale)
-    generator = torch.Generator("cpu").manual_seed(settings.seed + 1)  # samplers with noise of their own draw from here
-    latents = noise.to(denoiser.device)
-    return sampler(velocity, latents, sigmas.to(denoiser.device), noise_of([generator], latents))

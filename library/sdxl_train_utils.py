@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from library.attention import timestep_embedding
-from library.components.ldm_coding import guided, sampling_passes
 
 if TYPE_CHECKING:
     from library.sdxl_models import SdxlUNet2DConditionModel
@@ -42,28 +41,3 @@ def predict_noise(
     width = (unet.params.adm_in_channels - pooled.shape[1]) // NUM_SIZES
     embedded = get_size_embeddings(*(size.to(device) for size in sizes), width=width)
     return unet(noisy_latents, timesteps, context, torch.cat((pooled, embedded.to(pooled.dtype)), dim=1), **inputs)
-
-
-def guided_predictor(
-    unet: SdxlUNet2DConditionModel, conditioning: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None, cfg_scale: float,
-    height: int, width: int,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (latents [1, 4, H, W], timestep) -> prediction; see `sampling_passes` for how both prompts run. The sizes are
-    those of the picture, uncropped."""
-    with_cfg = negative is not None and cfg_scale != 1.0
-    passes = sampling_passes(conditioning, negative if with_cfg else None)
-
-    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        made = []
-        for states in passes:
-            rows = len(states["pool2"])
-            times = torch.full((rows,), float(timestep), device=latents.device)
-            size, crop = torch.tensor([[height, width]] * rows), torch.zeros(rows, 2, dtype=torch.long)
-            made.append(predict_noise(unet, latents.repeat(rows, 1, 1, 1), times, states, (size, crop, size)).float())
-        predicted = torch.cat(made)
-        if not with_cfg:
-            return predicted
-        first, second = predicted.chunk(2)
-        return guided(second, first, cfg_scale)
-
-    return predict

@@ -24,14 +24,16 @@ LAYERS: tuple[tuple[str, int], ...] = (
     # 6: wiring and scripts, found by name, never imported by shared code
     ("library/training/wiring/base.py", 5), ("library/training/wiring/unet.py", 5),
     ("library/training/wiring/*.py", 6), ("library/training/cli.py", 6),
-    ("library/generation/*_inference.py", 6), ("library/generation/script.py", 6), ("library/generation/adapters.py", 6),
-    ("library/generation/networks.py", 6), ("library/scripts/*.py", 6), ("library/train_util.py", 6),
+    ("library/generation/*_inference.py", 6), ("library/generation/script.py", 6), ("library/generation/gen_img/script.py", 6),
+    ("library/scripts/*.py", 6), ("library/train_util.py", 6),
     ("tools/*.py", 6), ("finetune/*.py", 6), ("*.py", 6),
     # 7: the inside of a tool or script, which imports it in its functions
-    ("tools/*/*.py", 7), ("library/generation/*_pipeline.py", 7),
+    ("tools/*/*.py", 7),
     # 0: core, tables, and records without tensors
     ("library/__init__.py", 0), ("networks/__init__.py", 0), ("library/*/__init__.py", 0), ("library/*/*/__init__.py", 0),
-    ("networks/*/__init__.py", 0), ("library/core/*.py", 0), ("library/families/*.py", 0), ("library/generation/dynamic_prompts.py", 0),
+    ("networks/*/__init__.py", 0), ("library/core/*.py", 0), ("library/families/*.py", 0), ("library/generation/gen_img/dynamic_prompts.py", 0),
+    ("library/generation/requests.py", 0), ("library/generation/adapter_files.py", 0), ("library/generation/*_options.py", 0),
+    ("library/generation/gen_img/options.py", 0), ("library/generation/gen_img/prompts.py", 0), ("library/training/sampling_prompts.py", 0),
     ("library/training/option_groups.py", 0), ("library/training/option_reader.py", 0), ("library/training/config_file.py", 0),
     ("library/training/keyword_args.py", 0), ("library/training/known_options*.py", 0),
     # 1: building blocks
@@ -39,7 +41,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/*_models.py", 1), ("library/components/*_models.py", 1), ("library/checkpoints/number_formats.py", 1),
     ("library/generation/image_grid.py", 1), ("library/generation/prompt_weighting.py", 1),
     # 4 by name, before the wider pattern of row 2
-    ("library/*_train_utils.py", 4), ("library/lora_utils.py", 4), ("library/components/ldm_coding.py", 4),
+    ("library/*_train_utils.py", 4), ("library/lora_utils.py", 4),
     # 2: files and checkpoints, and parts that several families share
     ("library/checkpoints/*.py", 2), ("library/components/*.py", 2), ("library/*_utils.py", 2), ("library/huggingface_util.py", 2),
     ("library/sai_model_spec.py", 2), ("library/tiny_models/*.py", 2), ("library/generation/picture_files.py", 2),
@@ -47,7 +49,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/strategy_*.py", 3), ("library/dataset/*.py", 3), ("library/config_util.py", 3),
     # 4: numerics and adapters
     ("networks/*.py", 4), ("networks/*/*.py", 4), ("library/training/objective.py", 4), ("library/training/timesteps.py", 4),
-    ("library/training/sampling_prompts.py", 4), ("library/generation/*.py", 4),
+    ("library/generation/*.py", 4), ("library/generation/gen_img/*.py", 4),
     ("library/training/optimizers/*.py", 4), ("library/training/schedulers/*.py", 4), ("library/training/losses/*.py", 4),
     ("library/training/loss_weights/*.py", 4), ("library/training/timestep_samplers/*.py", 4),
     ("library/training/inference_samplers/*.py", 4), ("library/training/adapters/*.py", 4),

@@ -29,7 +29,7 @@ BEGIN, END = "<!-- options: begin -->", "<!-- options: end -->"
 
 def generation_script() -> Script:
     """The option groups of gen_img.py in the form of a training script."""
-    from library.generation.unet_inference import CLASSES
+    from library.generation.gen_img.script import CLASSES
 
     return Script("sd", "generation", CLASSES, {}, {})
 

@@ -13,7 +13,7 @@ from library.compat.trainers import NetworkTrainer
 from library.core.errors import ConfigError
 from library.core.options import Config
 from library.core.registry import import_target
-from library.families.table import family_entry
+from library.families.registry import record_of
 from library.training import checks, cli, parser_common
 from library.training.hooks.base import Hook
 from library.training.hooks.sample import SampleHook
@@ -36,7 +36,7 @@ def train(owner: NetworkTrainer, args: Any) -> None:
     cli.set_up_logging(config[ConsoleOptions])
     for line in checks.warnings(config):
         cli.logger.warning(line)
-    family = called_family(import_target(family_entry(owner.family).family))(config)
+    family = called_family(import_target(record_of(owner.family).family))(config)
     trainable = import_target(parser_common.TRAINABLES[owner.trainable].trainable)(config)
     owner.run = family.calls = Calls(owner, args, family, trainable)
     CalledTrainer(config, family, trainable, [CallingHook(owner.run)]).run()

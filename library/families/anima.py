@@ -26,6 +26,7 @@ FAMILY = FamilyRecord(
     family="library.training.wiring.anima:AnimaFamily",
     denoisers=("Anima",),
     targets="networks.lora_anima:TARGETS",
+    pipeline="library.generation.anima_pipeline:AnimaPipeline",
     pictures="anima_minimal_inference.py",
     tiny=(
         TinyModel(name="anima", title="Anima", build="library.tiny_models.anima_tiny:build_tiny_anima", network_module="networks.lora_anima"),

@@ -26,6 +26,7 @@ FAMILY = FamilyRecord(
     family="library.training.wiring.flux:FluxFamily",
     denoisers=("Flux",),
     targets="networks.lora_flux:TARGETS",
+    pipeline="library.generation.flux_pipeline:FluxPipeline",
     pictures="flux_minimal_inference.py",
     tiny=(
         TinyModel(name="flux", title="FLUX.1 dev", build="library.tiny_models.flux_tiny:build_tiny_flux", network_module="networks.lora_flux"),

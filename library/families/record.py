@@ -168,8 +168,8 @@ class FamilyRecord:
     """the table of layers that adapters train, in a module that makes LoRAs for the family"""
     layer_names: str = ""
     """module with `names()`, of a family whose adapter files can be renamed though nothing trains it"""
-    generator: str = ""
-    """module with the family's part of the image scripts that serve several families"""
+    pipeline: str = ""
+    """class of library/generation that makes pictures: the samples while training, and those of its image scripts"""
     pictures: str = ""
     """the script that makes images with it"""
     tiny: tuple[TinyModel, ...] = ()

@@ -27,7 +27,7 @@ FAMILY = FamilyRecord(
     family="library.training.wiring.sd:SdFamily",
     denoisers=("UNet2DConditionModel",),
     targets="networks.lora_sd:TARGETS",
-    generator="library.generation.sd_generation",
+    pipeline="library.generation.sd_pipeline:SdPipeline",
     pictures="gen_img.py",
     tiny=(
         TinyModel(name="sd1", title="Stable Diffusion 1", build="library.tiny_models.sd_tiny:build_tiny_sd1"),

@@ -23,7 +23,7 @@ FAMILY = FamilyRecord(
     family="library.training.wiring.sdxl:SdxlFamily",
     denoisers=("SdxlUNet2DConditionModel",),
     targets="networks.lora_sdxl:TARGETS",
-    generator="library.generation.sdxl_generation",
+    pipeline="library.generation.sdxl_pipeline:SdxlPipeline",
     pictures="sdxl_gen_img.py",
     tiny=(TinyModel(name="sdxl", title="SDXL", build="library.tiny_models.sdxl_tiny:build_tiny_sdxl"),),
     latents=LatentSpec(channels=4, spatial_stride=8, fingerprint="ldm-f8c4"),

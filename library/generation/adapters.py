@@ -1,15 +1,15 @@
-"""LoRA files of the image scripts: reading the arguments, checking the files, hooking or merging them, multipliers."""
+"""Adapters of the image scripts in models: hooked, or merged while the models are read; their strengths."""
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from library.core.errors import CheckpointError, ConfigError, Problems, foreign_errors
+from library.core.errors import CheckpointError, ConfigError, foreign_errors
+from library.generation.adapter_files import AdapterChoice, AdapterFile, LayerFilter
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,88 +17,6 @@ if TYPE_CHECKING:
     from library.lora_utils import MergeOnLoad
 
 logger = logging.getLogger(__name__)
-
-OWN_MODULE = "networks.lora"
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """An adapter file and how strongly it works. `module`: the network module that reads it, with these `arguments`."""
-
-    path: str
-    multiplier: float = 1.0
-    module: str = OWN_MODULE
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LayerFilter:
-    """Which layers of the files are used: with `include` those that one of its patterns finds, without those that one of
-    `exclude` finds. Patterns are searched in the layer's name in the file and in its dotted path."""
-
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-
-    def problems(self) -> list[str]:
-        found = []
-        for option, patterns in (("include_patterns", self.include), ("exclude_patterns", self.exclude)):
-            for pattern in patterns:
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    found.append(f"--{option} has '{pattern}', which is no regular expression: {error}")
-        return found
-
-    def accepts(self, names: Sequence[str]) -> bool:
-        def hit(patterns: Sequence[str]) -> bool:
-            return any(re.search(pattern, name) for pattern in patterns for name in names)
-
-        return (not self.include or hit(self.include)) and not hit(self.exclude)
-
-
-def parse_adapter_argument(text: str, option: str = "lora_weights") -> AdapterFile:
-    """`path` or `path;multiplier`; ConfigError when the multiplier is no number."""
-    path, separator, multiplier = text.rpartition(";")
-    if not separator:
-        return AdapterFile(text)
-    try:
-        return AdapterFile(path, float(multiplier))
-    except ValueError:
-        raise ConfigError(f'--{option} has "{text}"; the text after ; is the multiplier, a number') from None
-
-
-def adapter_problems(texts: Sequence[str] | None, family: str, option: str = "lora_weights") -> list[str]:
-    """What is wrong with arguments of the form `path;multiplier` and with the files that they name, from headers. `family`: of the
-    model."""
-    problems = Problems()
-    for text in texts or ():
-        adapter = problems.attempt(lambda: parse_adapter_argument(text, option))
-        if adapter is not None:
-            problem = file_problem(adapter.path, option, family)
-            if problem:
-                problems.add(problem)
-    return problems.messages
-
-
-def file_problem(path: str, option: str, family: str) -> str | None:
-    """A message when a file is no adapter, or one that is known to be for another family; None otherwise."""
-    from library.checkpoints.kinds import check_adapter, check_slot
-    from library.families.registry import record_of
-
-    return check_slot(path, option, {"adapter"}, with_pickles=True) or check_adapter(path, option, record_of(family).adapters.title)
-
-
-def multiplier_problems(multipliers: Sequence[float] | None, num_adapters: int, *, merged: bool) -> list[str]:
-    """What is wrong with the multipliers of one prompt line."""
-    if multipliers is None:
-        return []
-    if not num_adapters:
-        return ["--m gives multipliers, and there are no adapters"]
-    if merged:
-        return ["--m needs adapters that are hooked; these are merged into the weights (--merge_lora_weights)"]
-    if len(multipliers) > num_adapters:
-        return [f"--m gives {len(multipliers)} multipliers for {num_adapters} adapters"]
-    return []
 
 
 def _told(adapter: AdapterFile) -> AbstractContextManager[None]:
@@ -142,6 +60,21 @@ def merging(family: str, adapters: Sequence[AdapterFile], layer_filter: LayerFil
     targets = targets_of_family(family)
     read = [read_adapter(adapter.path, targets, adapter.multiplier) for adapter in adapters]
     return MergeOnLoad(targets, read, layer_filter.accepts if layer_filter else None)
+
+
+def load_with_adapters(
+    family: str, choice: AdapterChoice, load: Callable[[MergeOnLoad | None], tuple[nn.Module, list[nn.Module]]]
+) -> tuple[nn.Module, list[nn.Module], LoadedAdapters]:
+    """(denoiser, text encoders, adapters). `load` reads the models, with what is done to their tensors on the way: adapters that
+    are merged become part of them, the others are hooked into the finished models."""
+    merge = merging(family, choice.files, choice.layer_filter) if choice.files and choice.merged else None
+    denoiser, text_encoders = load(merge)
+    if merge:
+        merge.finish()
+    adapters = LoadedAdapters(denoiser, text_encoders, choice.layer_filter)
+    for adapter in [] if merge else choice.files:
+        adapters.add(adapter)
+    return denoiser, text_encoders, adapters
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The models of Anima put together for making pictures: text encoder, denoiser, autoencoder, adapters, files of latents."""
+"""The models of Anima put together for making pictures, how the image script loads them, and files of latents."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.anima_train_utils import SampleSettings, generate_latents
+from library.anima_train_utils import SPATIAL_STRIDE, predict_velocity
 from library.anima_utils import load_anima
 from library.checkpoints.loading import Transform
 from library.components.llm_encoder_utils import load_qwen3
 from library.components.wan_vae_utils import load_wan_vae
 from library.core.errors import CheckpointError
-from library.dataset.strategies import Conditioning
+from library.dataset.strategies import StrategySet
 from library.dataset.text_cache_io import TEXT_LAYOUTS
-from library.device_utils import clean_memory_on_device, get_preferred_device
+from library.device_utils import get_preferred_device
 from library.fp8_optimization_utils import FP8_STORAGE, shrink_linears_to_scaled_fp8
-from library.generation.adapters import LoadedAdapters, merging
-from library.generation.anima_inference import AnimaAdapterOptions, AnimaModelOptions, AnimaRequest
-from library.generation.sampling_utils import decode_to_image
+from library.generation.adapters import load_with_adapters
+from library.generation.anima_options import AnimaAdapterOptions, AnimaModelOptions, AnimaRequest
+from library.generation.pipeline import PictureMaker, PicturePipeline
+from library.generation.sampling_utils import Conditioning, guided_velocity, start_noise
 from library.safetensors_utils import MemoryEfficientSafeOpen, save_file_atomic
 from library.strategy_anima import AnimaTextEncodingStrategy, AnimaTokenizeStrategy
+from library.training.inference_samplers.common import noise_of
 from library.training.inference_samplers.flow import flow_sampler, flow_schedule
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from library.anima_models import Anima
     from library.components.wan_vae_models import WanVAE
 
@@ -40,92 +40,55 @@ KEPT_WIDE = ("_embedder", "norm", "adaln", "final_layer", ".embed.")
 
 
 @dataclass
-class Decoder:
-    """The autoencoder, which waits on the CPU and computes on the device."""
+class AnimaPipeline(PicturePipeline[AnimaRequest]):
+    """Steps along evenly spaced times that `flow_shift` moves towards noise."""
 
-    vae: WanVAE
-    device: torch.device
+    request_class = AnimaRequest
 
-    @classmethod
-    def load(cls, options: AnimaModelOptions) -> Decoder:
-        wide = getattr(torch, options.dtype_name)
-        # values inside this autoencoder are beyond the range of float16
-        vae = load_wan_vae(options.vae, torch.float32 if wide == torch.float16 else wide, "cpu")
-        vae.set_chunk_rows(options.vae_chunk_size)
-        return cls(vae, device_of(options))
+    def latents(self, request: AnimaRequest, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
+        def predict(latents: Tensor, times: Tensor, given: Conditioning) -> Tensor:
+            return predict_velocity(self.denoiser, latents, times, given)
 
-    @property
-    def channels(self) -> int:
-        return self.vae.params.z_dim
-
-    def decode(self, latents: Tensor) -> Image.Image:
-        """PIL image of normalised latents [1, C, h, w]."""
-        return decode_to_image(self.vae, latents.to(self.device))
-
-
-@dataclass
-class AnimaPipeline:
-    """Loaded parts. The text encoder is on its device only while it computes."""
-
-    denoiser: Anima
-    text_encoder: torch.nn.Module
-    tokenize: AnimaTokenizeStrategy
-    encode: AnimaTextEncodingStrategy
-    device: torch.device
-    text_device: torch.device
-    adapters: LoadedAdapters
-    decoder: Decoder | None
-
-    @torch.no_grad()
-    def generate(self, request: AnimaRequest) -> Tensor:
-        """Latents [1, C, h, w] float32 of one picture; `request` is complete (steps, seed and sizes are set)."""
-        self.adapters.set_multipliers(request.multipliers)
-        texts = [request.prompt] + ([request.negative_prompt or ""] if request.cfg_scale != 1.0 else [])
-        conditioning, *negative = self._conditionings(texts)
-        settings = SampleSettings(height=request.height, width=request.width, seed=request.seed, cfg_scale=request.cfg_scale)
-        return generate_latents(
-            self.denoiser, settings, conditioning, negative[0] if negative else None,
-            sampler=flow_sampler(request.sampler), sigmas=flow_schedule(request.steps, request.flow_shift),
-        )
-
-    def _conditionings(self, texts: list[str]) -> list[Conditioning]:
-        self.text_encoder.to(self.text_device)
-        self.adapters.follow_models()
-        found = [self.encode.encode_tokens(self.tokenize, [self.text_encoder], self.tokenize.tokenize(text)) for text in texts]
-        if self.text_device.type != "cpu":
-            self.text_encoder.to("cpu")
-            clean_memory_on_device(self.text_device)
-        return [TEXT_LAYOUTS["anima"].named(outputs) for outputs in found]
-
-    def decode(self, latents: Tensor) -> Image.Image:
-        assert self.decoder is not None, "loaded without an autoencoder"
-        return self.decoder.decode(latents)
+        device = self.denoiser.device
+        height, width = request.height // SPATIAL_STRIDE, request.width // SPATIAL_STRIDE
+        noise = start_noise(request.seed, self.denoiser.params.in_channels, height, width).to(device)
+        velocity = guided_velocity(predict, conditioning, negative if request.cfg_scale != 1.0 else None, request.cfg_scale)
+        generator = torch.Generator("cpu").manual_seed(request.seed + 1)  # samplers with noise of their own draw from here
+        sigmas = flow_schedule(request.steps, request.flow_shift).to(device)
+        return flow_sampler(request.sampler)(velocity, noise, sigmas, noise_of([generator], noise))
 
 
 def device_of(options: AnimaModelOptions) -> torch.device:
     return get_preferred_device() if options.device is None else torch.device(options.device)
 
 
-def load_pipeline(options: AnimaModelOptions, adapters: AnimaAdapterOptions, *, needs_vae: bool) -> AnimaPipeline:
+def load_decoder(options: AnimaModelOptions) -> WanVAE:
+    """The autoencoder, which waits on the CPU and computes where latents are."""
+    wide = getattr(torch, options.dtype_name)
+    # values inside this autoencoder are beyond the range of float16
+    vae = load_wan_vae(options.vae, torch.float32 if wide == torch.float16 else wide, "cpu")
+    vae.set_chunk_rows(options.vae_chunk_size)
+    return vae
+
+
+def load_pipeline(options: AnimaModelOptions, adapters: AnimaAdapterOptions, *, needs_vae: bool) -> PictureMaker[AnimaRequest]:
     """Load every part, and the adapters merged or hooked. CheckpointError when a file does not fit."""
     device, wide = device_of(options), getattr(torch, options.dtype_name)
-    merge = merging("anima", adapters.files, adapters.layer_filter) if adapters.files and adapters.merge_lora_weights else None
-    text_encoder = load_qwen3(options.text_encoder, wide, "cpu", transform=merge)
-    denoiser = load_denoiser(options, wide, device, merge)
-    if merge:
-        merge.finish()
-    pipeline = AnimaPipeline(
-        denoiser, text_encoder,
-        AnimaTokenizeStrategy(
-            options.qwen3_max_token_length, options.t5_max_token_length, options.tokenizer_cache_dir,
-            options.qwen3_tokenizer, options.t5_tokenizer_path, options.text_encoder,
-        ),
-        AnimaTextEncodingStrategy(), device, torch.device("cpu") if options.text_encoder_cpu else device,
-        LoadedAdapters(denoiser, [text_encoder], adapters.layer_filter), Decoder.load(options) if needs_vae else None,
+
+    def load(transform: Transform | None) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
+        encoder = load_qwen3(options.text_encoder, wide, "cpu", transform=transform)
+        return load_denoiser(options, wide, device, transform), [encoder]
+
+    denoiser, encoders, loaded = load_with_adapters("anima", adapters.adapters, load)
+    tokenize = AnimaTokenizeStrategy(
+        options.qwen3_max_token_length, options.t5_max_token_length, options.tokenizer_cache_dir,
+        options.qwen3_tokenizer, options.t5_tokenizer_path, options.text_encoder,
     )  # fmt: skip
-    for adapter in [] if merge else adapters.files:
-        pipeline.adapters.add(adapter)
-    return pipeline
+    strategies = StrategySet(tokenize, AnimaTextEncodingStrategy(), text_layout=TEXT_LAYOUTS["anima"])
+    return PictureMaker(
+        AnimaPipeline(denoiser, load_decoder(options) if needs_vae else None), strategies, encoders, loaded,
+        device, torch.device("cpu") if options.text_encoder_cpu else device, text_waits=True,
+    )  # fmt: skip
 
 
 def load_denoiser(options: AnimaModelOptions, wide: torch.dtype, device: torch.device, transform: Transform | None = None) -> Anima:

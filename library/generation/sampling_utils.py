@@ -46,14 +46,19 @@ def guided_velocity(
 @torch.no_grad()
 def decode_to_image(vae: Any, latents: Tensor) -> Image.Image:
     """PIL image of latents [1, C, h, w]. A VAE that waits on the CPU computes where the latents are and goes back."""
-    from PIL import Image
-
     home = vae.device
     vae.to(latents.device)
     try:
         with torch.autocast(latents.device.type, enabled=False):  # the VAE computes in the type that was chosen for it
-            pixels = vae.decode(latents)[0].float().clamp(-1, 1)  # [3, H, W]
+            pixels = vae.decode(latents)  # [1, 3, H, W]
     finally:
         vae.to(home)
-    values = ((pixels + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
+    return images_of(pixels)[0]
+
+
+def images_of(pixels: Tensor) -> list[Image.Image]:
+    """PIL images of pixels [B, 3, H, W]; what is beyond -1..1 is cut off."""
+    from PIL import Image
+
+    values = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(value) for value in values.permute(0, 2, 3, 1).cpu().numpy()]

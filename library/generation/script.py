@@ -1,7 +1,7 @@
-"""What the image scripts share: reading options, ending with one message, prompt lines, seeds and sizes, picture files.
+"""What the image scripts share: the order of things, reading options, prompt lines, seeds and sizes, picture files.
 
-A script declares its option groups and a record of its own below `PictureRequest`, with a table of letters for prompt lines;
-its models are in a pipeline file.
+The script of a family is an `ImageScript`: its option groups and requests are in `<family>_options.py`, its models in
+`<family>_pipeline.py`.
 """
 
 from __future__ import annotations
@@ -13,86 +13,31 @@ import random
 import re
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from library.core.errors import AtelierError, ConfigError, Problems
-from library.core.options import Config, add_options, option, option_fields
+from library.core.options import Config, add_options, option_fields
 from library.core.text_files import read_text
+from library.generation.adapter_files import multiplier_problems
 from library.generation.picture_files import settings_texts, write_picture
+from library.generation.requests import PictureRequest, Request, SessionOptions
 from library.training import cli
 from library.training.option_groups import ConsoleOptions
 from library.training.option_reader import OptionParser
-from library.training.sampling_prompts import (
-    DRAWN,
-    LineOption,
-    good_lines,
-    parse_pieces,
-    read_number,
-    read_picture_side,
-    read_seed,
-    read_steps,
-)
+from library.training.sampling_prompts import DRAWN, LineOption, good_lines, parse_pieces
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from library.generation.pipeline import PictureMaker
 
 logger = logging.getLogger(__name__)
 
 LARGEST_DRAWN_SEED = 2**32 - 1
-DTYPE_NAMES: dict[str, str] = {
-    "float32": "float32", "fp32": "float32", "float": "float32",
-    "float16": "float16", "fp16": "float16", "half": "float16",
-    "bfloat16": "bfloat16", "bf16": "bfloat16",
-    "float8_e4m3fn": "float8_e4m3fn", "fp8": "float8_e4m3fn", "fp8_e4m3fn": "float8_e4m3fn", "e4m3fn": "float8_e4m3fn",
-}  # fmt: skip
-"""spellings of a number format -> its name in torch"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionOptions:
-    """Where prompts come from"""
-
-    interactive: bool = option(False, help="load the models once and ask for prompts, one per line; an empty line ends")
-    from_file: str | None = option(None, help="text file with one prompt per line, with options behind it; # begins a comment line")
-    no_metadata: bool = option(False, help="do not write prompt and settings into the picture files")
-
-    def __post_init__(self) -> None:
-        if self.interactive and self.from_file:
-            raise ConfigError("--interactive and --from_file are both given; prompts come from one place, leave one out")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureRequest:
-    """One picture, as asked for. `multipliers`: strengths of the adapters, None = as loaded."""
-
-    prompt: str
-    negative_prompt: str | None = None
-    width: int
-    height: int
-    steps: int | None = None
-    seed: int | None = None
-    cfg_scale: float = 1.0
-    multipliers: tuple[float, ...] | None = None
-
-
-Request = TypeVar("Request", bound=PictureRequest)
-
-
-def read_negative(text: str) -> str:
-    """A negative prompt of a line; `-` stands for an empty one."""
-    return "" if text == "-" else text
-
-
-def read_multipliers(text: str) -> tuple[float, ...]:
-    return tuple(read_number(part.strip()) for part in text.split(","))
-
-
-COMMON_LINE_OPTIONS: Mapping[str, LineOption] = {
-    "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side), "s": LineOption("steps", read_steps),
-    "d": LineOption("seed", read_seed), "n": LineOption("negative_prompt", read_negative),
-    "m": LineOption("multipliers", read_multipliers),
-}  # fmt: skip
-"""letters of a prompt line that every image script has"""
 
 
 # -- options ---------------------------------------------------------------------------------------------------------------
@@ -133,28 +78,12 @@ def _unusual(config: Config) -> Iterator[tuple[str, Any, Any]]:
                 yield name, config.value(name), spec
 
 
-def dtype_problem(name: str, value: str | None) -> str | None:
-    """A message for a number format that is not known, or None."""
-    if value is None or value.lower() in DTYPE_NAMES:
-        return None
-    return f"--{name} is '{value}'; known: {', '.join(DTYPE_NAMES)}"
-
-
 def format_problems(names: Mapping[str, str], device: str | None = None) -> list[str]:
     """What the device cannot compute with of the formats asked for, {flag with its value: name in torch}."""
     from library.device_utils import format_problem
 
     instead = "choose another format: float32 works everywhere"
     return [problem for flag, dtype in names.items() if (problem := format_problem(flag, dtype, device, instead))]
-
-
-def too_small_problems(values: Any, *least: tuple[str, int]) -> list[str]:
-    """Messages for options of a group that are below their least value; None passes."""
-    return [
-        f"--{name} is {getattr(values, name)}; needed: {number} or more"
-        for name, number in least
-        if getattr(values, name) is not None and getattr(values, name) < number
-    ]
 
 
 def run_to_exit(run: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | None) -> None:
@@ -278,3 +207,84 @@ def make_each(requests: Iterable[Request], make: Callable[[Request, int], Path])
     if failed:
         raise AtelierError(f"{failed} of {failed + len(paths)} pictures could not be made; the reasons stand above, the others are written")
     return paths
+
+
+# -- the script ------------------------------------------------------------------------------------------------------------
+
+
+class ImageScript(ABC, Generic[Request]):
+    """The image script of a family: its records, and what is done with them. The order of things is the same for all."""
+
+    title: ClassVar[str]
+    """the family in the text of --help"""
+    models: ClassVar[type]
+    """option group of the model files"""
+    adapters: ClassVar[type]
+    """option group of the LoRA files: `num_adapters`, `adapters` (AdapterChoice), `merge_lora_weights`"""
+    pictures: ClassVar[type]
+    """option group of the pictures: `request` (the one that the options ask for), `output_dir`"""
+    groups: ClassVar[Sequence[type]]
+    """these and the groups that all scripts have, in the order of --help"""
+    line_options: ClassVar[Mapping[str, LineOption]]
+    size_step: ClassVar[int]
+    texts: ClassVar[Mapping[str, str]] = {}
+    """text entries of the picture files beside those that all have -> fields of the request"""
+
+    @abstractmethod
+    def check(self, config: Config) -> None:
+        """Every missing or wrong file at once, from headers; ConfigError."""
+
+    @abstractmethod
+    def load(self, config: Config) -> PictureMaker[Request]: ...
+
+    def notices(self, config: Config) -> list[str]:
+        """Lines for the log before the models are loaded."""
+        return []
+
+    def completed(self, request: Request, maker: PictureMaker[Request]) -> Request:
+        return with_seed_and_size(request, self.size_step)
+
+    def build_parser(self) -> argparse.ArgumentParser:
+        return script_parser(f"Make images with {self.title}", self.groups)
+
+    def main(self, argv: Sequence[str] | None = None) -> None:
+        """Read the options, load, make the pictures; ends the process with the exit code of an error and one message."""
+        run_to_exit(self.run, argv)
+
+    def run(self, argv: Sequence[str] | None = None) -> list[Path]:
+        """`main` without the handling of errors; returns the files that were written."""
+        config = read_command(argv, self.build_parser(), self.groups)
+        tell_equivalent(config)
+        return self.make_all(config)
+
+    def make_all(self, config: Config) -> list[Path]:
+        first, reader = config[self.pictures].request, self.line_reader(config)
+        requests = planned_requests(config[SessionOptions], first, reader, lambda: self._check_all(config))
+        for line in self.notices(config):
+            logger.info(line)
+        maker = self.load(config)
+        return make_each(requests, lambda request, index: self.make_picture(maker, config, request, index))
+
+    def _check_all(self, config: Config) -> None:
+        problems = Problems()
+        for problem in refused_problems(config):
+            problems.add(problem)
+        problems.attempt(lambda: self.check(config))
+        problems.raise_if_any()
+
+    def line_reader(self, config: Config) -> LineReader:
+        adapters = config[self.adapters]
+        count, merged = adapters.num_adapters, adapters.merge_lora_weights
+        return LineReader(self.line_options, self.size_step, lambda request: multiplier_problems(request.multipliers, count, merged=merged))
+
+    def make_picture(self, maker: PictureMaker[Request], config: Config, request: Request, index: int) -> Path:
+        """Make and write one picture: `{YYYYmmdd_HHMMSS}_{seed}_{index}.png`."""
+        request = self.completed(request, maker)
+        latents = maker.generate(request)
+        more = {entry: getattr(request, field) for entry, field in self.texts.items()}
+        texts = {} if config[SessionOptions].no_metadata else picture_texts(request, **more)
+        path = Path(config[self.pictures].output_dir) / output_name(request.seed, index)
+        return self.write(maker, config, latents, path, texts)
+
+    def write(self, maker: PictureMaker[Request], config: Config, latents: Tensor, path: Path, texts: Mapping[str, str]) -> Path:
+        return write_picture(maker.decode(latents), path, texts)

@@ -1,94 +1,108 @@
-"""The models of SDXL put together for making pictures: text encoders, U-Net, autoencoder, adapters."""
+"""The models of SDXL put together for making pictures: the forward, which files fit, and how the image scripts load them."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from library.components.ldm_coding import SampleSettings, generate_unet_latents
 from library.components.tokenizers import load_clip_tokenizer
-from library.dataset.strategies import Conditioning
+from library.components.unet_utils import UNetInfo
+from library.dataset.strategies import StrategySet
 from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.device_utils import get_preferred_device
-from library.generation.adapters import LoadedAdapters, merging, parse_adapter_argument
-from library.generation.sampling_utils import decode_to_image
-from library.generation.sdxl_inference import SdxlModelOptions, SdxlRequest
-from library.sdxl_train_utils import guided_predictor
-from library.sdxl_utils import inspect_sdxl_unet, load_text_encoders_sdxl, load_unet_sdxl, load_vae_sdxl
+from library.generation.adapters import load_with_adapters
+from library.generation.pipeline import PictureMaker
+from library.generation.prompt_encoder import PromptEncoder, WordTokenizer, tokenizer_problems
+from library.generation.sampling_utils import Conditioning
+from library.generation.sdxl_options import SdxlModelOptions, SdxlRequest
+from library.generation.unet_pipeline import UNetPipeline
+from library.sdxl_train_utils import predict_noise
+from library.sdxl_utils import (
+    inspect_sdxl_unet,
+    inspect_vae_sdxl,
+    load_text_encoders_sdxl,
+    load_unet_sdxl,
+    load_vae_sdxl,
+    text_encoder_sizes,
+    text_width_problem,
+)
 from library.strategy_sdxl import SECOND_PAD, SdxlTextEncodingStrategy, SdxlTokenizeStrategy
+from library.training.inference_samplers.discrete import Predict
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from library.components.ldm_models import AutoEncoder
-    from library.sdxl_models import SdxlUNet2DConditionModel
+    from library.checkpoints.loading import Transform
+    from library.generation.gen_img.options import GenerationModelOptions
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class SdxlPipeline:
-    """Loaded parts."""
+class SdxlPipeline(UNetPipeline[SdxlRequest]):
+    """SDXL; its samples are pictures that nothing was cropped from."""
 
-    unet: SdxlUNet2DConditionModel
-    vae: AutoEncoder
-    text_encoders: list[torch.nn.Module]
-    tokenize: SdxlTokenizeStrategy
-    encode: SdxlTextEncodingStrategy
-    adapters: LoadedAdapters
-    prediction_type: str
-    zero_terminal_snr: bool
+    request_class = SdxlRequest
+    inspect_vae = staticmethod(inspect_vae_sdxl)
+    load_denoiser = staticmethod(load_unet_sdxl)
+    load_vae = staticmethod(load_vae_sdxl)
 
-    @torch.no_grad()
-    def generate(self, request: SdxlRequest) -> Tensor:
-        """Scaled latents [1, 4, h, w] of one picture; `request` is complete (steps, seed and sizes are set)."""
-        self.adapters.set_multipliers(request.multipliers)
-        self.adapters.follow_models()
-        conditioning = self.conditioning(request.prompt, request.prompt2)
-        negative = self.conditioning(request.negative_prompt or "", None) if request.cfg_scale != 1.0 else None
-        settings = SampleSettings(
-            height=request.height, width=request.width, num_steps=request.steps, seed=request.seed, cfg_scale=request.cfg_scale,
-            sampler=request.sampler,
-        )  # fmt: skip
-        predict = guided_predictor(self.unet, conditioning, negative, request.cfg_scale, request.height, request.width)
-        return generate_unet_latents(
-            predict, settings, prediction_type=self.prediction_type, zero_terminal_snr=self.zero_terminal_snr, device=self.unet.device
+    def predictor(self, conditioning: Conditioning, sizes: Sequence[Sequence[int]], target_hw: tuple[int, int]) -> Predict:
+        original = torch.tensor([size[:2] for size in sizes])  # [R, 2]
+        crop = torch.tensor([size[2:] for size in sizes])
+        target = torch.tensor([target_hw] * len(sizes))
+        return lambda latents, timestep: predict_noise(
+            self.denoiser, latents, timestep.expand(len(latents)), conditioning, (original, crop, target)
+        ).float()
+
+    @staticmethod
+    def inspect(options: GenerationModelOptions) -> tuple[UNetInfo, list[str]]:
+        """What the header of the checkpoint tells, and what the options have against it. CheckpointError for another model."""
+        return inspect_sdxl_unet(options.ckpt), []
+
+    @staticmethod
+    def text_problems(options: GenerationModelOptions) -> list[str]:
+        """Text encoders against the U-Net, and the tokenizer against them."""
+        sizes = text_encoder_sizes(options.ckpt)
+        width = text_width_problem(options.ckpt, sizes, inspect_sdxl_unet(options.ckpt).params)
+
+        def load() -> Any:
+            return load_clip_tokenizer(options.clip_tokenizer, options.tokenizer_cache_dir, option="--clip_tokenizer")
+
+        found = tokenizer_problems(load, min(values["vocab"] for values in sizes))
+        return [*found, width] if width else found
+
+    @staticmethod
+    def load_prompt_encoder(options: GenerationModelOptions, dtype: torch.dtype, device: torch.device) -> PromptEncoder:
+        """Both text encoders and their tokenizers, which differ in their padding."""
+        where = (options.clip_tokenizer, options.tokenizer_cache_dir)
+        first = WordTokenizer(load_clip_tokenizer(*where, option="--clip_tokenizer"))
+        second = WordTokenizer(load_clip_tokenizer(*where, pad_token=SECOND_PAD, option="--clip_tokenizer"))
+        encoders = load_text_encoders_sdxl(options.ckpt, dtype, device)
+        return PromptEncoder(
+            lambda length: SdxlTokenizeStrategy(length, tokenizers=(first, second)), SdxlTextEncodingStrategy(), TEXT_LAYOUTS["sdxl"],
+            encoders, [first, second]
         )
 
-    def conditioning(self, prompt: str, prompt2: str | None) -> Conditioning:
-        """The first encoder reads `prompt`, the second `prompt2`; None = `prompt`."""
-        first = self.tokenize.tokenize(prompt)[0]
-        second = self.tokenize.tokenize(prompt if prompt2 is None else prompt2)[1]
-        return TEXT_LAYOUTS["sdxl"].named(self.encode.encode_tokens(self.tokenize, self.text_encoders, [first, second]))
 
-    def decode(self, latents: Tensor) -> Image.Image:
-        return decode_to_image(self.vae, latents)
-
-
-def load_pipeline(options: SdxlModelOptions) -> SdxlPipeline:
+def load_pipeline(options: SdxlModelOptions) -> PictureMaker[SdxlRequest]:
     """Load every part, and the adapters merged or hooked. CheckpointError when a file does not fit."""
     device, dtype = get_preferred_device(), getattr(torch, options.dtype_name)
     if device.type == "cpu" and dtype == torch.float16:
         logger.warning("float16 is slow on a CPU; --dtype float32 is quicker there")
     info = inspect_sdxl_unet(options.ckpt_path)
-    files = [parse_adapter_argument(text) for text in options.lora_weights or ()]
-    merge = merging("sdxl", files) if files and options.merge_lora_weights else None
-    unet = load_unet_sdxl(options.ckpt_path, dtype, device, transform=merge)
-    encoders = load_text_encoders_sdxl(options.ckpt_path, dtype, device, transform=merge)
-    if merge:
-        merge.finish()
+
+    def load(transform: Transform | None) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
+        unet = load_unet_sdxl(options.ckpt_path, dtype, device, transform=transform)
+        return unet, load_text_encoders_sdxl(options.ckpt_path, dtype, device, transform=transform)
+
+    unet, encoders, adapters = load_with_adapters("sdxl", options.adapters, load)
     vae = load_vae_sdxl(options.vae or options.ckpt_path, torch.float32, device)  # its values are beyond the range of float16
     given = (options.clip_tokenizer, options.tokenizer_cache_dir)
     tokenizers = (load_clip_tokenizer(*given), load_clip_tokenizer(*given, pad_token=SECOND_PAD))
     is_v = options.v_parameterization or info.prediction_type == "v"
-    pipeline = SdxlPipeline(
-        unet, vae, encoders, SdxlTokenizeStrategy(tokenizers=tokenizers), SdxlTextEncodingStrategy(),
-        LoadedAdapters(unet, encoders), "v" if is_v else "epsilon", options.zero_terminal_snr or bool(info.zero_terminal_snr),
-    )  # fmt: skip
-    for adapter in [] if merge else files:
-        pipeline.adapters.add(adapter)
-    return pipeline
+    pipeline = SdxlPipeline(unet, vae, "v" if is_v else "epsilon", options.zero_terminal_snr or bool(info.zero_terminal_snr))
+    strategies = StrategySet(SdxlTokenizeStrategy(tokenizers=tokenizers), SdxlTextEncodingStrategy(), text_layout=TEXT_LAYOUTS["sdxl"])
+    return PictureMaker(pipeline, strategies, encoders, adapters, device, device)

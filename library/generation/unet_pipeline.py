@@ -1,300 +1,93 @@
-"""The models of Stable Diffusion or SDXL put together for making pictures in batches."""
+"""What Stable Diffusion 1, 2 and SDXL have in common in making pictures: the schedule of their training, guidance, loading."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import itertools
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy
 import torch
 from torch import Tensor
 
-from library.components.unet_models import DeepShrink
-from library.core.errors import ConfigError
-from library.core.options import Config
-from library.device_utils import get_preferred_device
-from library.families.registry import by_family
-from library.generation.conditioning import PromptEncoder, stacked
-from library.generation.networks import Networks
-from library.generation.options import (
-    GenerationModelOptions,
-    GenerationNetworkOptions,
-    GenerationPictureOptions,
-    GenerationPromptOptions,
-    GenerationSourceOptions,
-)
-from library.generation.plan import ImageRequest, first_stage
-from library.generation.prompt_weighting import sub_prompts
-from library.generation.sampling import (
-    LATENT_STRIDE,
-    OFFSETS,
-    PYRAMID_DISCOUNTS,
-    NoiseSettings,
-    SamplingRun,
-    blended,
-    branches_of,
-    guided_predictor,
-)
-from library.training.inference_samplers.discrete import STEPS_OFFSET, Predict
-from library.training.keyword_args import parse_keyword_args
+from library.generation.pipeline import PicturePipeline
+from library.generation.requests import Request, SampledRequest
+from library.generation.sampling_utils import Conditioning
+from library.generation.unet_sampling import LATENT_STRIDE, SamplingRun, guided_predictor
+from library.training.inference_samplers.discrete import Predict
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-logger = logging.getLogger(__name__)
-
-CHANNELS = 3
-GENERATORS = by_family(lambda record: record.generator or None)
-"""family -> module with its part of these scripts"""
-
-
-@dataclass(frozen=True)
-class Made:
-    """A finished picture. `stage`: 0 or 1 in highres fix, else None."""
-
-    request: ImageRequest
-    image: Image.Image
-    stage: int | None = None
+    from library.components.ldm_utils import AutoEncoderInfo
+    from library.components.unet_utils import UNetInfo
+    from library.generation.gen_img.options import GenerationModelOptions
+    from library.generation.prompt_encoder import PromptEncoder
 
 
 @dataclass
-class UNetPipeline:
-    """Loaded parts. `sources` and `masks` are pictures in turn; `regions` [P, H, W] the areas of prompt parts."""
+class UNetPipeline(PicturePipeline[Request]):
+    """A U-Net, which predicts noise ("epsilon") or velocity ("v"), sampled along the schedule that it was trained with."""
 
-    config: Config
-    family: Any
-    unet: Any
-    vae: Any
-    prompts: PromptEncoder
-    networks: Networks
-    device: torch.device
-    prediction_type: str
-    zero_terminal_snr: bool
-    sources: Sequence[Image.Image] = ()
-    masks: Sequence[Image.Image] = ()
-    regions: Tensor | None = None
-    upscaler: Any = None
+    request_class: ClassVar = SampledRequest
+    prediction_type: str = "epsilon"
+    zero_terminal_snr: bool = False
 
-    @torch.no_grad()
-    def generate(self, batch: Sequence[ImageRequest]) -> list[Made]:
-        """The pictures of requests with an equal batch key. Prompts of different lengths run one after another."""
-        made: list[Made] = []
-        with self.networks.at(batch[0].multipliers):
-            for (rows, parts), group in itertools.groupby(batch, self._shape_of_prompts):
-                requests = list(group)
-                stages = list(self._stages(requests, rows, parts))
-                made += [one for per_request in zip(*stages) for one in per_request]
-        return made
+    @abstractmethod
+    def predictor(self, conditioning: Conditioning, sizes: Sequence[Sequence[int]], target_hw: tuple[int, int]) -> Predict:
+        """(latents [R, 4, h, w], timestep []) -> prediction, for conditioning of R rows. `sizes`: original height and width, crop
+        top and left of each row."""
 
-    def _shape_of_prompts(self, request: ImageRequest) -> tuple[int, int]:
-        """(rows of tokens, parts between AND)."""
-        parts = self._parts(request)
-        return self.prompts.rows(*parts, request.negative_prompt), len(parts)
+    def latents(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
+        size = (request.height // LATENT_STRIDE, request.width // LATENT_STRIDE)
+        run = SamplingRun(request.sampler, request.steps, [request.seed], self.prediction_type, self.zero_terminal_snr, size)
+        return run.sample(self._guided(request, conditioning, negative), self.denoiser.device)
 
-    def _parts(self, request: ImageRequest) -> list[str]:
-        """The parts of a prompt, one per region; the last one stands for further networks."""
-        if self.regions is None:
-            return [request.prompt]
-        found = sub_prompts(request.prompt)
-        return found + found[-1:] * (len(self.networks.changing) - len(found))
+    def _guided(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Predict:
+        with_cfg = negative is not None and request.cfg_scale != 1.0
+        size, passes = (request.height, request.width), sampling_passes(conditioning, negative if with_cfg else None)
+        rows = [len(next(iter(states.values()))) for states in passes]
+        predictors = [self.predictor(states, [(*size, 0, 0)] * count, size) for states, count in zip(passes, rows)]
 
-    def _stages(self, requests: list[ImageRequest], rows: int, parts: int) -> Iterator[list[Made]]:
-        """The pictures of one or, in highres fix, both stages."""
-        options = self.config[GenerationSourceOptions]
-        scale = options.highres_fix_scale
-        if scale is None:
-            images = self._decoded(self._latents(requests, rows, parts, self._source_latents(requests)))
-            yield [Made(request, image) for request, image in zip(requests, images)]
-            return
-        small = [first_stage(request, scale, options.highres_fix_steps) for request in requests]
-        latents = self._latents(small, rows, parts, self._source_latents(small))
-        images = self._decoded(latents) if options.highres_fix_save_1st or not options.highres_fix_latents_upscaling else []
-        if options.highres_fix_save_1st:
-            yield [Made(request, image, 0) for request, image in zip(small, images)]
-        source = self._enlarged(latents, images, requests[0])
-        # another seed, as the noise of the first stage would shine through
-        second = [dataclasses.replace(request, seed=request.seed + 1, gradual_latent=None) for request in requests]
-        images = self._decoded(self._latents(second, rows, parts, source))
-        yield [Made(request, image, 1) for request, image in zip(requests, images)]
+        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+            parts = latents.split(rows)
+            return torch.cat([predictor(part, timestep) for predictor, part in zip(predictors, parts, strict=True)])
 
-    # -- latents -----------------------------------------------------------------------------------------------------------
+        return guided_predictor(predict, ("negative", "positive") if with_cfg else ("positive",), request.cfg_scale, None)
 
-    def _latents(self, requests: Sequence[ImageRequest], rows: int, parts: int, source: Tensor | None) -> Tensor:
-        """Clean latents [B, 4, h, w]."""
-        first = requests[0]
-        picture, sources = self.config[GenerationPictureOptions], self.config[GenerationSourceOptions]
-        size = (first.height // LATENT_STRIDE, first.width // LATENT_STRIDE)
-        run = SamplingRun(
-            picture.sampler, first.steps, [request.seed for request in requests], self.prediction_type, self.zero_terminal_snr, size,
-            noise_settings(picture), 0 if sources.force_scheduler_zero_steps_offset else STEPS_OFFSET,
-            source, self._mask(requests, size) if source is not None else None, first.strength, first.gradual_latent,
-        )  # fmt: skip
-        shrink = first.deep_shrink
-        if shrink is not None:
-            depths = [(shrink.depth_1, float("inf"), float(shrink.timesteps_1))]
-            if shrink.depth_2 is not None:
-                depths.append((shrink.depth_2, float(shrink.timesteps_1), float(shrink.timesteps_2)))
-            self.unet.deep_shrink = DeepShrink(tuple(depths), shrink.ratio)
-        try:
-            return run.sample(self._predictor(requests, rows, parts), self.device)
-        finally:
-            self.unet.deep_shrink = None
+    # -- for scripts that load a whole model from one file --------------------------------------------------------------------
 
-    def _predictor(self, requests: Sequence[ImageRequest], rows: int, parts: int) -> Predict:
-        if self.regions is None:
-            return self._part_predictor(requests, [request.prompt for request in requests], rows)
-        texts = [self._parts(request) for request in requests]
-        predictors = [self._region_predictor(requests, [text[place] for text in texts], rows, place) for place in range(parts)]
-        return blended(predictors, regions_of(self.regions, parts))
+    @staticmethod
+    @abstractmethod
+    def inspect(options: GenerationModelOptions) -> tuple[UNetInfo, list[str]]:
+        """What the header of the checkpoint tells, and what the options have against it. CheckpointError for another model."""
 
-    def _region_predictor(self, requests: Sequence[ImageRequest], prompts: list[str], rows: int, place: int) -> Predict:
-        """The prediction of one part of the prompts, with the network of the same place alone."""
-        with self.networks.only(place):
-            predict = self._part_predictor(requests, prompts, rows)
+    @staticmethod
+    @abstractmethod
+    def inspect_vae(path: str) -> AutoEncoderInfo: ...
 
-        def alone(latents: Tensor, timestep: Tensor) -> Tensor:
-            with self.networks.only(place):
-                return predict(latents, timestep)
+    @staticmethod
+    @abstractmethod
+    def text_problems(options: GenerationModelOptions) -> list[str]:
+        """What is wrong with text encoders and tokenizers."""
 
-        return alone
+    @staticmethod
+    @abstractmethod
+    def load_prompt_encoder(options: GenerationModelOptions, dtype: torch.dtype, device: torch.device) -> PromptEncoder:
+        """Text encoders and their tokenizers."""
 
-    def _part_predictor(self, requests: Sequence[ImageRequest], prompts: list[str], rows: int) -> Predict:
-        first = requests[0]
-        branches = branches_of(first.scale, first.negative_scale)
-        texts = {"positive": prompts, "negative": [request.negative_prompt for request in requests], "empty": [""] * len(requests)}
-        conditioning = stacked([self.prompts.encode(text, rows) for branch in branches for text in texts[branch]])
-        sizes = [request.sizes if branch == "positive" else request.sizes_negative for branch in branches for request in requests]
-        predict = self.family.predictor(self.unet, conditioning, sizes, (first.height, first.width))
-        return guided_predictor(predict, branches, first.scale, first.negative_scale)
+    @staticmethod
+    @abstractmethod
+    def load_denoiser(path: str, dtype: torch.dtype, device: torch.device) -> Any: ...
 
-    # -- pictures ----------------------------------------------------------------------------------------------------------
-
-    def _source_latents(self, requests: Sequence[ImageRequest]) -> Tensor | None:
-        if not self.sources:
-            return None
-        size = (requests[0].width, requests[0].height)
-        return self._encoded([self.sources[request.source] for request in requests], size)
-
-    def _encoded(self, images: Sequence[Image.Image], size_wh: tuple[int, int]) -> Tensor:
-        """Scaled latents [B, 4, h, w] of pictures resized to a size; one at a time, so that a picture does not depend on others."""
-        from PIL import Image
-
-        found = []
-        for image in images:
-            resized = image if image.size == size_wh else image.resize(size_wh, Image.Resampling.LANCZOS)
-            pixels = torch.from_numpy(numpy.asarray(resized, dtype=numpy.float32).copy()) / 127.5 - 1  # [H, W, 3]
-            found.append(self.vae.encode(pixels.permute(2, 0, 1)[None]).float())
-        return torch.cat(found)
-
-    def _mask(self, requests: Sequence[ImageRequest], size: tuple[int, int]) -> Tensor | None:
-        """[B, 1, h, w]: 1 = made anew."""
-        from PIL import Image
-
-        if not self.masks:
-            return None
-        found = []
-        for request in requests:
-            mask = self.masks[request.source % len(self.masks)].resize((size[1], size[0]), Image.Resampling.BILINEAR)
-            found.append(torch.from_numpy(numpy.asarray(mask, dtype=numpy.float32).copy()) / 255)
-        return torch.stack(found)[:, None]
-
-    def _decoded(self, latents: Tensor) -> list[Image.Image]:
-        """PIL images. ConfigError when the autoencoder overflowed."""
-        from PIL import Image
-
-        images = []
-        for part in latents.split(self._decode_together(len(latents))):
-            pixels = self.vae.decode(part).float()  # [b, 3, H, W]
-            if not bool(torch.isfinite(pixels).all()):
-                raise ConfigError("a picture has values that are not finite; the autoencoder or the model overflows: use --no_half_vae, or --bf16")
-            values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-            images += [Image.fromarray(value) for value in values]
-        return images
-
-    def _decode_together(self, count: int) -> int:
-        given = self.config[GenerationModelOptions].vae_batch_size
-        if given is None:
-            return 1
-        together = given if given >= 1 else given * self.config[GenerationPromptOptions].batch_size
-        return max(1, min(count, int(together)))
-
-    def _enlarged(self, latents: Tensor, images: Sequence[Image.Image], request: ImageRequest) -> Tensor:
-        """The first stage's latents at the size of the second: through an upscaler, as latents, or as pictures."""
-        size_wh = (request.width, request.height)
-        if self.upscaler is not None:
-            result = self.upscaler.upscale(self.vae, list(images), latents, self.unet.dtype, *size_wh, len(latents), self._decode_together(len(latents)))
-            return result.to(self.device).float() if isinstance(result, Tensor) else self._encoded(result, size_wh)
-        if self.config[GenerationSourceOptions].highres_fix_latents_upscaling:
-            size = (request.height // LATENT_STRIDE, request.width // LATENT_STRIDE)
-            return torch.nn.functional.interpolate(latents.float(), size=size, mode="bicubic", align_corners=False)
-        return self._encoded(images, size_wh)
+    @staticmethod
+    @abstractmethod
+    def load_vae(path: str, dtype: torch.dtype, device: torch.device) -> Any: ...
 
 
-def noise_settings(options: GenerationPictureOptions) -> NoiseSettings:
-    return NoiseSettings(
-        options.pyramid_noise_prob, options.pyramid_noise_discount_range or PYRAMID_DISCOUNTS,
-        options.noise_offset_prob, options.noise_offset_range or OFFSETS,
-    )  # fmt: skip
-
-
-def regions_of(regions: Tensor, parts: int) -> Tensor:
-    """[parts, H, W]; parts beyond the regions of the mask have the whole picture."""
-    if parts <= len(regions):
-        return regions[:parts]
-    return torch.cat((regions, torch.ones(parts - len(regions), *regions.shape[1:])))
-
-
-def read_regions(image: Image.Image, max_codes: int | None) -> Tensor:
-    """Regions [P, H, W] of a mask in RGB: its channels, or the colours whose bits (red 1, green 2, blue 4) are the codes from 1."""
-    values = torch.from_numpy(numpy.asarray(image).copy())  # [H, W, 3]
-    if max_codes is None:
-        return values.permute(2, 0, 1).float() / 255
-    colours = torch.tensor([[(code >> bit & 1) * 255 for bit in range(CHANNELS)] for code in range(1, max_codes + 1)])
-    return torch.stack([(values == colour).all(dim=2).float() for colour in colours])
-
-
-def load_upscaler(options: GenerationSourceOptions, device: torch.device, dtype: torch.dtype) -> Any:
-    """The object of --highres_fix_upscaler, or None. ConfigError when the module does not give one."""
-    name = options.highres_fix_upscaler
-    if not name:
-        return None
-    arguments = parse_keyword_args([part for part in (options.highres_fix_upscaler_args or "").split(";") if part.strip()], "highres_fix_upscaler_args")
-    try:
-        create: Callable[..., Any] = importlib.import_module(name).create_upscaler
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"--highres_fix_upscaler is {name}; a module with create_upscaler(**arguments) is needed: {error}") from error
-    upscaler = create(**arguments)
-    if hasattr(upscaler, "to"):
-        upscaler.to(device, dtype=dtype)
-    return upscaler
-
-
-def load_pipeline(config: Config) -> UNetPipeline:
-    """Load every part, the embeddings and the networks. CheckpointError when a file does not fit."""
-    options, networks = config[GenerationModelOptions], config[GenerationNetworkOptions]
-    family = importlib.import_module(GENERATORS[options.family])
-    device, dtype = get_preferred_device(), getattr(torch, options.dtype)
-    info, _ = family.inspect(options)
-    prompts = family.load_prompt_encoder(options, dtype, device)
-    given = config[GenerationPromptOptions]
-    prompts.max_rows, prompts.normalize_mode = given.max_embeddings_multiples or 1, given.emb_normalize_mode
-    for path in networks.textual_inversion_embeddings or []:
-        prompts.add_inversion(path)
-    unet = family.load_unet(options.ckpt, dtype, device).eval()
-    if options.opt_channels_last:
-        unet.to(memory_format=torch.channels_last)
-    vae = family.load_vae(options.vae or options.ckpt, torch.float32 if options.no_half_vae else dtype, device).eval()
-    held = Networks(pre_calc=networks.network_pre_calc)
-    for place in range(len(networks.network_weights or [])):
-        held.add(networks, place, unet, prompts.encoders)
-    upscaler = load_upscaler(config[GenerationSourceOptions], device, dtype)
-    is_v = options.v_parameterization or info.prediction_type == "v"
-    return UNetPipeline(
-        config, family, unet, vae, prompts, held, device, "v" if is_v else "epsilon",
-        options.zero_terminal_snr or bool(info.zero_terminal_snr), upscaler=upscaler,
-    )  # fmt: skip
+def sampling_passes(conditioning: Conditioning, negative: Conditioning | None) -> list[Conditioning]:
+    """What the network is run with at each step: both prompts as one batch, negative first, or one after the other where their
+    texts take different numbers of tokens. Without a negative prompt there is one pass for the one prompt."""
+    if negative is None:
+        return [conditioning]
+    if any(negative[name].shape != tensor.shape for name, tensor in conditioning.items()):
+        return [negative, conditioning]
+    return [{name: torch.cat((negative[name], tensor)) for name, tensor in conditioning.items()}]

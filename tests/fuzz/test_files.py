@@ -20,7 +20,7 @@ from library.dataset.items import SubsetParams
 from library.dataset.media_utils import decode_image, image_size, verify_image
 from library.dataset.metadata_files import read_metadata_file
 from library.dataset.text_cache_io import TEXT_LAYOUTS
-from library.generation.conditioning import read_inversion
+from library.generation.prompt_encoder import read_inversion
 from library.generation.picture_files import read_texts
 from library.safetensors_utils import MemoryEfficientSafeOpen, load_pickled_tensors, load_safetensors, save_file_atomic
 from library.scripts.folder_tool import read_text_file

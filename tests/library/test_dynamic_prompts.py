@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from library.core.errors import ConfigError
-from library.generation.dynamic_prompts import expand_prompt, is_dynamic
+from library.generation.gen_img.dynamic_prompts import expand_prompt, is_dynamic
 
 
 def one(prompt: str, seed: int = 0) -> str:

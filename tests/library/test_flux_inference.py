@@ -11,8 +11,9 @@ from PIL import Image
 
 from library.core.errors import ConfigError
 from library.generation import flux_inference
-from library.generation.adapters import parse_adapter_argument
-from library.generation.flux_inference import LINE_OPTIONS, FluxRequest, InferenceModelOptions, complete
+from library.generation.adapter_files import parse_adapter_argument
+from library.generation.flux_inference import complete
+from library.generation.flux_options import LINE_OPTIONS, FluxRequest, InferenceModelOptions
 from library.generation.script import LineReader
 from library.safetensors_utils import save_file_atomic
 from tests.tiny import build_tiny_flux

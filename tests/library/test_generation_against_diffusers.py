@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.generation import unet_inference, unet_pipeline
+from library.generation.gen_img import batches
+from library.generation.gen_img import script as unet_inference
 from library.generation.sampling_utils import start_noise
 from tests.library.test_sdxl_inference import reference_pipeline
 from tests.tiny import write_clip_tokenizer
@@ -56,13 +57,13 @@ def stable_diffusion(tmp_path_factory):
 def our_latents(monkeypatch, *arguments: str) -> torch.Tensor:
     """The latents that the script decodes."""
     seen = []
-    real = unet_pipeline.UNetPipeline._decoded
+    real = batches.PictureBatches._decoded
 
     def watched(self, latents):
         seen.append(latents)
         return real(self, latents)
 
-    monkeypatch.setattr(unet_pipeline.UNetPipeline, "_decoded", watched)
+    monkeypatch.setattr(batches.PictureBatches, "_decoded", watched)
     unet_inference.run(arguments)
     [latents] = seen
     return latents
@@ -113,13 +114,13 @@ def test_img2img(stable_diffusion, monkeypatch, tmp_path, sampler):
     source = tmp_path / "source.png"
     Image.effect_mandelbrot((96, 64), (-2.0, -1.5, 1.0, 1.5), 50).convert("RGB").save(source)
     seen = []
-    real = unet_pipeline.UNetPipeline._source_latents
+    real = batches.PictureBatches._source_latents
 
     def watched(self, requests):
         seen.append(real(self, requests))
         return seen[-1]
 
-    monkeypatch.setattr(unet_pipeline.UNetPipeline, "_source_latents", watched)
+    monkeypatch.setattr(batches.PictureBatches, "_source_latents", watched)
     line = "a red cat --n blue --l 6 --d 5 --t 0.65"
     result = our_latents(
         monkeypatch, *where(folder), "--prompt", line, "--steps=10", f"--sampler={sampler}", "--image_path", str(source), "--force_scheduler_zero_steps_offset"

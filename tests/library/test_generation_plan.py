@@ -6,8 +6,8 @@ import pytest
 
 from library.core.errors import ConfigError
 from library.core.options import Config
-from library.generation.options import GENERATION_CLASSES, GenerationNetworkOptions, GenerationPictureOptions, GenerationShrinkOptions
-from library.generation.plan import Planner, PromptLine, batches, first_stage, round_of
+from library.generation.gen_img.options import GENERATION_CLASSES, GenerationNetworkOptions, GenerationPictureOptions, GenerationShrinkOptions
+from library.generation.gen_img.plan import Planner, PromptLine, batches, first_stage, round_of
 
 
 def planner(*, default_size: int = 512, sources=(), is_alone: bool = False, **values) -> Planner:
@@ -102,7 +102,7 @@ def test_a_full_batch_does_not_wait_for_the_next_request():
 
 
 def test_rounds_are_shuffled_by_the_seed():
-    from library.generation.options import GenerationPromptOptions
+    from library.generation.gen_img.options import GenerationPromptOptions
 
     lines = [line(str(number)) for number in range(20)]
     assert round_of(lines, GenerationPromptOptions(), 1, 0) == lines

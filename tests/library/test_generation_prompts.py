@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from library.core.errors import ConfigError
-from library.generation.prompts import GENERATION_LINE_OPTIONS, GenerationPrompt, parse_generation_line, parse_generation_lines
+from library.generation.gen_img.prompts import GENERATION_LINE_OPTIONS, GenerationPrompt, parse_generation_line, parse_generation_lines
 from library.training.sampling_prompts import IMAGE_LINE_OPTIONS, parse_line
 
 

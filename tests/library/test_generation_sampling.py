@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from library.core.errors import ConfigError
-from library.generation.plan import GradualLatentSettings
-from library.generation.sampling import (
+from library.generation.gen_img.plan import GradualLatentSettings
+from library.generation.unet_sampling import (
     NoiseSettings,
     SamplingRun,
     blended,

@@ -5,9 +5,10 @@ import torch
 
 from library.core.errors import CheckpointError
 from library.flux_utils import load_flux
-from library.generation.adapters import AdapterFile, LayerFilter, LoadedAdapters, adapter_problems, file_problem, multiplier_problems
-from library.generation.networks import network_problems
-from library.generation.options import GenerationNetworkOptions
+from library.generation.adapter_files import AdapterFile, LayerFilter, adapter_problems, file_problem, multiplier_problems
+from library.generation.adapters import LoadedAdapters
+from library.generation.gen_img.networks import network_problems
+from library.generation.gen_img.options import GenerationNetworkOptions
 from library.safetensors_utils import save_file_atomic
 from tests.tiny import build_tiny_flux
 

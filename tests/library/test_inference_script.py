@@ -4,11 +4,9 @@ import pytest
 from PIL import Image
 
 from library.core.errors import AtelierError, CheckpointError, ConfigError
+from library.generation.requests import COMMON_LINE_OPTIONS, PictureRequest, SessionOptions
 from library.generation.script import (
-    COMMON_LINE_OPTIONS,
     LineReader,
-    PictureRequest,
-    SessionOptions,
     make_each,
     output_name,
     picture_texts,

@@ -15,8 +15,8 @@ from library.core.options import Config, allows_none, is_bool_option, option_fie
 from library.dataset.config_schema import KEYS, OutOfRange
 from library.families.registry import FAMILIES
 from library.generation import anima_inference, flux_inference, sdxl_inference
-from library.generation import options as generation_options
-from library.generation.prompts import GENERATION_LINE_OPTIONS, parse_generation_line
+from library.generation.gen_img import options as generation_options
+from library.generation.gen_img.prompts import GENERATION_LINE_OPTIONS, parse_generation_line
 from library.training import parser_common
 from library.training.option_groups import DdpOptions, LoopOptions
 from library.training.sampling_prompts import (

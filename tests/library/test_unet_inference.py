@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from library.core.errors import CheckpointError, ConfigError
-from library.generation import unet_inference
+from library.generation.gen_img import script as unet_inference
 from library.safetensors_utils import load_safetensors, save_file_atomic
 from library.training.inference_samplers import SAMPLER_NAMES
 from tests.library.test_sdxl_inference import write_adapter
@@ -391,16 +391,16 @@ def test_inpainting_keeps_what_the_mask_leaves(tiny, tmp_path, source, sampler):
     values[:, 32:] = 255
     Image.fromarray(values).save(tmp_path / "mask.png")
     latents = []
-    from library.generation import unet_pipeline
+    from library.generation.gen_img import batches
 
-    real = unet_pipeline.UNetPipeline._decoded
+    real = batches.PictureBatches._decoded
 
     def watched(self, given):
         latents.append((given, self._encoded(self.sources, (64, 64))))
         return real(self, given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unet_pipeline.UNetPipeline, "_decoded", watched)
+        patch.setattr(batches.PictureBatches, "_decoded", watched)
         made(
             tiny["sd1"], tmp_path, "--prompt", "a cat --d 1", "--image_path", str(source), "--mask_path", str(tmp_path / "mask.png"),
             f"--sampler={sampler}", "--strength=0.9", "--steps=6",

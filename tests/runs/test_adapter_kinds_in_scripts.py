@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from library.core.registry import import_target
-from library.generation import anima_inference, flux_inference, sdxl_inference, unet_inference
+from library.generation import anima_inference, flux_inference, sdxl_inference
+from library.generation.gen_img import script as unet_inference
 from networks.kinds.targets import targets_of_family
 from tests.library import test_anima_inference, test_flux_inference, test_sdxl_inference, test_unet_inference
 from tests.networks.adapter_table import ADAPTERS, kind_of_adapter

@@ -7,7 +7,8 @@ import torch
 
 from library import device_utils
 from library.device_utils import can_compute, device_problem, format_problem
-from library.generation import anima_inference, flux_inference, sdxl_inference, unet_inference
+from library.generation import anima_inference, flux_inference, sdxl_inference
+from library.generation.gen_img import script as unet_inference
 from tests.runs.families import Tinies, refused_run
 from tools import extract_lora, merge_lora, merge_models, resize_lora
 

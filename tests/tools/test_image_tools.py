@@ -260,7 +260,7 @@ def test_images_of_several_sizes_are_doubled(tiny, weights, tmp_path, caplog):
 
 
 def test_the_upscaler_of_the_image_script(tiny, weights, tmp_path):
-    from library.generation import unet_inference
+    from library.generation.gen_img import script as unet_inference
 
     options = ["--prompt", "a cat --d 1", "--W=128", "--H=128", "--steps=2", "--highres_fix_scale=0.5", "--highres_fix_steps=2"]
     base = [f"--ckpt={tiny.model}", f"--clip_tokenizer={tiny.tokenizer}", *options]

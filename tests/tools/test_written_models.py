@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from library.checkpoints.flux_convert import convert_bfl_sd_to_diffusers
-from library.generation import flux_inference, unet_inference
+from library.generation import flux_inference
+from library.generation.gen_img import script as unet_inference
 from library.safetensors_utils import load_safetensors, read_header
 from library.training import cli
 from tests.runs.conftest import draw_pictures, largest_difference

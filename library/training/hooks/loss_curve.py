@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ class LossCurveHook(Hook):
         self.losses: list[float] = []
         self.validation: list[tuple[int, float]] = []
         """(optimizer steps done, loss)"""
+        self.levels: dict[int, dict[str, float]] = {}
+        """optimizer steps done -> noise level -> validation loss at it"""
         self._drawn: tuple[Any, ...] | None = None
         self._is_restored = False
         self._paths: tuple[Path, ...] = ()
@@ -43,14 +47,16 @@ class LossCurveHook(Hook):
         kept = [(step, loss) for step, loss in zip(self.steps, self.losses) if step <= done]
         self.steps, self.losses = [step for step, _ in kept], [loss for _, loss in kept]
         self.validation = [point for point in self.validation if point[0] <= done]
+        self.levels = {step: losses for step, losses in self.levels.items() if step <= done}
 
     def on_losses(self, losses: list[StepLoss]) -> None:
         self.steps.extend(entry.step for entry in losses)
         self.losses.extend(entry.loss for entry in losses)
 
-    def add_validation(self, step: int, loss: float) -> None:
-        """A validation loss; of two at the same step the later one stays."""
+    def add_validation(self, step: int, loss: float, levels: Mapping[str, float] | None = None) -> None:
+        """A validation loss, and those of its noise levels; of two at the same step the later one stays."""
         self.validation = [point for point in self.validation if point[0] != step] + [(step, loss)]
+        self.levels[step] = dict(levels or {})
 
     def on_post_save(self, run: Run, path: str, metadata: dict[str, str]) -> None:
         self.write(run)
@@ -68,7 +74,7 @@ class LossCurveHook(Hook):
         self._drawn = content
         stem = Path(options.output_dir) / f"{CheckpointNames(options.output_name).last()}-loss"
         averages = trailing_mean(self.losses, run.progress.steps_per_epoch)
-        for ending, draw in ((".png", plot_losses), (".csv", write_table)):
+        for ending, draw in ((".png", plot_losses), (".csv", functools.partial(write_table, levels=self.levels))):
             path = stem.with_name(stem.name + ending)
             try:
                 draw(path, self.steps, self.losses, averages, self.validation)
@@ -88,6 +94,7 @@ class LossCurveHook(Hook):
             "steps": list(self.steps),
             "losses": list(self.losses),
             "validation": [list(point) for point in self.validation],
+            "levels": [[step, losses] for step, losses in self.levels.items()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -95,6 +102,7 @@ class LossCurveHook(Hook):
         self.steps = [int(step) for step in state.get("steps", [])]
         self.losses = [float(loss) for loss in state.get("losses", [])]
         self.validation = [(int(step), float(loss)) for step, loss in state.get("validation", [])]
+        self.levels = {int(step): {level: float(loss) for level, loss in losses.items()} for step, losses in state.get("levels", [])}
 
 
 def trailing_mean(values: list[float], window: int) -> list[float]:
@@ -107,15 +115,19 @@ def trailing_mean(values: list[float], window: int) -> list[float]:
 
 
 def write_table(
-    path: Path, steps: list[int], losses: list[float], averages: list[float], validation: list[tuple[int, float]]
+    path: Path, steps: list[int], losses: list[float], averages: list[float], validation: list[tuple[int, float]],
+    levels: Mapping[int, Mapping[str, float]] = {},
 ) -> None:
-    """CSV with one row per step: step, loss, average, validation (empty where there was none)."""
-    rows: dict[int, list[Any]] = {step: [step, loss, average, ""] for step, loss, average in zip(steps, losses, averages)}
+    """CSV with one row per step: step, loss, average, validation and that of each noise level (empty where there was none)."""
+    names = sorted({level for of_step in levels.values() for level in of_step}, key=float)
+    empty = ["", "", "", *[""] * len(names)]
+    rows: dict[int, list[Any]] = {step: [step, loss, average, *empty[2:]] for step, loss, average in zip(steps, losses, averages)}
     for step, loss in validation:
-        rows.setdefault(step, [step, "", "", ""])[3] = loss
+        of_step = levels.get(step, {})
+        rows.setdefault(step, [step, *empty])[3:] = [loss, *(of_step.get(level, "") for level in names)]
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["step", "loss", "average", "validation"])
+        writer.writerow(["step", "loss", "average", "validation", *(f"validation_{level}" for level in names)])
         writer.writerows(rows[step] for step in sorted(rows))
 
 

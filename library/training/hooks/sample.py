@@ -203,7 +203,7 @@ class SampleHook(Hook):
             drawn = key_seed(self.seed, "sample without a seed", run.progress.global_step, number) % 2**32
             prompt = dataclasses.replace(prompt, seed=drawn)
         negative = texts[prompt.negative_prompt or ""] if run.family.needs_negative(prompt) else None
-        image = run.family.generate(run.models, prompt, texts[prompt.prompt], negative)
+        image = run.family.pipeline(run.models).sample(prompt, texts[prompt.prompt], negative)
         saving, progress = run.config[SavingOptions], run.progress
         name = sample_file_name(
             saving.output_name, at, progress.epoch if at == "epoch" else progress.global_step,

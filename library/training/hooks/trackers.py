@@ -120,7 +120,7 @@ class WandbTracker(Tracker):
         for axis in ("global_step", "epoch"):
             self._run.define_metric(axis, hidden=True)
         self._run.define_metric("*", step_metric="global_step")
-        for name in ("loss/epoch_average", "loss/validation/epoch_average", "loss/validation/epoch_divergence"):
+        for name in ("loss/epoch_average", "loss/validation/epoch_average", "loss/validation/epoch_divergence", "loss/validation/epoch_level_*"):
             self._run.define_metric(name, step_metric="epoch")
 
     def log(self, point: Point) -> None:

@@ -32,6 +32,8 @@ class ValidationHook(Hook):
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.last_loss: float | None = None
+        self.level_losses: dict[str, float] = {}
+        """noise level (in the unit of the objective's times) -> loss of the last pass at it"""
         self.lowest: tuple[float, int] | None = None
         """lowest loss after training began, and the optimizer steps done then"""
         self._measured_at: int | None = None
@@ -72,23 +74,27 @@ class ValidationHook(Hook):
             self.lowest = float(loss), int(step)
 
     def validate(self, run: Run) -> float | None:
-        """Mean loss over all held-out samples and the four noise levels; None without held-out images."""
+        """Mean loss over all held-out samples and the four noise levels, and in `level_losses` that of each level; None without
+        held-out images."""
         limit = run.config[ValidationOptions].max_validation_steps
         times = run.step.objective.validation_times()
         device = torch.device(run.runtime.device)
-        total = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)  # loss sum, count
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        sums = torch.zeros(1 + len(times), 2, dtype=dtype, device=device)  # loss sum and count, of all and of each level
         with run.weights_for_eval(), isolated_rng(self.seed), torch.no_grad():
             for batch in run.data.validation_batches(limit):
                 if len(batch) == 0:  # this rank's slice of a short batch
                     continue
                 batch = batch.to(device)
-                for time in times:
+                for level, time in enumerate(times, start=1):
                     # on the CPU, because the key of the draws is read from it: a time on the device would be waited for
                     output = run.step(batch, times=torch.full((len(batch),), time))
-                    total[0] += output.loss_sum.detach().to(total.dtype)
-                    total[1] += output.count
-        loss_sum, count = run.runtime.sum_over_ranks(total).tolist()
-        return loss_sum / count if count else None
+                    for row in (0, level):
+                        sums[row, 0] += output.loss_sum.detach().to(dtype)
+                        sums[row, 1] += output.count
+        means = [loss_sum / count if count else None for loss_sum, count in run.runtime.sum_over_ranks(sums).tolist()]
+        self.level_losses = {f"{time:g}": mean for time, mean in zip(times, means[1:]) if mean is not None}
+        return means[0]
 
     def _validate_and_report(self, run: Run, axis: str) -> None:
         if run.stop.agreed is not None:
@@ -102,15 +108,16 @@ class ValidationHook(Hook):
         self._report(run, loss, axis, None if training is None else loss - training)
 
     def _report(self, run: Run, loss: float, axis: str, divergence: float | None) -> None:
-        """Names of the known tools: loss/validation/{step,epoch}_average and _divergence."""
+        """Names of the known tools: loss/validation/{step,epoch}_average and _divergence; and _level_{noise level}."""
         is_new = self._measured_at != run.progress.global_step
         self.last_loss, self._measured_at = loss, run.progress.global_step
         log = run.hooks.find(LoggingHook)
-        log.log({f"loss/validation/{axis}_average": loss, f"loss/validation/{axis}_divergence": divergence}, axis=axis)
+        levels = {f"loss/validation/{axis}_level_{level}": mean for level, mean in self.level_losses.items()}
+        log.log({f"loss/validation/{axis}_average": loss, f"loss/validation/{axis}_divergence": divergence, **levels}, axis=axis)
         log.show(**{"val_avg_loss" if axis == "step" else "val_epoch_avg_loss": f"{loss:.4g}"})
         curve = run.hooks.find(LossCurveHook)
         if curve is not None:
-            curve.add_validation(run.progress.global_step, loss)
+            curve.add_validation(run.progress.global_step, loss, self.level_losses)
         is_lowest = self.lowest is None or loss < self.lowest[0]
         if is_lowest and run.progress.global_step > 0:
             self.lowest = loss, run.progress.global_step

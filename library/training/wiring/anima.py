@@ -22,7 +22,6 @@ from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from library.anima_models import AdapterParams
     from library.anima_utils import AnimaInfo
@@ -321,21 +320,6 @@ class AnimaFamily(FlowFamily):
 
         velocity = predict_velocity(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
         return DiTOutput(velocity, sample.target)
-
-    def generate(
-        self, models: Models, prompt: SamplePrompt, conditioning: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor] | None
-    ) -> Image.Image:
-        """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
-        from library.anima_train_utils import SampleSettings, generate_latents
-        from library.generation.sampling_utils import decode_to_image
-        from library.training.inference_samplers.flow import flow_sampler, flow_schedule
-
-        settings = SampleSettings(height=prompt.height, width=prompt.width, seed=prompt.seed, cfg_scale=prompt.scale)
-        latents = generate_latents(
-            models.denoiser, settings, conditioning, negative, sampler=flow_sampler(prompt.sample_sampler),
-            sigmas=flow_schedule(prompt.sample_steps, prompt.flow_shift),
-        )
-        return decode_to_image(models.vae, latents)
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
         """Complete settings, with the sampler of --sample_sampler where the prompt names none."""

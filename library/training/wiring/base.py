@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from library.checkpoints.loading import Transform
     from library.dataset.strategies import StrategySet
     from library.families.record import DataArchitecture, FamilyRecord, SampleDefaults
+    from library.generation.pipeline import PicturePipeline
     from library.strategy_base import LatentsCachingStrategy
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
@@ -153,9 +154,15 @@ class ModelFamily(ABC):
     def predict(self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any) -> DiTOutput:
         """One forward of the denoiser; `pred` and `target` have the shape of the latents."""
 
-    @abstractmethod
-    def generate(self, models: Models, prompt: SamplePrompt, conditioning: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor] | None) -> Any:
-        """Make one image for a SamplePrompt from encoded conditioning; returns a PIL image. The VAE is in `models`."""
+    def pipeline(self, models: Models) -> PicturePipeline:
+        """What makes the samples, from the models of the run: the pipeline of the family's record, as in its image scripts."""
+        from library.generation import pipeline_class
+
+        return pipeline_class(self.name)(models.denoiser, models.vae, **self.pipeline_settings())
+
+    def pipeline_settings(self) -> Mapping[str, Any]:
+        """Fields of the pipeline beside the models: what the options say of them."""
+        return {}
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
         """Fill the settings that a SamplePrompt leaves open (size, steps, scales) and round the size."""

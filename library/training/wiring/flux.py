@@ -19,7 +19,6 @@ from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from library.dataset.strategies import StrategySet
     from library.flux_utils import FlowModelInfo
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
     from library.training.run import DiTOutput, Models
-    from library.training.sampling_prompts import SamplePrompt
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +33,6 @@ PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
 TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr")
 SPLIT_MODE_BLOCKS = 18
 """what the old --split_mode amounts to"""
-SAMPLER = "euler"
 TOKEN_LENGTH_DEV, TOKEN_LENGTH_SCHNELL = 512, 256
 
 _SD_MODELS = "it belongs to Stable Diffusion; FLUX.1 has no such variant"
@@ -303,23 +300,8 @@ class FluxFamily(FlowFamily):
             prediction = clean_estimate(prediction.float(), sample.noisy_latents, sample.sigmas)
         return DiTOutput(prediction, sample.target)
 
-    def generate(
-        self, models: Models, prompt: SamplePrompt, conditioning: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor] | None
-    ) -> Image.Image:
-        """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
-        from library.flux_train_utils import SampleSettings, decode_to_image, generate_latents
-        from library.training.inference_samplers import INFERENCE_SAMPLERS
-
-        settings = SampleSettings(
-            height=prompt.height, width=prompt.width, num_steps=prompt.sample_steps, seed=prompt.seed,
-            guidance=prompt.guidance_scale, cfg_scale=prompt.scale, shift=models.denoiser.params.guidance_embed,
-            use_t5_mask=self.opts.apply_t5_attn_mask,
-        )
-        latents = generate_latents(
-            models.denoiser, settings, conditioning, negative,
-            sampler=INFERENCE_SAMPLERS.resolve(SAMPLER), device=models.denoiser.device,
-        )
-        return decode_to_image(models.vae, latents)
+    def pipeline_settings(self) -> Mapping[str, Any]:
+        return {"use_t5_mask": self.opts.apply_t5_attn_mask}
 
     def metadata(self) -> dict[str, Any]:
         times = self.config[TimestepOptions]

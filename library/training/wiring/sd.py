@@ -16,7 +16,6 @@ from library.training.wiring.unet import UNetFamily, about_slot, foreign_to_unet
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from library.components.ldm_utils import AutoEncoderInfo
     from library.components.unet_utils import UNetInfo
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents
     from library.training.run import DiTOutput, Models
-    from library.training.sampling_prompts import SamplePrompt
 
 _NO_TEXT_CACHE = "captions of Stable Diffusion are encoded in the step; its text encoder is small"
 
@@ -130,13 +128,6 @@ class SdFamily(UNetFamily):
         from library.training.run import DiTOutput
 
         return DiTOutput(predict_noise(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs), sample.target)
-
-    def generate(self, models: Models, prompt: SamplePrompt, conditioning: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor] | None) -> Image.Image:
-        """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
-        from library.sd_train_utils import guided_predictor
-
-        settings = self.sample_settings(prompt)
-        return self.image_of(models, guided_predictor(models.denoiser, conditioning, negative, settings.cfg_scale), settings)
 
     def metadata(self) -> dict[str, Any]:
         return {"ss_base_model_version": f"sd_v{2 if self.is_v2 else 1}{'_v' if self.is_v else ''}"}

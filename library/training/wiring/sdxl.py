@@ -18,7 +18,6 @@ from library.training.wiring.unet import UNetFamily, about_slot, foreign_to_unet
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from library.components.ldm_utils import AutoEncoderInfo
     from library.components.unet_utils import UNetInfo
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents
     from library.training.run import DiTOutput, Models
-    from library.training.sampling_prompts import SamplePrompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +132,6 @@ class SdxlFamily(UNetFamily):
         sizes = (batch.original_sizes_hw, batch.crop_top_lefts, batch.target_sizes_hw)
         prediction = predict_noise(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, sizes, **inputs)
         return DiTOutput(prediction, sample.target)
-
-    def generate(self, models: Models, prompt: SamplePrompt, conditioning: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor] | None) -> Image.Image:
-        """One image; `prompt` is complete (`sample_defaults`, and a seed)."""
-        from library.sdxl_train_utils import guided_predictor
-
-        settings = self.sample_settings(prompt)
-        predict = guided_predictor(models.denoiser, conditioning, negative, settings.cfg_scale, settings.height, settings.width)
-        return self.image_of(models, predict, settings)
 
     def metadata(self) -> dict[str, Any]:
         return {"ss_base_model_version": "sdxl_base_v1-0"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,7 +21,6 @@ from library.training.wiring.base import ModelFamily, foreign_to_ddpm
 if TYPE_CHECKING:
     import torch
 
-    from library.components.ldm_coding import SampleSettings
     from library.components.ldm_utils import AutoEncoderInfo
     from library.components.unet_utils import UNetInfo
     from library.strategy_base import LatentsCachingStrategy
@@ -183,26 +183,9 @@ class UNetFamily(ModelFamily):
     def _check_sampler(name: str, what: str) -> None:
         check_sampler(name, what)
 
-    @staticmethod
-    def sample_settings(prompt: SamplePrompt) -> SampleSettings:
-        from library.components.ldm_coding import SampleSettings
-
-        return SampleSettings(
-            height=prompt.height, width=prompt.width, num_steps=prompt.sample_steps, seed=prompt.seed, cfg_scale=prompt.scale,
-            sampler=prompt.sample_sampler,
-        )
-
-    def image_of(self, models: Any, predict: Any, settings: SampleSettings) -> Any:
-        """The PIL image of a guided predictor."""
-        from library.components.ldm_coding import generate_unet_latents
-        from library.generation.sampling_utils import decode_to_image
-
+    def pipeline_settings(self) -> Mapping[str, Any]:
         objective = self.objective()
-        latents = generate_unet_latents(
-            predict, settings, prediction_type=objective.prediction_type, zero_terminal_snr=objective.zero_terminal_snr,
-            device=models.denoiser.device,
-        )
-        return decode_to_image(models.vae, latents)
+        return {"prediction_type": objective.prediction_type, "zero_terminal_snr": objective.zero_terminal_snr}
 
 
 def part_of(path: str, subfolder: str) -> Path:

@@ -210,7 +210,7 @@ def test_long_texts_in_a_picture(tmp_path, kind: str):
     from PIL import PngImagePlugin
 
     from library.generation.picture_files import read_texts
-    from library.generation.sources import lines_of_pictures, open_picture
+    from library.generation.gen_img.sources import lines_of_pictures, open_picture
 
     path = with_long_text(tmp_path / "a.png", kind)
     readers = {

@@ -1,6 +1,7 @@
 """The curve is there as a picture and as a table, and goes on after a resume."""
 
 import csv
+import json
 
 import pytest
 from PIL import Image
@@ -25,6 +26,22 @@ def test_picture_and_table_are_written_at_the_end(tmp_path):
     assert rows[0]["validation"] == "0.9" and rows[0]["loss"] == "" and rows[8]["validation"] == "0.1"
     assert [float(row["loss"]) for row in rows[1:]] == curve.losses
     assert sorted(p.name for p in tmp_path.iterdir()) == ["line-loss.csv", "line-loss.png"]
+
+
+def test_losses_of_noise_levels_are_columns_that_a_state_keeps(tmp_path):
+    curve, again = LossCurveHook(), LossCurveHook()
+    curve.add_validation(2, 0.5, {"200": 0.25, "80": 0.75})
+    curve.add_validation(9, 0.1, {"80": 0.1})
+    again.load_state_dict(json.loads(json.dumps(curve.state_dict())))
+    assert again.levels == curve.levels
+    run = small_run([LossReader(every=5), again], output_dir=str(tmp_path), output_name="line")
+    run.progress.global_step = run.progress.step_in_epoch = 2
+    fit(run)
+    rows = list(csv.DictReader(open(tmp_path / "line-loss.csv", encoding="utf-8")))
+    assert list(rows[0]) == ["step", "loss", "average", "validation", "validation_80", "validation_200"]
+    first, second = rows[:2]
+    assert (first["step"], first["validation_80"], first["validation_200"], second["validation_80"]) == ("2", "0.75", "0.25", "")
+    assert again.levels == {2: {"200": 0.25, "80": 0.75}}  # step 9 is after the one at which the run goes on
 
 
 def test_nothing_is_written_without_an_output_folder_or_a_step(tmp_path):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from library.core.options import Config
 from library.dataset import CachingOptions
+from library.generation.flux_pipeline import FluxPipeline
 from library.generation.picture_files import read_texts
 from library.training.accelerator_setup import prepare_runtime
 from library.training.hooks.base import Hook
@@ -120,10 +121,14 @@ def test_occasions(flux, tmp_path, options, suffixes):
 class FailingFamily(FluxFamily):
     """Has no memory for the first prompt."""
 
-    def generate(self, models, prompt, *conditioning):
-        if prompt.prompt == "a red cat":
-            raise torch.OutOfMemoryError("out of memory. Tried to allocate 7 TiB\nand more lines")
-        return super().generate(models, prompt, *conditioning)
+    def pipeline(self, models):
+        class FailingPipeline(FluxPipeline):
+            def latents(self, request, *conditioning):
+                if request.prompt == "a red cat":
+                    raise torch.OutOfMemoryError("out of memory. Tried to allocate 7 TiB\nand more lines")
+                return super().latents(request, *conditioning)
+
+        return FailingPipeline(models.denoiser, models.vae, **self.pipeline_settings())
 
 
 def test_a_failing_sample_is_told_and_training_goes_on(flux, tmp_path, caplog):
@@ -152,9 +157,9 @@ def test_pictures_that_cannot_be_written_are_told_and_training_goes_on(flux, tmp
 class RollingFamily(FluxFamily):
     """Reads the global generator, as samplers of other packages do."""
 
-    def generate(self, *inputs):
+    def pipeline(self, models):
         torch.rand(3)
-        return super().generate(*inputs)
+        return super().pipeline(models)
 
 
 def test_modes_and_generators_are_as_before(flux, tmp_path):

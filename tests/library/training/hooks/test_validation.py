@@ -39,6 +39,23 @@ def test_the_loss_is_the_mean_over_samples_and_levels():
     assert hook.validate(limited) == pytest.approx(mean_by_hand(limited, data.validation[:1]))
 
 
+def test_the_loss_of_each_level_is_told_beside_the_mean():
+    hook, data, logged = ValidationHook(seed=3), validation_data(), []
+    run = small_run(hooks_of(hook), data=data, steps=4)
+    log = run.hooks.find(LoggingHook)
+    plain_log = log.log
+    log.log = lambda values, **where: (logged.append(dict(values)), plain_log(values, **where))
+    fit(run)
+    weights = run.models.denoiser
+    for time in (0.2, 0.4, 0.6, 0.8):
+        losses = [(weights(batch.inputs) - batch.targets - time).square().mean() for batch in data.validation]
+        assert hook.level_losses[f"{time:g}"] == pytest.approx(torch.stack(losses).mean().item())
+    last = [values for values in logged if "loss/validation/epoch_average" in values][-1]
+    told = {name.rpartition("_")[2]: loss for name, loss in last.items() if "_level_" in name}
+    assert told == hook.level_losses and sum(told.values()) / 4 == pytest.approx(hook.last_loss)
+    assert run.hooks.find(LossCurveHook).levels[4] == hook.level_losses
+
+
 def test_it_leaves_mode_gradients_and_generators_alone():
     hook = ValidationHook(seed=3)
     run = small_run(hooks_of(hook), data=validation_data())

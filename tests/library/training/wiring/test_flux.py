@@ -167,6 +167,6 @@ def test_an_image_of_the_family(tiny):
     prompt = family.sample_defaults(SamplePrompt(prompt="a red cat", width=40, height=33, sample_steps=2, seed=3))
     assert (prompt.width, prompt.height, prompt.scale, prompt.guidance_scale) == (32, 32, 1.0, 3.5)
     one = {name: tensor[:1] for name, tensor in conditioning.items()}
-    image = family.generate(models, prompt, one, None)
+    image = family.pipeline(models).sample(prompt, one, None)
     assert image.size == (32, 32)
-    assert image.tobytes() == family.generate(models, prompt, one, None).tobytes()
+    assert image.tobytes() == family.pipeline(models).sample(prompt, one, None).tobytes()

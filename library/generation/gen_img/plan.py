@@ -13,8 +13,8 @@ from typing import Any
 from library.core.errors import ConfigError
 from library.core.keyed_random import key_seed, keyed_random
 from library.core.options import Config
-from library.generation.dynamic_prompts import expand_prompt
-from library.generation.options import (
+from library.generation.gen_img.dynamic_prompts import expand_prompt
+from library.generation.gen_img.options import (
     DEFAULT_STRENGTH,
     GenerationNetworkOptions,
     GenerationPictureOptions,
@@ -22,7 +22,7 @@ from library.generation.options import (
     GenerationShrinkOptions,
     GenerationSourceOptions,
 )
-from library.generation.prompts import LARGEST_SEED, NO_NEGATIVE_SCALE, GenerationPrompt, parse_generation_line
+from library.generation.gen_img.prompts import LARGEST_SEED, NO_NEGATIVE_SCALE, GenerationPrompt, parse_generation_line
 from library.training.sampling_prompts import DRAWN
 
 logger = logging.getLogger(__name__)

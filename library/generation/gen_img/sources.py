@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from library.core.errors import ConfigError, Problems
 from library.core.text_files import read_text
-from library.generation.options import GenerationPromptOptions
-from library.generation.plan import PromptLine
-from library.generation.prompts import GENERATION_LINE_OPTIONS
+from library.generation.gen_img.options import GenerationPromptOptions
+from library.generation.gen_img.plan import PromptLine
+from library.generation.gen_img.prompts import GENERATION_LINE_OPTIONS
 from library.training.sampling_prompts import good_lines
 
 if TYPE_CHECKING:

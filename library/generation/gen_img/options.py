@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from library.core.errors import ConfigError, Problems
 from library.core.options import LARGEST_BATCH, LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, equivalent_option, option, refused_option
-from library.generation.prompts import GENERATION_LINE_OPTIONS
+from library.generation.gen_img.prompts import GENERATION_LINE_OPTIONS
 from library.training.inference_samplers import DEFAULT_SAMPLER, SAMPLER_NAMES
 from library.training.sampling_prompts import DRAWN
 

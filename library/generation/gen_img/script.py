@@ -1,4 +1,4 @@
-"""The image scripts of Stable Diffusion and SDXL: checks, the order of things, picture files. Models are in unet_pipeline."""
+"""The image scripts of Stable Diffusion and SDXL: checks, the order of things, picture files. Models are in batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.options import Config
 from library.dataset.architectures import ARCHITECTURES
-from library.generation.options import (
+from library.families.registry import record_of
+from library.generation import pipeline_class
+from library.generation.gen_img.options import (
     GENERATION_CLASSES,
     GenerationModelOptions,
     GenerationNetworkOptions,
@@ -21,7 +23,7 @@ from library.generation.options import (
     GenerationPromptOptions,
     GenerationSourceOptions,
 )
-from library.generation.plan import Planner, PromptLine, batches, first_stage, round_of
+from library.generation.gen_img.plan import Planner, PromptLine, batches, first_stage, round_of
 from library.generation.script import (
     format_problems,
     read_command,
@@ -31,7 +33,7 @@ from library.generation.script import (
     tell_equivalent,
     write_picture,
 )
-from library.generation.sources import (
+from library.generation.gen_img.sources import (
     checked,
     lines_of_pictures,
     load_prompter,
@@ -46,8 +48,8 @@ from library.training.option_groups import ConsoleOptions
 from library.training.wiring.unet import about_slot, slot_problem
 
 if TYPE_CHECKING:
-    from library.generation.plan import ImageRequest
-    from library.generation.unet_pipeline import Made, UNetPipeline
+    from library.generation.gen_img.plan import ImageRequest
+    from library.generation.gen_img.batches import Made, PictureBatches
 
 logger = logging.getLogger(__name__)
 
@@ -83,17 +85,17 @@ def run(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> list[Path]:
     for line in start_notices(config):
         logger.info(line)
     from library.generation.prompt_weighting import warn_of_signed_mean
-    from library.generation.unet_pipeline import load_pipeline
+    from library.generation.gen_img.batches import load_batches
 
     warn_of_signed_mean(config[GenerationPromptOptions].emb_normalize_mode)
-    pipeline = load_pipeline(config)
-    add_pictures(pipeline, config)
+    maker = load_batches(config)
+    add_pictures(maker, config)
     files = PictureFiles(config)
     size = config[GenerationPromptOptions].batch_size
-    for requests in groups_of(config, planner, lines or [], pipeline):
+    for requests in groups_of(config, planner, lines or [], maker):
         for batch in batches(requests, size):
             started = time.perf_counter()
-            for made in pipeline.generate(batch):
+            for made in maker.generate(batch):
                 files.write(made)
             logger.info("%d pictures in %.1f s", len(batch), time.perf_counter() - started)
     return files.written
@@ -104,8 +106,8 @@ def run(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> list[Path]:
 
 def all_problems(config: Config) -> list[str]:
     """Everything that can be told without loading a model."""
-    from library.generation.conditioning import checked_inversions
-    from library.generation.networks import network_problems
+    from library.generation.prompt_encoder import checked_inversions
+    from library.generation.gen_img.networks import network_problems
 
     networks, sources = config[GenerationNetworkOptions], config[GenerationSourceOptions]
     found = [*refused_problems(config), *model_problems(config[GenerationModelOptions]), *network_problems(networks, config[GenerationModelOptions].family)]
@@ -124,19 +126,15 @@ def all_problems(config: Config) -> list[str]:
 
 def model_problems(options: GenerationModelOptions) -> list[str]:
     """What is wrong with checkpoint, autoencoder and tokenizer, from headers."""
-    import importlib
-
-    from library.generation.unet_pipeline import GENERATORS
-
-    family = importlib.import_module(GENERATORS[options.family])
-    model_problem = slot_problem(options.ckpt, "ckpt", family.KINDS, for_pictures=True)
+    family, kinds = pipeline_class(options.family), set(record_of(options.family).kinds)
+    model_problem = slot_problem(options.ckpt, "ckpt", kinds, for_pictures=True)
     if model_problem:
         return [model_problem]
-    vae_problem = slot_problem(options.vae, "vae", {"vae_sd", *family.KINDS}) if options.vae else None
+    vae_problem = slot_problem(options.vae, "vae", {"vae_sd", *kinds}) if options.vae else None
     found = [vae_problem] if vae_problem else []
     checks = [lambda: family.inspect(options)[1], lambda: family.text_problems(options)]
     if not vae_problem:
-        checks.append(lambda: _vae_problems(family, "vae" if options.vae else "ckpt", options.vae or options.ckpt))
+        checks.append(lambda: _vae_problems(options.family, "vae" if options.vae else "ckpt", options.vae or options.ckpt))
     for check in checks:
         try:
             found += check()
@@ -145,8 +143,8 @@ def model_problems(options: GenerationModelOptions) -> list[str]:
     return found
 
 
-def _vae_problems(family: Any, slot: str, path: str) -> list[str]:
-    channels, wanted = family.inspect_vae(path).params.z_channels, ARCHITECTURES[family.NAME].latents.channels
+def _vae_problems(family: str, slot: str, path: str) -> list[str]:
+    channels, wanted = pipeline_class(family).inspect_vae(path).params.z_channels, ARCHITECTURES[family].latents.channels
     return [] if channels == wanted else [f"--{slot} is {path}: its autoencoder has {channels} latent channels; {wanted} are needed"]
 
 
@@ -201,12 +199,8 @@ def _check_depths(request: ImageRequest, line: PromptLine, model: GenerationMode
 @lru_cache(maxsize=1)
 def _blocks_down(model: GenerationModelOptions) -> int | None:
     """Blocks of the U-Net on the way down, from the header; None for a checkpoint that does not fit, which is told elsewhere."""
-    import importlib
-
-    from library.generation.unet_pipeline import GENERATORS
-
     try:
-        params = importlib.import_module(GENERATORS[model.family]).inspect(model)[0].params
+        params = pipeline_class(model.family).inspect(model)[0].params
     except CheckpointError:
         return None
     return len(params.channels) * (params.num_res_blocks + 1)
@@ -232,7 +226,7 @@ def start_notices(config: Config) -> list[str]:
 # -- the run ---------------------------------------------------------------------------------------------------------------
 
 
-def groups_of(config: Config, planner: Planner, lines: list[PromptLine], pipeline: UNetPipeline) -> Iterator[Iterator[ImageRequest]]:
+def groups_of(config: Config, planner: Planner, lines: list[PromptLine], maker: PictureBatches) -> Iterator[Iterator[ImageRequest]]:
     """The pictures of the run in order: of all rounds or, with --interactive, of each line as it is typed."""
 
     def check(line: PromptLine) -> None:
@@ -245,7 +239,7 @@ def groups_of(config: Config, planner: Planner, lines: list[PromptLine], pipelin
         return
     prompter: Any = None
     if options.from_module:
-        prompter = load_prompter(options.from_module)(argparse.Namespace(**config.values()), pipeline, pipeline.networks.networks)
+        prompter = load_prompter(options.from_module)(argparse.Namespace(**config.values()), maker, maker.networks.networks)
 
     def lines_of(number: int) -> list[PromptLine]:
         known = lines if prompter is None else _of_module(list(module_lines(prompter)), check)
@@ -263,18 +257,18 @@ def _of_module(lines: list[PromptLine], check: Callable[[PromptLine], None]) -> 
         return []
 
 
-def add_pictures(pipeline: UNetPipeline, config: Config) -> None:
+def add_pictures(maker: PictureBatches, config: Config) -> None:
     """Source pictures with their masks, or the regions of a mask."""
-    from library.generation.unet_pipeline import read_regions
+    from library.generation.gen_img.batches import read_regions
 
     sources = config[GenerationSourceOptions]
     if sources.image_path:
-        pipeline.sources = [open_picture(file, "RGB", "image_path") for file in source_files(sources.image_path, "image_path")]
+        maker.sources = [open_picture(file, "RGB", "image_path") for file in source_files(sources.image_path, "image_path")]
     if sources.mask_path and sources.image_path:
-        pipeline.masks = [open_picture(file, "L", "mask_path") for file in source_files(sources.mask_path, "mask_path")]
+        maker.masks = [open_picture(file, "L", "mask_path") for file in source_files(sources.mask_path, "mask_path")]
     elif sources.mask_path:
         image = open_picture(source_files(sources.mask_path, "mask_path")[0], "RGB", "mask_path")
-        pipeline.regions = read_regions(image, config[GenerationNetworkOptions].network_regional_mask_max_color_codes)
+        maker.regions = read_regions(image, config[GenerationNetworkOptions].network_regional_mask_max_color_codes)
 
 
 # -- files -----------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from library.core.errors import ConfigError, Problems
 from library.families.registry import record_of
-from library.generation.adapters import AdapterFile, file_problem, hook, network_of
-from library.generation.options import GenerationNetworkOptions
+from library.generation.adapter_files import AdapterFile, file_problem
+from library.generation.adapters import hook, network_of
+from library.generation.gen_img.options import GenerationNetworkOptions
 from library.training.adapters import check_owner, importable_name
 from library.training.keyword_args import parse_keyword_args
 

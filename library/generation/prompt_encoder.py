@@ -56,8 +56,8 @@ class _Encoded:
 
 @dataclass
 class PromptEncoder:
-    """Text encoders and how captions go through them; `layout` names what comes out. `make_tokenize(length)` gives the family's token strategy for prompts
-    of `length` tokens."""
+    """Text encoders and how captions go through them; `layout` names what comes out. `make_tokenize(length)` gives the family's
+    token strategy for prompts of `length` tokens."""
 
     make_tokenize: Callable[[int], TokenizeStrategy]
     encoding: TextEncodingStrategy

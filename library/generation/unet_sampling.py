@@ -13,7 +13,7 @@ from torch import Tensor
 
 from library.core.errors import ConfigError
 from library.core.keyed_random import keyed_generator, keyed_random
-from library.generation.plan import GradualLatentSettings
+from library.generation.gen_img.plan import GradualLatentSettings
 from library.generation.sampling_utils import start_noise
 from library.training.inference_samplers import INFERENCE_SAMPLERS
 from library.training.inference_samplers.common import Denoise, ancestral_levels, noise_of, steps_of

@@ -1,0 +1,172 @@
+"""What the image script of Anima is asked: option groups, the request of a picture, letters of prompt lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from library.core.errors import ConfigError
+from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, LARGEST_TOKENS, equivalent_option, option
+from library.generation.adapter_files import OWN_MODULE, AdapterChoice, AdapterFile, LayerFilter
+from library.generation.requests import COMMON_LINE_OPTIONS, DTYPE_NAMES, SampledRequest, SessionOptions, dtype_problem, too_small_problems
+from library.training.inference_samplers import FLOW_SAMPLER_NAMES
+from library.training.option_groups import ConsoleOptions
+from library.training.sampling_prompts import DRAWN, LineOption, read_number
+
+SIZE_STEP = 16
+TOKEN_LENGTH = 512
+LYCORIS_MODULE = "lycoris.kohya"
+OUTPUT_TYPES = ("images", "latent", "latent_images")
+_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimaModelOptions:
+    """Models"""
+
+    dit: str | None = option(None, help="file of the Anima denoiser")
+    vae: str | None = option(None, help="file of the autoencoder (qwen_image_vae.safetensors)")
+    text_encoder: str | None = option(None, help="file or folder of the Qwen3-0.6B text encoder")
+    llm_adapter_path: str | None = option(None, help="file whose LLM adapter replaces that of the model")
+    qwen3_tokenizer: str | None = option(None, help="folder of the Qwen3 tokenizer")
+    t5_tokenizer_path: str | None = option(None, help="folder or spiece.model file of the T5 tokenizer")
+    tokenizer_cache_dir: str | None = option(None, help="folder where tokenizers are kept, so that no network is needed")
+    qwen3_max_token_length: int = option(TOKEN_LENGTH, help="longest prompt in Qwen3 tokens", most=LARGEST_TOKENS)
+    t5_max_token_length: int = option(TOKEN_LENGTH, help="longest prompt in T5 tokens; also the length of the denoiser's context", most=LARGEST_TOKENS)
+    dtype: str = option("bfloat16", help=f"number format of all parts: {', '.join(DTYPE_NAMES)}")
+    fp8: bool = option(False, help="keep the large matrices of the denoiser in 8 bits, as they are")
+    fp8_scaled: bool = option(False, help="keep the large matrices of the denoiser in 8 bits, each row scaled to the whole range; closer than --fp8")
+    text_encoder_cpu: bool = option(False, help="let the text encoder compute on the CPU")
+    device: str | None = option(None, help="device of the denoiser, e.g. cuda:1; the first GPU when not given, else the CPU")
+    attn_mode: str = equivalent_option(
+        "torch", help="which package computes the attention", choices=("flash", "torch", "sageattn", "xformers", "sdpa"),
+        reason=f"--attn_mode: {_ATTENTION}",
+    )  # fmt: skip
+    vae_chunk_size: int | None = option(None, help="rows that the VAE computes at once, an even number: less memory, equal results")
+    vae_disable_cache: bool = equivalent_option(
+        False, help="no feature cache in the VAE",
+        reason="--vae_disable_cache: a single image has no earlier frames, so there is nothing that would be kept",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        problems = too_small_problems(self, ("qwen3_max_token_length", 1), ("t5_max_token_length", 1))
+        unknown = dtype_problem("dtype", self.dtype)
+        if unknown:
+            problems.append(unknown)
+        elif self.dtype_name.startswith("float8"):
+            problems.append(f"--dtype is {self.dtype}; 8 bits are for the denoiser only: --fp8 or --fp8_scaled")
+        if self.vae_chunk_size is not None and (self.vae_chunk_size < 2 or self.vae_chunk_size % 2):
+            problems.append(f"--vae_chunk_size is {self.vae_chunk_size}; needed: an even number of 2 or more, e.g. 64")
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def dtype_name(self) -> str:
+        return DTYPE_NAMES[self.dtype.lower()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimaAdapterOptions:
+    """LoRAs"""
+
+    lora_weight: list[str] | None = option(None, nargs="*", help="adapter files")
+    lora_multiplier: list[float] | None = option(None, nargs="*", help="strength of each of the --lora_weight; 1 when not given")
+    include_patterns: list[str] | None = option(None, nargs="*", help="use only the layers that one of these regular expressions finds")
+    exclude_patterns: list[str] | None = option(None, nargs="*", help="leave out the layers that one of these regular expressions finds")
+    lycoris: bool = option(False, help="read the adapter files with the package lycoris-lora")
+    merge_lora_weights: bool = option(False, help="add the adapters to the weights instead of hooking them")
+
+    def __post_init__(self) -> None:
+        problems = self.layer_filter.problems()
+        files, multipliers = len(self.lora_weight or ()), len(self.lora_multiplier or ())
+        if multipliers > 1 and multipliers != files or multipliers and not files:
+            problems.append(f"--lora_multiplier has {multipliers} values for {files} --lora_weight; give one for each file, or one for all")
+        if (self.include_patterns or self.exclude_patterns) and not files:
+            problems.append("--include_patterns and --exclude_patterns choose layers of --lora_weight, which is not given")
+        if self.lycoris and self.merge_lora_weights:
+            problems.append("--merge_lora_weights: the package lycoris-lora merges without multipliers; leave out it or --lycoris")
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def layer_filter(self) -> LayerFilter:
+        return LayerFilter(tuple(self.include_patterns or ()), tuple(self.exclude_patterns or ()))
+
+    @property
+    def num_adapters(self) -> int:
+        return len(self.lora_weight or ())
+
+    @property
+    def adapters(self) -> AdapterChoice:
+        return AdapterChoice(self.files, self.merge_lora_weights, self.layer_filter)
+
+    @property
+    def files(self) -> list[AdapterFile]:
+        paths, multipliers = self.lora_weight or [], self.lora_multiplier or [1.0]
+        strengths = multipliers * len(paths) if len(multipliers) == 1 else multipliers
+        return [AdapterFile(p, m, LYCORIS_MODULE if self.lycoris else OWN_MODULE) for p, m in zip(paths, strengths, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimaPromptOptions:
+    """Pictures"""
+
+    prompt: str | None = option(None, help="what the picture shows")
+    negative_prompt: str = option("", help="what it should not show")
+    image_size: tuple[int, ...] = option((1024, 1024), nargs=2, metavar="PIXELS", help="height and width, rounded down to multiples of 16", most=LARGEST_PICTURE_SIDE)
+    infer_steps: int = option(50, help="steps", most=LARGEST_STEPS)
+    guidance_scale: float = option(3.5, help="classifier-free guidance; 1 = off, else two forwards per step")
+    flow_shift: float = option(5.0, help="how far the steps lie towards noise; 1 = evenly spaced")
+    sampler: str = option("euler", choices=FLOW_SAMPLER_NAMES, help="how a step is made")
+    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED)
+    save_path: str | None = option(None, help="folder of the pictures; made when missing")
+    output_type: str = option("images", choices=OUTPUT_TYPES, help="what is written: pictures, latents (safetensors), or both")
+    latent_path: list[str] | None = option(None, nargs="*", help="decode these latents instead of making new ones")
+
+    def __post_init__(self) -> None:
+        problems = too_small_problems(self, ("infer_steps", 1), ("seed", DRAWN))
+        if len(self.image_size) != 2 or min(self.image_size) < SIZE_STEP:
+            problems.append(f"--image_size is {' '.join(map(str, self.image_size))}; needed: height and width, {SIZE_STEP} or more each")
+        if not self.flow_shift > 0:
+            problems.append(f"--flow_shift is {self.flow_shift}; needed: a number above 0")
+        if self.latent_path and self.output_type != "images":
+            problems.append(f"--output_type is {self.output_type} and --latent_path gives latents already; use --output_type images")
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def request(self) -> AnimaRequest:
+        height, width = self.image_size
+        return AnimaRequest(
+            prompt=self.prompt or "", negative_prompt=self.negative_prompt, width=width, height=height, steps=self.infer_steps,
+            seed=self.seed, cfg_scale=self.guidance_scale, flow_shift=self.flow_shift, sampler=self.sampler,
+        )  # fmt: skip
+
+    @property
+    def output_dir(self) -> str | None:
+        return self.save_path
+
+
+GROUPS = (AnimaModelOptions, AnimaAdapterOptions, AnimaPromptOptions, SessionOptions, ConsoleOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimaRequest(SampledRequest):
+    """A picture of Anima."""
+
+    flow_shift: float
+
+
+def read_shift(text: str) -> float:
+    shift = read_number(text)
+    if shift <= 0:
+        raise ValueError("a number above 0 is needed")
+    return shift
+
+
+LINE_OPTIONS: Mapping[str, LineOption] = {
+    **COMMON_LINE_OPTIONS,
+    "g": LineOption("cfg_scale", read_number),
+    "l": LineOption("cfg_scale", read_number),
+    "fs": LineOption("flow_shift", read_shift),
+}

@@ -1,0 +1,100 @@
+"""What makes pictures: a family's pipeline, which samples while training and image scripts share, and what a script adds to it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
+
+import torch
+from torch import Tensor, nn
+
+from library.device_utils import clean_memory_on_device
+from library.generation.requests import SAMPLE_NAMES, PictureRequest, Request, request_of
+from library.generation.sampling_utils import Conditioning, decode_to_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from library.dataset.strategies import StrategySet
+    from library.generation.adapters import LoadedAdapters
+    from library.training.sampling_prompts import SamplePrompt
+
+
+@dataclass
+class PicturePipeline(ABC, Generic[Request]):
+    """The models of a family put together for making pictures: schedule, model calls, decoding. Texts come encoded.
+
+    A subclass adds the settings that are the model's, not the picture's (how it predicts, say) as fields.
+    """
+
+    denoiser: Any
+    vae: Any
+    """None where latents are wanted alone"""
+
+    request_class: ClassVar[type[PictureRequest]]
+
+    @abstractmethod
+    def latents(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
+        """Clean latents [1, C, h, w] as the denoiser has them; `request` is complete (steps, seed and sizes are set).
+        `negative`: of the text that guidance leads away from, None = one forward per step."""
+
+    def decode(self, latents: Tensor) -> Image.Image:
+        return decode_to_image(self.vae, latents)
+
+    @torch.no_grad()
+    def sample(self, prompt: SamplePrompt, conditioning: Conditioning, negative: Conditioning | None) -> Image.Image:
+        """The picture of a complete sample prompt."""
+        return self.decode(self.latents(request_of(self.request_class, prompt, SAMPLE_NAMES), conditioning, negative))
+
+
+@dataclass
+class PictureMaker(Generic[Request]):
+    """A pipeline with its text encoders and adapters, for requests with plain texts. Parts that wait are on the CPU while they
+    do not compute."""
+
+    pipeline: PicturePipeline[Request]
+    strategies: StrategySet
+    text_encoders: Sequence[nn.Module]
+    adapters: LoadedAdapters
+    device: torch.device
+    text_device: torch.device
+    text_waits: bool = False
+    denoiser_waits: bool = False
+    computing: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """what the denoiser's forwards run inside"""
+
+    @torch.no_grad()
+    def generate(self, request: Request) -> Tensor:
+        """Latents of one picture; `request` is complete."""
+        self.adapters.set_multipliers(request.multipliers)
+        with self._at_work(self.text_encoders, self.text_device, self.text_waits):
+            conditioning = self._encoded(request.texts)
+            negative = None if request.negative_text is None else self._encoded((request.negative_text,))
+        with self._at_work([self.pipeline.denoiser], self.device, self.denoiser_waits), self.computing():
+            return self.pipeline.latents(request, conditioning, negative)
+
+    def decode(self, latents: Tensor) -> Image.Image:
+        return self.pipeline.decode(latents)
+
+    def _encoded(self, texts: Sequence[str]) -> Conditioning:
+        tokens = [self.strategies.tokenize.tokenize(text) for text in texts]
+        # where each tokenizer has a text of its own, each one's tokens are those of its text
+        own = tokens[0] if len(tokens) == 1 else [made[place] for place, made in enumerate(tokens)]
+        return self.strategies.encode(self.text_encoders, own)
+
+    @contextmanager
+    def _at_work(self, parts: Sequence[nn.Module], device: torch.device, waits: bool) -> Iterator[None]:
+        if waits:
+            for part in parts:
+                part.to(device)
+        self.adapters.follow_models()
+        try:
+            yield
+        finally:
+            if waits and device.type != "cpu":
+                for part in parts:
+                    part.to("cpu")
+                clean_memory_on_device(device)

@@ -1,0 +1,121 @@
+"""Pictures as they are asked for, and what the options of image scripts have in common: records without torch.
+
+A family's own records are in `<family>_options.py`; its pipeline and its script both build on them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from library.core.errors import ConfigError
+from library.core.options import option
+from library.training.sampling_prompts import LineOption, read_number, read_picture_side, read_seed, read_steps
+
+DTYPE_NAMES: dict[str, str] = {
+    "float32": "float32", "fp32": "float32", "float": "float32",
+    "float16": "float16", "fp16": "float16", "half": "float16",
+    "bfloat16": "bfloat16", "bf16": "bfloat16",
+    "float8_e4m3fn": "float8_e4m3fn", "fp8": "float8_e4m3fn", "fp8_e4m3fn": "float8_e4m3fn", "e4m3fn": "float8_e4m3fn",
+}  # fmt: skip
+"""spellings of a number format -> its name in torch"""
+
+SAMPLE_NAMES: Mapping[str, str] = {
+    "steps": "sample_steps", "cfg_scale": "scale", "guidance": "guidance_scale", "sampler": "sample_sampler",
+}  # fmt: skip
+"""fields of requests that have another name in sample prompts (whose own `cfg_scale` is that of video families)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureRequest:
+    """One picture, as asked for. `multipliers`: strengths of the adapters, None = as loaded."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    width: int
+    height: int
+    steps: int | None = None
+    seed: int | None = None
+    cfg_scale: float = 1.0
+    multipliers: tuple[float, ...] | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompt, or one text for each tokenizer where they read different ones."""
+        return (self.prompt,)
+
+    @property
+    def negative_text(self) -> str | None:
+        """The text that guidance leads away from; None = one forward per step."""
+        return None if self.cfg_scale == 1.0 else self.negative_prompt or ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledRequest(PictureRequest):
+    """A picture of a family whose sampler can be chosen."""
+
+    sampler: str
+
+
+Request = TypeVar("Request", bound=PictureRequest)
+
+
+def request_of(request_class: type[Request], settings: Any, names: Mapping[str, str] = {}) -> Request:
+    """A request from a record that has fields of the same names, or of those in `names`; what it lacks or leaves open (None) has
+    the request's default."""
+    found = {field.name: getattr(settings, names.get(field.name, field.name), None) for field in dataclasses.fields(request_class)}
+    return request_class(**{name: value for name, value in found.items() if value is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """Where prompts come from"""
+
+    interactive: bool = option(False, help="load the models once and ask for prompts, one per line; an empty line ends")
+    from_file: str | None = option(None, help="text file with one prompt per line, with options behind it; # begins a comment line")
+    no_metadata: bool = option(False, help="do not write prompt and settings into the picture files")
+
+    def __post_init__(self) -> None:
+        if self.interactive and self.from_file:
+            raise ConfigError("--interactive and --from_file are both given; prompts come from one place, leave one out")
+
+
+# -- prompt lines ----------------------------------------------------------------------------------------------------------
+
+
+def read_negative(text: str) -> str:
+    """A negative prompt of a line; `-` stands for an empty one."""
+    return "" if text == "-" else text
+
+
+def read_multipliers(text: str) -> tuple[float, ...]:
+    return tuple(read_number(part.strip()) for part in text.split(","))
+
+
+COMMON_LINE_OPTIONS: Mapping[str, LineOption] = {
+    "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side), "s": LineOption("steps", read_steps),
+    "d": LineOption("seed", read_seed), "n": LineOption("negative_prompt", read_negative),
+    "m": LineOption("multipliers", read_multipliers),
+}  # fmt: skip
+"""letters of a prompt line that every image script has"""
+
+
+# -- checks of option groups -----------------------------------------------------------------------------------------------
+
+
+def dtype_problem(name: str, value: str | None) -> str | None:
+    """A message for a number format that is not known, or None."""
+    if value is None or value.lower() in DTYPE_NAMES:
+        return None
+    return f"--{name} is '{value}'; known: {', '.join(DTYPE_NAMES)}"
+
+
+def too_small_problems(values: Any, *least: tuple[str, int]) -> list[str]:
+    """Messages for options of a group that are below their least value; None passes."""
+    return [
+        f"--{name} is {getattr(values, name)}; needed: {number} or more"
+        for name, number in least
+        if getattr(values, name) is not None and getattr(values, name) < number
+    ]
