@@ -14,8 +14,6 @@ from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 if TYPE_CHECKING:
     from library.anima_models import Anima
 
-SPATIAL_STRIDE = 8
-
 
 def predict_velocity(
     denoiser: Anima, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], **inputs: Any

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from library.flux_utils import pack_latents, prepare_img_ids, unpack_latents
 from library.generation import sampling_utils
+from library.families.flux import FAMILY
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, Sampler, decode_to_image, start_noise
 from library.training.inference_samplers.common import noise_of
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 BASE_TOKENS, BASE_SHIFT = 256, 0.5
 MAX_TOKENS, MAX_SHIFT = 4096, 1.15
-SPATIAL_STRIDE = 8
 PATCH_AREA = 4
 
 
@@ -128,7 +128,7 @@ def generate_latents(
 ) -> Tensor:
     """Latents [1, C, height/8, width/8] of one image, float32: noise of the seed, the schedule, the sampler."""
     channels = denoiser.params.in_channels // PATCH_AREA
-    height, width = settings.height // SPATIAL_STRIDE, settings.width // SPATIAL_STRIDE
+    height, width = FAMILY.latents.latent_shape((settings.width, settings.height))[-2:]
     latents = start_noise(settings.seed, channels, height, width).to(device)
     tokens = (height // 2) * (width // 2)
     sigmas = torch.tensor(get_schedule(settings.num_steps, tokens, shift=settings.shift), device=device)

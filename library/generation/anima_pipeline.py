@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.anima_train_utils import SPATIAL_STRIDE, predict_velocity
+from library.anima_train_utils import predict_velocity
 from library.anima_utils import load_anima
 from library.checkpoints.loading import Transform
 from library.components.llm_encoder_utils import load_qwen3
@@ -20,6 +20,7 @@ from library.core.errors import CheckpointError
 from library.dataset.strategies import StrategySet
 from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.device_utils import get_preferred_device
+from library.families.anima import FAMILY
 from library.fp8_optimization_utils import FP8_STORAGE, shrink_linears_to_scaled_fp8
 from library.generation.adapters import load_with_adapters
 from library.generation.anima_options import AnimaAdapterOptions, AnimaModelOptions, AnimaRequest
@@ -44,13 +45,14 @@ class AnimaPipeline(PicturePipeline[AnimaRequest]):
     """Steps along evenly spaced times that `flow_shift` moves towards noise."""
 
     request_class = AnimaRequest
+    latent_spec = FAMILY.latents
 
     def latents(self, request: AnimaRequest, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
         def predict(latents: Tensor, times: Tensor, given: Conditioning) -> Tensor:
             return predict_velocity(self.denoiser, latents, times, given)
 
         device = self.denoiser.device
-        height, width = request.height // SPATIAL_STRIDE, request.width // SPATIAL_STRIDE
+        height, width = self.latent_size(request)
         noise = start_noise(request.seed, self.denoiser.params.in_channels, height, width).to(device)
         velocity = guided_velocity(predict, conditioning, negative if request.cfg_scale != 1.0 else None, request.cfg_scale)
         generator = torch.Generator("cpu").manual_seed(request.seed + 1)  # samplers with noise of their own draw from here

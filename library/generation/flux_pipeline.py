@@ -12,6 +12,7 @@ from library.checkpoints.loading import Transform
 from library.dataset.strategies import StrategySet
 from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.device_utils import get_preferred_device
+from library.families.flux import FAMILY
 from library.flux_train_utils import SampleSettings, generate_latents
 from library.flux_utils import load_ae, load_clip_l, load_flux, load_t5xxl
 from library.generation.adapters import load_with_adapters
@@ -30,6 +31,7 @@ class FluxPipeline(PicturePipeline[FluxRequest]):
     """Euler steps along the schedule of the number of tokens."""
 
     request_class = FluxRequest
+    latent_spec = FAMILY.latents
     use_t5_mask: bool = False
 
     @property

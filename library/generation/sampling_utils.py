@@ -18,15 +18,16 @@ Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, Callable
 """(velocity function, latents, sigmas, noise function) -> latents; library/training/inference_samplers"""
 
 
-def start_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
-    """Standard normal latents [1, C, H, W]: drawn on the CPU in float32, so that a seed means one picture everywhere."""
-    return torch.randn((1, channels, height, width), generator=torch.Generator("cpu").manual_seed(seed))
+def start_noise(seed: int, *shape: int) -> Tensor:
+    """Standard normal latents [1, *shape], [1, C, h, w] or [1, C, F, h, w]: drawn on the CPU in float32, so that a seed means
+    one picture everywhere."""
+    return torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed))
 
 
 def guided_velocity(
     predict: Callable[[Tensor, Tensor, Conditioning], Tensor], conditioning: Conditioning, negative: Conditioning | None, cfg_scale: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (latents [1, C, H, W], sigma []) -> velocity, float32. `predict` takes latents, times on the 0..1000 scale
+    """A function (latents [1, C, ...], sigma []) -> velocity, float32. `predict` takes latents, times on the 0..1000 scale
     and conditioning. With a negative prompt both run as one batch, negative first: v = v_neg + cfg_scale * (v_pos - v_neg)."""
     if negative is not None:
         conditioning = {name: torch.cat((negative[name], conditioning[name])) for name in conditioning}
@@ -34,7 +35,7 @@ def guided_velocity(
 
     def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
         times = torch.full((rows,), float(sigma) * NUM_TRAIN_TIMESTEPS, device=latents.device, dtype=torch.float32)
-        predicted = predict(latents.repeat(rows, 1, 1, 1), times, conditioning).float()
+        predicted = predict(torch.cat([latents] * rows), times, conditioning).float()
         if negative is None:
             return predicted
         negative_part, positive_part = predicted.chunk(2)
@@ -44,16 +45,22 @@ def guided_velocity(
 
 
 @torch.no_grad()
-def decode_to_image(vae: Any, latents: Tensor) -> Image.Image:
-    """PIL image of latents [1, C, h, w]. A VAE that waits on the CPU computes where the latents are and goes back."""
+def decode_to_frames(vae: Any, latents: Tensor) -> list[Image.Image]:
+    """The frames of latents [1, C, h, w] (one, a picture) or [1, C, F, h, w] as PIL images. A VAE that waits on the CPU computes
+    where the latents are and goes back."""
     home = vae.device
     vae.to(latents.device)
     try:
         with torch.autocast(latents.device.type, enabled=False):  # the VAE computes in the type that was chosen for it
-            pixels = vae.decode(latents)  # [1, 3, H, W]
+            pixels = vae.decode(latents)  # [1, 3, H, W] or [1, 3, F, H, W]
     finally:
         vae.to(home)
-    return images_of(pixels)[0]
+    return images_of(pixels if pixels.ndim == 4 else pixels[0].movedim(1, 0))
+
+
+def decode_to_image(vae: Any, latents: Tensor) -> Image.Image:
+    """The picture of latents: of several frames the first."""
+    return decode_to_frames(vae, latents)[0]
 
 
 def images_of(pixels: Tensor) -> list[Image.Image]:

@@ -127,10 +127,11 @@ def test_times_may_differ_by_frame_in_a_step(work):
 
 def test_samples_have_their_frames(work):
     prompts = work.folder / "prompts.txt"
-    prompts.write_text("a red cat --f 6 --w 48\na red cat --f 1 --d 3\na blue dog --d 4\n", encoding="utf-8")
+    lines = ("a red cat --f 6 --w 48 --d 9", "a red cat --f 1 --d 3", "a blue dog --d 4", "a red cat --f 6 --w 48 --d 9 --l 4 --n a dog")
+    prompts.write_text("\n".join(lines), encoding="utf-8")
     work.train("out", "--network_train_unet_only", f"--sample_prompts={prompts}", "--sample_every_n_steps=4", "--logging_dir", str(work.folder / "logs"))
     found = sample_pictures(work.folder / "out")
-    assert len(found) == 3
+    assert len(found) == 4
     counts = {}
     for path in found:
         with Image.open(path) as image:
@@ -139,7 +140,8 @@ def test_samples_have_their_frames(work):
                 first = np.asarray(image.convert("RGB")).copy()
                 image.seek(1)
                 assert not np.array_equal(first, np.asarray(image.convert("RGB"))), "frames differ"
-    assert counts == {"00": (5, (48, 32), "5"), "01": (1, (32, 32), "1"), "02": (5, (32, 32), "5")}
+    assert counts == {"00": (5, (48, 32), "5"), "01": (1, (32, 32), "1"), "02": (5, (32, 32), "5"), "03": (5, (48, 32), "5")}
+    assert found[0].read_bytes()[-500:] != found[3].read_bytes()[-500:], "guided by a negative prompt"
     sheets = sorted(path.name for path in (work.folder / "out" / "sample").glob("*sheet.png"))
     grids = list((work.folder / "out" / "sample").glob("*_grid.png"))
     assert sheets == ["lora_sheet.png"] and len(grids) == 1

@@ -68,9 +68,7 @@ class ToyTextCaching(TextEncoderOutputsCachingStrategy):
 
 
 class ToyVideoFamily(ModelFamily):
-    name = "toy_video"
-    architecture = FAMILY.architecture
-    sampling = FAMILY.samples
+    record = FAMILY
     options = ToyVideoOptions
 
     def check(self) -> None: ...
@@ -123,6 +121,3 @@ class ToyVideoFamily(ModelFamily):
 
     def modelspec(self) -> dict[str, str | None]:
         return {"architecture": "toy-video", "implementation": "here"}
-
-    def generate(self, models, prompt, conditioning, negative):
-        raise NotImplementedError

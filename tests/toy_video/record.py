@@ -11,6 +11,7 @@ FAMILY = FamilyRecord(
     prefix="toy_video_",
     family="tests.toy_video.family:ToyVideoFamily",
     denoisers=("ToyVideoDit",),
+    pipeline="tests.toy_video.pipeline:ToyVideoPipeline",
     targets="tests.toy_video.family:TARGETS",
     latents=LatentSpec(channels=4, spatial_stride=8, temporal_stride=2, patch=2, fingerprint="toy-t2f8c4", clips=True),
     bucket_step=16,
