@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from library.checkpoints.adapter_tensors import holds_adapter
 from library.checkpoints.part_kinds import PART_KINDS
 from library.core.registry import import_target
 from library.families.record import FamilyRecord, ModelKind, Signature
@@ -40,35 +41,6 @@ PREFIXES: tuple[str, ...] = (
 """what may stand before the names of a part, in files as they are passed around"""
 
 WHOLE_FILE_PREFIXES = ("first_stage_model.", "cond_stage_model.", "conditioner.embedders.", "text_encoders.")
-
-ADAPTER_ENDINGS = (
-    ".lora_down.weight",
-    ".lora_up.weight",
-    ".lora_A.weight",
-    ".lora_B.weight",
-    ".lora.down.weight",
-    ".lora.up.weight",
-    "_lora.down.weight",
-    "_lora.up.weight",
-    ".lora_linear_layer.down.weight",
-    ".lora_linear_layer.up.weight",
-    ".lora_A.default.weight",
-    ".hada_w1_a",
-    ".lokr_w1",
-    ".lokr_w1_a",
-    ".oft_blocks",
-    ".oft_blocks.0",
-    ".oft_diag",
-    ".dora_scale",
-    ".a1.weight",
-    ".diff",
-    ".diff_b",
-    ".w_norm",
-    ".b_norm",
-    ".on_input",
-    "_lora1.down.weight",
-    "_lora2.down.weight",
-)
 
 
 class KeyTable:
@@ -132,7 +104,7 @@ def denoiser_kinds() -> frozenset[str]:
 
 
 def is_adapter(table: KeyTable) -> bool:
-    return any(key.endswith(ADAPTER_ENDINGS) for key in table.shapes)
+    return holds_adapter(table.shapes)
 
 
 def adapter_record(table: KeyTable) -> FamilyRecord | None:

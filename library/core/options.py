@@ -60,6 +60,7 @@ class OptionSpec:
     metavar: str | None = None
     secret: bool = False
     most: float | None = None
+    repeatable: bool = False
     status: str = "works"
     reason: str | None = None
 
@@ -75,13 +76,15 @@ def option(
     metavar: str | None = None,
     secret: bool = False,
     most: float | None = None,
+    repeatable: bool = False,
 ) -> Any:
     """A dataclass field that is a command-line option as well.
 
     `convert` turns the text into the value (default: from the field's annotation); `flags` are further spellings; `most` is the
-    largest number that makes sense. Every number is checked against it, or against LARGEST_WHOLE and LARGEST_NUMBER.
+    largest number that makes sense. Every number is checked against it, or against LARGEST_WHOLE and LARGEST_NUMBER. A list that
+    is `repeatable` grows with each `--name value`; of others the last one counts.
     """
-    spec = OptionSpec(help, convert, nargs, tuple(choices) if choices is not None else None, tuple(flags), metavar, secret, most)
+    spec = OptionSpec(help, convert, nargs, tuple(choices) if choices is not None else None, tuple(flags), metavar, secret, most, repeatable)
     return dataclasses.field(default=default, metadata={METADATA_KEY: spec}, repr=not secret)
 
 
@@ -214,7 +217,7 @@ def add_options(
             group.add_argument(
                 *flags, type=converter_of(options_class, name), nargs=spec.nargs,
                 choices=[c for c in spec.choices if c is not None] if spec.choices else None,
-                metavar=spec.metavar, **common,
+                metavar=spec.metavar, action="extend" if spec.repeatable else "store", **common,
             )
 
 

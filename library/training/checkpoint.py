@@ -15,6 +15,12 @@ DEFAULT_FORMAT = "safetensors"
 STATE_ENDING = "-state"
 
 
+def companion_name(file: str, ending: str) -> str:
+    """The name of a file beside a model file: `lora-ema.safetensors` of `lora.safetensors`."""
+    stem, dot, extension = file.rpartition(".")
+    return f"{stem}{ending}{dot}{extension}"
+
+
 @dataclass(frozen=True)
 class CheckpointNames:
     """Names below output_dir; folders of states have no slash. `output_name` None takes the default stems."""
@@ -39,9 +45,9 @@ class CheckpointNames:
     def file(self, name: str) -> str:
         return name + self.extension
 
-    def averaged_file(self, name: str) -> str:
-        """Of the moving average, beside the file."""
-        return name + AVERAGED + self.extension
+    def companion(self, name: str, ending: str) -> str:
+        """A file that a hook writes beside that of this name."""
+        return companion_name(self.file(name), ending)
 
     def state(self, name: str) -> str:
         return name + STATE_ENDING

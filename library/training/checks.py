@@ -26,6 +26,7 @@ from library.training.device_checks import precision_problems, precision_warning
 from library.training.earlier_runs import existing_problems, final_file, resumed_state
 from library.training.formula_checks import formula_problems
 from library.training.idle_options import strict_problems
+from library.training.own_hooks import companion_endings
 from library.training.option_groups import (
     HubOptions,
     LoggingOptions,
@@ -122,7 +123,7 @@ def name_problems(config: Config) -> list[str]:
     saving = config[SavingOptions]
     names, limit = CheckpointNames(saving.output_name, saving.save_model_as), name_limit(saving.output_dir or ".")
     stem = max(names.step(0), names.epoch(0), key=len) if saving.save_every_n_steps or saving.save_every_n_epochs else names.last()
-    written = [names.averaged_file(stem), f"{names.last()}-loss.csv", f"{names.last()}-loss.png"]
+    written = [*(names.companion(stem, ending) for ending in companion_endings(config)), f"{names.last()}-loss.csv", f"{names.last()}-loss.png"]
     if saving.save_state or saving.save_state_on_train_end:
         written.append(names.state(stem))
     if config[SamplingOptions].sample_prompts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from library.core.atomic_file import move
@@ -12,27 +13,29 @@ from library.core.errors import ConfigError
 from library.core.file_owners import clean_leftovers
 from library.core.options import Config
 from library.dataset import DatasetOptions
-from library.training.checkpoint import LAST_STEM, STATE_ENDING, CheckpointNames
+from library.training.checkpoint import AVERAGED, LAST_STEM, STATE_ENDING, CheckpointNames
+from library.training.own_hooks import companion_endings
 from library.training.option_groups import ResumeOptions, SavingOptions
 from library.training.state_files import LATEST, chosen_state
 
 logger = logging.getLogger(__name__)
 
 SAMPLES = "sample"
-_NUMBERED = re.compile(r"-(?:step)?(\d{6,})(?:-state|(?:-ema)?\.\w+)$")
 _SAMPLE = re.compile(r"(?:e?\d{6,}_(?:\d{2,}_\d{14}(?:_\d+)?|grid)|sheet)\.png")
 
 
-def is_output_of(name: str, saving: SavingOptions) -> bool:
-    """Whether a run with these options could write a file or folder of this name: final, epoch and step files, their
-    averages, states, loss curves."""
+def is_output_of(name: str, saving: SavingOptions, endings: Sequence[str] = (AVERAGED,)) -> bool:
+    """Whether a run with these options could write a file or folder of this name: final, epoch and step files, their companions
+    with these endings, states, loss curves."""
     names = CheckpointNames(saving.output_name, saving.save_model_as)
-    number = _NUMBERED.search(name)
+    number = re.search(rf"-(?:step)?(\d{{6,}})(?:-state|(?:{'|'.join(map(re.escape, endings))})?\.\w+)$", name)
     stems = [names.last()]
     if number:
         stems += [names.epoch(int(number.group(1))), names.step(int(number.group(1)))]
     curves = (f"{names.last()}-loss.png", f"{names.last()}-loss.csv")
-    return name in curves or any(name in (names.file(stem), names.averaged_file(stem), names.state(stem)) for stem in stems)
+    if name in curves or any(name in (names.file(stem), names.state(stem)) for stem in stems):
+        return True
+    return any(name == names.companion(stem, ending) for stem in stems for ending in endings)
 
 
 def is_sample_of(name: str, saving: SavingOptions) -> bool:
@@ -77,8 +80,8 @@ def earlier_files(config: Config) -> list[Path]:
     saving = config[SavingOptions]
     if not saving.output_dir or config[DatasetOptions].debug_dataset or goes_on(config):
         return []
-    folder = Path(saving.output_dir)
-    found = [folder / name for name in _names_in(folder) if is_output_of(name, saving)]
+    folder, endings = Path(saving.output_dir), companion_endings(config)
+    found = [folder / name for name in _names_in(folder) if is_output_of(name, saving, endings)]
     return found + [folder / SAMPLES / name for name in _names_in(folder / SAMPLES) if is_sample_of(name, saving)]
 
 

@@ -379,6 +379,17 @@ class EmaOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HookOptions:
+    """Code of your own around the steps"""
+
+    hook: list[str] | None = option(
+        None, nargs="+", metavar="PACKAGE.MODULE:CLASS", repeatable=True,
+        help="a class of library.training.hooks.base:Hook to be called at every step, save and sample; can be given several times, and its own"
+        " options are options of the script then (--hook ... --help shows them)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class HubOptions:
     """Upload to the Hugging Face hub"""
 
@@ -511,4 +522,5 @@ SHARED_GROUPS: tuple[type, ...] = (
     NoiseOptions,
     DdpOptions,
     DeepSpeedOptions,
+    HookOptions,
 )

@@ -8,16 +8,18 @@ Nothing heavy is imported here: groups are named as texts and their packages hol
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from library.core.errors import ConfigError
 from library.core.options import Config
 from library.core.registry import import_target
 from library.families.registry import record_of
-from library.training.option_groups import SHARED_GROUPS
+from library.training.option_groups import SHARED_GROUPS, ConfigFileOptions, HookOptions
 from library.training.option_reader import Note, OptionReader, Script, parser_of
 
 logger = logging.getLogger(__name__)
@@ -106,7 +108,24 @@ def parse(argv: Sequence[str] | None, family: str, trainable: str) -> Config:
 
 def parse_command(argv: Sequence[str] | None, family: str, trainable: str) -> Parsed:
     """Like `parse`, with the log lines handed back: the log is set up from the options themselves."""
-    return parse_script(argv, script(family, trainable))
+    argv = sys.argv[1:] if argv is None else argv
+    return parse_script(argv, with_own_hooks(script(family, trainable), argv))
+
+
+def with_own_hooks(what: Script, argv: Sequence[str]) -> Script:
+    """The script with the options of the hooks that the command line or its configuration file name."""
+    reader = OptionReader(Script(what.family, what.trainable, (ConfigFileOptions, HookOptions), {}, {}))
+    try:
+        written = reader.command_line([word for word in argv if word not in ("-h", "--help")])
+        in_file = reader.file(written["config_file"], written) if written.get("config_file") else {}
+        names = reader.converted({**in_file, **written}, "--{name}").get("hook")
+    except ConfigError:
+        names = None  # what is wrong is told when all options are read
+    if not names:
+        return what
+    from library.training.own_hooks import option_groups_of
+
+    return dataclasses.replace(what, classes=(*what.classes, *option_groups_of(names, what.owners)))
 
 
 def parse_script(argv: Sequence[str] | None, what: Script) -> Parsed:

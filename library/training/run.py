@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,11 @@ import torch
 
 from library.core.options import Config
 from library.dataset.strategies import StrategySet
-from library.training.hooks.ema import EmaHook
 from library.training.optimizers import switches_weights
 from library.training.run_settings import RunSettings
 from library.training.stopping import StopSwitch
+from library.training.updaters.base import Updater
+from library.training.updaters.ordinary import OrdinaryUpdater
 
 if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
@@ -86,35 +88,50 @@ class Run:
     settings: RunSettings = field(default_factory=RunSettings)
     """what its states record"""
     stop: StopSwitch = field(default_factory=StopSwitch)
+    updater: Updater = field(default_factory=OrdinaryUpdater)
 
     @contextmanager
     def weights_for_eval(self, averaged: bool = True):
-        """Inside, the trained weights are those to save, sample and validate with: schedule-free optimizers switch, and with
-        --ema they are the average unless `averaged` is False.
+        """Inside, the trained weights are those to save, sample and validate with: modules are in evaluation mode, schedule-free
+        optimizers switch and, unless `averaged` is False, every hook puts in place what it wants (the average of --ema, say)."""
+        learned = [*self.trainable.modules().values(), *self.hooks.all_modules().values(), self.models.denoiser]
+        with ExitStack() as stack:
+            stack.enter_context(schedule_free_weights(self.optimizer))
+            stack.enter_context(evaluation_mode(learned))
+            for hook in self.hooks if averaged else ():
+                stack.enter_context(hook.weights_for_eval(self))
+            yield
 
-        Switching there and back rounds. The weights of training are therefore kept aside and put back as they were: a run
-        that saves or samples more often trains the same.
-        """
-        switches = switches_weights(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]] if switches else []
-        kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
-        if switches:
-            self.optimizer.eval()
-        modes = {module: module.training for module in self.trainable.modules().values()}
-        denoiser_mode = self.models.denoiser.training
-        for module in modes:
-            module.eval()
-        self.models.denoiser.eval()
-        hook = self.hooks.find(EmaHook) if averaged else None
-        try:
-            with nullcontext() if hook is None else hook.applied():
-                yield
-        finally:
-            for module, mode in modes.items():
-                module.train(mode)
-            self.models.denoiser.train(denoiser_mode)
-            if switches:
-                self.optimizer.train()
-            with torch.no_grad():
-                for parameter, value in zip(parameters, kept):
-                    parameter.copy_(value)
+
+@contextmanager
+def evaluation_mode(modules: Iterable[torch.nn.Module]):
+    """Inside, modules are in evaluation mode; afterwards each one as a whole is as it was."""
+    modes = {module: module.training for module in modules}
+    for module in modes:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.train(mode)
+
+
+@contextmanager
+def schedule_free_weights(optimizer: torch.optim.Optimizer):
+    """Inside, the weights of an optimizer that keeps others for evaluation are those.
+
+    Switching there and back rounds. The weights of training are therefore kept aside and put back as they were: a run that
+    saves or samples more often trains the same.
+    """
+    if not switches_weights(optimizer):
+        yield
+        return
+    kept = [(p, p.detach().to("cpu", copy=True)) for group in optimizer.param_groups for p in group["params"]]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from library.core.errors import CheckpointError
@@ -79,12 +80,14 @@ def fixed_settings(config: Config, family: ModelFamily, trainable: Trainable) ->
 
 
 def settings_of(
-    config: Config, family: ModelFamily, trainable: Trainable, built: OptimizerBuild, max_train_steps: int
+    config: Config, family: ModelFamily, trainable: Trainable, built: OptimizerBuild, max_train_steps: int,
+    hook_modules: Mapping[str, torch.nn.Module] = MappingProxyType({}),
 ) -> RunSettings:
     """Of a run whose optimizer was just built; the schedule must not have touched it yet."""
     fixed = fixed_settings(config, family, trainable)
     options = {**_option_values(config, fixed), "max_train_steps": max_train_steps}
-    names = {id(p): f"{part}.{name}" for part, module in trainable.modules().items() for name, p in module.named_parameters()}
+    modules = {**trainable.modules(), **hook_modules}
+    names = {id(p): f"{part}.{name}" for part, module in modules.items() for name, p in module.named_parameters()}
     groups = [
         {
             "settings": plain(group_settings(group)),

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+HOOK_PREFIX = "hook:"
+"""before the keys of the weights of hooks"""
+
 
 def save_state(run: Run, folder: str | Path, counters: Mapping[str, int]) -> None:
     """Write a state folder under a temporary name, then rename it: an earlier one of the name stands until then. Main
@@ -50,8 +53,8 @@ def save_state(run: Run, folder: str | Path, counters: Mapping[str, int]) -> Non
     from library.safetensors_utils import save_file_atomic
 
     tensors = {
-        f"{name}.{key}" if len(run.trainable.modules()) > 1 else key: tensor.detach().cpu().contiguous()
-        for name, module in run.trainable.modules().items()
+        f"{prefix}{key}": tensor.detach().cpu().contiguous()
+        for prefix, module in prefixed_modules(run).items()
         for key, tensor in module.state_dict().items()
     }
     with atomic_folder(folder) as temporary:
@@ -69,6 +72,13 @@ def save_state(run: Run, folder: str | Path, counters: Mapping[str, int]) -> Non
         write_sums(temporary)
 
 
+def prefixed_modules(run: Run) -> dict[str, torch.nn.Module]:
+    """Modules whose weights a state holds, by what stands before their keys: nothing where one thing alone is trained."""
+    own = run.trainable.modules()
+    found = {f"{name}." if len(own) > 1 else "": module for name, module in own.items()}
+    return {**found, **{f"{HOOK_PREFIX}{name}.": module for name, module in run.hooks.all_modules().items()}}
+
+
 def _save(value: Any, path: Path) -> None:
     with open(path, "wb") as file:  # given a name, torch tells nothing of a full disk
         torch.save(value, file)
@@ -82,7 +92,7 @@ def load_state(run: Run, folder: str | Path, step: int) -> dict[str, list[Any]]:
     from library.training.resumed_optimizer import restore
 
     folder, recorded = Path(folder), read_settings(folder)
-    _load_weights(run, folder)
+    load_weights(run, folder)
     optimizer = _load(folder / OPTIMIZER_FILE)
     schedule = _load(folder / SCHEDULER_FILE) if (folder / SCHEDULER_FILE).exists() else None
     with _told(f"the optimizer state in {folder}", "resume with the optimizer, network and learning rate groups of the interrupted run"):
@@ -219,21 +229,24 @@ def _load(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read ({line}); the state is damaged, go on from an earlier one") from error
 
 
-def _load_weights(run: Run, folder: Path) -> None:
+def load_weights(run: Run, folder: Path) -> None:
     from library.safetensors_utils import load_safetensors
 
     path = folder / WEIGHTS_FILE
     tensors = load_safetensors(str(path), device="cpu", disable_mmap=True)  # read, not mapped: the state may be replaced
-    modules = run.trainable.modules()
-    for name, module in modules.items():
-        prefix = f"{name}." if len(modules) > 1 else ""
-        part = {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
+    modules = prefixed_modules(run)
+    unknown = [key for key in tensors if key.startswith(HOOK_PREFIX) and not key.startswith(tuple(filter(None, modules)))]
+    if unknown:
+        raise CheckpointError(f"{path} holds weights of hooks that this run does not have (first: {unknown[0]}); resume with each --hook of the interrupted run")
+    for prefix, module in modules.items():
+        is_hook = prefix.startswith(HOOK_PREFIX)
+        part = {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix) and key.startswith(HOOK_PREFIX) == is_hook}
         own = {key: value.shape for key, value in module.state_dict().items()}
         wrong = [key for key in own if key not in part or part[key].shape != own[key]]
         if wrong or len(part) != len(own):
             raise CheckpointError(
                 f"the weights in {path} do not fit this run: {len(wrong)} of {len(own)} tensors differ"
                 f" (first: {wrong[0] if wrong else sorted(set(part) - set(own))[0]});"
-                " resume with the network options of the interrupted run"
+                f" resume with {'each --hook and its options' if is_hook else 'the network options'} of the interrupted run"
             )
         module.load_state_dict(part)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -60,26 +62,54 @@ class TrainStep:
 
     def process_batch(self, batch: Batch, times: torch.Tensor | None = None) -> StepOutput:
         """The body of the step, which one hook may replace."""
-        draws = self.draws_of(batch, times)
-        device = self.runtime.device
-        if batch.request.is_training:
-            self.runtime.seed_foreign_code(key_seed(self.seed, "foreign code", draws.step, draws.positions[0]))
-            self.trainable.on_step_start(draws)
+        draws = self.begin(batch, times)
         batch = self.with_latents(batch)
         latents = self.latents_of(batch)  # [B, C, H, W] or [B, C, F, H, W]
-        noise = draws.normal("noise", latents.shape[1:]).to(device)
+        noise = self.noise_of(latents, draws)
         if times is None:
-            times = self.timestep_sampler.sample(tuple(latents.shape), draws).to(device)  # [B], [B, F] or [B, tokens]
+            times = self.times_of(latents, draws)
         sample = self.objective.corrupt(latents, noise, times, draws)
         if batch.request.is_training:
             self.trainable.on_sample(sample)
         conditioning = self.conditioning_of(batch)
-        inputs = self.trainable.inputs(batch, sample, conditioning)
-        with self.runtime.autocast():
-            output = self.family.predict(self.models, sample, conditioning, batch, **inputs)
+        output = self.predict(sample, conditioning, batch)
         output = self.with_preserved_targets(output, sample, batch, conditioning)
+        return self.result(*self.loss_of(output, sample, batch), batch)
+
+    # -- the pieces of the body, which hooks put together in their own ways --------------------------------------------------
+
+    def begin(self, batch: Batch, times: torch.Tensor | None = None) -> StepDraws:
+        """The random draws of the batch, after what is learned has heard of them."""
+        draws = self.draws_of(batch, times)
+        if batch.request.is_training:
+            self.runtime.seed_foreign_code(key_seed(self.seed, "foreign code", draws.step, draws.positions[0]))
+            self.trainable.on_step_start(draws)
+        return draws
+
+    def noise_of(self, latents: torch.Tensor, draws: StepDraws) -> torch.Tensor:
+        return draws.normal("noise", latents.shape[1:]).to(self.runtime.device)
+
+    def times_of(self, latents: torch.Tensor, draws: StepDraws) -> torch.Tensor:
+        """Noise levels [B], [B, F] or [B, tokens] from the run's timestep sampler, in the objective's unit."""
+        return self.timestep_sampler.sample(tuple(latents.shape), draws).to(self.runtime.device)
+
+    def predict(
+        self, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, *, untouched: bool = False, **inputs: Any
+    ) -> DiTOutput:
+        """One forward of the denoiser in the run's precision, with what the trainable adds to its inputs. `untouched`: as if nothing
+        had been learned. `inputs` go to the family's `predict`."""
+        with self.trainable.disabled() if untouched else nullcontext(), self.runtime.autocast():
+            own = {} if untouched else self.trainable.inputs(batch, sample, conditioning)
+            return self.family.predict(self.models, sample, conditioning, batch, **{**own, **inputs})
+
+    def loss_of(self, output: DiTOutput, sample: NoisyLatents, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Losses per sample [B], and values for the log; by the hook that replaces `compute_loss`, where there is one."""
         compute = self._compute_loss or type(self).compute_loss
-        per_sample, logs = compute(self, output, sample, batch)  # [B]
+        return compute(self, output, sample, batch)
+
+    @staticmethod
+    def result(per_sample: torch.Tensor, logs: dict[str, Any], batch: Batch) -> StepOutput:
+        """The output of the step from losses per sample [B]."""
         return StepOutput(
             loss=per_sample.sum() / batch.request.group_size,
             loss_sum=per_sample.detach().sum(),
@@ -137,11 +167,21 @@ class TrainStep:
                 untouched = self.conditioning_of(part)
             else:
                 untouched = rows_of(conditioning, marked)
-            with self.runtime.autocast():
-                prior = self.family.predict(self.models, sample.rows(rows), untouched, part)
+            prior = self.predict(sample.rows(rows), untouched, part, untouched=True)
         target = output.target.clone()  # [B, C, ...]
         target[rows.to(target.device)] = prior.pred.to(target.dtype)
         return dataclasses.replace(output, target=target)
+
+
+def check_replacements(hooks: Iterable[Hook]) -> None:
+    """ConfigError when two hooks replace one part of the step, or write companions of one name."""
+    hooks = list(hooks)
+    for name in ("process_batch", "compute_loss"):
+        replacement_of(hooks, name)
+    for ending in {ending for hook in hooks for ending in hook.companions}:
+        writers = [type(hook).__name__ for hook in hooks if ending in hook.companions]
+        if len(writers) > 1:
+            raise ConfigError(f"{', '.join(writers)} all write files that end in {ending}; only one hook may")
 
 
 def replacement_of(hooks: list[Hook], name: str) -> Any | None:

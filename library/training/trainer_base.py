@@ -43,6 +43,7 @@ from library.training.loss import LossFunction
 from library.training.metadata import BaseModelHashes
 from library.training.optimizers import OptimizerOptions
 from library.training.option_groups import LoopOptions, MemoryOptions, ResumeOptions, SamplingOptions, SavingOptions
+from library.training.own_hooks import make_hooks
 from library.training.progress import Progress
 from library.training.run import Models, Run
 from library.training.run_lock import claimed_output
@@ -53,7 +54,7 @@ from library.training.schedulers import SchedulerOptions
 from library.training.start_page import print_start
 from library.training.state import local_state_folder, resume
 from library.training.state_files import read_train_state
-from library.training.step import TrainStep
+from library.training.step import TrainStep, check_replacements
 from library.training.stopping import command_going_on, exit_code_of_signal
 from library.training.timestep_samplers import TimestepOptions
 from library.training.trainables.base import Trainable
@@ -73,7 +74,8 @@ class Trainer:
         self.config = config
         self.family = family
         self.trainable = trainable
-        self.own_hooks = list(hooks or [])
+        self.own_hooks = [*(hooks or ()), *make_hooks(config)]
+        self.trainable_hooks = trainable.hooks()
         self.started_at = time.time()
         self._claims = ExitStack()
 
@@ -146,6 +148,9 @@ class Trainer:
         problems = Problems()
         for message in checks.collect(self.config, self.family, self.trainable):
             problems.add(message)
+        problems.attempt(lambda: check_replacements(self.added_hooks))
+        for hook in self.added_hooks:
+            problems.attempt(lambda hook=hook: hook.check(self.config, self.family, self.trainable))
         script = script_name(self.family.name, self.trainable.script)
         found = problems.attempt(lambda: find_data(self.config, self.family.architecture, script))
         problems.raise_if_any()
@@ -215,8 +220,7 @@ class Trainer:
 
     def denoiser_phase(self, runtime: Runtime) -> torch.nn.Module:
         denoiser = self.family.load_denoiser(runtime)
-        for hook in self.own_hooks:
-            hook.on_transformer_loaded(denoiser)
+        self.added_hooks.on_transformer_loaded(denoiser)
         return self._frozen(denoiser)
 
     @staticmethod
@@ -248,8 +252,12 @@ class Trainer:
         progress = self.new_progress(batches)
         data.train.set_max_train_steps(progress.max_train_steps)
         schedulers.check(self.config[SchedulerOptions], self.config[OptimizerOptions], progress.max_train_steps)
-        built = optimizers.build(self.config[OptimizerOptions], [*self.trainable.param_groups(), *self._extra_groups()])
-        settings = settings_of(self.config, self.family, self.trainable, built, progress.max_train_steps)
+        hook_modules = self.added_hooks.all_modules()
+        for module in hook_modules.values():
+            module.to(runtime.device, runtime.trained_dtype)
+        extra = [group for groups in self.added_hooks.extra_trainable_params() for group in groups]
+        built = optimizers.build(self.config[OptimizerOptions], [*self.trainable.param_groups(), *extra])
+        settings = settings_of(self.config, self.family, self.trainable, built, progress.max_train_steps, hook_modules)
         scheduler = schedulers.build(
             self.config[SchedulerOptions], built, learning_rate=self.config[OptimizerOptions].learning_rate,
             max_train_steps=progress.max_train_steps,
@@ -261,7 +269,7 @@ class Trainer:
         hooks = HookList(
             standard_hooks(
                 self.config, runtime, prompts=prompts, conditioning=text.sample_conditioning, trainable=self.trainable,
-                own=self.own_hooks, metadata=record.metadata,
+                of_trainable=self.trainable_hooks, own=self.own_hooks, metadata=record.metadata,
             )
         )
         run = Run(
@@ -275,8 +283,10 @@ class Trainer:
             print_start(run, built, data)
         return run
 
-    def _extra_groups(self) -> list[dict[str, Any]]:
-        return [group for hook in self.own_hooks for group in hook.extra_trainable_params()]
+    @property
+    def added_hooks(self) -> HookList:
+        """Those of the trainable, of the caller and of --hook; the standard ones are made when the run is complete."""
+        return HookList([*self.trainable_hooks, *self.own_hooks])
 
     def loader(self, data: DataGroups, runtime: Runtime) -> TrainingData:
         loop = self.config[LoopOptions]

@@ -34,7 +34,7 @@ from networks.files.file_names import (
     names_of_family,
 )
 from networks.files.layer_tensors import alpha_of, problem_of, scale_from
-from networks.files.parameter_names import DOWN, MID, PARAMETERS, UP
+from networks.files.parameter_names import DOWN, MID, PARAMETERS, UP, ending_of
 from networks.files.stacked import ROWS, parts_of, stacked
 from networks.files.xlabs_names import from_xlabs, is_xlabs
 from networks.kinds.registry import known_kind_of
@@ -51,7 +51,6 @@ Module = dict[str, torch.Tensor]
 _PEFT = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
 BUNDLED = "bundle_emb."
 """embeddings of trigger words that some programs put into the adapter file that was trained with them"""
-_ENDINGS = sorted(PARAMETERS, key=len, reverse=True)
 _PROCESSOR = re.compile(r"(?P<path>.+)\.(?P<leaf>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight")
 """diffusers before PEFT: the layers of an attention stood in its processor"""
 
@@ -319,9 +318,9 @@ def _split(key: str, tensors: Tensors) -> tuple[str, str] | None:
         elif leaf == "to_out":
             leaf = "to_out.0"
         return f"{path}.{leaf}", DOWN if match["side"] == "down" else UP
-    ending = next((ending for ending in _ENDINGS if key.endswith(f".{ending}")), None)
+    ending = ending_of(key)
     if ending is not None:
-        return key[: -len(ending) - 1], PARAMETERS[ending]
+        return key[: -len(ending) - 1], PARAMETERS.get(ending, ending)
     is_ia3 = key.endswith(".weight") and f"{key.removesuffix('.weight')}.on_input" in tensors
     return (key.removesuffix(".weight"), "weight") if is_ia3 else None
 

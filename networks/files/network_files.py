@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from library.checkpoints.adapter_tensors import no_adapter, outside_endings
 from library.checkpoints.hashes import adapter_hashes
 from library.checkpoints.number_formats import narrowed_all
 from library.core.atomic_file import atomic_path
@@ -25,19 +26,19 @@ def read_adapter_file(path: str | os.PathLike[str], targets: NetworkTargets | No
     is_safetensors = os.fspath(path).endswith(".safetensors")
     # read, not mapped: Windows replaces no file that is mapped, and a run may write to the name of an adapter that it read
     tensors = load_safetensors(path, device="cpu", disable_mmap=True) if is_safetensors else load_pickled_tensors(path)
-    configs = configs_of(path, read_header(path)[1] if is_safetensors else {})
+    metadata = read_header(path)[1] if is_safetensors else {}
+    configs = configs_of(path, metadata)
     if configs:
         tensors = with_alphas(tensors, configs)
-    return to_kohya_names(tensors, targets, str(path))
+    return to_kohya_names(tensors, targets, str(path), metadata)
 
 
 def to_kohya_names(
-    tensors: Mapping[str, torch.Tensor], targets: NetworkTargets | None, label: str
+    tensors: Mapping[str, torch.Tensor], targets: NetworkTargets | None, label: str, metadata: Mapping[str, str] | None = None
 ) -> dict[str, torch.Tensor]:
     """Tensors of an adapter under kohya names; names of other programs are rewritten by the family's table."""
     if not any(is_adapter_key(key) for key in tensors):
-        example = next(iter(tensors), "nothing")
-        raise CheckpointError(f"{label} is no adapter: it holds {example} and no lora_down, lora_A or the like")
+        raise CheckpointError(no_adapter(label, tensors, metadata))
     if targets is not None:
         from networks.files.lora_conversion import is_beside, to_kohya
 
@@ -62,7 +63,9 @@ def is_adapter_key(key: str) -> bool:
         "lora_down", "lora_up", "lora_A", "lora_B", "hada_w1_a", "lokr_w1", "lokr_w2", "oft_blocks", "a1.weight", "lora.down", "lora.up",
         "lora_linear_layer", "_lora1.", "_lora2.",
     )  # fmt: skip
-    return any(mark in name for mark in marks) or name.rpartition(".")[2] in ("diff", "diff_b", "w_norm", "b_norm", "on_input")
+    if any(mark in name for mark in marks) or name.rpartition(".")[2] in ("diff", "diff_b", "w_norm", "b_norm", "on_input"):
+        return True
+    return key.endswith(outside_endings())
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from library.checkpoints.adapter_tensors import OUTSIDE
+
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 
 RENAMED: dict[str, str] = {
@@ -22,7 +24,14 @@ PARAMETERS: dict[str, str] = {
     **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }
-"""ending of a key of any layout -> parameter in kohya files"""
+"""ending of a key of any layout -> parameter in kohya files; those of kinds from outside keep their names"""
+
+
+def ending_of(key: str) -> str | None:
+    """The longest ending of a dotted key that is a parameter's name; None when there is none."""
+    parts = key.split(".")
+    endings = (".".join(parts[number:]) for number in range(1, len(parts)))
+    return next((ending for ending in endings if ending in PARAMETERS or ending in OUTSIDE), None)
 
 
 def layer_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """The kinds of adapters, and which kind the tensors of one layer are.
 
 A file may mix kinds: a layer's own tensors decide, never the file's name or metadata. A new kind is a file with a KIND and
-one line in the table below.
+one line in the table below; one from outside calls `register_kind`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.checkpoints.adapter_tensors import OUTSIDE, load_installed_kinds
 from library.core.errors import CheckpointError
 from library.core.registry import import_target
 from networks.files.layer_tensors import missing_alphas, problem_of
+from networks.files.parameter_names import PARAMETERS
 from networks.kinds.adapter_module import AdapterModule, change_of
 
 if TYPE_CHECKING:
@@ -43,6 +45,24 @@ MARKS: dict[str, tuple[Mark, ...]] = {
 where several kinds use the name"""
 
 NO_INNER_VALUES = "it has no inner values to drop; rank_dropout and module_dropout work"
+
+
+def register_kind(kind: NetworkKind, *marks: Mark) -> None:
+    """Make a kind from outside known to everything that reads adapter files: `marks` as in MARKS, none when it writes the tensors
+    of a kind that has its own. The network module that holds it as `KIND` calls this at its end.
+
+    ValueError when a mark is that of another kind.
+    """
+    module = kind.module_class.__module__
+    target = f"{module}:KIND"
+    for other, taken in MARKS.items():
+        shared = sorted(map(str, set(marks) & set(taken)))
+        if other != target and shared:
+            raise ValueError(f"{', '.join(shared)} is the mark of {other} already; give the tensors of {kind.name} other names")
+    if marks:
+        MARKS[target] = marks
+        names = {*kind.module_class.weight_keys, *kind.module_class.optional_keys, *(m if isinstance(m, str) else m[0] for m in marks)}
+        OUTSIDE.update(dict.fromkeys(names - PARAMETERS.keys(), module))
 
 
 def _no_arguments(targets: NetworkTargets) -> dict[str, Callable[[Any], Any]]:
@@ -79,8 +99,15 @@ class NetworkKind:
 def kind_of(tensors: Mapping[str, torch.Tensor]) -> NetworkKind | None:
     """The kind that one layer's tensors make, None when they are no adapter that is known."""
     present = {*tensors, *((name, tensor.ndim) for name, tensor in tensors.items())}
-    target = next((target for target, marks in MARKS.items() if not present.isdisjoint(marks)), None)
+    target = _marked(present)
+    if target is None:
+        load_installed_kinds()
+        target = _marked(present)
     return None if target is None else import_target(target)
+
+
+def _marked(present: set) -> str | None:
+    return next((target for target, marks in MARKS.items() if not present.isdisjoint(marks)), None)
 
 
 def known_kind_of(tensors: Mapping[str, torch.Tensor], lora_name: str) -> NetworkKind:
@@ -89,7 +116,7 @@ def known_kind_of(tensors: Mapping[str, torch.Tensor], lora_name: str) -> Networ
     kind = kind_of(tensors)
     if kind is None:
         known = ", ".join(marks[0] if isinstance(marks[0], str) else marks[0][0] for marks in MARKS.values())
-        raise CheckpointError(f"{lora_name} has {', '.join(sorted(tensors))}, which is no kind of adapter that is known ({known})")
+        raise CheckpointError(f"{lora_name} has {', '.join(sorted(tensors))}, which is no kind of adapter that is known ({known}; kinds of your own: --plugins MODULE)")
     missing = kind.module_class.missing_keys(tensors)
     if missing:
         raise CheckpointError(f"{lora_name} has {', '.join(sorted(tensors))} and no {', no '.join(missing)}, needed for {kind.name}; the file is incomplete")

@@ -39,6 +39,7 @@ class AdapterFile:
 def read_file(path: str) -> AdapterFile:
     """An adapter file under its own names, with the alphas that PEFT keeps apart. CheckpointError when it is no adapter, is
     damaged or holds values that are not finite."""
+    from library.checkpoints.adapter_tensors import no_adapter
     from library.safetensors_utils import is_pickled, load_pickled_tensors, load_safetensors, read_header
     from networks.files.adapter_layout import file_layers
     from networks.files.network_files import is_adapter_key
@@ -48,7 +49,7 @@ def read_file(path: str) -> AdapterFile:
     metadata = {} if is_pickle else dict(read_header(path)[1])
     tensors = load_pickled_tensors(path) if is_pickle else load_safetensors(path, device="cpu")
     if not any(is_adapter_key(key) for key in tensors):
-        raise CheckpointError(f"{path} is no adapter: it holds {next(iter(tensors), 'nothing')} and no lora_down, lora_A or the like")
+        raise CheckpointError(no_adapter(path, tensors, metadata))
     _refuse_not_finite(path, tensors)
     layers, others = file_layers(tensors, path)
     configs = configs_of(path, metadata)

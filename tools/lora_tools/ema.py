@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from library.core.errors import Problems
 from library.core.options import Config, option
+from library.core.plugins import PluginOptions
 from library.generation.script import script_parser
 from library.scripts.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
@@ -50,7 +51,7 @@ class EmaFileOptions:
     save_precision: str | None = option(None, help="number format of the result; that of the newest file when not given")
 
 
-CLASSES = (EmaFileOptions, AveragingOptions, OutputOptions, OverflowOptions, ConsoleOptions)
+CLASSES = (EmaFileOptions, AveragingOptions, OutputOptions, OverflowOptions, PluginOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.options import option
+from library.core.plugins import PluginOptions
 from library.generation.script import script_parser
 from library.scripts.tool_script import OutputOptions, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions
@@ -37,7 +38,7 @@ class InspectionOptions:
     plot: str | None = option(None, help="draw the norms by block into this PNG file", metavar="FILE")
 
 
-CLASSES = (InspectionOptions, OutputOptions, ConsoleOptions)
+CLASSES = (InspectionOptions, OutputOptions, PluginOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -79,6 +80,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 
 def _read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    from library.checkpoints.adapter_tensors import no_adapter
     from library.safetensors_utils import is_pickled, load_pickled_tensors, load_safetensors, read_header
     from networks.files.network_files import is_adapter_key
 
@@ -86,7 +88,7 @@ def _read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     metadata = {} if pickled else dict(read_header(path)[1])
     tensors = load_pickled_tensors(path) if pickled else load_safetensors(path, device="cpu")
     if not any(is_adapter_key(key) for key in tensors):
-        raise CheckpointError(f"{path} is no adapter: it holds {next(iter(tensors), 'nothing')} and no lora_down, lora_A or the like")
+        raise CheckpointError(no_adapter(path, tensors, metadata))
     return tensors, metadata
 
 
@@ -123,7 +125,9 @@ def _print(options: InspectionOptions, found: FileReport, metadata: Mapping[str,
 
 def _print_weights(tensors: Mapping[str, torch.Tensor], every: bool) -> None:
     """Lines `key,(shape),mean size,least size`, each tensor once."""
-    marks = ("lora_up", "lora_down", "lora_A", "lora_B", "lora.up", "lora.down", "oft_", "hada_", "lokr_")
+    from library.checkpoints.adapter_tensors import OUTSIDE
+
+    marks = ("lora_up", "lora_down", "lora_A", "lora_B", "lora.up", "lora.down", "oft_", "hada_", "lokr_", *OUTSIDE)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     chosen = {key: tensor for key, tensor in tensors.items() if every or any(mark in key for mark in marks)}
     print(f"\nnumber of tensors: {len(chosen)}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from library.core.errors import CheckpointError, Problems
 from library.core.options import LARGEST_RANK, Config, option
+from library.core.plugins import PluginOptions
 from library.core.text_files import parse_json
 from library.generation.script import read_command, script_parser
 from library.scripts.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
@@ -55,7 +56,7 @@ class ResizeOptions:
     verbose: bool = option(False, help="print a line for every layer: rank, kept shares, spread of the singular values")
 
 
-CLASSES = (ResizeOptions, OutputOptions, OverflowOptions, ConsoleOptions)
+CLASSES = (ResizeOptions, OutputOptions, OverflowOptions, PluginOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from library.core.registry import Registry
 from library.families.registry import FAMILIES
 from library.training.keyword_args import split_items
 
-NETWORKS: Registry = Registry("network module", option="network_module")
+NETWORKS: Registry = Registry("network module", option="network_module", group="adapters")
 KINDS = (
     "lora", "loha", "lokr", "glora", "oft", "diag_oft", "boft", "dylora", "lora_fa", "tlora", "ia3", "full", "norm",
 )  # fmt: skip
@@ -141,6 +141,8 @@ def check_network_module(options: NetworkOptions, usual: str | None = None) -> N
         found = importlib.util.find_spec(path) is not None
     except (ModuleNotFoundError, ValueError):
         found = False
+    except Exception:  # of a package that it stands in; told when the module is imported
+        found = True
     if found:
         return
     if path.split(".")[0] == "lycoris":

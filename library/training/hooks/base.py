@@ -2,34 +2,58 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import torch
 
+    from library.core.options import Config
     from library.training.run import Run, StepOutput
+
+logger = logging.getLogger(__name__)
 
 
 class Hook:
-    """Every method is empty; a hook fills those it needs. All ranks call all methods, in the order of `Run.hooks`.
+    """Every method is empty; a hook fills those it needs. All ranks call all methods, in the order of `Run.hooks`; those of
+    `--hook`, of a trainable and of the trainer get the same calls.
 
     Two methods replace instead of add, and at most one hook may define each: `process_batch` (the body of TrainStep) and
     `compute_loss` (from DiTOutput to the loss). Their default is None.
     """
 
+    options: ClassVar[type | None] = None
+    """dataclass of its own options (library.core.options). A class that `--hook` names is made with an object of it, or with
+    nothing when it has none"""
     state_key: str = ""
     """names its part of a state; its class's name when empty"""
+    companions: ClassVar[tuple[str, ...]] = ()
+    """endings of the files that it writes beside each model file: `-ema` for `<name>-ema.safetensors`. See `save_companion`"""
     process_batch = None
     """(step: TrainStep, batch, times) -> StepOutput"""
     compute_loss = None
     """(step: TrainStep, output: DiTOutput, sample: NoisyLatents, batch) -> (per-sample loss [B], logs)"""
 
+    def check(self, config: Config, family: Any, trainable: Any) -> None:
+        """Before models are loaded; raises ConfigError when the run cannot be what this hook needs."""
+
     def on_transformer_loaded(self, denoiser: torch.nn.Module) -> None:
         """Right after loading, before freezing and before adapters are attached."""
 
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Name -> module of its own, made in `on_transformer_loaded` at the latest. The run moves them to its device, keeps them in
+        its states and in evaluation mode where the others are; what has a gradient is summed over processes, clipped and
+        trained like the rest (see `extra_trainable_params`)."""
+        return {}
+
     def extra_trainable_params(self) -> list[dict[str, Any]]:
-        """Further optimizer groups ({"params", "lr", "name"})."""
-        return []
+        """Further optimizer groups ({"params", "name"} and, unless it is --learning_rate, "lr"): one for each of `modules`."""
+        found = []
+        for name, module in self.modules().items():
+            parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            found += [{"params": parameters, "name": name}] if parameters else []
+        return found
 
     def on_train_start(self, run: Run) -> None: ...
 
@@ -46,16 +70,28 @@ class Hook:
     def on_step_end(self, run: Run, output: StepOutput) -> None:
         """After each optimizer step; `run.progress.global_step` counts it already."""
 
+    def weights_for_eval(self, run: Run) -> AbstractContextManager[Any]:
+        """Inside, the trained weights are those that this hook wants samples and validation to be made with."""
+        return nullcontext()
+
     def on_before_sample_images(self, run: Run) -> None: ...
 
     def on_after_sample_images(self, run: Run) -> None: ...
+
+    def save_companion(self, run: Run, ending: str, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+        """Write the file of one of `companions`; main process only, right after the model file. It is removed with that file."""
+        raise NotImplementedError(f"{type(self).__name__} names the companion {ending} and does not write it")
 
     def on_post_save(self, run: Run, path: str, metadata: dict[str, str]) -> None:
         """Main process only, after a model file (not a state folder) was written."""
 
     def on_epoch_end(self, run: Run) -> None: ...
 
-    def on_train_end(self, run: Run) -> None: ...
+    def on_train_end(self, run: Run) -> None:
+        """After the last step, or the one after which a signal was heard."""
+
+    def close(self, run: Run, error: BaseException | None) -> None:
+        """The last call of all: after on_train_end, or when something raised `error`, wherever it was."""
 
     def extra_metadata(self, run: Run) -> dict[str, Any]:
         return {}
@@ -72,7 +108,7 @@ class Hook:
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """What this hook needs to go on after a resume; tensors, numbers, texts, lists and dicts only."""
+        """What this hook needs to go on after a resume, beside its modules; tensors, numbers, texts, lists and dicts only."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -96,6 +132,19 @@ class HookList:
 
         return call_all
 
+    def close(self, run: Run, error: BaseException | None) -> None:
+        """Every hook is closed, also after one that cannot be. What went wrong first is what the caller sees."""
+        first: Exception | None = None
+        for hook in self.hooks:
+            try:
+                hook.close(run, error)
+            except Exception as problem:
+                if error is not None or first is not None:
+                    logger.error("%s could not be closed: %s", type(hook).__name__, problem)
+                first = first or problem
+        if error is None and first is not None:
+            raise first
+
     def by_key(self) -> dict[str, Hook]:
         """Hooks by the name that their states have; a name that comes again gets the number of its place: `Losses 2`."""
         found: dict[str, Hook] = {}
@@ -106,6 +155,10 @@ class HookList:
                 key, number = f"{name} {number}", number + 1
             found[key] = hook
         return found
+
+    def all_modules(self) -> dict[str, torch.nn.Module]:
+        """The modules of all hooks as `<key>.<name>`."""
+        return {f"{key}.{name}": module for key, hook in self.by_key().items() for name, module in hook.modules().items()}
 
     def find(self, hook_class: type) -> Any | None:
         return next((hook for hook in self.hooks if isinstance(hook, hook_class)), None)

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from library.checkpoints.number_formats import clamping
 from library.core.atomic_file import remove_file, remove_folder
 from library.core.write_errors import HeldFileError, WriteError
-from library.training.checkpoint import AVERAGED, SaveRules, Saving, train_state
+from library.training.checkpoint import AVERAGED, SaveRules, Saving, companion_name, train_state
 from library.training.hooks.base import Hook
-from library.training.hooks.ema import EmaHook
 from library.training.hooks.finite import SAVE_DTYPES, NonFiniteGuard
-from library.training.option_groups import EmaOptions, HubOptions, SavingOptions
+from library.training.option_groups import HubOptions, SavingOptions
 from library.training.state import save_state
 
 if TYPE_CHECKING:
@@ -22,19 +21,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-def averaged_path(path: Path) -> Path:
-    """Where the moving average of the weights of a file is."""
-    return path.with_name(path.stem + AVERAGED + path.suffix)
+
+def companion_path(path: Path, ending: str) -> Path:
+    """Where the companion of a model file is (Hook.companions)."""
+    return path.with_name(companion_name(path.name, ending))
 
 
-def planned_lines(savings: Sequence[Saving], with_average: bool) -> list[str]:
+def planned_lines(savings: Sequence[Saving], companions: Sequence[str]) -> list[str]:
     """What the start page says of the files of several occasions: the first, the last and how many; those removed later too."""
     if not savings:
         return []
     names = [saving.file for saving in savings]
-    lines = [names]
-    if with_average:
-        lines.append([averaged_path(Path(name)).name for name in names])
+    lines = [names, *([companion_name(name, ending) for name in names] for ending in companions)]
     lines.append([f"{saving.state}/" for saving in savings if saving.state is not None])
     removed = sum(bool(saving.remove) for saving in savings)
     note = f", {removed} of them removed again" if removed else ""
@@ -73,7 +71,7 @@ class CheckpointHook(Hook):
         at_epochs = [saving for saving in at_epochs if saving.number * progress.steps_per_epoch > progress.global_step]  # still to come
         at_steps = [saving for saving in at_steps if saving.number > progress.global_step]
         last = rules.at_end(progress.max_train_steps)
-        return [line for savings in (at_epochs, at_steps, [last]) for line in planned_lines(savings, run.config[EmaOptions].ema)]
+        return [line for savings in (at_epochs, at_steps, [last]) for line in planned_lines(savings, self._companions(run))]
 
     def written_files(self) -> list[str]:
         return list(self._files)
@@ -92,6 +90,10 @@ class CheckpointHook(Hook):
             self._write(run, self._rules(run).at_stop(step), is_last=True)
         if self._upload is not None:
             self._upload.finish()
+
+    @staticmethod
+    def _companions(run: Run) -> list[str]:
+        return [ending for hook in run.hooks for ending in hook.companions]
 
     @staticmethod
     def _rules(run: Run) -> SaveRules:
@@ -131,7 +133,7 @@ class CheckpointHook(Hook):
                 self.last_state = error.kept
         for error in held:
             logger.warning("%s", error)
-        self._remove(folder, saving)
+        self._remove(run, folder, saving)
         if held and is_last:
             raise held[0]
 
@@ -150,10 +152,11 @@ class CheckpointHook(Hook):
         clamp = run.config[SavingOptions].clamp_overflow
         with run.weights_for_eval(averaged=False), clamping(clamp):
             run.trainable.save(str(path), dtype, metadata)
-        if run.hooks.find(EmaHook) is not None:
-            written.append(averaged_path(path))
-            with run.weights_for_eval(), clamping(clamp):
-                run.trainable.save(str(written[-1]), dtype, metadata)
+        for hook in run.hooks:
+            for ending in hook.companions:
+                written.append(companion_path(path, ending))
+                with clamping(clamp):
+                    hook.save_companion(run, ending, str(written[-1]), dtype, metadata)
         self._files.update(dict.fromkeys(map(str, written)))
         logger.info("saved %s", " and ".join(map(str, written)))
         run.hooks.on_post_save(run, str(path), metadata)
@@ -170,9 +173,10 @@ class CheckpointHook(Hook):
         if self._upload is not None and run.config[HubOptions].save_state_to_huggingface:
             self._upload(folder, folder.name, wait=is_last)
 
-    def _remove(self, folder: Path, saving: Saving) -> None:
+    def _remove(self, run: Run, folder: Path, saving: Saving) -> None:
         for name in saving.remove:
-            for path in (folder / name, averaged_path(folder / name)):
+            endings = dict.fromkeys((AVERAGED, *self._companions(run)))  # a run that is resumed without --ema has older averages
+            for path in (folder / name, *(companion_path(folder / name, ending) for ending in endings)):
                 if path.is_file() and remove_file(path):
                     self._files.pop(str(path), None)
                     logger.info("removed the outdated %s", path)

@@ -1,4 +1,4 @@
-"""The last hook of a run: closes the log, and tells which files there are now."""
+"""The last hook of a run: tells which files there are now."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 from typing import TYPE_CHECKING
 
 from library.training.hooks.base import Hook
-from library.training.hooks.logging import LoggingHook
 
 if TYPE_CHECKING:
     from library.training.run import Run
@@ -15,12 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 class FinishHook(Hook):
-    """Comes after every hook that logs or writes at the end of a run."""
+    """Comes after every hook that writes at the end of a run."""
 
     def on_train_end(self, run: Run) -> None:
-        log = run.hooks.find(LoggingHook)
-        if log is not None:
-            log.close()
         if run.runtime.is_main_process:
             files = [path for paths in run.hooks.written_files() for path in paths]
             state = "done" if run.progress.is_finished else f"ended by a signal after step {run.progress.global_step}"

@@ -148,10 +148,14 @@ class LoggingHook(Hook):
 
     def on_train_end(self, run: Run) -> None:
         self._reader.read()
+        self._end_bar()
+
+    def _end_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
         if self._restore_console is not None:
             self._restore_console()
+        self._bar = self._restore_console = None
 
     def planned_files(self, run: Run) -> list[str]:
         folder = run.config[LoggingOptions].logging_dir
@@ -160,8 +164,9 @@ class LoggingHook(Hook):
     def written_files(self) -> list[str]:
         return [str(tracker.folder) for tracker in self._trackers if tracker.folder is not None]
 
-    def close(self) -> None:
-        """End of the trackers; FinishHook calls it after the last hook that logs."""
+    def close(self, run: Run, error: BaseException | None) -> None:
+        """End of the bar and of the trackers, after the last hook that logs."""
+        self._end_bar()
         self._to_trackers(lambda tracker: tracker.close())
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.core.options import Config
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def standard_hooks(
     config: Config, runtime: Runtime, *, prompts: list[Any], conditioning: dict[str, Conditioning], trainable: Trainable,
-    own: list[Hook], metadata: MetadataMaker,
+    of_trainable: Sequence[Hook], own: Sequence[Hook], metadata: MetadataMaker,
 ) -> list[Hook]:
     """Losses are read first and tested before they are logged; what changes weights (norms) comes before what looks at
     them (the average first), and files are written before samples are made, so that a failing sample costs no checkpoint."""
@@ -35,8 +36,8 @@ def standard_hooks(
         NonFiniteGuard(),
         LoggingHook(),
         LossCurveHook(),
-        *trainable.hooks(),
-        *([EmaHook(trainable, config[EmaOptions])] if config[EmaOptions].ema else []),
+        *of_trainable,
+        *([EmaHook(trainable.modules, config[EmaOptions])] if config[EmaOptions].ema else []),
         *own,
         LossReader(),
         ValidationHook(runtime.seed if seed is None else seed),

@@ -26,13 +26,14 @@ from library.families.registry import record_of
 from library.safetensors_utils import load_safetensors, read_header
 from library.training.adapters import DENOISER_ONLY, NetworkOptions, check_network_module
 from library.training.hooks.base import Hook
-from library.training.hooks.network import NetworkHook
 from library.training.optimizers import OptimizerOptions, check_rates
 from library.training.option_groups import ModelOptions, PrecisionOptions
 from library.training.timesteps import NUM_TIMESTEPS
 from library.training.trainables.base import Trainable
 from library.training.trainables.base_weights import BaseWeights
 from library.training.trainables.kept_layers import KeptLayers, kept_layers
+from library.training.trainables.network_hook import NetworkHook
+from library.training.trainables.weight_norm import WeightNormHook
 from networks.files.network_files import by_module, match_names, read_adapter_file, write_adapter_file
 from networks.kinds.description import describe_network, is_scaled_by_rank
 from networks.kinds.network_args import pattern_values, rate, selected_blocks, selection, shapes_nothing
@@ -458,12 +459,7 @@ class NetworkTrainable(Trainable):
             self.network.set_multiplier(multiplier)
 
     def hooks(self) -> list[Hook]:
-        from library.training.hooks.weight_norm import WeightNormHook
-
-        hooks: list[Hook] = [NetworkHook(self)]
-        if self.opts.scale_weight_norms or hasattr(self.network, "update_norms"):
-            hooks.append(WeightNormHook(self.network, self.opts.scale_weight_norms))
-        return hooks
+        return [NetworkHook(self), WeightNormHook(self, self.opts.scale_weight_norms)]
 
     def description(self) -> str:
         if self._is_own:

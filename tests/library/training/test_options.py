@@ -24,7 +24,7 @@ OWN_OPTIONS = {
 }
 OWN_OF_ALL = {
     "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_image_resolution", "skip_bad_images", "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
-    "drop_untrained", "plugins", "loss_weight",
+    "drop_untrained", "plugins", "loss_weight", "hook",
 }
 """options that only this project has; extend the sets together with the documentation"""
 OTHER_DEFAULTS = {"flux_network": {"model_prediction_type": "raw"}}

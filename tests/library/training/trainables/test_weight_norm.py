@@ -1,10 +1,12 @@
 """Norms of adapter weights stay below the limit and reach the log."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from library.training.hooks.losses import LossReader
-from library.training.hooks.weight_norm import WeightNormHook
+from library.training.trainables.weight_norm import WeightNormHook
 from networks import lora_flux
 from tests.library.test_flux_train_utils import tiny_denoiser
 from tests.library.training.hooks.small_run import small_run
@@ -23,7 +25,7 @@ def network_with_large_weights():
 
 def test_large_weights_are_scaled_and_the_norms_are_logged():
     network = network_with_large_weights()
-    hook = WeightNormHook(network, max_norm=1.0)
+    hook = WeightNormHook(SimpleNamespace(network=network), max_norm=1.0)
     run = small_run([LossReader(), hook])
     hook.on_post_optimizer_step(run)
     logs = hook.extra_step_logs(run)
@@ -35,7 +37,7 @@ def test_large_weights_are_scaled_and_the_norms_are_logged():
 
 
 def test_a_network_without_norms_of_its_own_logs_nothing():
-    hook = WeightNormHook(network_with_large_weights(), max_norm=None)
+    hook = WeightNormHook(SimpleNamespace(network=network_with_large_weights()), max_norm=None)
     run = small_run([hook])
     hook.on_gradients_ready(run)
     hook.on_post_optimizer_step(run)

@@ -12,34 +12,44 @@ if TYPE_CHECKING:
 
 class WeightNormHook(Hook):
     """`--scale_weight_norms`: after each optimizer step every pair of adapter weights is scaled so that the norm of its
-    product is at most `max_norm`. Without a limit, networks that follow their own norms (GGPO) have them logged."""
+    product is at most `max_norm`. Without a limit, networks that follow their own norms (GGPO) have them logged.
 
-    def __init__(self, network: Any, max_norm: float | None) -> None:
-        self.network = network
+    `trainable`: whose `network` it is, once there is one."""
+
+    def __init__(self, trainable: Any, max_norm: float | None) -> None:
+        self.trainable = trainable
         self.max_norm = max_norm
         self._logs: dict[str, float] = {}
 
+    @property
+    def _is_idle(self) -> bool:
+        return not self.max_norm and not hasattr(self.trainable.network, "update_norms")
+
     def on_gradients_ready(self, run: Run) -> None:
+        if self._is_idle:
+            return
         for name in ("update_grad_norms", "update_norms"):
-            update = getattr(self.network, name, None)
+            update = getattr(self.trainable.network, name, None)
             if update is not None:
                 update()
 
     def on_post_optimizer_step(self, run: Run) -> None:
         if self.max_norm:
-            scaled, mean_norm, max_norm = self.network.apply_max_norm_regularization(self.max_norm, run.runtime.device)
+            scaled, mean_norm, max_norm = self.trainable.network.apply_max_norm_regularization(self.max_norm, run.runtime.device)
             self._logs = {
                 "max_norm/keys_scaled": scaled,
                 "norm/avg_key_norm": mean_norm,
                 "max_norm/max_key_norm": max_norm,
             }
             return
+        if self._is_idle:
+            return
         names = {
             "norm/avg_key_norm": "weight_norms",
             "norm/avg_grad_norm": "grad_norms",
             "norm/avg_combined_norm": "combined_weight_norms",
         }
-        values = {key: _called(getattr(self.network, attribute, None)) for key, attribute in names.items()}
+        values = {key: _called(getattr(self.trainable.network, attribute, None)) for key, attribute in names.items()}
         self._logs = {key: value.mean() for key, value in values.items() if value is not None}
 
     def extra_step_logs(self, run: Run) -> dict[str, float]:

@@ -1,0 +1,76 @@
+"""The exponential moving average of weights, apart from who wants it: for samples and files, or as a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from library.core.errors import CheckpointError
+
+
+class WeightAverage:
+    """average = average * (1 - share) + weights * share, float32, of every parameter of `modules()`; frozen ones too, because
+    some adapters choose per step what learns. `what` names it in messages."""
+
+    def __init__(self, modules: Callable[[], Mapping[str, torch.nn.Module]], *, on_cpu: bool = False, what: str = "the average") -> None:
+        self._modules = modules
+        self._on_cpu = on_cpu
+        self._what = what
+        self.tensors: dict[str, torch.Tensor] = {}
+        """empty before `begin`"""
+
+    def begin(self) -> None:
+        """It is what the weights are now."""
+        self.tensors = {name: self._kept(parameter) for name, parameter in self.parameters().items()}
+
+    @torch.no_grad()
+    def follow(self, share: float) -> None:
+        """Go by `share` towards the weights."""
+        for name, parameter in self.parameters().items():
+            own = self.tensors[name]
+            own.lerp_(parameter.detach().to(own), share)
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {f"{part}.{name}": p for part, module in self._modules().items() for name, p in module.named_parameters()}
+
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to("cpu" if self._on_cpu else tensor.device, torch.float32, copy=True)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the weights are the average; afterwards they are as before, to the bit. Where both have one type and place
+        their memory is exchanged and nothing is copied."""
+        exchanged: dict[torch.nn.Parameter, torch.Tensor] = {}
+        copied: dict[torch.nn.Parameter, torch.Tensor] = {}
+        for name, parameter in self.parameters().items():
+            average, data = self.tensors[name], parameter.data
+            if average.dtype == data.dtype and average.device == data.device:
+                exchanged[parameter], parameter.data = data, average
+            else:
+                copied[parameter] = data.to("cpu", copy=True)
+                data.copy_(average)
+        try:
+            yield
+        finally:
+            for parameter, data in exchanged.items():
+                parameter.data = data
+            for parameter, values in copied.items():
+                parameter.data.copy_(values)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.cpu() for name, tensor in self.tensors.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """CheckpointError when it is the average of other weights."""
+        parameters = self.parameters()
+        wrong = [name for name in parameters.keys() | state.keys() if name not in parameters or name not in state]
+        wrong += [name for name in parameters.keys() & state.keys() if parameters[name].shape != state[name].shape]
+        if wrong:
+            raise CheckpointError(
+                f"{self._what} in the state does not fit this run: {len(wrong)} weights differ (first: {min(wrong)}); resume with the"
+                " network options of the interrupted run"
+            )
+        self.tensors = {name: state[name].to("cpu" if self._on_cpu else p.device, torch.float32) for name, p in parameters.items()}

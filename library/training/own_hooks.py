@@ -1,0 +1,63 @@
+"""Hooks that `--hook package.module:Class` names: their classes, their options, and making them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from library.core.errors import ConfigError, Problems
+from library.core.options import Config, option_fields
+from library.core.registry import import_target
+from library.training.checkpoint import AVERAGED
+from library.training.hooks.base import Hook
+from library.training.option_groups import HookOptions
+
+
+def hook_class(name: str) -> type[Hook]:
+    """The class behind `package.module:Class`; ConfigError when it cannot be imported, or is no Hook."""
+    try:
+        found = import_target(name)
+    except AttributeError as error:
+        raise ConfigError(f"--hook is {name}: {error}") from error
+    except Exception as error:  # whatever a module of the user's raises
+        raise ConfigError(f"--hook is {name}, which cannot be imported: {str(error) or type(error).__name__}") from error
+    if not (isinstance(found, type) and issubclass(found, Hook)):
+        raise ConfigError(f"--hook is {name}, which is no class of hooks; needed: package.module:Class, a subclass of library.training.hooks.base:Hook")
+    return found
+
+
+def hook_classes(names: Iterable[str]) -> list[type[Hook]]:
+    """All of them, each once; one ConfigError with every problem."""
+    problems = Problems()
+    found = [problems.attempt(lambda name=name: hook_class(name)) for name in dict.fromkeys(names)]
+    problems.raise_if_any()
+    return list(dict.fromkeys(found))
+
+
+def option_groups_of(names: Iterable[str], present: Iterable[str]) -> tuple[type, ...]:
+    """Groups of the options that these hooks declare; ConfigError when one has the name of an option that is there."""
+    taken, groups, problems = set(present), [], Problems()
+    for cls in hook_classes(names):
+        if cls.options is None or cls.options in groups:
+            continue
+        twice = sorted(option_fields(cls.options).keys() & taken)
+        if twice:
+            problems.add(f"--hook {cls.__name__} declares --{', --'.join(twice)}, which the script has already; the hook needs names of its own")
+        taken |= option_fields(cls.options).keys()
+        groups.append(cls.options)
+    problems.raise_if_any()
+    return tuple(groups)
+
+
+def make_hooks(config: Config) -> list[Hook]:
+    """One object of each class that the options name."""
+    names = config[HookOptions].hook if HookOptions in config else None
+    return [cls() if cls.options is None else cls(config[cls.options]) for cls in hook_classes(names or ())]
+
+
+def companion_endings(config: Config) -> Sequence[str]:
+    """What stands behind the names of files that runs with these options write beside a model file."""
+    try:
+        classes = hook_classes((config[HookOptions].hook if HookOptions in config else None) or ())
+    except ConfigError:
+        classes = []  # told where the options are read
+    return list(dict.fromkeys([AVERAGED, *(ending for cls in classes for ending in cls.companions)]))

@@ -1,0 +1,1 @@
+"""How gradients become changed weights. The loop asks the Updater of the run and does not know which it is."""

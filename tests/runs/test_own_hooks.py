@@ -1,0 +1,81 @@
+"""--hook package.module:Class: a hook of the user's joins a run, with options of its own, and is checked like what is built in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from library.core.errors import ConfigError
+from library.training import cli
+from library.training.loop import fit
+from tests.runs import own_hooks
+from tests.runs.conftest import Work, fingerprint, read_parts
+from tests.runs.test_exactness import Stopped, stop_after
+
+PULL, PLAIN = "--hook=tests.runs.own_hooks:Pull", "--hook=tests.runs.own_hooks:Plain"
+
+
+def test_its_module_is_trained_in_a_group_of_its_own(work: Work) -> None:
+    run = work.trainer("out", PULL, "--pull_strength=2", "--max_train_steps=3").prepare()
+    group = run.optimizer.param_groups[-1]
+    assert group["name"] == "scale" and group["lr"] == 1e-2
+    fit(run)
+    hook = own_hooks.Pull.made[-1]
+    assert hook.options.pull_strength == 2 and hook.closed == [None]
+    assert 0.02 < hook.scale.weight.item() < 0.04  # three steps of Adam at 0.01
+
+
+def test_several_hooks_and_options_from_a_file(work: Work) -> None:
+    path = work.folder / "own.toml"
+    path.write_text('hook = ["tests.runs.own_hooks:Pull", "tests.runs.own_hooks:Plain"]\npull_strength = 0.25\n', encoding="utf-8")
+    before = own_hooks.Plain.steps
+    work.train("out", f"--config_file={path}", "--max_train_steps=2")
+    assert own_hooks.Plain.steps == before + 2 and own_hooks.Pull.made[-1].options.pull_strength == 0.25
+    work.train("other", PULL, PLAIN, "--max_train_steps=2")
+    assert own_hooks.Plain.steps == before + 4 and own_hooks.Pull.made[-1].options.pull_strength == 0.5
+
+
+def test_a_hook_that_does_nothing_changes_nothing(work: Work) -> None:
+    plain, hooked = work.train("plain", "--max_train_steps=3"), work.train("hooked", PLAIN, "--max_train_steps=3")
+    assert read_parts(plain)[1] == read_parts(hooked)[1]
+
+
+def test_its_module_is_resumed_exactly(work: Work) -> None:
+    whole = work.trainer("whole", PULL).prepare()
+    fit(whole)
+    wanted = own_hooks.Pull.made[-1].scale.weight.detach().clone()
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Stopped):
+            work.train("parts", PULL, "--save_every_n_steps=3", "--save_state")
+    assert isinstance(own_hooks.Pull.made[-1].closed[0], Stopped)
+    resumed = work.train("parts", PULL, "--resume=latest")
+    assert torch.equal(own_hooks.Pull.made[-1].scale.weight, wanted)
+    assert fingerprint(resumed) == fingerprint(work.folder / "whole" / "lora.safetensors")
+
+
+def test_a_step_that_raises_closes_it(work: Work) -> None:
+    with pytest.raises(RuntimeError, match="asked to fail"):
+        work.train("out", PULL, "--pull_fails_at=2")
+    assert [str(error) for error in own_hooks.Pull.made[-1].closed] == ["asked to fail"]
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["--hook=tests.runs.no_such_module:Pull"], "--hook is tests.runs.no_such_module:Pull, which cannot be imported: No module named"),
+    (["--hook=tests.runs.own_hooks:Push"], "--hook is tests.runs.own_hooks:Push: module 'tests.runs.own_hooks' has no attribute 'Push'"),
+    (["--hook=tests.runs.own_hooks:NOT_A_HOOK"], "which is no class of hooks"),
+    ([PULL, "--pull_strength=-1"], "--pull_strength is -1"), ([PULL, "--pull_strenght=1"], "did you mean 'pull_strength'"),
+    (["--pull_strength=1"], "unknown option --pull_strength"), (["--hook=tests.runs.own_hooks:Picky"], "flux is not what this hook wants"),
+    (["--hook=tests.runs.own_hooks:Clashing"], "Clashing declares --network_dim, which the script has already"),
+])  # fmt: skip
+def test_what_is_wrong_is_told_at_start(work: Work, words: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        cli.run("flux", "network", work.argv("out", *words))
+    assert not (work.folder / "out").exists()
+
+
+def test_the_help_shows_its_options(work: Work, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run("flux", "network", [PULL, "--help"])
+    shown = capsys.readouterr().out
+    assert "Pull towards a number" in shown and "--pull_strength" in shown
