@@ -12,39 +12,36 @@ from library.checkpoints.loading import Transform
 from library.dataset.strategies import StrategySet
 from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.device_utils import get_preferred_device
-from library.families.flux import FAMILY
-from library.flux_train_utils import SampleSettings, generate_latents
+from library.flux_train_utils import get_schedule, predict_velocity
 from library.flux_utils import load_ae, load_clip_l, load_flux, load_t5xxl
 from library.generation.adapters import load_with_adapters
+from library.generation.flow_pipeline import FlowPipeline
 from library.generation.flux_options import FluxRequest, InferenceModelOptions
-from library.generation.pipeline import PictureMaker, PicturePipeline
+from library.generation.pipeline import PictureMaker
 from library.generation.sampling_utils import Conditioning
 from library.strategy_flux import FluxTextEncodingStrategy, FluxTokenizeStrategy
-from library.training.inference_samplers import INFERENCE_SAMPLERS
 
-SAMPLER = "euler"
 TOKEN_LENGTH_DEV, TOKEN_LENGTH_SCHNELL = 512, 256
 
 
 @dataclass
-class FluxPipeline(PicturePipeline[FluxRequest]):
-    """Euler steps along the schedule of the number of tokens."""
+class FluxPipeline(FlowPipeline[FluxRequest]):
+    """Steps along the schedule of the number of tokens; schnell's are evenly spaced."""
 
+    family = "flux"
     request_class = FluxRequest
-    latent_spec = FAMILY.latents
     use_t5_mask: bool = False
 
     @property
     def is_schnell(self) -> bool:
         return not self.denoiser.params.guidance_embed
 
-    def latents(self, request: FluxRequest, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
-        settings = SampleSettings(
-            height=request.height, width=request.width, num_steps=request.steps, seed=request.seed, guidance=request.guidance,
-            cfg_scale=request.cfg_scale, shift=not self.is_schnell, use_t5_mask=self.use_t5_mask,
-        )  # fmt: skip
-        sampler = INFERENCE_SAMPLERS.resolve(SAMPLER)
-        return generate_latents(self.denoiser, settings, conditioning, negative, sampler=sampler, device=self.denoiser.device)
+    def velocity(self, latents: Tensor, times: Tensor, conditioning: Conditioning, request: FluxRequest) -> Tensor:
+        return predict_velocity(self.denoiser, latents, times, conditioning, guidance=request.guidance, use_t5_mask=self.use_t5_mask)
+
+    def sigmas(self, request: FluxRequest) -> Tensor:
+        height, width = (side // self.latent_spec.patch for side in self.latent_shape(request)[-2:])
+        return torch.tensor(get_schedule(request.steps, height * width, shift=not self.is_schnell))
 
 
 def load_pipeline(options: InferenceModelOptions) -> PictureMaker[FluxRequest]:

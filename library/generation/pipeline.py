@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from library.device_utils import clean_memory_on_device
+from library.families.latents import Bucket, LatentSpec
+from library.families.registry import record_of
 from library.generation.requests import SAMPLE_NAMES, VIDEO_SAMPLE_NAMES, PictureRequest, Request, request_of
 from library.generation.sampling_utils import Conditioning, decode_to_frames
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from library.dataset.strategies import StrategySet
-    from library.families.latents import LatentSpec
     from library.generation.adapters import LoadedAdapters
     from library.generation.picture_files import Picture
     from library.training.sampling_prompts import SamplePrompt
@@ -36,18 +37,22 @@ class PicturePipeline(ABC, Generic[Request]):
     vae: Any
     """None where latents are wanted alone"""
 
+    family: ClassVar[str]
+    """whose record tells the shape of the latents"""
     request_class: ClassVar[type[PictureRequest]]
-    latent_spec: ClassVar[LatentSpec]
-    """of the family's record"""
 
     @abstractmethod
     def latents(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
         """Clean latents [1, C, ...] as the denoiser has them; `request` is complete (steps, seed and sizes are set).
         `negative`: of the text that guidance leads away from, None = one forward per step."""
 
-    def latent_size(self, request: PictureRequest) -> tuple[int, int]:
-        """Height and width of the latents of a request."""
-        return self.latent_spec.latent_shape((request.width, request.height))[-2:]
+    @property
+    def latent_spec(self) -> LatentSpec:
+        return record_of(self.family).latents
+
+    def latent_shape(self, request: PictureRequest) -> tuple[int, ...]:
+        """Of the latents of a request, without the batch."""
+        return self.latent_spec.latent_shape(Bucket(request.width, request.height, request.frames))
 
     def frames(self, latents: Tensor) -> list[Image.Image]:
         """What is decoded from latents; a picture is one frame."""

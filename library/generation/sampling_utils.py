@@ -19,8 +19,7 @@ Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, Callable
 
 
 def start_noise(seed: int, *shape: int) -> Tensor:
-    """Standard normal latents [1, *shape], [1, C, h, w] or [1, C, F, h, w]: drawn on the CPU in float32, so that a seed means
-    one picture everywhere."""
+    """Standard normal latents [1, C, H, W] (or of any `shape`): drawn on the CPU in float32, so that a seed means one picture everywhere."""
     return torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed))
 
 

@@ -12,7 +12,6 @@ from library.components.text_encoder_utils import inspect_clip
 from library.components.tokenizers import load_clip_tokenizer
 from library.components.unet_utils import UNetInfo
 from library.dataset.text_cache_io import TEXT_LAYOUTS
-from library.families.sd import FAMILY
 from library.generation.prompt_encoder import PromptEncoder, WordTokenizer, tokenizer_problems
 from library.generation.requests import SampledRequest
 from library.generation.sampling_utils import Conditioning
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 class SdPipeline(UNetPipeline[SampledRequest]):
     """Stable Diffusion 1 or 2."""
 
-    latent_spec = FAMILY.latents
+    family = "sd"
     inspect_vae = staticmethod(inspect_vae_sd)
     load_denoiser = staticmethod(load_unet_sd)
     load_vae = staticmethod(load_vae_sd)

@@ -14,7 +14,6 @@ from library.components.unet_utils import UNetInfo
 from library.dataset.strategies import StrategySet
 from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.device_utils import get_preferred_device
-from library.families.sdxl import FAMILY
 from library.generation.adapters import load_with_adapters
 from library.generation.pipeline import PictureMaker
 from library.generation.prompt_encoder import PromptEncoder, WordTokenizer, tokenizer_problems
@@ -46,7 +45,7 @@ class SdxlPipeline(UNetPipeline[SdxlRequest]):
     """SDXL; its samples are pictures that nothing was cropped from."""
 
     request_class = SdxlRequest
-    latent_spec = FAMILY.latents
+    family = "sdxl"
     inspect_vae = staticmethod(inspect_vae_sdxl)
     load_denoiser = staticmethod(load_unet_sdxl)
     load_vae = staticmethod(load_vae_sdxl)

@@ -37,7 +37,7 @@ class UNetPipeline(PicturePipeline[Request]):
         top and left of each row."""
 
     def latents(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
-        size = self.latent_size(request)
+        size = self.latent_shape(request)[-2:]
         run = SamplingRun(request.sampler, request.steps, [request.seed], self.prediction_type, self.zero_terminal_snr, size)
         return run.sample(self._guided(request, conditioning, negative), self.denoiser.device)
 

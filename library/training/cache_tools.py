@@ -122,7 +122,7 @@ def chosen_family(argv: Sequence[str], default: str | None = None) -> str:
         raise ConfigError(f"{found} named; needed: --family with one of {', '.join(FAMILIES)}")
     name = named.pop()
     record_of(name)  # complains about an unknown name
-    return name
+    return parser_common.chosen_variant(name, words)
 
 
 def _names_used(words: Sequence[str], config_file: str | None) -> set[str]:

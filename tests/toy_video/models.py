@@ -41,6 +41,9 @@ class ToyVideoVae(nn.Module):
         return mean + 0.1 * torch.stack(noise).to(mean)
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, F, h, w] -> clips, of pictures [B, C, h, w] -> pictures."""
+        if latents.ndim == 4:
+            return self.decode(latents[:, :, None])[:, :, 0]
         return self.decoder(latents)[:, :, TEMPORAL - 1 :]
 
 

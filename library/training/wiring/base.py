@@ -6,10 +6,12 @@ import dataclasses
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.core.errors import CheckpointError, ConfigError, Problems, UnsupportedCombination
 from library.core.options import Config, Ignored
+from library.dataset import CachingOptions
 from library.training import timestep_samplers
 from library.training.sampling_prompts import IMAGE_LINE_OPTIONS, VIDEO_LINE_OPTIONS, LineOption, SamplePrompt, with_defaults
 
@@ -17,10 +19,11 @@ if TYPE_CHECKING:
     import torch
 
     from library.checkpoints.loading import Transform
+    from library.dataset.latent_cache import LatentCache, LatentEncoder
     from library.dataset.strategies import StrategySet
+    from library.dataset.text_cache import TextCache
     from library.families.record import DataArchitecture, FamilyRecord, SampleDefaults
     from library.generation.pipeline import PicturePipeline
-    from library.strategy_base import LatentsCachingStrategy
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
     from library.training.run import DiTOutput, Models
@@ -119,8 +122,34 @@ class ModelFamily(ABC):
         of such a one are not cached."""
 
     @abstractmethod
-    def latents_caching(self) -> LatentsCachingStrategy:
-        """The one of `strategies()`, made without the text side."""
+    def latents_caching(self) -> LatentCache:
+        """The one of `strategies()`, made without the text side: `latent_cache` of the family's encoder."""
+
+    def latent_cache(self, encoder: LatentEncoder, vae_file: str | Path) -> LatentCache:
+        """The latent cache of this run."""
+        from library.checkpoints.identity import model_identity
+        from library.dataset.latent_cache import LatentCache
+
+        caching = self.config[CachingOptions]
+        return LatentCache(
+            self.architecture, encoder, to_disk=caching.cache_latents_to_disk, batch_size=caching.vae_batch_size,
+            skip_check=caching.skip_cache_check, model_identity=model_identity(vae_file),
+        )
+
+    def text_cache(self, trained: Sequence[bool], files: Sequence[str | Path], more: Sequence[str] = (), **facts: Any) -> TextCache | None:
+        """The text cache of this run, None without one. `files`: those of the text encoders; `more`: what else their outputs hang on,
+        in words; `facts`: see TextCache."""
+        from library.checkpoints.identity import combined_identity, model_identity
+        from library.dataset.text_cache import TextCache
+
+        caching = self.config[CachingOptions]
+        if not caching.caches_text:
+            return None
+        return TextCache(
+            self.architecture, to_disk=caching.cache_text_encoder_outputs_to_disk, batch_size=caching.text_encoder_batch_size,
+            skip_check=caching.skip_cache_check, trained=trained,
+            model_identity=combined_identity([*(model_identity(file) for file in files), *more]), **facts,
+        )
 
     @abstractmethod
     def part_problems(self, part: str) -> list[str]:
