@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from library.core.lazy_names import homes, lazy_names
 from library.flux_utils import pack_latents, prepare_img_ids, unpack_latents
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
@@ -23,6 +24,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from library.flux_models import Flux
+
+__getattr__, __dir__ = lazy_names(__name__, homes(
+    "library.compat.flux_names", "add_flux_train_arguments", "apply_model_prediction_type", "get_noisy_model_input_and_timesteps",
+    "get_sigmas", "sample_images",
+))
 
 BASE_TOKENS, BASE_SHIFT = 256, 0.5
 MAX_TOKENS, MAX_SHIFT = 4096, 1.15
@@ -60,12 +66,13 @@ def predict_velocity(
     guidance: float,
     use_t5_mask: bool = False,
     **inputs: Any,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Velocity (noise - data) [B, C, H, W] of noisy latents [B, C, H, W]; H and W must be even.
 
-    `timesteps` [B] are on the 0..1000 scale, float32; the model gets them divided by 1000. `conditioning` has
-    the keys of the family; the T5 mask reaches the model only with `use_t5_mask`. `guidance` is the
-    embedded scale, one float32 number per sample; a model without that embedding (schnell) ignores it.
+    `timesteps` [B], or [B, (H/2)(W/2)] for a time per token, are on the 0..1000 scale, float32; the model gets them divided by 1000.
+    `conditioning` has the keys of the family; the T5 mask reaches the model only with `use_t5_mask`. `guidance` is the embedded
+    scale, one float32 number per sample; a model without that embedding (schnell) ignores it. With `feature_layer` among
+    `inputs` the result is (velocity, tokens [B, L, hidden] after that block).
     """
     batch_size, _, height, width = noisy_latents.shape
     t5_out = conditioning["t5_out"]
@@ -82,6 +89,8 @@ def predict_velocity(
         txt_attention_mask=conditioning["t5_attn_mask"].to(device) if use_t5_mask else None,
         **inputs,
     )
+    if isinstance(velocity, tuple):
+        return unpack_latents(velocity[0], height // 2, width // 2), velocity[1]
     return unpack_latents(velocity, height // 2, width // 2)  # [B, C, H, W]
 
 
@@ -102,7 +111,7 @@ def denoise(
 
 
 def compute_density_for_timestep_sampling(
-    weighting_scheme: str, batch_size: int, logit_mean: float, logit_std: float, mode_scale: float
+    weighting_scheme: str, batch_size: int, logit_mean: float = 0.0, logit_std: float = 1.0, mode_scale: float = 1.29
 ) -> Tensor:
     """Numbers [B] in 0..1 that follow `--weighting_scheme`, drawn from torch's global generator (for foreign callers)."""
     from library.training.timesteps import density

@@ -57,7 +57,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/training/*.py", 5), ("library/training/*/*.py", 5),
 )  # fmt: skip
 
-FAMILY_BY_PLACE = {"tools/tiny_base": "flux"}  # where the name does not tell
+FAMILY_BY_PLACE = {"tools/tiny_base": "flux", "library/model_util.py": "sd"}  # where the name does not tell
 ALLOWED_OUTSIDE = {0: {"toml"}, 1: {"torch", "einops", "numpy", "PIL"}, 6: {"toml"}}
 HEAVY = {"torch", "transformers", "diffusers", "numpy", "safetensors", "accelerate", "einops", "cv2", "PIL", "matplotlib"}
 NEVER = {"torchvision", "open_clip", "diffusers", "timm"}

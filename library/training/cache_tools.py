@@ -59,7 +59,7 @@ class CacheToolOptions:
 
 @functools.cache
 def family_switches() -> type:
-    """An option group with a switch for every family: `--flux` is `--family flux`."""
+    """An option group with a switch for every family: `--NAME` is `--family NAME`."""
     switches = {name: option(False, help=f"the same as --family {name}") for name in FAMILIES}
     group = dataclasses.make_dataclass(
         "FamilySwitches", [(name, bool, switch) for name, switch in switches.items()], frozen=True, kw_only=True

@@ -309,7 +309,8 @@ class AnimaFamily(FlowFamily):
         from library.training.run import DiTOutput
 
         velocity = predict_velocity(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
-        return DiTOutput(velocity, sample.target)
+        velocity, extra = self.with_side_outputs(velocity)
+        return DiTOutput(velocity, sample.target, extra)
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
         """Complete settings, with the sampler of --sample_sampler where the prompt names none."""

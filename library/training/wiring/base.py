@@ -106,6 +106,10 @@ class ModelFamily(ABC):
         if "record" in vars(cls):
             cls.name, cls.architecture, cls.sampling = cls.record.name, cls.record.architecture, cls.record.samples
 
+    gives_features: ClassVar[bool] = False
+    """whether `predict` takes `feature_layer` and gives the image tokens [B, L, hidden] after that block of `repeated_blocks` as
+    DiTOutput.extra["features"], and takes times per token; the denoiser has a `feature_width` then"""
+
     def __init__(self, config: Config) -> None:
         self.config = config
         self.opts = config[self.options]
@@ -235,7 +239,10 @@ class ModelFamily(ABC):
 
 
 class FlowFamily(ModelFamily):
-    """What families of flow models with a denoiser, text encoders and a VAE in files of their own check alike."""
+    """What families of flow models with a denoiser, text encoders and a VAE in files of their own check alike. Their `predict` takes
+    times per token and `feature_layer`, unless they say otherwise."""
+
+    gives_features = True
 
     timestep_modes: ClassVar[Sequence[str]]
     """the modes of --timestep_sampling that the family has"""
@@ -264,6 +271,11 @@ class FlowFamily(ModelFamily):
             return [*found, *self._size_problems()]
         except CheckpointError as error:
             return [*found, str(error)]
+
+    @staticmethod
+    def with_side_outputs(output: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What a denoiser gave as prediction and side outputs for DiTOutput."""
+        return (output[0], {"features": output[1]}) if isinstance(output, tuple) else (output, {})
 
     @property
     @abstractmethod

@@ -286,9 +286,10 @@ class FluxFamily(FlowFamily):
             models.denoiser, sample.noisy_latents, sample.timesteps, conditioning,
             guidance=self.opts.guidance_scale, use_t5_mask=self.opts.apply_t5_attn_mask, **inputs,
         )
+        prediction, extra = self.with_side_outputs(prediction)
         if self.opts.model_prediction_type == "sigma_scaled":
             prediction = clean_estimate(prediction.float(), sample.noisy_latents, sample.sigmas)
-        return DiTOutput(prediction, sample.target)
+        return DiTOutput(prediction, sample.target, extra)
 
     def pipeline_settings(self) -> Mapping[str, Any]:
         return {"use_t5_mask": self.opts.apply_t5_attn_mask}
