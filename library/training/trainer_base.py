@@ -163,7 +163,7 @@ class Trainer:
         """The prompts that can be read and that the family has the sizes and samplers for: another one does not cost the training."""
         left_out: list[str] = []
         prompts = []
-        for prompt in load_prompts(path, left_out=left_out):
+        for prompt in load_prompts(path, self.family.prompt_options(), left_out):
             try:
                 self.family.sample_defaults(prompt)
                 prompts.append(prompt)
