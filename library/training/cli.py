@@ -84,7 +84,7 @@ def run(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
     for line in checks.warnings(config):
         _tell(logging.WARNING, line)
     family_class = import_target(record_of(family).family)
-    trainable_class = import_target(parser_common.TRAINABLES[trainable].trainable)
+    trainable_class = import_target(parser_common.trainable_entry(trainable).trainable)
     Trainer(config, family_class(config), trainable_class(config)).run()
 
 
@@ -95,7 +95,7 @@ def further_problems(error: OptionsError, family: str, trainable: str) -> list[s
     from library.training.checks import all_problems
 
     family_class = import_target(record_of(family).family)
-    trainable_class = import_target(parser_common.TRAINABLES[trainable].trainable)
+    trainable_class = import_target(parser_common.trainable_entry(trainable).trainable)
     logging.disable(logging.CRITICAL)
     try:
         found = all_problems(error.config, family_class, trainable_class)

@@ -17,7 +17,7 @@ from typing import Any
 
 from library.core.errors import ConfigError
 from library.core.options import Config
-from library.core.registry import import_target
+from library.core.registry import import_outside, import_target
 from library.families.registry import record_of, variants_of
 from library.training.config_file import read_config_file
 from library.training.option_groups import SHARED_GROUPS, ConfigFileOptions, HookOptions
@@ -50,11 +50,11 @@ PATH_OPTIONS: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class TrainableEntry:
-    """`trainable`: class of library/training/trainables; `options`: its group, importable without torch;
+    """`trainable`: class of library/training/trainables; `options`: its group, or the path of one that is importable without torch;
     `ignored`: shared options without meaning for this kind of training, name -> reason."""
 
     trainable: str
-    options: str
+    options: str | type
     ignored: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -67,6 +67,14 @@ TRAINABLES: dict[str, TrainableEntry] = {
         },
     ),
 }
+
+
+def trainable_entry(name: str) -> TrainableEntry:
+    """What a script trains: a name of the table, or the path `package.module:Class` of a Trainable from outside."""
+    if name in TRAINABLES:
+        return TRAINABLES[name]
+    found = import_outside(name, "what the script trains")
+    return TrainableEntry(name, found.options, ignored=found.ignored)
 
 
 @dataclass(frozen=True)
@@ -100,13 +108,13 @@ def chosen_variant(family: str, argv: Sequence[str] | None) -> str:
 def script(family: str, trainable: str) -> Script:
     """The options of the script that trains `trainable` of `family`."""
     family_class = import_target(record_of(family).family)
-    entry = TRAINABLES[trainable]
+    entry = trainable_entry(trainable)
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
     return Script(
         family,
         trainable,
-        classes=(*first, family_class.options, import_target(entry.options), *packages, *rest),
+        classes=(*first, family_class.options, import_target(entry.options) if isinstance(entry.options, str) else entry.options, *packages, *rest),
         refused=family_class.refused,
         defaults=family_class.defaults,
         ignored={**family_class.ignored, **entry.ignored},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -17,7 +18,6 @@ from library.core.options import Config, option_fields
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.strategies import Conditioning, StrategySet
 from library.device_utils import clean_memory_on_device
-from library.families.registry import script_name
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime
 from library.training.checkpoint import resume_point
@@ -105,6 +105,7 @@ class Trainer:
         runtime = prepare_runtime(self.config)
         trained = self.trainable.trains_text_encoders(self.family)
         strategies = self.family.strategies(trained)
+        self.trainable.prepare_tokenizers(self.family, strategies)
         strategies.mark_text_models(self.trainable.transform_identity(self.family))
         data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)
@@ -116,7 +117,7 @@ class Trainer:
         self.on_main(runtime, self.take_output)
         self.family.transform = self.trainable.transform(self.family)
         vae, beside_vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
-        text = self.text_phase(data, strategies, runtime, prompts, trained)
+        text = self.text_phase(data, strategies, runtime, prompts)
         models = Models(vae, text.text_encoders, self.denoiser_phase(runtime), {**beside_vae, **self._parts(runtime, "denoiser")})
         self.trainable.attach(self.family, models, runtime)
         self.arm(models, trained)
@@ -151,8 +152,8 @@ class Trainer:
         problems.attempt(lambda: check_replacements(self.added_hooks))
         for hook in self.added_hooks:
             problems.attempt(lambda hook=hook: hook.check(self.config, self.family, self.trainable))
-        script = script_name(self.family.name, self.trainable.script)
-        found = problems.attempt(lambda: find_data(self.config, self.family.architecture, script))
+        rules = self.trainable.dataset_rules(self.family)
+        found = problems.attempt(lambda: find_data(self.config, self.family.architecture, rules))
         problems.raise_if_any()
         sampling = self.config[SamplingOptions]
         path, wants = sampling.sample_prompts, checks.wants_samples(sampling)
@@ -162,7 +163,7 @@ class Trainer:
         """The prompts that can be read and that the family has the sizes and samplers for: another one does not cost the training."""
         left_out: list[str] = []
         prompts = []
-        for prompt in load_prompts(path, left_out=left_out):
+        for prompt in load_prompts(path, self.family.prompt_options(), left_out):
             try:
                 self.family.sample_defaults(prompt)
                 prompts.append(prompt)
@@ -204,7 +205,7 @@ class Trainer:
         return {name: self._frozen(part) for name, part in self.family.load_parts(runtime, beside).items()}
 
     def text_phase(
-        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[Any], trained: list[bool]
+        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[Any]
     ) -> TextPhase:
         """Encode captions and sample prompts; afterwards only encoders that the step needs are in memory."""
 
@@ -214,12 +215,12 @@ class Trainer:
         def encode(encoders: list[torch.nn.Module | None]) -> dict[str, Conditioning]:
             return encode_sample_prompts(self.family, strategies, encoders, prompts)
 
-        phase = prepare_text(data, strategies, runtime, load=load, encode_prompts=encode if prompts else None, trained=trained)
+        phase = prepare_text(data, strategies, runtime, load=load, encode_prompts=encode if prompts else None)
         clean_memory_on_device()
         return phase
 
     def denoiser_phase(self, runtime: Runtime) -> torch.nn.Module:
-        denoiser = self.family.load_denoiser(runtime)
+        denoiser = self.family.load_denoiser(dataclasses.replace(runtime, denoiser_dtype=self.trainable.denoiser_dtype(runtime)))
         self.added_hooks.on_transformer_loaded(denoiser)
         return self._frozen(denoiser)
 

@@ -19,7 +19,8 @@ from library.core.errors import ConfigError
 from library.core.options import Config
 from library.device_utils import get_preferred_device
 from library.generation import pipeline_class
-from library.generation.gen_img.networks import Networks
+from library.generation.adapters import LoadedAdapters
+from library.generation.gen_img.networks import load_networks
 from library.generation.gen_img.options import (
     GenerationModelOptions,
     GenerationNetworkOptions,
@@ -33,7 +34,6 @@ from library.generation.prompt_encoder import PromptEncoder, stacked
 from library.generation.sampling_utils import images_of
 from library.generation.unet_pipeline import UNetPipeline
 from library.generation.unet_sampling import (
-    LATENT_STRIDE,
     OFFSETS,
     PYRAMID_DISCOUNTS,
     NoiseSettings,
@@ -69,7 +69,7 @@ class PictureBatches:
     config: Config
     pipeline: UNetPipeline
     prompts: PromptEncoder
-    networks: Networks
+    networks: LoadedAdapters
     device: torch.device
     sources: Sequence[Image.Image] = ()
     masks: Sequence[Image.Image] = ()
@@ -132,7 +132,7 @@ class PictureBatches:
         """Clean latents [B, 4, h, w]."""
         first = requests[0]
         picture, sources = self.config[GenerationPictureOptions], self.config[GenerationSourceOptions]
-        size = (first.height // LATENT_STRIDE, first.width // LATENT_STRIDE)
+        size = self.pipeline.latent_spec.latent_shape((first.width, first.height))[-2:]
         run = SamplingRun(
             picture.sampler, first.steps, [request.seed for request in requests], self.pipeline.prediction_type,
             self.pipeline.zero_terminal_snr, size, noise_settings(picture), 0 if sources.force_scheduler_zero_steps_offset else STEPS_OFFSET,
@@ -231,7 +231,7 @@ class PictureBatches:
             result = self.upscaler.upscale(self.vae, list(images), latents, self.unet.dtype, *size_wh, len(latents), self._decode_together(len(latents)))
             return result.to(self.device).float() if isinstance(result, Tensor) else self._encoded(result, size_wh)
         if self.config[GenerationSourceOptions].highres_fix_latents_upscaling:
-            size = (request.height // LATENT_STRIDE, request.width // LATENT_STRIDE)
+            size = self.pipeline.latent_spec.latent_shape(size_wh)[-2:]
             return torch.nn.functional.interpolate(latents.float(), size=size, mode="bicubic", align_corners=False)
         return self._encoded(images, size_wh)
 
@@ -290,9 +290,7 @@ def load_batches(config: Config) -> PictureBatches:
     if options.opt_channels_last:
         unet.to(memory_format=torch.channels_last)
     vae = family.load_vae(options.vae or options.ckpt, torch.float32 if options.no_half_vae else dtype, device).eval()
-    held = Networks(pre_calc=networks.network_pre_calc)
-    for place in range(len(networks.network_weights or [])):
-        held.add(networks, place, unet, prompts.encoders)
+    held = load_networks(networks, unet, prompts.encoders)
     upscaler = load_upscaler(config[GenerationSourceOptions], device, dtype)
     is_v = options.v_parameterization or info.prediction_type == "v"
     pipeline = family(unet, vae, "v" if is_v else "epsilon", options.zero_terminal_snr or bool(info.zero_terminal_snr))
