@@ -12,12 +12,12 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from library.core.errors import ConfigError
 from library.core.options import Config
-from library.core.registry import import_target
+from library.core.registry import Registry, import_target
 from library.families.registry import record_of
 from library.training.option_groups import SHARED_GROUPS, ConfigFileOptions, HookOptions
 from library.training.option_reader import Note, OptionReader, Script, parser_of
@@ -47,25 +47,20 @@ PATH_OPTIONS: tuple[str, ...] = (
 """never recorded with the curves, and named in the log when W&B would record the command line"""
 
 
-@dataclass(frozen=True)
-class TrainableEntry:
-    """`trainable`: class of library/training/trainables; `options`: its group, importable without torch;
-    `ignored`: shared options without meaning for this kind of training, name -> reason."""
-
-    trainable: str
-    options: str
-    ignored: Mapping[str, str] = field(default_factory=dict)
-
-
-TRAINABLES: dict[str, TrainableEntry] = {
-    "network": TrainableEntry(
-        "library.training.trainables.network:NetworkTrainable", "library.training.adapters:NetworkOptions",
-        ignored={
-            "fused_backward_pass": "gradients of a network are few, are averaged over processes and clipped by their common norm, which"
-            " needs all of them at once; the option saves memory in full fine-tuning only",
-        },
-    ),
-}
+TRAINABLES: Registry[type] = Registry(
+    "trainable", group="trainables", takes=("config",), info={"options": None, "ignored": {}},
+    wanted="a subclass of library.training.trainables.base.Trainable",
+    is_a=lambda found: isinstance(found, type) and all(hasattr(found, name) for name in ("options", "attach", "param_groups", "save")),
+)
+"""What is learned, by the name that a script gives. `options`: its group, importable without torch (that of the class when None);
+`ignored`: shared options without meaning for this kind of training, name -> reason."""
+TRAINABLES.add(
+    "network", "library.training.trainables.network:NetworkTrainable", options="library.training.adapters:NetworkOptions",
+    ignored={
+        "fused_backward_pass": "gradients of a network are few, are averaged over processes and clipped by their common norm, which"
+        " needs all of them at once; the option saves memory in full fine-tuning only",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -77,16 +72,17 @@ class Parsed:
 def script(family: str, trainable: str) -> Script:
     """The options of the script that trains `trainable` of `family`."""
     family_class = import_target(record_of(family).family)
-    entry = TRAINABLES[trainable]
+    entry = TRAINABLES.entry(trainable)
+    options = import_target(entry.info["options"]) if entry.info["options"] else TRAINABLES.resolve(trainable).options
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
     return Script(
         family,
         trainable,
-        classes=(*first, family_class.options, import_target(entry.options), *packages, *rest),
+        classes=(*first, family_class.options, options, *packages, *rest),
         refused=family_class.refused,
         defaults=family_class.defaults,
-        ignored={**family_class.ignored, **entry.ignored},
+        ignored={**family_class.ignored, **entry.info["ignored"]},
         foreign=family_class.foreign,
         neutral=family_class.neutral,
         stands_for=family_class.stands_for,
