@@ -245,7 +245,7 @@ class Block(nn.Module):
         self.adaln_modulation_mlp = _modulation(dim, rank, 3)
 
     def forward(self, x: Tensor, emb: Tensor, adaln_lora: Tensor, context: Tensor, rope: Rope) -> Tensor:
-        """x [B, L, D], emb [B, D], adaln_lora [B, 3D], context [B, T, C]."""
+        """x [B, L, D], emb [B, D], adaln_lora [B, 3D] (or both [B, L, ...], for each token its own), context [B, T, C]."""
         shift, scale, gate = self._parts(self.adaln_modulation_self_attn, emb, adaln_lora)
         x = x + gate * self.self_attn(self.layer_norm_self_attn(x) * (1 + scale) + shift, rope=rope)
         shift, scale, gate = self._parts(self.adaln_modulation_cross_attn, emb, adaln_lora)
@@ -255,7 +255,12 @@ class Block(nn.Module):
 
     @staticmethod
     def _parts(modulation: nn.Module, emb: Tensor, adaln_lora: Tensor) -> tuple[Tensor, ...]:
-        return (modulation(emb) + adaln_lora)[:, None].chunk(3, dim=-1)  # each [B, 1, D]
+        return per_token(modulation(emb) + adaln_lora).chunk(3, dim=-1)  # each [B, 1 or L, D]
+
+
+def per_token(modulation: Tensor) -> Tensor:
+    """[B, D] as [B, 1, D], for all tokens alike; [B, L, D] as it is."""
+    return modulation[:, None] if modulation.ndim == 2 else modulation
 
 
 class FinalLayer(nn.Module):
@@ -267,8 +272,8 @@ class FinalLayer(nn.Module):
         self.adaln_modulation = _modulation(dim, params.adaln_lora_dim, 2)
 
     def forward(self, x: Tensor, emb: Tensor, adaln_lora: Tensor) -> Tensor:
-        parts = self.adaln_modulation(emb) + adaln_lora[:, : 2 * x.shape[-1]]
-        shift, scale = parts[:, None].chunk(2, dim=-1)
+        parts = self.adaln_modulation(emb) + adaln_lora[..., : 2 * x.shape[-1]]
+        shift, scale = per_token(parts).chunk(2, dim=-1)
         return self.linear(self.layer_norm(x) * (1 + scale) + shift)
 
 
@@ -356,6 +361,11 @@ class Anima(BlockStackMixin, nn.Module):
         return self.t_embedding_norm.weight.device
 
     @property
+    def feature_width(self) -> int:
+        """Width of the tokens that `feature_layer` gives."""
+        return self.params.model_channels
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Norms tell it: weights of linear layers may be stored in 8 bits."""
         return self.t_embedding_norm.weight.dtype
@@ -374,12 +384,13 @@ class Anima(BlockStackMixin, nn.Module):
         target_ids: Tensor | None = None,
         target_mask: Tensor | None = None,
         source_mask: Tensor | None = None,
-    ) -> Tensor:
+        feature_layer: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity (noise - data) of latents.
 
-        x [B, C, T, H, W], timesteps [B] in 0..1, context [B, L, D]: the adapter's output, or the states of the language
+        x [B, C, T, H, W], timesteps [B] in 0..1 (or [B, T'] and [B, T'H'W'], one per frame or token), context [B, L, D]: the adapter's output, or the states of the language
         model when `target_ids` [B, M] are given, which go through the adapter here. padding_mask [B, 1, h, w]: 1 = padding,
-        none when not given. Returns the shape of x. ValueError when the size is beyond the model's or not whole patches.
+        none when not given. Returns the shape of x; with `feature_layer` also the tokens [B, T'H'W', D] after that block, from 0. ValueError when the size is beyond the model's or not whole patches.
         """
         self.prepare_block_swap_before_forward()
         self._check_size(x)
@@ -387,21 +398,26 @@ class Anima(BlockStackMixin, nn.Module):
             context = self.llm_adapter(context.to(self.dtype), target_ids, target_mask, source_mask)
         context = context.to(self.dtype)  # [B, L, C]
         tokens = self.x_embedder(_with_mask(x, padding_mask).to(self.dtype))  # [B, T'H'W', D]
-        sinusoids = timestep_embedding(timesteps, self.params.model_channels, 1.0)  # float32: the time is not rounded
-        adaln_lora = self.t_embedder[1](sinusoids.to(self.dtype))  # [B, 3D]
-        emb = self.t_embedding_norm(sinusoids).to(self.dtype)  # [B, D]
-
         frames, rows, columns = self._grid(x)
+        if timesteps.ndim == 2 and timesteps.shape[1] == frames:  # one per frame: that of all its tokens
+            timesteps = timesteps.repeat_interleave(rows * columns, dim=1)
+        sinusoids = timestep_embedding(timesteps, self.params.model_channels, 1.0)  # float32: the time is not rounded
+        adaln_lora = self.t_embedder[1](sinusoids.to(self.dtype))  # [B, 3D] or [B, L, 3D]
+        emb = self.t_embedding_norm(sinusoids).to(self.dtype)  # [B, D] or [B, L, D]
+
         grid = (frames, rows, columns)
         rope = self.rope_tables.get(grid, x.device, lambda: cos_sin(image_angles(*grid, self.params)))
         (offloader,) = self.offloaders
+        features: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             (tokens,) = self.run_block(block, index, offloader, (tokens,), (emb, adaln_lora, context, rope))
+            features += [tokens] if index == feature_layer else []
         patches = self.final_layer(tokens, emb, adaln_lora)
         p, t = self.params.patch_spatial, self.params.patch_temporal
-        return rearrange(  # channel last, unlike on the way in
+        velocity = rearrange(  # channel last, unlike on the way in
             patches, "b (t h w) (ph pw pt c) -> b c (t pt) (h ph) (w pw)", t=frames, h=rows, w=columns, ph=p, pw=p, pt=t
         )
+        return velocity if feature_layer is None else (velocity, features[0])
 
     def repeated_blocks(self) -> list[nn.Module]:
         return list(self.blocks)

@@ -26,21 +26,22 @@ from library.checkpoints.loading import (
     part_of,
     strip_prefix,
 )
-from library.components.llm_encoder_utils import inspect_qwen3, load_qwen3
-from library.components.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer
+from library.components.llm_encoder_utils import inspect_qwen3
 from library.components.wan_vae_utils import inspect_wan_vae
 from library.core.errors import CheckpointError
+from library.core.lazy_names import homes, lazy_names
 from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
 from library.safetensors_utils import FP8_DTYPES, cast_all, cast_floats, save_file_atomic
 
 __all__ = [
-    "inspect_anima", "inspect_llm_adapter", "load_anima", "load_qwen3_text_encoder", "load_qwen3_tokenizer", "load_t5_tokenizer", "save_anima",
+    "inspect_anima", "inspect_llm_adapter", "load_anima", "save_anima",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
-
-load_qwen3_text_encoder = load_qwen3
-"""the name by which other code knows it"""
+__getattr__, __dir__ = lazy_names(__name__, homes(
+    "library.compat.anima_names", "load_anima_model", "load_qwen3_text_encoder", "load_qwen3_tokenizer", "load_t5_tokenizer",
+    "save_anima_model",
+))
 
 FILE_PREFIX = "net."
 ADAPTER = "llm_adapter."

@@ -72,8 +72,9 @@ def rotate_halves(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def timestep_embedding(timesteps: Tensor, width: int, time_factor: float = 1000.0) -> Tensor:
-    """[cos(t w) | sin(t w)] with w_k = 10000^(-k / (width/2)), t = timesteps * time_factor. [B] -> [B, width], float32."""
+    """[cos(t w) | sin(t w)] with w_k = 10000^(-k / (width/2)), t = timesteps * time_factor. [B, ...] -> [B, ..., width],
+    float32."""
     half = width // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
-    angles = (timesteps.float() * time_factor)[:, None] * frequencies
+    angles = (timesteps.float() * time_factor)[..., None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)

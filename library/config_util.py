@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.core.errors import ConfigError
+from library.core.lazy_names import homes, lazy_names
 from library.dataset import FOLDER_OPTIONS, CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
 from library.dataset.captions import dotted
@@ -34,6 +35,11 @@ from library.dataset.config_schema import KEYS
 from library.dataset.items import DatasetParams, SubsetParams
 
 logger = logging.getLogger(__name__)
+__getattr__, __dir__ = lazy_names(__name__, homes(
+    "library.compat.dataset_config", "BlueprintGenerator", "ConfigSanitizer", "add_config_arguments",
+    "generate_controlnet_subsets_config_by_subdirs", "generate_dataset_group_by_blueprint",
+    "generate_dreambooth_subsets_config_by_subdirs", "load_user_config",
+))
 
 REQUIRED = {"DB": ("image_dir",), "FT": ("metadata_file",), "CN": ("image_dir", "conditioning_data_dir")}
 KIND_NAMES = {"DB": "folders with caption files", "FT": "metadata files", "CN": "folders with masks or control images"}
@@ -109,16 +115,20 @@ def load_blueprint(
     script: str = "train_network",
     supports_cn: bool | None = None,
     supports_dropout: bool | None = None,
+    content: Mapping[str, Any] | None = None,
 ) -> Blueprint:
     """Read the dataset configuration, or the folder options that stand for one, and resolve every setting.
 
-    `explicit` are the options that the user wrote; `script` decides the kinds of dataset (`supports_cn`, `supports_dropout`
+    `content` is the parsed configuration where the caller has it already. `explicit` are the options that the user wrote; `script` decides the kinds of dataset (`supports_cn`, `supports_dropout`
     override its rules). Files named in the configuration are not looked at; that is the scan's part.
     Raises DatasetConfigError with all problems.
     """
     problems, warnings = ProblemList(), []
     rules = rules_of(script, options, supports_cn, supports_dropout)
-    if options.dataset_config is not None:
+    has_file = content is not None or options.dataset_config is not None
+    if content is not None:
+        raw = content
+    elif options.dataset_config is not None:
         raw = read_config_file(Path(options.dataset_config))
         ignored = [f"--{name}" for name in FOLDER_OPTIONS if getattr(options, name) is not None]
         if ignored:
@@ -134,7 +144,7 @@ def load_blueprint(
     datasets = tuple(resolver.dataset(tables, dataset) for dataset in tables.datasets)
     if options.masked_loss and not any(d.kind == "CN" or any(s.alpha_mask for s in d.subsets) for d in datasets):
         warnings.append("--masked_loss is on, and no dataset has conditioning_data_dir or alpha_mask: the loss is not masked")
-    blueprint = Blueprint(datasets, options.dataset_config is not None, options.dataset_config, tuple(warnings), bool(problems.items))
+    blueprint = Blueprint(datasets, has_file, options.dataset_config, tuple(warnings), bool(problems.items))
     if problems.items:
         raise DatasetConfigError(problems.items, blueprint)
     for line in notices(datasets):

@@ -115,7 +115,23 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(dim, self.multiplier * dim)
 
     def forward(self, vec: Tensor) -> Sequence[Tensor]:
-        return self.lin(F.silu(vec))[:, None, :].chunk(self.multiplier, dim=-1)  # each [B, 1, hidden]
+        """vec [B, hidden], or [B, L, hidden] for a vector per token -> each [B, 1 or L, hidden]."""
+        return per_token(self.lin(F.silu(vec))).chunk(self.multiplier, dim=-1)
+
+
+def per_token(vec: Tensor) -> Tensor:
+    """[B, D] as [B, 1, D], for all tokens alike; [B, L, D] as it is."""
+    return vec[:, None] if vec.ndim == 2 else vec
+
+
+def of_text(vec: Tensor) -> Tensor:
+    """The vector [B, hidden] of text tokens, which have no time of their own: the mean of those of the image tokens."""
+    return vec if vec.ndim == 2 else vec.mean(dim=1)
+
+
+def of_joined_tokens(vec: Tensor, num_text: int) -> Tensor:
+    """The vectors of text and image tokens together [B, T + L, hidden]; one for all [B, hidden] stays."""
+    return vec if vec.ndim == 2 else torch.cat((of_text(vec)[:, None].expand(-1, num_text, -1), vec), dim=1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -148,9 +164,9 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = _mlp(hidden, params.mlp_hidden)
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """img [B, L, hidden], txt [B, T, hidden], vec [B, hidden]; rope and key_mask over the T + L joined tokens."""
+        """img [B, L, hidden], txt [B, T, hidden], vec [B, hidden] or [B, L, hidden]; rope and key_mask over the T + L joined tokens."""
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(of_text(vec))
         img_qkv = self.img_attn.query_key_value(modulate(self.img_norm1(img), img_shift1, img_scale1))
         txt_qkv = self.txt_attn.query_key_value(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1))
         query, key, value = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv))  # text first
@@ -180,7 +196,7 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(hidden, double=False)
 
     def forward(self, x: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor | None = None) -> Tensor:
-        """x [B, T + L, hidden], text tokens first."""
+        """x [B, T + L, hidden], text tokens first; vec [B, hidden] or [B, T + L, hidden]."""
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split_sizes, dim=-1)
         query, key, value = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
@@ -197,7 +213,7 @@ class LastLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
+        shift, scale = per_token(self.adaLN_modulation(vec)).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -224,6 +240,11 @@ class Flux(BlockStackMixin, nn.Module):
         return self.img_in.bias.device
 
     @property
+    def feature_width(self) -> int:
+        """Width of the tokens that `feature_layer` gives."""
+        return self.params.hidden_size
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
         return self.img_in.bias.dtype
@@ -238,16 +259,19 @@ class Flux(BlockStackMixin, nn.Module):
         y: Tensor,
         guidance: Tensor | None = None,
         txt_attention_mask: Tensor | None = None,
-    ) -> Tensor:
+        feature_layer: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity (noise - data) of packed latents.
 
         img [B, L, 4C], img_ids [B or 1, L, 3] = (0, row, column), txt [B, T, context], txt_ids [B or 1, T, 3] = 0, both best on
-        the CPU, where they are read; timesteps [B] in 0..1, y [B, vector] = pooled CLIP state, guidance [B] = scale as is,
+        the CPU, where they are read; timesteps [B] in 0..1, or [B, L] for a time per image token, y [B, vector] = pooled CLIP state, guidance [B] = scale as is,
         txt_attention_mask [B, T] with 1 = attend.
-        Returns [B, L, 4C]. ValueError when a guidance-distilled model gets no guidance.
+        Returns [B, L, 4C]; with `feature_layer` also the image tokens [B, L, hidden] after that block, counted from 0 over the double,
+        then the single blocks. ValueError when a guidance-distilled model gets no guidance.
         """
         self.prepare_block_swap_before_forward()
-        vec = self._conditioning_vector(timesteps, y, guidance)  # [B, hidden]
+        vec = self._conditioning_vector(timesteps, y, guidance)  # [B, hidden] or [B, L, hidden]
+        features: list[Tensor] = []
         rope = self._rope(torch.cat((txt_ids.cpu(), img_ids.cpu()), dim=1), img.device)  # [B or 1, T + L, D/2] each
         img = self.img_in(img.to(self.dtype))  # [B, L, hidden]
         txt = self.txt_in(txt.to(self.dtype))  # [B, T, hidden]
@@ -256,10 +280,14 @@ class Flux(BlockStackMixin, nn.Module):
         double, single = self.offloaders
         for index, block in enumerate(self.double_blocks):
             img, txt = self.run_block(block, index, double, (img, txt), (vec, rope, key_mask))
+            features += [img] if index == feature_layer else []
         joined = torch.cat((txt, img), dim=1)  # [B, T + L, hidden]
+        joined_vec = of_joined_tokens(vec, txt.shape[1])
         for index, block in enumerate(self.single_blocks):
-            (joined,) = self.run_block(block, index, single, (joined,), (vec, rope, key_mask))
-        return self.final_layer(joined[:, txt.shape[1] :], vec)
+            (joined,) = self.run_block(block, index, single, (joined,), (joined_vec, rope, key_mask))
+            features += [joined[:, txt.shape[1] :]] if self.params.depth + index == feature_layer else []
+        velocity = self.final_layer(joined[:, txt.shape[1] :], vec)
+        return velocity if feature_layer is None else (velocity, features[0])
 
     def _rope(self, positions: Tensor, device: torch.device) -> tuple[Tensor, ...]:
         """Cosines and sines for positions [B, T + L, 3], computed once for each bucket."""
@@ -269,11 +297,12 @@ class Flux(BlockStackMixin, nn.Module):
     def _conditioning_vector(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         width = self.params.time_embed_dim
         vec = self.time_in(timestep_embedding(timesteps, width).to(self.dtype))
+        alike = (lambda other: other[:, None]) if timesteps.ndim == 2 else (lambda other: other)  # what all tokens share
         if self.params.guidance_embed:
             if guidance is None:
                 raise ValueError("guidance is None; a guidance-distilled model (FLUX.1 dev) needs one scale per sample")
-            vec = vec + self.guidance_in(timestep_embedding(guidance, width).to(self.dtype))
-        return vec + self.vector_in(y.to(self.dtype))
+            vec = vec + alike(self.guidance_in(timestep_embedding(guidance, width).to(self.dtype)))
+        return vec + alike(self.vector_in(y.to(self.dtype)))
 
     def repeated_blocks(self) -> list[nn.Module]:
         return [*self.double_blocks, *self.single_blocks]

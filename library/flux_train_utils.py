@@ -1,4 +1,4 @@
-"""Numerics that only FLUX.1 has: schedules, the forward that training and sampling share, and making one image.
+"""Numerics that only FLUX.1 has: schedules, and the forward that training and sampling share.
 
 Times are float32 up to the model's embedding. Loss weights and samplers that other families share are in
 `library/training/timesteps.py` and `library/training/inference_samplers/`.
@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from library.core.lazy_names import homes, lazy_names
 from library.flux_utils import pack_latents, prepare_img_ids, unpack_latents
-from library.generation import sampling_utils
-from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, Sampler, decode_to_image, start_noise
-from library.training.inference_samplers.common import noise_of
+from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
 __all__ = [
-    "SampleSettings", "compute_density_for_timestep_sampling", "compute_loss_weighting_for_sd3", "decode_to_image",
-    "denoise", "generate_latents", "get_lin_function", "get_schedule", "guided_velocity", "predict_velocity", "start_noise", "time_shift",
+    "compute_density_for_timestep_sampling", "compute_loss_weighting_for_sd3", "denoise", "get_lin_function", "get_schedule",
+    "predict_velocity", "time_shift",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from library.flux_models import Flux
 
+__getattr__, __dir__ = lazy_names(__name__, homes(
+    "library.compat.flux_names", "add_flux_train_arguments", "apply_model_prediction_type", "get_noisy_model_input_and_timesteps",
+    "get_sigmas", "sample_images",
+))
+
 BASE_TOKENS, BASE_SHIFT = 256, 0.5
 MAX_TOKENS, MAX_SHIFT = 4096, 1.15
-SPATIAL_STRIDE = 8
-PATCH_AREA = 4
 
 
 def time_shift(mu: float, sigma: float, t: Tensor) -> Tensor:
@@ -65,12 +66,13 @@ def predict_velocity(
     guidance: float,
     use_t5_mask: bool = False,
     **inputs: Any,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Velocity (noise - data) [B, C, H, W] of noisy latents [B, C, H, W]; H and W must be even.
 
-    `timesteps` [B] are on the 0..1000 scale, float32; the model gets them divided by 1000. `conditioning` has
-    the keys of the family; the T5 mask reaches the model only with `use_t5_mask`. `guidance` is the
-    embedded scale, one float32 number per sample; a model without that embedding (schnell) ignores it.
+    `timesteps` [B], or [B, (H/2)(W/2)] for a time per token, are on the 0..1000 scale, float32; the model gets them divided by 1000.
+    `conditioning` has the keys of the family; the T5 mask reaches the model only with `use_t5_mask`. `guidance` is the embedded
+    scale, one float32 number per sample; a model without that embedding (schnell) ignores it. With `feature_layer` among
+    `inputs` the result is (velocity, tokens [B, L, hidden] after that block).
     """
     batch_size, _, height, width = noisy_latents.shape
     t5_out = conditioning["t5_out"]
@@ -87,54 +89,9 @@ def predict_velocity(
         txt_attention_mask=conditioning["t5_attn_mask"].to(device) if use_t5_mask else None,
         **inputs,
     )
+    if isinstance(velocity, tuple):
+        return unpack_latents(velocity[0], height // 2, width // 2), velocity[1]
     return unpack_latents(velocity, height // 2, width // 2)  # [B, C, H, W]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleSettings:
-    """How one image is made. `shift` is off for schnell; `cfg_scale` 1 (or no negative prompt) means one forward."""
-
-    height: int
-    width: int
-    num_steps: int
-    seed: int
-    guidance: float = 3.5
-    cfg_scale: float = 1.0
-    shift: bool = True
-    use_t5_mask: bool = False
-
-
-def guided_velocity(
-    denoiser: Flux, settings: SampleSettings, conditioning: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (latents [1, C, H, W], sigma []) -> velocity, guided by the negative prompt where `cfg_scale` is not 1."""
-
-    def predict(latents: Tensor, times: Tensor, given: Mapping[str, Tensor]) -> Tensor:
-        return predict_velocity(denoiser, latents, times, given, guidance=settings.guidance, use_t5_mask=settings.use_t5_mask)
-
-    with_cfg = settings.cfg_scale != 1.0
-    return sampling_utils.guided_velocity(predict, conditioning, negative if with_cfg else None, settings.cfg_scale)
-
-
-@torch.no_grad()
-def generate_latents(
-    denoiser: Flux,
-    settings: SampleSettings,
-    conditioning: Mapping[str, Tensor],
-    negative: Mapping[str, Tensor] | None,
-    *,
-    sampler: Sampler,
-    device: torch.device | str,
-) -> Tensor:
-    """Latents [1, C, height/8, width/8] of one image, float32: noise of the seed, the schedule, the sampler."""
-    channels = denoiser.params.in_channels // PATCH_AREA
-    height, width = settings.height // SPATIAL_STRIDE, settings.width // SPATIAL_STRIDE
-    latents = start_noise(settings.seed, channels, height, width).to(device)
-    tokens = (height // 2) * (width // 2)
-    sigmas = torch.tensor(get_schedule(settings.num_steps, tokens, shift=settings.shift), device=device)
-    velocity = guided_velocity(denoiser, settings, conditioning, negative)
-    generator = torch.Generator("cpu").manual_seed(settings.seed + 1)  # samplers with noise of their own draw from here
-    return sampler(velocity, latents, sigmas, noise_of([generator], latents))
 
 
 def denoise(
@@ -154,7 +111,7 @@ def denoise(
 
 
 def compute_density_for_timestep_sampling(
-    weighting_scheme: str, batch_size: int, logit_mean: float, logit_std: float, mode_scale: float
+    weighting_scheme: str, batch_size: int, logit_mean: float = 0.0, logit_std: float = 1.0, mode_scale: float = 1.29
 ) -> Tensor:
     """Numbers [B] in 0..1 that follow `--weighting_scheme`, drawn from torch's global generator (for foreign callers)."""
     from library.training.timesteps import density

@@ -30,6 +30,7 @@ from library.checkpoints.loading import (
 from library.components.ldm_utils import AE_PREFIXES, AutoEncoderInfo, Wanted, infer_autoencoder, inspect_autoencoder, load_autoencoder
 from library.components.text_encoder_utils import load_clip_l, load_t5xxl
 from library.core.errors import CheckpointError
+from library.core.lazy_names import homes, lazy_names
 from library.flux_models import AutoEncoder, Flux, FluxParams
 from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
 from library.safetensors_utils import FP8_DTYPES, cast_all, cast_floats, save_file_atomic
@@ -41,6 +42,7 @@ __all__ = [
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
+__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.flux_names", "load_controlnet", "load_flow_model"))
 
 AE_WANTED = Wanted("FLUX.1", "ae.safetensors", quant_conv=False, scaling={})
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.", "module.", "transformer.")

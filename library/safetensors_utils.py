@@ -23,8 +23,10 @@ from library.checkpoints.safetensors_header import DTYPE_NAMES, TensorInfo, head
 from library.core.atomic_file import atomic_path
 from library.core.console import storable
 from library.core.errors import CheckpointError
+from library.core.lazy_names import homes, lazy_names
 
 logger = logging.getLogger(__name__)
+__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.weights", "TensorWeightAdapter", "WeightTransformHooks"))
 
 FP8_DTYPES = tuple(
     getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz") if hasattr(torch, name)
@@ -41,10 +43,11 @@ _HARMLESS = frozenset({"typing.Any", "collections.defaultdict", "builtins.int", 
 class MemoryEfficientSafeOpen:
     """Reads a safetensors file tensor by tensor with plain reads: no memory map, no second copy of the file in memory."""
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = path
-        self.infos, self._metadata, self._data_start = read_header_and_start(path)
-        self._file = open(path, "rb")
+    def __init__(self, filename: str | os.PathLike, disable_numpy_memmap: bool = False) -> None:
+        """`disable_numpy_memmap`: there is no map in any case."""
+        self.path = filename
+        self.infos, self._metadata, self._data_start = read_header_and_start(filename)
+        self._file = open(filename, "rb")
 
     def __enter__(self) -> MemoryEfficientSafeOpen:
         return self
@@ -210,38 +213,38 @@ def cast_all(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str
     return narrowed_all({key: (tensor, dtype if tensor.is_floating_point() else None) for key, tensor in state.items()})
 
 
-def get_split_weight_filenames(path: str | os.PathLike) -> list[str] | None:
-    """All parts of `name-00001-of-00004.safetensors` when `path` is one of them, else None.
+def get_split_weight_filenames(file_path: str | os.PathLike) -> list[str] | None:
+    """All parts of `name-00001-of-00004.safetensors` when `file_path` is one of them, else None.
 
     CheckpointError when a part is missing.
     """
-    match = re.fullmatch(r"(.*)-(\d+)-of-(\d+)(\.[a-z]+)", os.fspath(path))
+    match = re.fullmatch(r"(.*)-(\d+)-of-(\d+)(\.[a-z]+)", os.fspath(file_path))
     if match is None:
         return None
     stem, digits, count, suffix = match[1], len(match[2]), int(match[3]), match[4]
     parts = [f"{stem}-{number:0{digits}d}-of-{match[3]}{suffix}" for number in range(1, count + 1)]
     missing = [part for part in parts if not os.path.exists(part)]
     if missing:
-        raise CheckpointError(f"{path} is one of {count} parts and these are missing: {', '.join(missing)}")
+        raise CheckpointError(f"{file_path} is one of {count} parts and these are missing: {', '.join(missing)}")
     return parts
 
 
 def load_split_weights(
-    path: str | os.PathLike,
+    file_path: str | os.PathLike,
     device: torch.device | str | None = None,
     disable_mmap: bool = False,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """All tensors of a file, or of all its parts when it is one of a split set."""
     tensors: dict[str, Tensor] = {}
-    for part in get_split_weight_filenames(path) or [path]:
+    for part in get_split_weight_filenames(file_path) or [file_path]:
         tensors.update(load_safetensors(part, device, disable_mmap, dtype))
     return tensors
 
 
-def find_key(path: str | os.PathLike, starts_with: str | None = None, ends_with: str | None = None) -> str | None:
+def find_key(safetensors_file: str | os.PathLike, starts_with: str | None = None, ends_with: str | None = None) -> str | None:
     """The first name in a file with this beginning and this end, or None."""
-    infos, _ = read_header(path)
+    infos, _ = read_header(safetensors_file)
     return next((key for key in infos if key.startswith(starts_with or "") and key.endswith(ends_with or "")), None)
 
 

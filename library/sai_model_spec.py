@@ -11,7 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from library.core.errors import ConfigError
+from library.core.lazy_names import homes, lazy_names
 from library.core.text_files import open_file
+
+__getattr__, __dir__ = lazy_names(__name__, {
+    **homes(
+        "library.compat.modelspec", "ModelSpecMetadata", "build_metadata", "build_metadata_dataclass", "determine_architecture",
+        "determine_implementation", "determine_resolution", "file_to_data_url",
+    ),
+    **homes("library.compat.arguments", "add_model_spec_arguments"),
+    **homes("library.compat.files", "load_metadata_from_safetensors"),
+})
 
 VERSION = "1.0.1"
 PREFIX = "modelspec."

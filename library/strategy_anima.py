@@ -13,6 +13,7 @@ from torch import Tensor
 
 from library.components.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer, vocabulary_problem
 from library.core.errors import ConfigError
+from library.dataset.latent_cache import LatentEncoder
 from library.families.anima import FAMILY
 from library.strategy_base import (
     LatentsCachingStrategy,
@@ -102,13 +103,15 @@ def _check_ids(ids: Tensor, qwen3: Any, tokenizer: Any) -> None:
         )
 
 
-class AnimaLatentsCachingStrategy(LatentsCachingStrategy):
+class AnimaLatentEncoder(LatentEncoder):
     """Normalised latents of the Qwen-Image autoencoder; the mode of the posterior, so nothing is drawn."""
-
-    architecture = FAMILY.architecture
 
     def encode(self, vae: Any, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return vae.encode(images)
+
+
+class AnimaLatentsCachingStrategy(AnimaLatentEncoder, LatentsCachingStrategy):
+    architecture = FAMILY.architecture
 
 
 class AnimaTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):

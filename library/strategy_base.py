@@ -1,40 +1,35 @@
-"""The four strategies of a model family: tokens, text encoding, and the caches of latents and text-encoder outputs.
+"""The four strategy classes that plug-ins and notebooks derive from, by the signatures that they know: tokens, text encoding, and the caches
+of latents and text outputs.
 
-A family's caching classes are a few lines: they name the DataArchitecture and say how a batch is encoded. Files, keys and
-validity are the same for all families and live in library/dataset/cache_io.py and text_cache_io.py.
+Tokenizers and text encoders of families are subclasses. The caching classes are thin: what they do is done by library/dataset/latent_cache.py
+and text_cache.py, which a run uses without them. Where a subclass overrides one of their methods, the run calls it.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
-from library.core.errors import CheckpointError, TrainingError, UnsupportedCombination
-from library.core.keyed_random import key_seed
-from library.dataset import cache_io, text_cache_io
-from library.dataset.cache_io import ImageIdentity, LatentArrays, LatentsRecord
+from library.core.errors import UnsupportedCombination
+from library.dataset import cache_io, caching, text_cache_io, text_caching
+from library.dataset.cache_io import LatentArrays
+from library.dataset.latent_cache import LatentCache, LatentEncoder, posterior_seed
 from library.dataset.strategies import StrategySet
-from library.dataset.text_cache_io import TEXT_LAYOUTS, TextLayout, TextRecord
-from library.families.latents import Bucket
+from library.dataset.text_cache import TextCache
 
 if TYPE_CHECKING:
     from library.dataset.cache_index import CacheIndex
     from library.dataset.items import ImageItem
-    from library.families.record import DataArchitecture, TextKey
 
 __all__ = [
     "LatentsCachingStrategy", "PluginSlot", "StrategySet", "TextEncoderOutputsCachingStrategy", "TextEncodingStrategy",
-    "TokenizeStrategy", "as_stored", "encode_apart", "posterior_seed", "to_float32",
+    "TokenizeStrategy", "posterior_seed",
 ]  # fmt: skip
-
-logger = logging.getLogger(__name__)
 
 
 class PluginSlot:
@@ -122,93 +117,22 @@ class TextEncodingStrategy(PluginSlot, ABC):
         raise UnsupportedCombination(f"{type(self).__name__} does not use token weights; leave --weighted_captions out")
 
 
-class LatentsCachingStrategy(PluginSlot, ABC):
-    """The latent cache of a family. A subclass sets `architecture` and writes `encode`."""
-
-    architecture: DataArchitecture
+class LatentsCachingStrategy(PluginSlot, LatentCache, LatentEncoder, ABC):
+    """A latent cache and its encoder in one. A subclass sets `architecture` and writes `encode` (see LatentEncoder); one that writes
+    `cache_batch_latents`, `is_disk_cached_latents_expected` or `load_latents_from_disk` itself is asked by the run."""
 
     def __init__(self, cache_to_disk: bool, batch_size: int, skip_disk_cache_validity_check: bool) -> None:
-        self._cache_to_disk = cache_to_disk
-        self._batch_size = batch_size
-        self.skip_disk_cache_validity_check = skip_disk_cache_validity_check
-        self.model_identity = ""
-        """library.checkpoints.identity of the VAE file; set by the family, "" = not compared"""
-
-    @property
-    def cache_to_disk(self) -> bool:
-        return self._cache_to_disk
-
-    @property
-    def batch_size(self) -> int:
-        return self._batch_size
+        LatentCache.__init__(
+            self, None, self, to_disk=cache_to_disk, batch_size=batch_size, skip_check=skip_disk_cache_validity_check
+        )
 
     @property
     def cache_suffix(self) -> str:
         return self.architecture.latents_suffix
 
-    @abstractmethod
-    def encode(self, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
-        """Images [B, 3, H, W] in -1..1 -> latents [B, C, h, w] as the cache stores them; a VAE with frames leaves out the
-        axis of the one frame, which `ModelFamily.scale_latents` puts back. Clips [B, 3, F, H, W] -> [B, C, F', h, w], for
-        families that learn from them. Callers use `encode_images`.
-
-        `seeds[i]` seeds the posterior draw of sample i, on the CPU and apart from all other samples, so that the cache and
-        live encoding agree whatever the batches are. Families that take the mode ignore it.
-        """
-
-    @torch.no_grad()
-    def encode_images(self, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
-        """`encode` where the VAE is and in its own dtype, for caches and steps alike; float32 [B, C, h, w] or [B, C, F, h, w].
-
-        Raises CheckpointError when these are not latents of the architecture, which no cache could be read back with.
-        """
-        parameter = next(vae.parameters())
-        latents = encode_apart(self, vae, images.to(parameter.device, parameter.dtype), seeds).float()
-        wanted = self.architecture.latents.latent_shape(bucket_of(images))
-        if tuple(latents.shape[1:]) != wanted:
-            raise CheckpointError(
-                f"the VAE makes latents of shape {list(latents.shape[1:])} from images of shape {list(images.shape[1:])};"
-                f" those of {self.architecture.name} have shape {list(wanted)}: use the VAE that belongs to the model"
-            )
-        return latents
-
-    def condition_shapes(self, bucket: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
-        """What the family needs of a sample beside its latents and caches with them (first-frame latents, the embedding of a
-        vision encoder), for a sample of this size (a Bucket or its key): name -> shape. Nothing by default."""
-        return {}
-
-    def encode_conditions(
-        self, vae: Any, parts: Mapping[str, Any], images: torch.Tensor, seeds: Sequence[int]
-    ) -> Mapping[str, torch.Tensor]:
-        """The tensors of `condition_shapes` [B, ...] from images or clips as `encode` gets them. `parts`: what the family loads
-        beside the VAE (`ModelFamily.load_parts`)."""
-        return {}
-
-    @torch.no_grad()
-    def encode_samples(
-        self, vae: Any, parts: Mapping[str, Any], images: torch.Tensor, seeds: Sequence[int]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Latents (`encode_images`) and conditions by name, float32: what a cache holds of samples, and a step without one
-        makes."""
-        latents = self.encode_images(vae, images, seeds)
-        shapes = self.condition_shapes(bucket_of(images))
-        if not shapes:
-            return latents, {}
-        parameter = next(vae.parameters())
-        images = images.to(parameter.device, parameter.dtype)
-        rows = [self.encode_conditions(vae, parts, images[part], seeds[part]) for part in parts_apart(images)]
-        conditions = {name: torch.cat([row[name] for row in rows]).float() for name in shapes}
-        for name, shape in shapes.items():
-            if tuple(conditions[name].shape[1:]) != tuple(shape):
-                raise CheckpointError(f"{name} has shape {list(conditions[name].shape[1:])}; that of {self.architecture.name} is {list(shape)}")
-        return latents, conditions
-
     def get_image_size_from_disk_cache_path(self, absolute_path: str, npz_path: str) -> tuple[int | None, int | None]:
         """(width, height) from a cache file's name, (None, None) when it is another image's."""
         return cache_io.image_size_from_latents_path(self.architecture, absolute_path, npz_path) or (None, None)
-
-    def get_latents_npz_path(self, absolute_path: str, image_size: tuple[int, int]) -> str:
-        return cache_io.latents_npz_path(self.architecture, absolute_path, image_size)
 
     def is_disk_cached_latents_expected(
         self, bucket_reso: tuple[int, ...], npz_path: str, flip_aug: bool, alpha_mask: bool
@@ -223,61 +147,6 @@ class LatentsCachingStrategy(PluginSlot, ABC):
             conditions=self.condition_shapes(bucket_reso),
         ) is None
 
-    def problem_of(self, item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
-        """Why the item's cache file cannot be used, with everything that is known of the item; None when it can."""
-        path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
-        if self.skip_disk_cache_validity_check:
-            return None if os.path.exists(path) else "no file"
-        return cache_io.latents_problem(
-            path, self.architecture, item.bucket.key, flip_aug=flip_aug, alpha_mask=alpha_mask,
-            expected=self.record_of(item), image_path=item.absolute_path, conditions=self.condition_shapes(item.bucket.key),
-        )
-
-    def problem_with(self, index: CacheIndex) -> Callable[[ImageItem, bool, bool], str | None]:
-        """`problem_of`, which an index may know without reading the file; for many items, with the settings of now."""
-        if self.skip_disk_cache_validity_check:
-            return self.problem_of
-        questions: dict[tuple, str] = {}  # many images ask the same
-
-        def question(item: ImageItem, *needs: bool) -> str:
-            made = self.record_of(item)
-            return (
-                f"{type(self).__qualname__} {self.architecture.name} {item.bucket.key} {needs} {made.model} {made.latent_space}"
-                f" {made.resized} {made.interpolation} {made.exif} {made.version}"
-            )
-
-        def problem_of(item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
-            kind = (item.bucket, item.resized_size, item.subset.resize_interpolation, flip_aug, alpha_mask)
-            if kind not in questions:
-                questions[kind] = question(item, flip_aug, alpha_mask)
-            path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
-            answer, problem = index.find(path, questions[kind], lambda: read(item, flip_aug, alpha_mask), source=item.absolute_path)
-            return problem if answer is None else None
-
-        def read(item: ImageItem, *needs: bool) -> tuple[str | None, str]:
-            problem = self.problem_of(item, *needs)
-            return ("", "") if problem is None else (None, problem)
-
-        return problem_of
-
-    def record_of(self, item: ImageItem, image: ImageIdentity | None = None) -> LatentsRecord:
-        return LatentsRecord(
-            model=self.model_identity, latent_space=self.architecture.latents.fingerprint, image=image,
-            resized=tuple(item.resized_size), interpolation=item.subset.resize_interpolation,
-        )
-
-    def load_conditions_from_disk(self, npz_path: str, bucket_reso: tuple[int, ...], flipped: bool) -> dict[str, np.ndarray]:
-        """What `condition_shapes` names, as stored beside the latents of this size."""
-        shapes = self.condition_shapes(bucket_reso)
-        return cache_io.load_conditions(npz_path, self.architecture, bucket_reso, shapes, flipped=flipped) if shapes else {}
-
-    def load_latents_from_disk(
-        self, npz_path: str, bucket_reso: tuple[int, ...]
-    ) -> tuple[np.ndarray, list[int], list[float], np.ndarray | None, np.ndarray | None]:
-        """(latents, original size (W, H), crop_ltrb, mirrored latents or None, alpha mask or None), as stored."""
-        arrays = cache_io.load_latents(npz_path, self.architecture, bucket_reso)
-        return arrays.latents, arrays.original_size.tolist(), arrays.crop_ltrb.tolist(), arrays.latents_flipped, arrays.alpha_mask
-
     def save_latents_to_disk(
         self,
         npz_path: str,
@@ -290,52 +159,40 @@ class LatentsCachingStrategy(PluginSlot, ABC):
     ) -> None:
         """Write one size without a record: such a file is judged by keys and shapes, as another trainer's would be."""
         arrays = LatentArrays(
-            latents=to_float32(latents), original_size=np.asarray(original_size), crop_ltrb=np.asarray(crop_ltrb),
-            latents_flipped=None if flipped is None else to_float32(flipped),
-            alpha_mask=None if alpha_mask is None else to_float32(alpha_mask),
+            latents=_to_float32(latents), original_size=np.asarray(original_size), crop_ltrb=np.asarray(crop_ltrb),
+            latents_flipped=None if flipped is None else _to_float32(flipped),
+            alpha_mask=None if alpha_mask is None else _to_float32(alpha_mask),
         )
         cache_io.save_latents(npz_path, key_reso_suffix, arrays)
 
     def cache_batch_latents(self, vae: Any, infos: list[ImageItem], flip_aug: bool, alpha_mask: bool, random_crop: bool) -> None:
-        """Read, encode and store one batch of equal bucket size (for plug-ins; a run uses library/dataset/caching.py)."""
+        """Read, encode and store one batch of equal bucket size."""
         if random_crop:
             raise UnsupportedCombination("random_crop does not go with a latent cache: it would freeze one crop")
-        from library.dataset import caching  # it reads this module
-
         caching.cache_one_batch(self, vae, infos, flip_aug=flip_aug, alpha_mask=alpha_mask)
 
+    @property
+    def stores_batches(self) -> bool:
+        return _overrides(self, LatentsCachingStrategy, "cache_batch_latents")
 
-def encode_apart(strategy: LatentsCachingStrategy, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
-    """`strategy.encode`, in which no image depends on its neighbours: a cache holds what live encoding gives.
+    def problem_with(self, index: CacheIndex) -> Callable[[ImageItem, bool, bool], str | None]:
+        if not _overrides(self, LatentsCachingStrategy, "is_disk_cached_latents_expected"):
+            return super().problem_with(index)
 
-    Seeds take care of the draws. On the CPU, convolutions in float32 also round differently with the number of images, so
-    that they are encoded one by one there; it is hardly slower.
+        def problem_of(item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
+            path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
+            is_expected = self.is_disk_cached_latents_expected(item.bucket.key, path, flip_aug, alpha_mask)
+            return None if is_expected else f"not what {type(self).__name__} expects"
+
+        return problem_of
+
+
+class TextEncoderOutputsCachingStrategy(PluginSlot, TextCache):
+    """A text cache. A subclass sets `architecture` and, where it has them, `flags`; one that writes `cache_batch_outputs`,
+    `is_disk_cached_outputs_expected` or `load_outputs_npz` itself is asked by the run.
+
+    `is_partial`: the keys of the encoders that known trainers train beside a cache are left to them.
     """
-    return torch.cat([strategy.encode(vae, images[part], seeds[part]) for part in parts_apart(images)])
-
-
-def parts_apart(images: torch.Tensor) -> list[slice]:
-    """The rows of a batch that are encoded together."""
-    if images.device.type != "cpu" or len(images) < 2:
-        return [slice(None)]
-    return [slice(i, i + 1) for i in range(len(images))]
-
-
-def bucket_of(images: torch.Tensor) -> Bucket:
-    """The size of images [B, 3, H, W] or clips [B, 3, F, H, W]."""
-    return Bucket(images.shape[-1], images.shape[-2], images.shape[2] if images.ndim == 5 else 1)
-
-
-def posterior_seed(content: str, bucket_reso: tuple[int, ...], is_flipped: bool) -> int:
-    """The seed of an image's posterior draw: a function of the file's content, the size and the flip alone, not of the
-    run's seed, so that a cache means the same to every run."""
-    return key_seed(0, "posterior", content, "x".join(map(str, bucket_reso)), int(is_flipped))
-
-
-class TextEncoderOutputsCachingStrategy(PluginSlot):
-    """The cache of text encoder outputs of a family. A subclass sets `architecture` and, where it has them, `flags`."""
-
-    architecture: DataArchitecture
 
     def __init__(
         self,
@@ -345,25 +202,10 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
         is_partial: bool = False,
         is_weighted: bool = False,
     ) -> None:
-        self._cache_to_disk = cache_to_disk
-        self._batch_size = batch_size
-        self.skip_disk_cache_validity_check = skip_disk_cache_validity_check
+        TextCache.__init__(
+            self, None, to_disk=cache_to_disk, batch_size=batch_size, skip_check=skip_disk_cache_validity_check, is_weighted=is_weighted
+        )
         self._is_partial = is_partial
-        self.trained: Sequence[bool] | None = None
-        """per text encoder, whether it learns; set by the family, None = as `is_partial` says"""
-        self._is_weighted = is_weighted
-        self.model_identity = ""
-        """library.checkpoints.identity of the text encoder files together; set by the family, "" = not compared"""
-        self.max_token_length: int | None = None
-        """the family's token length, where it has one; set by the family, None = not compared"""
-
-    @property
-    def cache_to_disk(self) -> bool:
-        return self._cache_to_disk
-
-    @property
-    def batch_size(self) -> int | None:
-        return self._batch_size
 
     @property
     def is_partial(self) -> bool:
@@ -371,65 +213,8 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
         return bool(self.live)
 
     @property
-    def is_weighted(self) -> bool:
-        return self._is_weighted
-
-    @property
-    def layout(self) -> TextLayout:
-        return TEXT_LAYOUTS[self.architecture.name]
-
-    @property
-    def flags(self) -> dict[str, bool]:
-        """Values of the layout's flags in this run."""
-        return {}
-
-    @property
     def live(self) -> frozenset[str]:
-        """Keys that are not cached, because an encoder that makes them learns."""
-        learning = self.layout.partial if self._is_partial else ()
-        if self.trained is not None:
-            learning = [number for number, learns in enumerate(self.trained) if learns]
-        return self.layout.made_by(learning)
-
-    @property
-    def needed(self) -> tuple[str, ...]:
-        return tuple(name for name in self.layout.names if name not in self.live)
-
-    def get_outputs_npz_path(self, image_abs_path: str) -> str:
-        return cache_io.text_npz_path(self.architecture, image_abs_path)
-
-    def record_of(self, caption: str) -> TextRecord:
-        return TextRecord(
-            caption=text_cache_io.caption_hash(caption), model=self.model_identity, max_token_length=self.max_token_length,
-            is_weighted=self.is_weighted, flags=self.flags,
-        )
-
-    def find_with(self, index: CacheIndex) -> Callable[[str, str, bool], tuple[str | None, str]]:
-        """`find`, which an index may know without reading the file; for many captions, with the settings of now."""
-        made = self.record_of("")
-        questions = [
-            f"{type(self).__qualname__} {self.architecture.name} {made.model} {made.max_token_length} {made.is_weighted} {made.flags}"
-            f" {made.version} {self.needed} {accept_unrecorded} {self.skip_disk_cache_validity_check}"
-            for accept_unrecorded in (False, True)
-        ]
-
-        def find(npz_path: str, caption: str, accept_unrecorded: bool) -> tuple[str | None, str]:
-            return index.find(
-                npz_path, questions[accept_unrecorded], lambda: self.find(npz_path, caption, accept_unrecorded),
-                detail=text_cache_io.caption_hash(caption),
-            )
-
-        return find
-
-    def find(self, npz_path: str, caption: str, accept_unrecorded: bool = True) -> tuple[str | None, str]:
-        """(suffix of the keys that hold this caption, "") or (None, why there are none)."""
-        if self.skip_disk_cache_validity_check and os.path.exists(npz_path):
-            expected = replace(self.record_of(caption), model="")
-            suffix, _ = text_cache_io.find_text(npz_path, self.layout, expected, needed=self.needed)
-            return suffix or "", ""
-        return text_cache_io.find_text(
-            npz_path, self.layout, self.record_of(caption), needed=self.needed, accept_unrecorded=accept_unrecorded
-        )
+        return self.layout.made_by(self.layout.partial) if self._is_partial and not any(self.trained) else super().live
 
     def is_disk_cached_outputs_expected(self, npz_path: str) -> bool:
         """Whether the file has all outputs, with equal flags. The caption is not looked at; `find` does."""
@@ -443,25 +228,6 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
         """The outputs in the order of the layout, dtypes as stored; None for those of a training encoder."""
         return self.layout.listed(text_cache_io.load_text(npz_path, self.layout, suffix, self.live))
 
-    def encode(
-        self,
-        tokenize_strategy: TokenizeStrategy,
-        models: list[Any],
-        text_encoding_strategy: TextEncodingStrategy,
-        captions: list[str],
-    ) -> dict[str, torch.Tensor]:
-        """Conditioning [B, ...] of some captions, by name, without what is not cached."""
-        strategies = StrategySet(tokenize_strategy, text_encoding_strategy, None, self)
-        with torch.no_grad():
-            if self.is_weighted:
-                found = strategies.encode(models, *tokenize_strategy.tokenize_with_weights(captions))
-            else:
-                found = strategies.encode(models, tokenize_strategy.tokenize(captions))
-        found |= {key.name: torch.full((len(captions),), key.constant) for key in self.layout.keys if key.constant is not None}
-        if missing := [name for name in self.needed if name not in found]:
-            raise TrainingError(f"{type(text_encoding_strategy).__name__} gave no {', '.join(missing)} to cache")
-        return {name: found[name] for name in self.needed}
-
     def cache_batch_outputs(
         self,
         tokenize_strategy: TokenizeStrategy,
@@ -469,19 +235,61 @@ class TextEncoderOutputsCachingStrategy(PluginSlot):
         text_encoding_strategy: TextEncodingStrategy,
         infos: list[ImageItem],
     ) -> None:
-        """Encode and store one batch of captions (for plug-ins; a run uses library/dataset/text_caching.py)."""
-        from library.dataset import text_caching  # it reads this module
+        """Encode and store one batch of captions."""
+        text_caching.cache_one_batch(self, StrategySet(tokenize_strategy, text_encoding_strategy, None, self), models, infos)
 
-        text_caching.cache_one_batch(self, tokenize_strategy, models, text_encoding_strategy, infos)
+    @property
+    def stores_batches(self) -> bool:
+        return _overrides(self, TextEncoderOutputsCachingStrategy, "cache_batch_outputs")
+
+    def find_with(self, index: CacheIndex) -> Callable[[str, str, bool], tuple[str | None, str]]:
+        if not _overrides(self, TextEncoderOutputsCachingStrategy, "is_disk_cached_outputs_expected"):
+            return super().find_with(index)
+
+        def find(npz_path: str, caption: str, accept_unrecorded: bool) -> tuple[str | None, str]:
+            return ("", "") if self.is_disk_cached_outputs_expected(npz_path) else (None, f"not what {type(self).__name__} expects")
+
+        return find
+
+    def read(self, npz_path: str, suffix: str) -> dict[str, torch.Tensor]:
+        if not _overrides(self, TextEncoderOutputsCachingStrategy, "load_outputs_npz"):
+            return super().read(npz_path, suffix)
+        arrays = self.load_outputs_npz(npz_path, *([suffix] if suffix else []))
+        return self.layout.named([None if array is None else torch.from_numpy(array) for array in arrays], type(self).__name__, has_batch=False)
 
 
-def as_stored(output: torch.Tensor, key: TextKey) -> torch.Tensor:
-    """One output of one caption in the dtype that the cache gives it: bfloat16 becomes float32, masks and ids integers."""
-    output = output.detach().cpu()
-    if key.dtype == "float":
-        return output.float() if output.dtype == torch.bfloat16 else output
-    return output.to(getattr(torch, key.dtype))
+class _FamilyLatents(LatentsCachingStrategy):
+    """The latent cache of a run as plug-ins know it."""
+
+    def __init__(self, cache: LatentCache) -> None:
+        self.__dict__.update(cache.__dict__)
+
+    def encode(self, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+        return self.encoder.encode(vae, images, seeds)
 
 
-def to_float32(value: torch.Tensor | np.ndarray) -> np.ndarray:
+class _FamilyText(TextEncoderOutputsCachingStrategy):
+    """The text cache of a run as plug-ins know it."""
+
+    def __init__(self, cache: TextCache) -> None:
+        self.__dict__.update(cache.__dict__)
+        self._is_partial = any(cache.trained)
+
+
+def latents_strategy_of(cache: LatentCache) -> LatentsCachingStrategy:
+    """The same cache by the known interface."""
+    return cache if isinstance(cache, LatentsCachingStrategy) else _FamilyLatents(cache)
+
+
+def text_strategy_of(cache: TextCache | None) -> TextEncoderOutputsCachingStrategy | None:
+    """The same cache by the known interface; None stays None."""
+    return cache if cache is None or isinstance(cache, TextEncoderOutputsCachingStrategy) else _FamilyText(cache)
+
+
+def _overrides(strategy: Any, base: type, method: str) -> bool:
+    """Whether a subclass has its own version of a method."""
+    return getattr(type(strategy), method) is not getattr(base, method)
+
+
+def _to_float32(value: torch.Tensor | np.ndarray) -> np.ndarray:
     return value.detach().float().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value, np.float32)

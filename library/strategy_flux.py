@@ -11,6 +11,7 @@ from torch import Tensor
 from library.components import text_encoder_utils
 from library.components.tokenizers import load_clip_tokenizer, load_t5_tokenizer, vocabulary_problem
 from library.core.errors import ConfigError
+from library.dataset.latent_cache import LatentEncoder
 from library.families.flux import FAMILY
 from library.strategy_base import (
     LatentsCachingStrategy,
@@ -119,13 +120,15 @@ def _check_ids(ids: Tensor, model: Any, tokenizer: Any, name: str) -> None:
         )
 
 
-class FluxLatentsCachingStrategy(LatentsCachingStrategy):
+class FluxLatentEncoder(LatentEncoder):
     """Latents of the FLUX.1 autoencoder, shifted and scaled, one posterior draw per image and size."""
-
-    architecture = FAMILY.architecture
 
     def encode(self, vae: Any, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return vae.encode(images, seeds)
+
+
+class FluxLatentsCachingStrategy(FluxLatentEncoder, LatentsCachingStrategy):
+    architecture = FAMILY.architecture
 
 
 class FluxTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):

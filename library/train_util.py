@@ -28,6 +28,13 @@ _HOMES = {
         "resume_from_local_or_hf_if_specified", "save_and_remove_state_on_epoch_end", "save_and_remove_state_stepwise",
         "save_state_on_train_end",
     ),
+    **homes("library.compat.buckets", "BucketManager", "ImageInfo", "glob_images_pathlib", "split_train_val"),
+    **homes(
+        "library.compat.datasets", "BaseDataset", "DatasetGroup", "DreamBoothDataset", "DreamBoothSubset", "FineTuningDataset",
+        "FineTuningSubset", "MinimalDataset", "collator_class", "debug_dataset", "load_arbitrary_dataset",
+    ),
+    **homes("library.compat.sd_names", "load_target_model", "replace_unet_modules"),
+    **homes("library.compat.modelspec", "get_sai_model_spec", "get_sai_model_spec_dataclass"),
     **homes("library.compat.samples", "line_to_prompt_dict", "load_prompts"),
     **homes("library.checkpoints.hashes", "calculate_sha256", "model_hash", "precalculate_safetensors_hashes"),
 }  # fmt: skip

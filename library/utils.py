@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from library.core.errors import ConfigError, did_you_mean
+from library.core.lazy_names import homes, lazy_names
 
 if TYPE_CHECKING:
     import argparse
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.pictures", "pil_resize"))
 
 
-def fire_in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> threading.Thread:
+def fire_in_thread(f: Callable[..., Any], *args: Any, **kwargs: Any) -> threading.Thread:
     """Start a function in a thread of its own and return the thread."""
-    thread = threading.Thread(target=function, args=args, kwargs=kwargs)
+    thread = threading.Thread(target=f, args=args, kwargs=kwargs)
     thread.start()
     return thread
 
@@ -66,23 +68,23 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def str_to_dtype(name: str | None, default_dtype: torch.dtype | None = None) -> torch.dtype | None:
+def str_to_dtype(s: str | None, default_dtype: torch.dtype | None = None) -> torch.dtype | None:
     """The torch type of a name such as bf16, float or fp8_e4m3fn; `default_dtype` for None. ConfigError for other names."""
     import torch
 
-    if name is None:
+    if s is None:
         return default_dtype
-    known = _DTYPES.get(name.lower().removeprefix("torch."))
+    known = _DTYPES.get(s.lower().removeprefix("torch."))
     if known is None:
-        raise ConfigError(f"unknown type '{name}'{did_you_mean(name, _DTYPES)} Known: {', '.join(_DTYPES)}")
+        raise ConfigError(f"unknown type '{s}'{did_you_mean(s, _DTYPES)} Known: {', '.join(_DTYPES)}")
     return getattr(torch, known)
 
 
-def validate_interpolation_fn(name: str) -> bool:
+def validate_interpolation_fn(interpolation_str: str) -> bool:
     """Whether `resize_image` knows this name."""
     from library.dataset import media_utils
 
-    return name in media_utils.OPENCV_FILTERS or name in media_utils.PILLOW_FILTERS
+    return interpolation_str in media_utils.OPENCV_FILTERS or interpolation_str in media_utils.PILLOW_FILTERS
 
 
 def resize_image(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from library.core.errors import CheckpointError, ConfigError, Problems
+from library.core.lazy_names import homes, lazy_names
 from library.core.options import parse_bool
 from networks.files.layer_tensors import alpha_of, scale_of
 from networks.kinds.adapter_module import AdapterModule
@@ -26,6 +27,7 @@ from networks.kinds.registry import NetworkKind
 from networks.kinds.targets import Layer, NetworkTargets
 
 logger = logging.getLogger(__name__)
+__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.networks", "LoRANetwork"))
 
 _PART = re.compile(r"lora_(down|up)\.\d+\.weight")
 """a matrix of a layer that is split"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from library.core.lazy_names import lazy_names
 from networks.kinds.targets import (
     CLIP_PATHS,
     T5_PATHS,
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from networks.files.file_names import LayerNames
 
 __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
+
+__getattr__, __dir__ = lazy_names(
+    __name__, {"LoRANetwork": "library.compat.networks:FluxLoRANetwork", "LoRAModule": "networks.lora:LoRAModule"}
+)
 
 DOUBLE, SINGLE = ("DoubleStreamBlock",), ("SingleStreamBlock",)
 

@@ -42,8 +42,8 @@ def preferred_subfolders() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class CheckpointKind:
-    """`kind`: short name (flux, sdxl, clip_l, t5, vae_flux, adapter, ..., or one of NOT_A_MODEL, or unknown);
-    `detail`: in words, "an SDXL checkpoint (...)"; `layout`: original, diffusers, whole file, adapter, folder."""
+    """`kind`: name of a ModelKind (clip_l, t5, ...), adapter, embedding, one of NOT_A_MODEL, or unknown;
+    `detail`: in words, "a T5 text encoder (...)"; `layout`: original, diffusers, whole file, adapter, folder."""
 
     kind: str
     detail: str

@@ -49,57 +49,57 @@ CHECKED_GROUPS = (*TRAINING_GROUPS, ValidationOptions, CachingOptions, optimizer
 
 
 def add_sd_models_arguments(parser: argparse.ArgumentParser) -> None:
-    _add(parser, ModelOptions)
+    add_groups(parser, ModelOptions)
 
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
-    _add(parser, optimizers.OptimizerOptions, schedulers.SchedulerOptions)
+    add_groups(parser, optimizers.OptimizerOptions, schedulers.SchedulerOptions)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, support_dreambooth: bool = True) -> None:
     """Every shared option of a training. With `support_dreambooth` also --prior_loss_weight."""
-    _add(parser, *TRAINING_GROUPS)
+    add_groups(parser, *TRAINING_GROUPS)
     if support_dreambooth:
-        _add(parser, DatasetOptions, only=("prior_loss_weight",))
+        add_groups(parser, DatasetOptions, only=("prior_loss_weight",))
 
 
 def add_masked_loss_arguments(parser: argparse.ArgumentParser) -> None:
-    _add(parser, DatasetOptions, only=("conditioning_data_dir", "masked_loss"))
+    add_groups(parser, DatasetOptions, only=("conditioning_data_dir", "masked_loss"))
 
 
 def add_dit_training_arguments(parser: argparse.ArgumentParser) -> None:
     """What the scripts of flow models share: caches of captions, noise levels, block swap."""
-    _add(parser, CachingOptions, TimestepOptions)
-    _add(parser, MemoryOptions, only=("blocks_to_swap", "cpu_offload_checkpointing"))
+    add_groups(parser, CachingOptions, TimestepOptions)
+    add_groups(parser, MemoryOptions, only=("blocks_to_swap", "cpu_offload_checkpointing"))
 
 
 def add_sd_saving_arguments(parser: argparse.ArgumentParser) -> None:
-    _add(parser, SavingOptions, only=("save_model_as",))
+    add_groups(parser, SavingOptions, only=("save_model_as",))
 
 
 def add_model_spec_arguments(parser: argparse.ArgumentParser) -> None:
-    _add(parser, MetadataOptions, only=[name for name in option_fields(MetadataOptions) if name.startswith("metadata_")])
+    add_groups(parser, MetadataOptions, only=[name for name in option_fields(MetadataOptions) if name.startswith("metadata_")])
 
 
 def add_custom_train_arguments(parser: argparse.ArgumentParser, support_weighted_captions: bool = True) -> None:
     """Weights of the loss by noise level and, where captions may carry weights, --weighted_captions."""
-    _add(parser, LossWeightOptions)
+    add_groups(parser, LossWeightOptions)
     if support_weighted_captions:
-        _add(parser, ModelOptions, only=("weighted_captions",))
+        add_groups(parser, ModelOptions, only=("weighted_captions",))
 
 
 def add_deepspeed_arguments(parser: argparse.ArgumentParser) -> None:
-    _add(parser, DeepSpeedOptions)
+    add_groups(parser, DeepSpeedOptions)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    _add(parser, DatasetOptions, only=("dataset_config",))
+    add_groups(parser, DatasetOptions, only=("dataset_config",))
 
 
 def add_sdxl_training_arguments(parser: argparse.ArgumentParser, support_text_encoder_caching: bool = True) -> None:
     names = ["cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"] if support_text_encoder_caching else []
-    _add(parser, CachingOptions, only=names)
-    _add(parser, ModelOptions, only=("disable_mmap_load_safetensors",))
+    add_groups(parser, CachingOptions, only=names)
+    add_groups(parser, ModelOptions, only=("disable_mmap_load_safetensors",))
 
 
 def add_dataset_arguments(
@@ -112,10 +112,10 @@ def add_dataset_arguments(
         left_out |= {"reg_data_dir"}
     if not support_caption_dropout:
         left_out |= {"caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate"}
-    _add(parser, DatasetOptions, CachingOptions, left_out=left_out)
+    add_groups(parser, DatasetOptions, CachingOptions, left_out=left_out)
 
 
-def _add(parser: argparse.ArgumentParser, *groups: type, left_out: Iterable[str] = (), only: Iterable[str] | None = None) -> None:
+def add_groups(parser: argparse.ArgumentParser, *groups: type, left_out: Iterable[str] = (), only: Iterable[str] | None = None) -> None:
     """Add option groups with their defaults; names that the parser has already are left alone. A script that adds one of ours
     again means its own."""
     for container in (parser, *parser._action_groups):

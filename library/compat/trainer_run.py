@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,7 +68,6 @@ class Calls:
         self.times: Tensor | None = None
         self.sample: NoisyLatents | None = None
         self.batch: Any = None
-        self.conditioning: Any = None
         self.logs: dict[str, Any] = {}
         self.denoiser: Any = None
         self.sample_images: Callable[[Any, str], None] | None = None
@@ -95,7 +94,7 @@ class Calls:
         sigmas = timesteps / 1000 if self.step.objective.is_flow else self.sample.sigmas
         sample = dataclasses.replace(self.sample, noisy_latents=noisy_latents, timesteps=timesteps, sigmas=sigmas)
         models = dataclasses.replace(self.step.models, denoiser=unet)
-        return self.family.own("predict")(models, sample, _as(self.conditioning, text_conds), batch, **inputs).pred
+        return self.family.own("predict")(models, sample, self.step.strategies.layout.named(text_conds, "call_unet"), batch, **inputs).pred
 
     def own_losses(self, output: DiTOutput) -> tuple[Tensor, dict[str, Any]]:
         return type(self.step).compute_loss(self.step, output, self.sample, self.batch)
@@ -103,16 +102,6 @@ class Calls:
     def own_samples(self, at: str) -> None:
         if self.sample_images is not None:
             self.sample_images(self.run, at)
-
-
-def _listed(conditioning: Any) -> list[Any]:
-    """The tensors in the order of the family's list, whatever holds them."""
-    return list(conditioning.values()) if isinstance(conditioning, Mapping) else list(conditioning)
-
-
-def _as(conditioning: Any, tensors: Any) -> Any:
-    """A list of tensors in the form of `conditioning`."""
-    return dict(zip(conditioning, tensors, strict=True)) if isinstance(conditioning, Mapping) else list(tensors)
 
 
 def called_family(base: type) -> type:
@@ -150,9 +139,9 @@ def called_family(base: type) -> type:
             calls = self.calls
             if not calls.overrides("call_unet"):
                 return super().predict(models, sample, conditioning, batch, **inputs)
-            calls.sample, calls.conditioning = sample, conditioning
+            calls.sample = sample
             prediction = calls.owner.call_unet(
-                calls.args, calls.accelerator, models.denoiser, sample.noisy_latents, sample.timesteps, _listed(conditioning), batch,
+                calls.args, calls.accelerator, models.denoiser, sample.noisy_latents, sample.timesteps, calls.step.strategies.layout.listed(conditioning), batch,
                 calls.runtime.weight_dtype, **inputs,
             )
             return DiTOutput(prediction, sample.target)

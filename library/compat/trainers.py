@@ -46,11 +46,15 @@ class NetworkTrainer:
         return self.run.strategies.text_encoding
 
     def get_latents_caching_strategy(self, args: Any) -> Any:
-        return self.run.family.own("latents_caching")()
+        from library.strategy_base import latents_strategy_of
+
+        return latents_strategy_of(self.run.family.own("latents_caching")())
 
     def get_text_encoder_outputs_caching_strategy(self, args: Any) -> Any | None:
         """None: captions are encoded in the step."""
-        return self.run.strategies.text_encoder_outputs_caching
+        from library.strategy_base import text_strategy_of
+
+        return text_strategy_of(self.run.strategies.text_encoder_outputs_caching)
 
     # -- models --------------------------------------------------------------------------------------------------------
 

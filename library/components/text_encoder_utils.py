@@ -140,7 +140,7 @@ def load_clip_l(
 ) -> CLIPTextModelWithProjection:
     """Load CLIP-L from a file (any known prefix) or a transformers folder. `config` overrides the names of `inspect_clip_l`.
 
-    A file without `text_projection.weight` gets the identity; FLUX.1 does not use it. CheckpointError when the file does
+    A file without `text_projection.weight` gets the identity, for families that do not use it. CheckpointError when the file does
     not fit.
     """
     return load_clip(ckpt_path, CLIP_L, dtype, device, disable_mmap, config, transform)
@@ -266,7 +266,7 @@ def _open_t5(path: str | os.PathLike, config: Mapping[str, Any] | None) -> tuple
         some = ", ".join(list(shapes)[:3]) or "no tensors"
         raise CheckpointError(f"{source.path} holds no T5 v1.1 encoder (shared and encoder.block.* are not there; it begins with {some})")
     if "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in shapes:
-        raise CheckpointError(f"{source.path} is an umT5 encoder (a position bias in every block); FLUX.1 needs T5 v1.1 XXL")
+        raise CheckpointError(f"{source.path} is an umT5 encoder (a position bias in every block); T5 v1.1 XXL is needed")
     buckets, heads = shapes[attention + "relative_attention_bias.weight"].shape
     inferred = {
         "d_model": shapes[embedding].shape[1],

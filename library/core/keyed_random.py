@@ -51,6 +51,10 @@ class StepDraws:
         """The generator of sample number `sample` of this micro-batch."""
         return keyed_generator(self.seed, purpose, self.step, self.positions[sample], *keys)
 
+    def apart(self, name: str) -> StepDraws:
+        """Other draws for the same samples, independent of these: what is drawn for a purpose can be drawn once more."""
+        return StepDraws(key_seed(self.seed, f"draws apart: {name}"), self.step, self.positions)
+
     def normal(self, purpose: str, shape: Sequence[int] = (), *keys: int | str) -> torch.Tensor:
         """Standard normal numbers [B, *shape]."""
         import torch

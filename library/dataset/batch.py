@@ -41,7 +41,7 @@ class Batch:
     alpha_masks: torch.Tensor | None = None  # [B, H, W] or [B, F, H, W] weights 0..1, in pixels
     conditions: dict[str, torch.Tensor] = field(default_factory=dict)
     """what samples have beside latents and captions, name -> [B, ...]: control pictures and masks (CONDITIONING_IMAGES,
-    [B, 3, H, W] in -1..1), what the family encodes with latents (`LatentsCachingStrategy.condition_shapes`)"""
+    [B, 3, H, W] in -1..1), what the family encodes with latents (`LatentEncoder.condition_shapes`)"""
     conditioning: dict[str, torch.Tensor] | None = None
     """cached outputs of text encoders, [B, ...] by name; keys that come from an encoder in the step are not there"""
     conditioning_keys: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -23,9 +23,9 @@ from library.dataset.cache_checks import cache_paths, check_cache_folders, check
 from library.dataset.cache_index import CacheIndex
 from library.dataset.cache_io import ImageIdentity, LatentArrays
 from library.dataset.items import ImageItem
+from library.dataset.latent_cache import LatentCache, posterior_seed
 from library.dataset.media_utils import ImageFileError
 from library.dataset.samples import Geometry, Pixels, image_tensor, read_pixels
-from library.strategy_base import LatentsCachingStrategy, posterior_seed
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,13 @@ class Decoded:
     pixels: Pixels
     identity: ImageIdentity
 
+    @property
+    def batch_key(self) -> tuple:
+        return self.job.batch_key
+
+
+T = TypeVar("T", LatentsJob, Decoded)
+
 
 @dataclass
 class Encoded:
@@ -77,7 +84,7 @@ class Encoded:
 
 @records_stay()
 def plan_latents(
-    items: Iterable[ImageItem], strategy: LatentsCachingStrategy, *, process_index: int = 0, num_processes: int = 1,
+    items: Iterable[ImageItem], strategy: LatentCache, *, process_index: int = 0, num_processes: int = 1,
     index: CacheIndex | None = None,
 ) -> list[LatentsJob]:
     """The jobs that this process has to encode, sorted by bucket size; sets `latents_npz` of the items. `index` knows files that
@@ -105,7 +112,7 @@ def plan_latents(
     return _sorted(missing)
 
 
-def check_jobs(jobs: Sequence[LatentsJob], strategy: LatentsCachingStrategy, index: CacheIndex | None) -> list[str | None]:
+def check_jobs(jobs: Sequence[LatentsJob], strategy: LatentCache, index: CacheIndex | None) -> list[str | None]:
     """Why the cache file of each job cannot be used, None where it can."""
     problem_of = strategy.problem_with(index or CacheIndex())
     return map_in_threads(
@@ -144,7 +151,7 @@ def _conflicts(items: Iterable[ImageItem]) -> list[str]:
 
 def encode_latents(
     jobs: Sequence[LatentsJob],
-    strategy: LatentsCachingStrategy,
+    strategy: LatentCache,
     vae: Any,
     *,
     num_threads: int | None = None,
@@ -158,6 +165,9 @@ def encode_latents(
     Images that cannot be decoded do not stop the others: their items are returned with `skip_bad_images`, else one
     ConfigError names them all in the end. Raises TrainingError for latents that are not finite, and writes none of those.
     """
+    if strategy.stores_batches:
+        _store_by_plugin(jobs, strategy, vae, show_progress)
+        return []
     bad: list[tuple[LatentsJob, BaseException]] = []
     threads = num_threads or min(os.cpu_count() or 1, 8)
     bar = tqdm(total=len(jobs), desc="caching latents", unit="image", disable=not show_progress)
@@ -176,6 +186,13 @@ def encode_latents(
     return [item for job, _ in bad for item in job.items]
 
 
+def _store_by_plugin(jobs: Sequence[LatentsJob], strategy: LatentCache, vae: Any, show_progress: bool) -> None:
+    """Batches go to the `cache_batch_latents` of a user's class, with every item of their images."""
+    for batch in tqdm(list(_batches(jobs, strategy.batch_size)), desc="caching latents", unit="batch", disable=not show_progress):
+        items = [item for job in batch for item in job.items]
+        strategy.cache_batch_latents(vae, items, batch[0].flip_aug, batch[0].alpha_mask, False)
+
+
 def _decoded(jobs: Sequence[LatentsJob], threads: int, batch_size: int, bad: list) -> Iterator[Decoded]:
     for job, result in map_ahead(decode, jobs, num_threads=threads, ahead=max(threads, batch_size) * 2):
         if isinstance(result, ImageFileError):
@@ -191,11 +208,11 @@ def decode(job: LatentsJob) -> Decoded:
     return Decoded(job, read_pixels(job.item, Geometry.centred(job.item), with_alpha=job.alpha_mask), identity)
 
 
-def _batches(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
+def _batches(entries: Iterable[T], size: int) -> Iterator[list[T]]:
     """Consecutive jobs of one bucket and one set of needs, at most `size`."""
-    batch: list[Decoded] = []
-    for entry in decoded:
-        if batch and (len(batch) == size or batch[0].job.batch_key != entry.job.batch_key):
+    batch: list[T] = []
+    for entry in entries:
+        if batch and (len(batch) == size or batch[0].batch_key != entry.batch_key):
             yield batch
             batch = []
         batch.append(entry)
@@ -204,7 +221,7 @@ def _batches(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
 
 
 def encode_batch(
-    strategy: LatentsCachingStrategy, vae: Any, batch: Sequence[Decoded], parts: Mapping[str, Any] | None = None
+    strategy: LatentCache, vae: Any, batch: Sequence[Decoded], parts: Mapping[str, Any] | None = None
 ) -> list[Encoded]:
     """Latents and conditions of decoded images of one size. Raises TrainingError naming the images for which they are not finite."""
     latents, conditions = _encode(strategy, vae, batch, parts, is_flipped=False)  # [B, C, ...]
@@ -220,7 +237,7 @@ def _row(tensors: Mapping[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]
 
 
 def _encode(
-    strategy: LatentsCachingStrategy, vae: Any, batch: Sequence[Decoded], parts: Mapping[str, Any] | None, is_flipped: bool
+    strategy: LatentCache, vae: Any, batch: Sequence[Decoded], parts: Mapping[str, Any] | None, is_flipped: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     images = torch.stack([image_tensor(entry.pixels.image, is_flipped) for entry in batch])  # [B, 3, H, W] or [B, 3, F, H, W]
     seeds = [posterior_seed(entry.identity.content, entry.job.item.bucket.key, is_flipped) for entry in batch]
@@ -236,7 +253,7 @@ def _encode(
     return latents, conditions
 
 
-def _store_on_disk(strategy: LatentsCachingStrategy, decoded: Decoded, encoded: Encoded) -> None:
+def _store_on_disk(strategy: LatentCache, decoded: Decoded, encoded: Encoded) -> None:
     item = decoded.job.item
     arrays = LatentArrays(
         latents=encoded.latents.numpy(), original_size=item.image_size, crop_ltrb=Geometry.centred(item).crop_ltrb,
@@ -259,7 +276,7 @@ def _store_in_memory(decoded: Decoded, encoded: Encoded) -> None:
 
 
 def unusable_items(
-    items: Iterable[ImageItem], strategy: LatentsCachingStrategy, index: CacheIndex | None = None
+    items: Iterable[ImageItem], strategy: LatentCache, index: CacheIndex | None = None
 ) -> list[ImageItem]:
     """After all processes have encoded their part: items that still have no latents, the same list on every process."""
     if not strategy.cache_to_disk:
@@ -269,7 +286,7 @@ def unusable_items(
 
 
 def cache_one_batch(
-    strategy: LatentsCachingStrategy, vae: Any, items: Sequence[ImageItem], *, flip_aug: bool, alpha_mask: bool
+    strategy: LatentCache, vae: Any, items: Sequence[ImageItem], *, flip_aug: bool, alpha_mask: bool
 ) -> None:
     """Decode, encode and store exactly these items, which have one bucket size."""
     batch = []

@@ -42,7 +42,8 @@ class CustomDataset(Protocol):
 
 
 def load_custom_dataset(
-    path: str, *, max_token_length: int | None = None, resolution: tuple[int, int] | None = None, debug_dataset: bool = False
+    path: str, *, max_token_length: int | None = None, resolution: tuple[int, int] | None = None, debug_dataset: bool = False,
+    tokenizer: Any = None,
 ) -> CustomDatasetGroup:
     """Import and build the class. Raises ConfigError naming what it lacks."""
     try:
@@ -50,7 +51,7 @@ def load_custom_dataset(
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"--dataset_class is {path}, which cannot be imported ({error}); use package.module.Class") from error
     try:
-        dataset = dataset_class(None, max_token_length, resolution, debug_dataset)
+        dataset = dataset_class(tokenizer, max_token_length, resolution, debug_dataset)
     except TypeError as error:
         raise ConfigError(
             f"--dataset_class {path} cannot be called with (None, max_token_length, resolution, debug_dataset): {error};"

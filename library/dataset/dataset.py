@@ -24,13 +24,13 @@ from library.dataset.captions import is_dropped, process_caption, tags_of_folder
 from library.dataset.collate import Sample, collate
 from library.dataset.draws import sample_color, sample_flip, sample_geometry
 from library.dataset.items import DatasetParams, ImageItem, SubsetParams
+from library.dataset.latent_cache import posterior_seed
 from library.dataset.media_utils import ImageFileError
 from library.dataset.plan import BatchRequest, BucketList, StepPlan, plan_epoch
 from library.dataset.samples import Geometry, conditioning_tensor, image_tensor, mask_tensor, read_pixels
 from library.dataset.shared_tensors import SharedTensors
 from library.dataset.strategies import Conditioning, StrategySet
-from library.dataset.text_caching import cached_caption, text_outputs_of
-from library.strategy_base import posterior_seed
+from library.dataset.text_caching import cached_caption
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class Dataset:
     def _needs_tokens(self, samples: Sequence[Sample]) -> bool:
         """Tokens are made where an encoder runs in the step: nothing is cached, or an encoder trains beside the cache."""
         caching = self.strategies.text_encoder_outputs_caching if self.strategies is not None else None
-        return caching is None or caching.is_partial or any(sample.text_outputs is None for sample in samples)
+        return caching is None or bool(caching.live) or any(sample.text_outputs is None for sample in samples)
 
     def _sample(self, item: ImageItem, request: BatchRequest, position: int) -> Sample:
         flipped = sample_flip(self.seed, item, request, position)
@@ -211,8 +211,8 @@ class Dataset:
         caching = self.strategies.text_encoder_outputs_caching if self.strategies is not None else None
         if item.text_encoder_outputs is not None or item.text_encoder_outputs_npz is not None:
             if request.is_training and is_dropped(item.subset, rng, request.epoch):
-                return "", text_outputs_of(self.empty_caption, caching)
-            return cached_caption(item), text_outputs_of(item, caching)
+                return "", caching.outputs_of(self.empty_caption)
+            return cached_caption(item), caching.outputs_of(item)
         if not request.is_training:
             return cached_caption(item), None
         caption = process_caption(

@@ -11,7 +11,7 @@ from library.dataset.caching import check_jobs, encode_latents, plan_latents, un
 from library.dataset.dataset import DatasetGroup
 from library.dataset.items import ImageItem
 from library.dataset.strategies import StrategySet
-from library.dataset.text_caching import empty_caption_item, encode_text, finish_text, plan_text, text_outputs_of
+from library.dataset.text_caching import empty_caption_item, encode_text, finish_text, plan_text
 
 
 class Processes(Protocol):
@@ -100,7 +100,7 @@ def fill_text_cache(
         finish_text(everything if processes.num_processes > 1 else plan.items, strategy, index)
         _save_in_turn(index, processes)
     if empty is not None:
-        empty.text_encoder_outputs = text_outputs_of(empty, strategy)
+        empty.text_encoder_outputs = strategy.outputs_of(empty)
     for group in groups:
         group.set_strategies(strategies)
         group.set_empty_caption(empty)

@@ -51,8 +51,9 @@ class TextLayout:
         """The encoders that must be in memory to make these keys."""
         return frozenset(encoder for key in self.keys if key.name in names for encoder in key.encoders)
 
-    def named(self, outputs: Sequence[Any | None], origin: str = "the text encoders") -> dict[str, Any]:
-        """The list that strategies of plug-ins give, [B, ...] each or None, by name and without the None.
+    def named(self, outputs: Sequence[Any | None], origin: str = "the text encoders", *, has_batch: bool = True) -> dict[str, Any]:
+        """The list that strategies of plug-ins give, [B, ...] each or None, by name and without the None. `has_batch`: else of one
+        caption, without B.
 
         Raises TrainingError for what is not the conditioning of the family; `origin` says whose list it is.
         """
@@ -60,22 +61,23 @@ class TextLayout:
         if len(outputs) != len(keys):
             raise TrainingError(f"{origin} gave {len(outputs)} outputs; needed: {len(keys)}, {', '.join(key.name for key in keys)}")
         found = {key.name: output for key, output in zip(keys, outputs) if output is not None}
-        self.check(found, origin)
+        self.check(found, origin, has_batch=has_batch)
         return found
 
     def listed(self, conditioning: Mapping[str, Any]) -> list[Any | None]:
         """As plug-ins know it: in the order of the keys, None for what is not there."""
         return [conditioning.get(name) for name in self.names]
 
-    def check(self, conditioning: Mapping[str, Any], origin: str = "the text encoders") -> None:
-        """Names, ranks (with the batch) and kinds of numbers; TrainingError says what is wrong and what is needed."""
+    def check(self, conditioning: Mapping[str, Any], origin: str = "the text encoders", *, has_batch: bool = True) -> None:
+        """Names, ranks and kinds of numbers; TrainingError says what is wrong and what is needed."""
         unknown = [name for name in conditioning if name not in self.names]
         if unknown:
             raise TrainingError(f"{origin} gave {', '.join(unknown)}; the conditioning has {', '.join(self.names)}")
         for key in self.keys:
             tensor = conditioning.get(key.name)
-            if tensor is not None and tensor.dim() != key.rank + 1:
-                raise TrainingError(f"{origin} gave {key.name} of shape {list(tensor.shape)}; needed: {key.rank + 1} dimensions, the batch first")
+            if tensor is not None and tensor.dim() != key.rank + has_batch:
+                needed = f"{key.rank + has_batch} dimensions{', the batch first' if has_batch else ''}"
+                raise TrainingError(f"{origin} gave {key.name} of shape {list(tensor.shape)}; needed: {needed}")
             if tensor is not None and key.dtype == "float" and not tensor.is_floating_point():
                 raise TrainingError(f"{origin} gave {key.name} as {str(tensor.dtype).removeprefix('torch.')}; needed: floating-point numbers")
 

@@ -24,7 +24,7 @@ from library.dataset.cache_index import CacheIndex
 from library.dataset.captions import deterministic_caption
 from library.dataset.items import ImageItem
 from library.dataset.strategies import Conditioning, StrategySet
-from library.strategy_base import TextEncoderOutputsCachingStrategy, as_stored
+from library.dataset.text_cache import TextCache, as_stored
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def empty_caption_item(items: Sequence[ImageItem]) -> ImageItem | None:
 
 @records_stay()
 def plan_text(
-    items: Sequence[ImageItem], strategy: TextEncoderOutputsCachingStrategy, *, process_index: int = 0, num_processes: int = 1,
+    items: Sequence[ImageItem], strategy: TextCache, *, process_index: int = 0, num_processes: int = 1,
     index: CacheIndex | None = None,
 ) -> TextPlan:
     """Find what is cached already and what this process has to encode; sets paths and suffixes of the items.
@@ -110,7 +110,7 @@ def plan_text(
 
 
 def _find_all(
-    files: Sequence[Sequence[ImageItem]], strategy: TextEncoderOutputsCachingStrategy, index: CacheIndex | None
+    files: Sequence[Sequence[ImageItem]], strategy: TextCache, index: CacheIndex | None
 ) -> list[tuple[ImageItem, str]]:
     """`_find` for the items of many files."""
     find = strategy.find_with(index or CacheIndex())
@@ -154,6 +154,10 @@ def encode_text(
     with bar, BackgroundWriter() as writer:
         for start in range(0, len(plan.jobs), size):
             jobs = plan.jobs[start : start + size]
+            if strategy.stores_batches:
+                _store_by_plugin(jobs, strategies, text_encoders)
+                bar.update(len(jobs))
+                continue
             for job, outputs in zip(jobs, _encode_batch(jobs, strategies, text_encoders)):
                 if strategy.cache_to_disk:
                     writer.submit(_store_on_disk, strategy, job, outputs, plan.in_use)
@@ -163,11 +167,21 @@ def encode_text(
             bar.update(len(jobs))
 
 
+def _store_by_plugin(jobs: Sequence[TextJob], strategies: StrategySet, text_encoders: list[Any]) -> None:
+    """A batch goes to the `cache_batch_outputs` of a user's class, with every item of its captions. In memory it leaves lists."""
+    strategy, items = strategies.text_encoder_outputs_caching, [item for job in jobs for item in job.items]
+    strategy.cache_batch_outputs(strategies.tokenize, text_encoders, strategies.text_encoding, items)
+    for item in items:
+        if isinstance(item.text_encoder_outputs, (list, tuple)):
+            outputs = [None if output is None else torch.as_tensor(output) for output in item.text_encoder_outputs]
+            item.text_encoder_outputs = strategy.layout.named(outputs, type(strategy).__name__, has_batch=False)
+
+
 def _encode_batch(jobs: Sequence[TextJob], strategies: StrategySet, text_encoders: list[Any]) -> list[Conditioning]:
     """Outputs of each job, in the dtypes of the cache."""
     strategy = strategies.text_encoder_outputs_caching
     captions = [job.caption for job in jobs]
-    batch = strategy.encode(strategies.tokenize, text_encoders, strategies.text_encoding, captions)  # entries [B, ...]
+    batch = strategy.encode(strategies, text_encoders, captions)  # name -> [B, ...]
     results = []
     for index, job in enumerate(jobs):
         outputs = {key.name: as_stored(batch[key.name][index], key) for key in strategy.layout.keys if key.name in batch}
@@ -186,7 +200,7 @@ def _check_finite(outputs: Conditioning, job: TextJob) -> None:
 
 
 def _store_on_disk(
-    strategy: TextEncoderOutputsCachingStrategy, job: TextJob, outputs: Conditioning, in_use: dict[str, frozenset[str]]
+    strategy: TextCache, job: TextJob, outputs: Conditioning, in_use: dict[str, frozenset[str]]
 ) -> None:
     arrays = {name: output.numpy() for name, output in outputs.items()}
     record = strategy.record_of(job.caption)
@@ -199,7 +213,7 @@ def _store_on_disk(
 
 
 def finish_text(
-    items: Sequence[ImageItem], strategy: TextEncoderOutputsCachingStrategy, index: CacheIndex | None = None
+    items: Sequence[ImageItem], strategy: TextCache, index: CacheIndex | None = None
 ) -> None:
     """After every process has encoded its part: look up what was written, by this process and by others."""
     if not strategy.cache_to_disk:
@@ -213,16 +227,6 @@ def finish_text(
         raise TrainingError(
             f"{len(missing)} captions have no cached text encoder outputs, the first of {item.absolute_path} ({reason})"
         )
-
-
-def text_outputs_of(item: ImageItem, strategy: TextEncoderOutputsCachingStrategy | None) -> Conditioning | None:
-    """The cached outputs of an item, from memory or from its file; None when it has none."""
-    if item.text_encoder_outputs is not None:
-        return item.text_encoder_outputs
-    if item.text_encoder_outputs_npz is None or strategy is None:
-        return None
-    arrays = strategy.load_outputs_npz(item.text_encoder_outputs_npz, item.text_encoder_outputs_suffix)
-    return {name: torch.from_numpy(array) for name, array in zip(strategy.layout.names, arrays) if array is not None}
 
 
 def warn_overlong(captions: Sequence[str], tokenize: Any) -> int:
@@ -242,11 +246,8 @@ def warn_overlong_captions(items: Sequence[ImageItem], tokenize: Any) -> int:
     return warn_overlong([cached_caption(item) for item in items], tokenize)
 
 
-def cache_one_batch(
-    strategy: TextEncoderOutputsCachingStrategy, tokenize: Any, models: list[Any], text_encoding: Any, items: Sequence[ImageItem]
-) -> None:
+def cache_one_batch(strategy: TextCache, strategies: StrategySet, models: list[Any], items: Sequence[ImageItem]) -> None:
     """Encode and store exactly these items in one batch; their paths are set when they are not."""
-    strategies = StrategySet(tokenize, text_encoding, None, strategy)
     for item in items:
         if strategy.cache_to_disk and item.text_encoder_outputs_npz is None:
             item.text_encoder_outputs_npz = strategy.get_outputs_npz_path(item.absolute_path)

@@ -196,7 +196,7 @@ class FamilyRecord:
     adapters_of: str = ""
     """the family whose adapters these are too"""
     variant_of: tuple[str, str, str] | None = None
-    """(family, option, value): the option of that family's scripts that chooses this record"""
+    """(family, option, value): the option of that family's scripts that chooses this record; both families have the option"""
 
     @property
     def network_module(self) -> str:

@@ -1,10 +1,10 @@
-"""Adapters of the image scripts in models: hooked, or merged while the models are read; their strengths."""
+"""Adapters of the image scripts in models: merged for good, hooked, or added to the weights for a picture; their strengths."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -79,27 +79,80 @@ def load_with_adapters(
 
 @dataclass
 class LoadedAdapters:
-    """Adapters of a set of models. Those that are hooked can change their strength from picture to picture."""
+    """Adapters of a set of models, in their order. The first `merged` ones are part of the weights; the others can change their
+    strength from picture to picture: they are hooked or, with `pre_calc`, added to the weights for a picture and taken out again."""
 
     denoiser: nn.Module
     text_encoders: Sequence[nn.Module | None]
     layer_filter: LayerFilter = LayerFilter()
+    pre_calc: bool = False
     networks: list[Any] = field(default_factory=list)
     multipliers: tuple[float, ...] = ()
+    """of those that can change, as loaded"""
+    merged: int = 0
+
+    @property
+    def changing(self) -> list[Any]:
+        """Those whose strength can change."""
+        return self.networks[self.merged :]
 
     def add(self, adapter: AdapterFile) -> None:
-        """Hook a file. CheckpointError when it has no layer of these models."""
+        """Load a file. CheckpointError when it has no layer of these models; ConfigError when its module cannot be used as asked."""
         network, _ = network_of(adapter, self.text_encoders, self.denoiser)
         self._filter(network, adapter.path)
-        hook(network, adapter, self.text_encoders, self.denoiser)
+        if not self.pre_calc:
+            hook(network, adapter, self.text_encoders, self.denoiser)
+        elif hasattr(network, "backup_weights"):
+            network.load_weights(adapter.path)
+            network.eval()
+        else:
+            raise ConfigError(f"--network_pre_calc: {adapter.module} cannot take a network out of the weights again; leave the option out")
+        network.to(self.denoiser.device)
         self.networks.append(network)
         self.multipliers = (*self.multipliers, adapter.multiplier)
 
+    def merge(self, adapter: AdapterFile) -> None:
+        """Add a file to the weights for good; before any other is loaded."""
+        network, tensors = network_of(adapter, self.text_encoders, self.denoiser)
+        network.merge_to(_as_argument(self.text_encoders), self.denoiser, tensors, self.denoiser.dtype, self.denoiser.device)
+        self.networks.append(network)
+        self.merged += 1
+
     def set_multipliers(self, multipliers: Sequence[float] | None) -> None:
-        """Strengths for the next picture, in the order of the files; those that are not given are as loaded."""
+        """Strengths of those that can change, in the order of the files; those that are not given are as loaded."""
         wanted = self.multipliers if multipliers is None else multipliers
-        for network, multiplier in zip(self.networks, (*wanted, *self.multipliers[len(wanted) :])):
+        for network, multiplier in zip(self.changing, (*wanted, *self.multipliers[len(wanted) :])):
             network.set_multiplier(multiplier)
+
+    @contextmanager
+    def at(self, multipliers: Sequence[float]) -> Iterator[None]:
+        """The strengths of a batch, one for each network; those that are merged stay as they are."""
+        self.set_multipliers(multipliers[self.merged :])
+        if not self.pre_calc:
+            yield
+            return
+        try:
+            for network in self.changing:
+                network.backup_weights()
+                network.merge_to(None, None)
+            yield
+        finally:
+            for network in reversed(self.changing):  # networks on one layer: the first one holds the layer's own weight
+                network.restore_weights()
+
+    @contextmanager
+    def only(self, place: int | None) -> Iterator[None]:
+        """Hooked networks other than number `place` switched off (None: all work). ConfigError for one that has no switch."""
+        for network in self.changing:
+            if not hasattr(network, "set_enabled"):
+                raise ConfigError(f"regions of --mask_path need networks that can be switched off; {type(network).__name__} cannot")
+        try:
+            for number, network in enumerate(self.changing, start=self.merged):
+                network.set_enabled(place is None or number == place)
+            yield
+        finally:
+            for network in self.changing:
+                network.set_enabled(True)
 
     def follow_models(self) -> None:
         """Put every adapter where its layer is; call it after models have moved."""

@@ -36,7 +36,6 @@ class AnimaScript(ImageScript[AnimaRequest]):
     """Its pictures can be written as latents, and latents be read for pictures."""
 
     title = "Anima"
-    models = AnimaModelOptions
     adapters = AnimaAdapterOptions
     pictures = AnimaPromptOptions
     groups = GROUPS

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.anima_train_utils import SPATIAL_STRIDE, predict_velocity
+from library.anima_train_utils import predict_velocity
 from library.anima_utils import load_anima
 from library.checkpoints.loading import Transform
 from library.components.llm_encoder_utils import load_qwen3
@@ -23,12 +23,12 @@ from library.device_utils import get_preferred_device
 from library.fp8_optimization_utils import FP8_STORAGE, shrink_linears_to_scaled_fp8
 from library.generation.adapters import load_with_adapters
 from library.generation.anima_options import AnimaAdapterOptions, AnimaModelOptions, AnimaRequest
-from library.generation.pipeline import PictureMaker, PicturePipeline
-from library.generation.sampling_utils import Conditioning, guided_velocity, start_noise
+from library.generation.flow_pipeline import FlowPipeline
+from library.generation.pipeline import PictureMaker
+from library.generation.sampling_utils import Conditioning
 from library.safetensors_utils import MemoryEfficientSafeOpen, save_file_atomic
 from library.strategy_anima import AnimaTextEncodingStrategy, AnimaTokenizeStrategy
-from library.training.inference_samplers.common import noise_of
-from library.training.inference_samplers.flow import flow_sampler, flow_schedule
+from library.training.inference_samplers.flow import flow_schedule
 
 if TYPE_CHECKING:
     from library.anima_models import Anima
@@ -40,22 +40,17 @@ KEPT_WIDE = ("_embedder", "norm", "adaln", "final_layer", ".embed.")
 
 
 @dataclass
-class AnimaPipeline(PicturePipeline[AnimaRequest]):
+class AnimaPipeline(FlowPipeline[AnimaRequest]):
     """Steps along evenly spaced times that `flow_shift` moves towards noise."""
 
+    family = "anima"
     request_class = AnimaRequest
 
-    def latents(self, request: AnimaRequest, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
-        def predict(latents: Tensor, times: Tensor, given: Conditioning) -> Tensor:
-            return predict_velocity(self.denoiser, latents, times, given)
+    def velocity(self, latents: Tensor, times: Tensor, conditioning: Conditioning, request: AnimaRequest) -> Tensor:
+        return predict_velocity(self.denoiser, latents, times, conditioning)
 
-        device = self.denoiser.device
-        height, width = request.height // SPATIAL_STRIDE, request.width // SPATIAL_STRIDE
-        noise = start_noise(request.seed, self.denoiser.params.in_channels, height, width).to(device)
-        velocity = guided_velocity(predict, conditioning, negative if request.cfg_scale != 1.0 else None, request.cfg_scale)
-        generator = torch.Generator("cpu").manual_seed(request.seed + 1)  # samplers with noise of their own draw from here
-        sigmas = flow_schedule(request.steps, request.flow_shift).to(device)
-        return flow_sampler(request.sampler)(velocity, noise, sigmas, noise_of([generator], noise))
+    def sigmas(self, request: AnimaRequest) -> Tensor:
+        return flow_schedule(request.steps, request.flow_shift)
 
 
 def device_of(options: AnimaModelOptions) -> torch.device:

@@ -37,7 +37,7 @@ def complete(request: FluxRequest, is_schnell: bool) -> FluxRequest:
 
 class FluxScript(ImageScript[FluxRequest]):
     title = "FLUX.1"
-    models = adapters = InferenceModelOptions
+    adapters = InferenceModelOptions
     pictures = PromptOptions
     groups = GROUPS
     line_options = LINE_OPTIONS

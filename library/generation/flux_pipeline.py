@@ -12,23 +12,25 @@ from library.checkpoints.loading import Transform
 from library.dataset.strategies import StrategySet
 from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.device_utils import get_preferred_device
-from library.flux_train_utils import SampleSettings, generate_latents
+from library.flux_train_utils import get_schedule, predict_velocity
 from library.flux_utils import load_ae, load_clip_l, load_flux, load_t5xxl
 from library.generation.adapters import load_with_adapters
+from library.generation.flow_pipeline import FlowPipeline
 from library.generation.flux_options import FluxRequest, InferenceModelOptions
-from library.generation.pipeline import PictureMaker, PicturePipeline
+from library.generation.pipeline import PictureMaker
 from library.generation.sampling_utils import Conditioning
 from library.strategy_flux import FluxTextEncodingStrategy, FluxTokenizeStrategy
-from library.training.inference_samplers import INFERENCE_SAMPLERS
 
-SAMPLER = "euler"
+TOKEN_STRIDE = 16
+"""pixels of a side that one token has"""
 TOKEN_LENGTH_DEV, TOKEN_LENGTH_SCHNELL = 512, 256
 
 
 @dataclass
-class FluxPipeline(PicturePipeline[FluxRequest]):
-    """Euler steps along the schedule of the number of tokens."""
+class FluxPipeline(FlowPipeline[FluxRequest]):
+    """Steps along the schedule of the number of tokens; schnell's are evenly spaced."""
 
+    family = "flux"
     request_class = FluxRequest
     use_t5_mask: bool = False
 
@@ -36,13 +38,12 @@ class FluxPipeline(PicturePipeline[FluxRequest]):
     def is_schnell(self) -> bool:
         return not self.denoiser.params.guidance_embed
 
-    def latents(self, request: FluxRequest, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
-        settings = SampleSettings(
-            height=request.height, width=request.width, num_steps=request.steps, seed=request.seed, guidance=request.guidance,
-            cfg_scale=request.cfg_scale, shift=not self.is_schnell, use_t5_mask=self.use_t5_mask,
-        )  # fmt: skip
-        sampler = INFERENCE_SAMPLERS.resolve(SAMPLER)
-        return generate_latents(self.denoiser, settings, conditioning, negative, sampler=sampler, device=self.denoiser.device)
+    def velocity(self, latents: Tensor, times: Tensor, conditioning: Conditioning, request: FluxRequest) -> Tensor:
+        return predict_velocity(self.denoiser, latents, times, conditioning, guidance=request.guidance, use_t5_mask=self.use_t5_mask)
+
+    def sigmas(self, request: FluxRequest) -> Tensor:
+        tokens = (request.height // TOKEN_STRIDE) * (request.width // TOKEN_STRIDE)
+        return torch.tensor(get_schedule(request.steps, tokens, shift=not self.is_schnell))
 
 
 def load_pipeline(options: InferenceModelOptions) -> PictureMaker[FluxRequest]:

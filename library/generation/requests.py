@@ -23,7 +23,7 @@ DTYPE_NAMES: dict[str, str] = {
 """spellings of a number format -> its name in torch"""
 
 SAMPLE_NAMES: Mapping[str, str] = {
-    "steps": "sample_steps", "cfg_scale": "scale", "guidance": "guidance_scale", "sampler": "sample_sampler",
+    "frames": "frame_count", "steps": "sample_steps", "cfg_scale": "scale", "guidance": "guidance_scale", "sampler": "sample_sampler",
 }  # fmt: skip
 """fields of requests that have another name in sample prompts (whose own `cfg_scale` is that of video families)"""
 
@@ -36,6 +36,7 @@ class PictureRequest:
     negative_prompt: str | None = None
     width: int
     height: int
+    frames: int = 1
     steps: int | None = None
     seed: int | None = None
     cfg_scale: float = 1.0

@@ -18,15 +18,15 @@ Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, Callable
 """(velocity function, latents, sigmas, noise function) -> latents; library/training/inference_samplers"""
 
 
-def start_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
-    """Standard normal latents [1, C, H, W]: drawn on the CPU in float32, so that a seed means one picture everywhere."""
-    return torch.randn((1, channels, height, width), generator=torch.Generator("cpu").manual_seed(seed))
+def start_noise(seed: int, *shape: int) -> Tensor:
+    """Standard normal latents [1, C, H, W] (or of any `shape`): drawn on the CPU in float32, so that a seed means one picture everywhere."""
+    return torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed))
 
 
 def guided_velocity(
     predict: Callable[[Tensor, Tensor, Conditioning], Tensor], conditioning: Conditioning, negative: Conditioning | None, cfg_scale: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (latents [1, C, H, W], sigma []) -> velocity, float32. `predict` takes latents, times on the 0..1000 scale
+    """A function (latents [1, C, ...], sigma []) -> velocity, float32. `predict` takes latents, times on the 0..1000 scale
     and conditioning. With a negative prompt both run as one batch, negative first: v = v_neg + cfg_scale * (v_pos - v_neg)."""
     if negative is not None:
         conditioning = {name: torch.cat((negative[name], conditioning[name])) for name in conditioning}
@@ -34,7 +34,7 @@ def guided_velocity(
 
     def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
         times = torch.full((rows,), float(sigma) * NUM_TRAIN_TIMESTEPS, device=latents.device, dtype=torch.float32)
-        predicted = predict(latents.repeat(rows, 1, 1, 1), times, conditioning).float()
+        predicted = predict(torch.cat([latents] * rows), times, conditioning).float()
         if negative is None:
             return predicted
         negative_part, positive_part = predicted.chunk(2)

@@ -217,8 +217,6 @@ class ImageScript(ABC, Generic[Request]):
 
     title: ClassVar[str]
     """the family in the text of --help"""
-    models: ClassVar[type]
-    """option group of the model files"""
     adapters: ClassVar[type]
     """option group of the LoRA files: `num_adapters`, `adapters` (AdapterChoice), `merge_lora_weights`"""
     pictures: ClassVar[type]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 class SdxlScript(ImageScript[SdxlRequest]):
     title = "SDXL"
-    models = adapters = SdxlModelOptions
+    adapters = SdxlModelOptions
     pictures = SdxlPromptOptions
     groups = GROUPS
     line_options = LINE_OPTIONS

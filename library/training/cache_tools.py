@@ -59,7 +59,7 @@ class CacheToolOptions:
 
 @functools.cache
 def family_switches() -> type:
-    """An option group with a switch for every family: `--flux` is `--family flux`."""
+    """An option group with a switch for every family: `--NAME` is `--family NAME`."""
     switches = {name: option(False, help=f"the same as --family {name}") for name in FAMILIES}
     group = dataclasses.make_dataclass(
         "FamilySwitches", [(name, bool, switch) for name, switch in switches.items()], frozen=True, kw_only=True
@@ -122,7 +122,7 @@ def chosen_family(argv: Sequence[str], default: str | None = None) -> str:
         raise ConfigError(f"{found} named; needed: --family with one of {', '.join(FAMILIES)}")
     name = named.pop()
     record_of(name)  # complains about an unknown name
-    return name
+    return parser_common.chosen_variant(name, words)
 
 
 def _names_used(words: Sequence[str], config_file: str | None) -> set[str]:

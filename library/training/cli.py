@@ -75,6 +75,7 @@ def exit_code(run: Callable[[], object], interrupted: str = "interrupted") -> in
 
 def run(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
     """`main` without the handling of errors."""
+    family = parser_common.chosen_variant(family, argv)
     try:
         parsed = parser_common.parse_command(argv, family, trainable)
     except OptionsError as error:

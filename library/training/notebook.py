@@ -57,8 +57,9 @@ class Training:
         **more: Any,
     ) -> None:
         search_current_folder()
-        record = record_of(family)
-        self.config: Config = parser_common.parse([*words_of(options), *words_of(more)], family, trainable)
+        words = [*words_of(options), *words_of(more)]
+        record = record_of(parser_common.chosen_variant(record_of(family).name, words))
+        self.config: Config = parser_common.parse(words, record.name, trainable)
         self.family: ModelFamily = import_target(record.family)(self.config)
         self.trainable = parser_common.TRAINABLES.resolve(trainable)(self.config)
         self.hooks = list(hooks)

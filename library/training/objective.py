@@ -91,8 +91,8 @@ def expand_like(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
 
 
 class FlowMatchingObjective(Objective):
-    """x_t = (1 - s) x0 + s noise. Target by `target`: velocity noise - x0 (FLUX, HunyuanImage, Anima), reverse_velocity
-    x0 - noise (Lumina), latents x0 (SD3, compared with `clean_estimate`).
+    """x_t = (1 - s) x0 + s noise. Target by `target`: velocity noise - x0, reverse_velocity x0 - noise, latents x0 (compared
+    with `clean_estimate`).
 
     `timestep_options`: TimestepOptions; `noise_options`: NoiseOptions or None (only ip_noise_gamma has a meaning here);
     `weigh`: whether the loss is weighted by `--weighting_scheme`.

@@ -6,29 +6,23 @@ from collections.abc import Iterable, Sequence
 
 from library.core.errors import ConfigError, Problems
 from library.core.options import Config, option_fields
-from library.core.registry import import_target
+from library.core.registry import Registry
 from library.training.checkpoint import AVERAGED
 from library.training.hooks.base import Hook
 from library.training.option_groups import HookOptions
 
 
-def hook_class(name: str) -> type[Hook]:
-    """The class behind `package.module:Class`; ConfigError when it cannot be imported, or is no Hook."""
-    try:
-        found = import_target(name)
-    except AttributeError as error:
-        raise ConfigError(f"--hook is {name}: {error}") from error
-    except Exception as error:  # whatever a module of the user's raises
-        raise ConfigError(f"--hook is {name}, which cannot be imported: {str(error) or type(error).__name__}") from error
-    if not (isinstance(found, type) and issubclass(found, Hook)):
-        raise ConfigError(f"--hook is {name}, which is no class of hooks; needed: package.module:Class, a subclass of library.training.hooks.base:Hook")
-    return found
+HOOKS: Registry[type[Hook]] = Registry(
+    "hook", option="hook", group="hooks", is_a=lambda found: isinstance(found, type) and issubclass(found, Hook),
+    wanted="package.module:Class, a subclass of library.training.hooks.base:Hook",
+)
+"""names that plug-ins give their hooks; the project has none of its own here"""
 
 
 def hook_classes(names: Iterable[str]) -> list[type[Hook]]:
     """All of them, each once; one ConfigError with every problem."""
     problems = Problems()
-    found = [problems.attempt(lambda name=name: hook_class(name)) for name in dict.fromkeys(names)]
+    found = [problems.attempt(lambda name=name: HOOKS.resolve(name)) for name in dict.fromkeys(names)]
     problems.raise_if_any()
     return list(dict.fromkeys(found))
 

@@ -18,7 +18,8 @@ from typing import Any
 from library.core.errors import ConfigError
 from library.core.options import Config
 from library.core.registry import Registry, import_target
-from library.families.registry import record_of
+from library.families.registry import record_of, variants_of
+from library.training.config_file import read_config_file
 from library.training.option_groups import SHARED_GROUPS, ConfigFileOptions, HookOptions
 from library.training.option_reader import Note, OptionReader, Script, parser_of
 
@@ -67,6 +68,28 @@ TRAINABLES.add(
 class Parsed:
     config: Config
     notes: tuple[Note, ...]
+
+
+def chosen_variant(family: str, argv: Sequence[str] | None) -> str:
+    """The family itself, or the variant that an option on the command line or in its configuration file chooses instead
+    (`FamilyRecord.variant_of`). Whatever is wrong with the options is told when they are read with those of the family."""
+    variants = variants_of(family)
+    if not variants:
+        return family
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("config_file", *dict.fromkeys(record.variant_of[1] for record in variants if record.variant_of)):
+        reader.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), dest=name)
+    try:
+        given = vars(reader.parse_known_args(sys.argv[1:] if argv is None else list(argv))[0])
+        in_file = read_config_file(given["config_file"]) if given["config_file"] else {}
+    except (argparse.ArgumentError, ConfigError):
+        return family
+    values = {**{key.replace("-", "_"): value for key, value in in_file.items()}, **{key: value for key, value in given.items() if value is not None}}
+    for record in variants:
+        _, name, value = record.variant_of
+        if values.get(name) == value:
+            return record.name
+    return family
 
 
 def script(family: str, trainable: str) -> Script:

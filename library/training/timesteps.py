@@ -37,7 +37,7 @@ def density(scheme: str, u: torch.Tensor, *, logit_mean: float, logit_std: float
 
     logit_normal: sigmoid(logit_mean + logit_std * probit(u)); mode: 1 - u - mode_scale * (cos^2(pi u / 2) - 1 + u);
     every other scheme leaves u as it is (sigma_sqrt and cosmap only weigh the loss).
-    Source: SD3, arXiv 2403.03206, section 3.1. A mode_scale above 1.75 leaves 0..1 and is clamped.
+    Source: arXiv 2403.03206, section 3.1. A mode_scale above 1.75 leaves 0..1 and is clamped.
     """
     if scheme == "logit_normal":
         return torch.sigmoid(logit_mean + logit_std * normal_from_uniform(u))
@@ -107,10 +107,10 @@ def ddpm_timesteps(u: torch.Tensor, min_timestep: int | None, max_timestep: int 
     return (low + u * (high - low)).floor().clamp(low, high - 1)
 
 
-def sd3_timesteps(
+def whole_flow_timesteps(
     u: torch.Tensor, training_shift: float, min_timestep: int | None, max_timestep: int | None
 ) -> torch.Tensor:
-    """Whole timesteps [B] of SD3 from numbers that follow the density: shift, range, cut.
+    """Whole timesteps [B] of a flow model from numbers that follow the density: shift, range, cut.
 
     At least 1, because at 0 the sigma_sqrt weight is infinite and the loss 0 * inf.
     """

@@ -17,7 +17,7 @@ from networks.kinds.targets import NetworkTargets, layer_name
 
 ROW_BITS = 32
 PARAMETERS = {"weight": "weight", "bias": "bias", "scale": "weight"}
-"""name in the model -> name that adapters have for it; norms of FLUX.1 call their weight scale"""
+"""name in the model -> name that adapters have for it; some norms call their weight scale"""
 
 
 @dataclass(frozen=True)

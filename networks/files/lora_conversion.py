@@ -204,8 +204,8 @@ def to_dotted(
 
     `prefix` stands in front of the denoiser's paths; `fold`: see fold_factors. A text encoder that has no dotted name keeps
     its kohya names, which ComfyUI reads in the same file. So do all layers of families that ComfyUI reads under kohya names
-    of the original paths alone (HunyuanImage). Tensors come in the form that ComfyUI reads (comfy_forms); where its result differs all
-    the same, the log tells.
+    of the original paths alone (`FileNames.comfy_is_kohya`). Tensors come in the form that ComfyUI reads (comfy_forms); where
+    its result differs all the same, the log tells.
     """
     from networks.files.comfy_forms import difference, for_comfy
 

@@ -6,7 +6,7 @@
 | diffusers | unet., transformer., text_encoder. | folded into lora_B |
 | peft | as diffusers; in `adapter_model.safetensors` base_model.model. | alpha in PEFT's configuration, tensors untouched |
 | comfy | diffusion_model., text_encoders. | alpha |
-| ai-toolkit | FLUX as diffusers, Anima as comfy, U-Nets as kohya | folded, balanced (LoKr and U-Nets: alpha) |
+| ai-toolkit | as diffusers, comfy or kohya: `ai_toolkit` of the record | folded, balanced (LoKr and kohya names: alpha) |
 | xlabs | double_blocks.N.processor.qkv_lora1 | folded, balanced |
 | lycoris | lycoris_... | alpha |
 | other | any prefix, then original paths | folded, balanced |

@@ -45,7 +45,7 @@ def sources_of(path: str | os.PathLike[str]) -> list[Source]:
 
 
 def kind_of_model(sources: Iterable[Source]) -> str | None:
-    """What the denoiser among them is (sd1, sdxl, flux ...); None when none is there or known."""
+    """The kind of the denoiser among them (ModelKind.name); None when none is there or known."""
     known = {kind for record in records().values() if adapter_family_of(record).name in FAMILIES for kind in record.kinds}
     for source in sources:
         found = recognise({key: tuple(tensor.shape) for key, tensor in source.files.shapes.items()})

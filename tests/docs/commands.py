@@ -7,6 +7,10 @@ import re
 import shlex
 from pathlib import Path
 
+from library.families.registry import FAMILIES, script_name
+from library.training.option_reader import parser_of
+from library.training.parser_common import script, with_own_hooks
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md"), *(ROOT / "assets").rglob("*.md")])
 SCRIPTS = sorted(path for folder in (".", "tools", "finetune") for path in (ROOT / folder).glob("*.py"))
@@ -47,4 +51,7 @@ def parse(command: str) -> object:
         part, *words = words
         tool = importlib.import_module(f"tools.caption_tools.{module.PARTS[part][0]}").TOOL
         return tool.parser().parse_args(tool._plain(words))
+    if "--hook" in words:  # its options are those of the script then
+        family = next(name for name in FAMILIES if script_name(name) == module.__name__)
+        return parser_of(with_own_hooks(script(family, "network"), words)).parse_args(words)
     return module.setup_parser().parse_args(words)

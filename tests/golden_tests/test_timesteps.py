@@ -64,7 +64,7 @@ def test_sd3_timesteps(case):
         options.weighting_scheme, u,
         logit_mean=options.logit_mean, logit_std=options.logit_std, mode_scale=options.mode_scale,
     )
-    result = timesteps.sd3_timesteps(
+    result = timesteps.whole_flow_timesteps(
         u, case["options"].get("training_shift", 1.0), options.min_timestep, options.max_timestep
     )
     assert result.tolist() == case["timestep"]

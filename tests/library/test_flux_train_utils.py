@@ -7,25 +7,21 @@ import torch
 
 from library.flux_models import AutoEncoder, AutoEncoderParams, Flux, FluxParams
 from library.flux_train_utils import (
-    SampleSettings,
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
-    decode_to_image,
     denoise,
-    generate_latents,
     get_lin_function,
     get_schedule,
-    guided_velocity,
     predict_velocity,
-    start_noise,
     time_shift,
 )
 from library.flux_utils import pack_latents, prepare_img_ids, unpack_latents
-from library.training.inference_samplers import INFERENCE_SAMPLERS
+from library.generation.flux_options import FluxRequest
+from library.generation.flux_pipeline import FluxPipeline
+from library.generation.sampling_utils import decode_to_image, start_noise
 from tests.tiny import random_state
 
 TOKENS = 6
-EULER = INFERENCE_SAMPLERS.resolve("euler")
 
 
 def tiny_denoiser(guidance: bool = True, seed: int = 0) -> Flux:
@@ -52,8 +48,8 @@ def noisy_latents(batch_size: int = 2) -> torch.Tensor:
     return torch.randn(batch_size, 16, 4, 6, generator=torch.Generator().manual_seed(2))
 
 
-def settings_of(**changes) -> SampleSettings:
-    return SampleSettings(**{"height": 32, "width": 48, "num_steps": 3, "seed": 7, **changes})
+def request_of(**changes) -> FluxRequest:
+    return FluxRequest(**{"prompt": "", "height": 32, "width": 48, "steps": 3, "seed": 7, **changes})
 
 
 def test_prediction_is_the_packed_forward_in_the_layout_of_the_latents():
@@ -111,18 +107,17 @@ def test_names_that_other_code_calls():
 
 
 def test_an_image_depends_on_its_seed_alone():
-    model, conditioning = tiny_denoiser(), conditioning_of(1)
-    how = {"sampler": EULER, "device": "cpu"}
-    one = generate_latents(model, settings_of(), conditioning, None, **how)
+    pipeline, conditioning = FluxPipeline(tiny_denoiser(), None), conditioning_of(1)
+    one = pipeline.latents(request_of(), conditioning, None)
     torch.manual_seed(99)
-    torch.testing.assert_close(one, generate_latents(model, settings_of(), conditioning, None, **how), rtol=0, atol=0)
+    torch.testing.assert_close(one, pipeline.latents(request_of(), conditioning, None), rtol=0, atol=0)
     assert one.shape == (1, 16, 4, 6)
-    assert not torch.allclose(one, generate_latents(model, settings_of(seed=8), conditioning, None, **how))
+    assert not torch.allclose(one, pipeline.latents(request_of(seed=8), conditioning, None))
 
 
 def test_sampling_is_euler_along_the_schedule():
     model, conditioning = tiny_denoiser(), conditioning_of(1)
-    made = generate_latents(model, settings_of(guidance=2.0), conditioning, None, sampler=EULER, device="cpu")
+    made = FluxPipeline(model, None).latents(request_of(guidance=2.0), conditioning, None)
     packed = denoise(
         model, pack_latents(start_noise(7, 16, 4, 6)), prepare_img_ids(1, 2, 3), conditioning["t5_out"], torch.zeros(1, TOKENS, 3),
         conditioning["l_pooled"], get_schedule(3, 6), guidance=2.0,
@@ -136,10 +131,11 @@ def test_cfg_goes_from_the_negative_past_the_positive_prompt():
     alone = [
         predict_velocity(model, latents, torch.tensor([600.0]), c, guidance=3.5) for c in (negative, positive)
     ]
-    combined = guided_velocity(model, settings_of(cfg_scale=4.0), positive, negative)(latents, sigma)
+    pipeline = FluxPipeline(model, None)
+    combined = pipeline.guided(request_of(cfg_scale=4.0), positive, negative)(latents, sigma)
     torch.testing.assert_close(combined, alone[0] + 4.0 * (alone[1] - alone[0]), rtol=1e-4, atol=1e-5)
     for cfg_scale, other in ((1.0, negative), (4.0, None)):
-        velocity = guided_velocity(model, settings_of(cfg_scale=cfg_scale), positive, other)(latents, sigma)
+        velocity = pipeline.guided(request_of(cfg_scale=cfg_scale), positive, other)(latents, sigma)
         torch.testing.assert_close(velocity, alone[1])
 
 

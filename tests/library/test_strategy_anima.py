@@ -11,6 +11,7 @@ import torch
 from library.components.llm_encoder_utils import load_qwen3
 from library.components.tokenizers import load_qwen3_tokenizer
 from library.core.errors import ConfigError
+from library.dataset.strategies import StrategySet
 from library.strategy_anima import (
     AnimaTextEncoderOutputsCachingStrategy,
     AnimaTextEncodingStrategy,
@@ -58,7 +59,7 @@ def test_states_are_those_of_the_caption_alone_and_zero_behind_it(tiny: TinyAnim
 def test_the_cache_file_has_the_known_keys_and_no_dropout_rate(tiny: TinyAnima, tmp_path: Path) -> None:
     qwen3 = load_qwen3(tiny.qwen3, torch.bfloat16, "cpu")
     caching = AnimaTextEncoderOutputsCachingStrategy(True, 1, False)
-    outputs = caching.encode(strategy(tiny), [qwen3], AnimaTextEncodingStrategy(), ["a red cat"])
+    outputs = caching.encode(StrategySet(strategy(tiny), AnimaTextEncodingStrategy(), None, caching), [qwen3], ["a red cat"])
     assert [tuple(output.shape) for output in outputs.values()] == [(1, 12, 24), (1, 12), (1, 16), (1, 16), (1,)]
     assert float(outputs["caption_dropout_rate"]) == 0
 

@@ -10,7 +10,7 @@ import torch
 
 from library.dataset.caching import encode_latents, plan_latents
 from library.dataset.npz_file import read_arrays
-from library.dataset.text_caching import encode_text, plan_text, text_outputs_of
+from library.dataset.text_caching import encode_text, plan_text
 from library.flux_utils import load_ae, load_clip_l, load_t5xxl
 from library.strategy_base import StrategySet
 from library.strategy_flux import (
@@ -61,7 +61,7 @@ def test_text_outputs_equal_live_encoding(tiny, tmp_path):
     encode_text(plan_text([item], caching), family, encoders, show_progress=False)
     with torch.no_grad():
         live = family.encode(encoders, family.tokenize.tokenize(item.caption))
-    cached = text_outputs_of(item, caching)
+    cached = caching.outputs_of(item)
     assert cached.keys() == live.keys()
     for name, tensor in cached.items():
         torch.testing.assert_close(tensor, live[name][0], atol=0, rtol=0)
@@ -76,5 +76,5 @@ def test_a_partial_cache_needs_no_clip(tiny, tmp_path):
     caching = family.text_encoder_outputs_caching
     encoders = [None, load_t5xxl(str(tiny.t5xxl), torch.float32, "cpu")]
     encode_text(plan_text([item], caching), family, encoders, show_progress=False)
-    outputs = text_outputs_of(item, caching)
+    outputs = caching.outputs_of(item)
     assert "l_pooled" not in outputs and outputs["t5_out"].shape[0] == 24 and outputs["t5_attn_mask"].dtype == torch.int64

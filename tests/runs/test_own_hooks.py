@@ -61,9 +61,9 @@ def test_a_step_that_raises_closes_it(work: Work) -> None:
 
 
 @pytest.mark.parametrize(("words", "told"), [
-    (["--hook=tests.runs.no_such_module:Pull"], "--hook is tests.runs.no_such_module:Pull, which cannot be imported: No module named"),
-    (["--hook=tests.runs.own_hooks:Push"], "--hook is tests.runs.own_hooks:Push: module 'tests.runs.own_hooks' has no attribute 'Push'"),
-    (["--hook=tests.runs.own_hooks:NOT_A_HOOK"], "which is no class of hooks"),
+    (["--hook=tests.runs.no_such_module:Pull"], "hook is tests.runs.no_such_module:Pull; there is no module tests.runs.no_such_module"),
+    (["--hook=tests.runs.own_hooks:Push"], "the module tests.runs.own_hooks has no Push"),
+    (["--hook=tests.runs.own_hooks:NOT_A_HOOK"], "which is a value of the type int; needed: package.module:Class"),
     ([PULL, "--pull_strength=-1"], "--pull_strength is -1"), ([PULL, "--pull_strenght=1"], "did you mean 'pull_strength'"),
     (["--pull_strength=1"], "unknown option --pull_strength"), (["--hook=tests.runs.own_hooks:Picky"], "flux is not what this hook wants"),
     (["--hook=tests.runs.own_hooks:Clashing"], "Clashing declares --network_dim, which the script has already"),

@@ -19,7 +19,8 @@ from library.core.errors import ConfigError
 from library.core.options import Config
 from library.device_utils import get_preferred_device
 from library.generation import pipeline_class
-from library.generation.gen_img.networks import Networks
+from library.generation.adapters import LoadedAdapters
+from library.generation.gen_img.networks import load_networks
 from library.generation.gen_img.options import (
     GenerationModelOptions,
     GenerationNetworkOptions,
@@ -69,7 +70,7 @@ class PictureBatches:
     config: Config
     pipeline: UNetPipeline
     prompts: PromptEncoder
-    networks: Networks
+    networks: LoadedAdapters
     device: torch.device
     sources: Sequence[Image.Image] = ()
     masks: Sequence[Image.Image] = ()
@@ -290,9 +291,7 @@ def load_batches(config: Config) -> PictureBatches:
     if options.opt_channels_last:
         unet.to(memory_format=torch.channels_last)
     vae = family.load_vae(options.vae or options.ckpt, torch.float32 if options.no_half_vae else dtype, device).eval()
-    held = Networks(pre_calc=networks.network_pre_calc)
-    for place in range(len(networks.network_weights or [])):
-        held.add(networks, place, unet, prompts.encoders)
+    held = load_networks(networks, unet, prompts.encoders)
     upscaler = load_upscaler(config[GenerationSourceOptions], device, dtype)
     is_v = options.v_parameterization or info.prediction_type == "v"
     pipeline = family(unet, vae, "v" if is_v else "epsilon", options.zero_terminal_snr or bool(info.zero_terminal_snr))

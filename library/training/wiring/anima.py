@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from library.anima_models import AdapterParams
     from library.anima_utils import AnimaInfo
+    from library.dataset.latent_cache import LatentCache
     from library.dataset.strategies import StrategySet
-    from library.strategy_base import LatentsCachingStrategy
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
     from library.training.run import DiTOutput, Models
@@ -243,33 +243,23 @@ class AnimaFamily(FlowFamily):
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_anima
-        from library.checkpoints.identity import combined_identity, model_identity
         from library.dataset.strategies import StrategySet
         from library.dataset.text_cache_io import TEXT_LAYOUTS
 
-        caching, text = self.config[CachingOptions], None
-        if caching.caches_text:
-            text = strategy_anima.AnimaTextEncoderOutputsCachingStrategy(
-                caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check,
-            )  # fmt: skip
-            text.trained = trained
-            # the number of T5 tokens is part of what was encoded, and the record has one length only
-            text.model_identity = combined_identity([model_identity(self.opts.qwen3), f"t5 tokens {self.opts.t5_max_token_length}"])
-            text.max_token_length = self.opts.qwen3_max_token_length
+        # the number of T5 tokens is part of what was encoded, and the record has one length only
+        text = self.text_cache(
+            trained, [self.opts.qwen3], [f"t5 tokens {self.opts.t5_max_token_length}"], max_token_length=self.opts.qwen3_max_token_length
+        )
         tokenize = strategy_anima.AnimaTokenizeStrategy(
             self.opts.qwen3_max_token_length, self.opts.t5_max_token_length,
             qwen3_tokenizer=self._qwen3_tokenizer, t5_tokenizer=self._t5_tokenizer,
         )  # fmt: skip
         return StrategySet(tokenize, strategy_anima.AnimaTextEncodingStrategy(), self.latents_caching(), text, TEXT_LAYOUTS["anima"])
 
-    def latents_caching(self) -> LatentsCachingStrategy:
-        from library.checkpoints.identity import model_identity
-        from library.strategy_anima import AnimaLatentsCachingStrategy
+    def latents_caching(self) -> LatentCache:
+        from library.strategy_anima import AnimaLatentEncoder
 
-        caching = self.config[CachingOptions]
-        strategy = AnimaLatentsCachingStrategy(caching.cache_latents_to_disk, caching.vae_batch_size, caching.skip_cache_check)
-        strategy.model_identity = model_identity(self._vae_path)
-        return strategy
+        return self.latent_cache(AnimaLatentEncoder(), self._vae_path)
 
     @property
     def _disable_mmap(self) -> bool:
@@ -319,7 +309,8 @@ class AnimaFamily(FlowFamily):
         from library.training.run import DiTOutput
 
         velocity = predict_velocity(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
-        return DiTOutput(velocity, sample.target)
+        velocity, extra = self.with_side_outputs(velocity)
+        return DiTOutput(velocity, sample.target, extra)
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
         """Complete settings, with the sampler of --sample_sampler where the prompt names none."""

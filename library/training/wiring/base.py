@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.core.errors import CheckpointError, ConfigError, Problems, UnsupportedCombination
 from library.core.options import Config, Ignored
+from library.dataset import CachingOptions
 from library.training import timestep_samplers
 from library.training.sampling_prompts import SamplePrompt, with_defaults
 
@@ -16,10 +18,11 @@ if TYPE_CHECKING:
     import torch
 
     from library.checkpoints.loading import Transform
+    from library.dataset.latent_cache import LatentCache, LatentEncoder
     from library.dataset.strategies import StrategySet
+    from library.dataset.text_cache import TextCache
     from library.families.record import DataArchitecture, FamilyRecord, SampleDefaults
     from library.generation.pipeline import PicturePipeline
-    from library.strategy_base import LatentsCachingStrategy
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
     from library.training.run import DiTOutput, Models
@@ -102,6 +105,10 @@ class ModelFamily(ABC):
         if "record" in vars(cls):
             cls.name, cls.architecture, cls.sampling = cls.record.name, cls.record.architecture, cls.record.samples
 
+    gives_features: ClassVar[bool] = False
+    """whether `predict` takes `feature_layer` and gives the image tokens [B, L, hidden] after that block of `repeated_blocks` as
+    DiTOutput.extra["features"], and takes times per token; the denoiser has a `feature_width` then"""
+
     def __init__(self, config: Config) -> None:
         self.config = config
         self.opts = config[self.options]
@@ -118,8 +125,34 @@ class ModelFamily(ABC):
         of such a one are not cached."""
 
     @abstractmethod
-    def latents_caching(self) -> LatentsCachingStrategy:
-        """The one of `strategies()`, made without the text side."""
+    def latents_caching(self) -> LatentCache:
+        """The one of `strategies()`, made without the text side: `latent_cache` of the family's encoder."""
+
+    def latent_cache(self, encoder: LatentEncoder, vae_file: str | Path) -> LatentCache:
+        """The latent cache of this run."""
+        from library.checkpoints.identity import model_identity
+        from library.dataset.latent_cache import LatentCache
+
+        caching = self.config[CachingOptions]
+        return LatentCache(
+            self.architecture, encoder, to_disk=caching.cache_latents_to_disk, batch_size=caching.vae_batch_size,
+            skip_check=caching.skip_cache_check, model_identity=model_identity(vae_file),
+        )
+
+    def text_cache(self, trained: Sequence[bool], files: Sequence[str | Path], more: Sequence[str] = (), **facts: Any) -> TextCache | None:
+        """The text cache of this run, None without one. `files`: those of the text encoders; `more`: what else their outputs hang on,
+        in words; `facts`: see TextCache."""
+        from library.checkpoints.identity import combined_identity, model_identity
+        from library.dataset.text_cache import TextCache
+
+        caching = self.config[CachingOptions]
+        if not caching.caches_text:
+            return None
+        return TextCache(
+            self.architecture, to_disk=caching.cache_text_encoder_outputs_to_disk, batch_size=caching.text_encoder_batch_size,
+            skip_check=caching.skip_cache_check, trained=trained,
+            model_identity=combined_identity([*(model_identity(file) for file in files), *more]), **facts,
+        )
 
     @abstractmethod
     def part_problems(self, part: str) -> list[str]:
@@ -196,7 +229,10 @@ class ModelFamily(ABC):
 
 
 class FlowFamily(ModelFamily):
-    """What families of flow models with a denoiser, text encoders and a VAE in files of their own check alike."""
+    """What families of flow models with a denoiser, text encoders and a VAE in files of their own check alike. Their `predict` takes
+    times per token and `feature_layer`, unless they say otherwise."""
+
+    gives_features = True
 
     timestep_modes: ClassVar[Sequence[str]]
     """the modes of --timestep_sampling that the family has"""
@@ -225,6 +261,11 @@ class FlowFamily(ModelFamily):
             return [*found, *self._size_problems()]
         except CheckpointError as error:
             return [*found, str(error)]
+
+    @staticmethod
+    def with_side_outputs(output: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What a denoiser gave as prediction and side outputs for DiTOutput."""
+        return (output[0], {"features": output[1]}) if isinstance(output, tuple) else (output, {})
 
     @property
     @abstractmethod

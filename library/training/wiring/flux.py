@@ -20,9 +20,9 @@ from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_
 if TYPE_CHECKING:
     import torch
 
+    from library.dataset.latent_cache import LatentCache
     from library.dataset.strategies import StrategySet
     from library.flux_utils import FlowModelInfo
-    from library.strategy_base import LatentsCachingStrategy
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
     from library.training.run import DiTOutput, Models
@@ -211,33 +211,23 @@ class FluxFamily(FlowFamily):
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_flux
-        from library.checkpoints.identity import combined_identity, model_identity
         from library.dataset.strategies import StrategySet
         from library.dataset.text_cache_io import TEXT_LAYOUTS
 
-        caching, text = self.config[CachingOptions], None
-        if caching.caches_text:
-            text = strategy_flux.FluxTextEncoderOutputsCachingStrategy(
-                caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check,
-                apply_t5_attn_mask=self.opts.apply_t5_attn_mask,
-            )
-            text.trained = trained
-            text.model_identity = combined_identity([model_identity(self.opts.clip_l), model_identity(self.opts.t5xxl)])
-            text.max_token_length = self.max_token_length
+        text = self.text_cache(
+            trained, [self.opts.clip_l, self.opts.t5xxl], max_token_length=self.max_token_length,
+            flags={"apply_t5_attn_mask": self.opts.apply_t5_attn_mask},
+        )
         tokenize = strategy_flux.FluxTokenizeStrategy(
             self.max_token_length, clip_l_tokenizer=self._clip_l_tokenizer, t5xxl_tokenizer=self._t5xxl_tokenizer
         )
         encoding = strategy_flux.FluxTextEncodingStrategy(self.opts.apply_t5_attn_mask)
         return StrategySet(tokenize, encoding, self.latents_caching(), text, TEXT_LAYOUTS["flux"])
 
-    def latents_caching(self) -> LatentsCachingStrategy:
-        from library.checkpoints.identity import model_identity
-        from library.strategy_flux import FluxLatentsCachingStrategy
+    def latents_caching(self) -> LatentCache:
+        from library.strategy_flux import FluxLatentEncoder
 
-        caching = self.config[CachingOptions]
-        strategy = FluxLatentsCachingStrategy(caching.cache_latents_to_disk, caching.vae_batch_size, caching.skip_cache_check)
-        strategy.model_identity = model_identity(self.opts.ae)
-        return strategy
+        return self.latent_cache(FluxLatentEncoder(), self.opts.ae)
 
     @property
     def _disable_mmap(self) -> bool:
@@ -296,9 +286,10 @@ class FluxFamily(FlowFamily):
             models.denoiser, sample.noisy_latents, sample.timesteps, conditioning,
             guidance=self.opts.guidance_scale, use_t5_mask=self.opts.apply_t5_attn_mask, **inputs,
         )
+        prediction, extra = self.with_side_outputs(prediction)
         if self.opts.model_prediction_type == "sigma_scaled":
             prediction = clean_estimate(prediction.float(), sample.noisy_latents, sample.sigmas)
-        return DiTOutput(prediction, sample.target)
+        return DiTOutput(prediction, sample.target, extra)
 
     def pipeline_settings(self) -> Mapping[str, Any]:
         return {"use_t5_mask": self.opts.apply_t5_attn_mask}

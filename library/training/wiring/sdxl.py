@@ -91,20 +91,14 @@ class SdxlFamily(UNetFamily):
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_sdxl
-        from library.checkpoints.identity import combined_identity, model_identity
         from library.dataset.strategies import StrategySet
         from library.dataset.text_cache_io import TEXT_LAYOUTS
 
-        model, caching, text = self.config[ModelOptions], self.config[CachingOptions], None
-        if caching.caches_text:
-            text = strategy_sdxl.SdxlTextEncoderOutputsCachingStrategy(
-                caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check,
-                is_weighted=model.weighted_captions,
-            )
-            parts = {part_of(self.base_path, name) for name in ("text_encoder", "text_encoder_2")}
-            text.trained = trained
-            text.model_identity = combined_identity([model_identity(part) for part in sorted(parts)])
-            text.max_token_length = model.max_token_length or 75
+        model = self.config[ModelOptions]
+        parts = {part_of(self.base_path, name) for name in ("text_encoder", "text_encoder_2")}
+        text = self.text_cache(
+            trained, sorted(parts), is_weighted=model.weighted_captions, max_token_length=model.max_token_length or 75
+        )
         tokenize = strategy_sdxl.SdxlTokenizeStrategy(
             model.max_token_length, tokenizers=self._tokenizers, is_weighted=model.weighted_captions
         )

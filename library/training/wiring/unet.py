@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from library.components.ldm_utils import AutoEncoderInfo
     from library.components.unet_utils import UNetInfo
-    from library.strategy_base import LatentsCachingStrategy
+    from library.dataset.latent_cache import LatentCache
     from library.training.accelerator_setup import Runtime
     from library.training.objective import Objective
 
@@ -128,16 +128,10 @@ class UNetFamily(ModelFamily):
     def disable_mmap(self) -> bool:
         return self.config[ModelOptions].disable_mmap_load_safetensors
 
-    def latents_caching(self) -> LatentsCachingStrategy:
-        from library.checkpoints.identity import model_identity
-        from library.strategy_ldm import SdSdxlLatentsCachingStrategy
+    def latents_caching(self) -> LatentCache:
+        from library.strategy_ldm import LdmLatentEncoder
 
-        caching = self.config[CachingOptions]
-        strategy = SdSdxlLatentsCachingStrategy(
-            self.architecture.name == "sd", caching.cache_latents_to_disk, caching.vae_batch_size, caching.skip_cache_check
-        )
-        strategy.model_identity = model_identity(part_of(self.vae_path, "vae"))
-        return strategy
+        return self.latent_cache(LdmLatentEncoder(), part_of(self.vae_path, "vae"))
 
     def load_vae(self, runtime: Runtime) -> torch.nn.Module:
         from library.components.ldm_utils import load_autoencoder

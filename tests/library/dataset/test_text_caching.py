@@ -15,7 +15,7 @@ from library.core.errors import ConfigError, TrainingError
 from library.dataset.captions import deterministic_caption
 from library.dataset.items import ImageItem, SubsetParams
 from library.dataset.npz_file import read_arrays, write_arrays
-from library.dataset.text_caching import empty_caption_item, encode_text, finish_text, plan_text, text_outputs_of
+from library.dataset.text_caching import empty_caption_item, encode_text, finish_text, plan_text
 from library.strategy_base import TextEncoderOutputsCachingStrategy
 from tests.library.dataset.images import make_folder, make_image, make_item
 from tests.library.dataset.small_family import SmallTextCaching, SmallTextEncoder, small_strategies
@@ -30,7 +30,7 @@ def fill(items: list[ImageItem], strategy: TextEncoderOutputsCachingStrategy | N
 
 
 def outputs(item: ImageItem, strategy: TextEncoderOutputsCachingStrategy | None = None) -> dict[str, torch.Tensor]:
-    return text_outputs_of(item, strategy or SmallTextCaching(True))
+    return (strategy or SmallTextCaching(True)).outputs_of(item)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_settings_of_the_encoders_make_a_cache_stale(item):
     assert why(model_identity="two") == "made with other text encoders"
     assert why(mask=True) == "made with another apply_t5_attn_mask"
     assert why(max_token_length=24) == "t5_out has 12 tokens, 24 are needed"
-    assert why(_is_weighted=True) == "made with another is_weighted"
+    assert why(is_weighted=True) == "made with another is_weighted"
 
 
 def test_a_file_of_another_trainer_serves_an_image_with_one_caption_only(item):

@@ -63,7 +63,7 @@ def test_the_keys_of_a_cache_are_those_of_encoders_that_do_not_learn():
     strategies = small_strategies(text=strategy)
     for trained, cached in (([True, False], ["t5_out", "txt_ids", "t5_attn_mask"]), ([False, True], ["l_pooled", "txt_ids", "t5_attn_mask"])):
         strategy.trained = trained
-        assert list(strategy.encode(strategies.tokenize, [encoder, encoder], strategies.text_encoding, ["a cat"])) == cached
+        assert list(strategy.encode(strategies, [encoder, encoder], ["a cat"])) == cached
     strategy.trained = []
     assert not strategy.is_partial
 

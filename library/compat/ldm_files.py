@@ -1,0 +1,50 @@
+"""Whole models of Stable Diffusion as files and folders, for the calls of both of its families."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+
+def is_safetensors(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() == ".safetensors"
+
+
+def join_metadata(metadata: Mapping[str, str] | None, epochs: int, steps: int) -> dict[str, str]:
+    """Metadata of a whole model that was trained for so many epochs and steps."""
+    return {**(metadata or {}), "epoch": str(epochs), "global_step": str(steps)}
+
+
+def write_diffusers_folder(
+    kind: str, output_dir: str, save: Callable[..., None], unet: Any, vae: Any, encoders: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> None:
+    """A folder in the layout of diffusers, by way of one file that `save(path, metadata=...)` writes beside it. `encoders`: name of the
+    slot -> text encoder."""
+    from tools.model_tools.ldm_folder import read_single, tokenizer_of, write_folder
+
+    parent = os.path.dirname(os.path.abspath(output_dir))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".model-", dir=parent) as folder:
+        file = os.path.join(folder, "model.safetensors")
+        save(file, metadata={"model_config": json.dumps(_hyper_parameters(unet, vae, encoders))})
+        content = dataclasses.replace(read_single(file, kind, None), rest={}, metadata={})
+        write_folder(content, tokenizer_of(None, None), output_dir, dtype, None)
+
+
+def _hyper_parameters(unet: Any, vae: Any, encoders: Mapping[str, Any]) -> dict[str, Any]:
+    """What the shapes of a file do not tell."""
+    names = ("heads", "norm_groups", "use_linear_projection", "upcast_attention")
+    texts = {
+        name: {
+            "heads": model.config.num_attention_heads, "act": model.config.hidden_act, "eos": model.config.eos_token_id,
+            "layers": model.config.num_hidden_layers,
+        }
+        for name, model in encoders.items()
+    }
+    return {**{name: getattr(unet.params, name) for name in names}, "vae": {"norm_groups": vae.params.norm_groups}, **texts}

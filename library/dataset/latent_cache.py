@@ -1,0 +1,193 @@
+"""The latent cache of every family: where latents lie, whether a file may be used, and the one way in which images are encoded, for
+caches and for steps without one. What a family writes is a LatentEncoder."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from library.core.errors import CheckpointError
+from library.core.keyed_random import key_seed
+from library.dataset import cache_io
+from library.dataset.cache_io import ImageIdentity, LatentsRecord
+from library.families.latents import Bucket
+
+if TYPE_CHECKING:
+    from library.dataset.cache_index import CacheIndex
+    from library.dataset.items import ImageItem
+    from library.families.record import DataArchitecture
+
+
+class LatentEncoder(ABC):
+    """From pictures to latents, as a family writes it. Objects travel to loader workers, so they must pickle."""
+
+    @abstractmethod
+    def encode(self, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+        """Images [B, 3, H, W] in -1..1 -> latents [B, C, h, w] as the cache stores them; a VAE with frames leaves out the
+        axis of the one frame, which `ModelFamily.scale_latents` puts back. Clips [B, 3, F, H, W] -> [B, C, F', h, w], for
+        families that learn from them. Callers use `LatentCache.encode_images`.
+
+        `seeds[i]` seeds the posterior draw of sample i, on the CPU and apart from all other samples, so that the cache and
+        live encoding agree whatever the batches are. Families that take the mode ignore it.
+        """
+
+    def condition_shapes(self, bucket: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
+        """What the family needs of a sample beside its latents and caches with them (first-frame latents, the embedding of a
+        vision encoder), for a sample of this size (a Bucket or its key): name -> shape. Nothing by default."""
+        return {}
+
+    def encode_conditions(
+        self, vae: Any, parts: Mapping[str, Any], images: torch.Tensor, seeds: Sequence[int]
+    ) -> Mapping[str, torch.Tensor]:
+        """The tensors of `condition_shapes` [B, ...] from images or clips as `encode` gets them. `parts`: what the family loads
+        beside the VAE (`ModelFamily.load_parts`)."""
+        return {}
+
+
+class LatentCache:
+    """Latents of one family in memory or on the disk, and live encoding."""
+
+    architecture: DataArchitecture
+
+    def __init__(
+        self, architecture: DataArchitecture | None, encoder: LatentEncoder, *, to_disk: bool, batch_size: int = 1, skip_check: bool = False,
+        model_identity: str = "",
+    ) -> None:
+        if architecture is not None:
+            self.architecture = architecture
+        self.encoder = encoder
+        self.cache_to_disk = to_disk
+        self.batch_size = batch_size
+        self.skip_disk_cache_validity_check = skip_check
+        self.model_identity = model_identity
+        """library.checkpoints.identity of the VAE file, "" = not compared"""
+
+    @property
+    def stores_batches(self) -> bool:
+        """Whether batches are encoded and stored by `cache_batch_latents` of a plug-in."""
+        return False
+
+    @torch.no_grad()
+    def encode_images(self, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+        """`LatentEncoder.encode` where the VAE is and in its own dtype, for caches and steps alike; float32 [B, C, h, w] or [B, C, F, h, w].
+
+        Raises CheckpointError when these are not latents of the architecture, which no cache could be read back with.
+        """
+        parameter = next(vae.parameters())
+        latents = encode_apart(self.encoder, vae, images.to(parameter.device, parameter.dtype), seeds).float()
+        wanted = self.architecture.latents.latent_shape(bucket_of(images))
+        if tuple(latents.shape[1:]) != wanted:
+            raise CheckpointError(
+                f"the VAE makes latents of shape {list(latents.shape[1:])} from images of shape {list(images.shape[1:])};"
+                f" those of {self.architecture.name} have shape {list(wanted)}: use the VAE that belongs to the model"
+            )
+        return latents
+
+    @torch.no_grad()
+    def encode_samples(
+        self, vae: Any, parts: Mapping[str, Any], images: torch.Tensor, seeds: Sequence[int]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Latents (`encode_images`) and conditions by name, float32: what a cache holds of samples, and a step without one
+        makes."""
+        latents = self.encode_images(vae, images, seeds)
+        shapes = self.encoder.condition_shapes(bucket_of(images))
+        if not shapes:
+            return latents, {}
+        parameter = next(vae.parameters())
+        images = images.to(parameter.device, parameter.dtype)
+        rows = [self.encoder.encode_conditions(vae, parts, images[part], seeds[part]) for part in parts_apart(images)]
+        conditions = {name: torch.cat([row[name] for row in rows]).float() for name in shapes}
+        for name, shape in shapes.items():
+            if tuple(conditions[name].shape[1:]) != tuple(shape):
+                raise CheckpointError(f"{name} has shape {list(conditions[name].shape[1:])}; that of {self.architecture.name} is {list(shape)}")
+        return latents, conditions
+
+    def get_latents_npz_path(self, absolute_path: str, image_size: tuple[int, int]) -> str:
+        return cache_io.latents_npz_path(self.architecture, absolute_path, image_size)
+
+    def problem_of(self, item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
+        """Why the item's cache file cannot be used, with everything that is known of the item; None when it can."""
+        path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
+        if self.skip_disk_cache_validity_check:
+            return None if os.path.exists(path) else "no file"
+        return cache_io.latents_problem(
+            path, self.architecture, item.bucket.key, flip_aug=flip_aug, alpha_mask=alpha_mask,
+            expected=self.record_of(item), image_path=item.absolute_path, conditions=self.encoder.condition_shapes(item.bucket.key),
+        )
+
+    def problem_with(self, index: CacheIndex) -> Callable[[ImageItem, bool, bool], str | None]:
+        """`problem_of`, which an index may know without reading the file; for many items, with the settings of now."""
+        if self.skip_disk_cache_validity_check:
+            return self.problem_of
+        questions: dict[tuple, str] = {}  # many images ask the same
+
+        def question(item: ImageItem, *needs: bool) -> str:
+            made = self.record_of(item)
+            return (
+                f"{type(self.encoder).__qualname__} {self.architecture.name} {item.bucket.key} {needs} {made.model} {made.latent_space}"
+                f" {made.resized} {made.interpolation} {made.exif} {made.version}"
+            )
+
+        def problem_of(item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
+            kind = (item.bucket, item.resized_size, item.subset.resize_interpolation, flip_aug, alpha_mask)
+            if kind not in questions:
+                questions[kind] = question(item, flip_aug, alpha_mask)
+            path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
+            answer, problem = index.find(path, questions[kind], lambda: read(item, flip_aug, alpha_mask), source=item.absolute_path)
+            return problem if answer is None else None
+
+        def read(item: ImageItem, *needs: bool) -> tuple[str | None, str]:
+            problem = self.problem_of(item, *needs)
+            return ("", "") if problem is None else (None, problem)
+
+        return problem_of
+
+    def record_of(self, item: ImageItem, image: ImageIdentity | None = None) -> LatentsRecord:
+        return LatentsRecord(
+            model=self.model_identity, latent_space=self.architecture.latents.fingerprint, image=image,
+            resized=tuple(item.resized_size), interpolation=item.subset.resize_interpolation,
+        )
+
+    def load_conditions_from_disk(self, npz_path: str, bucket_reso: tuple[int, ...], flipped: bool) -> dict[str, np.ndarray]:
+        """What `LatentEncoder.condition_shapes` names, as stored beside the latents of this size."""
+        shapes = self.encoder.condition_shapes(bucket_reso)
+        return cache_io.load_conditions(npz_path, self.architecture, bucket_reso, shapes, flipped=flipped) if shapes else {}
+
+    def load_latents_from_disk(
+        self, npz_path: str, bucket_reso: tuple[int, ...]
+    ) -> tuple[np.ndarray, list[int], list[float], np.ndarray | None, np.ndarray | None]:
+        """(latents, original size (W, H), crop_ltrb, mirrored latents or None, alpha mask or None), as stored."""
+        arrays = cache_io.load_latents(npz_path, self.architecture, bucket_reso)
+        return arrays.latents, arrays.original_size.tolist(), arrays.crop_ltrb.tolist(), arrays.latents_flipped, arrays.alpha_mask
+
+
+def encode_apart(encoder: LatentEncoder, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+    """`encoder.encode`, in which no image depends on its neighbours: a cache holds what live encoding gives.
+
+    Seeds take care of the draws. On the CPU, convolutions in float32 also round differently with the number of images, so
+    that they are encoded one by one there; it is hardly slower.
+    """
+    return torch.cat([encoder.encode(vae, images[part], seeds[part]) for part in parts_apart(images)])
+
+
+def parts_apart(images: torch.Tensor) -> list[slice]:
+    """The rows of a batch that are encoded together."""
+    if images.device.type != "cpu" or len(images) < 2:
+        return [slice(None)]
+    return [slice(i, i + 1) for i in range(len(images))]
+
+
+def bucket_of(images: torch.Tensor) -> Bucket:
+    """The size of images [B, 3, H, W] or clips [B, 3, F, H, W]."""
+    return Bucket(images.shape[-1], images.shape[-2], images.shape[2] if images.ndim == 5 else 1)
+
+
+def posterior_seed(content: str, bucket_reso: tuple[int, ...], is_flipped: bool) -> int:
+    """The seed of an image's posterior draw: a function of the file's content, the size and the flip alone, not of the
+    run's seed, so that a cache means the same to every run."""
+    return key_seed(0, "posterior", content, "x".join(map(str, bucket_reso)), int(is_flipped))
