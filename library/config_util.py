@@ -97,10 +97,10 @@ SCRIPT_RULES: dict[str, ScriptRules] = {
 
 
 def rules_of(
-    script: str, options: DatasetOptions, supports_cn: bool | None = None, supports_dropout: bool | None = None
+    script: str | ScriptRules, options: DatasetOptions, supports_cn: bool | None = None, supports_dropout: bool | None = None
 ) -> ScriptRules:
-    """The rules of a script, with masks settled: CN is among the kinds or not."""
-    rules = SCRIPT_RULES.get(script.removesuffix(".py"), ScriptRules())
+    """The rules of a script, by its name or as they are, with masks settled: CN is among the kinds or not."""
+    rules = script if isinstance(script, ScriptRules) else SCRIPT_RULES.get(script.removesuffix(".py"), ScriptRules())
     with_cn = "CN" in rules.kinds or (rules.masks and options.masked_loss) if supports_cn is None else supports_cn
     kinds = rules.kinds | {"CN"} if with_cn else rules.kinds - {"CN"}
     return ScriptRules(kinds, rules.masks, rules.dropout if supports_dropout is None else supports_dropout)
@@ -112,7 +112,7 @@ def load_blueprint(
     *,
     explicit: frozenset[str] = frozenset(),
     architecture: DataArchitecture,
-    script: str = "train_network",
+    script: str | ScriptRules = "train_network",
     supports_cn: bool | None = None,
     supports_dropout: bool | None = None,
     content: Mapping[str, Any] | None = None,

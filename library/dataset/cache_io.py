@@ -152,8 +152,8 @@ def save_latents(path: str, suffix: str, arrays: LatentArrays, record: LatentsRe
     """Write latents under keys with `suffix`; other sizes that the file holds stay. All older data of this size go, so
     that nothing of another model is left beside the new latents."""
     new = arrays.arrays()
-    replaced = {name + suffix for name in (*LATENT_KEYS, RECORD_KEY, *arrays.conditions, *map(flipped_key, arrays.conditions))}
-    merged = {key: array for key, array in existing_arrays(path).items() if key not in replaced}
+    bare = {*LATENT_KEYS, RECORD_KEY}  # without a size in their names, as old caches have them
+    merged = {key: array for key, array in existing_arrays(path).items() if not (key.endswith(suffix) if suffix else key in bare)}
     merged |= {name + suffix: array for name, array in new.items()}
     if record is not None:
         sums = {name + suffix: checksum(array) for name, array in new.items()}

@@ -4,8 +4,9 @@ The class is called as `Class(tokenizer, max_token_length, resolution, debug_dat
 tokenized by the family. It needs
 
     __len__()           number of batches of an epoch
-    __getitem__(i)      batch i as a dict: `images` float32 [B, 3, H, W] in -1..1 (or `latents` [B, C, h, w]) and `captions`,
-                        a list of B texts; any other key of library.dataset.batch.Batch may be there too
+    __getitem__(i)      batch i as a dict: `images` float32 [B, 3, H, W] in -1..1 (or `latents` [B, C, h, w]; clips have an axis of
+                        frames before the height) and `captions`, a list of B texts; any other key of
+                        library.dataset.batch.Batch may be there too
     num_train_images    samples of an epoch
     batch_size          samples of every batch but the last, which may be shorter
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 
-from library.config_util import Blueprint, DatasetConfigError, load_blueprint
+from library.config_util import Blueprint, DatasetConfigError, ScriptRules, load_blueprint
 from library.core.console import storable
 from library.core.errors import ConfigError
 from library.dataset import CachingOptions, DatasetOptions
@@ -108,7 +108,7 @@ def load_datasets(
     *,
     explicit: frozenset[str] = frozenset(),
     architecture: DataArchitecture,
-    script: str = "train_network",
+    script: str | ScriptRules = "train_network",
     seed: int | None = None,
     check_images: bool | None = None,
 ) -> tuple[Blueprint, ScanResult]:

@@ -7,17 +7,16 @@ import importlib
 import logging
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import entry_points
 from typing import TypeVar
 
 from library import families
 from library.core.errors import ConfigError, did_you_mean
+from library.core.registry import import_target, installed_points
 from library.families.record import FamilyRecord
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-ENTRY_POINTS = "atelier.families"
 _records: dict[str, FamilyRecord] = {}
 _is_complete = False
 
@@ -114,13 +113,13 @@ def _find() -> None:
         record = getattr(importlib.import_module(f"{families.__name__}.{module.name}"), "FAMILY", None)
         if record is not None:
             _add(record)
-    for point in entry_points(group=ENTRY_POINTS):
+    for name, target in installed_points("families").items():
         try:
-            found = point.load()
+            found = import_target(target)
             for record in [found] if isinstance(found, FamilyRecord) else list(found):
                 _add(record)
         except Exception as error:  # whatever a package of the user's raises; scripts of other families go on
-            logger.warning("the model family '%s' of an installed package is left out (%s): %s", point.name, point.value, error)
+            logger.warning("the model family '%s' of an installed package is left out (%s): %s", name, target, error)
 
 
 def _add(record: FamilyRecord) -> None:

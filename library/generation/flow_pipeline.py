@@ -5,13 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from library.families.latents import Bucket
-from library.families.registry import record_of
 from library.generation.pipeline import PicturePipeline
 from library.generation.requests import Request, SampledRequest
 from library.generation.sampling_utils import Conditioning, guided_velocity, start_noise
@@ -26,9 +23,6 @@ class FlowPipeline(PicturePipeline[Request]):
     """A flow model, which predicts velocity (noise - data). A subclass gives one forward of it and, where they are not evenly spaced, the
     times of the steps."""
 
-    family: ClassVar[str]
-    """the record that tells the shape of the latents"""
-
     @abstractmethod
     def velocity(self, latents: Tensor, times: Tensor, conditioning: Conditioning, request: Request) -> Tensor:
         """Of latents [B, ...] at times [B] on the 0..1000 scale."""
@@ -38,8 +32,7 @@ class FlowPipeline(PicturePipeline[Request]):
         return flow_schedule(request.steps)
 
     def latents(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
-        shape = record_of(self.family).latents.latent_shape(Bucket(request.width, request.height, request.frames))
-        start = start_noise(request.seed, *shape).to(self.denoiser.device)
+        start = start_noise(request.seed, *self.latent_shape(request)).to(self.denoiser.device)
         generator = torch.Generator("cpu").manual_seed(request.seed + 1)  # samplers with noise of their own draw from here
         sampler = flow_sampler(request.sampler if isinstance(request, SampledRequest) else DEFAULT_SAMPLER)
         guided = self.guided(request, conditioning, negative)

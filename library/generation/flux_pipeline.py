@@ -21,8 +21,6 @@ from library.generation.pipeline import PictureMaker
 from library.generation.sampling_utils import Conditioning
 from library.strategy_flux import FluxTextEncodingStrategy, FluxTokenizeStrategy
 
-TOKEN_STRIDE = 16
-"""pixels of a side that one token has"""
 TOKEN_LENGTH_DEV, TOKEN_LENGTH_SCHNELL = 512, 256
 
 
@@ -42,8 +40,8 @@ class FluxPipeline(FlowPipeline[FluxRequest]):
         return predict_velocity(self.denoiser, latents, times, conditioning, guidance=request.guidance, use_t5_mask=self.use_t5_mask)
 
     def sigmas(self, request: FluxRequest) -> Tensor:
-        tokens = (request.height // TOKEN_STRIDE) * (request.width // TOKEN_STRIDE)
-        return torch.tensor(get_schedule(request.steps, tokens, shift=not self.is_schnell))
+        height, width = (side // self.latent_spec.patch for side in self.latent_shape(request)[-2:])
+        return torch.tensor(get_schedule(request.steps, height * width, shift=not self.is_schnell))
 
 
 def load_pipeline(options: InferenceModelOptions) -> PictureMaker[FluxRequest]:

@@ -12,20 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from library.device_utils import clean_memory_on_device
-from library.generation.requests import SAMPLE_NAMES, PictureRequest, Request, request_of
-from library.generation.sampling_utils import Conditioning, decode_to_image
+from library.families.latents import Bucket, LatentSpec
+from library.families.registry import record_of
+from library.generation.requests import SAMPLE_NAMES, VIDEO_SAMPLE_NAMES, PictureRequest, Request, request_of
+from library.generation.sampling_utils import Conditioning, decode_to_frames
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from library.dataset.strategies import StrategySet
     from library.generation.adapters import LoadedAdapters
+    from library.generation.picture_files import Picture
     from library.training.sampling_prompts import SamplePrompt
 
 
 @dataclass
 class PicturePipeline(ABC, Generic[Request]):
-    """The models of a family put together for making pictures: schedule, model calls, decoding. Texts come encoded.
+    """The models of a family put together for making pictures and clips: schedule, model calls, decoding. Texts come encoded.
 
     A subclass adds the settings that are the model's, not the picture's (how it predicts, say) as fields.
     """
@@ -34,20 +37,37 @@ class PicturePipeline(ABC, Generic[Request]):
     vae: Any
     """None where latents are wanted alone"""
 
+    family: ClassVar[str]
+    """whose record tells the shape of the latents"""
     request_class: ClassVar[type[PictureRequest]]
 
     @abstractmethod
     def latents(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
-        """Clean latents [1, C, h, w] as the denoiser has them; `request` is complete (steps, seed and sizes are set).
+        """Clean latents [1, C, ...] as the denoiser has them; `request` is complete (steps, seed and sizes are set).
         `negative`: of the text that guidance leads away from, None = one forward per step."""
 
+    @property
+    def latent_spec(self) -> LatentSpec:
+        return record_of(self.family).latents
+
+    def latent_shape(self, request: PictureRequest) -> tuple[int, ...]:
+        """Of the latents of a request, without the batch."""
+        return self.latent_spec.latent_shape(Bucket(request.width, request.height, request.frames))
+
+    def frames(self, latents: Tensor) -> list[Image.Image]:
+        """What is decoded from latents; a picture is one frame."""
+        return decode_to_frames(self.vae, latents)
+
     def decode(self, latents: Tensor) -> Image.Image:
-        return decode_to_image(self.vae, latents)
+        """The picture of latents: of a clip the first frame."""
+        return self.frames(latents)[0]
 
     @torch.no_grad()
-    def sample(self, prompt: SamplePrompt, conditioning: Conditioning, negative: Conditioning | None) -> Image.Image:
-        """The picture of a complete sample prompt."""
-        return self.decode(self.latents(request_of(self.request_class, prompt, SAMPLE_NAMES), conditioning, negative))
+    def sample(self, prompt: SamplePrompt, conditioning: Conditioning, negative: Conditioning | None) -> Picture:
+        """The picture, or the frames, of a complete sample prompt."""
+        names = VIDEO_SAMPLE_NAMES if self.latent_spec.clips else SAMPLE_NAMES
+        made = self.frames(self.latents(request_of(self.request_class, prompt, names), conditioning, negative))
+        return made if len(made) > 1 else made[0]
 
 
 @dataclass

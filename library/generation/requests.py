@@ -26,6 +26,8 @@ SAMPLE_NAMES: Mapping[str, str] = {
     "frames": "frame_count", "steps": "sample_steps", "cfg_scale": "scale", "guidance": "guidance_scale", "sampler": "sample_sampler",
 }  # fmt: skip
 """fields of requests that have another name in sample prompts (whose own `cfg_scale` is that of video families)"""
+VIDEO_SAMPLE_NAMES: Mapping[str, str] = {**SAMPLE_NAMES, "cfg_scale": "cfg_scale", "flow_shift": "discrete_flow_shift"}
+"""the same for families of clips"""
 
 
 @dataclass(frozen=True, kw_only=True)

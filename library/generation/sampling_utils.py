@@ -44,16 +44,22 @@ def guided_velocity(
 
 
 @torch.no_grad()
-def decode_to_image(vae: Any, latents: Tensor) -> Image.Image:
-    """PIL image of latents [1, C, h, w]. A VAE that waits on the CPU computes where the latents are and goes back."""
+def decode_to_frames(vae: Any, latents: Tensor) -> list[Image.Image]:
+    """The frames of latents [1, C, h, w] (one, a picture) or [1, C, F, h, w] as PIL images. A VAE that waits on the CPU computes
+    where the latents are and goes back."""
     home = vae.device
     vae.to(latents.device)
     try:
         with torch.autocast(latents.device.type, enabled=False):  # the VAE computes in the type that was chosen for it
-            pixels = vae.decode(latents)  # [1, 3, H, W]
+            pixels = vae.decode(latents)  # [1, 3, H, W] or [1, 3, F, H, W]
     finally:
         vae.to(home)
-    return images_of(pixels)[0]
+    return images_of(pixels if pixels.ndim == 4 else pixels[0].movedim(1, 0))
+
+
+def decode_to_image(vae: Any, latents: Tensor) -> Image.Image:
+    """The picture of latents: of several frames the first."""
+    return decode_to_frames(vae, latents)[0]
 
 
 def images_of(pixels: Tensor) -> list[Image.Image]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 class SdPipeline(UNetPipeline[SampledRequest]):
     """Stable Diffusion 1 or 2."""
 
+    family = "sd"
     inspect_vae = staticmethod(inspect_vae_sd)
     load_denoiser = staticmethod(load_unet_sd)
     load_vae = staticmethod(load_vae_sd)

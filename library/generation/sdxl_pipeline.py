@@ -45,6 +45,7 @@ class SdxlPipeline(UNetPipeline[SdxlRequest]):
     """SDXL; its samples are pictures that nothing was cropped from."""
 
     request_class = SdxlRequest
+    family = "sdxl"
     inspect_vae = staticmethod(inspect_vae_sdxl)
     load_denoiser = staticmethod(load_unet_sdxl)
     load_vae = staticmethod(load_vae_sdxl)

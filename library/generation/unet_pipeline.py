@@ -13,7 +13,7 @@ from torch import Tensor
 from library.generation.pipeline import PicturePipeline
 from library.generation.requests import Request, SampledRequest
 from library.generation.sampling_utils import Conditioning
-from library.generation.unet_sampling import LATENT_STRIDE, SamplingRun, guided_predictor
+from library.generation.unet_sampling import SamplingRun, guided_predictor
 from library.training.inference_samplers.discrete import Predict
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class UNetPipeline(PicturePipeline[Request]):
         top and left of each row."""
 
     def latents(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
-        size = (request.height // LATENT_STRIDE, request.width // LATENT_STRIDE)
+        size = self.latent_shape(request)[-2:]
         run = SamplingRun(request.sampler, request.steps, [request.seed], self.prediction_type, self.zero_terminal_snr, size)
         return run.sample(self._guided(request, conditioning, negative), self.denoiser.device)
 

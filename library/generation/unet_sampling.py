@@ -29,7 +29,7 @@ from library.training.inference_samplers.discrete import (
 
 logger = logging.getLogger(__name__)
 
-LATENT_CHANNELS, LATENT_STRIDE = 4, 8
+LATENT_CHANNELS = 4
 PYRAMID_DISCOUNTS, OFFSETS = (0.5, 0.9), (0.01, 0.2)
 NO_STEPS_OFFSET = ("dpmsingle",)
 """samplers whose timesteps count from 0 in any case"""
@@ -235,7 +235,7 @@ def guided_predictor(
     """`predict` takes all branches as one batch, in their order."""
 
     def guided_prediction(latents: Tensor, timestep: Tensor) -> Tensor:
-        rows = predict(latents.repeat(len(branches), 1, 1, 1), timestep).chunk(len(branches))
+        rows = predict(torch.cat([latents] * len(branches)), timestep).chunk(len(branches))
         parts = dict(zip(branches, rows, strict=True))
         return guided(parts["positive"], parts.get("negative"), parts.get("empty"), scale, negative_scale)
 

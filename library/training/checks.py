@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,6 @@ from library.core.file_limits import cut_name, name_length, name_limit
 from library.core.options import Config, MissingGroup
 from library.core.text_files import parse_toml, read_text
 from library.dataset import CachingOptions, DatasetOptions
-from library.families.registry import script_name
 from library.training.checkpoint import CheckpointNames
 from library.training.device_checks import precision_problems, precision_warnings
 from library.training.earlier_runs import existing_problems, final_file, resumed_state
@@ -37,7 +36,7 @@ from library.training.option_groups import (
     SamplingOptions,
     SavingOptions,
 )
-from library.training.sampling_prompts import holds_no_prompt, load_prompts, sample_file_name
+from library.training.sampling_prompts import IMAGE_LINE_OPTIONS, LineOption, holds_no_prompt, load_prompts, sample_file_name
 from library.training.schedulers import SchedulerOptions, parse_step_count
 
 if TYPE_CHECKING:
@@ -53,7 +52,10 @@ def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[s
     for check in CHECKS:
         for message in check(config):
             problems.add(message)
-    for message in (*cached_text_problems(config, family, trainable), *changed_fixed_problems(config, family, trainable)):
+    for check in (cached_text_problems, changed_fixed_problems):
+        for message in check(config, family, trainable):
+            problems.add(message)
+    for message in sampling_problems(config, family.prompt_options()):
         problems.add(message)
     problems.attempt(family.check)
     problems.attempt(lambda: trainable.check(family))
@@ -80,11 +82,12 @@ def all_problems(config: Config, family: type[ModelFamily], trainable: type[Trai
 
     for check in CHECKS:
         attempt(lambda: check(config))
+    attempt(lambda: sampling_problems(config, family.prompt_options()))
     attempt(lambda: cached_text_problems(config, family(config), trainable(config)))
     attempt(lambda: changed_fixed_problems(config, family(config), trainable(config)))
     attempt(lambda: family(config).check())
     attempt(lambda: trainable(config).check(family(config)))
-    attempt(lambda: find_data(config, family.architecture, script_name(family.name, trainable.script)) and None)
+    attempt(lambda: find_data(config, family.architecture, trainable.dataset_rules(family)) and None)
     return problems.messages
 
 
@@ -145,7 +148,7 @@ def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainab
     ]
 
 
-def sampling_problems(config: Config) -> list[str]:
+def sampling_problems(config: Config, options: Mapping[str, LineOption] = IMAGE_LINE_OPTIONS) -> list[str]:
     """The prompt file exists and has a prompt that can be read; others are told and left out."""
     path = config[SamplingOptions].sample_prompts
     if path is None or holds_no_prompt(path):
@@ -153,7 +156,7 @@ def sampling_problems(config: Config) -> list[str]:
     if not Path(path).is_file():
         return [f"--sample_prompts is {path}; there is no such file"]
     try:
-        load_prompts(path, left_out=[])
+        load_prompts(path, options, left_out=[])
     except ConfigError as error:
         return list(error.problems)
     return []
@@ -315,7 +318,6 @@ def compile_problems(config: Config) -> list[str]:
 CHECKS: tuple[Callable[[Config], list[str]], ...] = (
     output_problems,
     existing_problems,
-    sampling_problems,
     resume_problems,
     logging_problems,
     hub_problems,

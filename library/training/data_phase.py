@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from library.config_util import ScriptRules
 from library.core.errors import ConfigError
 from library.core.options import Config
 from library.dataset import CachingOptions, DatasetOptions
@@ -68,10 +69,10 @@ class TextPhase:
     sample_conditioning: dict[str, Conditioning] = field(default_factory=dict)
 
 
-def find_data(config: Config, architecture: DataArchitecture, script: str = "train_network") -> FoundData:
+def find_data(config: Config, architecture: DataArchitecture, script: str | ScriptRules = "train_network") -> FoundData:
     """Read the dataset configuration and look at its files; every problem of both, and of the caches, in one ConfigError.
 
-    `script`: the one that runs; scripts differ in the kinds of dataset that they take.
+    `script`: the one that runs, or the rules of what is trained (Trainable.dataset_rules): they differ in the kinds of dataset that they take.
     """
     data, caching = config[DatasetOptions], config[CachingOptions]
     if data.dataset_class is not None:

@@ -49,12 +49,12 @@ PATH_OPTIONS: tuple[str, ...] = (
 
 
 TRAINABLES: Registry[type] = Registry(
-    "trainable", group="trainables", takes=("config",), info={"options": None, "ignored": {}},
+    "trainable", group="trainables", takes=("config",), info={"options": None, "ignored": None},
     wanted="a subclass of library.training.trainables.base.Trainable",
     is_a=lambda found: isinstance(found, type) and all(hasattr(found, name) for name in ("options", "attach", "param_groups", "save")),
 )
-"""What is learned, by the name that a script gives. `options`: its group, importable without torch (that of the class when None);
-`ignored`: shared options without meaning for this kind of training, name -> reason."""
+"""What is learned, by the name that a script gives. `options`: its group, importable without torch; `ignored`: shared options without
+meaning for this kind of training, name -> reason. One from outside says both in its class."""
 TRAINABLES.add(
     "network", "library.training.trainables.network:NetworkTrainable", options="library.training.adapters:NetworkOptions",
     ignored={
@@ -62,6 +62,15 @@ TRAINABLES.add(
         " needs all of them at once; the option saves memory in full fine-tuning only",
     },
 )
+
+
+def trainable_options(name: str) -> tuple[type, Mapping[str, str]]:
+    """(the group of options of a trainable, the shared options without meaning for it)."""
+    entry = TRAINABLES.entry(name)
+    if entry.info["options"]:
+        return import_target(entry.info["options"]), entry.info["ignored"] or {}
+    found = TRAINABLES.resolve(name)
+    return found.options, found.ignored
 
 
 @dataclass(frozen=True)
@@ -95,8 +104,7 @@ def chosen_variant(family: str, argv: Sequence[str] | None) -> str:
 def script(family: str, trainable: str) -> Script:
     """The options of the script that trains `trainable` of `family`."""
     family_class = import_target(record_of(family).family)
-    entry = TRAINABLES.entry(trainable)
-    options = import_target(entry.info["options"]) if entry.info["options"] else TRAINABLES.resolve(trainable).options
+    options, ignored = trainable_options(trainable)
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
     return Script(
@@ -105,7 +113,7 @@ def script(family: str, trainable: str) -> Script:
         classes=(*first, family_class.options, options, *packages, *rest),
         refused=family_class.refused,
         defaults=family_class.defaults,
-        ignored={**family_class.ignored, **entry.info["ignored"]},
+        ignored={**family_class.ignored, **ignored},
         foreign=family_class.foreign,
         neutral=family_class.neutral,
         stands_for=family_class.stands_for,

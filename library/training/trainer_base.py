@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -17,7 +18,6 @@ from library.core.options import Config, option_fields
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.strategies import Conditioning, StrategySet
 from library.device_utils import clean_memory_on_device
-from library.families.registry import script_name
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime
 from library.training.checkpoint import resume_point
@@ -105,6 +105,7 @@ class Trainer:
         runtime = prepare_runtime(self.config)
         trained = self.trainable.trains_text_encoders(self.family)
         strategies = self.family.strategies(trained)
+        self.trainable.prepare_tokenizers(self.family, strategies)
         strategies.mark_text_models(self.trainable.transform_identity(self.family))
         data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)
@@ -155,8 +156,8 @@ class Trainer:
         problems.attempt(lambda: check_replacements(self.added_hooks))
         for hook in self.added_hooks:
             problems.attempt(lambda hook=hook: hook.check(self.config, self.family, self.trainable))
-        script = script_name(self.family.name, self.trainable.script)
-        found = problems.attempt(lambda: find_data(self.config, self.family.architecture, script))
+        rules = self.trainable.dataset_rules(self.family)
+        found = problems.attempt(lambda: find_data(self.config, self.family.architecture, rules))
         problems.raise_if_any()
         sampling = self.config[SamplingOptions]
         path, wants = sampling.sample_prompts, checks.wants_samples(sampling)
@@ -166,7 +167,7 @@ class Trainer:
         """The prompts that can be read and that the family has the sizes and samplers for: another one does not cost the training."""
         left_out: list[str] = []
         prompts = []
-        for prompt in load_prompts(path, left_out=left_out):
+        for prompt in load_prompts(path, self.family.prompt_options(), left_out):
             try:
                 self.family.sample_defaults(prompt)
                 prompts.append(prompt)
@@ -223,7 +224,7 @@ class Trainer:
         return phase
 
     def denoiser_phase(self, runtime: Runtime) -> torch.nn.Module:
-        denoiser = self.family.load_denoiser(runtime)
+        denoiser = self.family.load_denoiser(dataclasses.replace(runtime, denoiser_dtype=self.trainable.denoiser_dtype(runtime)))
         self.added_hooks.on_transformer_loaded(denoiser)
         return self._frozen(denoiser)
 

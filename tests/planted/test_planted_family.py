@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -157,8 +156,7 @@ def test_a_name_that_is_taken_is_refused_and_a_broken_package_leaves_the_others(
         plant(monkeypatch, FamilyRecord(name="flux", title="another"))
     with pytest.raises(ConfigError, match="unknown model family 'fluxx'; did you mean 'flux'"):
         registry.record_of("fluxx")
-    broken = EntryPoint(name="broken", value="no_such_package:FAMILY", group=registry.ENTRY_POINTS)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
+    monkeypatch.setattr(registry, "installed_points", lambda group: {"broken": "no_such_package:FAMILY"})
     monkeypatch.setattr(registry, "_records", {})
     monkeypatch.setattr(registry, "_is_complete", False)
     assert "flux" in registry.records() and "'broken' of an installed package is left out" in caplog.text

@@ -34,7 +34,6 @@ from library.generation.prompt_encoder import PromptEncoder, stacked
 from library.generation.sampling_utils import images_of
 from library.generation.unet_pipeline import UNetPipeline
 from library.generation.unet_sampling import (
-    LATENT_STRIDE,
     OFFSETS,
     PYRAMID_DISCOUNTS,
     NoiseSettings,
@@ -133,7 +132,7 @@ class PictureBatches:
         """Clean latents [B, 4, h, w]."""
         first = requests[0]
         picture, sources = self.config[GenerationPictureOptions], self.config[GenerationSourceOptions]
-        size = (first.height // LATENT_STRIDE, first.width // LATENT_STRIDE)
+        size = self.pipeline.latent_spec.latent_shape((first.width, first.height))[-2:]
         run = SamplingRun(
             picture.sampler, first.steps, [request.seed for request in requests], self.pipeline.prediction_type,
             self.pipeline.zero_terminal_snr, size, noise_settings(picture), 0 if sources.force_scheduler_zero_steps_offset else STEPS_OFFSET,
@@ -232,7 +231,7 @@ class PictureBatches:
             result = self.upscaler.upscale(self.vae, list(images), latents, self.unet.dtype, *size_wh, len(latents), self._decode_together(len(latents)))
             return result.to(self.device).float() if isinstance(result, Tensor) else self._encoded(result, size_wh)
         if self.config[GenerationSourceOptions].highres_fix_latents_upscaling:
-            size = (request.height // LATENT_STRIDE, request.width // LATENT_STRIDE)
+            size = self.pipeline.latent_spec.latent_shape(size_wh)[-2:]
             return torch.nn.functional.interpolate(latents.float(), size=size, mode="bicubic", align_corners=False)
         return self._encoded(images, size_wh)
 

@@ -203,13 +203,13 @@ class SampleHook(Hook):
             drawn = key_seed(self.seed, "sample without a seed", run.progress.global_step, number) % 2**32
             prompt = dataclasses.replace(prompt, seed=drawn)
         negative = texts[prompt.negative_prompt or ""] if run.family.needs_negative(prompt) else None
-        image = run.family.pipeline(run.models).sample(prompt, texts[prompt.prompt], negative)
+        made = run.family.pipeline(run.models).sample(prompt, texts[prompt.prompt], negative)
         saving, progress = run.config[SavingOptions], run.progress
         name = sample_file_name(
             saving.output_name, at, progress.epoch if at == "epoch" else progress.global_step,
             enum=number if given.enum is None else given.enum, seed=given.seed, timestamp=time.strftime("%Y%m%d%H%M%S"),
         )
-        path = write_picture(image, Path(saving.output_dir) / name, self._texts(run, at, number, prompt))
+        path = write_picture(made, Path(saving.output_dir) / name, self._texts(run, at, number, prompt))
         return SampleFile(number, str(path), prompt.prompt)
 
     @staticmethod

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.core.options import Config, Ignored
+from library.families.registry import script_name
 
 if TYPE_CHECKING:
     import torch
 
     from library.checkpoints.loading import Transform
+    from library.config_util import ScriptRules
     from library.core.keyed_random import StepDraws
-    from library.dataset.strategies import Conditioning
+    from library.dataset.strategies import Conditioning, StrategySet
     from library.training.accelerator_setup import Runtime
     from library.training.hooks.base import Hook
     from library.training.objective import NoisyLatents
@@ -26,6 +29,8 @@ class Trainable(ABC):
 
     name: ClassVar[str]
     options: ClassVar[type]
+    ignored: ClassVar[Mapping[str, str]] = {}
+    """shared options without meaning for a trainable from outside: name -> reason; those of built-in ones are in TRAINABLES"""
     script: ClassVar[str] = "train_network"
     """name of its scripts without .py and without what a family puts before it"""
     spec_kind: ClassVar[str] = ""
@@ -50,6 +55,19 @@ class Trainable(ABC):
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
         """Per text encoder, whether it learns."""
         return []
+
+    @classmethod
+    def dataset_rules(cls, family: ModelFamily | type[ModelFamily]) -> str | ScriptRules:
+        """What datasets it takes and which folders they need: `ScriptRules(frozenset({"CN"}), masks=False)` wants conditioning_data_dir in
+        each, say. A name of a script stands for the rules of that."""
+        return script_name(family.name, cls.script)
+
+    def prepare_tokenizers(self, family: ModelFamily, strategies: StrategySet) -> None:
+        """Before captions are encoded and text encoders loaded: new tokens join the tokenizers here."""
+
+    def denoiser_dtype(self, runtime: Runtime) -> torch.dtype:
+        """In what the denoiser's weights are held: that of frozen ones, unless they are what is learned."""
+        return runtime.denoiser_dtype
 
     def transform(self, family: ModelFamily) -> Transform | None:
         """What is done to the models' tensors while their files are read; None = nothing."""
@@ -86,6 +104,7 @@ class Trainable(ABC):
         yield
 
     def hooks(self) -> list[Hook]:
+        """Called once, before models are loaded."""
         return []
 
     def description(self) -> str:

@@ -312,6 +312,11 @@ class AnimaFamily(FlowFamily):
         velocity, extra = self.with_side_outputs(velocity)
         return DiTOutput(velocity, sample.target, extra)
 
+    def save_model(self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+        from library.anima_utils import save_anima
+
+        save_anima(models.denoiser, path, dtype, metadata)
+
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
         """Complete settings, with the sampler of --sample_sampler where the prompt names none."""
         name = prompt.sample_sampler or self.config[SamplerOptions].sample_sampler

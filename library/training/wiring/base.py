@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from library.core.errors import CheckpointError, ConfigError, Problems, Unsuppor
 from library.core.options import Config, Ignored
 from library.dataset import CachingOptions
 from library.training import timestep_samplers
-from library.training.sampling_prompts import SamplePrompt, with_defaults
+from library.training.sampling_prompts import IMAGE_LINE_OPTIONS, VIDEO_LINE_OPTIONS, LineOption, SamplePrompt, with_defaults
 
 if TYPE_CHECKING:
     import torch
@@ -198,8 +199,11 @@ class ModelFamily(ABC):
         return {}
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
-        """Fill the settings that a SamplePrompt leaves open (size, steps, scales) and round the size."""
-        return with_defaults(prompt, self.sampling)
+        """Fill the settings that a SamplePrompt leaves open (size, steps, scales) and round size and number of frames."""
+        complete = with_defaults(prompt, self.sampling)
+        if complete.frame_count is None:
+            return complete
+        return dataclasses.replace(complete, frame_count=self.architecture.latents.usable_frames(complete.frame_count))
 
     def idle(self) -> list[Ignored]:
         """Options of the family, or read by it, that have no effect in this run."""
@@ -211,7 +215,13 @@ class ModelFamily(ABC):
 
     def needs_negative(self, prompt: SamplePrompt) -> bool:
         """Whether a complete prompt is made with CFG, which takes a second conditioning."""
-        return prompt.scale not in (None, 1.0)
+        scale = prompt.cfg_scale if self.architecture.latents.clips else prompt.scale
+        return scale not in (None, 1.0)
+
+    @classmethod
+    def prompt_options(cls) -> Mapping[str, LineOption]:
+        """Options of a line of --sample_prompts: those of pictures, or of videos."""
+        return VIDEO_LINE_OPTIONS if cls.architecture.latents.clips else IMAGE_LINE_OPTIONS
 
     @abstractmethod
     def metadata(self) -> dict[str, Any]:
@@ -220,6 +230,11 @@ class ModelFamily(ABC):
     @abstractmethod
     def modelspec(self) -> dict[str, str | None]:
         """architecture, implementation (and prediction_type where it applies) for modelspec.* metadata."""
+
+    def save_model(self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+        """Write the base model as it is now, in the layout that its files have; safely. Families without it cannot be fine-tuned
+        whole."""
+        raise UnsupportedCombination(f"{self.name} models cannot be written whole")
 
     def new_control_net(self, models: Models) -> torch.nn.Module:
         raise UnsupportedCombination(f"{self.name} has no ControlNet training")

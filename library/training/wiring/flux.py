@@ -291,6 +291,11 @@ class FluxFamily(FlowFamily):
             prediction = clean_estimate(prediction.float(), sample.noisy_latents, sample.sigmas)
         return DiTOutput(prediction, sample.target, extra)
 
+    def save_model(self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+        from library.flux_utils import save_flow_model
+
+        save_flow_model(models.denoiser, path, dtype, metadata)
+
     def pipeline_settings(self) -> Mapping[str, Any]:
         return {"use_t5_mask": self.opts.apply_t5_attn_mask}
 

@@ -1,0 +1,147 @@
+"""A family of videos, planted from outside, trains through the same trainer as pictures: clips and pictures in one run, a
+condition beside the latents, a named part beside the VAE."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.core.registry import import_target
+from library.training import cli, parser_common
+from library.training.trainables.network import NetworkTrainable
+from library.training.trainer_base import Trainer
+from tests.planted import plant
+from tests.runs.conftest import DATASET, fingerprint, largest_difference, sample_pictures
+from tests.toy_video.clips import draw_clips
+from tests.toy_video.record import FAMILY
+from tests.waiting import PATIENCE
+
+ROOT = Path(__file__).resolve().parents[2]
+LENGTHS = (5, 6, 3, 1, 5, 5, 5)
+"""frames of the files: four of five, one that is cut to five, one of three, and a picture"""
+CACHES = {
+    "live": [],
+    "memory": ["--cache_latents", "--cache_text_encoder_outputs"],
+    "disk": ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"],
+}
+
+
+class VideoWork:
+    def __init__(self, folder: Path, lengths=LENGTHS) -> None:
+        self.folder, self.clips = folder, draw_clips(folder / "clips", lengths)
+
+    def argv(self, out: str, *more: str, batch_size: int = 2, subset_keys: str = "") -> list[str]:
+        data = self.folder / f"data{batch_size}.toml"
+        text = DATASET.format(
+            batch_size=batch_size, images=self.clips, dataset_keys="", subset_keys=subset_keys, bucket_step=16, min_bucket=16
+        )
+        data.write_text(text.replace("resolution = 64", "resolution = 32"), encoding="utf-8")
+        return [
+            f"--dataset_config={data}", f"--output_dir={self.folder / out}", "--output_name=lora", "--network_module=networks.lora",
+            "--network_dim=4", "--max_train_steps=7", "--seed=5", "--learning_rate=1e-2", "--max_data_loader_n_workers=0",
+            "--console_log_level=WARNING", "--optimizer_type=SGDNesterov", *more,
+        ]
+
+    def train(self, out: str, *more: str, **data) -> Path:
+        cli.run("toy_video", "network", self.argv(out, *more, **data))
+        return self.folder / out / "lora.safetensors"
+
+    def start(self, out: str, *more: str, **data) -> Path:
+        """Train in two processes."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        script = str(ROOT / "tests" / "toy_video" / "train.py")
+        done = subprocess.run(
+            [*launcher, script, *self.argv(out, *more, **data)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+        )
+        assert done.returncode == 0, done.stderr
+        return self.folder / out / "lora.safetensors"
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> VideoWork:
+    plant(monkeypatch, FAMILY)
+    return VideoWork(tmp_path)
+
+
+def test_cached_and_live_give_the_same_adapter(work):
+    """Bytes of weights; the metadata tell whether latents were cached."""
+    made = {name: work.train(name, *options, "--network_train_unet_only", subset_keys="flip_aug = true") for name, options in CACHES.items()}
+    again = work.train("again", *CACHES["disk"], "--network_train_unet_only", subset_keys="flip_aug = true")
+    assert fingerprint(again) == fingerprint(made["disk"]), "caches that lie there are as good as those that were made"
+    for name in ("memory", "disk"):
+        assert largest_difference(made["live"], made[name]) == 0, name
+    assert len(list(work.clips.glob("*_toy.npz"))) == len(LENGTHS)
+
+
+def test_what_is_learned_depends_on_the_condition_and_on_every_frame(work, monkeypatch):
+    """Another first frame, or other later ones, give another adapter: neither is lost on the way."""
+    from tests.toy_video.family import ToyVideoFamily
+
+    whole = work.train("whole", *CACHES["memory"], "--network_train_unet_only")
+    predict = ToyVideoFamily.predict
+
+    def blind(self, models, sample, conditioning, batch, **inputs):
+        batch.conditions["first_frame"] = torch.zeros_like(batch.conditions["first_frame"])
+        return predict(self, models, sample, conditioning, batch, **inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ToyVideoFamily, "predict", blind)
+        assert largest_difference(whole, work.train("blind", *CACHES["memory"], "--network_train_unet_only")) > 1e-6
+    stills = VideoWork(work.folder / "stills", [1] * len(LENGTHS))
+    assert largest_difference(whole, stills.train("out", *CACHES["memory"], "--network_train_unet_only")) > 1e-6
+
+
+@pytest.mark.parametrize("caches", ["live", "disk"])
+def test_a_resumed_run_ends_in_the_bytes_of_an_uninterrupted_one(work, caches):
+    options = [*CACHES[caches], "--network_train_unet_only"]
+    whole = work.train("whole", *options, "--save_every_n_steps=3", "--save_state")
+    resumed = work.train("resumed", *options, f"--resume={whole.with_name('lora-step00000003-state')}")
+    assert fingerprint(resumed) == fingerprint(whole)
+
+
+@pytest.mark.parametrize("caches", ["live", "disk"])
+def test_two_processes_equal_one_with_twice_the_batch(work, caches):
+    options = [*CACHES[caches], "--network_train_unet_only", "--max_train_epochs=2"]
+    two = work.start("two", *options, batch_size=1)
+    assert largest_difference(work.train("one", *options, batch_size=2), two) < 1e-5
+
+
+def test_times_may_differ_by_frame_in_a_step(work):
+    argv = work.argv("out", *CACHES["memory"], "--network_train_unet_only")
+    config = parser_common.parse_command(argv, "toy_video", "network").config
+    run = Trainer(config, import_target(FAMILY.family)(config), NetworkTrainable(config)).prepare()
+    batch = next(batch for batch in run.data.batches(1) if batch.latents.ndim == 5 and batch.latents.shape[2] == 3)
+    once = run.step(batch, times=torch.full((len(batch),), 0.4)).loss_sum
+    same = run.step(batch, times=torch.full((len(batch), 3), 0.4)).loss_sum
+    other = run.step(batch, times=torch.tensor([[0.4, 0.5, 0.6]]).expand(len(batch), 3)).loss_sum
+    assert torch.equal(once, same) and not torch.isclose(once, other)
+
+
+def test_samples_have_their_frames(work):
+    prompts = work.folder / "prompts.txt"
+    lines = ("a red cat --f 6 --w 48 --d 9", "a red cat --f 1 --d 3", "a blue dog --d 4", "a red cat --f 6 --w 48 --d 9 --l 4 --n a dog")
+    prompts.write_text("\n".join(lines), encoding="utf-8")
+    work.train("out", "--network_train_unet_only", f"--sample_prompts={prompts}", "--sample_every_n_steps=4", "--logging_dir", str(work.folder / "logs"))
+    found = sample_pictures(work.folder / "out")
+    assert len(found) == 4
+    counts = {}
+    for path in found:
+        with Image.open(path) as image:
+            counts[path.stem.split("_")[2]] = (getattr(image, "n_frames", 1), image.size, image.text.get("frames"))
+            if getattr(image, "n_frames", 1) > 1:
+                first = np.asarray(image.convert("RGB")).copy()
+                image.seek(1)
+                assert not np.array_equal(first, np.asarray(image.convert("RGB"))), "frames differ"
+    assert counts == {"00": (5, (48, 32), "5"), "01": (1, (32, 32), "1"), "02": (5, (32, 32), "5"), "03": (5, (48, 32), "5")}
+    assert found[0].read_bytes()[-500:] != found[3].read_bytes()[-500:], "guided by a negative prompt"
+    sheets = sorted(path.name for path in (work.folder / "out" / "sample").glob("*sheet.png"))
+    grids = list((work.folder / "out" / "sample").glob("*_grid.png"))
+    assert sheets == ["lora_sheet.png"] and len(grids) == 1
