@@ -20,6 +20,7 @@ from library.core.lazy_names import homes, lazy_names
 from library.core.options import parse_bool
 from networks.files.layer_tensors import alpha_of, scale_of
 from networks.kinds.adapter_module import AdapterModule
+from networks.kinds.fused_pairs import fuse_pairs, split_pair
 from networks.kinds.ggpo import Ggpo, row_norms_squared
 from networks.kinds.network_args import RANK_STABILIZED, WEIGHT_DECOMPOSITION, NetworkSettings, positive_number
 from networks.kinds.network_base import AdditionalNetwork, NetworkFunctions
@@ -51,26 +52,6 @@ def lora_delta(
         return scale * torch.einsum("ij...,pi,jq->pq...", mid, up.flatten(1), down.flatten(1))
     product = up.flatten(1) @ down.flatten(1)  # [out, in * kh * kw]
     return scale * product.view(up.shape[0], *down.shape[1:])
-
-
-def fuse_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """k independent pairs [rank, in], [rows_i, rank] -> one pair [k*rank, in], [sum rows_i, k*rank] with the same change
-    (up is block-diagonal)."""
-    return torch.cat([down for down, _ in pairs]), torch.block_diag(*[up for _, up in pairs])
-
-
-def split_pair(
-    down: torch.Tensor, up: torch.Tensor, rows: Sequence[int]
-) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
-    """The reverse of fuse_pairs; None when the rank does not divide or `up` is not block-diagonal."""
-    count, rank = len(rows), down.shape[0]
-    if rank % count or up.shape != (sum(rows), rank):
-        return None
-    size = rank // count
-    grid = [list(part.split(size, dim=1)) for part in up.split(list(rows))]
-    if any(bool(grid[i][j].any()) for i in range(count) for j in range(count) if i != j):
-        return None
-    return [(down_part, grid[i][i]) for i, down_part in enumerate(down.split(size))]
 
 
 class LoRAModule(AdapterModule):

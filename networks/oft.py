@@ -8,7 +8,6 @@ the limit of COFT and never a scale. Text encoders are not trained.
 from __future__ import annotations
 
 import logging
-import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from networks.kinds.adapter_module import AdapterModule, change_of
 from networks.kinds.factorization import divisors
 from networks.kinds.network_base import NetworkFunctions
 from networks.kinds.registry import NetworkKind
+from networks.kinds.rotation_blocks import block_names, limit_factor
 from networks.kinds.targets import NetworkTargets
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONSTRAINT = 1e-3
-EPSILON = 1e-8
 
 REFUSED: Mapping[str, str] = {
     "dropout": "it has no inner values to drop; rank_dropout (blocks that stand still) and module_dropout work",
@@ -55,21 +54,10 @@ def cayley(blocks: torch.Tensor, constraint: float = 0.0) -> torch.Tensor:
     return torch.linalg.solve_ex(identity - skew, identity + skew).result
 
 
-def limit_factor(skew: torch.Tensor, constraint: float) -> torch.Tensor:
-    """What Q is multiplied by so that its norm over all blocks is at most the constraint: 1 where it is."""
-    return (constraint / (torch.linalg.vector_norm(skew) + EPSILON)).clamp(max=1.0)
-
-
 def oft_rotated(weight: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     """The rows of `weight` [out, ...] in blocks of n, each block multiplied by the transpose of its rotation [k, n, n]."""
     count, size, _ = rotations.shape
     return torch.einsum("knm,kn...->km...", rotations, weight.unflatten(0, (count, size))).flatten(0, 1)
-
-
-def block_names(tensors: Iterable[str]) -> list[str]:
-    """Names of the free matrices among a layer's tensors, parts in their order."""
-    parts = [name for name in tensors if re.fullmatch(r"oft_blocks\.\d+", name)]
-    return sorted(parts, key=lambda name: int(name.split(".")[1])) or ["oft_blocks"]
 
 
 class RotationModule(AdapterModule):

@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/generation/requests.py", 0), ("library/generation/adapter_files.py", 0), ("library/generation/*_options.py", 0),
     ("library/generation/gen_img/options.py", 0), ("library/generation/gen_img/prompts.py", 0), ("library/training/sampling_prompts.py", 0),
     ("library/training/option_groups.py", 0), ("library/training/option_reader.py", 0), ("library/training/config_file.py", 0),
-    ("library/training/keyword_args.py", 0), ("library/training/known_options*.py", 0),
+    ("library/training/keyword_args.py", 0), ("library/training/timestep_samplers/modes.py", 0), ("library/training/known_options*.py", 0),
     # 1: building blocks
     ("library/utils.py", 1), ("library/device_utils.py", 1), ("library/attention.py", 1), ("library/custom_offloading_utils.py", 1),
     ("library/*_models.py", 1), ("library/components/*_models.py", 1), ("library/checkpoints/number_formats.py", 1),
@@ -204,18 +204,6 @@ def test_networks_do_not_know_training(file):
     assert not [name for name in imports_of_file(file) if name.startswith("library.training")]
 
 
-KNOWN_CIRCLES: tuple[frozenset[str], ...] = (
-    frozenset({"library/training/timestep_samplers/__init__.py", "library/training/timestep_samplers/baseline.py"}),
-    frozenset({"library/training/schedulers/__init__.py", "library/training/schedulers/factory.py"}),
-    frozenset({"library/compat/trainer_run.py", "library/compat/trainers.py"}),
-    frozenset({
-        "networks/files/comfy_forms.py", "networks/files/lora_conversion.py", "networks/files/network_files.py",
-        "networks/kinds/additional_network.py", "networks/kinds/network_base.py", "networks/lora.py", "networks/oft.py",
-    }),
-)
-"""circles that are still there; each goes with the work on its room"""
-
-
 def all_imports_of(node: ast.AST) -> list[str]:
     """Dotted names imported anywhere in it, functions included, TYPE_CHECKING left out."""
     if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -256,10 +244,8 @@ def test_no_modules_import_each_other_not_even_inside_functions():
     for file in FILES:
         names = all_imports_of(ast.parse((ROOT / file).read_text(encoding="utf-8")))
         graph[file] = {found for name in names if (found := project_file(name)) not in (None, file)}
-    new = [sorted(circle) for circle in circles(graph) if not any(circle <= known for known in KNOWN_CIRCLES)]
-    assert not new, f"import each other: {new}"
-    gone = [sorted(known) for known in KNOWN_CIRCLES if not any(circle <= known for circle in circles(graph))]
-    assert not gone, f"no circle any more, to be taken out of KNOWN_CIRCLES: {gone}"
+    found = [sorted(circle) for circle in circles(graph)]
+    assert not found, f"import each other: {found}"
 
 
 def test_circles_are_found_over_any_number_of_modules():

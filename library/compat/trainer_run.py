@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from library.compat.trainers import NetworkTrainer
 from library.core.errors import ConfigError
 from library.core.options import Config
 from library.core.registry import import_target
@@ -22,6 +21,9 @@ from library.training.option_groups import ConsoleOptions
 from library.training.option_reader import OptionReader
 from library.training.run import DiTOutput, Models, StepOutput
 from library.training.trainer_base import Trainer
+
+if TYPE_CHECKING:
+    from library.compat.trainers import NetworkTrainer
 
 PARTS = {"load_vae": 2, "load_text_encoders": 1, "load_denoiser": 3}
 """method of a family -> place of what it loads in load_target_model"""
@@ -73,7 +75,7 @@ class Calls:
         self.sample_images: Callable[[Any, str], None] | None = None
 
     def overrides(self, name: str) -> bool:
-        return getattr(type(self.owner), name) is not getattr(NetworkTrainer, name)
+        return self.owner._overrides(name)
 
     @property
     def accelerator(self) -> Any:
@@ -126,6 +128,8 @@ def called_family(base: type) -> type:
             changed = {
                 field: getattr(calls.owner, name)(calls.args) for name, field in STRATEGIES.items() if calls.overrides(name)
             }
+            if own := changed.get("text_encoder_outputs_caching"):
+                own.trained = trained
             return dataclasses.replace(calls.strategies, **changed) if changed else calls.strategies
 
         def latents_caching(self) -> Any:

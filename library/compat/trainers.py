@@ -30,6 +30,10 @@ class NetworkTrainer:
 
         train(self, args)
 
+    def _overrides(self, name: str) -> bool:
+        """Whether a class of the user has its own version of a method."""
+        return getattr(type(self), name) is not getattr(NetworkTrainer, name)
+
     # -- before the models ---------------------------------------------------------------------------------------------
 
     def get_model_version(self, args: Any) -> str:

@@ -240,7 +240,7 @@ def fill(what: str, config: Config, family: ModelFamily, data: DataGroups, runti
     else:
         strategies = family.strategies()
         prepare_text(
-            data, strategies, runtime, trained=[], encode_prompts=None,
+            data, strategies, runtime, encode_prompts=None,
             load=lambda: [encoder.requires_grad_(False).eval() for encoder in family.load_text_encoders(runtime)],
         )
     logger.info("the cache of %d images is complete", sum(len(group.items) for group in data.groups))

@@ -127,7 +127,6 @@ def prepare_text(
     *,
     load: Callable[[], list[torch.nn.Module | None]],
     encode_prompts: Callable[[list[torch.nn.Module | None]], dict[str, Conditioning]] | None,
-    trained: list[bool],
 ) -> TextPhase:
     """Encode captions and sample prompts, then keep only the text encoders that the step needs.
 

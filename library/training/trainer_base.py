@@ -117,7 +117,7 @@ class Trainer:
         self.on_main(runtime, self.take_output)
         self.family.transform = self.trainable.transform(self.family)
         vae, beside_vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
-        text = self.text_phase(data, strategies, runtime, prompts, trained)
+        text = self.text_phase(data, strategies, runtime, prompts)
         models = Models(vae, text.text_encoders, self.denoiser_phase(runtime), {**beside_vae, **self._parts(runtime, "denoiser")})
         self.trainable.attach(self.family, models, runtime)
         self.arm(models, trained)
@@ -209,7 +209,7 @@ class Trainer:
         return {name: self._frozen(part) for name, part in self.family.load_parts(runtime, beside).items()}
 
     def text_phase(
-        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[Any], trained: list[bool]
+        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[Any]
     ) -> TextPhase:
         """Encode captions and sample prompts; afterwards only encoders that the step needs are in memory."""
 
@@ -219,7 +219,7 @@ class Trainer:
         def encode(encoders: list[torch.nn.Module | None]) -> dict[str, Conditioning]:
             return encode_sample_prompts(self.family, strategies, encoders, prompts)
 
-        phase = prepare_text(data, strategies, runtime, load=load, encode_prompts=encode if prompts else None, trained=trained)
+        phase = prepare_text(data, strategies, runtime, load=load, encode_prompts=encode if prompts else None)
         clean_memory_on_device()
         return phase
 

@@ -20,8 +20,8 @@ from collections.abc import Mapping
 import torch
 
 from library.core.errors import CheckpointError
+from networks.kinds.rotation_blocks import block_names, limit_factor
 from networks.kinds.weight_decomposition import on_outputs
-from networks.oft import block_names, limit_factor
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -37,8 +37,8 @@ from networks.files.layer_tensors import alpha_of, problem_of, scale_from
 from networks.files.parameter_names import DOWN, MID, PARAMETERS, UP, ending_of
 from networks.files.stacked import ROWS, parts_of, stacked
 from networks.files.xlabs_names import from_xlabs, is_xlabs
+from networks.kinds.fused_pairs import fuse_pairs, split_pair
 from networks.kinds.registry import known_kind_of
-from networks.lora import fuse_pairs, split_pair
 
 __all__ = ["LayerNames", "fold_factors", "to_diffusers", "to_dotted", "to_kohya", "to_lycoris"]
 

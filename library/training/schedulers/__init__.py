@@ -339,4 +339,7 @@ def build(options: SchedulerOptions, optimizer: OptimizerBuild, *, learning_rate
     """The scheduler of a run: `step()` once per optimizer step, `get_last_lr()`; see `schedulers/factory.py`."""
     from library.training.schedulers.factory import build_scheduler
 
-    return build_scheduler(options, optimizer, learning_rate=learning_rate, max_train_steps=max_train_steps)
+    def curve() -> Curve:
+        return curve_of(options, CurveSettings.of(options, rate=learning_rate, max_train_steps=max_train_steps))
+
+    return build_scheduler(options, optimizer, curve, learning_rate=learning_rate)

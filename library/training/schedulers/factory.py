@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import lr_scheduler as torch_schedulers
@@ -13,8 +14,10 @@ from torch.optim import lr_scheduler as torch_schedulers
 from library.core.errors import ConfigError, did_you_mean
 from library.training.keyword_args import parse_keyword_args
 from library.training.optimizers import OptimizerBuild
-from library.training.schedulers import CurveSettings, SchedulerOptions, curve_of
 from library.training.schedulers.adafactor import AdafactorRates
+
+if TYPE_CHECKING:
+    from library.training.schedulers import SchedulerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +36,9 @@ class FixedRates:
 
 
 def build_scheduler(
-    options: SchedulerOptions, optimizer: OptimizerBuild, *, learning_rate: float, max_train_steps: int
+    options: SchedulerOptions, optimizer: OptimizerBuild, make_curve: Callable[[], Callable[[int], float]], *, learning_rate: float
 ) -> Any:
-    """A torch scheduler, or one of our two stand-ins that have no state."""
+    """A torch scheduler, or one of our two stand-ins that have no state. `make_curve` gives the multipliers of --lr_scheduler."""
     if optimizer.schedule_free:
         if not optimizer.choice.named_schedule_free:  # the name did not tell at start; see schedulers.notices
             logger.warning("%s is schedule-free: --lr_scheduler and its options have no effect", optimizer.choice.name)
@@ -49,9 +52,7 @@ def build_scheduler(
             return cls(optimizer.optimizer, **args)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"--lr_scheduler_type {options.lr_scheduler_type} with {args} is refused: {error}") from error
-    settings = CurveSettings.of(options, rate=learning_rate, max_train_steps=max_train_steps)
-    curve = curve_of(options, settings)
-    return torch_schedulers.LambdaLR(optimizer.optimizer, curve)
+    return torch_schedulers.LambdaLR(optimizer.optimizer, make_curve())
 
 
 def scheduler_class(name: str) -> type:

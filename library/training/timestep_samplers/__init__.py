@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from library.core.errors import ConfigError, Problems, did_you_mean, foreign_errors
 from library.core.options import Ignored, option, without_effect
 from library.core.registry import Registry
+from library.training.timestep_samplers.modes import FLOW_MODES, SIGMOID_MODES
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
@@ -24,17 +25,11 @@ TIMESTEP_SAMPLERS: Registry[type] = Registry(
     wanted="a class made from TimestepOptions, with a method sample(latent_shape, draws)", is_a=lambda found: hasattr(found, "sample"),
 )
 """`flow`: it draws sigmas of flow models"""
-for _name in (
-    "sigma", "uniform", "sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift", "nextdit_shift",
-    "ideogram4_shift", "logsnr",
-):
+for _name in FLOW_MODES:
     TIMESTEP_SAMPLERS.add(_name, "library.training.timestep_samplers.baseline:FlowTimestepSampler")
 
 MODES = tuple(TIMESTEP_SAMPLERS.names())
 """those of the project"""
-
-SIGMOID_MODES = frozenset({"sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift"})
-"""modes that start from sigmoid(sigmoid_scale * z)"""
 
 
 class TimestepSampler(Protocol):

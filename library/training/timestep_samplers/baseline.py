@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from library.core.keyed_random import StepDraws
 from library.training import timesteps
-from library.training.timestep_samplers import SIGMOID_MODES, TimestepOptions
+from library.training.timestep_samplers.modes import SIGMOID_MODES
+
+if TYPE_CHECKING:
+    from library.training.timestep_samplers import TimestepOptions
 
 PURPOSE = "timesteps"
 

@@ -7,12 +7,18 @@ from pathlib import Path
 import pytest
 
 from library.core.errors import ConfigError
+from library.core.options import Config
 from library.dataset.architectures import ARCHITECTURES
+from library.dataset.plan import requests_of_epoch
 from library.families.registry import FAMILIES, script_name
 from library.training import checks, data_phase, trainer_base
+from library.training.accelerator_setup import prepare_runtime
+from library.training.option_groups import SHARED_GROUPS
 from library.training.parser_common import parse
 from library.training.trainables.network import NetworkTrainable
 from library.training.wiring.flux import FluxFamily
+from tests.library.dataset.images import make_folder, make_group
+from tests.library.dataset.small_family import SmallTextCaching, SmallTextEncoder, small_strategies
 from tests.runs.conftest import draw_pictures
 
 
@@ -44,6 +50,32 @@ def test_a_run_looks_at_its_data_as_its_own_script(tmp_path: Path, monkeypatch: 
         trainer_base.Trainer(options, FluxFamily(options), ControlNetLike(options)).check()
     checks.all_problems(options, FluxFamily, ControlNetLike)
     assert asked == ["flux_train_control_net"] * 2
+
+
+@pytest.mark.parametrize(
+    ("trained", "kept", "cached"),
+    [
+        ([True, False], [True, False], {"t5_out", "txt_ids", "t5_attn_mask"}),
+        ([False, True], [False, True], {"l_pooled", "txt_ids", "t5_attn_mask"}),
+        ([False, False], [], {"l_pooled", "t5_out", "txt_ids", "t5_attn_mask"}),
+    ],
+)
+def test_any_text_encoder_may_learn_beside_a_cache_of_the_others(tmp_path: Path, trained, kept, cached) -> None:
+    """It stays, its keys are not cached, and captions become tokens where one stays."""
+    group, caching = make_group(make_folder(tmp_path, 2, sizes=((64, 64),)), batch_size=2), SmallTextCaching(False)
+    caching.trained = trained
+    strategies, encoders = small_strategies(text=caching), [SmallTextEncoder(), SmallTextEncoder()]
+    runtime = prepare_runtime(Config.read({}, SHARED_GROUPS))
+    data = data_phase.DataGroups(group, None)
+    phase = data_phase.prepare_text(data, strategies, runtime, load=lambda: encoders, encode_prompts=None)
+    assert [encoder is not None for encoder in phase.text_encoders] == kept
+    assert all(set(item.text_encoder_outputs) == cached for item in group.items)
+    request = next(iter(requests_of_epoch(group.plan(1, 0, 1), epoch=1, first_step=0, rank=0, num_processes=1)))
+    batch = group.load(request)
+    assert set(batch.conditioning) == cached and (batch.input_ids_list is not None) == bool(kept)
+    if kept == [False, True]:
+        made = strategies.encode(phase.text_encoders, batch.input_ids_list)
+        assert "l_pooled" not in made and set(batch.conditioning | made) == set(caching.layout.names)
 
 
 def test_names_of_scripts() -> None:
