@@ -20,7 +20,8 @@ PACKAGES = ("library", "networks", "tools", "finetune")
 TOOLS = sorted(
     path.relative_to(ROOT).as_posix() for folder in ("tools", "finetune") for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"
 )
-EXAMPLES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.py"))
+EXAMPLES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+"""the scripts among them; plug-ins are modules that scripts import"""
 MODULES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
     for package in PACKAGES

@@ -38,7 +38,7 @@ def train(owner: NetworkTrainer, args: Any) -> None:
     for line in checks.warnings(config):
         cli.logger.warning(line)
     family = called_family(import_target(record_of(owner.family).family))(config)
-    trainable = import_target(parser_common.TRAINABLES[owner.trainable].trainable)(config)
+    trainable = parser_common.TRAINABLES.resolve(owner.trainable)(config)
     owner.run = family.calls = Calls(owner, args, family, trainable)
     CalledTrainer(config, family, trainable, [CallingHook(owner.run)]).run()
 

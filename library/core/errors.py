@@ -84,6 +84,13 @@ class Problems:
             raise ConfigError(self.messages)
 
 
+def problems_of(check: Callable[[], object]) -> list[str]:
+    """What a check complains about."""
+    problems = Problems()
+    problems.attempt(check)
+    return problems.messages
+
+
 @contextmanager
 def foreign_errors(kind: type[AtelierError], what: str) -> Iterator[None]:
     """Turn whatever another library raises for damaged input, a panic of its native code included, into one message."""

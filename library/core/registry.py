@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import os
@@ -84,6 +83,8 @@ def _import_problem(module: str, target: str, error: Exception) -> str:
 @functools.cache
 def installed_points(group: str) -> dict[str, str]:
     """Name in small letters -> "module:attribute" of what installed packages offer in the entry-point group `atelier.<group>`."""
+    import importlib.metadata
+
     return {point.name.lower(): point.value for point in importlib.metadata.entry_points(group=f"atelier.{group}")}
 
 

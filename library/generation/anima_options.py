@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from library.core.errors import ConfigError
+from library.core.errors import ConfigError, problems_of
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, LARGEST_TOKENS, equivalent_option, option
+from library.core.plugins import PluginOptions
 from library.generation.adapter_files import OWN_MODULE, AdapterChoice, AdapterFile, LayerFilter
 from library.generation.requests import COMMON_LINE_OPTIONS, DTYPE_NAMES, SampledRequest, SessionOptions, dtype_problem, too_small_problems
-from library.training.inference_samplers import FLOW_SAMPLER_NAMES
+from library.training.inference_samplers import FLOW_SAMPLER_NAMES, SAMPLER_HELP, check_flow_sampler
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption, read_number
 
@@ -117,7 +118,7 @@ class AnimaPromptOptions:
     infer_steps: int = option(50, help="steps", most=LARGEST_STEPS)
     guidance_scale: float = option(3.5, help="classifier-free guidance; 1 = off, else two forwards per step")
     flow_shift: float = option(5.0, help="how far the steps lie towards noise; 1 = evenly spaced")
-    sampler: str = option("euler", choices=FLOW_SAMPLER_NAMES, help="how a step is made")
+    sampler: str = option("euler", help="how a step is made: " + ", ".join(FLOW_SAMPLER_NAMES) + SAMPLER_HELP)
     seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED)
     save_path: str | None = option(None, help="folder of the pictures; made when missing")
     output_type: str = option("images", choices=OUTPUT_TYPES, help="what is written: pictures, latents (safetensors), or both")
@@ -125,6 +126,7 @@ class AnimaPromptOptions:
 
     def __post_init__(self) -> None:
         problems = too_small_problems(self, ("infer_steps", 1), ("seed", DRAWN))
+        problems += problems_of(lambda: check_flow_sampler(self.sampler, "--sampler"))
         if len(self.image_size) != 2 or min(self.image_size) < SIZE_STEP:
             problems.append(f"--image_size is {' '.join(map(str, self.image_size))}; needed: height and width, {SIZE_STEP} or more each")
         if not self.flow_shift > 0:
@@ -147,7 +149,7 @@ class AnimaPromptOptions:
         return self.save_path
 
 
-GROUPS = (AnimaModelOptions, AnimaAdapterOptions, AnimaPromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, AnimaModelOptions, AnimaAdapterOptions, AnimaPromptOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

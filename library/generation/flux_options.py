@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from library.core.errors import ConfigError, Problems
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, LARGEST_TOKENS, option, refused_option
+from library.core.plugins import PluginOptions
 from library.generation.adapter_files import AdapterChoice, parse_adapter_argument
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
@@ -103,7 +104,7 @@ class PromptOptions:
         return request_of(FluxRequest, self)
 
 
-GROUPS = (InferenceModelOptions, PromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, InferenceModelOptions, PromptOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from library.core.errors import ConfigError
+from library.core.errors import ConfigError, problems_of
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, option
+from library.core.plugins import PluginOptions
 from library.generation.adapter_files import AdapterChoice, parse_adapter_argument
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
@@ -18,7 +19,7 @@ from library.generation.requests import (
     request_of,
     too_small_problems,
 )
-from library.training.inference_samplers import SAMPLER_NAMES
+from library.training.inference_samplers import SAMPLER_HELP, SAMPLER_NAMES, check_sampler
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption, read_number
 
@@ -71,12 +72,13 @@ class SdxlPromptOptions:
     height: int = option(1024, help="height in pixels, rounded down to a multiple of 8", most=LARGEST_PICTURE_SIDE)
     steps: int = option(50, help="steps")
     cfg_scale: float = option(7.0, help="classifier-free guidance; 1 = off, else two forwards per step")
-    sampler: str = option("euler", choices=SAMPLER_NAMES, help="how a step is made")
+    sampler: str = option("euler", help="how a step is made: " + ", ".join(SAMPLER_NAMES) + SAMPLER_HELP)
     seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED)
     output_dir: str = option(".", help="folder of the pictures; made when missing")
 
     def __post_init__(self) -> None:
         problems = too_small_problems(self, ("width", SIZE_STEP), ("height", SIZE_STEP), ("steps", 1), ("seed", DRAWN))
+        problems += problems_of(lambda: check_sampler(self.sampler, "--sampler"))
         if self.steps > LARGEST_STEPS:
             problems.append(f"--steps is {self.steps}; needed: {LARGEST_STEPS} or less, the steps of the training schedule")
         if problems:
@@ -87,7 +89,7 @@ class SdxlPromptOptions:
         return request_of(SdxlRequest, self)
 
 
-GROUPS = (SdxlModelOptions, SdxlPromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, SdxlModelOptions, SdxlPromptOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

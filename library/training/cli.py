@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from library.core.errors import AtelierError, ConfigError, RunInterrupted
+from library.core.plugins import import_plugins, plugins_on
 from library.core.registry import import_target
 from library.core.write_errors import disk_problem
 from library.families.registry import record_of
@@ -36,6 +37,19 @@ def main(family: str, trainable: str, argv: Sequence[str] | None = None) -> None
     """Read the options, set up the log, train. Ends the process with the exit code of an error, one message and,
     except under --console_log_level DEBUG, no traceback."""
     code = exit_code(lambda: run(family, trainable, argv))
+    if code:
+        sys.exit(code)
+
+
+def main_with_plugins(family: str, trainable: str, argv: Sequence[str]) -> None:
+    """`main` where the family and the trainable may be those that a module behind --plugins registers."""
+
+    def start() -> None:
+        import_plugins(plugins_on(argv))
+        record_of(family)
+        run(family, trainable, argv)
+
+    code = exit_code(start)
     if code:
         sys.exit(code)
 
@@ -84,7 +98,7 @@ def run(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
     for line in checks.warnings(config):
         _tell(logging.WARNING, line)
     family_class = import_target(record_of(family).family)
-    trainable_class = import_target(parser_common.trainable_entry(trainable).trainable)
+    trainable_class = parser_common.TRAINABLES.resolve(trainable)
     Trainer(config, family_class(config), trainable_class(config)).run()
 
 
@@ -95,7 +109,7 @@ def further_problems(error: OptionsError, family: str, trainable: str) -> list[s
     from library.training.checks import all_problems
 
     family_class = import_target(record_of(family).family)
-    trainable_class = import_target(parser_common.trainable_entry(trainable).trainable)
+    trainable_class = parser_common.TRAINABLES.resolve(trainable)
     logging.disable(logging.CRITICAL)
     try:
         found = all_problems(error.config, family_class, trainable_class)

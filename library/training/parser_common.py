@@ -12,12 +12,12 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from library.core.errors import ConfigError
 from library.core.options import Config
-from library.core.registry import import_outside, import_target
+from library.core.registry import Registry, import_target
 from library.families.registry import record_of, variants_of
 from library.training.config_file import read_config_file
 from library.training.option_groups import SHARED_GROUPS, ConfigFileOptions, HookOptions
@@ -48,33 +48,29 @@ PATH_OPTIONS: tuple[str, ...] = (
 """never recorded with the curves, and named in the log when W&B would record the command line"""
 
 
-@dataclass(frozen=True)
-class TrainableEntry:
-    """`trainable`: class of library/training/trainables; `options`: its group, or the path of one that is importable without torch;
-    `ignored`: shared options without meaning for this kind of training, name -> reason."""
-
-    trainable: str
-    options: str | type
-    ignored: Mapping[str, str] = field(default_factory=dict)
-
-
-TRAINABLES: dict[str, TrainableEntry] = {
-    "network": TrainableEntry(
-        "library.training.trainables.network:NetworkTrainable", "library.training.adapters:NetworkOptions",
-        ignored={
-            "fused_backward_pass": "gradients of a network are few, are averaged over processes and clipped by their common norm, which"
-            " needs all of them at once; the option saves memory in full fine-tuning only",
-        },
-    ),
-}
+TRAINABLES: Registry[type] = Registry(
+    "trainable", group="trainables", takes=("config",), info={"options": None, "ignored": None},
+    wanted="a subclass of library.training.trainables.base.Trainable",
+    is_a=lambda found: isinstance(found, type) and all(hasattr(found, name) for name in ("options", "attach", "param_groups", "save")),
+)
+"""What is learned, by the name that a script gives. `options`: its group, importable without torch; `ignored`: shared options without
+meaning for this kind of training, name -> reason. One from outside says both in its class."""
+TRAINABLES.add(
+    "network", "library.training.trainables.network:NetworkTrainable", options="library.training.adapters:NetworkOptions",
+    ignored={
+        "fused_backward_pass": "gradients of a network are few, are averaged over processes and clipped by their common norm, which"
+        " needs all of them at once; the option saves memory in full fine-tuning only",
+    },
+)
 
 
-def trainable_entry(name: str) -> TrainableEntry:
-    """What a script trains: a name of the table, or the path `package.module:Class` of a Trainable from outside."""
-    if name in TRAINABLES:
-        return TRAINABLES[name]
-    found = import_outside(name, "what the script trains")
-    return TrainableEntry(name, found.options, ignored=found.ignored)
+def trainable_options(name: str) -> tuple[type, Mapping[str, str]]:
+    """(the group of options of a trainable, the shared options without meaning for it)."""
+    entry = TRAINABLES.entry(name)
+    if entry.info["options"]:
+        return import_target(entry.info["options"]), entry.info["ignored"] or {}
+    found = TRAINABLES.resolve(name)
+    return found.options, found.ignored
 
 
 @dataclass(frozen=True)
@@ -108,16 +104,16 @@ def chosen_variant(family: str, argv: Sequence[str] | None) -> str:
 def script(family: str, trainable: str) -> Script:
     """The options of the script that trains `trainable` of `family`."""
     family_class = import_target(record_of(family).family)
-    entry = trainable_entry(trainable)
+    options, ignored = trainable_options(trainable)
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
     return Script(
         family,
         trainable,
-        classes=(*first, family_class.options, import_target(entry.options) if isinstance(entry.options, str) else entry.options, *packages, *rest),
+        classes=(*first, family_class.options, options, *packages, *rest),
         refused=family_class.refused,
         defaults=family_class.defaults,
-        ignored={**family_class.ignored, **entry.ignored},
+        ignored={**family_class.ignored, **ignored},
         foreign=family_class.foreign,
         neutral=family_class.neutral,
         stands_for=family_class.stands_for,

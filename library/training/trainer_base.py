@@ -124,6 +124,10 @@ class Trainer:
         self.on_main(runtime, lambda: keep_earlier_files(self.config))  # now that inputs among them (--network_weights) are read
         return self.assemble(runtime, data, models, strategies, trained, prompts, text, state)
 
+    def release(self) -> None:
+        """Give the name of the output free, after `prepare` without `run`."""
+        self._claims.close()
+
     def take_output(self) -> None:
         """The folder of the output, for this run alone."""
         checks.make_output_folder(self.config)

@@ -1,4 +1,4 @@
-"""The notebook that shows the library runs from top to bottom, for every family, and holds no outputs."""
+"""The notebook that shows the library runs from top to bottom, for every family, and is kept with the outputs of one such run."""
 
 from __future__ import annotations
 
@@ -55,14 +55,20 @@ def test_the_cells_run_from_top_to_bottom(name: str, tmp_path: Path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["tour"]
 
 
-def test_the_file_is_a_notebook_without_outputs() -> None:
+def test_the_file_is_a_notebook_with_the_outputs_of_one_run() -> None:
     assert (CONTENT["nbformat"], CONTENT["nbformat_minor"]) == (4, 5) and CONTENT["metadata"]["kernelspec"]["name"] == "python3"
     ids = [cell["id"] for cell in CONTENT["cells"]]
     assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name) for name in ids)
+    code = [cell for cell in CONTENT["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert any("loss " in "".join(output.get("text", ())) for output in outputs) and len(json.dumps(CONTENT)) < 200_000
     for cell in CONTENT["cells"]:
         assert isinstance(cell["source"], list) and isinstance(cell["metadata"], dict)
         if cell["cell_type"] == "code":
-            assert cell["outputs"] == [] and cell["execution_count"] is None
+            assert isinstance(cell["outputs"], list)
         else:
             assert cell["cell_type"] == "markdown" and set(cell) == {"cell_type", "id", "metadata", "source"}
 

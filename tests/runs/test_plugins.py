@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import train
+from library.safetensors_utils import load_safetensors
 from networks.files.network_files import by_module, read_adapter_file
 from networks.kinds.registry import MARKS, kind_of, register_kind
 from tests.runs.conftest import Work, read_parts
@@ -151,7 +153,6 @@ def test_tools_read_it_with_the_plugin_and_tell_of_it_without(hira_file: Path) -
 
 
 def test_it_is_merged_into_a_checkpoint(work: Work, hira_file: Path) -> None:
-    from library.safetensors_utils import load_safetensors
     from tools import merge_lora
 
     model = next(word.partition("=")[2] for word in work.tiny.arguments() if word.startswith("--pretrained"))
@@ -210,3 +211,72 @@ def test_a_network_module_that_is_broken_is_one_message(work: Work, monkeypatch,
     monkeypatch.syspath_prepend(str(work.folder))
     message = refused_run("flux", work.argv("out", "--network_module=users_broken_kind"), monkeypatch, capsys)
     assert "--network_module is users_broken_kind, which cannot be imported: division by zero" in message
+
+
+# ---- a trainable -------------------------------------------------------------------------------------------------------------
+
+BIASES = "examples.plugins.biases:BiasTrainable"
+
+
+def without_network(words: list[str]) -> list[str]:
+    return [word for word in words if not word.startswith("--network_")]
+
+
+def train_biases(work: Work, out: str, *more: str) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        train.main(["flux", BIASES, *without_network(work.argv(out, *SHORT, *more))])
+    return work.folder / out / "lora.safetensors"
+
+
+def test_an_own_trainable_trains_and_resumes(work: Work) -> None:
+    whole = train_biases(work, "whole", "--save_state", "--save_every_n_steps=2")
+    tensors = load_safetensors(whole, device="cpu")
+    assert tensors and all(name.endswith(".bias") for name in tensors)
+    with safe_open(whole, "pt") as file:
+        assert file.metadata()["ss_base_model_version"]
+    state = next((work.folder / "whole").glob("*step00000002-state"))
+    resumed = train_biases(work, "resumed", "--save_state", "--save_every_n_steps=2", f"--resume={state}")
+    assert read_parts(whole)[1] == read_parts(resumed)[1]
+    on = train_biases(work, "on", f"--bias_weights={whole}", "--learning_rate=0", "--max_train_steps=1")
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_safetensors(on, device="cpu").items())
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["flux", f"{FORMULAS}:charbonnier"], f"the trainable is {FORMULAS}:charbonnier, which is the function charbonnier; needed: a subclass"),
+        (["flux", "netwrok"], "unknown trainable 'netwrok'; did you mean 'network'?"),
+        (["flex", "network"], "unknown model family 'flex'; did you mean 'flux'?"),
+        (["--config_file", "train.toml"], "the following arguments are required: "),
+        (["flux", "network", "--plugins", "no_such_plugin"], "--plugins is no_such_plugin; there is no module no_such_plugin"),
+        (["flux", BIASES, "--bias_weights=biases.pt"], "--bias_weights is biases.pt; a safetensors file is needed"),
+        (["flux", BIASES, "--network_dim=4"], "--network_dim is an option of other scripts and has no meaning here"),
+    ],
+)  # fmt: skip
+def test_names_of_train_are_checked(words, told, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train.main(words)
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and told in message and "Traceback" not in message
+
+
+# ---- image scripts -----------------------------------------------------------------------------------------------------------
+
+
+def test_image_scripts_take_own_kinds_and_samplers(tinies, tmp_path: Path) -> None:
+    from library.generation.anima_inference import run
+
+    work = tinies.work("anima", tmp_path)
+    adapter = work.train("hira", *SHORT, f"--network_module={HIRA}", "--network_alpha=0", "--network_dim=2", "--learning_rate=1")
+    tiny = work.tiny
+    words = [
+        f"--dit={tiny.anima}", f"--vae={tiny.vae}", f"--text_encoder={tiny.qwen3}", f"--qwen3_tokenizer={tiny.qwen3_tokenizer}",
+        f"--t5_tokenizer_path={tiny.t5_tokenizer}", "--prompt=a cat", "--image_size", "32", "32", "--infer_steps=2", "--seed=1",
+        f"--plugins={FORMULAS}",
+    ]  # fmt: skip
+    made = [
+        run([*words, f"--save_path={tmp_path / name}", *more])[0].read_bytes()
+        for name, more in (("plain", []), ("own", ["--sampler=midpoint"]), ("adapter", [f"--lora_weight={adapter}"]))
+    ]  # fmt: skip
+    assert len(set(made)) == 3

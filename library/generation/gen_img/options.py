@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from library.core.errors import ConfigError, Problems
+from library.core.errors import ConfigError, Problems, problems_of
 from library.core.options import LARGEST_BATCH, LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, equivalent_option, option, refused_option
+from library.core.plugins import PluginOptions
 from library.generation.gen_img.prompts import GENERATION_LINE_OPTIONS
-from library.training.inference_samplers import DEFAULT_SAMPLER, SAMPLER_NAMES
+from library.training.inference_samplers import DEFAULT_SAMPLER, SAMPLER_HELP, SAMPLER_NAMES, check_sampler
 from library.training.sampling_prompts import DRAWN
 
 DEFAULT_STRENGTH = 0.8
@@ -174,7 +175,7 @@ class GenerationPictureOptions:
     W: int | None = option(None, help="width in pixels; 512, SDXL 1024, or that of --image_path when not given", most=LARGEST_PICTURE_SIDE)
     H: int | None = option(None, help="height in pixels", most=LARGEST_PICTURE_SIDE)
     steps: int = option(50, help="steps", most=LARGEST_STEPS)
-    sampler: str = option(DEFAULT_SAMPLER, choices=SAMPLER_NAMES, help="sampler")
+    sampler: str = option(DEFAULT_SAMPLER, help="sampler: " + ", ".join(SAMPLER_NAMES) + SAMPLER_HELP)
     scale: float = option(7.5, help="strength of the prompt against the negative prompt (classifier-free guidance); up to 1 = off")
     negative_scale: float | None = option(
         None, help="strength of the negative prompt of its own: both prompts are then seen from the empty one (three forwards per step)"
@@ -195,6 +196,7 @@ class GenerationPictureOptions:
             self, W=64, H=64, steps=1, original_height=1, original_width=1, original_height_negative=1, original_width_negative=1,
             crop_top=0, crop_left=0,
         )
+        problems += problems_of(lambda: check_sampler(self.sampler, "--sampler"))
         if self.steps > 1000:
             problems.append(f"--steps is {self.steps}; the noise schedule has 1000, needed: as many or fewer")
         for name in ("pyramid_noise_prob", "noise_offset_prob"):
@@ -286,6 +288,7 @@ class GenerationShrinkOptions:
 
 
 GENERATION_CLASSES = (
+    PluginOptions,
     GenerationModelOptions, GenerationPromptOptions, GenerationPictureOptions, GenerationSourceOptions, GenerationNetworkOptions,
     GenerationShrinkOptions,
 )
