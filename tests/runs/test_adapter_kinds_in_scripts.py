@@ -31,6 +31,7 @@ def write(path: Path, family: str, model: Path, name: str) -> str:
     if kind.targets(targets_of_family(family)).conv_classes and "conv_dim" not in kind.refused:
         pairs["conv_dim"] = "2"
     dim = None if "network_dim" in kind.refused else adapter.rank
+    torch.manual_seed(6)  # start values of a network that no run made
     network = import_target(f"{adapter.module}:create_network")(1.0, dim, adapter.alpha, None, [None, None], denoiser, **pairs)
     network.apply_to([], denoiser, False, True)
     generator = torch.Generator().manual_seed(6)
