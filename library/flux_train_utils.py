@@ -25,10 +25,13 @@ __all__ = [
 if TYPE_CHECKING:
     from library.flux_models import Flux
 
-__getattr__, __dir__ = lazy_names(__name__, homes(
-    "library.compat.flux_names", "add_flux_train_arguments", "apply_model_prediction_type", "get_noisy_model_input_and_timesteps",
-    "get_sigmas", "sample_images",
-))
+__getattr__, __dir__ = lazy_names(__name__, {
+    **homes(
+        "library.compat.flux_names", "add_flux_train_arguments", "apply_model_prediction_type", "get_noisy_model_input_and_timesteps",
+        "get_sigmas",
+    ),
+    "sample_images": "library.compat.samples:sample_images_flux",
+})
 
 BASE_TOKENS, BASE_SHIFT = 256, 0.5
 MAX_TOKENS, MAX_SHIFT = 4096, 1.15

@@ -35,6 +35,7 @@ _HOMES = {
     ),
     **homes("library.compat.sd_names", "load_target_model", "replace_unet_modules"),
     **homes("library.compat.modelspec", "get_sai_model_spec", "get_sai_model_spec_dataclass"),
+    "sample_images": "library.compat.samples:sample_images_sd",
     **homes("library.compat.samples", "line_to_prompt_dict", "load_prompts"),
     **homes("library.checkpoints.hashes", "calculate_sha256", "model_hash", "precalculate_safetensors_hashes"),
 }  # fmt: skip

@@ -74,25 +74,25 @@ def _header(metadata: dict[str, str], tensors: Mapping[str, torch.Tensor], names
     return text + b" " * (-len(text) % 8)
 
 
-def model_hash(path: str | os.PathLike[str]) -> str:
+def model_hash(filename: str | os.PathLike[str]) -> str:
     """The short hash of a base model: 8 digits of the sha256 of 64 KiB at 1 MiB."""
-    if os.path.isdir(path):
+    if os.path.isdir(filename):
         return "IsADirectory"
     try:
-        with open_file(path) as file:
+        with open_file(filename) as file:
             file.seek(LEGACY_OFFSET)
             return hashlib.sha256(file.read(LEGACY_LENGTH)).hexdigest()[:8]
     except FileNotFoundError:
         return "NOFILE"
 
 
-def calculate_sha256(path: str | os.PathLike[str]) -> str:
+def calculate_sha256(filename: str | os.PathLike[str]) -> str:
     """sha256 of a whole file; `IsADirectory` or `NOFILE` when there is no such file."""
-    if os.path.isdir(path):
+    if os.path.isdir(filename):
         return "IsADirectory"
     digest = hashlib.sha256()
     try:
-        with open_file(path) as file:
+        with open_file(filename) as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
     except FileNotFoundError:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from library.compat.namespace import config_of
 from library.core.errors import ConfigError
-from library.core.options import Config
 from library.core.registry import import_target
 from library.families.registry import record_of
 from library.training import checks, cli, parser_common
@@ -18,7 +18,6 @@ from library.training.hooks.base import Hook
 from library.training.hooks.sample import SampleHook
 from library.training.objective import NoisyLatents
 from library.training.option_groups import ConsoleOptions
-from library.training.option_reader import OptionReader
 from library.training.run import DiTOutput, Models, StepOutput
 from library.training.trainer_base import Trainer
 
@@ -42,18 +41,6 @@ def train(owner: NetworkTrainer, args: Any) -> None:
     trainable = parser_common.TRAINABLES.resolve(owner.trainable)(config)
     owner.run = family.calls = Calls(owner, args, family, trainable)
     CalledTrainer(config, family, trainable, [CallingHook(owner.run)]).run()
-
-
-def config_of(args: Any, family: str, trainable: str) -> Config:
-    """The Config of a namespace that a script's parser made; what differs from a default counts as written by the user.
-    ConfigError with all problems."""
-    script = parser_common.script(family, trainable)
-    given = {name: getattr(args, name) for name in script.owners if hasattr(args, name) and getattr(args, name) != script.default(name)}
-    reader = OptionReader(script)
-    config = reader.config(reader.without_refused(reader.converted(reader.with_meaning(given), "--{name}")))
-    for note in reader.notes:
-        cli.logger.log(note.level, note.text)
-    return config
 
 
 class Calls:

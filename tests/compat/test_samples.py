@@ -1,0 +1,80 @@
+"""Samples in a loop of one's own are those that a run makes of the same models."""
+
+import importlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from library import flux_train_utils, flux_utils, model_util, sdxl_model_util, sdxl_train_util, train_util
+from library.training.hooks.sample import encode_sample_prompts
+from tests.runs.families import Tinies
+
+CALLS = {"sd": ("train_network", train_util), "sdxl": ("sdxl_train_network", sdxl_train_util), "flux": ("flux_train_network", flux_train_utils)}
+
+
+def pictures(folder):
+    return [np.asarray(Image.open(path)) for path in sorted(folder.glob("lora_*_0[01]_*.png"))]
+
+
+@pytest.mark.parametrize("family", CALLS)
+def test_the_pictures_of_a_run(family, tmp_path, tmp_path_factory):
+    work = Tinies(tmp_path_factory).work(family, tmp_path)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat --w 64 --h 64 --s 2 --d 1\na dog --w 64 --h 64 --s 2 --d 2\n")
+    sampling = [f"--sample_prompts={prompts}", "--sample_at_first", "--max_train_steps=1"]
+    work.train("run", *sampling)
+    script, known = CALLS[family]
+    args = importlib.import_module(script).setup_parser().parse_args(work.argv("mine", *sampling))
+    accelerator = train_util.prepare_accelerator(args)
+    model = args.pretrained_model_name_or_path
+    if family == "flux":
+        encoders = [flux_utils.load_clip_l(args.clip_l, None, "cpu"), flux_utils.load_t5xxl(args.t5xxl, None, "cpu")]
+        models = [flux_utils.load_flow_model(model, None, "cpu")[1], flux_utils.load_ae(args.ae, None, "cpu"), encoders, None]
+
+        def call(epoch, step):
+            known.sample_images(accelerator, args, epoch, step, *models)
+    else:
+        if family == "sd":
+            text_encoder, vae, unet = model_util.load_models_from_stable_diffusion_checkpoint(False, model)
+        else:
+            first, second, vae, unet, *_ = sdxl_model_util.load_models_from_sdxl_checkpoint("sdxl", model, "cpu")
+            text_encoder = [first, second]
+
+        def call(epoch, step):
+            known.sample_images(accelerator, args, epoch, step, accelerator.device, vae, None, text_encoder, unet)
+
+    call(None, 3)
+    call(1, 3)
+    assert not (tmp_path / "mine").exists()
+    call(0, 0)
+    made, own = pictures(tmp_path / "mine" / "sample"), pictures(tmp_path / "run" / "sample")
+    assert len(made) == len(own) == 2 and not np.array_equal(*made)
+    assert all(np.array_equal(picture, other) for picture, other in zip(made, own))
+
+
+def test_outputs_of_text_encoders_may_be_given(tmp_path, tmp_path_factory):
+    from library.compat.namespace import config_of
+    from library.core.registry import import_target
+    from library.families.registry import record_of
+    from library.training.sampling_prompts import load_prompts
+
+    work = Tinies(tmp_path_factory).work("flux", tmp_path)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red CAT --w 64 --h 64 --s 2 --d 1\n")
+    argv = work.argv("mine", f"--sample_prompts={prompts}", "--sample_every_n_steps=2")
+    args = importlib.import_module("flux_train_network").setup_parser().parse_args(argv)
+    family = import_target(record_of("flux").family)(config_of(args, "flux", "network"))
+    encoders = [flux_utils.load_clip_l(args.clip_l, None, "cpu"), flux_utils.load_t5xxl(args.t5xxl, None, "cpu")]
+    strategies = family.strategies()
+    parsed = load_prompts(str(prompts))
+    texts = encode_sample_prompts(family, strategies, encoders, parsed)
+    outputs = {text.replace("CAT", "cat"): strategies.layout.listed(made) for text, made in texts.items()}
+    accelerator = train_util.prepare_accelerator(args)
+    denoiser, ae = flux_utils.load_flow_model(args.pretrained_model_name_or_path, None, "cpu")[1], flux_utils.load_ae(args.ae, None, "cpu")
+    flux_train_utils.sample_images(accelerator, args, None, 2, denoiser, ae, [None, None], outputs, prompt_replacement=("CAT", "cat"))
+    assert len(pictures(tmp_path / "mine" / "sample")) == 1
+
+
+def test_prompts_are_dictionaries():
+    assert train_util.line_to_prompt_dict("a ball --w 64 --d 3") == {"prompt": "a ball", "width": 64, "seed": 3}
