@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 from library.dataset.architectures import ARCHITECTURES
 from library.tiny_models import TinyEntry, tiny_entry
@@ -19,7 +18,7 @@ class FamilyCase:
     text_parts: tuple[str, ...]
     caches_text: bool = True
 
-    @cached_property
+    @property
     def entry(self) -> TinyEntry:
         return tiny_entry(self.name)
 

@@ -26,7 +26,7 @@ class SecondOptions(FluxOptions):
 
 RECORD = dataclasses.replace(
     record_of("flux"), name="second", prefix="", family="tests.planted.test_variants:SecondFamily", variant_of=("flux", "model_type", "second"),
-    caches=CacheNames(latents="_second.npz", text="_second_te.npz"),
+    caches=CacheNames(latents="_second.npz", text="_second_te.npz"), tiny=(),
 )  # fmt: skip
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pastel.models import CHANNELS, STRIDE
-
 from library.generation.pipeline import PicturePipeline
 from library.generation.requests import PictureRequest
 from library.generation.sampling_utils import guided_velocity, start_noise
@@ -20,10 +18,11 @@ def predict_velocity(denoiser, latents, times, conditioning, **inputs):
 
 @dataclass
 class PastelPipeline(PicturePipeline[PictureRequest]):
+    family = "pastel"
     request_class = PictureRequest
 
     def latents(self, request, conditioning, negative):
-        noise = start_noise(request.seed, CHANNELS, request.height // STRIDE, request.width // STRIDE)
+        noise = start_noise(request.seed, *self.latent_shape(request))
 
         def predict(latents, times, given):
             return predict_velocity(self.denoiser, latents, times, given)
