@@ -2,7 +2,7 @@
 
     import library
 
-    training = library.Training(family="flux", network_module="lora", ...)      # see library/training/notebook.py
+    training = library.Training(family="...", network_module="lora", ...)      # see library/training/notebook.py
     training.step()
 
     @library.LOSSES.register("my_loss")                    # see docs/plugins.md

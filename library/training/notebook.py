@@ -40,7 +40,7 @@ def words_of(options: Mapping[str, Any] | Iterable[str]) -> list[str]:
 class Training:
     """One training: its options, its family, its data, a step of it, the whole of it. Each part is made when it is first asked for.
 
-        training = library.Training(family="flux", network_module="lora", dataset_config="data.toml", ...)
+        training = library.Training(family="...", network_module="lora", dataset_config="data.toml", ...)
         training.dataset            # the images in their buckets, with captions and caches
         training.family             # the parts of the architecture: load_denoiser, strategies, predict, ...
         training.run                # models, adapter, optimizer and schedule, ready

@@ -13,6 +13,7 @@ from library.core.errors import ConfigError
 from library.training.hooks.base import Hook
 from library.training.notebook import words_of
 from tests.runs.conftest import Work, read_parts
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +26,7 @@ def test_the_package_imports_nothing_heavy_and_knows_its_names() -> None:
         "              library.OPTIMIZERS, library.TRAINABLES, library.Training, library.Hook, library.register_family, library.option]\n"
         "assert 'torch' not in sys.modules and all(registries)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
 
 

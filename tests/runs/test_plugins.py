@@ -16,6 +16,7 @@ from networks.files.network_files import by_module, read_adapter_file
 from networks.kinds.registry import MARKS, kind_of, register_kind
 from tests.runs.conftest import Work, read_parts
 from tests.runs.families import Tinies, refused_run
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMULAS, HIRA = "examples.plugins.formulas", "examples.plugins.hira"
@@ -146,9 +147,9 @@ def test_an_own_kind_is_trained_read_and_trained_on(work: Work, hira_file: Path)
 
 def test_tools_read_it_with_the_plugin_and_tell_of_it_without(hira_file: Path) -> None:
     words = [sys.executable, "tools/check_lora.py", str(hira_file)]
-    without = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    without = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert without.returncode == 2 and f"if you trust it, add --plugins {HIRA}" in without.stderr and "Traceback" not in without.stderr
-    read = subprocess.run([*words, "--plugins", HIRA], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    read = subprocess.run([*words, "--plugins", HIRA], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert read.returncode == 0 and "HiRA" in read.stdout, read.stderr
 
 
