@@ -97,6 +97,12 @@ class Runtime:
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 
+    def leave_group(self) -> None:
+        """After the last step: a process that ends while its group is open may be aborted by the threads of the group."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.barrier()
+            torch.distributed.destroy_process_group()
+
     def seed_foreign_code(self, seed: int) -> None:
         """Seed the global generators for code that is not ours (dropout of a third-party network module): a pure function
         of the step, so that a resumed run draws the same. Our own code never reads them."""

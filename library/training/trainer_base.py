@@ -85,6 +85,7 @@ class Trainer:
             run = self.prepare()
             if run is not None:
                 fit(run)
+                run.runtime.leave_group()
         if run is not None and not run.progress.is_finished:
             raise self.interrupted(run)
 
