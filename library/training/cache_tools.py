@@ -186,6 +186,7 @@ def run(what: str, argv: Sequence[str]) -> None:
     _name_unused(family, config, what)
     data, runtime = _data(config, family, what)
     fill(what, config, family, data, runtime)
+    runtime.leave_group()
 
 
 def only_this_cache(config: Config, what: str) -> Config:
