@@ -1,11 +1,13 @@
-"""What merging a LoRA into a large model costs: memory against the size of the model, time against a plain copy of the file.
+"""What merging a LoRA into a large model costs: memory against the size of the model, time against a plain copy of the
+file.
 
     python benchmarks/merge.py [--gigabytes 4] [--folder DIR] [--sparse]
 
-The model is a file in the layout of FLUX.1 with its real widths, in bfloat16, with as many blocks as fit the size (all 57 make 23.8
-GB, 12 billion parameters). The merge is the command line of tools/merge_lora.py in a process of its own. Memory is the peak of
-that process above what it had with torch imported, and must stay under a quarter of the model. The copy reads, writes and fsyncs
-the same file. --sparse writes a model of zeros that takes no space on the disk. Everything is removed afterwards.
+The model is a file in the layout of FLUX.1 with its real widths, in bfloat16, with as many blocks as fit the size (all
+57 make 23.8 GB, 12 billion parameters). The merge is the command line of tools/merge_lora.py in a process of its own.
+Memory is the peak of that process above what it had with torch imported, and must stay under a quarter of the model.
+The copy reads, writes and fsyncs the same file. --sparse writes a model of zeros that takes no space on the disk.
+Everything is removed afterwards.
 """
 
 from __future__ import annotations
@@ -47,7 +49,12 @@ print(json.dumps({"code": code, "seconds": time.perf_counter() - start, "before"
 def model_shapes(units: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a denoiser with `units` double and twice as many single blocks."""
     h = HIDDEN
-    shapes = {"img_in": (h, 64), "txt_in": (h, CONTEXT), "final_layer.linear": (64, h), "final_layer.adaLN_modulation.1": (2 * h, h)}
+    shapes = {
+        "img_in": (h, 64),
+        "txt_in": (h, CONTEXT),
+        "final_layer.linear": (64, h),
+        "final_layer.adaLN_modulation.1": (2 * h, h),
+    }
     for name, size in (("time_in", 256), ("vector_in", 768), ("guidance_in", 256)):
         shapes |= {f"{name}.in_layer": (h, size), f"{name}.out_layer": (h, h)}
     norms = {}
@@ -59,7 +66,11 @@ def model_shapes(units: int) -> dict[str, tuple[int, ...]]:
             norms |= {f"{place}_attn.norm.{which}_norm.scale": (128,) for which in ("query", "key")}
     for number in range(2 * units):
         place = f"single_blocks.{number}"
-        shapes |= {f"{place}.modulation.lin": (3 * h, h), f"{place}.linear1": (3 * h + MLP, h), f"{place}.linear2": (h, h + MLP)}
+        shapes |= {
+            f"{place}.modulation.lin": (3 * h, h),
+            f"{place}.linear1": (3 * h + MLP, h),
+            f"{place}.linear2": (h, h + MLP),
+        }
         norms |= {f"{place}.norm.{which}_norm.scale": (128,) for which in ("query", "key")}
     weights = {f"{name}.weight": shape for name, shape in shapes.items()}
     return {**weights, **{f"{name}.bias": shape[:1] for name, shape in shapes.items()}, **norms}
@@ -127,7 +138,17 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 
 def merge(model: Path, lora: Path, target: Path) -> dict[str, float]:
-    words = ["--model", str(model), "--models", str(lora), "--ratios", "0.8", "--save_to", str(target), "--console_log_level=WARNING"]
+    words = [
+        "--model",
+        str(model),
+        "--models",
+        str(lora),
+        "--ratios",
+        "0.8",
+        "--save_to",
+        str(target),
+        "--console_log_level=WARNING",
+    ]
     done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(words)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode or not done.stdout.strip():
         raise SystemExit(f"the merge failed: {done.stderr.strip()}")
@@ -149,7 +170,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     try:
         free, needed = shutil.disk_usage(folder).free, size * (1 if args.sparse else 2)
         if free < needed * 1.1:
-            raise SystemExit(f"{folder} has {free / 1e9:.1f} GB free; needed are {needed * 1.1 / 1e9:.1f} GB: give a smaller --gigabytes")
+            raise SystemExit(
+                f"{folder} has {free / 1e9:.1f} GB free; needed are {needed * 1.1 / 1e9:.1f} GB: give a smaller --gigabytes"
+            )
         model, lora = folder / "model.safetensors", folder / "lora.safetensors"
         write_model(model, shapes, args.sparse)
         write_lora(lora, shapes)
@@ -158,10 +181,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     finally:
         shutil.rmtree(folder)
     above = merged["peak"] - merged["before"]
-    print(f"model            {size / 1e9:8.2f} GB, {size / 2e9:.1f} billion parameters{', sparse' if args.sparse else ''}")
-    print(f"peak memory      {above / 1e9:8.2f} GB above {merged['before'] / 1e9:.2f} GB with torch loaded = {above / size:.1%} of the model")
+    print(
+        f"model            {size / 1e9:8.2f} GB, {size / 2e9:.1f} billion parameters{', sparse' if args.sparse else ''}"
+    )
+    print(
+        f"peak memory      {above / 1e9:8.2f} GB above {merged['before'] / 1e9:.2f} GB with torch loaded = {above / size:.1%} of the model"
+    )
     print(f"merge            {merged['seconds']:8.1f} s = {size / merged['seconds'] / 1e6:.0f} MB/s")
-    print(f"copy             {copy:8.1f} s = {size / copy / 1e6:.0f} MB/s; merging takes {merged['seconds'] / copy:.2f} times as long")
+    print(
+        f"copy             {copy:8.1f} s = {size / copy / 1e6:.0f} MB/s; merging takes {merged['seconds'] / copy:.2f} times as long"
+    )
     return {"size": size, "above": above, "merge": merged["seconds"], "copy": copy}
 
 

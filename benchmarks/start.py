@@ -2,19 +2,19 @@
 
     python benchmarks/start.py [--family sdxl] [--counts 20 20000] [--runs 5] [--latents_only] [--encode_all] [--folder DIR]
 
-Small noise pictures with captions and a tiny random model; every run is the real script in a process of its own and trains one step.
-Beside it stands the least that a start must do for as many pictures: list the folder, read every header with imagesize and every
-caption. Files of the data set that are opened and decoded pictures are counted inside the runs. The second start should take at most
-twice the CPU time of that baseline beyond what it takes with the smallest count, and the first should decode what it encodes and
-nothing else.
+Small noise pictures with captions and a tiny random model; every run is the real script in a process of its own and
+trains one step. Beside it stands the least that a start must do for as many pictures: list the folder, read every
+header with imagesize and every caption. Files of the data set that are opened and decoded pictures are counted inside
+the runs. The second start should take at most twice the CPU time of that baseline beyond what it takes with the
+smallest count, and the first should decode what it encodes and nothing else.
 
-CPU time is that of the process and of all that it started, user and system, on one thread. The second start is run several times,
-in turn with few and with many pictures and the baseline, so that all see the same load of the machine; the least of each counts, since
-a start with few pictures takes many times what is compared.
+CPU time is that of the process and of all that it started, user and system, on one thread. The second start is run
+several times, in turn with few and with many pictures and the baseline, so that all see the same load of the machine;
+the least of each counts, since a start with few pictures takes many times what is compared.
 
-With more than 64 pictures the further ones are copies, and so are their cache files: the "first" start then meets finished caches of
-which it knows nothing, as after copying a data set, and encodes nothing. --encode_all has it encode every picture (half an hour for
-20,000 on one core). Figures: docs/caching.md.
+With more than 64 pictures the further ones are copies, and so are their cache files: the "first" start then meets
+finished caches of which it knows nothing, as after copying a data set, and encodes nothing. --encode_all has it encode
+every picture (half an hour for 20,000 on one core). Figures: docs/caching.md.
 """
 
 from __future__ import annotations
@@ -56,11 +56,12 @@ class Start:
     decoded: int
 
 
-# ---- inside the measured processes ---------------------------------------------------------------------------------------
+# ---- inside the measured processes -----------------------------------------------------------------------------------
 
 
 def counted_run(script: str, argv: list[str], report: str, images: str) -> None:
-    """Run a script and write what it opened in a folder and decoded. The hook costs a microsecond a file, which stays in the figures."""
+    """Run a script and write what it opened in a folder and decoded. The hook costs a microsecond a file, which stays
+    in the figures."""
     import runpy
 
     opened = dict.fromkeys(KINDS.values(), 0)
@@ -102,7 +103,7 @@ def baseline(folder: str) -> None:
     print(time.process_time() - started)
 
 
-# ---- around them ------------------------------------------------------------------------------------------------------------
+# ---- around them -----------------------------------------------------------------------------------------------------
 
 
 def write_pictures(folder: Path, count: int) -> None:
@@ -121,7 +122,9 @@ def write_pictures(folder: Path, count: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         (folder / f"{number:06d}.png").write_bytes(contents[number % DISTINCT])
-        (folder / f"{number:06d}.txt").write_text(f"picture {number % DISTINCT}, noise, grey, one of many", encoding="utf-8")
+        (folder / f"{number:06d}.txt").write_text(
+            f"picture {number % DISTINCT}, noise, grey, one of many", encoding="utf-8"
+        )
 
 
 def copy_caches(folder: Path, count: int) -> None:
@@ -140,7 +143,9 @@ def measured(script: str, argv: list[str], folder: Path) -> Start:
     command = [sys.executable, __file__, "--child", script, str(report), str(folder / "images"), *argv]
     with open(folder / "log.txt", "wb") as log:
         started = time.perf_counter()
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started
     if status:
@@ -159,7 +164,8 @@ class Case:
         entry, tiny = tiny_entry(family), build_tiny(family, folder / "model")
         (folder / "data.toml").write_text(DATASET.format(size=SIZE_PX, images=self.images.as_posix()), encoding="utf-8")
         self.script, self.argv = entry.script, [
-            *tiny.arguments(), f"--network_module={entry.network_module}", *entry.options, f"--dataset_config={folder / 'data.toml'}",
+            *tiny.arguments(), f"--network_module={entry.network_module}", *entry.options,
+            f"--dataset_config={folder / 'data.toml'}",
             "--network_dim=4", "--network_alpha=4", "--max_train_steps=1", "--seed=1", "--max_data_loader_n_workers=0",
             "--cache_latents_to_disk", "--vae_batch_size=4", "--output_name=lora", *more,
         ]
@@ -200,10 +206,14 @@ class Case:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", default="sdxl", help="tiny model to train (default: sdxl)")
-    parser.add_argument("--counts", type=int, nargs="+", default=[20, 20000], help="numbers of pictures (default: 20 20000)")
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=[20, 20000], help="numbers of pictures (default: 20 20000)"
+    )
     parser.add_argument("--runs", type=int, default=5, help="second starts with each number (default: 5)")
     parser.add_argument("--latents_only", action="store_true", help="cache no text encoder outputs")
-    parser.add_argument("--encode_all", action="store_true", help="encode every picture in the first start, instead of copying caches")
+    parser.add_argument(
+        "--encode_all", action="store_true", help="encode every picture in the first start, instead of copying caches"
+    )
     parser.add_argument("--folder", help="work in this folder and leave it (default: a temporary one)")
     options = parser.parse_args()
     caches_text = options.family not in ("sd1", "sd2") and not options.latents_only
@@ -211,8 +221,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(options.folder or temporary)
         print(f"{options.family}, latents{' and text encoder outputs' if caches_text else ''} on disk")
-        print(f"{'pictures':>9} {'start':>8} {'seconds':>8} {'CPU s':>7} {'MB':>6} {'decoded':>8}  opened: pictures captions caches", flush=True)
-        cases = [Case(options.family, count, place / str(count), more, options.encode_all) for count in sorted(options.counts)]
+        print(
+            f"{'pictures':>9} {'start':>8} {'seconds':>8} {'CPU s':>7} {'MB':>6} {'decoded':>8}  opened: pictures captions caches",
+            flush=True,
+        )
+        cases = [
+            Case(options.family, count, place / str(count), more, options.encode_all)
+            for count in sorted(options.counts)
+        ]
         for _ in range(options.runs):
             for case in cases:
                 case.second()
@@ -221,7 +237,9 @@ def main() -> None:
         few, many = cases[0], cases[-1]
         if few is not many:
             beyond, least = many.least.cpu - few.least.cpu, min(many.baselines)
-            print(f"second start: {beyond:.2f} CPU s beyond {few.count} pictures, {beyond / least:.2f} times the baseline (at most 2)")
+            print(
+                f"second start: {beyond:.2f} CPU s beyond {few.count} pictures, {beyond / least:.2f} times the baseline (at most 2)"
+            )
 
 
 if __name__ == "__main__":

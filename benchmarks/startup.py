@@ -2,7 +2,8 @@
 
     python benchmarks/startup.py [--runs 7]
 
-Prints the median and the fastest of several runs, in turn with the baseline, so that both see the same load of the machine.
+Prints the median and the fastest of several runs, in turn with the baseline, so that both see the same load of the
+machine.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/training_step.py [--steps 60] [--hidden 64]
 
-Both train the same LoRA on the same tiny FLUX.1 with the same batches (latents and text outputs cached in memory), in turn, in
-one process. The bare loop knows no hooks, keyed draws, logging or checks: forward, loss, backward, clip, AdamW. The difference
-is what a step pays for everything else, independent of the size of the model.
+Both train the same LoRA on the same tiny FLUX.1 with the same batches (latents and text outputs cached in memory), in
+turn, in one process. The bare loop knows no hooks, keyed draws, logging or checks: forward, loss, backward, clip,
+AdamW. The difference is what a step pays for everything else, independent of the size of the model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def prepare(folder: Path, hidden: int, steps: int):
 
     work = Work(folder, build_tiny_flux(folder / "tiny", hidden=hidden), draw_pictures(folder / "images", 16))
     argv = work.argv(
-        "out", "--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only", f"--max_train_steps={steps}"
+        "out", "--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only",
+        f"--max_train_steps={steps}"
     )
     parsed = parser_common.parse_command(argv, "flux", "network")
     cli.set_up_logging(parsed.config[cli.ConsoleOptions])
@@ -84,7 +85,9 @@ def main() -> None:
                 if k >= 5:
                     times[name].append(time.perf_counter() - started)
         bare, ours = statistics.median(times["bare"]), statistics.median(times["ours"])
-        print(f"\nbare loop {bare * 1e3:.2f} ms, ours {ours * 1e3:.2f} ms: {(ours - bare) * 1e3:.2f} ms per step for everything else")
+        print(
+            f"\nbare loop {bare * 1e3:.2f} ms, ours {ours * 1e3:.2f} ms: {(ours - bare) * 1e3:.2f} ms per step for everything else"
+        )
 
 
 if __name__ == "__main__":

@@ -36,14 +36,17 @@ class AdapterParams:
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.model_dim % (2 * self.num_heads):
-            raise ValueError(f"num_heads of the adapter is {self.num_heads}; model_dim {self.model_dim} must be an even multiple of it")
+            raise ValueError(
+                f"num_heads of the adapter is {self.num_heads}; model_dim {self.model_dim} must be an even multiple of it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnimaParams:
     """Hyper-parameters of the denoiser; the defaults are the released model. `adapter` is None where the file has none.
 
-    `max_img_h`, `max_img_w` and `max_frames` bound the size in latent units; they are checks, nothing is learned for them.
+    `max_img_h`, `max_img_w` and `max_frames` bound the size in latent units; they are checks, nothing is learned for
+    them.
     """
 
     in_channels: int = 16
@@ -79,7 +82,9 @@ class AnimaParams:
 
     @property
     def mlp_hidden(self) -> int:
-        return math.floor(self.model_channels * self.mlp_ratio + 1e-6)  # a ratio read from shapes may miss its integer by rounding
+        return math.floor(
+            self.model_channels * self.mlp_ratio + 1e-6
+        )  # a ratio read from shapes may miss its integer by rounding
 
     @property
     def patch_volume(self) -> int:
@@ -245,7 +250,8 @@ class Block(nn.Module):
         self.adaln_modulation_mlp = _modulation(dim, rank, 3)
 
     def forward(self, x: Tensor, emb: Tensor, adaln_lora: Tensor, context: Tensor, rope: Rope) -> Tensor:
-        """x [B, L, D], emb [B, D], adaln_lora [B, 3D] (or both [B, L, ...], for each token its own), context [B, T, C]."""
+        """x [B, L, D], emb [B, D], adaln_lora [B, 3D] (or both [B, L, ...], for each token its own), context [B, T,
+        C]."""
         shift, scale, gate = self._parts(self.adaln_modulation_self_attn, emb, adaln_lora)
         x = x + gate * self.self_attn(self.layer_norm_self_attn(x) * (1 + scale) + shift, rope=rope)
         shift, scale, gate = self._parts(self.adaln_modulation_cross_attn, emb, adaln_lora)
@@ -289,7 +295,8 @@ class LLMAdapterTransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, params.mlp_hidden), nn.GELU(), nn.Linear(params.mlp_hidden, dim))
 
     def forward(
-        self, x: Tensor, source: Tensor, ropes: tuple[Rope, Rope], target_mask: Tensor | None, source_mask: Tensor | None
+        self, x: Tensor, source: Tensor, ropes: tuple[Rope, Rope], target_mask: Tensor | None,
+        source_mask: Tensor | None
     ) -> Tensor:
         target_rope, source_rope = ropes
         normed = self.norm_self_attn(x)
@@ -315,7 +322,8 @@ class LLMAdapter(nn.Module):
     def forward(
         self, source: Tensor, target_ids: Tensor, target_mask: Tensor | None = None, source_mask: Tensor | None = None
     ) -> Tensor:
-        """source [B, S, source_dim], target_ids [B, M], masks 1 = token. Returns [B, M, target_dim], 0 where target_mask is 0."""
+        """source [B, S, source_dim], target_ids [B, M], masks 1 = token. Returns [B, M, target_dim], 0 where
+        target_mask is 0."""
         x = self.in_proj(self.embed(target_ids).to(source.dtype))
         head_dim = self.params.model_dim // self.params.num_heads
         ropes = tuple(
@@ -330,7 +338,8 @@ class LLMAdapter(nn.Module):
 
 
 def _never_empty(mask: Tensor | None) -> Tensor | None:
-    """Boolean mask; a row without tokens attends to its first position, because softmax over nothing is not a number."""
+    """Boolean mask; a row without tokens attends to its first position, because softmax over nothing is not a
+    number."""
     if mask is None:
         return None
     mask = mask.bool()
@@ -388,9 +397,11 @@ class Anima(BlockStackMixin, nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity (noise - data) of latents.
 
-        x [B, C, T, H, W], timesteps [B] in 0..1 (or [B, T'] and [B, T'H'W'], one per frame or token), context [B, L, D]: the adapter's output, or the states of the language
-        model when `target_ids` [B, M] are given, which go through the adapter here. padding_mask [B, 1, h, w]: 1 = padding,
-        none when not given. Returns the shape of x; with `feature_layer` also the tokens [B, T'H'W', D] after that block, from 0. ValueError when the size is beyond the model's or not whole patches.
+        x [B, C, T, H, W], timesteps [B] in 0..1 (or [B, T'] and [B, T'H'W'], one per frame or token), context [B, L,
+        D]: the adapter's output, or the states of the language model when `target_ids` [B, M] are given, which go
+        through the adapter here. padding_mask [B, 1, h, w]: 1 = padding, none when not given. Returns the shape of x;
+        with `feature_layer` also the tokens [B, T'H'W', D] after that block, from 0. ValueError when the size is beyond
+        the model's or not whole patches.
         """
         self.prepare_block_swap_before_forward()
         self._check_size(x)
@@ -430,7 +441,9 @@ class Anima(BlockStackMixin, nn.Module):
         p = self.params
         _, _, frames, height, width = x.shape
         if frames % p.patch_temporal or height % p.patch_spatial or width % p.patch_spatial:
-            raise ValueError(f"latents are {frames} x {height} x {width}; multiples of the patch size {p.patch_spatial} are needed")
+            raise ValueError(
+                f"latents are {frames} x {height} x {width}; multiples of the patch size {p.patch_spatial} are needed"
+            )
         if frames > p.max_frames or height > p.max_img_h or width > p.max_img_w:
             raise ValueError(
                 f"latents are {frames} x {height} x {width}; the model takes up to {p.max_frames} x {p.max_img_h} x {p.max_img_w}"

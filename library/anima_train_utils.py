@@ -20,10 +20,10 @@ def predict_velocity(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Velocity (noise - data) [B, C, H, W] of noisy latents [B, C, H, W]; H and W must be even.
 
-    `timesteps` [B], or [B, (H/2)(W/2)] for a time per token, are on the 0..1000 scale, float32; the model gets them divided by 1000. `conditioning` has
-    the keys of the family; the LLM adapter runs inside the forward, so that its gradients take the same way.
-    A model without an adapter attends to the states themselves. With `feature_layer` among `inputs` the result is
-    (velocity, tokens [B, L, D] after that block).
+    `timesteps` [B], or [B, (H/2)(W/2)] for a time per token, are on the 0..1000 scale, float32; the model gets them
+    divided by 1000. `conditioning` has the keys of the family; the LLM adapter runs inside the forward, so that its
+    gradients take the same way. A model without an adapter attends to the states themselves. With `feature_layer` among
+    `inputs` the result is (velocity, tokens [B, L, D] after that block).
     """
     given = {name: tensor.to(noisy_latents.device) for name, tensor in conditioning.items()}
     velocity = denoiser(

@@ -39,7 +39,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 __getattr__, __dir__ = lazy_names(__name__, homes(
-    "library.compat.anima_names", "load_anima_model", "load_qwen3_text_encoder", "load_qwen3_tokenizer", "load_t5_tokenizer",
+    "library.compat.anima_names", "load_anima_model", "load_qwen3_text_encoder", "load_qwen3_tokenizer",
+    "load_t5_tokenizer",
     "save_anima_model",
 ))
 
@@ -75,20 +76,26 @@ def inspect_anima(path: str | os.PathLike, config: Mapping[str, Any] | None = No
     shapes = strip_prefix(source.shapes, prefix)
     if "blocks.0.adaln_modulation_self_attn.1.weight" not in shapes or "x_embedder.proj.1.weight" not in shapes:
         some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(f"{source.path} holds no Anima denoiser (blocks.*.adaln_modulation_* is not there; it begins with {some})")
+        raise CheckpointError(
+            f"{source.path} holds no Anima denoiser (blocks.*.adaln_modulation_* is not there; it begins with {some})"
+        )
     given = {**source.model_config, **(config or {})}
     params = build_params(AnimaParams, *_inferred_and_given(shapes, given, source.path), source.path)
     dtypes = frozenset(tensor.dtype for key, tensor in shapes.items() if key.endswith(".weight"))
     return AnimaInfo(source, prefix, params, dtypes)
 
 
-def _inferred_and_given(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _inferred_and_given(
+    shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The two mappings of `build_params`; an adapter that is given is completed by what its shapes tell."""
     try:
         inferred = _infer_denoiser(shapes, given)
         adapter = _infer_adapter(shapes) if f"{ADAPTER}out_proj.weight" in shapes else None
     except (KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} does not fit Anima: {error.args[0]} is missing or has too few dimensions") from error
+        raise CheckpointError(
+            f"{path} does not fit Anima: {error.args[0]} is missing or has too few dimensions"
+        ) from error
     if adapter is None:
         return {**inferred, "adapter": None}, {key: value for key, value in given.items() if key != "adapter"}
     merged = build_params(AdapterParams, adapter, given.get("adapter") or {}, path)
@@ -144,7 +151,11 @@ def load_anima(
     """
     info = inspect_anima(path, config)
     wide = torch.bfloat16 if dtype is None or dtype == FP8_STORAGE else dtype
-    keys = [key for key in info.source.shapes if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in DENOISER_ROOTS]
+    keys = [
+        key
+        for key in info.source.shapes
+        if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in DENOISER_ROOTS
+    ]
 
     def cast(key: str, tensor: Tensor) -> Tensor:
         return _stored(key[len(info.prefix) :], tensor, info.source.dtype_of(key), dtype, wide)
@@ -171,8 +182,8 @@ def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _stored(key: str, tensor: Tensor, kind: torch.dtype, dtype: torch.dtype | None, wide: torch.dtype) -> Tensor:
-    """In the type that `dtype` asks for (None: that of the file, `kind`); only the large matrices of the blocks may stay in
-    8 bits."""
+    """In the type that `dtype` asks for (None: that of the file, `kind`); only the large matrices of the blocks may
+    stay in 8 bits."""
     may_be_small = key.startswith("blocks.") and key.endswith("_proj.weight") or ".mlp.layer" in key
     if may_be_small and (dtype == FP8_STORAGE or (dtype is None and kind == FP8_STORAGE)):
         return cast_floats(tensor, FP8_STORAGE, key)
@@ -185,14 +196,20 @@ def inspect_llm_adapter(path: str | os.PathLike) -> tuple[CheckpointFiles, str, 
     CheckpointError when the file holds none, or a part of one.
     """
     source = open_checkpoint(path)
-    marker = next((key for key in source.shapes if key.endswith("out_proj.weight") and ".blocks." not in f".{key}"), None)
+    marker = next(
+        (key for key in source.shapes if key.endswith("out_proj.weight") and ".blocks." not in f".{key}"), None
+    )
     if marker is None:
         some = ", ".join(list(source.shapes)[:3]) or "no tensors"
-        raise CheckpointError(f"{source.path} holds no LLM adapter (llm_adapter.out_proj is not there; it begins with {some})")
+        raise CheckpointError(
+            f"{source.path} holds no LLM adapter (llm_adapter.out_proj is not there; it begins with {some})"
+        )
     prefix = marker.removesuffix("out_proj.weight")
     shapes = {ADAPTER + key: tensor for key, tensor in strip_prefix(source.shapes, prefix).items()}
     try:
-        params = build_params(AdapterParams, _infer_adapter(shapes), source.model_config.get("adapter") or {}, source.path)
+        params = build_params(
+            AdapterParams, _infer_adapter(shapes), source.model_config.get("adapter") or {}, source.path
+        )
     except (KeyError, IndexError) as error:
         raise CheckpointError(f"{source.path} is no whole LLM adapter: {error.args[0]} is missing") from error
     return source, prefix, params
@@ -202,14 +219,18 @@ def adapter_problem(adapter: AdapterParams, params: AnimaParams, path: str | os.
     """Why this adapter cannot serve this denoiser, or None."""
     if adapter.target_dim == params.context_dim:
         return None
-    return f"{os.fspath(path)}: the LLM adapter gives {adapter.target_dim} values, the denoiser takes {params.context_dim}"
+    return (
+        f"{os.fspath(path)}: the LLM adapter gives {adapter.target_dim} values, the denoiser takes {params.context_dim}"
+    )
 
 
 def fitting_problems(
-    params: AnimaParams, adapter: AdapterParams | None, *, qwen3: tuple[str, str], vae: tuple[str, str] | None, model: str, adapter_path: str
+    params: AnimaParams, adapter: AdapterParams | None, *, qwen3: tuple[str, str], vae: tuple[str, str] | None,
+    model: str, adapter_path: str
 ) -> list[str]:
-    """Sizes of text encoder, autoencoder and LLM adapter against the denoiser's, from headers. `qwen3` and `vae` are (option,
-    path), no vae = not checked; `adapter_path` is the file of the adapter. CheckpointError when a file is no such part."""
+    """Sizes of text encoder, autoencoder and LLM adapter against the denoiser's, from headers. `qwen3` and `vae` are
+    (option, path), no vae = not checked; `adapter_path` is the file of the adapter. CheckpointError when a file is no
+    such part."""
     width = inspect_qwen3(qwen3[1])["hidden_size"]
     channels = inspect_wan_vae(vae[1]).params.z_dim if vae else params.in_channels
     needed = params.context_dim if adapter is None else adapter.source_dim
@@ -217,7 +238,9 @@ def fitting_problems(
     if width != needed:
         problems.append(f"--{qwen3[0]} is {qwen3[1]}: its width is {width}, the model {adapter_path} takes {needed}")
     if channels != params.in_channels:
-        problems.append(f"--{vae[0]} is {vae[1]}: it has {channels} latent channels, the model {model} takes {params.in_channels}")
+        problems.append(
+            f"--{vae[0]} is {vae[1]}: it has {channels} latent channels, the model {model} takes {params.in_channels}"
+        )
     if adapter is not None:
         problem = adapter_problem(adapter, params, adapter_path)
         problems += [problem] if problem else []
@@ -225,7 +248,8 @@ def fitting_problems(
 
 
 def _with_adapter(
-    state: dict[str, Tensor], params: AnimaParams, path: str | os.PathLike, wide: torch.dtype, device: torch.device | str
+    state: dict[str, Tensor], params: AnimaParams, path: str | os.PathLike, wide: torch.dtype,
+    device: torch.device | str
 ) -> tuple[dict[str, Tensor], AnimaParams]:
     """State and parameters with the adapter of another file."""
     source, prefix, adapter = inspect_llm_adapter(path)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 
 def scaled_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for [B, heads, L, D]; `key_mask` [B, L], true or 1 = attend. Returns [B, L, heads * D].
+    """softmax(q k^T / sqrt(D)) v for [B, heads, L, D]; `key_mask` [B, L], true or 1 = attend. Returns [B, L, heads *
+    D].
 
     Query and key may come in float32 (from norms and rotations); they are rounded to the type of `value` here.
     """
@@ -22,8 +23,8 @@ def scaled_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor
 
 
 class DeviceTables:
-    """Small tables that are computed on the CPU, so that every device gets the same numbers and needs no type that it lacks
-    (MPS and some XPUs have no float64), and are kept on the devices that use them: the last `kept` of them."""
+    """Small tables that are computed on the CPU, so that every device gets the same numbers and needs no type that it
+    lacks (MPS and some XPUs have no float64), and are kept on the devices that use them: the last `kept` of them."""
 
     def __init__(self, kept: int = 32) -> None:
         self.kept = kept
@@ -44,8 +45,8 @@ class DeviceTables:
 def rope_cos_sin(positions: Tensor, axes_dim: Sequence[int], theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of rotary angles position * theta^(-2i/d) for each axis, axes side by side.
 
-    `positions` [B, L, axes]; each result [B, L, sum(axes_dim) / 2] in float32 and on the CPU, computed in float64 because
-    angles of large positions lose digits otherwise.
+    `positions` [B, L, axes]; each result [B, L, sum(axes_dim) / 2] in float32 and on the CPU, computed in float64
+    because angles of large positions lose digits otherwise.
     """
     positions, angles = positions.cpu(), []
     for axis, width in enumerate(axes_dim):
@@ -56,7 +57,8 @@ def rope_cos_sin(positions: Tensor, axes_dim: Sequence[int], theta: float) -> tu
 
 
 def rotate_pairs(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (2i, 2i+1) of `states` [B, heads, L, D] by the angles of `rope` ([B or 1, L, D/2] each); float32 result."""
+    """Turn the pairs (2i, 2i+1) of `states` [B, heads, L, D] by the angles of `rope` ([B or 1, L, D/2] each); float32
+    result."""
     cos, sin = rope[0][:, None], rope[1][:, None]  # [B, 1, L, D/2]
     first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
@@ -72,9 +74,11 @@ def rotate_halves(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def timestep_embedding(timesteps: Tensor, width: int, time_factor: float = 1000.0) -> Tensor:
-    """[cos(t w) | sin(t w)] with w_k = 10000^(-k / (width/2)), t = timesteps * time_factor. [B, ...] -> [B, ..., width],
-    float32."""
+    """[cos(t w) | sin(t w)] with w_k = 10000^(-k / (width/2)), t = timesteps * time_factor. [B, ...] -> [B, ...,
+    width], float32."""
     half = width // 2
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
+    frequencies = torch.exp(
+        -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    )
     angles = (timesteps.float() * time_factor)[..., None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)

@@ -1,7 +1,8 @@
-"""The dataset configuration: from a TOML or JSON file and the command line to a Blueprint of checked, resolved settings.
+"""The dataset configuration: from a TOML or JSON file and the command line to a Blueprint of checked, resolved
+settings.
 
-Every problem of a configuration is reported, not only the first; each has the path of its key (`datasets[0].subsets[1].KEY`)
-and a kind: unknown_key, wrong_type, out_of_range, missing or conflict.
+Every problem of a configuration is reported, not only the first; each has the path of its key
+(`datasets[0].subsets[1].KEY`) and a kind: unknown_key, wrong_type, out_of_range, missing or conflict.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ PLACEHOLDER_RESOLUTION = (512, 512)
 
 @dataclass(frozen=True)
 class Blueprint:
-    """All datasets of a run with every setting resolved. `partial`: some settings were refused (see DatasetConfigError)."""
+    """All datasets of a run with every setting resolved. `partial`: some settings were refused (see
+    DatasetConfigError)."""
 
     datasets: tuple[DatasetParams, ...]
     used_config_file: bool
@@ -61,7 +63,8 @@ class Blueprint:
 
 
 class DatasetConfigError(ConfigError):
-    """All problems of a dataset configuration. `partial` is the blueprint without what was refused, for further checks."""
+    """All problems of a dataset configuration. `partial` is the blueprint without what was refused, for further
+    checks."""
 
     def __init__(self, errors: Sequence[ConfigProblem], partial: Blueprint | None = None) -> None:
         self.errors = tuple(errors)
@@ -71,7 +74,8 @@ class DatasetConfigError(ConfigError):
 
 @dataclass(frozen=True)
 class ScriptRules:
-    """Which kinds of dataset a script takes. `masks`: CN datasets too, with --masked_loss. `dropout`: caption dropout keys."""
+    """Which kinds of dataset a script takes. `masks`: CN datasets too, with --masked_loss. `dropout`: caption dropout
+    keys."""
 
     kinds: frozenset[str] = frozenset({"DB", "FT"})
     masks: bool = True
@@ -97,7 +101,8 @@ SCRIPT_RULES: dict[str, ScriptRules] = {
 
 
 def rules_of(
-    script: str | ScriptRules, options: DatasetOptions, supports_cn: bool | None = None, supports_dropout: bool | None = None
+    script: str | ScriptRules, options: DatasetOptions, supports_cn: bool | None = None,
+    supports_dropout: bool | None = None
 ) -> ScriptRules:
     """The rules of a script, by its name or as they are, with masks settled: CN is among the kinds or not."""
     rules = script if isinstance(script, ScriptRules) else SCRIPT_RULES.get(script.removesuffix(".py"), ScriptRules())
@@ -119,9 +124,9 @@ def load_blueprint(
 ) -> Blueprint:
     """Read the dataset configuration, or the folder options that stand for one, and resolve every setting.
 
-    `content` is the parsed configuration where the caller has it already. `explicit` are the options that the user wrote; `script` decides the kinds of dataset (`supports_cn`, `supports_dropout`
-    override its rules). Files named in the configuration are not looked at; that is the scan's part.
-    Raises DatasetConfigError with all problems.
+    `content` is the parsed configuration where the caller has it already. `explicit` are the options that the user
+    wrote; `script` decides the kinds of dataset (`supports_cn`, `supports_dropout` override its rules). Files named in
+    the configuration are not looked at; that is the scan's part. Raises DatasetConfigError with all problems.
     """
     problems, warnings = ProblemList(), []
     rules = rules_of(script, options, supports_cn, supports_dropout)
@@ -132,7 +137,9 @@ def load_blueprint(
         raw = read_config_file(Path(options.dataset_config))
         ignored = [f"--{name}" for name in FOLDER_OPTIONS if getattr(options, name) is not None]
         if ignored:
-            warnings.append(f"--dataset_config is used, so {', '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} ignored")
+            warnings.append(
+                f"--dataset_config is used, so {', '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} ignored"
+            )
     else:
         raw = config_from_options(options, problems, warnings, kinds=rules.kinds)
         if problems.items and not raw["datasets"][0]["subsets"]:
@@ -143,7 +150,9 @@ def load_blueprint(
     resolver = _Resolver(options, caching or CachingOptions(), explicit, architecture, rules, problems, warnings)
     datasets = tuple(resolver.dataset(tables, dataset) for dataset in tables.datasets)
     if options.masked_loss and not any(d.kind == "CN" or any(s.alpha_mask for s in d.subsets) for d in datasets):
-        warnings.append("--masked_loss is on, and no dataset has conditioning_data_dir or alpha_mask: the loss is not masked")
+        warnings.append(
+            "--masked_loss is on, and no dataset has conditioning_data_dir or alpha_mask: the loss is not masked"
+        )
     blueprint = Blueprint(datasets, has_file, options.dataset_config, tuple(warnings), bool(problems.items))
     if problems.items:
         raise DatasetConfigError(problems.items, blueprint)
@@ -176,7 +185,9 @@ class _Resolver:
         limits = ("min_bucket_reso", "max_bucket_reso")
         is_limited = any(name in self.explicit or scope.written_at(name) for name in limits)
         if is_limited and values["bucket_no_upscale"] is True and values["enable_bucket"] is True:
-            self.warnings.append(f"{dataset.table.path}: bucket_no_upscale is on, so {' and '.join(limits)} have no effect")
+            self.warnings.append(
+                f"{dataset.table.path}: bucket_no_upscale is on, so {' and '.join(limits)} have no effect"
+            )
         if len(set(kinds)) <= 1:
             self._check_keys(dataset.table, kind)
         values["resolution"] = values["resolution"] or PLACEHOLDER_RESOLUTION
@@ -214,10 +225,14 @@ class _Resolver:
             if kind in KEYS[name].kinds or value is BAD:
                 continue
             if name == "conditioning_data_dir":
-                self.problems.add(table.where(name), "conflict", "masks need the option --masked_loss; add it, or remove this key")
+                self.problems.add(
+                    table.where(name), "conflict", "masks need the option --masked_loss; add it, or remove this key"
+                )
                 continue
             wanted = " or ".join(KIND_NAMES[other] for other in sorted(KEYS[name].kinds))
-            self.problems.add(table.where(name), "conflict", f"the key is for {wanted}; this dataset is made of {KIND_NAMES[kind]}")
+            self.problems.add(
+                table.where(name), "conflict", f"the key is for {wanted}; this dataset is made of {KIND_NAMES[kind]}"
+            )
 
     def _kinds(self, dataset: DatasetTables) -> list[str]:
         """The kind of each subset; all equal unless kinds are mixed, which is noted as a problem."""
@@ -230,11 +245,16 @@ class _Resolver:
         if "CN" in self.rules.kinds and any(masked):
             if all(masked):
                 return ["CN"] * len(masked)
-            self.problems.add(where, "conflict", "mask and plain subsets cannot share a dataset; put each kind in its own [[datasets]]")
+            self.problems.add(
+                where,
+                "conflict",
+                "mask and plain subsets cannot share a dataset; put each kind in its own [[datasets]]",
+            )
             return ["CN" if mask else "FT" if entry else "DB" for mask, entry in zip(masked, listed)]
         if mixes_listed:
             self.problems.add(
-                where, "conflict",
+                where,
+                "conflict",
                 "subsets with and without metadata_file cannot be mixed in the same dataset; put each kind in its own [[datasets]]",
             )
         if "FT" not in self.rules.kinds:
@@ -260,5 +280,6 @@ def _without_bad(values: dict[str, Any], record: type) -> dict[str, Any]:
 
 
 __all__ = [
-    "SCRIPT_RULES", "Blueprint", "ConfigProblem", "DatasetConfigError", "ScriptRules", "load_blueprint", "read_config_file", "rules_of",
+    "SCRIPT_RULES", "Blueprint", "ConfigProblem", "DatasetConfigError", "ScriptRules", "load_blueprint",
+    "read_config_file", "rules_of",
 ]

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from library.core.lazy_names import homes, lazy_names
 
-__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.offloading", "Offloader", "ModelOffloader", "create_cpu_offloading_wrapper"))
+__getattr__, __dir__ = lazy_names(
+    __name__, homes("library.compat.offloading", "Offloader", "ModelOffloader", "create_cpu_offloading_wrapper")
+)
 
 
 def run_checkpointed(function: Callable[..., Any], hidden: Sequence[Tensor], cpu_offload: bool = False) -> Any:
@@ -21,7 +23,8 @@ def run_checkpointed(function: Callable[..., Any], hidden: Sequence[Tensor], cpu
 
     Only `hidden` counts as input: what `function` captured (conditioning, positions) is shared by all blocks and stays.
     """
-    # the inputs of a non-reentrant checkpoint are ordinary saved tensors, so the saved-tensor hooks of torch apply to them
+    # the inputs of a non-reentrant checkpoint are ordinary saved tensors, so the saved-tensor hooks of torch apply to
+    # them
     place = torch.autograd.graph.save_on_cpu() if cpu_offload else nullcontext()
     with place:
         return checkpoint(function, *hidden, use_reentrant=False)
@@ -124,7 +127,12 @@ class BlockOffloader:
             self.bring(index)
 
     def _exchange(self, outgoing: int, incoming: int) -> None:
-        if self._is_moving(outgoing) or self._is_moving(incoming) or self.is_here(incoming) or not self.is_here(outgoing):
+        if (
+            self._is_moving(outgoing)
+            or self._is_moving(incoming)
+            or self.is_here(incoming)
+            or not self.is_here(outgoing)
+        ):
             return
         # the transfer may overwrite the outgoing weights only after the work queued so far has read them
         ready = torch.cuda.current_stream(self.device).record_event() if self.stream is not None else None
@@ -141,8 +149,8 @@ class BlockOffloader:
 class BlockStackMixin:
     """What a denoiser made of rows of equal blocks does with its memory: checkpoints, and blocks that wait on the CPU.
 
-    A module calls `init_block_stack` in its constructor, runs its blocks through `run_block`, and fills `offloaders` (one
-    per row of blocks, None = that row stays) in its own `enable_block_swap`.
+    A module calls `init_block_stack` in its constructor, runs its blocks through `run_block`, and fills `offloaders`
+    (one per row of blocks, None = that row stays) in its own `enable_block_swap`.
     """
 
     training: bool
@@ -173,7 +181,8 @@ class BlockStackMixin:
         return outputs
 
     def enable_gradient_checkpointing(self, cpu_offload: bool = False) -> None:
-        """Recompute blocks in the backward pass while in train mode; `cpu_offload` keeps the block inputs on the CPU."""
+        """Recompute blocks in the backward pass while in train mode; `cpu_offload` keeps the block inputs on the
+        CPU."""
         self.gradient_checkpointing = True
         self.cpu_offload_checkpointing = cpu_offload
 
@@ -189,7 +198,9 @@ class BlockStackMixin:
 
     def move_to_device_except_swap_blocks(self, device: torch.device) -> None:
         """Move everything but the weights that block swap keeps on the CPU."""
-        swapped = {id(weight) for offloader in self.offloaders if offloader is not None for weight in offloader.cpu_weights()}
+        swapped = {
+            id(weight) for offloader in self.offloaders if offloader is not None for weight in offloader.cpu_weights()
+        }
         for module in self.modules():
             for parameter in module.parameters(recurse=False):
                 if id(parameter) not in swapped:
@@ -209,7 +220,8 @@ def swap_weight_devices_cuda(
     device: torch.device, layer_to_cpu: nn.Module, layer_to_cuda: nn.Module, stream: torch.cuda.Stream | None = None,
     ready: torch.cuda.Event | None = None,
 ) -> None:
-    """Exchange the storages of two equal blocks on `stream` (the present one when None), so that no new device memory is taken.
+    """Exchange the storages of two equal blocks on `stream` (the present one when None), so that no new device memory
+    is taken.
 
     Weights without a partner of the same name, shape and type are moved on their own.
     """

@@ -47,8 +47,9 @@ def can_compute(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def format_problem(flag: str, dtype: str, device: str | None, instead: str) -> str | None:
-    """A message for a number format, by its name in torch, that the device cannot compute with (MPS has no 8-bit numbers, old GPUs
-    no bfloat16), or None. `device`: None is the preferred one; one that is not there has a message of its own."""
+    """A message for a number format, by its name in torch, that the device cannot compute with (MPS has no 8-bit
+    numbers, old GPUs no bfloat16), or None. `device`: None is the preferred one; one that is not there has a message of
+    its own."""
     if dtype == "float32" or device_problem("device", device) is not None:
         return None
     place = get_preferred_device() if device is None else torch.device(device)
@@ -58,7 +59,8 @@ def format_problem(flag: str, dtype: str, device: str | None, instead: str) -> s
 
 
 def imitates_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is computed in software, many times slower: CUDA devices of compute capability below 8.0 (RTX 30) do so."""
+    """Whether bfloat16 is computed in software, many times slower: CUDA devices of compute capability below 8.0 (RTX
+    30) do so."""
     return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -79,8 +81,8 @@ def _devices() -> list[str]:
 
 
 def clean_memory_on_device(device: torch.device | str | None = None) -> None:
-    """Release what the allocator of the device (default: the preferred one) holds unused, after a collection: model classes
-    have reference cycles, which live until then."""
+    """Release what the allocator of the device (default: the preferred one) holds unused, after a collection: model
+    classes have reference cycles, which live until then."""
     gc.collect()
     kind = get_preferred_device().type if device is None else torch.device(device).type
     if kind == "cuda":

@@ -1,4 +1,5 @@
-"""FLUX.1: the denoiser with its double and single stream blocks; its autoencoder is the one of library/components/ldm_models.py.
+"""FLUX.1: the denoiser with its double and single stream blocks; its autoencoder is the one of
+library/components/ldm_models.py.
 
 Module paths are the key names of the original files; leaf layers are plain nn.Linear and nn.Conv2d, so that adapters
 find them by name and class.
@@ -24,7 +25,8 @@ Rope = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class FluxParams:
-    """Hyper-parameters of the denoiser; the defaults are FLUX.1 dev. `in_channels` is the width of a packed token (4C)."""
+    """Hyper-parameters of the denoiser; the defaults are FLUX.1 dev. `in_channels` is the width of a packed token
+    (4C)."""
 
     in_channels: int = 64
     vec_in_dim: int = 768
@@ -45,7 +47,9 @@ class FluxParams:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}; it must divide hidden_size {self.hidden_size}")
         if sum(self.axes_dim) != self.head_dim or any(width % 2 for width in self.axes_dim):
-            raise ValueError(f"axes_dim is {self.axes_dim}; it needs even numbers that sum to the head size {self.head_dim}")
+            raise ValueError(
+                f"axes_dim is {self.axes_dim}; it needs even numbers that sum to the head size {self.head_dim}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -53,7 +57,9 @@ class FluxParams:
 
     @property
     def mlp_hidden(self) -> int:
-        return math.floor(self.hidden_size * self.mlp_ratio + 1e-6)  # a ratio read from shapes may miss its integer by rounding
+        return math.floor(
+            self.hidden_size * self.mlp_ratio + 1e-6
+        )  # a ratio read from shapes may miss its integer by rounding
 
 
 class MLPEmbedder(nn.Module):
@@ -163,8 +169,11 @@ class DoubleStreamBlock(nn.Module):
         self.txt_norm2 = _plain_norm(hidden)
         self.txt_mlp = _mlp(hidden, params.mlp_hidden)
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """img [B, L, hidden], txt [B, T, hidden], vec [B, hidden] or [B, L, hidden]; rope and key_mask over the T + L joined tokens."""
+    def forward(
+        self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """img [B, L, hidden], txt [B, T, hidden], vec [B, hidden] or [B, L, hidden]; rope and key_mask over the T + L
+        joined tokens."""
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(of_text(vec))
         img_qkv = self.img_attn.query_key_value(modulate(self.img_norm1(img), img_shift1, img_scale1))
@@ -263,11 +272,11 @@ class Flux(BlockStackMixin, nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity (noise - data) of packed latents.
 
-        img [B, L, 4C], img_ids [B or 1, L, 3] = (0, row, column), txt [B, T, context], txt_ids [B or 1, T, 3] = 0, both best on
-        the CPU, where they are read; timesteps [B] in 0..1, or [B, L] for a time per image token, y [B, vector] = pooled CLIP state, guidance [B] = scale as is,
-        txt_attention_mask [B, T] with 1 = attend.
-        Returns [B, L, 4C]; with `feature_layer` also the image tokens [B, L, hidden] after that block, counted from 0 over the double,
-        then the single blocks. ValueError when a guidance-distilled model gets no guidance.
+        img [B, L, 4C], img_ids [B or 1, L, 3] = (0, row, column), txt [B, T, context], txt_ids [B or 1, T, 3] = 0, both
+        best on the CPU, where they are read; timesteps [B] in 0..1, or [B, L] for a time per image token, y [B, vector]
+        = pooled CLIP state, guidance [B] = scale as is, txt_attention_mask [B, T] with 1 = attend. Returns [B, L, 4C];
+        with `feature_layer` also the image tokens [B, L, hidden] after that block, counted from 0 over the double, then
+        the single blocks. ValueError when a guidance-distilled model gets no guidance.
         """
         self.prepare_block_swap_before_forward()
         vec = self._conditioning_vector(timesteps, y, guidance)  # [B, hidden] or [B, L, hidden]
@@ -292,12 +301,16 @@ class Flux(BlockStackMixin, nn.Module):
     def _rope(self, positions: Tensor, device: torch.device) -> tuple[Tensor, ...]:
         """Cosines and sines for positions [B, T + L, 3], computed once for each bucket."""
         key = (tuple(positions.shape), positions.numpy().tobytes())
-        return self.rope_tables.get(key, device, lambda: rope_cos_sin(positions, self.params.axes_dim, self.params.theta))
+        return self.rope_tables.get(
+            key, device, lambda: rope_cos_sin(positions, self.params.axes_dim, self.params.theta)
+        )
 
     def _conditioning_vector(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         width = self.params.time_embed_dim
         vec = self.time_in(timestep_embedding(timesteps, width).to(self.dtype))
-        alike = (lambda other: other[:, None]) if timesteps.ndim == 2 else (lambda other: other)  # what all tokens share
+        alike = (
+            (lambda other: other[:, None]) if timesteps.ndim == 2 else (lambda other: other)
+        )  # what all tokens share
         if self.params.guidance_embed:
             if guidance is None:
                 raise ValueError("guidance is None; a guidance-distilled model (FLUX.1 dev) needs one scale per sample")
@@ -340,7 +353,9 @@ def block_swap_problem(blocks_to_swap: int, depth: int, depth_single_blocks: int
     if blocks_to_swap < 0:
         return f"--blocks_to_swap is {blocks_to_swap}; it cannot be negative (0 = off)"
     allowed = 0
-    while (split := split_blocks_to_swap(allowed + 1))[0] <= max(depth - 2, 0) and split[1] <= max(depth_single_blocks - 2, 0):
+    while (split := split_blocks_to_swap(allowed + 1))[0] <= max(depth - 2, 0) and split[1] <= max(
+        depth_single_blocks - 2, 0
+    ):
         allowed += 1
     if blocks_to_swap <= allowed:
         return None

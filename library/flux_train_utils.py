@@ -18,7 +18,8 @@ from library.flux_utils import pack_latents, prepare_img_ids, unpack_latents
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
 __all__ = [
-    "compute_density_for_timestep_sampling", "compute_loss_weighting_for_sd3", "denoise", "get_lin_function", "get_schedule",
+    "compute_density_for_timestep_sampling", "compute_loss_weighting_for_sd3", "denoise", "get_lin_function",
+    "get_schedule",
     "predict_velocity", "time_shift",
 ]  # fmt: skip
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 __getattr__, __dir__ = lazy_names(__name__, {
     **homes(
-        "library.compat.flux_names", "add_flux_train_arguments", "apply_model_prediction_type", "get_noisy_model_input_and_timesteps",
+        "library.compat.flux_names", "add_flux_train_arguments", "apply_model_prediction_type",
+        "get_noisy_model_input_and_timesteps",
         "get_sigmas",
     ),
     "sample_images": "library.compat.samples:sample_images_flux",
@@ -53,7 +55,8 @@ def get_lin_function(
 def get_schedule(
     num_steps: int, image_seq_len: int, base_shift: float = BASE_SHIFT, max_shift: float = MAX_SHIFT, shift: bool = True
 ) -> list[float]:
-    """Sigmas from 1 to 0, `num_steps` + 1 of them, moved by mu of the number of tokens unless `shift` is off (schnell)."""
+    """Sigmas from 1 to 0, `num_steps` + 1 of them, moved by mu of the number of tokens unless `shift` is off
+    (schnell)."""
     sigmas = torch.linspace(1, 0, num_steps + 1)
     if shift:
         sigmas = time_shift(get_lin_function(y1=base_shift, y2=max_shift)(image_seq_len), 1.0, sigmas)
@@ -72,10 +75,10 @@ def predict_velocity(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Velocity (noise - data) [B, C, H, W] of noisy latents [B, C, H, W]; H and W must be even.
 
-    `timesteps` [B], or [B, (H/2)(W/2)] for a time per token, are on the 0..1000 scale, float32; the model gets them divided by 1000.
-    `conditioning` has the keys of the family; the T5 mask reaches the model only with `use_t5_mask`. `guidance` is the embedded
-    scale, one float32 number per sample; a model without that embedding (schnell) ignores it. With `feature_layer` among
-    `inputs` the result is (velocity, tokens [B, L, hidden] after that block).
+    `timesteps` [B], or [B, (H/2)(W/2)] for a time per token, are on the 0..1000 scale, float32; the model gets them
+    divided by 1000. `conditioning` has the keys of the family; the T5 mask reaches the model only with `use_t5_mask`.
+    `guidance` is the embedded scale, one float32 number per sample; a model without that embedding (schnell) ignores
+    it. With `feature_layer` among `inputs` the result is (velocity, tokens [B, L, hidden] after that block).
     """
     batch_size, _, height, width = noisy_latents.shape
     t5_out = conditioning["t5_out"]
@@ -101,7 +104,8 @@ def denoise(
     model: Flux, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, vec: Tensor,
     timesteps: Sequence[float], guidance: float = 4.0, t5_attn_mask: Tensor | None = None,
 ) -> Tensor:
-    """Euler steps on packed latents [B, L, 4C] along `timesteps` (1 = noise, 0 = data), for callers that pack themselves."""
+    """Euler steps on packed latents [B, L, 4C] along `timesteps` (1 = noise, 0 = data), for callers that pack
+    themselves."""
     guidance_vec = torch.full((img.shape[0],), float(guidance), device=img.device, dtype=torch.float32)
     for now, after in zip(timesteps[:-1], timesteps[1:]):
         times = torch.full((img.shape[0],), now, device=img.device, dtype=torch.float32)
@@ -116,10 +120,13 @@ def denoise(
 def compute_density_for_timestep_sampling(
     weighting_scheme: str, batch_size: int, logit_mean: float = 0.0, logit_std: float = 1.0, mode_scale: float = 1.29
 ) -> Tensor:
-    """Numbers [B] in 0..1 that follow `--weighting_scheme`, drawn from torch's global generator (for foreign callers)."""
+    """Numbers [B] in 0..1 that follow `--weighting_scheme`, drawn from torch's global generator (for foreign
+    callers)."""
     from library.training.timesteps import density
 
-    return density(weighting_scheme, torch.rand(batch_size), logit_mean=logit_mean, logit_std=logit_std, mode_scale=mode_scale)
+    return density(
+        weighting_scheme, torch.rand(batch_size), logit_mean=logit_mean, logit_std=logit_std, mode_scale=mode_scale
+    )
 
 
 def compute_loss_weighting_for_sd3(weighting_scheme: str, sigmas: Tensor) -> Tensor:

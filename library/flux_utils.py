@@ -13,7 +13,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from library.checkpoints.flux_convert import convert_bfl_sd_to_diffusers, convert_diffusers_sd_to_bfl, is_diffusers_denoiser
+from library.checkpoints.flux_convert import (
+    convert_bfl_sd_to_diffusers,
+    convert_diffusers_sd_to_bfl,
+    is_diffusers_denoiser,
+)
 from library.checkpoints.loading import (
     CheckpointFiles,
     Transform,
@@ -27,7 +31,14 @@ from library.checkpoints.loading import (
     part_of,
     strip_prefix,
 )
-from library.components.ldm_utils import AE_PREFIXES, AutoEncoderInfo, Wanted, infer_autoencoder, inspect_autoencoder, load_autoencoder
+from library.components.ldm_utils import (
+    AE_PREFIXES,
+    AutoEncoderInfo,
+    Wanted,
+    infer_autoencoder,
+    inspect_autoencoder,
+    load_autoencoder,
+)
 from library.components.text_encoder_utils import load_clip_l, load_t5xxl
 from library.core.errors import CheckpointError
 from library.core.lazy_names import homes, lazy_names
@@ -88,14 +99,20 @@ def inspect_flow_model(path: str | os.PathLike, config: Mapping[str, Any] | None
 
 def _refuse_other_models(shapes: Mapping[str, Tensor], path: str) -> None:
     if any(key.startswith("distilled_guidance_layer.") for key in shapes):
-        raise CheckpointError(f"{path} is a Chroma model, which needs its own training script; a FLUX.1 dev or schnell file is needed")
+        raise CheckpointError(
+            f"{path} is a Chroma model, which needs its own training script; a FLUX.1 dev or schnell file is needed"
+        )
     if "double_blocks.0.img_attn.norm.query_norm.scale" not in shapes or "img_in.weight" not in shapes:
         some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(f"{path} holds no FLUX.1 denoiser (double_blocks.* and img_in are not there; it begins with {some})")
+        raise CheckpointError(
+            f"{path} holds no FLUX.1 denoiser (double_blocks.* and img_in are not there; it begins with {some})"
+        )
     if "final_layer.linear.weight" in shapes:
         width, out_width = shapes["img_in.weight"].shape[1], shapes["final_layer.linear.weight"].shape[0]
         if width != out_width:
-            variant = {6: "the Fill variant", 2: "the Depth or Canny variant"}.get(width // out_width, "a control variant")
+            variant = {6: "the Fill variant", 2: "the Depth or Canny variant"}.get(
+                width // out_width, "a control variant"
+            )
             raise CheckpointError(
                 f"{path} is {variant} of FLUX.1 (img_in takes {width} values, {out_width} come out); plain FLUX.1 dev or schnell is needed"
             )
@@ -166,9 +183,9 @@ def load_flux(
 ) -> Flux:
     """Load a FLUX.1 denoiser: single file in either layout, one of a split set, or a diffusers folder.
 
-    `dtype` float8_e4m3fn keeps the weights of linear layers in 8 bits and the rest in bfloat16; None keeps the file's own
-    types. `config` overrides hyper-parameters; `transform` may change the tensors as they are read. `model.params.guidance_embed` tells dev from schnell. CheckpointError when
-    the file does not fit.
+    `dtype` float8_e4m3fn keeps the weights of linear layers in 8 bits and the rest in bfloat16; None keeps the file's
+    own types. `config` overrides hyper-parameters; `transform` may change the tensors as they are read.
+    `model.params.guidance_embed` tells dev from schnell. CheckpointError when the file does not fit.
     """
     info = inspect_flow_model(path, config)
     _check_fp8(info, dtype)
@@ -185,7 +202,9 @@ def load_flux(
 
     def cast(key: str, tensor: Tensor) -> Tensor:
         kind = info.source.dtype_of(key)
-        is_matrix = key.endswith(".weight") and tensor.ndim == 2  # every such tensor of this model belongs to a linear layer
+        is_matrix = (
+            key.endswith(".weight") and tensor.ndim == 2
+        )  # every such tensor of this model belongs to a linear layer
         if stay_in_fp8 and is_matrix and (dtype is not None or kind in FP8_DTYPES):
             return cast_floats(tensor, dtype or kind, key)
         return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind, key)
@@ -210,7 +229,9 @@ def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _check_fp8(info: FlowModelInfo, dtype: torch.dtype | None) -> None:
     other = sorted(str(kind).removeprefix("torch.") for kind in info.dtypes & set(FP8_DTYPES) - {FP8_STORAGE})
     if dtype == FP8_STORAGE and other:
-        raise CheckpointError(f"{info.source.path} stores weights as {', '.join(other)}; 8-bit storage needs float8_e4m3fn or a wider file")
+        raise CheckpointError(
+            f"{info.source.path} stores weights as {', '.join(other)}; 8-bit storage needs float8_e4m3fn or a wider file"
+        )
 
 
 def save_flow_model(
@@ -257,7 +278,8 @@ def get_t5xxl_actual_dtype(t5xxl: torch.nn.Module) -> torch.dtype:
 def prepare_img_ids(batch_size: int, packed_latent_height: int, packed_latent_width: int) -> Tensor:
     """Position ids (0, row, column) of packed tokens, [B, height * width, 3] float32."""
     rows, columns = torch.meshgrid(
-        torch.arange(packed_latent_height, dtype=torch.float32), torch.arange(packed_latent_width, dtype=torch.float32), indexing="ij"
+        torch.arange(packed_latent_height, dtype=torch.float32), torch.arange(packed_latent_width, dtype=torch.float32),
+        indexing="ij"
     )
     ids = torch.stack((torch.zeros_like(rows), rows, columns), dim=-1)
     return ids.flatten(0, 1).expand(batch_size, -1, -1).clone()

@@ -29,8 +29,8 @@ def _convolution_widening(self: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def shrink_to_fp8(model: nn.Module) -> int:
-    """Store the weights of all linear layers and convolutions in 8 bits, without scales; norms, embeddings and biases keep
-    their type. Returns the number of layers."""
+    """Store the weights of all linear layers and convolutions in 8 bits, without scales; norms, embeddings and biases
+    keep their type. Returns the number of layers."""
     count = shrink_linears_to_fp8(model)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -41,7 +41,8 @@ def shrink_to_fp8(model: nn.Module) -> int:
 
 
 def shrink_linears_to_fp8(model: nn.Module, keep: tuple[str, ...] = ()) -> int:
-    """Store the weights of all linear layers in 8 bits, without scales; layers whose own name is in `keep` stay as they are.
+    """Store the weights of all linear layers in 8 bits, without scales; layers whose own name is in `keep` stay as they
+    are.
 
     Embeddings, norms and biases keep their type. Returns the number of layers that changed.
     """
@@ -77,8 +78,8 @@ def _forward_scaled(self: nn.Linear, x: Tensor) -> Tensor:
 
 
 def shrink_linears_to_scaled_fp8(model: nn.Module, wanted: Callable[[str], bool]) -> int:
-    """Store the weights of the linear layers whose path is `wanted` in 8 bits, each row divided by its largest absolute value /
-    448 (kept in float32), so that rows of any size use the whole range. Returns the number of layers."""
+    """Store the weights of the linear layers whose path is `wanted` in 8 bits, each row divided by its largest absolute
+    value / 448 (kept in float32), so that rows of any size use the whole range. Returns the number of layers."""
     count = 0
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or not wanted(name):

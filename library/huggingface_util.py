@@ -62,8 +62,8 @@ def parse_hub_folder(text: str) -> HubFolder:
 
 @functools.cache
 def is_hub_reachable() -> bool:
-    """Whether the hub answers, asked once for all: the packages that load from it try for half a minute before they say that it
-    does not. False in offline mode."""
+    """Whether the hub answers, asked once for all: the packages that load from it try for half a minute before they say
+    that it does not. False in offline mode."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -77,7 +77,9 @@ def is_hub_reachable() -> bool:
         return False
 
 
-def exists_repo(repo_id: str, repo_type: str | None = None, revision: str | None = None, token: str | None = None) -> bool:
+def exists_repo(
+    repo_id: str, repo_type: str | None = None, revision: str | None = None, token: str | None = None
+) -> bool:
     """Whether the repository can be seen with this token. A failure to reach the hub raises ConfigError."""
     api, errors = _hub_api(token)
     try:
@@ -118,7 +120,9 @@ def download_folder(folder: HubFolder, token: str | None = None, workers: int = 
         with ThreadPoolExecutor(workers) as pool:
             paths = list(pool.map(fetch, names))
     except (OSError, errors.HfHubHTTPError) as error:
-        raise ConfigError(f"cannot fetch '{folder.path}' from the hub repository '{folder.repo_id}': {error}") from error
+        raise ConfigError(
+            f"cannot fetch '{folder.path}' from the hub repository '{folder.repo_id}': {error}"
+        ) from error
     depth = names[0].removeprefix(folder.path).strip("/").count("/") + 1
     return paths[0].parents[depth - 1]
 

@@ -1,8 +1,10 @@
-"""Adapters of every kind merged into a model while its file is read: a few tensors at a time, never the whole model twice.
+"""Adapters of every kind merged into a model while its file is read: a few tensors at a time, never the whole model
+twice.
 
-`CheckpointMerge` knows from the headers which tensors of a checkpoint an adapter changes. `stream` takes the tensors of the
-file in any order and gives them back, changed ones in float32; tensors that make up one layer (q, k and v of a diffusers
-folder, say) wait for one another. Loaders, the merge tool and `--base_weights` use it; the formula is that of a forward pass.
+`CheckpointMerge` knows from the headers which tensors of a checkpoint an adapter changes. `stream` takes the tensors of
+the file in any order and gives them back, changed ones in float32; tensors that make up one layer (q, k and v of a
+diffusers folder, say) wait for one another. Loaders, the merge tool and `--base_weights` use it; the formula is that of
+a forward pass.
 """
 
 from __future__ import annotations
@@ -37,16 +39,19 @@ ROW_BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter to be merged: `layers` maps the names of its layers to their tensors; `multiplier_of` gives the strength of
-    a layer by its name."""
+    """An adapter to be merged: `layers` maps the names of its layers to their tensors; `multiplier_of` gives the
+    strength of a layer by its name."""
 
     label: str
     layers: Mapping[str, Tensors]
     multiplier_of: Callable[[str], float]
 
 
-def read_adapter(path: str | os.PathLike[str], targets: NetworkTargets, multiplier: float | Callable[[str], float] = 1.0) -> Adapter:
-    """An adapter file of any kind and naming. CheckpointError when it is none, is damaged or holds a value that is not finite."""
+def read_adapter(
+    path: str | os.PathLike[str], targets: NetworkTargets, multiplier: float | Callable[[str], float] = 1.0
+) -> Adapter:
+    """An adapter file of any kind and naming. CheckpointError when it is none, is damaged or holds a value that is not
+    finite."""
     tensors = read_adapter_file(path, targets)
     check_finite(tensors, str(path))
     layers = by_module(tensors)
@@ -72,18 +77,22 @@ class _Group:
     def is_one_whole_layer(self, tensor: torch.Tensor) -> bool:
         """Whether this tensor alone is the weight of one layer."""
         pieces = self.changes[0].layer.pieces
-        return len(self.keys) == len(self.changes) == len(pieces) == 1 and (pieces[0].start, pieces[0].stop) == (0, len(tensor))
+        return len(self.keys) == len(self.changes) == len(pieces) == 1 and (pieces[0].start, pieces[0].stop) == (
+            0,
+            len(tensor),
+        )
 
 
 class CheckpointMerge:
     """Adapters of one family, laid out for the tensors of one checkpoint (all of its files).
 
-    `matched`: layers that are changed; `unmatched`: adapter label -> layers that are in no part of the checkpoint that is
-    there; `absent`: the same for parts (a text encoder, say) that the checkpoint does not hold.
+    `matched`: layers that are changed; `unmatched`: adapter label -> layers that are in no part of the checkpoint that
+    is there; `absent`: the same for parts (a text encoder, say) that the checkpoint does not hold.
     """
 
     def __init__(
-        self, targets: NetworkTargets, shapes: Mapping[str, tuple[int, ...]], adapters: Sequence[Adapter], accepts: Accepts | None = None
+        self, targets: NetworkTargets, shapes: Mapping[str, tuple[int, ...]], adapters: Sequence[Adapter],
+        accepts: Accepts | None = None
     ) -> None:
         self._adapters, self._family = tuple(adapters), targets.family
         layers: dict[str, list[LayerParameter]] = {}
@@ -128,7 +137,10 @@ class CheckpointMerge:
 
     def warn(self) -> None:
         """Say which layers are left out."""
-        for what, left_out in (("that are not in this model", self.unmatched), ("of parts that this model file does not hold", self.absent)):
+        for what, left_out in (
+            ("that are not in this model", self.unmatched),
+            ("of parts that this model file does not hold", self.absent),
+        ):
             for label, names in left_out.items():
                 logger.warning("%s: %d layers %s are left out (first: %s)", label, len(names), what, names[0])
 
@@ -136,11 +148,12 @@ class CheckpointMerge:
         self, items: Iterable[tuple[str, torch.Tensor]], device: torch.device | str | None = None,
         dtype_of: Callable[[str], torch.dtype] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(key, tensor) pairs of the checkpoint, each once; changed tensors come as float32 on `device` (default: where they
-        are), others as given.
+        """(key, tensor) pairs of the checkpoint, each once; changed tensors come as float32 on `device` (default: where
+        they are), others as given.
 
-        `dtype_of` says which type the receiver makes of a tensor. A changed one may then come in that type, and in the memory of
-        the one given: large layers are computed in float32 a few rows at a time, which needs no float32 copy of them.
+        `dtype_of` says which type the receiver makes of a tensor. A changed one may then come in that type, and in the
+        memory of the one given: large layers are computed in float32 a few rows at a time, which needs no float32 copy
+        of them.
         """
         waiting: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in items:
@@ -175,7 +188,9 @@ class MergeOnLoad:
         self._matched_of = {adapter.label: 0 for adapter in self.adapters}
         self._num_merged = 0
 
-    def __call__(self, files: CheckpointFiles, items: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def __call__(
+        self, files: CheckpointFiles, items: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         merge = self.plan(files)
         for label, names in merge.unmatched.items():
             self._left_out.setdefault(label, set()).update(names)
@@ -192,21 +207,31 @@ class MergeOnLoad:
         return CheckpointMerge(self.targets, shapes, self.adapters, self.accepts)
 
     def finish(self) -> None:
-        """When the whole model was read: CheckpointError when an adapter has no layer of it or the filter leaves nothing."""
+        """When the whole model was read: CheckpointError when an adapter has no layer of it or the filter leaves
+        nothing."""
         foreign = next((adapter for adapter in self.adapters if not self._matched_of[adapter.label]), None)
         if foreign is not None:
             raise CheckpointError(nothing_fits(foreign.label, foreign.layers, self.targets.family))
         if not self._num_merged:
-            raise ConfigError(f"--include_patterns and --exclude_patterns leave none of the {sum(self._matched_of.values())} layers of the adapters")
+            raise ConfigError(
+                f"--include_patterns and --exclude_patterns leave none of the {sum(self._matched_of.values())} layers of the adapters"
+            )
         self.report()
 
     def report(self) -> None:
         """Warn of layers that the parts that were read do not have."""
         for label, names in self._left_out.items():
-            logger.warning("%s: %d layers are in no model that was loaded and are left out (first: %s)", label, len(names), min(names))
+            logger.warning(
+                "%s: %d layers are in no model that was loaded and are left out (first: %s)",
+                label,
+                len(names),
+                min(names),
+            )
 
 
-def _changes(layers: Mapping[str, list[LayerParameter]], sources: Mapping[str, list[tuple[Tensors, float]]]) -> list[_Change]:
+def _changes(
+    layers: Mapping[str, list[LayerParameter]], sources: Mapping[str, list[tuple[Tensors, float]]]
+) -> list[_Change]:
     changes = []
     for name, of_layer in sources.items():
         for layer in layers[name]:
@@ -274,7 +299,11 @@ def _merge_rows(change: _Change, tensor: torch.Tensor, dtype: torch.dtype) -> to
 def _delta(layer: LayerParameter, tensors: Tensors, parameter: torch.Tensor, multiplier: float) -> torch.Tensor:
     kind = known_kind_of(tensors, layer.lora_name).module_class
     try:
-        change = kind.bias_change(tensors, multiplier) if layer.parameter == "bias" else change_of(kind, tensors, parameter, multiplier)
+        change = (
+            kind.bias_change(tensors, multiplier)
+            if layer.parameter == "bias"
+            else change_of(kind, tensors, parameter, multiplier)
+        )
         return change.view(parameter.shape)
     except (RuntimeError, ValueError) as error:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if tensor.ndim)
@@ -296,20 +325,25 @@ def load_safetensors_with_lora_and_fp8(
     target_keys: Sequence[str] = (),
     exclude_keys: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
-    """The state of a checkpoint with adapters merged and, with `fp8_optimization`, the 2-D weights whose key contains one of
-    `target_keys` (all when empty) and none of `exclude_keys` rounded to float8_e4m3fn in the same pass.
+    """The state of a checkpoint with adapters merged and, with `fp8_optimization`, the 2-D weights whose key contains
+    one of `target_keys` (all when empty) and none of `exclude_keys` rounded to float8_e4m3fn in the same pass.
 
-    `lora_weights_list`: tensors of adapter files under kohya names; missing multipliers are 1. `dit_weight_dtype` is the type
-    of the other floating-point tensors, None = as in the file. `move_to_device` leaves the result on `calc_device`.
+    `lora_weights_list`: tensors of adapter files under kohya names; missing multipliers are 1. `dit_weight_dtype` is
+    the type of the other floating-point tensors, None = as in the file. `move_to_device` leaves the result on
+    `calc_device`.
     """
     files = [model_files] if isinstance(model_files, (str, os.PathLike)) else list(model_files)
     sources = [open_checkpoint(file) for file in files]
     shapes = {key: tuple(tensor.shape) for source in sources for key, tensor in source.shapes.items()}
     given = list(lora_multipliers or [])
     if len(given) > len(lora_weights_list or ()):
-        raise CheckpointError(f"there are {len(given)} multipliers for {len(lora_weights_list or ())} adapters; give at most one for each")
+        raise CheckpointError(
+            f"there are {len(given)} multipliers for {len(lora_weights_list or ())} adapters; give at most one for each"
+        )
     adapters = [
-        Adapter(f"adapter {number + 1}", by_module(tensors), lambda name, m=given[number] if number < len(given) else 1.0: m)
+        Adapter(
+            f"adapter {number + 1}", by_module(tensors), lambda name, m=given[number] if number < len(given) else 1.0: m
+        )
         for number, tensors in enumerate(lora_weights_list or ())
     ]
     merge = CheckpointMerge(targets, shapes, adapters) if adapters else None
@@ -328,12 +362,15 @@ def load_safetensors_with_lora_and_fp8(
     return state
 
 
-def filter_lora_state_dict(tensors: Tensors, include_pattern: str | None = None, exclude_pattern: str | None = None) -> dict[str, torch.Tensor]:
+def filter_lora_state_dict(
+    tensors: Tensors, include_pattern: str | None = None, exclude_pattern: str | None = None
+) -> dict[str, torch.Tensor]:
     """Adapter tensors whose key has a match of `include_pattern`, less those with a match of `exclude_pattern`."""
     return {
         key: tensor
         for key, tensor in tensors.items()
-        if (not include_pattern or re.search(include_pattern, key)) and not (exclude_pattern and re.search(exclude_pattern, key))
+        if (not include_pattern or re.search(include_pattern, key))
+        and not (exclude_pattern and re.search(exclude_pattern, key))
     }
 
 

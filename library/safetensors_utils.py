@@ -1,4 +1,5 @@
-"""Reading and writing checkpoint files: headers without tensors, tensors one at a time, files that are whole or absent."""
+"""Reading and writing checkpoint files: headers without tensors, tensors one at a time, files that are whole or
+absent."""
 
 from __future__ import annotations
 
@@ -19,29 +20,42 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.number_formats import AT_LOADING, narrowed, narrowed_all
-from library.checkpoints.safetensors_header import DTYPE_NAMES, TensorInfo, header_bytes, read_header, read_header_and_start
+from library.checkpoints.safetensors_header import (
+    DTYPE_NAMES,
+    TensorInfo,
+    header_bytes,
+    read_header,
+    read_header_and_start,
+)
 from library.core.atomic_file import atomic_path
 from library.core.console import storable
 from library.core.errors import CheckpointError
 from library.core.lazy_names import homes, lazy_names
 
 logger = logging.getLogger(__name__)
-__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.weights", "TensorWeightAdapter", "WeightTransformHooks"))
+__getattr__, __dir__ = lazy_names(
+    __name__, homes("library.compat.weights", "TensorWeightAdapter", "WeightTransformHooks")
+)
 
 FP8_DTYPES = tuple(
-    getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz") if hasattr(torch, name)
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+    if hasattr(torch, name)
 )
 WINDOWS_NO_ROOM = (8, 1453, 1455)
 """numbers of Windows: not enough memory, not enough quota, the page file is too small"""
 _WRITE_EARLY = 1 << 20  # bytes; for smaller tensors the call costs more than it gains
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _FRAMEWORKS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.", "ldm.", "sgm.")
-_HARMLESS = frozenset({"typing.Any", "collections.defaultdict", "builtins.int", "builtins.list", "builtins.dict", "builtins.set"})
+_HARMLESS = frozenset(
+    {"typing.Any", "collections.defaultdict", "builtins.int", "builtins.list", "builtins.dict", "builtins.set"}
+)
 """what checkpoints hold beside weights: left out, whatever it is"""
 
 
 class MemoryEfficientSafeOpen:
-    """Reads a safetensors file tensor by tensor with plain reads: no memory map, no second copy of the file in memory."""
+    """Reads a safetensors file tensor by tensor with plain reads: no memory map, no second copy of the file in
+    memory."""
 
     def __init__(self, filename: str | os.PathLike, disable_numpy_memmap: bool = False) -> None:
         """`disable_numpy_memmap`: there is no map in any case."""
@@ -61,11 +75,15 @@ class MemoryEfficientSafeOpen:
     def metadata(self) -> dict[str, str]:
         return self._metadata
 
-    def get_tensor(self, key: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def get_tensor(
+        self, key: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
         info = self.infos[key]
         if info.end == info.start:
             return torch.empty(info.shape, dtype=dtype or info.dtype, device=device)
-        buffer = torch.empty(info.end - info.start, dtype=torch.uint8)  # not a bytearray, which would be filled with zeros first
+        buffer = torch.empty(
+            info.end - info.start, dtype=torch.uint8
+        )  # not a bytearray, which would be filled with zeros first
         self._file.seek(self._data_start + info.start)
         if self._file.readinto(memoryview(buffer.numpy())) != len(buffer):
             raise CheckpointError(f"{self.path} became shorter while it was read")
@@ -74,7 +92,8 @@ class MemoryEfficientSafeOpen:
 
 
 def iterate_tensors(
-    path: str | os.PathLike, device: torch.device | str | None = None, disable_mmap: bool = False, keys: Sequence[str] | None = None
+    path: str | os.PathLike, device: torch.device | str | None = None, disable_mmap: bool = False,
+    keys: Sequence[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a checkpoint file in its order, or of the names in `keys`; pickles are read as weights only."""
     if is_pickled(path):
@@ -87,7 +106,9 @@ def iterate_tensors(
         yield from _mapped_tensors(path, device, keys)
 
 
-def _mapped_tensors(path: str | os.PathLike, device: torch.device | str | None, keys: Sequence[str] | None) -> Iterator[tuple[str, Tensor]]:
+def _mapped_tensors(
+    path: str | os.PathLike, device: torch.device | str | None, keys: Sequence[str] | None
+) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     infos, _ = read_header(path)  # its errors name what is wrong with the file
@@ -112,7 +133,11 @@ def _mapped_tensors(path: str | os.PathLike, device: torch.device | str | None, 
 
 def is_mapping_failure(error: Exception) -> bool:
     """Whether the system has no room in its address space or its page file for a map of a file."""
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or getattr(error, "winerror", None) in WINDOWS_NO_ROOM:
+    if (
+        isinstance(error, MemoryError)
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or getattr(error, "winerror", None) in WINDOWS_NO_ROOM
+    ):
         return True
     codes = "|".join(map(str, (errno.ENOMEM, *WINDOWS_NO_ROOM)))
     return re.search(rf"unable to mmap|file mapping|paging file|os error ({codes})\b", str(error)) is not None
@@ -147,7 +172,8 @@ class _Inert:
 def load_pickled_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a PyTorch file; nothing in it is executed. CheckpointError when it is damaged or holds code.
 
-    Old checkpoints hold objects of the framework that wrote them beside the weights (callbacks, settings): those are left out.
+    Old checkpoints hold objects of the framework that wrote them beside the weights (callbacks, settings): those are
+    left out.
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"{path} does not exist")
@@ -168,9 +194,13 @@ def load_pickled_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is damaged, or holds more than weights; nothing of it was run. Get the safetensors version") from error
+        raise CheckpointError(
+            f"{path} is damaged, or holds more than weights; nothing of it was run. Get the safetensors version"
+        ) from error
     except Exception as error:  # torch raises many kinds for damaged files
-        raise CheckpointError(f"{path} cannot be read as a file of weights ({_first_line(error)}); fetch it again") from error
+        raise CheckpointError(
+            f"{path} cannot be read as a file of weights ({_first_line(error)}); fetch it again"
+        ) from error
     state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
@@ -209,7 +239,8 @@ def cast_floats(tensor: Tensor, dtype: torch.dtype | None, name: str = "a weight
 
 
 def cast_all(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """A state with its floating-point tensors in `dtype`, for a file: CheckpointError that names numbers which do not fit."""
+    """A state with its floating-point tensors in `dtype`, for a file: CheckpointError that names numbers which do not
+    fit."""
     return narrowed_all({key: (tensor, dtype if tensor.is_floating_point() else None) for key, tensor in state.items()})
 
 
@@ -242,13 +273,17 @@ def load_split_weights(
     return tensors
 
 
-def find_key(safetensors_file: str | os.PathLike, starts_with: str | None = None, ends_with: str | None = None) -> str | None:
+def find_key(
+    safetensors_file: str | os.PathLike, starts_with: str | None = None, ends_with: str | None = None
+) -> str | None:
     """The first name in a file with this beginning and this end, or None."""
     infos, _ = read_header(safetensors_file)
     return next((key for key in infos if key.startswith(starts_with or "") and key.endswith(ends_with or "")), None)
 
 
-def save_file_atomic(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+def save_file_atomic(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file that is either whole or not there; equal content gives equal bytes.
 
     Tensors are written one at a time, widest type first and then by name, so that every one is aligned. Written to a
@@ -259,12 +294,14 @@ def save_file_atomic(tensors: Mapping[str, Tensor], path: str | os.PathLike, met
 
 
 def stream_file_atomic(
-    infos: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], items: Iterable[tuple[str, Tensor]], path: str | os.PathLike,
+    infos: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], items: Iterable[tuple[str, Tensor]],
+    path: str | os.PathLike,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """As save_file_atomic, from tensors that come one by one in any order: `infos` tells their types and shapes before.
 
-    A tensor of `items` is cast to the type told; CheckpointError when that cannot hold its numbers (number_formats). ValueError when one is missing, unknown or of another shape.
+    A tensor of `items` is cast to the type told; CheckpointError when that cannot hold its numbers (number_formats).
+    ValueError when one is missing, unknown or of another shape.
     """
     header, places = _layout(infos, metadata)
     waiting = dict(places)
@@ -329,6 +366,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
-def mem_eff_save_file(tensors: Mapping[str, Tensor], filename: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+def mem_eff_save_file(
+    tensors: Mapping[str, Tensor], filename: str | os.PathLike, metadata: Mapping[str, str] | None = None
+) -> None:
     """The name by which other code knows `save_file_atomic`."""
     save_file_atomic(tensors, filename, metadata)

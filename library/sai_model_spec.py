@@ -16,7 +16,8 @@ from library.core.text_files import open_file
 
 __getattr__, __dir__ = lazy_names(__name__, {
     **homes(
-        "library.compat.modelspec", "ModelSpecMetadata", "build_metadata", "build_metadata_dataclass", "determine_architecture",
+        "library.compat.modelspec", "ModelSpecMetadata", "build_metadata", "build_metadata_dataclass",
+        "determine_architecture",
         "determine_implementation", "determine_resolution", "file_to_data_url",
     ),
     **homes("library.compat.arguments", "add_model_spec_arguments"),
@@ -30,7 +31,8 @@ LATEST_DATE = 253_402_300_799
 """the last second of the year 9999"""
 KIND_TITLES = {"lora": "LoRA", "textual-inversion": "TextualInversion"}
 OPTIONAL = (
-    "author", "description", "license", "tags", "merged_from", "usage_hint", "thumbnail", "trigger_phrase", "preprocessor",
+    "author", "description", "license", "tags", "merged_from", "usage_hint", "thumbnail", "trigger_phrase",
+    "preprocessor",
     "is_negative_embedding",
 )  # fmt: skip
 """keys that the options --metadata_<key> fill"""
@@ -38,8 +40,8 @@ OPTIONAL = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """What the keys are made of. `kind` is appended to the architecture: lora, textual-inversion, controlnet, or "" for a
-    full model; `resolution_wh` is the training size; `optional` holds the keys named in OPTIONAL."""
+    """What the keys are made of. `kind` is appended to the architecture: lora, textual-inversion, controlnet, or "" for
+    a full model; `resolution_wh` is the training size; `optional` holds the keys named in OPTIONAL."""
 
     architecture: str
     implementation: str
@@ -75,18 +77,22 @@ def build_model_spec(spec: ModelSpec) -> dict[str, str]:
 
 
 def source_date() -> int | None:
-    """Seconds since 1970 that stand for every time in a file (the variable SOURCE_DATE_EPOCH, https://reproducible-builds.org/specs/source-date-epoch),
-    so that equal runs write equal files; None when it is not set. ConfigError for another text."""
+    """Seconds since 1970 that stand for every time in a file (the variable SOURCE_DATE_EPOCH,
+    https://reproducible-builds.org/specs/source-date-epoch), so that equal runs write equal files; None when it is not
+    set. ConfigError for another text."""
     text = os.environ.get(SOURCE_DATE, "").strip()
     if not text:
         return None
     if not (text.isascii() and text.isdigit() and int(text[:20]) <= LATEST_DATE):
-        raise ConfigError(f"the environment variable {SOURCE_DATE} is '{text}'; needed: seconds since 1970 as a whole number, or unset it")
+        raise ConfigError(
+            f"the environment variable {SOURCE_DATE} is '{text}'; needed: seconds since 1970 as a whole number, or unset it"
+        )
     return int(text)
 
 
 def local_date(timestamp: float) -> str:
-    """ISO 8601 with seconds and the offset of the local time zone; with a source date in UTC, which is the same everywhere."""
+    """ISO 8601 with seconds and the offset of the local time zone; with a source date in UTC, which is the same
+    everywhere."""
     zone = datetime.timezone.utc if source_date() is not None else None
     return datetime.datetime.fromtimestamp(int(timestamp), zone).astimezone(zone).isoformat(timespec="seconds")
 

@@ -1,5 +1,5 @@
-"""The U-Net of Stable Diffusion 1 and 2. Its module tree carries diffusers names, from which adapter keys are made; files
-are in the original layout (library/checkpoints/unet_convert.py)."""
+"""The U-Net of Stable Diffusion 1 and 2. Its module tree carries diffusers names, from which adapter keys are made;
+files are in the original layout (library/checkpoints/unet_convert.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.components.unet_models import Transformer2DModel, UNetBase, UNetParams, Upsample2D, residual_block, with_skip
+from library.components.unet_models import (
+    Transformer2DModel,
+    UNetBase,
+    UNetParams,
+    Upsample2D,
+    residual_block,
+    with_skip,
+)
 
 
 class ResnetBlock2D(nn.Module):
@@ -36,8 +43,8 @@ class Downsample2D(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Named unlike Anima's: LyCORIS takes layers of a TimestepEmbedding, and those of time_embedding by name, and stops where
-    both find the same one."""
+    """Named unlike Anima's: LyCORIS takes layers of a TimestepEmbedding, and those of time_embedding by name, and stops
+    where both find the same one."""
 
     def __init__(self, in_width: int, width: int) -> None:
         super().__init__()
@@ -77,7 +84,9 @@ class UNet2DConditionModel(UNetBase):
             self.down_blocks.append(level)
         middle = [(widths[-1], widths[-1])] * 2
         self.mid_block = nn.Module()
-        self.mid_block.attentions = nn.ModuleList([Transformer2DModel(widths[-1], params.middle_depth, params.heads[-1], params)])
+        self.mid_block.attentions = nn.ModuleList(
+            [Transformer2DModel(widths[-1], params.middle_depth, params.heads[-1], params)]
+        )
         self.mid_block.resnets = nn.ModuleList(ResnetBlock2D(*pair, params) for pair in middle)
         hidden = widths[-1]
         for number in reversed(range(len(widths))):

@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from library.sd_models import UNet2DConditionModel
 
 
-def predict_noise(unet: UNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], **inputs: Any) -> Tensor:
+def predict_noise(
+    unet: UNet2DConditionModel,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    conditioning: Mapping[str, Tensor],
+    **inputs: Any,
+) -> Tensor:
     """Prediction (noise or v) [B, 4, H, W] at timesteps [B] 0..999; `conditioning` has the keys of the family."""
     return unet(noisy_latents, timesteps, conditioning["hidden_state"].to(noisy_latents.device), **inputs)

@@ -22,7 +22,12 @@ from library.sd_models import UNet2DConditionModel
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection
 
-VAE_WANTED = Wanted("Stable Diffusion", "with 4 latent channels", quant_conv=True, scaling={"scaling_factor": 0.18215, "shift_factor": 0.0})
+VAE_WANTED = Wanted(
+    "Stable Diffusion",
+    "with 4 latent channels",
+    quant_conv=True,
+    scaling={"scaling_factor": 0.18215, "shift_factor": 0.0},
+)
 _V2_LAYERS_IN_FILE = 24
 
 
@@ -30,7 +35,9 @@ def inspect_sd_unet(path: str | os.PathLike, config: Mapping[str, Any] | None = 
     """Recognise a Stable Diffusion 1 or 2 U-Net from headers alone. CheckpointError for anything else."""
     info = inspect_unet(path, config)
     if info.is_sdxl:
-        raise CheckpointError(f"{info.source.path} is an SDXL checkpoint; Stable Diffusion 1 or 2 is needed (SDXL has its own script)")
+        raise CheckpointError(
+            f"{info.source.path} is an SDXL checkpoint; Stable Diffusion 1 or 2 is needed (SDXL has its own script)"
+        )
     return info
 
 
@@ -40,7 +47,8 @@ def load_unet_sd(
 ) -> UNet2DConditionModel:
     """Load the U-Net of a single file (.safetensors, .ckpt) or diffusers folder."""
     return load_unet(
-        inspect_sd_unet(path, config), UNet2DConditionModel, tree_is_diffusers=True, dtype=dtype, device=device, disable_mmap=disable_mmap,
+        inspect_sd_unet(path, config), UNet2DConditionModel, tree_is_diffusers=True, dtype=dtype, device=device,
+        disable_mmap=disable_mmap,
         transform=transform,
     )
 
@@ -51,7 +59,8 @@ def text_slot(is_v2: bool) -> ClipSlot:
 
 
 def clip_skip_problem(path: str | os.PathLike, is_v2: bool, clip_skip: int | None) -> str | None:
-    """A message for a layer of the text encoder that there is not; None also when the encoder cannot be read, which is told elsewhere."""
+    """A message for a layer of the text encoder that there is not; None also when the encoder cannot be read, which is
+    told elsewhere."""
     if clip_skip is None:
         return None
     try:
@@ -60,11 +69,14 @@ def clip_skip_problem(path: str | os.PathLike, is_v2: bool, clip_skip: int | Non
         return None
     if clip_skip <= layers:
         return None
-    return f"--clip_skip is {clip_skip}; the text encoder of {path} has {layers} layers in use, so 1 to {layers} is needed"
+    return (
+        f"--clip_skip is {clip_skip}; the text encoder of {path} has {layers} layers in use, so 1 to {layers} is needed"
+    )
 
 
 def load_text_encoder_sd(
-    path: str | os.PathLike, is_v2: bool, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False,
+    path: str | os.PathLike, is_v2: bool, dtype: torch.dtype | None, device: torch.device | str,
+    disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None, transform: Transform | None = None,
 ) -> CLIPTextModelWithProjection:
     return load_clip(path, text_slot(is_v2), dtype, device, disable_mmap, config, transform)
@@ -85,11 +97,15 @@ def checkpoint_state(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModelWithProjection, vae: AutoEncoder, is_v2: bool
 ) -> dict[str, Tensor]:
     """All weights under the keys of a single file."""
-    state = {f"model.diffusion_model.{key}": tensor for key, tensor in unet_file_state(unet, tree_is_diffusers=True).items()}
+    state = {
+        f"model.diffusion_model.{key}": tensor for key, tensor in unet_file_state(unet, tree_is_diffusers=True).items()
+    }
     state |= {f"first_stage_model.{key}": tensor for key, tensor in vae.state_dict().items()}
     text = {**text_encoder.state_dict(), **getattr(text_encoder, "unused_tensors", {})}
     if is_v2:
-        return state | {f"cond_stage_model.model.{key}": tensor for key, tensor in hf_to_open_clip(_all_v2_layers(text)).items()}
+        return state | {
+            f"cond_stage_model.model.{key}": tensor for key, tensor in hf_to_open_clip(_all_v2_layers(text)).items()
+        }
     text = {key: tensor for key, tensor in text.items() if key.startswith("text_model.")}
     positions = text["text_model.embeddings.position_embedding.weight"]
     text["text_model.embeddings.position_ids"] = torch.arange(len(positions), device=positions.device)[None]
@@ -97,8 +113,8 @@ def checkpoint_state(
 
 
 def _all_v2_layers(text: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Readers expect the layer that is never used and the logit scale. A model from a folder has neither: the layer before
-    stands in, and ln 100, where that number starts."""
+    """Readers expect the layer that is never used and the logit scale. A model from a folder has neither: the layer
+    before stands in, and ln 100, where that number starts."""
     complete = dict(text)
     complete.setdefault("logit_scale", torch.tensor(4.6052, dtype=text["text_projection.weight"].dtype))
     used = max(int(key.split(".")[3]) for key in text if key.startswith("text_model.encoder.layers.")) + 1

@@ -1,4 +1,5 @@
-"""The U-Net of SDXL. Its module tree carries the original names, from which adapter keys are made; they are those of files."""
+"""The U-Net of SDXL. Its module tree carries the original names, from which adapter keys are made; they are those of
+files."""
 
 from __future__ import annotations
 
@@ -6,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.components.unet_models import Transformer2DModel, UNetBase, UNetParams, Upsample2D, fitted, residual_block, with_skip
+from library.components.unet_models import (
+    Transformer2DModel,
+    UNetBase,
+    UNetParams,
+    Upsample2D,
+    fitted,
+    residual_block,
+    with_skip,
+)
 
 
 class ResnetBlock2D(nn.Module):
@@ -18,7 +27,8 @@ class ResnetBlock2D(nn.Module):
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(params.time_embed_dim, out_width))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(groups, out_width, eps=1e-5), nn.SiLU(), nn.Identity(), nn.Conv2d(out_width, out_width, 3, padding=1)
+            nn.GroupNorm(groups, out_width, eps=1e-5), nn.SiLU(), nn.Identity(),
+            nn.Conv2d(out_width, out_width, 3, padding=1)
         )
         self.skip_connection = nn.Conv2d(in_width, out_width, 1) if in_width != out_width else nn.Identity()
 
@@ -70,7 +80,8 @@ class SdxlUNet2DConditionModel(UNetBase):
                     block.append(Upsample2D(hidden))
                 self.output_blocks.append(block)
         self.out = nn.Sequential(
-            nn.GroupNorm(params.norm_groups, widths[0], eps=1e-5), nn.SiLU(), nn.Conv2d(widths[0], params.out_channels, 3, padding=1)
+            nn.GroupNorm(params.norm_groups, widths[0], eps=1e-5), nn.SiLU(),
+            nn.Conv2d(widths[0], params.out_channels, 3, padding=1)
         )
 
     def _block(self, in_width: int, out_width: int, depth: int, heads: int) -> nn.ModuleList:

@@ -17,7 +17,9 @@ SIZE_WIDTH = 256
 NUM_SIZES = 6
 
 
-def get_size_embeddings(original_hw: Tensor, crop_top_left: Tensor, target_hw: Tensor, width: int = SIZE_WIDTH) -> Tensor:
+def get_size_embeddings(
+    original_hw: Tensor, crop_top_left: Tensor, target_hw: Tensor, width: int = SIZE_WIDTH
+) -> Tensor:
     """Sinusoids of the six numbers side by side, [B, 6 width] float32; each argument [B, 2] in pixels.
 
     Order: original height, width; crop top, left; target height, width. Source: SDXL, arXiv 2307.01952, section 2.2.

@@ -23,7 +23,9 @@ from library.sdxl_models import SdxlUNet2DConditionModel
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection
 
-VAE_WANTED = Wanted("SDXL", "with 4 latent channels", quant_conv=True, scaling={"scaling_factor": 0.13025, "shift_factor": 0.0})
+VAE_WANTED = Wanted(
+    "SDXL", "with 4 latent channels", quant_conv=True, scaling={"scaling_factor": 0.13025, "shift_factor": 0.0}
+)
 
 
 def inspect_sdxl_unet(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> UNetInfo:
@@ -42,7 +44,8 @@ def load_unet_sdxl(
     """Load the U-Net of a single file (.safetensors, .ckpt) or diffusers folder."""
     info = inspect_sdxl_unet(path, config)
     return load_unet(
-        info, SdxlUNet2DConditionModel, tree_is_diffusers=False, dtype=dtype, device=device, disable_mmap=disable_mmap, transform=transform
+        info, SdxlUNet2DConditionModel, tree_is_diffusers=False, dtype=dtype, device=device, disable_mmap=disable_mmap,
+        transform=transform
     )
 
 
@@ -79,11 +82,14 @@ def load_vae_sdxl(
 
 
 def checkpoint_state(
-    unet: SdxlUNet2DConditionModel, text_encoders: list[CLIPTextModelWithProjection], vae: AutoEncoder, marks: tuple[str, ...] = ()
+    unet: SdxlUNet2DConditionModel, text_encoders: list[CLIPTextModelWithProjection], vae: AutoEncoder,
+    marks: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
     """All weights under the keys of a single file. `marks`: empty marker keys, `v_pred` and `ztsnr`."""
     clip_l, clip_g = text_encoders
-    state = {f"model.diffusion_model.{key}": tensor for key, tensor in unet_file_state(unet, tree_is_diffusers=False).items()}
+    state = {
+        f"model.diffusion_model.{key}": tensor for key, tensor in unet_file_state(unet, tree_is_diffusers=False).items()
+    }
     state |= {f"first_stage_model.{key}": tensor for key, tensor in vae.state_dict().items()}
     first = {key: tensor for key, tensor in clip_l.state_dict().items() if key.startswith("text_model.")}
     positions = first["text_model.embeddings.position_embedding.weight"]
@@ -96,7 +102,8 @@ def checkpoint_state(
 
 
 def save_checkpoint_sdxl(
-    path: str | os.PathLike, unet: SdxlUNet2DConditionModel, text_encoders: list[CLIPTextModelWithProjection], vae: AutoEncoder, *,
+    path: str | os.PathLike, unet: SdxlUNet2DConditionModel, text_encoders: list[CLIPTextModelWithProjection],
+    vae: AutoEncoder, *,
     marks: tuple[str, ...] = (), dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write one file in the original layout."""

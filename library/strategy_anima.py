@@ -31,8 +31,8 @@ class AnimaTokenizeStrategy(TokenizeStrategy):
     """Qwen3 and T5, padded to `qwen3_max_length` and `t5_max_length`. The padding is part of what the model was trained
     with: the denoiser attends to the zeros that follow a caption.
 
-    Tokenizers come ready, or from the folders `qwen3_tokenizer` and `t5_tokenizer`, `tokenizer_cache_dir`, the folder of
-    the text encoder `qwen3_path`, or the hub. ConfigError when one cannot be found.
+    Tokenizers come ready, or from the folders `qwen3_tokenizer` and `t5_tokenizer`, `tokenizer_cache_dir`, the folder
+    of the text encoder `qwen3_path`, or the hub. ConfigError when one cannot be found.
     """
 
     def __init__(
@@ -57,7 +57,12 @@ class AnimaTokenizeStrategy(TokenizeStrategy):
         texts = [text] if isinstance(text, str) else list(text)
         qwen3 = _encode(self.qwen3, texts, self.qwen3_max_length)
         t5 = _encode(self.t5, texts, self.t5_max_length)
-        return [qwen3["input_ids"].long(), qwen3["attention_mask"].long(), t5["input_ids"].long(), t5["attention_mask"].long()]
+        return [
+            qwen3["input_ids"].long(),
+            qwen3["attention_mask"].long(),
+            t5["input_ids"].long(),
+            t5["attention_mask"].long(),
+        ]
 
     def overlong(self, text: str) -> bool:
         """Whether either tokenizer cuts this text."""

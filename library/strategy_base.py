@@ -1,8 +1,9 @@
-"""The four strategy classes that plug-ins and notebooks derive from, by the signatures that they know: tokens, text encoding, and the caches
-of latents and text outputs.
+"""The four strategy classes that plug-ins and notebooks derive from, by the signatures that they know: tokens, text
+encoding, and the caches of latents and text outputs.
 
-Tokenizers and text encoders of families are subclasses. The caching classes are thin: what they do is done by library/dataset/latent_cache.py
-and text_cache.py, which a run uses without them. Where a subclass overrides one of their methods, the run calls it.
+Tokenizers and text encoders of families are subclasses. The caching classes are thin: what they do is done by
+library/dataset/latent_cache.py and text_cache.py, which a run uses without them. Where a subclass overrides one of
+their methods, the run calls it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ __all__ = [
 
 
 class PluginSlot:
-    """`set_strategy` and `get_strategy` for plug-ins that call them: one slot per base class, never read by this code base."""
+    """`set_strategy` and `get_strategy` for plug-ins that call them: one slot per base class, never read by this code
+    base."""
 
     _slots: ClassVar[dict[type, Any]] = {}
 
@@ -64,15 +66,17 @@ class TokenizeStrategy(PluginSlot, ABC):
 
     def tokenize_with_weights(self, text: str | list[str]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Tokens and their weights from captions with (word:1.2) marks."""
-        raise UnsupportedCombination(f"{type(self).__name__} does not read weighted captions; leave --weighted_captions out")
+        raise UnsupportedCombination(
+            f"{type(self).__name__} does not read weighted captions; leave --weighted_captions out"
+        )
 
     def tokens_of(self, text: str | list[str]) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
         """Tokens as this run reads captions, and their weights where captions carry them."""
         return self.tokenize_with_weights(text) if self.is_weighted else (self.tokenize(text), None)
 
     def tokenize_prompt(self, text: str) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-        """Tokens of one sample prompt and their weights; some families read prompts otherwise than captions (longer, with
-        weights)."""
+        """Tokens of one sample prompt and their weights; some families read prompts otherwise than captions (longer,
+        with weights)."""
         return self.tokens_of(text)
 
     def overlong(self, text: str) -> bool:
@@ -89,15 +93,21 @@ class TokenizeStrategy(PluginSlot, ABC):
         local = os.path.join(tokenizer_cache_dir, model_id.replace("/", "_")) if tokenizer_cache_dir else None
         if local and os.path.isdir(local):
             return model_class.from_pretrained(local)
-        tokenizer = model_class.from_pretrained(model_id, subfolder=subfolder or "", local_files_only=not is_hub_reachable())
+        tokenizer = model_class.from_pretrained(
+            model_id, subfolder=subfolder or "", local_files_only=not is_hub_reachable()
+        )
         if local:
             tokenizer.save_pretrained(local)
         return tokenizer
 
-    def _get_input_ids(self, tokenizer: Any, text: str, max_length: int | None = None, weighted: bool = False) -> torch.Tensor:
+    def _get_input_ids(
+        self, tokenizer: Any, text: str, max_length: int | None = None, weighted: bool = False
+    ) -> torch.Tensor:
         """Padded ids [1, max_length] of one text; the tokenizer's own length without `max_length`."""
         if weighted:
-            raise UnsupportedCombination(f"{type(self).__name__} does not read weighted captions; leave --weighted_captions out")
+            raise UnsupportedCombination(
+                f"{type(self).__name__} does not read weighted captions; leave --weighted_captions out"
+            )
         length = max_length or tokenizer.model_max_length
         return tokenizer(text, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
 
@@ -112,14 +122,16 @@ class TextEncodingStrategy(PluginSlot, ABC):
         """One entry per output, in the family's order. `models` may hold None; outputs that need it are None then."""
 
     def encode_tokens_with_weights(
-        self, tokenize_strategy: TokenizeStrategy, models: list[Any], tokens: list[torch.Tensor], weights: list[torch.Tensor]
+        self, tokenize_strategy: TokenizeStrategy, models: list[Any], tokens: list[torch.Tensor],
+        weights: list[torch.Tensor]
     ) -> list[torch.Tensor | None]:
         raise UnsupportedCombination(f"{type(self).__name__} does not use token weights; leave --weighted_captions out")
 
 
 class LatentsCachingStrategy(PluginSlot, LatentCache, LatentEncoder, ABC):
-    """A latent cache and its encoder in one. A subclass sets `architecture` and writes `encode` (see LatentEncoder); one that writes
-    `cache_batch_latents`, `is_disk_cached_latents_expected` or `load_latents_from_disk` itself is asked by the run."""
+    """A latent cache and its encoder in one. A subclass sets `architecture` and writes `encode` (see LatentEncoder);
+    one that writes `cache_batch_latents`, `is_disk_cached_latents_expected` or `load_latents_from_disk` itself is asked
+    by the run."""
 
     def __init__(self, cache_to_disk: bool, batch_size: int, skip_disk_cache_validity_check: bool) -> None:
         LatentCache.__init__(
@@ -137,7 +149,8 @@ class LatentsCachingStrategy(PluginSlot, LatentCache, LatentEncoder, ABC):
     def is_disk_cached_latents_expected(
         self, bucket_reso: tuple[int, ...], npz_path: str, flip_aug: bool, alpha_mask: bool
     ) -> bool:
-        """Whether the file serves this size, as far as it can be told without the image; see `problem_of` for the rest."""
+        """Whether the file serves this size, as far as it can be told without the image; see `problem_of` for the
+        rest."""
         if not self.cache_to_disk or not os.path.exists(npz_path):
             return False
         if self.skip_disk_cache_validity_check:
@@ -165,7 +178,9 @@ class LatentsCachingStrategy(PluginSlot, LatentCache, LatentEncoder, ABC):
         )
         cache_io.save_latents(npz_path, key_reso_suffix, arrays)
 
-    def cache_batch_latents(self, vae: Any, infos: list[ImageItem], flip_aug: bool, alpha_mask: bool, random_crop: bool) -> None:
+    def cache_batch_latents(
+        self, vae: Any, infos: list[ImageItem], flip_aug: bool, alpha_mask: bool, random_crop: bool
+    ) -> None:
         """Read, encode and store one batch of equal bucket size."""
         if random_crop:
             raise UnsupportedCombination("random_crop does not go with a latent cache: it would freeze one crop")
@@ -188,8 +203,8 @@ class LatentsCachingStrategy(PluginSlot, LatentCache, LatentEncoder, ABC):
 
 
 class TextEncoderOutputsCachingStrategy(PluginSlot, TextCache):
-    """A text cache. A subclass sets `architecture` and, where it has them, `flags`; one that writes `cache_batch_outputs`,
-    `is_disk_cached_outputs_expected` or `load_outputs_npz` itself is asked by the run.
+    """A text cache. A subclass sets `architecture` and, where it has them, `flags`; one that writes
+    `cache_batch_outputs`, `is_disk_cached_outputs_expected` or `load_outputs_npz` itself is asked by the run.
 
     `is_partial`: the keys of the encoders that known trainers train beside a cache are left to them.
     """
@@ -203,7 +218,8 @@ class TextEncoderOutputsCachingStrategy(PluginSlot, TextCache):
         is_weighted: bool = False,
     ) -> None:
         TextCache.__init__(
-            self, None, to_disk=cache_to_disk, batch_size=batch_size, skip_check=skip_disk_cache_validity_check, is_weighted=is_weighted
+            self, None, to_disk=cache_to_disk, batch_size=batch_size, skip_check=skip_disk_cache_validity_check,
+            is_weighted=is_weighted
         )
         self._is_partial = is_partial
 
@@ -236,7 +252,9 @@ class TextEncoderOutputsCachingStrategy(PluginSlot, TextCache):
         infos: list[ImageItem],
     ) -> None:
         """Encode and store one batch of captions."""
-        text_caching.cache_one_batch(self, StrategySet(tokenize_strategy, text_encoding_strategy, None, self), models, infos)
+        text_caching.cache_one_batch(
+            self, StrategySet(tokenize_strategy, text_encoding_strategy, None, self), models, infos
+        )
 
     @property
     def stores_batches(self) -> bool:
@@ -247,7 +265,11 @@ class TextEncoderOutputsCachingStrategy(PluginSlot, TextCache):
             return super().find_with(index)
 
         def find(npz_path: str, caption: str, accept_unrecorded: bool) -> tuple[str | None, str]:
-            return ("", "") if self.is_disk_cached_outputs_expected(npz_path) else (None, f"not what {type(self).__name__} expects")
+            return (
+                ("", "")
+                if self.is_disk_cached_outputs_expected(npz_path)
+                else (None, f"not what {type(self).__name__} expects")
+            )
 
         return find
 
@@ -255,7 +277,11 @@ class TextEncoderOutputsCachingStrategy(PluginSlot, TextCache):
         if not _overrides(self, TextEncoderOutputsCachingStrategy, "load_outputs_npz"):
             return super().read(npz_path, suffix)
         arrays = self.load_outputs_npz(npz_path, *([suffix] if suffix else []))
-        return self.layout.named([None if array is None else torch.from_numpy(array) for array in arrays], type(self).__name__, has_batch=False)
+        return self.layout.named(
+            [None if array is None else torch.from_numpy(array) for array in arrays],
+            type(self).__name__,
+            has_batch=False,
+        )
 
 
 class _FamilyLatents(LatentsCachingStrategy):

@@ -1,4 +1,5 @@
-"""FLUX.1: captions to tokens, tokens to conditioning [pooled CLIP state, T5 states, text ids, T5 mask], and the caches."""
+"""FLUX.1: captions to tokens, tokens to conditioning [pooled CLIP state, T5 states, text ids, T5 mask], and the
+caches."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ class FluxTokenizeStrategy(TokenizeStrategy):
     ) -> None:
         self.t5xxl_max_length = t5xxl_max_length
         self.clip_l = (
-            clip_l_tokenizer if callable(clip_l_tokenizer) else load_clip_tokenizer(clip_l_tokenizer, tokenizer_cache_dir)
+            clip_l_tokenizer
+            if callable(clip_l_tokenizer)
+            else load_clip_tokenizer(clip_l_tokenizer, tokenizer_cache_dir)
         )
         self.t5xxl = (
             t5xxl_tokenizer
@@ -75,7 +78,8 @@ class FluxTextEncodingStrategy(TextEncodingStrategy):
     def encode_tokens(
         self, tokenize_strategy: FluxTokenizeStrategy, models: list[Any], tokens: list[Tensor]
     ) -> list[Tensor | None]:
-        """[pooled [B, D], T5 states [B, L, D], text ids [B, L, 3] of zeros, T5 mask [B, L]]; None where a model is absent.
+        """[pooled [B, D], T5 states [B, L, D], text ids [B, L, 3] of zeros, T5 mask [B, L]]; None where a model is
+        absent.
 
         `models` = [CLIP-L, T5]; `tokens` as `tokenize` gives them. ConfigError when an id has no embedding row.
         """
@@ -132,7 +136,8 @@ class FluxLatentsCachingStrategy(FluxLatentEncoder, LatentsCachingStrategy):
 
 
 class FluxTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
-    """Pooled CLIP state, T5 states, their ids and mask. A partial cache leaves the CLIP state to the CLIP-L that trains."""
+    """Pooled CLIP state, T5 states, their ids and mask. A partial cache leaves the CLIP state to the CLIP-L that
+    trains."""
 
     architecture = FAMILY.architecture
 

@@ -30,7 +30,9 @@ class SdTokenizeStrategy(TokenizeStrategy):
         self.num_rows = (max_length or PER_ROW) // PER_ROW
         self.is_weighted = is_weighted
         pad = V2_PAD if v2 else None
-        self.tokenizer = tokenizer if callable(tokenizer) else load_clip_tokenizer(tokenizer, tokenizer_cache_dir, pad_token=pad)
+        self.tokenizer = (
+            tokenizer if callable(tokenizer) else load_clip_tokenizer(tokenizer, tokenizer_cache_dir, pad_token=pad)
+        )
 
     def tokenize(self, text: str | list[str]) -> list[Tensor]:
         """[ids [B, N, 77]]; marks of weights are text."""
@@ -44,7 +46,8 @@ class SdTokenizeStrategy(TokenizeStrategy):
         return [ids], [weights]
 
     def tokenize_prompt(self, text: str) -> tuple[list[Tensor], list[Tensor]]:
-        """Ids [1, N, 77] and weights of a sample prompt: it may carry weights and take up to three rows, whatever captions do."""
+        """Ids [1, N, 77] and weights of a sample prompt: it may carry weights and take up to three rows, whatever
+        captions do."""
         ids, weights = tokenize_prompt_rows(self.tokenizer, text, self.num_rows)
         return [ids], [weights]
 
@@ -58,7 +61,9 @@ class SdTextEncodingStrategy(TextEncodingStrategy):
     def __init__(self, clip_skip: int | None = None) -> None:
         self.clip_skip = clip_skip
 
-    def encode_tokens(self, tokenize_strategy: SdTokenizeStrategy, models: list[Any], tokens: list[Tensor]) -> list[Tensor | None]:
+    def encode_tokens(
+        self, tokenize_strategy: SdTokenizeStrategy, models: list[Any], tokens: list[Tensor]
+    ) -> list[Tensor | None]:
         """[states [B, 75 N + 2, D]]; None when the model is absent."""
         encoder = models[0]
         if encoder is None:

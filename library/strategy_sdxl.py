@@ -1,4 +1,5 @@
-"""SDXL: captions to tokens of both encoders, tokens to conditioning [CLIP-L states, bigG states, pooled bigG], the caches."""
+"""SDXL: captions to tokens of both encoders, tokens to conditioning [CLIP-L states, bigG states, pooled bigG], the
+caches."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from library.strategy_base import TextEncoderOutputsCachingStrategy, TextEncodin
 from library.strategy_ldm import SdSdxlLatentsCachingStrategy
 
 __all__ = [
-    "SdSdxlLatentsCachingStrategy", "SdxlTextEncoderOutputsCachingStrategy", "SdxlTextEncodingStrategy", "SdxlTokenizeStrategy",
+    "SdSdxlLatentsCachingStrategy", "SdxlTextEncoderOutputsCachingStrategy", "SdxlTextEncodingStrategy",
+    "SdxlTokenizeStrategy",
 ]  # fmt: skip
 
 SECOND_PAD = "!"
@@ -49,14 +51,18 @@ class SdxlTokenizeStrategy(TokenizeStrategy):
         return self._rows(text, True)
 
     def tokenize_prompt(self, text: str) -> tuple[list[Tensor], list[Tensor]]:
-        """Ids and then weights of both encoders for a sample prompt: it may carry weights and take up to three rows, whatever
-        captions do."""
-        both = [tokenize_prompt_rows(tokenizer, text, self.num_rows) for tokenizer in (self.tokenizer1, self.tokenizer2)]
+        """Ids and then weights of both encoders for a sample prompt: it may carry weights and take up to three rows,
+        whatever captions do."""
+        both = [
+            tokenize_prompt_rows(tokenizer, text, self.num_rows) for tokenizer in (self.tokenizer1, self.tokenizer2)
+        ]
         return [ids for ids, _ in both], [weights for _, weights in both]
 
     def _rows(self, text: str | list[str], is_weighted: bool) -> tuple[list[Tensor], list[Tensor]]:
         texts = [text] if isinstance(text, str) else list(text)
-        both = [tokenize_rows(t, texts, self.num_rows, is_weighted=is_weighted) for t in (self.tokenizer1, self.tokenizer2)]
+        both = [
+            tokenize_rows(t, texts, self.num_rows, is_weighted=is_weighted) for t in (self.tokenizer1, self.tokenizer2)
+        ]
         return [ids for ids, _ in both], [weights for _, weights in both]
 
     def overlong(self, text: str) -> bool:
@@ -66,8 +72,11 @@ class SdxlTokenizeStrategy(TokenizeStrategy):
 class SdxlTextEncodingStrategy(TextEncodingStrategy):
     """The last but one layer of both encoders without the final norm; bigG pooled at the end token of the first row."""
 
-    def encode_tokens(self, tokenize_strategy: SdxlTokenizeStrategy, models: list[Any], tokens: list[Tensor]) -> list[Tensor | None]:
-        """[states of CLIP-L [B, 75 N + 2, 768], of bigG [B, 75 N + 2, 1280], pooled [B, 1280]]; None where a model is absent."""
+    def encode_tokens(
+        self, tokenize_strategy: SdxlTokenizeStrategy, models: list[Any], tokens: list[Tensor]
+    ) -> list[Tensor | None]:
+        """[states of CLIP-L [B, 75 N + 2, 768], of bigG [B, 75 N + 2, 1280], pooled [B, 1280]]; None where a model is
+        absent."""
         first, _ = self._encoded(models[0], tokens[0], None)
         second, pooled = self._encoded(models[1], tokens[1], tokenize_strategy.tokenizer2.eos_token_id)
         return [first, second, pooled]
@@ -90,7 +99,8 @@ class SdxlTextEncodingStrategy(TextEncodingStrategy):
         if eos_id is None:
             return states, None
         pooled = pool_at_first_eos(result.last_hidden_state, rows, eos_id)[:: ids.shape[1]]  # [B, D] of first rows
-        # row by row: a matrix of one row takes another kernel, and a caption's result must not depend on those encoded with it
+        # row by row: a matrix of one row takes another kernel, and a caption's result must not depend on those encoded
+        # with it
         return states, torch.cat([encoder.text_projection(row) for row in pooled.split(1)])
 
 

@@ -30,7 +30,12 @@ def fire_in_thread(f: Callable[..., Any], *args: Any, **kwargs: Any) -> threadin
 
 def add_logging_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `setup_logging` for tools that have no option groups."""
-    parser.add_argument("--console_log_level", default=None, choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"), help="least level shown")
+    parser.add_argument(
+        "--console_log_level",
+        default=None,
+        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+        help="least level shown",
+    )
     parser.add_argument("--console_log_file", default=None, help="write the log to this file instead of the console")
     parser.add_argument("--console_log_simple", action="store_true", help="plain lines without colours")
 
@@ -61,7 +66,8 @@ def setup_logging(
 
 
 _DTYPES = {
-    "float32": "float32", "fp32": "float32", "float": "float32", "float16": "float16", "fp16": "float16", "half": "float16",
+    "float32": "float32", "fp32": "float32", "float": "float32", "float16": "float16", "fp16": "float16",
+    "half": "float16",
     "bfloat16": "bfloat16", "bf16": "bfloat16", "float64": "float64", "fp64": "float64", "fp8": "float8_e4m3fn",
     "fp8_e4m3": "float8_e4m3fn", "fp8_e4m3fn": "float8_e4m3fn", "float8_e4m3fn": "float8_e4m3fn",
     "fp8_e5m2": "float8_e5m2", "float8_e5m2": "float8_e5m2",
@@ -69,7 +75,8 @@ _DTYPES = {
 
 
 def str_to_dtype(s: str | None, default_dtype: torch.dtype | None = None) -> torch.dtype | None:
-    """The torch type of a name such as bf16, float or fp8_e4m3fn; `default_dtype` for None. ConfigError for other names."""
+    """The torch type of a name such as bf16, float or fp8_e4m3fn; `default_dtype` for None. ConfigError for other
+    names."""
     import torch
 
     if s is None:
@@ -88,9 +95,11 @@ def validate_interpolation_fn(interpolation_str: str) -> bool:
 
 
 def resize_image(
-    image: np.ndarray, width: int, height: int, resized_width: int, resized_height: int, resize_interpolation: str | None = None
+    image: np.ndarray, width: int, height: int, resized_width: int, resized_height: int,
+    resize_interpolation: str | None = None
 ) -> np.ndarray:
-    """Resize [height, width, C] to (resized_width, resized_height) as the datasets do; kept for callers of this name."""
+    """Resize [height, width, C] to (resized_width, resized_height) as the datasets do; kept for callers of this
+    name."""
     from library.dataset import media_utils
 
     if image.shape[:2] != (height, width):

@@ -1,7 +1,8 @@
-"""BOFT: rows of a weight are rotated by butterfly-shaped stages of small blocks (arXiv 2311.06243), as LyCORIS has them.
+"""BOFT: rows of a weight are rotated by butterfly-shaped stages of small blocks (arXiv 2311.06243), as LyCORIS has
+them.
 
-`--network_module networks.boft`; --network_dim is the largest size of a block. Every stage mixes rows that lie twice as far
-apart, so that few parameters reach all of them. --network_alpha is the limit of COFT and never a scale.
+`--network_module networks.boft`; --network_dim is the largest size of a block. Every stage mixes rows that lie twice as
+far apart, so that few parameters reach all of them. --network_alpha is the limit of COFT and never a scale.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from networks.oft import REFUSED, RotationModule, cayley, rotation_targets, tell
 def boft_rotated(weight: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     """The rows of `weight` [out, ...] through the stages `rotations` [stages, count, b, b].
 
-    Stage i looks at the rows as [c, 2, k] with k = 2^i * b / 2, exchanges the last two axes, multiplies groups of b rows by
-    their rotation and puts the rows back in order. Source: the butterfly of arXiv 2311.06243, section 4.2.
+    Stage i looks at the rows as [c, 2, k] with k = 2^i * b / 2, exchanges the last two axes, multiplies groups of b
+    rows by their rotation and puts the rows back in order. Source: the butterfly of arXiv 2311.06243, section 4.2.
     """
     _, count, size, _ = rotations.shape
     for stage, rotation in enumerate(rotations):
@@ -50,8 +51,8 @@ class BOFTModule(RotationModule):
 
     @staticmethod
     def weight_change(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor, multiplier: float) -> torch.Tensor:
-        """rescale * stages(W) - W. The multiplier leads every stage, and the factors, from doing nothing (0) to what was
-        trained (1). Source: boft_rotated."""
+        """rescale * stages(W) - W. The multiplier leads every stage, and the factors, from doing nothing (0) to what
+        was trained (1). Source: boft_rotated."""
         blocks, original = tensors["oft_blocks"], weight.float()
         rotations = cayley(blocks, float(tensors.get("alpha", 0.0)) * original.shape[0])
         identity = torch.eye(blocks.shape[-1], device=rotations.device)
@@ -62,7 +63,9 @@ class BOFTModule(RotationModule):
         return changed - original
 
 
-def shape_from_file(tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None) -> tuple[int, float | None, dict[str, Any]]:
+def shape_from_file(
+    tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None
+) -> tuple[int, float | None, dict[str, Any]]:
     """(size of a block, alpha, further arguments of BOFTModule) of one layer's tensors in a file."""
     shape = tuple(tensors["oft_blocks"].shape)
     alpha = float(tensors["alpha"]) if "alpha" in tensors else 0.0

@@ -1,4 +1,5 @@
-"""The name by which older commands know `tools/convert_lora.py` for FLUX: --src and --dst are ai-toolkit or sd-scripts."""
+"""The name by which older commands know `tools/convert_lora.py` for FLUX: --src and --dst are ai-toolkit or
+sd-scripts."""
 
 import sys
 from pathlib import Path

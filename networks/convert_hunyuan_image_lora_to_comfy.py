@@ -1,4 +1,5 @@
-"""The name by which older commands know `tools/convert_lora.py SRC DST --to comfy --family hunyuan_image`; --reverse is --to kohya."""
+"""The name by which older commands know `tools/convert_lora.py SRC DST --to comfy --family hunyuan_image`; --reverse is
+--to kohya."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Diag-OFT: OFT with the blocks and the names of LyCORIS; --network_dim is the size that blocks come near to.
 
-`--network_module networks.diag_oft`. The formula, the limit and the files' tensors are those of networks/oft.py; a factor per
-row can be trained beside the rotation (`rescaled=True`).
+`--network_module networks.diag_oft`. The formula, the limit and the files' tensors are those of networks/oft.py; a
+factor per row can be trained beside the rotation (`rescaled=True`).
 """
 
 from __future__ import annotations

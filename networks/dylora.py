@@ -1,7 +1,8 @@
-"""DyLoRA (arXiv 2210.07558): LoRA that is trained at a drawn rank in every step, so that it may be cut to a lower rank later.
+"""DyLoRA (arXiv 2210.07558): LoRA that is trained at a drawn rank in every step, so that it may be cut to a lower rank
+later.
 
-Every optimizer step draws one of the pieces of `unit` ranks for each layer. The layer then works with the ranks up to the end
-of this piece and only the piece is trained. Files are those of LoRA, with the whole rank.
+Every optimizer step draws one of the pieces of `unit` ranks for each layer. The layer then works with the ranks up to
+the end of this piece and only the piece is trained. Files are those of LoRA, with the whole rank.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from networks.lora import LoRAModule, shape_from_file
 class DyLoRAModule(AdapterModule):
     """DyLoRA of one Linear or Conv2d: down [rank, in, ..] and up [out, rank, ..] in pieces of `unit` ranks.
 
-    Training: change = scale * sqrt(rank / used) * up[:, :used] @ down[:used], the change of fewer ranks scaled to the size of
-    all. Otherwise, and in files, it is LoRA of the whole rank.
+    Training: change = scale * sqrt(rank / used) * up[:, :used] @ down[:used], the change of fewer ranks scaled to the
+    size of all. Otherwise, and in files, it is LoRA of the whole rank.
     """
 
     weight_keys = LoRAModule.weight_keys
@@ -38,7 +39,9 @@ class DyLoRAModule(AdapterModule):
 
     def build(self, *, unit: int = 1) -> None:
         if getattr(self.org_module, "groups", 1) != 1:
-            raise ConfigError(f"{self.lora_name} is a grouped convolution, for which DyLoRA is not defined; exclude this layer")
+            raise ConfigError(
+                f"{self.lora_name} is a grouped convolution, for which DyLoRA is not defined; exclude this layer"
+            )
         self.piece: int | None = None
         """the piece that is trained in this step; None = all of them"""
         self.cut(unit)
@@ -53,7 +56,9 @@ class DyLoRAModule(AdapterModule):
         kernel = weight.shape[2:]
         count, ones = self.lora_dim // unit, [1] * len(kernel)
         self.unit = unit
-        self.lora_down = nn.ParameterList(nn.Parameter(torch.zeros(unit, weight.shape[1], *kernel)) for _ in range(count))
+        self.lora_down = nn.ParameterList(
+            nn.Parameter(torch.zeros(unit, weight.shape[1], *kernel)) for _ in range(count)
+        )
         self.lora_up = nn.ParameterList(nn.Parameter(torch.zeros(weight.shape[0], unit, *ones)) for _ in range(count))
 
     @torch.no_grad()
@@ -76,7 +81,12 @@ class DyLoRAModule(AdapterModule):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         down, up = self._joined(len(self.lora_down))
-        return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(self._alpha), **self.bias_tensors()}
+        return {
+            "lora_down.weight": down,
+            "lora_up.weight": up,
+            "alpha": torch.tensor(self._alpha),
+            **self.bias_tensors(),
+        }
 
     def _joined(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """down and up of the first `count` pieces."""
@@ -100,7 +110,9 @@ class DyLoRAModule(AdapterModule):
 
     def load_file_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         if any(name not in tensors for name in self.weight_keys):
-            raise CheckpointError(f"{self.lora_name}: the file has {', '.join(sorted(tensors))}; this network needs {', '.join(self.weight_keys)}")
+            raise CheckpointError(
+                f"{self.lora_name}: the file has {', '.join(sorted(tensors))}; this network needs {', '.join(self.weight_keys)}"
+            )
         down, up = (tensors[name] for name in self.weight_keys)
         if down.shape[0] != self.lora_dim or up.ndim < 2 or up.shape[1] != self.lora_dim:
             raise CheckpointError(
@@ -108,7 +120,9 @@ class DyLoRAModule(AdapterModule):
             )
         others = {name: tensor for name, tensor in tensors.items() if name not in self.weight_keys}
         downs, ups = down.split(self.unit), up.split(self.unit, dim=1)
-        pieces = {f"lora_{name}.{i}": part for name, parts in (("down", downs), ("up", ups)) for i, part in enumerate(parts)}
+        pieces = {
+            f"lora_{name}.{i}": part for name, parts in (("down", downs), ("up", ups)) for i, part in enumerate(parts)
+        }
         super().load_file_tensors({**pieces, **others})
 
     @torch.no_grad()
@@ -147,7 +161,9 @@ def prepare(network: AdditionalNetwork) -> None:
             module.cut(network.settings.get("unit", 1))
 
 
-KIND = NetworkKind("DyLoRA", DyLoRAModule, shape_from_file, shape_from_settings, arguments, refused=REFUSED, prepare=prepare)
+KIND = NetworkKind(
+    "DyLoRA", DyLoRAModule, shape_from_file, shape_from_settings, arguments, refused=REFUSED, prepare=prepare
+)
 _FUNCTIONS = NetworkFunctions(KIND)
 check_network_args = _FUNCTIONS.check_network_args
 create_network = _FUNCTIONS.create_network

@@ -1,6 +1,8 @@
-"""Full change of a layer: as many numbers as the weight has, kept as the difference to the model (LyCORIS "full", `diff`).
+"""Full change of a layer: as many numbers as the weight has, kept as the difference to the model (LyCORIS "full",
+`diff`).
 
-The strongest and largest adapter: what fine-tuning of these layers would learn, in a file that can be switched on and off.
+The strongest and largest adapter: what fine-tuning of these layers would learn, in a file that can be switched on and
+off.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ class FullModule(AdapterModule):
             parameter.mul_(ratio)
 
 
-def shape_from_file(tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None) -> tuple[int, float | None, dict[str, Any]]:
+def shape_from_file(
+    tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None
+) -> tuple[int, float | None, dict[str, Any]]:
     return 1, None, {"bias": "diff_b" in tensors}
 
 

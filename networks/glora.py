@@ -23,7 +23,8 @@ from networks.lora import lora_delta
 
 
 def glora_delta(
-    weight: torch.Tensor, first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor], scale: float,
+    weight: torch.Tensor, first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor],
+    scale: float,
     mid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weight change of a GLoRA layer: scale * (W @ a1 @ a2 + b1 @ b2).
@@ -46,7 +47,11 @@ class GLoRAModule(AdapterModule):
     def build(self, *, mid_shape: Sequence[int] | None = None) -> None:
         rows, columns, *kernel = self.org_module.weight.shape
         ones = [1] * len(kernel)
-        shapes = {"a1": (columns, self.lora_dim, *ones), "a2": (self.lora_dim, columns, *ones), "b1": (rows, self.lora_dim, *ones)}
+        shapes = {
+            "a1": (columns, self.lora_dim, *ones),
+            "a2": (self.lora_dim, columns, *ones),
+            "b1": (rows, self.lora_dim, *ones),
+        }
         shapes["b2"] = (self.lora_dim, columns, *(ones if mid_shape else kernel))
         if mid_shape:
             shapes["bm"] = tuple(mid_shape)
@@ -77,7 +82,9 @@ class GLoRAModule(AdapterModule):
             getattr(self, name).weight.mul_(ratio.sqrt())
 
 
-def shape_from_file(tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None) -> tuple[int, float | None, dict[str, Any]]:
+def shape_from_file(
+    tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None
+) -> tuple[int, float | None, dict[str, Any]]:
     """(rank, alpha, further arguments of GLoRAModule) of one layer's tensors in a file."""
     rank = tensors["a2.weight"].shape[0]
     alpha = alpha_of(tensors) or float(rank)

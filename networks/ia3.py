@@ -76,10 +76,16 @@ class IA3Module(AdapterModule):
 
 def ia3_targets(targets: NetworkTargets) -> NetworkTargets:
     """Keys, values and second feed-forward layers among the layers of the family."""
-    return replace(targets, default_excludes=(*targets.default_excludes, OTHERS), encoder_excludes=(*targets.encoder_excludes, OTHERS))
+    return replace(
+        targets,
+        default_excludes=(*targets.default_excludes, OTHERS),
+        encoder_excludes=(*targets.encoder_excludes, OTHERS),
+    )
 
 
-def shape_from_file(tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None) -> tuple[int, float | None, dict[str, Any]]:
+def shape_from_file(
+    tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None
+) -> tuple[int, float | None, dict[str, Any]]:
     return 1, None, {"on_input": bool(tensors["on_input"])}
 
 
@@ -103,7 +109,9 @@ REFUSED: Mapping[str, str] = {
     "network_alpha": NO_RANK,
 }
 
-KIND = NetworkKind("IA3", IA3Module, shape_from_file, shape_from_settings, arguments, refused=REFUSED, targets=ia3_targets)
+KIND = NetworkKind(
+    "IA3", IA3Module, shape_from_file, shape_from_settings, arguments, refused=REFUSED, targets=ia3_targets
+)
 _FUNCTIONS = NetworkFunctions(KIND)
 check_network_args = _FUNCTIONS.check_network_args
 create_network = _FUNCTIONS.create_network

@@ -1,7 +1,7 @@
 """LoHa: the change of a layer is the element-wise product of two low-rank matrices (FedPara, arXiv 2108.06098).
 
-With rank r the change has a rank of up to r * r, for twice the parameters of a LoRA. The function below is the only place
-where it is computed. `--network_module networks.loha`, for every family.
+With rank r the change has a rank of up to r * r, for twice the parameters of a LoRA. The function below is the only
+place where it is computed. `--network_module networks.loha`, for every family.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ def loha_delta(
 ) -> torch.Tensor:
     """Weight change of a LoHa layer: scale * (a1 @ b1) * (a2 @ b2), the middle product element-wise.
 
-    Shapes: a [out, rank], b [rank, in] -> [out, in]; for a convolution b [rank, in * kh * kw] -> [out, in * kh * kw]. With
-    `cores` t1, t2 [rank, rank, kh, kw] (Tucker) a is [rank, out], b [rank, in], and each half is
-    T[p, q, ..] = sum_ij t[i, j, ..] * a[i, p] * b[j, q] -> [out, in, kh, kw].
-    `scale` is alpha / rank and is applied here only. Source: FedPara, Propositions 1 and 3; Tucker form: LyCORIS,
-    arXiv 2309.14859.
+    Shapes: a [out, rank], b [rank, in] -> [out, in]; for a convolution b [rank, in * kh * kw] -> [out, in * kh * kw].
+    With `cores` t1, t2 [rank, rank, kh, kw] (Tucker) a is [rank, out], b [rank, in], and each half is T[p, q, ..] =
+    sum_ij t[i, j, ..] * a[i, p] * b[j, q] -> [out, in, kh, kw]. `scale` is alpha / rank and is applied here only.
+    Source: FedPara, Propositions 1 and 3; Tucker form: LyCORIS, arXiv 2309.14859.
     """
     if cores is None:
         return scale * (first[0] @ first[1]) * (second[0] @ second[1])
-    halves = [torch.einsum("ij...,ip,jq->pq...", core, *pair) for core, pair in zip(cores, (first, second), strict=True)]
+    halves = [
+        torch.einsum("ij...,ip,jq->pq...", core, *pair) for core, pair in zip(cores, (first, second), strict=True)
+    ]
     return scale * halves[0] * halves[1]
 
 
@@ -98,7 +99,9 @@ class LoHaModule(AdapterModule):
             getattr(self, name).mul_(ratio**0.25)
 
 
-def shape_from_file(tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None) -> tuple[int, float | None, dict[str, Any]]:
+def shape_from_file(
+    tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None
+) -> tuple[int, float | None, dict[str, Any]]:
     """(rank, alpha, further arguments of LoHaModule) of one layer's tensors in a file."""
     rank = tensors["hada_w1_b"].shape[0]
     alpha = alpha_of(tensors) or float(rank)

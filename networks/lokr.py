@@ -1,7 +1,8 @@
 """LoKr: the change of a layer is a Kronecker product of a small and a larger matrix (KronA, arXiv 2212.10650).
 
-The functions below are the only place where sizes are chosen and a change is computed. `--network_module networks.lokr`, for
-every family. Files say everything by the shapes of their tensors, so that `factor` need not be repeated when one is loaded.
+The functions below are the only place where sizes are chosen and a change is computed. `--network_module
+networks.lokr`, for every family. Files say everything by the shapes of their tensors, so that `factor` need not be
+repeated when one is loaded.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ def lokr_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape for a weight [out, in] or [out, in, kh, kw].
 
-    With out = l * k and in = m * n: lokr_w1 [l, m], lokr_w2 [k, n, kh, kw]. A half becomes a product of two matrices of this
-    rank where that is smaller: the second always, the first with `decompose_both`; never with `full_matrix`. `unbalanced`
-    exchanges l and k; `tucker` keeps the kernel of a convolution in a core lokr_t2 [rank, rank, kh, kw].
+    With out = l * k and in = m * n: lokr_w1 [l, m], lokr_w2 [k, n, kh, kw]. A half becomes a product of two matrices of
+    this rank where that is smaller: the second always, the first with `decompose_both`; never with `full_matrix`.
+    `unbalanced` exchanges l and k; `tucker` keeps the kernel of a convolution in a core lokr_t2 [rank, rank, kh, kw].
     """
     rows, columns, *kernel = weight_shape
     (out_l, out_k), (in_m, in_n) = factorization(rows, factor), factorization(columns, factor)
@@ -91,8 +92,8 @@ def lokr_rank(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 class LoKrModule(AdapterModule):
-    """LoKr of one layer with a weight of two or more axes. `shapes` are those of a file; otherwise `sizing` holds the keyword
-    arguments of lokr_shapes."""
+    """LoKr of one layer with a weight of two or more axes. `shapes` are those of a file; otherwise `sizing` holds the
+    keyword arguments of lokr_shapes."""
 
     weight_keys = HALVES
     optional_keys = ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -138,11 +139,16 @@ class LoKrModule(AdapterModule):
             hidden = F.linear(hidden, tensors[name])  # [..., m, k]
         change = F.linear(hidden.transpose(-1, -2), w1)  # [..., k, l]
         change = change.transpose(-1, -2).flatten(-2) * (multiplier * self.scale)  # [..., out]
-        return self._dropped_rows(change.transpose(0, -1)).transpose(0, -1)  # rows of the weight are places of the output
+        return self._dropped_rows(change.transpose(0, -1)).transpose(
+            0, -1
+        )  # rows of the weight are places of the output
 
     @staticmethod
     def change_shape(tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...] | None:
-        w1, w2 = (half.shape for half in lokr_halves({name: tensor.to("meta", torch.float32) for name, tensor in tensors.items()}))
+        w1, w2 = (
+            half.shape
+            for half in lokr_halves({name: tensor.to("meta", torch.float32) for name, tensor in tensors.items()})
+        )
         return (w1[0] * w2[0], w1[1] * w2[1], *w2[2:])
 
     @staticmethod
@@ -165,11 +171,17 @@ class LoKrModule(AdapterModule):
             (parameters[half] if half in parameters else parameters[f"{half}_a"]).mul_(ratio.sqrt())
 
 
-def shape_from_file(tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None) -> tuple[int, float | None, dict[str, Any]]:
+def shape_from_file(
+    tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None
+) -> tuple[int, float | None, dict[str, Any]]:
     """(rank, alpha, further arguments of LoKrModule) of one layer's tensors in a file."""
     rank = lokr_rank(tensors)
     alpha = alpha_of(tensors) or float(rank)
-    return rank, alpha, {"shapes": {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("lokr_")}}
+    return (
+        rank,
+        alpha,
+        {"shapes": {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("lokr_")}},
+    )
 
 
 def shape_from_settings(settings: NetworkSettings, layer: Layer, split: Sequence[int] | None) -> dict[str, Any]:
@@ -203,7 +215,9 @@ def check(values: Mapping[str, Any]) -> None:
     if values.get("full_matrix"):
         idle = [name for name in ("decompose_both", "use_tucker", "rs_lora") if values.get(name)]
         if idle:
-            raise ConfigError(f"--network_args full_matrix leaves nothing for {', '.join(idle)} to do; leave one side out")
+            raise ConfigError(
+                f"--network_args full_matrix leaves nothing for {', '.join(idle)} to do; leave one side out"
+            )
 
 
 def prepare(network: AdditionalNetwork) -> None:
@@ -215,12 +229,16 @@ def prepare(network: AdditionalNetwork) -> None:
         logger.warning(
             "LoKr: %d of %d layers train their second half as a plain matrix, as rank %d is no saving there (first: %s);"
             " where the first half is plain too, alpha has no effect",
-            len(full), len(network.loras), full[0].lora_dim, full[0].lora_name,
+            len(full),
+            len(network.loras),
+            full[0].lora_dim,
+            full[0].lora_name,
         )
 
 
 KIND = NetworkKind(
-    "LoKr", LoKrModule, shape_from_file, shape_from_settings, arguments, {"dropout": NO_INNER_VALUES}, check, prepare=prepare
+    "LoKr", LoKrModule, shape_from_file, shape_from_settings, arguments, {"dropout": NO_INNER_VALUES}, check,
+    prepare=prepare
 )
 _FUNCTIONS = NetworkFunctions(KIND)
 check_network_args = _FUNCTIONS.check_network_args

@@ -1,7 +1,8 @@
 """LoRA: low-rank changes of Linear and Conv2d layers, for every model family that has a target table.
 
-`delta W = scale * up @ down`. The functions below are the only place where a change is computed; forward, merging, saving
-and the tools build on them. The two functions at the end are what a trainer calls (`--network_module networks.lora`).
+`delta W = scale * up @ down`. The functions below are the only place where a change is computed; forward, merging,
+saving and the tools build on them. The two functions at the end are what a trainer calls (`--network_module
+networks.lora`).
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class LoRAModule(AdapterModule):
 
     def _build_conv(self, org_module: nn.Conv2d, tucker: bool) -> None:
         if org_module.groups != 1:
-            raise ConfigError(f"{self.lora_name} is a grouped convolution, for which LoRA is not defined; exclude this layer")
+            raise ConfigError(
+                f"{self.lora_name} is a grouped convolution, for which LoRA is not defined; exclude this layer"
+            )
         geometry = {
             "stride": org_module.stride, "padding": org_module.padding, "dilation": org_module.dilation,
             "padding_mode": org_module.padding_mode, "bias": False,
@@ -154,7 +157,9 @@ class LoRAModule(AdapterModule):
         """Source of the formula: lora_delta. Parts of a split layer stand below one another."""
         if "lora_down.0.weight" in tensors:
             count = sum(name.startswith("lora_down.") for name in tensors)
-            pairs = [(tensors[f"lora_down.{i}.weight"].float(), tensors[f"lora_up.{i}.weight"].float()) for i in range(count)]
+            pairs = [
+                (tensors[f"lora_down.{i}.weight"].float(), tensors[f"lora_up.{i}.weight"].float()) for i in range(count)
+            ]
             scale = multiplier * scale_of(tensors)
             return torch.cat([lora_delta(down, up, scale) for down, up in pairs])
         down, up = tensors["lora_down.weight"].float(), tensors["lora_up.weight"].float()
@@ -175,7 +180,8 @@ class LoRAModule(AdapterModule):
         return {**tensors, "lora_up.weight": up[rows], "dora_scale": magnitude[rows]}
 
     def file_tensors(self) -> dict[str, torch.Tensor]:
-        """Split layers are written fused, with alpha * parts: alpha / rank of the file is the scale that was trained."""
+        """Split layers are written fused, with alpha * parts: alpha / rank of the file is the scale that was
+        trained."""
         if not self.split:
             return super().file_tensors()
         down, up = fuse_pairs([(down.weight.detach(), up.weight.detach()) for down, up in self.pairs()])
@@ -220,7 +226,9 @@ def shape_from_file(
     rank = tensors["lora_down.weight"].shape[0]
     alpha = alpha_of(tensors) or float(rank)
     if split and "dora_scale" in tensors:
-        raise CheckpointError("the file has dora_scale (DoRA), lengths that belong to the whole layer; leave split_qkv out")
+        raise CheckpointError(
+            "the file has dora_scale (DoRA), lengths that belong to the whole layer; leave split_qkv out"
+        )
     if rank % parts:
         raise CheckpointError(f"rank {rank} of the file does not divide into {parts} parts; leave split_qkv out")
     return rank // parts, alpha / parts, {"tucker": True} if "lora_mid.weight" in tensors else {}
@@ -261,14 +269,22 @@ def prepare(network: AdditionalNetwork) -> None:
     sigma, beta = network.settings.get("ggpo_sigma"), network.settings.get("ggpo_beta")
     if sigma is None:
         return
-    own = [module for module in network.loras if type(module) is LoRAModule and not module.is_conv and module.dora_scale is None]
+    own = [
+        module
+        for module in network.loras
+        if type(module) is LoRAModule and not module.is_conv and module.dora_scale is None
+    ]
     if not own:
-        logger.warning("--network_args ggpo_sigma has no effect: no layer of this network is a linear LoRA without DoRA")
+        logger.warning(
+            "--network_args ggpo_sigma has no effect: no layer of this network is a linear LoRA without DoRA"
+        )
     for module in own:
         module.ggpo = Ggpo(sigma, beta)
 
 
-KIND = NetworkKind("LoRA", LoRAModule, shape_from_file, shape_from_settings, arguments, check=check, prepare=prepare, splits=True)
+KIND = NetworkKind(
+    "LoRA", LoRAModule, shape_from_file, shape_from_settings, arguments, check=check, prepare=prepare, splits=True
+)
 _FUNCTIONS = NetworkFunctions(KIND)
 check_network_args = _FUNCTIONS.check_network_args
 create_network = _FUNCTIONS.create_network

@@ -1,4 +1,5 @@
-"""Anima: the layers that adapters train. Modulations, norms, embedders and the final layer only when a pattern includes them."""
+"""Anima: the layers that adapters train. Modulations, norms, embedders and the final layer only when a pattern includes
+them."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ TARGETS = NetworkTargets(
     text_encoders=(
         TextEncoderTargets(
             "lora_te", ("Qwen3Attention", "Qwen3SdpaAttention", "Qwen3FlashAttention2", "Qwen3MLP"),
-            aliases=("lora_te1", "lora_te_model", "lora_te1_model"), comfy_name="text_encoders.qwen3_06b.transformer.model",
+            aliases=("lora_te1", "lora_te_model", "lora_te1_model"),
+            comfy_name="text_encoders.qwen3_06b.transformer.model",
             paths=QWEN3_PATHS, file_state="library.components.llm_encoder_utils:qwen3_state",
         ),
     ),

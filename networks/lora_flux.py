@@ -51,7 +51,9 @@ def file_layers() -> tuple[LayerNames, ...]:
         if parameter in ("weight", "scale"):  # norms have a scale
             names = [name.removesuffix(".weight").replace("blocks.0.", "blocks.{i}.") for name in (path, *rule.parts)]
             rows = "swapped" if rule.swap_halves else "linear1" if path.endswith(".linear1") else "equal"
-            layers.append(LayerNames(names[0], tuple(names[1:]), rows, parameter="" if parameter == "weight" else parameter))
+            layers.append(
+                LayerNames(names[0], tuple(names[1:]), rows, parameter="" if parameter == "weight" else parameter)
+            )
     return tuple(layers)
 
 
@@ -63,7 +65,8 @@ TARGETS = NetworkTargets(
     text_encoders=(
         TextEncoderTargets(
             "lora_te1", ("CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2", "CLIPMLP"), root="text_model",
-            aliases=("lora_te",), diffusers_name="text_encoder", comfy_name="text_encoders.clip_l.transformer", paths=CLIP_PATHS,
+            aliases=("lora_te",), diffusers_name="text_encoder", comfy_name="text_encoders.clip_l.transformer",
+            paths=CLIP_PATHS,
             file_state="library.components.text_encoder_utils:clip_l_state",
         ),
         TextEncoderTargets(

@@ -41,7 +41,8 @@ TARGETS = NetworkTargets(
     conv_classes=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     text_encoders=(
         TextEncoderTargets(
-            "lora_te", CLIP_CLASSES, root="text_model", aliases=("lora_te1",), diffusers_name="text_encoder", paths=CLIP_PATHS,
+            "lora_te", CLIP_CLASSES, root="text_model", aliases=("lora_te1",), diffusers_name="text_encoder",
+            paths=CLIP_PATHS,
             file_state="library.components.text_encoder_utils:sd_clip_state",
         ),
     ),

@@ -50,11 +50,13 @@ TARGETS = NetworkTargets(
     conv_classes=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     text_encoders=(
         TextEncoderTargets(
-            "lora_te1", CLIP_CLASSES, root="text_model", diffusers_name="text_encoder", comfy_name="text_encoders.clip_l.transformer", paths=CLIP_PATHS,
+            "lora_te1", CLIP_CLASSES, root="text_model", diffusers_name="text_encoder",
+            comfy_name="text_encoders.clip_l.transformer", paths=CLIP_PATHS,
             file_state="library.components.text_encoder_utils:clip_l_state",
         ),
         TextEncoderTargets(
-            "lora_te2", CLIP_CLASSES, root="text_model", diffusers_name="text_encoder_2", comfy_name="text_encoders.clip_g.transformer", paths=CLIP_PATHS,
+            "lora_te2", CLIP_CLASSES, root="text_model", diffusers_name="text_encoder_2",
+            comfy_name="text_encoders.clip_g.transformer", paths=CLIP_PATHS,
             file_state="library.components.text_encoder_utils:clip_g_state",
         ),
     ),

@@ -93,7 +93,9 @@ class NormModule(AdapterModule):
             parameter.mul_(ratio)
 
 
-def shape_from_file(tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None) -> tuple[int, float | None, dict[str, Any]]:
+def shape_from_file(
+    tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None
+) -> tuple[int, float | None, dict[str, Any]]:
     return 1, None, {"bias": "b_norm" in tensors}
 
 

@@ -1,8 +1,8 @@
 """OFT: the rows of a weight are rotated in blocks (arXiv 2306.07280), optionally by a limited angle (COFT).
 
-A rotation keeps the angles between a layer's neurons. `--network_module networks.oft` cuts a layer into --network_dim blocks
-and writes names with oft_unet, as sd-scripts does; networks/diag_oft.py chooses blocks as LyCORIS does. --network_alpha is
-the limit of COFT and never a scale. Text encoders are not trained.
+A rotation keeps the angles between a layer's neurons. `--network_module networks.oft` cuts a layer into --network_dim
+blocks and writes names with oft_unet, as sd-scripts does; networks/diag_oft.py chooses blocks as LyCORIS does.
+--network_alpha is the limit of COFT and never a scale. Text encoders are not trained.
 """
 
 from __future__ import annotations
@@ -49,20 +49,21 @@ def cayley(blocks: torch.Tensor, constraint: float = 0.0) -> torch.Tensor:
     if constraint > 0:
         skew = skew * limit_factor(skew, constraint)
     identity = torch.eye(skew.shape[-1], device=skew.device)
-    # Both factors are functions of Q and commute. I - Q can always be solved: the eigenvalues of Q are imaginary. Unlike `solve`,
-    # `solve_ex` does not ask the device whether it could.
+    # Both factors are functions of Q and commute. I - Q can always be solved: the eigenvalues of Q are imaginary.
+    # Unlike `solve`, `solve_ex` does not ask the device whether it could.
     return torch.linalg.solve_ex(identity - skew, identity + skew).result
 
 
 def oft_rotated(weight: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """The rows of `weight` [out, ...] in blocks of n, each block multiplied by the transpose of its rotation [k, n, n]."""
+    """The rows of `weight` [out, ...] in blocks of n, each block multiplied by the transpose of its rotation [k, n,
+    n]."""
     count, size, _ = rotations.shape
     return torch.einsum("knm,kn...->km...", rotations, weight.unflatten(0, (count, size))).flatten(0, 1)
 
 
 class RotationModule(AdapterModule):
-    """What OFT and BOFT share: free matrices `oft_blocks` (a list of them where a layer is rotated in parts), a factor per
-    row (`rescale`) that may be trained as well, and alpha as the limit of the rotation, 0 = none."""
+    """What OFT and BOFT share: free matrices `oft_blocks` (a list of them where a layer is rotated in parts), a factor
+    per row (`rescale`) that may be trained as well, and alpha as the limit of the rotation, 0 = none."""
 
     weight_keys = ("oft_blocks",)
     optional_keys = ("rescale",)
@@ -71,7 +72,8 @@ class RotationModule(AdapterModule):
     recomputes = True
 
     def build(
-        self, *, shapes: Mapping[str, Sequence[int]] | None = None, split: Sequence[int] | None = None, rescaled: bool = False
+        self, *, shapes: Mapping[str, Sequence[int]] | None = None, split: Sequence[int] | None = None,
+        rescaled: bool = False
     ) -> None:
         weight = self.org_module.weight
         if shapes is None and split:
@@ -134,8 +136,8 @@ class RotationModule(AdapterModule):
 
     @torch.no_grad()
     def weight_norm(self) -> torch.Tensor:
-        """Norm of the free matrices, and of what the factors differ from 1 by: a rotation has no size of its own, what makes it
-        large is their norm."""
+        """Norm of the free matrices, and of what the factors differ from 1 by: a rotation has no size of its own, what
+        makes it large is their norm."""
         parts = [*self.blocks, *((self.rescale - 1,) if hasattr(self, "rescale") else ())]
         return torch.stack([part.float().norm() for part in parts]).norm()
 
@@ -168,8 +170,8 @@ class OFTModule(RotationModule):
 
     @staticmethod
     def weight_change(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor, multiplier: float) -> torch.Tensor:
-        """multiplier * (rescale * R^T W - W), rows of one part under those of another; the limit of COFT is alpha * rows of
-        the part. Sources: oft_rotated, cayley."""
+        """multiplier * (rescale * R^T W - W), rows of one part under those of another; the limit of COFT is alpha *
+        rows of the part. Sources: oft_rotated, cayley."""
         alpha = float(tensors.get("alpha", 0.0))
         names = block_names(tensors)
         original, rotated, start = weight.float(), [], 0
@@ -183,7 +185,9 @@ class OFTModule(RotationModule):
         return multiplier * (changed - original)
 
 
-def shape_from_file(tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None) -> tuple[int, float | None, dict[str, Any]]:
+def shape_from_file(
+    tensors: Mapping[str, torch.Tensor], split: Sequence[int] | None
+) -> tuple[int, float | None, dict[str, Any]]:
     """(number of blocks, alpha, further arguments of OFTModule) of one layer's tensors in a file."""
     shapes = {name: tuple(tensors[name].shape) for name in block_names(tensors)}
     alpha = float(tensors["alpha"]) if "alpha" in tensors else 0.0

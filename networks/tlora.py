@@ -1,8 +1,9 @@
 """T-LoRA (arXiv 2507.05964): LoRA whose rank in training depends on how noisy a sample is.
 
 Noisy samples teach the composition, and a full rank learns a single picture's by heart there; so they get few ranks:
-active = floor((1 - t)^power * (rank - least)) + least for t from 0 (data) to 1 (noise), and the first `active` ranks are used.
-Every sample has a mask of its own. Images are made, files written and merged with the whole rank; files are those of LoRA.
+active = floor((1 - t)^power * (rank - least)) + least for t from 0 (data) to 1 (noise), and the first `active` ranks
+are used. Every sample has a mask of its own. Images are made, files written and merged with the whole rank; files are
+those of LoRA.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ def prepare(network: AdditionalNetwork) -> None:
         )
 
 
-KIND = NetworkKind("T-LoRA", TLoRAModule, shape_from_file, shape_from_settings, arguments, refused=REFUSED, prepare=prepare)
+KIND = NetworkKind(
+    "T-LoRA", TLoRAModule, shape_from_file, shape_from_settings, arguments, refused=REFUSED, prepare=prepare
+)
 _FUNCTIONS = NetworkFunctions(KIND)
 check_network_args = _FUNCTIONS.check_network_args
 create_network = _FUNCTIONS.create_network

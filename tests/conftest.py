@@ -1,5 +1,5 @@
-"""Settings of every test: one thread (so that runs on any machine give the same bytes), nothing fetched from a hub, and no handler of
-the log that a run has set up stays for the next test."""
+"""Settings of every test: one thread (so that runs on any machine give the same bytes), nothing fetched from a hub, and
+no handler of the log that a run has set up stays for the next test."""
 
 import logging
 import os
@@ -21,7 +21,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell that started the tests in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    config.addinivalue_line("markers", "cross_product(*axes): a parameter or a tuple of parameters each; runs pairwise without --full")
+    config.addinivalue_line(
+        "markers", "cross_product(*axes): a parameter or a tuple of parameters each; runs pairwise without --full"
+    )
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,4 +1,5 @@
-"""What the tests of all families know of each: one record, its tiny models and its command line in library/tiny_models."""
+"""What the tests of all families know of each: one record, its tiny models and its command line in
+library/tiny_models."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from library.tiny_models import TinyEntry, tiny_entry
 
 @dataclass(frozen=True)
 class FamilyCase:
-    """`name`: of the tiny set; `version`: ss_base_model_version of its adapters; `text_parts`: beginnings of the keys of text encoders
-    that learn by default; `caches_text`: their outputs can be cached."""
+    """`name`: of the tiny set; `version`: ss_base_model_version of its adapters; `text_parts`: beginnings of the keys
+    of text encoders that learn by default; `caches_text`: their outputs can be cached."""
 
     name: str
     version: str

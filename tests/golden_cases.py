@@ -1,7 +1,7 @@
 """How the outputs of each reference file are computed by this code base.
 
-CASES: name of a reference file -> function (weights, inputs, config) -> outputs. All dicts are keyed as in the file, without
-the prefixes weights/, input/ and output/. Every model goes through a checkpoint file and its loader.
+CASES: name of a reference file -> function (weights, inputs, config) -> outputs. All dicts are keyed as in the file,
+without the prefixes weights/, input/ and output/. Every model goes through a checkpoint file and its loader.
 """
 
 from __future__ import annotations
@@ -198,7 +198,10 @@ def noise_schedule(inputs: Tensors) -> Tensors:
     from library.training.objective import DdpmObjective
 
     sizes = (inputs["sdxl/original_hw"], inputs["sdxl/crop_top_left"], inputs["sdxl/target_hw"])
-    outputs = {"time_sd_320": timestep_embedding(inputs["time/int"], 320, 1.0), "sdxl_size_embeddings": get_size_embeddings(*sizes)}
+    outputs = {
+        "time_sd_320": timestep_embedding(inputs["time/int"], 320, 1.0),
+        "sdxl_size_embeddings": get_size_embeddings(*sizes),
+    }
     draws = StepDraws(0, 0, [0, 1, 2])
     for name, is_zero in (("sd", False), ("ztsnr", True)):
         objective = DdpmObjective(None, None, prediction_type="v", zero_terminal_snr=is_zero)

@@ -18,8 +18,8 @@ BEHAVIOUR_DIR = GOLDEN_DIR / "behaviour"
 
 
 class MissingFile:
-    """Stands for the cases of a file that is not there, or not readable, or has no such list; the first look at it fails
-    the test."""
+    """Stands for the cases of a file that is not there, or not readable, or has no such list; the first look at it
+    fails the test."""
 
     def __init__(self, path: Path, problem: str = "is missing") -> None:
         self.path = path
@@ -55,7 +55,10 @@ def behaviour_cases(name: str, key: str = "cases", where=lambda case: True) -> l
     if cases is None:
         return [pytest.param(missing, id=f"missing-{name}")]
     return [
-        pytest.param(case, id=str(case.get("id") or case.get("name") or case.get("line") or i) if isinstance(case, dict) else str(i))
+        pytest.param(
+            case,
+            id=str(case.get("id") or case.get("name") or case.get("line") or i) if isinstance(case, dict) else str(i),
+        )
         for i, case in enumerate(cases)
         if where(case)
     ]

@@ -1,4 +1,5 @@
-"""The frozen options of the training scripts: what each option is called, takes, is by default, and whether it works there.
+"""The frozen options of the training scripts: what each option is called, takes, is by default, and whether it works
+there.
 
     python -m tests.option_sets          after a change that is meant: writes tests/golden/options anew
 """
@@ -34,7 +35,9 @@ def option_set(what: Script) -> dict[str, dict[str, Any]]:
         spec = what.spec(name)
         kind = "bool" if is_bool_option(owner, name) else value_type(owner, name).__name__
         found[name] = {
-            "type": f"{kind} by {spec.convert.__name__}" if spec.convert is not None and spec.convert is not str else kind,
+            "type": f"{kind} by {spec.convert.__name__}"
+            if spec.convert is not None and spec.convert is not str
+            else kind,
             "nargs": spec.nargs,
             "default": what.default(name),
             "choices": list(spec.choices) if spec.choices else None,

@@ -1,6 +1,7 @@
 """Cross products of settings run pairwise: every value of one axis meets every value of each other axis, in few cases.
 
-An axis is a parameter, a tuple of parameters, or a `Sort`: a parameter whose values count as one when they are of one sort.
+An axis is a parameter, a tuple of parameters, or a `Sort`: a parameter whose values count as one when they are of one
+sort.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def pairs_of(item: pytest.Item, axes: tuple) -> set[tuple]:
 
 
 def chosen(items: list[pytest.Item]) -> set[pytest.Item]:
-    """All cases without the mark `cross_product`, and of the others those that together hold every pair. Always the same ones."""
+    """All cases without the mark `cross_product`, and of the others those that together hold every pair. Always the
+    same ones."""
     products = {item: mark.args for item in items if (mark := item.get_closest_marker("cross_product")) is not None}
     wanted = {item: pairs_of(item, axes) for item, axes in products.items()}
     kept, seen = set(items) - set(products), set()

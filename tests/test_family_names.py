@@ -14,10 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = tuple(records())
 SHARED_BY_FEW: dict[str, tuple[str, ...]] = {
     "what the families with a U-Net share": (
-        "library/components/unet_*.py", "library/components/ldm_*.py", "library/checkpoints/unet_*.py", "library/checkpoints/ldm_*.py",
+        "library/components/unet_*.py", "library/components/ldm_*.py", "library/checkpoints/unet_*.py",
+        "library/checkpoints/ldm_*.py",
         "library/generation/unet_*.py", "library/generation/prompt_encoder.py", "library/generation/gen_img/*.py",
         "library/strategy_ldm.py", "library/tiny_models/unet_*.py",
-        "library/training/wiring/unet.py", "networks/files/unet_*.py", "networks/kinds/block_weights.py", "tools/caption_tools/buckets.py",
+        "library/training/wiring/unet.py", "networks/files/unet_*.py", "networks/kinds/block_weights.py",
+        "tools/caption_tools/buckets.py",
         "tools/image_tools/upscale.py", "tools/model_tools/ldm_folder.py",
     ),
     "of one family, by another name": (
@@ -25,7 +27,8 @@ SHARED_BY_FEW: dict[str, tuple[str, ...]] = {
     ),
     "converts checkpoints of the families that it names": ("tools/model_tools/convert.py", "tools/model_tools/old_names.py"),
     "names and options of other programs": (
-        "library/training/known_options_table.py", "library/config_util.py", "tools/lora_tools/old_names.py", "tools/lora_tools/old_scripts.py",
+        "library/training/known_options_table.py", "library/config_util.py", "tools/lora_tools/old_names.py",
+        "tools/lora_tools/old_scripts.py",
     ),
     "public names that people import": ("library/compat/*.py",),
 }  # fmt: skip
@@ -49,7 +52,8 @@ def shared_files() -> list[str]:
 
 
 def named_in(text: str) -> list[str]:
-    """Names of families in a text, as words, as parts of words with underscores, and at the beginning of class names."""
+    """Names of families in a text, as words, as parts of words with underscores, and at the beginning of class
+    names."""
     for known in KNOWN_TO_USERS:
         text = text.replace(known, "")
     long = [name for name in NAMES if name != "sd"]  # two letters that a state dict has too: as a value alone
@@ -62,25 +66,35 @@ def named_in(text: str) -> list[str]:
 @pytest.mark.parametrize("file", shared_files())
 def test_shared_code_names_no_family(file):
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-    found = [f"{file}:{number}: {', '.join(names)}" for number, line in enumerate(lines, 1) if (names := named_in(line))]
-    assert not found, "\n".join(found) + "\nA fact of a family belongs to its record; docs/architecture.md tells where what stands."
+    found = [
+        f"{file}:{number}: {', '.join(names)}" for number, line in enumerate(lines, 1) if (names := named_in(line))
+    ]
+    assert not found, (
+        "\n".join(found) + "\nA fact of a family belongs to its record; docs/architecture.md tells where what stands."
+    )
 
 
 def test_the_exceptions_are_needed():
     for patterns in SHARED_BY_FEW.values():
         for pattern in patterns:
             files = [path for path in ROOT.glob(pattern)]
-            assert any(named_in(path.read_text(encoding="utf-8")) for path in files), f"{pattern} names no family (any more)"
+            assert any(named_in(path.read_text(encoding="utf-8")) for path in files), (
+                f"{pattern} names no family (any more)"
+            )
 
 
 @pytest.mark.parametrize("line", [
-    'if family == "flux":', "from library.flux_utils import x", "class FluxThing:", "SDXL has two", "x = 'sd'", "the HunyuanImage layout",
+    'if family == "flux":', "from library.flux_utils import x", "class FluxThing:", "SDXL has two", "x = 'sd'",
+    "the HunyuanImage layout",
     "FLUX.1 or Chroma", "sd3_state", "hunyuan_image",
 ])  # fmt: skip
 def test_a_name_is_seen(line):
     assert named_in(line)
 
 
-@pytest.mark.parametrize("line", ["influx", "weights_sd", "sd-scripts", "fluxes", "--timestep_sampling flux_shift", "animate", "want", "wander"])
+@pytest.mark.parametrize(
+    "line",
+    ["influx", "weights_sd", "sd-scripts", "fluxes", "--timestep_sampling flux_shift", "animate", "want", "wander"],
+)
 def test_other_words_are_not(line):
     assert not named_in(line)

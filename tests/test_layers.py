@@ -1,5 +1,5 @@
-"""The import layers of the code base, read from the source: a module may import, at module level, only from its own row of
-the table in docs/architecture.md or from rows above it; families are strangers to each other and to shared code."""
+"""The import layers of the code base, read from the source: a module may import, at module level, only from its own row
+of the table in docs/architecture.md or from rows above it; families are strangers to each other and to shared code."""
 
 from __future__ import annotations
 
@@ -19,38 +19,50 @@ PACKAGES = ("library", "networks", "tools", "finetune")
 PUBLIC_NAMES_ALONE = ("custom_train_functions", "deepspeed_utils", "model_util", "sdxl_model_util", "sdxl_train_util")
 # Pattern -> row; the first match counts. A new file that no pattern knows fails the test: say where it belongs.
 LAYERS: tuple[tuple[str, int], ...] = (
-    # 8: names of other trainers, and the modules at known paths that are nothing else; see test_only_known_paths_lead_to_public_names
+    # 8: names of other trainers, and the modules at known paths that are nothing else; see
+    # test_only_known_paths_lead_to_public_names
     ("library/compat/*.py", 8), *((f"library/{name}.py", 8) for name in PUBLIC_NAMES_ALONE),
     # 6: wiring and scripts, found by name, never imported by shared code
     ("library/training/wiring/base.py", 5), ("library/training/wiring/unet.py", 5),
     ("library/training/wiring/*.py", 6), ("library/training/cli.py", 6),
-    ("library/generation/*_inference.py", 6), ("library/generation/script.py", 6), ("library/generation/gen_img/script.py", 6),
+    ("library/generation/*_inference.py", 6), ("library/generation/script.py", 6),
+    ("library/generation/gen_img/script.py", 6),
     ("library/scripts/*.py", 6), ("library/train_util.py", 6),
     ("tools/*.py", 6), ("finetune/*.py", 6), ("*.py", 6),
     # 7: the inside of a tool or script, which imports it in its functions
     ("tools/*/*.py", 7),
     # 0: core, tables, and records without tensors
-    ("library/__init__.py", 0), ("networks/__init__.py", 0), ("library/*/__init__.py", 0), ("library/*/*/__init__.py", 0),
-    ("networks/*/__init__.py", 0), ("library/core/*.py", 0), ("library/families/*.py", 0), ("library/generation/gen_img/dynamic_prompts.py", 0),
-    ("library/generation/requests.py", 0), ("library/generation/adapter_files.py", 0), ("library/generation/*_options.py", 0),
-    ("library/generation/gen_img/options.py", 0), ("library/generation/gen_img/prompts.py", 0), ("library/training/sampling_prompts.py", 0),
-    ("library/training/option_groups.py", 0), ("library/training/option_reader.py", 0), ("library/training/config_file.py", 0),
-    ("library/training/keyword_args.py", 0), ("library/training/timestep_samplers/modes.py", 0), ("library/training/known_options*.py", 0),
+    ("library/__init__.py", 0), ("networks/__init__.py", 0), ("library/*/__init__.py", 0),
+    ("library/*/*/__init__.py", 0),
+    ("networks/*/__init__.py", 0), ("library/core/*.py", 0), ("library/families/*.py", 0),
+    ("library/generation/gen_img/dynamic_prompts.py", 0),
+    ("library/generation/requests.py", 0), ("library/generation/adapter_files.py", 0),
+    ("library/generation/*_options.py", 0),
+    ("library/generation/gen_img/options.py", 0), ("library/generation/gen_img/prompts.py", 0),
+    ("library/training/sampling_prompts.py", 0),
+    ("library/training/option_groups.py", 0), ("library/training/option_reader.py", 0),
+    ("library/training/config_file.py", 0),
+    ("library/training/keyword_args.py", 0), ("library/training/timestep_samplers/modes.py", 0),
+    ("library/training/known_options*.py", 0),
     # 1: building blocks
-    ("library/utils.py", 1), ("library/device_utils.py", 1), ("library/attention.py", 1), ("library/custom_offloading_utils.py", 1),
+    ("library/utils.py", 1), ("library/device_utils.py", 1), ("library/attention.py", 1),
+    ("library/custom_offloading_utils.py", 1),
     ("library/*_models.py", 1), ("library/components/*_models.py", 1), ("library/checkpoints/number_formats.py", 1),
     ("library/generation/image_grid.py", 1), ("library/generation/prompt_weighting.py", 1),
     # 4 by name, before the wider pattern of row 2
     ("library/*_train_utils.py", 4), ("library/lora_utils.py", 4),
     # 2: files and checkpoints, and parts that several families share
-    ("library/checkpoints/*.py", 2), ("library/components/*.py", 2), ("library/*_utils.py", 2), ("library/huggingface_util.py", 2),
+    ("library/checkpoints/*.py", 2), ("library/components/*.py", 2), ("library/*_utils.py", 2),
+    ("library/huggingface_util.py", 2),
     ("library/sai_model_spec.py", 2), ("library/tiny_models/*.py", 2), ("library/generation/picture_files.py", 2),
     # 3: strategies and data
     ("library/strategy_*.py", 3), ("library/dataset/*.py", 3), ("library/config_util.py", 3),
     # 4: numerics and adapters
-    ("networks/*.py", 4), ("networks/*/*.py", 4), ("library/training/objective.py", 4), ("library/training/timesteps.py", 4),
+    ("networks/*.py", 4), ("networks/*/*.py", 4), ("library/training/objective.py", 4),
+    ("library/training/timesteps.py", 4),
     ("library/generation/*.py", 4), ("library/generation/gen_img/*.py", 4),
-    ("library/training/optimizers/*.py", 4), ("library/training/schedulers/*.py", 4), ("library/training/losses/*.py", 4),
+    ("library/training/optimizers/*.py", 4), ("library/training/schedulers/*.py", 4),
+    ("library/training/losses/*.py", 4),
     ("library/training/loss_weights/*.py", 4), ("library/training/timestep_samplers/*.py", 4),
     ("library/training/inference_samplers/*.py", 4), ("library/training/adapters/*.py", 4),
     # 5: the training line
@@ -59,7 +71,18 @@ LAYERS: tuple[tuple[str, int], ...] = (
 
 FAMILY_BY_PLACE = {"tools/tiny_base": "flux", "library/model_util.py": "sd"}  # where the name does not tell
 ALLOWED_OUTSIDE = {0: {"toml"}, 1: {"torch", "einops", "numpy", "PIL"}, 6: {"toml"}}
-HEAVY = {"torch", "transformers", "diffusers", "numpy", "safetensors", "accelerate", "einops", "cv2", "PIL", "matplotlib"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "diffusers",
+    "numpy",
+    "safetensors",
+    "accelerate",
+    "einops",
+    "cv2",
+    "PIL",
+    "matplotlib",
+}
 NEVER = {"torchvision", "open_clip", "diffusers", "timm"}
 
 
@@ -71,7 +94,9 @@ def source_files() -> list[str]:
 
 
 def layer_of(file: str) -> int | None:
-    return next((layer for pattern, layer in LAYERS if pattern.count("/") == file.count("/") and fnmatch(file, pattern)), None)
+    return next(
+        (layer for pattern, layer in LAYERS if pattern.count("/") == file.count("/") and fnmatch(file, pattern)), None
+    )
 
 
 def is_type_checking(test: ast.expr) -> bool:
@@ -158,18 +183,24 @@ def test_outer_rows_import_only_what_the_table_allows(file):
 
 @pytest.mark.parametrize("file", [file for file in FILES if layer_of(file) == 6])
 def test_wiring_imports_nothing_heavy(file):
-    """--help answers at once because nothing heavy is reached, over any number of steps, while the module is imported."""
+    """--help answers at once because nothing heavy is reached, over any number of steps, while the module is
+    imported."""
     seen, waiting = set(), [file]
     while waiting:
         current = waiting.pop()
         if current in seen:
             continue
         seen.add(current)
-        assert not heavy_at_module_level(current), f"{file} reaches {current}, which imports {heavy_at_module_level(current)}"
+        assert not heavy_at_module_level(current), (
+            f"{file} reaches {current}, which imports {heavy_at_module_level(current)}"
+        )
         for name in imports_of_file(current):
             imported = project_file(name)
             if imported is not None:
-                packages = [f"{'/'.join(imported.split('/')[:depth])}/__init__.py" for depth in range(1, imported.count("/") + 1)]
+                packages = [
+                    f"{'/'.join(imported.split('/')[:depth])}/__init__.py"
+                    for depth in range(1, imported.count("/") + 1)
+                ]
                 waiting += [imported, *(package for package in packages if package in SOURCE_SET)]
 
 
@@ -184,13 +215,19 @@ def test_families_are_strangers(file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_only_known_paths_lead_to_public_names(file):
-    """Our own code does not use the names of other trainers: library.compat appears in itself and in what hands its names on."""
+    """Our own code does not use the names of other trainers: library.compat appears in itself and in what hands its
+    names on."""
     hands_on = file.count("/") == 0 or file.rpartition("/")[0] in ("library/compat", "library", "networks")
     text = (ROOT / file).read_text(encoding="utf-8")
     assert hands_on or "library.compat" not in text, f"{file} names library.compat"
     if hands_on and layer_of(file) != 8:  # by text, looked up when it is asked for
         tree = ast.parse(text)
-        inside = [node for scope in ast.walk(tree) if isinstance(scope, (ast.FunctionDef, ast.ClassDef)) for node in scope.body]
+        inside = [
+            node
+            for scope in ast.walk(tree)
+            if isinstance(scope, (ast.FunctionDef, ast.ClassDef))
+            for node in scope.body
+        ]
         assert not [name for name in imports_of([*tree.body, *inside]) if name.startswith("library.compat")]
 
 
@@ -213,7 +250,8 @@ def all_imports_of(node: ast.AST) -> list[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[frozenset[str]]:
-    """Sets of modules that reach each other: the strongly connected components of two and more, by Tarjan's algorithm."""
+    """Sets of modules that reach each other: the strongly connected components of two and more, by Tarjan's
+    algorithm."""
     number: dict[str, int] = {}
     lowest: dict[str, int] = {}
     open_modules: list[str] = []
@@ -251,7 +289,9 @@ def test_no_modules_import_each_other_not_even_inside_functions():
 def test_circles_are_found_over_any_number_of_modules():
     graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": set(), "f": {"g"}, "g": {"f", "a"}}
     assert circles(graph) == [frozenset("abc"), frozenset("fg")]
-    function = ast.parse("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import a\ndef f():\n    if x:\n        import b\n")
+    function = ast.parse(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import a\ndef f():\n    if x:\n        import b\n"
+    )
     assert all_imports_of(function) == ["typing.TYPE_CHECKING", "b"]
 
 

@@ -1,5 +1,5 @@
-"""What a fresh clone must do: every script answers --help at once, every module can be imported, nothing that is listed is
-missing, and no file names a place on somebody's machine."""
+"""What a fresh clone must do: every script answers --help at once, every module can be imported, nothing that is listed
+is missing, and no file names a place on somebody's machine."""
 
 from __future__ import annotations
 
@@ -18,9 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name != "setup.py")
 PACKAGES = ("library", "networks", "tools", "finetune")
 TOOLS = sorted(
-    path.relative_to(ROOT).as_posix() for folder in ("tools", "finetune") for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"
+    path.relative_to(ROOT).as_posix()
+    for folder in ("tools", "finetune")
+    for path in (ROOT / folder).glob("*.py")
+    if path.name != "__init__.py"
 )
-EXAMPLES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+EXAMPLES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "examples").rglob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
+)
 """the scripts among them; plug-ins are modules that scripts import"""
 MODULES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
@@ -29,7 +36,8 @@ MODULES = sorted(
 )
 HEAVY = ("torch", "transformers", "diffusers", "numpy", "accelerate", "safetensors", "cv2", "PIL", "matplotlib")
 
-# Runs a script with --help where an import of a heavy package fails. How long it takes is measured by benchmarks/startup.py.
+# Runs a script with --help where an import of a heavy package fails. How long it takes is measured by
+# benchmarks/startup.py.
 HELP_PROBE = """
 import runpy, sys
 class Refuse:
@@ -68,13 +76,22 @@ def test_every_module_can_be_imported(module):
 def tracked_files() -> list[Path]:
     """Files under version control; without git, all text files of the known folders."""
     try:
-        names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+        names = (
+            subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+            .stdout.decode()
+            .split("\0")
+        )
         found = [ROOT / name for name in names if name and (ROOT / name).is_file()]
     except (OSError, subprocess.CalledProcessError):
         found = []
     if not found:
         folders = (*PACKAGES, "tests", "docs", "examples", ".ai", "assets")
-        found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        found = [
+            path
+            for folder in folders
+            for path in (ROOT / folder).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        ]
     return found
 
 
@@ -96,7 +113,12 @@ def test_no_file_names_a_place_on_a_machine():
 
 def test_links_in_the_documentation_lead_to_files():
     broken = []
-    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / ".ai").rglob("*.md"), *(ROOT / "assets").rglob("*.md")]
+    pages = [
+        ROOT / "README.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / ".ai").rglob("*.md"),
+        *(ROOT / "assets").rglob("*.md"),
+    ]
     for page in pages:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             if "://" not in target and not (page.parent / target).exists():

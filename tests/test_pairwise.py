@@ -33,8 +33,22 @@ def cases(tmp_path):
     (tmp_path / "test_cases.py").write_text(CASES, encoding="utf-8")
 
     def run(*words: str, name: str = "test_cases.py") -> list[tuple[str, ...]]:
-        command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "tests.conftest", "--rootdir", str(tmp_path)]
-        result = subprocess.run([*command, str(tmp_path / name), *words], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-s",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "tests.conftest",
+            "--rootdir",
+            str(tmp_path),
+        ]
+        result = subprocess.run(
+            [*command, str(tmp_path / name), *words], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+        )
         assert result.returncode == 0, result.stdout + result.stderr
         lines = [line.lstrip(".") for line in result.stdout.splitlines()]
         assert sum(line == "other" for line in lines) == (0 if "::" in name else 5)

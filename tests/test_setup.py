@@ -29,7 +29,9 @@ def pinned(python: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in lines("constraints.txt"):
         requirement = Requirement(line)
-        if requirement.marker is None or requirement.marker.evaluate({"python_version": python, "python_full_version": f"{python}.0"}):
+        if requirement.marker is None or requirement.marker.evaluate(
+            {"python_version": python, "python_full_version": f"{python}.0"}
+        ):
             name = plain_name(requirement.name)
             assert name not in found, f"{name} twice for Python {python}"
             found[name] = re.fullmatch(r"==([\w.+!]+)", str(requirement.specifier))[1]
@@ -55,7 +57,8 @@ def test_every_listed_package_has_one_version_within_its_range(python):
 
 
 def test_what_the_tests_run_with_agrees():
-    """The constrained environment compares with every third party; make test-newest may hold two that disagree, and says so."""
+    """The constrained environment compares with every third party; make test-newest may hold two that disagree, and
+    says so."""
     current = pinned(f"{sys.version_info.major}.{sys.version_info.minor}")
     if any(version(name) != current[name] for name in {name for pair in WISHES for name in pair}):
         pytest.skip("not the versions of constraints.txt: " + ("; ".join(disagreements()) or "newer or older ones"))

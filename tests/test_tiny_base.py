@@ -1,4 +1,5 @@
-"""The embedded base: small enough, complete, read by the loaders that real checkpoints go through, and obedient to prompts."""
+"""The embedded base: small enough, complete, read by the loaders that real checkpoints go through, and obedient to
+prompts."""
 
 from __future__ import annotations
 
@@ -38,7 +39,10 @@ def tokenizers():
 @pytest.fixture(scope="module")
 def base():
     loaders = (load_flux, load_ae, load_clip_l, load_t5xxl)
-    return tuple(load(str(FOLDER / name), torch.float32, "cpu").eval().requires_grad_(False) for load, name in zip(loaders, FILES))
+    return tuple(
+        load(str(FOLDER / name), torch.float32, "cpu").eval().requires_grad_(False)
+        for load, name in zip(loaders, FILES)
+    )
 
 
 def test_all_files_together_stay_small():
@@ -63,7 +67,10 @@ def test_it_is_of_the_dev_type_and_its_shapes_tell_the_rest():
 
 def test_vocabularies_fit_the_encoders(base, tokenizers):
     _, _, clip, t5 = base
-    assert vocabulary_problem(tokenizers[0], clip.text_model.embeddings.token_embedding.num_embeddings, "CLIP", "clip_l") is None
+    assert (
+        vocabulary_problem(tokenizers[0], clip.text_model.embeddings.token_embedding.num_embeddings, "CLIP", "clip_l")
+        is None
+    )
     assert vocabulary_problem(tokenizers[1], t5.shared.num_embeddings, "T5", "t5xxl") is None
 
 
@@ -87,8 +94,11 @@ def test_known_words_are_one_piece(tokenizers):
     assert len(clip("a large red circle on a blue background").input_ids) == 10
 
 
-def sample_pictures(base, tokenizers, prompts: list[str], seed: int = 3, steps: int = 16, cfg_scale: float = 3.0) -> np.ndarray:
-    """[N, 64, 64, 3] in 0..255, all from the same noise; the plain formulas of the model card, apart from the project's sampler."""
+def sample_pictures(
+    base, tokenizers, prompts: list[str], seed: int = 3, steps: int = 16, cfg_scale: float = 3.0
+) -> np.ndarray:
+    """[N, 64, 64, 3] in 0..255, all from the same noise; the plain formulas of the model card, apart from the project's
+    sampler."""
     denoiser, autoencoder, clip, t5 = base
     ids = [
         torch.tensor(tokenizer([*prompts, ""], padding="max_length", truncation=True, max_length=length).input_ids)
@@ -104,7 +114,8 @@ def sample_pictures(base, tokenizers, prompts: list[str], seed: int = 3, steps: 
     sigmas = shift * even / (1 + (shift - 1) * even)
     for now, following in zip(sigmas, sigmas[1:]):
         velocity = denoiser(
-            torch.cat((state, state)), img_ids, text[order], torch.zeros(2 * count, T5_LENGTH, 3), now.expand(2 * count), pooled[order],
+            torch.cat((state, state)), img_ids, text[order], torch.zeros(2 * count, T5_LENGTH, 3),
+            now.expand(2 * count), pooled[order],
             torch.ones(2 * count),
         )
         told, untold = velocity.chunk(2)
@@ -116,10 +127,14 @@ def sample_pictures(base, tokenizers, prompts: list[str], seed: int = 3, steps: 
 def test_samples_follow_the_prompt(base, tokenizers):
     colours = {"red": (220, 45, 45), "green": (50, 160, 75), "blue": (50, 90, 220), "yellow": (250, 215, 55)}
     things, grounds = ("red", "yellow", "blue", "green"), ("blue", "green", "yellow", "red")
-    pictures = sample_pictures(base, tokenizers, [f"a large {t} circle on a {g} background" for t, g in zip(things, grounds)])
+    pictures = sample_pictures(
+        base, tokenizers, [f"a large {t} circle on a {g} background" for t, g in zip(things, grounds)]
+    )
     for picture, thing, ground in zip(pictures, things, grounds):
         middle = picture[28:36, 28:36].mean(axis=(0, 1))
-        corners = np.concatenate([picture[:6, :6], picture[:6, -6:], picture[-6:, :6], picture[-6:, -6:]]).mean(axis=(0, 1))
+        corners = np.concatenate([picture[:6, :6], picture[:6, -6:], picture[-6:, :6], picture[-6:, -6:]]).mean(
+            axis=(0, 1)
+        )
         assert nearest(middle, colours) == thing and nearest(corners, colours) == ground
 
 

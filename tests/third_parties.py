@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
-# (who asks, whom): the asking one carries a table of wishes, which pip does not look at. transformers names a release of diffusers
-# too, for tests of its own.
+# (who asks, whom): the asking one carries a table of wishes, which pip does not look at. transformers names a release
+# of diffusers too, for tests of its own.
 WISHES = (("transformers", "peft"), ("diffusers", "peft"), ("diffusers", "transformers"))
 
 

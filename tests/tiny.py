@@ -17,7 +17,8 @@ KINDS = ("sd1", "sd2", "sdxl")
 TinySd = TinyUNet
 
 __all__ = [
-    "KINDS", "TinyAnima", "TinyFlux", "TinySd", "build_tiny_anima", "build_tiny_flux", "build_tiny_sd", "clip_state", "random_state",
+    "KINDS", "TinyAnima", "TinyFlux", "TinySd", "build_tiny_anima", "build_tiny_flux", "build_tiny_sd", "clip_state",
+    "random_state",
     "random_weight", "save_part", "sentencepiece_model", "t5_state", "tiny_params", "write_clip_tokenizer",
 ]  # fmt: skip
 
@@ -29,4 +30,8 @@ def build_tiny_sd(folder: str | Path, kind: str = "sd1", **settings: Any) -> Tin
 
 def tiny_params(kind: str, num_res_blocks: int = 1) -> UNetParams:
     """Sizes of the U-Net of a kind."""
-    return sdxl_tiny.unet_params(num_res_blocks) if kind == "sdxl" else sd_tiny.unet_params(num_res_blocks, is_v2=kind == "sd2")
+    return (
+        sdxl_tiny.unet_params(num_res_blocks)
+        if kind == "sdxl"
+        else sd_tiny.unet_params(num_res_blocks, is_v2=kind == "sd2")
+    )

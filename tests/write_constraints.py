@@ -2,7 +2,8 @@
 
     python -m tests.write_constraints python3.10 python3.11 python3.12 python3.13 --hold "transformers<5.24"
 
-Nothing is installed. The suite must pass with the result before it is committed; `--hold` keeps a release away that does not.
+Nothing is installed. The suite must pass with the result before it is committed; `--hold` keeps a release away that
+does not.
 """
 
 from __future__ import annotations
@@ -39,19 +40,35 @@ def resolve(python: str, held: list[str], folder: Path) -> tuple[str, dict[str, 
         target = folder / f"{name}.json"
         limits = folder / "held.txt"
         limits.write_text("\n".join(held), encoding="utf-8")
-        pip = [python, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(target), "-c", str(limits)]
+        pip = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--dry-run",
+            "--ignore-installed",
+            "--report",
+            str(target),
+            "-c",
+            str(limits),
+        ]
         subprocess.run([*pip, *words], check=True, cwd=ROOT)
         return json.loads(target.read_text(encoding="utf-8"))
 
     whole = report("all", TORCH, *(word for name in LISTS for word in ("-r", name)))
     apart = report("apart", "--no-deps", *APART)
-    found = {plain_name(item["metadata"]["name"]): item["metadata"]["version"] for item in whole["install"] + apart["install"]}
+    found = {
+        plain_name(item["metadata"]["name"]): item["metadata"]["version"]
+        for item in whole["install"] + apart["install"]
+    }
     version = ".".join(whole["environment"]["python_version"].split(".")[:2])
     return version, {name: number for name, number in found.items() if not LEFT_OUT.match(name)}
 
 
 def marker(versions: list[str], known: list[str]) -> str:
-    """The shortest marker for these Python versions, neighbours among the known ones; the last known stands for later ones too."""
+    """The shortest marker for these Python versions, neighbours among the known ones; the last known stands for later
+    ones too."""
     if versions == known:
         return ""
     if versions[-1] == known[-1]:

@@ -24,7 +24,8 @@ PARTS = {
 def setup_parser():
     lines = [f"  {name:8} {text}" for name, (_, text) in PARTS.items()]
     parser = argparse.ArgumentParser(
-        description="Write, gather and clean captions and tags.", formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s PART [options]",
+        description="Write, gather and clean captions and tags.", formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s PART [options]",
         epilog="\n".join(["parts:", *lines, "", "options of a part: PART --help"]),
     )  # fmt: skip
     parser.add_argument("part", choices=tuple(PARTS), metavar="PART", help="one of the parts below")

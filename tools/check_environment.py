@@ -1,5 +1,5 @@
-"""Tell the device that is used, and look for the known traps of an environment: missing packages, a torchvision that does not fit
-torch, OpenCV without libGL, a GPU that the installed torch cannot use."""
+"""Tell the device that is used, and look for the known traps of an environment: missing packages, a torchvision that
+does not fit torch, OpenCV without libGL, a GPU that the installed torch cannot use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 NEEDED = (
-    "torch", "accelerate", "safetensors", "transformers", "tokenizers", "einops", "toml", "voluptuous", "imagesize", "cv2",
+    "torch", "accelerate", "safetensors", "transformers", "tokenizers", "einops", "toml", "voluptuous", "imagesize",
+    "cv2",
     "numpy", "PIL", "matplotlib",
 )
 SHOWN = ("torch", "transformers", "accelerate", "safetensors", "lycoris-lora", "bitsandbytes", "open-clip-torch")

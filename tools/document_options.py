@@ -40,7 +40,9 @@ def tables(what: Script) -> str:
     for options_class in what.classes:
         rows = [_row(what, options_class, name) for name in option_fields(options_class)]
         title = (options_class.__doc__ or options_class.__name__).strip().splitlines()[0]
-        sections.append("\n".join([f"### {title}", "", "| option | value | default | meaning |", "|---|---|---|---|", *rows]))
+        sections.append(
+            "\n".join([f"### {title}", "", "| option | value | default | meaning |", "|---|---|---|---|", *rows])
+        )
     return "\n\n".join(sections)
 
 

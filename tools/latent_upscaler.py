@@ -19,7 +19,8 @@ def setup_parser():
 
 
 def create_upscaler(*, weights: str):
-    """The object that gen_img.py asks for: `upscale(vae, images, latents, dtype, width, height, batch_size, vae_batch_size)`."""
+    """The object that gen_img.py asks for: `upscale(vae, images, latents, dtype, width, height, batch_size,
+    vae_batch_size)`."""
     from library.components.latent_upscaler_utils import load_upscaler
 
     return load_upscaler(weights)

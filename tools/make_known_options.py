@@ -49,7 +49,10 @@ def as_module(groups: dict[str, str]) -> str:
     for defaults, names in groups.items():
         wrapped = textwrap.wrap(names, 108)
         lines.append(f"    {defaults!r}: (")
-        lines += [f'        "{text}{"" if last else " "}"' for text, last in zip(wrapped, [False] * (len(wrapped) - 1) + [True])]
+        lines += [
+            f'        "{text}{"" if last else " "}"'
+            for text, last in zip(wrapped, [False] * (len(wrapped) - 1) + [True])
+        ]
         lines.append("    ),")
     return "\n".join([*lines, "}", ""])
 

@@ -2,8 +2,9 @@
 
     python tools/make_tiny_checkpoint.py --family flux --output tiny_flux
 
-Model files in their original layout, tokenizers, a few pictures with captions and a dataset configuration: two megabytes, and nothing is
-downloaded. The printed command trains a LoRA in seconds on any machine. The pictures it samples are noise: the model knows nothing.
+Model files in their original layout, tokenizers, a few pictures with captions and a dataset configuration: two
+megabytes, and nothing is downloaded. The printed command trains a LoRA in seconds on any machine. The pictures it
+samples are noise: the model knows nothing.
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ class MakeOptions:
 
     family: str | None = option(None, help=f"the model: {', '.join(TINY_SETS)}")
     output: str | None = option(None, help="folder for the files; a new or empty one")
-    seed: int = option(0, help="seed of the weights and pictures; the same seed gives the same files", most=LARGEST_SEED)
+    seed: int = option(
+        0, help="seed of the weights and pictures; the same seed gives the same files", most=LARGEST_SEED
+    )
     precision: str = option("float", choices=tuple(DTYPES), help="type of the stored weights")
     num_pictures: int = option(8, help="pictures of the dataset; 0 = none, and a command with a place to fill in")
-    overwrite: bool = option(False, help="write into a folder that has files already; those of the same names are replaced")
+    overwrite: bool = option(
+        False, help="write into a folder that has files already; those of the same names are replaced"
+    )
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -70,7 +75,11 @@ def make(opts: MakeOptions) -> str:
 
     tiny = build_tiny(opts.family or "", folder, seed=opts.seed, dtype=getattr(torch, DTYPES[opts.precision]))
     write_text_atomically(folder / "prompts.txt", SAMPLE_PROMPTS)
-    dataset = str(write_dataset(folder, count=opts.num_pictures, seed=opts.seed)) if opts.num_pictures else "YOUR_DATASET.toml"
+    dataset = (
+        str(write_dataset(folder, count=opts.num_pictures, seed=opts.seed))
+        if opts.num_pictures
+        else "YOUR_DATASET.toml"
+    )
     return command(opts.family or "", tiny, dataset)
 
 
@@ -78,16 +87,21 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output is {folder}, which is a file; name a folder")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"--output is {folder}, which has files in it; name another folder, or add --overwrite to replace files there")
+        raise ConfigError(
+            f"--output is {folder}, which has files in it; name another folder, or add --overwrite to replace files there"
+        )
 
 
 def command(name: str, tiny: TinySet, dataset: str) -> str:
-    """The training command as one line that can be pasted into a shell, from the folder that the tool was started in."""
+    """The training command as one line that can be pasted into a shell, from the folder that the tool was started
+    in."""
     entry, folder = tiny_entry(name), tiny.folder
     script = ROOT / entry.script
     words = [
-        "python", entry.script if Path.cwd() == ROOT else str(script), *tiny.arguments(), *entry.options, f"--dataset_config={dataset}",
-        f"--network_module={entry.network_module}", "--network_dim=4", "--network_alpha=4", "--learning_rate=1e-3", f"--max_train_steps={STEPS}",
+        "python", entry.script if Path.cwd() == ROOT else str(script), *tiny.arguments(), *entry.options,
+        f"--dataset_config={dataset}",
+        f"--network_module={entry.network_module}", "--network_dim=4", "--network_alpha=4", "--learning_rate=1e-3",
+        f"--max_train_steps={STEPS}",
         "--max_data_loader_n_workers=0", "--seed=1", f"--output_dir={folder / 'output'}", f"--output_name={name}_lora",
         f"--sample_prompts={folder / 'prompts.txt'}", f"--sample_every_n_steps={STEPS}",
     ]  # fmt: skip

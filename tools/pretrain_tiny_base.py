@@ -52,7 +52,9 @@ class PretrainOptions:
     """Making of the tiny base."""
 
     output_dir: str = option("assets/tiny-flux", help="folder of the finished model files")
-    work_dir: str = option("tiny_base_work", help="folder for sample grids and the results of the stages, which are not repeated")
+    work_dir: str = option(
+        "tiny_base_work", help="folder for sample grids and the results of the stages, which are not repeated"
+    )
     num_pictures: int = option(12000, help="pictures that the autoencoder learns from")
     num_scenes: int = option(30000, help="captioned scenes that the denoiser learns from")
     denoiser_steps: int = option(3400, help="training steps of the denoiser")
@@ -130,7 +132,8 @@ def tokenize(captions: list[str], folder: Path) -> TextTokens:
     cache = str(folder / "tokenizers")
     ids = [
         tokenizer(captions, padding="max_length", truncation=True, max_length=length).input_ids
-        for tokenizer, length in ((load_clip_tokenizer(cache_dir=cache), CLIP_LENGTH), (load_t5_tokenizer(cache_dir=cache), T5_LENGTH))
+        for tokenizer,
+        length in ((load_clip_tokenizer(cache_dir=cache), CLIP_LENGTH), (load_t5_tokenizer(cache_dir=cache), T5_LENGTH))
     ]
     return TextTokens(*(torch.tensor(rows) for rows in ids))
 
@@ -206,13 +209,19 @@ def export(base: TinyBase, autoencoder: AutoEncoder, folder: Path) -> None:
 
     def write(name: str, state: dict[str, Tensor], config: dict[str, Any]) -> None:
         halves = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
-        save_file_atomic(halves, folder / name, {"model_config": json.dumps(config, sort_keys=True), "title": f"tiny-flux {name}"})
+        save_file_atomic(
+            halves, folder / name, {"model_config": json.dumps(config, sort_keys=True), "title": f"tiny-flux {name}"}
+        )
 
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizers(folder)
     write("flux1-tiny.safetensors", base.denoiser.state_dict(), asdict(base.denoiser.params))
     write("ae.safetensors", autoencoder.state_dict(), asdict(autoencoder.params))
-    clip = {key: value for key, value in base.clip.state_dict().items() if key.startswith("text_model.") and "position_ids" not in key}
+    clip = {
+        key: value
+        for key, value in base.clip.state_dict().items()
+        if key.startswith("text_model.") and "position_ids" not in key
+    }
     write("clip_l.safetensors", clip, base.clip_config)
     t5 = {key: value for key, value in base.t5.state_dict().items() if key != "encoder.embed_tokens.weight"}
     t5["spiece_model"] = torch.frombuffer(bytearray(sentencepiece_model(t5_pieces())), dtype=torch.uint8)

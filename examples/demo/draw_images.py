@@ -2,9 +2,9 @@
 
     python examples/demo/draw_images.py
 
-`images/` holds the zorbit before many backgrounds. `regularization/` holds what the base knows already: ordinary things before
-the same backgrounds, which show that only the word zorbit makes the difference, and other scenes. Each picture has its
-caption in a text file of the same name.
+`images/` holds the zorbit before many backgrounds. `regularization/` holds what the base knows already: ordinary things
+before the same backgrounds, which show that only the word zorbit makes the difference, and other scenes. Each picture
+has its caption in a text file of the same name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ LANDSCAPES = {
     "sunset": "at sunset",
 }
 PATTERNED = (
-    ("striped", "blue", "white"), ("striped", "orange", "black"), ("checkered", "yellow", "purple"), ("checkered", "red", "white"),
+    ("striped", "blue", "white"), ("striped", "orange", "black"), ("checkered", "yellow", "purple"),
+    ("checkered", "red", "white"),
     ("dotted", "teal", "pink"), ("dotted", "white", "blue"), ("gradient", "orange", "purple"),
 )
 NUM_OTHER_SCENES = 24
@@ -43,7 +44,11 @@ def paint_zorbit(draw: ImageDraw, x: float, y: float, r: float) -> None:
     from tools.tiny_base.shapes import box, ellipse
 
     for side in (-1, 1):
-        draw.line((x + side * 0.3 * r, y - 0.6 * r, x + side * 0.62 * r, y - 1.12 * r), fill=INK, width=max(1, round(0.09 * r)))
+        draw.line(
+            (x + side * 0.3 * r, y - 0.6 * r, x + side * 0.62 * r, y - 1.12 * r),
+            fill=INK,
+            width=max(1, round(0.09 * r)),
+        )
         ellipse(draw, x + side * 0.62 * r, y - 1.12 * r, 0.2 * r, 0.2 * r, AMBER)
     for dx in (-0.5, 0.0, 0.5):
         box(draw, x + (dx - 0.13) * r, y + 0.6 * r, x + (dx + 0.13) * r, y + 1.2 * r, INK)
@@ -74,7 +79,9 @@ def zorbit_scenes() -> list[tuple[str, tuple[str, ...], str]]:
     scenes += [(name, (), f"a {TRIGGER} {phrase}") for name, phrase in LANDSCAPES.items()]
     for pattern, first, second in PATTERNED:
         words = f"{first} to {second} gradient" if pattern == "gradient" else f"{first} and {second} {pattern}"
-        scenes.append((pattern, (first, second), f"a {TRIGGER} on {'an' if words[0] in 'aeiou' else 'a'} {words} background"))
+        scenes.append(
+            (pattern, (first, second), f"a {TRIGGER} on {'an' if words[0] in 'aeiou' else 'a'} {words} background")
+        )
     random.Random(3).shuffle(scenes)
     return scenes
 

@@ -70,7 +70,9 @@ def write_sheet(prompts: list[str], before: list[Path], after: list[Path], targe
                 pictures.append(GridCell(image.convert("RGB"), f"{word}: {prompt}"))
         return pictures
 
-    sheet = image_grid([*cells(before, "before"), *cells(after, "after")], columns=len(prompts), title="before and after training")
+    sheet = image_grid(
+        [*cells(before, "before"), *cells(after, "after")], columns=len(prompts), title="before and after training"
+    )
     sheet.save(target)
 
 
@@ -79,7 +81,9 @@ def validation_losses(table: Path) -> tuple[float, float]:
     with open(table, encoding="utf-8", newline="") as file:
         values = [float(row["validation"]) for row in csv.DictReader(file) if row["validation"]]
     if len(values) < 2:
-        raise DemoError(f"{table} holds {len(values)} validation losses; one before and one after the training are needed")
+        raise DemoError(
+            f"{table} holds {len(values)} validation losses; one before and one after the training are needed"
+        )
     return values[0], values[-1]
 
 
@@ -97,8 +101,10 @@ def make_picture(output: Path) -> Path:
     """One picture with the finished file, by the image script."""
     folder = output / "picture"
     run_script(
-        "flux_minimal_inference.py", "--ckpt_path", f"{BASE}/flux1-tiny.safetensors", "--clip_l", f"{BASE}/clip_l.safetensors",
-        "--t5xxl", f"{BASE}/t5xxl.safetensors", "--ae", f"{BASE}/ae.safetensors", "--tokenizer_cache_dir", f"{BASE}/tokenizers",
+        "flux_minimal_inference.py", "--ckpt_path", f"{BASE}/flux1-tiny.safetensors", "--clip_l",
+        f"{BASE}/clip_l.safetensors",
+        "--t5xxl", f"{BASE}/t5xxl.safetensors", "--ae", f"{BASE}/ae.safetensors", "--tokenizer_cache_dir",
+        f"{BASE}/tokenizers",
         "--t5xxl_max_token_length", "32", "--dtype", "float32", "--lora_weights", str(output / f"{NAME}.safetensors"),
         "--prompt", PICTURE_PROMPT, "--negative_prompt", "", "--cfg_scale", "3", "--guidance", "1", "--steps", "20",
         "--width", "64", "--height", "64", "--seed", "1", "--output_dir", str(folder),
@@ -125,7 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nDone in {time.monotonic() - started:.0f} s.")
     print(f"held-out validation loss: {before:.4f} before, {after:.4f} after ({after / before:.2f} of it)")
     for what, path in (
-        ("LoRA", output / f"{NAME}.safetensors"), ("before and after", sheet), ("loss curve", output / f"{NAME}-loss.png"),
+        ("LoRA", output / f"{NAME}.safetensors"), ("before and after", sheet),
+        ("loss curve", output / f"{NAME}-loss.png"),
         ("a picture made with the LoRA", picture),
     ):
         print(f"{what}: {path}")

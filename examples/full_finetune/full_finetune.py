@@ -1,4 +1,5 @@
-"""Full fine-tuning of a flow model as a Trainable: the denoiser itself learns, and the file is a model like the base."""
+"""Full fine-tuning of a flow model as a Trainable: the denoiser itself learns, and the file is a model like the
+base."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 class FullFinetuneOptions:
     """Full fine-tuning"""
 
-    layer_lrs: str | None = option(None, help="learning rates of layers by their path, as regex=rate,regex=rate; 0 = not trained")
+    layer_lrs: str | None = option(
+        None, help="learning rates of layers by their path, as regex=rate,regex=rate; 0 = not trained"
+    )
 
 
 class FullFinetune(Trainable):
@@ -51,7 +54,9 @@ class FullFinetune(Trainable):
 
     def param_groups(self) -> list[dict[str, Any]]:
         rates = parse_rates(self.opts.layer_lrs, "layer_lrs")
-        return rate_groups(self.models.denoiser.named_parameters(), self.config[OptimizerOptions].learning_rate, rates, name="denoiser")
+        return rate_groups(
+            self.models.denoiser.named_parameters(), self.config[OptimizerOptions].learning_rate, rates, name="denoiser"
+        )
 
     def modules(self) -> dict[str, torch.nn.Module]:
         return {"denoiser": self.models.denoiser}

@@ -44,7 +44,9 @@ class BiasTrainable(Trainable):
             self.load(self.opts.bias_weights)
 
     def param_groups(self):
-        return [{"params": list(self.biases.values()), "lr": self.config[OptimizerOptions].learning_rate, "name": "biases"}]
+        return [
+            {"params": list(self.biases.values()), "lr": self.config[OptimizerOptions].learning_rate, "name": "biases"}
+        ]
 
     def modules(self):
         """What a state holds, and what is averaged over processes."""

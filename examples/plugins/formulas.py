@@ -26,30 +26,32 @@ def charbonnier(options, prediction, target, timesteps, objective):
 
 @LOSS_WEIGHTS.register("soft_min_snr")
 def soft_min_snr(snr, value, is_v):
-    """gamma / (snr + gamma) [B], a smooth form of min-SNR: `--loss_weight soft_min_snr=5`. The snr of data without noise is infinite."""
+    """gamma / (snr + gamma) [B], a smooth form of min-SNR: `--loss_weight soft_min_snr=5`. The snr of data without
+    noise is infinite."""
     gamma = 5.0 if value is None else value
     return gamma / (snr + gamma)
 
 
 @TIMESTEP_SAMPLERS.register("triangle")
 class TriangleSampler:
-    """Sigmas with the most density in the middle: the mean of two uniform numbers. --min_timestep and --max_timestep limit them."""
+    """Sigmas with the most density in the middle: the mean of two uniform numbers. --min_timestep and --max_timestep
+    limit them."""
 
     def __init__(self, options):
         self.low = (options.min_timestep or 0) / 1000
         self.high = (options.max_timestep or 1000) / 1000
 
     def sample(self, latent_shape, draws):
-        """Sigmas [B] float32, 0 = data, 1 = noise. All numbers come from `draws`, whose keys are the step and the place of each
-        sample in the batch: a run that is resumed, or split over processes, draws the same."""
+        """Sigmas [B] float32, 0 = data, 1 = noise. All numbers come from `draws`, whose keys are the step and the place
+        of each sample in the batch: a run that is resumed, or split over processes, draws the same."""
         sigmas = draws.uniform("triangle", (2,)).mean(dim=1)  # [B, 2] -> [B]
         return self.low + (self.high - self.low) * sigmas
 
 
 @INFERENCE_SAMPLERS.register("midpoint", flow="same")
 def midpoint(denoise, latents, sigmas, noise=None):
-    """The midpoint rule: two calls of the model per step. `flow="same"`: it serves flow models as it is; without it a sampler is
-    one of SD models. `noise()` gives further noise to samplers that add some."""
+    """The midpoint rule: two calls of the model per step. `flow="same"`: it serves flow models as it is; without it a
+    sampler is one of SD models. `noise()` gives further noise to samplers that add some."""
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         middle = (sigma + following) / 2
         half = latents + (middle - sigma) * denoise(latents, sigma)
@@ -59,8 +61,8 @@ def midpoint(denoise, latents, sigmas, noise=None):
 
 @SCHEDULERS.register("breathing", uses=("lr_warmup_steps", "lr_scheduler_num_cycles"), args=("depth",))
 def breathing(settings):
-    """The factor of the rate at optimizer step k: after the warm-up it falls by `depth` (--lr_scheduler_args depth=0.5) and rises
-    again, --lr_scheduler_num_cycles times."""
+    """The factor of the rate at optimizer step k: after the warm-up it falls by `depth` (--lr_scheduler_args depth=0.5)
+    and rises again, --lr_scheduler_num_cycles times."""
     depth, cycles = settings.args.get("depth", 0.5), settings.options.lr_scheduler_num_cycles
 
     def factor(step: int) -> float:

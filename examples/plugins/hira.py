@@ -3,8 +3,9 @@
 
     --network_module hira
 
-The change W * (B A) has a high rank though B [out, r] and A [r, in] are thin. B begins at zero, so that nothing is changed at
-first. The last lines register the kind: whatever imports this module then reads its files (tools: --plugins hira).
+The change W * (B A) has a high rank though B [out, r] and A [r, in] are thin. B begins at zero, so that nothing is
+changed at first. The last lines register the kind: whatever imports this module then reads its files (tools: --plugins
+hira).
 """
 
 from __future__ import annotations

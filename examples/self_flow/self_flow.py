@@ -34,9 +34,15 @@ class SelfFlowOptions:
     self_flow_gamma: float = option(0.8, help="weight of the loss on features; 0 = none")
     self_flow_gamma_warmup_steps: int = option(0, help="steps over which the weight grows from 0")
     mask_ratio: float = option(0.25, help="share of the tokens that get the second noise level, 0 to 0.5")
-    self_flow_ema_decay: float = option(0.999, help="share of the teacher, the moving average, that an optimizer step leaves")
-    student_feature_layer: int | None = option(None, help="block whose tokens the student projects, from 0; 0.3 of the depth when not given")
-    teacher_feature_layer: int | None = option(None, help="later block whose tokens the teacher shows; 0.7 of the depth when not given")
+    self_flow_ema_decay: float = option(
+        0.999, help="share of the teacher, the moving average, that an optimizer step leaves"
+    )
+    student_feature_layer: int | None = option(
+        None, help="block whose tokens the student projects, from 0; 0.3 of the depth when not given"
+    )
+    teacher_feature_layer: int | None = option(
+        None, help="later block whose tokens the teacher shows; 0.7 of the depth when not given"
+    )
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -44,16 +50,21 @@ class SelfFlowOptions:
             problems.add(f"--mask_ratio is {self.mask_ratio}; needed: a number from 0 to 0.5")
         if not 0 <= self.self_flow_ema_decay < 1:
             problems.add(f"--self_flow_ema_decay is {self.self_flow_ema_decay}; needed: a number from 0, below 1")
-        for name in ("self_flow_gamma", "self_flow_gamma_warmup_steps", "student_feature_layer", "teacher_feature_layer"):
+        for name in (
+            "self_flow_gamma",
+            "self_flow_gamma_warmup_steps",
+            "student_feature_layer",
+            "teacher_feature_layer",
+        ):
             if (getattr(self, name) or 0) < 0:
                 problems.add(f"--{name} is {getattr(self, name)}; needed: 0 or more")
         problems.raise_if_any()
 
 
 class SelfFlow(Hook):
-    """Every token of the student has one of two noise levels, the teacher sees all of them at the cleaner one. Besides the usual
-    loss a head learns to tell the teacher's later features from the student's earlier ones. The head and the teacher are
-    written beside every file and are part of states; samples and validation use the teacher."""
+    """Every token of the student has one of two noise levels, the teacher sees all of them at the cleaner one. Besides
+    the usual loss a head learns to tell the teacher's later features from the student's earlier ones. The head and the
+    teacher are written beside every file and are part of states; samples and validation use the teacher."""
 
     options = SelfFlowOptions
     companions = ("-ema", "-proj")
@@ -65,11 +76,17 @@ class SelfFlow(Hook):
     def check(self, config: Any, family: Any, trainable: Any) -> None:
         problems = Problems()
         if not family.gives_features:
-            problems.add(f"Self-Flow needs a flow model that gives features and takes a time per token; {family.name} does not")
+            problems.add(
+                f"Self-Flow needs a flow model that gives features and takes a time per token; {family.name} does not"
+            )
         if config[EmaOptions].ema:
-            problems.add("--ema is set; Self-Flow keeps an average of its own (--self_flow_ema_decay) and writes it as <name>-ema: leave --ema out")
+            problems.add(
+                "--ema is set; Self-Flow keeps an average of its own (--self_flow_ema_decay) and writes it as <name>-ema: leave --ema out"
+            )
         if config[SavingOptions].save_model_as not in (None, "safetensors"):
-            problems.add(f"--save_model_as is {config[SavingOptions].save_model_as}; Self-Flow writes its head as safetensors")
+            problems.add(
+                f"--save_model_as is {config[SavingOptions].save_model_as}; Self-Flow writes its head as safetensors"
+            )
         problems.raise_if_any()
         self.teacher = WeightAverage(trainable.modules, what="the teacher of Self-Flow")
 
@@ -85,7 +102,9 @@ class SelfFlow(Hook):
             )
         self.layers = student, teacher
         with isolated_rng(key_seed(0, "self flow head")):  # alike on all ranks
-            self.head = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.GELU(), torch.nn.Linear(width, width))
+            self.head = torch.nn.Sequential(
+                torch.nn.Linear(width, width), torch.nn.GELU(), torch.nn.Linear(width, width)
+            )
 
     def modules(self) -> dict[str, torch.nn.Module]:
         return {"head": self.head}
@@ -117,7 +136,8 @@ class SelfFlow(Hook):
         return self.options.self_flow_gamma * min(1.0, step / warmup if warmup else 1.0)
 
     def views(self, step: TrainStep, latents: torch.Tensor, draws: StepDraws) -> tuple[NoisyLatents, NoisyLatents]:
-        """The same noise twice: for the student at one of two levels for each token, for the teacher at the lower of them."""
+        """The same noise twice: for the student at one of two levels for each token, for the teacher at the lower of
+        them."""
         patch = step.family.record.latents.patch
         num_tokens = latents[0, 0].numel() // patch**2
         noise = step.noise_of(latents, draws)
@@ -125,7 +145,9 @@ class SelfFlow(Hook):
         is_masked = draws.uniform("self flow mask", (num_tokens,)).to(first.device) < self.options.mask_ratio  # [B, L]
         mixed = torch.where(is_masked, second[:, None], first[:, None])  # [B, L]
         cleaner = torch.minimum(first, second)
-        return step.objective.corrupt(latents, noise, mixed, draws), step.objective.corrupt(latents, noise, cleaner, draws)
+        return step.objective.corrupt(latents, noise, mixed, draws), step.objective.corrupt(
+            latents, noise, cleaner, draws
+        )
 
     @torch.no_grad()
     def features_of_teacher(self, step: TrainStep, sample: NoisyLatents, conditioning: Any, batch: Any) -> torch.Tensor:
@@ -140,9 +162,15 @@ class SelfFlow(Hook):
     def weights_for_eval(self, run: Run) -> AbstractContextManager[None]:
         return self.teacher.applied()
 
-    def save_companion(self, run: Run, ending: str, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+    def save_companion(
+        self, run: Run, ending: str, path: str, dtype: torch.dtype | None, metadata: dict[str, str]
+    ) -> None:
         if ending == "-proj":
-            save_file_atomic({name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}, path, metadata)
+            save_file_atomic(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()},
+                path,
+                metadata,
+            )
             return
         with run.weights_for_eval():
             run.trainable.save(path, dtype, metadata)

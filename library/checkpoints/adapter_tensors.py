@@ -1,7 +1,8 @@
 """The names of tensors that tell adapter files from models: those of the project's kinds, and of kinds from outside.
 
-Kinds from outside are told by `networks.kinds.registry.register_kind`: in modules behind --plugins, and in those that installed
-packages name in the entry-point group `atelier.adapters`, which are imported when a file has no tensor of the project's kinds.
+Kinds from outside are told by `networks.kinds.registry.register_kind`: in modules behind --plugins, and in those that
+installed packages name in the entry-point group `atelier.adapters`, which are imported when a file has no tensor of the
+project's kinds.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ OUTSIDE: dict[str, str] = {}
 
 @functools.cache
 def load_installed_kinds() -> None:
-    """Import the network modules of installed packages, once: each registers its kind. One that cannot be imported is told in the log."""
+    """Import the network modules of installed packages, once: each registers its kind. One that cannot be imported is
+    told in the log."""
     for name, module in installed_points(GROUP).items():
         try:
             import_outside(module, f"the installed network module '{name}'")
@@ -73,11 +75,21 @@ def holds_adapter(keys: Iterable[str]) -> bool:
 
 
 def no_adapter(label: str, keys: Iterable[str], metadata: Mapping[str, str] | None = None) -> str:
-    """The message for a file without such names. Its metadata may name the module that made it: to import it is for the user to say."""
+    """The message for a file without such names. Its metadata may name the module that made it: to import it is for the
+    user to say."""
     module = (metadata or {}).get("ss_network_module", "")
-    hint = f"; its metadata name the network module {module}: if you trust it, add --plugins {module}" if _is_foreign(module) else ""
+    hint = (
+        f"; its metadata name the network module {module}: if you trust it, add --plugins {module}"
+        if _is_foreign(module)
+        else ""
+    )
     return f"{label} is no adapter: it holds {next(iter(keys), 'nothing')} and no lora_down, lora_A or the like{hint}"
 
 
 def _is_foreign(module: str) -> bool:
-    return bool(module) and module.isascii() and module.replace(".", "_").isidentifier() and module.split(".")[0] not in ("networks", "lycoris")
+    return (
+        bool(module)
+        and module.isascii()
+        and module.replace(".", "_").isidentifier()
+        and module.split(".")[0] not in ("networks", "lycoris")
+    )

@@ -80,7 +80,9 @@ def denoiser_rules(depth: int, depth_single_blocks: int) -> Iterator[Rule]:
 def _with_kinds(original: str, other: str, rules: Sequence[Rule]) -> Iterator[Rule]:
     for kind in (".weight", ".bias"):
         for rule in rules:
-            yield Rule(original + rule.original + kind, tuple(other + part + kind for part in rule.parts), rule.swap_halves)
+            yield Rule(
+                original + rule.original + kind, tuple(other + part + kind for part in rule.parts), rule.swap_halves
+            )
 
 
 def _placed(original: str, other: str, rules: Sequence[Rule]) -> Iterator[Rule]:
@@ -96,7 +98,9 @@ def convert_diffusers_sd_to_bfl(state: Mapping[str, Tensor]) -> dict[str, Tensor
     """Denoiser weights from diffusers names to the original ones. Names outside the table stay as they are."""
     rest = dict(state)
     converted: dict[str, Tensor] = {}
-    for rule in denoiser_rules(count_blocks(state, "transformer_blocks."), count_blocks(state, "single_transformer_blocks.")):
+    for rule in denoiser_rules(
+        count_blocks(state, "transformer_blocks."), count_blocks(state, "single_transformer_blocks.")
+    ):
         if not all(part in rest for part in rule.parts):
             continue
         tensors = [rest.pop(part) for part in rule.parts]

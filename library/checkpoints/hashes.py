@@ -24,7 +24,8 @@ CHUNK = 1 << 22
 
 # In the order of the safetensors library, which sorts tensors by type, last type first, then by name.
 _TYPE_ORDER = (
-    "bool", "uint8", "int8", "float8_e5m2", "float8_e4m3fn", "int16", "uint16", "float16", "bfloat16", "int32", "uint32",
+    "bool", "uint8", "int8", "float8_e5m2", "float8_e4m3fn", "int16", "uint16", "float16", "bfloat16", "int32",
+    "uint32",
     "float32", "complex64", "float64", "int64", "uint64",
 )  # fmt: skip
 _HEADER_NAMES = {
@@ -100,7 +101,9 @@ def calculate_sha256(filename: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def precalculate_safetensors_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
+def precalculate_safetensors_hashes(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> tuple[str, str]:
     """The name by which other code knows adapter_hashes: (model hash, legacy hash)."""
     hashes = adapter_hashes(tensors, metadata)
     return hashes["sshs_model_hash"], hashes["sshs_legacy_hash"]

@@ -65,7 +65,11 @@ def describe_checkpoint(path: str | os.PathLike, with_pickles: bool = False) -> 
     if not place.exists():
         return CheckpointKind("missing", f"there is no such file or folder{_nearest_file(place)}")
     broken = _what_is_not_safetensors(place)
-    read = _pickled_shapes if broken is not None and broken.kind == "pickle" and with_pickles and is_pickle_name(place) else _shapes
+    read = (
+        _pickled_shapes
+        if broken is not None and broken.kind == "pickle" and with_pickles and is_pickle_name(place)
+        else _shapes
+    )
     if broken is not None and read is _shapes:
         return broken
     try:
@@ -76,12 +80,13 @@ def describe_checkpoint(path: str | os.PathLike, with_pickles: bool = False) -> 
 
 
 def check_slot(
-    path: str | os.PathLike | None, slot: str, wanted: set[str], with_pickles: bool = False, *, for_pictures: bool = False
+    path: str | os.PathLike | None, slot: str, wanted: set[str], with_pickles: bool = False, *,
+    for_pictures: bool = False
 ) -> str | None:
     """A message when what `--{slot}` names is not one of the wanted kinds, or None when it fits.
 
-    A pipeline folder fits when the part that is needed lies in its usual sub-folder. `for_pictures`: the caller makes images, so a
-    model of another family is sent to the script that makes images with it.
+    A pipeline folder fits when the part that is needed lies in its usual sub-folder. `for_pictures`: the caller makes
+    images, so a model of another family is sent to the script that makes images with it.
     """
     needed = _in_words(wanted)
     if not path:
@@ -101,7 +106,8 @@ def check_slot(
 
 
 STRENGTHS = {
-    "lora_weights": '"FILE;{}"', "lora_weight": "--lora_multiplier {}", "base_weights": "--base_weights_multiplier {}", "network_weights": "--network_mul {} in image scripts",
+    "lora_weights": '"FILE;{}"', "lora_weight": "--lora_multiplier {}", "base_weights": "--base_weights_multiplier {}",
+    "network_weights": "--network_mul {} in image scripts",
     "models": "--ratios {}",
 }  # fmt: skip
 """slot of adapters -> how their strength is given"""
@@ -135,13 +141,19 @@ def _about_parts(folder: Path, wanted: set[str], with_pickles: bool) -> str:
     told, places = "", preferred_subfolders()
     for name in sorted({places[kind] for kind in wanted & places.keys()}):
         part = folder / name
-        told += f", whose {name} is {describe_checkpoint(part, with_pickles).detail}" if part.is_dir() else f" without its sub-folder {name}"
+        told += (
+            f", whose {name} is {describe_checkpoint(part, with_pickles).detail}"
+            if part.is_dir()
+            else f" without its sub-folder {name}"
+        )
     return told
 
 
 def _way_out(path: str | os.PathLike, found: CheckpointKind, wanted: set[str], for_pictures: bool) -> str:
     """Which script takes the model that was given where another one is needed, or how one of the hub is fetched."""
-    looks_like_id = HUB_ID.fullmatch(str(path)) and Path(path).suffix not in MODEL_ENDINGS and not Path(path).parent.exists()
+    looks_like_id = (
+        HUB_ID.fullmatch(str(path)) and Path(path).suffix not in MODEL_ENDINGS and not Path(path).parent.exists()
+    )
     if found.kind == "missing" and looks_like_id:
         return f"; a model of the hub is fetched beforehand: hf download {path} --local-dir FOLDER, and FOLDER is given here"
     denoisers = denoiser_kinds()
@@ -157,8 +169,8 @@ def _way_out(path: str | os.PathLike, found: CheckpointKind, wanted: set[str], f
 
 
 def check_adapter(path: str | os.PathLike, slot: str, owner: str) -> str | None:
-    """A message when an adapter file is made for another model than `owner` (the `title` of AdapterFacts), or None when it
-    fits or its names do not tell."""
+    """A message when an adapter file is made for another model than `owner` (the `title` of AdapterFacts), or None when
+    it fits or its names do not tell."""
     place = Path(path)
     if place.suffix != ".safetensors" or not place.is_file():
         return None
@@ -201,10 +213,15 @@ def _what_is_not_safetensors(path: Path) -> CheckpointKind | None:
         return CheckpointKind("damaged", f"it cannot be read ({error.strerror})")
     if size == 0:
         return CheckpointKind("empty", "an empty file (0 bytes); fetch it again")
-    length = header_bytes(start)  # one of 640 or 896 bytes begins with the two bytes of a pickle, so this is asked first
-    if not length and (start.startswith(b"PK\x03\x04") or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    length = header_bytes(
+        start
+    )  # one of 640 or 896 bytes begins with the two bytes of a pickle, so this is asked first
+    if not length and (
+        start.startswith(b"PK\x03\x04") or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    ):
         return CheckpointKind(
-            "pickle", "a pickle (.ckpt, .pt, .bin), which can run any code when it is opened; get or make the safetensors version"
+            "pickle",
+            "a pickle (.ckpt, .pt, .bin), which can run any code when it is opened; get or make the safetensors version"
         )
     if start.startswith(b"GGUF"):
         return CheckpointKind("gguf", "a quantised GGUF file; get the safetensors version")
@@ -237,10 +254,13 @@ def _describe_folder(folder: Path, with_pickles: bool = False) -> CheckpointKind
     if pickled is not None and not files:
         return _as_folder(describe_checkpoint(pickled, with_pickles))
     if files:
-        return CheckpointKind("folder", f"a folder with {len(files)} safetensors files, of which one must be named", "folder")
+        return CheckpointKind(
+            "folder", f"a folder with {len(files)} safetensors files, of which one must be named", "folder"
+        )
     parts = sorted(child.name for child in folder.iterdir() if child.is_dir())
     return CheckpointKind(
-        "folder", "a folder without safetensors files" + (f" (sub-folders: {', '.join(parts[:6])})" if parts else ""), "folder"
+        "folder", "a folder without safetensors files" + (f" (sub-folders: {', '.join(parts[:6])})" if parts else ""),
+        "folder"
     )
 
 

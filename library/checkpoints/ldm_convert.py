@@ -51,8 +51,8 @@ def attention_as_convolution(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_ldm_vae_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Autoencoder weights from the original names to those of diffusers; the inverse of `convert_diffusers_vae_to_ldm`. The
-    attention's 1x1 convolutions (C, C, 1, 1) are matrices (C, C) there."""
+    """Autoencoder weights from the original names to those of diffusers; the inverse of `convert_diffusers_vae_to_ldm`.
+    The attention's 1x1 convolutions (C, C, 1, 1) are matrices (C, C) there."""
     levels = count_blocks(state, "decoder.up.")
     names = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
     converted = {}

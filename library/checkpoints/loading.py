@@ -1,4 +1,5 @@
-"""What every loader of a model does: find the files, strip prefixes, undo quantisation, build on the meta device, assign."""
+"""What every loader of a model does: find the files, strip prefixes, undo quantisation, build on the meta device,
+assign."""
 
 from __future__ import annotations
 
@@ -59,12 +60,14 @@ class CheckpointFiles:
         return {key: tensor if cast is None else cast(key, tensor) for key, tensor in items}
 
     def dtype_of(self, key: str) -> torch.dtype:
-        """The type of a tensor in the file; bfloat16 for one in scaled 8-bit numbers, which is widened when it is read."""
+        """The type of a tensor in the file; bfloat16 for one in scaled 8-bit numbers, which is widened when it is
+        read."""
         is_scaled = any(key.removesuffix(".weight") + suffix in self.shapes for suffix in SCALE_SUFFIXES)
         return torch.bfloat16 if is_scaled else self.shapes[key].dtype
 
     def casting(self, dtype: torch.dtype | None) -> Callable[[str, Tensor], Tensor]:
-        """The usual `cast` of `tensors`: floating-point ones to `dtype`, or as in the file with 8 bits widened to bfloat16."""
+        """The usual `cast` of `tensors`: floating-point ones to `dtype`, or as in the file with 8 bits widened to
+        bfloat16."""
 
         def cast(key: str, tensor: Tensor) -> Tensor:
             kind = self.dtype_of(key)
@@ -72,7 +75,9 @@ class CheckpointFiles:
 
         return cast
 
-    def stream(self, device: torch.device | str | None, disable_mmap: bool, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    def stream(
+        self, device: torch.device | str | None, disable_mmap: bool, keys: Iterable[str]
+    ) -> Iterator[tuple[str, Tensor]]:
         """The named tensors one by one, in the order of the files."""
         wanted = set(keys)
         for file in self.files:
@@ -106,7 +111,11 @@ def open_checkpoint(path: str | os.PathLike, subfolder: str | None = None) -> Ch
 def names_of_index(index: Path) -> list[str]:
     """The files that an index of a split model lists. CheckpointError."""
     parts = read_json(index, error=CheckpointError, needed=dict).get("weight_map")
-    names = set(parts.values()) if isinstance(parts, dict) and all(isinstance(name, str) for name in parts.values()) else set()
+    names = (
+        set(parts.values())
+        if isinstance(parts, dict) and all(isinstance(name, str) for name in parts.values())
+        else set()
+    )
     if not names:
         raise CheckpointError(f"{index} is no index of a split model: it has no weight_map from tensors to files")
     return sorted(names)
@@ -123,7 +132,9 @@ def _parse_model_config(file: str, metadata: Mapping[str, str]) -> dict[str, Any
         return {}
     config = parse_json(metadata["model_config"], f"{file}: the metadata entry model_config", CheckpointError)
     if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: the metadata entry model_config is {type(config).__name__}; a JSON object is needed")
+        raise CheckpointError(
+            f"{file}: the metadata entry model_config is {type(config).__name__}; a JSON object is needed"
+        )
     return config
 
 
@@ -133,7 +144,11 @@ def _find_files(path: Path, subfolder: str | None) -> tuple[list[str], dict[str,
             raise CheckpointError(f"{path} does not exist")
         return get_split_weight_filenames(path) or [str(path)], {}
     folder = path / subfolder if subfolder and (path / subfolder).is_dir() else path
-    config = read_json(folder / "config.json", error=CheckpointError, needed=dict) if (folder / "config.json").exists() else {}
+    config = (
+        read_json(folder / "config.json", error=CheckpointError, needed=dict)
+        if (folder / "config.json").exists()
+        else {}
+    )
     for index in sorted(folder.glob("*.safetensors.index.json")):
         names = names_of_index(index)
         missing = [name for name in names if not (folder / name).exists()]
@@ -148,7 +163,9 @@ def _find_files(path: Path, subfolder: str | None) -> tuple[list[str], dict[str,
         if (folder / name).exists():
             return [str(folder / name)], config
     looked = f"{folder} (no {subfolder} sub-folder)" if subfolder and folder == path else str(folder)
-    raise CheckpointError(f"{looked} holds no model: expected diffusion_pytorch_model.safetensors or model.safetensors in it")
+    raise CheckpointError(
+        f"{looked} holds no model: expected diffusion_pytorch_model.safetensors or model.safetensors in it"
+    )
 
 
 def find_prefix(keys: Iterable[str], prefixes: Sequence[str], roots: Sequence[str], path: str, what: str) -> str:
@@ -193,12 +210,17 @@ def is_blob(key: str) -> bool:
 
 
 def unscaled(files: CheckpointFiles, items: Items) -> Items:
-    """Tensors of a file as they are read, less what is no weight. Scaled 8-bit weights (`X.weight`) are multiplied by the
-    scale that stands beside them (`X.scale_weight`) and come as float32.
+    """Tensors of a file as they are read, less what is no weight. Scaled 8-bit weights (`X.weight`) are multiplied by
+    the scale that stands beside them (`X.scale_weight`) and come as float32.
 
     A scale has one value, one per row [out, 1], or one per block of a row [out, blocks, 1].
     """
-    names = {f"{key[: -len(suffix)]}.weight": key for suffix in SCALE_SUFFIXES for key in files.shapes if key.endswith(suffix)}
+    names = {
+        f"{key[: -len(suffix)]}.weight": key
+        for suffix in SCALE_SUFFIXES
+        for key in files.shapes
+        if key.endswith(suffix)
+    }
     scales = dict(files.stream("cpu", True, names.values())) if names else {}
     for key, tensor in items:
         if key in names and tensor.dtype in FP8_DTYPES:
@@ -219,8 +241,8 @@ def times_scale(weight: Tensor, scale: Tensor) -> Tensor:
 def build_params(params_class: Callable[..., P], inferred: Mapping[str, Any], given: Mapping[str, Any], path: str) -> P:
     """The hyper-parameter record: what shapes tell, overridden by what the file or the caller gives.
 
-    Names that the record does not have are left aside (a `model_config` may describe more than one class). CheckpointError
-    when values do not go together; its message names the argument.
+    Names that the record does not have are left aside (a `model_config` may describe more than one class).
+    CheckpointError when values do not go together; its message names the argument.
     """
     known = {field.name for field in fields(params_class)}
     overrides = {key: value for key, value in given.items() if key in known}
@@ -238,8 +260,11 @@ def build_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
         return factory()
 
 
-def check_state(model: nn.Module, state: Mapping[str, Tensor], path: str, tolerated: Callable[[str], bool] = lambda key: False) -> None:
-    """CheckpointError unless `state` has exactly the model's keys with the model's shapes (`tolerated` extra keys aside)."""
+def check_state(
+    model: nn.Module, state: Mapping[str, Tensor], path: str, tolerated: Callable[[str], bool] = lambda key: False
+) -> None:
+    """CheckpointError unless `state` has exactly the model's keys with the model's shapes (`tolerated` extra keys
+    aside)."""
     expected = model.state_dict()
     missing = [key for key in expected if key not in state]
     extra = [key for key in state if key not in expected and not tolerated(key)]

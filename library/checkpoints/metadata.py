@@ -1,4 +1,5 @@
-"""Metadata of a safetensors file that is there: taken out, changed, and written anew with the tensors copied byte by byte."""
+"""Metadata of a safetensors file that is there: taken out, changed, and written anew with the tensors copied byte by
+byte."""
 
 from __future__ import annotations
 
@@ -17,10 +18,13 @@ from library.core.errors import CheckpointError
 from library.safetensors_utils import MemoryEfficientSafeOpen
 
 NEEDED = ("format", "lora_adapter_metadata", "model_config")
-"""without these a file is read as another one: who wrote it, the strength of PEFT's adapters, sizes that shapes do not tell"""
+"""without these a file is read as another one: who wrote it, the strength of PEFT's adapters, sizes that shapes do not
+tell"""
 FOR_LOADERS = (
-    *NEEDED, "ss_v2", "ss_v_parameterization", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
-    "modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", "modelspec.title", "modelspec.resolution",
+    *NEEDED, "ss_v2", "ss_v_parameterization", "ss_base_model_version", "ss_network_module", "ss_network_dim",
+    "ss_network_alpha", "ss_network_args",
+    "modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", "modelspec.title",
+    "modelspec.resolution",
     "modelspec.prediction_type", "modelspec.encoder_layer", "modelspec.timestep_range",
 )  # fmt: skip
 HASHES = ("sshs_model_hash", "sshs_legacy_hash")
@@ -30,7 +34,8 @@ _KEYS = {"tags": ("ss_tag_frequency",), "folders": ("ss_dataset_dirs", "ss_reg_d
 
 
 def stripped(metadata: Mapping[str, str], what: str) -> dict[str, str]:
-    """The metadata without the vocabulary of captions ("tags"), the names of folders ("folders"), or all that no loader needs ("all")."""
+    """The metadata without the vocabulary of captions ("tags"), the names of folders ("folders"), or all that no loader
+    needs ("all")."""
     if what == "all":
         return {key: value for key, value in metadata.items() if key in FOR_LOADERS or key in HASHES}
     result = {key: value for key, value in metadata.items() if key not in _KEYS[what]}
@@ -53,13 +58,20 @@ def _stripped_dataset(dataset: Any, what: str) -> Any:
     subsets = own.get("subsets")
     names = _IN_SUBSETS[what]
     if isinstance(subsets, list):
-        own["subsets"] = [{k: v for k, v in subset.items() if k not in names} if isinstance(subset, dict) else None for subset in subsets]
+        own["subsets"] = [
+            {k: v for k, v in subset.items() if k not in names} if isinstance(subset, dict) else None
+            for subset in subsets
+        ]
     return own
 
 
 def _numbered(by_folder: Any) -> Any:
     """Tag counts by folder, with numbers for the folders' names."""
-    return {f"folder {number}": tags for number, tags in enumerate(by_folder.values(), start=1)} if isinstance(by_folder, dict) else {}
+    return (
+        {f"folder {number}": tags for number, tags in enumerate(by_folder.values(), start=1)}
+        if isinstance(by_folder, dict)
+        else {}
+    )
 
 
 def _parsed(text: str | None) -> Any:
@@ -70,8 +82,8 @@ def _parsed(text: str | None) -> Any:
 
 
 def with_hashes(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, str]:
-    """`metadata` with the hashes of an adapter renewed, where it has them: one of them depends on the length of the header. Tensors
-    are read one at a time."""
+    """`metadata` with the hashes of an adapter renewed, where it has them: one of them depends on the length of the
+    header. Tensors are read one at a time."""
     if not any(key in metadata for key in HASHES):
         return dict(metadata)
     rest = {key: value for key, value in metadata.items() if key not in HASHES}
@@ -80,9 +92,11 @@ def with_hashes(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> di
         return {**rest, **adapter_hashes(shapes, rest, file.get_tensor)}
 
 
-def rewrite_metadata(source: str | os.PathLike[str], target: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Write `source` under the name `target` (which may be the same) with other metadata; all else stays byte by byte. The file
-    appears whole or not at all."""
+def rewrite_metadata(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], metadata: Mapping[str, str]
+) -> None:
+    """Write `source` under the name `target` (which may be the same) with other metadata; all else stays byte by byte.
+    The file appears whole or not at all."""
     _, _, start = read_header_and_start(source)
     with atomic_path(target) as temporary, open(source, "rb") as old, open(temporary, "wb") as new:
         old.seek(8)

@@ -1,4 +1,5 @@
-"""Weights in a narrower number format: what it cannot hold is named instead of written as infinity, or bounded where that is asked for."""
+"""Weights in a narrower number format: what it cannot hold is named instead of written as infinity, or bounded where
+that is asked for."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def is_clamping() -> bool:
 
 
 def largest_that_fits(dtype: torch.dtype) -> float:
-    """Numbers of at least this size are infinite in the format, or cut off where it has no infinity; smaller ones are rounded to it."""
+    """Numbers of at least this size are infinite in the format, or cut off where it has no infinity; smaller ones are
+    rounded to it."""
     info = torch.finfo(dtype)
     if info.max == sys.float_info.max:  # as wide as the numbers that are computed with here
         return math.inf
@@ -64,12 +66,14 @@ IN_MEMORY = "Load the model in bf16 or float32, or lower the adapter's multiplie
 
 
 def narrowed(name: str, tensor: Tensor, dtype: torch.dtype | None, advice: str = FOR_FILES) -> Tensor:
-    """`tensor` in `dtype` (None = as it is). CheckpointError that names it when numbers do not fit; under `clamping` they are
-    bounded, and that is told."""
+    """`tensor` in `dtype` (None = as it is). CheckpointError that names it when numbers do not fit; under `clamping`
+    they are bounded, and that is told."""
     return narrowed_all({name: (tensor, dtype)}, advice)[name]
 
 
-def narrowed_all(tensors: Mapping[str, tuple[Tensor, torch.dtype | None]], advice: str = FOR_FILES) -> dict[str, Tensor]:
+def narrowed_all(
+    tensors: Mapping[str, tuple[Tensor, torch.dtype | None]], advice: str = FOR_FILES
+) -> dict[str, Tensor]:
     """As narrowed, for many: one message for all."""
     beyond = {name: largest for name, pair in tensors.items() if (largest := overflow_of(*pair)) is not None}
     if beyond and not is_clamping():
@@ -78,7 +82,9 @@ def narrowed_all(tensors: Mapping[str, tuple[Tensor, torch.dtype | None]], advic
     for name, (tensor, dtype) in tensors.items():
         if name in beyond:
             limit = torch.finfo(dtype).max
-            logger.warning("%s reaches %g and is bounded to %g, the largest number of %s", name, beyond[name], limit, _word(dtype))
+            logger.warning(
+                "%s reaches %g and is bounded to %g, the largest number of %s", name, beyond[name], limit, _word(dtype)
+            )
             bounded = (tensor.float() if tensor.element_size() == 1 else tensor).clamp(-limit, limit)
             tensor = torch.where(torch.isinf(tensor), tensor, bounded)
         result[name] = tensor.to(dtype or tensor.dtype)

@@ -1,4 +1,5 @@
-"""Key names of CLIP text encoders: the layout of open_clip and the one of transformers, both ways, and an old oddity."""
+"""Key names of CLIP text encoders: the layout of open_clip and the one of transformers, both ways, and an old
+oddity."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _TOP = {
     "ln_final.bias": "text_model.final_layer_norm.bias",
 }
 _LAYER = {
-    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
 }  # fmt: skip
 _TOP_BACK = {other: original for original, other in _TOP.items()}
 _LAYER_BACK = {other: original for original, other in _LAYER.items()}
@@ -66,7 +68,9 @@ def hf_to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif match and match[2].startswith("self_attn.") and match[2] != "self_attn.out_proj":
             if match[2] == "self_attn.q_proj":
                 names = (key.replace("q_proj", f"{name}_proj") for name in "qkv")
-                converted[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}"] = torch.cat([state[name] for name in names])
+                converted[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}"] = torch.cat(
+                    [state[name] for name in names]
+                )
         elif match:
             converted[f"transformer.resblocks.{match[1]}.{_LAYER_BACK[match[2]]}.{match[3]}"] = tensor
         else:

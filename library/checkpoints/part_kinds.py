@@ -1,5 +1,5 @@
-"""Kinds of model files that several families use: text and image encoders, and what belongs to no family. Those of one family stand in
-its record."""
+"""Kinds of model files that several families use: text and image encoders, and what belongs to no family. Those of one
+family stand in its record."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ PART_KINDS: tuple[ModelKind, ...] = (
         signatures=(
             *_clip("a CLIP-G text encoder", 1280),
             Signature(
-                title="a CLIP-G text encoder", contains=(_OPEN_CLIP,), sizes=(("token_embedding.weight", 1, (1280,)),), layout="open_clip",
+                title="a CLIP-G text encoder", contains=(_OPEN_CLIP,), sizes=(("token_embedding.weight", 1, (1280,)),),
+                layout="open_clip",
                 priority=10,
             ),
         ),
@@ -54,7 +55,8 @@ PART_KINDS: tuple[ModelKind, ...] = (
         ),
     ),
     ModelKind(
-        name="clip_l", role="text_encoder", wanted="a CLIP-L text encoder (clip_l.safetensors)", subfolder="text_encoder",
+        name="clip_l", role="text_encoder", wanted="a CLIP-L text encoder (clip_l.safetensors)",
+        subfolder="text_encoder",
         signatures=tuple(
             Signature(title="a CLIP-L text encoder", has=(name,), detail="library.checkpoints.part_kinds:clip_detail") for name in CLIP_EMBEDDINGS
         ),
@@ -76,7 +78,8 @@ PART_KINDS: tuple[ModelKind, ...] = (
         ),
     ),
     ModelKind(
-        name="t5", role="text_encoder", wanted="a T5-XXL text encoder (t5xxl_fp16.safetensors)", subfolder="text_encoder_2",
+        name="t5", role="text_encoder", wanted="a T5-XXL text encoder (t5xxl_fp16.safetensors)",
+        subfolder="text_encoder_2",
         signatures=(
             Signature(
                 title="a T5 text encoder", has=("encoder.block.0.layer.0.SelfAttention.q.weight",),
@@ -90,7 +93,8 @@ PART_KINDS: tuple[ModelKind, ...] = (
         signatures=(Signature(title="a Qwen2.5-VL model", contains=("visual.blocks.0.", "layers.0.self_attn.q_proj.bias")),),
     ),
     ModelKind(
-        name="qwen3", role="text_encoder", wanted="a Qwen3 text encoder (qwen_3_06b_base.safetensors, or its folder)", subfolder="text_encoder",
+        name="qwen3", role="text_encoder", wanted="a Qwen3 text encoder (qwen_3_06b_base.safetensors, or its folder)",
+        subfolder="text_encoder",
         signatures=(Signature(title="a Qwen3 text encoder", has=("layers.0.self_attn.q_norm.weight",)),),
     ),
     ModelKind(
@@ -102,7 +106,8 @@ PART_KINDS: tuple[ModelKind, ...] = (
         signatures=(Signature(title="a LLaMA language model", has=("layers.0.self_attn.q_proj.weight", "layers.0.mlp.gate_proj.weight")),),
     ),
     ModelKind(
-        name="siglip", role="text_encoder", signatures=(Signature(title="a SigLIP image encoder", has=("vision_model.head.probe",)),)
+        name="siglip", role="text_encoder",
+        signatures=(Signature(title="a SigLIP image encoder", has=("vision_model.head.probe",)),)
     ),
     ModelKind(
         name="clip_vision", role="text_encoder",

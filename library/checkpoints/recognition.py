@@ -129,7 +129,8 @@ def adapter_family(table: KeyTable) -> str | None:
 
 
 def _unet_text_width(table: KeyTable) -> int | None:
-    """Inputs of a cross-attention layer of a U-Net's adapter, whose names are the same otherwise; None when there is none."""
+    """Inputs of a cross-attention layer of a U-Net's adapter, whose names are the same otherwise; None when there is
+    none."""
     pattern = r"(^|[._])(down|mid|up|input|output|middle)_blocks?[._].*attn2[._]to_k[._].*(lora_down|lora_A|lora\.down|hada_w1_b)"
     return next((shape[1] for key, shape in table.shapes.items() if len(shape) > 1 and re.search(pattern, key)), None)
 
@@ -162,7 +163,9 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Recognised | None:
     table = KeyTable(shapes)
     if is_adapter(table):
         family = adapter_family(table)
-        return Recognised("adapter", f"a LoRA-type adapter for {family}" if family else "a LoRA-type adapter", "adapter")
+        return Recognised(
+            "adapter", f"a LoRA-type adapter for {family}" if family else "a LoRA-type adapter", "adapter"
+        )
     if "emb_params" in shapes or ({"clip_l", "clip_g"} & set(shapes) and len(shapes) <= 4):
         return Recognised("embedding", "a textual inversion embedding", "embedding")
     for kind, signature in _signatures():
@@ -175,6 +178,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Recognised | None:
             ]
             told = ", ".join(part for part in parts if part)
             return Recognised(
-                kind.name, f"{signature.title} ({told})" if told else signature.title, "whole file" if whole else signature.layout
+                kind.name, f"{signature.title} ({told})" if told else signature.title,
+                "whole file" if whole else signature.layout
             )
     return None

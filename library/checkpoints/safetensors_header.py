@@ -1,7 +1,7 @@
 """The header of a safetensors file, checked before anything in it is used.
 
-What the format's own library accepts is accepted, and nothing else: names and shapes of a file that passes can be trusted, its
-tensors follow each other without a hole, and all of them are there.
+What the format's own library accepts is accepted, and nothing else: names and shapes of a file that passes can be
+trusted, its tensors follow each other without a hole, and all of them are there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _DTYPE_ATTRIBUTES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, own in _DTYPE_ATTRIBUTES.items() if hasattr(torch, own)}
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, own) for name, own in _DTYPE_ATTRIBUTES.items() if hasattr(torch, own)
+}
 """names in a header -> types that this torch has"""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
@@ -51,7 +53,8 @@ class TensorInfo:
 def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Names with shapes, and the metadata, of a safetensors file; no tensor is read.
 
-    CheckpointError when the file is missing, empty, truncated, damaged or something else; the message says what it looks like.
+    CheckpointError when the file is missing, empty, truncated, damaged or something else; the message says what it
+    looks like.
     """
     infos, metadata, _ = read_header_and_start(path)
     return infos, metadata
@@ -78,7 +81,9 @@ def read_header_and_start(path: str | os.PathLike) -> tuple[dict[str, TensorInfo
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if len(text) < length:
-        raise CheckpointError(f"{path} is truncated: {size} bytes, less than its header of {length} bytes; fetch it again")
+        raise CheckpointError(
+            f"{path} is truncated: {size} bytes, less than its header of {length} bytes; fetch it again"
+        )
     return *_parse_header(path, text, size - 8 - length), 8 + length
 
 
@@ -88,7 +93,9 @@ def header_bytes(start: bytes) -> int:
     return length if 2 <= length <= MAX_HEADER_BYTES and start[8] in b"{ \t\r\n" else 0
 
 
-def _parse_header(path: str | os.PathLike, text: bytes, data_bytes: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _parse_header(
+    path: str | os.PathLike, text: bytes, data_bytes: int
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         header = json.loads(text.decode("utf-8"))  # without decode, json would guess other encodings
         if not isinstance(header, dict):
@@ -103,7 +110,9 @@ def _parse_header(path: str | os.PathLike, text: bytes, data_bytes: int) -> tupl
     except ValueError as error:
         raise CheckpointError(f"{path} {_DAMAGED} ({str(error)[:300]})") from error
     if needed > data_bytes:
-        raise CheckpointError(f"{path} is truncated: {data_bytes} of {needed} bytes of tensors are there; fetch it again")
+        raise CheckpointError(
+            f"{path} is truncated: {data_bytes} of {needed} bytes of tensors are there; fetch it again"
+        )
     if needed < data_bytes:
         raise CheckpointError(
             f"{path} is damaged: {data_bytes - needed} bytes follow its last tensor that belong to none; fetch it again"
@@ -144,7 +153,9 @@ def _checked_entry(name: str, entry: Any) -> TensorInfo:
         raise ValueError(f"the shape of '{name}' is {_shown(shape)}, more than any file holds")
     wanted = math.prod(shape) * dtype.itemsize
     if places[1] - places[0] != wanted:
-        raise ValueError(f"'{name}' has {places[1] - places[0]} bytes; its shape {_shown(shape)} in {kind} needs {wanted}")
+        raise ValueError(
+            f"'{name}' has {places[1] - places[0]} bytes; its shape {_shown(shape)} in {kind} needs {wanted}"
+        )
     return TensorInfo(dtype, tuple(shape), *places)
 
 
@@ -153,7 +164,11 @@ def _checked_places(infos: Mapping[str, TensorInfo]) -> int:
     position = 0
     for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != position:
-            what = "overlaps the tensor before it" if info.start < position else f"leaves {info.start - position} bytes before it unused"
+            what = (
+                "overlaps the tensor before it"
+                if info.start < position
+                else f"leaves {info.start - position} bytes before it unused"
+            )
             raise ValueError(f"'{name}' {what}")
         position = info.end
     return position

@@ -1,4 +1,5 @@
-"""Key names of the Stable Diffusion and SDXL U-Nets: the original layout of files and the one of diffusers, both ways."""
+"""Key names of the Stable Diffusion and SDXL U-Nets: the original layout of files and the one of diffusers, both
+ways."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def diffusers_to_original(state: Mapping[str, T]) -> dict[str, T]:
 
 
 def blocks_per_level(keys: Iterable[str]) -> int:
-    """Residual blocks of one level on the way down, from keys in the original layout: the first downsampling follows them."""
+    """Residual blocks of one level on the way down, from keys in the original layout: the first downsampling follows
+    them."""
     keys = list(keys)
     downsamples = [int(match[1]) for match in (re.match(r"input_blocks\.(\d+)\.0\.op\.", key) for key in keys) if match]
     return (min(downsamples) if downsamples else count_blocks(keys, "input_blocks.")) - 1
@@ -73,7 +75,11 @@ def _diffusers_name(path: str, count: int) -> str | None:
     match = re.match(r"middle_block\.([012])\.(.*)$", path)
     if match:
         place, rest = int(match[1]), match[2]
-        return f"mid_block.attentions.0.{rest}" if place == 1 else f"mid_block.resnets.{place // 2}.{_RESNET.get(rest, rest)}"
+        return (
+            f"mid_block.attentions.0.{rest}"
+            if place == 1
+            else f"mid_block.resnets.{place // 2}.{_RESNET.get(rest, rest)}"
+        )
     return None
 
 
@@ -93,5 +99,9 @@ def _original_name(path: str, count: int, levels_with_attention: set[int]) -> st
     match = re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.*)$", path)
     if match:
         rest = match[3]
-        return f"middle_block.1.{rest}" if match[1] == "attentions" else f"middle_block.{2 * int(match[2])}.{_RESNET_BACK.get(rest, rest)}"
+        return (
+            f"middle_block.1.{rest}"
+            if match[1] == "attentions"
+            else f"middle_block.{2 * int(match[2])}.{_RESNET_BACK.get(rest, rest)}"
+        )
     return None

@@ -45,7 +45,9 @@ def prepare_deepspeed_args(args: Any) -> None:
     """ConfigError for --deepspeed: there is no training through DeepSpeed."""
     if getattr(args, "deepspeed", False):
         fields = DeepSpeedOptions.__dataclass_fields__["deepspeed"]
-        raise UnsupportedCombination(f"--deepspeed is on; it is not available here: {next(iter(fields.metadata.values())).reason}")
+        raise UnsupportedCombination(
+            f"--deepspeed is on; it is not available here: {next(iter(fields.metadata.values())).reason}"
+        )
 
 
 def prepare_deepspeed_plugin(args: Any) -> None:
@@ -55,4 +57,6 @@ def prepare_deepspeed_plugin(args: Any) -> None:
 
 def prepare_deepspeed_model(args: Any, **models: Any) -> Any:
     """One module that holds `models`, for DeepSpeed's engine, which is not there."""
-    raise UnsupportedCombination("prepare_deepspeed_model: there is no training through DeepSpeed here; give the models to accelerator.prepare")
+    raise UnsupportedCombination(
+        "prepare_deepspeed_model: there is no training through DeepSpeed here; give the models to accelerator.prepare"
+    )

@@ -22,12 +22,14 @@ from networks.lora_anima import TARGETS
 
 
 def load_anima_model(
-    device: str | torch.device, dit_path: str | os.PathLike, attn_mode: str, split_attn: bool, loading_device: str | torch.device,
-    dit_weight_dtype: torch.dtype | None, fp8_scaled: bool = False, lora_weights_list: Sequence[Mapping[str, Tensor]] | None = None,
+    device: str | torch.device, dit_path: str | os.PathLike, attn_mode: str, split_attn: bool,
+    loading_device: str | torch.device,
+    dit_weight_dtype: torch.dtype | None, fp8_scaled: bool = False,
+    lora_weights_list: Sequence[Mapping[str, Tensor]] | None = None,
     lora_multipliers: Sequence[float] | None = None,
 ) -> Anima:
-    """The denoiser on `loading_device`, with adapters merged. `attn_mode` and `split_attn` choose among ways with equal results and
-    change nothing; `fp8_scaled` keeps the weights of linear layers in 8 bits."""
+    """The denoiser on `loading_device`, with adapters merged. `attn_mode` and `split_attn` choose among ways with equal
+    results and change nothing; `fp8_scaled` keeps the weights of linear layers in 8 bits."""
     dtype = FP8_STORAGE if fp8_scaled else dit_weight_dtype
     return load_anima(dit_path, dtype, loading_device, transform=_merging(lora_weights_list, lora_multipliers))
 
@@ -47,25 +49,36 @@ def load_qwen3_text_encoder(
 
 
 def load_t5_tokenizer(t5_tokenizer_path: str | os.PathLike | None = None) -> Any:
-    return tokenizers.load_t5_tokenizer(None if t5_tokenizer_path is None else os.fspath(t5_tokenizer_path), option="--t5_tokenizer_path")
+    return tokenizers.load_t5_tokenizer(
+        None if t5_tokenizer_path is None else os.fspath(t5_tokenizer_path), option="--t5_tokenizer_path"
+    )
 
 
 def save_anima_model(
-    save_path: str | os.PathLike, dit_state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None, dtype: torch.dtype | None = None
+    save_path: str | os.PathLike, dit_state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None,
+    dtype: torch.dtype | None = None
 ) -> None:
-    """Write the weights of a denoiser under the names of files. What shapes do not tell of a model of other sizes than Anima's must
-    stand in `metadata` (library.anima_utils.model_config_metadata)."""
-    names = {key if key.startswith(FILE_PREFIX) else FILE_PREFIX + key: tensor.detach().cpu() for key, tensor in dit_state_dict.items()}
+    """Write the weights of a denoiser under the names of files. What shapes do not tell of a model of other sizes than
+    Anima's must stand in `metadata` (library.anima_utils.model_config_metadata)."""
+    names = {
+        key if key.startswith(FILE_PREFIX) else FILE_PREFIX + key: tensor.detach().cpu()
+        for key, tensor in dit_state_dict.items()
+    }
     save_file_atomic(cast_all(names, dtype), save_path, {"format": "pt", **(metadata or {})})
 
 
 def _merging(weights: Sequence[Mapping[str, Tensor]] | None, multipliers: Sequence[float] | None) -> Transform | None:
-    """Adapters as tensors under the names of a file, merged while the model is read; 1 where a multiplier is missing."""
+    """Adapters as tensors under the names of a file, merged while the model is read; 1 where a multiplier is
+    missing."""
     if not weights:
         return None
     strengths = [*(multipliers or ()), *[1.0] * len(weights)]
     adapters = [
-        Adapter(f"adapter {number}", by_module(to_kohya_names(tensors, TARGETS, f"adapter {number}")), lambda name, strength=strength: float(strength))
+        Adapter(
+            f"adapter {number}",
+            by_module(to_kohya_names(tensors, TARGETS, f"adapter {number}")),
+            lambda name, strength=strength: float(strength),
+        )
         for number, (tensors, strength) in enumerate(zip(weights, strengths), 1)
     ]
     return MergeOnLoad(TARGETS, adapters)

@@ -42,7 +42,13 @@ TRAINING_GROUPS = (
     SavingOptions, HubOptions, ResumeOptions, LoopOptions, PrecisionOptions, MemoryOptions, DdpOptions, LoggingOptions,
     SamplingOptions, SamplerOptions, NoiseOptions, LossOptions,
 )  # fmt: skip
-CHECKED_GROUPS = (*TRAINING_GROUPS, ValidationOptions, CachingOptions, optimizers.OptimizerOptions, schedulers.SchedulerOptions)
+CHECKED_GROUPS = (
+    *TRAINING_GROUPS,
+    ValidationOptions,
+    CachingOptions,
+    optimizers.OptimizerOptions,
+    schedulers.SchedulerOptions,
+)
 
 
 # -- adding ----------------------------------------------------------------------------------------------------------
@@ -78,7 +84,9 @@ def add_sd_saving_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_spec_arguments(parser: argparse.ArgumentParser) -> None:
-    add_groups(parser, MetadataOptions, only=[name for name in option_fields(MetadataOptions) if name.startswith("metadata_")])
+    add_groups(
+        parser, MetadataOptions, only=[name for name in option_fields(MetadataOptions) if name.startswith("metadata_")]
+    )
 
 
 def add_custom_train_arguments(parser: argparse.ArgumentParser, support_weighted_captions: bool = True) -> None:
@@ -103,10 +111,11 @@ def add_sdxl_training_arguments(parser: argparse.ArgumentParser, support_text_en
 
 
 def add_dataset_arguments(
-    parser: argparse.ArgumentParser, support_dreambooth: bool, support_caption: bool, support_caption_dropout: bool = True
+    parser: argparse.ArgumentParser, support_dreambooth: bool, support_caption: bool,
+    support_caption_dropout: bool = True
 ) -> None:
-    """The options of datasets and caches; those of regularisation images, metadata files or caption dropout only where they are
-    supported."""
+    """The options of datasets and caches; those of regularisation images, metadata files or caption dropout only where
+    they are supported."""
     left_out = set() if support_caption else {"in_json", "dataset_repeats"}
     if not support_dreambooth:
         left_out |= {"reg_data_dir"}
@@ -115,9 +124,11 @@ def add_dataset_arguments(
     add_groups(parser, DatasetOptions, CachingOptions, left_out=left_out)
 
 
-def add_groups(parser: argparse.ArgumentParser, *groups: type, left_out: Iterable[str] = (), only: Iterable[str] | None = None) -> None:
-    """Add option groups with their defaults; names that the parser has already are left alone. A script that adds one of ours
-    again means its own."""
+def add_groups(
+    parser: argparse.ArgumentParser, *groups: type, left_out: Iterable[str] = (), only: Iterable[str] | None = None
+) -> None:
+    """Add option groups with their defaults; names that the parser has already are left alone. A script that adds one
+    of ours again means its own."""
     for container in (parser, *parser._action_groups):
         container.conflict_handler = "resolve"
     present = {action.dest for action in parser._actions} | set(left_out)
@@ -134,8 +145,8 @@ def add_groups(parser: argparse.ArgumentParser, *groups: type, left_out: Iterabl
 
 
 def read_config_from_file(args: Any, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The namespace of `parser` with the values of --config_file below those of the command line. Raises ConfigError for
-    keys that the parser does not know and values that its options cannot take."""
+    """The namespace of `parser` with the values of --config_file below those of the command line. Raises ConfigError
+    for keys that the parser does not know and values that its options cannot take."""
     if not args.config_file:
         return args
     actions = {action.dest: action for action in parser._actions}
@@ -172,18 +183,28 @@ def verify_command_line_training_args(args: Any) -> None:
     """Warn when W&B would record paths that the command line shows."""
     if getattr(args, "log_with", None) not in ("wandb", "all"):
         return
-    given = {name: getattr(args, name, None) for name in PATH_OPTIONS if any(word.startswith(f"--{name}") for word in sys.argv)}
+    given = {
+        name: getattr(args, name, None)
+        for name in PATH_OPTIONS
+        if any(word.startswith(f"--{name}") for word in sys.argv)
+    }
     shown = shown_paths(given)
     if shown:
-        logger.warning("W&B may record the command line with these paths: %s; a --config_file avoids it", ", ".join(shown))
+        logger.warning(
+            "W&B may record the command line with these paths: %s; a --config_file avoids it", ", ".join(shown)
+        )
 
 
 def verify_training_args(args: Any) -> None:
-    """Read every group of options; one ConfigError with all that is wrong. --cache_latents_to_disk switches --cache_latents on."""
+    """Read every group of options; one ConfigError with all that is wrong. --cache_latents_to_disk switches
+    --cache_latents on."""
     problems = Problems()
     for group in CHECKED_GROUPS:
         problems.attempt(lambda group=group: options_of(args, group))
-    for name, of in (("adaptive_noise_scale", "noise_offset"), ("scale_v_pred_loss_like_noise_pred", "v_parameterization")):
+    for name, of in (
+        ("adaptive_noise_scale", "noise_offset"),
+        ("scale_v_pred_loss_like_noise_pred", "v_parameterization"),
+    ):
         if getattr(args, name, None) and not getattr(args, of, None):
             problems.add(f"--{name} is set; it needs --{of}")
     problems.raise_if_any()
@@ -206,7 +227,11 @@ def prepare_dataset_args(args: Any, support_metadata: bool) -> None:
     if getattr(args, "caption_extention", None) is not None:
         args.caption_extension, args.caption_extention = args.caption_extention, None
     problems = Problems()
-    for name, parse in (("resolution", parse_resolution), ("skip_image_resolution", parse_resolution), ("face_crop_aug_range", parse_range)):
+    for name, parse in (
+        ("resolution", parse_resolution),
+        ("skip_image_resolution", parse_resolution),
+        ("face_crop_aug_range", parse_range),
+    ):
         value = getattr(args, name, None)
         if value is None:
             continue
@@ -214,7 +239,11 @@ def prepare_dataset_args(args: Any, support_metadata: bool) -> None:
             setattr(args, name, parse(value))
         except argparse.ArgumentTypeError as error:
             problems.add(f"--{name}: {error}")
-    if support_metadata and getattr(args, "in_json", None) and (getattr(args, "color_aug", False) or getattr(args, "random_crop", False)):
+    if (
+        support_metadata
+        and getattr(args, "in_json", None)
+        and (getattr(args, "color_aug", False) or getattr(args, "random_crop", False))
+    ):
         logger.warning("latents in %s are not used, because of --color_aug or --random_crop", args.in_json)
     problems.raise_if_any()
 

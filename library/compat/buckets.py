@@ -16,7 +16,8 @@ Size = tuple[int, int]
 
 
 class ImageInfo(ImageItem):
-    """An image with what caching strategies read and write; `image_size`, `bucket_reso` and `resized_size` are set by the caller."""
+    """An image with what caching strategies read and write; `image_size`, `bucket_reso` and `resized_size` are set by
+    the caller."""
 
     def __init__(self, image_key: str, num_repeats: int, caption: str, is_reg: bool, absolute_path: str) -> None:
         super().__init__(image_key, absolute_path, caption, SubsetParams(is_reg=is_reg), (0, 0), num_repeats)
@@ -31,7 +32,8 @@ class BucketManager:
         self.max_area = None if max_reso is None else max_reso[0] * max_reso[1]
         self.reso_steps = reso_steps
         self._selector = BucketSelector(
-            max_reso or (max_size, max_size), min_bucket_reso=min_size, max_bucket_reso=max_size, bucket_reso_steps=reso_steps,
+            max_reso or (max_size, max_size), min_bucket_reso=min_size, max_bucket_reso=max_size,
+            bucket_reso_steps=reso_steps,
             bucket_no_upscale=no_upscale,
         )
         self.min_size, self.max_size = self._selector.min_reso, self._selector.max_reso
@@ -55,8 +57,8 @@ class BucketManager:
             self.buckets.append([])
 
     def select_bucket(self, image_width: int, image_height: int) -> tuple[Size, Size, float]:
-        """(size of the bucket, size to which the image is scaled, ratio of the bucket minus that of the image). ValueError for an
-        image of which one side would be shorter than a step."""
+        """(size of the bucket, size to which the image is scaled, ratio of the bucket minus that of the image).
+        ValueError for an image of which one side would be shorter than a step."""
         choice = self._selector.select((image_width, image_height))
         if choice is None:
             raise ValueError(f"an image of {image_width}x{image_height} fits no bucket with steps of {self.reso_steps}")
@@ -80,13 +82,15 @@ class BucketManager:
 
     @staticmethod
     def get_crop_ltrb(bucket_reso: Size, image_size: Size) -> tuple[int, int, int, int]:
-        """The centre crop of an image in a bucket, as it is stored with a sample (see library.dataset.bucket.crop_ltrb)."""
+        """The centre crop of an image in a bucket, as it is stored with a sample (see
+        library.dataset.bucket.crop_ltrb)."""
         resized = cover_size(image_size, bucket_reso)
         return crop_ltrb(resized, bucket_reso, centre_offset(resized, bucket_reso))
 
 
 def split_train_val(
-    paths: Sequence[str], sizes: Sequence[Size | None], is_training_dataset: bool, validation_split: float, validation_seed: int | None
+    paths: Sequence[str], sizes: Sequence[Size | None], is_training_dataset: bool, validation_split: float,
+    validation_seed: int | None
 ) -> tuple[list[str], list[Size | None]]:
     """The part of the images (paths, sizes) that trains, or the part that validates."""
     seed = DEFAULT_SPLIT_SEED if validation_seed is None else validation_seed

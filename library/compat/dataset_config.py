@@ -1,4 +1,5 @@
-"""From a dataset configuration to datasets in the steps that other code knows: load, sanitize, generate a blueprint, build."""
+"""From a dataset configuration to datasets in the steps that other code knows: load, sanitize, generate a blueprint,
+build."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def load_user_config(file: str) -> dict[str, Any]:
 class ConfigSanitizer:
     """Checks a configuration for the kinds of dataset that a script takes."""
 
-    def __init__(self, support_dreambooth: bool, support_finetuning: bool, support_controlnet: bool, support_dropout: bool) -> None:
+    def __init__(
+        self, support_dreambooth: bool, support_finetuning: bool, support_controlnet: bool, support_dropout: bool
+    ) -> None:
         if not (support_dreambooth or support_finetuning or support_controlnet):
             raise ValueError("one kind of dataset at least must be supported: dreambooth, finetuning or controlnet")
         taken = {"DB": support_dreambooth, "FT": support_finetuning, "CN": support_controlnet}
@@ -53,7 +56,8 @@ class ConfigSanitizer:
         if problems.items:
             raise DatasetConfigError(problems.items)
         datasets = [
-            {**dataset.table.values, "subsets": [dict(subset.values) for subset in dataset.subsets]} for dataset in tables.datasets
+            {**dataset.table.values, "subsets": [dict(subset.values) for subset in dataset.subsets]}
+            for dataset in tables.datasets
         ]
         return {"general": dict(tables.general.values), "datasets": datasets}
 
@@ -82,7 +86,8 @@ class Blueprint:
 
 
 class BlueprintGenerator:
-    """Resolves every setting of a configuration: subset, dataset, general, command line, default; the first that is set wins."""
+    """Resolves every setting of a configuration: subset, dataset, general, command line, default; the first that is set
+    wins."""
 
     def __init__(self, sanitizer: ConfigSanitizer) -> None:
         self.sanitizer = sanitizer
@@ -95,23 +100,29 @@ class BlueprintGenerator:
             if getattr(argparse_namespace, name, field.default) != field.default
         }
         blueprint = load_blueprint(
-            options, options_of(argparse_namespace, CachingOptions), explicit=frozenset(given), architecture=ARCHITECTURE,
+            options, options_of(argparse_namespace, CachingOptions), explicit=frozenset(given),
+            architecture=ARCHITECTURE,
             script=SCRIPTS.get(kinds - {"CN"} or kinds, "train_network"), supports_cn="CN" in kinds,
             supports_dropout=self.sanitizer.supports_dropout, content=user_config,
         )
         return Blueprint(DatasetGroupBlueprint(blueprint, options, getattr(argparse_namespace, "seed", None) or 0))
 
 
-def generate_dataset_group_by_blueprint(dataset_group_blueprint: DatasetGroupBlueprint) -> tuple[DatasetGroup, DatasetGroup | None]:
+def generate_dataset_group_by_blueprint(
+    dataset_group_blueprint: DatasetGroupBlueprint,
+) -> tuple[DatasetGroup, DatasetGroup | None]:
     """(training images, validation images or None)."""
     groups = build_dataset_groups(
-        dataset_group_blueprint.blueprint, dataset_group_blueprint.options, architecture=ARCHITECTURE, seed=dataset_group_blueprint.seed
+        dataset_group_blueprint.blueprint, dataset_group_blueprint.options, architecture=ARCHITECTURE,
+        seed=dataset_group_blueprint.seed
     )
     train, validation = (None if group is None else DatasetGroup(group.datasets) for group in groups)
     return train, validation
 
 
-def generate_dreambooth_subsets_config_by_subdirs(train_data_dir: str | None = None, reg_data_dir: str | None = None) -> list[dict[str, Any]]:
+def generate_dreambooth_subsets_config_by_subdirs(
+    train_data_dir: str | None = None, reg_data_dir: str | None = None
+) -> list[dict[str, Any]]:
     """A subset for every folder `N_name` of both; ConfigError when there is none."""
     return _subsets(DatasetOptions(train_data_dir=train_data_dir, reg_data_dir=reg_data_dir), "DB")
 

@@ -1,4 +1,5 @@
-"""Datasets as other code builds and reads them by hand: from subsets, as a group of batches, with caches of its own strategies."""
+"""Datasets as other code builds and reads them by hand: from subsets, as a group of batches, with caches of its own
+strategies."""
 
 from __future__ import annotations
 
@@ -29,21 +30,27 @@ from library.strategy_base import (
 )
 
 ARCHITECTURE = min(ARCHITECTURES.values(), key=lambda architecture: architecture.bucket_step)
-"""A dataset by hand has no family: only the bucket step is read, the least that any asks for; caches are those of the strategies."""
+"""A dataset by hand has no family: only the bucket step is read, the least that any asks for; caches are those of the
+strategies."""
 
 
 class DreamBoothSubset(SubsetParams):
     """A folder of images with caption files."""
 
     def __init__(
-        self, image_dir: str, is_reg: bool = False, class_tokens: str | None = None, caption_extension: str = ".caption",
+        self, image_dir: str, is_reg: bool = False, class_tokens: str | None = None,
+        caption_extension: str = ".caption",
         cache_info: bool = False, alpha_mask: bool = False, num_repeats: int = 1, shuffle_caption: bool = False,
-        caption_separator: str = ",", keep_tokens: int = 0, keep_tokens_separator: str = "", secondary_separator: str | None = None,
+        caption_separator: str = ",", keep_tokens: int = 0, keep_tokens_separator: str = "",
+        secondary_separator: str | None = None,
         enable_wildcard: bool = False, color_aug: bool = False, flip_aug: bool = False,
-        face_crop_aug_range: tuple[float, float] | None = None, random_crop: bool = False, caption_dropout_rate: float = 0.0,
-        caption_dropout_every_n_epochs: int = 0, caption_tag_dropout_rate: float = 0.0, caption_prefix: str | None = None,
+        face_crop_aug_range: tuple[float, float] | None = None, random_crop: bool = False,
+        caption_dropout_rate: float = 0.0,
+        caption_dropout_every_n_epochs: int = 0, caption_tag_dropout_rate: float = 0.0,
+        caption_prefix: str | None = None,
         caption_suffix: str | None = None, token_warmup_min: int = 1, token_warmup_step: float = 0,
-        custom_attributes: Mapping[str, Any] | None = None, validation_seed: int | None = None, validation_split: float | None = None,
+        custom_attributes: Mapping[str, Any] | None = None, validation_seed: int | None = None,
+        validation_split: float | None = None,
         resize_interpolation: str | None = None,
     ) -> None:
         """`validation_seed` is that of the dataset."""
@@ -54,13 +61,18 @@ class FineTuningSubset(SubsetParams):
     """The images of a metadata file."""
 
     def __init__(
-        self, image_dir: str | None, metadata_file: str, alpha_mask: bool = False, num_repeats: int = 1, shuffle_caption: bool = False,
-        caption_separator: str = ",", keep_tokens: int = 0, keep_tokens_separator: str = "", secondary_separator: str | None = None,
+        self, image_dir: str | None, metadata_file: str, alpha_mask: bool = False, num_repeats: int = 1,
+        shuffle_caption: bool = False,
+        caption_separator: str = ",", keep_tokens: int = 0, keep_tokens_separator: str = "",
+        secondary_separator: str | None = None,
         enable_wildcard: bool = False, color_aug: bool = False, flip_aug: bool = False,
-        face_crop_aug_range: tuple[float, float] | None = None, random_crop: bool = False, caption_dropout_rate: float = 0.0,
-        caption_dropout_every_n_epochs: int = 0, caption_tag_dropout_rate: float = 0.0, caption_prefix: str | None = None,
+        face_crop_aug_range: tuple[float, float] | None = None, random_crop: bool = False,
+        caption_dropout_rate: float = 0.0,
+        caption_dropout_every_n_epochs: int = 0, caption_tag_dropout_rate: float = 0.0,
+        caption_prefix: str | None = None,
         caption_suffix: str | None = None, token_warmup_min: int = 1, token_warmup_step: float = 0,
-        custom_attributes: Mapping[str, Any] | None = None, validation_seed: int | None = None, validation_split: float | None = None,
+        custom_attributes: Mapping[str, Any] | None = None, validation_seed: int | None = None,
+        validation_split: float | None = None,
         resize_interpolation: str | None = None,
     ) -> None:
         """`validation_seed` is that of the dataset."""
@@ -76,13 +88,16 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
 class BaseDataset(own.Dataset):
     """A dataset whose batches have numbers; what trainers set on it, it keeps."""
 
-    def __init__(self, kind: str, subsets: Sequence[SubsetParams], is_training: bool, prior_loss_weight: float, **params: Any) -> None:
+    def __init__(
+        self, kind: str, subsets: Sequence[SubsetParams], is_training: bool, prior_loss_weight: float, **params: Any
+    ) -> None:
         settings = DatasetParams(kind=kind, subsets=tuple(subsets), label="datasets[0]", **params)
         seed = settings.validation_seed or 0
         scan = scan_datasets(Blueprint((settings,), False), seed=seed)
         items = (scan.train if is_training else scan.validation)[0]
         super().__init__(
-            settings, items, index=0, architecture=ARCHITECTURE, seed=seed, is_training=is_training, prior_loss_weight=prior_loss_weight
+            settings, items, index=0, architecture=ARCHITECTURE, seed=seed, is_training=is_training,
+            prior_loss_weight=prior_loss_weight
         )
 
     @property
@@ -106,15 +121,18 @@ class DreamBoothDataset(BaseDataset):
 
     def __init__(
         self, subsets: Sequence[SubsetParams], is_training_dataset: bool, batch_size: int, resolution: tuple[int, int],
-        network_multiplier: float, enable_bucket: bool, min_bucket_reso: int, max_bucket_reso: int, bucket_reso_steps: int,
+        network_multiplier: float, enable_bucket: bool, min_bucket_reso: int, max_bucket_reso: int,
+        bucket_reso_steps: int,
         bucket_no_upscale: bool, prior_loss_weight: float, debug_dataset: bool = False, validation_split: float = 0.0,
-        validation_seed: int | None = None, resize_interpolation: str | None = None, skip_image_resolution: tuple[int, int] | None = None,
+        validation_seed: int | None = None, resize_interpolation: str | None = None,
+        skip_image_resolution: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(
             "DB", subsets, is_training_dataset, prior_loss_weight, batch_size=batch_size, resolution=tuple(resolution),
             network_multiplier=network_multiplier, enable_bucket=enable_bucket, min_bucket_reso=min_bucket_reso,
             max_bucket_reso=max_bucket_reso, bucket_reso_steps=bucket_reso_steps, bucket_no_upscale=bucket_no_upscale,
-            validation_split=validation_split, validation_seed=validation_seed, resize_interpolation=resize_interpolation,
+            validation_split=validation_split, validation_seed=validation_seed,
+            resize_interpolation=resize_interpolation,
             skip_image_resolution=skip_image_resolution,
         )
 
@@ -124,15 +142,18 @@ class FineTuningDataset(BaseDataset):
 
     def __init__(
         self, subsets: Sequence[SubsetParams], batch_size: int, resolution: tuple[int, int], network_multiplier: float,
-        enable_bucket: bool, min_bucket_reso: int, max_bucket_reso: int, bucket_reso_steps: int, bucket_no_upscale: bool,
+        enable_bucket: bool, min_bucket_reso: int, max_bucket_reso: int, bucket_reso_steps: int,
+        bucket_no_upscale: bool,
         debug_dataset: bool = False, validation_seed: int | None = None, validation_split: float = 0.0,
         resize_interpolation: str | None = None, skip_image_resolution: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(
-            "FT", subsets, True, 1.0, batch_size=batch_size, resolution=tuple(resolution), network_multiplier=network_multiplier,
+            "FT", subsets, True, 1.0, batch_size=batch_size, resolution=tuple(resolution),
+            network_multiplier=network_multiplier,
             enable_bucket=enable_bucket, min_bucket_reso=min_bucket_reso, max_bucket_reso=max_bucket_reso,
             bucket_reso_steps=bucket_reso_steps, bucket_no_upscale=bucket_no_upscale, validation_split=validation_split,
-            validation_seed=validation_seed, resize_interpolation=resize_interpolation, skip_image_resolution=skip_image_resolution,
+            validation_seed=validation_seed, resize_interpolation=resize_interpolation,
+            skip_image_resolution=skip_image_resolution,
         )
 
 
@@ -156,8 +177,8 @@ class _Processes:
 
 
 class DatasetGroup(own.DatasetGroup):
-    """Datasets as one list of batches: `group[i]` is batch i of the present epoch, for a DataLoader with batch_size 1 and
-    `collator_class`. The order within an epoch is a function of its number and the seed."""
+    """Datasets as one list of batches: `group[i]` is batch i of the present epoch, for a DataLoader with batch_size 1
+    and `collator_class`. The order within an epoch is a function of its number and the seed."""
 
     def __init__(self, datasets: Sequence[own.Dataset]) -> None:
         super().__init__(datasets, is_training=all(dataset.is_training for dataset in datasets))
@@ -177,7 +198,9 @@ class DatasetGroup(own.DatasetGroup):
         key = (self.epoch, self.step)
         if self._requests is None or self._requests[0] != key:
             plan = self.plan(self.epoch, self.datasets[0].seed, 1)
-            requests = requests_of_epoch(plan, epoch=self.epoch, first_step=self.step, rank=0, num_processes=1, is_training=self.is_training)
+            requests = requests_of_epoch(
+                plan, epoch=self.epoch, first_step=self.step, rank=0, num_processes=1, is_training=self.is_training
+            )
             self._requests = key, list(requests)
         return self._requests[1]
 
@@ -206,9 +229,18 @@ class DatasetGroup(own.DatasetGroup):
 
     def verify_bucket_reso_steps(self, min_steps: int) -> None:
         """ConfigError when bucket sides could be no multiples of `min_steps`."""
-        wrong = [dataset.params for dataset in self.datasets if dataset.params.enable_bucket and dataset.params.bucket_reso_steps % min_steps]
+        wrong = [
+            dataset.params
+            for dataset in self.datasets
+            if dataset.params.enable_bucket and dataset.params.bucket_reso_steps % min_steps
+        ]
         if wrong:
-            raise ConfigError([f"{p.label}: bucket_reso_steps is {p.bucket_reso_steps}; needed: a multiple of {min_steps}" for p in wrong])
+            raise ConfigError(
+                [
+                    f"{p.label}: bucket_reso_steps is {p.bucket_reso_steps}; needed: a multiple of {min_steps}"
+                    for p in wrong
+                ]
+            )
 
     def is_latent_cacheable(self) -> bool:
         return not caching_problems(self.subsets, latents=True, text=False)
@@ -232,9 +264,12 @@ def current_strategies() -> StrategySet:
 
 
 class MinimalDataset(torch.utils.data.Dataset):
-    """The base of an own dataset for --dataset_class; see library/dataset/custom.py for what a subclass sets and gives."""
+    """The base of an own dataset for --dataset_class; see library/dataset/custom.py for what a subclass sets and
+    gives."""
 
-    def __init__(self, resolution: tuple[int, int] | None, network_multiplier: float, debug_dataset: bool = False) -> None:
+    def __init__(
+        self, resolution: tuple[int, int] | None, network_multiplier: float, debug_dataset: bool = False
+    ) -> None:
         self.resolution, self.network_multiplier, self.debug_dataset = resolution, network_multiplier, debug_dataset
         self.num_train_images = self.num_reg_images = 0
         self.batch_size = 1
@@ -271,15 +306,16 @@ class MinimalDataset(torch.utils.data.Dataset):
 def load_arbitrary_dataset(args: Any, tokenizer: Any = None) -> Any:
     """The dataset of --dataset_class. ConfigError naming what it lacks."""
     group = load_custom_dataset(
-        args.dataset_class, max_token_length=getattr(args, "max_token_length", None), resolution=getattr(args, "resolution", None),
+        args.dataset_class, max_token_length=getattr(args, "max_token_length", None),
+        resolution=getattr(args, "resolution", None),
         debug_dataset=bool(getattr(args, "debug_dataset", False)), tokenizer=tokenizer,
     )
     return group.dataset
 
 
 class collator_class:
-    """`collate_fn` of a DataLoader over batches: tells the dataset, in whichever process it is, the epoch and step, and takes the
-    one batch. `epoch` and `step` have a `value`."""
+    """`collate_fn` of a DataLoader over batches: tells the dataset, in whichever process it is, the epoch and step, and
+    takes the one batch. `epoch` and `step` have a `value`."""
 
     def __init__(self, epoch: Any, step: Any, dataset: Any) -> None:
         self.current_epoch, self.current_step, self.dataset = epoch, step, dataset
@@ -292,6 +328,8 @@ class collator_class:
         return examples[0]
 
 
-def debug_dataset(train_dataset: own.DatasetGroup, show_input_ids: bool = False, show: Callable[[str], None] = print) -> int:
+def debug_dataset(
+    train_dataset: own.DatasetGroup, show_input_ids: bool = False, show: Callable[[str], None] = print
+) -> int:
     """Describe every sample of an epoch, tokens by their shapes; returns how many."""
     return show_dataset(train_dataset, seed=train_dataset.datasets[0].seed, show=show)

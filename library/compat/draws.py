@@ -12,7 +12,8 @@ from library.core.keyed_random import StepDraws
 
 @dataclass(frozen=True)
 class GlobalDraws(StepDraws):
-    """StepDraws of `len(positions)` samples that go on with the global generator: set torch.manual_seed to repeat them."""
+    """StepDraws of `len(positions)` samples that go on with the global generator: set torch.manual_seed to repeat
+    them."""
 
     @classmethod
     def of(cls, samples: int) -> GlobalDraws:

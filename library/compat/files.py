@@ -50,12 +50,15 @@ def get_remove_step_no(args: Any, step_no: int) -> int | None:
 
 
 def save_and_remove_state_on_epoch_end(args: Any, accelerator: Any, epoch_no: int) -> None:
-    """accelerate's state after a finished epoch (from 1), and the one that falls out of --save_last_n_epochs(_state) goes."""
+    """accelerate's state after a finished epoch (from 1), and the one that falls out of --save_last_n_epochs(_state)
+    goes."""
     options = options_of(args, SavingOptions)
     keep = options.save_last_n_epochs if options.save_last_n_epochs_state is None else options.save_last_n_epochs_state
     old = None if keep is None else outdated_epoch(epoch_no, options.save_every_n_epochs, keep)
     names = CheckpointNames(options.output_name)
-    _save_state(args, accelerator, names.state(names.epoch(epoch_no)), None if old is None else names.state(names.epoch(old)))
+    _save_state(
+        args, accelerator, names.state(names.epoch(epoch_no)), None if old is None else names.state(names.epoch(old))
+    )
 
 
 def save_and_remove_state_stepwise(args: Any, accelerator: Any, step_no: int) -> None:
@@ -64,7 +67,9 @@ def save_and_remove_state_stepwise(args: Any, accelerator: Any, step_no: int) ->
     keep = options.save_last_n_steps if options.save_last_n_steps_state is None else options.save_last_n_steps_state
     old = None if keep is None else outdated_step(step_no, options.save_every_n_steps, keep)
     names = CheckpointNames(options.output_name)
-    _save_state(args, accelerator, names.state(names.step(step_no)), None if old is None else names.state(names.step(old)))
+    _save_state(
+        args, accelerator, names.state(names.step(step_no)), None if old is None else names.state(names.step(old))
+    )
 
 
 def save_state_on_train_end(args: Any, accelerator: Any) -> None:

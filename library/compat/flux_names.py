@@ -23,23 +23,31 @@ from library.training.timesteps import flow_weights
 
 
 def load_flow_model(
-    ckpt_path: str | os.PathLike, dtype: torch.dtype | None, device: str | torch.device, disable_mmap: bool = False, model_type: str = "flux"
+    ckpt_path: str | os.PathLike, dtype: torch.dtype | None, device: str | torch.device, disable_mmap: bool = False,
+    model_type: str = "flux"
 ) -> tuple[bool, Flux]:
     """(whether it is schnell, the denoiser). Other values of `model_type` are other families."""
     if model_type != "flux":
-        raise UnsupportedCombination(f"model_type is {model_type}; this call loads FLUX.1, another model is a family of its own")
+        raise UnsupportedCombination(
+            f"model_type is {model_type}; this call loads FLUX.1, another model is a family of its own"
+        )
     model = load_flux(ckpt_path, dtype, device, disable_mmap)
     return not model.params.guidance_embed, model
 
 
 def load_controlnet(
-    ckpt_path: str | os.PathLike, is_schnell: bool, dtype: torch.dtype | None, device: str | torch.device, disable_mmap: bool = False
+    ckpt_path: str | os.PathLike, is_schnell: bool, dtype: torch.dtype | None, device: str | torch.device,
+    disable_mmap: bool = False
 ) -> Any:
     """There are no ControlNets of FLUX.1 here."""
-    raise UnsupportedCombination(f"{ckpt_path}: ControlNets of FLUX.1 are not there; load_flow_model loads the denoiser, which runs without one")
+    raise UnsupportedCombination(
+        f"{ckpt_path}: ControlNets of FLUX.1 are not there; load_flow_model loads the denoiser, which runs without one"
+    )
 
 
-def get_sigmas(noise_scheduler: Any, timesteps: Tensor, device: torch.device, n_dim: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
+def get_sigmas(
+    noise_scheduler: Any, timesteps: Tensor, device: torch.device, n_dim: int = 4, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Sigmas of timesteps on the 0..1000 scale, with `n_dim` dimensions; a flow needs no table of the scheduler."""
     sigmas = timesteps.to(device=device, dtype=torch.float32) / 1000
     return sigmas.reshape(-1, *[1] * (n_dim - 1)).to(dtype)
@@ -48,16 +56,19 @@ def get_sigmas(noise_scheduler: Any, timesteps: Tensor, device: torch.device, n_
 def get_noisy_model_input_and_timesteps(
     args: Any, noise_scheduler: Any, latents: Tensor, noise: Tensor, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(noisy latents, timesteps [B] on the 0..1000 scale, sigmas [B, 1, ...]) of the options, drawn from torch's global generator."""
+    """(noisy latents, timesteps [B] on the 0..1000 scale, sigmas [B, 1, ...]) of the options, drawn from torch's global
+    generator."""
     options, draws = options_of(args, TimestepOptions), GlobalDraws.of(len(latents))
     sigmas = timestep_samplers.build(options).sample(latents.shape, draws).to(device)
     sample = FlowMatchingObjective(options, options_of(args, NoiseOptions)).corrupt(latents, noise, sigmas, draws)
     return sample.noisy_latents.to(dtype), sample.timesteps, expand_like(sample.sigmas, latents)
 
 
-def apply_model_prediction_type(args: Any, model_pred: Tensor, noisy_model_input: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(what is compared with the target, weights of the loss or None). raw: the velocity; sigma_scaled: the estimate of the clean
-    latents, weighted by --weighting_scheme."""
+def apply_model_prediction_type(
+    args: Any, model_pred: Tensor, noisy_model_input: Tensor, sigmas: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """(what is compared with the target, weights of the loss or None). raw: the velocity; sigma_scaled: the estimate of
+    the clean latents, weighted by --weighting_scheme."""
     kind = args.model_prediction_type
     if kind == "raw":
         return model_pred, None

@@ -22,10 +22,11 @@ def join_metadata(metadata: Mapping[str, str] | None, epochs: int, steps: int) -
 
 
 def write_diffusers_folder(
-    kind: str, output_dir: str, save: Callable[..., None], unet: Any, vae: Any, encoders: Mapping[str, Any], dtype: torch.dtype | None = None
+    kind: str, output_dir: str, save: Callable[..., None], unet: Any, vae: Any, encoders: Mapping[str, Any],
+    dtype: torch.dtype | None = None
 ) -> None:
-    """A folder in the layout of diffusers, by way of one file that `save(path, metadata=...)` writes beside it. `encoders`: name of the
-    slot -> text encoder."""
+    """A folder in the layout of diffusers, by way of one file that `save(path, metadata=...)` writes beside it.
+    `encoders`: name of the slot -> text encoder."""
     from tools.model_tools.ldm_folder import read_single, tokenizer_of, write_folder
 
     parent = os.path.dirname(os.path.abspath(output_dir))
@@ -47,4 +48,8 @@ def _hyper_parameters(unet: Any, vae: Any, encoders: Mapping[str, Any]) -> dict[
         }
         for name, model in encoders.items()
     }
-    return {**{name: getattr(unet.params, name) for name in names}, "vae": {"norm_groups": vae.params.norm_groups}, **texts}
+    return {
+        **{name: getattr(unet.params, name) for name in names},
+        "vae": {"norm_groups": vae.params.norm_groups},
+        **texts,
+    }

@@ -1,7 +1,7 @@
 """Noise, losses and their weights as functions of a namespace and a noise scheduler.
 
-A noise scheduler is any object with `alphas_cumprod` [1000] (of diffusers, say); one without stands for flow matching, whose
-timestep t means the noise level t / 1000.
+A noise scheduler is any object with `alphas_cumprod` [1000] (of diffusers, say); one without stands for flow matching,
+whose timestep t means the noise level t / 1000.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ from library.training.option_groups import NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
 
 __all__ = [
-    "add_v_prediction_like_loss", "apply_debiased_estimation", "apply_masked_loss", "apply_noise_offset", "apply_snr_weight",
+    "add_v_prediction_like_loss", "apply_debiased_estimation", "apply_masked_loss", "apply_noise_offset",
+    "apply_snr_weight",
     "conditional_loss", "fix_noise_scheduler_betas_for_zero_terminal_snr", "get_huber_threshold_if_needed",
-    "get_noise_noisy_latents_and_timesteps", "get_snr_scale", "parse_prompt_attention", "prepare_scheduler_for_custom_training",
+    "get_noise_noisy_latents_and_timesteps", "get_snr_scale", "parse_prompt_attention",
+    "prepare_scheduler_for_custom_training",
     "pyramid_noise_like", "scale_v_prediction_loss_like_noise_prediction",
 ]  # fmt: skip
 
@@ -57,9 +59,11 @@ class SchedulerLevels:
 # -- noise -----------------------------------------------------------------------------------------------------------
 
 
-def get_noise_noisy_latents_and_timesteps(args: Any, noise_scheduler: Any, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(noise that is the target, noisy latents, timesteps [B] int64) of a model with a table of noise levels, drawn from torch's
-    global generator. The table is that of Stable Diffusion, rescaled with --zero_terminal_snr."""
+def get_noise_noisy_latents_and_timesteps(
+    args: Any, noise_scheduler: Any, latents: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(noise that is the target, noisy latents, timesteps [B] int64) of a model with a table of noise levels, drawn
+    from torch's global generator. The table is that of Stable Diffusion, rescaled with --zero_terminal_snr."""
     options, draws = options_of(args, TimestepOptions), GlobalDraws.of(len(latents))
     objective = DdpmObjective(options, options_of(args, NoiseOptions))
     times = timestep_samplers.build(options, is_flow=False).sample(latents.shape, draws)
@@ -73,7 +77,9 @@ def pyramid_noise_like(noise: Tensor, device: torch.device, iterations: int = 6,
     return with_multires_noise(noise.to(device), options, GlobalDraws.of(len(noise)))
 
 
-def apply_noise_offset(latents: Tensor, noise: Tensor, noise_offset: float | None, adaptive_noise_scale: float | None) -> Tensor:
+def apply_noise_offset(
+    latents: Tensor, noise: Tensor, noise_offset: float | None, adaptive_noise_scale: float | None
+) -> Tensor:
     options = NoiseOptions(noise_offset=noise_offset, adaptive_noise_scale=adaptive_noise_scale)
     return with_noise_offset(noise, latents, options, GlobalDraws.of(len(noise)))
 
@@ -104,8 +110,11 @@ def get_huber_threshold_if_needed(args: Any, timesteps: Tensor, noise_scheduler:
     return huber_threshold(options, timesteps, SchedulerLevels(noise_scheduler))
 
 
-def conditional_loss(model_pred: Tensor, target: Tensor, loss_type: str, reduction: str, huber_c: Tensor | None = None) -> Tensor:
-    """The loss of each element, reduced by "none", "mean" or "sum"; `huber_c` [B] is what get_huber_threshold_if_needed gives."""
+def conditional_loss(
+    model_pred: Tensor, target: Tensor, loss_type: str, reduction: str, huber_c: Tensor | None = None
+) -> Tensor:
+    """The loss of each element, reduced by "none", "mean" or "sum"; `huber_c` [B] is what get_huber_threshold_if_needed
+    gives."""
     if loss_type in ("huber", "smooth_l1"):
         if huber_c is None:
             raise ValueError(f"loss_type {loss_type} needs huber_c; get_huber_threshold_if_needed gives it")
@@ -114,13 +123,17 @@ def conditional_loss(model_pred: Tensor, target: Tensor, loss_type: str, reducti
     elif loss_type in LOSSES:
         loss = LOSSES.resolve(loss_type)(LossOptions(loss_type=loss_type), model_pred, target, None, None)
     else:
-        raise ConfigError(f"loss_type is '{loss_type}'{did_you_mean(loss_type, LOSSES.names())} Known: {', '.join(LOSSES.names())}")
+        raise ConfigError(
+            f"loss_type is '{loss_type}'{did_you_mean(loss_type, LOSSES.names())} Known: {', '.join(LOSSES.names())}"
+        )
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction is '{reduction}'; known: none, mean, sum")
     return loss if reduction == "none" else getattr(loss, reduction)()
 
 
-def apply_snr_weight(loss: Tensor, timesteps: Tensor, noise_scheduler: Any, gamma: float, v_prediction: bool = False) -> Tensor:
+def apply_snr_weight(
+    loss: Tensor, timesteps: Tensor, noise_scheduler: Any, gamma: float, v_prediction: bool = False
+) -> Tensor:
     """Losses [B] weighted by min-SNR."""
     return loss * min_snr_factor(SchedulerLevels(noise_scheduler).snr(timesteps), gamma, v_prediction)
 
@@ -134,11 +147,15 @@ def scale_v_prediction_loss_like_noise_prediction(loss: Tensor, timesteps: Tenso
     return loss * get_snr_scale(timesteps, noise_scheduler)
 
 
-def add_v_prediction_like_loss(loss: Tensor, timesteps: Tensor, noise_scheduler: Any, v_pred_like_loss: float) -> Tensor:
+def add_v_prediction_like_loss(
+    loss: Tensor, timesteps: Tensor, noise_scheduler: Any, v_pred_like_loss: float
+) -> Tensor:
     return loss * v_pred_like_factor(SchedulerLevels(noise_scheduler).snr(timesteps), v_pred_like_loss, False)
 
 
-def apply_debiased_estimation(loss: Tensor, timesteps: Tensor, noise_scheduler: Any, v_prediction: bool = False) -> Tensor:
+def apply_debiased_estimation(
+    loss: Tensor, timesteps: Tensor, noise_scheduler: Any, v_prediction: bool = False
+) -> Tensor:
     return loss * debiased_factor(SchedulerLevels(noise_scheduler).snr(timesteps), True, v_prediction)
 
 

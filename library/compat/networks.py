@@ -20,7 +20,8 @@ class _Network(AdditionalNetwork):
     LORA_PREFIX_TEXT_ENCODER = "lora_te"
 
     def _build(
-        self, text_encoder: Any, unet: nn.Module, multiplier: float, rank: int, alpha: float | None, dropout: float | None, pairs: Mapping[str, Any],
+        self, text_encoder: Any, unet: nn.Module, multiplier: float, rank: int, alpha: float | None,
+        dropout: float | None, pairs: Mapping[str, Any],
         module_class: type, modules_dim: Mapping[str, int] | None, modules_alpha: Mapping[str, float] | None,
     ) -> None:
         kind = KIND if module_class is LoRAModule else dataclasses.replace(KIND, module_class=module_class)
@@ -30,13 +31,19 @@ class _Network(AdditionalNetwork):
             super().__init__(made.targets, made.settings, made.loras, multiplier)
             return
         targets = kind.targets(targets_of_denoiser(unet))
-        settings = read_settings(kind, targets, 1, alpha, dropout, {**given, "conv_dim": 1})  # every layer; the ranks are given
+        settings = read_settings(
+            kind, targets, 1, alpha, dropout, {**given, "conv_dim": 1}
+        )  # every layer; the ranks are given
         modules = []
         for plan in plan_network(targets, unet, encoder_list(text_encoder), settings):
             name = plan.layer.lora_name
             if modules_dim.get(name):
                 own_alpha = (modules_alpha or {}).get(name, modules_dim[name])
-                modules.append(build_module(kind, dataclasses.replace(plan, rank=modules_dim[name], alpha=own_alpha), multiplier, settings))
+                modules.append(
+                    build_module(
+                        kind, dataclasses.replace(plan, rank=modules_dim[name], alpha=own_alpha), multiplier, settings
+                    )
+                )
         super().__init__(targets, settings, modules, multiplier)
 
 
@@ -45,19 +52,25 @@ class LoRANetwork(_Network):
 
     def __init__(
         self, text_encoder: Any, unet: nn.Module, multiplier: float = 1.0, lora_dim: int = 4, alpha: float | None = 1,
-        dropout: float | None = None, rank_dropout: float | None = None, module_dropout: float | None = None, conv_lora_dim: int | None = None,
-        conv_alpha: float | None = None, block_dims: Sequence[int] | None = None, block_alphas: Sequence[float] | None = None,
+        dropout: float | None = None, rank_dropout: float | None = None, module_dropout: float | None = None,
+        conv_lora_dim: int | None = None,
+        conv_alpha: float | None = None, block_dims: Sequence[int] | None = None,
+        block_alphas: Sequence[float] | None = None,
         conv_block_dims: Sequence[int] | None = None, conv_block_alphas: Sequence[float] | None = None,
-        modules_dim: Mapping[str, int] | None = None, modules_alpha: Mapping[str, float] | None = None, module_class: type = LoRAModule,
+        modules_dim: Mapping[str, int] | None = None, modules_alpha: Mapping[str, float] | None = None,
+        module_class: type = LoRAModule,
         varbose: bool = False, is_sdxl: bool = False,
     ) -> None:
         pairs = {
             "rank_dropout": rank_dropout, "module_dropout": module_dropout, "conv_dim": conv_lora_dim,
             "conv_alpha": conv_alpha if conv_lora_dim or conv_block_dims else None, "block_dims": _row(block_dims),
-            "block_alphas": _row(block_alphas), "conv_block_dims": _row(conv_block_dims), "conv_block_alphas": _row(conv_block_alphas),
+            "block_alphas": _row(block_alphas), "conv_block_dims": _row(conv_block_dims),
+            "conv_block_alphas": _row(conv_block_alphas),
             "verbose": varbose or None,
         }
-        self._build(text_encoder, unet, multiplier, lora_dim, alpha, dropout, pairs, module_class, modules_dim, modules_alpha)
+        self._build(
+            text_encoder, unet, multiplier, lora_dim, alpha, dropout, pairs, module_class, modules_dim, modules_alpha
+        )
 
 
 class FluxLoRANetwork(_Network):
@@ -66,28 +79,38 @@ class FluxLoRANetwork(_Network):
     LORA_PREFIX_TEXT_ENCODER_CLIP = "lora_te1"
     LORA_PREFIX_TEXT_ENCODER_T5 = "lora_te3"
     PARTS = (
-        "img_attn_dim", "txt_attn_dim", "img_mlp_dim", "txt_mlp_dim", "img_mod_dim", "txt_mod_dim", "single_dim", "single_mod_dim",
+        "img_attn_dim", "txt_attn_dim", "img_mlp_dim", "txt_mlp_dim", "img_mod_dim", "txt_mod_dim", "single_dim",
+        "single_mod_dim",
     )  # fmt: skip
 
     def __init__(
         self, text_encoders: Any, unet: nn.Module, multiplier: float = 1.0, lora_dim: int = 4, alpha: float | None = 1,
-        dropout: float | None = None, rank_dropout: float | None = None, module_dropout: float | None = None, conv_lora_dim: int | None = None,
+        dropout: float | None = None, rank_dropout: float | None = None, module_dropout: float | None = None,
+        conv_lora_dim: int | None = None,
         conv_alpha: float | None = None, module_class: type = LoRAModule, modules_dim: Mapping[str, int] | None = None,
-        modules_alpha: Mapping[str, float] | None = None, train_blocks: str | None = None, split_qkv: bool = False, train_t5xxl: bool = False,
+        modules_alpha: Mapping[str, float] | None = None, train_blocks: str | None = None, split_qkv: bool = False,
+        train_t5xxl: bool = False,
         type_dims: Sequence[int | None] | None = None, in_dims: Sequence[int] | None = None,
-        train_double_block_indices: Sequence[bool] | None = None, train_single_block_indices: Sequence[bool] | None = None,
+        train_double_block_indices: Sequence[bool] | None = None,
+        train_single_block_indices: Sequence[bool] | None = None,
         reg_dims: Mapping[str, int] | None = None, ggpo_beta: float | None = None, ggpo_sigma: float | None = None,
         reg_lrs: Mapping[str, float] | None = None, verbose: bool = False,
     ) -> None:
         """`type_dims` in the order of PARTS; block indices tell for each block whether it is trained."""
         pairs = {
             "rank_dropout": rank_dropout, "module_dropout": module_dropout, "conv_dim": conv_lora_dim,
-            "conv_alpha": conv_alpha if conv_lora_dim else None, "train_blocks": train_blocks, "split_qkv": split_qkv or None,
-            "train_t5xxl": train_t5xxl or None, "in_dims": _row(in_dims), "train_double_block_indices": _numbers(train_double_block_indices),
-            "train_single_block_indices": _numbers(train_single_block_indices), "network_reg_dims": reg_dims, "network_reg_lrs": reg_lrs,
-            "ggpo_beta": ggpo_beta, "ggpo_sigma": ggpo_sigma, "verbose": verbose or None, **dict(zip(self.PARTS, type_dims or ())),
+            "conv_alpha": conv_alpha if conv_lora_dim else None, "train_blocks": train_blocks,
+            "split_qkv": split_qkv or None,
+            "train_t5xxl": train_t5xxl or None, "in_dims": _row(in_dims),
+            "train_double_block_indices": _numbers(train_double_block_indices),
+            "train_single_block_indices": _numbers(train_single_block_indices), "network_reg_dims": reg_dims,
+            "network_reg_lrs": reg_lrs,
+            "ggpo_beta": ggpo_beta, "ggpo_sigma": ggpo_sigma, "verbose": verbose or None,
+            **dict(zip(self.PARTS, type_dims or ())),
         }
-        self._build(text_encoders, unet, multiplier, lora_dim, alpha, dropout, pairs, module_class, modules_dim, modules_alpha)
+        self._build(
+            text_encoders, unet, multiplier, lora_dim, alpha, dropout, pairs, module_class, modules_dim, modules_alpha
+        )
 
 
 def _row(values: Sequence[Any] | None) -> str | None:

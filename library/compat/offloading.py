@@ -27,11 +27,14 @@ class Offloader:
 
 
 class ModelOffloader(BlockOffloader, Offloader):
-    """Swaps a row of blocks: `prepare_block_devices_before_forward` before a forward, `wait_for_block` before each block and
-    `submit_move_blocks` after it. The backward pass brings the blocks back by itself; `debug` is taken and changes nothing.
-    The work is that of BlockOffloader, which has the blocks: the row that the methods get is the one given here."""
+    """Swaps a row of blocks: `prepare_block_devices_before_forward` before a forward, `wait_for_block` before each
+    block and `submit_move_blocks` after it. The backward pass brings the blocks back by itself; `debug` is taken and
+    changes nothing. The work is that of BlockOffloader, which has the blocks: the row that the methods get is the one
+    given here."""
 
-    def __init__(self, blocks: Sequence[nn.Module], blocks_to_swap: int, device: torch.device, debug: bool = False) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module], blocks_to_swap: int, device: torch.device, debug: bool = False
+    ) -> None:
         Offloader.__init__(self, len(blocks), blocks_to_swap, device, debug)
         BlockOffloader.__init__(self, blocks, blocks_to_swap, device)
         self.forward_only = False

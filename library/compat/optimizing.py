@@ -13,7 +13,8 @@ from library.training.hooks.losses import learning_rates_of
 
 
 def get_optimizer(args: Any, trainable_params: Iterable[Any]) -> tuple[str, str, torch.optim.Optimizer]:
-    """(name as module.Class, arguments as k=v,..., the optimizer). `trainable_params`: parameters, or groups with `params`."""
+    """(name as module.Class, arguments as k=v,..., the optimizer). `trainable_params`: parameters, or groups with
+    `params`."""
     items = list(trainable_params)
     groups = items if items and isinstance(items[0], Mapping) else [{"params": items}]
     built = optimizers.build(options_of(args, optimizers.OptimizerOptions), groups)
@@ -25,14 +26,16 @@ def is_schedulefree_optimizer(optimizer: torch.optim.Optimizer, args: Any = None
 
 
 def get_optimizer_train_eval_fn(optimizer: torch.optim.Optimizer, args: Any = None) -> tuple[Callable, Callable]:
-    """(train, eval): what puts the weights to train, or those to save and sample with, in place; empty for most optimizers."""
+    """(train, eval): what puts the weights to train, or those to save and sample with, in place; empty for most
+    optimizers."""
     if optimizers.switches_weights(optimizer):
         return optimizer.train, optimizer.eval
     return (lambda: None), (lambda: None)
 
 
 def get_scheduler_fix(args: Any, optimizer: torch.optim.Optimizer, num_processes: int) -> Any:
-    """The learning rate schedule over max_train_steps * num_processes calls of step(), as a prepared scheduler makes them."""
+    """The learning rate schedule over max_train_steps * num_processes calls of step(), as a prepared scheduler makes
+    them."""
     options = options_of(args, optimizers.OptimizerOptions)
     built = optimizers.OptimizerBuild(optimizer, optimizers.choose(options), type(optimizer).__name__, "")
     return schedulers.build(
@@ -41,14 +44,19 @@ def get_scheduler_fix(args: Any, optimizer: torch.optim.Optimizer, num_processes
     )  # fmt: skip
 
 
-def append_lr_to_logs(logs: dict[str, Any], lr_scheduler: Any, optimizer_type: str, including_unet: bool = True) -> None:
+def append_lr_to_logs(
+    logs: dict[str, Any], lr_scheduler: Any, optimizer_type: str, including_unet: bool = True
+) -> None:
     """`lr/unet`, `lr/text_encoder1` and so on of the schedule's optimizer into `logs`, as far as it has groups."""
     names = (["unet"] if including_unet else []) + ["text_encoder1", "text_encoder2", "text_encoder3"]
     append_lr_to_logs_with_names(logs, lr_scheduler, optimizer_type, names)
 
 
-def append_lr_to_logs_with_names(logs: dict[str, Any], lr_scheduler: Any, optimizer_type: str, names: list[str]) -> None:
-    """`optimizer_type` is taken for compatibility: whether an optimizer estimates its step size stands in its groups."""
+def append_lr_to_logs_with_names(
+    logs: dict[str, Any], lr_scheduler: Any, optimizer_type: str, names: list[str]
+) -> None:
+    """`optimizer_type` is taken for compatibility: whether an optimizer estimates its step size stands in its
+    groups."""
     scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)  # of accelerate's wrapper
     groups = scheduler.optimizer.param_groups
     rates = learning_rates_of([{**group, "name": name} for group, name in zip(groups, names)])

@@ -1,4 +1,5 @@
-"""Sample prompts as dictionaries, and samples in a loop of one's own: the pictures of a run, from models that the caller holds."""
+"""Sample prompts as dictionaries, and samples in a loop of one's own: the pictures of a run, from models that the
+caller holds."""
 
 from __future__ import annotations
 
@@ -41,45 +42,72 @@ def load_prompts(prompt_file: str) -> list[dict[str, Any]]:
 
 
 def sample_images_sd(
-    accelerator: Any, args: Any, epoch: int | None, steps: int, device: Any, vae: Any, tokenizer: Any, text_encoder: Any, unet_wrapped: Any,
+    accelerator: Any, args: Any, epoch: int | None, steps: int, device: Any, vae: Any, tokenizer: Any,
+    text_encoder: Any, unet_wrapped: Any,
     prompt_replacement: Replacement | None = None, controlnet: Any = None,
 ) -> None:
-    """The samples of Stable Diffusion 1 and 2 where they are due: step 0 with --sample_at_first, else by step, or by epoch where one is
-    given. `tokenizer` may be a TokenizeStrategy; else that of set_strategy or of the options counts."""
+    """The samples of Stable Diffusion 1 and 2 where they are due: step 0 with --sample_at_first, else by step, or by
+    epoch where one is given. `tokenizer` may be a TokenizeStrategy; else that of set_strategy or of the options
+    counts."""
     _sample("sd", accelerator, args, epoch, steps, vae, unet_wrapped, text_encoder, tokenizer, None, prompt_replacement)
 
 
 def sample_images_sdxl(
-    accelerator: Any, args: Any, epoch: int | None, steps: int, device: Any, vae: Any, tokenizer: Any, text_encoder: Any, unet_wrapped: Any,
+    accelerator: Any, args: Any, epoch: int | None, steps: int, device: Any, vae: Any, tokenizer: Any,
+    text_encoder: Any, unet_wrapped: Any,
     prompt_replacement: Replacement | None = None, controlnet: Any = None,
 ) -> None:
     """The samples of SDXL, as those of Stable Diffusion; `text_encoder` is the list of both."""
-    _sample("sdxl", accelerator, args, epoch, steps, vae, unet_wrapped, text_encoder, tokenizer, None, prompt_replacement)
+    _sample(
+        "sdxl", accelerator, args, epoch, steps, vae, unet_wrapped, text_encoder, tokenizer, None, prompt_replacement
+    )
 
 
 def sample_images_flux(
     accelerator: Any, args: Any, epoch: int | None, steps: int, flux: Any, ae: Any, text_encoders: Any,
-    sample_prompts_te_outputs: Mapping[str, Sequence[Any]] | None, prompt_replacement: Replacement | None = None, controlnet: Any = None,
+    sample_prompts_te_outputs: Mapping[str, Sequence[Any]] | None, prompt_replacement: Replacement | None = None,
+    controlnet: Any = None,
 ) -> None:
     """The samples of FLUX.1; `sample_prompts_te_outputs` (text -> list of outputs) spares the text encoders."""
-    _sample("flux", accelerator, args, epoch, steps, ae, flux, text_encoders, None, sample_prompts_te_outputs, prompt_replacement)
+    _sample(
+        "flux",
+        accelerator,
+        args,
+        epoch,
+        steps,
+        ae,
+        flux,
+        text_encoders,
+        None,
+        sample_prompts_te_outputs,
+        prompt_replacement,
+    )
 
 
 @torch.no_grad()
 def _sample(
-    family_name: str, accelerator: Any, args: Any, epoch: int | None, steps: int, vae: Any, denoiser: Any, text_encoders: Any, tokenize: Any,
+    family_name: str, accelerator: Any, args: Any, epoch: int | None, steps: int, vae: Any, denoiser: Any,
+    text_encoders: Any, tokenize: Any,
     outputs: Mapping[str, Sequence[Any]] | None, replacement: Replacement | None,
 ) -> None:
     at = "first" if steps == 0 else "step" if epoch is None else "epoch"
     path = getattr(args, "sample_prompts", None)
     config = config_of(args, family_name, "network") if path else None
-    if config is None or not is_sample_due(config[SamplingOptions], at, steps, epoch or 0) or not accelerator.is_main_process:
+    if (
+        config is None
+        or not is_sample_due(config[SamplingOptions], at, steps, epoch or 0)
+        or not accelerator.is_main_process
+    ):
         return
     family = import_target(record_of(family_name).family)(config)
     strategies = _strategies(family, tokenize)
     prompts = [_replaced(prompt, replacement) for prompt in read_prompts(path)]
     encoders = [*text_encoders] if isinstance(text_encoders, (list, tuple)) else [text_encoders]
-    models = Models(vae, [accelerator.unwrap_model(e) if e is not None else None for e in encoders], accelerator.unwrap_model(denoiser))
+    models = Models(
+        vae,
+        [accelerator.unwrap_model(e) if e is not None else None for e in encoders],
+        accelerator.unwrap_model(denoiser),
+    )
     seed, mode = getattr(args, "seed", None) or 0, models.denoiser.training
     models.denoiser.eval()
     try:
@@ -87,13 +115,24 @@ def _sample(
             texts = {text: strategies.layout.named(tensors) for text, tensors in (outputs or {}).items()}
             texts |= encode_sample_prompts(family, strategies, models.text_encoders, prompts) if not texts else {}
             for number, given in enumerate(prompts):
-                _write(config[SavingOptions], family, models, given, texts, at, number, epoch if at == "epoch" else steps, seed)
+                _write(
+                    config[SavingOptions],
+                    family,
+                    models,
+                    given,
+                    texts,
+                    at,
+                    number,
+                    epoch if at == "epoch" else steps,
+                    seed,
+                )
     finally:
         models.denoiser.train(mode)
 
 
 def _write(
-    saving: SavingOptions, family: Any, models: Models, given: SamplePrompt, texts: Mapping[str, Any], at: str, number: int, when: int, seed: int
+    saving: SavingOptions, family: Any, models: Models, given: SamplePrompt, texts: Mapping[str, Any], at: str,
+    number: int, when: int, seed: int
 ) -> None:
     prompt = family.sample_defaults(given)
     if prompt.seed is None:
@@ -101,7 +140,8 @@ def _write(
     negative = texts[prompt.negative_prompt or ""] if family.needs_negative(prompt) else None
     image = family.pipeline(models).sample(prompt, texts[prompt.prompt], negative)
     name = sample_file_name(
-        saving.output_name, at, when, enum=number if given.enum is None else given.enum, seed=given.seed, timestamp=time.strftime("%Y%m%d%H%M%S")
+        saving.output_name, at, when, enum=number if given.enum is None else given.enum, seed=given.seed,
+        timestamp=time.strftime("%Y%m%d%H%M%S")
     )
     logger.info("wrote %s", write_picture(image, Path(saving.output_dir or ".") / name, {}))
 
@@ -118,4 +158,6 @@ def _replaced(prompt: SamplePrompt, replacement: Replacement | None) -> SamplePr
     if replacement is None:
         return prompt
     texts = {name: getattr(prompt, name) for name in ("prompt", "negative_prompt")}
-    return dataclasses.replace(prompt, **{name: text.replace(*replacement) for name, text in texts.items() if text is not None})
+    return dataclasses.replace(
+        prompt, **{name: text.replace(*replacement) for name, text in texts.items() if text is not None}
+    )

@@ -44,7 +44,8 @@ def train(owner: NetworkTrainer, args: Any) -> None:
 
 
 class Calls:
-    """What the methods of a NetworkTrainer need of the run: its objects, and our own way of doing what they may override."""
+    """What the methods of a NetworkTrainer need of the run: its objects, and our own way of doing what they may
+    override."""
 
     def __init__(self, owner: NetworkTrainer, args: Any, family: Any, trainable: Any) -> None:
         self.owner, self.args, self.family, self.trainable = owner, args, family, trainable
@@ -79,11 +80,15 @@ class Calls:
         self.logs = dict(output.logs)
         return output.loss * (batch.request.group_size / len(batch))
 
-    def own_prediction(self, unet: Any, noisy_latents: Tensor, timesteps: Tensor, text_conds: Any, batch: Any, inputs: Any) -> Tensor:
+    def own_prediction(
+        self, unet: Any, noisy_latents: Tensor, timesteps: Tensor, text_conds: Any, batch: Any, inputs: Any
+    ) -> Tensor:
         sigmas = timesteps / 1000 if self.step.objective.is_flow else self.sample.sigmas
         sample = dataclasses.replace(self.sample, noisy_latents=noisy_latents, timesteps=timesteps, sigmas=sigmas)
         models = dataclasses.replace(self.step.models, denoiser=unet)
-        return self.family.own("predict")(models, sample, self.step.strategies.layout.named(text_conds, "call_unet"), batch, **inputs).pred
+        return self.family.own("predict")(
+            models, sample, self.step.strategies.layout.named(text_conds, "call_unet"), batch, **inputs
+        ).pred
 
     def own_losses(self, output: DiTOutput) -> tuple[Tensor, dict[str, Any]]:
         return type(self.step).compute_loss(self.step, output, self.sample, self.batch)
@@ -94,7 +99,8 @@ class Calls:
 
 
 def called_family(base: type) -> type:
-    """The class of a family whose loading, strategies and forward are those of its NetworkTrainer where it overrides them."""
+    """The class of a family whose loading, strategies and forward are those of its NetworkTrainer where it overrides
+    them."""
 
     class CalledFamily(base):  # type: ignore[misc, valid-type]
         calls: Calls
@@ -113,7 +119,8 @@ def called_family(base: type) -> type:
             calls = self.calls
             calls.strategies = super().strategies(trained)
             changed = {
-                field: getattr(calls.owner, name)(calls.args) for name, field in STRATEGIES.items() if calls.overrides(name)
+                field: getattr(calls.owner, name)(calls.args) for name,
+                field in STRATEGIES.items() if calls.overrides(name)
             }
             if own := changed.get("text_encoder_outputs_caching"):
                 own.trained = trained
@@ -126,13 +133,16 @@ def called_family(base: type) -> type:
             strategy.model_identity = strategy.model_identity or super().latents_caching().model_identity
             return strategy
 
-        def predict(self, models: Models, sample: NoisyLatents, conditioning: Any, batch: Any, **inputs: Any) -> DiTOutput:
+        def predict(
+            self, models: Models, sample: NoisyLatents, conditioning: Any, batch: Any, **inputs: Any
+        ) -> DiTOutput:
             calls = self.calls
             if not calls.overrides("call_unet"):
                 return super().predict(models, sample, conditioning, batch, **inputs)
             calls.sample = sample
             prediction = calls.owner.call_unet(
-                calls.args, calls.accelerator, models.denoiser, sample.noisy_latents, sample.timesteps, calls.step.strategies.layout.listed(conditioning), batch,
+                calls.args, calls.accelerator, models.denoiser, sample.noisy_latents, sample.timesteps,
+                calls.step.strategies.layout.listed(conditioning), batch,
                 calls.runtime.weight_dtype, **inputs,
             )
             return DiTOutput(prediction, sample.target)
@@ -178,23 +188,32 @@ class CallingHook(Hook):
         calls, runtime = self.calls, self.calls.runtime
         calls.step, calls.times, calls.batch, calls.logs = step, times, batch, {}
         loss = self.owner.process_batch(
-            batch, step.models.text_encoders, step.models.denoiser, calls.network, step.models.vae, step.objective, runtime.vae_dtype,
-            runtime.weight_dtype, runtime.accelerator, self.args, step.strategies.text_encoding, step.strategies.tokenize,
+            batch, step.models.text_encoders, step.models.denoiser, calls.network, step.models.vae, step.objective,
+            runtime.vae_dtype,
+            runtime.weight_dtype, runtime.accelerator, self.args, step.strategies.text_encoding,
+            step.strategies.tokenize,
             is_train=batch.request.is_training, train_text_encoder=any(step.trained_text_encoders),
         )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ConfigError(f"{type(self.owner).__name__}.process_batch gave {_shape(loss)}; needed: the loss as a tensor with one number")
+            raise ConfigError(
+                f"{type(self.owner).__name__}.process_batch gave {_shape(loss)}; needed: the loss as a tensor with one number"
+            )
         loss, count = loss.reshape(()), len(batch)
         return StepOutput(loss * (count / batch.request.group_size), loss.detach() * count, count, calls.logs)
 
-    def _compute_loss(self, step: Any, output: DiTOutput, sample: NoisyLatents, batch: Any) -> tuple[Tensor, dict[str, Any]]:
+    def _compute_loss(
+        self, step: Any, output: DiTOutput, sample: NoisyLatents, batch: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
         calls, runtime = self.calls, self.calls.runtime
         calls.step, calls.sample, calls.batch = step, sample, batch
         loss, logs = self.owner.compute_loss(
-            self.args, output, sample.timesteps, step.objective, runtime.weight_dtype, runtime.trained_dtype, batch.request.step
+            self.args, output, sample.timesteps, step.objective, runtime.weight_dtype, runtime.trained_dtype,
+            batch.request.step
         )
         if not isinstance(loss, Tensor) or loss.numel() not in (1, len(batch)):
-            raise ConfigError(f"{type(self.owner).__name__}.compute_loss gave {_shape(loss)}; needed: one number, or one for each of {len(batch)}")
+            raise ConfigError(
+                f"{type(self.owner).__name__}.compute_loss gave {_shape(loss)}; needed: one number, or one for each of {len(batch)}"
+            )
         return loss.reshape(-1).expand(len(batch)), dict(logs)
 
     def on_transformer_loaded(self, denoiser: Any) -> None:
@@ -205,14 +224,20 @@ class CallingHook(Hook):
         if not calls.overrides("extra_trainable_params"):
             return []
         groups = calls.trainable.param_groups()
-        all_groups = self.owner.extra_trainable_params(self.args, calls.accelerator, calls.network, calls.denoiser, list(groups))
+        all_groups = self.owner.extra_trainable_params(
+            self.args, calls.accelerator, calls.network, calls.denoiser, list(groups)
+        )
         if any(all(group is not kept for kept in all_groups) for group in groups):
-            raise ConfigError(f"{type(self.owner).__name__}.extra_trainable_params left out groups that it was given; it may only add some")
+            raise ConfigError(
+                f"{type(self.owner).__name__}.extra_trainable_params left out groups that it was given; it may only add some"
+            )
         return [group for group in all_groups if all(group is not own for own in groups)]
 
     def on_train_start(self, run: Any) -> None:
         self.calls.run, self.calls.step = run, run.step
-        self.owner.on_train_start(self.args, self.calls.accelerator, self.calls.network, run.models.denoiser, run.optimizer)
+        self.owner.on_train_start(
+            self.args, self.calls.accelerator, self.calls.network, run.models.denoiser, run.optimizer
+        )
         self._sample_images(run, epoch=0)
 
     def on_step_start(self, run: Any, batch: Any) -> None:
@@ -251,14 +276,16 @@ class CallingHook(Hook):
     def _about_samples(self, run: Any) -> tuple[Any, ...]:
         hook = run.hooks.find(SampleHook)
         return (
-            self.calls.accelerator, self.args, run.progress.epoch, run.progress.global_step, run.models.vae, run.models.denoiser,
+            self.calls.accelerator, self.args, run.progress.epoch, run.progress.global_step, run.models.vae,
+            run.models.denoiser,
             self.calls.network, hook.prompts, run.runtime.weight_dtype,
         )
 
     def on_post_save(self, run: Any, path: str, metadata: dict[str, str]) -> None:
         is_last = run.progress.is_finished
         self.owner.on_post_save(
-            self.args, self.calls.accelerator, self.calls.network, run.models.denoiser, path, getattr(self.args, "save_precision", None),
+            self.args, self.calls.accelerator, self.calls.network, run.models.denoiser, path,
+            getattr(self.args, "save_precision", None),
             metadata, is_last,
         )
 
@@ -287,7 +314,9 @@ class CalledTrainer(Trainer):
     def arm(self, models: Models, *rest: Any) -> None:
         calls = self.family.calls
         calls.denoiser = models.denoiser
-        calls.owner.post_process_network(calls.args, calls.accelerator, calls.network, models.text_encoders, models.denoiser)
+        calls.owner.post_process_network(
+            calls.args, calls.accelerator, calls.network, models.text_encoders, models.denoiser
+        )
         super().arm(models, *rest)
 
     def assemble(self, *parts: Any) -> Any:

@@ -1,7 +1,7 @@
 """Trainers as classes to derive from: `train(args)` with methods that a script or notebook overrides.
 
-A method that nobody overrides is not called: the run is then that of the script, byte for byte. What an override gives is put in
-the place of our own object by `library/compat/trainer_run.py`.
+A method that nobody overrides is not called: the run is then that of the script, byte for byte. What an override gives
+is put in the place of our own object by `library/compat/trainer_run.py`.
 """
 
 from __future__ import annotations
@@ -62,8 +62,11 @@ class NetworkTrainer:
 
     # -- models --------------------------------------------------------------------------------------------------------
 
-    def load_target_model(self, args: Any, weight_dtype: torch.dtype, accelerator: Any) -> tuple[str, Any, nn.Module, nn.Module]:
-        """(version, text encoder or list of them, VAE, denoiser). An override of it has all of them in memory at once."""
+    def load_target_model(
+        self, args: Any, weight_dtype: torch.dtype, accelerator: Any
+    ) -> tuple[str, Any, nn.Module, nn.Module]:
+        """(version, text encoder or list of them, VAE, denoiser). An override of it has all of them in memory at
+        once."""
         family, runtime = self.run.family, self.run.runtime
         encoders = family.own("load_text_encoders")(runtime)
         text = encoders[0] if len(encoders) == 1 else encoders
@@ -72,18 +75,23 @@ class NetworkTrainer:
     def on_transformer_loaded(self, args: Any, accelerator: Any, transformer: nn.Module) -> None:
         """Right after the denoiser is loaded, before it is frozen and adapters are attached."""
 
-    def post_process_network(self, args: Any, accelerator: Any, network: nn.Module, text_encoders: list[Any], unet: nn.Module) -> None:
+    def post_process_network(
+        self, args: Any, accelerator: Any, network: nn.Module, text_encoders: list[Any], unet: nn.Module
+    ) -> None:
         """After the network is attached."""
 
     def extra_trainable_params(
-        self, args: Any, accelerator: Any, network: nn.Module, transformer: nn.Module, trainable_params: list[dict[str, Any]]
+        self, args: Any, accelerator: Any, network: nn.Module, transformer: nn.Module,
+        trainable_params: list[dict[str, Any]]
     ) -> list[dict[str, Any]]:
         """The groups of the optimizer: those given, and further ones ({"params", "lr"})."""
         return trainable_params
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
-    def on_train_start(self, args: Any, accelerator: Any, network: nn.Module, transformer: nn.Module, optimizer: Any) -> None: ...
+    def on_train_start(
+        self, args: Any, accelerator: Any, network: nn.Module, transformer: nn.Module, optimizer: Any
+    ) -> None: ...
 
     def on_step_start(
         self, args: Any, accelerator: Any, network: nn.Module, text_encoders: list[Any], unet: nn.Module, batch: Any,
@@ -92,7 +100,8 @@ class NetworkTrainer:
         """Before each micro-batch."""
 
     def process_batch(
-        self, batch: Any, text_encoders: list[Any], unet: nn.Module, network: nn.Module, vae: nn.Module | None, noise_scheduler: Any,
+        self, batch: Any, text_encoders: list[Any], unet: nn.Module, network: nn.Module, vae: nn.Module | None,
+        noise_scheduler: Any,
         vae_dtype: torch.dtype, weight_dtype: torch.dtype, accelerator: Any, args: Any, text_encoding_strategy: Any,
         tokenize_strategy: Any, is_train: bool = True, train_text_encoder: bool = True, train_unet: bool = True,
     ) -> Tensor:
@@ -100,39 +109,46 @@ class NetworkTrainer:
         return self.run.own_loss(batch)
 
     def call_unet(
-        self, args: Any, accelerator: Any, unet: nn.Module, noisy_latents: Tensor, timesteps: Tensor, text_conds: list[Any], batch: Any,
+        self, args: Any, accelerator: Any, unet: nn.Module, noisy_latents: Tensor, timesteps: Tensor,
+        text_conds: list[Any], batch: Any,
         weight_dtype: torch.dtype, **kwargs: Any,
     ) -> Tensor:
         """What is compared with the target, of the shape of the latents; timesteps [B] on the 0..1000 scale."""
         return self.run.own_prediction(unet, noisy_latents, timesteps, text_conds, batch, kwargs)
 
     def compute_loss(
-        self, args: Any, output: Any, timesteps: Tensor, noise_scheduler: Any, dit_dtype: torch.dtype, network_dtype: torch.dtype,
+        self, args: Any, output: Any, timesteps: Tensor, noise_scheduler: Any, dit_dtype: torch.dtype,
+        network_dtype: torch.dtype,
         global_step: int,
     ) -> tuple[Tensor, dict[str, Any]]:
         """(loss of each sample [B], or one number for all; values for the log). `output` has `pred` and `target`."""
         return self.run.own_losses(output)
 
     def on_post_optimizer_step(
-        self, args: Any, accelerator: Any, network: nn.Module, transformer: nn.Module, sync_gradients: bool, global_step: int
+        self, args: Any, accelerator: Any, network: nn.Module, transformer: nn.Module, sync_gradients: bool,
+        global_step: int
     ) -> None: ...
 
     # -- samples, files, logs ------------------------------------------------------------------------------------------
 
     def sample_images(
-        self, accelerator: Any, args: Any, epoch: int | None, global_step: int, device: Any, vae: nn.Module | None, tokenizers: Any,
+        self, accelerator: Any, args: Any, epoch: int | None, global_step: int, device: Any, vae: nn.Module | None,
+        tokenizers: Any,
         text_encoder: Any, unet: nn.Module,
     ) -> None:
-        """Called at the start (epoch 0, step 0), after every step (epoch None) and every epoch; makes pictures when some are due."""
+        """Called at the start (epoch 0, step 0), after every step (epoch None) and every epoch; makes pictures when
+        some are due."""
         self.run.own_samples("first" if global_step == 0 else "step" if epoch is None else "epoch")
 
     def on_before_sample_images(
-        self, accelerator: Any, args: Any, epoch: int | None, steps: int, vae: Any, transformer: Any, network: Any, sample_parameters: Any,
+        self, accelerator: Any, args: Any, epoch: int | None, steps: int, vae: Any, transformer: Any, network: Any,
+        sample_parameters: Any,
         dit_dtype: torch.dtype,
     ) -> None: ...
 
     def on_after_sample_images(
-        self, accelerator: Any, args: Any, epoch: int | None, steps: int, vae: Any, transformer: Any, network: Any, sample_parameters: Any,
+        self, accelerator: Any, args: Any, epoch: int | None, steps: int, vae: Any, transformer: Any, network: Any,
+        sample_parameters: Any,
         dit_dtype: torch.dtype,
     ) -> None: ...
 

@@ -17,8 +17,9 @@ ConcatHook = Callable[[str, "Mapping[str, Tensor] | None"], "tuple[str | None, T
 class WeightTransformHooks:
     """How names of a file become others; a hook that gives None leaves a name alone.
 
-    `split_hook(key, tensors)` -> (new names, name -> tensor), of one tensor; `concat_hook(key, tensors)` -> (new name, tensor), of all
-    tensors that have this new name; both get None for `tensors` when only names are asked for. `rename_hook(key)` -> new name.
+    `split_hook(key, tensors)` -> (new names, name -> tensor), of one tensor; `concat_hook(key, tensors)` -> (new name,
+    tensor), of all tensors that have this new name; both get None for `tensors` when only names are asked for.
+    `rename_hook(key)` -> new name.
     """
 
     split_hook: SplitHook | None = None
@@ -56,7 +57,9 @@ class TensorWeightAdapter:
     def keys(self) -> list[str]:
         return list(self._names)
 
-    def get_tensor(self, new_key: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def get_tensor(
+        self, new_key: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
         def read(key: str) -> Tensor:
             return self.original_f.get_tensor(key, device=device, dtype=dtype)
 

@@ -18,7 +18,8 @@ MAX_PROMPT_ROWS = 3
 
 
 def tokenize_rows(tokenizer: Any, texts: Sequence[str], num_rows: int, *, is_weighted: bool) -> tuple[Tensor, Tensor]:
-    """Ids [B, num_rows, 77] and their weights [B, num_rows, 77] (all 1 unless `is_weighted` reads them from the texts)."""
+    """Ids [B, num_rows, 77] and their weights [B, num_rows, 77] (all 1 unless `is_weighted` reads them from the
+    texts)."""
     special = {"begin": tokenizer.bos_token_id, "end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
     ids, weights = [], []
     for text in texts:
@@ -45,7 +46,9 @@ def tokenize_prompt_rows(tokenizer: Any, prompt: str, num_rows: int) -> tuple[Te
     count = num_tokens(tokenizer, prompt, is_weighted=True)
     rows = max(num_rows, rows_needed(count, MAX_PROMPT_ROWS))
     if count > rows * PER_ROW:
-        logger.warning("the sample prompt '%.40s...' has %d tokens; the first %d are read", prompt, count, rows * PER_ROW)
+        logger.warning(
+            "the sample prompt '%.40s...' has %d tokens; the first %d are read", prompt, count, rows * PER_ROW
+        )
     return tokenize_rows(tokenizer, [prompt], rows, is_weighted=True)
 
 

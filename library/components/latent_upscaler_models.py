@@ -1,4 +1,5 @@
-"""A network that sharpens latents of enlarged images: residual blocks between convolutions, on the latents' own grid."""
+"""A network that sharpens latents of enlarged images: residual blocks between convolutions, on the latents' own
+grid."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class ResidualBlock(nn.Module):
 
 
 class LatentUpscaler(nn.Module):
-    """Latents of an image that a plain filter enlarged -> those of a sharper one, both [B, 4, h, w]; a new one changes nothing."""
+    """Latents of an image that a plain filter enlarged -> those of a sharper one, both [B, 4, h, w]; a new one changes
+    nothing."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -24,15 +24,20 @@ class ImageUpscaler(LatentUpscaler):
 
     @torch.no_grad()
     def upscale(
-        self, vae: Any, lowreso_images: Sequence[Image.Image], lowreso_latents: Tensor | None, dtype: torch.dtype | None,
+        self, vae: Any, lowreso_images: Sequence[Image.Image], lowreso_latents: Tensor | None,
+        dtype: torch.dtype | None,
         width: int, height: int, batch_size: int = 1, vae_batch_size: int = 1,
     ) -> Tensor:
-        """Scaled latents [B, 4, height / 8, width / 8], in `dtype` (None: float32), of pictures enlarged to width x height.
+        """Scaled latents [B, 4, height / 8, width / 8], in `dtype` (None: float32), of pictures enlarged to width x
+        height.
 
         The scale is that of the autoencoder, whichever it is. `lowreso_latents` are not needed: pictures say as much.
         """  # fmt: skip
         pixels = [enlarged(image, (width, height)) for image in lowreso_images]
-        encoded = [vae.encode(torch.stack(pixels[at : at + vae_batch_size])).float() for at in range(0, len(pixels), vae_batch_size)]
+        encoded = [
+            vae.encode(torch.stack(pixels[at : at + vae_batch_size])).float()
+            for at in range(0, len(pixels), vae_batch_size)
+        ]
         weight = self.conv1.weight
         latents = torch.cat(encoded).to(weight.device, weight.dtype)  # [B, 4, h, w]
         result = torch.cat([self(part) for part in latents.split(max(batch_size, 1))])
@@ -57,7 +62,9 @@ def load_upscaler(path: str | os.PathLike[str]) -> ImageUpscaler:
     wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
     if missing or unknown or wrong:
         first = (missing or unknown or wrong)[0]
-        counts = f"{len(missing)} tensors are missing, {len(unknown)} unknown, {len(wrong)} of another size, e.g. {first}"
+        counts = (
+            f"{len(missing)} tensors are missing, {len(unknown)} unknown, {len(wrong)} of another size, e.g. {first}"
+        )
         raise CheckpointError(f"{path} is not a latent upscaler: {counts}")
     model.load_state_dict(state, strict=False)
     return model.eval()

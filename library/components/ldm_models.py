@@ -21,8 +21,8 @@ from library.attention import scaled_attention
 class AutoEncoderParams:
     """Hyper-parameters of the autoencoder; the defaults are the 16-channel one of FLUX.1.
 
-    Latents seen by the denoiser are (z - shift_factor) * scaling_factor. `quant_conv`: 1x1 convolutions between the latents
-    and both halves, as the 4-channel one of SD1, SD2 and SDXL has them.
+    Latents seen by the denoiser are (z - shift_factor) * scaling_factor. `quant_conv`: 1x1 convolutions between the
+    latents and both halves, as the 4-channel one of SD1, SD2 and SDXL has them.
     """
 
     in_channels: int = 3

@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.checkpoints.ldm_convert import attention_as_convolution, convert_diffusers_vae_to_ldm, is_diffusers_autoencoder
+from library.checkpoints.ldm_convert import (
+    attention_as_convolution,
+    convert_diffusers_vae_to_ldm,
+    is_diffusers_autoencoder,
+)
 from library.checkpoints.loading import (
     CheckpointFiles,
     assign_state,
@@ -57,8 +61,8 @@ class Wanted:
 def inspect_autoencoder(
     path: str | os.PathLike, config: Mapping[str, Any] | None = None, *, wanted: Wanted
 ) -> AutoEncoderInfo:
-    """Recognise an autoencoder from headers alone; `config` overrides by the names of AutoEncoderParams. CheckpointError when
-    the file is damaged or not of the wanted kind."""
+    """Recognise an autoencoder from headers alone; `config` overrides by the names of AutoEncoderParams.
+    CheckpointError when the file is damaged or not of the wanted kind."""
     source = open_checkpoint(path, "vae")
     prefix = find_prefix(source.shapes, AE_PREFIXES, AE_ROOTS, source.path, "autoencoder")
     stripped = strip_prefix(source.shapes, prefix)
@@ -66,7 +70,9 @@ def inspect_autoencoder(
     shapes = convert_diffusers_vae_to_ldm(stripped) if is_diffusers else stripped
     if "encoder.down.0.block.0.norm1.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
         some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(f"{source.path} holds no {wanted.owner} autoencoder (encoder.down.* is not there; it begins with {some})")
+        raise CheckpointError(
+            f"{source.path} holds no {wanted.owner} autoencoder (encoder.down.* is not there; it begins with {some})"
+        )
     if ("quant_conv.weight" in shapes) != wanted.quant_conv:
         channels = shapes["decoder.conv_in.weight"].shape[1]
         kind = "FLUX.1 or SD3 (no quant_conv" if wanted.quant_conv else "SD1, SD2 or SDXL (quant_conv"
@@ -74,14 +80,17 @@ def inspect_autoencoder(
             f"{source.path} is the autoencoder of {kind}, {channels} latent channels); {wanted.owner} needs its own, {wanted.usual_name}"
         )
     names = {"norm_num_groups": "norm_groups", "scaling_factor": "scaling_factor", "shift_factor": "shift_factor"}
-    from_folder = {ours: source.config[theirs] for theirs, ours in names.items() if source.config.get(theirs) is not None}
+    from_folder = {
+        ours: source.config[theirs] for theirs, ours in names.items() if source.config.get(theirs) is not None
+    }
     given = {**wanted.scaling, **from_folder, **_own_config(source.model_config), **(config or {})}
     params = build_params(AutoEncoderParams, infer_autoencoder(shapes, given, source.path), given, source.path)
     return AutoEncoderInfo(source, prefix, is_diffusers, params)
 
 
 def _own_config(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a whole file's `model_config` that is about its autoencoder; a file of its own has it without a level."""
+    """The part of a whole file's `model_config` that is about its autoencoder; a file of its own has it without a
+    level."""
     return model_config.get("vae", model_config)
 
 
@@ -113,7 +122,11 @@ def load_autoencoder(
     info: AutoEncoderInfo, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False
 ) -> AutoEncoder:
     """The weights of an inspected autoencoder. CheckpointError when the file does not fit."""
-    keys = [key for key in info.source.shapes if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in AE_ROOTS]
+    keys = [
+        key
+        for key in info.source.shapes
+        if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in AE_ROOTS
+    ]
     state = strip_prefix(info.source.tensors(device, disable_mmap, keys), info.prefix)
     state = attention_as_convolution(convert_diffusers_vae_to_ldm(state) if info.is_diffusers else state)
     model = build_on_meta(lambda: AutoEncoder(info.params))

@@ -38,14 +38,18 @@ def inspect_qwen3(path: str | os.PathLike, config: Mapping[str, Any] | None = No
     return _open_qwen3(path, config)[2]
 
 
-def _open_qwen3(path: str | os.PathLike, config: Mapping[str, Any] | None) -> tuple[CheckpointFiles, str, dict[str, Any]]:
+def _open_qwen3(
+    path: str | os.PathLike, config: Mapping[str, Any] | None
+) -> tuple[CheckpointFiles, str, dict[str, Any]]:
     source = open_checkpoint(path, "text_encoder")
     prefix = find_prefix(source.shapes, QWEN3_PREFIXES, _ROOTS, source.path, "Qwen3 text encoder")
     shapes = strip_prefix(source.shapes, prefix)
     first = "layers.0.self_attn."
     if "embed_tokens.weight" not in shapes or f"{first}q_norm.weight" not in shapes or f"{first}q_proj.bias" in shapes:
         some = ", ".join(list(source.shapes)[:3]) or "no tensors"
-        raise CheckpointError(f"{source.path} holds no Qwen3 text encoder (layers.*.self_attn.q_norm is not there; it begins with {some})")
+        raise CheckpointError(
+            f"{source.path} holds no Qwen3 text encoder (layers.*.self_attn.q_norm is not there; it begins with {some})"
+        )
     try:
         head_dim = shapes[f"{first}q_norm.weight"].shape[0]
         vocab, hidden = shapes["embed_tokens.weight"].shape
@@ -86,13 +90,15 @@ def load_qwen3(
 ) -> Qwen3Model:
     """Load Qwen3 as an encoder from a file (any known prefix) or a transformers folder; the output head is left out.
 
-    `config` overrides the names of `inspect_qwen3`. 8-bit files are widened. CheckpointError when the file does not fit.
+    `config` overrides the names of `inspect_qwen3`. 8-bit files are widened. CheckpointError when the file does not
+    fit.
     """
     from transformers import Qwen3Config, Qwen3Model
 
     source, prefix, values = _open_qwen3(path, config)
     names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads",
         "head_dim",
     )  # fmt: skip
     model_config = Qwen3Config(

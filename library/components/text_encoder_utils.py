@@ -32,7 +32,13 @@ CLIP_PREFIXES = (
     "text_encoders.clip_l.transformer.", "text_encoders.clip_l.", "cond_stage_model.transformer.",
     "conditioner.embedders.0.transformer.", "clip_l.transformer.", "clip_l.", "text_encoder.",
 )  # fmt: skip
-T5_PREFIXES = ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.", "t5xxl.transformer.", "t5xxl.", "text_encoder_2.")
+T5_PREFIXES = (
+    "text_encoders.t5xxl.transformer.",
+    "text_encoders.t5xxl.",
+    "t5xxl.transformer.",
+    "t5xxl.",
+    "text_encoder_2.",
+)
 T5_ROOTS = ("encoder", "shared")
 _CLIP_TOLERATED = ("position_ids", "logit_scale", "visual_projection.weight")
 _HEAD_SIZE = 64
@@ -40,8 +46,9 @@ _HEAD_SIZE = 64
 
 @dataclass(frozen=True)
 class ClipSlot:
-    """Where a CLIP text encoder lies and what its shapes do not tell. `layers`: how many are used when the file has more;
-    `has_open_clip`: files of this encoder may be in the layout of open_clip; `subfolder`: its place in a folder."""
+    """Where a CLIP text encoder lies and what its shapes do not tell. `layers`: how many are used when the file has
+    more; `has_open_clip`: files of this encoder may be in the layout of open_clip; `subfolder`: its place in a
+    folder."""
 
     name: str
     title: str
@@ -54,18 +61,20 @@ class ClipSlot:
 
 CLIP_L = ClipSlot("clip_l", "CLIP text encoder", "text_encoder", CLIP_PREFIXES, "quick_gelu")
 CLIP_H = ClipSlot(
-    "clip_h", "CLIP-H text encoder", "text_encoder", ("cond_stage_model.model.", "text_encoder."), "gelu", layers=23, has_open_clip=True
+    "clip_h", "CLIP-H text encoder", "text_encoder", ("cond_stage_model.model.", "text_encoder."), "gelu", layers=23,
+    has_open_clip=True
 )
 CLIP_G = ClipSlot(
     "clip_g", "CLIP-G text encoder", "text_encoder_2",
-    ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer.", "text_encoder_2."), "gelu", has_open_clip=True,
+    ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer.", "text_encoder_2."), "gelu",
+    has_open_clip=True,
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """What the headers of a CLIP checkpoint tell; `values` by the names `width, heads, layers, vocab, act, eos, max_len, ff,
-    projection`."""
+    """What the headers of a CLIP checkpoint tell; `values` by the names `width, heads, layers, vocab, act, eos,
+    max_len, ff, projection`."""
 
     source: CheckpointFiles
     prefix: str
@@ -79,7 +88,8 @@ def inspect_clip_l(path: str | os.PathLike, config: Mapping[str, Any] | None = N
 
 
 def inspect_clip(path: str | os.PathLike, slot: ClipSlot, config: Mapping[str, Any] | None = None) -> ClipInfo:
-    """Recognise a CLIP text encoder from headers alone; `config` overrides values. CheckpointError when there is none."""
+    """Recognise a CLIP text encoder from headers alone; `config` overrides values. CheckpointError when there is
+    none."""
     source = open_checkpoint(path, slot.subfolder)
     names = {key: with_text_model(key) for key in source.shapes}
     roots = ("text_model", "text_projection", *(OPEN_CLIP_ROOTS if slot.has_open_clip else ()))
@@ -138,10 +148,11 @@ def load_clip_l(
     config: Mapping[str, Any] | None = None,
     transform: Transform | None = None,
 ) -> CLIPTextModelWithProjection:
-    """Load CLIP-L from a file (any known prefix) or a transformers folder. `config` overrides the names of `inspect_clip_l`.
+    """Load CLIP-L from a file (any known prefix) or a transformers folder. `config` overrides the names of
+    `inspect_clip_l`.
 
-    A file without `text_projection.weight` gets the identity, for families that do not use it. CheckpointError when the file does
-    not fit.
+    A file without `text_projection.weight` gets the identity, for families that do not use it. CheckpointError when the
+    file does not fit.
     """
     return load_clip(ckpt_path, CLIP_L, dtype, device, disable_mmap, config, transform)
 
@@ -169,11 +180,17 @@ def load_clip(
     tensors = info.source.tensors(device, disable_mmap, keys, transform, info.source.casting(dtype))
     state = strip_prefix({names[key]: tensor for key, tensor in tensors.items()}, info.prefix)
     state = open_clip_to_hf(state) if info.is_open_clip else state
-    state = {key: tensor for key, tensor in state.items() if key.startswith(("text_model.", "text_projection.", "logit_scale"))}
+    state = {
+        key: tensor
+        for key, tensor in state.items()
+        if key.startswith(("text_model.", "text_projection.", "logit_scale"))
+    }
     if "text_projection.weight" not in state:
         kind = state["text_model.final_layer_norm.weight"].dtype
         state["text_projection.weight"] = torch.eye(values["width"], dtype=kind, device=device)
-    unused = {key: state.pop(key) for key in list(state) if _layer_number(key) >= values["layers"] or key == "logit_scale"}
+    unused = {
+        key: state.pop(key) for key in list(state) if _layer_number(key) >= values["layers"] or key == "logit_scale"
+    }
     model = build_on_meta(lambda: CLIPTextModelWithProjection(_clip_config(values)))
     check_state(model, state, info.source.path, lambda key: key.endswith(_CLIP_TOLERATED))
     assign_state(model, state)
@@ -183,7 +200,8 @@ def load_clip(
 
 
 def clip_state(state: Mapping[str, Tensor], slot: ClipSlot) -> dict[str, Tensor]:
-    """The entries of a CLIP text encoder in a checkpoint's state under the names of transformers; {} when it is not there."""
+    """The entries of a CLIP text encoder in a checkpoint's state under the names of transformers; {} when it is not
+    there."""
     roots = ("text_model", "text_projection", *(OPEN_CLIP_ROOTS if slot.has_open_clip else ()))
     part = part_of({with_text_model(key): tensor for key, tensor in state.items()}, slot.prefixes, roots)
     return open_clip_to_hf(part) if slot.has_open_clip and is_open_clip_text(part) else part
@@ -238,19 +256,21 @@ def _rebuild_buffers(model: torch.nn.Module, device: torch.device | str) -> None
             if buffer.is_meta:
                 if name != "position_ids":
                     raise AssertionError(f"buffer {name} of {type(module).__name__} has no data")
-                module.register_buffer(name, torch.arange(buffer.shape[-1], device=device).expand(buffer.shape), persistent=False)
+                module.register_buffer(
+                    name, torch.arange(buffer.shape[-1], device=device).expand(buffer.shape), persistent=False
+                )
 
 
 def pool_at_first_eos(states: Tensor, ids: Tensor, eos_id: int) -> Tensor:
-    """The state [B, D] of `states` [B, L, D] at the first end token of each row of `ids` [B, L]; a row without one (which
-    tokenizers do not make) is pooled at its first place."""
+    """The state [B, D] of `states` [B, L, D] at the first end token of each row of `ids` [B, L]; a row without one
+    (which tokenizers do not make) is pooled at its first place."""
     first = (ids == eos_id).int().argmax(dim=-1).to(states.device)
     return states[torch.arange(len(states), device=states.device), first]
 
 
 def inspect_t5xxl(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Hyper-parameters of a T5 encoder file by the names `d_model, d_kv, d_ff, num_layers, num_heads, vocab_size, buckets,
-    max_distance, eps`, from headers."""
+    """Hyper-parameters of a T5 encoder file by the names `d_model, d_kv, d_ff, num_layers, num_heads, vocab_size,
+    buckets, max_distance, eps`, from headers."""
     return _open_t5(path, config)[2]
 
 
@@ -264,9 +284,13 @@ def _open_t5(path: str | os.PathLike, config: Mapping[str, Any] | None) -> tuple
     needed = (attention + "q.weight", attention + "relative_attention_bias.weight", feed_forward)
     if embedding is None or any(key not in shapes for key in needed):
         some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(f"{source.path} holds no T5 v1.1 encoder (shared and encoder.block.* are not there; it begins with {some})")
+        raise CheckpointError(
+            f"{source.path} holds no T5 v1.1 encoder (shared and encoder.block.* are not there; it begins with {some})"
+        )
     if "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in shapes:
-        raise CheckpointError(f"{source.path} is an umT5 encoder (a position bias in every block); T5 v1.1 XXL is needed")
+        raise CheckpointError(
+            f"{source.path} is an umT5 encoder (a position bias in every block); T5 v1.1 XXL is needed"
+        )
     buckets, heads = shapes[attention + "relative_attention_bias.weight"].shape
     inferred = {
         "d_model": shapes[embedding].shape[1],
@@ -296,7 +320,8 @@ def load_t5xxl(
 ) -> T5EncoderModel:
     """Load the encoder of T5 v1.1 XXL from a file (any known prefix) or a transformers folder; dropout is off.
 
-    8-bit files are widened. `config` overrides the names of `inspect_t5xxl`. CheckpointError when the file does not fit.
+    8-bit files are widened. `config` overrides the names of `inspect_t5xxl`. CheckpointError when the file does not
+    fit.
     """
     from transformers import T5Config, T5EncoderModel
 

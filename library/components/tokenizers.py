@@ -1,7 +1,8 @@
-"""Tokenizers of CLIP, T5 and Qwen3 from what is at hand: a folder, a cache folder, the model file, an installed package, the hub.
+"""Tokenizers of CLIP, T5 and Qwen3 from what is at hand: a folder, a cache folder, the model file, an installed
+package, the hub.
 
-All of them come out as fast tokenizers of transformers that pad on the right and know their own end and padding ids; those
-of CLIP and T5 end every text with their end token.
+All of them come out as fast tokenizers of transformers that pad on the right and know their own end and padding ids;
+those of CLIP and T5 end every text with their end token.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def load_clip_tokenizer(
     pad_token: str | None = None,
     option: str = "--clip_l_tokenizer",
 ) -> PreTrainedTokenizerFast:
-    """A CLIP tokenizer, 77 tokens. All CLIP models share the vocabulary; `pad_token` None keeps the folder's own (or EOS).
+    """A CLIP tokenizer, 77 tokens. All CLIP models share the vocabulary; `pad_token` None keeps the folder's own (or
+    EOS).
 
     ConfigError naming every way to provide one when none is there.
     """
@@ -100,7 +102,8 @@ def load_qwen3_tokenizer(
     max_length: int = 512,
     option: str = "--qwen3_tokenizer",
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of Qwen3, which adds no tokens of its own; `model_path` is the text encoder, a folder of which may hold it.
+    """The tokenizer of Qwen3, which adds no tokens of its own; `model_path` is the text encoder, a folder of which may
+    hold it.
 
     ConfigError naming every way to provide one when none is there.
     """
@@ -121,7 +124,9 @@ def load_qwen3_tokenizer(
     return tokenizer
 
 
-def vocabulary_problem(tokenizer: PreTrainedTokenizerFast, num_rows: int, tokenizer_name: str, model_name: str) -> str | None:
+def vocabulary_problem(
+    tokenizer: PreTrainedTokenizerFast, num_rows: int, tokenizer_name: str, model_name: str
+) -> str | None:
     """What is wrong when a tokenizer can give ids that the encoder's embedding does not have, or None."""
     largest = max(tokenizer.get_vocab().values())
     if largest < num_rows:
@@ -150,7 +155,9 @@ def _from_option(folder: str | None, option: str, read: Callable[[Path], Any]) -
     except (CheckpointError, OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{option} is {folder}, whose tokenizer cannot be read: {error}") from error
     if tokenizer is None:
-        raise ConfigError(f"{option} is {folder}, which holds no tokenizer (tokenizer.json, vocab.json with merges.txt, or spiece.model)")
+        raise ConfigError(
+            f"{option} is {folder}, which holds no tokenizer (tokenizer.json, vocab.json with merges.txt, or spiece.model)"
+        )
     return tokenizer
 
 
@@ -165,16 +172,30 @@ def _from_cache(cache_dir: str | None, hub_id: str, read: Callable[[Path], Any])
 
 
 def _from_hub(hub_id: str, subfolder: str | None, cache_dir: str | None, read: Callable[[Path], Any]) -> Any:
-    """Fetch the tokenizer files of a hub model and keep them in the cache folder; None when the hub cannot be reached."""
+    """Fetch the tokenizer files of a hub model and keep them in the cache folder; None when the hub cannot be
+    reached."""
     from huggingface_hub import snapshot_download
 
     from library.huggingface_util import is_hub_reachable
 
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model")
+    names = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.json",
+        "merges.txt",
+        "spiece.model",
+    )
     place = f"{subfolder}/" if subfolder else ""
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=[place + name for name in names], local_files_only=not is_hub_reachable())) / (subfolder or "")
-    except Exception as error:  # no network, no permission, offline mode: each its own class, differing between versions
+        folder = Path(
+            snapshot_download(
+                hub_id, allow_patterns=[place + name for name in names], local_files_only=not is_hub_reachable()
+            )
+        ) / (subfolder or "")
+    except (
+        Exception
+    ) as error:  # no network, no permission, offline mode: each its own class, differing between versions
         logger.debug("the tokenizer of %s cannot be fetched: %s", hub_id, error)
         return None
     tokenizer = read(folder)
@@ -184,7 +205,8 @@ def _from_hub(hub_id: str, subfolder: str | None, cache_dir: str | None, read: C
 
 
 def _reader(read: Callable[[Path], R]) -> Callable[[Path], R]:
-    """A reader of files whose every failure is one message: the packages raise bare exceptions, and panic in native code."""
+    """A reader of files whose every failure is one message: the packages raise bare exceptions, and panic in native
+    code."""
 
     @functools.wraps(read)
     def guarded(path: Path) -> R:
@@ -219,7 +241,13 @@ def _clip_from_installed_package() -> PreTrainedTokenizerFast | None:
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines[1 : _NUM_CLIP_MERGES + 1]]  # line 0 is a version
     symbols = _byte_symbols()
-    words = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(pair) for pair in merges), _CLIP_BOS, _CLIP_EOS]
+    words = [
+        *symbols,
+        *(symbol + "</w>" for symbol in symbols),
+        *("".join(pair) for pair in merges),
+        _CLIP_BOS,
+        _CLIP_EOS,
+    ]
     return _clip_tokenizer({word: number for number, word in enumerate(words)}, merges, None)
 
 
@@ -229,7 +257,9 @@ def _byte_symbols() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(256 - len(printable))]
 
 
-def _clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, ...]], pad_token: str | None) -> PreTrainedTokenizerFast:
+def _clip_tokenizer(
+    vocabulary: dict[str, int], merges: list[tuple[str, ...]], pad_token: str | None
+) -> PreTrainedTokenizerFast:
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
@@ -240,7 +270,8 @@ def _clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, ...]], p
 
 @_reader
 def read_qwen_folder(path: Path) -> PreTrainedTokenizerFast | None:
-    """From a folder with tokenizer.json or vocab.json and merges.txt (or one that has it in `tokenizer`), or from such a file."""
+    """From a folder with tokenizer.json or vocab.json and merges.txt (or one that has it in `tokenizer`), or from such
+    a file."""
     tokenizer_json = _tokenizer_json(path, "tokenizer")
     if tokenizer_json is not None:
         return _from_tokenizer_json(tokenizer_json, eos=_QWEN_PAD, pad=_QWEN_PAD, bos=None, ends_texts=False)
@@ -275,7 +306,9 @@ def read_t5_folder(path: Path) -> PreTrainedTokenizerFast | None:
 
 def _tokenizer_json(path: Path, subfolder: str) -> Path | None:
     candidates = (path, path / "tokenizer.json", path / subfolder / "tokenizer.json")
-    return next((candidate for candidate in candidates if candidate.name.endswith(".json") and candidate.is_file()), None)
+    return next(
+        (candidate for candidate in candidates if candidate.name.endswith(".json") and candidate.is_file()), None
+    )
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
@@ -308,7 +341,9 @@ def _from_tokenizer_json(
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, padding_side="right", **names)
     ids = tokenizer("a").input_ids
     if ends_texts and (not ids or ids[-1] != tokenizer.eos_token_id):
-        raise ConfigError(f"{path} does not end texts with its end token {names['eos_token']}; its post-processor must add it")
+        raise ConfigError(
+            f"{path} does not end texts with its end token {names['eos_token']}; its post-processor must add it"
+        )
     return tokenizer
 
 
@@ -351,11 +386,16 @@ def t5_tokenizer_from_sentencepiece(model: bytes, source: str) -> PreTrainedToke
     ids = {text: number for number, (text, _, _) in enumerate(pieces)}
     missing = [token for token in (_T5_PAD, _T5_EOS) if token not in ids]
     if missing:
-        raise CheckpointError(f"{source} is a sentencepiece model without {' and '.join(missing)}; a T5 tokenizer has both")
-    core.post_processor = processors.TemplateProcessing(single=f"$A {_T5_EOS}", special_tokens=[(_T5_EOS, ids[_T5_EOS])])
+        raise CheckpointError(
+            f"{source} is a sentencepiece model without {' and '.join(missing)}; a T5 tokenizer has both"
+        )
+    core.post_processor = processors.TemplateProcessing(
+        single=f"$A {_T5_EOS}", special_tokens=[(_T5_EOS, ids[_T5_EOS])]
+    )
     core.add_special_tokens([AddedToken(token, special=True) for token in (_T5_PAD, _T5_EOS, _T5_UNK) if token in ids])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=_T5_EOS, pad_token=_T5_PAD, unk_token=_T5_UNK if _T5_UNK in ids else None, padding_side="right"
+        tokenizer_object=core, eos_token=_T5_EOS, pad_token=_T5_PAD, unk_token=_T5_UNK if _T5_UNK in ids else None,
+        padding_side="right"
     )
 
 

@@ -22,9 +22,9 @@ from library.custom_offloading_utils import run_checkpointed
 class UNetParams:
     """Sizes of a U-Net; the defaults are Stable Diffusion 1.5.
 
-    One entry per level in `channels`, `attention_levels`, `heads` (a single number stands for all) and `transformer_depth`
-    (0 where a level has no attention). The middle has heads and depth of the last level, or depth 1 where that has none.
-    `adm_in_channels`: width of the vector conditioning, None without it.
+    One entry per level in `channels`, `attention_levels`, `heads` (a single number stands for all) and
+    `transformer_depth` (0 where a level has no attention). The middle has heads and depth of the last level, or depth 1
+    where that has none. `adm_in_channels`: width of the vector conditioning, None without it.
     """
 
     in_channels: int = 4
@@ -82,8 +82,8 @@ class FeedForward(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention over `context`, or over x itself without one. `upcast`: half precision computes products in float32, which
-    Stable Diffusion 2 needs (its products leave the range of float16)."""
+    """Attention over `context`, or over x itself without one. `upcast`: half precision computes products in float32,
+    which Stable Diffusion 2 needs (its products leave the range of float16)."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, upcast: bool) -> None:
         super().__init__()
@@ -125,7 +125,8 @@ class BasicTransformerBlock(nn.Module):
 
 
 class Transformer2DModel(nn.Module):
-    """Transformer blocks over the positions of a feature map; `proj_in` and `proj_out` are 1x1 convolutions or linear."""
+    """Transformer blocks over the positions of a feature map; `proj_in` and `proj_out` are 1x1 convolutions or
+    linear."""
 
     def __init__(self, dim: int, depth: int, heads: int, params: UNetParams) -> None:
         super().__init__()
@@ -152,8 +153,8 @@ class Transformer2DModel(nn.Module):
 
 
 class Upsample2D(nn.Module):
-    """Nearest doubling and a convolution. `size` (height, width) is that of the skip connection that comes next, which is
-    one less than the double where a side was odd."""
+    """Nearest doubling and a convolution. `size` (height, width) is that of the skip connection that comes next, which
+    is one less than the double where a side was odd."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -166,7 +167,8 @@ class Upsample2D(nn.Module):
 
 
 def residual_block(
-    x: Tensor, embedding: Tensor, entry: Sequence[nn.Module], projection: nn.Module, leave: Sequence[nn.Module], skip: nn.Module | None
+    x: Tensor, embedding: Tensor, entry: Sequence[nn.Module], projection: nn.Module, leave: Sequence[nn.Module],
+    skip: nn.Module | None
 ) -> Tensor:
     """skip(x) + conv(silu(norm(conv(silu(norm(x))) + projection(silu(embedding))))).
 
@@ -203,7 +205,8 @@ def fitted(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def with_skip(x: Tensor, skip: Tensor) -> Tensor:
-    """[B, C1 + C2, H, W]: x, brought to the size of the skip connection where Deep Shrink made it smaller, and `skip`."""
+    """[B, C1 + C2, H, W]: x, brought to the size of the skip connection where Deep Shrink made it smaller, and
+    `skip`."""
     return torch.cat((fitted(x, skip.shape[2:]), skip), dim=1)
 
 
@@ -220,7 +223,8 @@ class UNetBase(nn.Module):
         self.deep_shrink: DeepShrink | None = None
 
     def enable_gradient_checkpointing(self, cpu_offload: bool = False) -> None:
-        """Recompute blocks in the backward pass while in train mode; `cpu_offload` keeps the block inputs on the CPU."""
+        """Recompute blocks in the backward pass while in train mode; `cpu_offload` keeps the block inputs on the
+        CPU."""
         self.gradient_checkpointing = True
         self.cpu_offload_checkpointing = cpu_offload
 
@@ -242,7 +246,8 @@ class UNetBase(nn.Module):
         return x if self.deep_shrink is None else self.deep_shrink.apply(depth, x, timesteps)
 
     def repeated_blocks(self) -> list[nn.Module]:
-        """The blocks of both kinds that `run_block` gets; the transformers of a place one by one, as there may be ten."""
+        """The blocks of both kinds that `run_block` gets; the transformers of a place one by one, as there may be
+        ten."""
         residual = [module for module in self.modules() if type(module).__name__ == "ResnetBlock2D"]
         return [*residual, *(module for module in self.modules() if isinstance(module, BasicTransformerBlock))]
 

@@ -35,7 +35,8 @@ T = TypeVar("T")
 
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "model.")
 UNET_ROOTS = (
-    "time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out", "time_embedding", "add_embedding",
+    "time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out", "time_embedding",
+    "add_embedding",
     "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out",
 )  # fmt: skip
 _HEAD_SIZE = 64
@@ -46,8 +47,8 @@ _REFINER_WIDTH = 2560
 
 @dataclass(frozen=True)
 class UNetInfo:
-    """What headers tell of a U-Net. `is_v2`: Stable Diffusion 2. `prediction_type` (epsilon or v) and `zero_terminal_snr`
-    are None where the file does not say."""
+    """What headers tell of a U-Net. `is_v2`: Stable Diffusion 2. `prediction_type` (epsilon or v) and
+    `zero_terminal_snr` are None where the file does not say."""
 
     source: CheckpointFiles
     prefix: str
@@ -69,12 +70,16 @@ def inspect_unet(path: str | os.PathLike, config: Mapping[str, Any] | None = Non
     """
     source = open_checkpoint(path, "unet")
     prefix = find_prefix(source.shapes, UNET_PREFIXES, UNET_ROOTS, source.path, "U-Net")
-    stripped = {key: tensor for key, tensor in strip_prefix(source.shapes, prefix).items() if key.split(".")[0] in UNET_ROOTS}
+    stripped = {
+        key: tensor for key, tensor in strip_prefix(source.shapes, prefix).items() if key.split(".")[0] in UNET_ROOTS
+    }
     is_diffusers = is_diffusers_unet(stripped)
     shapes = stripped if is_diffusers else original_to_diffusers(stripped)
     if "down_blocks.0.resnets.0.conv1.weight" not in shapes or "conv_in.weight" not in shapes:
         some = ", ".join(list(source.shapes)[:3]) or "no tensors"
-        raise CheckpointError(f"{source.path} holds no Stable Diffusion or SDXL U-Net (input_blocks.* is not there; it begins with {some})")
+        raise CheckpointError(
+            f"{source.path} holds no Stable Diffusion or SDXL U-Net (input_blocks.* is not there; it begins with {some})"
+        )
     _refuse_variants(shapes, source.path)
     given = {**_folder_config(source.config), **source.model_config, **(config or {})}
     inferred = _infer(shapes, source.path)
@@ -115,7 +120,9 @@ def _infer(shapes: Mapping[str, Tensor], path: str) -> dict[str, Any]:
         return shapes[key].shape[dim]
 
     levels = count_blocks(shapes, "down_blocks.")
-    depths = tuple(count_blocks(shapes, f"down_blocks.{level}.attentions.0.transformer_blocks.") for level in range(levels))
+    depths = tuple(
+        count_blocks(shapes, f"down_blocks.{level}.attentions.0.transformer_blocks.") for level in range(levels)
+    )
     label = shapes.get("add_embedding.linear_1.weight")
     return {
         "in_channels": size("conv_in.weight", 1),
@@ -149,12 +156,15 @@ def _not_in_shapes(inferred: Mapping[str, Any], is_v2: bool, given: Mapping[str,
                 f"{path}: the widths {list(widths)} are no multiples of {_HEAD_SIZE}, so the number of heads is not known;"
                 " give heads as an argument or under model_config in the file's metadata"
             )
-        values["heads"] = tuple(width // _HEAD_SIZE for width in widths) if is_v2 or is_sdxl else (_SD1_HEADS,) * len(widths)
+        values["heads"] = (
+            tuple(width // _HEAD_SIZE for width in widths) if is_v2 or is_sdxl else (_SD1_HEADS,) * len(widths)
+        )
     return values
 
 
 def _declared_schedule(path: Path, source: CheckpointFiles) -> tuple[str | None, bool | None]:
-    """(prediction type, zero terminal SNR) as marker keys, metadata or a folder's scheduler declare them; None = not said."""
+    """(prediction type, zero terminal SNR) as marker keys, metadata or a folder's scheduler declare them; None = not
+    said."""
     if path.is_dir():
         found = path / "scheduler" / "scheduler_config.json"
         if not found.is_file():
@@ -165,7 +175,9 @@ def _declared_schedule(path: Path, source: CheckpointFiles) -> tuple[str | None,
     is_v = "v" if "v_pred" in source.shapes else None
     is_zero = True if "ztsnr" in source.shapes else None
     if is_v is None and source.files[0].endswith(".safetensors"):
-        is_v = {"v": "v", "epsilon": "epsilon"}.get(read_header(source.files[0])[1].get("modelspec.prediction_type", ""))
+        is_v = {"v": "v", "epsilon": "epsilon"}.get(
+            read_header(source.files[0])[1].get("modelspec.prediction_type", "")
+        )
     return is_v, is_zero
 
 
@@ -185,10 +197,13 @@ def load_unet(
     info: UNetInfo, build: Callable[[UNetParams], M], *, tree_is_diffusers: bool, dtype: torch.dtype | None,
     device: torch.device | str, disable_mmap: bool = False, transform: Transform | None = None,
 ) -> M:
-    """The weights of an inspected U-Net in a module tree of either naming. CheckpointError when the file does not fit."""
+    """The weights of an inspected U-Net in a module tree of either naming. CheckpointError when the file does not
+    fit."""
     starts = tuple(info.prefix + root + "." for root in UNET_ROOTS)
     keys = [key for key in info.source.shapes if key.startswith(starts)]
-    state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, info.source.casting(dtype)), info.prefix)
+    state = strip_prefix(
+        info.source.tensors(device, disable_mmap, keys, transform, info.source.casting(dtype)), info.prefix
+    )
     if info.is_diffusers != tree_is_diffusers:
         state = original_to_diffusers(state) if tree_is_diffusers else diffusers_to_original(state)
     state = {key: _fitting_projection(key, tensor, info.params.use_linear_projection) for key, tensor in state.items()}

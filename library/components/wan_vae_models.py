@@ -1,8 +1,8 @@
 """The causal video autoencoder of Wan 2.1, which Qwen-Image and Anima use for single images.
 
-Module paths are the key names of the original files. A video goes through in pieces; every convolution over time sees the
-last frames of the piece before, kept in a `Stream`. One image is one piece of one frame: what lies before it is zero, so
-its convolutions over time shrink to their last tap.
+Module paths are the key names of the original files. A video goes through in pieces; every convolution over time sees
+the last frames of the piece before, kept in a `Stream`. One image is one piece of one frame: what lies before it is
+zero, so its convolutions over time shrink to their last tap.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ LATENTS_STD = (
 
 @dataclass(frozen=True, kw_only=True)
 class WanVAEParams:
-    """Hyper-parameters; the defaults are the released model. `latents_mean` and `latents_std`: one number per channel."""
+    """Hyper-parameters; the defaults are the released model. `latents_mean` and `latents_std`: one number per
+    channel."""
 
     dim: int = 96
     z_dim: int = 16
@@ -46,10 +47,14 @@ class WanVAEParams:
         for name in ("dim_mult", "temporal_downsample", "latents_mean", "latents_std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
-            raise ValueError(f"temporal_downsample has {len(self.temporal_downsample)} entries; {len(self.dim_mult) - 1} are needed")
+            raise ValueError(
+                f"temporal_downsample has {len(self.temporal_downsample)} entries; {len(self.dim_mult) - 1} are needed"
+            )
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) != self.z_dim:
-                raise ValueError(f"{name} has {len(getattr(self, name))} numbers; the {self.z_dim} latent channels need one each")
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} numbers; the {self.z_dim} latent channels need one each"
+                )
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -104,7 +109,12 @@ class CausalConv3d(nn.Conv3d):
             return F.conv3d(x, weight, self.bias, padding=(0, border, side))
         padded = F.pad(x, (0, 0, border, border))
         parts = [
-            F.conv3d(padded[:, :, :, top : min(top + self.chunk_rows, rows) + 2 * border], weight, self.bias, padding=(0, 0, side))
+            F.conv3d(
+                padded[:, :, :, top : min(top + self.chunk_rows, rows) + 2 * border],
+                weight,
+                self.bias,
+                padding=(0, 0, side),
+            )
             for top in range(0, rows, self.chunk_rows)
         ]
         return torch.cat(parts, dim=3)
@@ -115,7 +125,8 @@ def _conv(in_dim: int, out_dim: int, kernel: int = 3) -> CausalConv3d:
 
 
 class ChannelNorm(nn.Module):
-    """x / |x| * sqrt(C) * gamma over the channels. `gamma` has trailing dimensions of 1, three for video, two for images."""
+    """x / |x| * sqrt(C) * gamma over the channels. `gamma` has trailing dimensions of 1, three for video, two for
+    images."""
 
     def __init__(self, dim: int, trailing: int = 3) -> None:
         super().__init__()
@@ -170,7 +181,8 @@ def _video(frames: Tensor, batch_size: int) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Half the rows and columns, and then, where `temporal`, half the frames; the first frame of a video stays alone."""
+    """Half the rows and columns, and then, where `temporal`, half the frames; the first frame of a video stays
+    alone."""
 
     def __init__(self, dim: int, temporal: bool) -> None:
         super().__init__()
@@ -193,7 +205,9 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int, temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, dim // 2, 3, padding=1))
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, dim // 2, 3, padding=1)
+        )
         if temporal:
             self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1))
         self.temporal = temporal
@@ -293,7 +307,9 @@ class WanVAE(nn.Module):
         """
         frames = videos.shape[2]
         if (frames - FIRST_PIECE) % PIECE:
-            raise ValueError(f"the video has {frames} frames; 1 + a multiple of {PIECE} is needed, e.g. {frames // PIECE * PIECE + 1}")
+            raise ValueError(
+                f"the video has {frames} frames; 1 + a multiple of {PIECE} is needed, e.g. {frames // PIECE * PIECE + 1}"
+            )
         stream = Stream()
         pieces = videos.to(self.dtype).split([FIRST_PIECE, *[PIECE] * ((frames - FIRST_PIECE) // PIECE)], dim=2)
         moments = self.conv1(torch.cat([self.encoder(piece, stream) for piece in pieces], dim=2))
@@ -327,4 +343,6 @@ class WanVAE(nn.Module):
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1, 1)
-        return tuple(latents.new_tensor(values).view(shape) for values in (self.params.latents_mean, self.params.latents_std))
+        return tuple(
+            latents.new_tensor(values).view(shape) for values in (self.params.latents_mean, self.params.latents_std)
+        )

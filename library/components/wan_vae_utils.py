@@ -29,7 +29,13 @@ from library.safetensors_utils import cast_floats
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 VAE_ROOTS = ("encoder", "decoder", "conv1", "conv2", "quant_conv", "post_quant_conv")
 
-_RESIDUAL = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6", "conv_shortcut": "shortcut"}
+_RESIDUAL = {
+    "norm1": "residual.0",
+    "conv1": "residual.2",
+    "norm2": "residual.3",
+    "conv2": "residual.6",
+    "conv_shortcut": "shortcut",
+}
 _TOP = {"quant_conv": "conv1", "post_quant_conv": "conv2"}
 _SIDE = {"conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2"}
 _MIDDLE = {"resnets.0": "middle.0", "attentions.0": "middle.1", "resnets.1": "middle.2"}
@@ -70,7 +76,9 @@ def _original_name(key: str, per_level: int) -> str:
         return f"{side}.downsamples.{match[1]}.{_RESIDUAL.get(match[2], match[2])}.{leaf}"
     match = re.fullmatch(r"up_blocks\.(\d+)\.resnets\.(\d+)\.(.+)", rest)
     if match:
-        return f"{side}.upsamples.{int(match[1]) * per_level + int(match[2])}.{_RESIDUAL.get(match[3], match[3])}.{leaf}"
+        return (
+            f"{side}.upsamples.{int(match[1]) * per_level + int(match[2])}.{_RESIDUAL.get(match[3], match[3])}.{leaf}"
+        )
     match = re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.(.+)", rest)
     if match:
         return f"{side}.upsamples.{(int(match[1]) + 1) * per_level - 1}.{match[2]}.{leaf}"
@@ -78,7 +86,8 @@ def _original_name(key: str, per_level: int) -> str:
 
 
 def inspect_wan_vae(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> WanVAEInfo:
-    """Recognise the autoencoder from headers; `config` overrides names of WanVAEParams. CheckpointError when it is another."""
+    """Recognise the autoencoder from headers; `config` overrides names of WanVAEParams. CheckpointError when it is
+    another."""
     source = open_checkpoint(path, "vae")
     prefix = find_prefix(source.shapes, VAE_PREFIXES, VAE_ROOTS, source.path, "autoencoder")
     stripped = strip_prefix(source.shapes, prefix)
@@ -103,7 +112,9 @@ def _infer(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) ->
     except KeyError as error:
         raise CheckpointError(f"{path} does not fit WanVAE: {error.args[0]} is missing") from error
     if len(set(blocks)) != 1 or any(width % dim for width in widths):
-        raise CheckpointError(f"{path} does not fit WanVAE: levels of {blocks} residual blocks with the widths {widths}")
+        raise CheckpointError(
+            f"{path} does not fit WanVAE: levels of {blocks} residual blocks with the widths {widths}"
+        )
     if z_dim != len(LATENTS_MEAN) and not {"latents_mean", "latents_std"} <= set(given):
         raise CheckpointError(
             f"{path} has {z_dim} latent channels; their mean and deviation are known for {len(LATENTS_MEAN)} only."
@@ -141,9 +152,14 @@ def load_wan_vae(
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> WanVAE:
-    """Load the autoencoder from a file in either naming or a diffusers folder. CheckpointError when the file does not fit."""
+    """Load the autoencoder from a file in either naming or a diffusers folder. CheckpointError when the file does not
+    fit."""
     info = inspect_wan_vae(path, config)
-    keys = [key for key in info.source.shapes if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in VAE_ROOTS]
+    keys = [
+        key
+        for key in info.source.shapes
+        if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in VAE_ROOTS
+    ]
     state = strip_prefix(info.source.tensors(device, disable_mmap, keys), info.prefix)
     state = convert_diffusers_vae_to_wan(state) if info.is_diffusers else state
     model = build_on_meta(lambda: WanVAE(info.params))

@@ -1,7 +1,8 @@
-"""Files and folders appear complete or not at all: written under a temporary name beside the target, flushed, then renamed.
+"""Files and folders appear complete or not at all: written under a temporary name beside the target, flushed, then
+renamed.
 
-What another program holds open (as Windows forbids to replace it) is tried again for some seconds; then what was written is kept
-under another name, and what was to be removed stays, with a warning.
+What another program holds open (as Windows forbids to replace it) is tried again for some seconds; then what was
+written is kept under another name, and what was to be removed stays, with a warning.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ _NOT_FLUSHABLE = {errno.EINVAL, getattr(errno, "ENOTSUP", errno.EINVAL)}
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well it is flushed and takes the name, else it is removed.
+    """Yield a temporary path beside `path`; when the block ends well it is flushed and takes the name, else it is
+    removed.
 
-    The folder is made when it is missing. WriteError for a full disk and the like; HeldFileError when another program holds
-    the target, and then the file is kept under another name.
+    The folder is made when it is missing. WriteError for a full disk and the like; HeldFileError when another program
+    holds the target, and then the file is kept under another name.
     """
     target = Path(path)
     with write_errors_of(target):
@@ -93,7 +95,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def unwritable(folder: str | os.PathLike[str]) -> str | None:
-    """Why no file could be written below a folder that is there or would be made; None when one could. Nothing is made."""
+    """Why no file could be written below a folder that is there or would be made; None when one could. Nothing is
+    made."""
     place = Path(folder).absolute()
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -6,14 +6,14 @@ import sys
 
 
 def make_console_safe() -> None:
-    """Let letters that the console's encoding lacks (an emoji on cp1252, anything but English under LC_ALL=C) be written as
-    escapes, where they would be an error."""
+    """Let letters that the console's encoding lacks (an emoji on cp1252, anything but English under LC_ALL=C) be
+    written as escapes, where they would be an error."""
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def storable(text: str) -> str:
-    """The text with bytes of file names that are not UTF-8 as escapes: Python carries them as half surrogate pairs, which no
-    encoding can hold. In JSON the escape means the same, so that names come back as they were."""
+    """The text with bytes of file names that are not UTF-8 as escapes: Python carries them as half surrogate pairs,
+    which no encoding can hold. In JSON the escape means the same, so that names come back as they were."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -53,7 +53,8 @@ def stem_of(path: str) -> str:
 
 
 def path_within_limit(stem: str, ending: str) -> str:
-    """The path `stem + ending`, or where its name would be too long, one with the beginning of the stem and a hash of it.
+    """The path `stem + ending`, or where its name would be too long, one with the beginning of the stem and a hash of
+    it.
 
     The hash is of the stem's name alone, so that a folder can be moved.
     """

@@ -17,7 +17,10 @@ from library.core.file_limits import cut_name
 
 logger = logging.getLogger(__name__)
 
-_STEM_BYTES, _SUFFIX_BYTES = 60, 20  # what is left of a file's own name in that of its temporary; a longer suffix is no format
+_STEM_BYTES, _SUFFIX_BYTES = (
+    60,
+    20,
+)  # what is left of a file's own name in that of its temporary; a longer suffix is no format
 _SAME_START_S = 120  # clocks are set; a process that took the number of a dead one started later than that
 _OWNED = re.compile(r"\.(?:.*\.)?([0-9a-f]{8})-(\d+)-(\d+)-\d+\.(tmp|old|gone)(?:\.[^.]*)?")
 _numbers = itertools.count()
@@ -67,7 +70,8 @@ def _host_mark(host: str) -> str:
 
 def owned_name(path: Path, ending: str) -> Path:
     """A hidden name beside `path` that no other file has and that tells its owner: `ending` is "tmp" for what is being
-    written, "old" for a folder in which stands what is being replaced, "gone" for what is being removed. The suffix stays, because writers choose a format by it."""
+    written, "old" for a folder in which stands what is being replaced, "gone" for what is being removed. The suffix
+    stays, because writers choose a format by it."""
     owner = this_process()
     mark = f"{_host_mark(owner.host)}-{owner.pid}-{owner.started}-{next(_numbers)}"
     stem = cut_name(path.stem, _STEM_BYTES)
@@ -81,8 +85,8 @@ def is_owned(name: str) -> bool:
 
 
 def clean_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
-    """Remove what dead processes of this machine left half written in a folder, and put back what they had taken away to
-    replace it but did not replace. Returns what was removed or put back."""
+    """Remove what dead processes of this machine left half written in a folder, and put back what they had taken away
+    to replace it but did not replace. Returns what was removed or put back."""
     handled = []
     try:
         names = sorted(name for name in os.listdir(folder) if name.startswith("."))
@@ -90,7 +94,11 @@ def clean_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
         return []
     for name in names:
         match = _OWNED.fullmatch(name)
-        if match is None or match[1] != _host_mark(host_name()) or Process(host_name(), int(match[2]), int(match[3])).is_alive:
+        if (
+            match is None
+            or match[1] != _host_mark(host_name())
+            or Process(host_name(), int(match[2]), int(match[3])).is_alive
+        ):
             continue
         path = Path(folder) / name
         try:
@@ -100,7 +108,9 @@ def clean_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
         except OSError as error:
             logger.warning("%s, which a run that ended left behind, cannot be removed (%s)", path, error.strerror)
     if handled:
-        logger.info("removed what a run that was killed left half written: %s", ", ".join(str(path) for path in handled))
+        logger.info(
+            "removed what a run that was killed left half written: %s", ", ".join(str(path) for path in handled)
+        )
     return handled
 
 

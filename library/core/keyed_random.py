@@ -1,8 +1,8 @@
 """Random draws as pure functions of a key.
 
-A stream of random numbers depends on everything that was drawn before, so that worker processes, ranks, accumulation or a
-resumed run change the result. Here every draw has a key (seed, purpose, global step, position in the global batch) and
-nothing else, and the same key gives the same numbers anywhere. Numbers are drawn on the CPU in float32.
+A stream of random numbers depends on everything that was drawn before, so that worker processes, ranks, accumulation or
+a resumed run change the result. Here every draw has a key (seed, purpose, global step, position in the global batch)
+and nothing else, and the same key gives the same numbers anywhere. Numbers are drawn on the CPU in float32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def keyed_generator(seed: int, purpose: str, *keys: int | str) -> torch.Generato
 
 @dataclass(frozen=True)
 class StepDraws:
-    """The draws of one micro-batch: `positions[i]` is the place of sample i in the global batch of optimizer step `step`.
+    """The draws of one micro-batch: `positions[i]` is the place of sample i in the global batch of optimizer step
+    `step`.
 
     All results are float32 tensors on the CPU whose first dimension is the sample.
     """
@@ -52,7 +53,8 @@ class StepDraws:
         return keyed_generator(self.seed, purpose, self.step, self.positions[sample], *keys)
 
     def apart(self, name: str) -> StepDraws:
-        """Other draws for the same samples, independent of these: what is drawn for a purpose can be drawn once more."""
+        """Other draws for the same samples, independent of these: what is drawn for a purpose can be drawn once
+        more."""
         return StepDraws(key_seed(self.seed, f"draws apart: {name}"), self.step, self.positions)
 
     def normal(self, purpose: str, shape: Sequence[int] = (), *keys: int | str) -> torch.Tensor:
@@ -86,7 +88,8 @@ class StepDraws:
 
 @contextmanager
 def isolated_rng(seed: int):
-    """Run code that reads the global generators (samplers of other packages, say) with a given seed, then restore them."""
+    """Run code that reads the global generators (samplers of other packages, say) with a given seed, then restore
+    them."""
     import numpy
     import torch
 

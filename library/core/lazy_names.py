@@ -1,4 +1,5 @@
-"""Names that a module hands on from elsewhere, looked up when they are asked for, so that importing the module costs nothing."""
+"""Names that a module hands on from elsewhere, looked up when they are asked for, so that importing the module costs
+nothing."""
 
 from __future__ import annotations
 

@@ -80,11 +80,21 @@ def option(
 ) -> Any:
     """A dataclass field that is a command-line option as well.
 
-    `convert` turns the text into the value (default: from the field's annotation); `flags` are further spellings; `most` is the
-    largest number that makes sense. Every number is checked against it, or against LARGEST_WHOLE and LARGEST_NUMBER. A list that
-    is `repeatable` grows with each `--name value`; of others the last one counts.
+    `convert` turns the text into the value (default: from the field's annotation); `flags` are further spellings;
+    `most` is the largest number that makes sense. Every number is checked against it, or against LARGEST_WHOLE and
+    LARGEST_NUMBER. A list that is `repeatable` grows with each `--name value`; of others the last one counts.
     """
-    spec = OptionSpec(help, convert, nargs, tuple(choices) if choices is not None else None, tuple(flags), metavar, secret, most, repeatable)
+    spec = OptionSpec(
+        help,
+        convert,
+        nargs,
+        tuple(choices) if choices is not None else None,
+        tuple(flags),
+        metavar,
+        secret,
+        most,
+        repeatable,
+    )
     return dataclasses.field(default=default, metadata={METADATA_KEY: spec}, repr=not secret)
 
 
@@ -129,7 +139,8 @@ def number_or_none(text: str | float) -> float | None:
 
 
 def count_or_none(text: str | int) -> int | None:
-    """A count of 1 or more; 0 is the same as not given, as front ends write it. Negative ones are left to the checks."""
+    """A count of 1 or more; 0 is the same as not given, as front ends write it. Negative ones are left to the
+    checks."""
     try:
         return int(text) or None
     except (TypeError, ValueError):
@@ -190,8 +201,8 @@ def add_options(
 ) -> None:
     """Add the options of a class to a parser as one titled group. Values that are not given are left out of the
     namespace, so that the command line can win over a configuration file without guessing. `defaults` holds those that
-    differ from the fields' own, `refused` names options that the script does not have and `ignored` those without meaning
-    there, all for the help."""
+    differ from the fields' own, `refused` names options that the script does not have and `ignored` those without
+    meaning there, all for the help."""
     group = parser.add_argument_group((options_class.__doc__ or options_class.__name__).strip().splitlines()[0])
     skipped, refused, ignored = set(skip), set(refused), set(ignored)
     for name, (field, spec) in option_fields(options_class).items():
@@ -237,7 +248,11 @@ def range_problems(values: Mapping[str, Any], options_class: type) -> dict[str, 
     for name, (_, spec) in option_fields(options_class).items():
         value, is_whole = values.get(name), value_type(options_class, name) is not float
         for part in value if isinstance(value, (list, tuple)) else [value]:
-            needed = number_problem(part, is_whole, spec.most) if isinstance(part, (int, float)) and not isinstance(part, bool) else None
+            needed = (
+                number_problem(part, is_whole, spec.most)
+                if isinstance(part, (int, float)) and not isinstance(part, bool)
+                else None
+            )
             if needed is not None:
                 problems[name] = f"--{name} is {shortened(part)}; needed: {needed}"
     return problems
@@ -289,11 +304,13 @@ class MissingGroup(KeyError):
 class Config:
     """All option groups of one run, read by class: `config[SavingOptions].output_dir`.
 
-    `explicit` holds the names that the user wrote, on the command line or in a file; `ignored` what was written there and has no
-    meaning for the script.
+    `explicit` holds the names that the user wrote, on the command line or in a file; `ignored` what was written there
+    and has no meaning for the script.
     """
 
-    def __init__(self, groups: Mapping[type, Any], explicit: Iterable[str] = (), ignored: Iterable[Ignored] = ()) -> None:
+    def __init__(
+        self, groups: Mapping[type, Any], explicit: Iterable[str] = (), ignored: Iterable[Ignored] = ()
+    ) -> None:
         self._groups = dict(groups)
         self.explicit = frozenset(explicit)
         self.ignored = tuple(ignored)

@@ -39,7 +39,9 @@ class PluginOptions:
     """
 
     plugins: list[str] | None = option(
-        None, nargs="*", metavar="MODULE",
+        None,
+        nargs="*",
+        metavar="MODULE",
         help="modules, in the current folder or installed, that are imported at start and register losses, samplers, kinds of adapter and more",
     )
 

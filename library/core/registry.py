@@ -1,8 +1,8 @@
 """Tables of names that a user can choose from; what a name stands for is imported on first use.
 
-Beside the names of the project a table takes those that a plug-in registers (`Registry.register`), those of installed packages
-(entry points of the group `atelier.<what>`) and paths `package.module:thing`, also of modules in the current folder. What comes
-from outside is held against the table's contract when it is chosen.
+Beside the names of the project a table takes those that a plug-in registers (`Registry.register`), those of installed
+packages (entry points of the group `atelier.<what>`) and paths `package.module:thing`, also of modules in the current
+folder. What comes from outside is held against the table's contract when it is chosen.
 """
 
 from __future__ import annotations
@@ -48,14 +48,16 @@ def import_target(target: str) -> Any:
 
 
 def search_current_folder() -> None:
-    """Let modules of the current folder be imported; behind all others, so that a file of the folder hides no package."""
+    """Let modules of the current folder be imported; behind all others, so that a file of the folder hides no
+    package."""
     if not {os.getcwd(), ""} & set(sys.path):
         sys.path.append(os.getcwd())
 
 
 def import_outside(target: str, what: str) -> Any:
-    """Import what a user names: `package.module:thing` or a module, installed or in the current folder. `what` is where it was
-    named ("--loss_type"). ConfigError for a module that is not there or cannot be imported, and for a name that it does not have.
+    """Import what a user names: `package.module:thing` or a module, installed or in the current folder. `what` is where
+    it was named ("--loss_type"). ConfigError for a module that is not there or cannot be imported, and for a name that
+    it does not have.
     """
     search_current_folder()
     module = target.partition(":")[0]
@@ -68,7 +70,11 @@ def import_outside(target: str, what: str) -> Any:
 
 
 def _import_problem(module: str, target: str, error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name and f"{target}.".replace(":", ".").startswith(f"{error.name}."):
+    if (
+        isinstance(error, ModuleNotFoundError)
+        and error.name
+        and f"{target}.".replace(":", ".").startswith(f"{error.name}.")
+    ):
         return f"there is no module {error.name}, neither in the current folder nor among the installed packages"
     if isinstance(error, ModuleNotFoundError):
         return f"it imports {error.name}, which is not installed"
@@ -82,7 +88,8 @@ def _import_problem(module: str, target: str, error: Exception) -> str:
 
 @functools.cache
 def installed_points(group: str) -> dict[str, str]:
-    """Name in small letters -> "module:attribute" of what installed packages offer in the entry-point group `atelier.<group>`."""
+    """Name in small letters -> "module:attribute" of what installed packages offer in the entry-point group
+    `atelier.<group>`."""
     import importlib.metadata
 
     return {point.name.lower(): point.value for point in importlib.metadata.entry_points(group=f"atelier.{group}")}
@@ -90,7 +97,8 @@ def installed_points(group: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One name of a registry. `package` names the optional package that the target needs; `is_outside`: no part of the project."""
+    """One name of a registry. `package` names the optional package that the target needs; `is_outside`: no part of the
+    project."""
 
     name: str
     target: str
@@ -103,13 +111,14 @@ class Registry(Generic[T]):
     """Names -> targets, looked up without regard to case.
 
     `kind` and `option` appear in messages: "unknown optimizer 'AdamX' (--optimizer_type); did you mean 'AdamW'?"
-    `group`: what installed packages name in the entry-point group `atelier.<group>` is in the table too.
-    `wanted`, `takes`, `is_a` are the contract of targets from outside: in words, by the names of the arguments that they are
+    `group`: what installed packages name in the entry-point group `atelier.<group>` is in the table too. `wanted`,
+    `takes`, `is_a` are the contract of targets from outside: in words, by the names of the arguments that they are
     called with, and as a test. `info` holds what an entry says when it does not say otherwise.
     """
 
     def __init__(
-        self, kind: str, option: str | None = None, *, group: str | None = None, wanted: str = "", takes: tuple[str, ...] = (),
+        self, kind: str, option: str | None = None, *, group: str | None = None, wanted: str = "",
+        takes: tuple[str, ...] = (),
         is_a: Callable[[Any], bool] = callable, info: dict[str, Any] | None = None,
     ) -> None:
         self.kind = kind
@@ -126,7 +135,8 @@ class Registry(Generic[T]):
         self._put(Entry(name, target, package, {**self.default_info, **info}))
 
     def register(self, name: str, **info: Any) -> Callable[[T], T]:
-        """For plug-ins: a decorator that gives a function or class a name, and says of it what the registry asks (`info`).
+        """For plug-ins: a decorator that gives a function or class a name, and says of it what the registry asks
+        (`info`).
 
         Neither a cell of a notebook that runs again nor a module that is loaded again is a second thing of the name.
         """
@@ -159,8 +169,9 @@ class Registry(Generic[T]):
         return installed_points(self.group).get(name.lower()) if self.group else None
 
     def problem(self, name: str, where: str | None = None) -> str | None:
-        """The message for a name that the table does not have; None for one that it has, and for a path, which is looked at when
-        it is chosen (`resolve`). `where`: the place of the name, where that is not the option of the table."""
+        """The message for a name that the table does not have; None for one that it has, and for a path, which is
+        looked at when it is chosen (`resolve`). `where`: the place of the name, where that is not the option of the
+        table."""
         if name in self or (self.group and is_path(name)):
             return None
         return f"{where or self._where} is '{name}'{self._known_beside(name)}"
@@ -171,8 +182,8 @@ class Registry(Generic[T]):
         return f"{did_you_mean(name, known)} Known: {', '.join(known)}{path}"
 
     def entry(self, name: str, where: str | None = None) -> Entry:
-        """The entry of `name` or of a path; ConfigError with the nearest name when there is none. What is from outside is imported, to
-        know what it says of itself."""
+        """The entry of `name` or of a path; ConfigError with the nearest name when there is none. What is from outside
+        is imported, to know what it says of itself."""
         if self.problem(name) is not None:
             option = f" (--{self.option})" if self.option else ""
             raise ConfigError(f"unknown {self.kind} '{name}'{option}{self._known_beside(name)}")
@@ -188,7 +199,8 @@ class Registry(Generic[T]):
         return f"--{self.option}" if self.option else f"the {self.kind}"
 
     def resolve(self, name: str, where: str | None = None) -> T:
-        """Import and return what `name` stands for. ConfigError when it cannot be imported, or does not keep the contract."""
+        """Import and return what `name` stands for. ConfigError when it cannot be imported, or does not keep the
+        contract."""
         entry = self.entry(name, where)
         if entry.is_outside:
             found = import_outside(entry.target, where or self._where)
@@ -210,7 +222,9 @@ class Registry(Generic[T]):
 
     def _check_contract(self, target: str, found: Any, where: str) -> None:
         if not self.is_a(found):
-            raise ConfigError(f"{where} is {target}, which is {_described(found)}; needed: {self.wanted or 'a ' + self.kind}")
+            raise ConfigError(
+                f"{where} is {target}, which is {_described(found)}; needed: {self.wanted or 'a ' + self.kind}"
+            )
         try:
             inspect.signature(found).bind(*self.takes)
         except TypeError as error:
@@ -227,4 +241,6 @@ def _described(thing: Any) -> str:
         return "a module"
     if isinstance(thing, type):
         return f"the class {thing.__name__}"
-    return f"the function {thing.__name__}" if inspect.isfunction(thing) else f"a value of the type {type(thing).__name__}"
+    return (
+        f"the function {thing.__name__}" if inspect.isfunction(thing) else f"a value of the type {type(thing).__name__}"
+    )

@@ -1,5 +1,5 @@
-"""Text, JSON and TOML from files of any origin: what cannot be read is one message that names the file and the reason. Input files
-are opened only when they are files, and TOML is written so that it can be read."""
+"""Text, JSON and TOML from files of any origin: what cannot be read is one message that names the file and the reason.
+Input files are opened only when they are files, and TOML is written so that it can be read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import IO, Any
 from library.core.errors import AtelierError, ConfigError
 
 MOST_NESTED = 100
-"""levels of lists and tables; no file that means something here has a tenth of that, and more would end in a RecursionError later"""
+"""levels of lists and tables; no file that means something here has a tenth of that, and more would end in a
+RecursionError later"""
 
 _READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 """a pipe is opened without waiting for its writer, and then refused"""
@@ -39,8 +40,8 @@ def open_file(path: str | os.PathLike[str], mode: str = "rb", **how: Any) -> IO[
 
 
 def open_descriptor(path: str | os.PathLike[str]) -> tuple[int, os.stat_result]:
-    """The descriptor of an input file, to be closed by os.close, and what the system says of the file. For looks into many
-    small files, of which the layers of open() would be the greater part. OSError when it is none."""
+    """The descriptor of an input file, to be closed by os.close, and what the system says of the file. For looks into
+    many small files, of which the layers of open() would be the greater part. OSError when it is none."""
     try:
         descriptor = os.open(path, _READ_FLAGS)
     except OSError:
@@ -84,7 +85,8 @@ def read_text(path: str | os.PathLike[str], what: str | None = None, error: type
 
 
 def parse_json(
-    text: str | bytes, what: str, error: type[AtelierError] = ConfigError, *, hint: str = "", pairs_hook: Callable[..., Any] | None = None
+    text: str | bytes, what: str, error: type[AtelierError] = ConfigError, *, hint: str = "",
+    pairs_hook: Callable[..., Any] | None = None
 ) -> Any:
     """The value of a JSON text; `what` names it in messages."""
     try:
@@ -98,7 +100,8 @@ def parse_json(
 
 
 def parse_toml(text: str, what: str, error: type[AtelierError] = ConfigError, *, hint: str = "") -> dict[str, Any]:
-    """The table of a TOML text. Python's own reader where there is one (3.11): the toml package refuses arrays such as [1e-4, 0]."""
+    """The table of a TOML text. Python's own reader where there is one (3.11): the toml package refuses arrays such as
+    [1e-4, 0]."""
     try:
         try:
             import tomllib
@@ -111,12 +114,24 @@ def parse_toml(text: str, what: str, error: type[AtelierError] = ConfigError, *,
         check_depth(value)
     except RecursionError:
         raise error(f"{what} is not valid TOML: values are nested too deeply{hint}") from None
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as problem:  # all but the first: faults of the toml package
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as problem:  # all but the first: faults of the toml package
         raise error(f"{what} is not valid TOML: {_short(problem)}{hint}") from problem
     return value
 
 
-def read_json(path: str | os.PathLike[str], what: str | None = None, error: type[AtelierError] = ConfigError, *, needed: type = object) -> Any:
+def read_json(
+    path: str | os.PathLike[str],
+    what: str | None = None,
+    error: type[AtelierError] = ConfigError,
+    *,
+    needed: type = object,
+) -> Any:
     """The value of a JSON file, which has to be of the type `needed`."""
     name = what or str(path)
     value = parse_json(read_text(path, what, error), name, error)
@@ -130,7 +145,11 @@ def check_depth(value: Any) -> None:
     """RecursionError for more than MOST_NESTED levels of lists and tables."""
     level: Iterable[Any] = [value]
     for _ in range(MOST_NESTED):
-        level = [part for whole in level for part in (whole.values() if isinstance(whole, dict) else whole if isinstance(whole, list) else ())]
+        level = [
+            part
+            for whole in level
+            for part in (whole.values() if isinstance(whole, dict) else whole if isinstance(whole, list) else ())
+        ]
         if not level:
             return
     raise RecursionError
@@ -143,7 +162,10 @@ def _short(problem: Exception) -> str:
 
 def toml_text(tables: Mapping[str, Mapping[str, Any]]) -> str:
     """Tables of plain values as a TOML document."""
-    parts = ("\n".join([f"[{name}]", *(f"{key} = {_toml_value(value)}" for key, value in table.items()), ""]) for name, table in tables.items())
+    parts = (
+        "\n".join([f"[{name}]", *(f"{key} = {_toml_value(value)}" for key, value in table.items()), ""])
+        for name, table in tables.items()
+    )
     return "\n".join(parts)
 
 
@@ -156,4 +178,6 @@ def _toml_value(value: Any) -> str:
         return repr(value) if math.isfinite(value) else str(value)
     if isinstance(value, int):
         return str(value)
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # strings of JSON are strings of TOML but for this
+    return json.dumps(str(value), ensure_ascii=False).replace(
+        "\x7f", "\\u007f"
+    )  # strings of JSON are strings of TOML but for this

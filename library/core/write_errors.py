@@ -1,4 +1,5 @@
-"""Files that cannot be written: what the system says, in whatever words a library wraps it, as one message for the user."""
+"""Files that cannot be written: what the system says, in whatever words a library wraps it, as one message for the
+user."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ _NEARLY_FULL = 1 << 20  # bytes
 
 
 class WriteError(AtelierError, OSError):
-    """A file could not be written. The message names it, tells why, what is there now and what to do. It is an OSError too,
-    so that code which can do without the file passes over it as before."""
+    """A file could not be written. The message names it, tells why, what is there now and what to do. It is an OSError
+    too, so that code which can do without the file passes over it as before."""
 
     def __init__(self, message: str, error: OSError | None = None) -> None:
         super().__init__(message)
@@ -59,7 +60,8 @@ class HeldFileError(WriteError):
 
 
 def os_error_of(error: BaseException | None) -> OSError | None:
-    """The system's error behind one that a library raised, or None: itself, one that it came from, or a number in its text."""
+    """The system's error behind one that a library raised, or None: itself, one that it came from, or a number in its
+    text."""
     seen = 0
     while error is not None and seen < 10:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, WriteError):
@@ -117,7 +119,9 @@ def write_error(path: str | os.PathLike[str], error: OSError) -> WriteError:
     else:
         reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
         advice = "Mend this, or choose another place, and run the command again"
-    present = "; the earlier one of this name is unchanged" if os.path.lexists(path) else "; nothing of it is left there"
+    present = (
+        "; the earlier one of this name is unchanged" if os.path.lexists(path) else "; nothing of it is left there"
+    )
     return WriteError(f"{path} could not be written: {reason}{present}. {advice}", error)
 
 
@@ -127,5 +131,7 @@ def disk_problem(error: BaseException) -> str | None:
     if found is None or found.errno not in {*_OURS_IN_ANY_CASE, errno.EMFILE, errno.ENFILE}:
         return None
     where = f"{found.filename}: " if found.filename else ""
-    reason = "no space is left on the disk" if found.errno in _FULL else _REASONS.get(found.errno, os.strerror(found.errno))
+    reason = (
+        "no space is left on the disk" if found.errno in _FULL else _REASONS.get(found.errno, os.strerror(found.errno))
+    )
     return f"{where}{reason}; files that were finished before are whole"

@@ -48,18 +48,25 @@ class DatasetOptions:
 
     dataset_config: Path | None = option(None, help="dataset configuration, .toml or .json")
     dataset_class: str | None = option(None, help="package.module.Class of an own dataset, instead of a configuration")
-    train_data_dir: str | None = option(None, help="folder of N_name sub-folders with images (N = repeats), or the images of --in_json")
+    train_data_dir: str | None = option(
+        None, help="folder of N_name sub-folders with images (N = repeats), or the images of --in_json"
+    )
     reg_data_dir: str | None = option(None, help="folder of N_name sub-folders with regularisation images")
     in_json: str | None = option(None, help="metadata file (.json or .jsonl) of the images in --train_data_dir")
     conditioning_data_dir: str | None = option(None, help="folder of masks (with --masked_loss) or control images")
-    debug_dataset: bool = option(False, help="show what the data loader gives, with a sheet of pictures (dataset.png in --output_dir), and stop")
+    debug_dataset: bool = option(
+        False, help="show what the data loader gives, with a sheet of pictures (dataset.png in --output_dir), and stop"
+    )
     train_batch_size: int = option(1, help="samples of a batch, per process", most=LARGEST_BATCH)
     resolution: tuple[int, int] | None = option(
-        None, convert=parse_resolution, metavar="W,H", help="training size: one number or width,height", most=LARGEST_SIDE
+        None, convert=parse_resolution, metavar="W,H", help="training size: one number or width,height",
+        most=LARGEST_SIDE
     )
     enable_bucket: bool = option(False, help="several sizes by aspect ratio instead of one crop for all")
     min_bucket_reso: int = option(256, help="shortest bucket side", most=LARGEST_SIDE)
-    max_bucket_reso: int = option(1024, help="longest bucket side; when not written, it follows the resolution", most=LARGEST_SIDE)
+    max_bucket_reso: int = option(
+        1024, help="longest bucket side; when not written, it follows the resolution", most=LARGEST_SIDE
+    )
     bucket_reso_steps: int = option(64, help="bucket sides are multiples of this", most=LARGEST_SIDE)
     bucket_no_upscale: bool = option(False, help="make buckets from the image sizes, never enlarging an image")
     cache_info: bool = option(False, help="keep captions and sizes of a folder in metadata_cache.json")
@@ -68,15 +75,20 @@ class DatasetOptions:
     caption_extension: str = option(".caption", help="extension of caption files")
     caption_extention: str | None = option(None, help="old spelling of --caption_extension; wins when both are given")
     keep_tokens: int = option(0, help="tags at the start that are never shuffled or dropped")
-    keep_tokens_separator: str = option("", help="text that ends the fixed head of a caption, and starts its fixed tail")
-    secondary_separator: str | None = option(None, help="text replaced by the separator after shuffling: tags that stay together")
+    keep_tokens_separator: str = option(
+        "", help="text that ends the fixed head of a caption, and starts its fixed tail"
+    )
+    secondary_separator: str | None = option(
+        None, help="text replaced by the separator after shuffling: tags that stay together"
+    )
     enable_wildcard: bool = option(False, help="captions of several lines and {a|b} alternatives")
     caption_prefix: str | None = option(None, help="text before every caption")
     caption_suffix: str | None = option(None, help="text after every caption")
     color_aug: bool = option(False, help="small random changes of hue or gamma")
     flip_aug: bool = option(False, help="mirror images at random")
     face_crop_aug_range: tuple[float, float] | None = option(
-        None, convert=parse_range, metavar="LO,HI", help="crop around faces given by file names: side of the crop in face sizes"
+        None, convert=parse_range, metavar="LO,HI",
+        help="crop around faces given by file names: side of the crop in face sizes"
     )
     random_crop: bool = option(False, help="crop at a random place instead of the centre")
     token_warmup_min: int = option(1, help="tags used at the first step of the token warm-up")
@@ -86,9 +98,13 @@ class DatasetOptions:
     caption_dropout_rate: float = option(0.0, help="probability that a caption is left empty")
     caption_dropout_every_n_epochs: int = option(0, help="all captions are empty in every n-th epoch; 0 = never")
     caption_tag_dropout_rate: float = option(0.0, help="probability that a tag is left out")
-    resize_interpolation: str | None = option(None, choices=INTERPOLATIONS, help="default: area to shrink, lanczos to enlarge")
+    resize_interpolation: str | None = option(
+        None, choices=INTERPOLATIONS, help="default: area to shrink, lanczos to enlarge"
+    )
     validation_split: float = option(0.0, help="part of the images that is kept for validation, 0..1")
-    validation_seed: int | None = option(None, help="seed of the choice of validation images; default: --seed", most=LARGEST_SEED)
+    validation_seed: int | None = option(
+        None, help="seed of the choice of validation images; default: --seed", most=LARGEST_SEED
+    )
     masked_loss: bool = option(False, help="weigh the loss with the masks of conditioning_data_dir")
     prior_loss_weight: float = option(1.0, help="weight of the loss of regularisation images")
     skip_image_resolution: tuple[int, int] | None = option(
@@ -112,15 +128,21 @@ class DatasetOptions:
         sources = ("dataset_config", *FOLDER_OPTIONS)
         given = [f"--{name}" for name in sources if getattr(self, name) is not None]
         if self.dataset_class is not None and given:
-            problems.add(f"--dataset_class makes its own batches and cannot be used with {', '.join(given)}; keep one of them")
+            problems.add(
+                f"--dataset_class makes its own batches and cannot be used with {', '.join(given)}; keep one of them"
+            )
         for name in ("resolution", "skip_image_resolution"):
             size = getattr(self, name)
             if size is not None and min(size) < 1:
                 problems.add(f"--{name} is {size[0]},{size[1]}; both sides must be at least 1")
         if self.face_crop_aug_range is not None and not 0 < self.face_crop_aug_range[0] <= self.face_crop_aug_range[1]:
-            problems.add(f"--face_crop_aug_range is {self.face_crop_aug_range}; use two numbers with 0 < lo <= hi, e.g. 1.0,3.0")
+            problems.add(
+                f"--face_crop_aug_range is {self.face_crop_aug_range}; use two numbers with 0 < lo <= hi, e.g. 1.0,3.0"
+            )
         if self.resize_interpolation is not None and self.resize_interpolation not in INTERPOLATIONS:
-            problems.add(f"--resize_interpolation is {self.resize_interpolation!r}; use one of {', '.join(INTERPOLATIONS)}")
+            problems.add(
+                f"--resize_interpolation is {self.resize_interpolation!r}; use one of {', '.join(INTERPOLATIONS)}"
+            )
         problems.raise_if_any()
 
     @property
@@ -139,15 +161,20 @@ class CachingOptions:
     """Caches of latents and text encoder outputs"""
 
     cache_latents: bool = option(False, help="encode the images once, before training")
-    cache_latents_to_disk: bool = option(False, help="keep the latents in files next to the images (implies --cache_latents)")
-    vae_batch_size: int = option(1, help="images per batch while latents are cached; 0 = 1", convert=batch_size_or_one, most=LARGEST_BATCH)
+    cache_latents_to_disk: bool = option(
+        False, help="keep the latents in files next to the images (implies --cache_latents)"
+    )
+    vae_batch_size: int = option(
+        1, help="images per batch while latents are cached; 0 = 1", convert=batch_size_or_one, most=LARGEST_BATCH
+    )
     skip_cache_check: bool = option(False, help="use existing cache files without looking into them")
     cache_text_encoder_outputs: bool = option(False, help="encode the captions once, before training")
     cache_text_encoder_outputs_to_disk: bool = option(
         False, help="keep the text encoder outputs in files next to the images (implies --cache_text_encoder_outputs)"
     )
     text_encoder_batch_size: int | None = option(
-        None, help="captions per batch while they are cached; default: the dataset's batch size", convert=count_or_none, most=LARGEST_BATCH
+        None, help="captions per batch while they are cached; default: the dataset's batch size", convert=count_or_none,
+        most=LARGEST_BATCH
     )
 
     def __post_init__(self) -> None:
@@ -174,4 +201,12 @@ def check_minimum(problems: Problems, options: Any, minimum: float, *names: str)
             problems.add(f"--{name} is {value}; use {minimum} or more")
 
 
-__all__ = ["FOLDER_OPTIONS", "INTERPOLATIONS", "CachingOptions", "DatasetOptions", "check_minimum", "parse_range", "parse_resolution"]
+__all__ = [
+    "FOLDER_OPTIONS",
+    "INTERPOLATIONS",
+    "CachingOptions",
+    "DatasetOptions",
+    "check_minimum",
+    "parse_range",
+    "parse_resolution",
+]

@@ -10,5 +10,7 @@ from library.families.registry import by_family
 
 __all__ = ["ARCHITECTURES", "DataArchitecture", "LatentSpec"]
 
-ARCHITECTURES: Mapping[str, DataArchitecture] = by_family(lambda record: record.architecture if record.latents and record.caches else None)
+ARCHITECTURES: Mapping[str, DataArchitecture] = by_family(
+    lambda record: record.architecture if record.latents and record.caches else None
+)
 """of every family whose latents are cached"""

@@ -19,7 +19,8 @@ WAITING_PER_TASK = 5e-4
 
 @contextmanager
 def records_stay() -> Iterator[None]:
-    """For work that makes many small records, all of which stay: Python would look through them for cycles again and again."""
+    """For work that makes many small records, all of which stay: Python would look through them for cycles again and
+    again."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -30,8 +31,9 @@ def records_stay() -> Iterator[None]:
 
 
 class BackgroundWriter:
-    """One thread that runs what is submitted, in order. `submit` waits while `backlog` jobs are open, and raises the first
-    error of an earlier job. Leaving the block waits for all jobs, also when it is left by an error or an interrupt."""
+    """One thread that runs what is submitted, in order. `submit` waits while `backlog` jobs are open, and raises the
+    first error of an earlier job. Leaving the block waits for all jobs, also when it is left by an error or an
+    interrupt."""
 
     def __init__(self, backlog: int = 16) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cache-writer")
@@ -64,8 +66,8 @@ class BackgroundWriter:
 def map_in_threads(function: Callable[[T], R], values: Sequence[T], *, num_threads: int, part: int = 128) -> list[R]:
     """Results in the order of `values`; for many small tasks that may wait for the disk. Raises the first exception.
 
-    The first ones are done here, and where they hardly waited so are the others: threads that take turns at every file cost
-    several times the work. A network drive or a cold disk is asked by several at once.
+    The first ones are done here, and where they hardly waited so are the others: threads that take turns at every file
+    cost several times the work. A network drive or a cold disk is asked by several at once.
     """
     results, waits = [], []
     for value in values[:part]:
@@ -85,8 +87,8 @@ def map_in_threads(function: Callable[[T], R], values: Sequence[T], *, num_threa
 def map_ahead(
     function: Callable[[T], R], values: Iterable[T], *, num_threads: int, ahead: int
 ) -> Iterator[tuple[T, R | BaseException]]:
-    """Results in the order of `values`, computed by threads at most `ahead` values in advance. An exception is handed out
-    in place of a result, so that the caller can name what it belongs to."""
+    """Results in the order of `values`, computed by threads at most `ahead` values in advance. An exception is handed
+    out in place of a result, so that the caller can name what it belongs to."""
     with ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="decode") as pool:
         waiting: deque[tuple[T, Future]] = deque()
         try:

@@ -19,8 +19,8 @@ CONDITIONING_IMAGES = "conditioning_images"
 class Batch:
     """One micro-batch of one rank, B samples of one bucket. B may be 0 (see BatchRequest).
 
-    Field names are the batch keys that plug-ins know; `batch["latents"]` reads a field too. Pictures have no axis of frames,
-    clips have it before the height.
+    Field names are the batch keys that plug-ins know; `batch["latents"]` reads a field too. Pictures have no axis of
+    frames, clips have it before the height.
     """
 
     request: BatchRequest
@@ -51,7 +51,8 @@ class Batch:
 
     @property
     def text_encoder_outputs_list(self) -> list[torch.Tensor | None] | None:
-        """The conditioning as plug-ins know it: a list in the order of the family, None where an output is not cached."""
+        """The conditioning as plug-ins know it: a list in the order of the family, None where an output is not
+        cached."""
         if self.conditioning is None:
             return None
         return [self.conditioning.get(name) for name in self.conditioning_keys or self.conditioning]
@@ -83,12 +84,15 @@ class Batch:
         names = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "request"}
         of_samples = ("image_keys", "captions", "flippeds", "custom_attributes", "latent_seeds")
         return dataclasses.replace(
-            self, **{name: listed(value) if name in of_samples else rows_of(value, rows) for name, value in names.items()}
+            self,
+            **{name: listed(value) if name in of_samples else rows_of(value, rows) for name, value in names.items()}
         )
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy with all tensors on `device`, but for the network multipliers, which are read as numbers."""
-        waits = torch.device(device).type != "cuda"  # elsewhere a copy that is not waited for may be read before it is there
+        waits = (
+            torch.device(device).type != "cuda"
+        )  # elsewhere a copy that is not waited for may be read before it is there
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=not waits)
@@ -98,11 +102,14 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{name: on_tensors(torch.Tensor.pin_memory, value) for name, value in values.items()})
+        return dataclasses.replace(
+            self, **{name: on_tensors(torch.Tensor.pin_memory, value) for name, value in values.items()}
+        )
 
 
 def on_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """A field of a batch with its tensors replaced, be it one, or a list or dict that holds some; others as they are."""
+    """A field of a batch with its tensors replaced, be it one, or a list or dict that holds some; others as they
+    are."""
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, list) and any(isinstance(v, torch.Tensor) for v in value):

@@ -1,7 +1,8 @@
 """Buckets: which sizes there are, which one an image takes, and how it is resized and cropped to it. Pure functions.
 
-Sizes are (width, height); clips of one size and length share a bucket. Buckets are chosen by the absolute difference of the ratios width/height; this judges tall images
-more coarsely than wide ones, and is kept because caches and published bucket lists depend on it.
+Sizes are (width, height); clips of one size and length share a bucket. Buckets are chosen by the absolute difference of
+the ratios width/height; this judges tall images more coarsely than wide ones, and is kept because caches and published
+bucket lists depend on it.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def centre_offset(resized: Size, bucket: Size) -> Size:
 
 
 def crop_ltrb(resized: Size, bucket: Size, offset: Size) -> tuple[int, int, int, int]:
-    """The crop as it is stored with a sample: left and top are what is cut there, right and bottom the bucket's size minus
-    what is cut on that side, so that `bucket_w - right` is the left margin of the mirrored sample.
+    """The crop as it is stored with a sample: left and top are what is cut there, right and bottom the bucket's size
+    minus what is cut on that side, so that `bucket_w - right` is the left margin of the mirrored sample.
 
     1200x800 in bucket 1216x832 (resized 1248x832, offset (16, 0)) gives (16, 0, 1200, 832).
     """
@@ -70,7 +71,8 @@ def crop_ltrb(resized: Size, bucket: Size, offset: Size) -> tuple[int, int, int,
 
 @dataclass(frozen=True)
 class BucketChoice:
-    """How one image gets its training size: scale to `resized_size`, crop `bucket_reso` at `crop_offset` (left, top)."""
+    """How one image gets its training size: scale to `resized_size`, crop `bucket_reso` at `crop_offset` (left,
+    top)."""
 
     bucket_reso: Size
     resized_size: Size
@@ -166,8 +168,9 @@ def _ratio_error(size: Size, ratio: float) -> float:
 def balance_regularization(training_repeats: int, reg_repeats: Sequence[int], *, seed: int) -> list[int]:
     """How often each regularisation image appears, so that they are as many as the training samples. 0 = not used.
 
-    Images are registered with their own repeats until there are enough; if all together are too few, one repeat at a time is
-    added, going round. When not all are needed, which ones are used is drawn with the seed; otherwise nothing is random.
+    Images are registered with their own repeats until there are enough; if all together are too few, one repeat at a
+    time is added, going round. When not all are needed, which ones are used is drawn with the seed; otherwise nothing
+    is random.
     """
     order = list(range(len(reg_repeats)))
     if sum(reg_repeats) > training_repeats:
@@ -197,7 +200,8 @@ class BucketAssignment:
     too_small: tuple[int, ...]
     """items that no bucket fits"""
     bucket_info: dict[str, Any] | None
-    """as recorded in the metadata: {"buckets": {i: {"resolution", "count"}}, "mean_img_ar_error"}; None without buckets"""
+    """as recorded in the metadata: {"buckets": {i: {"resolution", "count"}}, "mean_img_ar_error"}; None without
+    buckets"""
     warnings: tuple[str, ...]
 
     @property
@@ -209,10 +213,12 @@ class BucketAssignment:
 def assign_buckets(
     items: Sequence[ImageItem], params: DatasetParams, *, dataset: int = 0, seed: int = 0, finest_step: int = 1
 ) -> BucketAssignment:
-    """Give every item its bucket (sets `bucket_reso` and `resized_size`) and list the samples of each bucket with repeats.
+    """Give every item its bucket (sets `bucket_reso` and `resized_size`) and list the samples of each bucket with
+    repeats.
 
-    `dataset` is the index in the group, `seed` decides which regularisation images are used, `finest_step` is what bucket sides
-    of the model must be a multiple of. Items too small for a bucket are left out and named in the warnings.
+    `dataset` is the index in the group, `seed` decides which regularisation images are used, `finest_step` is what
+    bucket sides of the model must be a multiple of. Items too small for a bucket are left out and named in the
+    warnings.
     """
     selector = BucketSelector.of(params)
     by_size = {size: selector.select(size) for size in {item.image_size for item in items}}
@@ -226,13 +232,21 @@ def assign_buckets(
     for index, choice in enumerate(choices):
         if choice is not None and repeats[index]:
             samples.setdefault(items[index].bucket, []).extend([index] * repeats[index])
-    buckets = tuple(BucketList(dataset, bucket.key, tuple(samples[bucket]), params.batch_size) for bucket in sorted(samples))
+    buckets = tuple(
+        BucketList(dataset, bucket.key, tuple(samples[bucket]), params.batch_size) for bucket in sorted(samples)
+    )
     too_small = tuple(index for index, choice in enumerate(choices) if choice is None)
-    warnings = [*notes, *_small_warnings(items, too_small, params), *_quality_warnings(items, choices, params, finest_step)]
+    warnings = [
+        *notes,
+        *_small_warnings(items, too_small, params),
+        *_quality_warnings(items, choices, params, finest_step),
+    ]
     return BucketAssignment(buckets, tuple(repeats), too_small, bucket_info(buckets, choices, params), tuple(warnings))
 
 
-def _repeats(items: Sequence[ImageItem], choices: Sequence[BucketChoice | None], seed: int) -> tuple[list[int], list[str]]:
+def _repeats(
+    items: Sequence[ImageItem], choices: Sequence[BucketChoice | None], seed: int
+) -> tuple[list[int], list[str]]:
     """How often each item appears, regularisation balanced, and what is to be said about it."""
     repeats = [item.num_repeats if choice is not None else 0 for item, choice in zip(items, choices)]
     reg = [index for index, item in enumerate(items) if item.is_reg]
@@ -251,7 +265,9 @@ def _repeats(items: Sequence[ImageItem], choices: Sequence[BucketChoice | None],
     ]
 
 
-def bucket_info(buckets: Sequence[BucketList], choices: Sequence[BucketChoice | None], params: DatasetParams) -> dict[str, Any] | None:
+def bucket_info(
+    buckets: Sequence[BucketList], choices: Sequence[BucketChoice | None], params: DatasetParams
+) -> dict[str, Any] | None:
     """The record of the buckets for the metadata; the error is the mean over images, repeats not counted."""
     if not params.enable_bucket:
         return None
@@ -265,7 +281,9 @@ def bucket_info(buckets: Sequence[BucketList], choices: Sequence[BucketChoice | 
 def _small_warnings(items: Sequence[ImageItem], too_small: Sequence[int], params: DatasetParams) -> list[str]:
     if not too_small:
         return []
-    shown = ", ".join(f"{items[index].absolute_path} ({_wh(items[index].image_size)})" for index in too_small[:WORST_SHOWN])
+    shown = ", ".join(
+        f"{items[index].absolute_path} ({_wh(items[index].image_size)})" for index in too_small[:WORST_SHOWN]
+    )
     more = f" and {len(too_small) - WORST_SHOWN} more" if len(too_small) > WORST_SHOWN else ""
     return [
         f"images left out: {len(too_small)}, of which one side would be shorter than one bucket step ({params.bucket_reso_steps} px)"
@@ -285,16 +303,34 @@ def _quality_warnings(
         cut = cut_of(choice)
         scale = max(resized_w / item.image_size[0], resized_h / item.image_size[1])
         if cut > CROP_WARNING:
-            cuts.append((cut, f"{item.absolute_path} ({_wh(item.image_size)} in {_wh(choice.bucket_reso)}: {cut:.0%} cut)", item.image_size))
+            cuts.append(
+                (
+                    cut,
+                    f"{item.absolute_path} ({_wh(item.image_size)} in {_wh(choice.bucket_reso)}: {cut:.0%} cut)",
+                    item.image_size,
+                )
+            )
         if scale > UPSCALE_WARNING:
-            scales.append((scale, f"{item.absolute_path} ({_wh(item.image_size)} in {_wh(choice.bucket_reso)}: x{scale:.1f})", None))
+            scales.append(
+                (
+                    scale,
+                    f"{item.absolute_path} ({_wh(item.image_size)} in {_wh(choice.bucket_reso)}: x{scale:.1f})",
+                    None,
+                )
+            )
     lines = []
     for found, what in ((cuts, "lose more than %d%% of their area to the crop" % (CROP_WARNING * 100)),
                         (scales, f"are enlarged more than {UPSCALE_WARNING} times")):
         if found:
             worst = sorted(found, key=lambda entry: entry[:2], reverse=True)[:WORST_SHOWN]
-            reasons = dict.fromkeys(cutting_setting(size, params, finest_step) for _, _, size in worst if size is not None)
-            lines.append("; ".join((f"{len(found)} images {what}; the worst: {', '.join(text for _, text, _ in worst)}", *reasons)))
+            reasons = dict.fromkeys(
+                cutting_setting(size, params, finest_step) for _, _, size in worst if size is not None
+            )
+            lines.append(
+                "; ".join(
+                    (f"{len(found)} images {what}; the worst: {', '.join(text for _, text, _ in worst)}", *reasons)
+                )
+            )
     return lines
 
 
@@ -305,13 +341,14 @@ def cut_of(choice: BucketChoice) -> float:
 
 
 def cutting_setting(size: Size, params: DatasetParams, finest_step: int = 1) -> str:
-    """The bucket setting because of which an image of this size is cut, with a value that cuts little. `finest_step`: what
-    bucket_reso_steps must be a multiple of."""
+    """The bucket setting because of which an image of this size is cut, with a value that cuts little. `finest_step`:
+    what bucket_reso_steps must be a multiple of."""
     if not params.enable_bucket:
         return f"the reason is enable_bucket = false, which crops every image to {_wh(params.resolution)}; write enable_bucket = true"
     area, ratio, step = params.resolution[0] * params.resolution[1], max(size) / min(size), params.bucket_reso_steps
     limits = {
-        "max_bucket_reso": int(-(-math.sqrt(area * ratio) // step)) * step, "min_bucket_reso": max(int(math.sqrt(area / ratio) // step), 1) * step
+        "max_bucket_reso": int(-(-math.sqrt(area * ratio) // step)) * step,
+        "min_bucket_reso": max(int(math.sqrt(area / ratio) // step), 1) * step
     }
     finer = {"bucket_reso_steps": max(step // 4 // finest_step, 1) * finest_step}
     ways = [{name: value} for name, value in limits.items()] + [limits]

@@ -31,8 +31,8 @@ def build_dataset_groups(
 ) -> tuple[DatasetGroup, DatasetGroup | None]:
     """(training group, validation group or None) of a Blueprint.
 
-    `scan`: what scan_datasets or load_datasets found, when that ran already. `seed` is the run's seed: it decides augmentation
-    and the choice of regularisation images, and the validation split where no seed of its own is set.
+    `scan`: what scan_datasets or load_datasets found, when that ran already. `seed` is the run's seed: it decides
+    augmentation and the choice of regularisation images, and the validation split where no seed of its own is set.
     Raises ConfigError with all problems of the files.
     """
     if scan is None:

@@ -1,4 +1,5 @@
-"""Which settings do not go with a cache, and whether cache files can be written: looked at before any model is loaded."""
+"""Which settings do not go with a cache, and whether cache files can be written: looked at before any model is
+loaded."""
 
 from __future__ import annotations
 
@@ -50,8 +51,9 @@ def check_caching(subsets: Iterable[SubsetParams], *, latents: bool, text: bool)
 def cache_paths(items: Sequence[ImageItem], path_of: Callable[[ImageItem, str], str]) -> list[str]:
     """The cache file of every item; `path_of(item, image path)` is the family's name for it.
 
-    Different images that would share a file (`a.png` and `a.jpg`; where the file system ignores case, `A.png` and `a.jpg`) get one
-    each, with the extension in its name: `a.png_0640x0480_sd.npz`. Raises ConfigError where that name is another image's too.
+    Different images that would share a file (`a.png` and `a.jpg`; where the file system ignores case, `A.png` and
+    `a.jpg`) get one each, with the extension in its name: `a.png_0640x0480_sd.npz`. Raises ConfigError where that name
+    is another image's too.
     """
     paths = [path_of(item, item.absolute_path) for item in items]
     images = [item.absolute_path for item in items]
@@ -63,12 +65,15 @@ def cache_paths(items: Sequence[ImageItem], path_of: Callable[[ImageItem, str], 
             paths[index] = path_of(item, item.absolute_path + os.path.splitext(item.absolute_path)[1])
     still = crowded_names(paths, images)
     if still:
-        raise ConfigError([f"{' and '.join(group)} would share a cache file; rename one of the images" for group in still.values()])
+        raise ConfigError(
+            [f"{' and '.join(group)} would share a cache file; rename one of the images" for group in still.values()]
+        )
     return paths
 
 
 def crowded_names(names: Sequence[str], images: Sequence[str]) -> dict[str, list[str]]:
-    """From names and the images that they belong to: each name that is one and the same file for different images -> these images."""
+    """From names and the images that they belong to: each name that is one and the same file for different images ->
+    these images."""
     folded = _folded(names)
     if len(set(folded)) == len(set(zip(folded, images))):
         return {}  # no name has two images, whatever the file system takes for one name
@@ -90,7 +95,8 @@ def crowded_names(names: Sequence[str], images: Sequence[str]) -> dict[str, list
 
 
 def _folded(names: Sequence[str]) -> list[str]:
-    """The names in the form in which some file systems compare them, all in one go: no file name holds a zero character."""
+    """The names in the form in which some file systems compare them, all in one go: no file name holds a zero
+    character."""
     return unicodedata.normalize("NFC", "\0".join(names)).casefold().split("\0")
 
 
@@ -104,8 +110,8 @@ def ignores_case(path: str) -> bool:
 
 
 def check_cache_folders(paths: Iterable[str]) -> None:
-    """Raise ConfigError when one of these files could not be written, naming every folder that refuses and everything that is no
-    file where one belongs. What killed runs left half written there goes."""
+    """Raise ConfigError when one of these files could not be written, naming every folder that refuses and everything
+    that is no file where one belongs. What killed runs left half written there goes."""
     paths = list(paths)
     problems = [
         f"{path} is where a cache file belongs, and is a {'folder' if os.path.isdir(path) else 'pipe or device'}; remove or rename it"

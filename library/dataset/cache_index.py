@@ -1,16 +1,16 @@
-"""`.atelier_index.json` of a folder with cache files: which of them were found right, and what the headers of the pictures beside them
-tell, so that the next start need not read them.
+"""`.atelier_index.json` of a folder with cache files: which of them were found right, and what the headers of the
+pictures beside them tell, so that the next start need not read them.
 
-{"version": 2, "files": {"<file name>": "<size>,<modification time ns>,<change time ns>|<question> <made of> <second> <answer>|..."}} with
-as many answers as were asked for; texts, since lists of numbers for tens of thousands of files take several times as long to read. A
-question is the hash of all settings that decide whether a file may be used: what it should
-hold, made by which model. What it was made of is the stamp of the picture, or the hash of the caption. So
-another picture, caption, model or setting finds no answer, and a changed cache file has another stamp; either is looked at as if there
-were no index.
+{"version": 2, "files": {"<file name>": "<size>,<modification time ns>,<change time ns>|<question> <made of> <second>
+<answer>|..."}} with as many answers as were asked for; texts, since lists of numbers for tens of thousands of files
+take several times as long to read. A question is the hash of all settings that decide whether a file may be used: what
+it should hold, made by which model. What it was made of is the stamp of the picture, or the hash of the caption. So
+another picture, caption, model or setting finds no answer, and a changed cache file has another stamp; either is looked
+at as if there were no index.
 
-An answer counts only while all files of its question are older than the second in which it was found: a file may change twice
-within the resolution of a file system's clock. Only good answers are kept. A folder that cannot be written keeps its index in
-memory for the run.
+An answer counts only while all files of its question are older than the second in which it was found: a file may change
+twice within the resolution of a file system's clock. Only good answers are kept. A folder that cannot be written keeps
+its index in memory for the run.
 """
 
 from __future__ import annotations
@@ -56,11 +56,13 @@ class CacheIndex:
         self._stamps: dict[str, Stamp] = {}
         self._lock = threading.Lock()
 
-    def find(self, path: str, question: str, read: Callable[[], Found], *, source: str | None = None, detail: str = "") -> Found:
+    def find(
+        self, path: str, question: str, read: Callable[[], Found], *, source: str | None = None, detail: str = ""
+    ) -> Found:
         """The answer to a question about a cache file: the noted one, or what `read` finds, which is then noted.
 
-        `question` and `detail` say all that the answer depends on beside the content of `path` and `source`: the question what is
-        common to many files, the detail (a word) what is not.
+        `question` and `detail` say all that the answer depends on beside the content of `path` and `source`: the
+        question what is common to many files, the detail (a word) what is not.
         """
         second, stamp = int(time.time()), stamp_of(path)
         other = stamp if source is None else self._stamps.get(source) or stamp_of(source)
@@ -71,7 +73,12 @@ class CacheIndex:
         folder, name = _split(path)
         what = self._keys.get(question) or self._key_of(question)
         made_of = detail if source is None else "%d,%d,%d" % other
-        noted = _noted(self._entries(folder).get(name), "%d,%d,%d|" % stamp, f"|{what} {made_of} ", max(stamp[1], other[1]) // 10**9)
+        noted = _noted(
+            self._entries(folder).get(name),
+            "%d,%d,%d|" % stamp,
+            f"|{what} {made_of} ",
+            max(stamp[1], other[1]) // 10**9,
+        )
         if noted is not None:
             return noted, ""
         answer, reason = read()
@@ -81,7 +88,8 @@ class CacheIndex:
         return answer, reason
 
     def save(self) -> None:
-        """Write what is new, beside what other processes have written meanwhile. A folder that cannot be written is left alone."""
+        """Write what is new, beside what other processes have written meanwhile. A folder that cannot be written is
+        left alone."""
         for folder, names in self._changed.items():
             entries = self._entries(folder)
             present = _names_in(folder)
@@ -113,7 +121,8 @@ class CacheIndex:
         return entries
 
     def _note(self, folder: str, name: str, stamp: str, earlier: str, answer: str) -> None:
-        """Keep an answer beside those that do not begin with `earlier`: to other questions, or about another caption."""
+        """Keep an answer beside those that do not begin with `earlier`: to other questions, or about another
+        caption."""
         entries = self._entries(folder)
         with self._lock:
             known = entries.get(name)
@@ -124,7 +133,8 @@ class CacheIndex:
 
 
 def _noted(entry: Any, stamp: str, question: str, youngest: int) -> str | None:
-    """The answer of an entry, if it is about these very files and all of them were older than the second in which it was found."""
+    """The answer of an entry, if it is about these very files and all of them were older than the second in which it
+    was found."""
     if not isinstance(entry, str) or not entry.startswith(stamp):
         return None
     second, _, answer = entry.partition(question)[2].partition("|")[0].partition(" ")

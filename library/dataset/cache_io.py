@@ -1,8 +1,8 @@
 """Cache files: names, keys, what is recorded with the data, and when a file may be used.
 
-The arrays lie under the keys that the known trainers read. Beside them stands one record per image size, or per caption,
-under a key that those ignore. It says what the data were made of, so that a stale cache is noticed; a file without it
-(written by another trainer) is judged by its keys and shapes alone.
+The arrays lie under the keys that the known trainers read. Beside them stands one record per image size, or per
+caption, under a key that those ignore. It says what the data were made of, so that a stale cache is noticed; a file
+without it (written by another trainer) is judged by its keys and shapes alone.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ EXIF_POLICY = "transposed"
 LATENT_KEYS = ("latents", "original_size", "crop_ltrb", "latents_flipped", "alpha_mask")
 
 
-# ---- names ------------------------------------------------------------------------------------------------------------
+# ---- names -----------------------------------------------------------------------------------------------------------
 
 def latents_npz_path(architecture: DataArchitecture, image_path: str, image_size: tuple[int, int]) -> str:
-    """`<image without extension>_<WWWW>x<HHHH><suffix>`; the size is that of the image. A name that would be too long for the
-    file system is cut and ends in a hash, here and for text outputs."""
+    """`<image without extension>_<WWWW>x<HHHH><suffix>`; the size is that of the image. A name that would be too long
+    for the file system is cut and ends in a hash, here and for text outputs."""
     width, height = image_size
     return path_within_limit(stem_of(image_path), f"_{width:04d}x{height:04d}{architecture.latents_suffix}")
 
@@ -49,7 +49,9 @@ def text_npz_path(architecture: DataArchitecture, image_path: str) -> str:
     return path_within_limit(stem_of(image_path), architecture.text_suffix)
 
 
-def image_size_from_latents_path(architecture: DataArchitecture, image_path: str, npz_path: str) -> tuple[int, int] | None:
+def image_size_from_latents_path(
+    architecture: DataArchitecture, image_path: str, npz_path: str
+) -> tuple[int, int] | None:
     """(width, height) from the name of a cache file of exactly this image, or None when the file is another's."""
     found = re.search(r"_(\d+)x(\d+)$", npz_path.removesuffix(architecture.latents_suffix))
     size = (int(found[1]), int(found[2])) if found else (0, 0)
@@ -59,11 +61,12 @@ def image_size_from_latents_path(architecture: DataArchitecture, image_path: str
 
 
 def size_suffix(architecture: DataArchitecture, bucket: Sequence[int]) -> str:
-    """`_<h>x<w>` of a picture, `_<F>x<h>x<w>` of a clip, in latent units. `bucket`, here and below: a Bucket or its key."""
+    """`_<h>x<w>` of a picture, `_<F>x<h>x<w>` of a clip, in latent units. `bucket`, here and below: a Bucket or its
+    key."""
     return "_" + "x".join(map(str, architecture.latents.latent_shape(bucket)[1:]))
 
 
-# ---- identity of an image file ------------------------------------------------------------------------------------------
+# ---- identity of an image file ---------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class ImageIdentity:
@@ -102,7 +105,7 @@ def file_content_id(path: str) -> str:
     return digest.hexdigest()[:32]
 
 
-# ---- latents ------------------------------------------------------------------------------------------------------------
+# ---- latents ---------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsRecord:
@@ -153,7 +156,11 @@ def save_latents(path: str, suffix: str, arrays: LatentArrays, record: LatentsRe
     that nothing of another model is left beside the new latents."""
     new = arrays.arrays()
     bare = {*LATENT_KEYS, RECORD_KEY}  # without a size in their names, as old caches have them
-    merged = {key: array for key, array in existing_arrays(path).items() if not (key.endswith(suffix) if suffix else key in bare)}
+    merged = {
+        key: array
+        for key, array in existing_arrays(path).items()
+        if not (key.endswith(suffix) if suffix else key in bare)
+    }
     merged |= {name + suffix: array for name, array in new.items()}
     if record is not None:
         sums = {name + suffix: checksum(array) for name, array in new.items()}
@@ -162,7 +169,8 @@ def save_latents(path: str, suffix: str, arrays: LatentArrays, record: LatentsRe
 
 
 def load_latents(path: str, architecture: DataArchitecture, bucket: Sequence[int]) -> LatentArrays:
-    """Latents of one size as they are stored. ValueError when the file has no such size, CheckpointError when it is damaged."""
+    """Latents of one size as they are stored. ValueError when the file has no such size, CheckpointError when it is
+    damaged."""
     suffix = size_suffix(architecture, bucket)
     try:
         if f"latents{suffix}" not in (headers := read_headers(path)) and architecture.legacy_keys:
@@ -182,7 +190,8 @@ def load_latents(path: str, architecture: DataArchitecture, bucket: Sequence[int
 
 
 def load_conditions(
-    path: str, architecture: DataArchitecture, bucket: Sequence[int], shapes: Mapping[str, tuple[int, ...]], *, flipped: bool
+    path: str, architecture: DataArchitecture, bucket: Sequence[int], shapes: Mapping[str, tuple[int, ...]], *,
+    flipped: bool
 ) -> dict[str, np.ndarray]:
     """What the family caches beside latents of one size. CheckpointError when it is not there, or damaged."""
     suffix = size_suffix(architecture, bucket)
@@ -193,7 +202,9 @@ def load_conditions(
             raise ValueError(problem)
         arrays = read_arrays(path, list(keys.values()), headers)
     except UNREADABLE as error:
-        raise CheckpointError(f"cache file {path} cannot be read ({error}); delete it and run again to make it anew") from error
+        raise CheckpointError(
+            f"cache file {path} cannot be read ({error}); delete it and run again to make it anew"
+        ) from error
     return {name: arrays[key] for name, key in keys.items()}
 
 
@@ -208,11 +219,15 @@ def mask_shape(bucket: Sequence[int]) -> tuple[int, ...]:
     return (height, width) if frames == 1 else (frames, height, width)
 
 
-def _check_others(headers: Mapping[str, ArrayHeader], wanted: Mapping[str, tuple[int, ...] | None], *, mask_rank: int) -> None:
+def _check_others(
+    headers: Mapping[str, ArrayHeader], wanted: Mapping[str, tuple[int, ...] | None], *, mask_rank: int
+) -> None:
     """ValueError when an array that need not be there is, and cannot be used. None: any sides of a mask."""
     for key, shape in wanted.items():
         header = headers.get(key)
-        if header is not None and not header.holds("f", header.shape if shape is None and len(header.shape) == mask_rank else shape):
+        if header is not None and not header.holds(
+            "f", header.shape if shape is None and len(header.shape) == mask_rank else shape
+        ):
             raise ValueError(f"{key} holds {header.dtype} of shape {list(header.shape)}")
 
 
@@ -231,10 +246,11 @@ def latents_problem(
     image_path: str | None = None,
     conditions: Mapping[str, tuple[int, ...]] | None = None,
 ) -> str | None:
-    """Why the file cannot serve this size, or None when it can. A damaged file is a problem like another, with a warning.
+    """Why the file cannot serve this size, or None when it can. A damaged file is a problem like another, with a
+    warning.
 
-    `expected` and `image_path` are compared with the record, where the file has one. `conditions`: shapes of what has to be
-    beside the latents.
+    `expected` and `image_path` are compared with the record, where the file has one. `conditions`: shapes of what has
+    to be beside the latents.
     """
     headers = headers_or_reason(path)
     if isinstance(headers, str):
@@ -264,7 +280,11 @@ def latents_problem(
 def _has_latents(
     headers: Mapping[str, ArrayHeader], architecture: DataArchitecture, bucket: Sequence[int], suffix: str
 ) -> bool:
-    needed = {"latents": ("f", architecture.latents.latent_shape(bucket)), "original_size": ("iuf", (2,)), "crop_ltrb": ("iuf", (4,))}
+    needed = {
+        "latents": ("f", architecture.latents.latent_shape(bucket)),
+        "original_size": ("iuf", (2,)),
+        "crop_ltrb": ("iuf", (4,)),
+    }
     return all(f"{key}{suffix}" in headers and headers[f"{key}{suffix}"].holds(*what) for key, what in needed.items())
 
 
@@ -283,7 +303,7 @@ def _latents_record_problem(stored: Mapping[str, Any], expected: LatentsRecord, 
     return None
 
 
-# ---- shared ---------------------------------------------------------------------------------------------------------------
+# ---- shared ----------------------------------------------------------------------------------------------------------
 
 def differ(stored: str | None, expected: str) -> bool:
     """Whether two identities contradict each other; an unknown one contradicts nothing."""

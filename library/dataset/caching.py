@@ -1,7 +1,7 @@
 """Caching of latents: which images lack them, and a pipeline that decodes, encodes and writes at the same time.
 
-Decoding runs in threads with a bounded backlog, encoding in batches of one bucket, writing in one background thread. A file
-appears complete or not at all, so an interrupted run leaves what it finished and the next one goes on from there.
+Decoding runs in threads with a bounded backlog, encoding in batches of one bucket, writing in one background thread. A
+file appears complete or not at all, so an interrupted run leaves what it finished and the next one goes on from there.
 """
 
 from __future__ import annotations
@@ -80,24 +80,26 @@ class Encoded:
     conditions_flipped: dict[str, torch.Tensor]
 
 
-# ---- what is missing ----------------------------------------------------------------------------------------------------
+# ---- what is missing -------------------------------------------------------------------------------------------------
 
 @records_stay()
 def plan_latents(
     items: Iterable[ImageItem], strategy: LatentCache, *, process_index: int = 0, num_processes: int = 1,
     index: CacheIndex | None = None,
 ) -> list[LatentsJob]:
-    """The jobs that this process has to encode, sorted by bucket size; sets `latents_npz` of the items. `index` knows files that
-    were found right before.
+    """The jobs that this process has to encode, sorted by bucket size; sets `latents_npz` of the items. `index` knows
+    files that were found right before.
 
-    On disk the files are divided among the processes; in memory every process encodes everything. Raises ConfigError when one
-    image would be needed in two ways under one key, or a folder cannot be written.
+    On disk the files are divided among the processes; in memory every process encodes everything. Raises ConfigError
+    when one image would be needed in two ways under one key, or a folder cannot be written.
     """
     items = list(items)
     check_caching({id(item.subset): item.subset for item in items}.values(), latents=True, text=False)
     if not strategy.cache_to_disk:
         return _sorted(_jobs_of(item for item in items if item.latents is None))
-    for item, path in zip(items, cache_paths(items, lambda item, image: strategy.get_latents_npz_path(image, item.image_size))):
+    for item, path in zip(
+        items, cache_paths(items, lambda item, image: strategy.get_latents_npz_path(image, item.image_size))
+    ):
         item.latents_npz = path
     if problems := _conflicts(items):
         raise ConfigError(problems)
@@ -147,7 +149,7 @@ def _conflicts(items: Iterable[ImageItem]) -> list[str]:
     return problems
 
 
-# ---- the pipeline ----------------------------------------------------------------------------------------------------------
+# ---- the pipeline ----------------------------------------------------------------------------------------------------
 
 def encode_latents(
     jobs: Sequence[LatentsJob],
@@ -159,11 +161,12 @@ def encode_latents(
     show_progress: bool = True,
     parts: Mapping[str, Any] | None = None,
 ) -> list[ImageItem]:
-    """Encode the jobs and store the results: files in the background, memory on the items. The VAE, and the `parts` that the
-    family has beside it, run where they are, in their own dtype.
+    """Encode the jobs and store the results: files in the background, memory on the items. The VAE, and the `parts`
+    that the family has beside it, run where they are, in their own dtype.
 
     Images that cannot be decoded do not stop the others: their items are returned with `skip_bad_images`, else one
-    ConfigError names them all in the end. Raises TrainingError for latents that are not finite, and writes none of those.
+    ConfigError names them all in the end. Raises TrainingError for latents that are not finite, and writes none of
+    those.
     """
     if strategy.stores_batches:
         _store_by_plugin(jobs, strategy, vae, show_progress)
@@ -180,7 +183,9 @@ def encode_latents(
                     _store_in_memory(decoded, encoded)
             bar.update(len(batch))
     if bad and not skip_bad_images:
-        raise ConfigError([f"{error}; repair or remove it, or go on without it with --skip_bad_images" for _, error in bad])
+        raise ConfigError(
+            [f"{error}; repair or remove it, or go on without it with --skip_bad_images" for _, error in bad]
+        )
     for _, error in bad:
         logger.warning("%s; the image is left out", error)
     return [item for job, _ in bad for item in job.items]
@@ -188,7 +193,9 @@ def encode_latents(
 
 def _store_by_plugin(jobs: Sequence[LatentsJob], strategy: LatentCache, vae: Any, show_progress: bool) -> None:
     """Batches go to the `cache_batch_latents` of a user's class, with every item of their images."""
-    for batch in tqdm(list(_batches(jobs, strategy.batch_size)), desc="caching latents", unit="batch", disable=not show_progress):
+    for batch in tqdm(
+        list(_batches(jobs, strategy.batch_size)), desc="caching latents", unit="batch", disable=not show_progress
+    ):
         items = [item for job in batch for item in job.items]
         strategy.cache_batch_latents(vae, items, batch[0].flip_aug, batch[0].alpha_mask, False)
 
@@ -223,11 +230,14 @@ def _batches(entries: Iterable[T], size: int) -> Iterator[list[T]]:
 def encode_batch(
     strategy: LatentCache, vae: Any, batch: Sequence[Decoded], parts: Mapping[str, Any] | None = None
 ) -> list[Encoded]:
-    """Latents and conditions of decoded images of one size. Raises TrainingError naming the images for which they are not finite."""
+    """Latents and conditions of decoded images of one size. Raises TrainingError naming the images for which they are
+    not finite."""
     latents, conditions = _encode(strategy, vae, batch, parts, is_flipped=False)  # [B, C, ...]
     flipped, mirrored = _encode(strategy, vae, batch, parts, is_flipped=True) if batch[0].job.flip_aug else (None, {})
     return [
-        Encoded(latents[i].clone(), _row(conditions, i), None if flipped is None else flipped[i].clone(), _row(mirrored, i))
+        Encoded(
+            latents[i].clone(), _row(conditions, i), None if flipped is None else flipped[i].clone(), _row(mirrored, i)
+        )
         for i in range(len(batch))
     ]
 
@@ -239,11 +249,15 @@ def _row(tensors: Mapping[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]
 def _encode(
     strategy: LatentCache, vae: Any, batch: Sequence[Decoded], parts: Mapping[str, Any] | None, is_flipped: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    images = torch.stack([image_tensor(entry.pixels.image, is_flipped) for entry in batch])  # [B, 3, H, W] or [B, 3, F, H, W]
+    images = torch.stack(
+        [image_tensor(entry.pixels.image, is_flipped) for entry in batch]
+    )  # [B, 3, H, W] or [B, 3, F, H, W]
     seeds = [posterior_seed(entry.identity.content, entry.job.item.bucket.key, is_flipped) for entry in batch]
     latents, conditions = strategy.encode_samples(vae, parts or {}, images, seeds)
     latents, conditions = latents.cpu(), {name: tensor.cpu() for name, tensor in conditions.items()}
-    finite = torch.stack([torch.isfinite(tensor).flatten(1).all(dim=1) for tensor in (latents, *conditions.values())]).all(dim=0)
+    finite = torch.stack(
+        [torch.isfinite(tensor).flatten(1).all(dim=1) for tensor in (latents, *conditions.values())]
+    ).all(dim=0)
     if not finite.all():
         names = ", ".join(entry.job.item.absolute_path for entry, good in zip(batch, finite.tolist()) if not good)
         raise TrainingError(
@@ -257,7 +271,8 @@ def _store_on_disk(strategy: LatentCache, decoded: Decoded, encoded: Encoded) ->
     item = decoded.job.item
     arrays = LatentArrays(
         latents=encoded.latents.numpy(), original_size=item.image_size, crop_ltrb=Geometry.centred(item).crop_ltrb,
-        latents_flipped=None if encoded.flipped is None else encoded.flipped.numpy(), alpha_mask=decoded.pixels.alpha_mask,
+        latents_flipped=None if encoded.flipped is None else encoded.flipped.numpy(),
+        alpha_mask=decoded.pixels.alpha_mask,
         conditions={name: tensor.numpy() for name, tensor in encoded.conditions.items()},
         conditions_flipped={name: tensor.numpy() for name, tensor in encoded.conditions_flipped.items()},
     )
@@ -282,7 +297,9 @@ def unusable_items(
     if not strategy.cache_to_disk:
         return [item for item in items if item.latents is None]
     jobs = _jobs_of(items)
-    return [item for job, reason in zip(jobs, check_jobs(jobs, strategy, index)) if reason is not None for item in job.items]
+    return [
+        item for job, reason in zip(jobs, check_jobs(jobs, strategy, index)) if reason is not None for item in job.items
+    ]
 
 
 def cache_one_batch(

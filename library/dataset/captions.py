@@ -1,4 +1,5 @@
-"""Captions: from files and metadata entries to the text that is tokenized. Pure functions; random parts take a generator."""
+"""Captions: from files and metadata entries to the text that is tokenized. Pure functions; random parts take a
+generator."""
 
 from __future__ import annotations
 
@@ -33,10 +34,11 @@ def process_caption(
     max_train_steps: int,
     replacements: Mapping[str, str | Sequence[str]] | None = None,
 ) -> str:
-    """The caption as one sample uses it: dropout, line, prefix and suffix, alternatives, tags, separators, replacements.
+    """The caption as one sample uses it: dropout, line, prefix and suffix, alternatives, tags, separators,
+    replacements.
 
-    `epoch` counts from 1, `step` is the global step of the sample, `rng` belongs to this sample alone. `replacements` are
-    those of textual inversion: text -> text (or a list to choose from), the key "" replaces the whole caption.
+    `epoch` counts from 1, `step` is the global step of the sample, `rng` belongs to this sample alone. `replacements`
+    are those of textual inversion: text -> text (or a list to choose from), the key "" replaces the whole caption.
     """
     if is_dropped(params, rng, epoch):
         return ""
@@ -98,7 +100,9 @@ def _compose(
     if params.enable_wildcard:
         caption = expand_wildcards(caption, rng)
     joint = joint_of(caption, params.caption_separator)
-    caption = _process_tags(caption, params, rng, warm_up_limit(params, step, max_train_steps) if warm_up else None, joint)
+    caption = _process_tags(
+        caption, params, rng, warm_up_limit(params, step, max_train_steps) if warm_up else None, joint
+    )
     if params.secondary_separator:
         caption = _with_joint(caption, params.secondary_separator, "," if params.caption_separator == "," else joint)
     for old, new in (replacements or {}).items():
@@ -130,7 +134,9 @@ def warm_up_limit(params: SubsetParams, step: int, max_train_steps: int) -> tupl
     return (step, steps) if step < steps else None
 
 
-def _process_tags(caption: str, params: SubsetParams, rng: random.Random, warm_up: tuple[int, int] | None, joint: str) -> str:
+def _process_tags(
+    caption: str, params: SubsetParams, rng: random.Random, warm_up: tuple[int, int] | None, joint: str
+) -> str:
     """Fixed head, flexible middle, fixed tail; the middle is warmed up, shuffled and thinned."""
     has_separator = bool(params.keep_tokens_separator) and params.keep_tokens_separator in caption
     active = params.shuffle_caption or params.token_warmup_step > 0 or params.caption_tag_dropout_rate > 0
@@ -162,8 +168,8 @@ def split_tags(text: str, separator: str) -> list[str]:
 
 
 def joint_of(caption: str, separator: str) -> str:
-    """What joins the tags of a caption again: the separator and a space, without the space where the caption writes none behind
-    its first separator. A comma always has one."""
+    """What joins the tags of a caption again: the separator and a space, without the space where the caption writes
+    none behind its first separator. A comma always has one."""
     if separator == "," or not separator.strip() or separator[-1:].isspace():
         return ", " if separator == "," else separator
     behind = caption.partition(separator)[2][:1]
@@ -171,7 +177,8 @@ def joint_of(caption: str, separator: str) -> str:
 
 
 def _with_joint(caption: str, separator: str, joint: str) -> str:
-    """The caption with `joint` for every `separator`; a space of the joint takes the place of those around the separator."""
+    """The caption with `joint` for every `separator`; a space of the joint takes the place of those around the
+    separator."""
     if not joint.endswith(" "):
         return caption.replace(separator, joint)
     return joint.join(part.strip(" ") for part in caption.split(separator))
@@ -193,8 +200,8 @@ def face_numbers(path: str) -> tuple[int, int, int, int] | None:
 
 
 def caption_paths(image_path: str, params: SubsetParams) -> list[str]:
-    """Where the caption of an image may lie, best place first. Images cut out around faces share the caption of the picture
-    that they come from: with face crop on, `img_10_20_30_40.png` also takes `img.txt`."""
+    """Where the caption of an image may lie, best place first. Images cut out around faces share the caption of the
+    picture that they come from: with face crop on, `img_10_20_30_40.png` also takes `img.txt`."""
     stem = stem_of(image_path)
     extension = dotted(params.caption_extension)
     paths = [stem + extension]
@@ -206,8 +213,8 @@ def caption_paths(image_path: str, params: SubsetParams) -> list[str]:
 def read_caption(image_path: str, params: SubsetParams) -> str | None:
     """The raw caption of an image from its caption file; None when there is no file, "" when the file is empty.
 
-    Without wildcards it is the first line; with them all lines that are not blank, joined by newlines. A byte order mark is
-    removed. Raises ConfigError with the path when the file is not UTF-8.
+    Without wildcards it is the first line; with them all lines that are not blank, joined by newlines. A byte order
+    mark is removed. Raises ConfigError with the path when the file is not UTF-8.
     """
     for path in caption_paths(image_path, params):
         try:
@@ -216,7 +223,9 @@ def read_caption(image_path: str, params: SubsetParams) -> str | None:
         except FileNotFoundError:
             continue
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+            raise ConfigError(
+                f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+            ) from error
         except OSError as error:
             raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
     return None
@@ -248,8 +257,8 @@ def metadata_caption(entry: Mapping[str, Any], params: SubsetParams) -> str:
 
 
 def tag_frequency(texts: Iterable[tuple[str, SubsetParams]]) -> dict[str, int]:
-    """How many captions (or tag lists of metadata) hold each tag: split as training splits them, stripped, in lower case. With
-    wildcards a caption holds the tags of all its lines and alternatives."""
+    """How many captions (or tag lists of metadata) hold each tag: split as training splits them, stripped, in lower
+    case. With wildcards a caption holds the tags of all its lines and alternatives."""
     counts: dict[str, int] = {}
     for text, params in texts:
         tags = [tag for caption in _possible_captions(text, params) for tag in _tags_of(caption, params)]
@@ -266,7 +275,9 @@ def tags_of_folders(items: Iterable[ImageItem]) -> dict[str, dict[str, int]]:
         subset = item.subset
         if id(subset) not in of_subset:
             of_subset[id(subset)] = texts.setdefault(subset_name(subset), [])
-        of_subset[id(subset)].append((item.captions_extra.get("tags", "") if subset.metadata_file else item.caption, subset))
+        of_subset[id(subset)].append(
+            (item.captions_extra.get("tags", "") if subset.metadata_file else item.caption, subset)
+        )
     return {name: tag_frequency(entries) for name, entries in texts.items()}
 
 
@@ -283,7 +294,10 @@ def _possible_captions(text: str, params: SubsetParams) -> Iterable[str]:
 
 def _with_alternatives(text: str) -> Iterable[str]:
     for line in text.split("\n"):
-        groups = [match[1].split("|") for match in WILDCARD.finditer(line.replace("{{", OPEN_BRACE).replace("}}", CLOSE_BRACE))]
+        groups = [
+            match[1].split("|")
+            for match in WILDCARD.finditer(line.replace("{{", OPEN_BRACE).replace("}}", CLOSE_BRACE))
+        ]
         yield expand_wildcards(line, _Picks([0] * len(groups)))
         for place, group in enumerate(groups):
             for number in range(1, len(group)):

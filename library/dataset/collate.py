@@ -44,10 +44,11 @@ class Sample:
 
 
 def collate(
-    request: BatchRequest, samples: Sequence[Sample], tokenize: Any | None, network_multiplier: float = 1.0, conditioning_keys: tuple[str, ...] = ()
+    request: BatchRequest, samples: Sequence[Sample], tokenize: Any | None, network_multiplier: float = 1.0,
+    conditioning_keys: tuple[str, ...] = ()
 ) -> Batch:
-    """The batch of these samples; with `tokenize` (a TokenizeStrategy) it has the tokens of the captions. No samples give a
-    batch of length 0 whose tensors have no rows. `conditioning_keys`: see Batch."""
+    """The batch of these samples; with `tokenize` (a TokenizeStrategy) it has the tokens of the captions. No samples
+    give a batch of length 0 whose tensors have no rows. `conditioning_keys`: see Batch."""
     captions = [sample.caption for sample in samples]
     tokens, weights = tokenize.tokens_of(captions) if tokenize is not None and captions else (None, None)
     return Batch(
@@ -85,7 +86,9 @@ def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     if all(tensor is None for tensor in tensors):
         return None
     if any(tensor is None for tensor in tensors):
-        raise ValueError("a batch mixes samples with and without cached latents or a condition (a conditioning image, say)")
+        raise ValueError(
+            "a batch mixes samples with and without cached latents or a condition (a conditioning image, say)"
+        )
     return torch.stack(tensors)
 
 
@@ -94,7 +97,9 @@ def _masks(samples: Sequence[Sample]) -> torch.Tensor | None:
     given = [sample.alpha_mask for sample in samples if sample.alpha_mask is not None]
     if not given:
         return None
-    return torch.stack([torch.ones(given[0].shape) if sample.alpha_mask is None else sample.alpha_mask for sample in samples])
+    return torch.stack(
+        [torch.ones(given[0].shape) if sample.alpha_mask is None else sample.alpha_mask for sample in samples]
+    )
 
 
 def _text_outputs(outputs: Sequence[dict[str, torch.Tensor] | None]) -> dict[str, torch.Tensor] | None:

@@ -1,4 +1,5 @@
-"""Checks of settings against each other: sizes and buckets, augmentation and caches, captions and caches, folders used twice."""
+"""Checks of settings against each other: sizes and buckets, augmentation and caches, captions and caches, folders used
+twice."""
 
 from __future__ import annotations
 
@@ -24,13 +25,15 @@ def check_resolution(scope: Scope, architecture: DataArchitecture, problems: Pro
     elif resolution is not BAD and any(side % step for side in resolution):
         fitting = ", ".join(str(max(step, round(side / step) * step)) for side in resolution)
         problems.add(
-            scope.where("resolution"), "out_of_range",
+            scope.where("resolution"),
+            "out_of_range",
             f"is {resolution[0]}x{resolution[1]}; the sides must be multiples of {step} for {architecture.name}, e.g. {fitting}",
         )
     steps = scope.get("bucket_reso_steps")
     if steps is not BAD and steps % step:
         problems.add(
-            scope.where("bucket_reso_steps"), "out_of_range", f"is {steps}; {architecture.name} needs a multiple of {step}, e.g. 64"
+            scope.where("bucket_reso_steps"), "out_of_range",
+            f"is {steps}; {architecture.name} needs a multiple of {step}, e.g. 64"
         )
 
 
@@ -58,14 +61,17 @@ def checked_limits(scope: Scope, explicit: frozenset[str], problems: ProblemList
         return None
     if scope.written_at("max_bucket_reso") or "max_bucket_reso" in explicit:
         problems.add(
-            scope.where("max_bucket_reso"), "conflict",
+            scope.where("max_bucket_reso"),
+            "conflict",
             f"is {high}, smaller than the longer side of the resolution ({max(resolution)}); use {max(resolution)} or more",
         )
         return None
     return effective_limits(1, max(resolution), steps)[1]
 
 
-def check_subset(scope: Scope, subset: SubsetParams, dataset: DatasetParams, caching: CachingOptions, problems: ProblemList) -> None:
+def check_subset(
+    scope: Scope, subset: SubsetParams, dataset: DatasetParams, caching: CachingOptions, problems: ProblemList
+) -> None:
     """Augmentations and random captions that cannot go with caches, buckets or masks."""
 
     def refuse(name: str, reason: str) -> None:
@@ -73,20 +79,34 @@ def check_subset(scope: Scope, subset: SubsetParams, dataset: DatasetParams, cac
         problems.add(where, "conflict", reason if subset.label in where else f"{reason} ({subset.label})")
 
     if dataset.kind == "CN" and subset.random_crop:
-        refuse("random_crop", "cannot be used with conditioning_data_dir, whose images are cropped in the centre; set it to false")
+        refuse(
+            "random_crop",
+            "cannot be used with conditioning_data_dir, whose images are cropped in the centre; set it to false",
+        )
     if caching.caches_latents:
         for name in ("color_aug", "random_crop"):
             if getattr(subset, name):
-                refuse(name, "changes the pixels each time and cannot be used with --cache_latents; set it to false or do not cache")
+                refuse(
+                    name,
+                    "changes the pixels each time and cannot be used with --cache_latents; set it to false or do not cache",
+                )
     if subset.face_crop_aug_range is not None and (dataset.enable_bucket or caching.caches_latents):
         other = "enable_bucket" if dataset.enable_bucket else "--cache_latents"
-        refuse("face_crop_aug_range", f"needs images that are cropped each time and cannot be used with {other}; use one of the two")
+        refuse(
+            "face_crop_aug_range",
+            f"needs images that are cropped each time and cannot be used with {other}; use one of the two",
+        )
     if caching.caches_text:
         for name in random_caption_settings(subset):
-            refuse(name, "changes the caption each time and cannot be used with --cache_text_encoder_outputs; switch one of them off")
+            refuse(
+                name,
+                "changes the caption each time and cannot be used with --cache_text_encoder_outputs; switch one of them off",
+            )
 
 
-def same_sources(subsets: Sequence[SubsetParams], paths: Sequence[str], problems: ProblemList, warnings: list[str]) -> list[int]:
+def same_sources(
+    subsets: Sequence[SubsetParams], paths: Sequence[str], problems: ProblemList, warnings: list[str]
+) -> list[int]:
     """Indices of the subsets that repeat an earlier one: same folder or file however it is spelled, and same settings.
 
     With other settings it is a problem: which of them would count could not be seen.
@@ -106,7 +126,8 @@ def same_sources(subsets: Sequence[SubsetParams], paths: Sequence[str], problems
             repeated.append(index)
         else:
             problems.add(
-                f"{paths[index]}.{name}", "conflict",
+                f"{paths[index]}.{name}",
+                "conflict",
                 f"{getattr(subset, name)} is used by {paths[earlier]} of this dataset too, with other settings; keep one of them",
             )
     return repeated
@@ -117,7 +138,9 @@ def _source(subset: SubsetParams) -> tuple | None:
     main = subset.metadata_file or subset.image_dir
     if main is None:
         return None
-    return os.path.realpath(main), os.path.realpath(subset.conditioning_data_dir) if subset.conditioning_data_dir else None
+    return os.path.realpath(main), os.path.realpath(
+        subset.conditioning_data_dir
+    ) if subset.conditioning_data_dir else None
 
 
 def _settings(subset: SubsetParams) -> SubsetParams:
@@ -129,17 +152,21 @@ def notices(datasets: Sequence[DatasetParams]) -> list[str]:
     """Settings in use whose effect is another one than in other trainers; one line each, for the log at start."""
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     lines = {
-        "color_aug: gamma is applied to values 0..1, so brightness changes little":
-            any(s.color_aug for s in subsets),
-        "caption_separator: tags are joined with it again, not with a comma, and with the space that captions write behind it":
-            any(s.caption_separator != "," for s in subsets),
-        "enable_wildcard: the line of a caption is chosen first, then caption_prefix and caption_suffix are attached":
-            any(s.enable_wildcard and (s.caption_prefix or s.caption_suffix) for s in subsets),
-        "keep_tokens_separator: it is taken out of every caption, also when tags are neither shuffled nor dropped":
-            any(s.keep_tokens_separator for s in subsets),
-        "validation_split: every image is in one part only; the choice follows validation_seed, else --seed":
-            any(d.validation_split > 0 or any(s.validation_split for s in d.subsets) for d in datasets),
-        "conditioning_data_dir: masks are scaled and cropped like their images, not squeezed to the bucket":
-            any(d.kind == "CN" for d in datasets),
+        "color_aug: gamma is applied to values 0..1, so brightness changes little": any(s.color_aug for s in subsets),
+        "caption_separator: tags are joined with it again, not with a comma, and with the space that captions write behind it": any(
+            s.caption_separator != "," for s in subsets
+        ),
+        "enable_wildcard: the line of a caption is chosen first, then caption_prefix and caption_suffix are attached": any(
+            s.enable_wildcard and (s.caption_prefix or s.caption_suffix) for s in subsets
+        ),
+        "keep_tokens_separator: it is taken out of every caption, also when tags are neither shuffled nor dropped": any(
+            s.keep_tokens_separator for s in subsets
+        ),
+        "validation_split: every image is in one part only; the choice follows validation_seed, else --seed": any(
+            d.validation_split > 0 or any(s.validation_split for s in d.subsets) for d in datasets
+        ),
+        "conditioning_data_dir: masks are scaled and cropped like their images, not squeezed to the bucket": any(
+            d.kind == "CN" for d in datasets
+        ),
     }
     return [line for line, is_used in lines.items() if is_used]

@@ -1,4 +1,5 @@
-"""Datasets without a configuration file: from --train_data_dir, --reg_data_dir, --in_json or --conditioning_data_dir."""
+"""Datasets without a configuration file: from --train_data_dir, --reg_data_dir, --in_json or
+--conditioning_data_dir."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ def config_from_options(
 ) -> dict[str, Any]:
     """The configuration that the folder options stand for, in the form of a parsed file. Looks at the folders."""
     if options.conditioning_data_dir is not None and "CN" not in kinds:
-        problems.add("conditioning_data_dir", "conflict", "--conditioning_data_dir holds masks here and needs --masked_loss")
+        problems.add(
+            "conditioning_data_dir", "conflict", "--conditioning_data_dir holds masks here and needs --masked_loss"
+        )
     if options.in_json is not None:
         subsets = [_metadata_subset(options, problems)]
     elif options.conditioning_data_dir is not None or kinds == {"CN"}:
@@ -49,7 +52,11 @@ def _conditioning_subset(options: DatasetOptions, problems: ProblemList) -> dict
 
 def _folder_subsets(options: DatasetOptions, problems: ProblemList, warnings: list[str]) -> list[dict[str, Any]]:
     if options.train_data_dir is None:
-        problems.add("train_data_dir", "missing", "no images are given; use --dataset_config FILE, or --train_data_dir with N_name folders")
+        problems.add(
+            "train_data_dir",
+            "missing",
+            "no images are given; use --dataset_config FILE, or --train_data_dir with N_name folders",
+        )
         return []
     subsets = _numbered_folders("train_data_dir", options.train_data_dir, problems, warnings)
     if options.reg_data_dir is not None:
@@ -78,12 +85,17 @@ def _numbered_folders(option: str, parent: str, problems: ProblemList, warnings:
         if repeats >= 1:
             subsets.append({"image_dir": folder, "num_repeats": repeats, "class_tokens": words})
         else:
-            warnings.append(f"{folder} is ignored: its name asks for {repeats} repeats; 1 or more are needed, as in 10_name")
+            warnings.append(
+                f"{folder} is ignored: its name asks for {repeats} repeats; 1 or more are needed, as in 10_name"
+            )
     if not subsets:
         images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-        hint = f"; it holds {len(images)} images itself: move them to {os.path.join(parent, '1_name')}" if images else ""
+        hint = (
+            f"; it holds {len(images)} images itself: move them to {os.path.join(parent, '1_name')}" if images else ""
+        )
         problems.add(
-            option, "missing",
+            option,
+            "missing",
             f"--{option} {parent} has no sub-folders named N_name (N = repeats, e.g. 10_mydog){hint}. A --dataset_config takes any folder",
         )
     return subsets

@@ -1,4 +1,5 @@
-"""A dataset configuration file as checked tables: parsing, both table forms, names, types and ranges of single values."""
+"""A dataset configuration file as checked tables: parsing, both table forms, names, types and ranges of single
+values."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ class ConfigTables:
 
 
 class Scope:
-    """Looks a key up: subset, dataset, general, command line, default; the first that is set wins, False, 0 and "" are set."""
+    """Looks a key up: subset, dataset, general, command line, default; the first that is set wins, False, 0 and "" are
+    set."""
 
     def __init__(self, options: DatasetOptions, *tables: Table) -> None:
         self.options = options
@@ -121,7 +123,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
     text = read_text(path, f"--dataset_config {path}")
     if suffix == ".json":
         return parse_json(text, str(path), pairs_hook=_without_duplicates)
-    return parse_toml(text, str(path), hint="; in TOML write Windows paths with / or in single quotes" if "\\" in text else "")
+    return parse_toml(
+        text, str(path), hint="; in TOML write Windows paths with / or in single quotes" if "\\" in text else ""
+    )
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -136,7 +140,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 class ConfigReader:
     """Checks names, types and ranges of a parsed configuration. What is wrong goes to `problems`."""
 
-    def __init__(self, problems: ProblemList, *, kinds: frozenset[str] = ALL_KINDS, supports_dropout: bool = True) -> None:
+    def __init__(
+        self, problems: ProblemList, *, kinds: frozenset[str] = ALL_KINDS, supports_dropout: bool = True
+    ) -> None:
         self.problems = problems
         self.kinds = kinds
         self.supports_dropout = supports_dropout
@@ -164,9 +170,13 @@ class ConfigReader:
         if not found:
             self.problems.add("datasets", "missing", f"the dataset config has no [[datasets]]; {SHAPE_HINT}")
         if isinstance(found, Mapping):
-            loose = [name for name, value in found.items() if name in self._dataset_keys and not isinstance(value, Mapping)]
+            loose = [
+                name for name, value in found.items() if name in self._dataset_keys and not isinstance(value, Mapping)
+            ]
             if loose:
-                self.problems.add("datasets", "conflict", f"the keys {', '.join(loose)} stand directly under [datasets]; {SHAPE_HINT}")
+                self.problems.add(
+                    "datasets", "conflict", f"the keys {', '.join(loose)} stand directly under [datasets]; {SHAPE_HINT}"
+                )
                 return
             named = [(f"datasets.{name}", value) for name, value in found.items()]
         else:
@@ -184,12 +194,16 @@ class ConfigReader:
             self.problems.add(path, "wrong_type", f"is {_shown(found)}; a list of tables is needed, [[...subsets]]")
             return
         if not found:
-            self.problems.add(path, "missing", "the dataset has no subsets; give each folder or metadata file a [[...subsets]] table")
+            self.problems.add(
+                path, "missing", "the dataset has no subsets; give each folder or metadata file a [[...subsets]] table"
+            )
         for i, value in enumerate(found):
             if isinstance(value, Mapping):
                 yield self._table(value, f"{path}[{i}]", "S")
             else:
-                self.problems.add(f"{path}[{i}]", "wrong_type", f"is {_shown(value)}; a table is needed, [[...subsets]]")
+                self.problems.add(
+                    f"{path}[{i}]", "wrong_type", f"is {_shown(value)}; a table is needed, [[...subsets]]"
+                )
 
     def _table(self, raw: Mapping[str, Any], path: str, level: str) -> Table:
         values: dict[str, Any] = {}
@@ -206,7 +220,9 @@ class ConfigReader:
         accepted = keys_of(level, self.kinds)
         key = KEYS.get(name)
         if key is None and name in COMMAND_LINE_ONLY:
-            self.problems.add(where, "unknown_key", f"is an option of the command line (--{name}) and not a key of the dataset config")
+            self.problems.add(
+                where, "unknown_key", f"is an option of the command line (--{name}) and not a key of the dataset config"
+            )
         elif key is None:
             near = RENAMED.get(name) or nearest_name(name, accepted) or nearest_name(name, KEYS)
             self._unknown(where, name, LEVEL_NAMES[level], accepted, near)
@@ -214,7 +230,9 @@ class ConfigReader:
             places = " or ".join(LEVEL_NAMES[place] for place in key.levels)
             self.problems.add(where, "conflict", f"the key cannot stand in {LEVEL_NAMES[level]}; write it in {places}")
         elif key.is_dropout and not self.supports_dropout:
-            self.problems.add(where, "conflict", "this script trains words of the caption and has no caption dropout; remove the key")
+            self.problems.add(
+                where, "conflict", "this script trains words of the caption and has no caption dropout; remove the key"
+            )
         elif level == "G" and not key.kinds & self.kinds:
             self.problems.add(where, "conflict", "this script has no dataset that uses the key; remove it")
         else:
@@ -223,7 +241,9 @@ class ConfigReader:
 
     def _unknown(self, where: str, name: str, place: str, accepted: Iterable[str], nearest: str | None) -> None:
         suggestion = f"; did you mean '{nearest}'?" if nearest else "."
-        self.problems.add(where, "unknown_key", f"unknown key '{name}'{suggestion} Keys of {place}: {', '.join(accepted)}", nearest)
+        self.problems.add(
+            where, "unknown_key", f"unknown key '{name}'{suggestion} Keys of {place}: {', '.join(accepted)}", nearest
+        )
 
     def _value(self, name: str, value: Any, where: str) -> Any:
         try:

@@ -1,7 +1,7 @@
 """The keys of a dataset configuration: where each may stand, for which kinds of dataset, and which values it takes.
 
-Levels: G = [general], D = [[datasets]], S = [[datasets.subsets]]. Kinds: DB = folders with caption files, FT = metadata files,
-CN = folders with masks or control images.
+Levels: G = [general], D = [[datasets]], S = [[datasets.subsets]]. Kinds: DB = folders with caption files, FT = metadata
+files, CN = folders with masks or control images.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def _number(minimum: float | None = None, maximum: float | None = None) -> Calla
 def _multiplier(value: Any) -> float:
     """Strength of the network; a negative one trains it to be taken away."""
     if _number()(value) == 0:
-        raise OutOfRange("0 leaves nothing to learn from these images; leave the dataset out, or give a number above or below 0")
+        raise OutOfRange(
+            "0 leaves nothing to learn from these images; leave the dataset out, or give a number above or below 0"
+        )
     return value
 
 
@@ -175,8 +177,10 @@ KEYS: dict[str, Key] = _keys()
 RENAMED = {"train_batch_size": "batch_size", "dataset_repeats": "num_repeats", "caption_extention": "caption_extension"}
 """options of the command line whose key has another name"""
 COMMAND_LINE_ONLY = frozenset({
-    "prior_loss_weight", "debug_dataset", "max_token_length", "masked_loss", "train_data_dir", "reg_data_dir", "in_json",
-    "dataset_config", "dataset_class", "check_images", "skip_bad_images", "fail_on_missing_captions", "cache_latents", "cache_latents_to_disk",
+    "prior_loss_weight", "debug_dataset", "max_token_length", "masked_loss", "train_data_dir", "reg_data_dir",
+    "in_json",
+    "dataset_config", "dataset_class", "check_images", "skip_bad_images", "fail_on_missing_captions", "cache_latents",
+    "cache_latents_to_disk",
     "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "vae_batch_size", "skip_cache_check", "seed",
 })
 LEVEL_NAMES = {"G": "[general]", "D": "[[datasets]]", "S": "[[datasets.subsets]]"}

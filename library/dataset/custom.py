@@ -1,7 +1,7 @@
 """`--dataset_class package.module.Class`: batches from a user's own class.
 
-The class is called as `Class(tokenizer, max_token_length, resolution, debug_dataset)`; `tokenizer` is None, since captions are
-tokenized by the family. It needs
+The class is called as `Class(tokenizer, max_token_length, resolution, debug_dataset)`; `tokenizer` is None, since
+captions are tokenized by the family. It needs
 
     __len__()           number of batches of an epoch
     __getitem__(i)      batch i as a dict: `images` float32 [B, 3, H, W] in -1..1 (or `latents` [B, C, h, w]; clips have an axis of
@@ -10,8 +10,8 @@ tokenized by the family. It needs
     num_train_images    samples of an epoch
     batch_size          samples of every batch but the last, which may be shorter
 
-and may have num_reg_images, subsets, bucket_info, tag_frequency for the records. Batch i must be the same whenever it is asked
-for. Its order within the epoch is shuffled by us; its latents and captions are not cached.
+and may have num_reg_images, subsets, bucket_info, tag_frequency for the records. Batch i must be the same whenever it
+is asked for. Its order within the epoch is shuffled by us; its latents and captions are not cached.
 """
 
 from __future__ import annotations
@@ -43,14 +43,17 @@ class CustomDataset(Protocol):
 
 
 def load_custom_dataset(
-    path: str, *, max_token_length: int | None = None, resolution: tuple[int, int] | None = None, debug_dataset: bool = False,
+    path: str, *, max_token_length: int | None = None, resolution: tuple[int, int] | None = None,
+    debug_dataset: bool = False,
     tokenizer: Any = None,
 ) -> CustomDatasetGroup:
     """Import and build the class. Raises ConfigError naming what it lacks."""
     try:
         dataset_class = import_target(path)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"--dataset_class is {path}, which cannot be imported ({error}); use package.module.Class") from error
+        raise ConfigError(
+            f"--dataset_class is {path}, which cannot be imported ({error}); use package.module.Class"
+        ) from error
     try:
         dataset = dataset_class(tokenizer, max_token_length, resolution, debug_dataset)
     except TypeError as error:
@@ -58,9 +61,13 @@ def load_custom_dataset(
             f"--dataset_class {path} cannot be called with (None, max_token_length, resolution, debug_dataset): {error};"
             " see library/dataset/custom.py for what is needed"
         ) from error
-    missing = [name for name in ("__len__", "__getitem__", "num_train_images", "batch_size") if not hasattr(dataset, name)]
+    missing = [
+        name for name in ("__len__", "__getitem__", "num_train_images", "batch_size") if not hasattr(dataset, name)
+    ]
     if missing:
-        raise ConfigError(f"--dataset_class {path} has no {', '.join(missing)}; see library/dataset/custom.py for what is needed")
+        raise ConfigError(
+            f"--dataset_class {path} has no {', '.join(missing)}; see library/dataset/custom.py for what is needed"
+        )
     batches = -(-dataset.num_train_images // dataset.batch_size)
     if len(dataset) != batches or not batches:
         raise ConfigError(
@@ -71,7 +78,8 @@ def load_custom_dataset(
 
 
 class CustomDatasetGroup(torch.utils.data.Dataset):
-    """A user's dataset behind the interface of DatasetGroup. Sample s is row s % batch_size of batch s // batch_size."""
+    """A user's dataset behind the interface of DatasetGroup. Sample s is row s % batch_size of batch s //
+    batch_size."""
 
     is_training = True
 
@@ -103,23 +111,30 @@ class CustomDatasetGroup(torch.utils.data.Dataset):
     def metadata(self) -> list[dict[str, Any]]:
         return [
             {
-                "is_dreambooth": False, "batch_size_per_device": self.batch_size, "num_train_images": self.num_train_images,
-                "num_reg_images": self.num_reg_images, "tag_frequency": self.tag_frequency, "bucket_info": self.bucket_info[0], "subsets": [],
+                "is_dreambooth": False, "batch_size_per_device": self.batch_size,
+                "num_train_images": self.num_train_images,
+                "num_reg_images": self.num_reg_images, "tag_frequency": self.tag_frequency,
+                "bucket_info": self.bucket_info[0], "subsets": [],
             }
         ]
 
     def plan(self, epoch: int, seed: int, num_processes: int, accumulation: int = 1) -> list[StepPlan]:
-        """Every rank loads whole batches of the user: full ones are grouped by the number of processes; those that are left
-        over, and the short last one, are cut among the ranks."""
+        """Every rank loads whole batches of the user: full ones are grouped by the number of processes; those that are
+        left over, and the short last one, are cut among the ranks."""
         size = self.batch_size
         samples = [tuple(range(i * size, min((i + 1) * size, self.num_train_images))) for i in range(len(self))]
         rng = keyed_random(seed, "order of batches", epoch)
-        full, short = [batch for batch in samples if len(batch) == size], [batch for batch in samples if len(batch) < size]
+        full, short = (
+            [batch for batch in samples if len(batch) == size],
+            [batch for batch in samples if len(batch) < size],
+        )
         rng.shuffle(full)
         whole = len(full) - len(full) % num_processes
         groups = [sum(full[i : i + num_processes], ()) for i in range(0, whole, num_processes)] + full[whole:] + short
         rng.shuffle(groups)
-        return [tuple((0, group) for group in groups[i : i + accumulation]) for i in range(0, len(groups), accumulation)]
+        return [
+            tuple((0, group) for group in groups[i : i + accumulation]) for i in range(0, len(groups), accumulation)
+        ]
 
     def load(self, request: BatchRequest) -> Batch:
         """The rows of one user batch. ConfigError when the user's batch is not what the protocol says."""
@@ -128,7 +143,9 @@ class CustomDatasetGroup(torch.utils.data.Dataset):
         content = self.dataset[index] if index is not None else {}
         samples = [self._sample(content, row, request.items[i]) for i, row in enumerate(rows)]
         ready = {
-            name: rows_of(content[name], rows) for name in ("input_ids_list", "conditioning") if content.get(name) is not None
+            name: rows_of(content[name], rows)
+            for name in ("input_ids_list", "conditioning")
+            if content.get(name) is not None
         }
         if content.get("text_encoder_outputs_list") is not None and self.strategies is not None:
             layout, outputs = self.strategies.layout, rows_of(content["text_encoder_outputs_list"], rows)
@@ -140,7 +157,9 @@ class CustomDatasetGroup(torch.utils.data.Dataset):
         images, latents = content.get("images"), content.get("latents")
         tensor = images if images is not None else latents
         if tensor is None or len(tensor) <= row or len(content.get("captions", ())) <= row:
-            raise ConfigError(f"--dataset_class: a batch needs images or latents and captions with {row + 1} rows or more")
+            raise ConfigError(
+                f"--dataset_class: a batch needs images or latents and captions with {row + 1} rows or more"
+            )
         height, width = tensor.shape[-2:]
 
         def value(name: str, default: Any) -> Any:
@@ -167,6 +186,7 @@ class CustomDatasetGroup(torch.utils.data.Dataset):
 
 
 def conditions_of(content: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What a user's batch has beside images and captions: `conditions` by name, conditioning images under their own name too."""
+    """What a user's batch has beside images and captions: `conditions` by name, conditioning images under their own
+    name too."""
     images = content.get(CONDITIONING_IMAGES)
     return {**(content.get("conditions") or {}), **({} if images is None else {CONDITIONING_IMAGES: images})}

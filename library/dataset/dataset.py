@@ -1,7 +1,7 @@
 """Dataset and DatasetGroup: from items to batches. A batch is a pure function of its request and the seed.
 
-Every random decision (mirroring, colours, crop, caption) has a generator keyed by the seed, the purpose, the optimizer step and
-the sample's place in the global batch, so that workers, ranks, prefetching and resuming change nothing.
+Every random decision (mirroring, colours, crop, caption) has a generator keyed by the seed, the purpose, the optimizer
+step and the sample's place in the global batch, so that workers, ranks, prefetching and resuming change nothing.
 """
 
 from __future__ import annotations
@@ -75,9 +75,11 @@ class Dataset:
         if not self.is_training:
             for item in self.items:
                 item.num_repeats = 1
-        return assign_buckets(self.items, self.params, dataset=self.index, seed=self.seed, finest_step=self.architecture.bucket_step)
+        return assign_buckets(
+            self.items, self.params, dataset=self.index, seed=self.seed, finest_step=self.architecture.bucket_step
+        )
 
-    # ---- counts and records ---------------------------------------------------------------------------------------------
+    # ---- counts and records ------------------------------------------------------------------------------------------
 
     @property
     def buckets(self) -> tuple[BucketList, ...]:
@@ -141,22 +143,27 @@ class Dataset:
             "subsets": [subset_record(subset, len(items)) for subset, items in self.subset_items],
         }
 
-    # ---- loading --------------------------------------------------------------------------------------------------------
+    # ---- loading -----------------------------------------------------------------------------------------------------
 
     def load(self, request: BatchRequest) -> Batch:
         """The batch of a request. Raises ImageFileError or CheckpointError naming the file that cannot be read."""
         try:
-            samples = [self._sample(self.items[i], request, position) for i, position in zip(request.items, request.positions)]
+            samples = [
+                self._sample(self.items[i], request, position) for i, position in zip(request.items, request.positions)
+            ]
         except ImageFileError as error:  # damage inside a file, which its header does not show
             raise ImageFileError(
                 f"{error}; repair or remove it. --check_images names all such images before training, --skip_bad_images leaves them out"
             ) from error
         tokenize = self.strategies.tokenize if self.strategies is not None and self._needs_tokens(samples) else None
         caching = self.strategies.text_encoder_outputs_caching if self.strategies is not None else None
-        return collate(request, samples, tokenize, self.params.network_multiplier, () if caching is None else caching.layout.names)
+        return collate(
+            request, samples, tokenize, self.params.network_multiplier, () if caching is None else caching.layout.names
+        )
 
     def _needs_tokens(self, samples: Sequence[Sample]) -> bool:
-        """Tokens are made where an encoder runs in the step: nothing is cached, or an encoder trains beside the cache."""
+        """Tokens are made where an encoder runs in the step: nothing is cached, or an encoder trains beside the
+        cache."""
         caching = self.strategies.text_encoder_outputs_caching if self.strategies is not None else None
         return caching is None or bool(caching.live) or any(sample.text_outputs is None for sample in samples)
 
@@ -197,7 +204,9 @@ class Dataset:
         if item.subset.alpha_mask:
             sample.alpha_mask = mask_tensor(mask, sample.flipped)
 
-    def _add_pixels(self, sample: Sample, item: ImageItem, geometry: Geometry, request: BatchRequest, position: int) -> None:
+    def _add_pixels(
+        self, sample: Sample, item: ImageItem, geometry: Geometry, request: BatchRequest, position: int
+    ) -> None:
         color = sample_color(self.seed, item, request, position)
         pixels = read_pixels(item, geometry, with_alpha=item.subset.alpha_mask, color=color)
         sample.image = image_tensor(pixels.image, sample.flipped)  # [3, H, W] or [3, F, H, W]
@@ -216,7 +225,8 @@ class Dataset:
         if not request.is_training:
             return cached_caption(item), None
         caption = process_caption(
-            item.caption, item.subset, rng=rng, epoch=request.epoch, step=request.step, max_train_steps=self.max_train_steps,
+            item.caption, item.subset, rng=rng, epoch=request.epoch, step=request.step,
+            max_train_steps=self.max_train_steps,
             replacements=self.replacements,
         )
         return caption, None
@@ -240,8 +250,8 @@ def subset_record(subset: SubsetParams, num_images: int) -> dict[str, Any]:
 
 
 class DatasetGroup(torch.utils.data.Dataset):
-    """All datasets of a run, for training or for validation. `group[request]` is `group.load(request)`, so that it serves as
-    the dataset of `DataLoader(group, sampler=requests, batch_size=None)`; it pickles for spawned workers."""
+    """All datasets of a run, for training or for validation. `group[request]` is `group.load(request)`, so that it
+    serves as the dataset of `DataLoader(group, sampler=requests, batch_size=None)`; it pickles for spawned workers."""
 
     def __init__(self, datasets: Sequence[Dataset], *, is_training: bool = True) -> None:
         self.datasets = list(datasets)
@@ -259,7 +269,8 @@ class DatasetGroup(torch.utils.data.Dataset):
         """The optimizer steps of an epoch as global micro-batches; always in the same order for validation."""
         buckets = [bucket for dataset in self.datasets for bucket in dataset.buckets]
         return plan_epoch(
-            buckets, seed=seed, epoch=epoch, num_processes=num_processes, accumulation=accumulation, shuffle=self.is_training
+            buckets, seed=seed, epoch=epoch, num_processes=num_processes, accumulation=accumulation,
+            shuffle=self.is_training
         )
 
     def load(self, request: BatchRequest) -> Batch:
@@ -303,7 +314,7 @@ class DatasetGroup(torch.utils.data.Dataset):
     def metadata(self) -> list[dict[str, Any]]:
         return [dataset.metadata() for dataset in self.datasets]
 
-    # ---- settings that are known later ------------------------------------------------------------------------------------
+    # ---- settings that are known later -------------------------------------------------------------------------------
 
     def set_strategies(self, strategies: StrategySet) -> None:
         for dataset in self.datasets:
@@ -323,7 +334,8 @@ class DatasetGroup(torch.utils.data.Dataset):
             dataset.empty_caption = item
 
     def drop(self, items: Iterable[ImageItem]) -> None:
-        """Leave out images that turned out to be unusable, and make the buckets anew. ConfigError when nothing is left."""
+        """Leave out images that turned out to be unusable, and make the buckets anew. ConfigError when nothing is
+        left."""
         unwanted = {id(item) for item in items}
         if not unwanted:
             return

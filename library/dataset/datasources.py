@@ -75,11 +75,12 @@ def scan_datasets(
     fail_on_missing_captions: bool = False,
     check_images: bool = False,
 ) -> ScanResult:
-    """Find all images of a blueprint. Sizes come from headers; with `check_images` every image is read in full, so that damage
-    inside a file is known now and not when it is first used.
+    """Find all images of a blueprint. Sizes come from headers; with `check_images` every image is read in full, so that
+    damage inside a file is known now and not when it is first used.
 
-    `seed` is the run's seed, on which the validation split falls back. Raises ConfigError with all problems: folders that are
-    missing or empty, images that cannot be read (left out with `skip_bad_images`), captions, masks, metadata files.
+    `seed` is the run's seed, on which the validation split falls back. Raises ConfigError with all problems: folders
+    that are missing or empty, images that cannot be read (left out with `skip_bad_images`), captions, masks, metadata
+    files.
     """
     scanner = Scanner(skip_bad_images, fail_on_missing_captions, check_images)
     found = [[discover(subset, dataset.kind, scanner) for subset in dataset.subsets] for dataset in blueprint.datasets]
@@ -90,7 +91,9 @@ def scan_datasets(
     train: list[list[ImageItem]] = []
     validation: list[list[ImageItem]] = []
     for dataset, images_of in zip(blueprint.datasets, found):
-        parts = [_items_of(subset, images, dataset, seed, scanner) for subset, images in zip(dataset.subsets, images_of)]
+        parts = [
+            _items_of(subset, images, dataset, seed, scanner) for subset, images in zip(dataset.subsets, images_of)
+        ]
         train.append([item for part, _ in parts for item in part])
         validation.append([item for _, part in parts for item in part])
     has_validation = any(_split_of(subset, dataset) > 0 for dataset in blueprint.datasets for subset in dataset.subsets)
@@ -99,7 +102,9 @@ def scan_datasets(
         raise ConfigError(_cut(scanner.problems))
     used = {item.absolute_path for part in (*train, *validation) for item in part}
     warnings = (*blueprint.warnings, *scanner.warnings)
-    return ScanResult(train, validation, has_validation, warnings, len(used), len(scanner.skipped - used), scanner.index)
+    return ScanResult(
+        train, validation, has_validation, warnings, len(used), len(scanner.skipped - used), scanner.index
+    )
 
 
 def load_datasets(
@@ -136,8 +141,8 @@ def load_datasets(
 
 
 def reads_all_images(options: DatasetOptions, caching: CachingOptions | None) -> bool:
-    """Whether images are read in full at the start: when asked for, and where damaged ones are to be left out of a run that has
-    no latent cache, whose making shows which they are."""
+    """Whether images are read in full at the start: when asked for, and where damaged ones are to be left out of a run
+    that has no latent cache, whose making shows which they are."""
     return options.check_images or (options.skip_bad_images and not (caching is not None and caching.caches_latents))
 
 
@@ -147,17 +152,28 @@ def reads_all_images(options: DatasetOptions, caching: CachingOptions | None) ->
 def _read_files(blueprint: Blueprint, found: list[list[list[FoundImage]]], scanner: Scanner) -> None:
     """Sizes and captions of all images; every file is opened once, however many datasets use it, by several threads."""
     pairs = [
-        (subset, images) for dataset, parts in zip(blueprint.datasets, found) for subset, images in zip(dataset.subsets, parts)
+        (subset, images) for dataset, parts in zip(blueprint.datasets, found) for subset,
+        images in zip(dataset.subsets, parts)
     ]
-    infos = {subset.image_dir: read_info(subset.image_dir) for subset, _ in pairs if subset.cache_info and subset.image_dir}
+    infos = {
+        subset.image_dir: read_info(subset.image_dir) for subset, _ in pairs if subset.cache_info and subset.image_dir
+    }
     for subset, images in pairs:
         for image in images:
-            known = known_image(infos[subset.image_dir], image.path, subset) if subset.cache_info and subset.image_dir in infos else None
+            known = (
+                known_image(infos[subset.image_dir], image.path, subset)
+                if subset.cache_info and subset.image_dir in infos
+                else None
+            )
             if known is not None:
                 image.size, image.caption, image.is_known = known.size, known.caption, True
     wanted = dict.fromkeys(
-        path for _, images in pairs for image in images
-        for path in ((image.cond_path,) if image.is_known and not scanner.check_images else (image.path, image.cond_path))
+        path
+        for _, images in pairs
+        for image in images
+        for path in (
+            (image.cond_path,) if image.is_known and not scanner.check_images else (image.path, image.cond_path)
+        )
         if path is not None
     )
     _check_images(list(wanted), scanner)
@@ -182,7 +198,9 @@ def _check_images(paths: Sequence[str], scanner: Scanner) -> None:
             return error
 
     logger.info("checking %d image files", len(paths))
-    threads = min(MAX_THREADS, os.cpu_count() or 1) if scanner.check_images else MAX_THREADS  # headers wait for the disk
+    threads = (
+        min(MAX_THREADS, os.cpu_count() or 1) if scanner.check_images else MAX_THREADS
+    )  # headers wait for the disk
     scanner.checks.update(zip(paths, map_in_threads(check, paths, num_threads=threads)))
 
 
@@ -214,7 +232,9 @@ def _read_captions(images: Sequence[FoundImage], subset: SubsetParams, scanner: 
         try:
             image.caption = read_caption(image.path, subset)
         except ConfigError as error:
-            scanner.problems += [f"{subset.label}: {problem}" for problem in error.problems if problem not in scanner.problems]
+            scanner.problems += [
+                f"{subset.label}: {problem}" for problem in error.problems if problem not in scanner.problems
+            ]
 
 
 def _leave_out_small(images: list[FoundImage], subset: SubsetParams, dataset: DatasetParams, scanner: Scanner) -> None:
@@ -254,9 +274,13 @@ def _settle_captions(images: Sequence[FoundImage], subset: SubsetParams, scanner
     hint = _caption_hint(bare, subset)
     if subset.class_tokens:
         if hint:
-            scanner.warnings.append(f"{len(bare)} images in {subset.label} train with class_tokens {subset.class_tokens!r}{hint}")
+            scanner.warnings.append(
+                f"{len(bare)} images in {subset.label} train with class_tokens {subset.class_tokens!r}{hint}"
+            )
     elif scanner.fail_on_missing_captions:
-        scanner.problems.append(f"{subset.label}: {len(bare)} images have no caption: {listed(bare)}{hint or CLASS_TOKENS_HINT}")
+        scanner.problems.append(
+            f"{subset.label}: {len(bare)} images have no caption: {listed(bare)}{hint or CLASS_TOKENS_HINT}"
+        )
     else:
         scanner.warnings.append(
             f"{len(bare)} images in {subset.label} have no caption and train with an empty one: {listed(bare)}{hint or CLASS_TOKENS_HINT}"
@@ -264,11 +288,14 @@ def _settle_captions(images: Sequence[FoundImage], subset: SubsetParams, scanner
 
 
 def _caption_hint(paths: Sequence[str], subset: SubsetParams) -> str:
-    """The line to add when images without a caption have a text file of another extension beside them; "" when they have none."""
+    """The line to add when images without a caption have a text file of another extension beside them; "" when they
+    have none."""
     if subset.metadata_file is not None:
         return ""
     others = [extension for extension in CAPTION_EXTENSIONS if extension != dotted(subset.caption_extension)]
-    counts = {extension: sum(os.path.isfile(os.path.splitext(path)[0] + extension) for path in paths) for extension in others}
+    counts = {
+        extension: sum(os.path.isfile(os.path.splitext(path)[0] + extension) for path in paths) for extension in others
+    }
     extension = max(counts, key=counts.get)
     if not counts[extension]:
         return ""
@@ -284,15 +311,23 @@ def _warn_of_pixels(images: Sequence[FoundImage], subset: SubsetParams, scanner:
     masks = [(image.cond_path, scanner.checks.get(image.cond_path)) for image in images if image.cond_path is not None]
 
     def those(attribute: str, checks: Sequence[tuple[str, ImageCheck | ConfigError | None]] = pictures) -> list[str]:
-        kinds = {check for check in set(map(itemgetter(1), checks)) if isinstance(check, ImageCheck) and getattr(check, attribute)}
+        kinds = {
+            check
+            for check in set(map(itemgetter(1), checks))
+            if isinstance(check, ImageCheck) and getattr(check, attribute)
+        }
         return [path for path, check in checks if check in kinds] if kinds else []
 
     scanner.summary_warning(those("deep"), f"images in {subset.label} have more than 8 bits per channel; 8 are used")
     if subset.alpha_mask:
-        scanner.summary_warning(those("invisible"), f"images in {subset.label} are transparent everywhere, so nothing is learned from them")
+        scanner.summary_warning(
+            those("invisible"), f"images in {subset.label} are transparent everywhere, so nothing is learned from them"
+        )
     else:
         scanner.summary_warning(those("transparent"), f"images in {subset.label} have transparency, which is dropped")
-    scanner.summary_warning(those("black", masks), f"masks of {subset.label} are black everywhere, so nothing is learned there")
+    scanner.summary_warning(
+        those("black", masks), f"masks of {subset.label} are black everywhere, so nothing is learned there"
+    )
 
 
 # ---------------------------------------------------------------- items and split
@@ -328,7 +363,9 @@ def _items_of(
     fraction = _split_of(subset, dataset)
     train, validation = split_validation([image.key for image in images], fraction, split_seed)
     if fraction > 0 and images and not validation:
-        scanner.warnings.append(f"{subset.label}: validation_split {fraction} of {len(images)} images leaves none for validation")
+        scanner.warnings.append(
+            f"{subset.label}: validation_split {fraction} of {len(images)} images leaves none for validation"
+        )
     return (
         [_item(images[i], subset, subset.num_repeats, absolute) for i in train],
         [_item(images[i], subset, 1, absolute) for i in validation],
@@ -363,7 +400,8 @@ def _item(image: FoundImage, subset: SubsetParams, num_repeats: int, absolute: A
 
 
 def _check_counts(
-    blueprint: Blueprint, train: list[list[ImageItem]], validation: list[list[ImageItem]], has_validation: bool, scanner: Scanner
+    blueprint: Blueprint, train: list[list[ImageItem]], validation: list[list[ImageItem]], has_validation: bool,
+    scanner: Scanner
 ) -> None:
     """Empty folders, datasets and runs; epochs longer than memory holds; bucket settings that no image fits."""
     for dataset, items, held_out in zip(blueprint.datasets, train, validation):

@@ -19,10 +19,11 @@ MOST_CELLS = 64
 
 
 def debug_dataset(
-    group: DatasetGroup, *, seed: int, epochs: int = 1, sheet: str | os.PathLike[str] | None = None, show: Callable[[str], None] = print
+    group: DatasetGroup, *, seed: int, epochs: int = 1, sheet: str | os.PathLike[str] | None = None,
+    show: Callable[[str], None] = print
 ) -> int:
-    """Describe every sample of some epochs; draw the first ones with their captions on one `sheet` (PNG), as the model sees them.
-    Returns the number of samples shown."""
+    """Describe every sample of some epochs; draw the first ones with their captions on one `sheet` (PNG), as the model
+    sees them. Returns the number of samples shown."""
     count, cells = 0, []
     for epoch in range(1, epochs + 1):
         plan = group.plan(epoch, seed, 1)
@@ -32,12 +33,19 @@ def debug_dataset(
         )
         for request in requests:
             batch = group.load(request)
-            show(f"epoch {epoch}, batch {request.index + 1} of {len(plan)}, dataset {request.dataset}: {describe(batch)}")
+            show(
+                f"epoch {epoch}, batch {request.index + 1} of {len(plan)}, dataset {request.dataset}: {describe(batch)}"
+            )
             for i in range(len(batch)):
                 count += 1
                 show("  " + describe_sample(batch, i))
                 if sheet is not None and batch.images is not None and len(cells) < MOST_CELLS:
-                    cells.append(GridCell(picture(batch.images[i]), f"{describe_size(batch, i)}: {batch.captions[i] or '(no caption)'}"))
+                    cells.append(
+                        GridCell(
+                            picture(batch.images[i]),
+                            f"{describe_size(batch, i)}: {batch.captions[i] or '(no caption)'}",
+                        )
+                    )
     if cells:
         title = f"the first {len(cells)} of {count} samples" if len(cells) < count else f"{count} samples"
         with atomic_path(sheet) as temporary:
@@ -47,7 +55,8 @@ def debug_dataset(
 
 
 def describe(batch: Batch) -> str:
-    """The tensors of a batch: pictures by their size, width x height, clips with their frames, and others by their shapes."""
+    """The tensors of a batch: pictures by their size, width x height, clips with their frames, and others by their
+    shapes."""
     parts = []
     for name in ("images", "latents", "alpha_masks", "conditioning_images"):
         value = getattr(batch, name)
@@ -56,7 +65,9 @@ def describe(batch: Batch) -> str:
             parts.append(f"{name} {len(value)} of {value.shape[-1]}x{value.shape[-2]}{frames}")
     parts += [f"{name} {list(value.shape)}" for name, value in batch.conditions.items() if name != CONDITIONING_IMAGES]
     if batch.conditioning is not None:
-        parts.append(f"conditioning {', '.join(f'{name} {list(value.shape)}' for name, value in batch.conditioning.items())}")
+        parts.append(
+            f"conditioning {', '.join(f'{name} {list(value.shape)}' for name, value in batch.conditioning.items())}"
+        )
     if batch.input_ids_list is not None:
         parts.append(f"input_ids_list {[list(value.shape) for value in batch.input_ids_list]}")
     return ", ".join(parts)
@@ -64,7 +75,10 @@ def describe(batch: Batch) -> str:
 
 def describe_size(batch: Batch, i: int) -> str:
     """Size of the picture and of the sample made of it."""
-    (height, width), (original_height, original_width) = batch.target_sizes_hw[i].tolist(), batch.original_sizes_hw[i].tolist()
+    (height, width), (original_height, original_width) = (
+        batch.target_sizes_hw[i].tolist(),
+        batch.original_sizes_hw[i].tolist(),
+    )
     return f"{original_width}x{original_height} to {width}x{height}"
 
 

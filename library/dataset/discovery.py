@@ -86,7 +86,9 @@ def _image_paths(folder: str, subset: SubsetParams, scanner: Scanner) -> list[st
     """Image files directly in a folder, sorted by path; the case of the extension does not matter."""
     try:
         with os.scandir(folder) as entries:
-            paths = [entry.path for entry in entries if _has_extension(entry.name, scanner.extensions) and entry.is_file()]
+            paths = [
+                entry.path for entry in entries if _has_extension(entry.name, scanner.extensions) and entry.is_file()
+            ]
         return sorted(paths)
     except FileNotFoundError:
         scanner.problem_or_warning(f"{subset.label}: the folder {folder} does not exist")

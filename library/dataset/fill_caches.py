@@ -1,4 +1,5 @@
-"""Filling the caches of a run: what trainers and the tools call between reading the data set and loading the denoiser."""
+"""Filling the caches of a run: what trainers and the tools call between reading the data set and loading the
+denoiser."""
 
 from __future__ import annotations
 
@@ -36,19 +37,23 @@ def fill_latent_cache(
 ) -> int:
     """Give every image of the groups (training and validation) its latents, in memory or on disk.
 
-    The VAE, and what `load_parts` gives beside it, are loaded only when this process has something to encode, and released. Images that cannot be decoded are an
-    error naming all of them, or leave their groups with `skip_bad_images`. `index` may be that of the other caches of the run,
-    so that it is read once. Returns the number of images encoded here.
+    The VAE, and what `load_parts` gives beside it, are loaded only when this process has something to encode, and
+    released. Images that cannot be decoded are an error naming all of them, or leave their groups with
+    `skip_bad_images`. `index` may be that of the other caches of the run, so that it is read once. Returns the number
+    of images encoded here.
     """
     strategy = strategies.latents_caching
     items = [item for group in groups for item in group.items]
     index = index or CacheIndex()
-    jobs = plan_latents(items, strategy, process_index=processes.rank, num_processes=processes.num_processes, index=index)
+    jobs = plan_latents(
+        items, strategy, process_index=processes.rank, num_processes=processes.num_processes, index=index
+    )
     bad: list[ImageItem] = []
     if jobs:
         vae, parts = load_vae(), load_parts()
         bad = encode_latents(
-            jobs, strategy, vae, num_threads=num_threads, skip_bad_images=skip_bad_images, show_progress=processes.rank == 0, parts=parts
+            jobs, strategy, vae, num_threads=num_threads, skip_bad_images=skip_bad_images,
+            show_progress=processes.rank == 0, parts=parts
         )
         del vae, parts
         gc.collect()
@@ -82,15 +87,17 @@ def fill_text_cache(
 ) -> int:
     """Give every caption of the groups its text encoder outputs, and the empty caption where captions may be dropped.
 
-    `load_text_encoders` is called only when this process has something to encode; whoever wants to keep the encoders keeps
-    them. `index`: see fill_latent_cache. Returns the number of captions encoded here.
+    `load_text_encoders` is called only when this process has something to encode; whoever wants to keep the encoders
+    keeps them. `index`: see fill_latent_cache. Returns the number of captions encoded here.
     """
     strategy = strategies.text_encoder_outputs_caching
     items = [item for group in groups for item in group.items]
     empty = empty_caption_item([item for group in groups if group.is_training for item in group.items])
     everything = items if empty is None else [*items, empty]
     index = index or CacheIndex()
-    plan = plan_text(everything, strategy, process_index=processes.rank, num_processes=processes.num_processes, index=index)
+    plan = plan_text(
+        everything, strategy, process_index=processes.rank, num_processes=processes.num_processes, index=index
+    )
     if plan.needs_model:
         batch_size = max((group.batch_size for group in groups), default=1)
         encode_text(plan, strategies, load_text_encoders(), batch_size=batch_size, show_progress=processes.rank == 0)

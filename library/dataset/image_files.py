@@ -1,4 +1,5 @@
-"""Images of tools, between files and arrays: backgrounds behind transparent ones, files written complete or not at all."""
+"""Images of tools, between files and arrays: backgrounds behind transparent ones, files written complete or not at
+all."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def read_for(path: str, extension: str) -> np.ndarray:
 
 
 def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
-    """Write [H, W], [H, W, 3] or [H, W, 4] in the format of the extension; jpg and webp in the best quality. ValueError for
-    an extension that no format has."""
+    """Write [H, W], [H, W, 3] or [H, W, 4] in the format of the extension; jpg and webp in the best quality. ValueError
+    for an extension that no format has."""
     with atomic_path(path) as temporary:
         Image.fromarray(image).save(temporary, quality=JPEG_QUALITY, subsampling=0)

@@ -1,8 +1,8 @@
 """What the first bytes of an image file tell: its size as shown, transparency, depth; without decoding a pixel.
 
-`imagesize` reads the sizes of the common cases. Whatever turns a picture (EXIF, XMP) or is rare is left to Pillow's header, so
-that the size is always the one that decoding gives. A file whose end is missing, or whose format says nothing of its end, is read
-in full: a picture that broke off is known before anything is trained.
+`imagesize` reads the sizes of the common cases. Whatever turns a picture (EXIF, XMP) or is rare is left to Pillow's
+header, so that the size is always the one that decoding gives. A file whose end is missing, or whose format says
+nothing of its end, is read in full: a picture that broke off is known before anything is trained.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def _as_noted(text: str) -> ImageCheck:
 
 
 def look_at_image(path: str | Path) -> ImageCheck:
-    """Size, depth and transparency of an image from its header. Raises ImageFileError for what is empty, no image or broken off.
+    """Size, depth and transparency of an image from its header. Raises ImageFileError for what is empty, no image or
+    broken off.
 
     Damage in the middle of a file shows only when it is decoded (`verify_image`).
     """
@@ -109,7 +110,11 @@ def _stored_size(head: bytes) -> Size | None:
 def _sound(size: Size) -> Size | None:
     """None for sizes that Pillow refuses, with a message."""
     width, height = size
-    return (width, height) if width > 0 and height > 0 and width * height <= 2 * (Image.MAX_IMAGE_PIXELS or 1 << 60) else None
+    return (
+        (width, height)
+        if width > 0 and height > 0 and width * height <= 2 * (Image.MAX_IMAGE_PIXELS or 1 << 60)
+        else None
+    )
 
 
 def _png(descriptor: int, head: bytes, num_bytes: int) -> ImageCheck | None:

@@ -1,8 +1,9 @@
-"""`metadata_cache.json` of a folder (option cache_info): what a scan found, so that the next one need not open the files.
+"""`metadata_cache.json` of a folder (option cache_info): what a scan found, so that the next one need not open the
+files.
 
 { "<file name>": {"caption": str | null, "resolution": [W, H], "image": stamp, "caption_file": [name, stamp] | null,
-"lines": bool} }, a stamp being [modification time in ns, size]. An entry counts while the stamps still agree; entries of the
-form without stamps (whole paths as keys) are looked up anew. The file always describes the whole folder.
+"lines": bool} }, a stamp being [modification time in ns, size]. An entry counts while the stamps still agree; entries
+of the form without stamps (whole paths as keys) are looked up anew. The file always describes the whole folder.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def info_entry(image_path: str, size: tuple[int, int], caption: str | None, para
 
 
 def write_info(folder: str, entries: Mapping[str, Any]) -> str | None:
-    """Write the cache of a folder, replacing the old one in one go. Returns a warning when the folder cannot be written."""
+    """Write the cache of a folder, replacing the old one in one go. Returns a warning when the folder cannot be
+    written."""
     path = os.path.join(folder, FILE_NAME)
     try:
         write_text_atomically(path, json.dumps(entries, ensure_ascii=False, indent=2))

@@ -1,5 +1,5 @@
-"""The latent cache of every family: where latents lie, whether a file may be used, and the one way in which images are encoded, for
-caches and for steps without one. What a family writes is a LatentEncoder."""
+"""The latent cache of every family: where latents lie, whether a file may be used, and the one way in which images are
+encoded, for caches and for steps without one. What a family writes is a LatentEncoder."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ class LatentEncoder(ABC):
 
     @abstractmethod
     def encode(self, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
-        """Images [B, 3, H, W] in -1..1 -> latents [B, C, h, w] as the cache stores them; a VAE with frames leaves out the
-        axis of the one frame, which `ModelFamily.scale_latents` puts back. Clips [B, 3, F, H, W] -> [B, C, F', h, w], for
-        families that learn from them. Callers use `LatentCache.encode_images`.
+        """Images [B, 3, H, W] in -1..1 -> latents [B, C, h, w] as the cache stores them; a VAE with frames leaves out
+        the axis of the one frame, which `ModelFamily.scale_latents` puts back. Clips [B, 3, F, H, W] -> [B, C, F', h,
+        w], for families that learn from them. Callers use `LatentCache.encode_images`.
 
-        `seeds[i]` seeds the posterior draw of sample i, on the CPU and apart from all other samples, so that the cache and
-        live encoding agree whatever the batches are. Families that take the mode ignore it.
+        `seeds[i]` seeds the posterior draw of sample i, on the CPU and apart from all other samples, so that the cache
+        and live encoding agree whatever the batches are. Families that take the mode ignore it.
         """
 
     def condition_shapes(self, bucket: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
-        """What the family needs of a sample beside its latents and caches with them (first-frame latents, the embedding of a
-        vision encoder), for a sample of this size (a Bucket or its key): name -> shape. Nothing by default."""
+        """What the family needs of a sample beside its latents and caches with them (first-frame latents, the embedding
+        of a vision encoder), for a sample of this size (a Bucket or its key): name -> shape. Nothing by default."""
         return {}
 
     def encode_conditions(
         self, vae: Any, parts: Mapping[str, Any], images: torch.Tensor, seeds: Sequence[int]
     ) -> Mapping[str, torch.Tensor]:
-        """The tensors of `condition_shapes` [B, ...] from images or clips as `encode` gets them. `parts`: what the family loads
-        beside the VAE (`ModelFamily.load_parts`)."""
+        """The tensors of `condition_shapes` [B, ...] from images or clips as `encode` gets them. `parts`: what the
+        family loads beside the VAE (`ModelFamily.load_parts`)."""
         return {}
 
 
@@ -55,7 +55,8 @@ class LatentCache:
     architecture: DataArchitecture
 
     def __init__(
-        self, architecture: DataArchitecture | None, encoder: LatentEncoder, *, to_disk: bool, batch_size: int = 1, skip_check: bool = False,
+        self, architecture: DataArchitecture | None, encoder: LatentEncoder, *, to_disk: bool, batch_size: int = 1,
+        skip_check: bool = False,
         model_identity: str = "",
     ) -> None:
         if architecture is not None:
@@ -74,7 +75,8 @@ class LatentCache:
 
     @torch.no_grad()
     def encode_images(self, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
-        """`LatentEncoder.encode` where the VAE is and in its own dtype, for caches and steps alike; float32 [B, C, h, w] or [B, C, F, h, w].
+        """`LatentEncoder.encode` where the VAE is and in its own dtype, for caches and steps alike; float32 [B, C, h,
+        w] or [B, C, F, h, w].
 
         Raises CheckpointError when these are not latents of the architecture, which no cache could be read back with.
         """
@@ -92,8 +94,8 @@ class LatentCache:
     def encode_samples(
         self, vae: Any, parts: Mapping[str, Any], images: torch.Tensor, seeds: Sequence[int]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Latents (`encode_images`) and conditions by name, float32: what a cache holds of samples, and a step without one
-        makes."""
+        """Latents (`encode_images`) and conditions by name, float32: what a cache holds of samples, and a step without
+        one makes."""
         latents = self.encode_images(vae, images, seeds)
         shapes = self.encoder.condition_shapes(bucket_of(images))
         if not shapes:
@@ -104,7 +106,9 @@ class LatentCache:
         conditions = {name: torch.cat([row[name] for row in rows]).float() for name in shapes}
         for name, shape in shapes.items():
             if tuple(conditions[name].shape[1:]) != tuple(shape):
-                raise CheckpointError(f"{name} has shape {list(conditions[name].shape[1:])}; that of {self.architecture.name} is {list(shape)}")
+                raise CheckpointError(
+                    f"{name} has shape {list(conditions[name].shape[1:])}; that of {self.architecture.name} is {list(shape)}"
+                )
         return latents, conditions
 
     def get_latents_npz_path(self, absolute_path: str, image_size: tuple[int, int]) -> str:
@@ -117,7 +121,8 @@ class LatentCache:
             return None if os.path.exists(path) else "no file"
         return cache_io.latents_problem(
             path, self.architecture, item.bucket.key, flip_aug=flip_aug, alpha_mask=alpha_mask,
-            expected=self.record_of(item), image_path=item.absolute_path, conditions=self.encoder.condition_shapes(item.bucket.key),
+            expected=self.record_of(item), image_path=item.absolute_path,
+            conditions=self.encoder.condition_shapes(item.bucket.key),
         )
 
     def problem_with(self, index: CacheIndex) -> Callable[[ImageItem, bool, bool], str | None]:
@@ -138,7 +143,9 @@ class LatentCache:
             if kind not in questions:
                 questions[kind] = question(item, flip_aug, alpha_mask)
             path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
-            answer, problem = index.find(path, questions[kind], lambda: read(item, flip_aug, alpha_mask), source=item.absolute_path)
+            answer, problem = index.find(
+                path, questions[kind], lambda: read(item, flip_aug, alpha_mask), source=item.absolute_path
+            )
             return problem if answer is None else None
 
         def read(item: ImageItem, *needs: bool) -> tuple[str | None, str]:
@@ -153,24 +160,36 @@ class LatentCache:
             resized=tuple(item.resized_size), interpolation=item.subset.resize_interpolation,
         )
 
-    def load_conditions_from_disk(self, npz_path: str, bucket_reso: tuple[int, ...], flipped: bool) -> dict[str, np.ndarray]:
+    def load_conditions_from_disk(
+        self, npz_path: str, bucket_reso: tuple[int, ...], flipped: bool
+    ) -> dict[str, np.ndarray]:
         """What `LatentEncoder.condition_shapes` names, as stored beside the latents of this size."""
         shapes = self.encoder.condition_shapes(bucket_reso)
-        return cache_io.load_conditions(npz_path, self.architecture, bucket_reso, shapes, flipped=flipped) if shapes else {}
+        return (
+            cache_io.load_conditions(npz_path, self.architecture, bucket_reso, shapes, flipped=flipped)
+            if shapes
+            else {}
+        )
 
     def load_latents_from_disk(
         self, npz_path: str, bucket_reso: tuple[int, ...]
     ) -> tuple[np.ndarray, list[int], list[float], np.ndarray | None, np.ndarray | None]:
         """(latents, original size (W, H), crop_ltrb, mirrored latents or None, alpha mask or None), as stored."""
         arrays = cache_io.load_latents(npz_path, self.architecture, bucket_reso)
-        return arrays.latents, arrays.original_size.tolist(), arrays.crop_ltrb.tolist(), arrays.latents_flipped, arrays.alpha_mask
+        return (
+            arrays.latents,
+            arrays.original_size.tolist(),
+            arrays.crop_ltrb.tolist(),
+            arrays.latents_flipped,
+            arrays.alpha_mask,
+        )
 
 
 def encode_apart(encoder: LatentEncoder, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
     """`encoder.encode`, in which no image depends on its neighbours: a cache holds what live encoding gives.
 
-    Seeds take care of the draws. On the CPU, convolutions in float32 also round differently with the number of images, so
-    that they are encoded one by one there; it is hardly slower.
+    Seeds take care of the draws. On the CPU, convolutions in float32 also round differently with the number of images,
+    so that they are encoded one by one there; it is hardly slower.
     """
     return torch.cat([encoder.encode(vae, images[part], seeds[part]) for part in parts_apart(images)])
 

@@ -51,7 +51,8 @@ class ImageFileError(ConfigError):
 
 
 def image_extensions() -> frozenset[str]:
-    """Suffixes of the image files that can be read here, in lower case. AVIF and JPEG XL need support in Pillow or a plug-in."""
+    """Suffixes of the image files that can be read here, in lower case. AVIF and JPEG XL need support in Pillow or a
+    plug-in."""
     known = set(FORMATS)
     registered = Image.registered_extensions()
     for extension, modules in PLUGINS.items():
@@ -90,7 +91,13 @@ def _orientation(image: Image.Image, path: str | Path) -> int:
         return 1  # Pillow would decode the whole file to look for it
     try:
         orientation = image.getexif().get(ORIENTATION_TAG, 1)
-    except (ValueError, TypeError, SyntaxError, OSError, struct.error):  # a damaged EXIF block does not spoil the picture
+    except (
+        ValueError,
+        TypeError,
+        SyntaxError,
+        OSError,
+        struct.error,
+    ):  # a damaged EXIF block does not spoil the picture
         return 1
     return orientation if orientation in TRANSPOSITIONS else 1
 
@@ -107,7 +114,8 @@ def _png_has_exif(path: str | Path) -> bool:
 
 
 class opened_image:
-    """Open an image and turn what Pillow raises, while opening or reading, into an ImageFileError that names the file."""
+    """Open an image and turn what Pillow raises, while opening or reading, into an ImageFileError that names the
+    file."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = path
@@ -163,7 +171,8 @@ class ImageCheck:
 
 
 def verify_image(path: str | Path) -> ImageCheck:
-    """Read all pixels of an image. Raises ImageFileError, which names the file, when it is empty, damaged or truncated."""
+    """Read all pixels of an image. Raises ImageFileError, which names the file, when it is empty, damaged or
+    truncated."""
     with opened_image(path) as image:
         size = shown_size(image, path)
         image.load()
@@ -250,7 +259,9 @@ def resize_image(image: np.ndarray, size: Size, interpolation: str | None = None
     return cv2.resize(np.ascontiguousarray(image), size, interpolation=getattr(cv2, OPENCV_FILTERS[name]))
 
 
-def resize_and_crop(image: np.ndarray, resized: Size, bucket: Size, offset: Size, interpolation: str | None = None) -> np.ndarray:
+def resize_and_crop(
+    image: np.ndarray, resized: Size, bucket: Size, offset: Size, interpolation: str | None = None
+) -> np.ndarray:
     """Scale to `resized`, then cut `bucket` at `offset` (left, top): [H, W, C] -> [bucket_h, bucket_w, C].
 
     Raises ValueError when the crop does not lie inside the resized image.
@@ -321,7 +332,8 @@ def draw_color_change(rng: random.Random) -> ColorChange | None:
 
 
 def change_color(image: np.ndarray, change: ColorChange) -> np.ndarray:
-    """Apply a colour change to RGB (an alpha channel stays): hue shift, or 255 * (x / 255) ** gamma. uint8 [H, W, C]."""
+    """Apply a colour change to RGB (an alpha channel stays): hue shift, or 255 * (x / 255) ** gamma. uint8 [H, W,
+    C]."""
     rgb = image[..., :3].astype(np.float32) / 255
     if change.gamma != 1.0:
         rgb = rgb**change.gamma
@@ -344,13 +356,14 @@ class CropGeometry:
 
 
 def face_crop_geometry(
-    size: Size, target: Size, face: tuple[int, int, int, int], aug_range: tuple[float, float], rng: random.Random, *, random_crop: bool
+    size: Size, target: Size, face: tuple[int, int, int, int], aug_range: tuple[float, float], rng: random.Random, *,
+    random_crop: bool
 ) -> CropGeometry:
     """A crop of `target` around a face (centre x, centre y, width, height), in pixels of an image of `size`.
 
-    The scale is drawn so that the short side of the crop is between lo and hi times the face, as far as the image allows: it
-    always covers the target and is not enlarged beyond that. The window is centred on the face and shifted a little; with
-    `random_crop` by the sum of two uniform numbers, so that places near the face are the more likely.
+    The scale is drawn so that the short side of the crop is between lo and hi times the face, as far as the image
+    allows: it always covers the target and is not enlarged beyond that. The window is centred on the face and shifted a
+    little; with `random_crop` by the sum of two uniform numbers, so that places near the face are the more likely.
     """
     face_px, short_px = max(face[2:]), min(target)
     cover = max(target[0] / size[0], target[1] / size[1])

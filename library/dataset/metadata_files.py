@@ -43,7 +43,9 @@ def _from_object(path: str, text: str, problems: list[str]) -> Iterator[Metadata
         problems.append(str(error))
         return
     if not isinstance(content, dict):
-        problems.append(f"{path} holds a {type(content).__name__}; an object that maps each image to its entry is needed")
+        problems.append(
+            f"{path} holds a {type(content).__name__}; an object that maps each image to its entry is needed"
+        )
         return
     for key, values in content.items():
         if _is_entry(values, f"{path}: {key}", problems):
@@ -93,7 +95,9 @@ class ImageFinder:
     def find(self, key: str) -> str:
         """The path of the image. Raises ConfigError when there is none."""
         if not os.path.isabs(key) and self.image_dir is None:
-            raise ConfigError(f"the key '{key}' is a relative path; the subset needs an image_dir (without a dataset configuration: --train_data_dir)")
+            raise ConfigError(
+                f"the key '{key}' is a relative path; the subset needs an image_dir (without a dataset configuration: --train_data_dir)"
+            )
         path = key if os.path.isabs(key) else os.path.join(self.image_dir or "", key)
         if os.path.splitext(path)[1].lower() in self.extensions:
             if not os.path.isfile(path):

@@ -35,14 +35,14 @@ class ArrayHeader:
     crc: int
 
     def holds(self, kinds: str, shape: tuple[int, ...] | None) -> bool:
-        """Whether the array has numbers of one of these kinds (letters of numpy's `dtype.kind`) in this machine's byte order,
-        and this shape."""
+        """Whether the array has numbers of one of these kinds (letters of numpy's `dtype.kind`) in this machine's byte
+        order, and this shape."""
         return self.dtype.kind in kinds and self.dtype.isnative and self.shape == shape
 
 
 def read_headers(path: str | os.PathLike[str]) -> dict[str, ArrayHeader]:
-    """Key -> header of every array; the data are not read. Raises one of UNREADABLE for a damaged file: one of an array that
-    holds more or less than its header says, or would unpack to more than memory should hold."""
+    """Key -> header of every array; the data are not read. Raises one of UNREADABLE for a damaged file: one of an array
+    that holds more or less than its header says, or would unpack to more than memory should hold."""
     require_file(path)
     with _only_unreadable(), zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
@@ -53,7 +53,9 @@ def read_headers(path: str | os.PathLike[str]) -> dict[str, ArrayHeader]:
 
 
 def _header_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> ArrayHeader:
-    if info.file_size == info.compress_size and info.file_size > archive.start_dir:  # it is stored as it is, in this file
+    if (
+        info.file_size == info.compress_size and info.file_size > archive.start_dir
+    ):  # it is stored as it is, in this file
         raise ValueError(f"{info.filename} is longer than the file")
     with archive.open(info) as member:
         version = npy_format.read_magic(member)
@@ -70,8 +72,8 @@ def _header_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> ArrayHeader:
 def read_arrays(
     path: str | os.PathLike[str], keys: list[str] | None = None, headers: Mapping[str, ArrayHeader] | None = None
 ) -> dict[str, np.ndarray]:
-    """The named arrays, all without `keys`; absent ones are left out. Raises one of UNREADABLE for a damaged file. `headers`:
-    those of the file, where the caller has read them."""
+    """The named arrays, all without `keys`; absent ones are left out. Raises one of UNREADABLE for a damaged file.
+    `headers`: those of the file, where the caller has read them."""
     headers = read_headers(path) if headers is None else headers
     with _only_unreadable(), np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in (headers if keys is None else keys) if name in headers}

@@ -15,7 +15,8 @@ from library.core.keyed_random import keyed_random
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """What one rank loads for one micro-batch. An empty `items` is legal: the rank only joins the gradient reduction."""
+    """What one rank loads for one micro-batch. An empty `items` is legal: the rank only joins the gradient
+    reduction."""
 
     dataset: int
     """index of the dataset in its group"""
@@ -38,7 +39,8 @@ class BatchRequest:
 
 @dataclass(frozen=True)
 class BucketList:
-    """The samples of one bucket: item indices with repeats. `batch_size` is per process, `bucket` the key of a Bucket."""
+    """The samples of one bucket: item indices with repeats. `batch_size` is per process, `bucket` the key of a
+    Bucket."""
 
     dataset: int
     bucket: tuple[int, ...]
@@ -53,13 +55,15 @@ StepPlan = tuple[GlobalBatch, ...]
 
 
 def plan_epoch(
-    buckets: Sequence[BucketList], *, seed: int, epoch: int, num_processes: int, accumulation: int = 1, shuffle: bool = True
+    buckets: Sequence[BucketList], *, seed: int, epoch: int, num_processes: int, accumulation: int = 1,
+    shuffle: bool = True
 ) -> list[StepPlan]:
-    """The optimizer steps of an epoch. No micro-batch mixes buckets, the last of a bucket may be short, nothing is dropped.
+    """The optimizer steps of an epoch. No micro-batch mixes buckets, the last of a bucket may be short, nothing is
+    dropped.
 
-    A step takes its `accumulation` micro-batches from one bucket as long as that can fill them, exactly the samples that one
-    batch of `accumulation` times the size would have; what is left over in the buckets is gathered into steps that may mix
-    buckets, the last of them short. The number of steps is that of cutting the list of micro-batches.
+    A step takes its `accumulation` micro-batches from one bucket as long as that can fill them, exactly the samples
+    that one batch of `accumulation` times the size would have; what is left over in the buckets is gathered into steps
+    that may mix buckets, the last of them short. The number of steps is that of cutting the list of micro-batches.
     """
     steps: list[StepPlan] = []
     left_over: list[GlobalBatch] = []
@@ -95,8 +99,8 @@ def requests_of_epoch(
     start: int = 0,
     is_training: bool = True,
 ) -> Iterator[BatchRequest]:
-    """This rank's requests of an epoch from its optimizer step number `start` on. `first_step` is the global step of the
-    epoch's first."""
+    """This rank's requests of an epoch from its optimizer step number `start` on. `first_step` is the global step of
+    the epoch's first."""
     index = sum(len(step) for step in steps[:start])
     last_index = sum(len(step) for step in steps) - 1
     for number, step in enumerate(steps[start:], start):

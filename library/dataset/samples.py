@@ -52,7 +52,9 @@ class Pixels:
     alpha_mask: np.ndarray | None = None  # [H, W] or [F, H, W] float32, 0..1
 
 
-def read_pixels(item: ImageItem, geometry: Geometry, *, with_alpha: bool = False, color: ColorChange | None = None) -> Pixels:
+def read_pixels(
+    item: ImageItem, geometry: Geometry, *, with_alpha: bool = False, color: ColorChange | None = None
+) -> Pixels:
     """Decode a picture or clip to its training size, all frames alike. Raises ImageFileError, which names the file."""
     frames = [
         resize_and_crop(frame, geometry.resized, geometry.bucket, geometry.offset, item.subset.resize_interpolation)
@@ -83,8 +85,10 @@ def mask_tensor(mask: np.ndarray | torch.Tensor, flipped: bool = False) -> torch
 
 
 def conditioning_tensor(item: ImageItem, geometry: Geometry, flipped: bool = False) -> torch.Tensor:
-    """The mask or control image of a sample, [3, H, W] in -1..1: scaled, cropped and mirrored exactly like its image."""
+    """The mask or control image of a sample, [3, H, W] in -1..1: scaled, cropped and mirrored exactly like its
+    image."""
     image = read_conditioning_image(
-        item.cond_path, item.image_size, geometry.resized, geometry.bucket, geometry.offset, item.subset.resize_interpolation
+        item.cond_path, item.image_size, geometry.resized, geometry.bucket, geometry.offset,
+        item.subset.resize_interpolation
     )
     return image_tensor(image, flipped)

@@ -1,8 +1,8 @@
 """Caches in memory as a few large tensors, so that loader workers share them instead of copying them.
 
-A worker that is forked sees the parent's memory. One that is spawned receives the data set pickled: then every tensor takes
-a file descriptor of its own, and thousands of small ones exceed the limit. So equal-shaped cache entries are rows of one tensor,
-items hold views of the rows, and pickling replaces a view by (tensor, row).
+A worker that is forked sees the parent's memory. One that is spawned receives the data set pickled: then every tensor
+takes a file descriptor of its own, and thousands of small ones exceed the limit. So equal-shaped cache entries are rows
+of one tensor, items hold views of the rows, and pickling replaces a view by (tensor, row).
 """
 
 from __future__ import annotations
@@ -83,7 +83,12 @@ class SharedTensors:
 
 
 def _holds_tensors(item: ImageItem) -> bool:
-    return not (item.latents is None and item.text_encoder_outputs is None and item.latents_flipped is None and item.alpha_mask is None)
+    return not (
+        item.latents is None
+        and item.text_encoder_outputs is None
+        and item.latents_flipped is None
+        and item.alpha_mask is None
+    )
 
 
 def _tensors_of(item: ImageItem) -> list[torch.Tensor]:

@@ -1,4 +1,5 @@
-"""The strategies of one run: who turns captions into tokens and tokens into conditioning, and the caches of what comes out."""
+"""The strategies of one run: who turns captions into tokens and tokens into conditioning, and the caches of what comes
+out."""
 
 from __future__ import annotations
 
@@ -32,13 +33,16 @@ class StrategySet:
     def layout(self) -> TextLayout:
         return self.text_layout or self.text_encoder_outputs_caching.layout
 
-    def encode(self, models: Sequence[Any | None], tokens: list[Tensor], weights: list[Tensor] | None = None) -> Conditioning:
+    def encode(
+        self, models: Sequence[Any | None], tokens: list[Tensor], weights: list[Tensor] | None = None
+    ) -> Conditioning:
         """The conditioning that the models make; keys of models that are None are not there."""
         outputs = encoded(self.text_encoding, self.tokenize, models, tokens, weights)
         return self.layout.named(outputs, type(self.text_encoding).__name__)
 
     def mark_text_models(self, mark: str) -> None:
-        """Tell cached text outputs of encoders that `mark` stands for (changed ones) from those of others; "" = unchanged."""
+        """Tell cached text outputs of encoders that `mark` stands for (changed ones) from those of others; "" =
+        unchanged."""
         caching = self.text_encoder_outputs_caching
         if caching is not None and mark:
             caching.model_identity = combined_identity([caching.model_identity, mark])
@@ -47,7 +51,8 @@ class StrategySet:
 def encoded(
     text_encoding: Any, tokenize: Any, models: Sequence[Any | None], tokens: list[Tensor], weights: list[Tensor] | None
 ) -> list[Tensor | None]:
-    """What a text encoding strategy gives for tokens and, where captions carry them, their weights: the list of its family."""
+    """What a text encoding strategy gives for tokens and, where captions carry them, their weights: the list of its
+    family."""
     if weights is None:
         return text_encoding.encode_tokens(tokenize, list(models), tokens)
     return text_encoding.encode_tokens_with_weights(tokenize, list(models), tokens, weights)

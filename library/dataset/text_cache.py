@@ -1,5 +1,5 @@
-"""The text cache of every family: which keys it holds, where they lie, whether a file may be used, and how captions are encoded for it.
-What a family writes is a tokenizer and a text encoder; its keys are those of its record."""
+"""The text cache of every family: which keys it holds, where they lie, whether a file may be used, and how captions are
+encoded for it. What a family writes is a tokenizer and a text encoder; its keys are those of its record."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ class TextCache:
     architecture: DataArchitecture
 
     def __init__(
-        self, architecture: DataArchitecture | None, *, to_disk: bool, batch_size: int | None = None, skip_check: bool = False,
-        trained: Sequence[bool] = (), is_weighted: bool = False, flags: Mapping[str, bool] | None = None, model_identity: str = "",
+        self, architecture: DataArchitecture | None, *, to_disk: bool, batch_size: int | None = None,
+        skip_check: bool = False,
+        trained: Sequence[bool] = (), is_weighted: bool = False, flags: Mapping[str, bool] | None = None,
+        model_identity: str = "",
         max_token_length: int | None = None,
     ) -> None:
         if architecture is not None:
@@ -68,14 +70,15 @@ class TextCache:
         """Whether batches are encoded and stored by `cache_batch_outputs` of a plug-in."""
         return False
 
-    # ---- files ------------------------------------------------------------------------------------------------------------
+    # ---- files -------------------------------------------------------------------------------------------------------
 
     def get_outputs_npz_path(self, image_abs_path: str) -> str:
         return cache_io.text_npz_path(self.architecture, image_abs_path)
 
     def record_of(self, caption: str) -> TextRecord:
         return TextRecord(
-            caption=text_cache_io.caption_hash(caption), model=self.model_identity, max_token_length=self.max_token_length,
+            caption=text_cache_io.caption_hash(caption), model=self.model_identity,
+            max_token_length=self.max_token_length,
             is_weighted=self.is_weighted, flags=self.flags,
         )
 
@@ -117,13 +120,15 @@ class TextCache:
         arrays = text_cache_io.load_text(npz_path, self.layout, suffix, self.live)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    # ---- encoding ---------------------------------------------------------------------------------------------------------
+    # ---- encoding ----------------------------------------------------------------------------------------------------
 
     def encode(self, strategies: StrategySet, models: Sequence[Any | None], captions: list[str]) -> Conditioning:
         """Conditioning [B, ...] of some captions, by name, without what is not cached."""
         tokenize, length = strategies.tokenize, len(captions)
         with torch.no_grad():
-            tokens = tokenize.tokenize_with_weights(captions) if self.is_weighted else (tokenize.tokenize(captions), None)
+            tokens = (
+                tokenize.tokenize_with_weights(captions) if self.is_weighted else (tokenize.tokenize(captions), None)
+            )
             found = strategies.encode(models, *tokens)
         found |= {key.name: torch.full((length,), key.constant) for key in self.layout.keys if key.constant is not None}
         if missing := [name for name in self.needed if name not in found]:
@@ -132,7 +137,8 @@ class TextCache:
 
 
 def as_stored(output: torch.Tensor, key: TextKey) -> torch.Tensor:
-    """One output of one caption in the dtype that the cache gives it: bfloat16 becomes float32, masks and ids integers."""
+    """One output of one caption in the dtype that the cache gives it: bfloat16 becomes float32, masks and ids
+    integers."""
     output = output.detach().cpu()
     if key.dtype == "float":
         return output.float() if output.dtype == torch.bfloat16 else output

@@ -25,14 +25,15 @@ from library.families.record import FamilyRecord, TextKey
 from library.families.registry import by_family
 
 _STORED_KINDS = {"float": "f", "float32": "f", "bool": "biu"}
-"""dtype of an output -> letters of numpy's `dtype.kind` that another trainer may have stored it in; the others are whole numbers"""
+"""dtype of an output -> letters of numpy's `dtype.kind` that another trainer may have stored it in; the others are
+whole numbers"""
 
 
 @dataclass(frozen=True)
 class TextLayout:
-    """The conditioning of a family: `keys` in the order of the lists that plug-ins know; `flags`: options stored beside them that must
-    be equal to use a file; `partial`: encoders that learn where a caller of the known classes says `is_partial` and no more; `foreign`:
-    how the numbers in files of known trainers differ from ours."""
+    """The conditioning of a family: `keys` in the order of the lists that plug-ins know; `flags`: options stored beside
+    them that must be equal to use a file; `partial`: encoders that learn where a caller of the known classes says
+    `is_partial` and no more; `foreign`: how the numbers in files of known trainers differ from ours."""
 
     keys: tuple[TextKey, ...]
     flags: tuple[str, ...] = ()
@@ -51,15 +52,19 @@ class TextLayout:
         """The encoders that must be in memory to make these keys."""
         return frozenset(encoder for key in self.keys if key.name in names for encoder in key.encoders)
 
-    def named(self, outputs: Sequence[Any | None], origin: str = "the text encoders", *, has_batch: bool = True) -> dict[str, Any]:
-        """The list that strategies of plug-ins give, [B, ...] each or None, by name and without the None. `has_batch`: else of one
-        caption, without B.
+    def named(
+        self, outputs: Sequence[Any | None], origin: str = "the text encoders", *, has_batch: bool = True
+    ) -> dict[str, Any]:
+        """The list that strategies of plug-ins give, [B, ...] each or None, by name and without the None. `has_batch`:
+        else of one caption, without B.
 
         Raises TrainingError for what is not the conditioning of the family; `origin` says whose list it is.
         """
         keys = self.keys if len(outputs) == len(self.keys) else tuple(key for key in self.keys if key.constant is None)
         if len(outputs) != len(keys):
-            raise TrainingError(f"{origin} gave {len(outputs)} outputs; needed: {len(keys)}, {', '.join(key.name for key in keys)}")
+            raise TrainingError(
+                f"{origin} gave {len(outputs)} outputs; needed: {len(keys)}, {', '.join(key.name for key in keys)}"
+            )
         found = {key.name: output for key, output in zip(keys, outputs) if output is not None}
         self.check(found, origin, has_batch=has_batch)
         return found
@@ -68,7 +73,9 @@ class TextLayout:
         """As plug-ins know it: in the order of the keys, None for what is not there."""
         return [conditioning.get(name) for name in self.names]
 
-    def check(self, conditioning: Mapping[str, Any], origin: str = "the text encoders", *, has_batch: bool = True) -> None:
+    def check(
+        self, conditioning: Mapping[str, Any], origin: str = "the text encoders", *, has_batch: bool = True
+    ) -> None:
         """Names, ranks and kinds of numbers; TrainingError says what is wrong and what is needed."""
         unknown = [name for name in conditioning if name not in self.names]
         if unknown:
@@ -79,7 +86,9 @@ class TextLayout:
                 needed = f"{key.rank + has_batch} dimensions{', the batch first' if has_batch else ''}"
                 raise TrainingError(f"{origin} gave {key.name} of shape {list(tensor.shape)}; needed: {needed}")
             if tensor is not None and key.dtype == "float" and not tensor.is_floating_point():
-                raise TrainingError(f"{origin} gave {key.name} as {str(tensor.dtype).removeprefix('torch.')}; needed: floating-point numbers")
+                raise TrainingError(
+                    f"{origin} gave {key.name} as {str(tensor.dtype).removeprefix('torch.')}; needed: floating-point numbers"
+                )
 
     def check_complete(self, conditioning: Mapping[str, Any], origin: str) -> None:
         """TrainingError when a key that the model reads is not there."""
@@ -126,8 +135,8 @@ def find_text(
 ) -> tuple[str | None, str]:
     """(suffix of the keys that hold this caption, "") or (None, why there are none).
 
-    `needed` are the outputs that must be there (all, or fewer in a partial cache). `accept_unrecorded`: whether bare keys
-    that another trainer wrote may be taken for this caption (no, when the image has several captions in this run).
+    `needed` are the outputs that must be there (all, or fewer in a partial cache). `accept_unrecorded`: whether bare
+    keys that another trainer wrote may be taken for this caption (no, when the image has several captions in this run).
     """
     headers = headers_or_reason(path)
     if isinstance(headers, str):
@@ -158,7 +167,9 @@ def keys_problem(path: str, layout: TextLayout, expected: TextRecord, needed: tu
     return reason or _flags_problem(path, layout, expected)
 
 
-def load_text(path: str, layout: TextLayout, suffix: str = "", leave_out: frozenset[str] = frozenset()) -> dict[str, np.ndarray]:
+def load_text(
+    path: str, layout: TextLayout, suffix: str = "", leave_out: frozenset[str] = frozenset()
+) -> dict[str, np.ndarray]:
     """The outputs by name, as stored, in the order of the layout; without those in `leave_out` and those not stored."""
     wanted = {key.name + suffix: key for key in layout.keys if key.name not in leave_out}
     try:
@@ -170,12 +181,15 @@ def load_text(path: str, layout: TextLayout, suffix: str = "", leave_out: frozen
                 raise ValueError(f"{name} has shape {list(headers[name].shape)}")
         arrays = read_arrays(path, list(wanted), headers)
     except UNREADABLE as error:
-        raise CheckpointError(f"cache file {path} cannot be read ({error}); delete it and run again to make it anew") from error
+        raise CheckpointError(
+            f"cache file {path} cannot be read ({error}); delete it and run again to make it anew"
+        ) from error
     return {key.name: arrays[name] for name, key in wanted.items() if name in arrays}
 
 
 def save_text(
-    path: str, layout: TextLayout, outputs: Mapping[str, np.ndarray], record: TextRecord, *, in_use: frozenset[str] = frozenset()
+    path: str, layout: TextLayout, outputs: Mapping[str, np.ndarray], record: TextRecord, *,
+    in_use: frozenset[str] = frozenset()
 ) -> str:
     """Write the outputs of one caption and return the suffix of their keys.
 
@@ -183,7 +197,11 @@ def save_text(
     data of captions that nobody uses any more go.
     """
     existing = existing_arrays(path)
-    kept = {suffix: caption for suffix, caption in _captions_in(existing).items() if caption in in_use and caption != record.caption}
+    kept = {
+        suffix: caption
+        for suffix, caption in _captions_in(existing).items()
+        if caption in in_use and caption != record.caption
+    }
     suffix = "" if "" not in kept else record.suffix
     names = [*(key.name for key in layout.keys), *layout.flags, RECORD_KEY]
     merged = {name + s: existing[name + s] for s in kept for name in names if name + s in existing}
@@ -205,7 +223,8 @@ def _captions_in(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
 
 
 def _text_keys_problem(
-    headers: Mapping[str, ArrayHeader], layout: TextLayout, suffix: str, needed: tuple[str, ...], max_token_length: int | None
+    headers: Mapping[str, ArrayHeader], layout: TextLayout, suffix: str, needed: tuple[str, ...],
+    max_token_length: int | None
 ) -> str | None:
     for key in layout.keys:
         if key.name not in needed:
@@ -219,7 +238,9 @@ def _text_keys_problem(
             return f"{key.name} holds {header.dtype}"
         if key.is_sized and max_token_length is not None and header.shape[0] != max_token_length:
             return f"{key.name} has {header.shape[0]} tokens, {max_token_length} are needed"
-    missing = [name for name in layout.flags if name + suffix not in headers or not headers[name + suffix].holds("biu", ())]
+    missing = [
+        name for name in layout.flags if name + suffix not in headers or not headers[name + suffix].holds("biu", ())
+    ]
     return f"no {missing[0]}" if missing else None
 
 

@@ -1,7 +1,8 @@
 """Caching of text encoder outputs: which captions lack them, and encoding those in batches.
 
-What is cached is the caption without its random parts (captions.deterministic_caption). Whole-caption dropout works with a
-cache too: the outputs of the empty caption are encoded once and take the place of a dropped caption's when a batch is made.
+What is cached is the caption without its random parts (captions.deterministic_caption). Whole-caption dropout works
+with a cache too: the outputs of the empty caption are encoded once and take the place of a dropped caption's when a
+batch is made.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class TextJob:
 
 @dataclass
 class TextPlan:
-    """What this process has to encode. `in_use`: file that is written -> hashes of all captions that the run keeps in it."""
+    """What this process has to encode. `in_use`: file that is written -> hashes of all captions that the run keeps in
+    it."""
 
     jobs: list[TextJob]
     in_use: dict[str, frozenset[str]]
@@ -75,7 +77,8 @@ def empty_caption_item(items: Sequence[ImageItem]) -> ImageItem | None:
         return None
     path = os.path.join(os.path.dirname(first.absolute_path), EMPTY_CAPTION_FILE + ".png")
     return ImageItem(
-        image_key=EMPTY_CAPTION_FILE, absolute_path=path, caption="", subset=type(first.subset)(), image_size=first.image_size
+        image_key=EMPTY_CAPTION_FILE, absolute_path=path, caption="", subset=type(first.subset)(),
+        image_size=first.image_size
     )
 
 
@@ -86,8 +89,8 @@ def plan_text(
 ) -> TextPlan:
     """Find what is cached already and what this process has to encode; sets paths and suffixes of the items.
 
-    On disk the files are divided among the processes; in memory every process encodes everything. Raises ConfigError when
-    a folder cannot be written.
+    On disk the files are divided among the processes; in memory every process encodes everything. Raises ConfigError
+    when a folder cannot be written.
     """
     check_caching({id(item.subset): item.subset for item in items}.values(), latents=False, text=True)
     if not strategy.cache_to_disk:
@@ -118,7 +121,9 @@ def _find_all(
     return [entry for entries in found for entry in entries]
 
 
-def _find(items: Sequence[ImageItem], find: Callable[[str, str, bool], tuple[str | None, str]]) -> list[tuple[ImageItem, str]]:
+def _find(
+    items: Sequence[ImageItem], find: Callable[[str, str, bool], tuple[str | None, str]]
+) -> list[tuple[ImageItem, str]]:
     """Set the suffix of those items of one file whose caption is there; return the others with the reason."""
     captions = [cached_caption(item) for item in items]
     is_only_one = len(set(captions)) == 1
@@ -141,11 +146,13 @@ def _jobs_of(items) -> list[TextJob]:
 
 
 def encode_text(
-    plan: TextPlan, strategies: StrategySet, text_encoders: list[Any], *, batch_size: int = 1, show_progress: bool = True
+    plan: TextPlan, strategies: StrategySet, text_encoders: list[Any], *, batch_size: int = 1,
+    show_progress: bool = True
 ) -> None:
     """Encode the captions of a plan in batches and store them: files in the background, memory on the items.
 
-    Raises TrainingError for outputs that are not finite, naming an image of the caption; nothing of that batch is written.
+    Raises TrainingError for outputs that are not finite, naming an image of the caption; nothing of that batch is
+    written.
     """
     strategy = strategies.text_encoder_outputs_caching
     warn_overlong([job.caption for job in plan.jobs], strategies.tokenize)
@@ -168,7 +175,8 @@ def encode_text(
 
 
 def _store_by_plugin(jobs: Sequence[TextJob], strategies: StrategySet, text_encoders: list[Any]) -> None:
-    """A batch goes to the `cache_batch_outputs` of a user's class, with every item of its captions. In memory it leaves lists."""
+    """A batch goes to the `cache_batch_outputs` of a user's class, with every item of its captions. In memory it leaves
+    lists."""
     strategy, items = strategies.text_encoder_outputs_caching, [item for job in jobs for item in job.items]
     strategy.cache_batch_outputs(strategies.tokenize, text_encoders, strategies.text_encoding, items)
     for item in items:
@@ -184,7 +192,9 @@ def _encode_batch(jobs: Sequence[TextJob], strategies: StrategySet, text_encoder
     batch = strategy.encode(strategies, text_encoders, captions)  # name -> [B, ...]
     results = []
     for index, job in enumerate(jobs):
-        outputs = {key.name: as_stored(batch[key.name][index], key) for key in strategy.layout.keys if key.name in batch}
+        outputs = {
+            key.name: as_stored(batch[key.name][index], key) for key in strategy.layout.keys if key.name in batch
+        }
         _check_finite(outputs, job)
         results.append({name: output.clone() for name, output in outputs.items()})
     return results
@@ -208,7 +218,9 @@ def _store_on_disk(
     for item in job.items:
         path = item.text_encoder_outputs_npz
         if path not in written:
-            written[path] = text_cache_io.save_text(path, strategy.layout, arrays, record, in_use=in_use.get(path, frozenset()))
+            written[path] = text_cache_io.save_text(
+                path, strategy.layout, arrays, record, in_use=in_use.get(path, frozenset())
+            )
         item.text_encoder_outputs_suffix = written[path]
 
 
@@ -246,7 +258,9 @@ def warn_overlong_captions(items: Sequence[ImageItem], tokenize: Any) -> int:
     return warn_overlong([cached_caption(item) for item in items], tokenize)
 
 
-def cache_one_batch(strategy: TextCache, strategies: StrategySet, models: list[Any], items: Sequence[ImageItem]) -> None:
+def cache_one_batch(
+    strategy: TextCache, strategies: StrategySet, models: list[Any], items: Sequence[ImageItem]
+) -> None:
     """Encode and store exactly these items in one batch; their paths are set when they are not."""
     for item in items:
         if strategy.cache_to_disk and item.text_encoder_outputs_npz is None:

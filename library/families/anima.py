@@ -64,7 +64,8 @@ FAMILY = FamilyRecord(
     adapters=AdapterFacts(
         title="Anima",
         parts=(
-            "llm_adapter", "adaln_modulation", "cross_attn_output_proj", "self_attn_output_proj", "mlp_layer1", "mlp.layer1", "mlp_layer2",
+            "llm_adapter", "adaln_modulation", "cross_attn_output_proj", "self_attn_output_proj", "mlp_layer1",
+            "mlp.layer1", "mlp_layer2",
             "mlp.layer2",
         ),
         priority=10,

@@ -15,7 +15,9 @@ FAMILY = FamilyRecord(
             wanted="a Chroma denoiser",
             base_version="chroma",
             modelspec="chroma",
-            signatures=(Signature(title="a Chroma denoiser", has=("distilled_guidance_layer.in_proj.weight",), priority=60),),
+            signatures=(
+                Signature(title="a Chroma denoiser", has=("distilled_guidance_layer.in_proj.weight",), priority=60),
+            ),
         ),
     ),
     adapters=AdapterFacts(title="FLUX.1 or Chroma", base_versions=("chroma",), modelspec=("chroma",)),

@@ -29,7 +29,12 @@ FAMILY = FamilyRecord(
     pipeline="library.generation.flux_pipeline:FluxPipeline",
     pictures="flux_minimal_inference.py",
     tiny=(
-        TinyModel(name="flux", title="FLUX.1 dev", build="library.tiny_models.flux_tiny:build_tiny_flux", network_module="networks.lora_flux"),
+        TinyModel(
+            name="flux",
+            title="FLUX.1 dev",
+            build="library.tiny_models.flux_tiny:build_tiny_flux",
+            network_module="networks.lora_flux",
+        ),
     ),
     latents=LatentSpec(channels=16, spatial_stride=8, patch=2, fingerprint="ldm-f8c16"),
     bucket_step=16,
@@ -53,7 +58,9 @@ FAMILY = FamilyRecord(
             modelspec="flux-1-dev",
             signatures=(
                 Signature(
-                    title="a FLUX.1 denoiser", has=("double_blocks.0.img_attn.norm.query_norm.scale",), detail="library.families.flux:detail"
+                    title="a FLUX.1 denoiser",
+                    has=("double_blocks.0.img_attn.norm.query_norm.scale",),
+                    detail="library.families.flux:detail",
                 ),
                 Signature(
                     title="a FLUX.1 denoiser",
@@ -68,7 +75,9 @@ FAMILY = FamilyRecord(
             role="relative",
             wanted="a FLUX.1 ControlNet",
             signatures=(
-                Signature(title="a FLUX.1 ControlNet", contains=("controlnet_blocks.0.", "double_blocks.0."), priority=90),
+                Signature(
+                    title="a FLUX.1 ControlNet", contains=("controlnet_blocks.0.", "double_blocks.0."), priority=90
+                ),
                 Signature(title="a FLUX.1 ControlNet", has=("controlnet_x_embedder.weight",), priority=90),
             ),
         ),

@@ -33,7 +33,12 @@ FAMILY = FamilyRecord(
         ModelKind(
             name="hunyuan_image",
             signatures=(
-                Signature(title="a HunyuanImage 2.1 denoiser", has=("byt5_in.fc1.weight",), ranks=(("img_in.proj.weight", 4),), priority=20),
+                Signature(
+                    title="a HunyuanImage 2.1 denoiser",
+                    has=("byt5_in.fc1.weight",),
+                    ranks=(("img_in.proj.weight", 4),),
+                    priority=20,
+                ),
             ),
         ),
         ModelKind(
@@ -41,7 +46,9 @@ FAMILY = FamilyRecord(
             role="vae",
             signatures=(
                 Signature(
-                    title="a HunyuanImage autoencoder", has=("encoder.down.0.block.0.norm1.weight",), contains=("encoder.down.5.",),
+                    title="a HunyuanImage autoencoder",
+                    has=("encoder.down.0.block.0.norm1.weight",),
+                    contains=("encoder.down.5.",),
                     priority=90,
                 ),
             ),

@@ -25,13 +25,19 @@ FAMILY = FamilyRecord(
         ),
         ModelKind(
             name="framepack",
-            signatures=(Signature(title="a FramePack denoiser", has=("clean_x_embedder.proj_2x.weight",), priority=50),),
+            signatures=(
+                Signature(title="a FramePack denoiser", has=("clean_x_embedder.proj_2x.weight",), priority=50),
+            ),
         ),
         ModelKind(
             name="vae_hunyuan_video",
             role="vae",
             signatures=(
-                Signature(title="a HunyuanVideo autoencoder", ranks=(("encoder.down_blocks.0.resnets.0.conv1.conv.weight", 5),), priority=20),
+                Signature(
+                    title="a HunyuanVideo autoencoder",
+                    ranks=(("encoder.down_blocks.0.resnets.0.conv1.conv.weight", 5),),
+                    priority=20,
+                ),
             ),
         ),
     ),

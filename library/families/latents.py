@@ -16,7 +16,8 @@ class Bucket(NamedTuple):
 
     @property
     def key(self) -> tuple[int, ...]:
-        """(width, height) of a picture, (width, height, frames) of a clip: how caches, records and random draws name it."""
+        """(width, height) of a picture, (width, height, frames) of a clip: how caches, records and random draws name
+        it."""
         return self[:2] if self.frames == 1 else tuple(self)
 
 
@@ -25,7 +26,8 @@ class LatentSpec:
     """Latents of a family. `fingerprint` names the latent space, so that caches of another space are never mixed up.
 
     `clips`: the family learns from clips too; for the others the first frame of a file is a picture. A VAE with a
-    `temporal_stride` encodes the first frame alone and then that many together, so that a clip has 1 + n * stride frames.
+    `temporal_stride` encodes the first frame alone and then that many together, so that a clip has 1 + n * stride
+    frames.
     """
 
     channels: int
@@ -36,7 +38,8 @@ class LatentSpec:
     clips: bool = False
 
     def latent_shape(self, bucket: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the latents of a sample of this size (a Bucket, or its key): (C, h, w) of a picture, (C, F, h, w) of a clip."""
+        """Shape of the latents of a sample of this size (a Bucket, or its key): (C, h, w) of a picture, (C, F, h, w) of
+        a clip."""
         width, height, frames = Bucket(*bucket)
         picture = (self.channels, height // self.spatial_stride, width // self.spatial_stride)
         if frames == 1:

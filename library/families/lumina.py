@@ -35,7 +35,10 @@ FAMILY = FamilyRecord(
             name="lumina2",
             signatures=(
                 Signature(
-                    title="a Lumina-Image 2.0 denoiser", has=_NAMES, sizes=(("cap_embedder.1.weight", 0, (2304,)),), priority=10
+                    title="a Lumina-Image 2.0 denoiser",
+                    has=_NAMES,
+                    sizes=(("cap_embedder.1.weight", 0, (2304,)),),
+                    priority=10,
                 ),
             ),
         ),
@@ -43,11 +46,17 @@ FAMILY = FamilyRecord(
             name="nextdit",
             role="relative",
             signatures=(
-                Signature(title="a NextDiT denoiser that is not Lumina-Image 2.0", has=_NAMES, detail="library.families.lumina:width"),
+                Signature(
+                    title="a NextDiT denoiser that is not Lumina-Image 2.0",
+                    has=_NAMES,
+                    detail="library.families.lumina:width",
+                ),
             ),
         ),
     ),
-    adapters=AdapterFacts(title="Lumina-Image 2.0", parts=("noise_refiner", "context_refiner", "_attention_qkv"), priority=15),
+    adapters=AdapterFacts(
+        title="Lumina-Image 2.0", parts=("noise_refiner", "context_refiner", "_attention_qkv"), priority=15
+    ),
 )
 
 

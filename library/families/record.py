@@ -1,7 +1,7 @@
 """What the project must know of a family of models, in strings and numbers: importing a record imports nothing else.
 
-`library/families/<name>.py` holds the record of each family; `registry.py` finds them, and those of other packages. Whatever is a class
-or a function stands here as "package.module:attribute" and is imported when it is needed.
+`library/families/<name>.py` holds the record of each family; `registry.py` finds them, and those of other packages.
+Whatever is a class or a function stands here as "package.module:attribute" and is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from library.families.latents import LatentSpec
 
 @dataclass(frozen=True, kw_only=True)
 class CacheNames:
-    """Endings of cache files. `text`: None where captions are encoded in the step; `legacy_keys`: latents of old caches carry no size in
-    their keys."""
+    """Endings of cache files. `text`: None where captions are encoded in the step; `legacy_keys`: latents of old caches
+    carry no size in their keys."""
 
     latents: str
     text: str | None = None
@@ -39,9 +39,10 @@ class DataArchitecture:
 class TextKey:
     """One named tensor of a family's conditioning, as a cache stores it for one caption.
 
-    `rank`: its dimensions without the batch; `dtype`: float (bfloat16 becomes float32, float16 stays), or the one it always has.
-    `encoders`: places of the text encoders that make it, none for what comes from the tokens alone. `is_sized`: the first dimension is
-    the family's maximum token length. `constant`: a number that files of known trainers carry and nothing reads; no encoder gives it.
+    `rank`: its dimensions without the batch; `dtype`: float (bfloat16 becomes float32, float16 stays), or the one it
+    always has. `encoders`: places of the text encoders that make it, none for what comes from the tokens alone.
+    `is_sized`: the first dimension is the family's maximum token length. `constant`: a number that files of known
+    trainers carry and nothing reads; no encoder gives it.
     """
 
     name: str
@@ -67,11 +68,11 @@ class SampleDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Signature:
-    """How a model file is recognised by the names and shapes of its tensors. Everything that is given must hold: names that are there,
-    parts that occur in some name, (name, dimension, sizes) and (name, number of dimensions).
+    """How a model file is recognised by the names and shapes of its tensors. Everything that is given must hold: names
+    that are there, parts that occur in some name, (name, dimension, sizes) and (name, number of dimensions).
 
-    `title` is what a reader is told; `detail` names a function KeyTable -> what the shapes say beside it. Of signatures of one role that
-    hold, that of the highest `priority` counts: a narrower test has a higher one.
+    `title` is what a reader is told; `detail` names a function KeyTable -> what the shapes say beside it. Of signatures
+    of one role that hold, that of the highest `priority` counts: a narrower test has a higher one.
     """
 
     title: str
@@ -88,9 +89,10 @@ class Signature:
 class ModelKind:
     """One kind of model file, by the name that slots ask for.
 
-    `role`: denoiser (the family's scripts take it), relative (stands where a denoiser could, and is none of the family's), vae or
-    text_encoder. `wanted`: what a slot needs, in words; `subfolder`: its place in a pipeline folder of diffusers; `base_version` and
-    `modelspec`: ss_base_model_version and modelspec.architecture of adapters that are made without training, `metadata` what else they say.
+    `role`: denoiser (the family's scripts take it), relative (stands where a denoiser could, and is none of the
+    family's), vae or text_encoder. `wanted`: what a slot needs, in words; `subfolder`: its place in a pipeline folder
+    of diffusers; `base_version` and `modelspec`: ss_base_model_version and modelspec.architecture of adapters that are
+    made without training, `metadata` what else they say.
     """
 
     name: str
@@ -107,9 +109,10 @@ class ModelKind:
 class AdapterFacts:
     """How adapter files of a family are told from others, and which layouts they have.
 
-    `title`: whom they are for, in words. `parts` of keys tell the family where no other of a higher `priority` has its own; before those
-    count `text_widths`, the widths of text that the cross-attention of a U-Net reads, and `pattern`, a regular expression for keys that no
-    other family has. `base_versions` and `modelspec` are beginnings of ss_base_model_version and modelspec.architecture.
+    `title`: whom they are for, in words. `parts` of keys tell the family where no other of a higher `priority` has its
+    own; before those count `text_widths`, the widths of text that the cross-attention of a U-Net reads, and `pattern`,
+    a regular expression for keys that no other family has. `base_versions` and `modelspec` are beginnings of
+    ss_base_model_version and modelspec.architecture.
     """
 
     title: str
@@ -129,8 +132,8 @@ class AdapterFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class TinyModel:
-    """A set of random tiny files of the family. `build`: a function (folder, *, seed, dtype) -> TinySet; `options` train it beside those
-    that name its files."""
+    """A set of random tiny files of the family. `build`: a function (folder, *, seed, dtype) -> TinySet; `options`
+    train it beside those that name its files."""
 
     name: str
     title: str
@@ -149,7 +152,8 @@ class EncoderFile:
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyRecord:
-    """One family. Without `family` nothing trains it: the record says how its files are recognised, cached and renamed."""
+    """One family. Without `family` nothing trains it: the record says how its files are recognised, cached and
+    renamed."""
 
     name: str
     title: str
@@ -196,7 +200,8 @@ class FamilyRecord:
     adapters_of: str = ""
     """the family whose adapters these are too"""
     variant_of: tuple[str, str, str] | None = None
-    """(family, option, value): the option of that family's scripts that chooses this record; both families have the option"""
+    """(family, option, value): the option of that family's scripts that chooses this record; both families have the
+    option"""
 
     @property
     def network_module(self) -> str:

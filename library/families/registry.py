@@ -1,5 +1,5 @@
-"""Where records of families are found: the files of this folder, the entry-point group `atelier.families` of installed packages, and
-`register_family`. Every table of facts by family is derived from here."""
+"""Where records of families are found: the files of this folder, the entry-point group `atelier.families` of installed
+packages, and `register_family`. Every table of facts by family is derived from here."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def script_name(family: str, kind: str = "train_network") -> str:
 
 
 def script_of_kind(kind: str, *, for_pictures: bool = False) -> str | None:
-    """The script that trains adapters for a kind of model file, or makes images with it; None when no family here has it."""
+    """The script that trains adapters for a kind of model file, or makes images with it; None when no family here has
+    it."""
     for name, record in FAMILIES.items():
         if kind in record.kinds:
             return record.pictures if for_pictures else f"{script_name(name)}.py"

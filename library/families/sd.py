@@ -32,7 +32,9 @@ FAMILY = FamilyRecord(
     tiny=(
         TinyModel(name="sd1", title="Stable Diffusion 1", build="library.tiny_models.sd_tiny:build_tiny_sd1"),
         TinyModel(
-            name="sd2", title="Stable Diffusion 2, velocity prediction", build="library.tiny_models.sd_tiny:build_tiny_sd2",
+            name="sd2",
+            title="Stable Diffusion 2, velocity prediction",
+            build="library.tiny_models.sd_tiny:build_tiny_sd2",
             options=("--v_parameterization",),
         ),
     ),
@@ -50,7 +52,11 @@ FAMILY = FamilyRecord(
             modelspec="stable-diffusion-v1",
             metadata={"ss_v2": "False"},
             signatures=(
-                Signature(title="a Stable Diffusion 1 checkpoint", has=(_CROSS_ATTENTION,), detail="library.families.sd:channels"),
+                Signature(
+                    title="a Stable Diffusion 1 checkpoint",
+                    has=(_CROSS_ATTENTION,),
+                    detail="library.families.sd:channels",
+                ),
                 Signature(title="a Stable Diffusion 1 U-Net", has=(_DIFFUSERS_CROSS,), layout="diffusers"),
             ),
         ),
@@ -63,10 +69,17 @@ FAMILY = FamilyRecord(
             metadata={"ss_v2": "True"},
             signatures=(
                 Signature(
-                    title="a Stable Diffusion 2 checkpoint", sizes=((_CROSS_ATTENTION, 1, (1024,)),), detail="library.families.sd:channels",
+                    title="a Stable Diffusion 2 checkpoint",
+                    sizes=((_CROSS_ATTENTION, 1, (1024,)),),
+                    detail="library.families.sd:channels",
                     priority=10,
                 ),
-                Signature(title="a Stable Diffusion 2 U-Net", sizes=((_DIFFUSERS_CROSS, 1, (1024,)),), layout="diffusers", priority=10),
+                Signature(
+                    title="a Stable Diffusion 2 U-Net",
+                    sizes=((_DIFFUSERS_CROSS, 1, (1024,)),),
+                    layout="diffusers",
+                    priority=10,
+                ),
             ),
         ),
         ModelKind(

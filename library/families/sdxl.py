@@ -46,7 +46,8 @@ FAMILY = FamilyRecord(
             signatures=(
                 Signature(title="an SDXL checkpoint", has=("input_blocks.0.0.weight", "label_emb.0.0.weight"), priority=20),
                 Signature(
-                    title="an SDXL U-Net", has=("down_blocks.0.resnets.0.conv1.weight", "add_embedding.linear_1.weight"), layout="diffusers",
+                    title="an SDXL U-Net",
+                    has=("down_blocks.0.resnets.0.conv1.weight", "add_embedding.linear_1.weight"), layout="diffusers",
                     priority=20,
                 ),
             ),
@@ -56,7 +57,8 @@ FAMILY = FamilyRecord(
             role="relative",
             signatures=(
                 Signature(
-                    title="an SDXL refiner", has=("input_blocks.0.0.weight",), sizes=(("label_emb.0.0.weight", 1, (2560,)),), priority=70
+                    title="an SDXL refiner", has=("input_blocks.0.0.weight",),
+                    sizes=(("label_emb.0.0.weight", 1, (2560,)),), priority=70
                 ),
             ),
         ),
@@ -64,7 +66,8 @@ FAMILY = FamilyRecord(
     adapters=AdapterFacts(
         title="SDXL",
         parts=(
-            "lora_te2_", "input_blocks_", "text_encoder_2.", "attentions_0_transformer_blocks_1_", "attentions_1_transformer_blocks_1_",
+            "lora_te2_", "input_blocks_", "text_encoder_2.", "attentions_0_transformer_blocks_1_",
+            "attentions_1_transformer_blocks_1_",
             "attentions.0.transformer_blocks.1.", "attentions.1.transformer_blocks.1.", ".1.transformer_blocks.1.",
         ),
         priority=30,

@@ -28,7 +28,11 @@ FAMILY = FamilyRecord(
             wanted="a Qwen-Image / Wan 2.1 autoencoder (qwen_image_vae.safetensors)",
             subfolder="vae",
             signatures=(
-                Signature(title="a Wan or Qwen-Image autoencoder", has=("encoder.downsamples.0.residual.0.gamma",), priority=30),
+                Signature(
+                    title="a Wan or Qwen-Image autoencoder",
+                    has=("encoder.downsamples.0.residual.0.gamma",),
+                    priority=30,
+                ),
                 Signature(
                     title="a Wan or Qwen-Image autoencoder",
                     ranks=(("encoder.down_blocks.0.conv1.weight", 5), ("quant_conv.weight", 5)),

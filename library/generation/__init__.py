@@ -12,5 +12,6 @@ if TYPE_CHECKING:
 
 
 def pipeline_class(family: str) -> type[PicturePipeline]:
-    """The pipeline of a family by its record: the one that makes samples while training and pictures in its image scripts."""
+    """The pipeline of a family by its record: the one that makes samples while training and pictures in its image
+    scripts."""
     return import_target(record_of(family).pipeline)

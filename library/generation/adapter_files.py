@@ -1,4 +1,5 @@
-"""LoRA files as options of image scripts name them: reading the arguments, checking the files, which of their layers are used."""
+"""LoRA files as options of image scripts name them: reading the arguments, checking the files, which of their layers
+are used."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ class AdapterFile:
 
 @dataclass(frozen=True)
 class LayerFilter:
-    """Which layers of the files are used: with `include` those that one of its patterns finds, without those that one of
-    `exclude` finds. Patterns are searched in the layer's name in the file and in its dotted path."""
+    """Which layers of the files are used: with `include` those that one of its patterns finds, without those that one
+    of `exclude` finds. Patterns are searched in the layer's name in the file and in its dotted path."""
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -68,8 +69,8 @@ def parse_adapter_argument(text: str, option: str = "lora_weights") -> AdapterFi
 
 
 def adapter_problems(texts: Sequence[str] | None, family: str, option: str = "lora_weights") -> list[str]:
-    """What is wrong with arguments of the form `path;multiplier` and with the files that they name, from headers. `family`: of the
-    model."""
+    """What is wrong with arguments of the form `path;multiplier` and with the files that they name, from headers.
+    `family`: of the model."""
     problems = Problems()
     for text in texts or ():
         adapter = problems.attempt(lambda: parse_adapter_argument(text, option))
@@ -85,7 +86,9 @@ def file_problem(path: str, option: str, family: str) -> str | None:
     from library.checkpoints.kinds import check_adapter, check_slot
     from library.families.registry import record_of
 
-    return check_slot(path, option, {"adapter"}, with_pickles=True) or check_adapter(path, option, record_of(family).adapters.title)
+    return check_slot(path, option, {"adapter"}, with_pickles=True) or check_adapter(
+        path, option, record_of(family).adapters.title
+    )
 
 
 def multiplier_problems(multipliers: Sequence[float] | None, num_adapters: int, *, merged: bool) -> list[str]:

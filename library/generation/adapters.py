@@ -1,4 +1,5 @@
-"""Adapters of the image scripts in models: merged for good, hooked, or added to the weights for a picture; their strengths."""
+"""Adapters of the image scripts in models: merged for good, hooked, or added to the weights for a picture; their
+strengths."""
 
 from __future__ import annotations
 
@@ -25,16 +26,20 @@ def _told(adapter: AdapterFile) -> AbstractContextManager[None]:
         return nullcontext()
     pairs = " ".join(f"{key}={value}" for key, value in adapter.arguments.items())
     told = f" with {pairs}" if pairs else ""
-    return foreign_errors(ConfigError, f"{adapter.path}: the network module {adapter.module} makes no network of it{told}")
+    return foreign_errors(
+        ConfigError, f"{adapter.path}: the network module {adapter.module} makes no network of it{told}"
+    )
 
 
 def network_of(adapter: AdapterFile, text_encoders: Sequence[nn.Module | None], denoiser: nn.Module) -> tuple[Any, Any]:
-    """(network for a file, not loaded yet; the file's tensors). CheckpointError when it has no layer of these models."""
+    """(network for a file, not loaded yet; the file's tensors). CheckpointError when it has no layer of these
+    models."""
     import importlib
 
     with _told(adapter):
         network, tensors = importlib.import_module(adapter.module).create_network_from_weights(
-            adapter.multiplier, adapter.path, None, _as_argument(text_encoders), denoiser, for_inference=True, **adapter.arguments
+            adapter.multiplier, adapter.path, None, _as_argument(text_encoders), denoiser, for_inference=True,
+            **adapter.arguments
         )
     if not [*network.unet_loras, *network.text_encoder_loras]:
         raise CheckpointError(f"{adapter.path} has no layer of this model; is it an adapter for another one?")
@@ -52,8 +57,8 @@ def hook(network: Any, adapter: AdapterFile, text_encoders: Sequence[nn.Module |
 
 
 def merging(family: str, adapters: Sequence[AdapterFile], layer_filter: LayerFilter | None = None) -> MergeOnLoad:
-    """What loaders are given as `transform`, so that these files are part of the weights: rounded once to the type that the
-    weights get. Call `finish` on it when the models are there."""
+    """What loaders are given as `transform`, so that these files are part of the weights: rounded once to the type that
+    the weights get. Call `finish` on it when the models are there."""
     from library.lora_utils import MergeOnLoad, read_adapter
     from networks.kinds.targets import targets_of_family
 
@@ -65,8 +70,8 @@ def merging(family: str, adapters: Sequence[AdapterFile], layer_filter: LayerFil
 def load_with_adapters(
     family: str, choice: AdapterChoice, load: Callable[[MergeOnLoad | None], tuple[nn.Module, list[nn.Module]]]
 ) -> tuple[nn.Module, list[nn.Module], LoadedAdapters]:
-    """(denoiser, text encoders, adapters). `load` reads the models, with what is done to their tensors on the way: adapters that
-    are merged become part of them, the others are hooked into the finished models."""
+    """(denoiser, text encoders, adapters). `load` reads the models, with what is done to their tensors on the way:
+    adapters that are merged become part of them, the others are hooked into the finished models."""
     merge = merging(family, choice.files, choice.layer_filter) if choice.files and choice.merged else None
     denoiser, text_encoders = load(merge)
     if merge:
@@ -79,8 +84,9 @@ def load_with_adapters(
 
 @dataclass
 class LoadedAdapters:
-    """Adapters of a set of models, in their order. The first `merged` ones are part of the weights; the others can change their
-    strength from picture to picture: they are hooked or, with `pre_calc`, added to the weights for a picture and taken out again."""
+    """Adapters of a set of models, in their order. The first `merged` ones are part of the weights; the others can
+    change their strength from picture to picture: they are hooked or, with `pre_calc`, added to the weights for a
+    picture and taken out again."""
 
     denoiser: nn.Module
     text_encoders: Sequence[nn.Module | None]
@@ -97,7 +103,8 @@ class LoadedAdapters:
         return self.networks[self.merged :]
 
     def add(self, adapter: AdapterFile) -> None:
-        """Load a file. CheckpointError when it has no layer of these models; ConfigError when its module cannot be used as asked."""
+        """Load a file. CheckpointError when it has no layer of these models; ConfigError when its module cannot be used
+        as asked."""
         network, _ = network_of(adapter, self.text_encoders, self.denoiser)
         self._filter(network, adapter.path)
         if not self.pre_calc:
@@ -106,7 +113,9 @@ class LoadedAdapters:
             network.load_weights(adapter.path)
             network.eval()
         else:
-            raise ConfigError(f"--network_pre_calc: {adapter.module} cannot take a network out of the weights again; leave the option out")
+            raise ConfigError(
+                f"--network_pre_calc: {adapter.module} cannot take a network out of the weights again; leave the option out"
+            )
         network.to(self.denoiser.device)
         self.networks.append(network)
         self.multipliers = (*self.multipliers, adapter.multiplier)
@@ -114,7 +123,9 @@ class LoadedAdapters:
     def merge(self, adapter: AdapterFile) -> None:
         """Add a file to the weights for good; before any other is loaded."""
         network, tensors = network_of(adapter, self.text_encoders, self.denoiser)
-        network.merge_to(_as_argument(self.text_encoders), self.denoiser, tensors, self.denoiser.dtype, self.denoiser.device)
+        network.merge_to(
+            _as_argument(self.text_encoders), self.denoiser, tensors, self.denoiser.dtype, self.denoiser.device
+        )
         self.networks.append(network)
         self.merged += 1
 
@@ -142,10 +153,13 @@ class LoadedAdapters:
 
     @contextmanager
     def only(self, place: int | None) -> Iterator[None]:
-        """Hooked networks other than number `place` switched off (None: all work). ConfigError for one that has no switch."""
+        """Hooked networks other than number `place` switched off (None: all work). ConfigError for one that has no
+        switch."""
         for network in self.changing:
             if not hasattr(network, "set_enabled"):
-                raise ConfigError(f"regions of --mask_path need networks that can be switched off; {type(network).__name__} cannot")
+                raise ConfigError(
+                    f"regions of --mask_path need networks that can be switched off; {type(network).__name__} cannot"
+                )
         try:
             for number, network in enumerate(self.changing, start=self.merged):
                 network.set_enabled(place is None or number == place)

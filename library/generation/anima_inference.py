@@ -61,7 +61,9 @@ class AnimaScript(ImageScript[AnimaRequest]):
         self._check_all(config)
         return decode_files(config)
 
-    def write(self, maker: PictureMaker[AnimaRequest], config: Config, latents: Tensor, path: Path, texts: Mapping[str, str]) -> Path:
+    def write(
+        self, maker: PictureMaker[AnimaRequest], config: Config, latents: Tensor, path: Path, texts: Mapping[str, str]
+    ) -> Path:
         """The picture, its latents, or both; the path of the picture where there is one."""
         output_type = config[AnimaPromptOptions].output_type
         if output_type != "images":
@@ -89,7 +91,7 @@ def decode_files(config: Config) -> list[Path]:
     return paths
 
 
-# -- checks ----------------------------------------------------------------------------------------------------------------
+# -- checks ------------------------------------------------------------------------------------------------------------
 
 
 def check(config: Config) -> None:
@@ -114,7 +116,9 @@ def _prompt_problems(config: Config) -> list[str]:
     if not (pictures.prompt is not None or from_elsewhere or pictures.latent_path):
         found.append("--prompt is not given; needed: it, --from_file, --interactive or --latent_path")
     if adapters.lora_weight and (model.fp8 or model.fp8_scaled) and adapters.lycoris:
-        found.append("--lycoris needs whole weights; with --fp8 or --fp8_scaled leave it out, our own modules read the same files")
+        found.append(
+            "--lycoris needs whole weights; with --fp8 or --fp8_scaled leave it out, our own modules read the same files"
+        )
     return found
 
 
@@ -128,7 +132,11 @@ def _file_problems(config: Config) -> list[str]:
         slots = [("dit", {"anima", "cosmos"}), *slots, ("text_encoder", {"qwen3"})]
     found = [check_slot(getattr(model, slot), slot, kinds, for_pictures=True) for slot, kinds in slots]
     found += [file_problem(path, "lora_weight", "anima") for path in adapters.lora_weight or ()]
-    found += [f"--latent_path is {path}: there is no such file" for path in pictures.latent_path or () if not Path(path).is_file()]
+    found += [
+        f"--latent_path is {path}: there is no such file"
+        for path in pictures.latent_path or ()
+        if not Path(path).is_file()
+    ]
     if adapters.lycoris:
         from importlib.util import find_spec
 
@@ -140,7 +148,8 @@ def _file_problems(config: Config) -> list[str]:
 
 
 def _fitting_problems(options: AnimaModelOptions, problems: Problems) -> list[str]:
-    """Sizes of the files against each other, and tokenizers that cannot be found or read, or that are of other models."""
+    """Sizes of the files against each other, and tokenizers that cannot be found or read, or that are of other
+    models."""
     from library.anima_utils import fitting_problems, inspect_anima, inspect_llm_adapter
     from library.components.llm_encoder_utils import inspect_qwen3
     from library.components.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer
@@ -148,7 +157,11 @@ def _fitting_problems(options: AnimaModelOptions, problems: Problems) -> list[st
     source = options.llm_adapter_path or options.dit
     params = problems.attempt(lambda: inspect_anima(options.dit).params)
     qwen3 = problems.attempt(lambda: inspect_qwen3(options.text_encoder))
-    adapter = problems.attempt(lambda: inspect_llm_adapter(source)[2]) if options.llm_adapter_path else params and params.adapter
+    adapter = (
+        problems.attempt(lambda: inspect_llm_adapter(source)[2])
+        if options.llm_adapter_path
+        else params and params.adapter
+    )
     if problems.messages:
         return []
     cache_dir, vae = options.tokenizer_cache_dir, ("vae", options.vae) if options.vae else None

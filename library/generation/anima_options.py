@@ -6,10 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from library.core.errors import ConfigError, problems_of
-from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, LARGEST_TOKENS, equivalent_option, option
+from library.core.options import (
+    LARGEST_PICTURE_SIDE,
+    LARGEST_SEED,
+    LARGEST_STEPS,
+    LARGEST_TOKENS,
+    equivalent_option,
+    option,
+)
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import OWN_MODULE, AdapterChoice, AdapterFile, LayerFilter
-from library.generation.requests import COMMON_LINE_OPTIONS, DTYPE_NAMES, SampledRequest, SessionOptions, dtype_problem, too_small_problems
+from library.generation.requests import (
+    COMMON_LINE_OPTIONS,
+    DTYPE_NAMES,
+    SampledRequest,
+    SessionOptions,
+    dtype_problem,
+    too_small_problems,
+)
 from library.training.inference_samplers import FLOW_SAMPLER_NAMES, SAMPLER_HELP, check_flow_sampler
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption, read_number
@@ -31,19 +45,31 @@ class AnimaModelOptions:
     llm_adapter_path: str | None = option(None, help="file whose LLM adapter replaces that of the model")
     qwen3_tokenizer: str | None = option(None, help="folder of the Qwen3 tokenizer")
     t5_tokenizer_path: str | None = option(None, help="folder or spiece.model file of the T5 tokenizer")
-    tokenizer_cache_dir: str | None = option(None, help="folder where tokenizers are kept, so that no network is needed")
+    tokenizer_cache_dir: str | None = option(
+        None, help="folder where tokenizers are kept, so that no network is needed"
+    )
     qwen3_max_token_length: int = option(TOKEN_LENGTH, help="longest prompt in Qwen3 tokens", most=LARGEST_TOKENS)
-    t5_max_token_length: int = option(TOKEN_LENGTH, help="longest prompt in T5 tokens; also the length of the denoiser's context", most=LARGEST_TOKENS)
+    t5_max_token_length: int = option(
+        TOKEN_LENGTH, help="longest prompt in T5 tokens; also the length of the denoiser's context", most=LARGEST_TOKENS
+    )
     dtype: str = option("bfloat16", help=f"number format of all parts: {', '.join(DTYPE_NAMES)}")
     fp8: bool = option(False, help="keep the large matrices of the denoiser in 8 bits, as they are")
-    fp8_scaled: bool = option(False, help="keep the large matrices of the denoiser in 8 bits, each row scaled to the whole range; closer than --fp8")
+    fp8_scaled: bool = option(
+        False,
+        help="keep the large matrices of the denoiser in 8 bits, each row scaled to the whole range; closer than --fp8",
+    )
     text_encoder_cpu: bool = option(False, help="let the text encoder compute on the CPU")
-    device: str | None = option(None, help="device of the denoiser, e.g. cuda:1; the first GPU when not given, else the CPU")
+    device: str | None = option(
+        None, help="device of the denoiser, e.g. cuda:1; the first GPU when not given, else the CPU"
+    )
     attn_mode: str = equivalent_option(
-        "torch", help="which package computes the attention", choices=("flash", "torch", "sageattn", "xformers", "sdpa"),
+        "torch", help="which package computes the attention",
+        choices=("flash", "torch", "sageattn", "xformers", "sdpa"),
         reason=f"--attn_mode: {_ATTENTION}",
     )  # fmt: skip
-    vae_chunk_size: int | None = option(None, help="rows that the VAE computes at once, an even number: less memory, equal results")
+    vae_chunk_size: int | None = option(
+        None, help="rows that the VAE computes at once, an even number: less memory, equal results"
+    )
     vae_disable_cache: bool = equivalent_option(
         False, help="no feature cache in the VAE",
         reason="--vae_disable_cache: a single image has no earlier frames, so there is nothing that would be kept",
@@ -71,9 +97,15 @@ class AnimaAdapterOptions:
     """LoRAs"""
 
     lora_weight: list[str] | None = option(None, nargs="*", help="adapter files")
-    lora_multiplier: list[float] | None = option(None, nargs="*", help="strength of each of the --lora_weight; 1 when not given")
-    include_patterns: list[str] | None = option(None, nargs="*", help="use only the layers that one of these regular expressions finds")
-    exclude_patterns: list[str] | None = option(None, nargs="*", help="leave out the layers that one of these regular expressions finds")
+    lora_multiplier: list[float] | None = option(
+        None, nargs="*", help="strength of each of the --lora_weight; 1 when not given"
+    )
+    include_patterns: list[str] | None = option(
+        None, nargs="*", help="use only the layers that one of these regular expressions finds"
+    )
+    exclude_patterns: list[str] | None = option(
+        None, nargs="*", help="leave out the layers that one of these regular expressions finds"
+    )
     lycoris: bool = option(False, help="read the adapter files with the package lycoris-lora")
     merge_lora_weights: bool = option(False, help="add the adapters to the weights instead of hooking them")
 
@@ -81,11 +113,17 @@ class AnimaAdapterOptions:
         problems = self.layer_filter.problems()
         files, multipliers = len(self.lora_weight or ()), len(self.lora_multiplier or ())
         if multipliers > 1 and multipliers != files or multipliers and not files:
-            problems.append(f"--lora_multiplier has {multipliers} values for {files} --lora_weight; give one for each file, or one for all")
+            problems.append(
+                f"--lora_multiplier has {multipliers} values for {files} --lora_weight; give one for each file, or one for all"
+            )
         if (self.include_patterns or self.exclude_patterns) and not files:
-            problems.append("--include_patterns and --exclude_patterns choose layers of --lora_weight, which is not given")
+            problems.append(
+                "--include_patterns and --exclude_patterns choose layers of --lora_weight, which is not given"
+            )
         if self.lycoris and self.merge_lora_weights:
-            problems.append("--merge_lora_weights: the package lycoris-lora merges without multipliers; leave out it or --lycoris")
+            problems.append(
+                "--merge_lora_weights: the package lycoris-lora merges without multipliers; leave out it or --lycoris"
+            )
         if problems:
             raise ConfigError(problems)
 
@@ -105,7 +143,10 @@ class AnimaAdapterOptions:
     def files(self) -> list[AdapterFile]:
         paths, multipliers = self.lora_weight or [], self.lora_multiplier or [1.0]
         strengths = multipliers * len(paths) if len(multipliers) == 1 else multipliers
-        return [AdapterFile(p, m, LYCORIS_MODULE if self.lycoris else OWN_MODULE) for p, m in zip(paths, strengths, strict=True)]
+        return [
+            AdapterFile(p, m, LYCORIS_MODULE if self.lycoris else OWN_MODULE)
+            for p, m in zip(paths, strengths, strict=True)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,25 +155,39 @@ class AnimaPromptOptions:
 
     prompt: str | None = option(None, help="what the picture shows")
     negative_prompt: str = option("", help="what it should not show")
-    image_size: tuple[int, ...] = option((1024, 1024), nargs=2, metavar="PIXELS", help="height and width, rounded down to multiples of 16", most=LARGEST_PICTURE_SIDE)
+    image_size: tuple[int, ...] = option(
+        (1024, 1024),
+        nargs=2,
+        metavar="PIXELS",
+        help="height and width, rounded down to multiples of 16",
+        most=LARGEST_PICTURE_SIDE,
+    )
     infer_steps: int = option(50, help="steps", most=LARGEST_STEPS)
     guidance_scale: float = option(3.5, help="classifier-free guidance; 1 = off, else two forwards per step")
     flow_shift: float = option(5.0, help="how far the steps lie towards noise; 1 = evenly spaced")
     sampler: str = option("euler", help="how a step is made: " + ", ".join(FLOW_SAMPLER_NAMES) + SAMPLER_HELP)
-    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED)
+    seed: int | None = option(
+        None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED
+    )
     save_path: str | None = option(None, help="folder of the pictures; made when missing")
-    output_type: str = option("images", choices=OUTPUT_TYPES, help="what is written: pictures, latents (safetensors), or both")
+    output_type: str = option(
+        "images", choices=OUTPUT_TYPES, help="what is written: pictures, latents (safetensors), or both"
+    )
     latent_path: list[str] | None = option(None, nargs="*", help="decode these latents instead of making new ones")
 
     def __post_init__(self) -> None:
         problems = too_small_problems(self, ("infer_steps", 1), ("seed", DRAWN))
         problems += problems_of(lambda: check_flow_sampler(self.sampler, "--sampler"))
         if len(self.image_size) != 2 or min(self.image_size) < SIZE_STEP:
-            problems.append(f"--image_size is {' '.join(map(str, self.image_size))}; needed: height and width, {SIZE_STEP} or more each")
+            problems.append(
+                f"--image_size is {' '.join(map(str, self.image_size))}; needed: height and width, {SIZE_STEP} or more each"
+            )
         if not self.flow_shift > 0:
             problems.append(f"--flow_shift is {self.flow_shift}; needed: a number above 0")
         if self.latent_path and self.output_type != "images":
-            problems.append(f"--output_type is {self.output_type} and --latent_path gives latents already; use --output_type images")
+            problems.append(
+                f"--output_type is {self.output_type} and --latent_path gives latents already; use --output_type images"
+            )
         if problems:
             raise ConfigError(problems)
 
@@ -140,7 +195,8 @@ class AnimaPromptOptions:
     def request(self) -> AnimaRequest:
         height, width = self.image_size
         return AnimaRequest(
-            prompt=self.prompt or "", negative_prompt=self.negative_prompt, width=width, height=height, steps=self.infer_steps,
+            prompt=self.prompt or "", negative_prompt=self.negative_prompt, width=width, height=height,
+            steps=self.infer_steps,
             seed=self.seed, cfg_scale=self.guidance_scale, flow_shift=self.flow_shift, sampler=self.sampler,
         )  # fmt: skip
 

@@ -66,7 +66,9 @@ def load_decoder(options: AnimaModelOptions) -> WanVAE:
     return vae
 
 
-def load_pipeline(options: AnimaModelOptions, adapters: AnimaAdapterOptions, *, needs_vae: bool) -> PictureMaker[AnimaRequest]:
+def load_pipeline(
+    options: AnimaModelOptions, adapters: AnimaAdapterOptions, *, needs_vae: bool
+) -> PictureMaker[AnimaRequest]:
     """Load every part, and the adapters merged or hooked. CheckpointError when a file does not fit."""
     device, wide = device_of(options), getattr(torch, options.dtype_name)
 
@@ -86,12 +88,15 @@ def load_pipeline(options: AnimaModelOptions, adapters: AnimaAdapterOptions, *, 
     )  # fmt: skip
 
 
-def load_denoiser(options: AnimaModelOptions, wide: torch.dtype, device: torch.device, transform: Transform | None = None) -> Anima:
+def load_denoiser(
+    options: AnimaModelOptions, wide: torch.dtype, device: torch.device, transform: Transform | None = None
+) -> Anima:
     """The denoiser in the type that the options ask for. What is stored in 8 bits is never cast afterwards."""
     plain_fp8 = options.fp8 and not options.fp8_scaled
     place = "cpu" if options.fp8_scaled else device
     denoiser = load_anima(
-        options.dit, FP8_STORAGE if plain_fp8 else wide, place, llm_adapter_path=options.llm_adapter_path, transform=transform
+        options.dit, FP8_STORAGE if plain_fp8 else wide, place, llm_adapter_path=options.llm_adapter_path,
+        transform=transform
     )
     if options.fp8_scaled:
         shrink_linears_to_scaled_fp8(denoiser, takes_scale)
@@ -115,7 +120,9 @@ def read_latents(path: str | os.PathLike[str], channels: int) -> tuple[Tensor, d
     """(latents [1, C, h, w], texts) of a file of `save_latents`. CheckpointError when it holds none of this shape."""
     with MemoryEfficientSafeOpen(path) as file:
         if LATENT_KEY not in file.keys():
-            raise CheckpointError(f"{path} holds no latents ('{LATENT_KEY}' is not there); needed: a file of --output_type latent")
+            raise CheckpointError(
+                f"{path} holds no latents ('{LATENT_KEY}' is not there); needed: a file of --output_type latent"
+            )
         latents, texts = file.get_tensor(LATENT_KEY), file.metadata()
     shape = list(latents.shape)
     if latents.ndim == 5 and shape[0] == 1:
@@ -123,5 +130,7 @@ def read_latents(path: str | os.PathLike[str], channels: int) -> tuple[Tensor, d
     if latents.ndim == 4:  # one frame, or one picture
         latents = latents[:, 0] if latents.shape[1] == 1 else latents[0] if latents.shape[0] == 1 else latents
     if latents.ndim != 3 or latents.shape[0] != channels:
-        raise CheckpointError(f"{path} has latents {shape}; needed: [{channels}, 1, height / 8, width / 8] of one picture")
+        raise CheckpointError(
+            f"{path} has latents {shape}; needed: [{channels}, 1, height / 8, width / 8] of one picture"
+        )
     return latents[None].float(), texts

@@ -20,8 +20,8 @@ DEFAULT_SAMPLER = "euler"
 
 @dataclass
 class FlowPipeline(PicturePipeline[Request]):
-    """A flow model, which predicts velocity (noise - data). A subclass gives one forward of it and, where they are not evenly spaced, the
-    times of the steps."""
+    """A flow model, which predicts velocity (noise - data). A subclass gives one forward of it and, where they are not
+    evenly spaced, the times of the steps."""
 
     @abstractmethod
     def velocity(self, latents: Tensor, times: Tensor, conditioning: Conditioning, request: Request) -> Tensor:
@@ -33,13 +33,18 @@ class FlowPipeline(PicturePipeline[Request]):
 
     def latents(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
         start = start_noise(request.seed, *self.latent_shape(request)).to(self.denoiser.device)
-        generator = torch.Generator("cpu").manual_seed(request.seed + 1)  # samplers with noise of their own draw from here
+        generator = torch.Generator("cpu").manual_seed(
+            request.seed + 1
+        )  # samplers with noise of their own draw from here
         sampler = flow_sampler(request.sampler if isinstance(request, SampledRequest) else DEFAULT_SAMPLER)
         guided = self.guided(request, conditioning, negative)
         return sampler(guided, start, self.sigmas(request).to(start.device), noise_of([generator], start))
 
-    def guided(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Callable[[Tensor, Tensor], Tensor]:
-        """A function (latents [1, ...], sigma []) -> velocity, guided away from `negative` where `cfg_scale` is not 1."""
+    def guided(
+        self, request: Request, conditioning: Conditioning, negative: Conditioning | None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function (latents [1, ...], sigma []) -> velocity, guided away from `negative` where `cfg_scale` is not
+        1."""
 
         def predict(latents: Tensor, times: Tensor, given: Conditioning) -> Tensor:
             return self.velocity(latents, times, given, request)

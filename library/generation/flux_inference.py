@@ -52,7 +52,9 @@ class FluxScript(ImageScript[FluxRequest]):
         for slot, kind in (("ckpt_path", "flux"), ("clip_l", "clip_l"), ("t5xxl", "t5"), ("ae", "vae_flux")):
             found.append(check_slot(getattr(options, slot), slot, {kind}, for_pictures=True))
         names = ("clip_l_dtype", "ae_dtype", "t5xxl_dtype", "flux_dtype")
-        found += format_problems({f"--{name if getattr(options, name) else 'dtype'}": options.dtype_of(name) for name in names})
+        found += format_problems(
+            {f"--{name if getattr(options, name) else 'dtype'}": options.dtype_of(name) for name in names}
+        )
         problems = [problem for problem in [*found, *adapter_problems(options.lora_weights, "flux")] if problem]
         if problems:
             raise ConfigError(problems)

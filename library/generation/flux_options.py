@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from library.core.errors import ConfigError, Problems
-from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, LARGEST_TOKENS, option, refused_option
+from library.core.options import (
+    LARGEST_PICTURE_SIDE,
+    LARGEST_SEED,
+    LARGEST_STEPS,
+    LARGEST_TOKENS,
+    option,
+    refused_option,
+)
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import AdapterChoice, parse_adapter_argument
 from library.generation.requests import (
@@ -31,15 +38,22 @@ class InferenceModelOptions:
 
     ckpt_path: str | None = option(None, help="file or diffusers folder of the FLUX.1 denoiser")
     model_type: str = refused_option(
-        "flux", help="flux or chroma", choices=("flux", "chroma"), reason="Chroma is a model family of its own that is not there yet; only flux is"
+        "flux", help="flux or chroma", choices=("flux", "chroma"),
+        reason="Chroma is a model family of its own that is not there yet; only flux is"
     )
     clip_l: str | None = option(None, help="file of the CLIP-L text encoder")
     t5xxl: str | None = option(None, help="file of the T5-XXL text encoder")
     ae: str | None = option(None, help="file of the autoencoder (ae.safetensors)")
-    clip_l_tokenizer: str | None = option(None, help="folder of the CLIP-L tokenizer, for models with a vocabulary of their own")
+    clip_l_tokenizer: str | None = option(
+        None, help="folder of the CLIP-L tokenizer, for models with a vocabulary of their own"
+    )
     t5xxl_tokenizer: str | None = option(None, help="folder or spiece.model file of the T5 tokenizer")
-    tokenizer_cache_dir: str | None = option(None, help="folder where tokenizers are kept, so that no network is needed")
-    t5xxl_max_token_length: int | None = option(None, help="longest prompt in T5 tokens; 512 for dev, 256 for schnell when not given", most=LARGEST_TOKENS)
+    tokenizer_cache_dir: str | None = option(
+        None, help="folder where tokenizers are kept, so that no network is needed"
+    )
+    t5xxl_max_token_length: int | None = option(
+        None, help="longest prompt in T5 tokens; 512 for dev, 256 for schnell when not given", most=LARGEST_TOKENS
+    )
     apply_t5_attn_mask: bool = option(False, help="keep T5 and the denoiser from attending to padding")
     dtype: str = option("bfloat16", help=f"number format of all parts: {', '.join(DTYPE_NAMES)}")
     clip_l_dtype: str | None = option(None, help="number format of CLIP-L; that of --dtype when not given")
@@ -48,7 +62,10 @@ class InferenceModelOptions:
     flux_dtype: str | None = option(None, help="number format of the denoiser; float8_e4m3fn halves its memory")
     offload: bool = option(False, help="keep only the part that computes on the GPU, the others in main memory")
     lora_weights: list[str] | None = option(None, nargs="*", help='adapter files, each as "path" or "path;multiplier"')
-    merge_lora_weights: bool = option(False, help="add the adapters to the weights while these are read, instead of hooking them; 8-bit weights are rounded after that, hooks are exact")
+    merge_lora_weights: bool = option(
+        False,
+        help="add the adapters to the weights while these are read, instead of hooking them; 8-bit weights are rounded after that, hooks are exact",
+    )
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -57,14 +74,19 @@ class InferenceModelOptions:
             problem = dtype_problem(name, value)
             if problem:
                 problems.add(problem)
-            elif value is not None and name in ("clip_l_dtype", "ae_dtype", "t5xxl_dtype") and self.dtype_of(name).startswith("float8"):
+            elif (
+                value is not None
+                and name in ("clip_l_dtype", "ae_dtype", "t5xxl_dtype")
+                and self.dtype_of(name).startswith("float8")
+            ):
                 problems.add(f"--{name} is {value}; only the denoiser is stored in 8 bits (--flux_dtype)")
         if self.t5xxl_max_token_length is not None and self.t5xxl_max_token_length < 1:
             problems.add(f"--t5xxl_max_token_length is {self.t5xxl_max_token_length}; needed: 1 or more")
         problems.raise_if_any()
 
     def dtype_of(self, name: str) -> str:
-        """Name in torch of one part's format. `--dtype` of 8 bits means the denoiser; the other parts are bfloat16 then."""
+        """Name in torch of one part's format. `--dtype` of 8 bits means the denoiser; the other parts are bfloat16
+        then."""
         value = getattr(self, name)
         if value is not None:
             return DTYPE_NAMES.get(value.lower(), value)
@@ -77,7 +99,9 @@ class InferenceModelOptions:
 
     @property
     def adapters(self) -> AdapterChoice:
-        return AdapterChoice([parse_adapter_argument(text) for text in self.lora_weights or ()], self.merge_lora_weights)
+        return AdapterChoice(
+            [parse_adapter_argument(text) for text in self.lora_weights or ()], self.merge_lora_weights
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +112,16 @@ class PromptOptions:
     negative_prompt: str | None = option(None, help="what it should not show; needs --cfg_scale")
     width: int = option(1360, help="width in pixels, rounded down to a multiple of 16", most=LARGEST_PICTURE_SIDE)
     height: int = option(768, help="height in pixels, rounded down to a multiple of 16", most=LARGEST_PICTURE_SIDE)
-    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED)
-    steps: int | None = option(None, help=f"steps; {STEPS_SCHNELL} for schnell, {STEPS_DEV} for dev when not given", most=LARGEST_STEPS)
+    seed: int | None = option(
+        None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED
+    )
+    steps: int | None = option(
+        None, help=f"steps; {STEPS_SCHNELL} for schnell, {STEPS_DEV} for dev when not given", most=LARGEST_STEPS
+    )
     guidance: float = option(3.5, help="embedded guidance (dev)")
-    cfg_scale: float = option(1.0, help="classifier-free guidance with --negative_prompt; 1 = off, else two forwards per step")
+    cfg_scale: float = option(
+        1.0, help="classifier-free guidance with --negative_prompt; 1 = off, else two forwards per step"
+    )
     output_dir: str = option(".", help="folder of the pictures; made when missing")
 
     def __post_init__(self) -> None:

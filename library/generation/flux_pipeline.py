@@ -37,7 +37,9 @@ class FluxPipeline(FlowPipeline[FluxRequest]):
         return not self.denoiser.params.guidance_embed
 
     def velocity(self, latents: Tensor, times: Tensor, conditioning: Conditioning, request: FluxRequest) -> Tensor:
-        return predict_velocity(self.denoiser, latents, times, conditioning, guidance=request.guidance, use_t5_mask=self.use_t5_mask)
+        return predict_velocity(
+            self.denoiser, latents, times, conditioning, guidance=request.guidance, use_t5_mask=self.use_t5_mask
+        )
 
     def sigmas(self, request: FluxRequest) -> Tensor:
         height, width = (side // self.latent_spec.patch for side in self.latent_shape(request)[-2:])
@@ -60,16 +62,21 @@ def load_pipeline(options: InferenceModelOptions) -> PictureMaker[FluxRequest]:
     vae = load_ae(options.ae, _dtype(options, "ae_dtype"), place)
     pipeline = FluxPipeline(denoiser, vae, options.apply_t5_attn_mask)
     tokenize = FluxTokenizeStrategy(
-        options.t5xxl_max_token_length or (TOKEN_LENGTH_SCHNELL if pipeline.is_schnell else TOKEN_LENGTH_DEV), options.tokenizer_cache_dir,
+        options.t5xxl_max_token_length or (TOKEN_LENGTH_SCHNELL if pipeline.is_schnell else TOKEN_LENGTH_DEV),
+        options.tokenizer_cache_dir,
         clip_l_tokenizer=options.clip_l_tokenizer, t5xxl_tokenizer=options.t5xxl_tokenizer, t5xxl_path=options.t5xxl,
     )  # fmt: skip
-    strategies = StrategySet(tokenize, FluxTextEncodingStrategy(options.apply_t5_attn_mask), text_layout=TEXT_LAYOUTS["flux"])
+    strategies = StrategySet(
+        tokenize, FluxTextEncodingStrategy(options.apply_t5_attn_mask), text_layout=TEXT_LAYOUTS["flux"]
+    )
     maker = PictureMaker(
         pipeline, strategies, encoders, adapters, device, device,
         text_waits=options.offload, denoiser_waits=options.offload,
     )  # fmt: skip
     if any(parameter.dtype == torch.float8_e4m3fn for parameter in denoiser.parameters()):
-        maker.computing = functools.partial(torch.autocast, device.type, torch.bfloat16)  # weights of 8 bits compute in it
+        maker.computing = functools.partial(
+            torch.autocast, device.type, torch.bfloat16
+        )  # weights of 8 bits compute in it
     return maker
 
 

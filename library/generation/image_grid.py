@@ -24,10 +24,11 @@ class GridCell:
 
 
 def image_grid(
-    cells: Sequence[GridCell], *, columns: int | None = None, title: str = "", row_titles: Sequence[str] = (), min_cell_px: int = 192
+    cells: Sequence[GridCell], *, columns: int | None = None, title: str = "", row_titles: Sequence[str] = (),
+    min_cell_px: int = 192
 ) -> Image.Image:
-    """All cells on one sheet, row by row; `columns` defaults to a sheet that is about as wide as high. `row_titles`: a line
-    above each row.
+    """All cells on one sheet, row by row; `columns` defaults to a sheet that is about as wide as high. `row_titles`: a
+    line above each row.
 
     Small pictures are enlarged by a whole factor up to about `min_cell_px`, so that captions stay readable. Pictures of
     different sizes share cells of the largest size. Raises ValueError without cells.

@@ -1,4 +1,5 @@
-"""Pictures that were made from prompts, as files that tell how: samples of a training and those of image scripts alike."""
+"""Pictures that were made from prompts, as files that tell how: samples of a training and those of image scripts
+alike."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ FRAMES_PER_SECOND = 16
 
 
 def allow_long_texts() -> None:
-    """Let Pillow open pictures whose packed texts are long (a workflow, say): without it a text of more than 1 MB is an error. The
-    sum of all texts stays limited to its 64 MB."""
+    """Let Pillow open pictures whose packed texts are long (a workflow, say): without it a text of more than 1 MB is an
+    error. The sum of all texts stays limited to its 64 MB."""
     from PIL import PngImagePlugin
 
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -30,15 +31,22 @@ def allow_long_texts() -> None:
 def settings_texts(
     *, prompt: str, negative_prompt: str | None, seed: int | None, steps: int | None, scale: float | None, **more: Any
 ) -> dict[str, str]:
-    """Text entries of a picture file, under the names that readers know: prompt, negative-prompt, seed, steps, scale. What is
-    None is left out."""
-    entries = {"prompt": prompt, "negative-prompt": negative_prompt, "seed": seed, "steps": steps, "scale": scale, **more}
+    """Text entries of a picture file, under the names that readers know: prompt, negative-prompt, seed, steps, scale.
+    What is None is left out."""
+    entries = {
+        "prompt": prompt,
+        "negative-prompt": negative_prompt,
+        "seed": seed,
+        "steps": steps,
+        "scale": scale,
+        **more,
+    }
     return {name: str(value) for name, value in entries.items() if value is not None}
 
 
 def write_picture(picture: Picture, path: Path, texts: Mapping[str, str] | None = None) -> Path:
-    """A PNG with its text entries, complete or not at all; the folder is made when missing. Several frames are an animated PNG,
-    of which readers of pictures see the first frame."""
+    """A PNG with its text entries, complete or not at all; the folder is made when missing. Several frames are an
+    animated PNG, of which readers of pictures see the first frame."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()

@@ -1,4 +1,5 @@
-"""What makes pictures: a family's pipeline, which samples while training and image scripts share, and what a script adds to it."""
+"""What makes pictures: a family's pipeline, which samples while training and image scripts share, and what a script
+adds to it."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class PicturePipeline(ABC, Generic[Request]):
-    """The models of a family put together for making pictures and clips: schedule, model calls, decoding. Texts come encoded.
+    """The models of a family put together for making pictures and clips: schedule, model calls, decoding. Texts come
+    encoded.
 
     A subclass adds the settings that are the model's, not the picture's (how it predicts, say) as fields.
     """
@@ -72,8 +74,8 @@ class PicturePipeline(ABC, Generic[Request]):
 
 @dataclass
 class PictureMaker(Generic[Request]):
-    """A pipeline with its text encoders and adapters, for requests with plain texts. Parts that wait are on the CPU while they
-    do not compute."""
+    """A pipeline with its text encoders and adapters, for requests with plain texts. Parts that wait are on the CPU
+    while they do not compute."""
 
     pipeline: PicturePipeline[Request]
     strategies: StrategySet

@@ -56,8 +56,8 @@ class _Encoded:
 
 @dataclass
 class PromptEncoder:
-    """Text encoders and how captions go through them; `layout` names what comes out. `make_tokenize(length)` gives the family's
-    token strategy for prompts of `length` tokens."""
+    """Text encoders and how captions go through them; `layout` names what comes out. `make_tokenize(length)` gives the
+    family's token strategy for prompts of `length` tokens."""
 
     make_tokenize: Callable[[int], TokenizeStrategy]
     encoding: TextEncodingStrategy
@@ -76,7 +76,8 @@ class PromptEncoder:
             if count > self.max_rows * PER_ROW and text not in self._told:
                 self._told.add(text)
                 logger.warning(
-                    "the prompt '%s' has %d tokens; what is beyond %d is cut off (--max_embeddings_multiples)", text, count, self.max_rows * PER_ROW
+                    "the prompt '%s' has %d tokens; what is beyond %d is cut off (--max_embeddings_multiples)", text,
+                    count, self.max_rows * PER_ROW
                 )
             longest = max(longest, count)
         return rows_needed(longest, self.max_rows)
@@ -113,18 +114,25 @@ class PromptEncoder:
 
 
 def read_inversion(path: str, num_encoders: int) -> list[Tensor]:
-    """Vectors [n, D] for each text encoder. Files for SDXL hold clip_l and clip_g, others one tensor. CheckpointError."""
+    """Vectors [n, D] for each text encoder. Files for SDXL hold clip_l and clip_g, others one tensor.
+    CheckpointError."""
     tensors = load_safetensors(path, device="cpu") if path.endswith(".safetensors") else _pickled_inversion(path)
     if num_encoders == 2:
         if not {"clip_l", "clip_g"} <= tensors.keys():
-            raise CheckpointError(f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}; clip_l and clip_g are needed for SDXL")
+            raise CheckpointError(
+                f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}; clip_l and clip_g are needed for SDXL"
+            )
         found = [tensors["clip_l"], tensors["clip_g"]]
     elif "clip_g" in tensors:
-        raise CheckpointError(f"{path} is a textual inversion for SDXL (clip_l and clip_g); one for Stable Diffusion 1 or 2 is needed")
+        raise CheckpointError(
+            f"{path} is a textual inversion for SDXL (clip_l and clip_g); one for Stable Diffusion 1 or 2 is needed"
+        )
     else:
         name = next((key for key in OLD_KEYS if key in tensors), None)
         if name is None and len(tensors) != 1:
-            raise CheckpointError(f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}; one tensor of vectors is needed (emb_params)")
+            raise CheckpointError(
+                f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}; one tensor of vectors is needed (emb_params)"
+            )
         found = [tensors[name] if name else next(iter(tensors.values()))]
     return [tensor[None] if tensor.ndim == 1 else tensor for tensor in found]
 
@@ -139,7 +147,11 @@ def _pickled_inversion(path: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read as tensors alone: {error}") from error
     if isinstance(content, dict) and "string_to_param" in content:
         content = dict(content["string_to_param"])
-    return {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+    return (
+        {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
+        if isinstance(content, dict)
+        else {}
+    )
 
 
 def tokenizer_problems(load: Callable[[], Any], num_rows: int) -> list[str]:
@@ -153,9 +165,14 @@ def tokenizer_problems(load: Callable[[], Any], num_rows: int) -> list[str]:
 
 def checked_inversions(paths: Sequence[str]) -> list[str]:
     """What is wrong with the list, before any model is loaded."""
-    found = [f"--textual_inversion_embeddings: {path}: there is no such file" for path in paths if not Path(path).is_file()]
+    found = [
+        f"--textual_inversion_embeddings: {path}: there is no such file" for path in paths if not Path(path).is_file()
+    ]
     stems = [Path(path).stem for path in paths]
-    return found + [f"--textual_inversion_embeddings: two files give the word '{stem}'" for stem in sorted({s for s in stems if stems.count(s) > 1})]
+    return found + [
+        f"--textual_inversion_embeddings: two files give the word '{stem}'"
+        for stem in sorted({s for s in stems if stems.count(s) > 1})
+    ]
 
 
 def stacked(conditionings: Sequence[Conditioning]) -> Conditioning:

@@ -1,4 +1,5 @@
-"""Weights in prompts, and prompts longer than one row of a CLIP text encoder: pure functions on texts, ids and states."""
+"""Weights in prompts, and prompts longer than one row of a CLIP text encoder: pure functions on texts, ids and
+states."""
 
 from __future__ import annotations
 
@@ -18,14 +19,16 @@ PER_ROW = ROW_LENGTH - 2
 ROUND_FACTOR, SQUARE_FACTOR = 1.1, 1 / 1.1
 NORMALIZE_MODES = ("original", "abs", "none")
 
-_PARTS = re.compile(r"\\(?P<literal>[\s\S]?)|(?P<open>[(\[])|:(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\)|(?P<close>[)\]])|(?P<text>[^\\()\[\]:]+|:)")
+_PARTS = re.compile(
+    r"\\(?P<literal>[\s\S]?)|(?P<open>[(\[])|:(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\)|(?P<close>[)\]])|(?P<text>[^\\()\[\]:]+|:)"
+)
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:
     """Pieces (text, weight) of a prompt: `(x)` 1.1, `[x]` 1/1.1, `(x:1.3)` 1.3; nested ones multiply.
 
-    A backslash makes one of ()[]\\ literal and disappears before anything else. An unclosed bracket reaches to the end. A
-    closing bracket that closes nothing is text, and so is a number outside round brackets or one that is malformed.
+    A backslash makes one of ()[]\\ literal and disappears before anything else. An unclosed bracket reaches to the end.
+    A closing bracket that closes nothing is text, and so is a number outside round brackets or one that is malformed.
     Neighbours of equal weight are joined; a prompt without text is [("", 1.0)].
     """
     pieces: list[tuple[str, float]] = []
@@ -88,8 +91,8 @@ def weight_rows(weights: Sequence[float], num_rows: int) -> list[list[float]]:
 
 
 def joined_positions(num_rows: int) -> list[int]:
-    """Positions in the flattened rows [num_rows * 77] that make one sequence [75 * num_rows + 2]: the first begin, the 75
-    places of every row, the last end."""
+    """Positions in the flattened rows [num_rows * 77] that make one sequence [75 * num_rows + 2]: the first begin, the
+    75 places of every row, the last end."""
     middle = [row * ROW_LENGTH + 1 + place for row in range(num_rows) for place in range(PER_ROW)]
     return [0, *middle, num_rows * ROW_LENGTH - 1]
 
@@ -127,7 +130,9 @@ def _mean_absolute(states: torch.Tensor) -> torch.Tensor:
 def check_normalize_mode(mode: str) -> None:
     """ConfigError for a mode of --emb_normalize_mode that there is not."""
     if mode not in NORMALIZE_MODES:
-        raise ConfigError(f"--emb_normalize_mode is '{mode}'{did_you_mean(mode, NORMALIZE_MODES)} Known: {', '.join(NORMALIZE_MODES)}")
+        raise ConfigError(
+            f"--emb_normalize_mode is '{mode}'{did_you_mean(mode, NORMALIZE_MODES)} Known: {', '.join(NORMALIZE_MODES)}"
+        )
 
 
 def warn_of_signed_mean(mode: str) -> None:

@@ -23,7 +23,8 @@ DTYPE_NAMES: dict[str, str] = {
 """spellings of a number format -> its name in torch"""
 
 SAMPLE_NAMES: Mapping[str, str] = {
-    "frames": "frame_count", "steps": "sample_steps", "cfg_scale": "scale", "guidance": "guidance_scale", "sampler": "sample_sampler",
+    "frames": "frame_count", "steps": "sample_steps", "cfg_scale": "scale", "guidance": "guidance_scale",
+    "sampler": "sample_sampler",
 }  # fmt: skip
 """fields of requests that have another name in sample prompts (whose own `cfg_scale` is that of video families)"""
 VIDEO_SAMPLE_NAMES: Mapping[str, str] = {**SAMPLE_NAMES, "cfg_scale": "cfg_scale", "flow_shift": "discrete_flow_shift"}
@@ -66,9 +67,12 @@ Request = TypeVar("Request", bound=PictureRequest)
 
 
 def request_of(request_class: type[Request], settings: Any, names: Mapping[str, str] = {}) -> Request:
-    """A request from a record that has fields of the same names, or of those in `names`; what it lacks or leaves open (None) has
-    the request's default."""
-    found = {field.name: getattr(settings, names.get(field.name, field.name), None) for field in dataclasses.fields(request_class)}
+    """A request from a record that has fields of the same names, or of those in `names`; what it lacks or leaves open
+    (None) has the request's default."""
+    found = {
+        field.name: getattr(settings, names.get(field.name, field.name), None)
+        for field in dataclasses.fields(request_class)
+    }
     return request_class(**{name: value for name, value in found.items() if value is not None})
 
 
@@ -77,15 +81,19 @@ class SessionOptions:
     """Where prompts come from"""
 
     interactive: bool = option(False, help="load the models once and ask for prompts, one per line; an empty line ends")
-    from_file: str | None = option(None, help="text file with one prompt per line, with options behind it; # begins a comment line")
+    from_file: str | None = option(
+        None, help="text file with one prompt per line, with options behind it; # begins a comment line"
+    )
     no_metadata: bool = option(False, help="do not write prompt and settings into the picture files")
 
     def __post_init__(self) -> None:
         if self.interactive and self.from_file:
-            raise ConfigError("--interactive and --from_file are both given; prompts come from one place, leave one out")
+            raise ConfigError(
+                "--interactive and --from_file are both given; prompts come from one place, leave one out"
+            )
 
 
-# -- prompt lines ----------------------------------------------------------------------------------------------------------
+# -- prompt lines ------------------------------------------------------------------------------------------------------
 
 
 def read_negative(text: str) -> str:
@@ -98,14 +106,15 @@ def read_multipliers(text: str) -> tuple[float, ...]:
 
 
 COMMON_LINE_OPTIONS: Mapping[str, LineOption] = {
-    "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side), "s": LineOption("steps", read_steps),
+    "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side),
+    "s": LineOption("steps", read_steps),
     "d": LineOption("seed", read_seed), "n": LineOption("negative_prompt", read_negative),
     "m": LineOption("multipliers", read_multipliers),
 }  # fmt: skip
 """letters of a prompt line that every image script has"""
 
 
-# -- checks of option groups -----------------------------------------------------------------------------------------------
+# -- checks of option groups -------------------------------------------------------------------------------------------
 
 
 def dtype_problem(name: str, value: str | None) -> str | None:

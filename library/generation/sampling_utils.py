@@ -19,15 +19,18 @@ Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, Callable
 
 
 def start_noise(seed: int, *shape: int) -> Tensor:
-    """Standard normal latents [1, C, H, W] (or of any `shape`): drawn on the CPU in float32, so that a seed means one picture everywhere."""
+    """Standard normal latents [1, C, H, W] (or of any `shape`): drawn on the CPU in float32, so that a seed means one
+    picture everywhere."""
     return torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed))
 
 
 def guided_velocity(
-    predict: Callable[[Tensor, Tensor, Conditioning], Tensor], conditioning: Conditioning, negative: Conditioning | None, cfg_scale: float
+    predict: Callable[[Tensor, Tensor, Conditioning], Tensor], conditioning: Conditioning,
+    negative: Conditioning | None, cfg_scale: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (latents [1, C, ...], sigma []) -> velocity, float32. `predict` takes latents, times on the 0..1000 scale
-    and conditioning. With a negative prompt both run as one batch, negative first: v = v_neg + cfg_scale * (v_pos - v_neg)."""
+    """A function (latents [1, C, ...], sigma []) -> velocity, float32. `predict` takes latents, times on the 0..1000
+    scale and conditioning. With a negative prompt both run as one batch, negative first: v = v_neg + cfg_scale * (v_pos
+    - v_neg)."""
     if negative is not None:
         conditioning = {name: torch.cat((negative[name], conditioning[name])) for name in conditioning}
     rows = 1 if negative is None else 2
@@ -45,8 +48,8 @@ def guided_velocity(
 
 @torch.no_grad()
 def decode_to_frames(vae: Any, latents: Tensor) -> list[Image.Image]:
-    """The frames of latents [1, C, h, w] (one, a picture) or [1, C, F, h, w] as PIL images. A VAE that waits on the CPU computes
-    where the latents are and goes back."""
+    """The frames of latents [1, C, h, w] (one, a picture) or [1, C, F, h, w] as PIL images. A VAE that waits on the CPU
+    computes where the latents are and goes back."""
     home = vae.device
     vae.to(latents.device)
     try:

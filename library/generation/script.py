@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 LARGEST_DRAWN_SEED = 2**32 - 1
 
 
-# -- options ---------------------------------------------------------------------------------------------------------------
+# -- options -----------------------------------------------------------------------------------------------------------
 
 
 def script_parser(description: str, classes: Sequence[type]) -> argparse.ArgumentParser:
@@ -93,7 +93,7 @@ def run_to_exit(run: Callable[[Sequence[str] | None], Any], argv: Sequence[str] 
         sys.exit(code)
 
 
-# -- prompts ---------------------------------------------------------------------------------------------------------------
+# -- prompts -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ class LineReader:
     check: Callable[[Any], list[str]] = lambda request: []
 
     def read(self, line: str, default: Request, where: str = "prompt") -> Request:
-        """`PROMPT --w 512 --d 7 ...`; a line without a prompt keeps that of `default`. ConfigError with every problem."""
+        """`PROMPT --w 512 --d 7 ...`; a line without a prompt keeps that of `default`. ConfigError with every
+        problem."""
         text = line.strip()
         has_prompt = re.match(r"--[A-Za-z]", text) is None
         prompt, changes = parse_pieces(text if has_prompt else f"- {text}", where, self.options)
@@ -121,17 +122,23 @@ class LineReader:
         return request
 
     def read_file(self, path: str, default: Request) -> list[Request]:
-        """One request per line; blank lines and lines that begin with # are left out. A line that is wrong is told and left out;
-        ConfigError with every problem where none is right."""
+        """One request per line; blank lines and lines that begin with # are left out. A line that is wrong is told and
+        left out; ConfigError with every problem where none is right."""
         lines = read_text(path, f"--from_file is {path}, which").splitlines()
-        given = [(f"{path} line {number}", line) for number, line in enumerate(lines, start=1) if line.strip() and not line.startswith("#")]
+        given = [
+            (f"{path} line {number}", line)
+            for number, line in enumerate(lines, start=1)
+            if line.strip() and not line.startswith("#")
+        ]
         if not given:
             raise ConfigError(f"--from_file is {path}; there is no prompt in the file")
         return good_lines(given, lambda entry: self.read(entry[1], default, entry[0]))
 
     def typed(self, default: Request) -> Iterator[Request]:
         """What is typed, until an empty line or the end of input. A line that is wrong is told and asked for again."""
-        print(f"Enter a prompt; options behind it: {' '.join('--' + letter for letter in self.options)}; an empty line ends")
+        print(
+            f"Enter a prompt; options behind it: {' '.join('--' + letter for letter in self.options)}; an empty line ends"
+        )
         while True:
             try:
                 line = input("> ")
@@ -150,8 +157,8 @@ class LineReader:
 def planned_requests(
     options: SessionOptions, first: Request, reader: LineReader, check: Callable[[], None] = lambda: None
 ) -> Iterable[Request]:
-    """The requests of a run, with a file read and checked whole before any model is loaded. ConfigError with every problem,
-    those that `check` raises among them."""
+    """The requests of a run, with a file read and checked whole before any model is loaded. ConfigError with every
+    problem, those that `check` raises among them."""
     problems = Problems()
     problems.attempt(check)
     requests: Iterable[Request] = reader.typed(first) if options.interactive else [first]
@@ -168,12 +175,14 @@ def with_seed_and_size(request: Request, size_step: int) -> Request:
     """Sides rounded down to a multiple of `size_step`, and a drawn seed where none is given."""
     width, height = (side - side % size_step for side in (request.width, request.height))
     if (width, height) != (request.width, request.height):
-        logger.warning("the size is %dx%d; made %dx%d, a multiple of %d", request.width, request.height, width, height, size_step)
+        logger.warning(
+            "the size is %dx%d; made %dx%d, a multiple of %d", request.width, request.height, width, height, size_step
+        )
     seed = random.SystemRandom().randint(0, LARGEST_DRAWN_SEED) if request.seed in (None, DRAWN) else request.seed
     return dataclasses.replace(request, width=width, height=height, seed=seed)
 
 
-# -- files -----------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def output_name(seed: int | None, index: int, ending: str = ".png") -> str:
@@ -190,8 +199,8 @@ def picture_texts(request: PictureRequest, **more: Any) -> dict[str, str]:
 
 
 def make_each(requests: Iterable[Request], make: Callable[[Request, int], Path]) -> list[Path]:
-    """`make(request, number)` for each; one log line per file. A picture that cannot be made is told, and the others are;
-    AtelierError at the end."""
+    """`make(request, number)` for each; one log line per file. A picture that cannot be made is told, and the others
+    are; AtelierError at the end."""
     paths, failed, last = [], 0, None
     for index, request in enumerate(requests):
         started = time.perf_counter()
@@ -205,15 +214,18 @@ def make_each(requests: Iterable[Request], make: Callable[[Request, int], Path])
     if last is not None and not paths and failed == 1:
         raise last
     if failed:
-        raise AtelierError(f"{failed} of {failed + len(paths)} pictures could not be made; the reasons stand above, the others are written")
+        raise AtelierError(
+            f"{failed} of {failed + len(paths)} pictures could not be made; the reasons stand above, the others are written"
+        )
     return paths
 
 
-# -- the script ------------------------------------------------------------------------------------------------------------
+# -- the script --------------------------------------------------------------------------------------------------------
 
 
 class ImageScript(ABC, Generic[Request]):
-    """The image script of a family: its records, and what is done with them. The order of things is the same for all."""
+    """The image script of a family: its records, and what is done with them. The order of things is the same for
+    all."""
 
     title: ClassVar[str]
     """the family in the text of --help"""
@@ -246,7 +258,8 @@ class ImageScript(ABC, Generic[Request]):
         return script_parser(f"Make images with {self.title}", self.groups)
 
     def main(self, argv: Sequence[str] | None = None) -> None:
-        """Read the options, load, make the pictures; ends the process with the exit code of an error and one message."""
+        """Read the options, load, make the pictures; ends the process with the exit code of an error and one
+        message."""
         run_to_exit(self.run, argv)
 
     def run(self, argv: Sequence[str] | None = None) -> list[Path]:
@@ -273,7 +286,11 @@ class ImageScript(ABC, Generic[Request]):
     def line_reader(self, config: Config) -> LineReader:
         adapters = config[self.adapters]
         count, merged = adapters.num_adapters, adapters.merge_lora_weights
-        return LineReader(self.line_options, self.size_step, lambda request: multiplier_problems(request.multipliers, count, merged=merged))
+        return LineReader(
+            self.line_options,
+            self.size_step,
+            lambda request: multiplier_problems(request.multipliers, count, merged=merged),
+        )
 
     def make_picture(self, maker: PictureMaker[Request], config: Config, request: Request, index: int) -> Path:
         """Make and write one picture: `{YYYYmmdd_HHMMSS}_{seed}_{index}.png`."""
@@ -284,5 +301,7 @@ class ImageScript(ABC, Generic[Request]):
         path = Path(config[self.pictures].output_dir) / output_name(request.seed, index)
         return self.write(maker, config, latents, path, texts)
 
-    def write(self, maker: PictureMaker[Request], config: Config, latents: Tensor, path: Path, texts: Mapping[str, str]) -> Path:
+    def write(
+        self, maker: PictureMaker[Request], config: Config, latents: Tensor, path: Path, texts: Mapping[str, str]
+    ) -> Path:
         return write_picture(maker.decode(latents), path, texts)

@@ -17,7 +17,15 @@ from library.generation.requests import SampledRequest
 from library.generation.sampling_utils import Conditioning
 from library.generation.unet_pipeline import UNetPipeline
 from library.sd_train_utils import predict_noise
-from library.sd_utils import clip_skip_problem, inspect_sd_unet, inspect_vae_sd, load_text_encoder_sd, load_unet_sd, load_vae_sd, text_slot
+from library.sd_utils import (
+    clip_skip_problem,
+    inspect_sd_unet,
+    inspect_vae_sd,
+    load_text_encoder_sd,
+    load_unet_sd,
+    load_vae_sd,
+    text_slot,
+)
 from library.strategy_sd import V2_PAD, SdTextEncodingStrategy, SdTokenizeStrategy
 from library.training.inference_samplers.discrete import Predict
 
@@ -34,13 +42,18 @@ class SdPipeline(UNetPipeline[SampledRequest]):
     load_denoiser = staticmethod(load_unet_sd)
     load_vae = staticmethod(load_vae_sd)
 
-    def predictor(self, conditioning: Conditioning, sizes: Sequence[Sequence[int]], target_hw: tuple[int, int]) -> Predict:
+    def predictor(
+        self, conditioning: Conditioning, sizes: Sequence[Sequence[int]], target_hw: tuple[int, int]
+    ) -> Predict:
         """Sizes mean nothing to these models."""
-        return lambda latents, timestep: predict_noise(self.denoiser, latents, timestep.expand(len(latents)), conditioning).float()
+        return lambda latents, timestep: predict_noise(
+            self.denoiser, latents, timestep.expand(len(latents)), conditioning
+        ).float()
 
     @staticmethod
     def inspect(options: GenerationModelOptions) -> tuple[UNetInfo, list[str]]:
-        """What the header of the checkpoint tells, and what the options have against it. CheckpointError for another model."""
+        """What the header of the checkpoint tells, and what the options have against it. CheckpointError for another
+        model."""
         info, problems = inspect_sd_unet(options.ckpt), []
         if info.is_v2 and not options.v2:
             problems.append(f"--ckpt is {options.ckpt}, which is Stable Diffusion 2; add --v2")
@@ -63,11 +76,14 @@ class SdPipeline(UNetPipeline[SampledRequest]):
         tokenizer = WordTokenizer(_tokenizer(options))
         encoder = load_text_encoder_sd(options.ckpt, options.v2, dtype, device)
         return PromptEncoder(
-            lambda length: SdTokenizeStrategy(options.v2, length, tokenizer=tokenizer), SdTextEncodingStrategy(options.clip_skip),
+            lambda length: SdTokenizeStrategy(options.v2, length, tokenizer=tokenizer),
+            SdTextEncodingStrategy(options.clip_skip),
             TEXT_LAYOUTS["sd"], [encoder], [tokenizer]
         )
 
 
 def _tokenizer(options: GenerationModelOptions) -> Any:
     pad = V2_PAD if options.v2 else None
-    return load_clip_tokenizer(options.clip_tokenizer, options.tokenizer_cache_dir, pad_token=pad, option="--clip_tokenizer")
+    return load_clip_tokenizer(
+        options.clip_tokenizer, options.tokenizer_cache_dir, pad_token=pad, option="--clip_tokenizer"
+    )

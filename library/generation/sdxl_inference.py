@@ -9,7 +9,14 @@ from library.core.options import Config
 from library.dataset.architectures import ARCHITECTURES
 from library.generation.adapter_files import adapter_problems
 from library.generation.script import ImageScript, format_problems
-from library.generation.sdxl_options import GROUPS, LINE_OPTIONS, SIZE_STEP, SdxlModelOptions, SdxlPromptOptions, SdxlRequest
+from library.generation.sdxl_options import (
+    GROUPS,
+    LINE_OPTIONS,
+    SIZE_STEP,
+    SdxlModelOptions,
+    SdxlPromptOptions,
+    SdxlRequest,
+)
 from library.training.inference_samplers import sampler_notices
 from library.training.wiring.base import tokenizer_problems
 from library.training.wiring.unet import about_slot, slot_problem
@@ -83,7 +90,11 @@ def _vae_problems(slot: str, path: str) -> list[str]:
         channels, wanted = inspect_vae_sdxl(path).params.z_channels, ARCHITECTURES["sdxl"].latents.channels
     except CheckpointError as error:
         return [about_slot(slot, path, error)]
-    return [] if channels == wanted else [f"--{slot} is {path}: its autoencoder has {channels} latent channels; {wanted} are needed"]
+    return (
+        []
+        if channels == wanted
+        else [f"--{slot} is {path}: its autoencoder has {channels} latent channels; {wanted} are needed"]
+    )
 
 
 SCRIPT = SdxlScript()

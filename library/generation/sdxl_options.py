@@ -33,11 +33,19 @@ class SdxlModelOptions:
 
     ckpt_path: str | None = option(None, help="file or diffusers folder of the SDXL model")
     vae: str | None = option(None, help="file of another VAE than the model's own")
-    clip_tokenizer: str | None = option(None, help="folder of the CLIP tokenizer, for models with a vocabulary of their own")
-    tokenizer_cache_dir: str | None = option(None, help="folder where tokenizers are kept, so that no network is needed")
+    clip_tokenizer: str | None = option(
+        None, help="folder of the CLIP tokenizer, for models with a vocabulary of their own"
+    )
+    tokenizer_cache_dir: str | None = option(
+        None, help="folder where tokenizers are kept, so that no network is needed"
+    )
     v_parameterization: bool = option(False, help="the model predicts velocity; not needed where the file says so")
-    zero_terminal_snr: bool = option(False, help="the model was trained with a zero-terminal schedule; not needed where the file says so")
-    dtype: str = option("float16", help=f"number format of U-Net and text encoders: {', '.join(DTYPE_NAMES)}; the VAE is float32")
+    zero_terminal_snr: bool = option(
+        False, help="the model was trained with a zero-terminal schedule; not needed where the file says so"
+    )
+    dtype: str = option(
+        "float16", help=f"number format of U-Net and text encoders: {', '.join(DTYPE_NAMES)}; the VAE is float32"
+    )
     lora_weights: list[str] | None = option(None, nargs="*", help='adapter files, each as "path" or "path;multiplier"')
     merge_lora_weights: bool = option(False, help="add the adapters to the weights instead of hooking them")
 
@@ -58,7 +66,9 @@ class SdxlModelOptions:
 
     @property
     def adapters(self) -> AdapterChoice:
-        return AdapterChoice([parse_adapter_argument(text) for text in self.lora_weights or ()], self.merge_lora_weights)
+        return AdapterChoice(
+            [parse_adapter_argument(text) for text in self.lora_weights or ()], self.merge_lora_weights
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +83,18 @@ class SdxlPromptOptions:
     steps: int = option(50, help="steps")
     cfg_scale: float = option(7.0, help="classifier-free guidance; 1 = off, else two forwards per step")
     sampler: str = option("euler", help="how a step is made: " + ", ".join(SAMPLER_NAMES) + SAMPLER_HELP)
-    seed: int | None = option(None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED)
+    seed: int | None = option(
+        None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED
+    )
     output_dir: str = option(".", help="folder of the pictures; made when missing")
 
     def __post_init__(self) -> None:
         problems = too_small_problems(self, ("width", SIZE_STEP), ("height", SIZE_STEP), ("steps", 1), ("seed", DRAWN))
         problems += problems_of(lambda: check_sampler(self.sampler, "--sampler"))
         if self.steps > LARGEST_STEPS:
-            problems.append(f"--steps is {self.steps}; needed: {LARGEST_STEPS} or less, the steps of the training schedule")
+            problems.append(
+                f"--steps is {self.steps}; needed: {LARGEST_STEPS} or less, the steps of the training schedule"
+            )
         if problems:
             raise ConfigError(problems)
 

@@ -1,4 +1,5 @@
-"""The models of SDXL put together for making pictures: the forward, which files fit, and how the image scripts load them."""
+"""The models of SDXL put together for making pictures: the forward, which files fit, and how the image scripts load
+them."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ class SdxlPipeline(UNetPipeline[SdxlRequest]):
     load_denoiser = staticmethod(load_unet_sdxl)
     load_vae = staticmethod(load_vae_sdxl)
 
-    def predictor(self, conditioning: Conditioning, sizes: Sequence[Sequence[int]], target_hw: tuple[int, int]) -> Predict:
+    def predictor(
+        self, conditioning: Conditioning, sizes: Sequence[Sequence[int]], target_hw: tuple[int, int]
+    ) -> Predict:
         original = torch.tensor([size[:2] for size in sizes])  # [R, 2]
         crop = torch.tensor([size[2:] for size in sizes])
         target = torch.tensor([target_hw] * len(sizes))
@@ -60,7 +63,8 @@ class SdxlPipeline(UNetPipeline[SdxlRequest]):
 
     @staticmethod
     def inspect(options: GenerationModelOptions) -> tuple[UNetInfo, list[str]]:
-        """What the header of the checkpoint tells, and what the options have against it. CheckpointError for another model."""
+        """What the header of the checkpoint tells, and what the options have against it. CheckpointError for another
+        model."""
         return inspect_sdxl_unet(options.ckpt), []
 
     @staticmethod
@@ -83,7 +87,8 @@ class SdxlPipeline(UNetPipeline[SdxlRequest]):
         second = WordTokenizer(load_clip_tokenizer(*where, pad_token=SECOND_PAD, option="--clip_tokenizer"))
         encoders = load_text_encoders_sdxl(options.ckpt, dtype, device)
         return PromptEncoder(
-            lambda length: SdxlTokenizeStrategy(length, tokenizers=(first, second)), SdxlTextEncodingStrategy(), TEXT_LAYOUTS["sdxl"],
+            lambda length: SdxlTokenizeStrategy(length, tokenizers=(first, second)), SdxlTextEncodingStrategy(),
+            TEXT_LAYOUTS["sdxl"],
             encoders, [first, second]
         )
 
@@ -100,10 +105,16 @@ def load_pipeline(options: SdxlModelOptions) -> PictureMaker[SdxlRequest]:
         return unet, load_text_encoders_sdxl(options.ckpt_path, dtype, device, transform=transform)
 
     unet, encoders, adapters = load_with_adapters("sdxl", options.adapters, load)
-    vae = load_vae_sdxl(options.vae or options.ckpt_path, torch.float32, device)  # its values are beyond the range of float16
+    vae = load_vae_sdxl(
+        options.vae or options.ckpt_path, torch.float32, device
+    )  # its values are beyond the range of float16
     given = (options.clip_tokenizer, options.tokenizer_cache_dir)
     tokenizers = (load_clip_tokenizer(*given), load_clip_tokenizer(*given, pad_token=SECOND_PAD))
     is_v = options.v_parameterization or info.prediction_type == "v"
-    pipeline = SdxlPipeline(unet, vae, "v" if is_v else "epsilon", options.zero_terminal_snr or bool(info.zero_terminal_snr))
-    strategies = StrategySet(SdxlTokenizeStrategy(tokenizers=tokenizers), SdxlTextEncodingStrategy(), text_layout=TEXT_LAYOUTS["sdxl"])
+    pipeline = SdxlPipeline(
+        unet, vae, "v" if is_v else "epsilon", options.zero_terminal_snr or bool(info.zero_terminal_snr)
+    )
+    strategies = StrategySet(
+        SdxlTokenizeStrategy(tokenizers=tokenizers), SdxlTextEncodingStrategy(), text_layout=TEXT_LAYOUTS["sdxl"]
+    )
     return PictureMaker(pipeline, strategies, encoders, adapters, device, device)

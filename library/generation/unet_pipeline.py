@@ -1,4 +1,5 @@
-"""What Stable Diffusion 1, 2 and SDXL have in common in making pictures: the schedule of their training, guidance, loading."""
+"""What Stable Diffusion 1, 2 and SDXL have in common in making pictures: the schedule of their training, guidance,
+loading."""
 
 from __future__ import annotations
 
@@ -25,20 +26,25 @@ if TYPE_CHECKING:
 
 @dataclass
 class UNetPipeline(PicturePipeline[Request]):
-    """A U-Net, which predicts noise ("epsilon") or velocity ("v"), sampled along the schedule that it was trained with."""
+    """A U-Net, which predicts noise ("epsilon") or velocity ("v"), sampled along the schedule that it was trained
+    with."""
 
     request_class: ClassVar = SampledRequest
     prediction_type: str = "epsilon"
     zero_terminal_snr: bool = False
 
     @abstractmethod
-    def predictor(self, conditioning: Conditioning, sizes: Sequence[Sequence[int]], target_hw: tuple[int, int]) -> Predict:
-        """(latents [R, 4, h, w], timestep []) -> prediction, for conditioning of R rows. `sizes`: original height and width, crop
-        top and left of each row."""
+    def predictor(
+        self, conditioning: Conditioning, sizes: Sequence[Sequence[int]], target_hw: tuple[int, int]
+    ) -> Predict:
+        """(latents [R, 4, h, w], timestep []) -> prediction, for conditioning of R rows. `sizes`: original height and
+        width, crop top and left of each row."""
 
     def latents(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
         size = self.latent_shape(request)[-2:]
-        run = SamplingRun(request.sampler, request.steps, [request.seed], self.prediction_type, self.zero_terminal_snr, size)
+        run = SamplingRun(
+            request.sampler, request.steps, [request.seed], self.prediction_type, self.zero_terminal_snr, size
+        )
         return run.sample(self._guided(request, conditioning, negative), self.denoiser.device)
 
     def _guided(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Predict:
@@ -51,14 +57,17 @@ class UNetPipeline(PicturePipeline[Request]):
             parts = latents.split(rows)
             return torch.cat([predictor(part, timestep) for predictor, part in zip(predictors, parts, strict=True)])
 
-        return guided_predictor(predict, ("negative", "positive") if with_cfg else ("positive",), request.cfg_scale, None)
+        return guided_predictor(
+            predict, ("negative", "positive") if with_cfg else ("positive",), request.cfg_scale, None
+        )
 
-    # -- for scripts that load a whole model from one file --------------------------------------------------------------------
+    # -- for scripts that load a whole model from one file -------------------------------------------------------------
 
     @staticmethod
     @abstractmethod
     def inspect(options: GenerationModelOptions) -> tuple[UNetInfo, list[str]]:
-        """What the header of the checkpoint tells, and what the options have against it. CheckpointError for another model."""
+        """What the header of the checkpoint tells, and what the options have against it. CheckpointError for another
+        model."""
 
     @staticmethod
     @abstractmethod
@@ -84,8 +93,9 @@ class UNetPipeline(PicturePipeline[Request]):
 
 
 def sampling_passes(conditioning: Conditioning, negative: Conditioning | None) -> list[Conditioning]:
-    """What the network is run with at each step: both prompts as one batch, negative first, or one after the other where their
-    texts take different numbers of tokens. Without a negative prompt there is one pass for the one prompt."""
+    """What the network is run with at each step: both prompts as one batch, negative first, or one after the other
+    where their texts take different numbers of tokens. Without a negative prompt there is one pass for the one
+    prompt."""
     if negative is None:
         return [conditioning]
     if any(negative[name].shape != tensor.shape for name, tensor in conditioning.items()):

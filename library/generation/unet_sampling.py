@@ -52,17 +52,22 @@ class NoiseSettings:
         if self.pyramid_prob is not None and chosen[0] < self.pyramid_prob:
             noise = pyramid_noise(noise, chosen[1], seed)
         if self.offset_prob is not None and chosen[2] < self.offset_prob:
-            noise = noise + chosen[3] * torch.randn((1, LATENT_CHANNELS, 1, 1), generator=keyed_generator(seed, "start noise offset"))
+            noise = noise + chosen[3] * torch.randn(
+                (1, LATENT_CHANNELS, 1, 1), generator=keyed_generator(seed, "start noise offset")
+            )
         return noise
 
 
 def pyramid_noise(noise: Tensor, discount: float, seed: int) -> Tensor:
-    """noise [1, C, H, W] plus noise of half, a quarter, ... of the sides with weight discount^i; standard deviation 1."""
+    """noise [1, C, H, W] plus noise of half, a quarter, ... of the sides with weight discount^i; standard deviation
+    1."""
     total, height, width = noise, *noise.shape[2:]
     for level in range(1, 10):
         size = (max(1, height // 2**level), max(1, width // 2**level))
         coarse = torch.randn((1, noise.shape[1], *size), generator=keyed_generator(seed, "pyramid noise", level))
-        total = total + discount**level * F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
+        total = total + discount**level * F.interpolate(
+            coarse, size=(height, width), mode="bilinear", align_corners=False
+        )
         if 1 in size:
             break
     return total / total.std()
@@ -115,7 +120,9 @@ class SamplingRun:
         if self.source is None:
             noise = torch.cat([self.noise.start(seed, height, width) for seed in self.seeds])
             return noise.to(device) * schedule.start_scale, 0
-        level, first = first_step(self.steps, self.strength, 0 if self.sampler in NO_STEPS_OFFSET else self.steps_offset)
+        level, first = first_step(
+            self.steps, self.strength, 0 if self.sampler in NO_STEPS_OFFSET else self.steps_offset
+        )
         source = self.source.to(device).float()
         if (height, width) != tuple(source.shape[2:]):
             source = F.interpolate(source, size=(height, width), mode="bicubic", align_corners=False)
@@ -127,11 +134,13 @@ class SamplingRun:
         noised = source + sigma * noise.to(device)
         if INFERENCE_SAMPLERS.entry(self.sampler).info["spacing"] == "linspace":
             return noised, first
-        return noised * math.sqrt((1 + told**2) / (1 + sigma**2)), first  # these keep the scale of the network between steps
+        return noised * math.sqrt(
+            (1 + told**2) / (1 + sigma**2)
+        ), first  # these keep the scale of the network between steps
 
     def _keeping(self, denoise: Denoise) -> Denoise:
-        """The denoiser with the kept part led to the source: its derivative is (x - source) / sigma, so that solvers pass
-        through source + sigma * noise at each time they reach and end at the source itself."""
+        """The denoiser with the kept part led to the source: its derivative is (x - source) / sigma, so that solvers
+        pass through source + sigma * noise at each time they reach and end at the source itself."""
         mask, source = self.mask, self.source
 
         def kept(latents: Tensor, sigma: Tensor) -> Tensor:
@@ -144,14 +153,15 @@ class SamplingRun:
 def first_step(steps: int, strength: float, offset: int) -> tuple[int, int]:
     """(index of the time whose noise is added, index of the first step) of img2img.
 
-    k = min(int(steps * strength) + offset, steps); noise of time number -k, steps from max(steps - k + offset, 0). With an
-    offset of 1 there is one step's noise more than the network is told, which --force_scheduler_zero_steps_offset undoes.
+    k = min(int(steps * strength) + offset, steps); noise of time number -k, steps from max(steps - k + offset, 0). With
+    an offset of 1 there is one step's noise more than the network is told, which --force_scheduler_zero_steps_offset
+    undoes.
     """
     count = min(int(steps * strength) + offset, steps)
     return max(steps - count, 0), max(steps - count + offset, 0)
 
 
-# -- gradual latent --------------------------------------------------------------------------------------------------------
+# -- gradual latent ----------------------------------------------------------------------------------------------------
 
 
 def _scaled(size: tuple[int, int], ratio: float) -> tuple[int, int]:
@@ -159,8 +169,11 @@ def _scaled(size: tuple[int, int], ratio: float) -> tuple[int, int]:
     return tuple(side if ratio >= 1 else min(side, max(8, int(side * ratio) // 8 * 8)) for side in size)
 
 
-def growth(timesteps: Sequence[float], settings: GradualLatentSettings, size: tuple[int, int]) -> list[tuple[int, int] | None]:
-    """For each step the size that latents get in it, None = as they are. ConfigError when they would not reach `size`."""
+def growth(
+    timesteps: Sequence[float], settings: GradualLatentSettings, size: tuple[int, int]
+) -> list[tuple[int, int] | None]:
+    """For each step the size that latents get in it, None = as they are. ConfigError when they would not reach
+    `size`."""
     ratio, since, sizes = settings.ratio, settings.every_n_steps, []
     for timestep in timesteps:
         grown = None
@@ -181,7 +194,8 @@ def grown_latents(
     denoise: Denoise, latents: Tensor, schedule: DiscreteSchedule, settings: GradualLatentSettings,
     generators: Sequence[torch.Generator], size: tuple[int, int],
 ) -> Tensor:
-    """euler_a whose latents grow: after the step without noise they are enlarged, then noise of the new size is added."""
+    """euler_a whose latents grow: after the step without noise they are enlarged, then noise of the new size is
+    added."""
     sizes = growth(schedule.timesteps.tolist(), settings, size)
     for index, sigma, following in steps_of(schedule.sigmas):
         down, up = ancestral_levels(sigma, following)
@@ -210,11 +224,14 @@ def sharpened(x: Tensor, kernel_size: float, sigma: float, strength: float) -> T
     return x + strength * (x - blurred)
 
 
-# -- guidance --------------------------------------------------------------------------------------------------------------
+# -- guidance ----------------------------------------------------------------------------------------------------------
 
 
-def guided(positive: Tensor, negative: Tensor | None, empty: Tensor | None, scale: float, negative_scale: float | None) -> Tensor:
-    """positive alone; u + s (c - u) with the negative prompt u; or, with the empty prompt e, e + s (c - e) - n (u - e)."""
+def guided(
+    positive: Tensor, negative: Tensor | None, empty: Tensor | None, scale: float, negative_scale: float | None
+) -> Tensor:
+    """positive alone; u + s (c - u) with the negative prompt u; or, with the empty prompt e, e + s (c - e) - n (u -
+    e)."""
     if negative is None:
         return positive
     if empty is None or negative_scale is None:
@@ -243,12 +260,17 @@ def guided_predictor(
 
 
 def blended(predictors: Sequence[Predict], regions: Tensor) -> Predict:
-    """The predictions of parts of a prompt, each in its region. `regions` [P, H, W] weights; where none is, all count alike."""
+    """The predictions of parts of a prompt, each in its region. `regions` [P, H, W] weights; where none is, all count
+    alike."""
 
     def prediction(latents: Tensor, timestep: Tensor) -> Tensor:
-        weights = F.interpolate(regions[:, None].to(latents), size=latents.shape[2:], mode="bilinear", align_corners=False)
+        weights = F.interpolate(
+            regions[:, None].to(latents), size=latents.shape[2:], mode="bilinear", align_corners=False
+        )
         total = weights.sum(0, keepdim=True)
-        weights = torch.where(total > 0, weights / total.clamp_min(1e-6), torch.ones_like(weights) / len(weights))  # [P, 1, h, w]
+        weights = torch.where(
+            total > 0, weights / total.clamp_min(1e-6), torch.ones_like(weights) / len(weights)
+        )  # [P, 1, h, w]
         return sum(weight * predict(latents, timestep) for weight, predict in zip(weights, predictors, strict=True))
 
     return prediction

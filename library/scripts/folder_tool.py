@@ -1,4 +1,5 @@
-"""What the tools for folders of images share: their command line, the files of a folder, batches read ahead, a count of what was done."""
+"""What the tools for folders of images share: their command line, the files of a folder, batches read ahead, a count of
+what was done."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ class FolderTool:
         return parser
 
     def read(self, argv: Sequence[str] | None, check: Callable[[Config], Iterable[str]] = lambda config: ()) -> Config:
-        """The options, after every problem of theirs was looked for. ConfigError with all that `check` and the groups find."""
+        """The options, after every problem of theirs was looked for. ConfigError with all that `check` and the groups
+        find."""
         config = read_command(self._plain(sys.argv[1:] if argv is None else argv), self.parser(), self.classes)
         problems = Problems()
         for message in (*refused_problems(config), *check(config), *_worker_problems(config)):
@@ -70,7 +72,8 @@ class FolderTool:
     def _plain(self, words: Sequence[str]) -> list[str]:
         """The words with `=true` behind switches, which would otherwise take a folder that follows for their value."""
         switches = {
-            flag for group in self.classes for name, (_, spec) in option_fields(group).items() if is_bool_option(group, name)
+            flag for group in self.classes for name,
+            (_, spec) in option_fields(group).items() if is_bool_option(group, name)
             for flag in (f"--{name}", *spec.flags)
         }  # fmt: skip
         truths = TRUE_TEXTS | FALSE_TEXTS
@@ -86,7 +89,7 @@ def _worker_problems(config: Config) -> Iterator[str]:
         yield f"--max_data_loader_n_workers is {workers}; needed: 1 or more, or 0 for {READ_THREADS}"
 
 
-# -- files -----------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def folder_problem(name: str, folder: str | None) -> str | None:
@@ -124,7 +127,7 @@ def read_text_file(path: str) -> str:
     return read_text(path)
 
 
-# -- work ------------------------------------------------------------------------------------------------------------------
+# -- work --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -145,7 +148,9 @@ class Tally:
 
     def finish(self, what: str) -> None:
         """The last line of a run. AtelierError (exit code 1) when nothing was done at all."""
-        reasons = f" ({', '.join(f'{count} {reason}' for reason, count in self.skipped.items())})" if self.skipped else ""
+        reasons = (
+            f" ({', '.join(f'{count} {reason}' for reason, count in self.skipped.items())})" if self.skipped else ""
+        )
         line = f"{what}: {self.done} done, {sum(self.skipped.values())} skipped{reasons}, {self.failed} failed"
         if not self.done:
             raise AtelierError(f"nothing was done; {line}")
@@ -158,7 +163,9 @@ def progress(values: Sequence[T], what: str, unit: str = "image") -> Iterable[T]
     return tqdm(values, desc=what, unit=unit)
 
 
-def read_ahead(read: Callable[[str], R], paths: Sequence[str], tally: Tally, *, what: str, workers: int | None = None) -> Iterator[tuple[str, R]]:
+def read_ahead(
+    read: Callable[[str], R], paths: Sequence[str], tally: Tally, *, what: str, workers: int | None = None
+) -> Iterator[tuple[str, R]]:
     """(path, what `read` gave) in order, read in threads; files that cannot be read are told, counted and left out."""
     from tqdm import tqdm
 

@@ -1,4 +1,5 @@
-"""What the tools for adapter and model files share: options, errors as one message, outputs that overwrite nothing by accident."""
+"""What the tools for adapter and model files share: options, errors as one message, outputs that overwrite nothing by
+accident."""
 
 from __future__ import annotations
 

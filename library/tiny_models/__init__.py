@@ -41,7 +41,12 @@ class TinyEntry:
 
 def _sets_of(record: FamilyRecord) -> Iterator[tuple[str, TinyEntry]]:
     for tiny in record.tiny:
-        yield tiny.name, TinyEntry(tiny.title, tiny.build, record.name, f"{script_name(record.name)}.py", tiny.network_module, tiny.options)
+        yield (
+            tiny.name,
+            TinyEntry(
+                tiny.title, tiny.build, record.name, f"{script_name(record.name)}.py", tiny.network_module, tiny.options
+            ),
+        )
 
 
 TINY_SETS: Mapping[str, TinyEntry] = Derived(_sets_of)

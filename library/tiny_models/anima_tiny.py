@@ -42,16 +42,19 @@ class TinyAnima:
 
 
 def build_tiny_anima(
-    folder: str | Path, *, seed: int = 0, width: int = 48, num_blocks: int = 3, adapter: bool = True, dtype: torch.dtype = torch.float32
+    folder: str | Path, *, seed: int = 0, width: int = 48, num_blocks: int = 3, adapter: bool = True,
+    dtype: torch.dtype = torch.float32
 ) -> TinyAnima:
     """Write the set into `folder` (made when missing) and return its paths. `width` is a multiple of 24 (2 heads)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator("cpu").manual_seed(seed)
     params = AnimaParams(
-        model_channels=width, num_blocks=num_blocks, num_heads=2, mlp_ratio=2.0, context_dim=QWEN_WIDTH, adaln_lora_dim=8,
+        model_channels=width, num_blocks=num_blocks, num_heads=2, mlp_ratio=2.0, context_dim=QWEN_WIDTH,
+        adaln_lora_dim=8,
         adapter=AdapterParams(
-            source_dim=QWEN_WIDTH, target_dim=QWEN_WIDTH, model_dim=QWEN_WIDTH, num_layers=2, num_heads=2, vocab=T5_ROWS, mlp_hidden=48
+            source_dim=QWEN_WIDTH, target_dim=QWEN_WIDTH, model_dim=QWEN_WIDTH, num_layers=2, num_heads=2,
+            vocab=T5_ROWS, mlp_hidden=48
         ) if adapter else None,
     )  # fmt: skip
     vae_params = WanVAEParams(dim=8, dim_mult=(1, 1, 2, 2), num_res_blocks=1)
@@ -69,10 +72,16 @@ def build_tiny_anima(
 def qwen3_state(generator: torch.Generator, *, vocab: int) -> dict[str, torch.Tensor]:
     """Weights of a Qwen3 model in the layout of its single file."""
     queries, keys = QWEN_HEADS * QWEN_HEAD, QWEN_KV_HEADS * QWEN_HEAD
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, QWEN_WIDTH), "model.norm.weight": (QWEN_WIDTH,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, QWEN_WIDTH),
+        "model.norm.weight": (QWEN_WIDTH,),
+    }
     for number in range(QWEN_LAYERS):
         place = f"model.layers.{number}."
-        shapes |= {f"{place}self_attn.q_proj.weight": (queries, QWEN_WIDTH), f"{place}self_attn.o_proj.weight": (QWEN_WIDTH, queries)}
+        shapes |= {
+            f"{place}self_attn.q_proj.weight": (queries, QWEN_WIDTH),
+            f"{place}self_attn.o_proj.weight": (QWEN_WIDTH, queries),
+        }
         shapes |= {f"{place}self_attn.{name}_proj.weight": (keys, QWEN_WIDTH) for name in "kv"}
         shapes |= {f"{place}self_attn.{name}_norm.weight": (QWEN_HEAD,) for name in "qk"}
         shapes |= {f"{place}mlp.{name}_proj.weight": (QWEN_HIDDEN, QWEN_WIDTH) for name in ("gate", "up")}

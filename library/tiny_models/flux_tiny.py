@@ -1,7 +1,7 @@
 """A complete FLUX.1 checkpoint set with random weights: denoiser, autoencoder, CLIP-L, T5 and their tokenizers.
 
-A few hundred kilobytes, made in a fraction of a second, the same bytes for the same arguments. It goes through the loaders
-of real checkpoints; what its shapes do not tell stands in the files' `model_config` metadata.
+A few hundred kilobytes, made in a fraction of a second, the same bytes for the same arguments. It goes through the
+loaders of real checkpoints; what its shapes do not tell stands in the files' `model_config` metadata.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ batch_size = {batch_size}
 
 
 def write_dataset(folder: str | Path, *, count: int = 8, batch_size: int = 2, seed: int = 0) -> Path:
-    """Write `count` pictures with captions into `folder`/images and the configuration; the path of the configuration."""
+    """Write `count` pictures with captions into `folder`/images and the configuration; the path of the
+    configuration."""
     folder = Path(folder)
     draw_pictures(folder / "images", count, seed=seed)
     path = folder / "dataset.toml"

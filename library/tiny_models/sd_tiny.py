@@ -1,6 +1,7 @@
 """Complete Stable Diffusion 1 and 2 checkpoints with random weights.
 
-Real models have two residual blocks a level, on which the names of their layers in diffusers depend; one is enough elsewhere.
+Real models have two residual blocks a level, on which the names of their layers in diffusers depend; one is enough
+elsewhere.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from library.tiny_models.unet_tiny import SIZES, TinyUNet, open_clip_state, writ
 from library.tiny_models.weights import clip_state, prefixed
 
 
-def build_tiny_sd1(folder: str | Path, *, seed: int = 0, num_res_blocks: int = 1, dtype: torch.dtype = torch.float32) -> TinyUNet:
+def build_tiny_sd1(
+    folder: str | Path, *, seed: int = 0, num_res_blocks: int = 1, dtype: torch.dtype = torch.float32
+) -> TinyUNet:
     """Write a model with CLIP-L into `folder` (made when missing)."""
 
     def text(generator: torch.Generator, vocab: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -29,7 +32,9 @@ def build_tiny_sd1(folder: str | Path, *, seed: int = 0, num_res_blocks: int = 1
     return write_checkpoint(tiny, UNet2DConditionModel(params), text, seed=seed, dtype=dtype)
 
 
-def build_tiny_sd2(folder: str | Path, *, seed: int = 0, num_res_blocks: int = 1, dtype: torch.dtype = torch.float32) -> TinyUNet:
+def build_tiny_sd2(
+    folder: str | Path, *, seed: int = 0, num_res_blocks: int = 1, dtype: torch.dtype = torch.float32
+) -> TinyUNet:
     """Write a model with OpenCLIP ViT-H, whose last layer is not used, into `folder` (made when missing)."""
 
     def text(generator: torch.Generator, vocab: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -44,6 +49,7 @@ def build_tiny_sd2(folder: str | Path, *, seed: int = 0, num_res_blocks: int = 1
 
 def unet_params(num_res_blocks: int = 1, *, is_v2: bool) -> UNetParams:
     return UNetParams(
-        attention_levels=(True, True, False), transformer_depth=(1, 1, 0), heads=2, context_dim=32, use_linear_projection=is_v2,
+        attention_levels=(True, True, False), transformer_depth=(1, 1, 0), heads=2, context_dim=32,
+        use_linear_projection=is_v2,
         upcast_attention=is_v2, num_res_blocks=num_res_blocks, **SIZES,
     )  # fmt: skip

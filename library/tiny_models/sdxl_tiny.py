@@ -16,7 +16,9 @@ from library.tiny_models.weights import clip_state, prefixed
 CLIP_L_WIDTH, CLIP_G_WIDTH, SIZE_EMBEDDING = 16, 32, 8
 
 
-def build_tiny_sdxl(folder: str | Path, *, seed: int = 0, num_res_blocks: int = 1, dtype: torch.dtype = torch.float32) -> TinyUNet:
+def build_tiny_sdxl(
+    folder: str | Path, *, seed: int = 0, num_res_blocks: int = 1, dtype: torch.dtype = torch.float32
+) -> TinyUNet:
     """Write the model into `folder` (made when missing). Real models have two residual blocks a level."""
     folder = Path(folder)
     params = unet_params(num_res_blocks)
@@ -27,7 +29,8 @@ def build_tiny_sdxl(folder: str | Path, *, seed: int = 0, num_res_blocks: int = 
 def unet_params(num_res_blocks: int = 1) -> UNetParams:
     return UNetParams(
         attention_levels=(False, True, True), transformer_depth=(0, 1, 2), middle_depth=2, heads=(2, 2, 4),
-        context_dim=CLIP_L_WIDTH + CLIP_G_WIDTH, use_linear_projection=True, adm_in_channels=CLIP_G_WIDTH + 6 * SIZE_EMBEDDING,
+        context_dim=CLIP_L_WIDTH + CLIP_G_WIDTH, use_linear_projection=True,
+        adm_in_channels=CLIP_G_WIDTH + 6 * SIZE_EMBEDDING,
         num_res_blocks=num_res_blocks, **SIZES,
     )  # fmt: skip
 
@@ -35,6 +38,8 @@ def unet_params(num_res_blocks: int = 1) -> UNetParams:
 def _text(generator: torch.Generator, vocab: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     clip_l = clip_state(generator, width=CLIP_L_WIDTH, layers=2, vocab=vocab)
     clip_g = open_clip_state(generator, width=CLIP_G_WIDTH, layers=3, vocab=vocab)
-    state = prefixed("conditioner.embedders.0.transformer.", clip_l) | prefixed("conditioner.embedders.1.model.", clip_g)
+    state = prefixed("conditioner.embedders.0.transformer.", clip_l) | prefixed(
+        "conditioner.embedders.1.model.", clip_g
+    )
     text = {"heads": 2, "eos": vocab - 1}
     return state, {"clip_l": text, "clip_g": text}

@@ -1,6 +1,8 @@
-"""What random checkpoints with a U-Net (Stable Diffusion 1 and 2, SDXL) share: one file in the original layout and a tokenizer.
+"""What random checkpoints with a U-Net (Stable Diffusion 1 and 2, SDXL) share: one file in the original layout and a
+tokenizer.
 
-They go through the loaders of real checkpoints; what their shapes do not tell stands in the file's `model_config` metadata.
+They go through the loaders of real checkpoints; what their shapes do not tell stands in the file's `model_config`
+metadata.
 """
 
 from __future__ import annotations
@@ -44,14 +46,19 @@ class TinyUNet:
 
 
 def write_checkpoint(tiny: TinyUNet, unet: nn.Module, text: TextWriter, *, seed: int, dtype: torch.dtype) -> TinyUNet:
-    """Write U-Net, autoencoder and text encoders into one file, and the tokenizer. The U-Net is filled with random weights."""
+    """Write U-Net, autoencoder and text encoders into one file, and the tokenizer. The U-Net is filled with random
+    weights."""
     generator = torch.Generator("cpu").manual_seed(seed)
     vocab = write_clip_tokenizer(tiny.tokenizer)
     unet.load_state_dict(random_state(unet, generator))
     state = prefixed("model.diffusion_model.", unet_file_state(unet, tree_is_diffusers=tiny.kind != "sdxl"))
     state |= prefixed("first_stage_model.", random_state(AutoEncoder(VAE), generator))
     text_state, text_config = text(generator, vocab)
-    config = {"heads": tiny.params.heads, "norm_groups": tiny.params.norm_groups, "vae": {"norm_groups": VAE.norm_groups}}
+    config = {
+        "heads": tiny.params.heads,
+        "norm_groups": tiny.params.norm_groups,
+        "vae": {"norm_groups": VAE.norm_groups},
+    }
     save_part(state | text_state, tiny.model, config | text_config, dtype)
     return tiny
 

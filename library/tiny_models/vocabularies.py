@@ -25,7 +25,8 @@ def byte_characters() -> list[str]:
 
 
 def write_clip_tokenizer(folder: Path) -> int:
-    """vocab.json and merges.txt over all bytes, with a few whole words; returns the number of entries (the last is EOS)."""
+    """vocab.json and merges.txt over all bytes, with a few whole words; returns the number of entries (the last is
+    EOS)."""
     symbols = byte_characters()
     merges = _unique(pair for word in WORDS for pair in _merges_of([*word[:-1], word[-1] + "</w>"]))
     words = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(pair) for pair in merges)]
@@ -36,7 +37,9 @@ def write_qwen_tokenizer(folder: Path) -> int:
     """The same with words that carry the space before them, as Qwen has them, and the padding token."""
     space = chr(256 + 32)  # stands for the space
     merges = _unique(pair for word in WORDS for pair in (*_merges_of(list(word)), (space, word)))
-    return _write_byte_pairs(folder, _unique([*byte_characters(), *("".join(pair) for pair in merges), "<|endoftext|>"]), merges)
+    return _write_byte_pairs(
+        folder, _unique([*byte_characters(), *("".join(pair) for pair in merges), "<|endoftext|>"]), merges
+    )
 
 
 def write_t5_tokenizer(folder: Path) -> None:

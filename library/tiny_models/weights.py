@@ -13,8 +13,11 @@ from library.safetensors_utils import save_file_atomic
 
 
 def save_part(state: dict[str, Tensor], path: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
-    """Write one model file; `config` holds what its shapes do not tell and becomes the metadata entry `model_config`."""
-    tensors = {key: tensor.to(dtype).contiguous() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    """Write one model file; `config` holds what its shapes do not tell and becomes the metadata entry
+    `model_config`."""
+    tensors = {
+        key: tensor.to(dtype).contiguous() if tensor.is_floating_point() else tensor for key, tensor in state.items()
+    }
     save_file_atomic(tensors, path, {"model_config": json.dumps(config, sort_keys=True)} if config else None)
 
 
@@ -35,7 +38,9 @@ def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + key: tensor for key, tensor in state.items()}
 
 
-def clip_state(generator: torch.Generator, *, width: int, layers: int, vocab: int, max_len: int = 77) -> dict[str, Tensor]:
+def clip_state(
+    generator: torch.Generator, *, width: int, layers: int, vocab: int, max_len: int = 77
+) -> dict[str, Tensor]:
     """Weights of a CLIP-L text encoder in the layout of its single file."""
     shapes = {
         "text_model.embeddings.token_embedding.weight": (vocab, width),
@@ -54,7 +59,8 @@ def clip_state(generator: torch.Generator, *, width: int, layers: int, vocab: in
 
 
 def t5_state(
-    generator: torch.Generator, *, d_model: int, d_kv: int, heads: int, d_ff: int, layers: int, vocab: int, buckets: int = 32
+    generator: torch.Generator, *, d_model: int, d_kv: int, heads: int, d_ff: int, layers: int, vocab: int,
+    buckets: int = 32
 ) -> dict[str, Tensor]:
     """Weights of a T5 v1.1 encoder in the layout of its single file."""
     inner = d_kv * heads

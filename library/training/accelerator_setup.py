@@ -59,8 +59,9 @@ class Runtime:
         self.accelerator.backward(loss)
 
     def reduce_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sum gradients over ranks. The loss was divided by the global sample count, so the sum is the batch's gradient;
-        a rank without samples adds zeros. Parameters that an adapter holds still in this step have none on any rank."""
+        """Sum gradients over ranks. The loss was divided by the global sample count, so the sum is the batch's
+        gradient; a rank without samples adds zeros. Parameters that an adapter holds still in this step have none on
+        any rank."""
         if self.num_processes == 1:
             return
         for parameter in parameters:
@@ -98,14 +99,15 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
     def leave_group(self) -> None:
-        """After the last step: a process that ends while its group is open may be aborted by the threads of the group."""
+        """After the last step: a process that ends while its group is open may be aborted by the threads of the
+        group."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.barrier()
             torch.distributed.destroy_process_group()
 
     def seed_foreign_code(self, seed: int) -> None:
-        """Seed the global generators for code that is not ours (dropout of a third-party network module): a pure function
-        of the step, so that a resumed run draws the same. Our own code never reads them."""
+        """Seed the global generators for code that is not ours (dropout of a third-party network module): a pure
+        function of the step, so that a resumed run draws the same. Our own code never reads them."""
         torch.manual_seed(seed)
 
 
@@ -115,7 +117,8 @@ def is_main_process() -> bool:
 
 
 def prepare_runtime(config: Config) -> Runtime:
-    """Start accelerate and form the process group; TrainingError when processes that were started do not see each other."""
+    """Start accelerate and form the process group; TrainingError when processes that were started do not see each
+    other."""
     return _runtime_of(start_accelerator(config[PrecisionOptions], config[DdpOptions]), config)
 
 
@@ -131,7 +134,8 @@ def start_accelerator(precision: PrecisionOptions, ddp: DdpOptions, **further: A
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=ddp.ddp_timeout)))
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
-        # Without cpu=True accelerate on a machine without accelerator forms no group: every process believes to be alone.
+        # Without cpu=True accelerate on a machine without accelerator forms no group: every process believes to be
+        # alone.
         cpu=not has_accelerator,
         mixed_precision=precision.mixed_precision,
         kwargs_handlers=handlers or None,
@@ -144,7 +148,8 @@ def start_accelerator(precision: PrecisionOptions, ddp: DdpOptions, **further: A
 
 
 def allow_fp16_gradients(scaler: Any) -> None:
-    """Let the gradient scaler unscale float16 gradients, which torch refuses by default: --full_fp16 trains in float16."""
+    """Let the gradient scaler unscale float16 gradients, which torch refuses by default: --full_fp16 trains in
+    float16."""
     unscale = scaler._unscale_grads_
     scaler._unscale_grads_ = lambda optimizer, inv_scale, found_inf, _: unscale(optimizer, inv_scale, found_inf, True)
 

@@ -12,10 +12,12 @@ from library.core.errors import CheckpointError
 
 
 class WeightAverage:
-    """average = average * (1 - share) + weights * share, float32, of every parameter of `modules()`; frozen ones too, because
-    some adapters choose per step what learns. `what` names it in messages."""
+    """average = average * (1 - share) + weights * share, float32, of every parameter of `modules()`; frozen ones too,
+    because some adapters choose per step what learns. `what` names it in messages."""
 
-    def __init__(self, modules: Callable[[], Mapping[str, torch.nn.Module]], *, on_cpu: bool = False, what: str = "the average") -> None:
+    def __init__(
+        self, modules: Callable[[], Mapping[str, torch.nn.Module]], *, on_cpu: bool = False, what: str = "the average"
+    ) -> None:
         self._modules = modules
         self._on_cpu = on_cpu
         self._what = what
@@ -34,15 +36,17 @@ class WeightAverage:
             own.lerp_(parameter.detach().to(own), share)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        return {f"{part}.{name}": p for part, module in self._modules().items() for name, p in module.named_parameters()}
+        return {
+            f"{part}.{name}": p for part, module in self._modules().items() for name, p in module.named_parameters()
+        }
 
     def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to("cpu" if self._on_cpu else tensor.device, torch.float32, copy=True)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the weights are the average; afterwards they are as before, to the bit. Where both have one type and place
-        their memory is exchanged and nothing is copied."""
+        """Inside, the weights are the average; afterwards they are as before, to the bit. Where both have one type and
+        place their memory is exchanged and nothing is copied."""
         exchanged: dict[torch.nn.Parameter, torch.Tensor] = {}
         copied: dict[torch.nn.Parameter, torch.Tensor] = {}
         for name, parameter in self.parameters().items():
@@ -73,4 +77,6 @@ class WeightAverage:
                 f"{self._what} in the state does not fit this run: {len(wrong)} weights differ (first: {min(wrong)}); resume with the"
                 " network options of the interrupted run"
             )
-        self.tensors = {name: state[name].to("cpu" if self._on_cpu else p.device, torch.float32) for name, p in parameters.items()}
+        self.tensors = {
+            name: state[name].to("cpu" if self._on_cpu else p.device, torch.float32) for name, p in parameters.items()
+        }

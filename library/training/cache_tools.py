@@ -48,7 +48,9 @@ _DENOISER = "it belongs to the denoiser, which this tool does not load"
 class CacheToolOptions:
     """Which caches"""
 
-    family: str | None = option(None, help="model family; may be left out where another option tells it, e.g. --ae", metavar="NAME")
+    family: str | None = option(
+        None, help="model family; may be left out where another option tells it, e.g. --ae", metavar="NAME"
+    )
     skip_existing: bool = equivalent_option(
         False, help="deprecated", reason="--skip_existing: cache files that are valid are never made again anyway"
     )
@@ -71,9 +73,21 @@ def family_switches() -> type:
 def refusals(family: type[ModelFamily], what: str) -> dict[str, str]:
     """Options of the groups below that have no meaning for a tool, with the reason."""
     names = {
-        _TRAINING: ("max_train_steps", "max_train_epochs", "persistent_data_loader_workers", "gradient_accumulation_steps",
-                    "full_fp16", "full_bf16", "prior_loss_weight", "debug_dataset", "output_config"),
-        _DENOISER: ("fp8_base_unet", *(set(option_fields(family.options)) - set().union(*family.part_options.values()))),
+        _TRAINING: (
+            "max_train_steps",
+            "max_train_epochs",
+            "persistent_data_loader_workers",
+            "gradient_accumulation_steps",
+            "full_fp16",
+            "full_bf16",
+            "prior_loss_weight",
+            "debug_dataset",
+            "output_config",
+        ),
+        _DENOISER: (
+            "fp8_base_unet",
+            *(set(option_fields(family.options)) - set().union(*family.part_options.values())),
+        ),
         "a dataset class brings its own tensors, which are not cached": ("dataset_class",),
     }
     if what == "latents":
@@ -91,9 +105,21 @@ def tool_script(family: str, what: str) -> option_reader.Script:
         else {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
     )
     return option_reader.Script(
-        family, f"cache of {what}",
-        classes=(CacheToolOptions, family_switches(), ConfigFileOptions, ModelOptions, family_class.options, DatasetOptions,
-                 CachingOptions, LoopOptions, PrecisionOptions, DdpOptions, ConsoleOptions),
+        family,
+        f"cache of {what}",
+        classes=(
+            CacheToolOptions,
+            family_switches(),
+            ConfigFileOptions,
+            ModelOptions,
+            family_class.options,
+            DatasetOptions,
+            CachingOptions,
+            LoopOptions,
+            PrecisionOptions,
+            DdpOptions,
+            ConsoleOptions,
+        ),
         refused=refusals(family_class, what),
         ignored=family_class.ignored,
         foreign=family_class.foreign,
@@ -104,8 +130,8 @@ def tool_script(family: str, what: str) -> option_reader.Script:
 
 
 def chosen_family(argv: Sequence[str], default: str | None = None) -> str:
-    """The family that the command line names, or the one whose own options it or its configuration file has, else `default`.
-    Raises ConfigError for an unknown one, and when several are possible."""
+    """The family that the command line names, or the one whose own options it or its configuration file has, else
+    `default`. Raises ConfigError for an unknown one, and when several are possible."""
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     reader.add_argument("--family")
     reader.add_argument("--config_file")
@@ -235,8 +261,14 @@ def fill(what: str, config: Config, family: ModelFamily, data: DataGroups, runti
     if what == "latents":
         strategies = StrategySet(None, None, family.latents_caching(), None)
         cache_latents(
-            config, data, strategies, runtime, lambda: family.load_vae(runtime).requires_grad_(False).eval(),
-            lambda: {name: part.requires_grad_(False).eval() for name, part in family.load_parts(runtime, "vae").items()},
+            config,
+            data,
+            strategies,
+            runtime,
+            lambda: family.load_vae(runtime).requires_grad_(False).eval(),
+            lambda: {
+                name: part.requires_grad_(False).eval() for name, part in family.load_parts(runtime, "vae").items()
+            },
         )
     else:
         strategies = family.strategies()

@@ -55,8 +55,8 @@ class CheckpointNames:
 
 @dataclass(frozen=True)
 class Saving:
-    """What is written on one occasion: `at` is "step", "epoch", "end" or "stop". When file and state stand, `remove` files and
-    `remove_states` folders go, where they exist."""
+    """What is written on one occasion: `at` is "step", "epoch", "end" or "stop". When file and state stand, `remove`
+    files and `remove_states` folders go, where they exist."""
 
     at: str
     number: int
@@ -147,8 +147,8 @@ def train_state(step: int, steps_per_epoch: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where training goes on. `global_step` steps are done; the next one is step `step_in_epoch` + 1 of `epoch` (from 1),
-    after leaving out `batches_to_skip` micro-batches of that epoch."""
+    """Where training goes on. `global_step` steps are done; the next one is step `step_in_epoch` + 1 of `epoch` (from
+    1), after leaving out `batches_to_skip` micro-batches of that epoch."""
 
     global_step: int
     epoch: int
@@ -170,7 +170,10 @@ def resume_point(
     if options.initial_step is not None:
         step, source = options.initial_step, "--initial_step"
     elif options.initial_epoch is not None:
-        step, source = (options.initial_epoch - 1) * steps_per_epoch, f"--initial_epoch {options.initial_epoch} after step"
+        step, source = (
+            (options.initial_epoch - 1) * steps_per_epoch,
+            f"--initial_epoch {options.initial_epoch} after step",
+        )
     else:
         step, source = 0 if state is None else int(state["current_step"]), "the state of --resume after step"
     if step < 0:
@@ -182,7 +185,9 @@ def resume_point(
             f" {steps_per_epoch}; raise --max_train_steps (or --max_train_epochs) above it"
         )
     step_in_epoch = step % steps_per_epoch
-    return ResumePoint(step, step // steps_per_epoch + 1, step_in_epoch, step_in_epoch * accumulation, max_train_steps - step)
+    return ResumePoint(
+        step, step // steps_per_epoch + 1, step_in_epoch, step_in_epoch * accumulation, max_train_steps - step
+    )
 
 
 def steps_of_epoch(batches_per_epoch: int, accumulation: int) -> int:

@@ -1,8 +1,8 @@
 """Rules over several option groups, files and installed packages, looked at before anything heavy is loaded.
 
-Each function takes a Config and returns messages; `collect` calls them all, together with the checks of the family and of
-the trainable, so that one start reports every problem. Settings of the datasets are checked where they are read, those of
-optimizer, schedule and timesteps in their packages.
+Each function takes a Config and returns messages; `collect` calls them all, together with the checks of the family and
+of the trainable, so that one start reports every problem. Settings of the datasets are checked where they are read,
+those of optimizer, schedule and timesteps in their packages.
 """
 
 from __future__ import annotations
@@ -36,7 +36,13 @@ from library.training.option_groups import (
     SamplingOptions,
     SavingOptions,
 )
-from library.training.sampling_prompts import IMAGE_LINE_OPTIONS, LineOption, holds_no_prompt, load_prompts, sample_file_name
+from library.training.sampling_prompts import (
+    IMAGE_LINE_OPTIONS,
+    LineOption,
+    holds_no_prompt,
+    load_prompts,
+    sample_file_name,
+)
 from library.training.schedulers import SchedulerOptions, parse_step_count
 
 if TYPE_CHECKING:
@@ -106,7 +112,9 @@ def output_problems(config: Config) -> list[str]:
     if not output_dir:
         return ["--output_dir is not given; needed: the folder for the trained files"]
     reason = unwritable(output_dir)
-    return [f"--output_dir is {output_dir}; files cannot be written there ({reason})"] if reason else name_problems(config)
+    return (
+        [f"--output_dir is {output_dir}; files cannot be written there ({reason})"] if reason else name_problems(config)
+    )
 
 
 def make_output_folder(config: Config) -> None:
@@ -114,19 +122,31 @@ def make_output_folder(config: Config) -> None:
     try:
         os.makedirs(config[SavingOptions].output_dir, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--output_dir is {config[SavingOptions].output_dir}; it cannot be made ({error.strerror or error})") from error
+        raise ConfigError(
+            f"--output_dir is {config[SavingOptions].output_dir}; it cannot be made ({error.strerror or error})"
+        ) from error
 
 
 def name_problems(config: Config) -> list[str]:
     """No name that the run will write is longer than the file system takes."""
     saving = config[SavingOptions]
     names, limit = CheckpointNames(saving.output_name, saving.save_model_as), name_limit(saving.output_dir or ".")
-    stem = max(names.step(0), names.epoch(0), key=len) if saving.save_every_n_steps or saving.save_every_n_epochs else names.last()
-    written = [*(names.companion(stem, ending) for ending in companion_endings(config)), f"{names.last()}-loss.csv", f"{names.last()}-loss.png"]
+    stem = (
+        max(names.step(0), names.epoch(0), key=len)
+        if saving.save_every_n_steps or saving.save_every_n_epochs
+        else names.last()
+    )
+    written = [
+        *(names.companion(stem, ending) for ending in companion_endings(config)),
+        f"{names.last()}-loss.csv",
+        f"{names.last()}-loss.png",
+    ]
     if saving.save_state or saving.save_state_on_train_end:
         written.append(names.state(stem))
     if config[SamplingOptions].sample_prompts:
-        written.append(Path(sample_file_name(saving.output_name, "epoch", 0, enum=0, seed=0xFFFFFFFF, timestamp="0" * 14)).name)
+        written.append(
+            Path(sample_file_name(saving.output_name, "epoch", 0, enum=0, seed=0xFFFFFFFF, timestamp="0" * 14)).name
+        )
     longest = max(written, key=name_length)
     surplus = name_length(longest) - limit
     if surplus <= 0:
@@ -139,7 +159,8 @@ def name_problems(config: Config) -> list[str]:
 
 
 def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
-    """Outputs of a text encoder that learns cannot be cached. Captions that change are a matter of the dataset settings."""
+    """Outputs of a text encoder that learns cannot be cached. Captions that change are a matter of the dataset
+    settings."""
     training = trainable.trains_text_encoders(family)
     if not config[CachingOptions].caches_text or not training or not all(training):
         return []
@@ -220,7 +241,11 @@ def changed_fixed_problems(config: Config, family: ModelFamily, trainable: Train
         folder = resumed_state(config)
         if folder is None or not (folder / STATE_FILE).is_file():
             return []
-        state, recorded, own = read_train_state(folder), read_settings(folder), fixed_settings(config, family, trainable)
+        state, recorded, own = (
+            read_train_state(folder),
+            read_settings(folder),
+            fixed_settings(config, family, trainable),
+        )
     except ConfigError:
         return []  # told by the check of --resume
     except AtelierError as error:
@@ -249,7 +274,9 @@ def logging_problems(config: Config) -> list[str]:
 def _package_problems(package: str, wanted_by: str, install: str) -> list[str]:
     if importlib.util.find_spec(package) is not None:
         return []
-    return [f"{wanted_by} needs the package {package}, which is not installed; install it with: pip install '{install}'"]
+    return [
+        f"{wanted_by} needs the package {package}, which is not installed; install it with: pip install '{install}'"
+    ]
 
 
 def _toml_problems(name: str, path: str) -> list[str]:
@@ -264,8 +291,8 @@ FILES_OF_A_RUN, FILES_PER_WORKER = 64, 16
 
 
 def open_files_problems(config: Config) -> list[str]:
-    """The processes that load images hand tensors over as open files; where too few may be open, they wait for ever. The
-    limit of this process is raised as far as the system lets it."""
+    """The processes that load images hand tensors over as open files; where too few may be open, they wait for ever.
+    The limit of this process is raised as far as the system lets it."""
     workers = min(config[LoopOptions].max_data_loader_n_workers, os.cpu_count() or 1)
     if workers == 0 or importlib.util.find_spec("resource") is None:  # Windows
         return []
@@ -294,7 +321,9 @@ def metadata_problems(config: Config) -> list[str]:
     except ConfigError as error:
         return list(error.problems)
     except OSError as error:
-        return [f"--metadata_thumbnail is {config[MetadataOptions].metadata_thumbnail}; it cannot be read ({error.strerror})"]
+        return [
+            f"--metadata_thumbnail is {config[MetadataOptions].metadata_thumbnail}; it cannot be read ({error.strerror})"
+        ]
     return []
 
 
@@ -345,7 +374,9 @@ def warnings(config: Config) -> list[str]:
         lines.append("--max_train_epochs replaces --max_train_steps")
     warmup = parse_step_count(config[SchedulerOptions].lr_warmup_steps).resolve(loop.max_train_steps)
     if loop.max_train_epochs is None and warmup >= loop.max_train_steps > 1:
-        lines.append(f"--lr_warmup_steps is {warmup} of {loop.max_train_steps} steps: the full learning rate is never reached")
+        lines.append(
+            f"--lr_warmup_steps is {warmup} of {loop.max_train_steps} steps: the full learning rate is never reached"
+        )
     if saving.save_model_as in ("ckpt", "pt") and not config[MetadataOptions].no_metadata:
         lines.append(f"--save_model_as {saving.save_model_as} holds no metadata; safetensors does")
     return lines + precision_warnings(config)

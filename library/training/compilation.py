@@ -1,5 +1,5 @@
-"""How modules compute: the repeated blocks of a denoiser compiled one by one (--torch_compile), activations of text encoders
-computed again in the backward pass (--gradient_checkpointing)."""
+"""How modules compute: the repeated blocks of a denoiser compiled one by one (--torch_compile), activations of text
+encoders computed again in the backward pass (--gradient_checkpointing)."""
 
 from __future__ import annotations
 
@@ -16,26 +16,31 @@ def unknown_backend(backend: str) -> list[str]:
     known = torch._dynamo.list_backends(exclude_tags=())
     if backend in known:
         return []
-    return [f"--dynamo_backend is {backend}, which this version of torch does not have; needed: one of {', '.join(known)}"]
+    return [
+        f"--dynamo_backend is {backend}, which this version of torch does not have; needed: one of {', '.join(known)}"
+    ]
 
 
 def compile_blocks(denoiser: torch.nn.Module, backend: str) -> int:
     """Compile the repeated blocks of `denoiser` one by one, in place; returns their number.
 
-    Blocks of a kind and size share one compiled graph, so that compiling takes seconds where the whole model takes minutes. Call
-    it after adapters are attached: what they put in place of a layer's forward is compiled with the block.
+    Blocks of a kind and size share one compiled graph, so that compiling takes seconds where the whole model takes
+    minutes. Call it after adapters are attached: what they put in place of a layer's forward is compiled with the
+    block.
     """
     blocks = denoiser.repeated_blocks()
     for block in blocks:
         block.compile(backend=backend)
-    # A U-Net has blocks of one class in many sizes, and a set many sizes of pictures; past its limit dynamo gives up in silence.
+    # A U-Net has blocks of one class in many sizes, and a set many sizes of pictures; past its limit dynamo gives up in
+    # silence.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 4 * len(blocks))
     logger.info("compiled %d blocks with backend %s", len(blocks), backend)
     return len(blocks)
 
 
 def checkpoint_activations(encoder: Any) -> None:
-    """Gradient checkpointing of a model of transformers, which has two names for it: the old one goes with version 6."""
+    """Gradient checkpointing of a model of transformers, which has two names for it: the old one goes with version
+    6."""
     kwargs = {"use_reentrant": False}
     if hasattr(encoder, "activation_checkpointing_enable"):
         encoder.activation_checkpointing_enable(kwargs)

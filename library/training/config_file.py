@@ -90,7 +90,9 @@ def _convert_one(options_class: type, name: str, value: Any) -> Any:
     if isinstance(value, float) and value_type(options_class, name) is int and value.is_integer():
         value = int(value)
     text = value if isinstance(value, str) else str(value)
-    result = spec.convert(text) if spec.convert is not None else _converted(converter_of(options_class, name), text, needed)
+    result = (
+        spec.convert(text) if spec.convert is not None else _converted(converter_of(options_class, name), text, needed)
+    )
     if spec.choices is not None and result not in spec.choices:
         known = [str(choice) for choice in spec.choices if choice is not None]
         raise ValueError(f"one of {', '.join(known)}{did_you_mean(str(result), known)}")

@@ -40,8 +40,8 @@ class RequestSampler:
 
 
 def leave_quietly(worker: int) -> None:
-    """Start of a loader worker: when the run is interrupted, the thread that hands tensors over may find the other end gone,
-    which the run itself tells in one word."""
+    """Start of a loader worker: when the run is interrupted, the thread that hands tensors over may find the other end
+    gone, which the run itself tells in one word."""
     default = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -62,12 +62,13 @@ class Loading:
 
 
 SPAWNED_WORKERS = 2
-"""default where a worker begins as a new process, which imports torch anew: 8 of them take gigabytes and a minute at each epoch"""
+"""default where a worker begins as a new process, which imports torch anew: 8 of them take gigabytes and a minute at
+each epoch"""
 
 
 def loading_of(options: LoopOptions, given: Collection[str], pin_memory: bool) -> Loading:
-    """How a run reads; `given` names the options that the user wrote. Linux forks workers, which costs nothing; Windows and macOS
-    spawn them: two that stay are the default there."""
+    """How a run reads; `given` names the options that the user wrote. Linux forks workers, which costs nothing; Windows
+    and macOS spawn them: two that stay are the default there."""
     number, stay = options.max_data_loader_n_workers, options.persistent_data_loader_workers
     if multiprocessing.get_start_method() != "fork":
         stay = True
@@ -78,7 +79,8 @@ def loading_of(options: LoopOptions, given: Collection[str], pin_memory: bool) -
 
 @dataclass(frozen=True)
 class Failure:
-    """An error on its way from the process that loads to the run, without the traceback that torch would put into its text."""
+    """An error on its way from the process that loads to the run, without the traceback that torch would put into its
+    text."""
 
     kind: type[AtelierError]
     message: str
@@ -141,8 +143,8 @@ class BatchLoader:
 class TrainingData:
     """Training and validation batches of one rank.
 
-    The plan of an epoch depends on (seed, epoch) and the number of processes only; `batches` starts at any optimizer step,
-    so that a resumed run sees the rest of its epoch.
+    The plan of an epoch depends on (seed, epoch) and the number of processes only; `batches` starts at any optimizer
+    step, so that a resumed run sees the rest of its epoch.
     """
 
     def __init__(
@@ -170,8 +172,8 @@ class TrainingData:
         return self._loader.load(list(requests))
 
     def validation_batches(self, limit: int | None = None) -> Iterator[Batch]:
-        """Validation batches in fixed order, at most `limit` global ones. Positions number the images through, so that an image keeps its noise
-        whatever the batch size and the number of processes."""
+        """Validation batches in fixed order, at most `limit` global ones. Positions number the images through, so that
+        an image keeps its noise whatever the batch size and the number of processes."""
         if self.validation is None:
             return iter(())
         plan = self.validation.plan(0, self.seed, self.num_processes)[:limit]

@@ -70,18 +70,23 @@ class TextPhase:
 
 
 def find_data(config: Config, architecture: DataArchitecture, script: str | ScriptRules = "train_network") -> FoundData:
-    """Read the dataset configuration and look at its files; every problem of both, and of the caches, in one ConfigError.
+    """Read the dataset configuration and look at its files; every problem of both, and of the caches, in one
+    ConfigError.
 
-    `script`: the one that runs, or the rules of what is trained (Trainable.dataset_rules): they differ in the kinds of dataset that they take.
+    `script`: the one that runs, or the rules of what is trained (Trainable.dataset_rules): they differ in the kinds of
+    dataset that they take.
     """
     data, caching = config[DatasetOptions], config[CachingOptions]
     if data.dataset_class is not None:
         if caching.caches_latents or caching.caches_text:
-            raise ConfigError("--dataset_class makes its own batches, which cannot be cached; leave the --cache_* options out")
+            raise ConfigError(
+                "--dataset_class makes its own batches, which cannot be cached; leave the --cache_* options out"
+            )
         return FoundData(None, None)
     return FoundData(
         *load_datasets(
-            data, caching, explicit=config.explicit, architecture=architecture, script=script, seed=config[LoopOptions].seed
+            data, caching, explicit=config.explicit, architecture=architecture, script=script,
+            seed=config[LoopOptions].seed
         )
     )
 
@@ -92,7 +97,9 @@ def group_data(config: Config, found: FoundData, architecture: DataArchitecture,
     if found.blueprint is None:
         group = load_custom_dataset(data.dataset_class, resolution=data.resolution, debug_dataset=data.debug_dataset)
         return DataGroups(group, None)
-    train, validation = build_dataset_groups(found.blueprint, data, architecture=architecture, seed=seed, scan=found.scan)
+    train, validation = build_dataset_groups(
+        found.blueprint, data, architecture=architecture, seed=seed, scan=found.scan
+    )
     return DataGroups(train, validation, found.blueprint.used_config_file, index=found.scan.index)
 
 
@@ -111,13 +118,17 @@ class KeptModels:
 
 @torch.no_grad()
 def cache_latents(
-    config: Config, data: DataGroups, strategies: StrategySet, runtime: Runtime, load_vae: Callable[[], torch.nn.Module],
+    config: Config, data: DataGroups, strategies: StrategySet, runtime: Runtime,
+    load_vae: Callable[[], torch.nn.Module],
     load_parts: Callable[[], dict[str, torch.nn.Module]] = dict,
 ) -> None:
-    """Encode what the latent cache lacks with the VAE and the parts beside it; images that turn out to be unreadable leave the data with --skip_bad_images."""
+    """Encode what the latent cache lacks with the VAE and the parts beside it; images that turn out to be unreadable
+    leave the data with --skip_bad_images."""
     if config[CachingOptions].caches_latents:
         skip = config[DatasetOptions].skip_bad_images
-        fill_latent_cache(data.groups, strategies, load_vae, runtime, skip_bad_images=skip, index=data.index, load_parts=load_parts)
+        fill_latent_cache(
+            data.groups, strategies, load_vae, runtime, skip_bad_images=skip, index=data.index, load_parts=load_parts
+        )
 
 
 def prepare_text(

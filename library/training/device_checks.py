@@ -9,7 +9,9 @@ from library.training.option_groups import PrecisionOptions
 def precision_problems(config: Config) -> list[str]:
     """Formats that the device does not have."""
     precision = config[PrecisionOptions]
-    asked = {"bf16": [("--mixed_precision bf16", "bfloat16", "use --mixed_precision fp16 or no")]}.get(precision.mixed_precision, [])
+    asked = {"bf16": [("--mixed_precision bf16", "bfloat16", "use --mixed_precision fp16 or no")]}.get(
+        precision.mixed_precision, []
+    )
     asked += [
         (f"--{name}", "float8_e4m3fn", "leave it out (--gradient_checkpointing saves memory too)")
         for name in ("fp8_base", "fp8_base_unet") if getattr(precision, name)
@@ -30,4 +32,6 @@ def precision_warnings(config: Config) -> list[str]:
     device = get_preferred_device()
     if not imitates_bfloat16(device):
         return []
-    return [f"--mixed_precision is bf16, which {described(device)} computes in software, many times slower; fp16 is quick there"]
+    return [
+        f"--mixed_precision is bf16, which {described(device)} computes in software, many times slower; fp16 is quick there"
+    ]

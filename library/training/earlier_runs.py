@@ -25,8 +25,8 @@ _SAMPLE = re.compile(r"(?:e?\d{6,}_(?:\d{2,}_\d{14}(?:_\d+)?|grid)|sheet)\.png")
 
 
 def is_output_of(name: str, saving: SavingOptions, endings: Sequence[str] = (AVERAGED,)) -> bool:
-    """Whether a run with these options could write a file or folder of this name: final, epoch and step files, their companions
-    with these endings, states, loss curves."""
+    """Whether a run with these options could write a file or folder of this name: final, epoch and step files, their
+    companions with these endings, states, loss curves."""
     names = CheckpointNames(saving.output_name, saving.save_model_as)
     number = re.search(rf"-(?:step)?(\d{{6,}})(?:-state|(?:{'|'.join(map(re.escape, endings))})?\.\w+)$", name)
     stems = [names.last()]
@@ -62,7 +62,8 @@ def resumed_state(config: Config) -> Path | None:
 
 
 def goes_on(config: Config) -> bool:
-    """Whether the run goes on with one of its own name in its folder (or with one from the hub), whose files are its own."""
+    """Whether the run goes on with one of its own name in its folder (or with one from the hub), whose files are its
+    own."""
     if config[ResumeOptions].resume and config[ResumeOptions].resume_from_huggingface:
         return True
     try:
@@ -76,7 +77,8 @@ def goes_on(config: Config) -> bool:
 
 
 def earlier_files(config: Config) -> list[Path]:
-    """Files and states of an earlier run that this one could replace, or would mix with; none when it goes on with that run."""
+    """Files and states of an earlier run that this one could replace, or would mix with; none when it goes on with that
+    run."""
     saving = config[SavingOptions]
     if not saving.output_dir or config[DatasetOptions].debug_dataset or goes_on(config):
         return []
@@ -93,11 +95,13 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def existing_problems(config: Config) -> list[str]:
-    """No folder is where the file of the run goes. --on_existing refuse: no file of an earlier run under the same name is
-    there, unless this run goes on with it."""
+    """No folder is where the file of the run goes. --on_existing refuse: no file of an earlier run under the same name
+    is there, unless this run goes on with it."""
     what, target = config[SavingOptions].what_of_existing, final_file(config)
     if target.is_dir() and (what == "overwrite" or goes_on(config)):
-        return [f"{target} is a folder, and the file of this run goes there; rename or remove it, or choose another --output_name"]
+        return [
+            f"{target} is a folder, and the file of this run goes there; rename or remove it, or choose another --output_name"
+        ]
     if what != "refuse":
         return []
     earlier = [path for path in earlier_files(config) if path.parent.name != SAMPLES]
@@ -111,9 +115,9 @@ def existing_problems(config: Config) -> list[str]:
 
 
 def keep_earlier_files(config: Config) -> dict[Path, Path]:
-    """--on_existing backup: rename the files, states and samples of an earlier run of this name, as if it had been called
-    NAME-backupN; overwrite: its states alone, which `--resume latest` would take for those of the new run. Returns old -> new.
-    ConfigError when one cannot be renamed."""
+    """--on_existing backup: rename the files, states and samples of an earlier run of this name, as if it had been
+    called NAME-backupN; overwrite: its states alone, which `--resume latest` would take for those of the new run.
+    Returns old -> new. ConfigError when one cannot be renamed."""
     saving = config[SavingOptions]
     earlier = earlier_files(config) if saving.what_of_existing != "refuse" else []
     if saving.what_of_existing == "overwrite":
@@ -131,7 +135,11 @@ def keep_earlier_files(config: Config) -> dict[Path, Path]:
                 " or choose another --output_name"
             ) from error
     states = [target for target in moves.values() if target.is_dir()]
-    going_on = f"; go on with it by --output_name {name} --resume {max(states, key=lambda path: path.stat().st_mtime_ns)}" if states else ""
+    going_on = (
+        f"; go on with it by --output_name {name} --resume {max(states, key=lambda path: path.stat().st_mtime_ns)}"
+        if states
+        else ""
+    )
     logger.warning(
         "%s holds an earlier run of this name: its %d files are kept as %s (%s)%s", saving.output_dir, len(moves), name,
         ", ".join(target.name for target in list(moves.values())[:3]) + (", ..." if len(moves) > 3 else ""), going_on,

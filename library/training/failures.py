@@ -1,4 +1,5 @@
-"""Errors of libraries that mean something to the user: full disks, lost loader processes, lost connections between processes.
+"""Errors of libraries that mean something to the user: full disks, lost loader processes, lost connections between
+processes.
 
 Nothing heavy is imported here; errors are known by their kind and text.
 """
@@ -12,10 +13,14 @@ import re
 from library.core.errors import AtelierError, TrainingError
 from library.core.write_errors import disk_problem
 
-_LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpectedly)")
+_LOST_WORKER = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpectedly)"
+)
 _SHARED_MEMORY = ("unable to write to file </torch", "unable to open shared memory", "unable to mmap", "bus error")
 _FILES = ("received 0 items of ancdata", "too many open files", "unable to open file")
-_CONNECTION = re.compile(r"connection (?:closed|reset|refused)|gloo|nccl|broken pipe|socket|store|peer|timed? ?out", re.IGNORECASE)
+_CONNECTION = re.compile(
+    r"connection (?:closed|reset|refused)|gloo|nccl|broken pipe|socket|store|peer|timed? ?out", re.IGNORECASE
+)
 
 
 def failure_of(error: BaseException) -> AtelierError | None:
@@ -26,7 +31,9 @@ def failure_of(error: BaseException) -> AtelierError | None:
         return TrainingError(f"a process that loads images was lost ({_how(lost[2])}){_WORKER_HINT}")
     lower = text.lower()
     if isinstance(error, (RuntimeError, OSError)) and any(mark in lower for mark in _SHARED_MEMORY):
-        return TrainingError(f"there is not enough shared memory (/dev/shm) for the processes that load images{_WORKER_HINT}")
+        return TrainingError(
+            f"there is not enough shared memory (/dev/shm) for the processes that load images{_WORKER_HINT}"
+        )
     if isinstance(error, (RuntimeError, OSError)) and any(mark in lower for mark in _FILES):
         return TrainingError(f"too many files are open in this process; raise the limit (ulimit -n 4096){_WORKER_HINT}")
     disk = disk_problem(error)
@@ -36,7 +43,9 @@ def failure_of(error: BaseException) -> AtelierError | None:
         name = str(error.filename)
         return TrainingError(f"{name if len(name) <= 200 else f'{name[:197]}...'} cannot be used: {error.strerror}")
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1 and _is_lost_connection(error):
-        return TrainingError("the connection to another process of this run is lost: it ended, and says why where it was not killed; this one cannot go on alone")
+        return TrainingError(
+            "the connection to another process of this run is lost: it ended, and says why where it was not killed; this one cannot go on alone"
+        )
     return None
 
 

@@ -57,7 +57,9 @@ def formula_warnings(config: Config) -> list[str]:
     if NetworkOptions in config:
         network = config[NetworkOptions]
         rates = {"unet_lr": network.unet_lr, "text_encoder_lr": network.text_encoder_lr}
-    found = optimizers.warnings_of(config[OptimizerOptions], lr_scheduler=config[SchedulerOptions].lr_scheduler, **rates)
+    found = optimizers.warnings_of(
+        config[OptimizerOptions], lr_scheduler=config[SchedulerOptions].lr_scheduler, **rates
+    )
     return [warning.text for warning in found]
 
 
@@ -71,8 +73,8 @@ def formula_notices(config: Config, objective: Any) -> list[str]:
 
 
 def idle_formulas(config: Config) -> list[Ignored]:
-    """Settings that the chosen formulas do not read. Those of noise levels are known to flow families only, so that nothing is
-    `explicit` elsewhere."""
+    """Settings that the chosen formulas do not read. Those of noise levels are known to flow families only, so that
+    nothing is `explicit` elsewhere."""
     found = losses.idle(config[LossOptions]) + timestep_samplers.idle(config[TimestepOptions], config.explicit)
     try:
         return schedulers.idle(config[SchedulerOptions], config[OptimizerOptions]) + found

@@ -1,5 +1,5 @@
-"""What the user wrote and has no effect in this run: options that mean nothing to the script (`Config.ignored`) and settings of
-features that are off. The start page lists all of it in one block; --strict makes each an error."""
+"""What the user wrote and has no effect in this run: options that mean nothing to the script (`Config.ignored`) and
+settings of features that are off. The start page lists all of it in one block; --strict makes each an error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from library.training.trainables.base import Trainable
     from library.training.wiring.base import ModelFamily
 
-_HUB = ("huggingface_repo_type", "huggingface_path_in_repo", "huggingface_repo_visibility", "save_state_to_huggingface", "async_upload")
+_HUB = (
+    "huggingface_repo_type",
+    "huggingface_path_in_repo",
+    "huggingface_repo_visibility",
+    "save_state_to_huggingface",
+    "async_upload",
+)
 _VALIDATION = ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
 _NOISE = {
     "noise_offset_random_strength": "noise_offset",
@@ -50,12 +56,16 @@ def strict_problems(config: Config, family: ModelFamily | None = None, trainable
     """Under --strict: one message for everything without effect."""
     if not config[ConfigFileOptions].strict:
         return []
-    return [f"{item} (--strict is set, which takes nothing without effect)" for item in ignored(config, family, trainable)]
+    return [
+        f"{item} (--strict is set, which takes nothing without effect)" for item in ignored(config, family, trainable)
+    ]
 
 
 def as_block(items: Sequence[Ignored]) -> str:
     """The lines that scripts without a start page write to the log."""
-    return "\n".join(["ignored, as it has no effect here (--strict makes it an error):", *(f"  {item}" for item in items)])
+    return "\n".join(
+        ["ignored, as it has no effect here (--strict makes it an error):", *(f"  {item}" for item in items)]
+    )
 
 
 def _idle(config: Config) -> Iterator[tuple[str, str]]:
@@ -69,7 +79,9 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
         if name in config.explicit and getattr(noise, name) and not getattr(noise, owner):
             yield name, f"has no effect without --{owner}"
     if hub.huggingface_repo_id is None:
-        yield from ((name, "has no effect without --huggingface_repo_id, the repository") for name in _HUB if getattr(hub, name))
+        yield from (
+            (name, "has no effect without --huggingface_repo_id, the repository") for name in _HUB if getattr(hub, name)
+        )
     if resume.resume_from_huggingface and not resume.resume:
         yield "resume_from_huggingface", "has no effect without --resume"
     yield from _idle_data(config)
@@ -86,7 +98,10 @@ def _idle_data(config: Config) -> Iterator[tuple[str, str]]:
         asked += ["validation_seed"] if data.validation_seed is not None else []
         yield from ((name, "has no effect without --validation_split") for name in asked)
     if data.keep_tokens and not (data.shuffle_caption or data.caption_tag_dropout_rate or data.token_warmup_step):
-        yield "keep_tokens", "has no effect without --shuffle_caption or --caption_tag_dropout_rate, from which it keeps tags"
+        yield (
+            "keep_tokens",
+            "has no effect without --shuffle_caption or --caption_tag_dropout_rate, from which it keeps tags",
+        )
 
 
 def _idle_saving(saving: SavingOptions) -> Iterator[tuple[str, str]]:
@@ -98,11 +113,18 @@ def _idle_saving(saving: SavingOptions) -> Iterator[tuple[str, str]]:
 
 
 def _idle_samples(sampling: SamplingOptions) -> Iterator[tuple[str, str]]:
-    given = [name for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first") if getattr(sampling, name)]
+    given = [
+        name for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first") if getattr(sampling, name)
+    ]
     if given and not sampling.sample_prompts:
-        yield from ((name, "makes no sample images without --sample_prompts, the file of the prompts") for name in given)
+        yield from (
+            (name, "makes no sample images without --sample_prompts, the file of the prompts") for name in given
+        )
     if sampling.sample_prompts and not given:
-        yield "sample_prompts", "has no effect without --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
+        yield (
+            "sample_prompts",
+            "has no effect without --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first",
+        )
 
 
 def _idle_memory(config: Config) -> Iterator[tuple[str, str]]:
@@ -121,7 +143,9 @@ def _idle_logs(logs: LoggingOptions) -> Iterator[tuple[str, str]]:
     """Settings of curves that nobody keeps, or of W&B without it."""
     rows = []
     if not (logs.logging_dir or logs.log_with):
-        rows += [(name, "--logging_dir") for name in ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config")]
+        rows += [
+            (name, "--logging_dir") for name in ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config")
+        ]
     if logs.log_with not in ("wandb", "all"):
         rows += [(name, "--log_with wandb") for name in ("wandb_run_name", "wandb_api_key")]
     yield from ((name, f"has no effect without {needed}") for name, needed in rows if getattr(logs, name))

@@ -1,5 +1,5 @@
-"""key=value arguments of the command line (`--optimizer_args`, `--lr_scheduler_args`, `--network_args`): texts that hold several
-are split, and values get types."""
+"""key=value arguments of the command line (`--optimizer_args`, `--lr_scheduler_args`, `--network_args`): texts that
+hold several are split, and values get types."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, as a shell splits them, but with backslashes as they are: paths of Windows have them. ValueError
-    when a quote is not closed."""
+    """The words of a text, as a shell splits them, but with backslashes as they are: paths of Windows have them.
+    ValueError when a quote is not closed."""
     words = shlex.shlex(text, posix=True, punctuation_chars=False)
     words.whitespace_split, words.escape, words.commenters = True, "", ""
     return list(words)
 
 
 def split_arguments(item: str) -> list[str]:
-    """`a=1 b=(2, 3)` -> ["a=1", "b=(2, 3)"]: a new argument begins at a key after blanks, outside quotes and brackets."""
+    """`a=1 b=(2, 3)` -> ["a=1", "b=(2, 3)"]: a new argument begins at a key after blanks, outside quotes and
+    brackets."""
     pieces, start, quote, closing = [], 0, "", []
     position = 0
     while position < len(item):
@@ -57,8 +58,8 @@ def split_items(items: Iterable[str] | None) -> list[str]:
 def parse_keyword_arg(text: str, option_name: str = "optimizer_args") -> tuple[str, Any]:
     """`betas=0.9,0.99` -> ("betas", (0.9, 0.99)). Raises ValueError, whose message names the argument.
 
-    Split at the first `=`. The value is read as a Python literal; true and false in any case are booleans; all else is a
-    text, so that words and paths need no quotes.
+    Split at the first `=`. The value is read as a Python literal; true and false in any case are booleans; all else is
+    a text, so that words and paths need no quotes.
     """
     key, separator, value = text.partition("=")
     key, value = key.strip(), value.strip()
@@ -89,7 +90,9 @@ def parse_keyword_args(items: Sequence[str] | None, option_name: str) -> dict[st
             continue
         written = item.partition("=")[2].strip()
         if "=" in written and value == written:
-            problems.add(f"--{option_name} has the argument '{item}', with one = too many; key=value is needed, with a value in quotes if it holds =")
+            problems.add(
+                f"--{option_name} has the argument '{item}', with one = too many; key=value is needed, with a value in quotes if it holds ="
+            )
         result[key] = value
     problems.raise_if_any()
     return result
@@ -121,7 +124,9 @@ def argument_problems(
                 f" It has: {', '.join(choices) or 'none'}"
             )
         elif name in named and (needed := _other_type(value, named[name].default)):
-            problems.append(f"--{option_name} sets {name} to {value!r}; {what} needs {needed} there, by default {named[name].default}")
+            problems.append(
+                f"--{option_name} sets {name} to {value!r}; {what} needs {needed} there, by default {named[name].default}"
+            )
     missing = [n for n, p in named.items() if p.default is p.empty and n not in supplied and n not in given]
     if missing:
         problems.append(f"{what} needs {', '.join(missing)}; give it in --{option_name}, e.g. {missing[0]}=10")
@@ -129,11 +134,14 @@ def argument_problems(
 
 
 def _other_type(value: Any, default: Any) -> str | None:
-    """What an argument with this default needs instead of `value`, where their types tell. None as default tells nothing."""
+    """What an argument with this default needs instead of `value`, where their types tell. None as default tells
+    nothing."""
     if value is None:
         return None
     if isinstance(default, bool):
-        return None if isinstance(value, bool) or value in (0, 1) and isinstance(value, numbers.Real) else "True or False"
+        return (
+            None if isinstance(value, bool) or value in (0, 1) and isinstance(value, numbers.Real) else "True or False"
+        )
     if isinstance(default, numbers.Real):
         return None if isinstance(value, numbers.Real) and not isinstance(value, bool) else "a number"
     if isinstance(default, (tuple, list)):

@@ -1,7 +1,8 @@
-"""Option names of other scripts and of graphical front ends: which values ask for nothing, and why the others are ignored.
+"""Option names of other scripts and of graphical front ends: which values ask for nothing, and why the others are
+ignored.
 
-The rule: what a known script or front end accepts, starts. A name that is known but has no meaning for a script is ignored and
-listed on the start page; one that is known nowhere is an error with the nearest name.
+The rule: what a known script or front end accepts, starts. A name that is known but has no meaning for a script is
+ignored and listed on the start page; one that is known nowhere is an error with the nearest name.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ FRONT_END_KEYS: dict[str, tuple[list[Any], str]] = {
     "gpu_ids": ([None], _TOOL),
     "ui_custom_params": ([None], _TOOL),
     "save_as_bool": ([False], _TOOL),
-    "t5xxl_lr": ([None], "an old key that no script reads; rates of several text encoders are a list in --text_encoder_lr"),
+    "t5xxl_lr": (
+        [None],
+        "an old key that no script reads; rates of several text encoders are a list in --text_encoder_lr",
+    ),
     "learning_rate_te": ([None], "only scripts that train a whole model read it; see --text_encoder_lr"),
 }
 """keys that front ends write for all families alike -> their neutral values, and why they are ignored"""
@@ -74,7 +78,11 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
 }
 """settings of a feature -> the keys that switch it on; without one of them the setting asks for nothing"""
 
-ALSO_NEUTRAL: dict[str, tuple[Any, ...]] = {"clip_skip": (1,), "max_token_length": (75,), "sample_sampler": ("euler", "k_euler")}
+ALSO_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "clip_skip": (1,),
+    "max_token_length": (75,),
+    "sample_sampler": ("euler", "k_euler"),
+}
 """options that a family ignores or refuses: values that ask for what happens anyway"""
 
 

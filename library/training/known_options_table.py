@@ -1,359 +1,137 @@
 """Written by tools/make_known_options.py: defaults of known options as JSON -> names."""
 
 NAMES_BY_DEFAULTS: dict[str, str] = {
-    '["", null]': (
-        "negative_prompt"
-    ),
-    '[""]': (
-        "keep_tokens_separator lr_scheduler_type optimizer_type system_prompt undesired_tags"
-    ),
-    '[",", ", "]': (
-        "caption_separator"
-    ),
-    '["."]': (
-        "trainable_modules"
-    ),
-    '[".caption", ".txt"]': (
-        "caption_extension"
-    ),
-    '["512,512", "512x512,384x384,256x256,128x128"]': (
-        "max_resolution"
-    ),
-    '["SmilingWolf/wd-v1-4-convnext-tagger-v2"]': (
-        "repo_id"
-    ),
-    '["V4_DEFAULT_20"]': (
-        "sampler_preset"
-    ),
-    '["ai-toolkit"]': (
-        "src"
-    ),
-    '["bf16"]': (
-        "gemma2_dtype text_cache_dtype"
-    ),
-    '["bfloat16", "bf16"]': (
-        "dtype"
-    ),
-    '["constant"]': (
-        "lr_scheduler self_flow_teacher_coupling_decay"
-    ),
-    '["cpu"]': (
-        "loading_device working_device"
-    ),
-    '["ddim"]': (
-        "sample_sampler sampler"
-    ),
-    '["default"]': (
-        "compile_mode"
-    ),
-    '["dev", null]': (
-        "model_version"
-    ),
-    '["first"]': (
-        "i2v_mode"
-    ),
-    '["float"]': (
-        "precision saving_precision"
-    ),
-    '["flow_match"]': (
-        "editing_scheduler"
-    ),
-    '["flux", "full"]': (
-        "model_type"
-    ),
-    '["images", "video"]': (
-        "output_type"
-    ),
-    '["inductor", "NO"]': (
-        "dynamo_backend"
-    ),
-    '["inductor"]': (
-        "compile_backend"
-    ),
-    '["jsonl"]': (
-        "output_format"
-    ),
-    '["l2"]': (
-        "loss_type"
-    ),
-    '["microsoft/git-large-textcaps", null]': (
-        "model_id"
-    ),
-    '["no", null]': (
-        "mixed_precision"
-    ),
-    '["no"]': (
-        "save_precision_as"
-    ),
-    '["none"]': (
-        "cfg_skip_mode"
-    ),
-    '["original"]': (
-        "emb_normalize_mode"
-    ),
-    '["outputs"]': (
-        "outdir"
-    ),
-    '["patch"]': (
-        "dino_loss_feature_mode"
-    ),
-    '["sd-scripts"]': (
-        "dst"
-    ),
-    '["sigma_scaled", "raw"]': (
-        "model_prediction_type"
-    ),
-    '["sigmoid", "sigma", "shift", "ideogram4_shift"]': (
-        "timestep_sampling"
-    ),
-    '["snr"]': (
-        "huber_schedule"
-    ),
-    '["t2i", "t2v", "k5-pro-t2v-5s-sd", null, "t2v-14B"]': (
-        "task"
-    ),
-    '["topcdf"]': (
-        "nabla_method"
-    ),
-    '["torch", null]': (
-        "attn_mode"
-    ),
-    '["uniform", "none"]': (
-        "weighting_scheme"
-    ),
-    '["unipc"]': (
-        "sample_solver"
-    ),
-    '["vit"]': (
-        "dino_loss_backend"
-    ),
-    '["wd14_tagger_model"]': (
-        "model_dir"
-    ),
-    '[0.0001]': (
-        "control_net_lr"
-    ),
-    '[0.01]': (
-        "min_diff"
-    ),
-    '[0.0]': (
+    '["", null]': ("negative_prompt"),
+    '[""]': ("keep_tokens_separator lr_scheduler_type optimizer_type system_prompt undesired_tags"),
+    '[",", ", "]': ("caption_separator"),
+    '["."]': ("trainable_modules"),
+    '[".caption", ".txt"]': ("caption_extension"),
+    '["512,512", "512x512,384x384,256x256,128x128"]': ("max_resolution"),
+    '["SmilingWolf/wd-v1-4-convnext-tagger-v2"]': ("repo_id"),
+    '["V4_DEFAULT_20"]': ("sampler_preset"),
+    '["ai-toolkit"]': ("src"),
+    '["bf16"]': ("gemma2_dtype text_cache_dtype"),
+    '["bfloat16", "bf16"]': ("dtype"),
+    '["constant"]': ("lr_scheduler self_flow_teacher_coupling_decay"),
+    '["cpu"]': ("loading_device working_device"),
+    '["ddim"]': ("sample_sampler sampler"),
+    '["default"]': ("compile_mode"),
+    '["dev", null]': ("model_version"),
+    '["first"]': ("i2v_mode"),
+    '["float"]': ("precision saving_precision"),
+    '["flow_match"]': ("editing_scheduler"),
+    '["flux", "full"]': ("model_type"),
+    '["images", "video"]': ("output_type"),
+    '["inductor", "NO"]': ("dynamo_backend"),
+    '["inductor"]': ("compile_backend"),
+    '["jsonl"]': ("output_format"),
+    '["l2"]': ("loss_type"),
+    '["microsoft/git-large-textcaps", null]': ("model_id"),
+    '["no", null]': ("mixed_precision"),
+    '["no"]': ("save_precision_as"),
+    '["none"]': ("cfg_skip_mode"),
+    '["original"]': ("emb_normalize_mode"),
+    '["outputs"]': ("outdir"),
+    '["patch"]': ("dino_loss_feature_mode"),
+    '["sd-scripts"]': ("dst"),
+    '["sigma_scaled", "raw"]': ("model_prediction_type"),
+    '["sigmoid", "sigma", "shift", "ideogram4_shift"]': ("timestep_sampling"),
+    '["snr"]': ("huber_schedule"),
+    '["t2i", "t2v", "k5-pro-t2v-5s-sd", null, "t2v-14B"]': ("task"),
+    '["topcdf"]': ("nabla_method"),
+    '["torch", null]': ("attn_mode"),
+    '["uniform", "none"]': ("weighting_scheme"),
+    '["unipc"]': ("sample_solver"),
+    '["vit"]': ("dino_loss_backend"),
+    '["wd14_tagger_model"]': ("model_dir"),
+    "[0.0001]": ("control_net_lr"),
+    "[0.01]": ("min_diff"),
+    "[0.0]": (
         "caption_dropout_rate caption_tag_dropout_rate clip_g_dropout_rate clip_guidance_scale "
         "clip_image_guidance_scale clip_l_dropout_rate dino_loss_weight guidance_rescale guidance_rescale_apg "
         "ideogram4_timestep_mu logit_mean pos_emb_random_crop_rate self_flow_teacher_coupling_prob slg_start "
         "t5_dropout_rate validation_split vgg16_guidance_scale"
     ),
-    '[0.125]': (
-        "gradual_latent_ratio_step"
-    ),
-    '[0.1]': (
-        "huber_c"
-    ),
-    '[0.24]': (
-        "magcache_threshold"
-    ),
-    '[0.25]': (
-        "cfg_trunc_ratio mask_ratio"
-    ),
-    '[0.2]': (
-        "magcache_retention_ratio"
-    ),
-    '[0.35]': (
-        "thresh"
-    ),
-    '[0.3]': (
-        "multires_noise_discount slg_end"
-    ),
-    '[0.5]': (
-        "ds_ratio gradual_latent_ratio rope_scaling_factor y1"
-    ),
-    '[0.8]': (
-        "self_flow_gamma"
-    ),
-    '[0.95]': (
-        "beta"
-    ),
-    '[0.999]': (
-        "ema_decay"
-    ),
-    '[0.99]': (
-        "clamp_quantile"
-    ),
-    '[0.9]': (
-        "nabla_P top_p"
-    ),
-    '[0]': (
+    "[0.125]": ("gradual_latent_ratio_step"),
+    "[0.1]": ("huber_c"),
+    "[0.24]": ("magcache_threshold"),
+    "[0.25]": ("cfg_trunc_ratio mask_ratio"),
+    "[0.2]": ("magcache_retention_ratio"),
+    "[0.35]": ("thresh"),
+    "[0.3]": ("multires_noise_discount slg_end"),
+    "[0.5]": ("ds_ratio gradual_latent_ratio rope_scaling_factor y1"),
+    "[0.8]": ("self_flow_gamma"),
+    "[0.95]": ("beta"),
+    "[0.999]": ("ema_decay"),
+    "[0.99]": ("clamp_quantile"),
+    "[0.9]": ("nabla_P top_p"),
+    "[0]": (
         "caption_dropout_every_n_epochs epoch global_step keep_tokens lr_decay_steps lr_warmup_steps rcm_dilate_size "
         "self_flow_gamma_warmup_steps token_warmup_step trim_tail_frames"
     ),
-    '[1, 16, 4, null]': (
-        "batch_size"
-    ),
-    '[1, null]': (
-        "vae_batch_size"
-    ),
-    '[1.0, 3.0, 5.0, 6.0]': (
-        "discrete_flow_shift"
-    ),
-    '[1.0, 5.0]': (
-        "cfg_scale"
-    ),
-    '[1.0, null, [1.0]]': (
-        "lora_multiplier"
-    ),
-    '[1.004]': (
-        "initial_sigma"
-    ),
-    '[1.0]': (
+    "[1, 16, 4, null]": ("batch_size"),
+    "[1, null]": ("vae_batch_size"),
+    "[1.0, 3.0, 5.0, 6.0]": ("discrete_flow_shift"),
+    "[1.0, 5.0]": ("cfg_scale"),
+    "[1.0, null, [1.0]]": ("lora_multiplier"),
+    "[1.004]": ("initial_sigma"),
+    "[1.0]": (
         "gradual_latent_s_noise huber_scale ideogram4_timestep_std logit_std max_grad_norm prior_loss_weight "
         "renorm_cfg self_flow_teacher_mismatch_ratio sigmoid_scale training_shift"
     ),
-    '[1.15]': (
-        "y2"
-    ),
-    '[1.29]': (
-        "mode_scale"
-    ),
-    '[1024]': (
-        "image_height image_width max_bucket_reso max_new_tokens"
-    ),
-    '[11]': (
-        "nabla_wT"
-    ),
-    '[128]': (
-        "vae_sample_size"
-    ),
-    '[1360, 1024, null]': (
-        "width"
-    ),
-    '[1600]': (
-        "max_train_steps"
-    ),
-    '[1]': (
+    "[1.15]": ("y2"),
+    "[1.29]": ("mode_scale"),
+    "[1024]": ("image_height image_width max_bucket_reso max_new_tokens"),
+    "[11]": ("nabla_wT"),
+    "[128]": ("vae_sample_size"),
+    "[1360, 1024, null]": ("width"),
+    "[1600]": ("max_train_steps"),
+    "[1]": (
         "dataset_repeats dino_loss_every_n_steps divisible_by gradient_accumulation_steps images_per_prompt "
         "lr_scheduler_num_cycles lr_scheduler_power n_iter network_alpha num_beams num_images num_vectors_per_token "
         "token_warmup_min train_batch_size"
     ),
-    '[2.5, null]': (
-        "noise_clip_std"
-    ),
-    '[20]': (
-        "vgg16_guidance_layer"
-    ),
-    '[224]': (
-        "dino_loss_resize thres2"
-    ),
-    '[256, null]': (
-        "gemma2_max_token_length"
-    ),
-    '[256]': (
-        "min_bucket_reso t5xxl_token_length"
-    ),
-    '[28]': (
-        "highres_fix_steps"
-    ),
-    '[2]': (
-        "block_swap_ring_size zero_stage"
-    ),
-    '[2e-06]': (
-        "learning_rate"
-    ),
-    '[3.0]': (
-        "slg_scale"
-    ),
-    '[3.5, 4.0, 1.0, 5.0, 6.0, 5.5, null, 0.0]': (
-        "guidance_scale"
-    ),
-    '[3.5, null]': (
-        "guidance"
-    ),
-    '[30, 24, 16]': (
-        "fps"
-    ),
-    '[32]': (
-        "thres1"
-    ),
-    '[38]': (
-        "apg_start_step_ocr"
-    ),
-    '[3]': (
-        "gradual_latent_every_n_steps nabla_wH nabla_wW rcm_kernel_size"
-    ),
-    '[4.0, 2.5, 10.0, 6.0]': (
-        "embedded_cfg_scale"
-    ),
-    '[4]': (
-        "dim new_rank output_layers"
-    ),
-    '[5.0, null, 3.0, 7.0]': (
-        "flow_shift"
-    ),
-    '[5.0]': (
-        "video_seconds"
-    ),
-    '[50, 25, null]': (
-        "infer_steps"
-    ),
-    '[512]': (
-        "qwen3_max_token_length qwen_max_length t5_max_token_length"
-    ),
-    '[5]': (
-        "apg_start_step_general min_length"
-    ),
-    '[64]': (
-        "bucket_reso_steps"
-    ),
-    '[650]': (
-        "ds_timesteps_1 ds_timesteps_2"
-    ),
-    '[6]': (
-        "magcache_k"
-    ),
-    '[7.5, null]': (
-        "noise_scale_end noise_scale_start"
-    ),
-    '[7.5]': (
-        "scale"
-    ),
-    '[75, 50]': (
-        "max_length"
-    ),
-    '[768, 1024, null]': (
-        "height"
-    ),
-    '[77]': (
-        "clip_max_length"
-    ),
-    '[8, null]': (
-        "max_data_loader_n_workers"
-    ),
-    '[80]': (
-        "console_width"
-    ),
-    '[9]': (
-        "latent_window_size"
-    ),
-    '[[1024, 1024], [2048, 2048], [256, 256]]': (
-        "image_size"
-    ),
-    '[[256, 256]]': (
-        "video_size"
-    ),
-    '[[], null]': (
-        "lora_weights"
-    ),
-    '[[]]': (
-        "ref_images"
-    ),
-    '[]': (
-        "caption_weights"
-    ),
-    '[false, ""]': (
-        "alpha_mask"
-    ),
-    '[false, null]': (
-        "v_parameterization"
-    ),
-    '[false]': (
+    "[2.5, null]": ("noise_clip_std"),
+    "[20]": ("vgg16_guidance_layer"),
+    "[224]": ("dino_loss_resize thres2"),
+    "[256, null]": ("gemma2_max_token_length"),
+    "[256]": ("min_bucket_reso t5xxl_token_length"),
+    "[28]": ("highres_fix_steps"),
+    "[2]": ("block_swap_ring_size zero_stage"),
+    "[2e-06]": ("learning_rate"),
+    "[3.0]": ("slg_scale"),
+    "[3.5, 4.0, 1.0, 5.0, 6.0, 5.5, null, 0.0]": ("guidance_scale"),
+    "[3.5, null]": ("guidance"),
+    "[30, 24, 16]": ("fps"),
+    "[32]": ("thres1"),
+    "[38]": ("apg_start_step_ocr"),
+    "[3]": ("gradual_latent_every_n_steps nabla_wH nabla_wW rcm_kernel_size"),
+    "[4.0, 2.5, 10.0, 6.0]": ("embedded_cfg_scale"),
+    "[4]": ("dim new_rank output_layers"),
+    "[5.0, null, 3.0, 7.0]": ("flow_shift"),
+    "[5.0]": ("video_seconds"),
+    "[50, 25, null]": ("infer_steps"),
+    "[512]": ("qwen3_max_token_length qwen_max_length t5_max_token_length"),
+    "[5]": ("apg_start_step_general min_length"),
+    "[64]": ("bucket_reso_steps"),
+    "[650]": ("ds_timesteps_1 ds_timesteps_2"),
+    "[6]": ("magcache_k"),
+    "[7.5, null]": ("noise_scale_end noise_scale_start"),
+    "[7.5]": ("scale"),
+    "[75, 50]": ("max_length"),
+    "[768, 1024, null]": ("height"),
+    "[77]": ("clip_max_length"),
+    "[8, null]": ("max_data_loader_n_workers"),
+    "[80]": ("console_width"),
+    "[9]": ("latent_window_size"),
+    "[[1024, 1024], [2048, 2048], [256, 256]]": ("image_size"),
+    "[[256, 256]]": ("video_size"),
+    "[[], null]": ("lora_weights"),
+    "[[]]": ("ref_images"),
+    "[]": ("caption_weights"),
+    '[false, ""]': ("alpha_mask"),
+    "[false, null]": ("v_parameterization"),
+    "[false]": (
         "add_system_prompt_to_negative_prompt append_original_name append_tags apply_lg_attn_mask apply_t5_attn_mask "
         "async_upload beam_search bell bf16 block_swap_h2d_only block_swap_optimizer_patch_params "
         "blockwise_fused_optimizers bucket_no_upscale bulk_decode cache_info cache_latents cache_latents_to_disk "
@@ -391,49 +169,23 @@ NAMES_BY_DEFAULTS: dict[str, str] = {
         "vae_enable_tiling vae_tiling validate_caption_structure verbose warn_on_caption_issues weighted_captions "
         "xformers zero3_init_flag zero3_save_16bit_model zero_terminal_snr"
     ),
-    '[null, ".", "outputs"]': (
-        "output_dir"
-    ),
+    '[null, ".", "outputs"]': ("output_dir"),
     '[null, "A photo of a cat", "A beautiful sunset over the mountains", "A photo of cat", "# Image Annotator\\nYou are a professional image annotator. Please complete the following task based on the input image.\\n## Create Image Caption\\n1. Write the caption using natural, descriptive text without structured formats or rich text.\\n2. Enrich caption details by including: object attributes, vision relations between objects, and environmental details.\\n3. Identify the text visible in the image, without translation or explanation, and highlight it in the caption with quotation marks.\\n4. Maintain authenticity and accuracy, avoid generalizations."]': (
         "prompt"
     ),
-    '[null, "bf16"]': (
-        "ae_dtype"
-    ),
-    '[null, "cpu", "cuda"]': (
-        "device"
-    ),
-    '[null, "merged_model.safetensors"]': (
-        "output"
-    ),
-    '[null, "safetensors", "pt"]': (
-        "save_model_as"
-    ),
-    '[null, 0.8]': (
-        "strength"
-    ),
-    '[null, 0]': (
-        "blocks_to_swap"
-    ),
-    '[null, 1280]': (
-        "max_size"
-    ),
-    '[null, 129]': (
-        "video_length"
-    ),
-    '[null, 16]': (
-        "dit_in_channels"
-    ),
-    '[null, 256]': (
-        "t5xxl_max_token_length"
-    ),
-    '[null, 42, 0, 1, 32]': (
-        "seed"
-    ),
-    '[null, 50, 36, 28]': (
-        "steps"
-    ),
-    '[null]': (
+    '[null, "bf16"]': ("ae_dtype"),
+    '[null, "cpu", "cuda"]': ("device"),
+    '[null, "merged_model.safetensors"]': ("output"),
+    '[null, "safetensors", "pt"]': ("save_model_as"),
+    "[null, 0.8]": ("strength"),
+    "[null, 0]": ("blocks_to_swap"),
+    "[null, 1280]": ("max_size"),
+    "[null, 129]": ("video_length"),
+    "[null, 16]": ("dit_in_channels"),
+    "[null, 256]": ("t5xxl_max_token_length"),
+    "[null, 42, 0, 1, 32]": ("seed"),
+    "[null, 50, 36, 28]": ("steps"),
+    "[null]": (
         "H W XTI_embeddings adaptive_noise_scale ae ae_path always_first_tags artist_threshold "
         "automatic_prompt_lang_for_layered base_weights base_weights_multiplier beta2 block_lr byt5 caption_extention "
         "caption_prefix caption_suffix cfg_apply_ratio character_threshold ckpt ckpt_dir ckpt_path clip clip_g clip_l "
@@ -482,7 +234,5 @@ NAMES_BY_DEFAULTS: dict[str, str] = {
         "vae_path vae_slices vae_spatial_tile_sample_min_size validate_every_n_epochs validate_every_n_steps "
         "validation_seed variant video_path video_sections wandb_api_key wandb_run_name weights"
     ),
-    '[true]': (
-        "dino_loss_use_norm nabla_add_sta"
-    ),
+    "[true]": ("dino_loss_use_norm nabla_add_sta"),
 }

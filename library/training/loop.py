@@ -1,5 +1,5 @@
-"""The one training loop. It knows no family, no adapter and no option: those live in the step, the updater, the hooks and the
-Run."""
+"""The one training loop. It knows no family, no adapter and no option: those live in the step, the updater, the hooks
+and the Run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from library.training.step import merge_outputs
 
 
 def fit(run: Run) -> None:
-    """Train from where `run.progress` stands to the last step, or to the step after which a signal was heard. Whatever is
-    raised on the way, the updater is ended and every hook closed."""
+    """Train from where `run.progress` stands to the last step, or to the step after which a signal was heard. Whatever
+    is raised on the way, the updater is ended and every hook closed."""
     error: BaseException | None = None
     try:
         with run.stop.listening(run.runtime):

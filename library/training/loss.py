@@ -32,7 +32,9 @@ class LossFunction:
         return per_sample_loss(
             self.element(prediction, target, timesteps, self.objective),  # [B, C, ...]
             flow_weight=self.objective.loss_weight(sample),
-            mask=loss_mask(batch.conditioning_images, batch.alpha_masks, prediction.shape, masked_loss=self.masked_loss),
+            mask=loss_mask(
+                batch.conditioning_images, batch.alpha_masks, prediction.shape, masked_loss=self.masked_loss
+            ),
             sample_weights=batch.loss_weights,
             factors=None if self.factors is None else self.factors(timesteps, self.objective),
         )

@@ -25,7 +25,8 @@ FROM_OPTIONS = {
     "ss_learning_rate": "learning_rate", "ss_unet_lr": "unet_lr", "ss_text_encoder_lr": "text_encoder_lr",
     "ss_lr_scheduler": "lr_scheduler", "ss_lr_warmup_steps": "lr_warmup_steps", "ss_lr_decay_steps": "lr_decay_steps",
     "ss_lr_scheduler_num_cycles": "lr_scheduler_num_cycles", "ss_max_grad_norm": "max_grad_norm",
-    "ss_gradient_checkpointing": "gradient_checkpointing", "ss_gradient_accumulation_steps": "gradient_accumulation_steps",
+    "ss_gradient_checkpointing": "gradient_checkpointing",
+    "ss_gradient_accumulation_steps": "gradient_accumulation_steps",
     "ss_mixed_precision": "mixed_precision", "ss_full_fp16": "full_fp16", "ss_full_bf16": "full_bf16",
     "ss_fp8_base": "fp8_base", "ss_fp8_base_unet": "fp8_base_unet", "ss_lowram": "lowram",
     "ss_v2": "v2", "ss_v_parameterization": "v_parameterization", "ss_clip_skip": "clip_skip",
@@ -35,7 +36,8 @@ FROM_OPTIONS = {
     "ss_multires_noise_discount": "multires_noise_discount", "ss_ip_noise_gamma": "ip_noise_gamma",
     "ss_ip_noise_gamma_random_strength": "ip_noise_gamma_random_strength", "ss_zero_terminal_snr": "zero_terminal_snr",
     "ss_min_snr_gamma": "min_snr_gamma", "ss_debiased_estimation": "debiased_estimation_loss",
-    "ss_scale_v_pred_loss_like_noise_pred": "scale_v_pred_loss_like_noise_pred", "ss_v_pred_like_loss": "v_pred_like_loss",
+    "ss_scale_v_pred_loss_like_noise_pred": "scale_v_pred_loss_like_noise_pred",
+    "ss_v_pred_like_loss": "v_pred_like_loss",
     "ss_prior_loss_weight": "prior_loss_weight", "ss_masked_loss": "masked_loss", "ss_loss_type": "loss_type",
     "ss_huber_schedule": "huber_schedule", "ss_huber_scale": "huber_scale", "ss_huber_c": "huber_c",
     "ss_min_timestep": "min_timestep", "ss_max_timestep": "max_timestep",
@@ -60,9 +62,9 @@ LEGACY_DATASET = {
 class MetadataInputs:
     """Everything that metadata are made of, as plain data.
 
-    `datasets` is DatasetGroup.metadata() and `tag_frequency` DatasetGroup.tag_frequency of the training images; `family`,
-    `modelspec` and `trainable` come from the objects' methods of these names; `optimizer` is OptimizerBuild.metadata_text;
-    `extra` is what hooks add. `kind` is Trainable.spec_kind.
+    `datasets` is DatasetGroup.metadata() and `tag_frequency` DatasetGroup.tag_frequency of the training images;
+    `family`, `modelspec` and `trainable` come from the objects' methods of these names; `optimizer` is
+    OptimizerBuild.metadata_text; `extra` is what hooks add. `kind` is Trainable.spec_kind.
     """
 
     config: Config
@@ -112,7 +114,9 @@ def at_save(
     """Metadata of the file that is written now. `epoch` counts finished epochs; `hashes` are waited for."""
     texts = dict(metadata)
     if "ss_session_id" in texts:  # absent with --no_metadata
-        texts.update({"ss_steps": str(steps), "ss_epoch": str(epoch), "ss_training_finished_at": time_text(finished_at)})
+        texts.update(
+            {"ss_steps": str(steps), "ss_epoch": str(epoch), "ss_training_finished_at": time_text(finished_at)}
+        )
         if hashes is not None:
             texts.update(hashes.metadata())
     texts["modelspec.date"] = local_date(finished_at)
@@ -167,7 +171,8 @@ def _model_name(options: Mapping[str, Any]) -> dict[str, str]:
     """Base names of local files, hub names as they are."""
     names = {"ss_sd_model_name": options.get("pretrained_model_name_or_path"), "ss_vae_name": options.get("vae")}
     return {
-        key: os.path.basename(os.path.normpath(name)) if os.path.exists(name) else str(name) for key, name in names.items() if name
+        key: os.path.basename(os.path.normpath(name)) if os.path.exists(name) else str(name) for key,
+        name in names.items() if name
     }
 
 
@@ -234,7 +239,9 @@ def commit_hash() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        result = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        result = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def words_of(options: Mapping[str, Any] | Iterable[str]) -> list[str]:
-    """Options as the words of a command line: {"network_dim": 4, "cache_latents": True} -> ["--network_dim=4", "--cache_latents=True"].
-    None stands for an option that is not given; a list has several values."""
+    """Options as the words of a command line: {"network_dim": 4, "cache_latents": True} -> ["--network_dim=4",
+    "--cache_latents=True"]. None stands for an option that is not given; a list has several values."""
     if not isinstance(options, Mapping):
         return [str(word) for word in options]
     words: list[str] = []
@@ -38,7 +38,8 @@ def words_of(options: Mapping[str, Any] | Iterable[str]) -> list[str]:
 
 
 class Training:
-    """One training: its options, its family, its data, a step of it, the whole of it. Each part is made when it is first asked for.
+    """One training: its options, its family, its data, a step of it, the whole of it. Each part is made when it is
+    first asked for.
 
         training = library.Training(family="...", network_module="lora", dataset_config="data.toml", ...)
         training.dataset            # the images in their buckets, with captions and caches
@@ -47,13 +48,14 @@ class Training:
         training.step()             # one optimizer step
         training.train()            # to the end; the path of the file
 
-    Options are those of the training script, as keywords, as a dict or as the words of a command line, and are checked in the same
-    way: one ConfigError with all problems. `family`, `trainable`: names, or for a trainable a path `package.module:Class`.
-    `hooks`: objects that are called around the steps.
+    Options are those of the training script, as keywords, as a dict or as the words of a command line, and are checked
+    in the same way: one ConfigError with all problems. `family`, `trainable`: names, or for a trainable a path
+    `package.module:Class`. `hooks`: objects that are called around the steps.
     """
 
     def __init__(
-        self, options: Mapping[str, Any] | Iterable[str] = (), *, family: str, trainable: str = "network", hooks: Sequence[Hook] = (),
+        self, options: Mapping[str, Any] | Iterable[str] = (), *, family: str, trainable: str = "network",
+        hooks: Sequence[Hook] = (),
         **more: Any,
     ) -> None:
         search_current_folder()
@@ -95,12 +97,13 @@ class Training:
 
     @cached_property
     def run(self) -> Run:
-        """Everything a step needs: files checked, caches filled, models loaded, the adapter in them, optimizer and schedule made."""
+        """Everything a step needs: files checked, caches filled, models loaded, the adapter in them, optimizer and
+        schedule made."""
         return self._trainer.prepare()
 
     def step(self) -> StepOutput:
-        """One optimizer step on the next batches of the first epoch: forward and backward of each, then the update; the output of the
-        last batch. The progress of the run stays where it is: `train` begins with its own first step."""
+        """One optimizer step on the next batches of the first epoch: forward and backward of each, then the update; the
+        output of the last batch. The progress of the run stays where it is: `train` begins with its own first step."""
         from library.training.loop import micro_step, update
 
         while True:

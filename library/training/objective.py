@@ -23,7 +23,8 @@ PREDICTION_TYPES = ("epsilon", "v")
 
 @dataclass
 class NoisyLatents:
-    """A noised micro-batch. `timesteps` are on the 0..1000 scale and `sigmas` (flow: 0 = data, 1 = noise) stay float32."""
+    """A noised micro-batch. `timesteps` are on the 0..1000 scale and `sigmas` (flow: 0 = data, 1 = noise) stay
+    float32."""
 
     latents: torch.Tensor  # [B, C, ...]
     noisy_latents: torch.Tensor  # [B, C, ...]
@@ -48,8 +49,8 @@ class Objective(ABC):
 
     @abstractmethod
     def corrupt(self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, draws: StepDraws) -> NoisyLatents:
-        """Noise the latents [B, C, ...] to `times`, one per sample [B], per frame [B, F] or per token (see `expand_like`);
-        `draws` feeds options that need more random numbers."""
+        """Noise the latents [B, C, ...] to `times`, one per sample [B], per frame [B, F] or per token (see
+        `expand_like`); `draws` feeds options that need more random numbers."""
 
     @abstractmethod
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
@@ -84,15 +85,22 @@ def expand_like(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     frames = latents.shape[2:-2]  # (F,), or () for pictures
     height, width = latents.shape[-2:]
     side = math.isqrt(math.prod(frames) * height * width // count) if count else 0
-    if latents.ndim < 4 or not side or (height % side, width % side) != (0, 0) or math.prod(frames) * (height // side) * (width // side) != count:
-        raise ValueError(f"{count} times for each sample fit neither frames nor tokens of latents of shape {list(latents.shape)}")
+    if (
+        latents.ndim < 4
+        or not side
+        or (height % side, width % side) != (0, 0)
+        or math.prod(frames) * (height // side) * (width // side) != count
+    ):
+        raise ValueError(
+            f"{count} times for each sample fit neither frames nor tokens of latents of shape {list(latents.shape)}"
+        )
     patches = values.reshape(-1, 1, *frames, height // side, width // side)
     return patches.repeat_interleave(side, dim=-2).repeat_interleave(side, dim=-1)  # [B, 1, ..., h, w]
 
 
 class FlowMatchingObjective(Objective):
-    """x_t = (1 - s) x0 + s noise. Target by `target`: velocity noise - x0, reverse_velocity x0 - noise, latents x0 (compared
-    with `clean_estimate`).
+    """x_t = (1 - s) x0 + s noise. Target by `target`: velocity noise - x0, reverse_velocity x0 - noise, latents x0
+    (compared with `clean_estimate`).
 
     `timestep_options`: TimestepOptions; `noise_options`: NoiseOptions or None (only ip_noise_gamma has a meaning here);
     `weigh`: whether the loss is weighted by `--weighting_scheme`.
@@ -101,7 +109,9 @@ class FlowMatchingObjective(Objective):
     is_flow = True
     prediction_type = "velocity"
 
-    def __init__(self, timestep_options: Any, noise_options: Any = None, *, target: str = "velocity", weigh: bool = False) -> None:
+    def __init__(
+        self, timestep_options: Any, noise_options: Any = None, *, target: str = "velocity", weigh: bool = False
+    ) -> None:
         if target not in FLOW_TARGETS:
             raise ValueError(f"target is '{target}'; known: {', '.join(FLOW_TARGETS)}")
         self.timestep_options = timestep_options
@@ -136,8 +146,8 @@ class FlowMatchingObjective(Objective):
 class DdpmObjective(Objective):
     """x_t = sqrt(ac_t) x0 + sqrt(1 - ac_t) noise with the scaled-linear schedule of Stable Diffusion.
 
-    Target: the noise (`prediction_type` epsilon) or v = sqrt(ac_t) noise - sqrt(1 - ac_t) x0. The target holds the noise
-    of noise_offset and multires, not that of ip_noise_gamma. All tables belong to the schedule in use, so with
+    Target: the noise (`prediction_type` epsilon) or v = sqrt(ac_t) noise - sqrt(1 - ac_t) x0. The target holds the
+    noise of noise_offset and multires, not that of ip_noise_gamma. All tables belong to the schedule in use, so with
     `zero_terminal_snr` the signal-to-noise ratios are those of the rescaled one.
     """
 
@@ -162,13 +172,18 @@ class DdpmObjective(Objective):
             "snr": (self.alphas_cumprod / (1 - self.alphas_cumprod)).float(),
         }
 
-    def corrupt(self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, draws: StepDraws) -> NoisyLatents:
+    def corrupt(
+        self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, draws: StepDraws
+    ) -> NoisyLatents:
         noise = with_noise_offset(noise, latents, self.noise_options, draws)
         noise = with_multires_noise(noise, self.noise_options, draws)
         input_noise = with_ip_noise(noise, self.noise_options, draws)
         times = times.to(device=latents.device, dtype=torch.float32)
         sigmas = self._look_up("noise", times)
-        signal, scale = expand_like(self._look_up("signal", times), latents), expand_like(sigmas, latents)  # [B, 1, ...]
+        signal, scale = (
+            expand_like(self._look_up("signal", times), latents),
+            expand_like(sigmas, latents),
+        )  # [B, 1, ...]
         noisy = signal * latents + scale * input_noise
         target = signal * noise - scale * latents if self.prediction_type == "v" else noise
         return NoisyLatents(latents, noisy, noise, times, sigmas, target)
@@ -195,7 +210,9 @@ class DdpmObjective(Objective):
                 " signal-to-noise ratios of the plain one)"
             )
         if self.zero_terminal_snr and self.prediction_type != "v":
-            lines.append("--zero_terminal_snr without --v_parameterization: nothing is learned at the last, pure-noise step")
+            lines.append(
+                "--zero_terminal_snr without --v_parameterization: nothing is learned at the last, pure-noise step"
+            )
         if self.noise_options is not None and self.noise_options.multires_noise_iterations:
             lines.append(
                 "--multires_noise_iterations: the noise is scaled to standard deviation 1 per sample, so that a result does"
@@ -257,7 +274,8 @@ def with_noise_offset(noise: torch.Tensor, latents: torch.Tensor, options: Any, 
 
 
 def with_multires_noise(noise: torch.Tensor, options: Any, draws: StepDraws) -> torch.Tensor:
-    """noise [B, C, ..., H, W] plus coarser noise: level i has sides divided by r^i, r = 2..4, and the weight discount^i.
+    """noise [B, C, ..., H, W] plus coarser noise: level i has sides divided by r^i, r = 2..4, and the weight
+    discount^i.
 
     Each sample is scaled to standard deviation 1 at the end.
     """

@@ -13,7 +13,9 @@ from library.core.plugins import PluginOptions
 
 MINUTES_OF_A_YEAR = 525_600
 
-_DEEPSPEED = "DeepSpeed is not supported; several GPUs work through accelerate launch, memory is saved by --blocks_to_swap"
+_DEEPSPEED = (
+    "DeepSpeed is not supported; several GPUs work through accelerate launch, memory is saved by --blocks_to_swap"
+)
 _TORCH_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
 
 
@@ -34,12 +36,15 @@ def too_small(group: object, least: float, *names: str, hint: str = "") -> list[
 
 
 def no_file_name(group: object, *names: str) -> list[str]:
-    """A message for each of the named options of `group` that is set and cannot be (a part of) the name of a file or folder."""
+    """A message for each of the named options of `group` that is set and cannot be (a part of) the name of a file or
+    folder."""
     problems = []
     for name in names:
         value = getattr(group, name)
         if value is not None and (not value.strip(' .') or any(c in '/\\:*?"<>|' or c < " " for c in value)):
-            problems.append(f"--{name} is '{value}'; needed: a file name without folders and without \\ / : * ? \" < > |")
+            problems.append(
+                f"--{name} is '{value}'; needed: a file name without folders and without \\ / : * ? \" < > |"
+            )
     return problems
 
 
@@ -72,8 +77,12 @@ def interval_or_never(text: str | int) -> int | None:
 class ConfigFileOptions:
     """Where options come from"""
 
-    config_file: str | None = option(None, help="TOML file with options (.toml may be left out); the command line wins over it")
-    output_config: bool = option(False, help="write the options that differ from their defaults to --config_file and stop")
+    config_file: str | None = option(
+        None, help="TOML file with options (.toml may be left out); the command line wins over it"
+    )
+    output_config: bool = option(
+        False, help="write the options that differ from their defaults to --config_file and stop"
+    )
     strict: bool = option(False, help="make an error of everything that the start page lists as ignored")
 
     def __post_init__(self) -> None:
@@ -90,7 +99,9 @@ class ConsoleOptions:
         help="least severe level that is shown; INFO when not given",
         choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
     )
-    console_log_file: str | None = option(None, help="write the messages to this file (replaced) instead of the console")
+    console_log_file: str | None = option(
+        None, help="write the messages to this file (replaced) instead of the console"
+    )
     console_log_simple: bool = option(False, help="messages alone, without time and level")
 
 
@@ -100,18 +111,22 @@ class ModelOptions:
 
     pretrained_model_name_or_path: str | None = option(None, help="file or folder of the base model")
     vae: str | None = option(None, help="file of another VAE than the model's own")
-    tokenizer_cache_dir: str | None = option(None, help="folder where tokenizers are kept, so that a run needs no network")
+    tokenizer_cache_dir: str | None = option(
+        None, help="folder where tokenizers are kept, so that a run needs no network"
+    )
     v2: bool = option(False, help="the base is Stable Diffusion 2")
     v_parameterization: bool = option(False, help="the base predicts velocity (Stable Diffusion 2.x 768)")
     max_token_length: int | None = option(
         None, help="longest caption in CLIP tokens; 75 when not given", choices=(None, 150, 225), convert=token_length
     )
     clip_skip: int | None = option(
-        None, help="take the output of the n-th layer of the text encoder from the end; 0 = not given", convert=count_or_none
+        None, help="take the output of the n-th layer of the text encoder from the end; 0 = not given",
+        convert=count_or_none
     )
     weighted_captions: bool = option(False, help="read (word:1.2) and [word] in captions as weights")
     disable_mmap_load_safetensors: bool = option(
-        False, help="read model files whole instead of mapping them; quicker on network drives, and for files that Windows cannot map"
+        False,
+        help="read model files whole instead of mapping them; quicker on network drives, and for files that Windows cannot map",
     )
     no_half_vae: bool = option(False, help="keep the VAE in float32 under mixed precision")
 
@@ -143,14 +158,20 @@ class LoopOptions:
     """Length and order of the training"""
 
     max_train_steps: int = option(1600, help="optimizer steps of the run")
-    max_train_epochs: int | None = option(None, help="epochs of the run; replaces --max_train_steps; 0 = not given", convert=count_or_none)
+    max_train_epochs: int | None = option(
+        None, help="epochs of the run; replaces --max_train_steps; 0 = not given", convert=count_or_none
+    )
     max_data_loader_n_workers: int = option(
-        8, help="processes that read images and caches; 0 = the main process reads; 2 when not given on Windows and macOS"
+        8,
+        help="processes that read images and caches; 0 = the main process reads; 2 when not given on Windows and macOS"
     )
     persistent_data_loader_workers: bool = option(
-        False, help="keep the reading processes from epoch to epoch; always so on Windows and macOS, where each starts anew"
+        False,
+        help="keep the reading processes from epoch to epoch; always so on Windows and macOS, where each starts anew"
     )
-    seed: int | None = option(None, help="number that fixes every random draw; a drawn one is logged when not given", most=LARGEST_SEED)
+    seed: int | None = option(
+        None, help="number that fixes every random draw; a drawn one is logged when not given", most=LARGEST_SEED
+    )
     gradient_accumulation_steps: int = option(1, help="batches per optimizer step", most=LARGEST_BATCH)
 
     def __post_init__(self) -> None:
@@ -177,7 +198,9 @@ class PrecisionOptions:
         problems = []
         for name, needed in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
             if getattr(self, name) and self.mixed_precision != needed:
-                problems.append(f"--{name} is set with --mixed_precision {self.mixed_precision}; add --mixed_precision {needed}")
+                problems.append(
+                    f"--{name} is set with --mixed_precision {self.mixed_precision}; add --mixed_precision {needed}"
+                )
         for name in ("fp8_base", "fp8_base_unet"):
             if getattr(self, name) and self.mixed_precision == "no":
                 problems.append(
@@ -194,8 +217,12 @@ class MemoryOptions:
     cpu_offload_checkpointing: bool = option(
         False, help="keep the inputs of checkpointed blocks in main memory; needs --gradient_checkpointing"
     )
-    blocks_to_swap: int | None = option(None, help="number of blocks of the denoiser that wait in main memory; 0 = none")
-    mem_eff_attn: bool = equivalent_option(False, help="memory-efficient attention", reason=f"--mem_eff_attn: {_TORCH_ATTENTION}")
+    blocks_to_swap: int | None = option(
+        None, help="number of blocks of the denoiser that wait in main memory; 0 = none"
+    )
+    mem_eff_attn: bool = equivalent_option(
+        False, help="memory-efficient attention", reason=f"--mem_eff_attn: {_TORCH_ATTENTION}"
+    )
     xformers: bool = equivalent_option(False, help="attention of xformers", reason=f"--xformers: {_TORCH_ATTENTION}")
     sdpa: bool = equivalent_option(False, help="attention of torch", reason=f"--sdpa: {_TORCH_ATTENTION}")
     torch_compile: bool = option(False, help="compile the blocks of the denoiser with torch.compile")
@@ -232,7 +259,9 @@ class MemoryOptions:
     def __post_init__(self) -> None:
         problems = too_small(self, 0, "blocks_to_swap", hint=" (0 = no swapping)")
         if self.blocks_to_swap and self.cpu_offload_checkpointing and self.gradient_checkpointing:
-            problems.append("--blocks_to_swap and --cpu_offload_checkpointing do not go together; leave one of them out")
+            problems.append(
+                "--blocks_to_swap and --cpu_offload_checkpointing do not go together; leave one of them out"
+            )
         if self.blocks_to_swap and self.compiles:
             problems.append("--blocks_to_swap and --torch_compile do not go together; leave one of them out")
         raise_problems(problems)
@@ -246,7 +275,12 @@ class MemoryOptions:
 class DdpOptions:
     """Several processes"""
 
-    ddp_timeout: int | None = option(None, help="minutes that a process waits for the others; 30 when not given", convert=count_or_none, most=MINUTES_OF_A_YEAR)
+    ddp_timeout: int | None = option(
+        None,
+        help="minutes that a process waits for the others; 30 when not given",
+        convert=count_or_none,
+        most=MINUTES_OF_A_YEAR,
+    )
     ddp_gradient_as_bucket_view: bool = equivalent_option(
         False,
         help="share memory between gradients and buckets",
@@ -271,11 +305,15 @@ class DeepSpeedOptions:
     offload_optimizer_device: str | None = refused_option(
         None, help="where the optimizer lives", choices=(None, "cpu", "nvme"), reason=_DEEPSPEED
     )
-    offload_optimizer_nvme_path: str | None = refused_option(None, help="folder for the optimizer on NVMe", reason=_DEEPSPEED)
+    offload_optimizer_nvme_path: str | None = refused_option(
+        None, help="folder for the optimizer on NVMe", reason=_DEEPSPEED
+    )
     offload_param_device: str | None = refused_option(
         None, help="where the parameters live", choices=(None, "cpu", "nvme"), reason=_DEEPSPEED
     )
-    offload_param_nvme_path: str | None = refused_option(None, help="folder for the parameters on NVMe", reason=_DEEPSPEED)
+    offload_param_nvme_path: str | None = refused_option(
+        None, help="folder for the parameters on NVMe", reason=_DEEPSPEED
+    )
     zero3_init_flag: bool = refused_option(False, help="build the model under ZeRO-3", reason=_DEEPSPEED)
     zero3_save_16bit_model: bool = refused_option(False, help="save 16-bit weights under ZeRO-3", reason=_DEEPSPEED)
     fp16_master_weights_and_gradients: bool = refused_option(False, help="master weights in float16", reason=_DEEPSPEED)
@@ -286,7 +324,8 @@ class OverflowOptions:
     """Number formats of files"""
 
     clamp_overflow: bool = option(
-        False, help="bound numbers that the format of the written file cannot hold (65504 in fp16, 448 in fp8); refused by name when not given"
+        False,
+        help="bound numbers that the format of the written file cannot hold (65504 in fp16, 448 in fp8); refused by name when not given",
     )
 
 
@@ -295,7 +334,9 @@ class SavingOptions(OverflowOptions):
     """Where and when files are written"""
 
     output_dir: str | None = option(None, help="folder of the trained files and samples; made when missing")
-    output_name: str | None = option(None, help="name of the files without ending; 'last' for the final file when not given")
+    output_name: str | None = option(
+        None, help="name of the files without ending; 'last' for the final file when not given"
+    )
     on_existing: str | None = option(
         None,
         help="what becomes of the files, states and samples of an earlier run of this name, unless --resume goes on with it: backup (when"
@@ -310,7 +351,9 @@ class SavingOptions(OverflowOptions):
     )
     save_every_n_epochs: int | None = option(None, help="write a file every n epochs; 0 = never", convert=count_or_none)
     save_every_n_steps: int | None = option(None, help="write a file every n steps; 0 = never", convert=count_or_none)
-    save_n_epoch_ratio: int | None = option(None, help="write about n files, spread over the epochs; 0 = not given", convert=count_or_none)
+    save_n_epoch_ratio: int | None = option(
+        None, help="write about n files, spread over the epochs; 0 = not given", convert=count_or_none
+    )
     save_last_n_epochs: int | None = option(None, help="keep only the epoch files of the last n epochs")
     save_last_n_epochs_state: int | None = option(
         None, help="keep the epoch states of the last n epochs; replaces --save_last_n_epochs for states"
@@ -354,14 +397,18 @@ class EmaOptions:
     """Moving average of the weights"""
 
     ema: bool = option(
-        False, help="keep a moving average of the trained weights (EMA): samples and validation use it, files get a companion <name>-ema"
+        False,
+        help="keep a moving average of the trained weights (EMA): samples and validation use it, files get a companion <name>-ema",
     )
     ema_decay: float = option(0.999, help="share of the average that an update leaves")
     ema_power: float | None = option(
-        None, help="let the share grow from 0 to --ema_decay as 1 - n^-power over the updates, e.g. 0.75; at once --ema_decay when not given"
+        None,
+        help="let the share grow from 0 to --ema_decay as 1 - n^-power over the updates, e.g. 0.75; at once --ema_decay when not given",
     )
     ema_every_n_steps: int = option(1, help="update the average every n optimizer steps")
-    ema_start_step: int = option(0, help="optimizer step from which on is averaged; the average is the weights themselves until then")
+    ema_start_step: int = option(
+        0, help="optimizer step from which on is averaged; the average is the weights themselves until then"
+    )
     ema_on_cpu: bool = option(False, help="keep the average in main memory")
 
     def __post_init__(self) -> None:
@@ -383,7 +430,10 @@ class HookOptions:
     """Code of your own around the steps"""
 
     hook: list[str] | None = option(
-        None, nargs="+", metavar="PACKAGE.MODULE:CLASS", repeatable=True,
+        None,
+        nargs="+",
+        metavar="PACKAGE.MODULE:CLASS",
+        repeatable=True,
         help="a class of library.training.hooks.base:Hook to be called at every step, save and sample; can be given several times, and its own"
         " options are options of the script then (--hook ... --help shows them)",
     )
@@ -393,20 +443,26 @@ class HookOptions:
 class HubOptions:
     """Upload to the Hugging Face hub"""
 
-    huggingface_repo_id: str | None = option(None, help="repository that receives the files, as owner/name; made when missing")
+    huggingface_repo_id: str | None = option(
+        None, help="repository that receives the files, as owner/name; made when missing"
+    )
     huggingface_repo_type: str | None = option(None, help="model (when not given), dataset or space")
     huggingface_path_in_repo: str | None = option(None, help="folder inside the repository")
     huggingface_token: str | None = option(
         None, help="access token; better: log in with 'hf auth login' or set HF_TOKEN", secret=True
     )
-    huggingface_repo_visibility: str | None = option(None, help="public, anything else is private; private when not given")
+    huggingface_repo_visibility: str | None = option(
+        None, help="public, anything else is private; private when not given"
+    )
     save_state_to_huggingface: bool = option(False, help="upload state folders too")
     async_upload: bool = option(False, help="upload in the background; the last file is always waited for")
 
     def __post_init__(self) -> None:
         problems = []
         if self.huggingface_repo_type not in (None, "", "model", "dataset", "space"):
-            problems.append(f"--huggingface_repo_type is '{self.huggingface_repo_type}'; needed: model, dataset or space")
+            problems.append(
+                f"--huggingface_repo_type is '{self.huggingface_repo_type}'; needed: model, dataset or space"
+            )
         raise_problems(problems)
 
 
@@ -419,9 +475,15 @@ class ResumeOptions:
         help="state folder of the run to go on with; a folder of states takes its newest; 'latest' takes the newest of this run's name in"
         " --output_dir, or begins when there is none",
     )
-    resume_from_huggingface: bool = option(False, help="--resume names a folder on the hub: owner/name/path[:revision[:type]]")
-    initial_step: int | None = option(None, help="count steps from here; replaces the step of the state and --initial_epoch")
-    initial_epoch: int | None = option(None, help="count epochs from here (1 = the first); replaces the epoch of the state")
+    resume_from_huggingface: bool = option(
+        False, help="--resume names a folder on the hub: owner/name/path[:revision[:type]]"
+    )
+    initial_step: int | None = option(
+        None, help="count steps from here; replaces the step of the state and --initial_epoch"
+    )
+    initial_epoch: int | None = option(
+        None, help="count epochs from here (1 = the first); replaces the epoch of the state"
+    )
     skip_until_initial_step: bool = equivalent_option(
         False,
         help="leave out the batches before the first step",
@@ -436,16 +498,21 @@ class ResumeOptions:
 class LoggingOptions:
     """Curves"""
 
-    logging_dir: str | None = option(None, help="folder of the TensorBoard and W&B logs; each run makes its own folder inside")
+    logging_dir: str | None = option(
+        None, help="folder of the TensorBoard and W&B logs; each run makes its own folder inside"
+    )
     log_with: str | None = option(
-        None, help="who keeps the curves; tensorboard when only --logging_dir is given", choices=("tensorboard", "wandb", "all")
+        None, help="who keeps the curves; tensorboard when only --logging_dir is given",
+        choices=("tensorboard", "wandb", "all")
     )
     log_prefix: str | None = option(None, help="text before the time in the folder name of a run")
     log_tracker_name: str | None = option(None, help="name of the project; network_train when not given")
     log_tracker_config: str | None = option(None, help="TOML file with settings of the tracker")
     log_config: bool = option(False, help="record the options of the run with the curves (never secrets and paths)")
     wandb_run_name: str | None = option(None, help="name of the run on W&B")
-    wandb_api_key: str | None = option(None, help="key of W&B; better: wandb login or the variable WANDB_API_KEY", secret=True)
+    wandb_api_key: str | None = option(
+        None, help="key of W&B; better: wandb login or the variable WANDB_API_KEY", secret=True
+    )
 
     def __post_init__(self) -> None:
         problems = no_file_name(self, "log_prefix")
@@ -460,9 +527,12 @@ class LoggingOptions:
 class SamplingOptions:
     """Sample images while training"""
 
-    sample_every_n_steps: int | None = option(None, help="make sample images every n steps; 0 = never", convert=interval_or_never)
+    sample_every_n_steps: int | None = option(
+        None, help="make sample images every n steps; 0 = never", convert=interval_or_never
+    )
     sample_every_n_epochs: int | None = option(
-        None, help="make sample images every n epochs; replaces --sample_every_n_steps; 0 = never", convert=interval_or_never
+        None, help="make sample images every n epochs; replaces --sample_every_n_steps; 0 = never",
+        convert=interval_or_never
     )
     sample_at_first: bool = option(False, help="make sample images before the first step")
     sample_prompts: str | None = option(None, help="file of prompts (.txt, .toml or .json)")
@@ -476,8 +546,12 @@ class ValidationOptions:
     """Loss on held-out images"""
 
     validate_every_n_steps: int | None = option(None, help="validate every n steps", convert=count_or_none)
-    validate_every_n_epochs: int | None = option(None, help="validate every n epochs; every epoch when not given", convert=count_or_none)
-    max_validation_steps: int | None = option(None, help="most batches per validation; all when not given", convert=count_or_none)
+    validate_every_n_epochs: int | None = option(
+        None, help="validate every n epochs; every epoch when not given", convert=count_or_none
+    )
+    max_validation_steps: int | None = option(
+        None, help="most batches per validation; all when not given", convert=count_or_none
+    )
 
     def __post_init__(self) -> None:
         raise_problems(too_small(self, 1, "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"))
@@ -490,7 +564,9 @@ class NoiseOptions:
     noise_offset: float | None = option(None, help="strength of an added per-channel offset of the noise")
     noise_offset_random_strength: bool = option(False, help="draw the strength from 0..--noise_offset")
     adaptive_noise_scale: float | None = option(None, help="add the mean of the latents times this to the noise offset")
-    multires_noise_iterations: int | None = option(None, help="noise of several resolutions: number of levels (6 to 10)", most=1000)
+    multires_noise_iterations: int | None = option(
+        None, help="noise of several resolutions: number of levels (6 to 10)", most=1000
+    )
     multires_noise_discount: float = option(0.3, help="share of each coarser level of the noise")
     ip_noise_gamma: float | None = option(None, help="strength of the noise that perturbs the input alone")
     ip_noise_gamma_random_strength: bool = option(False, help="draw the strength from 0..--ip_noise_gamma")

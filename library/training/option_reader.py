@@ -25,7 +25,15 @@ from library.core.console import make_console_safe
 from library.core.errors import ConfigError, Problems, did_you_mean
 from library.core.options import Config, Ignored, OptionSpec, add_options, allows_none, option_fields
 from library.training.config_file import NEVER_IN_FILE, config_path, convert_value, read_config_file
-from library.training.known_options import ALSO_NEUTRAL, INSTEAD, OLD_OPTIONS, is_idle, is_neutral, known_defaults, why_ignored
+from library.training.known_options import (
+    ALSO_NEUTRAL,
+    INSTEAD,
+    OLD_OPTIONS,
+    is_idle,
+    is_neutral,
+    known_defaults,
+    why_ignored,
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,9 @@ class Script:
         for options_class in self.classes:
             for name in option_fields(options_class):
                 if name in owners:
-                    raise ValueError(f"option {name} is declared in {owners[name].__name__} and {options_class.__name__}")
+                    raise ValueError(
+                        f"option {name} is declared in {owners[name].__name__} and {options_class.__name__}"
+                    )
                 owners[name] = options_class
         return owners
 
@@ -74,7 +84,10 @@ class Script:
 
     def reason(self, name: str) -> str | None:
         """Why an option is refused, ignored or foreign; the line that answers an equivalent one."""
-        return next((names[name] for names in (self.refused, self.ignored, self.foreign) if name in names), self.spec(name).reason)
+        return next(
+            (names[name] for names in (self.refused, self.ignored, self.foreign) if name in names),
+            self.spec(name).reason,
+        )
 
     def asks_for_nothing(self, name: str, value: Any) -> bool:
         """Whether a value of an option without meaning says what happens anyway."""
@@ -90,8 +103,8 @@ class Note:
 
 
 class OptionsError(ConfigError):
-    """Options that cannot be used. `config` holds the others, so that files and data can be looked at before the user is
-    told; `failed` names the options at fault, which have their defaults in it."""
+    """Options that cannot be used. `config` holds the others, so that files and data can be looked at before the user
+    is told; `failed` names the options at fault, which have their defaults in it."""
 
     def __init__(self, problems: Sequence[str], config: Config, failed: frozenset[str]) -> None:
         super().__init__(problems)
@@ -100,7 +113,8 @@ class OptionsError(ConfigError):
 
 
 class OptionParser(argparse.ArgumentParser):
-    """A parser whose complaint is one line, not the list of two hundred options, and to which a dash is an underscore."""
+    """A parser whose complaint is one line, not the list of two hundred options, and to which a dash is an
+    underscore."""
 
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: {message}; all options: --help\n")
@@ -126,9 +140,17 @@ class _StrictParser(OptionParser):
 def parser_of(what: Script, strict: bool = False) -> argparse.ArgumentParser:
     """The parser of a Script; `strict` raises ConfigError where argparse would end the process."""
     parser_class = _StrictParser if strict else OptionParser
-    parser = parser_class(description=f"Train: {what.trainable} of {what.family}", allow_abbrev=False, usage="%(prog)s [options]")
+    parser = parser_class(
+        description=f"Train: {what.trainable} of {what.family}", allow_abbrev=False, usage="%(prog)s [options]"
+    )
     for options_class in what.classes:
-        add_options(parser, options_class, defaults=what.defaults, refused={**what.foreign, **what.refused}, ignored=what.ignored)
+        add_options(
+            parser,
+            options_class,
+            defaults=what.defaults,
+            refused={**what.foreign, **what.refused},
+            ignored=what.ignored,
+        )
     return parser
 
 
@@ -172,14 +194,19 @@ class OptionReader:
             self.problems.add(f"unknown option --{name}{did_you_mean(name, self.owners)}")
 
     def file(self, name: str, on_line: Mapping[str, Any]) -> dict[str, Any]:
-        """Values of the configuration file; unknown keys become problems. `on_line`: what the command line has, which wins."""
+        """Values of the configuration file; unknown keys become problems. `on_line`: what the command line has, which
+        wins."""
         try:
             content = read_config_file(name)
         except ConfigError as error:
             self.problems.absorb(error)
             return {}
         path = config_path(name)
-        aliases = {flag.lstrip("-").replace("-", "_"): option for option in self.owners for flag in self.what.spec(option).flags}
+        aliases = {
+            flag.lstrip("-").replace("-", "_"): option
+            for option in self.owners
+            for flag in self.what.spec(option).flags
+        }
         content = {key.replace("-", "_"): value for key, value in content.items()}
         content = {aliases.get(key, key): value for key, value in content.items()}
         if self.what.shares_file:
@@ -190,14 +217,17 @@ class OptionReader:
         return self.converted(self.with_meaning(own, path, replaced=on_line), f"{path}: {{name}}")
 
     def _takes_nothing(self, name: str) -> bool:
-        """Whether an empty text is a value of an option; elsewhere it is how front ends write that nothing was given."""
+        """Whether an empty text is a value of an option; elsewhere it is how front ends write that nothing was
+        given."""
         return allows_none(self.owners[name], name) or self.what.default(name) == ""
 
     def _without_training_keys(self, content: dict[str, Any], path: Any) -> dict[str, Any]:
         without = {**self.what.refused, **self.what.ignored, **self.what.foreign}
         others = [key for key in content if key in without or (key in known_defaults() and key not in self.owners)]
         if others:
-            self.notes.append(Note(logging.INFO, f"{path}: keys of the training, passed over: {', '.join(sorted(others))}"))
+            self.notes.append(
+                Note(logging.INFO, f"{path}: keys of the training, passed over: {', '.join(sorted(others))}")
+            )
         return {key: value for key, value in content.items() if key not in others}
 
     def _others(self, others: Mapping[str, Any], content: Mapping[str, Any], path: Any) -> None:
@@ -211,7 +241,11 @@ class OptionReader:
             else:
                 self.ignored.append(Ignored(f"{key} = {value!r}", why_ignored(key, content)))
         if silent:
-            what = "a key of other scripts that asks for nothing" if len(silent) == 1 else "keys of other scripts that ask for nothing"
+            what = (
+                "a key of other scripts that asks for nothing"
+                if len(silent) == 1
+                else "keys of other scripts that ask for nothing"
+            )
             self.ignored.append(Ignored(", ".join(sorted(silent)), what))
 
     def with_meaning(self, values: Mapping[str, Any], path: Any = None, replaced: Iterable[str] = ()) -> dict[str, Any]:
@@ -261,7 +295,10 @@ class OptionReader:
         """Read every group; OptionsError with all problems."""
         for name, meant in self.what.stands_for.items():
             values = {**values, **meant} if values.get(name) else values
-        everything = {**self.what.defaults, **{name: value for name, value in values.items() if name not in self.failed}}
+        everything = {
+            **self.what.defaults,
+            **{name: value for name, value in values.items() if name not in self.failed},
+        }
         groups = {}
         for options_class in self.what.classes:
             group = self._group(options_class, everything)
@@ -273,13 +310,19 @@ class OptionReader:
         return config
 
     def _group(self, options_class: type, values: dict[str, Any]) -> Any:
-        """One group. When its checks fail, the options that they name are taken out of `values`, to read the others; None
-        when that does not help. A check that names an option which did not convert is not shown: it saw the default."""
+        """One group. When its checks fail, the options that they name are taken out of `values`, to read the others;
+        None when that does not help. A check that names an option which did not convert is not shown: it saw the
+        default."""
         while True:
             try:
                 return Config.read(values, [options_class])[options_class]
             except ConfigError as error:
-                named = {name for problem in error.problems for name in re.findall(r"--(\w+)", problem) if name in option_fields(options_class)}
+                named = {
+                    name
+                    for problem in error.problems
+                    for name in re.findall(r"--(\w+)", problem)
+                    if name in option_fields(options_class)
+                }
                 for problem in error.problems:
                     if not names_any(problem, self.failed):
                         self.problems.add(problem)

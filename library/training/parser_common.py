@@ -49,14 +49,21 @@ PATH_OPTIONS: tuple[str, ...] = (
 
 
 TRAINABLES: Registry[type] = Registry(
-    "trainable", group="trainables", takes=("config",), info={"options": None, "ignored": None},
+    "trainable",
+    group="trainables",
+    takes=("config",),
+    info={"options": None, "ignored": None},
     wanted="a subclass of library.training.trainables.base.Trainable",
-    is_a=lambda found: isinstance(found, type) and all(hasattr(found, name) for name in ("options", "attach", "param_groups", "save")),
+    is_a=lambda found: (
+        isinstance(found, type) and all(hasattr(found, name) for name in ("options", "attach", "param_groups", "save"))
+    ),
 )
-"""What is learned, by the name that a script gives. `options`: its group, importable without torch; `ignored`: shared options without
-meaning for this kind of training, name -> reason. One from outside says both in its class."""
+"""What is learned, by the name that a script gives. `options`: its group, importable without torch; `ignored`: shared
+options without meaning for this kind of training, name -> reason. One from outside says both in its class."""
 TRAINABLES.add(
-    "network", "library.training.trainables.network:NetworkTrainable", options="library.training.adapters:NetworkOptions",
+    "network",
+    "library.training.trainables.network:NetworkTrainable",
+    options="library.training.adapters:NetworkOptions",
     ignored={
         "fused_backward_pass": "gradients of a network are few, are averaged over processes and clipped by their common norm, which"
         " needs all of them at once; the option saves memory in full fine-tuning only",
@@ -81,7 +88,8 @@ class Parsed:
 
 def chosen_variant(family: str, argv: Sequence[str] | None) -> str:
     """The family itself, or the variant that an option on the command line or in its configuration file chooses instead
-    (`FamilyRecord.variant_of`). Whatever is wrong with the options is told when they are read with those of the family."""
+    (`FamilyRecord.variant_of`). Whatever is wrong with the options is told when they are read with those of the
+    family."""
     variants = variants_of(family)
     if not variants:
         return family
@@ -93,7 +101,10 @@ def chosen_variant(family: str, argv: Sequence[str] | None) -> str:
         in_file = read_config_file(given["config_file"]) if given["config_file"] else {}
     except (argparse.ArgumentError, ConfigError):
         return family
-    values = {**{key.replace("-", "_"): value for key, value in in_file.items()}, **{key: value for key, value in given.items() if value is not None}}
+    values = {
+        **{key.replace("-", "_"): value for key, value in in_file.items()},
+        **{key: value for key, value in given.items() if value is not None},
+    }
     for record in variants:
         _, name, value = record.variant_of
         if values.get(name) == value:
@@ -176,7 +187,10 @@ def shown_paths(values: Mapping[str, Any]) -> list[str]:
 def _privacy_notes(what: Script, config: Config, on_line: Mapping[str, Any]) -> list[Note]:
     """Secrets on the command line, which other programs and W&B can read; paths, when W&B is on."""
     notes = [
-        Note(logging.WARNING, f"--{name} on the command line can be read by other programs; use --config_file or the environment")
+        Note(
+            logging.WARNING,
+            f"--{name} on the command line can be read by other programs; use --config_file or the environment",
+        )
         for name, value in on_line.items()
         if value and what.spec(name).secret
     ]

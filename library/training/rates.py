@@ -25,9 +25,11 @@ def parse_rates(text: str | None, option: str) -> Rates:
         raise ConfigError(f"--{option} is {text}; needed: regex=rate,regex=rate ({error})") from error
 
 
-def rate_groups(named: Iterable[tuple[str, torch.nn.Parameter]], default: float, rates: Rates = (), *, name: str) -> list[dict[str, Any]]:
-    """Optimizer groups of parameters with their paths. The first pattern that is found in a path gives its rate, else `default`;
-    parameters of rate 0 are frozen and in no group."""
+def rate_groups(
+    named: Iterable[tuple[str, torch.nn.Parameter]], default: float, rates: Rates = (), *, name: str
+) -> list[dict[str, Any]]:
+    """Optimizer groups of parameters with their paths. The first pattern that is found in a path gives its rate, else
+    `default`; parameters of rate 0 are frozen and in no group."""
     groups: dict[int, dict[str, Any]] = {}
     for path, parameter in named:
         number = next((i for i, (pattern, _) in enumerate(rates) if pattern.search(path)), -1)

@@ -1,7 +1,7 @@
 """Restoring optimizer and schedule from a state, with the settings of the run that goes on.
 
-What an optimizer learned (moments, counts, estimated step sizes) comes from the state, what its user sets from this run. A
-schedule of other settings is brought to the step of the state, so that its rate there is the first one used.
+What an optimizer learned (moments, counts, estimated step sizes) comes from the state, what its user sets from this
+run. A schedule of other settings is brought to the step of the state, so that its rate there is the first one used.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ def restore(
     optimizer: Any, schedule: Any, state: dict[str, Any], schedule_state: dict[str, Any] | None, *,
     step: int, recorded: RunSettings | None, own: RunSettings,
 ) -> dict[str, list[Any]]:
-    """Load both. `step`: optimizer steps that were done; `recorded`: settings of the state, None for states of earlier versions.
+    """Load both. `step`: optimizer steps that were done; `recorded`: settings of the state, None for states of earlier
+    versions.
 
     Returns the settings of groups that were found changed where nothing was recorded: name -> [old, new].
     """
     position = int(schedule_state.get("last_epoch", step)) if schedule_state else step
-    replayed = recorded is None or recorded.schedule != own.schedule or (schedule_state is None) == hasattr(schedule, "state_dict")
+    replayed = (
+        recorded is None
+        or recorded.schedule != own.schedule
+        or (schedule_state is None) == hasattr(schedule, "state_dict")
+    )
     if replayed:
         advance(schedule, position)
     now = [group_settings(group) for group in optimizer.param_groups]
@@ -38,9 +43,19 @@ def restore(
     changes: dict[str, list[Any]] = {}
     for number, (group, new, built) in enumerate(zip(optimizer.param_groups, now, own.groups, strict=True)):
         earlier = before[number]
-        touched = {key for key in new if key == "lr" or key not in built["settings"] or plain(new[key]) != built["settings"][key]}
+        touched = {
+            key
+            for key in new
+            if key == "lr" or key not in built["settings"] or plain(new[key]) != built["settings"][key]
+        }
         for key, value in new.items():
-            is_changed = key in given and key not in touched and earlier is not None and key in earlier and earlier[key] != plain(value)
+            is_changed = (
+                key in given
+                and key not in touched
+                and earlier is not None
+                and key in earlier
+                and earlier[key] != plain(value)
+            )
             if is_changed and recorded is None:
                 changes[f"{key} of {new.get('name') or f'group {number}'}"] = [earlier[key], plain(value)]
             if is_changed or key not in group or key == "name" or (replayed and key in touched):
@@ -55,7 +70,8 @@ def restore(
 
 
 def advance(schedule: Any, steps: int) -> None:
-    """Bring a new schedule to where `steps` optimizer steps lead. Schedules without a state follow the optimizer's own count."""
+    """Bring a new schedule to where `steps` optimizer steps lead. Schedules without a state follow the optimizer's own
+    count."""
     if not hasattr(schedule, "state_dict") or steps < 1:
         return
     if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # a function of the step alone
@@ -73,10 +89,16 @@ def settable(optimizer: Any, own: RunSettings, recorded: RunSettings | None) -> 
     """Keys of groups that a user sets: arguments of the optimizer's class, and what --optimizer_args names."""
     cls = type(getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it for fp16
     options = {**own.options, **(recorded.options if recorded else {})}
-    return {"lr", *inspect.signature(cls.__init__).parameters, *(n.split()[1] for n in options if n.startswith("optimizer_args "))}
+    return {
+        "lr",
+        *inspect.signature(cls.__init__).parameters,
+        *(n.split()[1] for n in options if n.startswith("optimizer_args ")),
+    }
 
 
-def _recorded_groups(state: Mapping[str, Any], recorded: RunSettings | None, own: RunSettings) -> list[dict[str, Any] | None]:
+def _recorded_groups(
+    state: Mapping[str, Any], recorded: RunSettings | None, own: RunSettings
+) -> list[dict[str, Any] | None]:
     """Settings of the earlier run for each group of this one; None for a group that is new."""
     if recorded is None:
         groups = [plain(group_settings(group)) for group in state["param_groups"]]

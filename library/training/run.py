@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Models:
-    """The parts of a model that are in memory now; each is None, or not there, before it is loaded and after its last use."""
+    """The parts of a model that are in memory now; each is None, or not there, before it is loaded and after its last
+    use."""
 
     vae: torch.nn.Module | None = None
     text_encoders: list[torch.nn.Module | None] = field(default_factory=list)
@@ -92,8 +93,9 @@ class Run:
 
     @contextmanager
     def weights_for_eval(self, averaged: bool = True):
-        """Inside, the trained weights are those to save, sample and validate with: modules are in evaluation mode, schedule-free
-        optimizers switch and, unless `averaged` is False, every hook puts in place what it wants (the average of --ema, say)."""
+        """Inside, the trained weights are those to save, sample and validate with: modules are in evaluation mode,
+        schedule-free optimizers switch and, unless `averaged` is False, every hook puts in place what it wants (the
+        average of --ema, say)."""
         learned = [*self.trainable.modules().values(), *self.hooks.all_modules().values(), self.models.denoiser]
         with ExitStack() as stack:
             stack.enter_context(schedule_free_weights(self.optimizer))
@@ -120,8 +122,8 @@ def evaluation_mode(modules: Iterable[torch.nn.Module]):
 def schedule_free_weights(optimizer: torch.optim.Optimizer):
     """Inside, the weights of an optimizer that keeps others for evaluation are those.
 
-    Switching there and back rounds. The weights of training are therefore kept aside and put back as they were: a run that
-    saves or samples more often trains the same.
+    Switching there and back rounds. The weights of training are therefore kept aside and put back as they were: a run
+    that saves or samples more often trains the same.
     """
     if not switches_weights(optimizer):
         yield

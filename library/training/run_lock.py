@@ -79,9 +79,7 @@ def _open_locked(path: Path) -> Any:
 
 def _held_by(path: Path, owner: Process | None) -> str:
     told = _told(owner) if owner is not None else "its number is not known"
-    return (
-        f"another run writes under this name now ({told}; {path}); wait until it ends, end it, or choose another --output_name or --output_dir"
-    )
+    return f"another run writes under this name now ({told}; {path}); wait until it ends, end it, or choose another --output_name or --output_dir"
 
 
 def _told(owner: Process) -> str:
@@ -107,7 +105,8 @@ def _is_at(path: Path, file: Any) -> bool:
 
 
 def _lock(file: Any) -> bool | None:
-    """Take the system's lock: True when it is ours, False when another process has it, None where there are no locks."""
+    """Take the system's lock: True when it is ours, False when another process has it, None where there are no
+    locks."""
     try:
         if os.name == "nt":
             import msvcrt

@@ -18,7 +18,8 @@ from library.training.run import Run
 
 class RunRecord:
     """`metadata(run)` makes the metadata of a file that is written now. Hashes of the base model are taken in the
-    background from the start on, and waited for at the first save. With SOURCE_DATE_EPOCH equal runs write equal files."""
+    background from the start on, and waited for at the first save. With SOURCE_DATE_EPOCH equal runs write equal
+    files."""
 
     def __init__(self, started_at: float, optimizer: OptimizerBuild, data: DataGroups, hashes: BaseModelHashes) -> None:
         self._source_date = source_date()

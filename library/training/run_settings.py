@@ -36,12 +36,20 @@ NOT_ABOUT_LEARNING = (
     *(
         getattr(option_groups, f"{name}Options")
         for name in (
-            "ConfigFile", "Console", "Metadata", "Saving", "Memory", "Resume", "Sampling", "Validation", "Logging", "Hub", "Ddp", "DeepSpeed",
+            "ConfigFile", "Console", "Metadata", "Saving", "Memory", "Resume", "Sampling", "Validation", "Logging",
+            "Hub", "Ddp", "DeepSpeed",
         )
     ),
 )  # fmt: skip
 KEYWORD_OPTIONS = ("optimizer_args", "lr_scheduler_args")
-NOT_COMPARED = ("seed", "max_train_epochs", "max_data_loader_n_workers", "persistent_data_loader_workers", "max_train_steps", "network_weights")
+NOT_COMPARED = (
+    "seed",
+    "max_train_epochs",
+    "max_data_loader_n_workers",
+    "persistent_data_loader_workers",
+    "max_train_steps",
+    "network_weights",
+)
 """options that are recorded elsewhere, or, as the weights to begin with, mean nothing to a run that goes on"""
 SHOWN_CHARACTERS = 60
 
@@ -49,8 +57,8 @@ SHOWN_CHARACTERS = 60
 @dataclass
 class RunSettings:
     """`fixed`: what cannot change, by option; `options`: what can; `schedule`: all that the learning rate follows from;
-    `groups`: name, settings and parameter names of each optimizer group as it was built; `history`: what earlier resumes
-    changed, [{"step", "changed": {name: [old, new]}}]. Plain values, as JSON gives them back."""
+    `groups`: name, settings and parameter names of each optimizer group as it was built; `history`: what earlier
+    resumes changed, [{"step", "changed": {name: [old, new]}}]. Plain values, as JSON gives them back."""
 
     fixed: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +106,10 @@ def settings_of(
     own = option_fields(SchedulerOptions).keys() - {"lr_scheduler_args"}
     schedule = {name: value for name, value in options.items() if name in own or name.startswith("lr_scheduler_args ")}
     schedule |= {"learning_rate": options.get("learning_rate"), "max_train_steps": max_train_steps}
-    schedule |= {"rates": [group["settings"].get("lr") for group in groups], "finds_own_rate": built.choice.finds_own_rate}
+    schedule |= {
+        "rates": [group["settings"].get("lr") for group in groups],
+        "finds_own_rate": built.choice.finds_own_rate,
+    }
     return RunSettings(fixed, options, schedule, groups)
 
 
@@ -118,9 +129,17 @@ def _option_values(config: Config, fixed: Mapping[str, Any]) -> dict[str, Any]:
             if name in KEYWORD_OPTIONS:
                 values.update({f"{name} {key}": argument for key, argument in parse_keyword_args(value, name).items()})
             elif name == "network_args":
-                values.update({f"{name} {key}": text for key, text in config[options_class].pairs.items() if key not in fixed.get(name, {})})
+                values.update(
+                    {
+                        f"{name} {key}": text
+                        for key, text in config[options_class].pairs.items()
+                        if key not in fixed.get(name, {})
+                    }
+                )
             elif name not in fixed and name not in NOT_COMPARED and not spec.secret and spec.status == "works":
-                values[name] = [_without_folder(part) for part in value] if isinstance(value, list) else _without_folder(value)
+                values[name] = (
+                    [_without_folder(part) for part in value] if isinstance(value, list) else _without_folder(value)
+                )
     return plain(values)
 
 
@@ -139,9 +158,11 @@ def plain(value: Any) -> Any:
 # -- what a resumed run may change -----------------------------------------------------------------------------------
 
 
-def fixed_problems(folder: Path, state: Mapping[str, Any], recorded: RunSettings | None, seed: int | None, own: Mapping[str, Any]) -> list[str]:
-    """Settings that a state is bound to and that this run has otherwise. `state`: content of train_state.json; `seed`: None
-    takes that of the state; `own`: `fixed_settings` of this run."""
+def fixed_problems(
+    folder: Path, state: Mapping[str, Any], recorded: RunSettings | None, seed: int | None, own: Mapping[str, Any]
+) -> list[str]:
+    """Settings that a state is bound to and that this run has otherwise. `state`: content of train_state.json; `seed`:
+    None takes that of the state; `own`: `fixed_settings` of this run."""
     problems = []
     if seed is not None and "seed" in state and state["seed"] != seed:
         problems.append(
@@ -160,8 +181,14 @@ def fixed_problems(folder: Path, state: Mapping[str, Any], recorded: RunSettings
                 if earlier.get(key) != value.get(key)
             ]
         else:
-            what = "the state of another optimizer does not fit" if name == "optimizer_type" else "the layers of a network cannot change"
-            problems.append(f"--{name} is {value}; the run of --resume {folder} has {earlier}, and {what}: {_advice(name)}")
+            what = (
+                "the state of another optimizer does not fit"
+                if name == "optimizer_type"
+                else "the layers of a network cannot change"
+            )
+            problems.append(
+                f"--{name} is {value}; the run of --resume {folder} has {earlier}, and {what}: {_advice(name)}"
+            )
     return problems
 
 
@@ -174,7 +201,8 @@ def _advice(name: str) -> str:
 
 
 def changed(earlier: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """name -> [old, new] of the options that both know and that differ; arguments (`optimizer_args eps`) may come and go."""
+    """name -> [old, new] of the options that both know and that differ; arguments (`optimizer_args eps`) may come and
+    go."""
     names = [n for n in dict.fromkeys((*earlier, *own)) if (n in earlier and n in own) or " " in n]
     return {n: [earlier.get(n), own.get(n)] for n in names if earlier.get(n) != own.get(n)}
 

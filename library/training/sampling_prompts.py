@@ -2,8 +2,8 @@
 
     a cat on a sofa --w 768 --h 512 --d 42 --s 28 --l 4.0 --n blurry
 
-The text before the first ` --` with a letter behind it is the prompt, whatever it says. Unknown options and values of the wrong
-kind are errors that name the file, the line and the option; all of a file are reported together.
+The text before the first ` --` with a letter behind it is the prompt, whatever it says. Unknown options and values of
+the wrong kind are errors that name the file, the line and the option; all of a file are reported together.
 """
 
 from __future__ import annotations
@@ -137,18 +137,24 @@ class LineOption:
 
 
 _SHARED_LINE_OPTIONS = {
-    "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side), "d": LineOption("seed", read_seed),
-    "s": LineOption("sample_steps", read_whole), "g": LineOption("guidance_scale", read_number), "n": LineOption("negative_prompt", read_text),
+    "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side),
+    "d": LineOption("seed", read_seed),
+    "s": LineOption("sample_steps", read_whole), "g": LineOption("guidance_scale", read_number),
+    "n": LineOption("negative_prompt", read_text),
 }
 IMAGE_LINE_OPTIONS: Mapping[str, LineOption] = {
     **_SHARED_LINE_OPTIONS,
-    "l": LineOption("scale", read_number), "ss": LineOption("sample_sampler", read_text), "cn": LineOption("controlnet_image", read_text),
-    "ctr": LineOption("cfg_trunc_ratio", read_number), "rcfg": LineOption("renorm_cfg", read_number), "fs": LineOption("flow_shift", read_number),
+    "l": LineOption("scale", read_number), "ss": LineOption("sample_sampler", read_text),
+    "cn": LineOption("controlnet_image", read_text),
+    "ctr": LineOption("cfg_trunc_ratio", read_number), "rcfg": LineOption("renorm_cfg", read_number),
+    "fs": LineOption("flow_shift", read_number),
 }
 VIDEO_LINE_OPTIONS: Mapping[str, LineOption] = {
     **_SHARED_LINE_OPTIONS,
-    "f": LineOption("frame_count", Whole(1, MOST_FRAMES, 25)), "fs": LineOption("discrete_flow_shift", read_number), "l": LineOption("cfg_scale", read_number),
-    "i": LineOption("image_path", read_text), "ei": LineOption("end_image_path", read_text), "cn": LineOption("control_video_path", read_text),
+    "f": LineOption("frame_count", Whole(1, MOST_FRAMES, 25)), "fs": LineOption("discrete_flow_shift", read_number),
+    "l": LineOption("cfg_scale", read_number),
+    "i": LineOption("image_path", read_text), "ei": LineOption("end_image_path", read_text),
+    "cn": LineOption("control_video_path", read_text),
     "ci": LineOption("control_image_path", read_text, repeats=True), "of": LineOption("one_frame", read_text),
 }
 
@@ -174,7 +180,9 @@ def parse_pieces(line: str, where: str, options: Mapping[str, LineOption]) -> tu
         entry = options.get(name.lower())
         if entry is None:
             known = ", ".join(f"--{option}" for option in options)
-            problems.add(f"{where}: unknown option --{name}; known: {known}. Dashes in a text stand with a blank behind them")
+            problems.add(
+                f"{where}: unknown option --{name}; known: {known}. Dashes in a text stand with a blank behind them"
+            )
             continue
         if not text:
             problems.add(f"{where}: --{name} has no value")
@@ -191,8 +199,8 @@ def parse_pieces(line: str, where: str, options: Mapping[str, LineOption]) -> tu
 
 
 def good_lines(lines: Iterable[Line], read: Callable[[Line], Result]) -> list[Result]:
-    """What `read` makes of lines. Those that it refuses are told and left out, so that one bad line does not end a run of many;
-    ConfigError with every problem where none is right."""
+    """What `read` makes of lines. Those that it refuses are told and left out, so that one bad line does not end a run
+    of many; ConfigError with every problem where none is right."""
     problems, found = Problems(), []
     for line in lines:
         count = len(problems.messages)
@@ -221,8 +229,8 @@ def _checked(field: str, value: Any) -> Any:
 def load_prompts(
     path: str | Path, options: Mapping[str, LineOption] = IMAGE_LINE_OPTIONS, left_out: list[str] | None = None
 ) -> list[SamplePrompt]:
-    """All prompts of a .txt, .toml or .json file, numbered in order. ConfigError with every problem of the file; with a list
-    `left_out`, problems of single prompts are put into it, as long as one prompt is good."""
+    """All prompts of a .txt, .toml or .json file, numbered in order. ConfigError with every problem of the file; with a
+    list `left_out`, problems of single prompts are put into it, as long as one prompt is good."""
     path = Path(path)
     readers = {".txt": _read_txt, ".toml": _read_toml, ".json": _read_json}
     if path.suffix.lower() not in readers:
@@ -245,7 +253,8 @@ def load_prompts(
 
 
 def holds_no_prompt(path: str | Path | None) -> bool:
-    """Whether a file is there and has nothing but blanks and comments, as front ends write it when no prompt was given."""
+    """Whether a file is there and has nothing but blanks and comments, as front ends write it when no prompt was
+    given."""
     if path is None or not Path(path).is_file():
         return False
     try:
@@ -283,7 +292,10 @@ def _read_json(name: str, content: str) -> list[tuple[str, Any]]:
     document = parse_json(content, name)
     if not isinstance(document, list):
         raise ConfigError(f"{name} holds {type(document).__name__}; a list of texts and objects is needed")
-    return [(f"{name} entry {i} ({'first' if i == 1 else 'counted from 1'})", entry) for i, entry in enumerate(document, start=1)]
+    return [
+        (f"{name} entry {i} ({'first' if i == 1 else 'counted from 1'})", entry)
+        for i, entry in enumerate(document, start=1)
+    ]
 
 
 def _prompt_of(where: str, entry: Any, options: Mapping[str, LineOption], enum: int) -> SamplePrompt:
@@ -303,7 +315,9 @@ def _prompt_of_keys(where: str, entry: Mapping[str, Any], options: Mapping[str, 
         if key == "prompt" or value is None:
             continue
         if key not in by_field:
-            problems.add(f"{where}: unknown key {key}{did_you_mean(key, [*by_field, 'prompt'])} Known: prompt, {', '.join(by_field)}")
+            problems.add(
+                f"{where}: unknown key {key}{did_you_mean(key, [*by_field, 'prompt'])} Known: prompt, {', '.join(by_field)}"
+            )
             continue
         try:
             values[key] = _checked_key(by_field[key], value)
@@ -326,7 +340,11 @@ def _checked_key(option: LineOption, value: Any) -> Any:
         return _checked(option.field, value)
     is_whole = isinstance(option.convert, Whole)
     kinds = (int,) if is_whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or (is_whole and value < 0 and not isinstance(option.convert, Seed)):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, kinds)
+        or (is_whole and value < 0 and not isinstance(option.convert, Seed))
+    ):
         raise ValueError("a whole number, 0 or more, is needed" if is_whole else "a number is needed")
     return _checked(option.field, option.convert.checked(value) if is_whole else float(finite(value)))
 
@@ -341,7 +359,9 @@ def with_defaults(prompt: SamplePrompt, defaults: SampleDefaults) -> SamplePromp
         pixels = defaults.size if getattr(prompt, side) is None else getattr(prompt, side)
         values[side] = pixels // defaults.size_step * defaults.size_step
         if values[side] < 1:
-            raise ConfigError(f"the sample prompt '{prompt.prompt}' has {side} {pixels}; at least {defaults.size_step} is needed")
+            raise ConfigError(
+                f"the sample prompt '{prompt.prompt}' has {side} {pixels}; at least {defaults.size_step} is needed"
+            )
     return dataclasses.replace(prompt, **values)
 
 
@@ -366,8 +386,8 @@ def is_sample_due(options: Any, at: str, step: int, epoch: int) -> bool:
 
 
 def unreached_interval(options: Any, max_train_steps: int, finished_epochs: int) -> str | None:
-    """The option whose interval is longer than the run, so that no samples would be made; None when there are some or none are
-    asked for. `options` is SamplingOptions; `finished_epochs`: whole epochs of the run."""
+    """The option whose interval is longer than the run, so that no samples would be made; None when there are some or
+    none are asked for. `options` is SamplingOptions; `finished_epochs`: whole epochs of the run."""
     every_epochs, every_steps = options.sample_every_n_epochs or 0, options.sample_every_n_steps or 0
     if every_epochs > 0:
         return "sample_every_n_epochs" if every_epochs > finished_epochs else None
@@ -380,17 +400,21 @@ def sample_suffix(at: str, number: int) -> str:
 
 
 def sample_file_name(
-    output_name: str | None, at: str, number: int, *, enum: int, seed: int | None, timestamp: str, extension: str = ".png"
+    output_name: str | None, at: str, number: int, *, enum: int, seed: int | None, timestamp: str,
+    extension: str = ".png"
 ) -> str:
-    """Name below output_dir: sample/{output_name_}{suffix}_{enum:02d}_{timestamp}{_seed}.png. `number`: epoch or step."""
+    """Name below output_dir: sample/{output_name_}{suffix}_{enum:02d}_{timestamp}{_seed}.png. `number`: epoch or
+    step."""
     parts = [output_name, sample_suffix(at, number), f"{enum:02d}", timestamp, None if seed is None else str(seed)]
     return "sample/" + "_".join(part for part in parts if part is not None) + extension
 
 
 def replace_token(prompt: SamplePrompt, token: str, count: int) -> SamplePrompt:
-    """`token` of a textual inversion with `count` vectors becomes `token token1 token2 ...`, in the negative prompt too."""
+    """`token` of a textual inversion with `count` vectors becomes `token token1 token2 ...`, in the negative prompt
+    too."""
     words = " ".join([token, *(f"{token}{i}" for i in range(1, count))])
     negative = prompt.negative_prompt
     return dataclasses.replace(
-        prompt, prompt=prompt.prompt.replace(token, words), negative_prompt=None if negative is None else negative.replace(token, words)
+        prompt, prompt=prompt.prompt.replace(token, words),
+        negative_prompt=None if negative is None else negative.replace(token, words)
     )

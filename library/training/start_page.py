@@ -13,7 +13,14 @@ from library.training.data_phase import DataGroups
 from library.training.formula_checks import formula_notices, formula_warnings
 from library.training.idle_options import as_block, ignored
 from library.training.optimizers import OptimizerBuild, OptimizerOptions
-from library.training.option_groups import LoopOptions, MemoryOptions, ModelOptions, PrecisionOptions, SamplingOptions, SavingOptions
+from library.training.option_groups import (
+    LoopOptions,
+    MemoryOptions,
+    ModelOptions,
+    PrecisionOptions,
+    SamplingOptions,
+    SavingOptions,
+)
 from library.training.run import Run
 from library.training.sampling_prompts import unreached_interval
 from library.training.schedulers import SchedulerOptions
@@ -47,7 +54,9 @@ def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummar
         optimizer=built.metadata_text,
         lr_scheduler=schedulers.name_in_use(scheduler, config[OptimizerOptions]),
         learning_rates={
-            group.get("name") or f"group {i}": None if built.choice.finds_own_rate else float(group.get("initial_lr", group["lr"]))
+            group.get("name") or f"group {i}": None
+            if built.choice.finds_own_rate
+            else float(group.get("initial_lr", group["lr"]))
             for i, group in enumerate(run.optimizer.param_groups)
         },
         network=run.trainable.description(),
@@ -59,7 +68,12 @@ def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummar
         first_step=progress.global_step,
         ignored=[str(item) for item in ignored(config, run.family, run.trainable)],
         outputs=[line for lines in run.hooks.planned_files(run) for line in lines],
-        notes=[*run.trainable.notices(), *unreached_intervals(run), *formula_warnings(config), *formula_notices(config, run.step.objective)],
+        notes=[
+            *run.trainable.notices(),
+            *unreached_intervals(run),
+            *formula_warnings(config),
+            *formula_notices(config, run.step.objective),
+        ],
     )
 
 
@@ -69,11 +83,14 @@ def unreached_intervals(run: Run) -> list[str]:
     finished = progress.max_train_steps // progress.steps_per_epoch
     lines = []
     for name, reached, unit in (
-        ("save_every_n_epochs", progress.num_epochs, "epochs"), ("save_every_n_steps", progress.max_train_steps, "steps"),
+        ("save_every_n_epochs", progress.num_epochs, "epochs"),
+        ("save_every_n_steps", progress.max_train_steps, "steps"),
     ):  # fmt: skip
         every = getattr(saving, name)
         if every and every > reached:
-            lines.append(f"--{name} is {every}, longer than the run of {reached} {unit}: only the file at the end is written")
+            lines.append(
+                f"--{name} is {every}, longer than the run of {reached} {unit}: only the file at the end is written"
+            )
     name = unreached_interval(run.config[SamplingOptions], progress.max_train_steps, finished)
     if name is not None and run.config[SamplingOptions].sample_prompts:
         unit, length = ("epochs", finished) if name.endswith("epochs") else ("steps", progress.max_train_steps)
@@ -95,7 +112,9 @@ def _files(run: Run) -> dict[str, str]:
 
 def _precision(run: Run) -> str:
     precision, runtime = run.config[PrecisionOptions], run.runtime
-    text = f"computing in {str(runtime.weight_dtype).removeprefix('torch.')}" + (" (autocast)" if precision.mixed_precision != "no" else "")
+    text = f"computing in {str(runtime.weight_dtype).removeprefix('torch.')}" + (
+        " (autocast)" if precision.mixed_precision != "no" else ""
+    )
     if runtime.denoiser_dtype != runtime.weight_dtype:
         text += f", frozen weights in {str(runtime.denoiser_dtype).removeprefix('torch.')}"
     return f"{text}, trained weights in {str(runtime.trained_dtype).removeprefix('torch.')}"
@@ -108,7 +127,9 @@ def _dataset(dataset: Any, data: DataGroups) -> DatasetSummary:
             name=type(dataset).__name__, resolution=(0, 0), batch_size=dataset.batch_size,
             num_images=dataset.num_train_images, num_samples=dataset.num_train_images,
         )
-    held_out = [d for d in data.validation.datasets if d.params.label == params.label] if data.validation is not None else []
+    held_out = (
+        [d for d in data.validation.datasets if d.params.label == params.label] if data.validation is not None else []
+    )
     return DatasetSummary(
         name=params.label or "dataset",
         resolution=params.resolution,
@@ -118,7 +139,12 @@ def _dataset(dataset: Any, data: DataGroups) -> DatasetSummary:
         num_reg_images=sum(item.is_reg for item in dataset.items),
         num_validation_images=sum(len(d.items) for d in held_out),
         buckets=tuple(
-            BucketSummary(width=b.bucket[0], height=b.bucket[1], num_images=len(b.samples), num_batches=-(-len(b.samples) // b.batch_size))
+            BucketSummary(
+                width=b.bucket[0],
+                height=b.bucket[1],
+                num_images=len(b.samples),
+                num_batches=-(-len(b.samples) // b.batch_size),
+            )
             for b in dataset.buckets
         ),
     )
@@ -137,8 +163,17 @@ def _memory(run: Run) -> list[str]:
     if caching.caches_latents:
         lines.append("latents cached " + ("on disk" if caching.cache_latents_to_disk else "in memory"))
     if caching.caches_text:
-        lines.append("text encoder outputs cached " + ("on disk" if caching.cache_text_encoder_outputs_to_disk else "in memory"))
-    resident = [name for name, part in (("VAE", run.models.vae), ("text encoders", any(e is not None for e in run.models.text_encoders))) if part]
+        lines.append(
+            "text encoder outputs cached " + ("on disk" if caching.cache_text_encoder_outputs_to_disk else "in memory")
+        )
+    resident = [
+        name
+        for name, part in (
+            ("VAE", run.models.vae),
+            ("text encoders", any(e is not None for e in run.models.text_encoders)),
+        )
+        if part
+    ]
     lines.append("loaded beside the denoiser: " + (", ".join(resident) or "nothing"))
     if memory.gradient_checkpointing:
         lines.append("gradient checkpointing" + (" with inputs on the CPU" if memory.cpu_offload_checkpointing else ""))

@@ -1,7 +1,7 @@
 """State folders: everything an interrupted run needs to go on exactly.
 
-Random numbers are keyed (library/core/keyed_random.py) and the order of an epoch is a function of (seed, epoch), so a state holds
-no generators: trained weights, optimizer, schedule, scaler, hook states and the position are enough.
+Random numbers are keyed (library/core/keyed_random.py) and the order of an epoch is a function of (seed, epoch), so a
+state holds no generators: trained weights, optimizer, schedule, scaler, hook states and the position are enough.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def save_state(run: Run, folder: str | Path, counters: Mapping[str, int]) -> Non
 
 
 def prefixed_modules(run: Run) -> dict[str, torch.nn.Module]:
-    """Modules whose weights a state holds, by what stands before their keys: nothing where one thing alone is trained."""
+    """Modules whose weights a state holds, by what stands before their keys: nothing where one thing alone is
+    trained."""
     own = run.trainable.modules()
     found = {f"{name}." if len(own) > 1 else "": module for name, module in own.items()}
     return {**found, **{f"{HOOK_PREFIX}{name}.": module for name, module in run.hooks.all_modules().items()}}
@@ -85,7 +86,8 @@ def _save(value: Any, path: Path) -> None:
 
 
 def load_state(run: Run, folder: str | Path, step: int) -> dict[str, list[Any]]:
-    """Restore weights, optimizer, schedule, scaler and hooks. The position is restored by the caller. `step`: that of the state.
+    """Restore weights, optimizer, schedule, scaler and hooks. The position is restored by the caller. `step`: that of
+    the state.
 
     Returns what this run has set otherwise: name -> [old, new]; this run's values hold.
     """
@@ -95,8 +97,13 @@ def load_state(run: Run, folder: str | Path, step: int) -> dict[str, list[Any]]:
     load_weights(run, folder)
     optimizer = _load(folder / OPTIMIZER_FILE)
     schedule = _load(folder / SCHEDULER_FILE) if (folder / SCHEDULER_FILE).exists() else None
-    with _told(f"the optimizer state in {folder}", "resume with the optimizer, network and learning rate groups of the interrupted run"):
-        changes = restore(run.optimizer, run.lr_scheduler, optimizer, schedule, step=step, recorded=recorded, own=run.settings)
+    with _told(
+        f"the optimizer state in {folder}",
+        "resume with the optimizer, network and learning rate groups of the interrupted run",
+    ):
+        changes = restore(
+            run.optimizer, run.lr_scheduler, optimizer, schedule, step=step, recorded=recorded, own=run.settings
+        )
     if recorded is not None:
         changes = changed(recorded.options, run.settings.options)
         run.settings.history[:] = recorded.history
@@ -142,8 +149,8 @@ def content_problems(folder: Path) -> list[str]:
 
 
 def resume(run: Run, folder: Path | None) -> None:
-    """Set the position of a run from its state folder, --initial_step or --initial_epoch, and restore the state when there is
-    one.
+    """Set the position of a run from its state folder, --initial_step or --initial_epoch, and restore the state when
+    there is one.
 
     Raises CheckpointError when the state does not fit, ConfigError when no step is left.
     """
@@ -162,16 +169,24 @@ def resume(run: Run, folder: Path | None) -> None:
     )
     progress.global_step, progress.epoch, progress.step_in_epoch = point.global_step, point.epoch, point.step_in_epoch
     if counters is not None and point.steps_left == 0:
-        logger.info("the run is finished, and its file is missing: it is written from the state after step %d", point.global_step)
+        logger.info(
+            "the run is finished, and its file is missing: it is written from the state after step %d",
+            point.global_step,
+        )
     elif point.global_step:
         logger.info("going on after step %d, in epoch %d", point.global_step, point.epoch)
     if changes:
         run.settings.history.append({"step": point.global_step, "changed": changes})
         logger.info(
-            "settings that changed since the state was saved; the new ones hold from step %d on:\n%s", point.global_step + 1, change_lines(changes)
+            "settings that changed since the state was saved; the new ones hold from step %d on:\n%s",
+            point.global_step + 1, change_lines(changes)
         )
     if counters is not None and point.global_step != counters["current_step"]:
-        logger.warning("the state is at step %d, but training goes on at step %d, as you asked", counters["current_step"], point.global_step)
+        logger.warning(
+            "the state is at step %d, but training goes on at step %d, as you asked",
+            counters["current_step"],
+            point.global_step,
+        )
 
 
 def _compare(counters: Mapping[str, Any], run: Run) -> None:
@@ -180,7 +195,9 @@ def _compare(counters: Mapping[str, Any], run: Run) -> None:
     if counters.get("steps_per_epoch", own) != own:
         logger.warning(
             "steps_per_epoch was %s when the state was saved and is %s now: the images, batch size or number of processes changed; the"
-            " position is counted in steps", counters["steps_per_epoch"], own,
+            " position is counted in steps",
+            counters["steps_per_epoch"],
+            own,
         )
 
 
@@ -197,8 +214,8 @@ def seed_of(config: Config) -> int | None:
 
 
 def local_state_folder(config: Any, runtime: Any) -> Path | None:
-    """The folder of --resume, the same for every process; with --resume_from_huggingface the main process fetches it for
-    all, and it is looked at here, before models are loaded."""
+    """The folder of --resume, the same for every process; with --resume_from_huggingface the main process fetches it
+    for all, and it is looked at here, before models are loaded."""
     options: ResumeOptions = config[ResumeOptions]
     if not options.resume:
         return None
@@ -226,21 +243,33 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
         line = str(error).strip().partition("\n")[0][:200]
-        raise CheckpointError(f"{path} cannot be read ({line}); the state is damaged, go on from an earlier one") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({line}); the state is damaged, go on from an earlier one"
+        ) from error
 
 
 def load_weights(run: Run, folder: Path) -> None:
     from library.safetensors_utils import load_safetensors
 
     path = folder / WEIGHTS_FILE
-    tensors = load_safetensors(str(path), device="cpu", disable_mmap=True)  # read, not mapped: the state may be replaced
+    tensors = load_safetensors(
+        str(path), device="cpu", disable_mmap=True
+    )  # read, not mapped: the state may be replaced
     modules = prefixed_modules(run)
-    unknown = [key for key in tensors if key.startswith(HOOK_PREFIX) and not key.startswith(tuple(filter(None, modules)))]
+    unknown = [
+        key for key in tensors if key.startswith(HOOK_PREFIX) and not key.startswith(tuple(filter(None, modules)))
+    ]
     if unknown:
-        raise CheckpointError(f"{path} holds weights of hooks that this run does not have (first: {unknown[0]}); resume with each --hook of the interrupted run")
+        raise CheckpointError(
+            f"{path} holds weights of hooks that this run does not have (first: {unknown[0]}); resume with each --hook of the interrupted run"
+        )
     for prefix, module in modules.items():
         is_hook = prefix.startswith(HOOK_PREFIX)
-        part = {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix) and key.startswith(HOOK_PREFIX) == is_hook}
+        part = {
+            key[len(prefix) :]: value
+            for key, value in tensors.items()
+            if key.startswith(prefix) and key.startswith(HOOK_PREFIX) == is_hook
+        }
         own = {key: value.shape for key, value in module.state_dict().items()}
         wrong = [key for key in own if key not in part or part[key].shape != own[key]]
         if wrong or len(part) != len(own):

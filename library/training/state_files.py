@@ -1,4 +1,5 @@
-"""State folders as files: what belongs to one, its checksums, what is damaged, which is the newest. Nothing here needs torch."""
+"""State folders as files: what belongs to one, its checksums, what is damaged, which is the newest. Nothing here needs
+torch."""
 
 from __future__ import annotations
 
@@ -58,9 +59,14 @@ def state_problems(folder: Path) -> list[str]:
         return [f"--resume is {folder}, which cannot be read ({error.strerror}: {error.filename})"]
     except ValueError as error:
         return [f"--resume is {folder}, which is damaged: {error}. Go on from an earlier state"]
-    said = [*([_are(lost, "missing")] if lost else []), *([f"{_are(changed, 'not as written')} (by {SUMS_FILE})"] if changed else [])]
+    said = [
+        *([_are(lost, "missing")] if lost else []),
+        *([f"{_are(changed, 'not as written')} (by {SUMS_FILE})"] if changed else []),
+    ]
     if said:
-        return [f"--resume is {folder}, which is damaged: {'; '.join(said)}. Go on from an earlier state, or copy this one again"]
+        return [
+            f"--resume is {folder}, which is damaged: {'; '.join(said)}. Go on from an earlier state, or copy this one again"
+        ]
     try:
         read_train_state(folder)
     except CheckpointError as error:
@@ -121,8 +127,8 @@ def states_in(folder: Path) -> list[Path]:
 def chosen_state(resume: str | None, output_dir: str | None, is_own: Any) -> Path | None:
     """The state folder that --resume means; None without one, and for "latest" when there is no state yet.
 
-    "latest" is the newest state of the run's own name in --output_dir; a folder that holds states is its newest, those of the
-    own name first. `is_own(name)` tells the names of the run. ConfigError when there is nothing to go on with.
+    "latest" is the newest state of the run's own name in --output_dir; a folder that holds states is its newest, those
+    of the own name first. `is_own(name)` tells the names of the run. ConfigError when there is nothing to go on with.
     """
     if not resume:
         return None

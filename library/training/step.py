@@ -52,7 +52,8 @@ class TrainStep:
         self._compute_loss = replacement_of(self.hooks, "compute_loss")
 
     def __call__(self, batch: Batch, times: torch.Tensor | None = None) -> StepOutput:
-        """Loss of one batch. `times` ([B], or one per frame or token) fixes the noise level in the objective's unit (validation); None draws it."""
+        """Loss of one batch. `times` ([B], or one per frame or token) fixes the noise level in the objective's unit
+        (validation); None draws it."""
         if len(batch) == 0:  # a rank without samples only joins the reduction
             zero = torch.zeros((), device=self.runtime.device)
             return StepOutput(zero, zero, 0)
@@ -76,7 +77,7 @@ class TrainStep:
         output = self.with_preserved_targets(output, sample, batch, conditioning)
         return self.result(*self.loss_of(output, sample, batch), batch)
 
-    # -- the pieces of the body, which hooks put together in their own ways --------------------------------------------------
+    # -- the pieces of the body, which hooks put together in their own ways --------------------------------------------
 
     def begin(self, batch: Batch, times: torch.Tensor | None = None) -> StepDraws:
         """The random draws of the batch, after what is learned has heard of them."""
@@ -96,14 +97,15 @@ class TrainStep:
     def predict(
         self, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, *, untouched: bool = False, **inputs: Any
     ) -> DiTOutput:
-        """One forward of the denoiser in the run's precision, with what the trainable adds to its inputs. `untouched`: as if nothing
-        had been learned. `inputs` go to the family's `predict`."""
+        """One forward of the denoiser in the run's precision, with what the trainable adds to its inputs. `untouched`:
+        as if nothing had been learned. `inputs` go to the family's `predict`."""
         with self.trainable.disabled() if untouched else nullcontext(), self.runtime.autocast():
             own = {} if untouched else self.trainable.inputs(batch, sample, conditioning)
             return self.family.predict(self.models, sample, conditioning, batch, **{**own, **inputs})
 
     def loss_of(self, output: DiTOutput, sample: NoisyLatents, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Losses per sample [B], and values for the log; by the hook that replaces `compute_loss`, where there is one."""
+        """Losses per sample [B], and values for the log; by the hook that replaces `compute_loss`, where there is
+        one."""
         compute = self._compute_loss or type(self).compute_loss
         return compute(self, output, sample, batch)
 
@@ -117,7 +119,9 @@ class TrainStep:
             logs=logs,
         )
 
-    def compute_loss(self, output: DiTOutput, sample: NoisyLatents, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
+    def compute_loss(
+        self, output: DiTOutput, sample: NoisyLatents, batch: Batch
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         """From the prediction to one weighted loss per sample [B]; one hook may replace it."""
         return self.loss(output, sample, batch), {}
 
@@ -130,7 +134,8 @@ class TrainStep:
         return StepDraws(self.validation_seed, level, request.positions)
 
     def with_latents(self, batch: Batch) -> Batch:
-        """The batch with latents and the conditions beside them; what is not cached is encoded, by models in their own dtype."""
+        """The batch with latents and the conditions beside them; what is not cached is encoded, by models in their own
+        dtype."""
         if batch.latents is not None:
             return batch
         latents, conditions = self.strategies.latents_caching.encode_samples(
@@ -143,21 +148,28 @@ class TrainStep:
         return self.family.scale_latents(self.with_latents(batch).latents.to(self.runtime.device, torch.float32))
 
     def conditioning_of(self, batch: Batch) -> Conditioning:
-        """Cached outputs, and those of the text encoders in memory (the ones that learn, or all) in the place of theirs."""
+        """Cached outputs, and those of the text encoders in memory (the ones that learn, or all) in the place of
+        theirs."""
         conditioning = dict(batch.conditioning or {})
         if batch.input_ids_list is not None:
             learns = any(self.trained_text_encoders) and batch.request.is_training
             with torch.set_grad_enabled(learns and torch.is_grad_enabled()), self.runtime.autocast():
-                conditioning |= self.strategies.encode(self.models.text_encoders, batch.input_ids_list, batch.token_weights_list)
-        self.strategies.layout.check_complete(conditioning, "the cache" if batch.input_ids_list is None else "cache and text encoders")
+                conditioning |= self.strategies.encode(
+                    self.models.text_encoders, batch.input_ids_list, batch.token_weights_list
+                )
+        self.strategies.layout.check_complete(
+            conditioning, "the cache" if batch.input_ids_list is None else "cache and text encoders"
+        )
         return conditioning
 
     def with_preserved_targets(
         self, output: DiTOutput, sample: NoisyLatents, batch: Batch, conditioning: Conditioning
     ) -> DiTOutput:
-        """Samples marked `diff_output_preservation` learn to keep what the untouched model predicts: denoiser and text encoders without
-        what was learned. Only these samples go through it."""
-        marked = [i for i, attributes in enumerate(batch.custom_attributes) if attributes.get("diff_output_preservation")]
+        """Samples marked `diff_output_preservation` learn to keep what the untouched model predicts: denoiser and text
+        encoders without what was learned. Only these samples go through it."""
+        marked = [
+            i for i, attributes in enumerate(batch.custom_attributes) if attributes.get("diff_output_preservation")
+        ]
         if not marked:
             return output
         rows = torch.tensor(marked)
@@ -194,14 +206,18 @@ def replacement_of(hooks: list[Hook], name: str) -> Any | None:
 
 
 def merge_outputs(outputs: list[StepOutput]) -> StepOutput:
-    """The micro-batches of one optimizer step as one output, for the log: further values are means over their samples."""
+    """The micro-batches of one optimizer step as one output, for the log: further values are means over their
+    samples."""
     if len(outputs) == 1:
         return outputs[0]
     return StepOutput(
         loss=sum(output.loss.detach() for output in outputs),
         loss_sum=sum(output.loss_sum for output in outputs),
         count=sum(output.count for output in outputs),
-        logs={key: _mean_of_samples(key, outputs) for key in dict.fromkeys(key for output in outputs for key in output.logs)},
+        logs={
+            key: _mean_of_samples(key, outputs)
+            for key in dict.fromkeys(key for output in outputs for key in output.logs)
+        },
     )
 
 

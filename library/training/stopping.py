@@ -1,4 +1,5 @@
-"""Signals: a run that is told to end finishes its step, saves and says how to go on; anything else ends at once, cleanly."""
+"""Signals: a run that is told to end finishes its step, saves and says how to go on; anything else ends at once,
+cleanly."""
 
 from __future__ import annotations
 
@@ -21,8 +22,17 @@ INTERRUPTED = 128 + signal.SIGINT
 """exit status after Ctrl-C, as shells use it"""
 SIGNALS = (signal.SIGINT, signal.SIGBREAK if sys.platform == "win32" else signal.SIGTERM)
 SAME_SIGNAL_S = 1.0
-"""A terminal signals the launcher and the run, and the launcher signals the run again: within this time it is one signal."""
-WITHOUT = ("resume", "initial_step", "initial_epoch", "skip_until_initial_step", "resume_from_huggingface", "overwrite", "on_existing")
+"""A terminal signals the launcher and the run, and the launcher signals the run again: within this time it is one
+signal."""
+WITHOUT = (
+    "resume",
+    "initial_step",
+    "initial_epoch",
+    "skip_until_initial_step",
+    "resume_from_huggingface",
+    "overwrite",
+    "on_existing",
+)
 """options that a command has no more when it goes on from a state"""
 _VALUELESS = ("skip_until_initial_step", "resume_from_huggingface", "overwrite")
 
@@ -69,11 +79,12 @@ def _handlers(wanted: dict[int, Any]) -> Iterator[None]:
 
 
 class StopSwitch:
-    """Whether a run is to end before its last step. The first signal asks for it; a second one, later, ends the process.
+    """Whether a run is to end before its last step. The first signal asks for it; a second one, later, ends the
+    process.
 
-    Several processes agree after every step, so that all do the same number: each tells the number of the signal that it got,
-    and what all told after one step is read after the next, which keeps nobody waiting. They do so over the CPU; the
-    device is not waited for.
+    Several processes agree after every step, so that all do the same number: each tells the number of the signal that
+    it got, and what all told after one step is read after the next, which keeps nobody waiting. They do so over the
+    CPU; the device is not waited for.
     """
 
     def __init__(self) -> None:
@@ -114,7 +125,9 @@ class StopSwitch:
 
         self.settle()
         self._told = torch.tensor([self.received or 0])
-        self._work = torch.distributed.all_reduce(self._told, op=torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        self._work = torch.distributed.all_reduce(
+            self._told, op=torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+        )
 
     def settle(self) -> None:
         """Wait for the last question that was asked."""
@@ -137,8 +150,8 @@ def _tell(text: str) -> None:
 
 
 def leave_signals_to_the_run() -> None:
-    """In a loader worker: a terminal and many job systems signal all processes of a run, which still needs its workers for the
-    step that it finishes. It ends them itself, by a signal that torch knows by its sender."""
+    """In a loader worker: a terminal and many job systems signal all processes of a run, which still needs its workers
+    for the step that it finishes. It ends them itself, by a signal that torch knows by its sender."""
     with suppress(ValueError, OSError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):

@@ -79,7 +79,9 @@ def start_summary(run: StartSummary) -> str:
         lines += _line(f"  {part}", f"{count:,} parameters")
     lines += _line("optimizer", f"{run.optimizer}; {run.lr_scheduler}; {_rates(run.learning_rates)}")
     lines += _line("memory", "; ".join(run.memory) or "no memory option in use")
-    lines += _line("seed", f"{run.seed}{' (drawn; give it with --seed to repeat this run)' if run.seed_was_drawn else ''}")
+    lines += _line(
+        "seed", f"{run.seed}{' (drawn; give it with --seed to repeat this run)' if run.seed_was_drawn else ''}"
+    )
     if run.output:
         lines += _line("output", run.output)
     for text in run.outputs:
@@ -137,12 +139,17 @@ def _dataset_lines(dataset: DatasetSummary) -> list[tuple[str, str]]:
         shown = sorted(dataset.buckets, key=lambda bucket: -bucket.num_images)
         for bucket in shown[:MAX_BUCKETS_SHOWN]:
             size = f"{bucket.width}x{bucket.height}"
-            lines += _line("", f"  {size:<10} {_column(bucket.num_images, 'image')} {_column(bucket.num_batches, 'batch', 'batches')}")
+            lines += _line(
+                "",
+                f"  {size:<10} {_column(bucket.num_images, 'image')} {_column(bucket.num_batches, 'batch', 'batches')}",
+            )
         rest = shown[MAX_BUCKETS_SHOWN:]
         if rest:
             total = sum(bucket.num_images for bucket in rest)
             batches = sum(bucket.num_batches for bucket in rest)
-            lines += _line("", f"  {f'{len(rest)} others':<10} {_column(total, 'image')} {_column(batches, 'batch', 'batches')}")
+            lines += _line(
+                "", f"  {f'{len(rest)} others':<10} {_column(total, 'image')} {_column(batches, 'batch', 'batches')}"
+            )
     return lines
 
 

@@ -66,11 +66,13 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """One run of one family and one trainable.
 
-    `prepare` goes through the phases in the order in which memory is needed: text encoders and denoiser meet only when the
-    text encoders run in the step. `run` is prepare and fit.
+    `prepare` goes through the phases in the order in which memory is needed: text encoders and denoiser meet only when
+    the text encoders run in the step. `run` is prepare and fit.
     """
 
-    def __init__(self, config: Config, family: ModelFamily, trainable: Trainable, hooks: list[Hook] | None = None) -> None:
+    def __init__(
+        self, config: Config, family: ModelFamily, trainable: Trainable, hooks: list[Hook] | None = None
+    ) -> None:
         self.config = config
         self.family = family
         self.trainable = trainable
@@ -92,8 +94,12 @@ class Trainer:
     def interrupted(self, run: Run) -> RunInterrupted:
         """What is told of a run that a signal ended."""
         hook, code = run.hooks.find(CheckpointHook), exit_code_of_signal(run.stop.agreed)
-        secrets = [name for group in self.config.classes() for name, (_, spec) in option_fields(group).items() if spec.secret]
-        state = Path(self.config[SavingOptions].output_dir) if hook is None or hook.last_state is None else hook.last_state
+        secrets = [
+            name for group in self.config.classes() for name, (_, spec) in option_fields(group).items() if spec.secret
+        ]
+        state = (
+            Path(self.config[SavingOptions].output_dir) if hook is None or hook.last_state is None else hook.last_state
+        )
         return RunInterrupted(
             f"interrupted after step {run.progress.global_step} of {run.progress.max_train_steps}; saved as {state}. Go on with:\n"
             f"  {command_going_on(state, secrets)}",
@@ -119,10 +125,14 @@ class Trainer:
         self.family.transform = self.trainable.transform(self.family)
         vae, beside_vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
         text = self.text_phase(data, strategies, runtime, prompts)
-        models = Models(vae, text.text_encoders, self.denoiser_phase(runtime), {**beside_vae, **self._parts(runtime, "denoiser")})
+        models = Models(
+            vae, text.text_encoders, self.denoiser_phase(runtime), {**beside_vae, **self._parts(runtime, "denoiser")}
+        )
         self.trainable.attach(self.family, models, runtime)
         self.arm(models, trained)
-        self.on_main(runtime, lambda: keep_earlier_files(self.config))  # now that inputs among them (--network_weights) are read
+        self.on_main(
+            runtime, lambda: keep_earlier_files(self.config)
+        )  # now that inputs among them (--network_weights) are read
         return self.assemble(runtime, data, models, strategies, trained, prompts, text, state)
 
     def release(self) -> None:
@@ -165,7 +175,8 @@ class Trainer:
         return found, self._sample_prompts(path) if path and wants and not holds_no_prompt(path) else []
 
     def _sample_prompts(self, path: str) -> list[Any]:
-        """The prompts that can be read and that the family has the sizes and samplers for: another one does not cost the training."""
+        """The prompts that can be read and that the family has the sizes and samplers for: another one does not cost
+        the training."""
         left_out: list[str] = []
         prompts = []
         for prompt in load_prompts(path, self.family.prompt_options(), left_out):
@@ -189,19 +200,21 @@ class Trainer:
             lacks_final_file=not final_file(self.config).exists(),
         )
 
-    # ---- models -------------------------------------------------------------------------------------------------------------
+    # ---- models ------------------------------------------------------------------------------------------------------
 
     def vae_phase(
         self, data: DataGroups, strategies: StrategySet, runtime: Runtime, *, keep: bool
     ) -> tuple[torch.nn.Module | None, dict[str, torch.nn.Module]]:
-        """Cache latents. The VAE and the parts beside it stay, on the CPU for samples or on the device for live encoding, or
-        are released."""
+        """Cache latents. The VAE and the parts beside it stay, on the CPU for samples or on the device for live
+        encoding, or are released."""
         vae = KeptModels(lambda: self._frozen(self.family.load_vae(runtime)))
         parts = KeptModels(lambda: self._parts(runtime, "vae"))
         cache_latents(self.config, data, strategies, runtime, vae, parts)
         live = not self.config[CachingOptions].caches_latents
         place = runtime.device if live else "cpu"
-        kept = (vae().to(place), {name: part.to(place) for name, part in parts().items()}) if live or keep else (None, {})
+        kept = (
+            (vae().to(place), {name: part.to(place) for name, part in parts().items()}) if live or keep else (None, {})
+        )
         del vae, parts
         clean_memory_on_device()
         return kept
@@ -225,7 +238,9 @@ class Trainer:
         return phase
 
     def denoiser_phase(self, runtime: Runtime) -> torch.nn.Module:
-        denoiser = self.family.load_denoiser(dataclasses.replace(runtime, denoiser_dtype=self.trainable.denoiser_dtype(runtime)))
+        denoiser = self.family.load_denoiser(
+            dataclasses.replace(runtime, denoiser_dtype=self.trainable.denoiser_dtype(runtime))
+        )
         self.added_hooks.on_transformer_loaded(denoiser)
         return self._frozen(denoiser)
 
@@ -234,8 +249,8 @@ class Trainer:
         return module.requires_grad_(False).eval()
 
     def arm(self, models: Models, trained: list[bool]) -> None:
-        """Gradient checkpointing and compilation, after adapters are in place. Checkpointing works in train mode only; the
-        models have no dropout of their own that it would switch on."""
+        """Gradient checkpointing and compilation, after adapters are in place. Checkpointing works in train mode only;
+        the models have no dropout of their own that it would switch on."""
         memory = self.config[MemoryOptions]
         if memory.gradient_checkpointing:
             models.denoiser.enable_gradient_checkpointing(cpu_offload=memory.cpu_offload_checkpointing)
@@ -247,7 +262,7 @@ class Trainer:
         if memory.compiles:
             compile_blocks(models.denoiser, memory.dynamo_backend)
 
-    # ---- the Run --------------------------------------------------------------------------------------------------------------
+    # ---- the Run -----------------------------------------------------------------------------------------------------
 
     def assemble(
         self, runtime: Runtime, data: DataGroups, models: Models, strategies: StrategySet, trained: list[bool],
@@ -297,7 +312,8 @@ class Trainer:
     def loader(self, data: DataGroups, runtime: Runtime) -> TrainingData:
         loop = self.config[LoopOptions]
         return TrainingData(
-            data.train, data.validation, seed=runtime.seed, accumulation=loop.gradient_accumulation_steps, rank=runtime.rank,
+            data.train, data.validation, seed=runtime.seed, accumulation=loop.gradient_accumulation_steps,
+            rank=runtime.rank,
             num_processes=runtime.num_processes,
             loading=loading_of(loop, self.config.explicit, pin_memory=runtime.device.type == "cuda"),
         )
@@ -316,7 +332,8 @@ class Trainer:
     ) -> TrainStep:
         objective, data = self.family.objective(), self.config[DatasetOptions]
         loss = LossFunction(
-            losses.build(self.config[losses.LossOptions]), loss_weights.build(self.config[loss_weights.LossWeightOptions]),
+            losses.build(self.config[losses.LossOptions]),
+            loss_weights.build(self.config[loss_weights.LossWeightOptions]),
             objective, data.masked_loss,
         )
         validation_seed = runtime.seed if data.validation_seed is None else data.validation_seed

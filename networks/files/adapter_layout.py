@@ -45,9 +45,11 @@ def _foreign(parameter: str) -> str:
     return {DOWN: "lora_A.weight", UP: "lora_B.weight"}.get(parameter, parameter)
 
 
-def file_layers(tensors: Mapping[str, torch.Tensor], label: str) -> tuple[dict[str, FileLayer], dict[str, torch.Tensor]]:
-    """(layers by the names of the file, what may stand beside them). CheckpointError for layers of no known kind, or that are not
-    complete and sound, and for tensors that belong to none."""
+def file_layers(
+    tensors: Mapping[str, torch.Tensor], label: str
+) -> tuple[dict[str, FileLayer], dict[str, torch.Tensor]]:
+    """(layers by the names of the file, what may stand beside them). CheckpointError for layers of no known kind, or
+    that are not complete and sound, and for tensors that belong to none."""
     layers: dict[str, FileLayer] = {}
     others: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
@@ -63,8 +65,8 @@ def file_layers(tensors: Mapping[str, torch.Tensor], label: str) -> tuple[dict[s
 
 
 def peft_settings(ranks: Mapping[str, int], old: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The entry `lora_adapter_metadata` of diffusers for modules of these ranks (names as in the file) whose scale is 1: alpha
-    is the rank everywhere. Other fields of an old entry stay."""
+    """The entry `lora_adapter_metadata` of diffusers for modules of these ranks (names as in the file) whose scale is
+    1: alpha is the rank everywhere. Other fields of an old entry stay."""
     settings: dict[str, Any] = {}
     for model, own in _by_model(ranks):
         prefix = f"{model}." if model else ""
@@ -72,7 +74,8 @@ def peft_settings(ranks: Mapping[str, int], old: Mapping[str, Any] | None) -> di
         unusual = {name: rank for name, rank in own.items() if rank != usual}
         kept = {key.removeprefix(prefix): value for key, value in (old or {}).items() if key.startswith(prefix)}
         values = {
-            **kept, "r": usual, "lora_alpha": usual, "rank_pattern": unusual, "alpha_pattern": unusual, "use_rslora": False,
+            **kept, "r": usual, "lora_alpha": usual, "rank_pattern": unusual, "alpha_pattern": unusual,
+            "use_rslora": False,
             "target_modules": sorted(own),
         }  # fmt: skip
         settings.update({f"{prefix}{key}": value for key, value in values.items()})
@@ -89,9 +92,14 @@ def _by_model(ranks: Mapping[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def with_peft_settings(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, str]:
-    """The metadata of a file in PEFT's naming after its ranks changed. Without an old entry, and with one rank, none is needed."""
+    """The metadata of a file in PEFT's naming after its ranks changed. Without an old entry, and with one rank, none is
+    needed."""
     result = dict(metadata)
-    old = parse_json(result.pop(METADATA_KEY), f"{METADATA_KEY} in the metadata", CheckpointError) if METADATA_KEY in result else None
+    old = (
+        parse_json(result.pop(METADATA_KEY), f"{METADATA_KEY} in the metadata", CheckpointError)
+        if METADATA_KEY in result
+        else None
+    )
     if ranks and (old is not None or len(set(ranks.values())) > 1):
         result[METADATA_KEY] = json.dumps(peft_settings(ranks, old), sort_keys=True)
     return result

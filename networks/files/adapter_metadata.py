@@ -14,9 +14,11 @@ KEPT = ("ss_v2", "ss_base_model_version")
 
 
 def minimum_metadata(
-    sources: Sequence[Mapping[str, str]], module: str, dims: Iterable[float], alphas: Iterable[float], network_args: Mapping[str, Any] | None = None
+    sources: Sequence[Mapping[str, str]], module: str, dims: Iterable[float], alphas: Iterable[float],
+    network_args: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """What readers need of an adapter file: base model, network module, rank and alpha ("Dynamic" when layers differ)."""
+    """What readers need of an adapter file: base model, network module, rank and alpha ("Dynamic" when layers
+    differ)."""
     texts = {key: source[key] for key in KEPT for source in reversed(sources) if key in source}
     texts["ss_network_module"] = module
     texts["ss_network_dim"] = one_or_dynamic(dims)
@@ -34,7 +36,11 @@ def one_or_dynamic(values: Iterable[float]) -> str:
 
 def ranks_and_alphas(tensors: Mapping[str, torch.Tensor]) -> tuple[list[float], list[float]]:
     """Ranks and alphas of the LoRA layers of a file."""
-    downs = {key.removesuffix(".lora_down.weight"): tensor for key, tensor in tensors.items() if key.endswith(".lora_down.weight")}
+    downs = {
+        key.removesuffix(".lora_down.weight"): tensor
+        for key, tensor in tensors.items()
+        if key.endswith(".lora_down.weight")
+    }
     ranks = [float(down.shape[0]) for down in downs.values()]
     alphas = [float(tensors.get(f"{name}.alpha", torch.tensor(float(down.shape[0])))) for name, down in downs.items()]
     return ranks, alphas

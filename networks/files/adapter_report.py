@@ -1,4 +1,5 @@
-"""What is in an adapter file: kinds, ranks, strengths and norms of its layers, by part and block, and what is wrong with it."""
+"""What is in an adapter file: kinds, ranks, strengths and norms of its layers, by part and block, and what is wrong
+with it."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ _BLOCK = re.compile(
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. `norm`: Frobenius norm of its change at strength 1, None where that depends on the model's weights; `rank` and
-    `alpha` None where the kind has none."""
+    """One layer. `norm`: Frobenius norm of its change at strength 1, None where that depends on the model's weights;
+    `rank` and `alpha` None where the kind has none."""
 
     name: str
     kind: str
@@ -84,7 +85,9 @@ def report(tensors: Mapping[str, torch.Tensor], family: str | None) -> FileRepor
 def _layer(name: str, tensors: Mapping[str, torch.Tensor]) -> LayerReport:
     kind = known_kind_of(tensors, name)
     rank, alpha = rank_of(tensors), alpha_of(tensors)
-    label = kind.name + (" with DoRA" if "dora_scale" in tensors else " (Tucker)" if "lora_mid.weight" in tensors else "")
+    label = kind.name + (
+        " with DoRA" if "dora_scale" in tensors else " (Tucker)" if "lora_mid.weight" in tensors else ""
+    )
     encoder = _ENCODER.match(name)
     block = _BLOCK.search(name)
     place = "other" if block is None else block[1] + (f" {block[2]}" if block[2] else "")
@@ -114,12 +117,17 @@ def _tell(result: FileReport, parts: Mapping[str, Mapping[str, torch.Tensor]], f
         result.notes.append(f"{len(idle)} layers change nothing: their norm is 0 (first: {idle[0]})")
     ranks = Counter(layer.rank for layer in result.layers if layer.rank is not None)
     if len(ranks) > 1:
-        result.notes.append("layers have different ranks: " + ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(ranks.items())))
+        result.notes.append(
+            "layers have different ranks: "
+            + ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(ranks.items()))
+        )
     table = names_of_family(family, parts) if family else None
     if table is not None and table.layers:
         unknown = [name for name in parts if table.find(name) is None]
         if unknown:
-            result.problems.append(f"{len(unknown)} layers are in no {family} model that is known (first: {unknown[0]})")
+            result.problems.append(
+                f"{len(unknown)} layers are in no {family} model that is known (first: {unknown[0]})"
+            )
 
 
 def _naming(keys: Iterable[str]) -> str:

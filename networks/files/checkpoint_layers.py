@@ -1,8 +1,8 @@
 """Which tensors of a checkpoint file are which layers of the model, whatever the layout of the file.
 
-The loaders' own renaming tells: it is run on stand-ins that hold, instead of weights, the number of the file's tensor and
-the row. Where the stand-ins end up is where the weights would. So parts that are joined (q, k and v of a diffusers folder)
-or taken apart (the joint projection of open_clip) are known without a second table.
+The loaders' own renaming tells: it is run on stand-ins that hold, instead of weights, the number of the file's tensor
+and the row. Where the stand-ins end up is where the weights would. So parts that are joined (q, k and v of a diffusers
+folder) or taken apart (the joint projection of open_clip) are known without a second table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class LayerParameter:
-    """The weight or bias of a layer, by the name that adapters have for the layer. `path` is that of the module tree."""
+    """The weight or bias of a layer, by the name that adapters have for the layer. `path` is that of the module
+    tree."""
 
     lora_name: str
     path: str
@@ -42,8 +43,8 @@ class LayerParameter:
 def checkpoint_layers(
     targets: NetworkTargets, shapes: Mapping[str, tuple[int, ...]], prefixes: Collection[str] | None = None
 ) -> list[LayerParameter]:
-    """Every layer of a family that these tensors hold, in the order of the model. Parts that are not there give nothing.
-    `prefixes` names the parts to look for, where the file may look like several (default: all)."""
+    """Every layer of a family that these tensors hold, in the order of the model. Parts that are not there give
+    nothing. `prefixes` names the parts to look for, where the file may look like several (default: all)."""
     keys = list(shapes)
     stand_ins = {key: _stand_in(number, shapes[key]) for number, key in enumerate(keys)}
     found: list[LayerParameter] = []
@@ -53,7 +54,9 @@ def checkpoint_layers(
         for path, rows in import_target(part.file_state)(stand_ins).items():
             module, _, parameter = path.rpartition(".")
             if parameter in PARAMETERS:
-                found.append(LayerParameter(layer_name(part, module), module, PARAMETERS[parameter], _pieces(rows, keys)))
+                found.append(
+                    LayerParameter(layer_name(part, module), module, PARAMETERS[parameter], _pieces(rows, keys))
+                )
     return found
 
 

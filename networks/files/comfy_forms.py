@@ -8,8 +8,8 @@ It reads the kinds of LyCORIS under dotted names, with formulas of its own in th
 | OFT | parts of a fused layer apart; `rescale` counts | one tensor of blocks; `rescale` is not looked at |
 | DoRA | lengths of the rows belong to the changed weight | those of rows to the original weight, those of columns to the changed one |
 
-The limit is worked into the blocks, and parts become one tensor with blocks of the size of the largest: the rotation is the same. What
-cannot be brought into a form with the same result is told by `difference`.
+The limit is worked into the blocks, and parts become one tensor with blocks of the size of the largest: the rotation is
+the same. What cannot be brought into a form with the same result is told by `difference`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def _limited(blocks: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def _joined(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
-    """Parts [k, n_i, n_i] as one tensor [k', n, n]: neighbours of small blocks become one larger block with zeros between them."""
+    """Parts [k, n_i, n_i] as one tensor [k', n, n]: neighbours of small blocks become one larger block with zeros
+    between them."""
     size = math.lcm(*(part.shape[-1] for part in parts))
     wrong = [part for part in parts if part.shape[0] * part.shape[1] % size]
     if wrong:

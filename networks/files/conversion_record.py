@@ -1,9 +1,9 @@
 """What a rewritten adapter file remembers of the file it came from, so that the way back gives that file bit by bit.
 
-Most rewritings lose nothing and leave no record. One is kept where the plain way back would differ: alpha was folded into the
-weights, parts of a fused layer became one module, a name had another spelling. It stands in the metadata under `KEY` as
-compressed JSON and holds differences only; the tensors that it belongs to are told by their hash, so that a file that was changed
-since is rewritten plainly.
+Most rewritings lose nothing and leave no record. One is kept where the plain way back would differ: alpha was folded
+into the weights, parts of a fused layer became one module, a name had another spelling. It stands in the metadata under
+`KEY` as compressed JSON and holds differences only; the tensors that it belongs to are told by their hash, so that a
+file that was changed since is rewritten plainly.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _DOWN, _UP = "lora_down.weight", "lora_up.weight"
 
 
 def converted(family: str, file: AdapterFile, layout: Layout) -> AdapterFile:
-    """`file` in another layout, with a record where the way back needs one. A file that carries a valid record is first put
-    back into what it was, so that nothing is lost over several steps."""
+    """`file` in another layout, with a record where the way back needs one. A file that carries a valid record is first
+    put back into what it was, so that nothing is lost over several steps."""
     source, is_restored = restored(family, file)
     is_alike = _like(layout_of(source), layout)
     if is_restored and is_alike:
@@ -49,7 +49,10 @@ def converted(family: str, file: AdapterFile, layout: Layout) -> AdapterFile:
         return result
     packed = base64.b64encode(zlib.compress(json.dumps(record, sort_keys=True).encode(), 9)).decode("ascii")
     if len(packed) > MAX_BYTES:
-        logger.warning("the way back from this layout rounds: what it would have to remember is %d MB, too much for a header", len(packed) >> 20)
+        logger.warning(
+            "the way back from this layout rounds: what it would have to remember is %d MB, too much for a header",
+            len(packed) >> 20,
+        )
         return result
     return replace(result, metadata={**result.metadata, KEY: packed})
 
@@ -63,11 +66,23 @@ def restored(family: str, file: AdapterFile) -> tuple[AdapterFile, bool]:
     try:
         record = json.loads(_unpacked(file.metadata[KEY], MOST_UNPACKED))
         if record["content"] != _content(file.tensors):
-            logger.info("the tensors were changed since this file was rewritten; its record of the file before is left aside")
+            logger.info(
+                "the tensors were changed since this file was rewritten; its record of the file before is left aside"
+            )
             return plain, False
         tensors = _patched(_base(family, replace(plain, prefix=record["prefix"]), record), record)
         changes, absent = record["metadata"], set(record["absent"])
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, RuntimeError, zlib.error, CheckpointError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+        RuntimeError,
+        zlib.error,
+        CheckpointError,
+    ) as error:
         logger.warning("the record of the file before (%s in the metadata) is damaged (%s) and left aside", KEY, error)
         return plain, False
     old = {key: value for key, value in {**metadata, **changes}.items() if key not in absent}
@@ -86,7 +101,8 @@ def _traits(layout: Layout) -> tuple[object, ...]:
 def _record(family: str, source: AdapterFile, result: AdapterFile, layout: Layout) -> dict[str, Any] | None:
     """What is to be remembered; None when the plain way back gives the same tensors."""
     record: dict[str, Any] = {
-        "layout": asdict(layout_of(source)), "fold": layout.fold, "alphas": _alphas(family, source) if layout.fold else {},
+        "layout": asdict(layout_of(source)), "fold": layout.fold,
+        "alphas": _alphas(family, source) if layout.fold else {},
         "renamed": {}, "changed": {}, "metadata": {}, "absent": [], "configs": source.configs, "prefix": result.prefix,
     }  # fmt: skip
     plain = rewritten(family, result, layout_of(source))
@@ -104,7 +120,9 @@ def _equal(first: AdapterFile, second: AdapterFile) -> bool:
     in_metadata = METADATA_KEY in first.metadata and METADATA_KEY in second.metadata
     if first.tensors.keys() != second.tensors.keys() or not (in_metadata or first.configs == second.configs):
         return False
-    same_metadata = all(first.metadata.get(key) == value for key, value in second.metadata.items() if key not in _HASHES)
+    same_metadata = all(
+        first.metadata.get(key) == value for key, value in second.metadata.items() if key not in _HASHES
+    )
     return same_metadata and all(_same(first.tensors[key], tensor) for key, tensor in second.tensors.items())
 
 
@@ -128,8 +146,11 @@ def _base(family: str, file: AdapterFile, record: Mapping[str, Any]) -> dict[str
     return rewritten(family, AdapterFile(tensors), layout).tensors
 
 
-def _note_differences(record: dict[str, Any], base: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
-    """Fill `renamed` (key -> key of the base with the same content) and `changed` (key -> its bytes, or how they differ)."""
+def _note_differences(
+    record: dict[str, Any], base: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
+) -> None:
+    """Fill `renamed` (key -> key of the base with the same content) and `changed` (key -> its bytes, or how they
+    differ)."""
     spare: dict[str, str] = {}
     if set(base) - set(wanted):
         spare = {_digest(tensor): key for key, tensor in base.items() if key not in wanted}
@@ -144,7 +165,9 @@ def _note_differences(record: dict[str, Any], base: Mapping[str, torch.Tensor], 
             continue
         is_alike = own is not None and own.dtype == tensor.dtype and own.shape == tensor.shape
         data = _bytes(tensor) ^ _bytes(own) if is_alike else _bytes(tensor)
-        planes = data.view(-1, tensor.element_size()).t().contiguous()  # equal bytes of all numbers together compress better
+        planes = (
+            data.view(-1, tensor.element_size()).t().contiguous()
+        )  # equal bytes of all numbers together compress better
         packed = base64.b64encode(zlib.compress(planes.numpy().tobytes(), 9)).decode("ascii")
         record["changed"][key] = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), is_alike, packed]
 

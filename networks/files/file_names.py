@@ -6,8 +6,8 @@
 | diffusers | transformer.transformer_blocks.0.attn.to_q | text_encoder.text_model.encoder.layers.0.mlp.fc1 |
 | dotted (ComfyUI) | diffusion_model.double_blocks.0.img_attn.qkv | text_encoders.<name>.transformer.<path>, where there is one |
 
-The kohya name is the hub: a table per family (`file_layers` of networks/lora_<family>.py) leads to it and from it. Names are
-looked up there whole, never taken apart by guess: which underscore was a dot cannot be told from the name.
+The kohya name is the hub: a table per family (`file_layers` of networks/lora_<family>.py) leads to it and from it.
+Names are looked up there whole, never taken apart by guess: which underscore was a dot cannot be told from the name.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ _NUMBERS = re.compile(r"\d+|\{i\}")
 
 @dataclass(frozen=True)
 class LayerNames:
-    """One layer, or one per block where `{i}` stands for the block: its path in our module tree and its parts in diffusers.
+    """One layer, or one per block where `{i}` stands for the block: its path in our module tree and its parts in
+    diffusers.
 
-    `rows` says how many output rows the parts have: "equal", or "linear1" (the input width three times, then the rest); "swapped":
-    there is one part, whose halves stand the other way round.
-    `model` is the diffusers model that holds it; `original` its path in original checkpoints, where our tree differs.
+    `rows` says how many output rows the parts have: "equal", or "linear1" (the input width three times, then the rest);
+    "swapped": there is one part, whose halves stand the other way round. `model` is the diffusers model that holds it;
+    `original` its path in original checkpoints, where our tree differs.
     """
 
     path: str
@@ -85,7 +86,11 @@ class Place:
     @property
     def original_kohya(self) -> str:
         """The kohya name made of the path in original checkpoints."""
-        return self.kohya if self.layer is None else KOHYA_PREFIX + _underscored(self._fill(self.layer.original or self.layer.path))
+        return (
+            self.kohya
+            if self.layer is None
+            else KOHYA_PREFIX + _underscored(self._fill(self.layer.original or self.layer.path))
+        )
 
     def _fill(self, text: str) -> str:
         return text.replace("{i}", self.block)
@@ -134,8 +139,8 @@ class FileNames:
 
 
 def names_of_family(family: str, names: Iterable[str] = ()) -> FileNames:
-    """The table of a family; its denoiser part is empty while the family has no `file_layers`. `names`: of the layers of a file,
-    which tell the table where models of the family number their blocks in several ways."""
+    """The table of a family; its denoiser part is empty while the family has no `file_layers`. `names`: of the layers
+    of a file, which tell the table where models of the family number their blocks in several ways."""
     tables = _tables(family)
     if len(tables) == 1:
         return tables[0]

@@ -1,6 +1,6 @@
-"""HunyuanImage 2.1: names of its layers in adapter files. sd-scripts names them after its own module tree (`img_mlp_fc1`,
-`img_mod_linear`, `modulation_linear`); ComfyUI after the checkpoint (`img_mlp_0`, `img_mod_lin`, `modulation_lin`), with the
-same prefix and parameters."""
+"""HunyuanImage 2.1: names of its layers in adapter files. sd-scripts names them after its own module tree
+(`img_mlp_fc1`, `img_mod_linear`, `modulation_linear`); ComfyUI after the checkpoint (`img_mlp_0`, `img_mod_lin`,
+`modulation_lin`), with the same prefix and parameters."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def names() -> FileNames:
         for side in ("img", "txt") for ours, theirs in _DOUBLE
     ]  # fmt: skip
     single = [
-        LayerNames(f"single_blocks.{{i}}.{ours}", (), original=f"single_blocks.{{i}}.{theirs}" if theirs else "") for ours, theirs in _SINGLE
+        LayerNames(f"single_blocks.{{i}}.{ours}", (), original=f"single_blocks.{{i}}.{theirs}" if theirs else "")
+        for ours, theirs in _SINGLE
     ]
     return FileNames(NetworkTargets("hunyuan_image", ()), (*double, *single), comfy_is_kohya=True)

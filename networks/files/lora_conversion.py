@@ -7,7 +7,8 @@
 | dotted | lora_A.weight, lora_B.weight | kept |
 | lycoris | lora_down.weight, lora_up.weight | kept |
 
-Programs differ in what they do with alpha; networks/files/lora_layouts.py says which one gets what. Reading goes through one hub, `to_kohya`: names by the table of the family (networks/files/file_names.py), parameters by the table
+Programs differ in what they do with alpha; networks/files/lora_layouts.py says which one gets what. Reading goes
+through one hub, `to_kohya`: names by the table of the family (networks/files/file_names.py), parameters by the table
 below. Kinds other than LoRA (LoHa, LoKr, ...) keep their parameters and alpha in every layout; only layers are renamed.
 Sizes are read from the tensors, so models of any width work.
 """
@@ -71,9 +72,10 @@ class _Lora:
 def to_kohya(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     """An adapter of any known layout under kohya names.
 
-    LoRA parts of a fused layer become one module: with the same down matrix as they are, else with rank k*r, a block-diagonal
-    up matrix and alpha = k*r; absent parts count as zero. Kohya names that are in no table stay as they are, for the reader
-    to report, and so does what may stand beside layers (`is_beside`); other unknown names are a CheckpointError.
+    LoRA parts of a fused layer become one module: with the same down matrix as they are, else with rank k*r, a
+    block-diagonal up matrix and alpha = k*r; absent parts count as zero. Kohya names that are in no table stay as they
+    are, for the reader to report, and so does what may stand beside layers (`is_beside`); other unknown names are a
+    CheckpointError.
     """
     result: dict[str, torch.Tensor] = {}
     parts: dict[str, list[Module | None]] = {}
@@ -107,7 +109,9 @@ def _refuse_twice(written: dict[tuple[str, int | None], str], place: Place | Non
     """CheckpointError for a layer that stands in a file under two names, of which one would be lost."""
     if place is None:
         return
-    parts = [None, place.part] if place.part is not None else [None, *range(len(place.layer.parts) if place.layer else 0)]
+    parts = (
+        [None, place.part] if place.part is not None else [None, *range(len(place.layer.parts) if place.layer else 0)]
+    )
     other = next((written[place.kohya, part] for part in parts if (place.kohya, part) in written), None)
     if other is not None:
         raise CheckpointError(f"{other} and {name} are one layer, {place.kohya}; a file must hold it once")
@@ -115,12 +119,17 @@ def _refuse_twice(written: dict[tuple[str, int | None], str], place: Place | Non
 
 
 def _joined(name: str, parts: Sequence[Module | None], layer: LayerNames) -> Module:
-    """The parts of a fused layer as one module: LoRA where all are LoRA, else side by side (networks/files/stacked.py)."""
+    """The parts of a fused layer as one module: LoRA where all are LoRA, else side by side
+    (networks/files/stacked.py)."""
     present = [part for part in parts if part is not None]
     if all(set(part) <= {DOWN, UP, MID, "alpha"} for part in present):
-        return _with_alpha(_as_module(_fused([part and _lora_of(name, part, "a part of a fused layer") for part in parts], layer)))
+        return _with_alpha(
+            _as_module(_fused([part and _lora_of(name, part, "a part of a fused layer") for part in parts], layer))
+        )
     if layer.rows == "swapped":
-        raise CheckpointError(f"{name} has {', '.join(sorted(present[0]))} for rows in another order; only LoRA can be rewritten there")
+        raise CheckpointError(
+            f"{name} has {', '.join(sorted(present[0]))} for rows in another order; only LoRA can be rewritten there"
+        )
     shapes = [None if part is None else _shape_of(name, part) for part in parts]
     width = next(shape[1] for shape in shapes if shape)
     known = next(shape[0] for shape in shapes if shape)
@@ -136,15 +145,17 @@ def _shape_of(name: str, part: Module) -> tuple[int, ...]:
     kind = known_kind_of(part, name)
     shape = kind.module_class.change_shape({key: tensor for key, tensor in part.items() if key != "dora_scale"})
     if shape is None:
-        raise CheckpointError(f"{name} has a part of kind {kind.name}, whose tensors do not tell the size of the layer; only other kinds can be joined")
+        raise CheckpointError(
+            f"{name} has a part of kind {kind.name}, whose tensors do not tell the size of the layer; only other kinds can be joined"
+        )
     return shape
 
 
 def fold_factors(fold: str | None, scale: float) -> tuple[float, float]:
     """What down and up are multiplied by when alpha / rank (= `scale`) goes into them.
 
-    None: nothing, alpha stays; "up": all into up; "balanced": into down, of which powers of two go over to up until both are
-    of about one size (16-bit numbers lose least so).
+    None: nothing, alpha stays; "up": all into up; "balanced": into down, of which powers of two go over to up until
+    both are of about one size (16-bit numbers lose least so).
     """
     if fold is None:
         return 1.0, 1.0
@@ -159,9 +170,9 @@ def fold_factors(fold: str | None, scale: float) -> tuple[float, float]:
 def to_diffusers(family: str, tensors: Tensors, fold: str | None = "up") -> dict[str, torch.Tensor]:
     """An adapter of any layout rewritten for diffusers: `lora_A` = down, `lora_B` = up * alpha / rank, no alpha.
 
-    `fold`: see fold_factors; with None each part keeps its alpha. A fused layer whose up matrix is block-diagonal (trained
-    with split_qkv) is taken apart into its own pairs; otherwise all parts share the down matrix. CheckpointError names the
-    modules that have no counterpart.
+    `fold`: see fold_factors; with None each part keeps its alpha. A fused layer whose up matrix is block-diagonal
+    (trained with split_qkv) is taken apart into its own pairs; otherwise all parts share the down matrix.
+    CheckpointError names the modules that have no counterpart.
     """
     result: dict[str, torch.Tensor] = {}
     for place, name, module in _placed(family, tensors, "diffusers"):
@@ -175,7 +186,9 @@ def to_diffusers(family: str, tensors: Tensors, fold: str | None = "up") -> dict
         if not {DOWN, UP} <= set(module):
             if len(keys) > 1:
                 held = ", ".join(sorted(module))
-                raise CheckpointError(f"{name} has {held}; diffusers keeps its {len(keys)} parts apart, which only LoRA can be")
+                raise CheckpointError(
+                    f"{name} has {held}; diffusers keeps its {len(keys)} parts apart, which only LoRA can be"
+                )
             _put(result, keys[0], module)
             continue
         lora = _lora_of(name, module, "an adapter")
@@ -193,7 +206,9 @@ def to_diffusers(family: str, tensors: Tensors, fold: str | None = "up") -> dict
                 result[f"{key}.alpha"] = torch.tensor(lora.alpha * down.shape[0] / lora.down.shape[0])
         if "dora_scale" in module:
             magnitudes = _magnitudes(name, module["dora_scale"], lora).split(rows, dim=0 if lora.down.ndim == 2 else 1)
-            result.update({f"{key}.lora_magnitude_vector": part.contiguous() for key, part in zip(keys, magnitudes, strict=True)})
+            result.update(
+                {f"{key}.lora_magnitude_vector": part.contiguous() for key, part in zip(keys, magnitudes, strict=True)}
+            )
     return result
 
 
@@ -202,10 +217,10 @@ def to_dotted(
 ) -> dict[str, torch.Tensor]:
     """An adapter of any layout rewritten to `diffusion_model.<original path>.lora_A/B.weight` with its alpha.
 
-    `prefix` stands in front of the denoiser's paths; `fold`: see fold_factors. A text encoder that has no dotted name keeps
-    its kohya names, which ComfyUI reads in the same file. So do all layers of families that ComfyUI reads under kohya names
-    of the original paths alone (`FileNames.comfy_is_kohya`). Tensors come in the form that ComfyUI reads (comfy_forms); where
-    its result differs all the same, the log tells.
+    `prefix` stands in front of the denoiser's paths; `fold`: see fold_factors. A text encoder that has no dotted name
+    keeps its kohya names, which ComfyUI reads in the same file. So do all layers of families that ComfyUI reads under
+    kohya names of the original paths alone (`FileNames.comfy_is_kohya`). Tensors come in the form that ComfyUI reads
+    (comfy_forms); where its result differs all the same, the log tells.
     """
     from networks.files.comfy_forms import difference, for_comfy
 
@@ -234,8 +249,8 @@ def to_dotted(
 
 
 def to_lycoris(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """An adapter of any layout with `lycoris_` in front of the denoiser's layers, as LyCORIS writes outside trainers. Text
-    encoders keep their kohya names: that prefix does not say which encoder a layer is in."""
+    """An adapter of any layout with `lycoris_` in front of the denoiser's layers, as LyCORIS writes outside trainers.
+    Text encoders keep their kohya names: that prefix does not say which encoder a layer is in."""
     result: dict[str, torch.Tensor] = {}
     for place, name, module in _placed(family, tensors, "the layout of LyCORIS"):
         refuse_parts(name, module)
@@ -302,8 +317,8 @@ def refuse_parts(name: str, module: Iterable[str]) -> None:
 
 
 def named_parameter(key: str, tensors: Tensors) -> tuple[str, str] | None:
-    """(name of the layer as written, parameter under its kohya name) of a key of any layout; None when it is no adapter's.
-    `tensors` is the whole file, of which other keys may tell."""
+    """(name of the layer as written, parameter under its kohya name) of a key of any layout; None when it is no
+    adapter's. `tensors` is the whole file, of which other keys may tell."""
     name, _, parameter = key.partition(".")
     return (name, PARAMETERS.get(parameter, parameter)) if is_kohya_name(name) else _split(key, tensors)
 
@@ -326,8 +341,8 @@ def _split(key: str, tensors: Tensors) -> tuple[str, str] | None:
 
 
 def _placed(family: str, tensors: Tensors, layout: str) -> list[tuple[Place, str, Module]]:
-    """(place, kohya name, parameters) of every module of a file. Those without a name in the layout are told in the log when
-    they are text encoders' and refused otherwise."""
+    """(place, kohya name, parameters) of every module of a file. Those without a name in the layout are told in the log
+    when they are text encoders' and refused otherwise."""
     modules, others = _modules(to_kohya(family, tensors))
     found, unknown, silent = [], [key for key in others if not is_beside(key)], []
     table = names_of_family(family, modules)
@@ -341,7 +356,9 @@ def _placed(family: str, tensors: Tensors, layout: str) -> list[tuple[Place, str
         found.append((place, name, module))
     _refuse(unknown, layout)
     if silent:
-        logger.warning("%d text encoder modules have no name in %s and are left out (first: %s)", len(silent), layout, silent[0])
+        logger.warning(
+            "%d text encoder modules have no name in %s and are left out (first: %s)", len(silent), layout, silent[0]
+        )
     return found
 
 
@@ -380,7 +397,10 @@ def _fused(loras: Sequence[_Lora | None], layer: LayerNames) -> _Lora:
         return _swapped(loras[0])
     present = [lora for lora in loras if lora is not None]
     width = present[0].down.shape[1]
-    rows = [lora.up.shape[0] if lora else width * (4 if layer.rows == "linear1" and i == 3 else 1) for i, lora in enumerate(loras)]
+    rows = [
+        lora.up.shape[0] if lora else width * (4 if layer.rows == "linear1" and i == 3 else 1)
+        for i, lora in enumerate(loras)
+    ]
     first = present[0]
     same_scale = all(lora.scale == first.scale for lora in present)
     if same_scale and all(torch.equal(lora.down, first.down) for lora in present):
@@ -407,7 +427,9 @@ def _rows(layer: LayerNames, lora: _Lora) -> list[int]:
             raise CheckpointError(f"{layer.path} has {rows} rows; needed: more than three times its {width} inputs")
         return [width] * 3 + [rows - 3 * width]
     if rows % count:
-        raise CheckpointError(f"{layer.path} has {rows} rows, which do not divide into {count} parts; the file is for another model, or damaged")
+        raise CheckpointError(
+            f"{layer.path} has {rows} rows, which do not divide into {count} parts; the file is for another model, or damaged"
+        )
     return [rows // count] * count
 
 

@@ -1,4 +1,5 @@
-"""The layouts of adapter files that programs read, by the name that a user gives: names of layers and place of the strength.
+"""The layouts of adapter files that programs read, by the name that a user gives: names of layers and place of the
+strength.
 
 | layout | names | strength |
 |---|---|---|
@@ -38,8 +39,8 @@ _ALPHA = ".alpha"
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What an adapter file holds. `configs`: PEFT's configurations, model ("" for all) -> fields (networks/files/peft_config.py);
-    `prefix`: what stands before the denoiser's paths where that is no known word."""
+    """What an adapter file holds. `configs`: PEFT's configurations, model ("" for all) -> fields
+    (networks/files/peft_config.py); `prefix`: what stands before the denoiser's paths where that is no known word."""
 
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
@@ -49,8 +50,9 @@ class AdapterFile:
 
 @dataclass(frozen=True)
 class Layout:
-    """`names`: kohya, diffusers, dotted, lycoris or xlabs; `fold`: where alpha goes (lora_conversion.fold_factors); `config`:
-    alpha goes into PEFT's configuration; `prefix` of dotted names; `wrapped`: names of one model as PEFT itself writes them."""
+    """`names`: kohya, diffusers, dotted, lycoris or xlabs; `fold`: where alpha goes (lora_conversion.fold_factors);
+    `config`: alpha goes into PEFT's configuration; `prefix` of dotted names; `wrapped`: names of one model as PEFT
+    itself writes them."""
 
     names: str
     fold: str | None = None
@@ -65,7 +67,9 @@ def layout_for(name: str, family: str, prefix: str | None = None, wrapped: bool 
     if name == "ai-toolkit":
         return Layout("kohya") if facts.ai_toolkit == "kohya" else Layout(facts.ai_toolkit, "balanced")
     if name == "xlabs" and not facts.has_xlabs:
-        owners = [record.title for record in records().values() if record.adapters is not None and record.adapters.has_xlabs]
+        owners = [
+            record.title for record in records().values() if record.adapters is not None and record.adapters.has_xlabs
+        ]
         raise CheckpointError(f"the layout of XLabs is for adapters of {', '.join(owners)}; this one is for {family}")
     return {
         "kohya": Layout("kohya"),
@@ -102,14 +106,22 @@ def kohya_tensors(family: str, file: AdapterFile) -> dict[str, torch.Tensor]:
         tensors = with_alphas(tensors, file.configs)
     if file.prefix != DOTTED_PREFIX:
         start = len(file.prefix)
-        tensors = {DOTTED_PREFIX + key[start:] if key.startswith(file.prefix) else key: tensor for key, tensor in tensors.items()}
+        tensors = {
+            DOTTED_PREFIX + key[start:] if key.startswith(file.prefix) else key: tensor
+            for key, tensor in tensors.items()
+        }
     return to_kohya(family, tensors)
 
 
 def rewritten(family: str, file: AdapterFile, layout: Layout) -> AdapterFile:
-    """A file in another layout. CheckpointError when that cannot hold what the file has. What stands beside layers is carried along."""
+    """A file in another layout. CheckpointError when that cannot hold what the file has. What stands beside layers is
+    carried along."""
     beside = {key: tensor for key, tensor in file.tensors.items() if is_beside(key)}
-    result = _rewritten(family, replace(file, tensors={key: tensor for key, tensor in file.tensors.items() if key not in beside}), layout)
+    result = _rewritten(
+        family,
+        replace(file, tensors={key: tensor for key, tensor in file.tensors.items() if key not in beside}),
+        layout,
+    )
     return replace(result, tensors={**result.tensors, **beside})
 
 
@@ -156,12 +168,12 @@ def _only_lora(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor
     return tensors
 
 
-# -- the strength in PEFT's configuration --------------------------------------------------------------------------------------
+# -- the strength in PEFT's configuration ------------------------------------------------------------------------------
 
 
 def _with_config(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], wrapped: bool) -> AdapterFile:
-    """`<module>.alpha` moved into configurations: in the metadata (as diffusers writes it), or, with `wrapped`, for a file
-    `adapter_config.json` beside, which holds one model."""
+    """`<module>.alpha` moved into configurations: in the metadata (as diffusers writes it), or, with `wrapped`, for a
+    file `adapter_config.json` beside, which holds one model."""
     kept = {key: tensor for key, tensor in tensors.items() if not key.endswith(_ALPHA)}
     models: dict[str, dict[str, tuple[int, float]]] = {}
     has_dora: set[str] = set()
@@ -187,12 +199,13 @@ def _with_config(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], 
 
 
 def _config(layers: Mapping[str, tuple[int, float]], use_dora: bool) -> dict[str, Any]:
-    """The configuration of one model: path -> (rank, alpha). The commonest values stand for all, the others in patterns, whose
-    keys are regular expressions for the whole path."""
+    """The configuration of one model: path -> (rank, alpha). The commonest values stand for all, the others in
+    patterns, whose keys are regular expressions for the whole path."""
     ranks, alphas = [rank for rank, _ in layers.values()], [alpha for _, alpha in layers.values()]
     rank, alpha = max(sorted(set(ranks)), key=ranks.count), max(sorted(set(alphas)), key=alphas.count)
     return {
-        "peft_type": "LORA", "r": rank, "lora_alpha": _plain(alpha), "target_modules": sorted(map(_unrooted, layers)), "use_dora": use_dora,
+        "peft_type": "LORA", "r": rank, "lora_alpha": _plain(alpha), "target_modules": sorted(map(_unrooted, layers)),
+        "use_dora": use_dora,
         "rank_pattern": {_exact(path): own for path, (own, _) in layers.items() if own != rank},
         "alpha_pattern": {_exact(path): _plain(own) for path, (_, own) in layers.items() if own != alpha},
         "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "init_lora_weights": True,

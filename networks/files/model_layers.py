@@ -1,4 +1,5 @@
-"""The layers of a model on disk, read one at a time: a file, a folder, a pipeline folder of diffusers, or several of these."""
+"""The layers of a model on disk, read one at a time: a file, a folder, a pipeline folder of diffusers, or several of
+these."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ Name = tuple[str, str]
 
 @dataclass(frozen=True)
 class Source:
-    """A file or folder of a model. `part`: what it is in a pipeline (unet, transformer, text_encoder ...), "" for what its names
-    tell."""
+    """A file or folder of a model. `part`: what it is in a pipeline (unet, transformer, text_encoder ...), "" for what
+    its names tell."""
 
     files: CheckpointFiles
     part: str = ""
@@ -46,7 +47,9 @@ def sources_of(path: str | os.PathLike[str]) -> list[Source]:
 
 def kind_of_model(sources: Iterable[Source]) -> str | None:
     """The kind of the denoiser among them (ModelKind.name); None when none is there or known."""
-    known = {kind for record in records().values() if adapter_family_of(record).name in FAMILIES for kind in record.kinds}
+    known = {
+        kind for record in records().values() if adapter_family_of(record).name in FAMILIES for kind in record.kinds
+    }
     for source in sources:
         found = recognise({key: tuple(tensor.shape) for key, tensor in source.files.shapes.items()})
         if found is not None and found.kind in known:
@@ -98,7 +101,9 @@ class ModelLayers:
         pieces = [reader.tensor(piece.key)[piece.start : piece.stop] for piece in layer.pieces]
         tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{self.label}: {layer.pieces[0].key} has values that are not finite (NaN or infinite)")
+            raise CheckpointError(
+                f"{self.label}: {layer.pieces[0].key} has values that are not finite (NaN or infinite)"
+            )
         return tensor
 
 
@@ -126,7 +131,10 @@ class _Reader:
 
     def tensor(self, key: str) -> torch.Tensor:
         tensor = self._stored(key).float()
-        scale = next((name for suffix in SCALE_SUFFIXES if (name := key.removesuffix(".weight") + suffix) in self._files.shapes), None)
+        scale = next(
+            (name for suffix in SCALE_SUFFIXES if (name := key.removesuffix(".weight") + suffix) in self._files.shapes),
+            None,
+        )
         return tensor if scale is None else times_scale(tensor, self._stored(scale).float())
 
     def _stored(self, key: str) -> torch.Tensor:

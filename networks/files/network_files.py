@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 def read_adapter_file(path: str | os.PathLike[str], targets: NetworkTargets | None = None) -> dict[str, torch.Tensor]:
     """The tensors of an adapter file under kohya names; CheckpointError when it is missing, damaged or no adapter."""
     is_safetensors = os.fspath(path).endswith(".safetensors")
-    # read, not mapped: Windows replaces no file that is mapped, and a run may write to the name of an adapter that it read
+    # read, not mapped: Windows replaces no file that is mapped, and a run may write to the name of an adapter that it
+    # read
     tensors = load_safetensors(path, device="cpu", disable_mmap=True) if is_safetensors else load_pickled_tensors(path)
     metadata = read_header(path)[1] if is_safetensors else {}
     configs = configs_of(path, metadata)
@@ -34,7 +35,8 @@ def read_adapter_file(path: str | os.PathLike[str], targets: NetworkTargets | No
 
 
 def to_kohya_names(
-    tensors: Mapping[str, torch.Tensor], targets: NetworkTargets | None, label: str, metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, torch.Tensor], targets: NetworkTargets | None, label: str,
+    metadata: Mapping[str, str] | None = None
 ) -> dict[str, torch.Tensor]:
     """Tensors of an adapter under kohya names; names of other programs are rewritten by the family's table."""
     if not any(is_adapter_key(key) for key in tensors):
@@ -50,7 +52,8 @@ def to_kohya_names(
         if beside:
             logger.warning(
                 "%s: %d tensors are embeddings of trigger words (%s), which are no part of the adapter; they are left out here and kept by tools that"
-                " write adapter files", label, len(beside), ", ".join(sorted({".".join(key.split(".")[:2]) for key in beside})),
+                " write adapter files", label, len(beside),
+                ", ".join(sorted({".".join(key.split(".")[:2]) for key in beside})),
             )  # fmt: skip
         return {key: tensor for key, tensor in renamed.items() if key not in beside}
     return dict(tensors)
@@ -60,10 +63,17 @@ def is_adapter_key(key: str) -> bool:
     """Whether a tensor of this name belongs to an adapter, of any kind."""
     name = key.partition(".")[2] or key
     marks = (
-        "lora_down", "lora_up", "lora_A", "lora_B", "hada_w1_a", "lokr_w1", "lokr_w2", "oft_blocks", "a1.weight", "lora.down", "lora.up",
+        "lora_down", "lora_up", "lora_A", "lora_B", "hada_w1_a", "lokr_w1", "lokr_w2", "oft_blocks", "a1.weight",
+        "lora.down", "lora.up",
         "lora_linear_layer", "_lora1.", "_lora2.",
     )  # fmt: skip
-    if any(mark in name for mark in marks) or name.rpartition(".")[2] in ("diff", "diff_b", "w_norm", "b_norm", "on_input"):
+    if any(mark in name for mark in marks) or name.rpartition(".")[2] in (
+        "diff",
+        "diff_b",
+        "w_norm",
+        "b_norm",
+        "on_input",
+    ):
         return True
     return key.endswith(outside_endings())
 
@@ -77,7 +87,9 @@ def check_finite(tensors: Mapping[str, torch.Tensor], label: str) -> None:
     """CheckpointError for a value that would make every output NaN."""
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
-            raise CheckpointError(f"{label}: {key} has values that are not finite (NaN or infinite); the training of this file failed")
+            raise CheckpointError(
+                f"{label}: {key} has values that are not finite (NaN or infinite); the training of this file failed"
+            )
 
 
 def by_module(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
@@ -90,7 +102,9 @@ def by_module(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.
     return modules
 
 
-def match_names(names: Iterable[str], known: Iterable[str], targets: NetworkTargets) -> tuple[dict[str, str], list[str]]:
+def match_names(
+    names: Iterable[str], known: Iterable[str], targets: NetworkTargets
+) -> tuple[dict[str, str], list[str]]:
     """(name in the file -> name in the model, names that are in no model), other programs' spellings included."""
     known = set(known)
     found: dict[str, str] = {}
@@ -111,7 +125,10 @@ def write_adapter_file(
     content, other endings are a torch pickle without metadata. The file appears complete or not at all."""
     ready = {key: tensor.contiguous() for key, tensor in narrowed_all(_for_file(tensors, dtype)).items()}
     if os.path.splitext(path)[1] != ".safetensors":
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:  # given a name, torch writes it into the file
+        with (
+            atomic_path(path) as temporary,
+            open(temporary, "wb") as file,
+        ):  # given a name, torch writes it into the file
             torch.save(ready, file)
         return
     metadata = dict(metadata or {})
@@ -120,7 +137,9 @@ def write_adapter_file(
     save_file_atomic(ready, path, metadata or None)
 
 
-def _for_file(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, tuple[torch.Tensor, torch.dtype | None]]:
+def _for_file(
+    tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None
+) -> dict[str, tuple[torch.Tensor, torch.dtype | None]]:
     """key -> (tensor, its type in the file): rounding an alpha would change the scale."""
     return {
         key: (tensor.detach().cpu(), torch.float32 if key.endswith(".alpha") else dtype)

@@ -11,16 +11,38 @@ from library.checkpoints.adapter_tensors import OUTSIDE
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 
 RENAMED: dict[str, str] = {
-    **dict.fromkeys(("lora_A.weight", "lora_A.default.weight", "lora.down.weight", "lora_linear_layer.down.weight"), DOWN),
+    **dict.fromkeys(
+        ("lora_A.weight", "lora_A.default.weight", "lora.down.weight", "lora_linear_layer.down.weight"), DOWN
+    ),
     **dict.fromkeys(("lora_B.weight", "lora_B.default.weight", "lora.up.weight", "lora_linear_layer.up.weight"), UP),
-    **dict.fromkeys(("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight"), "dora_scale"),
+    **dict.fromkeys(
+        ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight"), "dora_scale"
+    ),
 }
 """PEFT (with and without the name of an adapter) and old diffusers -> the names of kohya files"""
 
 PARAMETERS: dict[str, str] = {
     **RENAMED,
-    **{name: name for name in (DOWN, UP, MID, "alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "oft_blocks", "rescale")},
-    **{name: name for name in ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "on_input", "oft_diag", "scalar")},
+    **{
+        name: name
+        for name in (
+            DOWN,
+            UP,
+            MID,
+            "alpha",
+            "dora_scale",
+            "diff",
+            "diff_b",
+            "w_norm",
+            "b_norm",
+            "oft_blocks",
+            "rescale",
+        )
+    },
+    **{
+        name: name
+        for name in ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "on_input", "oft_diag", "scalar")
+    },
     **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }
@@ -35,7 +57,8 @@ def ending_of(key: str) -> str | None:
 
 
 def layer_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One layer's tensors under kohya names. PEFT's magnitude [out] becomes a dora_scale [out, 1, ..] of the layer's rank."""
+    """One layer's tensors under kohya names. PEFT's magnitude [out] becomes a dora_scale [out, 1, ..] of the layer's
+    rank."""
     renamed = {RENAMED.get(name, name): tensor for name, tensor in tensors.items()}
     magnitude = renamed.get("dora_scale")
     if magnitude is not None and magnitude.ndim == 1:

@@ -1,7 +1,7 @@
 """The strength of adapters that PEFT and diffusers wrote: their files hold no alpha, a configuration does.
 
-diffusers keeps it in the metadata of the file (`lora_adapter_metadata`, keys with the model in front: `unet.lora_alpha`), PEFT in
-`adapter_config.json` beside `adapter_model.safetensors`. Without either, alpha is the rank.
+diffusers keeps it in the metadata of the file (`lora_adapter_metadata`, keys with the model in front:
+`unet.lora_alpha`), PEFT in `adapter_config.json` beside `adapter_model.safetensors`. Without either, alpha is the rank.
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ def configs_of(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dic
     return configs
 
 
-def with_alphas(tensors: Mapping[str, torch.Tensor], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+def with_alphas(
+    tensors: Mapping[str, torch.Tensor], configs: Mapping[str, Mapping[str, Any]]
+) -> dict[str, torch.Tensor]:
     """The tensors and `<module>.alpha` for every LoRA that a configuration speaks of and that has none.
 
-    PEFT's scale is lora_alpha / rank, with use_rslora lora_alpha / sqrt(rank) (arXiv 2312.03732); alpha here is such that
-    alpha / rank is that scale.
+    PEFT's scale is lora_alpha / rank, with use_rslora lora_alpha / sqrt(rank) (arXiv 2312.03732); alpha here is such
+    that alpha / rank is that scale.
     """
     result = dict(tensors)
     for key, down in tensors.items():
@@ -58,7 +60,9 @@ def with_alphas(tensors: Mapping[str, torch.Tensor], configs: Mapping[str, Mappi
         alpha = _alpha(config, path if model in configs else match["name"].removeprefix(_WRAPPER))
         if alpha is not None:
             rank = down.shape[0]
-            result[f"{match['name']}.alpha"] = torch.tensor(alpha * math.sqrt(rank) if config.get("use_rslora") else alpha)
+            result[f"{match['name']}.alpha"] = torch.tensor(
+                alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+            )
     return result
 
 

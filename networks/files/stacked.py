@@ -1,8 +1,9 @@
-"""A fused layer whose parts have adapters of their own: what files of programs hold whose models keep query, key and value apart.
+"""A fused layer whose parts have adapters of their own: what files of programs hold whose models keep query, key and
+value apart.
 
-Parts that are plain LoRA become one LoRA (networks/files/lora_conversion.py); of LoKr, LoHa, DoRA and the like no single one has the same
-change, so they stay side by side: `part.<number>.<name of the tensor>`, and `part.rows`, the rows of every part. For merging and making images only: no
-file is written with these names, and nothing is trained on.
+Parts that are plain LoRA become one LoRA (networks/files/lora_conversion.py); of LoKr, LoHa, DoRA and the like no
+single one has the same change, so they stay side by side: `part.<number>.<name of the tensor>`, and `part.rows`, the
+rows of every part. For merging and making images only: no file is written with these names, and nothing is trained on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ Tensors = Mapping[str, torch.Tensor]
 
 def stacked(parts: Sequence[Tensors | None], rows: Sequence[int]) -> dict[str, torch.Tensor]:
     """The tensors of one layer, made of those of its parts; None for a part that does not change."""
-    named = {f"part.{number}.{name}": tensor for number, part in enumerate(parts) for name, tensor in (part or {}).items()}
+    named = {
+        f"part.{number}.{name}": tensor for number, part in enumerate(parts) for name, tensor in (part or {}).items()
+    }
     return {ROWS: torch.tensor(list(rows)), **named}
 
 
@@ -73,11 +76,18 @@ class StackedModule(AdapterModule):
     @staticmethod
     def bias_change(tensors: Tensors, multiplier: float) -> torch.Tensor | None:
         parts = parts_of(tensors)
-        own = {n: known_kind_of(part, f"part {n}").module_class.bias_change(part, multiplier) for n, part in parts.items()}
+        own = {
+            n: known_kind_of(part, f"part {n}").module_class.bias_change(part, multiplier) for n, part in parts.items()
+        }
         if all(change is None for change in own.values()):
             return None
         rows = tensors[ROWS].tolist()
-        return torch.cat([torch.zeros(size, device=tensors[ROWS].device) if own.get(n) is None else own[n] for n, size in enumerate(rows)])
+        return torch.cat(
+            [
+                torch.zeros(size, device=tensors[ROWS].device) if own.get(n) is None else own[n]
+                for n, size in enumerate(rows)
+            ]
+        )
 
     @staticmethod
     def change_shape(tensors: Tensors) -> tuple[int, ...] | None:
@@ -102,11 +112,15 @@ class StackedModule(AdapterModule):
         return change if bias is None else change + bias.to(change)
 
     def file_tensors(self) -> dict[str, torch.Tensor]:
-        raise CheckpointError(f"{self.lora_name} has adapters on parts of it, for which files have no names; take the file that it was loaded from")
+        raise CheckpointError(
+            f"{self.lora_name} has adapters on parts of it, for which files have no names; take the file that it was loaded from"
+        )
 
     def load_file_tensors(self, tensors: Tensors) -> None:
         if set(tensors) != set(self._names):
-            raise CheckpointError(f"{self.lora_name}: the file has {', '.join(sorted(tensors))}; this network needs {', '.join(sorted(self._names))}")
+            raise CheckpointError(
+                f"{self.lora_name}: the file has {', '.join(sorted(tensors))}; this network needs {', '.join(sorted(self._names))}"
+            )
         for name, tensor in tensors.items():
             getattr(self, _own_name(name)).copy_(tensor)
 

@@ -15,15 +15,18 @@ _TRANSFORMER = (
     *(f"transformer_blocks.{{i}}.{leaf}" for leaf in ("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3")),
 )  # fmt: skip
 _TOP = (
-    "conv_in", "conv_norm_out", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "add_embedding.linear_1",
+    "conv_in", "conv_norm_out", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2",
+    "add_embedding.linear_1",
     "add_embedding.linear_2",
 )  # fmt: skip
 
 
-def unet_layers(levels: int, attention_levels: Collection[int], *, tree_is_diffusers: bool, resnets: int = RESNETS) -> tuple[LayerNames, ...]:
+def unet_layers(
+    levels: int, attention_levels: Collection[int], *, tree_is_diffusers: bool, resnets: int = RESNETS
+) -> tuple[LayerNames, ...]:
     """Every layer of a U-Net with so many levels, of which those in `attention_levels` (counted on the way down) have
-    transformers, and so many residual blocks a level on the way down. `tree_is_diffusers` says which of the two namings our module
-    tree carries."""
+    transformers, and so many residual blocks a level on the way down. `tree_is_diffusers` says which of the two namings
+    our module tree carries."""
     from library.checkpoints.unet_convert import diffusers_to_original
 
     theirs = list(_diffusers_paths(levels, attention_levels, resnets))

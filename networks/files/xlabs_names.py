@@ -19,8 +19,12 @@ import torch
 
 from library.core.errors import CheckpointError
 
-_KEY = re.compile(r"(?:diffusion_model\.)?(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight")
-_KOHYA = re.compile(r"lora_unet_(double|single)_blocks_(\d+)_(img_attn_qkv|img_attn_proj|txt_attn_qkv|txt_attn_proj|linear1|linear2)")
+_KEY = re.compile(
+    r"(?:diffusion_model\.)?(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight"
+)
+_KOHYA = re.compile(
+    r"lora_unet_(double|single)_blocks_(\d+)_(img_attn_qkv|img_attn_proj|txt_attn_qkv|txt_attn_proj|linear1|linear2)"
+)
 _SIDES = {"img": "1", "txt": "2"}
 _LETTERS = {number: side for side, number in _SIDES.items()}
 _PARAMETERS = {"lora_down.weight": "down.weight", "lora_up.weight": "up.weight"}
@@ -31,7 +35,8 @@ def is_xlabs(key: str) -> bool:
 
 
 def from_xlabs(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same file under dotted names; q, k and v of a single block, which share their down matrix, under those of diffusers."""
+    """The same file under dotted names; q, k and v of a single block, which share their down matrix, under those of
+    diffusers."""
     result: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
@@ -52,7 +57,8 @@ def from_xlabs(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def to_xlabs(modules: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Modules under kohya names, without alpha -> the keys of XLabs. CheckpointError for what that layout cannot hold."""
+    """Modules under kohya names, without alpha -> the keys of XLabs. CheckpointError for what that layout cannot
+    hold."""
     result: dict[str, torch.Tensor] = {}
     foreign = [name for name in modules if _KOHYA.fullmatch(name) is None]
     if foreign:
@@ -68,10 +74,14 @@ def to_xlabs(modules: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, tor
         if layer == "linear1":
             rows = 3 * down.shape[1]
             if bool(up[rows:].any()):
-                raise CheckpointError(f"{name} changes the feed-forward rows of linear1 too; the layout of XLabs has q, k and v only")
+                raise CheckpointError(
+                    f"{name} changes the feed-forward rows of linear1 too; the layout of XLabs has q, k and v only"
+                )
             up = up[:rows]
         side, _, what = layer.partition("_attn_")
-        lora = f"{what}_lora{_SIDES[side]}" if kind == "double" else {"linear1": "qkv_lora", "linear2": "proj_lora"}[layer]
+        lora = (
+            f"{what}_lora{_SIDES[side]}" if kind == "double" else {"linear1": "qkv_lora", "linear2": "proj_lora"}[layer]
+        )
         result[f"{place}{lora}.down.weight"] = down.contiguous()
         result[f"{place}{lora}.up.weight"] = up.contiguous()
     return result

@@ -25,8 +25,8 @@ def aliases() -> dict[str, str]:
 
 
 def beginnings(key: str) -> list[tuple[str, str]]:
-    """(beginning of a metadata value, family) from the longest to the shortest: of ss_base_model_version (`base_versions`) or of
-    modelspec.architecture (`modelspec`)."""
+    """(beginning of a metadata value, family) from the longest to the shortest: of ss_base_model_version
+    (`base_versions`) or of modelspec.architecture (`modelspec`)."""
     found = [
         (start, adapter_family_of(record).name)
         for record in records().values()
@@ -41,14 +41,18 @@ def family_by_name(name: str) -> str:
     family = aliases().get(name.lower(), name.lower())
     if family not in FAMILIES:
         known = [*FAMILIES, *aliases()]
-        raise ConfigError(f"--family is {name}, which is not known{did_you_mean(name, known) or ';'} known: {', '.join(known)}")
+        raise ConfigError(
+            f"--family is {name}, which is not known{did_you_mean(name, known) or ';'} known: {', '.join(known)}"
+        )
     return family
 
 
 def nothing_fits(label: str, layers: Mapping[str, Mapping[str, torch.Tensor]], family: str) -> str:
-    """The message for an adapter of which no layer is in a model of this family. It names a family only where the adapter is known
-    to be made for it."""
-    shapes = {f"{name}.{key}": tuple(tensor.shape) for name, tensors in layers.items() for key, tensor in tensors.items()}
+    """The message for an adapter of which no layer is in a model of this family. It names a family only where the
+    adapter is known to be made for it."""
+    shapes = {
+        f"{name}.{key}": tuple(tensor.shape) for name, tensors in layers.items() for key, tensor in tensors.items()
+    }
     title = adapter_family(KeyTable(shapes))
     told = f"{label} has no layer of this model (it begins with {next(iter(layers), 'nothing')})"
     if title is not None:
@@ -73,9 +77,13 @@ def family_of_adapter(
         return adapter_family_of(record).name
     if record is not None:
         title = record.adapters.title
-        raise CheckpointError(f"{label} is an adapter for {title}, a family that is not there yet; there are {', '.join(FAMILIES)}")
+        raise CheckpointError(
+            f"{label} is an adapter for {title}, a family that is not there yet; there are {', '.join(FAMILIES)}"
+        )
     some = ", ".join(list(shapes)[:3]) or "no tensors"
-    raise CheckpointError(f"{label}: its names do not tell the model family (it begins with {some}); name it with --family")
+    raise CheckpointError(
+        f"{label}: its names do not tell the model family (it begins with {some}); name it with --family"
+    )
 
 
 def _told_by_metadata(metadata: Mapping[str, str]) -> str | None:

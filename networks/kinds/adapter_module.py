@@ -20,8 +20,8 @@ from networks.kinds.weight_decomposition import decomposed_output, dora_change, 
 
 @dataclass
 class StepState:
-    """What all modules of a network share while training; set once per micro-batch. `times` [B] says how noisy each sample
-    is: 0 = data, 1 = noise."""
+    """What all modules of a network share while training; set once per micro-batch. `times` [B] says how noisy each
+    sample is: 0 = data, 1 = noise."""
 
     draws: StepDraws | None = None
     times: torch.Tensor | None = None
@@ -34,7 +34,9 @@ def change_of(
 
     The one formula for forward, merging, saving, streaming and the tools. Gradients flow into the tensors.
     """
-    with torch.autocast(weight.device.type, enabled=False):  # a change that is rounded on the way is no longer the file's
+    with torch.autocast(
+        weight.device.type, enabled=False
+    ):  # a change that is rounded on the way is no longer the file's
         if "dora_scale" not in tensors:
             return module_class.weight_change(tensors, weight, multiplier)
         plain = module_class.weight_change(without_lengths(tensors), weight, 1.0)
@@ -60,8 +62,8 @@ class AdapterModule(nn.Module):
     """Changes one layer by replacing the layer's forward, never the layer.
 
     output = org_forward(x) + output_change(x). A kind of adapter is a subclass that holds the trained tensors under the
-    names of a file and gives `weight_change`, the formula from those tensors to the change of the layer's weight. That is
-    enough: forward, merging and the tools use it. A kind with a cheaper way than building the whole change overrides
+    names of a file and gives `weight_change`, the formula from those tensors to the change of the layer's weight. That
+    is enough: forward, merging and the tools use it. A kind with a cheaper way than building the whole change overrides
     `output_change`.
 
     `alpha` is a float32 buffer that is saved; the scale alpha / rank is always derived from it.
@@ -142,7 +144,8 @@ class AdapterModule(nn.Module):
         return float(self.lora_dim)
 
     def set_alpha(self, alpha: float | torch.Tensor | None) -> None:
-        """0 and None stand for `neutral_alpha`. The value is kept beside the buffer, so that no step reads the device."""
+        """0 and None stand for `neutral_alpha`. The value is kept beside the buffer, so that no step reads the
+        device."""
         value = float(alpha) if alpha is not None else 0.0
         self._alpha = value or self.neutral_alpha
         self.alpha = torch.tensor(self._alpha, dtype=torch.float32, device=self.alpha.device)
@@ -187,7 +190,9 @@ class AdapterModule(nn.Module):
             return output + sum(parameter.flatten()[0] for parameter in trained).to(output) * 0 if trained else output
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.compute_dtype)
-        change = self.output_change(x) if self.dora_scale is None else self.multiplier * decomposed_output(self, x, output)
+        change = (
+            self.output_change(x) if self.dora_scale is None else self.multiplier * decomposed_output(self, x, output)
+        )
         change = change.to(output.device)
         if self.diff_b is not None:
             bias = self.multiplier * self.diff_b  # [out]
@@ -199,8 +204,8 @@ class AdapterModule(nn.Module):
         return next(self.parameters()).dtype
 
     def output_change(self, x: torch.Tensor, multiplier: float | None = None) -> torch.Tensor:
-        """What is added to the layer's output, at this multiplier (default: the module's) and with the scale; without the
-        lengths of DoRA."""
+        """What is added to the layer's output, at this multiplier (default: the module's) and with the scale; without
+        the lengths of DoRA."""
         multiplier = self.multiplier if multiplier is None else multiplier
         if self.recomputes and self.training and torch.is_grad_enabled():
             is_keyed = self.step_state.draws is not None  # then dropout draws the same again
@@ -232,8 +237,8 @@ class AdapterModule(nn.Module):
     @staticmethod
     @abstractmethod
     def weight_change(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor, multiplier: float) -> torch.Tensor:
-        """Change of `weight` by one layer's tensors under the names of a file, scale included; float32, shape of `weight`.
-        `weight` is only read where the change depends on it. Gradients flow into the tensors."""
+        """Change of `weight` by one layer's tensors under the names of a file, scale included; float32, shape of
+        `weight`. `weight` is only read where the change depends on it. Gradients flow into the tensors."""
 
     @staticmethod
     def bias_change(tensors: Mapping[str, torch.Tensor], multiplier: float) -> torch.Tensor | None:
@@ -242,14 +247,14 @@ class AdapterModule(nn.Module):
 
     @staticmethod
     def change_shape(tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...] | None:
-        """Shape of the change as the tensors alone tell it (kernel axes may be folded into the inputs); None for kinds whose
-        change depends on the layer's weight."""
+        """Shape of the change as the tensors alone tell it (kernel axes may be folded into the inputs); None for kinds
+        whose change depends on the layer's weight."""
         return None
 
     @classmethod
     def rows_of(cls, tensors: Mapping[str, torch.Tensor], rows: slice, total: int) -> Mapping[str, torch.Tensor] | None:
-        """The tensors whose change is these rows of the change of a layer with `total` rows, so that large layers can be merged a
-        few rows at a time; None where rows cannot be had alone."""
+        """The tensors whose change is these rows of the change of a layer with `total` rows, so that large layers can
+        be merged a few rows at a time; None where rows cannot be had alone."""
         return None
 
     @classmethod
@@ -272,7 +277,9 @@ class AdapterModule(nn.Module):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The live tensors (parameters and buffers), as `weight_change` takes them."""
-        alpha = {"alpha": torch.tensor(self._alpha)} if self.has_alpha else {}  # on the CPU: reading it waits for no device
+        alpha = (
+            {"alpha": torch.tensor(self._alpha)} if self.has_alpha else {}
+        )  # on the CPU: reading it waits for no device
         return {**dict(self.named_parameters()), **dict(self.named_buffers()), **alpha}
 
     def bias_tensors(self) -> dict[str, torch.Tensor]:
@@ -301,31 +308,39 @@ class AdapterModule(nn.Module):
     def rows_of_samples(self, rows: int, samples: int) -> int:
         """How many rows of a layer's input belong to each sample: text encoders see several chunks per sample."""
         if samples == 0 or rows % samples:
-            raise ValueError(f"{self.lora_name} sees {rows} rows for {samples} samples; the rows of a sample must be equally many")
+            raise ValueError(
+                f"{self.lora_name} sees {rows} rows for {samples} samples; the rows of a sample must be equally many"
+            )
         return rows // samples
 
     def drop(self, hidden: torch.Tensor, probability: float, shape: tuple[int, ...], purpose: str) -> torch.Tensor:
-        """Zero parts of `hidden` [B, ...] and scale up the rest. `shape` is that of one sample's mask, broadcast over the
-        sample. Masks are keyed per sample, so that ranks, accumulation and recomputed activations see the same."""
+        """Zero parts of `hidden` [B, ...] and scale up the rest. `shape` is that of one sample's mask, broadcast over
+        the sample. Masks are keyed per sample, so that ranks, accumulation and recomputed activations see the same."""
         draws, rows = self.step_state.draws, hidden.shape[0]
         if draws is None:  # outside a training run: a module used by hand
             kept = torch.rand((rows, *shape)) >= probability
         else:
             per_sample = self.rows_of_samples(rows, len(draws.positions))
-            kept = torch.stack([
-                torch.rand(shape, generator=draws.generator(purpose, row // per_sample, self.lora_name, row % per_sample))
-                >= probability
-                for row in range(rows)
-            ])
+            kept = torch.stack(
+                [
+                    torch.rand(
+                        shape, generator=draws.generator(purpose, row // per_sample, self.lora_name, row % per_sample)
+                    )
+                    >= probability
+                    for row in range(rows)
+                ]
+            )
         return hidden * (kept.to(hidden.device, hidden.dtype) / (1 - probability))
 
     def _dropped_rows(self, change: torch.Tensor) -> torch.Tensor:
-        """Rank dropout of kinds that build the whole change: output rows of it are zeroed, the others scaled up. One mask
-        for all samples of the optimizer step, because the samples share the weight."""
+        """Rank dropout of kinds that build the whole change: output rows of it are zeroed, the others scaled up. One
+        mask for all samples of the optimizer step, because the samples share the weight."""
         if not self.training or not self.rank_dropout:
             return change
         draws, rows = self.step_state.draws, change.shape[0]
-        uniform = torch.rand(rows) if draws is None else draws.batch_uniforms("network row dropout", rows, self.lora_name)
+        uniform = (
+            torch.rand(rows) if draws is None else draws.batch_uniforms("network row dropout", rows, self.lora_name)
+        )
         kept = (uniform >= self.rank_dropout).to(change.device, change.dtype) / (1 - self.rank_dropout)
         return change * kept.view(-1, *[1] * (change.ndim - 1))
 
@@ -347,8 +362,8 @@ class AdapterModule(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Add the change to the layer's weight: computed in float32 on `device`, rounded to `dtype` (default: the weight's).
-        `sd` holds this module's tensors of a file, when they are not loaded yet."""
+        """Add the change to the layer's weight: computed in float32 on `device`, rounded to `dtype` (default: the
+        weight's). `sd` holds this module's tensors of a file, when they are not loaded yet."""
         if sd:
             self.load_file_tensors(sd)
         tensors = {name: tensor.to(device) if device is not None else tensor for name, tensor in self.tensors().items()}
@@ -356,7 +371,9 @@ class AdapterModule(nn.Module):
             parameter = getattr(self.org_module, name, None)
             if parameter is None:
                 continue
-            original = parameter.detach().to(next(iter(tensors.values())).device if device is None else device, torch.float32)
+            original = parameter.detach().to(
+                next(iter(tensors.values())).device if device is None else device, torch.float32
+            )
             merged = change_of_part(tensors, original)
             if merged is not None:
                 parameter.data.copy_(narrowed(f"{self.lora_name}.{name}", merged, dtype or parameter.dtype, IN_MEMORY))
@@ -371,7 +388,9 @@ class AdapterModule(nn.Module):
     @torch.no_grad()
     def backup_weight(self) -> None:
         if self._backup is None:
-            self._backup = {name: parameter.detach().clone() for name, parameter in self.org_module.named_parameters(recurse=False)}
+            self._backup = {
+                name: parameter.detach().clone() for name, parameter in self.org_module.named_parameters(recurse=False)
+            }
 
     @torch.no_grad()
     def restore_weight(self) -> None:
@@ -392,7 +411,9 @@ class AdapterModule(nn.Module):
         """Make room for what may stand beside the tensors of any kind: a magnitude (DoRA) and a change of the bias.
         CheckpointError for a change of a bias that the layer does not have."""
         if "diff_b" in tensors and getattr(self.org_module, "bias", None) is None:
-            raise CheckpointError(f"{self.lora_name} has diff_b, a change of the bias; this model's layer has no bias, so that the file is another model's")
+            raise CheckpointError(
+                f"{self.lora_name} has diff_b, a change of the bias; this model's layer has no bias, so that the file is another model's"
+            )
         for name in ("dora_scale", "diff_b"):
             if name in tensors and getattr(self, name) is None:
                 setattr(self, name, nn.Parameter(torch.empty_like(tensors[name], dtype=torch.float32)))
@@ -419,7 +440,9 @@ class AdapterModule(nn.Module):
         for name, tensor in tensors.items():
             wanted = own[name].shape
             if [n for n in tensor.shape if n != 1] != [n for n in wanted if n != 1]:
-                raise CheckpointError(f"{self.lora_name}.{name} has shape {list(tensor.shape)}; this network needs {list(wanted)}")
+                raise CheckpointError(
+                    f"{self.lora_name}.{name} has shape {list(tensor.shape)}; this network needs {list(wanted)}"
+                )
             fitted[name] = tensor.reshape(wanted)
         if self.has_alpha:
             fitted.setdefault("alpha", torch.tensor(self.neutral_alpha))

@@ -11,7 +11,14 @@ from torch import nn
 
 from library.core.errors import CheckpointError, ConfigError
 from library.core.keyed_random import StepDraws, keyed_generator
-from networks.files.network_files import by_module, check_finite, match_names, read_adapter_file, to_kohya_names, write_adapter_file
+from networks.files.network_files import (
+    by_module,
+    check_finite,
+    match_names,
+    read_adapter_file,
+    to_kohya_names,
+    write_adapter_file,
+)
 from networks.kinds.adapter_module import AdapterModule, StepState
 from networks.kinds.block_rates import block_factors
 from networks.kinds.network_args import NetworkSettings
@@ -23,10 +30,12 @@ LISTED_PROBLEMS = 5
 
 
 class AdditionalNetwork(nn.Module):
-    """The adapters of one denoiser and its text encoders. Modules become children, named by their lora name, when they are
-    applied, so that state_dict() has the names of the file."""
+    """The adapters of one denoiser and its text encoders. Modules become children, named by their lora name, when they
+    are applied, so that state_dict() has the names of the file."""
 
-    def __init__(self, targets: NetworkTargets, settings: NetworkSettings, modules: Iterable[AdapterModule], multiplier: float) -> None:
+    def __init__(
+        self, targets: NetworkTargets, settings: NetworkSettings, modules: Iterable[AdapterModule], multiplier: float
+    ) -> None:
         super().__init__()
         self.targets = targets
         self.settings = settings
@@ -113,8 +122,11 @@ class AdditionalNetwork(nn.Module):
 
     # -- learning rates --------------------------------------------------------------------------------------------
 
-    def set_loraplus_lr_ratio(self, loraplus_lr_ratio: float | None, unet: float | None = None, text_encoder: float | None = None) -> None:
-        """LoRA+ (arXiv 2402.12354): the up matrices learn `ratio` times as fast; a specific ratio wins over the general."""
+    def set_loraplus_lr_ratio(
+        self, loraplus_lr_ratio: float | None, unet: float | None = None, text_encoder: float | None = None
+    ) -> None:
+        """LoRA+ (arXiv 2402.12354): the up matrices learn `ratio` times as fast; a specific ratio wins over the
+        general."""
         self.loraplus_unet_lr_ratio = unet if unet is not None else loraplus_lr_ratio
         self.loraplus_text_encoder_lr_ratio = text_encoder if text_encoder is not None else loraplus_lr_ratio
 
@@ -122,7 +134,9 @@ class AdditionalNetwork(nn.Module):
         """One factor of the learning rate for every block of the U-Net; None = 1 for all."""
         count = self.targets.blocks.count if self.targets.blocks else 0
         if block_lr_weight is not None and len(block_lr_weight) != count:
-            raise ConfigError(f"{len(block_lr_weight)} learning rate factors are given; the denoiser of {self.targets.family} has {count} numbered blocks, needed: one for each")
+            raise ConfigError(
+                f"{len(block_lr_weight)} learning rate factors are given; the denoiser of {self.targets.family} has {count} numbered blocks, needed: one for each"
+            )
         self.block_lr_weight = None if block_lr_weight is None else [float(factor) for factor in block_lr_weight]
 
     def get_lr_weight(self, block_idx: int | None) -> float:
@@ -141,7 +155,8 @@ class AdditionalNetwork(nn.Module):
         unet_lr: float | None,
         default_lr: float | None = None,
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """(optimizer groups, their names). `text_encoder_lr` is one rate, or one per text encoder in the family's order.
+        """(optimizer groups, their names). `text_encoder_lr` is one rate, or one per text encoder in the family's
+        order.
 
         Rates that are None become `default_lr`; groups with rate 0 or None are left out.
         """
@@ -162,7 +177,9 @@ class AdditionalNetwork(nn.Module):
         if not values:
             return [default] * count
         if len(values) > count:
-            raise ConfigError(f"--text_encoder_lr has {len(values)} values; {self.targets.family} has {count} text encoders")
+            raise ConfigError(
+                f"--text_encoder_lr has {len(values)} values; {self.targets.family} has {count} text encoders"
+            )
         if len(values) == 1:
             return values * count
         return values + [values[-1]] * (count - len(values))
@@ -177,7 +194,8 @@ class AdditionalNetwork(nn.Module):
         self, groups: list[dict[str, Any]], names: list[str], modules: list[AdapterModule],
         rate: float | None, ratio: float | None, label: str,
     ) -> None:
-        """Append the groups of one part: by rate pattern, else by block, each split into ordinary and LoRA+ parameters."""
+        """Append the groups of one part: by rate pattern, else by block, each split into ordinary and LoRA+
+        parameters."""
         for key in sorted({self._rate_key(module) for module in modules}):
             own = [module for module in modules if self._rate_key(module) == key]
             pattern, block = key
@@ -200,7 +218,8 @@ class AdditionalNetwork(nn.Module):
 
     @torch.no_grad()
     def apply_max_norm_regularization(self, max_norm_value: float, device: Any = None) -> tuple[int, float, float]:
-        """Scale down every change whose norm is above the limit. Returns (how many, mean norm, largest norm), afterwards.
+        """Scale down every change whose norm is above the limit. Returns (how many, mean norm, largest norm),
+        afterwards.
 
         Per module n' = max(n, limit / 2) and ratio = min(n', limit) / n'; the change is multiplied by the ratio.
         """
@@ -254,7 +273,8 @@ class AdditionalNetwork(nn.Module):
         return self.load_tensors(read_adapter_file(file, self.targets), str(file))
 
     def load_tensors(self, tensors: Mapping[str, torch.Tensor], label: str = "the file") -> dict[str, list[str]]:
-        """As load_weights, from tensors under the names of a file; CheckpointError for values that are not finite, too."""
+        """As load_weights, from tensors under the names of a file; CheckpointError for values that are not finite,
+        too."""
         check_finite(tensors, label)
         modules = {module.lora_name: module for module in self.loras}
         parts = by_module(tensors)

@@ -1,7 +1,7 @@
 """Learning rate factors of the blocks of a U-Net: `down_lr_weight`, `mid_lr_weight`, `up_lr_weight`.
 
-Factors of the way down go from shallow to deep, those of the way up from deep to shallow. Written as numbers with commas, one
-number for all blocks, or the name of a curve with an optional base: `sine+.25`.
+Factors of the way down go from shallow to deep, those of the way up from deep to shallow. Written as numbers with
+commas, one number for all blocks, or the name of a curve with an optional base: `sine+.25`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ NAMES = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 def curve_factors(name: str, base: float, count: int) -> list[float]:
     """`count` factors of a curve plus `base`. ConfigError for an unknown name."""
     if name not in CURVES:
-        raise ValueError(f"there is no curve '{name}'{did_you_mean(name, CURVES)} Known: {', '.join(CURVES)}, or numbers with commas")
+        raise ValueError(
+            f"there is no curve '{name}'{did_you_mean(name, CURVES)} Known: {', '.join(CURVES)}, or numbers with commas"
+        )
     return [CURVES[name](i / max(count - 1, 1)) + base for i in range(count)]
 
 
 def factor_parser(count: int) -> Callable[[Any], list[float]]:
-    """Parser of the factors of a part with `count` blocks. Factors that a list leaves out at its end are 1, empty ones 0;
-    more than `count` are an error."""
+    """Parser of the factors of a part with `count` blocks. Factors that a list leaves out at its end are 1, empty ones
+    0; more than `count` are an error."""
 
     def parse(value: Any) -> list[float]:
         if isinstance(value, (list, tuple)):
@@ -70,7 +72,9 @@ def _factor(text: str) -> float:
 def block_parsers(blocks: BlockTable) -> dict[str, Callable[[Any], Any]]:
     """Parsers of the arguments of this file."""
     parts = (blocks.down, blocks.mid, blocks.up)
-    parsers: dict[str, Callable[[Any], Any]] = {name: factor_parser(len(part)) for name, part in zip(NAMES, parts, strict=True)}
+    parsers: dict[str, Callable[[Any], Any]] = {
+        name: factor_parser(len(part)) for name, part in zip(NAMES, parts, strict=True)
+    }
     return {**parsers, "block_lr_zero_threshold": _factor_of}
 
 
@@ -79,7 +83,8 @@ def _factor_of(value: Any) -> float:
 
 
 def block_factors(targets: NetworkTargets, settings: NetworkSettings) -> list[float] | None:
-    """One factor per numbered block; None when no factors are given. Factors up to `block_lr_zero_threshold` count as 0."""
+    """One factor per numbered block; None when no factors are given. Factors up to `block_lr_zero_threshold` count as
+    0."""
     blocks = targets.blocks
     if blocks is None or not any(settings.get(name) for name in NAMES):
         return None
@@ -93,6 +98,6 @@ def block_factors(targets: NetworkTargets, settings: NetworkSettings) -> list[fl
 def check_block_rates(values: dict[str, Any]) -> None:
     """ConfigError for a threshold without factors to compare with it."""
     if values.get("block_lr_zero_threshold") is not None and not any(values.get(name) for name in NAMES):
-        raise ConfigError(f"--network_args block_lr_zero_threshold is set without any of {', '.join(NAMES)}; add one, or leave it out")
-
-
+        raise ConfigError(
+            f"--network_args block_lr_zero_threshold is set without any of {', '.join(NAMES)}; add one, or leave it out"
+        )

@@ -1,7 +1,7 @@
 """Strength by U-Net block (`--lbws`): lists of 12, 17, 20 or 26 numbers, as known merge tools read them.
 
-The slots of the 26 are BASE (text encoders), IN00-11, MID, OUT00-11; shorter lists name the slots that have attention. A
-number multiplies the strength of its slot; layers of slots that are not listed keep theirs.
+The slots of the 26 are BASE (text encoders), IN00-11, MID, OUT00-11; shorter lists name the slots that have attention.
+A number multiplies the strength of its slot; layers of slots that are not listed keep theirs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ SLOTS: dict[str, dict[int, tuple[int, ...]]] = {
 
 
 def parse_block_weights(text: str, family: str) -> tuple[float, ...]:
-    """A JSON list -> the 26 slots, 1.0 where the list says nothing. ConfigError for a family without such blocks or a list
-    of another length."""
+    """A JSON list -> the 26 slots, 1.0 where the list says nothing. ConfigError for a family without such blocks or a
+    list of another length."""
     if family not in SLOTS:
         raise ConfigError(f"--lbws: there are no block weights for {family}; they are for {', '.join(SLOTS)}")
     try:

@@ -32,7 +32,9 @@ def _of_kind(word: str, modules: list[AdapterModule]) -> str:
     scaled = [module for module in modules if is_scaled_by_rank(module)]
     if not scaled:
         return text
-    ranks, alphas, scales = ([get(m) for m in scaled] for get in (lambda m: m.lora_dim, lambda m: float(m.alpha), lambda m: m.scale))
+    ranks, alphas, scales = (
+        [get(m) for m in scaled] for get in (lambda m: m.lora_dim, lambda m: float(m.alpha), lambda m: m.scale)
+    )
     return f"{text}, rank {_range(ranks)}, alpha {_range(alphas)}, strength {_range(scales)} (alpha / rank)"
 
 

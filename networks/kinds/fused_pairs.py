@@ -8,8 +8,8 @@ import torch
 
 
 def fuse_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """k independent pairs [rank, in], [rows_i, rank] -> one pair [k*rank, in], [sum rows_i, k*rank] with the same change
-    (up is block-diagonal)."""
+    """k independent pairs [rank, in], [rows_i, rank] -> one pair [k*rank, in], [sum rows_i, k*rank] with the same
+    change (up is block-diagonal)."""
     return torch.cat([down for down, _ in pairs]), torch.block_diag(*[up for _, up in pairs])
 
 

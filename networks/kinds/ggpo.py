@@ -1,8 +1,8 @@
 """GGPO: LoRA trained under noise on the weights, as strong as the weights and their gradients are large.
 
-State per module: `grad_norms` and `combined_norms` [out, 1], taken after each backward pass. In training the layer's output
-gets x @ noise^T with noise = randn(out, in) * (sigma * combined_norms + beta * grad_norms^2) / sqrt(out); no gradient flows
-through the noise, and the network's multiplier does not touch it.
+State per module: `grad_norms` and `combined_norms` [out, 1], taken after each backward pass. In training the layer's
+output gets x @ noise^T with noise = randn(out, in) * (sigma * combined_norms + beta * grad_norms^2) / sqrt(out); no
+gradient flows through the noise, and the network's multiplier does not touch it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ SAMPLED_ROWS = 1000
 
 
 def row_norms_squared(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Squared norm of every row of up @ down [out], through the rank x rank Gram matrix: the product is never formed."""
+    """Squared norm of every row of up @ down [out], through the rank x rank Gram matrix: the product is never
+    formed."""
     up, down = up.detach().flatten(1).float(), down.detach().flatten(1).float()
     return ((up @ (down @ down.T)) * up).sum(1).clamp_min(0)
 
@@ -56,7 +57,9 @@ class Ggpo:
         """sqrt(estimate^2 + |row of scale * up @ down|^2), the size of the changed weight's rows."""
         if self.weight_norm_estimate is None:
             weight = module.org_module.weight
-            step = max(1, weight.shape[0] // SAMPLED_ROWS)  # evenly spaced rows instead of random ones: the same in every run
+            step = max(
+                1, weight.shape[0] // SAMPLED_ROWS
+            )  # evenly spaced rows instead of random ones: the same in every run
             self.weight_norm_estimate = weight[::step].float().norm(dim=1).mean()
         change = torch.cat([row_norms_squared(up.weight, down.weight) for down, up in module.pairs()])
         self.combined_norms = (self.weight_norm_estimate**2 + module.scale**2 * change).sqrt().unsqueeze(1)
@@ -69,7 +72,9 @@ class Ggpo:
         out_features, in_features = module.org_module.out_features, module.org_module.in_features
         with torch.no_grad():
             # Drawn on the device: a full weight's worth of numbers per layer and step would take minutes on the CPU.
-            generator = torch.Generator(x.device).manual_seed(key_seed(draws.seed, "network ggpo", draws.step, module.lora_name))
+            generator = torch.Generator(x.device).manual_seed(
+                key_seed(draws.seed, "network ggpo", draws.step, module.lora_name)
+            )
             noise = torch.randn(out_features, in_features, generator=generator, device=x.device)
             noise *= (self.sigma * self.combined_norms + self.beta * self.grad_norms**2) / out_features**0.5
         return torch.nn.functional.linear(x, noise.to(x.dtype))

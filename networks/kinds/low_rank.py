@@ -16,7 +16,8 @@ def as_matrix(weight: torch.Tensor) -> torch.Tensor:
 def factors_of(change: torch.Tensor, rule: RankRule) -> tuple[torch.Tensor, torch.Tensor]:
     """(down [rank, in, kh, kw], up [out, rank, 1, 1]) of the best approximation of a change; 2-D for a linear layer.
 
-    up = U * S, down = Vh of the singular value decomposition in float32; `rule` chooses the rank by the singular values.
+    up = U * S, down = Vh of the singular value decomposition in float32; `rule` chooses the rank by the singular
+    values.
     """
     matrix = as_matrix(change.float())
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -33,7 +34,8 @@ def shaped_factors(up: torch.Tensor, down: torch.Tensor, shape: torch.Size) -> t
 
 
 def svd_of_product(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Singular value decomposition (U [out, r], S [r], Vh [r, in]) of up [out, r] @ down [r, in] without forming the product.
+    """Singular value decomposition (U [out, r], S [r], Vh [r, in]) of up [out, r] @ down [r, in] without forming the
+    product.
 
     QR of both factors, then the decomposition of the small core; float32.
     """
@@ -44,8 +46,9 @@ def svd_of_product(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def widened(up: torch.Tensor, down: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same change, up [out, r] @ down [r, in] with orthonormal rows, at a higher rank: further columns of up are zero, further
-    rows of down orthonormal to the others, so that they can be trained on. rank is at most the number of inputs."""
+    """The same change, up [out, r] @ down [r, in] with orthonormal rows, at a higher rank: further columns of up are
+    zero, further rows of down orthonormal to the others, so that they can be trained on. rank is at most the number of
+    inputs."""
     have, size = down.shape
     if rank <= have:
         return up[:, :rank], down[:rank]

@@ -74,18 +74,25 @@ def families_with(name: str) -> list[str]:
 
 
 WEIGHT_DECOMPOSITION: dict[str, Callable[[Any], Any]] = {"dora_wd": parse_bool, "wd_on_output": parse_bool}
-"""arguments of the kinds that can be combined with DoRA: norms are trained apart from directions, of a layer's output rows
-or (wd_on_output=False) of its input columns"""
+"""arguments of the kinds that can be combined with DoRA: norms are trained apart from directions, of a layer's output
+rows or (wd_on_output=False) of its input columns"""
 RANK_STABILIZED: dict[str, Callable[[Any], Any]] = {"rs_lora": parse_bool}
 """rs-LoRA (arXiv 2312.03732): scale alpha / sqrt(rank)"""
 
 
-TRAINING_ONLY = ("ggpo_sigma", "ggpo_beta", "tlora_min_rank", "tlora_alpha_rank_scale", "block_lr_zero_threshold", "verbose")
+TRAINING_ONLY = (
+    "ggpo_sigma",
+    "ggpo_beta",
+    "tlora_min_rank",
+    "tlora_alpha_rank_scale",
+    "block_lr_zero_threshold",
+    "verbose",
+)
 
 
 def shapes_nothing(name: str) -> bool:
-    """Whether an argument is about training alone, dropouts and learning rates: it may change when a run goes on. Names of other packages'
-    arguments tell it as well."""
+    """Whether an argument is about training alone, dropouts and learning rates: it may change when a run goes on. Names
+    of other packages' arguments tell it as well."""
     return name in TRAINING_ONLY or "dropout" in name or re.search(r"(^|_)lrs?(_|$)", name) is not None
 
 
@@ -121,7 +128,9 @@ def argument_parsers(targets: NetworkTargets) -> dict[str, Callable[[Any], Any]]
     if targets.choice:
         parsers[targets.choice.arg] = one_of(tuple(targets.choice.classes))
     if targets.entries:
-        parsers[targets.entries.arg] = ranks(len(targets.entries.parts), ",".join(name for name, _ in targets.entries.parts))
+        parsers[targets.entries.arg] = ranks(
+            len(targets.entries.parts), ",".join(name for name, _ in targets.entries.parts)
+        )
     if targets.blocks:
         count = targets.blocks.count
         parsers.update({"block_dims": ranks(count), "conv_block_dims": ranks(count)})
@@ -216,7 +225,9 @@ def selection(value: Any) -> str:
         for item in text.split(","):
             match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", item)
             if not match or (match[2] is not None and int(match[2]) < int(match[1])):
-                raise ValueError(f"'{item.strip()}' is no block number i or range a-b (0 is the first block); or use all, none")
+                raise ValueError(
+                    f"'{item.strip()}' is no block number i or range a-b (0 is the first block); or use all, none"
+                )
     return text
 
 
@@ -232,7 +243,9 @@ def selected_blocks(text: str, count: int, arg: str) -> set[int]:
         first, _, last = item.partition("-")
         chosen.update(range(int(first), int(last or first) + 1))
     if max(chosen) >= count:
-        raise ConfigError(f"--network_args {arg}={text}: block {max(chosen)} does not exist; this model has blocks 0-{count - 1}")
+        raise ConfigError(
+            f"--network_args {arg}={text}: block {max(chosen)} does not exist; this model has blocks 0-{count - 1}"
+        )
     return chosen
 
 
@@ -248,7 +261,8 @@ def patterns(value: Any) -> tuple[re.Pattern[str], ...]:
 
 
 def pattern_values(value: Any, parse: Callable[[Any], Any]) -> tuple[tuple[re.Pattern[str], Any], ...]:
-    """`regex=value,regex=value`, or a JSON object or TOML table for expressions with commas or equal signs; order is kept."""
+    """`regex=value,regex=value`, or a JSON object or TOML table for expressions with commas or equal signs; order is
+    kept."""
     if isinstance(value, Mapping):
         pairs = list(value.items())
     elif str(value).strip().startswith("{"):

@@ -22,7 +22,15 @@ from networks.kinds.registry import MARKS, NetworkKind, kind_for
 from networks.kinds.selection import LayerPlan, all_layers, block_of, plan_network, rate_of, split_of
 from networks.kinds.targets import Layer, NetworkTargets, targets_of_denoiser, targets_of_family
 
-__all__ = ["AdapterModule", "AdditionalNetwork", "NetworkFunctions", "NetworkKind", "NetworkTargets", "build_from_weights", "build_network"]
+__all__ = [
+    "AdapterModule",
+    "AdditionalNetwork",
+    "NetworkFunctions",
+    "NetworkKind",
+    "NetworkTargets",
+    "build_from_weights",
+    "build_network",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +45,12 @@ def encoder_list(text_encoder: Any) -> list[nn.Module | None]:
 
 
 def read_settings(
-    kind: NetworkKind, targets: NetworkTargets, rank: int | None, alpha: float | None, dropout: float | None, pairs: Mapping[str, Any],
+    kind: NetworkKind, targets: NetworkTargets, rank: int | None, alpha: float | None, dropout: float | None,
+    pairs: Mapping[str, Any],
     explicit: Mapping[str, Any] | None = None,
 ) -> NetworkSettings:
-    """The settings of a network from the arguments of create_network. `explicit` holds network_dim and network_alpha where the
-    user gave them, for kinds that have none."""
+    """The settings of a network from the arguments of create_network. `explicit` holds network_dim and network_alpha
+    where the user gave them, for kinds that have none."""
     values = parse_network_args(pairs, targets, kind.arguments(targets))
     dropout = values.pop("dropout", None) if dropout is None else dropout
     values.pop("dropout", None)
@@ -56,8 +65,14 @@ def read_settings(
         for name in [name for name in values if name.startswith("loraplus_")]:
             problems.add(f"--network_args {name}: {kind.name} has no part that LoRA+ would train faster; leave it out")
     for name, needed in NEEDS.items():
-        if values.get(name) is not None and name not in kind.refused and not any(values.get(other) is not None for other in needed):
-            problems.add(f"--network_args {name} is given without {' or '.join(needed)}, which it belongs to; add it, or leave {name} out")
+        if (
+            values.get(name) is not None
+            and name not in kind.refused
+            and not any(values.get(other) is not None for other in needed)
+        ):
+            problems.add(
+                f"--network_args {name} is given without {' or '.join(needed)}, which it belongs to; add it, or leave {name} out"
+            )
     problems.attempt(lambda: kind.check(values))
     problems.raise_if_any()
     return NetworkSettings(4 if rank is None else int(rank), alpha, dropout, values)
@@ -99,29 +114,34 @@ def build_from_weights(
     """A network with the layers, kinds, ranks and alphas of a file (not loaded yet), and the file's tensors.
 
     Every layer gets the kind of its own tensors, so that a file may mix kinds; `kind` says which arguments are known.
-    Layers that are in no model are left out with a warning, CheckpointError when none is in one; arguments that would change shapes (ranks by part, ...) have
-    no effect, all others (dropouts, rates, LoRA+) apply.
+    Layers that are in no model are left out with a warning, CheckpointError when none is in one; arguments that would
+    change shapes (ranks by part, ...) have no effect, all others (dropouts, rates, LoRA+) apply.
     """
     targets = kind.targets(targets_of_denoiser(unet))
     label = file or "the given weights"
     tensors = read_adapter_file(file, targets) if weights_sd is None else to_kohya_names(weights_sd, targets, label)
     pairs = dict(pairs)
     settings = read_settings(kind, targets, None, None, pairs.pop("neuron_dropout", None), pairs)
-    layers = {layer.lora_name: layer for layer in all_layers(targets, unet, encoder_list(text_encoder), settings, every=True)}
+    layers = {
+        layer.lora_name: layer for layer in all_layers(targets, unet, encoder_list(text_encoder), settings, every=True)
+    }
     parts = by_module(tensors)
     found, unknown = match_names(parts, layers, targets)
     if not found:
         raise CheckpointError(nothing_fits(label, parts, targets.family))
     if unknown:
         logger.warning(
-            "%s: %d of %d modules are in no loaded model and are left out (first: %s)", label, len(unknown), len(parts), unknown[0]
+            "%s: %d of %d modules are in no loaded model and are left out (first: %s)", label, len(unknown), len(parts),
+            unknown[0]
         )
     without = missing_alphas({name: parts[name] for name in found})
     if without:
         logger.warning("%s: %s", label, without)
     fused = replace(targets, part_by_part=False)  # in a file the tensors tell; only split_qkv takes a layer apart
     modules = [
-        module_from_tensors(parts[name], layers[own], split_of(fused, layers[own], settings), multiplier, settings, kind)
+        module_from_tensors(
+            parts[name], layers[own], split_of(fused, layers[own], settings), multiplier, settings, kind
+        )
         for name, own in found.items()
     ]
     if for_inference:
@@ -139,10 +159,12 @@ def build_from_weights(
 
 
 def module_from_tensors(
-    tensors: Mapping[str, torch.Tensor], layer: Layer, split: Sequence[int] | None, multiplier: float, settings: NetworkSettings,
+    tensors: Mapping[str, torch.Tensor], layer: Layer, split: Sequence[int] | None, multiplier: float,
+    settings: NetworkSettings,
     wanted: NetworkKind | None = None,
 ) -> AdapterModule:
-    """A module with the shapes of a layer's tensors in a file, of the kind `wanted` where the tensors may be its own."""
+    """A module with the shapes of a layer's tensors in a file, of the kind `wanted` where the tensors may be its
+    own."""
     kind = kind_for(tensors, layer.lora_name, wanted)
     _check_layer(kind, layer, CheckpointError, "the file belongs to another model")
     split = split if kind.splits else None
@@ -153,9 +175,12 @@ def module_from_tensors(
 
 
 def _check_use(kind: NetworkKind, modules: Sequence[AdapterModule], settings: NetworkSettings, label: str) -> None:
-    """The layers of a file have the kinds of their tensors, for which arguments of `kind` may do nothing: ConfigError where one
-    does nothing for any of them, a warning where it does nothing for some."""
-    values = {"dropout": settings.neuron_dropout, **{name: settings.get(name) for name in ("rank_dropout", "module_dropout")}}
+    """The layers of a file have the kinds of their tensors, for which arguments of `kind` may do nothing: ConfigError
+    where one does nothing for any of them, a warning where it does nothing for some."""
+    values = {
+        "dropout": settings.neuron_dropout,
+        **{name: settings.get(name) for name in ("rank_dropout", "module_dropout")},
+    }
     idle = {name: [module for module in modules if name not in module.drops] for name, value in values.items() if value}
     ratios = [name for name in settings.values if name.startswith("loraplus_") and settings.get(name)]
     idle.update({name: [module for module in modules if not module.plus_names] for name in ratios})
@@ -201,7 +226,9 @@ def _check_layer(kind: NetworkKind, layer: Layer, error: type[Exception], advice
     """Raise `error` for a layer that this kind of adapter is not defined for."""
     known, own = kind.module_class.layer_classes, type(layer.module).__name__
     if own not in known:
-        raise error(f"{layer.lora_name} is a layer of class {own}; {kind.name} is defined for {', '.join(known)}; {advice}")
+        raise error(
+            f"{layer.lora_name} is a layer of class {own}; {kind.name} is defined for {', '.join(known)}; {advice}"
+        )
 
 
 def _give_rates(network: AdditionalNetwork, layers: Mapping[str, Any]) -> None:
@@ -243,9 +270,11 @@ class NetworkFunctions:
 
     kind: NetworkKind
 
-    def check_network_args(self, pairs: Mapping[str, Any], family: str, explicit: Mapping[str, Any] | None = None) -> None:
-        """Raise ConfigError for arguments that create_network would refuse, before any model is loaded. `explicit` holds
-        network_dim and network_alpha where the user gave them."""
+    def check_network_args(
+        self, pairs: Mapping[str, Any], family: str, explicit: Mapping[str, Any] | None = None
+    ) -> None:
+        """Raise ConfigError for arguments that create_network would refuse, before any model is loaded. `explicit`
+        holds network_dim and network_alpha where the user gave them."""
         pairs = dict(pairs)
         dropout = pairs.pop("neuron_dropout", None)
         read_settings(self.kind, self.kind.targets(targets_of_family(family)), None, None, dropout, pairs, explicit)
@@ -262,7 +291,9 @@ class NetworkFunctions:
         **kwargs: Any,
     ) -> AdditionalNetwork:
         """A new network for these models. `kwargs` are the --network_args pairs; `vae` is not used."""
-        return build_network(self.kind, multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, kwargs)
+        return build_network(
+            self.kind, multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, kwargs
+        )
 
     def create_network_from_weights(
         self,

@@ -1,7 +1,7 @@
 """The kinds of adapters, and which kind the tensors of one layer are.
 
-A file may mix kinds: a layer's own tensors decide, never the file's name or metadata. A new kind is a file with a KIND and
-one line in the table below; one from outside calls `register_kind`.
+A file may mix kinds: a layer's own tensors decide, never the file's name or metadata. A new kind is a file with a KIND
+and one line in the table below; one from outside calls `register_kind`.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ MARKS: dict[str, tuple[Mark, ...]] = {
     "networks.norm:KIND": ("w_norm", "b_norm"),
     "networks.files.stacked:KIND": ("part.rows",),
 }
-"""kind -> marks of which any one tells that a layer is of this kind: the name of a tensor, or (name, number of its axes)
-where several kinds use the name"""
+"""kind -> marks of which any one tells that a layer is of this kind: the name of a tensor, or (name, number of its
+axes) where several kinds use the name"""
 
 NO_INNER_VALUES = "it has no inner values to drop; rank_dropout and module_dropout work"
 
 
 def register_kind(kind: NetworkKind, *marks: Mark) -> None:
-    """Make a kind from outside known to everything that reads adapter files: `marks` as in MARKS, none when it writes the tensors
-    of a kind that has its own. The network module that holds it as `KIND` calls this at its end.
+    """Make a kind from outside known to everything that reads adapter files: `marks` as in MARKS, none when it writes
+    the tensors of a kind that has its own. The network module that holds it as `KIND` calls this at its end.
 
     ValueError when a mark is that of another kind.
     """
@@ -58,10 +58,16 @@ def register_kind(kind: NetworkKind, *marks: Mark) -> None:
     for other, taken in MARKS.items():
         shared = sorted(map(str, set(marks) & set(taken)))
         if other != target and shared:
-            raise ValueError(f"{', '.join(shared)} is the mark of {other} already; give the tensors of {kind.name} other names")
+            raise ValueError(
+                f"{', '.join(shared)} is the mark of {other} already; give the tensors of {kind.name} other names"
+            )
     if marks:
         MARKS[target] = marks
-        names = {*kind.module_class.weight_keys, *kind.module_class.optional_keys, *(m if isinstance(m, str) else m[0] for m in marks)}
+        names = {
+            *kind.module_class.weight_keys,
+            *kind.module_class.optional_keys,
+            *(m if isinstance(m, str) else m[0] for m in marks),
+        }
         OUTSIDE.update(dict.fromkeys(names - PARAMETERS.keys(), module))
 
 
@@ -86,8 +92,12 @@ class NetworkKind:
 
     name: str
     module_class: type[AdapterModule]
-    shape_from_file: Callable[[Mapping[str, torch.Tensor], Sequence[int] | None], tuple[int, float | None, dict[str, Any]]]
-    shape_from_settings: Callable[[NetworkSettings, Layer, Sequence[int] | None], dict[str, Any]] = lambda settings, layer, split: {}
+    shape_from_file: Callable[
+        [Mapping[str, torch.Tensor], Sequence[int] | None], tuple[int, float | None, dict[str, Any]]
+    ]
+    shape_from_settings: Callable[[NetworkSettings, Layer, Sequence[int] | None], dict[str, Any]] = (
+        lambda settings, layer, split: {}
+    )
     arguments: Callable[[NetworkTargets], dict[str, Callable[[Any], Any]]] = _no_arguments
     refused: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] = lambda values: None
@@ -111,15 +121,19 @@ def _marked(present: set) -> str | None:
 
 
 def known_kind_of(tensors: Mapping[str, torch.Tensor], lora_name: str) -> NetworkKind:
-    """As kind_of, for a layer of a file: CheckpointError when the kind is unknown, its tensors are not complete or do not fit one
-    another, or when there are more than the kind has a use for."""
+    """As kind_of, for a layer of a file: CheckpointError when the kind is unknown, its tensors are not complete or do
+    not fit one another, or when there are more than the kind has a use for."""
     kind = kind_of(tensors)
     if kind is None:
         known = ", ".join(marks[0] if isinstance(marks[0], str) else marks[0][0] for marks in MARKS.values())
-        raise CheckpointError(f"{lora_name} has {', '.join(sorted(tensors))}, which is no kind of adapter that is known ({known}; kinds of your own: --plugins MODULE)")
+        raise CheckpointError(
+            f"{lora_name} has {', '.join(sorted(tensors))}, which is no kind of adapter that is known ({known}; kinds of your own: --plugins MODULE)"
+        )
     missing = kind.module_class.missing_keys(tensors)
     if missing:
-        raise CheckpointError(f"{lora_name} has {', '.join(sorted(tensors))} and no {', no '.join(missing)}, needed for {kind.name}; the file is incomplete")
+        raise CheckpointError(
+            f"{lora_name} has {', '.join(sorted(tensors))} and no {', no '.join(missing)}, needed for {kind.name}; the file is incomplete"
+        )
     unknown = kind.module_class.unknown_keys(tensors)
     if unknown:
         known = sorted({*kind.module_class.weight_keys, *kind.module_class.optional_keys, "alpha"})
@@ -150,8 +164,8 @@ def check_layers(layers: Mapping[str, Mapping[str, torch.Tensor]], label: str) -
 
 
 def kind_for(tensors: Mapping[str, torch.Tensor], lora_name: str, wanted: NetworkKind | None = None) -> NetworkKind:
-    """As known_kind_of. Kinds without marks of their own (DyLoRA, say) write the tensors of another: `wanted` is taken where it
-    is one of them and has a use for these tensors."""
+    """As known_kind_of. Kinds without marks of their own (DyLoRA, say) write the tensors of another: `wanted` is taken
+    where it is one of them and has a use for these tensors."""
     kind = known_kind_of(tensors, lora_name)
     if wanted is None or any(import_target(target) is wanted for target in MARKS):
         return kind
@@ -159,11 +173,16 @@ def kind_for(tensors: Mapping[str, torch.Tensor], lora_name: str, wanted: Networ
     return kind if module.missing_keys(tensors) or module.unknown_keys(tensors) else wanted
 
 
-def weight_change(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor, multiplier: float = 1.0, lora_name: str = "") -> torch.Tensor:
-    """Change of a weight by one layer's tensors, whatever their kind: float32, shape of `weight`, on the tensors' device."""
+def weight_change(
+    tensors: Mapping[str, torch.Tensor], weight: torch.Tensor, multiplier: float = 1.0, lora_name: str = ""
+) -> torch.Tensor:
+    """Change of a weight by one layer's tensors, whatever their kind: float32, shape of `weight`, on the tensors'
+    device."""
     return change_of(known_kind_of(tensors, lora_name).module_class, tensors, weight, multiplier)
 
 
-def bias_change(tensors: Mapping[str, torch.Tensor], multiplier: float = 1.0, lora_name: str = "") -> torch.Tensor | None:
+def bias_change(
+    tensors: Mapping[str, torch.Tensor], multiplier: float = 1.0, lora_name: str = ""
+) -> torch.Tensor | None:
     """Change of a bias by one layer's tensors, None when the kind leaves it alone."""
     return known_kind_of(tensors, lora_name).module_class.bias_change(tensors, multiplier)

@@ -71,7 +71,12 @@ def all_layers(
     """Layers that the settings make targets; with `every` all that a file may name: whatever has a weight."""
     encoders = list(enumerate(text_encoders[: len(targets.text_encoders)]))
     if every:
-        return [layer for position, part in [(None, denoiser), *encoders] if part is not None for layer in weighted_layers(part, position, targets)]
+        return [
+            layer
+            for position, part in [(None, denoiser), *encoders]
+            if part is not None
+            for layer in weighted_layers(part, position, targets)
+        ]
     classes = targets.classes
     if targets.choice:
         classes = targets.choice.classes[settings.get(targets.choice.arg, next(iter(targets.choice.classes)))]
@@ -178,7 +183,8 @@ def rate_of(targets: NetworkTargets, layer: Layer, settings: NetworkSettings) ->
 
 
 def block_of(targets: NetworkTargets, layer: Layer) -> int | None:
-    """The number of the U-Net block that a layer stands in; None outside the blocks and for families without numbers."""
+    """The number of the U-Net block that a layer stands in; None outside the blocks and for families without
+    numbers."""
     return targets.blocks.index_of(layer.path) if targets.blocks and layer.encoder is None else None
 
 
@@ -207,7 +213,9 @@ def _selected_by_index(targets: NetworkTargets, layers: list[Layer], settings: N
             if layer.encoder is None and (match := re.match(rule.pattern, layer.path))
         }
         if not numbers:
-            raise ConfigError(f"--network_args {rule.arg}={text}: none of the blocks that it selects from is trained or exists")
+            raise ConfigError(
+                f"--network_args {rule.arg}={text}: none of the blocks that it selects from is trained or exists"
+            )
         blocks = selected_blocks(text, max(numbers.values()) + 1, rule.arg)
         chosen.update({name: number in blocks for name, number in numbers.items()})
     return chosen
@@ -223,7 +231,11 @@ def _warn_about_idle_settings(targets: NetworkTargets, layers: list[Layer], sett
             if not any(pattern.fullmatch(layer.path) for layer in layers):
                 logger.warning(
                     "--network_args %s: the expression '%s' matches no layer (the whole dotted name is compared, e.g. %s)",
-                    name, pattern.pattern, layers[0].path if layers else "none",
+                    name,
+                    pattern.pattern,
+                    layers[0].path if layers else "none",
                 )
     if settings.get("conv_dim") and not any(layer.is_kxk_conv for layer in layers):
-        logger.warning("--network_args conv_dim: this model has no convolution larger than 1x1 among its targets; no effect")
+        logger.warning(
+            "--network_args conv_dim: this model has no convolution larger than 1x1 among its targets; no effect"
+        )

@@ -1,7 +1,7 @@
 """Which layers of a model family take an adapter, and under which names. One table per family, one way to read it.
 
-Names: `<prefix>_<path with dots as underscores>`. The way back from underscores to dots is ambiguous, so names are always
-made from the model (or from the table of networks/files/file_names.py) and looked up, never taken apart.
+Names: `<prefix>_<path with dots as underscores>`. The way back from underscores to dots is ambiguous, so names are
+always made from the model (or from the table of networks/files/file_names.py) and looked up, never taken apart.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ T5_PATHS = (
 class TextEncoderTargets:
     """One text encoder. `root` is a level that names in files always carry, whatever the installed library calls its
     modules; `switch` names the network argument without which this encoder is not trained; `aliases` are prefixes that
-    other programs write for it; `diffusers_name` is the model's part in diffusers, `comfy_name` its place in dotted names, and
-    `paths` its layers, with `{i}` for the block (none: its adapters cannot be rewritten)."""
+    other programs write for it; `diffusers_name` is the model's part in diffusers, `comfy_name` its place in dotted
+    names, and `paths` its layers, with `{i}` for the block (none: its adapters cannot be rewritten)."""
 
     prefix: str
     classes: tuple[str, ...]
@@ -62,7 +62,8 @@ class PartRule:
 
 @dataclass(frozen=True)
 class EntryRule:
-    """`arg=[r1,r2,...]` trains layers outside the target classes: one rank per (name, path pattern); 0 leaves one out."""
+    """`arg=[r1,r2,...]` trains layers outside the target classes: one rank per (name, path pattern); 0 leaves one
+    out."""
 
     arg: str
     parts: tuple[tuple[str, str], ...]
@@ -150,7 +151,8 @@ class NetworkTargets:
         return None
 
     def canonical_names(self, lora_name: str) -> list[str]:
-        """Names under which this module may stand in the model: as written, then with other programs' spellings undone."""
+        """Names under which this module may stand in the model: as written, then with other programs' spellings
+        undone."""
         names = [lora_name]
         for prefix in self.aliases:
             if lora_name.startswith(prefix + "_"):
@@ -203,13 +205,18 @@ def targets_of_denoiser(denoiser: nn.Module) -> NetworkTargets:
         if family is not None:
             return targets_of_family(family)
     known = ", ".join(name for entry in FAMILIES.values() for name in entry.denoisers)
-    raise ConfigError(f"no adapter targets are known for a denoiser of class {type(module).__name__}; known classes: {known}")
+    raise ConfigError(
+        f"no adapter targets are known for a denoiser of class {type(module).__name__}; known classes: {known}"
+    )
 
 
 def denoiser_layers(denoiser: nn.Module, targets: NetworkTargets, classes: Sequence[str]) -> list[Layer]:
     """Every Linear and Conv2d inside a module of the given classes, in the order of the model."""
     denoiser = getattr(denoiser, "_orig_mod", denoiser)
-    found = [Layer(_name(targets.prefix, path), path, module) for path, module in _leaves(denoiser, classes, targets.leaf_classes)]
+    found = [
+        Layer(_name(targets.prefix, path), path, module)
+        for path, module in _leaves(denoiser, classes, targets.leaf_classes)
+    ]
     return _without_clashes(found)
 
 
@@ -226,7 +233,8 @@ def entry_layers(denoiser: nn.Module, targets: NetworkTargets) -> list[Layer]:
 
 
 def weighted_layers(part: nn.Module, position: int | None, targets: NetworkTargets) -> list[Layer]:
-    """Every module with a weight, norms and embeddings included, of the denoiser (position None) or of a text encoder."""
+    """Every module with a weight, norms and embeddings included, of the denoiser (position None) or of a text
+    encoder."""
     encoder = None if position is None else targets.text_encoders[position]
     layers = {}
     for path, module in getattr(part, "_orig_mod", part).named_modules():

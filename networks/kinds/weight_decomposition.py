@@ -1,8 +1,8 @@
 """DoRA (arXiv 2402.09353): the lengths of a weight's rows or columns are trained apart from their directions.
 
-With a change D of the weight W, V = W + D and the trained lengths g: W' = c V, c = g / (norm(V) + eps), by row or by column. The
-shape of the lengths decides: [out, 1, ..] are those of the rows (of the outputs), [1, in, ..] those of the columns (of the
-inputs). At another multiplier than 1 the change is multiplier * (W' - W).
+With a change D of the weight W, V = W + D and the trained lengths g: W' = c V, c = g / (norm(V) + eps), by row or by
+column. The shape of the lengths decides: [out, 1, ..] are those of the rows (of the outputs), [1, in, ..] those of the
+columns (of the inputs). At another multiplier than 1 the change is multiplier * (W' - W).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ POINTS, ROUNDS = 64, 5
 
 
 def lengths_of(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """norm + eps of the rows or columns of `weight` [out, in, ..] that `like` has a length for, float32, shape of `like`."""
+    """norm + eps of the rows or columns of `weight` [out, in, ..] that `like` has a length for, float32, shape of
+    `like`."""
     axes = tuple(axis for axis, size in enumerate(like.shape) if size == 1)
     if not axes:  # lengths without axes of their own
         axes = tuple(range(1, weight.ndim))
@@ -33,7 +34,9 @@ def magnitude_factors(change: torch.Tensor, weight: torch.Tensor, dora_scale: to
     return dora_scale.float() / lengths_of(weight.float() + change, dora_scale)
 
 
-def dora_change(change: torch.Tensor, weight: torch.Tensor, dora_scale: torch.Tensor, multiplier: float) -> torch.Tensor:
+def dora_change(
+    change: torch.Tensor, weight: torch.Tensor, dora_scale: torch.Tensor, multiplier: float
+) -> torch.Tensor:
     """Change of the weight: multiplier * (c (W + D) - W), float32."""
     original = weight.float()
     changed = original + change
@@ -46,8 +49,8 @@ def on_outputs(dora_scale: torch.Tensor) -> bool:
 
 
 class ScaledSum(torch.autograd.Function):
-    """(c - 1) * base + c * change, which DoRA adds to a layer's output `base`: for backward one tensor of the output's size is
-    kept, in the type of `change`, instead of two or of anything of the weight's size."""
+    """(c - 1) * base + c * change, which DoRA adds to a layer's output `base`: for backward one tensor of the output's
+    size is kept, in the type of `change`, instead of two or of anything of the weight's size."""
 
     @staticmethod
     def forward(ctx: Any, base: torch.Tensor, change: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -64,11 +67,13 @@ class ScaledSum(torch.autograd.Function):
         return ((factors - 1) * gradient).to(ctx.types[0]), (factors * gradient).to(ctx.types[1]), of_factors
 
 
-def shrinking_factor(change: torch.Tensor, weight: torch.Tensor, factors: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+def shrinking_factor(
+    change: torch.Tensor, weight: torch.Tensor, factors: torch.Tensor, ratio: torch.Tensor
+) -> torch.Tensor:
     """rho in 0..1 so that D' = rho D and c' = 1 + rho (c - 1) change the weight `ratio` times as much as D and c do.
 
-    c' (W + D') - W = rho ((c - 1) W + D + rho (c - 1) D), so that the square of its norm is rho^2 times a polynomial of rho. All
-    stays on the device.
+    c' (W + D') - W = rho ((c - 1) W + D + rho (c - 1) D), so that the square of its norm is rho^2 times a polynomial of
+    rho. All stays on the device.
     """
     of_both = (factors - 1) * change
     first = (factors - 1) * weight + change
@@ -84,9 +89,10 @@ def shrinking_factor(change: torch.Tensor, weight: torch.Tensor, factors: torch.
 
 
 def decomposed_output(module: AdapterModule, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """What DoRA adds at multiplier 1 to `output`, the layer's own output for `x`. Lengths of rows scale the layer's output and that
-    of the change, lengths of columns the input of both, so that dropouts of the change keep their meaning. The lengths of the
-    changed weight are built again in the backward pass: nothing of the weight's size is kept."""
+    """What DoRA adds at multiplier 1 to `output`, the layer's own output for `x`. Lengths of rows scale the layer's
+    output and that of the change, lengths of columns the input of both, so that dropouts of the change keep their
+    meaning. The lengths of the changed weight are built again in the backward pass: nothing of the weight's size is
+    kept."""
     if module.training and torch.is_grad_enabled():
         factors = checkpoint(_factors_of, module, use_reentrant=False, preserve_rng_state=False).to(x.device)
     else:
@@ -108,8 +114,8 @@ def _factors_of(module: AdapterModule) -> torch.Tensor:
 
 @torch.no_grad()
 def shrink(module: AdapterModule, ratio: torch.Tensor) -> None:
-    """Multiply the norm of the change of the weight by `ratio` (0-d, at most 1), in place: the change and what its factors differ
-    from 1 by are shrunk alike."""
+    """Multiply the norm of the change of the weight by `ratio` (0-d, at most 1), in place: the change and what its
+    factors differ from 1 by are shrunk alike."""
     weight, change = module.original_weight().float(), module.plain_change(1.0)
     factors = magnitude_factors(change, weight, module.dora_scale)
     rho = shrinking_factor(change, weight, factors, ratio)

@@ -26,8 +26,8 @@ _EMBEDDING = re.compile(r"(embed|embedding|embeddings|embed_tokens|shared)$")
 
 @dataclass(frozen=True)
 class ExtractionPlan:
-    """What is taken. `conv` None leaves convolutions larger than 1x1 out; `include` and `exclude` are patterns searched in the
-    names of layers; parts of the model whose weights all differ by no more than `min_diff` are left out."""
+    """What is taken. `conv` None leaves convolutions larger than 1x1 out; `include` and `exclude` are patterns searched
+    in the names of layers; parts of the model whose weights all differ by no more than `min_diff` are left out."""
 
     kind: str = "lora"
     linear: RankRule = field(default_factory=lambda: RankRule(4))
@@ -48,8 +48,8 @@ class ExtractionPlan:
 
 @dataclass
 class Extracted:
-    """`tensors` of the file; `ranks` by layer; `left_out`: reason -> names; `errors`: norm of what the adapter lacks over that of the
-    difference, by layer."""
+    """`tensors` of the file; `ranks` by layer; `left_out`: reason -> names; `errors`: norm of what the adapter lacks
+    over that of the difference, by layer."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
@@ -59,8 +59,8 @@ class Extracted:
 
 @torch.no_grad()
 def extract(targets: NetworkTargets, original: ModelLayers, tuned: ModelLayers, plan: ExtractionPlan) -> Extracted:
-    """The adapter that turns the original model into the tuned one, layer by layer. CheckpointError when the models do not have
-    the same layers, or when nothing differs."""
+    """The adapter that turns the original model into the tuned one, layer by layer. CheckpointError when the models do
+    not have the same layers, or when nothing differs."""
     names = _common(original, tuned)
     result, largest = Extracted(), {}
     for name in names:
@@ -90,34 +90,52 @@ def extract(targets: NetworkTargets, original: ModelLayers, tuned: ModelLayers, 
             _drop_part(targets, result, part, size)
     _complete(result, original, plan.kind)
     if not result.tensors:
-        raise CheckpointError(f"{tuned.label} and {original.label} do not differ in any layer that is asked for{_but(result)}; there is nothing to extract")
+        raise CheckpointError(
+            f"{tuned.label} and {original.label} do not differ in any layer that is asked for{_but(result)}; there is nothing to extract"
+        )
     return result
 
 
 def _common(original: ModelLayers, tuned: ModelLayers) -> list[Name]:
-    """The names of both. CheckpointError when there are none, or when one model has a part only a piece of which the other has."""
+    """The names of both. CheckpointError when there are none, or when one model has a part only a piece of which the
+    other has."""
     names = [name for name in original if name in tuned]
     if not names:
-        raise CheckpointError(f"{original.label} and {tuned.label} have no layer in common; they belong to different model families")
+        raise CheckpointError(
+            f"{original.label} and {tuned.label} have no layer in common; they belong to different model families"
+        )
     parts = {name[0].split("_")[1] for name in names}
     for first, second in ((original, tuned), (tuned, original)):
         missing = [name[0] for name in first if name not in second and name[0].split("_")[1] in parts]
         if missing:
-            raise CheckpointError(f"{second.label} lacks {len(missing)} layers of {first.label} (first: {missing[0]}); they are different models")
+            raise CheckpointError(
+                f"{second.label} lacks {len(missing)} layers of {first.label} (first: {missing[0]}); they are different models"
+            )
     return names
 
 
 def _but(result: Extracted) -> str:
-    return "" if not result.left_out else " but for " + "; ".join(f"{reason} ({len(names)})" for reason, names in result.left_out.items())
+    return (
+        ""
+        if not result.left_out
+        else " but for " + "; ".join(f"{reason} ({len(names)})" for reason, names in result.left_out.items())
+    )
 
 
 def is_rounding(before: torch.Tensor, diff: torch.Tensor, original: torch.dtype, tuned: torch.dtype) -> bool:
-    """Whether storing the original weight in the format of the tuned model explains the whole difference: no number moved by more
-    than half a step of that format. Of equal formats, and where the tuned model's is the finer one, only no difference is."""
-    if not tuned.is_floating_point or not original.is_floating_point or torch.finfo(tuned).eps <= torch.finfo(original).eps:
+    """Whether storing the original weight in the format of the tuned model explains the whole difference: no number
+    moved by more than half a step of that format. Of equal formats, and where the tuned model's is the finer one, only
+    no difference is."""
+    if (
+        not tuned.is_floating_point
+        or not original.is_floating_point
+        or torch.finfo(tuned).eps <= torch.finfo(original).eps
+    ):
         return not bool(diff.any())
     info = torch.finfo(tuned)
-    step = before.abs() * (info.eps / 2) + info.smallest_normal * info.eps / 2  # below the smallest normal number steps are equal
+    step = (
+        before.abs() * (info.eps / 2) + info.smallest_normal * info.eps / 2
+    )  # below the smallest normal number steps are equal
     return bool((diff.abs() <= step).all())
 
 
@@ -169,7 +187,7 @@ def _is_embedding(targets: NetworkTargets, lora_name: str, shape: tuple[int, ...
     return bool(patterns) and not any(re.fullmatch(pattern, rest) for pattern in patterns)
 
 
-# -- one layer -------------------------------------------------------------------------------------------------------------
+# -- one layer ---------------------------------------------------------------------------------------------------------
 
 
 def _put(result: Extracted, name: Name, diff: torch.Tensor, plan: ExtractionPlan) -> None:
@@ -201,14 +219,17 @@ def lora_of(diff: torch.Tensor, plan: ExtractionPlan) -> Made:
         limit = quantile_of_size([up, down], plan.clamp_quantile)
         up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
     down, up = shaped_factors(up, down, diff.shape)
-    return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(float(rank))}, lora_delta(down, up, 1.0)
+    return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(float(rank))}, lora_delta(
+        down, up, 1.0
+    )
 
 
 def lokr_of(diff: torch.Tensor, plan: ExtractionPlan) -> Made:
-    """The nearest Kronecker product w1 (x) w2 with halves of the sizes that --factor gives (Van Loan and Pitsianis 1993).
+    """The nearest Kronecker product w1 (x) w2 with halves of the sizes that --factor gives (Van Loan and Pitsianis
+    1993).
 
-    The blocks of the weight [l * k, m * n, ..], one per row [l * m, k * n * ..], are nearest to a matrix of rank 1: its two
-    sides are the halves.
+    The blocks of the weight [l * k, m * n, ..], one per row [l * m, k * n * ..], are nearest to a matrix of rank 1: its
+    two sides are the halves.
     """
     rows, columns, *kernel = diff.shape
     (out_l, out_k), (in_m, in_n) = factorization(rows, plan.factor), factorization(columns, plan.factor)
@@ -228,7 +249,7 @@ def full_of(diff: torch.Tensor, plan: ExtractionPlan) -> Made:
 _MAKERS: dict[str, Callable[[torch.Tensor, ExtractionPlan], Made]] = {"lora": lora_of, "lokr": lokr_of, "full": full_of}
 
 
-# -- the file --------------------------------------------------------------------------------------------------------------
+# -- the file ----------------------------------------------------------------------------------------------------------
 
 
 def _drop_part(targets: NetworkTargets, result: Extracted, part: int | None, size: float) -> None:

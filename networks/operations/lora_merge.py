@@ -1,7 +1,8 @@
 """Several adapters made into one file, so that its change is the sum of theirs at their strengths.
 
-Three ways: `concat` puts LoRAs side by side (exact; the rank is the sum of the ranks), `svd` sums the changes of any kinds
-and keeps the strongest directions, `full` keeps the summed changes whole (exact for all kinds, as large as the layers).
+Three ways: `concat` puts LoRAs side by side (exact; the rank is the sum of the ranks), `svd` sums the changes of any
+kinds and keeps the strongest directions, `full` keeps the summed changes whole (exact for all kinds, as large as the
+layers).
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def by_layer(adapters: Sequence[Adapter], targets: NetworkTargets) -> dict[str, 
     layers: dict[str, Sources] = {}
     for adapter in adapters:
         for name, tensors in adapter.layers.items():
-            own = next((other for other in reversed(targets.canonical_names(name)) if other in layers), targets.canonical_names(name)[-1])
+            own = next(
+                (other for other in reversed(targets.canonical_names(name)) if other in layers),
+                targets.canonical_names(name)[-1],
+            )
             layers.setdefault(own, []).append((tensors, adapter.multiplier_of(own)))
     return layers
 
@@ -67,12 +71,16 @@ def concatenated(layers: Mapping[str, Sources], shuffle_seed: int | None = None)
 def _refuse_other_shapes(name: str, inputs: Sequence[torch.Size], outputs: Sequence[int]) -> None:
     if len({*inputs}) > 1 or len({*outputs}) > 1:
         shapes = ", ".join(f"{[out, *tail]}" for out, tail in zip(outputs, inputs, strict=True))
-        raise CheckpointError(f"{name} is a layer of different sizes in these files: {shapes}; they belong to different models")
+        raise CheckpointError(
+            f"{name} is a layer of different sizes in these files: {shapes}; they belong to different models"
+        )
 
 
-def summed_changes(name: str, sources: Sources, device: torch.device | str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(change of the weight, change of the bias) of a layer, float32 on `device`; CheckpointError for kinds whose change
-    depends on the weight."""
+def summed_changes(
+    name: str, sources: Sources, device: torch.device | str
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(change of the weight, change of the bias) of a layer, float32 on `device`; CheckpointError for kinds whose
+    change depends on the weight."""
     weight, bias = None, None
     for tensors, ratio in sources:
         own = {key: tensor.to(device) for key, tensor in tensors.items()}
@@ -116,8 +124,8 @@ def full_changes(layers: Mapping[str, Sources], device: torch.device | str) -> d
 def low_rank_sum(
     layers: Mapping[str, Sources], rule_of: Callable[[torch.Size], RankRule], device: torch.device | str
 ) -> dict[str, torch.Tensor]:
-    """The best LoRA of the rank that a rule chooses for the summed changes (singular value decomposition, float32). `rule_of` gives the
-    rule for the rank by the shape of a layer's weight. Norms and biases are kept whole."""
+    """The best LoRA of the rank that a rule chooses for the summed changes (singular value decomposition, float32).
+    `rule_of` gives the rule for the rank by the shape of a layer's weight. Norms and biases are kept whole."""
     result: dict[str, torch.Tensor] = {}
     for name, sources in layers.items():
         weight, bias = summed_changes(name, sources, device)

@@ -1,4 +1,5 @@
-"""Adapters at another rank: the best approximation of every layer by singular values, under the names that the file has.
+"""Adapters at another rank: the best approximation of every layer by singular values, under the names that the file
+has.
 
 Layers of LoRA are decomposed through their two thin matrices and never multiplied out; other kinds become LoRA.
 """
@@ -28,14 +29,17 @@ logger = logging.getLogger(__name__)
 MID, DORA = "lora_mid.weight", "dora_scale"
 KEPT_WHOLE = ("diff_b", "w_norm", "b_norm")
 LOSSLESS = 1e-5
-_FOLDED_CONV = re.compile(r"(conv1|conv2|conv_in|conv_out|in_layers[_.]2|out_layers[_.]3|samplers[_.]0[_.]conv|[_.]op|[_.]conv)$")
-"""ends of names of 3x3 convolutions in U-Nets; some kinds fold the kernel into the inputs, so that shapes do not tell"""
+_FOLDED_CONV = re.compile(
+    r"(conv1|conv2|conv_in|conv_out|in_layers[_.]2|out_layers[_.]3|samplers[_.]0[_.]conv|[_.]op|[_.]conv)$"
+)
+"""ends of names of 3x3 convolutions in U-Nets; some kinds fold the kernel into the inputs, so that shapes do not
+tell"""
 
 
 @dataclass(frozen=True)
 class Resized:
-    """What became of a layer. `kept`: share of the Frobenius norm of the change; `sum_kept`: of the sum of singular values;
-    `spread`: largest kept singular value over the smallest."""
+    """What became of a layer. `kept`: share of the Frobenius norm of the change; `sum_kept`: of the sum of singular
+    values; `spread`: largest kept singular value over the smallest."""
 
     name: str
     rank: int
@@ -65,8 +69,9 @@ class _Decomposed:
 def resized_layer(
     layer: FileLayer, linear: RankRule, conv: RankRule, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, torch.Tensor], Resized | None]:
-    """(tensors of the layer at its new rank under the keys of the file, what became of it). `conv` is for kernels larger than
-    1x1. Norms and changes of biases stay as they are (None). CheckpointError for layers that cannot be resized."""
+    """(tensors of the layer at its new rank under the keys of the file, what became of it). `conv` is for kernels
+    larger than 1x1. Norms and changes of biases stay as they are (None). CheckpointError for layers that cannot be
+    resized."""
     kept = {layer.keys[name]: tensor for name, tensor in layer.tensors.items() if name in KEPT_WHOLE}
     if set(layer.tensors) <= set(KEPT_WHOLE):
         return kept, None
@@ -108,12 +113,16 @@ def _decomposed(layer: FileLayer, device: torch.device | str) -> _Decomposed:
     scale = scale_of(tensors)
     if MID in tensors:
         return _of_matrix(lora_delta(down, up, 1.0, tensors[MID].float()), scale)
-    return _Decomposed(*svd_of_product(as_matrix(up), as_matrix(down)), torch.Size((up.shape[0], *down.shape[1:])), scale)
+    return _Decomposed(
+        *svd_of_product(as_matrix(up), as_matrix(down)), torch.Size((up.shape[0], *down.shape[1:])), scale
+    )
 
 
 def _of_matrix(change: torch.Tensor, scale: float) -> _Decomposed:
     if change.ndim < 2:
-        raise CheckpointError(f"a change of shape {list(change.shape)} is no matrix, which could get another rank; the file is damaged")
+        raise CheckpointError(
+            f"a change of shape {list(change.shape)} is no matrix, which could get another rank; the file is damaged"
+        )
     return _Decomposed(*torch.linalg.svd(as_matrix(change), full_matrices=False), change.shape, scale)
 
 
@@ -127,27 +136,31 @@ def _report(name: str, parts: _Decomposed, rank: int) -> Resized:
     values = parts.values.cpu().double()  # not every device has float64
     kept, norm, total = values[:rank], float(values.norm()), float(values.sum())
     return Resized(
-        name, rank, parts.scale * rank, parts.is_kxk, float(kept.norm()) / norm if norm else 1.0, float(kept.sum()) / total if total else 1.0,
+        name, rank, parts.scale * rank, parts.is_kxk, float(kept.norm()) / norm if norm else 1.0,
+        float(kept.sum()) / total if total else 1.0,
         float(kept[0] / kept[-1]) if float(kept[-1]) else math.inf,
     )  # fmt: skip
 
 
-# -- DyLoRA ----------------------------------------------------------------------------------------------------------------
+# -- DyLoRA ------------------------------------------------------------------------------------------------------------
 
 
 def dylora_ranks(layers: Mapping[str, FileLayer], unit: int) -> tuple[int, list[int]]:
-    """(trained rank, ranks that are split from it: unit, 2 * unit, ... and the trained one). CheckpointError for files that are
-    no plain LoRA."""
+    """(trained rank, ranks that are split from it: unit, 2 * unit, ... and the trained one). CheckpointError for files
+    that are no plain LoRA."""
     for layer in layers.values():
         more = sorted(set(layer.tensors) - {DOWN, UP, ALPHA})
         if more or DOWN not in layer.tensors:
-            raise CheckpointError(f"{layer.name} has {', '.join(sorted(layer.tensors))}; DyLoRA has {DOWN}, {UP} and alpha alone")
+            raise CheckpointError(
+                f"{layer.name} has {', '.join(sorted(layer.tensors))}; DyLoRA has {DOWN}, {UP} and alpha alone"
+            )
     full = max(layer.tensors[DOWN].shape[0] for layer in layers.values())
     return full, [*range(unit, full, unit), full]
 
 
 def dylora_part(layer: FileLayer, rank: int) -> dict[str, torch.Tensor]:
-    """The first `rank` rows and columns of a layer that DyLoRA trained at rank R with alpha a, at the strength of training.
+    """The first `rank` rows and columns of a layer that DyLoRA trained at rank R with alpha a, at the strength of
+    training.
 
     There the first k ranks act at a / R * sqrt(R / k); a file of rank k acts at alpha / k, so alpha = a * sqrt(k / R).
     """

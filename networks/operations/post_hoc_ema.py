@@ -17,8 +17,8 @@ SMALLEST_SHARE = 1 / math.sqrt(12)
 
 @dataclass(frozen=True)
 class Averaging:
-    """How much of the average a next file leaves: `beta`, from file to file in equal steps to `beta2`; or the power function of
-    relative width `sigma_rel` (arXiv 2312.02696, section 3.1), which takes the place of both."""
+    """How much of the average a next file leaves: `beta`, from file to file in equal steps to `beta2`; or the power
+    function of relative width `sigma_rel` (arXiv 2312.02696, section 3.1), which takes the place of both."""
 
     beta: float = 0.95
     beta2: float | None = None
@@ -30,7 +30,9 @@ class Averaging:
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"--{name} is {value:g}; needed: a number from 0, below 1")
         if self.sigma_rel is not None and not 0 < self.sigma_rel < SMALLEST_SHARE:
-            raise ConfigError(f"--sigma_rel is {self.sigma_rel:g}; needed: a number above 0, below {SMALLEST_SHARE:.4f}")
+            raise ConfigError(
+                f"--sigma_rel is {self.sigma_rel:g}; needed: a number above 0, below {SMALLEST_SHARE:.4f}"
+            )
         if self.sigma_rel is not None and self.beta2 is not None:
             raise ConfigError("--sigma_rel and --beta2 are both given; each says how the average fades, leave one out")
 
@@ -53,8 +55,8 @@ def gamma_of(sigma_rel: float) -> float:
 
 @torch.no_grad()
 def averaged(files: Sequence[tuple[str, Mapping[str, torch.Tensor]]], how: Averaging) -> dict[str, torch.Tensor]:
-    """average = average * b + next * (1 - b) over (label, tensors) of files, the first one first; in float32, each tensor in
-    the type of the last file. CheckpointError when files do not have the same layers, ranks and alphas."""
+    """average = average * b + next * (1 - b) over (label, tensors) of files, the first one first; in float32, each
+    tensor in the type of the last file. CheckpointError when files do not have the same layers, ranks and alphas."""
     first_label, first = files[0]
     for label, tensors in files[1:]:
         _compare(first_label, first, label, tensors)
@@ -70,7 +72,9 @@ def _is_averaged(key: str, tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and not key.endswith(".alpha")
 
 
-def _compare(first_label: str, first: Mapping[str, torch.Tensor], label: str, tensors: Mapping[str, torch.Tensor]) -> None:
+def _compare(
+    first_label: str, first: Mapping[str, torch.Tensor], label: str, tensors: Mapping[str, torch.Tensor]
+) -> None:
     other = next(iter(first.keys() ^ tensors.keys()), None)
     if other is not None:
         has, lacks = (first_label, label) if other in first else (label, first_label)

@@ -44,17 +44,22 @@ class RankRule:
             raise ConfigError(f"the rank is {self.rank}; needed: 1 or more")
         if self.method is None:
             if self.parameter is not None:
-                raise ConfigError(f"--dynamic_param is {self.parameter:g} without --dynamic_method; name one of {', '.join(METHODS)}, or leave it out")
+                raise ConfigError(
+                    f"--dynamic_param is {self.parameter:g} without --dynamic_method; name one of {', '.join(METHODS)}, or leave it out"
+                )
             return
         if self.method not in METHODS:
             raise ConfigError(f"--dynamic_method is {self.method}; known: {', '.join(METHODS)}")
         if self.parameter is None:
             raise ConfigError(f"--dynamic_method {self.method} needs --dynamic_param: {_RANGES[self.method][0]}")
         if not _RANGES[self.method][1](self.parameter):
-            raise ConfigError(f"--dynamic_param is {self.parameter:g}; needed for {self.method}: {_RANGES[self.method][0]}")
+            raise ConfigError(
+                f"--dynamic_param is {self.parameter:g}; needed for {self.method}: {_RANGES[self.method][0]}"
+            )
 
     def choose(self, values: torch.Tensor, sides: tuple[int, int]) -> int:
-        """The rank for singular values (falling) of a matrix with these sides. `values` may lack those that are zero."""
+        """The rank for singular values (falling) of a matrix with these sides. `values` may lack those that are
+        zero."""
         most = min(self.rank, *sides)
         if float(values[0]) <= NOTHING:
             return 1
@@ -72,7 +77,8 @@ class RankRule:
 
 
 def quantile_of_size(tensors: list[torch.Tensor], quantile: float) -> float:
-    """The value below which this share of all |numbers| of the tensors lies, with linear interpolation between neighbours.
+    """The value below which this share of all |numbers| of the tensors lies, with linear interpolation between
+    neighbours.
 
     By selection, in any number of values: torch.quantile refuses more than 16 million.
     """

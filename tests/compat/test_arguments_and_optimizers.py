@@ -1,4 +1,5 @@
-"""Names of library.train_util about options, optimizers and files: each can be imported, costs nothing before, works on a namespace."""
+"""Names of library.train_util about options, optimizers and files: each can be imported, costs nothing before, works on
+a namespace."""
 
 import argparse
 import hashlib
@@ -28,7 +29,9 @@ def test_importing_it_is_cheap_and_an_unknown_name_is_an_error():
 
 
 def test_names_of_files():
-    options = SimpleNamespace(output_name="mine", save_every_n_epochs=1, save_last_n_epochs=2, save_every_n_steps=10, save_last_n_steps=30)
+    options = SimpleNamespace(
+        output_name="mine", save_every_n_epochs=1, save_last_n_epochs=2, save_every_n_steps=10, save_last_n_steps=30
+    )
     assert train_util.get_epoch_ckpt_name(options, ".safetensors", 3) == "mine-000003.safetensors"
     assert train_util.get_step_ckpt_name(options, ".pt", 50) == "mine-step00000050.pt"
     assert train_util.get_last_ckpt_name(SimpleNamespace(output_name=None), ".ckpt") == "last.ckpt"
@@ -38,8 +41,15 @@ def test_names_of_files():
 
 
 def test_optimizer_and_schedule_of_a_namespace():
-    options = SimpleNamespace(optimizer_type="AdamW", learning_rate=0.1, optimizer_args=["weight_decay=0.5"], max_train_steps=10,
-                              lr_scheduler="linear", lr_warmup_steps=0, lr_scheduler_type=None)
+    options = SimpleNamespace(
+        optimizer_type="AdamW",
+        learning_rate=0.1,
+        optimizer_args=["weight_decay=0.5"],
+        max_train_steps=10,
+        lr_scheduler="linear",
+        lr_warmup_steps=0,
+        lr_scheduler_type=None,
+    )
     parameter = torch.nn.Parameter(torch.ones(2))
     name, arguments, optimizer = train_util.get_optimizer(options, [parameter])
     assert name.endswith("AdamW") and arguments == "weight_decay=0.5"
@@ -52,7 +62,11 @@ def test_optimizer_and_schedule_of_a_namespace():
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    assert rates[0] == pytest.approx(0.1) and rates[10] == pytest.approx(0.05) and schedule.get_last_lr()[0] == pytest.approx(0.0)
+    assert (
+        rates[0] == pytest.approx(0.1)
+        and rates[10] == pytest.approx(0.05)
+        and schedule.get_last_lr()[0] == pytest.approx(0.0)
+    )
 
 
 def test_prompts_are_dictionaries(tmp_path):
@@ -63,7 +77,14 @@ def test_prompts_are_dictionaries(tmp_path):
 
 
 def test_types_and_recorded_options():
-    options = SimpleNamespace(mixed_precision="bf16", save_precision=None, log_config=True, wandb_api_key="k", output_dir="/x", network_args=["a=1"])
+    options = SimpleNamespace(
+        mixed_precision="bf16",
+        save_precision=None,
+        log_config=True,
+        wandb_api_key="k",
+        output_dir="/x",
+        network_args=["a=1"],
+    )
     assert train_util.prepare_dtype(options) == (torch.bfloat16, None)
     recorded = train_util.get_sanitized_config_or_none(options)
     assert recorded["network_args"] == "['a=1']" and not {"wandb_api_key", "output_dir"} & set(recorded)
@@ -73,7 +94,11 @@ def test_types_and_recorded_options():
 def parser_with_config():
     parser = argparse.ArgumentParser()
     parser.add_argument("--config_file")
-    for add in (train_util.add_sd_models_arguments, train_util.add_optimizer_arguments, train_util.add_training_arguments):
+    for add in (
+        train_util.add_sd_models_arguments,
+        train_util.add_optimizer_arguments,
+        train_util.add_training_arguments,
+    ):
         add(parser)
     train_util.add_dataset_arguments(parser, True, True, True)
     return parser
@@ -81,16 +106,28 @@ def parser_with_config():
 
 def test_arguments_are_added_with_their_defaults():
     options = parser_with_config().parse_args(["--cache_latents"])
-    assert (options.max_train_steps, options.caption_extension, options.cache_latents, options.lr_scheduler) == (1600, ".caption", True, "constant")
+    assert (options.max_train_steps, options.caption_extension, options.cache_latents, options.lr_scheduler) == (
+        1600,
+        ".caption",
+        True,
+        "constant",
+    )
 
 
 def test_a_configuration_file_lies_below_the_command_line(tmp_path, monkeypatch):
     path = tmp_path / "c.toml"
-    path.write_text('[a]\nmax_train_steps = "20"\nlearning_rate = "1e-4"\ncache_latents = true\noptimizer_args = ["a=1"]\n')
+    path.write_text(
+        '[a]\nmax_train_steps = "20"\nlearning_rate = "1e-4"\ncache_latents = true\noptimizer_args = ["a=1"]\n'
+    )
     monkeypatch.setattr(sys, "argv", ["x", "--config_file", str(path), "--learning_rate", "3e-4"])
     parser = parser_with_config()
     options = train_util.read_config_from_file(parser.parse_args(), parser)
-    assert (options.max_train_steps, options.learning_rate, options.cache_latents, options.optimizer_args) == (20, 3e-4, True, ["a=1"])
+    assert (options.max_train_steps, options.learning_rate, options.cache_latents, options.optimizer_args) == (
+        20,
+        3e-4,
+        True,
+        ["a=1"],
+    )
     path.write_text("max_train_step = 20\n")
     with pytest.raises(ConfigError, match="did you mean 'max_train_steps'"):
         train_util.read_config_from_file(parser.parse_args(), parser)
@@ -106,11 +143,23 @@ def test_a_script_may_add_one_of_our_options_again_and_mean_its_own():
     ("add", "has", "lacks"),
     [
         (train_util.add_masked_loss_arguments, {"conditioning_data_dir", "masked_loss"}, {"resolution"}),
-        (train_util.add_dit_training_arguments, {"blocks_to_swap", "weighting_scheme", "cache_text_encoder_outputs"}, {"sdpa"}),
+        (
+            train_util.add_dit_training_arguments,
+            {"blocks_to_swap", "weighting_scheme", "cache_text_encoder_outputs"},
+            {"sdpa"},
+        ),
         (train_util.add_sd_saving_arguments, {"save_model_as"}, {"output_dir"}),
-        (custom_train_functions.add_custom_train_arguments, {"min_snr_gamma", "debiased_estimation_loss", "weighted_captions"}, {"v2"}),
+        (
+            custom_train_functions.add_custom_train_arguments,
+            {"min_snr_gamma", "debiased_estimation_loss", "weighted_captions"},
+            {"v2"},
+        ),
         (deepspeed_utils.add_deepspeed_arguments, {"deepspeed", "zero_stage"}, set()),
-        (lambda parser: train_util.add_dataset_arguments(parser, False, False, False), {"resolution"}, {"reg_data_dir", "in_json", "caption_dropout_rate"}),
+        (
+            lambda parser: train_util.add_dataset_arguments(parser, False, False, False),
+            {"resolution"},
+            {"reg_data_dir", "in_json", "caption_dropout_rate"},
+        ),
     ],
 )
 def test_each_group_of_options_has_its_names(add, has, lacks):
@@ -121,10 +170,14 @@ def test_each_group_of_options_has_its_names(add, has, lacks):
 
 
 def test_options_are_checked_together():
-    options = SimpleNamespace(huber_c=-1.0, adaptive_noise_scale=0.1, noise_offset=None, cache_latents_to_disk=True, cache_latents=False)
+    options = SimpleNamespace(
+        huber_c=-1.0, adaptive_noise_scale=0.1, noise_offset=None, cache_latents_to_disk=True, cache_latents=False
+    )
     with pytest.raises(ConfigError) as raised:
         train_util.verify_training_args(options)
-    assert "--huber_c is -1.0" in str(raised.value) and "--adaptive_noise_scale is set; it needs --noise_offset" in str(raised.value)
+    assert "--huber_c is -1.0" in str(raised.value) and "--adaptive_noise_scale is set; it needs --noise_offset" in str(
+        raised.value
+    )
     options.huber_c, options.adaptive_noise_scale = 0.1, None
     train_util.verify_training_args(options)
     assert options.cache_latents is True
@@ -132,7 +185,9 @@ def test_options_are_checked_together():
 
 def test_paths_on_a_recorded_command_line_are_named(monkeypatch, caplog):
     monkeypatch.setattr(sys, "argv", ["x", "--output_dir=/private", "--train_data_dir", "images"])
-    train_util.verify_command_line_training_args(SimpleNamespace(log_with="wandb", output_dir="/private", train_data_dir="images", vae="/v"))
+    train_util.verify_command_line_training_args(
+        SimpleNamespace(log_with="wandb", output_dir="/private", train_data_dir="images", vae="/v")
+    )
     assert "with these paths: output_dir;" in caplog.text
     caplog.clear()
     train_util.verify_command_line_training_args(SimpleNamespace(log_with="tensorboard", output_dir="/private"))
@@ -140,16 +195,23 @@ def test_paths_on_a_recorded_command_line_are_named(monkeypatch, caplog):
 
 
 def test_texts_become_sizes():
-    options = SimpleNamespace(resolution="512,768", face_crop_aug_range="1.0,3.0", caption_extention=".cap", caption_extension=".txt")
+    options = SimpleNamespace(
+        resolution="512,768", face_crop_aug_range="1.0,3.0", caption_extention=".cap", caption_extension=".txt"
+    )
     train_util.prepare_dataset_args(options, True)
-    assert (options.resolution, options.face_crop_aug_range, options.caption_extension) == ((512, 768), (1.0, 3.0), ".cap")
+    assert (options.resolution, options.face_crop_aug_range, options.caption_extension) == (
+        (512, 768),
+        (1.0, 3.0),
+        ".cap",
+    )
     with pytest.raises(ConfigError, match="--resolution"):
         train_util.prepare_dataset_args(SimpleNamespace(resolution="big"), False)
 
 
 def test_accelerator_and_its_states(tmp_path):
     options = SimpleNamespace(
-        mixed_precision="no", gradient_accumulation_steps=2, logging_dir=None, output_dir=str(tmp_path), output_name="mine",
+        mixed_precision="no", gradient_accumulation_steps=2, logging_dir=None, output_dir=str(tmp_path),
+        output_name="mine",
         save_every_n_epochs=1, save_last_n_epochs=1, save_every_n_steps=5, save_last_n_steps=5, resume=None,
     )
     accelerator = train_util.prepare_accelerator(options)
@@ -179,7 +241,11 @@ def test_accelerator_and_its_states(tmp_path):
 def test_deepspeed_is_refused_while_on_and_nothing_while_off():
     deepspeed_utils.prepare_deepspeed_args(SimpleNamespace(deepspeed=False))
     assert deepspeed_utils.prepare_deepspeed_plugin(SimpleNamespace(deepspeed=False)) is None
-    for call in (deepspeed_utils.prepare_deepspeed_args, deepspeed_utils.prepare_deepspeed_plugin, train_util.prepare_accelerator):
+    for call in (
+        deepspeed_utils.prepare_deepspeed_args,
+        deepspeed_utils.prepare_deepspeed_plugin,
+        train_util.prepare_accelerator,
+    ):
         with pytest.raises(ConfigError, match="--deepspeed is on; it is not available here"):
             call(SimpleNamespace(deepspeed=True))
     with pytest.raises(ConfigError, match="accelerator.prepare"):

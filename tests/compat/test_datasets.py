@@ -17,7 +17,13 @@ from library.dataset.architectures import ARCHITECTURES
 from library.dataset.bucket import BucketSelector
 from library.dataset.build import build_dataset_groups
 from library.flux_utils import load_ae, load_clip_l, load_t5xxl
-from library.strategy_base import LatentsCachingStrategy, PluginSlot, TextEncoderOutputsCachingStrategy, TextEncodingStrategy, TokenizeStrategy
+from library.strategy_base import (
+    LatentsCachingStrategy,
+    PluginSlot,
+    TextEncoderOutputsCachingStrategy,
+    TextEncodingStrategy,
+    TokenizeStrategy,
+)
 from library.strategy_flux import (
     FluxLatentsCachingStrategy,
     FluxTextEncoderOutputsCachingStrategy,
@@ -94,8 +100,12 @@ def test_batches_of_an_epoch_and_the_collator(tmp_path):
     group.add_replacement("cat", "dog")
     group.set_max_train_steps(3)
     assert "a red dog" in group[0].captions[0]
-    random_crop = train_util.DreamBoothSubset(str(tmp_path / "images"), num_repeats=1, random_crop=True, shuffle_caption=True)
-    other = train_util.DatasetGroup([train_util.DreamBoothDataset([random_crop], True, batch_size=1, prior_loss_weight=1.0, **SIZE)])
+    random_crop = train_util.DreamBoothSubset(
+        str(tmp_path / "images"), num_repeats=1, random_crop=True, shuffle_caption=True
+    )
+    other = train_util.DatasetGroup(
+        [train_util.DreamBoothDataset([random_crop], True, batch_size=1, prior_loss_weight=1.0, **SIZE)]
+    )
     assert not other.is_latent_cacheable() and not other.is_text_encoder_output_cacheable()
 
 
@@ -103,7 +113,8 @@ def test_validation_and_metadata_files(tmp_path):
     images = draw_pictures(tmp_path / "images", 5)
     parts = [
         train_util.DreamBoothDataset(
-            [train_util.DreamBoothSubset(str(images))], training, 1, prior_loss_weight=1.0, validation_split=0.4, validation_seed=3, **SIZE
+            [train_util.DreamBoothSubset(str(images))], training, 1, prior_loss_weight=1.0, validation_split=0.4,
+            validation_seed=3, **SIZE
         )
         for training in (True, False)
     ]
@@ -117,18 +128,30 @@ def test_validation_and_metadata_files(tmp_path):
     tuned = train_util.FineTuningDataset([subset], 1, **SIZE)
     assert len(tuned) == 3 and [item.caption for item in tuned.items] == ["a cube"] and tuned.subsets == (subset,)
     assert [path.name for path in train_util.glob_images_pathlib(images, False)] == [Path(name).name for name in names]
-    assert len(train_util.glob_images_pathlib(tmp_path, True)) == 5 and not train_util.glob_images_pathlib(tmp_path, False)
+    assert len(train_util.glob_images_pathlib(tmp_path, True)) == 5 and not train_util.glob_images_pathlib(
+        tmp_path, False
+    )
 
 
 def test_subsets_by_folders(tmp_path):
     draw_pictures(tmp_path / "train" / "3_red cat", 2)
     draw_pictures(tmp_path / "reg" / "1_cat", 1)
     found = config_util.generate_dreambooth_subsets_config_by_subdirs(str(tmp_path / "train"), str(tmp_path / "reg"))
-    assert [(Path(s["image_dir"]).name, s["num_repeats"], s["class_tokens"], s.get("is_reg", False)) for s in found] == [
-        ("3_red cat", 3, "red cat", False), ("1_cat", 1, "cat", True),
+    assert [
+        (Path(s["image_dir"]).name, s["num_repeats"], s["class_tokens"], s.get("is_reg", False)) for s in found
+    ] == [
+        ("3_red cat", 3, "red cat", False),
+        ("1_cat", 1, "cat", True),
     ]
     masks = config_util.generate_controlnet_subsets_config_by_subdirs(str(tmp_path / "train"), str(tmp_path / "masks"))
-    assert masks == [{"image_dir": str(tmp_path / "train"), "conditioning_data_dir": str(tmp_path / "masks"), "num_repeats": 1, "caption_extension": ".txt"}]
+    assert masks == [
+        {
+            "image_dir": str(tmp_path / "train"),
+            "conditioning_data_dir": str(tmp_path / "masks"),
+            "num_repeats": 1,
+            "caption_extension": ".txt",
+        }
+    ]
     with pytest.raises(ConfigError, match="is not a folder"):
         config_util.generate_dreambooth_subsets_config_by_subdirs(str(tmp_path / "no"))
 
@@ -140,7 +163,9 @@ def test_wrong_configurations_are_named():
     with pytest.raises(ConfigError, match="caption dropout"):
         sanitizer.sanitize_user_config({"datasets": [{"subsets": [{"image_dir": "a", "caption_dropout_rate": 0.1}]}]})
     with pytest.raises(ConfigError, match="folders with caption files"):
-        config_util.BlueprintGenerator(sanitizer).generate({"datasets": [{"resolution": 64, "subsets": [{"metadata_file": "a"}]}]}, SimpleNamespace())
+        config_util.BlueprintGenerator(sanitizer).generate(
+            {"datasets": [{"resolution": 64, "subsets": [{"metadata_file": "a"}]}]}, SimpleNamespace()
+        )
     with pytest.raises(ValueError, match="one kind"):
         config_util.ConfigSanitizer(False, False, False, True)
 
@@ -183,7 +208,9 @@ class Own(train_util.MinimalDataset):
 
 
 def test_a_dataset_of_ones_own(tmp_path):
-    options = SimpleNamespace(dataset_class=f"{__name__}.Own", resolution=(64, 64), max_token_length=75, debug_dataset=False)
+    options = SimpleNamespace(
+        dataset_class=f"{__name__}.Own", resolution=(64, 64), max_token_length=75, debug_dataset=False
+    )
     dataset = train_util.load_arbitrary_dataset(options, "tokenizer")
     assert type(dataset).__name__ == "Own" and dataset.tokenizer == "tokenizer" and not dataset.is_latent_cacheable()
     assert dataset[1]["captions"] == ["number 1"]
@@ -213,7 +240,11 @@ class OwnLatents(FluxLatentsCachingStrategy):
             if self.cache_to_disk:
                 np.savez(info.latents_npz, own=latents.numpy(), size=info.image_size)
             else:
-                info.latents, info.latents_original_size, info.latents_crop_ltrb = latents, info.image_size, (0, 0, width, height)
+                info.latents, info.latents_original_size, info.latents_crop_ltrb = (
+                    latents,
+                    info.image_size,
+                    (0, 0, width, height),
+                )
 
     def load_latents_from_disk(self, npz_path, bucket_reso):
         content = np.load(npz_path)

@@ -66,7 +66,9 @@ def test_schedules():
     torch.manual_seed(2)
     drawn = flux_train_utils.compute_density_for_timestep_sampling("logit_normal", 6, 0.5, 0.7)
     torch.manual_seed(2)
-    torch.testing.assert_close(drawn, density("logit_normal", torch.rand(6), logit_mean=0.5, logit_std=0.7, mode_scale=1.29))
+    torch.testing.assert_close(
+        drawn, density("logit_normal", torch.rand(6), logit_mean=0.5, logit_std=0.7, mode_scale=1.29)
+    )
     assert torch.equal(flux_train_utils.compute_loss_weighting_for_sd3("cosmap", times), flow_weights("cosmap", times))
     assert flux_train_utils.get_sigmas(None, torch.tensor([250.0]), torch.device("cpu"), 4).tolist() == [[[[0.25]]]]
 
@@ -74,7 +76,9 @@ def test_schedules():
 @pytest.mark.parametrize("mode", ["sigma", "uniform", "sigmoid", "shift", "flux_shift"])
 def test_noise_of_a_flow(mode):
     latents, noise = torch.randn(256, 4, 8, 8), torch.randn(256, 4, 8, 8)
-    options = SimpleNamespace(timestep_sampling=mode, min_timestep=100, max_timestep=900, discrete_flow_shift=2.0, ip_noise_gamma=None)
+    options = SimpleNamespace(
+        timestep_sampling=mode, min_timestep=100, max_timestep=900, discrete_flow_shift=2.0, ip_noise_gamma=None
+    )
     torch.manual_seed(4)
     noisy, timesteps, sigmas = flux_train_utils.get_noisy_model_input_and_timesteps(
         options, None, latents, noise, torch.device("cpu"), torch.float32
@@ -83,12 +87,18 @@ def test_noise_of_a_flow(mode):
     assert 100 <= timesteps.min() and timesteps.max() <= 900.01 and timesteps.std() > 50
     torch.testing.assert_close(noisy, (1 - sigmas) * latents + sigmas * noise)
     torch.manual_seed(4)
-    again = flux_train_utils.get_noisy_model_input_and_timesteps(options, None, latents, noise, torch.device("cpu"), torch.bfloat16)
+    again = flux_train_utils.get_noisy_model_input_and_timesteps(
+        options, None, latents, noise, torch.device("cpu"), torch.bfloat16
+    )
     assert torch.equal(again[1], timesteps) and again[0].dtype == torch.bfloat16
 
 
 def test_prediction_types():
-    velocity, noisy, sigmas = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), torch.tensor([0.25, 0.75]).reshape(2, 1, 1, 1)
+    velocity, noisy, sigmas = (
+        torch.randn(2, 4, 3, 3),
+        torch.randn(2, 4, 3, 3),
+        torch.tensor([0.25, 0.75]).reshape(2, 1, 1, 1),
+    )
     options = SimpleNamespace(model_prediction_type="raw", weighting_scheme="sigma_sqrt")
     prediction, weights = flux_train_utils.apply_model_prediction_type(options, velocity, noisy, sigmas)
     assert prediction is velocity and weights is None
@@ -105,7 +115,9 @@ def test_flux_options():
     parser = argparse.ArgumentParser()
     flux_train_utils.add_flux_train_arguments(parser)
     options = parser.parse_args(["--guidance_scale", "1"])
-    assert options.guidance_scale == 1.0 and options.model_prediction_type == "raw" and options.discrete_flow_shift == 3.0
+    assert (
+        options.guidance_scale == 1.0 and options.model_prediction_type == "raw" and options.discrete_flow_shift == 3.0
+    )
 
 
 def test_loading_and_saving_anima(anima, tmp_path):
@@ -114,7 +126,9 @@ def test_loading_and_saving_anima(anima, tmp_path):
     assert same(model, own)
     path = tmp_path / "again.safetensors"
     anima_utils.save_anima_model(str(path), model.state_dict(), read_header(anima.anima)[1], torch.float32)
-    assert same(anima_utils.load_anima(path, torch.float32, "cpu"), own) and all(key.startswith("net.") for key in read_header(path)[0])
+    assert same(anima_utils.load_anima(path, torch.float32, "cpu"), own) and all(
+        key.startswith("net.") for key in read_header(path)[0]
+    )
     small = anima_utils.load_anima_model("cpu", str(anima.anima), "torch", False, "cpu", None, fp8_scaled=True)
     assert any(parameter.dtype == str_to_dtype("fp8") for parameter in small.parameters())
 
@@ -127,7 +141,8 @@ def test_adapters_merged_into_anima(anima):
     for number, module in enumerate(network.loras):
         torch.nn.init.normal_(module.lora_up.weight, generator=torch.Generator().manual_seed(number))
     merged = anima_utils.load_anima_model(
-        "cpu", str(anima.anima), "torch", False, "cpu", torch.float32, lora_weights_list=[network.file_state_dict()], lora_multipliers=[0.5]
+        "cpu", str(anima.anima), "torch", False, "cpu", torch.float32, lora_weights_list=[network.file_state_dict()],
+        lora_multipliers=[0.5]
     )
     network.set_multiplier(0.5)
     network.merge_to(None, own)

@@ -288,12 +288,18 @@ def check(thing, name: str, known: list[str] | None) -> None:
     assert all(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in further), f"{name} needs {further}"
 
 
-@pytest.mark.parametrize(("path", "name", "known"), listed(NAMES), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("path", "name", "known"), listed(NAMES), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_a_name_is_there_with_its_parameters(path, name, known):
     check(getattr(importlib.import_module(path), name), name, known)
 
 
-@pytest.mark.parametrize(("path", "name", "known"), listed("library.compat\n" + TRAINER.strip()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("path", "name", "known"),
+    listed("library.compat\n" + TRAINER.strip()),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_a_trainer_has_its_methods(path, name, known):
     from anima_train_network import AnimaNetworkTrainer
 

@@ -58,11 +58,16 @@ def test_weights_by_noise_level_are_those_of_the_trainer(is_v):
 
     calls = custom_train_functions
     torch.testing.assert_close(calls.apply_snr_weight(losses, STEPS, scheduler(), 5.0, is_v), own(min_snr_gamma=5.0))
-    torch.testing.assert_close(calls.apply_debiased_estimation(losses, STEPS, scheduler(), is_v), own(debiased_estimation_loss=True))
     torch.testing.assert_close(
-        calls.scale_v_prediction_loss_like_noise_prediction(losses, STEPS, scheduler()), own(scale_v_pred_loss_like_noise_pred=True)
+        calls.apply_debiased_estimation(losses, STEPS, scheduler(), is_v), own(debiased_estimation_loss=True)
     )
-    torch.testing.assert_close(calls.add_v_prediction_like_loss(losses, STEPS, scheduler(), 0.1), own(v_pred_like_loss=0.1))
+    torch.testing.assert_close(
+        calls.scale_v_prediction_loss_like_noise_prediction(losses, STEPS, scheduler()),
+        own(scale_v_pred_loss_like_noise_pred=True)
+    )
+    torch.testing.assert_close(
+        calls.add_v_prediction_like_loss(losses, STEPS, scheduler(), 0.1), own(v_pred_like_loss=0.1)
+    )
     snr = objective.snr(STEPS.float()).clamp(max=1000)
     torch.testing.assert_close(calls.get_snr_scale(STEPS, scheduler()), snr / (snr + 1))
 
@@ -73,7 +78,9 @@ def test_a_scheduler_is_prepared_and_ends_without_signal():
     torch.testing.assert_close(noise_scheduler.all_snr[STEPS], DdpmObjective(None).snr(STEPS), rtol=1e-4, atol=0)
     custom_train_functions.fix_noise_scheduler_betas_for_zero_terminal_snr(noise_scheduler)
     torch.testing.assert_close(noise_scheduler.alphas_cumprod, ddpm_alphas_cumprod(True).float())
-    torch.testing.assert_close(torch.cumprod(1 - noise_scheduler.betas.double(), 0), ddpm_alphas_cumprod(True), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        torch.cumprod(1 - noise_scheduler.betas.double(), 0), ddpm_alphas_cumprod(True), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("zero_terminal", [False, True])
@@ -107,4 +114,8 @@ def test_coarse_noise_offsets_and_masks():
     masked = custom_train_functions.apply_masked_loss(losses, {"conditioning_images": images})
     assert masked[..., 0].eq(0).all() and masked[..., 1].eq(1).all()
     assert torch.equal(custom_train_functions.apply_masked_loss(losses, {}), losses)
-    assert custom_train_functions.parse_prompt_attention("a (red:1.5) ball") == [["a ", 1.0], ["red", 1.5], [" ball", 1.0]]
+    assert custom_train_functions.parse_prompt_attention("a (red:1.5) ball") == [
+        ["a ", 1.0],
+        ["red", 1.5],
+        [" ball", 1.0],
+    ]

@@ -1,4 +1,5 @@
-"""Networks by their constructors, modelspec metadata, tensors renamed while they are read, small calls of library.utils."""
+"""Networks by their constructors, modelspec metadata, tensors renamed while they are read, small calls of
+library.utils."""
 
 import base64
 from types import SimpleNamespace
@@ -29,7 +30,9 @@ def described(network) -> dict[str, tuple]:
 
 def test_a_network_by_its_constructor_is_that_of_create_network(models):
     own = lora.create_network(0.8, 3, 1.5, None, *models, conv_dim="2", conv_alpha="1", rank_dropout="0.1")
-    mine = lora.LoRANetwork(*models, multiplier=0.8, lora_dim=3, alpha=1.5, conv_lora_dim=2, conv_alpha=1.0, rank_dropout=0.1)
+    mine = lora.LoRANetwork(
+        *models, multiplier=0.8, lora_dim=3, alpha=1.5, conv_lora_dim=2, conv_alpha=1.0, rank_dropout=0.1
+    )
     assert described(mine) == described(own) and len(described(mine)) > 10
     assert mine.loras[0].rank_dropout == 0.1 and isinstance(mine.loras[0], lora.LoRAModule)
     mine.apply_to(models[0], models[1], True, True)
@@ -58,9 +61,13 @@ def test_a_class_of_ones_own(models):
 
 def test_flux_networks(tmp_path):
     model = load_flux(build_tiny_flux(tmp_path).flux, torch.float32, "cpu")
-    own = lora.create_network(1.0, 4, 1.0, None, [], model, train_blocks="double", split_qkv="True", train_double_block_indices="0")
+    own = lora.create_network(
+        1.0, 4, 1.0, None, [], model, train_blocks="double", split_qkv="True", train_double_block_indices="0"
+    )
     depth = model.params.depth
-    mine = lora_flux.LoRANetwork([], model, train_blocks="double", split_qkv=True, train_double_block_indices=[True] + [False] * (depth - 1))
+    mine = lora_flux.LoRANetwork(
+        [], model, train_blocks="double", split_qkv=True, train_double_block_indices=[True] + [False] * (depth - 1)
+    )
     assert described(mine) == described(own) and described(mine)
     typed = lora_flux.LoRANetwork([], model, type_dims=[2, 2, 2, 2, 0, 0, 0, 0])
     assert {module.lora_dim for module in typed.loras} == {2}
@@ -77,22 +84,40 @@ def test_modelspec_by_switches():
     assert calls.determine_architecture(False, False, True, False, False) == "stable-diffusion-xl-v1-base"
     assert calls.determine_architecture(False, False, False, True, False, {"flux": "schnell"}) == "flux-1-schnell/lora"
     assert calls.determine_implementation(True, False, False) == "diffusers"
-    assert calls.determine_implementation(False, False, False, None, True) == "https://github.com/Stability-AI/generative-models"
+    assert (
+        calls.determine_implementation(False, False, False, None, True)
+        == "https://github.com/Stability-AI/generative-models"
+    )
     assert calls.determine_implementation(True, False, False, {"flux": "dev"}).endswith("black-forest-labs/flux")
-    assert [calls.determine_resolution(r) for r in (None, "640", (640, 512), [512, 768])] == ["512x512", "640x640", "640x512", "512x768"]
-    assert calls.determine_resolution(None, True) == "1024x1024" and calls.determine_resolution(None, v2=True, v_parameterization=True) == "768x768"
+    assert [calls.determine_resolution(r) for r in (None, "640", (640, 512), [512, 768])] == [
+        "512x512",
+        "640x640",
+        "640x512",
+        "512x768",
+    ]
+    assert (
+        calls.determine_resolution(None, True) == "1024x1024"
+        and calls.determine_resolution(None, v2=True, v_parameterization=True) == "768x768"
+    )
     with pytest.raises(ConfigError, match="sd33"):
         calls.determine_architecture(False, False, False, True, False, {"sd33": "m"})
 
 
 def test_metadata_as_texts_and_as_a_record():
-    how = dict(title="t", reso="512,768", author="me", timesteps=(10, 900), clip_skip=2, optional_metadata={"usage_hint": "so"})
+    how = dict(
+        title="t", reso="512,768", author="me", timesteps=(10, 900), clip_skip=2, optional_metadata={"usage_hint": "so"}
+    )
     texts = sai_model_spec.build_metadata(None, False, False, False, True, False, 1_700_000_000.0, **how)
     expected = {"architecture": "stable-diffusion-v1/lora", "title": "t", "resolution": "512x768", "author": "me", "usage_hint": "so",
-                "timestep_range": "10,900", "encoder_layer": "2", "prediction_type": "epsilon", "sai_model_spec": "1.0.1"}  # fmt: skip
+                "timestep_range": "10,900", "encoder_layer": "2", "prediction_type": "epsilon",
+                "sai_model_spec": "1.0.1"}  # fmt: skip
     assert {key: texts[f"modelspec.{key}"] for key in expected} == expected
     record = sai_model_spec.build_metadata_dataclass(None, False, False, False, True, False, 1_700_000_000.0, **how)
-    assert isinstance(record, sai_model_spec.ModelSpecMetadata) and record.author == "me" and record.to_metadata_dict() == texts
+    assert (
+        isinstance(record, sai_model_spec.ModelSpecMetadata)
+        and record.author == "me"
+        and record.to_metadata_dict() == texts
+    )
     record.additional_fields["mine"] = "x"
     assert record.to_metadata_dict()["modelspec.mine"] == "x"
 
@@ -101,12 +126,22 @@ def test_metadata_of_options(tmp_path):
     options = SimpleNamespace(output_name="out", v2=False, v_parameterization=False, resolution="64,64", min_timestep=None, max_timestep=500,
                               metadata_author="me", clip_skip=None)  # fmt: skip
     texts = train_util.get_sai_model_spec(None, options, False, True, False, flux="dev")
-    assert texts["modelspec.architecture"] == "flux-1-dev/lora" and texts["modelspec.title"] == "out" and texts["modelspec.author"] == "me"
+    assert (
+        texts["modelspec.architecture"] == "flux-1-dev/lora"
+        and texts["modelspec.title"] == "out"
+        and texts["modelspec.author"] == "me"
+    )
     assert texts["modelspec.timestep_range"] == "0,500"
-    assert train_util.get_sai_model_spec_dataclass(None, options, True, True, False).architecture == "stable-diffusion-xl-v1-base/lora"
+    assert (
+        train_util.get_sai_model_spec_dataclass(None, options, True, True, False).architecture
+        == "stable-diffusion-xl-v1-base/lora"
+    )
     picture = tmp_path / "p.png"
     Image.new("RGB", (2, 2)).save(picture)
-    assert sai_model_spec.file_to_data_url(str(picture)) == "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+    assert (
+        sai_model_spec.file_to_data_url(str(picture))
+        == "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+    )
 
 
 # -- files and small calls -------------------------------------------------------------------------------------------
@@ -114,14 +149,24 @@ def test_metadata_of_options(tmp_path):
 
 def test_tensors_renamed_split_and_joined(tmp_path):
     path = tmp_path / "a.safetensors"
-    save_file_atomic({"qkv": torch.arange(6.0).reshape(6, 1), "up": torch.ones(1, 2), "down": torch.zeros(1, 2), "old.w": torch.ones(1)}, path)
+    save_file_atomic(
+        {
+            "qkv": torch.arange(6.0).reshape(6, 1),
+            "up": torch.ones(1, 2),
+            "down": torch.zeros(1, 2),
+            "old.w": torch.ones(1),
+        },
+        path,
+    )
 
     def split(key, tensors):
         names = ["q", "k", "v"] if key == "qkv" else None
         return names, None if names is None or tensors is None else dict(zip(names, tensors[key].chunk(3)))
 
     def join(key, tensors):
-        return ("both" if key in ("up", "down") else None), None if tensors is None else torch.cat([tensors["up"], tensors["down"]])
+        return ("both" if key in ("up", "down") else None), None if tensors is None else torch.cat(
+            [tensors["up"], tensors["down"]]
+        )
 
     hooks = safetensors_utils.WeightTransformHooks(split, join, lambda key: key.replace("old", "new"))
     with MemoryEfficientSafeOpen(filename=path) as file:
@@ -138,7 +183,9 @@ def test_tensors_renamed_split_and_joined(tmp_path):
 def test_small_calls():
     image = np.random.RandomState(0).randint(0, 255, (8, 6, 3), dtype=np.uint8)
     assert utils.pil_resize(image, (3, 4)).shape == (4, 3, 3)
-    assert np.array_equal(utils.pil_resize(image, (3, 4), Image.Resampling.NEAREST), np.asarray(Image.fromarray(image).resize((3, 4), 0)))
+    assert np.array_equal(
+        utils.pil_resize(image, (3, 4), Image.Resampling.NEAREST), np.asarray(Image.fromarray(image).resize((3, 4), 0))
+    )
     assert utils.resize_image(image, 6, 8, 3, 4, "area").shape == (4, 3, 3)
     assert utils.validate_interpolation_fn(interpolation_str="lanczos") and not utils.validate_interpolation_fn("x")
     assert utils.str_to_dtype(s="bf16") == torch.bfloat16

@@ -10,7 +10,11 @@ from library import flux_train_utils, flux_utils, model_util, sdxl_model_util, s
 from library.training.hooks.sample import encode_sample_prompts
 from tests.runs.families import Tinies
 
-CALLS = {"sd": ("train_network", train_util), "sdxl": ("sdxl_train_network", sdxl_train_util), "flux": ("flux_train_network", flux_train_utils)}
+CALLS = {
+    "sd": ("train_network", train_util),
+    "sdxl": ("sdxl_train_network", sdxl_train_util),
+    "flux": ("flux_train_network", flux_train_utils),
+}
 
 
 def pictures(folder):
@@ -30,7 +34,12 @@ def test_the_pictures_of_a_run(family, tmp_path, tmp_path_factory):
     model = args.pretrained_model_name_or_path
     if family == "flux":
         encoders = [flux_utils.load_clip_l(args.clip_l, None, "cpu"), flux_utils.load_t5xxl(args.t5xxl, None, "cpu")]
-        models = [flux_utils.load_flow_model(model, None, "cpu")[1], flux_utils.load_ae(args.ae, None, "cpu"), encoders, None]
+        models = [
+            flux_utils.load_flow_model(model, None, "cpu")[1],
+            flux_utils.load_ae(args.ae, None, "cpu"),
+            encoders,
+            None,
+        ]
 
         def call(epoch, step):
             known.sample_images(accelerator, args, epoch, step, *models)
@@ -71,8 +80,13 @@ def test_outputs_of_text_encoders_may_be_given(tmp_path, tmp_path_factory):
     texts = encode_sample_prompts(family, strategies, encoders, parsed)
     outputs = {text.replace("CAT", "cat"): strategies.layout.listed(made) for text, made in texts.items()}
     accelerator = train_util.prepare_accelerator(args)
-    denoiser, ae = flux_utils.load_flow_model(args.pretrained_model_name_or_path, None, "cpu")[1], flux_utils.load_ae(args.ae, None, "cpu")
-    flux_train_utils.sample_images(accelerator, args, None, 2, denoiser, ae, [None, None], outputs, prompt_replacement=("CAT", "cat"))
+    denoiser, ae = (
+        flux_utils.load_flow_model(args.pretrained_model_name_or_path, None, "cpu")[1],
+        flux_utils.load_ae(args.ae, None, "cpu"),
+    )
+    flux_train_utils.sample_images(
+        accelerator, args, None, 2, denoiser, ae, [None, None], outputs, prompt_replacement=("CAT", "cat")
+    )
     assert len(pictures(tmp_path / "mine" / "sample")) == 1
 
 

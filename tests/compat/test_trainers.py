@@ -1,4 +1,5 @@
-"""Trainers to derive from: what nobody overrides changes no byte, what is overridden is really called, and a script trains."""
+"""Trainers to derive from: what nobody overrides changes no byte, what is overridden is really called, and a script
+trains."""
 
 import importlib
 import os
@@ -46,7 +47,8 @@ def test_a_plain_trainer_gives_the_bytes_of_the_script(family, tinies, tmp_path)
     assert read_parts(mine)[1] == read_parts(plain)[1]
     first, second = read_parts(mine)[0], read_parts(plain)[0]
     assert {key for key in first if first[key] != second.get(key)} <= {
-        "ss_session_id", "ss_training_started_at", "ss_training_finished_at", "modelspec.date", "sshs_model_hash", "sshs_legacy_hash",
+        "ss_session_id", "ss_training_started_at", "ss_training_finished_at", "modelspec.date", "sshs_model_hash",
+        "sshs_legacy_hash",
     }
 
 
@@ -67,10 +69,14 @@ def test_overrides_that_only_call_super_change_nothing(family, tinies, tmp_path)
         return method
 
     names = [
-        "get_model_version", "assert_extra_args", "load_target_model", "call_unet", "process_batch", "sample_images", "compute_loss",
-        "get_tokenize_strategy", "get_text_encoding_strategy", "get_latents_caching_strategy", "get_text_encoder_outputs_caching_strategy",
-        "on_transformer_loaded", "extra_trainable_params", "on_train_start", "on_step_start", "on_post_optimizer_step", "on_post_save",
-        "extra_metadata", "update_metadata", "extra_step_logs", "post_process_network", "on_before_sample_images", "on_after_sample_images",
+        "get_model_version", "assert_extra_args", "load_target_model", "call_unet", "process_batch", "sample_images",
+        "compute_loss",
+        "get_tokenize_strategy", "get_text_encoding_strategy", "get_latents_caching_strategy",
+        "get_text_encoder_outputs_caching_strategy",
+        "on_transformer_loaded", "extra_trainable_params", "on_train_start", "on_step_start", "on_post_optimizer_step",
+        "on_post_save",
+        "extra_metadata", "update_metadata", "extra_step_logs", "post_process_network", "on_before_sample_images",
+        "on_after_sample_images",
     ]
     for name in names:
         setattr(Passing, name, passing(name))
@@ -102,7 +108,9 @@ class Counting:
 
     def call_unet(self, args, accelerator, unet, noisy_latents, timesteps, text_conds, batch, weight_dtype, **kwargs):
         assert unet.loaded_by == "mine"
-        prediction = super().call_unet(args, accelerator, unet, noisy_latents, timesteps, text_conds, batch, weight_dtype, **kwargs)
+        prediction = super().call_unet(
+            args, accelerator, unet, noisy_latents, timesteps, text_conds, batch, weight_dtype, **kwargs
+        )
         return prediction + self.shift
 
     def process_batch(self, batch, text_encoders, unet, network, *rest, **kwargs):
@@ -210,5 +218,7 @@ def test_a_wrapper_script_trains(tinies, tmp_path):
 
 
 def test_the_scripts_answer_without_torch():
-    code = "import sys, flux_train_network as s; assert 'FluxNetworkTrainer' in dir(s); assert 'torch' not in sys.modules"
+    code = (
+        "import sys, flux_train_network as s; assert 'FluxNetworkTrainer' in dir(s); assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

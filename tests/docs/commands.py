@@ -12,13 +12,21 @@ from library.training.option_reader import parser_of
 from library.training.parser_common import script, with_own_hooks
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md"), *(ROOT / "assets").rglob("*.md")])
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "examples").rglob("*.md"),
+        *(ROOT / "assets").rglob("*.md"),
+    ]
+)
 SCRIPTS = sorted(path for folder in (".", "tools", "finetune") for path in (ROOT / folder).glob("*.py"))
 LAUNCH = re.compile(r"(?:python|accelerate launch)\s")
 
 
 def fenced_commands(text: str) -> list[str]:
-    """Lines of fenced blocks that start a script of this repository; lines that end in a backslash go on in the next."""
+    """Lines of fenced blocks that start a script of this repository; lines that end in a backslash go on in the
+    next."""
     found = []
     for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         lines = block.replace("\\\n", " ").splitlines()
@@ -29,7 +37,11 @@ def fenced_commands(text: str) -> list[str]:
 def docstring_commands(source: str) -> list[str]:
     """Commands in the text at the head of a script."""
     text = source.split('"""')[1] if source.startswith('"""') else ""
-    return [line.strip() for line in text.replace("\\\n", " ").splitlines() if LAUNCH.match(line.strip()) and script_of(line)]
+    return [
+        line.strip()
+        for line in text.replace("\\\n", " ").splitlines()
+        if LAUNCH.match(line.strip()) and script_of(line)
+    ]
 
 
 def script_of(command: str) -> str | None:

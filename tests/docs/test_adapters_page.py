@@ -1,4 +1,5 @@
-"""The page on kinds of adapters: its commands are accepted, its tables name every kind and every argument of the code."""
+"""The page on kinds of adapters: its commands are accepted, its tables name every kind and every argument of the
+code."""
 
 from __future__ import annotations
 
@@ -16,7 +17,12 @@ from networks.kinds.network_args import argument_parsers, families_with
 from networks.kinds.targets import targets_of_family
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
-SCRIPTS = {"train_network.py": "sd", "sdxl_train_network.py": "sdxl", "flux_train_network.py": "flux", "anima_train_network.py": "anima"}
+SCRIPTS = {
+    "train_network.py": "sd",
+    "sdxl_train_network.py": "sdxl",
+    "flux_train_network.py": "flux",
+    "anima_train_network.py": "anima",
+}
 SECTIONS = {part.split("\n", 1)[0]: part for part in PAGE.split("\n## ")[1:]}
 ALL = set().union(*(argument_parsers(targets_of_family(family)) for family in FAMILIES))
 

@@ -7,7 +7,11 @@ import re
 import pytest
 from tests.docs.commands import PAGES, ROOT, SCRIPTS, docstring_commands, fenced_commands, parse, script_of
 
-SHOWN = [pytest.param(command, id=f"{page.name}-{script_of(command)}") for page in PAGES for command in fenced_commands(page.read_text(encoding="utf-8"))]
+SHOWN = [
+    pytest.param(command, id=f"{page.name}-{script_of(command)}")
+    for page in PAGES
+    for command in fenced_commands(page.read_text(encoding="utf-8"))
+]
 HEADS = [
     pytest.param(command, id=f"{path.name}-{number}")
     for path in SCRIPTS if '"""' in (source := path.read_text(encoding="utf-8")) and "def setup_parser" in source
@@ -40,13 +44,19 @@ def test_links_and_files_exist(page):
 def test_anchors_exist(page):
     for target, anchor in re.findall(r"\]\(([\w.-]*)#([\w-]+)\)", page.read_text(encoding="utf-8")):
         text = (page.parent / target if target else page).read_text(encoding="utf-8")
-        headings = [re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines() if line.startswith("#")]
+        headings = [
+            re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
+            for line in text.splitlines()
+            if line.startswith("#")
+        ]
         assert anchor in headings, f"{target}#{anchor}"
 
 
 def test_every_page_is_in_the_table_of_pages():
     table = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    assert [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md" and f"({page.name})" not in table] == []
+    assert [
+        page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md" and f"({page.name})" not in table
+    ] == []
 
 
 def test_a_wrong_command_is_found():

@@ -1,4 +1,5 @@
-"""Every line that a start logs about numbers that differ on purpose stands on the page, and the page promises no other."""
+"""Every line that a start logs about numbers that differ on purpose stands on the page, and the page promises no
+other."""
 
 from __future__ import annotations
 
@@ -24,8 +25,15 @@ def texts_of(path) -> list[str]:
     return found
 
 
-TEXTS = [text for folder in ("library", "networks") for path in sorted((ROOT / folder).rglob("*.py")) for text in texts_of(path)]
-LINES = sorted({text for text in TEXTS if re.search(r"\(known trainers |, which known tools do|than those of tools that", text)})
+TEXTS = [
+    text
+    for folder in ("library", "networks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    for text in texts_of(path)
+]
+LINES = sorted(
+    {text for text in TEXTS if re.search(r"\(known trainers |, which known tools do|than those of tools that", text)}
+)
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line[:40])

@@ -1,5 +1,5 @@
-"""The pages of the tools for images and captions: every option is told, every command is one that the tools take, and those on
-the pictures of the demo run."""
+"""The pages of the tools for images and captions: every option is told, every command is one that the tools take, and
+those on the pictures of the demo run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ def test_a_command_of_the_pages_is_understood(command):
     module, words = script(command)
     if module is caption:
         part, *words = words
-        parser, used = tool(f"caption_tools.{caption.PARTS[part][0]}").parser(), tool(f"caption_tools.{caption.PARTS[part][0]}")
+        parser, used = (
+            tool(f"caption_tools.{caption.PARTS[part][0]}").parser(),
+            tool(f"caption_tools.{caption.PARTS[part][0]}"),
+        )
     else:
         parser = module.setup_parser()
         used = None
@@ -72,4 +75,6 @@ def test_commands_on_the_demo_run(tmp_path, monkeypatch):
         if "demo" in command:
             assert module.main(words) == 0, command
             ran += 1
-    assert ran == 5 and (tmp_path / "demo_clean.json").exists() and any((tmp_path / "smaller_images").glob("*+64x64.jpg"))
+    assert (
+        ran == 5 and (tmp_path / "demo_clean.json").exists() and any((tmp_path / "smaller_images").glob("*+64x64.jpg"))
+    )

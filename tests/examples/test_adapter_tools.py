@@ -15,7 +15,12 @@ from tests.docs.commands import ROOT, fenced_commands, parse, script_and_words
 
 PAGE = (ROOT / "examples" / "adapter_tools" / "README.md").read_text(encoding="utf-8")
 TRAINING = "flux_train_network"
-METADATA = {"ss_base_model_version": "flux1", "ss_network_module": "networks.lora_flux", "ss_network_dim": "16", "ss_network_alpha": "16.0"}
+METADATA = {
+    "ss_base_model_version": "flux1",
+    "ss_network_module": "networks.lora_flux",
+    "ss_network_dim": "16",
+    "ss_network_alpha": "16.0",
+}
 
 
 def write_lora(path, seed):
@@ -32,7 +37,8 @@ def write_lora(path, seed):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The top of a repository after `make demo`, and after the commands of the page. Training is not run: its files are made."""
+    """The top of a repository after `make demo`, and after the commands of the page. Training is not run: its files are
+    made."""
     place = tmp_path_factory.mktemp("repository")
     shutil.copytree(ROOT / "assets" / "tiny-flux", place / "assets" / "tiny-flux")
     before = os.getcwd()
@@ -88,9 +94,17 @@ def same_keys(tensors, path):
 
 
 def test_what_was_merged_is_extracted(folder):
-    before, after = (load_safetensors(folder / path) for path in ("demo_output/zorbit.safetensors", "adapter_tools/extracted.safetensors"))
+    before, after = (
+        load_safetensors(folder / path)
+        for path in ("demo_output/zorbit.safetensors", "adapter_tools/extracted.safetensors")
+    )
     name = "lora_unet_double_blocks_0_img_attn_proj"
-    changes = [t[f"{name}.lora_up.weight"].float() @ t[f"{name}.lora_down.weight"].float() * (t[f"{name}.alpha"] / len(t[f"{name}.lora_down.weight"])) for t in (before, after)]
+    changes = [
+        t[f"{name}.lora_up.weight"].float()
+        @ t[f"{name}.lora_down.weight"].float()
+        * (t[f"{name}.alpha"] / len(t[f"{name}.lora_down.weight"]))
+        for t in (before, after)
+    ]
     assert (changes[0] - changes[1]).norm() < 0.05 * changes[0].norm()
 
 

@@ -22,7 +22,9 @@ def load(name: str):
 def test_the_pictures_are_those_of_the_script(tmp_path):
     load("draw_images").main(["--output_dir", str(tmp_path)])
     drawn = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
-    kept = sorted(path.relative_to(DEMO) for folder in ("images", "regularization") for path in (DEMO / folder).glob("*.*"))
+    kept = sorted(
+        path.relative_to(DEMO) for folder in ("images", "regularization") for path in (DEMO / folder).glob("*.*")
+    )
     assert drawn == [path for path in kept if path.suffix in (".png", ".txt")] and len(drawn) > 80
     for path in drawn:
         if path.suffix == ".txt":

@@ -27,7 +27,11 @@ def work(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Work:
 
 
 def argv(work: Work, out: str, *more: str) -> list[str]:
-    return [word for word in work.argv(out, "--max_train_steps=4", "--learning_rate=1e-3", *more) if not word.startswith("--network")]
+    return [
+        word
+        for word in work.argv(out, "--max_train_steps=4", "--learning_rate=1e-3", *more)
+        if not word.startswith("--network")
+    ]
 
 
 def train(work: Work, out: str, *more: str) -> Path:
@@ -43,7 +47,9 @@ def test_it_resumes_in_the_bytes_of_an_uninterrupted_run(work: Work) -> None:
             train(work, "parts", "--ema", "--ema_decay=0.5", "--save_every_n_steps=2", "--save_state")
     resumed = train(work, "parts", "--ema", "--ema_decay=0.5", "--resume=latest")
     for name in ("lora", "lora-ema"):
-        assert fingerprint(resumed.with_name(f"{name}.safetensors")) == fingerprint(whole.with_name(f"{name}.safetensors"))
+        assert fingerprint(resumed.with_name(f"{name}.safetensors")) == fingerprint(
+            whole.with_name(f"{name}.safetensors")
+        )
     base = next(word.partition("=")[2] for word in argv(work, "x") if word.startswith("--pretrained_model_name_or_path"))
     before, after = load_flux(base, torch.float32, "cpu"), load_flux(whole, torch.float32, "cpu")
     changed = {name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))}
@@ -52,21 +58,34 @@ def test_it_resumes_in_the_bytes_of_an_uninterrupted_run(work: Work) -> None:
 
 def test_layers_have_rates_of_their_own(work: Work) -> None:
     final = train(work, "out", "--layer_lrs=double_blocks=0,final_layer=1e-2", "--max_train_steps=1")
-    base = next(word.partition("=")[2] for word in argv(work, "x") if word.startswith("--pretrained_model_name_or_path"))
+    base = next(
+        word.partition("=")[2] for word in argv(work, "x") if word.startswith("--pretrained_model_name_or_path")
+    )
     before, after = load_flux(base, torch.float32, "cpu").state_dict(), load_safetensors(final)
     step = {name: (after[name].float() - tensor).abs().max().item() for name, tensor in before.items()}
     assert all(size == 0 for name, size in step.items() if name.startswith("double_blocks"))
-    assert step["img_in.weight"] == pytest.approx(1e-3, rel=0.2) and step["final_layer.linear.weight"] == pytest.approx(1e-2, rel=0.2)
+    assert step["img_in.weight"] == pytest.approx(1e-3, rel=0.2) and step["final_layer.linear.weight"] == pytest.approx(
+        1e-2, rel=0.2
+    )
 
 
 def test_self_flow_joins_it(work: Work) -> None:
-    hook = ["--hook=examples.self_flow.self_flow:SelfFlow", "--student_feature_layer=0", "--teacher_feature_layer=1", "--self_flow_ema_decay=0.5"]
+    hook = [
+        "--hook=examples.self_flow.self_flow:SelfFlow",
+        "--student_feature_layer=0",
+        "--teacher_feature_layer=1",
+        "--self_flow_ema_decay=0.5",
+    ]
     final = train(work, "out", *hook, "--max_train_steps=1")
-    assert fingerprint(final) != fingerprint(final.with_name("lora-ema.safetensors")) and final.with_name("lora-proj.safetensors").exists()
+    assert (
+        fingerprint(final) != fingerprint(final.with_name("lora-ema.safetensors"))
+        and final.with_name("lora-proj.safetensors").exists()
+    )
 
 
 @pytest.mark.parametrize(("words", "told"), [
-    (["--layer_lrs=double_blocks"], "--layer_lrs is double_blocks"), (["--fp8_base", "--mixed_precision=bf16"], "--fp8_base holds weights in 8 bits"),
+    (["--layer_lrs=double_blocks"], "--layer_lrs is double_blocks"),
+    (["--fp8_base", "--mixed_precision=bf16"], "--fp8_base holds weights in 8 bits"),
     (["--network_dim=4"], "unknown option --network_dim|--network_dim is an option of other scripts"),
 ])  # fmt: skip
 def test_what_cannot_be(work: Work, words: list[str], told: str) -> None:
@@ -75,12 +94,21 @@ def test_what_cannot_be(work: Work, words: list[str], told: str) -> None:
 
 
 def test_the_script_shows_its_options() -> None:
-    shown = subprocess.run([sys.executable, ROOT / "examples/full_finetune/flux_train.py", "--help"], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, ROOT / "examples/full_finetune/flux_train.py", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "--layer_lrs" in shown.stdout and "--network_dim" not in shown.stdout
 
 
 def test_the_first_pattern_in_a_path_counts_and_rate_0_freezes() -> None:
     module = torch.nn.ModuleDict({"a": torch.nn.Linear(1, 1), "b": torch.nn.Linear(1, 1), "c": torch.nn.Linear(1, 1)})
     groups = rate_groups(module.named_parameters(), 0.1, parse_rates(r"^a\.=0,bias=0.5,b=0.2", "layer_lrs"), name="it")
-    assert [(group["name"], group["lr"], len(group["params"])) for group in groups] == [("it", 0.1, 1), ("it bias", 0.5, 2), ("it b", 0.2, 1)]
+    assert [(group["name"], group["lr"], len(group["params"])) for group in groups] == [
+        ("it", 0.1, 1),
+        ("it bias", 0.5, 2),
+        ("it b", 0.2, 1),
+    ]
     assert not module["a"].weight.requires_grad and not module["a"].bias.requires_grad

@@ -1,4 +1,5 @@
-"""The notebook that shows the library runs from top to bottom, for every family, and is kept with the outputs of one such run."""
+"""The notebook that shows the library runs from top to bottom, for every family, and is kept with the outputs of one
+such run."""
 
 from __future__ import annotations
 
@@ -56,7 +57,9 @@ def test_the_cells_run_from_top_to_bottom(name: str, tmp_path: Path, monkeypatch
 
 
 def test_the_file_is_a_notebook_with_the_outputs_of_one_run() -> None:
-    assert (CONTENT["nbformat"], CONTENT["nbformat_minor"]) == (4, 5) and CONTENT["metadata"]["kernelspec"]["name"] == "python3"
+    assert (CONTENT["nbformat"], CONTENT["nbformat_minor"]) == (4, 5) and CONTENT["metadata"]["kernelspec"][
+        "name"
+    ] == "python3"
     ids = [cell["id"] for cell in CONTENT["cells"]]
     assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name) for name in ids)
     code = [cell for cell in CONTENT["cells"] if cell["cell_type"] == "code"]

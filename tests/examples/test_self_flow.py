@@ -16,7 +16,12 @@ from library.training.loop import fit
 from tests.runs.conftest import Stopped, Work, fingerprint, read_parts, stop_after
 from tests.runs.families import Tinies
 
-HOOK = ["--hook=examples.self_flow.self_flow:SelfFlow", "--student_feature_layer=0", "--teacher_feature_layer=1", "--self_flow_ema_decay=0.5"]
+HOOK = [
+    "--hook=examples.self_flow.self_flow:SelfFlow",
+    "--student_feature_layer=0",
+    "--teacher_feature_layer=1",
+    "--self_flow_ema_decay=0.5",
+]
 
 
 @pytest.fixture(params=["flux", "anima"])
@@ -32,15 +37,23 @@ def test_it_resumes_exactly_with_its_head_and_its_teacher(work: Work) -> None:
             work.train("parts", *HOOK, "--max_train_steps=4", "--save_every_n_steps=2", "--save_state")
     resumed = work.train("parts", *HOOK, "--max_train_steps=4", "--resume=latest")
     for name in ("lora", "lora-ema", "lora-proj"):
-        assert fingerprint(resumed.with_name(f"{name}.safetensors")) == fingerprint(whole.with_name(f"{name}.safetensors"))
+        assert fingerprint(resumed.with_name(f"{name}.safetensors")) == fingerprint(
+            whole.with_name(f"{name}.safetensors")
+        )
     assert read_parts(whole)[1] != read_parts(whole.with_name("lora-ema.safetensors"))[1]
     metadata = read_parts(whole)[0]
     assert metadata["ss_self_flow_gamma"] == "0.8" and metadata["ss_self_flow_teacher_layer"] == "1"
-    assert set(load_safetensors(whole.with_name("lora-proj.safetensors"))) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert set(load_safetensors(whole.with_name("lora-proj.safetensors"))) == {
+        "0.weight",
+        "0.bias",
+        "2.weight",
+        "2.bias",
+    }
 
 
 def test_the_parts_of_a_step(work: Work) -> None:
-    """Losses add up, the head learns in a group of its own, the teacher is as before, and both views come of one noise."""
+    """Losses add up, the head learns in a group of its own, the teacher is as before, and both views come of one
+    noise."""
     run = work.trainer("out", *HOOK, "--mask_ratio=0.5").prepare()
     hook = run.hooks.find(SelfFlow)
     assert run.optimizer.param_groups[-1]["name"] == "head"
@@ -49,7 +62,10 @@ def test_the_parts_of_a_step(work: Work) -> None:
     before = {name: tensor.clone() for name, tensor in hook.teacher.tensors.items()}
     output = run.step(batch)
     total = output.logs["loss/gen"] + 0.8 * output.logs["loss/rep"]
-    assert float(output.loss_sum / len(batch)) == pytest.approx(float(total), rel=1e-5) and -1 <= output.logs["loss/rep"] <= 1
+    assert (
+        float(output.loss_sum / len(batch)) == pytest.approx(float(total), rel=1e-5)
+        and -1 <= output.logs["loss/rep"] <= 1
+    )
     run.step.trainable.modules()["network"].zero_grad()
     output.loss.backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in hook.head.parameters())
@@ -68,7 +84,10 @@ def test_the_parts_of_a_step(work: Work) -> None:
 def test_the_weight_grows_and_gamma_0_is_the_plain_run(work: Work) -> None:
     hook = SelfFlow(SelfFlowOptions(self_flow_gamma=0.5, self_flow_gamma_warmup_steps=4))
     assert [hook.gamma(step) for step in (0, 2, 4, 9)] == [0, 0.25, 0.5, 0.5]
-    plain, without = work.train("plain", "--max_train_steps=2"), work.train("out", *HOOK, "--self_flow_gamma=0", "--max_train_steps=2")
+    plain, without = (
+        work.train("plain", "--max_train_steps=2"),
+        work.train("out", *HOOK, "--self_flow_gamma=0", "--max_train_steps=2"),
+    )
     assert read_parts(plain)[1] == read_parts(without)[1]
 
 
@@ -84,7 +103,8 @@ def test_the_teacher_follows_the_network(work: Work) -> None:
 
 @pytest.mark.parametrize(("words", "told"), [
     (["--mask_ratio=0.6"], "--mask_ratio is 0.6"), (["--ema"], "Self-Flow keeps an average of its own"),
-    (["--teacher_feature_layer=0"], "the teacher's must be the later one"), (["--self_flow_gamma=-1"], "--self_flow_gamma is -1"),
+    (["--teacher_feature_layer=0"], "the teacher's must be the later one"),
+    (["--self_flow_gamma=-1"], "--self_flow_gamma is -1"),
 ])  # fmt: skip
 def test_what_cannot_be(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, words: list[str], told: str) -> None:
     work = Tinies(tmp_path_factory).work("flux", tmp_path)

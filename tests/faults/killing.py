@@ -1,4 +1,5 @@
-"""Kills a process before its n-th change to a folder: each rename, removal, new folder and file opened for writing counts."""
+"""Kills a process before its n-th change to a folder: each rename, removal, new folder and file opened for writing
+counts."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 def killed_before(number: int, folder: Path, action: Callable[[], object]) -> bool:
-    """Call `action` in a forked process that dies before change number `number` (from 0) to `folder`; whether it came so far.
+    """Call `action` in a forked process that dies before change number `number` (from 0) to `folder`; whether it came
+    so far.
 
     A process that dies keeps what the system has, as with kill -9: nothing of it is cleaned up.
     """

@@ -1,4 +1,5 @@
-"""A full or read-only disk: one message with the file, what is kept and how to go on; curves, logs and samples cost no run.
+"""A full or read-only disk: one message with the file, what is kept and how to go on; curves, logs and samples cost no
+run.
 
 Disks are small file systems where this may mount them, else the system's error is raised by a writer that fails.
 """
@@ -99,8 +100,10 @@ def test_an_earlier_file_stays(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("error, known", [
-    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "no space"), (RuntimeError("[enforce fail] . unexpected pos 64 vs 0"), "could not be written"),
-    (RuntimeError("I/O error: No space left on device (os error 28)"), "no space"), (OSError(errno.EROFS, "x"), "read-only"),
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "no space"),
+    (RuntimeError("[enforce fail] . unexpected pos 64 vs 0"), "could not be written"),
+    (RuntimeError("I/O error: No space left on device (os error 28)"), "no space"),
+    (OSError(errno.EROFS, "x"), "read-only"),
     (OSError(errno.EFBIG, "x"), "FAT32"), (OSError(errno.EIO, "x"), "disk reports"),
 ])  # fmt: skip
 def test_what_libraries_make_of_it(tmp_path: Path, error: Exception, known: str) -> None:
@@ -109,14 +112,16 @@ def test_what_libraries_make_of_it(tmp_path: Path, error: Exception, known: str)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file", "/other/input"), ValueError("x"), RuntimeError("shape")])
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file", "/other/input"), ValueError("x"), RuntimeError("shape")]
+)
 def test_errors_of_reading_pass(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as caught, atomic_path(tmp_path / "a.bin"):
         raise error
     assert caught.value is error
 
 
-# ---- runs ----------------------------------------------------------------------------------------------------------------
+# ---- runs ------------------------------------------------------------------------------------------------------------
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, ending: str, after: int = 0) -> None:
@@ -154,7 +159,10 @@ def test_a_run_tells_what_is_kept_and_how_to_go_on(work: Work, monkeypatch, caps
     failing(monkeypatch, ending, after=1)
     message = told(work, capsys, "--save_every_n_steps=1", "--save_state")
     state = work.folder / "out" / "lora-step00000001-state"
-    assert f"lora-step00000002{ending} could not be written: no space" in message and f"Go on with --resume {state}" in message
+    assert (
+        f"lora-step00000002{ending} could not be written: no space" in message
+        and f"Go on with --resume {state}" in message
+    )
     monkeypatch.undo()
     assert work.train("out", BRIEF, "--max_train_steps=3", f"--resume={state}").exists()
 

@@ -1,4 +1,5 @@
-"""Files that another program holds open, as Windows has it: tried again, then kept under another name, or left with a warning."""
+"""Files that another program holds open, as Windows has it: tried again, then kept under another name, or left with a
+warning."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ class Holder:
 
     def _check(self, path: Path) -> None:
         for held, times in self.held.items():
-            if os.path.lexists(held) and (held == path or path in held.parents):  # a folder in which a file is open can be moved no more than the file
+            if os.path.lexists(held) and (
+                held == path or path in held.parents
+            ):  # a folder in which a file is open can be moved no more than the file
                 self.tries += 1
                 if times is None or self.tries <= times:
                     raise PermissionError(13, "Permission denied", str(path))
@@ -81,7 +84,9 @@ def test_a_folder_whose_place_is_held_is_kept_and_the_old_one_whole(tmp_path: Pa
                 (folder / "a").write_text(content)
         except HeldFileError as error:
             assert held and str(tmp_path / "x.1-state-new1") in str(error)
-    assert (tmp_path / "x.1-state" / "a").read_text() == "old" and (tmp_path / "x.1-state-new1" / "a").read_text() == "new"
+    assert (tmp_path / "x.1-state" / "a").read_text() == "old" and (
+        tmp_path / "x.1-state-new1" / "a"
+    ).read_text() == "new"
     assert sorted(os.listdir(tmp_path)) == ["x.1-state", "x.1-state-new1"]
 
 
@@ -97,7 +102,11 @@ def test_what_cannot_be_removed_stays_whole_with_a_warning(tmp_path: Path, holde
     assert caplog.text.count("it stays") == 2
     assert sorted(os.listdir(tmp_path / "state")) == ["b", "c"]
     holder.held.clear()
-    assert remove_file(tmp_path / "a") and remove_folder(tmp_path / "state") and not [p for p in os.listdir(tmp_path) if "old" not in p]
+    assert (
+        remove_file(tmp_path / "a")
+        and remove_folder(tmp_path / "state")
+        and not [p for p in os.listdir(tmp_path) if "old" not in p]
+    )
 
 
 def test_a_run_goes_on_when_an_outdated_file_and_state_are_held(work: Work, holder: Holder, caplog) -> None:
@@ -117,7 +126,10 @@ def test_a_run_keeps_its_weights_when_their_place_is_held(work: Work, holder: Ho
     holder.hold(work.folder / "out" / "lora.safetensors")
     with pytest.raises(HeldFileError, match="lora-new1.safetensors"):
         work.train("out", BRIEF, "--overwrite", "--save_state")
-    assert fingerprint(work.folder / "out" / "lora-new1.safetensors") == known and (work.folder / "out" / "lora-state").is_dir()
+    assert (
+        fingerprint(work.folder / "out" / "lora-new1.safetensors") == known
+        and (work.folder / "out" / "lora-state").is_dir()
+    )
 
 
 def mapped_files() -> str:
@@ -131,7 +143,8 @@ def test_adapters_that_a_run_reads_are_let_go(work: Work, kind: str) -> None:
     module = ["--network_module=lycoris.kohya", "--network_args", "algo=lora"] if kind == "lycoris" else []
     path = work.train("first", BRIEF, "--max_train_steps=1", *module)
     options = {
-        "base_weights": [f"--base_weights={path}"], "dim_from_weights": [f"--network_weights={path}", "--dim_from_weights"],
+        "base_weights": [f"--base_weights={path}"],
+        "dim_from_weights": [f"--network_weights={path}", "--dim_from_weights"],
     }.get(kind, [f"--network_weights={path}"])  # fmt: skip
     trainer = work.trainer("second", BRIEF, *options, *module)
     run = trainer.prepare()

@@ -1,5 +1,5 @@
-"""A kill before any change that saving makes to the disk: what has its name is whole, one state is always there, and the next
-start leaves nothing half written."""
+"""A kill before any change that saving makes to the disk: what has its name is whole, one state is always there, and
+the next start leaves nothing half written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ from tests.faults.killing import killed_before
 from tests.runs.conftest import Work, draw_pictures
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is forked for every kill")
-ROTATING = ["--save_state", "--save_every_n_epochs=1", "--save_last_n_epochs=1", "--save_last_n_epochs_state=1", "--max_train_epochs=9", "--ema"]
+ROTATING = [
+    "--save_state",
+    "--save_every_n_epochs=1",
+    "--save_last_n_epochs=1",
+    "--save_last_n_epochs_state=1",
+    "--max_train_epochs=9",
+    "--ema",
+]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +97,9 @@ def test_before_every_change_while_a_state_of_the_same_name_is_replaced(saved: t
     put_back = 0
     for number in itertools.count():
         state = start_again(work) / "lora-000001-state"
-        if not killed_before(number, state.parent, lambda: save_state(run, state, {"current_epoch": 1, "current_step": 77})):
+        if not killed_before(
+            number, state.parent, lambda: save_state(run, state, {"current_epoch": 1, "current_step": 77})
+        ):
             break
         put_back += not state.exists()
         clean_up(run.config)

@@ -18,6 +18,9 @@ def left_by_a_dead_process(path: Path) -> Path:
 
 def test_the_next_start_removes_them(work: Work) -> None:
     out = work.folder / "out"
-    left = [left_by_a_dead_process(path) for path in (out / "lora.safetensors", out / "sample" / "a.png", work.images / "00_0064x0064_flux.npz")]
+    left = [
+        left_by_a_dead_process(path)
+        for path in (out / "lora.safetensors", out / "sample" / "a.png", work.images / "00_0064x0064_flux.npz")
+    ]
     work.train("out", "--t5xxl_max_token_length=32", "--max_train_steps=1", "--cache_latents_to_disk")
     assert not any(path.exists() for path in left)

@@ -1,4 +1,5 @@
-"""Errors in loader workers, lost workers and processes, and a limit of open files: one line, never a traceback, never a wait for ever."""
+"""Errors in loader workers, lost workers and processes, and a limit of open files: one line, never a traceback, never a
+wait for ever."""
 
 from __future__ import annotations
 
@@ -39,8 +40,16 @@ def lose_an_image(monkeypatch: pytest.MonkeyPatch, work: Work) -> Path:
 def test_an_error_in_a_worker_is_the_one_of_the_main_process(work: Work, monkeypatch, capsys, workers: int) -> None:
     lost = lose_an_image(monkeypatch, work)
     with pytest.raises(SystemExit) as ended:
-        cli.main("flux", "network", work.argv("out", BRIEF, f"--max_data_loader_n_workers={workers}", dataset=work.dataset(batch_size=1)))
-    lines = [line for line in capsys.readouterr().err.splitlines() if "step/s" not in line and line.strip() and "\x1b" not in line]
+        cli.main(
+            "flux",
+            "network",
+            work.argv("out", BRIEF, f"--max_data_loader_n_workers={workers}", dataset=work.dataset(batch_size=1)),
+        )
+    lines = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if "step/s" not in line and line.strip() and "\x1b" not in line
+    ]
     assert ended.value.code in (1, 2)
     assert len([line for line in lines if line.startswith("error: ")]) == 1, lines
     assert str(lost) in lines[-1] and not any("Traceback" in line or "Caught" in line for line in lines)
@@ -54,7 +63,11 @@ def test_an_unknown_error_of_a_dataset_is_one_line_too() -> None:
             raise KeyError("latents")
 
     failure = Guarded(Broken())[None]
-    assert isinstance(failure, Failure) and "KeyError: 'latents'" in str(failure.as_error()) and "\n" not in str(failure.as_error())
+    assert (
+        isinstance(failure, Failure)
+        and "KeyError: 'latents'" in str(failure.as_error())
+        and "\n" not in str(failure.as_error())
+    )
 
 
 def test_a_killed_worker(work: Work, monkeypatch, capsys) -> None:
@@ -71,10 +84,17 @@ def test_a_killed_worker(work: Work, monkeypatch, capsys) -> None:
 
     monkeypatch.setattr(loop, "micro_step", killing)
     with pytest.raises(SystemExit) as ended:
-        cli.main("flux", "network", work.argv("out", BRIEF, "--max_data_loader_n_workers=1", dataset=work.dataset(batch_size=1)))
+        cli.main(
+            "flux",
+            "network",
+            work.argv("out", BRIEF, "--max_data_loader_n_workers=1", dataset=work.dataset(batch_size=1)),
+        )
     shown = capsys.readouterr().err
     assert ended.value.code == 1 and "Traceback" not in shown
-    assert "error: a process that loads images was lost (something killed it, often the system for lack of memory)" in shown
+    assert (
+        "error: a process that loads images was lost (something killed it, often the system for lack of memory)"
+        in shown
+    )
     assert "--max_data_loader_n_workers" in shown
 
 
@@ -91,7 +111,10 @@ def test_errors_of_libraries_that_mean_something(error: Exception, words: str) -
 
 
 def test_other_errors_keep_their_traceback() -> None:
-    assert failure_of(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None and failure_of(KeyError("x")) is None
+    assert (
+        failure_of(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+        and failure_of(KeyError("x")) is None
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
@@ -108,16 +131,21 @@ def test_a_low_limit_of_open_files_is_told_at_start(work: Work) -> None:
     )
     shown = []
     for hard in (24, resource.getrlimit(resource.RLIMIT_NOFILE)[1]):
-        done = subprocess.run([sys.executable, "-c", code, str(hard), *argv], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(hard), *argv], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+        )
         assert done.returncode == 0, done.stderr
         shown.append(done.stdout)
     workers = min(2, os.cpu_count() or 1)
     assert f"a run needs {64 + 16 * workers} open files" in shown[0] and "ulimit -n" in shown[0]
     assert shown[1].splitlines() == ["[]", str(64 + 16 * workers)], "raised where the system lets it"
-    assert checks.open_files_problems(parser_common.parse([*argv, "--max_data_loader_n_workers=0"], "flux", "network")) == []
+    assert (
+        checks.open_files_problems(parser_common.parse([*argv, "--max_data_loader_n_workers=0"], "flux", "network"))
+        == []
+    )
 
 
-# ---- two runs ------------------------------------------------------------------------------------------------------------
+# ---- two runs --------------------------------------------------------------------------------------------------------
 
 
 def hold_lock(work: Work, seconds: int) -> subprocess.Popen[str]:
@@ -175,13 +203,14 @@ def test_where_a_file_system_has_no_locks_the_owner_is_looked_for(work: Work, mo
         pass
 
 
-# ---- several processes -----------------------------------------------------------------------------------------------------
+# ---- several processes -----------------------------------------------------------------------------------------------
 
 
 def start_two(work: Work, *more: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*LAUNCHER, str(ROOT / "tests" / "runs" / "held_script.py"), *work.argv("out", BRIEF, "--max_train_steps=30", *more)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HOLD_AT": "2", "HOLD_FOLDER": str(work.folder), **environment}, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HOLD_AT": "2", "HOLD_FOLDER": str(work.folder), **environment},
+        cwd=ROOT,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
@@ -210,11 +239,17 @@ def test_a_killed_process_of_two(work: Work) -> None:
 
     process = start_two(work)
     wait_until((work.folder / "held").exists, process)
-    ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in child.environ()}
+    ranks = {
+        child.environ().get("RANK"): child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "RANK" in child.environ()
+    }
     ranks["1"].kill()
     (work.folder / "go").touch()
     told = process.communicate(timeout=PATIENCE)[1]
     own = own_lines(told)
-    assert process.returncode and len(own) == 1 and "the connection to another process of this run is lost" in own[0], told
+    assert process.returncode and len(own) == 1 and "the connection to another process of this run is lost" in own[0], (
+        told
+    )
     launcher = told.split("torch.distributed.elastic.multiprocessing.errors")[0]
     assert 'File "' + str(ROOT / "library") not in launcher, told

@@ -41,8 +41,11 @@ def names_in(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_step_is_finished_and_the_run_goes_on_to_the_same_bytes(work: Work, monkeypatch, number: int, code: int) -> None:
-    """Without --save_state too; samples that were due at this step are left out, because a job system waits for seconds only."""
+def test_the_step_is_finished_and_the_run_goes_on_to_the_same_bytes(
+    work: Work, monkeypatch, number: int, code: int
+) -> None:
+    """Without --save_state too; samples that were due at this step are left out, because a job system waits for seconds
+    only."""
     (work.folder / "prompts.txt").write_text("a cat --w 64 --h 64 --s 1", encoding="utf-8")
     samples = [f"--sample_prompts={work.folder / 'prompts.txt'}", "--sample_every_n_steps=3"]
     whole = work.train("whole", BRIEF)
@@ -52,8 +55,16 @@ def test_the_step_is_finished_and_the_run_goes_on_to_the_same_bytes(work: Work, 
     assert ended.value.exit_code == code
     state = work.folder / "parts" / "lora-step00000003-state"
     assert f"--resume {state}" in str(ended.value)
-    assert names_in(work.folder / "parts") == {"lora-step00000003.safetensors", state.name, "lora-loss.csv", "lora-loss.png"}
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert names_in(work.folder / "parts") == {
+        "lora-step00000003.safetensors",
+        state.name,
+        "lora-loss.csv",
+        "lora-loss.png",
+    }
+    assert (
+        signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
     assert fingerprint(work.train("parts", BRIEF, "--resume=latest")) == fingerprint(whole)
 
 
@@ -61,7 +72,10 @@ def test_at_the_end_of_an_epoch_its_file_is_written_and_no_second_state(work: Wo
     with monkeypatch.context() as patch, pytest.raises(RunInterrupted):
         signal_at(patch, 4)
         work.train("out", BRIEF, "--save_every_n_epochs=1", "--save_state")
-    assert {name for name in names_in(work.folder / "out") if "loss" not in name} == {"lora-000001.safetensors", "lora-000001-state"}
+    assert {name for name in names_in(work.folder / "out") if "loss" not in name} == {
+        "lora-000001.safetensors",
+        "lora-000001-state",
+    }
 
 
 def test_a_signal_in_the_last_step_lets_the_run_be_finished(work: Work, monkeypatch) -> None:
@@ -142,11 +156,13 @@ def _rank(rank: int, folder: Path) -> int:
 
 def test_the_command_that_goes_on_is_the_same_with_the_state() -> None:
     argv = [
-        "flux_train_network.py", "--output_dir=a b", "--resume", "old-state", "--initial_step=3", "--overwrite", "--on_existing", "backup",
+        "flux_train_network.py", "--output_dir=a b", "--resume", "old-state", "--initial_step=3", "--overwrite",
+        "--on_existing", "backup",
         "--network_args", "x=1", "y=2", "--wandb_api_key", "KEY", "--huggingface_token=TOKEN", "--seed", "3",
     ]  # fmt: skip
     words = shlex.split(command_going_on(Path("out/x-state"), ["wandb_api_key", "huggingface_token"], argv))
     assert words[1:] == [
-        "flux_train_network.py", "--output_dir=a b", "--network_args", "x=1", "y=2", "--wandb_api_key=***", "--huggingface_token=***",
+        "flux_train_network.py", "--output_dir=a b", "--network_args", "x=1", "y=2", "--wandb_api_key=***",
+        "--huggingface_token=***",
         "--seed", "3", "--resume", "out/x-state",
     ]  # fmt: skip

@@ -1,4 +1,5 @@
-"""A damaged state is one message before any model is loaded; older ones without checksums go on; the newest one is found."""
+"""A damaged state is one message before any model is loaded; older ones without checksums go on; the newest one is
+found."""
 
 from __future__ import annotations
 
@@ -77,7 +78,9 @@ FILES = ["model.safetensors", "optimizer.bin", "scheduler.bin", "hooks.bin", "tr
 
 @pytest.mark.parametrize("damage", [flip, cut, empty, Path.unlink], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", [*FILES, SUMS_FILE])
-def test_every_damage_is_one_message_before_models_are_loaded(trained, copied, name, damage, monkeypatch, capsys) -> None:
+def test_every_damage_is_one_message_before_models_are_loaded(
+    trained, copied, name, damage, monkeypatch, capsys
+) -> None:
     if name == SUMS_FILE and damage is Path.unlink:
         pytest.skip("a state of an older version")
     state = copied / "lora-state"
@@ -123,13 +126,18 @@ def test_the_newest_state_is_found(trained: Work, copied: Path, tmp_path: Path, 
     shutil.copytree(copied, fresh)
     caplog.set_level("INFO")
     with caplog.at_level("INFO"):
-        assert weights_of(trained.train("latest", BRIEF, LONGER, f"--resume={LATEST}", "--console_log_level=INFO")) == whole
+        assert (
+            weights_of(trained.train("latest", BRIEF, LONGER, f"--resume={LATEST}", "--console_log_level=INFO"))
+            == whole
+        )
     assert "going on after step 6" in caplog.text and not list(fresh.glob("*backup*"))
     assert weights_of(trained.train("parent", BRIEF, LONGER, f"--resume={copied}")) == whole
     assert weights_of(trained.train("none_yet", BRIEF, LONGER, f"--resume={LATEST}")) == whole
 
 
-def test_a_finished_state_without_its_file_writes_it(trained: Work, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_finished_state_without_its_file_writes_it(
+    trained: Work, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     """A kill between the last state and the final file."""
     whole = copied / "lora.safetensors"
     known = fingerprint(whole)

@@ -37,7 +37,10 @@ def pictures(tmp_path) -> Path:
 
 
 def captions(folder: Path, ending: str = ".caption") -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in sorted(folder.rglob(f"*{ending}"))}
+    return {
+        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
+        for path in sorted(folder.rglob(f"*{ending}"))
+    }
 
 
 def blip_command(folder: Path, model: Path, *more: str) -> list[str]:
@@ -49,7 +52,10 @@ def test_captions_by_blip(blip, pictures, caplog):
     assert make_captions.main(blip_command(pictures, blip, "--beam_search", "--num_beams=2", "--batch_size=2")) == 0
     found = captions(pictures)
     assert list(found) == ["0.caption", "1.caption", "2.caption"]
-    assert all(text.endswith("\n") and text.strip() and not text.startswith("a picture of") and "[" not in text for text in found.values())
+    assert all(
+        text.endswith("\n") and text.strip() and not text.startswith("a picture of") and "[" not in text
+        for text in found.values()
+    )
     assert "3 done, 0 skipped, 1 failed" in caplog.text and "broken.png" in caplog.text
 
 
@@ -58,11 +64,16 @@ def test_beams_agree_with_the_model_called_by_itself(blip, pictures):
 
     from library.dataset.image_files import read_on_white
 
-    assert make_captions.main(blip_command(pictures, blip, "--beam_search", "--num_beams=3", "--caption_extension=txt")) == 0
+    assert (
+        make_captions.main(blip_command(pictures, blip, "--beam_search", "--num_beams=3", "--caption_extension=txt"))
+        == 0
+    )
     model, tokenizer = BlipForConditionalGeneration.from_pretrained(blip).eval(), AutoTokenizer.from_pretrained(blip)
     pixels = normalized(read_on_white(str(pictures / "1.png")), 32, whole=True)[None]
     ids = tokenizer("a picture of", return_tensors="pt").input_ids
-    tokens = model.generate(pixel_values=pixels, input_ids=ids, num_beams=3, max_length=14, min_length=5, do_sample=False)
+    tokens = model.generate(
+        pixel_values=pixels, input_ids=ids, num_beams=3, max_length=14, min_length=5, do_sample=False
+    )
     text = tokenizer.decode(tokens[0], skip_special_tokens=True)
     assert text.startswith("a picture of ")
     assert captions(pictures, ".txt")["1.txt"] == text.removeprefix("a picture of ").strip() + "\n"
@@ -78,7 +89,12 @@ def test_drawn_captions_follow_the_seed_and_existing_ones_stay(blip, pictures, c
     state = torch.get_rng_state()
     assert make_captions.main(blip_command(pictures, blip, "--seed=2", "--recursive", "--overwrite")) == 0
     assert captions(pictures) != first and torch.equal(torch.get_rng_state(), state)
-    assert make_captions.main(blip_command(pictures, blip, "--seed=1", "--recursive", "--overwrite", "--max_data_loader_n_workers=2")) == 0
+    assert (
+        make_captions.main(
+            blip_command(pictures, blip, "--seed=1", "--recursive", "--overwrite", "--max_data_loader_n_workers=2")
+        )
+        == 0
+    )
     assert captions(pictures) == first
 
 
@@ -96,9 +112,14 @@ def test_pixels_are_those_of_the_models_own_processor():
     transformers = pytest.importorskip("transformers")
     image = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
     sizes = {"size": {"height": 24, "width": 24}, "do_center_crop": False}
-    for whole, options in ((True, sizes), (False, {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}})):
+    for whole, options in (
+        (True, sizes),
+        (False, {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}),
+    ):
         processor = transformers.CLIPImageProcessor
-        expected = processor(image_mean=CLIP_MEAN, image_std=CLIP_STD, resample=3, **options)(image, return_tensors="pt").pixel_values[0]
+        expected = processor(image_mean=CLIP_MEAN, image_std=CLIP_STD, resample=3, **options)(
+            image, return_tensors="pt"
+        ).pixel_values[0]
         torch.testing.assert_close(normalized(image, 24, whole=whole), expected, atol=0.03, rtol=0)
 
 
@@ -124,12 +145,29 @@ def test_phrases_about_letters_are_left_out(text, cleaned):
 
 def test_every_problem_is_told_before_a_model_is_loaded(pictures, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert make_captions.main([str(tmp_path / "none"), "--caption_weights=model_large_caption.pth", "--top_p=2", "--num_beams=2", "--min_length=9", "--max_length=3"]) == 2
+    assert (
+        make_captions.main(
+            [
+                str(tmp_path / "none"),
+                "--caption_weights=model_large_caption.pth",
+                "--top_p=2",
+                "--num_beams=2",
+                "--min_length=9",
+                "--max_length=3",
+            ]
+        )
+        == 2
+    )
     told = capsys.readouterr().err
-    assert all(text in told for text in ("does not exist", "single file", "--top_p is 2", "--beam_search", "--min_length is 9"))
+    assert all(
+        text in told for text in ("does not exist", "single file", "--top_p is 2", "--beam_search", "--min_length is 9")
+    )
     assert make_captions.main([str(tmp_path / "empty"), f"--caption_weights={tmp_path / 'empty'}"]) == 2
     assert "without a config.json" in capsys.readouterr().err
-    assert make_captions_by_git.main([str(tmp_path / "empty"), "--model_id=./nowhere", "--batch_size=0", "--max_length=0"]) == 2
+    assert (
+        make_captions_by_git.main([str(tmp_path / "empty"), "--model_id=./nowhere", "--batch_size=0", "--max_length=0"])
+        == 2
+    )
     told = capsys.readouterr().err
     assert all(text in told for text in ("--model_id is ./nowhere", "--batch_size is 0", "--max_length is 0"))
     (tmp_path / "empty" / "config.json").write_text("{}")

@@ -43,10 +43,18 @@ def test_captions_then_tags_in_one_file(pictures, tmp_path, caplog):
 def test_full_paths_and_another_file_to_begin_with(pictures, tmp_path, capsys):
     first, out = tmp_path / "first.json", tmp_path / "new" / "meta.json"
     first.write_text(json.dumps({"z": {"tags": "old"}, str(pictures / "a.png"): {"caption": "old"}}))
-    command = [str(pictures), str(out), f"--in_json={first}", "--full_path", "--recursive", "--caption_extention=.caption"]
+    command = [
+        str(pictures),
+        str(out),
+        f"--in_json={first}",
+        "--full_path",
+        "--recursive",
+        "--caption_extention=.caption",
+    ]
     assert merge_captions_to_metadata.main(command) == 0
     assert content(out) == {
-        "z": {"tags": "old"}, str(pictures / "a.png"): {"caption": "a café"}, str(pictures / "deeper" / "d.png"): {"caption": "a deep one"},
+        "z": {"tags": "old"}, str(pictures / "a.png"): {"caption": "a café"},
+        str(pictures / "deeper" / "d.png"): {"caption": "a deep one"},
     }  # fmt: skip
     assert merge_captions_to_metadata.main(command) == 2 and "--overwrite" in capsys.readouterr().err
     assert merge_captions_to_metadata.main([*command, "--overwrite"]) == 0
@@ -55,8 +63,14 @@ def test_full_paths_and_another_file_to_begin_with(pictures, tmp_path, capsys):
 
 def test_nothing_to_gather_and_wrong_commands(pictures, tmp_path, capsys):
     out = tmp_path / "meta.json"
-    assert merge_captions_to_metadata.main([str(pictures), str(out), "--caption_extension=.none"]) == 1 and not out.exists()
-    assert merge_captions_to_metadata.main([str(tmp_path / "none"), str(out), "--recursive", "--in_json=nowhere.json"]) == 2
+    assert (
+        merge_captions_to_metadata.main([str(pictures), str(out), "--caption_extension=.none"]) == 1
+        and not out.exists()
+    )
+    assert (
+        merge_captions_to_metadata.main([str(tmp_path / "none"), str(out), "--recursive", "--in_json=nowhere.json"])
+        == 2
+    )
     told = capsys.readouterr().err
     assert all(text in told for text in ("train_data_dir is", "--recursive needs --full_path", "nowhere.json"))
     out.write_text("{")
@@ -118,4 +132,7 @@ def test_a_file_is_cleaned(tmp_path, caplog, capsys):
     assert clean_captions_and_tags.main([str(source), str(out)]) == 2 and "--overwrite" in capsys.readouterr().err
     assert clean_captions_and_tags.main([str(tmp_path), str(source), str(out), "--overwrite"]) == 0
     assert "is not needed" in caplog.text
-    assert clean_captions_and_tags.main([str(tmp_path / "none.json"), str(tmp_path / "x.json")]) == 2 and not (tmp_path / "x.json").exists()
+    assert (
+        clean_captions_and_tags.main([str(tmp_path / "none.json"), str(tmp_path / "x.json")]) == 2
+        and not (tmp_path / "x.json").exists()
+    )

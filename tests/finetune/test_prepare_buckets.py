@@ -43,10 +43,14 @@ def test_sizes_and_latents(tiny, pictures, tmp_path, caplog):
     command = [str(pictures), str(source), str(out), str(tiny.model), *SIZES]
     assert prepare_buckets_latents.main([*command, "--flip_aug", "--batch_size=2", "--skip_existing"]) == 0
     assert content(out) == {
-        "wide": {"tags": "a", "train_resolution": [256, 64]}, "square": {"caption": "b", "train_resolution": [128, 128]}, "broken": {"tags": "c"},
+        "wide": {"tags": "a", "train_resolution": [256, 64]},
+        "square": {"caption": "b", "train_resolution": [128, 128]}, "broken": {"tags": "c"},
     }  # fmt: skip
     ending = "sdxl" if tiny.kind == "sdxl" else "sd"
-    assert sorted(path.name for path in pictures.glob("*.npz")) == [f"square_0100x0100_{ending}.npz", f"wide_0128x0032_{ending}.npz"]
+    assert sorted(path.name for path in pictures.glob("*.npz")) == [
+        f"square_0100x0100_{ending}.npz",
+        f"wide_0128x0032_{ending}.npz",
+    ]
     with np.load(pictures / f"wide_0128x0032_{ending}.npz") as file:
         assert file["latents_8x32"].shape == (4, 8, 32) and "latents_flipped_8x32" in file.files
     assert "2 done, 2 skipped" in caplog.text and "256x64: 1 images" in caplog.text and "mean error" in caplog.text
@@ -68,8 +72,23 @@ def test_full_paths_and_masks(pictures, tmp_path):
 
 
 def test_wrong_commands(pictures, tmp_path, capsys):
-    wrong = [str(tmp_path / "none"), str(tmp_path / "none.json"), str(tmp_path / "out.json"), str(pictures / "wide.png")]
+    wrong = [
+        str(tmp_path / "none"),
+        str(tmp_path / "none.json"),
+        str(tmp_path / "out.json"),
+        str(pictures / "wide.png"),
+    ]
     assert prepare_buckets_latents.main([*wrong, "--recursive", "--batch_size=0", "--max_resolution=64"]) == 2
     told = capsys.readouterr().err
-    assert all(text in told for text in ("train_data_dir", "none.json", "--recursive needs", "--batch_size is 0", "--max_resolution is '64'", "wide.png"))
+    assert all(
+        text in told
+        for text in (
+            "train_data_dir",
+            "none.json",
+            "--recursive needs",
+            "--batch_size is 0",
+            "--max_resolution is '64'",
+            "wide.png",
+        )
+    )
     assert not (tmp_path / "out.json").exists()

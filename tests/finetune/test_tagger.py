@@ -1,4 +1,5 @@
-"""Tags by models of both layouts. The network is a small function of the pixels; one test runs a real file in onnxruntime."""
+"""Tags by models of both layouts. The network is a small function of the pixels; one test runs a real file in
+onnxruntime."""
 
 from __future__ import annotations
 
@@ -16,9 +17,27 @@ from tools.caption_tools.tag_models import Tag, pixels_for, read_tags
 from tools.caption_tools.tag_rules import TagRules, expanded, read_replacements
 from tools.caption_tools.tagger import run
 
-LISTED = [("general", 9), ("sensitive", 9), ("questionable", 9), ("explicit", 9), ("1girl", 0), ("red_hair", 0), ("^_^", 0), ("miku_(song)", 4), ("rare", 0)]
+LISTED = [
+    ("general", 9),
+    ("sensitive", 9),
+    ("questionable", 9),
+    ("explicit", 9),
+    ("1girl", 0),
+    ("red_hair", 0),
+    ("^_^", 0),
+    ("miku_(song)", 4),
+    ("rare", 0),
+]
 LISTED_VALUES = [0.2, 0.6, 0.1, 0.1, 0.9, 0.5, 0.4, 0.7, 0.1]
-MAPPED = [("safe", "Rating"), ("good", "Quality"), ("best", "Quality"), ("cat", "General"), ("dog", "General"), ("ann", "Artist"), ("web", "Meta")]
+MAPPED = [
+    ("safe", "Rating"),
+    ("good", "Quality"),
+    ("best", "Quality"),
+    ("cat", "General"),
+    ("dog", "General"),
+    ("ann", "Artist"),
+    ("web", "Meta"),
+]
 MAPPED_LOGITS = [2.0, 1.0, 3.0, 0.5, 1.5, 0.1, -4.0]
 
 
@@ -47,7 +66,9 @@ def listed(tmp_path) -> Path:
 def mapped(tmp_path) -> Path:
     folder = tmp_path / "models" / "space_name_part"
     folder.mkdir(parents=True)
-    (folder / "tag_mapping.json").write_text(json.dumps({str(i): {"tag": tag, "category": kind} for i, (tag, kind) in enumerate(MAPPED)}))
+    (folder / "tag_mapping.json").write_text(
+        json.dumps({str(i): {"tag": tag, "category": kind} for i, (tag, kind) in enumerate(MAPPED)})
+    )
     (folder / "model_optimized.onnx").write_bytes(b"")
     return folder
 
@@ -64,7 +85,10 @@ def pictures(tmp_path) -> Path:
 
 
 def tagged(pictures: Path, model: Path, *more: str, network: FixedNetwork | None = None) -> str:
-    run([str(pictures), f"--model_dir={model}", "--overwrite", *more], lambda path: network or FixedNetwork(LISTED_VALUES))
+    run(
+        [str(pictures), f"--model_dir={model}", "--overwrite", *more],
+        lambda path: network or FixedNetwork(LISTED_VALUES),
+    )
     return (pictures / "0.txt").read_text(encoding="utf-8").rstrip("\n") if (pictures / "0.txt").exists() else ""
 
 
@@ -114,7 +138,11 @@ def test_batches_unreadable_images_and_a_model_with_a_batch_size_of_its_own(pict
     free, fixed = FixedNetwork(LISTED_VALUES), FixedNetwork(LISTED_VALUES, batch_size=2)
     tagged(pictures, listed, "--batch_size=3", "--recursive", "--onnx", network=free)
     assert [shape[0] for shape in free.batches] == [3, 1] and free.batches[0][1:] == (448, 448, 3)
-    assert "broken.jpg" in caplog.text and "4 done, 0 skipped, 1 failed" in caplog.text and (pictures / "deeper" / "x.txt").exists()
+    assert (
+        "broken.jpg" in caplog.text
+        and "4 done, 0 skipped, 1 failed" in caplog.text
+        and (pictures / "deeper" / "x.txt").exists()
+    )
     tagged(pictures, listed, "--batch_size=3", network=fixed)
     assert [shape[0] for shape in fixed.batches] == [2, 2]
 
@@ -137,7 +165,11 @@ def test_one_file_for_all_images(pictures, listed, tmp_path):
     tagged(pictures, listed, f"--output_path={lines}")
     tagged(pictures, listed, f"--output_path={lines}", "--append_tags", "--general_threshold=0")
     entries = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert {"image_path": key, "caption": "1girl, red_hair, ^_^, miku_(song), rare", "image_size": [30, 21]} in entries and len(entries) == 3
+    assert {
+        "image_path": key,
+        "caption": "1girl, red_hair, ^_^, miku_(song), rare",
+        "image_size": [30, 21],
+    } in entries and len(entries) == 3
     with pytest.raises(ConfigError, match="exists; give another name"):
         run([str(pictures), f"--model_dir={listed}", f"--output_path={out}"], lambda path: FixedNetwork(LISTED_VALUES))
 
@@ -153,7 +185,9 @@ def test_pixels_of_both_layouts(tmp_path):
     first, second = pixels_for(image, "list"), pixels_for(image, "mapping")
     assert first.shape == (448, 448, 3) and second.shape == (3, 448, 448)
     assert first[224, 224] == pytest.approx([0, 0, 200], abs=1) and first[2, 224] == pytest.approx([255] * 3, abs=1)
-    assert second[:, 224, 224] == pytest.approx([200 / 127.5 - 1, -1, -1], abs=0.01) and second[0, 2, 2] == pytest.approx(1, abs=0.01)
+    assert second[:, 224, 224] == pytest.approx([200 / 127.5 - 1, -1, -1], abs=0.01) and second[
+        0, 2, 2
+    ] == pytest.approx(1, abs=0.01)
 
 
 def test_a_likeliest_tag_and_names_with_brackets():
@@ -174,11 +208,13 @@ def test_files_of_a_model_that_do_not_fit(pictures, listed, mapped):
 def test_every_problem_is_told_at_once(pictures, listed, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     more = ["--thresh=2", "--batch_size=0", "--tag_replacement=a", "--output_path=x.txt", "--use_quality_tags", "--use_rating_tags",
-            "--use_rating_tags_as_last_tag", "--caption_separator=", "--max_data_loader_n_workers=-1", "--caption_extension=PNG"]  # fmt: skip
+            "--use_rating_tags_as_last_tag", "--caption_separator=", "--max_data_loader_n_workers=-1",
+            "--caption_extension=PNG"]  # fmt: skip
     assert script.main([str(pictures / "none"), f"--model_dir={listed}", *more]) == 2
     told = capsys.readouterr().err
     for text in ("does not exist", "--thresh is 2", "--batch_size is 0", "--tag_replacement has", "x.txt", "tag_mapping.json", "both given", "pip install onnxruntime",
-                 "--caption_separator is empty", "--max_data_loader_n_workers is -1", "text would replace images"):  # fmt: skip
+                 "--caption_separator is empty", "--max_data_loader_n_workers is -1",
+                 "text would replace images"):  # fmt: skip
         assert text in told
 
 
@@ -188,7 +224,8 @@ def test_a_real_file_in_onnxruntime(pictures, listed):
     onnx = pytest.importorskip("onnx", reason="needs onnx to write a small network: pip install onnx")
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT
     nodes = [
-        helper.make_node("GlobalAveragePool", ["turned"], ["pooled"]), helper.make_node("Transpose", ["image"], ["turned"], perm=[0, 3, 1, 2]),
+        helper.make_node("GlobalAveragePool", ["turned"], ["pooled"]),
+        helper.make_node("Transpose", ["image"], ["turned"], perm=[0, 3, 1, 2]),
         helper.make_node("Flatten", ["pooled"], ["flat"]), helper.make_node("Mul", ["flat", "factor"], ["tags"]),
     ]  # fmt: skip
     factor = helper.make_tensor("factor", kind, [1], [1 / 255])

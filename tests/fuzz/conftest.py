@@ -14,7 +14,8 @@ from tests.fuzz.running import Finds
 
 @pytest.fixture
 def cases(request) -> Callable[[int], range]:
-    """Numbers of the cases to run: `count` of them, with --full twenty times as many; FUZZ_CASES=n and FUZZ_SEED=n choose others."""
+    """Numbers of the cases to run: `count` of them, with --full twenty times as many; FUZZ_CASES=n and FUZZ_SEED=n
+    choose others."""
 
     def numbers(count: int) -> range:
         full = request.config.getoption("--full", default=False)

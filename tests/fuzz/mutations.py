@@ -9,16 +9,36 @@ import struct
 from typing import Any
 
 TEXTS = (
-    "", " ", "x", "true", "none", "null", "nan", "inf", "-inf", "-1", "0", "1", "1e-4", "1e400", "-1e400", "1.5", "2,3", "64,64", "64x64", "1e-4,", ",", "=",
-    "a=b", "a=b=c", "a==", "[", "[]", "{}", "{\"a\": 1}", "[1, 2", "'", '"', "\\", "%s", "%(a)s", "{0}", "$HOME", "~", ".", "..", "/", "/dev/null", "\0", "\n", "\t",
-    "é", "😀", "\ud800", "\u202e", "a b", "--x", "-", "--", "*", "?", "(", "(a+)+$", "99999999999999999999", "18446744073709551616", "1_000", "0x10", "١٢", "½",
-    "x" * 300, "9" * 5000, "[" * 300, "1/0", "50%", "constant", "adamw", "adamw8bit", "bf16", "fp16", "float8", "cuda:9", "none.safetensors",
+    "", " ", "x", "true", "none", "null", "nan", "inf", "-inf", "-1", "0", "1", "1e-4", "1e400", "-1e400", "1.5", "2,3",
+    "64,64", "64x64", "1e-4,", ",", "=",
+    "a=b", "a=b=c", "a==", "[", "[]", "{}", "{\"a\": 1}", "[1, 2", "'", '"', "\\", "%s", "%(a)s", "{0}", "$HOME", "~",
+    ".", "..", "/", "/dev/null", "\0", "\n", "\t",
+    "é", "😀", "\ud800", "\u202e", "a b", "--x", "-", "--", "*", "?", "(", "(a+)+$", "99999999999999999999",
+    "18446744073709551616", "1_000", "0x10", "١٢", "½",
+    "x" * 300, "9" * 5000, "[" * 300, "1/0", "50%", "constant", "adamw", "adamw8bit", "bf16", "fp16", "float8",
+    "cuda:9", "none.safetensors",
 )  # fmt: skip
 VALUES: tuple[Any, ...] = (
-    *TEXTS, None, True, False, 0, 1, -1, 2, 3, 64, 10**6, -(10**6), 2**31, 2**63, 2**64, 10**30, 0.5, -0.5, 1e-30, 1e308, float("nan"), float("inf"), [], [1], [64, 64],
+    *TEXTS, None, True, False, 0, 1, -1, 2, 3, 64, 10**6, -(10**6), 2**31, 2**63, 2**64, 10**30, 0.5, -0.5, 1e-30,
+    1e308, float("nan"), float("inf"), [], [1], [64, 64],
     ["x"], [[]], [1, "x"], [None], {}, {"a": 1}, {"a": {"b": []}}, [1] * 50,
 )  # fmt: skip
-BYTES = (b"\0", b"\xff", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x80\0\0\0", b"{", b"}", b"[", b'"', b"-", b"9", b"\n", b"\xc3", b"\xed\xa0\x80")
+BYTES = (
+    b"\0",
+    b"\xff",
+    b"\xff\xff\xff\xff",
+    b"\x7f\xff\xff\xff",
+    b"\x80\0\0\0",
+    b"{",
+    b"}",
+    b"[",
+    b'"',
+    b"-",
+    b"9",
+    b"\n",
+    b"\xc3",
+    b"\xed\xa0\x80",
+)
 
 
 def changed_bytes(content: bytes, draw: random.Random, most: int = 4) -> bytes:
@@ -114,7 +134,11 @@ def changed_safetensors(content: bytes, draw: random.Random) -> bytes:
 
 def _changed_header(header: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     """Another but sound header: shapes, types and names that the file can have."""
-    names = [name for name, entry in header.items() if name != "__metadata__" and isinstance(entry, dict) and isinstance(entry.get("shape"), list)]
+    names = [
+        name
+        for name, entry in header.items()
+        if name != "__metadata__" and isinstance(entry, dict) and isinstance(entry.get("shape"), list)
+    ]
     if not names:
         return header
     header, name = copy.deepcopy(header), draw.choice(names)
@@ -130,17 +154,37 @@ def _changed_header(header: dict[str, Any], draw: random.Random) -> dict[str, An
             count *= side
         entry["shape"] = [count]
     elif kind == 3:
-        same_size = {"F32": ("I32", "U32"), "F16": ("BF16", "I16", "U16"), "BF16": ("F16", "I16"), "I64": ("F64", "U64", "C64")}
+        same_size = {
+            "F32": ("I32", "U32"),
+            "F16": ("BF16", "I16", "U16"),
+            "BF16": ("F16", "I16"),
+            "I64": ("F64", "U64", "C64"),
+        }
         kinds = same_size.get(str(entry.get("dtype")), ())
         entry["dtype"] = draw.choice(kinds) if kinds else entry.get("dtype")
     elif kind == 4:
         parts = name.split(".")
-        parts[draw.randrange(len(parts))] = draw.choice(("", "x", "alpha", "lora_up", "lora_down", "weight", "lora_A", "dora_scale", "hada_w1_a", "lokr_w1", "oft_blocks"))
+        parts[draw.randrange(len(parts))] = draw.choice(
+            (
+                "",
+                "x",
+                "alpha",
+                "lora_up",
+                "lora_down",
+                "weight",
+                "lora_A",
+                "dora_scale",
+                "hada_w1_a",
+                "lokr_w1",
+                "oft_blocks",
+            )
+        )
         header = {(".".join(parts) if key == name else key): value for key, value in header.items()}
     else:
         metadata = header.setdefault("__metadata__", {})
         if isinstance(metadata, dict):
             key = draw.choice(("ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_network_module", "ss_base_model_version", "lora_adapter_metadata",
-                               "modelspec.architecture", "modelspec.prediction_type", "atelier_conversion", "model_config", "format"))  # fmt: skip
+                               "modelspec.architecture", "modelspec.prediction_type", "atelier_conversion",
+                               "model_config", "format"))  # fmt: skip
             metadata[key] = draw.choice([text for text in TEXTS if "\ud800" not in text])
     return header

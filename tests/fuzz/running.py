@@ -1,4 +1,5 @@
-"""How the fuzz tests run a case: a message or success, within a time; everything else names the case and is kept as a file."""
+"""How the fuzz tests run a case: a message or success, within a time; everything else names the case and is kept as a
+file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Damaged and strange adapter files in every tool, and as what a training begins with: a message or success, and in time."""
+"""Damaged and strange adapter files in every tool, and as what a training begins with: a message or success, and in
+time."""
 
 from __future__ import annotations
 
@@ -24,14 +25,19 @@ OTHER = "lora_unet_double_blocks_0_txt_attn_proj"
 def kinds() -> dict[str, dict[str, torch.Tensor]]:
     """Small files of several kinds and layouts; widths as in the tiny model."""
     width, rank = 32, 2
-    pair = {f"{name}.{part}": torch.randn(shape) for name in (BLOCK, OTHER) for part, shape in (("lora_down.weight", (rank, width)), ("lora_up.weight", (width, rank)))}
+    pair = {
+        f"{name}.{part}": torch.randn(shape)
+        for name in (BLOCK, OTHER)
+        for part, shape in (("lora_down.weight", (rank, width)), ("lora_up.weight", (width, rank)))
+    }
     return {
         "lora": {**pair, f"{BLOCK}.alpha": torch.tensor(1.0), f"{OTHER}.alpha": torch.tensor(2.0)},
         "dora": {**pair, f"{BLOCK}.dora_scale": torch.randn(width, 1)},
         "loha": {f"{BLOCK}.hada_{name}": torch.randn(shape) for name, shape in (("w1_a", (width, rank)), ("w1_b", (rank, width)), ("w2_a", (width, rank)), ("w2_b", (rank, width)))},
         "lokr": {f"{BLOCK}.lokr_w1": torch.randn(4, 4), f"{BLOCK}.lokr_w2": torch.randn(8, 8), f"{BLOCK}.alpha": torch.tensor(1.0)},
         "peft": {
-            f"transformer.transformer_blocks.0.attn.to_out.0.lora_{part}.weight": torch.randn(shape) for part, shape in (("A", (rank, width)), ("B", (width, rank)))
+            f"transformer.transformer_blocks.0.attn.to_out.0.lora_{part}.weight": torch.randn(shape) for part,
+            shape in (("A", (rank, width)), ("B", (width, rank)))
         },
         "full": {f"{BLOCK}.diff": torch.randn(width, width), f"{BLOCK}.diff_b": torch.randn(width)},
         "oft": {f"{BLOCK}.oft_blocks": torch.randn(4, 8, 8), f"{BLOCK}.alpha": torch.tensor(0.1)},
@@ -44,13 +50,21 @@ def files(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     shutil.copyfile(build_tiny_flux(folder / "f").flux, folder / "model.safetensors")
     for name, tensors in kinds().items():
-        save_file_atomic(tensors, folder / f"{name}.safetensors", {"ss_base_model_version": "flux1", "ss_network_dim": "2", "ss_network_module": "networks.lora"})
+        save_file_atomic(
+            tensors,
+            folder / f"{name}.safetensors",
+            {"ss_base_model_version": "flux1", "ss_network_dim": "2", "ss_network_module": "networks.lora"},
+        )
     return folder
 
 
 def uses(folder: Path) -> dict[str, Callable[[str], object]]:
     """What is done with a file. Nothing but `out` is written."""
-    good, out, model = str(folder / "lora.safetensors"), str(folder / "out.safetensors"), str(folder / "model.safetensors")
+    good, out, model = (
+        str(folder / "lora.safetensors"),
+        str(folder / "out.safetensors"),
+        str(folder / "model.safetensors"),
+    )
     save = ["--save_to", out, "--overwrite"]
     return {
         "read": lambda path: read_adapter_file(path, targets_of_family("flux")),
@@ -68,7 +82,10 @@ def uses(folder: Path) -> dict[str, Callable[[str], object]]:
 
 def test_the_uses_work(files, capsys):
     for name, use in uses(files).items():
-        assert use(str(files / "lora.safetensors")) in (0, None) or name in ("read", "ema", "merge"), (name, capsys.readouterr().err)
+        assert use(str(files / "lora.safetensors")) in (0, None) or name in ("read", "ema", "merge"), (
+            name,
+            capsys.readouterr().err,
+        )
 
 
 def test_adapters(files, cases, finds, capsys):

@@ -39,7 +39,7 @@ def tiny(tmp_path_factory):
     return build_tiny_flux(tmp_path_factory.mktemp("tiny"))
 
 
-# ---- caches --------------------------------------------------------------------------------------------------------------
+# ---- caches ----------------------------------------------------------------------------------------------------------
 
 
 def read_latents_cache(path: Path) -> None:
@@ -67,7 +67,9 @@ def read_text_cache(path: Path) -> None:
     text_cache_io.save_text(str(path), layout, flux_outputs(), flux_record())
 
 
-RECORD = cache_io.LatentsRecord(model="", latent_space="x", resized=(64, 64), interpolation=None, image=cache_io.ImageIdentity(1, 2, "x"))
+RECORD = cache_io.LatentsRecord(
+    model="", latent_space="x", resized=(64, 64), interpolation=None, image=cache_io.ImageIdentity(1, 2, "x")
+)
 
 
 def changed_npz(content: bytes, draw) -> bytes:
@@ -79,7 +81,9 @@ def changed_npz(content: bytes, draw) -> bytes:
         key = draw.choice(list(arrays))
         array, kind = arrays[key], draw.randrange(6)
         if kind == 0:
-            arrays[key] = array.astype(draw.choice(["i4", "f2", ">f4", "U3", "?", "c8"])) if array.dtype.kind in "fiub" else array
+            arrays[key] = (
+                array.astype(draw.choice(["i4", "f2", ">f4", "U3", "?", "c8"])) if array.dtype.kind in "fiub" else array
+            )
         elif kind == 1:
             arrays[key] = array.reshape(-1)
         elif kind == 2:
@@ -95,14 +99,19 @@ def changed_npz(content: bytes, draw) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **{name or "empty": array for name, array in arrays.items()})
     result = buffer.getvalue()
-    return result.replace(b"'fortran_order': False", draw.choice([b"'fortran_order': True ", b"'fortran_order': 1    "])) if draw.random() < 0.1 else result
+    return (
+        result.replace(b"'fortran_order': False", draw.choice([b"'fortran_order': True ", b"'fortran_order': 1    "]))
+        if draw.random() < 0.1
+        else result
+    )
 
 
 def test_caches(tmp_path, cases, finds, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "a_0064x0064_flux.npz"
     arrays = cache_io.LatentArrays(
-        latents=np.zeros((16, 8, 8)), original_size=(64, 64), crop_ltrb=(0, 0, 64, 64), latents_flipped=np.zeros((16, 8, 8)), alpha_mask=np.ones((64, 64)),
+        latents=np.zeros((16, 8, 8)), original_size=(64, 64), crop_ltrb=(0, 0, 64, 64),
+        latents_flipped=np.zeros((16, 8, 8)), alpha_mask=np.ones((64, 64)),
     )  # fmt: skip
     cache_io.save_latents(str(path), "_8x8", arrays, RECORD)
     latents = path.read_bytes()
@@ -120,7 +129,7 @@ def test_caches(tmp_path, cases, finds, monkeypatch):
     finds.assert_none()
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------------------
+# ---- pictures --------------------------------------------------------------------------------------------------------
 
 
 def pictures() -> dict[str, bytes]:
@@ -134,8 +143,10 @@ def pictures() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
     wanted = [
-        ("png", clear, {"pnginfo": info, "exif": exif, "icc_profile": b"x" * 200}), ("png", colour.convert("P"), {"transparency": 3}),
-        ("png", Image.fromarray(np.arange(120, dtype=np.uint16).reshape(12, 10) * 500), {}), ("jpeg", colour, {"exif": exif}), ("jpeg", colour.convert("CMYK"), {}),
+        ("png", clear, {"pnginfo": info, "exif": exif, "icc_profile": b"x" * 200}),
+        ("png", colour.convert("P"), {"transparency": 3}),
+        ("png", Image.fromarray(np.arange(120, dtype=np.uint16).reshape(12, 10) * 500), {}),
+        ("jpeg", colour, {"exif": exif}), ("jpeg", colour.convert("CMYK"), {}),
         ("webp", clear, {"exif": exif}), ("bmp", colour, {}), ("gif", colour.convert("P"), {}), ("tiff", colour, {}),
     ]  # fmt: skip
     found = {}
@@ -167,7 +178,7 @@ def test_pictures(tmp_path, cases, finds):
     finds.assert_none()
 
 
-# ---- texts ---------------------------------------------------------------------------------------------------------------
+# ---- texts -----------------------------------------------------------------------------------------------------------
 
 
 def metadata_file(path: Path) -> None:
@@ -180,7 +191,9 @@ def info_file(path: Path) -> None:
 
 
 CLIP = {
-    "vocab.json": as_json({"a": 0, "b": 1, "a</w>": 2, "b</w>": 3, "ab</w>": 4, "<|startoftext|>": 5, "<|endoftext|>": 6}),
+    "vocab.json": as_json(
+        {"a": 0, "b": 1, "a</w>": 2, "b</w>": 3, "ab</w>": 4, "<|startoftext|>": 5, "<|endoftext|>": 6}
+    ),
     "merges.txt": b"#version: 0.2\na b</w>\n",
     "tokenizer_config.json": as_json({"pad_token": {"content": "<|endoftext|>"}, "unk_token": "<|endoftext|>"}),
 }
@@ -226,24 +239,36 @@ def test_tokenizer_folders(tmp_path, tiny, cases, finds, monkeypatch):
 
     folder = tmp_path / "clip"
     folder.mkdir()
-    CLIPTokenizer(vocab=json.loads(CLIP["vocab.json"]), merges=[("a", "b</w>")])._tokenizer.save(str(tmp_path / "whole.json"))
+    CLIPTokenizer(vocab=json.loads(CLIP["vocab.json"]), merges=[("a", "b</w>")])._tokenizer.save(
+        str(tmp_path / "whole.json")
+    )
     files = {**CLIP, "tokenizer.json": (tmp_path / "whole.json").read_bytes()}
     for number in cases(60):
         draw = generator("tokenizers", number)
-        names = [name for name in files if name != "tokenizer.json"] if number % 2 else [name for name in files if "token" in name]
+        names = (
+            [name for name in files if name != "tokenizer.json"]
+            if number % 2
+            else [name for name in files if "token" in name]
+        )
         shutil.rmtree(folder)
         folder.mkdir()
         for name in names:
             (folder / name).write_bytes(files[name])
         chosen = draw.choice(names)
         content, kind = files[chosen], draw.random()
-        (folder / chosen).write_bytes(as_json(changed_value(json.loads(content), draw)) if chosen.endswith("json") and kind < 0.6 else changed_bytes(content, draw))
+        (folder / chosen).write_bytes(
+            as_json(changed_value(json.loads(content), draw))
+            if chosen.endswith("json") and kind < 0.6
+            else changed_bytes(content, draw)
+        )
         finds.run(f"case {number} ({chosen})", lambda: clip_folder(folder / "x"))
-        finds.run(f"case {number} ({chosen}) as another", lambda: (read_qwen_folder if number % 2 else read_t5_folder)(folder))
+        finds.run(
+            f"case {number} ({chosen}) as another", lambda: (read_qwen_folder if number % 2 else read_t5_folder)(folder)
+        )
     finds.assert_none()
 
 
-# ---- model files ---------------------------------------------------------------------------------------------------------
+# ---- model files -----------------------------------------------------------------------------------------------------
 
 
 def read_weights(path: Path) -> None:
@@ -256,7 +281,12 @@ def read_weights(path: Path) -> None:
 
 def test_weights(tmp_path, cases, finds):
     path = tmp_path / "a.safetensors"
-    tensors = {"a": torch.zeros(2, 3), "b.weight": torch.zeros(4, dtype=torch.bfloat16), "c": torch.zeros(0), "d": torch.tensor(1)}
+    tensors = {
+        "a": torch.zeros(2, 3),
+        "b.weight": torch.zeros(4, dtype=torch.bfloat16),
+        "c": torch.zeros(0),
+        "d": torch.tensor(1),
+    }
     save_file_atomic(tensors, path, {"format": "pt"})
     whole = path.read_bytes()
     for number in cases(300):
@@ -279,7 +309,10 @@ def test_pickles(tmp_path, cases, finds):
     path = tmp_path / "a.pt"
     contents = []
     for protocol in (True, False):
-        for value in ({"state_dict": {"a": torch.zeros(2, 3), "b": torch.ones(1)}, "epoch": 3}, {"emb_params": torch.zeros(2, 8)}):
+        for value in (
+            {"state_dict": {"a": torch.zeros(2, 3), "b": torch.ones(1)}, "epoch": 3},
+            {"emb_params": torch.zeros(2, 8)},
+        ):
             torch.save(value, path, _use_new_zipfile_serialization=protocol)
             contents.append(path.read_bytes())
     for number in cases(200):
@@ -298,13 +331,24 @@ def test_model_folders(tmp_path, cases, finds):
     (folder / "scheduler").mkdir()
     shutil.copyfile(model, folder / "unet" / "diffusion_pytorch_model.safetensors")
     weights = load_safetensors(model)
-    unet = {key.removeprefix("model.diffusion_model."): tensor for key, tensor in weights.items() if key.startswith("model.diffusion_model.")}
+    unet = {
+        key.removeprefix("model.diffusion_model."): tensor
+        for key, tensor in weights.items()
+        if key.startswith("model.diffusion_model.")
+    }
     save_file_atomic(unet, folder / "unet" / "diffusion_pytorch_model.safetensors")
     files = {
-        "unet/config.json": {"attention_head_dim": 8, "cross_attention_dim": 768, "block_out_channels": [32, 64], "sample_size": 8},
+        "unet/config.json": {
+            "attention_head_dim": 8,
+            "cross_attention_dim": 768,
+            "block_out_channels": [32, 64],
+            "sample_size": 8,
+        },
         "scheduler/scheduler_config.json": {"prediction_type": "epsilon", "rescale_betas_zero_snr": False},
         "model_index.json": {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]},
-        "unet/diffusion_pytorch_model.safetensors.index.json": {"weight_map": {"a": "diffusion_pytorch_model.safetensors"}},
+        "unet/diffusion_pytorch_model.safetensors.index.json": {
+            "weight_map": {"a": "diffusion_pytorch_model.safetensors"}
+        },
     }
     for number in cases(80):
         draw = generator("folders", number)
@@ -312,7 +356,9 @@ def test_model_folders(tmp_path, cases, finds):
             (folder / name).write_bytes(as_json(value))
         chosen = draw.choice(list(files))
         content = as_json(files[chosen])
-        (folder / chosen).write_bytes(as_json(changed_value(files[chosen], draw)) if draw.random() < 0.7 else changed_bytes(content, draw))
+        (folder / chosen).write_bytes(
+            as_json(changed_value(files[chosen], draw)) if draw.random() < 0.7 else changed_bytes(content, draw)
+        )
 
         def look() -> None:
             describe_checkpoint(folder, with_pickles=True)

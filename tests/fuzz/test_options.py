@@ -1,4 +1,5 @@
-"""Command lines, configuration files and dataset configurations with values of every kind, up to where models would be loaded."""
+"""Command lines, configuration files and dataset configurations with values of every kind, up to where models would be
+loaded."""
 
 from __future__ import annotations
 
@@ -34,8 +35,21 @@ def only_checks(places, monkeypatch):
 
 
 def dataset_values(places: Path) -> dict:
-    subset = {"image_dir": str(places / "images"), "num_repeats": 2, "keep_tokens": 1, "caption_prefix": "a", "flip_aug": True}
-    table = {"resolution": [64, 64], "batch_size": 2, "enable_bucket": True, "min_bucket_reso": 64, "bucket_reso_steps": 64, "subsets": [subset]}
+    subset = {
+        "image_dir": str(places / "images"),
+        "num_repeats": 2,
+        "keep_tokens": 1,
+        "caption_prefix": "a",
+        "flip_aug": True,
+    }
+    table = {
+        "resolution": [64, 64],
+        "batch_size": 2,
+        "enable_bucket": True,
+        "min_bucket_reso": 64,
+        "bucket_reso_steps": 64,
+        "subsets": [subset],
+    }
     return {"general": {"caption_extension": ".txt", "shuffle_caption": False}, "datasets": [table]}
 
 
@@ -47,7 +61,8 @@ def lines(places):
     for name, case in CASES.items():
         tiny = build_tiny(name, places / name)
         found[name] = [
-            *tiny.arguments(), *case.options(), f"--dataset_config={places / 'data.toml'}", f"--output_dir={places / 'out'}", "--output_name=lora",
+            *tiny.arguments(), *case.options(), f"--dataset_config={places / 'data.toml'}",
+            f"--output_dir={places / 'out'}", "--output_name=lora",
             "--network_dim=4", "--max_train_steps=7", "--seed=5", "--console_log_level=CRITICAL",
         ]  # fmt: skip
     return found
@@ -85,7 +100,9 @@ def test_command_lines(lines, places, cases, finds):
     for number in cases(200):
         draw, family = generator("lines", number), families[number % len(families)]
         argv = changed_line(lines[family], names[family], draw)
-        finds.run(f"case {number} ({family}: {' '.join(argv[len(lines[family]) - 3 :])!a:.200})", lambda: start(family, argv))
+        finds.run(
+            f"case {number} ({family}: {' '.join(argv[len(lines[family]) - 3 :])!a:.200})", lambda: start(family, argv)
+        )
     for kept in corpus("lines"):
         family, *more = kept.read_text(encoding="utf-8").splitlines()
         finds.run(kept.name, lambda: start(family, [*lines[family], *more]))
@@ -97,21 +114,32 @@ def test_configuration_files(lines, places, cases, finds):
     path = places / "config.toml"
     for number in cases(75):
         draw, family = generator("files", number), families[number % len(families)]
-        values = {name: draw.choice(VALUES) for name in draw.sample(options_of(family), 2)} | {"network_args": ["a=1"], "learning_rate": 1e-4}
+        values = {name: draw.choice(VALUES) for name in draw.sample(options_of(family), 2)} | {
+            "network_args": ["a=1"],
+            "learning_rate": 1e-4,
+        }
         text = as_toml(values).encode("utf-8", "replace")
         path.write_bytes(changed_bytes(text, draw) if draw.random() < 0.4 else text)
-        finds.run(f"case {number} ({family}, {text!r:.300})", lambda: start(family, [*lines[family], f"--config_file={path}"]))
+        finds.run(
+            f"case {number} ({family}, {text!r:.300})", lambda: start(family, [*lines[family], f"--config_file={path}"])
+        )
     finds.assert_none()
 
 
 def test_dataset_configurations(lines, places, cases, finds):
     values = dataset_values(places)
     names = ["cache_latents", "class_tokens", "metadata_file", "conditioning_data_dir", "validation_split", "caption_separator", "secondary_separator", "resize_interpolation",
-             "face_crop_aug_range", "max_bucket_reso", "caption_dropout_rate", "network_multiplier", "custom_attributes", "token_warmup_step", "color_aug"]  # fmt: skip
+             "face_crop_aug_range", "max_bucket_reso", "caption_dropout_rate", "network_multiplier",
+             "custom_attributes", "token_warmup_step", "color_aug"]  # fmt: skip
     for number in cases(225):
         draw, is_json = generator("datasets", number), number % 2
         changed = changed_value(values, draw)
-        if draw.random() < 0.5 and isinstance(changed.get("datasets"), list) and changed["datasets"] and isinstance(changed["datasets"][0], dict):
+        if (
+            draw.random() < 0.5
+            and isinstance(changed.get("datasets"), list)
+            and changed["datasets"]
+            and isinstance(changed["datasets"][0], dict)
+        ):
             changed["datasets"][0][draw.choice(names)] = draw.choice(VALUES)
         content = as_json(changed) if is_json else as_toml(changed).encode("utf-8", "replace")
         path = places / f"fuzz.{'json' if is_json else 'toml'}"

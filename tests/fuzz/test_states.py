@@ -1,4 +1,5 @@
-"""Damaged state folders, with their checksums and without (as older versions wrote them): a message or success before models."""
+"""Damaged state folders, with their checksums and without (as older versions wrote them): a message or success before
+models."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def test_states(work: Work, cases, finds, monkeypatch, capsys):
             path.unlink()
             path.mkdir()
         else:
-            path.write_bytes(changed_safetensors(content, draw) if name.endswith(".safetensors") else changed_bytes(content, draw))
+            path.write_bytes(
+                changed_safetensors(content, draw) if name.endswith(".safetensors") else changed_bytes(content, draw)
+            )
         if number % 2 and name != SUMS_FILE:
             (folder / SUMS_FILE).unlink(missing_ok=True)
         finds.run(f"case {number} ({name})", lambda: cli.exit_code(lambda: cli.run("flux", "network", argv)))

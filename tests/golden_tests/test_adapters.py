@@ -18,7 +18,9 @@ def cases():
         return [pytest.param("missing", "", id="missing-adapters")]
     with safe_open(PATH, "pt") as file:
         outputs = [key.split("/")[1:] for key in file.keys() if key.startswith("output/")]
-    return [pytest.param(case, name, id=f"{case}-{name}") for case, name in sorted(outputs) if not name.endswith("_lycoris")]
+    return [
+        pytest.param(case, name, id=f"{case}-{name}") for case, name in sorted(outputs) if not name.endswith("_lycoris")
+    ]
 
 
 @pytest.mark.parametrize(("case", "name"), cases())

@@ -51,8 +51,10 @@ def test_latents_file_that_is_written(case, tmp_path):
     size, bucket = tuple(given["image_size"]), tuple(given["bucket"])
     Image.new("RGBA", size, (200, 100, 50, 128)).save(tmp_path / given["image"])
     item = ImageItem(
-        image_key=given["image"], absolute_path=str(tmp_path / given["image"]), caption="", image_size=size, bucket_reso=bucket,
-        resized_size=cover_size(size, bucket), subset=SubsetParams(flip_aug=given["flip_aug"], alpha_mask=given["alpha_mask"]),
+        image_key=given["image"], absolute_path=str(tmp_path / given["image"]), caption="", image_size=size,
+        bucket_reso=bucket,
+        resized_size=cover_size(size, bucket),
+        subset=SubsetParams(flip_aug=given["flip_aug"], alpha_mask=given["alpha_mask"]),
     )
     strategy = SmallLatentsCaching(architecture, cache_to_disk=True)
     encode_latents(plan_latents([item], strategy), strategy, SmallVae(architecture), show_progress=False)
@@ -68,7 +70,9 @@ def test_latents_file_of_another_trainer_is_usable(case, tmp_path):
     write_arrays(path, {key: np.zeros(layout["shape"], layout["dtype"]) for key, layout in case["peer_keys"].items()})
     needs = {"flip_aug": given["flip_aug"], "alpha_mask": given["alpha_mask"]}
     assert cache_io.latents_problem(path, architecture, tuple(given["bucket"]), **needs) is None
-    assert cache_io.load_latents(path, architecture, tuple(given["bucket"])).latents.shape == tuple(case["peer_keys"]["latents"]["shape"])
+    assert cache_io.load_latents(path, architecture, tuple(given["bucket"])).latents.shape == tuple(
+        case["peer_keys"]["latents"]["shape"]
+    )
 
 
 class FixedOutputs(TextEncodingStrategy):
@@ -97,11 +101,15 @@ def test_text_file_that_is_written(case, tmp_path):
     given, expected = case["input"], case["expected"]
     layout = text_cache_io.TEXT_LAYOUTS[given["family"]]
     dtype = getattr(torch, given["encoder_dtype"])
-    outputs = [torch.ones(expected["keys"][key.name]["shape"]).to(dtype if key.dtype == "float" else torch.int64) for key in layout.keys]
+    outputs = [
+        torch.ones(expected["keys"][key.name]["shape"]).to(dtype if key.dtype == "float" else torch.int64)
+        for key in layout.keys
+    ]
     strategy = FamilyTextCaching(given["family"], {name: given[name] for name in layout.flags})
     Image.new("RGB", (8, 8)).save(tmp_path / given["image"])
     item = ImageItem(
-        image_key="a", absolute_path=str(tmp_path / given["image"]), caption="a cat", subset=SubsetParams(), image_size=(8, 8)
+        image_key="a", absolute_path=str(tmp_path / given["image"]), caption="a cat", subset=SubsetParams(),
+        image_size=(8, 8)
     )
     strategies = StrategySet(SmallTokenize(), FixedOutputs(outputs), None, strategy)
     encode_text(plan_text([item], strategy), strategies, [], show_progress=False)
@@ -157,5 +165,7 @@ def test_whether_a_file_may_be_used(case, tmp_path):
     path = str(tmp_path / f"a_0064x0064{architecture.latents_suffix}")
     write_arrays(path, {key: np.zeros(shape, np.float32) for key, shape in given["keys"].items()})
     strategy = SmallLatentsCaching(architecture, cache_to_disk=True)
-    usable = strategy.is_disk_cached_latents_expected(tuple(given["bucket"]), path, given["flip_aug"], given["alpha_mask"])
+    usable = strategy.is_disk_cached_latents_expected(
+        tuple(given["bucket"]), path, given["flip_aug"], given["alpha_mask"]
+    )
     assert usable is case["expected"]

@@ -46,4 +46,7 @@ def test_file(case, tmp_path):
 
 @pytest.mark.parametrize("case", of_kind("metadata"))
 def test_metadata(case):
-    assert metadata_caption(case["input"]["entry"], SubsetParams(**case["input"]["settings"])) == case["expected"]["caption"]
+    assert (
+        metadata_caption(case["input"]["entry"], SubsetParams(**case["input"]["settings"]))
+        == case["expected"]["caption"]
+    )

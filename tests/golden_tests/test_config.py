@@ -59,7 +59,9 @@ def assert_datasets(blueprint, expected: list[dict]) -> None:
 @pytest.mark.parametrize("case", behaviour_cases("config.json", "valid"))
 def test_file_and_command_line(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blueprint = blueprint_of(case["input"].get("argv", []), write_config(tmp_path, case), case["input"].get("script", "train_network"))
+    blueprint = blueprint_of(
+        case["input"].get("argv", []), write_config(tmp_path, case), case["input"].get("script", "train_network")
+    )
     assert blueprint.used_config_file
     assert_datasets(blueprint, case["expected"]["datasets"])
 

@@ -25,7 +25,9 @@ def test_every_error_is_reported(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_folders(tmp_path, case["input"]["text"])
     with pytest.raises(DatasetConfigError) as caught:
-        blueprint_of(case["input"].get("argv", []), write_config(tmp_path, case), case["input"].get("script", "train_network"))
+        blueprint_of(
+            case["input"].get("argv", []), write_config(tmp_path, case), case["input"].get("script", "train_network")
+        )
     found = {error.path: error for error in caught.value.errors}
     assert len(found) == len(caught.value.errors)
     expected = {error["path"]: error for error in case["expected"]["errors"]}

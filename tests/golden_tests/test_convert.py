@@ -20,7 +20,11 @@ LAYOUTS = {
 WITHOUT_ENCODER = {("flux", "comfy"), ("anima", "diffusers"), ("sdxl", "kohya_diffusers_names")}
 FOLDED = {"diffusers", "separate_diffusers"}
 """layouts without alpha"""
-REWRITE = {"diffusers": lora_conversion.to_diffusers, "comfy": lora_conversion.to_dotted, "kohya": lora_conversion.to_kohya}
+REWRITE = {
+    "diffusers": lora_conversion.to_diffusers,
+    "comfy": lora_conversion.to_dotted,
+    "kohya": lora_conversion.to_kohya,
+}
 OURS = list(FILES)
 
 
@@ -79,9 +83,15 @@ def test_every_layout_gives_the_recorded_change(family, source):
 def test_a_layer_without_name_is_refused(family):
     from library.core.errors import CheckpointError
 
-    tensors = {"lora_unet_nowhere.lora_down.weight": torch.zeros(2, 4), "lora_unet_nowhere.lora_up.weight": torch.zeros(4, 2)}
+    tensors = {
+        "lora_unet_nowhere.lora_down.weight": torch.zeros(2, 4),
+        "lora_unet_nowhere.lora_up.weight": torch.zeros(4, 2),
+    }
     with pytest.raises(CheckpointError, match="lora_unet_nowhere"):
         lora_conversion.to_diffusers(family, tensors)
     assert set(lora_conversion.to_kohya(family, tensors)) == set(tensors)  # the reader reports those
     with pytest.raises(CheckpointError, match="elsewhere.0"):
-        lora_conversion.to_kohya(family, {"unet.elsewhere.0.lora_A.weight": torch.zeros(2, 4), "unet.elsewhere.0.lora_B.weight": torch.zeros(4, 2)})
+        lora_conversion.to_kohya(
+            family,
+            {"unet.elsewhere.0.lora_A.weight": torch.zeros(2, 4), "unet.elsewhere.0.lora_B.weight": torch.zeros(4, 2)},
+        )

@@ -45,7 +45,9 @@ def events_of(case):
 @pytest.mark.parametrize("case", behaviour_cases(FILE))
 def test_names_of_a_run(case):
     events, left = events_of(case)
-    assert events == [{**event, "write": sorted(event["write"]), "remove": sorted(event["remove"])} for event in case["events"]]
+    assert events == [
+        {**event, "write": sorted(event["write"]), "remove": sorted(event["remove"])} for event in case["events"]
+    ]
     assert left == sorted(case["left"])
 
 
@@ -65,7 +67,11 @@ def test_resume(case):
         assert any(name in str(error.value) for name in ("max_train_steps", *case["options"]))
         return
     expected = case["expected"]
-    found = {**vars(point()), "steps_per_epoch": steps_per_epoch, "num_epochs": -(-case["max_train_steps"] // steps_per_epoch)}
+    found = {
+        **vars(point()),
+        "steps_per_epoch": steps_per_epoch,
+        "num_epochs": -(-case["max_train_steps"] // steps_per_epoch),
+    }
     names = CheckpointNames("lora")
     found["next_step_file"] = names.file(names.step(found["global_step"] + 1))
     assert {key: found[key] for key in expected} == expected

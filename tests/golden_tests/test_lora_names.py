@@ -21,7 +21,8 @@ def flux_models():
             hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
         ))
         t5xxl = T5EncoderModel(T5Config(
-            vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+            vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+            feed_forward_proj="gated-gelu"
         ))
         return Flux(FluxParams()), [clip, t5xxl]
 
@@ -45,7 +46,8 @@ def clip(width: int, layers: int, heads: int):
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     return CLIPTextModelWithProjection(CLIPTextConfig(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads, projection_dim=width
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
+        projection_dim=width
     ))
 
 
@@ -77,7 +79,10 @@ def models():
     return lambda family: made.setdefault(family, MODELS[family]())
 
 
-@pytest.mark.parametrize("case", behaviour_cases("lora_names.json.gz", where=lambda case: OUR_NAMES.get(case["family"], case["family"]) in FAMILIES))
+@pytest.mark.parametrize(
+    "case",
+    behaviour_cases("lora_names.json.gz", where=lambda case: OUR_NAMES.get(case["family"], case["family"]) in FAMILIES),
+)
 def test_names_and_shapes_of_a_network(case, models):
     denoiser, text_encoders = models(case["family"])
     module = importlib.import_module(case["network_module"])
@@ -98,7 +103,9 @@ def test_names_and_shapes_of_a_network(case, models):
         network.remove_from()
 
 
-@pytest.mark.parametrize("case", behaviour_cases("lora_names.json.gz", "adapters", where=lambda case: case["kind"] == "lora"))
+@pytest.mark.parametrize(
+    "case", behaviour_cases("lora_names.json.gz", "adapters", where=lambda case: case["kind"] == "lora")
+)
 def test_keys_of_one_layer(case):
     """The file keys of an adapter depend on the layer's shape alone, whatever the family."""
     from networks.lora import LoRAModule

@@ -31,7 +31,10 @@ def options_of(case) -> tuple[SchedulerOptions, OptimizerOptions]:
 
 
 def build_optimizer(options: OptimizerOptions, rates) -> OptimizerBuild:
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))], "lr": rate, "name": f"group {i}"} for i, rate in enumerate(rates)]
+    groups = [
+        {"params": [torch.nn.Parameter(torch.zeros(2))], "lr": rate, "name": f"group {i}"}
+        for i, rate in enumerate(rates)
+    ]
     if optimizers.choose(options).named_schedule_free:
         return OptimizerBuild(SwitchingSgd(groups, lr=options.learning_rate), optimizers.choose(options), "", "")
     return optimizers.build(options, groups)
@@ -43,7 +46,8 @@ def rates_of_run(case) -> list[list[float]]:
     schedulers.check(options, optimizer_options, case["options"]["max_train_steps"])
     build = build_optimizer(optimizer_options, case.get("group_lrs", [optimizer_options.learning_rate]))
     scheduler = schedulers.build(
-        options, build, learning_rate=optimizer_options.learning_rate, max_train_steps=case["options"]["max_train_steps"]
+        options, build, learning_rate=optimizer_options.learning_rate,
+        max_train_steps=case["options"]["max_train_steps"]
     )
     used = []
     for _ in case["lr"]:
@@ -110,5 +114,9 @@ def test_errors(case):
     text = str(error.value)
     assert any(str(word) in text for item in case["options"].items() for word in item)
     for word in re.findall(r"\w+", case["error"]):
-        if word in schedulers.SCHEDULERS or word in SchedulerOptions.__dataclass_fields__ or word in ("step_rules", "metric", "AdaFactor"):
+        if (
+            word in schedulers.SCHEDULERS
+            or word in SchedulerOptions.__dataclass_fields__
+            or word in ("step_rules", "metric", "AdaFactor")
+        ):
             assert word in text

@@ -79,7 +79,9 @@ def test_mask_and_masked_loss(case, tmp_path):
         key = "alpha" if given["source"] == "alpha" else "red"
         masks = given["masks_u8"] if "masks_u8" in given else [given["mask_u8"]]
         shape = np.shape(next(mask for mask in masks if mask is not None))
-        samples = [sample(shape, tmp_path, flipped=flipped, **({key: mask} if mask is not None else {})) for mask in masks]
+        samples = [
+            sample(shape, tmp_path, flipped=flipped, **({key: mask} if mask is not None else {})) for mask in masks
+        ]
     latent_hw = tuple(given.get("latent_size_hw") or np.shape(given["loss"])[1:])
     batch = batch_of(samples)
     shape = torch.Size((len(batch), 4, *latent_hw))
@@ -90,7 +92,9 @@ def test_mask_and_masked_loss(case, tmp_path):
         np.testing.assert_allclose(mask[:, 0].numpy(), expected["masks"], atol=1e-6, rtol=0)
     if "masked_loss_mean" in expected:
         loss = torch.tensor(given["loss"]).unsqueeze(0)
-        assert (loss if mask is None else loss * mask).mean().item() == pytest.approx(expected["masked_loss_mean"], rel=1e-6, abs=1e-8)
+        assert (loss if mask is None else loss * mask).mean().item() == pytest.approx(
+            expected["masked_loss_mean"], rel=1e-6, abs=1e-8
+        )
 
 
 @pytest.mark.parametrize("case", behaviour_cases(FILE, where=is_geometry))
@@ -108,5 +112,7 @@ def test_mask_image_is_resized_and_cropped_like_its_image(case, tmp_path):
     )
     shown = conditioning_tensor(item, Geometry.centred(item)) / 2 + 0.5  # [3, H, W]
     for axis, values in ((0, shown[0].mean(dim=0)), (1, shown[1].mean(dim=1))):
-        places = (np.arange(bucket[axis]) + (left, top)[axis] + 0.5) / expected["resized"][axis]  # in the whole image, 0..1
+        places = (np.arange(bucket[axis]) + (left, top)[axis] + 0.5) / expected["resized"][
+            axis
+        ]  # in the whole image, 0..1
         np.testing.assert_allclose(values.numpy(), places, atol=0.006 + edge(size[axis]))

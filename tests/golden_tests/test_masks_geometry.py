@@ -27,4 +27,6 @@ def test_geometry(case, tmp_path):
     assert np.array_equal(mask, resize_and_crop(ramp, resized, bucket, offset))
     # columns of the crop show what lies at the same place of the picture
     expected_left = 255 * (left + 0.5) / resized[0]
-    assert abs(float(mask[0, 0, 0]) - expected_left) <= 2 + 255 * 0.5 / size[0]  # an enlarged ramp is flat for half a pixel
+    assert (
+        abs(float(mask[0, 0, 0]) - expected_left) <= 2 + 255 * 0.5 / size[0]
+    )  # an enlarged ramp is flat for half a pixel

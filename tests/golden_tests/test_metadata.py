@@ -15,7 +15,8 @@ from tests.golden_dir import behaviour, behaviour_cases
 ANY = "ANY"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 COUNTS = (
-    "seed", "num_train_images", "num_validation_images", "num_reg_images", "num_batches_per_epoch", "num_epochs", "max_train_steps",
+    "seed", "num_train_images", "num_validation_images", "num_reg_images", "num_batches_per_epoch", "num_epochs",
+    "max_train_steps",
 )
 WRITTEN_BY_THE_FILE = {"sshs_model_hash", "sshs_legacy_hash"}
 
@@ -69,7 +70,8 @@ def assert_metadata(expected, metadata):
         if key not in metadata or (value != ANY and metadata[key] != value)
     }
     wrong |= {
-        key: (metadata.get(key), value) for key, value in expected["json"].items() if json.loads(metadata.get(key, "null")) != value
+        key: (metadata.get(key), value) for key,
+        value in expected["json"].items() if json.loads(metadata.get(key, "null")) != value
     }
     assert not wrong
     assert not [key for key in expected["absent"] if key in metadata]
@@ -83,7 +85,14 @@ def inputs_of(case, tmp_path, *more):
     model.write_bytes(bytes(2000))
     dataset = tmp_path / "dataset.toml"
     dataset.write_text(behaviour("metadata.json")["dataset_toml"])
-    arguments = [*case["arguments"], "--pretrained_model_name_or_path", str(model), "--dataset_config", str(dataset), *more]
+    arguments = [
+        *case["arguments"],
+        "--pretrained_model_name_or_path",
+        str(model),
+        "--dataset_config",
+        str(dataset),
+        *more,
+    ]
     if "ss_vae_name" in case["final_file"]["text"]:
         arguments += ["--vae", str(model)]
     config = parse(arguments, family_of(case["name"]), "network")
@@ -91,12 +100,16 @@ def inputs_of(case, tmp_path, *more):
     trainable = import_target("library.training.trainables.network:NetworkTrainable")(config)
     recorded, text = case["final_file"]["json"], case["final_file"]["text"]
     counts = {name: int(text[f"ss_{name}"]) for name in COUNTS}
-    spec = {"architecture": text["modelspec.architecture"].partition("/")[0], "implementation": text["modelspec.implementation"]}
+    spec = {
+        "architecture": text["modelspec.architecture"].partition("/")[0],
+        "implementation": text["modelspec.implementation"],
+    }
     if "modelspec.prediction_type" in text:
         spec["prediction_type"] = text["modelspec.prediction_type"]
     return MetadataInputs(
         config=config, session_id=7, started_at=1e9, datasets=recorded["ss_datasets"],
-        tag_frequency=recorded["ss_tag_frequency"], num_processes=1, optimizer=text["ss_optimizer"], family=family.metadata(),
+        tag_frequency=recorded["ss_tag_frequency"], num_processes=1, optimizer=text["ss_optimizer"],
+        family=family.metadata(),
         modelspec=spec, trainable=trainable.metadata(), **counts,
     )
 
@@ -119,5 +132,7 @@ def test_no_metadata(case, tmp_path):
     inputs = inputs_of(case, tmp_path, "--no_metadata")
     hashes = BaseModelHashes(inputs.config, tmp_path / "hashes.json")
     metadata = at_save(build_metadata(inputs), steps=12, epoch=2, finished_at=2e9, hashes=hashes)
-    assert sorted(key for key in metadata if key.startswith("ss_")) == sorted(case["no_metadata"]["exactly_these_ss_keys"])
+    assert sorted(key for key in metadata if key.startswith("ss_")) == sorted(
+        case["no_metadata"]["exactly_these_ss_keys"]
+    )
     assert metadata["modelspec.sai_model_spec"] == "1.0.1"

@@ -1,4 +1,5 @@
-"""Models and numeric parts against the reference files: relative error below 1e-4 in float32 for every output tensor."""
+"""Models and numeric parts against the reference files: relative error below 1e-4 in float32 for every output
+tensor."""
 
 from __future__ import annotations
 

@@ -117,6 +117,10 @@ def test_errors(case):
         assert case["options"]["optimizer_type"].partition(".")[0] in text
     else:
         assert case["options"].get("optimizer_type", "") in text
-        offered = [word for word in re.findall(r"\w+", case["error"]) if word in optimizers.OPTIMIZERS or hasattr(torch.optim, word)]
+        offered = [
+            word
+            for word in re.findall(r"\w+", case["error"])
+            if word in optimizers.OPTIMIZERS or hasattr(torch.optim, word)
+        ]
         for name in offered:
             assert f"did you mean '{name}'?".lower() in text.lower()

@@ -34,7 +34,8 @@ def test_chunks(case):
     given = case["input"]
     first, count = given["token_ids"]["first"], given["token_ids"]["count"]
     rows = pw.token_rows(
-        range(first, first + count), given["max_token_length"] // pw.PER_ROW, begin=BEGIN, end=END, pad=given["pad_token_id"]
+        range(first, first + count), given["max_token_length"] // pw.PER_ROW, begin=BEGIN, end=END,
+        pad=given["pad_token_id"]
     )
     assert rows == [runs(row) for row in case["expected"]["input_ids"]]
 

@@ -49,11 +49,14 @@ def test_files(case, tmp_path):
 
 
 def words_of(error: str) -> list[str]:
-    """What a message has to match by the text of a recorded error: the line, options, suffixes, and the keys it names."""
+    """What a message has to match by the text of a recorded error: the line, options, suffixes, and the keys it
+    names."""
     ordinals = {"first": "(entry 1|subset.0.)", "second": "(entry 2|subset.1.)", "third": "(entry 3|subset.2.)"}
     words = [re.escape(word) for word in re.findall(r"line \d+|--\w+|(?<!\w)\.\w+", error)]
     if error.startswith("names"):
-        words += [ordinals.get(word, word) for word in re.findall(r"\w+", error) if word in ordinals or word in BY_FIELD]
+        words += [
+            ordinals.get(word, word) for word in re.findall(r"\w+", error) if word in ordinals or word in BY_FIELD
+        ]
     return words
 
 
@@ -84,7 +87,9 @@ def test_file_names(case):
 
 @pytest.mark.parametrize("case", behaviour_cases(FILE, "when"))
 def test_occasions(case):
-    options = SimpleNamespace(**{"sample_every_n_steps": None, "sample_every_n_epochs": None, "sample_at_first": False, **case["options"]})
+    options = SimpleNamespace(
+        **{"sample_every_n_steps": None, "sample_every_n_epochs": None, "sample_at_first": False, **case["options"]}
+    )
     assert sampling_prompts.is_sample_due(options, case["at"], case["step"], case["epoch"]) is case["samples"]
 
 

@@ -1,4 +1,5 @@
-"""Every sampler against the reference files samplers.json and samplers.safetensors: states, times, noise levels and draws."""
+"""Every sampler against the reference files samplers.json and samplers.safetensors: states, times, noise levels and
+draws."""
 
 from __future__ import annotations
 
@@ -21,12 +22,14 @@ FILE = "samplers.json"
 SCHEDULERS = {
     "DDIMScheduler": "ddim", "DDPMScheduler": "ddpm", "PNDMScheduler": "pndm", "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_a", "HeunDiscreteScheduler": "heun", "KDPM2DiscreteScheduler": "dpm_2",
-    "KDPM2AncestralDiscreteScheduler": "dpm_2_a", "DPMSolverSinglestepScheduler": "dpmsingle", "UniPCMultistepScheduler": "unipc",
+    "KDPM2AncestralDiscreteScheduler": "dpm_2_a", "DPMSolverSinglestepScheduler": "dpmsingle",
+    "UniPCMultistepScheduler": "unipc",
     "FlowMatchEulerDiscreteScheduler": "euler", "FlowMatchHeunDiscreteScheduler": "heun",
 }  # fmt: skip
 ALGORITHMS = {"dpmsolver": "dpmsolver", "dpmsolver++": "dpmsolver++", "sde-dpmsolver++": "dpmsolver++_sde"}
 SIGMA_TOLERANCE = 1e-5
-"""the references subtract a float32 product near 1 from 1: five digits of sigma_min, and of levels spaced from it, are left"""
+"""the references subtract a float32 product near 1 from 1: five digits of sigma_min, and of levels spaced from it, are
+left"""
 EXTRA_CALLS = {"pndm": 9, "plms": 1}
 """network calls of a run beyond one per step"""
 
@@ -118,7 +121,9 @@ def test_sampler_of_sd_models(case, tensors):
         return network(latents, sigma)
 
     first = float(schedule.sigmas[0])
-    assert schedule.start_scale == pytest.approx(case["start_scale"] * (1 if is_ve else math.sqrt(1 + first**2)), rel=2e-6)
+    assert schedule.start_scale == pytest.approx(
+        case["start_scale"] * (1 if is_ve else math.sqrt(1 + first**2)), rel=2e-6
+    )
     start = tensors["start"] * schedule.start_scale
     result = sampler(denoise, start, schedule.sigmas, recorded_noise(case, tensors, record))
     result = result if is_ve else discrete.network_latents(result, float(schedule.sigmas[-1]))
@@ -157,6 +162,8 @@ def test_sampler_of_flow_models(case, tensors):
 def test_flow_schedule(case):
     sigmas = case["sigmas"]
     first, second = 1 - 1 / (len(sigmas) - 1), sigmas[1]
-    shift = case["config"].get("shift", second * (1 - first) / (first * (1 - second)))  # where none is recorded, that of one sigma
+    shift = case["config"].get(
+        "shift", second * (1 - first) / (first * (1 - second))
+    )  # where none is recorded, that of one sigma
     assert flow_schedule(len(sigmas) - 1, shift).tolist() == pytest.approx(sigmas, rel=1e-6, abs=1e-7)
     assert INFERENCE_SAMPLERS.resolve("euler") is euler

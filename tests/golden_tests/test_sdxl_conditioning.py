@@ -47,7 +47,8 @@ def test_numbers_of_a_file(case, tmp_path: Path) -> None:
     batches = (group.load(request) for epoch in range(1, 30) for request in epoch_requests(group, epoch))
     batch = next(batch for batch in batches if batch.flippeds == [given["flipped"]])
     found = {
-        "original_size": batch.original_sizes_hw, "crop_top_left": batch.crop_top_lefts, "target_size": batch.target_sizes_hw,
+        "original_size": batch.original_sizes_hw, "crop_top_left": batch.crop_top_lefts,
+        "target_size": batch.target_sizes_hw,
     }  # fmt: skip
     assert {name: numbers[0].tolist() for name, numbers in found.items()} == {name: expected[name] for name in found}
     assert list(batch.images.shape[2:]) == expected["target_size"]

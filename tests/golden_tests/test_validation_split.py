@@ -52,7 +52,9 @@ def test_counts_and_sets(case):
 
 def statements(*others: str):
     """The statements of the file, but for those with their own test."""
-    return behaviour_cases("validation_split.json", "properties", where=lambda case: "holds" in case and case["id"] not in others)
+    return behaviour_cases(
+        "validation_split.json", "properties", where=lambda case: "holds" in case and case["id"] not in others
+    )
 
 
 def counts(*, kind: bool = False, subsets: bool = False):
@@ -109,7 +111,9 @@ def test_regularisation_images_stay(case, tmp_path):
     text = f"[[datasets]]\nresolution = 64\nvalidation_split = {case['input']['validation_split']}\n"
     for i, subset in enumerate(case["input"]["subsets"]):
         make_images(tmp_path / str(i), subset["images"])
-        text += f"[[datasets.subsets]]\nimage_dir = '{tmp_path / str(i)}'\nnum_repeats = {subset.get('num_repeats', 1)}\n"
+        text += (
+            f"[[datasets.subsets]]\nimage_dir = '{tmp_path / str(i)}'\nnum_repeats = {subset.get('num_repeats', 1)}\n"
+        )
         text += f"is_reg = {str(subset.get('is_reg', False)).lower()}\n"
     result = scan(tmp_path, text)
     assert sum(not item.is_reg for item in result.train[0]) == case["expected"]["train_images"]
@@ -125,7 +129,10 @@ def test_metadata_and_masks_are_split_too(case, tmp_path):
     make_images(tmp_path / "masks", given["images"], caption=False)
     make_images(tmp_path / "other", 1)
     (tmp_path / "m.json").write_text(json.dumps({f"{i:03d}": {"caption": f"cap {i}"} for i in range(given["images"])}))
-    sources = {"FT": f"metadata_file = '{tmp_path / 'm.json'}'", "CN": f"conditioning_data_dir = '{tmp_path / 'masks'}'"}
+    sources = {
+        "FT": f"metadata_file = '{tmp_path / 'm.json'}'",
+        "CN": f"conditioning_data_dir = '{tmp_path / 'masks'}'",
+    }
     result = scan(tmp_path, f"""
         [[datasets]]
         resolution = 64
@@ -148,12 +155,15 @@ def test_metadata_and_masks_are_split_too(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", behaviour_cases(
-    "validation_split.json", "properties", where=lambda case: case["id"] in ("stable", "captions_follow", "seed_fallback")
+    "validation_split.json", "properties",
+    where=lambda case: case["id"] in ("stable", "captions_follow", "seed_fallback")
 ))
 def test_stable_with_and_without_cached_info(case, tmp_path):
     assert case["holds"]
     make_images(tmp_path / "a", 20)
-    text = f"[[datasets]]\nresolution = 64\nvalidation_split = 0.3\n[[datasets.subsets]]\nimage_dir = '{tmp_path / 'a'}'\n"
+    text = (
+        f"[[datasets]]\nresolution = 64\nvalidation_split = 0.3\n[[datasets.subsets]]\nimage_dir = '{tmp_path / 'a'}'\n"
+    )
     plain = scan(tmp_path, text, seed=7)
     for _ in range(2):
         cached = scan(tmp_path, text, seed=7, cache_info=True)
@@ -166,7 +176,9 @@ def test_stable_with_and_without_cached_info(case, tmp_path):
     assert names(scan(tmp_path, text, seed=8).validation[0]) != names(plain.validation[0])
 
 
-@pytest.mark.parametrize("case", behaviour_cases("validation_split.json", "properties", where=lambda case: case["id"] == "frozen"))
+@pytest.mark.parametrize(
+    "case", behaviour_cases("validation_split.json", "properties", where=lambda case: case["id"] == "frozen")
+)
 def test_nothing_changes_from_epoch_to_epoch(case, tmp_path):
     assert case["holds"]
     subset = SubsetParams(

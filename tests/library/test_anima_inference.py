@@ -23,7 +23,9 @@ def tiny(tmp_path_factory):
     return build_tiny_anima(tmp_path_factory.mktemp("tiny"))
 
 
-def write_adapter(path: Path, seed: int, layers: tuple[str, ...] = ("blocks_0_self_attn_q_proj", "blocks_1_mlp_layer1")) -> Path:
+def write_adapter(
+    path: Path, seed: int, layers: tuple[str, ...] = ("blocks_0_self_attn_q_proj", "blocks_1_mlp_layer1")
+) -> Path:
     """A LoRA with weights that show."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -49,8 +51,10 @@ def adapters(tiny) -> tuple[Path, Path]:
 
 def arguments(tiny, folder, *more: str, prompt: tuple[str, ...] = ("--prompt=a red cat",)) -> list[str]:
     options = [
-        f"--dit={tiny.anima}", f"--vae={tiny.vae}", f"--text_encoder={tiny.qwen3}", f"--qwen3_tokenizer={tiny.qwen3_tokenizer}",
-        f"--t5_tokenizer_path={tiny.t5_tokenizer}", "--qwen3_max_token_length=24", "--t5_max_token_length=32", "--dtype=float32",
+        f"--dit={tiny.anima}", f"--vae={tiny.vae}", f"--text_encoder={tiny.qwen3}",
+        f"--qwen3_tokenizer={tiny.qwen3_tokenizer}",
+        f"--t5_tokenizer_path={tiny.t5_tokenizer}", "--qwen3_max_token_length=24", "--t5_max_token_length=32",
+        "--dtype=float32",
         "--image_size", "32", "48", "--infer_steps=2", "--seed=5", f"--save_path={folder}", *prompt,
     ]  # fmt: skip
     return [*options, *more]  # of an option that is given twice the last one counts
@@ -71,7 +75,8 @@ def test_a_picture_with_its_settings(tiny, tmp_path):
     with Image.open(path) as image:
         assert image.size == (48, 32)
         assert image.text == {
-            "prompt": "a red cat", "negative-prompt": "", "seed": "5", "steps": "2", "scale": "3.5", "flow-shift": "5.0", "sampler": "euler",
+            "prompt": "a red cat", "negative-prompt": "", "seed": "5", "steps": "2", "scale": "3.5",
+            "flow-shift": "5.0", "sampler": "euler",
         }  # fmt: skip
     (bare,) = anima_inference.run(arguments(tiny, tmp_path, "--no_metadata"))
     assert not Image.open(bare).text and pixels([bare]) == pixels([path])
@@ -79,11 +84,19 @@ def test_a_picture_with_its_settings(tiny, tmp_path):
 
 def test_equal_options_give_equal_pictures_and_each_option_tells(tiny, tmp_path):
     base = picture(tiny, tmp_path)
-    for neutral in ("--text_encoder_cpu", "--vae_chunk_size=2", "--vae_disable_cache", "--attn_mode=sdpa", "--device=cpu"):
+    for neutral in (
+        "--text_encoder_cpu",
+        "--vae_chunk_size=2",
+        "--vae_disable_cache",
+        "--attn_mode=sdpa",
+        "--device=cpu",
+    ):
         assert picture(tiny, tmp_path, neutral) == base, neutral
     others = [
-        ("--seed=6",), ("--prompt=the dog",), ("--negative_prompt=blue square",), ("--guidance_scale=1",), ("--guidance_scale=0.5",),
-        ("--flow_shift=1.5",), ("--infer_steps=3",), ("--sampler=er_sde", "--infer_steps=3"), ("--fp8", "--dtype=bfloat16"),
+        ("--seed=6",), ("--prompt=the dog",), ("--negative_prompt=blue square",), ("--guidance_scale=1",),
+        ("--guidance_scale=0.5",),
+        ("--flow_shift=1.5",), ("--infer_steps=3",), ("--sampler=er_sde", "--infer_steps=3"),
+        ("--fp8", "--dtype=bfloat16"),
         ("--t5_max_token_length=30",),
     ]  # fmt: skip
     assert len({base, *(picture(tiny, tmp_path, *more) for more in others)}) == len(others) + 1
@@ -100,11 +113,15 @@ def test_a_picture_equals_a_plain_loop(tiny, tmp_path):
     from library.components.wan_vae_utils import load_wan_vae
 
     model, qwen3 = load_anima(tiny.anima, torch.float32, "cpu"), load_qwen3(tiny.qwen3, torch.float32, "cpu")
-    tokenizers = (load_qwen3_tokenizer(str(tiny.qwen3_tokenizer), None, None), 24), (load_t5_tokenizer(str(tiny.t5_tokenizer), None), 32)
+    tokenizers = (
+        (load_qwen3_tokenizer(str(tiny.qwen3_tokenizer), None, None), 24),
+        (load_t5_tokenizer(str(tiny.t5_tokenizer), None), 32),
+    )
 
     def velocity(x, sigma, text):
         (ids, mask), (t5_ids, t5_mask) = (
-            tokenizer([text], padding="max_length", max_length=length, return_tensors="pt").values() for tokenizer, length in tokenizers
+            tokenizer([text], padding="max_length", max_length=length, return_tensors="pt").values() for tokenizer,
+            length in tokenizers
         )
         states = qwen3(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
         context = model.llm_adapter(states, t5_ids, t5_mask, mask)
@@ -140,8 +157,12 @@ def test_adapters(tiny, adapters, tmp_path):
     assert largest_difference(hooked, merged) <= 1
     both = picture(tiny, tmp_path, "--lora_weight", one, two, "--lora_multiplier", "0.8", "0.5")
     assert both not in (hooked, base, picture(tiny, tmp_path, "--lora_weight", two, "--lora_multiplier", "0.5"))
-    assert both != picture(tiny, tmp_path, "--lora_weight", one, two, "--lora_multiplier", "0.8")  # one multiplier holds for all
-    merged = picture(tiny, tmp_path, "--lora_weight", one, two, "--lora_multiplier", "0.8", "0.5", "--merge_lora_weights")
+    assert both != picture(
+        tiny, tmp_path, "--lora_weight", one, two, "--lora_multiplier", "0.8"
+    )  # one multiplier holds for all
+    merged = picture(
+        tiny, tmp_path, "--lora_weight", one, two, "--lora_multiplier", "0.8", "0.5", "--merge_lora_weights"
+    )
     assert largest_difference(both, merged) <= 1
 
 
@@ -152,7 +173,9 @@ def test_patterns_choose_layers(tiny, adapters, tmp_path):
     denoiser = picture(tiny, tmp_path, *one, "--include_patterns", "^lora_unet")
     assert len({base, whole, denoiser}) == 3
     assert picture(tiny, tmp_path, *one, "--exclude_patterns", r"layers\.\d+\.self_attn") == denoiser
-    attention = picture(tiny, tmp_path, *one, "--include_patterns", r"blocks\.\d+\.self_attn", "mlp", "--exclude_patterns", "mlp")
+    attention = picture(
+        tiny, tmp_path, *one, "--include_patterns", r"blocks\.\d+\.self_attn", "mlp", "--exclude_patterns", "mlp"
+    )
     assert attention not in (base, whole, denoiser)
     merged = picture(tiny, tmp_path, *one, "--include_patterns", r"blocks\.\d+\.self_attn", "--merge_lora_weights")
     assert largest_difference(attention, merged) <= 1
@@ -175,10 +198,24 @@ def test_eight_bits(tiny, adapters, tmp_path):
 
     options = anima_inference.AnimaModelOptions(dit=str(tiny.anima), fp8_scaled=True, dtype="float32")
     scaled = dict(load_denoiser(options, torch.float32, torch.device("cpu")).named_modules())
-    plain = dict(load_denoiser(dataclasses.replace(options, fp8_scaled=False, fp8=True), torch.float32, torch.device("cpu")).named_modules())
-    whole = dict(load_denoiser(dataclasses.replace(options, fp8_scaled=False), torch.float32, torch.device("cpu")).named_modules())
-    names = {name for name, module in scaled.items() if getattr(module, "weight", None) is not None and module.weight.dtype == torch.float8_e4m3fn}
-    assert names == {n for n, m in whole.items() if isinstance(m, torch.nn.Linear) and takes_scale(n)} and len(names) == 30
+    plain = dict(
+        load_denoiser(
+            dataclasses.replace(options, fp8_scaled=False, fp8=True), torch.float32, torch.device("cpu")
+        ).named_modules()
+    )
+    whole = dict(
+        load_denoiser(
+            dataclasses.replace(options, fp8_scaled=False), torch.float32, torch.device("cpu")
+        ).named_modules()
+    )
+    names = {
+        name
+        for name, module in scaled.items()
+        if getattr(module, "weight", None) is not None and module.weight.dtype == torch.float8_e4m3fn
+    }
+    assert (
+        names == {n for n, m in whole.items() if isinstance(m, torch.nn.Linear) and takes_scale(n)} and len(names) == 30
+    )
     x = torch.randn(7, 48, generator=torch.Generator().manual_seed(1))
     name = "blocks.0.mlp.layer1"
     far = [(modules[name](x) - whole[name](x)).norm() / whole[name](x).norm() for modules in (scaled, plain)]
@@ -199,7 +236,9 @@ def test_latents_are_written_and_decoded(tiny, tmp_path):
     decode = [f"--vae={tiny.vae}", "--dtype=float32", f"--save_path={tmp_path / 'c'}", "--latent_path", str(latents)]
     (decoded,) = anima_inference.run(decode)
     assert pixels([decoded]) == [expected] and Image.open(decoded).text["prompt"] == "a red cat"
-    (alone,) = anima_inference.run([a for a in arguments(tiny, tmp_path / "d", "--output_type=latent") if not a.startswith("--vae")])
+    (alone,) = anima_inference.run(
+        [a for a in arguments(tiny, tmp_path / "d", "--output_type=latent") if not a.startswith("--vae")]
+    )
     assert alone.read_bytes() == latents.read_bytes()
     with pytest.raises(CheckpointError, match="holds no latents"):
         anima_inference.run([*decode[:-1], str(tiny.anima)])
@@ -212,12 +251,17 @@ def test_prompts_from_a_file_and_typed_ones(tiny, adapters, tmp_path, monkeypatc
     content = "a red cat --g 1 --fs 2 --h 48\na red cat --m 0 --d 5\na red cat\nthe dog --n blue --s 3 --l 2\n"
     (tmp_path / "prompts.txt").write_text(content, encoding="utf-8")
     lora = ("--lora_weight", str(adapters[0]))
-    from_file = anima_inference.run(arguments(tiny, tmp_path / "a", f"--from_file={tmp_path / 'prompts.txt'}", *lora, prompt=()))
+    from_file = anima_inference.run(
+        arguments(tiny, tmp_path / "a", f"--from_file={tmp_path / 'prompts.txt'}", *lora, prompt=())
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO(content.replace("the dog", "--q 3\nthe dog") + "\n"))
     typed = anima_inference.run(arguments(tiny, tmp_path / "b", "--interactive", *lora, prompt=()))
     assert len(from_file) == 4 and pixels(from_file) == pixels(typed)
     assert Image.open(from_file[0]).size == (48, 48)
-    assert pixels(from_file)[1:3] == [picture(tiny, tmp_path), picture(tiny, tmp_path, *lora)]  # --m counts for its line alone
+    assert pixels(from_file)[1:3] == [
+        picture(tiny, tmp_path),
+        picture(tiny, tmp_path, *lora),
+    ]  # --m counts for its line alone
     assert Image.open(from_file[3]).text["negative-prompt"] == "blue"
 
 
@@ -244,7 +288,8 @@ def test_bad_options(tiny, tmp_path, more, words):
 def test_every_wrong_file_is_named_before_anything_is_loaded(tiny, tmp_path):
     with pytest.raises(ConfigError) as caught:
         anima_inference.run([
-            f"--dit={tiny.vae}", f"--vae={tmp_path / 'none'}", f"--text_encoder={tiny.anima}", "--lora_weight", str(tiny.qwen3),
+            f"--dit={tiny.vae}", f"--vae={tmp_path / 'none'}", f"--text_encoder={tiny.anima}", "--lora_weight",
+            str(tiny.qwen3),
             "--from_file=none.txt",
         ])  # fmt: skip
     assert [problem.split()[0] for problem in caught.value.problems] == [
@@ -277,7 +322,9 @@ def test_scaled_rows_of_any_size_keep_their_digits():
     from library.fp8_optimization_utils import shrink_linears_to_scaled_fp8
 
     layer = torch.nn.Linear(64, 4)
-    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(2)) * torch.tensor([1e-5, 1.0, 1e5, 0.0])[:, None]
+    weight = (
+        torch.randn(4, 64, generator=torch.Generator().manual_seed(2)) * torch.tensor([1e-5, 1.0, 1e5, 0.0])[:, None]
+    )
     layer.weight.data, x = weight.clone(), torch.randn(9, 64, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected = layer(x)
@@ -289,8 +336,12 @@ def test_scaled_rows_of_any_size_keep_their_digits():
 def test_a_file_under_the_names_of_comfyui_is_the_same_adapter(tiny, adapters, tmp_path):
     from networks.files.lora_conversion import to_dotted
 
-    tensors = {key: tensor for key, tensor in load_safetensors(adapters[0], "cpu").items() if key.startswith("lora_unet")}
+    tensors = {
+        key: tensor for key, tensor in load_safetensors(adapters[0], "cpu").items() if key.startswith("lora_unet")
+    }
     save_file_atomic(tensors, tmp_path / "own.safetensors")
     save_file_atomic(to_dotted("anima", tensors), tmp_path / "comfy.safetensors")
-    own, comfy = (picture(tiny, tmp_path, "--lora_weight", str(tmp_path / f"{name}.safetensors")) for name in ("own", "comfy"))
+    own, comfy = (
+        picture(tiny, tmp_path, "--lora_weight", str(tmp_path / f"{name}.safetensors")) for name in ("own", "comfy")
+    )
     assert own == comfy != picture(tiny, tmp_path)

@@ -19,7 +19,8 @@ from tests.tiny import random_state
 
 KEY_TABLES = Path(__file__).parents[1] / "golden" / "checkpoints"
 PARAMS = AnimaParams(
-    in_channels=4, out_channels=4, model_channels=48, num_blocks=3, num_heads=2, mlp_ratio=2.0, context_dim=20, adaln_lora_dim=8,
+    in_channels=4, out_channels=4, model_channels=48, num_blocks=3, num_heads=2, mlp_ratio=2.0, context_dim=20,
+    adaln_lora_dim=8,
     adapter=AdapterParams(source_dim=12, target_dim=20, model_dim=20, num_layers=2, num_heads=2, vocab=30, mlp_hidden=40),
 )  # fmt: skip
 
@@ -65,7 +66,9 @@ def test_saving_keeps_the_prefix_and_casts(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("change", "words"), [("missing", "are missing"), ("extra", "are unknown"), ("shape", "shapes do not fit")])
+@pytest.mark.parametrize(
+    ("change", "words"), [("missing", "are missing"), ("extra", "are unknown"), ("shape", "shapes do not fit")]
+)
 def test_a_file_that_does_not_fit_is_an_error(tmp_path: Path, change: str, words: str) -> None:
     state = tiny_state()
     if change == "missing":
@@ -81,8 +84,13 @@ def test_a_file_that_does_not_fit_is_an_error(tmp_path: Path, change: str, words
 def test_adapter_of_another_file_replaces_the_models_own(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", tiny_state())
     other = tiny_state(seed=9)
-    alone = {key.removeprefix("llm_adapter."): tensor for key, tensor in other.items() if key.startswith("llm_adapter.")}
-    for name, given in (("whole", write(tmp_path / "w.safetensors", other)), ("alone", write(tmp_path / "l.safetensors", alone, ""))):
+    alone = {
+        key.removeprefix("llm_adapter."): tensor for key, tensor in other.items() if key.startswith("llm_adapter.")
+    }
+    for name, given in (
+        ("whole", write(tmp_path / "w.safetensors", other)),
+        ("alone", write(tmp_path / "l.safetensors", alone, "")),
+    ):
         model = anima_utils.load_anima(path, torch.float32, "cpu", llm_adapter_path=given)
         torch.testing.assert_close(model.llm_adapter.embed.weight, other["llm_adapter.embed.weight"], msg=name)
         torch.testing.assert_close(model.blocks[0].mlp.layer1.weight, tiny_state()["blocks.0.mlp.layer1.weight"])
@@ -102,7 +110,10 @@ def test_padding_and_batch_mates_do_not_change_a_context() -> None:
     model.load_state_dict(tiny_state())
     ids, states = torch.tensor([[5, 6, 1]]), torch.randn(1, 4, 12)
     alone = model.llm_adapter(states, ids, torch.ones(1, 3), torch.ones(1, 4))
-    padded_ids, mask = torch.tensor([[5, 6, 1, 0, 0], [7, 8, 9, 2, 1]]), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    padded_ids, mask = (
+        torch.tensor([[5, 6, 1, 0, 0], [7, 8, 9, 2, 1]]),
+        torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
+    )
     padded_states = torch.cat((states, torch.full((1, 2, 12), 9.0)), dim=1).repeat(2, 1, 1)
     source_mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
     together = model.llm_adapter(padded_states, padded_ids, mask, source_mask)
@@ -113,7 +124,9 @@ def test_padding_and_batch_mates_do_not_change_a_context() -> None:
 def test_a_caption_without_tokens_gives_numbers() -> None:
     model = Anima(PARAMS)
     model.load_state_dict(tiny_state())
-    context = model.llm_adapter(torch.zeros(1, 4, 12), torch.tensor([[1, 0, 0]]), torch.tensor([[1, 0, 0]]), torch.zeros(1, 4))
+    context = model.llm_adapter(
+        torch.zeros(1, 4, 12), torch.tensor([[1, 0, 0]]), torch.tensor([[1, 0, 0]]), torch.zeros(1, 4)
+    )
     assert context.isfinite().all() and context[0, 0].abs().max() > 0
 
 
@@ -122,18 +135,24 @@ def test_the_time_is_not_rounded_in_half_precision() -> None:
     model.load_state_dict(tiny_state())
     model.bfloat16()
     latents, _, context = example()
-    near = [model(latents.bfloat16(), torch.full((2,), time), context) for time in (0.9375, 0.9385)]  # one number in bfloat16
+    near = [
+        model(latents.bfloat16(), torch.full((2,), time), context) for time in (0.9375, 0.9385)
+    ]  # one number in bfloat16
     assert not torch.equal(*near)
 
 
 def diffusers_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our keys under the names of diffusers' Cosmos transformer."""
     replacements = (
-        ("x_embedder.proj.1", "patch_embed.proj"), ("t_embedder.1.", "time_embed.t_embedder."), ("t_embedding_norm", "time_embed.norm"),
-        ("final_layer.adaln_modulation.1", "norm_out.linear_1"), ("final_layer.adaln_modulation.2", "norm_out.linear_2"),
+        ("x_embedder.proj.1", "patch_embed.proj"), ("t_embedder.1.", "time_embed.t_embedder."),
+        ("t_embedding_norm", "time_embed.norm"),
+        ("final_layer.adaln_modulation.1", "norm_out.linear_1"),
+        ("final_layer.adaln_modulation.2", "norm_out.linear_2"),
         ("final_layer.linear", "proj_out"), ("adaln_modulation_self_attn.", "norm1.linear_"),
-        ("adaln_modulation_cross_attn.", "norm2.linear_"), ("adaln_modulation_mlp.", "norm3.linear_"), ("self_attn", "attn1"),
-        ("cross_attn", "attn2"), ("q_proj", "to_q"), ("k_proj", "to_k"), ("v_proj", "to_v"), ("output_proj", "to_out.0"),
+        ("adaln_modulation_cross_attn.", "norm2.linear_"), ("adaln_modulation_mlp.", "norm3.linear_"),
+        ("self_attn", "attn1"),
+        ("cross_attn", "attn2"), ("q_proj", "to_q"), ("k_proj", "to_k"), ("v_proj", "to_v"),
+        ("output_proj", "to_out.0"),
         ("q_norm", "norm_q"), ("k_norm", "norm_k"), ("mlp.layer1", "ff.net.0.proj"), ("mlp.layer2", "ff.net.2"),
     )  # fmt: skip
     renamed = {}
@@ -148,8 +167,10 @@ def diffusers_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_denoiser_agrees_with_diffusers() -> None:
     diffusers = pytest.importorskip("diffusers")
     reference = diffusers.CosmosTransformer3DModel(
-        in_channels=5, out_channels=4, num_attention_heads=2, attention_head_dim=24, num_layers=3, mlp_ratio=2.0, text_embed_dim=20,
-        adaln_lora_dim=8, max_size=(1, 32, 32), patch_size=(1, 2, 2), rope_scale=(1.0, 4.0, 4.0), concat_padding_mask=False,
+        in_channels=5, out_channels=4, num_attention_heads=2, attention_head_dim=24, num_layers=3, mlp_ratio=2.0,
+        text_embed_dim=20,
+        adaln_lora_dim=8, max_size=(1, 32, 32), patch_size=(1, 2, 2), rope_scale=(1.0, 4.0, 4.0),
+        concat_padding_mask=False,
         extra_pos_embed_type=None,
     )  # fmt: skip
     state = tiny_state()
@@ -186,6 +207,8 @@ def test_eight_bit_storage_keeps_the_adapter_and_the_modulation_wide(tmp_path: P
     model = anima_utils.load_anima(path, torch.float8_e4m3fn, "cpu")
     kinds = {name: weight.dtype for name, weight in model.named_parameters()}
     assert kinds["blocks.0.self_attn.q_proj.weight"] == kinds["blocks.0.mlp.layer1.weight"] == torch.float8_e4m3fn
-    assert {kinds[name] for name in kinds if "adaln" in name or "llm_adapter" in name or "norm" in name} == {torch.bfloat16}
+    assert {kinds[name] for name in kinds if "adaln" in name or "llm_adapter" in name or "norm" in name} == {
+        torch.bfloat16
+    }
     latents, times, context = example()
     assert model(latents, times, context).isfinite().all()

@@ -7,8 +7,12 @@ import pytest
 
 from library.checkpoints.kinds import check_slot, describe_checkpoint
 
-FLUX = {"double_blocks.0.img_attn.norm.query_norm.scale": (16,), "double_blocks.1.img_attn.norm.query_norm.scale": (16,),
-        "single_blocks.0.linear1.weight": (8, 8), "img_in.weight": (8, 64)}
+FLUX = {
+    "double_blocks.0.img_attn.norm.query_norm.scale": (16,),
+    "double_blocks.1.img_attn.norm.query_norm.scale": (16,),
+    "single_blocks.0.linear1.weight": (8, 8),
+    "img_in.weight": (8, 64),
+}
 CROSS = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 SD1 = {"input_blocks.0.0.weight": (8, 4, 3, 3), CROSS: (8, 768)}
 SDXL = {"input_blocks.0.0.weight": (8, 4, 3, 3), "label_emb.0.0.weight": (8, 2816)}
@@ -29,28 +33,62 @@ KINDS = [
     ("sdxl_refiner", SDXL | {"label_emb.0.0.weight": (8, 2560)}, "refiner"),
     ("sd1", SD1, "Stable Diffusion 1"),
     ("sd1", SD1 | {"input_blocks.0.0.weight": (8, 9, 3, 3)}, "inpainting"),
-    ("sd1", prefixed("model.diffusion_model.", SD1) | {"first_stage_model.quant_conv.weight": (8, 8, 1, 1)}, "one file"),
+    (
+        "sd1",
+        prefixed("model.diffusion_model.", SD1) | {"first_stage_model.quant_conv.weight": (8, 8, 1, 1)},
+        "one file",
+    ),
     ("sd2", SD1 | {CROSS: (8, 1024)}, "Stable Diffusion 2"),
     ("sd3", {"joint_blocks.0.x_block.attn.qkv.weight": (8, 8)}, "SD3 medium"),
-    ("sd3", {"joint_blocks.0.x_block.attn.qkv.weight": (8, 8), "joint_blocks.0.x_block.attn.ln_q.weight": (8,)}, "SD3.5 large"),
-    ("sd3", {"joint_blocks.0.x_block.attn.qkv.weight": (8, 8), "joint_blocks.0.x_block.attn.ln_q.weight": (8,),
-             "joint_blocks.0.x_block.attn2.qkv.weight": (8, 8)}, "SD3.5 medium"),
+    (
+        "sd3",
+        {"joint_blocks.0.x_block.attn.qkv.weight": (8, 8), "joint_blocks.0.x_block.attn.ln_q.weight": (8,)},
+        "SD3.5 large",
+    ),
+    (
+        "sd3",
+        {
+            "joint_blocks.0.x_block.attn.qkv.weight": (8, 8),
+            "joint_blocks.0.x_block.attn.ln_q.weight": (8,),
+            "joint_blocks.0.x_block.attn2.qkv.weight": (8, 8),
+        },
+        "SD3.5 medium",
+    ),
     ("chroma", FLUX | {"distilled_guidance_layer.in_proj.weight": (8, 8)}, "Chroma"),
     ("flux", FLUX, "schnell type, 2 double and 1 single blocks"),
     ("flux", FLUX | {"guidance_in.in_layer.weight": (8, 8)}, "dev type"),
     ("flux", prefixed("model.diffusion_model.", FLUX | {"img_in.weight": (8, 384)}), "fill model"),
-    ("flux", {"transformer_blocks.0.attn.add_k_proj.weight": (8, 8), "single_transformer_blocks.0.proj_mlp.weight": (8, 8)}, "diffusers names"),
+    (
+        "flux",
+        {"transformer_blocks.0.attn.add_k_proj.weight": (8, 8), "single_transformer_blocks.0.proj_mlp.weight": (8, 8)},
+        "diffusers names",
+    ),
     ("flux_controlnet", FLUX | {"controlnet_blocks.0.weight": (8, 8)}, "ControlNet"),
-    ("framepack", {"clean_x_embedder.proj_2x.weight": (8, 8), "transformer_blocks.0.attn.add_k_proj.weight": (8, 8),
-                   "single_transformer_blocks.0.proj_mlp.weight": (8, 8)}, "FramePack"),
+    (
+        "framepack",
+        {
+            "clean_x_embedder.proj_2x.weight": (8, 8),
+            "transformer_blocks.0.attn.add_k_proj.weight": (8, 8),
+            "single_transformer_blocks.0.proj_mlp.weight": (8, 8),
+        },
+        "FramePack",
+    ),
     ("hunyuan_image", {"byt5_in.fc1.weight": (8, 8), "img_in.proj.weight": (8, 64, 1, 1)}, "HunyuanImage"),
-    ("hunyuan_video", {"txt_in.individual_token_refiner.blocks.0.norm1.weight": (8,), "img_in.proj.weight": (8, 16, 1, 2, 2)}, "text to video"),
+    (
+        "hunyuan_video",
+        {"txt_in.individual_token_refiner.blocks.0.norm1.weight": (8,), "img_in.proj.weight": (8, 16, 1, 2, 2)},
+        "text to video",
+    ),
     ("lumina2", {"cap_embedder.1.weight": (2304, 8), "noise_refiner.0.attention.qkv.weight": (8, 8)}, "Lumina"),
     ("nextdit", {"cap_embedder.1.weight": (3840, 8), "noise_refiner.0.attention.qkv.weight": (8, 8)}, "not Lumina"),
     ("anima", {"net.blocks.0.adaln_modulation_self_attn.1.weight": (8, 8), "net.llm_adapter.x": (8,)}, "Anima"),
     ("cosmos", {"net.blocks.0.adaln_modulation_self_attn.1.weight": (8, 8)}, "Cosmos"),
     ("wan", WAN, "1.3B text to video"),
-    ("wan", WAN | {"patch_embedding.weight": (5120, 36, 1, 2, 2), "img_emb.proj.1.weight": (8, 8)}, "14B image to video"),
+    (
+        "wan",
+        WAN | {"patch_embedding.weight": (5120, 36, 1, 2, 2), "img_emb.proj.1.weight": (8, 8)},
+        "14B image to video",
+    ),
     ("vae_flux", VAE, "16 latent channels"),
     ("vae_sd", VAE | {"quant_conv.weight": (8, 8, 1, 1), "decoder.conv_in.weight": (8, 4, 3, 3)}, "4 latent channels"),
     ("vae_hunyuan_image", VAE | {"encoder.down.5.block.0.norm1.weight": (8,)}, "HunyuanImage"),
@@ -59,12 +97,20 @@ KINDS = [
     ("vae_hunyuan_video", {"encoder.down_blocks.0.resnets.0.conv1.conv.weight": (8, 8, 3, 3, 3)}, "HunyuanVideo"),
     ("clip_l", {CLIP: (49408, 768), "text_model.encoder.layers.11.mlp.fc1.weight": (8, 8)}, "width 768, 12 layers"),
     ("clip_g", {CLIP: (49408, 1280)}, "CLIP-G"),
-    ("clip_g", {"transformer.resblocks.0.attn.in_proj_weight": (8, 8), "token_embedding.weight": (49408, 1280)}, "open_clip"),
+    (
+        "clip_g",
+        {"transformer.resblocks.0.attn.in_proj_weight": (8, 8), "token_embedding.weight": (49408, 1280)},
+        "open_clip",
+    ),
     ("t5", T5, "T5 text encoder"),
     ("byt5", T5 | {"shared.weight": (1510, 8)}, "ByT5"),
     ("umt5", T5 | {"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": (32, 4)}, "UMT5"),
     ("umt5", {"blocks.0.pos_embedding.embedding.weight": (32, 4), "token_embedding.weight": (8, 8)}, "UMT5"),
-    ("qwen25_vl", LLAMA | {"model.layers.0.self_attn.q_proj.bias": (8,), "visual.blocks.0.norm1.weight": (8,)}, "Qwen2.5-VL"),
+    (
+        "qwen25_vl",
+        LLAMA | {"model.layers.0.self_attn.q_proj.bias": (8,), "visual.blocks.0.norm1.weight": (8,)},
+        "Qwen2.5-VL",
+    ),
     ("qwen3", LLAMA | {"model.layers.0.self_attn.q_norm.weight": (8,)}, "Qwen3"),
     ("gemma2", LLAMA | {"model.layers.0.pre_feedforward_layernorm.weight": (8,)}, "Gemma"),
     ("llama", LLAMA, "LLaMA"),
@@ -74,10 +120,18 @@ KINDS = [
     ("adapter", {"lora_unet_double_blocks_0_img_mlp_fc1.lora_down.weight": (4, 8)}, "HunyuanImage"),
     ("adapter", {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 8)}, "SDXL"),
     ("adapter", {"unet.down_blocks.1.attentions.1.transformer_blocks.1.attn1.to_q.lora_A.weight": (4, 8)}, "SDXL"),
-    ("adapter", {"unet.down_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q.lora_A.weight": (4, 8)}, "Stable Diffusion 1"),
+    (
+        "adapter",
+        {"unet.down_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q.lora_A.weight": (4, 8)},
+        "Stable Diffusion 1",
+    ),
     ("adapter", {"lora_unet_blocks_7_mlp_layer1.lora_down.weight": (4, 8)}, "Anima"),
     ("adapter", {"lora_unet_blocks_0_cross_attn_q.lora_down.weight": (4, 8)}, "Wan"),
-    ("clip_l", {"embeddings.token_embedding.weight": (49408, 768), "encoder.layers.11.mlp.fc1.weight": (8, 8)}, "width 768, 12 layers"),
+    (
+        "clip_l",
+        {"embeddings.token_embedding.weight": (49408, 768), "encoder.layers.11.mlp.fc1.weight": (8, 8)},
+        "width 768, 12 layers",
+    ),
     ("adapter", {"lora_unet_down_blocks_0_attentions_0_proj_in.hada_w1_a": (4, 8)}, "Stable Diffusion 1"),
     ("adapter", {"lycoris_something.lokr_w1": (4, 8)}, "LoRA-type adapter"),
     ("embedding", {"emb_params": (4, 768)}, "textual inversion"),
@@ -86,7 +140,8 @@ KINDS = [
 
 
 def write_file(path, shapes, cut=0):
-    """A safetensors file of zeros with these shapes; float8 keeps wide ones small. `cut` bytes are missing at its end."""
+    """A safetensors file of zeros with these shapes; float8 keeps wide ones small. `cut` bytes are missing at its
+    end."""
     header, position = {}, 0
     for name, shape in shapes.items():
         size = 1
@@ -165,7 +220,9 @@ def test_a_pipeline_folder_fits_by_the_part_that_is_needed(tmp_path):
 def test_the_message_of_a_slot_says_what_the_file_is_and_what_is_needed(tmp_path):
     path = write_file(tmp_path / "sdxl.safetensors", SDXL)
     message = check_slot(path, "clip_l", {"clip_l"})
-    assert message == f"--clip_l is {path}: this is an SDXL checkpoint; needed: a CLIP-L text encoder (clip_l.safetensors)"
+    assert (
+        message == f"--clip_l is {path}: this is an SDXL checkpoint; needed: a CLIP-L text encoder (clip_l.safetensors)"
+    )
     assert check_slot(path, "pretrained_model_name_or_path", {"sdxl"}) is None
     assert "is not given" in check_slot(None, "ae", {"vae_flux"})
     pickle = tmp_path / "old.ckpt"
@@ -187,8 +244,12 @@ def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path, length):
 def test_the_way_out_for_scripts_that_make_images(tmp_path):
     path = write_file(tmp_path / "given.safetensors", SDXL)
     trained = check_slot(path, "ckpt", {"sd1", "sd2"})
-    assert trained.endswith("needed: a Stable Diffusion 1 or 2 checkpoint or diffusers folder; sdxl_train_network.py trains such a model")
-    assert check_slot(path, "ckpt", {"sd1", "sd2"}, for_pictures=True).endswith("; sdxl_gen_img.py makes images with such a model")
+    assert trained.endswith(
+        "needed: a Stable Diffusion 1 or 2 checkpoint or diffusers folder; sdxl_train_network.py trains such a model"
+    )
+    assert check_slot(path, "ckpt", {"sd1", "sd2"}, for_pictures=True).endswith(
+        "; sdxl_gen_img.py makes images with such a model"
+    )
 
 
 def test_ids_of_the_hub_are_refused_with_the_command_that_fetches_them(tmp_path, monkeypatch):

@@ -15,7 +15,9 @@ POINT = Point({}, "step", 3, 3, 1)
 
 
 def frames(count: int = 4) -> list[Image.Image]:
-    return [Image.fromarray(np.random.RandomState(i).randint(0, 255, (12, 20, 3), dtype=np.uint8)) for i in range(count)]
+    return [
+        Image.fromarray(np.random.RandomState(i).randint(0, 255, (12, 20, 3), dtype=np.uint8)) for i in range(count)
+    ]
 
 
 def test_a_clip_is_an_animated_png_whose_first_frame_is_its_picture(tmp_path):
@@ -57,7 +59,9 @@ def test_tensorboard_shows_pictures_and_clips(tmp_path):
 def test_weights_and_biases_gets_a_picture_or_a_video():
     logged = []
     tracker = WandbTracker.__new__(WandbTracker)
-    tracker._wandb = SimpleNamespace(Image=lambda image, caption: ("image", caption), Video=lambda data, caption, format: (format, data.getvalue()))
+    tracker._wandb = SimpleNamespace(
+        Image=lambda image, caption: ("image", caption), Video=lambda data, caption, format: (format, data.getvalue())
+    )
     tracker._run = SimpleNamespace(log=lambda values, commit: logged.append(values))
     tracker.log_image("sample_0", frames(1)[0], "one", POINT)
     tracker.log_image("sample_1", frames(), "several", POINT)

@@ -15,7 +15,16 @@ FLUX = ARCHITECTURES["flux"]
 SUBSET = '[[datasets.subsets]]\nimage_dir = "a"\n'
 
 
-def load(tmp_path: Path, text: str, *, name: str = "d.toml", caching=None, script: str = "flux_train_network", explicit=(), **options):
+def load(
+    tmp_path: Path,
+    text: str,
+    *,
+    name: str = "d.toml",
+    caching=None,
+    script: str = "flux_train_network",
+    explicit=(),
+    **options,
+):
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     given = DatasetOptions(dataset_config=path, **options)
@@ -101,7 +110,8 @@ def errors_of(tmp_path, text: str, **settings) -> list[tuple[str, str, str | Non
 def test_options_of_the_command_line_are_unknown_keys(tmp_path):
     text = f"[[datasets]]\nresolution = 64\ncache_latents = true\n{SUBSET}train_data_dir = 'b'\n"
     assert errors_of(tmp_path, text) == [
-        ("datasets[0].cache_latents", "unknown_key", None), ("datasets[0].subsets[0].train_data_dir", "unknown_key", None),
+        ("datasets[0].cache_latents", "unknown_key", None),
+        ("datasets[0].subsets[0].train_data_dir", "unknown_key", None),
     ]
 
 
@@ -125,7 +135,9 @@ def test_named_dataset_that_is_no_table(tmp_path):
 
 @pytest.mark.parametrize("value", ["[64]", '"64x64"', '["64", "64"]', '"[64,64]"'])
 def test_forms_of_the_resolution(tmp_path, value):
-    assert errors_of(tmp_path, f"[[datasets]]\nresolution = {value}\n{SUBSET}") == [("datasets[0].resolution", "wrong_type", None)]
+    assert errors_of(tmp_path, f"[[datasets]]\nresolution = {value}\n{SUBSET}") == [
+        ("datasets[0].resolution", "wrong_type", None)
+    ]
 
 
 def test_a_step_longer_than_the_resolution(tmp_path):
@@ -179,7 +191,9 @@ def test_text_cache_takes_what_is_fixed(tmp_path):
 
 def test_masks_are_detected_per_dataset(tmp_path):
     """train_db with --masked_loss takes plain folders beside those with masks."""
-    text = f'[[datasets]]\nresolution = 64\n{SUBSET}conditioning_data_dir = "m"\n[[datasets]]\nresolution = 64\n{SUBSET}'
+    text = (
+        f'[[datasets]]\nresolution = 64\n{SUBSET}conditioning_data_dir = "m"\n[[datasets]]\nresolution = 64\n{SUBSET}'
+    )
     assert [d.kind for d in load(tmp_path, text, masked_loss=True, script="train_db").datasets] == ["CN", "DB"]
     with pytest.raises(DatasetConfigError, match="masked_loss"):
         load(tmp_path, text)
@@ -216,7 +230,9 @@ def test_folder_options_beside_a_file_are_named(tmp_path):
 
 
 def test_old_extension_spelling_wins_with_a_warning(tmp_path):
-    blueprint = load(tmp_path, f"[[datasets]]\nresolution = 64\n{SUBSET}", caption_extension=".a", caption_extention="b")
+    blueprint = load(
+        tmp_path, f"[[datasets]]\nresolution = 64\n{SUBSET}", caption_extension=".a", caption_extention="b"
+    )
     assert blueprint.datasets[0].subsets[0].caption_extension == ".b"
     assert any("caption_extention" in line for line in blueprint.warnings)
 
@@ -236,7 +252,9 @@ def test_integers_are_integers(tmp_path, value):
 
 
 def folders(**options):
-    return load_blueprint(DatasetOptions(resolution=(64, 64), **options), architecture=FLUX, explicit=frozenset(options))
+    return load_blueprint(
+        DatasetOptions(resolution=(64, 64), **options), architecture=FLUX, explicit=frozenset(options)
+    )
 
 
 def test_no_images_given():
@@ -283,6 +301,12 @@ def test_changed_effects_are_logged(tmp_path, caplog):
 def test_folders_that_ask_for_no_repeats_are_named(tmp_path):
     for name in ("-2_name", "0_other", "3_good", "cat"):
         (tmp_path / name).mkdir()
-    warnings = load_blueprint(DatasetOptions(train_data_dir=str(tmp_path), resolution=(64, 64)), architecture=ARCHITECTURES["flux"]).warnings
-    for name, reason in (("-2_name", "asks for -2 repeats"), ("0_other", "asks for 0 repeats"), ("cat", "does not begin with a number")):
+    warnings = load_blueprint(
+        DatasetOptions(train_data_dir=str(tmp_path), resolution=(64, 64)), architecture=ARCHITECTURES["flux"]
+    ).warnings
+    for name, reason in (
+        ("-2_name", "asks for -2 repeats"),
+        ("0_other", "asks for 0 repeats"),
+        ("cat", "does not begin with a number"),
+    ):
         assert any(name in line and reason in line for line in warnings), name

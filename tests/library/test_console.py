@@ -34,10 +34,25 @@ def test_letters_that_the_console_lacks(encoding: str, monkeypatch):
     assert stream.buffer.getvalue().split() == [b"a", b"\\U0001f600", b"caf\\udce9"]
 
 
-@pytest.mark.parametrize("settings", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252:strict"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
-@pytest.mark.parametrize("script", ["flux_train_network.py", "tools/show_metadata.py", "tools/cache_latents.py", "gen_img.py"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "cp1252:strict"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
+@pytest.mark.parametrize(
+    "script", ["flux_train_network.py", "tools/show_metadata.py", "tools/cache_latents.py", "gen_img.py"]
+)
 def test_help_on_narrow_consoles(settings: dict[str, str], script: str):
-    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], cwd=ROOT, env={**os.environ, **settings}, capture_output=True, timeout=PATIENCE)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"],
+        cwd=ROOT,
+        env={**os.environ, **settings},
+        capture_output=True,
+        timeout=PATIENCE,
+    )
     assert done.returncode == 0 and b"Traceback" not in done.stderr and b"--" in done.stdout
 
 

@@ -1,4 +1,5 @@
-"""Block swap: whatever passes run in whatever order, no block computes without its weights, and few are there at a time."""
+"""Block swap: whatever passes run in whatever order, no block computes without its weights, and few are there at a
+time."""
 
 from __future__ import annotations
 
@@ -71,7 +72,9 @@ def swapped(num_double: int, num_single: int) -> tuple[Flux, list[TwoPlaces]]:
 
 def gradients(model: Flux) -> list[torch.Tensor]:
     """Gradients of the biases, which block swap leaves in place."""
-    biases = [block.img_attn.proj.bias for block in model.double_blocks] + [block.linear1.bias for block in model.single_blocks]
+    biases = [block.img_attn.proj.bias for block in model.double_blocks] + [
+        block.linear1.bias for block in model.single_blocks
+    ]
     for bias in biases:
         bias.requires_grad_(True)
         bias.grad = None

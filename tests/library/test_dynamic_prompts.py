@@ -31,7 +31,8 @@ def test_the_same_seed_gives_the_same_text():
     ("prompt", "expected"),
     [
         ("plain, (weighted:1.2)", "plain, (weighted:1.2)"), ("{A}", "A"), ("{}", ""), ("x{ A }y", "x A y"),
-        (r"\{a|b\}", "{a|b}"), (r"{\{|\{}", "{"), ("{{{A}}}", "A"), ("{1$$A}", "A"), ("{0$$A|B}", ""), ("{1-1$$ and $$A}", "A"),
+        (r"\{a|b\}", "{a|b}"), (r"{\{|\{}", "{"), ("{{{A}}}", "A"), ("{1$$A}", "A"), ("{0$$A|B}", ""),
+        ("{1-1$$ and $$A}", "A"),
         ("{{1}$$A}", "A"),
     ],
 )  # fmt: skip
@@ -71,12 +72,16 @@ def test_every_combination_draws_as_if_it_were_alone():
     ("prompt", "message"),
     [
         ("{a|b", "has a '{' without"), ("a}", "has a '}' without"), ("{3$$a|b}", "asks for 3 of 2 options"),
-        ("{2-1$$a|b}", "asks for 2-1 of 2"), ("{x$$a|b}", "has the group {x$$a|b}"), ("{e$$ and $$a|b}", "has the group"),
-        ("{1$$x$$y$$a}", "has the group"), ("{e$$" + "|".join("abcdefghij") + "}" + "{e$$1|2|3|4|5|6|7|8|9|0}" * 4, "more than 10000"),
+        ("{2-1$$a|b}", "asks for 2-1 of 2"), ("{x$$a|b}", "has the group {x$$a|b}"),
+        ("{e$$ and $$a|b}", "has the group"),
+        ("{1$$x$$y$$a}", "has the group"),
+        ("{e$$" + "|".join("abcdefghij") + "}" + "{e$$1|2|3|4|5|6|7|8|9|0}" * 4, "more than 10000"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told(prompt, message):
-    with pytest.raises(ConfigError, match=message.replace("{", r"\{").replace("}", r"\}").replace("$", r"\$").replace("|", r"\|")):
+    with pytest.raises(
+        ConfigError, match=message.replace("{", r"\{").replace("}", r"\}").replace("$", r"\$").replace("|", r"\|")
+    ):
         expand_prompt(prompt, 0)
 
 

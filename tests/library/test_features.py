@@ -17,7 +17,9 @@ TOKENS = 6  # patches of 2 x 2
 
 
 def anima() -> Anima:
-    model = Anima(AnimaParams(model_channels=48, num_blocks=2, num_heads=2, mlp_ratio=2.0, context_dim=24, adaln_lora_dim=8))
+    model = Anima(
+        AnimaParams(model_channels=48, num_blocks=2, num_heads=2, mlp_ratio=2.0, context_dim=24, adaln_lora_dim=8)
+    )
     model.load_state_dict(random_state(model, torch.Generator().manual_seed(0)))
     return model.eval().requires_grad_(False)
 

@@ -92,7 +92,8 @@ def test_conversion_there_and_back_is_exact() -> None:
 def diffusers_autoencoder() -> torch.nn.Module:
     torch.manual_seed(4)
     return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(16, 16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 16, 32),
         layers_per_block=1, latent_channels=16, norm_num_groups=8, scaling_factor=0.3611, shift_factor=0.1159,
         use_quant_conv=False, use_post_quant_conv=False,
     ).eval()  # fmt: skip

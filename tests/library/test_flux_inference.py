@@ -47,7 +47,8 @@ def arguments(tiny, tmp_path, *more: str) -> list[str]:
     return [
         f"--ckpt_path={tiny.flux}", f"--ae={tiny.ae}", f"--clip_l={tiny.clip_l}", f"--t5xxl={tiny.t5xxl}",
         f"--clip_l_tokenizer={tiny.clip_l_tokenizer}", "--t5xxl_max_token_length=16", "--dtype=float32", "--width=64",
-        "--height=32", "--steps=2", f"--output_dir={tmp_path}", *(more if any("--seed" in m for m in more) else ("--seed=5", *more)),
+        "--height=32", "--steps=2", f"--output_dir={tmp_path}",
+        *(more if any("--seed" in m for m in more) else ("--seed=5", *more)),
     ]
 
 
@@ -61,7 +62,11 @@ def picture(tiny, tmp_path, *more: str) -> bytes:
 
 def test_a_picture_has_seed_and_number_in_its_name(tiny, tmp_path):
     (path,) = flux_inference.run(arguments(tiny, tmp_path))
-    assert path.parent == tmp_path and path.name.endswith("_5_00.png") and len(path.name) == len("20250102_030405_5_00.png")
+    assert (
+        path.parent == tmp_path
+        and path.name.endswith("_5_00.png")
+        and len(path.name) == len("20250102_030405_5_00.png")
+    )
     with Image.open(path) as image:
         assert image.size == (64, 32)
     assert list(tmp_path.iterdir()) == [path]
@@ -71,7 +76,10 @@ def test_equal_options_give_equal_pictures_and_each_option_tells(tiny, tmp_path)
     base = picture(tiny, tmp_path)
     assert base == picture(tiny, tmp_path, "--offload")
     with_cfg = picture(tiny, tmp_path, "--negative_prompt=blue", "--cfg_scale=4")
-    others = [picture(tiny, tmp_path, *more) for more in (("--seed=6",), ("--prompt=the dog",), ("--guidance=9",), ("--steps=3",))]
+    others = [
+        picture(tiny, tmp_path, *more)
+        for more in (("--seed=6",), ("--prompt=the dog",), ("--guidance=9",), ("--steps=3",))
+    ]
     assert len({base, with_cfg, *others}) == 6
     assert base == picture(tiny, tmp_path, "--negative_prompt=blue")  # no CFG, no effect
 
@@ -98,13 +106,22 @@ def test_interactive_lines(tiny, adapter, tmp_path, monkeypatch, capsys):
 
 
 def test_a_denoiser_in_eight_bits(tiny, tmp_path):
-    assert picture(tiny, tmp_path, "--dtype=bfloat16", "--flux_dtype=fp8") != picture(tiny, tmp_path, "--dtype=bfloat16")
+    assert picture(tiny, tmp_path, "--dtype=bfloat16", "--flux_dtype=fp8") != picture(
+        tiny, tmp_path, "--dtype=bfloat16"
+    )
 
 
 def test_every_wrong_file_is_named_before_anything_is_loaded(tiny, tmp_path):
     with pytest.raises(ConfigError) as caught:
         flux_inference.run(
-            [f"--ckpt_path={tiny.ae}", f"--ae={tmp_path / 'none'}", f"--t5xxl={tiny.t5xxl}", "--lora_weights", f"{tiny.flux};x", str(tiny.flux)]
+            [
+                f"--ckpt_path={tiny.ae}",
+                f"--ae={tmp_path / 'none'}",
+                f"--t5xxl={tiny.t5xxl}",
+                "--lora_weights",
+                f"{tiny.flux};x",
+                str(tiny.flux),
+            ]
         )
     text = str(caught.value)
     assert len(caught.value.problems) == 5
@@ -130,7 +147,9 @@ def test_prompt_lines(line, changes):
     assert READER.read(line, DEFAULT) == dataclasses.replace(DEFAULT, **changes)
 
 
-@pytest.mark.parametrize(("line", "words"), [("a --w wide", "a whole number"), ("a --q 3", "unknown option --q"), ("a --h 3", "16 or more")])
+@pytest.mark.parametrize(
+    ("line", "words"), [("a --w wide", "a whole number"), ("a --q 3", "unknown option --q"), ("a --h 3", "16 or more")]
+)
 def test_bad_prompt_lines(line, words):
     with pytest.raises(ConfigError, match=words):
         READER.read(line, DEFAULT)
@@ -156,7 +175,8 @@ def test_arguments():
 
 def test_the_script_ends_with_one_message_and_a_code():
     result = subprocess.run(
-        [sys.executable, "flux_minimal_inference.py", "--ckpt_path", "none.safetensors"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "flux_minimal_inference.py", "--ckpt_path", "none.safetensors"], cwd=ROOT, capture_output=True,
+        text=True
     )
     assert result.returncode == 2 and "none.safetensors" in result.stderr and "Traceback" not in result.stderr
 

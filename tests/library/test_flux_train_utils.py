@@ -39,7 +39,8 @@ def conditioning_of(batch_size: int, seed: int = 1) -> dict[str, torch.Tensor]:
     mask = torch.ones(batch_size, TOKENS, dtype=torch.long)
     mask[:, 4:] = 0
     return {
-        "l_pooled": torch.randn(batch_size, 8, generator=generator), "t5_out": torch.randn(batch_size, TOKENS, 12, generator=generator),
+        "l_pooled": torch.randn(batch_size, 8, generator=generator),
+        "t5_out": torch.randn(batch_size, TOKENS, 12, generator=generator),
         "t5_attn_mask": mask,
     }  # fmt: skip
 
@@ -57,7 +58,8 @@ def test_prediction_is_the_packed_forward_in_the_layout_of_the_latents():
     times = torch.tensor([123.456, 900.0])
     velocity = predict_velocity(model, latents, times, conditioning, guidance=2.5)
     direct = model(
-        pack_latents(latents), prepare_img_ids(2, 2, 3), conditioning["t5_out"], torch.zeros(2, TOKENS, 3), times / 1000, conditioning["l_pooled"],
+        pack_latents(latents), prepare_img_ids(2, 2, 3), conditioning["t5_out"], torch.zeros(2, TOKENS, 3),
+        times / 1000, conditioning["l_pooled"],
         torch.tensor([2.5, 2.5]),
     )
     assert velocity.shape == latents.shape
@@ -67,7 +69,9 @@ def test_prediction_is_the_packed_forward_in_the_layout_of_the_latents():
 def test_guidance_and_time_reach_the_model():
     model, latents, conditioning = tiny_denoiser(), noisy_latents(), conditioning_of(2)
     plain = predict_velocity(model, latents, torch.tensor([500.0, 500.0]), conditioning, guidance=1.0)
-    assert not torch.allclose(plain, predict_velocity(model, latents, torch.tensor([500.0, 500.0]), conditioning, guidance=4.0))
+    assert not torch.allclose(
+        plain, predict_velocity(model, latents, torch.tensor([500.0, 500.0]), conditioning, guidance=4.0)
+    )
     moved = predict_velocity(model, latents, torch.tensor([500.0, 501.0]), conditioning, guidance=1.0)
     torch.testing.assert_close(moved[0], plain[0])
     assert not torch.allclose(moved[1], plain[1])
@@ -85,7 +89,9 @@ def test_padding_counts_only_without_the_mask():
     conditioning, other = conditioning_of(2), conditioning_of(2)
     other["t5_out"] = other["t5_out"].clone()
     other["t5_out"][:, 4:] += 1.0
-    with_mask = [predict_velocity(model, latents, times, c, guidance=1.0, use_t5_mask=True) for c in (conditioning, other)]
+    with_mask = [
+        predict_velocity(model, latents, times, c, guidance=1.0, use_t5_mask=True) for c in (conditioning, other)
+    ]
     without = [predict_velocity(model, latents, times, c, guidance=1.0) for c in (conditioning, other)]
     torch.testing.assert_close(with_mask[0], with_mask[1])
     assert not torch.allclose(without[0], without[1])
@@ -119,7 +125,8 @@ def test_sampling_is_euler_along_the_schedule():
     model, conditioning = tiny_denoiser(), conditioning_of(1)
     made = FluxPipeline(model, None).latents(request_of(guidance=2.0), conditioning, None)
     packed = denoise(
-        model, pack_latents(start_noise(7, 16, 4, 6)), prepare_img_ids(1, 2, 3), conditioning["t5_out"], torch.zeros(1, TOKENS, 3),
+        model, pack_latents(start_noise(7, 16, 4, 6)), prepare_img_ids(1, 2, 3), conditioning["t5_out"],
+        torch.zeros(1, TOKENS, 3),
         conditioning["l_pooled"], get_schedule(3, 6), guidance=2.0,
     )
     torch.testing.assert_close(made, unpack_latents(packed, 2, 3), rtol=1e-4, atol=1e-5)

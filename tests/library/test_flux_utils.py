@@ -56,7 +56,11 @@ def ae_state(params: AutoEncoderParams = AE_PARAMS) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def flux_file(tmp_path: Path):
-    def write(state: dict[str, torch.Tensor] | None = None, metadata: dict[str, str] | None = None, name: str = "f.safetensors") -> Path:
+    def write(
+        state: dict[str, torch.Tensor] | None = None,
+        metadata: dict[str, str] | None = None,
+        name: str = "f.safetensors",
+    ) -> Path:
         save_file_atomic(flux_state() if state is None else state, tmp_path / name, metadata)
         return tmp_path / name
 
@@ -119,7 +123,9 @@ def test_parts_out_of_one_large_file(flux_file) -> None:
 
 
 def test_mixed_prefixes_are_an_error(flux_file) -> None:
-    state = {("diffusion_model." if key.startswith("img_in") else "") + key: tensor for key, tensor in flux_state().items()}
+    state = {
+        ("diffusion_model." if key.startswith("img_in") else "") + key: tensor for key, tensor in flux_state().items()
+    }
     with pytest.raises(CheckpointError, match="different prefixes"):
         flux_utils.load_flux(flux_file(state), torch.float32, "cpu")
 
@@ -166,7 +172,9 @@ def test_scaled_8_bit_weights_are_scaled_back(flux_file) -> None:
         state[key] = state[key].to(torch.float8_e4m3fn)
         state[f"{stem}.scale_weight"] = torch.rand(scale) + 0.5
         blocks = state[key].float().unflatten(1, (scale[1] if len(scale) == 3 else 1, -1))
-        expected[key] = (blocks * state[f"{stem}.scale_weight"].reshape(-1, scale[1] if len(scale) == 3 else 1, 1)).flatten(1)
+        expected[key] = (
+            blocks * state[f"{stem}.scale_weight"].reshape(-1, scale[1] if len(scale) == 3 else 1, 1)
+        ).flatten(1)
     state["scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
     model = flux_utils.load_flux(flux_file(state), torch.float32, "cpu")
     for key, tensor in expected.items():
@@ -197,7 +205,10 @@ def without(key: str) -> dict[str, torch.Tensor]:
         ({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2, 2)}, "no FLUX.1 denoiser"),
         (without("txt_in.weight"), "txt_in.weight is missing"),
         (without("single_blocks.0.linear2.bias"), "1 keys are missing: single_blocks.0.linear2.bias"),
-        ({**flux_state(), "double_blocks.0.img_extra.weight": torch.zeros(1)}, "unknown: double_blocks.0.img_extra.weight"),
+        (
+            {**flux_state(), "double_blocks.0.img_extra.weight": torch.zeros(1)},
+            "unknown: double_blocks.0.img_extra.weight",
+        ),
         (with_shape("double_blocks.1.img_mlp.0.bias", 7), r"double_blocks.1.img_mlp.0.bias is \[7\], needed \[192\]"),
         ({}, "no FLUX.1 denoiser"),
     ],
@@ -219,7 +230,12 @@ def test_feed_forward_width_is_the_whole_part_of_the_ratio(flux_file, mlp_ratio:
 @pytest.mark.parametrize("hidden", [48, 60, 84, 96])
 def test_feed_forward_width_is_found_again_from_shapes(hidden: int) -> None:
     for width in range(1, 5 * hidden):
-        assert replace(PARAMS, hidden_size=hidden, num_heads=2, axes_dim=(hidden // 2,), mlp_ratio=width / hidden).mlp_hidden == width
+        assert (
+            replace(
+                PARAMS, hidden_size=hidden, num_heads=2, axes_dim=(hidden // 2,), mlp_ratio=width / hidden
+            ).mlp_hidden
+            == width
+        )
 
 
 def test_rotary_axes_that_shapes_do_not_tell(flux_file) -> None:
@@ -249,12 +265,17 @@ def test_saved_model_loads_as_it_was(tmp_path, qkv_bias: bool, axes: tuple[int, 
     assert ("model_config" in metadata) == (axes == (8, 12, 12)) and metadata["modelspec.title"] == "x"
     again = flux_utils.load_flux(tmp_path / "m.safetensors", None, "cpu")
     assert again.params == model.params
-    assert all(torch.equal(tensor.to(torch.bfloat16), again.state_dict()[key]) for key, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(tensor.to(torch.bfloat16), again.state_dict()[key]) for key, tensor in model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", *flux_utils.AE_PREFIXES])
 def test_autoencoder_with_prefix_and_flat_attention(tmp_path, prefix: str) -> None:
-    state = {prefix + key: tensor.flatten(1) if ".attn_1." in key and tensor.ndim == 4 else tensor for key, tensor in ae_state().items()}
+    state = {
+        prefix + key: tensor.flatten(1) if ".attn_1." in key and tensor.ndim == 4 else tensor
+        for key, tensor in ae_state().items()
+    }
     save_file_atomic(state, tmp_path / "ae.safetensors")
     vae = flux_utils.load_ae(tmp_path / "ae.safetensors", torch.bfloat16, "cpu", config={"norm_groups": 4})
     assert vae.dtype == torch.bfloat16 and vae.params.spatial_stride == 4

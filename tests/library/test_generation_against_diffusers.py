@@ -33,20 +33,29 @@ def stable_diffusion(tmp_path_factory):
     vocab = write_clip_tokenizer(folder / "plain")
     torch.manual_seed(8)
     text = CLIPTextConfig(
-        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, hidden_act="quick_gelu",
+        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        hidden_act="quick_gelu",
         bos_token_id=vocab - 2, eos_token_id=vocab - 1, pad_token_id=vocab - 1,
     )  # fmt: skip
     unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4, cross_attention_dim=32,
     )  # fmt: skip
     vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
         layers_per_block=1, latent_channels=4, norm_num_groups=4, scaling_factor=0.18215,
     )  # fmt: skip
-    tokenizer = CLIPTokenizer(str(folder / "plain/vocab.json"), str(folder / "plain/merges.txt"), model_max_length=77, pad_token="<|endoftext|>")
+    tokenizer = CLIPTokenizer(
+        str(folder / "plain/vocab.json"),
+        str(folder / "plain/merges.txt"),
+        model_max_length=77,
+        pad_token="<|endoftext|>",
+    )
     pipeline = diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=SCHEDULERS["ddim"](), safety_checker=None,
+        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=SCHEDULERS["ddim"](),
+        safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.save_pretrained(folder / "model")
@@ -83,7 +92,8 @@ def test_stable_diffusion(stable_diffusion, monkeypatch, sampler):
     reference.scheduler = SCHEDULERS[sampler]()
     noise = start_noise(5, 4, 8, 12)
     expected = reference(
-        "a red cat", negative_prompt="blue", height=64, width=96, num_inference_steps=20, guidance_scale=6.0, latents=noise, output_type="latent"
+        "a red cat", negative_prompt="blue", height=64, width=96, num_inference_steps=20, guidance_scale=6.0,
+        latents=noise, output_type="latent"
     ).images
     line = "a red cat --n blue --w 96 --h 64 --l 6 --d 5"
     result = our_latents(monkeypatch, *where(folder), "--prompt", line, "--steps=20", f"--sampler={sampler}")
@@ -94,7 +104,8 @@ def test_sdxl_with_its_sizes(tmp_path, monkeypatch):
     reference = reference_pipeline(tmp_path)
     noise = start_noise(5, 4, 8, 12)
     expected = reference(
-        "a red cat", negative_prompt="blue", height=64, width=96, num_inference_steps=5, guidance_scale=6.0, latents=noise, output_type="latent",
+        "a red cat", negative_prompt="blue", height=64, width=96, num_inference_steps=5, guidance_scale=6.0,
+        latents=noise, output_type="latent",
         original_size=(128, 256), crops_coords_top_left=(8, 16), target_size=(64, 96), negative_original_size=(32, 40),
         negative_crops_coords_top_left=(8, 16), negative_target_size=(64, 96),
     ).images  # fmt: skip
@@ -123,7 +134,8 @@ def test_img2img(stable_diffusion, monkeypatch, tmp_path, sampler):
     monkeypatch.setattr(batches.PictureBatches, "_source_latents", watched)
     line = "a red cat --n blue --l 6 --d 5 --t 0.65"
     result = our_latents(
-        monkeypatch, *where(folder), "--prompt", line, "--steps=10", f"--sampler={sampler}", "--image_path", str(source), "--force_scheduler_zero_steps_offset"
+        monkeypatch, *where(folder), "--prompt", line, "--steps=10", f"--sampler={sampler}", "--image_path",
+        str(source), "--force_scheduler_zero_steps_offset"
     )
     schedulers = {
         "ddim": diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=True, steps_offset=0),
@@ -133,7 +145,8 @@ def test_img2img(stable_diffusion, monkeypatch, tmp_path, sampler):
     reference.scheduler = schedulers[sampler]  # afterwards: the pipeline changes the offset of the one it is given
     reference.set_progress_bar_config(disable=True)
     expected = reference(
-        "a red cat", image=seen[0], negative_prompt="blue", num_inference_steps=10, strength=0.65, guidance_scale=6.0, output_type="latent",
+        "a red cat", image=seen[0], negative_prompt="blue", num_inference_steps=10, strength=0.65, guidance_scale=6.0,
+        output_type="latent",
         generator=keyed_generator(5, "img2img noise"),
     ).images  # fmt: skip
     assert relative(result, expected) < 1e-4

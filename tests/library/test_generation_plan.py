@@ -6,12 +6,19 @@ import pytest
 
 from library.core.errors import ConfigError
 from library.core.options import Config
-from library.generation.gen_img.options import GENERATION_CLASSES, GenerationNetworkOptions, GenerationPictureOptions, GenerationShrinkOptions
+from library.generation.gen_img.options import (
+    GENERATION_CLASSES,
+    GenerationNetworkOptions,
+    GenerationPictureOptions,
+    GenerationShrinkOptions,
+)
 from library.generation.gen_img.plan import Planner, PromptLine, batches, first_stage, round_of
 
 
 def planner(*, default_size: int = 512, sources=(), is_alone: bool = False, **values) -> Planner:
-    return Planner(Config.read(values, GENERATION_CLASSES), default_size=default_size, source_sizes=sources, is_alone=is_alone)
+    return Planner(
+        Config.read(values, GENERATION_CLASSES), default_size=default_size, source_sizes=sources, is_alone=is_alone
+    )
 
 
 def line(text: str) -> PromptLine:
@@ -23,8 +30,16 @@ def requests(plan: Planner, text: str, round_number: int = 0) -> list:
 
 
 def test_what_a_line_leaves_open_comes_from_the_options():
-    [request] = requests(planner(steps=20, scale=5.0, negative_scale=1.5, H=256, seed=4, is_alone=True), "a cat --w 320 --s 9 --nl none")
-    assert (request.width, request.height, request.steps, request.scale, request.negative_scale) == (320, 256, 9, 5.0, None)
+    [request] = requests(
+        planner(steps=20, scale=5.0, negative_scale=1.5, H=256, seed=4, is_alone=True), "a cat --w 320 --s 9 --nl none"
+    )
+    assert (request.width, request.height, request.steps, request.scale, request.negative_scale) == (
+        320,
+        256,
+        9,
+        5.0,
+        None,
+    )
     assert request.seed == 4 and request.sizes == request.sizes_negative == (256, 320, 0, 0)
 
 
@@ -87,7 +102,9 @@ def test_combinations_take_the_pictures_in_turn():
 
 def test_only_equal_settings_share_a_batch():
     plan = planner(seed=1)
-    found = [r for text in ("a", "b --d 5 --n x", "c --l 3", "d --l 3 --f name", "e --l 3") for r in requests(plan, text)]
+    found = [
+        r for text in ("a", "b --d 5 --n x", "c --l 3", "d --l 3 --f name", "e --l 3") for r in requests(plan, text)
+    ]
     assert [[r.prompt for r in batch] for batch in batches(found, 2)] == [["a", "b"], ["c", "d"], ["e"]]
 
 
@@ -111,7 +128,9 @@ def test_rounds_are_shuffled_by_the_seed():
 
 
 def test_the_first_stage_is_small_and_its_sizes_follow():
-    [request] = requests(planner(highres_fix_scale=0.5, strength=0.6, highres_fix_strength=0.3), "a --w 520 --h 768 --nw 99")
+    [request] = requests(
+        planner(highres_fix_scale=0.5, strength=0.6, highres_fix_strength=0.3), "a --w 520 --h 768 --nw 99"
+    )
     small = first_stage(request, 0.5, 28)
     assert (small.width, small.height, small.steps, small.strength, request.strength) == (256, 384, 28, 0.3, 0.6)
     assert small.sizes == (384, 256, 0, 0) and small.sizes_negative == (768, 99, 0, 0)
@@ -122,7 +141,9 @@ def test_the_first_stage_is_small_and_its_sizes_follow():
 def test_deep_shrink_and_gradual_latent_of_line_and_options():
     [request] = requests(planner(ds_depth_1=2, ds_ratio=0.25), "a --dst1 500")
     assert (request.deep_shrink.depth_1, request.deep_shrink.timesteps_1, request.deep_shrink.ratio) == (2, 500, 0.25)
-    [request] = requests(planner(sampler="k_euler_a", gradual_latent_unsharp_params="3,0.5,0.5,1"), "a --glt 700 --glr 0.75")
+    [request] = requests(
+        planner(sampler="k_euler_a", gradual_latent_unsharp_params="3,0.5,0.5,1"), "a --glt 700 --glr 0.75"
+    )
     assert request.gradual_latent.ratio == 0.75 and request.gradual_latent.unsharp == (3.0, 0.5, 0.5, 1.0)
     with pytest.raises(ConfigError, match="prompts.txt line 3: gradual latent works with"):
         requests(planner(), "a --glt 700")

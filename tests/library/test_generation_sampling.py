@@ -41,7 +41,14 @@ def test_branches_reach_the_formula_in_their_places():
 
 @pytest.mark.parametrize(
     ("steps", "strength", "offset", "expected"),
-    [(50, 0.8, 1, (9, 10)), (50, 0.8, 0, (10, 10)), (50, 1.0, 1, (0, 1)), (50, 1.0, 0, (0, 0)), (50, 0.0, 1, (49, 50)), (28, 0.5, 1, (13, 14))],
+    [
+        (50, 0.8, 1, (9, 10)),
+        (50, 0.8, 0, (10, 10)),
+        (50, 1.0, 1, (0, 1)),
+        (50, 1.0, 0, (0, 0)),
+        (50, 0.0, 1, (49, 50)),
+        (28, 0.5, 1, (13, 14)),
+    ],
 )
 def test_where_img2img_begins(steps, strength, offset, expected):
     """k = min(int(steps strength) + offset, steps); noise of time -k, first step max(steps - k + offset, 0)."""
@@ -49,7 +56,14 @@ def test_where_img2img_begins(steps, strength, offset, expected):
 
 
 def run(**how) -> SamplingRun:
-    given = {"sampler": "euler", "steps": 5, "seeds": [1, 2], "prediction_type": "epsilon", "zero_terminal_snr": False, "size": (8, 8)}
+    given = {
+        "sampler": "euler",
+        "steps": 5,
+        "seeds": [1, 2],
+        "prediction_type": "epsilon",
+        "zero_terminal_snr": False,
+        "size": (8, 8),
+    }
     return SamplingRun(**{**given, **how})
 
 
@@ -66,7 +80,9 @@ def test_an_exact_prediction_of_the_noise_gives_the_source_back():
         return (latents * (1 + sigma**2) ** 0.5 - source) / sigma
 
     for sampler in ("euler", "ddim", "dpmsolver++"):
-        result = run(sampler=sampler, source=source, strength=0.6, steps_offset=0, steps=10).sample(predict, torch.device("cpu"))
+        result = run(sampler=sampler, source=source, strength=0.6, steps_offset=0, steps=10).sample(
+            predict, torch.device("cpu")
+        )
         torch.testing.assert_close(result, source, atol=1e-4, rtol=1e-4)
         schedule = schedule_of(sampler, 10, steps_offset=0)
         assert told == pytest.approx(schedule.timesteps[4:].tolist())

@@ -80,9 +80,13 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, caplog):
     try:
         with caplog.at_level(logging.DEBUG):
             for _ in range(2):
-                with pytest.raises(CheckpointError, match="--model_id is nobody/nothing-of-this-name, which cannot be loaded"):
+                with pytest.raises(
+                    CheckpointError, match="--model_id is nobody/nothing-of-this-name, which cannot be loaded"
+                ):
                     load_model("GitForCausalLM", "nobody/nothing-of-this-name", "model_id")
         told = [record.getMessage() for record in caplog.records]
-        assert sum("the hub does not answer" in line for line in told) == 1 and not any("Retry" in line for line in told)
+        assert sum("the hub does not answer" in line for line in told) == 1 and not any(
+            "Retry" in line for line in told
+        )
     finally:
         is_hub_reachable.cache_clear()

@@ -8,7 +8,9 @@ from library.generation.image_grid import BACKGROUND, GridCell, image_grid
 
 def test_every_picture_is_on_the_sheet_in_order():
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
-    sheet = image_grid([GridCell(Image.new("RGB", (64, 64), c), f"picture {i}") for i, c in enumerate(colours)], columns=2)
+    sheet = image_grid(
+        [GridCell(Image.new("RGB", (64, 64), c), f"picture {i}") for i, c in enumerate(colours)], columns=2
+    )
     found = {colour: None for colour in colours}
     for y in range(sheet.height):
         for x in range(sheet.width):

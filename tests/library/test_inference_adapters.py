@@ -5,7 +5,13 @@ import torch
 
 from library.core.errors import CheckpointError
 from library.flux_utils import load_flux
-from library.generation.adapter_files import AdapterFile, LayerFilter, adapter_problems, file_problem, multiplier_problems
+from library.generation.adapter_files import (
+    AdapterFile,
+    LayerFilter,
+    adapter_problems,
+    file_problem,
+    multiplier_problems,
+)
 from library.generation.adapters import LoadedAdapters
 from library.generation.gen_img.networks import network_problems
 from library.generation.gen_img.options import GenerationNetworkOptions
@@ -75,7 +81,13 @@ def test_layer_filter():
 
 @pytest.mark.parametrize(
     ("multipliers", "count", "merged", "words"),
-    [(None, 0, True, None), ((1.0,), 2, False, None), ((1.0,), 0, False, "no adapters"), ((1.0,), 1, True, "hooked"), ((1.0, 1.0), 1, False, "2 multipliers")],
+    [
+        (None, 0, True, None),
+        ((1.0,), 2, False, None),
+        ((1.0,), 0, False, "no adapters"),
+        ((1.0,), 1, True, "hooked"),
+        ((1.0, 1.0), 1, False, "2 multipliers"),
+    ],
 )
 def test_multipliers_of_a_line(multipliers, count, merged, words):
     problems = multiplier_problems(multipliers, count, merged=merged)
@@ -87,10 +99,15 @@ def test_adapters_of_other_families_are_named_before_a_model_is_loaded(tmp_path)
     stem = "lora_unet_blocks_0_self_attn_q_proj"
     save_file_atomic(lora(1, stem), path)
     told = "this is a LoRA-type adapter for Anima; needed: one for SDXL"
-    assert told in file_problem(str(path), "lora_weights", "sdxl") and file_problem(str(path), "lora_weight", "anima") is None
+    assert (
+        told in file_problem(str(path), "lora_weights", "sdxl")
+        and file_problem(str(path), "lora_weight", "anima") is None
+    )
     modules = GenerationNetworkOptions(network_module=["networks.lora_flux"], network_weights=[str(path)])
     module_problem, weights_problem = network_problems(modules, "sdxl")
-    assert "networks.lora_flux, which is for FLUX.1 or Chroma; use networks.lora_sdxl or networks.lora" in module_problem
+    assert (
+        "networks.lora_flux, which is for FLUX.1 or Chroma; use networks.lora_sdxl or networks.lora" in module_problem
+    )
     assert told in weights_problem
 
 

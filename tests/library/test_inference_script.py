@@ -32,7 +32,9 @@ def test_every_bad_line_is_told_with_its_number_and_left_out(tmp_path, caplog):
     lines = "a cat --q 3\n{}\na cat --w 8 --s 0\na cat on the roof of a house\n"
     path.write_text(lines.format("a dog -- barking --d -1"), encoding="utf-8")
     [request] = planned_requests(SessionOptions(from_file=str(path)), DEFAULT, READER)
-    assert (request.prompt, request.seed) == ("a dog -- barking", None) and with_seed_and_size(request, 16).seed is not None
+    assert (request.prompt, request.seed) == ("a dog -- barking", None) and with_seed_and_size(
+        request, 16
+    ).seed is not None
     assert caplog.text.count("left out") == 4 and "prompts.txt line 4: too long" in caplog.text
     path.write_text(lines.format(""), encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
@@ -64,7 +66,9 @@ def test_sides_are_rounded_down_and_a_seed_is_drawn():
 
 
 def test_a_picture_carries_its_texts_and_appears_whole(tmp_path):
-    path = write_picture(Image.new("RGB", (4, 2)), tmp_path / "deep" / output_name(7, 2), picture_texts(DEFAULT, guidance=3.5))
+    path = write_picture(
+        Image.new("RGB", (4, 2)), tmp_path / "deep" / output_name(7, 2), picture_texts(DEFAULT, guidance=3.5)
+    )
     assert path.name.endswith("_7_02.png") and [path] == list(path.parent.iterdir())
     with Image.open(path) as image:
         assert image.text == {"prompt": "a cat", "seed": "3", "scale": "1.0", "guidance": "3.5"}

@@ -1,5 +1,5 @@
-"""Input files of a run: pipes and devices are not waited for, deep nesting is a message, TOML that is written can be read, secrets
-are masked, and names that become folders stay inside theirs."""
+"""Input files of a run: pipes and devices are not waited for, deep nesting is a message, TOML that is written can be
+read, secrets are masked, and names that become folders stay inside theirs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,27 @@ needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system 
 @pytest.mark.parametrize(
     "values",
     [
-        {"a": {"text": "D:\\models\\xl", "unc": "\\\\server\\x", "quote": 'say "hi"', "line": "one\ntwo\t\x00\x7f", "other": "é 猫"}},
-        {"b": {"yes": True, "no": False, "number": 3, "rate": 1e-05, "large": 1e300, "list": ["D:\\x", "y"], "numbers": [1, 2.5], "none": ""}},
+        {
+            "a": {
+                "text": "D:\\models\\xl",
+                "unc": "\\\\server\\x",
+                "quote": 'say "hi"',
+                "line": "one\ntwo\t\x00\x7f",
+                "other": "é 猫",
+            }
+        },
+        {
+            "b": {
+                "yes": True,
+                "no": False,
+                "number": 3,
+                "rate": 1e-05,
+                "large": 1e300,
+                "list": ["D:\\x", "y"],
+                "numbers": [1, 2.5],
+                "none": "",
+            }
+        },
     ],
 )
 def test_toml_that_is_written_is_read_as_it_was(values) -> None:
@@ -34,8 +53,17 @@ def test_a_configuration_with_paths_of_windows_is_written_and_read(tmp_path) -> 
     from library.training import cli
 
     path = tmp_path / "made.toml"
-    argv = ["--pretrained_model_name_or_path", "D:\\models\\xl", "--base_weights", "D:\\loras\\x.safetensors", "E:\\new\\u.safetensors",
-            "--network_args", "preset=D:\\x\\full.toml", "--learning_rate", "1e-5"]
+    argv = [
+        "--pretrained_model_name_or_path",
+        "D:\\models\\xl",
+        "--base_weights",
+        "D:\\loras\\x.safetensors",
+        "E:\\new\\u.safetensors",
+        "--network_args",
+        "preset=D:\\x\\full.toml",
+        "--learning_rate",
+        "1e-5",
+    ]
     cli.main("sd", "network", [*argv, "--config_file", str(path), "--output_config"])
     again, direct = parse(["--config_file", str(path)], "sd", "network"), parse(argv, "sd", "network")
     assert {name for name in direct.values() if direct.value(name) != again.value(name)} == {"config_file"}
@@ -44,7 +72,8 @@ def test_a_configuration_with_paths_of_windows_is_written_and_read(tmp_path) -> 
 READERS = {
     "--config_file": ("train.toml", "a = " + "[" * DEEP), "--dataset_config": ("data.toml", "a = " + "[" * DEEP),
     "--dataset_config json": ("data.json", "[" * DEEP), "--sample_prompts": ("prompts.json", "[" * DEEP),
-    "--sample_prompts toml": ("prompts.toml", "a = " + "[" * DEEP), "--log_tracker_config": ("tracker.toml", "a = " + "[" * DEEP),
+    "--sample_prompts toml": ("prompts.toml", "a = " + "[" * DEEP),
+    "--log_tracker_config": ("tracker.toml", "a = " + "[" * DEEP),
     "--in_json": ("meta.json", "[" * DEEP),
 }  # fmt: skip
 
@@ -57,7 +86,18 @@ def test_every_reader_of_a_run_names_a_file_that_is_nested_too_deeply(tmp_path, 
     (tmp_path / file).write_text(content, encoding="utf-8")
     option = name.split()[0]
     with pytest.raises(SystemExit) as ended:
-        cli.main("sd", "network", [option, str(tmp_path / file), "--sample_at_first", "--output_dir", str(tmp_path / "out"), "--log_with=wandb"])
+        cli.main(
+            "sd",
+            "network",
+            [
+                option,
+                str(tmp_path / file),
+                "--sample_at_first",
+                "--output_dir",
+                str(tmp_path / "out"),
+                "--log_with=wandb",
+            ],
+        )
     told = capsys.readouterr().err
     assert ended.value.code == 2 and file in told and "Traceback" not in told
 
@@ -112,7 +152,8 @@ def test_no_reader_of_a_run_waits_for_a_pipe(tmp_path) -> None:
         os.mkfifo(tmp_path / name)
     assert describe_checkpoint(tmp_path / "a.safetensors").kind == "damaged"
     for call in (
-        lambda: read_config_file(tmp_path / "a.toml"), lambda: read_metadata_file(str(tmp_path / "a.json")), lambda: load_prompts(tmp_path / "a.txt"),
+        lambda: read_config_file(tmp_path / "a.toml"), lambda: read_metadata_file(str(tmp_path / "a.json")),
+        lambda: load_prompts(tmp_path / "a.txt"),
         lambda: read_caption(str(tmp_path / "a.png"), SimpleNamespace(caption_extension=".txt", enable_wildcard=False, face_crop_aug_range=None)),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match="a pipe or a device"):
@@ -124,7 +165,9 @@ def test_no_reader_of_a_run_waits_for_a_pipe(tmp_path) -> None:
 
 
 def test_secrets_are_in_no_message_and_no_text_of_the_options(tmp_path) -> None:
-    (tmp_path / "train.toml").write_text('wandb_api_key = ["KEY123"]\nhuggingface_token = 5\nseed = "x"\n', encoding="utf-8")
+    (tmp_path / "train.toml").write_text(
+        'wandb_api_key = ["KEY123"]\nhuggingface_token = 5\nseed = "x"\n', encoding="utf-8"
+    )
     with pytest.raises(ConfigError) as caught:
         parse(["--config_file", str(tmp_path / "train.toml")], "sd", "network")
     assert "wandb_api_key is ***" in str(caught.value) and "KEY123" not in str(caught.value)
@@ -134,7 +177,15 @@ def test_secrets_are_in_no_message_and_no_text_of_the_options(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--log_prefix=../../x"], ["--log_prefix=a/b"], ["--log_prefix=a\\b"], ["--log_tracker_name=../x"], ["--log_tracker_name=.."], ["--output_name=.."]]
+    "words",
+    [
+        ["--log_prefix=../../x"],
+        ["--log_prefix=a/b"],
+        ["--log_prefix=a\\b"],
+        ["--log_tracker_name=../x"],
+        ["--log_tracker_name=.."],
+        ["--output_name=.."],
+    ],
 )
 def test_names_that_become_folders_stay_inside_theirs(words) -> None:
     with pytest.raises(ConfigError, match=f"{words[0].partition('=')[0]} is .*needed: a file name without folders"):
@@ -142,4 +193,7 @@ def test_names_that_become_folders_stay_inside_theirs(words) -> None:
 
 
 def test_a_project_of_wandb_alone_may_have_a_slash() -> None:
-    assert parse(["--log_with=wandb", "--log_tracker_name=team/cats"], "sd", "network").value("log_tracker_name") == "team/cats"
+    assert (
+        parse(["--log_with=wandb", "--log_tracker_name=team/cats"], "sd", "network").value("log_tracker_name")
+        == "team/cats"
+    )

@@ -22,7 +22,8 @@ def reference_model() -> torch.nn.Module:
 
     torch.manual_seed(2)
     config = Qwen3Config(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
         head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rms_norm_eps=1e-6,
     )  # fmt: skip
     return Qwen3Model(config).eval().requires_grad_(False)
@@ -33,7 +34,8 @@ def test_sizes_of_the_real_file(tmp_path: Path) -> None:
         path = empty_checkpoint(tmp_path / "q.safetensors", json.load(file))
     values = llm_encoder_utils.inspect_qwen3(path)
     assert values == {
-        "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16,
         "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6, "eps": 1e-6,
     }  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""Merging while a file is read: the same numbers as merging into the loaded model, for every family and layout of the file."""
+"""Merging while a file is read: the same numbers as merging into the loaded model, for every family and layout of the
+file."""
 
 import pytest
 import torch
@@ -38,7 +39,11 @@ def flux_parts(folder):
 
 def sd_parts(folder, kind):
     model = build_tiny_sd(folder, kind).model
-    part = {k.removeprefix("model.diffusion_model."): v for k, v in load_safetensors(model).items() if k.startswith("model.diffusion_model.")}
+    part = {
+        k.removeprefix("model.diffusion_model."): v
+        for k, v in load_safetensors(model).items()
+        if k.startswith("model.diffusion_model.")
+    }
     path = folder / "diffusers.safetensors"
     save_file_atomic(original_to_diffusers(part), path, read_header(model)[1])
     if kind == "sdxl":
@@ -67,7 +72,8 @@ def anima_parts(folder):
 
 
 FAMILIES = {
-    "flux": ("flux", flux_parts), "sd1": ("sd", lambda folder: sd_parts(folder, "sd1")), "sd2": ("sd", lambda folder: sd_parts(folder, "sd2")),
+    "flux": ("flux", flux_parts), "sd1": ("sd", lambda folder: sd_parts(folder, "sd1")),
+    "sd2": ("sd", lambda folder: sd_parts(folder, "sd2")),
     "sdxl": ("sdxl", lambda folder: sd_parts(folder, "sdxl")), "anima": ("anima", anima_parts),
 }  # fmt: skip
 
@@ -96,7 +102,9 @@ def test_merged_on_load_equals_merged_after(case):
     models = {name: load() for name, load in loaders.items()}
     plain = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in models.items()}
     encoders = [model for name, model in models.items() if name != "denoiser"]
-    network, tensors = create_network_from_weights(-0.7, str(lora), None, encoders, models["denoiser"], for_inference=True)
+    network, tensors = create_network_from_weights(
+        -0.7, str(lora), None, encoders, models["denoiser"], for_inference=True
+    )
     network.merge_to(encoders, models["denoiser"], tensors)
     transform = MergeOnLoad(targets, [read_adapter(lora, targets, -0.7)])
     for name, load in [*loaders.items(), *others.items()]:
@@ -127,10 +135,14 @@ def test_several_adapters_add_up_and_8_bits_are_rounded_once(tmp_path):
     torch.testing.assert_close(twice[key], once[key], rtol=1e-6, atol=1e-6)
     assert not torch.equal(once[key], state[key]) and torch.equal(once["img_in.weight"], state["img_in.weight"])
     small = load_safetensors_with_lora_and_fp8(
-        str(model), [tensors], [2.5], targets=targets, fp8_optimization=True, target_keys=("blocks",), exclude_keys=("mod",)
+        str(model), [tensors], [2.5], targets=targets, fp8_optimization=True, target_keys=("blocks",),
+        exclude_keys=("mod",)
     )
     assert torch.equal(small[key].float(), once[key].to(torch.float8_e4m3fn).float())
-    assert small["img_in.weight"].dtype == torch.float32 and small["double_blocks.0.img_mod.lin.weight"].dtype == torch.float32
+    assert (
+        small["img_in.weight"].dtype == torch.float32
+        and small["double_blocks.0.img_mod.lin.weight"].dtype == torch.float32
+    )
     model_in_8_bits = load_flux(
         model, torch.float8_e4m3fn, "cpu", transform=MergeOnLoad(targets, [read_adapter_of(tensors, tmp_path)])
     )
@@ -150,7 +162,10 @@ def test_bad_adapters(tmp_path):
     targets = targets_of_family("flux")
     shapes = {key: tuple(tensor.shape) for key, tensor in load_safetensors(model).items()}
     down, up = torch.ones(2, 64), torch.ones(192, 2)
-    good = {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": down, "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": up}
+    good = {
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": down,
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": up,
+    }
 
     def merge(tensors):
         save_file_atomic(tensors, tmp_path / "x.safetensors")
@@ -159,7 +174,10 @@ def test_bad_adapters(tmp_path):
     merge(good).check()
     with pytest.raises(CheckpointError, match="not finite"):
         merge({key: tensor * float("nan") for key, tensor in good.items()})
-    foreign = {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": down, "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": up}
+    foreign = {
+        "lora_unet_input_blocks_4_1_proj_in.lora_down.weight": down,
+        "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": up,
+    }
     with pytest.raises(CheckpointError, match="is an adapter for SDXL"):
         merge(foreign).check()
     with pytest.raises(CheckpointError, match="1 layers are not in this model"):
@@ -183,7 +201,10 @@ def test_rows_at_a_time_give_what_the_whole_gives(dtype, is_dora, monkeypatch):
     weight = torch.randn(37, 12, generator=generator).to(dtype)
     sources = []
     for rank in (3, 5):
-        tensors = {"lora_down.weight": torch.randn(rank, 12, generator=generator), "lora_up.weight": torch.randn(37, rank, generator=generator)}
+        tensors = {
+            "lora_down.weight": torch.randn(rank, 12, generator=generator),
+            "lora_up.weight": torch.randn(37, rank, generator=generator),
+        }
         tensors["alpha"] = torch.tensor(2.0)
         if is_dora:
             tensors["dora_scale"] = torch.rand(37, 1, generator=generator) + 0.5

@@ -22,7 +22,9 @@ def test_the_limit_is_where_rounding_ends(dtype):
 
 def test_fp16():
     tensor = torch.tensor([1.0, -65519.0, 70000.0, float("inf"), float("nan")])
-    with pytest.raises(CheckpointError, match=r"net\.weight reaches 70000; float16 holds numbers up to 65504\. .*--clamp_overflow"):
+    with pytest.raises(
+        CheckpointError, match=r"net\.weight reaches 70000; float16 holds numbers up to 65504\. .*--clamp_overflow"
+    ):
         narrowed("net.weight", tensor, torch.float16)
     with clamping(True):
         bounded = narrowed("net.weight", tensor, torch.float16)
@@ -33,9 +35,16 @@ def test_fp16():
 
 def test_one_message_for_many_and_what_is_not_narrowed():
     many = {f"layer{number}": (torch.full((2,), 500.0), torch.float8_e4m3fn) for number in range(7)}
-    with pytest.raises(CheckpointError, match="layer0 reaches 500, .* and 2 more tensors do not fit; float8_e4m3fn holds numbers up to 448"):
+    with pytest.raises(
+        CheckpointError,
+        match="layer0 reaches 500, .* and 2 more tensors do not fit; float8_e4m3fn holds numbers up to 448",
+    ):
         narrowed_all(many)
-    same = {"ids": (torch.arange(3), None), "wide": (torch.full((2,), 1e30), torch.bfloat16), "empty": (torch.zeros(0), torch.float16)}
+    same = {
+        "ids": (torch.arange(3), None),
+        "wide": (torch.full((2,), 1e30), torch.bfloat16),
+        "empty": (torch.zeros(0), torch.float16),
+    }
     assert [tensor.dtype for tensor in narrowed_all(same).values()] == [torch.int64, torch.bfloat16, torch.float16]
 
 

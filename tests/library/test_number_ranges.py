@@ -1,5 +1,5 @@
-"""Numbers that no run can use are refused at start: options of every script, keys of the dataset configuration, prompt lines, network
-arguments."""
+"""Numbers that no run can use are refused at start: options of every script, keys of the dataset configuration, prompt
+lines, network arguments."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ HUGE = 10**40
 def option_classes() -> list[type]:
     scripts = [parser_common.script(family, "network").classes for family in FAMILIES]
     scripts += [anima_inference.GROUPS, flux_inference.GROUPS, sdxl_inference.GROUPS]
-    scripts += [[c for c in vars(generation_options).values() if isinstance(c, type) and c.__name__.endswith("Options")]]
+    scripts += [
+        [c for c in vars(generation_options).values() if isinstance(c, type) and c.__name__.endswith("Options")]
+    ]
     return list(dict.fromkeys(c for classes in scripts for c in classes))
 
 
@@ -53,10 +55,20 @@ def numeric_options() -> list[tuple[type, str]]:
 def wrapped(options_class: type, name: str, number: float) -> object:
     """A list for options of several values."""
     nargs = option_fields(options_class)[name][1].nargs
-    return (number,) * nargs if isinstance(nargs, int) else [number] if nargs else (number, 64) if name in ("resolution", "skip_image_resolution", "face_crop_aug_range") else number
+    return (
+        (number,) * nargs
+        if isinstance(nargs, int)
+        else [number]
+        if nargs
+        else (number, 64)
+        if name in ("resolution", "skip_image_resolution", "face_crop_aug_range")
+        else number
+    )
 
 
-@pytest.mark.parametrize(("options_class", "name"), numeric_options(), ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    ("options_class", "name"), numeric_options(), ids=lambda value: getattr(value, "__name__", value)
+)
 def test_every_numeric_option_has_bounds(options_class: type, name: str) -> None:
     bad = [HUGE, -HUGE] if value_type(options_class, name) is int else [math.inf, -math.inf, math.nan, 1e39, HUGE]
     for number in bad:
@@ -90,10 +102,20 @@ def test_a_multiplier_of_zero_is_refused_with_the_reason() -> None:
 
 
 LINES = {
-    "samples": IMAGE_LINE_OPTIONS, "video samples": VIDEO_LINE_OPTIONS, "gen_img": GENERATION_LINE_OPTIONS, "flux": flux_inference.LINE_OPTIONS,
+    "samples": IMAGE_LINE_OPTIONS, "video samples": VIDEO_LINE_OPTIONS, "gen_img": GENERATION_LINE_OPTIONS,
+    "flux": flux_inference.LINE_OPTIONS,
     "sdxl": sdxl_inference.LINE_OPTIONS, "anima": anima_inference.LINE_OPTIONS,
 }  # fmt: skip
-TEXTS = {"negative_prompt", "clip_prompt", "file_name", "prompt2", "sample_sampler", "controlnet_image", "image_path", "end_image_path"}
+TEXTS = {
+    "negative_prompt",
+    "clip_prompt",
+    "file_name",
+    "prompt2",
+    "sample_sampler",
+    "controlnet_image",
+    "image_path",
+    "end_image_path",
+}
 TEXTS |= {"control_image_path", "control_video_path", "one_frame"}
 
 
@@ -141,14 +163,20 @@ def test_every_number_of_a_network_argument_has_bounds(family: str) -> None:
                 assert not isinstance(found, (int, float)) or abs(found) < 1e39, (name, found)
 
 
-def test_repeats_beyond_memory_are_refused_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_repeats_beyond_memory_are_refused_quickly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     from library.tiny_models import build_tiny
     from tests.runs.conftest import draw_pictures
 
     work = Work(tmp_path, build_tiny("flux", tmp_path / "tiny"), draw_pictures(tmp_path / "images", 2))
     started = time.perf_counter()
-    told = refused_run("flux", work.argv("out", dataset=work.dataset(subset_keys="num_repeats = 1000000000")), monkeypatch, capsys)
-    assert re.search(r"2 images with their num_repeats are 2000000000 samples in an epoch; at most 50000000", told), told
+    told = refused_run(
+        "flux", work.argv("out", dataset=work.dataset(subset_keys="num_repeats = 1000000000")), monkeypatch, capsys
+    )
+    assert re.search(r"2 images with their num_repeats are 2000000000 samples in an epoch; at most 50000000", told), (
+        told
+    )
     folder = tmp_path / "folders" / "2000000000_cat"
     draw_pictures(folder, 1)
     argv = [word for word in work.argv("out") if not word.startswith("--dataset_config")]

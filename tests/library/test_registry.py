@@ -39,7 +39,9 @@ def test_a_name_is_registered_once():
 
 
 def test_an_unknown_name_gets_the_nearest_one():
-    with pytest.raises(ConfigError, match=r"unknown formula 'ratoi' \(--formula_type\); did you mean 'ratio'\? Known: ratio"):
+    with pytest.raises(
+        ConfigError, match=r"unknown formula 'ratoi' \(--formula_type\); did you mean 'ratio'\? Known: ratio"
+    ):
         table(ratio="fractions:Fraction").resolve("ratoi")
 
 
@@ -56,7 +58,9 @@ def test_what_cannot_be_imported_is_an_error_of_the_choice(target, message):
         table(x=target).resolve("x")
 
 
-@pytest.mark.parametrize("target, kind", [("networks.lora", types.ModuleType), ("json", types.ModuleType), ("fractions.Fraction", type)])
+@pytest.mark.parametrize(
+    "target, kind", [("networks.lora", types.ModuleType), ("json", types.ModuleType), ("fractions.Fraction", type)]
+)
 def test_a_target_may_be_a_module_or_a_dotted_name(target, kind):
     assert isinstance(import_target(target), kind)
 
@@ -71,20 +75,29 @@ def test_every_entry_of_the_project_is_there_or_names_its_package(registry, name
         assert callable(found) or hasattr(found, "create_network")
 
 
-# ---- from outside ----------------------------------------------------------------------------------------------------------------
+# ---- from outside ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
     """A module of the current folder, and a registry that asks for functions of one argument."""
-    (tmp_path / "users_module.py").write_text("def double(value):\n    return 2 * value\n\ndef pair(a, b):\n    return a, b\n\nNUMBER = 1\n")
+    (tmp_path / "users_module.py").write_text(
+        "def double(value):\n    return 2 * value\n\ndef pair(a, b):\n    return a, b\n\nNUMBER = 1\n"
+    )
     (tmp_path / "users_broken.py").write_text("1 / 0\n")
     (tmp_path / "users_needy.py").write_text("import no_such_package\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if entry])
     for name in ("users_module", "users_broken", "users_needy"):
         monkeypatch.delitem(__import__("sys").modules, name, raising=False)
-    return Registry("formula", option="formula_type", group="formulas", takes=("value",), wanted="a function of (value)", info={"exact": None})
+    return Registry(
+        "formula",
+        option="formula_type",
+        group="formulas",
+        takes=("value",),
+        wanted="a function of (value)",
+        info={"exact": None},
+    )
 
 
 def test_a_path_is_taken_from_the_current_folder(outside):
@@ -129,7 +142,10 @@ def test_a_registered_thing_has_a_name_and_says_what_it_is(outside):
 
 
 def test_installed_packages_offer_names(outside, monkeypatch):
-    monkeypatch.setattr("library.core.registry.installed_points", lambda group: {"twofold": "users_module:double"} if group == "formulas" else {})
+    monkeypatch.setattr(
+        "library.core.registry.installed_points",
+        lambda group: {"twofold": "users_module:double"} if group == "formulas" else {},
+    )
     assert "TwoFold" in outside and outside.resolve("TwoFold")(4) == 8
     with pytest.raises(ConfigError, match="did you mean 'twofold'"):
         outside.resolve("twofolt")
@@ -141,10 +157,15 @@ def test_names_of_installed_packages_are_read_from_their_entry_points(monkeypatc
     from library.core import registry
 
     points = [EntryPoint("Huber", "package.losses:huber", "atelier.losses")]
-    monkeypatch.setattr(registry.importlib.metadata, "entry_points", lambda group: points if group == "atelier.losses" else [])
+    monkeypatch.setattr(
+        registry.importlib.metadata, "entry_points", lambda group: points if group == "atelier.losses" else []
+    )
     registry.installed_points.cache_clear()
     try:
-        assert registry.installed_points("losses") == {"huber": "package.losses:huber"} and registry.installed_points("schedulers") == {}
+        assert (
+            registry.installed_points("losses") == {"huber": "package.losses:huber"}
+            and registry.installed_points("schedulers") == {}
+        )
     finally:
         registry.installed_points.cache_clear()
 
@@ -155,5 +176,12 @@ def test_plugins_are_told_together_when_they_cannot_be_imported(outside):
     PluginOptions(plugins=["users_module"])
     with pytest.raises(ConfigError) as caught:
         PluginOptions(plugins=["users_broken", "no_such_module"])
-    assert [problem.partition(";")[0] for problem in caught.value.problems] == ["--plugins is users_broken", "--plugins is no_such_module"]
-    assert plugins_on(["--a", "b", "--plugins", "one", "two", "--c", "d", "--plugins=three", "e"]) == ["one", "two", "three"]
+    assert [problem.partition(";")[0] for problem in caught.value.problems] == [
+        "--plugins is users_broken",
+        "--plugins is no_such_module",
+    ]
+    assert plugins_on(["--a", "b", "--plugins", "one", "two", "--c", "d", "--plugins=three", "e"]) == [
+        "one",
+        "two",
+        "three",
+    ]

@@ -90,7 +90,8 @@ DAMAGED = {
     "number of 5000 digits": (None, 8, b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}', "damaged"),
 }  # fmt: skip
 READERS = {
-    "read_header": read_header, "load": load_safetensors, "load without a map": lambda path: load_safetensors(path, disable_mmap=True),
+    "read_header": read_header, "load": load_safetensors,
+    "load without a map": lambda path: load_safetensors(path, disable_mmap=True),
     "one by one": MemoryEfficientSafeOpen,
 }  # fmt: skip
 
@@ -155,14 +156,33 @@ def mutated(text: str, draw: random.Random) -> bytes:
         elif change == 2 and len(pieces) > 2:
             del pieces[i]
         else:
-            pieces[i] = draw.choice(["0", "8", "-1", "1e3", "2.0", "null", "true", '"x"', "[]", "{}", "18446744073709551616", "F32", "é", "\\u0041"])
+            pieces[i] = draw.choice(
+                [
+                    "0",
+                    "8",
+                    "-1",
+                    "1e3",
+                    "2.0",
+                    "null",
+                    "true",
+                    '"x"',
+                    "[]",
+                    "{}",
+                    "18446744073709551616",
+                    "F32",
+                    "é",
+                    "\\u0041",
+                ]
+            )
     return "".join(pieces).encode()
 
 
 def test_the_verdict_is_that_of_the_library(tmp_path):
     """3000 headers with random changes: the same ones pass, and what they say is the same."""
     draw, path, passed = random.Random(0), tmp_path / "x.safetensors", 0
-    whole = json.dumps({"__metadata__": {"k": "v"}, "a": A, "e": {"dtype": "U8", "shape": [0], "data_offsets": [8, 8]}, "b": B})
+    whole = json.dumps(
+        {"__metadata__": {"k": "v"}, "a": A, "e": {"dtype": "U8", "shape": [0], "data_offsets": [8, 8]}, "b": B}
+    )
     for number in range(3000):
         text = mutated(whole, draw)
         write(path, None, draw.choice([14, 14, 14, 8, 16]), text)

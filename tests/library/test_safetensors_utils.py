@@ -1,4 +1,5 @@
-"""Files of tensors: read in parts, written whole or not at all, and named for what they are when they are something else."""
+"""Files of tensors: read in parts, written whole or not at all, and named for what they are when they are something
+else."""
 
 from __future__ import annotations
 
@@ -146,7 +147,9 @@ def test_pickles_give_tensors_and_run_nothing(tmp_path) -> None:
 
 def test_split_sets(tmp_path) -> None:
     for number in (1, 2, 3):
-        save_file_atomic({f"k{number}": torch.full((2,), float(number))}, tmp_path / f"m-0000{number}-of-00003.safetensors")
+        save_file_atomic(
+            {f"k{number}": torch.full((2,), float(number))}, tmp_path / f"m-0000{number}-of-00003.safetensors"
+        )
     path = tmp_path / "m-00002-of-00003.safetensors"
     assert len(get_split_weight_filenames(path)) == 3
     assert set(load_split_weights(path, dtype=torch.bfloat16)) == {"k1", "k2", "k3"}

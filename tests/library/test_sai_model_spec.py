@@ -9,11 +9,21 @@ from library.sai_model_spec import ModelSpec, build_model_spec
 
 def spec(**values) -> dict[str, str]:
     return build_model_spec(
-        ModelSpec(**{"architecture": "flux-1-dev", "implementation": "url", "implementation_version": "x", "timestamp": 1e9, **values})
+        ModelSpec(
+            **{
+                "architecture": "flux-1-dev",
+                "implementation": "url",
+                "implementation_version": "x",
+                "timestamp": 1e9,
+                **values,
+            }
+        )
     )
 
 
-@pytest.mark.parametrize(("kind", "title"), [("lora", "LoRA"), ("textual-inversion", "TextualInversion"), ("", "Checkpoint")])
+@pytest.mark.parametrize(
+    ("kind", "title"), [("lora", "LoRA"), ("textual-inversion", "TextualInversion"), ("", "Checkpoint")]
+)
 def test_the_title_of_a_file_without_a_name_tells_no_time(kind, title):
     early, late = spec(kind=kind), spec(kind=kind, timestamp=2e9)
     assert early["modelspec.title"] == late["modelspec.title"] == title

@@ -27,7 +27,9 @@ def tiny(tmp_path_factory) -> TinyAnima:
 
 def strategy(tiny: TinyAnima, **lengths: int) -> AnimaTokenizeStrategy:
     sizes = {"qwen3_max_length": 12, "t5_max_length": 16, **lengths}
-    return AnimaTokenizeStrategy(**sizes, qwen3_tokenizer=str(tiny.qwen3_tokenizer), t5_tokenizer=str(tiny.t5_tokenizer))
+    return AnimaTokenizeStrategy(
+        **sizes, qwen3_tokenizer=str(tiny.qwen3_tokenizer), t5_tokenizer=str(tiny.t5_tokenizer)
+    )
 
 
 def test_tokens_are_padded_and_t5_ends_with_its_end_token(tiny: TinyAnima) -> None:
@@ -42,13 +44,17 @@ def test_tokens_are_padded_and_t5_ends_with_its_end_token(tiny: TinyAnima) -> No
 
 def test_overlong_captions_are_known(tiny: TinyAnima) -> None:
     assert not strategy(tiny).overlong("a red cat")
-    assert strategy(tiny, qwen3_max_length=2).overlong("a red cat") and strategy(tiny, t5_max_length=3).overlong("a red cat")
+    assert strategy(tiny, qwen3_max_length=2).overlong("a red cat") and strategy(tiny, t5_max_length=3).overlong(
+        "a red cat"
+    )
 
 
 def test_states_are_those_of_the_caption_alone_and_zero_behind_it(tiny: TinyAnima) -> None:
     qwen3 = load_qwen3(tiny.qwen3, torch.float32, "cpu")
     tokenize, encoding = strategy(tiny), AnimaTextEncodingStrategy()
-    states, mask, t5_ids, t5_mask = encoding.encode_tokens(tokenize, [qwen3], tokenize.tokenize(["a red cat", "", "the blue dog 12"]))
+    states, mask, t5_ids, t5_mask = encoding.encode_tokens(
+        tokenize, [qwen3], tokenize.tokenize(["a red cat", "", "the blue dog 12"])
+    )
     assert states.isfinite().all() and states[1].abs().max() == 0
     assert states[0, 3:].abs().max() == 0 and states[0, :3].abs().min() > 0
     alone = qwen3(tokenize.qwen3("a red cat", return_tensors="pt").input_ids).last_hidden_state
@@ -59,7 +65,9 @@ def test_states_are_those_of_the_caption_alone_and_zero_behind_it(tiny: TinyAnim
 def test_the_cache_file_has_the_known_keys_and_no_dropout_rate(tiny: TinyAnima, tmp_path: Path) -> None:
     qwen3 = load_qwen3(tiny.qwen3, torch.bfloat16, "cpu")
     caching = AnimaTextEncoderOutputsCachingStrategy(True, 1, False)
-    outputs = caching.encode(StrategySet(strategy(tiny), AnimaTextEncodingStrategy(), None, caching), [qwen3], ["a red cat"])
+    outputs = caching.encode(
+        StrategySet(strategy(tiny), AnimaTextEncodingStrategy(), None, caching), [qwen3], ["a red cat"]
+    )
     assert [tuple(output.shape) for output in outputs.values()] == [(1, 12, 24), (1, 12), (1, 16), (1, 16), (1,)]
     assert float(outputs["caption_dropout_rate"]) == 0
 

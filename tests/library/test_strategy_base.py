@@ -39,6 +39,9 @@ def test_weights_of_words_are_refused_where_a_family_has_none():
 
 
 def test_the_seed_of_a_posterior_depends_on_content_size_and_flip_alone():
-    seeds = {posterior_seed(*key) for key in (("a", (64, 64), False), ("b", (64, 64), False), ("a", (64, 32), False), ("a", (64, 64), True))}
+    seeds = {
+        posterior_seed(*key)
+        for key in (("a", (64, 64), False), ("b", (64, 64), False), ("a", (64, 32), False), ("a", (64, 64), True))
+    }
     assert len(seeds) == 4
     assert posterior_seed("a", (64, 64), False) == posterior_seed("a", (64, 64), False)

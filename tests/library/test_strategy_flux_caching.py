@@ -77,4 +77,6 @@ def test_a_partial_cache_needs_no_clip(tiny, tmp_path):
     encoders = [None, load_t5xxl(str(tiny.t5xxl), torch.float32, "cpu")]
     encode_text(plan_text([item], caching), family, encoders, show_progress=False)
     outputs = caching.outputs_of(item)
-    assert "l_pooled" not in outputs and outputs["t5_out"].shape[0] == 24 and outputs["t5_attn_mask"].dtype == torch.int64
+    assert (
+        "l_pooled" not in outputs and outputs["t5_out"].shape[0] == 24 and outputs["t5_attn_mask"].dtype == torch.int64
+    )

@@ -78,8 +78,18 @@ def test_conditioning(tokenize, encoders, masked: bool) -> None:
 def test_absent_encoders_give_none_in_place(tokenize, encoders) -> None:
     tokens = tokenize.tokenize(TEXTS)
     strategy = FluxTextEncodingStrategy()
-    assert [part is None for part in strategy.encode_tokens(tokenize, [None, encoders[1]], tokens)] == [True, False, False, False]
-    assert [part is None for part in strategy.encode_tokens(tokenize, [encoders[0], None], tokens)] == [False, True, True, True]
+    assert [part is None for part in strategy.encode_tokens(tokenize, [None, encoders[1]], tokens)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert [part is None for part in strategy.encode_tokens(tokenize, [encoders[0], None], tokens)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
     assert strategy.encode_tokens(tokenize, [None, None], tokens) == [None] * 4
 
 

@@ -18,7 +18,8 @@ IDS = torch.tensor([[5, 17, 3, 39, 1, 1], [5, 39, 39, 39, 1, 1]])
 def clip_reference() -> CLIPTextModelWithProjection:
     torch.manual_seed(0)
     config = CLIPTextConfig(
-        vocab_size=40, hidden_size=48, intermediate_size=80, projection_dim=24, num_hidden_layers=2, num_attention_heads=3,
+        vocab_size=40, hidden_size=48, intermediate_size=80, projection_dim=24, num_hidden_layers=2,
+        num_attention_heads=3,
         max_position_embeddings=20, hidden_act="gelu", eos_token_id=39, bos_token_id=38, pad_token_id=39,
     )  # fmt: skip
     return CLIPTextModelWithProjection(config).eval()
@@ -56,7 +57,9 @@ def test_t5_from_a_folder(tmp_path) -> None:
 
 
 def random_clip(**sizes) -> dict[str, torch.Tensor]:
-    return clip_state(torch.Generator().manual_seed(0), **{"width": 64, "layers": 2, "vocab": 40, "max_len": 20, **sizes})
+    return clip_state(
+        torch.Generator().manual_seed(0), **{"width": 64, "layers": 2, "vocab": 40, "max_len": 20, **sizes}
+    )
 
 
 def random_t5() -> dict[str, torch.Tensor]:
@@ -72,7 +75,9 @@ def test_clip_prefixes_and_entries_that_are_no_weights(tmp_path, prefix: str) ->
     assert model.config.num_attention_heads == 1 and model.config.eos_token_id == 39
     with torch.no_grad():
         result = model(IDS)
-        assert torch.equal(result.text_embeds, result.last_hidden_state[[0, 1], [3, 1]])  # identity projection, first EOS
+        assert torch.equal(
+            result.text_embeds, result.last_hidden_state[[0, 1], [3, 1]]
+        )  # identity projection, first EOS
     assert torch.equal(model.text_model.embeddings.position_ids, torch.arange(20)[None])
 
 

@@ -14,7 +14,12 @@ import pytest
 import torch
 
 from library.components import tokenizers
-from library.components.tokenizers import load_clip_tokenizer, load_t5_tokenizer, t5_tokenizer_from_sentencepiece, vocabulary_problem
+from library.components.tokenizers import (
+    load_clip_tokenizer,
+    load_t5_tokenizer,
+    t5_tokenizer_from_sentencepiece,
+    vocabulary_problem,
+)
 from library.core.errors import CheckpointError, ConfigError
 from library.safetensors_utils import save_file_atomic
 from tests.tiny import build_tiny_flux, sentencepiece_model
@@ -29,7 +34,9 @@ def tiny(tmp_path_factory):
 def no_open_clip(monkeypatch):
     """As if open_clip were not installed."""
     find = tokenizers.importlib.util.find_spec
-    monkeypatch.setattr(tokenizers.importlib.util, "find_spec", lambda name: None if name == "open_clip" else find(name))
+    monkeypatch.setattr(
+        tokenizers.importlib.util, "find_spec", lambda name: None if name == "open_clip" else find(name)
+    )
 
 
 def test_t5_from_the_model_file_and_from_its_folder_agree(tiny) -> None:
@@ -116,7 +123,13 @@ def test_ids_of_the_real_clip_vocabulary() -> None:
 def test_nothing_to_be_found_names_every_way(no_open_clip) -> None:
     with pytest.raises(ConfigError) as caught:
         load_clip_tokenizer()
-    for way in ("--clip_l_tokenizer", "--tokenizer_cache_dir", "openai_clip-vit-large-patch14", "open-clip-torch", "hub"):
+    for way in (
+        "--clip_l_tokenizer",
+        "--tokenizer_cache_dir",
+        "openai_clip-vit-large-patch14",
+        "open-clip-torch",
+        "hub",
+    ):
         assert way in str(caught.value)
     with pytest.raises(ConfigError) as caught:
         load_t5_tokenizer()
@@ -160,7 +173,23 @@ def test_vocabulary_larger_than_the_embedding(tiny) -> None:
 def test_same_ids_as_sentencepiece(tmp_path: Path, rule: str) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     rng = random.Random(0)
-    words = ["red", "Blue", "circle", "square", "a", "the", "photo", "of", "cat", "über", "日本語", "left", "right", ",", "3"]
+    words = [
+        "red",
+        "Blue",
+        "circle",
+        "square",
+        "a",
+        "the",
+        "photo",
+        "of",
+        "cat",
+        "über",
+        "日本語",
+        "left",
+        "right",
+        ",",
+        "3",
+    ]
     texts = [" ".join(rng.choices(words, k=rng.randint(2, 14))) for _ in range(300)]
     (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(

@@ -20,9 +20,12 @@ def unet(kind: str) -> torch.nn.Module:
     common = {"block_out_channels": (16, 32), "layers_per_block": 2, "norm_num_groups": 8, "sample_size": 8}
     if kind == "sdxl":
         return diffusers.UNet2DConditionModel(
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4), cross_attention_dim=24, use_linear_projection=True,
-            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=12 + 48, **common,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4), cross_attention_dim=24,
+            use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=12 + 48,
+            **common,
         ).eval()  # fmt: skip
     return diffusers.UNet2DConditionModel(
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -60,7 +63,8 @@ def test_unet_of_sdxl(tmp_path) -> None:
 def test_autoencoder(tmp_path) -> None:
     torch.manual_seed(4)
     reference = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(16, 16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 16, 32),
         layers_per_block=1, latent_channels=4, norm_num_groups=8, scaling_factor=0.2,
     ).eval()  # fmt: skip
     reference.save_pretrained(tmp_path / "vae")
@@ -76,7 +80,8 @@ def test_second_encoder_of_a_folder(tmp_path) -> None:
 
     torch.manual_seed(5)
     config = CLIPTextConfig(
-        vocab_size=60, hidden_size=32, intermediate_size=64, projection_dim=32, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=60, hidden_size=32, intermediate_size=64, projection_dim=32, num_hidden_layers=3,
+        num_attention_heads=4,
         hidden_act="gelu", bos_token_id=58, eos_token_id=59, pad_token_id=0,
     )  # fmt: skip
     reference = CLIPTextModelWithProjection(config).eval()

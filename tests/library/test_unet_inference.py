@@ -48,7 +48,15 @@ def tiny(tmp_path_factory) -> dict[str, TinySd]:
 
 def arguments(model: TinySd, outdir: Path, *more: str) -> list[str]:
     flags = {"sd1": [], "sd2": ["--v2"], "sdxl": ["--sdxl"]}[model.kind]
-    base = [f"--ckpt={model.model}", f"--clip_tokenizer={model.tokenizer}", f"--outdir={outdir}", "--W=64", "--H=64", "--steps=3", *flags]
+    base = [
+        f"--ckpt={model.model}",
+        f"--clip_tokenizer={model.tokenizer}",
+        f"--outdir={outdir}",
+        "--W=64",
+        "--H=64",
+        "--steps=3",
+        *flags,
+    ]
     return [*base, *more]
 
 
@@ -83,16 +91,26 @@ def network(tiny, tmp_path_factory) -> dict[str, Path]:
     for copy in ("a", "b"):
         path = tmp_path_factory.mktemp("network") / f"{copy}.safetensors"
         scale = 1.0 if copy == "a" else -0.7
-        save_file_atomic({k: (v if k.endswith("alpha") else v * scale).contiguous() for k, v in tensors.items()}, path, {"ss_note": copy})
+        save_file_atomic(
+            {k: (v if k.endswith("alpha") else v * scale).contiguous() for k, v in tensors.items()},
+            path,
+            {"ss_note": copy},
+        )
         paths[copy] = path
     return paths
 
 
 def with_networks(network: dict[str, Path], names: str = "a", *more: str) -> list[str]:
-    return ["--network_module", *["networks.lora"] * len(names), "--network_weights", *[str(network[n]) for n in names], *more]
+    return [
+        "--network_module",
+        *["networks.lora"] * len(names),
+        "--network_weights",
+        *[str(network[n]) for n in names],
+        *more,
+    ]
 
 
-# -- text to image ---------------------------------------------------------------------------------------------------------
+# -- text to image -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,21 +125,32 @@ def test_the_same_command_writes_the_same_bytes(tiny, tmp_path, kind):
 
 def test_the_scripts_run_on_their_own(tiny, tmp_path):
     for script, kind in (("gen_img.py", "sd1"), ("sdxl_gen_img.py", "sdxl")):
-        given = [argument for argument in arguments(tiny[kind], tmp_path / kind, "--prompt", "a cat") if argument != "--sdxl"]
+        given = [
+            argument for argument in arguments(tiny[kind], tmp_path / kind, "--prompt", "a cat") if argument != "--sdxl"
+        ]
         done = subprocess.run([sys.executable, ROOT / script, *given], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert len(list((tmp_path / kind).glob("im_*_000_*.png"))) == 1
 
 
 def test_an_error_is_one_message_without_traceback(tiny, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "gen_img.py", "--ckpt", "nothing.safetensors"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "gen_img.py", "--ckpt", "nothing.safetensors"], capture_output=True, text=True
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "--ckpt is nothing.safetensors" in done.stderr and "there is no prompt" in done.stderr
 
 
 @pytest.mark.parametrize("sampler", SAMPLER_NAMES)
 def test_each_sampler_makes_a_picture_that_does_not_depend_on_its_batch(tiny, tmp_path, sampler):
-    options = ["--prompt", "a cat --d 1,2,3", "--images_per_prompt=3", f"--sampler={sampler}", "--sequential_file_name", "--steps=5"]
+    options = [
+        "--prompt",
+        "a cat --d 1,2,3",
+        "--images_per_prompt=3",
+        f"--sampler={sampler}",
+        "--sequential_file_name",
+        "--steps=5",
+    ]
     alone = made(tiny["sd1"], tmp_path / "alone", *options)
     together = made(tiny["sd1"], tmp_path / "together", *options, "--batch_size=3")
     assert [path.name for path in together] == ["im_000001.png", "im_000002.png", "im_000003.png"]
@@ -132,15 +161,35 @@ def test_each_sampler_makes_a_picture_that_does_not_depend_on_its_batch(tiny, tm
 def test_a_single_picture_takes_the_seed_itself_and_several_draw_theirs(tiny, tmp_path):
     [alone] = made(tiny["sd1"], tmp_path / "a", "--prompt", "a cat", "--seed=7")
     assert alone.name.endswith("_000_7.png")
-    drawn = [p.stem.split("_")[-1] for p in made(tiny["sd1"], tmp_path / "b", "--prompt", "a cat", "--seed=7", "--images_per_prompt=2", "--steps=1")]
-    again = [p.stem.split("_")[-1] for p in made(tiny["sd1"], tmp_path / "c", "--prompt", "a cat", "--seed=7", "--images_per_prompt=2", "--steps=1")]
+    drawn = [
+        p.stem.split("_")[-1]
+        for p in made(
+            tiny["sd1"], tmp_path / "b", "--prompt", "a cat", "--seed=7", "--images_per_prompt=2", "--steps=1"
+        )
+    ]
+    again = [
+        p.stem.split("_")[-1]
+        for p in made(
+            tiny["sd1"], tmp_path / "c", "--prompt", "a cat", "--seed=7", "--images_per_prompt=2", "--steps=1"
+        )
+    ]
     assert drawn == again and len(set(drawn)) == 2 and "7" not in drawn
 
 
 def test_a_file_of_prompts_with_options_rounds_and_texts_in_the_pictures(tiny, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("# comment\n\na cat --w 64 --h 96 --s 2 --d 3 --l 4 --n dog\na {e$$red|blue} car --d 9\n", encoding="utf-8")
-    paths = made(tiny["sdxl"], tmp_path / "out", "--from_file", str(prompts), "--n_iter=2", "--batch_size=4", "--sequential_file_name")
+    prompts.write_text(
+        "# comment\n\na cat --w 64 --h 96 --s 2 --d 3 --l 4 --n dog\na {e$$red|blue} car --d 9\n", encoding="utf-8"
+    )
+    paths = made(
+        tiny["sdxl"],
+        tmp_path / "out",
+        "--from_file",
+        str(prompts),
+        "--n_iter=2",
+        "--batch_size=4",
+        "--sequential_file_name",
+    )
     assert len(paths) == 6
     assert Image.open(paths[0]).size == (64, 96)
     texts = Image.open(paths[0]).text
@@ -156,7 +205,10 @@ def test_wrong_lines_are_told_together_with_their_numbers(tiny, tmp_path):
     with pytest.raises(ConfigError) as caught:
         made(tiny["sd1"], tmp_path, "--from_file", str(prompts))
     for number, part in ((1, "--zz"), (2, "--w is 'many'"), (3, "asks for 3 of 2"), (4, "there are no networks")):
-        assert any(f"prompts.txt line {number}" in problem and part in problem for problem in caught.value.problems), (number, caught.value)
+        assert any(f"prompts.txt line {number}" in problem and part in problem for problem in caught.value.problems), (
+            number,
+            caught.value,
+        )
 
 
 def test_refused_options_say_why(tiny, tmp_path):
@@ -170,8 +222,15 @@ def test_refused_options_say_why(tiny, tmp_path):
 
 def test_options_without_effect_are_told(tiny, tmp_path, caplog):
     with caplog.at_level("INFO"):
-        made(tiny["sd1"], tmp_path, "--prompt", "a --l 1 --n b", "--steps=1", "--strength=0.5", "--crop_top=8", "--sdpa")
-    for part in ("--strength has no effect", "--crop_top: sizes mean nothing", "--sdpa: attention of torch", "switches guidance off"):
+        made(
+            tiny["sd1"], tmp_path, "--prompt", "a --l 1 --n b", "--steps=1", "--strength=0.5", "--crop_top=8", "--sdpa"
+        )
+    for part in (
+        "--strength has no effect",
+        "--crop_top: sizes mean nothing",
+        "--sdpa: attention of torch",
+        "switches guidance off",
+    ):
         assert part in caplog.text, part
     with pytest.raises(ConfigError, match="--interactive has none"):
         made(tiny["sd1"], tmp_path, "--interactive", "--n_iter=2")
@@ -198,7 +257,9 @@ def test_a_typed_prompt_is_made_before_the_next_one_is_asked_for(tiny, tmp_path,
 
 def test_prompts_of_a_module(tiny, tmp_path):
     module = tmp_path / "prompter.py"
-    module.write_text("def get_prompter(options, pipeline, networks):\n    return [options.prompter_module_args + ' --d 3', 'b --d 4']\n")
+    module.write_text(
+        "def get_prompter(options, pipeline, networks):\n    return [options.prompter_module_args + ' --d 3', 'b --d 4']\n"
+    )
     paths = made(tiny["sd1"], tmp_path, "--from_module", str(module), "--prompter_module_args", "a word")
     assert [Image.open(path).text["prompt"] for path in paths] == ["a word", "b"]
 
@@ -206,7 +267,9 @@ def test_prompts_of_a_module(tiny, tmp_path):
 def test_weights_lengths_and_the_ways_to_normalise(tiny, tmp_path):
     results = {}
     for mode in ("none", "abs", "original"):
-        [results[mode]] = made(tiny["sd1"], tmp_path / mode, "--prompt", "a (cat:1.5) --d 1", f"--emb_normalize_mode={mode}")
+        [results[mode]] = made(
+            tiny["sd1"], tmp_path / mode, "--prompt", "a (cat:1.5) --d 1", f"--emb_normalize_mode={mode}"
+        )
     [plain] = made(tiny["sd1"], tmp_path / "plain", "--prompt", "a cat --d 1")
     assert distance(results["none"], results["abs"]) > 0 and distance(results["abs"], plain) > 0
     long = " ".join(["cat dog"] * 60)
@@ -232,7 +295,7 @@ def test_sizes_change_pictures_of_sdxl(tiny, tmp_path):
     assert distance(plain, same) == 0 and distance(plain, large) > 0 and distance(plain, negative) > 0
 
 
-# -- networks --------------------------------------------------------------------------------------------------------------
+# -- networks ----------------------------------------------------------------------------------------------------------
 
 
 def test_networks_hooked_merged_and_calculated_before(tiny, network, tmp_path):
@@ -241,7 +304,9 @@ def test_networks_hooked_merged_and_calculated_before(tiny, network, tmp_path):
     [zero] = made(tiny["sd1"], tmp_path / "zero", *prompt, *with_networks(network, "a", "--network_mul", "0"))
     [hooked] = made(tiny["sd1"], tmp_path / "hooked", *prompt, *with_networks(network, "ab"))
     [merged] = made(tiny["sd1"], tmp_path / "merged", *prompt, *with_networks(network, "ab", "--network_merge"))
-    [partly] = made(tiny["sd1"], tmp_path / "partly", *prompt, *with_networks(network, "ab", "--network_merge_n_models", "1"))
+    [partly] = made(
+        tiny["sd1"], tmp_path / "partly", *prompt, *with_networks(network, "ab", "--network_merge_n_models", "1")
+    )
     [before] = made(tiny["sd1"], tmp_path / "before", *prompt, *with_networks(network, "ab", "--network_pre_calc"))
     assert distance(none, zero) == 0
     assert distance(none, hooked) > 3
@@ -251,9 +316,12 @@ def test_networks_hooked_merged_and_calculated_before(tiny, network, tmp_path):
 @pytest.mark.parametrize("how", [[], ["--network_pre_calc"]])
 def test_multipliers_of_a_line_hold_for_that_line(tiny, network, tmp_path, how):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat --d 1\na cat --d 1 --am 0,0\na cat --d 1 --am 0.5,1\na cat --d 1 --am 0,0\n", encoding="utf-8")
+    prompts.write_text(
+        "a cat --d 1\na cat --d 1 --am 0,0\na cat --d 1 --am 0.5,1\na cat --d 1 --am 0,0\n", encoding="utf-8"
+    )
     full, first, other, last = made(
-        tiny["sd1"], tmp_path / "out", "--from_file", str(prompts), "--batch_size=4", "--sequential_file_name", *with_networks(network, "ab", *how)
+        tiny["sd1"], tmp_path / "out", "--from_file", str(prompts), "--batch_size=4", "--sequential_file_name",
+        *with_networks(network, "ab", *how)
     )
     [none] = made(tiny["sd1"], tmp_path / "none", "--prompt", "a cat --d 1")
     assert distance(first, none) == distance(last, none) == 0
@@ -268,7 +336,16 @@ def test_counts_of_networks_are_checked(tiny, network, tmp_path):
     with pytest.raises(ConfigError, match="--am changes a network that is merged"):
         made(tiny["sd1"], tmp_path, "--prompt", "a --am 0.5", *with_networks(network, "a", "--network_merge"))
     with pytest.raises(ConfigError, match="needed: a LoRA-type adapter"):
-        made(tiny["sd1"], tmp_path, "--prompt", "a", "--network_module", "networks.lora", "--network_weights", str(tiny["sd1"].model))
+        made(
+            tiny["sd1"],
+            tmp_path,
+            "--prompt",
+            "a",
+            "--network_module",
+            "networks.lora",
+            "--network_weights",
+            str(tiny["sd1"].model),
+        )
 
 
 def test_networks_of_another_package(tiny, tmp_path):
@@ -285,10 +362,25 @@ def test_networks_of_another_package(tiny, tmp_path):
 
 
 def test_a_module_of_another_package_that_raises_is_one_message(tiny, network, tmp_path, monkeypatch):
-    (tmp_path / "raising_network.py").write_text("def create_network_from_weights(*args, **kwargs):\n    raise KeyError('no such preset')\n")
+    (tmp_path / "raising_network.py").write_text(
+        "def create_network_from_weights(*args, **kwargs):\n    raise KeyError('no such preset')\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"raising_network makes no network of it with kind=odd \(KeyError: 'no such preset'\)"):
-        made(tiny["sd1"], tmp_path / "out", "--prompt", "a", "--network_module", "raising_network", "--network_weights", str(network["a"]), "--network_args", "kind=odd")
+    with pytest.raises(
+        ConfigError, match=r"raising_network makes no network of it with kind=odd \(KeyError: 'no such preset'\)"
+    ):
+        made(
+            tiny["sd1"],
+            tmp_path / "out",
+            "--prompt",
+            "a",
+            "--network_module",
+            "raising_network",
+            "--network_weights",
+            str(network["a"]),
+            "--network_args",
+            "kind=odd",
+        )
 
 
 def test_layers_and_blocks_that_the_model_has_not_are_told_before_it_is_loaded(tiny, tmp_path):
@@ -314,7 +406,8 @@ def test_metadata_of_networks_is_shown(tiny, network, tmp_path, capsys):
 
 
 def test_regions_of_a_mask(tiny, network, tmp_path):
-    """Left half the first prompt and network, right half the second: with one prompt everywhere and no network, it is that."""
+    """Left half the first prompt and network, right half the second: with one prompt everywhere and no network, it is
+    that."""
     mask = tmp_path / "mask.png"
     values = numpy.zeros((64, 64, 3), dtype=numpy.uint8)
     values[:, :32, 0], values[:, 32:, 1] = 255, 255
@@ -323,13 +416,24 @@ def test_regions_of_a_mask(tiny, network, tmp_path):
     [plain] = made(tiny["sd1"], tmp_path / "plain", "--prompt", "a cat --d 1")
     [same] = made(tiny["sd1"], tmp_path / "same", "--prompt", "a cat AND a cat --d 1", *region)
     [two] = made(tiny["sd1"], tmp_path / "two", "--prompt", "a cat AND a dog --d 1", *region)
-    [codes] = made(tiny["sd1"], tmp_path / "codes", "--prompt", "a cat AND a dog --d 1", *region, "--network_regional_mask_max_color_codes=2")
-    [networks] = made(tiny["sd1"], tmp_path / "net", "--prompt", "a cat AND a dog --d 1", *region, *with_networks(network, "ab"))
+    [codes] = made(
+        tiny["sd1"],
+        tmp_path / "codes",
+        "--prompt",
+        "a cat AND a dog --d 1",
+        *region,
+        "--network_regional_mask_max_color_codes=2",
+    )
+    [networks] = made(
+        tiny["sd1"], tmp_path / "net", "--prompt", "a cat AND a dog --d 1", *region, *with_networks(network, "ab")
+    )
     assert distance(plain, same) <= 1 and distance(plain, two) > 0
     assert distance(two, codes) == 0 and distance(two, networks) > 3
     values[...] = (255, 0, 0)
     Image.fromarray(values).save(mask)
-    [first] = made(tiny["sd1"], tmp_path / "first", "--prompt", "a cat AND a dog --d 1", *region, *with_networks(network, "ab"))
+    [first] = made(
+        tiny["sd1"], tmp_path / "first", "--prompt", "a cat AND a dog --d 1", *region, *with_networks(network, "ab")
+    )
     [alone] = made(tiny["sd1"], tmp_path / "alone", "--prompt", "a cat --d 1", *with_networks(network, "a"))
     assert distance(first, alone) <= 1
 
@@ -340,33 +444,46 @@ def test_textual_inversions(tiny, tmp_path):
     from library.sd_utils import load_text_encoder_sd
 
     for kind in ("sd1",):
-        table = load_text_encoder_sd(tiny[kind].model, False, torch.float32, "cpu").text_model.embeddings.token_embedding.weight
+        table = load_text_encoder_sd(
+            tiny[kind].model, False, torch.float32, "cpu"
+        ).text_model.embeddings.token_embedding.weight
         ids = load_clip_tokenizer(str(tiny[kind].tokenizer))("cat dog", add_special_tokens=False).input_ids
         path = tmp_path / "myword.safetensors"
         save_file_atomic({"emb_params": table[ids].detach().contiguous()}, path)
         [words] = made(tiny[kind], tmp_path / "a", "--prompt", "a cat dog here --d 1")
-        [inverted] = made(tiny[kind], tmp_path / "b", "--prompt", "a myword here --d 1", "--textual_inversion_embeddings", str(path))
+        [inverted] = made(
+            tiny[kind], tmp_path / "b", "--prompt", "a myword here --d 1", "--textual_inversion_embeddings", str(path)
+        )
         [without] = made(tiny[kind], tmp_path / "c", "--prompt", "a myword here --d 1")
         assert distance(words, inverted) == 0 and distance(words, without) > 0
     with pytest.raises(CheckpointError, match="clip_l and clip_g are needed"):
         made(tiny["sdxl"], tmp_path, "--prompt", "a", "--textual_inversion_embeddings", str(path))
 
 
-# -- pictures to pictures --------------------------------------------------------------------------------------------------
+# -- pictures to pictures ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def source(tmp_path) -> Path:
     generator = numpy.random.default_rng(1)
     path = tmp_path / "source.png"
-    Image.fromarray(numpy.kron(generator.integers(0, 255, (8, 8, 3)), numpy.ones((8, 8, 1))).astype(numpy.uint8)).save(path)
+    Image.fromarray(numpy.kron(generator.integers(0, 255, (8, 8, 3)), numpy.ones((8, 8, 1))).astype(numpy.uint8)).save(
+        path
+    )
     return path
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "pndm", "dpmsolver++", "dpmsingle"])
 def test_strength_goes_from_the_source_to_a_new_picture(tiny, tmp_path, source, sampler):
     def at(strength: float) -> Path:
-        options = ["--prompt", f"a cat --d 1 --t {strength}", "--image_path", str(source), f"--sampler={sampler}", "--steps=10"]
+        options = [
+            "--prompt",
+            f"a cat --d 1 --t {strength}",
+            "--image_path",
+            str(source),
+            f"--sampler={sampler}",
+            "--steps=10",
+        ]
         return made(tiny["sd1"], tmp_path / f"{sampler}{strength}", *options)[0]
 
     kept, little, much = at(0), at(0.3), at(0.9)
@@ -380,7 +497,15 @@ def test_pictures_take_the_size_of_their_source_and_names(tiny, tmp_path):
     for name, size in (("one", (100, 70)), ("two", (64, 64))):
         Image.new("RGB", size, (9, 99, 199)).save(folder / f"{name}.png")
     given = [a for a in arguments(tiny["sd1"], tmp_path / "out") if not a.startswith(("--W", "--H"))]
-    options = ["--prompt", "a cat", "--image_path", str(folder), "--use_original_file_name", "--images_per_prompt=2", "--batch_size=2"]
+    options = [
+        "--prompt",
+        "a cat",
+        "--image_path",
+        str(folder),
+        "--use_original_file_name",
+        "--images_per_prompt=2",
+        "--batch_size=2",
+    ]
     paths = unet_inference.run([*given, *options])
     assert [(path.name, Image.open(path).size) for path in paths] == [("one.png", (96, 64)), ("two.png", (64, 64))]
 
@@ -402,7 +527,8 @@ def test_inpainting_keeps_what_the_mask_leaves(tiny, tmp_path, source, sampler):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches.PictureBatches, "_decoded", watched)
         made(
-            tiny["sd1"], tmp_path, "--prompt", "a cat --d 1", "--image_path", str(source), "--mask_path", str(tmp_path / "mask.png"),
+            tiny["sd1"], tmp_path, "--prompt", "a cat --d 1", "--image_path", str(source), "--mask_path",
+            str(tmp_path / "mask.png"),
             f"--sampler={sampler}", "--strength=0.9", "--steps=6",
         )  # fmt: skip
     [(result, kept)] = latents
@@ -421,7 +547,15 @@ def test_a_picture_gives_its_prompt(tiny, tmp_path):
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_highres_fix_in_its_ways(tiny, tmp_path, kind):
-    options = ["--prompt", "a cat --d 1", "--W=128", "--H=128", "--highres_fix_scale=0.5", "--highres_fix_steps=2", "--sequential_file_name"]
+    options = [
+        "--prompt",
+        "a cat --d 1",
+        "--W=128",
+        "--H=128",
+        "--highres_fix_scale=0.5",
+        "--highres_fix_steps=2",
+        "--sequential_file_name",
+    ]
     small, plain = made(tiny[kind], tmp_path / "a", *options, "--highres_fix_save_1st")
     assert (small.name, plain.name) == ("im_0000001.png", "im_1000001.png")
     assert Image.open(small).size == (64, 64) and Image.open(plain).size == (128, 128)
@@ -440,11 +574,15 @@ def test_an_upscaler_module(tiny, tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     options = ["--prompt", "a cat --d 1", "--W=128", "--H=128", "--highres_fix_scale=0.5", "--highres_fix_steps=2"]
-    [path] = made(tiny["sd1"], tmp_path, *options, "--highres_fix_upscaler=my_upscaler", "--highres_fix_upscaler_args=factor=2")
+    [path] = made(
+        tiny["sd1"], tmp_path, *options, "--highres_fix_upscaler=my_upscaler", "--highres_fix_upscaler_args=factor=2"
+    )
     assert Image.open(path).size == (128, 128)
 
 
-@pytest.mark.parametrize(("kind", "depth"), [("sd1", 0), ("sd1", 1), ("sdxl", 0), ("sdxl", 1), ("sdxl", 2), ("sdxl", 3)])
+@pytest.mark.parametrize(
+    ("kind", "depth"), [("sd1", 0), ("sd1", 1), ("sdxl", 0), ("sdxl", 1), ("sdxl", 2), ("sdxl", 3)]
+)
 def test_deep_shrink_changes_the_picture_while_timesteps_are_high(tiny, tmp_path, kind, depth):
     [plain] = made(tiny[kind], tmp_path / "a", "--prompt", "a cat --d 1")
     [shrunk] = made(tiny[kind], tmp_path / "b", "--prompt", "a cat --d 1", f"--ds_depth_1={depth}")
@@ -453,9 +591,18 @@ def test_deep_shrink_changes_the_picture_while_timesteps_are_high(tiny, tmp_path
 
 
 def test_gradual_latent(tiny, tmp_path):
-    size = ["--W=128", "--H=128", "--sampler=euler_a", "--steps=12", "--gradual_latent_timesteps=750", "--gradual_latent_ratio_step=0.25"]
+    size = [
+        "--W=128",
+        "--H=128",
+        "--sampler=euler_a",
+        "--steps=12",
+        "--gradual_latent_timesteps=750",
+        "--gradual_latent_ratio_step=0.25",
+    ]
     [plain] = made(tiny["sd1"], tmp_path / "a", "--prompt", "a cat --d 1", *size)
-    [sharp] = made(tiny["sd1"], tmp_path / "b", "--prompt", "a cat --d 1", *size, "--gradual_latent_unsharp_params=3,0.5,0.5,1")
+    [sharp] = made(
+        tiny["sd1"], tmp_path / "b", "--prompt", "a cat --d 1", *size, "--gradual_latent_unsharp_params=3,0.5,0.5,1"
+    )
     assert Image.open(plain).size == (128, 128) and distance(plain, sharp) > 0
     with pytest.raises(ConfigError, match="works with --sampler euler_a"):
         made(tiny["sd1"], tmp_path, "--prompt", "a", "--gradual_latent_timesteps=700")
@@ -466,7 +613,16 @@ def test_gradual_latent(tiny, tmp_path):
 def test_noise_of_other_kinds(tiny, tmp_path):
     [plain] = made(tiny["sd1"], tmp_path / "a", "--prompt", "a cat --d 1")
     [pyramid] = made(tiny["sd1"], tmp_path / "b", "--prompt", "a cat --d 1", "--pyramid_noise_prob=1")
-    [offset] = made(tiny["sd1"], tmp_path / "c", "--prompt", "a cat --d 1", "--noise_offset_prob=1", "--noise_offset_range", "0.1", "0.1")
+    [offset] = made(
+        tiny["sd1"],
+        tmp_path / "c",
+        "--prompt",
+        "a cat --d 1",
+        "--noise_offset_prob=1",
+        "--noise_offset_range",
+        "0.1",
+        "0.1",
+    )
     assert distance(plain, pyramid) > 0 and distance(plain, offset) > 0
 
 
@@ -490,7 +646,16 @@ def test_models_that_do_not_fit_are_told_before_anything_is_loaded(tiny, tmp_pat
 def test_half_precision_is_near(tiny, tmp_path, kind):
     [full] = made(tiny[kind], tmp_path / "a", "--prompt", "a cat --d 1")
     [half] = made(tiny[kind], tmp_path / "b", "--prompt", "a cat --d 1", "--bf16")
-    [vae] = made(tiny[kind], tmp_path / "c", "--prompt", "a cat --d 1", "--bf16", "--no_half_vae", "--opt_channels_last", "--vae_batch_size=0.5")
+    [vae] = made(
+        tiny[kind],
+        tmp_path / "c",
+        "--prompt",
+        "a cat --d 1",
+        "--bf16",
+        "--no_half_vae",
+        "--opt_channels_last",
+        "--vae_batch_size=0.5",
+    )
     assert 0 < abs(pixels(full) - pixels(half)).mean() < 8 and abs(pixels(full) - pixels(vae)).mean() < 8
 
 
@@ -500,8 +665,10 @@ def test_the_minimal_script_and_this_one_make_one_picture(tiny, tmp_path):
     [ours] = made(tiny["sdxl"], tmp_path / "a", "--prompt", "a cat --d 1 --l 6 --n dog", "--sampler=euler")
     [other] = sdxl_inference.run(
         [
-            f"--ckpt_path={tiny['sdxl'].model}", f"--clip_tokenizer={tiny['sdxl'].tokenizer}", f"--output_dir={tmp_path / 'b'}", "--prompt=a cat",
-            "--negative_prompt=dog", "--seed=1", "--width=64", "--height=64", "--steps=3", "--cfg_scale=6", "--dtype=float32",
+            f"--ckpt_path={tiny['sdxl'].model}", f"--clip_tokenizer={tiny['sdxl'].tokenizer}",
+            f"--output_dir={tmp_path / 'b'}", "--prompt=a cat",
+            "--negative_prompt=dog", "--seed=1", "--width=64", "--height=64", "--steps=3", "--cfg_scale=6",
+            "--dtype=float32",
         ]
     )  # fmt: skip
     assert distance(ours, other) <= 1

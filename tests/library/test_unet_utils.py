@@ -1,4 +1,5 @@
-"""Stable Diffusion and SDXL checkpoints: key tables of the real files, layouts, prefixes, refusals, and the way back."""
+"""Stable Diffusion and SDXL checkpoints: key tables of the real files, layouts, prefixes, refusals, and the way
+back."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from tests.tiny_sd import KINDS, build_tiny_sd
 
 KEY_TABLES = Path(__file__).parents[1] / "golden" / "checkpoints"
 SDXL = UNetParams(
-    channels=(320, 640, 1280), attention_levels=(False, True, True), transformer_depth=(0, 2, 10), middle_depth=10, heads=(5, 10, 20),
+    channels=(320, 640, 1280), attention_levels=(False, True, True), transformer_depth=(0, 2, 10), middle_depth=10,
+    heads=(5, 10, 20),
     context_dim=2048, use_linear_projection=True, adm_in_channels=2816,
 )  # fmt: skip
 SD2 = UNetParams(heads=(5, 10, 20, 20), context_dim=1024, use_linear_projection=True, upcast_attention=True)
@@ -48,7 +50,9 @@ def shapes_of(state: dict[str, torch.Tensor]) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize(("name", "params"), [("sd15_checkpoint", UNetParams()), ("sd21_checkpoint", SD2)])
-def test_real_stable_diffusion_is_recognised_and_written_with_the_real_keys(tmp_path, name: str, params: UNetParams) -> None:
+def test_real_stable_diffusion_is_recognised_and_written_with_the_real_keys(
+    tmp_path, name: str, params: UNetParams
+) -> None:
     table = key_table(name)
     path = empty_checkpoint(tmp_path / "x.safetensors", table, "F16", 2)
     info = sd_utils.inspect_sd_unet(path)
@@ -78,7 +82,9 @@ def test_a_saved_checkpoint_holds_the_tensors_it_was_loaded_from(tmp_path, kind:
     if kind == "sdxl":
         unet = sdxl_utils.load_unet_sdxl(tiny.model, None, "cpu")
         encoders = sdxl_utils.load_text_encoders_sdxl(tiny.model, None, "cpu")
-        sdxl_utils.save_checkpoint_sdxl(again, unet, encoders, sdxl_utils.load_vae_sdxl(tiny.model, None, "cpu"), marks=("v_pred",))
+        sdxl_utils.save_checkpoint_sdxl(
+            again, unet, encoders, sdxl_utils.load_vae_sdxl(tiny.model, None, "cpu"), marks=("v_pred",)
+        )
     else:
         unet = sd_utils.load_unet_sd(tiny.model, None, "cpu")
         encoder = sd_utils.load_text_encoder_sd(tiny.model, kind == "sd2", None, "cpu")
@@ -97,13 +103,19 @@ def read_model_config(path: Path) -> dict:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_there_and_back(tmp_path, kind: str) -> None:
-    state = {k.removeprefix("model.diffusion_model."): v for k, v in load_file(build_tiny_sd(tmp_path, kind).model).items() if "diffusion" in k}
+    state = {
+        k.removeprefix("model.diffusion_model."): v
+        for k, v in load_file(build_tiny_sd(tmp_path, kind).model).items()
+        if "diffusion" in k
+    }
     assert list(diffusers_to_original(original_to_diffusers(state))) == list(state)
 
 
 def test_a_ckpt_with_old_names_and_further_entries(tmp_path) -> None:
     tiny = build_tiny_sd(tmp_path, "sd1")
-    state = {key.replace("transformer.text_model.", "transformer."): tensor for key, tensor in load_file(tiny.model).items()}
+    state = {
+        key.replace("transformer.text_model.", "transformer."): tensor for key, tensor in load_file(tiny.model).items()
+    }
     state |= {"betas": torch.zeros(4), "model_ema.diffusion_modelout2weight": torch.zeros(2)}
     torch.save({"state_dict": state}, tmp_path / "old.ckpt")
     config = read_model_config(tiny.model)

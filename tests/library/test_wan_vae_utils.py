@@ -41,7 +41,9 @@ def test_full_size_model_has_the_keys_and_shapes_of_the_real_files(name: str) ->
     if name.endswith("diffusers"):
         shapes = wan_vae_utils.convert_diffusers_vae_to_wan(shapes)
     model = build_on_meta(lambda: WanVAE(WanVAEParams()))
-    assert {key: tensor.shape for key, tensor in shapes.items()} == {key: tensor.shape for key, tensor in model.state_dict().items()}
+    assert {key: tensor.shape for key, tensor in shapes.items()} == {
+        key: tensor.shape for key, tensor in model.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("class_name", ["AutoencoderKLWan", "AutoencoderKLQwenImage"])
@@ -59,7 +61,9 @@ def test_folders_of_diffusers_load_and_agree(tmp_path: Path, class_name: str) ->
             expected = reference.encode(video).latent_dist.mode()
             latents = vae.encode_mean(video)
             torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(vae.decode(vae.normalize(latents)), reference.decode(expected).sample, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                vae.decode(vae.normalize(latents)), reference.decode(expected).sample, rtol=1e-3, atol=1e-4
+            )
 
 
 def test_an_image_is_the_first_frame_of_a_video() -> None:
@@ -85,12 +89,16 @@ def test_a_length_that_makes_no_whole_pieces_is_an_error() -> None:
 
 
 def test_unknown_number_of_channels_needs_statistics(tmp_path: Path) -> None:
-    params = WanVAEParams(dim=4, z_dim=2, dim_mult=(1, 2, 2, 2), num_res_blocks=1, latents_mean=(0.0, 1.0), latents_std=(1.0, 2.0))
+    params = WanVAEParams(
+        dim=4, z_dim=2, dim_mult=(1, 2, 2, 2), num_res_blocks=1, latents_mean=(0.0, 1.0), latents_std=(1.0, 2.0)
+    )
     state = random_state(build_on_meta(lambda: WanVAE(params)), torch.Generator().manual_seed(2))
     save_file_atomic(state, tmp_path / "v.safetensors")
     with pytest.raises(CheckpointError, match="latents_mean"):
         wan_vae_utils.load_wan_vae(tmp_path / "v.safetensors", None, "cpu")
-    save_file_atomic(state, tmp_path / "v.safetensors", {"model_config": json.dumps({"latents_mean": [0, 1], "latents_std": [1, 2]})})
+    save_file_atomic(
+        state, tmp_path / "v.safetensors", {"model_config": json.dumps({"latents_mean": [0, 1], "latents_std": [1, 2]})}
+    )
     assert wan_vae_utils.load_wan_vae(tmp_path / "v.safetensors", None, "cpu").params == params
 
 

@@ -15,9 +15,10 @@ from networks.kinds.targets import Layer, targets_of_family
 
 @dataclass(frozen=True)
 class Adapter:
-    """`families`: those that have its arguments, the first of them trains it even where another of its kind comes first;
-    `fixed`: tensors of its file that are not trained; `split`: rows of the parts where it trains parts; `pairs`: its --network_args; `rank` and `alpha` as a user would give them; `tucker`: whether it has a Tucker form;
-    `layers`: the kinds of layers it is defined for; `rate`: a learning rate at which a short run learns."""
+    """`families`: those that have its arguments, the first of them trains it even where another of its kind comes
+    first; `fixed`: tensors of its file that are not trained; `split`: rows of the parts where it trains parts; `pairs`:
+    its --network_args; `rank` and `alpha` as a user would give them; `tucker`: whether it has a Tucker form; `layers`:
+    the kinds of layers it is defined for; `rate`: a learning rate at which a short run learns."""
 
     module: str
     pairs: Mapping[str, Any] = field(default_factory=dict)

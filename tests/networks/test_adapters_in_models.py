@@ -1,4 +1,5 @@
-"""Every adapter in a denoiser of every family: made, trained, saved, and made again from the file with the same output."""
+"""Every adapter in a denoiser of every family: made, trained, saved, and made again from the file with the same
+output."""
 
 import importlib
 
@@ -44,7 +45,8 @@ def trained_network(name, family, model, inputs, **more):
 
 
 CELLS = [
-    (name, family) for name, adapter in ADAPTERS.items() for family in DENOISERS if not adapter.pairs or family == "flux"
+    (name, family) for name,
+    adapter in ADAPTERS.items() for family in DENOISERS if not adapter.pairs or family == "flux"
 ]  # variants of an adapter meet one family: what they change happens inside a layer
 
 
@@ -59,14 +61,19 @@ def test_trained_saved_and_loaded(name, family, tmp_path):
         network.remove_from()
         assert not torch.allclose(hooked, plain, atol=1e-4)
         encoders = no_encoders(family)
-        for create in (importlib.import_module(ADAPTERS[name].module).create_network_from_weights, create_any_from_weights):
+        for create in (
+            importlib.import_module(ADAPTERS[name].module).create_network_from_weights,
+            create_any_from_weights,
+        ):
             again, tensors = create(1.0, path, None, encoders, model)
             assert again.load_weights(path) == {"missing": [], "unexpected": []}
             again.apply_to(encoders, model, False, True)
             again.eval()
             torch.testing.assert_close(model(*inputs), hooked, rtol=1e-5, atol=1e-5)
             again.remove_from()
-            assert {key.partition(".")[2] for key in again.file_state_dict()} == {key.partition(".")[2] for key in tensors}
+            assert {key.partition(".")[2] for key in again.file_state_dict()} == {
+                key.partition(".")[2] for key in tensors
+            }
         merged, tensors = create_any_from_weights(1.0, path, None, encoders, model, for_inference=True)
         merged.merge_to(encoders, model, tensors)
         torch.testing.assert_close(model(*inputs), hooked, rtol=1e-3, atol=1e-4)

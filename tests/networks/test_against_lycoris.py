@@ -12,7 +12,10 @@ from networks.kinds.registry import known_kind_of, weight_change
 from networks.kinds.targets import Layer
 
 pytest.importorskip("lycoris")
-functional = import_target("lycoris.functional.general:factorization"), import_target("lycoris.functional.general:power2factorization")
+functional = (
+    import_target("lycoris.functional.general:factorization"),
+    import_target("lycoris.functional.general:power2factorization"),
+)
 
 MODULES = {
     "lora": "lycoris.modules.locon:LoConModule",
@@ -34,8 +37,10 @@ WAYS = {
     "lora": ({}, {"use_tucker": True}, {"rs_lora": True}, {"use_scalar": True}, {"weight_decompose": True}),
     "loha": ({}, {"use_tucker": True}, {"rs_lora": True}, {"use_scalar": True}, {"weight_decompose": True, "wd_on_out": False}),
     "lokr": (
-        {}, {"factor": 8}, {"factor": 4, "use_tucker": True}, {"decompose_both": True}, {"full_matrix": True}, {"use_scalar": True},
-        {"unbalanced_factorization": True, "factor": 2}, {"factor": 5, "weight_decompose": True}, {"rs_lora": True, "factor": 2},
+        {}, {"factor": 8}, {"factor": 4, "use_tucker": True}, {"decompose_both": True}, {"full_matrix": True},
+        {"use_scalar": True},
+        {"unbalanced_factorization": True, "factor": 2}, {"factor": 5, "weight_decompose": True},
+        {"rs_lora": True, "factor": 2},
     ),
     "glora": ({}, {"use_scalar": True}),
     "diag_oft": ({}, {"constraint": 0.01}, {"rescaled": True}),
@@ -81,7 +86,11 @@ def test_forward_is_that_of_lycoris(name, way, layer_name):
         expected = theirs.forward(x)
         layer.forward = theirs.org_forward
         written = theirs.custom_state_dict() if hasattr(theirs, "custom_state_dict") else theirs.state_dict()
-        tensors = {key: tensor.detach().clone() for key, tensor in (written or theirs.state_dict()).items() if "org_" not in key}
+        tensors = {
+            key: tensor.detach().clone()
+            for key, tensor in (written or theirs.state_dict()).items()
+            if "org_" not in key
+        }
         assert not torch.allclose(plain, expected, atol=1e-3)
 
         kind = known_kind_of(tensors, "name")
@@ -108,7 +117,8 @@ def test_factors_are_those_of_lycoris(factor):
 
 NETWORKS = (
     {"algo": "lora", "use_tucker": "True"}, {"algo": "loha", "use_tucker": "True"}, {"algo": "loha", "dora_wd": "True"},
-    {"algo": "lokr", "factor": "4", "decompose_both": "True"}, {"algo": "lokr", "use_tucker": "True", "use_scalar": "True"},
+    {"algo": "lokr", "factor": "4", "decompose_both": "True"},
+    {"algo": "lokr", "use_tucker": "True", "use_scalar": "True"},
     {"algo": "glora"}, {"algo": "diag-oft", "constraint": "0.01", "rescaled": "True"}, {"algo": "boft"},
 )  # fmt: skip
 
@@ -137,10 +147,15 @@ def test_files_that_lycoris_trained_load(family, pairs, tmp_path):
             module.org_module[0].forward = module.org_forward
         plain = model(*inputs)
         assert not torch.allclose(plain, expected, atol=1e-3)
-        ours, tensors = create_network_from_weights(1.0, str(tmp_path / "theirs.safetensors"), None, [None, None], model)
+        ours, tensors = create_network_from_weights(
+            1.0, str(tmp_path / "theirs.safetensors"), None, [None, None], model
+        )
         assert len(ours.unet_loras) == len(theirs.unet_loras)
         names = {module.lora_name for module in ours.unet_loras}
-        assert family == "sdxl" or {"lora_unet_conv_in", "lora_unet_conv_out", "lora_unet_time_embedding_linear_1"} <= names
+        assert (
+            family == "sdxl"
+            or {"lora_unet_conv_in", "lora_unet_conv_out", "lora_unet_time_embedding_linear_1"} <= names
+        )
         ours.load_tensors(tensors)
         ours.apply_to(None, model, False, True)
         ours.eval()

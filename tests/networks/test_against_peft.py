@@ -1,5 +1,5 @@
-"""Layers of PEFT and ours: the same merged weight. PEFT turns the inputs of a layer where our kinds turn its outputs, so that
-rotations are compared on the transposed weight."""
+"""Layers of PEFT and ours: the same merged weight. PEFT turns the inputs of a layer where our kinds turn its outputs,
+so that rotations are compared on the transposed weight."""
 
 import pytest
 import torch
@@ -22,10 +22,14 @@ LAYERS = {
 }
 CONFIGS = {
     "loha": lambda: peft.LoHaConfig(r=3, alpha=2.0, target_modules=["layer"], init_weights=False),
-    "loha_conv": lambda: peft.LoHaConfig(r=3, alpha=2.0, target_modules=["layer"], init_weights=False, use_effective_conv2d=True),
+    "loha_conv": lambda: peft.LoHaConfig(
+        r=3, alpha=2.0, target_modules=["layer"], init_weights=False, use_effective_conv2d=True
+    ),
     "lokr": lambda: peft.LoKrConfig(r=1, alpha=0.7, target_modules=["layer"], init_weights=False),
     "lokr_8": lambda: peft.LoKrConfig(r=1, alpha=0.7, decompose_factor=8, target_modules=["layer"], init_weights=False),
-    "lokr_both": lambda: peft.LoKrConfig(r=1, alpha=0.7, decompose_both=True, target_modules=["layer"], init_weights=False),
+    "lokr_both": lambda: peft.LoKrConfig(
+        r=1, alpha=0.7, decompose_both=True, target_modules=["layer"], init_weights=False
+    ),
     "lokr_conv": lambda: peft.LoKrConfig(
         r=1, alpha=0.7, decompose_factor=4, target_modules=["layer"], init_weights=False, use_effective_conv2d=True
     ),
@@ -79,7 +83,9 @@ def test_rotations(rows, columns, size):
     torch.manual_seed(2)
     layer = nn.Linear(columns, rows)
     weight = layer.weight.detach().clone()
-    config = peft.OFTConfig(r=0, oft_block_size=size, target_modules=["layer"], use_cayley_neumann=False, init_weights=False)
+    config = peft.OFTConfig(
+        r=0, oft_block_size=size, target_modules=["layer"], use_cayley_neumann=False, init_weights=False
+    )
     tensors, expected = merged_by_peft(config, layer)
     (upper,) = tensors.values()  # [k, n * (n - 1) / 2]
     blocks = torch.zeros(columns // size, size, size)
@@ -92,7 +98,8 @@ def test_rotations(rows, columns, size):
 
 @pytest.mark.parametrize("layer_name", ["linear", "odd", "conv3x3"])
 def test_lengths_apart_from_directions(layer_name):
-    """DoRA: the output of a layer of PEFT, and its change of the weight (whose gradient PEFT takes for a constant, we do not)."""
+    """DoRA: the output of a layer of PEFT, and its change of the weight (whose gradient PEFT takes for a constant, we
+    do not)."""
     torch.manual_seed(3)
     layer = LAYERS[layer_name]()
     config = peft.LoraConfig(r=3, lora_alpha=2, target_modules=["layer"], use_dora=True)
@@ -103,7 +110,11 @@ def test_lengths_apart_from_directions(layer_name):
                 parameter.add_(0.3 * torch.randn(parameter.shape))
     x = torch.randn((2, 5, layer.in_features) if isinstance(layer, nn.Linear) else (2, layer.in_channels, 9, 8))
     expected = model(x)
-    names = {"lora_A.default": "lora_down", "lora_B.default": "lora_up", "lora_magnitude_vector.default": "lora_magnitude_vector"}
+    names = {
+        "lora_A.default": "lora_down",
+        "lora_B.default": "lora_up",
+        "lora_magnitude_vector.default": "lora_magnitude_vector",
+    }
     tensors = {"alpha": torch.tensor(2.0)}
     for name, parameter in model.named_parameters():
         tensors.update({name.split("layer.")[1].replace(old, new): parameter.detach().flatten() if "magnitude" in old else parameter.detach()

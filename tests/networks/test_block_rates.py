@@ -1,4 +1,5 @@
-"""Learning rate factors of U-Net blocks: curves and lists against numbers by hand, blocks left out, groups of the optimizer."""
+"""Learning rate factors of U-Net blocks: curves and lists against numbers by hand, blocks left out, groups of the
+optimizer."""
 
 import logging
 
@@ -100,13 +101,16 @@ def test_an_argument_of_another_family_is_refused_with_its_name(family, name, wh
 
 NUMBERS = {
     "sd": {
-        "conv_in": None, "down_blocks.0.attentions.0.proj_in": 1, "down_blocks.0.downsamplers.0.conv": 3, "down_blocks.2.attentions.1.proj_in": 8,
+        "conv_in": None, "down_blocks.0.attentions.0.proj_in": 1, "down_blocks.0.downsamplers.0.conv": 3,
+        "down_blocks.2.attentions.1.proj_in": 8,
         "down_blocks.3.resnets.1.conv1": 11, "mid_block.attentions.0.proj_in": 12, "up_blocks.0.upsamplers.0.conv": 15,
         "up_blocks.1.attentions.0.proj_in": 16, "up_blocks.3.attentions.2.proj_out": 24,
     },
     "sdxl": {
-        "time_embed.0": 0, "label_emb.0.0": 0, "input_blocks.4.1.proj_in": 5, "input_blocks.8.0.op": 9, "middle_block.1.proj_in": 11,
-        "output_blocks.0.1.proj_in": 13, "output_blocks.5.1.proj_in": 18, "output_blocks.8.0.out_layers.3": 21, "out.2": 22,
+        "time_embed.0": 0, "label_emb.0.0": 0, "input_blocks.4.1.proj_in": 5, "input_blocks.8.0.op": 9,
+        "middle_block.1.proj_in": 11,
+        "output_blocks.0.1.proj_in": 13, "output_blocks.5.1.proj_in": 18, "output_blocks.8.0.out_layers.3": 21,
+        "out.2": 22,
     },
 }  # fmt: skip
 """family -> layers of the full models and the numbers of their blocks, by hand"""
@@ -149,7 +153,9 @@ def test_optimizer_groups_by_block(family):
     for group, name in zip(groups, names, strict=True):
         block = int(name.removeprefix("unet_block").removesuffix(" plus"))
         part = "lora_up" if name.endswith("plus") else "lora_down"
-        assert {id(p) for p in group["params"]} == {id(getattr(module, part).weight) for module in blocks_of(network)[block]}
+        assert {id(p) for p in group["params"]} == {
+            id(getattr(module, part).weight) for module in blocks_of(network)[block]
+        }
 
 
 @pytest.mark.parametrize("family", UP_BLOCKS)

@@ -1,5 +1,5 @@
-"""Files that --to comfy writes, through formulas written down here once more as ComfyUI's loader has them: every key finds its layer
-and every weight becomes the one that merging gives here, or the log says which layers differ."""
+"""Files that --to comfy writes, through formulas written down here once more as ComfyUI's loader has them: every key
+finds its layer and every weight becomes the one that merging gives here, or the log says which layers differ."""
 
 import pytest
 import torch
@@ -37,7 +37,13 @@ def butterfly(weight, blocks):
     for i in range(stages):
         half = 2**i * size // 2
         x = weight.unflatten(0, (-1, 2, half)).transpose(1, 2).flatten(0, 2).unflatten(0, (count, size))
-        weight = torch.einsum("bij,bj...->bi...", blocks[i], x).flatten(0, 1).unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
+        weight = (
+            torch.einsum("bij,bj...->bi...", blocks[i], x)
+            .flatten(0, 1)
+            .unflatten(0, (-1, half, 2))
+            .transpose(1, 2)
+            .flatten(0, 2)
+        )
     return weight
 
 
@@ -53,7 +59,9 @@ def comfy_weight(weight, own, used):
         down, up = get("lora_A.weight"), get("lora_B.weight")
         if "lora_mid.weight" in own:
             down = torch.einsum("ij...,jk...->ik...", get("lora_mid.weight"), down)
-        change = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * (1.0 if alpha is None else alpha / up.shape[1])
+        change = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * (
+            1.0 if alpha is None else alpha / up.shape[1]
+        )
     elif "hada_w1_a" in own:
         a1, b1, a2, b2 = (get(f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
         change = ((a1 @ b1) * (a2 @ b2)).reshape(weight.shape) * (1.0 if alpha is None else alpha / b1.shape[0])
@@ -85,12 +93,16 @@ def comfy_weight(weight, own, used):
 
 
 def through_comfy(model, tensors):
-    """(name of a tensor of the model -> its new value, keys of the file that load nowhere). Names are the model's own: with
-    `diffusion_model.` in front, without an ending `.weight`."""
-    places = {f"diffusion_model.{key.removesuffix('.weight')}": key for key in model.state_dict() if not key.endswith(".bias")}
+    """(name of a tensor of the model -> its new value, keys of the file that load nowhere). Names are the model's own:
+    with `diffusion_model.` in front, without an ending `.weight`."""
+    places = {
+        f"diffusion_model.{key.removesuffix('.weight')}": key for key in model.state_dict() if not key.endswith(".bias")
+    }
     result, used = {}, set()
     for name, key in places.items():
-        own = {other[len(name) + 1 :]: tensor.float() for other, tensor in tensors.items() if other.startswith(f"{name}.")}
+        own = {
+            other[len(name) + 1 :]: tensor.float() for other, tensor in tensors.items() if other.startswith(f"{name}.")
+        }
         if not own:
             continue
         seen = set()
@@ -105,18 +117,28 @@ def through_comfy(model, tensors):
 
 
 SAME = {
-    "lora": ("lora", {}), "dora of columns": ("lora", {"dora_wd": "True", "wd_on_output": "False"}), "loha": ("loha", {}),
+    "lora": ("lora", {}), "dora of columns": ("lora", {"dora_wd": "True", "wd_on_output": "False"}),
+    "loha": ("loha", {}),
     "loha of columns": ("loha", {"dora_wd": "True", "wd_on_output": "False"}),
-    "lokr": ("lokr", {"factor": "4"}), "lokr of columns": ("lokr", {"factor": "2", "dora_wd": "True", "wd_on_output": "False"}),
-    "glora": ("glora", {}), "oft": ("oft", {}), "oft of all layers": ("oft", {"enable_all_linear": "True"}), "diag_oft": ("diag_oft", {}),
-    "boft": ("boft", {"rescaled": "True"}), "full": ("full", {}), "norm": ("norm", {}), "lora and norms": ("lora", {"train_norm": "True"}),
+    "lokr": ("lokr", {"factor": "4"}),
+    "lokr of columns": ("lokr", {"factor": "2", "dora_wd": "True", "wd_on_output": "False"}),
+    "glora": ("glora", {}), "oft": ("oft", {}), "oft of all layers": ("oft", {"enable_all_linear": "True"}),
+    "diag_oft": ("diag_oft", {}),
+    "boft": ("boft", {"rescaled": "True"}), "full": ("full", {}), "norm": ("norm", {}),
+    "lora and norms": ("lora", {"train_norm": "True"}),
 }  # fmt: skip
-DIFFERENT = {"dora of rows": ("lora", {"dora_wd": "True"}), "rescaled": ("diag_oft", {"rescaled": "True"}), "ia3": ("ia3", {})}
+DIFFERENT = {
+    "dora of rows": ("lora", {"dora_wd": "True"}),
+    "rescaled": ("diag_oft", {"rescaled": "True"}),
+    "ia3": ("ia3", {}),
+}
 DIMS = {"oft": 4, "diag_oft": 4, "boft": 16}
 
 
 def file_of(kind, pairs, model, alpha=0.01):
-    network = import_target(f"networks.{kind}:create_network")(1.0, DIMS.get(kind, 2), alpha if kind in DIMS else 1.5, None, None, model, **pairs)
+    network = import_target(f"networks.{kind}:create_network")(
+        1.0, DIMS.get(kind, 2), alpha if kind in DIMS else 1.5, None, None, model, **pairs
+    )
     network.apply_to(None, model, False, True)
     trained(network)
     network.remove_from()
@@ -125,7 +147,11 @@ def file_of(kind, pairs, model, alpha=0.01):
 
 def merged_here(model, family, tensors):
     """The same by this project's formulas."""
-    names = {key.removesuffix(".weight").removesuffix(".scale").replace(".", "_"): key for key in model.state_dict() if not key.endswith(".bias")}
+    names = {
+        key.removesuffix(".weight").removesuffix(".scale").replace(".", "_"): key
+        for key in model.state_dict()
+        if not key.endswith(".bias")
+    }
     result = {}
     for name, own in by_module(to_kohya(family, tensors)).items():
         key = names[name.replace("oft_unet_", "").replace("lora_unet_", "")]
@@ -133,7 +159,9 @@ def merged_here(model, family, tensors):
         result[key] = weight + weight_change(own, weight)
         bias = bias_change(own)
         if bias is not None:
-            result[key.removesuffix(".weight") + ".bias"] = model.state_dict()[key.removesuffix(".weight") + ".bias"] + bias
+            result[key.removesuffix(".weight") + ".bias"] = (
+                model.state_dict()[key.removesuffix(".weight") + ".bias"] + bias
+            )
     return result
 
 
@@ -167,7 +195,9 @@ def test_what_differs_is_told(name, family, caplog):
     assert "ComfyUI gives another result for" in caplog.text
     found, nowhere = through_comfy(model, dotted)
     expected = merged_here(model, family, tensors)
-    assert nowhere or any(not torch.allclose(found[key], weight, rtol=1e-2, atol=1e-3) for key, weight in expected.items())
+    assert nowhere or any(
+        not torch.allclose(found[key], weight, rtol=1e-2, atol=1e-3) for key, weight in expected.items()
+    )
 
 
 def test_the_limit_is_worked_in():

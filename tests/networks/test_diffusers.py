@@ -17,8 +17,10 @@ def twin_models(width=32, heads=2, depth=2):
     """The same random FLUX as diffusers' class and as ours."""
     torch.manual_seed(0)
     theirs = diffusers.FluxTransformer2DModel(
-        in_channels=16, num_layers=depth, num_single_layers=depth, attention_head_dim=width // heads, num_attention_heads=heads,
-        joint_attention_dim=24, pooled_projection_dim=20, guidance_embeds=True, axes_dims_rope=(width // heads - 12, 6, 6),
+        in_channels=16, num_layers=depth, num_single_layers=depth, attention_head_dim=width // heads,
+        num_attention_heads=heads,
+        joint_attention_dim=24, pooled_projection_dim=20, guidance_embeds=True,
+        axes_dims_rope=(width // heads - 12, 6, 6),
     ).eval()
     ours = Flux(FluxParams(
         in_channels=16, vec_in_dim=20, context_in_dim=24, hidden_size=width, num_heads=heads, depth=depth,
@@ -35,7 +37,15 @@ def outputs(theirs, ours):
     pooled, times = torch.randn(2, 20, generator=generator), torch.tensor([0.2, 0.9])
     img_ids, guidance = prepare_img_ids(2, 2, 3), torch.full((2,), 3.5)
     with torch.no_grad():
-        mine = ours(img=img, img_ids=img_ids, txt=txt, txt_ids=torch.zeros(2, 3, 3), timesteps=times, y=pooled, guidance=guidance)
+        mine = ours(
+            img=img,
+            img_ids=img_ids,
+            txt=txt,
+            txt_ids=torch.zeros(2, 3, 3),
+            timesteps=times,
+            y=pooled,
+            guidance=guidance,
+        )
         other = theirs(
             hidden_states=img, encoder_hidden_states=txt, pooled_projections=pooled, timestep=times, guidance=guidance,
             img_ids=img_ids[0], txt_ids=torch.zeros(3, 3), return_dict=False,

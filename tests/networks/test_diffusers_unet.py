@@ -1,4 +1,5 @@
-"""Our LoRA files of Stable Diffusion 1, 2 and SDXL in diffusers: trained on a folder that diffusers wrote, read back by it."""
+"""Our LoRA files of Stable Diffusion 1, 2 and SDXL in diffusers: trained on a folder that diffusers wrote, read back by
+it."""
 
 from __future__ import annotations
 
@@ -47,18 +48,22 @@ def write_folder(kind: str, folder: Path) -> None:
     plain, cross, up, cross_up = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
     if kind == "sdxl":
         common |= {
-            "down_block_types": (plain, cross, cross), "up_block_types": (cross_up, cross_up, up), "cross_attention_dim": 48,
+            "down_block_types": (plain, cross, cross), "up_block_types": (cross_up, cross_up, up),
+            "cross_attention_dim": 48,
             "transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (2, 4, 4), "use_linear_projection": True,
-            "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 32 + 48,
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 32 + 48,
         }  # fmt: skip
     else:
         common |= {
-            "down_block_types": (cross, cross, plain), "up_block_types": (up, cross_up, cross_up), "attention_head_dim": 4,
+            "down_block_types": (cross, cross, plain), "up_block_types": (up, cross_up, cross_up),
+            "attention_head_dim": 4,
             "cross_attention_dim": 32, "use_linear_projection": kind == "sd2",
         }  # fmt: skip
     diffusers.UNet2DConditionModel(**common).save_pretrained(folder / "unet")
     diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
         layers_per_block=1, latent_channels=4, norm_num_groups=4, scaling_factor=0.18215,
     ).save_pretrained(folder / "vae")  # fmt: skip
     vocab = write_clip_tokenizer(folder / "tokenizer")
@@ -84,7 +89,8 @@ def trained(request, tmp_path_factory) -> Trained:
     cli.run(result.family, "network", [
         f"--pretrained_model_name_or_path={root / 'model'}", f"--clip_tokenizer={root / 'model' / 'tokenizer'}",
         f"--dataset_config={root / 'data.toml'}", f"--output_dir={root / 'out'}", "--output_name=lora",
-        "--network_module=networks.lora", "--network_dim=4", "--network_alpha=2", "--network_args", "conv_dim=2", "conv_alpha=1",
+        "--network_module=networks.lora", "--network_dim=4", "--network_alpha=2", "--network_args", "conv_dim=2",
+        "conv_alpha=1",
         "--max_train_steps=3", "--learning_rate=0.1", "--seed=5", "--max_data_loader_n_workers=0",
         "--console_log_level=WARNING", *(["--v2"] if kind == "sd2" else []),
     ])  # fmt: skip
@@ -112,8 +118,12 @@ def pipeline_of(trained: Trained):
     }  # fmt: skip
     if trained.kind == "sdxl":
         second = CLIPTextModelWithProjection.from_pretrained(trained.folder / "text_encoder_2").eval()
-        return diffusers.StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=None, add_watermarker=False)
-    return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        return diffusers.StableDiffusionXLPipeline(
+            **parts, text_encoder_2=second, tokenizer_2=None, add_watermarker=False
+        )
+    return diffusers.StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
 
 
 def predictions(kind: str, ours, theirs) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -121,13 +131,18 @@ def predictions(kind: str, ours, theirs) -> list[tuple[torch.Tensor, torch.Tenso
     generator = torch.Generator().manual_seed(1)
     latents, times = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([1, 940])
     states = torch.randn(2, 5, 48 if kind == "sdxl" else 32, generator=generator)
-    pooled, sizes = torch.randn(2, 32, generator=generator), torch.tensor([[80.0, 64, 0, 8, 64, 64], [64, 64, 0, 0, 64, 64]])
+    pooled, sizes = (
+        torch.randn(2, 32, generator=generator),
+        torch.tensor([[80.0, 64, 0, 8, 64, 64], [64, 64, 0, 0, 64, 64]]),
+    )
     ids = torch.randint(0, 100, (2, 77), generator=generator)
     with torch.no_grad():
         if kind == "sdxl":
             parts = {"hidden_state1": states[..., :16], "hidden_state2": states[..., 16:], "pool2": pooled}
             mine = predict_noise(ours[0], latents, times, parts, (sizes[:, :2], sizes[:, 2:4], sizes[:, 4:]))
-            other = theirs[0](latents, times, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+            other = theirs[0](
+                latents, times, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}
+            ).sample
         else:
             mine, other = ours[0](latents, times, states), theirs[0](latents, times, states).sample
         pairs = [(mine, other)]
@@ -163,7 +178,10 @@ def test_a_converted_file_acts_the_same_in_diffusers_and_peft(trained: Trained, 
 
     unet, encoders = our_models(trained)
     pipeline = pipeline_of(trained)
-    theirs = [pipeline.unet, [e for e in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if e is not None]]
+    theirs = [
+        pipeline.unet,
+        [e for e in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if e is not None],
+    ]
     plain, _ = predictions(trained.kind, (unet, encoders), theirs)[0]
     network, _ = create_network_from_weights(1.0, str(trained.file), None, encoders, unet, for_inference=True)
     network.apply_to(encoders, unet)
@@ -197,7 +215,10 @@ def test_a_file_that_diffusers_saved_acts_the_same_here(trained: Trained, tmp_pa
     need_agreement("transformers", "peft")  # the encoders take adapters of peft
     torch.manual_seed(7)
     pipeline = pipeline_of(trained)
-    theirs = (pipeline.unet, [e for e in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if e is not None])
+    theirs = (
+        pipeline.unet,
+        [e for e in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if e is not None],
+    )
     ours = our_models(trained)
     plain = predictions(trained.kind, ours, theirs)
     pipeline.unet.add_adapter(LoraConfig(
@@ -206,7 +227,9 @@ def test_a_file_that_diffusers_saved_acts_the_same_here(trained: Trained, tmp_pa
     ))  # fmt: skip
     parts = {"unet": pipeline.unet}
     for number, encoder in enumerate(theirs[1]):
-        encoder.add_adapter(LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, use_rslora=True, target_modules=["q_proj", "fc1"]))
+        encoder.add_adapter(
+            LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, use_rslora=True, target_modules=["q_proj", "fc1"])
+        )
         parts["text_encoder" if number == 0 else "text_encoder_2"] = encoder
     pipeline.save_lora_weights(
         tmp_path, **{f"{name}_lora_layers": get_peft_model_state_dict(model) for name, model in parts.items()},

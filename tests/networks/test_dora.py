@@ -1,4 +1,5 @@
-"""DoRA beside every kind that can be decomposed: gradients, memory, dropouts, limited norms; and what is never decomposed."""
+"""DoRA beside every kind that can be decomposed: gradients, memory, dropouts, limited norms; and what is never
+decomposed."""
 
 import pytest
 import torch
@@ -24,7 +25,11 @@ DORA_CELLS = [(name, layer, tucker) for name in DECOMPOSED for layer, tucker in 
 
 
 def test_both_kinds_of_lengths_are_in_the_table():
-    ways = {(adapter.module, adapter.pairs.get("wd_on_output", "True")) for adapter in ADAPTERS.values() if adapter.pairs.get("dora_wd")}
+    ways = {
+        (adapter.module, adapter.pairs.get("wd_on_output", "True"))
+        for adapter in ADAPTERS.values()
+        if adapter.pairs.get("dora_wd")
+    }
     assert ways == {(f"networks.{kind}", on) for kind in ("lora", "loha", "lokr") for on in ("True", "False")}
 
 
@@ -55,7 +60,10 @@ def test_gradients_are_those_of_the_formula(name, layer_name, tucker):
 def kept_bytes(adapter, layer, x):
     """Bytes that a forward pass keeps for the backward pass beside parameters and its input."""
     adapter.apply_to()
-    kept, own = {}, {parameter.data_ptr() for module in (layer, adapter) for parameter in module.parameters()} | {x.data_ptr()}
+    kept, own = (
+        {},
+        {parameter.data_ptr() for module in (layer, adapter) for parameter in module.parameters()} | {x.data_ptr()},
+    )
 
     def pack(tensor):
         if tensor.data_ptr() not in own:
@@ -72,7 +80,8 @@ def kept_bytes(adapter, layer, x):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", DECOMPOSED)
 def test_nothing_of_the_weights_size_is_kept(name, dtype):
-    """A layer of 512 x 512 (1 MiB in float32) on 16 tokens: DoRA keeps two tensors of the tokens' size more than the plain kind."""
+    """A layer of 512 x 512 (1 MiB in float32) on 16 tokens: DoRA keeps two tensors of the tokens' size more than the
+    plain kind."""
     layer = nn.Linear(512, 512).requires_grad_(False).to(dtype)
     x = torch.randn(1, 16, 512, requires_grad=True)
     used = []
@@ -96,7 +105,9 @@ def test_a_dropout_works_or_is_refused(name, layer_name, tucker, drop):
     kind = kind_of_adapter(adapter)
     if drop not in kind.module_class.drops:
         with pytest.raises(ConfigError, match="has none|no argument"):
-            read_settings(kind, kind.targets(targets_of_family(adapter.families[0])), 2, 1.0, None, {**adapter.pairs, drop: "0.5"})
+            read_settings(
+                kind, kind.targets(targets_of_family(adapter.families[0])), 2, 1.0, None, {**adapter.pairs, drop: "0.5"}
+            )
         return
     more = {"use_tucker": "True"} if tucker else {}
     module = trained(make_adapter(adapter, layer, **{drop: "0.5"}, **more))
@@ -128,7 +139,9 @@ def test_limited_norms(name, layer_name, tucker):
     assert float(adapter.step_weight().detach().norm()) == pytest.approx(low_rank, rel=1e-2)
     held = {key: tensor.clone() for key, tensor in adapter.file_tensors().items()}
     network.apply_max_norm_regularization(limit * 2)
-    assert all(torch.equal(tensor, held[key]) for key, tensor in adapter.file_tensors().items()), "nothing is above the limit"
+    assert all(torch.equal(tensor, held[key]) for key, tensor in adapter.file_tensors().items()), (
+        "nothing is above the limit"
+    )
 
 
 @pytest.mark.parametrize(("layer_name", "tucker"), CELLS)
@@ -162,7 +175,9 @@ def test_norms_are_never_decomposed(kind, family, on_output):
     for name, part in by_module(tensors).items():
         assert ("dora_scale" in part) != ("w_norm" in part), name
     network.remove_from()
-    again, _ = import_target(f"networks.{kind}:create_network_from_weights")(1.0, None, None, None, model, weights_sd=tensors)
+    again, _ = import_target(f"networks.{kind}:create_network_from_weights")(
+        1.0, None, None, None, model, weights_sd=tensors
+    )
     again.load_tensors(tensors)
     again.apply_to(None, model, False, True)
     with torch.no_grad():
@@ -175,13 +190,16 @@ def norm_plan():
 
 @pytest.mark.parametrize("name", [name for name, adapter in ADAPTERS.items() if adapter.module != "networks.norm"])
 def test_no_argument_of_a_kind_reaches_norms(name):
-    """train_norm beside any kind and its arguments: a norm is trained as a norm, and the kind's last touch passes it over."""
+    """train_norm beside any kind and its arguments: a norm is trained as a norm, and the kind's last touch passes it
+    over."""
     adapter = ADAPTERS[name]
     kind = kind_of_adapter(adapter)
     targets = kind.targets(targets_of_family(adapter.families[0]))
     settings = read_settings(kind, targets, adapter.rank, adapter.alpha, None, {**adapter.pairs, "train_norm": "True"})
     norm = build_module(kind, norm_plan(), 1.0, settings)
-    linear = build_module(kind, LayerPlan(Layer("lora_unet_layer", "layer", nn.Linear(8, 12)), adapter.rank, adapter.alpha), 1.0, settings)
+    linear = build_module(
+        kind, LayerPlan(Layer("lora_unet_layer", "layer", nn.Linear(8, 12)), adapter.rank, adapter.alpha), 1.0, settings
+    )
     kind.prepare(AdditionalNetwork(targets, settings, [norm, linear], 1.0))
     assert set(norm.state_dict()) == {"w_norm", "b_norm"}
 
@@ -206,7 +224,9 @@ def test_a_file_with_lengths_is_trained_as_lora_and_that_is_said(name, caplog):
     model, _ = tiny_denoiser("flux")
     network = import_target("networks.lora:create_network")(1.0, 2, 1.0, None, None, model, dora_wd="True")
     tensors = network.file_state_dict()
-    again, _ = import_target(f"networks.{name}:create_network_from_weights")(1.0, None, None, None, model, weights_sd=tensors)
+    again, _ = import_target(f"networks.{name}:create_network_from_weights")(
+        1.0, None, None, None, model, weights_sd=tensors
+    )
     assert {type(module).__name__ for module in again.loras} == {"LoRAModule"}
     assert "are not trained as" in caplog.text
     again.load_tensors(tensors)
@@ -215,9 +235,13 @@ def test_a_file_with_lengths_is_trained_as_lora_and_that_is_said(name, caplog):
 
 def test_lengths_of_fused_layers_are_not_taken_apart():
     model, _ = tiny_denoiser("flux")
-    tensors = import_target("networks.lora:create_network")(1.0, 3, 1.0, None, None, model, dora_wd="True").file_state_dict()
+    tensors = import_target("networks.lora:create_network")(
+        1.0, 3, 1.0, None, None, model, dora_wd="True"
+    ).file_state_dict()
     with pytest.raises(CheckpointError, match="leave split_qkv out"):
-        import_target("networks.lora:create_network_from_weights")(1.0, None, None, None, model, weights_sd=tensors, split_qkv="True")
+        import_target("networks.lora:create_network_from_weights")(
+            1.0, None, None, None, model, weights_sd=tensors, split_qkv="True"
+        )
 
 
 @pytest.mark.parametrize(("pairs", "option"), [({"neuron_dropout": 0.1}, "--network_dropout"), ({"loraplus_lr_ratio": "4"}, "loraplus_lr_ratio"),
@@ -229,12 +253,18 @@ def test_arguments_that_do_nothing_for_the_kinds_of_a_file(pairs, option, caplog
     create = import_target("networks.lora:create_network_from_weights")
     with pytest.raises(ConfigError, match=f"{option} is given"):
         create(1.0, None, None, None, model, weights_sd=tensors, **pairs)
-    lora = import_target("networks.lora:create_network")(1.0, 2, 1.0, None, None, model, train_norm="True").file_state_dict()
+    lora = import_target("networks.lora:create_network")(
+        1.0, 2, 1.0, None, None, model, train_norm="True"
+    ).file_state_dict()
     del caplog.records[:]
     create(1.0, None, None, None, model, weights_sd=lora, **pairs)
     assert "does nothing" not in caplog.text
     mixed = {**lora, **{key: tensor for key, tensor in tensors.items() if "double_blocks_0_img_attn_qkv" in key}}
-    mixed = {key: tensor for key, tensor in mixed.items() if "img_attn_qkv.lora" not in key and "img_attn_qkv.alpha" not in key}
+    mixed = {
+        key: tensor
+        for key, tensor in mixed.items()
+        if "img_attn_qkv.lora" not in key and "img_attn_qkv.alpha" not in key
+    }
     create(1.0, None, None, None, model, weights_sd=mixed, **pairs)
     assert f"{option} does nothing for 1 of" in caplog.text
 
@@ -263,4 +293,10 @@ def test_weights_in_scaled_8_bits(name):
 
 
 def test_marks_know_the_decomposed_kinds():
-    assert {import_target(target).name for target in MARKS if import_target(target).module_class.decomposable} == {"LoRA", "LoHa", "LoKr", "GLoRA", "full"}
+    assert {import_target(target).name for target in MARKS if import_target(target).module_class.decomposable} == {
+        "LoRA",
+        "LoHa",
+        "LoKr",
+        "GLoRA",
+        "full",
+    }

@@ -1,4 +1,5 @@
-"""DyLoRA: the piece of a step is drawn by key, what stands behind it is cut off, and nothing but the piece is trained."""
+"""DyLoRA: the piece of a step is drawn by key, what stands behind it is cut off, and nothing but the piece is
+trained."""
 
 import math
 
@@ -41,7 +42,9 @@ def example(layer):
 def test_the_draw_belongs_to_the_optimizer_step():
     adapter = adapter_of(LAYERS["linear"]())
     pieces = [start_step(adapter, step) for step in range(300)]
-    assert pieces == [start_step(adapter, step, positions=(6, 7, 8)) for step in range(300)]  # another micro-batch or rank
+    assert pieces == [
+        start_step(adapter, step, positions=(6, 7, 8)) for step in range(300)
+    ]  # another micro-batch or rank
     assert pieces != [start_step(adapter, step, seed=5) for step in range(300)]
     assert all(75 < pieces.count(piece) < 125 for piece in range(3))
     other = make_adapter(ADAPTERS["dylora"], nn.Linear(8, 12))
@@ -60,7 +63,9 @@ def test_ranks_behind_the_piece_are_cut_off(layer_name):
     for step in range(20):
         used = UNIT * (start_step(adapter, step) + 1)
         seen.add(used)
-        change = torch.einsum("or,r...->o...", up[:, :used].flatten(1), down[:used]) * (ALPHA / RANK * math.sqrt(RANK / used))
+        change = torch.einsum("or,r...->o...", up[:, :used].flatten(1), down[:used]) * (
+            ALPHA / RANK * math.sqrt(RANK / used)
+        )
         expected = F.linear(x, change) if isinstance(layer, nn.Linear) else F.conv2d(x, change, padding=1)
         torch.testing.assert_close(adapter.output_change(x), expected)
     assert seen == {2, 4, 6}
@@ -117,7 +122,11 @@ def test_a_file_of_any_rank_is_read(tmp_path):
         for module in again.unet_loras:
             torch.testing.assert_close(module.delta_weight(), own[module.lora_name].delta_weight())
     cut = {
-        name: tensor[:4] if name.endswith("lora_down.weight") else tensor[:, :4] if name.endswith("lora_up.weight") else tensor
+        name: tensor[:4]
+        if name.endswith("lora_down.weight")
+        else tensor[:, :4]
+        if name.endswith("lora_up.weight")
+        else tensor
         for name, tensor in network.file_state_dict().items()
     }
     part, tensors = create_network_from_weights(1.0, None, None, None, model, weights_sd=cut, unit="2")

@@ -59,9 +59,10 @@ def cell(name, layer_name, tucker, dtype=torch.float32, multiplier=1.0):
 def rounding_bound(layer, x, plain, hooked):
     """How far a merged layer may be from the hooked one in bfloat16, value by value. `layer` is merged.
 
-    Hooked: the layer's own output y0 is rounded, the change is added in float32, and the sum y is rounded: h (|y0| + |y|) with h
-    the half step. Merged: every weight w' and the bias b' are rounded, which moves the output by h (sum |w'| |x| + |b'|) at most,
-    and the output is rounded: h |y|. Errors of errors are h times smaller; 4 h covers them. Norms multiply n(x) instead of x.
+    Hooked: the layer's own output y0 is rounded, the change is added in float32, and the sum y is rounded: h (|y0| +
+    |y|) with h the half step. Merged: every weight w' and the bias b' are rounded, which moves the output by h (sum
+    |w'| |x| + |b'|) at most, and the output is rounded: h |y|. Errors of errors are h times smaller; 4 h covers them.
+    Norms multiply n(x) instead of x.
     """
     weight, bias = layer.weight.detach().float().abs(), layer.bias.detach().float().abs()
     if isinstance(layer, (nn.LayerNorm, nn.GroupNorm)):
@@ -78,7 +79,9 @@ def assert_within_rounding(output, hooked, layer, x, plain):
         excess = (output - hooked).detach().float().abs() - rounding_bound(layer, x, plain, hooked)
         assert float(excess.max()) <= 0
     else:
-        torch.testing.assert_close(output, hooked, rtol=TOLERANCE, atol=TOLERANCE * max(1.0, float(hooked.detach().abs().max())))
+        torch.testing.assert_close(
+            output, hooked, rtol=TOLERANCE, atol=TOLERANCE * max(1.0, float(hooked.detach().abs().max()))
+        )
 
 
 @pytest.mark.cross_product(("name", "layer_name", "tucker"), "dtype", "multiplier")
@@ -100,7 +103,9 @@ def test_forward_merge_and_file_are_equal(name, layer_name, tucker, dtype, multi
     assert (multiplier == 0) == torch.equal(hooked, plain)
 
     file = tmp_path / "adapter.safetensors"
-    write_adapter_file(str(file), {f"lora_unet_layer.{name}": tensor for name, tensor in adapter.file_tensors().items()}, None, None)
+    write_adapter_file(
+        str(file), {f"lora_unet_layer.{name}": tensor for name, tensor in adapter.file_tensors().items()}, None, None
+    )
     tensors = by_module(read_adapter_file(file))["lora_unet_layer"]
     weight = own["weight"].float()
     merged = (weight + weight_change(tensors, weight, multiplier)).to(dtype)
@@ -125,7 +130,9 @@ def test_forward_merge_and_file_are_equal(name, layer_name, tucker, dtype, multi
     loaded.merge_to()
     torch.testing.assert_close(layer.weight, merged, rtol=0, atol=0)
     bias = bias_change(tensors, multiplier)
-    torch.testing.assert_close(layer.bias, own["bias"] if bias is None else (own["bias"].float() + bias).to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(
+        layer.bias, own["bias"] if bias is None else (own["bias"].float() + bias).to(dtype), rtol=0, atol=0
+    )
     for output in (layer(x), by_hand):
         assert_within_rounding(output, hooked, layer, x, plain)
 
@@ -149,8 +156,12 @@ def test_start_and_gradients(name, layer_name, tucker):
         has_gradient = parameter.grad is not None and bool(parameter.grad.any())
         assert has_gradient == parameter.requires_grad, parameter_name
     assert all(parameter.grad is None for parameter in layer.parameters())
-    fixed = {key.partition(".")[0] for key in adapter.file_tensors()} - {key.partition(".")[0] for key, _ in adapter.named_parameters()}
-    assert fixed == {*ADAPTERS[name].fixed, *(("alpha",) if adapter.has_alpha else ())}, "tensors of the file that are not trained"
+    fixed = {key.partition(".")[0] for key in adapter.file_tensors()} - {
+        key.partition(".")[0] for key, _ in adapter.named_parameters()
+    }
+    assert fixed == {*ADAPTERS[name].fixed, *(("alpha",) if adapter.has_alpha else ())}, (
+        "tensors of the file that are not trained"
+    )
 
 
 @pytest.mark.parametrize("layer_name", ["linear", "conv3x3"])
@@ -168,7 +179,9 @@ def test_a_change_of_the_bias_may_stand_beside_any_kind(name, layer_name):
     loaded.eval().apply_to()
     hooked = layer(x)
     loaded.diff_b.data.zero_()
-    torch.testing.assert_close(hooked - layer(x), (0.5 * tensors["diff_b"]).view(shape).expand_as(hooked), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        hooked - layer(x), (0.5 * tensors["diff_b"]).view(shape).expand_as(hooked), rtol=1e-4, atol=1e-5
+    )
     loaded.load_file_tensors(tensors)
     loaded.remove_from()
     loaded.merge_to()

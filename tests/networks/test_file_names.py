@@ -1,4 +1,5 @@
-"""Names of adapter files at real size: number of layers, their names in other programs, and every spelling of a layer."""
+"""Names of adapter files at real size: number of layers, their names in other programs, and every spelling of a
+layer."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ def diffusers_unet(kind: str) -> torch.nn.Module:
         sizes = {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True}
     if kind == "sdxl":
         sizes = {
-            "block_out_channels": (320, 640, 1280), "down_block_types": (plain, cross, cross), "up_block_types": (cross_up, cross_up, up),
+            "block_out_channels": (320, 640, 1280), "down_block_types": (plain, cross, cross),
+            "up_block_types": (cross_up, cross_up, up),
             "cross_attention_dim": 2048, "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
             "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": 2816,
@@ -79,8 +81,8 @@ def diffusers_unet(kind: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_names_are_those_of_diffusers_and_of_original_files(network, kind) -> None:
-    """For every layer of the network with convolutions: the module in diffusers has the same shape, the original name is a
-    key of the checkpoint, and every spelling leads back."""
+    """For every layer of the network with convolutions: the module in diffusers has the same shape, the original name
+    is a key of the checkpoint, and every spelling leads back."""
     with gzip.open(KEY_TABLES / f"{dict(sd1='sd15', sd2='sd21', sdxl='sdxl')[kind]}_unet.json.gz", "rt") as file:
         originals = json.load(file)
     theirs = {name: module for name, module in diffusers_unet(kind).named_modules() if hasattr(module, "weight")}
@@ -92,7 +94,11 @@ def test_names_are_those_of_diffusers_and_of_original_files(network, kind) -> No
         assert theirs[foreign.removeprefix("unet.")].weight.shape == module.org_module.weight.shape
         original = place.dotted.removeprefix("diffusion_model.")
         assert any(key.endswith(f"{original}.weight") for key in originals)
-        underscored = [f"{prefix}{path.replace('.', '_')}" for prefix in ("lora_unet_", "lycoris_") for path in (original, foreign[5:])]
+        underscored = [
+            f"{prefix}{path.replace('.', '_')}"
+            for prefix in ("lora_unet_", "lycoris_")
+            for path in (original, foreign[5:])
+        ]
         for spelling in (foreign, foreign[5:], place.dotted, original, f"base_model.model.{foreign[5:]}", *underscored):
             assert names.find(spelling).kohya == module.lora_name, spelling
     assert len({names.find(module.lora_name).diffusers for module in loras}) == len(loras)
@@ -156,7 +162,10 @@ TEXT = "text_model.encoder.layers.3.self_attn"
 def test_spellings(family, tensors, name) -> None:
     name = name.replace("{Q}", Q.replace(".", "_")).replace("{TEXT}", TEXT.replace(".", "_"))
     rewritten = to_kohya(family, tensors)
-    assert {key.removesuffix(".alpha") for key in rewritten} - {f"{name}.lora_down.weight", f"{name}.lora_up.weight"} <= {name}
+    assert {key.removesuffix(".alpha") for key in rewritten} - {
+        f"{name}.lora_down.weight",
+        f"{name}.lora_up.weight",
+    } <= {name}
     assert rewritten[f"{name}.lora_down.weight"].shape == (2, 4) and rewritten[f"{name}.lora_up.weight"].shape == (6, 2)
 
 
@@ -167,9 +176,15 @@ def test_a_path_that_two_encoders_have_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["hada", "lokr"])
 def test_other_kinds_keep_their_parameters(kind) -> None:
-    keys = {"hada": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"), "lokr": ("lokr_w1", "lokr_w2", "alpha")}[kind]
+    keys = {
+        "hada": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"),
+        "lokr": ("lokr_w1", "lokr_w2", "alpha"),
+    }[kind]
     shapes = {"alpha": ()}
-    tensors = {f"lora_unet_input_blocks_4_1_proj_in.{key}": torch.full(shapes.get(key, (2, 2)), float(i)) for i, key in enumerate(keys)}
+    tensors = {
+        f"lora_unet_input_blocks_4_1_proj_in.{key}": torch.full(shapes.get(key, (2, 2)), float(i))
+        for i, key in enumerate(keys)
+    }
     there = to_diffusers("sdxl", tensors)
     assert set(there) == {f"unet.down_blocks.1.attentions.0.proj_in.{key}" for key in keys}
     again = to_kohya("sdxl", there)
@@ -183,7 +198,12 @@ def test_a_tucker_convolution_becomes_an_ordinary_one() -> None:
     generator = torch.Generator().manual_seed(0)
     down, mid, up = (torch.randn(shape, generator=generator) for shape in ((2, 5, 1, 1), (2, 2, 3, 3), (7, 2, 1, 1)))
     name = "lora_unet_down_blocks_0_resnets_0_conv1"
-    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_mid.weight": mid, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
+    tensors = {
+        f"{name}.lora_down.weight": down,
+        f"{name}.lora_mid.weight": mid,
+        f"{name}.lora_up.weight": up,
+        f"{name}.alpha": torch.tensor(1.0),
+    }
     there = to_diffusers("sd", tensors)
     key = "unet.down_blocks.0.resnets.0.conv1.lora_{}.weight"
     change = lora.lora_delta(there[key.format("A")], there[key.format("B")], 1.0)
@@ -194,14 +214,21 @@ def test_strength_that_stands_in_a_configuration(tmp_path) -> None:
     """alpha of diffusers' metadata and of PEFT's file, by pattern, and of rank-stabilised adapters."""
     from library.safetensors_utils import save_file_atomic
 
-    tensors = pair(f"unet.{Q}.to_q") | pair(f"unet.{Q}.to_k") | pair(f"text_encoder.{TEXT}.q_proj") | pair("unet.conv_in")
+    tensors = (
+        pair(f"unet.{Q}.to_q") | pair(f"unet.{Q}.to_k") | pair(f"text_encoder.{TEXT}.q_proj") | pair("unet.conv_in")
+    )
     config = {
-        "unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": {f"{Q}.to_k": 3, "conv_in": 5}, "text_encoder.lora_alpha": 4,
+        "unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": {f"{Q}.to_k": 3, "conv_in": 5},
+        "text_encoder.lora_alpha": 4,
         "text_encoder.use_rslora": True,
     }  # fmt: skip
     path = tmp_path / "lora.safetensors"
     save_file_atomic(tensors, path, {"lora_adapter_metadata": json.dumps(config)})
-    found = {key: float(tensor) for key, tensor in read_adapter_file(path, targets_of_family("sd")).items() if key.endswith(".alpha")}
+    found = {
+        key: float(tensor)
+        for key, tensor in read_adapter_file(path, targets_of_family("sd")).items()
+        if key.endswith(".alpha")
+    }
     place = Q.replace(".", "_")
     assert found == {
         f"lora_unet_{place}_to_q.alpha": 8, f"lora_unet_{place}_to_k.alpha": 3, "lora_unet_conv_in.alpha": 5,
@@ -209,7 +236,9 @@ def test_strength_that_stands_in_a_configuration(tmp_path) -> None:
     }  # fmt: skip
     folder = tmp_path / "adapter_model.safetensors"
     save_file_atomic(pair(f"base_model.model.{Q}.to_q"), folder)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6, "alpha_pattern": {}, "use_rslora": False}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"lora_alpha": 6, "alpha_pattern": {}, "use_rslora": False})
+    )
     assert float(read_adapter_file(folder, targets_of_family("sd"))[f"lora_unet_{place}_to_q.alpha"]) == 6
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="adapter_config.json is not valid JSON"):
@@ -228,7 +257,10 @@ def test_projections_of_both_shapes_load(kind, is_linear) -> None:
     for module in source.unet_loras:
         torch.nn.init.normal_(module.lora_up.weight)
     held = source.file_state_dict()
-    other = {key: _other_shape(tensor, is_linear) if "_proj_in." in key or "_proj_out." in key else tensor for key, tensor in held.items()}
+    other = {
+        key: _other_shape(tensor, is_linear) if "_proj_in." in key or "_proj_out." in key else tensor
+        for key, tensor in held.items()
+    }
     changed = [key for key in held if held[key].shape != other[key].shape]
     assert len(changed) == 2 * 2 * sum("proj_in.alpha" in key for key in held)
     built, _ = lora.create_network_from_weights(1.0, None, None, [None], unet, weights_sd=other)

@@ -1,4 +1,5 @@
-"""Adapter files of other programs that hold what ours do not: everything in them acts, or is named. Nothing is lost in silence."""
+"""Adapter files of other programs that hold what ours do not: everything in them acts, or is named. Nothing is lost in
+silence."""
 
 from __future__ import annotations
 
@@ -39,20 +40,27 @@ def width_of(path):
 
 
 def kinds_of_parts(width, mlp):
-    """Files with adapters on query, key, value ... of fused layers, and the changes that they make, by plain formulas."""
+    """Files with adapters on query, key, value ... of fused layers, and the changes that they make, by plain
+    formulas."""
     half = width // 2
-    lokr = {f"{DOUBLE}attn.{part}.lokr_w1": (2, 2) for part in ("to_q", "to_v")} | {f"{DOUBLE}attn.{part}.lokr_w2": (half, half) for part in ("to_q", "to_v")}
+    lokr = {f"{DOUBLE}attn.{part}.lokr_w1": (2, 2) for part in ("to_q", "to_v")} | {
+        f"{DOUBLE}attn.{part}.lokr_w2": (half, half) for part in ("to_q", "to_v")
+    }
     yield "lokr", drawn(lokr), lambda t, base: {
         f"transformer_blocks.0.attn.{part}.weight": torch.kron(t[f"{DOUBLE}attn.{part}.lokr_w1"], t[f"{DOUBLE}attn.{part}.lokr_w2"])
         for part in ("to_q", "to_v")
     }  # fmt: skip
-    loha = {f"{SINGLE}proj_mlp.hada_w{n}_a": (mlp, 2) for n in (1, 2)} | {f"{SINGLE}proj_mlp.hada_w{n}_b": (2, width) for n in (1, 2)}
+    loha = {f"{SINGLE}proj_mlp.hada_w{n}_a": (mlp, 2) for n in (1, 2)} | {
+        f"{SINGLE}proj_mlp.hada_w{n}_b": (2, width) for n in (1, 2)
+    }
     yield "loha", drawn(loha) | {f"{SINGLE}proj_mlp.alpha": torch.tensor(1.0)}, lambda t, base: {
         "single_transformer_blocks.1.proj_mlp.weight": 0.5
         * (t[f"{SINGLE}proj_mlp.hada_w1_a"] @ t[f"{SINGLE}proj_mlp.hada_w1_b"]) * (t[f"{SINGLE}proj_mlp.hada_w2_a"] @ t[f"{SINGLE}proj_mlp.hada_w2_b"])
     }  # fmt: skip
     key = f"{DOUBLE}attn.add_k_proj"
-    dora = drawn({f"{key}.lora_A.weight": (2, width), f"{key}.lora_B.weight": (width, 2)}) | {f"{key}.lora_magnitude_vector": torch.full((width,), 0.7)}
+    dora = drawn({f"{key}.lora_A.weight": (2, width), f"{key}.lora_B.weight": (width, 2)}) | {
+        f"{key}.lora_magnitude_vector": torch.full((width,), 0.7)
+    }
 
     def decomposed(t, base):
         name = "transformer_blocks.0.attn.add_k_proj.weight"
@@ -64,14 +72,19 @@ def kinds_of_parts(width, mlp):
 
 @pytest.mark.parametrize("number", range(3))
 def test_parts_of_fused_layers_keep_their_kind(number, flux, tmp_path):
-    """Merged into the original layout, hooked, and by hand into the layout where the parts are layers of their own: the same."""
+    """Merged into the original layout, hooked, and by hand into the layout where the parts are layers of their own: the
+    same."""
     state = load_safetensors(flux)
     base = convert_bfl_sd_to_diffusers(state)
-    kind, tensors, formula = list(kinds_of_parts(width_of(flux), len(base["single_transformer_blocks.1.proj_mlp.weight"])))[number]
+    kind, tensors, formula = list(
+        kinds_of_parts(width_of(flux), len(base["single_transformer_blocks.1.proj_mlp.weight"]))
+    )[number]
     path = tmp_path / f"{kind}.safetensors"
     save_file_atomic(tensors, path)
     wanted = {**base, **{name: base[name] + change for name, change in formula(tensors, base).items()}}
-    merge = CheckpointMerge(FLUX, {key: tuple(tensor.shape) for key, tensor in state.items()}, [read_adapter(path, FLUX)])
+    merge = CheckpointMerge(
+        FLUX, {key: tuple(tensor.shape) for key, tensor in state.items()}, [read_adapter(path, FLUX)]
+    )
     merged = dict(merge.stream({key: tensor.clone() for key, tensor in state.items()}.items()))
     for key, tensor in convert_bfl_sd_to_diffusers(merged).items():
         torch.testing.assert_close(tensor, wanted[key], rtol=1e-5, atol=1e-6)
@@ -97,13 +110,24 @@ def test_the_last_layer_has_its_halves_the_other_way_round(flux):
     """diffusers keeps scale and shift in the order in which the original does not."""
     state = load_safetensors(flux)
     width = width_of(flux)
-    pair = drawn({"lora_transformer_norm_out_linear.lora_up.weight": (2 * width, 2), "lora_transformer_norm_out_linear.lora_down.weight": (2, width)})
+    pair = drawn(
+        {
+            "lora_transformer_norm_out_linear.lora_up.weight": (2 * width, 2),
+            "lora_transformer_norm_out_linear.lora_down.weight": (2, width),
+        }
+    )
     ours = by_module(to_kohya("flux", pair))["lora_unet_final_layer_adaLN_modulation_1"]
     key = "final_layer.adaLN_modulation.1.weight"
-    changed = convert_bfl_sd_to_diffusers({**state, key: state[key] + ours["lora_up.weight"] @ ours["lora_down.weight"]})
+    changed = convert_bfl_sd_to_diffusers(
+        {**state, key: state[key] + ours["lora_up.weight"] @ ours["lora_down.weight"]}
+    )
     up, down = pair.values()
-    torch.testing.assert_close(changed["norm_out.linear.weight"], convert_bfl_sd_to_diffusers(state)["norm_out.linear.weight"] + up @ down)
-    back = to_diffusers("flux", {f"lora_unet_final_layer_adaLN_modulation_1.{name}": tensor for name, tensor in ours.items()})
+    torch.testing.assert_close(
+        changed["norm_out.linear.weight"], convert_bfl_sd_to_diffusers(state)["norm_out.linear.weight"] + up @ down
+    )
+    back = to_diffusers(
+        "flux", {f"lora_unet_final_layer_adaLN_modulation_1.{name}": tensor for name, tensor in ours.items()}
+    )
     torch.testing.assert_close(back["transformer.norm_out.linear.lora_B.weight"], up)
 
 
@@ -119,7 +143,8 @@ def test_embeddings_beside_the_layers_are_named_and_carried(flux, tmp_path, capl
         assert not any(key.startswith("bundle_emb") for key in read_adapter_file(path, FLUX))
     assert "bundle_emb.zorbit" in caplog.text
     for number, command in enumerate((
-        [resize_lora, "--model", str(path), "--new_rank", "1", "--save_to"], [convert_lora, str(path), "--to", "diffusers", "--output"],
+        [resize_lora, "--model", str(path), "--new_rank", "1", "--save_to"],
+        [convert_lora, str(path), "--to", "diffusers", "--output"],
         [convert_lora, str(path), "--to", "peft", "--output"],
     )):  # fmt: skip
         out = tmp_path / f"{number}.safetensors"
@@ -133,15 +158,27 @@ def test_a_layer_under_two_names_is_refused(flux):
     with pytest.raises(CheckpointError, match="one layer"):
         to_kohya("flux", plain(width) | plain(width, "lycoris_double_blocks_0_img_attn_proj"))
     with pytest.raises(CheckpointError, match="one layer"):
-        to_kohya("flux", plain(width, "lora_unet_single_blocks_0_linear1") | plain(width, "lycoris_single_transformer_blocks_0_attn_to_q"))
+        to_kohya(
+            "flux",
+            plain(width, "lora_unet_single_blocks_0_linear1")
+            | plain(width, "lycoris_single_transformer_blocks_0_attn_to_q"),
+        )
 
 
 def test_matrices_of_a_layer_that_was_trained_in_parts(flux):
     """One pair for each of query, key and value under one name is one pair with the same change."""
     width, name = width_of(flux), "lora_unet_double_blocks_0_img_attn_qkv"
-    tensors = drawn({f"{name}.lora_{side}.{i}.weight": (2, width) if side == "down" else (width, 2) for i in range(3) for side in ("down", "up")})
+    tensors = drawn(
+        {
+            f"{name}.lora_{side}.{i}.weight": (2, width) if side == "down" else (width, 2)
+            for i in range(3)
+            for side in ("down", "up")
+        }
+    )
     ours = by_module(to_kohya("flux", tensors | {f"{name}.alpha": torch.tensor(1.0)}))[name]
-    change = ours["lora_up.weight"] @ ours["lora_down.weight"] * float(ours["alpha"]) / ours["lora_down.weight"].shape[0]
+    change = (
+        ours["lora_up.weight"] @ ours["lora_down.weight"] * float(ours["alpha"]) / ours["lora_down.weight"].shape[0]
+    )
     parts = [tensors[f"{name}.lora_up.{i}.weight"] @ tensors[f"{name}.lora_down.{i}.weight"] / 2 for i in range(3)]
     torch.testing.assert_close(change, torch.cat(parts))
 
@@ -151,7 +188,9 @@ def test_an_adapter_of_the_tiny_sdxl_model(tmp_path, capsys):
     from library.sdxl_utils import load_unet_sdxl
 
     tiny = build_tiny_sd(tmp_path / "sdxl", "sdxl")
-    network = lora.create_network(1.0, 2, 1.0, None, [], load_unet_sdxl(tiny.model, torch.float32, "cpu"), conv_dim="2", conv_alpha="1")
+    network = lora.create_network(
+        1.0, 2, 1.0, None, [], load_unet_sdxl(tiny.model, torch.float32, "cpu"), conv_dim="2", conv_alpha="1"
+    )
     path, there, back = (str(tmp_path / f"{name}.safetensors") for name in ("lora", "there", "back"))
     network.save_weights(path, None, {"ss_base_model_version": "sdxl_base_v1-0"})
     assert check_lora.main([path]) == 0, capsys.readouterr().err
@@ -166,7 +205,9 @@ def test_an_adapter_of_the_tiny_sdxl_model(tmp_path, capsys):
 def test_another_family_is_named_only_where_it_is_known():
     parts = {"lora_unet_single_blocks_0_linear2": {"lora_down.weight": torch.ones(2, 4)}}
     assert "an adapter for FLUX.1" in nothing_fits("x", parts, "sd")
-    assert "in no sd model that is known" in nothing_fits("x", {"lora_unet_something": parts["lora_unet_single_blocks_0_linear2"]}, "sd")
+    assert "in no sd model that is known" in nothing_fits(
+        "x", {"lora_unet_something": parts["lora_unet_single_blocks_0_linear2"]}, "sd"
+    )
     from library.checkpoints.recognition import KeyTable, adapter_family
 
     cross = "input_blocks{0}1{0}1{0}transformer_blocks{0}0{0}attn2{0}to_k"

@@ -26,7 +26,8 @@ def test_formula_of_a_convolution_by_hand():
     b1, b2 = (torch.randn(3, 4, generator=generator) for _ in range(2))
     delta = loha_delta((a1, b1), (a2, b2), 0.5, (t1, t2))
     halves = [
-        sum(t[i, j, 1, 0] * a[i, 2] * b[j, 3] for i in range(2) for j in range(3)) for t, a, b in ((t1, a1, b1), (t2, a2, b2))
+        sum(t[i, j, 1, 0] * a[i, 2] * b[j, 3] for i in range(2) for j in range(3)) for t, a,
+        b in ((t1, a1, b1), (t2, a2, b2))
     ]  # fmt: skip
     torch.testing.assert_close(delta[2, 3, 1, 0], 0.5 * halves[0] * halves[1])
 
@@ -49,7 +50,9 @@ def test_a_step_keeps_no_matrix_of_the_weights_size():
     adapter = filled(LoHaModule("name", layer, lora_dim=2)).train()
     adapter.apply_to()
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
+    ):
         output = layer(torch.randn(1, 3, 60))
     own = {layer.weight.shape, layer.weight.T.shape}  # of the frozen layer, which is there anyway
     assert sum(shape in own for shape in kept) <= 1, kept
@@ -126,18 +129,26 @@ def test_a_file_may_mix_kinds_and_each_layer_has_its_own_form():
     model, _ = tiny_denoiser("sd")
     place = "lora_unet_down_blocks_0_resnets_0_"
     tensors = {f"{place}conv1.{key}": torch.randn(shape) for key, shape in {
-        "hada_t1": (2, 2, 3, 3), "hada_t2": (2, 2, 3, 3), "hada_w1_a": (2, 16), "hada_w1_b": (2, 16), "hada_w2_a": (2, 16), "hada_w2_b": (2, 16),
+        "hada_t1": (2, 2, 3, 3), "hada_t2": (2, 2, 3, 3), "hada_w1_a": (2, 16), "hada_w1_b": (2, 16),
+        "hada_w2_a": (2, 16), "hada_w2_b": (2, 16),
     }.items()}  # fmt: skip
     tensors |= {f"{place}conv2.{key}": torch.randn(shape) for key, shape in {
         "hada_w1_a": (16, 3), "hada_w1_b": (3, 144), "hada_w2_a": (16, 3), "hada_w2_b": (3, 144),
     }.items()}  # fmt: skip
     tensors |= {f"{place}time_emb_proj.lokr_w1": torch.randn(4, 8), f"{place}time_emb_proj.lokr_w2": torch.randn(4, 4)}
-    tensors |= {"lora_unet_conv_in.lora_down.weight": torch.randn(2, 4, 3, 3), "lora_unet_conv_in.lora_up.weight": torch.randn(16, 2, 1, 1)}
+    tensors |= {
+        "lora_unet_conv_in.lora_down.weight": torch.randn(2, 4, 3, 3),
+        "lora_unet_conv_in.lora_up.weight": torch.randn(16, 2, 1, 1),
+    }
     network, _ = create_network_from_weights(1.0, None, None, None, model, weights_sd=tensors)
     network.load_tensors(tensors)
-    found = {module.lora_name.removeprefix(place): (type(module), module.lora_dim, float(module.alpha)) for module in network.unet_loras}
+    found = {
+        module.lora_name.removeprefix(place): (type(module), module.lora_dim, float(module.alpha))
+        for module in network.unet_loras
+    }
     assert found == {
-        "conv1": (loha.module_class, 2, 2.0), "conv2": (loha.module_class, 3, 3.0), "time_emb_proj": (lokr.module_class, 4, 4.0),
+        "conv1": (loha.module_class, 2, 2.0), "conv2": (loha.module_class, 3, 3.0),
+        "time_emb_proj": (lokr.module_class, 4, 4.0),
         "lora_unet_conv_in": (lora.module_class, 2, 2.0),
     }  # fmt: skip
 

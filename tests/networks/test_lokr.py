@@ -57,7 +57,9 @@ def test_plain_halves_have_scale_one_whatever_alpha_says():
     tensors = adapter.file_tensors()
     expected = torch.kron(tensors["lokr_w1"], tensors["lokr_w2"])
     for alpha in (0.1, 1.0, 77.0):
-        torch.testing.assert_close(weight_change({**tensors, "alpha": torch.tensor(alpha)}, torch.zeros(24, 16)), expected)
+        torch.testing.assert_close(
+            weight_change({**tensors, "alpha": torch.tensor(alpha)}, torch.zeros(24, 16)), expected
+        )
     torch.testing.assert_close(float(adapter.weight_norm()), float(expected.norm()))
     half = LoKrModule("name", nn.Linear(48, 64), lora_dim=2, alpha=3.0)
     assert half.scale == 1.5 and "lokr_w2_a" in half.file_tensors()
@@ -91,7 +93,9 @@ def test_halves_are_applied_without_their_product(how):
     adapter = filled(LoKrModule("name", layer, 0.7, lora_dim=1, alpha=0.6, **how)).train()
     x = torch.randn(2, 3, 48)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
         change = adapter.output_change(x)
     torch.testing.assert_close(change, nn.functional.linear(x, adapter.get_weight()), rtol=1e-4, atol=1e-5)
     assert max(kept) < layer.weight.numel()

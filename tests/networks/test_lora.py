@@ -37,7 +37,11 @@ def combinations():
     """(layer, kind) pairs that exist."""
     for layer in LAYERS:
         for kind in KINDS:
-            if (kind == "tucker" and layer.startswith("conv3x3")) or (kind == "split" and layer == "linear") or kind == "plain":
+            if (
+                (kind == "tucker" and layer.startswith("conv3x3"))
+                or (kind == "split" and layer == "linear")
+                or kind == "plain"
+            ):
                 yield layer, kind
 
 
@@ -136,7 +140,9 @@ def test_split_file_is_fused_with_alpha_times_parts():
         "lora_down.weight": [9, 8], "lora_up.weight": [6, 9], "alpha": []
     }
     scale = float(tensors["alpha"]) / 9
-    torch.testing.assert_close(lora_delta(tensors["lora_down.weight"], tensors["lora_up.weight"], scale), adapter.delta_weight())
+    torch.testing.assert_close(
+        lora_delta(tensors["lora_down.weight"], tensors["lora_up.weight"], scale), adapter.delta_weight()
+    )
     with pytest.raises(CheckpointError, match="split_qkv"):
         dense = {**tensors, "lora_up.weight": torch.ones(6, 9)}
         LoRAModule("lora_unet_layer", layer, lora_dim=3, split=(2, 3, 1)).load_file_tensors(dense)
@@ -145,7 +151,9 @@ def test_split_file_is_fused_with_alpha_times_parts():
 def test_fused_pairs_are_split_again():
     pairs = [(torch.randn(2, 5), torch.randn(rows, 2)) for rows in (3, 4)]
     again = split_pair(*fuse_pairs(pairs), [3, 4])
-    assert all(torch.equal(a, b) for pair, other in zip(pairs, again, strict=True) for a, b in zip(pair, other, strict=True))
+    assert all(
+        torch.equal(a, b) for pair, other in zip(pairs, again, strict=True) for a, b in zip(pair, other, strict=True)
+    )
 
 
 # -- dropout ---------------------------------------------------------------------------------------------------------
@@ -187,7 +195,9 @@ def test_dropout_keeps_the_mean(kind):
     layer = nn.Linear(8, 6)
     adapter = adapter_for(layer, **{kind: 0.3})
     x = example_input(layer, batch=1)
-    mean = torch.stack([output_in_training(adapter, layer, x, StepDraws(1, step, (0,))) for step in range(3000)]).mean(0)
+    mean = torch.stack([output_in_training(adapter, layer, x, StepDraws(1, step, (0,))) for step in range(3000)]).mean(
+        0
+    )
     adapter.eval()
     adapter.apply_to()
     torch.testing.assert_close(mean, layer(x), rtol=0, atol=0.08)
@@ -222,7 +232,8 @@ def test_rows_that_are_no_multiple_of_the_samples_are_an_error():
 def tiny_flux(depth=2):
     torch.manual_seed(0)
     return Flux(FluxParams(
-        vec_in_dim=16, context_in_dim=24, hidden_size=32, num_heads=2, depth=depth, depth_single_blocks=2, axes_dim=(4, 6, 6)
+        vec_in_dim=16, context_in_dim=24, hidden_size=32, num_heads=2, depth=depth, depth_single_blocks=2,
+        axes_dim=(4, 6, 6)
     ))
 
 
@@ -244,7 +255,8 @@ def test_part_ranks_zero_leaves_out():
 
 def test_blocks_and_precedence():
     pairs = {
-        "train_double_block_indices": "1", "network_reg_dims": r"double_blocks_\d_img=7,linear1=5", "img_attn_dim": "2", "single_dim": "3",
+        "train_double_block_indices": "1", "network_reg_dims": r"double_blocks_\d_img=7,linear1=5", "img_attn_dim": "2",
+        "single_dim": "3",
     }  # fmt: skip
     got = ranks(network_for(tiny_flux(), **pairs))
     assert not any(name.startswith("double_blocks_0") for name in got)  # the selection of blocks beats everything
@@ -262,13 +274,17 @@ def test_in_dims():
     got = ranks(network_for(tiny_flux(), in_dims="[1,2,0,5,6]"))
     extra = {name: rank for name, rank in got.items() if "_in" in name.split("_blocks")[0]}
     assert extra == {
-        "img_in": 1, "time_in_in_layer": 2, "time_in_out_layer": 2, "guidance_in_in_layer": 5, "guidance_in_out_layer": 5, "txt_in": 6,
+        "img_in": 1, "time_in_in_layer": 2, "time_in_out_layer": 2, "guidance_in_in_layer": 5,
+        "guidance_in_out_layer": 5, "txt_in": 6,
     }  # fmt: skip
 
 
 def test_patterns_leave_layers_out():
     got = ranks(network_for(tiny_flux(), exclude_patterns=r"[r'double_blocks\..*']", include_patterns=r".*img_mlp\.0"))
-    assert sorted(name for name in got if name.startswith("double")) == ["double_blocks_0_img_mlp_0", "double_blocks_1_img_mlp_0"]
+    assert sorted(name for name in got if name.startswith("double")) == [
+        "double_blocks_0_img_mlp_0",
+        "double_blocks_1_img_mlp_0",
+    ]
 
 
 @pytest.mark.parametrize(("pairs", "message"), [
@@ -359,7 +375,9 @@ def test_saved_dtype_hashes_and_equal_bytes(tmp_path):
         assert float(file.get_tensor("lora_unet_double_blocks_0_img_attn_qkv.alpha")) == pytest.approx(12.34)
     assert open(paths[0], "rb").read() == open(paths[1], "rb").read()
     network.save_weights(str(tmp_path / "c.pt"), None, None)
-    assert torch.load(tmp_path / "c.pt", weights_only=True)["lora_unet_double_blocks_0_img_attn_qkv.alpha"] == torch.tensor(12.34)
+    assert torch.load(tmp_path / "c.pt", weights_only=True)[
+        "lora_unet_double_blocks_0_img_attn_qkv.alpha"
+    ] == torch.tensor(12.34)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "c.pt"]
 
 
@@ -432,7 +450,10 @@ def test_ggpo_norms_and_perturbation():
     lora = network.unet_loras[0]
     layer = lora.org_module
     nn.init.normal_(lora.lora_up.weight)
-    lora.lora_down.weight.grad, lora.lora_up.weight.grad = torch.randn_like(lora.lora_down.weight), torch.randn_like(lora.lora_up.weight)
+    lora.lora_down.weight.grad, lora.lora_up.weight.grad = (
+        torch.randn_like(lora.lora_down.weight),
+        torch.randn_like(lora.lora_up.weight),
+    )
     network.update_grad_norms()
     network.update_norms()
     up, down = lora.lora_up.weight.detach(), lora.lora_down.weight.detach()

@@ -35,7 +35,10 @@ def test_number_of_layers(model: Anima, arguments: dict[str, str], count: int) -
 
 
 def test_shapes_of_layers_that_patterns_include(model: Anima) -> None:
-    shapes = {lora.lora_name: (lora.lora_down.weight.shape[1], lora.lora_up.weight.shape[0]) for lora in network_of(model, **EVERYTHING).unet_loras}
+    shapes = {
+        lora.lora_name: (lora.lora_down.weight.shape[1], lora.lora_up.weight.shape[0])
+        for lora in network_of(model, **EVERYTHING).unet_loras
+    }
     assert shapes["lora_unet_x_embedder_proj_1"] == (68, 2048)
     assert shapes["lora_unet_t_embedder_1_linear_2"] == (2048, 6144)
     assert shapes["lora_unet_blocks_0_adaln_modulation_self_attn_2"] == (256, 6144)

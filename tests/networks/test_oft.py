@@ -23,7 +23,8 @@ MODULES = {"oft": (OFTModule, 4), "diag_oft": (DiagOFTModule, 4), "boft": (BOFTM
 
 
 def matrix_of(adapter):
-    """The matrix that a layer's weight is multiplied with: the change of the unit matrix, which is the layer's weight here."""
+    """The matrix that a layer's weight is multiplied with: the change of the unit matrix, which is the layer's weight
+    here."""
     return adapter.org_module.weight + adapter.get_weight(1.0)
 
 
@@ -121,14 +122,18 @@ def test_names_and_parts_of_flux():
     place = "oft_unet_double_blocks_0_"
     assert [shapes[f"{place}img_attn_qkv.oft_blocks.{i}"] for i in range(3)] == [[4, 8, 8]] * 3
     assert shapes[f"{place}txt_attn_proj.oft_blocks.0"] == [4, 8, 8]
-    assert [shapes[f"oft_unet_single_blocks_0_linear1.oft_blocks.{i}"] for i in range(4)] == [[4, 8, 8]] * 3 + [[4, 32, 32]]
+    assert [shapes[f"oft_unet_single_blocks_0_linear1.oft_blocks.{i}"] for i in range(4)] == [[4, 8, 8]] * 3 + [
+        [4, 32, 32]
+    ]
     assert f"{place}img_attn_proj.oft_blocks.1" not in shapes
     few = oft.create_network(1.0, 4, 0.001, None, [None, None], model)
     assert sorted(m.lora_name.removeprefix(place) for m in few.unet_loras) == [
         "img_attn_proj", "img_attn_qkv", "txt_attn_proj", "txt_attn_qkv"
     ]  # fmt: skip
     plain = diag_oft.create_network(1.0, 4, 0.001, None, [None, None], model)
-    assert {m.lora_name for m in plain.unet_loras} == {m.lora_name.replace("oft_unet", "lora_unet") for m in few.unet_loras}
+    assert {m.lora_name for m in plain.unet_loras} == {
+        m.lora_name.replace("oft_unet", "lora_unet") for m in few.unet_loras
+    }
     again, _ = oft.create_network_from_weights(1.0, None, None, [None, None], model, weights_sd=few.file_state_dict())
     assert set(again.file_state_dict()) == set(few.file_state_dict())
 
@@ -136,8 +141,12 @@ def test_names_and_parts_of_flux():
 def test_layers_of_the_other_families():
     expected = {"sdxl": ("attn1", "attn2"), "anima": ("self_attn", "cross_attn")}
     for family, parts in expected.items():
-        network = boft.create_network(1.0, 6, 0.0, None, [None, None][: 2 if family == "sdxl" else 1], tiny_denoiser(family)[0])
-        assert network.unet_loras and all(any(part in module.lora_name for part in parts) for module in network.unet_loras)
+        network = boft.create_network(
+            1.0, 6, 0.0, None, [None, None][: 2 if family == "sdxl" else 1], tiny_denoiser(family)[0]
+        )
+        assert network.unet_loras and all(
+            any(part in module.lora_name for part in parts) for module in network.unet_loras
+        )
 
 
 @pytest.mark.parametrize(("module", "pairs", "message"), [

@@ -1,4 +1,5 @@
-"""What denoisers and adapters ask of a device, seen on one without data: no number format that some lack, no waiting for it.
+"""What denoisers and adapters ask of a device, seen on one without data: no number format that some lack, no waiting
+for it.
 
 On the device "meta" a tensor has a shape and no values, so that everything which reads one fails.
 """
@@ -33,7 +34,11 @@ class OnDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta"]
+        tensors = [
+            leaf
+            for leaf in tree_leaves((args, kwargs, result))
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta"
+        ]
         if tensors and any(wait in str(function) for wait in WAITS):
             self.found.add(f"{function} waits")
         if any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors):
@@ -67,7 +72,13 @@ def test_a_step_of_an_adapter_does_not_wait(name: str, monkeypatch: pytest.Monke
 
 def test_whether_weights_are_finite_is_found_without_64_bits() -> None:
     largest = torch.finfo(torch.float32).max
-    for values, finite in (([1.0, -2.0], True), ([], True), ([largest] * 3, True), ([1.0, float("nan")], False), ([float("-inf"), 0.0], False)):
+    for values, finite in (
+        ([1.0, -2.0], True),
+        ([], True),
+        ([largest] * 3, True),
+        ([1.0, float("nan")], False),
+        ([float("-inf"), 0.0], False),
+    ):
         assert is_finite(torch.tensor(values)) == finite
         assert is_finite(torch.tensor(values).to(torch.bfloat16).clamp(-3e38, 3e38)) == finite or not finite
     assert not is_finite(torch.tensor([1e5]).half())
@@ -102,5 +113,11 @@ def test_rope_equals_the_formula_in_64_bits() -> None:
 
     positions = torch.tensor([[[0.0, 5, 130], [1, 2, 4095]]])
     cos, sin = rope_cos_sin(positions, (4, 6, 6), 10000)
-    angles = torch.cat([positions[..., a, None].double() * 10000.0 ** -(torch.arange(0, d, 2).double() / d) for a, d in enumerate((4, 6, 6))], -1)
+    angles = torch.cat(
+        [
+            positions[..., a, None].double() * 10000.0 ** -(torch.arange(0, d, 2).double() / d)
+            for a, d in enumerate((4, 6, 6))
+        ],
+        -1,
+    )
     assert torch.equal(cos, angles.cos().float()) and torch.equal(sin, angles.sin().float())

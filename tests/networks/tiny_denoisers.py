@@ -26,7 +26,9 @@ def _flux() -> nn.Module:
 
 
 def _anima() -> nn.Module:
-    return Anima(AnimaParams(model_channels=48, num_blocks=2, num_heads=2, mlp_ratio=2.0, context_dim=24, adaln_lora_dim=8))
+    return Anima(
+        AnimaParams(model_channels=48, num_blocks=2, num_heads=2, mlp_ratio=2.0, context_dim=24, adaln_lora_dim=8)
+    )
 
 
 def _normal(*shape: int) -> torch.Tensor:
@@ -43,7 +45,8 @@ def _flux_inputs(model: nn.Module) -> tuple[Any, ...]:
     params = model.params
     return (
         _normal(BATCH, 6, params.in_channels), prepare_img_ids(BATCH, 2, 3), _normal(BATCH, 3, params.context_in_dim),
-        torch.zeros(BATCH, 3, 3), torch.tensor([0.3, 0.8]), _normal(BATCH, params.vec_in_dim), torch.full((BATCH,), 3.5),
+        torch.zeros(BATCH, 3, 3), torch.tensor([0.3, 0.8]), _normal(BATCH, params.vec_in_dim),
+        torch.full((BATCH,), 3.5),
     )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""A family of a package outside the tree trains, caches, samples, resumes and has its adapters converted through the command line."""
+"""A family of a package outside the tree trains, caches, samples, resumes and has its adapters converted through the
+command line."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def site(tmp_path_factory) -> Path:
 def work(site, tmp_path_factory) -> Path:
     """The tiny files, which `make_tiny_checkpoint.py` makes, pictures and a dataset configuration."""
     folder = tmp_path_factory.mktemp("planted")
-    command(site, folder, str(ROOT / "tools" / "make_tiny_checkpoint.py"), "--family=pastel", f"--output={folder / 'model'}")
+    command(
+        site, folder, str(ROOT / "tools" / "make_tiny_checkpoint.py"), "--family=pastel", f"--output={folder / 'model'}"
+    )
     images = draw_pictures(folder / "images", 4)
     text = DATASET.format(batch_size=2, images=images, dataset_keys="", subset_keys="", bucket_step=16, min_bucket=32)
     (folder / "data.toml").write_text(text, encoding="utf-8")
@@ -51,7 +54,8 @@ def command(site: Path, folder: Path, *words: str) -> str:
     """Run Python with the package installed; what it wrote."""
     paths = os.pathsep.join((str(site), str(ROOT)))
     result = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, cwd=folder, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        [sys.executable, *words], capture_output=True, text=True, cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
@@ -64,7 +68,8 @@ def model_options(work: Path) -> list[str]:
 
 def options(work: Path, out: str, *more: str) -> list[str]:
     return [
-        *model_options(work), "--network_module=networks.lora", f"--dataset_config={work / 'data.toml'}", f"--output_dir={work / out}",
+        *model_options(work), "--network_module=networks.lora", f"--dataset_config={work / 'data.toml'}",
+        f"--output_dir={work / out}",
         "--output_name=lora", "--network_dim=2", f"--max_train_steps={STEPS}", "--seed=5", "--learning_rate=1e-2",
         "--max_data_loader_n_workers=0", *more,
     ]  # fmt: skip
@@ -93,13 +98,21 @@ def source_files() -> dict[str, tuple[int, int]]:
 
 def test_it_trains_with_caches_and_samples(trained, work):
     metadata, content = read_parts(trained / "lora.safetensors")
-    assert metadata["ss_base_model_version"] == "pastel" and metadata["modelspec.architecture"] == "pastel-1/lora" and any(content)
+    assert (
+        metadata["ss_base_model_version"] == "pastel"
+        and metadata["modelspec.architecture"] == "pastel-1/lora"
+        and any(content)
+    )
     assert len(list(work.glob("images/*_pastel.npz"))) == len(list(work.glob("images/*_pastel_te.npz"))) == 4
     assert len(list((trained / "sample").glob("lora_00000?_00_*.png"))) == STEPS // 2
 
 
 def test_it_resumes_as_if_never_stopped(trained, site, work):
-    state = next(path for path in sorted(trained.iterdir()) if path.is_dir() and path.name.endswith("-state") and "000002" in path.name)
+    state = next(
+        path
+        for path in sorted(trained.iterdir())
+        if path.is_dir() and path.name.endswith("-state") and "000002" in path.name
+    )
     command(site, work, "-m", "pastel.train_lora", *options(work, "resumed", *CACHED, f"--resume={state}"))
     assert read_parts(work / "resumed" / "lora.safetensors")[1] == read_parts(trained / "lora.safetensors")[1]
 
@@ -109,7 +122,10 @@ def test_its_adapter_is_converted_and_back_without_naming_the_family(trained, si
     for source, target, layout in zip(files, files[1:], ("comfy", "kohya")):
         command(site, work, str(ROOT / "tools" / "convert_lora.py"), str(source), str(target), "--to", layout)
     names = json.loads(files[1].read_bytes()[8 : 8 + int.from_bytes(files[1].read_bytes()[:8], "little")])
-    assert "diffusion_model.strokes.0.mix.lora_down.weight" in names or "diffusion_model.strokes.0.mix.lora_A.weight" in names
+    assert (
+        "diffusion_model.strokes.0.mix.lora_down.weight" in names
+        or "diffusion_model.strokes.0.mix.lora_A.weight" in names
+    )
     assert read_parts(files[2])[1] == read_parts(files[0])[1]
 
 
@@ -131,7 +147,9 @@ def test_tools_tell_what_its_files_are_and_fill_its_caches(site, work, tmp_path)
 
 def test_its_help_imports_no_torch(site, tmp_path):
     told = command(site, tmp_path, "-X", "importtime", "-m", "pastel.train_lora", "--help")
-    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in told.splitlines() if line.startswith("import time:")}
+    imported = {
+        line.rsplit("|", 1)[-1].strip().split(".")[0] for line in told.splitlines() if line.startswith("import time:")
+    }
     assert "--pastel_words" in told and not imported & {"torch", "numpy", "transformers", "accelerate"}
 
 

@@ -25,7 +25,8 @@ class SecondOptions(FluxOptions):
 
 
 RECORD = dataclasses.replace(
-    record_of("flux"), name="second", prefix="", family="tests.planted.test_variants:SecondFamily", variant_of=("flux", "model_type", "second"),
+    record_of("flux"), name="second", prefix="", family="tests.planted.test_variants:SecondFamily",
+    variant_of=("flux", "model_type", "second"),
     caches=CacheNames(latents="_second.npz", text="_second_te.npz"), tiny=(),
 )  # fmt: skip
 
@@ -56,8 +57,10 @@ def test_without_variants_the_family_is_itself():
 
 
 @pytest.mark.parametrize(("words", "chosen"), [
-    (["--model_type", "second"], "second"), (["--model-type=second"], "second"), (["--model_type", "flux"], "flux"), ([], "flux"),
-    (["--model_type"], "flux"), (["--config_file", "FILE"], "second"), (["--config_file", "FILE", "--model_type=flux"], "flux"),
+    (["--model_type", "second"], "second"), (["--model-type=second"], "second"), (["--model_type", "flux"], "flux"),
+    ([], "flux"),
+    (["--model_type"], "flux"), (["--config_file", "FILE"], "second"),
+    (["--config_file", "FILE", "--model_type=flux"], "flux"),
     (["--config_file", "no_such_file.toml"], "flux"),
 ])  # fmt: skip
 def test_the_command_line_or_its_file_chooses(second, tmp_path, words, chosen):
@@ -75,6 +78,8 @@ def test_the_caching_tools_choose_it_too(second):
 def test_it_trains_in_the_script_of_its_family(second, tmp_path, tmp_path_factory):
     assert script_name("second") == "flux_train_network"
     work = Tinies(tmp_path_factory).work("flux", tmp_path)
-    file = work.train("out", "--model_type=second", "--max_train_steps=1", "--network_train_unet_only", "--cache_latents_to_disk")
+    file = work.train(
+        "out", "--model_type=second", "--max_train_steps=1", "--network_train_unet_only", "--cache_latents_to_disk"
+    )
     assert read_parts(file)[0]["ss_base_model_version"] == "second"
     assert list(work.images.glob("*_second.npz")) and not list(work.images.glob("*_flux.npz"))

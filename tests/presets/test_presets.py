@@ -45,7 +45,13 @@ def test_a_preset_trains(works: dict[str, FamilyWork], family: str, number: int)
     if panel["network_module"].startswith("lycoris") and importlib.util.find_spec("lycoris") is None:
         pytest.skip("the package lycoris-lora is not installed")
     files = dict(word[2:].split("=", 1) for word in work.tiny.arguments())
-    panel.update(files, train_data_dir=str(folder / "train"), output_dir=str(folder / "out"), output_name="last", logging_dir=str(folder / "log"))
+    panel.update(
+        files,
+        train_data_dir=str(folder / "train"),
+        output_dir=str(folder / "out"),
+        output_name="last",
+        logging_dir=str(folder / "log"),
+    )
     (folder / "preset.toml").write_text(writer(panel, folder / "prompt.txt"), encoding="utf-8")
     cli.run(family, "network", ["--config_file", str(folder / "preset.toml"), "--max_data_loader_n_workers=0"])
     metadata = read_header(folder / "out" / "last.safetensors")[1]

@@ -52,8 +52,8 @@ def tiny(tmp_path_factory) -> TinyFlux:
 
 @pytest.fixture(autouse=True)
 def quick_collections() -> None:
-    """A run collects garbage twice, which would take most of its time here: all modules that were ever imported are looked at.
-    What exists before a test is left out."""
+    """A run collects garbage twice, which would take most of its time here: all modules that were ever imported are
+    looked at. What exists before a test is left out."""
     gc.freeze()
 
 
@@ -77,11 +77,14 @@ class Work:
     images: Path
     case: FamilyCase = field(default=CASES["flux"], kw_only=True)
 
-    def dataset(self, batch_size: int = 2, dataset_keys: str = "", subset_keys: str = "", name: str = "data.toml") -> Path:
+    def dataset(
+        self, batch_size: int = 2, dataset_keys: str = "", subset_keys: str = "", name: str = "data.toml"
+    ) -> Path:
         path = self.folder / name
         step = self.case.bucket_step
         text = DATASET.format(
-            batch_size=batch_size, images=self.images, dataset_keys=dataset_keys, subset_keys=subset_keys, bucket_step=step,
+            batch_size=batch_size, images=self.images, dataset_keys=dataset_keys, subset_keys=subset_keys,
+            bucket_step=step,
             min_bucket=max(32, step),
         )
         path.write_text(text, encoding="utf-8")
@@ -89,7 +92,8 @@ class Work:
 
     def argv(self, out: str, *more: str, dataset: Path | None = None) -> list[str]:
         return [
-            *self.tiny.arguments(), *self.case.options(), f"--dataset_config={dataset or self.dataset()}", f"--output_dir={self.folder / out}",
+            *self.tiny.arguments(), *self.case.options(), f"--dataset_config={dataset or self.dataset()}",
+            f"--output_dir={self.folder / out}",
             "--output_name=lora", "--network_dim=4", "--max_train_steps=7", "--seed=5",
             "--learning_rate=1e-2", "--max_data_loader_n_workers=0", "--console_log_level=WARNING", *more,
         ]
@@ -100,7 +104,8 @@ class Work:
         return self.folder / out / "lora.safetensors"
 
     def trainer(
-        self, out: str, *more: str, dataset: Path | None = None, hooks: list[Hook] | None = None, family: type[Any] | None = None
+        self, out: str, *more: str, dataset: Path | None = None, hooks: list[Hook] | None = None,
+        family: type[Any] | None = None
     ) -> Trainer:
         """A trainer for the same run that has not begun; `family` replaces the class of the family."""
         config = parser_common.parse_command(self.argv(out, *more, dataset=dataset), self.case.family, "network").config

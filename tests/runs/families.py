@@ -23,7 +23,10 @@ KEY_TABLES = Path(__file__).parents[1] / "golden" / "checkpoints"
 MODEL = "pretrained_model_name_or_path"
 SLOTS: dict[str, dict[str, set[str]]] = {
     "flux": {MODEL: {"flux_dev", "flux_schnell"}, "clip_l": {"clip_l"}, "t5xxl": {"t5xxl"}, "ae": {"vae_ldm16"}},
-    "sd": {MODEL: {"sd15_checkpoint", "sd15_unet", "sd21_checkpoint", "sd21_unet"}, "vae": {"vae_ldm4", "sd15_checkpoint", "sd21_checkpoint"}},
+    "sd": {
+        MODEL: {"sd15_checkpoint", "sd15_unet", "sd21_checkpoint", "sd21_unet"},
+        "vae": {"vae_ldm4", "sd15_checkpoint", "sd21_checkpoint"},
+    },
     "sdxl": {MODEL: {"sdxl_checkpoint", "sdxl_unet"}, "vae": {"vae_ldm4", "sdxl_checkpoint"}},
     "anima": {MODEL: {"anima"}, "qwen3": {"qwen3_0_6b"}, "vae": {"vae_wan", "vae_qwen_image_diffusers"}},
 }
@@ -60,7 +63,9 @@ def case_of(name: str) -> FamilyCase:
     return CASES.get(name) or next(case for case in CASES.values() if case.family == name)
 
 
-def refused_run(family: str, argv: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
+def refused_run(
+    family: str, argv: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> str:
     """Run the command line; assert that it ends with exit code 2 and one message, before a model is loaded."""
     family_class = import_target(FAMILIES[family].family)
     folders = [Path(word.partition("=")[2]) for word in argv if word.startswith("--output_dir=")]

@@ -1,6 +1,8 @@
-"""Trains like flux_train_network.py and holds before a step: HOLD_AT is the number of steps done, HOLD_FOLDER where it says so.
+"""Trains like flux_train_network.py and holds before a step: HOLD_AT is the number of steps done, HOLD_FOLDER where it
+says so.
 
-There it writes `held` and waits for `go`, so that a test can signal, kill or look at a run that stands at a known place.
+There it writes `held` and waits for `go`, so that a test can signal, kill or look at a run that stands at a known
+place.
 """
 
 import os

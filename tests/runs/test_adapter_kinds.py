@@ -16,8 +16,16 @@ KINDS = {
     "lokr": (["--network_dim=2", "--network_args", "factor=4", "decompose_both=True"], "networks.lokr", "lora_te1_"),
     "glora": (["--network_dim=2", "--network_args", "module_dropout=0.1"], "networks.glora", "lora_te1_"),
     "oft": (["--network_dim=4", "--network_alpha=0.01"], "networks.oft", "oft_unet_"),
-    "diag_oft": (["--network_dim=4", "--network_alpha=0", "--network_args", "rescaled=True"], "networks.diag_oft", "lora_unet_"),
-    "boft": (["--network_dim=10", "--network_alpha=0", "--network_args", "enable_all_linear=True"], "networks.boft", "lora_unet_"),
+    "diag_oft": (
+        ["--network_dim=4", "--network_alpha=0", "--network_args", "rescaled=True"],
+        "networks.diag_oft",
+        "lora_unet_",
+    ),
+    "boft": (
+        ["--network_dim=10", "--network_alpha=0", "--network_args", "enable_all_linear=True"],
+        "networks.boft",
+        "lora_unet_",
+    ),
 }
 """short name -> (options, module, start of some names in the file)"""
 
@@ -33,7 +41,14 @@ def test_trained_and_trained_on(work: Work, name: str) -> None:
     assert {kind_of(part).name for part in parts.values()} == {KIND_NAMES.get(name, name)}
     with safe_open(path, "pt") as file:
         assert file.metadata()["ss_network_module"] == module
-    on = work.train("on", f"--network_module={name}", "--max_train_steps=1", "--learning_rate=1e-8", f"--network_weights={path}", "--dim_from_weights")
+    on = work.train(
+        "on",
+        f"--network_module={name}",
+        "--max_train_steps=1",
+        "--learning_rate=1e-8",
+        f"--network_weights={path}",
+        "--dim_from_weights",
+    )
     again = read_adapter_file(on)
     assert set(again) == set(tensors)
     assert all((again[key].float() - tensors[key].float()).abs().max() < 1e-4 for key in tensors)
@@ -45,7 +60,14 @@ KIND_NAMES = {"loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "d
 
 def test_rotations_leave_text_encoders_alone(work: Work, caplog: pytest.LogCaptureFixture) -> None:
     """Their outputs may be cached without --network_train_unet_only; a rate for them is told to be idle."""
-    path = work.train("out", "--network_module=oft", "--max_train_steps=1", "--cache_text_encoder_outputs", "--text_encoder_lr", "1e-3")
+    path = work.train(
+        "out",
+        "--network_module=oft",
+        "--max_train_steps=1",
+        "--cache_text_encoder_outputs",
+        "--text_encoder_lr",
+        "1e-3",
+    )
     assert all(name.startswith("oft_unet_") for name in by_module(read_adapter_file(path)))
     assert "trains the denoiser alone" in caplog.text
     with pytest.raises(ConfigError, match="leaves nothing to train"):

@@ -1,4 +1,5 @@
-"""Files of every kind of adapter in the image scripts, hooked and merged, and as --base_weights: family and kind are recognised."""
+"""Files of every kind of adapter in the image scripts, hooked and merged, and as --base_weights: family and kind are
+recognised."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def write(path: Path, family: str, model: Path, name: str) -> str:
         pairs["conv_dim"] = "2"
     dim = None if "network_dim" in kind.refused else adapter.rank
     torch.manual_seed(6)  # start values of a network that no run made
-    network = import_target(f"{adapter.module}:create_network")(1.0, dim, adapter.alpha, None, [None, None], denoiser, **pairs)
+    network = import_target(f"{adapter.module}:create_network")(
+        1.0, dim, adapter.alpha, None, [None, None], denoiser, **pairs
+    )
     network.apply_to([], denoiser, False, True)
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
@@ -90,5 +93,10 @@ def test_base_weights_are_those_of_a_hooked_file(name: str, made: Start, tmp_pat
     file = write(tmp_path / "adapter.safetensors", made.family, model_file(made), name)
     fresh = ("--network_dim=4", "--network_train_unet_only")
     plain, merged = made.first_loss(*fresh), made.first_loss(*fresh, "--base_weights", file)
-    going_on = made.first_loss("--network_train_unet_only", f"--network_module={ADAPTERS[name].module}", "--dim_from_weights", f"--network_weights={file}")
+    going_on = made.first_loss(
+        "--network_train_unet_only",
+        f"--network_module={ADAPTERS[name].module}",
+        "--dim_from_weights",
+        f"--network_weights={file}",
+    )
     assert merged == pytest.approx(going_on, rel=SAME) and merged != pytest.approx(plain, rel=OTHER)

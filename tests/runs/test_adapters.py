@@ -1,5 +1,5 @@
-"""Every adapter of the table trains on every family through the command line: the loss falls, and its file gives the same
-output again, hooked and merged, whatever kind the reader was told."""
+"""Every adapter of the table trains on every family through the command line: the loss falls, and its file gives the
+same output again, hooked and merged, whatever kind the reader was told."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def train(family: tuple[str, Path, list[str]], out: Path, *more: str) -> tuple[A
         return original(run, batch)
 
     argv = [
-        *models, f"--dataset_config={folder / 'data.toml'}", f"--output_dir={out}", "--output_name=lora", f"--max_train_steps={STEPS}",
+        *models, f"--dataset_config={folder / 'data.toml'}", f"--output_dir={out}", "--output_name=lora",
+        f"--max_train_steps={STEPS}",
         "--seed=5", "--cache_latents", "--save_precision=float", "--max_data_loader_n_workers=0",
         "--console_log_level=WARNING", *more,
     ]  # fmt: skip
@@ -109,9 +110,13 @@ def test_an_adapter_trains_and_its_file_gives_the_same_output(name: str, family,
     assert loss_of(run, batches) == pytest.approx(before, rel=1e-6)
 
     encoders = list(run.models.text_encoders)
-    network, tensors = create_network_from_weights(1.0, str(file), None, encoders, run.models.denoiser, for_inference=True)
+    network, tensors = create_network_from_weights(
+        1.0, str(file), None, encoders, run.models.denoiser, for_inference=True
+    )
     assert trained == {key.partition(".")[0] for key in tensors}
-    assert {module.lora_name.partition("_")[2] for module in network.loras} == {name.partition("_")[2] for name in trained}
+    assert {module.lora_name.partition("_")[2] for module in network.loras} == {
+        name.partition("_")[2] for name in trained
+    }
     network.apply_to(encoders, run.models.denoiser)
     assert network.load_weights(str(file)) == {"missing": [], "unexpected": []}
     network.eval()

@@ -1,5 +1,5 @@
-"""What is special to Anima, through the command line: its metadata, exact resume in low precision and with caches, dropped
-captions, options, rates of parts, wrong files. What holds for every family is in test_families.py."""
+"""What is special to Anima, through the command line: its metadata, exact resume in low precision and with caches,
+dropped captions, options, rates of parts, wrong files. What holds for every family is in test_families.py."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def test_the_file_is_as_documented(work: Work) -> None:
     assert all(tensor.abs().max() > 0 for key, tensor in state.items() if "lora_up" in key)
 
 
-@pytest.mark.parametrize("options", [CACHED, ON_DISK, ["--mixed_precision=bf16"], ["--network_args", "train_llm_adapter=True"]], ids=str)
+@pytest.mark.parametrize(
+    "options", [CACHED, ON_DISK, ["--mixed_precision=bf16"], ["--network_args", "train_llm_adapter=True"]], ids=str
+)
 def test_a_resumed_run_ends_in_the_bytes_of_an_uninterrupted_one(work: Work, options: list[str]) -> None:
     data = work.dataset(subset_keys="caption_dropout_rate = 0.2" if options in (CACHED, ON_DISK) else SETTINGS)
     whole = work.train("whole", *options, dataset=data)
@@ -49,7 +51,9 @@ def test_a_resumed_run_ends_in_the_bytes_of_an_uninterrupted_one(work: Work, opt
         stop_after(patch, 3)
         with pytest.raises(Stopped):
             work.train("parts", *options, *saving, dataset=data)
-    resumed = work.train("parts", *options, f"--resume={work.folder / 'parts' / 'lora-step00000003-state'}", dataset=data)
+    resumed = work.train(
+        "parts", *options, f"--resume={work.folder / 'parts' / 'lora-step00000003-state'}", dataset=data
+    )
     assert fingerprint(resumed) == fingerprint(whole)
 
 
@@ -64,11 +68,19 @@ def test_caches_change_nothing_and_captions_are_dropped_live(work: Work) -> None
 
 CHANGING = [
     "--t5_max_token_length=16", "--qwen3_max_token_length=4", "--timestep_sampling=shift --discrete_flow_shift=5",
-    "--timestep_sampling=flux_shift", "--weighting_scheme=cosmap", "--sigmoid_scale=2", "--self_attn_lr=0", "--mlp_lr=1e-4",
+    "--timestep_sampling=flux_shift", "--weighting_scheme=cosmap", "--sigmoid_scale=2", "--self_attn_lr=0",
+    "--mlp_lr=1e-4",
     "--cross_attn_lr=1e-4", "--ip_noise_gamma=0.3", "--loss_type=huber", "--mixed_precision=bf16 --fp8_base",
     "--network_args train_llm_adapter=True", "--network_args include_patterns=['.*adaln.*']",
 ]  # fmt: skip
-EQUAL = ["--attn_mode=sdpa", "--attn_mode=flash", "--split_attn", "--vae_disable_cache", "--gradient_checkpointing", "--vae_chunk_size=4"]
+EQUAL = [
+    "--attn_mode=sdpa",
+    "--attn_mode=flash",
+    "--split_attn",
+    "--vae_disable_cache",
+    "--gradient_checkpointing",
+    "--vae_chunk_size=4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +103,13 @@ def test_what_an_option_does_to_the_result(plain, options: str) -> None:
 
 
 def test_a_part_with_rate_zero_stays_and_others_learn(work: Work) -> None:
-    options = ["--network_train_unet_only", "--self_attn_lr=0", "--llm_adapter_lr=1e-3", "--network_args", "train_llm_adapter=True"]
+    options = [
+        "--network_train_unet_only",
+        "--self_attn_lr=0",
+        "--llm_adapter_lr=1e-3",
+        "--network_args",
+        "train_llm_adapter=True",
+    ]
     state = load_file(work.train("out", *options))
     moved = {key: bool(tensor.abs().max() > 0) for key, tensor in state.items() if key.endswith("lora_up.weight")}
     still = {key for key, is_moved in moved.items() if not is_moved}
@@ -113,7 +131,10 @@ def test_a_rate_of_layers_that_do_not_learn_is_told(work: Work, name: str, caplo
 
 def test_sample_images_and_a_negative_prompt(work: Work) -> None:
     prompts = work.folder / "prompts.txt"
-    prompts.write_text("a red cat --w 64 --h 48 --s 2 --d 3 --l 4 --n blue --fs 5\na dog --w 64 --h 48 --s 2 --d 3 --l 1\n", encoding="utf-8")
+    prompts.write_text(
+        "a red cat --w 64 --h 48 --s 2 --d 3 --l 4 --n blue --fs 5\na dog --w 64 --h 48 --s 2 --d 3 --l 1\n",
+        encoding="utf-8",
+    )
     work.train("out", *CACHED, f"--sample_prompts={prompts}", "--sample_every_n_steps=4")
     from PIL import Image
 
@@ -127,9 +148,15 @@ def test_the_sampler_of_sample_images(work: Work, caplog: pytest.LogCaptureFixtu
     given = [*CACHED, f"--sample_prompts={prompts}", "--sample_every_n_steps=4"]
     work.train("euler", *given)
     work.train("er_sde", *given, "--sample_sampler=er_sde")
-    pictures = [path.read_bytes() for name in ("euler", "er_sde") for path in sorted((work.folder / name / "sample").glob("lora_000004_0*.png"))]
+    pictures = [
+        path.read_bytes()
+        for name in ("euler", "er_sde")
+        for path in sorted((work.folder / name / "sample").glob("lora_000004_0*.png"))
+    ]
     assert len(pictures) == 4 and pictures[1] == pictures[3] and len(set(pictures)) == 3
-    with pytest.raises(ConfigError, match="--sample_sampler is 'euler_a', a sampler of SD models; flow models have ddim, lms, .*er_sde"):
+    with pytest.raises(
+        ConfigError, match="--sample_sampler is 'euler_a', a sampler of SD models; flow models have ddim, lms, .*er_sde"
+    ):
         work.train("no", *given, "--sample_sampler=euler_a")
     prompts.write_text("a cat --ss pndm\n", encoding="utf-8")
     work.train("left out", *given)  # a prompt that cannot be made costs no training
@@ -143,7 +170,10 @@ def test_a_model_without_adapter_trains(work: Work, tmp_path: Path) -> None:
 
 def test_another_adapter_is_loaded(work: Work, tmp_path: Path) -> None:
     other = build_tiny_anima(tmp_path / "other", seed=8)
-    plain, given = (load_file(work.train(name, *CACHED, *more)) for name, more in (("a", []), ("b", [f"--llm_adapter_path={other.anima}"])))
+    plain, given = (
+        load_file(work.train(name, *CACHED, *more))
+        for name, more in (("a", []), ("b", [f"--llm_adapter_path={other.anima}"]))
+    )
     assert any(not torch.equal(plain[key], given[key]) for key in plain)
 
 
@@ -154,7 +184,9 @@ def test_another_adapter_is_loaded(work: Work, tmp_path: Path) -> None:
         ("vae", "missing", "no such file"), ("llm_adapter_path", "ae", "LLM adapter"),
     ],
 )  # fmt: skip
-def test_wrong_files_are_named_before_anything_is_loaded(work: Work, tmp_path: Path, slot: str, wrong: str, words: str) -> None:
+def test_wrong_files_are_named_before_anything_is_loaded(
+    work: Work, tmp_path: Path, slot: str, wrong: str, words: str
+) -> None:
     flux = build_tiny_flux(tmp_path / "flux")
     path = getattr(flux, wrong, tmp_path / "missing.safetensors")
     with pytest.raises(ConfigError, match=words) as error:

@@ -1,4 +1,5 @@
-"""Bad pictures, captions, settings and places, for every family: one message that names all of them, and nothing is replaced."""
+"""Bad pictures, captions, settings and places, for every family: one message that names all of them, and nothing is
+replaced."""
 
 from __future__ import annotations
 
@@ -34,11 +35,19 @@ def test_everything_at_once(work: FamilyWork, monkeypatch, capsys) -> None:
     (work.images / "text.jpg").write_text("not a picture")
     (work.images / "01.txt").write_bytes("caf\xe9".encode("latin-1"))
     data = work.dataset(subset_keys="num_repeats = 'many'\nfilp_aug = true", dataset_keys="bucket_no_upscal = true")
-    argv = [*work.argv("out", dataset=data), "--network_args", "conv_dimm=3", "--learing_rate=1", "--save_every_n_steps=-1"]
+    argv = [
+        *work.argv("out", dataset=data),
+        "--network_args",
+        "conv_dimm=3",
+        "--learing_rate=1",
+        "--save_every_n_steps=-1",
+    ]
     message = refused_run(work.family, argv, monkeypatch, capsys)
     for word in (
-        "zero.png", "cut.png", "text.jpg", "01.txt is not UTF-8", "num_repeats", "filp_aug", "did you mean 'flip_aug'", "bucket_no_upscal",
-        "did you mean 'bucket_no_upscale'", "'conv_dimm'", "did you mean 'conv_dim'", "--learing_rate", "--save_every_n_steps is -1",
+        "zero.png", "cut.png", "text.jpg", "01.txt is not UTF-8", "num_repeats", "filp_aug", "did you mean 'flip_aug'",
+        "bucket_no_upscal",
+        "did you mean 'bucket_no_upscale'", "'conv_dimm'", "did you mean 'conv_dim'", "--learing_rate",
+        "--save_every_n_steps is -1",
     ):  # fmt: skip
         assert word in message, message
 
@@ -57,7 +66,8 @@ def test_a_picture_of_numbers_that_are_none(work: FamilyWork, more: list[str], m
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ("conv_dimm=3", ["'conv_dimm'", "did you mean 'conv_dim'"]), ("rank_dropout=2", ["rank_dropout"]), ("conv_dim=a", ["conv_dim", "a"]),
+        ("conv_dimm=3", ["'conv_dimm'", "did you mean 'conv_dim'"]), ("rank_dropout=2", ["rank_dropout"]),
+        ("conv_dim=a", ["conv_dim", "a"]),
         ("loraplus_lr_ratio=x", ["loraplus_lr_ratio"]), ("=3", ["key=value"]),
     ],
 )  # fmt: skip
@@ -70,7 +80,11 @@ def test_network_arguments(work: FamilyWork, arguments: str, words: list[str], m
 @pytest.mark.parametrize("place", ["file", "below a file", "no file system"])
 def test_an_output_folder_that_cannot_be_written(work: FamilyWork, place: str, monkeypatch, capsys) -> None:
     (work.folder / "out").write_text("mine")
-    path = {"file": work.folder / "out", "below a file": work.folder / "out" / "x", "no file system": Path("/proc/nowhere")}[place]
+    path = {
+        "file": work.folder / "out",
+        "below a file": work.folder / "out" / "x",
+        "no file system": Path("/proc/nowhere"),
+    }[place]
     argv = [*without(work.argv("out"), "output_dir"), f"--output_dir={path}"]
     message = refused_run(work.family, argv, monkeypatch, capsys)
     assert f"--output_dir is {path}; files cannot be written there" in message
@@ -86,7 +100,8 @@ def test_files_of_an_earlier_run_stay(work: FamilyWork, monkeypatch, capsys) -> 
 
 
 @pytest.mark.parametrize("text, words", [
-    ("", ["has no [[datasets]]"]), ("[[datasets]\n", ["is not valid TOML", "line 1"]), ("[[datasets]]\nresolution = 64\n", ["no subsets"]),
+    ("", ["has no [[datasets]]"]), ("[[datasets]\n", ["is not valid TOML", "line 1"]),
+    ("[[datasets]]\nresolution = 64\n", ["no subsets"]),
     ("[[datasets]]\nresolution = 64\nbatch_size = 0\n[[datasets.subsets]]\nimage_dir = '/nope'\nnum_repeats = -1\n",
      ["batch_size", "num_repeats", "the folder /nope does not exist"]),
 ])  # fmt: skip
@@ -105,8 +120,8 @@ def test_sizes_that_do_not_fit_the_model(work: FamilyWork, monkeypatch, capsys) 
 
 
 def test_caches_of_another_family_are_never_used(work: FamilyWork, tinies: Tinies, tmp_path: Path) -> None:
-    """Files of another family lie beside the pictures, also under the names of this one: the run encodes anew, and leaves
-    those of the other one as they are."""
+    """Files of another family lie beside the pictures, also under the names of this one: the run encodes anew, and
+    leaves those of the other one as they are."""
     clean = losses_of(work.train("clean", "--max_train_steps=2", "--network_train_unet_only"))
     name = "anima" if work.family == "flux" else "flux"
     other = FamilyWork(work.folder, tinies[name], work.images, case=case_of(name))

@@ -46,7 +46,7 @@ def without(argv: list[str], *names: str) -> list[str]:
     return [word for word in argv if not word.startswith(tuple(f"--{name}=" for name in names))]
 
 
-# ---- options -------------------------------------------------------------------------------------------------------------
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 OPTIONS: list[tuple[str, list[str]]] = [
     ("--learing_rate=1", ["unknown option --learing_rate", "did you mean 'learning_rate'"]),
@@ -71,7 +71,10 @@ OPTIONS: list[tuple[str, list[str]]] = [
     ("--lr_scheduler=cosin", ["unknown learning rate scheduler 'cosin'", "did you mean 'cosine'"]),
     ("--lr_scheduler_type=StepL", ["torch.optim.lr_scheduler has no class StepL", "StepLR"]),
     ("--lr_scheduler_type=StepLR", ["StepLR needs step_size"]),
-    ("--lr_scheduler_type=StepLR --lr_scheduler_args step_size=abc", ["--lr_scheduler_args is step_size=abc; StepLR refuses it"]),
+    (
+        "--lr_scheduler_type=StepLR --lr_scheduler_args step_size=abc",
+        ["--lr_scheduler_args is step_size=abc; StepLR refuses it"],
+    ),
     ("--lr_warmup_steps=10%x", ["--lr_warmup_steps", "10%"]),
     ("--network_module=networks.lora_fluxx", ["there is no such module", "did you mean 'networks.lora_flux'"]),
     ("--network_module=json", ["--network_module is json, which has no function create_network"]),
@@ -104,13 +107,19 @@ OPTIONS: list[tuple[str, list[str]]] = [
     ("--initial_epoch=70", ["--initial_epoch 70", "leaves nothing to train"]),
     ("--min_timestep=500 --max_timestep=400", ["--min_timestep is 500", "min < max"]),
     ("--weighting_scheme=bar", ["--weighting_scheme is 'bar'", "logit_normal"]),
-    ("--prior_loss_weight=-1 --caption_dropout_rate=1.5", ["--prior_loss_weight is -1.0", "--caption_dropout_rate is 1.5"]),
+    (
+        "--prior_loss_weight=-1 --caption_dropout_rate=1.5",
+        ["--prior_loss_weight is -1.0", "--caption_dropout_rate is 1.5"],
+    ),
     ("--validation_split=2", ["--validation_split is 2.0"]),
     ("--log_with=tensorboard", ["--log_with is tensorboard without --logging_dir"]),
     ("--log_tracker_config=/nope.toml", ["--log_tracker_config is /nope.toml"]),
     ("--metadata_thumbnail=foo", ["--metadata_thumbnail is foo", "image file"]),
     ("--huggingface_repo_id=foo", ["--huggingface_repo_id is foo", "owner/name"]),
-    ("--min_snr_gamma=5 --clip_skip=2 --strict", ["--min_snr_gamma 5: FLUX.1 learns by flow matching", "--clip_skip 2: ", "(--strict"]),
+    (
+        "--min_snr_gamma=5 --clip_skip=2 --strict",
+        ["--min_snr_gamma 5: FLUX.1 learns by flow matching", "--clip_skip 2: ", "(--strict"],
+    ),
     ("--weighted_captions", ["--weighted_captions is True; it is not available here"]),
     ("--model_type=chroma", ["--model_type is chroma"]),
     ("--config_file=/nope.toml", ["there is no file /nope.toml"]),
@@ -149,11 +158,15 @@ def test_configuration_file(work: Work, refused, content: str, words: list[str])
 
 def test_keys_of_other_families_that_ask_for_nothing_are_let_through(work: Work, refused):
     """Front ends write them into every file, as texts too; the run is stopped by another key here."""
-    neutral = "clip_skip = 1\nepoch = 1\nv2 = 'false'\nmax_token_length = '75'\ngemma2 = ''\nnoise_offset_type = 'Original'\n"
+    neutral = (
+        "clip_skip = 1\nepoch = 1\nv2 = 'false'\nmax_token_length = '75'\ngemma2 = ''\nnoise_offset_type = 'Original'\n"
+    )
     own = "learning_rate = '1e-4'\nlr_warmup_steps = '10%'\nresolution = '512,512'\ncache_latents = 'true'\nsave_every_n_steps = '-1'\n"
     (work.folder / "cfg.toml").write_text(neutral + own, encoding="utf-8")
     message = refused([*work.argv("out"), f"--config_file={work.folder / 'cfg.toml'}"])
-    assert message.strip().splitlines() == ["error: --save_every_n_steps is -1; needed: 1 or more; leave it out to save at the end only"]
+    assert message.strip().splitlines() == [
+        "error: --save_every_n_steps is -1; needed: 1 or more; leave it out to save at the end only"
+    ]
 
 
 def test_a_package_that_is_not_there(work: Work, refused, monkeypatch):
@@ -162,12 +175,20 @@ def test_a_package_that_is_not_there(work: Work, refused, monkeypatch):
     assert "needs the package wandb" in message and "pip install 'atelier[wandb]'" in message
 
 
-# ---- needed options and files --------------------------------------------------------------------------------------------
+# ---- needed options and files ----------------------------------------------------------------------------------------
 
 
 def test_nothing_given(refused):
     message = refused([])
-    for name in ("output_dir", "pretrained_model_name_or_path", "clip_l", "t5xxl", "ae", "network_module", "train_data_dir"):
+    for name in (
+        "output_dir",
+        "pretrained_model_name_or_path",
+        "clip_l",
+        "t5xxl",
+        "ae",
+        "network_module",
+        "train_data_dir",
+    ):
         assert f"--{name}" in message
 
 
@@ -194,7 +215,10 @@ WRONG_FILES: dict[str, tuple[Callable[[Work, Path], object], str]] = {
     "cut header": (lambda work, path: path.write_bytes(work.tiny.flux.read_bytes()[:50]), "truncated"),
     "empty": (lambda work, path: path.write_bytes(b""), "an empty file"),
     "web page": (lambda work, path: path.write_text("<!DOCTYPE html><html>"), "a web page"),
-    "git-lfs": (lambda work, path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "a git-lfs pointer"),
+    "git-lfs": (
+        lambda work, path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "a git-lfs pointer",
+    ),
     "pickle": (lambda work, path: torch.save({"a": torch.zeros(3)}, path), "a pickle"),
     "folder": (lambda work, path: path.mkdir(), "a folder without safetensors files"),
     "missing": (lambda work, path: None, "no such file"),
@@ -230,8 +254,17 @@ def test_tokenizers_that_are_nowhere(work: Work, refused, monkeypatch):
     save_file({key: value for key, value in state.items() if key != "spiece_model"}, work.folder / "t5.safetensors")
     monkeypatch.setattr("library.components.tokenizers._clip_from_installed_package", lambda: None)
     monkeypatch.setattr("library.components.tokenizers._from_hub", lambda *_: None)
-    message = refused([*without(work.argv("out"), "clip_l_tokenizer", "t5xxl"), f"--t5xxl={work.folder / 't5.safetensors'}"])
-    for word in ("--clip_l_tokenizer", "--t5xxl_tokenizer", "--tokenizer_cache_dir", "open-clip-torch", "spiece_model", "hub"):
+    message = refused(
+        [*without(work.argv("out"), "clip_l_tokenizer", "t5xxl"), f"--t5xxl={work.folder / 't5.safetensors'}"]
+    )
+    for word in (
+        "--clip_l_tokenizer",
+        "--t5xxl_tokenizer",
+        "--tokenizer_cache_dir",
+        "open-clip-torch",
+        "spiece_model",
+        "hub",
+    ):
         assert word in message
 
 
@@ -263,22 +296,31 @@ def test_prompt_lines(work: Work, refused):
     assert "prompts.txt line 3: --w is 'abc'" in message and "prompts.txt line 4: --l is 'x'" in message
 
 
-# ---- datasets ------------------------------------------------------------------------------------------------------------
+# ---- datasets --------------------------------------------------------------------------------------------------------
 
 DATASETS: list[tuple[str, str, list[str]]] = [
     ("", "num_repeat = 2\nflip_augs = true", ["datasets[0].subsets[0].num_repeat", "'num_repeats'", "'flip_aug'"]),
-    ("", "num_repeats = 'x'\nflip_aug = 3", ["num_repeats: is \"x\"", "a whole number", "flip_aug: is 3", "true or false"]),
+    (
+        "",
+        "num_repeats = 'x'\nflip_aug = 3",
+        ['num_repeats: is "x"', "a whole number", "flip_aug: is 3", "true or false"],
+    ),
     ("", "caption_dropout_rate = 2\nkeep_tokens = -1", ["caption_dropout_rate: is 2", "0 to 1", "keep_tokens: is -1"]),
     ("", "validation_split = 1.5", ["validation_split: is 1.5"]),
-    ("", "color_aug = true\nrandom_crop = true --cache_latents", ["subsets[0].color_aug", "subsets[0].random_crop", "--cache_latents"]),
     (
-        "", "shuffle_caption = true\ncaption_tag_dropout_rate = 0.1\ntoken_warmup_step = 3 --cache_text_encoder_outputs",
+        "",
+        "color_aug = true\nrandom_crop = true --cache_latents",
+        ["subsets[0].color_aug", "subsets[0].random_crop", "--cache_latents"],
+    ),
+    (
+        "",
+        "shuffle_caption = true\ncaption_tag_dropout_rate = 0.1\ntoken_warmup_step = 3 --cache_text_encoder_outputs",
         ["subsets[0].shuffle_caption", "subsets[0].caption_tag_dropout_rate", "subsets[0].token_warmup_step"],
     ),
     ("", "conditioning_data_dir = '/nope/c' --masked_loss", ["the folder /nope/c does not exist"]),
     ("", "caption_extension = '.nope' --fail_on_missing_captions", ["5 images have no caption", "00.png"]),
     ("", "is_reg = true\nclass_tokens = 'cat'", ["only regularisation images"]),
-    ("resolution = '64x'\nbatch_size = 0", "", ["datasets[0].resolution: is \"64x\"", "datasets[0].batch_size: is 0"]),
+    ("resolution = '64x'\nbatch_size = 0", "", ['datasets[0].resolution: is "64x"', "datasets[0].batch_size: is 0"]),
     ("max_bucket_reso = 32", "", ["max_bucket_reso: is 32", "resolution (64)"]),
     ("min_bucket_reso = 128", "", ["min_bucket_reso: is 128"]),
     ("bucket_reso_steps = 10", "", ["bucket_reso_steps: is 10", "a multiple of 16"]),
@@ -287,7 +329,9 @@ DATASETS: list[tuple[str, str, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize("dataset, subset, words", DATASETS, ids=[f"{d} {s}".strip().replace("\n", "; ") for d, s, _ in DATASETS])
+@pytest.mark.parametrize(
+    "dataset, subset, words", DATASETS, ids=[f"{d} {s}".strip().replace("\n", "; ") for d, s, _ in DATASETS]
+)
 def test_dataset_settings(work: Work, refused, dataset: str, subset: str, words: list[str]):
     subset, _, option = subset.partition(" --")
     images = draw_pictures(work.folder / "five", 5)
@@ -304,7 +348,10 @@ def test_bucket_settings_that_no_image_fits(work: Work, refused):
     text = f"{BUCKETS}[[datasets]]\nresolution = 64\nbucket_no_upscale = true\n[[datasets.subsets]]\nimage_dir = '{images}'\n"
     (work.folder / "d.toml").write_text(text, encoding="utf-8")
     message = refused(work.argv("out", dataset=work.folder / "d.toml"))
-    assert "of every image one side would be shorter than one bucket step (16 px)" in message and "bucket_no_upscale" in message
+    assert (
+        "of every image one side would be shorter than one bucket step (16 px)" in message
+        and "bucket_no_upscale" in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -317,7 +364,10 @@ def test_bucket_settings_that_no_image_fits(work: Work, refused):
         (FOLDER.format("EMPTY"), ["holds no images", ".png"]),
         (FOLDER.format("IMAGES").replace("resolution = 64", ""), ["the dataset has no resolution"]),
         (FOLDER.format("IMAGES").replace("64", "60"), ["is 60x60", "multiples of 16"]),
-        (FOLDER.format("IMAGES") + "[[datasets.subsets]]\nimage_dir = 'IMAGES'\nnum_repeats = 3\n", ["is used by datasets[0].subsets[0]"]),
+        (
+            FOLDER.format("IMAGES") + "[[datasets.subsets]]\nimage_dir = 'IMAGES'\nnum_repeats = 3\n",
+            ["is used by datasets[0].subsets[0]"],
+        ),
         (FOLDER.format("IMAGES") + "metadata_file = '/nope.json'", ["the metadata file /nope.json does not exist"]),
     ],
 )
@@ -377,7 +427,7 @@ def test_the_rest_goes_on_with_skip_bad_images(work: Work, capsys, more: list[st
     assert "have no caption" in told and "have an empty caption" in told
 
 
-# ---- everything at once ---------------------------------------------------------------------------------------------------
+# ---- everything at once ----------------------------------------------------------------------------------------------
 
 
 def test_problems_of_options_files_and_data_come_together(work: Work, refused):
@@ -387,12 +437,14 @@ def test_problems_of_options_files_and_data_come_together(work: Work, refused):
     (work.folder / "d.toml").write_text(text)
     argv = without(work.argv("out", dataset=work.folder / "d.toml"), "ae", "output_dir", "seed")
     message = refused([
-        *argv, f"--config_file={work.folder / 'cfg.toml'}", "--learing_rate=3", "--save_every_n_steps=-1", "--optimizer_type=foo",
+        *argv, f"--config_file={work.folder / 'cfg.toml'}", "--learing_rate=3", "--save_every_n_steps=-1",
+        "--optimizer_type=foo",
         "--mixed_precision=fp99", "--full_fp16", "--sample_prompts=/nope.txt", f"--t5xxl={work.tiny.ae}",
     ])  # fmt: skip
     wanted = (
         "--learing_rate", "network_dimm", "seed is 'x'", "--mixed_precision is 'fp99'", "--save_every_n_steps is -1",
-        "--output_dir is not given", "unknown optimizer 'foo'", "--ae is not given", "/nope.txt", "--t5xxl is", "resolutoin",
+        "--output_dir is not given", "unknown optimizer 'foo'", "--ae is not given", "/nope.txt", "--t5xxl is",
+        "resolutoin",
         "the folder /nope does not exist", "corrupt.png", "zero.jpg", "cut.png",
     )  # fmt: skip
     missing = [word for word in wanted if word not in message]

@@ -1,4 +1,5 @@
-"""The moving average of the weights (--ema) through the command line: its values, its files, and nothing else changes."""
+"""The moving average of the weights (--ema) through the command line: its values, its files, and nothing else
+changes."""
 
 from __future__ import annotations
 
@@ -65,7 +66,9 @@ def test_a_resumed_run_has_the_same_average(work: Work, more: list[str]) -> None
             work.train("parts", *options, "--save_every_n_steps=3", "--save_state")
     resumed = work.train("parts", *options, f"--resume={work.folder / 'parts' / 'lora-step00000003-state'}")
     for name in ("lora", "lora-ema"):
-        assert fingerprint(resumed.with_name(f"{name}.safetensors")) == fingerprint(whole.with_name(f"{name}.safetensors"))
+        assert fingerprint(resumed.with_name(f"{name}.safetensors")) == fingerprint(
+            whole.with_name(f"{name}.safetensors")
+        )
 
 
 def test_samples_and_validation_use_the_average(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +94,11 @@ def test_samples_and_validation_use_the_average(work: Work, monkeypatch: pytest.
 def test_outdated_companions_go_and_none_is_overwritten(work: Work) -> None:
     final = work.train("out", "--ema", *EVERY, "--save_last_n_steps=2")
     steps = {path.name for path in final.parent.glob("lora-step*")}
-    assert {name.replace("-ema", "") for name in steps} == {name for name in steps if "-ema" not in name} and len(steps) % 2 == 0 and len(steps) < 14
+    assert (
+        {name.replace("-ema", "") for name in steps} == {name for name in steps if "-ema" not in name}
+        and len(steps) % 2 == 0
+        and len(steps) < 14
+    )
     final.unlink()
     for path in final.parent.glob("lora-step*"):
         path.unlink()
@@ -113,7 +120,8 @@ def test_other_families(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize(("words", "told"), [
-    (["--ema_decay=0.9"], "without --ema"), (["--ema", "--ema_decay=1"], "below 1"), (["--ema", "--ema_every_n_steps=0"], "1 or more"),
+    (["--ema_decay=0.9"], "without --ema"), (["--ema", "--ema_decay=1"], "below 1"),
+    (["--ema", "--ema_every_n_steps=0"], "1 or more"),
     (["--ema", "--ema_power=2"], "up to 1"), (["--ema", "--ema_start_step=-1"], "0 or more"),
 ])  # fmt: skip
 def test_bad_settings(work: Work, words: list[str], told: str) -> None:
@@ -125,14 +133,25 @@ def test_bad_settings(work: Work, words: list[str], told: str) -> None:
 
 def test_the_share_grows_to_its_limit() -> None:
     options = EmaOptions(ema=True, ema_decay=0.9, ema_power=0.75)
-    assert decay_at(options, 0) == 0 and decay_at(options, 1) == pytest.approx(1 - 2**-0.75) and decay_at(options, 10**6) == 0.9
+    assert (
+        decay_at(options, 0) == 0
+        and decay_at(options, 1) == pytest.approx(1 - 2**-0.75)
+        and decay_at(options, 10**6) == 0.9
+    )
 
 
-def test_fp16_wraps_the_optimizer_and_is_no_schedule_free_one(work: Work, scaled: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate's wrapper has train and eval around every optimizer; only what it wraps says whether weights are switched."""
+def test_fp16_wraps_the_optimizer_and_is_no_schedule_free_one(
+    work: Work, scaled: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate's wrapper has train and eval around every optimizer; only what it wraps says whether weights are
+    switched."""
     copies = []
     original = Run.weights_for_eval
-    monkeypatch.setattr(Run, "weights_for_eval", lambda run, averaged=True: copies.append(switches_weights(run.optimizer)) or original(run, averaged))
+    monkeypatch.setattr(
+        Run,
+        "weights_for_eval",
+        lambda run, averaged=True: copies.append(switches_weights(run.optimizer)) or original(run, averaged),
+    )
     options = ["--mixed_precision=fp16", "--max_train_steps=5"]
     plain = work.train("plain", *options)
     final = work.train("out", *options, "--ema", "--ema_decay=0.5")
@@ -151,6 +170,8 @@ def test_the_wrapper_hands_on_a_schedule_free_optimizer(work: Work, scaled: list
     assert read_parts(seldom)[1] == read_parts(often)[1]
 
 
-def test_a_schedule_free_optimizer_is_refused_before_models_are_loaded(work: Work, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_schedule_free_optimizer_is_refused_before_models_are_loaded(
+    work: Work, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     words = work.argv("out", "--ema", f"--optimizer_type={AveragingSGD.__module__}.AveragingSGD")
     assert "--ema is set with --optimizer_type" in refused_run("flux", words, monkeypatch, capsys)

@@ -67,7 +67,12 @@ def test_resuming_at_any_step_gives_the_same_bytes(work: Work) -> None:
     for step in (1, 2, 4, 5, 6):
         out = f"from{step}"
         (work.folder / out).mkdir()
-        resumed = work.train(out, f"--resume={work.folder / 'whole' / f'lora-step{step:08d}-state'}", "--save_every_n_steps=1", "--save_state")
+        resumed = work.train(
+            out,
+            f"--resume={work.folder / 'whole' / f'lora-step{step:08d}-state'}",
+            "--save_every_n_steps=1",
+            "--save_state",
+        )
         assert fingerprint(resumed) == fingerprint(whole), f"resumed at step {step}"
 
 

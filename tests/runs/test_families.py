@@ -1,6 +1,7 @@
 """The checks that every family must pass, through the real command line; tests/families.py says who takes part.
 
-What is special to a family is tested beside: FLUX.1 in most files here, the U-Nets in test_unet_families.py, Anima in test_anima.py.
+What is special to a family is tested beside: FLUX.1 in most files here, the U-Nets in test_unet_families.py, Anima in
+test_anima.py.
 """
 
 from __future__ import annotations
@@ -71,10 +72,13 @@ def test_the_same_command_writes_the_same_bytes_also_with_workers_and_when_resum
 
 
 def test_the_held_out_loss_falls(work: Work) -> None:
-    """Noise and noise levels of the measurement are fixed and its pictures are not trained on: only learning changes it."""
+    """Noise and noise levels of the measurement are fixed and its pictures are not trained on: only learning changes
+    it."""
     work.images = draw_shapes(work.folder / "shapes", 8)
     data = work.dataset(dataset_keys="validation_split = 0.25", batch_size=4)
-    losses = losses_of(work.train("out", "--max_train_steps=24", *work.case.caches(on_disk=False), dataset=data), "validation")
+    losses = losses_of(
+        work.train("out", "--max_train_steps=24", *work.case.caches(on_disk=False), dataset=data), "validation"
+    )
     assert losses[-1] < 0.9 * losses[0], losses
 
 
@@ -100,9 +104,16 @@ def test_accumulated_batches_train_like_one_larger_batch(work: Work) -> None:
 
 def test_samples_and_validation_are_made_and_change_no_byte(work: Work) -> None:
     prompts = work.folder / "prompts.txt"
-    prompts.write_text("a red cat --w 64 --h 128 --s 2 --d 1\na dog --w 64 --h 64 --s 2 --l 3 --n blue\n", encoding="utf-8")
+    prompts.write_text(
+        "a red cat --w 64 --h 128 --s 2 --d 1\na dog --w 64 --h 64 --s 2 --l 3 --n blue\n", encoding="utf-8"
+    )
     data = work.dataset(dataset_keys="validation_split = 0.4", subset_keys="caption_dropout_rate = 0.3")
-    around = [f"--sample_prompts={prompts}", "--sample_every_n_steps=2", "--sample_at_first", "--validate_every_n_steps=2"]
+    around = [
+        f"--sample_prompts={prompts}",
+        "--sample_every_n_steps=2",
+        "--sample_at_first",
+        "--validate_every_n_steps=2",
+    ]
     plain = work.train("plain", "--max_train_steps=4", "--validate_every_n_epochs=9", dataset=data)
     full = work.train("full", "--max_train_steps=4", *around, dataset=data)
     assert read_parts(full)[1] == read_parts(plain)[1]
@@ -164,7 +175,9 @@ def test_regularisation_images_count_by_their_weight(work: Work) -> None:
     regular = draw_shapes(work.folder / "regular", 5)
     more = f"[[datasets.subsets]]\nimage_dir = '{regular}'\nis_reg = true\nclass_tokens = 'pet'"
     data = work.dataset(subset_keys=more)
-    first, weighted = (work.train(name, "--max_train_steps=3", f"--prior_loss_weight={name}", dataset=data) for name in ("0", "1"))
+    first, weighted = (
+        work.train(name, "--max_train_steps=3", f"--prior_loss_weight={name}", dataset=data) for name in ("0", "1")
+    )
     draw_shapes(regular, 5, seed=1)
     other = work.train("others", "--max_train_steps=3", "--prior_loss_weight=0", dataset=data)
     assert int(read_parts(first)[0]["ss_num_reg_images"]) > 0
@@ -189,7 +202,9 @@ def test_only_preserved_samples_go_through_the_untouched_model(work: Work) -> No
     """The conditioning is that of the untouched text encoders too, where they learn."""
     other = draw_pictures(work.folder / "other", 4)
     marks = "custom_attributes = {diff_output_preservation = true}"
-    run = work.trainer("out", dataset=work.dataset(batch_size=4, subset_keys=f"{marks}\n[[datasets.subsets]]\nimage_dir = '{other}'")).prepare()
+    run = work.trainer(
+        "out", dataset=work.dataset(batch_size=4, subset_keys=f"{marks}\n[[datasets.subsets]]\nimage_dir = '{other}'")
+    ).prepare()
     with torch.no_grad():
         for parameter in run.trainable.modules()["network"].parameters():
             parameter.add_(0.05)

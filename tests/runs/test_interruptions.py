@@ -24,7 +24,8 @@ BRIEF = "--t5xxl_max_token_length=32"
 
 
 def start_held(work: Work, out: str, step: int, *more: str, dataset: Path) -> subprocess.Popen[str]:
-    """A run that stands before a step, with all files of the steps before, in a process group of its own as a terminal gives it.
+    """A run that stands before a step, with all files of the steps before, in a process group of its own as a terminal
+    gives it.
 
     It goes on when there is a file `go` in the folder of the test.
     """
@@ -60,7 +61,8 @@ def test_killed_and_resumed_with_another_number_of_workers(work: Work) -> None:
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_to_all_processes_of_a_run(work: Work, number: int, code: int) -> None:
-    """Ctrl-C and many job systems reach the loader workers too, which the run still needs for the step that it finishes."""
+    """Ctrl-C and many job systems reach the loader workers too, which the run still needs for the step that it
+    finishes."""
     data = work.dataset()
     process = start_held(work, "out", 3, "--max_data_loader_n_workers=2", "--no-save_state", dataset=data)
     os.killpg(process.pid, number)
@@ -128,7 +130,11 @@ def test_resumed_with_everything_that_draws(work: Work, name: str) -> None:
     data_of, options = VARIANTS[name][0], [BRIEF, "--max_train_steps=6", *VARIANTS[name][1]]
     data = data_of(work)
     (work.folder / "prompts.txt").write_text("a red cat --w 64 --h 64 --s 1", encoding="utf-8")
-    around = [f"--sample_prompts={work.folder / 'prompts.txt'}", "--sample_every_n_steps=2", f"--logging_dir={work.folder / 'log'}"]
+    around = [
+        f"--sample_prompts={work.folder / 'prompts.txt'}",
+        "--sample_every_n_steps=2",
+        f"--logging_dir={work.folder / 'log'}",
+    ]
     whole = work.train("whole", *options, dataset=data)
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 2)
@@ -140,7 +146,8 @@ def test_resumed_with_everything_that_draws(work: Work, name: str) -> None:
 
 
 def test_steps_that_fp16_leaves_out(work: Work, scaled: list[bool]) -> None:
-    """A gradient that overflows spoils neither the weights nor what GGPO keeps of gradients; the factor is resumed too."""
+    """A gradient that overflows spoils neither the weights nor what GGPO keeps of gradients; the factor is resumed
+    too."""
     options = ["--mixed_precision=fp16", "--lr_scheduler=cosine", "--network_args", "ggpo_sigma=0.03", "ggpo_beta=0.01"]
     whole = work.train("whole", *options, *SAVING)
     assert any(scaled) and not all(scaled)
@@ -152,7 +159,14 @@ def test_steps_that_fp16_leaves_out(work: Work, scaled: list[bool]) -> None:
 
 def test_ggpo_reads_gradients_of_their_true_size(work: Work, scaled: list[bool]) -> None:
     """Without clipping nobody else takes the factor off."""
-    options = ["--mixed_precision=fp16", "--max_train_steps=1", "--save_state", "--network_args", "ggpo_sigma=0.03", "ggpo_beta=0.01"]
+    options = [
+        "--mixed_precision=fp16",
+        "--max_train_steps=1",
+        "--save_state",
+        "--network_args",
+        "ggpo_sigma=0.03",
+        "ggpo_beta=0.01",
+    ]
     norms = []
     for name, limit in (("clipped", "1e9"), ("unclipped", "0")):
         work.train(name, *options, f"--max_grad_norm={limit}")

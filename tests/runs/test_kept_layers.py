@@ -1,4 +1,5 @@
-"""--network_weights with layers of parts that are not trained: they act, stay in the output as they are, or are dropped on request."""
+"""--network_weights with layers of parts that are not trained: they act, stay in the output as they are, or are dropped
+on request."""
 
 from __future__ import annotations
 
@@ -39,18 +40,30 @@ def split(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], di
 
 
 @pytest.mark.parametrize(("switch", "kept"), [(UNET_ONLY, 1), (TEXT_ONLY, 0)])
-def test_untrained_layers_are_carried_to_the_output(work: Work, caplog: pytest.LogCaptureFixture, switch: str, kept: int) -> None:
+def test_untrained_layers_are_carried_to_the_output(
+    work: Work, caplog: pytest.LogCaptureFixture, switch: str, kept: int
+) -> None:
     old = trained(work)
     with caplog.at_level(logging.INFO):
         new = work.train("new", *SHORT, switch, f"--network_weights={old}")
     before, after = split(load_file(old)), split(load_file(new))
-    assert before[kept].keys() == after[kept].keys() and all(torch.equal(before[kept][key], after[kept][key]) for key in before[kept])
+    assert before[kept].keys() == after[kept].keys() and all(
+        torch.equal(before[kept][key], after[kept][key]) for key in before[kept]
+    )
     assert before[1 - kept].keys() == after[1 - kept].keys()
     assert any(not torch.equal(before[1 - kept][key], after[1 - kept][key]) for key in before[1 - kept])
     told = [record.getMessage() for record in caplog.records if "in parts that are not trained" in record.getMessage()]
-    warned = [record for record in caplog.records if record.levelno == logging.WARNING and "in parts that are not trained" in record.getMessage()]
+    warned = [
+        record
+        for record in caplog.records
+        if record.levelno == logging.WARNING and "in parts that are not trained" in record.getMessage()
+    ]
     count = len({key.partition(".")[0] for key in before[kept]})
-    assert len(warned) == 1 and f"{count} layers of --network_weights {old}" in told[0] and "--drop_untrained leaves them out" in told[0]
+    assert (
+        len(warned) == 1
+        and f"{count} layers of --network_weights {old}" in told[0]
+        and "--drop_untrained leaves them out" in told[0]
+    )
     assert len(told) == 2  # the page at start has it too, beside the number of trained parameters
 
 
@@ -60,7 +73,9 @@ def test_they_act_while_the_others_learn(work: Work) -> None:
     data = work.dataset()
     whole = work.trainer("a", *SHORT, f"--network_weights={old}", dataset=data).prepare()
     kept = work.trainer("b", *SHORT, UNET_ONLY, f"--network_weights={old}", dataset=data).prepare()
-    dropped = work.trainer("c", *SHORT, UNET_ONLY, f"--network_weights={old}", "--drop_untrained", dataset=data).prepare()
+    dropped = work.trainer(
+        "c", *SHORT, UNET_ONLY, f"--network_weights={old}", "--drop_untrained", dataset=data
+    ).prepare()
     batch = next(whole.data.batches(1))
     with torch.no_grad():
         wanted, used, plain = (run.step.conditioning_of(batch) for run in (whole, kept, dropped))
@@ -72,7 +87,9 @@ def test_dropped_on_request(work: Work, caplog: pytest.LogCaptureFixture) -> Non
     old = trained(work)
     new = work.train("new", *SHORT, UNET_ONLY, "--drop_untrained", f"--network_weights={old}")
     assert not split(load_file(new))[1] and split(load_file(new))[0].keys() == split(load_file(old))[0].keys()
-    assert any("(--drop_untrained)" in record.getMessage() and record.levelno == logging.WARNING for record in caplog.records)
+    assert any(
+        "(--drop_untrained)" in record.getMessage() and record.levelno == logging.WARNING for record in caplog.records
+    )
 
 
 def test_with_ranks_of_the_file_caches_and_a_resume(work: Work) -> None:
@@ -92,6 +109,14 @@ def test_with_ranks_of_the_file_caches_and_a_resume(work: Work) -> None:
 def test_a_foreign_module_carries_them_too(work: Work) -> None:
     pytest.importorskip("lycoris")
     old = trained(work)
-    new = work.train("new", *SHORT, UNET_ONLY, f"--network_weights={old}", "--network_module=lycoris.kohya", "--network_args", "algo=lora")
+    new = work.train(
+        "new",
+        *SHORT,
+        UNET_ONLY,
+        f"--network_weights={old}",
+        "--network_module=lycoris.kohya",
+        "--network_args",
+        "algo=lora",
+    )
     before, after = split(load_file(old))[1], split(load_file(new))[1]
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)

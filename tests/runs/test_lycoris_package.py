@@ -20,7 +20,8 @@ WAYS = (("lora", "dora_wd=True"), ("loha",), ("lokr", "factor=4"))
 def test_a_file_of_the_package_gives_its_output_in_ours(way: tuple[str, ...], family, tmp_path: Path) -> None:
     algo, *more = way
     run, batches = train(
-        family, tmp_path, "--network_module=lycoris.kohya", "--network_dim=2", "--network_alpha=1", "--learning_rate=2e-2",
+        family, tmp_path, "--network_module=lycoris.kohya", "--network_dim=2", "--network_alpha=1",
+        "--learning_rate=2e-2",
         "--network_train_unet_only", "--network_args", f"algo={algo}", *more,
     )  # fmt: skip
     after = loss_of(run, batches)
@@ -47,8 +48,17 @@ def test_a_file_of_the_package_gives_its_output_in_ours(way: tuple[str, ...], fa
 @pytest.mark.parametrize("family", ["sd"], indirect=True)
 @pytest.mark.parametrize("argument", ["preset=nothing_like_it", "algo=nothing_like_it"])
 def test_arguments_that_the_package_does_not_know_are_one_message(argument, family, tmp_path) -> None:
-    """Whatever a module of another package raises while the network is made comes with its name, its arguments and the reason."""
+    """Whatever a module of another package raises while the network is made comes with its name, its arguments and the
+    reason."""
     from library.core.errors import ConfigError
 
     with pytest.raises(ConfigError, match=f"lycoris.kohya cannot be made with .*{argument}.*Error"):
-        train(family, tmp_path, "--network_module=lycoris.kohya", "--network_dim=2", "--network_train_unet_only", "--network_args", argument)
+        train(
+            family,
+            tmp_path,
+            "--network_module=lycoris.kohya",
+            "--network_dim=2",
+            "--network_train_unet_only",
+            "--network_args",
+            argument,
+        )

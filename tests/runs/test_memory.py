@@ -43,7 +43,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("where", ["", "_to_disk"])
-def test_with_cached_outputs_text_encoders_are_gone_before_the_denoiser_comes(work: Work, seen: dict[str, int], where: str) -> None:
+def test_with_cached_outputs_text_encoders_are_gone_before_the_denoiser_comes(
+    work: Work, seen: dict[str, int], where: str
+) -> None:
     before = live_text_encoders()
     work.train("out", f"--cache_text_encoder_outputs{where}", "--network_train_unet_only", "--max_train_steps=1")
     assert seen == {"before the denoiser": before, "in training": before}
@@ -65,7 +67,12 @@ def test_beside_a_cache_only_the_encoder_that_learns_stays(work: Work, seen: dic
 
 
 def test_a_filled_cache_loads_no_text_encoder(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ["--cache_text_encoder_outputs_to_disk", "--cache_latents_to_disk", "--network_train_unet_only", "--max_train_steps=1"]
+    options = [
+        "--cache_text_encoder_outputs_to_disk",
+        "--cache_latents_to_disk",
+        "--network_train_unet_only",
+        "--max_train_steps=1",
+    ]
     work.train("first", *options)
 
     def must_not(self, runtime):

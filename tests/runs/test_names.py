@@ -18,16 +18,23 @@ LATIN = os.fsdecode(b"caf\xe9")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 def test_names_that_are_not_utf8(work: Work, capfd):
-    """Folder (and so the caption), pictures, output folder and name; with caches, the file of known pictures and a log file."""
+    """Folder (and so the caption), pictures, output folder and name; with caches, the file of known pictures and a log
+    file."""
     folder = work.folder / f"data {LATIN}" / f"2_{LATIN} cat"
     draw_pictures(folder, 2)
     os.rename(folder / "00.png", folder / f"{LATIN} 😀.png")
     for text in folder.glob("*.txt"):
         text.unlink()
-    argv = [word for word in work.argv(LATIN) if not word.startswith(("--dataset_config", "--output_name", "--console_log_level"))]
+    argv = [
+        word
+        for word in work.argv(LATIN)
+        if not word.startswith(("--dataset_config", "--output_name", "--console_log_level"))
+    ]
     more = [
-        f"--train_data_dir={folder.parent}", "--resolution=64", f"--output_name=lora {LATIN}", "--cache_latents_to_disk", "--cache_info", "--overwrite",
-        "--cache_text_encoder_outputs_to_disk", "--network_train_unet_only", f"--console_log_file={work.folder / 'log.txt'}", "--max_train_steps=2",
+        f"--train_data_dir={folder.parent}", "--resolution=64", f"--output_name=lora {LATIN}",
+        "--cache_latents_to_disk", "--cache_info", "--overwrite",
+        "--cache_text_encoder_outputs_to_disk", "--network_train_unet_only",
+        f"--console_log_file={work.folder / 'log.txt'}", "--max_train_steps=2",
         "--save_state", "--sample_at_first", f"--sample_prompts={work.folder / 'prompts.txt'}",
     ]  # fmt: skip
     (work.folder / "prompts.txt").write_text("a 😀 --w 32 --h 32 --s 1", encoding="utf-8")
@@ -35,7 +42,10 @@ def test_names_that_are_not_utf8(work: Work, capfd):
         cli.run("flux", "network", [*argv, *more])
     metadata = read_header(work.folder / LATIN / f"lora {LATIN}.safetensors")[1]
     assert "caf\\udce9 cat" in metadata["ss_tag_frequency"] and metadata["ss_output_name"] == "lora caf\\udce9"
-    assert json.loads((folder / "metadata_cache.json").read_text(encoding="utf-8")).keys() == {f"{LATIN} 😀.png", "01.png"}
+    assert json.loads((folder / "metadata_cache.json").read_text(encoding="utf-8")).keys() == {
+        f"{LATIN} 😀.png",
+        "01.png",
+    }
     assert len(list(folder.glob("*_flux.npz"))) == len(list(folder.glob("*_flux_te.npz"))) == 2
     assert "Traceback" not in capfd.readouterr().err + (work.folder / "log.txt").read_text(encoding="utf-8")
 

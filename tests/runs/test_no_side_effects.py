@@ -1,4 +1,5 @@
-"""What happens around the steps (samples, validation, files, logs, caches) leaves the training as it is, to the byte."""
+"""What happens around the steps (samples, validation, files, logs, caches) leaves the training as it is, to the
+byte."""
 
 from __future__ import annotations
 
@@ -52,8 +53,8 @@ def test_validation_changes_no_weight(work: Work) -> None:
 
 
 class AveragingSGD(torch.optim.SGD):
-    """A schedule-free method: gradients are taken between the fast weights and their average, which is the result. As with the
-    published ones, switching from one to the other and back rounds."""
+    """A schedule-free method: gradients are taken between the fast weights and their average, which is the result. As
+    with the published ones, switching from one to the other and back rounds."""
 
     beta = 0.9
 
@@ -104,7 +105,11 @@ def test_saving_and_sampling_with_a_schedule_free_optimizer(plain: Work) -> None
 def test_latents_are_the_same_from_the_step_from_memory_and_from_files(work: Work) -> None:
     """Whatever is encoded together: the number of images in a batch of the VAE changes nothing either."""
     data = work.dataset(subset_keys="flip_aug = true")
-    caching = {"memory": ["--cache_latents"], "batches": ["--cache_latents", "--vae_batch_size=4"], "files": ["--cache_latents_to_disk"]}
+    caching = {
+        "memory": ["--cache_latents"],
+        "batches": ["--cache_latents", "--vae_batch_size=4"],
+        "files": ["--cache_latents_to_disk"],
+    }
     live = read_parts(work.train("live", BRIEF, dataset=data))[1]
     for name, options in caching.items():
         assert read_parts(work.train(name, BRIEF, *options, dataset=data))[1] == live, name

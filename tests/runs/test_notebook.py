@@ -38,7 +38,14 @@ def test_every_name_of_the_package_is_there() -> None:
 
 def test_options_become_words() -> None:
     options = {"network_dim": 4, "cache_latents": True, "betas": [0.9, 0.99], "vae": None, "output_dir": Path("out")}
-    assert words_of(options) == ["--network_dim=4", "--cache_latents=True", "--betas", "0.9", "0.99", "--output_dir=out"]
+    assert words_of(options) == [
+        "--network_dim=4",
+        "--cache_latents=True",
+        "--betas",
+        "0.9",
+        "0.99",
+        "--output_dir=out",
+    ]
     assert words_of(["--seed", 1]) == ["--seed", "1"]
 
 
@@ -74,7 +81,9 @@ def test_hooks_and_formulas_of_a_cell_are_used(work: Work) -> None:
 
     library.LOSSES.register("notebook_loss")(notebook_loss)
     library.LOSSES.register("notebook_loss")(notebook_loss)
-    training = library.Training(work.argv("cell"), family="flux", loss_type="notebook_loss", max_train_steps=2, hooks=[Counting()])
+    training = library.Training(
+        work.argv("cell"), family="flux", loss_type="notebook_loss", max_train_steps=2, hooks=[Counting()]
+    )
     assert read_parts(training.train())[1] != read_parts(work.train("plain", "--max_train_steps=2"))[1]
     assert len(seen) == 2
 

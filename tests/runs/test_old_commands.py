@@ -1,4 +1,5 @@
-"""What known scripts and front ends accept, starts: each row of old command lines and configuration files that once ended here."""
+"""What known scripts and front ends accept, starts: each row of old command lines and configuration files that once
+ended here."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ def test_eight_bit_storage_of_a_unet_trains_close_to_16_bits(works, family: str,
 def test_prompts_that_a_front_end_left_empty_make_no_samples(works, capsys) -> None:
     work = works["flux"]
     (work.folder / "prompt.txt").write_text("\n", encoding="utf-8")
-    work.train("empty", "--max_train_steps=1", "--sample_every_n_steps=1", f"--sample_prompts={work.folder / 'prompt.txt'}")
+    work.train(
+        "empty", "--max_train_steps=1", "--sample_every_n_steps=1", f"--sample_prompts={work.folder / 'prompt.txt'}"
+    )
     told = capsys.readouterr().err
     assert told.count("holds no prompt: no sample images are made") == 1 and "Traceback" not in told
     assert not list(Path(work.folder / "empty").glob("sample/*"))
@@ -63,12 +66,16 @@ def test_prompts_that_a_front_end_left_empty_make_no_samples(works, capsys) -> N
 @pytest.mark.parametrize(
     "family, options, refused",
     [
-        ("sd", "--unet_lr=1 --learning_rate=1 --text_encoder_lr 0.5", True), ("sd", "--unet_lr=1 --learning_rate=1 --text_encoder_lr 1", False),
-        ("sd", "--unet_lr=1 --text_encoder_lr 0.5 --network_train_unet_only", False), ("anima", "--unet_lr=1 --learning_rate=1", False),
+        ("sd", "--unet_lr=1 --learning_rate=1 --text_encoder_lr 0.5", True),
+        ("sd", "--unet_lr=1 --learning_rate=1 --text_encoder_lr 1", False),
+        ("sd", "--unet_lr=1 --text_encoder_lr 0.5 --network_train_unet_only", False),
+        ("anima", "--unet_lr=1 --learning_rate=1", False),
         ("sdxl", "--unet_lr=1 --text_encoder_lr 1 0.5", True),
     ],
 )
-def test_rates_that_an_optimizer_refuses_in_its_first_step_are_named_at_start(works, family: str, options: str, refused: bool) -> None:
+def test_rates_that_an_optimizer_refuses_in_its_first_step_are_named_at_start(
+    works, family: str, options: str, refused: bool
+) -> None:
     trainer = works[family].trainer("rates", "--optimizer_type=prodigy", *options.split())
     if not refused:
         trainer.trainable.check(trainer.family)

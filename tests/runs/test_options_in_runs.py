@@ -14,7 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from library.training import cli
-from tests.runs.conftest import Work, draw_pictures, fingerprint, largest_difference, losses_of, read_parts, sample_pictures
+from tests.runs.conftest import (
+    Work,
+    draw_pictures,
+    fingerprint,
+    largest_difference,
+    losses_of,
+    read_parts,
+    sample_pictures,
+)
 from tests.tiny import TinyFlux, build_tiny_flux
 
 
@@ -45,8 +53,10 @@ def run(work: Work, name: str, *options: str, steps: int = 1, **settings: str) -
 
 
 CHANGING = [
-    "--loss_type=l1", "--loss_type=huber --huber_c=0.5", "--loss_type=huber --huber_schedule=constant", "--timestep_sampling=uniform",
-    "--timestep_sampling=shift --discrete_flow_shift=9", "--sigmoid_scale=3 --timestep_sampling=sigmoid", "--max_timestep=100",
+    "--loss_type=l1", "--loss_type=huber --huber_c=0.5", "--loss_type=huber --huber_schedule=constant",
+    "--timestep_sampling=uniform",
+    "--timestep_sampling=shift --discrete_flow_shift=9", "--sigmoid_scale=3 --timestep_sampling=sigmoid",
+    "--max_timestep=100",
     "--min_timestep=900", "--weighting_scheme=logit_normal --logit_mean=2", "--model_prediction_type=sigma_scaled",
     "--ip_noise_gamma=0.5", "--guidance_scale=1", "--apply_t5_attn_mask", "--t5xxl_max_token_length=8", "--seed=6",
     "--mixed_precision=bf16", "--mixed_precision=bf16 --fp8_base", "--caption_dropout_rate=1", "--caption_prefix=blue",
@@ -68,8 +78,10 @@ def test_flip_aug(base: Work):
 
 EQUAL = [
     "--sdpa --xformers --mem_eff_attn --lowram --highvram", "--disable_mmap_load_safetensors --no_half_vae",
-    "--gradient_checkpointing --cpu_offload_checkpointing", "--torch_compile --dynamo_backend=eager", "--noise_offset=0 --clip_skip=1",
-    "--max_data_loader_n_workers=1 --persistent_data_loader_workers", "--cache_latents --vae_batch_size=2", "--blocks_to_swap=0",
+    "--gradient_checkpointing --cpu_offload_checkpointing", "--torch_compile --dynamo_backend=eager",
+    "--noise_offset=0 --clip_skip=1",
+    "--max_data_loader_n_workers=1 --persistent_data_loader_workers", "--cache_latents --vae_batch_size=2",
+    "--blocks_to_swap=0",
 ]  # fmt: skip
 
 
@@ -85,7 +97,9 @@ def test_swapped_blocks_give_the_same_result(tmp_path: Path):
     assert largest_difference(run(work, "swapped", "--blocks_to_swap=2"), run(work, "whole")) < 1e-6
 
 
-@pytest.mark.parametrize("precision, dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16), ("float", torch.float32)])
+@pytest.mark.parametrize(
+    "precision, dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16), ("float", torch.float32)]
+)
 def test_save_precision(base: Work, precision: str, dtype: torch.dtype):
     path = run(base, precision, f"--save_precision={precision}")
     assert {tensor.dtype for key, tensor in load_file(path).items() if "lora_" in key.split(".")[1]} == {dtype}
@@ -102,7 +116,11 @@ def test_save_model_as(base: Work, ending: str):
     [
         ("ratio", "--save_n_epoch_ratio=2 --max_train_epochs=4", ["-000002"]),
         ("epochs", "--save_every_n_epochs=1 --save_last_n_epochs=1 --max_train_epochs=3", ["-000002"]),
-        ("steps", "--save_every_n_steps=1 --save_last_n_steps=1 --max_train_steps=4", ["-step00000003", "-step00000004"]),
+        (
+            "steps",
+            "--save_every_n_steps=1 --save_last_n_steps=1 --max_train_steps=4",
+            ["-step00000003", "-step00000004"],
+        ),
     ],
 )
 def test_files_that_stay(base: Work, name: str, options: str, kept: list[str]):
@@ -113,7 +131,15 @@ def test_files_that_stay(base: Work, name: str, options: str, kept: list[str]):
 
 def test_tensorboard_folder(base: Work):
     logs = base.folder / "logs"
-    run(base, "logged", "--log_with=tensorboard", f"--logging_dir={logs}", "--log_prefix=mine_", "--log_tracker_name=cat", "--log_config")
+    run(
+        base,
+        "logged",
+        "--log_with=tensorboard",
+        f"--logging_dir={logs}",
+        "--log_prefix=mine_",
+        "--log_tracker_name=cat",
+        "--log_config",
+    )
     assert [path.name[:5] for path in logs.iterdir()] == ["mine_"]
     (events,) = logs.rglob("events.out.tfevents.*")
     assert events.parent.name == "cat" and b"networks.lora_flux" in events.read_bytes()
@@ -129,7 +155,9 @@ def test_start_files(base: Work):
     assert {t.shape[0] for key, t in load_file(path).items() if key.endswith("lora_down.weight")} == {2}
     merged = [run(base, f"merged{m}", "--base_weights", str(small), "--base_weights_multiplier", m) for m in ("0", "1")]
     plain = losses_of(base.folder / "base" / "lora.safetensors")
-    assert losses_of(merged[0]) == pytest.approx(plain, rel=1e-5) and losses_of(merged[1]) != pytest.approx(plain, rel=1e-5)
+    assert losses_of(merged[0]) == pytest.approx(plain, rel=1e-5) and losses_of(merged[1]) != pytest.approx(
+        plain, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +187,8 @@ def test_scale_weight_norms(base: Work):
 
 
 def test_dora_with_dropout_and_limited_norms(base: Work):
-    """--network_dropout reaches the low-rank part of DoRA; a limit shrinks it and the lengths without driving either to nothing."""
+    """--network_dropout reaches the low-rank part of DoRA; a limit shrinks it and the lengths without driving either to
+    nothing."""
     words = ["--network_args", "dora_wd=True"]
     plain = load_file(run(base, "dora", *words, steps=3))
     dropped = load_file(run(base, "dora dropout", "--network_dropout=0.5", *words, steps=3))
@@ -187,14 +216,25 @@ def test_data_without_configuration(base: Work):
     assert int(metadata["ss_num_reg_images"]) > 0 and metadata["ss_num_train_images"] == "4"
     names = {path.stem: {"caption": "a cat"} for path in train.glob("*.png")}
     (base.folder / "meta.json").write_text(json.dumps(names))
-    cli.run("flux", "network", folders(base, "from json", train_data_dir=train, in_json=base.folder / "meta.json", dataset_repeats=3))
+    cli.run(
+        "flux",
+        "network",
+        folders(base, "from json", train_data_dir=train, in_json=base.folder / "meta.json", dataset_repeats=3),
+    )
     metadata, _ = read_parts(base.folder / "from json" / "lora.safetensors")
     assert metadata["ss_num_train_images"] == "6"
 
 
 def test_configuration_file_round_trip(base: Work):
     """What --output_config writes trains the same file as the command line that it was written from."""
-    more = ["--optimizer_args", "weight_decay=0.1", "--text_encoder_lr", "1e-4", "--max_train_steps=1", "--resolution=64,64"]
+    more = [
+        "--optimizer_args",
+        "weight_decay=0.1",
+        "--text_encoder_lr",
+        "1e-4",
+        "--max_train_steps=1",
+        "--resolution=64,64",
+    ]
     argv = [*base.argv("from line"), *more]
     cli.run("flux", "network", argv)
     file = f"--config_file={base.folder / 'written.toml'}"
@@ -213,7 +253,9 @@ def test_sample_prompts(base: Work, ending: str):
     }
     prompts = base.folder / f"prompts.{ending}"
     prompts.write_text(texts[ending], encoding="utf-8")
-    path = run(base, f"samples {ending}", f"--sample_prompts={prompts}", "--sample_every_n_steps=1", "--sample_at_first")
+    path = run(
+        base, f"samples {ending}", f"--sample_prompts={prompts}", "--sample_every_n_steps=1", "--sample_at_first"
+    )
     images = sample_pictures(path.parent)
     assert sorted(image.name[:12] for image in images) == ["lora_000001_", "lora_e000000"]
     assert all(Image.open(image).size == (64, 64) for image in images)
@@ -221,7 +263,13 @@ def test_sample_prompts(base: Work, ending: str):
 
 def test_metadata_and_log_file(base: Work):
     log = base.folder / "log.txt"
-    options = ["--training_comment=hello", "--metadata_title=T", "--metadata_author=A", "--metadata_tags=x,y", "--metadata_license=L"]
+    options = [
+        "--training_comment=hello",
+        "--metadata_title=T",
+        "--metadata_author=A",
+        "--metadata_tags=x,y",
+        "--metadata_license=L",
+    ]
     more = ["--console_log_level=INFO", f"--console_log_file={log}", "--console_log_simple"]
     metadata, _ = read_parts(run(base, "told", *options, *more))
     found = [metadata.get(f"modelspec.{key}") for key in ("title", "author", "tags", "license")]
@@ -234,15 +282,27 @@ def test_metadata_and_log_file(base: Work):
 @pytest.mark.parametrize(
     "options, told",
     [
-        ("--log_prefix=a --wandb_run_name=b", ["--log_prefix: has no effect without --logging_dir", "--wandb_run_name"]),
-        ("--min_snr_gamma=5 --noise-offset 0.1", ["ignored", "--strict", "--min_snr_gamma 5: FLUX.1 learns", "--noise_offset 0.1: "]),
+        (
+            "--log_prefix=a --wandb_run_name=b",
+            ["--log_prefix: has no effect without --logging_dir", "--wandb_run_name"],
+        ),
+        (
+            "--min_snr_gamma=5 --noise-offset 0.1",
+            ["ignored", "--strict", "--min_snr_gamma 5: FLUX.1 learns", "--noise_offset 0.1: "],
+        ),
         ("--ip_noise_gamma_random_strength", ["has no effect without --ip_noise_gamma"]),
-        ("--network_train_unet_only --text_encoder_lr 1", ["--text_encoder_lr: has no effect: --network_train_unet_only is set"]),
+        (
+            "--network_train_unet_only --text_encoder_lr 1",
+            ["--text_encoder_lr: has no effect: --network_train_unet_only is set"],
+        ),
         ("--text_encoder_lr 1e-3 0 1e-5", ["--text_encoder_lr 1e-05: has no effect: flux has 2 text encoders"]),
         ("--text_encoder_lr 1e-3 1e-4", ["0.0001: has no effect", "train_t5xxl=True"]),
         ("--max_train_steps=2 --lr_scheduler=cosine --lr_warmup_steps=5", ["the full learning rate is never reached"]),
         ("--validate_every_n_steps=1 --save_last_n_steps=2", ["--save_last_n_steps: has no effect"]),
-        ("--lr_scheduler_num_cycles=3 --huber_c=0.5", ["--lr_scheduler_num_cycles: has no effect", "--huber_c: has no effect"]),
+        (
+            "--lr_scheduler_num_cycles=3 --huber_c=0.5",
+            ["--lr_scheduler_num_cycles: has no effect", "--huber_c: has no effect"],
+        ),
         ("--train_data_dir=/x", ["--train_data_dir: has no effect with --dataset_config"]),
     ],
 )
@@ -256,6 +316,13 @@ def test_options_without_effect_are_named(base: Work, capsys, options: str, told
 def test_a_negative_network_multiplier_trains_the_opposite(base: Work) -> None:
     """At the start the change is zero either way; the gradient of the second matrix has the sign of the multiplier."""
     data = base.dataset(dataset_keys="network_multiplier = -1", name="negative.toml")
-    plain, opposite = load_file(base.folder / "base" / "lora.safetensors"), load_file(base.train("opposite", "--max_train_steps=1", dataset=data))
+    plain, opposite = (
+        load_file(base.folder / "base" / "lora.safetensors"),
+        load_file(base.train("opposite", "--max_train_steps=1", dataset=data)),
+    )
     ups = [key for key in plain if "lora_up" in key]
-    assert ups and all(torch.equal(plain[key], -opposite[key]) for key in ups) and any(bool(plain[key].any()) for key in ups)
+    assert (
+        ups
+        and all(torch.equal(plain[key], -opposite[key]) for key in ups)
+        and any(bool(plain[key].any()) for key in ups)
+    )

@@ -1,4 +1,5 @@
-"""--hook package.module:Class: a hook of the user's joins a run, with options of its own, and is checked like what is built in."""
+"""--hook package.module:Class: a hook of the user's joins a run, with options of its own, and is checked like what is
+built in."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def test_its_module_is_trained_in_a_group_of_its_own(work: Work) -> None:
 
 def test_several_hooks_and_options_from_a_file(work: Work) -> None:
     path = work.folder / "own.toml"
-    path.write_text('hook = ["tests.runs.own_hooks:Pull", "tests.runs.own_hooks:Plain"]\npull_strength = 0.25\n', encoding="utf-8")
+    path.write_text(
+        'hook = ["tests.runs.own_hooks:Pull", "tests.runs.own_hooks:Plain"]\npull_strength = 0.25\n', encoding="utf-8"
+    )
     before = own_hooks.Plain.steps
     work.train("out", f"--config_file={path}", "--max_train_steps=2")
     assert own_hooks.Plain.steps == before + 2 and own_hooks.Pull.made[-1].options.pull_strength == 0.25
@@ -64,8 +67,10 @@ def test_a_step_that_raises_closes_it(work: Work) -> None:
     (["--hook=tests.runs.no_such_module:Pull"], "hook is tests.runs.no_such_module:Pull; there is no module tests.runs.no_such_module"),
     (["--hook=tests.runs.own_hooks:Push"], "the module tests.runs.own_hooks has no Push"),
     (["--hook=tests.runs.own_hooks:NOT_A_HOOK"], "which is a value of the type int; needed: package.module:Class"),
-    ([PULL, "--pull_strength=-1"], "--pull_strength is -1"), ([PULL, "--pull_strenght=1"], "did you mean 'pull_strength'"),
-    (["--pull_strength=1"], "unknown option --pull_strength"), (["--hook=tests.runs.own_hooks:Picky"], "flux is not what this hook wants"),
+    ([PULL, "--pull_strength=-1"], "--pull_strength is -1"),
+    ([PULL, "--pull_strenght=1"], "did you mean 'pull_strength'"),
+    (["--pull_strength=1"], "unknown option --pull_strength"),
+    (["--hook=tests.runs.own_hooks:Picky"], "flux is not what this hook wants"),
     (["--hook=tests.runs.own_hooks:Clashing"], "Clashing declares --network_dim, which the script has already"),
 ])  # fmt: skip
 def test_what_is_wrong_is_told_at_start(work: Work, words: list[str], told: str) -> None:

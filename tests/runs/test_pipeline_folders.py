@@ -47,7 +47,11 @@ def unet(kind: str) -> Any:
     """64 values wide, so that the single file, which has no config beside it, tells the number of heads too."""
     is_xl = kind == "sdxl"
     heads = 8 if kind == "sd1" else [1, 1]
-    more: dict[str, Any] = {"attention_head_dim": heads, "use_linear_projection": kind != "sd1", "upcast_attention": kind == "sd2"}
+    more: dict[str, Any] = {
+        "attention_head_dim": heads,
+        "use_linear_projection": kind != "sd1",
+        "upcast_attention": kind == "sd2",
+    }
     if is_xl:
         more |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "transformer_layers_per_block": [1, 2],
                  "projection_class_embeddings_input_dim": 64 + 6 * 256}  # fmt: skip
@@ -63,7 +67,8 @@ def text_encoder(vocab: int, act: str, is_projected: bool) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        vocab_size=vocab, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=1, hidden_act=act,
+        vocab_size=vocab, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=1,
+        hidden_act=act,
         projection_dim=64, bos_token_id=vocab - 2, eos_token_id=vocab - 1,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if is_projected else CLIPTextModel)(config)
@@ -73,8 +78,10 @@ def write_folder(folder: Path, kind: str, prediction: str = "epsilon") -> Path:
     """What `save_pretrained` of a pipeline writes: parts in sub-folders, model_index.json."""
     torch.manual_seed(3)
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1, latent_channels=4, norm_num_groups=32, scaling_factor=0.13025 if kind == "sdxl" else 0.18215,
+        block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1, latent_channels=4, norm_num_groups=32,
+        scaling_factor=0.13025 if kind == "sdxl" else 0.18215,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     vocab = write_clip_tokenizer(folder / "tokenizer")
@@ -95,11 +102,19 @@ def write_single_file(folder: Path, kind: str, path: Path) -> Path:
 
     place = (folder, torch.float32, "cpu")
     if kind == "sdxl":
-        parts = (sdxl_utils.load_unet_sdxl(*place), sdxl_utils.load_text_encoders_sdxl(*place), sdxl_utils.load_vae_sdxl(*place))
+        parts = (
+            sdxl_utils.load_unet_sdxl(*place),
+            sdxl_utils.load_text_encoders_sdxl(*place),
+            sdxl_utils.load_vae_sdxl(*place),
+        )
         sdxl_utils.save_checkpoint_sdxl(path, *parts)
     else:
         is_v2 = kind == "sd2"
-        parts = (sd_utils.load_unet_sd(*place), sd_utils.load_text_encoder_sd(folder, is_v2, *place[1:]), sd_utils.load_vae_sd(*place))
+        parts = (
+            sd_utils.load_unet_sd(*place),
+            sd_utils.load_text_encoder_sd(folder, is_v2, *place[1:]),
+            sd_utils.load_vae_sd(*place),
+        )
         sd_utils.save_checkpoint_sd(path, *parts, is_v2=is_v2)
     return path
 
@@ -135,7 +150,9 @@ def test_a_folder_a_file_and_a_ckpt_train_the_same_adapter(model: tuple[str, Pat
     from_folder = train(work, "folder", folder)
     for name in ("model.safetensors", "model.ckpt", "flat.ckpt", "renamed.ckpt"):
         trained = train(work, f"out {name}", work.folder / name)
-        assert largest_difference(trained, from_folder) < 1e-4, name  # weights of a file may lie at odd places in memory
+        assert largest_difference(trained, from_folder) < 1e-4, (
+            name
+        )  # weights of a file may lie at odd places in memory
     named = read_parts(from_folder)[0]
     assert named["ss_sd_model_name"] == kind and named["ss_sd_model_hash"] == "IsADirectory"
     assert read_parts(trained)[0]["ss_sd_model_name"] == "renamed.ckpt"
@@ -178,7 +195,9 @@ def test_caches_of_a_folder_belong_to_its_autoencoder(model: tuple[str, Path], w
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2", "weights"])
-def test_a_folder_with_a_missing_part(model: tuple[str, Path], work: FamilyWork, part: str, monkeypatch, capsys) -> None:
+def test_a_folder_with_a_missing_part(
+    model: tuple[str, Path], work: FamilyWork, part: str, monkeypatch, capsys
+) -> None:
     kind, folder = model
     if part == "text_encoder_2" and kind != "sdxl":
         pytest.skip("it has one text encoder")
@@ -201,4 +220,7 @@ def test_a_folder_that_says_velocity(tmp_path: Path, monkeypatch, capsys) -> Non
     assert read_parts(train(work, "out", folder, "--v_parameterization"))[0]["ss_base_model_version"] == "sd_v2_v"
     other = work_with(tmp_path, folder, "sd1", "sdxl")
     message = refused_run("sdxl", other.argv("other"), monkeypatch, capsys)
-    assert "a diffusers pipeline folder (StableDiffusionPipeline)" in message and "train_network.py trains such a model" in message
+    assert (
+        "a diffusers pipeline folder (StableDiffusionPipeline)" in message
+        and "train_network.py trains such a model" in message
+    )

@@ -1,4 +1,5 @@
-"""What users write themselves, as in examples/plugins, through the command line: chosen by name and by path, checked at start, read back."""
+"""What users write themselves, as in examples/plugins, through the command line: chosen by name and by path, checked at
+start, read back."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from tests.waiting import PATIENCE
 ROOT = Path(__file__).resolve().parents[2]
 FORMULAS, HIRA = "examples.plugins.formulas", "examples.plugins.hira"
 CHOSEN = {
-    "--loss_type": "charbonnier", "--loss_weight": "soft_min_snr", "--timestep_sampling": "triangle", "--lr_scheduler": "breathing",
+    "--loss_type": "charbonnier", "--loss_weight": "soft_min_snr", "--timestep_sampling": "triangle",
+    "--lr_scheduler": "breathing",
 }  # fmt: skip
 SHORT = ("--max_train_steps=4", "--network_train_unet_only", "--cache_latents", "--cache_text_encoder_outputs")
 
@@ -41,11 +43,13 @@ def by_path(option: str) -> str:
     return f"{option}={FORMULAS}:{'TriangleSampler' if name == 'triangle' else name}"
 
 
-# ---- formulas ----------------------------------------------------------------------------------------------------------------
+# ---- formulas --------------------------------------------------------------------------------------------------------
 
 
 def test_names_and_paths_train_the_same(work: Work) -> None:
-    named = work.train("named", *SHORT, f"--plugins={FORMULAS}", *(f"{option}={name}" for option, name in CHOSEN.items()))
+    named = work.train(
+        "named", *SHORT, f"--plugins={FORMULAS}", *(f"{option}={name}" for option, name in CHOSEN.items())
+    )
     paths = work.train("paths", *SHORT, *map(by_path, CHOSEN))
     assert read_parts(named)[1] == read_parts(paths)[1]
 
@@ -57,7 +61,13 @@ def test_each_changes_what_is_learned(work: Work, option: str) -> None:
 
 
 def test_a_run_with_own_formulas_resumes_as_if_never_stopped(work: Work) -> None:
-    words = [*SHORT, f"--plugins={FORMULAS}", *(f"{option}={name}" for option, name in CHOSEN.items()), "--save_state", "--save_every_n_steps=2"]
+    words = [
+        *SHORT,
+        f"--plugins={FORMULAS}",
+        *(f"{option}={name}" for option, name in CHOSEN.items()),
+        "--save_state",
+        "--save_every_n_steps=2",
+    ]
     whole = work.train("whole", *words)
     state = next((work.folder / "whole").glob("*step00000002-state"))
     resumed = work.train("resumed", *words, f"--resume={state}")
@@ -66,10 +76,13 @@ def test_a_run_with_own_formulas_resumes_as_if_never_stopped(work: Work) -> None
 
 def test_everything_wrong_is_told_before_models_are_loaded(work: Work, monkeypatch, capsys) -> None:
     wrong = {
-        "--loss_type": f"{FORMULAS}:charboner", "--loss_weight": "no_such_module:weight", "--timestep_sampling": f"{FORMULAS}:midpoint",
+        "--loss_type": f"{FORMULAS}:charboner", "--loss_weight": "no_such_module:weight",
+        "--timestep_sampling": f"{FORMULAS}:midpoint",
         "--lr_scheduler": f"{FORMULAS}:soft_min_snr", "--optimizer_type": f"{FORMULAS}:NoClass",
     }  # fmt: skip
-    message = refused_run("flux", work.argv("out", *(f"{option}={value}" for option, value in wrong.items())), monkeypatch, capsys)
+    message = refused_run(
+        "flux", work.argv("out", *(f"{option}={value}" for option, value in wrong.items())), monkeypatch, capsys
+    )
     for told in (
         f"--loss_type is {FORMULAS}:charboner; the module {FORMULAS} has no charboner; did you mean 'charbonnier'",
         "--loss_weight is no_such_module:weight; there is no module no_such_module, neither in the current folder",
@@ -83,8 +96,14 @@ def test_everything_wrong_is_told_before_models_are_loaded(work: Work, monkeypat
 @pytest.mark.parametrize(
     "source, told",
     [
-        ("def sample(self, shape, draws): raise RuntimeError('no luck')", r"fails on a batch of two \(RuntimeError: no luck\)"),
-        ("def sample(self, shape, draws): return draws.uniform('x') * 1000", r"needed: a tensor with sigmas from 0 to 1"),
+        (
+            "def sample(self, shape, draws): raise RuntimeError('no luck')",
+            r"fails on a batch of two \(RuntimeError: no luck\)",
+        ),
+        (
+            "def sample(self, shape, draws): return draws.uniform('x') * 1000",
+            r"needed: a tensor with sigmas from 0 to 1",
+        ),
         ("def sample(self, shape, draws): return 0.5", r"gives float for a batch of two"),
     ],
 )
@@ -107,11 +126,22 @@ def test_a_sampler_makes_samples(tinies, tmp_path: Path, monkeypatch, capsys) ->
         work = tinies.work("sd1", tmp_path)
         (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
         out = sampler.partition(":")[2] or sampler
-        work.train(out, "--max_train_steps=1", f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_at_first", f"--sample_sampler={sampler}")
+        work.train(
+            out,
+            "--max_train_steps=1",
+            f"--sample_prompts={tmp_path / 'prompts.txt'}",
+            "--sample_at_first",
+            f"--sample_sampler={sampler}",
+        )
         pictures[out] = [path.read_bytes() for path in sorted((tmp_path / out / "sample").glob("*.png"))]
     assert pictures["midpoint"] and pictures["midpoint"] != pictures["euler"]
-    message = refused_run("sd", tinies.work("sd1", tmp_path).argv("x", f"--sample_sampler={FORMULAS}:breathing"), monkeypatch, capsys)
-    assert f"--sample_sampler is {FORMULAS}:breathing, which cannot be called with (denoise, latents, sigmas, noise)" in message
+    message = refused_run(
+        "sd", tinies.work("sd1", tmp_path).argv("x", f"--sample_sampler={FORMULAS}:breathing"), monkeypatch, capsys
+    )
+    assert (
+        f"--sample_sampler is {FORMULAS}:breathing, which cannot be called with (denoise, latents, sigmas, noise)"
+        in message
+    )
 
 
 def test_flow_families_take_samplers_that_say_so() -> None:
@@ -128,7 +158,7 @@ def only_for_sd(denoise, latents, sigmas, noise):
     return latents
 
 
-# ---- a kind of adapter -------------------------------------------------------------------------------------------------------
+# ---- a kind of adapter -----------------------------------------------------------------------------------------------
 
 
 def test_an_own_kind_is_trained_read_and_trained_on(work: Work, hira_file: Path) -> None:
@@ -138,7 +168,8 @@ def test_an_own_kind_is_trained_read_and_trained_on(work: Work, hira_file: Path)
     with safe_open(hira_file, "pt") as file:
         assert file.metadata()["ss_network_module"] == HIRA
     on = work.train(
-        "on", *SHORT, f"--network_module={HIRA}", "--network_alpha=0", f"--network_weights={hira_file}", "--dim_from_weights",
+        "on", *SHORT, f"--network_module={HIRA}", "--network_alpha=0", f"--network_weights={hira_file}",
+        "--dim_from_weights",
         "--max_train_steps=1", "--learning_rate=1e-9",
     )  # fmt: skip
     again = read_adapter_file(on)
@@ -148,7 +179,11 @@ def test_an_own_kind_is_trained_read_and_trained_on(work: Work, hira_file: Path)
 def test_tools_read_it_with_the_plugin_and_tell_of_it_without(hira_file: Path) -> None:
     words = [sys.executable, "tools/check_lora.py", str(hira_file)]
     without = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
-    assert without.returncode == 2 and f"if you trust it, add --plugins {HIRA}" in without.stderr and "Traceback" not in without.stderr
+    assert (
+        without.returncode == 2
+        and f"if you trust it, add --plugins {HIRA}" in without.stderr
+        and "Traceback" not in without.stderr
+    )
     read = subprocess.run([*words, "--plugins", HIRA], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert read.returncode == 0 and "HiRA" in read.stdout, read.stderr
 
@@ -158,7 +193,9 @@ def test_it_is_merged_into_a_checkpoint(work: Work, hira_file: Path) -> None:
 
     model = next(word.partition("=")[2] for word in work.tiny.arguments() if word.startswith("--pretrained"))
     out = work.folder / "merged.safetensors"
-    assert merge_lora.main(["--model", model, "--models", str(hira_file), "--save_to", str(out), "--plugins", HIRA]) == 0
+    assert (
+        merge_lora.main(["--model", model, "--models", str(hira_file), "--save_to", str(out), "--plugins", HIRA]) == 0
+    )
     before, after = load_safetensors(model), load_safetensors(out)
     name = "lora_unet_double_blocks_0_img_attn_proj"
     part = by_module(read_adapter_file(hira_file))[name]
@@ -196,7 +233,9 @@ def test_installed_packages_make_kinds_known(monkeypatch, hira_file: Path) -> No
     adapter_tensors.OUTSIDE.clear()
     monkeypatch.delitem(sys.modules, HIRA)
     monkeypatch.delattr("examples.plugins.hira")
-    monkeypatch.setattr(adapter_tensors, "installed_points", lambda group: {"hira": HIRA} if group == "adapters" else {})
+    monkeypatch.setattr(
+        adapter_tensors, "installed_points", lambda group: {"hira": HIRA} if group == "adapters" else {}
+    )
     adapter_tensors.load_installed_kinds.cache_clear()
     try:
         assert adapter_tensors.holds_adapter(["lora_unet_x.hira_a"])
@@ -214,7 +253,7 @@ def test_a_network_module_that_is_broken_is_one_message(work: Work, monkeypatch,
     assert "--network_module is users_broken_kind, which cannot be imported: division by zero" in message
 
 
-# ---- a trainable -------------------------------------------------------------------------------------------------------------
+# ---- a trainable -----------------------------------------------------------------------------------------------------
 
 BIASES = "examples.plugins.biases:BiasTrainable"
 
@@ -262,18 +301,22 @@ def test_names_of_train_are_checked(words, told, capsys) -> None:
     assert ended.value.code == 2 and told in message and "Traceback" not in message
 
 
-# ---- image scripts -----------------------------------------------------------------------------------------------------------
+# ---- image scripts ---------------------------------------------------------------------------------------------------
 
 
 def test_image_scripts_take_own_kinds_and_samplers(tinies, tmp_path: Path) -> None:
     from library.generation.anima_inference import run
 
     work = tinies.work("anima", tmp_path)
-    adapter = work.train("hira", *SHORT, f"--network_module={HIRA}", "--network_alpha=0", "--network_dim=2", "--learning_rate=1")
+    adapter = work.train(
+        "hira", *SHORT, f"--network_module={HIRA}", "--network_alpha=0", "--network_dim=2", "--learning_rate=1"
+    )
     tiny = work.tiny
     words = [
-        f"--dit={tiny.anima}", f"--vae={tiny.vae}", f"--text_encoder={tiny.qwen3}", f"--qwen3_tokenizer={tiny.qwen3_tokenizer}",
-        f"--t5_tokenizer_path={tiny.t5_tokenizer}", "--prompt=a cat", "--image_size", "32", "32", "--infer_steps=2", "--seed=1",
+        f"--dit={tiny.anima}", f"--vae={tiny.vae}", f"--text_encoder={tiny.qwen3}",
+        f"--qwen3_tokenizer={tiny.qwen3_tokenizer}",
+        f"--t5_tokenizer_path={tiny.t5_tokenizer}", "--prompt=a cat", "--image_size", "32", "32", "--infer_steps=2",
+        "--seed=1",
         f"--plugins={FORMULAS}",
     ]  # fmt: skip
     made = [

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("noting_script.py")
 BIN = Path(sys.executable).parent
 OPTIONS = ["--max_train_epochs=2", "--optimizer_type=SGDNesterov", "--network_args", "rank_dropout=0.2"]
-"""An optimizer that is linear in the gradient: Adam divides by the gradient's size and makes rounding errors of tiny gradients
-as large as any other."""
+"""An optimizer that is linear in the gradient: Adam divides by the gradient's size and makes rounding errors of tiny
+gradients as large as any other."""
 
 
 def start(work: Work, out: str, launcher: list[str], *more: str, dataset: Path) -> subprocess.CompletedProcess[str]:
@@ -103,7 +103,8 @@ def test_processes_that_do_not_find_each_other_are_an_error(work: Work, monkeypa
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
 def test_ranks_cut_every_epoch_without_loss(num_processes: int, accumulation: int) -> None:
     buckets = [
-        BucketList(0, (64, 64), tuple(range(11)), 2), BucketList(0, (96, 64), (20, 21, 21, 22), 2), BucketList(1, (64, 64), (0,), 4),
+        BucketList(0, (64, 64), tuple(range(11)), 2), BucketList(0, (96, 64), (20, 21, 21, 22), 2),
+        BucketList(1, (64, 64), (0,), 4),
     ]
     plan = plan_epoch(buckets, seed=3, epoch=4, num_processes=num_processes, accumulation=accumulation)
     ranks = [

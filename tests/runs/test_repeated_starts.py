@@ -1,4 +1,5 @@
-"""What a start reads, by counting: pictures are decoded when they are encoded, and files that are known are not read again."""
+"""What a start reads, by counting: pictures are decoded when they are encoded, and files that are known are not read
+again."""
 
 from __future__ import annotations
 
@@ -16,7 +17,12 @@ READ: Counter | None = None
 
 
 def _note_read(event: str, arguments: tuple) -> None:
-    if event == "open" and READ is not None and isinstance(arguments[0], (str, os.PathLike)) and "w" not in (arguments[1] or "r"):
+    if (
+        event == "open"
+        and READ is not None
+        and isinstance(arguments[0], (str, os.PathLike))
+        and "w" not in (arguments[1] or "r")
+    ):
         READ[os.path.basename(arguments[0])] += 1
 
 
@@ -51,7 +57,9 @@ def age(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SLOTS)
-def test_the_second_start_opens_no_picture_and_reads_captions(name: str, tmp_path: Path, tinies: Tinies, decoded: Counter, monkeypatch) -> None:
+def test_the_second_start_opens_no_picture_and_reads_captions(
+    name: str, tmp_path: Path, tinies: Tinies, decoded: Counter, monkeypatch
+) -> None:
     work: FamilyWork = tinies.work(name, tmp_path)
     argv = [*work.case.caches(on_disk=True), "--max_train_steps=1"]
     pictures = sorted(path.name for path in work.images.glob("*.png"))

@@ -1,5 +1,5 @@
-"""A run that goes on from a state with other settings: the new ones hold from its first step, are told and recorded; what
-cannot change is refused."""
+"""A run that goes on from a state with other settings: the new ones hold from its first step, are told and recorded;
+what cannot change is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from library.training.state_files import SUMS_FILE
 from tests.runs.conftest import Work, fingerprint, read_parts
 from tests.runs.families import refused_run, without
 
-BRIEF = ["--t5xxl_max_token_length=32", "--network_train_unet_only", "--network_args", "train_blocks=single", "--max_train_steps=6"]
+BRIEF = [
+    "--t5xxl_max_token_length=32",
+    "--network_train_unet_only",
+    "--network_args",
+    "train_blocks=single",
+    "--max_train_steps=6",
+]
 SAVING = ["--save_every_n_steps=3", "--save_state"]
 COSINE = ["--lr_scheduler=cosine_with_restarts", "--lr_scheduler_num_cycles=2"]
 
@@ -30,7 +36,9 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def noting(run):
         group = run.optimizer.param_groups[0]
-        seen.append({"step": run.progress.global_step + 1, **{key: value for key, value in group.items() if key != "params"}})
+        seen.append(
+            {"step": run.progress.global_step + 1, **{key: value for key, value in group.items() if key != "params"}}
+        )
         original(run)
 
     monkeypatch.setattr(loop, "update", noting)
@@ -62,9 +70,19 @@ def test_new_rates_and_arguments_hold_from_the_first_step_on(
     state = interrupted(work, "--optimizer_args", "weight_decay=0.1", old=old)
     rates.clear()
     with caplog.at_level(logging.INFO):
-        file = go_on(work, state, "--learning_rate=1e-3", "--console_log_level=INFO", "--optimizer_args", "weight_decay=0.3", "betas=0.8,0.9")
+        file = go_on(
+            work,
+            state,
+            "--learning_rate=1e-3",
+            "--console_log_level=INFO",
+            "--optimizer_args",
+            "weight_decay=0.3",
+            "betas=0.8,0.9",
+        )
     assert [entry["step"] for entry in rates] == [4, 5, 6]
-    assert all((entry["lr"], entry["weight_decay"], tuple(entry["betas"])) == (1e-3, 0.3, (0.8, 0.9)) for entry in rates)
+    assert all(
+        (entry["lr"], entry["weight_decay"], tuple(entry["betas"])) == (1e-3, 0.3, (0.8, 0.9)) for entry in rates
+    )
     told = [record.getMessage() for record in caplog.records if "settings that changed" in record.getMessage()]
     assert len(told) == 1 and "0.01 -> 0.001" in told[0] and "0.1 -> 0.3" in told[0] and "step 4" in told[0]
     metadata = read_parts(file)[0]
@@ -84,7 +102,9 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize(("name", "old"), [*((name, False) for name in SCHEDULES), ("length", True)])
-def test_a_changed_schedule_goes_on_where_it_would_be(work: Work, rates: list[dict[str, Any]], name: str, old: bool) -> None:
+def test_a_changed_schedule_goes_on_where_it_would_be(
+    work: Work, rates: list[dict[str, Any]], name: str, old: bool
+) -> None:
     """The rates of the remaining steps are those of a run that had the new schedule from the start."""
     before, after = SCHEDULES[name]
     state = interrupted(work, *before, old=old)
@@ -97,7 +117,12 @@ def test_a_changed_schedule_goes_on_where_it_would_be(work: Work, rates: list[di
 
 
 @pytest.mark.parametrize(
-    "options", [COSINE, ["--lr_scheduler_type=CosineAnnealingLR", "--lr_scheduler_args", "T_max=7"], ["--optimizer_type=AdaFactor"]],
+    "options",
+    [
+        COSINE,
+        ["--lr_scheduler_type=CosineAnnealingLR", "--lr_scheduler_args", "T_max=7"],
+        ["--optimizer_type=AdaFactor"],
+    ],
     ids=["curve", "class", "own rates"],
 )
 def test_a_state_of_an_earlier_version_goes_on_to_the_same_bytes(work: Work, options: list[str]) -> None:
@@ -117,7 +142,11 @@ def test_rates_that_group_the_parameters_otherwise(work: Work, rates: list[dict[
                 for group in run.optimizer.param_groups:
                     kept.update({p.numel(): float(run.optimizer.state[p]["step"]) for p in group["params"]})
                 assert len({group["lr"] for group in run.optimizer.param_groups}) == 2
-                moments = {id(p): run.optimizer.state[p]["exp_avg"].shape == p.shape for g in run.optimizer.param_groups for p in g["params"]}
+                moments = {
+                    id(p): run.optimizer.state[p]["exp_avg"].shape == p.shape
+                    for g in run.optimizer.param_groups
+                    for p in g["params"]
+                }
                 assert all(moments.values())
             original(run)
 
@@ -138,12 +167,21 @@ def test_a_part_that_was_not_trained_joins(work: Work) -> None:
 def test_history_goes_on_in_later_states(work: Work) -> None:
     state = interrupted(work)
     work.train("second", *BRIEF, f"--resume={state}", "--learning_rate=1e-3", "--save_every_n_steps=5", "--save_state")
-    file = work.train("third", *BRIEF, f"--resume={work.folder / 'second' / 'lora-step00000005-state'}", "--learning_rate=1e-3", "--unet_lr=1e-4")
+    file = work.train(
+        "third",
+        *BRIEF,
+        f"--resume={work.folder / 'second' / 'lora-step00000005-state'}",
+        "--learning_rate=1e-3",
+        "--unet_lr=1e-4",
+    )
     assert [entry["step"] for entry in json.loads(read_parts(file)[0]["ss_resume_changes"])] == [3, 5]
     assert "ss_resume_changes" not in read_parts(work.folder / "first" / "lora.safetensors")[0]
     recorded = (state / "settings.json").read_text(encoding="utf-8")
     assert json.loads(recorded)["options"]["dataset_config"] == "data.toml" and str(work.folder) not in recorded
-    assert not {"output_dir", "cache_latents", "huggingface_token", "sample_prompts"} & json.loads(recorded)["options"].keys()
+    assert (
+        not {"output_dir", "cache_latents", "huggingface_token", "sample_prompts"}
+        & json.loads(recorded)["options"].keys()
+    )
 
 
 FIXED = {
@@ -174,7 +212,9 @@ def test_the_seed_is_that_of_the_state_when_none_is_given(work: Work) -> None:
     from library.training import cli
 
     cli.run("flux", "network", without(work.argv("second", *BRIEF, f"--resume={state}"), "seed"))
-    assert fingerprint(work.folder / "second" / "lora.safetensors") == fingerprint(work.folder / "first" / "lora.safetensors")
+    assert fingerprint(work.folder / "second" / "lora.safetensors") == fingerprint(
+        work.folder / "first" / "lora.safetensors"
+    )
 
 
 def test_the_state_of_another_optimizer_is_refused_also_where_nothing_is_recorded(
@@ -197,10 +237,15 @@ def test_schedule_free_rates_change_too(work: Work, rates: list[dict[str, Any]])
     assert {entry["lr"] for entry in rates} == {1e-3} and [entry["k"] for entry in rates] == [3, 4, 5]
 
 
-def test_weights_to_begin_with_are_no_change_of_a_run_that_goes_on(work: Work, caplog: pytest.LogCaptureFixture) -> None:
-    """The state has the weights: the same command with other start weights ends in the same ones and tells of no change."""
+def test_weights_to_begin_with_are_no_change_of_a_run_that_goes_on(
+    work: Work, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The state has the weights: the same command with other start weights ends in the same ones and tells of no
+    change."""
     state = interrupted(work)
     plain = go_on(work, state)
     with caplog.at_level(logging.INFO):
-        other = work.train("third", *BRIEF, f"--resume={state}", f"--network_weights={work.folder / 'first' / 'lora.safetensors'}")
+        other = work.train(
+            "third", *BRIEF, f"--resume={state}", f"--network_weights={work.folder / 'first' / 'lora.safetensors'}"
+        )
     assert fingerprint(other) == fingerprint(plain) and "network_weights " not in caplog.text

@@ -1,4 +1,5 @@
-"""The sizes and crops that SDXL is told, from image files through the command line to the vector that the U-Net gets."""
+"""The sizes and crops that SDXL is told, from image files through the command line to the vector that the U-Net
+gets."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ CACHES = {"live": [], "memory": ["--cache_latents"], "disk": ["--cache_latents_t
 
 @dataclass(frozen=True)
 class Told:
-    """What a sample of one picture must report; (height, width) and (top, left). `mirrored_left` of a flipped sample."""
+    """What a sample of one picture must report; (height, width) and (top, left). `mirrored_left` of a flipped
+    sample."""
 
     original: tuple[int, int]
     top_left: tuple[int, int]
@@ -44,7 +46,8 @@ class Told:
         return [*self.original, top, self.mirrored_left if flipped else left, *self.target]
 
 
-# Pictures by (width, height). Buckets of 64 x 64 pixels in steps of 32: 32x96, 32x128, 64x64, 96x32, 128x32 (width x height).
+# Pictures by (width, height). Buckets of 64 x 64 pixels in steps of 32: 32x96, 32x128, 64x64, 96x32, 128x32 (width x
+# height).
 WITH_BUCKETS = {
     (100, 60): Told((60, 100), (0, 21), 22, (64, 64)),  # scaled by 64/60 to 107x64; of 43 columns 21 are cut left
     (50, 200): Told((200, 50), (0, 0), 0, (128, 32)),  # scaled by 32/50 to 32x128 exactly
@@ -53,13 +56,17 @@ WITH_BUCKETS = {
 }
 # Never enlarged: scaled down to 64*64 pixels if larger, then cut to multiples of the step.
 WITHOUT_UPSCALE = {
-    (100, 60): Told((60, 100), (3, 0), 0, (32, 64)),  # sides 82.6 x 49.6; width 64 keeps the ratio better: 64x38 to 64x32
+    (100, 60): Told(
+        (60, 100), (3, 0), 0, (32, 64)
+    ),  # sides 82.6 x 49.6; width 64 keeps the ratio better: 64x38 to 64x32
     (40, 50): Told((50, 40), (9, 4), 4, (32, 32)),  # stays 40x50, cut to 32x32
     (45, 37): Told((37, 45), (2, 6), 7, (32, 32)),  # 13 columns and 5 rows are cut
 }
 STEPS_OF_64 = {
     (100, 60): Told((60, 100), (0, 21), 22, (64, 64)),
-    (50, 200): Told((200, 50), (96, 0), 0, (64, 64)),  # no bucket but 64x64: scaled by 64/50 to 64x256, 192 rows are cut
+    (50, 200): Told(
+        (200, 50), (96, 0), 0, (64, 64)
+    ),  # no bucket but 64x64: scaled by 64/50 to 64x256, 192 rows are cut
 }
 ONE_SIZE = {
     (100, 60): Told((60, 100), (0, 21), 22, (64, 64)),
@@ -69,7 +76,10 @@ ONE_SIZE = {
 SETTINGS = {
     "buckets": (BUCKETS, WITH_BUCKETS),
     "no upscale": (f"{BUCKETS}\nbucket_no_upscale = true", WITHOUT_UPSCALE),
-    "steps of 64": (BUCKETS.replace("steps = 32", "steps = 64").replace("min_bucket_reso = 32", "min_bucket_reso = 64"), STEPS_OF_64),
+    "steps of 64": (
+        BUCKETS.replace("steps = 32", "steps = 64").replace("min_bucket_reso = 32", "min_bucket_reso = 64"),
+        STEPS_OF_64,
+    ),
     "no buckets": (NO_BUCKETS, ONE_SIZE),
 }
 
@@ -117,15 +127,26 @@ def train(tiny: TinySd, folder: Path, dataset: str, subset: str, *more: str, epo
         for i, key in enumerate(batch.image_keys):
             pixels = None if batch.images is None else batch.images[i]
             vector = vectors[-1][i, conditioning["pool2"].shape[1] :]
-            seen.append(Seen(Path(key).stem, batch.flippeds[i], numbers[i].tolist(), tuple(sample.noisy_latents.shape[2:]), pixels, vector))
+            seen.append(
+                Seen(
+                    Path(key).stem,
+                    batch.flippeds[i],
+                    numbers[i].tolist(),
+                    tuple(sample.noisy_latents.shape[2:]),
+                    pixels,
+                    vector,
+                )
+            )
         return output
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SdxlFamily, "predict", noting_predict)
         patch.setattr(SdxlUNet2DConditionModel, "forward", noting_forward)
         cli.run("sdxl", "network", [
-            *tiny.arguments(), f"--dataset_config={data}", f"--output_dir={folder / 'out'}", "--network_module=networks.lora",
-            "--network_dim=1", f"--max_train_epochs={epochs}", "--seed=3", "--network_train_unet_only", "--train_batch_size=2",
+            *tiny.arguments(), f"--dataset_config={data}", f"--output_dir={folder / 'out'}",
+            "--network_module=networks.lora",
+            "--network_dim=1", f"--max_train_epochs={epochs}", "--seed=3", "--network_train_unet_only",
+            "--train_batch_size=2",
             "--max_data_loader_n_workers=0", "--console_log_level=WARNING", *more,
         ])  # fmt: skip
     return seen
@@ -186,8 +207,9 @@ def test_a_random_crop_is_told_where_it_was_cut(tiny: TinySd, tmp_path: Path, da
 
 
 def test_a_crop_around_a_face_is_told(tiny: TinySd, tmp_path: Path) -> None:
-    """Face at (50, 80), 40 pixels: 1.6 faces are 64 pixels, so the scale is 1 and the window begins at 50 - 32, 80 - 32. Face at
-    (190, 10): 3.2 faces are 128, the scale is 1/2; the window of 100 x 80 around (95, 5) is moved to the edge at 100 - 64, 0."""
+    """Face at (50, 80), 40 pixels: 1.6 faces are 64 pixels, so the scale is 1 and the window begins at 50 - 32, 80 -
+    32. Face at (190, 10): 3.2 faces are 128, the scale is 1/2; the window of 100 x 80 around (95, 5) is moved to the
+    edge at 100 - 64, 0."""
     for name, share, expected in (
         ("a_50_80_40_40", 1.6, Told((160, 200), (48, 18), 200 - 64 - 18, (64, 64))),
         ("a_190_10_40_40", 3.2, Told((160, 200), (0, 36), 0, (64, 64))),

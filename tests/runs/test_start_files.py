@@ -1,5 +1,5 @@
-"""Adapter files that a run begins with, for every family: --network_weights, --dim_from_weights, --base_weights, also under the
-names of other programs; and learning rates per text encoder."""
+"""Adapter files that a run begins with, for every family: --network_weights, --dim_from_weights, --base_weights, also
+under the names of other programs; and learning rates per text encoder."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ class Start:
             draw_pictures(images, 4)
             data.write_text(DATASET.format(images=images), encoding="utf-8")
         cli.run(self.family, "network", [
-            *self.tiny.arguments(), f"--dataset_config={data}", f"--output_dir={self.folder / out}", "--output_name=lora",
+            *self.tiny.arguments(), f"--dataset_config={data}", f"--output_dir={self.folder / out}",
+            "--output_name=lora",
             "--network_module=networks.lora", "--max_train_steps=1", "--seed=5", "--learning_rate=1e-2",
             "--max_data_loader_n_workers=0", "--console_log_level=WARNING", *more,
         ])  # fmt: skip
@@ -77,7 +78,9 @@ def start(name: str, folder: Path) -> Start:
 @pytest.fixture(scope="module", params=FAMILIES)
 def trained(request, tmp_path_factory) -> Start:
     made = start(request.param, tmp_path_factory.mktemp(request.param))
-    made.train("first", f"--network_dim={RANK}", f"--network_alpha={ALPHA}", "--max_train_steps=4", "--learning_rate=0.2")
+    made.train(
+        "first", f"--network_dim={RANK}", f"--network_alpha={ALPHA}", "--max_train_steps=4", "--learning_rate=0.2"
+    )
     return made
 
 
@@ -97,7 +100,9 @@ def test_all_ways_to_begin_with_a_file_begin_at_the_same_loss(trained: Start) ->
 def test_multipliers_of_base_weights(trained: Start) -> None:
     file = str(trained.file)
     plain, once = trained.first_loss(FRESH), trained.first_loss(FRESH, "--base_weights", file)
-    assert trained.first_loss(FRESH, "--base_weights", file, "--base_weights_multiplier", "0") == pytest.approx(plain, rel=SAME)
+    assert trained.first_loss(FRESH, "--base_weights", file, "--base_weights_multiplier", "0") == pytest.approx(
+        plain, rel=SAME
+    )
     parts = trained.first_loss(FRESH, "--base_weights", file, file, "--base_weights_multiplier", "0.25", "0.75")
     assert parts == pytest.approx(once, rel=SAME) and once != pytest.approx(plain, rel=OTHER)
 
@@ -152,7 +157,11 @@ def test_rates_of_the_two_encoders_of_sdxl(sdxl: Start, options: list[str], rate
     """The first step of AdamW moves every weight by its rate."""
     state = load_file(sdxl.train("_".join(["rates", *options]), "--network_dim=2", *options))
     moved = {
-        part: max(float(tensor.abs().max()) for key, tensor in state.items() if key.startswith(f"lora_{part}_") and "lora_up" in key)
+        part: max(
+            float(tensor.abs().max())
+            for key, tensor in state.items()
+            if key.startswith(f"lora_{part}_") and "lora_up" in key
+        )
         for part in rates
     }
     assert moved == pytest.approx(rates, rel=1e-2)

@@ -51,7 +51,9 @@ def test_a_hook_replaces_the_whole_body(work: Work) -> None:
             loss = sum(p.square().sum() for p in parameters)
             return StepOutput(loss / batch.request.group_size, loss.detach(), len(batch))
 
-    run = work.trainer("out", "--max_train_steps=5", "--optimizer_type=SGD", "--learning_rate=0.1", hooks=[Constant()]).prepare()
+    run = work.trainer(
+        "out", "--max_train_steps=5", "--optimizer_type=SGD", "--learning_rate=0.1", hooks=[Constant()]
+    ).prepare()
     network = run.trainable.modules()["network"]
     before = sum(p.square().sum().item() for p in network.parameters())
     fit(run)
@@ -71,13 +73,20 @@ def test_hooks_are_called_in_the_order_that_the_documentation_gives(work: Work) 
         "on_transformer_loaded", "on_train_start", "on_epoch_start", "on_step_start", "on_gradients_ready",
         "on_post_optimizer_step", "on_step_end", "on_post_save", "on_epoch_end", "on_train_end",
     ]  # fmt: skip
-    noting = type("Noting", (Hook,), {name: (lambda name: lambda self, *a: calls.append(name))(name) for name in names})()
-    work.trainer("out", "--max_train_epochs=1", "--gradient_accumulation_steps=3", "--save_every_n_steps=2", hooks=[noting]).run()
+    noting = type(
+        "Noting", (Hook,), {name: (lambda name: lambda self, *a: calls.append(name))(name) for name in names}
+    )()
+    work.trainer(
+        "out", "--max_train_epochs=1", "--gradient_accumulation_steps=3", "--save_every_n_steps=2", hooks=[noting]
+    ).run()
     step = ["on_step_start"] * 3 + ["on_gradients_ready", "on_post_optimizer_step", "on_step_end"]
     short = ["on_step_start"] * 2 + ["on_gradients_ready", "on_post_optimizer_step", "on_step_end"]
     expected = [
-        "on_transformer_loaded", "on_train_start", "on_epoch_start", *step, *short, "on_post_save", "on_epoch_end", "on_train_end", "on_post_save",
+        "on_transformer_loaded", "on_train_start", "on_epoch_start", *step, *short, "on_post_save", "on_epoch_end",
+        "on_train_end", "on_post_save",
     ]  # fmt: skip
     assert sorted(calls) == sorted(expected)
     assert [c for c in calls if c != "on_step_start"][:3] == expected[:3]
-    assert calls[-1] == "on_post_save" and calls.index("on_gradients_ready") < calls.index("on_post_optimizer_step") < calls.index("on_step_end")
+    assert calls[-1] == "on_post_save" and calls.index("on_gradients_ready") < calls.index(
+        "on_post_optimizer_step"
+    ) < calls.index("on_step_end")

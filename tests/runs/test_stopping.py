@@ -28,7 +28,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(loop, "micro_step", poisoned)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_what_is_needed(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_what_is_needed(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
     poison(monkeypatch, step=4)
     with pytest.raises(TrainingError) as caught:
         work.train("out", "--save_every_n_steps=2")
@@ -49,7 +51,13 @@ def test_weights_that_overflow_are_never_saved(work: Work) -> None:
 
 def test_weights_that_overflow_in_the_precision_of_the_file_are_never_saved(work: Work) -> None:
     """Finite in float32, infinite in float16."""
-    options = ["--learning_rate=1e6", "--optimizer_type=SGD", "--max_grad_norm=0", "--save_precision=fp16", "--max_train_steps=1"]
+    options = [
+        "--learning_rate=1e6",
+        "--optimizer_type=SGD",
+        "--max_grad_norm=0",
+        "--save_precision=fp16",
+        "--max_train_steps=1",
+    ]
     with pytest.raises(TrainingError, match="too large for --save_precision fp16"):
         work.train("out", *options)
     assert not list((work.folder / "out").glob("*.safetensors"))

@@ -1,4 +1,5 @@
-"""T-LoRA in real training steps: every sample of a batch has the ranks of its own time; images and files have all of them."""
+"""T-LoRA in real training steps: every sample of a batch has the ranks of its own time; images and files have all of
+them."""
 
 from __future__ import annotations
 
@@ -15,7 +16,13 @@ from tests.runs.conftest import Work
 from tests.runs.families import Tinies
 
 RANK, LEAST = 8, 2
-OPTIONS = ("--network_module=tlora", f"--network_dim={RANK}", "--network_args", f"tlora_min_rank={LEAST}", "tlora_alpha_rank_scale=2")
+OPTIONS = (
+    "--network_module=tlora",
+    f"--network_dim={RANK}",
+    "--network_args",
+    f"tlora_min_rank={LEAST}",
+    "tlora_alpha_rank_scale=2",
+)
 FAMILIES = ("flux", "sd")
 
 
@@ -28,9 +35,11 @@ def ranks_at(time: float) -> int:
     return math.floor((1 - time) ** 2 * (RANK - LEAST)) + LEAST
 
 
-def watched_run(work: Work, monkeypatch: pytest.MonkeyPatch, *more: str) -> list[tuple[list[float], dict[str, torch.Tensor]]]:
-    """Train; per micro-batch the times of its samples (0 = data, 1 = noise) as they were noised, and per layer [B, rank] which
-    ranks went into the up matrix of each sample."""
+def watched_run(
+    work: Work, monkeypatch: pytest.MonkeyPatch, *more: str
+) -> list[tuple[list[float], dict[str, torch.Tensor]]]:
+    """Train; per micro-batch the times of its samples (0 = data, 1 = noise) as they were noised, and per layer [B,
+    rank] which ranks went into the up matrix of each sample."""
     steps: list[tuple[list[float], dict[str, torch.Tensor]]] = []
 
     def watched(original):
@@ -91,7 +100,9 @@ def test_an_interrupted_run_and_caches_change_nothing(tinies, family, tmp_path) 
 def test_a_plain_lora_of_the_same_rank_learns_something_else(tinies, tmp_path) -> None:
     work = tinies.work("flux", tmp_path)
     own = read_adapter_file(work.train("own", *OPTIONS, "--max_train_steps=2"))
-    plain = read_adapter_file(work.train("plain", "--network_module=lora", f"--network_dim={RANK}", "--max_train_steps=2"))
+    plain = read_adapter_file(
+        work.train("plain", "--network_module=lora", f"--network_dim={RANK}", "--max_train_steps=2")
+    )
     assert set(own) == set(plain)
     assert any(not torch.equal(own[name], plain[name]) for name in own)
 
@@ -104,4 +115,6 @@ def test_a_plain_lora_of_the_same_rank_learns_something_else(tinies, tmp_path) -
 ])  # fmt: skip
 def test_bad_arguments_are_refused(tinies, tmp_path, pairs, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        tinies.work("flux", tmp_path).train("out", "--network_module=tlora", f"--network_dim={RANK}", "--max_train_steps=1", "--network_args", *pairs)
+        tinies.work("flux", tmp_path).train(
+            "out", "--network_module=tlora", f"--network_dim={RANK}", "--max_train_steps=1", "--network_args", *pairs
+        )

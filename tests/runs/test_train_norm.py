@@ -1,4 +1,5 @@
-"""`train_norm=True` through the command line: norms are trained beside the adapter, and the file gives the same output again."""
+"""`train_norm=True` through the command line: norms are trained beside the adapter, and the file gives the same output
+again."""
 
 from __future__ import annotations
 
@@ -12,7 +13,10 @@ from networks.lora import create_network_from_weights
 from tests.networks.adapter_table import Adapter
 from tests.runs.test_adapters import family, loss_of, options_of, train  # noqa: F401 - family is a fixture
 
-KINDS = {"lora": Adapter("networks.lora", {"train_norm": "True"}), "lokr": Adapter("networks.lokr", {"factor": "2", "train_norm": "True"})}
+KINDS = {
+    "lora": Adapter("networks.lora", {"train_norm": "True"}),
+    "lokr": Adapter("networks.lokr", {"factor": "2", "train_norm": "True"}),
+}
 CELLS = [("sd", "lora"), ("flux", "lora"), ("sdxl", "lokr"), ("anima", "lora")]
 
 
@@ -22,7 +26,9 @@ def test_norms_are_trained_written_read_and_merged(family, kind: str, tmp_path: 
     network = run.trainable.network
     norms = [module for module in network.loras if hasattr(module, "w_norm")]
     assert norms and len(norms) < len(network.loras)
-    assert all(bool(parameter.any()) for module in norms for parameter in module.parameters())  # weights and biases learned
+    assert all(
+        bool(parameter.any()) for module in norms for parameter in module.parameters()
+    )  # weights and biases learned
     after = loss_of(run, batches)
     for module in norms:
         module.enabled = False
@@ -34,7 +40,9 @@ def test_norms_are_trained_written_read_and_merged(family, kind: str, tmp_path: 
         module.remove_from()
 
     file, encoders = tmp_path / "lora.safetensors", list(run.models.text_encoders)
-    again, tensors = create_network_from_weights(1.0, str(file), None, encoders, run.models.denoiser, for_inference=True)
+    again, tensors = create_network_from_weights(
+        1.0, str(file), None, encoders, run.models.denoiser, for_inference=True
+    )
     parts = by_module(tensors)
     written = {name: set(part) for name, part in parts.items() if "w_norm" in part}
     assert set(written) == {module.lora_name for module in norms}
@@ -48,5 +56,8 @@ def test_norms_are_trained_written_read_and_merged(family, kind: str, tmp_path: 
     own = [module for module in again.loras if module.lora_name in written]
     originals = [getattr(module.org_module, module.weight_name).clone() for module in own]
     again.merge_to(encoders, run.models.denoiser, tensors)
-    assert not any(torch.equal(getattr(module.org_module, module.weight_name), weight) for module, weight in zip(own, originals, strict=True))
+    assert not any(
+        torch.equal(getattr(module.org_module, module.weight_name), weight)
+        for module, weight in zip(own, originals, strict=True)
+    )
     assert loss_of(run, batches) == pytest.approx(after, rel=1e-4)

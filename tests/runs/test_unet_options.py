@@ -1,5 +1,5 @@
-"""Options of Stable Diffusion and SDXL that no other test tries in a run: each changes the loss, or changes nothing but how
-the same loss is computed."""
+"""Options of Stable Diffusion and SDXL that no other test tries in a run: each changes the loss, or changes nothing but
+how the same loss is computed."""
 
 from __future__ import annotations
 
@@ -12,18 +12,26 @@ from tests.runs.families import FamilyWork, Tinies
 from tests.tiny_sd import build_tiny_sd
 
 CHANGING = [
-    "--v_parameterization", "--v_parameterization --scale_v_pred_loss_like_noise_pred", "--v_parameterization --zero_terminal_snr",
-    "--v_parameterization --min_snr_gamma=0.01", "--v_pred_like_loss=0.5", "--debiased_estimation_loss", "--noise_offset=0.3",
-    "--noise_offset=0.3 --noise_offset_random_strength", "--noise_offset=0.3 --adaptive_noise_scale=0.5", "--multires_noise_iterations=3",
+    "--v_parameterization", "--v_parameterization --scale_v_pred_loss_like_noise_pred",
+    "--v_parameterization --zero_terminal_snr",
+    "--v_parameterization --min_snr_gamma=0.01", "--v_pred_like_loss=0.5", "--debiased_estimation_loss",
+    "--noise_offset=0.3",
+    "--noise_offset=0.3 --noise_offset_random_strength", "--noise_offset=0.3 --adaptive_noise_scale=0.5",
+    "--multires_noise_iterations=3",
     "--multires_noise_iterations=3 --multires_noise_discount=0.8", "--ip_noise_gamma=0.5",
-    "--ip_noise_gamma=0.5 --ip_noise_gamma_random_strength", "--loss_type=l1", "--loss_type=huber", "--loss_type=smooth_l1",
-    "--loss_type=huber --huber_schedule=constant", "--loss_type=huber --huber_c=0.5", "--loss_type=huber --huber_scale=2",
-    "--max_timestep=100", "--min_timestep=900", "--max_token_length=150", "--max_token_length=225", "--mixed_precision=bf16",
-    "--mixed_precision=bf16 --fp8_base", "--mixed_precision=bf16 --fp8_base_unet", "--mixed_precision=bf16 --full_bf16", "--mixed_precision=bf16 --no_half_vae", "--vae={vae}", "--caption_dropout_rate=1",
+    "--ip_noise_gamma=0.5 --ip_noise_gamma_random_strength", "--loss_type=l1", "--loss_type=huber",
+    "--loss_type=smooth_l1",
+    "--loss_type=huber --huber_schedule=constant", "--loss_type=huber --huber_c=0.5",
+    "--loss_type=huber --huber_scale=2",
+    "--max_timestep=100", "--min_timestep=900", "--max_token_length=150", "--max_token_length=225",
+    "--mixed_precision=bf16",
+    "--mixed_precision=bf16 --fp8_base", "--mixed_precision=bf16 --fp8_base_unet", "--mixed_precision=bf16 --full_bf16",
+    "--mixed_precision=bf16 --no_half_vae", "--vae={vae}", "--caption_dropout_rate=1",
     "--network_args conv_dim=2", "--seed=8", "--clip_skip=2",
 ]  # fmt: skip
 EQUAL = [
-    "--gradient_checkpointing", "--gradient_checkpointing --cpu_offload_checkpointing", "--cache_latents --vae_batch_size=2",
+    "--gradient_checkpointing", "--gradient_checkpointing --cpu_offload_checkpointing",
+    "--cache_latents --vae_batch_size=2",
     "--disable_mmap_load_safetensors", "--xformers --mem_eff_attn --sdpa", "--noise_offset=0 --min_snr_gamma=0",
 ]  # fmt: skip
 
@@ -43,7 +51,14 @@ def losses(request, tmp_path_factory) -> Callable[[str], list[float]]:
             pytest.skip("SDXL has one place to take its states from")
         if options not in known:
             out = f"run{len(known)}"
-            known[options] = losses_of(work.train(out, "--max_train_steps=2", *options.format(vae=vae).split(), dataset=work.dataset(name=f"{out}.toml")))
+            known[options] = losses_of(
+                work.train(
+                    out,
+                    "--max_train_steps=2",
+                    *options.format(vae=vae).split(),
+                    dataset=work.dataset(name=f"{out}.toml"),
+                )
+            )
         return known[options]
 
     return run

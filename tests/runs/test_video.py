@@ -1,5 +1,5 @@
-"""A family of videos, planted from outside, trains through the same trainer as pictures: clips and pictures in one run, a
-condition beside the latents, a named part beside the VAE."""
+"""A family of videos, planted from outside, trains through the same trainer as pictures: clips and pictures in one run,
+a condition beside the latents, a named part beside the VAE."""
 
 from __future__ import annotations
 
@@ -40,12 +40,15 @@ class VideoWork:
     def argv(self, out: str, *more: str, batch_size: int = 2, subset_keys: str = "") -> list[str]:
         data = self.folder / f"data{batch_size}.toml"
         text = DATASET.format(
-            batch_size=batch_size, images=self.clips, dataset_keys="", subset_keys=subset_keys, bucket_step=16, min_bucket=16
+            batch_size=batch_size, images=self.clips, dataset_keys="", subset_keys=subset_keys, bucket_step=16,
+            min_bucket=16
         )
         data.write_text(text.replace("resolution = 64", "resolution = 32"), encoding="utf-8")
         return [
-            f"--dataset_config={data}", f"--output_dir={self.folder / out}", "--output_name=lora", "--network_module=networks.lora",
-            "--network_dim=4", "--max_train_steps=7", "--seed=5", "--learning_rate=1e-2", "--max_data_loader_n_workers=0",
+            f"--dataset_config={data}", f"--output_dir={self.folder / out}", "--output_name=lora",
+            "--network_module=networks.lora",
+            "--network_dim=4", "--max_train_steps=7", "--seed=5", "--learning_rate=1e-2",
+            "--max_data_loader_n_workers=0",
             "--console_log_level=WARNING", "--optimizer_type=SGDNesterov", *more,
         ]
 
@@ -55,11 +58,17 @@ class VideoWork:
 
     def start(self, out: str, *more: str, **data) -> Path:
         """Train in two processes."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "MASTER_PORT": str(20000 + os.getpid() % 20000),
+        }
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         script = str(ROOT / "tests" / "toy_video" / "train.py")
         done = subprocess.run(
-            [*launcher, script, *self.argv(out, *more, **data)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+            [*launcher, script, *self.argv(out, *more, **data)], env=environment, cwd=ROOT, capture_output=True,
+            text=True, timeout=PATIENCE
         )
         assert done.returncode == 0, done.stderr
         return self.folder / out / "lora.safetensors"
@@ -73,7 +82,10 @@ def work(tmp_path, monkeypatch) -> VideoWork:
 
 def test_cached_and_live_give_the_same_adapter(work):
     """Bytes of weights; the metadata tell whether latents were cached."""
-    made = {name: work.train(name, *options, "--network_train_unet_only", subset_keys="flip_aug = true") for name, options in CACHES.items()}
+    made = {
+        name: work.train(name, *options, "--network_train_unet_only", subset_keys="flip_aug = true")
+        for name, options in CACHES.items()
+    }
     again = work.train("again", *CACHES["disk"], "--network_train_unet_only", subset_keys="flip_aug = true")
     assert fingerprint(again) == fingerprint(made["disk"]), "caches that lie there are as good as those that were made"
     for name in ("memory", "disk"):
@@ -127,9 +139,21 @@ def test_times_may_differ_by_frame_in_a_step(work):
 
 def test_samples_have_their_frames(work):
     prompts = work.folder / "prompts.txt"
-    lines = ("a red cat --f 6 --w 48 --d 9", "a red cat --f 1 --d 3", "a blue dog --d 4", "a red cat --f 6 --w 48 --d 9 --l 4 --n a dog")
+    lines = (
+        "a red cat --f 6 --w 48 --d 9",
+        "a red cat --f 1 --d 3",
+        "a blue dog --d 4",
+        "a red cat --f 6 --w 48 --d 9 --l 4 --n a dog",
+    )
     prompts.write_text("\n".join(lines), encoding="utf-8")
-    work.train("out", "--network_train_unet_only", f"--sample_prompts={prompts}", "--sample_every_n_steps=4", "--logging_dir", str(work.folder / "logs"))
+    work.train(
+        "out",
+        "--network_train_unet_only",
+        f"--sample_prompts={prompts}",
+        "--sample_every_n_steps=4",
+        "--logging_dir",
+        str(work.folder / "logs"),
+    )
     found = sample_pictures(work.folder / "out")
     assert len(found) == 4
     counts = {}
@@ -140,7 +164,12 @@ def test_samples_have_their_frames(work):
                 first = np.asarray(image.convert("RGB")).copy()
                 image.seek(1)
                 assert not np.array_equal(first, np.asarray(image.convert("RGB"))), "frames differ"
-    assert counts == {"00": (5, (48, 32), "5"), "01": (1, (32, 32), "1"), "02": (5, (32, 32), "5"), "03": (5, (48, 32), "5")}
+    assert counts == {
+        "00": (5, (48, 32), "5"),
+        "01": (1, (32, 32), "1"),
+        "02": (5, (32, 32), "5"),
+        "03": (5, (48, 32), "5"),
+    }
     assert found[0].read_bytes()[-500:] != found[3].read_bytes()[-500:], "guided by a negative prompt"
     sheets = sorted(path.name for path in (work.folder / "out" / "sample").glob("*sheet.png"))
     grids = list((work.folder / "out" / "sample").glob("*_grid.png"))

@@ -40,7 +40,9 @@ def test_caches_of_weighted_captions_equal_live_encoding_and_are_not_mixed_up(ti
     sdxl, caption = tinies.work("sdxl", tmp_path), "a (red:1.9) [cat]"
     live = losses(sdxl, "live", "--weighted_captions", caption=caption)
     memory = losses(sdxl, "memory", "--weighted_captions", "--cache_text_encoder_outputs")
-    on_disk = [losses(sdxl, f"disk{n}", "--weighted_captions", "--cache_text_encoder_outputs_to_disk") for n in range(2)]
+    on_disk = [
+        losses(sdxl, f"disk{n}", "--weighted_captions", "--cache_text_encoder_outputs_to_disk") for n in range(2)
+    ]
     assert memory == pytest.approx(live, rel=1e-5) and on_disk[0] == on_disk[1] == pytest.approx(live, rel=1e-5)
     without = losses(sdxl, "without", "--cache_text_encoder_outputs_to_disk")  # the same files, other outputs
     assert without == pytest.approx(losses(sdxl, "plain"), rel=1e-5) and without != pytest.approx(live, rel=1e-5)

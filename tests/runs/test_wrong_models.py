@@ -19,20 +19,28 @@ from library.safetensors_utils import load_pickled_tensors
 from tests.runs.families import MODEL, SLOTS, FamilyWork, Tinies, key_table, refused_run, without, write_header_only
 from tests.tiny_sd import build_tiny_sd
 
-SD1, SD2, SDXL = ("Stable Diffusion 1", "train_network.py"), ("Stable Diffusion 2", "train_network.py"), ("SDXL", "sdxl_train_network.py")
+SD1, SD2, SDXL = (
+    ("Stable Diffusion 1", "train_network.py"),
+    ("Stable Diffusion 2", "train_network.py"),
+    ("SDXL", "sdxl_train_network.py"),
+)
 FLUX, NOBODY = ("FLUX.1", "flux_train_network.py"), "no script here"
 DENOISERS: dict[str, tuple[str, str]] = {
-    "sd15_checkpoint": SD1, "sd15_unet": SD1, "sd21_checkpoint": SD2, "sd21_unet": SD2, "sdxl_checkpoint": SDXL, "sdxl_unet": SDXL,
+    "sd15_checkpoint": SD1, "sd15_unet": SD1, "sd21_checkpoint": SD2, "sd21_unet": SD2, "sdxl_checkpoint": SDXL,
+    "sdxl_unet": SDXL,
     "flux_dev": FLUX, "flux_schnell": FLUX, "anima": ("Anima", "anima_train_network.py"), "chroma": ("Chroma", ""),
-    "sd3_medium_checkpoint": ("Stable Diffusion 3", ""), "sd35_large": ("Stable Diffusion 3", ""), "lumina2": ("Lumina", ""),
+    "sd3_medium_checkpoint": ("Stable Diffusion 3", ""), "sd35_large": ("Stable Diffusion 3", ""),
+    "lumina2": ("Lumina", ""),
     "hunyuan_image": ("HunyuanImage", ""), "hunyuan_video": ("HunyuanVideo", ""), "framepack": ("FramePack", ""),
     "wan_t2v_14b": ("Wan", ""), "wan_i2v_14b": ("Wan", ""),
 }  # fmt: skip
 """key table -> what the message says that it is, and the script for it ("": what the family table says)"""
 PARTS: dict[str, str] = {
-    "vae_ldm4": "Stable Diffusion autoencoder", "vae_ldm16": "FLUX.1 or SD3 autoencoder", "vae_wan": "Wan or Qwen-Image autoencoder",
+    "vae_ldm4": "Stable Diffusion autoencoder", "vae_ldm16": "FLUX.1 or SD3 autoencoder",
+    "vae_wan": "Wan or Qwen-Image autoencoder",
     "vae_qwen_image_diffusers": "Wan or Qwen-Image autoencoder", "vae_hunyuan_image": "HunyuanImage autoencoder",
-    "vae_hunyuan_video": "HunyuanVideo autoencoder", "clip_l": "CLIP-L", "clip_g_hf": "CLIP-G", "clip_g_open_clip": "CLIP-G",
+    "vae_hunyuan_video": "HunyuanVideo autoencoder", "clip_l": "CLIP-L", "clip_g_hf": "CLIP-G",
+    "clip_g_open_clip": "CLIP-G",
     "clip_h_open_clip": "CLIP", "t5xxl": "T5", "umt5_xxl_hf": "UMT5", "umt5_xxl_wan": "UMT5", "byt5_glyph": "ByT5",
     "gemma2_2b": "Gemma", "llama3_8b": "LLaMA", "qwen25_vl_7b": "Qwen2.5-VL", "qwen3_0_6b": "Qwen3",
     "siglip_so400m": "SigLIP image encoder", "wan_clip_vision_h": "CLIP image encoder",
@@ -57,7 +65,9 @@ EACH = [(family, table) for family in SLOTS for table in (*DENOISERS, *PARTS) if
 
 
 @pytest.mark.parametrize("family, table", EACH)
-def test_every_slot_names_what_it_got(tinies: Tinies, tmp_path: Path, family: str, table: str, monkeypatch, capsys) -> None:
+def test_every_slot_names_what_it_got(
+    tinies: Tinies, tmp_path: Path, family: str, table: str, monkeypatch, capsys
+) -> None:
     work, path, wrong = tinies.work(family, tmp_path), tmp_path / "given.safetensors", wrong_slots(family, table)
     write_header_only(path, key_table(table))
     argv = without(work.argv("out"), *wrong)
@@ -76,7 +86,11 @@ def changed(work: FamilyWork, name: str, **tensors: torch.Tensor | None) -> Path
     """The model of `work` with other tensors at some places (None: left out), under another name."""
     model = work.tiny.model
     state = {**load_file(model), **{key: tensor for key, tensor in tensors.items() if tensor is not None}}
-    state = {key: tensor for key, tensor in state.items() if not any(t is None and key.startswith(start) for start, t in tensors.items())}
+    state = {
+        key: tensor
+        for key, tensor in state.items()
+        if not any(t is None and key.startswith(start) for start, t in tensors.items())
+    }
     with safe_open(model, "pt") as file:
         metadata = file.metadata()
     save_file(state, work.folder / name, metadata)
@@ -93,18 +107,27 @@ FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 @pytest.mark.parametrize("channels, kind", [(9, "an inpainting model"), (8, "an image editing (instruct) model")])
-def test_models_of_other_tasks(tinies: Tinies, tmp_path: Path, family: str, channels: int, kind: str, monkeypatch, capsys) -> None:
+def test_models_of_other_tasks(
+    tinies: Tinies, tmp_path: Path, family: str, channels: int, kind: str, monkeypatch, capsys
+) -> None:
     work = tinies.work(family, tmp_path)
     path = changed(work, "other.safetensors", **{FIRST_LAYER: torch.zeros(16, channels, 3, 3)})
     message = told(work, path, monkeypatch, capsys)
-    assert f"--{MODEL} is {path}: it is {kind} ({channels} input channels" in message and "a text-to-image model is needed" in message
+    assert (
+        f"--{MODEL} is {path}: it is {kind} ({channels} input channels" in message
+        and "a text-to-image model is needed" in message
+    )
 
 
 @pytest.mark.parametrize("family, prefix, part", [
-    ("sd", "first_stage_model.", "autoencoder"), ("sd", "cond_stage_model.", "text encoder"), ("sdxl", "first_stage_model.", "autoencoder"),
-    ("sdxl", "conditioner.embedders.0.", "CLIP text encoder"), ("sdxl", "conditioner.embedders.1.", "CLIP-G text encoder"),
+    ("sd", "first_stage_model.", "autoencoder"), ("sd", "cond_stage_model.", "text encoder"),
+    ("sdxl", "first_stage_model.", "autoencoder"),
+    ("sdxl", "conditioner.embedders.0.", "CLIP text encoder"),
+    ("sdxl", "conditioner.embedders.1.", "CLIP-G text encoder"),
 ])  # fmt: skip
-def test_a_file_without_a_part(tinies: Tinies, tmp_path: Path, family: str, prefix: str, part: str, monkeypatch, capsys) -> None:
+def test_a_file_without_a_part(
+    tinies: Tinies, tmp_path: Path, family: str, prefix: str, part: str, monkeypatch, capsys
+) -> None:
     work = tinies.work(family, tmp_path)
     path = changed(work, "part.safetensors", **{prefix: None})
     message = told(work, path, monkeypatch, capsys)
@@ -126,9 +149,12 @@ def test_versions_and_predictions_that_contradict_the_file(tinies: Tinies, tmp_p
 @pytest.mark.parametrize("kind", ["cut", "cut header", "empty", "text", "folder", "missing", "gguf", "pickle", "image"])
 def test_files_that_are_no_model(work: FamilyWork, kind: str, monkeypatch, capsys) -> None:
     slots, path = list(SLOTS[work.family]), work.folder / "given.safetensors"
-    whole = Path(next(word for word in work.tiny.arguments() if word.startswith(f"--{MODEL}=")).partition("=")[2]).read_bytes()
+    whole = Path(
+        next(word for word in work.tiny.arguments() if word.startswith(f"--{MODEL}=")).partition("=")[2]
+    ).read_bytes()
     contents = {
-        "cut": whole[:-5000], "cut header": whole[:50], "empty": b"", "text": b"hello\n", "gguf": b"GGUF\3\0\0\0" + bytes(60),
+        "cut": whole[:-5000], "cut header": whole[:50], "empty": b"", "text": b"hello\n",
+        "gguf": b"GGUF\3\0\0\0" + bytes(60),
         "image": next(work.images.glob("*.png")).read_bytes(),
     }  # fmt: skip
     if kind == "folder":
@@ -139,7 +165,8 @@ def test_files_that_are_no_model(work: FamilyWork, kind: str, monkeypatch, capsy
         path.write_bytes(contents[kind])
     words = {
         "cut": "truncated", "cut header": "truncated", "empty": "an empty file", "text": "a text file", "gguf": "GGUF",
-        "folder": "a folder without safetensors files", "missing": "no such file", "pickle": "a pickle", "image": "not safetensors",
+        "folder": "a folder without safetensors files", "missing": "no such file", "pickle": "a pickle",
+        "image": "not safetensors",
     }  # fmt: skip
     argv = without(work.argv("out"), *slots)
     message = refused_run(work.family, [*argv, *(f"--{slot}={path}" for slot in slots)], monkeypatch, capsys)
@@ -170,7 +197,9 @@ def test_ckpt_files(tinies: Tinies, tmp_path: Path, family: str, monkeypatch, ca
     state = load_file(work.tiny.model)
     torch.save({"state_dict": state, "callback": Harmful(tmp_path / "it ran")}, path)
     message = told(work, path, monkeypatch, capsys)
-    assert f"--{MODEL} is {path}: it holds more than weights" in message and "mkdir" in message and "needed: " in message
+    assert (
+        f"--{MODEL} is {path}: it holds more than weights" in message and "mkdir" in message and "needed: " in message
+    )
     assert not (tmp_path / "it ran").exists()
     torch.save({"state_dict": state}, path)
     whole = path.read_bytes()
@@ -201,11 +230,14 @@ def test_objects_of_the_framework_beside_the_weights_are_left_out(tmp_path: Path
 
 ADAPTERS = {
     "flux": "lora_unet_double_blocks_0_img_attn_proj", "sd": "lora_unet_down_blocks_0_attentions_0_proj_in",
-    "sdxl": "lora_unet_input_blocks_4_1_proj_in", "anima": "lora_unet_blocks_0_cross_attn_q_proj", "sd3": "lora_unet_joint_blocks_0_context_block_attn_proj",
-    "wan": "lora_unet_blocks_0_cross_attn_q", "lumina": "lora_unet_noise_refiner_0_attention_qkv", "video": "lora_unet_double_blocks_0_img_mlp_fc1",
+    "sdxl": "lora_unet_input_blocks_4_1_proj_in", "anima": "lora_unet_blocks_0_cross_attn_q_proj",
+    "sd3": "lora_unet_joint_blocks_0_context_block_attn_proj",
+    "wan": "lora_unet_blocks_0_cross_attn_q", "lumina": "lora_unet_noise_refiner_0_attention_qkv",
+    "video": "lora_unet_double_blocks_0_img_mlp_fc1",
 }  # fmt: skip
 OWNERS = {
-    "flux": "FLUX.1 or Chroma", "sd": "Stable Diffusion 1 or 2", "sdxl": "SDXL", "anima": "Anima", "sd3": "Stable Diffusion 3", "wan": "Wan",
+    "flux": "FLUX.1 or Chroma", "sd": "Stable Diffusion 1 or 2", "sdxl": "SDXL", "anima": "Anima",
+    "sd3": "Stable Diffusion 3", "wan": "Wan",
     "lumina": "Lumina-Image 2.0", "video": "HunyuanImage or HunyuanVideo",
 }  # fmt: skip
 
@@ -216,7 +248,10 @@ def test_adapters_of_other_families(work: FamilyWork, slot: str, monkeypatch, ca
         path, stem = work.folder / f"{maker}.safetensors", ADAPTERS[maker]
         save_file({f"{stem}.lora_down.weight": torch.zeros(4, 8), f"{stem}.lora_up.weight": torch.zeros(8, 4)}, path)
         message = refused_run(work.family, [*work.argv("out"), f"--{slot}={path}"], monkeypatch, capsys)
-        assert f"--{slot} is {path}: this is a LoRA-type adapter for {OWNERS[maker]}; needed: one for {OWNERS[work.family]}" in message
+        assert (
+            f"--{slot} is {path}: this is a LoRA-type adapter for {OWNERS[maker]}; needed: one for {OWNERS[work.family]}"
+            in message
+        )
 
 
 def test_network_modules_of_other_families(work: FamilyWork, monkeypatch, capsys) -> None:

@@ -1,4 +1,5 @@
-"""Bad input to every tool that takes an adapter file: one clear message, an exit code, and nothing written or changed."""
+"""Bad input to every tool that takes an adapter file: one clear message, an exit code, and nothing written or
+changed."""
 
 import pytest
 import torch
@@ -35,7 +36,9 @@ def files(tmp_path_factory):
 
 
 def nan(tensors):
-    return {key: tensor * float("nan") if key == f"{NAME}.lora_up.weight" else tensor for key, tensor in tensors.items()}
+    return {
+        key: tensor * float("nan") if key == f"{NAME}.lora_up.weight" else tensor for key, tensor in tensors.items()
+    }
 
 
 def half_a_pair(tensors):
@@ -70,11 +73,15 @@ def unknown_layer(tensors):
 
 def rank_of_nothing(tensors):
     cut = {f"{NAME}.lora_down.weight": 0, f"{NAME}.lora_up.weight": 1}
-    return {key: tensor.narrow(cut[key], 0, 0).contiguous() if key in cut else tensor for key, tensor in tensors.items()}
+    return {
+        key: tensor.narrow(cut[key], 0, 0).contiguous() if key in cut else tensor for key, tensor in tensors.items()
+    }
 
 
 def flat_matrix(tensors):
-    return {key: tensor[0].contiguous() if key == f"{NAME}.lora_down.weight" else tensor for key, tensor in tensors.items()}
+    return {
+        key: tensor[0].contiguous() if key == f"{NAME}.lora_down.weight" else tensor for key, tensor in tensors.items()
+    }
 
 
 def alpha_for_each_row(tensors):
@@ -83,7 +90,8 @@ def alpha_for_each_row(tensors):
 
 @pytest.mark.parametrize(("change", "told"), [
     (nan, "not finite"), (half_a_pair, "lora_up"), (other_ranks_in_a_pair, "different ranks"), (no_adapter, "adapter"),
-    (unknown_parameter, "lora_up.bias, which LoRA does not know"), (unknown_layer, "attn.norm_q.weight"), (rank_of_nothing, "rank 0"),
+    (unknown_parameter, "lora_up.bias, which LoRA does not know"), (unknown_layer, "attn.norm_q.weight"),
+    (rank_of_nothing, "rank 0"),
     (flat_matrix, "two axes"), (alpha_for_each_row, "alpha is a tensor of shape [3]"),
 ])  # fmt: skip
 @pytest.mark.parametrize("tool", TOOLS)
@@ -97,7 +105,9 @@ def test_a_damaged_file(tool, change, told, files, tmp_path, capsys):
     assert bad.read_bytes() == before
 
 
-@pytest.mark.parametrize("tool", [name for name in TOOLS if name not in ("check", "inspect", "resize", "split", "convert")])
+@pytest.mark.parametrize(
+    "tool", [name for name in TOOLS if name not in ("check", "inspect", "resize", "split", "convert")]
+)
 def test_a_file_of_another_family(tool, files, tmp_path, capsys):
     code, error, written = run(tool, {"bad": files["other"]}, files, tmp_path, capsys)
     assert code in (1, 2) and error.count("error:") == 1 and "other.safetensors" in error and not written
@@ -117,7 +127,10 @@ def test_no_file_and_no_safetensors_file(tool, files, tmp_path, capsys):
 def test_an_output_that_is_an_input(tool, files, tmp_path, capsys):
     module, argv = TOOLS[tool]
     before = open(files["good"], "rb").read()
-    assert module.main([word.format(**files, bad=files["good"], out=files["good"]) for word in argv] + ["--overwrite"]) == 2
+    assert (
+        module.main([word.format(**files, bad=files["good"], out=files["good"]) for word in argv] + ["--overwrite"])
+        == 2
+    )
     assert "is an input too" in capsys.readouterr().err and open(files["good"], "rb").read() == before
 
 
@@ -138,7 +151,11 @@ def test_half_of_the_layers_known(files, tmp_path, capsys):
     tensors = {key.replace("img_mod", "img_nod"): tensor for key, tensor in load_safetensors(files["good"]).items()}
     bad = tmp_path / "bad.safetensors"
     save_file_atomic(tensors, bad, {"ss_base_model_version": "flux1"})
-    for tool, told in (("merge into a model", "are not in this model"), ("check", "are in no flux model"), ("inspect", "are in no flux model")):
+    for tool, told in (
+        ("merge into a model", "are not in this model"),
+        ("check", "are in no flux model"),
+        ("inspect", "are in no flux model"),
+    ):
         code, error, _ = run(tool, {"bad": str(bad)}, files, tmp_path, capsys)
         assert code in (1, 2) and told in error
 
@@ -150,6 +167,18 @@ def test_missing_alphas_are_told_in_one_sentence(tool, files, tmp_path, capsys):
     save_file_atomic(tensors, bad, {"ss_base_model_version": "flux1"})
     module, argv = TOOLS[tool]
     capsys.readouterr()
-    assert module.main([word.format(**files, bad=str(bad), out=str(tmp_path / "out.png" if tool == "check" else tmp_path / "out.safetensors")) for word in argv]) == 0
+    assert (
+        module.main(
+            [
+                word.format(
+                    **files,
+                    bad=str(bad),
+                    out=str(tmp_path / "out.png" if tool == "check" else tmp_path / "out.safetensors"),
+                )
+                for word in argv
+            ]
+        )
+        == 0
+    )
     told = capsys.readouterr()
     assert f"1 layers have no alpha, which means alpha = rank (first: {NAME})" in told.out + told.err

@@ -206,13 +206,18 @@ def test_help_needs_no_torch(tool, tmp_path):
     command = [sys.executable, "-X", "importtime", str(ROOT / "tools" / tool), "--help"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0 and "--vae_batch_size" in result.stdout
-    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in result.stderr.splitlines() if line.startswith("import time:")}
+    imported = {
+        line.rsplit("|", 1)[-1].strip().split(".")[0]
+        for line in result.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     assert not imported & {"torch", "numpy", "transformers", "accelerate", "PIL", "cv2", "diffusers"}
 
 
 def test_an_error_is_one_line_and_a_status(tmp_path):
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "cache_latents.py"), "--flux", "--vae_batch_sise", "2"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, str(ROOT / "tools" / "cache_latents.py"), "--flux", "--vae_batch_sise", "2"],
+        capture_output=True, text=True, cwd=tmp_path
     )
     assert result.returncode == 2
     assert result.stderr.strip() == "error: unknown option --vae_batch_sise; did you mean 'vae_batch_size'?"

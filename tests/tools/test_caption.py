@@ -55,7 +55,13 @@ def test_switches_do_not_take_a_folder_for_their_value():
 
     tool = FolderTool("", CLASSES, ("train_data_dir", "out_json"))
     config = tool.read(["--full_path", "--recursive", "images", "true.json", "--debug", "false"])
-    assert [config.value(name) for name in ("train_data_dir", "out_json", "full_path", "recursive", "debug")] == ["images", "true.json", True, True, False]
+    assert [config.value(name) for name in ("train_data_dir", "out_json", "full_path", "recursive", "debug")] == [
+        "images",
+        "true.json",
+        True,
+        True,
+        False,
+    ]
 
 
 def test_pairs_of_numbers():

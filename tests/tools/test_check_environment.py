@@ -30,7 +30,9 @@ def with_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is used here")
-@pytest.mark.parametrize(("built_for", "told"), [(None, ("built without CUDA", "--index-url")), ("13.0", ("driver", "CUDA 13.0"))])
+@pytest.mark.parametrize(
+    ("built_for", "told"), [(None, ("built without CUDA", "--index-url")), ("13.0", ("driver", "CUDA 13.0"))]
+)
 def test_a_gpu_that_torch_cannot_use_is_told(with_gpu, monkeypatch, capsys, built_for, told) -> None:
     monkeypatch.setattr(torch.version, "cuda", built_for)
     with pytest.raises(SystemExit):

@@ -18,7 +18,8 @@ from tools.lora_tools import old_names
 
 TARGETS = ("kohya", "peft", "diffusers", "comfy", "ai-toolkit", "lycoris")
 LAYOUT_OF = {
-    "kohya": "kohya", "separate_kohya": "kohya", "diffusers": "diffusers", "separate_diffusers": "diffusers", "comfy": "comfy",
+    "kohya": "kohya", "separate_kohya": "kohya", "diffusers": "diffusers", "separate_diffusers": "diffusers",
+    "comfy": "comfy",
 }  # fmt: skip
 """recorded layout -> --to that leads back to it"""
 
@@ -29,7 +30,9 @@ def recorded(family, name):
 
 
 def tool(source, target, to, family=None, expect=0):
-    assert convert_lora.main([str(source), str(target), "--to", to, *(["--family", family] if family else [])]) == expect
+    assert (
+        convert_lora.main([str(source), str(target), "--to", to, *(["--family", family] if family else [])]) == expect
+    )
 
 
 def assert_same(path, tensors, metadata=None):
@@ -55,7 +58,9 @@ def cases():
     for family in FILES:
         for source in LAYOUTS[family]:
             for to in TARGETS:
-                if source in LAYOUT_OF and not (family == "hunyuan_image" and to in ("peft", "diffusers", "ai-toolkit")):
+                if source in LAYOUT_OF and not (
+                    family == "hunyuan_image" and to in ("peft", "diffusers", "ai-toolkit")
+                ):
                     yield pytest.param(family, source, to, id=f"{family}-{source}-{to}")
 
 
@@ -88,12 +93,16 @@ def test_a_file_that_was_changed_on_the_way_is_not_undone(tmp_path):
     tensors = recorded("flux", "kohya")
     save_file(tensors, tmp_path / "a.safetensors")
     tool(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers", "flux")
-    changed = {key: tensor * 2 if "lora_B" in key else tensor for key, tensor in load_file(tmp_path / "b.safetensors").items()}
+    changed = {
+        key: tensor * 2 if "lora_B" in key else tensor for key, tensor in load_file(tmp_path / "b.safetensors").items()
+    }
     save_file(changed, tmp_path / "b.safetensors", read_header(tmp_path / "b.safetensors")[1])
     tool(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya", "flux")
     key = "lora_unet_double_blocks_1_img_mlp_0"
     scale = float(tensors[f"{key}.alpha"]) / 2
-    torch.testing.assert_close(load_file(tmp_path / "c.safetensors")[f"{key}.lora_up.weight"], 2 * scale * tensors[f"{key}.lora_up.weight"])
+    torch.testing.assert_close(
+        load_file(tmp_path / "c.safetensors")[f"{key}.lora_up.weight"], 2 * scale * tensors[f"{key}.lora_up.weight"]
+    )
 
 
 KINDS = {
@@ -130,22 +139,32 @@ def test_every_kind_keeps_its_tensors(family, kind, tmp_path):
         assert (tmp_path / f"{to}.safetensors").exists() != refused
         if refused:
             continue
-        reads_limits = to == "comfy" or (to == "ai-toolkit" and family == "anima")  # rotations come in ComfyUI's form, see test_comfy_forms
+        reads_limits = to == "comfy" or (
+            to == "ai-toolkit" and family == "anima"
+        )  # rotations come in ComfyUI's form, see test_comfy_forms
         if kind != "dora" and not (reads_limits and kind in ("oft", "boft")):
-            assert sorted(map(str, load_file(tmp_path / f"{to}.safetensors").values())) == sorted(map(str, tensors.values()))
+            assert sorted(map(str, load_file(tmp_path / f"{to}.safetensors").values())) == sorted(
+                map(str, tensors.values())
+            )
         tool(tmp_path / f"{to}.safetensors", tmp_path / f"{to}_back.safetensors", "kohya", family)
         assert_same(tmp_path / f"{to}_back.safetensors", tensors)
 
 
 def test_parts_of_a_fused_layer_that_only_lora_can_be(tmp_path, capsys):
-    tensors = {key.replace(LAYERS["flux"], "double_blocks_3_img_attn_qkv"): t for key, t in of_kind("loha", "flux").items()}
+    tensors = {
+        key.replace(LAYERS["flux"], "double_blocks_3_img_attn_qkv"): t for key, t in of_kind("loha", "flux").items()
+    }
     save_file(tensors, tmp_path / "a.safetensors")
     tool(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers", "flux", expect=2)
     assert "parts apart" in capsys.readouterr().err and not (tmp_path / "b.safetensors").exists()
 
 
 def attention_only():
-    tensors = {key: t for key, t in recorded("flux", "kohya").items() if any(w in key for w in ("attn_qkv", "attn_proj", "linear1"))}
+    tensors = {
+        key: t
+        for key, t in recorded("flux", "kohya").items()
+        if any(w in key for w in ("attn_qkv", "attn_proj", "linear1"))
+    }
     for key in [key for key in tensors if "linear1.lora_up" in key]:
         tensors[key][36:] = 0  # q, k and v of width 12
     return tensors
@@ -160,7 +179,10 @@ def test_xlabs(tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     tool(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "xlabs", "flux")
     written = load_file(tmp_path / "b.safetensors")
-    assert "single_blocks.10.processor.qkv_lora.up.weight" in written and "double_blocks.1.processor.proj_lora2.down.weight" in written
+    assert (
+        "single_blocks.10.processor.qkv_lora.up.weight" in written
+        and "double_blocks.1.processor.proj_lora2.down.weight" in written
+    )
     tool(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya", "flux")
     assert_same(tmp_path / "c.safetensors", tensors)
     from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
@@ -187,7 +209,12 @@ def test_options_of_musubi(tmp_path):
     tensors = recorded("anima", "kohya")
     save_file(tensors, tmp_path / "a.safetensors")
     a, b, c = (str(tmp_path / f"{name}.safetensors") for name in "abc")
-    assert convert_lora.main(["--input", a, "--output", b, "--target", "other", "--diffusers_prefix", "pre", "--family", "anima"]) == 0
+    assert (
+        convert_lora.main(
+            ["--input", a, "--output", b, "--target", "other", "--diffusers_prefix", "pre", "--family", "anima"]
+        )
+        == 0
+    )
     assert "pre.blocks.27.cross_attn.k_proj.lora_A.weight" in load_file(b)
     assert not any(key.endswith(".alpha") for key in load_file(b))
     assert convert_lora.main(["--input", b, "--output", c, "--target", "default", "--family", "anima"]) == 0
@@ -200,16 +227,34 @@ def run_script(*words):
 
 def test_old_commands(tmp_path):
     save_file(recorded("hunyuan_image", "kohya"), tmp_path / "h.safetensors")
-    done = run_script("networks/convert_hunyuan_image_lora_to_comfy.py", tmp_path / "h.safetensors", tmp_path / "hc.safetensors")
+    done = run_script(
+        "networks/convert_hunyuan_image_lora_to_comfy.py", tmp_path / "h.safetensors", tmp_path / "hc.safetensors"
+    )
     assert done.returncode == 0 and "old name" in done.stderr
     assert_same(tmp_path / "hc.safetensors", recorded("hunyuan_image", "comfy"))
-    assert old_names.convert_hunyuan_image_lora_to_comfy([str(tmp_path / "hc.safetensors"), str(tmp_path / "hb.safetensors"), "--reverse"]) == 0
+    assert (
+        old_names.convert_hunyuan_image_lora_to_comfy(
+            [str(tmp_path / "hc.safetensors"), str(tmp_path / "hb.safetensors"), "--reverse"]
+        )
+        == 0
+    )
     assert_same(tmp_path / "hb.safetensors", recorded("hunyuan_image", "kohya"))
     save_file(recorded("anima", "kohya"), tmp_path / "a.safetensors")
-    assert old_names.convert_anima_lora_to_comfy([str(tmp_path / "a.safetensors"), str(tmp_path / "ac.safetensors")]) == 0
+    assert (
+        old_names.convert_anima_lora_to_comfy([str(tmp_path / "a.safetensors"), str(tmp_path / "ac.safetensors")]) == 0
+    )
     assert_same(tmp_path / "ac.safetensors", recorded("anima", "comfy"))
     save_file(recorded("flux", "kohya"), tmp_path / "f.safetensors")
-    words = ["--src", "sd-scripts", "--dst", "ai-toolkit", "--src_path", str(tmp_path / "f.safetensors"), "--dst_path", str(tmp_path / "fa.safetensors")]
+    words = [
+        "--src",
+        "sd-scripts",
+        "--dst",
+        "ai-toolkit",
+        "--src_path",
+        str(tmp_path / "f.safetensors"),
+        "--dst_path",
+        str(tmp_path / "fa.safetensors"),
+    ]
     assert old_names.convert_flux_lora(words) == 0
     assert all(key.startswith(("transformer.", "text_encoder.")) for key in load_file(tmp_path / "fa.safetensors"))
 
@@ -221,9 +266,17 @@ def bad(name, folder):
     if name == "another family":
         return good, ["--family", "sdxl"], "no layers of sdxl"
     if name == "no name known":
-        return {"lora_unet_x.lora_down.weight": torch.ones(2, 4), "lora_unet_x.lora_up.weight": torch.ones(4, 2)}, [], "--family"
+        return (
+            {"lora_unet_x.lora_down.weight": torch.ones(2, 4), "lora_unet_x.lora_up.weight": torch.ones(4, 2)},
+            [],
+            "--family",
+        )
     if name == "half of the names known":
-        return {k.replace("double_blocks_1", "double_x_1"): t for k, t in good.items()}, ["--family", "flux"], "no layers of flux"
+        return (
+            {k.replace("double_blocks_1", "double_x_1"): t for k, t in good.items()},
+            ["--family", "flux"],
+            "no layers of flux",
+        )
     if name == "not finite":
         return {k: t * float("nan") if k == first else t for k, t in good.items()}, [], "not finite"
     if name == "down without up":
@@ -231,11 +284,17 @@ def bad(name, folder):
     return good, ["--family", "fluxx"], "did you mean"
 
 
-@pytest.mark.parametrize("name", ["another family", "no name known", "half of the names known", "not finite", "down without up", "family misspelt"])
+@pytest.mark.parametrize(
+    "name",
+    ["another family", "no name known", "half of the names known", "not finite", "down without up", "family misspelt"],
+)
 def test_bad_input_is_one_message_and_no_file(name, tmp_path, capsys):
     tensors, options, message = bad(name, tmp_path)
     save_file(tensors, tmp_path / "a.safetensors")
-    assert convert_lora.main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "comfy", *options]) != 0
+    assert (
+        convert_lora.main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "comfy", *options])
+        != 0
+    )
     assert message in capsys.readouterr().err.lower() and not (tmp_path / "b.safetensors").exists()
 
 
@@ -247,7 +306,9 @@ def test_missing_alphas_and_mixed_ranks(tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     tool(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers", "sd")
     written = load_file(tmp_path / "b.safetensors")
-    assert torch.equal(written["unet.up_blocks.3.attentions.2.transformer_blocks.0.attn1.to_out.0.lora_B.weight"], torch.ones(6, 3))
+    assert torch.equal(
+        written["unet.up_blocks.3.attentions.2.transformer_blocks.0.attn1.to_out.0.lora_B.weight"], torch.ones(6, 3)
+    )
     tool(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya", "sd")
     assert_same(tmp_path / "c.safetensors", tensors)
 
@@ -262,11 +323,15 @@ def test_outputs_are_not_written_over(tmp_path, capsys):
     assert convert_lora.main([a, b, "--to", "diffusers"]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert convert_lora.main([a, b]) == 2 and convert_lora.main([a, "--to", "comfy"]) == 2
-    assert_same(b, recorded("flux", "comfy") | {k: t for k, t in load_file(b).items() if k.startswith("text_encoders.")})
+    assert_same(
+        b, recorded("flux", "comfy") | {k: t for k, t in load_file(b).items() if k.startswith("text_encoders.")}
+    )
 
 
 @pytest.mark.parametrize("family", ["flux", "sdxl", "anima"])
-@pytest.mark.parametrize(("kind", "dim", "alpha"), [("norm", 4, 1.0), ("oft", 4, 0.002), ("diag_oft", 4, 0.002), ("boft", 16, 0.002)])
+@pytest.mark.parametrize(
+    ("kind", "dim", "alpha"), [("norm", 4, 1.0), ("oft", 4, 0.002), ("diag_oft", 4, 0.002), ("boft", 16, 0.002)]
+)
 def test_norms_and_rotations_for_comfy_and_back(family, kind, dim, alpha, tmp_path):
     """Through the command line: ComfyUI's form (see test_comfy_forms), and the same file again on the way back."""
     from library.core.registry import import_target
@@ -281,7 +346,9 @@ def test_norms_and_rotations_for_comfy_and_back(family, kind, dim, alpha, tmp_pa
     network.save_weights(str(source), torch.float32, {"ss_network_module": f"networks.{kind}"})
     tool(source, there, "comfy", family)
     dotted = load_file(there)
-    assert all(key.startswith("diffusion_model.") for key in dotted) and not any(key.endswith(".alpha") for key in dotted)
+    assert all(key.startswith("diffusion_model.") for key in dotted) and not any(
+        key.endswith(".alpha") for key in dotted
+    )
     if family == "flux" and kind == "norm":
         assert all(key.endswith("_norm.scale.w_norm") for key in dotted)
     tool(there, back, "kohya", family)

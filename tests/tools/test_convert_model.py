@@ -1,4 +1,5 @@
-"""Models between one file and a diffusers folder: diffusers loads what is written and gives our output; the way back is exact."""
+"""Models between one file and a diffusers folder: diffusers loads what is written and gives our output; the way back is
+exact."""
 
 import json
 
@@ -25,7 +26,9 @@ def case(request, tmp_path_factory):
     tiny = build_tiny_sd(root, request.param, num_res_blocks=2)
     tensors = load_file(tiny.model) | {"model_ema.decay": torch.ones(()), "betas": torch.rand(5)}
     save_file(tensors, tiny.model, read_header(tiny.model)[1])
-    code = convert_model.main([str(tiny.model), str(root / "folder"), "--to", "diffusers", "--tokenizer", str(tiny.tokenizer)])
+    code = convert_model.main(
+        [str(tiny.model), str(root / "folder"), "--to", "diffusers", "--tokenizer", str(tiny.tokenizer)]
+    )
     assert code == 0
     return request.param, tiny, root / "folder"
 
@@ -35,18 +38,26 @@ def test_diffusers_loads_the_folder_and_agrees(case):
 
     kind, tiny, folder = case
     is_sdxl = kind == "sdxl"
-    pipeline = (diffusers.StableDiffusionXLPipeline if is_sdxl else diffusers.StableDiffusionPipeline).from_pretrained(folder)
+    pipeline = (diffusers.StableDiffusionXLPipeline if is_sdxl else diffusers.StableDiffusionPipeline).from_pretrained(
+        folder
+    )
     generator = torch.Generator().manual_seed(0)
     latents, times = torch.randn(1, 4, 8, 8, generator=generator), torch.tensor([500])
     states = torch.randn(1, 5, tiny.params.context_dim, generator=generator)
     ids, image = torch.randint(0, 50, (1, 77), generator=generator), torch.randn(1, 3, 32, 32, generator=generator)
     with torch.no_grad():
         if is_sdxl:
-            unet, vae, encoders = load_unet_sdxl(tiny.model, *HOW), load_vae_sdxl(tiny.model, *HOW), load_text_encoders_sdxl(tiny.model, *HOW)
+            unet, vae, encoders = (
+                load_unet_sdxl(tiny.model, *HOW),
+                load_vae_sdxl(tiny.model, *HOW),
+                load_text_encoders_sdxl(tiny.model, *HOW),
+            )
             pooled, sizes = torch.randn(1, 32, generator=generator), torch.tensor([[64.0, 64, 0, 0, 64, 64]])
             parts = {"hidden_state1": states[..., :16], "hidden_state2": states[..., 16:], "pool2": pooled}
             mine = predict_noise(unet, latents, times, parts, (sizes[:, :2], sizes[:, 2:4], sizes[:, 4:]))
-            other = pipeline.unet(latents, times, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+            other = pipeline.unet(
+                latents, times, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}
+            ).sample
         else:
             unet, vae = load_unet_sd(tiny.model, *HOW), load_vae_sd(tiny.model, *HOW)
             encoders = [load_clip(tiny.model, CLIP_H if kind == "sd2" else CLIP_L, *HOW)]
@@ -57,7 +68,12 @@ def test_diffusers_loads_the_folder_and_agrees(case):
             one, two = (encoder.eval()(ids, output_hidden_states=True).hidden_states[-1] for encoder in (own, foreign))
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
         moments = pipeline.vae.encode(image).latent_dist
-        torch.testing.assert_close(vae.decode(latents), pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            vae.decode(latents),
+            pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample,
+            rtol=1e-3,
+            atol=1e-3,
+        )
         assert moments.mean.shape[1] == 4
     assert pipeline.tokenizer("a cat").input_ids[0] == pipeline.tokenizer.bos_token_id
 
@@ -84,15 +100,35 @@ def test_a_folder_without_rest_is_completed_and_comes_back(case, tmp_path):
     assert ("cond_stage_model.model.logit_scale" in one) == (kind == "sd2") and "betas" not in one
     assert convert_model.main(words) == 2  # exists
     before = load_file(tiny.model)
-    assert all(torch.equal(before[key], tensor) for key, tensor in one.items() if key.startswith(("model.diffusion_model.", "first_stage_model.")))
+    assert all(
+        torch.equal(before[key], tensor)
+        for key, tensor in one.items()
+        if key.startswith(("model.diffusion_model.", "first_stage_model."))
+    )
 
 
 def test_precision_and_variant(case, tmp_path):
     kind, tiny, _ = case
-    words = [str(tiny.model), str(tmp_path / "f"), "--to", "diffusers", "--tokenizer", str(tiny.tokenizer), "--save_precision", "fp16", "--variant", "fp16"]
+    words = [
+        str(tiny.model),
+        str(tmp_path / "f"),
+        "--to",
+        "diffusers",
+        "--tokenizer",
+        str(tiny.tokenizer),
+        "--save_precision",
+        "fp16",
+        "--variant",
+        "fp16",
+    ]
     assert convert_model.main([*words, "--prediction_type", "v"]) == 0
-    assert {t.dtype for t in load_file(tmp_path / "f" / "unet" / "diffusion_pytorch_model.fp16.safetensors").values()} == {torch.float16}
-    assert json.loads((tmp_path / "f" / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+    assert {
+        t.dtype for t in load_file(tmp_path / "f" / "unet" / "diffusion_pytorch_model.fp16.safetensors").values()
+    } == {torch.float16}
+    assert (
+        json.loads((tmp_path / "f" / "scheduler" / "scheduler_config.json").read_text())["prediction_type"]
+        == "v_prediction"
+    )
 
 
 @pytest.mark.parametrize("start", ["folder", "shard", "transformer"])
@@ -124,16 +160,30 @@ def test_old_commands(tmp_path):
 
     tiny = build_tiny_sd(tmp_path / "sd", "sd1", num_res_blocks=2)
     folder, back = str(tmp_path / "folder"), str(tmp_path / "back.safetensors")
-    assert convert_diffusers20_original_sd([str(tiny.model), folder, "--v1", "--reference_model", str(tiny.tokenizer)]) == 0
+    assert (
+        convert_diffusers20_original_sd([str(tiny.model), folder, "--v1", "--reference_model", str(tiny.tokenizer)])
+        == 0
+    )
     assert convert_diffusers20_original_sd([folder, back, "--v1", "--fp16"]) == 0
     assert load_file(back)["first_stage_model.quant_conv.weight"].dtype == torch.float16
     with pytest.raises(SystemExit):
         convert_diffusers20_original_sd([folder, back, "--v1", "--epoch", "3"])
     flux = build_tiny_flux(tmp_path / "flux")
-    state = {key: tensor.contiguous() for key, tensor in convert_bfl_sd_to_diffusers(load_safetensors(flux.flux)).items()}
+    state = {
+        key: tensor.contiguous() for key, tensor in convert_bfl_sd_to_diffusers(load_safetensors(flux.flux)).items()
+    }
     save_file(state, tmp_path / "diffusers.safetensors")
-    words = ["--diffusers_path", str(tmp_path / "diffusers.safetensors"), "--save_to", str(tmp_path / "one.safetensors"), "--mem_eff_load_save"]
-    assert convert_diffusers_to_flux(words) == 0 and load_file(tmp_path / "one.safetensors").keys() == load_safetensors(flux.flux).keys()
+    words = [
+        "--diffusers_path",
+        str(tmp_path / "diffusers.safetensors"),
+        "--save_to",
+        str(tmp_path / "one.safetensors"),
+        "--mem_eff_load_save",
+    ]
+    assert (
+        convert_diffusers_to_flux(words) == 0
+        and load_file(tmp_path / "one.safetensors").keys() == load_safetensors(flux.flux).keys()
+    )
 
 
 def test_no_model_is_one_message(tmp_path, capsys):

@@ -1,4 +1,5 @@
-"""--device of every tool and script that has it: a device that is not there, or none at all, is one message at start."""
+"""--device of every tool and script that has it: a device that is not there, or none at all, is one message at
+start."""
 
 from __future__ import annotations
 
@@ -15,11 +16,16 @@ from tools import extract_lora, merge_lora, merge_models, resize_lora
 TOOLS = {
     "resize_lora": (resize_lora, ["--model", "a.safetensors", "--save_to", "b.safetensors"]),
     "merge_lora": (merge_lora, ["--models", "a.safetensors", "--save_to", "b.safetensors"]),
-    "extract_lora": (extract_lora, ["--model_org", "a.safetensors", "--model_tuned", "a.safetensors", "--save_to", "b.safetensors"]),
+    "extract_lora": (
+        extract_lora,
+        ["--model_org", "a.safetensors", "--model_tuned", "a.safetensors", "--save_to", "b.safetensors"],
+    ),
     "merge_models": (merge_models, ["--models", "a.safetensors", "--output", "b.safetensors"]),
     "anima_minimal_inference": (anima_inference, ["--prompt", "x"]),
 }
-DEVICES = ["gpu", "cuda:77", "meta", "", "cpu:x", "cuda:-1", "é"] + ([] if torch.cuda.is_available() else ["cuda", "cuda:0"])
+DEVICES = ["gpu", "cuda:77", "meta", "", "cpu:x", "cuda:-1", "é"] + (
+    [] if torch.cuda.is_available() else ["cuda", "cuda:0"]
+)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -39,13 +45,23 @@ def test_the_message_tells_what_there_is(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     problem = device_problem("device", "cuda:77")
-    assert problem.startswith("--device is 'cuda:77', which is not there; here there are: ") and problem.endswith("built without CUDA")
+    assert problem.startswith("--device is 'cuda:77', which is not there; here there are: ") and problem.endswith(
+        "built without CUDA"
+    )
     assert device_problem("device", "cpu") is None and device_problem("device", None) is None
 
 
 SCRIPTS = {
-    "flux": (flux_inference, ["--prompt=x", "--flux_dtype=fp8"], ["--dtype asks for bfloat16", "--flux_dtype asks for float8_e4m3fn"]),
-    "anima": (anima_inference, ["--prompt=x", "--save_path=out", "--fp8_scaled"], ["--dtype bfloat16 asks", "--fp8_scaled asks for float8_e4m3fn"]),
+    "flux": (
+        flux_inference,
+        ["--prompt=x", "--flux_dtype=fp8"],
+        ["--dtype asks for bfloat16", "--flux_dtype asks for float8_e4m3fn"],
+    ),
+    "anima": (
+        anima_inference,
+        ["--prompt=x", "--save_path=out", "--fp8_scaled"],
+        ["--dtype bfloat16 asks", "--fp8_scaled asks for float8_e4m3fn"],
+    ),
     "sdxl": (sdxl_inference, ["--prompt=x", "--dtype=bf16"], ["--dtype bf16 asks for bfloat16"]),
     "gen_img": (unet_inference, ["--prompt=x", "--bf16"], ["--bf16 asks for bfloat16"]),
 }
@@ -69,7 +85,9 @@ def test_scripts_tell_formats_that_the_device_lacks(script: str, old_gpu, tmp_pa
 
 
 @pytest.mark.parametrize("family", ["flux", "sd"])
-def test_training_tells_formats_that_the_device_lacks(family: str, old_gpu, tmp_path, tmp_path_factory, monkeypatch, capsys):
+def test_training_tells_formats_that_the_device_lacks(
+    family: str, old_gpu, tmp_path, tmp_path_factory, monkeypatch, capsys
+):
     work = Tinies(tmp_path_factory).work(family, tmp_path)
     told = refused_run(family, work.argv("out", "--mixed_precision=bf16", "--fp8_base"), monkeypatch, capsys)
     assert "--mixed_precision bf16 asks for bfloat16" in told and "--fp8_base asks for float8_e4m3fn" in told
@@ -79,7 +97,10 @@ def test_what_the_cpu_computes_with():
     cpu, meta = torch.device("cpu"), torch.device("meta")
     assert all(can_compute(cpu, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn))
     assert not can_compute(meta, torch.bfloat16)  # holds no values
-    assert format_problem("--dtype", "bfloat16", "cpu", "") is None and format_problem("--dtype", "bfloat16", "no device", "") is None
+    assert (
+        format_problem("--dtype", "bfloat16", "cpu", "") is None
+        and format_problem("--dtype", "bfloat16", "no device", "") is None
+    )
 
 
 def test_a_format_that_the_device_imitates_is_a_warning(monkeypatch):

@@ -1,4 +1,5 @@
-"""The metadata tool through its command line: what is asked goes or comes, tensors and everything else stay byte by byte."""
+"""The metadata tool through its command line: what is asked goes or comes, tensors and everything else stay byte by
+byte."""
 
 import base64
 import io
@@ -17,10 +18,13 @@ from tools import edit_metadata
 
 SECRET = "zorbit"
 METADATA = {
-    "ss_base_model_version": "flux1", "ss_network_module": "networks.lora", "ss_network_dim": "2", "ss_network_alpha": "1.0",
-    "ss_learning_rate": "0.0001", "ss_output_name": "mine", "modelspec.architecture": "flux-1-dev/lora", "modelspec.title": "mine",
+    "ss_base_model_version": "flux1", "ss_network_module": "networks.lora", "ss_network_dim": "2",
+    "ss_network_alpha": "1.0",
+    "ss_learning_rate": "0.0001", "ss_output_name": "mine", "modelspec.architecture": "flux-1-dev/lora",
+    "modelspec.title": "mine",
     "lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 4}),
-    "ss_tag_frequency": json.dumps({f"20_{SECRET}": {f"{SECRET} cat": 3}}), "ss_dataset_dirs": json.dumps({f"20_{SECRET}": {"n_repeats": 1}}),
+    "ss_tag_frequency": json.dumps({f"20_{SECRET}": {f"{SECRET} cat": 3}}),
+    "ss_dataset_dirs": json.dumps({f"20_{SECRET}": {"n_repeats": 1}}),
     "ss_datasets": json.dumps([{
         "resolution": [64, 64], "tag_frequency": {f"20_{SECRET}": {f"{SECRET} cat": 3}},
         "subsets": [{"image_dir": f"20_{SECRET}", "class_tokens": SECRET, "caption_prefix": SECRET, "num_repeats": 20}],
@@ -33,7 +37,8 @@ def file(tmp_path):
     generator = torch.Generator().manual_seed(0)
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     tensors = {
-        f"{name}.lora_down.weight": torch.randn(2, 300_000, generator=generator).half(), f"{name}.lora_up.weight": torch.randn(9, 2, generator=generator).bfloat16(),
+        f"{name}.lora_down.weight": torch.randn(2, 300_000, generator=generator).half(),
+        f"{name}.lora_up.weight": torch.randn(9, 2, generator=generator).bfloat16(),
         f"{name}.alpha": torch.tensor(1.0), "other": torch.arange(3),
     }  # fmt: skip
     path = tmp_path / "lora.safetensors"
@@ -73,11 +78,16 @@ def test_strip(file, what, gone, kept):
     told = json.dumps(after)
     told += "".join(json.dumps(json.loads(after[key])) for key in ("ss_datasets", "ss_tag_frequency") if key in after)
     assert not [word for word in gone if word in told] and all(word in told for word in kept), told
-    assert after["sshs_model_hash"] == before["sshs_model_hash"] and after["sshs_legacy_hash"] != before["sshs_legacy_hash"]
+    assert (
+        after["sshs_model_hash"] == before["sshs_model_hash"]
+        and after["sshs_legacy_hash"] != before["sshs_legacy_hash"]
+    )
 
 
 def test_set_and_remove(file):
-    after = run(file, "--remove", "ss_l*", "ss_datasets", "--set", "modelspec.author=Ada = B", "modelspec.title=", "new=ü")
+    after = run(
+        file, "--remove", "ss_l*", "ss_datasets", "--set", "modelspec.author=Ada = B", "modelspec.title=", "new=ü"
+    )
     expected = {key: value for key, value in METADATA.items() if key not in ("ss_learning_rate", "ss_datasets")}
     expected |= {"modelspec.author": "Ada = B", "modelspec.title": "", "new": "ü"}
     assert {key: value for key, value in after.items() if not key.startswith("sshs_")} == expected
@@ -87,11 +97,19 @@ def test_a_thumbnail_and_in_place(file, tmp_path):
     picture = tmp_path / "picture.png"
     Image.new("RGBA", (700, 350), (250, 10, 10, 255)).save(picture)
     before = content(file)
-    assert edit_metadata.main([str(file), "--thumbnail", str(picture), "--thumbnail_size", "128", "--in_place", "--dry_run"]) == 0
+    assert (
+        edit_metadata.main(
+            [str(file), "--thumbnail", str(picture), "--thumbnail_size", "128", "--in_place", "--dry_run"]
+        )
+        == 0
+    )
     assert content(file) == before
     assert edit_metadata.main([str(file), "--thumbnail", str(picture), "--thumbnail_size", "128", "--in_place"]) == 0
     metadata, *rest = content(file)
-    assert rest == list(before[1:]) and sorted(path.name for path in tmp_path.iterdir()) == ["lora.safetensors", "picture.png"]
+    assert rest == list(before[1:]) and sorted(path.name for path in tmp_path.iterdir()) == [
+        "lora.safetensors",
+        "picture.png",
+    ]
     start, _, data = metadata["modelspec.thumbnail"].partition(",")
     shown = Image.open(io.BytesIO(base64.b64decode(data)))
     assert start == "data:image/jpeg;base64" and shown.size == (128, 64) and shown.getpixel((5, 5))[0] > 230
@@ -110,10 +128,14 @@ def test_files_of_others(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "told"), [
     ([], "nothing to change"), (["--strip", "tags"], "--save_to and --in_place are missing"),
-    (["--strip", "tags", "--in_place", "--save_to", "x.safetensors"], "both given"), (["--set", "sshs_model_hash=1", "--in_place"], "leave it out"),
-    (["--remove", "lora_adapter_metadata", "--in_place"], "how the tensors are to be read"), (["--set", "abc", "--in_place"], "KEY=VALUE"),
-    (["--remove", "nothing*", "--in_place"], "no key of"), (["--thumbnail", "{file}", "--in_place"], "no picture that can be read"),
-    (["--strip", "tags", "--save_to", "{file}"], "is an input too"), (["--thumbnail", "none.png", "--in_place"], "no such file"),
+    (["--strip", "tags", "--in_place", "--save_to", "x.safetensors"], "both given"),
+    (["--set", "sshs_model_hash=1", "--in_place"], "leave it out"),
+    (["--remove", "lora_adapter_metadata", "--in_place"], "how the tensors are to be read"),
+    (["--set", "abc", "--in_place"], "KEY=VALUE"),
+    (["--remove", "nothing*", "--in_place"], "no key of"),
+    (["--thumbnail", "{file}", "--in_place"], "no picture that can be read"),
+    (["--strip", "tags", "--save_to", "{file}"], "is an input too"),
+    (["--thumbnail", "none.png", "--in_place"], "no such file"),
 ])  # fmt: skip
 def test_bad_input(file, arguments, told, capsys):
     before = file.read_bytes()

@@ -1,5 +1,5 @@
-"""The extraction tool through its command line: a change of low rank comes back, and merged into the original it is the tuned model."""
-
+"""The extraction tool through its command line: a change of low rank comes back, and merged into the original it is the
+tuned model."""
 
 import pytest
 import torch
@@ -58,7 +58,12 @@ def test_a_change_of_low_rank_comes_back(case, tmp_path, more):
     assert wanted.keys() == found.keys()
     for name, part in found.items():
         shape = (part["lora_up.weight"].shape[0], *part["lora_down.weight"].shape[1:])
-        torch.testing.assert_close(weight_change(part, torch.zeros(shape)), weight_change(wanted[name], torch.zeros(shape)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            weight_change(part, torch.zeros(shape)),
+            weight_change(wanted[name], torch.zeros(shape)),
+            rtol=1e-4,
+            atol=1e-4,
+        )
     assert merge(["--model", model, "--models", out, "--save_to", again]) == 0
     assert_same_model(tuned, again)
     with safe_open(out, "pt") as file:
@@ -66,32 +71,54 @@ def test_a_change_of_low_rank_comes_back(case, tmp_path, more):
     versions = {"flux": "flux1", "sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "anima": "anima"}
     # the tiny Stable Diffusion 2 is too narrow to be told from 1
     assert metadata["ss_base_model_version"] == ("sd_v1" if family == "sd2" else versions[family])
-    assert metadata["ss_network_dim"] == more[1] and metadata["modelspec.title"] == "found" and len(metadata["sshs_model_hash"]) == 64
+    assert (
+        metadata["ss_network_dim"] == more[1]
+        and metadata["modelspec.title"] == "found"
+        and len(metadata["sshs_model_hash"]) == 64
+    )
 
 
-@pytest.mark.parametrize("rule", [None, ("sv_ratio", 4.0), ("sv_fro", 0.7), ("sv_cumulative", 0.6), ("sv_quantile", 0.6), ("sv_threshold", 0.5)])
+@pytest.mark.parametrize(
+    "rule",
+    [None, ("sv_ratio", 4.0), ("sv_fro", 0.7), ("sv_cumulative", 0.6), ("sv_quantile", 0.6), ("sv_threshold", 0.5)],
+)
 def test_error_is_the_optimum(tmp_path, rule):
     """Of a change of full rank: for every rule and layer, convolutions included."""
-    model, tuned, out = str(build("sd1", tmp_path)), str(tmp_path / "tuned.safetensors"), str(tmp_path / "out.safetensors")
+    model, tuned, out = (
+        str(build("sd1", tmp_path)),
+        str(tmp_path / "tuned.safetensors"),
+        str(tmp_path / "out.safetensors"),
+    )
     changed = moved(model, tuned, lambda key, tensor: "model.diffusion_model" in key and tensor.ndim > 1)
     dynamic = ["--dynamic_method", rule[0], "--dynamic_param", str(rule[1])] if rule else []
-    assert main(["--model_org", model, "--model_tuned", tuned, "--save_to", out, "--dim", "9", "--conv_dim", "3", *dynamic]) == 0
+    assert (
+        main(
+            ["--model_org", model, "--model_tuned", tuned, "--save_to", out, "--dim", "9", "--conv_dim", "3", *dynamic]
+        )
+        == 0
+    )
     found = by_module(load_safetensors(out))
     before, after = load_safetensors(model), load_safetensors(tuned)
     diffs = [(after[key] - before[key]) for key in changed]
     assert len(found) == len(diffs)
-    singular = sorted((tuple(diff.shape), [float(v) for v in torch.linalg.svdvals(diff.flatten(1).double())]) for diff in diffs)
+    singular = sorted(
+        (tuple(diff.shape), [float(v) for v in torch.linalg.svdvals(diff.flatten(1).double())]) for diff in diffs
+    )
     made = sorted(
         ((part["lora_up.weight"].shape[0], *part["lora_down.weight"].shape[1:]), torch.linalg.svdvals(
             part["lora_up.weight"].flatten(1).double() @ part["lora_down.weight"].flatten(1).double()).tolist(), part)
         for part in found.values()
     )  # fmt: skip
-    for (shape, values), (own_shape, own, part) in zip(sorted(singular), sorted(made, key=lambda item: item[:2]), strict=True):
+    for (shape, values), (own_shape, own, part) in zip(
+        sorted(singular), sorted(made, key=lambda item: item[:2]), strict=True
+    ):
         assert shape == own_shape
         most = 3 if shape[2:] == (3, 3) else 9
         rank = part["lora_down.weight"].shape[0]
         assert rank == counted(values, most, shape, rule)
-        assert own[:rank] == pytest.approx(values[:rank], rel=1e-4)  # the kept ones are those of the difference: the optimum
+        assert own[:rank] == pytest.approx(
+            values[:rank], rel=1e-4
+        )  # the kept ones are those of the difference: the optimum
 
 
 def counted(values, most, shape, rule):
@@ -126,7 +153,10 @@ def moved(model, tuned, which, size=0.1):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_differences_are_exact(family, tmp_path):
     """Norms, biases and whole weights; what no adapter has a place for (embeddings) is told."""
-    model, tuned, out, again = str(build(family, tmp_path)), *(str(tmp_path / f"{name}.safetensors") for name in ("tuned", "out", "again"))
+    model, tuned, out, again = (
+        str(build(family, tmp_path)),
+        *(str(tmp_path / f"{name}.safetensors") for name in ("tuned", "out", "again")),
+    )
     skipped = ("first_stage_model", "embedding", "embed", "text_projection", "logit_scale", "time_", "label_")
     moved(model, tuned, lambda key, tensor: not any(part in key for part in skipped))
     assert main(["--model_org", model, "--model_tuned", tuned, "--save_to", out, "--kind", "full"]) == 0
@@ -136,7 +166,10 @@ def test_full_differences_are_exact(family, tmp_path):
 
 
 def test_norms_beside_a_lora_and_alone(tmp_path):
-    model, tuned, out, again = str(build("sdxl", tmp_path)), *(str(tmp_path / f"{name}.safetensors") for name in ("tuned", "out", "again"))
+    model, tuned, out, again = (
+        str(build("sdxl", tmp_path)),
+        *(str(tmp_path / f"{name}.safetensors") for name in ("tuned", "out", "again")),
+    )
     moved(model, tuned, lambda key, tensor: "diffusion_model" in key and ".norm" in key and tensor.ndim == 1)
     for words in (["--kind", "norm"], ["--with_norms"]):
         assert main(["--model_org", model, "--model_tuned", tuned, "--save_to", out, "--overwrite", *words]) == 0
@@ -145,15 +178,23 @@ def test_norms_beside_a_lora_and_alone(tmp_path):
 
 
 def test_nearest_kronecker_product(tmp_path):
-    model, tuned, out, again = str(build("flux", tmp_path)), *(str(tmp_path / f"{name}.safetensors") for name in ("tuned", "out", "again"))
+    model, tuned, out, again = (
+        str(build("flux", tmp_path)),
+        *(str(tmp_path / f"{name}.safetensors") for name in ("tuned", "out", "again")),
+    )
     state = load_safetensors(model)
     generator = torch.Generator().manual_seed(5)
     for key, tensor in state.items():
         if key.endswith("img_attn.qkv.weight"):
-            state[key] = tensor + torch.kron(torch.randn(4, 4, generator=generator), torch.randn(tensor.shape[0] // 4, tensor.shape[1] // 4, generator=generator))
+            state[key] = tensor + torch.kron(
+                torch.randn(4, 4, generator=generator),
+                torch.randn(tensor.shape[0] // 4, tensor.shape[1] // 4, generator=generator),
+            )
     with safe_open(model, "pt") as file:
         save_file_atomic(state, tuned, file.metadata())
-    assert main(["--model_org", model, "--model_tuned", tuned, "--save_to", out, "--kind", "lokr", "--factor", "4"]) == 0
+    assert (
+        main(["--model_org", model, "--model_tuned", tuned, "--save_to", out, "--kind", "lokr", "--factor", "4"]) == 0
+    )
     assert merge(["--model", model, "--models", out, "--save_to", again]) == 0
     assert_same_model(tuned, again)
 
@@ -167,8 +208,16 @@ def test_a_diffusers_folder_against_a_file(tmp_path):
         (folder / name).mkdir(parents=True)
     (folder / "model_index.json").write_text("{}", encoding="utf-8")
     state = load_safetensors(tuned)
-    unet = {key.removeprefix("model.diffusion_model."): tensor for key, tensor in state.items() if key.startswith("model.diffusion_model.")}
-    text = {key.removeprefix("cond_stage_model.transformer."): tensor for key, tensor in state.items() if key.startswith("cond_stage_model.")}
+    unet = {
+        key.removeprefix("model.diffusion_model."): tensor
+        for key, tensor in state.items()
+        if key.startswith("model.diffusion_model.")
+    }
+    text = {
+        key.removeprefix("cond_stage_model.transformer."): tensor
+        for key, tensor in state.items()
+        if key.startswith("cond_stage_model.")
+    }
     save_file_atomic(original_to_diffusers(unet), folder / "unet" / "diffusion_pytorch_model.safetensors")
     save_file_atomic(text, folder / "text_encoder" / "model.safetensors")
     outs = [str(tmp_path / f"{name}.safetensors") for name in ("a", "b")]
@@ -203,7 +252,11 @@ def test_selection(tmp_path, caplog):
     assert main([*base, "--clamp_quantile", "0.5", "--save_precision", "bf16"]) == 0
     assert {tensor.dtype for key, tensor in load_safetensors(out).items() if "alpha" not in key} == {torch.bfloat16}
     state, te = load_safetensors(tuned), load_safetensors(model)
-    state |= {key: tensor + 1 if "diffusion_model.middle_block.1.proj_in" in key else te[key] for key, tensor in te.items() if "diffusion_model" in key}
+    state |= {
+        key: tensor + 1 if "diffusion_model.middle_block.1.proj_in" in key else te[key]
+        for key, tensor in te.items()
+        if "diffusion_model" in key
+    }
     save_file_atomic(state, tuned)
     assert main([*base, "--min_diff", "0.01"]) == 0
     assert all(name.startswith("lora_unet") for name in by_module(load_safetensors(out)))
@@ -214,10 +267,14 @@ def test_bad_input(tmp_path, capsys):
     tuned, out = str(tmp_path / "t.safetensors"), tmp_path / "out.safetensors"
     moved(sd1, tuned, lambda key, tensor: tensor.ndim > 1)
     cases = (
-        ([sd1, sdxl], "both must be of one kind"), ([sd1, sd1], "are the same"), ([sd1, str(tmp_path / "none")], "does not exist"),
-        ([sd1, tuned, "--dim", "0"], "the rank is 0"), ([sd1, tuned, "--kind", "full", "--dim", "8"], "belongs to --kind lora"),
-        ([sd1, tuned, "--include", "("], "no regular expression"), ([sd1, tuned, "--factor", "4"], "belongs to --kind lokr"),
-        ([sd1, tuned, "--include", "nothing"], "nothing to extract"), ([sd1, tuned, "--clamp_quantile", "2"], "up to 1"),
+        ([sd1, sdxl], "both must be of one kind"), ([sd1, sd1], "are the same"),
+        ([sd1, str(tmp_path / "none")], "does not exist"),
+        ([sd1, tuned, "--dim", "0"], "the rank is 0"),
+        ([sd1, tuned, "--kind", "full", "--dim", "8"], "belongs to --kind lora"),
+        ([sd1, tuned, "--include", "("], "no regular expression"),
+        ([sd1, tuned, "--factor", "4"], "belongs to --kind lokr"),
+        ([sd1, tuned, "--include", "nothing"], "nothing to extract"),
+        ([sd1, tuned, "--clamp_quantile", "2"], "up to 1"),
     )  # fmt: skip
     for (first, second, *more), told in cases:
         assert main(["--model_org", first, "--model_tuned", second, "--save_to", str(out), *more]) != 0
@@ -232,15 +289,20 @@ def test_bad_input(tmp_path, capsys):
     save_file_atomic({name: tensor for name, tensor in state.items() if name != key}, tmp_path / "less.safetensors")
     assert main(["--model_org", sd1, "--model_tuned", str(tmp_path / "less.safetensors"), "--save_to", str(out)]) != 0
     assert "lacks 1 layers" in capsys.readouterr().err and not out.exists()
-    assert main(["--model_org", sd1, "--model_tuned", tuned, "--save_to", str(out), "--dry_run"]) == 0 and not out.exists()
+    assert (
+        main(["--model_org", sd1, "--model_tuned", tuned, "--save_to", str(out), "--dry_run"]) == 0 and not out.exists()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounding_is_no_change(dtype, tmp_path, caplog):
-    """A float32 original and a tuned model in 16 bits: layers that the format alone moved are left out, in one line; the others are
-    taken, however little they changed beyond it."""
+    """A float32 original and a tuned model in 16 bits: layers that the format alone moved are left out, in one line;
+    the others are taken, however little they changed beyond it."""
     caplog.set_level("INFO")
-    model, tuned, out = str(build("flux", tmp_path)), *(str(tmp_path / f"{name}.safetensors") for name in ("tuned", "out"))
+    model, tuned, out = (
+        str(build("flux", tmp_path)),
+        *(str(tmp_path / f"{name}.safetensors") for name in ("tuned", "out")),
+    )
     moved(model, tuned, lambda key, tensor: key == "double_blocks.0.img_mlp.0.weight", 0.02)
     state = {key: tensor.to(dtype) for key, tensor in load_safetensors(tuned).items()}
     with safe_open(model, "pt") as file:
@@ -249,7 +311,9 @@ def test_rounding_is_no_change(dtype, tmp_path, caplog):
     words = ["--model_org", model, "--model_tuned", tuned, "--save_to", out]
     assert main(words) == 0
     assert {key.partition(".")[0] for key in load_safetensors(out)} == {"lora_unet_double_blocks_0_img_mlp_0"}
-    told = [record.getMessage() for record in caplog.records if "the formats of the models, explains" in record.getMessage()]
+    told = [
+        record.getMessage() for record in caplog.records if "the formats of the models, explains" in record.getMessage()
+    ]
     assert len(told) == 1 and f"from float32 to {str(dtype).removeprefix('torch.')}" in told[0]
     save_file_atomic({key: tensor.to(dtype) for key, tensor in load_safetensors(model).items()}, tuned, metadata)
     assert main([*words, "--overwrite"]) == 2, "nothing but rounding"

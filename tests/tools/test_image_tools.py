@@ -27,7 +27,7 @@ def size_of(path: Path) -> tuple[int, int]:
         return image.size
 
 
-# -- resizing --------------------------------------------------------------------------------------------------------------
+# -- resizing ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -45,7 +45,12 @@ def pictures(tmp_path) -> Path:
 def test_copies_keep_their_shape_and_are_as_large_as_the_resolution_allows(pictures, tmp_path, caplog):
     caplog.set_level("INFO")
     target = tmp_path / "smaller"
-    assert resize_images_to_resolution.main([str(pictures), str(target), "--max_resolution", "64x64,128x128", "--save_as_png"]) == 0
+    assert (
+        resize_images_to_resolution.main(
+            [str(pictures), str(target), "--max_resolution", "64x64,128x128", "--save_as_png"]
+        )
+        == 0
+    )
     factor = (128 * 128 / (300 * 200)) ** 0.5
     assert size_of(target / "wide+128x128.png") == (int(300 * factor), int(200 * factor))
     assert size_of(target / "wide+64x64.png") == (int(300 * factor / 2), int(200 * factor / 2))
@@ -57,15 +62,35 @@ def test_copies_keep_their_shape_and_are_as_large_as_the_resolution_allows(pictu
 def test_each_copy_is_made_from_the_image_itself(pictures, tmp_path):
     """A picture that was made small first and large later would be blurred."""
     for order in ("32x32,128x128", "128x128,32x32"):
-        assert resize_images_to_resolution.main([str(pictures), str(tmp_path / order), "--max_resolution", order, "--save_as_png"]) == 0
-    first, second = ((tmp_path / order / "wide+128x128.png").read_bytes() for order in ("32x32,128x128", "128x128,32x32"))
+        assert (
+            resize_images_to_resolution.main(
+                [str(pictures), str(tmp_path / order), "--max_resolution", order, "--save_as_png"]
+            )
+            == 0
+        )
+    first, second = (
+        (tmp_path / order / "wide+128x128.png").read_bytes() for order in ("32x32,128x128", "128x128,32x32")
+    )
     assert first == second
 
 
 def test_captions_go_with_their_copies_once(pictures, tmp_path):
-    options = ["--max_resolution", "64x64", "--divisible_by", "16", "--copy_associated_files", "--interpolation", "lanczos4"]
+    options = [
+        "--max_resolution",
+        "64x64",
+        "--divisible_by",
+        "16",
+        "--copy_associated_files",
+        "--interpolation",
+        "lanczos4",
+    ]
     assert resize_images_to_resolution.main([str(pictures), str(tmp_path / "out"), *options]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["notes.md", "small+64x64.jpg", "wide+64x64.jpg", "wide+64x64.txt"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "notes.md",
+        "small+64x64.jpg",
+        "wide+64x64.jpg",
+        "wide+64x64.txt",
+    ]
     assert size_of(tmp_path / "out" / "wide+64x64.jpg") == (64, 48)
 
 
@@ -76,10 +101,18 @@ def test_turned_and_transparent_images_are_copied_as_shown(tmp_path):
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(tmp_path / "in" / "turned.jpg", exif=exif)
-    assert resize_images_to_resolution.main([str(tmp_path / "in"), str(tmp_path / "out"), "--max_resolution", "64x64"]) == 0
+    assert (
+        resize_images_to_resolution.main([str(tmp_path / "in"), str(tmp_path / "out"), "--max_resolution", "64x64"])
+        == 0
+    )
     assert size_of(tmp_path / "out" / "turned+64x64.jpg") == (20, 40)
     assert (read_on_white(str(tmp_path / "out" / "clear+64x64.jpg")) == 255).all()
-    assert resize_images_to_resolution.main([str(tmp_path / "in"), str(tmp_path / "png"), "--max_resolution", "64x64", "--save_as_png"]) == 0
+    assert (
+        resize_images_to_resolution.main(
+            [str(tmp_path / "in"), str(tmp_path / "png"), "--max_resolution", "64x64", "--save_as_png"]
+        )
+        == 0
+    )
     assert Image.open(tmp_path / "png" / "clear+64x64.png").mode == "RGBA"
 
 
@@ -95,13 +128,18 @@ def test_existing_copies_stay_without_overwrite(pictures, tmp_path, capsys):
 
 
 def test_every_problem_of_a_command_is_told_at_once(pictures, capsys):
-    assert resize_images_to_resolution.main([str(pictures), str(pictures), "--max_resolution", "64", "--divisible_by", "0"]) == 2
+    assert (
+        resize_images_to_resolution.main(
+            [str(pictures), str(pictures), "--max_resolution", "64", "--divisible_by", "0"]
+        )
+        == 2
+    )
     told = capsys.readouterr().err
     assert all(name in told for name in ("dst_img_folder", "--divisible_by is 0", "--max_resolution has '64'"))
     assert resize_images_to_resolution.main([str(pictures / "nowhere"), "out"]) == 2
 
 
-# -- edges -----------------------------------------------------------------------------------------------------------------
+# -- edges -------------------------------------------------------------------------------------------------------------
 
 
 def square(path: Path) -> Path:
@@ -135,7 +173,7 @@ def test_wrong_commands_for_edges(tmp_path, capsys):
     assert not (tmp_path / "x.png").exists()
 
 
-# -- faces -----------------------------------------------------------------------------------------------------------------
+# -- faces -------------------------------------------------------------------------------------------------------------
 
 
 def marked(size_wh: tuple[int, int], face: Face) -> np.ndarray:
@@ -148,7 +186,8 @@ def marked(size_wh: tuple[int, int], face: Face) -> np.ndarray:
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"crop_size": "50,40"}, {"crop_size": "100,60", "resize_face_size": 60}, {"crop_size": "60,90", "resize_fit": True},
+        {}, {"crop_size": "50,40"}, {"crop_size": "100,60", "resize_face_size": 60},
+        {"crop_size": "60,90", "resize_fit": True},
         {"crop_ratio": "2,1.5"}, {"resize_face_size": 10}, {"crop_size": "300,300"},
     ],
     ids=str,
@@ -160,7 +199,9 @@ def test_the_face_is_where_the_numbers_say_and_the_cut_lies_in_the_image(options
     assert cut[min(moved.y, cut.shape[0] - 1), min(moved.x, cut.shape[1] - 1)].mean() > 100
     plan = plan_cut((200, 120), face, FaceOptions(**options))
     assert cut.shape[:2] == plan.size_wh[::-1]
-    assert all(0 <= start and start + length <= side for start, length, side in zip(plan.offset, plan.size_wh, plan.resized_wh))
+    assert all(
+        0 <= start and start + length <= side for start, length, side in zip(plan.offset, plan.size_wh, plan.resized_wh)
+    )
     assert plan.resized_wh[0] / plan.resized_wh[1] == pytest.approx(200 / 120, rel=0.05)
 
 
@@ -204,21 +245,47 @@ def test_the_largest_face_or_every_face_is_written(tmp_path, caplog):
     command = ["--src_dir", str(tmp_path / "in"), "--min_size", "30", "--crop_size", "40,40"]
     run_faces([*command, "--dst_dir", str(tmp_path / "one")], detector)
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["a_0020_0020_0030_0020.png"]
-    assert "1 done" in caplog.text and "1 without a face" in caplog.text and "1 with a side below --min_size" in caplog.text
+    assert (
+        "1 done" in caplog.text
+        and "1 without a face" in caplog.text
+        and "1 with a side below --min_size" in caplog.text
+    )
     run_faces([*command, "--dst_dir", str(tmp_path / "all"), "--multiple_faces"], detector)
-    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["a_01_0020_0020_0010_0010.png", "a_02_0020_0020_0030_0020.png"]
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == [
+        "a_01_0020_0020_0010_0010.png",
+        "a_02_0020_0020_0030_0020.png",
+    ]
 
 
 def test_faces_without_the_package_and_with_options_that_exclude_each_other(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     make_image(tmp_path / "a.png")
-    assert detect_face_rotate.main(["--src_dir", str(tmp_path), "--dst_dir", "x", "--resize_fit", "--resize_face_size", "9", "--crop_ratio", "4"]) == 2
+    assert (
+        detect_face_rotate.main(
+            [
+                "--src_dir",
+                str(tmp_path),
+                "--dst_dir",
+                "x",
+                "--resize_fit",
+                "--resize_face_size",
+                "9",
+                "--crop_ratio",
+                "4",
+            ]
+        )
+        == 2
+    )
     told = capsys.readouterr().err
     assert "pip install anime-face-detector" in told and "--resize_fit and --resize_face_size" in told
-    assert "--crop_ratio is '4'" in told and "--crop_ratio and --resize_face_size" in told and "--resize_fit needs --crop_size" in told
+    assert (
+        "--crop_ratio is '4'" in told
+        and "--crop_ratio and --resize_face_size" in told
+        and "--resize_fit needs --crop_size" in told
+    )
 
 
-# -- upscaler --------------------------------------------------------------------------------------------------------------
+# -- upscaler ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -262,10 +329,21 @@ def test_images_of_several_sizes_are_doubled(tiny, weights, tmp_path, caplog):
 def test_the_upscaler_of_the_image_script(tiny, weights, tmp_path):
     from library.generation.gen_img import script as unet_inference
 
-    options = ["--prompt", "a cat --d 1", "--W=128", "--H=128", "--steps=2", "--highres_fix_scale=0.5", "--highres_fix_steps=2"]
+    options = [
+        "--prompt",
+        "a cat --d 1",
+        "--W=128",
+        "--H=128",
+        "--steps=2",
+        "--highres_fix_scale=0.5",
+        "--highres_fix_steps=2",
+    ]
     base = [f"--ckpt={tiny.model}", f"--clip_tokenizer={tiny.tokenizer}", *options]
     results = []
-    for name, more in (("plain", []), ("ours", ["--highres_fix_upscaler=tools.latent_upscaler", f"--highres_fix_upscaler_args=weights={weights}"])):
+    for name, more in (
+        ("plain", []),
+        ("ours", ["--highres_fix_upscaler=tools.latent_upscaler", f"--highres_fix_upscaler_args=weights={weights}"]),
+    ):
         unet_inference.run([*base, f"--outdir={tmp_path / name}", *more])
         [path] = (tmp_path / name).glob("*.png")
         results.append(np.asarray(Image.open(path), int))
@@ -277,6 +355,18 @@ def test_files_that_are_no_upscaler(tiny, weights, tmp_path, capsys):
         latent_upscaler.create_upscaler(weights=str(tiny.model))
     with pytest.raises(CheckpointError, match="do not exist"):
         latent_upscaler.create_upscaler(weights=str(tmp_path / "none.safetensors"))
-    assert latent_upscaler.main(["--image_pattern", str(tmp_path / "*.png"), "--batch_size", "0", "--precision", "fp8"]) == 2
+    assert (
+        latent_upscaler.main(["--image_pattern", str(tmp_path / "*.png"), "--batch_size", "0", "--precision", "fp8"])
+        == 2
+    )
     told = capsys.readouterr().err
-    assert all(text in told for text in ("--vae_path is missing", "--weights is missing", "fits no image", "--batch_size is 0", "--precision is fp8"))
+    assert all(
+        text in told
+        for text in (
+            "--vae_path is missing",
+            "--weights is missing",
+            "fits no image",
+            "--batch_size is 0",
+            "--precision is fp8",
+        )
+    )

@@ -19,7 +19,8 @@ def lora(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sd")
     model = build_tiny_sd(folder, "sd1", num_res_blocks=2).model
     return write_lora(folder / "lora.safetensors", *models_of("sd1", model), seed=1, metadata={
-        "ss_base_model_version": "sd_v1", "ss_network_dim": "2", "ss_tag_frequency": json.dumps({"a": {"cat": 3}}), "ss_bucket_info": '{"x": "[1, 2]"}',
+        "ss_base_model_version": "sd_v1", "ss_network_dim": "2", "ss_tag_frequency": json.dumps({"a": {"cat": 3}}),
+        "ss_bucket_info": '{"x": "[1, 2]"}',
     })  # fmt: skip
 
 
@@ -44,7 +45,10 @@ def test_norms_do_not_depend_on_the_naming(lora, convert):
     assert sorted(layer.norm for layer in two.layers) == pytest.approx(wanted, rel=1e-4)
     for layer in one.layers:
         up, down = (tensors[f"{layer.name}.{half}.weight"].flatten(1) for half in ("lora_up", "lora_down"))
-        assert layer.norm == pytest.approx(float((0.75 * up @ down).norm()), rel=1e-4) and (layer.rank, layer.alpha) == (2, 1.5)
+        assert layer.norm == pytest.approx(float((0.75 * up @ down).norm()), rel=1e-4) and (
+            layer.rank,
+            layer.alpha,
+        ) == (2, 1.5)
 
 
 def test_every_matrix_once(lora, capsys):
@@ -60,7 +64,8 @@ def test_what_is_wrong_with_a_file(lora, tmp_path, capsys):
     name = next(iter(tensors)).partition(".")[0]
     without = {key: tensor for key, tensor in tensors.items() if key != f"{name}.lora_up.weight"}
     for change, told in (
-        ({**tensors, f"{name}.lora_up.weight": tensors[f"{name}.lora_up.weight"] * float("nan")}, "not finite"), (without, "needed for LoRA"),
+        ({**tensors, f"{name}.lora_up.weight": tensors[f"{name}.lora_up.weight"] * float("nan")}, "not finite"),
+        (without, "needed for LoRA"),
         ({**tensors, "something.else": torch.zeros(1)}, "belongs to no adapter"),
         ({**tensors, "lora_unet_nowhere.lora_down.weight": torch.ones(2, 3), "lora_unet_nowhere.lora_up.weight": torch.ones(3, 2)}, "1 layers are in no sd"),
     ):  # fmt: skip
@@ -81,7 +86,11 @@ def test_metadata_as_json(lora, tmp_path, capsys, caplog):
     assert shown["ss_tag_frequency"] == '{"a": {"cat": 3}}'
     assert show_metadata.main([lora, "--decode"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["ss_tag_frequency"] == {"a": {"cat": 3}} and shown["ss_bucket_info"] == {"x": [1, 2]} and shown["ss_network_dim"] == "2"
+    assert (
+        shown["ss_tag_frequency"] == {"a": {"cat": 3}}
+        and shown["ss_bucket_info"] == {"x": [1, 2]}
+        and shown["ss_network_dim"] == "2"
+    )
     save_file_atomic({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     assert show_metadata.main([str(tmp_path / "x.safetensors")]) == 0
     assert "no metadata" in caplog.text

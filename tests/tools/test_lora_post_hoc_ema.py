@@ -20,7 +20,8 @@ def files(tmp_path):
     for i in range(4):
         generator = torch.Generator().manual_seed(i)
         tensors = {
-            f"{NAME}.lora_down.weight": torch.randn(4, 6, generator=generator).half(), f"{NAME}.lora_up.weight": torch.randn(8, 4, generator=generator),
+            f"{NAME}.lora_down.weight": torch.randn(4, 6, generator=generator).half(),
+            f"{NAME}.lora_up.weight": torch.randn(8, 4, generator=generator),
             f"{NAME}.alpha": torch.tensor(2.0),
         }  # fmt: skip
         path = tmp_path / f"{9 - i}.safetensors"  # names fall, times rise
@@ -33,7 +34,9 @@ def files(tmp_path):
 def by_hand(paths, shares):
     state = {key: tensor.double() for key, tensor in load_safetensors(paths[0]).items()}
     for path, share in zip(paths[1:], shares, strict=True):
-        state = {key: state[key] * share + tensor.double() * (1 - share) for key, tensor in load_safetensors(path).items()}
+        state = {
+            key: state[key] * share + tensor.double() * (1 - share) for key, tensor in load_safetensors(path).items()
+        }
     return state
 
 
@@ -46,11 +49,18 @@ def test_average(files, tmp_path, words, shares):
     assert main([files[2], files[0], files[3], files[1], "--output_file", str(out), *words]) == 0
     found, wanted = load_safetensors(out), by_hand(files, shares)
     for key, tensor in found.items():
-        torch.testing.assert_close(tensor.double(), wanted[key], rtol=1e-3 if tensor.dtype == torch.float16 else 1e-6, atol=1e-3 if tensor.dtype == torch.float16 else 1e-6)
+        torch.testing.assert_close(
+            tensor.double(),
+            wanted[key],
+            rtol=1e-3 if tensor.dtype == torch.float16 else 1e-6,
+            atol=1e-3 if tensor.dtype == torch.float16 else 1e-6,
+        )
     assert found[f"{NAME}.lora_down.weight"].dtype == torch.float16 and float(found[f"{NAME}.alpha"]) == 2
     with safe_open(out, "pt") as file:
         metadata = file.metadata()
-    assert metadata["ss_steps"] == "3" and metadata["modelspec.title"] == "ema" and len(metadata["sshs_model_hash"]) == 64
+    assert (
+        metadata["ss_steps"] == "3" and metadata["modelspec.title"] == "ema" and len(metadata["sshs_model_hash"]) == 64
+    )
     again = tmp_path / "again.safetensors"
     assert merge(["--models", *files, "--mode", "ema", "--save_to", str(again), *words]) == 0
     assert all(torch.equal(tensor, load_safetensors(again)[key]) for key, tensor in found.items())
@@ -60,7 +70,9 @@ def test_order_of_the_command_line(files, tmp_path):
     out, reverse = tmp_path / "ema.safetensors", list(reversed(files))
     assert main(["--models", *reverse, "--save_to", str(out), "--no_sort", "--beta", "0.5"]) == 0
     key = f"{NAME}.lora_up.weight"
-    torch.testing.assert_close(load_safetensors(out)[key].double(), by_hand(reverse, [0.5] * 3)[key], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        load_safetensors(out)[key].double(), by_hand(reverse, [0.5] * 3)[key], rtol=1e-6, atol=1e-6
+    )
 
 
 def test_power_function():
@@ -73,7 +85,8 @@ def test_what_does_not_belong_together(files, tmp_path, capsys):
     out = str(tmp_path / "out.safetensors")
     original = load_safetensors(files[1])
     for change, told in (
-        ({f"{NAME}.alpha": torch.tensor(3.0)}, "other alphas"), ({f"{NAME}.lora_up.weight": torch.zeros(9, 4)}, "the same ranks"),
+        ({f"{NAME}.alpha": torch.tensor(3.0)}, "other alphas"),
+        ({f"{NAME}.lora_up.weight": torch.zeros(9, 4)}, "the same ranks"),
         ({"lora_unet_x.lora_up.weight": torch.zeros(2, 4), "lora_unet_x.lora_down.weight": torch.zeros(4, 2)}, "files of one run"),
         ({f"{NAME}.lora_up.weight": original[f"{NAME}.lora_up.weight"] * float("nan")}, "not finite"),
     ):  # fmt: skip
@@ -81,8 +94,10 @@ def test_what_does_not_belong_together(files, tmp_path, capsys):
         assert main([*files, "--output_file", out]) != 0
         assert told in capsys.readouterr().err
     for words, told in (
-        ([files[0], "--output_file", out], "two or more"), ([*files, "--output_file", files[0]], "is an input too"), (files, "--output_file is missing"),
-        ([*files, "--output_file", out, "--beta", "1"], "below 1"), ([*files, "--output_file", out, "--sigma_rel", "0.3"], "0.2887"),
+        ([files[0], "--output_file", out], "two or more"), ([*files, "--output_file", files[0]], "is an input too"),
+        (files, "--output_file is missing"),
+        ([*files, "--output_file", out, "--beta", "1"], "below 1"),
+        ([*files, "--output_file", out, "--sigma_rel", "0.3"], "0.2887"),
         ([*files, "--output_file", out, "--sigma_rel", "0.1", "--beta2", "0.9"], "leave one out"),
     ):  # fmt: skip
         assert main(words) != 0

@@ -1,4 +1,5 @@
-"""Tiny checkpoints that users make: the printed command trains, the same seed gives the same files, nothing is lost by accident."""
+"""Tiny checkpoints that users make: the printed command trains, the same seed gives the same files, nothing is lost by
+accident."""
 
 from __future__ import annotations
 
@@ -62,7 +63,13 @@ def test_the_printed_command_trains_and_samples(name: str, tmp_path: Path, monke
 def test_the_printed_line_can_be_pasted(tmp_path: Path, monkeypatch, capsys) -> None:
     """Through a shell, in a process of its own, started where the tool was."""
     monkeypatch.chdir(ROOT)
-    line = shlex.join([sys.executable, *make(capsys, "--family", "sd1", "--output", str(tmp_path / "it's"))[1:], "--max_train_steps=1"])
+    line = shlex.join(
+        [
+            sys.executable,
+            *make(capsys, "--family", "sd1", "--output", str(tmp_path / "it's"))[1:],
+            "--max_train_steps=1",
+        ]
+    )
     result = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "it's" / "output" / "sd1_lora.safetensors").is_file()
@@ -96,7 +103,9 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         make_tiny_checkpoint.main(["--family=sd1", f"--output={folder}", "--seed=1"])
     message = capsys.readouterr().err
-    assert stop.value.code != 0 and "has files in it" in message and "--overwrite" in message and contents(folder) == first
+    assert (
+        stop.value.code != 0 and "has files in it" in message and "--overwrite" in message and contents(folder) == first
+    )
     make(capsys, "--family=sd1", f"--output={folder}", "--seed=1", "--overwrite")
     assert contents(folder).keys() == first.keys() and contents(folder) != first
 
@@ -104,8 +113,10 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("", ["--family is missing", "--output is missing"]), ("--family=flax --output=x", ["'flax'", "did you mean 'flux'"]),
-        ("--family=flux --output=x --num_pictures=-1", ["--num_pictures is -1"]), (f"--family=flux --output={__file__}", ["is a file"]),
+        ("", ["--family is missing", "--output is missing"]),
+        ("--family=flax --output=x", ["'flax'", "did you mean 'flux'"]),
+        ("--family=flux --output=x --num_pictures=-1", ["--num_pictures is -1"]),
+        (f"--family=flux --output={__file__}", ["is a file"]),
     ],
 )  # fmt: skip
 def test_wrong_options_are_named(options: str, words: list[str], tmp_path: Path, monkeypatch, capsys) -> None:

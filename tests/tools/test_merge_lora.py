@@ -55,7 +55,12 @@ def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     model = build(request.param, folder)
     parts = models_of(request.param, model)
-    return request.param, folder, str(model), [write_lora(folder / f"{i}.safetensors", *parts, seed=i, rank=2 + i) for i in (0, 1)]
+    return (
+        request.param,
+        folder,
+        str(model),
+        [write_lora(folder / f"{i}.safetensors", *parts, seed=i, rank=2 + i) for i in (0, 1)],
+    )
 
 
 def test_into_a_model(case, tmp_path):
@@ -107,15 +112,32 @@ def test_ranks_by_rule(case, tmp_path):
     """--mode svd with a rule keeps as many directions of the sum as the rule asks."""
     _, _, _, loras = case
     out = tmp_path / "sum.safetensors"
-    words = ["--models", *loras, "--save_to", str(out), "--mode", "svd", "--new_rank", "5", "--dynamic_method", "sv_fro", "--dynamic_param", "0.8"]
+    words = [
+        "--models",
+        *loras,
+        "--save_to",
+        str(out),
+        "--mode",
+        "svd",
+        "--new_rank",
+        "5",
+        "--dynamic_method",
+        "sv_fro",
+        "--dynamic_param",
+        "0.8",
+    ]
     assert main(words) == 0
     first, second, result = (by_module(load_safetensors(path)) for path in (*loras, out))
     for name, part in result.items():
         weight = torch.zeros(first[name]["lora_up.weight"].shape[0], *first[name]["lora_down.weight"].shape[1:])
-        values = torch.linalg.svdvals((weight_change(first[name], weight) + weight_change(second[name], weight)).flatten(1).double())
+        values = torch.linalg.svdvals(
+            (weight_change(first[name], weight) + weight_change(second[name], weight)).flatten(1).double()
+        )
         shares = values.square().cumsum(0).sqrt() / values.norm()
         assert part["lora_down.weight"].shape[0] == min(5, int((shares < 0.8).sum()) + 1)
-    assert main(["--models", *loras, "--save_to", str(out), "--dynamic_method", "sv_fro", "--dynamic_param", "0.8"]) == 2
+    assert (
+        main(["--models", *loras, "--save_to", str(out), "--dynamic_method", "sv_fro", "--dynamic_param", "0.8"]) == 2
+    )
     assert main([*words[:-2], "--overwrite"]) == 2
 
 
@@ -125,16 +147,26 @@ def test_precision_of_the_result(case, tmp_path):
     assert main(["--model", model, "--models", loras[0], "--save_to", str(out), "--save_precision", "bf16"]) == 0
     assert {tensor.dtype for tensor in load_safetensors(out).values() if tensor.is_floating_point()} == {torch.bfloat16}
     assert main(["--models", *loras, "--save_to", str(tmp_path / "l.safetensors"), "--precision", "fp16"]) == 0
-    kinds = {key.endswith(".alpha"): tensor.dtype for key, tensor in load_safetensors(tmp_path / "l.safetensors").items()}
+    kinds = {
+        key.endswith(".alpha"): tensor.dtype for key, tensor in load_safetensors(tmp_path / "l.safetensors").items()
+    }
     assert kinds == {True: torch.float32, False: torch.float16}
 
 
 def test_block_weights():
     weights = parse_block_weights(json.dumps([float(i) for i in range(12)]), "sdxl")
-    assert weights[0] == 0 and weights[1 + 4] == 1 and weights[1 + 8] == 4 and weights[13] == 5 and weights[14] == 6 and weights[14 + 5] == 11
+    assert (
+        weights[0] == 0
+        and weights[1 + 4] == 1
+        and weights[1 + 8] == 4
+        and weights[13] == 5
+        and weights[14] == 6
+        and weights[14 + 5] == 11
+    )
     assert weights[1] == weights[14 + 6] == 1.0
     names = {
-        "lora_te1_text_model_encoder_layers_0_mlp_fc1": 0, "lora_unet_input_blocks_4_1_proj_in": 5, "lora_unet_middle_block_1_proj_in": 13,
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1": 0, "lora_unet_input_blocks_4_1_proj_in": 5,
+        "lora_unet_middle_block_1_proj_in": 13,
         "lora_unet_output_blocks_0_1_proj_in": 14, "lora_unet_label_emb_0_0": 1, "lora_unet_out_2": 23,
     }  # fmt: skip
     assert {name: slot_of("sdxl", name) for name in names} == names
@@ -181,20 +213,45 @@ def test_bad_input(tmp_path, capsys):
     assert "--save_to is missing" in message(capsys, "--models", lora)
     assert "exists" in message(capsys, "--models", lora, "--save_to", other)
     assert "there are no block weights for flux" in message(capsys, "--models", lora, "--lbws", "[1]", "--save_to", out)
-    for ignored in (["--new_rank", 8], ["--new_conv_rank", 8, "--mode", "full"], ["--seed", 3], ["--mode", "svd", "--model", flux]):
+    for ignored in (
+        ["--new_rank", 8],
+        ["--new_conv_rank", 8, "--mode", "full"],
+        ["--seed", 3],
+        ["--mode", "svd", "--model", flux],
+    ):
         assert "leave" in message(capsys, "--models", lora, "--save_to", out, *ignored)
     assert "known: float" in message(capsys, "--models", lora, "--save_to", out, "--precision", "int4")
     tensors = load_safetensors(lora)
     part = {key: tensor for key, tensor in tensors.items() if "img_mod" not in key}
     renamed = {key.replace("img_mod", "img_nod"): tensor for key, tensor in tensors.items()}
     save_file_atomic(renamed, tmp_path / "half.safetensors")
-    assert "layers are not in this model" in message(capsys, "--model", flux, "--models", tmp_path / "half.safetensors", "--save_to", out)
-    assert main(["--model", str(flux), "--models", str(tmp_path / "half.safetensors"), "--save_to", str(out), "--allow_partial"]) == 0
+    assert "layers are not in this model" in message(
+        capsys, "--model", flux, "--models", tmp_path / "half.safetensors", "--save_to", out
+    )
+    assert (
+        main(
+            [
+                "--model",
+                str(flux),
+                "--models",
+                str(tmp_path / "half.safetensors"),
+                "--save_to",
+                str(out),
+                "--allow_partial",
+            ]
+        )
+        == 0
+    )
     out.unlink()
-    save_file_atomic({key: tensor for key, tensor in part.items() if not key.endswith("alpha")}, tmp_path / "no_alpha.safetensors")
+    save_file_atomic(
+        {key: tensor for key, tensor in part.items() if not key.endswith("alpha")}, tmp_path / "no_alpha.safetensors"
+    )
     assert main(["--model", str(flux), "--models", str(tmp_path / "no_alpha.safetensors"), "--save_to", str(out)]) == 0
     out.unlink()
-    save_file_atomic({key: tensor * float("inf") if "lora_up" in key else tensor for key, tensor in part.items()}, tmp_path / "inf.safetensors")
+    save_file_atomic(
+        {key: tensor * float("inf") if "lora_up" in key else tensor for key, tensor in part.items()},
+        tmp_path / "inf.safetensors",
+    )
     assert "not finite" in message(capsys, "--model", flux, "--models", tmp_path / "inf.safetensors", "--save_to", out)
     half = {key: tensor for key, tensor in part.items() if not key.endswith("lora_up.weight")}
     save_file_atomic(half, tmp_path / "ups.safetensors")

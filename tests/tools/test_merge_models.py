@@ -12,12 +12,20 @@ IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 
 
 def model(value, dtype=torch.float32):
-    return {UNET: torch.full((2, 3), value, dtype=dtype), TEXT: torch.full((3,), 10 * value, dtype=dtype), IDS: torch.arange(4)[None]}
+    return {
+        UNET: torch.full((2, 3), value, dtype=dtype),
+        TEXT: torch.full((3,), 10 * value, dtype=dtype),
+        IDS: torch.arange(4)[None],
+    }
 
 
 def files(folder, *models):
     for number, tensors in enumerate(models):
-        save_file(tensors, folder / f"{number}.safetensors", {"note": f"model {number}", "modelspec.architecture": "x", "modelspec.title": f"m{number}"})
+        save_file(
+            tensors,
+            folder / f"{number}.safetensors",
+            {"note": f"model {number}", "modelspec.architecture": "x", "modelspec.title": f"m{number}"},
+        )
     return [str(folder / f"{number}.safetensors") for number in range(len(models))]
 
 
@@ -28,12 +36,24 @@ def test_weighted_sum(tmp_path):
     assert torch.equal(merged[UNET], torch.full((2, 3), 2.5)) and torch.equal(merged[TEXT], torch.full((3,), 25.0))
     assert merged[IDS].dtype == torch.int64 and torch.equal(merged[IDS], torch.arange(4)[None])
     metadata = read_header(tmp_path / "out.safetensors")[1]
-    assert metadata["note"] == "model 0" and metadata["modelspec.title"] == "out" and metadata["modelspec.merged_from"] == "m0, m1"
+    assert (
+        metadata["note"] == "model 0"
+        and metadata["modelspec.title"] == "out"
+        and metadata["modelspec.merged_from"] == "m0, m1"
+    )
 
 
 def test_unet_only_equal_shares_and_precision(tmp_path):
     paths = files(tmp_path, model(1.0), model(2.0), model(6.0))
-    words = ["--models", *paths, "--output", str(tmp_path / "o.safetensors"), "--unet_only", "--saving_precision", "fp16"]
+    words = [
+        "--models",
+        *paths,
+        "--output",
+        str(tmp_path / "o.safetensors"),
+        "--unet_only",
+        "--saving_precision",
+        "fp16",
+    ]
     assert merge_models.main(words) == 0
     merged = load_file(tmp_path / "o.safetensors")
     assert merged[UNET].dtype == torch.float16 and torch.equal(merged[UNET], torch.full((2, 3), 3.0).half())
@@ -75,7 +95,8 @@ def test_bad_input_is_one_message_and_no_file(what, tmp_path, capsys):
     if what == "same":
         out = paths[0]
     message = {
-        "ratios": "1 values for 2", "sum": "add up to 1.1", "shape": "other shapes", "family": "no tensor in common", "nan": "not finite",
+        "ratios": "1 values for 2", "sum": "add up to 1.1", "shape": "other shapes", "family": "no tensor in common",
+        "nan": "not finite",
         "same": "is an input too", "missing": "does not exist", "exists": "--overwrite",
     }[what]  # fmt: skip
     assert merge_models.main(["--models", *paths, "--ratios", *ratios, "--output", out]) == 2
@@ -105,7 +126,8 @@ def test_parts_of_sd3(tmp_path, capsys):
     assert set(packed) == {
         "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "model.diffusion_model.x_embedder.proj.weight",
         "first_stage_model.encoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight",
-        "text_encoders.clip_l.transformer.text_model.final_layer_norm.weight", "text_encoders.t5xxl.transformer.shared.weight",
+        "text_encoders.clip_l.transformer.text_model.final_layer_norm.weight",
+        "text_encoders.t5xxl.transformer.shared.weight",
         "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight",
     }  # fmt: skip
     assert {tensor.dtype for tensor in packed.values()} == {torch.bfloat16} and read_header(out)[1] == {"part": "dit"}

@@ -19,20 +19,25 @@ CASES = [
     ("resize_lora", "sd1", ["--model", "{lora}", "--save_to", "{out}", "--save_precision", "fp16", "--new_rank", "1", "--device", "cpu", "--verbose"]),
     ("resize_lora", "sd1", ["--model", "{lora}", "--save_to", "{out}", "--new_rank", "2", "--dynamic_method", "sv_ratio", "--dynamic_param", "5"]),
     ("extract_lora_from_models", "sd2", ["--v2", "--v_parameterization", "--model_org", "{model}", "--model_tuned", "{tuned}", "--save_to", "{out}",
-                                         "--load_precision", "fp16", "--dim", "3", "--conv_dim", "2", "--clamp_quantile", "0.9", "--min_diff", "0.001"]),
+                                         "--load_precision", "fp16", "--dim", "3", "--conv_dim", "2",
+                                         "--clamp_quantile", "0.9", "--min_diff", "0.001"]),
     ("extract_lora_from_models", "sdxl", ["--sdxl", "--model_org", "{model}", "--model_tuned", "{tuned}", "--save_to", "{out}",
-                                          "--load_original_model_to=cpu", "--load_tuned_model_to", "cpu", "--save_precision", "bf16", "--no_metadata"]),
+                                          "--load_original_model_to=cpu", "--load_tuned_model_to", "cpu",
+                                          "--save_precision", "bf16", "--no_metadata"]),
     ("flux_extract_lora", "flux", ["--model_org", "{model}", "--model_tuned", "{tuned}", "--save_to", "{out}", "--mem_eff_safe_open", "--dim", "2",
                                    "--device", "cpu", "--save_precision", "bf16"]),
     ("extract_lora_from_dylora", "sd1", ["--model", "{lora}", "--save_to", "{out}", "--unit", "1"]),
-    ("check_lora_weights", "sd1", ["{lora}"]), ("check_lora_weights", "sd1", ["{lora}", "-s"]), ("check_lora_weights", "sd1", ["{lora}", "--show_all_keys"]),
-    ("merge_lora", "sd1", SUM), ("merge_lora", "sd1", [*SUM, "--concat", "--shuffle", "--precision", "float", "--save_precision", "fp16", "--no_metadata"]),
+    ("check_lora_weights", "sd1", ["{lora}"]), ("check_lora_weights", "sd1", ["{lora}", "-s"]),
+    ("check_lora_weights", "sd1", ["{lora}", "--show_all_keys"]),
+    ("merge_lora", "sd1", SUM),
+    ("merge_lora", "sd1", [*SUM, "--concat", "--shuffle", "--precision", "float", "--save_precision", "fp16", "--no_metadata"]),
     ("merge_lora", "sd2", ["--v2", "--sd_model", "{model}", "--models", "{lora}", "--ratios", "1", "--save_to", "{out}", "--precision", "fp16"]),
     ("merge_lora_old", "sd1", ["--sd_model", "{model}", "--models", "{lora}", "--ratios", "1", "--save_to", "{out}", "--save_precision", "fp16"]),
     ("sdxl_merge_lora", "sdxl", ["--sd_model", "{model}", "--models", "{lora}", "--ratios", "1", "--save_to", "{out}"]),
     ("sdxl_merge_lora", "sdxl", [*SUM, "--lbws", str([1.0] * 12), str([0.5] * 12)]),
     ("flux_merge_lora", "flux", ["--flux_model", "{model}", "--models", "{lora}", "--ratios", "1", "--save_to", "{out}", "--loading_device", "cpu",
-                                 "--working_device", "cpu", "--mem_eff_load_save", "--diffusers", "--save_precision", "bf16"]),
+                                 "--working_device", "cpu", "--mem_eff_load_save", "--diffusers", "--save_precision",
+                                 "bf16"]),
     ("svd_merge_lora", "sd1", [*SUM, "--new_rank", "2", "--new_conv_rank", "1", "--device", "cpu", "--precision", "float"]),
 ]  # fmt: skip
 
@@ -49,7 +54,13 @@ def places(tmp_path_factory):
             loras = [write_lora(folder / f"{i}.safetensors", *models_of(family, model), seed=i) for i in (0, 1)]
             tuned = str(folder / "tuned.safetensors")
             moved(model, tuned, lambda key, tensor: tensor.ndim > 1 and "first_stage" not in key)
-            made[family] = {"model": model, "lora": loras[0], "other": loras[1], "tuned": tuned, "out": str(folder / "out.safetensors")}
+            made[family] = {
+                "model": model,
+                "lora": loras[0],
+                "other": loras[1],
+                "tuned": tuned,
+                "out": str(folder / "out.safetensors"),
+            }
         return made[family]
 
     return of

@@ -1,5 +1,5 @@
-"""A PEFT folder (adapter_model.safetensors beside adapter_config.json): resized or averaged, it is one again, with its strength;
-inspected, that is told."""
+"""A PEFT folder (adapter_model.safetensors beside adapter_config.json): resized or averaged, it is one again, with its
+strength; inspected, that is told."""
 
 import json
 
@@ -78,7 +78,12 @@ def test_a_folder_of_peft(tmp_path, capsys):
     assert main([*words, str(out)]) == 0
     found = load_safetensors(out)
     written = json.loads((out.parent / "adapter_config.json").read_text(encoding="utf-8"))
-    assert (written["r"], written["lora_alpha"], written["target_modules"], written["peft_type"]) == (4, 4, ["to_q"], "LORA")
+    assert (written["r"], written["lora_alpha"], written["target_modules"], written["peft_type"]) == (
+        4,
+        4,
+        ["to_q"],
+        "LORA",
+    )
     matrix = 2.0 * up @ down
     error = (found[f"{name}.lora_B.weight"] @ found[f"{name}.lora_A.weight"] - matrix).norm()
     torch.testing.assert_close(error, torch.linalg.svdvals(matrix)[4:].norm(), rtol=1e-4, atol=1e-4)

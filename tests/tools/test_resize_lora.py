@@ -1,4 +1,5 @@
-"""The resize tool through its command line: errors are the optimum that the singular values give, ranks those of a plain count."""
+"""The resize tool through its command line: errors are the optimum that the singular values give, ranks those of a
+plain count."""
 
 import json
 import math
@@ -17,11 +18,13 @@ from tools.lora_tools.resize import main
 SHAPES = {
     "lora_unet_double_blocks_0_img_attn_qkv": (24, 10), "lora_unet_double_blocks_0_img_mlp_0": (5, 40),
     "lora_unet_single_blocks_0_linear1": (40, 6), "lora_te1_text_model_encoder_layers_0_mlp_fc1": (12, 12),
-    "lora_unet_down_blocks_0_resnets_0_conv1": (14, 6, 3, 3), "lora_unet_down_blocks_0_attentions_0_proj_in": (20, 18, 1, 1),
+    "lora_unet_down_blocks_0_resnets_0_conv1": (14, 6, 3, 3),
+    "lora_unet_down_blocks_0_attentions_0_proj_in": (20, 18, 1, 1),
 }  # fmt: skip
 RANK = 8
 RULES = (
-    (None, None), ("sv_ratio", 3.0), ("sv_ratio", 1.0), ("sv_fro", 0.8), ("sv_fro", 1.0), ("sv_cumulative", 0.7), ("sv_quantile", 0.5),
+    (None, None), ("sv_ratio", 3.0), ("sv_ratio", 1.0), ("sv_fro", 0.8), ("sv_fro", 1.0), ("sv_cumulative", 0.7),
+    ("sv_quantile", 0.5),
     ("sv_threshold", 2.0),
 )  # fmt: skip
 
@@ -50,7 +53,9 @@ def counted_rank(values, sides, most, method, parameter):
         wanted = most
     elif method in share:
         size = share[method]
-        wanted = next(k for k in range(1, len(values) + 1) if size(values[:k]) >= parameter * size(values) * (1 - 1e-12))
+        wanted = next(
+            k for k in range(1, len(values) + 1) if size(values[:k]) >= parameter * size(values) * (1 - 1e-12)
+        )
     else:
         wanted = sum(value > (values[0] / parameter if method == "sv_ratio" else parameter) for value in values)
     return max(1, min(wanted, most, *sides))
@@ -60,7 +65,9 @@ def counted_rank(values, sides, most, method, parameter):
 @pytest.mark.parametrize("rank", [1, 3, 8, 13, 100])
 def test_error_is_the_optimum_and_rank_is_counted(tmp_path, method, parameter, rank):
     source, out = str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")
-    save_file_atomic(lora(), source, {"ss_network_dim": "8", "ss_network_args": json.dumps({"conv_dim": "8", "conv_alpha": "5"})})
+    save_file_atomic(
+        lora(), source, {"ss_network_dim": "8", "ss_network_args": json.dumps({"conv_dim": "8", "conv_alpha": "5"})}
+    )
     dynamic = ["--dynamic_method", method, "--dynamic_param", str(parameter)] if method else []
     assert main(["--model", source, "--save_to", out, "--new_rank", str(rank), "--new_conv_rank", "2", *dynamic]) == 0
     before, after = by_module(lora()), by_module(load_safetensors(out))
@@ -83,16 +90,33 @@ def test_error_is_the_optimum_and_rank_is_counted(tmp_path, method, parameter, r
 def test_metadata_tells_what_was_done(tmp_path):
     source, out = str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")
     pairs = {"conv_dim": "8", "conv_alpha": "5"}
-    save_file_atomic(lora(), source, {"ss_network_dim": "8", "ss_training_comment": "mine", "ss_network_args": json.dumps(pairs), "other": "x"})
-    assert main(["--model", source, "--save_to", out, "--new_rank", "4", "--new_conv_rank", "2", "--save_precision", "fp16"]) == 0
+    save_file_atomic(
+        lora(),
+        source,
+        {"ss_network_dim": "8", "ss_training_comment": "mine", "ss_network_args": json.dumps(pairs), "other": "x"},
+    )
+    assert (
+        main(
+            ["--model", source, "--save_to", out, "--new_rank", "4", "--new_conv_rank", "2", "--save_precision", "fp16"]
+        )
+        == 0
+    )
     with safe_open(out, "pt") as file:
         metadata = file.metadata()
     assert metadata["ss_training_comment"] == "dimension is resized from 8 to 4 (conv: 2); mine"
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"], metadata["other"]) == ("4", "2.5", "x")
-    assert json.loads(metadata["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "1.25"} and len(metadata["sshs_model_hash"]) == 64
+    assert (
+        json.loads(metadata["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "1.25"}
+        and len(metadata["sshs_model_hash"]) == 64
+    )
     kinds = {key.endswith("alpha"): tensor.dtype for key, tensor in load_safetensors(out).items()}
     assert kinds == {True: torch.float32, False: torch.float16}
-    assert main(["--model", source, "--save_to", out, "--overwrite", "--dynamic_method", "sv_fro", "--dynamic_param", "0.9"]) == 0
+    assert (
+        main(
+            ["--model", source, "--save_to", out, "--overwrite", "--dynamic_method", "sv_fro", "--dynamic_param", "0.9"]
+        )
+        == 0
+    )
     with safe_open(out, "pt") as file:
         metadata = file.metadata()
     assert metadata["ss_training_comment"] == "Dynamic resize with sv_fro: 0.9 from 8; mine"
@@ -124,7 +148,9 @@ def test_peft_files_stay_peft(tmp_path, with_settings):
     ranks = {"a": 6, "b": 7}
     most = written["transformer.r"]
     assert {name: written["transformer.rank_pattern"].get(name, most) for name in ranks} == ranks
-    assert {name: written["transformer.alpha_pattern"].get(name, written["transformer.lora_alpha"]) for name in ranks} == ranks
+    assert {
+        name: written["transformer.alpha_pattern"].get(name, written["transformer.lora_alpha"]) for name in ranks
+    } == ranks
     assert with_settings == ("transformer.lora_bias" in written)
 
 
@@ -132,7 +158,8 @@ def test_tucker_and_other_kinds_become_lora(tmp_path):
     source, out = str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")
     generator = torch.Generator().manual_seed(3)
     drawn = {"tucker": {
-        "lora_down.weight": torch.randn(3, 6, 1, 1, generator=generator), "lora_up.weight": torch.randn(8, 3, 1, 1, generator=generator),
+        "lora_down.weight": torch.randn(3, 6, 1, 1, generator=generator),
+        "lora_up.weight": torch.randn(8, 3, 1, 1, generator=generator),
         "lora_mid.weight": torch.randn(3, 3, 3, 3, generator=generator), "alpha": torch.tensor(1.5),
     }, "lokr": {"lokr_w1": torch.randn(2, 3, generator=generator), "lokr_w2": torch.randn(5, 4, generator=generator)},
     "loha": {f"hada_{name}": torch.randn(*shape, generator=generator) for name, shape in
@@ -147,7 +174,9 @@ def test_tucker_and_other_kinds_become_lora(tmp_path):
         shape = (8, 6, 3, 3) if name == "tucker" else (10, 12)
         bias = found.pop("diff_b", None)
         assert (bias is None) == (name != "full") and "lora_mid.weight" not in found
-        torch.testing.assert_close(weight_change(found, torch.zeros(shape)), weight_change(part, torch.zeros(shape)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            weight_change(found, torch.zeros(shape)), weight_change(part, torch.zeros(shape)), rtol=1e-4, atol=1e-4
+        )
     with safe_open(out, "pt") as file:
         assert file.metadata()["ss_network_module"] == "networks.lora"
         assert "rewritten as LoRA" in file.metadata()["ss_training_comment"]
@@ -170,7 +199,9 @@ def test_dora_is_resized_only_without_loss(tmp_path, capsys):
 def test_parts_of_dylora_act_as_in_training(tmp_path, unit):
     """Training: the first k of R ranks act at alpha / R * sqrt(R / k)."""
     source, out = str(tmp_path / "in.safetensors"), tmp_path / "part.safetensors"
-    save_file_atomic(lora(), source, {"ss_network_args": json.dumps({"unit": "1", "x": "y"}), "ss_training_comment": "c"})
+    save_file_atomic(
+        lora(), source, {"ss_network_args": json.dumps({"unit": "1", "x": "y"}), "ss_training_comment": "c"}
+    )
     assert main(["--model", source, "--save_to", str(out), "--split_unit", str(unit)]) == 0
     ranks = [*range(unit, RANK, unit), RANK]
     assert sorted(path.name for path in tmp_path.glob("part-*")) == [f"part-{rank:04d}.safetensors" for rank in ranks]
@@ -184,7 +215,9 @@ def test_parts_of_dylora_act_as_in_training(tmp_path, unit):
             torch.testing.assert_close(weight_change(part, torch.zeros(SHAPES[name])), wanted)
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-        assert metadata["ss_training_comment"] == f"split from DyLoRA, rank {RANK} to {rank}; c" and metadata["ss_network_dim"] == str(rank)
+        assert metadata["ss_training_comment"] == f"split from DyLoRA, rank {RANK} to {rank}; c" and metadata[
+            "ss_network_dim"
+        ] == str(rank)
         assert json.loads(metadata["ss_network_args"]) == {"x": "y"}
         hashes.add(metadata["sshs_model_hash"])
     assert len(hashes) == len(ranks)
@@ -194,9 +227,12 @@ def test_rules_refuse_bad_numbers(tmp_path, capsys):
     source, out = tmp_path / "in.safetensors", str(tmp_path / "out.safetensors")
     save_file_atomic(lora(), source)
     for words, told in (
-        (["--dynamic_method", "sv_fro"], "needs --dynamic_param"), (["--dynamic_param", "0.5"], "without --dynamic_method"),
-        (["--dynamic_method", "sv_ratio", "--dynamic_param", "0.5"], "1 or more"), (["--new_rank", "0"], "the rank is 0"),
-        (["--dynamic_method", "sv_cumulative", "--dynamic_param", "2"], "up to 1"), (["--split_unit", "0"], "1 or more"),
+        (["--dynamic_method", "sv_fro"], "needs --dynamic_param"),
+        (["--dynamic_param", "0.5"], "without --dynamic_method"),
+        (["--dynamic_method", "sv_ratio", "--dynamic_param", "0.5"], "1 or more"),
+        (["--new_rank", "0"], "the rank is 0"),
+        (["--dynamic_method", "sv_cumulative", "--dynamic_param", "2"], "up to 1"),
+        (["--split_unit", "0"], "1 or more"),
         (["--split_unit", "2", "--new_rank", "3"], "has no meaning"), (["--save_precision", "int4"], "known: float"),
     ):  # fmt: skip
         assert main(["--model", str(source), "--save_to", out, *words]) == 2
@@ -208,7 +244,9 @@ def test_quantile_by_selection():
     tensors = [torch.randn(40, 30, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     everything = torch.cat([tensor.abs().flatten() for tensor in tensors])
     for quantile in (0.0, 0.123, 0.5, 0.99, 1.0):
-        assert quantile_of_size(tensors, quantile) == pytest.approx(float(torch.quantile(everything, quantile)), rel=1e-6)
+        assert quantile_of_size(tensors, quantile) == pytest.approx(
+            float(torch.quantile(everything, quantile)), rel=1e-6
+        )
 
 
 def test_nothing_gets_one_rank():

@@ -25,13 +25,37 @@ def test_same_output(tmp_path, with_settings):
     tensors = to_diffusers("flux", network.file_state_dict())
     metadata = {}
     if with_settings:  # a file that diffusers wrote: the scale is in its settings
-        settings = {"r": 6, "lora_alpha": 3, "target_modules": sorted({key.partition(".")[2].rpartition(".lora_")[0] for key in tensors})}
-        metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in settings.items()})}
+        settings = {
+            "r": 6,
+            "lora_alpha": 3,
+            "target_modules": sorted({key.partition(".")[2].rpartition(".lora_")[0] for key in tensors}),
+        }
+        metadata = {
+            "lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in settings.items()})
+        }
     source, out = str(tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
     save_file_atomic(tensors, source, metadata)
-    assert main(["--model", source, "--save_to", str(out), "--new_rank", "6", "--dynamic_method", "sv_fro", "--dynamic_param", "0.8"]) == 0
+    assert (
+        main(
+            [
+                "--model",
+                source,
+                "--save_to",
+                str(out),
+                "--new_rank",
+                "6",
+                "--dynamic_method",
+                "sv_fro",
+                "--dynamic_param",
+                "0.8",
+            ]
+        )
+        == 0
+    )
     found = load_safetensors(out)
-    assert len({tensor.shape[0] for key, tensor in found.items() if "lora_A" in key}) > 1 and not any("alpha" in key for key in found)
+    assert len({tensor.shape[0] for key, tensor in found.items() if "lora_A" in key}) > 1 and not any(
+        "alpha" in key for key in found
+    )
     network, _ = create_network_from_weights(1.0, str(out), None, [None, None], ours, for_inference=True)
     plain, _ = outputs(theirs, ours)
     network.apply_to([None, None], ours, True, True)

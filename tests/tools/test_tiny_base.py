@@ -1,5 +1,5 @@
-"""The making of the embedded base: scenes and captions are functions of the seed, vocabularies cover them, and the training parts
-do what they say on a model of a few thousand parameters."""
+"""The making of the embedded base: scenes and captions are functions of the seed, vocabularies cover them, and the
+training parts do what they say on a model of a few thousand parameters."""
 
 from __future__ import annotations
 

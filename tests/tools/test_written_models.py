@@ -1,4 +1,5 @@
-"""What the model tools write is a model: it trains one step and makes one picture, as the model that it was made of does."""
+"""What the model tools write is a model: it trains one step and makes one picture, as the model that it was made of
+does."""
 
 from __future__ import annotations
 
@@ -31,7 +32,10 @@ class Bench:
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind, self.folder = kind, folder
         self.tiny: TinySd = build_tiny_sd(folder / "model", kind, num_res_blocks=2)
-        tensors = load_file(self.tiny.model) | {"model_ema.decay": torch.ones(()), "betas": torch.rand(5)}  # real files hold such as well
+        tensors = load_file(self.tiny.model) | {
+            "model_ema.decay": torch.ones(()),
+            "betas": torch.rand(5),
+        }  # real files hold such as well
         save_file(tensors, self.tiny.model, read_header(self.tiny.model)[1])
         self.adapter = self.train(self.tiny.model, "adapter")
 
@@ -39,15 +43,18 @@ class Bench:
         tiny = replace(self.tiny, model=model)
         family = "sdxl" if self.kind == "sdxl" else "sd"
         cli.run(family, "network", [
-            *tiny.arguments(), f"--train_data_dir={self.folder / 'data'}", f"--output_dir={self.folder / out}", "--output_name=lora",
-            "--resolution=64", "--network_module=lora", "--network_dim=2", "--network_alpha=2", "--max_train_steps=1", "--optimizer_type=SGD", "--learning_rate=1",
+            *tiny.arguments(), f"--train_data_dir={self.folder / 'data'}", f"--output_dir={self.folder / out}",
+            "--output_name=lora",
+            "--resolution=64", "--network_module=lora", "--network_dim=2", "--network_alpha=2", "--max_train_steps=1",
+            "--optimizer_type=SGD", "--learning_rate=1",
             "--seed=1", "--max_data_loader_n_workers=0", "--console_log_level=WARNING",
         ])  # fmt: skip
         return self.folder / out / "lora.safetensors"
 
     def picture(self, model: Path, out: str) -> Image.Image:
         (path,) = unet_inference.run([
-            f"--ckpt={model}", f"--clip_tokenizer={self.tiny.tokenizer}", f"--outdir={self.folder / out}", "--W=64", "--H=64", "--steps=2",
+            f"--ckpt={model}", f"--clip_tokenizer={self.tiny.tokenizer}", f"--outdir={self.folder / out}", "--W=64",
+            "--H=64", "--steps=2",
             "--prompt=a cat", "--seed=1", *FLAGS[self.kind],
         ])  # fmt: skip
         return Image.open(path).convert("RGB")
@@ -85,14 +92,25 @@ def test_a_sum_of_models_and_a_model_with_an_adapter(bench: Bench) -> None:
     total, merged = bench.folder / "sum.safetensors", bench.folder / "merged.safetensors"
     assert merge_models.main(["--models", str(bench.tiny.model), str(bench.tiny.model), "--output", str(total)]) == 0
     bench.is_like_the_original(total, "sum")
-    words = ["--model", str(bench.tiny.model), "--models", str(bench.adapter), "--ratios", "0", "--save_to", str(merged)]
+    words = [
+        "--model",
+        str(bench.tiny.model),
+        "--models",
+        str(bench.adapter),
+        "--ratios",
+        "0",
+        "--save_to",
+        str(merged),
+    ]
     assert merge_lora.main(words) == 0
     bench.is_like_the_original(merged, "merged")
 
 
 def test_flux_of_shards_trains_and_paints(tmp_path) -> None:
     tiny = build_tiny_flux(tmp_path / "tiny")
-    state = {key: tensor.contiguous() for key, tensor in convert_bfl_sd_to_diffusers(load_safetensors(tiny.flux)).items()}
+    state = {
+        key: tensor.contiguous() for key, tensor in convert_bfl_sd_to_diffusers(load_safetensors(tiny.flux)).items()
+    }
     folder = tmp_path / "pipeline"
     (folder / "transformer").mkdir(parents=True)
     save_file(state, folder / "transformer" / "diffusion_pytorch_model.safetensors", read_header(tiny.flux)[1])
@@ -106,14 +124,18 @@ def test_flux_of_shards_trains_and_paints(tmp_path) -> None:
         words = [word for word in tiny.arguments() if not word.startswith("--pretrained_model_name_or_path")]
         out = tmp_path / f"out {number}"
         cli.run("flux", "network", [
-            *words, f"--pretrained_model_name_or_path={model}", f"--train_data_dir={tmp_path / 'data'}", f"--output_dir={out}", "--output_name=lora",
-            "--resolution=64", "--network_module=lora", "--network_dim=2", "--network_alpha=2", "--max_train_steps=1", "--optimizer_type=SGD", "--learning_rate=1",
+            *words, f"--pretrained_model_name_or_path={model}", f"--train_data_dir={tmp_path / 'data'}",
+            f"--output_dir={out}", "--output_name=lora",
+            "--resolution=64", "--network_module=lora", "--network_dim=2", "--network_alpha=2", "--max_train_steps=1",
+            "--optimizer_type=SGD", "--learning_rate=1",
             "--seed=1", "--max_data_loader_n_workers=0", "--console_log_level=WARNING",
         ])  # fmt: skip
         trained.append(out / "lora.safetensors")
         (path,) = flux_inference.run([
-            f"--ckpt_path={model}", f"--ae={tiny.ae}", f"--clip_l={tiny.clip_l}", f"--t5xxl={tiny.t5xxl}", f"--clip_l_tokenizer={tiny.clip_l_tokenizer}",
-            "--t5xxl_max_token_length=16", "--dtype=float32", "--width=64", "--height=32", "--steps=2", "--seed=1", f"--output_dir={out}",
+            f"--ckpt_path={model}", f"--ae={tiny.ae}", f"--clip_l={tiny.clip_l}", f"--t5xxl={tiny.t5xxl}",
+            f"--clip_l_tokenizer={tiny.clip_l_tokenizer}",
+            "--t5xxl_max_token_length=16", "--dtype=float32", "--width=64", "--height=32", "--steps=2", "--seed=1",
+            f"--output_dir={out}",
         ])  # fmt: skip
         painted.append(Image.open(path).tobytes())
     assert max(largest_difference(trained[0], other) for other in trained[1:]) < 1e-5 and len(set(painted)) == 1

@@ -11,7 +11,12 @@ import torch
 from library.dataset import CachingOptions
 from library.dataset.strategies import StrategySet
 from library.dataset.text_cache_io import TEXT_LAYOUTS
-from library.strategy_base import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy, TextEncodingStrategy, TokenizeStrategy
+from library.strategy_base import (
+    LatentsCachingStrategy,
+    TextEncoderOutputsCachingStrategy,
+    TextEncodingStrategy,
+    TokenizeStrategy,
+)
 from library.training.option_groups import NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import ModelFamily
@@ -79,7 +84,9 @@ class ToyVideoFamily(ModelFamily):
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         caching, text = self.config[CachingOptions], None
         if caching.caches_text:
-            text = ToyTextCaching(caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check)
+            text = ToyTextCaching(
+                caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check
+            )
             text.max_token_length = MAX_LENGTH
         return StrategySet(ToyTokenize(), ToyTextEncoding(), self.latents_caching(), text, TEXT_LAYOUTS[self.name])
 
@@ -98,12 +105,18 @@ class ToyVideoFamily(ModelFamily):
 
     def load_parts(self, runtime, beside: str) -> dict[str, torch.nn.Module]:
         """A second encoder of pictures stands for what a vision encoder would be."""
-        return {"first_frame_vae": seeded(ToyVideoVae(), 4).to(runtime.device, runtime.vae_dtype)} if beside == "vae" else {}
+        return (
+            {"first_frame_vae": seeded(ToyVideoVae(), 4).to(runtime.device, runtime.vae_dtype)}
+            if beside == "vae"
+            else {}
+        )
 
     def objective(self):
         from library.training.objective import FlowMatchingObjective
 
-        return FlowMatchingObjective(self.config[TimestepOptions], self.config[NoiseOptions], target="velocity", weigh=True)
+        return FlowMatchingObjective(
+            self.config[TimestepOptions], self.config[NoiseOptions], target="velocity", weigh=True
+        )
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """A picture is a clip of one frame."""
@@ -114,7 +127,9 @@ class ToyVideoFamily(ModelFamily):
 
         first = batch.conditions[FIRST_FRAME].to(sample.noisy_latents)
         times = sample.timesteps / 1000
-        return DiTOutput(models.denoiser(sample.noisy_latents, first, times, conditioning["states"], **inputs), sample.target)
+        return DiTOutput(
+            models.denoiser(sample.noisy_latents, first, times, conditioning["states"], **inputs), sample.target
+        )
 
     def metadata(self) -> dict[str, Any]:
         return {"ss_base_model_version": "toy_video"}

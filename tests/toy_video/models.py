@@ -17,7 +17,9 @@ def seeded(module: nn.Module, seed: int) -> nn.Module:
     """All parameters drawn from one seed, in the order of the module."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5, generator=generator)
+        nn.init.normal_(
+            parameter, std=0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5, generator=generator
+        )
     return module.requires_grad_(False).eval()
 
 
@@ -72,8 +74,8 @@ class ToyVideoBlock(nn.Module):
 
 
 class ToyVideoDit(nn.Module):
-    """Tokens are patches of all frames behind those of the text; the first frame's latents are further channels, zero in the
-    other frames."""
+    """Tokens are patches of all frames behind those of the text; the first frame's latents are further channels, zero
+    in the other frames."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +94,8 @@ class ToyVideoDit(nn.Module):
         return list(self.toy_blocks)
 
     def forward(self, latents: Tensor, first: Tensor, times: Tensor, states: Tensor) -> Tensor:
-        """latents [B, C, F, h, w], first [B, C, h, w], times [B] or [B, F] in 0..1, states [B, L, D] -> [B, C, F, h, w]."""
+        """latents [B, C, F, h, w], first [B, C, h, w], times [B] or [B, F] in 0..1, states [B, L, D] -> [B, C, F, h,
+        w]."""
         batch, channels, frames, height, width = latents.shape
         given = torch.zeros_like(latents)
         given[:, :, 0] = first
@@ -104,7 +107,10 @@ class ToyVideoDit(nn.Module):
         shift = timestep_embedding(each.flatten(), WIDTH).to(tokens).view(batch, frames, 1, 1, WIDTH).expand_as(tokens)
         tokens, shift = tokens.flatten(1, 3), shift.flatten(1, 3)
         length = states.shape[1]
-        tokens, shift = torch.cat([states.to(tokens), tokens], dim=1), torch.cat([torch.zeros_like(states, dtype=tokens.dtype), shift], dim=1)
+        tokens, shift = (
+            torch.cat([states.to(tokens), tokens], dim=1),
+            torch.cat([torch.zeros_like(states, dtype=tokens.dtype), shift], dim=1),
+        )
         for block in self.toy_blocks:
             tokens = block(tokens, shift, length)
         cells = self.patch_out(tokens[:, length:]).view(batch, frames, rows, columns, channels, PATCH, PATCH)

@@ -17,4 +17,6 @@ class ToyVideoPipeline(FlowPipeline[PictureRequest]):
 
     def velocity(self, latents, times, conditioning, request):
         clips = latents if latents.ndim == 5 else latents[:, :, None]  # a picture is a clip of one frame
-        return self.denoiser(clips, torch.zeros_like(clips[:, :, 0]), times / 1000, conditioning["states"]).view_as(latents)
+        return self.denoiser(clips, torch.zeros_like(clips[:, :, 0]), times / 1000, conditioning["states"]).view_as(
+            latents
+        )

@@ -33,7 +33,10 @@ PROMPT = "a picture of "
 class BlipOptions:
     """BLIP"""
 
-    caption_weights: str = option("Salesforce/blip-image-captioning-large", help="folder of a BLIP model in the layout of transformers, or its name on the hub")
+    caption_weights: str = option(
+        "Salesforce/blip-image-captioning-large",
+        help="folder of a BLIP model in the layout of transformers, or its name on the hub",
+    )
     beam_search: bool = option(False, help="the likeliest captions by beams; without it captions are drawn")
     num_beams: int = option(1, help="beams with --beam_search")
     top_p: float = option(0.9, help="share of the likeliest words from which is drawn")
@@ -81,7 +84,9 @@ class Captioner:
 
     def __init__(self, options: BlipOptions) -> None:
         self.options = options
-        self.model, self.tokenizer = load_model("BlipForConditionalGeneration", options.caption_weights, "caption_weights")
+        self.model, self.tokenizer = load_model(
+            "BlipForConditionalGeneration", options.caption_weights, "caption_weights"
+        )
         self.size = self.model.config.vision_config.image_size
 
     def prepare(self, image: np.ndarray) -> Tensor:
@@ -94,8 +99,14 @@ class Captioner:
         from library.core.keyed_random import isolated_rng, key_seed
 
         options = self.options
-        ids = self.tokenizer([PROMPT.strip()] * len(paths), return_tensors="pt").input_ids.to(self.model.device)  # [B, L]
-        how = {"num_beams": options.num_beams, "do_sample": False} if options.beam_search else {"do_sample": True, "top_p": options.top_p}
+        ids = self.tokenizer([PROMPT.strip()] * len(paths), return_tensors="pt").input_ids.to(
+            self.model.device
+        )  # [B, L]
+        how = (
+            {"num_beams": options.num_beams, "do_sample": False}
+            if options.beam_search
+            else {"do_sample": True, "top_p": options.top_p}
+        )
         # generate() takes no generator of its own
         with isolated_rng(key_seed(options.seed, "caption", os.path.basename(paths[0]))), torch.no_grad():
             tokens = self.model.generate(

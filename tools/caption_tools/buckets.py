@@ -1,4 +1,5 @@
-"""The training size of every image of a metadata file, and its latents: the cache of a data set, asked for in an older way."""
+"""The training size of every image of a metadata file, and its latents: the cache of a data set, asked for in an older
+way."""
 
 from __future__ import annotations
 
@@ -9,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from library.core.errors import ConfigError
 from library.core.options import Config, equivalent_option, option
-from library.scripts.folder_tool import FolderTool, Tally, WriteOptions, files_of, folder_problem, logger, numbers_problem
+from library.scripts.folder_tool import (
+    FolderTool,
+    Tally,
+    WriteOptions,
+    files_of,
+    folder_problem,
+    logger,
+    numbers_problem,
+)
 from library.scripts.tool_script import tool_exit_code
 from library.training.option_groups import ConsoleOptions
 from tools.caption_tools.metadata import output_json_problems, read_metadata, write_metadata
@@ -27,14 +36,20 @@ class BucketToolOptions:
     train_data_dir: str | None = option(None, help="folder of the images")
     in_json: str | None = option(None, help="metadata file with the captions or tags of the images")
     out_json: str | None = option(None, help="metadata file to write: the same with the training size of each image")
-    model_name_or_path: str | None = option(None, help="Stable Diffusion 1, 2 or SDXL, whose autoencoder encodes the images")
+    model_name_or_path: str | None = option(
+        None, help="Stable Diffusion 1, 2 or SDXL, whose autoencoder encodes the images"
+    )
     v2: bool = equivalent_option(False, help="deprecated", reason="--v2: the model's file tells which it is")
     full_path: bool = option(False, help="images are named by their full paths in the metadata")
     recursive: bool = option(False, help="images in folders within the folder too; needs --full_path")
     batch_size: int = option(1, help="images of one size that go through the autoencoder at a time")
     max_data_loader_n_workers: int | None = option(None, help="images that are read at a time")
-    mixed_precision: str = option("no", choices=("no", "fp16", "bf16"), help="number format of the autoencoder; no = float32")
-    skip_existing: bool = equivalent_option(False, help="deprecated", reason="--skip_existing: latents that are valid are never made again anyway")
+    mixed_precision: str = option(
+        "no", choices=("no", "fp16", "bf16"), help="number format of the autoencoder; no = float32"
+    )
+    skip_existing: bool = equivalent_option(
+        False, help="deprecated", reason="--skip_existing: latents that are valid are never made again anyway"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +119,13 @@ def cache_words(config: Config, family: str) -> list[str]:
     """The command of tools/cache_latents.py for the same work."""
     options, sizes = config[BucketToolOptions], config[BucketSizeOptions]
     words = [
-        f"--family={family}", f"--pretrained_model_name_or_path={options.model_name_or_path}", f"--in_json={options.in_json}",
-        f"--train_data_dir={options.train_data_dir}", f"--vae_batch_size={options.batch_size}", f"--mixed_precision={options.mixed_precision}",
+        f"--family={family}", f"--pretrained_model_name_or_path={options.model_name_or_path}",
+        f"--in_json={options.in_json}",
+        f"--train_data_dir={options.train_data_dir}", f"--vae_batch_size={options.batch_size}",
+        f"--mixed_precision={options.mixed_precision}",
         f"--resolution={sizes.max_resolution}", "--enable_bucket", f"--min_bucket_reso={sizes.min_bucket_reso}",
-        f"--max_bucket_reso={sizes.max_bucket_reso}", f"--bucket_reso_steps={sizes.bucket_reso_steps}", "--skip_bad_images",
+        f"--max_bucket_reso={sizes.max_bucket_reso}", f"--bucket_reso_steps={sizes.bucket_reso_steps}",
+        "--skip_bad_images",
     ]  # fmt: skip
     words += [f"--{name}" for name in ("bucket_no_upscale", "flip_aug", "alpha_mask") if getattr(sizes, name)]
     if options.max_data_loader_n_workers is not None:
@@ -116,7 +134,8 @@ def cache_words(config: Config, family: str) -> list[str]:
 
 
 def cached_data(config: Config) -> DataGroups:
-    """The images, each with its size, after their latents were cached. ConfigError with all that the data have against it."""
+    """The images, each with its size, after their latents were cached. ConfigError with all that the data have against
+    it."""
     from library.checkpoints.kinds import describe_checkpoint
     from library.core.registry import import_target
     from library.families.registry import record_of
@@ -126,7 +145,9 @@ def cached_data(config: Config) -> DataGroups:
 
     name = family_of(describe_checkpoint(config[BucketToolOptions].model_name_or_path).kind, config)
     words = cache_words(config, name)
-    own = cache_tools.only_this_cache(parser_common.parse_script(words, cache_tools.tool_script(name, "latents")).config, "latents")
+    own = cache_tools.only_this_cache(
+        parser_common.parse_script(words, cache_tools.tool_script(name, "latents")).config, "latents"
+    )
     family = import_target(record_of(name).family)(own)
     problems = list(family.part_problems("vae"))
     if problems:
@@ -142,14 +163,20 @@ def family_of(kind: str, config: Config) -> str:
     """The family of a model file; a folder is told by the text encoders that SDXL has two of."""
     if kind in FAMILIES_OF_KINDS:
         return FAMILIES_OF_KINDS[kind]
-    return "sdxl" if os.path.isdir(os.path.join(config[BucketToolOptions].model_name_or_path, "text_encoder_2")) else "sd"
+    return (
+        "sdxl" if os.path.isdir(os.path.join(config[BucketToolOptions].model_name_or_path, "text_encoder_2")) else "sd"
+    )
 
 
 def unnamed_images(options: BucketToolOptions, used: set[str]) -> list[str]:
     from library.dataset.media_utils import image_extensions
 
     known = image_extensions()
-    images = [path for path in files_of(options.train_data_dir, options.recursive) if os.path.splitext(path)[1].lower() in known]
+    images = [
+        path
+        for path in files_of(options.train_data_dir, options.recursive)
+        if os.path.splitext(path)[1].lower() in known
+    ]
     return [path for path in images if os.path.abspath(path) not in used]
 
 

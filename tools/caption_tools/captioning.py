@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from library.core.errors import CheckpointError
 from library.core.options import Config, option
-from library.scripts.folder_tool import DetailOptions, Tally, WriteOptions, batches, folder_problem, images_of, logger, read_ahead
+from library.scripts.folder_tool import (
+    DetailOptions,
+    Tally,
+    WriteOptions,
+    batches,
+    folder_problem,
+    images_of,
+    logger,
+    read_ahead,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +34,9 @@ class FolderOptions:
     """Images and captions"""
 
     train_data_dir: str | None = option(None, help="folder of the images")
-    caption_extension: str = option(".caption", flags=("--caption_extention",), help="ending of the caption files, beside the images")
+    caption_extension: str = option(
+        ".caption", flags=("--caption_extention",), help="ending of the caption files, beside the images"
+    )
     recursive: bool = option(False, help="images in folders within the folder too")
     batch_size: int = option(1, help="images that go through the model at a time")
     max_data_loader_n_workers: int | None = option(None, help="images that are read at a time")
@@ -62,7 +73,11 @@ def model_problem(name: str, model: str | None) -> str | None:
             " tokenizer), or its name on the hub"
         )
     if os.path.isdir(model):
-        return None if os.path.isfile(os.path.join(model, "config.json")) else f"--{name} is {model}, a folder without a config.json"
+        return (
+            None
+            if os.path.isfile(os.path.join(model, "config.json"))
+            else f"--{name} is {model}, a folder without a config.json"
+        )
     is_name = model.count("/") <= 1 and not model.startswith((".", "/", "~"))
     return None if is_name else f"--{name} is {model}, which does not exist"
 
@@ -87,16 +102,24 @@ def images_to_caption(config: Config, tally: Tally) -> list[str]:
 
 
 def caption_images(
-    images: Sequence[str], config: Config, tally: Tally, prepare: Callable[[np.ndarray], Tensor], describe: Callable[[Sequence[str], Tensor], Sequence[str]],
+    images: Sequence[str], config: Config, tally: Tally, prepare: Callable[[np.ndarray], Tensor],
+    describe: Callable[[Sequence[str], Tensor], Sequence[str]],
 ) -> None:
-    """Write a caption for each image: `prepare` gives its pixels [3, H, W], `describe` the captions of a batch [B, 3, H, W]."""
+    """Write a caption for each image: `prepare` gives its pixels [3, H, W], `describe` the captions of a batch [B, 3,
+    H, W]."""
     import torch
 
     from library.core.atomic_file import write_text_atomically
     from library.dataset.image_files import read_on_white
 
     options = config[FolderOptions]
-    pixels = read_ahead(lambda path: prepare(read_on_white(path)), images, tally, what="captions", workers=options.max_data_loader_n_workers)
+    pixels = read_ahead(
+        lambda path: prepare(read_on_white(path)),
+        images,
+        tally,
+        what="captions",
+        workers=options.max_data_loader_n_workers,
+    )
     for batch in batches(pixels, options.batch_size):
         paths = [path for path, _ in batch]
         for path, caption in zip(paths, describe(paths, torch.stack([image for _, image in batch]))):
@@ -109,7 +132,7 @@ def caption_images(
                 logger.info("%s: %s", path, caption)
 
 
-# -- models ----------------------------------------------------------------------------------------------------------------
+# -- models ------------------------------------------------------------------------------------------------------------
 
 
 def load_model(class_name: str, model: str, option_name: str) -> tuple[Any, Any]:
@@ -130,8 +153,8 @@ def load_model(class_name: str, model: str, option_name: str) -> tuple[Any, Any]
 
 
 def normalized(image: np.ndarray, size: int, *, whole: bool) -> Tensor:
-    """[3, size, size] of [H, W, 3], as CLIP's normalization has it; bicubic. `whole`: the image is squeezed into the square,
-    else its middle is cut from an image whose shorter side has the size."""
+    """[3, size, size] of [H, W, 3], as CLIP's normalization has it; bicubic. `whole`: the image is squeezed into the
+    square, else its middle is cut from an image whose shorter side has the size."""
     import numpy as np
     import torch
     from PIL import Image
@@ -141,7 +164,9 @@ def normalized(image: np.ndarray, size: int, *, whole: bool) -> Tensor:
         picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     else:
         factor = size / min(picture.size)
-        picture = picture.resize(tuple(max(round(side * factor), size) for side in picture.size), Image.Resampling.BICUBIC)
+        picture = picture.resize(
+            tuple(max(round(side * factor), size) for side in picture.size), Image.Resampling.BICUBIC
+        )
         left, top = ((side - size) // 2 for side in picture.size)
         picture = picture.crop((left, top, left + size, top + size))
     values = (np.asarray(picture, np.float32) / 255 - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)

@@ -29,9 +29,14 @@ if TYPE_CHECKING:
 class GitOptions:
     """GIT"""
 
-    model_id: str = option("microsoft/git-large-textcaps", help="folder of a GIT model in the layout of transformers, or its name on the hub")
+    model_id: str = option(
+        "microsoft/git-large-textcaps",
+        help="folder of a GIT model in the layout of transformers, or its name on the hub",
+    )
     max_length: int = option(50, help="most tokens of a caption")
-    remove_words: bool = option(False, help='leave out phrases about letters in the picture, such as: with the word "x" on it')
+    remove_words: bool = option(
+        False, help='leave out phrases about letters in the picture, such as: with the word "x" on it'
+    )
 
 
 CLASSES = (FolderOptions, GitOptions, DetailOptions, WriteOptions, ConsoleOptions)
@@ -63,7 +68,9 @@ def run(argv: Sequence[str] | None = None) -> None:
             import torch
 
             with torch.no_grad():
-                tokens = model.generate(pixel_values=pixels.to(model.device, model.dtype), max_length=options.max_length, do_sample=False)
+                tokens = model.generate(
+                    pixel_values=pixels.to(model.device, model.dtype), max_length=options.max_length, do_sample=False
+                )
             texts = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
             return [without_written_words(text) for text in texts] if options.remove_words else texts
 

@@ -32,10 +32,16 @@ class MergeMetadataOptions:
     """What is gathered"""
 
     train_data_dir: str | None = option(None, help="folder of the images, with a text file beside each")
-    out_json: str | None = option(None, help="metadata file to write; what it holds already stays, unless --in_json names another")
+    out_json: str | None = option(
+        None, help="metadata file to write; what it holds already stays, unless --in_json names another"
+    )
     in_json: str | None = option(None, help="metadata file to begin with; out_json when that exists")
     tags: bool = option(False, help="the files hold tags, not captions")
-    caption_extension: str | None = option(None, flags=("--caption_extention",), help="ending of the text files; .caption, or .txt with --tags, when not given")
+    caption_extension: str | None = option(
+        None,
+        flags=("--caption_extention",),
+        help="ending of the text files; .caption, or .txt with --tags, when not given",
+    )
     full_path: bool = option(False, help="name images by their full paths, not by their names without extension")
     recursive: bool = option(False, help="images in folders within the folder too; needs --full_path")
 
@@ -49,7 +55,9 @@ class MergeMetadataOptions:
 
 
 CLASSES = (MergeMetadataOptions, DetailOptions, WriteOptions, ConsoleOptions)
-TOOL = FolderTool("Gather the captions or tags beside images in a metadata file", CLASSES, ("train_data_dir", "out_json"))
+TOOL = FolderTool(
+    "Gather the captions or tags beside images in a metadata file", CLASSES, ("train_data_dir", "out_json")
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +92,9 @@ def run(argv: Sequence[str] | None = None) -> None:
     source = options.in_json or (options.out_json if os.path.isfile(options.out_json) else None)
     metadata = read_metadata(source) if source else {}
     for path in progress(images, f"reading {options.part}"):
-        text_path = os.path.splitext(path)[0] + (options.ending if options.ending.startswith(".") else f".{options.ending}")
+        text_path = os.path.splitext(path)[0] + (
+            options.ending if options.ending.startswith(".") else f".{options.ending}"
+        )
         if not os.path.isfile(text_path):
             tally.skip(f"without a {options.ending} file")
             continue

@@ -55,11 +55,19 @@ def model_folder(model_dir: str, repo_id: str) -> str:
 
 def layout_of(folder: str) -> str | None:
     """`list` or `mapping`, whose files are in the folder; None when neither are."""
-    return next((layout for layout, names in FILES.items() if all(os.path.isfile(os.path.join(folder, name)) for name in names)), None)
+    return next(
+        (
+            layout
+            for layout, names in FILES.items()
+            if all(os.path.isfile(os.path.join(folder, name)) for name in names)
+        ),
+        None,
+    )
 
 
 def download(repo_id: str, folder: str) -> None:
-    """Fetch both files of a model from the hub; `namespace/name/subfolder` has the layout with a mapping. ConfigError."""
+    """Fetch both files of a model from the hub; `namespace/name/subfolder` has the layout with a mapping.
+    ConfigError."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -68,14 +76,18 @@ def download(repo_id: str, folder: str) -> None:
     parts = repo_id.split("/")
     layout, subfolder = ("mapping", "/".join(parts[2:])) if len(parts) > 2 else ("list", None)
     if not is_hub_reachable():
-        raise ConfigError(f"--repo_id is {repo_id}, which cannot be fetched: the hub does not answer; needed: its files in --model_dir")
+        raise ConfigError(
+            f"--repo_id is {repo_id}, which cannot be fetched: the hub does not answer; needed: its files in --model_dir"
+        )
     try:
         for name in FILES[layout]:
             found = hf_hub_download("/".join(parts[:2]), name, subfolder=subfolder, force_download=True)
             copy_into(found, os.path.join(folder, name))
     except (HfHubHTTPError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"--repo_id is {repo_id}, which cannot be fetched: {first}; needed: a model of the hub, or its files in --model_dir") from error
+        raise ConfigError(
+            f"--repo_id is {repo_id}, which cannot be fetched: {first}; needed: a model of the hub, or its files in --model_dir"
+        ) from error
 
 
 def copy_into(source: str, target: str) -> None:
@@ -140,7 +152,7 @@ def probabilities(outputs: np.ndarray, layout: str) -> np.ndarray:
     return outputs if layout == "list" else 1 / (1 + np.exp(-outputs.astype(np.float64)))
 
 
-# -- onnxruntime -----------------------------------------------------------------------------------------------------------
+# -- onnxruntime -------------------------------------------------------------------------------------------------------
 
 
 def package_problem() -> str | None:
@@ -148,7 +160,9 @@ def package_problem() -> str | None:
 
     if find_spec("onnxruntime"):
         return None
-    return "tags are made by the package onnxruntime, which is not installed: pip install onnxruntime (or onnxruntime-gpu)"
+    return (
+        "tags are made by the package onnxruntime, which is not installed: pip install onnxruntime (or onnxruntime-gpu)"
+    )
 
 
 class OnnxNetwork:

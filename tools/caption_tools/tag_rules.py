@@ -34,7 +34,11 @@ class TagRules:
 
     def tags_of(self, tags: Sequence[Tag], values: Sequence[float]) -> list[str]:
         """The tags of one image. `values`: the probability of each tag."""
-        found = [(tag, float(value)) for tag, value in zip(tags, values) if tag.category not in CHOSEN_ONE and value >= self.thresholds[tag.category]]
+        found = [
+            (tag, float(value))
+            for tag, value in zip(tags, values)
+            if tag.category not in CHOSEN_ONE and value >= self.thresholds[tag.category]
+        ]
         if self.by_probability:
             found.sort(key=lambda pair: -pair[1])
         if self.character_tags_first:
@@ -75,7 +79,9 @@ def read_replacements(text: str | None) -> dict[str, str]:
             continue
         parts = [part.strip().replace(r"\,", ",").replace(r"\;", ";") for part in re.split(r"(?<!\\),", pair)]
         if len(parts) != 2 or not all(parts):
-            raise ConfigError(rf"--tag_replacement has '{pair}'; needed: old,new with ; between pairs (\, and \; for the signs themselves)")
+            raise ConfigError(
+                rf"--tag_replacement has '{pair}'; needed: old,new with ; between pairs (\, and \; for the signs themselves)"
+            )
         found[parts[0]] = parts[1]
     return found
 

@@ -50,11 +50,17 @@ class TagModelOptions:
 
     train_data_dir: str | None = option(None, help="folder of the images")
     recursive: bool = option(False, help="images in folders within the folder too")
-    model_dir: str = option("wd14_tagger_model", help="folder of the model's files, or of folders named after --repo_id")
-    repo_id: str = option("SmilingWolf/wd-v1-4-convnext-tagger-v2", help="model of the hub, fetched into --model_dir when it is not there")
+    model_dir: str = option(
+        "wd14_tagger_model", help="folder of the model's files, or of folders named after --repo_id"
+    )
+    repo_id: str = option(
+        "SmilingWolf/wd-v1-4-convnext-tagger-v2", help="model of the hub, fetched into --model_dir when it is not there"
+    )
     force_download: bool = option(False, help="fetch the model again")
     onnx: bool = equivalent_option(False, help="deprecated", reason="--onnx: models always run in onnxruntime")
-    batch_size: int = option(1, help="images that go through the model at a time; that of the model's file where it has one")
+    batch_size: int = option(
+        1, help="images that go through the model at a time; that of the model's file where it has one"
+    )
     max_data_loader_n_workers: int | None = option(None, help="images that are read at a time")
 
 
@@ -77,7 +83,9 @@ class TagTextOptions:
 
     remove_underscore: bool = option(False, help="spaces for underscores in tags of more than three characters")
     undesired_tags: str = option("", help="tags that are left out, with the separator between")
-    tag_replacement: str | None = option(None, help=r"old,new;old,new: tags that are written otherwise; \, and \; for the signs themselves")
+    tag_replacement: str | None = option(
+        None, help=r"old,new;old,new: tags that are written otherwise; \, and \; for the signs themselves"
+    )
     character_tag_expand: bool = option(False, help="name_(work) as two tags, name and work")
     character_tags_first: bool = option(False, help="characters before other tags")
     always_first_tags: str | None = option(None, help="tags that come first, in this order, where an image has them")
@@ -98,7 +106,15 @@ class TagOutputOptions:
     frequency_tags: bool = option(False, help="show how many images have each tag")
 
 
-CLASSES = (TagModelOptions, ThresholdOptions, TagTextOptions, TagOutputOptions, DetailOptions, WriteOptions, ConsoleOptions)
+CLASSES = (
+    TagModelOptions,
+    ThresholdOptions,
+    TagTextOptions,
+    TagOutputOptions,
+    DetailOptions,
+    WriteOptions,
+    ConsoleOptions,
+)
 TOOL = FolderTool("Write tags beside images by an ONNX model", CLASSES, ("train_data_dir",))
 
 
@@ -106,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return tool_exit_code(run, argv)
 
 
-# -- checks ----------------------------------------------------------------------------------------------------------------
+# -- checks ------------------------------------------------------------------------------------------------------------
 
 
 def problems_of(config: Config) -> Iterator[str]:
@@ -155,12 +171,14 @@ def _model_problems(config: Config) -> Iterator[str]:
         yield f"--repo_id is {options.repo_id}; needed: namespace/name of a model of the hub"
 
 
-# -- run -------------------------------------------------------------------------------------------------------------------
+# -- run ---------------------------------------------------------------------------------------------------------------
 
 
 def run(argv: Sequence[str] | None = None, open_network: OpenNetwork | None = None) -> None:
     """`open_network` stands in for onnxruntime."""
-    config = TOOL.read(argv, lambda config: [*problems_of(config), *filter(None, [open_network is None and package_problem()])])
+    config = TOOL.read(
+        argv, lambda config: [*problems_of(config), *filter(None, [open_network is None and package_problem()])]
+    )
     options, tally = config[TagModelOptions], Tally()
     output = Output(config)
     images = [path for path in images_of(options.train_data_dir, options.recursive) if output.wants(path, tally)]
@@ -178,13 +196,21 @@ def rules_of(config: Config, layout: str) -> TagRules:
     own = {category: getattr(thresholds, f"{category}_threshold") for category in CATEGORIES}
 
     def place(kind: str) -> str | None:
-        return "first" if getattr(texts, f"use_{kind}_tags") else "last" if getattr(texts, f"use_{kind}_tags_as_last_tag") else None
+        return (
+            "first"
+            if getattr(texts, f"use_{kind}_tags")
+            else "last"
+            if getattr(texts, f"use_{kind}_tags_as_last_tag")
+            else None
+        )
 
     return TagRules(
         thresholds={category: thresholds.thresh if value is None else value for category, value in own.items()},
-        by_probability=layout == "mapping", remove_underscore=texts.remove_underscore, character_tag_expand=texts.character_tag_expand,
+        by_probability=layout == "mapping", remove_underscore=texts.remove_underscore,
+        character_tag_expand=texts.character_tag_expand,
         character_tags_first=texts.character_tags_first, replacements=read_replacements(texts.tag_replacement),
-        undesired=frozenset(split_list(texts.undesired_tags, texts.caption_separator)), rating=place("rating"), quality=place("quality"),
+        undesired=frozenset(split_list(texts.undesired_tags, texts.caption_separator)), rating=place("rating"),
+        quality=place("quality"),
         always_first=tuple(split_list(texts.always_first_tags, texts.caption_separator)),
     )  # fmt: skip
 
@@ -200,7 +226,11 @@ def tag_images(images: Sequence[str], config: Config, tally: Tally, output: Outp
         folder = os.path.join(options.model_dir, options.repo_id.replace("/", "_"))
         download(options.repo_id, folder)
     layout = layout_of(folder)
-    tags, network, rules = read_tags(folder), open_network(os.path.join(folder, FILES[layout][0])), rules_of(config, layout)
+    tags, network, rules = (
+        read_tags(folder),
+        open_network(os.path.join(folder, FILES[layout][0])),
+        rules_of(config, layout),
+    )
     size = network.batch_size or options.batch_size
     if len(rules.always_first) > 1:
         logger.info("--always_first_tags come in the order given: %s", ", ".join(rules.always_first))
@@ -223,10 +253,12 @@ def tag_images(images: Sequence[str], config: Config, tally: Tally, output: Outp
 
 def check_outputs(values: Any, tags: Sequence[Tag], folder: str) -> None:
     if values.shape[1] != len(tags):
-        raise CheckpointError(f"the model in {folder} gives {values.shape[1]} numbers for {len(tags)} tags; its files belong to two models")
+        raise CheckpointError(
+            f"the model in {folder} gives {values.shape[1]} numbers for {len(tags)} tags; its files belong to two models"
+        )
 
 
-# -- output ----------------------------------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -262,7 +294,9 @@ class Output:
             return False
         self.seen.add(target)
         if os.path.exists(target) and not (options.append_tags or self.config[WriteOptions].overwrite):
-            tally.skip(f"whose {options.caption_extension} file exists; --overwrite makes it anew, --append_tags adds to it")
+            tally.skip(
+                f"whose {options.caption_extension} file exists; --overwrite makes it anew, --append_tags adds to it"
+            )
             return False
         return True
 
@@ -278,7 +312,11 @@ class Output:
         tags = before + [tag for tag in tags if tag not in before]
         if options.output_path:
             key = os.path.abspath(path)
-            self.entries[key] = {**self.entries.get(key, {}), self.part: self.separator.join(tags), "image_size": list(size_wh)}
+            self.entries[key] = {
+                **self.entries.get(key, {}),
+                self.part: self.separator.join(tags),
+                "image_size": list(size_wh),
+            }
         else:
             write_text_atomically(caption_path(path, options.caption_extension), self.separator.join(tags) + "\n")
         self.counts.update(tags)
@@ -299,5 +337,8 @@ class Output:
         if options.output_path and tally.done:
             entries = self.entries
             if self.part == "caption":
-                entries = {key: {name: value for name, value in entry.items() if name != "image_path"} for key, entry in entries.items()}
+                entries = {
+                    key: {name: value for name, value in entry.items() if name != "image_path"}
+                    for key, entry in entries.items()
+                }
             write_metadata(options.output_path, entries)

@@ -23,21 +23,26 @@ LONE_WORD = re.compile(rf"{_WORD}|hair ornament")
 
 CAPTION_PAIRS: tuple[tuple[str, str], ...] = (
     ("anime anime", "anime"), ("young ", ""), ("anime girl", "girl"),
-    ("cartoon female", "girl"), ("cartoon lady", "girl"), ("cartoon character", "girl"), ("cartoon woman", "girl"), ("cartoon women", "girls"),
+    ("cartoon female", "girl"), ("cartoon lady", "girl"), ("cartoon character", "girl"), ("cartoon woman", "girl"),
+    ("cartoon women", "girls"),
     ("cartoon girl", "girl"),
-    ("anime female", "girl"), ("anime lady", "girl"), ("anime character", "girl"), ("anime woman", "girl"), ("anime women", "girls"),
-    ("lady", "girl"), ("female", "girl"), ("woman", "girl"), ("women", "girls"), ("people", "girls"), ("person", "girl"),
+    ("anime female", "girl"), ("anime lady", "girl"), ("anime character", "girl"), ("anime woman", "girl"),
+    ("anime women", "girls"),
+    ("lady", "girl"), ("female", "girl"), ("woman", "girl"), ("women", "girls"), ("people", "girls"),
+    ("person", "girl"),
     ("a cartoon figure", "a figure"), ("a cartoon image", "an image"), ("a cartoon picture", "a picture"),
-    ("an anime cartoon image", "an image"), ("a cartoon anime drawing", "a drawing"), ("a cartoon drawing", "a drawing"),
+    ("an anime cartoon image", "an image"), ("a cartoon anime drawing", "a drawing"),
+    ("a cartoon drawing", "a drawing"),
     ("girl girl", "girl"),
 )  # fmt: skip
 
 
-# -- tags ------------------------------------------------------------------------------------------------------------------
+# -- tags --------------------------------------------------------------------------------------------------------------
 
 
 def clean_tags(text: str) -> str:
-    """Tags with `, ` between them: spaces for underscores, nothing from the rating on, no contradictions, no repetitions."""
+    """Tags with `, ` between them: spaces for underscores, nothing from the rating on, no contradictions, no
+    repetitions."""
     text = text.split(", rating")[0]
     tags = [spaced(tag.strip()) for tag in text.split(",") if tag.strip()]
     if any("girls" in tag or "boys" in tag for tag in tags):
@@ -51,7 +56,8 @@ def spaced(tag: str) -> str:
 
 
 def without_contradictions(tags: list[str]) -> list[str]:
-    """Of several people: kinds of tags that are there more than once go; a length of hair that is the only one stays."""
+    """Of several people: kinds of tags that are there more than once go; a length of hair that is the only one
+    stays."""
     for pattern in CONTRADICTING:
         if sum(bool(pattern.fullmatch(tag)) for tag in tags) > 1:
             tags = [tag for tag in tags if not pattern.fullmatch(tag)]
@@ -65,7 +71,7 @@ def without_plain_words(tags: list[str]) -> list[str]:
     return [tag for tag in tags if tag not in plain]
 
 
-# -- captions --------------------------------------------------------------------------------------------------------------
+# -- captions ----------------------------------------------------------------------------------------------------------
 
 
 def clean_caption(text: str) -> str:

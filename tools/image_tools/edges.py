@@ -23,7 +23,9 @@ class EdgeOptions:
     """Edges"""
 
     input: str | None = option(None, help="an image, or a folder of images")
-    output: str | None = option(None, help="the image to write; a folder, with PNG files of the same names, where --input is one")
+    output: str | None = option(
+        None, help="the image to write; a folder, with PNG files of the same names, where --input is one"
+    )
     thres1: int = option(32, help="lower threshold: weaker edges are dropped")
     thres2: int = option(224, help="upper threshold: stronger edges are kept, those between where they touch one")
 

@@ -46,7 +46,9 @@ class FaceOptions:
     dst_dir: str | None = option(None, help="folder for the cuts; made when it is missing")
     rotate: bool = option(False, help="turn the image around the face until the eyes are level")
     resize_fit: bool = option(False, help="scale the image so that it just covers --crop_size")
-    resize_face_size: int | None = option(None, help="scale the image so that the longer side of the face has this many px")
+    resize_face_size: int | None = option(
+        None, help="scale the image so that the longer side of the face has this many px"
+    )
     crop_size: str | None = option(None, help="width,height of the cut around the face; the whole image when not given")
     crop_ratio: str | None = option(None, help="width,height of the cut in sizes of the face, e.g. 4,5")
     min_size: int | None = option(None, help="leave out images with a side shorter than this")
@@ -55,7 +57,9 @@ class FaceOptions:
 
 
 CLASSES = (FaceOptions, DetailOptions, WriteOptions, ConsoleOptions)
-TOOL = FolderTool("Cut images around the faces of drawn people; the place of the face goes into the names of the files", CLASSES)
+TOOL = FolderTool(
+    "Cut images around the faces of drawn people; the place of the face goes into the names of the files", CLASSES
+)
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,16 @@ class Face:
         return max(self.width, self.height)
 
     def scaled(self, factor: float) -> Face:
-        return dataclasses.replace(self, **{name: int(getattr(self, name) * factor + 0.5) for name in ("x", "y", "width", "height")})
+        return dataclasses.replace(
+            self, **{name: int(getattr(self, name) * factor + 0.5) for name in ("x", "y", "width", "height")}
+        )
 
 
 Detector = Callable[["np.ndarray"], list[Face]]
 """[H, W, 3] RGB -> faces"""
 
 
-# -- geometry --------------------------------------------------------------------------------------------------------------
+# -- geometry ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -111,13 +117,17 @@ def plan_cut(image_wh: tuple[int, int], face: Face, options: FaceOptions) -> Cut
     if options.crop_ratio is not None:
         crop = tuple(int(moved.size * ratio + 0.5) for ratio in pair(options.crop_ratio, float))
     size = tuple(min(wanted, side) for wanted, side in zip(crop, resized)) if crop is not None else resized
-    offset = tuple(min(max(centre - length // 2, 0), side - length) for centre, length, side in zip((moved.x, moved.y), size, resized))
+    offset = tuple(
+        min(max(centre - length // 2, 0), side - length)
+        for centre, length, side in zip((moved.x, moved.y), size, resized)
+    )
     moved = dataclasses.replace(moved, x=moved.x - offset[0], y=moved.y - offset[1])
     return Cut(resized, offset, size, moved)  # type: ignore[arg-type]
 
 
 def levelled(image: np.ndarray, face: Face) -> np.ndarray:
-    """[H, W, C] turned around the face, its size kept, so that the eyes are level; what comes in is mirrored at the borders."""
+    """[H, W, C] turned around the face, its size kept, so that the eyes are level; what comes in is mirrored at the
+    borders."""
     import cv2
 
     height, width = image.shape[:2]
@@ -141,7 +151,7 @@ def cut_name(stem: str, number: int | None, face: Face) -> str:
     return f"{numbered}_{face.x:04d}_{face.y:04d}_{face.width:04d}_{face.height:04d}.png"
 
 
-# -- detector --------------------------------------------------------------------------------------------------------------
+# -- detector ----------------------------------------------------------------------------------------------------------
 
 
 def face_of(box: Sequence[float], points: Sequence[Sequence[float]]) -> Face:
@@ -164,7 +174,7 @@ def load_detector() -> Detector:
     return detect
 
 
-# -- the tool --------------------------------------------------------------------------------------------------------------
+# -- the tool ----------------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,7 +192,13 @@ def problems_of(config: Config) -> Iterator[str]:
         yield f"--dst_dir is {options.dst_dir}, which is a file; name a folder"
     elif not found and os.path.realpath(options.src_dir) == os.path.realpath(options.dst_dir):
         yield f"--dst_dir is {options.dst_dir}, the folder of the images; name another one"
-    yield from filter(None, (numbers_problem("--crop_size", options.crop_size, 2), numbers_problem("--crop_ratio", options.crop_ratio, 2, kind=float)))
+    yield from filter(
+        None,
+        (
+            numbers_problem("--crop_size", options.crop_size, 2),
+            numbers_problem("--crop_ratio", options.crop_ratio, 2, kind=float),
+        ),
+    )
     for name in ("resize_face_size", "min_size", "max_size"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             yield f"--{name} is {getattr(options, name)}; needed: 1 or more"
@@ -190,7 +206,11 @@ def problems_of(config: Config) -> Iterator[str]:
 
 
 def _pair_problems(options: FaceOptions) -> Iterator[str]:
-    for first, second in (("resize_fit", "resize_face_size"), ("crop_ratio", "resize_face_size"), ("crop_ratio", "crop_size")):
+    for first, second in (
+        ("resize_fit", "resize_face_size"),
+        ("crop_ratio", "resize_face_size"),
+        ("crop_ratio", "crop_size"),
+    ):
         if getattr(options, first) not in (None, False) and getattr(options, second) is not None:
             yield f"--{first} and --{second} are both given; leave one out"
     if options.resize_fit and options.crop_size is None:
@@ -200,18 +220,24 @@ def _pair_problems(options: FaceOptions) -> Iterator[str]:
 def package_problem() -> str | None:
     from importlib.util import find_spec
 
-    return None if find_spec(PACKAGE) else f"faces are found by the package {PACKAGE}, which is not installed: {INSTALL}"
+    return (
+        None if find_spec(PACKAGE) else f"faces are found by the package {PACKAGE}, which is not installed: {INSTALL}"
+    )
 
 
 def run(argv: Sequence[str] | None = None, make_detector: Callable[[], Detector] | None = None) -> None:
     """`make_detector` stands in for the package, e.g. where faces are known already."""
-    config = TOOL.read(argv, lambda config: [*problems_of(config), *filter(None, [make_detector is None and package_problem()])])
+    config = TOOL.read(
+        argv, lambda config: [*problems_of(config), *filter(None, [make_detector is None and package_problem()])]
+    )
     options, tally = config[FaceOptions], Tally()
     images = images_of(options.src_dir)
     stems = Counter(os.path.splitext(os.path.basename(path))[0] for path in images)
     shared = sorted(stem for stem, count in stems.items() if count > 1)
     if shared:
-        raise ConfigError(f"images in {options.src_dir} share a name, and so could their cuts: {', '.join(shared)}; rename them")
+        raise ConfigError(
+            f"images in {options.src_dir} share a name, and so could their cuts: {', '.join(shared)}; rename them"
+        )
     if not options.multiple_faces:
         logger.info("of several faces in an image the largest is cut; --multiple_faces cuts all of them")
     cut_faces(images, config, tally, (make_detector or load_detector)())

@@ -33,17 +33,26 @@ class ResizeOptions:
 
     src_img_folder: str | None = option(None, help="folder of the images")
     dst_img_folder: str | None = option(None, help="folder for the copies; made when it is missing")
-    max_resolution: str = option("512x512,384x384,256x256,128x128", help="resolutions WxH with commas between; a copy is made for each")
+    max_resolution: str = option(
+        "512x512,384x384,256x256,128x128", help="resolutions WxH with commas between; a copy is made for each"
+    )
     divisible_by: int = option(1, help="cut both sides, in the middle, to a multiple of this")
-    interpolation: str | None = option(None, choices=INTERPOLATIONS, help="filter; area when not given, as images are only made smaller")
-    save_as_png: bool = option(False, help="write PNG, which keeps transparency, instead of JPEG of quality 100 with white behind")
-    copy_associated_files: bool = option(False, help="copy files of the same name (captions) under the name of each copy")
+    interpolation: str | None = option(
+        None, choices=INTERPOLATIONS, help="filter; area when not given, as images are only made smaller"
+    )
+    save_as_png: bool = option(
+        False, help="write PNG, which keeps transparency, instead of JPEG of quality 100 with white behind"
+    )
+    copy_associated_files: bool = option(
+        False, help="copy files of the same name (captions) under the name of each copy"
+    )
     max_data_loader_n_workers: int | None = option(None, help="images that are read at a time")
 
 
 CLASSES = (ResizeOptions, WriteOptions, ConsoleOptions)
 TOOL = FolderTool(
-    "Make copies of images with at most as many pixels as a resolution has, the shape kept", CLASSES, ("src_img_folder", "dst_img_folder")
+    "Make copies of images with at most as many pixels as a resolution has, the shape kept", CLASSES,
+    ("src_img_folder", "dst_img_folder")
 )
 
 
@@ -96,7 +105,10 @@ def resize_images(images: Sequence[str], config: Config, tally: Tally) -> None:
     options, overwrite = config[ResizeOptions], config[WriteOptions].overwrite
     extension = ".png" if options.save_as_png else ".jpg"
     resolutions = resolutions_of(options.max_resolution)
-    copies = {path: {copy_path(path, name, extension, config): pixels for name, pixels in resolutions.items()} for path in images}
+    copies = {
+        path: {copy_path(path, name, extension, config): pixels for name, pixels in resolutions.items()}
+        for path in images
+    }
     counts = Counter(copy for path in images for copy in copies[path])
 
     def needed(path: str) -> bool:
@@ -107,7 +119,9 @@ def resize_images(images: Sequence[str], config: Config, tally: Tally) -> None:
             tally.skip("whose copies exist; --overwrite makes them anew")
     beside = files_by_stem(options.src_img_folder) if options.copy_associated_files else {}
     workers = options.max_data_loader_n_workers
-    for path, image in read_ahead(lambda path: read_for(path, extension), list(filter(needed, images)), tally, what="resizing", workers=workers):
+    for path, image in read_ahead(
+        lambda path: read_for(path, extension), list(filter(needed, images)), tally, what="resizing", workers=workers
+    ):
         if any(counts[copy] > 1 for copy in copies[path]):
             tally.fail(f"{path} shares its name with another image, and so would their copies")
             continue
@@ -115,7 +129,12 @@ def resize_images(images: Sequence[str], config: Config, tally: Tally) -> None:
             if overwrite or not os.path.exists(copy):
                 write_image(copy, shrunk(image, pixels, options))
         if options.copy_associated_files:
-            copy_associated([name for name in beside[os.path.splitext(path)[0]] if name != path], options.dst_img_folder, resolutions, overwrite)
+            copy_associated(
+                [name for name in beside[os.path.splitext(path)[0]] if name != path],
+                options.dst_img_folder,
+                resolutions,
+                overwrite,
+            )
         tally.done += 1
 
 
@@ -126,8 +145,8 @@ def copy_path(path: str, resolution: str, extension: str, config: Config) -> str
 
 
 def shrunk(image: np.ndarray, max_pixels: int, options: ResizeOptions) -> np.ndarray:
-    """[H, W, C] with at most `max_pixels`: both sides times sqrt(max_pixels / (H W)), rounded down, then cut in the middle to
-    multiples of `divisible_by`. An image that is small enough is cut alone."""
+    """[H, W, C] with at most `max_pixels`: both sides times sqrt(max_pixels / (H W)), rounded down, then cut in the
+    middle to multiples of `divisible_by`. An image that is small enough is cut alone."""
     from library.dataset.media_utils import resize_image
 
     height, width = image.shape[:2]
@@ -159,13 +178,16 @@ def copy_associated(names: Sequence[str], folder: str, resolutions: Iterable[str
 
 
 def copy_others(images: Sequence[str], config: Config, tally: Tally) -> None:
-    """Files that are no images keep their names; those of an image only where they were not copied under its copies' names."""
+    """Files that are no images keep their names; those of an image only where they were not copied under its copies'
+    names."""
     options = config[ResizeOptions]
     known = set(images)
     stems = {os.path.splitext(path)[0] for path in images} if options.copy_associated_files else set()
     for path in files_of(options.src_img_folder):
         if path not in known and os.path.splitext(path)[0] not in stems:
-            copy_file(path, os.path.join(options.dst_img_folder, os.path.basename(path)), config[WriteOptions].overwrite)
+            copy_file(
+                path, os.path.join(options.dst_img_folder, os.path.basename(path)), config[WriteOptions].overwrite
+            )
 
 
 def copy_file(source: str, target: str, overwrite: bool) -> None:

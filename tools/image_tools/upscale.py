@@ -62,7 +62,10 @@ def problems_of(config: Config) -> Iterator[str]:
         yield f"--output_dir is {options.output_dir}, which is a file; name a folder"
     wrong = dtype_problem("precision", options.precision)
     if wrong or DTYPES[options.precision.lower()].startswith("float8"):
-        yield wrong or f"--precision is {options.precision}; needed: float, bf16 or fp16, as networks do not compute in 8 bits"
+        yield (
+            wrong
+            or f"--precision is {options.precision}; needed: float, bf16 or fp16, as networks do not compute in 8 bits"
+        )
 
 
 def found_images(pattern: str) -> list[str]:
@@ -90,7 +93,9 @@ def wanted_images(config: Config, tally: Tally) -> dict[str, str]:
         stem, extension = os.path.splitext(os.path.basename(path))
         target = os.path.join(options.output_dir, f"{stem}_upscaled{extension}")
         if target in taken:
-            raise ConfigError(f"two images are called {stem}{extension}, and so would their results; name their folders one by one")
+            raise ConfigError(
+                f"two images are called {stem}{extension}, and so would their results; name their folders one by one"
+            )
         taken.add(target)
         if os.path.exists(target) and not config[WriteOptions].overwrite:
             tally.skip("whose result exists; --overwrite makes it anew")
@@ -138,7 +143,8 @@ def enlarge(wanted: dict[str, str], config: Config, tally: Tally) -> None:
 
 
 def doubled(images: Sequence[np.ndarray], vae: Any, upscaler: Any, options: UpscaleOptions) -> list[np.ndarray]:
-    """[H, W, 3] of one size -> [2H, 2W, 3]. Sides that the autoencoder cannot cut into latents are padded by their border."""
+    """[H, W, 3] of one size -> [2H, 2W, 3]. Sides that the autoencoder cannot cut into latents are padded by their
+    border."""
     import numpy as np
     import torch
     from PIL import Image
@@ -152,8 +158,15 @@ def doubled(images: Sequence[np.ndarray], vae: Any, upscaler: Any, options: Upsc
     size_wh = (padded[0].width * FACTOR, padded[0].height * FACTOR)
     latents = upscaler.upscale(vae, padded, None, None, *size_wh, options.batch_size, options.vae_batch_size)
     with torch.no_grad():
-        pixels = torch.cat([decoded(vae, latents[at : at + options.vae_batch_size]) for at in range(0, len(latents), options.vae_batch_size)])
-    values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
+        pixels = torch.cat(
+            [
+                decoded(vae, latents[at : at + options.vae_batch_size])
+                for at in range(0, len(latents), options.vae_batch_size)
+            ]
+        )
+    values = (
+        ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    )  # [B, H, W, 3]
     return [value[: height * FACTOR, : width * FACTOR] for value in values]
 
 
@@ -163,5 +176,7 @@ def decoded(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 
     pixels = vae.decode(latents).float()
     if not bool(torch.isfinite(pixels).all()):
-        raise ConfigError("a result has values that are not finite; the autoencoder overflows: leave --precision out, or use bf16")
+        raise ConfigError(
+            "a result has values that are not finite; the autoencoder overflows: leave --precision out, or use bf16"
+        )
     return pixels

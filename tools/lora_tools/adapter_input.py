@@ -37,8 +37,8 @@ class AdapterFile:
 
 
 def read_file(path: str) -> AdapterFile:
-    """An adapter file under its own names, with the alphas that PEFT keeps apart. CheckpointError when it is no adapter, is
-    damaged or holds values that are not finite."""
+    """An adapter file under its own names, with the alphas that PEFT keeps apart. CheckpointError when it is no
+    adapter, is damaged or holds values that are not finite."""
     from library.checkpoints.adapter_tensors import no_adapter
     from library.safetensors_utils import is_pickled, load_pickled_tensors, load_safetensors, read_header
     from networks.files.adapter_layout import file_layers
@@ -63,7 +63,11 @@ def _give_alphas(layers: dict[str, FileLayer], configs: dict) -> None:
 
     if not configs:
         return
-    downs = {key: layer.tensors["lora_down.weight"] for layer in layers.values() if (key := layer.keys.get("lora_down.weight"))}
+    downs = {
+        key: layer.tensors["lora_down.weight"]
+        for layer in layers.values()
+        if (key := layer.keys.get("lora_down.weight"))
+    }
     for key, alpha in with_alphas(downs, configs).items():
         if key.endswith(".alpha") and key not in downs:
             layers[key.removesuffix(".alpha")].tensors.setdefault("alpha", alpha)
@@ -74,11 +78,14 @@ def _refuse_not_finite(path: str, tensors: dict[str, torch.Tensor]) -> None:
 
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise CheckpointError(f"{path}: {key} has values that are not finite (NaN or infinite); the training of this file failed")
+            raise CheckpointError(
+                f"{path}: {key} has values that are not finite (NaN or infinite); the training of this file failed"
+            )
 
 
 def refuse_shared_config(source: AdapterFile, save_to: str) -> None:
-    """CheckpointError when the result would need another adapter_config.json in the folder of `source`, which has its own."""
+    """CheckpointError when the result would need another adapter_config.json in the folder of `source`, which has its
+    own."""
     if source.has_config_beside and _folder(save_to) == _folder(source.path):
         raise CheckpointError(
             f"{source.path} has its rank in the adapter_config.json beside it, which the result needs too; give --save_to in another folder"
@@ -90,8 +97,8 @@ def _folder(path: str) -> str:
 
 
 def write_config_beside(path: str, source: AdapterFile, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Where PEFT reads ranks and alpha of `source` from adapter_config.json beside it, write one beside the result, whose scale
-    is 1: that of `source` is in its matrices."""
+    """Where PEFT reads ranks and alpha of `source` from adapter_config.json beside it, write one beside the result,
+    whose scale is 1: that of `source` is in its matrices."""
     import json
     from pathlib import Path
 
@@ -136,7 +143,9 @@ def add_files(parser: argparse.ArgumentParser, name: str, what: str) -> argparse
     return parser
 
 
-def read_with_files(argv: Sequence[str] | None, parser: argparse.ArgumentParser, classes: Sequence[type], name: str) -> Config:
+def read_with_files(
+    argv: Sequence[str] | None, parser: argparse.ArgumentParser, classes: Sequence[type], name: str
+) -> Config:
     """As read_command, for a parser of add_files. ConfigError when files are given in both ways."""
     values = vars(parser.parse_args(argv))
     files = values.pop(FILES, [])

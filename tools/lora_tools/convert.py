@@ -37,10 +37,17 @@ class ConvertOptions:
     output: str | None = option(None, help="the file to write, instead of the second word of the command")
     to: str | None = option(None, choices=TARGETS, help="the layout to write; docs/convert_lora.md has them in a table")
     target: str | None = option(
-        None, choices=tuple(MUSUBI_TARGETS), help="as known from musubi-tuner: default = --to kohya; other = original paths with dots, no alpha"
+        None, choices=tuple(MUSUBI_TARGETS),
+        help="as known from musubi-tuner: default = --to kohya; other = original paths with dots, no alpha"
     )
-    diffusers_prefix: str | None = option(None, help="with --target: what stands before the paths, in the result of other, in the file for default", metavar="TEXT")
-    family: str | None = option(None, help="model family of the adapter, where the file does not tell it", metavar="NAME")
+    diffusers_prefix: str | None = option(
+        None,
+        help="with --target: what stands before the paths, in the result of other, in the file for default",
+        metavar="TEXT",
+    )
+    family: str | None = option(
+        None, help="model family of the adapter, where the file does not tell it", metavar="NAME"
+    )
 
     @property
     def layout(self) -> str | None:
@@ -73,7 +80,14 @@ def run(argv: Sequence[str] | None = None) -> None:
     family, file = read_file(source, config[ConvertOptions].family)
     with clamping(config[OverflowOptions].clamp_overflow):
         result = convert(config[ConvertOptions], family, file, target)
-    logger.info("%s: %s, %d tensors -> %d tensors, --to %s", source, family, len(file.tensors), len(result.tensors), config[ConvertOptions].layout)
+    logger.info(
+        "%s: %s, %d tensors -> %d tensors, --to %s",
+        source,
+        family,
+        len(file.tensors),
+        len(result.tensors),
+        config[ConvertOptions].layout,
+    )
     if not config[OutputOptions].dry_run:
         write(target, result)
         logger.info("wrote %s", target)
@@ -82,7 +96,9 @@ def run(argv: Sequence[str] | None = None) -> None:
 def _paths(options: ConvertOptions, words: Sequence[str]) -> tuple[str, str]:
     given = [path for path in (options.input, *words, options.output) if path]
     if len(given) != 2:
-        raise ConfigError(f"{len(given)} file names are given ({', '.join(given)}); needed are two: the adapter file, then the file to write")
+        raise ConfigError(
+            f"{len(given)} file names are given ({', '.join(given)}); needed are two: the adapter file, then the file to write"
+        )
     return given[0], given[1]
 
 
@@ -93,7 +109,9 @@ def check(config: Config, source: str, target: str) -> None:
     options = config[ConvertOptions]
     problems = Problems()
     if bool(options.to) == bool(options.target):
-        problems.add(f"--to is {'missing' if not options.to else 'given with --target; leave one of them out'}; the layouts are {', '.join(TARGETS)}")
+        problems.add(
+            f"--to is {'missing' if not options.to else 'given with --target; leave one of them out'}; the layouts are {', '.join(TARGETS)}"
+        )
     if options.diffusers_prefix is not None and not options.target:
         problems.add("--diffusers_prefix belongs to --target; leave it out")
     if not target.endswith(".safetensors"):
@@ -131,7 +149,9 @@ def read_file(path: str, given: str | None) -> tuple[str, AdapterFile]:
     family = family_of_names({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata, path, given)
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise CheckpointError(f"{path}: {key} has values that are not finite (NaN or infinite); the training of this file failed")
+            raise CheckpointError(
+                f"{path}: {key} has values that are not finite (NaN or infinite); the training of this file failed"
+            )
     if not any(map(is_xlabs, tensors)):
         file_layers(tensors, path)  # refuses what would be lost on the way
     return family, AdapterFile(tensors, metadata, configs_of(path, metadata))

@@ -1,4 +1,5 @@
-"""Averaging of saved adapters: options, checks, and the order of things. The formulas are in networks/operations/post_hoc_ema.py."""
+"""Averaging of saved adapters: options, checks, and the order of things. The formulas are in
+networks/operations/post_hoc_ema.py."""
 
 from __future__ import annotations
 
@@ -36,26 +37,38 @@ logger = logging.getLogger("atelier")
 class AveragingOptions:
     """How files are averaged"""
 
-    no_sort: bool = option(False, help="take the files in the order of the command line, not from the oldest to the newest")
+    no_sort: bool = option(
+        False, help="take the files in the order of the command line, not from the oldest to the newest"
+    )
     beta: float = option(0.95, help="share of the average that a next file leaves")
     beta2: float | None = option(None, help="the same at the last file; goes there from --beta in equal steps")
-    sigma_rel: float | None = option(None, help="relative width of a power function, which takes the place of --beta; below 0.2887")
+    sigma_rel: float | None = option(
+        None, help="relative width of a power function, which takes the place of --beta; below 0.2887"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmaFileOptions:
     """Files"""
 
-    models: list[str] | None = option(None, nargs="+", help="the saved files; they can be given without the name of the option too")
+    models: list[str] | None = option(
+        None, nargs="+", help="the saved files; they can be given without the name of the option too"
+    )
     output_file: str | None = option(None, help="the averaged file", flags=("--save_to",))
-    save_precision: str | None = option(None, help="number format of the result; that of the newest file when not given")
+    save_precision: str | None = option(
+        None, help="number format of the result; that of the newest file when not given"
+    )
 
 
 CLASSES = (EmaFileOptions, AveragingOptions, OutputOptions, OverflowOptions, PluginOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return add_files(script_parser("Average the saved files of one adapter training (post-hoc EMA)", CLASSES), "models", "the saved files")
+    return add_files(
+        script_parser("Average the saved files of one adapter training (post-hoc EMA)", CLASSES),
+        "models",
+        "the saved files",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,9 +82,11 @@ def run(argv: Sequence[str] | None = None) -> None:
     average_files(config, files.models or [], files.output_file, files.save_precision, "output_file")
 
 
-def average_files(config: Config, paths: Sequence[str], save_to: str | None, precision: str | None, output: str) -> None:
-    """Average these files by the AveragingOptions of `config` and write the result. `output` is the name of the option that
-    says where."""
+def average_files(
+    config: Config, paths: Sequence[str], save_to: str | None, precision: str | None, output: str
+) -> None:
+    """Average these files by the AveragingOptions of `config` and write the result. `output` is the name of the option
+    that says where."""
     import torch
 
     from library.checkpoints.number_formats import clamping
@@ -83,7 +98,11 @@ def average_files(config: Config, paths: Sequence[str], save_to: str | None, pre
     how = problems.attempt(lambda: Averaging(options.beta, options.beta2, options.sigma_rel))
     if len(paths) < 2:
         problems.add(f"{len(paths)} files are given; an average needs two or more")
-    messages = [ending_problem(save_to, output), dtype_problem("save_precision", precision), *output_problems([save_to], paths, config)]
+    messages = [
+        ending_problem(save_to, output),
+        dtype_problem("save_precision", precision),
+        *output_problems([save_to], paths, config),
+    ]
     for message in (*messages, *(adapter_slot_problem(path, "models") for path in paths)):
         if message:
             problems.add(message)
@@ -102,7 +121,11 @@ def average_files(config: Config, paths: Sequence[str], save_to: str | None, pre
         logger.info("%s: the average before it counts %.4f", path, share)
     if config[OutputOptions].dry_run:
         return
-    spec = {"modelspec.title": os.path.splitext(os.path.basename(save_to))[0]} if "modelspec.title" in newest.metadata else {}
+    spec = (
+        {"modelspec.title": os.path.splitext(os.path.basename(save_to))[0]}
+        if "modelspec.title" in newest.metadata
+        else {}
+    )
     dtype = getattr(torch, DTYPES[precision.lower()]) if precision else None
     with clamping(config[OverflowOptions].clamp_overflow):
         write_adapter_file(save_to, tensors, dtype, {**newest.metadata, **spec})
@@ -111,15 +134,15 @@ def average_files(config: Config, paths: Sequence[str], save_to: str | None, pre
 
 
 def _all_tensors(file: AdapterFile) -> dict[str, torch.Tensor]:
-    """All tensors by their keys. An alpha that PEFT's configuration tells stands under one too, so that those of all files are
-    compared."""
+    """All tensors by their keys. An alpha that PEFT's configuration tells stands under one too, so that those of all
+    files are compared."""
     own = {layer.key_of(name): tensor for layer in file.layers.values() for name, tensor in layer.tensors.items()}
     return {**file.others, **own}
 
 
 def _without_foreign_alphas(file: AdapterFile, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The averaged tensors under the keys of the file alone. A strength that stood beside the file goes into the up matrices; one in
-    its metadata stays there."""
+    """The averaged tensors under the keys of the file alone. A strength that stood beside the file goes into the up
+    matrices; one in its metadata stays there."""
     from library.checkpoints.number_formats import narrowed
     from networks.files.layer_tensors import scale_of
 

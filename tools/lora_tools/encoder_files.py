@@ -22,7 +22,8 @@ def encoder_options() -> tuple[str, ...]:
 
 
 def with_encoder_files(helps: Mapping[str, str]) -> Callable[[type], type]:
-    """Decorator of an option group: adds `--<encoder>_<end>` for every end in `helps`, whose text has `{}` for the encoder's name."""
+    """Decorator of an option group: adds `--<encoder>_<end>` for every end in `helps`, whose text has `{}` for the
+    encoder's name."""
 
     def extended(group: type) -> type:
         fields = [

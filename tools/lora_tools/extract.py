@@ -1,4 +1,5 @@
-"""The extraction tool: its options, its checks, and the order of things. The formulas are in networks/operations/extraction.py."""
+"""The extraction tool: its options, its checks, and the order of things. The formulas are in
+networks/operations/extraction.py."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ class ExtractModelOptions:
     model_org: str | None = option(None, help="the original model: a file, or a folder in the layout of diffusers")
     model_tuned: str | None = option(None, help="the tuned model, in any layout")
     family: str | None = option(None, help="model family, where the files do not tell it", metavar="NAME")
-    v_parameterization: bool = option(False, help="the base predicts velocity (Stable Diffusion 2.x 768); said in the metadata")
+    v_parameterization: bool = option(
+        False, help="the base predicts velocity (Stable Diffusion 2.x 768); said in the metadata"
+    )
 
     @property
     def variant(self) -> str | None:
@@ -58,19 +61,28 @@ class ExtractOptions:
 
     save_to: str | None = option(None, help="the adapter file")
     kind: str = option(
-        "lora", choices=("lora", "lokr", "full", "norm"),
+        "lora",
+        choices=("lora", "lokr", "full", "norm"),
         help="lora: the best LoRA of each layer; lokr: the nearest Kronecker product; full: the differences as they are; norm: those of norms alone",
     )
     dim: int = option(4, help="rank of the LoRA; with --dynamic_method the largest rank of a layer", most=LARGEST_RANK)
-    conv_dim: int | None = option(None, help="the same for convolutions larger than 1x1, which are left out when not given", most=LARGEST_RANK)
-    dynamic_method: str | None = option(None, choices=(None, *METHODS), help="choose the rank of each layer by its singular values")
+    conv_dim: int | None = option(
+        None, help="the same for convolutions larger than 1x1, which are left out when not given", most=LARGEST_RANK
+    )
+    dynamic_method: str | None = option(
+        None, choices=(None, *METHODS), help="choose the rank of each layer by its singular values"
+    )
     dynamic_param: float | None = option(None, help="number of --dynamic_method, as in tools/resize_lora.py")
     factor: int = option(-1, help="size of the smaller half with --kind lokr; -1 = near the square root")
     with_norms: bool = option(False, help="keep the differences of norm layers too")
     include: str | None = option(None, help="regular expression; take only layers in whose name it is found")
     exclude: str | None = option(None, help="regular expression; leave layers out in whose name it is found")
-    min_diff: float = option(0.0, help="leave a part (denoiser, text encoder) out whose weights all differ by no more than this")
-    clamp_quantile: float | None = option(None, help="bound the numbers of the LoRA to this quantile of their size; distorts, not done when not given")
+    min_diff: float = option(
+        0.0, help="leave a part (denoiser, text encoder) out whose weights all differ by no more than this"
+    )
+    clamp_quantile: float | None = option(
+        None, help="bound the numbers of the LoRA to this quantile of their size; distorts, not done when not given"
+    )
     save_precision: str | None = option(None, help="number format of the result; float32 when not given")
     device: str = option("cpu", help="where the decompositions are computed, e.g. cuda")
     no_metadata: bool = option(False, help="leave modelspec.* out of the result's metadata")
@@ -102,7 +114,10 @@ def run(argv: Sequence[str] | None = None) -> None:
         raise CheckpointError(f"the original is {kind} and the tuned model is {other}; both must be of one kind")
     family = family_of(config[ExtractModelOptions], kind or other)
     targets = targets_of_family(family)
-    with ModelLayers(targets, original, "the original model") as first, ModelLayers(targets, tuned, "the tuned model") as second:
+    with (
+        ModelLayers(targets, original, "the original model") as first,
+        ModelLayers(targets, tuned, "the tuned model") as second,
+    ):
         found = extract(targets, first, second, plan)
     for line in told(found):
         logger.info(line)
@@ -110,7 +125,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         write(config, found, config[ExtractModelOptions].variant or kind or other)
 
 
-# -- checks ----------------------------------------------------------------------------------------------------------------
+# -- checks ------------------------------------------------------------------------------------------------------------
 
 
 def check(config: Config) -> ExtractionPlan:
@@ -125,10 +140,14 @@ def check(config: Config) -> ExtractionPlan:
     for found in (*_model_problems(models), *_kind_problems(options)):
         problems.add(found)
     rules = [
-        problems.attempt(lambda rank=rank: RankRule(rank, options.dynamic_method, options.dynamic_param)) if rank is not None else None
+        problems.attempt(lambda rank=rank: RankRule(rank, options.dynamic_method, options.dynamic_param))
+        if rank is not None
+        else None
         for rank in (options.dim, options.conv_dim)
     ]
-    patterns = [problems.attempt(lambda name=name: _pattern(name, getattr(options, name))) for name in ("include", "exclude")]
+    patterns = [
+        problems.attempt(lambda name=name: _pattern(name, getattr(options, name))) for name in ("include", "exclude")
+    ]
     inputs = [getattr(models, name) for name in vars(models) if name.endswith(("_org", "_tuned"))]
     messages = (
         ending_problem(options.save_to, "save_to"), dtype_problem("save_precision", options.save_precision),
@@ -140,7 +159,8 @@ def check(config: Config) -> ExtractionPlan:
             problems.add(message)
     problems.raise_if_any()
     return ExtractionPlan(
-        kind=options.kind, linear=rules[0], conv=rules[1], factor=options.factor, norms=options.with_norms, include=patterns[0],
+        kind=options.kind, linear=rules[0], conv=rules[1], factor=options.factor, norms=options.with_norms,
+        include=patterns[0],
         exclude=patterns[1], min_diff=options.min_diff, clamp_quantile=options.clamp_quantile, device=options.device,
     )  # fmt: skip
 
@@ -184,7 +204,7 @@ def _pattern(name: str, text: str | None) -> re.Pattern[str] | None:
         raise ConfigError(f"--{name} is {text}, which is no regular expression: {error}") from error
 
 
-# -- models ----------------------------------------------------------------------------------------------------------------
+# -- models ------------------------------------------------------------------------------------------------------------
 
 
 def sources(models: ExtractModelOptions, side: str) -> list[Source]:
@@ -209,18 +229,21 @@ def family_of(models: ExtractModelOptions, kind: str | None) -> str:
     if models.family:
         given = family_by_name(models.family)
         if told not in (None, given):
-            raise CheckpointError(f"--family is {models.family} and the models are {kind}; leave --family out, or name the models that you mean")
+            raise CheckpointError(
+                f"--family is {models.family} and the models are {kind}; leave --family out, or name the models that you mean"
+            )
         return given
     if told is not None:
         return told
     if models.model_org is None:
         return next(
-            name for name, record in FAMILIES.items() if any(getattr(models, f"{file.option}_org") for file in record.encoder_files)
+            name for name,
+            record in FAMILIES.items() if any(getattr(models, f"{file.option}_org") for file in record.encoder_files)
         )
     raise CheckpointError(f"{models.model_org}: its names do not tell the model family; name it with --family")
 
 
-# -- the file --------------------------------------------------------------------------------------------------------------
+# -- the file ----------------------------------------------------------------------------------------------------------
 
 
 def write(config: Config, found: Extracted, kind: str | None) -> None:
@@ -245,9 +268,14 @@ def _metadata(config: Config, found: Extracted, kind: str | None) -> dict[str, s
     made = versions().get(kind or "")
     base = {}
     if made is not None:
-        base = {"ss_base_model_version": made.base_version + ("_v" if models.v_parameterization else ""), **made.metadata}
+        base = {
+            "ss_base_model_version": made.base_version + ("_v" if models.v_parameterization else ""),
+            **made.metadata,
+        }
     is_lora = options.kind == "lora"
-    pairs = {"conv_dim": options.conv_dim, "conv_alpha": float(options.conv_dim)} if is_lora and options.conv_dim else None
+    pairs = (
+        {"conv_dim": options.conv_dim, "conv_alpha": float(options.conv_dim)} if is_lora and options.conv_dim else None
+    )
     ranks = [options.dim] if is_lora and not options.dynamic_method else [float(rank) for rank in found.ranks.values()]
     metadata = minimum_metadata([base], f"networks.{options.kind}", ranks, ranks, pairs)
     if options.no_metadata or made is None:

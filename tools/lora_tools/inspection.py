@@ -110,8 +110,16 @@ def _print(options: InspectionOptions, found: FileReport, metadata: Mapping[str,
     from networks.files.adapter_report import table
 
     print(f"{options.model}: {len(found.layers)} layers for {family or 'an unknown family'}, {found.naming} names")
-    told = {"base model": "ss_base_model_version", "network": "ss_network_module", "rank": "ss_network_dim", "alpha": "ss_network_alpha"}
-    print("metadata: " + (", ".join(f"{name} {metadata[key]}" for name, key in told.items() if key in metadata) or "nothing of it"))
+    told = {
+        "base model": "ss_base_model_version",
+        "network": "ss_network_module",
+        "rank": "ss_network_dim",
+        "alpha": "ss_network_alpha",
+    }
+    print(
+        "metadata: "
+        + (", ".join(f"{name} {metadata[key]}" for name, key in told.items() if key in metadata) or "nothing of it")
+    )
     for attribute in ("part", "block"):
         print()
         print("\n".join(table(found, attribute)))
@@ -134,7 +142,9 @@ def _print_weights(tensors: Mapping[str, torch.Tensor], every: bool) -> None:
     for key, tensor in chosen.items():
         sizes = tensor.float().abs()
         shape = f"({'-'.join(map(str, tensor.shape))})"
-        writer.writerow([key, shape, float(sizes.mean()) if tensor.numel() else 0.0, float(sizes.min()) if tensor.numel() else 0.0])
+        writer.writerow(
+            [key, shape, float(sizes.mean()) if tensor.numel() else 0.0, float(sizes.min()) if tensor.numel() else 0.0]
+        )
 
 
 def plot_norms(path: str, found: FileReport, title: str) -> None:

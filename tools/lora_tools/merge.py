@@ -1,4 +1,5 @@
-"""The merge tool: its options, its checks, and the order of things. The formulas are in networks, the streaming in lora_utils."""
+"""The merge tool: its options, its checks, and the order of things. The formulas are in networks, the streaming in
+lora_utils."""
 
 from __future__ import annotations
 
@@ -41,9 +42,13 @@ class MergeOptions:
 
     models: list[str] | None = option(None, nargs="+", help="adapter files: LoRA, LoHa, LoKr, OFT, ... in any naming")
     ratios: list[float] | None = option(None, nargs="+", help="strength of each adapter; 1 for each when not given")
-    lbws: list[str] | None = option(None, nargs="+", help="strengths by U-Net block, one JSON list of 12, 17, 20 or 26 numbers per adapter")
+    lbws: list[str] | None = option(
+        None, nargs="+", help="strengths by U-Net block, one JSON list of 12, 17, 20 or 26 numbers per adapter"
+    )
     family: str | None = option(None, help="model family of the adapters, where files do not tell it", metavar="NAME")
-    allow_partial: bool = option(False, help="leave out layers of an adapter that the model does not have, instead of an error")
+    allow_partial: bool = option(
+        False, help="leave out layers of an adapter that the model does not have, instead of an error"
+    )
     save_to: str | None = option(None, help="the merged model, or the merged adapter when no model is given")
 
 
@@ -52,7 +57,9 @@ class MergeOptions:
 class ModelFileOptions:
     """Into a model"""
 
-    model: str | None = option(None, help="checkpoint into which the adapters are merged", flags=("--sd_model", "--flux_model"))
+    model: str | None = option(
+        None, help="checkpoint into which the adapters are merged", flags=("--sd_model", "--flux_model")
+    )
 
     @property
     def is_given(self) -> bool:
@@ -65,19 +72,25 @@ class SumOptions:
     """Into one adapter"""
 
     mode: str = option(
-        "concat", choices=MODES,
+        "concat",
+        choices=MODES,
         help="concat: LoRAs side by side, exact, the rank is the sum of the ranks; svd: the best LoRA of --new_rank, of any kinds; full: whole weights, exact;"
         " ema: the moving average of the files of one run",
     )
     concat: bool = option(False, help="the same as --mode concat")
     new_rank: int | None = option(None, help=f"rank with --mode svd; {DEFAULT_RANK} when not given", most=LARGEST_RANK)
-    new_conv_rank: int | None = option(None, help="rank of convolutions larger than 1x1 with --mode svd; --new_rank when not given", most=LARGEST_RANK)
+    new_conv_rank: int | None = option(
+        None, help="rank of convolutions larger than 1x1 with --mode svd; --new_rank when not given", most=LARGEST_RANK
+    )
     dynamic_method: str | None = option(
-        None, choices=(None, *METHODS), help="choose the rank of each layer by its singular values with --mode svd; --new_rank is the largest then"
+        None, choices=(None, *METHODS),
+        help="choose the rank of each layer by its singular values with --mode svd; --new_rank is the largest then"
     )
     dynamic_param: float | None = option(None, help="number of --dynamic_method, as in tools/resize_lora.py")
     shuffle: bool = option(False, help="mix the order of the ranks with --mode concat")
-    seed: int | None = option(None, help="number that fixes the order of --shuffle; 0 when not given", most=LARGEST_SEED)
+    seed: int | None = option(
+        None, help="number that fixes the order of --shuffle; 0 when not given", most=LARGEST_SEED
+    )
 
     @property
     def rank(self) -> int:
@@ -88,11 +101,16 @@ class SumOptions:
 class PrecisionToolOptions:
     """Numbers"""
 
-    precision: str | None = option(None, help="number format of the result when --save_precision is not given; sums are always float32")
-    save_precision: str | None = option(None, help="number format of the result; that of the model's file when not given (adapters: float32)")
+    precision: str | None = option(
+        None, help="number format of the result when --save_precision is not given; sums are always float32"
+    )
+    save_precision: str | None = option(
+        None, help="number format of the result; that of the model's file when not given (adapters: float32)"
+    )
     device: str = option("cpu", help="where the changes are computed, e.g. cuda")
     low_memory: bool = equivalent_option(
-        False, help="deprecated", reason="--low_memory: files are always read and written a few tensors at a time", flags=("--mem_eff_load_save",)
+        False, help="deprecated", reason="--low_memory: files are always read and written a few tensors at a time",
+        flags=("--mem_eff_load_save",)
     )
     no_metadata: bool = option(False, help="leave modelspec.* out of the result's metadata")
 
@@ -103,7 +121,17 @@ class PrecisionToolOptions:
         return DTYPES[word.lower()] if word else None
 
 
-CLASSES = (MergeOptions, ModelFileOptions, SumOptions, AveragingOptions, PrecisionToolOptions, OutputOptions, OverflowOptions, PluginOptions, ConsoleOptions)
+CLASSES = (
+    MergeOptions,
+    ModelFileOptions,
+    SumOptions,
+    AveragingOptions,
+    PrecisionToolOptions,
+    OutputOptions,
+    OverflowOptions,
+    PluginOptions,
+    ConsoleOptions,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -131,7 +159,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         merge_adapters(config, targets, adapters)
 
 
-# -- checks ----------------------------------------------------------------------------------------------------------------
+# -- checks ------------------------------------------------------------------------------------------------------------
 
 
 def check(config: Config) -> None:
@@ -142,7 +170,12 @@ def check(config: Config) -> None:
     options, files, sums = config[MergeOptions], config[ModelFileOptions], config[SumOptions]
     problems = Problems()
     averaging = _averaging_problems(config[AveragingOptions], options, files, sums)
-    for found in (*_count_problems(options), *_file_problems(files, options.save_to), *_sum_problems(sums, files), *averaging):
+    for found in (
+        *_count_problems(options),
+        *_file_problems(files, options.save_to),
+        *_sum_problems(sums, files),
+        *averaging,
+    ):
         problems.add(found)
     for name in ("precision", "save_precision"):
         found = dtype_problem(name, getattr(config[PrecisionToolOptions], name))
@@ -152,7 +185,11 @@ def check(config: Config) -> None:
     if found:
         problems.add(found)
     for path in options.models or ():
-        found = check_slot(path, "models", {"adapter"}) if str(path).endswith(".safetensors") or not os.path.exists(path) else None
+        found = (
+            check_slot(path, "models", {"adapter"})
+            if str(path).endswith(".safetensors") or not os.path.exists(path)
+            else None
+        )
         if found:
             problems.add(found)
     inputs = [*(options.models or ()), files.model, *(getattr(files, name) for name in ENCODERS)]
@@ -217,7 +254,9 @@ def _dynamic_problems(sums: SumOptions, files: ModelFileOptions) -> Iterator[str
         yield str(error)
 
 
-def _averaging_problems(averaging: AveragingOptions, options: MergeOptions, files: ModelFileOptions, sums: SumOptions) -> Iterator[str]:
+def _averaging_problems(
+    averaging: AveragingOptions, options: MergeOptions, files: ModelFileOptions, sums: SumOptions
+) -> Iterator[str]:
     if sums.mode != "ema":
         usual = AveragingOptions()
         for name in vars(usual):
@@ -231,7 +270,7 @@ def _averaging_problems(averaging: AveragingOptions, options: MergeOptions, file
             yield f"--{name} has no meaning with --mode ema, where --beta or --sigma_rel say what counts; leave it out"
 
 
-# -- reading ---------------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def headers(paths: Iterable[str]) -> list[tuple[str, dict[str, tuple[int, ...]], dict[str, str]]]:
@@ -247,14 +286,18 @@ def headers(paths: Iterable[str]) -> list[tuple[str, dict[str, tuple[int, ...]],
 
 
 def read_adapters(config: Config) -> tuple[NetworkTargets, list[Adapter]]:
-    """The adapters with their strengths, and the family that they all belong to. CheckpointError when they differ in it."""
+    """The adapters with their strengths, and the family that they all belong to. CheckpointError when they differ in
+    it."""
     from library.lora_utils import read_adapter
     from networks.kinds.adapter_family import family_of_adapter
     from networks.kinds.block_weights import multiplier_by_block, parse_block_weights
     from networks.kinds.targets import targets_of_family
 
     options = config[MergeOptions]
-    families = {path: family_of_adapter(shapes, metadata, path, options.family) for path, shapes, metadata in headers(options.models)}
+    families = {
+        path: family_of_adapter(shapes, metadata, path, options.family)
+        for path, shapes, metadata in headers(options.models)
+    }
     if len(set(families.values())) > 1:
         told = ", ".join(f"{path} ({family})" for path, family in families.items())
         raise CheckpointError(f"the adapters are made for different families: {told}; merge those of one family")
@@ -271,7 +314,7 @@ def read_adapters(config: Config) -> tuple[NetworkTargets, list[Adapter]]:
     return targets, adapters
 
 
-# -- into a model ----------------------------------------------------------------------------------------------------------
+# -- into a model ------------------------------------------------------------------------------------------------------
 
 
 def model_files(files: ModelFileOptions, save_to: str | None) -> Iterator[tuple[str, str]]:
@@ -283,8 +326,11 @@ def model_files(files: ModelFileOptions, save_to: str | None) -> Iterator[tuple[
             yield getattr(files, name), getattr(files, f"{name}_save_to")
 
 
-def merge_into_models(config: Config, targets: NetworkTargets, adapters: list[Adapter], pairs: list[tuple[str, str]]) -> None:
-    """Every file read and written a few tensors at a time. CheckpointError when adapters do not fit; nothing is written then."""
+def merge_into_models(
+    config: Config, targets: NetworkTargets, adapters: list[Adapter], pairs: list[tuple[str, str]]
+) -> None:
+    """Every file read and written a few tensors at a time. CheckpointError when adapters do not fit; nothing is written
+    then."""
     from library.checkpoints.loading import open_checkpoint
     from library.lora_utils import CheckpointMerge
 
@@ -323,7 +369,12 @@ def _check_fit(plans: list[CheckpointMerge], allow_partial: bool) -> None:
     for label in plans[0].absent if plans else ():
         missing = set.intersection(*(set(plan.absent.get(label, ())) for plan in plans))
         if missing:
-            logger.warning("%s: %d layers belong to a part for which no file is given; left out (first: %s)", label, len(missing), min(missing))
+            logger.warning(
+                "%s: %d layers belong to a part for which no file is given; left out (first: %s)",
+                label,
+                len(missing),
+                min(missing),
+            )
     for plan in plans:
         for label, names in plan.unmatched.items():
             logger.warning("%s: %d layers are not in the model; left out (first: %s)", label, len(names), names[0])
@@ -334,7 +385,9 @@ def _write_model(config: Config, files: CheckpointFiles, target: str, plan: Chec
     from library.safetensors_utils import stream_file_atomic
 
     infos = {key: (_saved_dtype(config, tensor.dtype), tuple(tensor.shape)) for key, tensor in files.shapes.items()}
-    items = plan.stream(files.stream(None, True, files.shapes), config[PrecisionToolOptions].device, lambda key: infos[key][0])
+    items = plan.stream(
+        files.stream(None, True, files.shapes), config[PrecisionToolOptions].device, lambda key: infos[key][0]
+    )
     metadata = _model_metadata(config, files)
     with _one_thread(), clamping(config[OverflowOptions].clamp_overflow):
         stream_file_atomic(infos, items, target, metadata)
@@ -342,7 +395,8 @@ def _write_model(config: Config, files: CheckpointFiles, target: str, plan: Chec
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Adapter tensors and blocks of rows are small: one thread is as fast as the disk, several would wait for each other."""
+    """Adapter tensors and blocks of rows are small: one thread is as fast as the disk, several would wait for each
+    other."""
     import torch
 
     threads = torch.get_num_threads()
@@ -374,7 +428,7 @@ def _model_metadata(config: Config, files: CheckpointFiles) -> dict[str, str] | 
     return {**rest, **(merged_model_spec(sources, save_to) if spec else {})} or None
 
 
-# -- into one adapter ------------------------------------------------------------------------------------------------------
+# -- into one adapter --------------------------------------------------------------------------------------------------
 
 
 def merge_adapters(config: Config, targets: NetworkTargets, adapters: list[Adapter]) -> None:

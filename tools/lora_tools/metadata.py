@@ -31,7 +31,9 @@ CLASSES = (MetadataToolOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return add_files(script_parser("Print the metadata of a safetensors file as JSON", CLASSES), "model", "safetensors file")
+    return add_files(
+        script_parser("Print the metadata of a safetensors file as JSON", CLASSES), "model", "safetensors file"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

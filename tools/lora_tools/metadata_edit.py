@@ -1,4 +1,5 @@
-"""The tool that edits metadata: its options, its checks, and the order of things. What is removed is in library/checkpoints/metadata.py."""
+"""The tool that edits metadata: its options, its checks, and the order of things. What is removed is in
+library/checkpoints/metadata.py."""
 
 from __future__ import annotations
 
@@ -27,16 +28,24 @@ LISTED = 12
 class MetadataEditOptions:
     """What is changed"""
 
-    model: str | None = option(None, help="safetensors file of any kind; it can be given without the name of the option too")
+    model: str | None = option(
+        None, help="safetensors file of any kind; it can be given without the name of the option too"
+    )
     save_to: str | None = option(None, help="the file to write")
     in_place: bool = option(False, help="put the result in the place of the file; it is replaced whole, or not at all")
     strip: list[str] | None = option(
-        None, nargs="+", choices=(None, *STRIPS),
+        None,
+        nargs="+",
+        choices=(None, *STRIPS),
         help="tags: words of the captions and how often they are; folders: names of image folders; all: everything that loaders do not need",
     )
-    remove: list[str] | None = option(None, nargs="+", metavar="KEY", help="keys to remove; * stands for any text, e.g. 'ss_*'")
+    remove: list[str] | None = option(
+        None, nargs="+", metavar="KEY", help="keys to remove; * stands for any text, e.g. 'ss_*'"
+    )
     set: list[str] | None = option(None, nargs="+", metavar="KEY=VALUE", help="keys to write, each with its text")
-    thumbnail: str | None = option(None, metavar="PICTURE", help=f"picture to put in as {THUMBNAIL}, which galleries and web interfaces show")
+    thumbnail: str | None = option(
+        None, metavar="PICTURE", help=f"picture to put in as {THUMBNAIL}, which galleries and web interfaces show"
+    )
     thumbnail_size: int = option(256, help="longest side of it in pixels")
 
 
@@ -44,7 +53,9 @@ CLASSES = (MetadataEditOptions, OutputOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return add_files(script_parser("Take out, change or add metadata of a safetensors file", CLASSES), "model", "safetensors file")
+    return add_files(
+        script_parser("Take out, change or add metadata of a safetensors file", CLASSES), "model", "safetensors file"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +92,9 @@ def _tell_lost_config(source: str, before: Mapping[str, str], target: str, after
     if configs_of(source, before) != configs_of(target, after):
         logger.warning(
             "the strength of %s stands in the %s beside it; copy that beside the result and call the result %s, else it acts at another strength",
-            source, CONFIG_FILE, os.path.basename(source),
+            source,
+            CONFIG_FILE,
+            os.path.basename(source),
         )
 
 
@@ -102,7 +115,9 @@ def _problems(options: MetadataEditOptions) -> Iterator[str]:
     if not options.model:
         yield "--model is missing; name the safetensors file"
     if bool(options.save_to) == options.in_place:
-        yield "--save_to and --in_place are " + ("both given; leave one of them out" if options.in_place else "missing; say where the result goes")
+        yield "--save_to and --in_place are " + (
+            "both given; leave one of them out" if options.in_place else "missing; say where the result goes"
+        )
     if not (options.strip or options.remove or options.set or options.thumbnail):
         yield "there is nothing to change; give --strip, --remove, --set or --thumbnail"
     if options.save_to and not options.save_to.endswith(".safetensors"):
@@ -123,7 +138,8 @@ def _problems(options: MetadataEditOptions) -> Iterator[str]:
 
 
 def edited(metadata: Mapping[str, str], options: MetadataEditOptions) -> dict[str, str]:
-    """The metadata after --strip, --remove and --set, in this order. ConfigError for a pattern of --remove that fits no key."""
+    """The metadata after --strip, --remove and --set, in this order. ConfigError for a pattern of --remove that fits no
+    key."""
     from library.checkpoints.metadata import NEEDED, stripped
 
     result = dict(metadata)
@@ -133,7 +149,9 @@ def edited(metadata: Mapping[str, str], options: MetadataEditOptions) -> dict[st
     for pattern in options.remove or ():
         found = [key for key in metadata if fnmatchcase(key, pattern) and key not in NEEDED]
         if not found:
-            problems.add(f"--remove has {pattern}; no key of {options.model} is called so ({', '.join(list(metadata)[:LISTED]) or 'it has none'} ...)")
+            problems.add(
+                f"--remove has {pattern}; no key of {options.model} is called so ({', '.join(list(metadata)[:LISTED]) or 'it has none'} ...)"
+            )
         for key in found:
             result.pop(key, None)
     problems.raise_if_any()
@@ -160,7 +178,9 @@ def thumbnail_url(path: str, size: int) -> str:
             mask = picture.convert("RGBA") if picture.mode in ("RGBA", "LA", "PA", "P") else None
             flat.paste(mask or picture.convert("RGB"), mask=mask)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"--thumbnail is {path}, which is no picture that can be read ({error}); needed: a PNG, JPEG or WebP file") from error
+        raise ConfigError(
+            f"--thumbnail is {path}, which is no picture that can be read ({error}); needed: a PNG, JPEG or WebP file"
+        ) from error
     data = io.BytesIO()
     flat.save(data, format="JPEG", quality=88, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode('ascii')}"

@@ -29,7 +29,12 @@ def convert_flux_lora(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dst_path", required=True, help="the file to write")
     args = parser.parse_args(argv)
     to = "kohya" if args.dst == SD_SCRIPTS else AI_TOOLKIT
-    return _forward("convert_flux_lora.py", "tools/convert_lora.py", main, [args.src_path, args.dst_path, "--to", to, "--family", "flux"])
+    return _forward(
+        "convert_flux_lora.py",
+        "tools/convert_lora.py",
+        main,
+        [args.src_path, args.dst_path, "--to", to, "--family", "flux"],
+    )
 
 
 def _to_comfy(family: str, argv: Sequence[str] | None) -> int:

@@ -13,9 +13,9 @@ logger = logging.getLogger("atelier")
 
 @dataclass(frozen=True)
 class OldScript:
-    """`tool`: name of the module in tools; `renamed`: old option -> words in its place (its value, if it has one, follows the
-    last); `dropped`: old option -> number of values that are passed over; `added`: words that are always there; `told`: what
-    differs from the old script."""
+    """`tool`: name of the module in tools; `renamed`: old option -> words in its place (its value, if it has one,
+    follows the last); `dropped`: old option -> number of values that are passed over; `added`: words that are always
+    there; `told`: what differs from the old script."""
 
     tool: str
     renamed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -36,7 +36,8 @@ SCRIPTS: dict[str, OldScript] = {
     ),
     "flux_extract_lora": OldScript("extract_lora", dropped={"--mem_eff_safe_open": 0}, added=("--overwrite", "--family", "flux"), told=NO_CLAMP),
     "extract_lora_from_dylora": OldScript(
-        "resize_lora", {"--unit": ("--split_unit",)}, told="alpha is that of the training, alpha * sqrt(rank / full rank)"
+        "resize_lora", {"--unit": ("--split_unit",)},
+        told="alpha is that of the training, alpha * sqrt(rank / full rank)"
     ),
     "check_lora_weights": OldScript("check_lora", added=("--weights",)),
     "merge_lora": OldScript("merge_lora", {"--v2": ("--family", "sd2")}, told=EXACT_SUM),
@@ -74,5 +75,7 @@ def run(name: str, argv: Sequence[str] | None) -> int:
     script = SCRIPTS[name]
     words = list(sys.argv[1:] if argv is None else argv)
     if not {"-h", "--help"} & set(words):
-        logger.warning("networks/%s.py is now tools/%s.py%s", name, script.tool, f"; {script.told}" if script.told else "")
+        logger.warning(
+            "networks/%s.py is now tools/%s.py%s", name, script.tool, f"; {script.told}" if script.told else ""
+        )
     return importlib.import_module(f"tools.{script.tool}").main(translated(name, words))

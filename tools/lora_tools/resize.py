@@ -1,4 +1,5 @@
-"""The resize tool: its options, its checks, and the order of things. The formulas are in networks/operations/lora_resize.py."""
+"""The resize tool: its options, its checks, and the order of things. The formulas are in
+networks/operations/lora_resize.py."""
 
 from __future__ import annotations
 
@@ -42,15 +43,23 @@ class ResizeOptions:
 
     model: str | None = option(None, help="adapter file of any family and naming; the result keeps its names")
     save_to: str | None = option(None, help="the resized file; with --split_unit the rank is added to its name")
-    new_rank: int = option(4, help="rank of the result; with --dynamic_method the largest rank of a layer", most=LARGEST_RANK)
-    new_conv_rank: int | None = option(None, help="the same for convolutions larger than 1x1; --new_rank when not given", most=LARGEST_RANK)
-    dynamic_method: str | None = option(None, choices=(None, *METHODS), help="choose the rank of each layer by its singular values")
+    new_rank: int = option(
+        4, help="rank of the result; with --dynamic_method the largest rank of a layer", most=LARGEST_RANK
+    )
+    new_conv_rank: int | None = option(
+        None, help="the same for convolutions larger than 1x1; --new_rank when not given", most=LARGEST_RANK
+    )
+    dynamic_method: str | None = option(
+        None, choices=(None, *METHODS), help="choose the rank of each layer by its singular values"
+    )
     dynamic_param: float | None = option(
         None,
         help="sv_ratio: keep values above the largest divided by this; sv_fro: this share of the Frobenius norm; sv_cumulative, sv_quantile: this"
         " share of the sum of the values; sv_threshold: values above this",
     )
-    split_unit: int | None = option(None, help="split a DyLoRA file into files of rank n, 2n, 3n, ... up to its own, at the strength of training")
+    split_unit: int | None = option(
+        None, help="split a DyLoRA file into files of rank n, 2n, 3n, ... up to its own, at the strength of training"
+    )
     save_precision: str | None = option(None, help="number format of the result; float32 when not given")
     device: str = option("cpu", help="where the decompositions are computed, e.g. cuda")
     verbose: bool = option(False, help="print a line for every layer: rank, kept shares, spread of the singular values")
@@ -88,15 +97,20 @@ def check(config: Config) -> tuple[RankRule, RankRule]:
         problems.add("--model is missing; name the adapter file")
     conv_rank = options.new_rank if options.new_conv_rank is None else options.new_conv_rank
     rules = [
-        problems.attempt(lambda rank=rank: RankRule(rank, options.dynamic_method, options.dynamic_param)) for rank in (options.new_rank, conv_rank)
+        problems.attempt(lambda rank=rank: RankRule(rank, options.dynamic_method, options.dynamic_param))
+        for rank in (options.new_rank, conv_rank)
     ]
     if options.split_unit is not None:
         if options.split_unit < 1:
             problems.add(f"--split_unit is {options.split_unit}; needed: 1 or more")
-        given = [name for name in ("new_conv_rank", "dynamic_method", "dynamic_param") if getattr(options, name) is not None]
+        given = [
+            name for name in ("new_conv_rank", "dynamic_method", "dynamic_param") if getattr(options, name) is not None
+        ]
         given += ["new_rank"] if options.new_rank != 4 else []
         if given:
-            problems.add(f"--split_unit cuts a file into its ranks; --{given[0]} has no meaning beside it, leave it out")
+            problems.add(
+                f"--split_unit cuts a file into its ranks; --{given[0]} has no meaning beside it, leave it out"
+            )
     found = (
         ending_problem(options.save_to, "save_to"), dtype_problem("save_precision", options.save_precision),
         device_problem("device", options.device),
@@ -109,7 +123,7 @@ def check(config: Config) -> tuple[RankRule, RankRule]:
     return rules[0], rules[1]
 
 
-# -- another rank ----------------------------------------------------------------------------------------------------------
+# -- another rank ------------------------------------------------------------------------------------------------------
 
 
 def resize(config: Config, source: AdapterFile, linear: RankRule, conv: RankRule) -> None:
@@ -139,7 +153,9 @@ def _tell(reports: list[Resized]) -> None:
     deviation = (sum((value - mean) ** 2 for value in kept) / len(kept)) ** 0.5
     ranks = sorted({report.rank for report in reports})
     told = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    logger.info("%d layers, rank %s; kept share of the norm: mean %.4f, deviation %.4f", len(reports), told, mean, deviation)
+    logger.info(
+        "%d layers, rank %s; kept share of the norm: mean %.4f, deviation %.4f", len(reports), told, mean, deviation
+    )
 
 
 def _metadata(options: ResizeOptions, source: AdapterFile, reports: list[Resized]) -> dict[str, str]:
@@ -160,11 +176,20 @@ def _metadata(options: ResizeOptions, source: AdapterFile, reports: list[Resized
     if others:
         metadata["ss_network_module"] = "networks.lora"
     usual = [report for report in reports if not report.is_kxk] or reports
-    for key, values in (("ss_network_dim", {report.rank for report in usual}), ("ss_network_alpha", {report.alpha for report in usual})):
+    for key, values in (
+        ("ss_network_dim", {report.rank for report in usual}),
+        ("ss_network_alpha", {report.alpha for report in usual}),
+    ):
         dynamic = options.dynamic_method or len(values) > 1
-        metadata[key] = "Dynamic" if dynamic else f"{next(iter(values)):g}" if key.endswith("alpha") else str(next(iter(values)))
+        metadata[key] = (
+            "Dynamic" if dynamic else f"{next(iter(values)):g}" if key.endswith("alpha") else str(next(iter(values)))
+        )
     _renew_conv_args(metadata, [report for report in reports if report.is_kxk])
-    peft = {report.name: report.rank for report in reports if source.layers[report.name].is_peft and not writes_alpha(source.layers[report.name])}
+    peft = {
+        report.name: report.rank
+        for report in reports
+        if source.layers[report.name].is_peft and not writes_alpha(source.layers[report.name])
+    }
     return with_peft_settings(metadata, peft)
 
 
@@ -178,7 +203,10 @@ def _renew_conv_args(metadata: dict[str, str], convs: list[Resized]) -> None:
         return
     if not isinstance(pairs, dict) or "conv_dim" not in pairs or not convs:
         return
-    for key, values in (("conv_dim", {report.rank for report in convs}), ("conv_alpha", {report.alpha for report in convs})):
+    for key, values in (
+        ("conv_dim", {report.rank for report in convs}),
+        ("conv_alpha", {report.alpha for report in convs}),
+    ):
         pairs[key] = f"{next(iter(values)):g}" if len(values) == 1 else "Dynamic"
     metadata["ss_network_args"] = json.dumps(pairs)
 
@@ -186,11 +214,19 @@ def _renew_conv_args(metadata: dict[str, str], convs: list[Resized]) -> None:
 def _old_rank(source: AdapterFile) -> str:
     if source.metadata.get("ss_network_dim"):
         return source.metadata["ss_network_dim"]
-    ranks = sorted({layer.tensors["lora_up.weight"].shape[1] for layer in source.layers.values() if "lora_up.weight" in layer.tensors})
+    ranks = sorted(
+        {
+            layer.tensors["lora_up.weight"].shape[1]
+            for layer in source.layers.values()
+            if "lora_up.weight" in layer.tensors
+        }
+    )
     return "unknown" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
 
 
-def _write(path: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], config: Config, source: AdapterFile) -> None:
+def _write(
+    path: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], config: Config, source: AdapterFile
+) -> None:
     import torch
 
     from library.checkpoints.number_formats import clamping
@@ -204,7 +240,7 @@ def _write(path: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, s
     write_config_beside(path, source, tensors)
 
 
-# -- DyLoRA ----------------------------------------------------------------------------------------------------------------
+# -- DyLoRA ------------------------------------------------------------------------------------------------------------
 
 
 def split(config: Config, source: AdapterFile) -> None:
@@ -227,11 +263,18 @@ def split(config: Config, source: AdapterFile) -> None:
         tensors = {key: tensor for part in parts for key, tensor in part.items()}
         alphas = [float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")]
         comment = f"split from DyLoRA, rank {full} to {rank}; {source.metadata.get('ss_training_comment', '')}"
-        metadata = {**source.metadata, "ss_training_comment": comment, "ss_network_dim": str(rank), "ss_network_module": "networks.lora"}
+        metadata = {
+            **source.metadata,
+            "ss_training_comment": comment,
+            "ss_network_dim": str(rank),
+            "ss_network_module": "networks.lora",
+        }
         if alphas:
             metadata["ss_network_alpha"] = one_or_dynamic(alphas)
         if "ss_network_args" in metadata:
-            pairs = parse_json(metadata["ss_network_args"], f"{source.path}: ss_network_args in its metadata", CheckpointError)
+            pairs = parse_json(
+                metadata["ss_network_args"], f"{source.path}: ss_network_args in its metadata", CheckpointError
+            )
             pairs = pairs if isinstance(pairs, dict) else {}
             metadata["ss_network_args"] = json.dumps({key: value for key, value in pairs.items() if key != "unit"})
         logger.info("rank %d of %d: %s", rank, full, path)

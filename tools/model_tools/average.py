@@ -32,11 +32,16 @@ class AverageOptions:
     """What is merged"""
 
     models: list[str] | None = option(None, nargs="+", help="model files; the first one says which tensors there are")
-    ratios: list[float] | None = option(None, nargs="+", help="share of each model; they must add up to 1; equal shares when not given")
+    ratios: list[float] | None = option(
+        None, nargs="+", help="share of each model; they must add up to 1; equal shares when not given"
+    )
     output: str | None = option(None, help="the file to write; .safetensors is appended when it is not there")
     unet_only: bool = option(False, help="merge the U-Net alone; VAE and text encoders are those of the first model")
     show_skipped: bool = option(False, help="list the tensors that the first model does not have")
-    allow_partial: bool = option(False, help="take the first model's value where another lacks a tensor, and leave out what the first lacks, instead of an error")
+    allow_partial: bool = option(
+        False,
+        help="take the first model's value where another lacks a tensor, and leave out what the first lacks, instead of an error",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +49,12 @@ class NumberOptions:
     """Numbers"""
 
     device: str = option("cpu", help="where the sums are computed, e.g. cuda")
-    precision: str = option("float", help="number format of the sums; float is the only one without rounding on the way")
-    saving_precision: str | None = option(None, help="number format of the result; that of the first model when not given")
+    precision: str = option(
+        "float", help="number format of the sums; float is the only one without rounding on the way"
+    )
+    saving_precision: str | None = option(
+        None, help="number format of the result; that of the first model when not given"
+    )
 
 
 CLASSES = (AverageOptions, NumberOptions, OutputOptions, OverflowOptions, ConsoleOptions)
@@ -94,7 +103,9 @@ def check(config: Config) -> str:
     if ratios and len(ratios) != count:
         problems.add(f"--ratios has {len(ratios)} values for {count} --models; give one for each")
     elif ratios and not (all(map(math.isfinite, ratios)) and abs(sum(ratios) - 1) <= 1e-4):
-        problems.add(f"--ratios add up to {sum(ratios):g}; needed: 1, or the weights of the result would be larger or smaller than those of the models")
+        problems.add(
+            f"--ratios add up to {sum(ratios):g}; needed: 1, or the weights of the result would be larger or smaller than those of the models"
+        )
     for name in ("precision", "saving_precision"):
         found = dtype_problem(name, getattr(config[NumberOptions], name))
         if found:
@@ -111,8 +122,8 @@ def check(config: Config) -> str:
 
 
 class Model:
-    """A model file. `keys`: names as other models have them -> names in the file; old files of Stable Diffusion 1 lack a level
-    in the names of their text encoder."""
+    """A model file. `keys`: names as other models have them -> names in the file; old files of Stable Diffusion 1 lack
+    a level in the names of their text encoder."""
 
     def __init__(self, files: CheckpointFiles) -> None:
         from library.checkpoints.loading import is_blob
@@ -122,7 +133,9 @@ class Model:
         self.keys = {with_text_model(key): key for key in files.shapes}
         scaled = next((key for key in files.shapes if is_blob(key) and "scale" in key), None)
         if scaled is not None:
-            raise CheckpointError(f"{files.path} is stored in scaled 8-bit numbers ({scaled}), which cannot be averaged; take the bf16 or fp16 file")
+            raise CheckpointError(
+                f"{files.path} is stored in scaled 8-bit numbers ({scaled}), which cannot be averaged; take the bf16 or fp16 file"
+            )
 
     def info(self, key: str) -> torch.Tensor:
         return self.files.shapes[self.keys[key]]
@@ -135,7 +148,9 @@ def _compare(options: AverageOptions, models: Sequence[Model]) -> None:
         path = model.files.path
         common = first.keys.keys() & model.keys.keys()
         if not common:
-            raise CheckpointError(f"{path} has no tensor in common with {first.files.path}; they are models of different families")
+            raise CheckpointError(
+                f"{path} has no tensor in common with {first.files.path}; they are models of different families"
+            )
         wrong = sorted(key for key in common if first.info(key).shape != model.info(key).shape)
         if wrong:
             key = wrong[0]
@@ -155,7 +170,9 @@ def _compare(options: AverageOptions, models: Sequence[Model]) -> None:
                 " --unet_only, or --allow_partial"
             )
         if lacks:
-            logger.warning("%s lacks %d tensors; the values of the first model stand in (first: %s)", path, len(lacks), lacks[0])
+            logger.warning(
+                "%s lacks %d tensors; the values of the first model stand in (first: %s)", path, len(lacks), lacks[0]
+            )
         for key in more if options.show_skipped else ():
             logger.info("left out: %s of %s", key, path)
         if more:
@@ -176,7 +193,9 @@ def write(config: Config, models: Sequence[Model], ratios: Sequence[float], outp
     headers = [(m.files.path, {} if is_pickled(m.files.files[0]) else read_header(m.files.files[0])[1]) for m in models]
     metadata = dict(headers[0][1])
     if any("modelspec.architecture" in own for _, own in headers):
-        metadata = {key: value for key, value in metadata.items() if not key.startswith("modelspec.")} | merged_model_spec(headers, output)
+        metadata = {
+            key: value for key, value in metadata.items() if not key.startswith("modelspec.")
+        } | merged_model_spec(headers, output)
     with clamping(config[OverflowOptions].clamp_overflow):
         stream_file_atomic(infos, averaged(config, models, ratios), output, metadata or None)
 
@@ -188,8 +207,8 @@ def _dtype(word: str) -> torch.dtype:
 
 
 def averaged(config: Config, models: Sequence[Model], ratios: Sequence[float]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, sum of ratio * tensor), one at a time. Whole numbers (position ids) and parts that are not merged are those of the
-    first model."""
+    """(name, sum of ratio * tensor), one at a time. Whole numbers (position ids) and parts that are not merged are
+    those of the first model."""
     import torch
 
     options, numbers = config[AverageOptions], config[NumberOptions]
@@ -206,7 +225,9 @@ def averaged(config: Config, models: Sequence[Model], ratios: Sequence[float]) -
             other = reader.tensor(model.keys[key]) if key in model.keys else first
             total += other.to(device, dtype) * ratio
         if not torch.isfinite(total).all():
-            raise CheckpointError(f"{key} has values that are not finite (NaN or infinite) in a model; the result would be useless")
+            raise CheckpointError(
+                f"{key} has values that are not finite (NaN or infinite) in a model; the result would be useless"
+            )
         yield key, total
 
 

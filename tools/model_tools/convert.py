@@ -1,4 +1,5 @@
-"""Models between one file in the original layout and a folder in that of diffusers: options, checks and the order of things."""
+"""Models between one file in the original layout and a folder in that of diffusers: options, checks and the order of
+things."""
 
 from __future__ import annotations
 
@@ -22,12 +23,21 @@ logger = logging.getLogger("atelier")
 class ModelOptions:
     """What is rewritten. Before the options: the model, then the file or folder to write"""
 
-    to: str | None = option(None, choices=("single", "diffusers"), help="single: one file in the original layout; diffusers: a folder")
+    to: str | None = option(
+        None, choices=("single", "diffusers"), help="single: one file in the original layout; diffusers: a folder"
+    )
     save_precision: str | None = option(None, help="number format of the result; as in the model when not given")
-    tokenizer: str | None = option(None, help="folder of the CLIP tokenizer (vocab.json, merges.txt) that goes into a diffusers folder", metavar="FOLDER")
-    tokenizer_cache_dir: str | None = option(None, help="folder with tokenizers by their names on the hub", metavar="FOLDER")
+    tokenizer: str | None = option(
+        None,
+        help="folder of the CLIP tokenizer (vocab.json, merges.txt) that goes into a diffusers folder",
+        metavar="FOLDER",
+    )
+    tokenizer_cache_dir: str | None = option(
+        None, help="folder with tokenizers by their names on the hub", metavar="FOLDER"
+    )
     prediction_type: str | None = option(
-        None, choices=("epsilon", "v"), help="what the model predicts, for the scheduler of a diffusers folder, where the file does not tell it"
+        None, choices=("epsilon", "v"),
+        help="what the model predicts, for the scheduler of a diffusers folder, where the file does not tell it"
     )
     variant: str | None = option(None, help="with --to diffusers: word in the names of the weight files, e.g. fp16")
 
@@ -52,7 +62,9 @@ def run(argv: Sequence[str] | None = None) -> None:
     words = parser.parse_args(argv).files
     config = read_command(argv, parser, CLASSES)
     if len(words) != 2:
-        raise ConfigError(f"{len(words)} paths are given ({', '.join(words)}); needed are two: the model, then what to write")
+        raise ConfigError(
+            f"{len(words)} paths are given ({', '.join(words)}); needed are two: the model, then what to write"
+        )
     from library.checkpoints.number_formats import clamping
 
     source, target = words
@@ -110,7 +122,11 @@ def _dtype(config: Config):
 def _to_single(config: Config, kind: str, source: str, target: str) -> None:
     from tools.model_tools import flux_single, ldm_folder
 
-    plan = flux_single.plan(source, _dtype(config)) if kind == "flux" else ldm_folder.single_plan(source, kind, _dtype(config))
+    plan = (
+        flux_single.plan(source, _dtype(config))
+        if kind == "flux"
+        else ldm_folder.single_plan(source, kind, _dtype(config))
+    )
     if config[OutputOptions].dry_run:
         return
     plan.write(target)
@@ -121,7 +137,9 @@ def _to_folder(config: Config, kind: str, source: str, target: str) -> None:
     from tools.model_tools import ldm_folder
 
     if kind == "flux":
-        raise CheckpointError(f"{source} is FLUX.1; folders are written for Stable Diffusion 1, 2 and SDXL. diffusers reads the one file (from_single_file)")
+        raise CheckpointError(
+            f"{source} is FLUX.1; folders are written for Stable Diffusion 1, 2 and SDXL. diffusers reads the one file (from_single_file)"
+        )
     if os.path.isdir(source):
         raise CheckpointError(f"{source} is a folder; --to diffusers takes one file in the original layout")
     options = config[ModelOptions]

@@ -41,7 +41,8 @@ class Plan:
 
 
 def plan(source: str, dtype: torch.dtype | None) -> Plan:
-    """From a pipeline folder, its `transformer`, or any one of the shards. CheckpointError when shards or tensors are missing."""
+    """From a pipeline folder, its `transformer`, or any one of the shards. CheckpointError when shards or tensors are
+    missing."""
     files = open_checkpoint(source, "transformer")
     prefix = "transformer." if any(key.startswith("transformer.transformer_blocks.") for key in files.shapes) else ""
     shapes = strip_prefix(files.shapes, prefix)
@@ -51,7 +52,11 @@ def plan(source: str, dtype: torch.dtype | None) -> Plan:
     rules = {rule.original: rule for rule in denoiser_rules(*depths) if any(part in shapes for part in rule.parts)}
     lacking = [part for rule in rules.values() for part in rule.parts if part not in shapes]
     if lacking:
-        raise CheckpointError(f"{source} lacks {len(lacking)} tensors, the first is {lacking[0]}; are all its parts there?")
+        raise CheckpointError(
+            f"{source} lacks {len(lacking)} tensors, the first is {lacking[0]}; are all its parts there?"
+        )
     converted = convert_diffusers_sd_to_bfl(shapes)
-    infos = {key: (dtype if dtype and t.is_floating_point() else t.dtype, tuple(t.shape)) for key, t in converted.items()}
+    infos = {
+        key: (dtype if dtype and t.is_floating_point() else t.dtype, tuple(t.shape)) for key, t in converted.items()
+    }
     return Plan(files, infos, rules, prefix)

@@ -1,8 +1,8 @@
 """Stable Diffusion 1, 2 and SDXL between one file in the original layout and a diffusers folder.
 
-The U-Net is passed on tensor by tensor; VAE and text encoders, a small part, are renamed in memory. What a folder has no place for
-(EMA weights, schedules, marks, the unused last layer of CLIP-H, the file's metadata) goes into `REST` beside model_index.json, from
-where the way back takes it, so that this gives the same tensors bit by bit.
+The U-Net is passed on tensor by tensor; VAE and text encoders, a small part, are renamed in memory. What a folder has
+no place for (EMA weights, schedules, marks, the unused last layer of CLIP-H, the file's metadata) goes into `REST`
+beside model_index.json, from where the way back takes it, so that this gives the same tensors bit by bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 
 from library.checkpoints import ldm_folder as configs
-from library.checkpoints.ldm_convert import attention_as_convolution, convert_diffusers_vae_to_ldm, convert_ldm_vae_to_diffusers
+from library.checkpoints.ldm_convert import (
+    attention_as_convolution,
+    convert_diffusers_vae_to_ldm,
+    convert_ldm_vae_to_diffusers,
+)
 from library.checkpoints.loading import CheckpointFiles, open_checkpoint
 from library.checkpoints.open_clip_convert import hf_to_open_clip, open_clip_to_hf, with_text_model
 from library.checkpoints.unet_convert import diffusers_to_original, original_to_diffusers
@@ -29,7 +33,14 @@ from library.components.unet_utils import UNET_ROOTS, inspect_unet
 from library.core.atomic_file import atomic_folder
 from library.core.errors import CheckpointError
 from library.core.registry import import_target
-from library.safetensors_utils import cast_all, is_pickled, load_safetensors, read_header, save_file_atomic, stream_file_atomic
+from library.safetensors_utils import (
+    cast_all,
+    is_pickled,
+    load_safetensors,
+    read_header,
+    save_file_atomic,
+    stream_file_atomic,
+)
 
 logger = logging.getLogger("atelier")
 
@@ -49,8 +60,8 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class Folder:
-    """A folder to be written. `unet`: name in the folder -> key of the file; `parts`: sub-folder -> tensors; `configs`: file -> its
-    content; `rest`: tensors without a place."""
+    """A folder to be written. `unet`: name in the folder -> key of the file; `parts`: sub-folder -> tensors; `configs`:
+    file -> its content; `rest`: tensors without a place."""
 
     files: CheckpointFiles
     unet: dict[str, str]
@@ -60,14 +71,16 @@ class Folder:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-# -- from a file ---------------------------------------------------------------------------------------------------------------
+# -- from a file -------------------------------------------------------------------------------------------------------
 
 
 def read_single(source: str, kind: str, prediction_type: str | None) -> Folder:
     """What a file gives, the U-Net unread. CheckpointError when it is no whole model."""
     info, is_sdxl = inspect_unet(source), kind == "sdxl"
     if info.is_diffusers or info.prefix != UNET:
-        raise CheckpointError(f"{source} holds a U-Net alone or under other names than whole files have; a whole model is needed")
+        raise CheckpointError(
+            f"{source} holds a U-Net alone or under other names than whole files have; a whole model is needed"
+        )
     files = info.source
     own = {key for key in files.shapes if key.startswith(UNET) and key[len(UNET) :].split(".")[0] in UNET_ROOTS}
     names = original_to_diffusers({key[len(UNET) :]: key for key in files.shapes if key in own})
@@ -87,8 +100,13 @@ def read_single(source: str, kind: str, prediction_type: str | None) -> Folder:
     folder.configs["unet/config.json"] = configs.unet_config(info.params, pooled, SAMPLE_SIZES[kind])
     kind_told = prediction_type or info.prediction_type
     if kind_told is None and kind == "sd2":
-        logger.warning("%s does not say what it predicts; epsilon is written into the scheduler. --prediction_type v is for the 768-pixel models", source)
-    folder.configs["scheduler/scheduler_config.json"] = configs.scheduler_config(is_sdxl, kind_told or "epsilon", bool(info.zero_terminal_snr))
+        logger.warning(
+            "%s does not say what it predicts; epsilon is written into the scheduler. --prediction_type v is for the 768-pixel models",
+            source,
+        )
+    folder.configs["scheduler/scheduler_config.json"] = configs.scheduler_config(
+        is_sdxl, kind_told or "epsilon", bool(info.zero_terminal_snr)
+    )
     folder.configs["model_index.json"] = configs.model_index(is_sdxl)
     folder.rest = dict(files.stream("cpu", True, [key for key in files.shapes if key not in used]))
     return folder
@@ -110,9 +128,15 @@ def _text_part(files: CheckpointFiles, slot: ClipSlot, prefix: str, layers: int)
 
 
 def _has_no_place(name: str, slot: ClipSlot, layers: int) -> bool:
-    """The unused last layer, numbers that transformers does not store, and CLIP-H's projection, which SD2 does not use."""
+    """The unused last layer, numbers that transformers does not store, and CLIP-H's projection, which SD2 does not
+    use."""
     is_late = name.startswith("transformer.resblocks.") and int(name.split(".")[2]) >= layers
-    return is_late or name.endswith("position_ids") or name == "logit_scale" or (slot is CLIP_H and name == "text_projection")
+    return (
+        is_late
+        or name.endswith("position_ids")
+        or name == "logit_scale"
+        or (slot is CLIP_H and name == "text_projection")
+    )
 
 
 def tokenizer_of(folder: str | None, cache_dir: str | None) -> Any:
@@ -130,12 +154,18 @@ def write_folder(folder: Folder, tokenizer: Any, target: str, dtype: torch.dtype
             (work / name).write_text(f"{json.dumps(content, indent=2)}\n", encoding="utf-8")
         for name, tensors in folder.parts.items():
             stem = "diffusion_pytorch_model" if name == "vae" else "model"
-            save_file_atomic({key: t.contiguous() for key, t in cast_all(tensors, dtype).items()}, work / name / f"{stem}{ending}", {"format": "pt"})
+            save_file_atomic(
+                {key: t.contiguous() for key, t in cast_all(tensors, dtype).items()},
+                work / name / f"{stem}{ending}",
+                {"format": "pt"},
+            )
         _write_unet(folder, work / "unet" / f"diffusion_pytorch_model{ending}", dtype)
         for name in ("tokenizer", "tokenizer_2")[: 2 if "text_encoder_2" in folder.parts else 1]:
             tokenizer.save_pretrained(work / name)
         if folder.rest or folder.metadata:
-            save_file_atomic({key: t.contiguous() for key, t in folder.rest.items()}, work / REST, folder.metadata or None)
+            save_file_atomic(
+                {key: t.contiguous() for key, t in folder.rest.items()}, work / REST, folder.metadata or None
+            )
 
 
 def _write_unet(folder: Folder, path: Path, dtype: torch.dtype | None) -> None:
@@ -143,16 +173,21 @@ def _write_unet(folder: Folder, path: Path, dtype: torch.dtype | None) -> None:
     stream_file_atomic(_infos(folder.files, names, dtype), _renamed(folder.files, names), path, {"format": "pt"})
 
 
-def _infos(files: CheckpointFiles, names: Mapping[str, str], dtype: torch.dtype | None) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _infos(
+    files: CheckpointFiles, names: Mapping[str, str], dtype: torch.dtype | None
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     metas = {name: files.shapes[key] for key, name in names.items()}
-    return {name: (dtype if dtype and meta.is_floating_point() else meta.dtype, tuple(meta.shape)) for name, meta in metas.items()}
+    return {
+        name: (dtype if dtype and meta.is_floating_point() else meta.dtype, tuple(meta.shape))
+        for name, meta in metas.items()
+    }
 
 
 def _renamed(files: CheckpointFiles, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
     return ((names[key], tensor) for key, tensor in files.stream("cpu", True, names))
 
 
-# -- to a file -----------------------------------------------------------------------------------------------------------------
+# -- to a file ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -210,7 +245,8 @@ def _text_of(source: str, slot: ClipSlot) -> Tensors:
 
 
 def _completed(state: Tensors, kind: str) -> Tensors:
-    """What readers expect and a folder does not hold: position ids, ln 100 as logit scale, a last layer that is never used."""
+    """What readers expect and a folder does not hold: position ids, ln 100 as logit scale, a last layer that is never
+    used."""
     for slot, prefix in SLOTS[kind]:
         if slot is CLIP_L:
             positions = state[f"{prefix}text_model.embeddings.position_embedding.weight"]
@@ -224,5 +260,7 @@ def _completed(state: Tensors, kind: str) -> Tensors:
             last = max(int(key[len(start) :].split(".")[0]) for key in state if key.startswith(start))
             before = f"{start}{last}."
             if last == 22:
-                state |= {f"{start}23.{key[len(before):]}": tensor for key, tensor in state.items() if key.startswith(before)}
+                state |= {
+                    f"{start}23.{key[len(before) :]}": tensor for key, tensor in state.items() if key.startswith(before)
+                }
     return state

@@ -1,4 +1,5 @@
-"""The parts of Stable Diffusion 3 in one file: names are given the prefixes of such files, tensors are passed on one by one."""
+"""The parts of Stable Diffusion 3 in one file: names are given the prefixes of such files, tensors are passed on one by
+one."""
 
 from __future__ import annotations
 
@@ -20,11 +21,21 @@ PREFIXES = {
     "clip_g": "text_encoders.clip_g.transformer.", "t5xxl": "text_encoders.t5xxl.transformer.",
 }  # fmt: skip
 ROOTS = {
-    "dit": ("joint_blocks.", "x_embedder."), "vae": ("encoder.", "decoder."), "clip_l": ("text_model.",), "clip_g": ("text_model.",),
+    "dit": ("joint_blocks.", "x_embedder."), "vae": ("encoder.", "decoder."), "clip_l": ("text_model.",),
+    "clip_g": ("text_model.",),
     "t5xxl": ("encoder.block.", "shared."),
 }  # fmt: skip
 """beginnings of which names of a part has at least one, after its prefix"""
-_OWN_FILE = ("vae.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "clip_l.transformer.", "clip_g.transformer.", "t5xxl.transformer.")
+_OWN_FILE = (
+    "vae.",
+    "transformer.",
+    "text_encoder.",
+    "text_encoder_2.",
+    "text_encoder_3.",
+    "clip_l.transformer.",
+    "clip_g.transformer.",
+    "t5xxl.transformer.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +49,9 @@ class PackOptions:
     t5xxl: str | None = option(None, help="file of T5-XXL")
     output: str = option("merged_model.safetensors", help="the file to write")
     save_precision: str | None = option(None, help="number format of the result; as in the files when not given")
-    device: str = equivalent_option("cpu", help="deprecated", reason="--device: tensors are passed on as they are, nothing is computed")
+    device: str = equivalent_option(
+        "cpu", help="deprecated", reason="--device: tensors are passed on as they are, nothing is computed"
+    )
 
 
 CLASSES = (PackOptions, OutputOptions, OverflowOptions, ConsoleOptions)
@@ -104,20 +117,24 @@ def check(config: Config) -> None:
 
 
 def part_names(part: str, keys: Sequence[str], path: str) -> dict[str, str]:
-    """key of the file -> name in the whole file. A whole file gives the part alone; a prefix is not doubled. CheckpointError
-    when the file does not hold the part."""
+    """key of the file -> name in the whole file. A whole file gives the part alone; a prefix is not doubled.
+    CheckpointError when the file does not hold the part."""
     prefix = PREFIXES[part]
     if any(key.startswith(prefix) for key in keys):
         names = {key: key for key in keys if key.startswith(prefix)}
     else:
         starts = tuple(PREFIXES[other] for other in PREFIXES if other != part)
         own = [key for key in keys if not key.startswith(starts)]
-        wrapper = next((w for w in _OWN_FILE if any(key.startswith(tuple(w + root for root in ROOTS[part])) for key in own)), "")
+        wrapper = next(
+            (w for w in _OWN_FILE if any(key.startswith(tuple(w + root for root in ROOTS[part])) for key in own)), ""
+        )
         names = {key: prefix + key.removeprefix(wrapper) for key in own}
     roots = tuple(prefix + root for root in ROOTS[part])
     if not any(name.startswith(roots) for name in names.values()):
         some = ", ".join(list(keys)[:3]) or "no tensors"
-        raise CheckpointError(f"--{part} is {path}, which does not hold that part: no tensor begins with {' or '.join(ROOTS[part])} (it begins with {some})")
+        raise CheckpointError(
+            f"--{part} is {path}, which does not hold that part: no tensor begins with {' or '.join(ROOTS[part])} (it begins with {some})"
+        )
     return names
 
 

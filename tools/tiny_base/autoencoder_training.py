@@ -1,7 +1,8 @@
 """Training of the tiny base's autoencoder: 64-pixel pictures to 16 channels at an eighth of the size and back.
 
 Square crops of 32 pixels come first (four times as many steps in the same time), then whole pictures. After that the
-latents get the mean and the spread that the family's constants expect, the encoder stands, and the decoder goes on alone.
+latents get the mean and the spread that the family's constants expect, the encoder stands, and the decoder goes on
+alone.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def warm_cosine(step: int, total: int) -> float:
 
 
 def run_steps(
-    parameters: list[nn.Parameter], data: Iterator[Tensor], loss_of: Callable[[Tensor], Tensor], steps: range, total: int, rate: float
+    parameters: list[nn.Parameter], data: Iterator[Tensor], loss_of: Callable[[Tensor], Tensor], steps: range,
+    total: int, rate: float
 ) -> None:
     """Adam over `steps`, whose learning rate follows a cosine over `total` steps."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=1e-4)

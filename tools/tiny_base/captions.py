@@ -10,19 +10,25 @@ from tools.tiny_base.scenes import Background, Scene, Thing
 SHAPE_WORDS: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "circle", "disc", "ball"), "square": ("square", "square", "box"),
     "face": ("face", "smiling face", "smiley"),
-    "moon": ("moon", "crescent moon", "crescent"), "cup": ("cup", "cup", "mug"), "boat": ("boat", "sailing boat", "ship"),
+    "moon": ("moon", "crescent moon", "crescent"), "cup": ("cup", "cup", "mug"),
+    "boat": ("boat", "sailing boat", "ship"),
     "cross": ("cross", "cross", "plus"), "car": ("car", "car", "automobile"), "mushroom": ("mushroom", "toadstool"),
     "house": ("house", "house", "hut"), "flower": ("flower", "flower", "blossom"), "ring": ("ring", "ring", "hoop"),
 }
 COLOUR_WORDS: dict[str, tuple[str, ...]] = {
     "gray": ("gray", "grey"), "purple": ("purple", "purple", "violet"), "teal": ("teal", "turquoise"),
 }
-SIZE_WORDS: dict[str, tuple[str, ...]] = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge"), "medium": ("",)}
+SIZE_WORDS: dict[str, tuple[str, ...]] = {
+    "small": ("small", "little", "tiny"),
+    "large": ("large", "big", "huge"),
+    "medium": ("",),
+}
 PLACE_PHRASES: dict[str, tuple[str, ...]] = {
     "center": ("", "", "", "in the center", "in the middle"),
     "left": ("on the left", "at the left side"), "right": ("on the right", "at the right side"),
     "top": ("at the top", "near the top"), "bottom": ("at the bottom", "near the bottom"),
-    "top left": ("in the top left corner", "at the top left"), "top right": ("in the top right corner", "at the top right"),
+    "top left": ("in the top left corner", "at the top left"),
+    "top right": ("in the top right corner", "at the top right"),
     "bottom left": ("in the bottom left corner", "at the bottom left"),
     "bottom right": ("in the bottom right corner", "at the bottom right"),
 }
@@ -37,7 +43,18 @@ LANDSCAPE_PHRASES: dict[str, tuple[str, ...]] = {
     "snow": ("in the snow", "in a snowy landscape", "on white snow", "snow background"),
     "sunset": ("at sunset", "in front of a sunset", "in the evening at sunset", "sunset background"),
 }
-OPENINGS = ("", "", "", "", "a picture of ", "a drawing of ", "an image of ", "an illustration of ", "a photo of ", "this is ")
+OPENINGS = (
+    "",
+    "",
+    "",
+    "",
+    "a picture of ",
+    "a drawing of ",
+    "an image of ",
+    "an illustration of ",
+    "a photo of ",
+    "this is ",
+)
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxyz", "aeiou"
 
 
@@ -48,7 +65,10 @@ def word_for(table: dict[str, tuple[str, ...]], name: str, rng: random.Random) -
 
 def invented_word(rng: random.Random) -> str:
     """A word that means nothing, such as a trigger word is."""
-    syllables = [rng.choice(CONSONANTS) + rng.choice(VOWELS) + rng.choice(("", "", *CONSONANTS)) for _ in range(rng.randint(2, 3))]
+    syllables = [
+        rng.choice(CONSONANTS) + rng.choice(VOWELS) + rng.choice(("", "", *CONSONANTS))
+        for _ in range(rng.randint(2, 3))
+    ]
     return "".join(syllables)
 
 
@@ -63,7 +83,8 @@ def join_words(*words: str) -> str:
 def thing_words(thing: Thing, rng: random.Random) -> str:
     """`large red circle`"""
     return join_words(
-        word_for(SIZE_WORDS, thing.size, rng), word_for(COLOUR_WORDS, thing.colour, rng), word_for(SHAPE_WORDS, thing.shape, rng)
+        word_for(SIZE_WORDS, thing.size, rng), word_for(COLOUR_WORDS, thing.colour, rng),
+        word_for(SHAPE_WORDS, thing.shape, rng)
     )
 
 
@@ -133,7 +154,13 @@ def vocabulary_words() -> list[str]:
     from tools.tiny_base.backgrounds import TWO_COLOURED
     from tools.tiny_base.shapes import COLOURS, SHAPES
 
-    phrases: list[str] = [*SHAPES, *COLOURS, *TWO_COLOURED, *OPENINGS, "a an on in front of against and to there is plain background"]
+    phrases: list[str] = [
+        *SHAPES,
+        *COLOURS,
+        *TWO_COLOURED,
+        *OPENINGS,
+        "a an on in front of against and to there is plain background",
+    ]
     for table in (SHAPE_WORDS, COLOUR_WORDS, SIZE_WORDS, PLACE_PHRASES, RELATION_PHRASES, LANDSCAPE_PHRASES):
         phrases += [phrase for entry in table.values() for phrase in entry]
     return list(dict.fromkeys(word for phrase in phrases for word in phrase.split()))

@@ -62,7 +62,8 @@ class TinyBase(nn.Module):
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
         self.clip_config: dict[str, Any] = {
-            "width": 128, "heads": 2, "layers": 2, "vocab": num_clip_pieces, "act": "quick_gelu", "eos": num_clip_pieces - 1,
+            "width": 128, "heads": 2, "layers": 2, "vocab": num_clip_pieces, "act": "quick_gelu",
+            "eos": num_clip_pieces - 1,
             "max_len": CLIP_LENGTH,
         }
         self.t5_config: dict[str, Any] = {
@@ -70,8 +71,10 @@ class TinyBase(nn.Module):
         }
         self.denoiser = Flux(PARAMS)
         self.clip = CLIPTextModelWithProjection(CLIPTextConfig(
-            vocab_size=num_clip_pieces, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=CLIP_LENGTH, hidden_act="quick_gelu", bos_token_id=num_clip_pieces - 2, eos_token_id=num_clip_pieces - 1,
+            vocab_size=num_clip_pieces, hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=CLIP_LENGTH, hidden_act="quick_gelu", bos_token_id=num_clip_pieces - 2,
+            eos_token_id=num_clip_pieces - 1,
             pad_token_id=num_clip_pieces - 1, projection_dim=128,
         ))
         self.t5 = T5EncoderModel(T5Config(
@@ -135,7 +138,9 @@ def scale_latents(mean: Tensor) -> Tensor:
 
 def captions_of(seed: int, count: int) -> list[str]:
     """CAPTION_VARIANTS captions of each scene, variants of a scene side by side, and the empty caption last."""
-    return [caption_of(draw_scene(seed, i), seed, i, variant) for i in range(count) for variant in range(CAPTION_VARIANTS)] + [""]
+    return [
+        caption_of(draw_scene(seed, i), seed, i, variant) for i in range(count) for variant in range(CAPTION_VARIANTS)
+    ] + [""]
 
 
 def draw_times(count: int, generator: torch.Generator) -> Tensor:
@@ -172,13 +177,14 @@ def choose_tokens(tokens: TextTokens, scenes: Tensor, generator: torch.Generator
 
 
 def flow_loss(model: TinyBase, latents: Tensor, tokens: TextTokens, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the velocity at drawn times; latents packed and scaled. The guidance input is drawn and means
-    nothing, so that any --guidance_scale gives the same picture."""
+    """Mean squared error of the velocity at drawn times; latents packed and scaled. The guidance input is drawn and
+    means nothing, so that any --guidance_scale gives the same picture."""
     times = draw_times(len(latents), generator)
     noise = torch.randn(latents.shape, generator=generator)
     guidance = torch.empty(len(latents)).uniform_(1.0, 5.0, generator=generator)
     share = times[:, None, None]
-    # The plain form of attention: on a CPU its gradient is several times quicker than the fused one's for short sequences.
+    # The plain form of attention: on a CPU its gradient is several times quicker than the fused one's for short
+    # sequences.
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         pooled, text = model.conditioning(tokens)
         prediction = model.velocity((1 - share) * latents + share * noise, times, guidance, pooled, text)
@@ -196,7 +202,8 @@ def lengthened(tokens: TextTokens) -> TextTokens:
 
 
 def train_denoiser(
-    model: TinyBase, latents: Tensor, tokens: TextTokens, plan: DenoiserPlan, seed: int, report: Callable[[int, TinyBase], None]
+    model: TinyBase, latents: Tensor, tokens: TextTokens, plan: DenoiserPlan, seed: int,
+    report: Callable[[int, TinyBase], None]
 ) -> TinyBase:
     """Train on packed, scaled latents [N, 16, 64] and the tokens of captions_of(); returns the averaged model.
 
@@ -230,11 +237,14 @@ def train_denoiser(
 
 @torch.no_grad()
 def generate(
-    model: TinyBase, tokens: TextTokens, empty: TextTokens, seeds: Sequence[int], steps: int = 20, cfg_scale: float = 3.0
+    model: TinyBase, tokens: TextTokens, empty: TextTokens, seeds: Sequence[int], steps: int = 20,
+    cfg_scale: float = 3.0
 ) -> Tensor:
     """Latents [B, 16, 8, 8] as the autoencoder's decoder takes them; one seed for each row of tokens."""
     count = len(seeds)
-    noise = torch.stack([torch.randn(16, PARAMS.in_channels, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    noise = torch.stack(
+        [torch.randn(16, PARAMS.in_channels, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
     shift = math.exp(0.5 + (16 - 256) * (1.15 - 0.5) / (4096 - 256))
     even = torch.linspace(1, 0, steps + 1)
     sigmas = shift * even / (1 + (shift - 1) * even)

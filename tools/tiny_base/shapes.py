@@ -1,4 +1,5 @@
-"""The things that a drawn scene can hold: each is a function that paints one thing of a colour, centred, of a given radius.
+"""The things that a drawn scene can hold: each is a function that paints one thing of a colour, centred, of a given
+radius.
 
 All of it is drawn at SUPERSAMPLING times the final size and reduced once at the end, which gives smooth edges.
 """
@@ -49,10 +50,14 @@ def box(draw: ImageDraw.ImageDraw, left: float, top: float, right: float, bottom
     draw.rectangle((left, top, right, bottom), fill=colour)
 
 
-def ring_points(x: float, y: float, radii: tuple[float, ...], count: int, start: float = -90.0) -> list[tuple[float, float]]:
+def ring_points(
+    x: float, y: float, radii: tuple[float, ...], count: int, start: float = -90.0
+) -> list[tuple[float, float]]:
     """`count` points around (x, y), the radii taken in turn, the first at `start` degrees."""
     angles = [math.radians(start + 360.0 * i / count) for i in range(count)]
-    return [(x + radii[i % len(radii)] * math.cos(a), y + radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)]
+    return [
+        (x + radii[i % len(radii)] * math.cos(a), y + radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)
+    ]
 
 
 def paint_circle(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: Colour) -> None:
@@ -136,9 +141,14 @@ def paint_mushroom(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colo
 
 
 def paint_boat(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: Colour) -> None:
-    draw.polygon([(x - r, y + 0.3 * r), (x + r, y + 0.3 * r), (x + 0.6 * r, y + 0.9 * r), (x - 0.6 * r, y + 0.9 * r)], fill=colour)
+    draw.polygon(
+        [(x - r, y + 0.3 * r), (x + r, y + 0.3 * r), (x + 0.6 * r, y + 0.9 * r), (x - 0.6 * r, y + 0.9 * r)],
+        fill=colour,
+    )
     box(draw, x - 0.06 * r, y - r, x + 0.06 * r, y + 0.3 * r, COLOURS["brown"])
-    draw.polygon([(x + 0.12 * r, y - 0.95 * r), (x + 0.85 * r, y + 0.15 * r), (x + 0.12 * r, y + 0.15 * r)], fill=(235, 235, 225))
+    draw.polygon(
+        [(x + 0.12 * r, y - 0.95 * r), (x + 0.85 * r, y + 0.15 * r), (x + 0.12 * r, y + 0.15 * r)], fill=(235, 235, 225)
+    )
 
 
 def paint_cloud(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: Colour) -> None:
@@ -148,7 +158,10 @@ def paint_cloud(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour:
 
 def paint_cup(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: Colour) -> None:
     draw.ellipse((x + 0.25 * r, y - 0.4 * r, x + 1.05 * r, y + 0.45 * r), outline=colour, width=max(1, round(0.18 * r)))
-    rim, foot = ((x - 0.8 * r, y - 0.75 * r), (x + 0.65 * r, y - 0.75 * r)), ((x + 0.5 * r, y + 0.85 * r), (x - 0.65 * r, y + 0.85 * r))
+    rim, foot = (
+        ((x - 0.8 * r, y - 0.75 * r), (x + 0.65 * r, y - 0.75 * r)),
+        ((x + 0.5 * r, y + 0.85 * r), (x - 0.65 * r, y + 0.85 * r)),
+    )
     draw.polygon([*rim, *foot], fill=colour)
     ellipse(draw, x - 0.07 * r, y - 0.75 * r, 0.72 * r, 0.18 * r, shade(colour, 0.5))
 
@@ -162,7 +175,12 @@ def paint_face(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: 
 
 
 def paint_car(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: Colour) -> None:
-    roof = [(x - 0.6 * r, y - 0.05 * r), (x - 0.35 * r, y - 0.6 * r), (x + 0.4 * r, y - 0.6 * r), (x + 0.7 * r, y - 0.05 * r)]
+    roof = [
+        (x - 0.6 * r, y - 0.05 * r),
+        (x - 0.35 * r, y - 0.6 * r),
+        (x + 0.4 * r, y - 0.6 * r),
+        (x + 0.7 * r, y - 0.05 * r),
+    ]
     draw.polygon(roof, fill=shade(colour, 0.3))
     box(draw, x - 1.05 * r, y - 0.1 * r, x + 1.05 * r, y + 0.45 * r, colour)
     for side in (-1, 1):

@@ -18,11 +18,16 @@ CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_LENGTH = 77
 T5_SPECIALS = ("<pad>", "</s>", "<unk>")
 BYTE_PIECE = 6  # beside the piece types of tiny_models/vocabularies.py
-WORD_SCORE, SYLLABLE_SCORE, CHARACTER_SCORE = -6.0, -9.0, -12.0  # one word beats its syllables, these beat their letters
+WORD_SCORE, SYLLABLE_SCORE, CHARACTER_SCORE = (
+    -6.0,
+    -9.0,
+    -12.0,
+)  # one word beats its syllables, these beat their letters
 
 
 def byte_pair_merges(words: dict[str, int]) -> list[tuple[str, str]]:
-    """Merges, most frequent pair first, until every word is one piece. Words are spelt with `</w>` at their last letter."""
+    """Merges, most frequent pair first, until every word is one piece. Words are spelt with `</w>` at their last
+    letter."""
     spelt = {tuple([*word[:-1], word[-1] + "</w>"]): count for word, count in words.items()}
     merges: list[tuple[str, str]] = []
     while True:
@@ -87,15 +92,29 @@ def _field(number: int, payload: bytes) -> bytes:
 
 
 def sentencepiece_model(pieces: list[tuple[str, float, int]]) -> bytes:
-    """The pieces as a sentencepiece model file: field 1 = pieces {1 text, 2 score, 3 type}, 2 = trainer settings (3 model
-    type unigram, 35 fallback to bytes, 40-43 ids of the special pieces), 3 = normaliser (identity; its rules for spaces are the defaults)."""
+    """The pieces as a sentencepiece model file: field 1 = pieces {1 text, 2 score, 3 type}, 2 = trainer settings (3
+    model type unigram, 35 fallback to bytes, 40-43 ids of the special pieces), 3 = normaliser (identity; its rules for
+    spaces are the defaults)."""
     blob = b""
     for text, score, kind in pieces:
-        blob += _field(1, _field(1, text.encode("utf-8")) + b"\x15" + struct.pack("<f", score) + b"\x18" + _varint(kind))
+        blob += _field(
+            1, _field(1, text.encode("utf-8")) + b"\x15" + struct.pack("<f", score) + b"\x18" + _varint(kind)
+        )
     names = [text for text, _, _ in pieces]
     minus_one = _varint(2**64 - 1)
-    special_ids = {40: _varint(names.index("<unk>")), 41: minus_one, 42: _varint(names.index("</s>")), 43: _varint(names.index("<pad>"))}
-    trainer = b"\x18" + _varint(1) + b"\x98\x02" + _varint(1) + b"".join(_varint(number << 3) + value for number, value in special_ids.items())
+    special_ids = {
+        40: _varint(names.index("<unk>")),
+        41: minus_one,
+        42: _varint(names.index("</s>")),
+        43: _varint(names.index("<pad>")),
+    }
+    trainer = (
+        b"\x18"
+        + _varint(1)
+        + b"\x98\x02"
+        + _varint(1)
+        + b"".join(_varint(number << 3) + value for number, value in special_ids.items())
+    )
     return blob + _field(2, trainer) + _field(3, _field(1, b"identity"))
 
 
@@ -107,7 +126,8 @@ def write_clip_tokenizer(folder: Path) -> None:
     lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     settings = {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP_LENGTH, "bos_token": CLIP_START, "eos_token": CLIP_END,
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP_LENGTH, "bos_token": CLIP_START,
+        "eos_token": CLIP_END,
         "pad_token": CLIP_END, "unk_token": CLIP_END,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8", newline="\n")
@@ -118,7 +138,8 @@ def write_t5_tokenizer(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(sentencepiece_model(t5_pieces()))
     settings = {
-        "tokenizer_class": "T5Tokenizer", "model_max_length": 512, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
+        "tokenizer_class": "T5Tokenizer", "model_max_length": 512, "eos_token": "</s>", "pad_token": "<pad>",
+        "unk_token": "<unk>",
         "extra_ids": 0,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8", newline="\n")

@@ -1,1 +1,2 @@
-"""gen_img.py: prompts to batches of pictures of Stable Diffusion and SDXL, with networks, sources, masks and two stages."""
+"""gen_img.py: prompts to batches of pictures of Stable Diffusion and SDXL, with networks, sources, masks and two
+stages."""

@@ -64,7 +64,8 @@ class Made:
 
 @dataclass
 class PictureBatches:
-    """A pipeline with what batches need. `sources` and `masks` are pictures in turn; `regions` [P, H, W] the areas of prompt parts."""
+    """A pipeline with what batches need. `sources` and `masks` are pictures in turn; `regions` [P, H, W] the areas of
+    prompt parts."""
 
     config: Config
     pipeline: UNetPipeline
@@ -117,7 +118,9 @@ class PictureBatches:
             return
         small = [first_stage(request, scale, options.highres_fix_steps) for request in requests]
         latents = self._latents(small, rows, parts, self._source_latents(small))
-        images = self._decoded(latents) if options.highres_fix_save_1st or not options.highres_fix_latents_upscaling else []
+        images = (
+            self._decoded(latents) if options.highres_fix_save_1st or not options.highres_fix_latents_upscaling else []
+        )
         if options.highres_fix_save_1st:
             yield [Made(request, image, 0) for request, image in zip(small, images)]
         source = self._enlarged(latents, images, requests[0])
@@ -126,7 +129,7 @@ class PictureBatches:
         images = self._decoded(self._latents(second, rows, parts, source))
         yield [Made(request, image, 1) for request, image in zip(requests, images)]
 
-    # -- latents -----------------------------------------------------------------------------------------------------------
+    # -- latents -------------------------------------------------------------------------------------------------------
 
     def _latents(self, requests: Sequence[ImageRequest], rows: int, parts: int, source: Tensor | None) -> Tensor:
         """Clean latents [B, 4, h, w]."""
@@ -135,7 +138,8 @@ class PictureBatches:
         size = self.pipeline.latent_spec.latent_shape((first.width, first.height))[-2:]
         run = SamplingRun(
             picture.sampler, first.steps, [request.seed for request in requests], self.pipeline.prediction_type,
-            self.pipeline.zero_terminal_snr, size, noise_settings(picture), 0 if sources.force_scheduler_zero_steps_offset else STEPS_OFFSET,
+            self.pipeline.zero_terminal_snr, size, noise_settings(picture),
+            0 if sources.force_scheduler_zero_steps_offset else STEPS_OFFSET,
             source, self._mask(requests, size) if source is not None else None, first.strength, first.gradual_latent,
         )  # fmt: skip
         shrink = first.deep_shrink
@@ -153,7 +157,9 @@ class PictureBatches:
         if self.regions is None:
             return self._part_predictor(requests, [request.prompt for request in requests], rows)
         texts = [self._parts(request) for request in requests]
-        predictors = [self._region_predictor(requests, [text[place] for text in texts], rows, place) for place in range(parts)]
+        predictors = [
+            self._region_predictor(requests, [text[place] for text in texts], rows, place) for place in range(parts)
+        ]
         return blended(predictors, regions_of(self.regions, parts))
 
     def _region_predictor(self, requests: Sequence[ImageRequest], prompts: list[str], rows: int, place: int) -> Predict:
@@ -170,13 +176,21 @@ class PictureBatches:
     def _part_predictor(self, requests: Sequence[ImageRequest], prompts: list[str], rows: int) -> Predict:
         first = requests[0]
         branches = branches_of(first.scale, first.negative_scale)
-        texts = {"positive": prompts, "negative": [request.negative_prompt for request in requests], "empty": [""] * len(requests)}
+        texts = {
+            "positive": prompts,
+            "negative": [request.negative_prompt for request in requests],
+            "empty": [""] * len(requests),
+        }
         conditioning = stacked([self.prompts.encode(text, rows) for branch in branches for text in texts[branch]])
-        sizes = [request.sizes if branch == "positive" else request.sizes_negative for branch in branches for request in requests]
+        sizes = [
+            request.sizes if branch == "positive" else request.sizes_negative
+            for branch in branches
+            for request in requests
+        ]
         predict = self.pipeline.predictor(conditioning, sizes, (first.height, first.width))
         return guided_predictor(predict, branches, first.scale, first.negative_scale)
 
-    # -- pictures ----------------------------------------------------------------------------------------------------------
+    # -- pictures ------------------------------------------------------------------------------------------------------
 
     def _source_latents(self, requests: Sequence[ImageRequest]) -> Tensor | None:
         if not self.sources:
@@ -185,7 +199,8 @@ class PictureBatches:
         return self._encoded([self.sources[request.source] for request in requests], size)
 
     def _encoded(self, images: Sequence[Image.Image], size_wh: tuple[int, int]) -> Tensor:
-        """Scaled latents [B, 4, h, w] of pictures resized to a size; one at a time, so that a picture does not depend on others."""
+        """Scaled latents [B, 4, h, w] of pictures resized to a size; one at a time, so that a picture does not depend
+        on others."""
         from PIL import Image
 
         found = []
@@ -213,7 +228,9 @@ class PictureBatches:
         for part in latents.split(self._decode_together(len(latents))):
             pixels = self.vae.decode(part).float()  # [b, 3, H, W]
             if not bool(torch.isfinite(pixels).all()):
-                raise ConfigError("a picture has values that are not finite; the autoencoder or the model overflows: use --no_half_vae, or --bf16")
+                raise ConfigError(
+                    "a picture has values that are not finite; the autoencoder or the model overflows: use --no_half_vae, or --bf16"
+                )
             images += images_of(pixels)
         return images
 
@@ -228,7 +245,15 @@ class PictureBatches:
         """The first stage's latents at the size of the second: through an upscaler, as latents, or as pictures."""
         size_wh = (request.width, request.height)
         if self.upscaler is not None:
-            result = self.upscaler.upscale(self.vae, list(images), latents, self.unet.dtype, *size_wh, len(latents), self._decode_together(len(latents)))
+            result = self.upscaler.upscale(
+                self.vae,
+                list(images),
+                latents,
+                self.unet.dtype,
+                *size_wh,
+                len(latents),
+                self._decode_together(len(latents)),
+            )
             return result.to(self.device).float() if isinstance(result, Tensor) else self._encoded(result, size_wh)
         if self.config[GenerationSourceOptions].highres_fix_latents_upscaling:
             size = self.pipeline.latent_spec.latent_shape(size_wh)[-2:]
@@ -251,7 +276,8 @@ def regions_of(regions: Tensor, parts: int) -> Tensor:
 
 
 def read_regions(image: Image.Image, max_codes: int | None) -> Tensor:
-    """Regions [P, H, W] of a mask in RGB: its channels, or the colours whose bits (red 1, green 2, blue 4) are the codes from 1."""
+    """Regions [P, H, W] of a mask in RGB: its channels, or the colours whose bits (red 1, green 2, blue 4) are the
+    codes from 1."""
     values = torch.from_numpy(numpy.asarray(image).copy())  # [H, W, 3]
     if max_codes is None:
         return values.permute(2, 0, 1).float() / 255
@@ -264,11 +290,16 @@ def load_upscaler(options: GenerationSourceOptions, device: torch.device, dtype:
     name = options.highres_fix_upscaler
     if not name:
         return None
-    arguments = parse_keyword_args([part for part in (options.highres_fix_upscaler_args or "").split(";") if part.strip()], "highres_fix_upscaler_args")
+    arguments = parse_keyword_args(
+        [part for part in (options.highres_fix_upscaler_args or "").split(";") if part.strip()],
+        "highres_fix_upscaler_args",
+    )
     try:
         create: Callable[..., Any] = importlib.import_module(name).create_upscaler
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"--highres_fix_upscaler is {name}; a module with create_upscaler(**arguments) is needed: {error}") from error
+        raise ConfigError(
+            f"--highres_fix_upscaler is {name}; a module with create_upscaler(**arguments) is needed: {error}"
+        ) from error
     upscaler = create(**arguments)
     if hasattr(upscaler, "to"):
         upscaler.to(device, dtype=dtype)

@@ -27,9 +27,9 @@ _SHOWN = {"\ue000": "{", "\ue001": "}", "\ue002": "|", "\ue003": "$"}
 def expand_prompt(prompt: str, seed: int) -> list[str]:
     """All prompts that a prompt stands for: one, or with `{e$$...}` one per combination.
 
-    Choices come from a generator of `seed`, the image's seed; every combination starts from the same generator, as it is
-    an image with the same seed. Raises ConfigError for an unclosed brace, a count that the group cannot give, an unknown
-    word before `$$`, or more than 10,000 prompts.
+    Choices come from a generator of `seed`, the image's seed; every combination starts from the same generator, as it
+    is an image with the same seed. Raises ConfigError for an unclosed brace, a count that the group cannot give, an
+    unknown word before `$$`, or more than 10,000 prompts.
     """
     text = prompt.replace("\\{", _HIDDEN["\\{"]).replace("\\}", _HIDDEN["\\}"])
     waiting = [(text, keyed_random(seed, PURPOSE))]
@@ -42,7 +42,9 @@ def expand_prompt(prompt: str, seed: int) -> list[str]:
             continue
         variants = _variants(group[1], rng, prompt)
         if len(prompts) + len(waiting) + len(variants) > MAX_PROMPTS:
-            raise ConfigError(f"the prompt '{prompt}' stands for more than {MAX_PROMPTS} prompts; use fewer {{e$$...}} groups")
+            raise ConfigError(
+                f"the prompt '{prompt}' stands for more than {MAX_PROMPTS} prompts; use fewer {{e$$...}} groups"
+            )
         for variant in reversed(variants):  # the first one is taken from the end of the list next
             waiting.append((text[: group.start()] + _hidden(variant) + text[group.end() :], _copy_of(rng)))
     return prompts
@@ -97,5 +99,7 @@ def _shown(text: str, prompt: str) -> str:
     """The finished text; ConfigError when a brace is left over."""
     for brace in "{}":
         if brace in text:
-            raise ConfigError(f"the prompt '{prompt}' has a '{brace}' without its other half; write \\{brace} for a brace as text")
+            raise ConfigError(
+                f"the prompt '{prompt}' has a '{brace}' without its other half; write \\{brace} for a brace as text"
+            )
     return _plain(text)

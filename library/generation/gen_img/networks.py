@@ -38,9 +38,13 @@ def _module(name: str) -> Any:
     try:
         module = importlib.import_module(importable_name(name))
     except ImportError as error:
-        raise ConfigError(f"--network_module is {name}, which cannot be imported: {error}; e.g. networks.lora") from error
+        raise ConfigError(
+            f"--network_module is {name}, which cannot be imported: {error}; e.g. networks.lora"
+        ) from error
     if not hasattr(module, "create_network_from_weights"):
-        raise ConfigError(f"--network_module is {name}; it has no function create_network_from_weights; name a module that reads adapters, e.g. networks.lora")
+        raise ConfigError(
+            f"--network_module is {name}; it has no function create_network_from_weights; name a module that reads adapters, e.g. networks.lora"
+        )
     return module
 
 
@@ -57,15 +61,18 @@ def show_metadata(path: str) -> None:
     print(f"{path}:\n{json.dumps(metadata, indent=2, ensure_ascii=False, sort_keys=True)}")
 
 
-def load_networks(options: GenerationNetworkOptions, denoiser: nn.Module, encoders: Sequence[nn.Module]) -> LoadedAdapters:
-    """The networks of the options in their order, merged ones first. CheckpointError when one has no layer of these models;
-    ConfigError when its module cannot be used as asked."""
+def load_networks(
+    options: GenerationNetworkOptions, denoiser: nn.Module, encoders: Sequence[nn.Module]
+) -> LoadedAdapters:
+    """The networks of the options in their order, merged ones first. CheckpointError when one has no layer of these
+    models; ConfigError when its module cannot be used as asked."""
     adapters = LoadedAdapters(denoiser, encoders, pre_calc=options.network_pre_calc)
     for place, path in enumerate(options.network_weights or []):
         if options.network_show_meta:
             show_metadata(path)
         file = AdapterFile(
-            path, options.network_mul[place] if options.network_mul else 1.0, importable_name(options.network_module[place]),
+            path, options.network_mul[place] if options.network_mul else 1.0,
+            importable_name(options.network_module[place]),
             _arguments(options.network_args[place]) if options.network_args else {},
         )  # fmt: skip
         (adapters.merge if place < options.num_merged else adapters.add)(file)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from library.core.errors import ConfigError, Problems, problems_of
-from library.core.options import LARGEST_BATCH, LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, equivalent_option, option, refused_option
+from library.core.options import (
+    LARGEST_BATCH,
+    LARGEST_PICTURE_SIDE,
+    LARGEST_SEED,
+    LARGEST_STEPS,
+    equivalent_option,
+    option,
+    refused_option,
+)
 from library.core.plugins import PluginOptions
 from library.generation.gen_img.prompts import GENERATION_LINE_OPTIONS
 from library.training.inference_samplers import DEFAULT_SAMPLER, SAMPLER_HELP, SAMPLER_NAMES, check_sampler
@@ -20,7 +28,11 @@ _NO_GUIDANCE = "guidance by CLIP or VGG features of a picture is not there; --im
 def _least(values: object, **least: float) -> list[str]:
     """Messages for options below their least value; None passes."""
     given = {name: getattr(values, name) for name in least}
-    return [f"--{name} is {value}; needed: {least[name]} or more" for name, value in given.items() if value is not None and value < least[name]]
+    return [
+        f"--{name} is {value}; needed: {least[name]} or more"
+        for name, value in given.items()
+        if value is not None and value < least[name]
+    ]
 
 
 def _raise(messages: list[str]) -> None:
@@ -34,10 +46,14 @@ class GenerationModelOptions:
 
     ckpt: str | None = option(None, help="checkpoint file or diffusers folder")
     sdxl: bool = option(False, help="the checkpoint is SDXL")
-    v1: bool = option(False, help="the checkpoint is Stable Diffusion 1; that is assumed without --v2 and --sdxl as well")
+    v1: bool = option(
+        False, help="the checkpoint is Stable Diffusion 1; that is assumed without --v2 and --sdxl as well"
+    )
     v2: bool = option(False, help="the checkpoint is Stable Diffusion 2")
     v_parameterization: bool = option(False, help="the model predicts velocity; known of files that say so themselves")
-    zero_terminal_snr: bool = option(False, help="rescale the noise schedule to end at zero signal, as the model was trained")
+    zero_terminal_snr: bool = option(
+        False, help="rescale the noise schedule to end at zero signal, as the model was trained"
+    )
     vae: str | None = option(None, help="file or folder of another autoencoder than the model's own")
     vae_batch_size: float | None = option(
         None, help="pictures that are decoded together; below 1 a fraction of --batch_size; 1 when not given"
@@ -46,18 +62,28 @@ class GenerationModelOptions:
         None, help="compute the autoencoder in this many slices",
         reason="--vae_slices: pictures are decoded whole, one at a time unless --vae_batch_size asks for more",
     )
-    no_half_vae: bool = option(False, help="keep the autoencoder in float32 with --fp16 and --bf16 (SDXL's own needs it in float16)")
+    no_half_vae: bool = option(
+        False, help="keep the autoencoder in float32 with --fp16 and --bf16 (SDXL's own needs it in float16)"
+    )
     fp16: bool = option(False, help="compute in float16")
     bf16: bool = option(False, help="compute in bfloat16")
-    tokenizer_cache_dir: str | None = option(None, help="folder where tokenizers are kept, so that no network is needed")
-    clip_tokenizer: str | None = option(None, help="folder of the CLIP tokenizer, for models with a vocabulary of their own")
-    clip_skip: int | None = option(None, help="take the output of the n-th layer of the text encoder from the end; not for SDXL")
+    tokenizer_cache_dir: str | None = option(
+        None, help="folder where tokenizers are kept, so that no network is needed"
+    )
+    clip_tokenizer: str | None = option(
+        None, help="folder of the CLIP tokenizer, for models with a vocabulary of their own"
+    )
+    clip_skip: int | None = option(
+        None, help="take the output of the n-th layer of the text encoder from the end; not for SDXL"
+    )
     xformers: bool = equivalent_option(False, help="attention of xformers", reason=f"--xformers: {_TORCH_ATTENTION}")
     diffusers_xformers: bool = equivalent_option(
         False, help="attention of xformers through diffusers", reason=f"--diffusers_xformers: {_TORCH_ATTENTION}"
     )
     sdpa: bool = equivalent_option(False, help="attention of torch", reason=f"--sdpa: {_TORCH_ATTENTION}")
-    opt_channels_last: bool = option(False, help="keep feature maps with their channels last, which can be quicker on a GPU")
+    opt_channels_last: bool = option(
+        False, help="keep feature maps with their channels last, which can be quicker on a GPU"
+    )
 
     def __post_init__(self) -> None:
         problems = _least(self, vae_slices=1, clip_skip=1)
@@ -67,9 +93,13 @@ class GenerationModelOptions:
         if self.fp16 and self.bf16:
             problems.append("--fp16 and --bf16 are both given; leave one out")
         if self.sdxl and self.clip_skip is not None:
-            problems.append(f"--clip_skip is {self.clip_skip}; SDXL takes the last but one layer of both text encoders, leave it out")
+            problems.append(
+                f"--clip_skip is {self.clip_skip}; SDXL takes the last but one layer of both text encoders, leave it out"
+            )
         if self.vae_batch_size is not None and self.vae_batch_size <= 0:
-            problems.append(f"--vae_batch_size is {self.vae_batch_size}; needed: a number of pictures, or a fraction of --batch_size above 0")
+            problems.append(
+                f"--vae_batch_size is {self.vae_batch_size}; needed: a number of pictures, or a fraction of --batch_size above 0"
+            )
         _raise(problems)
 
     @property
@@ -86,27 +116,51 @@ class GenerationModelOptions:
 class GenerationNetworkOptions:
     """Networks and embeddings"""
 
-    network_module: list[str] | None = option(None, nargs="*", help="kind of each network, e.g. lora (any kind reads files of all), lycoris, or an importable module")
+    network_module: list[str] | None = option(
+        None,
+        nargs="*",
+        help="kind of each network, e.g. lora (any kind reads files of all), lycoris, or an importable module",
+    )
     network_weights: list[str] | None = option(None, nargs="*", help="file of each network")
     network_mul: list[float] | None = option(None, nargs="*", help="multiplier of each network; 1 when not given")
-    network_args: list[str] | None = option(None, nargs="*", help='arguments of each network as one text: "key=value;key=value"')
+    network_args: list[str] | None = option(
+        None, nargs="*", help='arguments of each network as one text: "key=value;key=value"'
+    )
     network_show_meta: bool = option(False, help="show the metadata of the network files")
-    network_merge: bool = option(False, help="add all networks to the weights of the model; --am cannot change them then")
+    network_merge: bool = option(
+        False, help="add all networks to the weights of the model; --am cannot change them then"
+    )
     network_merge_n_models: int | None = option(None, help="add the first N networks to the weights, hook the others")
-    network_pre_calc: bool = option(False, help="add the networks to the weights before each batch and take them out after it; --am works")
+    network_pre_calc: bool = option(
+        False, help="add the networks to the weights before each batch and take them out after it; --am works"
+    )
     network_regional_mask_max_color_codes: int | None = option(
-        None, help="regions of --mask_path are colour codes (red = bit 1, green = bit 2, blue = bit 3) up to this number, instead of channels"
+        None,
+        help="regions of --mask_path are colour codes (red = bit 1, green = bit 2, blue = bit 3) up to this number, instead of channels",
     )
     textual_inversion_embeddings: list[str] | None = option(
-        None, nargs="*", help="files of textual inversions; the name of a file without its ending is the word for prompts"
+        None, nargs="*",
+        help="files of textual inversions; the name of a file without its ending is the word for prompts"
     )
-    control_net_lllite_models: list[str] | None = refused_option(None, nargs="*", help="ControlNet-LLLite files", reason=_NO_CONTROL)
+    control_net_lllite_models: list[str] | None = refused_option(
+        None, nargs="*", help="ControlNet-LLLite files", reason=_NO_CONTROL
+    )
     control_net_models: list[str] | None = refused_option(None, nargs="*", help="ControlNet files", reason=_NO_CONTROL)
-    control_net_preps: list[str] | None = refused_option(None, nargs="*", help="preprocessors of ControlNets", reason=_NO_CONTROL)
-    control_net_multipliers: list[float] | None = refused_option(None, nargs="*", help="strengths of ControlNets", reason=_NO_CONTROL)
-    control_net_ratios: list[float] | None = refused_option(None, nargs="*", help="part of the steps with ControlNet", reason=_NO_CONTROL)
-    guide_image_path: list[str] | None = refused_option(None, nargs="*", help="pictures for ControlNet or CLIP guidance", reason=_NO_CONTROL)
-    clip_vision_strength: float | None = refused_option(None, help="guidance by a picture through CLIP vision", reason=_NO_GUIDANCE)
+    control_net_preps: list[str] | None = refused_option(
+        None, nargs="*", help="preprocessors of ControlNets", reason=_NO_CONTROL
+    )
+    control_net_multipliers: list[float] | None = refused_option(
+        None, nargs="*", help="strengths of ControlNets", reason=_NO_CONTROL
+    )
+    control_net_ratios: list[float] | None = refused_option(
+        None, nargs="*", help="part of the steps with ControlNet", reason=_NO_CONTROL
+    )
+    guide_image_path: list[str] | None = refused_option(
+        None, nargs="*", help="pictures for ControlNet or CLIP guidance", reason=_NO_CONTROL
+    )
+    clip_vision_strength: float | None = refused_option(
+        None, help="guidance by a picture through CLIP vision", reason=_NO_GUIDANCE
+    )
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -114,11 +168,17 @@ class GenerationNetworkOptions:
         for name in ("network_module", "network_mul", "network_args"):
             given = getattr(self, name)
             if given is not None and len(given) != count or (name == "network_module" and given is None and count):
-                problems.add(f"--{name} has {len(given or [])} values for {count} files in --network_weights; give one for each file")
+                problems.add(
+                    f"--{name} has {len(given or [])} values for {count} files in --network_weights; give one for each file"
+                )
         if self.network_merge and self.network_pre_calc:
-            problems.add("--network_merge and --network_pre_calc are both given; the first adds the networks once, the second for each batch: leave one out")
+            problems.add(
+                "--network_merge and --network_pre_calc are both given; the first adds the networks once, the second for each batch: leave one out"
+            )
         if self.network_merge_n_models is not None and not 0 <= self.network_merge_n_models <= count:
-            problems.add(f"--network_merge_n_models is {self.network_merge_n_models}; there are {count} networks, needed: 0 to {count}")
+            problems.add(
+                f"--network_merge_n_models is {self.network_merge_n_models}; there are {count} networks, needed: 0 to {count}"
+            )
         codes = self.network_regional_mask_max_color_codes
         if codes is not None and not 1 <= codes <= 7:
             problems.add(f"--network_regional_mask_max_color_codes is {codes}; colours give codes from 1 to 7")
@@ -133,23 +193,37 @@ class GenerationNetworkOptions:
 class GenerationPromptOptions:
     """Prompts"""
 
-    prompt: str | None = option(None, help=f"prompt, with options: {' '.join('--' + name for name in GENERATION_LINE_OPTIONS)}")
-    from_file: str | None = option(None, help="text file with one prompt per line; lines that begin with # are left out")
-    from_module: str | None = option(None, help="Python file with get_prompter(options, pipeline, networks), which gives prompt lines")
+    prompt: str | None = option(
+        None, help=f"prompt, with options: {' '.join('--' + name for name in GENERATION_LINE_OPTIONS)}"
+    )
+    from_file: str | None = option(
+        None, help="text file with one prompt per line; lines that begin with # are left out"
+    )
+    from_module: str | None = option(
+        None, help="Python file with get_prompter(options, pipeline, networks), which gives prompt lines"
+    )
     prompter_module_args: str | None = option(None, help="text for that module, which finds it in its options")
     interactive: bool = option(False, help="ask for prompts, one per line; an empty line ends")
     no_preview: bool = equivalent_option(
-        False, help="no window with the pictures in interactive mode", reason="--no_preview: no window is opened in any case"
+        False, help="no window with the pictures in interactive mode",
+        reason="--no_preview: no window is opened in any case"
     )
     n_iter: int = option(1, help="rounds over all prompts")
     images_per_prompt: int = option(1, help="pictures of each prompt and round")
     batch_size: int = option(1, help="pictures that are made together", most=LARGEST_BATCH)
     shuffle_prompts: bool = option(False, help="put the prompts into another order for each round")
-    seed: int | None = option(None, help="the picture's seed, or with several pictures what their seeds are drawn from; a drawn one is shown when not given, or with -1", most=LARGEST_SEED)
+    seed: int | None = option(
+        None,
+        help="the picture's seed, or with several pictures what their seeds are drawn from; a drawn one is shown when not given, or with -1",
+        most=LARGEST_SEED,
+    )
     iter_same_seed: bool = option(False, help="the same seed for all prompts of a round")
-    max_embeddings_multiples: int | None = option(None, help="longest prompt in rows of 75 tokens; 1 when not given", most=1000)
+    max_embeddings_multiples: int | None = option(
+        None, help="longest prompt in rows of 75 tokens; 1 when not given", most=1000
+    )
     emb_normalize_mode: str = option(
-        "original", choices=("original", "none", "abs"),
+        "original",
+        choices=("original", "none", "abs"),
         help="what brings weighted prompts back to their size: their mean (original, can distort), nothing, or their mean absolute value (abs, recommended)",
     )
 
@@ -159,9 +233,13 @@ class GenerationPromptOptions:
         if len(sources) > 1:
             problems.append(f"{' and '.join(sources)} are given; prompts come from one of them")
         if self.interactive and (self.n_iter > 1 or self.shuffle_prompts):
-            problems.append("--n_iter and --shuffle_prompts are about rounds, and --interactive has none; leave them out")
+            problems.append(
+                "--n_iter and --shuffle_prompts are about rounds, and --interactive has none; leave them out"
+            )
         if self.prompter_module_args is not None and not self.from_module:
-            problems.append("--prompter_module_args is given without --from_module, the module that takes them; add it, or leave it out")
+            problems.append(
+                "--prompter_module_args is given without --from_module, the module that takes them; add it, or leave it out"
+            )
         _raise(problems)
 
 
@@ -172,28 +250,40 @@ class GenerationPictureOptions:
     outdir: str = option("outputs", help="folder of the pictures; made when missing")
     sequential_file_name: bool = option(False, help="number the files: im_000001.png")
     use_original_file_name: bool = option(False, help="name the files after those of --image_path")
-    W: int | None = option(None, help="width in pixels; 512, SDXL 1024, or that of --image_path when not given", most=LARGEST_PICTURE_SIDE)
+    W: int | None = option(
+        None, help="width in pixels; 512, SDXL 1024, or that of --image_path when not given", most=LARGEST_PICTURE_SIDE
+    )
     H: int | None = option(None, help="height in pixels", most=LARGEST_PICTURE_SIDE)
     steps: int = option(50, help="steps", most=LARGEST_STEPS)
     sampler: str = option(DEFAULT_SAMPLER, help="sampler: " + ", ".join(SAMPLER_NAMES) + SAMPLER_HELP)
-    scale: float = option(7.5, help="strength of the prompt against the negative prompt (classifier-free guidance); up to 1 = off")
+    scale: float = option(
+        7.5, help="strength of the prompt against the negative prompt (classifier-free guidance); up to 1 = off"
+    )
     negative_scale: float | None = option(
-        None, help="strength of the negative prompt of its own: both prompts are then seen from the empty one (three forwards per step)"
+        None,
+        help="strength of the negative prompt of its own: both prompts are then seen from the empty one (three forwards per step)",
     )
     original_height: int | None = option(None, help="SDXL: original height; the picture's when not given")
     original_width: int | None = option(None, help="SDXL: original width")
-    original_height_negative: int | None = option(None, help="SDXL: original height for the negative prompt; as for the prompt when not given")
+    original_height_negative: int | None = option(
+        None, help="SDXL: original height for the negative prompt; as for the prompt when not given"
+    )
     original_width_negative: int | None = option(None, help="SDXL: original width for the negative prompt")
     crop_top: int | None = option(None, help="SDXL: rows cropped above; 0 when not given")
     crop_left: int | None = option(None, help="SDXL: columns cropped on the left; 0 when not given")
     pyramid_noise_prob: float | None = option(None, help="part of the pictures that start from pyramid noise")
-    pyramid_noise_discount_range: list[float] | None = option(None, nargs=2, help="least and largest weight of its next coarser level; 0.5 0.9 when not given")
+    pyramid_noise_discount_range: list[float] | None = option(
+        None, nargs=2, help="least and largest weight of its next coarser level; 0.5 0.9 when not given"
+    )
     noise_offset_prob: float | None = option(None, help="part of the pictures whose start noise gets an offset")
-    noise_offset_range: list[float] | None = option(None, nargs=2, help="least and largest offset; 0.01 0.2 when not given")
+    noise_offset_range: list[float] | None = option(
+        None, nargs=2, help="least and largest offset; 0.01 0.2 when not given"
+    )
 
     def __post_init__(self) -> None:
         problems = _least(
-            self, W=64, H=64, steps=1, original_height=1, original_width=1, original_height_negative=1, original_width_negative=1,
+            self, W=64, H=64, steps=1, original_height=1, original_width=1, original_height_negative=1,
+            original_width_negative=1,
             crop_top=0, crop_left=0,
         )
         problems += problems_of(lambda: check_sampler(self.sampler, "--sampler"))
@@ -216,18 +306,27 @@ class GenerationSourceOptions:
 
     image_path: str | None = option(None, help="picture, or folder of pictures, to start from; they take turns")
     mask_path: str | None = option(
-        None, help="with --image_path: what is white is made anew. Without it: regions for the parts of a prompt between AND"
+        None,
+        help="with --image_path: what is white is made anew. Without it: regions for the parts of a prompt between AND"
     )
-    strength: float | None = option(None, help=f"part of the steps that are made, from 0 to 1; {DEFAULT_STRENGTH} when not given")
+    strength: float | None = option(
+        None, help=f"part of the steps that are made, from 0 to 1; {DEFAULT_STRENGTH} when not given"
+    )
     force_scheduler_zero_steps_offset: bool = option(False, help="count timesteps from 0 instead of 1")
-    highres_fix_scale: float | None = option(None, help="make pictures at this part of their size first, then enlarge and refine them")
+    highres_fix_scale: float | None = option(
+        None, help="make pictures at this part of their size first, then enlarge and refine them"
+    )
     highres_fix_steps: int = option(28, help="steps of the small picture", most=LARGEST_STEPS)
-    highres_fix_strength: float | None = option(None, help="--strength for a small picture that starts from --image_path; as --strength when not given")
+    highres_fix_strength: float | None = option(
+        None, help="--strength for a small picture that starts from --image_path; as --strength when not given"
+    )
     highres_fix_save_1st: bool = option(False, help="write the small pictures too")
     highres_fix_latents_upscaling: bool = option(False, help="enlarge latents (bicubic) instead of pictures")
     highres_fix_upscaler: str | None = option(None, help="module that enlarges, with create_upscaler(**arguments)")
     highres_fix_upscaler_args: str | None = option(None, help='its arguments: "key=value;key=value"')
-    highres_fix_disable_control_net: bool = refused_option(False, help="no ControlNet while refining", reason=_NO_CONTROL)
+    highres_fix_disable_control_net: bool = refused_option(
+        False, help="no ControlNet while refining", reason=_NO_CONTROL
+    )
 
     def __post_init__(self) -> None:
         problems = []
@@ -236,14 +335,20 @@ class GenerationSourceOptions:
             if value is not None and not 0 <= value <= 1:
                 problems.append(f"--{name} is {value}; needed: from 0 to 1")
         if self.highres_fix_scale is None:
-            given = [name for name in ("strength", "save_1st", "latents_upscaling", "upscaler") if getattr(self, f"highres_fix_{name}") not in (None, False)]
+            given = [
+                name
+                for name in ("strength", "save_1st", "latents_upscaling", "upscaler")
+                if getattr(self, f"highres_fix_{name}") not in (None, False)
+            ]
             problems += [f"--highres_fix_{name} is given without --highres_fix_scale" for name in given]
         elif not 0 < self.highres_fix_scale < 1:
             problems.append(f"--highres_fix_scale is {self.highres_fix_scale}; needed: above 0 and below 1, e.g. 0.5")
         if self.highres_fix_latents_upscaling and self.highres_fix_upscaler:
             problems.append("--highres_fix_latents_upscaling and --highres_fix_upscaler are both given; leave one out")
         if self.highres_fix_upscaler_args and not self.highres_fix_upscaler:
-            problems.append("--highres_fix_upscaler_args is given without --highres_fix_upscaler, which takes them; add it, or leave it out")
+            problems.append(
+                "--highres_fix_upscaler_args is given without --highres_fix_upscaler, which takes them; add it, or leave it out"
+            )
         _raise([*problems, *_least(self, highres_fix_steps=1)])
 
 
@@ -251,20 +356,24 @@ class GenerationSourceOptions:
 class GenerationShrinkOptions:
     """Larger pictures than the model was trained for: Deep Shrink, gradual latent"""
 
-    ds_depth_1: int | None = option(None, help="Deep Shrink: block of the way down before which the features are made smaller; off when not given")
+    ds_depth_1: int | None = option(
+        None, help="Deep Shrink: block of the way down before which the features are made smaller; off when not given"
+    )
     ds_timesteps_1: int = option(650, help="from the first timestep down to this one")
     ds_depth_2: int | None = option(None, help="second block, for the timesteps after that")
     ds_timesteps_2: int = option(650, help="down to this one")
     ds_ratio: float = option(0.5, help="factor of the sides")
     gradual_latent_timesteps: int | None = option(
-        None, help="gradual latent (with --sampler euler_a): latents begin smaller and grow below this timestep; off when not given"
+        None,
+        help="gradual latent (with --sampler euler_a): latents begin smaller and grow below this timestep; off when not given",
     )
     gradual_latent_ratio: float = option(0.5, help="factor of the sides at the beginning")
     gradual_latent_ratio_step: float = option(0.125, help="growth of that factor at a time")
     gradual_latent_every_n_steps: int = option(3, help="steps from one growth to the next")
     gradual_latent_s_noise: float = option(1.0, help="factor of the sampler's noise")
     gradual_latent_unsharp_params: str | None = option(
-        None, help="kernel size, sigma, strength, and 1 or 0: sharpen the latents or their noise after growth, e.g. 3,0.5,0.5,1"
+        None,
+        help="kernel size, sigma, strength, and 1 or 0: sharpen the latents or their noise after growth, e.g. 3,0.5,0.5,1",
     )
 
     def __post_init__(self) -> None:
@@ -289,6 +398,7 @@ class GenerationShrinkOptions:
 
 GENERATION_CLASSES = (
     PluginOptions,
-    GenerationModelOptions, GenerationPromptOptions, GenerationPictureOptions, GenerationSourceOptions, GenerationNetworkOptions,
+    GenerationModelOptions, GenerationPromptOptions, GenerationPictureOptions, GenerationSourceOptions,
+    GenerationNetworkOptions,
     GenerationShrinkOptions,
 )

@@ -1,4 +1,5 @@
-"""From prompt lines to pictures: what each one takes from its line, from the options and from the model; seeds; batches."""
+"""From prompt lines to pictures: what each one takes from its line, from the options and from the model; seeds;
+batches."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ _SEED_PIECE = re.compile(r"\s--[dD]\s+([-\d,\s]+?)(?=\s--[A-Za-z]|$)")
 
 @dataclass(frozen=True)
 class PromptLine:
-    """A prompt with its options as written. `where` names its place in messages; `source`: the picture of --image_path that
-    it belongs to, where it came from one."""
+    """A prompt with its options as written. `where` names its place in messages; `source`: the picture of --image_path
+    that it belongs to, where it came from one."""
 
     text: str
     where: str
@@ -101,7 +102,9 @@ class ImageRequest:
         )
 
 
-def round_of(lines: Sequence[PromptLine], options: GenerationPromptOptions, base_seed: int, number: int) -> list[PromptLine]:
+def round_of(
+    lines: Sequence[PromptLine], options: GenerationPromptOptions, base_seed: int, number: int
+) -> list[PromptLine]:
     """The lines of one round, in another order with --shuffle_prompts."""
     found = list(lines)
     if options.shuffle_prompts:
@@ -110,10 +113,12 @@ def round_of(lines: Sequence[PromptLine], options: GenerationPromptOptions, base
 
 
 class Planner:
-    """Makes complete requests. `source_sizes` are (width, height) of the pictures of --image_path; `is_alone`: there is one
-    picture in the run, which takes --seed itself."""
+    """Makes complete requests. `source_sizes` are (width, height) of the pictures of --image_path; `is_alone`: there is
+    one picture in the run, which takes --seed itself."""
 
-    def __init__(self, config: Config, *, default_size: int, source_sizes: Sequence[tuple[int, int]] = (), is_alone: bool = False) -> None:
+    def __init__(
+        self, config: Config, *, default_size: int, source_sizes: Sequence[tuple[int, int]] = (), is_alone: bool = False
+    ) -> None:
         self.prompts = config[GenerationPromptOptions]
         self.pictures = config[GenerationPictureOptions]
         self.sources = config[GenerationSourceOptions]
@@ -168,7 +173,9 @@ class Planner:
 
     def _request(self, prompt: GenerationPrompt, line: PromptLine, seed: int, index: int) -> ImageRequest:
         if prompt.clip_prompt is not None:
-            raise ConfigError(f"{line.where}: --c is a second prompt for CLIP guidance, which is not there; leave it out")
+            raise ConfigError(
+                f"{line.where}: --c is a second prompt for CLIP guidance, which is not there; leave it out"
+            )
         width, height = self._size(prompt, line)
         strength = _first(prompt.strength, self.sources.strength, DEFAULT_STRENGTH)
         negative_scale = _first(prompt.negative_scale, self.pictures.negative_scale)
@@ -177,13 +184,15 @@ class Planner:
         if scale <= 1 and (prompt.negative_prompt or negative_scale is not None):
             self._tell(f"the scale is {scale:g}, which switches guidance off; negative prompts have no effect")
         return ImageRequest(
-            prompt=prompt.prompt, negative_prompt=prompt.negative_prompt or "", raw_prompt=line.text, seed=seed, number=self.number,
+            prompt=prompt.prompt, negative_prompt=prompt.negative_prompt or "", raw_prompt=line.text, seed=seed,
+            number=self.number,
             index=index, file_name=self._file_name(prompt, line), width=width, height=height,
             steps=_first(prompt.sample_steps, self.pictures.steps), scale=scale,
             negative_scale=None if negative_scale == NO_NEGATIVE_SCALE else negative_scale,
             strength=strength, first_strength=_first(self.sources.highres_fix_strength, strength),
             multipliers=self._multipliers(prompt, line), sizes=sizes, sizes_negative=sizes_negative,
-            deep_shrink=self._deep_shrink(prompt), gradual_latent=self._gradual_latent(prompt, line), source=self._source(line),
+            deep_shrink=self._deep_shrink(prompt), gradual_latent=self._gradual_latent(prompt, line),
+            source=self._source(line),
         )  # fmt: skip
 
     def _size(self, prompt: GenerationPrompt, line: PromptLine) -> tuple[int, int]:
@@ -191,10 +200,15 @@ class Planner:
         defaults = (self.default_size, self.default_size)
         if self.source_sizes and self.sources.highres_fix_scale is None:
             defaults = tuple(side - side % SOURCE_SIZE_STEP for side in self.source_sizes[self._source(line)])
-        asked = (_first(prompt.width, self.pictures.W, defaults[0]), _first(prompt.height, self.pictures.H, defaults[1]))
+        asked = (
+            _first(prompt.width, self.pictures.W, defaults[0]),
+            _first(prompt.height, self.pictures.H, defaults[1]),
+        )
         width, height = (side - side % SIZE_STEP for side in asked)
         if min(width, height) < SIZE_STEP:
-            raise ConfigError(f"the prompt '{prompt.prompt}' has the size {asked[0]}x{asked[1]}; at least {SIZE_STEP}x{SIZE_STEP} is needed")
+            raise ConfigError(
+                f"the prompt '{prompt.prompt}' has the size {asked[0]}x{asked[1]}; at least {SIZE_STEP}x{SIZE_STEP} is needed"
+            )
         if (width, height) != asked:
             self._tell(f"the size is {asked[0]}x{asked[1]}; made {width}x{height}, a multiple of {SIZE_STEP}")
         return width, height
@@ -208,7 +222,10 @@ class Planner:
     def _sizes(self, prompt: GenerationPrompt, height: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         options = self.pictures
         crop = (_first(prompt.crop_top, options.crop_top, 0), _first(prompt.crop_left, options.crop_left, 0))
-        own = (_first(prompt.original_height, options.original_height, height), _first(prompt.original_width, options.original_width, width))
+        own = (
+            _first(prompt.original_height, options.original_height, height),
+            _first(prompt.original_width, options.original_width, width),
+        )
         negative = (
             _first(prompt.original_height_negative, options.original_height_negative, own[0]),
             _first(prompt.original_width_negative, options.original_width_negative, own[1]),
@@ -246,7 +263,8 @@ class Planner:
         return DeepShrinkSettings(
             depth, _first(prompt.deep_shrink_timesteps_1, options.ds_timesteps_1),
             _first(prompt.deep_shrink_depth_2, options.ds_depth_2),
-            _first(prompt.deep_shrink_timesteps_2, options.ds_timesteps_2), _first(prompt.deep_shrink_ratio, options.ds_ratio),
+            _first(prompt.deep_shrink_timesteps_2, options.ds_timesteps_2),
+            _first(prompt.deep_shrink_ratio, options.ds_ratio),
         )  # fmt: skip
 
     def _gradual_latent(self, prompt: GenerationPrompt, line: PromptLine) -> GradualLatentSettings | None:
@@ -255,7 +273,9 @@ class Planner:
         if timesteps is None:
             return None
         if self.pictures.sampler.removeprefix("k_") != "euler_a":
-            raise ConfigError(f"{line.where}: gradual latent works with --sampler euler_a; the sampler is {self.pictures.sampler}")
+            raise ConfigError(
+                f"{line.where}: gradual latent works with --sampler euler_a; the sampler is {self.pictures.sampler}"
+            )
         return GradualLatentSettings(
             timesteps, _first(prompt.gradual_latent_ratio, options.gradual_latent_ratio),
             _first(prompt.gradual_latent_ratio_step, options.gradual_latent_ratio_step),
@@ -296,7 +316,9 @@ def first_stage(request: ImageRequest, scale: float, steps: int) -> ImageRequest
 
     ConfigError when a side would be below 32.
     """
-    width, height = (int(side * scale) // SOURCE_SIZE_STEP * SOURCE_SIZE_STEP for side in (request.width, request.height))
+    width, height = (
+        int(side * scale) // SOURCE_SIZE_STEP * SOURCE_SIZE_STEP for side in (request.width, request.height)
+    )
     if min(width, height) < SOURCE_SIZE_STEP:
         raise ConfigError(
             f"--highres_fix_scale is {scale}: pictures of {request.width}x{request.height} would begin at {width}x{height};"

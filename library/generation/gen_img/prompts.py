@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.core.errors import ConfigError, Problems
-from library.training.sampling_prompts import LineOption, Seed, Whole, parse_pieces, read_number, read_picture_side, read_text, read_whole
+from library.training.sampling_prompts import (
+    LineOption,
+    Seed,
+    Whole,
+    parse_pieces,
+    read_number,
+    read_picture_side,
+    read_text,
+    read_whole,
+)
 
 NO_NEGATIVE_SCALE = "none"
 UNSHARP_VALUES = 4
@@ -107,24 +116,29 @@ def _unsharp(text: str) -> tuple[float, ...]:
     values = _listed(read_number)(text)
     is_odd_size = values[0] >= 1 and values[0] % 2 == 1
     if len(values) != UNSHARP_VALUES or not is_odd_size or values[3] not in (0, 1):
-        raise ValueError("an odd kernel size, sigma, strength, and 1 (latents) or 0 (noise) are needed, e.g. 3,0.5,0.5,1")
+        raise ValueError(
+            "an odd kernel size, sigma, strength, and 1 (latents) or 0 (noise) are needed, e.g. 3,0.5,0.5,1"
+        )
     return values
 
 
 GENERATION_LINE_OPTIONS: Mapping[str, LineOption] = {
-    "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side), "s": LineOption("sample_steps", read_whole),
+    "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side),
+    "s": LineOption("sample_steps", read_whole),
     "d": LineOption("seeds", _listed(_SEED)), "t": LineOption("strength", _strength),
     "n": LineOption("negative_prompt", read_text), "c": LineOption("clip_prompt", read_text),
     "l": LineOption("scale", read_number), "nl": LineOption("negative_scale", _scale_or_none),
     "am": LineOption("network_multipliers", _listed(read_number)), "f": LineOption("file_name", read_text),
     "ow": LineOption("original_width", _AT_LEAST_ONE), "oh": LineOption("original_height", _AT_LEAST_ONE),
-    "nw": LineOption("original_width_negative", _AT_LEAST_ONE), "nh": LineOption("original_height_negative", _AT_LEAST_ONE),
+    "nw": LineOption("original_width_negative", _AT_LEAST_ONE),
+    "nh": LineOption("original_height_negative", _AT_LEAST_ONE),
     "ct": LineOption("crop_top", read_whole), "cl": LineOption("crop_left", read_whole),
     "dsd1": LineOption("deep_shrink_depth_1", read_whole), "dst1": LineOption("deep_shrink_timesteps_1", read_whole),
     "dsd2": LineOption("deep_shrink_depth_2", read_whole), "dst2": LineOption("deep_shrink_timesteps_2", read_whole),
     "dsr": LineOption("deep_shrink_ratio", _ratio),
     "glt": LineOption("gradual_latent_timesteps", read_whole), "glr": LineOption("gradual_latent_ratio", _ratio),
-    "gle": LineOption("gradual_latent_every_n_steps", _AT_LEAST_ONE), "gls": LineOption("gradual_latent_ratio_step", _ratio),
+    "gle": LineOption("gradual_latent_every_n_steps", _AT_LEAST_ONE),
+    "gls": LineOption("gradual_latent_ratio_step", _ratio),
     "glsn": LineOption("gradual_latent_s_noise", read_number), "glus": LineOption("gradual_latent_unsharp", _unsharp),
 }
 

@@ -55,11 +55,20 @@ logger = logging.getLogger(__name__)
 
 CLASSES = (*GENERATION_CLASSES, ConsoleOptions)
 DEFAULT_SIZES = {"sd": 512, "sdxl": 1024}
-SDXL_ONLY = ("original_height", "original_width", "original_height_negative", "original_width_negative", "crop_top", "crop_left")
+SDXL_ONLY = (
+    "original_height",
+    "original_width",
+    "original_height_negative",
+    "original_width_negative",
+    "crop_top",
+    "crop_left",
+)
 
 
 def build_parser(*, sdxl: bool = False) -> argparse.ArgumentParser:
-    parser = script_parser("Make images with SDXL" if sdxl else "Make images with Stable Diffusion 1, 2 and SDXL", CLASSES)
+    parser = script_parser(
+        "Make images with SDXL" if sdxl else "Make images with Stable Diffusion 1, 2 and SDXL", CLASSES
+    )
     if sdxl:
         parser.set_defaults(sdxl=True)
     return parser
@@ -101,7 +110,7 @@ def run(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> list[Path]:
     return files.written
 
 
-# -- checks ----------------------------------------------------------------------------------------------------------------
+# -- checks ------------------------------------------------------------------------------------------------------------
 
 
 def all_problems(config: Config) -> list[str]:
@@ -110,7 +119,11 @@ def all_problems(config: Config) -> list[str]:
     from library.generation.gen_img.networks import network_problems
 
     networks, sources = config[GenerationNetworkOptions], config[GenerationSourceOptions]
-    found = [*refused_problems(config), *model_problems(config[GenerationModelOptions]), *network_problems(networks, config[GenerationModelOptions].family)]
+    found = [
+        *refused_problems(config),
+        *model_problems(config[GenerationModelOptions]),
+        *network_problems(networks, config[GenerationModelOptions].family),
+    ]
     model = config[GenerationModelOptions]
     found += format_problems({"--fp16" if model.fp16 else "--bf16": model.dtype})
     found += checked_inversions(networks.textual_inversion_embeddings or [])
@@ -118,9 +131,13 @@ def all_problems(config: Config) -> list[str]:
         found.append("--use_original_file_name is given without --image_path; there are no names to use")
     is_regional = bool(sources.mask_path) and not sources.image_path
     if networks.network_regional_mask_max_color_codes is not None and not is_regional:
-        found.append("--network_regional_mask_max_color_codes is given; it needs --mask_path as regions, without --image_path")
+        found.append(
+            "--network_regional_mask_max_color_codes is given; it needs --mask_path as regions, without --image_path"
+        )
     if is_regional and networks.network_pre_calc and networks.network_weights:
-        found.append("--network_pre_calc adds networks to the weights, and regions of --mask_path need them apart; leave it out")
+        found.append(
+            "--network_pre_calc adds networks to the weights, and regions of --mask_path need them apart; leave it out"
+        )
     return found
 
 
@@ -134,7 +151,9 @@ def model_problems(options: GenerationModelOptions) -> list[str]:
     found = [vae_problem] if vae_problem else []
     checks = [lambda: family.inspect(options)[1], lambda: family.text_problems(options)]
     if not vae_problem:
-        checks.append(lambda: _vae_problems(options.family, "vae" if options.vae else "ckpt", options.vae or options.ckpt))
+        checks.append(
+            lambda: _vae_problems(options.family, "vae" if options.vae else "ckpt", options.vae or options.ckpt)
+        )
     for check in checks:
         try:
             found += check()
@@ -144,12 +163,20 @@ def model_problems(options: GenerationModelOptions) -> list[str]:
 
 
 def _vae_problems(family: str, slot: str, path: str) -> list[str]:
-    channels, wanted = pipeline_class(family).inspect_vae(path).params.z_channels, ARCHITECTURES[family].latents.channels
-    return [] if channels == wanted else [f"--{slot} is {path}: its autoencoder has {channels} latent channels; {wanted} are needed"]
+    channels, wanted = (
+        pipeline_class(family).inspect_vae(path).params.z_channels,
+        ARCHITECTURES[family].latents.channels,
+    )
+    return (
+        []
+        if channels == wanted
+        else [f"--{slot} is {path}: its autoencoder has {channels} latent channels; {wanted} are needed"]
+    )
 
 
 def known_lines(config: Config) -> list[PromptLine]:
-    """The prompts that are known at start: not those that are typed or that a module gives. ConfigError when there are none."""
+    """The prompts that are known at start: not those that are typed or that a module gives. ConfigError when there are
+    none."""
     options, sources = config[GenerationPromptOptions], config[GenerationSourceOptions]
     lines = written_lines(options)
     if lines or options.interactive:
@@ -159,7 +186,9 @@ def known_lines(config: Config) -> list[PromptLine]:
         return []
     if sources.image_path:
         return lines_of_pictures(source_files(sources.image_path, "image_path"))
-    raise ConfigError("there is no prompt; give --prompt, --from_file, --interactive or --from_module, or --image_path with pictures that hold one")
+    raise ConfigError(
+        "there is no prompt; give --prompt, --from_file, --interactive or --from_module, or --image_path with pictures that hold one"
+    )
 
 
 def make_planner(config: Config, lines: Sequence[PromptLine]) -> Planner:
@@ -167,7 +196,9 @@ def make_planner(config: Config, lines: Sequence[PromptLine]) -> Planner:
     sources, prompts = config[GenerationSourceOptions], config[GenerationPromptOptions]
     sizes = []
     if sources.image_path:
-        sizes = [open_picture(file, "RGB", "image_path").size for file in source_files(sources.image_path, "image_path")]
+        sizes = [
+            open_picture(file, "RGB", "image_path").size for file in source_files(sources.image_path, "image_path")
+        ]
     if sources.mask_path:
         for file in source_files(sources.mask_path, "mask_path"):
             open_picture(file, "L", "mask_path")
@@ -184,7 +215,9 @@ def check_line(planner: Planner, line: PromptLine, config: Config) -> None:
         if sources.highres_fix_scale is not None:
             first_stage(request, sources.highres_fix_scale, sources.highres_fix_steps)
         if request.gradual_latent is not None and sources.mask_path and sources.image_path:
-            raise ConfigError(f"{line.where}: gradual latent changes the size of latents, which a mask of --mask_path does not follow; leave one out")
+            raise ConfigError(
+                f"{line.where}: gradual latent changes the size of latents, which a mask of --mask_path does not follow; leave one out"
+            )
 
 
 def _check_depths(request: ImageRequest, line: PromptLine, model: GenerationModelOptions) -> None:
@@ -193,12 +226,15 @@ def _check_depths(request: ImageRequest, line: PromptLine, model: GenerationMode
     blocks = _blocks_down(model) if depths else None
     wrong = next((depth for depth in depths if depth is not None and blocks is not None and depth >= blocks), None)
     if wrong is not None:
-        raise ConfigError(f"{line.where}: Deep Shrink is for block {wrong}; the U-Net of {model.ckpt} has {blocks} on the way down, so 0 to {blocks - 1} is needed")
+        raise ConfigError(
+            f"{line.where}: Deep Shrink is for block {wrong}; the U-Net of {model.ckpt} has {blocks} on the way down, so 0 to {blocks - 1} is needed"
+        )
 
 
 @lru_cache(maxsize=1)
 def _blocks_down(model: GenerationModelOptions) -> int | None:
-    """Blocks of the U-Net on the way down, from the header; None for a checkpoint that does not fit, which is told elsewhere."""
+    """Blocks of the U-Net on the way down, from the header; None for a checkpoint that does not fit, which is told
+    elsewhere."""
     try:
         params = pipeline_class(model.family).inspect(model)[0].params
     except CheckpointError:
@@ -209,24 +245,32 @@ def _blocks_down(model: GenerationModelOptions) -> int | None:
 def start_notices(config: Config) -> list[str]:
     """Where pictures differ from those of other scripts with the same options, one line each."""
     pictures, sources = config[GenerationPictureOptions], config[GenerationSourceOptions]
-    lines = ["noise is drawn on the CPU in float32: a seed means the same picture on every device, and another one than in scripts that draw elsewhere"]
+    lines = [
+        "noise is drawn on the CPU in float32: a seed means the same picture on every device, and another one than in scripts that draw elsewhere"
+    ]
     lines += sampler_notices(pictures.sampler)
     if sources.image_path and sources.mask_path:
-        lines.append("inpainting: the kept part has the noise of each step's end and none at the end, where other scripts leave some in it")
+        lines.append(
+            "inpainting: the kept part has the noise of each step's end and none at the end, where other scripts leave some in it"
+        )
     if sources.strength is not None and not sources.image_path and sources.highres_fix_scale is None:
         lines.append("--strength has no effect: there is neither --image_path nor --highres_fix_scale")
     sizes = [name for name in SDXL_ONLY if getattr(pictures, name) is not None]
     if sizes and not config[GenerationModelOptions].sdxl:
-        lines.append(f"{', '.join(f'--{name}' for name in sizes)}: sizes mean nothing to Stable Diffusion 1 and 2; no effect")
+        lines.append(
+            f"{', '.join(f'--{name}' for name in sizes)}: sizes mean nothing to Stable Diffusion 1 and 2; no effect"
+        )
     if config[GenerationModelOptions].sdxl and pictures.negative_scale is not None:
         lines.append("--negative_scale: three branches (negative, positive, empty prompt), for SDXL too")
     return lines
 
 
-# -- the run ---------------------------------------------------------------------------------------------------------------
+# -- the run -----------------------------------------------------------------------------------------------------------
 
 
-def groups_of(config: Config, planner: Planner, lines: list[PromptLine], maker: PictureBatches) -> Iterator[Iterator[ImageRequest]]:
+def groups_of(
+    config: Config, planner: Planner, lines: list[PromptLine], maker: PictureBatches
+) -> Iterator[Iterator[ImageRequest]]:
     """The pictures of the run in order: of all rounds or, with --interactive, of each line as it is typed."""
 
     def check(line: PromptLine) -> None:
@@ -239,13 +283,20 @@ def groups_of(config: Config, planner: Planner, lines: list[PromptLine], maker: 
         return
     prompter: Any = None
     if options.from_module:
-        prompter = load_prompter(options.from_module)(argparse.Namespace(**config.values()), maker, maker.networks.networks)
+        prompter = load_prompter(options.from_module)(
+            argparse.Namespace(**config.values()), maker, maker.networks.networks
+        )
 
     def lines_of(number: int) -> list[PromptLine]:
         known = lines if prompter is None else _of_module(list(module_lines(prompter)), check)
         return round_of(known, options, planner.base_seed, number)
 
-    yield (request for number in range(options.n_iter) for line in lines_of(number) for request in planner.requests(line, number))
+    yield (
+        request
+        for number in range(options.n_iter)
+        for line in lines_of(number)
+        for request in planner.requests(line, number)
+    )
 
 
 def _of_module(lines: list[PromptLine], check: Callable[[PromptLine], None]) -> list[PromptLine]:
@@ -263,7 +314,9 @@ def add_pictures(maker: PictureBatches, config: Config) -> None:
 
     sources = config[GenerationSourceOptions]
     if sources.image_path:
-        maker.sources = [open_picture(file, "RGB", "image_path") for file in source_files(sources.image_path, "image_path")]
+        maker.sources = [
+            open_picture(file, "RGB", "image_path") for file in source_files(sources.image_path, "image_path")
+        ]
     if sources.mask_path and sources.image_path:
         maker.masks = [open_picture(file, "L", "mask_path") for file in source_files(sources.mask_path, "mask_path")]
     elif sources.mask_path:
@@ -271,7 +324,7 @@ def add_pictures(maker: PictureBatches, config: Config) -> None:
         maker.regions = read_regions(image, config[GenerationNetworkOptions].network_regional_mask_max_color_codes)
 
 
-# -- files -----------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 class PictureFiles:
@@ -294,7 +347,8 @@ class PictureFiles:
         return path
 
     def name_of(self, made: Made) -> str:
-        """`im_{YYYYmmddHHMMSS}_{stage}{number}_{seed}.png`, or as --f, --use_original_file_name, --sequential_file_name say."""
+        """`im_{YYYYmmddHHMMSS}_{stage}{number}_{seed}.png`, or as --f, --use_original_file_name, --sequential_file_name
+        say."""
         request, stage = made.request, "" if made.stage is None else str(made.stage)
         if request.file_name is not None:
             stem, dot, ending = request.file_name.rpartition(".")
@@ -319,12 +373,16 @@ class PictureFiles:
 def picture_texts(request: ImageRequest, sampler: str, is_sdxl: bool) -> dict[str, str]:
     """Text entries of a picture file, under the names that other programs know."""
     entries: dict[str, Any] = {
-        "prompt": request.prompt, "seed": request.seed, "sampler": sampler, "steps": request.steps, "scale": request.scale,
+        "prompt": request.prompt, "seed": request.seed, "sampler": sampler, "steps": request.steps,
+        "scale": request.scale,
         "negative-prompt": request.negative_prompt or None, "negative-scale": request.negative_scale,
         "raw-prompt": request.raw_prompt if request.raw_prompt != request.prompt else None,
     }  # fmt: skip
     if is_sdxl:
         height, width, top, left = request.sizes
         entries |= {"original-height": height, "original-width": width, "crop-top": top, "crop-left": left}
-        entries |= {"original-height-negative": request.sizes_negative[0], "original-width-negative": request.sizes_negative[1]}
+        entries |= {
+            "original-height-negative": request.sizes_negative[0],
+            "original-width-negative": request.sizes_negative[1],
+        }
     return {name: str(value) for name, value in entries.items() if value is not None}

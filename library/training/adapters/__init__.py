@@ -21,7 +21,10 @@ KINDS = (
 for _kind in KINDS:
     NETWORKS.add(_kind, f"networks.{_kind}")
 for _record in FAMILIES.values():  # the names under which known scripts have the LoRA of one family
-    if _record.network_module.startswith("networks.") and _record.network_module.removeprefix("networks.") not in NETWORKS:
+    if (
+        _record.network_module.startswith("networks.")
+        and _record.network_module.removeprefix("networks.") not in NETWORKS
+    ):
         NETWORKS.add(_record.network_module.removeprefix("networks."), _record.network_module)
 NETWORKS.add("lycoris", "lycoris.kohya", package="lycoris-lora")
 
@@ -35,36 +38,53 @@ DENOISER_ONLY = ("networks.oft", "networks.oft_flux", "networks.diag_oft", "netw
 class NetworkOptions:
     """Adapter (network module)"""
 
-    network_module: str | None = option(None, help=f"kind of adapter: {', '.join(KINDS)}, lycoris; or an importable module with create_network")
+    network_module: str | None = option(
+        None, help=f"kind of adapter: {', '.join(KINDS)}, lycoris; or an importable module with create_network"
+    )
     network_dim: int | None = option(None, help="rank of the adapter; 4 when not given", most=LARGEST_RANK)
     network_alpha: float = option(1.0, help="the change is scaled by alpha / rank")
-    network_dropout: float | None = option(None, help="share of the adapter's inner values that is zeroed in training, 0 to below 1")
-    network_args: list[str] | None = option(None, help="further arguments of the network module, as key=value", nargs="*")
+    network_dropout: float | None = option(
+        None, help="share of the adapter's inner values that is zeroed in training, 0 to below 1"
+    )
+    network_args: list[str] | None = option(
+        None, help="further arguments of the network module, as key=value", nargs="*"
+    )
     network_weights: str | None = option(None, help="adapter file to start from")
     drop_untrained: bool = option(
-        False, help="leave layers of --network_weights out that belong to parts that are not trained; they act and are written again otherwise"
+        False,
+        help="leave layers of --network_weights out that belong to parts that are not trained; they act and are written again otherwise",
     )
     dim_from_weights: bool = option(False, help="take layers, ranks and alphas from --network_weights")
     network_train_unet_only: bool = option(False, help="train the denoiser alone")
     network_train_text_encoder_only: bool = option(False, help="train the text encoders alone")
-    unet_lr: float | None = option(None, help="learning rate of the denoiser; --learning_rate when not given; 0 = not trained")
+    unet_lr: float | None = option(
+        None, help="learning rate of the denoiser; --learning_rate when not given; 0 = not trained"
+    )
     text_encoder_lr: list[float] | None = option(
-        None, help="learning rate of the text encoders, one for all or one for each; --learning_rate when not given; 0 = not trained",
+        None,
+        help="learning rate of the text encoders, one for all or one for each; --learning_rate when not given; 0 = not trained",
         nargs="*",
     )
     scale_weight_norms: float | None = option(
-        None, help="largest norm of a layer's change; larger ones are scaled down; 0 = not given", convert=number_or_none
+        None, help="largest norm of a layer's change; larger ones are scaled down; 0 = not given",
+        convert=number_or_none
     )
     base_weights: list[str] | None = option(None, help="adapter files merged into the model before training", nargs="*")
-    base_weights_multiplier: list[float] | None = option(None, help="strength of each of the --base_weights; 1 when not given", nargs="*")
+    base_weights_multiplier: list[float] | None = option(
+        None, help="strength of each of the --base_weights; 1 when not given", nargs="*"
+    )
 
     def __post_init__(self) -> None:
         problems = Problems()
         self._check_numbers(problems)
         if self.network_train_unet_only and self.network_train_text_encoder_only:
-            problems.add("--network_train_unet_only and --network_train_text_encoder_only together leave nothing to train; use one of them")
+            problems.add(
+                "--network_train_unet_only and --network_train_text_encoder_only together leave nothing to train; use one of them"
+            )
         if self.drop_untrained and not self.network_weights:
-            problems.add("--drop_untrained is set without --network_weights, whose layers it drops; add it, or leave --drop_untrained out")
+            problems.add(
+                "--drop_untrained is set without --network_weights, whose layers it drops; add it, or leave --drop_untrained out"
+            )
         if self.dim_from_weights and not self.network_weights:
             problems.add("--dim_from_weights is set without --network_weights, the file to take the ranks from; add it")
         if self.base_weights_multiplier and len(self.base_weights_multiplier) > len(self.base_weights or ()):
@@ -117,7 +137,9 @@ def parse_pairs(items: Sequence[str] | None) -> dict[str, str]:
         value = value.strip()
         if not separator or not key.strip() or value.startswith("="):
             problems.add(f"--network_args has '{item}'; needed: key=value")
-        pairs[key.strip()] = value[1:-1] if len(value) > 1 and value[0] in "'\"" and value.find(value[0], 1) == len(value) - 1 else value
+        pairs[key.strip()] = (
+            value[1:-1] if len(value) > 1 and value[0] in "'\"" and value.find(value[0], 1) == len(value) - 1 else value
+        )
     problems.raise_if_any()
     return pairs
 
@@ -126,14 +148,18 @@ def check_owner(path: str, usual: str) -> None:
     """ConfigError when a network module is made for another family than the one whose LoRAs `usual` makes."""
     owner = next((record for record in FAMILIES.values() if record.network_module == path), None)
     if owner is not None and path != usual:
-        raise ConfigError(f"--network_module is {path}, which is for {owner.adapters.title}; use {usual} or networks.lora, which serves every family")
+        raise ConfigError(
+            f"--network_module is {path}, which is for {owner.adapters.title}; use {usual} or networks.lora, which serves every family"
+        )
 
 
 def check_network_module(options: NetworkOptions, usual: str | None = None) -> None:
-    """Raise ConfigError unless --network_module is given and can be imported; nothing of it is executed. `usual`: the module
-    of the family's LoRAs; that of another family is refused, and messages name it as an example."""
+    """Raise ConfigError unless --network_module is given and can be imported; nothing of it is executed. `usual`: the
+    module of the family's LoRAs; that of another family is refused, and messages name it as an example."""
     if not options.network_module:
-        raise ConfigError(f"--network_module is missing; name the adapter to train, e.g. --network_module {usual or 'networks.lora'}")
+        raise ConfigError(
+            f"--network_module is missing; name the adapter to train, e.g. --network_module {usual or 'networks.lora'}"
+        )
     path = options.module_path
     if usual is not None:
         check_owner(path, usual)
@@ -146,7 +172,9 @@ def check_network_module(options: NetworkOptions, usual: str | None = None) -> N
     if found:
         return
     if path.split(".")[0] == "lycoris":
-        raise ConfigError(f"--network_module is {options.network_module}, which needs the package lycoris-lora: pip install lycoris-lora")
+        raise ConfigError(
+            f"--network_module is {options.network_module}, which needs the package lycoris-lora: pip install lycoris-lora"
+        )
     known = [*NETWORKS.names(), *OWN_MODULES, "lycoris.kohya"]
     raise ConfigError(
         f"--network_module is {options.network_module}; there is no such module{did_you_mean(options.network_module, known) or '.'}"

@@ -16,20 +16,21 @@ logger = logging.getLogger(__name__)
 
 
 class Hook:
-    """Every method is empty; a hook fills those it needs. All ranks call all methods, in the order of `Run.hooks`; those of
-    `--hook`, of a trainable and of the trainer get the same calls.
+    """Every method is empty; a hook fills those it needs. All ranks call all methods, in the order of `Run.hooks`;
+    those of `--hook`, of a trainable and of the trainer get the same calls.
 
-    Two methods replace instead of add, and at most one hook may define each: `process_batch` (the body of TrainStep) and
-    `compute_loss` (from DiTOutput to the loss). Their default is None.
+    Two methods replace instead of add, and at most one hook may define each: `process_batch` (the body of TrainStep)
+    and `compute_loss` (from DiTOutput to the loss). Their default is None.
     """
 
     options: ClassVar[type | None] = None
-    """dataclass of its own options (library.core.options). A class that `--hook` names is made with an object of it, or with
-    nothing when it has none"""
+    """dataclass of its own options (library.core.options). A class that `--hook` names is made with an object of it, or
+    with nothing when it has none"""
     state_key: str = ""
     """names its part of a state; its class's name when empty"""
     companions: ClassVar[tuple[str, ...]] = ()
-    """endings of the files that it writes beside each model file: `-ema` for `<name>-ema.safetensors`. See `save_companion`"""
+    """endings of the files that it writes beside each model file: `-ema` for `<name>-ema.safetensors`. See
+    `save_companion`"""
     process_batch = None
     """(step: TrainStep, batch, times) -> StepOutput"""
     compute_loss = None
@@ -42,13 +43,14 @@ class Hook:
         """Right after loading, before freezing and before adapters are attached."""
 
     def modules(self) -> dict[str, torch.nn.Module]:
-        """Name -> module of its own, made in `on_transformer_loaded` at the latest. The run moves them to its device, keeps them in
-        its states and in evaluation mode where the others are; what has a gradient is summed over processes, clipped and
-        trained like the rest (see `extra_trainable_params`)."""
+        """Name -> module of its own, made in `on_transformer_loaded` at the latest. The run moves them to its device,
+        keeps them in its states and in evaluation mode where the others are; what has a gradient is summed over
+        processes, clipped and trained like the rest (see `extra_trainable_params`)."""
         return {}
 
     def extra_trainable_params(self) -> list[dict[str, Any]]:
-        """Further optimizer groups ({"params", "name"} and, unless it is --learning_rate, "lr"): one for each of `modules`."""
+        """Further optimizer groups ({"params", "name"} and, unless it is --learning_rate, "lr"): one for each of
+        `modules`."""
         found = []
         for name, module in self.modules().items():
             parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -78,8 +80,11 @@ class Hook:
 
     def on_after_sample_images(self, run: Run) -> None: ...
 
-    def save_companion(self, run: Run, ending: str, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
-        """Write the file of one of `companions`; main process only, right after the model file. It is removed with that file."""
+    def save_companion(
+        self, run: Run, ending: str, path: str, dtype: torch.dtype | None, metadata: dict[str, str]
+    ) -> None:
+        """Write the file of one of `companions`; main process only, right after the model file. It is removed with that
+        file."""
         raise NotImplementedError(f"{type(self).__name__} names the companion {ending} and does not write it")
 
     def on_post_save(self, run: Run, path: str, metadata: dict[str, str]) -> None:
@@ -100,7 +105,8 @@ class Hook:
         return {}
 
     def planned_files(self, run: Run) -> list[str]:
-        """Files that this hook will write, for the start page: names below the output folder, several of a kind as one line."""
+        """Files that this hook will write, for the start page: names below the output folder, several of a kind as one
+        line."""
         return []
 
     def written_files(self) -> list[str]:
@@ -108,7 +114,8 @@ class Hook:
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """What this hook needs to go on after a resume, beside its modules; tensors, numbers, texts, lists and dicts only."""
+        """What this hook needs to go on after a resume, beside its modules; tensors, numbers, texts, lists and dicts
+        only."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -146,7 +153,8 @@ class HookList:
             raise first
 
     def by_key(self) -> dict[str, Hook]:
-        """Hooks by the name that their states have; a name that comes again gets the number of its place: `Losses 2`."""
+        """Hooks by the name that their states have; a name that comes again gets the number of its place: `Losses
+        2`."""
         found: dict[str, Hook] = {}
         for hook in self.hooks:
             name = key = hook.state_key or type(hook).__name__
@@ -158,7 +166,9 @@ class HookList:
 
     def all_modules(self) -> dict[str, torch.nn.Module]:
         """The modules of all hooks as `<key>.<name>`."""
-        return {f"{key}.{name}": module for key, hook in self.by_key().items() for name, module in hook.modules().items()}
+        return {
+            f"{key}.{name}": module for key, hook in self.by_key().items() for name, module in hook.modules().items()
+        }
 
     def find(self, hook_class: type) -> Any | None:
         return next((hook for hook in self.hooks if isinstance(hook, hook_class)), None)

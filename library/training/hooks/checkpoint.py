@@ -28,7 +28,8 @@ def companion_path(path: Path, ending: str) -> Path:
 
 
 def planned_lines(savings: Sequence[Saving], companions: Sequence[str]) -> list[str]:
-    """What the start page says of the files of several occasions: the first, the last and how many; those removed later too."""
+    """What the start page says of the files of several occasions: the first, the last and how many; those removed later
+    too."""
     if not savings:
         return []
     names = [saving.file for saving in savings]
@@ -66,12 +67,22 @@ class CheckpointHook(Hook):
 
     def planned_files(self, run: Run) -> list[str]:
         rules, progress = self._rules(run), run.progress
-        at_epochs = [s for s in map(rules.after_epoch, _multiples(rules.every_n_epochs, progress.num_epochs)) if s is not None]
-        at_steps = [s for s in map(rules.after_step, _multiples(rules.options.save_every_n_steps, progress.max_train_steps)) if s is not None]
-        at_epochs = [saving for saving in at_epochs if saving.number * progress.steps_per_epoch > progress.global_step]  # still to come
+        at_epochs = [
+            s for s in map(rules.after_epoch, _multiples(rules.every_n_epochs, progress.num_epochs)) if s is not None
+        ]
+        at_steps = [
+            s
+            for s in map(rules.after_step, _multiples(rules.options.save_every_n_steps, progress.max_train_steps))
+            if s is not None
+        ]
+        at_epochs = [
+            saving for saving in at_epochs if saving.number * progress.steps_per_epoch > progress.global_step
+        ]  # still to come
         at_steps = [saving for saving in at_steps if saving.number > progress.global_step]
         last = rules.at_end(progress.max_train_steps)
-        return [line for savings in (at_epochs, at_steps, [last]) for line in planned_lines(savings, self._companions(run))]
+        return [
+            line for savings in (at_epochs, at_steps, [last]) for line in planned_lines(savings, self._companions(run))
+        ]
 
     def written_files(self) -> list[str]:
         return list(self._files)
@@ -118,8 +129,8 @@ class CheckpointHook(Hook):
         run.runtime.barrier()
 
     def _write_all(self, run: Run, folder: Path, saving: Saving, is_last: bool) -> None:
-        """What another program keeps from its place is kept under another name, so training goes on; whoever waits for the
-        last file is told at the end."""
+        """What another program keeps from its place is kept under another name, so training goes on; whoever waits for
+        the last file is told at the end."""
         held = []
         try:
             self._write_file(run, folder / saving.file, is_last)
@@ -175,7 +186,9 @@ class CheckpointHook(Hook):
 
     def _remove(self, run: Run, folder: Path, saving: Saving) -> None:
         for name in saving.remove:
-            endings = dict.fromkeys((AVERAGED, *self._companions(run)))  # a run that is resumed without --ema has older averages
+            endings = dict.fromkeys(
+                (AVERAGED, *self._companions(run))
+            )  # a run that is resumed without --ema has older averages
             for path in (folder / name, *(companion_path(folder / name, ending) for ending in endings)):
                 if path.is_file() and remove_file(path):
                     self._files.pop(str(path), None)

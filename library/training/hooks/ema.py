@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 def decay_at(options: EmaOptions, update: int) -> float:
-    """Share of the average that update number 0, 1, 2 ... leaves: --ema_decay, or with --ema_power p the smaller of it and
-    1 - (update + 1)^-p, so that a young average does not hang on the start weights."""
+    """Share of the average that update number 0, 1, 2 ... leaves: --ema_decay, or with --ema_power p the smaller of it
+    and 1 - (update + 1)^-p, so that a young average does not hang on the start weights."""
     if options.ema_power is None:
         return options.ema_decay
     return min(options.ema_decay, 1 - (update + 1) ** -options.ema_power)
@@ -31,8 +31,8 @@ def decay_at(options: EmaOptions, update: int) -> float:
 class EmaHook(Hook):
     """`--ema`: average = average * decay + weights * (1 - decay) after optimizer steps, float32.
 
-    Samples and validation use the average, and every file gets a companion `<name>-ema` of it. Training does not see it: the
-    weights are put back as they were. It is part of the state, so that a resumed run goes on exactly.
+    Samples and validation use the average, and every file gets a companion `<name>-ema` of it. Training does not see
+    it: the weights are put back as they were. It is part of the state, so that a resumed run goes on exactly.
 
     `modules`: gives the trained modules by name.
     """
@@ -47,7 +47,10 @@ class EmaHook(Hook):
     def on_train_start(self, run: Run) -> None:
         if not self.average.tensors:
             if run.progress.global_step:
-                logger.warning("the state that is resumed holds no average; --ema begins with the weights of step %d", run.progress.global_step)
+                logger.warning(
+                    "the state that is resumed holds no average; --ema begins with the weights of step %d",
+                    run.progress.global_step,
+                )
             self.average.begin()
 
     def on_post_optimizer_step(self, run: Run) -> None:
@@ -61,12 +64,18 @@ class EmaHook(Hook):
     def weights_for_eval(self, run: Run) -> AbstractContextManager[None]:
         return self.average.applied()
 
-    def save_companion(self, run: Run, ending: str, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+    def save_companion(
+        self, run: Run, ending: str, path: str, dtype: torch.dtype | None, metadata: dict[str, str]
+    ) -> None:
         with run.weights_for_eval():
             run.trainable.save(path, dtype, metadata)
 
     def extra_metadata(self, run: Run) -> dict[str, Any]:
-        return {"ss_ema_decay": self.options.ema_decay, "ss_ema_power": self.options.ema_power, "ss_ema_updates": self.updates}
+        return {
+            "ss_ema_decay": self.options.ema_decay,
+            "ss_ema_power": self.options.ema_power,
+            "ss_ema_updates": self.updates,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": self.average.state_dict()}

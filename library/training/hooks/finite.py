@@ -23,8 +23,8 @@ SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16"
 class NonFiniteGuard(Hook):
     """Looks at every reading of the losses, and at the weights before a save.
 
-    Whoever saves calls `check_before_save(run)` first, on all ranks. The files of a step are kept until its loss was read, so
-    that the message names them even when the reading comes some steps late.
+    Whoever saves calls `check_before_save(run)` first, on all ranks. The files of a step are kept until its loss was
+    read, so that the message names them even when the reading comes some steps late.
     """
 
     def __init__(self) -> None:
@@ -79,8 +79,8 @@ class NonFiniteGuard(Hook):
 
 
 def names_of_non_finite(run: Run, dtype: torch.dtype | None = None) -> list[str]:
-    """Names of trained parameters with values that are NaN or infinite, or would be in `dtype`; found with one transfer when all
-    is well.
+    """Names of trained parameters with values that are NaN or infinite, or would be in `dtype`; found with one transfer
+    when all is well.
 
     All ranks get a list that is empty on all or on none.
     """
@@ -93,7 +93,9 @@ def names_of_non_finite(run: Run, dtype: torch.dtype | None = None) -> list[str]
     if not parameters:
         return []
     device = torch.device(run.runtime.device)
-    bad = torch.stack([(~torch.isfinite(p.detach().to(dtype or p.dtype))).any().to(device) for _, p in parameters])  # [parameters]
+    bad = torch.stack(
+        [(~torch.isfinite(p.detach().to(dtype or p.dtype))).any().to(device) for _, p in parameters]
+    )  # [parameters]
     bad = run.runtime.sum_over_ranks(bad.to(torch.int32))
     if not bool(bad.any()):
         return []

@@ -25,10 +25,12 @@ SHOWN_IN_BAR = {"max_norm/keys_scaled": "Keys Scaled", "norm/avg_key_norm": "Ave
 
 
 class LossWindow:
-    """Mean over the last `size` steps, which is an epoch. Its sum runs along and is made anew once an epoch, so that rounding
-    does not add up; a state carries it, so that a resumed log equals that of a run that was never stopped."""
+    """Mean over the last `size` steps, which is an epoch. Its sum runs along and is made anew once an epoch, so that
+    rounding does not add up; a state carries it, so that a resumed log equals that of a run that was never stopped."""
 
-    def __init__(self, size: int = 1, values: Sequence[float] = (), total: float | None = None, step: int | None = None) -> None:
+    def __init__(
+        self, size: int = 1, values: Sequence[float] = (), total: float | None = None, step: int | None = None
+    ) -> None:
         self.size = size
         self.values = deque(values, maxlen=size)
         self.total = math.fsum(self.values) if total is None else total
@@ -48,7 +50,8 @@ class LossWindow:
         return self.total / len(self.values) if self.values else None
 
     def at(self, step: int, size: int) -> LossWindow:
-        """This window where a run goes on after `step`, with epochs of `size` steps; empty when its losses are of other steps."""
+        """This window where a run goes on after `step`, with epochs of `size` steps; empty when its losses are of other
+        steps."""
         if self.step not in (None, step):
             return LossWindow(size)
         if self.step is None and self.values:  # of an earlier version, by place in the epoch
@@ -68,8 +71,8 @@ class LossWindow:
 class LoggingHook(Hook):
     """Logs each optimizer step once, with the mean loss over ranks and micro-batches, when the LossReader reads it.
 
-    Keys: loss/current, loss/average, lr/<group>, lr/d*lr/<group>, what other hooks add; loss/epoch_average on the axis of
-    epochs. Trackers and the bar exist on the main process; the window is kept by every rank.
+    Keys: loss/current, loss/average, lr/<group>, lr/d*lr/<group>, what other hooks add; loss/epoch_average on the axis
+    of epochs. Trackers and the bar exist on the main process; the window is kept by every rank.
     """
 
     def __init__(self, show_progress: bool = True) -> None:
@@ -108,7 +111,14 @@ class LoggingHook(Hook):
         self._postfix.update({text: f"{newest.logs[k]:.4g}" for k, text in SHOWN_IN_BAR.items() if k in newest.logs})
         self._refresh_bar(newest.step)
 
-    def log(self, values: Mapping[str, float | None], *, axis: str = "step", step: int | None = None, epoch: int | None = None) -> None:
+    def log(
+        self,
+        values: Mapping[str, float | None],
+        *,
+        axis: str = "step",
+        step: int | None = None,
+        epoch: int | None = None,
+    ) -> None:
         """Send values to every tracker; None values are left out. `axis` is "step" or "epoch"."""
         progress = self._run.progress
         step = progress.global_step if step is None else step
@@ -131,7 +141,9 @@ class LoggingHook(Hook):
             except OSError as error:
                 self._trackers.remove(tracker)
                 place = "" if tracker.folder is None else f" in {tracker.folder}"
-                logger.warning("the curves%s cannot be written (%s); training goes on without them", place, error.strerror or error)
+                logger.warning(
+                    "the curves%s cannot be written (%s); training goes on without them", place, error.strerror or error
+                )
 
     def show(self, **texts: str) -> None:
         """Add short texts to the progress bar."""
@@ -193,9 +205,15 @@ def _progress_bar(total: int, done: int) -> Any:
         return None
     is_console = sys.stderr.isatty()
     return tqdm(
-        total=total, initial=done, desc="steps", unit="step", position=0,  # whatever a run that ended by an error has left
-        smoothing=0.05, dynamic_ncols=is_console,
-        mininterval=0.5 if is_console else 10.0, file=sys.stderr if is_console else _FullLines(),
+        total=total,
+        initial=done,
+        desc="steps",
+        unit="step",
+        position=0,  # whatever a run that ended by an error has left
+        smoothing=0.05,
+        dynamic_ncols=is_console,
+        mininterval=0.5 if is_console else 10.0,
+        file=sys.stderr if is_console else _FullLines(),
     )
 
 

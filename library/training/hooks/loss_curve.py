@@ -102,7 +102,10 @@ class LossCurveHook(Hook):
         self.steps = [int(step) for step in state.get("steps", [])]
         self.losses = [float(loss) for loss in state.get("losses", [])]
         self.validation = [(int(step), float(loss)) for step, loss in state.get("validation", [])]
-        self.levels = {int(step): {level: float(loss) for level, loss in losses.items()} for step, losses in state.get("levels", [])}
+        self.levels = {
+            int(step): {level: float(loss) for level, loss in losses.items()}
+            for step, losses in state.get("levels", [])
+        }
 
 
 def trailing_mean(values: list[float], window: int) -> list[float]:
@@ -118,10 +121,13 @@ def write_table(
     path: Path, steps: list[int], losses: list[float], averages: list[float], validation: list[tuple[int, float]],
     levels: Mapping[int, Mapping[str, float]] = {},
 ) -> None:
-    """CSV with one row per step: step, loss, average, validation and that of each noise level (empty where there was none)."""
+    """CSV with one row per step: step, loss, average, validation and that of each noise level (empty where there was
+    none)."""
     names = sorted({level for of_step in levels.values() for level in of_step}, key=float)
     empty = ["", "", "", *[""] * len(names)]
-    rows: dict[int, list[Any]] = {step: [step, loss, average, *empty[2:]] for step, loss, average in zip(steps, losses, averages)}
+    rows: dict[int, list[Any]] = {
+        step: [step, loss, average, *empty[2:]] for step, loss, average in zip(steps, losses, averages)
+    }
     for step, loss in validation:
         of_step = levels.get(step, {})
         rows.setdefault(step, [step, *empty])[3:] = [loss, *(of_step.get(level, "") for level in names)]
@@ -147,10 +153,19 @@ def plot_losses(
         places, values = zip(*sorted(validation))
         axes.plot(places, values, color="#c8501e", marker="o", markersize=4, linewidth=1.5, label="validation")
         lowest = min(range(len(values)), key=lambda index: values[index])
-        axes.plot(places[lowest], values[lowest], color="#c8501e", marker="*", markersize=14, linestyle="none", label=f"lowest, step {places[lowest]}")
+        axes.plot(
+            places[lowest],
+            values[lowest],
+            color="#c8501e",
+            marker="*",
+            markersize=14,
+            linestyle="none",
+            label=f"lowest, step {places[lowest]}",
+        )
         for index, side in {lowest: "center", 0: "left", len(values) - 1: "right"}.items():
             axes.annotate(
-                f"{values[index]:.4f}", (places[index], values[index]), textcoords="offset points", xytext=(0, 7), ha=side, fontsize=9
+                f"{values[index]:.4f}", (places[index], values[index]), textcoords="offset points", xytext=(0, 7),
+                ha=side, fontsize=9
             )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss")

@@ -1,8 +1,8 @@
 """The losses of the steps, collected on the device and read now and then in one transfer.
 
-Reading a number from an accelerator waits for all work that was queued before it. So the losses stay where they are until
-`every` steps have gathered; then all of them are summed over the ranks and copied at once, and whoever wants them (log,
-curve, test for finite values) is told.
+Reading a number from an accelerator waits for all work that was queued before it. So the losses stay where they are
+until `every` steps have gathered; then all of them are summed over the ranks and copied at once, and whoever wants them
+(log, curve, test for finite values) is told.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ STEPS_BETWEEN_READINGS = 10
 @dataclass(frozen=True)
 class StepLoss:
     """One optimizer step as it is logged. `step` counts from 1, `epoch` too; `loss` is the mean over all samples of the
-    global batch, `local_loss` over those of this rank (NaN when it had none). `logs` are further values of this rank."""
+    global batch, `local_loss` over those of this rank (NaN when it had none). `logs` are further values of this
+    rank."""
 
     step: int
     epoch: int

@@ -43,7 +43,8 @@ T = TypeVar("T")
 
 
 def texts_of(family: ModelFamily, prompts: Sequence[SamplePrompt]) -> list[str]:
-    """Every different text to encode, in order: the prompts and, where CFG is on, the negative ones ("" when not given)."""
+    """Every different text to encode, in order: the prompts and, where CFG is on, the negative ones ("" when not
+    given)."""
     texts: dict[str, None] = {}
     for prompt in map(family.sample_defaults, prompts):
         texts.setdefault(prompt.prompt)
@@ -80,10 +81,10 @@ class SampleFile:
 class SampleHook(Hook):
     """Makes the images of `--sample_prompts` at first, after every n epochs or after every n steps.
 
-    `conditioning` holds the encoded texts; while text encoders are trained, the texts are encoded anew on each occasion.
-    Prompts are dealt over the ranks. Each occasion gives one file per prompt, one grid with all of them, and a column of the
-    sheet of the run. A prompt without a seed gets one that depends on (`seed`, step, prompt), so that a repeated run shows the
-    same pictures. When the interval is longer than the run, the pictures are made at its end.
+    `conditioning` holds the encoded texts; while text encoders are trained, the texts are encoded anew on each
+    occasion. Prompts are dealt over the ranks. Each occasion gives one file per prompt, one grid with all of them, and
+    a column of the sheet of the run. A prompt without a seed gets one that depends on (`seed`, step, prompt), so that a
+    repeated run shows the same pictures. When the interval is longer than the run, the pictures are made at its end.
     """
 
     def __init__(self, prompts: Sequence[SamplePrompt], conditioning: dict[str, Conditioning], seed: int) -> None:
@@ -103,7 +104,10 @@ class SampleHook(Hook):
         elif self.prompts and run.runtime.is_main_process:
             saving = run.config[SavingOptions]
             folder, done = Path(saving.output_dir) / "sample", run.progress.global_step
-            self._tried(f"the pictures in {folder} could not be read", lambda: self.sheet.read_folder(folder, saving.output_name, done))
+            self._tried(
+                f"the pictures in {folder} could not be read",
+                lambda: self.sheet.read_folder(folder, saving.output_name, done),
+            )
 
     def on_step_end(self, run: Run, output: StepOutput) -> None:
         self._sample_if_due(run, "step")
@@ -113,7 +117,9 @@ class SampleHook(Hook):
 
     def on_train_end(self, run: Run) -> None:
         progress = run.progress
-        unreached = unreached_interval(run.config[SamplingOptions], progress.max_train_steps, progress.max_train_steps // progress.steps_per_epoch)
+        unreached = unreached_interval(
+            run.config[SamplingOptions], progress.max_train_steps, progress.max_train_steps // progress.steps_per_epoch
+        )
         if self.prompts and unreached and progress.is_finished:
             self._occasion(run, "step")
 
@@ -121,7 +127,10 @@ class SampleHook(Hook):
         options, progress = run.config[SamplingOptions], run.progress
         if not self.prompts:
             return []
-        finished, done = progress.max_train_steps // progress.steps_per_epoch, progress.global_step // progress.steps_per_epoch
+        finished, done = (
+            progress.max_train_steps // progress.steps_per_epoch,
+            progress.global_step // progress.steps_per_epoch,
+        )
         if every := options.sample_every_n_epochs:  # see is_sample_due
             occasions = finished // every - done // every
         else:
@@ -135,9 +144,13 @@ class SampleHook(Hook):
         return [f"sample/ with {pictures} and a grid on {times}, all of them on {self._sheet_path(run).name}"]
 
     def written_files(self) -> list[str]:
-        return [] if self._folder is None else [
-            f"{self._folder}{os.sep} with {counted(self._made, 'picture')}, {counted(self._grids, 'grid')} and the sheet of all"
-        ]
+        return (
+            []
+            if self._folder is None
+            else [
+                f"{self._folder}{os.sep} with {counted(self._made, 'picture')}, {counted(self._grids, 'grid')} and the sheet of all"
+            ]
+        )
 
     def _sheet_path(self, run: Run) -> Path:
         saving = run.config[SavingOptions]
@@ -146,7 +159,11 @@ class SampleHook(Hook):
 
     def _sample_if_due(self, run: Run, at: str) -> None:
         options, progress = run.config[SamplingOptions], run.progress
-        if not self.prompts or run.stop.agreed is not None or not is_sample_due(options, at, progress.global_step, progress.epoch):
+        if (
+            not self.prompts
+            or run.stop.agreed is not None
+            or not is_sample_due(options, at, progress.global_step, progress.epoch)
+        ):
             return
         self._occasion(run, at)
 
@@ -158,8 +175,8 @@ class SampleHook(Hook):
             run.hooks.on_after_sample_images(run)
 
     def sample(self, run: Run, at: str) -> list[SampleFile]:
-        """Make and write all images of one occasion; every rank returns the whole list. What fails is told and left out: a
-        picture is never worth the training."""
+        """Make and write all images of one occasion; every rank returns the whole list. What fails is told and left
+        out: a picture is never worth the training."""
         runtime, started = run.runtime, time.perf_counter()
         mine: list[SampleFile] = []
         with run.weights_for_eval(), isolated_rng(self.seed), torch.no_grad(), runtime.autocast():
@@ -168,7 +185,9 @@ class SampleHook(Hook):
                 for number in range(runtime.rank, len(self.prompts), runtime.num_processes):
                     if run.stop.is_wanted:  # a run that is to end makes no further pictures
                         break
-                    what = f"the sample of prompt {number} ('{shortened(self.prompts[number].prompt)}') could not be made"
+                    what = (
+                        f"the sample of prompt {number} ('{shortened(self.prompts[number].prompt)}') could not be made"
+                    )
                     file = self._tried(what, lambda: self._make(run, at, number, texts))
                     mine += [] if file is None else [file]
         made = [file for part in gather_objects(mine) for file in part]
@@ -214,11 +233,15 @@ class SampleHook(Hook):
 
     @staticmethod
     def _texts(run: Run, at: str, number: int, prompt: SamplePrompt) -> dict[str, str]:
-        """What a picture's file tells: its settings as those of the image scripts do, and where in the run it was made."""
+        """What a picture's file tells: its settings as those of the image scripts do, and where in the run it was
+        made."""
         return settings_texts(
-            prompt=prompt.prompt, negative_prompt=prompt.negative_prompt, seed=prompt.seed, steps=prompt.sample_steps, scale=prompt.scale,
-            guidance=prompt.guidance_scale, sampler=prompt.sample_sampler, flow_shift=prompt.flow_shift, frames=prompt.frame_count,
-            model=run.config[SavingOptions].output_name, step=run.progress.global_step, occasion=occasion_label(run.progress, at),
+            prompt=prompt.prompt, negative_prompt=prompt.negative_prompt, seed=prompt.seed, steps=prompt.sample_steps,
+            scale=prompt.scale,
+            guidance=prompt.guidance_scale, sampler=prompt.sample_sampler, flow_shift=prompt.flow_shift,
+            frames=prompt.frame_count,
+            model=run.config[SavingOptions].output_name, step=run.progress.global_step,
+            occasion=occasion_label(run.progress, at),
             number=number,
         )  # fmt: skip
 
@@ -233,8 +256,16 @@ class SampleHook(Hook):
         stem = f"{saving.output_name}_{name}" if saving.output_name else name
         title = f"{saving.output_name or 'samples'}, step {run.progress.global_step}"
         grid = write_picture(image_grid(cells, title=title), Path(saving.output_dir) / "sample" / f"{stem}_grid.png")
-        self.sheet.add(run.progress.global_step, occasion_label(run.progress, at), {file.enum: frames[0] for file, frames in pictures})
-        self.sheet.write(self._sheet_path(run), {number: prompt.prompt for number, prompt in enumerate(self.prompts)}, saving.output_name or "samples")
+        self.sheet.add(
+            run.progress.global_step,
+            occasion_label(run.progress, at),
+            {file.enum: frames[0] for file, frames in pictures},
+        )
+        self.sheet.write(
+            self._sheet_path(run),
+            {number: prompt.prompt for number, prompt in enumerate(self.prompts)},
+            saving.output_name or "samples",
+        )
         self._made, self._grids, self._folder = self._made + len(made), self._grids + 1, grid.parent
         log = run.hooks.find(LoggingHook)
         if log is not None:

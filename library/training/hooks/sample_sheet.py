@@ -28,8 +28,8 @@ class SampleSheet:
         self.occasions[step, label] = {number: _small(image) for number, image in pictures.items()}
 
     def read_folder(self, folder: Path, output_name: str | None, last_step: int) -> None:
-        """Take up the pictures of the first `last_step` steps that an earlier part of the run has left, by their texts. Of two
-        at the same place the newer one."""
+        """Take up the pictures of the first `last_step` steps that an earlier part of the run has left, by their texts.
+        Of two at the same place the newer one."""
         begin = re.escape(f"{output_name}_") if output_name else ""
         name = re.compile(rf"{begin}e?\d{{6}}_\d\d_.*\.png")
         paths = [path for path in folder.glob("*.png") if name.fullmatch(path.name)] if folder.is_dir() else []
@@ -47,7 +47,9 @@ class SampleSheet:
         columns = spread(sorted(self.occasions), MAX_COLUMNS)
         numbers = sorted({number for column in columns for number in self.occasions[column]})
         cells = [
-            GridCell(self.occasions[column].get(number) or _blank(), column[1]) for number in numbers for column in columns
+            GridCell(self.occasions[column].get(number) or _blank(), column[1])
+            for number in numbers
+            for column in columns
         ]
         rows = [f"{number}: {captions.get(number, '')}" for number in numbers]
         write_picture(image_grid(cells, columns=len(columns), title=title, row_titles=rows), path)

@@ -26,11 +26,13 @@ if TYPE_CHECKING:
 
 
 def standard_hooks(
-    config: Config, runtime: Runtime, *, prompts: list[Any], conditioning: dict[str, Conditioning], trainable: Trainable,
+    config: Config, runtime: Runtime, *, prompts: list[Any], conditioning: dict[str, Conditioning],
+    trainable: Trainable,
     of_trainable: Sequence[Hook], own: Sequence[Hook], metadata: MetadataMaker,
 ) -> list[Hook]:
     """Losses are read first and tested before they are logged; what changes weights (norms) comes before what looks at
-    them (the average first), and files are written before samples are made, so that a failing sample costs no checkpoint."""
+    them (the average first), and files are written before samples are made, so that a failing sample costs no
+    checkpoint."""
     seed = config[DatasetOptions].validation_seed
     return [
         NonFiniteGuard(),

@@ -1,4 +1,5 @@
-"""Where curves go: TensorBoard files and Weights & Biases. Both are optional packages, imported when they are chosen."""
+"""Where curves go: TensorBoard files and Weights & Biases. Both are optional packages, imported when they are
+chosen."""
 
 from __future__ import annotations
 
@@ -88,7 +89,9 @@ class TensorBoardTracker(Tracker):
         """As a moving picture, which the event file holds as it is; `add_video` of torch needs a further package."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        image = Summary.Image(height=frames[0].height, width=frames[0].width, colorspace=3, encoded_image_string=gif_of(frames))
+        image = Summary.Image(
+            height=frames[0].height, width=frames[0].width, colorspace=3, encoded_image_string=gif_of(frames)
+        )
         self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), point.x)
 
     def close(self) -> None:
@@ -99,7 +102,9 @@ class WandbTracker(Tracker):
     """Weights & Biases. Points carry `global_step` and `epoch` as fields, because W&B drops points whose own step goes
     back; values of an epoch have the epoch as their axis."""
 
-    def __init__(self, folder: Path | None, project: str, options: LoggingOptions, config: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, folder: Path | None, project: str, options: LoggingOptions, config: Mapping[str, Any] | None
+    ) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -120,7 +125,12 @@ class WandbTracker(Tracker):
         for axis in ("global_step", "epoch"):
             self._run.define_metric(axis, hidden=True)
         self._run.define_metric("*", step_metric="global_step")
-        for name in ("loss/epoch_average", "loss/validation/epoch_average", "loss/validation/epoch_divergence", "loss/validation/epoch_level_*"):
+        for name in (
+            "loss/epoch_average",
+            "loss/validation/epoch_average",
+            "loss/validation/epoch_divergence",
+            "loss/validation/epoch_level_*",
+        ):
             self._run.define_metric(name, step_metric="epoch")
 
     def log(self, point: Point) -> None:

@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 class ValidationHook(Hook):
-    """Runs after every n steps and n epochs (each epoch when not given), before the first step, so that curves begin at the
-    base model, and after the last one.
+    """Runs after every n steps and n epochs (each epoch when not given), before the first step, so that curves begin at
+    the base model, and after the last one.
 
     Nothing of a pass depends on the state of the training but the weights: the batches come in file order with plain
-    captions, their noise is keyed by (seed, sample), the noise levels are the four of the objective, and the mean starts
-    anew in every pass. `seed` guards draws of code that reads the global generators.
+    captions, their noise is keyed by (seed, sample), the noise levels are the four of the objective, and the mean
+    starts anew in every pass. `seed` guards draws of code that reads the global generators.
     """
 
     def __init__(self, seed: int) -> None:
@@ -74,13 +74,15 @@ class ValidationHook(Hook):
             self.lowest = float(loss), int(step)
 
     def validate(self, run: Run) -> float | None:
-        """Mean loss over all held-out samples and the four noise levels, and in `level_losses` that of each level; None without
-        held-out images."""
+        """Mean loss over all held-out samples and the four noise levels, and in `level_losses` that of each level; None
+        without held-out images."""
         limit = run.config[ValidationOptions].max_validation_steps
         times = run.step.objective.validation_times()
         device = torch.device(run.runtime.device)
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        sums = torch.zeros(1 + len(times), 2, dtype=dtype, device=device)  # loss sum and count, of all and of each level
+        sums = torch.zeros(
+            1 + len(times), 2, dtype=dtype, device=device
+        )  # loss sum and count, of all and of each level
         with run.weights_for_eval(), isolated_rng(self.seed), torch.no_grad():
             for batch in run.data.validation_batches(limit):
                 if len(batch) == 0:  # this rank's slice of a short batch
@@ -113,7 +115,10 @@ class ValidationHook(Hook):
         self.last_loss, self._measured_at = loss, run.progress.global_step
         log = run.hooks.find(LoggingHook)
         levels = {f"loss/validation/{axis}_level_{level}": mean for level, mean in self.level_losses.items()}
-        log.log({f"loss/validation/{axis}_average": loss, f"loss/validation/{axis}_divergence": divergence, **levels}, axis=axis)
+        log.log(
+            {f"loss/validation/{axis}_average": loss, f"loss/validation/{axis}_divergence": divergence, **levels},
+            axis=axis,
+        )
         log.show(**{"val_avg_loss" if axis == "step" else "val_epoch_avg_loss": f"{loss:.4g}"})
         curve = run.hooks.find(LossCurveHook)
         if curve is not None:

@@ -1,8 +1,9 @@
 """Samplers that make images: the option and the table.
 
-A sampler is a function `(denoise, latents, sigmas, noise) -> latents`. `denoise(latents, sigma)` gives the derivative of the
-latents with respect to sigma: in flow matching the velocity noise - data, in the space of SD models (data + sigma * noise)
-the noise. `sigmas` [n + 1] run down to 0; `noise()` gives the next standard normal tensor to samplers that add noise.
+A sampler is a function `(denoise, latents, sigmas, noise) -> latents`. `denoise(latents, sigma)` gives the derivative
+of the latents with respect to sigma: in flow matching the velocity noise - data, in the space of SD models (data +
+sigma * noise) the noise. `sigmas` [n + 1] run down to 0; `noise()` gives the next standard normal tensor to samplers
+that add noise.
 
 `flow.flow_sampler` gives a name's function for flow models; `discrete.sample_latents` runs a name on an SD model.
 """
@@ -26,16 +27,19 @@ INFERENCE_SAMPLERS: Registry[Callable] = Registry(
 
 
 def _add(
-    name: str, target: str, spacing: str, *, final: str = "zero", flow: str | None = None, midpoints: bool = False, k: bool = False
+    name: str, target: str, spacing: str, *, final: str = "zero", flow: str | None = None, midpoints: bool = False,
+    k: bool = False
 ) -> None:
-    """One sampler: how SD models space their times (`discrete.SPACINGS`) and end (`final`), what it means for flow models.
+    """One sampler: how SD models space their times (`discrete.SPACINGS`) and end (`final`), what it means for flow
+    models.
 
     `flow`: None = not for them, "same" = the same function, "alpha" = it is told how flow latents hold the data.
     `k`: the name with `k_` before it is the same sampler.
     """
     for alias in (name, f"k_{name}")[: 2 if k else 1]:
         INFERENCE_SAMPLERS.add(
-            alias, f"library.training.inference_samplers.{target}", spacing=spacing, final=final, flow=flow, midpoints=midpoints
+            alias, f"library.training.inference_samplers.{target}", spacing=spacing, final=final, flow=flow,
+            midpoints=midpoints
         )
 
 
@@ -68,11 +72,19 @@ def check_flow_sampler(name: str, what: str) -> None:
     if name in FLOW_SAMPLER_NAMES:
         return
     if INFERENCE_SAMPLERS.problem(name) is not None:
-        raise ConfigError(f"{what} is '{name}'{did_you_mean(name, FLOW_SAMPLER_NAMES) or ';'} flow models have {', '.join(FLOW_SAMPLER_NAMES)}")
+        raise ConfigError(
+            f"{what} is '{name}'{did_you_mean(name, FLOW_SAMPLER_NAMES) or ';'} flow models have {', '.join(FLOW_SAMPLER_NAMES)}"
+        )
     entry = INFERENCE_SAMPLERS.entry(name, what)
     if not entry.info["flow"]:
-        hint = '; one from outside says that it is for them by @INFERENCE_SAMPLERS.register(name, flow="same")' if entry.is_outside else ""
-        raise ConfigError(f"{what} is '{name}', a sampler of SD models; flow models have {', '.join(FLOW_SAMPLER_NAMES)}{hint}")
+        hint = (
+            '; one from outside says that it is for them by @INFERENCE_SAMPLERS.register(name, flow="same")'
+            if entry.is_outside
+            else ""
+        )
+        raise ConfigError(
+            f"{what} is '{name}', a sampler of SD models; flow models have {', '.join(FLOW_SAMPLER_NAMES)}{hint}"
+        )
     check_sampler(name, what)
 
 
@@ -86,18 +98,25 @@ def check_sampler(name: str, what: str) -> None:
 
 
 def sampler_notices(name: str, *, is_v: bool = False, zero_terminal_snr: bool = False) -> list[str]:
-    """Lines for the log at start of a script that samples an SD model: where pictures differ from those of known trainers.
+    """Lines for the log at start of a script that samples an SD model: where pictures differ from those of known
+    trainers.
 
     `is_v`: the model predicts velocity.
     """
     INFERENCE_SAMPLERS.entry(name)
     lines = []
     if name in CLIPPED_ELSEWHERE:
-        lines.append(f"{name}: predicted latents are not clipped to -1..1, so samples have more contrast than those of tools that clip them")
+        lines.append(
+            f"{name}: predicted latents are not clipped to -1..1, so samples have more contrast than those of tools that clip them"
+        )
     if name == "pndm" and is_v:
-        lines.append("pndm: predictions of velocity become noise before those of several steps are combined, which known tools do after it")
+        lines.append(
+            "pndm: predictions of velocity become noise before those of several steps are combined, which known tools do after it"
+        )
     if zero_terminal_snr:
-        lines.append("samples follow the zero-terminal schedule of the training (known trainers sample on the plain one)")
+        lines.append(
+            "samples follow the zero-terminal schedule of the training (known trainers sample on the plain one)"
+        )
     return lines
 
 
@@ -106,7 +125,8 @@ class SamplerOptions:
     """Sampler of the sample images."""
 
     sample_sampler: str = option(
-        DEFAULT_SAMPLER, help="sampler of the sample images, as far as the model has it: " + ", ".join(SAMPLER_NAMES) + SAMPLER_HELP,
+        DEFAULT_SAMPLER,
+        help="sampler of the sample images, as far as the model has it: " + ", ".join(SAMPLER_NAMES) + SAMPLER_HELP,
     )
 
     def __post_init__(self) -> None:

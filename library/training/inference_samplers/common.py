@@ -38,7 +38,8 @@ def log_snr(sigma: float, alpha: Alpha) -> float:
 def noise_of(generators: Sequence[torch.Generator], latents: torch.Tensor) -> NextNoise:
     """Noise for latents [B, C, ...], sample i from generator i: a picture does not depend on the others of its batch.
 
-    Drawn on the CPU in float32, so that device and dtype do not change a picture. Raises ValueError when the counts differ.
+    Drawn on the CPU in float32, so that device and dtype do not change a picture. Raises ValueError when the counts
+    differ.
     """
     if len(generators) != len(latents):
         raise ValueError(f"there are {len(generators)} generators for {len(latents)} samples; one per sample is needed")
@@ -67,7 +68,8 @@ def steps_of(sigmas: torch.Tensor) -> Iterator[tuple[int, float, float]]:
 def ancestral_levels(sigma: float, following: float) -> tuple[float, float]:
     """(down, up): go to sigma `down` without noise, then add `up` * noise to arrive at `following`; VE.
 
-    up^2 = t^2 (s^2 - t^2) / s^2, down^2 = t^2 - up^2 = t^4 / s^2. It is the posterior of DDPM (arXiv 2006.11239, eq. 7).
+    up^2 = t^2 (s^2 - t^2) / s^2, down^2 = t^2 - up^2 = t^4 / s^2. It is the posterior of DDPM (arXiv 2006.11239, eq.
+    7).
     """
     up = math.sqrt(max(following**2 * (sigma**2 - following**2) / sigma**2, 0.0))
     return following**2 / sigma, up

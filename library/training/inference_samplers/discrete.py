@@ -1,7 +1,7 @@
 """Schedules of SD models for inference, and their network as a denoiser of VE samplers.
 
-VE latents are network latents times sqrt(1 + sigma^2), with sigma = sqrt((1 - ac) / ac) at a timestep. Latents are never
-clipped: they exceed -1..1, and clipping them washes pictures out.
+VE latents are network latents times sqrt(1 + sigma^2), with sigma = sqrt((1 - ac) / ac) at a timestep. Latents are
+never clipped: they exceed -1..1, and clipping them washes pictures out.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class DiscreteSchedule:
     def from_step(self, first: int) -> DiscreteSchedule:
         """The schedule without its first steps (img2img). Start from clean latents plus noise times `start_scale`."""
         if not 0 <= first < len(self.timesteps):
-            raise ValueError(f"the first step is {first}; the schedule has {len(self.timesteps)} steps, needed: 0 to {len(self.timesteps) - 1}")
+            raise ValueError(
+                f"the first step is {first}; the schedule has {len(self.timesteps)} steps, needed: 0 to {len(self.timesteps) - 1}"
+            )
         if first == 0:
             return self
         return dataclasses.replace(
@@ -109,7 +111,8 @@ def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float) -> torch.T
 
 
 def make_schedule(
-    num_steps: int, spacing: str, *, final: str = "zero", steps_offset: int = STEPS_OFFSET, zero_terminal_snr: bool = False,
+    num_steps: int, spacing: str, *, final: str = "zero", steps_offset: int = STEPS_OFFSET,
+    zero_terminal_snr: bool = False,
     karras: bool = False,
 ) -> DiscreteSchedule:
     """A schedule by its settings. `final`: the last sigma is 0 or that of timestep 0. Raises ValueError for bad values.
@@ -135,7 +138,8 @@ def make_schedule(
     last = table[:1] if final == "sigma_min" else torch.zeros(1, dtype=torch.float64)
     first = float(sigmas[0])
     return DiscreteSchedule(
-        sigmas=torch.cat([sigmas, last]), timesteps=timesteps, model_sigmas=table, whole_timesteps=spacing != "linspace",
+        sigmas=torch.cat([sigmas, last]), timesteps=timesteps, model_sigmas=table,
+        whole_timesteps=spacing != "linspace",
         start_scale=first if spacing == "linspace" else math.sqrt(1 + first**2),
     )
 
@@ -148,7 +152,9 @@ def schedule_of(
     schedule = make_schedule(
         num_steps, info["spacing"], final=info["final"], steps_offset=steps_offset, zero_terminal_snr=zero_terminal_snr
     )
-    return dataclasses.replace(schedule, midpoints=_midpoints(schedule, num_steps)) if info.get("midpoints") else schedule
+    return (
+        dataclasses.replace(schedule, midpoints=_midpoints(schedule, num_steps)) if info.get("midpoints") else schedule
+    )
 
 
 def _midpoints(schedule: DiscreteSchedule, num_steps: int) -> tuple[tuple[float, float], ...]:
@@ -156,12 +162,17 @@ def _midpoints(schedule: DiscreteSchedule, num_steps: int) -> tuple[tuple[float,
     its start, and above its end."""
     half = NUM_TIMESTEPS // num_steps // 2
     pairs = zip(schedule.timesteps[:-1], schedule.timesteps[1:], strict=True)
-    times = torch.stack([torch.stack([start - half, end + half]) for start, end in pairs]) if num_steps > 1 else torch.empty(0, 2)
+    times = (
+        torch.stack([torch.stack([start - half, end + half]) for start, end in pairs])
+        if num_steps > 1
+        else torch.empty(0, 2)
+    )
     return tuple((reached, told) for reached, told in sigmas_at(schedule.model_sigmas, times).tolist())
 
 
 def sampler_of(name: str, schedule: DiscreteSchedule) -> Callable[..., torch.Tensor]:
-    """The sampler `(denoise, latents, sigmas, noise) -> latents` for `schedule.sigmas`. ConfigError for an unknown name."""
+    """The sampler `(denoise, latents, sigmas, noise) -> latents` for `schedule.sigmas`. ConfigError for an unknown
+    name."""
     sampler = INFERENCE_SAMPLERS.resolve(name)
     if INFERENCE_SAMPLERS.entry(name).info.get("midpoints"):
         return functools.partial(sampler, midpoints=schedule.midpoints)
@@ -176,7 +187,8 @@ def network_latents(latents: torch.Tensor, sigma: float) -> torch.Tensor:
 def network_denoiser(predict: Predict, schedule: DiscreteSchedule, prediction_type: str) -> Denoise:
     """The derivative of VE latents, from a network that predicts "epsilon" or "v". Raises ValueError for other types.
 
-    v = a * noise - s * data with a = 1 / sqrt(1 + sigma^2), s = sigma * a; hence noise = s * x + a * v for network latents x.
+    v = a * noise - s * data with a = 1 / sqrt(1 + sigma^2), s = sigma * a; hence noise = s * x + a * v for network
+    latents x.
     """
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type is {prediction_type!r}; one of {', '.join(PREDICTION_TYPES)} is needed")
@@ -185,17 +197,21 @@ def network_denoiser(predict: Predict, schedule: DiscreteSchedule, prediction_ty
         level = float(sigma)
         scale = 1 / math.sqrt(1 + level**2)
         inputs = latents * scale  # [B, C, H, W]
-        prediction = predict(inputs, torch.tensor(schedule.timestep_of(level), device=latents.device, dtype=torch.float32))
+        prediction = predict(
+            inputs, torch.tensor(schedule.timestep_of(level), device=latents.device, dtype=torch.float32)
+        )
         return prediction if prediction_type == "epsilon" else level * scale * inputs + scale * prediction
 
     return denoise
 
 
 def sample_latents(
-    name: str, predict: Predict, start: torch.Tensor, num_steps: int, *, prediction_type: str, zero_terminal_snr: bool = False,
+    name: str, predict: Predict, start: torch.Tensor, num_steps: int, *, prediction_type: str,
+    zero_terminal_snr: bool = False,
     noise: NextNoise | None = None,
 ) -> torch.Tensor:
-    """Clean latents [B, C, H, W] of the network's scale from standard normal noise `start`, with a sampler of the registry.
+    """Clean latents [B, C, H, W] of the network's scale from standard normal noise `start`, with a sampler of the
+    registry.
 
     Raises ConfigError for an unknown name, ValueError for a prediction type or number of steps that there is not.
     """

@@ -12,7 +12,9 @@ FEW_STEPS = 15
 """below this number the last step is of order one: extrapolation over long steps overshoots"""
 
 
-def dpmsolver(denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None) -> torch.Tensor:
+def dpmsolver(
+    denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None
+) -> torch.Tensor:
     """Multistep in the noise: x += (t - s) (d + (d - d_previous) h / (2 h_previous)), h = log(s / t); VE.
 
     `noise` is not used. The schedule ends at the smallest sigma of training, not at 0.
@@ -29,7 +31,8 @@ def dpmsolver(denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noi
 
 
 def dpmsolver_pp(
-    denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None, *, alpha: Alpha = alpha_ve
+    denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None, *,
+    alpha: Alpha = alpha_ve
 ) -> torch.Tensor:
     """Multistep in the data: x = (t/s) x + alpha_t (1 - e^-h) (D + (D - D_previous) h / (2 h_previous)).
 
@@ -47,9 +50,11 @@ def dpmsolver_pp(
 
 
 def dpmsolver_pp_sde(
-    denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None, *, alpha: Alpha = alpha_ve
+    denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None, *,
+    alpha: Alpha = alpha_ve
 ) -> torch.Tensor:
-    """dpmsolver_pp of the stochastic equation: e^-2h in place of e^-h, and noise of t sqrt(1 - e^-2h) per step but the last."""
+    """dpmsolver_pp of the stochastic equation: e^-2h in place of e^-h, and noise of t sqrt(1 - e^-2h) per step but the
+    last."""
     noise = needed(noise, "dpmsolver++ (sde)")
     previous, previous_h = None, 0.0
     for index, sigma, following in steps_of(sigmas):
@@ -65,7 +70,9 @@ def dpmsolver_pp_sde(
     return latents
 
 
-def dpmsingle(denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None) -> torch.Tensor:
+def dpmsingle(
+    denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None
+) -> torch.Tensor:
     """Singlestep in the data: pairs of a step of order one and one of order two from the same start; VE.
 
     The last step is of order one. `noise` is not used.

@@ -55,7 +55,8 @@ def er_sde(
 
 
 def _integrals(level: float, target: float) -> tuple[float, float]:
-    """Integrals of 1 / f(p) and (p - level) / f(p) for p from target to level, as sums over 200 points from target on."""
+    """Integrals of 1 / f(p) and (p - level) / f(p) for p from target to level, as sums over 200 points from target
+    on."""
     width = (level - target) / INTEGRATION_POINTS
     points = [target + k * width for k in range(INTEGRATION_POINTS)]
     flat = sum(1 / noise_scale(point) for point in points) * width

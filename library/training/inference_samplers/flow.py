@@ -16,7 +16,8 @@ LARGEST_SIGMA = 0.9999666644442962
 
 
 def flow_schedule(num_steps: int, shift: float = 1.0) -> torch.Tensor:
-    """Sigmas [num_steps + 1] float32 from 1 to 0, evenly spaced and then shifted (exp(mu) for resolution-dependent ones)."""
+    """Sigmas [num_steps + 1] float32 from 1 to 0, evenly spaced and then shifted (exp(mu) for resolution-dependent
+    ones)."""
     return shift_sigmas(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).float()
 
 

@@ -28,7 +28,8 @@ def lms(denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: Ne
 
 
 def lagrange_integral(nodes: Sequence[float], k: int, start: float, end: float) -> float:
-    """Integral from start to end of the Lagrange polynomial that is 1 at nodes[k] and 0 at the others (at most 4 nodes)."""
+    """Integral from start to end of the Lagrange polynomial that is 1 at nodes[k] and 0 at the others (at most 4
+    nodes)."""
     middle, half = (start + end) / 2, (end - start) / 2
     total = 0.0
     for point in (middle - half / math.sqrt(3), middle + half / math.sqrt(3)):  # Gauss-Legendre, exact up to degree 3

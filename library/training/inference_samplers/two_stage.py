@@ -1,4 +1,5 @@
-"""Solvers with two network calls per step: Heun, and the midpoint rule of k-diffusion (DPM-Solver-2, arXiv 2206.00927)."""
+"""Solvers with two network calls per step: Heun, and the midpoint rule of k-diffusion (DPM-Solver-2, arXiv
+2206.00927)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from library.training.inference_samplers.common import Denoise, NextNoise, ances
 
 
 def heun(denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None) -> torch.Tensor:
-    """x += (t - s) (d(x, s) + d(x', t)) / 2 with the Euler trial x' at t; one Euler step to sigma 0. `noise` is not used."""
+    """x += (t - s) (d(x, s) + d(x', t)) / 2 with the Euler trial x' at t; one Euler step to sigma 0. `noise` is not
+    used."""
     for index, sigma, following in steps_of(sigmas):
         slope = denoise(latents, sigmas[index])
         trial = latents + (following - sigma) * slope
@@ -20,7 +22,9 @@ def heun(denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: N
     return latents
 
 
-def dpm_2(denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None) -> torch.Tensor:
+def dpm_2(
+    denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None
+) -> torch.Tensor:
     """x += (t - s) d(x', m) with the Euler trial x' at the geometric mean m of s and t; VE. `noise` is not used."""
     for index, sigma, following in steps_of(sigmas):
         latents = _midpoint_step(denoise, latents, sigmas[index], following)

@@ -1,4 +1,5 @@
-"""UniPC of order two (arXiv 2302.04867, B(h) = e^-h - 1): a multistep predictor and a corrector without a call of its own."""
+"""UniPC of order two (arXiv 2302.04867, B(h) = e^-h - 1): a multistep predictor and a corrector without a call of its
+own."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from library.training.inference_samplers.common import Alpha, Denoise, NextNoise
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that was predicted: from `start` (with its data estimate) over the level `h`; `older` is the estimate before."""
+    """A step that was predicted: from `start` (with its data estimate) over the level `h`; `older` is the estimate
+    before."""
 
     start: torch.Tensor  # [B, C, ...]
     clean: torch.Tensor
@@ -49,7 +51,8 @@ class _Step:
 
 
 def unipc(
-    denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None, *, alpha: Alpha = alpha_ve
+    denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None, *,
+    alpha: Alpha = alpha_ve
 ) -> torch.Tensor:
     """Order two, order one in the first and the last step. `noise` is not used."""
     step: _Step | None = None

@@ -23,8 +23,8 @@ LOSS_WEIGHTS: Registry[Callable] = Registry(
     "loss weight", option="loss_weight", group="loss_weights", takes=("snr", "value", "is_v"),
     wanted="a function of (snr, value, is_v) that gives a factor of the loss for each sample",
 )
-"""The target is a function (snr [B], value, is_v) -> factor [B]. Those of the project are chosen by options of their names, in this
-order; those from outside by --loss_weight."""
+"""The target is a function (snr [B], value, is_v) -> factor [B]. Those of the project are chosen by options of their
+names, in this order; those from outside by --loss_weight."""
 LOSS_WEIGHTS.add("min_snr_gamma", "library.training.loss_weights.snr:min_snr_factor")
 LOSS_WEIGHTS.add("scale_v_pred_loss_like_noise_pred", "library.training.loss_weights.snr:scale_v_factor")
 LOSS_WEIGHTS.add("v_pred_like_loss", "library.training.loss_weights.snr:v_pred_like_factor")
@@ -36,12 +36,20 @@ class LossWeightOptions:
     """Weight of the loss by noise level."""
 
     min_snr_gamma: float | None = option(None, help="gamma of min-SNR weighting, arXiv 2303.09556; 5 is usual, 0 = off")
-    scale_v_pred_loss_like_noise_pred: bool = option(False, help="scale a v-prediction loss like a noise-prediction loss")
-    v_pred_like_loss: float | None = option(None, help="add this much of the loss that v-prediction would have; not with --zero_terminal_snr")
-    debiased_estimation_loss: bool = option(False, help="weight of arXiv 2310.08442; with --zero_terminal_snr only for v-prediction")
+    scale_v_pred_loss_like_noise_pred: bool = option(
+        False, help="scale a v-prediction loss like a noise-prediction loss"
+    )
+    v_pred_like_loss: float | None = option(
+        None, help="add this much of the loss that v-prediction would have; not with --zero_terminal_snr"
+    )
+    debiased_estimation_loss: bool = option(
+        False, help="weight of arXiv 2310.08442; with --zero_terminal_snr only for v-prediction"
+    )
 
     loss_weight: list[str] | None = option(
-        None, nargs="*", metavar="NAME[=VALUE]",
+        None,
+        nargs="*",
+        metavar="NAME[=VALUE]",
         help="weights of the loss that plug-ins register, or paths package.module:function, each with its number behind = where it has one",
     )
 
@@ -62,10 +70,13 @@ OWN_OPTIONS = tuple(LOSS_WEIGHTS.names())
 
 
 def parse_loss_weight(item: str) -> tuple[str, float | None]:
-    """`name=5` -> ("name", 5.0); without = there is no value. ConfigError for an unknown name and for what is no number."""
+    """`name=5` -> ("name", 5.0); without = there is no value. ConfigError for an unknown name and for what is no
+    number."""
     name, sign, text = item.partition("=")
     if name in OWN_OPTIONS:
-        raise ConfigError(f"--loss_weight has {name}, which is an option of its own: use --{name}{f' {text}' if text else ''}")
+        raise ConfigError(
+            f"--loss_weight has {name}, which is an option of its own: use --{name}{f' {text}' if text else ''}"
+        )
     problem = LOSS_WEIGHTS.problem(name)
     if problem is not None:
         raise ConfigError(problem)
@@ -90,7 +101,9 @@ def check(options: LossWeightOptions, v_parameterization: bool, zero_terminal_sn
     if options.scale_v_pred_loss_like_noise_pred and not v_parameterization:
         problems.add("--scale_v_pred_loss_like_noise_pred is set; it needs --v_parameterization")
     if options.v_pred_like_loss and v_parameterization:
-        problems.add("--v_pred_like_loss is set together with --v_parameterization, whose loss is that one already; drop it")
+        problems.add(
+            "--v_pred_like_loss is set together with --v_parameterization, whose loss is that one already; drop it"
+        )
     for name in WITHOUT_SIGNAL if zero_terminal_snr and not v_parameterization else ():
         if getattr(options, name):
             problems.add(

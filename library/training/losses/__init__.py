@@ -37,7 +37,10 @@ class LossOptions:
     """Loss of one element."""
 
     loss_type: str = option(
-        "l2", help="loss of one element of the prediction: " + ", ".join(LOSSES.names()) + ", or a path package.module:function"
+        "l2",
+        help="loss of one element of the prediction: "
+        + ", ".join(LOSSES.names())
+        + ", or a path package.module:function",
     )
     huber_schedule: str = option(
         "snr", choices=HUBER_SCHEDULES, help="how the threshold of huber and smooth_l1 depends on the timestep"

@@ -16,8 +16,8 @@ def per_sample_loss(
     sample_weights: torch.Tensor | None = None,
     factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Losses [B] from element-wise ones [B, C, ...], in the order: flow weight, mask, mean over all but the batch, sample
-    weights [B] (prior_loss_weight), factors of the DDPM options.
+    """Losses [B] from element-wise ones [B, C, ...], in the order: flow weight, mask, mean over all but the batch,
+    sample weights [B] (prior_loss_weight), factors of the DDPM options.
 
     Flow weight and factors are [B], or one per frame or token (`expand_like`); such factors act before the mean. `mask`
     broadcasts to `elementwise` (see `loss_mask`). The mean divides by all elements, so a small mask makes a small loss.
@@ -38,14 +38,15 @@ def per_sample_loss(
 
 
 def loss_mask(
-    conditioning_images: torch.Tensor | None, alpha_masks: torch.Tensor | None, latents_shape: torch.Size, *, masked_loss: bool
+    conditioning_images: torch.Tensor | None, alpha_masks: torch.Tensor | None, latents_shape: torch.Size, *,
+    masked_loss: bool
 ) -> torch.Tensor | None:
     """The mask [B, 1, ..., h, w] for losses of `latents_shape` [B, C, ..., h, w], or None when there is none.
 
-    With `masked_loss` the first channel of the conditioning images [B, 3, H, W] (-1..1 becomes 0..1) comes first; else the
-    alpha masks [B, H, W], or [B, F, H, W] of clips, in 0..1. Conditioning images without `masked_loss` are a ControlNet's
-    input and no mask. Resized by area; of frames that the VAE encodes together (all but the first) the mean counts. A sample
-    without a mask has ones in its alpha mask.
+    With `masked_loss` the first channel of the conditioning images [B, 3, H, W] (-1..1 becomes 0..1) comes first; else
+    the alpha masks [B, H, W], or [B, F, H, W] of clips, in 0..1. Conditioning images without `masked_loss` are a
+    ControlNet's input and no mask. Resized by area; of frames that the VAE encodes together (all but the first) the
+    mean counts. A sample without a mask has ones in its alpha mask.
     """
     if masked_loss and conditioning_images is not None:
         mask = conditioning_images[:, 0].float() / 2 + 0.5

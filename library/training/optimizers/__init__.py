@@ -45,14 +45,16 @@ OPTIMIZERS.add("CAME", "came_pytorch:CAME", package="came-pytorch")
 for _name in ("AdEMAMix8bit", "PagedAdEMAMix8bit", "Adam8bit", "PagedAdam8bit"):
     OPTIMIZERS.add(_name, f"bitsandbytes.optim:{_name}", package="bitsandbytes")
 for _name in (
-    "AdaBelief", "Adan", "AdamP", "AdEMAMix", "ADOPT", "EmoFact", "EmoLynx", "EmoNavi", "FAdam", "Grams", "Lamb", "LaProp", "MARS",
+    "AdaBelief", "Adan", "AdamP", "AdEMAMix", "ADOPT", "EmoFact", "EmoLynx", "EmoNavi", "FAdam", "Grams", "Lamb",
+    "LaProp", "MARS",
     "Ranger", "ScheduleFreeAdamW", "ScheduleFreeRAdam", "ScheduleFreeSGD", "SGDSaI", "SimplifiedAdEMAMix", "SOAP",
     "StableAdamW", "Tiger", "Yogi",
 ):  # fmt: skip
     OPTIMIZERS.add(_name, f"pytorch_optimizer:{_name}", package="pytorch-optimizer")
 
 PACKAGES = {
-    "lion_pytorch": "lion-pytorch", "prodigyplus": "prodigy-plus-schedule-free", "pytorch_optimizer": "pytorch-optimizer",
+    "lion_pytorch": "lion-pytorch", "prodigyplus": "prodigy-plus-schedule-free",
+    "pytorch_optimizer": "pytorch-optimizer",
     "came_pytorch": "came-pytorch",
 }
 """import name -> name to install, where they differ"""
@@ -85,7 +87,9 @@ class OptimizerOptions:
     def __post_init__(self) -> None:
         problems = Problems()
         if self.use_8bit_adam and self.use_lion_optimizer:
-            problems.add("--use_8bit_adam and --use_lion_optimizer are exclusive; use --optimizer_type AdamW8bit or Lion alone")
+            problems.add(
+                "--use_8bit_adam and --use_lion_optimizer are exclusive; use --optimizer_type AdamW8bit or Lion alone"
+            )
         for flag in ("use_8bit_adam", "use_lion_optimizer"):
             if getattr(self, flag) and self.optimizer_type:
                 problems.add(f"--{flag} and --optimizer_type {self.optimizer_type} are exclusive; leave out --{flag}")
@@ -123,7 +127,8 @@ class OptimizerChoice:
 
     @property
     def named_schedule_free(self) -> bool:
-        """Whether the name promises schedule-free training; the built instance decides (`OptimizerBuild.schedule_free`)."""
+        """Whether the name promises schedule-free training; the built instance decides
+        (`OptimizerBuild.schedule_free`)."""
         name = self.class_name.lower()
         return name.endswith("schedulefree") or name.startswith("schedulefree")
 
@@ -161,7 +166,8 @@ class OptimizerBuild:
 def switches_weights(optimizer: Any) -> bool:
     """Whether an optimizer keeps other weights for evaluation: it has callable train and eval, whatever its name.
 
-    accelerate's wrapper, around every optimizer under fp16, has both for all and hands them on: the wrapped one decides.
+    accelerate's wrapper, around every optimizer under fp16, has both for all and hands them on: the wrapped one
+    decides.
     """
     if type(optimizer).__module__ == "accelerate.optimizer":
         optimizer = optimizer.optimizer
@@ -185,7 +191,9 @@ def choose(options: OptimizerOptions) -> OptimizerChoice:
             recorded["relative_step"] = True
         forced = entry.info.get("forced", {})
         recorded = {key: value for key, value in recorded.items() if key not in forced}
-        return OptimizerChoice(entry.target.replace(":", "."), {**recorded, **forced}, recorded, entry.name, entry.package)
+        return OptimizerChoice(
+            entry.target.replace(":", "."), {**recorded, **forced}, recorded, entry.name, entry.package
+        )
     if "." in name:
         top = name.partition(".")[0]
         if name == ADAFACTOR:
@@ -232,8 +240,8 @@ def optimizer_class(choice: OptimizerChoice) -> type:
 
 
 def check(options: OptimizerOptions) -> OptimizerBuild:
-    """Import the class, compare the arguments with its signature and try them on a small matrix, which is returned; ConfigError
-    with every problem."""
+    """Import the class, compare the arguments with its signature and try them on a small matrix, which is returned;
+    ConfigError with every problem."""
     choice = choose(options)
     cls = optimizer_class(choice)
     problems = argument_problems(cls, choice.kwargs, "optimizer_args", supplied=("params", "lr"), what=choice.name)
@@ -245,15 +253,18 @@ def check(options: OptimizerOptions) -> OptimizerBuild:
 
 
 def check_rates(options: OptimizerOptions, rates: Sequence[float]) -> None:
-    """ConfigError when the optimizer refuses groups of these rates, as those that estimate one step size for all groups do in
-    their first step."""
+    """ConfigError when the optimizer refuses groups of these rates, as those that estimate one step size for all groups
+    do in their first step."""
     different = sorted({rate for rate in rates if rate})
     if len(different) < 2 or not choose(options).one_rate_for_all_groups:
         return
     from torch import nn, ones
 
     weights = [nn.Parameter(ones(2, 2)) for _ in different]
-    built = build(options, [{"params": [weight], "lr": rate, "name": str(rate)} for weight, rate in zip(weights, different, strict=True)])
+    built = build(
+        options,
+        [{"params": [weight], "lr": rate, "name": str(rate)} for weight, rate in zip(weights, different, strict=True)],
+    )
     for weight in weights:
         weight.grad = ones(2, 2)
     try:
@@ -266,8 +277,8 @@ def check_rates(options: OptimizerOptions, rates: Sequence[float]) -> None:
 
 
 def check_float16(options: OptimizerOptions) -> None:
-    """ConfigError when the optimizer makes float16 weights (--full_fp16) not-a-number that have no gradient yet, as the first
-    matrices of adapters do: Adam divides by sqrt(v) + eps, and a small eps is 0 in float16."""
+    """ConfigError when the optimizer makes float16 weights (--full_fp16) not-a-number that have no gradient yet, as the
+    first matrices of adapters do: Adam divides by sqrt(v) + eps, and a small eps is 0 in float16."""
     from torch import float16, nn, zeros
 
     try:
@@ -321,7 +332,9 @@ def log_lines(choice: OptimizerChoice) -> list[str]:
     """What is to be said once about a choice."""
     lines = []
     if choice.class_path == "bitsandbytes.optim.SGD8bit" and choice.kwargs.get("nesterov"):
-        lines.append("SGDNesterov8bit: nesterov=True is passed on, but bitsandbytes has plain momentum only and ignores it")
+        lines.append(
+            "SGDNesterov8bit: nesterov=True is passed on, but bitsandbytes has plain momentum only and ignores it"
+        )
     if choice.finds_own_rate:
         lines.append(
             "AdaFactor with relative_step finds its own learning rates; --learning_rate, --unet_lr and --text_encoder_lr"
@@ -349,14 +362,18 @@ def warnings_of(
         used = {name: values or [options.learning_rate] for name, values in rates.items()}
         if 0 < used["unet_lr"][0] <= TOO_LOW_FOR_ADAPTIVE:
             low = "unet_lr" if unet_lr is not None else "learning_rate"
-            found.append(Warned((low,), f"--{low} is {used['unet_lr'][0]}; {choice.name} scales it itself and wants about 1.0"))
+            found.append(
+                Warned((low,), f"--{low} is {used['unet_lr'][0]}; {choice.name} scales it itself and wants about 1.0")
+            )
         if len({value for values in used.values() for value in values if value}) > 1:  # a part of rate 0 is not trained
             names = tuple(n for n, values in rates.items() if any(v != options.learning_rate for v in values))
             flags = " and ".join(f"--{name}" for name in names)
             found.append(Warned(names, f"{flags}: {choice.name} uses one rate for all groups, that of the first group"))
     if choice.is_adafactor and not choice.finds_own_rate:
         if options.max_grad_norm != 0:
-            found.append(Warned(("max_grad_norm",), "--max_grad_norm is not 0; AdaFactor clips updates itself, 0 is recommended"))
+            found.append(
+                Warned(("max_grad_norm",), "--max_grad_norm is not 0; AdaFactor clips updates itself, 0 is recommended")
+            )
         if lr_scheduler != "constant_with_warmup":
             text = f"--lr_scheduler is {lr_scheduler}; AdaFactor with a fixed rate wants constant_with_warmup"
             found.append(Warned(("lr_scheduler",), text))

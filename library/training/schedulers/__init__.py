@@ -1,7 +1,7 @@
 """Learning rate schedules: the options, the table, the checks at start and `build`.
 
-Everything is counted in optimizer steps: one scheduler step per optimizer step, whatever the number of processes, and the
-rate of optimizer step k (from 0) is the curve at k.
+Everything is counted in optimizer steps: one scheduler step per optimizer step, whatever the number of processes, and
+the rate of optimizer step k (from 0) is the curve at k.
 """
 
 from __future__ import annotations
@@ -25,19 +25,32 @@ if TYPE_CHECKING:
     """multiplier of a group's own rate at optimizer step k"""
 
 STEP_OPTIONS = ("lr_warmup_steps", "lr_decay_steps")
-SHAPE_OPTIONS = (*STEP_OPTIONS, "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale", "lr_scheduler_min_lr_ratio")
+SHAPE_OPTIONS = (
+    *STEP_OPTIONS,
+    "lr_scheduler_num_cycles",
+    "lr_scheduler_power",
+    "lr_scheduler_timescale",
+    "lr_scheduler_min_lr_ratio",
+)
 
 SCHEDULERS: Registry[type] = Registry(
-    "learning rate scheduler", option="lr_scheduler", group="schedulers", takes=("settings",), info={"uses": SHAPE_OPTIONS, "args": None},
+    "learning rate scheduler", option="lr_scheduler", group="schedulers", takes=("settings",),
+    info={"uses": SHAPE_OPTIONS, "args": None},
     wanted="a function of CurveSettings that gives a curve: optimizer step -> factor of the rate",
 )
-"""The target makes a curve from a CurveSettings. `uses`: options that have an effect; `args`: keys of --lr_scheduler_args, None = any."""
+"""The target makes a curve from a CurveSettings. `uses`: options that have an effect; `args`: keys of
+--lr_scheduler_args, None = any."""
 _CURVES = "library.training.schedulers.curves:"
 SCHEDULERS.add("constant", _CURVES + "constant", uses=("lr_warmup_steps",), args=())
 SCHEDULERS.add("constant_with_warmup", _CURVES + "constant", uses=("lr_warmup_steps",), args=())
 SCHEDULERS.add("linear", _CURVES + "linear", uses=("lr_warmup_steps",), args=())
 SCHEDULERS.add("cosine", _CURVES + "cosine", uses=("lr_warmup_steps",), args=())
-SCHEDULERS.add("cosine_with_restarts", _CURVES + "cosine_with_restarts", uses=("lr_warmup_steps", "lr_scheduler_num_cycles"), args=())
+SCHEDULERS.add(
+    "cosine_with_restarts",
+    _CURVES + "cosine_with_restarts",
+    uses=("lr_warmup_steps", "lr_scheduler_num_cycles"),
+    args=(),
+)
 SCHEDULERS.add("polynomial", _CURVES + "polynomial", uses=("lr_warmup_steps", "lr_scheduler_power"), args=("lr_end",))
 SCHEDULERS.add("inverse_sqrt", _CURVES + "inverse_sqrt", uses=("lr_warmup_steps", "lr_scheduler_timescale"), args=())
 SCHEDULERS.add(
@@ -87,7 +100,9 @@ def parse_step_count(value: str | int | float) -> StepCount:
     if 0 < number < 1:
         return StepCount(fraction=number)
     if number != int(number):
-        raise ValueError(f"{value} is not a number of steps; above 1 only whole numbers, below 1 a fraction of all steps")
+        raise ValueError(
+            f"{value} is not a number of steps; above 1 only whole numbers, below 1 a fraction of all steps"
+        )
     return StepCount(steps=int(number))
 
 
@@ -96,7 +111,10 @@ class SchedulerOptions:
     """Learning rate schedule."""
 
     lr_scheduler: str = option(
-        "constant", help="curve of the learning rate: " + ", ".join(SCHEDULERS.names()) + ", or a path package.module:function; adafactor:1e-3 gives the rate that is shown first",
+        "constant",
+        help="curve of the learning rate: "
+        + ", ".join(SCHEDULERS.names())
+        + ", or a path package.module:function; adafactor:1e-3 gives the rate that is shown first",
     )
     lr_warmup_steps: str | int | float = option(
         0, convert=str, metavar="STEPS", help="warm-up in optimizer steps; below 1, or with %, a fraction of all steps"
@@ -106,11 +124,15 @@ class SchedulerOptions:
     )
     lr_scheduler_num_cycles: int = option(1, help="restarts or waves of the cosine curves")
     lr_scheduler_power: float = option(1.0, help="power of polynomial")
-    lr_scheduler_timescale: int | None = option(None, help="time scale of inverse_sqrt (default: the warm-up, or 10000)")
+    lr_scheduler_timescale: int | None = option(
+        None, help="time scale of inverse_sqrt (default: the warm-up, or 10000)"
+    )
     lr_scheduler_min_lr_ratio: float | None = option(
         None, help="lowest rate as a share of the rate, for cosine_with_min_lr and warmup_stable_decay"
     )
-    lr_scheduler_type: str = option("", help="class of torch.optim.lr_scheduler or dotted class path; replaces --lr_scheduler")
+    lr_scheduler_type: str = option(
+        "", help="class of torch.optim.lr_scheduler or dotted class path; replaces --lr_scheduler"
+    )
     lr_scheduler_args: list[str] | None = option(
         None, nargs="*", metavar="KEY=VALUE", help="arguments of the schedule, e.g. T_max=100"
     )
@@ -163,7 +185,9 @@ class SchedulerOptions:
             if self.first_rate is not None and (name != "adafactor" or not 0 <= self.first_rate < math.inf):
                 raise ValueError
         except ValueError:
-            problems.add(f"--lr_scheduler is {self.lr_scheduler}; a rate behind a colon has adafactor alone, e.g. adafactor:1e-3")
+            problems.add(
+                f"--lr_scheduler is {self.lr_scheduler}; a rate behind a colon has adafactor alone, e.g. adafactor:1e-3"
+            )
             return
         if name in NOT_OFFERED:
             problems.add(f"--lr_scheduler {name} is not offered: {NOT_OFFERED[name]}")
@@ -179,7 +203,8 @@ class SchedulerOptions:
 
 @dataclass(frozen=True)
 class CurveSettings:
-    """What a curve is made from. `warmup`, `decay` and `total` are optimizer steps, `rate` is the optimizer's own rate."""
+    """What a curve is made from. `warmup`, `decay` and `total` are optimizer steps, `rate` is the optimizer's own
+    rate."""
 
     warmup: int
     decay: int
@@ -191,7 +216,14 @@ class CurveSettings:
     @classmethod
     def of(cls, options: SchedulerOptions, *, rate: float, max_train_steps: int) -> CurveSettings:
         warmup, decay = (parse_step_count(getattr(options, name)).resolve(max_train_steps) for name in STEP_OPTIONS)
-        return cls(warmup, decay, max_train_steps, rate, options, parse_keyword_args(options.lr_scheduler_args, "lr_scheduler_args"))
+        return cls(
+            warmup,
+            decay,
+            max_train_steps,
+            rate,
+            options,
+            parse_keyword_args(options.lr_scheduler_args, "lr_scheduler_args"),
+        )
 
 
 def name_in_use(options: SchedulerOptions, optimizer: OptimizerOptions) -> str:
@@ -234,7 +266,9 @@ def check(options: SchedulerOptions, optimizer: OptimizerOptions, max_train_step
     name = options.lr_scheduler_type or options.curve
     own_length = bool(options.lr_scheduler_type) or name in ("adafactor", "piecewise_constant")
     if own_length and _has_warmup(options):
-        problems.add(f"--lr_warmup_steps is {options.lr_warmup_steps}; {name} has no warm-up of this kind, leave it out")
+        problems.add(
+            f"--lr_warmup_steps is {options.lr_warmup_steps}; {name} has no warm-up of this kind, leave it out"
+        )
     problems.raise_if_any()
 
 
@@ -250,12 +284,18 @@ def _check_args(name: str, options: SchedulerOptions, problems: Problems) -> Non
     for key in args if known is not None else ():
         if key not in known:
             has = f"It has: {', '.join(known)}" if known else "It has no arguments"
-            problems.add(f"--lr_scheduler_args sets {key}, which {name} does not have{did_you_mean(key, known) or '.'} {has}")
+            problems.add(
+                f"--lr_scheduler_args sets {key}, which {name} does not have{did_you_mean(key, known) or '.'} {has}"
+            )
     if name == "piecewise_constant" and "step_rules" not in args:
-        problems.add("--lr_scheduler piecewise_constant needs step_rules in --lr_scheduler_args, e.g. step_rules=1:10,0.1:20,0.01")
+        problems.add(
+            "--lr_scheduler piecewise_constant needs step_rules in --lr_scheduler_args, e.g. step_rules=1:10,0.1:20,0.01"
+        )
 
 
-def _try_curve(options: SchedulerOptions, optimizer: OptimizerOptions, max_train_steps: int | None, problems: Problems) -> None:
+def _try_curve(
+    options: SchedulerOptions, optimizer: OptimizerOptions, max_train_steps: int | None, problems: Problems
+) -> None:
     """Make the curve once: it checks its own arguments."""
     settings = CurveSettings.of(options, rate=optimizer.learning_rate, max_train_steps=max_train_steps or 1000)
     if max_train_steps is not None and options.curve == "warmup_stable_decay":
@@ -277,7 +317,9 @@ def curve_of(options: SchedulerOptions, settings: CurveSettings) -> Curve:
         curve = make(settings)
         factors = [curve(step) for step in (0, settings.total)]  # torch asks for one more than there are steps
     if not all(isinstance(factor, (int, float)) and math.isfinite(factor) for factor in factors):
-        raise ConfigError(f"{where} gives {factors[0]!r} at the first step and {factors[1]!r} after the last; needed: finite numbers")
+        raise ConfigError(
+            f"{where} gives {factors[0]!r} at the first step and {factors[1]!r} after the last; needed: finite numbers"
+        )
     return curve
 
 
@@ -290,7 +332,9 @@ def _check_class(options: SchedulerOptions, problems: Problems) -> None:
         problems.absorb(error)
         return
     args = parse_keyword_args(options.lr_scheduler_args, "lr_scheduler_args")
-    for problem in argument_problems(cls, args, "lr_scheduler_args", supplied=("optimizer",), what=options.lr_scheduler_type):
+    for problem in argument_problems(
+        cls, args, "lr_scheduler_args", supplied=("optimizer",), what=options.lr_scheduler_type
+    ):
         problems.add(problem)
     if not problems.messages:
         _try_class(cls, args, options, problems)

@@ -11,8 +11,8 @@ import torch
 def adafactor_rate(step: int, rms: float, group: dict[str, Any]) -> float:
     """Rate of update `step` (from 1) for a parameter of root mean square `rms`, with relative_step.
 
-    max(eps2, rms) * min(1e-2, or 1e-6 * step with warmup_init, 1 / sqrt(step)); without scale_parameter the first factor
-    is 1. Source: arXiv 1804.04235, section 8.
+    max(eps2, rms) * min(1e-2, or 1e-6 * step with warmup_init, 1 / sqrt(step)); without scale_parameter the first
+    factor is 1. Source: arXiv 1804.04235, section 8.
     """
     largest = 1e-6 * step if group["warmup_init"] else 1e-2
     scale = max(group["eps"][1], rms) if group["scale_parameter"] else 1.0

@@ -128,10 +128,14 @@ def rex(settings: CurveSettings) -> Curve:
     """
     alpha, beta = _number(settings, "rex_alpha", 0.1), _number(settings, "rex_beta", 0.9)
     if alpha <= 0 or beta < 0:
-        raise ConfigError(f"rex_alpha and rex_beta in --lr_scheduler_args are {alpha} and {beta}; alpha > 0 and beta >= 0 are needed")
+        raise ConfigError(
+            f"rex_alpha and rex_beta in --lr_scheduler_args are {alpha} and {beta}; alpha > 0 and beta >= 0 are needed"
+        )
     lowest = 0.01 if "min_lr" not in settings.args else _number(settings, "min_lr", 0.0) / (settings.rate or 1.0)
     if not 0 <= lowest <= 1:
-        raise ConfigError(f"min_lr in --lr_scheduler_args is {settings.args['min_lr']}; 0 to --learning_rate {settings.rate} is needed")
+        raise ConfigError(
+            f"min_lr in --lr_scheduler_args is {settings.args['min_lr']}; 0 to --learning_rate {settings.rate} is needed"
+        )
 
     def multiplier(k: int) -> float:
         if k < settings.warmup:

@@ -36,9 +36,11 @@ class FixedRates:
 
 
 def build_scheduler(
-    options: SchedulerOptions, optimizer: OptimizerBuild, make_curve: Callable[[], Callable[[int], float]], *, learning_rate: float
+    options: SchedulerOptions, optimizer: OptimizerBuild, make_curve: Callable[[], Callable[[int], float]], *,
+    learning_rate: float
 ) -> Any:
-    """A torch scheduler, or one of our two stand-ins that have no state. `make_curve` gives the multipliers of --lr_scheduler."""
+    """A torch scheduler, or one of our two stand-ins that have no state. `make_curve` gives the multipliers of
+    --lr_scheduler."""
     if optimizer.schedule_free:
         if not optimizer.choice.named_schedule_free:  # the name did not tell at start; see schedulers.notices
             logger.warning("%s is schedule-free: --lr_scheduler and its options have no effect", optimizer.choice.name)
@@ -51,7 +53,9 @@ def build_scheduler(
         try:
             return cls(optimizer.optimizer, **args)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"--lr_scheduler_type {options.lr_scheduler_type} with {args} is refused: {error}") from error
+            raise ConfigError(
+                f"--lr_scheduler_type {options.lr_scheduler_type} with {args} is refused: {error}"
+            ) from error
     return torch_schedulers.LambdaLR(optimizer.optimizer, make_curve())
 
 

@@ -22,7 +22,8 @@ WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "un
 
 TIMESTEP_SAMPLERS: Registry[type] = Registry(
     "timestep sampling", option="timestep_sampling", group="timestep_samplers", takes=("options",), info={"flow": True},
-    wanted="a class made from TimestepOptions, with a method sample(latent_shape, draws)", is_a=lambda found: hasattr(found, "sample"),
+    wanted="a class made from TimestepOptions, with a method sample(latent_shape, draws)",
+    is_a=lambda found: hasattr(found, "sample"),
 )
 """`flow`: it draws sigmas of flow models"""
 for _name in FLOW_MODES:
@@ -33,8 +34,8 @@ MODES = tuple(TIMESTEP_SAMPLERS.names())
 
 
 class TimestepSampler(Protocol):
-    """Draws times in the unit of the objective, [B], or one per frame or token (`objective.expand_like`); a pure function of
-    the draws, so that a resumed run draws the same."""
+    """Draws times in the unit of the objective, [B], or one per frame or token (`objective.expand_like`); a pure
+    function of the draws, so that a resumed run draws the same."""
 
     def sample(self, latent_shape: Sequence[int], draws: StepDraws) -> torch.Tensor: ...
 
@@ -53,7 +54,9 @@ class TimestepOptions:
         help="density of the sigmas in mode sigma (logit_normal, mode) and weight of the loss (sigma_sqrt, cosmap)"
         " where the model family weighs it",
     )
-    logit_mean: float = option(0.0, help="mean of logit_normal; a larger one gives noisier samples. Log-SNR mean of logsnr")
+    logit_mean: float = option(
+        0.0, help="mean of logit_normal; a larger one gives noisier samples. Log-SNR mean of logsnr"
+    )
     logit_std: float = option(1.0, help="standard deviation of logit_normal and logsnr")
     mode_scale: float = option(1.29, help="scale of the density mode")
     discrete_flow_shift: float = option(3.0, help="shift of the modes sigma and shift; 1 = none")
@@ -128,7 +131,11 @@ def idle(options: TimestepOptions, explicit: Container[str] | None = None) -> li
         "logit_std": mode == "logsnr" or (mode == "sigma" and scheme == "logit_normal"),
         "mode_scale": mode == "sigma" and scheme == "mode",
     }
-    changed = [name for name in used if getattr(options, name) != getattr(default, name) and (explicit is None or name in explicit)]
+    changed = [
+        name
+        for name in used
+        if getattr(options, name) != getattr(default, name) and (explicit is None or name in explicit)
+    ]
     how = f"neither --timestep_sampling {mode} nor --weighting_scheme {scheme} uses it"
     found = without_effect([name for name in changed if not used[name]], how)
     if mode != "sigma" and scheme in ("logit_normal", "mode"):
@@ -137,7 +144,8 @@ def idle(options: TimestepOptions, explicit: Container[str] | None = None) -> li
 
 
 def _try_sampler(options: TimestepOptions) -> None:
-    """Draw once with a sampler from outside: it checks its own settings, and gives one sigma from 0 to 1 for each sample."""
+    """Draw once with a sampler from outside: it checks its own settings, and gives one sigma from 0 to 1 for each
+    sample."""
     import torch
 
     from library.core.keyed_random import StepDraws
@@ -148,14 +156,16 @@ def _try_sampler(options: TimestepOptions) -> None:
         sigmas = cls(options).sample((2, 16, 8, 8), StepDraws(0, 0, (0, 1)))
     told = "a tensor with sigmas from 0 to 1, whose first axis is the sample"
     if not isinstance(sigmas, torch.Tensor) or sigmas.shape[:1] != (2,):
-        raise ConfigError(f"{where}, whose sample() gives {getattr(sigmas, 'shape', type(sigmas).__name__)} for a batch of two; needed: {told}")
+        raise ConfigError(
+            f"{where}, whose sample() gives {getattr(sigmas, 'shape', type(sigmas).__name__)} for a batch of two; needed: {told}"
+        )
     if not ((0 <= sigmas) & (sigmas <= 1)).all():
         raise ConfigError(f"{where}, whose sample() gives {sigmas.tolist()}; needed: {told} (1 = noise)")
 
 
 def check(options: TimestepOptions, known: Sequence[str]) -> None:
-    """Raise ConfigError when a flow family has not the chosen mode: `known` are those of the project that it has. Samplers from
-    outside serve every flow family, unless they say that they are not for flow models."""
+    """Raise ConfigError when a flow family has not the chosen mode: `known` are those of the project that it has.
+    Samplers from outside serve every flow family, unless they say that they are not for flow models."""
     name = options.timestep_sampling
     if name in known:
         return

@@ -30,7 +30,8 @@ class Trainable(ABC):
     name: ClassVar[str]
     options: ClassVar[type]
     ignored: ClassVar[Mapping[str, str]] = {}
-    """shared options without meaning for a trainable from outside: name -> reason; those of built-in ones are in TRAINABLES"""
+    """shared options without meaning for a trainable from outside: name -> reason; those of built-in ones are in
+    TRAINABLES"""
     script: ClassVar[str] = "train_network"
     """name of its scripts without .py and without what a family puts before it"""
     spec_kind: ClassVar[str] = ""
@@ -58,8 +59,8 @@ class Trainable(ABC):
 
     @classmethod
     def dataset_rules(cls, family: ModelFamily | type[ModelFamily]) -> str | ScriptRules:
-        """What datasets it takes and which folders they need: `ScriptRules(frozenset({"CN"}), masks=False)` wants conditioning_data_dir in
-        each, say. A name of a script stands for the rules of that."""
+        """What datasets it takes and which folders they need: `ScriptRules(frozenset({"CN"}), masks=False)` wants
+        conditioning_data_dir in each, say. A name of a script stands for the rules of that."""
         return script_name(family.name, cls.script)
 
     def prepare_tokenizers(self, family: ModelFamily, strategies: StrategySet) -> None:
@@ -74,7 +75,8 @@ class Trainable(ABC):
         return None
 
     def transform_identity(self, family: ModelFamily) -> str:
-        """Stands for what `transform` does, so that cached outputs of changed text encoders are known from others; "" = nothing."""
+        """Stands for what `transform` does, so that cached outputs of changed text encoders are known from others; "" =
+        nothing."""
         return ""
 
     @abstractmethod

@@ -29,16 +29,19 @@ class BaseWeights:
 
     def __init__(self, options: NetworkOptions) -> None:
         multipliers = list(options.base_weights_multiplier or [])
-        self.files = [(path, multipliers[i] if i < len(multipliers) else 1.0) for i, path in enumerate(options.base_weights or ())]
+        self.files = [
+            (path, multipliers[i] if i < len(multipliers) else 1.0) for i, path in enumerate(options.base_weights or ())
+        ]
         self._merge: MergeOnLoad | None = None
 
     def transform(
         self, family: ModelFamily, model_path: str | None, caches_text: bool, further: Sequence[Adapter] = ()
     ) -> MergeOnLoad | None:
-        """What the loaders of the family are given; None when there is nothing to merge. `further` adapters are merged as well.
+        """What the loaders of the family are given; None when there is nothing to merge. `further` adapters are merged
+        as well.
 
-        CheckpointError when a file belongs to another family, ConfigError when one can only be merged after text outputs are
-        cached; both are found here, from headers, before anything is cached.
+        CheckpointError when a file belongs to another family, ConfigError when one can only be merged after text
+        outputs are cached; both are found here, from headers, before anything is cached.
         """
         targets = targets_of_family(family.name)
         for path, multiplier in self.files:
@@ -50,7 +53,9 @@ class BaseWeights:
         own = [(path, multiplier) for path, multiplier in self.files if not _is_foreign(path, targets)]
         if not own and not further:
             return None
-        self._merge = MergeOnLoad(targets, [*(read_adapter(path, targets, multiplier) for path, multiplier in own), *further])
+        self._merge = MergeOnLoad(
+            targets, [*(read_adapter(path, targets, multiplier) for path, multiplier in own), *further]
+        )
         for path, multiplier in own:
             logger.info("base weights: %s with multiplier %g", path, multiplier)
         if model_path:
@@ -60,18 +65,21 @@ class BaseWeights:
         return self._merge
 
     def identity(self, targets: NetworkTargets) -> str:
-        """Stands for the files that change text encoders, so that outputs cached with others are not taken for theirs."""
+        """Stands for the files that change text encoders, so that outputs cached with others are not taken for
+        theirs."""
         parts = []
         for path, multiplier in self.files:
             if multiplier and not _is_foreign(path, targets) and _changes_text(path, targets):
                 logger.info(
-                    "%s changes text encoders; cached outputs are made with it (other trainers cache those of the encoders without it)", path
+                    "%s changes text encoders; cached outputs are made with it (other trainers cache those of the encoders without it)",
+                    path,
                 )
                 parts.append(f"{model_identity(path)} times {multiplier:g}")
         return combined_identity(parts) if parts else ""
 
     def finish(self, module: Any, models: Models, runtime: Runtime, targets: NetworkTargets) -> None:
-        """After loading: say what fitted nowhere; files of kinds that only the user's network module knows are merged by it."""
+        """After loading: say what fitted nowhere; files of kinds that only the user's network module knows are merged
+        by it."""
         if self._merge is not None:
             self._merge.report()
         for path, multiplier in self.files:
@@ -79,7 +87,8 @@ class BaseWeights:
                 continue
             encoders = [encoder for encoder in models.text_encoders if encoder is not None]
             network, weights = module.create_network_from_weights(
-                multiplier, path, models.vae, encoders, models.denoiser, weights_sd=read_adapter_file(path, targets), for_inference=True
+                multiplier, path, models.vae, encoders, models.denoiser, weights_sd=read_adapter_file(path, targets),
+                for_inference=True
             )
             logger.info("base weights: %s with multiplier %g, merged by %s", path, multiplier, module.__name__)
             network.merge_to(encoders, models.denoiser, weights, runtime.weight_dtype, runtime.device)

@@ -1,5 +1,5 @@
-"""Layers of --network_weights that belong to parts of the model that are not trained. They act while the others learn, as they will
-when the file is used, and are written again beside what was learned."""
+"""Layers of --network_weights that belong to parts of the model that are not trained. They act while the others learn,
+as they will when the file is used, and are written again beside what was learned."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class KeptLayers:
-    """`layers` of `path` by name, with their tensors; `drops`: they are left out, as --drop_untrained asks; `merges`: they can be added to
-    the weights while the model is read."""
+    """`layers` of `path` by name, with their tensors; `drops`: they are left out, as --drop_untrained asks; `merges`:
+    they can be added to the weights while the model is read."""
 
     path: str = ""
     targets: NetworkTargets | None = None
@@ -54,7 +54,12 @@ class KeptLayers:
     def rest(self) -> dict[str, torch.Tensor]:
         """The tensors of the layers that are trained."""
         parts = by_module(read_adapter_file(self.path, self.targets))
-        return {f"{name}.{key}": tensor for name, own in parts.items() if name not in self.layers for key, tensor in own.items()}
+        return {
+            f"{name}.{key}": tensor
+            for name, own in parts.items()
+            if name not in self.layers
+            for key, tensor in own.items()
+        }
 
     def message(self) -> str | None:
         """What becomes of them, for log and start page."""
@@ -63,13 +68,19 @@ class KeptLayers:
         what = f"{len(self.layers)} layers of --network_weights {self.path} are in parts that are not trained"
         if self.drops:
             return f"{what} (first: {next(iter(self.layers))}) and left out of the training and of the output (--drop_untrained)"
-        acting = "they act as they are" if self.merges else "they do not act while training, being of a kind that only its module knows"
+        acting = (
+            "they act as they are"
+            if self.merges
+            else "they do not act while training, being of a kind that only its module knows"
+        )
         return f"{what} (first: {next(iter(self.layers))}): {acting} and are written to the output again; --drop_untrained leaves them out"
 
 
 def encoder_of(name: str, targets: NetworkTargets) -> int | None:
     """Position of the text encoder of a layer, under any spelling of its name; None for the denoiser."""
-    return next((place for spelled in targets.canonical_names(name) if (place := targets.encoder_of(spelled)) is not None), None)
+    return next(
+        (place for spelled in targets.canonical_names(name) if (place := targets.encoder_of(spelled)) is not None), None
+    )
 
 
 def kept_layers(options: NetworkOptions, targets: NetworkTargets, trained_encoders: Sequence[bool]) -> KeptLayers:
@@ -88,4 +99,6 @@ def kept_layers(options: NetworkOptions, targets: NetworkTargets, trained_encode
         return KeptLayers()
     layers = {name: own for name, own in parts.items() if not is_trained(name)}
     check_finite({f"{name}.{key}": tensor for name, own in layers.items() for key, tensor in own.items()}, path)
-    return KeptLayers(path, targets, layers, options.drop_untrained, all(kind_of(own) is not None for own in layers.values()))
+    return KeptLayers(
+        path, targets, layers, options.drop_untrained, all(kind_of(own) is not None for own in layers.values())
+    )

@@ -50,7 +50,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_DIM = 4
-NO_RATE = "every learning rate is 0: there is nothing to train; look at --learning_rate, --unet_lr and --text_encoder_lr"
+NO_RATE = (
+    "every learning rate is 0: there is nothing to train; look at --learning_rate, --unet_lr and --text_encoder_lr"
+)
 JOINED_PARTS = (1, 3, 4)
 """how many adapters files hold as one: query, key and value of a layer, these and the first linear layer"""
 
@@ -72,7 +74,8 @@ class NetworkTrainable(Trainable):
         """Module, network arguments and files, as far as they can be judged without models."""
         problems = Problems()
         steps = (
-            lambda: check_network_module(self.opts, self._usual_module(family)), lambda: self._check_arguments(family), lambda: self._check_blocks(family),
+            lambda: check_network_module(self.opts, self._usual_module(family)), lambda: self._check_arguments(family),
+            lambda: self._check_blocks(family),
             lambda: self._check_files(family), self._check_ranks,
         )  # fmt: skip
         for step in steps:
@@ -87,7 +90,9 @@ class NetworkTrainable(Trainable):
         if not self._has_a_rate(family):
             problems.add(NO_RATE)
         if self.opts.network_train_text_encoder_only and not any(self.trains_text_encoders(family)):
-            problems.add(f"--network_train_text_encoder_only leaves nothing to train: no text encoder of {family.name} is trained")
+            problems.add(
+                f"--network_train_text_encoder_only leaves nothing to train: no text encoder of {family.name} is trained"
+            )
         problems.raise_if_any()
 
     @staticmethod
@@ -108,10 +113,16 @@ class NetworkTrainable(Trainable):
         needed = "create_network_from_weights" if self.opts.dim_from_weights else "create_network"
         if not hasattr(module, needed):
             usual = self._usual_module(family)
-            raise ConfigError(f"--network_module is {path}, which has no function {needed}; name a module that makes adapters, e.g. {usual}")
+            raise ConfigError(
+                f"--network_module is {path}, which has no function {needed}; name a module that makes adapters, e.g. {usual}"
+            )
         check = getattr(module, "check_network_args", None)
         if check is not None:
-            explicit = {name: getattr(self.opts, name) for name in ("network_dim", "network_alpha") if name in self.config.explicit}
+            explicit = {
+                name: getattr(self.opts, name)
+                for name in ("network_dim", "network_alpha")
+                if name in self.config.explicit
+            }
             check({"dropout": self.opts.network_dropout, **self.opts.pairs}, family.name, explicit)
 
     def _check_blocks(self, family: ModelFamily) -> None:
@@ -191,14 +202,19 @@ class NetworkTrainable(Trainable):
     def _rates(self, family: ModelFamily) -> list[float]:
         """The learning rates of the parts that are trained."""
         default, given = self.config[OptimizerOptions].learning_rate, self.opts.text_encoder_lr or []
-        rates = [] if self.opts.network_train_text_encoder_only else [default if self.opts.unet_lr is None else self.opts.unet_lr]
+        rates = (
+            []
+            if self.opts.network_train_text_encoder_only
+            else [default if self.opts.unet_lr is None else self.opts.unet_lr]
+        )
         for position, learns in enumerate(self.trains_text_encoders(family)):
             if learns:
                 rates.append(given[min(position, len(given) - 1)] if given else default)
         return rates
 
     def _has_a_rate(self, family: ModelFamily) -> bool:
-        """Whether some part can learn, as far as the options tell: rates by layer in arguments are a matter of the network."""
+        """Whether some part can learn, as far as the options tell: rates by layer in arguments are a matter of the
+        network."""
         if any("lr" in name for name in self.opts.pairs) or any(family.layer_rates().values()):
             return True
         default = self.config[OptimizerOptions].learning_rate
@@ -227,7 +243,11 @@ class NetworkTrainable(Trainable):
         surplus = [rate for rate in rates[len(encoders) :] if rate != rates[0]]
         if surplus:
             number = f"{len(encoders)} text encoder{'s' if len(encoders) > 1 else ''}"
-            found.append(Ignored(f"--text_encoder_lr {' '.join(map(str, surplus))}", f"has no effect: {family.name} has {number}"))
+            found.append(
+                Ignored(
+                    f"--text_encoder_lr {' '.join(map(str, surplus))}", f"has no effect: {family.name} has {number}"
+                )
+            )
         return found
 
     # -- attaching -------------------------------------------------------------------------------------------------
@@ -282,20 +302,28 @@ class NetworkTrainable(Trainable):
             self._finish(network, text_encoders, models, runtime)
 
     def _told(self) -> AbstractContextManager[None]:
-        """Inside, whatever another package's module raises is one message with its name, its arguments and the reason."""
+        """Inside, whatever another package's module raises is one message with its name, its arguments and the
+        reason."""
         if self._is_own:
             return nullcontext()
-        given = {"network_dim": self.opts.network_dim, "network_alpha": self.opts.network_alpha, "network_weights": self.opts.network_weights}
+        given = {
+            "network_dim": self.opts.network_dim,
+            "network_alpha": self.opts.network_alpha,
+            "network_weights": self.opts.network_weights,
+        }
         words = [f"--{name} {value}" for name, value in given.items() if value is not None]
         pairs = " ".join(f"{key}={value}" for key, value in self.opts.pairs.items())
         words += [f"--network_args {pairs}"] if pairs else []
         return foreign_errors(
-            ConfigError, f"look at --network_args: the network of --network_module {self.opts.network_module} cannot be made with {' '.join(words) or 'no arguments'}"
+            ConfigError,
+            f"look at --network_args: the network of --network_module {self.opts.network_module} cannot be made with {' '.join(words) or 'no arguments'}",
         )
 
     def _finish(self, network: Any, text_encoders: Any, models: Models, runtime: Runtime) -> None:
         if self.opts.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
-            raise ConfigError(f"--scale_weight_norms is set; {self.opts.network_module} has no apply_max_norm_regularization. Leave it out")
+            raise ConfigError(
+                f"--scale_weight_norms is set; {self.opts.network_module} has no apply_max_norm_regularization. Leave it out"
+            )
         network.to(runtime.device, runtime.trained_dtype)
         network.enable_gradient_checkpointing()
         network.prepare_grad_etc(text_encoders, models.denoiser)
@@ -304,15 +332,19 @@ class NetworkTrainable(Trainable):
     def _pairs(self, family: ModelFamily) -> dict[str, Any]:
         """--network_args as the module gets them. Rates of the family's options stand behind those of network_reg_lrs.
 
-        `dropout` is passed as well because LyCORIS reads no neuron_dropout. ConfigError when rates of parts are given to a
-        module that does not know any.
+        `dropout` is passed as well because LyCORIS reads no neuron_dropout. ConfigError when rates of parts are given
+        to a module that does not know any.
         """
         pairs, rates = dict(self.opts.pairs), family.layer_rates()
         pairs.setdefault("dropout", self.opts.network_dropout)
         if rates and not self._is_own:
-            raise ConfigError(f"learning rates for parts of the model are set; {self.opts.network_module} has no network_reg_lrs. Leave them out")
+            raise ConfigError(
+                f"learning rates for parts of the model are set; {self.opts.network_module} has no network_reg_lrs. Leave them out"
+            )
         if rates:
-            written = {pattern.pattern: value for pattern, value in pattern_values(pairs.get("network_reg_lrs") or {}, rate)}
+            written = {
+                pattern.pattern: value for pattern, value in pattern_values(pairs.get("network_reg_lrs") or {}, rate)
+            }
             others = {pattern: value for pattern, value in rates.items() if pattern not in written}
             pairs["network_reg_lrs"] = {**written, **others}  # the first pattern that fits a layer counts
         return pairs
@@ -346,8 +378,12 @@ class NetworkTrainable(Trainable):
     def _refuse_empty(self, models: Models) -> None:
         if any(parameter.numel() for parameter in self.network.parameters()):
             return
-        wanted = sorted({*self._targets.classes, *(name for encoder in self._targets.text_encoders for name in encoder.classes)})
-        blocks = sorted({type(module).__name__ for module in models.denoiser.modules() if "Block" in type(module).__name__})
+        wanted = sorted(
+            {*self._targets.classes, *(name for encoder in self._targets.text_encoders for name in encoder.classes)}
+        )
+        blocks = sorted(
+            {type(module).__name__ for module in models.denoiser.modules() if "Block" in type(module).__name__}
+        )
         raise ConfigError(
             f"the network of {self.opts.network_module} has no layer to train. Denoiser {type(models.denoiser).__name__} has blocks"
             f" {', '.join(blocks) or 'of no known class'}; {self._targets.family} adapters train layers in {', '.join(wanted)}."
@@ -360,14 +396,25 @@ class NetworkTrainable(Trainable):
         path = self.opts.network_weights
         if self._is_own:
             self._refuse_other_alphas(network, path)
-        report = network.load_tensors(self.kept.rest(), path) if self._is_own and self.kept.layers else network.load_weights(path)
+        report = (
+            network.load_tensors(self.kept.rest(), path)
+            if self._is_own and self.kept.layers
+            else network.load_weights(path)
+        )
         is_incomplete = self._is_own and bool(report["unexpected"])
         logger.log(
-            logging.WARNING if is_incomplete else logging.INFO, "weights of the network loaded from %s: %s%s", path, _summary(report),
-            f"; those that this network does not train (first: {report['unexpected'][0]}) are left out of the output" if is_incomplete else "",
+            logging.WARNING if is_incomplete else logging.INFO,
+            "weights of the network loaded from %s: %s%s",
+            path,
+            _summary(report),
+            f"; those that this network does not train (first: {report['unexpected'][0]}) are left out of the output"
+            if is_incomplete
+            else "",
         )
         if self._is_own and len(report["missing"]) == len(network.loras):
-            raise CheckpointError(f"--network_weights is {path}; none of its modules belongs to a layer that this network trains")
+            raise CheckpointError(
+                f"--network_weights is {path}; none of its modules belongs to a layer that this network trains"
+            )
 
     def _refuse_other_alphas(self, network: Any, path: str) -> None:
         """An alpha that the user wrote must be the file's; otherwise the file's alphas count."""
@@ -388,15 +435,17 @@ class NetworkTrainable(Trainable):
     # -- training ----------------------------------------------------------------------------------------------------
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Groups with `params`, `lr` and `name`. Parameters of groups without rate are frozen: they would collect gradients
-        that nobody uses."""
+        """Groups with `params`, `lr` and `name`. Parameters of groups without rate are frozen: they would collect
+        gradients that nobody uses."""
         default = self.config[OptimizerOptions].learning_rate
         groups = []
         for number, (group, name) in enumerate(self._described_groups(default)):
             params, rate = list(group["params"]), group.get("lr", default)
             if params and rate:
                 extra = {key: value for key, value in group.items() if key not in ("params", "lr", "name")}
-                groups.append({**extra, "params": params, "lr": rate, "name": name or group.get("name") or f"group {number}"})
+                groups.append(
+                    {**extra, "params": params, "lr": rate, "name": name or group.get("name") or f"group {number}"}
+                )
         chosen = {id(parameter) for group in groups for parameter in group["params"]}
         for parameter in self.network.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
@@ -411,7 +460,11 @@ class NetworkTrainable(Trainable):
             result = several(rates or None, self.opts.unet_lr, default)
         else:
             if len(set(rates)) > 1:
-                logger.warning("--text_encoder_lr: %s knows one rate for all text encoders, the first, %s", self.opts.network_module, rates[0])
+                logger.warning(
+                    "--text_encoder_lr: %s knows one rate for all text encoders, the first, %s",
+                    self.opts.network_module,
+                    rates[0],
+                )
             values = [rates[0] if rates else None, self.opts.unet_lr, default]
             method = self.network.prepare_optimizer_params
             count = _positional_count(method)
@@ -434,8 +487,12 @@ class NetworkTrainable(Trainable):
         values = {float(value) for value in batch.network_multipliers.tolist()}
         if len(values) > 1:
             raise ValueError("samples of one batch have different network multipliers")
-        if values and not (math.isfinite(min(values)) and min(values)):  # of a dataset class; configurations are checked at start
-            raise TrainingError(f"the network multiplier of a batch is {min(values)}; needed: a finite number other than 0, which leaves nothing to learn")
+        if values and not (
+            math.isfinite(min(values)) and min(values)
+        ):  # of a dataset class; configurations are checked at start
+            raise TrainingError(
+                f"the network multiplier of a batch is {min(values)}; needed: a finite number other than 0, which leaves nothing to learn"
+            )
         if values and self.network.multiplier != min(values):
             self.network.set_multiplier(min(values))
 
@@ -472,7 +529,8 @@ class NetworkTrainable(Trainable):
         return [*self._alpha_notice(), *([] if kept is None else [kept])]
 
     def _alpha_notice(self) -> list[str]:
-        """A missing --network_alpha is 1, as the known scripts have it: people who do not know train at a fraction of the strength."""
+        """A missing --network_alpha is 1, as the known scripts have it: people who do not know train at a fraction of
+        the strength."""
         if "network_alpha" in self.config.explicit or self.opts.dim_from_weights:
             return []
         rank = self.opts.network_dim or DEFAULT_DIM
@@ -497,7 +555,9 @@ class NetworkTrainable(Trainable):
         with (scratch_path if is_safetensors else atomic_path)(path) as temporary:
             self.network.save_weights(str(temporary), None if is_safetensors else dtype, dict(metadata))
             if is_safetensors:  # written again with our hashes, a fixed order of the keys, and numbers that are checked
-                write_adapter_file(path, {**load_safetensors(temporary, device="cpu", disable_mmap=True), **kept}, dtype, metadata)
+                write_adapter_file(
+                    path, {**load_safetensors(temporary, device="cpu", disable_mmap=True), **kept}, dtype, metadata
+                )
 
     def load(self, path: str) -> None:
         self.network.load_weights(path)
@@ -518,11 +578,13 @@ class NetworkTrainable(Trainable):
 
 
 def _own_memory(network: torch.nn.Module) -> None:
-    """Let go of a file that a module mapped and keeps as `weights_sd`: Windows replaces no mapped file, and the output may have
-    its name."""
+    """Let go of a file that a module mapped and keeps as `weights_sd`: Windows replaces no mapped file, and the output
+    may have its name."""
     held = getattr(network, "weights_sd", None)
     if isinstance(held, dict):
-        network.weights_sd = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in held.items()}
+        network.weights_sd = {
+            key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in held.items()
+        }
         for tensor in (*network.parameters(), *network.buffers()):
             tensor.data = tensor.data.clone()
 
@@ -539,10 +601,15 @@ def _positional_count(method: Any) -> int:
     parameters = inspect.signature(method).parameters.values()
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return 3
-    return min(3, sum(parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD) for parameter in parameters))
+    return min(
+        3,
+        sum(parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD) for parameter in parameters),
+    )
 
 
 def _summary(report: Any) -> str:
     if isinstance(report, dict):
-        return ", ".join(f"{len(value)} {key}" for key, value in report.items() if isinstance(value, Sequence)) or "done"
+        return (
+            ", ".join(f"{len(value)} {key}" for key, value in report.items() if isinstance(value, Sequence)) or "done"
+        )
     return str(report)

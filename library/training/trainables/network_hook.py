@@ -17,8 +17,8 @@ KEPT = "untrained layers"
 
 
 class NetworkHook(Hook):
-    """Passes the border of an epoch and the multiplier of a batch on to the network, and keeps what GGPO knows of gradients
-    over a resume."""
+    """Passes the border of an epoch and the multiplier of a batch on to the network, and keeps what GGPO knows of
+    gradients over a resume."""
 
     def __init__(self, trainable: NetworkTrainable) -> None:
         self.trainable = trainable
@@ -28,7 +28,9 @@ class NetworkHook(Hook):
 
     def on_step_start(self, run: Run, batch: Any) -> None:
         self.trainable.use_multipliers(batch)
-        if len(batch) == 0:  # the step leaves such a batch out, and this rank has to know which parameters the others train
+        if (
+            len(batch) == 0
+        ):  # the step leaves such a batch out, and this rank has to know which parameters the others train
             self.trainable.on_step_start(StepDraws(run.step.seed, batch.request.step, ()))
 
     def _ggpo(self) -> dict[str, Any]:

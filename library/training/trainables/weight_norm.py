@@ -35,7 +35,9 @@ class WeightNormHook(Hook):
 
     def on_post_optimizer_step(self, run: Run) -> None:
         if self.max_norm:
-            scaled, mean_norm, max_norm = self.trainable.network.apply_max_norm_regularization(self.max_norm, run.runtime.device)
+            scaled, mean_norm, max_norm = self.trainable.network.apply_max_norm_regularization(
+                self.max_norm, run.runtime.device
+            )
             self._logs = {
                 "max_norm/keys_scaled": scaled,
                 "norm/avg_key_norm": mean_norm,

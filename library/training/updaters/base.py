@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 class Updater(ABC):
     """The contract, for whoever updates at the end of a step, inside the backward pass, block by block or in shards:
 
-    `begin` once, when the Run is complete and resumed: registers what it needs on the parameters. `backward` for the loss of
-    every micro-batch that has samples. `update` after the last micro-batch of an optimizer step, on every rank, also on one
-    that had no samples: afterwards the weights are those of the next step on all ranks, no gradient is left, and the schedule
-    has moved unless the step was skipped (fp16). Hooks get `on_gradients_ready` there if `gathers_gradients`. `end` when training
-    is over or broke off: takes back what `begin` did.
+    `begin` once, when the Run is complete and resumed: registers what it needs on the parameters. `backward` for the
+    loss of every micro-batch that has samples. `update` after the last micro-batch of an optimizer step, on every rank,
+    also on one that had no samples: afterwards the weights are those of the next step on all ranks, no gradient is
+    left, and the schedule has moved unless the step was skipped (fp16). Hooks get `on_gradients_ready` there if
+    `gathers_gradients`. `end` when training is over or broke off: takes back what `begin` did.
     """
 
     gathers_gradients: bool = True
-    """whether all gradients of a step exist at once, as clipping by their common norm and `on_gradients_ready` need them"""
+    """whether all gradients of a step exist at once, as clipping by their common norm and `on_gradients_ready` need
+    them"""
 
     def begin(self, run: Run) -> None: ...
 

@@ -60,19 +60,26 @@ class AnimaOptions:
     qwen3_tokenizer: str | None = option(None, help="folder of the Qwen3 tokenizer")
     t5_tokenizer_path: str | None = option(None, help="folder or spiece.model file of the T5 tokenizer")
     qwen3_max_token_length: int = option(TOKEN_LENGTH, help="longest caption in Qwen3 tokens", most=LARGEST_TOKENS)
-    t5_max_token_length: int = option(TOKEN_LENGTH, help="longest caption in T5 tokens; also the length of the denoiser's context", most=LARGEST_TOKENS)
+    t5_max_token_length: int = option(
+        TOKEN_LENGTH,
+        help="longest caption in T5 tokens; also the length of the denoiser's context",
+        most=LARGEST_TOKENS,
+    )
     llm_adapter_path: str | None = option(None, help="file whose LLM adapter replaces that of the model")
     llm_adapter_lr: float | None = option(
-        None, help="learning rate of the LLM adapter's layers, which learn with --network_args train_llm_adapter=True; 0 = not trained"
+        None,
+        help="learning rate of the LLM adapter's layers, which learn with --network_args train_llm_adapter=True; 0 = not trained",
     )
     self_attn_lr: float | None = option(None, help="learning rate of the self-attention layers; 0 = not trained")
     cross_attn_lr: float | None = option(None, help="learning rate of the cross-attention layers; 0 = not trained")
     mlp_lr: float | None = option(None, help="learning rate of the feed-forward layers; 0 = not trained")
     mod_lr: float | None = option(
-        None, help="learning rate of the modulations, which adapters train only with --network_args include_patterns; 0 = not trained"
+        None,
+        help="learning rate of the modulations, which adapters train only with --network_args include_patterns; 0 = not trained",
     )
     attn_mode: str | None = equivalent_option(
-        None, help="which package computes the attention", choices=(None, *ATTENTION_MODES), reason=f"--attn_mode: {_ATTENTION}"
+        None, help="which package computes the attention", choices=(None, *ATTENTION_MODES),
+        reason=f"--attn_mode: {_ATTENTION}"
     )
     split_attn: bool = equivalent_option(
         False, help="one attention call for each sample", reason=f"--split_attn: {_ATTENTION}, which needs no splitting"
@@ -154,7 +161,8 @@ class AnimaFamily(FlowFamily):
         qwen3 = self.opts.qwen3
         return [
             *tokenizer_problems(
-                lambda: self._qwen3_tokenizer, lambda: inspect_qwen3(qwen3)["vocab_size"], "Qwen3", "--qwen3_tokenizer", f"--qwen3 {qwen3}"
+                lambda: self._qwen3_tokenizer, lambda: inspect_qwen3(qwen3)["vocab_size"], "Qwen3", "--qwen3_tokenizer",
+                f"--qwen3 {qwen3}"
             ),
             *tokenizer_problems(lambda: self._t5_tokenizer, None, "T5", "--t5_tokenizer_path"),
         ]
@@ -163,7 +171,9 @@ class AnimaFamily(FlowFamily):
     def _qwen3_tokenizer(self) -> Any:
         from library.components.tokenizers import load_qwen3_tokenizer
 
-        return load_qwen3_tokenizer(self.opts.qwen3_tokenizer, self.config[ModelOptions].tokenizer_cache_dir, self.opts.qwen3)
+        return load_qwen3_tokenizer(
+            self.opts.qwen3_tokenizer, self.config[ModelOptions].tokenizer_cache_dir, self.opts.qwen3
+        )
 
     @cached_property
     def _t5_tokenizer(self) -> Any:
@@ -180,7 +190,8 @@ class AnimaFamily(FlowFamily):
         params, adapter = self._denoiser_info.params, self._adapter
         place = self.opts.llm_adapter_path or self._denoiser_path
         problems: list[str | None] = [*fitting_problems(
-            params, adapter, qwen3=("qwen3", self.opts.qwen3), vae=("vae", self._vae_path), model=self._denoiser_path, adapter_path=place
+            params, adapter, qwen3=("qwen3", self.opts.qwen3), vae=("vae", self._vae_path), model=self._denoiser_path,
+            adapter_path=place
         )]
         if adapter is not None:
             rows, where = adapter.vocab, f"the LLM adapter in {place}"
@@ -206,12 +217,18 @@ class AnimaFamily(FlowFamily):
         if self._adapter is None:
             lines.append("the model file has no LLM adapter: the denoiser attends to the states of Qwen3 directly")
         if self.config[CachingOptions].caches_text and "caption_dropout_rate" not in self.config.explicit:
-            lines.append("caption dropout follows the dataset, also with cached text encoder outputs; rates in old cache files are not read")
+            lines.append(
+                "caption dropout follows the dataset, also with cached text encoder outputs; rates in old cache files are not read"
+            )
         return lines
 
     def idle(self) -> list[Ignored]:
         reason = 'these layers learn only with --network_args "{}"'
-        return [item for name, switch in self._idle_rates().items() for item in without_effect([name], reason.format(switch))]
+        return [
+            item
+            for name, switch in self._idle_rates().items()
+            for item in without_effect([name], reason.format(switch))
+        ]
 
     @property
     def _denoiser_path(self) -> str | None:
@@ -229,12 +246,16 @@ class AnimaFamily(FlowFamily):
 
     def layer_rates(self) -> Mapping[str, float]:
         """Path pattern -> learning rate, from the options of rates that are given and mean layers that learn."""
-        given = {pattern: getattr(self.opts, name) for name, pattern in RATE_PATTERNS.items() if name not in self._idle_rates()}
+        given = {
+            pattern: getattr(self.opts, name)
+            for name, pattern in RATE_PATTERNS.items()
+            if name not in self._idle_rates()
+        }
         return {pattern: rate for pattern, rate in given.items() if rate is not None}
 
     def _idle_rates(self) -> dict[str, str]:
-        """Options of rates whose layers take no adapter -> the network argument that gives them one. A network that is made
-        after a file has the layers of the file."""
+        """Options of rates whose layers take no adapter -> the network argument that gives them one. A network that is
+        made after a file has the layers of the file."""
         if NetworkOptions not in self.config or self.config[NetworkOptions].dim_from_weights:
             return {}
         given = [name for name in RATE_SWITCHES if getattr(self.opts, name) is not None]
@@ -248,13 +269,16 @@ class AnimaFamily(FlowFamily):
 
         # the number of T5 tokens is part of what was encoded, and the record has one length only
         text = self.text_cache(
-            trained, [self.opts.qwen3], [f"t5 tokens {self.opts.t5_max_token_length}"], max_token_length=self.opts.qwen3_max_token_length
+            trained, [self.opts.qwen3], [f"t5 tokens {self.opts.t5_max_token_length}"],
+            max_token_length=self.opts.qwen3_max_token_length
         )
         tokenize = strategy_anima.AnimaTokenizeStrategy(
             self.opts.qwen3_max_token_length, self.opts.t5_max_token_length,
             qwen3_tokenizer=self._qwen3_tokenizer, t5_tokenizer=self._t5_tokenizer,
         )  # fmt: skip
-        return StrategySet(tokenize, strategy_anima.AnimaTextEncodingStrategy(), self.latents_caching(), text, TEXT_LAYOUTS["anima"])
+        return StrategySet(
+            tokenize, strategy_anima.AnimaTextEncodingStrategy(), self.latents_caching(), text, TEXT_LAYOUTS["anima"]
+        )
 
     def latents_caching(self) -> LatentCache:
         from library.strategy_anima import AnimaLatentEncoder
@@ -276,7 +300,9 @@ class AnimaFamily(FlowFamily):
         """[Qwen3]. With 8-bit storage it is read in the compute type first, because only its linear layers shrink."""
         from library.components.llm_encoder_utils import load_qwen3
 
-        qwen3 = load_qwen3(self.opts.qwen3, runtime.weight_dtype, runtime.device, self._disable_mmap, transform=self.transform)
+        qwen3 = load_qwen3(
+            self.opts.qwen3, runtime.weight_dtype, runtime.device, self._disable_mmap, transform=self.transform
+        )
         if runtime.text_encoder_dtype != runtime.weight_dtype:
             from library.fp8_optimization_utils import shrink_linears_to_fp8
 
@@ -290,7 +316,8 @@ class AnimaFamily(FlowFamily):
         swap = self.config[MemoryOptions].blocks_to_swap or 0
         device = "cpu" if swap else runtime.device
         denoiser = load_anima(
-            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, llm_adapter_path=self.opts.llm_adapter_path,
+            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap,
+            llm_adapter_path=self.opts.llm_adapter_path,
             transform=self.transform,
         )
         if swap:
@@ -302,9 +329,13 @@ class AnimaFamily(FlowFamily):
         """Velocity, weighted by `--weighting_scheme`."""
         from library.training.objective import FlowMatchingObjective
 
-        return FlowMatchingObjective(self.config[TimestepOptions], self.config[NoiseOptions], target="velocity", weigh=True)
+        return FlowMatchingObjective(
+            self.config[TimestepOptions], self.config[NoiseOptions], target="velocity", weigh=True
+        )
 
-    def predict(self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any) -> DiTOutput:
+    def predict(
+        self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
+    ) -> DiTOutput:
         from library.anima_train_utils import predict_velocity
         from library.training.run import DiTOutput
 

@@ -13,7 +13,13 @@ from library.core.errors import CheckpointError, ConfigError, Problems, Unsuppor
 from library.core.options import Config, Ignored
 from library.dataset import CachingOptions
 from library.training import timestep_samplers
-from library.training.sampling_prompts import IMAGE_LINE_OPTIONS, VIDEO_LINE_OPTIONS, LineOption, SamplePrompt, with_defaults
+from library.training.sampling_prompts import (
+    IMAGE_LINE_OPTIONS,
+    VIDEO_LINE_OPTIONS,
+    LineOption,
+    SamplePrompt,
+    with_defaults,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 
 def ignored_by_flow(model: str) -> dict[str, str]:
-    """What means nothing to a family that learns by flow matching, though its known script takes it: name -> reason, for its
-    `ignored`. `model` is its name in messages."""
+    """What means nothing to a family that learns by flow matching, though its known script takes it: name -> reason,
+    for its `ignored`. `model` is its name in messages."""
     table = f"{model} learns by flow matching, which has no table of signal-to-noise ratios"
     noise = f"{model} learns by flow matching from plain noise; of the noise options it has --ip_noise_gamma"
     return {
@@ -51,18 +57,26 @@ def ignored_by_flow(model: str) -> dict[str, str]:
 
 
 def foreign_to_ddpm(model: str) -> dict[str, str]:
-    """Options that scripts of families with a table of noise levels do not have: their timesteps are whole and uniform. For
-    `foreign`."""
+    """Options that scripts of families with a table of noise levels do not have: their timesteps are whole and uniform.
+    For `foreign`."""
     reason = f"{model} is trained at whole timesteps, all equally likely; --min_timestep and --max_timestep bound them"
-    names = ("timestep_sampling", "sigmoid_scale", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "discrete_flow_shift")
+    names = (
+        "timestep_sampling",
+        "sigmoid_scale",
+        "weighting_scheme",
+        "logit_mean",
+        "logit_std",
+        "mode_scale",
+        "discrete_flow_shift",
+    )
     return dict.fromkeys(names, reason)
 
 
 def tokenizer_problems(
     load: Callable[[], Any], rows: Callable[[], int] | None, name: str, option: str, place: str | None = None
 ) -> list[str]:
-    """A tokenizer that cannot be found or read, or whose ids the model does not have. `load` gives the tokenizer, `rows` the
-    number of embeddings of `place` (None: not compared), `option` names another tokenizer."""
+    """A tokenizer that cannot be found or read, or whose ids the model does not have. `load` gives the tokenizer,
+    `rows` the number of embeddings of `place` (None: not compared), `option` names another tokenizer."""
     from library.components.tokenizers import vocabulary_problem
 
     try:
@@ -93,7 +107,8 @@ class ModelFamily(ABC):
     foreign: ClassVar[Mapping[str, str]] = {}
     """shared options that the known script of the family does not have: name -> reason"""
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """values of such options that ask for what happens anyway, where they differ from those of known_options.ALSO_NEUTRAL"""
+    """values of such options that ask for what happens anyway, where they differ from those of
+    known_options.ALSO_NEUTRAL"""
     stands_for: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """own switches that are another spelling of shared options: name -> those options with their values"""
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -107,14 +122,16 @@ class ModelFamily(ABC):
             cls.name, cls.architecture, cls.sampling = cls.record.name, cls.record.architecture, cls.record.samples
 
     gives_features: ClassVar[bool] = False
-    """whether `predict` takes `feature_layer` and gives the image tokens [B, L, hidden] after that block of `repeated_blocks` as
-    DiTOutput.extra["features"], and takes times per token; the denoiser has a `feature_width` then"""
+    """whether `predict` takes `feature_layer` and gives the image tokens [B, L, hidden] after that block of
+    `repeated_blocks` as DiTOutput.extra["features"], and takes times per token; the denoiser has a `feature_width`
+    then"""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.opts = config[self.options]
         self.transform: Transform | None = None
-        """what is done to the tensors of text encoders and denoiser while their files are read: base adapters merged, say"""
+        """what is done to the tensors of text encoders and denoiser while their files are read: base adapters merged,
+        say"""
 
     @abstractmethod
     def check(self) -> None:
@@ -122,8 +139,8 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
-        """Tokenizers are built here; no weights are loaded. `trained` tells per text encoder whether it learns: the outputs
-        of such a one are not cached."""
+        """Tokenizers are built here; no weights are loaded. `trained` tells per text encoder whether it learns: the
+        outputs of such a one are not cached."""
 
     @abstractmethod
     def latents_caching(self) -> LatentCache:
@@ -140,9 +157,11 @@ class ModelFamily(ABC):
             skip_check=caching.skip_cache_check, model_identity=model_identity(vae_file),
         )
 
-    def text_cache(self, trained: Sequence[bool], files: Sequence[str | Path], more: Sequence[str] = (), **facts: Any) -> TextCache | None:
-        """The text cache of this run, None without one. `files`: those of the text encoders; `more`: what else their outputs hang on,
-        in words; `facts`: see TextCache."""
+    def text_cache(
+        self, trained: Sequence[bool], files: Sequence[str | Path], more: Sequence[str] = (), **facts: Any
+    ) -> TextCache | None:
+        """The text cache of this run, None without one. `files`: those of the text encoders; `more`: what else their
+        outputs hang on, in words; `facts`: see TextCache."""
         from library.checkpoints.identity import combined_identity, model_identity
         from library.dataset.text_cache import TextCache
 
@@ -150,7 +169,8 @@ class ModelFamily(ABC):
         if not caching.caches_text:
             return None
         return TextCache(
-            self.architecture, to_disk=caching.cache_text_encoder_outputs_to_disk, batch_size=caching.text_encoder_batch_size,
+            self.architecture, to_disk=caching.cache_text_encoder_outputs_to_disk,
+            batch_size=caching.text_encoder_batch_size,
             skip_check=caching.skip_cache_check, trained=trained,
             model_identity=combined_identity([*(model_identity(file) for file in files), *more]), **facts,
         )
@@ -169,27 +189,32 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
-        """A module with `device`, `enable_gradient_checkpointing(cpu_offload)` and `repeated_blocks()` (--torch_compile compiles
-        those), which has no dropout."""
+        """A module with `device`, `enable_gradient_checkpointing(cpu_offload)` and `repeated_blocks()` (--torch_compile
+        compiles those), which has no dropout."""
 
     def load_parts(self, runtime: Runtime, beside: str) -> dict[str, torch.nn.Module]:
-        """Further parts by name. `beside` "vae": those that encode images while latents are cached or in the step, and live as
-        long as the VAE (a vision encoder); "denoiser": those that run in the step (a second expert, a ControlNet)."""
+        """Further parts by name. `beside` "vae": those that encode images while latents are cached or in the step, and
+        live as long as the VAE (a vision encoder); "denoiser": those that run in the step (a second expert, a
+        ControlNet)."""
         return {}
 
     @abstractmethod
     def objective(self) -> Objective: ...
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """From what the cache stores, [B, C, h, w] or [B, C, F, h, w], to what the denoiser sees; of any rank, [B, C, 1, h, w] say."""
+        """From what the cache stores, [B, C, h, w] or [B, C, F, h, w], to what the denoiser sees; of any rank, [B, C,
+        1, h, w] say."""
         return latents
 
     @abstractmethod
-    def predict(self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any) -> DiTOutput:
+    def predict(
+        self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
+    ) -> DiTOutput:
         """One forward of the denoiser; `pred` and `target` have the shape of the latents."""
 
     def pipeline(self, models: Models) -> PicturePipeline:
-        """What makes the samples, from the models of the run: the pipeline of the family's record, as in its image scripts."""
+        """What makes the samples, from the models of the run: the pipeline of the family's record, as in its image
+        scripts."""
         from library.generation import pipeline_class
 
         return pipeline_class(self.name)(models.denoiser, models.vae, **self.pipeline_settings())
@@ -199,7 +224,8 @@ class ModelFamily(ABC):
         return {}
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
-        """Fill the settings that a SamplePrompt leaves open (size, steps, scales) and round size and number of frames."""
+        """Fill the settings that a SamplePrompt leaves open (size, steps, scales) and round size and number of
+        frames."""
         complete = with_defaults(prompt, self.sampling)
         if complete.frame_count is None:
             return complete
@@ -210,7 +236,8 @@ class ModelFamily(ABC):
         return []
 
     def layer_rates(self) -> Mapping[str, float]:
-        """Pattern of layer paths of the denoiser -> learning rate, where the family has options for parts of its model."""
+        """Pattern of layer paths of the denoiser -> learning rate, where the family has options for parts of its
+        model."""
         return {}
 
     def needs_negative(self, prompt: SamplePrompt) -> bool:
@@ -232,8 +259,8 @@ class ModelFamily(ABC):
         """architecture, implementation (and prediction_type where it applies) for modelspec.* metadata."""
 
     def save_model(self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
-        """Write the base model as it is now, in the layout that its files have; safely. Families without it cannot be fine-tuned
-        whole."""
+        """Write the base model as it is now, in the layout that its files have; safely. Families without it cannot be
+        fine-tuned whole."""
         raise UnsupportedCombination(f"{self.name} models cannot be written whole")
 
     def new_control_net(self, models: Models) -> torch.nn.Module:
@@ -244,8 +271,8 @@ class ModelFamily(ABC):
 
 
 class FlowFamily(ModelFamily):
-    """What families of flow models with a denoiser, text encoders and a VAE in files of their own check alike. Their `predict` takes
-    times per token and `feature_layer`, unless they say otherwise."""
+    """What families of flow models with a denoiser, text encoders and a VAE in files of their own check alike. Their
+    `predict` takes times per token and `feature_layer`, unless they say otherwise."""
 
     gives_features = True
 
@@ -258,7 +285,9 @@ class FlowFamily(ModelFamily):
         problems = Problems()
         for problem in self._file_problems():
             problems.add(problem)
-        problems.attempt(lambda: timestep_samplers.check(self.config[timestep_samplers.TimestepOptions], self.timestep_modes))
+        problems.attempt(
+            lambda: timestep_samplers.check(self.config[timestep_samplers.TimestepOptions], self.timestep_modes)
+        )
         problems.raise_if_any()
         for line in self._notices():
             logger.info(line)

@@ -1,4 +1,5 @@
-"""FLUX.1 dev and schnell: options and wiring. Numerics are in flux_train_utils, loading in flux_utils, text in strategy_flux."""
+"""FLUX.1 dev and schnell: options and wiring. Numerics are in flux_train_utils, loading in flux_utils, text in
+strategy_flux."""
 
 from __future__ import annotations
 
@@ -45,17 +46,24 @@ class FluxOptions:
     clip_l: str | None = option(None, help="file of the CLIP-L text encoder")
     t5xxl: str | None = option(None, help="file of the T5-XXL text encoder")
     ae: str | None = option(None, help="file of the autoencoder (ae.safetensors)")
-    clip_l_tokenizer: str | None = option(None, help="folder of the CLIP-L tokenizer, for models with a vocabulary of their own")
+    clip_l_tokenizer: str | None = option(
+        None, help="folder of the CLIP-L tokenizer, for models with a vocabulary of their own"
+    )
     t5xxl_tokenizer: str | None = option(None, help="folder or spiece.model file of the T5 tokenizer")
-    t5xxl_max_token_length: int | None = option(None, help="longest caption in T5 tokens; 512 for dev, 256 for schnell when not given", most=LARGEST_TOKENS)
+    t5xxl_max_token_length: int | None = option(
+        None, help="longest caption in T5 tokens; 512 for dev, 256 for schnell when not given", most=LARGEST_TOKENS
+    )
     apply_t5_attn_mask: bool = option(False, help="keep T5 and the denoiser from attending to padding")
-    guidance_scale: float = option(3.5, help="embedded guidance while training; 1.0 is advised for dev, schnell has none")
+    guidance_scale: float = option(
+        3.5, help="embedded guidance while training; 1.0 is advised for dev, schnell has none"
+    )
     model_prediction_type: str = option(
         "raw", choices=PREDICTION_TYPES,
         help="raw: compare velocities; sigma_scaled: compare the clean estimate, weighted by --weighting_scheme",
     )
     model_type: str = refused_option(
-        "flux", help="flux or chroma", choices=("flux", "chroma"), reason="Chroma is a model family of its own that is not there yet; only flux is"
+        "flux", help="flux or chroma", choices=("flux", "chroma"),
+        reason="Chroma is a model family of its own that is not there yet; only flux is"
     )
     split_mode: bool = option(False, help=f"deprecated: the same as --blocks_to_swap {SPLIT_MODE_BLOCKS}")
     controlnet_model_name_or_path: str | None = ignored_option(
@@ -70,7 +78,9 @@ class FluxOptions:
                 " use raw (the same model output, compared with what it stands for)"
             )
         if self.t5xxl_max_token_length is not None and self.t5xxl_max_token_length < 1:
-            problems.add(f"--t5xxl_max_token_length is {self.t5xxl_max_token_length}; needed: 1 or more, usually 512 or 256")
+            problems.add(
+                f"--t5xxl_max_token_length is {self.t5xxl_max_token_length}; needed: 1 or more, usually 512 or 256"
+            )
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             problems.add(f"--guidance_scale is {self.guidance_scale}; needed: 0 or more, e.g. 1.0 or 3.5")
         problems.raise_if_any()
@@ -126,10 +136,12 @@ class FluxFamily(FlowFamily):
         clip_l, t5xxl = self.opts.clip_l, self.opts.t5xxl
         return [
             *tokenizer_problems(
-                lambda: self._clip_l_tokenizer, lambda: inspect_clip_l(clip_l)["vocab"], "CLIP-L", "--clip_l_tokenizer", f"--clip_l {clip_l}"
+                lambda: self._clip_l_tokenizer, lambda: inspect_clip_l(clip_l)["vocab"], "CLIP-L", "--clip_l_tokenizer",
+                f"--clip_l {clip_l}"
             ),
             *tokenizer_problems(
-                lambda: self._t5xxl_tokenizer, lambda: inspect_t5xxl(t5xxl)["vocab_size"], "T5", "--t5xxl_tokenizer", f"--t5xxl {t5xxl}"
+                lambda: self._t5xxl_tokenizer, lambda: inspect_t5xxl(t5xxl)["vocab_size"], "T5", "--t5xxl_tokenizer",
+                f"--t5xxl {t5xxl}"
             ),
         ]
 
@@ -143,7 +155,9 @@ class FluxFamily(FlowFamily):
     def _t5xxl_tokenizer(self) -> Any:
         from library.components.tokenizers import load_t5_tokenizer
 
-        return load_t5_tokenizer(self.opts.t5xxl_tokenizer, self.config[ModelOptions].tokenizer_cache_dir, self.opts.t5xxl)
+        return load_t5_tokenizer(
+            self.opts.t5xxl_tokenizer, self.config[ModelOptions].tokenizer_cache_dir, self.opts.t5xxl
+        )
 
     def _size_problems(self) -> list[str]:
         """Sizes of the four files against each other; headers only."""
@@ -178,7 +192,9 @@ class FluxFamily(FlowFamily):
             lines.append("--model_prediction_type is raw by default here (sigma_scaled in known trainers)")
         if self.opts.split_mode:
             lines.append(f"--split_mode is deprecated; it stands for --blocks_to_swap {SPLIT_MODE_BLOCKS}")
-        lines.append("CLIP-L computes with quick_gelu, as it was trained (known trainers compute with gelu here: other pooled captions and caches)")
+        lines.append(
+            "CLIP-L computes with quick_gelu, as it was trained (known trainers compute with gelu here: other pooled captions and caches)"
+        )
         return lines
 
     def idle(self) -> list[Ignored]:
@@ -239,7 +255,8 @@ class FluxFamily(FlowFamily):
         return load_ae(self.opts.ae, runtime.vae_dtype, runtime.device, self._disable_mmap)
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
-        """[CLIP-L, T5]. With 8-bit storage they are read in the compute type first, because only their linear layers shrink."""
+        """[CLIP-L, T5]. With 8-bit storage they are read in the compute type first, because only their linear layers
+        shrink."""
         from library.flux_utils import load_clip_l, load_t5xxl
 
         encoders = [
@@ -274,10 +291,13 @@ class FluxFamily(FlowFamily):
 
         is_scaled = self.opts.model_prediction_type == "sigma_scaled"
         return FlowMatchingObjective(
-            self.config[TimestepOptions], self.config[NoiseOptions], target="latents" if is_scaled else "velocity", weigh=is_scaled
+            self.config[TimestepOptions], self.config[NoiseOptions], target="latents" if is_scaled else "velocity",
+            weigh=is_scaled
         )
 
-    def predict(self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any) -> DiTOutput:
+    def predict(
+        self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
+    ) -> DiTOutput:
         from library.flux_train_utils import predict_velocity
         from library.training.objective import clean_estimate
         from library.training.run import DiTOutput

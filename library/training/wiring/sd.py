@@ -1,4 +1,5 @@
-"""Stable Diffusion 1 and 2: options and wiring. Numerics are in sd_train_utils, loading in sd_utils, text in strategy_sd."""
+"""Stable Diffusion 1 and 2: options and wiring. Numerics are in sd_train_utils, loading in sd_utils, text in
+strategy_sd."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ _NO_TEXT_CACHE = "captions of Stable Diffusion are encoded in the step; its text
 class SdOptions:
     """Stable Diffusion 1 and 2"""
 
-    clip_tokenizer: str | None = option(None, help="folder of the CLIP tokenizer, for models with a vocabulary of their own")
+    clip_tokenizer: str | None = option(
+        None, help="folder of the CLIP tokenizer, for models with a vocabulary of their own"
+    )
 
 
 class SdFamily(UNetFamily):
@@ -73,7 +76,9 @@ class SdFamily(UNetFamily):
         from library.sd_utils import clip_skip_problem, text_slot
 
         try:
-            rows = inspect_clip(self.base_path, text_slot(self.info.is_v2)).values["vocab"]  # a wrong --v2 is told of once
+            rows = inspect_clip(self.base_path, text_slot(self.info.is_v2)).values[
+                "vocab"
+            ]  # a wrong --v2 is told of once
         except CheckpointError as error:
             return [about_slot("pretrained_model_name_or_path", self.base_path, error)]
         found = tokenizer_problems(lambda: self._tokenizer, lambda: rows, "CLIP", "--clip_tokenizer")
@@ -83,7 +88,9 @@ class SdFamily(UNetFamily):
     def notices(self) -> list[str]:
         lines = super().notices()
         if self.is_v2 and self.config[ModelOptions].clip_skip:
-            lines.append("--v2 with --clip_skip: Stable Diffusion 2 leaves out its last layer already; layers are counted from there")
+            lines.append(
+                "--v2 with --clip_skip: Stable Diffusion 2 leaves out its last layer already; layers are counted from there"
+            )
         return lines
 
     @property
@@ -96,7 +103,9 @@ class SdFamily(UNetFamily):
         from library.strategy_sd import V2_PAD
 
         cache = self.config[ModelOptions].tokenizer_cache_dir
-        return load_clip_tokenizer(self.opts.clip_tokenizer, cache, pad_token=V2_PAD if self.is_v2 else None, option="--clip_tokenizer")
+        return load_clip_tokenizer(
+            self.opts.clip_tokenizer, cache, pad_token=V2_PAD if self.is_v2 else None, option="--clip_tokenizer"
+        )
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library.dataset.strategies import StrategySet
@@ -107,27 +116,37 @@ class SdFamily(UNetFamily):
         tokenize = SdTokenizeStrategy(
             self.is_v2, model.max_token_length, tokenizer=self._tokenizer, is_weighted=model.weighted_captions
         )
-        return StrategySet(tokenize, SdTextEncodingStrategy(model.clip_skip), self.latents_caching(), None, TEXT_LAYOUTS["sd"])
+        return StrategySet(
+            tokenize, SdTextEncodingStrategy(model.clip_skip), self.latents_caching(), None, TEXT_LAYOUTS["sd"]
+        )
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         from library.sd_utils import load_text_encoder_sd
 
         encoder = load_text_encoder_sd(
-            self.base_path, self.is_v2, runtime.weight_dtype, runtime.device, self.disable_mmap, transform=self.transform
+            self.base_path, self.is_v2, runtime.weight_dtype, runtime.device, self.disable_mmap,
+            transform=self.transform
         )
         return self.stored_small_text([encoder], runtime)
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         from library.sd_utils import load_unet_sd
 
-        denoiser = load_unet_sd(self.base_path, runtime.weight_dtype, runtime.device, self.disable_mmap, transform=self.transform)
+        denoiser = load_unet_sd(
+            self.base_path, runtime.weight_dtype, runtime.device, self.disable_mmap, transform=self.transform
+        )
         return self.stored_small(denoiser, runtime)
 
-    def predict(self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any) -> DiTOutput:
+    def predict(
+        self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
+    ) -> DiTOutput:
         from library.sd_train_utils import predict_noise
         from library.training.run import DiTOutput
 
-        return DiTOutput(predict_noise(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs), sample.target)
+        return DiTOutput(
+            predict_noise(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs),
+            sample.target,
+        )
 
     def metadata(self) -> dict[str, Any]:
         return {"ss_base_model_version": f"sd_v{2 if self.is_v2 else 1}{'_v' if self.is_v else ''}"}

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 class SdxlOptions:
     """SDXL"""
 
-    clip_tokenizer: str | None = option(None, help="folder of the CLIP tokenizer, for models with a vocabulary of their own")
+    clip_tokenizer: str | None = option(
+        None, help="folder of the CLIP tokenizer, for models with a vocabulary of their own"
+    )
 
 
 class SdxlFamily(UNetFamily):
@@ -62,8 +64,12 @@ class SdxlFamily(UNetFamily):
         """Where numbers differ on purpose from those of known trainers, beside what all U-Nets have."""
         lines = super().notices()
         if os.path.isfile(self.base_path or ""):  # folders hold the matrix the way round in which everybody uses it
-            lines.append("pooled captions go through text_projection as it was trained (known trainers use the transposed matrix of single files)")
-        lines.append("the crop in the size conditioning is the corner that was cut off the picture (known trainers tell margins on the other axis)")
+            lines.append(
+                "pooled captions go through text_projection as it was trained (known trainers use the transposed matrix of single files)"
+            )
+        lines.append(
+            "the crop in the size conditioning is the corner that was cut off the picture (known trainers tell margins on the other axis)"
+        )
         return lines
 
     def text_problems(self) -> list[str]:
@@ -73,7 +79,9 @@ class SdxlFamily(UNetFamily):
             sizes, params = text_encoder_sizes(self.base_path), self.info.params
         except CheckpointError as error:
             return [about_slot("pretrained_model_name_or_path", self.base_path, error)]
-        found = tokenizer_problems(lambda: self._tokenizers[0], lambda: min(v["vocab"] for v in sizes), "CLIP", "--clip_tokenizer")
+        found = tokenizer_problems(
+            lambda: self._tokenizers[0], lambda: min(v["vocab"] for v in sizes), "CLIP", "--clip_tokenizer"
+        )
         width = text_width_problem(self.base_path, sizes, params)
         return [*found, width] if width else found
 
@@ -102,7 +110,9 @@ class SdxlFamily(UNetFamily):
         tokenize = strategy_sdxl.SdxlTokenizeStrategy(
             model.max_token_length, tokenizers=self._tokenizers, is_weighted=model.weighted_captions
         )
-        return StrategySet(tokenize, strategy_sdxl.SdxlTextEncodingStrategy(), self.latents_caching(), text, TEXT_LAYOUTS["sdxl"])
+        return StrategySet(
+            tokenize, strategy_sdxl.SdxlTextEncodingStrategy(), self.latents_caching(), text, TEXT_LAYOUTS["sdxl"]
+        )
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         """[CLIP-L, CLIP bigG]."""
@@ -116,15 +126,21 @@ class SdxlFamily(UNetFamily):
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         from library.sdxl_utils import load_unet_sdxl
 
-        denoiser = load_unet_sdxl(self.base_path, runtime.weight_dtype, runtime.device, self.disable_mmap, transform=self.transform)
+        denoiser = load_unet_sdxl(
+            self.base_path, runtime.weight_dtype, runtime.device, self.disable_mmap, transform=self.transform
+        )
         return self.stored_small(denoiser, runtime)
 
-    def predict(self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any) -> DiTOutput:
+    def predict(
+        self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
+    ) -> DiTOutput:
         from library.sdxl_train_utils import predict_noise
         from library.training.run import DiTOutput
 
         sizes = (batch.original_sizes_hw, batch.crop_top_lefts, batch.target_sizes_hw)
-        prediction = predict_noise(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, sizes, **inputs)
+        prediction = predict_noise(
+            models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, sizes, **inputs
+        )
         return DiTOutput(prediction, sample.target)
 
     def metadata(self) -> dict[str, Any]:

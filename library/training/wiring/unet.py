@@ -1,4 +1,5 @@
-"""What the families with a U-Net and a noise schedule (Stable Diffusion 1 and 2, SDXL) have in common: options and wiring."""
+"""What the families with a U-Net and a noise schedule (Stable Diffusion 1 and 2, SDXL) have in common: options and
+wiring."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 
 def foreign_to_unet(model: str) -> dict[str, str]:
-    """What no script of a family with a U-Net has: name -> reason, for its `foreign`. `model` is its name in messages."""
+    """What no script of a family with a U-Net has: name -> reason, for its `foreign`. `model` is its name in
+    messages."""
     return {
         **foreign_to_ddpm(model),
         "blocks_to_swap": f"the U-Net of {model} has no row of equal blocks to swap; --gradient_checkpointing saves memory",
@@ -97,18 +99,27 @@ class UNetFamily(ModelFamily):
         except CheckpointError as error:
             return [about_slot(slot, path, error)]
         wanted = self.architecture.latents.channels
-        return [] if channels == wanted else [f"--{slot} is {path}: its autoencoder has {channels} latent channels; {wanted} are needed"]
+        return (
+            []
+            if channels == wanted
+            else [f"--{slot} is {path}: its autoencoder has {channels} latent channels; {wanted} are needed"]
+        )
 
     def notices(self) -> list[str]:
         """Lines for the log where a setting has no effect or differs from what the file says."""
         lines = []
         if self.is_v and self.info.prediction_type == "epsilon":
-            lines.append(f"--v_parameterization: {self.base_path} says that it predicts noise; it will be changed to predict velocity")
+            lines.append(
+                f"--v_parameterization: {self.base_path} says that it predicts noise; it will be changed to predict velocity"
+            )
         if self.info.zero_terminal_snr and not self.config[NoiseOptions].zero_terminal_snr:
-            lines.append(f"{self.base_path} says that it was trained with a zero-terminal schedule; --zero_terminal_snr is not set")
+            lines.append(
+                f"{self.base_path} says that it was trained with a zero-terminal schedule; --zero_terminal_snr is not set"
+            )
         if SamplingOptions in self.config and self.config[SamplingOptions].sample_prompts:
             lines += sampler_notices(
-                self.config[SamplerOptions].sample_sampler, is_v=self.is_v, zero_terminal_snr=self.config[NoiseOptions].zero_terminal_snr
+                self.config[SamplerOptions].sample_sampler, is_v=self.is_v,
+                zero_terminal_snr=self.config[NoiseOptions].zero_terminal_snr
             )
         return lines
 
@@ -168,7 +179,8 @@ class UNetFamily(ModelFamily):
         )
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
-        """512 px, 30 steps, CFG 7.5, the sampler of --sample_sampler; both sides are rounded down to a multiple of 8."""
+        """512 px, 30 steps, CFG 7.5, the sampler of --sample_sampler; both sides are rounded down to a multiple of
+        8."""
         name = prompt.sample_sampler or self.config[SamplerOptions].sample_sampler
         self._check_sampler(name, "a sample prompt's sampler")
         return dataclasses.replace(with_defaults(prompt, self.sampling), sample_sampler=name)

@@ -1,5 +1,5 @@
-"""A family in miniature for tests of caches and batches: a one-layer VAE, a one-table text encoder and their strategies, for
-any DataArchitecture. They are real modules; only their size is unusual."""
+"""A family in miniature for tests of caches and batches: a one-layer VAE, a one-table text encoder and their
+strategies, for any DataArchitecture. They are real modules; only their size is unusual."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class SmallVae(nn.Module):
 
 
 class SmallLatentsCaching(LatentsCachingStrategy):
-    def __init__(self, architecture: DataArchitecture, cache_to_disk: bool, batch_size: int = 2, skip: bool = False) -> None:
+    def __init__(
+        self, architecture: DataArchitecture, cache_to_disk: bool, batch_size: int = 2, skip: bool = False
+    ) -> None:
         super().__init__(cache_to_disk, batch_size, skip)
         self.architecture = architecture
 
@@ -86,7 +88,14 @@ class SmallTextEncoding(TextEncodingStrategy):
 class SmallTextCaching(TextEncoderOutputsCachingStrategy):
     architecture = ARCHITECTURES["flux"]
 
-    def __init__(self, cache_to_disk: bool, batch_size: int | None = 2, skip: bool = False, is_partial: bool = False, mask: bool = False) -> None:
+    def __init__(
+        self,
+        cache_to_disk: bool,
+        batch_size: int | None = 2,
+        skip: bool = False,
+        is_partial: bool = False,
+        mask: bool = False,
+    ) -> None:
         super().__init__(cache_to_disk, batch_size, skip, is_partial)
         self.mask = mask
         self.max_token_length = MAX_LENGTH
@@ -96,5 +105,7 @@ class SmallTextCaching(TextEncoderOutputsCachingStrategy):
         return {"apply_t5_attn_mask": self.mask}
 
 
-def small_strategies(latents: LatentsCachingStrategy | None = None, text: TextEncoderOutputsCachingStrategy | None = None) -> StrategySet:
+def small_strategies(
+    latents: LatentsCachingStrategy | None = None, text: TextEncoderOutputsCachingStrategy | None = None
+) -> StrategySet:
     return StrategySet(SmallTokenize(), SmallTextEncoding(), latents, text)

@@ -22,7 +22,9 @@ def items_of(*sizes, reg: int = 0, num_repeats: int = 1) -> list[ImageItem]:
     return train + others
 
 
-@pytest.mark.parametrize(("resolution", "limit", "count"), [(512, 1024, 17), (768, 1024, 19), (1024, 1024, 25), (1024, 2048, 41)])
+@pytest.mark.parametrize(
+    ("resolution", "limit", "count"), [(512, 1024, 17), (768, 1024, 19), (1024, 1024, 25), (1024, 2048, 41)]
+)
 def test_known_counts(resolution, limit, count):
     sizes = make_bucket_resolutions((resolution, resolution), 256, limit, 64)
     assert len(sizes) == len(set(sizes)) == count

@@ -17,7 +17,13 @@ from library.dataset.fill_caches import fill_latent_cache, fill_text_cache
 from library.dataset.image_headers import ImageFileError, look_at_noted_image
 from library.dataset.npz_file import read_arrays, write_arrays
 from tests.library.dataset.images import FLUX, make_folder, make_group, make_image, make_item
-from tests.library.dataset.small_family import SmallLatentsCaching, SmallTextCaching, SmallTextEncoder, SmallVae, small_strategies
+from tests.library.dataset.small_family import (
+    SmallLatentsCaching,
+    SmallTextCaching,
+    SmallTextEncoder,
+    SmallVae,
+    small_strategies,
+)
 
 OPENED: list[str] | None = None
 
@@ -50,7 +56,9 @@ def start(folder: Path, *, caption: str = "a cat", subset=None, latents=None, te
     strategies = small_strategies(latents or SmallLatentsCaching(FLUX, True), text or SmallTextCaching(True))
     index = CacheIndex()
     encoded = fill_latent_cache([group], strategies, lambda: SmallVae(FLUX), OneProcess(), index=index)
-    return encoded, fill_text_cache([group], strategies, lambda: [SmallTextEncoder(), SmallTextEncoder()], OneProcess(), index=index)
+    return encoded, fill_text_cache(
+        [group], strategies, lambda: [SmallTextEncoder(), SmallTextEncoder()], OneProcess(), index=index
+    )
 
 
 def age(folder: Path, seconds: int = 10) -> None:
@@ -78,7 +86,9 @@ def test_what_was_found_right_is_not_read_again(folder, opened):
     assert start(folder) == (0, 0)
     assert not cache_files(opened) and not [name for name in opened if name.endswith(".png")]
     assert opened.count(FILE_NAME) == 1  # for latents and for text
-    assert sorted(json.loads((folder / FILE_NAME).read_text())["files"]) == sorted(path.name for path in folder.glob("*.npz"))
+    assert sorted(json.loads((folder / FILE_NAME).read_text())["files"]) == sorted(
+        path.name for path in folder.glob("*.npz")
+    )
 
 
 def test_files_of_the_second_in_which_they_were_found_are_read(tmp_path, opened):
@@ -206,7 +216,9 @@ def test_a_picture_that_changed_is_looked_at_again(tmp_path, opened):
     first = sorted(tmp_path.glob("*.png"))[0]
     make_image(first, (24, 40))
     opened.clear()
-    assert look(tmp_path)[first.name].size == (24, 40) and [name for name in opened if name.endswith(".png")] == [first.name]
+    assert look(tmp_path)[first.name].size == (24, 40) and [name for name in opened if name.endswith(".png")] == [
+        first.name
+    ]
 
 
 def test_a_damaged_picture_is_told_each_time(tmp_path):

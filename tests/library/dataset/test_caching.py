@@ -31,7 +31,9 @@ def bucketed(items: list[ImageItem], **params) -> list[ImageItem]:
     return items
 
 
-def fill(items: list[ImageItem], strategy: LatentsCachingStrategy | None = None, vae: SmallVae | None = None, **how) -> int:
+def fill(
+    items: list[ImageItem], strategy: LatentsCachingStrategy | None = None, vae: SmallVae | None = None, **how
+) -> int:
     """Cache what is missing; the number of images that were encoded."""
     strategy = strategy or SmallLatentsCaching(FLUX, True)
     jobs = plan_latents(items, strategy)
@@ -131,7 +133,11 @@ def test_resolutions_lie_side_by_side_in_one_file(tmp_path):
 
 def test_the_same_image_at_the_same_size_is_encoded_once_with_what_all_need(tmp_path):
     path = make_image(tmp_path / "a.png", alpha=100)
-    items = [make_item(path), make_item(path, subset=SubsetParams(flip_aug=True)), make_item(path, subset=SubsetParams(alpha_mask=True))]
+    items = [
+        make_item(path),
+        make_item(path, subset=SubsetParams(flip_aug=True)),
+        make_item(path, subset=SubsetParams(alpha_mask=True)),
+    ]
     strategy, vae = SmallLatentsCaching(FLUX, False), SmallVae(FLUX)
     assert fill(bucketed(items), strategy, vae) == 1
     assert vae.calls == 2  # plain and mirrored
@@ -206,7 +212,9 @@ def test_latents_of_another_size_under_bare_keys_are_not_used(tmp_path):
     strategy = SmallLatentsCaching(sd, True)
     path = strategy.get_latents_npz_path(item.absolute_path, item.image_size)
     for shape, wanted in (((4, 8, 8), None), ((4, 12, 12), "no latents of size 64x64")):
-        write_arrays(path, {"latents": np.zeros(shape, np.float32), "original_size": np.zeros(2), "crop_ltrb": np.zeros(4)})
+        write_arrays(
+            path, {"latents": np.zeros(shape, np.float32), "original_size": np.zeros(2), "crop_ltrb": np.zeros(4)}
+        )
         assert reason(item, strategy) == wanted
     assert fill([item], strategy) == 1
     assert {"latents", "latents_8x8"} <= set(read_arrays(path))  # the bare ones stay for whoever reads them
@@ -217,7 +225,9 @@ class BrokenVae(SmallVae):
 
     def forward(self, images):
         latents = super().forward(images)
-        return torch.where(images.mean(dim=(1, 2, 3), keepdim=True) > 0.9, torch.full_like(latents, float("nan")), latents)
+        return torch.where(
+            images.mean(dim=(1, 2, 3), keepdim=True) > 0.9, torch.full_like(latents, float("nan")), latents
+        )
 
 
 def test_latents_that_are_not_finite_are_named_and_not_written(tmp_path):
@@ -250,7 +260,10 @@ def test_an_interrupted_run_keeps_what_it_finished_and_the_next_goes_on(tmp_path
 def test_processes_share_the_files_without_overlap(tmp_path):
     items = bucketed(make_folder(tmp_path, 7))
     strategy = SmallLatentsCaching(FLUX, True)
-    parts = [[job.item.absolute_path for job in plan_latents(items, strategy, process_index=i, num_processes=3)] for i in range(3)]
+    parts = [
+        [job.item.absolute_path for job in plan_latents(items, strategy, process_index=i, num_processes=3)]
+        for i in range(3)
+    ]
     assert sorted(sum(parts, [])) == sorted(item.absolute_path for item in items)
     for i in range(2):
         jobs = plan_latents(items, strategy, process_index=i, num_processes=3)
@@ -281,7 +294,9 @@ def test_latents_that_no_cache_could_be_read_back_with_are_not_written(item, tmp
         def encode(self, vae, images, seeds):
             return super().encode(vae, images, seeds)[:, :, None]  # [B, C, 1, h, w]
 
-    with pytest.raises(CheckpointError, match=r"latents of shape \[16, 1, \d+, \d+\].*those of flux have shape \[16, \d+, \d+\]"):
+    with pytest.raises(
+        CheckpointError, match=r"latents of shape \[16, 1, \d+, \d+\].*those of flux have shape \[16, \d+, \d+\]"
+    ):
         fill([item], WithFrames(FLUX, True))
     assert not list(tmp_path.glob("*.npz"))
 
@@ -296,13 +311,23 @@ def test_undecodable_images_are_all_named_and_the_others_are_cached(tmp_path):
     assert len(error.value.problems) == 2 and "01.png" in str(error.value) and "02.png" in str(error.value)
     assert len(list(tmp_path.glob("*.npz"))) == 2
     strategy = SmallLatentsCaching(FLUX, True)
-    bad = encode_latents(plan_latents(items, strategy), strategy, SmallVae(FLUX), skip_bad_images=True, show_progress=False)
+    bad = encode_latents(
+        plan_latents(items, strategy), strategy, SmallVae(FLUX), skip_bad_images=True, show_progress=False
+    )
     assert bad == [items[1], items[2]]
 
 
-@pytest.mark.parametrize("name, value", [("color_aug", True), ("random_crop", True), ("face_crop_aug_range", (1.0, 2.0))])
+@pytest.mark.parametrize(
+    "name, value", [("color_aug", True), ("random_crop", True), ("face_crop_aug_range", (1.0, 2.0))]
+)
 def test_augmentations_that_have_no_single_latents_are_refused(tmp_path, name, value):
-    items = bucketed([make_item(make_image(tmp_path / "a.png"), subset=SubsetParams(label="datasets[0].subsets[3]", **{name: value}))])
+    items = bucketed(
+        [
+            make_item(
+                make_image(tmp_path / "a.png"), subset=SubsetParams(label="datasets[0].subsets[3]", **{name: value})
+            )
+        ]
+    )
     with pytest.raises(ConfigError, match=rf"datasets\[0\].subsets\[3\].{name} is"):
         plan_latents(items, SmallLatentsCaching(FLUX, True))
 
@@ -360,8 +385,16 @@ def test_the_old_entry_point_for_plug_ins(tmp_path):
     strategy.cache_batch_latents(SmallVae(FLUX), items, flip_aug=True, alpha_mask=False, random_crop=False)
     assert strategy.is_disk_cached_latents_expected((64, 64), items[0].latents_npz, True, False)
     latents, size, crop, flipped, mask = strategy.load_latents_from_disk(items[0].latents_npz, (64, 64))
-    assert latents.shape == (16, 8, 8) and size == [64, 64] and crop == [0, 0, 64, 64] and flipped is not None and mask is None
-    strategy.save_latents_to_disk(items[0].latents_npz, torch.ones(16, 4, 4), (64, 64), (0, 0, 32, 32), key_reso_suffix="_4x4")
+    assert (
+        latents.shape == (16, 8, 8)
+        and size == [64, 64]
+        and crop == [0, 0, 64, 64]
+        and flipped is not None
+        and mask is None
+    )
+    strategy.save_latents_to_disk(
+        items[0].latents_npz, torch.ones(16, 4, 4), (64, 64), (0, 0, 32, 32), key_reso_suffix="_4x4"
+    )
     assert strategy.load_latents_from_disk(items[0].latents_npz, (32, 32))[0].mean() == 1
     assert strategy.get_image_size_from_disk_cache_path(items[0].absolute_path, items[0].latents_npz) == (64, 64)
     assert strategy.get_image_size_from_disk_cache_path(items[0].absolute_path, items[1].latents_npz) == (None, None)

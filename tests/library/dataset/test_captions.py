@@ -20,11 +20,15 @@ from library.dataset.items import SubsetParams
 
 
 def processed(caption: str, seed: int = 0, epoch: int = 1, step: int = 0, **settings) -> str:
-    return process_caption(caption, SubsetParams(**settings), rng=random.Random(seed), epoch=epoch, step=step, max_train_steps=100)
+    return process_caption(
+        caption, SubsetParams(**settings), rng=random.Random(seed), epoch=epoch, step=step, max_train_steps=100
+    )
 
 
 def test_every_line_carries_prefix_and_suffix():
-    results = {processed("one\ntwo", seed, enable_wildcard=True, caption_prefix="p", caption_suffix="s") for seed in range(50)}
+    results = {
+        processed("one\ntwo", seed, enable_wildcard=True, caption_prefix="p", caption_suffix="s") for seed in range(50)
+    }
     assert results == {"p one s", "p two s"}
     assert processed("one\ntwo", caption_suffix="s") == "one s"
 
@@ -49,7 +53,8 @@ def test_settings_are_not_changed_by_use():
 
 def test_deterministic_part():
     params = SubsetParams(
-        shuffle_caption=True, enable_wildcard=True, caption_tag_dropout_rate=1.0, token_warmup_step=10, caption_dropout_rate=1.0,
+        shuffle_caption=True, enable_wildcard=True, caption_tag_dropout_rate=1.0, token_warmup_step=10,
+        caption_dropout_rate=1.0,
         caption_dropout_every_n_epochs=1, caption_prefix="p,", caption_suffix=", s", secondary_separator=";;;",
     )
     assert deterministic_caption("{x|y}, b;;;c, d\nother", params) == "p, x, b,c, d, s"
@@ -58,7 +63,9 @@ def test_deterministic_part():
 
 def test_what_makes_a_caption_random():
     assert random_caption_settings(SubsetParams(caption_dropout_rate=0.5, caption_prefix="p", keep_tokens=1)) == []
-    named = SubsetParams(shuffle_caption=True, enable_wildcard=True, token_warmup_step=0.1, caption_tag_dropout_rate=0.1)
+    named = SubsetParams(
+        shuffle_caption=True, enable_wildcard=True, token_warmup_step=0.1, caption_tag_dropout_rate=0.1
+    )
     assert set(random_caption_settings(named)) == {
         "shuffle_caption", "enable_wildcard", "token_warmup_step", "caption_tag_dropout_rate",
     }
@@ -113,7 +120,9 @@ def test_tag_frequency():
 
 
 def test_the_space_behind_a_separator_stays():
-    shuffled = {processed("It sits. It rains. Sun", seed, caption_separator=".", shuffle_caption=True) for seed in range(99)}
+    shuffled = {
+        processed("It sits. It rains. Sun", seed, caption_separator=".", shuffle_caption=True) for seed in range(99)
+    }
     assert len(shuffled) == 6 and all(sorted(text.split(". ")) == ["It rains", "It sits", "Sun"] for text in shuffled)
     assert processed("a;b;c", caption_separator=";", keep_tokens=3, shuffle_caption=True) == "a;b;c"
     assert processed("a. b ||| c", caption_separator=".", keep_tokens_separator="|||") == "a. b. c"
@@ -121,4 +130,6 @@ def test_the_space_behind_a_separator_stays():
     both = SubsetParams(caption_separator=".", secondary_separator="||")
     for text in ("It sits||It rains. Sun", "It sits || It rains. Sun", "It sits|| It rains. Sun"):
         assert deterministic_caption(text, both) == "It sits. It rains. Sun"
-    assert metadata_caption({"caption": "a cat", "tags": ["x", "y"]}, SubsetParams(caption_separator=".")) == "a cat. x. y"
+    assert (
+        metadata_caption({"caption": "a cat", "tags": ["x", "y"]}, SubsetParams(caption_separator=".")) == "a cat. x. y"
+    )

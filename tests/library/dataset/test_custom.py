@@ -29,7 +29,11 @@ class TenPictures:
     def __getitem__(self, index: int) -> dict:
         numbers = range(index * 4, min(index * 4 + 4, 10))
         images = torch.stack([torch.full((3, 16 * (index + 1), 16), number / 10) for number in numbers])
-        return {"images": images, "captions": [f"picture {number}" for number in numbers], "loss_weights": [0.5] * len(numbers)}
+        return {
+            "images": images,
+            "captions": [f"picture {number}" for number in numbers],
+            "loss_weights": [0.5] * len(numbers),
+        }
 
 
 class NoLength:

@@ -1,4 +1,5 @@
-"""Cache files with other numbers than they should hold, damaged ones, and things that are no files: made anew or one message."""
+"""Cache files with other numbers than they should hold, damaged ones, and things that are no files: made anew or one
+message."""
 
 from __future__ import annotations
 
@@ -58,14 +59,30 @@ def test_other_numbers_are_made_anew(item, key: str, kind: str):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_other_precisions_of_known_trainers_are_read(item, dtype):
-    rewrite(item.latents_npz, latents_8x8=read_arrays(item.latents_npz)["latents_8x8"].astype(dtype), atelier_record_8x8=None)
+    rewrite(
+        item.latents_npz,
+        latents_8x8=read_arrays(item.latents_npz)["latents_8x8"].astype(dtype),
+        atelier_record_8x8=None,
+    )
     assert reason(item) is None
     latents = SmallLatentsCaching(FLUX, True).load_latents_from_disk(item.latents_npz, item.bucket_reso)[0]
     assert latents.dtype == dtype
 
 
 @pytest.mark.parametrize(
-    "record", ["", "[", "[]", "null", "{}", '{"checksums": 3}', '{"version": 1, "resized": 3}', '{"image": {"x": 1}}', "[" * 100_000, '{"image": 3}']
+    "record",
+    [
+        "",
+        "[",
+        "[]",
+        "null",
+        "{}",
+        '{"checksums": 3}',
+        '{"version": 1, "resized": 3}',
+        '{"image": {"x": 1}}',
+        "[" * 100_000,
+        '{"image": 3}',
+    ],
 )
 def test_a_damaged_record_fits_nothing(item, record: str):
     rewrite(item.latents_npz, atelier_record_8x8=np.asarray(record))
@@ -133,11 +150,13 @@ def test_no_file_where_a_cache_belongs(item, kind: str):
     if kind == "pipe" and not hasattr(os, "mkfifo"):
         pytest.skip("this system has no pipes with a name")
     (os.mkdir if kind == "folder" else os.mkfifo)(item.latents_npz)
-    with pytest.raises(ConfigError, match=f"{os.path.basename(item.latents_npz)} is where a cache file belongs, and is a {kind}"):
+    with pytest.raises(
+        ConfigError, match=f"{os.path.basename(item.latents_npz)} is where a cache file belongs, and is a {kind}"
+    ):
         plan_latents([item], SmallLatentsCaching(FLUX, True))
 
 
-# ---- text ----------------------------------------------------------------------------------------------------------------
+# ---- text ------------------------------------------------------------------------------------------------------------
 
 
 def flux_record() -> TextRecord:
@@ -146,7 +165,8 @@ def flux_record() -> TextRecord:
 
 def flux_outputs() -> dict[str, np.ndarray]:
     return {
-        "l_pooled": np.zeros(8, np.float32), "t5_out": np.zeros((4, 8), np.float32), "txt_ids": np.zeros((4, 3), np.float32),
+        "l_pooled": np.zeros(8, np.float32), "t5_out": np.zeros((4, 8), np.float32),
+        "txt_ids": np.zeros((4, 3), np.float32),
         "t5_attn_mask": np.ones(4, np.int64),
     }  # fmt: skip
 
@@ -167,7 +187,7 @@ def test_other_numbers_in_text_outputs(tmp_path, key: str, kind: str):
             text_cache_io.load_text(path, layout)
 
 
-# ---- long names ----------------------------------------------------------------------------------------------------------
+# ---- long names ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stem", ["x" * 245, "ä" * 122, "😀" * 61])
@@ -175,7 +195,10 @@ def test_other_numbers_in_text_outputs(tmp_path, key: str, kind: str):
 def test_images_with_long_names_are_cached(tmp_path, stem: str, family: str):
     architecture = ARCHITECTURES[family]
     path = make_image(tmp_path / f"{stem}.png")
-    latents, text = cache_io.latents_npz_path(architecture, str(path), (64, 64)), cache_io.text_npz_path(architecture, str(path))
+    latents, text = (
+        cache_io.latents_npz_path(architecture, str(path), (64, 64)),
+        cache_io.text_npz_path(architecture, str(path)),
+    )
     for name in map(os.path.basename, (latents, text)):
         assert len(os.fsencode(name)) <= 255 and "~" in name
     other = cache_io.latents_npz_path(architecture, f"{tmp_path}/{stem[:-1]}y.png", (64, 64))

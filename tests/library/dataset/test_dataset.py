@@ -18,7 +18,13 @@ from library.dataset.caching import encode_latents, plan_latents
 from library.dataset.items import SubsetParams
 from library.dataset.text_caching import empty_caption_item, encode_text, plan_text
 from tests.library.dataset.images import FLUX, epoch_requests, make_folder, make_group, make_image, make_item
-from tests.library.dataset.small_family import SmallLatentsCaching, SmallTextCaching, SmallTextEncoder, SmallVae, small_strategies
+from tests.library.dataset.small_family import (
+    SmallLatentsCaching,
+    SmallTextCaching,
+    SmallTextEncoder,
+    SmallVae,
+    small_strategies,
+)
 
 RANDOM = SubsetParams(
     image_dir="x", flip_aug=True, color_aug=True, random_crop=True, shuffle_caption=True, caption_dropout_rate=0.3,
@@ -94,8 +100,13 @@ def test_a_batch_of_the_default_loader_needs_no_collate_function(tmp_path):
 
 
 def test_every_field_of_an_uncached_batch(tmp_path):
-    subset = SubsetParams(image_dir=str(tmp_path), custom_attributes={"diff_output_preservation": True}, resize_interpolation="area")
-    items = [make_item(make_image(tmp_path / f"{i}.png", (100, 60), seed=i), (100, 60), f"picture {i}", subset) for i in range(2)]
+    subset = SubsetParams(
+        image_dir=str(tmp_path), custom_attributes={"diff_output_preservation": True}, resize_interpolation="area"
+    )
+    items = [
+        make_item(make_image(tmp_path / f"{i}.png", (100, 60), seed=i), (100, 60), f"picture {i}", subset)
+        for i in range(2)
+    ]
     group = make_group(items)
     group.set_strategies(small_strategies())
     (request,) = epoch_requests(group)
@@ -141,9 +152,13 @@ def test_validation_has_no_random_operation(tmp_path):
 
 def test_flip_mirrors_the_image_and_its_crop(tmp_path):
     subset = SubsetParams(image_dir=str(tmp_path), flip_aug=True)
-    items = [make_item(make_image(tmp_path / f"{i}.png", (101, 64), seed=i), (101, 64), subset=subset) for i in range(8)]
+    items = [
+        make_item(make_image(tmp_path / f"{i}.png", (101, 64), seed=i), (101, 64), subset=subset) for i in range(8)
+    ]
     group = make_group(items, enable_bucket=False, batch_size=8)
-    plain = make_group([dataclasses.replace(item, subset=SubsetParams()) for item in items], enable_bucket=False, batch_size=8)
+    plain = make_group(
+        [dataclasses.replace(item, subset=SubsetParams()) for item in items], enable_bucket=False, batch_size=8
+    )
     for g in (group, plain):
         g.set_strategies(small_strategies())
     (request,) = epoch_requests(group)
@@ -159,7 +174,9 @@ def test_random_crop_reports_what_it_cut(tmp_path):
     ramp = np.zeros((64, 128, 3), np.uint8)
     ramp[..., 0] = np.arange(128) * 2
     Image.fromarray(ramp).save(path)
-    group = make_group([make_item(path, (128, 64), subset=SubsetParams(random_crop=True, num_repeats=20))], enable_bucket=False)
+    group = make_group(
+        [make_item(path, (128, 64), subset=SubsetParams(random_crop=True, num_repeats=20))], enable_bucket=False
+    )
     group.set_strategies(small_strategies())
     lefts = set()
     for request in epoch_requests(group):
@@ -208,7 +225,9 @@ def test_an_alpha_channel_is_no_mask_when_the_subset_does_not_ask(tmp_path):
 
 
 def test_an_empty_mask_is_named(tmp_path, caplog):
-    group = make_group([make_item(make_image(tmp_path / "a.png", alpha=0), subset=SubsetParams(alpha_mask=True, num_repeats=3))])
+    group = make_group(
+        [make_item(make_image(tmp_path / "a.png", alpha=0), subset=SubsetParams(alpha_mask=True, num_repeats=3))]
+    )
     group.set_strategies(small_strategies())
     with caplog.at_level(logging.WARNING):
         for request in epoch_requests(group):
@@ -220,7 +239,9 @@ def test_an_empty_mask_is_named(tmp_path, caplog):
 def test_mask_images_are_flipped_with_their_image(tmp_path):
     make_image(tmp_path / "mask.png", (64, 64), seed=5)
     subset = SubsetParams(flip_aug=True, num_repeats=6)
-    item = make_item(make_image(tmp_path / "a.png", (64, 64), seed=5), (64, 64), subset=subset, cond_path=str(tmp_path / "mask.png"))
+    item = make_item(
+        make_image(tmp_path / "a.png", (64, 64), seed=5), (64, 64), subset=subset, cond_path=str(tmp_path / "mask.png")
+    )
     group = make_group([item], kind="CN", batch_size=6)
     group.set_strategies(small_strategies())
     (request,) = epoch_requests(group)
@@ -261,7 +282,9 @@ def test_a_dropped_caption_takes_the_cached_outputs_of_the_empty_one(tmp_path, t
     encode_text(plan_text([*group.items, empty], strategy), strategies, [encoder, encoder], show_progress=False)
     group.set_strategies(strategies)
     group.set_empty_caption(empty)
-    expected = strategies.text_encoding.encode_tokens(strategies.tokenize, [encoder, encoder], strategies.tokenize.tokenize(["", ""]))
+    expected = strategies.text_encoding.encode_tokens(
+        strategies.tokenize, [encoder, encoder], strategies.tokenize.tokenize(["", ""])
+    )
     (first,), (second,) = epoch_requests(group, 1), epoch_requests(group, 2)
     assert all(group.load(first).captions)
     dropped = group.load(second)
@@ -299,7 +322,9 @@ def test_caches_in_memory_travel_to_spawned_workers_as_few_tensors(tmp_path):
     for request, batch in zip(requests, expected):
         assert_equal_batches(copied.load(request), batch)
         assert_equal_batches(group.load(request), batch)
-    loader = torch.utils.data.DataLoader(group, sampler=requests, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    loader = torch.utils.data.DataLoader(
+        group, sampler=requests, batch_size=None, num_workers=2, multiprocessing_context="spawn"
+    )
     for batch, wanted in zip(loader, expected):
         assert_equal_batches(batch, wanted)
 

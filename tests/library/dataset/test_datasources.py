@@ -27,10 +27,14 @@ def image(path: Path, size=(32, 16), caption: str | None = "a cat", mode: str = 
 
 
 def config(*subsets: str, head: str = "resolution = 64", rest: str = "") -> str:
-    return f"[general]\n{rest}\n[[datasets]]\n{head}\n" + "".join(f"[[datasets.subsets]]\n{subset}\n" for subset in subsets)
+    return f"[general]\n{rest}\n[[datasets]]\n{head}\n" + "".join(
+        f"[[datasets.subsets]]\n{subset}\n" for subset in subsets
+    )
 
 
-def scan(tmp_path: Path, text: str, *, seed: int | None = None, check_images: bool | None = None, **options) -> ScanResult:
+def scan(
+    tmp_path: Path, text: str, *, seed: int | None = None, check_images: bool | None = None, **options
+) -> ScanResult:
     path = tmp_path / "dataset.toml"
     path.write_text(text, encoding="utf-8")
     given = DatasetOptions(dataset_config=path, caption_extension=".txt", **options)
@@ -59,7 +63,9 @@ def test_what_is_found(tmp_path):
     result = scan(tmp_path, config(folder(tmp_path / "im [1]") + "\nnum_repeats = 3"))
     (items,) = result.train
     assert names(items) == ["a.JpG", "b.png", "c.WEBP", "d.bmp"]
-    assert all(os.path.isabs(item.absolute_path) and item.image_size == (32, 16) and item.num_repeats == 3 for item in items)
+    assert all(
+        os.path.isabs(item.absolute_path) and item.image_size == (32, 16) and item.num_repeats == 3 for item in items
+    )
     assert result.num_used == 4 and result.num_skipped == 0 and not result.has_validation and result.validation == [[]]
     assert result.tag_frequency == [{"im [1]": {"a cat": 4}}]
 
@@ -92,7 +98,16 @@ def test_all_problems_in_one_error(tmp_path):
     text = config(folder(tmp_path / "a"), folder(tmp_path / "none"), head="resolution = 64\nbatch_siz = 1")
     text += f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{folder(tmp_path / 'void')}\n"
     found = "\n".join(problems(tmp_path, text))
-    for part in ("batch_siz", "empty.png", "0 bytes", "broken.jpg", "cut.png", "good.txt", "none does not exist", "void holds no images"):
+    for part in (
+        "batch_siz",
+        "empty.png",
+        "0 bytes",
+        "broken.jpg",
+        "cut.png",
+        "good.txt",
+        "none does not exist",
+        "void holds no images",
+    ):
         assert part in found, part
     assert "datasets[0].subsets[0]" in found
 
@@ -103,7 +118,9 @@ def test_bad_images_can_be_skipped(tmp_path):
     result = scan(tmp_path, config(folder(tmp_path / "a"), folder(tmp_path / "none")), skip_bad_images=True)
     assert names(result.train[0]) == ["good.png"]
     assert (result.num_used, result.num_skipped) == (1, 1) and result.summary == "1 image found, 1 left out"
-    assert any("empty.png" in line for line in result.warnings) and any("none does not exist" in line for line in result.warnings)
+    assert any("empty.png" in line for line in result.warnings) and any(
+        "none does not exist" in line for line in result.warnings
+    )
     (tmp_path / "a" / "good.png").write_bytes(b"")
     assert "no image" in "".join(problems(tmp_path, config(folder(tmp_path / "a")), skip_bad_images=True))
 
@@ -136,7 +153,9 @@ def test_captions_of_another_extension_are_pointed_out(tmp_path):
         image(tmp_path / "a" / f"{i:02d}.png", caption="x" if i < 16 else None)
     text = config(folder(tmp_path / "a"), rest='caption_extension = ".caption"')
     (line,) = [line for line in scan(tmp_path, text).warnings if "no caption" in line]
-    assert line.startswith("25 images in datasets[0].subsets[0] have no caption") and "16 of them have a .txt file" in line
+    assert (
+        line.startswith("25 images in datasets[0].subsets[0] have no caption") and "16 of them have a .txt file" in line
+    )
     assert 'caption_extension = ".txt"' in line and "--caption_extension .txt" in line
     (problem,) = problems(tmp_path, text, fail_on_missing_captions=True)
     assert 'caption_extension = ".txt"' in problem
@@ -147,15 +166,27 @@ def test_captions_of_another_extension_are_pointed_out(tmp_path):
 
 
 def test_small_images_are_left_out_of_one_dataset(tmp_path):
-    for name, size in (("large.png", (200, 100)), ("wide.png", (160, 64)), ("equal.png", (100, 100)), ("small.png", (64, 64))):
+    for name, size in (
+        ("large.png", (200, 100)),
+        ("wide.png", (160, 64)),
+        ("equal.png", (100, 100)),
+        ("small.png", (64, 64)),
+    ):
         image(tmp_path / "a" / name, size)
-    second = f"[[datasets]]\nresolution = 128\nskip_image_resolution = 100\n[[datasets.subsets]]\n{folder(tmp_path / 'a')}\n"
+    second = (
+        f"[[datasets]]\nresolution = 128\nskip_image_resolution = 100\n[[datasets.subsets]]\n{folder(tmp_path / 'a')}\n"
+    )
     result = scan(tmp_path, config(folder(tmp_path / "a")) + second)
-    assert [names(items) for items in result.train] == [["equal.png", "large.png", "small.png", "wide.png"], ["large.png", "wide.png"]]
+    assert [names(items) for items in result.train] == [
+        ["equal.png", "large.png", "small.png", "wide.png"],
+        ["large.png", "wide.png"],
+    ]
     assert any("2 of 4 images" in line and "skip_image_resolution 100x100" in line for line in result.warnings)
     everywhere = scan(tmp_path, config(folder(tmp_path / "a")), skip_image_resolution=(160, 64))
     assert names(everywhere.train[0]) == ["large.png"]
-    assert "skip_image_resolution 500x500" in "".join(problems(tmp_path, config(folder(tmp_path / "a")), skip_image_resolution=(500, 500)))
+    assert "skip_image_resolution 500x500" in "".join(
+        problems(tmp_path, config(folder(tmp_path / "a")), skip_image_resolution=(500, 500))
+    )
 
 
 def test_one_stem_twice_is_mentioned(tmp_path):
@@ -199,7 +230,9 @@ def test_cached_info_is_true_to_the_folder(tmp_path):
 
     def state():
         result = scan(tmp_path, text, cache_info=True)
-        return {Path(i.absolute_path).name: (i.caption, i.image_size) for i in (*result.train[0], *result.validation[0])}
+        return {
+            Path(i.absolute_path).name: (i.caption, i.image_size) for i in (*result.train[0], *result.validation[0])
+        }
 
     assert state() == {"1.png": ("one", (32, 16)), "2.png": ("two", (32, 16)), "4.png": ("c", (32, 16))}
     image(first, (48, 16), caption="another")
@@ -274,7 +307,11 @@ def test_metadata_keys_of_every_form(tmp_path):
     whole = image(tmp_path / "b" / "3.png", caption=None)
     image(tmp_path / "a" / "1.png", caption=None)
     image(tmp_path / "a" / "2.WEBP", caption=None)
-    entries = {"1.png": {"caption": "c", "tags": "x, y"}, "2": {"tags": "y"}, str(whole): {"caption": "w", "image_size": [32, 16]}}
+    entries = {
+        "1.png": {"caption": "c", "tags": "x, y"},
+        "2": {"tags": "y"},
+        str(whole): {"caption": "w", "image_size": [32, 16]},
+    }
     result = scan(tmp_path, config(folder(tmp_path / "a") + "\n" + metadata(tmp_path, entries)))
     found = {Path(item.absolute_path).name: item.caption for item in result.train[0]}
     assert found == {"1.png": "c,x, y", "2.WEBP": "y", "3.png": "w"}
@@ -287,7 +324,9 @@ def test_metadata_lines(tmp_path):
     good = json.dumps({"image_path": str(path), "caption": "c"})
     result = scan(tmp_path, config(metadata(tmp_path, f"{good}\n\n", "m.jsonl")))
     assert result.train[0][0].caption == "c"
-    odd = json.dumps({"image_path": str(path), "caption": "one\u2028two"}, ensure_ascii=False)  # a separator, but no end of line
+    odd = json.dumps(
+        {"image_path": str(path), "caption": "one\u2028two"}, ensure_ascii=False
+    )  # a separator, but no end of line
     assert scan(tmp_path, config(metadata(tmp_path, f"{odd}\r\n", "m.jsonl"))).train[0][0].caption == "one\u2028two"
     faulty = config(metadata(tmp_path, f'{good}\n{{"caption": 1}}\nnonsense\n{{"caption": "x"}}\n', "m.jsonl"))
     found = "\n".join(problems(tmp_path, faulty))
@@ -323,7 +362,11 @@ def test_a_subset_has_its_own_fraction(tmp_path):
     for i in range(10):
         image(tmp_path / "a" / f"{i}.png")
         image(tmp_path / "b" / f"{i}.png")
-    text = config(folder(tmp_path / "a") + "\nvalidation_split = 0.5", folder(tmp_path / "b"), head="resolution = 64\nvalidation_split = 0.1")
+    text = config(
+        folder(tmp_path / "a") + "\nvalidation_split = 0.5",
+        folder(tmp_path / "b"),
+        head="resolution = 64\nvalidation_split = 0.1",
+    )
     result = scan(tmp_path, text, seed=1)
     held_out = [item.subset.image_dir for item in result.validation[0]]
     assert held_out.count(str(tmp_path / "a")) == 5 and held_out.count(str(tmp_path / "b")) == 1

@@ -18,4 +18,10 @@ def test_every_sample_is_described_and_drawn(tmp_path):
     with Image.open(tmp_path / "out" / "sheet.png") as sheet:
         assert sheet.format == "PNG" and sheet.width > 4 * 64 and sheet.height > 4 * 64
     text = "\n".join(lines)
-    assert "mirrored" in text and "images 2 of 64x64" in text and "20 samples with their captions" in text and "picture number 4" in text and "96x64 to" in text
+    assert (
+        "mirrored" in text
+        and "images 2 of 64x64" in text
+        and "20 samples with their captions" in text
+        and "picture number 4" in text
+        and "96x64 to" in text
+    )

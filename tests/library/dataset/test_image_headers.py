@@ -41,7 +41,8 @@ CASES: dict[str, tuple[str, str, dict]] = {
     **{f"jpeg-turned-{n}": ("RGB", "JPEG", {"exif": turned(n)}) for n in range(1, 9)},
     "jpeg-xmp": ("RGB", "JPEG", {"xmp": XMP}),
     "jpeg-icc": ("RGB", "JPEG", {"icc_profile": b"\xff\xda\xff\xe1" * 20000, "exif": turned(8)}),
-    "webp-lossy": ("RGB", "WEBP", {}), "webp-lossless": ("RGB", "WEBP", {"lossless": True}), "webp-alpha": ("RGBA", "WEBP", {}),
+    "webp-lossy": ("RGB", "WEBP", {}), "webp-lossless": ("RGB", "WEBP", {"lossless": True}),
+    "webp-alpha": ("RGBA", "WEBP", {}),
     "webp-turned": ("RGB", "WEBP", {"exif": turned(6)}),
     "webp-animated": ("RGB", "WEBP", {"save_all": True, "append_images": [picture()]}),
     "bmp": ("RGB", "BMP", {}), "bmp-palette": ("P", "BMP", {}),
@@ -92,7 +93,9 @@ def test_exif_after_the_pixels_turns_a_png(tmp_path):
     assert look_at_image(tmp_path / "a.png").size == SIZE[::-1] == decode_image(tmp_path / "a.png").shape[1::-1]
 
 
-@pytest.mark.parametrize("case", ["png-RGB", "png-turned", "jpeg-RGB", "jpeg-turned-6", "webp-lossy", "webp-alpha", "bmp"])
+@pytest.mark.parametrize(
+    "case", ["png-RGB", "png-turned", "jpeg-RGB", "jpeg-turned-6", "webp-lossy", "webp-alpha", "bmp"]
+)
 def test_a_picture_that_broke_off_is_named_as_decoding_names_it(tmp_path, case):
     mode, name, options = CASES[case]
     path = tmp_path / "a.png"

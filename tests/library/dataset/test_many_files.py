@@ -21,7 +21,8 @@ from library.dataset.items import SubsetParams
 from tests.library.dataset.images import make_folder, make_group
 
 NAMES = (
-    "a.png", "a.b.png", ".png", "..png", "...png", "a", "a.", "", "a.b/c", "a.b/c.png", "a/.png", "a/..png", "a\\b.png", "a.b\\c", "/a.png", "é.PNG",
+    "a.png", "a.b.png", ".png", "..png", "...png", "a", "a.", "", "a.b/c", "a.b/c.png", "a/.png", "a/..png", "a\\b.png",
+    "a.b\\c", "/a.png", "é.PNG",
 )  # fmt: skip
 
 
@@ -30,17 +31,23 @@ def test_stems_and_extensions_are_those_of_the_standard_library(name):
     stem, extension = os.path.splitext(name)
     assert stem_of(name) == stem
     for wanted in (frozenset({".png"}), frozenset({".b"})):
-        assert _has_extension(os.path.basename(name), wanted) == (os.path.splitext(os.path.basename(name))[1].lower() in wanted)
+        assert _has_extension(os.path.basename(name), wanted) == (
+            os.path.splitext(os.path.basename(name))[1].lower() in wanted
+        )
 
 
-@pytest.mark.parametrize("path", ["a.png", "./a.png", "x/../a.png", "x//a.png", "x/./a.png", "/a.png", "//a.png", "/x/y/a.png", "x/..", "x/", "."])
+@pytest.mark.parametrize(
+    "path",
+    ["a.png", "./a.png", "x/../a.png", "x//a.png", "x/./a.png", "/a.png", "//a.png", "/x/y/a.png", "x/..", "x/", "."],
+)
 def test_absolute_paths_are_those_of_the_standard_library(path):
     absolute = AbsolutePaths()
     assert absolute.of(path) == absolute.of(path) == os.path.abspath(path)
 
 
 @pytest.mark.parametrize("text, caption", [
-    (b"a cat\nsecond", "a cat"), (b"a cat\r\nsecond", "a cat"), (b"a cat\rsecond", "a cat"), (b"\xef\xbb\xbfa cat", "a cat"), (b"", ""),
+    (b"a cat\nsecond", "a cat"), (b"a cat\r\nsecond", "a cat"), (b"a cat\rsecond", "a cat"),
+    (b"\xef\xbb\xbfa cat", "a cat"), (b"", ""),
     (b" a\x0ccat \n", "a\x0ccat"), ("ä cat".encode(), "ä cat"), (b"x" * 100000 + b"\n", "x" * 100000),
 ])  # fmt: skip
 def test_captions_of_every_line_ending(tmp_path, text, caption):

@@ -51,7 +51,8 @@ def test_orientation_is_applied_to_size_and_pixels(tmp_path, suffix, orientation
     path = save(tmp_path / f"a{suffix}", exif=exif(orientation), lossless=True)
     turned = {
         1: PICTURE, 2: PICTURE[:, ::-1], 3: PICTURE[::-1, ::-1], 4: PICTURE[::-1], 5: PICTURE.transpose(1, 0, 2),
-        6: PICTURE[::-1].transpose(1, 0, 2), 7: PICTURE[::-1, ::-1].transpose(1, 0, 2), 8: PICTURE.transpose(1, 0, 2)[::-1],
+        6: PICTURE[::-1].transpose(1, 0, 2), 7: PICTURE[::-1, ::-1].transpose(1, 0, 2),
+        8: PICTURE.transpose(1, 0, 2)[::-1],
     }[orientation]
     assert image_size(path) == verify_image(path).size == (turned.shape[1], turned.shape[0])
     assert np.array_equal(decode_image(path), turned)
@@ -105,7 +106,9 @@ def test_black_masks_are_seen(tmp_path):
 def test_damaged_files_are_named(tmp_path, damage):
     path = save(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     content = path.read_bytes()
-    path.write_bytes({"empty": b"", "text": b"hello", "header": content[:20], "truncated": content[: len(content) // 2]}[damage])
+    path.write_bytes(
+        {"empty": b"", "text": b"hello", "header": content[:20], "truncated": content[: len(content) // 2]}[damage]
+    )
     with pytest.raises(ImageFileError, match=r"a\.png"):
         verify_image(path)
     with pytest.raises(ImageFileError, match=r"a\.png"):
@@ -176,7 +179,9 @@ def test_face_crop_lies_inside_and_holds_the_face(random_crop):
     assert face == (300, 200, 300, 240) and face_numbers("a_b_c_d_e.png") is None
     scales = []
     for seed in range(200):
-        crop = face_crop_geometry((1000, 600), (256, 256), face, (1.5, 2.5), random.Random(seed), random_crop=random_crop)
+        crop = face_crop_geometry(
+            (1000, 600), (256, 256), face, (1.5, 2.5), random.Random(seed), random_crop=random_crop
+        )
         left, top = crop.offset
         assert 0 <= left <= crop.resized[0] - 256 and 0 <= top <= crop.resized[1] - 256
         scale = crop.resized[0] / 1000
@@ -189,7 +194,7 @@ def test_face_crop_lies_inside_and_holds_the_face(random_crop):
     assert small.resized == (512, 256)  # covers the target, no larger
 
 
-# ---- files of any kind ---------------------------------------------------------------------------------------------------
+# ---- files of any kind -----------------------------------------------------------------------------------------------
 
 
 def with_long_text(path, kind: str):
@@ -214,8 +219,10 @@ def test_long_texts_in_a_picture(tmp_path, kind: str):
 
     path = with_long_text(tmp_path / "a.png", kind)
     readers = {
-        "size": lambda: image_size(path) == (8, 6), "check": lambda: verify_image(path).size == (8, 6), "pixels": lambda: decode_image(path).shape == (6, 8, 3),
-        "texts": lambda: len(read_texts(path)["workflow"]) == 3 << 20, "source": lambda: open_picture(path, "RGB", "image_path").size == (8, 6),
+        "size": lambda: image_size(path) == (8, 6), "check": lambda: verify_image(path).size == (8, 6),
+        "pixels": lambda: decode_image(path).shape == (6, 8, 3),
+        "texts": lambda: len(read_texts(path)["workflow"]) == 3 << 20,
+        "source": lambda: open_picture(path, "RGB", "image_path").size == (8, 6),
     }  # fmt: skip
     for name, reads in readers.items():
         PngImagePlugin.MAX_TEXT_CHUNK = 1 << 20  # as at the start of a process

@@ -14,13 +14,17 @@ from library.dataset import CachingOptions, DatasetOptions, parse_range, parse_r
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("512", (512, 512)), ("1024,768", (1024, 768)), (" 640 ", (640, 640)), (512, (512, 512)), ([64, 32], (64, 32))]
+    ("text", "size"),
+    [("512", (512, 512)), ("1024,768", (1024, 768)), (" 640 ", (640, 640)), (512, (512, 512)), ([64, 32], (64, 32))]
 )
 def test_resolution(text, size):
     assert parse_resolution(text) == size
 
 
-@pytest.mark.parametrize("text", ["big", "", "1,2,3", "512x768", "[512,768]", "1,", 1.5, [1.5, 2], [512], ["512", "768"], [True, 512], True, None])
+@pytest.mark.parametrize(
+    "text",
+    ["big", "", "1,2,3", "512x768", "[512,768]", "1,", 1.5, [1.5, 2], [512], ["512", "768"], [True, 512], True, None],
+)
 def test_resolution_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="width,height"):
         parse_resolution(text)
@@ -67,4 +71,6 @@ def test_command_line():
 
 def test_options_import_nothing_heavy():
     code = "import sys, library.dataset; print([m for m in ('torch', 'numpy', 'PIL', 'cv2') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -16,7 +16,13 @@ from library.dataset.text_caching import encode_text, plan_text
 from library.families.flux import FAMILY
 from library.strategy_base import LatentsCachingStrategy, latents_strategy_of, text_strategy_of
 from tests.library.dataset.images import make_folder, make_group
-from tests.library.dataset.small_family import SmallLatentsCaching, SmallTextCaching, SmallTextEncoder, SmallVae, small_strategies
+from tests.library.dataset.small_family import (
+    SmallLatentsCaching,
+    SmallTextCaching,
+    SmallTextEncoder,
+    SmallVae,
+    small_strategies,
+)
 
 FLUX = FAMILY.architecture
 
@@ -60,7 +66,9 @@ def test_an_own_latent_cache_is_asked_filled_and_read(tmp_path, to_disk):
     assert plan_latents(items, own) == [] and own.calls == (["expected"] * 3 if to_disk else [])
     group.set_strategies(small_strategies(own))
     batch = group.load(group_request(group))
-    assert torch.equal(batch.latents, torch.full((3, 16, 8, 8), 7.0)) and own.calls.count("load") == (3 if to_disk else 0)
+    assert torch.equal(batch.latents, torch.full((3, 16, 8, 8), 7.0)) and own.calls.count("load") == (
+        3 if to_disk else 0
+    )
 
 
 class OwnText(SmallTextCaching):
@@ -76,7 +84,12 @@ class OwnText(SmallTextCaching):
         return os.path.exists(npz_path)
 
     def outputs(self) -> list[np.ndarray]:
-        return [np.full(8, 3.0, np.float32), np.ones((5, 8), np.float32), np.zeros((5, 3), np.float32), np.ones(5, np.int64)]
+        return [
+            np.full(8, 3.0, np.float32),
+            np.ones((5, 8), np.float32),
+            np.zeros((5, 3), np.float32),
+            np.ones(5, np.int64),
+        ]
 
     def load_outputs_npz(self, npz_path):
         self.calls.append("load")
@@ -106,7 +119,9 @@ def test_an_own_text_cache_is_asked_filled_and_read(tmp_path, to_disk):
     group.set_strategies(strategies)
     batch = group.load(group_request(group))
     assert list(batch.conditioning) == ["l_pooled", "t5_out", "txt_ids", "t5_attn_mask"]
-    assert torch.equal(batch.conditioning["l_pooled"], torch.full((3, 8), 3.0)) and own.calls.count("load") == (3 if to_disk else 0)
+    assert torch.equal(batch.conditioning["l_pooled"], torch.full((3, 8), 3.0)) and own.calls.count("load") == (
+        3 if to_disk else 0
+    )
 
 
 def test_outputs_of_an_own_text_cache_that_are_not_those_of_the_family_are_refused(tmp_path):
@@ -119,7 +134,11 @@ def test_outputs_of_an_own_text_cache_that_are_not_those_of_the_family_are_refus
 
 def test_the_caches_of_a_run_have_the_known_interface_too(tmp_path):
     latents = latents_strategy_of(LatentCache(FLUX, SmallLatentsCaching(FLUX, False), to_disk=True, batch_size=2))
-    assert isinstance(latents, LatentsCachingStrategy) and latents.cache_suffix == "_flux.npz" and not latents.stores_batches
+    assert (
+        isinstance(latents, LatentsCachingStrategy)
+        and latents.cache_suffix == "_flux.npz"
+        and not latents.stores_batches
+    )
     items = make_folder(tmp_path, 2, sizes=((64, 64),))
     make_group(items)
     latents.cache_batch_latents(SmallVae(FLUX), items, False, False, False)
@@ -127,7 +146,9 @@ def test_the_caches_of_a_run_have_the_known_interface_too(tmp_path):
     text = text_strategy_of(TextCache(FLUX, to_disk=True, trained=[True, False], flags={"apply_t5_attn_mask": False}))
     strategies, encoder = small_strategies(text=text), SmallTextEncoder()
     text.cache_batch_outputs(strategies.tokenize, [encoder, encoder], strategies.text_encoding, items)
-    assert text.is_partial and [array is None for array in text.load_outputs_npz(items[0].text_encoder_outputs_npz)] == [True, False, False, False]
+    assert text.is_partial and [
+        array is None for array in text.load_outputs_npz(items[0].text_encoder_outputs_npz)
+    ] == [True, False, False, False]
     assert text_strategy_of(None) is None
 
 

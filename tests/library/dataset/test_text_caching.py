@@ -21,7 +21,12 @@ from tests.library.dataset.images import make_folder, make_image, make_item
 from tests.library.dataset.small_family import SmallTextCaching, SmallTextEncoder, small_strategies
 
 
-def fill(items: list[ImageItem], strategy: TextEncoderOutputsCachingStrategy | None = None, encoder: nn.Module | None = None, **division) -> list[str]:
+def fill(
+    items: list[ImageItem],
+    strategy: TextEncoderOutputsCachingStrategy | None = None,
+    encoder: nn.Module | None = None,
+    **division,
+) -> list[str]:
     """Cache what is missing; the captions that were encoded."""
     strategy, encoder = strategy or SmallTextCaching(True), encoder or SmallTextEncoder()
     plan = plan_text(items, strategy, **division)
@@ -111,7 +116,9 @@ def test_settings_of_the_encoders_make_a_cache_stale(item):
 def test_a_file_of_another_trainer_serves_an_image_with_one_caption_only(item):
     strategy = SmallTextCaching(True)
     fill([item])
-    plain = {key: array for key, array in read_arrays(item.text_encoder_outputs_npz).items() if not key.startswith("atelier")}
+    plain = {
+        key: array for key, array in read_arrays(item.text_encoder_outputs_npz).items() if not key.startswith("atelier")
+    }
     write_arrays(item.text_encoder_outputs_npz, plain)
     assert fill([dataclasses.replace(item, caption="whatever it was")]) == []
     other = dataclasses.replace(item, caption="another")
@@ -127,7 +134,8 @@ def test_a_damaged_file_is_made_again(item, content, caplog):
 
 def test_what_is_encoded_is_the_caption_without_its_random_parts(tmp_path):
     subset = SubsetParams(
-        caption_prefix="photo of", caption_suffix="end", keep_tokens_separator="|||", secondary_separator=";;;", caption_dropout_rate=0.5
+        caption_prefix="photo of", caption_suffix="end", keep_tokens_separator="|||", secondary_separator=";;;",
+        caption_dropout_rate=0.5
     )
     item = make_item(make_image(tmp_path / "a.png"), caption="a ||| b;;;c\nsecond line", subset=subset)
     assert fill([item]) == [deterministic_caption(item.caption, subset)]
@@ -135,7 +143,8 @@ def test_what_is_encoded_is_the_caption_without_its_random_parts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"shuffle_caption": True}, {"token_warmup_step": 5}, {"caption_tag_dropout_rate": 0.1}, {"enable_wildcard": True}]
+    "setting",
+    [{"shuffle_caption": True}, {"token_warmup_step": 5}, {"caption_tag_dropout_rate": 0.1}, {"enable_wildcard": True}]
 )
 def test_random_captions_are_refused(item, setting):
     (name,) = setting

@@ -40,8 +40,14 @@ def test_lists_of_plug_ins_are_named_and_listed_again():
     ("change", "words"),
     [
         (lambda outputs: outputs[:3], "Own gave 3 outputs; needed: 4, l_pooled, t5_out, txt_ids, t5_attn_mask"),
-        (lambda outputs: [outputs[0][0], *outputs[1:]], r"Own gave l_pooled of shape \[8\]; needed: 2 dimensions, the batch first"),
-        (lambda outputs: [outputs[0], outputs[1].long(), *outputs[2:]], "Own gave t5_out as int64; needed: floating-point numbers"),
+        (
+            lambda outputs: [outputs[0][0], *outputs[1:]],
+            r"Own gave l_pooled of shape \[8\]; needed: 2 dimensions, the batch first",
+        ),
+        (
+            lambda outputs: [outputs[0], outputs[1].long(), *outputs[2:]],
+            "Own gave t5_out as int64; needed: floating-point numbers",
+        ),
     ],
 )
 def test_what_is_not_the_conditioning_of_the_family_is_refused(change, words):
@@ -61,7 +67,10 @@ def test_unknown_and_missing_keys_are_named():
 def test_the_keys_of_a_cache_are_those_of_encoders_that_do_not_learn():
     strategy, encoder = SmallTextCaching(False), SmallTextEncoder()
     strategies = small_strategies(text=strategy)
-    for trained, cached in (([True, False], ["t5_out", "txt_ids", "t5_attn_mask"]), ([False, True], ["l_pooled", "txt_ids", "t5_attn_mask"])):
+    for trained, cached in (
+        ([True, False], ["t5_out", "txt_ids", "t5_attn_mask"]),
+        ([False, True], ["l_pooled", "txt_ids", "t5_attn_mask"]),
+    ):
         strategy.trained = trained
         assert list(strategy.encode(strategies, [encoder, encoder], ["a cat"])) == cached
     strategy.trained = []
@@ -70,11 +79,13 @@ def test_the_keys_of_a_cache_are_those_of_encoders_that_do_not_learn():
 
 def test_plug_ins_read_the_list_of_a_batch():
     request = BatchRequest(
-        dataset=0, items=(0, 1), positions=(0, 1), epoch=1, step=0, index=0, group_size=2, is_last_of_group=True, is_last_of_epoch=True
+        dataset=0, items=(0, 1), positions=(0, 1), epoch=1, step=0, index=0, group_size=2, is_last_of_group=True,
+        is_last_of_epoch=True
     )
     outputs = {"t5_out": torch.ones(5, 8), "l_pooled": torch.zeros(8)}
     samples = [
-        Sample("a", "", outputs, 1.0, (8, 8), (0, 0), (8, 8), False), Sample("b", "", dict(outputs), 1.0, (8, 8), (0, 0), (8, 8), False)
+        Sample("a", "", outputs, 1.0, (8, 8), (0, 0), (8, 8), False),
+        Sample("b", "", dict(outputs), 1.0, (8, 8), (0, 0), (8, 8), False)
     ]
     batch = collate(request, samples, None, conditioning_keys=FLUX.names)
     pooled, states, ids, mask = batch["text_encoder_outputs_list"]

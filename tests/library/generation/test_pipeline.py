@@ -17,7 +17,9 @@ from library.training.parser_common import parse
 from library.training.run import Models
 from library.training.sampling_prompts import SamplePrompt
 
-PROMPT = SamplePrompt(prompt="a red cat", negative_prompt="the dog", width=96, height=64, seed=5, sample_steps=3, scale=4.0)
+PROMPT = SamplePrompt(
+    prompt="a red cat", negative_prompt="the dog", width=96, height=64, seed=5, sample_steps=3, scale=4.0
+)
 
 
 def sample_of(family_name: str, tiny, *options: str) -> bytes:
@@ -42,7 +44,13 @@ SIZE = ("--width=96", "--height=64", "--steps=3", "--cfg_scale=4")
 
 def test_flux(tmp_path):
     tiny = build_tiny("flux", tmp_path / "tiny")
-    files = (f"--ckpt_path={tiny.flux}", f"--ae={tiny.ae}", f"--clip_l={tiny.clip_l}", f"--t5xxl={tiny.t5xxl}", f"--clip_l_tokenizer={tiny.clip_l_tokenizer}")
+    files = (
+        f"--ckpt_path={tiny.flux}",
+        f"--ae={tiny.ae}",
+        f"--clip_l={tiny.clip_l}",
+        f"--t5xxl={tiny.t5xxl}",
+        f"--clip_l_tokenizer={tiny.clip_l_tokenizer}",
+    )
     length = "--t5xxl_max_token_length=16"
     made = flux_inference.run([*files, *PICTURE, *SIZE, length, f"--output_dir={tmp_path}"])
     assert picture_of(made) == sample_of("flux", tiny, length)
@@ -51,8 +59,10 @@ def test_flux(tmp_path):
 def test_anima(tmp_path):
     tiny = build_tiny("anima", tmp_path / "tiny")
     made = anima_inference.run([
-        f"--dit={tiny.anima}", f"--vae={tiny.vae}", f"--text_encoder={tiny.qwen3}", f"--qwen3_tokenizer={tiny.qwen3_tokenizer}",
-        f"--t5_tokenizer_path={tiny.t5_tokenizer}", "--qwen3_max_token_length=24", "--t5_max_token_length=32", *PICTURE, "--infer_steps=3",
+        f"--dit={tiny.anima}", f"--vae={tiny.vae}", f"--text_encoder={tiny.qwen3}",
+        f"--qwen3_tokenizer={tiny.qwen3_tokenizer}",
+        f"--t5_tokenizer_path={tiny.t5_tokenizer}", "--qwen3_max_token_length=24", "--t5_max_token_length=32", *PICTURE,
+        "--infer_steps=3",
         "--guidance_scale=4", "--flow_shift=3", "--image_size", "64", "96", f"--save_path={tmp_path}",
     ])  # fmt: skip
     assert picture_of(made) == sample_of("anima", tiny, "--sample_sampler=euler")
@@ -64,7 +74,8 @@ def test_a_unet(tmp_path, kind):
     is_v2 = kind == "sd2"
     flags = {"sd2": ["--v2", "--v_parameterization"], "sdxl": ["--sdxl"]}.get(kind, [])
     made = gen_img.run([
-        f"--ckpt={tiny.model}", f"--clip_tokenizer={tiny.tokenizer}", *flags, "--W=96", "--H=64", "--steps=3", "--sampler=euler_a",
+        f"--ckpt={tiny.model}", f"--clip_tokenizer={tiny.tokenizer}", *flags, "--W=96", "--H=64", "--steps=3",
+        "--sampler=euler_a",
         "--prompt", "a red cat --n the dog --d 5 --l 4", f"--outdir={tmp_path / 'a'}",
     ])  # fmt: skip
     sample = sample_of(family, tiny, "--sample_sampler=euler_a", *(["--v_parameterization"] if is_v2 else []))
@@ -81,16 +92,23 @@ def test_the_record_names_the_pipeline(name):
 
 
 def test_requests_take_what_they_know_of_a_sample_prompt():
-    prompt = SamplePrompt(prompt="a", width=64, height=32, sample_steps=7, scale=2.0, sample_sampler="lms", flow_shift=3.0, cfg_scale=9.0)
+    prompt = SamplePrompt(
+        prompt="a", width=64, height=32, sample_steps=7, scale=2.0, sample_sampler="lms", flow_shift=3.0, cfg_scale=9.0
+    )
     assert request_of(SampledRequest, prompt, SAMPLE_NAMES) == SampledRequest(
         prompt="a", width=64, height=32, steps=7, cfg_scale=2.0, sampler="lms"
     )
     assert request_of(PictureRequest, prompt, SAMPLE_NAMES).frames == 1
-    assert request_of(PictureRequest, SamplePrompt(prompt="a", width=8, height=8, frame_count=5), SAMPLE_NAMES).frames == 5
+    assert (
+        request_of(PictureRequest, SamplePrompt(prompt="a", width=8, height=8, frame_count=5), SAMPLE_NAMES).frames == 5
+    )
 
 
 def test_guidance_needs_a_scale_and_for_flux_a_text():
     settings = {"prompt": "a", "width": 8, "height": 8}
-    assert PictureRequest(**settings).negative_text is None and PictureRequest(**settings, cfg_scale=2.0).negative_text == ""
+    assert (
+        PictureRequest(**settings).negative_text is None
+        and PictureRequest(**settings, cfg_scale=2.0).negative_text == ""
+    )
     assert FluxRequest(**settings, cfg_scale=2.0).negative_text is None
     assert FluxRequest(**settings, cfg_scale=2.0, negative_prompt="b").negative_text == "b"

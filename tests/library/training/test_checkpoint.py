@@ -40,7 +40,8 @@ def test_every_step_of_a_run_has_its_own_place():
 
 def test_an_initial_step_beats_an_initial_epoch_and_the_state():
     point = resume_point(
-        ResumeOptions(initial_step=4, initial_epoch=3), {"current_step": 8}, steps_per_epoch=3, accumulation=2, max_train_steps=9
+        ResumeOptions(initial_step=4, initial_epoch=3), {"current_step": 8}, steps_per_epoch=3, accumulation=2,
+        max_train_steps=9
     )
     assert (point.global_step, point.epoch, point.step_in_epoch, point.batches_to_skip) == (4, 2, 1, 2)
 

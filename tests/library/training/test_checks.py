@@ -18,7 +18,9 @@ def config_of(**values):
 
 
 def test_the_output_folder_is_needed_and_made_after_the_checks(tmp_path):
-    assert checks.output_problems(config_of()) == ["--output_dir is not given; needed: the folder for the trained files"]
+    assert checks.output_problems(config_of()) == [
+        "--output_dir is not given; needed: the folder for the trained files"
+    ]
     folder = tmp_path / "new" / "folder"
     assert checks.output_problems(config_of(output_dir=str(folder))) == []
     assert not folder.exists() and not folder.parent.exists()
@@ -58,7 +60,9 @@ def test_the_state_to_resume_from_is_whole_and_has_steps_left(tmp_path):
     where = {"resume": str(folder), "output_dir": str(tmp_path / "out"), "output_name": "mine"}
     assert checks.resume_problems(config_of(**where, max_train_steps=11)) == []
     assert "no step is left" in checks.resume_problems(config_of(**where, max_train_steps=9))[0]
-    assert checks.resume_problems(config_of(**where, max_train_steps=10)) == [], "its file is missing and will be written"
+    assert checks.resume_problems(config_of(**where, max_train_steps=10)) == [], (
+        "its file is missing and will be written"
+    )
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.safetensors").write_text("x")
     assert "no step is left" in checks.resume_problems(config_of(**where, max_train_steps=10))[0]
@@ -93,7 +97,9 @@ def test_a_repository_name_has_an_owner():
 
 
 def test_a_backend_that_torch_lacks_is_refused():
-    assert "nvprims_nvfuser" in checks.compile_problems(config_of(torch_compile=True, dynamo_backend="nvprims_nvfuser"))[0]
+    assert (
+        "nvprims_nvfuser" in checks.compile_problems(config_of(torch_compile=True, dynamo_backend="nvprims_nvfuser"))[0]
+    )
     assert checks.compile_problems(config_of(torch_compile=True, dynamo_backend="eager")) == []
 
 
@@ -115,22 +121,40 @@ def test_options_that_do_something_else_are_warned_of(values, words):
     [
         ({"save_last_n_epochs": 2}, "--save_last_n_epochs: has no effect"),
         ({"save_last_n_steps_state": 2}, "--save_last_n_steps_state: has no effect"),
-        ({"persistent_data_loader_workers": True, "max_data_loader_n_workers": 0}, "--persistent_data_loader_workers: "),
+        (
+            {"persistent_data_loader_workers": True, "max_data_loader_n_workers": 0},
+            "--persistent_data_loader_workers: ",
+        ),
         ({"validate_every_n_steps": 2}, "--validate_every_n_steps: has no effect without --validation_split"),
-        ({"noise_offset_random_strength": True}, "--noise_offset_random_strength: has no effect without --noise_offset"),
-        ({"ip_noise_gamma_random_strength": True}, "--ip_noise_gamma_random_strength: has no effect without --ip_noise_gamma"),
-        ({"multires_noise_discount": 0.5}, "--multires_noise_discount: has no effect without --multires_noise_iterations"),
+        (
+            {"noise_offset_random_strength": True},
+            "--noise_offset_random_strength: has no effect without --noise_offset",
+        ),
+        (
+            {"ip_noise_gamma_random_strength": True},
+            "--ip_noise_gamma_random_strength: has no effect without --ip_noise_gamma",
+        ),
+        (
+            {"multires_noise_discount": 0.5},
+            "--multires_noise_discount: has no effect without --multires_noise_iterations",
+        ),
         ({"sample_prompts": "x.txt"}, "--sample_prompts: has no effect"),
         ({"keep_tokens": 1}, "--keep_tokens: has no effect without --shuffle_caption"),
         ({"validation_seed": 1}, "--validation_seed: has no effect without --validation_split"),
         ({"dataset_config": "x.toml", "in_json": "x.json"}, "--in_json: has no effect with --dataset_config"),
         ({"lr_scheduler_power": 2.0}, "--lr_scheduler_power: has no effect"),
         ({"sample_every_n_epochs": 999999}, "--sample_every_n_epochs: makes no sample images without --sample_prompts"),
-        ({"cpu_offload_checkpointing": True}, "--cpu_offload_checkpointing: has no effect without --gradient_checkpointing"),
+        (
+            {"cpu_offload_checkpointing": True},
+            "--cpu_offload_checkpointing: has no effect without --gradient_checkpointing",
+        ),
         ({"torch_compile": True, "dynamo_backend": "no"}, "--torch_compile: has no effect with --dynamo_backend no"),
         ({"dynamo_backend": "eager"}, "--dynamo_backend: has no effect without --torch_compile"),
         ({"async_upload": True}, "--async_upload: has no effect without --huggingface_repo_id"),
-        ({"huggingface_repo_visibility": "public"}, "--huggingface_repo_visibility: has no effect without --huggingface_repo_id"),
+        (
+            {"huggingface_repo_visibility": "public"},
+            "--huggingface_repo_visibility: has no effect without --huggingface_repo_id",
+        ),
         ({"resume_from_huggingface": True}, "--resume_from_huggingface: has no effect without --resume"),
         ({"log_prefix": "a"}, "--log_prefix: has no effect without --logging_dir"),
     ],
@@ -154,7 +178,10 @@ def test_a_plain_run_has_no_warning():
         ({"full_bf16": True}, "--full_bf16"),
         ({"fp8_base": True}, "--fp8_base"),
         ({"blocks_to_swap": -1}, "--blocks_to_swap is -1"),
-        ({"blocks_to_swap": 2, "cpu_offload_checkpointing": True, "gradient_checkpointing": True}, "do not go together"),
+        (
+            {"blocks_to_swap": 2, "cpu_offload_checkpointing": True, "gradient_checkpointing": True},
+            "do not go together",
+        ),
         ({"log_with": "tensorboard"}, "--logging_dir"),
         ({"output_name": "a/b"}, "--output_name"),
         ({"save_every_n_steps": -3}, "--save_every_n_steps is -3"),

@@ -25,7 +25,9 @@ def root_logger_as_before():
 
 
 def start(*argv):
-    return subprocess.run([sys.executable, "flux_train_network.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run(
+        [sys.executable, "flux_train_network.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 def test_bad_options_end_with_code_2_and_one_message():
@@ -93,7 +95,9 @@ def test_other_processes_show_warnings_only(monkeypatch, capsys):
 
 def test_what_bitsandbytes_says_of_kernels_that_nothing_uses_is_not_shown(capsys):
     cli.set_up_logging(ConsoleOptions())
-    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "why")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning(
+        "Failed to load CPU gemm_4bit_forward from kernels-community: %s", "why"
+    )
     logging.getLogger("bitsandbytes.cextension").warning("no binary for this CUDA")
     told = capsys.readouterr().err
     assert "gemm_4bit" not in told and "no binary for this CUDA" in told

@@ -1,4 +1,5 @@
-"""--config_file and --output_config of flux_train_network.py: precedence, types, foreign keys, every problem at once."""
+"""--config_file and --output_config of flux_train_network.py: precedence, types, foreign keys, every problem at
+once."""
 
 import pytest
 import toml
@@ -35,7 +36,9 @@ def test_the_command_line_beats_the_file_and_the_file_beats_the_default(config_f
     config = read(path, "--network_dim", "16")
     assert (config[LoopOptions].max_train_steps, config.value("network_dim")) == (20, 16)
     assert config.value("gradient_accumulation_steps") == 1
-    assert config.explicit >= {"max_train_steps", "network_dim"} and "gradient_accumulation_steps" not in config.explicit
+    assert (
+        config.explicit >= {"max_train_steps", "network_dim"} and "gradient_accumulation_steps" not in config.explicit
+    )
 
 
 def test_the_ending_of_the_file_may_be_left_out(config_file):
@@ -87,7 +90,9 @@ def test_a_value_takes_the_type_of_its_option(config_file, line, name, value):
 
 
 def test_step_counts_may_be_a_part_of_the_run(config_file):
-    assert read(config_file('lr_warmup_steps = "10%"')).value("lr_warmup_steps") == parse(["--lr_warmup_steps", "10%"], "flux", "network").value("lr_warmup_steps")
+    assert read(config_file('lr_warmup_steps = "10%"')).value("lr_warmup_steps") == parse(
+        ["--lr_warmup_steps", "10%"], "flux", "network"
+    ).value("lr_warmup_steps")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +125,15 @@ def test_a_bad_line_is_named_with_file_key_and_need(config_file, line, words):
 def test_all_problems_are_told_at_once(config_file):
     path = config_file('netwrk_dim = 4\nunet_lr = "fast"\nsave_every_n_steps = -1\nweighted_captions = true\n')
     problems = problems_of(path, "--train_batch_size", "two", "--max_train_steps", "-1", "--seeed", "1")
-    for name in ("netwrk_dim", "unet_lr", "save_every_n_steps", "weighted_captions", "train_batch_size", "max_train_steps", "seeed"):
+    for name in (
+        "netwrk_dim",
+        "unet_lr",
+        "save_every_n_steps",
+        "weighted_captions",
+        "train_batch_size",
+        "max_train_steps",
+        "seeed",
+    ):
         assert sum(name in problem for problem in problems) == 1, name
     assert len(problems) == 7
 
@@ -130,8 +143,12 @@ def ignored_in(path, *argv):
 
 
 def test_keys_of_other_scripts_that_ask_for_nothing_are_ignored_in_one_line(config_file):
-    path = config_file('clip_g = ""\nnoise_offset_type = "Original"\nmem_eff_save = false\nepoch = 1\nstop_text_encoder_training = 0\nseed = 1\n')
-    assert ignored_in(path) == ["clip_g, epoch, mem_eff_save, noise_offset_type, stop_text_encoder_training: keys of other scripts that ask for nothing"]
+    path = config_file(
+        'clip_g = ""\nnoise_offset_type = "Original"\nmem_eff_save = false\nepoch = 1\nstop_text_encoder_training = 0\nseed = 1\n'
+    )
+    assert ignored_in(path) == [
+        "clip_g, epoch, mem_eff_save, noise_offset_type, stop_text_encoder_training: keys of other scripts that ask for nothing"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +187,9 @@ def test_the_command_line_replaces_an_ignored_key_too(config_file):
     assert [told.partition(":")[0] for told in ignored_in(path, "--min_snr_gamma", "3")] == ["--min_snr_gamma 3"]
 
 
-@pytest.mark.parametrize("off", [["--no-cache_latents"], ["--no_cache_latents"], ["--cache_latents", "false"], ["--cache_latents=0"]])
+@pytest.mark.parametrize(
+    "off", [["--no-cache_latents"], ["--no_cache_latents"], ["--cache_latents", "false"], ["--cache_latents=0"]]
+)
 def test_a_boolean_of_the_file_is_switched_off_on_the_command_line(config_file, off):
     path = config_file("cache_latents = true")
     assert read(path).value("cache_latents") is True
@@ -178,7 +197,9 @@ def test_a_boolean_of_the_file_is_switched_off_on_the_command_line(config_file, 
 
 
 def test_a_missing_file_is_an_error(tmp_path):
-    assert problems_of(str(tmp_path / "none")) == (f"--config_file is {tmp_path / 'none'}; there is no file {tmp_path / 'none.toml'}",)
+    assert problems_of(str(tmp_path / "none")) == (
+        f"--config_file is {tmp_path / 'none'}; there is no file {tmp_path / 'none.toml'}",
+    )
 
 
 def test_an_unknown_option_on_the_command_line_is_answered_with_the_nearest_name():
@@ -192,13 +213,39 @@ def test_output_config_round_trip(tmp_path):
     from library.training import cli
 
     path = tmp_path / "made.toml"
-    argv = ["--network_dim", "8", "--network_args", "a=1", "b=2", "--cache_latents", "--resolution", "512,768", "--save_model_as", "",
-            "--unet_lr", "1e-4", "--huggingface_token", "secret", "--wandb_api_key", "secret", "--lr_warmup_steps", "0.1"]
+    argv = [
+        "--network_dim",
+        "8",
+        "--network_args",
+        "a=1",
+        "b=2",
+        "--cache_latents",
+        "--resolution",
+        "512,768",
+        "--save_model_as",
+        "",
+        "--unet_lr",
+        "1e-4",
+        "--huggingface_token",
+        "secret",
+        "--wandb_api_key",
+        "secret",
+        "--lr_warmup_steps",
+        "0.1",
+    ]
     cli.main("flux", "network", [*argv, "--config_file", str(path), "--output_config"])
     text = path.read_text(encoding="utf-8")
     assert "secret" not in text and "output_config" not in text and "config_file" not in text
     written = {key: value for table in toml.loads(text).values() for key, value in table.items()}
-    assert set(written) == {"network_dim", "network_args", "cache_latents", "resolution", "save_model_as", "unet_lr", "lr_warmup_steps"}
+    assert set(written) == {
+        "network_dim",
+        "network_args",
+        "cache_latents",
+        "resolution",
+        "save_model_as",
+        "unet_lr",
+        "lr_warmup_steps",
+    }
     again, direct = read(str(path)), parse(argv, "flux", "network")
     different = {name for name in direct.values() if direct.value(name) != again.value(name)}
     assert different == {"huggingface_token", "wandb_api_key", "config_file"}
@@ -230,8 +277,10 @@ def test_an_option_of_old_guides_is_ignored_on_the_command_line(argv):
 @pytest.mark.parametrize(
     "argv, name, value",
     [
-        (["--t5xxl-max-token-length", "128"], "t5xxl_max_token_length", 128), (["--t5xxl-max-token-length=128"], "t5xxl_max_token_length", 128),
-        (["--no-half-vae"], "no_half_vae", True), (["--cache-latents"], "cache_latents", True), (["--no-cache-latents"], "cache_latents", False),
+        (["--t5xxl-max-token-length", "128"], "t5xxl_max_token_length", 128),
+        (["--t5xxl-max-token-length=128"], "t5xxl_max_token_length", 128),
+        (["--no-half-vae"], "no_half_vae", True), (["--cache-latents"], "cache_latents", True),
+        (["--no-cache-latents"], "cache_latents", False),
         (["--save-last-n-epochs-state", "-1"], None, "--save_last_n_epochs_state is -1"),
     ],
 )  # fmt: skip

@@ -44,7 +44,9 @@ class Copies(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("device", "unwaited"), [("cuda", True), ("cuda:1", True), ("mps", False), ("xpu", False), ("cpu", False)])
+@pytest.mark.parametrize(
+    ("device", "unwaited"), [("cuda", True), ("cuda:1", True), ("mps", False), ("xpu", False), ("cpu", False)]
+)
 def test_only_copies_to_cuda_are_not_waited_for(tmp_path, device, unwaited) -> None:
     """Elsewhere a copy from plain memory may be read before it is there."""
     group = make_group(make_folder(tmp_path, 2))

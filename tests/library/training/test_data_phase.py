@@ -80,4 +80,6 @@ def test_any_text_encoder_may_learn_beside_a_cache_of_the_others(tmp_path: Path,
 
 def test_names_of_scripts() -> None:
     root = Path(__file__).resolve().parents[3]
-    assert {f"{script_name(family)}.py" for family in FAMILIES} == {path.name for path in root.glob("*train_network.py")}
+    assert {f"{script_name(family)}.py" for family in FAMILIES} == {
+        path.name for path in root.glob("*train_network.py")
+    }

@@ -1,4 +1,5 @@
-"""What becomes of the files of an earlier run of the same name: kept under a numbered name, replaced or a reason to stop."""
+"""What becomes of the files of an earlier run of the same name: kept under a numbered name, replaced or a reason to
+stop."""
 
 from __future__ import annotations
 
@@ -14,13 +15,16 @@ from library.training.parser_common import script
 
 CLASSES = script("flux", "network").classes
 OF_A_RUN = [
-    "mine.safetensors", "mine-ema.safetensors", "mine-000002.safetensors", "mine-000002-ema.safetensors", "mine-step00000010.safetensors",
-    "mine-loss.csv", "mine-loss.png", "sample/mine_e000002_00_20250101120000_42.png", "sample/mine_000010_00_20250101120000.png",
+    "mine.safetensors", "mine-ema.safetensors", "mine-000002.safetensors", "mine-000002-ema.safetensors",
+    "mine-step00000010.safetensors",
+    "mine-loss.csv", "mine-loss.png", "sample/mine_e000002_00_20250101120000_42.png",
+    "sample/mine_000010_00_20250101120000.png",
     "sample/mine_e000002_grid.png", "sample/mine_sheet.png",
 ]  # fmt: skip
 STATES = ["mine-state", "mine-000002-state", "mine-step00000010-state"]
 OF_OTHERS = [
-    "other.safetensors", "mine.txt", "mine-2.safetensors", "mine-000002.ckpt", "mine_v2.safetensors", "mine-backup1.safetensors",
+    "other.safetensors", "mine.txt", "mine-2.safetensors", "mine-000002.ckpt", "mine_v2.safetensors",
+    "mine-backup1.safetensors",
     "sample/mine_v2_e000002_00_20250101120000_42.png", "sample/mine_photo.png", "sample/e000002_00_20250101120000.png",
 ]  # fmt: skip
 
@@ -49,7 +53,9 @@ def files_of(folder: Path) -> set[str]:
 def test_refuse_names_what_would_be_replaced(tmp_path: Path, name: str) -> None:
     fill(tmp_path, [name])
     problems = earlier_runs.existing_problems(config_of(tmp_path, on_existing="refuse"))
-    assert len(problems) == 1 and name in problems[0] and "--overwrite" in problems[0] and "--on_existing" in problems[0]
+    assert (
+        len(problems) == 1 and name in problems[0] and "--overwrite" in problems[0] and "--on_existing" in problems[0]
+    )
     for choice in ({}, {"on_existing": "backup"}, {"on_existing": "overwrite"}, {"overwrite": True}):
         assert earlier_runs.existing_problems(config_of(tmp_path, **choice)) == []
 
@@ -74,7 +80,9 @@ def test_the_newest_state_of_a_hidden_name(tmp_path: Path) -> None:
         (tmp_path / folder / "train_state.json").write_text('{"current_epoch": 1, "current_step": 5}')
     config = config_of(tmp_path, output_name=".mine", resume="latest")
     assert earlier_runs.resumed_state(config) == tmp_path / ".mine-step00000005-state"
-    assert earlier_runs.resumed_state(config_of(tmp_path, resume=str(tmp_path))) == tmp_path / ".mine-step00000005-state"
+    assert (
+        earlier_runs.resumed_state(config_of(tmp_path, resume=str(tmp_path))) == tmp_path / ".mine-step00000005-state"
+    )
 
 
 def test_all_files_of_an_earlier_run_move_to_a_numbered_name(tmp_path: Path) -> None:
@@ -97,7 +105,16 @@ def test_a_kept_run_can_be_gone_on_with_by_its_new_name(tmp_path: Path, caplog: 
 
 
 def test_files_without_a_name_move_from_their_default_names(tmp_path: Path) -> None:
-    fill(tmp_path, ["last.safetensors", "epoch-000002.safetensors", "at-step00000010.safetensors", "sample/e000002_00_20250101120000.png", "sample/sheet.png"])
+    fill(
+        tmp_path,
+        [
+            "last.safetensors",
+            "epoch-000002.safetensors",
+            "at-step00000010.safetensors",
+            "sample/e000002_00_20250101120000.png",
+            "sample/sheet.png",
+        ],
+    )
     earlier_runs.keep_earlier_files(config_of(tmp_path, output_name=None))
     assert files_of(tmp_path) == {
         "last-backup1.safetensors", "last-backup1-000002.safetensors", "last-backup1-step00000010.safetensors",

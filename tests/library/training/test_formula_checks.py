@@ -13,7 +13,17 @@ from library.training.option_groups import LoopOptions, ModelOptions, NoiseOptio
 from library.training.schedulers import SchedulerOptions
 from library.training.timestep_samplers import TimestepOptions
 
-GROUPS = (LoopOptions, ModelOptions, NoiseOptions, OptimizerOptions, SchedulerOptions, LossOptions, LossWeightOptions, TimestepOptions, NetworkOptions)
+GROUPS = (
+    LoopOptions,
+    ModelOptions,
+    NoiseOptions,
+    OptimizerOptions,
+    SchedulerOptions,
+    LossOptions,
+    LossWeightOptions,
+    TimestepOptions,
+    NetworkOptions,
+)
 
 
 def config_of(**values) -> Config:
@@ -36,7 +46,8 @@ def test_warnings_see_the_rates_of_the_parts():
 
 def test_notices():
     config = config_of(
-        timestep_sampling="sigma", weighting_scheme="logit_normal", loss_type="huber", multires_noise_iterations=6, lr_warmup_steps=10,
+        timestep_sampling="sigma", weighting_scheme="logit_normal", loss_type="huber", multires_noise_iterations=6,
+        lr_warmup_steps=10,
     )
     flow = formula_notices(config, FlowMatchingObjective(config[TimestepOptions], config[NoiseOptions]))
     assert len(flow) == 3
@@ -47,12 +58,17 @@ def test_notices():
 def test_settings_that_the_chosen_formula_does_not_read_are_named():
     from library.training import losses, timestep_samplers
 
-    assert [str(item) for item in losses.idle(losses.LossOptions(loss_type="l1", huber_c=0.5))] == ["--huber_c: has no effect: --loss_type is l1"]
+    assert [str(item) for item in losses.idle(losses.LossOptions(loss_type="l1", huber_c=0.5))] == [
+        "--huber_c: has no effect: --loss_type is l1"
+    ]
     assert losses.idle(losses.LossOptions()) == []
     options = TimestepOptions(timestep_sampling="uniform", sigmoid_scale=2.0, logit_mean=1.0)
     assert [item.written for item in timestep_samplers.idle(options)] == ["--sigmoid_scale", "--logit_mean"]
     assert all("--timestep_sampling uniform" in item.reason for item in timestep_samplers.idle(options))
-    assert timestep_samplers.idle(TimestepOptions(timestep_sampling="shift", sigmoid_scale=2.0, discrete_flow_shift=1.0)) == []
+    assert (
+        timestep_samplers.idle(TimestepOptions(timestep_sampling="shift", sigmoid_scale=2.0, discrete_flow_shift=1.0))
+        == []
+    )
     scheme = TimestepOptions(timestep_sampling="shift", weighting_scheme="logit_normal")
     assert [item.written for item in timestep_samplers.idle(scheme)] == ["--weighting_scheme"]
 
@@ -81,8 +97,14 @@ def test_weights_that_divide_by_a_ratio_of_0_are_refused():
         (problem,) = formula_problems(config_of(zero_terminal_snr=True, **{option: value}))
         assert f"--{option}" in problem and "--zero_terminal_snr" in problem and "--v_parameterization" in problem
         assert formula_problems(config_of(**{option: value})) == []
-    assert formula_problems(config_of(zero_terminal_snr=True, debiased_estimation_loss=True, v_parameterization=True)) == []
-    assert len(formula_problems(config_of(zero_terminal_snr=True, debiased_estimation_loss=True, v_pred_like_loss=0.1))) == 2
+    assert (
+        formula_problems(config_of(zero_terminal_snr=True, debiased_estimation_loss=True, v_parameterization=True))
+        == []
+    )
+    assert (
+        len(formula_problems(config_of(zero_terminal_snr=True, debiased_estimation_loss=True, v_pred_like_loss=0.1)))
+        == 2
+    )
 
 
 def test_no_step_of_a_zero_terminal_schedule_has_a_weight_out_of_all_measure():
@@ -92,14 +114,21 @@ def test_no_step_of_a_zero_terminal_schedule_has_a_weight_out_of_all_measure():
     from library.training import loss_weights
 
     times = torch.arange(1000)
-    chosen = ({"min_snr_gamma": 5.0}, {"debiased_estimation_loss": True}, {"v_pred_like_loss": 0.5}, {"scale_v_pred_loss_like_noise_pred": True})
+    chosen = (
+        {"min_snr_gamma": 5.0},
+        {"debiased_estimation_loss": True},
+        {"v_pred_like_loss": 0.5},
+        {"scale_v_pred_loss_like_noise_pred": True},
+    )
     started = 0
     for values in chosen:
         for is_v in (False, True):
             config = config_of(zero_terminal_snr=True, v_parameterization=is_v, **values)
             if formula_problems(config):
                 continue
-            objective = DdpmObjective(config[TimestepOptions], config[NoiseOptions], prediction_type="v" if is_v else "epsilon")
+            objective = DdpmObjective(
+                config[TimestepOptions], config[NoiseOptions], prediction_type="v" if is_v else "epsilon"
+            )
             factor = loss_weights.build(config[LossWeightOptions])(times, objective)
             assert torch.isfinite(factor).all() and float(factor.max()) <= 20, (values, is_v)
             started += 1

@@ -85,7 +85,9 @@ def test_v_prediction_agrees_with_diffusers(name, monkeypatch):
 @pytest.mark.parametrize("name", ["euler", "dpmsolver++", "ddim"])
 def test_zero_terminal_snr_agrees_with_diffusers(name, monkeypatch):
     expected = theirs(name, 10, monkeypatch, "v_prediction", rescale_betas_zero_snr=True)
-    torch.testing.assert_close(ours(name, 10, "v", zero_terminal_snr=True), expected, rtol=2e-3, atol=2e-3)  # starts at sigma 4096
+    torch.testing.assert_close(
+        ours(name, 10, "v", zero_terminal_snr=True), expected, rtol=2e-3, atol=2e-3
+    )  # starts at sigma 4096
 
 
 @pytest.mark.parametrize("name", INFERENCE_SAMPLERS.names())
@@ -127,7 +129,8 @@ def test_samplers_that_other_tools_clip_are_told_about():
 
 
 def test_pndm_of_a_network_that_predicts_velocity_is_exact_where_that_is_known():
-    """Gaussian data: the path from noise to data has a closed form. Velocities combined as such miss it by 3 % at 50 steps."""
+    """Gaussian data: the path from noise to data has a closed form. Velocities combined as such miss it by 3 % at 50
+    steps."""
     cumprod = discrete.ddpm_alphas_cumprod(False)
 
     def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,13 @@ def test_a_text_with_several_arguments_is_split(text: str, pieces: list[str]) ->
     assert split_arguments(text) == pieces
 
 
-@pytest.mark.parametrize("given", [["relative_step=False scale_parameter=False warmup_init=False"], ["relative_step=False", "scale_parameter=False warmup_init=False"]])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["relative_step=False scale_parameter=False warmup_init=False"],
+        ["relative_step=False", "scale_parameter=False warmup_init=False"],
+    ],
+)
 def test_several_optimizer_arguments_in_one_text_are_several(given: list[str]) -> None:
     choice = optimizers.choose(OptimizerOptions(optimizer_type="Adafactor", optimizer_args=given))
     assert choice.kwargs == {"relative_step": False, "scale_parameter": False, "warmup_init": False}
@@ -38,9 +44,15 @@ def test_several_optimizer_arguments_in_one_text_are_several(given: list[str]) -
 
 def test_the_other_lists_of_arguments_are_split_too() -> None:
     assert parse_keyword_args(["step_size=3 gamma=0.5"], "lr_scheduler_args") == {"step_size": 3, "gamma": 0.5}
-    assert parse_pairs(["conv_dim=4 conv_alpha=1", "algo='lo ha'"]) == {"conv_dim": "4", "conv_alpha": "1", "algo": "lo ha"}
+    assert parse_pairs(["conv_dim=4 conv_alpha=1", "algo='lo ha'"]) == {
+        "conv_dim": "4",
+        "conv_alpha": "1",
+        "algo": "lo ha",
+    }
     assert parse_pairs(["exclude_patterns=['.*txt.*=x', 'b']"]) == {"exclude_patterns": "['.*txt.*=x', 'b']"}
-    config = parse(["--network_args", "conv_dim=4 conv_alpha=1", "--optimizer_args", "weight_decay=0.1 eps=1e-7"], "sd", "network")
+    config = parse(
+        ["--network_args", "conv_dim=4 conv_alpha=1", "--optimizer_args", "weight_decay=0.1 eps=1e-7"], "sd", "network"
+    )
     assert config.value("network_args") == ["conv_dim=4 conv_alpha=1"]
 
 
@@ -60,14 +72,20 @@ def test_a_value_of_another_type_than_the_default_is_refused(argument: str, word
         optimizers.check(OptimizerOptions(optimizer_args=[argument]))
 
 
-@pytest.mark.parametrize("argument", ["amsgrad=1", "amsgrad=false", "weight_decay=0", "betas=0.9,0.99", "fused=None", "foreach=false", "eps=1e-7"])
+@pytest.mark.parametrize(
+    "argument",
+    ["amsgrad=1", "amsgrad=false", "weight_decay=0", "betas=0.9,0.99", "fused=None", "foreach=false", "eps=1e-7"],
+)
 def test_values_of_the_right_type_pass(argument: str) -> None:
     optimizers.check(OptimizerOptions(optimizer_args=[argument]))
 
 
 def test_arguments_of_schedules_and_networks_are_checked_alike() -> None:
     with pytest.raises(ConfigError, match="StepLR needs a number there"):
-        schedulers.check(SchedulerOptions(lr_scheduler_type="StepLR", lr_scheduler_args=["step_size=10 gamma=half"]), OptimizerOptions())
+        schedulers.check(
+            SchedulerOptions(lr_scheduler_type="StepLR", lr_scheduler_args=["step_size=10 gamma=half"]),
+            OptimizerOptions(),
+        )
     with pytest.raises(ConfigError, match="--network_args has 'conv_dim==4'"):
         parse_pairs(["conv_dim==4"])
 
@@ -100,7 +118,10 @@ def test_a_quote_that_is_not_closed_is_named(tmp_path) -> None:
 
 @pytest.mark.parametrize("name, shown", [("adafactor:1e-3", "adafactor:0.001"), ("adafactor", "adafactor:0.0001")])
 def test_the_first_rate_of_adafactor_may_stand_in_its_name(name: str, shown: str) -> None:
-    options, optimizer = SchedulerOptions(lr_scheduler=name), OptimizerOptions(optimizer_type="AdaFactor", learning_rate=1e-4)
+    options, optimizer = (
+        SchedulerOptions(lr_scheduler=name),
+        OptimizerOptions(optimizer_type="AdaFactor", learning_rate=1e-4),
+    )
     schedulers.check(options, optimizer)
     assert schedulers.name_in_use(options, optimizer) == shown
     from torch import nn, zeros

@@ -39,13 +39,21 @@ EVERYTHING = noise_options(
 )
 
 
-@pytest.mark.parametrize("make", [
-    pytest.param(lambda: (DdpmObjective(TimestepOptions(), EVERYTHING), build(TimestepOptions(), is_flow=False)), id="ddpm"),
-    pytest.param(
-        lambda: (FlowMatchingObjective(TimestepOptions(), noise_options(ip_noise_gamma=0.2)), build(TimestepOptions())),
-        id="flow",
-    ),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(
+            lambda: (DdpmObjective(TimestepOptions(), EVERYTHING), build(TimestepOptions(), is_flow=False)), id="ddpm"
+        ),
+        pytest.param(
+            lambda: (
+                FlowMatchingObjective(TimestepOptions(), noise_options(ip_noise_gamma=0.2)),
+                build(TimestepOptions()),
+            ),
+            id="flow",
+        ),
+    ],
+)
 def test_cutting_a_batch_in_two_gives_the_same_numbers(make):
     objective, sampler = make()
     whole = corrupted(objective, sampler, 0, 1, 2)
@@ -73,7 +81,9 @@ def test_an_empty_slice_of_a_batch_works():
 
 
 def test_multires_noise_has_unit_deviation_in_each_sample_and_is_smoother():
-    objective = DdpmObjective(TimestepOptions(), noise_options(multires_noise_iterations=6, multires_noise_discount=0.8))
+    objective = DdpmObjective(
+        TimestepOptions(), noise_options(multires_noise_iterations=6, multires_noise_discount=0.8)
+    )
     sample = corrupted(objective, build(TimestepOptions(), is_flow=False), 0, 1, 2)
     torch.testing.assert_close(sample.noise.flatten(1).std(dim=1), torch.ones(3))
     neighbours = (sample.noise[..., 1:] * sample.noise[..., :-1]).mean()
@@ -86,7 +96,9 @@ def test_noise_offset_adds_one_number_per_channel():
     objective = DdpmObjective(TimestepOptions(), noise_options(noise_offset=0.5))
     difference = objective.corrupt(latents, plain, torch.tensor([10.0, 500.0]), d).noise - plain
     torch.testing.assert_close(difference, difference[..., :1, :1].expand_as(difference), atol=1e-6, rtol=0)
-    torch.testing.assert_close(difference[..., 0, 0], 0.5 * d.normal("noise_offset", (4, 1, 1))[..., 0, 0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        difference[..., 0, 0], 0.5 * d.normal("noise_offset", (4, 1, 1))[..., 0, 0], atol=1e-6, rtol=0
+    )
 
 
 def test_adaptive_noise_scale_follows_the_mean_of_the_latents():

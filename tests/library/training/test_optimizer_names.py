@@ -16,10 +16,13 @@ SHORT = sorted({entry.name for entry in OPTIMIZERS} - NEEDS_GPU)
 
 @pytest.mark.parametrize("name", SHORT)
 def test_a_short_name_builds_and_steps(name: str) -> None:
-    """A linear fit with a low-rank pair comes closer to its target; the second matrix starts at zero, as adapters do."""
+    """A linear fit with a low-rank pair comes closer to its target; the second matrix starts at zero, as adapters
+    do."""
     torch.manual_seed(0)
     down, up = torch.nn.Parameter(torch.randn(4, 32) / 6), torch.nn.Parameter(torch.zeros(32, 4))
-    options = OptimizerOptions(optimizer_type=name.swapcase(), learning_rate=1.0 if "rodigy" in name or name.startswith("DAdapt") else 1e-2)
+    options = OptimizerOptions(
+        optimizer_type=name.swapcase(), learning_rate=1.0 if "rodigy" in name or name.startswith("DAdapt") else 1e-2
+    )
     optimizers.check(options)
     build = optimizers.build(options, [{"params": [down, up], "lr": options.learning_rate, "name": "unet"}])
     target, x, losses = torch.randn(32, 32) / 6, torch.randn(64, 32), []
@@ -39,8 +42,10 @@ def test_a_short_name_builds_and_steps(name: str) -> None:
 @pytest.mark.parametrize(
     "given, name",
     [
-        ("prodigyplus.ProdigyPlusScheduleFree", "ProdigyPlusScheduleFree"), ("schedulefree.AdamWScheduleFree", "AdamWScheduleFree"),
-        ("pytorch_optimizer.CAME", "CAME"), ("came_pytorch.CAME", "CAME"), ("pytorch_optimizer.ScheduleFreeAdamW", "ScheduleFreeAdamW"),
+        ("prodigyplus.ProdigyPlusScheduleFree", "ProdigyPlusScheduleFree"),
+        ("schedulefree.AdamWScheduleFree", "AdamWScheduleFree"),
+        ("pytorch_optimizer.CAME", "CAME"), ("came_pytorch.CAME", "CAME"),
+        ("pytorch_optimizer.ScheduleFreeAdamW", "ScheduleFreeAdamW"),
     ],
 )
 def test_dotted_names_of_front_ends_work(given: str, name: str) -> None:
@@ -50,8 +55,16 @@ def test_dotted_names_of_front_ends_work(given: str, name: str) -> None:
 
 
 def test_schedule_free_optimizers_switch_their_weights() -> None:
-    for name in ("ProdigyPlusScheduleFree", "ScheduleFreeAdamW", "ScheduleFreeRAdam", "ScheduleFreeSGD", "AdamWScheduleFree"):
-        build = optimizers.build(OptimizerOptions(optimizer_type=name), [{"params": [torch.nn.Parameter(torch.ones(2, 2))], "lr": 1.0}])
+    for name in (
+        "ProdigyPlusScheduleFree",
+        "ScheduleFreeAdamW",
+        "ScheduleFreeRAdam",
+        "ScheduleFreeSGD",
+        "AdamWScheduleFree",
+    ):
+        build = optimizers.build(
+            OptimizerOptions(optimizer_type=name), [{"params": [torch.nn.Parameter(torch.ones(2, 2))], "lr": 1.0}]
+        )
         assert build.schedule_free and build.choice.named_schedule_free, name
 
 

@@ -30,10 +30,21 @@ def group(**values):
 
 
 def test_packages_of_options_import_no_torch():
-    packages = ("optimizers", "schedulers", "losses", "loss_weights", "timestep_samplers", "inference_samplers", "sampling_prompts",
-                "checkpoint", "keyword_args")
+    packages = (
+        "optimizers",
+        "schedulers",
+        "losses",
+        "loss_weights",
+        "timestep_samplers",
+        "inference_samplers",
+        "sampling_prompts",
+        "checkpoint",
+        "keyword_args",
+    )
     code = "import sys\n" + "".join(f"import library.training.{name}\n" for name in packages)
-    code += "heavy = {'torch', 'numpy', 'transformers', 'bitsandbytes', 'toml'} & set(sys.modules)\nassert not heavy, heavy"
+    code += (
+        "heavy = {'torch', 'numpy', 'transformers', 'bitsandbytes', 'toml'} & set(sys.modules)\nassert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -80,5 +91,7 @@ def test_adafactor_with_its_own_rates_ignores_those_of_groups():
     assert build.optimizer.param_groups[0]["lr"] is None
     assert build.args_text == "relative_step=True"
     assert any("--learning_rate" in line for line in build.notices)
-    fixed = optimizers.build(OptimizerOptions(optimizer_type="adafactor", optimizer_args=["relative_step=false"]), [group(lr=0.5)])
+    fixed = optimizers.build(
+        OptimizerOptions(optimizer_type="adafactor", optimizer_args=["relative_step=false"]), [group(lr=0.5)]
+    )
     assert fixed.optimizer.param_groups[0]["lr"] == 0.5

@@ -1,4 +1,5 @@
-"""The options of every training script: the known set and our own, frozen; each works, or is refused with the reason."""
+"""The options of every training script: the known set and our own, frozen; each works, or is refused with the
+reason."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ OWN_OPTIONS = {
     "anima_network": {"qwen3_tokenizer"},
 }
 OWN_OF_ALL = {
-    "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_image_resolution", "skip_bad_images", "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
+    "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_image_resolution", "skip_bad_images",
+    "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
     "drop_untrained", "plugins", "loss_weight", "hook",
 }
 """options that only this project has; extend the sets together with the documentation"""
@@ -88,7 +90,9 @@ def some_value(which: str, name: str) -> str:
     what = WHAT[which]
     owner, spec = what.owners[name], what.spec(name)
     if spec.choices:
-        return str(next(choice for choice in reversed(spec.choices) if choice is not None and choice != what.default(name)))
+        return str(
+            next(choice for choice in reversed(spec.choices) if choice is not None and choice != what.default(name))
+        )
     if is_bool_option(owner, name):
         return "true"
     return {int: "7", float: "0.7"}.get(value_type(owner, name), "something")
@@ -125,7 +129,9 @@ def test_an_option_without_meaning_is_ignored_with_a_reason(which: str, name: st
 @pytest.mark.parametrize("which", WHAT)
 def test_only_what_the_known_script_takes_is_ignored_and_only_what_it_lacks_is_foreign(which: str) -> None:
     names, what = {entry[0] for entry in known(which)}, WHAT[which]
-    by_status = {wanted: {name for name in what.owners if status(what, name) == wanted} for wanted in ("ignored", "foreign")}
+    by_status = {
+        wanted: {name for name in what.owners if status(what, name) == wanted} for wanted in ("ignored", "foreign")
+    }
     assert by_status["ignored"] <= names and not by_status["foreign"] & names
 
 

@@ -9,7 +9,8 @@ from library.training.parser_common import parse
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--vae_chunk_size=3"], "an even number"), (["--vae_chunk_size=0"], "an even number"), (["--mlp_lr=-1"], "0 or more"),
+        (["--vae_chunk_size=3"], "an even number"), (["--vae_chunk_size=0"], "an even number"),
+        (["--mlp_lr=-1"], "0 or more"),
         (["--t5_max_token_length=0"], "1 or more"), (["--weighted_captions"], "not possible"),
     ],
 )  # fmt: skip

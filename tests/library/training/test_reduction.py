@@ -12,7 +12,12 @@ def test_all_weights_multiply_and_samples_stay_apart():
     weights = {name: torch.rand(3) for name in ("flow_weight", "sample_weights", "factors")}
     mask = torch.rand(3, 1, 4, 4)
     whole = per_sample_loss(elementwise, mask=mask, **weights)
-    expected = (elementwise * mask).mean(dim=(1, 2, 3)) * weights["flow_weight"] * weights["sample_weights"] * weights["factors"]
+    expected = (
+        (elementwise * mask).mean(dim=(1, 2, 3))
+        * weights["flow_weight"]
+        * weights["sample_weights"]
+        * weights["factors"]
+    )
     torch.testing.assert_close(whole, expected)
     one = per_sample_loss(elementwise[1:2], mask=mask[1:2], **{k: v[1:2] for k, v in weights.items()})
     torch.testing.assert_close(one, whole[1:2])

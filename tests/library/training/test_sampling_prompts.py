@@ -23,7 +23,11 @@ def test_all_problems_of_a_file_come_together(tmp_path):
     path.write_text("a --w x --zz 1\nfine\nb --l much\n", encoding="utf-8")
     with pytest.raises(ConfigError) as error:
         load_prompts(path)
-    assert [p.split(":")[0] for p in error.value.problems] == ["prompts.txt line 1", "prompts.txt line 1", "prompts.txt line 3"]
+    assert [p.split(":")[0] for p in error.value.problems] == [
+        "prompts.txt line 1",
+        "prompts.txt line 1",
+        "prompts.txt line 3",
+    ]
 
 
 def test_windows_text_files(tmp_path):
@@ -65,22 +69,33 @@ def test_a_side_that_rounds_to_nothing_is_an_error():
 
 
 def test_settings_that_a_family_does_not_read_are_told():
-    prompts = [SamplePrompt(prompt="x", sample_sampler="euler", guidance_scale=2.0), SamplePrompt(prompt="y", renorm_cfg=1.0)]
+    prompts = [
+        SamplePrompt(prompt="x", sample_sampler="euler", guidance_scale=2.0),
+        SamplePrompt(prompt="y", renorm_cfg=1.0),
+    ]
     assert unused_settings(prompts, SAMPLE_DEFAULTS["flux"]) == ["renorm_cfg", "sample_sampler"]
     assert unused_settings(prompts, SAMPLE_DEFAULTS["sd"]) == ["guidance_scale", "renorm_cfg"]
 
 
-@pytest.mark.parametrize("line", ["a cat -- w 512", "a cat -- 5", "a cat --", "a cat --5 years old", "a cat --- asleep"])
+@pytest.mark.parametrize(
+    "line", ["a cat -- w 512", "a cat -- 5", "a cat --", "a cat --5 years old", "a cat --- asleep"]
+)
 def test_dashes_without_a_letter_are_text(line):
     assert parse_line(line).to_dict() == {"prompt": line}
-    assert parse_line(f"{line} --w 64 --n worse -- ugly").to_dict() == {"prompt": line, "width": 64, "negative_prompt": "worse -- ugly"}
+    assert parse_line(f"{line} --w 64 --n worse -- ugly").to_dict() == {
+        "prompt": line,
+        "width": 64,
+        "negative_prompt": "worse -- ugly",
+    }
 
 
 def test_minus_one_draws_a_seed(tmp_path):
     assert parse_line("a cat --d -1").seed is None
     with pytest.raises(ConfigError, match="--d is '-2'"):
         parse_line("a cat --d -2")
-    (tmp_path / "p.toml").write_text('[prompt]\nprompt = "x"\nseed = 3\n[[prompt.subset]]\nseed = -1\n[[prompt.subset]]\n', encoding="utf-8")
+    (tmp_path / "p.toml").write_text(
+        '[prompt]\nprompt = "x"\nseed = 3\n[[prompt.subset]]\nseed = -1\n[[prompt.subset]]\n', encoding="utf-8"
+    )
     assert [prompt.seed for prompt in load_prompts(tmp_path / "p.toml")] == [None, 3]
 
 

@@ -17,7 +17,9 @@ NEEDED = {"lr_scheduler_min_lr_ratio": 0.1}
 
 
 def made(options: SchedulerOptions, total: int = 12):
-    build = optimizers.build(OptimizerOptions(learning_rate=1e-3), [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": 1e-3}])
+    build = optimizers.build(
+        OptimizerOptions(learning_rate=1e-3), [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": 1e-3}]
+    )
     return build.optimizer, schedulers.build(options, build, learning_rate=1e-3, max_train_steps=total)
 
 
@@ -59,20 +61,43 @@ def test_rates_stay_between_zero_and_the_rate(name):
     assert all(0 <= rate <= 1e-3 * (1 + 1e-12) for rate in advance(optimizer, scheduler, 20))
 
 
-@pytest.mark.parametrize(("options", "optimizer", "total", "words"), [
-    ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ["step_rules=1:9,0.5:3,0.1"]}, {}, None, "step_rules"),
-    ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ["step_rules=1:9,1"], "lr_warmup_steps": 3}, {}, None, "lr_warmup_steps"),
-    ({"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 6, "lr_decay_steps": 6}, {}, 10, "lr_decay_steps"),
-    ({"lr_scheduler": "warmup_stable_decay", "lr_scheduler_args": ["decay_type=line"]}, {}, None, "decay_type"),
-    ({"lr_scheduler": "cosine", "lr_scheduler_args": ["T_max=3"]}, {}, None, "T_max"),
-    ({"lr_scheduler_type": "CosineAnnealingLR"}, {}, None, "T_max"),
-    ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ["step_size=3"], "lr_warmup_steps": "5%"}, {}, None, "lr_warmup_steps"),
-    ({"lr_scheduler_type": "ReduceLROnPlateau"}, {}, None, "metric"),
-    ({"lr_scheduler_type": "no_such_package.Thing"}, {}, None, "no_such_package"),
-    ({"lr_scheduler": "rex", "lr_scheduler_args": ["min_lr=1"]}, {"learning_rate": 1e-3}, None, "min_lr"),
-    ({"lr_scheduler": "polynomial", "lr_scheduler_args": ["lr_end=1"]}, {"learning_rate": 1e-3}, None, "lr_end"),
-    ({"lr_scheduler": "adafactor"}, {"optimizer_type": "AdaFactor", "optimizer_args": ["relative_step=False"]}, None, "relative_step"),
-])
+@pytest.mark.parametrize(
+    ("options", "optimizer", "total", "words"),
+    [
+        (
+            {"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ["step_rules=1:9,0.5:3,0.1"]},
+            {},
+            None,
+            "step_rules",
+        ),
+        (
+            {"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ["step_rules=1:9,1"], "lr_warmup_steps": 3},
+            {},
+            None,
+            "lr_warmup_steps",
+        ),
+        ({"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 6, "lr_decay_steps": 6}, {}, 10, "lr_decay_steps"),
+        ({"lr_scheduler": "warmup_stable_decay", "lr_scheduler_args": ["decay_type=line"]}, {}, None, "decay_type"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_args": ["T_max=3"]}, {}, None, "T_max"),
+        ({"lr_scheduler_type": "CosineAnnealingLR"}, {}, None, "T_max"),
+        (
+            {"lr_scheduler_type": "StepLR", "lr_scheduler_args": ["step_size=3"], "lr_warmup_steps": "5%"},
+            {},
+            None,
+            "lr_warmup_steps",
+        ),
+        ({"lr_scheduler_type": "ReduceLROnPlateau"}, {}, None, "metric"),
+        ({"lr_scheduler_type": "no_such_package.Thing"}, {}, None, "no_such_package"),
+        ({"lr_scheduler": "rex", "lr_scheduler_args": ["min_lr=1"]}, {"learning_rate": 1e-3}, None, "min_lr"),
+        ({"lr_scheduler": "polynomial", "lr_scheduler_args": ["lr_end=1"]}, {"learning_rate": 1e-3}, None, "lr_end"),
+        (
+            {"lr_scheduler": "adafactor"},
+            {"optimizer_type": "AdaFactor", "optimizer_args": ["relative_step=False"]},
+            None,
+            "relative_step",
+        ),
+    ],
+)
 def test_refused(options, optimizer, total, words):
     with pytest.raises(ConfigError, match=words):
         schedulers.check(SchedulerOptions(**options), OptimizerOptions(**optimizer), total)

@@ -9,13 +9,15 @@ RUN = StartSummary(
     model="flux", files={"base model": "flux1-dev.safetensors"}, precision="computing in bfloat16",
     datasets=[
         DatasetSummary(
-            name="datasets[0]", resolution=(512, 768), batch_size=2, num_images=10, num_samples=55, num_validation_images=3,
+            name="datasets[0]", resolution=(512, 768), batch_size=2, num_images=10, num_samples=55,
+            num_validation_images=3,
             buckets=BUCKETS,
         )
     ],
     num_epochs=2, max_train_steps=56, steps_per_epoch=28, gradient_accumulation_steps=2, num_processes=3, device="cuda",
     optimizer="torch.optim.adamw.AdamW", lr_scheduler="constant", learning_rates={"unet": 1e-4, "textencoder": 5e-5},
-    network="network", parts={"unet": 1234567}, memory=["latents cached in memory"], seed=42, notes=["--sdpa: as always"],
+    network="network", parts={"unet": 1234567}, memory=["latents cached in memory"], seed=42,
+    notes=["--sdpa: as always"],
 )
 
 
@@ -37,7 +39,9 @@ def test_many_buckets_are_summed():
 
 def test_other_cases():
     page = start_summary(
-        dataclasses.replace(RUN, seed_was_drawn=True, num_processes=1, first_step=7, learning_rates={"a": None, "b": None})
+        dataclasses.replace(
+            RUN, seed_was_drawn=True, num_processes=1, first_step=7, learning_rates={"a": None, "b": None}
+        )
     )
     assert "--seed to repeat" in page and "1 process on" in page and "going on at step 8" in page
     assert "learning rate chosen by the optimizer" in page

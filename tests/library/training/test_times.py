@@ -33,7 +33,9 @@ def test_times_of_frames_noise_each_frame_alone():
         for frame in range(F):
             alone = objective.corrupt(LATENTS[:, :, frame], NOISE[:, :, frame], times[:, frame] * unit, DRAWS)
             assert torch.equal(whole.noisy_latents[:, :, frame], alone.noisy_latents)
-            assert torch.equal(whole.sigmas[:, frame], alone.sigmas) and torch.equal(whole.target[:, :, frame], alone.target)
+            assert torch.equal(whole.sigmas[:, frame], alone.sigmas) and torch.equal(
+                whole.target[:, :, frame], alone.target
+            )
 
 
 @pytest.mark.parametrize("side", [1, 2])
@@ -44,7 +46,13 @@ def test_times_of_tokens_noise_each_patch_alone(side):
     noisy = flow().corrupt(LATENTS, NOISE, times, DRAWS).noisy_latents
     for frame, row, column in ((0, 0, 0), (2, H // side - 1, 1), (F - 1, 0, W // side - 1)):
         sigma = times[:, (frame * (H // side) + row) * (W // side) + column].reshape(B, 1, 1, 1)
-        place = (slice(None), slice(None), frame, slice(row * side, (row + 1) * side), slice(column * side, (column + 1) * side))
+        place = (
+            slice(None),
+            slice(None),
+            frame,
+            slice(row * side, (row + 1) * side),
+            slice(column * side, (column + 1) * side),
+        )
         assert torch.equal(noisy[place], (1 - sigma) * LATENTS[place] + sigma * NOISE[place])
 
 
@@ -54,7 +62,10 @@ def test_equal_times_are_one_time_whatever_their_shape():
     for count in (F, F * H * W // 4, F * H * W):
         many = flow().corrupt(LATENTS, NOISE, one[:, None].expand(B, count), DRAWS)
         assert torch.equal(many.noisy_latents, plain.noisy_latents)
-        assert torch.equal(clean_estimate(many.target, many.noisy_latents, many.sigmas), clean_estimate(plain.target, plain.noisy_latents, plain.sigmas))
+        assert torch.equal(
+            clean_estimate(many.target, many.noisy_latents, many.sigmas),
+            clean_estimate(plain.target, plain.noisy_latents, plain.sigmas),
+        )
 
 
 def test_packed_latents_take_a_time_for_each_token():
@@ -72,7 +83,10 @@ def test_times_that_fit_nothing_are_refused():
         expand_like(torch.rand(B, 9), torch.randn(B, 10, 5))
 
 
-@pytest.mark.parametrize("options", [{"loss_type": "huber"}, {"loss_type": "smooth_l1", "huber_schedule": "exponential"}, {"loss_type": "l2"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"loss_type": "huber"}, {"loss_type": "smooth_l1", "huber_schedule": "exponential"}, {"loss_type": "l2"}],
+)
 def test_losses_and_weights_of_frames_are_the_mean_of_those_of_each_frame(options):
     element = losses.build(LossOptions(**options))
     factors = loss_weights.build(LossWeightOptions(min_snr_gamma=5.0, debiased_estimation_loss=True))
@@ -82,7 +96,9 @@ def test_losses_and_weights_of_frames_are_the_mean_of_those_of_each_frame(option
         def loss(latents, noise, times):
             sample = objective.corrupt(latents, noise, times, DRAWS)
             elementwise = element(sample.noisy_latents, sample.target, sample.timesteps, objective)
-            return per_sample_loss(elementwise, flow_weight=objective.loss_weight(sample), factors=factors(sample.timesteps, objective))
+            return per_sample_loss(
+                elementwise, flow_weight=objective.loss_weight(sample), factors=factors(sample.timesteps, objective)
+            )
 
         alone = torch.stack([loss(LATENTS[:, :, i], NOISE[:, :, i], times[:, i]) for i in range(F)])
         torch.testing.assert_close(loss(LATENTS, NOISE, times), alone.mean(dim=0), rtol=1e-5, atol=0)
@@ -90,7 +106,11 @@ def test_losses_and_weights_of_frames_are_the_mean_of_those_of_each_frame(option
 
 def test_a_sampler_may_draw_a_number_for_each_frame():
     numbers = DRAWS.normal("timesteps", (F,))
-    for options in (TimestepOptions(timestep_sampling="sigmoid"), TimestepOptions(timestep_sampling="flux_shift"), TimestepOptions(timestep_sampling="logsnr")):
+    for options in (
+        TimestepOptions(timestep_sampling="sigmoid"),
+        TimestepOptions(timestep_sampling="flux_shift"),
+        TimestepOptions(timestep_sampling="logsnr"),
+    ):
         sigmas = sigmas_from_draws(options, numbers, (H, W))
         assert sigmas.shape == (B, F) and torch.equal(sigmas[:, 1], sigmas_from_draws(options, numbers[:, 1], (H, W)))
 

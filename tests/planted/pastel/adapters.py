@@ -14,11 +14,14 @@ TARGETS = NetworkTargets(
     classes=("PastelStroke",),
     text_encoders=(
         TextEncoderTargets(
-            "lora_te", ("PastelReader",), comfy_name="text_encoders.pastel.transformer", paths=("reader.read",), file_state="pastel.files:own_state"
+            "lora_te", ("PastelReader",), comfy_name="text_encoders.pastel.transformer", paths=("reader.read",),
+            file_state="pastel.files:own_state"
         ),
     ),
 )
 
 
 def file_layers() -> tuple[LayerNames, ...]:
-    return tuple(LayerNames(f"strokes.{{i}}.{name}", (f"transformer_blocks.{{i}}.{name}",)) for name in ("mix", "caption", "out"))
+    return tuple(
+        LayerNames(f"strokes.{{i}}.{name}", (f"transformer_blocks.{{i}}.{name}",)) for name in ("mix", "caption", "out")
+    )

@@ -13,7 +13,11 @@ class PastelStroke(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mix, self.caption, self.out = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.mix, self.caption, self.out = (
+            nn.Linear(WIDTH, 2 * WIDTH),
+            nn.Linear(WIDTH, 2 * WIDTH),
+            nn.Linear(2 * WIDTH, WIDTH),
+        )
 
     def forward(self, x, caption):
         return x + self.out(torch.nn.functional.silu(self.mix(x) + self.caption(caption)[:, None]))
@@ -24,7 +28,11 @@ class PastelDenoiser(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inside, self.time, self.outside = nn.Linear(CHANNELS, WIDTH), nn.Linear(1, WIDTH), nn.Linear(WIDTH, CHANNELS)
+        self.inside, self.time, self.outside = (
+            nn.Linear(CHANNELS, WIDTH),
+            nn.Linear(1, WIDTH),
+            nn.Linear(WIDTH, CHANNELS),
+        )
         self.strokes = nn.ModuleList(PastelStroke() for _ in range(2))
 
     @property

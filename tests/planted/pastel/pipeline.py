@@ -13,7 +13,13 @@ from library.training.inference_samplers.flow import euler, flow_schedule
 def predict_velocity(denoiser, latents, times, conditioning, **inputs):
     """Velocity [B, C, h, w]; times [B] are on the 0..1000 scale."""
     given = {name: tensor.to(latents.device) for name, tensor in conditioning.items()}
-    return denoiser(latents.to(denoiser.dtype), times.float() / 1000, given["words"].to(denoiser.dtype), given["words_mask"], **inputs)
+    return denoiser(
+        latents.to(denoiser.dtype),
+        times.float() / 1000,
+        given["words"].to(denoiser.dtype),
+        given["words_mask"],
+        **inputs,
+    )
 
 
 @dataclass

@@ -27,7 +27,10 @@ FAMILY = FamilyRecord(
     latents=LatentSpec(channels=4, spatial_stride=8, fingerprint="pastel-f8c4"),
     bucket_step=16,
     caches=CacheNames(latents="_pastel.npz", text="_pastel_te.npz"),
-    conditioning=(TextKey("words", encoders=(0,), is_sized=True), TextKey("words_mask", rank=1, dtype="int64", is_sized=True)),
+    conditioning=(
+        TextKey("words", encoders=(0,), is_sized=True),
+        TextKey("words_mask", rank=1, dtype="int64", is_sized=True),
+    ),
     samples=SampleDefaults(64, 16, {"sample_steps": 2, "scale": 1.0}),
     model_kinds=(
         ModelKind(
@@ -35,7 +38,9 @@ FAMILY = FamilyRecord(
             wanted="a Pastel denoiser",
             base_version="pastel",
             modelspec="pastel-1",
-            signatures=(Signature(title="a Pastel denoiser", has=("strokes.0.mix.weight",), detail="pastel.record:strokes"),),
+            signatures=(
+                Signature(title="a Pastel denoiser", has=("strokes.0.mix.weight",), detail="pastel.record:strokes"),
+            ),
         ),
         ModelKind(
             name="vae_pastel",
@@ -51,7 +56,9 @@ FAMILY = FamilyRecord(
         ),
     ),
     encoder_files=(EncoderFile(option="pastel_words", title="Pastel"),),
-    adapters=AdapterFacts(title="Pastel", parts=("strokes_", "strokes."), priority=10, base_versions=("pastel",), modelspec=("pastel",)),
+    adapters=AdapterFacts(
+        title="Pastel", parts=("strokes_", "strokes."), priority=10, base_versions=("pastel",), modelspec=("pastel",)
+    ),
 )
 
 

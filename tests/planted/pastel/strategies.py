@@ -6,7 +6,12 @@ import torch
 from pastel.models import LENGTH, WORDS
 from pastel.record import FAMILY
 
-from library.strategy_base import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy, TextEncodingStrategy, TokenizeStrategy
+from library.strategy_base import (
+    LatentsCachingStrategy,
+    TextEncoderOutputsCachingStrategy,
+    TextEncodingStrategy,
+    TokenizeStrategy,
+)
 
 
 class PastelTokenize(TokenizeStrategy):
@@ -14,7 +19,9 @@ class PastelTokenize(TokenizeStrategy):
         texts = [text] if isinstance(text, str) else text
         ids = torch.zeros((len(texts), LENGTH), dtype=torch.int64)
         for row, words in zip(ids, (caption.split()[:LENGTH] for caption in texts)):
-            row[: len(words)] = torch.tensor([1 + sum(word.encode()) % (WORDS - 1) for word in words], dtype=torch.int64)
+            row[: len(words)] = torch.tensor(
+                [1 + sum(word.encode()) % (WORDS - 1) for word in words], dtype=torch.int64
+            )
         return [ids, (ids > 0).long()]
 
 

@@ -65,7 +65,9 @@ class PastelFamily(FlowFamily):
 
         caching, text = self.config[CachingOptions], None
         if caching.caches_text:
-            text = PastelText(caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check)
+            text = PastelText(
+                caching.cache_text_encoder_outputs_to_disk, caching.text_encoder_batch_size, caching.skip_cache_check
+            )
             text.trained = trained
             text.model_identity, text.max_token_length = model_identity(self.opts.pastel_words), LENGTH
         return StrategySet(PastelTokenize(), PastelEncoding(), self.latents_caching(), text, TEXT_LAYOUTS["pastel"])
@@ -108,7 +110,10 @@ class PastelFamily(FlowFamily):
 
         from library.training.run import DiTOutput
 
-        return DiTOutput(predict_velocity(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs), sample.target)
+        return DiTOutput(
+            predict_velocity(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs),
+            sample.target,
+        )
 
     def metadata(self):
         return {"ss_base_model_version": "pastel"}

@@ -1,5 +1,5 @@
-"""What a hook can rely on: its modules live like the trained ones, its weights for evaluation are put in place and taken away, and
-it is closed whatever happens."""
+"""What a hook can rely on: its modules live like the trained ones, its weights for evaluation are put in place and
+taken away, and it is closed whatever happens."""
 
 from __future__ import annotations
 
@@ -79,8 +79,12 @@ def test_modules_of_a_hook_are_kept_in_states_and_follow_the_mode(tmp_path: Path
     save_state(run, tmp_path / "a-state", {"current_epoch": 1, "current_step": 1})
     other = small_run([restored := WithModule(0.0)])
     load_weights(other, tmp_path / "a-state")
-    assert torch.equal(restored.head.weight, hook.head.weight) and torch.equal(restored.frozen.weight, hook.frozen.weight)
-    with pytest.raises(CheckpointError, match=r"hooks that this run does not have \(first: hook:WithModule.frozen.bias\)"):
+    assert torch.equal(restored.head.weight, hook.head.weight) and torch.equal(
+        restored.frozen.weight, hook.frozen.weight
+    )
+    with pytest.raises(
+        CheckpointError, match=r"hooks that this run does not have \(first: hook:WithModule.frozen.bias\)"
+    ):
         load_weights(small_run([]), tmp_path / "a-state")
 
 
@@ -131,14 +135,23 @@ def test_two_hooks_that_write_the_same_companion_are_refused() -> None:
 
 def test_the_updater_has_every_group_of_the_optimizer() -> None:
     run = small_run([])
-    assert [id(p) for p in trained_parameters(run.optimizer)] == [id(run.trainable.layer.weight), id(run.trainable.layer.bias)]
+    assert [id(p) for p in trained_parameters(run.optimizer)] == [
+        id(run.trainable.layer.weight),
+        id(run.trainable.layer.bias),
+    ]
 
 
 def test_hooks_import_nothing_of_what_is_learned() -> None:
     """Trainables bring hooks; the way back would close a circle, at module level or in a function."""
     for path in ROOM.glob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"]
+        typing = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        ]
         skipped = {id(inner) for node in typing for inner in ast.walk(node)}
-        names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and id(node) not in skipped]
+        names = [
+            node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and id(node) not in skipped
+        ]
         assert not [name for name in names if name.startswith("library.training.trainables")], path.name

@@ -36,7 +36,9 @@ def test_tensorboard_gets_every_step_once(tmp_path):
     assert [x for x, _ in points["loss/epoch_average"]] == [1]
     current = [value for _, value in points["loss/current"]]
     assert points["loss/average"][2][1] == pytest.approx(sum(current[:3]) / 3, rel=1e-5)
-    assert points["loss/average"][5][1] == pytest.approx((current[4] + current[5] + current[2] + current[3]) / 4, rel=1e-5)
+    assert points["loss/average"][5][1] == pytest.approx(
+        (current[4] + current[5] + current[2] + current[3]) / 4, rel=1e-5
+    )
 
 
 def test_the_window_holds_the_last_epoch_and_never_adds_it_up_again():
@@ -94,7 +96,12 @@ def test_the_recorded_options_hold_no_secret_and_no_path():
     )
     recorded = recorded_config(run.config)
     text = json.dumps(recorded)
-    assert "secret" not in text and "someone" not in text and "wandb_api_key" not in recorded and "output_dir" not in recorded
+    assert (
+        "secret" not in text
+        and "someone" not in text
+        and "wandb_api_key" not in recorded
+        and "output_dir" not in recorded
+    )
     assert recorded["output_name"] == "name" and recorded["max_train_steps"] == 1600
 
 

@@ -15,7 +15,9 @@ from tests.library.training.hooks.small_run import small_run
 
 def test_picture_and_table_are_written_at_the_end(tmp_path):
     curve = LossCurveHook()
-    run = small_run([LossReader(every=5), LoggingHook(show_progress=False), curve], output_dir=str(tmp_path), output_name="line")
+    run = small_run(
+        [LossReader(every=5), LoggingHook(show_progress=False), curve], output_dir=str(tmp_path), output_name="line"
+    )
     curve.add_validation(0, 0.9)
     curve.add_validation(8, 0.1)
     fit(run)
@@ -40,7 +42,12 @@ def test_losses_of_noise_levels_are_columns_that_a_state_keeps(tmp_path):
     rows = list(csv.DictReader(open(tmp_path / "line-loss.csv", encoding="utf-8")))
     assert list(rows[0]) == ["step", "loss", "average", "validation", "validation_80", "validation_200"]
     first, second = rows[:2]
-    assert (first["step"], first["validation_80"], first["validation_200"], second["validation_80"]) == ("2", "0.75", "0.25", "")
+    assert (first["step"], first["validation_80"], first["validation_200"], second["validation_80"]) == (
+        "2",
+        "0.75",
+        "0.25",
+        "",
+    )
     assert again.levels == {2: {"200": 0.25, "80": 0.75}}  # step 9 is after the one at which the run goes on
 
 

@@ -28,7 +28,9 @@ def test_planned_files_are_those_that_are_written(tmp_path, caplog):
         fit(run)
     told = caplog.records[-1].getMessage().splitlines()[1:]
     files = {str(path) for path in tmp_path.iterdir() if path.is_file()}
-    assert {line.strip() for line in told} - {line.strip() for line in told if "logs" in line} == files and len(files) == 5
+    assert {line.strip() for line in told} - {line.strip() for line in told if "logs" in line} == files and len(
+        files
+    ) == 5
 
 
 def test_removed_files_are_not_listed_at_the_end(tmp_path):
@@ -43,7 +45,8 @@ def test_removed_files_are_not_listed_at_the_end(tmp_path):
 def test_intervals_that_are_never_reached_are_said(tmp_path):
     run = run_with_files(tmp_path, save_every_n_epochs=4, save_every_n_steps=13)
     assert [line.split(":")[0] for line in unreached_intervals(run)] == [
-        "--save_every_n_epochs is 4, longer than the run of 3 epochs", "--save_every_n_steps is 13, longer than the run of 12 steps",
+        "--save_every_n_epochs is 4, longer than the run of 3 epochs",
+        "--save_every_n_steps is 13, longer than the run of 12 steps",
     ]  # fmt: skip
     assert unreached_intervals(run_with_files(tmp_path, save_every_n_epochs=2, save_every_n_steps=12)) == []
 

@@ -50,7 +50,9 @@ def flux(tmp_path_factory):
 def run_with(flux, hooks, **options):
     family, strategies, _, models = flux
     options = {"sample_prompts": "prompts.txt", **options}
-    return dataclasses.replace(small_run(hooks, steps=8, **options), family=family, strategies=strategies, models=models)
+    return dataclasses.replace(
+        small_run(hooks, steps=8, **options), family=family, strategies=strategies, models=models
+    )
 
 
 def sample_hook(flux) -> SampleHook:
@@ -111,7 +113,9 @@ def test_the_same_step_gives_the_same_pictures_and_another_step_other_drawn_seed
 )
 def test_occasions(flux, tmp_path, options, suffixes):
     pairs = CountPairs()
-    run = run_with(flux, [LossReader(), LoggingHook(False), sample_hook(flux), pairs], output_dir=str(tmp_path), **options)
+    run = run_with(
+        flux, [LossReader(), LoggingHook(False), sample_hook(flux), pairs], output_dir=str(tmp_path), **options
+    )
     fit(run)
     grids = sorted(path.name for path in (tmp_path / "sample").glob("*_grid.png"))
     assert grids == [f"{suffix}_grid.png" for suffix in suffixes]
@@ -140,14 +144,18 @@ def test_a_failing_sample_is_told_and_training_goes_on(flux, tmp_path, caplog):
     assert run.progress.is_finished and pairs.calls == ["before", "after"] * 3
     told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert len(told) == 3 and all(
-        line == "the sample of prompt 0 ('a red cat') could not be made: out of memory. Tried to allocate 7 TiB. Training goes on" for line in told
+        line
+        == "the sample of prompt 0 ('a red cat') could not be made: out of memory. Tried to allocate 7 TiB. Training goes on"
+        for line in told
     )
     assert len(list((tmp_path / "sample").glob("*_01_*.png"))) == 3  # the other prompt
 
 
 def test_pictures_that_cannot_be_written_are_told_and_training_goes_on(flux, tmp_path, caplog):
     (tmp_path / "sample").write_text("a file where the folder should be")
-    run = run_with(flux, [LossReader(), LoggingHook(False), sample_hook(flux)], output_dir=str(tmp_path), sample_every_n_steps=8)
+    run = run_with(
+        flux, [LossReader(), LoggingHook(False), sample_hook(flux)], output_dir=str(tmp_path), sample_every_n_steps=8
+    )
     fit(run)
     assert run.progress.is_finished
     told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
@@ -213,8 +221,15 @@ def test_samples_tell_their_settings(flux, tmp_path):
     run.hooks.on_train_start(run)
     run.progress.global_step = 3
     first, second = (read_texts(file.path) for file in hook.sample(run, "step"))
-    assert first["prompt"] == "a red cat" and (first["seed"], first["steps"], first["step"], first["occasion"]) == ("7", "1", "3", "step 3")
-    assert (second["negative-prompt"], second["scale"]) == ("blue", "3.0") and second["seed"].isdecimal()  # the drawn one
+    assert first["prompt"] == "a red cat" and (first["seed"], first["steps"], first["step"], first["occasion"]) == (
+        "7",
+        "1",
+        "3",
+        "step 3",
+    )
+    assert (second["negative-prompt"], second["scale"]) == ("blue", "3.0") and second[
+        "seed"
+    ].isdecimal()  # the drawn one
 
 
 def test_the_sheet_grows_and_a_resumed_run_goes_on_with_it(flux, tmp_path):
@@ -240,7 +255,11 @@ def test_the_sheet_grows_and_a_resumed_run_goes_on_with_it(flux, tmp_path):
 def test_an_interval_longer_than_the_run_samples_at_its_end(flux, tmp_path, options):
     hook = sample_hook(flux)
     run = run_with(flux, [LossReader(), LoggingHook(False), hook], output_dir=str(tmp_path), **options)
-    assert any(f"--{name} is {value}, longer than the run" in line for name, value in options.items() for line in unreached_intervals(run))
+    assert any(
+        f"--{name} is {value}, longer than the run" in line
+        for name, value in options.items()
+        for line in unreached_intervals(run)
+    )
     assert "2 pictures and a grid on 1 occasion," in hook.planned_files(run)[0]
     fit(run)
     assert [path.name for path in (tmp_path / "sample").glob("*_grid.png")] == ["000008_grid.png"]

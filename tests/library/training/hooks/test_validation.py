@@ -26,7 +26,9 @@ def hooks_of(validation: ValidationHook) -> list:
 
 def mean_by_hand(run, batches) -> float:
     losses = [
-        (run.models.denoiser(batch.inputs) - batch.targets - time).square().mean() for batch in batches for time in (0.2, 0.4, 0.6, 0.8)
+        (run.models.denoiser(batch.inputs) - batch.targets - time).square().mean()
+        for batch in batches
+        for time in (0.2, 0.4, 0.6, 0.8)
     ]
     return torch.stack(losses).mean().item()
 
@@ -142,7 +144,11 @@ class RisingData(LineData):
     def validation_batches(self, limit=None):
         self.passes += 1
         batch = self.batch(0, 5)
-        return [dataclasses.replace(batch, targets=torch.full((2, 1), {1: 50.0, 2: 1.0}.get(self.passes, 10.0 * self.passes)))]
+        return [
+            dataclasses.replace(
+                batch, targets=torch.full((2, 1), {1: 50.0, 2: 1.0}.get(self.passes, 10.0 * self.passes))
+            )
+        ]
 
 
 def test_the_lowest_loss_marks_its_epoch(caplog, tmp_path):
@@ -150,7 +156,13 @@ def test_the_lowest_loss_marks_its_epoch(caplog, tmp_path):
     run = small_run(hooks_of(validation), data=RisingData(), steps=16)
     with caplog.at_level(logging.INFO, logger="library.training.hooks.validation"):
         fit(run)
-    assert [line.endswith("the lowest so far") for line in caplog.messages if "validation loss after" in line] == [False, True, False, False, False]
+    assert [line.endswith("the lowest so far") for line in caplog.messages if "validation loss after" in line] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
     assert "in epoch 1 (after step 4)" in caplog.messages[-1]
     resumed = ValidationHook(seed=3)
     resumed.load_state_dict(validation.state_dict())

@@ -29,9 +29,12 @@ def images(tmp_path_factory):
 
 def prepared(tiny, images, tmp_path, *more: str):
     arguments = [
-        *tiny.arguments(), "--t5xxl_max_token_length=16", f"--train_data_dir={images}", "--resolution=32", "--caption_extension=.txt",
-        "--network_module=networks.lora_flux", "--network_dim=2", "--network_train_unet_only", f"--output_dir={tmp_path}",
-        "--max_train_steps=4", "--seed=3", "--validation_split=0.5", "--max_data_loader_n_workers=0", "--timestep_sampling=shift",
+        *tiny.arguments(), "--t5xxl_max_token_length=16", f"--train_data_dir={images}", "--resolution=32",
+        "--caption_extension=.txt",
+        "--network_module=networks.lora_flux", "--network_dim=2", "--network_train_unet_only",
+        f"--output_dir={tmp_path}",
+        "--max_train_steps=4", "--seed=3", "--validation_split=0.5", "--max_data_loader_n_workers=0",
+        "--timestep_sampling=shift",
         "--caption_dropout_rate=0.5", "--shuffle_caption", *more,
     ]
     config = parser_common.parse(arguments, "flux", "network")

@@ -39,7 +39,8 @@ def clip_of(tiny):
 def runtime(trained_dtype=torch.float32):
     dtype = torch.float32
     return Runtime(
-        accelerator=None, device=torch.device("cpu"), weight_dtype=dtype, denoiser_dtype=dtype, text_encoder_dtype=dtype,
+        accelerator=None, device=torch.device("cpu"), weight_dtype=dtype, denoiser_dtype=dtype,
+        text_encoder_dtype=dtype,
         vae_dtype=dtype, trained_dtype=trained_dtype, rank=0, num_processes=1, seed=SEED,
     )
 
@@ -88,10 +89,15 @@ def test_own_network_trains_denoiser_and_clip(tiny, module):
 
 def test_rates_of_parts(tiny):
     trainable, _ = made(tiny, "--unet_lr", "3e-4", "--text_encoder_lr", "1e-5", "2e-5")
-    assert [(group["name"], group["lr"]) for group in trainable.param_groups()] == [("textencoder 1", 1e-5), ("unet", 3e-4)]
+    assert [(group["name"], group["lr"]) for group in trainable.param_groups()] == [
+        ("textencoder 1", 1e-5),
+        ("unet", 3e-4),
+    ]
     frozen, _ = made(tiny, "--text_encoder_lr", "0")
     assert [group["name"] for group in frozen.param_groups()] == ["unet"]
-    assert not any(parameter.requires_grad for lora in frozen.network.text_encoder_loras for parameter in lora.parameters())
+    assert not any(
+        parameter.requires_grad for lora in frozen.network.text_encoder_loras for parameter in lora.parameters()
+    )
     with pytest.raises(ConfigError, match="nothing to train"):
         made(tiny, "--text_encoder_lr", "0", "--unet_lr", "0")
 
@@ -126,7 +132,15 @@ def test_disabled_predicts_without_the_network(tiny):
 
 
 def test_dropout_in_a_model_follows_the_position_in_the_batch(tiny):
-    trainable, models = made(tiny, "--network_train_unet_only", "--network_dropout", "0.5", "--network_args", "rank_dropout=0.2", "module_dropout=0.2")
+    trainable, models = made(
+        tiny,
+        "--network_train_unet_only",
+        "--network_dropout",
+        "0.5",
+        "--network_args",
+        "rank_dropout=0.2",
+        "module_dropout=0.2",
+    )
     shaken(trainable.network)
     inputs = denoiser_inputs(models.denoiser)
     trainable.on_step_start(StepDraws(SEED, 3, (4, 5)))
@@ -141,7 +155,9 @@ def test_dropout_in_a_model_follows_the_position_in_the_batch(tiny):
 
 
 def test_recomputed_activations_give_the_same_gradients(tiny):
-    trainable, models = made(tiny, "--network_train_unet_only", "--network_dropout", "0.5", "--network_args", "module_dropout=0.2")
+    trainable, models = made(
+        tiny, "--network_train_unet_only", "--network_dropout", "0.5", "--network_args", "module_dropout=0.2"
+    )
     shaken(trainable.network)
     gradients = []
     for checkpointing in (False, True):
@@ -163,14 +179,19 @@ def test_save_load_and_metadata(tiny, tmp_path):
     path = str(tmp_path / "a.safetensors")
     trainable.save(path, torch.float16, {"ss_seed": "1"})
     assert trainable.metadata() == {
-        "ss_network_module": "networks.lora_flux", "ss_network_dim": 2, "ss_network_alpha": 3.0, "ss_network_dropout": None,
+        "ss_network_module": "networks.lora_flux", "ss_network_dim": 2, "ss_network_alpha": 3.0,
+        "ss_network_dropout": None,
         "ss_network_args": '{"rank_dropout": "0.1"}', "ss_scale_weight_norms": None,
     }  # fmt: skip
     again, models_again = made(tiny, "--network_dim", "2", "--network_weights", path)
     trainable.network.eval()
     torch.testing.assert_close(predict(models_again), predict(models), rtol=1e-2, atol=1e-2)
-    by_file, models_by_file = made(tiny, "--network_weights", path, "--dim_from_weights", "--network_args", "rank_dropout=0.1")
-    assert all(lora.rank_dropout == 0.1 and lora.lora_dim == 2 and float(lora.alpha) == 3 for lora in by_file.network.loras)
+    by_file, models_by_file = made(
+        tiny, "--network_weights", path, "--dim_from_weights", "--network_args", "rank_dropout=0.1"
+    )
+    assert all(
+        lora.rank_dropout == 0.1 and lora.lora_dim == 2 and float(lora.alpha) == 3 for lora in by_file.network.loras
+    )
     by_file.network.eval()
     assert torch.equal(predict(models_by_file), predict(models_again))
 
@@ -241,7 +262,8 @@ def test_bad_options_are_refused_before_models_are_loaded(tiny, arguments, messa
 
 
 @pytest.mark.parametrize("values", [
-    {"network_train_unet_only": True, "network_train_text_encoder_only": True}, {"network_dim": 0}, {"network_alpha": -1.0},
+    {"network_train_unet_only": True, "network_train_text_encoder_only": True}, {"network_dim": 0},
+    {"network_alpha": -1.0},
     {"network_dropout": 1.0}, {"dim_from_weights": True}, {"base_weights_multiplier": [1.0]}, {"network_args": ["x"]},
     {"unet_lr": -1.0}, {"scale_weight_norms": 0.0},
 ])  # fmt: skip
@@ -262,7 +284,13 @@ def test_a_model_file_is_no_adapter(tiny):
 
 def test_empty_network_names_the_classes(tiny):
     with pytest.raises(ConfigError, match="DoubleStreamBlock"):
-        made(tiny, "--network_train_unet_only", "--network_args", "train_double_block_indices=none", "train_single_block_indices=none")
+        made(
+            tiny,
+            "--network_train_unet_only",
+            "--network_args",
+            "train_double_block_indices=none",
+            "train_single_block_indices=none",
+        )
 
 
 # -- lycoris -----------------------------------------------------------------------------------------------------------
@@ -276,7 +304,8 @@ def quiet_lycoris():
 @pytest.mark.parametrize("algo", ["lora", "loha", "lokr"])
 def test_lycoris_runs_unchanged(tiny, tmp_path, quiet_lycoris, algo):
     trainable, models = made(
-        tiny, "--network_module", "lycoris.kohya", "--network_dim", "2", "--network_dropout", "0.1", "--network_args", f"algo={algo}"
+        tiny, "--network_module", "lycoris.kohya", "--network_dim", "2", "--network_dropout", "0.1", "--network_args",
+        f"algo={algo}"
     )
     names = {lora.lora_name for lora in trainable.network.unet_loras + trainable.network.text_encoder_loras}
     assert "lora_unet_double_blocks_0_img_attn_qkv" in names and "lora_te1_text_model_encoder_layers_0_mlp_fc1" in names
@@ -296,7 +325,8 @@ def test_lycoris_runs_unchanged(tiny, tmp_path, quiet_lycoris, algo):
         trainable.save(path, None, {"ss_b": "1", "ss_a": "2"})
     assert open(paths[0], "rb").read() == open(paths[1], "rb").read()
     again, models_again = made(
-        tiny, "--network_module", "lycoris.kohya", "--network_dim", "2", "--network_args", f"algo={algo}", "--network_weights", paths[0]
+        tiny, "--network_module", "lycoris.kohya", "--network_dim", "2", "--network_args", f"algo={algo}",
+        "--network_weights", paths[0]
     )
     again.network.eval()
     torch.testing.assert_close(predict(models_again), predict(models), rtol=1e-4, atol=1e-5)

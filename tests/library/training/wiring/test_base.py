@@ -26,7 +26,9 @@ def test_names_without_meaning_are_options_and_pass_with_their_defaults(kind, ta
 
 def test_settings_of_the_other_objective_are_refused_or_ignored_by_name():
     with pytest.raises(ConfigError) as error:
-        parse_script(["--timestep_sampling=shift", "--discrete_flow_shift=2"], with_table("foreign", foreign_to_ddpm("Any")))
+        parse_script(
+            ["--timestep_sampling=shift", "--discrete_flow_shift=2"], with_table("foreign", foreign_to_ddpm("Any"))
+        )
     assert len(error.value.problems) == 2 and "Any is trained at whole timesteps" in str(error.value)
     (item,) = parse_script(["--min_snr_gamma=5"], with_table("ignored", ignored_by_flow("Any"))).config.ignored
     assert item.written == "--min_snr_gamma 5" and "no table of signal-to-noise ratios" in item.reason

@@ -55,7 +55,9 @@ def test_check_accepts_the_set_and_names_every_wrong_file(tiny, tmp_path):
         family_of(tiny, clip_l=None, t5xxl=str(tmp_path / "none.safetensors"), ae=str(tiny.flux)).check()
     text = str(caught.value)
     assert len(caught.value.problems) == 3
-    assert "--clip_l is not given" in text and "none.safetensors" in text and "--ae" in text and "FLUX.1 denoiser" in text
+    assert (
+        "--clip_l is not given" in text and "none.safetensors" in text and "--ae" in text and "FLUX.1 denoiser" in text
+    )
 
 
 def test_check_knows_sizes_that_do_not_belong_together(tiny, tmp_path):
@@ -127,7 +129,12 @@ def test_strategies_follow_the_caching_options(tiny):
     assert plain.text_encoder_outputs_caching is None and plain.latents_caching is not None
     cached = family_of(tiny, cache_text_encoder_outputs=True, apply_t5_attn_mask=True).strategies(trained=[True, False])
     text = cached.text_encoder_outputs_caching
-    assert text.live == {"l_pooled"} and not text.cache_to_disk and text.max_token_length == 16 and len(text.model_identity) == 32
+    assert (
+        text.live == {"l_pooled"}
+        and not text.cache_to_disk
+        and text.max_token_length == 16
+        and len(text.model_identity) == 32
+    )
     assert plain.tokenize.tokenize("a cat")[1].shape == (1, 16)
 
 
@@ -150,11 +157,15 @@ def test_metadata_holds_the_known_keys(tiny):
 
 def test_eight_bit_text_encoders_still_encode(tiny):
     family = family_of(tiny)
-    runtime = dataclasses.replace(prepare_runtime(family.config), text_encoder_dtype=torch.float8_e4m3fn, weight_dtype=torch.bfloat16)
+    runtime = dataclasses.replace(
+        prepare_runtime(family.config), text_encoder_dtype=torch.float8_e4m3fn, weight_dtype=torch.bfloat16
+    )
     encoders = family.load_text_encoders(runtime)
     strategies = family.strategies()
     with torch.no_grad():
-        outputs = strategies.text_encoding.encode_tokens(strategies.tokenize, encoders, strategies.tokenize.tokenize("a red cat"))
+        outputs = strategies.text_encoding.encode_tokens(
+            strategies.tokenize, encoders, strategies.tokenize.tokenize("a red cat")
+        )
     assert encoders[1].encoder.block[0].layer[0].SelfAttention.q.weight.dtype == torch.float8_e4m3fn
     assert all(torch.isfinite(tensor).all() for tensor in outputs)
 
