@@ -40,6 +40,16 @@ def flux(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
 
 
 @torch.no_grad()
+def chroma(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    """The guidance of the file is 0, which the model knows by itself."""
+    from library.chroma_utils import load_chroma
+
+    model = _loaded(load_chroma, weights, config)
+    given = {name: tensor for name, tensor in inputs.items() if name != "guidance"}
+    return {"mod_vectors": model.modulation_vectors(inputs["timesteps"]), "out": model(**given)}
+
+
+@torch.no_grad()
 def vae_ldm16(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     from library.flux_utils import load_ae
 
@@ -165,7 +175,7 @@ def te_qwen3(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tenso
 
 
 def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
-    """The parts that FLUX.1, Stable Diffusion, SDXL and Anima use."""
+    """The parts that the families here use."""
     from library.anima_models import AnimaParams, cos_sin, image_angles, text_angles
     from library.attention import rope_cos_sin, timestep_embedding
     from library.flux_utils import pack_latents, prepare_img_ids
@@ -177,6 +187,7 @@ def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensor
     return {
         "flux_img_ids": img_ids,
         "flux_packed": pack_latents(latents),
+        "chroma_mod_index_32": timestep_embedding(torch.arange(344), 32),
         "flux_shift_mu": torch.tensor([line_mu(count, MU_LINES["flux_shift"]) for count in tokens.tolist()]),
         "rope_flux_cos_sin": rope,
         "time_flux_256": timestep_embedding(inputs["time/unit"], 256),
@@ -235,6 +246,7 @@ def snr_weights(inputs: Tensors) -> Tensors:
 CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "flux_dev": flux,
     "flux_schnell": flux,
+    "chroma": chroma,
     "vae_ldm16": vae_ldm16,
     "sd15_unet": unet_sd,
     "sd21_unet": unet_sd,

@@ -1,4 +1,5 @@
-"""FLUX.1 key names of the denoiser: the original layout and the one of diffusers folders, both ways.
+"""FLUX.1 key names of the denoiser and of its variants: the original layout and the one of diffusers folders, both
+ways.
 
 Each rule says how one original tensor is made of one or more others; both directions read the same table.
 """
@@ -63,10 +64,18 @@ _SINGLE_NORMS = (
     Rule("norm.key_norm.scale", ("attn.norm_k.weight",)),
 )
 
+APPROXIMATOR = "distilled_guidance_layer."
+"""of Chroma, which has it in the place of the modulation of the blocks"""
+_APPROXIMATOR_LAYER = (Rule("in_layer", ("linear_1",)), Rule("out_layer", ("linear_2",)))
 
-def denoiser_rules(depth: int, depth_single_blocks: int) -> Iterator[Rule]:
+
+def denoiser_rules(depth: int, depth_single_blocks: int, approximator_depth: int = 0) -> Iterator[Rule]:
     """Every rule of a denoiser with these depths; names of weights, biases and scales."""
     yield from _with_kinds("", "", _TOP)
+    for number in range(approximator_depth):
+        layer = f"{APPROXIMATOR}layers.{number}."
+        yield from _with_kinds(layer, layer, _APPROXIMATOR_LAYER)
+        yield Rule(f"{APPROXIMATOR}norms.{number}.scale", (f"{APPROXIMATOR}norms.{number}.weight",))
     for number in range(depth):
         places = (f"double_blocks.{number}.", f"transformer_blocks.{number}.")
         yield from _with_kinds(*places, _DOUBLE)
@@ -99,7 +108,8 @@ def convert_diffusers_sd_to_bfl(state: Mapping[str, Tensor]) -> dict[str, Tensor
     rest = dict(state)
     converted: dict[str, Tensor] = {}
     for rule in denoiser_rules(
-        count_blocks(state, "transformer_blocks."), count_blocks(state, "single_transformer_blocks.")
+        count_blocks(state, "transformer_blocks."), count_blocks(state, "single_transformer_blocks."),
+        count_blocks(state, f"{APPROXIMATOR}layers."),
     ):
         if not all(part in rest for part in rule.parts):
             continue
@@ -114,7 +124,10 @@ def convert_bfl_sd_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor
     rest = dict(state)
     hidden = state["img_in.weight"].shape[0]
     converted: dict[str, Tensor] = {}
-    for rule in denoiser_rules(count_blocks(state, "double_blocks."), count_blocks(state, "single_blocks.")):
+    for rule in denoiser_rules(
+        count_blocks(state, "double_blocks."), count_blocks(state, "single_blocks."),
+        count_blocks(state, f"{APPROXIMATOR}layers.")
+    ):
         if rule.original not in rest:
             continue
         tensor = rest.pop(rule.original)
