@@ -37,8 +37,8 @@ from library.components.text_encoder_utils import load_clip_l, load_t5xxl
 from library.core.errors import CheckpointError
 from library.core.lazy_names import homes, lazy_names
 from library.flux_models import AutoEncoder, Flux, FluxParams, StreamParams, StreamTransformer
-from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
-from library.safetensors_utils import FP8_DTYPES, cast_all, cast_floats, save_file_atomic
+from library.fp8_optimization_utils import store_linears_in_fp8
+from library.safetensors_utils import cast_all, save_file_atomic
 
 __all__ = [
     "analyze_checkpoint_state", "convert_bfl_sd_to_diffusers", "convert_diffusers_sd_to_bfl", "get_t5xxl_actual_dtype",
@@ -237,11 +237,9 @@ def load_flux(
 
 def load_stream_model(
     info: StreamModelInfo, kind: StreamKind, title: str, path: str | os.PathLike, dtype: torch.dtype | None,
-    device: torch.device | str,
-    disable_mmap: bool, transform: Transform | None,
+    device: torch.device | str, disable_mmap: bool, transform: Transform | None,
 ) -> Any:
     """The denoiser of a file that was recognised; types as `load_flux` tells."""
-    _check_fp8(info, dtype)
     logger.info(
         "loading %s from %s (%s layout, %d double and %d single blocks)",
         title, path, "diffusers" if info.is_diffusers else "original", info.params.depth,
@@ -250,47 +248,21 @@ def load_stream_model(
     keys = [key for key in info.source.shapes if key.startswith(info.prefix)]
     if not info.prefix:
         keys = [key for key in keys if not key.startswith(_OTHER_PARTS)]
-    state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, _casting(info, dtype)), info.prefix)
+    cast = info.source.storing(dtype, keys)
+    state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, cast), info.prefix)
     if info.is_diffusers:
         state = convert_diffusers_sd_to_bfl(state)
     model = build_on_meta(lambda: kind.model(info.params))
     check_state(model, state, os.fspath(path))
     assign_state(model, state)
-    if dtype in (FP8_STORAGE, None):
-        store_linears_in_fp8(model)
+    store_linears_in_fp8(model)
     return model
-
-
-def _casting(info: StreamModelInfo, dtype: torch.dtype | None) -> Callable[[str, Tensor], Tensor]:
-    """What gives each tensor its type while it is read: with 8-bit storage, asked for or of the file, matrices stay in
-    8 bits."""
-    wide = torch.bfloat16 if dtype is None or dtype == FP8_STORAGE else dtype
-    stay_in_fp8 = dtype == FP8_STORAGE or dtype is None
-
-    def cast(key: str, tensor: Tensor) -> Tensor:
-        kind = info.source.dtype_of(key)
-        is_matrix = (
-            key.endswith(".weight") and tensor.ndim == 2
-        )  # every such tensor of this model belongs to a linear layer
-        if stay_in_fp8 and is_matrix and (dtype is not None or kind in FP8_DTYPES):
-            return cast_floats(tensor, dtype or kind, key)
-        return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind, key)
-
-    return cast
 
 
 def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The denoiser's entries of a checkpoint's state under the names of the module tree."""
     part = part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS)
     return convert_diffusers_sd_to_bfl(part) if is_diffusers_denoiser(part) else part
-
-
-def _check_fp8(info: StreamModelInfo, dtype: torch.dtype | None) -> None:
-    other = sorted(str(kind).removeprefix("torch.") for kind in info.dtypes & set(FP8_DTYPES) - {FP8_STORAGE})
-    if dtype == FP8_STORAGE and other:
-        raise CheckpointError(
-            f"{info.source.path} stores weights as {', '.join(other)}; 8-bit storage needs float8_e4m3fn or a wider file"
-        )
 
 
 def save_flow_model(
