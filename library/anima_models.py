@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import DeviceTables, rotate_halves, scaled_attention, timestep_embedding
+from library.attention import DeviceTables, per_token, rotate_halves, scaled_attention, timestep_embedding
 from library.custom_offloading_utils import BlockStackMixin, BlockOffloader
 
 Rope = tuple[Tensor, Tensor]
@@ -262,11 +262,6 @@ class Block(nn.Module):
     @staticmethod
     def _parts(modulation: nn.Module, emb: Tensor, adaln_lora: Tensor) -> tuple[Tensor, ...]:
         return per_token(modulation(emb) + adaln_lora).chunk(3, dim=-1)  # each [B, 1 or L, D]
-
-
-def per_token(modulation: Tensor) -> Tensor:
-    """[B, D] as [B, 1, D], for all tokens alike; [B, L, D] as it is."""
-    return modulation[:, None] if modulation.ndim == 2 else modulation
 
 
 class FinalLayer(nn.Module):

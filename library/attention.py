@@ -1,4 +1,4 @@
-"""Attention, rotary positions and time embeddings shared by the denoisers."""
+"""Attention, modulation, rotary positions and time embeddings shared by the denoisers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,21 @@ def scaled_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor
     mask = None if key_mask is None else key_mask.bool()[:, None, None, :]  # [B, 1, 1, L]
     attended = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value, attn_mask=mask)
     return attended.transpose(1, 2).flatten(2)  # [B, L, heads * D]
+
+
+def per_token(vec: Tensor) -> Tensor:
+    """A modulation for all tokens alike [B, D] as [B, 1, D]; one per token [B, L, D] as it is."""
+    return vec[:, None] if vec.ndim == 2 else vec
+
+
+def of_text(vec: Tensor) -> Tensor:
+    """The vector [B, D] of text tokens, which have no time of their own: the mean of those of the image tokens [B, L,
+    D]."""
+    return vec if vec.ndim == 2 else vec.mean(dim=1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return (1 + scale) * x + shift
 
 
 class DeviceTables:

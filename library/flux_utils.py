@@ -44,7 +44,7 @@ from library.core.errors import CheckpointError
 from library.core.lazy_names import homes, lazy_names
 from library.flux_models import AutoEncoder, Flux, FluxParams
 from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
-from library.safetensors_utils import FP8_DTYPES, cast_all, cast_floats, save_file_atomic
+from library.safetensors_utils import FP8_DTYPES, cast_all, save_file_atomic
 
 __all__ = [
     "analyze_checkpoint_state", "convert_bfl_sd_to_diffusers", "convert_diffusers_sd_to_bfl", "get_t5xxl_actual_dtype",
@@ -197,25 +197,18 @@ def load_flux(
     keys = [key for key in info.source.shapes if key.startswith(info.prefix)]
     if not info.prefix:
         keys = [key for key in keys if not key.startswith(_OTHER_PARTS)]
-    wide = torch.bfloat16 if dtype is None or dtype == FP8_STORAGE else dtype
-    stay_in_fp8 = dtype == FP8_STORAGE or dtype is None
 
-    def cast(key: str, tensor: Tensor) -> Tensor:
-        kind = info.source.dtype_of(key)
-        is_matrix = (
-            key.endswith(".weight") and tensor.ndim == 2
-        )  # every such tensor of this model belongs to a linear layer
-        if stay_in_fp8 and is_matrix and (dtype is not None or kind in FP8_DTYPES):
-            return cast_floats(tensor, dtype or kind, key)
-        return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind, key)
+    def is_matrix(key: str, tensor: Tensor) -> bool:
+        return key.endswith(".weight") and tensor.ndim == 2  # every such tensor of this model belongs to a linear layer
 
+    cast = info.source.storing(dtype, is_matrix)
     state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, cast), info.prefix)
     if info.is_diffusers:
         state = convert_diffusers_sd_to_bfl(state)
     model = build_on_meta(lambda: Flux(info.params))
     check_state(model, state, os.fspath(path))
     assign_state(model, state)
-    if stay_in_fp8:
+    if dtype is None or dtype == FP8_STORAGE:
         store_linears_in_fp8(model)
     return model
 

@@ -75,6 +75,23 @@ class CheckpointFiles:
 
         return cast
 
+    def storing(
+        self, dtype: torch.dtype | None, may_be_small: Callable[[str, Tensor], bool]
+    ) -> Callable[[str, Tensor], Tensor]:
+        """The `cast` of a denoiser that may be kept in 8 bits: with `dtype` float8_e4m3fn the tensors that
+        `may_be_small` are stored so and the rest in bfloat16; None keeps the types of the file, with 8 bits only for
+        such tensors."""
+        keeps_small = dtype is None or dtype == torch.float8_e4m3fn
+        wide = torch.bfloat16 if keeps_small else dtype
+
+        def cast(key: str, tensor: Tensor) -> Tensor:
+            kind = self.dtype_of(key)
+            if keeps_small and may_be_small(key, tensor) and (dtype is not None or kind in FP8_DTYPES):
+                return cast_floats(tensor, dtype or kind, key)
+            return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind, key)
+
+        return cast
+
     def stream(
         self, device: torch.device | str | None, disable_mmap: bool, keys: Iterable[str]
     ) -> Iterator[tuple[str, Tensor]]:
