@@ -1,4 +1,4 @@
-"""Attention, modulation, rotary positions and time embeddings shared by the denoisers."""
+"""Attention, rotary positions and time embeddings shared by the denoisers."""
 
 from __future__ import annotations
 
@@ -20,21 +20,6 @@ def scaled_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor
     mask = None if key_mask is None else key_mask.bool()[:, None, None, :]  # [B, 1, 1, L]
     attended = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value, attn_mask=mask)
     return attended.transpose(1, 2).flatten(2)  # [B, L, heads * D]
-
-
-def per_token(vec: Tensor) -> Tensor:
-    """A modulation for all tokens alike [B, D] as [B, 1, D]; one per token [B, L, D] as it is."""
-    return vec[:, None] if vec.ndim == 2 else vec
-
-
-def of_text(vec: Tensor) -> Tensor:
-    """The vector [B, D] of text tokens, which have no time of their own: the mean of those of the image tokens [B, L,
-    D]."""
-    return vec if vec.ndim == 2 else vec.mean(dim=1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return (1 + scale) * x + shift
 
 
 class DeviceTables:
@@ -97,3 +82,30 @@ def timestep_embedding(timesteps: Tensor, width: int, time_factor: float = 1000.
     )
     angles = (timesteps.float() * time_factor)[..., None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def per_token(vec: Tensor) -> Tensor:
+    """[B, D] as [B, 1, D], for all tokens alike; [B, L, D] as it is."""
+    return vec[:, None] if vec.ndim == 2 else vec
+
+
+def of_text(vec: Tensor) -> Tensor:
+    """The vector [B, D] of text tokens, which have no time of their own: the mean of those of the image tokens."""
+    return vec if vec.ndim == 2 else vec.mean(dim=1)
+
+
+def of_joined_tokens(vec: Tensor, num_text: int) -> Tensor:
+    """The vectors of text and image tokens together [B, T + L, D]; one for all [B, D] stays."""
+    return vec if vec.ndim == 2 else torch.cat((of_text(vec)[:, None].expand(-1, num_text, -1), vec), dim=1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return (1 + scale) * x + shift
+
+
+def never_empty(mask: Tensor) -> Tensor:
+    """A mask [B, L] of keys as booleans; a row without any attends to its first, as softmax over nothing is no number."""
+    mask = mask.bool()
+    first = torch.zeros_like(mask)
+    first[:, 0] = ~mask.any(dim=1)
+    return mask | first

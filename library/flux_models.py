@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from library.attention import (
     DeviceTables,
     modulate,
+    of_joined_tokens,
     of_text,
     per_token,
     rope_cos_sin,
@@ -132,11 +133,6 @@ class Modulation(nn.Module):
     def forward(self, vec: Tensor) -> Sequence[Tensor]:
         """vec [B, hidden], or [B, L, hidden] for a vector per token -> each [B, 1 or L, hidden]."""
         return per_token(self.lin(F.silu(vec))).chunk(self.multiplier, dim=-1)
-
-
-def of_joined_tokens(vec: Tensor, num_text: int) -> Tensor:
-    """The vectors of text and image tokens together [B, T + L, hidden]; one for all [B, hidden] stays."""
-    return vec if vec.ndim == 2 else torch.cat((of_text(vec)[:, None].expand(-1, num_text, -1), vec), dim=1)
 
 
 def _mlp(hidden: int, mlp_hidden: int) -> nn.Sequential:

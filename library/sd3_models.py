@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from library.attention import DeviceTables, modulate, of_text, per_token, scaled_attention, timestep_embedding
 from library.components.ldm_models import AutoEncoder as SDVAE  # noqa: F401, a name that is imported from here
-from library.custom_offloading_utils import BlockOffloader, BlockStackMixin
+from library.custom_offloading_utils import BlockOffloader, BlockStackMixin, row_swap_problem
 
 POS_EMBED_BASE = 16
 """patches that the scaled position table counts along a side of a picture of the trained size"""
@@ -336,22 +336,12 @@ class MMDiT(BlockStackMixin, nn.Module):
     def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:
         """Keep the weights of some blocks on the CPU while others compute. On a CPU `device` nothing moves.
 
-        ValueError when more blocks are asked for than `block_swap_problem` allows.
+        ValueError when more blocks are asked for than `row_swap_problem` allows.
         """
-        problem = block_swap_problem(blocks_to_swap, self.params.depth)
+        problem = row_swap_problem(blocks_to_swap, self.params.depth)
         if problem:
             raise ValueError(problem)
         self.offloaders = (BlockOffloader(self.joint_blocks, blocks_to_swap, device) if blocks_to_swap else None,)
-
-
-def block_swap_problem(blocks_to_swap: int, depth: int) -> str | None:
-    """What is wrong with `--blocks_to_swap` for a model of this depth, or None. Two blocks must stay."""
-    if blocks_to_swap < 0:
-        return f"--blocks_to_swap is {blocks_to_swap}; it cannot be negative (0 = off)"
-    allowed = max(depth - 2, 0)
-    if blocks_to_swap <= allowed:
-        return None
-    return f"--blocks_to_swap is {blocks_to_swap}; a model with {depth} joint blocks allows at most {allowed}"
 
 
 def sample_side(grid: tuple[int, int]) -> int:

@@ -38,8 +38,8 @@ from library.components.text_encoder_utils import (
     load_t5xxl,
 )
 from library.core.errors import CheckpointError
-from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
-from library.safetensors_utils import FP8_DTYPES, cast_all, save_file_atomic
+from library.fp8_optimization_utils import store_linears_in_fp8
+from library.safetensors_utils import cast_all, save_file_atomic
 from library.sd3_models import MMDiT, SD3Params, get_2d_sincos_pos_embed
 
 if TYPE_CHECKING:
@@ -70,13 +70,12 @@ ENCODER_SLOTS = ("clip_l", "clip_g", "t5xxl")
 
 @dataclass(frozen=True)
 class Sd3Info:
-    """What the headers of a denoiser checkpoint tell. `dtypes`: types of the stored weights."""
+    """What the headers of a denoiser checkpoint tell."""
 
     source: CheckpointFiles
     prefix: str
     is_diffusers: bool
     params: SD3Params
-    dtypes: frozenset[torch.dtype]
 
     @property
     def version(self) -> str:
@@ -103,8 +102,7 @@ def inspect_sd3(path: str | os.PathLike, config: Mapping[str, Any] | None = None
         )
     given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
     params = build_params(SD3Params, _inferred(shapes, source.path), given, source.path)
-    dtypes = frozenset(tensor.dtype for key, tensor in stripped.items() if key.endswith(".weight"))
-    return Sd3Info(source, prefix, is_diffusers, params, dtypes)
+    return Sd3Info(source, prefix, is_diffusers, params)
 
 
 def _denoiser_part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -168,12 +166,6 @@ def load_sd3(
     CheckpointError when the file does not fit.
     """
     info = inspect_sd3(path, config)
-    other = sorted(str(kind).removeprefix("torch.") for kind in info.dtypes & set(FP8_DTYPES) - {FP8_STORAGE})
-    if dtype == FP8_STORAGE and other:
-        raise CheckpointError(
-            f"{info.source.path} stores weights as {', '.join(other)}; 8-bit storage needs float8_e4m3fn or a wider"
-            " file"
-        )
     logger.info(
         "loading SD3 %s from %s (%s layout, %d joint blocks of width %d)", info.version, path,
         "diffusers" if info.is_diffusers else "original", info.params.depth, info.params.hidden_size,
@@ -183,7 +175,7 @@ def load_sd3(
         for key in info.source.shapes
         if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in DENOISER_ROOTS
     ]
-    store = info.source.storing(dtype, lambda key, tensor: key.endswith(".weight") and tensor.ndim == 2)
+    store = info.source.storing(dtype, keys)
 
     def cast(key: str, tensor: Tensor) -> Tensor:
         return tensor.float() if key.endswith("pos_embed") else store(key, tensor)
@@ -196,8 +188,7 @@ def load_sd3(
     model = build_on_meta(lambda: MMDiT(info.params))
     check_state(model, state, os.fspath(path))
     assign_state(model, state)
-    if dtype is None or dtype == FP8_STORAGE:
-        store_linears_in_fp8(model)
+    store_linears_in_fp8(model)
     return model
 
 

@@ -28,7 +28,6 @@ def test_a_real_denoiser_is_recognised_and_has_the_real_keys(tmp_path, name: str
     shapes, (version, params) = key_table(name), REAL[name]
     info = sd3_utils.inspect_sd3(empty_checkpoint(tmp_path / "x.safetensors", shapes))
     assert (info.version, info.params, info.is_diffusers) == (version, params, False)
-    assert info.dtypes == {torch.bfloat16}
     model = build_on_meta(lambda: MMDiT(info.params))
     assert {key: list(tensor.shape) for key, tensor in model.state_dict().items()} == shapes
 
