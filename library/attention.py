@@ -82,3 +82,26 @@ def timestep_embedding(timesteps: Tensor, width: int, time_factor: float = 1000.
     )
     angles = (timesteps.float() * time_factor)[..., None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def per_token(vec: Tensor) -> Tensor:
+    """[B, D] as [B, 1, D], for all tokens alike; [B, L, D] as it is."""
+    return vec[:, None] if vec.ndim == 2 else vec
+
+
+def of_text(vec: Tensor) -> Tensor:
+    """The vector [B, D] of text tokens, which have no time of their own: the mean of those of the image tokens."""
+    return vec if vec.ndim == 2 else vec.mean(dim=1)
+
+
+def of_joined_tokens(vec: Tensor, num_text: int) -> Tensor:
+    """The vectors of text and image tokens together [B, T + L, D]; one for all [B, D] stays."""
+    return vec if vec.ndim == 2 else torch.cat((of_text(vec)[:, None].expand(-1, num_text, -1), vec), dim=1)
+
+
+def never_empty(mask: Tensor) -> Tensor:
+    """A mask [B, L] of keys as booleans; a row without any attends to its first, as softmax over nothing is no number."""
+    mask = mask.bool()
+    first = torch.zeros_like(mask)
+    first[:, 0] = ~mask.any(dim=1)
+    return mask | first

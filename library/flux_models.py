@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import DeviceTables, rope_cos_sin, rotate_pairs, scaled_attention, timestep_embedding
+from library.attention import (
+    DeviceTables,
+    of_joined_tokens,
+    of_text,
+    per_token,
+    rope_cos_sin,
+    rotate_pairs,
+    scaled_attention,
+    timestep_embedding,
+)
 from library.components.ldm_models import AutoEncoder, AutoEncoderParams  # noqa: F401, names that are imported from here
 from library.custom_offloading_utils import BlockStackMixin, BlockOffloader
 
@@ -123,21 +132,6 @@ class Modulation(nn.Module):
     def forward(self, vec: Tensor) -> Sequence[Tensor]:
         """vec [B, hidden], or [B, L, hidden] for a vector per token -> each [B, 1 or L, hidden]."""
         return per_token(self.lin(F.silu(vec))).chunk(self.multiplier, dim=-1)
-
-
-def per_token(vec: Tensor) -> Tensor:
-    """[B, D] as [B, 1, D], for all tokens alike; [B, L, D] as it is."""
-    return vec[:, None] if vec.ndim == 2 else vec
-
-
-def of_text(vec: Tensor) -> Tensor:
-    """The vector [B, hidden] of text tokens, which have no time of their own: the mean of those of the image tokens."""
-    return vec if vec.ndim == 2 else vec.mean(dim=1)
-
-
-def of_joined_tokens(vec: Tensor, num_text: int) -> Tensor:
-    """The vectors of text and image tokens together [B, T + L, hidden]; one for all [B, hidden] stays."""
-    return vec if vec.ndim == 2 else torch.cat((of_text(vec)[:, None].expand(-1, num_text, -1), vec), dim=1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
