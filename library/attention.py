@@ -99,6 +99,10 @@ def of_joined_tokens(vec: Tensor, num_text: int) -> Tensor:
     return vec if vec.ndim == 2 else torch.cat((of_text(vec)[:, None].expand(-1, num_text, -1), vec), dim=1)
 
 
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return (1 + scale) * x + shift
+
+
 def never_empty(mask: Tensor) -> Tensor:
     """A mask [B, L] of keys as booleans; a row without any attends to its first, as softmax over nothing is no number."""
     mask = mask.bool()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from library.attention import (
     DeviceTables,
+    modulate,
     of_joined_tokens,
     of_text,
     per_token,
@@ -147,10 +148,6 @@ class GivenModulation(nn.Module):
     def forward(self, vectors: Tensor) -> Sequence[Tensor]:
         """[B, n, hidden] -> n of [B, 1, hidden]."""
         return vectors.split(1, dim=1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return (1 + scale) * x + shift
 
 
 def _mlp(hidden: int, mlp_hidden: int) -> nn.Sequential:

@@ -139,6 +139,13 @@ def te_t5xxl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tenso
 
 
 @torch.no_grad()
+def sd3(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.sd3_utils import load_sd3
+
+    return {"out": _loaded(load_sd3, weights, {})(**inputs)}  # shapes tell all
+
+
+@torch.no_grad()
 def anima(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     from library.anima_utils import load_anima
 
@@ -174,16 +181,36 @@ def te_qwen3(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tenso
     return {"hidden_minus_2": result.hidden_states[-2], "last_hidden_state": result.last_hidden_state}
 
 
+@torch.no_grad()
+def lumina2(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.lumina_utils import load_lumina
+
+    model = _loaded(load_lumina, weights, config)
+    return {"out": model(**inputs)}
+
+
+@torch.no_grad()
+def te_gemma2(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.components.gemma_encoder_utils import load_gemma2
+
+    model = _loaded(load_gemma2, weights, config)
+    result = model(inputs["ids"], attention_mask=inputs["mask"], output_hidden_states=True)
+    return {"hidden_minus_2": result.hidden_states[-2], "last_hidden_state": result.last_hidden_state}
+
+
 def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
-    """The parts that the families here use."""
+    """The numeric parts that the families use."""
     from library.anima_models import AnimaParams, cos_sin, image_angles, text_angles
     from library.attention import rope_cos_sin, timestep_embedding
     from library.flux_utils import pack_latents, prepare_img_ids
+    from library.lumina_models import LuminaParams
+    from library.sd3_models import get_2d_sincos_pos_embed, scaled_positions
     from library.training.timesteps import MU_LINES, line_mu, shift_sigmas
 
     latents, sigmas, tokens = inputs["flux/latent"], inputs["flow/sigma"], inputs["flow/flux_seq_len"]
     img_ids = prepare_img_ids(latents.shape[0], latents.shape[2] // 2, latents.shape[3] // 2)
     rope = torch.stack(rope_cos_sin(img_ids[:1], FLUX_AXES, 10000), dim=-1)[0]  # [L, D/2, 2]
+    lumina_rope = rope_cos_sin(inputs["lumina/positions"][None], LuminaParams().axes_dims, LuminaParams().theta)
     return {
         "flux_img_ids": img_ids,
         "flux_packed": pack_latents(latents),
@@ -194,7 +221,12 @@ def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensor
         "rope_anima_angles": image_angles(*ANIMA_GRID, AnimaParams()),
         "rope_anima_adapter_cos": cos_sin(text_angles(ANIMA_TEXT, 64))[0],
         "rope_anima_adapter_sin": cos_sin(text_angles(ANIMA_TEXT, 64))[1],
+        "time_sd3_256": timestep_embedding(inputs["time/scaled"], 256, 1.0),
+        "sd3_pos_embed_12x12_dim64": get_2d_sincos_pos_embed(64, 12),
+        "sd3_scaled_pos_embed_grid9_sample6_dim64": scaled_positions(64, (9, 9), (0, 0), side=6)[0],
         "time_anima_64": timestep_embedding(inputs["time/unit"], 64, 1.0),
+        "time_lumina_256": timestep_embedding(inputs["time/unit"], 256, 1.0),
+        **{f"rope_lumina_{name}": table[0] for name, table in zip(("cos", "sin"), lumina_rope)},
         **{f"flow_shift_{shift}": shift_sigmas(sigmas, shift) for shift in FLOW_SHIFTS},
         **noise_schedule(inputs),
         **snr_weights(inputs),
@@ -255,8 +287,13 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "clip_g": clip_g,
     "clip_l": clip_l,
     "te_t5xxl": te_t5xxl,
+    "sd3_medium": sd3,
+    "sd35_medium": sd3,
+    "sd35_large": sd3,
     "anima": anima,
     "vae_wan": vae_wan,
     "te_qwen3": te_qwen3,
+    "lumina2": lumina2,
+    "te_gemma2": te_gemma2,
     "numeric": numeric,
 }
