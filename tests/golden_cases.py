@@ -164,6 +164,35 @@ def te_qwen3(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tenso
     return {"hidden_minus_2": result.hidden_states[-2], "last_hidden_state": result.last_hidden_state}
 
 
+@torch.no_grad()
+def hunyuan_image(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.hunyuan_image_utils import load_hunyuan_image
+
+    model = _loaded(load_hunyuan_image, weights, config)
+    names = ("x", "t", "txt", "txt_mask", "byt5", "byt5_mask")
+    return {"out": model(*(inputs[name] for name in names))}
+
+
+@torch.no_grad()
+def vae_hunyuan_image(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.hunyuan_image_utils import load_vae
+
+    vae = _loaded(load_vae, weights, config)
+    mean, logvar = vae.encode_moments(inputs["image"])
+    factor = vae.params.scaling_factor
+    assert factor == config["scaling_factor"] and vae.params.spatial_stride == config["spatial_factor"]
+    return {"mean": mean, "logvar": logvar, "decoded": vae.decode(inputs["latent"] * factor)}
+
+
+@torch.no_grad()
+def te_qwen25vl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.components.llm_encoder_utils import load_qwen25_vl
+
+    model = _loaded(load_qwen25_vl, weights, config)
+    result = model(inputs["ids"], attention_mask=inputs["mask"], output_hidden_states=True)
+    return {"hidden_minus_3": result.hidden_states[-3], "last_hidden_state": result.last_hidden_state}
+
+
 def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     """The parts that FLUX.1, Stable Diffusion, SDXL and Anima use."""
     from library.anima_models import AnimaParams, cos_sin, image_angles, text_angles
@@ -184,10 +213,21 @@ def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensor
         "rope_anima_adapter_cos": cos_sin(text_angles(ANIMA_TEXT, 64))[0],
         "rope_anima_adapter_sin": cos_sin(text_angles(ANIMA_TEXT, 64))[1],
         "time_anima_64": timestep_embedding(inputs["time/unit"], 64, 1.0),
+        **hunyuan_image_numbers(inputs),
         **{f"flow_shift_{shift}": shift_sigmas(sigmas, shift) for shift in FLOW_SHIFTS},
         **noise_schedule(inputs),
         **snr_weights(inputs),
     }
+
+
+def hunyuan_image_numbers(inputs: Tensors) -> Tensors:
+    """Positions, whose values stand twice in the reference, and the sinusoid of times on the 0..1000 scale."""
+    from library.attention import timestep_embedding
+    from library.hunyuan_image_models import image_rope
+
+    cos, sin = (table[0].repeat_interleave(2, dim=-1) for table in image_rope(*ANIMA_GRID[1:], (64, 64), 256))
+    times = timestep_embedding(inputs["time/scaled"], 256, 1.0)
+    return {"rope_hyimage_cos": cos, "rope_hyimage_sin": sin, "time_hunyuan_256": times}
 
 
 def noise_schedule(inputs: Tensors) -> Tensors:
@@ -246,5 +286,8 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "anima": anima,
     "vae_wan": vae_wan,
     "te_qwen3": te_qwen3,
+    "hunyuan_image": hunyuan_image,
+    "vae_hunyuan_image": vae_hunyuan_image,
+    "te_qwen25vl": te_qwen25vl,
     "numeric": numeric,
 }
