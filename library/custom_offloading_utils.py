@@ -233,6 +233,16 @@ def stream_swap_problem(blocks_to_swap: int, num_double: int, num_single: int) -
     )
 
 
+def row_swap_problem(blocks_to_swap: int, num_blocks: int) -> str | None:
+    """What is wrong with `--blocks_to_swap` for a model of one row of blocks, or None. Two blocks must stay."""
+    if blocks_to_swap < 0:
+        return f"--blocks_to_swap is {blocks_to_swap}; it cannot be negative (0 = off)"
+    allowed = max(num_blocks - 2, 0)
+    if blocks_to_swap <= allowed:
+        return None
+    return f"--blocks_to_swap is {blocks_to_swap}; this model has {num_blocks} blocks, at most {allowed} can be swapped"
+
+
 def swap_weight_devices_no_cuda(device: torch.device, layer_to_cpu: nn.Module, layer_to_cuda: nn.Module) -> None:
     """Weights of `layer_to_cpu` go to the CPU, those of `layer_to_cuda` to the device."""
     weighs_to_device(layer_to_cpu, torch.device("cpu"))

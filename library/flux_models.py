@@ -16,9 +16,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import DeviceTables, rope_cos_sin, rotate_pairs, scaled_attention, timestep_embedding
+from library.attention import (
+    DeviceTables,
+    modulate,
+    of_joined_tokens,
+    of_text,
+    per_token,
+    plain_norm,
+    rope_cos_sin,
+    rotate_pairs,
+    scaled_attention,
+    timestep_embedding,
+)
 from library.components.ldm_models import AutoEncoder, AutoEncoderParams  # noqa: F401, names that are imported from here
-from library.components.stream_models import modulate, of_joined_tokens, of_text, per_token, plain_norm
 from library.custom_offloading_utils import BlockOffloader, BlockStackMixin, split_blocks_to_swap
 from library.custom_offloading_utils import stream_swap_problem as block_swap_problem
 

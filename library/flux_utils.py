@@ -43,8 +43,8 @@ from library.components.text_encoder_utils import load_clip_l, load_t5xxl
 from library.core.errors import CheckpointError
 from library.core.lazy_names import homes, lazy_names
 from library.flux_models import AutoEncoder, Flux, FluxParams
-from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
-from library.safetensors_utils import FP8_DTYPES, cast_all, cast_floats, save_file_atomic
+from library.fp8_optimization_utils import store_linears_in_fp8
+from library.safetensors_utils import cast_all, save_file_atomic
 
 __all__ = [
     "analyze_checkpoint_state", "convert_bfl_sd_to_diffusers", "convert_diffusers_sd_to_bfl", "get_t5xxl_actual_dtype",
@@ -188,7 +188,6 @@ def load_flux(
     `model.params.guidance_embed` tells dev from schnell. CheckpointError when the file does not fit.
     """
     info = inspect_flow_model(path, config)
-    _check_fp8(info, dtype)
     logger.info(
         "loading FLUX.1 %s from %s (%s layout, %d double and %d single blocks)",
         "schnell" if info.is_schnell else "dev", path, "diffusers" if info.is_diffusers else "original",
@@ -197,26 +196,14 @@ def load_flux(
     keys = [key for key in info.source.shapes if key.startswith(info.prefix)]
     if not info.prefix:
         keys = [key for key in keys if not key.startswith(_OTHER_PARTS)]
-    wide = torch.bfloat16 if dtype is None or dtype == FP8_STORAGE else dtype
-    stay_in_fp8 = dtype == FP8_STORAGE or dtype is None
-
-    def cast(key: str, tensor: Tensor) -> Tensor:
-        kind = info.source.dtype_of(key)
-        is_matrix = (
-            key.endswith(".weight") and tensor.ndim == 2
-        )  # every such tensor of this model belongs to a linear layer
-        if stay_in_fp8 and is_matrix and (dtype is not None or kind in FP8_DTYPES):
-            return cast_floats(tensor, dtype or kind, key)
-        return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind, key)
-
+    cast = info.source.storing(dtype, keys)
     state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, cast), info.prefix)
     if info.is_diffusers:
         state = convert_diffusers_sd_to_bfl(state)
     model = build_on_meta(lambda: Flux(info.params))
     check_state(model, state, os.fspath(path))
     assign_state(model, state)
-    if stay_in_fp8:
-        store_linears_in_fp8(model)
+    store_linears_in_fp8(model)
     return model
 
 
@@ -224,14 +211,6 @@ def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The denoiser's entries of a checkpoint's state under the names of the module tree."""
     part = part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS)
     return convert_diffusers_sd_to_bfl(part) if is_diffusers_denoiser(part) else part
-
-
-def _check_fp8(info: FlowModelInfo, dtype: torch.dtype | None) -> None:
-    other = sorted(str(kind).removeprefix("torch.") for kind in info.dtypes & set(FP8_DTYPES) - {FP8_STORAGE})
-    if dtype == FP8_STORAGE and other:
-        raise CheckpointError(
-            f"{info.source.path} stores weights as {', '.join(other)}; 8-bit storage needs float8_e4m3fn or a wider file"
-        )
 
 
 def save_flow_model(

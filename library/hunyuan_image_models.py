@@ -14,8 +14,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import DeviceTables, rope_cos_sin, rotate_pairs, scaled_attention, timestep_embedding
-from library.components.stream_models import modulate, of_joined_tokens, of_text, per_token, plain_norm
+from library.attention import (
+    DeviceTables,
+    modulate,
+    never_empty,
+    of_joined_tokens,
+    of_text,
+    per_token,
+    plain_norm,
+    rope_cos_sin,
+    rotate_pairs,
+    scaled_attention,
+    timestep_embedding,
+)
 from library.custom_offloading_utils import BlockOffloader, BlockStackMixin, split_blocks_to_swap, stream_swap_problem
 
 Rope = tuple[Tensor, Tensor]
@@ -170,8 +181,7 @@ class SingleTokenRefiner(nn.Module):
         valid = mask[..., None].float()
         caption = (states.float() * valid).sum(dim=1) / valid.sum(dim=1).clamp_min(1)  # [B, text_dim]
         vec = of_text(self.t_embedder(timestep)) + self.c_embedder(caption.to(states.dtype))
-        visible = mask.clone()
-        visible[:, 0] = True  # a caption without a token attends to something, whose state nobody reads
+        visible = never_empty(mask)
         x = self.input_embedder(states)
         for block in self.individual_token_refiner.blocks:
             x = block(x, vec, visible)

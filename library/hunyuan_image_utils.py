@@ -32,7 +32,7 @@ from library.core.errors import CheckpointError
 from library.fp8_optimization_utils import FP8_STORAGE, scaled_fp8, store_linears_in_fp8, use_scales
 from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
 from library.hunyuan_image_vae import LATENT_SCALING_FACTOR, HunyuanVAE2D
-from library.safetensors_utils import FP8_DTYPES, cast_all, cast_floats, save_file_atomic
+from library.safetensors_utils import cast_all, save_file_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def load_hunyuan_image(
         for key in info.source.shapes
         if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in DENOISER_ROOTS
     ]
-    wide = torch.bfloat16 if dtype is None or dtype == FP8_STORAGE else dtype
+    store = info.source.storing(torch.bfloat16 if fp8_scaled and dtype == FP8_STORAGE else dtype, keys)
     scales: dict[str, Tensor] = {}
 
     def cast(key: str, tensor: Tensor) -> Tensor:
@@ -152,9 +152,7 @@ def load_hunyuan_image(
         if fp8_scaled and takes_scale(name.removesuffix(".weight")) and name.endswith(".weight"):
             weight, scales[name.removesuffix(".weight")] = scaled_fp8(tensor)
             return weight
-        return _stored(
-            key, tensor, info.source.dtype_of(key), None if fp8_scaled and dtype == FP8_STORAGE else dtype, wide
-        )
+        return store(key, tensor)
 
     state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, cast), info.prefix)
     model = build_on_meta(lambda: HYImageDiffusionTransformer(params))
@@ -164,16 +162,6 @@ def load_hunyuan_image(
     for name, scale in scales.items():
         use_scales(model.get_submodule(name), scale)
     return model
-
-
-def _stored(key: str, tensor: Tensor, kind: torch.dtype, dtype: torch.dtype | None, wide: torch.dtype) -> Tensor:
-    """In the type that `dtype` asks for (None: that of the file, `kind`); only matrices may stay in 8 bits."""
-    is_matrix = (
-        key.endswith(".weight") and tensor.ndim == 2
-    )  # every such tensor of this model belongs to a linear layer
-    if is_matrix and (dtype == FP8_STORAGE or (dtype is None and kind == FP8_STORAGE)):
-        return cast_floats(tensor, FP8_STORAGE, key)
-    return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind, key)
 
 
 def takes_scale(path: str) -> bool:

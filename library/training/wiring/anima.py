@@ -184,7 +184,7 @@ class AnimaFamily(FlowFamily):
 
     def _size_problems(self) -> list[str]:
         """Sizes of the files against each other; headers only."""
-        from library.anima_models import block_swap_problem
+        from library.custom_offloading_utils import row_swap_problem
         from library.anima_utils import fitting_problems
 
         params, adapter = self._denoiser_info.params, self._adapter
@@ -196,7 +196,7 @@ class AnimaFamily(FlowFamily):
         if adapter is not None:
             rows, where = adapter.vocab, f"the LLM adapter in {place}"
             problems += tokenizer_problems(lambda: self._t5_tokenizer, lambda: rows, "T5", "--t5_tokenizer_path", where)
-        problems.append(block_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, params.num_blocks))
+        problems.append(row_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, params.num_blocks))
         return [problem for problem in problems if problem]
 
     @cached_property
