@@ -77,8 +77,8 @@ def inspect_hunyuan_image(path: str | os.PathLike, config: Mapping[str, Any] | N
     if "byt5_in.fc1.weight" not in shapes or "double_blocks.0.img_attn_qkv.weight" not in shapes:
         some = ", ".join(list(shapes)[:3]) or "no tensors"
         raise CheckpointError(
-            f"{source.path} holds no HunyuanImage 2.1 denoiser (byt5_in.* and double_blocks.*.img_attn_qkv are not there;"
-            f" it begins with {some})"
+            f"{source.path} holds no HunyuanImage 2.1 denoiser"
+            f" (byt5_in.* and double_blocks.*.img_attn_qkv are not there; it begins with {some})"
         )
     given = {**source.model_config, **(config or {})}
     params = build_params(HYImageParams, _infer(shapes, given, source.path), given, source.path)
@@ -226,7 +226,8 @@ def inspect_vae(path: str | os.PathLike, config: Mapping[str, Any] | None = None
     if info.is_diffusers or "decoder.up.0.upsample.conv.weight" not in names:
         raise CheckpointError(
             f"{info.source.path} is an autoencoder of latent diffusion"
-            f" ({info.params.z_channels} latent channels at 1/{info.params.spatial_stride}); {VAE_WANTED.owner} needs its own, {VAE_WANTED.usual_name}"
+            f" ({info.params.z_channels} latent channels at 1/{info.params.spatial_stride});"
+            f" {VAE_WANTED.owner} needs its own, {VAE_WANTED.usual_name}"
         )
     return info
 

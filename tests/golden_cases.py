@@ -193,16 +193,35 @@ def te_qwen25vl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Te
     return {"hidden_minus_3": result.hidden_states[-3], "last_hidden_state": result.last_hidden_state}
 
 
+@torch.no_grad()
+def lumina2(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.lumina_utils import load_lumina
+
+    model = _loaded(load_lumina, weights, config)
+    return {"out": model(**inputs)}
+
+
+@torch.no_grad()
+def te_gemma2(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.components.gemma_encoder_utils import load_gemma2
+
+    model = _loaded(load_gemma2, weights, config)
+    result = model(inputs["ids"], attention_mask=inputs["mask"], output_hidden_states=True)
+    return {"hidden_minus_2": result.hidden_states[-2], "last_hidden_state": result.last_hidden_state}
+
+
 def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
-    """The parts that FLUX.1, Stable Diffusion, SDXL and Anima use."""
+    """The parts that FLUX.1, Stable Diffusion, SDXL, Anima and Lumina-Image 2.0 use."""
     from library.anima_models import AnimaParams, cos_sin, image_angles, text_angles
     from library.attention import rope_cos_sin, timestep_embedding
     from library.flux_utils import pack_latents, prepare_img_ids
+    from library.lumina_models import LuminaParams
     from library.training.timesteps import MU_LINES, line_mu, shift_sigmas
 
     latents, sigmas, tokens = inputs["flux/latent"], inputs["flow/sigma"], inputs["flow/flux_seq_len"]
     img_ids = prepare_img_ids(latents.shape[0], latents.shape[2] // 2, latents.shape[3] // 2)
     rope = torch.stack(rope_cos_sin(img_ids[:1], FLUX_AXES, 10000), dim=-1)[0]  # [L, D/2, 2]
+    lumina_rope = rope_cos_sin(inputs["lumina/positions"][None], LuminaParams().axes_dims, LuminaParams().theta)
     return {
         "flux_img_ids": img_ids,
         "flux_packed": pack_latents(latents),
@@ -214,6 +233,8 @@ def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensor
         "rope_anima_adapter_sin": cos_sin(text_angles(ANIMA_TEXT, 64))[1],
         "time_anima_64": timestep_embedding(inputs["time/unit"], 64, 1.0),
         **hunyuan_image_numbers(inputs),
+        "time_lumina_256": timestep_embedding(inputs["time/unit"], 256, 1.0),
+        **{f"rope_lumina_{name}": table[0] for name, table in zip(("cos", "sin"), lumina_rope)},
         **{f"flow_shift_{shift}": shift_sigmas(sigmas, shift) for shift in FLOW_SHIFTS},
         **noise_schedule(inputs),
         **snr_weights(inputs),
@@ -289,5 +310,7 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "hunyuan_image": hunyuan_image,
     "vae_hunyuan_image": vae_hunyuan_image,
     "te_qwen25vl": te_qwen25vl,
+    "lumina2": lumina2,
+    "te_gemma2": te_gemma2,
     "numeric": numeric,
 }
