@@ -129,6 +129,13 @@ def te_t5xxl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tenso
 
 
 @torch.no_grad()
+def sd3(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.sd3_utils import load_sd3
+
+    return {"out": _loaded(load_sd3, weights, {})(**inputs)}  # shapes tell all
+
+
+@torch.no_grad()
 def anima(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     from library.anima_utils import load_anima
 
@@ -211,11 +218,12 @@ def te_gemma2(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tens
 
 
 def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
-    """The parts that FLUX.1, Stable Diffusion, SDXL, Anima and Lumina-Image 2.0 use."""
+    """The numeric parts that the families use."""
     from library.anima_models import AnimaParams, cos_sin, image_angles, text_angles
     from library.attention import rope_cos_sin, timestep_embedding
     from library.flux_utils import pack_latents, prepare_img_ids
     from library.lumina_models import LuminaParams
+    from library.sd3_models import get_2d_sincos_pos_embed, scaled_positions
     from library.training.timesteps import MU_LINES, line_mu, shift_sigmas
 
     latents, sigmas, tokens = inputs["flux/latent"], inputs["flow/sigma"], inputs["flow/flux_seq_len"]
@@ -231,6 +239,9 @@ def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensor
         "rope_anima_angles": image_angles(*ANIMA_GRID, AnimaParams()),
         "rope_anima_adapter_cos": cos_sin(text_angles(ANIMA_TEXT, 64))[0],
         "rope_anima_adapter_sin": cos_sin(text_angles(ANIMA_TEXT, 64))[1],
+        "time_sd3_256": timestep_embedding(inputs["time/scaled"], 256, 1.0),
+        "sd3_pos_embed_12x12_dim64": get_2d_sincos_pos_embed(64, 12),
+        "sd3_scaled_pos_embed_grid9_sample6_dim64": scaled_positions(64, (9, 9), (0, 0), side=6)[0],
         "time_anima_64": timestep_embedding(inputs["time/unit"], 64, 1.0),
         **hunyuan_image_numbers(inputs),
         "time_lumina_256": timestep_embedding(inputs["time/unit"], 256, 1.0),
@@ -304,6 +315,9 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "clip_g": clip_g,
     "clip_l": clip_l,
     "te_t5xxl": te_t5xxl,
+    "sd3_medium": sd3,
+    "sd35_medium": sd3,
+    "sd35_large": sd3,
     "anima": anima,
     "vae_wan": vae_wan,
     "te_qwen3": te_qwen3,
