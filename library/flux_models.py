@@ -23,13 +23,15 @@ from library.attention import (
     of_joined_tokens,
     of_text,
     per_token,
+    plain_norm,
     rope_cos_sin,
     rotate_pairs,
     scaled_attention,
     timestep_embedding,
 )
 from library.components.ldm_models import AutoEncoder, AutoEncoderParams  # noqa: F401, names that are imported from here
-from library.custom_offloading_utils import BlockStackMixin, BlockOffloader
+from library.custom_offloading_utils import BlockOffloader, BlockStackMixin, split_blocks_to_swap
+from library.custom_offloading_utils import stream_swap_problem as block_swap_problem
 
 Rope = tuple[Tensor, Tensor]
 
@@ -154,10 +156,6 @@ def _mlp(hidden: int, mlp_hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(hidden, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, hidden))
 
 
-def _plain_norm(hidden: int) -> nn.LayerNorm:
-    return nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
-
-
 class DoubleStreamBlock(nn.Module):
     """Text and image with weights of their own and one attention over both. `modulates`: shifts, scales and gates are
     made here of a vector; else they are given."""
@@ -166,14 +164,14 @@ class DoubleStreamBlock(nn.Module):
         super().__init__()
         hidden = params.hidden_size
         self.img_mod = Modulation(hidden, double=True) if modulates else GivenModulation()
-        self.img_norm1 = _plain_norm(hidden)
+        self.img_norm1 = plain_norm(hidden)
         self.img_attn = SelfAttention(hidden, params.num_heads, params.qkv_bias)
-        self.img_norm2 = _plain_norm(hidden)
+        self.img_norm2 = plain_norm(hidden)
         self.img_mlp = _mlp(hidden, params.mlp_hidden)
         self.txt_mod = Modulation(hidden, double=True) if modulates else GivenModulation()
-        self.txt_norm1 = _plain_norm(hidden)
+        self.txt_norm1 = plain_norm(hidden)
         self.txt_attn = SelfAttention(hidden, params.num_heads, params.qkv_bias)
-        self.txt_norm2 = _plain_norm(hidden)
+        self.txt_norm2 = plain_norm(hidden)
         self.txt_mlp = _mlp(hidden, params.mlp_hidden)
 
     def forward(
@@ -208,7 +206,7 @@ class SingleStreamBlock(nn.Module):
         self.linear1 = nn.Linear(hidden, 3 * hidden + params.mlp_hidden)
         self.linear2 = nn.Linear(hidden + params.mlp_hidden, hidden)
         self.norm = QKNorm(params.head_dim)
-        self.pre_norm = _plain_norm(hidden)
+        self.pre_norm = plain_norm(hidden)
         self.mlp_act = nn.GELU(approximate="tanh")
         self.modulation = Modulation(hidden, double=False) if modulates else GivenModulation()
 
@@ -226,7 +224,7 @@ class SingleStreamBlock(nn.Module):
 class LastLayer(nn.Module):
     def __init__(self, hidden: int, out_channels: int, modulates: bool = True) -> None:
         super().__init__()
-        self.norm_final = _plain_norm(hidden)
+        self.norm_final = plain_norm(hidden)
         self.linear = nn.Linear(hidden, out_channels)
         if modulates:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
@@ -390,26 +388,3 @@ def _joined_key_mask(txt_attention_mask: Tensor | None, num_img_tokens: int) -> 
     if txt_attention_mask is None:
         return None
     return F.pad(txt_attention_mask.bool(), (0, num_img_tokens), value=True)
-
-
-def split_blocks_to_swap(blocks_to_swap: int) -> tuple[int, int]:
-    """(double, single) blocks that `--blocks_to_swap` stands for; a double block weighs as much as two single ones."""
-    num_double = blocks_to_swap // 2
-    return num_double, (blocks_to_swap - num_double) * 2
-
-
-def block_swap_problem(blocks_to_swap: int, depth: int, depth_single_blocks: int) -> str | None:
-    """What is wrong with `--blocks_to_swap` for a model of these depths, or None. Two blocks of each kind must stay."""
-    if blocks_to_swap < 0:
-        return f"--blocks_to_swap is {blocks_to_swap}; it cannot be negative (0 = off)"
-    allowed = 0
-    while (split := split_blocks_to_swap(allowed + 1))[0] <= max(depth - 2, 0) and split[1] <= max(
-        depth_single_blocks - 2, 0
-    ):
-        allowed += 1
-    if blocks_to_swap <= allowed:
-        return None
-    return (
-        f"--blocks_to_swap is {blocks_to_swap}; a model with {depth} double and {depth_single_blocks} single blocks"
-        f" allows at most {allowed}"
-    )

@@ -182,6 +182,35 @@ def te_qwen3(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tenso
 
 
 @torch.no_grad()
+def hunyuan_image(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.hunyuan_image_utils import load_hunyuan_image
+
+    model = _loaded(load_hunyuan_image, weights, config)
+    names = ("x", "t", "txt", "txt_mask", "byt5", "byt5_mask")
+    return {"out": model(*(inputs[name] for name in names))}
+
+
+@torch.no_grad()
+def vae_hunyuan_image(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.hunyuan_image_utils import load_vae
+
+    vae = _loaded(load_vae, weights, config)
+    mean, logvar = vae.encode_moments(inputs["image"])
+    factor = vae.params.scaling_factor
+    assert factor == config["scaling_factor"] and vae.params.spatial_stride == config["spatial_factor"]
+    return {"mean": mean, "logvar": logvar, "decoded": vae.decode(inputs["latent"] * factor)}
+
+
+@torch.no_grad()
+def te_qwen25vl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.components.llm_encoder_utils import load_qwen25_vl
+
+    model = _loaded(load_qwen25_vl, weights, config)
+    result = model(inputs["ids"], attention_mask=inputs["mask"], output_hidden_states=True)
+    return {"hidden_minus_3": result.hidden_states[-3], "last_hidden_state": result.last_hidden_state}
+
+
+@torch.no_grad()
 def lumina2(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     from library.lumina_utils import load_lumina
 
@@ -225,12 +254,23 @@ def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensor
         "sd3_pos_embed_12x12_dim64": get_2d_sincos_pos_embed(64, 12),
         "sd3_scaled_pos_embed_grid9_sample6_dim64": scaled_positions(64, (9, 9), (0, 0), side=6)[0],
         "time_anima_64": timestep_embedding(inputs["time/unit"], 64, 1.0),
+        **hunyuan_image_numbers(inputs),
         "time_lumina_256": timestep_embedding(inputs["time/unit"], 256, 1.0),
         **{f"rope_lumina_{name}": table[0] for name, table in zip(("cos", "sin"), lumina_rope)},
         **{f"flow_shift_{shift}": shift_sigmas(sigmas, shift) for shift in FLOW_SHIFTS},
         **noise_schedule(inputs),
         **snr_weights(inputs),
     }
+
+
+def hunyuan_image_numbers(inputs: Tensors) -> Tensors:
+    """Positions, whose values stand twice in the reference, and the sinusoid of times on the 0..1000 scale."""
+    from library.attention import timestep_embedding
+    from library.hunyuan_image_models import image_rope
+
+    cos, sin = (table[0].repeat_interleave(2, dim=-1) for table in image_rope(*ANIMA_GRID[1:], (64, 64), 256))
+    times = timestep_embedding(inputs["time/scaled"], 256, 1.0)
+    return {"rope_hyimage_cos": cos, "rope_hyimage_sin": sin, "time_hunyuan_256": times}
 
 
 def noise_schedule(inputs: Tensors) -> Tensors:
@@ -293,6 +333,9 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "anima": anima,
     "vae_wan": vae_wan,
     "te_qwen3": te_qwen3,
+    "hunyuan_image": hunyuan_image,
+    "vae_hunyuan_image": vae_hunyuan_image,
+    "te_qwen25vl": te_qwen25vl,
     "lumina2": lumina2,
     "te_gemma2": te_gemma2,
     "numeric": numeric,
