@@ -12,12 +12,13 @@ from library.tiny_models import TinyEntry, tiny_entry
 @dataclass(frozen=True)
 class FamilyCase:
     """`name`: of the tiny set; `version`: ss_base_model_version of its adapters; `text_parts`: beginnings of the keys
-    of text encoders that learn by default; `caches_text`: their outputs can be cached."""
+    of text encoders that learn; `text_options`: without which none does; `caches_text`: their outputs can be cached."""
 
     name: str
     version: str
     text_parts: tuple[str, ...]
     caches_text: bool = True
+    text_options: tuple[str, ...] = ()
 
     @property
     def entry(self) -> TinyEntry:
@@ -50,5 +51,6 @@ CASES = {
         FamilyCase("sd2", "sd_v2_v", ("lora_te_",), caches_text=False),
         FamilyCase("sdxl", "sdxl_base_v1-0", ("lora_te1_", "lora_te2_")),
         FamilyCase("anima", "anima", ("lora_te_",)),
+        FamilyCase("chroma", "chroma", ("lora_te3_",), text_options=("--network_args", "train_t5xxl=True")),
     )
 }
