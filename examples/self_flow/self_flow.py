@@ -121,7 +121,7 @@ class SelfFlow(Hook):
         student, teacher = self.views(step, step.latents_of(batch), draws)
         conditioning = step.conditioning_of(batch)
         wanted = self.features_of_teacher(step, teacher, conditioning, batch)  # [B, L, D]
-        step.trainable.on_sample(of_one_time(student))
+        step.trainable.on_sample(student)
         output = step.predict(student, conditioning, batch, feature_layer=self.layers[0])
         with step.runtime.autocast():
             told = self.head(output.extra["features"].to(wanted.dtype))  # [B, L, D]
@@ -192,8 +192,3 @@ class SelfFlow(Hook):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.teacher.load_state_dict(state["teacher"])
-
-
-def of_one_time(sample: NoisyLatents) -> NoisyLatents:
-    """With the noisiest time of each sample, for adapters whose rank depends on it."""
-    return dataclasses.replace(sample, timesteps=sample.timesteps.amax(dim=1), sigmas=sample.sigmas.amax(dim=1))
