@@ -215,6 +215,11 @@ def strip_prefix(state: Mapping[str, T], prefix: str) -> dict[str, T]:
     return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
+def prefixed(prefix: str, state: Mapping[str, T]) -> dict[str, T]:
+    """The entries with `prefix` before their names."""
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
 def part_of(state: Mapping[str, T], prefixes: Sequence[str], roots: Sequence[str]) -> dict[str, T]:
     """The entries of one part of a checkpoint without their prefix; nothing when the part is not there."""
     prefix = find_prefix(state, prefixes, roots, "the file", "part")
