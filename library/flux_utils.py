@@ -13,11 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from library.checkpoints.flux_convert import (
-    convert_bfl_sd_to_diffusers,
-    convert_diffusers_sd_to_bfl,
-    is_diffusers_denoiser,
-)
+from library.checkpoints import flux_convert
+from library.checkpoints.flux_convert import convert_bfl_sd_to_diffusers, is_diffusers_denoiser
 from library.checkpoints.loading import (
     CheckpointFiles,
     Transform,
@@ -47,13 +44,15 @@ from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
 from library.safetensors_utils import FP8_DTYPES, cast_all, cast_floats, save_file_atomic
 
 __all__ = [
-    "analyze_checkpoint_state", "convert_bfl_sd_to_diffusers", "convert_diffusers_sd_to_bfl", "get_t5xxl_actual_dtype",
+    "analyze_checkpoint_state", "convert_bfl_sd_to_diffusers", "get_t5xxl_actual_dtype",
     "inspect_ae", "inspect_flow_model", "load_ae", "load_clip_l", "load_flux", "load_t5xxl", "pack_latents",
     "prepare_img_ids", "save_flow_model", "unpack_latents",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
-__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.flux_names", "load_controlnet", "load_flow_model"))
+__getattr__, __dir__ = lazy_names(
+    __name__, homes("library.compat.flux_names", "convert_diffusers_sd_to_bfl", "load_controlnet", "load_flow_model")
+)
 
 AE_WANTED = Wanted("FLUX.1", "ae.safetensors", quant_conv=False, scaling={})
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.", "module.", "transformer.")
@@ -89,7 +88,7 @@ def inspect_flow_model(path: str | os.PathLike, config: Mapping[str, Any] | None
     prefix = find_prefix(source.shapes, DENOISER_PREFIXES, DENOISER_ROOTS, source.path, "denoiser")
     stripped = strip_prefix(source.shapes, prefix)
     is_diffusers = is_diffusers_denoiser(stripped)
-    shapes = convert_diffusers_sd_to_bfl(stripped) if is_diffusers else stripped
+    shapes = flux_convert.convert_diffusers_sd_to_bfl(stripped) if is_diffusers else stripped
     _refuse_other_models(shapes, source.path)
     given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
     params = build_params(FluxParams, _infer_flux(shapes, given, source.path), given, source.path)
@@ -211,7 +210,7 @@ def load_flux(
 
     state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, cast), info.prefix)
     if info.is_diffusers:
-        state = convert_diffusers_sd_to_bfl(state)
+        state = flux_convert.convert_diffusers_sd_to_bfl(state)
     model = build_on_meta(lambda: Flux(info.params))
     check_state(model, state, os.fspath(path))
     assign_state(model, state)
@@ -223,7 +222,7 @@ def load_flux(
 def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The denoiser's entries of a checkpoint's state under the names of the module tree."""
     part = part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS)
-    return convert_diffusers_sd_to_bfl(part) if is_diffusers_denoiser(part) else part
+    return flux_convert.convert_diffusers_sd_to_bfl(part) if is_diffusers_denoiser(part) else part
 
 
 def _check_fp8(info: FlowModelInfo, dtype: torch.dtype | None) -> None:

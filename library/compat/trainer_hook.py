@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from library.compat.trainers import VideoDialect
 from library.core.errors import ConfigError
 from library.training.hooks.base import Hook
 from library.training.hooks.sample import SampleHook
@@ -24,7 +23,7 @@ class CallingHook(Hook):
 
     def __init__(self, calls: Calls) -> None:
         self.calls, self.owner, self.args = calls, calls.owner, calls.args
-        if isinstance(self.owner, VideoDialect):
+        if self.owner.is_video:
             if calls.overrides(*VIDEO_STEP):
                 self.process_batch = self._process_video_batch
         elif calls.overrides("process_batch"):

@@ -14,7 +14,6 @@ from library.compat.schedulers import objective_of
 from library.compat.trainer_calls import Calls, descriptions, of_network
 from library.compat.trainer_hook import CallingHook
 from library.compat.trainer_step import CalledStep
-from library.compat.trainers import NetworkTrainer, VideoDialect
 from library.core.errors import ConfigError, Problems
 from library.core.registry import import_target
 from library.dataset.fill_caches import fill_text_cache
@@ -30,6 +29,7 @@ from library.training.trainer_base import Trainer
 from library.training.updaters.ordinary import OrdinaryUpdater
 
 if TYPE_CHECKING:
+    from library.compat.trainers import NetworkTrainer
     from library.training.run import Run
 
 PARTS = {"load_vae": 2, "load_text_encoders": 1, "load_denoiser": 3}
@@ -55,11 +55,8 @@ def train(owner: NetworkTrainer, args: Any) -> None:
 def check_parameters(owner: NetworkTrainer) -> None:
     """ConfigError with every method that cannot be called as it will be: with the parameters of ours, those that have
     defaults by name."""
-    problems, video = Problems(), isinstance(owner, VideoDialect)
-    known = {**vars(NetworkTrainer), **(vars(VideoDialect) if video else {})}
-    for name, method in known.items():
-        if name.startswith("_") or not callable(method) or not owner._overrides(name):
-            continue
+    problems = Problems()
+    for name, method in owner._overridden().items():
         parameters = [p for p in inspect.signature(method).parameters.values() if p.name != "self"]
         given = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
         named = {p.name: None for p in parameters if p.default is not p.empty}
@@ -73,7 +70,7 @@ def check_parameters(owner: NetworkTrainer) -> None:
 
 def _hint(owner: NetworkTrainer, name: str) -> str:
     first = next(iter(inspect.signature(getattr(owner, name)).parameters), None)
-    if name != "process_batch" or isinstance(owner, VideoDialect) or first != "args":
+    if name != "process_batch" or owner.is_video or first != "args":
         return ""
     return "; those of trainers of video models need `train_network.VideoDialect` as the first base class"
 
@@ -118,7 +115,7 @@ def called_family(base: type) -> type:
 
         def scale_latents(self, latents: Tensor) -> Tensor:
             calls = self.calls
-            if isinstance(calls.owner, VideoDialect) and calls.overrides("scale_shift_latents"):
+            if calls.owner.is_video and calls.overrides("scale_shift_latents"):
                 return calls.owner.scale_shift_latents(latents)
             if calls.overrides("shift_scale_latents"):
                 return calls.owner.shift_scale_latents(calls.args, latents)
@@ -208,7 +205,7 @@ class CalledUpdater(OrdinaryUpdater):
         """The loss of a process is a share of that of all, so that its gradients are summed; for the method it is a whole one."""
         calls, count = self.calls, run.runtime.num_processes
         of_network = {id(parameter) for parameter in calls.network.parameters()}
-        for parameter in parameters:
+        for parameter in parameters if count > 1 else ():
             if id(parameter) in of_network and parameter.requires_grad:
                 parameter.grad = parameter.new_zeros(parameter.shape) if parameter.grad is None else parameter.grad * count
         calls.owner.all_reduce_network(calls.accelerator, calls.network)

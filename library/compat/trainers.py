@@ -22,6 +22,8 @@ class NetworkTrainer:
     family = "sd"
     trainable = "network"
     is_sdxl = False
+    is_video = False
+    """whether the step has the methods of VideoDialect"""
     vae_scale_factor = 0.18215
 
     def __init__(self) -> None:
@@ -38,6 +40,11 @@ class NetworkTrainer:
         """Whether a method is not ours: of a subclass, or put on the class or the object."""
         method = getattr(self, name)
         return getattr(method, "__func__", method) not in OWN
+
+    def _overridden(self) -> dict[str, Any]:
+        """Name -> our version, of the methods that are not ours."""
+        known = KNOWN | (KNOWN_VIDEO if self.is_video else {})
+        return {name: own for name, own in known.items() if self._overrides(name)}
 
     # -- before the models ---------------------------------------------------------------------------------------------
 
@@ -291,6 +298,7 @@ class VideoDialect:
     """Mixed into a trainer (`class Mine(VideoDialect, FluxNetworkTrainer)`): the step has the methods and parameters that trainers
     of video models know."""
 
+    is_video = True
     run: Any
     compute_loss: Any
 
@@ -325,7 +333,11 @@ class VideoDialect:
         return self.compute_loss(args, output, timesteps, noise_scheduler, dit_dtype, network_dtype, global_step)
 
 
-OWN = {method for cls in (NetworkTrainer, VideoDialect) for method in vars(cls).values() if callable(method)}
+KNOWN, KNOWN_VIDEO = (
+    {name: method for name, method in vars(cls).items() if callable(method) and not name.startswith("_")}
+    for cls in (NetworkTrainer, VideoDialect)
+)
+OWN = {*KNOWN.values(), *KNOWN_VIDEO.values()}
 
 
 class SdxlNetworkTrainer(NetworkTrainer):
