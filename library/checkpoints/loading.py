@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from library.core.errors import CheckpointError
 from library.core.text_files import parse_json, read_json
+from library.fp8_optimization_utils import FP8_STORAGE
 from library.safetensors_utils import (
     FP8_DTYPES,
     cast_floats,
@@ -72,6 +73,28 @@ class CheckpointFiles:
         def cast(key: str, tensor: Tensor) -> Tensor:
             kind = self.dtype_of(key)
             return cast_floats(tensor, dtype or (torch.bfloat16 if kind in FP8_DTYPES else kind), key)
+
+        return cast
+
+    def storing(self, dtype: torch.dtype | None, keys: Iterable[str]) -> Callable[[str, Tensor], Tensor]:
+        """The `cast` of `tensors` for a model, with these keys, whose matrices may stay in 8 bits.
+
+        `dtype` float8_e4m3fn keeps those of linear layers in it and the rest in bfloat16; None keeps the file's own types.
+        CheckpointError when they are to be kept and are in 8-bit numbers of another kind.
+        """
+        kinds = {self.shapes[key].dtype for key in keys if key.endswith(".weight")}
+        other = sorted(str(kind).removeprefix("torch.") for kind in kinds & set(FP8_DTYPES) - {FP8_STORAGE})
+        if dtype == FP8_STORAGE and other:
+            stored = ", ".join(other)
+            raise CheckpointError(f"{self.path} stores weights as {stored}; 8-bit storage needs float8_e4m3fn or a wider file")
+        wide = torch.bfloat16 if dtype is None or dtype == FP8_STORAGE else dtype
+
+        def cast(key: str, tensor: Tensor) -> Tensor:
+            kind = self.dtype_of(key)
+            is_matrix = key.endswith(".weight") and tensor.ndim == 2
+            if is_matrix and (dtype == FP8_STORAGE or (dtype is None and kind in FP8_DTYPES)):
+                return cast_floats(tensor, dtype or kind, key)
+            return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind, key)
 
         return cast
 
@@ -213,6 +236,11 @@ def find_prefix(keys: Iterable[str], prefixes: Sequence[str], roots: Sequence[st
 def strip_prefix(state: Mapping[str, T], prefix: str) -> dict[str, T]:
     """The entries under `prefix`, without it."""
     return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def prefixed(prefix: str, state: Mapping[str, T]) -> dict[str, T]:
+    """The entries with `prefix` before their names."""
+    return {prefix + key: tensor for key, tensor in state.items()}
 
 
 def part_of(state: Mapping[str, T], prefixes: Sequence[str], roots: Sequence[str]) -> dict[str, T]:

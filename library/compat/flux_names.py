@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from library.checkpoints import flux_convert
 from library.compat.arguments import add_groups
 from library.compat.draws import GlobalDraws
 from library.compat.namespace import options_of
@@ -45,13 +43,6 @@ def load_controlnet(
     raise UnsupportedCombination(
         f"{ckpt_path}: ControlNets of FLUX.1 are not there; load_flow_model loads the denoiser, which runs without one"
     )
-
-
-def convert_diffusers_sd_to_bfl(
-    diffusers_sd: Mapping[str, Tensor], num_double_blocks: int | None = None, num_single_blocks: int | None = None
-) -> dict[str, Tensor]:
-    """The denoiser's entries under the original names; how many blocks there are, the names tell."""
-    return flux_convert.convert_diffusers_sd_to_bfl(diffusers_sd)
 
 
 def get_sigmas(

@@ -34,12 +34,9 @@ CLIP_PREFIXES = (
     "conditioner.embedders.0.transformer.", "clip_l.transformer.", "clip_l.", "text_encoder.",
 )  # fmt: skip
 T5_PREFIXES = (
-    "text_encoders.t5xxl.transformer.",
-    "text_encoders.t5xxl.",
-    "t5xxl.transformer.",
-    "t5xxl.",
+    "text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.", "t5xxl.transformer.", "t5xxl.", "text_encoder_3.",
     "text_encoder_2.",
-)
+)  # fmt: skip
 T5_ROOTS = ("encoder", "shared")
 _CLIP_TOLERATED = ("position_ids", "logit_scale", "visual_projection.weight")
 _HEAD_SIZE = 64
@@ -67,8 +64,11 @@ CLIP_H = ClipSlot(
 )
 CLIP_G = ClipSlot(
     "clip_g", "CLIP-G text encoder", "text_encoder_2",
-    ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer.", "text_encoder_2."), "gelu",
-    has_open_clip=True,
+    (
+        "conditioner.embedders.1.model.", "text_encoders.clip_g.transformer.", "text_encoders.clip_g.",
+        "clip_g.transformer.", "clip_g.", "text_encoder_2.",
+    ),
+    "gelu", has_open_clip=True,
 )  # fmt: skip
 
 
@@ -279,7 +279,9 @@ def inspect_t5xxl(path: str | os.PathLike, config: Mapping[str, Any] | None = No
 
 
 def _open_t5(path: Source, config: Mapping[str, Any] | None) -> tuple[Any, str, dict[str, Any]]:
-    source = open_checkpoint(path, "text_encoder_2")
+    # in a pipeline folder T5 is the last of two or three text encoders
+    third = not isinstance(path, Mapping) and os.path.isdir(os.path.join(path, "text_encoder_3"))
+    source = open_checkpoint(path, "text_encoder_3" if third else "text_encoder_2")
     prefix = find_prefix(source.shapes, T5_PREFIXES, T5_ROOTS, source.path, "T5 encoder")
     shapes = strip_prefix(source.shapes, prefix)
     attention = "encoder.block.0.layer.0.SelfAttention."
@@ -308,7 +310,8 @@ def _open_t5(path: Source, config: Mapping[str, Any] | None) -> tuple[Any, str, 
         "eps": 1e-6,
     }
     folder = {ours: source.config[theirs] for theirs, ours in _T5_FOLDER_NAMES.items() if theirs in source.config}
-    return source, prefix, {**inferred, **folder, **source.model_config, **(config or {})}
+    own = source.model_config.get("t5xxl", source.model_config)
+    return source, prefix, {**inferred, **folder, **own, **(config or {})}
 
 
 _T5_FOLDER_NAMES = {"relative_attention_max_distance": "max_distance", "layer_norm_epsilon": "eps"}

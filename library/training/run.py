@@ -37,6 +37,11 @@ class Models:
     extra: dict[str, torch.nn.Module] = field(default_factory=dict)
     """further parts by name (a vision encoder, a second expert, a ControlNet); see `ModelFamily.load_parts`"""
 
+    @property
+    def of_step(self) -> list[torch.nn.Module]:
+        """The denoiser and the further parts, which are armed and put into evaluation mode like it."""
+        return [self.denoiser, *self.extra.values()]
+
     @contextmanager
     def used(self, name: str, device: torch.device | str):
         """A further part on `device`; one that waits elsewhere goes back after its use."""
@@ -96,7 +101,7 @@ class Run:
         """Inside, the trained weights are those to save, sample and validate with: modules are in evaluation mode,
         schedule-free optimizers switch and, unless `averaged` is False, every hook puts in place what it wants (the
         average of --ema, say)."""
-        learned = [*self.trainable.modules().values(), *self.hooks.all_modules().values(), self.models.denoiser]
+        learned = [*self.trainable.modules().values(), *self.hooks.all_modules().values(), *self.models.of_step]
         with ExitStack() as stack:
             stack.enter_context(schedule_free_weights(self.optimizer))
             stack.enter_context(evaluation_mode(learned))

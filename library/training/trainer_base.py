@@ -256,18 +256,23 @@ class Trainer:
         return module.requires_grad_(False).eval()
 
     def arm(self, models: Models, trained: list[bool]) -> None:
-        """Gradient checkpointing and compilation, after adapters are in place. Checkpointing works in train mode only;
-        the models have no dropout of their own that it would switch on."""
+        """Gradient checkpointing and compilation, after adapters are in place, of the denoiser and of further parts that
+        can do it. Checkpointing works in train mode only; the models have no dropout of their own that it would switch
+        on."""
         memory = self.config[MemoryOptions]
         if memory.gradient_checkpointing:
-            models.denoiser.enable_gradient_checkpointing(cpu_offload=memory.cpu_offload_checkpointing)
-            models.denoiser.train()
+            for part in models.of_step:
+                if hasattr(part, "enable_gradient_checkpointing"):
+                    part.enable_gradient_checkpointing(cpu_offload=memory.cpu_offload_checkpointing)
+                    part.train()
             for encoder, learns in zip(models.text_encoders, trained):
                 if encoder is not None and learns:
                     checkpoint_activations(encoder)
                     encoder.train()
         if memory.compiles:
-            compile_blocks(models.denoiser, memory.dynamo_backend)
+            for part in models.of_step:
+                if hasattr(part, "repeated_blocks"):
+                    compile_blocks(part, memory.dynamo_backend)
 
     # ---- the Run -----------------------------------------------------------------------------------------------------
 

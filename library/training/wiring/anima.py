@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from library.training.inference_samplers import SamplerOptions, check_flow_sampl
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.sampling_prompts import with_defaults
 from library.training.timestep_samplers import TimestepOptions
-from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
+from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, tokenizer_problems
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +184,7 @@ class AnimaFamily(FlowFamily):
 
     def _size_problems(self) -> list[str]:
         """Sizes of the files against each other; headers only."""
-        from library.anima_models import block_swap_problem
+        from library.custom_offloading_utils import row_swap_problem
         from library.anima_utils import fitting_problems
 
         params, adapter = self._denoiser_info.params, self._adapter
@@ -196,7 +196,7 @@ class AnimaFamily(FlowFamily):
         if adapter is not None:
             rows, where = adapter.vocab, f"the LLM adapter in {place}"
             problems += tokenizer_problems(lambda: self._t5_tokenizer, lambda: rows, "T5", "--t5_tokenizer_path", where)
-        problems.append(block_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, params.num_blocks))
+        problems.append(row_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, params.num_blocks))
         return [problem for problem in problems if problem]
 
     @cached_property
@@ -343,9 +343,14 @@ class AnimaFamily(FlowFamily):
         velocity, extra = self.with_side_outputs(velocity)
         return DiTOutput(velocity, sample.target, extra)
 
-    def save_model(self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+    def save_model(
+        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
+        parts: Collection[str] = DENOISER,
+    ) -> None:
+        """The denoiser, which has a file of its own."""
         from library.anima_utils import save_anima
 
+        self.check_parts(parts)
         save_anima(models.denoiser, path, dtype, metadata)
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:

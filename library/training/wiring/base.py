@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from library.training.run import DiTOutput, Models
 
 logger = logging.getLogger(__name__)
+
+DENOISER = ("denoiser",)
 
 
 def ignored_by_flow(model: str) -> dict[str, str]:
@@ -195,7 +197,8 @@ class ModelFamily(ABC):
     def load_parts(self, runtime: Runtime, beside: str) -> dict[str, torch.nn.Module]:
         """Further parts by name. `beside` "vae": those that encode images while latents are cached or in the step, and
         live as long as the VAE (a vision encoder); "denoiser": those that run in the step (a second expert, a
-        ControlNet)."""
+        ControlNet). A part with `enable_gradient_checkpointing` or `repeated_blocks`, as the denoiser has them, is
+        checkpointed and compiled like it."""
         return {}
 
     @abstractmethod
@@ -258,10 +261,25 @@ class ModelFamily(ABC):
     def modelspec(self) -> dict[str, str | None]:
         """architecture, implementation (and prediction_type where it applies) for modelspec.* metadata."""
 
-    def save_model(self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+    def save_model(
+        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
+        parts: Collection[str] = DENOISER,
+    ) -> None:
         """Write the base model as it is now, in the layout that its files have; safely. Families without it cannot be
-        fine-tuned whole."""
+        fine-tuned whole.
+
+        `parts`: what has learned, "denoiser", "text_encoders" or names of `Models.extra`. Where one file holds all parts,
+        the others are those of the base, as they were; UnsupportedCombination for parts that the family does not write.
+        """
         raise UnsupportedCombination(f"{self.name} models cannot be written whole")
+
+    def check_parts(self, parts: Collection[str], known: Collection[str] = DENOISER) -> None:
+        """For `save_model`: UnsupportedCombination for parts that are not `known`."""
+        others = sorted(set(parts) - set(known))
+        if others:
+            raise UnsupportedCombination(
+                f"of {self.name} models {', '.join(known)} can be written; {', '.join(others)} cannot"
+            )
 
     def new_control_net(self, models: Models) -> torch.nn.Module:
         raise UnsupportedCombination(f"{self.name} has no ControlNet training")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from library.dataset import CachingOptions
 from library.families.flux import FAMILY
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
-from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
+from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, tokenizer_problems
 
 if TYPE_CHECKING:
     import torch
@@ -311,9 +311,14 @@ class FluxFamily(FlowFamily):
             prediction = clean_estimate(prediction.float(), sample.noisy_latents, sample.sigmas)
         return DiTOutput(prediction, sample.target, extra)
 
-    def save_model(self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+    def save_model(
+        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
+        parts: Collection[str] = DENOISER,
+    ) -> None:
+        """The denoiser, which has a file of its own."""
         from library.flux_utils import save_flow_model
 
+        self.check_parts(parts)
         save_flow_model(models.denoiser, path, dtype, metadata)
 
     def pipeline_settings(self) -> Mapping[str, Any]:

@@ -127,9 +127,27 @@ class SdxlFamily(UNetFamily):
         from library.sdxl_utils import load_unet_sdxl
 
         denoiser = load_unet_sdxl(
-            self.base_path, runtime.weight_dtype, runtime.device, self.disable_mmap, transform=self.transform
+            self.base_path, self.reading_dtype(runtime), runtime.device, self.disable_mmap, transform=self.transform
         )
         return self.stored_small(denoiser, runtime)
+
+    def base_denoiser(self) -> torch.nn.Module:
+        from library.sdxl_utils import load_unet_sdxl
+
+        return load_unet_sdxl(self.base_path, None, "cpu", self.disable_mmap)
+
+    def base_text_encoders(self) -> list[torch.nn.Module]:
+        from library.sdxl_utils import load_text_encoders_sdxl
+
+        return list(load_text_encoders_sdxl(self.base_path, None, "cpu", self.disable_mmap))
+
+    def file_tensors(
+        self, denoiser: torch.nn.Module | None, text_encoders: Sequence[torch.nn.Module] | None,
+        vae: torch.nn.Module | None,
+    ) -> dict[str, torch.Tensor]:
+        from library.sdxl_utils import checkpoint_state
+
+        return checkpoint_state(denoiser, text_encoders, vae)
 
     def predict(
         self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
