@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +11,10 @@ from library.dataset.batch import Batch
 from library.training.losses.reduction import loss_mask, per_sample_loss
 from library.training.objective import NoisyLatents, Objective
 from library.training.run import DiTOutput
+
+if TYPE_CHECKING:
+    from library.training.loss_weights import LossFactor
+    from library.training.losses import ElementLoss
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,8 @@ class LossFunction:
     `element`: see library/training/losses; `factors`: see library/training/loss_weights, None = none.
     """
 
-    element: Any
-    factors: Any | None
+    element: ElementLoss
+    factors: LossFactor | None
     objective: Objective
     masked_loss: bool = False
 

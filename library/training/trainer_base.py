@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -50,7 +50,7 @@ from library.training.run import Models, Run
 from library.training.run_lock import claimed_output
 from library.training.run_record import RunRecord
 from library.training.run_settings import settings_of
-from library.training.sampling_prompts import holds_no_prompt, load_prompts
+from library.training.sampling_prompts import SamplePrompt, holds_no_prompt, load_prompts
 from library.training.schedulers import SchedulerOptions
 from library.training.start_page import print_start
 from library.training.state import local_state_folder, resume
@@ -162,7 +162,7 @@ class Trainer:
         if problem is not None:
             raise ConfigError(problem)
 
-    def check(self) -> tuple[FoundData, list[Any]]:
+    def check(self) -> tuple[FoundData, list[SamplePrompt]]:
         """Everything that can be wrong before models are loaded, in one error; the images and the sample prompts."""
         if is_main_process() and not self.config[DatasetOptions].debug_dataset:
             clean_up(self.config)
@@ -179,7 +179,7 @@ class Trainer:
         path, wants = sampling.sample_prompts, checks.wants_samples(sampling)
         return found, self._sample_prompts(path) if path and wants and not holds_no_prompt(path) else []
 
-    def _sample_prompts(self, path: str) -> list[Any]:
+    def _sample_prompts(self, path: str) -> list[SamplePrompt]:
         """The prompts that can be read and that the family has the sizes and samplers for: another one does not cost
         the training."""
         left_out: list[str] = []
@@ -228,7 +228,7 @@ class Trainer:
         return {name: self._frozen(part) for name, part in self.family.load_parts(runtime, beside).items()}
 
     def text_phase(
-        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[Any]
+        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[SamplePrompt]
     ) -> TextPhase:
         """Encode captions and sample prompts; afterwards only encoders that the step needs are in memory."""
 
@@ -278,7 +278,7 @@ class Trainer:
 
     def assemble(
         self, runtime: Runtime, data: DataGroups, models: Models, strategies: StrategySet, trained: list[bool],
-        prompts: list[Any], text: TextPhase, state: Path | None,
+        prompts: list[SamplePrompt], text: TextPhase, state: Path | None,
     ) -> Run:
         """Optimizer, schedule, loaders, hooks and step; resume; the complete Run."""
         batches = self.loader(data, runtime)
