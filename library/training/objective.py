@@ -37,6 +37,12 @@ class NoisyLatents:
     sigmas: torch.Tensor  # as timesteps
     target: torch.Tensor  # [B, C, ...]
 
+    @property
+    def noisiest_timesteps(self) -> torch.Tensor:
+        """One per sample [B], where frames or tokens have times of their own that of the noisiest: for what depends on how
+        much of a sample can be seen (ranks of T-LoRA)."""
+        return self.timesteps if self.timesteps.ndim == 1 else self.timesteps.flatten(1).amax(dim=1)
+
     def rows(self, rows: torch.Tensor) -> NoisyLatents:
         """The samples of these numbers."""
         parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -53,7 +53,7 @@ from library.training.run_settings import settings_of
 from library.training.sampling_prompts import SamplePrompt, holds_no_prompt, load_prompts
 from library.training.schedulers import SchedulerOptions
 from library.training.start_page import print_start
-from library.training.state import local_state_folder, resume
+from library.training.state import check_hook_weights, local_state_folder, resume
 from library.training.state_files import read_train_state
 from library.training.step import TrainStep, check_replacements
 from library.training.stopping import command_going_on, exit_code_of_signal
@@ -125,6 +125,8 @@ class Trainer:
             data.show(runtime.seed, self.config[SavingOptions].output_dir or ".")
             return None
         state = local_state_folder(self.config, runtime)
+        if state is not None:
+            check_hook_weights(state, self.added_hooks.by_key())
         self.check_length(data, runtime, state)
         self.on_main(runtime, self.take_output)
         self.family.transform = self.trainable.transform(self.family)
