@@ -506,7 +506,7 @@ class NetworkTrainable(Trainable):
 
     def on_sample(self, sample: NoisyLatents) -> None:
         if hasattr(self.network, "set_step_times"):
-            self.network.set_step_times(sample.timesteps / NUM_TIMESTEPS)
+            self.network.set_step_times(sample.noisiest_timesteps / NUM_TIMESTEPS)
 
     @contextmanager
     def disabled(self):
