@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import DeviceTables, rotate_halves, scaled_attention, timestep_embedding
-from library.custom_offloading_utils import BlockStackMixin, BlockOffloader
+from library.attention import DeviceTables, never_empty, per_token, rotate_halves, scaled_attention, timestep_embedding
+from library.custom_offloading_utils import BlockOffloader, BlockStackMixin, row_swap_problem
 
 Rope = tuple[Tensor, Tensor]
 NORM_EPS = 1e-6
@@ -264,11 +264,6 @@ class Block(nn.Module):
         return per_token(modulation(emb) + adaln_lora).chunk(3, dim=-1)  # each [B, 1 or L, D]
 
 
-def per_token(modulation: Tensor) -> Tensor:
-    """[B, D] as [B, 1, D], for all tokens alike; [B, L, D] as it is."""
-    return modulation[:, None] if modulation.ndim == 2 else modulation
-
-
 class FinalLayer(nn.Module):
     def __init__(self, params: AnimaParams) -> None:
         super().__init__()
@@ -330,22 +325,11 @@ class LLMAdapter(nn.Module):
             self.rope_tables.get(length, x.device, lambda length=length: cos_sin(text_angles(length, head_dim)))
             for length in (x.shape[1], source.shape[1])
         )
-        target_mask, attended = _never_empty(target_mask), _never_empty(source_mask)
+        target_mask, attended = (None if mask is None else never_empty(mask) for mask in (target_mask, source_mask))
         for block in self.blocks:
             x = block(x, source, ropes, target_mask, attended)
         x = self.norm(self.out_proj(x))
         return x if target_mask is None else x * target_mask[..., None].to(x.dtype)
-
-
-def _never_empty(mask: Tensor | None) -> Tensor | None:
-    """Boolean mask; a row without tokens attends to its first position, because softmax over nothing is not a
-    number."""
-    if mask is None:
-        return None
-    mask = mask.bool()
-    first = torch.zeros_like(mask)
-    first[:, 0] = ~mask.any(dim=1)
-    return mask | first
 
 
 class Anima(BlockStackMixin, nn.Module):
@@ -452,9 +436,9 @@ class Anima(BlockStackMixin, nn.Module):
     def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:
         """Keep the weights of some blocks on the CPU while others compute. On a CPU `device` nothing moves.
 
-        ValueError when more blocks are asked for than `block_swap_problem` allows.
+        ValueError when more blocks are asked for than `row_swap_problem` allows.
         """
-        problem = block_swap_problem(blocks_to_swap, self.params.num_blocks)
+        problem = row_swap_problem(blocks_to_swap, self.params.num_blocks)
         if problem:
             raise ValueError(problem)
         self.offloaders = (BlockOffloader(self.blocks, blocks_to_swap, device) if blocks_to_swap else None,)
@@ -469,13 +453,3 @@ def _with_mask(x: Tensor, padding_mask: Tensor | None) -> Tensor:
         resized = F.interpolate(padding_mask.to(x.dtype), size=(height, width), mode="nearest")
         mask = resized[:, :, None].expand(-1, -1, frames, -1, -1)
     return torch.cat((x, mask), dim=1)
-
-
-def block_swap_problem(blocks_to_swap: int, num_blocks: int) -> str | None:
-    """What is wrong with `--blocks_to_swap` for a model of this depth, or None. Two blocks must stay."""
-    if blocks_to_swap < 0:
-        return f"--blocks_to_swap is {blocks_to_swap}; it cannot be negative (0 = off)"
-    allowed = max(num_blocks - 2, 0)
-    if blocks_to_swap <= allowed:
-        return None
-    return f"--blocks_to_swap is {blocks_to_swap}; this model has {num_blocks} blocks, at most {allowed} can be swapped"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def scaled_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None) -> Tensor:
@@ -82,3 +82,42 @@ def timestep_embedding(timesteps: Tensor, width: int, time_factor: float = 1000.
     )
     angles = (timesteps.float() * time_factor)[..., None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def per_token(vec: Tensor) -> Tensor:
+    """[B, D] as [B, 1, D], for all tokens alike; [B, L, D] as it is."""
+    return vec[:, None] if vec.ndim == 2 else vec
+
+
+def of_text(vec: Tensor) -> Tensor:
+    """The vector [B, D] of text tokens, which have no time of their own: the mean of those of the image tokens."""
+    return vec if vec.ndim == 2 else vec.mean(dim=1)
+
+
+def of_joined_tokens(vec: Tensor, num_text: int, *, text_first: bool = True) -> Tensor:
+    """The vectors of text and image tokens together [B, T + L, D]; one for all [B, D] stays."""
+    if vec.ndim == 2:
+        return vec
+    text = of_text(vec)[:, None].expand(-1, num_text, -1)
+    return torch.cat((text, vec) if text_first else (vec, text), dim=1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return (1 + scale) * x + shift
+
+
+def plain_norm(width: int) -> nn.LayerNorm:
+    """A norm without weights of its own, which a modulation follows."""
+    return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return (1 + scale) * x + shift
+
+
+def never_empty(mask: Tensor) -> Tensor:
+    """A mask [B, L] of keys as booleans; a row without any attends to its first, as softmax over nothing is no number."""
+    mask = mask.bool()
+    first = torch.zeros_like(mask)
+    first[:, 0] = ~mask.any(dim=1)
+    return mask | first

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from library.core.errors import CheckpointError
 from library.core.text_files import parse_json, read_json
+from library.fp8_optimization_utils import FP8_STORAGE
 from library.safetensors_utils import (
     FP8_DTYPES,
     cast_floats,
@@ -75,6 +76,28 @@ class CheckpointFiles:
 
         return cast
 
+    def storing(self, dtype: torch.dtype | None, keys: Iterable[str]) -> Callable[[str, Tensor], Tensor]:
+        """The `cast` of `tensors` for a model, with these keys, whose matrices may stay in 8 bits.
+
+        `dtype` float8_e4m3fn keeps those of linear layers in it and the rest in bfloat16; None keeps the file's own types.
+        CheckpointError when they are to be kept and are in 8-bit numbers of another kind.
+        """
+        kinds = {self.shapes[key].dtype for key in keys if key.endswith(".weight")}
+        other = sorted(str(kind).removeprefix("torch.") for kind in kinds & set(FP8_DTYPES) - {FP8_STORAGE})
+        if dtype == FP8_STORAGE and other:
+            stored = ", ".join(other)
+            raise CheckpointError(f"{self.path} stores weights as {stored}; 8-bit storage needs float8_e4m3fn or a wider file")
+        wide = torch.bfloat16 if dtype is None or dtype == FP8_STORAGE else dtype
+
+        def cast(key: str, tensor: Tensor) -> Tensor:
+            kind = self.dtype_of(key)
+            is_matrix = key.endswith(".weight") and tensor.ndim == 2
+            if is_matrix and (dtype == FP8_STORAGE or (dtype is None and kind in FP8_DTYPES)):
+                return cast_floats(tensor, dtype or kind, key)
+            return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind, key)
+
+        return cast
+
     def stream(
         self, device: torch.device | str | None, disable_mmap: bool, keys: Iterable[str]
     ) -> Iterator[tuple[str, Tensor]]:
@@ -85,16 +108,39 @@ class CheckpointFiles:
             yield from iterate_tensors(file, device, disable_mmap, names)
 
 
+@dataclass(frozen=True)
+class TensorsInMemory(CheckpointFiles):
+    """A model part whose tensors a caller has read already."""
+
+    held: Mapping[str, Tensor]
+
+    def stream(
+        self, device: torch.device | str | None, disable_mmap: bool, keys: Iterable[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        wanted = set(keys)
+        for key, tensor in self.held.items():
+            if key in wanted:
+                yield key, tensor if device is None else tensor.to(device)
+
+
 Items = Iterable[tuple[str, Tensor]]
 Transform = Callable[[CheckpointFiles, Items], Items]
 """what a loader lets happen to the tensors of a file while they are read: (file, (key, tensor) pairs) -> pairs"""
 
 
-def open_checkpoint(path: str | os.PathLike, subfolder: str | None = None) -> CheckpointFiles:
-    """Headers of a model part: a file, one file of a split set, or a folder in the layout of diffusers / transformers.
+Source = str | os.PathLike | Mapping[str, Tensor]
+"""where a model part is: a path, or the tensors themselves by the names of a file"""
+
+
+def open_checkpoint(path: Source, subfolder: str | None = None) -> CheckpointFiles:
+    """Headers of a model part: a file, one file of a split set, a folder in the layout of diffusers / transformers, or
+    tensors that were read already.
 
     A folder may be the whole model (then `subfolder` is looked into) or the part itself. CheckpointError otherwise.
     """
+    if isinstance(path, Mapping):
+        shapes = {key: tensor.to("meta") for key, tensor in path.items()}
+        return TensorsInMemory("the state dict", (), shapes, {}, {}, path)
     files, config = _find_files(Path(path), subfolder)
     shapes: dict[str, Tensor] = {}
     model_config: dict[str, Any] = {}
@@ -190,6 +236,11 @@ def find_prefix(keys: Iterable[str], prefixes: Sequence[str], roots: Sequence[st
 def strip_prefix(state: Mapping[str, T], prefix: str) -> dict[str, T]:
     """The entries under `prefix`, without it."""
     return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def prefixed(prefix: str, state: Mapping[str, T]) -> dict[str, T]:
+    """The entries with `prefix` before their names."""
+    return {prefix + key: tensor for key, tensor in state.items()}
 
 
 def part_of(state: Mapping[str, T], prefixes: Sequence[str], roots: Sequence[str]) -> dict[str, T]:

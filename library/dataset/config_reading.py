@@ -1,13 +1,16 @@
-"""A dataset configuration file as checked tables: parsing, both table forms, names, types and ranges of single
-values."""
+"""A dataset configuration file as checked tables: parsing, both table forms, and the complaints of the schema in words
+for the user."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from voluptuous import InInvalid, Invalid, MultipleInvalid, RequiredFieldInvalid, TypeInvalid
 
 from library.core.errors import ConfigError, nearest_name
 from library.core.text_files import parse_json, parse_toml, read_text
@@ -18,18 +21,19 @@ from library.dataset.config_schema import (
     KEYS,
     LEVEL_NAMES,
     RENAMED,
-    OutOfRange,
-    WrongType,
+    SECTIONS,
+    LooseKeys,
+    UnknownKey,
+    by_place,
     keys_of,
+    schema_of,
 )
 
 BAD = object()
 """stands for a value that was refused, so that nothing else is said about it"""
 
-SHAPE_HINT = (
-    "datasets are written as [[datasets]] with [[datasets.subsets]], or, with a name, as [datasets.NAME] with"
-    " [[datasets.NAME.subsets]]"
-)
+Place = tuple["int | str", ...]
+"""where something stands in the parsed file: ("datasets", 0, "subsets", 1, "num_repeats")"""
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class ConfigReader:
-    """Checks names, types and ranges of a parsed configuration. What is wrong goes to `problems`."""
+    """Holds a parsed configuration against the schema of a script that takes `kinds` of dataset. What is wrong goes to
+    `problems`."""
 
     def __init__(
         self, problems: ProblemList, *, kinds: frozenset[str] = ALL_KINDS, supports_dropout: bool = True
@@ -146,114 +151,89 @@ class ConfigReader:
         self.problems = problems
         self.kinds = kinds
         self.supports_dropout = supports_dropout
-        self._dataset_keys = frozenset((*KEYS, "subsets"))
+        self._refused: set[Place] = set()
+        self._misplaced: set[Place] = set()
+        """keys that may not stand where they are"""
 
     def read(self, raw: Any) -> ConfigTables:
-        if not isinstance(raw, Mapping):
-            self.problems.add("", "wrong_type", f"the file holds {_shown(raw)}; a table with [[datasets]] is needed")
-            return ConfigTables(Table("general", {}), ())
-        for name in raw:
-            if name not in ("general", "datasets"):
-                nearest = nearest_name(name, ("general", "datasets"))
-                self._unknown(name, name, "the top of the file", ("general", "datasets"), nearest)
-        general = raw.get("general", {})
-        if not isinstance(general, Mapping):
-            self.problems.add("general", "wrong_type", f"is {_shown(general)}; a table [general] is needed")
-            general = {}
-        return ConfigTables(self._table(general, "general", "G"), tuple(self._datasets(raw)))
+        """The tables with values in their types: BAD for a refused one; misplaced keys are left out."""
+        self._refused.clear()
+        self._misplaced.clear()
+        try:
+            schema_of(self.kinds, self.supports_dropout)(raw)
+        except MultipleInvalid as found:
+            for error in found.errors:
+                self._note(error, raw)
+        top = {} if () in self._refused else raw
+        general = {} if ("general",) in self._refused else top.get("general", {})
+        datasets = self._entries(("datasets",), top.get("datasets", []))
+        return ConfigTables(self._table(("general",), general), tuple(self._dataset(*entry) for entry in datasets))
 
-    def _datasets(self, raw: Mapping[str, Any]) -> Iterable[DatasetTables]:
-        found = raw.get("datasets", [])
-        if not isinstance(found, (list, Mapping)):
-            self.problems.add("datasets", "wrong_type", f"is {_shown(found)}; {SHAPE_HINT}")
+    def _dataset(self, path: Place, found: Mapping[str, Any]) -> DatasetTables:
+        own = {name: value for name, value in found.items() if name != "subsets"}
+        subsets = self._entries((*path, "subsets"), found.get("subsets", []))
+        return DatasetTables(self._table(path, own), tuple(self._table(*entry) for entry in subsets))
+
+    def _entries(self, path: Place, found: Any) -> Iterable[tuple[Place, Mapping[str, Any]]]:
+        """The tables below `path`, but for refused ones."""
+        places = {} if path in self._refused else by_place(found)
+        return [((*path, place), value) for place, value in places.items() if (*path, place) not in self._refused]
+
+    def _table(self, path: Place, found: Mapping[str, Any]) -> Table:
+        return Table(written(path), {
+            name: BAD if (*path, name) in self._refused else KEYS[name].check(value)
+            for name, value in found.items() if (*path, name) not in self._misplaced
+        })
+
+    # ---- messages
+
+    def _note(self, error: Invalid, raw: Any) -> None:
+        path, where = tuple(error.path), written(error.path)
+        if isinstance(error, UnknownKey):
+            self._misplaced.add(path)
+            self._note_key(where, path)
             return
-        if not found:
-            self.problems.add("datasets", "missing", f"the dataset config has no [[datasets]]; {SHAPE_HINT}")
-        if isinstance(found, Mapping):
-            loose = [
-                name for name, value in found.items() if name in self._dataset_keys and not isinstance(value, Mapping)
-            ]
-            if loose:
-                self.problems.add(
-                    "datasets", "conflict", f"the keys {', '.join(loose)} stand directly under [datasets]; {SHAPE_HINT}"
-                )
-                return
-            named = [(f"datasets.{name}", value) for name, value in found.items()]
-        else:
-            named = [(f"datasets[{i}]", value) for i, value in enumerate(found)]
-        for path, value in named:
-            if isinstance(value, Mapping):
-                yield DatasetTables(self._table(value, path, "D"), tuple(self._subsets(value, path)))
-            else:
-                self.problems.add(path, "wrong_type", f"is {_shown(value)}; {SHAPE_HINT}")
-
-    def _subsets(self, dataset: Mapping[str, Any], path: str) -> Iterable[Table]:
-        found = dataset.get("subsets", [])
-        path = f"{path}.subsets"
-        if not isinstance(found, list):
-            self.problems.add(path, "wrong_type", f"is {_shown(found)}; a list of tables is needed, [[...subsets]]")
+        self._refused.add(path)
+        if isinstance(error, (RequiredFieldInvalid, LooseKeys)):
+            self.problems.add(where, "missing" if isinstance(error, RequiredFieldInvalid) else "conflict", error.msg)
             return
-        if not found:
-            self.problems.add(
-                path, "missing", "the dataset has no subsets; give each folder or metadata file a [[...subsets]] table"
-            )
-        for i, value in enumerate(found):
-            if isinstance(value, Mapping):
-                yield self._table(value, f"{path}[{i}]", "S")
-            else:
-                self.problems.add(
-                    f"{path}[{i}]", "wrong_type", f"is {_shown(value)}; a table is needed, [[...subsets]]"
-                )
+        value = functools.reduce(lambda found, part: found[part], path, raw)
+        nearest = nearest_name(value, KEYS[path[-1]].choices) if isinstance(error, InInvalid) else None
+        suggestion = f"; did you mean '{nearest}'?" if nearest else ""
+        message = f"{'is' if path else 'the file holds'} {_shown(value)}; {error.msg}{suggestion}"
+        self.problems.add(where, "wrong_type" if isinstance(error, TypeInvalid) else "out_of_range", message, nearest)
 
-    def _table(self, raw: Mapping[str, Any], path: str, level: str) -> Table:
-        values: dict[str, Any] = {}
-        for name, value in raw.items():
-            if name == "subsets" and level == "D":
-                continue
-            if self._known(name, path, level):
-                values[name] = self._value(name, value, f"{path}.{name}")
-        return Table(path, values)
-
-    def _known(self, name: str, path: str, level: str) -> bool:
-        """Whether the key may stand here; otherwise the problem is noted. Kinds are looked at later, per dataset."""
-        where = f"{path}.{name}"
-        accepted = keys_of(level, self.kinds)
-        key = KEYS.get(name)
-        if key is None and name in COMMAND_LINE_ONLY:
-            self.problems.add(
-                where, "unknown_key", f"is an option of the command line (--{name}) and not a key of the dataset config"
-            )
+    def _note_key(self, where: str, path: Place) -> None:
+        """Why a key may not stand at its place: there is none of the name, or it belongs elsewhere."""
+        name, key = path[-1], KEYS.get(path[-1])
+        level = "G" if path[0] == "general" else "D" if len(path) == 3 else "S"
+        if len(path) == 1:
+            self._unknown(where, name, "the top of the file", SECTIONS, nearest_name(name, SECTIONS))
+        elif key is None and name in COMMAND_LINE_ONLY:
+            message = f"is an option of the command line (--{name}) and not a key of the dataset config"
+            self.problems.add(where, "unknown_key", message)
         elif key is None:
+            accepted = keys_of(level, self.kinds)
             near = RENAMED.get(name) or nearest_name(name, accepted) or nearest_name(name, KEYS)
             self._unknown(where, name, LEVEL_NAMES[level], accepted, near)
         elif level not in key.levels:
             places = " or ".join(LEVEL_NAMES[place] for place in key.levels)
             self.problems.add(where, "conflict", f"the key cannot stand in {LEVEL_NAMES[level]}; write it in {places}")
         elif key.is_dropout and not self.supports_dropout:
-            self.problems.add(
-                where, "conflict", "this script trains words of the caption and has no caption dropout; remove the key"
-            )
-        elif level == "G" and not key.kinds & self.kinds:
-            self.problems.add(where, "conflict", "this script has no dataset that uses the key; remove it")
+            message = "this script trains words of the caption and has no caption dropout; remove the key"
+            self.problems.add(where, "conflict", message)
         else:
-            return True
-        return False
+            self.problems.add(where, "conflict", "this script has no dataset that uses the key; remove it")
 
     def _unknown(self, where: str, name: str, place: str, accepted: Iterable[str], nearest: str | None) -> None:
         suggestion = f"; did you mean '{nearest}'?" if nearest else "."
-        self.problems.add(
-            where, "unknown_key", f"unknown key '{name}'{suggestion} Keys of {place}: {', '.join(accepted)}", nearest
-        )
+        message = f"unknown key '{name}'{suggestion} Keys of {place}: {', '.join(accepted)}"
+        self.problems.add(where, "unknown_key", message, nearest)
 
-    def _value(self, name: str, value: Any, where: str) -> Any:
-        try:
-            return KEYS[name].parse(value)
-        except WrongType as error:
-            self.problems.add(where, "wrong_type", f"is {_shown(value)}; {error}")
-        except OutOfRange as error:
-            suggestion = f"; did you mean '{error.nearest}'?" if error.nearest else ""
-            self.problems.add(where, "out_of_range", f"is {_shown(value)}; {error}{suggestion}", error.nearest)
-        return BAD
+
+def written(path: Iterable[int | str]) -> str:
+    """A place as messages name it: `datasets[0].subsets[1].num_repeats`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 def _shown(value: Any) -> str:

@@ -1,137 +1,146 @@
-"""The keys of a dataset configuration: where each may stand, for which kinds of dataset, and which values it takes.
+"""The schema of a dataset configuration, in voluptuous: which keys there are, where each may stand, for which kinds of
+dataset, and which values it takes.
 
 Levels: G = [general], D = [[datasets]], S = [[datasets.subsets]]. Kinds: DB = folders with caption files, FT = metadata
-files, CN = folders with masks or control images.
+files, CN = folders with masks or control images. Every check has the words for the user; config_reading.py makes
+messages of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from library.core.errors import nearest_name
-from library.core.options import LARGEST_BATCH, LARGEST_SEED, LARGEST_SIDE, LARGEST_WHOLE, number_problem
+from voluptuous import (
+    All,
+    Extra,
+    In,
+    Invalid,
+    Length,
+    Optional,
+    Range,
+    RangeInvalid,
+    Required,
+    RequiredFieldInvalid,
+    Schema,
+    TypeInvalid,
+)
+
+from library.core.options import LARGEST_BATCH, LARGEST_NUMBER, LARGEST_SEED, LARGEST_SIDE, LARGEST_WHOLE
 from library.dataset import INTERPOLATIONS, parse_resolution
 
 ALL_KINDS = frozenset({"DB", "FT", "CN"})
+SHAPE_HINT = (
+    "datasets are written as [[datasets]] with [[datasets.subsets]], or, with a name, as [datasets.NAME] with"
+    " [[datasets.NAME.subsets]]"
+)
 
 
-class WrongType(ValueError):
-    """A value of another type than the key takes; the text says what is needed."""
+class UnknownKey(Invalid):
+    """A key that the schema does not have at this place."""
 
 
-class OutOfRange(ValueError):
-    """A value of the right type outside the accepted range; the text says what is accepted."""
-
-    def __init__(self, needed: str, nearest: str | None = None) -> None:
-        super().__init__(needed)
-        self.nearest = nearest
+class LooseKeys(Invalid):
+    """Keys of a dataset that stand where only datasets may."""
 
 
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise WrongType("true or false (without quotes) is needed")
-    return value
+# ---------------------------------------------------------------- values
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise WrongType("a text in quotes is needed")
-    return value
+def _of_type(needed: str, *types: type) -> Callable[[Any], Any]:
+    """A value of one of the types; true and false are no numbers."""
 
-
-def _path(value: Any) -> str:
-    if not _text(value):
-        raise OutOfRange("a path that is not empty is needed")
-    return value
-
-
-def _integer(minimum: int | None = None, maximum: int = LARGEST_WHOLE) -> Callable[[Any], int]:
-    def parse(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise WrongType("a whole number is needed" + (f", {minimum} or more" if minimum is not None else ""))
-        if minimum is not None and value < minimum:
-            raise OutOfRange(f"{minimum} or more is needed")
-        if abs(value) > maximum:
-            raise OutOfRange(f"at most {maximum} is possible")
+    def check(value: Any) -> Any:
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise TypeInvalid(needed)
         return value
 
-    return parse
+    return check
 
 
-def _number(minimum: float | None = None, maximum: float | None = None) -> Callable[[Any], float]:
-    wanted = "a number"
-    if minimum is not None:
-        wanted += f" from {minimum} to {maximum}" if maximum is not None else f" of {minimum} or more"
-
-    def parse(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise WrongType(f"{wanted} is needed")
-        if value != value or (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
-            raise OutOfRange(f"{wanted} is needed")
-        if number_problem(value, is_whole=False):
-            raise OutOfRange("a finite number is needed, within those of float32")
-        return value
-
-    return parse
+def _whole(minimum: int | None = None, maximum: int = LARGEST_WHOLE) -> All:
+    return All(
+        _of_type("a whole number is needed" + (f", {minimum} or more" if minimum is not None else ""), int),
+        Range(min=minimum, msg=f"{minimum} or more is needed"),
+        Range(-maximum, maximum, msg=f"at most {maximum} is possible"),
+    )
 
 
-def _multiplier(value: Any) -> float:
-    """Strength of the network; a negative one trains it to be taken away."""
-    if _number()(value) == 0:
-        raise OutOfRange(
+def _number(minimum: float | None = None, maximum: float | None = None) -> All:
+    limits = "" if minimum is None else f" of {minimum} or more" if maximum is None else f" from {minimum} to {maximum}"
+    wanted = f"a number{limits} is needed"
+    return All(
+        _of_type(wanted, int, float),
+        Range(minimum, maximum, msg=wanted),
+        Range(-LARGEST_NUMBER, LARGEST_NUMBER, msg="a finite number is needed, within those of float32"),
+    )
+
+
+def _not_zero(value: float) -> float:
+    if value == 0:
+        raise RangeInvalid(
             "0 leaves nothing to learn from these images; leave the dataset out, or give a number above or below 0"
         )
     return value
 
 
-def _resolution(value: Any) -> tuple[int, int]:
+def _sides(value: Any) -> tuple[int, int]:
     try:
-        size = parse_resolution(value)
+        return parse_resolution(value)
     except argparse.ArgumentTypeError:
-        raise WrongType('one whole number (1024), two ([1024, 768]) or a text ("1024,768") is needed') from None
-    if min(size) < 1:
-        raise OutOfRange("both sides must be 1 or more")
-    if max(size) > LARGEST_SIDE:
-        raise OutOfRange(f"sides of at most {LARGEST_SIDE} are possible")
-    return size
+        raise TypeInvalid('one whole number (1024), two ([1024, 768]) or a text ("1024,768") is needed') from None
 
 
-def _face_range(value: Any) -> tuple[float, float]:
+def _each(check: Callable[[Any], Any]) -> Callable[[tuple], tuple]:
+    """A check of every entry, as a check of the whole."""
+    return lambda values: tuple(check(value) for value in values)
+
+
+def _two_numbers(value: Any) -> tuple[float, float]:
+    needed = "two numbers are needed, e.g. [1.0, 3.0]"
     if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise WrongType("two numbers are needed, e.g. [1.0, 3.0]")
-    if any(isinstance(part, bool) or not isinstance(part, (int, float)) for part in value):
-        raise WrongType("two numbers are needed, e.g. [1.0, 3.0]")
-    low, high = float(value[0]), float(value[1])
-    if not 0 < low <= high or number_problem(high, is_whole=False):
-        raise OutOfRange("two numbers with 0 < lo <= hi are needed, e.g. [1.0, 3.0]")
-    return low, high
+        raise TypeInvalid(needed)
+    return _each(_of_type(needed, int, float))(value)
 
 
-def _interpolation(value: Any) -> str:
-    if _text(value) not in INTERPOLATIONS:
-        raise OutOfRange(f"one of {', '.join(INTERPOLATIONS)} is needed", nearest_name(value, INTERPOLATIONS))
-    return value
+def _rising(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1] <= LARGEST_NUMBER:
+        raise RangeInvalid("two numbers with 0 < lo <= hi are needed, e.g. [1.0, 3.0]")
+    return float(value[0]), float(value[1])
 
 
-def _table(value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise WrongType("a table is needed, e.g. { note = \"x\" }")
-    return dict(value)
+BOOLEAN = _of_type("true or false (without quotes) is needed", bool)
+TEXT = _of_type("a text in quotes is needed", str)
+PATH = All(TEXT, Length(min=1, msg="a path that is not empty is needed"))
+INTERPOLATION = All(TEXT, In(INTERPOLATIONS, msg=f"one of {', '.join(INTERPOLATIONS)} is needed"))
+ATTRIBUTES = All(_of_type('a table is needed, e.g. { note = "x" }', Mapping), dict)
+FACE_RANGE = All(_two_numbers, _rising)
+MULTIPLIER = All(_number(), _not_zero)
+"""strength of the network; a negative one trains it to be taken away"""
+RESOLUTION = All(
+    _sides,
+    _each(Range(min=1, msg="both sides must be 1 or more")),
+    _each(Range(max=LARGEST_SIDE, msg=f"sides of at most {LARGEST_SIDE} are possible")),
+)
+
+# ---------------------------------------------------------------- keys
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key. `option` is the command-line option that stands in when no table has the key."""
+    """One key. `check` is its part of the schema; out of it comes the value in its type. `option` is the command-line
+    option that stands in when no table has the key; `choices` are the only texts that it takes, where it has a list."""
 
     name: str
-    parse: Callable[[Any], Any]
+    check: Schema
     levels: str
     kinds: frozenset[str] = ALL_KINDS
     option: str | None = None
     default: Any = None
+    choices: tuple[str, ...] = ()
     is_dropout: bool = False
 
 
@@ -139,37 +148,37 @@ def _keys() -> dict[str, Key]:
     """All keys by name; the order is that of the documentation."""
     table: list[Key] = []
 
-    def add(names: str, parse: Callable[[Any], Any], levels: str, option: bool | str = True, **more: Any) -> None:
+    def add(names: str, check: Callable[[Any], Any], levels: str, option: bool | str = True, **more: Any) -> None:
         for name in names.split():
-            table.append(Key(name, parse, levels, option=(name if option is True else option or None), **more))
+            table.append(Key(name, Schema(check), levels, option=(name if option is True else option or None), **more))
 
     folders = frozenset({"DB", "CN"})
-    add("resolution", _resolution, "GD")
-    add("batch_size", _integer(1, LARGEST_BATCH), "GD", option="train_batch_size")
-    add("enable_bucket bucket_no_upscale", _boolean, "GD")
-    add("min_bucket_reso max_bucket_reso bucket_reso_steps", _integer(1, LARGEST_SIDE), "GD")
-    add("skip_image_resolution", _resolution, "GD")
-    add("network_multiplier", _multiplier, "GD", option=False, default=1.0)
-    add("validation_seed", _integer(maximum=LARGEST_SEED), "GD")
+    add("resolution", RESOLUTION, "GD")
+    add("batch_size", _whole(1, LARGEST_BATCH), "GD", option="train_batch_size")
+    add("enable_bucket bucket_no_upscale", BOOLEAN, "GD")
+    add("min_bucket_reso max_bucket_reso bucket_reso_steps", _whole(1, LARGEST_SIDE), "GD")
+    add("skip_image_resolution", RESOLUTION, "GD")
+    add("network_multiplier", MULTIPLIER, "GD", option=False, default=1.0)
+    add("validation_seed", _whole(maximum=LARGEST_SEED), "GD")
     add("validation_split", _number(0, 1), "GDS")
-    add("resize_interpolation", _interpolation, "GDS")
-    add("num_repeats", _integer(0), "GDS", option="dataset_repeats")
-    add("shuffle_caption enable_wildcard color_aug flip_aug random_crop", _boolean, "GDS")
-    add("caption_separator keep_tokens_separator secondary_separator caption_prefix caption_suffix", _text, "GDS")
-    add("keep_tokens token_warmup_min", _integer(0), "GDS")
+    add("resize_interpolation", INTERPOLATION, "GDS", choices=INTERPOLATIONS)
+    add("num_repeats", _whole(0), "GDS", option="dataset_repeats")
+    add("shuffle_caption enable_wildcard color_aug flip_aug random_crop", BOOLEAN, "GDS")
+    add("caption_separator keep_tokens_separator secondary_separator caption_prefix caption_suffix", TEXT, "GDS")
+    add("keep_tokens token_warmup_min", _whole(0), "GDS")
     add("token_warmup_step", _number(0), "GDS")
-    add("face_crop_aug_range", _face_range, "GDS")
-    add("custom_attributes", _table, "GDS", option=False)
+    add("face_crop_aug_range", FACE_RANGE, "GDS")
+    add("custom_attributes", ATTRIBUTES, "GDS", option=False)
     add("caption_dropout_rate caption_tag_dropout_rate", _number(0, 1), "GDS", is_dropout=True)
-    add("caption_dropout_every_n_epochs", _integer(0), "GDS", is_dropout=True)
-    add("caption_extension", _text, "GDS", kinds=folders, option="effective_caption_extension", default=".caption")
-    add("cache_info", _boolean, "GDS", kinds=folders, default=False)
-    add("class_tokens", _text, "GDS", kinds=frozenset({"DB"}), option=False)
-    add("alpha_mask", _boolean, "GDS", kinds=frozenset({"DB", "FT"}), default=False)
-    add("image_dir", _path, "S", option=False)
-    add("is_reg", _boolean, "S", kinds=frozenset({"DB"}), option=False, default=False)
-    add("metadata_file", _path, "S", kinds=frozenset({"FT"}), option=False)
-    add("conditioning_data_dir", _path, "S", kinds=frozenset({"CN"}), option=False)
+    add("caption_dropout_every_n_epochs", _whole(0), "GDS", is_dropout=True)
+    add("caption_extension", TEXT, "GDS", kinds=folders, option="effective_caption_extension", default=".caption")
+    add("cache_info", BOOLEAN, "GDS", kinds=folders, default=False)
+    add("class_tokens", TEXT, "GDS", kinds=frozenset({"DB"}), option=False)
+    add("alpha_mask", BOOLEAN, "GDS", kinds=frozenset({"DB", "FT"}), default=False)
+    add("image_dir", PATH, "S", option=False)
+    add("is_reg", BOOLEAN, "S", kinds=frozenset({"DB"}), option=False, default=False)
+    add("metadata_file", PATH, "S", kinds=frozenset({"FT"}), option=False)
+    add("conditioning_data_dir", PATH, "S", kinds=frozenset({"CN"}), option=False)
     return {key.name: key for key in table}
 
 
@@ -178,11 +187,11 @@ RENAMED = {"train_batch_size": "batch_size", "dataset_repeats": "num_repeats", "
 """options of the command line whose key has another name"""
 COMMAND_LINE_ONLY = frozenset({
     "prior_loss_weight", "debug_dataset", "max_token_length", "masked_loss", "train_data_dir", "reg_data_dir",
-    "in_json",
-    "dataset_config", "dataset_class", "check_images", "skip_bad_images", "fail_on_missing_captions", "cache_latents",
-    "cache_latents_to_disk",
-    "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "vae_batch_size", "skip_cache_check", "seed",
-})
+    "in_json", "dataset_config", "dataset_class", "check_images", "skip_bad_images", "fail_on_missing_captions",
+    "cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk",
+    "vae_batch_size", "skip_cache_check", "seed",
+})  # fmt: skip
+SECTIONS = ("general", "datasets")
 LEVEL_NAMES = {"G": "[general]", "D": "[[datasets]]", "S": "[[datasets.subsets]]"}
 
 
@@ -190,3 +199,69 @@ def keys_of(level: str, kinds: frozenset[str] = ALL_KINDS) -> list[str]:
     """Names of the keys that may stand at a level for these kinds of dataset."""
     keys = [key.name for key in KEYS.values() if level in key.levels and key.kinds & kinds]
     return [*keys, "subsets"] if level == "D" else keys
+
+
+# ---------------------------------------------------------------- the whole file
+
+
+def by_place(found: Any) -> dict[int | str, Any]:
+    """Tables by their place: those of a list by number, those with names by name."""
+    return dict(enumerate(found)) if isinstance(found, list) else dict(found)
+
+
+def _no_loose_keys(found: Any) -> Any:
+    names = {*KEYS, "subsets"}
+    loose = [name for name, value in by_place(found).items() if name in names and not isinstance(value, Mapping)]
+    if loose:
+        raise LooseKeys(f"the keys {', '.join(loose)} stand directly under [datasets]; {SHAPE_HINT}")
+    return found
+
+
+def _some(needed: str) -> Callable[[Any], Any]:
+    """One entry at least."""
+
+    def check(found: Any) -> Any:
+        if not found:
+            raise RequiredFieldInvalid(needed)
+        return found
+
+    return check
+
+
+def _refuse_key(value: Any) -> Any:
+    raise UnknownKey("unknown key")
+
+
+def _table(needed: str, keys: Mapping[Any, Any]) -> All:
+    return All(_of_type(needed, Mapping), dict, {**keys, Extra: _refuse_key})
+
+
+@functools.cache
+def schema_of(kinds: frozenset[str], supports_dropout: bool) -> Schema:
+    """What a configuration may be for a script that takes these kinds of dataset.
+
+    In datasets and subsets the keys of all kinds may stand: whether one fits is known when the kind of the dataset is.
+    Lists become tables by number, because of a table voluptuous tells the faults of all entries, of a list those of the
+    first faulty one.
+    """
+
+    def keys(level: str) -> dict[Any, Any]:
+        fitting = (key for key in KEYS.values() if level in key.levels and (level != "G" or key.kinds & kinds))
+        return {Optional(key.name): key.check for key in fitting if supports_dropout or not key.is_dropout}
+
+    subsets = All(
+        _of_type("a list of tables is needed, [[...subsets]]", list),
+        _some("the dataset has no subsets; give each folder or metadata file a [[...subsets]] table"),
+        by_place, {int: _table("a table is needed, [[...subsets]]", keys("S"))},
+    )  # fmt: skip
+    datasets = All(
+        _of_type(SHAPE_HINT, list, Mapping),
+        _some(f"the dataset config has no [[datasets]]; {SHAPE_HINT}"),
+        _no_loose_keys, by_place,
+        {object: _table(SHAPE_HINT, {**keys("D"), Required("subsets", default=list): subsets})},
+    )  # fmt: skip
+    sections = {
+        Optional("general"): _table("a table [general] is needed", keys("G")),
+        Required("datasets", default=list): datasets,
+    }
+    return Schema(_table("a table with [[datasets]] is needed", sections))

@@ -28,6 +28,7 @@ FAMILY = FamilyRecord(
     targets="networks.lora_anima:TARGETS",
     pipeline="library.generation.anima_pipeline:AnimaPipeline",
     pictures="anima_minimal_inference.py",
+    image_script="library.generation.anima_inference:SCRIPT",
     tiny=(
         TinyModel(name="anima", title="Anima", build="library.tiny_models.anima_tiny:build_tiny_anima", network_module="networks.lora_anima"),
     ),

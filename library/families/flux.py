@@ -28,6 +28,7 @@ FAMILY = FamilyRecord(
     targets="networks.lora_flux:TARGETS",
     pipeline="library.generation.flux_pipeline:FluxPipeline",
     pictures="flux_minimal_inference.py",
+    image_script="library.generation.flux_inference:SCRIPT",
     tiny=(
         TinyModel(
             name="flux",

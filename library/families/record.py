@@ -176,6 +176,8 @@ class FamilyRecord:
     """class of library/generation that makes pictures: the samples while training, and those of its image scripts"""
     pictures: str = ""
     """the script that makes images with it"""
+    image_script: str = ""
+    """what that script does for it alone: an ImageScript, in library/generation"""
     tiny: tuple[TinyModel, ...] = ()
 
     latents: LatentSpec | None = None

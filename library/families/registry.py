@@ -91,11 +91,13 @@ def script_name(family: str, kind: str = "train_network") -> str:
 
 
 def script_of_kind(kind: str, *, for_pictures: bool = False) -> str | None:
-    """The script that trains adapters for a kind of model file, or makes images with it; None when no family here has
-    it."""
+    """The script that trains adapters for a kind of model file, or makes images with it, with the option that chooses a
+    variant; None when no family here has it."""
     for name, record in FAMILIES.items():
         if kind in record.kinds:
-            return record.pictures if for_pictures else f"{script_name(name)}.py"
+            script = record.pictures if for_pictures else f"{script_name(name)}.py"
+            chosen_by = f" --{record.variant_of[1]} {record.variant_of[2]}" if script and record.variant_of else ""
+            return f"{script}{chosen_by}"
     return None
 
 

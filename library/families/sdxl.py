@@ -25,6 +25,7 @@ FAMILY = FamilyRecord(
     targets="networks.lora_sdxl:TARGETS",
     pipeline="library.generation.sdxl_pipeline:SdxlPipeline",
     pictures="sdxl_gen_img.py",
+    image_script="library.generation.sdxl_inference:SCRIPT",
     tiny=(TinyModel(name="sdxl", title="SDXL", build="library.tiny_models.sdxl_tiny:build_tiny_sdxl"),),
     latents=LatentSpec(channels=4, spatial_stride=8, fingerprint="ldm-f8c4"),
     bucket_step=32,

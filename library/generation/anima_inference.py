@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 class AnimaScript(ImageScript[AnimaRequest]):
     """Its pictures can be written as latents, and latents be read for pictures."""
 
+    family = "anima"
     title = "Anima"
     adapters = AnimaAdapterOptions
     pictures = AnimaPromptOptions

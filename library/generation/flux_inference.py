@@ -36,6 +36,7 @@ def complete(request: FluxRequest, is_schnell: bool) -> FluxRequest:
 
 
 class FluxScript(ImageScript[FluxRequest]):
+    family = "flux"
     title = "FLUX.1"
     adapters = InferenceModelOptions
     pictures = PromptOptions

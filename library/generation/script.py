@@ -21,13 +21,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from library.core.errors import AtelierError, ConfigError, Problems
 from library.core.options import Config, add_options, option_fields
+from library.core.registry import import_target
 from library.core.text_files import read_text
+from library.families.registry import record_of
 from library.generation.adapter_files import multiplier_problems
 from library.generation.picture_files import settings_texts, write_picture
 from library.generation.requests import PictureRequest, Request, SessionOptions
 from library.training import cli
 from library.training.option_groups import ConsoleOptions
 from library.training.option_reader import OptionParser
+from library.training.parser_common import chosen_variant
 from library.training.sampling_prompts import DRAWN, LineOption, good_lines, parse_pieces
 
 if TYPE_CHECKING:
@@ -227,6 +230,8 @@ class ImageScript(ABC, Generic[Request]):
     """The image script of a family: its records, and what is done with them. The order of things is the same for
     all."""
 
+    family: ClassVar[str]
+    """whose script it is; an option may choose a variant of that family, which has an ImageScript of its own"""
     title: ClassVar[str]
     """the family in the text of --help"""
     adapters: ClassVar[type]
@@ -254,6 +259,11 @@ class ImageScript(ABC, Generic[Request]):
     def completed(self, request: Request, maker: PictureMaker[Request]) -> Request:
         return with_seed_and_size(request, self.size_step)
 
+    def chosen(self, argv: Sequence[str] | None) -> ImageScript[Any]:
+        """This one, or that of the variant which an option chooses instead (`FamilyRecord.variant_of`)."""
+        record = record_of(chosen_variant(self.family, argv))
+        return import_target(record.image_script) if record.name != self.family and record.image_script else self
+
     def build_parser(self) -> argparse.ArgumentParser:
         return script_parser(f"Make images with {self.title}", self.groups)
 
@@ -264,9 +274,10 @@ class ImageScript(ABC, Generic[Request]):
 
     def run(self, argv: Sequence[str] | None = None) -> list[Path]:
         """`main` without the handling of errors; returns the files that were written."""
-        config = read_command(argv, self.build_parser(), self.groups)
+        script = self.chosen(argv)
+        config = read_command(argv, script.build_parser(), script.groups)
         tell_equivalent(config)
-        return self.make_all(config)
+        return script.make_all(config)
 
     def make_all(self, config: Config) -> list[Path]:
         first, reader = config[self.pictures].request, self.line_reader(config)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 class SdxlScript(ImageScript[SdxlRequest]):
+    family = "sdxl"
     title = "SDXL"
     adapters = SdxlModelOptions
     pictures = SdxlPromptOptions

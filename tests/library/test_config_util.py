@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from voluptuous import Invalid
 
-from library.config_util import DatasetConfigError, load_blueprint
+from library.config_util import ConfigSanitizer, DatasetConfigError, load_blueprint
 from library.core.errors import ConfigError
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import ARCHITECTURES
+from library.dataset.config_reading import ConfigReader, ProblemList
+from library.dataset.config_schema import ALL_KINDS, KEYS, schema_of
 
 FLUX = ARCHITECTURES["flux"]
 SUBSET = '[[datasets.subsets]]\nimage_dir = "a"\n'
@@ -123,6 +127,81 @@ def test_a_refused_value_is_reported_once(tmp_path):
 def test_misspelled_subsets(tmp_path):
     text = "[[datasets]]\nresolution = 64\n[[datasets.subset]]\nimage_dir = 'a'\n"
     assert ("datasets[0].subset", "unknown_key", "subsets") in errors_of(tmp_path, text)
+
+
+def test_all_faults_of_all_datasets_and_subsets_at_once(tmp_path):
+    """A fault hides none behind it: not in the same table, nor in the next subset, dataset or section."""
+    subset = '[[datasets.subsets]]\nimage_dir = 5\nnum_repeats = -1\nflip_au = true\n'
+    dataset = f'[[datasets]]\nresolution = "x"\nbatch_size = 0\nimage_dir = "a"\n{subset}{subset}'
+    text = f'[general]\nkeep_tokens = 1.5\nbatch_size = 0\n{dataset}{dataset}[generl]\n'
+    found = errors(tmp_path, text)
+    faults = {"image_dir": "wrong_type", "num_repeats": "out_of_range", "flip_au": "unknown_key"}
+    expected = {"general.keep_tokens": "wrong_type", "general.batch_size": "out_of_range", "generl": "unknown_key"}
+    for i in range(2):
+        own = {"resolution": "wrong_type", "batch_size": "out_of_range", "image_dir": "conflict"}
+        expected |= {f"datasets[{i}].{name}": kind for name, kind in own.items()}
+        expected |= {f"datasets[{i}].subsets[{j}].{name}": kind for j in range(2) for name, kind in faults.items()}
+    assert found == expected
+    named = json.dumps({"datasets": {n: {"subsets": [{"image_dir": 5}, 7], "resolution": 0} for n in ("one", "two")}})
+    assert errors(tmp_path, named, name="d.json") == {
+        f"datasets.{n}.{key}": kind for n in ("one", "two")
+        for key, kind in {
+            "subsets[0].image_dir": "wrong_type", "subsets[1]": "wrong_type", "resolution": "out_of_range",
+        }.items()
+    }  # fmt: skip
+
+
+def test_the_sanitizer_of_other_trainers_has_the_same_schema():
+    content = {
+        "general": {"flip_aug": "yes", "enable_buckt": True},
+        "datasets": [
+            {"resolution": [64], "subsets": [{"image_dir": "", "resize_interpolation": "lanczo"}, {"is_reg": 1}]}
+        ],
+    }
+    with pytest.raises(DatasetConfigError) as own:
+        load_blueprint(DatasetOptions(), architecture=FLUX, content=content)
+    with pytest.raises(DatasetConfigError) as theirs:
+        ConfigSanitizer(True, True, False, True).sanitize_user_config(content)
+    told = {str(error) for error in theirs.value.errors}
+    assert told == {str(error) for error in own.value.errors if error.kind != "missing"} and len(told) == 6
+    assert any("is \"lanczo\"; one of" in line and "did you mean 'lanczos'?" in line for line in told)
+
+
+@pytest.mark.parametrize(("raw", "path"), [(None, ""), ({"general": 1}, "general"), ({"datasets": "x"}, "datasets")])
+def test_sections_that_are_no_tables(raw, path):
+    problems = ProblemList()
+    tables = ConfigReader(problems).read(raw)
+    assert path in {item.path for item in problems.items if item.kind == "wrong_type"}
+    assert not tables.general.values and not tables.datasets
+
+
+def test_a_number_that_is_none_is_out_of_range(tmp_path):
+    text = f"[[datasets]]\nresolution = 64\nnetwork_multiplier = nan\n{SUBSET}"
+    with pytest.raises(DatasetConfigError, match="is NaN; a finite number is needed"):
+        load(tmp_path, text)
+
+
+def test_the_schema_takes_every_key_at_its_levels_alone():
+    """schema_of is made of KEYS: each key passes where it may stand, and nowhere else."""
+    values = {"resolution": 64, "skip_image_resolution": 64, "resize_interpolation": "area", "network_multiplier": 1}
+    values |= {"face_crop_aug_range": [1, 2], "custom_attributes": {}}
+    schema = schema_of(ALL_KINDS, True)
+    for name, key in KEYS.items():
+        fitting = [v for v in (values.get(name), True, 1, "a") if v is not None and not is_refused(key.check, v)]
+        for level in "GDS":
+            placed = {name: fitting[0]}
+            subset = placed if level == "S" else {}
+            raw = {"datasets": [{**(placed if level == "D" else {}), "subsets": [subset]}]}
+            raw |= {"general": placed} if level == "G" else {}
+            assert is_refused(schema, raw) == (level not in key.levels), (name, level)
+
+
+def is_refused(schema, value) -> bool:
+    try:
+        schema(value)
+    except Invalid:
+        return True
+    return False
 
 
 def test_named_dataset_that_is_no_table(tmp_path):

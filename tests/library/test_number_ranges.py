@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from voluptuous import Invalid
 
 from library.core.errors import ConfigError
 from library.core.options import Config, allows_none, is_bool_option, option_fields, value_type
-from library.dataset.config_schema import KEYS, OutOfRange
+from library.dataset.config_schema import KEYS
 from library.families.registry import FAMILIES
 from library.generation import anima_inference, flux_inference, sdxl_inference
 from library.generation.gen_img import options as generation_options
@@ -91,14 +92,14 @@ def test_every_numeric_key_of_a_dataset_has_bounds(name: str) -> None:
     key = KEYS[name]
     for number in (HUGE, math.inf, -math.inf, math.nan, 1e39):
         for value in (number, [number, number], [1.0, number]):
-            with pytest.raises(ValueError):
-                key.parse(value)
+            with pytest.raises(Invalid):
+                key.check(value)
 
 
 def test_a_multiplier_of_zero_is_refused_with_the_reason() -> None:
-    with pytest.raises(OutOfRange, match="nothing to learn"):
-        KEYS["network_multiplier"].parse(0.0)
-    assert KEYS["network_multiplier"].parse(-1) == -1
+    with pytest.raises(Invalid, match="nothing to learn"):
+        KEYS["network_multiplier"].check(0.0)
+    assert KEYS["network_multiplier"].check(-1) == -1
 
 
 LINES = {

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 import pytest
 
+from library.core.errors import ConfigError
 from library.core.options import option
 from library.families.record import CacheNames
-from library.families.registry import record_of, script_name
+from library.families.registry import record_of, script_name, script_of_kind
+from library.generation import flux_inference
+from library.generation.flux_inference import FluxScript
+from library.generation.flux_options import GROUPS, InferenceModelOptions
 from library.training import cache_tools, parser_common
 from library.training.wiring.flux import FluxFamily, FluxOptions
 from tests.planted import plant
@@ -24,9 +28,33 @@ class SecondOptions(FluxOptions):
     model_type: str = option("second", help="which of the models", choices=("flux", "second"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class SecondModelOptions(InferenceModelOptions):
+    """Models of the second"""
+
+    model_type: str = option("second", help="which of the models", choices=("flux", "second"))
+    shade: str = option("pale", help="what it has alone")
+
+
+class SecondScript(FluxScript):
+    family, title = "second", "The second"
+    adapters = SecondModelOptions
+    groups = tuple(SecondModelOptions if group is InferenceModelOptions else group for group in GROUPS)
+
+    def load(self, config):
+        from library.generation.flux_pipeline import load_pipeline
+
+        return load_pipeline(config[SecondModelOptions])
+
+    def check(self, config):
+        if config[SecondModelOptions].shade == "none":
+            raise ConfigError("the second needs a shade")
+
+
+SECOND_SCRIPT = SecondScript()
 RECORD = dataclasses.replace(
     record_of("flux"), name="second", prefix="", family="tests.planted.test_variants:SecondFamily",
-    variant_of=("flux", "model_type", "second"),
+    image_script="tests.planted.test_variants:SECOND_SCRIPT", variant_of=("flux", "model_type", "second"),
     caches=CacheNames(latents="_second.npz", text="_second_te.npz"), tiny=(),
 )  # fmt: skip
 
@@ -83,3 +111,35 @@ def test_it_trains_in_the_script_of_its_family(second, tmp_path, tmp_path_factor
     )
     assert read_parts(file)[0]["ss_base_model_version"] == "second"
     assert list(work.images.glob("*_second.npz")) and not list(work.images.glob("*_flux.npz"))
+
+
+def test_it_paints_in_the_image_script_of_its_family(second, tmp_path, capsys):
+    from tests.library.test_flux_inference import arguments
+    from tests.tiny import build_tiny_flux
+
+    tiny = build_tiny_flux(tmp_path / "tiny")
+    words = arguments(tiny, tmp_path / "out")
+    own, (made,) = flux_inference.run(words), flux_inference.run([*words, "--model_type=second", "--shade=deep"])
+    assert own[0].is_file() and made.is_file()
+    with pytest.raises(ConfigError, match="the second needs a shade"):
+        flux_inference.run([*words, "--model_type", "second", "--shade=none"])
+    with pytest.raises(SystemExit):
+        flux_inference.main(["--model_type=second", "--help"])
+    shown = capsys.readouterr().out
+    assert "Make images with The second" in shown and "--shade" in shown
+    with pytest.raises(SystemExit):
+        flux_inference.main(["--help"])
+    assert "--shade" not in capsys.readouterr().out
+
+
+def test_without_an_image_script_of_its_own_the_family_says_what_it_has(monkeypatch, tmp_path):
+    plant(monkeypatch, dataclasses.replace(RECORD, image_script=""))
+    assert flux_inference.SCRIPT.chosen(["--model_type=second"]) is flux_inference.SCRIPT
+
+
+def test_messages_name_the_script_with_its_option(monkeypatch):
+    kinds = (dataclasses.replace(record_of("flux").model_kinds[0], name="second"),)
+    plant(monkeypatch, dataclasses.replace(RECORD, model_kinds=kinds))
+    assert script_of_kind("second") == "flux_train_network.py --model_type second"
+    assert script_of_kind("second", for_pictures=True) == "flux_minimal_inference.py --model_type second"
+    assert script_of_kind("flux") == "flux_train_network.py"
