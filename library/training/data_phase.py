@@ -142,16 +142,18 @@ def prepare_text(
     *,
     load: Callable[[], list[torch.nn.Module | None]],
     encode_prompts: Callable[[list[torch.nn.Module | None]], dict[str, Conditioning]] | None,
+    fill: Callable[..., object] = fill_text_cache,
 ) -> TextPhase:
     """Encode captions and sample prompts, then keep only the text encoders that the step needs.
 
-    `encode_prompts` turns the encoders into the conditioning of the sample prompts; None: there are none.
+    `encode_prompts` turns the encoders into the conditioning of the sample prompts; None: there are none. `fill` is
+    called as `fill_text_cache`.
     """
     caches = strategies.text_encoder_outputs_caching is not None
     encoders, phase = KeptModels(load), TextPhase()
     with torch.no_grad(), runtime.autocast():
         if caches:
-            fill_text_cache(data.groups, strategies, encoders, runtime, index=data.index)
+            fill(data.groups, strategies, encoders, runtime, index=data.index)
         data.index.release()
         if encode_prompts is not None:
             phase.sample_conditioning = encode_prompts(encoders())

@@ -31,11 +31,16 @@ class LossFunction:
 
     def __call__(self, output: DiTOutput, sample: NoisyLatents, batch: Batch) -> torch.Tensor:
         """Losses [B] in float32."""
+        return self.weighed(output, sample.timesteps, self.objective.loss_weight(sample), batch)
+
+    def weighed(
+        self, output: DiTOutput, timesteps: torch.Tensor, weight: torch.Tensor | None, batch: Batch
+    ) -> torch.Tensor:
+        """The same with the weight of the noise level given: as `per_sample_loss` takes it."""
         prediction, target = output.pred.float(), output.target.float()
-        timesteps = sample.timesteps
         return per_sample_loss(
             self.element(prediction, target, timesteps, self.objective),  # [B, C, ...]
-            flow_weight=self.objective.loss_weight(sample),
+            flow_weight=weight,
             mask=loss_mask(
                 batch.conditioning_images, batch.alpha_masks, prediction.shape, masked_loss=self.masked_loss
             ),

@@ -177,10 +177,15 @@ class DdpmObjective(Objective):
             zero_terminal_snr = noise_options is not None and noise_options.zero_terminal_snr
         self.zero_terminal_snr = zero_terminal_snr
         self.alphas_cumprod = ddpm_alphas_cumprod(zero_terminal_snr)  # [1000] float64
-        self._tables = {
-            "signal": self.alphas_cumprod.sqrt().float(),
-            "noise": (1 - self.alphas_cumprod).sqrt().float(),
-            "snr": (self.alphas_cumprod / (1 - self.alphas_cumprod)).float(),
+        self._tables = self.tables_of(self.alphas_cumprod)
+
+    @staticmethod
+    def tables_of(alphas_cumprod: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is looked up at timesteps, each [1000] float32."""
+        return {
+            "signal": alphas_cumprod.sqrt().float(),
+            "noise": (1 - alphas_cumprod).sqrt().float(),
+            "snr": (alphas_cumprod / (1 - alphas_cumprod)).float(),
         }
 
     def corrupt(

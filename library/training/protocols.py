@@ -35,7 +35,7 @@ class ParamGroup(TypedDict, total=False):
 
 @runtime_checkable
 class LrSchedule(Protocol):
-    """The schedule of a run. Those of torch also have `state_dict` and `load_state_dict`, those without a state do not."""
+    """The schedule of a run. Those of torch have `state_dict` and `load_state_dict` too, others do not."""
 
     def step(self) -> None:
         """Once after each step of the optimizer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -149,6 +149,10 @@ class TrainStep:
         """Scaled latents."""
         return self.family.scale_latents(self.with_latents(batch).latents.to(self.runtime.device, torch.float32))
 
+    def text_models(self) -> Sequence[torch.nn.Module | None]:
+        """What encodes captions in the step."""
+        return self.models.text_encoders
+
     def conditioning_of(self, batch: Batch) -> Conditioning:
         """Cached outputs, and those of the text encoders in memory (the ones that learn, or all) in the place of
         theirs."""
@@ -157,7 +161,7 @@ class TrainStep:
             learns = any(self.trained_text_encoders) and batch.request.is_training
             with torch.set_grad_enabled(learns and torch.is_grad_enabled()), self.runtime.autocast():
                 conditioning |= self.strategies.encode(
-                    self.models.text_encoders, batch.input_ids_list, batch.token_weights_list
+                    self.text_models(), batch.input_ids_list, batch.token_weights_list
                 )
         self.strategies.layout.check_complete(
             conditioning, "the cache" if batch.input_ids_list is None else "cache and text encoders"

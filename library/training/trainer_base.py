@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from library.core.errors import ConfigError, Problems, RunInterrupted
 from library.core.options import Config, option_fields
 from library.dataset import CachingOptions, DatasetOptions
+from library.dataset.fill_caches import fill_text_cache
 from library.dataset.strategies import Conditioning, StrategySet
 from library.device_utils import clean_memory_on_device
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
@@ -68,6 +70,10 @@ class Trainer:
     `prepare` goes through the phases in the order in which memory is needed: text encoders and denoiser meet only when
     the text encoders run in the step. `run` is prepare and fit.
     """
+
+    step_class: ClassVar[type[TrainStep]] = TrainStep
+    fill_text: Callable[..., object] = staticmethod(fill_text_cache)
+    """what encodes captions for the cache"""
 
     def __init__(
         self, config: Config, family: ModelFamily, trainable: Trainable, hooks: list[Hook] | None = None
@@ -234,7 +240,9 @@ class Trainer:
         def encode(encoders: list[torch.nn.Module | None]) -> dict[str, Conditioning]:
             return encode_sample_prompts(self.family, strategies, encoders, prompts)
 
-        phase = prepare_text(data, strategies, runtime, load=load, encode_prompts=encode if prompts else None)
+        phase = prepare_text(
+            data, strategies, runtime, load=load, encode_prompts=encode if prompts else None, fill=self.fill_text
+        )
         clean_memory_on_device()
         return phase
 
@@ -343,7 +351,7 @@ class Trainer:
             objective, data.masked_loss,
         )
         validation_seed = runtime.seed if data.validation_seed is None else data.validation_seed
-        return TrainStep(
+        return self.step_class(
             runtime, self.family, self.trainable, models, strategies, objective,
             timestep_samplers.build(self.config[TimestepOptions], is_flow=objective.is_flow), loss,
             seed=runtime.seed, validation_seed=validation_seed, trained_text_encoders=trained, hooks=list(hooks),

@@ -1,4 +1,5 @@
-"""What records and calls of a run say of themselves: every annotation names a type, and what stands there keeps the promise."""
+"""What records and calls of a run say of themselves: every annotation names a type, and what stands there keeps the
+promise."""
 
 from __future__ import annotations
 
@@ -13,10 +14,15 @@ import pytest
 import torch
 
 from library.core.registry import import_target
+from library.dataset.batch import Batch
+from library.dataset.collate import Sample
 from library.dataset.custom import CustomDatasetGroup
 from library.dataset.dataset import DatasetGroup
+from library.dataset.latent_cache import LatentCache, LatentEncoder
 from library.dataset.strategies import StrategySet
+from library.dataset.text_cache import TextCache
 from library.families.registry import FAMILIES, record_of
+from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
 from library.training import objective, optimizers, protocols, schedulers
 from library.training.accelerator_setup import Runtime
 from library.training.data import TrainingData
@@ -37,11 +43,12 @@ from library.training.wiring.base import FlowFamily, ModelFamily
 
 RECORDS = (
     Run, Models, DiTOutput, StepOutput, TrainStep, StrategySet, Runtime, NoisyLatents, RunSettings, LossFunction,
-    DataGroups, FoundData,
+    DataGroups, FoundData, Batch, Sample,
 )  # fmt: skip
 CONTRACTS = (
     Hook, Trainable, NetworkTrainable, ModelFamily, FlowFamily, TrainStep, StrategySet, Objective,
-    objective.FlowMatchingObjective, objective.DdpmObjective, TrainingData, Runtime, LossFunction,
+    objective.FlowMatchingObjective, objective.DdpmObjective, TrainingData, Runtime, LossFunction, LatentCache,
+    LatentEncoder, TextCache, TokenizeStrategy, TextEncodingStrategy,
     *(import_target(record_of(name).family) for name in FAMILIES),
 )  # fmt: skip
 
