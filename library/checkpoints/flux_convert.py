@@ -80,13 +80,18 @@ def is_diffusers_denoiser(keys: Mapping[str, object]) -> bool:
     return "transformer_blocks.0.attn.add_k_proj.weight" in keys
 
 
-def convert_diffusers_sd_to_bfl(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Denoiser weights from diffusers names to the original ones. Names outside the table stay as they are."""
+def convert_diffusers_sd_to_bfl(
+    diffusers_sd: Mapping[str, Tensor], num_double_blocks: int | None = None, num_single_blocks: int | None = None
+) -> dict[str, Tensor]:
+    """Denoiser weights from diffusers names to the original ones, of that many blocks, None = all. Names outside the
+    table stay as they are."""
+    double, single = (count_blocks(diffusers_sd, f"{kind}transformer_blocks.") for kind in ("", "single_"))
     rules = denoiser_rules(
-        count_blocks(state, "transformer_blocks."), count_blocks(state, "single_transformer_blocks."),
-        count_blocks(state, f"{APPROXIMATOR}layers."),
+        double if num_double_blocks is None else num_double_blocks,
+        single if num_single_blocks is None else num_single_blocks,
+        count_blocks(diffusers_sd, f"{APPROXIMATOR}layers."),
     )
-    return to_original(state, rules)
+    return to_original(diffusers_sd, rules)
 
 
 def convert_bfl_sd_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

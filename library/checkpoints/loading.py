@@ -108,16 +108,39 @@ class CheckpointFiles:
             yield from iterate_tensors(file, device, disable_mmap, names)
 
 
+@dataclass(frozen=True)
+class TensorsInMemory(CheckpointFiles):
+    """A model part whose tensors a caller has read already."""
+
+    held: Mapping[str, Tensor]
+
+    def stream(
+        self, device: torch.device | str | None, disable_mmap: bool, keys: Iterable[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        wanted = set(keys)
+        for key, tensor in self.held.items():
+            if key in wanted:
+                yield key, tensor if device is None else tensor.to(device)
+
+
 Items = Iterable[tuple[str, Tensor]]
 Transform = Callable[[CheckpointFiles, Items], Items]
 """what a loader lets happen to the tensors of a file while they are read: (file, (key, tensor) pairs) -> pairs"""
 
 
-def open_checkpoint(path: str | os.PathLike, subfolder: str | None = None) -> CheckpointFiles:
-    """Headers of a model part: a file, one file of a split set, or a folder in the layout of diffusers / transformers.
+Source = str | os.PathLike | Mapping[str, Tensor]
+"""where a model part is: a path, or the tensors themselves by the names of a file"""
+
+
+def open_checkpoint(path: Source, subfolder: str | None = None) -> CheckpointFiles:
+    """Headers of a model part: a file, one file of a split set, a folder in the layout of diffusers / transformers, or
+    tensors that were read already.
 
     A folder may be the whole model (then `subfolder` is looked into) or the part itself. CheckpointError otherwise.
     """
+    if isinstance(path, Mapping):
+        shapes = {key: tensor.to("meta") for key, tensor in path.items()}
+        return TensorsInMemory("the state dict", (), shapes, {}, {}, path)
     files, config = _find_files(Path(path), subfolder)
     shapes: dict[str, Tensor] = {}
     model_config: dict[str, Any] = {}

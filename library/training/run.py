@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,8 +19,10 @@ from library.training.updaters.ordinary import OrdinaryUpdater
 
 if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
+    from library.training.data import TrainingData
     from library.training.hooks.base import HookList
     from library.training.progress import Progress
+    from library.training.protocols import Logs, LrSchedule
     from library.training.step import TrainStep
     from library.training.trainables.base import Trainable
     from library.training.wiring.base import ModelFamily
@@ -60,7 +62,7 @@ class DiTOutput:
 
     pred: torch.Tensor
     target: torch.Tensor
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -71,7 +73,7 @@ class StepOutput:
     loss: torch.Tensor
     loss_sum: torch.Tensor
     count: int
-    logs: dict[str, torch.Tensor | float] = field(default_factory=dict)
+    logs: Logs = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,9 @@ class Run:
     models: Models
     strategies: StrategySet
     step: TrainStep
-    data: Any
+    data: TrainingData
     optimizer: torch.optim.Optimizer
-    lr_scheduler: Any
+    lr_scheduler: LrSchedule
     progress: Progress
     hooks: HookList
     max_grad_norm: float = 0.0

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -55,7 +55,8 @@ def texts_of(family: ModelFamily, prompts: Sequence[SamplePrompt]) -> list[str]:
 
 @torch.no_grad()
 def encode_sample_prompts(
-    family: ModelFamily, strategies: StrategySet, text_encoders: list[Any], prompts: Sequence[SamplePrompt]
+    family: ModelFamily, strategies: StrategySet, text_encoders: list[torch.nn.Module | None],
+    prompts: Sequence[SamplePrompt],
 ) -> dict[str, Conditioning]:
     """Text -> conditioning of one sample (tensors [1, ...] on the CPU) for every text that sampling needs.
 

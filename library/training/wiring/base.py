@@ -7,7 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from library.core.errors import CheckpointError, ConfigError, Problems, UnsupportedCombination
 from library.core.options import Config, Ignored
@@ -23,15 +23,18 @@ from library.training.sampling_prompts import (
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from library.checkpoints.loading import Transform
+    from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache, LatentEncoder
-    from library.dataset.strategies import StrategySet
+    from library.dataset.strategies import Conditioning, StrategySet
     from library.dataset.text_cache import TextCache
     from library.families.record import DataArchitecture, FamilyRecord, SampleDefaults
     from library.generation.pipeline import PicturePipeline
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
+    from library.training.protocols import Plain
     from library.training.run import DiTOutput, Models
 
 logger = logging.getLogger(__name__)
@@ -75,7 +78,8 @@ def foreign_to_ddpm(model: str) -> dict[str, str]:
 
 
 def tokenizer_problems(
-    load: Callable[[], Any], rows: Callable[[], int] | None, name: str, option: str, place: str | None = None
+    load: Callable[[], PreTrainedTokenizerBase], rows: Callable[[], int] | None, name: str, option: str,
+    place: str | None = None,
 ) -> list[str]:
     """A tokenizer that cannot be found or read, or whose ids the model does not have. `load` gives the tokenizer,
     `rows` the number of embeddings of `place` (None: not compared), `option` names another tokenizer."""
@@ -108,17 +112,17 @@ class ModelFamily(ABC):
     """shared options that the known script of the family takes and does nothing with: name -> reason"""
     foreign: ClassVar[Mapping[str, str]] = {}
     """shared options that the known script of the family does not have: name -> reason"""
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     """values of such options that ask for what happens anyway, where they differ from those of
     known_options.ALSO_NEUTRAL"""
-    stands_for: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    stands_for: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """own switches that are another spelling of shared options: name -> those options with their values"""
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    defaults: ClassVar[Mapping[str, object]] = {}
     """shared options whose default differs here: name -> default"""
     part_options: ClassVar[Mapping[str, frozenset[str]]] = {}
     """own options that a part needs, for tools that load one part alone: "vae" and "text_encoders" -> names"""
 
-    def __init_subclass__(cls, **settings: Any) -> None:
+    def __init_subclass__(cls, **settings: object) -> None:
         super().__init_subclass__(**settings)
         if "record" in vars(cls):
             cls.name, cls.architecture, cls.sampling = cls.record.name, cls.record.architecture, cls.record.samples
@@ -160,7 +164,7 @@ class ModelFamily(ABC):
         )
 
     def text_cache(
-        self, trained: Sequence[bool], files: Sequence[str | Path], more: Sequence[str] = (), **facts: Any
+        self, trained: Sequence[bool], files: Sequence[str | Path], more: Sequence[str] = (), **facts: object
     ) -> TextCache | None:
         """The text cache of this run, None without one. `files`: those of the text encoders; `more`: what else their
         outputs hang on, in words; `facts`: see TextCache."""
@@ -211,7 +215,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def predict(
-        self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
+        self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
         """One forward of the denoiser; `pred` and `target` have the shape of the latents."""
 
@@ -222,7 +226,7 @@ class ModelFamily(ABC):
 
         return pipeline_class(self.name)(models.denoiser, models.vae, **self.pipeline_settings())
 
-    def pipeline_settings(self) -> Mapping[str, Any]:
+    def pipeline_settings(self) -> Mapping[str, object]:
         """Fields of the pipeline beside the models: what the options say of them."""
         return {}
 
@@ -254,7 +258,7 @@ class ModelFamily(ABC):
         return VIDEO_LINE_OPTIONS if cls.architecture.latents.clips else IMAGE_LINE_OPTIONS
 
     @abstractmethod
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Plain]:
         """ss_* keys of this family, `ss_base_model_version` among them; plain values."""
 
     @abstractmethod
@@ -325,7 +329,9 @@ class FlowFamily(ModelFamily):
             return [*found, str(error)]
 
     @staticmethod
-    def with_side_outputs(output: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def with_side_outputs(
+        output: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What a denoiser gave as prediction and side outputs for DiTOutput."""
         return (output[0], {"features": output[1]}) if isinstance(output, tuple) else (output, {})
 

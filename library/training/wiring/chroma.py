@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.core.errors import ConfigError
 from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, ignored_option, option
@@ -17,10 +17,12 @@ from library.training.wiring.flux import MODEL_TYPES, TOKEN_LENGTH_DEV, FluxFami
 if TYPE_CHECKING:
     import torch
 
+    from library.dataset.strategies import Conditioning
     from library.flux_models import StreamTransformer
     from library.flux_utils import StreamModelInfo
     from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
     from library.training.objective import NoisyLatents
+    from library.training.protocols import Plain
     from library.training.run import Models
 
 TOKEN_LENGTH = TOKEN_LENGTH_DEV
@@ -108,8 +110,8 @@ class ChromaFamily(FluxFamily):
         return load_chroma
 
     def _velocity(
-        self, denoiser: Any, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], **inputs: Any
-    ) -> Any:
+        self, denoiser: torch.nn.Module, sample: NoisyLatents, conditioning: Conditioning, **inputs: object
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         from library.chroma_train_utils import predict_velocity
 
         return predict_velocity(denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
@@ -123,10 +125,10 @@ class ChromaFamily(FluxFamily):
         self.check_parts(parts)
         save_chroma(models.denoiser, path, dtype, metadata)
 
-    def pipeline_settings(self) -> Mapping[str, Any]:
+    def pipeline_settings(self) -> Mapping[str, object]:
         return {}
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Plain]:
         return {**super().metadata(), "ss_base_model_version": FAMILY.name, "ss_guidance_scale": 0.0}
 
     def modelspec(self) -> dict[str, str | None]:

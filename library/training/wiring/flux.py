@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from library.core.errors import Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, without_effect
@@ -20,14 +20,17 @@ from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, 
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
+    from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
-    from library.dataset.strategies import StrategySet
+    from library.dataset.strategies import Conditioning, StrategySet
     from library.flux_models import StreamTransformer
     from library.flux_utils import FlowModelInfo
     from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
+    from library.training.protocols import Plain
     from library.training.run import DiTOutput, Models
 
 logger = logging.getLogger(__name__)
@@ -161,13 +164,13 @@ class FluxFamily(FlowFamily):
         )
 
     @cached_property
-    def _clip_l_tokenizer(self) -> Any:
+    def _clip_l_tokenizer(self) -> PreTrainedTokenizerBase:
         from library.components.tokenizers import load_clip_tokenizer
 
         return load_clip_tokenizer(self.opts.clip_l_tokenizer, self.config[ModelOptions].tokenizer_cache_dir)
 
     @cached_property
-    def _t5xxl_tokenizer(self) -> Any:
+    def _t5xxl_tokenizer(self) -> PreTrainedTokenizerBase:
         from library.components.tokenizers import load_t5_tokenizer
 
         return load_t5_tokenizer(
@@ -339,7 +342,7 @@ class FluxFamily(FlowFamily):
         )
 
     def predict(
-        self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
+        self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
         from library.training.objective import clean_estimate
         from library.training.run import DiTOutput
@@ -351,8 +354,8 @@ class FluxFamily(FlowFamily):
         return DiTOutput(prediction, sample.target, extra)
 
     def _velocity(
-        self, denoiser: Any, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], **inputs: Any
-    ) -> Any:
+        self, denoiser: torch.nn.Module, sample: NoisyLatents, conditioning: Conditioning, **inputs: object
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """What the denoiser predicts, with its side outputs where `inputs` ask for them."""
         from library.flux_train_utils import predict_velocity
 
@@ -371,10 +374,10 @@ class FluxFamily(FlowFamily):
         self.check_parts(parts)
         save_flow_model(models.denoiser, path, dtype, metadata)
 
-    def pipeline_settings(self) -> Mapping[str, Any]:
+    def pipeline_settings(self) -> Mapping[str, object]:
         return {"use_t5_mask": self.masks_text}
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Plain]:
         times = self.config[TimestepOptions]
         return {
             "ss_base_model_version": "flux1",

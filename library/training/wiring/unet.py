@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from library.core.errors import CheckpointError, Problems
 from library.dataset import CachingOptions
@@ -242,7 +242,7 @@ class UNetFamily(ModelFamily):
     def _check_sampler(name: str, what: str) -> None:
         check_sampler(name, what)
 
-    def pipeline_settings(self) -> Mapping[str, Any]:
+    def pipeline_settings(self) -> Mapping[str, object]:
         objective = self.objective()
         return {"prediction_type": objective.prediction_type, "zero_terminal_snr": objective.zero_terminal_snr}
 
