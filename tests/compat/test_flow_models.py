@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from library import anima_utils, flux_train_utils, flux_utils
+from library.chroma_utils import load_chroma
 from library.core.errors import CheckpointError, ConfigError
 from library.safetensors_utils import load_safetensors, read_header
+from library.tiny_models.chroma_tiny import build_tiny_chroma
 from library.training.objective import clean_estimate
 from library.training.timesteps import density, flow_weights, shift_sigmas
 from library.utils import str_to_dtype
-from library.chroma_utils import load_chroma
-from library.tiny_models.chroma_tiny import build_tiny_chroma
 from tests.library.test_flux_train_utils import tiny_denoiser
 from tests.tiny import build_tiny_anima, build_tiny_flux
 

@@ -38,7 +38,7 @@ class ChromaOptions(FluxOptions):
     """Chroma"""
 
     clip_l: str | None = ignored_option(None, help="file of the CLIP-L text encoder", reason=T5_ALONE)
-    clip_l_tokenizer: str | None = ignored_option(None, help="folder of the CLIP-L tokenizer", reason=T5_ALONE)
+    clip_l_tokenizer: str | None = option(None, help="folder of the CLIP-L tokenizer")
     t5xxl_max_token_length: int | None = option(
         None, help=f"longest caption in T5 tokens; {TOKEN_LENGTH} when not given", most=LARGEST_TOKENS
     )
@@ -71,6 +71,7 @@ class ChromaFamily(FluxFamily):
     }
     refused = {"weighted_captions": "Chroma has no way to weigh words"}
     ignored = ignored_options("Chroma", "Chroma takes the last layer of T5")
+    foreign = {"clip_l_tokenizer": T5_ALONE}
     text_slots = {"t5xxl": "t5"}
     length_hangs_on_denoiser = False
 
