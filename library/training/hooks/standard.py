@@ -20,13 +20,13 @@ from library.training.hooks.validation import ValidationHook
 from library.training.option_groups import EmaOptions, HubOptions
 
 if TYPE_CHECKING:
-    from library.dataset.strategies import Conditioning
+    from library.dataset.strategies import Texts
     from library.training.accelerator_setup import Runtime
     from library.training.trainables.base import Trainable
 
 
 def standard_hooks(
-    config: Config, runtime: Runtime, *, prompts: list[Any], conditioning: dict[str, Conditioning],
+    config: Config, runtime: Runtime, *, prompts: list[Any], conditioning: Texts,
     trainable: Trainable,
     of_trainable: Sequence[Hook], own: Sequence[Hook], metadata: MetadataMaker,
 ) -> list[Hook]:
