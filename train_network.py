@@ -3,7 +3,7 @@
 from library.core.lazy_names import homes, lazy_names
 from library.training import cli
 
-__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.trainers", "NetworkTrainer"))
+__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.trainers", "NetworkTrainer", "VideoDialect"))
 
 
 def setup_parser():

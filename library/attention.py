@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def scaled_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None) -> Tensor:
@@ -94,9 +94,25 @@ def of_text(vec: Tensor) -> Tensor:
     return vec if vec.ndim == 2 else vec.mean(dim=1)
 
 
-def of_joined_tokens(vec: Tensor, num_text: int) -> Tensor:
+def of_joined_tokens(vec: Tensor, num_text: int, *, text_first: bool = True) -> Tensor:
     """The vectors of text and image tokens together [B, T + L, D]; one for all [B, D] stays."""
-    return vec if vec.ndim == 2 else torch.cat((of_text(vec)[:, None].expand(-1, num_text, -1), vec), dim=1)
+    if vec.ndim == 2:
+        return vec
+    text = of_text(vec)[:, None].expand(-1, num_text, -1)
+    return torch.cat((text, vec) if text_first else (vec, text), dim=1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return (1 + scale) * x + shift
+
+
+def plain_norm(width: int) -> nn.LayerNorm:
+    """A norm without weights of its own, which a modulation follows."""
+    return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return (1 + scale) * x + shift
 
 
 def never_empty(mask: Tensor) -> Tensor:

@@ -210,6 +210,29 @@ class BlockStackMixin:
         self.prepare_block_swap_before_forward()
 
 
+def split_blocks_to_swap(blocks_to_swap: int) -> tuple[int, int]:
+    """(double, single) blocks of a denoiser with both that `--blocks_to_swap` stands for; a double block weighs as much
+    as two single ones."""
+    num_double = blocks_to_swap // 2
+    return num_double, (blocks_to_swap - num_double) * 2
+
+
+def stream_swap_problem(blocks_to_swap: int, num_double: int, num_single: int) -> str | None:
+    """What is wrong with `--blocks_to_swap` for a denoiser with that many double and single blocks, or None. Two of
+    each must stay."""
+    if blocks_to_swap < 0:
+        return f"--blocks_to_swap is {blocks_to_swap}; it cannot be negative (0 = off)"
+    most_double, most_single, allowed = max(num_double - 2, 0), max(num_single - 2, 0), 0
+    while (split := split_blocks_to_swap(allowed + 1))[0] <= most_double and split[1] <= most_single:
+        allowed += 1
+    if blocks_to_swap <= allowed:
+        return None
+    return (
+        f"--blocks_to_swap is {blocks_to_swap}; a model with {num_double} double and {num_single} single blocks"
+        f" allows at most {allowed}"
+    )
+
+
 def row_swap_problem(blocks_to_swap: int, num_blocks: int) -> str | None:
     """What is wrong with `--blocks_to_swap` for a model of one row of blocks, or None. Two blocks must stay."""
     if blocks_to_swap < 0:

@@ -2,7 +2,7 @@
 library/components/ldm_models.py.
 
 Module paths are the key names of the original files; leaf layers are plain nn.Linear and nn.Conv2d, so that adapters
-find them by name and class.
+find them by name and class. Variants of the family build on the same blocks and on `StreamTransformer`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,27 +19,29 @@ from torch import Tensor, nn
 
 from library.attention import (
     DeviceTables,
+    modulate,
     of_joined_tokens,
     of_text,
     per_token,
+    plain_norm,
     rope_cos_sin,
     rotate_pairs,
     scaled_attention,
     timestep_embedding,
 )
 from library.components.ldm_models import AutoEncoder, AutoEncoderParams  # noqa: F401, names that are imported from here
-from library.custom_offloading_utils import BlockStackMixin, BlockOffloader
+from library.custom_offloading_utils import BlockOffloader, BlockStackMixin, split_blocks_to_swap
+from library.custom_offloading_utils import stream_swap_problem as block_swap_problem
 
 Rope = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FluxParams:
-    """Hyper-parameters of the denoiser; the defaults are FLUX.1 dev. `in_channels` is the width of a packed token
-    (4C)."""
+class StreamParams:
+    """Hyper-parameters of the blocks; the defaults are those of the released files. `in_channels` is the width of a
+    packed token (4C)."""
 
     in_channels: int = 64
-    vec_in_dim: int = 768
     context_in_dim: int = 4096
     hidden_size: int = 3072
     mlp_ratio: float = 4.0
@@ -48,8 +51,6 @@ class FluxParams:
     axes_dim: tuple[int, ...] = (16, 56, 56)
     theta: float = 10000
     qkv_bias: bool = True
-    guidance_embed: bool = True
-    time_embed_dim: int = 256
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
@@ -69,6 +70,15 @@ class FluxParams:
         return math.floor(
             self.hidden_size * self.mlp_ratio + 1e-6
         )  # a ratio read from shapes may miss its integer by rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxParams(StreamParams):
+    """Hyper-parameters of the denoiser; the defaults are FLUX.1 dev."""
+
+    vec_in_dim: int = 768
+    guidance_embed: bool = True
+    time_embed_dim: int = 256
 
 
 class MLPEmbedder(nn.Module):
@@ -134,42 +144,44 @@ class Modulation(nn.Module):
         return per_token(self.lin(F.silu(vec))).chunk(self.multiplier, dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return (1 + scale) * x + shift
+class GivenModulation(nn.Module):
+    """In the place of `Modulation` where shifts, scales and gates are made elsewhere."""
+
+    def forward(self, vectors: Tensor) -> Sequence[Tensor]:
+        """[B, n, hidden] -> n of [B, 1, hidden]."""
+        return vectors.split(1, dim=1)
 
 
 def _mlp(hidden: int, mlp_hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(hidden, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, hidden))
 
 
-def _plain_norm(hidden: int) -> nn.LayerNorm:
-    return nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
-
-
 class DoubleStreamBlock(nn.Module):
-    """Text and image with weights of their own and one attention over both."""
+    """Text and image with weights of their own and one attention over both. `modulates`: shifts, scales and gates are
+    made here of a vector; else they are given."""
 
-    def __init__(self, params: FluxParams) -> None:
+    def __init__(self, params: StreamParams, modulates: bool = True) -> None:
         super().__init__()
         hidden = params.hidden_size
-        self.img_mod = Modulation(hidden, double=True)
-        self.img_norm1 = _plain_norm(hidden)
+        self.img_mod = Modulation(hidden, double=True) if modulates else GivenModulation()
+        self.img_norm1 = plain_norm(hidden)
         self.img_attn = SelfAttention(hidden, params.num_heads, params.qkv_bias)
-        self.img_norm2 = _plain_norm(hidden)
+        self.img_norm2 = plain_norm(hidden)
         self.img_mlp = _mlp(hidden, params.mlp_hidden)
-        self.txt_mod = Modulation(hidden, double=True)
-        self.txt_norm1 = _plain_norm(hidden)
+        self.txt_mod = Modulation(hidden, double=True) if modulates else GivenModulation()
+        self.txt_norm1 = plain_norm(hidden)
         self.txt_attn = SelfAttention(hidden, params.num_heads, params.qkv_bias)
-        self.txt_norm2 = _plain_norm(hidden)
+        self.txt_norm2 = plain_norm(hidden)
         self.txt_mlp = _mlp(hidden, params.mlp_hidden)
 
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor | None = None
+        self, img: Tensor, txt: Tensor, img_vec: Tensor, txt_vec: Tensor, rope: Rope, key_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """img [B, L, hidden], txt [B, T, hidden], vec [B, hidden] or [B, L, hidden]; rope and key_mask over the T + L
-        joined tokens."""
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(of_text(vec))
+        """img [B, L, hidden], txt [B, T, hidden]; rope and key_mask over the T + L joined tokens. The vectors are [B,
+        hidden], that of the image also [B, L, hidden]; without modulation of its own the block gets shift, scale, gate,
+        shift, scale, gate [B, 6, hidden]."""
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(img_vec)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(txt_vec)
         img_qkv = self.img_attn.query_key_value(modulate(self.img_norm1(img), img_shift1, img_scale1))
         txt_qkv = self.txt_attn.query_key_value(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1))
         query, key, value = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv))  # text first
@@ -186,7 +198,7 @@ class DoubleStreamBlock(nn.Module):
 class SingleStreamBlock(nn.Module):
     """Attention and MLP in parallel on the joined tokens, with fused input and output projections."""
 
-    def __init__(self, params: FluxParams) -> None:
+    def __init__(self, params: StreamParams, modulates: bool = True) -> None:
         super().__init__()
         hidden = params.hidden_size
         self.num_heads = params.num_heads
@@ -194,12 +206,13 @@ class SingleStreamBlock(nn.Module):
         self.linear1 = nn.Linear(hidden, 3 * hidden + params.mlp_hidden)
         self.linear2 = nn.Linear(hidden + params.mlp_hidden, hidden)
         self.norm = QKNorm(params.head_dim)
-        self.pre_norm = _plain_norm(hidden)
+        self.pre_norm = plain_norm(hidden)
         self.mlp_act = nn.GELU(approximate="tanh")
-        self.modulation = Modulation(hidden, double=False)
+        self.modulation = Modulation(hidden, double=False) if modulates else GivenModulation()
 
     def forward(self, x: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor | None = None) -> Tensor:
-        """x [B, T + L, hidden], text tokens first; vec [B, hidden] or [B, T + L, hidden]."""
+        """x [B, T + L, hidden], text tokens first; vec [B, hidden] or [B, T + L, hidden], or shift, scale, gate [B, 3,
+        hidden]."""
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split_sizes, dim=-1)
         query, key, value = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
@@ -209,23 +222,116 @@ class SingleStreamBlock(nn.Module):
 
 
 class LastLayer(nn.Module):
-    def __init__(self, hidden: int, out_channels: int) -> None:
+    def __init__(self, hidden: int, out_channels: int, modulates: bool = True) -> None:
         super().__init__()
-        self.norm_final = _plain_norm(hidden)
+        self.norm_final = plain_norm(hidden)
         self.linear = nn.Linear(hidden, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
+        if modulates:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
+        self.modulates = modulates
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = per_token(self.adaLN_modulation(vec)).chunk(2, dim=-1)
+        """vec [B, hidden] or [B, L, hidden], or shift, scale [B, 2, hidden]."""
+        shift, scale = per_token(self.adaLN_modulation(vec)).chunk(2, dim=-1) if self.modulates else vec.split(1, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class Flux(BlockStackMixin, nn.Module):
-    """The rectified-flow transformer of FLUX.1 dev (with `guidance_in`) and schnell."""
+class BlockVectors(NamedTuple):
+    """What modulates the blocks of one forward: (image, text) of each double block, that of each single block, that of
+    the last layer."""
 
-    def __init__(self, params: FluxParams) -> None:
+    double: Sequence[tuple[Tensor, Tensor]]
+    single: Sequence[Tensor]
+    last: Tensor
+
+
+class StreamTransformer(BlockStackMixin, nn.Module):
+    """Double stream blocks, then single stream blocks on the joined tokens. A subclass makes the modules `img_in`,
+    `txt_in`, `double_blocks`, `single_blocks` and `final_layer`, and the vectors that modulate them."""
+
+    params: StreamParams
+    img_in: nn.Linear
+    txt_in: nn.Linear
+    double_blocks: nn.ModuleList
+    single_blocks: nn.ModuleList
+    final_layer: LastLayer
+
+    def __init__(self, params: StreamParams) -> None:
         super().__init__()
         self.params = params
+        self.rope_tables = DeviceTables()
+        self.init_block_stack(num_rows=2)
+
+    @property
+    def device(self) -> torch.device:
+        return self.img_in.bias.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
+        return self.img_in.bias.dtype
+
+    @property
+    def feature_width(self) -> int:
+        """Width of the tokens that `feature_layer` gives."""
+        return self.params.hidden_size
+
+    def run_streams(
+        self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, vectors: BlockVectors,
+        txt_mask: Tensor | None, feature_layer: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """From packed latents [B, L, 4C] and text [B, T, context] to the velocity [B, L, 4C]; with `feature_layer` also
+        the image tokens [B, L, hidden] after that block, counted from 0 over the double, then the single blocks.
+        `txt_mask` [B, T]: 1 = attend."""
+        rope = self._rope(torch.cat((txt_ids.cpu(), img_ids.cpu()), dim=1), img.device)  # [B or 1, T + L, D/2] each
+        img = self.img_in(img.to(self.dtype))  # [B, L, hidden]
+        txt = self.txt_in(txt.to(self.dtype))  # [B, T, hidden]
+        key_mask = _joined_key_mask(txt_mask, img.shape[1])
+        features: list[Tensor] = []
+
+        double, single = self.offloaders
+        for index, (block, pair) in enumerate(zip(self.double_blocks, vectors.double)):
+            img, txt = self.run_block(block, index, double, (img, txt), (*pair, rope, key_mask))
+            features += [img] if index == feature_layer else []
+        joined = torch.cat((txt, img), dim=1)  # [B, T + L, hidden]
+        for index, (block, vec) in enumerate(zip(self.single_blocks, vectors.single)):
+            (joined,) = self.run_block(block, index, single, (joined,), (vec, rope, key_mask))
+            features += [joined[:, txt.shape[1] :]] if self.params.depth + index == feature_layer else []
+        velocity = self.final_layer(joined[:, txt.shape[1] :], vectors.last)
+        return velocity if feature_layer is None else (velocity, features[0])
+
+    def _rope(self, positions: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+        """Cosines and sines for positions [B, T + L, 3], computed once for each bucket."""
+        key = (tuple(positions.shape), positions.numpy().tobytes())
+        return self.rope_tables.get(
+            key, device, lambda: rope_cos_sin(positions, self.params.axes_dim, self.params.theta)
+        )
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        return [*self.double_blocks, *self.single_blocks]
+
+    def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:
+        """Keep the weights of some blocks on the CPU while others compute. On a CPU `device` nothing moves.
+
+        ValueError when more blocks are asked for than `block_swap_problem` allows.
+        """
+        problem = block_swap_problem(blocks_to_swap, self.params.depth, self.params.depth_single_blocks)
+        if problem:
+            raise ValueError(problem)
+        num_double, num_single = split_blocks_to_swap(blocks_to_swap)
+        self.offloaders = (
+            BlockOffloader(self.double_blocks, num_double, device) if num_double else None,
+            BlockOffloader(self.single_blocks, num_single, device) if num_single else None,
+        )
+
+
+class Flux(StreamTransformer):
+    """The rectified-flow transformer of FLUX.1 dev (with `guidance_in`) and schnell."""
+
+    params: FluxParams
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__(params)
         hidden = params.hidden_size
         self.img_in = nn.Linear(params.in_channels, hidden)
         self.time_in = MLPEmbedder(params.time_embed_dim, hidden)
@@ -235,22 +341,6 @@ class Flux(BlockStackMixin, nn.Module):
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(params) for _ in range(params.depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(params) for _ in range(params.depth_single_blocks))
         self.final_layer = LastLayer(hidden, params.in_channels)
-        self.rope_tables = DeviceTables()
-        self.init_block_stack(num_rows=2)
-
-    @property
-    def device(self) -> torch.device:
-        return self.img_in.bias.device
-
-    @property
-    def feature_width(self) -> int:
-        """Width of the tokens that `feature_layer` gives."""
-        return self.params.hidden_size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
-        return self.img_in.bias.dtype
 
     def forward(
         self,
@@ -274,30 +364,11 @@ class Flux(BlockStackMixin, nn.Module):
         """
         self.prepare_block_swap_before_forward()
         vec = self._conditioning_vector(timesteps, y, guidance)  # [B, hidden] or [B, L, hidden]
-        features: list[Tensor] = []
-        rope = self._rope(torch.cat((txt_ids.cpu(), img_ids.cpu()), dim=1), img.device)  # [B or 1, T + L, D/2] each
-        img = self.img_in(img.to(self.dtype))  # [B, L, hidden]
-        txt = self.txt_in(txt.to(self.dtype))  # [B, T, hidden]
-        key_mask = _joined_key_mask(txt_attention_mask, img.shape[1])
-
-        double, single = self.offloaders
-        for index, block in enumerate(self.double_blocks):
-            img, txt = self.run_block(block, index, double, (img, txt), (vec, rope, key_mask))
-            features += [img] if index == feature_layer else []
-        joined = torch.cat((txt, img), dim=1)  # [B, T + L, hidden]
-        joined_vec = of_joined_tokens(vec, txt.shape[1])
-        for index, block in enumerate(self.single_blocks):
-            (joined,) = self.run_block(block, index, single, (joined,), (joined_vec, rope, key_mask))
-            features += [joined[:, txt.shape[1] :]] if self.params.depth + index == feature_layer else []
-        velocity = self.final_layer(joined[:, txt.shape[1] :], vec)
-        return velocity if feature_layer is None else (velocity, features[0])
-
-    def _rope(self, positions: Tensor, device: torch.device) -> tuple[Tensor, ...]:
-        """Cosines and sines for positions [B, T + L, 3], computed once for each bucket."""
-        key = (tuple(positions.shape), positions.numpy().tobytes())
-        return self.rope_tables.get(
-            key, device, lambda: rope_cos_sin(positions, self.params.axes_dim, self.params.theta)
+        joined = of_joined_tokens(vec, txt.shape[1])
+        vectors = BlockVectors(
+            [(vec, of_text(vec))] * self.params.depth, [joined] * self.params.depth_single_blocks, vec
         )
+        return self.run_streams(img, img_ids, txt, txt_ids, vectors, txt_attention_mask, feature_layer)
 
     def _conditioning_vector(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         width = self.params.time_embed_dim
@@ -311,49 +382,9 @@ class Flux(BlockStackMixin, nn.Module):
             vec = vec + alike(self.guidance_in(timestep_embedding(guidance, width).to(self.dtype)))
         return vec + alike(self.vector_in(y.to(self.dtype)))
 
-    def repeated_blocks(self) -> list[nn.Module]:
-        return [*self.double_blocks, *self.single_blocks]
-
-    def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:
-        """Keep the weights of some blocks on the CPU while others compute. On a CPU `device` nothing moves.
-
-        ValueError when more blocks are asked for than `block_swap_problem` allows.
-        """
-        problem = block_swap_problem(blocks_to_swap, self.params.depth, self.params.depth_single_blocks)
-        if problem:
-            raise ValueError(problem)
-        num_double, num_single = split_blocks_to_swap(blocks_to_swap)
-        self.offloaders = (
-            BlockOffloader(self.double_blocks, num_double, device) if num_double else None,
-            BlockOffloader(self.single_blocks, num_single, device) if num_single else None,
-        )
-
 
 def _joined_key_mask(txt_attention_mask: Tensor | None, num_img_tokens: int) -> Tensor | None:
     """Text mask followed by ones for the image tokens, [B, T + L]; None stays None."""
     if txt_attention_mask is None:
         return None
     return F.pad(txt_attention_mask.bool(), (0, num_img_tokens), value=True)
-
-
-def split_blocks_to_swap(blocks_to_swap: int) -> tuple[int, int]:
-    """(double, single) blocks that `--blocks_to_swap` stands for; a double block weighs as much as two single ones."""
-    num_double = blocks_to_swap // 2
-    return num_double, (blocks_to_swap - num_double) * 2
-
-
-def block_swap_problem(blocks_to_swap: int, depth: int, depth_single_blocks: int) -> str | None:
-    """What is wrong with `--blocks_to_swap` for a model of these depths, or None. Two blocks of each kind must stay."""
-    if blocks_to_swap < 0:
-        return f"--blocks_to_swap is {blocks_to_swap}; it cannot be negative (0 = off)"
-    allowed = 0
-    while (split := split_blocks_to_swap(allowed + 1))[0] <= max(depth - 2, 0) and split[1] <= max(
-        depth_single_blocks - 2, 0
-    ):
-        allowed += 1
-    if blocks_to_swap <= allowed:
-        return None
-    return (
-        f"--blocks_to_swap is {blocks_to_swap}; a model with {depth} double and {depth_single_blocks} single blocks"
-        f" allows at most {allowed}"
-    )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from library.core.errors import UnsupportedCombination
 from library.core.lazy_names import homes, lazy_names
 from library.flux_utils import pack_latents, prepare_img_ids, unpack_latents
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
@@ -102,17 +103,32 @@ def predict_velocity(
 
 def denoise(
     model: Flux, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, vec: Tensor,
-    timesteps: Sequence[float], guidance: float = 4.0, t5_attn_mask: Tensor | None = None,
+    timesteps: Sequence[float], guidance: float = 4.0, t5_attn_mask: Tensor | None = None, controlnet: Any = None,
+    controlnet_img: Tensor | None = None, neg_txt: Tensor | None = None, neg_vec: Tensor | None = None,
+    neg_t5_attn_mask: Tensor | None = None, cfg_scale: float | None = None,
 ) -> Tensor:
     """Euler steps on packed latents [B, L, 4C] along `timesteps` (1 = noise, 0 = data), for callers that pack
-    themselves."""
+    themselves. With `neg_txt` and a `cfg_scale` other than 1 the velocity is neg + cfg_scale * (pos - neg), `neg_vec` None
+    standing for `vec`. UnsupportedCombination with a `controlnet`, which the denoiser has no inputs for.
+    """
+    if controlnet is not None:
+        raise UnsupportedCombination("denoise: ControlNets of FLUX.1 are not there; leave controlnet out")
     guidance_vec = torch.full((img.shape[0],), float(guidance), device=img.device, dtype=torch.float32)
-    for now, after in zip(timesteps[:-1], timesteps[1:]):
-        times = torch.full((img.shape[0],), now, device=img.device, dtype=torch.float32)
-        velocity = model(
-            img=img, img_ids=img_ids, txt=txt, txt_ids=txt_ids, timesteps=times, y=vec,
-            guidance=guidance_vec, txt_attention_mask=t5_attn_mask,
+
+    def velocity_of(img: Tensor, time: float, txt: Tensor, vec: Tensor, mask: Tensor | None) -> Tensor:
+        times = torch.full((img.shape[0],), time, device=img.device, dtype=torch.float32)
+        ids = txt_ids if txt_ids.shape[1] == txt.shape[1] else torch.zeros(1, txt.shape[1], 3)
+        return model(
+            img=img, img_ids=img_ids, txt=txt, txt_ids=ids, timesteps=times, y=vec, guidance=guidance_vec,
+            txt_attention_mask=mask,
         )
+
+    is_guided = neg_txt is not None and cfg_scale not in (None, 1.0)
+    for now, after in zip(timesteps[:-1], timesteps[1:]):
+        velocity = velocity_of(img, now, txt, vec, t5_attn_mask)
+        if is_guided:
+            negative = velocity_of(img, now, neg_txt, vec if neg_vec is None else neg_vec, neg_t5_attn_mask)
+            velocity = negative + cfg_scale * (velocity - negative)
         img = img + (after - now) * velocity
     return img
 

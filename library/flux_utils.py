@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from library.checkpoints.flux_convert import (
+    APPROXIMATOR,
     convert_bfl_sd_to_diffusers,
     convert_diffusers_sd_to_bfl,
     is_diffusers_denoiser,
@@ -31,18 +32,11 @@ from library.checkpoints.loading import (
     part_of,
     strip_prefix,
 )
-from library.components.ldm_utils import (
-    AE_PREFIXES,
-    AutoEncoderInfo,
-    Wanted,
-    infer_autoencoder,
-    inspect_autoencoder,
-    load_autoencoder,
-)
+from library.components.ldm_utils import AE_PREFIXES, AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
 from library.components.text_encoder_utils import load_clip_l, load_t5xxl
 from library.core.errors import CheckpointError
 from library.core.lazy_names import homes, lazy_names
-from library.flux_models import AutoEncoder, Flux, FluxParams
+from library.flux_models import AutoEncoder, Flux, FluxParams, StreamParams, StreamTransformer
 from library.fp8_optimization_utils import store_linears_in_fp8
 from library.safetensors_utils import cast_all, save_file_atomic
 
@@ -66,18 +60,57 @@ _OTHER_PARTS = ("text_encoders.", "text_encoder.", "cond_stage_model.", "conditi
 
 
 @dataclass(frozen=True)
-class FlowModelInfo:
+class StreamKind:
+    """One kind of denoiser that is made of double and single stream blocks.
+
+    `refuse`: raises CheckpointError for (shapes in original names, path) of another kind; `infer`: (shapes, what is
+    given, path) -> hyper-parameters by the names of `params`.
+    """
+
+    title: str
+    model: type[StreamTransformer]
+    params: type[StreamParams]
+    refuse: Callable[[Mapping[str, Tensor], str], None]
+    infer: Callable[[Mapping[str, Tensor], Mapping[str, Any], str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class StreamModelInfo:
     """What the headers of a denoiser checkpoint tell. `dtypes`: types of the stored weights."""
 
     source: CheckpointFiles
     prefix: str
     is_diffusers: bool
-    params: FluxParams
+    params: Any
     dtypes: frozenset[torch.dtype]
+
+
+@dataclass(frozen=True)
+class FlowModelInfo(StreamModelInfo):
+    """The same of FLUX.1."""
+
+    params: FluxParams
 
     @property
     def is_schnell(self) -> bool:
         return not self.params.guidance_embed
+
+
+def inspect_stream_model(
+    path: str | os.PathLike, config: Mapping[str, Any] | None, kind: StreamKind
+) -> StreamModelInfo:
+    """Recognise a denoiser of this kind from headers alone; `config` overrides hyper-parameters. CheckpointError when
+    it is none."""
+    source = open_checkpoint(path, "transformer")
+    prefix = find_prefix(source.shapes, DENOISER_PREFIXES, DENOISER_ROOTS, source.path, "denoiser")
+    stripped = strip_prefix(source.shapes, prefix)
+    is_diffusers = is_diffusers_denoiser(stripped)
+    shapes = convert_diffusers_sd_to_bfl(stripped) if is_diffusers else stripped
+    kind.refuse(shapes, source.path)
+    given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
+    params = build_params(kind.params, kind.infer(shapes, given, source.path), given, source.path)
+    dtypes = frozenset(tensor.dtype for key, tensor in stripped.items() if key.endswith(".weight"))
+    return StreamModelInfo(source, prefix, is_diffusers, params, dtypes)
 
 
 def inspect_flow_model(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> FlowModelInfo:
@@ -85,28 +118,15 @@ def inspect_flow_model(path: str | os.PathLike, config: Mapping[str, Any] | None
 
     CheckpointError when the file is damaged, no FLUX.1 denoiser, or one of the variants that are not trained here.
     """
-    source = open_checkpoint(path, "transformer")
-    prefix = find_prefix(source.shapes, DENOISER_PREFIXES, DENOISER_ROOTS, source.path, "denoiser")
-    stripped = strip_prefix(source.shapes, prefix)
-    is_diffusers = is_diffusers_denoiser(stripped)
-    shapes = convert_diffusers_sd_to_bfl(stripped) if is_diffusers else stripped
-    _refuse_other_models(shapes, source.path)
-    given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
-    params = build_params(FluxParams, _infer_flux(shapes, given, source.path), given, source.path)
-    dtypes = frozenset(tensor.dtype for key, tensor in stripped.items() if key.endswith(".weight"))
-    return FlowModelInfo(source, prefix, is_diffusers, params, dtypes)
+    return FlowModelInfo(**vars(inspect_stream_model(path, config, FLUX)))
 
 
 def _refuse_other_models(shapes: Mapping[str, Tensor], path: str) -> None:
-    if any(key.startswith("distilled_guidance_layer.") for key in shapes):
+    if any(key.startswith(APPROXIMATOR) for key in shapes):
         raise CheckpointError(
-            f"{path} is a Chroma model, which needs its own training script; a FLUX.1 dev or schnell file is needed"
+            f"{path} is a Chroma model; add --model_type chroma, or give a FLUX.1 dev or schnell file"
         )
-    if "double_blocks.0.img_attn.norm.query_norm.scale" not in shapes or "img_in.weight" not in shapes:
-        some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{path} holds no FLUX.1 denoiser (double_blocks.* and img_in are not there; it begins with {some})"
-        )
+    refuse_unknown_streams(shapes, path, "FLUX.1")
     if "final_layer.linear.weight" in shapes:
         width, out_width = shapes["img_in.weight"].shape[1], shapes["final_layer.linear.weight"].shape[0]
         if width != out_width:
@@ -118,25 +138,38 @@ def _refuse_other_models(shapes: Mapping[str, Tensor], path: str) -> None:
             )
 
 
+def refuse_unknown_streams(shapes: Mapping[str, Tensor], path: str, title: str) -> None:
+    """CheckpointError for a file without the blocks of a denoiser of these kinds."""
+    if "double_blocks.0.img_attn.norm.query_norm.scale" not in shapes or "img_in.weight" not in shapes:
+        some = ", ".join(list(shapes)[:3]) or "no tensors"
+        raise CheckpointError(
+            f"{path} holds no {title} denoiser (double_blocks.* and img_in are not there; it begins with {some})"
+        )
+
+
 def _diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Names of a diffusers config.json that FluxParams knows under other ones."""
+    """Names of a diffusers config.json that the hyper-parameters have under other ones."""
     names = {"axes_dims_rope": "axes_dim", "num_attention_heads": "num_heads"}
     return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
 
 
-def _infer_flux(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Hyper-parameters from shapes; head size h gives the rotary axes (h/8, 7h/16, 7h/16)."""
+def size_of(shapes: Mapping[str, Tensor], key: str, dim: int, path: str, title: str) -> int:
+    """One size of a tensor; CheckpointError when it is not there."""
+    if key not in shapes or shapes[key].ndim <= dim:
+        raise CheckpointError(f"{path} does not fit {title}: {key} is missing or has too few dimensions")
+    return shapes[key].shape[dim]
+
+
+def infer_streams(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str, title: str) -> dict[str, Any]:
+    """StreamParams from shapes; head size h gives the rotary axes (h/8, 7h/16, 7h/16)."""
 
     def size(key: str, dim: int) -> int:
-        if key not in shapes or shapes[key].ndim <= dim:
-            raise CheckpointError(f"{path} does not fit Flux: {key} is missing or has too few dimensions")
-        return shapes[key].shape[dim]
+        return size_of(shapes, key, dim, path, title)
 
     hidden = size("img_in.weight", 0)
     head_dim = size("double_blocks.0.img_attn.norm.query_norm.scale", 0)
     inferred: dict[str, Any] = {
         "in_channels": size("img_in.weight", 1),
-        "vec_in_dim": size("vector_in.in_layer.weight", 1),
         "context_in_dim": size("txt_in.weight", 1),
         "hidden_size": hidden,
         "mlp_ratio": size("double_blocks.0.img_mlp.0.weight", 0) / hidden,
@@ -144,8 +177,6 @@ def _infer_flux(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: st
         "depth": count_blocks(shapes, "double_blocks."),
         "depth_single_blocks": count_blocks(shapes, "single_blocks."),
         "qkv_bias": "double_blocks.0.img_attn.qkv.bias" in shapes,
-        "guidance_embed": any(key.startswith("guidance_in.") for key in shapes),
-        "time_embed_dim": size("time_in.in_layer.weight", 1),
     }
     if "axes_dim" not in given:
         if head_dim % 32:
@@ -155,6 +186,18 @@ def _infer_flux(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: st
             )
         inferred["axes_dim"] = (head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16)
     return inferred
+
+
+def _infer_flux(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
+    return {
+        **infer_streams(shapes, given, path, "Flux"),
+        "vec_in_dim": size_of(shapes, "vector_in.in_layer.weight", 1, path, "Flux"),
+        "guidance_embed": any(key.startswith("guidance_in.") for key in shapes),
+        "time_embed_dim": size_of(shapes, "time_in.in_layer.weight", 1, path, "Flux"),
+    }
+
+
+FLUX = StreamKind("FLUX.1", Flux, FluxParams, _refuse_other_models, _infer_flux)
 
 
 class CheckpointState(NamedTuple):
@@ -188,10 +231,19 @@ def load_flux(
     `model.params.guidance_embed` tells dev from schnell. CheckpointError when the file does not fit.
     """
     info = inspect_flow_model(path, config)
+    kind = "schnell" if info.is_schnell else "dev"
+    return load_stream_model(info, FLUX, f"FLUX.1 {kind}", path, dtype, device, disable_mmap, transform)
+
+
+def load_stream_model(
+    info: StreamModelInfo, kind: StreamKind, title: str, path: str | os.PathLike, dtype: torch.dtype | None,
+    device: torch.device | str, disable_mmap: bool, transform: Transform | None,
+) -> Any:
+    """The denoiser of a file that was recognised; types as `load_flux` tells."""
     logger.info(
-        "loading FLUX.1 %s from %s (%s layout, %d double and %d single blocks)",
-        "schnell" if info.is_schnell else "dev", path, "diffusers" if info.is_diffusers else "original",
-        info.params.depth, info.params.depth_single_blocks,
+        "loading %s from %s (%s layout, %d double and %d single blocks)",
+        title, path, "diffusers" if info.is_diffusers else "original", info.params.depth,
+        info.params.depth_single_blocks,
     )  # fmt: skip
     keys = [key for key in info.source.shapes if key.startswith(info.prefix)]
     if not info.prefix:
@@ -200,7 +252,7 @@ def load_flux(
     state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, cast), info.prefix)
     if info.is_diffusers:
         state = convert_diffusers_sd_to_bfl(state)
-    model = build_on_meta(lambda: Flux(info.params))
+    model = build_on_meta(lambda: kind.model(info.params))
     check_state(model, state, os.fspath(path))
     assign_state(model, state)
     store_linears_in_fp8(model)
@@ -217,16 +269,21 @@ def save_flow_model(
     model: Flux, path: str | os.PathLike, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a denoiser in the original layout. Hyper-parameters that its shapes do not tell go into `model_config`."""
+    save_stream_model(model, FLUX, path, dtype, metadata)
+
+
+def save_stream_model(
+    model: StreamTransformer, kind: StreamKind, path: str | os.PathLike, dtype: torch.dtype | None,
+    metadata: Mapping[str, str] | None
+) -> None:
     state = cast_all(model.state_dict(), dtype)
-    save_file_atomic(state, path, {**(metadata or {}), **model_config_metadata(model)})
+    save_file_atomic(state, path, {**(metadata or {}), **model_config_metadata(model, kind.infer)})
 
 
-def model_config_metadata(model: Flux | AutoEncoder) -> dict[str, str]:
+def model_config_metadata(model: StreamTransformer, infer: Callable[..., dict[str, Any]]) -> dict[str, str]:
     """{"model_config": JSON} for a model whose hyper-parameters do not follow from its shapes, else nothing."""
-    state = model.state_dict()
     try:
-        infer = _infer_flux if isinstance(model, Flux) else infer_autoencoder
-        params = build_params(type(model.params), infer(state, {}, ""), {}, "")
+        params = build_params(type(model.params), infer(model.state_dict(), {}, ""), {}, "")
     except CheckpointError:
         params = None
     return {} if params == model.params else {"model_config": json.dumps(asdict(model.params), sort_keys=True)}

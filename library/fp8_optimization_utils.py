@@ -77,17 +77,28 @@ def _forward_scaled(self: nn.Linear, x: Tensor) -> Tensor:
     return output if self.bias is None else output + self.bias.to(dtype)
 
 
+def scaled_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight [out, in] in 8 bits, scales [out] float32): each row divided by its largest absolute value / 448, so that
+    rows of any size use the whole range."""
+    full = weight.detach().float()
+    scale = full.abs().amax(dim=1).clamp_min(1e-12) / LARGEST_FP8
+    return (full / scale[:, None]).to(FP8_STORAGE), scale
+
+
+def use_scales(layer: nn.Linear, scale: Tensor) -> None:
+    """Let a layer whose weight is that of `scaled_fp8` compute with its scales."""
+    layer.register_buffer("fp8_scale", scale, persistent=False)
+    layer.forward = types.MethodType(_forward_scaled, layer)
+
+
 def shrink_linears_to_scaled_fp8(model: nn.Module, wanted: Callable[[str], bool]) -> int:
-    """Store the weights of the linear layers whose path is `wanted` in 8 bits, each row divided by its largest absolute
-    value / 448 (kept in float32), so that rows of any size use the whole range. Returns the number of layers."""
+    """Store the weights of the linear layers whose path is `wanted` as `scaled_fp8`. Returns the number of layers."""
     count = 0
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or not wanted(name):
             continue
-        weight = module.weight.detach().float()
-        scale = weight.abs().amax(dim=1).clamp_min(1e-12) / LARGEST_FP8  # [out]
-        module.weight = nn.Parameter((weight / scale[:, None]).to(FP8_STORAGE), requires_grad=False)
-        module.register_buffer("fp8_scale", scale, persistent=False)
-        module.forward = types.MethodType(_forward_scaled, module)
+        weight, scale = scaled_fp8(module.weight)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        use_scales(module, scale)
         count += 1
     return count

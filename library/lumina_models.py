@@ -60,7 +60,8 @@ class LuminaParams:
             raise ValueError(f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads {self.n_heads}")
         axes = self.axes_dims
         if len(axes) != 3 or sum(axes) != self.head_dim or any(width % 2 for width in axes):
-            raise ValueError(f"axes_dims is {axes}; it needs three even numbers that sum to the head size {self.head_dim}")
+            needed = f"three even numbers that sum to the head size {self.head_dim}"
+            raise ValueError(f"axes_dims is {axes}; it needs {needed}")
         if len(self.axes_lens) != 3:
             raise ValueError(f"axes_lens is {self.axes_lens}; needed: three numbers of positions (text, rows, columns)")
 

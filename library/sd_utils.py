@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.checkpoints.loading import Transform
+from library.checkpoints.loading import Transform, prefixed
 from library.checkpoints.open_clip_convert import hf_to_open_clip
 from library.components.ldm_models import AutoEncoder
 from library.components.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
@@ -94,22 +94,23 @@ def load_vae_sd(
 
 
 def checkpoint_state(
-    unet: UNet2DConditionModel, text_encoder: CLIPTextModelWithProjection, vae: AutoEncoder, is_v2: bool
+    unet: UNet2DConditionModel | None, text_encoder: CLIPTextModelWithProjection | None, vae: AutoEncoder | None,
+    is_v2: bool,
 ) -> dict[str, Tensor]:
-    """All weights under the keys of a single file."""
-    state = {
-        f"model.diffusion_model.{key}": tensor for key, tensor in unet_file_state(unet, tree_is_diffusers=True).items()
-    }
-    state |= {f"first_stage_model.{key}": tensor for key, tensor in vae.state_dict().items()}
+    """All weights of the parts that are given, under the keys of a single file."""
+    state = {} if unet is None else prefixed("model.diffusion_model.", unet_file_state(unet, tree_is_diffusers=True))
+    state |= {} if vae is None else prefixed("first_stage_model.", vae.state_dict())
+    return state if text_encoder is None else state | _text_state(text_encoder, is_v2)
+
+
+def _text_state(text_encoder: CLIPTextModelWithProjection, is_v2: bool) -> dict[str, Tensor]:
     text = {**text_encoder.state_dict(), **getattr(text_encoder, "unused_tensors", {})}
     if is_v2:
-        return state | {
-            f"cond_stage_model.model.{key}": tensor for key, tensor in hf_to_open_clip(_all_v2_layers(text)).items()
-        }
+        return prefixed("cond_stage_model.model.", hf_to_open_clip(_all_v2_layers(text)))
     text = {key: tensor for key, tensor in text.items() if key.startswith("text_model.")}
     positions = text["text_model.embeddings.position_embedding.weight"]
     text["text_model.embeddings.position_ids"] = torch.arange(len(positions), device=positions.device)[None]
-    return state | {f"cond_stage_model.transformer.{key}": tensor for key, tensor in text.items()}
+    return prefixed("cond_stage_model.transformer.", text)
 
 
 def _all_v2_layers(text: Mapping[str, Tensor]) -> dict[str, Tensor]:

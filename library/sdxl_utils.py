@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from library.checkpoints.loading import Transform
+from library.checkpoints.loading import Transform, prefixed
 from library.checkpoints.open_clip_convert import hf_to_open_clip
 from library.components.ldm_models import AutoEncoder
 from library.components.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
@@ -82,23 +82,25 @@ def load_vae_sdxl(
 
 
 def checkpoint_state(
-    unet: SdxlUNet2DConditionModel, text_encoders: list[CLIPTextModelWithProjection], vae: AutoEncoder,
-    marks: tuple[str, ...] = ()
+    unet: SdxlUNet2DConditionModel | None, text_encoders: Sequence[CLIPTextModelWithProjection] | None,
+    vae: AutoEncoder | None, marks: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
-    """All weights under the keys of a single file. `marks`: empty marker keys, `v_pred` and `ztsnr`."""
-    clip_l, clip_g = text_encoders
-    state = {
-        f"model.diffusion_model.{key}": tensor for key, tensor in unet_file_state(unet, tree_is_diffusers=False).items()
-    }
-    state |= {f"first_stage_model.{key}": tensor for key, tensor in vae.state_dict().items()}
+    """All weights of the parts that are given, under the keys of a single file. `marks`: empty marker keys, `v_pred`
+    and `ztsnr`."""
+    state = {} if unet is None else prefixed("model.diffusion_model.", unet_file_state(unet, tree_is_diffusers=False))
+    state |= {} if vae is None else prefixed("first_stage_model.", vae.state_dict())
+    state |= {} if text_encoders is None else _text_state(*text_encoders)
+    return state | {mark: torch.zeros(0) for mark in marks}
+
+
+def _text_state(clip_l: CLIPTextModelWithProjection, clip_g: CLIPTextModelWithProjection) -> dict[str, Tensor]:
     first = {key: tensor for key, tensor in clip_l.state_dict().items() if key.startswith("text_model.")}
     positions = first["text_model.embeddings.position_embedding.weight"]
     first["text_model.embeddings.position_ids"] = torch.arange(len(positions), device=positions.device)[None]
-    state |= {f"conditioner.embedders.0.transformer.{key}": tensor for key, tensor in first.items()}
     second = {**clip_g.state_dict(), **getattr(clip_g, "unused_tensors", {})}
     second.setdefault("logit_scale", torch.tensor(4.6052, dtype=positions.dtype))  # ln 100; a folder does not hold it
-    state |= {f"conditioner.embedders.1.model.{key}": tensor for key, tensor in hf_to_open_clip(second).items()}
-    return state | {mark: torch.zeros(0) for mark in marks}
+    second = hf_to_open_clip(second)
+    return prefixed("conditioner.embedders.0.transformer.", first) | prefixed("conditioner.embedders.1.model.", second)
 
 
 def save_checkpoint_sdxl(

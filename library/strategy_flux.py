@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.components import text_encoder_utils
 from library.components.tokenizers import check_ids, load_clip_tokenizer, load_t5_tokenizer
@@ -75,7 +75,7 @@ class FluxTextEncodingStrategy(TextEncodingStrategy):
         self.apply_t5_attn_mask = apply_t5_attn_mask
 
     def encode_tokens(
-        self, tokenize_strategy: FluxTokenizeStrategy, models: list[Any], tokens: list[Tensor]
+        self, tokenize_strategy: FluxTokenizeStrategy, models: list[nn.Module | None], tokens: list[Tensor]
     ) -> list[Tensor | None]:
         """[pooled [B, D], T5 states [B, L, D], text ids [B, L, 3] of zeros, T5 mask [B, L]]; None where a model is
         absent.
@@ -98,7 +98,7 @@ class FluxTextEncodingStrategy(TextEncodingStrategy):
         return [pooled, t5_states, text_ids, mask]
 
 
-def pool_at_first_eos(clip_l: Any, ids: Tensor, eos_id: int) -> Tensor:
+def pool_at_first_eos(clip_l: nn.Module, ids: Tensor, eos_id: int) -> Tensor:
     """The final-normed state at the first end token of each row, [B, D], without projection.
 
     A row without an end token (which tokenizers do not make) is pooled at its first place.
@@ -109,14 +109,14 @@ def pool_at_first_eos(clip_l: Any, ids: Tensor, eos_id: int) -> Tensor:
     return text_encoder_utils.pool_at_first_eos(states, ids, eos_id)
 
 
-def _device(model: Any) -> torch.device:
+def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
 class FluxLatentEncoder(LatentEncoder):
     """Latents of the FLUX.1 autoencoder, shifted and scaled, one posterior draw per image and size."""
 
-    def encode(self, vae: Any, images: Tensor, seeds: Sequence[int]) -> Tensor:
+    def encode(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return vae.encode(images, seeds)
 
 

@@ -35,7 +35,8 @@ _HOMES = {
     ),
     **homes("library.compat.buckets", "BucketManager", "ImageInfo", "glob_images_pathlib", "split_train_val"),
     **homes(
-        "library.compat.datasets", "BaseDataset", "DatasetGroup", "DreamBoothDataset", "DreamBoothSubset",
+        "library.compat.datasets", "BaseDataset", "ControlNetDataset", "ControlNetSubset", "DatasetGroup",
+        "DreamBoothDataset", "DreamBoothSubset",
         "FineTuningDataset",
         "FineTuningSubset", "MinimalDataset", "collator_class", "debug_dataset", "load_arbitrary_dataset",
     ),

@@ -40,6 +40,16 @@ def flux(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
 
 
 @torch.no_grad()
+def chroma(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    """The guidance of the file is 0, which the model knows by itself."""
+    from library.chroma_utils import load_chroma
+
+    model = _loaded(load_chroma, weights, config)
+    given = {name: tensor for name, tensor in inputs.items() if name != "guidance"}
+    return {"mod_vectors": model.modulation_vectors(inputs["timesteps"]), "out": model(**given)}
+
+
+@torch.no_grad()
 def vae_ldm16(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     from library.flux_utils import load_ae
 
@@ -129,6 +139,13 @@ def te_t5xxl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tenso
 
 
 @torch.no_grad()
+def sd3(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.sd3_utils import load_sd3
+
+    return {"out": _loaded(load_sd3, weights, {})(**inputs)}  # shapes tell all
+
+
+@torch.no_grad()
 def anima(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     from library.anima_utils import load_anima
 
@@ -165,6 +182,35 @@ def te_qwen3(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tenso
 
 
 @torch.no_grad()
+def hunyuan_image(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.hunyuan_image_utils import load_hunyuan_image
+
+    model = _loaded(load_hunyuan_image, weights, config)
+    names = ("x", "t", "txt", "txt_mask", "byt5", "byt5_mask")
+    return {"out": model(*(inputs[name] for name in names))}
+
+
+@torch.no_grad()
+def vae_hunyuan_image(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.hunyuan_image_utils import load_vae
+
+    vae = _loaded(load_vae, weights, config)
+    mean, logvar = vae.encode_moments(inputs["image"])
+    factor = vae.params.scaling_factor
+    assert factor == config["scaling_factor"] and vae.params.spatial_stride == config["spatial_factor"]
+    return {"mean": mean, "logvar": logvar, "decoded": vae.decode(inputs["latent"] * factor)}
+
+
+@torch.no_grad()
+def te_qwen25vl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.components.llm_encoder_utils import load_qwen25_vl
+
+    model = _loaded(load_qwen25_vl, weights, config)
+    result = model(inputs["ids"], attention_mask=inputs["mask"], output_hidden_states=True)
+    return {"hidden_minus_3": result.hidden_states[-3], "last_hidden_state": result.last_hidden_state}
+
+
+@torch.no_grad()
 def lumina2(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     from library.lumina_utils import load_lumina
 
@@ -182,11 +228,12 @@ def te_gemma2(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tens
 
 
 def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
-    """The parts that FLUX.1, Stable Diffusion, SDXL, Anima and Lumina-Image 2.0 use."""
+    """The numeric parts that the families use."""
     from library.anima_models import AnimaParams, cos_sin, image_angles, text_angles
     from library.attention import rope_cos_sin, timestep_embedding
     from library.flux_utils import pack_latents, prepare_img_ids
     from library.lumina_models import LuminaParams
+    from library.sd3_models import get_2d_sincos_pos_embed, scaled_positions
     from library.training.timesteps import MU_LINES, line_mu, shift_sigmas
 
     latents, sigmas, tokens = inputs["flux/latent"], inputs["flow/sigma"], inputs["flow/flux_seq_len"]
@@ -196,19 +243,34 @@ def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensor
     return {
         "flux_img_ids": img_ids,
         "flux_packed": pack_latents(latents),
+        "chroma_mod_index_32": timestep_embedding(torch.arange(344), 32),
         "flux_shift_mu": torch.tensor([line_mu(count, MU_LINES["flux_shift"]) for count in tokens.tolist()]),
         "rope_flux_cos_sin": rope,
         "time_flux_256": timestep_embedding(inputs["time/unit"], 256),
         "rope_anima_angles": image_angles(*ANIMA_GRID, AnimaParams()),
         "rope_anima_adapter_cos": cos_sin(text_angles(ANIMA_TEXT, 64))[0],
         "rope_anima_adapter_sin": cos_sin(text_angles(ANIMA_TEXT, 64))[1],
+        "time_sd3_256": timestep_embedding(inputs["time/scaled"], 256, 1.0),
+        "sd3_pos_embed_12x12_dim64": get_2d_sincos_pos_embed(64, 12),
+        "sd3_scaled_pos_embed_grid9_sample6_dim64": scaled_positions(64, (9, 9), (0, 0), side=6)[0],
         "time_anima_64": timestep_embedding(inputs["time/unit"], 64, 1.0),
+        **hunyuan_image_numbers(inputs),
         "time_lumina_256": timestep_embedding(inputs["time/unit"], 256, 1.0),
         **{f"rope_lumina_{name}": table[0] for name, table in zip(("cos", "sin"), lumina_rope)},
         **{f"flow_shift_{shift}": shift_sigmas(sigmas, shift) for shift in FLOW_SHIFTS},
         **noise_schedule(inputs),
         **snr_weights(inputs),
     }
+
+
+def hunyuan_image_numbers(inputs: Tensors) -> Tensors:
+    """Positions, whose values stand twice in the reference, and the sinusoid of times on the 0..1000 scale."""
+    from library.attention import timestep_embedding
+    from library.hunyuan_image_models import image_rope
+
+    cos, sin = (table[0].repeat_interleave(2, dim=-1) for table in image_rope(*ANIMA_GRID[1:], (64, 64), 256))
+    times = timestep_embedding(inputs["time/scaled"], 256, 1.0)
+    return {"rope_hyimage_cos": cos, "rope_hyimage_sin": sin, "time_hunyuan_256": times}
 
 
 def noise_schedule(inputs: Tensors) -> Tensors:
@@ -256,6 +318,7 @@ def snr_weights(inputs: Tensors) -> Tensors:
 CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "flux_dev": flux,
     "flux_schnell": flux,
+    "chroma": chroma,
     "vae_ldm16": vae_ldm16,
     "sd15_unet": unet_sd,
     "sd21_unet": unet_sd,
@@ -264,9 +327,15 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "clip_g": clip_g,
     "clip_l": clip_l,
     "te_t5xxl": te_t5xxl,
+    "sd3_medium": sd3,
+    "sd35_medium": sd3,
+    "sd35_large": sd3,
     "anima": anima,
     "vae_wan": vae_wan,
     "te_qwen3": te_qwen3,
+    "hunyuan_image": hunyuan_image,
+    "vae_hunyuan_image": vae_hunyuan_image,
+    "te_qwen25vl": te_qwen25vl,
     "lumina2": lumina2,
     "te_gemma2": te_gemma2,
     "numeric": numeric,

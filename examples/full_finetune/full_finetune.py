@@ -1,4 +1,4 @@
-"""Full fine-tuning of a flow model as a Trainable: the denoiser itself learns, and the file is a model like the
+"""Full fine-tuning as a Trainable: the denoiser itself learns, and the file is a model like the
 base."""
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +22,21 @@ from library.training.averaging import WeightAverage
 from library.training.hooks.base import Hook
 from library.training.option_groups import EmaOptions, SavingOptions
 from library.training.run import StepOutput, evaluation_mode
+from library.training.timesteps import NUM_TIMESTEPS
 
 if TYPE_CHECKING:
     from library.training.objective import NoisyLatents
     from library.training.run import Run
     from library.training.step import TrainStep
+
+
+DECAYS: Mapping[str, Callable[[float], float]] = {
+    "constant": lambda place: 1.0,
+    "cosine": lambda place: (1 + math.cos(math.pi * place)) / 2,
+    "linear": lambda place: 1 - place,
+    "rex": lambda place: (1 - place) / (0.1 + 0.9 * (1 - place)),
+}
+"""factor of the share of steps with a wrong time, at the place 0 to 1 of its steps"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +56,26 @@ class SelfFlowOptions:
         None, help="later block whose tokens the teacher shows; 0.7 of the depth when not given"
     )
 
+    self_flow_teacher_coupling_prob: float = option(
+        0.0, help="share of the steps in which the teacher is told a wrong time for some tokens"
+    )
+    self_flow_teacher_mismatch_ratio: float = option(
+        1.0, help="in those steps: share of the tokens at the cleaner level that it is told the noisier one for"
+    )
+    self_flow_teacher_coupling_decay: str = option(
+        "constant", choices=tuple(DECAYS), help="how the share of such steps falls to 0"
+    )
+    self_flow_teacher_coupling_decay_steps: int | None = option(
+        None, help="steps until it is 0; all of the run when not given"
+    )
+
     def __post_init__(self) -> None:
         problems = Problems()
+        for name in ("self_flow_teacher_coupling_prob", "self_flow_teacher_mismatch_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                problems.add(f"--{name} is {getattr(self, name)}; needed: a number from 0 to 1")
+        if (self.self_flow_teacher_coupling_decay_steps or 1) < 1:
+            problems.add("--self_flow_teacher_coupling_decay_steps is below 1; needed: 1 or more")
         if not 0 <= self.mask_ratio <= 0.5:
             problems.add(f"--mask_ratio is {self.mask_ratio}; needed: a number from 0 to 0.5")
         if not 0 <= self.self_flow_ema_decay < 1:
@@ -72,6 +102,7 @@ class SelfFlow(Hook):
     def __init__(self, options: SelfFlowOptions) -> None:
         self.options = options
         self.layers = (0, 0)
+        self.decay_steps = 1
 
     def check(self, config: Any, family: Any, trainable: Any) -> None:
         problems = Problems()
@@ -110,6 +141,7 @@ class SelfFlow(Hook):
         return {"head": self.head}
 
     def on_train_start(self, run: Run) -> None:
+        self.decay_steps = self.options.self_flow_teacher_coupling_decay_steps or run.progress.max_train_steps
         if not self.teacher.tensors:
             self.teacher.begin()
 
@@ -121,7 +153,7 @@ class SelfFlow(Hook):
         student, teacher = self.views(step, step.latents_of(batch), draws)
         conditioning = step.conditioning_of(batch)
         wanted = self.features_of_teacher(step, teacher, conditioning, batch)  # [B, L, D]
-        step.trainable.on_sample(of_one_time(student))
+        step.trainable.on_sample(student)
         output = step.predict(student, conditioning, batch, feature_layer=self.layers[0])
         with step.runtime.autocast():
             told = self.head(output.extra["features"].to(wanted.dtype))  # [B, L, D]
@@ -137,7 +169,7 @@ class SelfFlow(Hook):
 
     def views(self, step: TrainStep, latents: torch.Tensor, draws: StepDraws) -> tuple[NoisyLatents, NoisyLatents]:
         """The same noise twice: for the student at one of two levels for each token, for the teacher at the lower of
-        them."""
+        them, of which it may be told another time."""
         patch = step.family.record.latents.patch
         num_tokens = latents[0, 0].numel() // patch**2
         noise = step.noise_of(latents, draws)
@@ -145,9 +177,19 @@ class SelfFlow(Hook):
         is_masked = draws.uniform("self flow mask", (num_tokens,)).to(first.device) < self.options.mask_ratio  # [B, L]
         mixed = torch.where(is_masked, second[:, None], first[:, None])  # [B, L]
         cleaner = torch.minimum(first, second)
-        return step.objective.corrupt(latents, noise, mixed, draws), step.objective.corrupt(
-            latents, noise, cleaner, draws
-        )
+        teacher = step.objective.corrupt(latents, noise, cleaner, draws)
+        if draws.batch_uniform("self flow coupling") < self.coupling(draws.step):
+            is_told = draws.uniform("self flow mismatch", (num_tokens,)).to(first.device)
+            is_told = (is_told < self.options.self_flow_teacher_mismatch_ratio) & (mixed == cleaner[:, None])
+            told = torch.where(is_told, torch.maximum(first, second)[:, None], cleaner[:, None])  # [B, L]
+            teacher = dataclasses.replace(teacher, timesteps=told * NUM_TIMESTEPS, sigmas=told)
+        return step.objective.corrupt(latents, noise, mixed, draws), teacher
+
+    def coupling(self, step: int) -> float:
+        """Share of steps like this one in which the teacher is told a wrong time."""
+        options = self.options
+        place = min(1.0, step / self.decay_steps)
+        return options.self_flow_teacher_coupling_prob * DECAYS[options.self_flow_teacher_coupling_decay](place)
 
     @torch.no_grad()
     def features_of_teacher(self, step: TrainStep, sample: NoisyLatents, conditioning: Any, batch: Any) -> torch.Tensor:
@@ -183,6 +225,9 @@ class SelfFlow(Hook):
             "ss_self_flow_gamma_warmup_steps": options.self_flow_gamma_warmup_steps,
             "ss_self_flow_mask_ratio": options.mask_ratio,
             "ss_self_flow_ema_decay": options.self_flow_ema_decay,
+            "ss_self_flow_teacher_coupling_prob": options.self_flow_teacher_coupling_prob,
+            "ss_self_flow_teacher_coupling_decay": options.self_flow_teacher_coupling_decay,
+            "ss_self_flow_teacher_mismatch_ratio": options.self_flow_teacher_mismatch_ratio,
             "ss_self_flow_student_layer": self.layers[0],
             "ss_self_flow_teacher_layer": self.layers[1],
         }
@@ -192,8 +237,3 @@ class SelfFlow(Hook):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.teacher.load_state_dict(state["teacher"])
-
-
-def of_one_time(sample: NoisyLatents) -> NoisyLatents:
-    """With the noisiest time of each sample, for adapters whose rank depends on it."""
-    return dataclasses.replace(sample, timesteps=sample.timesteps.amax(dim=1), sigmas=sample.sigmas.amax(dim=1))

@@ -1,26 +1,17 @@
-"""FLUX.1 key names of the denoiser: the original layout and the one of diffusers folders, both ways.
+"""FLUX.1 key names of the denoiser and of its variants: the original layout and the one of diffusers folders, both
+ways.
 
 Each rule says how one original tensor is made of one or more others; both directions read the same table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
+from library.checkpoints.layout_rules import Rule, from_original, placed, to_original, with_kinds
 from library.checkpoints.loading import count_blocks
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`original` = rows of `parts` one below the other; `swap_halves`: the two halves of the rows change places."""
-
-    original: str
-    parts: tuple[str, ...]
-    swap_halves: bool = False
 
 
 _TOP = (
@@ -63,69 +54,55 @@ _SINGLE_NORMS = (
     Rule("norm.key_norm.scale", ("attn.norm_k.weight",)),
 )
 
+APPROXIMATOR = "distilled_guidance_layer."
+"""of Chroma, which has it in the place of the modulation of the blocks"""
+_APPROXIMATOR_LAYER = (Rule("in_layer", ("linear_1",)), Rule("out_layer", ("linear_2",)))
 
-def denoiser_rules(depth: int, depth_single_blocks: int) -> Iterator[Rule]:
+
+def denoiser_rules(depth: int, depth_single_blocks: int, approximator_depth: int = 0) -> Iterator[Rule]:
     """Every rule of a denoiser with these depths; names of weights, biases and scales."""
-    yield from _with_kinds("", "", _TOP)
+    yield from with_kinds("", "", _TOP)
+    for number in range(approximator_depth):
+        layer = f"{APPROXIMATOR}layers.{number}."
+        yield from with_kinds(layer, layer, _APPROXIMATOR_LAYER)
+        yield Rule(f"{APPROXIMATOR}norms.{number}.scale", (f"{APPROXIMATOR}norms.{number}.weight",))
     for number in range(depth):
         places = (f"double_blocks.{number}.", f"transformer_blocks.{number}.")
-        yield from _with_kinds(*places, _DOUBLE)
-        yield from _placed(*places, _DOUBLE_NORMS)
+        yield from with_kinds(*places, _DOUBLE)
+        yield from placed(*places, _DOUBLE_NORMS)
     for number in range(depth_single_blocks):
         places = (f"single_blocks.{number}.", f"single_transformer_blocks.{number}.")
-        yield from _with_kinds(*places, _SINGLE)
-        yield from _placed(*places, _SINGLE_NORMS)
-
-
-def _with_kinds(original: str, other: str, rules: Sequence[Rule]) -> Iterator[Rule]:
-    for kind in (".weight", ".bias"):
-        for rule in rules:
-            yield Rule(
-                original + rule.original + kind, tuple(other + part + kind for part in rule.parts), rule.swap_halves
-            )
-
-
-def _placed(original: str, other: str, rules: Sequence[Rule]) -> Iterator[Rule]:
-    for rule in rules:
-        yield Rule(original + rule.original, tuple(other + part for part in rule.parts))
+        yield from with_kinds(*places, _SINGLE)
+        yield from placed(*places, _SINGLE_NORMS)
 
 
 def is_diffusers_denoiser(keys: Mapping[str, object]) -> bool:
     return "transformer_blocks.0.attn.add_k_proj.weight" in keys
 
 
-def convert_diffusers_sd_to_bfl(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Denoiser weights from diffusers names to the original ones. Names outside the table stay as they are."""
-    rest = dict(state)
-    converted: dict[str, Tensor] = {}
-    for rule in denoiser_rules(
-        count_blocks(state, "transformer_blocks."), count_blocks(state, "single_transformer_blocks.")
-    ):
-        if not all(part in rest for part in rule.parts):
-            continue
-        tensors = [rest.pop(part) for part in rule.parts]
-        joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        converted[rule.original] = _swap_halves(joined) if rule.swap_halves else joined
-    return {**converted, **rest}
+def convert_diffusers_sd_to_bfl(
+    diffusers_sd: Mapping[str, Tensor], num_double_blocks: int | None = None, num_single_blocks: int | None = None
+) -> dict[str, Tensor]:
+    """Denoiser weights from diffusers names to the original ones, of that many blocks, None = all. Names outside the
+    table stay as they are."""
+    double, single = (count_blocks(diffusers_sd, f"{kind}transformer_blocks.") for kind in ("", "single_"))
+    rules = denoiser_rules(
+        double if num_double_blocks is None else num_double_blocks,
+        single if num_single_blocks is None else num_single_blocks,
+        count_blocks(diffusers_sd, f"{APPROXIMATOR}layers."),
+    )
+    return to_original(diffusers_sd, rules)
 
 
 def convert_bfl_sd_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Denoiser weights from the original names to those of diffusers; the inverse of `convert_diffusers_sd_to_bfl`."""
-    rest = dict(state)
     hidden = state["img_in.weight"].shape[0]
-    converted: dict[str, Tensor] = {}
-    for rule in denoiser_rules(count_blocks(state, "double_blocks."), count_blocks(state, "single_blocks.")):
-        if rule.original not in rest:
-            continue
-        tensor = rest.pop(rule.original)
-        if rule.swap_halves:
-            tensor = _swap_halves(tensor)
-        sizes = [hidden] * 3 + [tensor.shape[0] - 3 * hidden] * (len(rule.parts) == 4)
-        pieces = [tensor] if len(rule.parts) == 1 else tensor.split(sizes)
-        converted.update(zip(rule.parts, pieces))
-    return {**converted, **rest}
 
+    def rows_of(rule: Rule, rows: int) -> list[int]:
+        return [hidden] * 3 + [rows - 3 * hidden] * (len(rule.parts) == 4)
 
-def _swap_halves(tensor: Tensor) -> Tensor:
-    first, second = tensor.chunk(2)
-    return torch.cat((second, first))
+    rules = denoiser_rules(
+        count_blocks(state, "double_blocks."), count_blocks(state, "single_blocks."),
+        count_blocks(state, f"{APPROXIMATOR}layers."),
+    )
+    return from_original(state, rules, rows_of)

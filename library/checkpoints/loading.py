@@ -108,16 +108,39 @@ class CheckpointFiles:
             yield from iterate_tensors(file, device, disable_mmap, names)
 
 
+@dataclass(frozen=True)
+class TensorsInMemory(CheckpointFiles):
+    """A model part whose tensors a caller has read already."""
+
+    held: Mapping[str, Tensor]
+
+    def stream(
+        self, device: torch.device | str | None, disable_mmap: bool, keys: Iterable[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        wanted = set(keys)
+        for key, tensor in self.held.items():
+            if key in wanted:
+                yield key, tensor if device is None else tensor.to(device)
+
+
 Items = Iterable[tuple[str, Tensor]]
 Transform = Callable[[CheckpointFiles, Items], Items]
 """what a loader lets happen to the tensors of a file while they are read: (file, (key, tensor) pairs) -> pairs"""
 
 
-def open_checkpoint(path: str | os.PathLike, subfolder: str | None = None) -> CheckpointFiles:
-    """Headers of a model part: a file, one file of a split set, or a folder in the layout of diffusers / transformers.
+Source = str | os.PathLike | Mapping[str, Tensor]
+"""where a model part is: a path, or the tensors themselves by the names of a file"""
+
+
+def open_checkpoint(path: Source, subfolder: str | None = None) -> CheckpointFiles:
+    """Headers of a model part: a file, one file of a split set, a folder in the layout of diffusers / transformers, or
+    tensors that were read already.
 
     A folder may be the whole model (then `subfolder` is looked into) or the part itself. CheckpointError otherwise.
     """
+    if isinstance(path, Mapping):
+        shapes = {key: tensor.to("meta") for key, tensor in path.items()}
+        return TensorsInMemory("the state dict", (), shapes, {}, {}, path)
     files, config = _find_files(Path(path), subfolder)
     shapes: dict[str, Tensor] = {}
     model_config: dict[str, Any] = {}
@@ -213,6 +236,11 @@ def find_prefix(keys: Iterable[str], prefixes: Sequence[str], roots: Sequence[st
 def strip_prefix(state: Mapping[str, T], prefix: str) -> dict[str, T]:
     """The entries under `prefix`, without it."""
     return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def prefixed(prefix: str, state: Mapping[str, T]) -> dict[str, T]:
+    """The entries with `prefix` before their names."""
+    return {prefix + key: tensor for key, tensor in state.items()}
 
 
 def part_of(state: Mapping[str, T], prefixes: Sequence[str], roots: Sequence[str]) -> dict[str, T]:

@@ -79,6 +79,24 @@ class FineTuningSubset(SubsetParams):
         super().__init__(**_fields(locals()))
 
 
+class ControlNetSubset(SubsetParams):
+    """A folder of images with caption files and a folder of their masks or control images."""
+
+    def __init__(
+        self, image_dir: str, conditioning_data_dir: str, caption_extension: str = ".caption", cache_info: bool = False,
+        num_repeats: int = 1, shuffle_caption: bool = False, caption_separator: str = ",", keep_tokens: int = 0,
+        keep_tokens_separator: str = "", secondary_separator: str | None = None, enable_wildcard: bool = False,
+        color_aug: bool = False, flip_aug: bool = False, face_crop_aug_range: tuple[float, float] | None = None,
+        random_crop: bool = False, caption_dropout_rate: float = 0.0, caption_dropout_every_n_epochs: int = 0,
+        caption_tag_dropout_rate: float = 0.0, caption_prefix: str | None = None, caption_suffix: str | None = None,
+        token_warmup_min: int = 1, token_warmup_step: float = 0, custom_attributes: Mapping[str, Any] | None = None,
+        validation_seed: int | None = None, validation_split: float | None = None,
+        resize_interpolation: str | None = None,
+    ) -> None:
+        """`validation_seed` is that of the dataset."""
+        super().__init__(**_fields(locals()))
+
+
 def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a subset that SubsetParams has."""
     found = {name: value for name, value in values.items() if name in SubsetParams.__dataclass_fields__}
@@ -154,6 +172,25 @@ class FineTuningDataset(BaseDataset):
             bucket_reso_steps=bucket_reso_steps, bucket_no_upscale=bucket_no_upscale, validation_split=validation_split,
             validation_seed=validation_seed, resize_interpolation=resize_interpolation,
             skip_image_resolution=skip_image_resolution,
+        )
+
+
+class ControlNetDataset(BaseDataset):
+    """Images with a mask or control image each, the training part of them."""
+
+    def __init__(
+        self, subsets: Sequence[SubsetParams], batch_size: int, resolution: tuple[int, int], network_multiplier: float,
+        enable_bucket: bool, min_bucket_reso: int, max_bucket_reso: int, bucket_reso_steps: int,
+        bucket_no_upscale: bool, debug_dataset: bool = False, validation_split: float = 0.0,
+        validation_seed: int | None = None, resize_interpolation: str | None = None,
+        skip_image_resolution: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(
+            "CN", subsets, True, 1.0, batch_size=batch_size, resolution=tuple(resolution),
+            network_multiplier=network_multiplier, enable_bucket=enable_bucket, min_bucket_reso=min_bucket_reso,
+            max_bucket_reso=max_bucket_reso, bucket_reso_steps=bucket_reso_steps, bucket_no_upscale=bucket_no_upscale,
+            validation_split=validation_split, validation_seed=validation_seed,
+            resize_interpolation=resize_interpolation, skip_image_resolution=skip_image_resolution,
         )
 
 

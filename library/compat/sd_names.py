@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from library.checkpoints.control_net_convert import control_net_to_diffusers, control_net_to_original
 from library.checkpoints.ldm_convert import (
     attention_as_convolution,
     convert_diffusers_vae_to_ldm,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from library.sd_models import UNet2DConditionModel
 
 __all__ = [
+    "convert_controlnet_state_dict_to_diffusers", "convert_controlnet_state_dict_to_sd",
     "convert_ldm_clip_checkpoint_v1", "convert_ldm_clip_checkpoint_v2", "convert_ldm_unet_checkpoint",
     "convert_ldm_vae_checkpoint",
     "convert_text_encoder_state_dict_to_sd_v2", "convert_unet_state_dict_to_sd", "convert_vae_state_dict",
@@ -135,6 +137,16 @@ def convert_ldm_unet_checkpoint(v2: bool, checkpoint: Mapping[str, Tensor], conf
 def convert_unet_state_dict_to_sd(v2: bool, unet_state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `convert_ldm_unet_checkpoint`, without the prefix of a whole file."""
     return diffusers_to_original(unet_state_dict)
+
+
+def convert_controlnet_state_dict_to_diffusers(controlnet_state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Entries of a ControlNet's file under the names of diffusers."""
+    return control_net_to_diffusers(controlnet_state_dict)
+
+
+def convert_controlnet_state_dict_to_sd(controlnet_state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `convert_controlnet_state_dict_to_diffusers`."""
+    return control_net_to_original(controlnet_state_dict)
 
 
 def convert_ldm_vae_checkpoint(checkpoint: Mapping[str, Tensor], config: Any = None) -> dict[str, Tensor]:

@@ -1,28 +1,36 @@
-"""A run whose parts are the overridden methods of a NetworkTrainer: a family, a hook and a Trainer that call them."""
+"""A run whose parts are the overridden methods of a NetworkTrainer: a family, a trainable and a Trainer that call them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from library.compat.namespace import config_of
-from library.core.errors import ConfigError
+from library.compat.schedulers import objective_of
+from library.compat.trainer_calls import Calls, descriptions, of_network
+from library.compat.trainer_hook import CallingHook
+from library.compat.trainer_step import CalledStep
+from library.core.errors import ConfigError, Problems
 from library.core.registry import import_target
+from library.dataset.fill_caches import fill_text_cache
 from library.families.registry import record_of
 from library.training import checks, cli, parser_common
-from library.training.hooks.base import Hook
+from library.training.hooks.checkpoint import CheckpointHook
+from library.training.hooks.logging import LoggingHook
 from library.training.hooks.sample import SampleHook
 from library.training.objective import NoisyLatents
-from library.training.option_groups import ConsoleOptions
-from library.training.run import DiTOutput, Models, StepOutput
+from library.training.option_groups import ConsoleOptions, MemoryOptions
+from library.training.run import DiTOutput, Models
 from library.training.trainer_base import Trainer
+from library.training.updaters.ordinary import OrdinaryUpdater
 
 if TYPE_CHECKING:
     from library.compat.trainers import NetworkTrainer
+    from library.training.run import Run
 
 PARTS = {"load_vae": 2, "load_text_encoders": 1, "load_denoiser": 3}
 """method of a family -> place of what it loads in load_target_model"""
@@ -33,74 +41,42 @@ STRATEGIES = {
 
 
 def train(owner: NetworkTrainer, args: Any) -> None:
+    check_parameters(owner)
     config = config_of(args, owner.family, owner.trainable)
     cli.set_up_logging(config[ConsoleOptions])
     for line in checks.warnings(config):
         cli.logger.warning(line)
     family = called_family(import_target(record_of(owner.family).family))(config)
-    trainable = parser_common.TRAINABLES.resolve(owner.trainable)(config)
-    owner.run = family.calls = Calls(owner, args, family, trainable)
+    trainable = called_trainable(parser_common.TRAINABLES.resolve(owner.trainable))(config)
+    owner.run = family.calls = trainable.calls = Calls(owner, args, family, trainable)
     CalledTrainer(config, family, trainable, [CallingHook(owner.run)]).run()
 
 
-class Calls:
-    """What the methods of a NetworkTrainer need of the run: its objects, and our own way of doing what they may
-    override."""
+def check_parameters(owner: NetworkTrainer) -> None:
+    """ConfigError with every method that cannot be called as it will be: with the parameters of ours, those that have
+    defaults by name."""
+    problems = Problems()
+    for name, method in owner._overridden().items():
+        parameters = [p for p in inspect.signature(method).parameters.values() if p.name != "self"]
+        given = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+        named = {p.name: None for p in parameters if p.default is not p.empty}
+        try:
+            inspect.signature(getattr(owner, name)).bind(*given, **named)
+        except TypeError as error:
+            words = [*given, *(f"{word}=..." for word in named)]
+            problems.add(f"{type(owner).__name__}.{name} is called with ({', '.join(words)}), which it does not take: {error}{_hint(owner, name)}")
+    problems.raise_if_any()
 
-    def __init__(self, owner: NetworkTrainer, args: Any, family: Any, trainable: Any) -> None:
-        self.owner, self.args, self.family, self.trainable = owner, args, family, trainable
-        self.strategies: Any = None
-        self.runtime: Any = None
-        self.run: Any = None
-        """the Run, once it is complete"""
-        self.step: Any = None
-        """the step that computes now, with its batch's times and sample"""
-        self.times: Tensor | None = None
-        self.sample: NoisyLatents | None = None
-        self.batch: Any = None
-        self.logs: dict[str, Any] = {}
-        self.denoiser: Any = None
-        self.sample_images: Callable[[Any, str], None] | None = None
 
-    def overrides(self, name: str) -> bool:
-        return self.owner._overrides(name)
-
-    @property
-    def accelerator(self) -> Any:
-        return self.runtime.accelerator
-
-    @property
-    def network(self) -> Any:
-        return next(iter(self.trainable.modules().values()))
-
-    # -- our own ways, for super() -----------------------------------------------------------------------------------
-
-    def own_loss(self, batch: Any) -> Tensor:
-        output = self.step.process_batch(batch, self.times)
-        self.logs = dict(output.logs)
-        return output.loss * (batch.request.group_size / len(batch))
-
-    def own_prediction(
-        self, unet: Any, noisy_latents: Tensor, timesteps: Tensor, text_conds: Any, batch: Any, inputs: Any
-    ) -> Tensor:
-        sigmas = timesteps / 1000 if self.step.objective.is_flow else self.sample.sigmas
-        sample = dataclasses.replace(self.sample, noisy_latents=noisy_latents, timesteps=timesteps, sigmas=sigmas)
-        models = dataclasses.replace(self.step.models, denoiser=unet)
-        return self.family.own("predict")(
-            models, sample, self.step.strategies.layout.named(text_conds, "call_unet"), batch, **inputs
-        ).pred
-
-    def own_losses(self, output: DiTOutput) -> tuple[Tensor, dict[str, Any]]:
-        return type(self.step).compute_loss(self.step, output, self.sample, self.batch)
-
-    def own_samples(self, at: str) -> None:
-        if self.sample_images is not None:
-            self.sample_images(self.run, at)
+def _hint(owner: NetworkTrainer, name: str) -> str:
+    first = next(iter(inspect.signature(getattr(owner, name)).parameters), None)
+    if name != "process_batch" or owner.is_video or first != "args":
+        return ""
+    return "; those of trainers of video models need `train_network.VideoDialect` as the first base class"
 
 
 def called_family(base: type) -> type:
-    """The class of a family whose loading, strategies and forward are those of its NetworkTrainer where it overrides
-    them."""
+    """The class of a family whose loading, strategies and forward are those of its NetworkTrainer where it overrides them."""
 
     class CalledFamily(base):  # type: ignore[misc, valid-type]
         calls: Calls
@@ -119,12 +95,12 @@ def called_family(base: type) -> type:
             calls = self.calls
             calls.strategies = super().strategies(trained)
             changed = {
-                field: getattr(calls.owner, name)(calls.args) for name,
-                field in STRATEGIES.items() if calls.overrides(name)
+                field: getattr(calls.owner, name)(calls.args) for name, field in STRATEGIES.items() if calls.overrides(name)
             }
             if own := changed.get("text_encoder_outputs_caching"):
                 own.trained = trained
-            return dataclasses.replace(calls.strategies, **changed) if changed else calls.strategies
+            calls.strategies = dataclasses.replace(calls.strategies, **changed) if changed else calls.strategies
+            return calls.strategies
 
         def latents_caching(self) -> Any:
             if not self.calls.overrides("get_latents_caching_strategy"):
@@ -132,6 +108,18 @@ def called_family(base: type) -> type:
             strategy = self.calls.owner.get_latents_caching_strategy(self.calls.args)
             strategy.model_identity = strategy.model_identity or super().latents_caching().model_identity
             return strategy
+
+        def objective(self) -> Any:
+            own = super().objective()
+            return objective_of(self.calls.noise_scheduler(), own) if self.calls.overrides("get_noise_scheduler") else own
+
+        def scale_latents(self, latents: Tensor) -> Tensor:
+            calls = self.calls
+            if calls.owner.is_video and calls.overrides("scale_shift_latents"):
+                return calls.owner.scale_shift_latents(latents)
+            if calls.overrides("shift_scale_latents"):
+                return calls.owner.shift_scale_latents(calls.args, latents)
+            return super().scale_latents(latents)
 
         def predict(
             self, models: Models, sample: NoisyLatents, conditioning: Any, batch: Any, **inputs: Any
@@ -142,8 +130,7 @@ def called_family(base: type) -> type:
             calls.sample = sample
             prediction = calls.owner.call_unet(
                 calls.args, calls.accelerator, models.denoiser, sample.noisy_latents, sample.timesteps,
-                calls.step.strategies.layout.listed(conditioning), batch,
-                calls.runtime.weight_dtype, **inputs,
+                calls.step.strategies.layout.listed(conditioning), batch, calls.runtime.weight_dtype, **inputs,
             )
             return DiTOutput(prediction, sample.target)
 
@@ -152,158 +139,83 @@ def called_family(base: type) -> type:
 
         def load_text_encoders(self, runtime: Any) -> Any:
             loaded = self._loaded("load_text_encoders", runtime)
-            return list(loaded) if isinstance(loaded, (list, tuple)) else [loaded]
+            encoders = list(loaded) if isinstance(loaded, (list, tuple)) else [loaded]
+            calls = self.calls
+            if runtime.text_encoder_dtype != runtime.weight_dtype and calls.overrides("prepare_text_encoder_fp8"):
+                for index, encoder in enumerate(encoders):
+                    calls.owner.prepare_text_encoder_fp8(index, encoder, runtime.text_encoder_dtype, runtime.weight_dtype)
+            return encoders
 
         def load_denoiser(self, runtime: Any) -> Any:
             return self._loaded("load_denoiser", runtime)
 
         def _loaded(self, method: str, runtime: Any) -> Any:
-            """One of the models that load_target_model gave; each is handed out once, so that it can be released."""
-            calls = self.calls
-            if not calls.overrides("load_target_model"):
-                return self.own(method)(runtime)
-            parts = self.__dict__.setdefault("_parts", {})
-            if method not in parts:
-                found = calls.owner.load_target_model(calls.args, runtime.weight_dtype, runtime.accelerator)
-                parts.update({name: found[place] for name, place in PARTS.items()})
-            return parts.pop(method)
+            """A model: of load_target_model, which hands each out once, so that it can be released; of load_unet_lazily; or our own."""
+            calls, is_lazy = self.calls, False
+            if calls.overrides("load_target_model"):
+                parts = self.__dict__.setdefault("_parts", {})
+                if method not in parts:
+                    found = calls.owner.load_target_model(calls.args, runtime.weight_dtype, runtime.accelerator)
+                    parts.update({name: found[place] for name, place in PARTS.items()})
+                model = parts.pop(method)
+                is_lazy = method == "load_denoiser" and model is None
+                if not is_lazy:
+                    return model
+            if method == "load_denoiser" and (is_lazy or calls.overrides("load_unet_lazily")):
+                encoders = list(calls.text_encoders or [])
+                return calls.owner.load_unet_lazily(calls.args, calls.runtime.weight_dtype, runtime.accelerator, encoders)[0]
+            return calls.own_load(method, runtime)
 
     CalledFamily.__name__, CalledFamily.__qualname__ = base.__name__, base.__qualname__
     return CalledFamily
 
 
-class CallingHook(Hook):
-    """The hooks of a NetworkTrainer. What replaces a part of the step is there only when it is overridden."""
+def called_trainable(base: type) -> type:
+    """The class of a trainable for which the NetworkTrainer says which text encoders learn, where it does."""
 
-    state_key = "NetworkTrainer"
+    class CalledTrainable(base):  # type: ignore[misc, valid-type]
+        calls: Calls
+
+        def own(self, name: str) -> Callable[..., Any]:
+            return getattr(super(), name)
+
+        def trains_text_encoders(self, family: Any) -> list[bool]:
+            own, calls = super().trains_text_encoders(family), self.calls
+            if not calls.overrides("is_train_text_encoder", "get_text_encoders_train_flags"):
+                return own
+            flags = list(calls.owner.get_text_encoders_train_flags(calls.args, [None] * len(own)))
+            if len(flags) != len(own) or any(flag and not is_own for flag, is_own in zip(flags, own)):
+                raise ConfigError(
+                    f"{type(calls.owner).__name__}.get_text_encoders_train_flags gave {flags}; the options train {own}, and a method"
+                    " may only leave some of these out. Look at --network_train_unet_only and --network_args"
+                )
+            return flags
+
+    CalledTrainable.__name__, CalledTrainable.__qualname__ = base.__name__, base.__qualname__
+    return CalledTrainable
+
+
+class CalledUpdater(OrdinaryUpdater):
+    """Gradients of the network are averaged over the processes by its NetworkTrainer."""
 
     def __init__(self, calls: Calls) -> None:
-        self.calls, self.owner, self.args = calls, calls.owner, calls.args
-        if calls.overrides("process_batch"):
-            self.process_batch = self._process_batch
-        if calls.overrides("compute_loss"):
-            self.compute_loss = self._compute_loss
+        self.calls = calls
 
-    def _process_batch(self, step: Any, batch: Any, times: Tensor | None) -> StepOutput:
-        calls, runtime = self.calls, self.calls.runtime
-        calls.step, calls.times, calls.batch, calls.logs = step, times, batch, {}
-        loss = self.owner.process_batch(
-            batch, step.models.text_encoders, step.models.denoiser, calls.network, step.models.vae, step.objective,
-            runtime.vae_dtype,
-            runtime.weight_dtype, runtime.accelerator, self.args, step.strategies.text_encoding,
-            step.strategies.tokenize,
-            is_train=batch.request.is_training, train_text_encoder=any(step.trained_text_encoders),
-        )
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ConfigError(
-                f"{type(self.owner).__name__}.process_batch gave {_shape(loss)}; needed: the loss as a tensor with one number"
-            )
-        loss, count = loss.reshape(()), len(batch)
-        return StepOutput(loss * (count / batch.request.group_size), loss.detach() * count, count, calls.logs)
-
-    def _compute_loss(
-        self, step: Any, output: DiTOutput, sample: NoisyLatents, batch: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
-        calls, runtime = self.calls, self.calls.runtime
-        calls.step, calls.sample, calls.batch = step, sample, batch
-        loss, logs = self.owner.compute_loss(
-            self.args, output, sample.timesteps, step.objective, runtime.weight_dtype, runtime.trained_dtype,
-            batch.request.step
-        )
-        if not isinstance(loss, Tensor) or loss.numel() not in (1, len(batch)):
-            raise ConfigError(
-                f"{type(self.owner).__name__}.compute_loss gave {_shape(loss)}; needed: one number, or one for each of {len(batch)}"
-            )
-        return loss.reshape(-1).expand(len(batch)), dict(logs)
-
-    def on_transformer_loaded(self, denoiser: Any) -> None:
-        self.owner.on_transformer_loaded(self.args, self.calls.accelerator, denoiser)
-
-    def extra_trainable_params(self) -> list[dict[str, Any]]:
-        calls = self.calls
-        if not calls.overrides("extra_trainable_params"):
-            return []
-        groups = calls.trainable.param_groups()
-        all_groups = self.owner.extra_trainable_params(
-            self.args, calls.accelerator, calls.network, calls.denoiser, list(groups)
-        )
-        if any(all(group is not kept for kept in all_groups) for group in groups):
-            raise ConfigError(
-                f"{type(self.owner).__name__}.extra_trainable_params left out groups that it was given; it may only add some"
-            )
-        return [group for group in all_groups if all(group is not own for own in groups)]
-
-    def on_train_start(self, run: Any) -> None:
-        self.calls.run, self.calls.step = run, run.step
-        self.owner.on_train_start(
-            self.args, self.calls.accelerator, self.calls.network, run.models.denoiser, run.optimizer
-        )
-        self._sample_images(run, epoch=0)
-
-    def on_step_start(self, run: Any, batch: Any) -> None:
-        self.calls.step = run.step
-        self.owner.on_step_start(
-            self.args, self.calls.accelerator, self.calls.network, run.models.text_encoders, run.models.denoiser, batch,
-            run.runtime.weight_dtype, is_train=True,
-        )
-
-    def on_post_optimizer_step(self, run: Any) -> None:
-        self.owner.on_post_optimizer_step(
-            self.args, self.calls.accelerator, self.calls.network, run.models.denoiser, True, run.progress.global_step
-        )
-
-    def on_step_end(self, run: Any, output: StepOutput) -> None:
-        self._sample_images(run, epoch=None)
-
-    def on_epoch_end(self, run: Any) -> None:
-        self._sample_images(run, epoch=run.progress.epoch)
-
-    def _sample_images(self, run: Any, epoch: int | None) -> None:
-        if not self.calls.overrides("sample_images") or (epoch == 0 and run.progress.global_step):
-            return
-        encoders = run.models.text_encoders
-        self.owner.sample_images(
-            self.calls.accelerator, self.args, epoch, run.progress.global_step, run.runtime.device, run.models.vae,
-            run.strategies.tokenize, encoders[0] if len(encoders) == 1 else encoders, run.models.denoiser,
-        )
-
-    def on_before_sample_images(self, run: Any) -> None:
-        self.owner.on_before_sample_images(*self._about_samples(run))
-
-    def on_after_sample_images(self, run: Any) -> None:
-        self.owner.on_after_sample_images(*self._about_samples(run))
-
-    def _about_samples(self, run: Any) -> tuple[Any, ...]:
-        hook = run.hooks.find(SampleHook)
-        return (
-            self.calls.accelerator, self.args, run.progress.epoch, run.progress.global_step, run.models.vae,
-            run.models.denoiser,
-            self.calls.network, hook.prompts, run.runtime.weight_dtype,
-        )
-
-    def on_post_save(self, run: Any, path: str, metadata: dict[str, str]) -> None:
-        is_last = run.progress.is_finished
-        self.owner.on_post_save(
-            self.args, self.calls.accelerator, self.calls.network, run.models.denoiser, path,
-            getattr(self.args, "save_precision", None),
-            metadata, is_last,
-        )
-
-    def extra_metadata(self, run: Any) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        self.owner.update_metadata(values, self.args)
-        return {**values, **self.owner.extra_metadata(self.args)}
-
-    def extra_step_logs(self, run: Any) -> dict[str, float]:
-        return self.owner.extra_step_logs(self.args, dict(self.calls.logs))
-
-
-def _shape(value: Any) -> str:
-    return f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    def reduce(self, run: Run, parameters: list[Any]) -> None:
+        """The loss of a process is a share of that of all, so that its gradients are summed; for the method it is a whole one."""
+        calls, count = self.calls, run.runtime.num_processes
+        of_network = {id(parameter) for parameter in calls.network.parameters()}
+        for parameter in parameters if count > 1 else ():
+            if id(parameter) in of_network and parameter.requires_grad:
+                parameter.grad = parameter.new_zeros(parameter.shape) if parameter.grad is None else parameter.grad * count
+        calls.owner.all_reduce_network(calls.accelerator, calls.network)
+        super().reduce(run, [parameter for parameter in parameters if id(parameter) not in of_network])
 
 
 class CalledTrainer(Trainer):
     """The Trainer that tells a NetworkTrainer's methods what they need when they need it."""
+
+    step_class = CalledStep
 
     def check_length(self, data: Any, runtime: Any, *rest: Any) -> None:
         calls = self.family.calls
@@ -311,17 +223,81 @@ class CalledTrainer(Trainer):
         calls.owner.assert_extra_args(calls.args, data.train, data.validation)
         super().check_length(data, runtime, *rest)
 
-    def arm(self, models: Models, *rest: Any) -> None:
+    def fill_text(self, groups: list[Any], strategies: Any, encoders: Any, runtime: Any, **more: Any) -> None:
+        calls = self.family.calls
+        if not calls.overrides("cache_text_encoder_outputs_if_needed"):
+            fill_text_cache(groups, strategies, encoders, runtime, **more)
+            return
+        for group in groups:
+            calls.owner.cache_text_encoder_outputs_if_needed(
+                calls.args, calls.accelerator, None, None, encoders(), group, runtime.weight_dtype
+            )
+
+    def text_phase(self, data: Any, strategies: Any, runtime: Any, prompts: Any) -> Any:
+        calls, phase = self.family.calls, super().text_phase(data, strategies, runtime, prompts)
+        name = "is_text_encoder_not_needed_for_training"
+        if calls.overrides(name) and getattr(calls.owner, name)(calls.args):
+            if any(self.trainable.trains_text_encoders(self.family)):
+                raise ConfigError(f"{type(calls.owner).__name__}.{name} says yes, and a text encoder learns; add --network_train_unet_only")
+            phase.text_encoders = [None] * len(phase.text_encoders)
+        calls.text_encoders = phase.text_encoders
+        return phase
+
+    def arm(self, models: Models, trained: list[bool]) -> None:
         calls = self.family.calls
         calls.denoiser = models.denoiser
-        calls.owner.post_process_network(
-            calls.args, calls.accelerator, calls.network, models.text_encoders, models.denoiser
-        )
-        super().arm(models, *rest)
+        calls.owner.post_process_network(calls.args, calls.accelerator, calls.network, models.text_encoders, models.denoiser)
+        super().arm(models, trained)
+        if self.config[MemoryOptions].gradient_checkpointing:
+            for index, (encoder, learns) in enumerate(zip(models.text_encoders, trained)):
+                if encoder is not None and learns:
+                    calls.owner.prepare_text_encoder_grad_ckpt_workaround(index, encoder)
+        calls.denoiser = models.denoiser = calls.owner.prepare_unet_with_accelerator(calls.args, calls.accelerator, models.denoiser)
 
-    def assemble(self, *parts: Any) -> Any:
+    def new_step(self, *parts: Any) -> CalledStep:
+        step = super().new_step(*parts)
+        step.calls = self.family.calls
+        return step
+
+    def assemble(self, *parts: Any) -> Run:
         calls, run = self.family.calls, super().assemble(*parts)
-        hook = run.hooks.find(SampleHook)
+        samples, files, log = (run.hooks.find(kind) for kind in (SampleHook, CheckpointHook, LoggingHook))
         if calls.overrides("sample_images"):  # asked at every occasion, it says itself whether one is due
-            calls.sample_images, hook._sample_if_due = hook._sample_if_due, lambda run, at: None
-        return run
+            calls.sample_images, samples._sample_if_due = samples._sample_if_due, lambda run, at: None
+        if calls.overrides("get_sai_model_spec"):
+            calls.metadata, files._metadata = files._metadata, lambda run: with_spec(calls, run)
+        if calls.overrides("generate_step_logs", "step_logging", "epoch_logging", "val_logging"):
+            calls.log, log.log = log.log, lambda values, **about: send(calls, log, run, values, **about)
+        return dataclasses.replace(run, updater=CalledUpdater(calls)) if calls.overrides("all_reduce_network") else run
+
+
+def with_spec(calls: Calls, run: Run) -> dict[str, str]:
+    """The metadata of a file with the modelspec.* entries of get_sai_model_spec."""
+    calls.run = run
+    own = calls.metadata(run)
+    spec = {key: str(value) for key, value in calls.owner.get_sai_model_spec(calls.args).items()}
+    return {**{key: text for key, text in own.items() if not key.startswith("modelspec.")}, **spec}
+
+
+def send(
+    calls: Calls, log: LoggingHook, run: Run, values: Mapping[str, float | None], *, axis: str = "step", step: int | None = None,
+    epoch: int | None = None,
+) -> None:
+    """Values for the log by the methods that trainers have for it: of a step, of an epoch, of a validation."""
+    step = run.progress.global_step if step is None else step
+    epoch = run.progress.finished_epochs if epoch is None else epoch
+    values = {name: float(value) for name, value in values.items() if value is not None}
+    calls.axis, owner = axis, calls.owner
+    if "loss/current" in values and calls.overrides("generate_step_logs"):
+        calls.step_values, norms = values, of_network(values)
+        values = owner.generate_step_logs(
+            calls.args, values["loss/current"], values["loss/average"], run.lr_scheduler, descriptions(run.optimizer),
+            optimizer=run.optimizer, keys_scaled=norms.keys_scaled, mean_norm=norms.mean_norm, maximum_norm=norms.maximum_norm,
+            mean_grad_norm=None, mean_combined_norm=None,
+        )
+    if any(name.startswith("loss/validation/") for name in values):
+        owner.val_logging(calls.accelerator, values, step, epoch, step)
+    elif axis == "epoch":
+        owner.epoch_logging(calls.accelerator, values, step, epoch)
+    else:
+        owner.step_logging(calls.accelerator, values, step, epoch)

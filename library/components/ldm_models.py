@@ -6,8 +6,9 @@ name and class.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -52,16 +53,16 @@ class AutoEncoderParams:
         return 2 ** (len(self.ch_mult) - 1)
 
 
-def _group_norm(width: int, params: AutoEncoderParams) -> nn.GroupNorm:
+def group_norm(width: int, params: AutoEncoderParams) -> nn.GroupNorm:
     return nn.GroupNorm(params.norm_groups, width, eps=params.norm_eps)
 
 
 class ResnetBlock(nn.Module):
     def __init__(self, in_width: int, out_width: int, params: AutoEncoderParams) -> None:
         super().__init__()
-        self.norm1 = _group_norm(in_width, params)
+        self.norm1 = group_norm(in_width, params)
         self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
-        self.norm2 = _group_norm(out_width, params)
+        self.norm2 = group_norm(out_width, params)
         self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
         if in_width != out_width:
             self.nin_shortcut = nn.Conv2d(in_width, out_width, 1)
@@ -78,7 +79,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, width: int, params: AutoEncoderParams) -> None:
         super().__init__()
-        self.norm = _group_norm(width, params)
+        self.norm = group_norm(width, params)
         self.q = nn.Conv2d(width, width, 1)
         self.k = nn.Conv2d(width, width, 1)
         self.v = nn.Conv2d(width, width, 1)
@@ -109,7 +110,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _middle(width: int, params: AutoEncoderParams) -> nn.Module:
+def middle_blocks(width: int, params: AutoEncoderParams) -> nn.Module:
     middle = nn.Module()
     middle.block_1 = ResnetBlock(width, width, params)
     middle.attn_1 = AttnBlock(width, params)
@@ -117,11 +118,11 @@ def _middle(width: int, params: AutoEncoderParams) -> nn.Module:
     return middle
 
 
-def _run_middle(middle: nn.Module, x: Tensor) -> Tensor:
+def run_middle(middle: nn.Module, x: Tensor) -> Tensor:
     return middle.block_2(middle.attn_1(middle.block_1(x)))
 
 
-def _level(in_width: int, out_width: int, num_blocks: int, params: AutoEncoderParams) -> nn.Module:
+def block_level(in_width: int, out_width: int, num_blocks: int, params: AutoEncoderParams) -> nn.Module:
     level = nn.Module()
     level.block = nn.ModuleList(
         ResnetBlock(in_width if number == 0 else out_width, out_width, params) for number in range(num_blocks)
@@ -138,12 +139,12 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(params.in_channels, params.ch, 3, padding=1)
         self.down = nn.ModuleList()
         for number, (in_width, out_width) in enumerate(zip((params.ch, *widths), widths)):
-            level = _level(in_width, out_width, params.num_res_blocks, params)
+            level = block_level(in_width, out_width, params.num_res_blocks, params)
             if number < len(widths) - 1:
                 level.downsample = Downsample(out_width)
             self.down.append(level)
-        self.mid = _middle(widths[-1], params)
-        self.norm_out = _group_norm(widths[-1], params)
+        self.mid = middle_blocks(widths[-1], params)
+        self.norm_out = group_norm(widths[-1], params)
         self.conv_out = nn.Conv2d(widths[-1], 2 * params.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ class Encoder(nn.Module):
                 x = block(x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
-        return self.conv_out(F.silu(self.norm_out(_run_middle(self.mid, x))))
+        return self.conv_out(F.silu(self.norm_out(run_middle(self.mid, x))))
 
 
 class Decoder(nn.Module):
@@ -164,19 +165,19 @@ class Decoder(nn.Module):
         super().__init__()
         widths = params.widths
         self.conv_in = nn.Conv2d(params.z_channels, widths[-1], 3, padding=1)
-        self.mid = _middle(widths[-1], params)
+        self.mid = middle_blocks(widths[-1], params)
         self.up = nn.ModuleList()
         for number, out_width in enumerate(widths):
             in_width = widths[min(number + 1, len(widths) - 1)]
-            level = _level(in_width, out_width, params.num_res_blocks + 1, params)
+            level = block_level(in_width, out_width, params.num_res_blocks + 1, params)
             if number > 0:
                 level.upsample = Upsample(out_width)
             self.up.append(level)
-        self.norm_out = _group_norm(widths[0], params)
+        self.norm_out = group_norm(widths[0], params)
         self.conv_out = nn.Conv2d(widths[0], params.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = _run_middle(self.mid, self.conv_in(z))
+        x = run_middle(self.mid, self.conv_in(z))
         for level in reversed(self.up):
             for block in level.block:
                 x = block(x)
@@ -186,13 +187,16 @@ class Decoder(nn.Module):
 
 
 class AutoEncoder(nn.Module):
-    """Images in -1..1 <-> latents as the denoiser sees them."""
+    """Images in -1..1 <-> latents as the denoiser sees them. A subclass may have halves of another kind."""
+
+    encoder_class: ClassVar[Callable[[AutoEncoderParams], nn.Module]] = Encoder
+    decoder_class: ClassVar[Callable[[AutoEncoderParams], nn.Module]] = Decoder
 
     def __init__(self, params: AutoEncoderParams) -> None:
         super().__init__()
         self.params = params
-        self.encoder = Encoder(params)
-        self.decoder = Decoder(params)
+        self.encoder = self.encoder_class(params)
+        self.decoder = self.decoder_class(params)
         if params.quant_conv:
             self.quant_conv = nn.Conv2d(2 * params.z_channels, 2 * params.z_channels, 1)
             self.post_quant_conv = nn.Conv2d(params.z_channels, params.z_channels, 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ from library.checkpoints.loading import (
 from library.components.ldm_models import AutoEncoder, AutoEncoderParams
 from library.core.errors import CheckpointError
 from library.safetensors_utils import cast_floats
+
+Model = TypeVar("Model", bound=AutoEncoder)
 
 AE_PREFIXES = ("first_stage_model.", "vae.")
 AE_ROOTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
@@ -119,9 +121,11 @@ def infer_autoencoder(shapes: Mapping[str, Tensor], given: Mapping[str, Any], pa
 
 
 def load_autoencoder(
-    info: AutoEncoderInfo, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False
-) -> AutoEncoder:
-    """The weights of an inspected autoencoder. CheckpointError when the file does not fit."""
+    info: AutoEncoderInfo, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False,
+    model_class: type[Model] = AutoEncoder,
+) -> Model:
+    """The weights of an inspected autoencoder, as a module of `model_class`. CheckpointError when the file does not
+    fit."""
     keys = [
         key
         for key in info.source.shapes
@@ -129,7 +133,7 @@ def load_autoencoder(
     ]
     state = strip_prefix(info.source.tensors(device, disable_mmap, keys), info.prefix)
     state = attention_as_convolution(convert_diffusers_vae_to_ldm(state) if info.is_diffusers else state)
-    model = build_on_meta(lambda: AutoEncoder(info.params))
+    model = build_on_meta(lambda: model_class(info.params))
     check_state(model, state, info.source.path)
     assign_state(model, {key: cast_floats(tensor, dtype, key).contiguous() for key, tensor in state.items()})
     return model

@@ -1,9 +1,11 @@
-"""Language models as text encoders (Qwen3): sizes from shapes, loaded into the classes of transformers."""
+"""Language models as text encoders (Qwen3, the text tower of Qwen2.5-VL): sizes from shapes, loaded into the classes of
+transformers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,52 +26,112 @@ from library.checkpoints.loading import (
 from library.core.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import Qwen3Model
+    from transformers import Qwen2Model, Qwen3Model
+
+_ROOTS = ("embed_tokens", "layers", "norm")
+_FIRST = "layers.0.self_attn."
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A kind of language model. `marks`: names that its files have; `strangers`: names that they do not have;
+    `head_dim`: the size of an attention head, of the shapes without prefix and of what is given beside them."""
+
+    title: str
+    prefixes: tuple[str, ...]
+    marks: tuple[str, ...]
+    strangers: tuple[str, ...]
+    head_dim: Callable[[Mapping[str, Tensor], Mapping[str, Any]], int]
+
+
+def _head_of_qwen25(shapes: Mapping[str, Tensor], given: Mapping[str, Any]) -> int:
+    """128 in every released model; other ones say how many heads they have."""
+    heads = given.get("num_attention_heads")
+    return shapes[f"{_FIRST}q_proj.weight"].shape[0] // heads if isinstance(heads, int) and heads > 0 else 128
+
 
 QWEN3_PREFIXES = (
     "text_encoders.qwen3_06b.transformer.model.", "text_encoders.qwen3_06b.model.", "text_encoders.qwen3_06b.",
     "transformer.model.", "transformer.", "model.",
 )  # fmt: skip
-_ROOTS = ("embed_tokens", "layers", "norm")
+QWEN3 = LanguageModel(
+    title="Qwen3",
+    prefixes=QWEN3_PREFIXES,
+    marks=(f"{_FIRST}q_norm.weight",),
+    strangers=(f"{_FIRST}q_proj.bias",),
+    head_dim=lambda shapes, given: shapes[f"{_FIRST}q_norm.weight"].shape[0],
+)
+QWEN25_VL = LanguageModel(
+    title="Qwen2.5-VL",
+    prefixes=(
+        "text_encoders.qwen25_7b.transformer.model.", "text_encoders.qwen25_7b.model.", "text_encoders.qwen25_7b.",
+        "model.language_model.", "language_model.model.", "language_model.", "transformer.model.", "transformer.",
+        "model.",
+    ),
+    marks=(f"{_FIRST}q_proj.bias",),
+    strangers=(f"{_FIRST}q_norm.weight",),
+    head_dim=_head_of_qwen25,
+)  # fmt: skip
+
+
+def inspect_language_model(
+    kind: LanguageModel, path: str | os.PathLike, config: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Hyper-parameters by the names of transformers' configurations plus `rope_theta` and `eps`, from headers."""
+    return _open(kind, path, config)[2]
 
 
 def inspect_qwen3(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Hyper-parameters by the names of transformers' Qwen3Config plus `rope_theta` and `eps`, from headers."""
-    return _open_qwen3(path, config)[2]
+    """Those of a Qwen3 text encoder."""
+    return inspect_language_model(QWEN3, path, config)
 
 
-def _open_qwen3(
-    path: str | os.PathLike, config: Mapping[str, Any] | None
+def inspect_qwen25_vl(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Those of the text tower of Qwen2.5-VL."""
+    return inspect_language_model(QWEN25_VL, path, config)
+
+
+def _open(
+    kind: LanguageModel, path: str | os.PathLike, config: Mapping[str, Any] | None
 ) -> tuple[CheckpointFiles, str, dict[str, Any]]:
     source = open_checkpoint(path, "text_encoder")
-    prefix = find_prefix(source.shapes, QWEN3_PREFIXES, _ROOTS, source.path, "Qwen3 text encoder")
+    prefix = find_prefix(source.shapes, kind.prefixes, _ROOTS, source.path, f"{kind.title} text encoder")
     shapes = strip_prefix(source.shapes, prefix)
-    first = "layers.0.self_attn."
-    if "embed_tokens.weight" not in shapes or f"{first}q_norm.weight" not in shapes or f"{first}q_proj.bias" in shapes:
+    if any(name not in shapes for name in ("embed_tokens.weight", *kind.marks)) or any(
+        name in shapes for name in kind.strangers
+    ):
         some = ", ".join(list(source.shapes)[:3]) or "no tensors"
+        mark = kind.marks[0].removesuffix(".weight").replace(".0.", ".*.")
         raise CheckpointError(
-            f"{source.path} holds no Qwen3 text encoder (layers.*.self_attn.q_norm is not there; it begins with {some})"
+            f"{source.path} holds no {kind.title} text encoder ({mark} is not there; it begins with {some})"
         )
+    given = {**_folder_config(source.config), **source.model_config, **(config or {})}
     try:
-        head_dim = shapes[f"{first}q_norm.weight"].shape[0]
-        vocab, hidden = shapes["embed_tokens.weight"].shape
-        inferred = {
-            "vocab_size": vocab,
-            "hidden_size": hidden,
-            "intermediate_size": shapes["layers.0.mlp.gate_proj.weight"].shape[0],
-            "num_hidden_layers": count_blocks(shapes, "layers."),
-            "num_attention_heads": shapes[f"{first}q_proj.weight"].shape[0] // head_dim,
-            "num_key_value_heads": shapes[f"{first}k_proj.weight"].shape[0] // head_dim,
-            "head_dim": head_dim,
-            "rope_theta": 1e6,
-            "eps": 1e-6,
-        }
+        inferred = _sizes(kind, shapes, given)
     except KeyError as error:
-        raise CheckpointError(f"{source.path} does not fit Qwen3: {error.args[0]} is missing") from error
-    return source, prefix, {**inferred, **_folder_config(source.config), **source.model_config, **(config or {})}
+        raise CheckpointError(f"{source.path} does not fit {kind.title}: {error.args[0]} is missing") from error
+    return source, prefix, {**inferred, **given}
+
+
+def _sizes(kind: LanguageModel, shapes: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    queries, keys = (shapes[f"{_FIRST}{name}_proj.weight"].shape[0] for name in "qk")
+    head_dim = kind.head_dim(shapes, given)
+    vocab, hidden = shapes["embed_tokens.weight"].shape
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": shapes["layers.0.mlp.gate_proj.weight"].shape[0],
+        "num_hidden_layers": count_blocks(shapes, "layers."),
+        "num_attention_heads": queries // head_dim,
+        "num_key_value_heads": keys // head_dim,
+        "head_dim": head_dim,
+        "rope_theta": 1e6,
+        "eps": 1e-6,
+    }
 
 
 def _folder_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    config = {**config, **(config.get("text_config") or {})}  # of models that see pictures, the text tower stands below
     theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
     values = {"rope_theta": theta, "eps": config.get("rms_norm_eps")}
     return {name: value for name, value in values.items() if value is not None}
@@ -77,7 +139,7 @@ def _folder_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def qwen3_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Qwen3's entries of a checkpoint's state under the names of the module tree."""
-    return part_of(state, QWEN3_PREFIXES, _ROOTS)
+    return part_of(state, QWEN3.prefixes, _ROOTS)
 
 
 def load_qwen3(
@@ -95,13 +157,45 @@ def load_qwen3(
     """
     from transformers import Qwen3Config, Qwen3Model
 
-    source, prefix, values = _open_qwen3(path, config)
+    return _load(QWEN3, (Qwen3Config, Qwen3Model), path, dtype, device, disable_mmap, config, transform)
+
+
+def load_qwen25_vl(
+    path: str | os.PathLike,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+    transform: Transform | None = None,
+) -> Qwen2Model:
+    """Load the text tower of Qwen2.5-VL; what sees pictures and the output head are left out.
+
+    For text its positions in three sections are those of Qwen2. As `load_qwen3` otherwise; the size of a head is 128,
+    or follows from `num_attention_heads` in `config`.
+    """
+    from transformers import Qwen2Config, Qwen2Model
+
+    return _load(QWEN25_VL, (Qwen2Config, Qwen2Model), path, dtype, device, disable_mmap, config, transform)
+
+
+def _load(
+    kind: LanguageModel,
+    classes: tuple[Any, Any],
+    path: str | os.PathLike,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    disable_mmap: bool,
+    config: Mapping[str, Any] | None,
+    transform: Transform | None,
+) -> Any:
+    source, prefix, values = _open(kind, path, config)
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads",
         "head_dim",
     )  # fmt: skip
-    model_config = Qwen3Config(
+    config_class, model_class = classes
+    model_config = config_class(
         **{name: values[name] for name in names},
         rms_norm_eps=values["eps"],
         rope_parameters={"rope_type": "default", "rope_theta": values["rope_theta"]},
@@ -112,7 +206,7 @@ def load_qwen3(
     )
     keys = [key for key in source.shapes if key.startswith(prefix) and key[len(prefix) :].split(".")[0] in _ROOTS]
     state = strip_prefix(source.tensors(device, disable_mmap, keys, transform, source.casting(dtype)), prefix)
-    model = build_on_meta(lambda: Qwen3Model(model_config))
+    model = build_on_meta(lambda: model_class(model_config))
     check_state(model, state, source.path)
     assign_state(model, state)
     model.rotary_emb = type(model.rotary_emb)(model_config).to(device)  # its table is in no file

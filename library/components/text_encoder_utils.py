@@ -12,6 +12,7 @@ from torch import Tensor
 
 from library.checkpoints.loading import (
     CheckpointFiles,
+    Source,
     Transform,
     assign_state,
     build_on_meta,
@@ -33,12 +34,9 @@ CLIP_PREFIXES = (
     "conditioner.embedders.0.transformer.", "clip_l.transformer.", "clip_l.", "text_encoder.",
 )  # fmt: skip
 T5_PREFIXES = (
-    "text_encoders.t5xxl.transformer.",
-    "text_encoders.t5xxl.",
-    "t5xxl.transformer.",
-    "t5xxl.",
+    "text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.", "t5xxl.transformer.", "t5xxl.", "text_encoder_3.",
     "text_encoder_2.",
-)
+)  # fmt: skip
 T5_ROOTS = ("encoder", "shared")
 _CLIP_TOLERATED = ("position_ids", "logit_scale", "visual_projection.weight")
 _HEAD_SIZE = 64
@@ -66,8 +64,11 @@ CLIP_H = ClipSlot(
 )
 CLIP_G = ClipSlot(
     "clip_g", "CLIP-G text encoder", "text_encoder_2",
-    ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer.", "text_encoder_2."), "gelu",
-    has_open_clip=True,
+    (
+        "conditioner.embedders.1.model.", "text_encoders.clip_g.transformer.", "text_encoders.clip_g.",
+        "clip_g.transformer.", "clip_g.", "text_encoder_2.",
+    ),
+    "gelu", has_open_clip=True,
 )  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def inspect_clip_l(path: str | os.PathLike, config: Mapping[str, Any] | None = N
     return inspect_clip(path, CLIP_L, config).values
 
 
-def inspect_clip(path: str | os.PathLike, slot: ClipSlot, config: Mapping[str, Any] | None = None) -> ClipInfo:
+def inspect_clip(path: Source, slot: ClipSlot, config: Mapping[str, Any] | None = None) -> ClipInfo:
     """Recognise a CLIP text encoder from headers alone; `config` overrides values. CheckpointError when there is
     none."""
     source = open_checkpoint(path, slot.subfolder)
@@ -141,24 +142,27 @@ def _folder_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_clip_l(
-    ckpt_path: str | os.PathLike,
+    ckpt_path: str | os.PathLike | None,
     dtype: torch.dtype | None,
     device: torch.device | str,
     disable_mmap: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *,
     config: Mapping[str, Any] | None = None,
     transform: Transform | None = None,
 ) -> CLIPTextModelWithProjection:
-    """Load CLIP-L from a file (any known prefix) or a transformers folder. `config` overrides the names of
-    `inspect_clip_l`.
+    """Load CLIP-L from a file (any known prefix) or a transformers folder, or from the tensors of one, `state_dict`,
+    instead. `config` overrides the names of `inspect_clip_l`.
 
     A file without `text_projection.weight` gets the identity, for families that do not use it. CheckpointError when the
     file does not fit.
     """
-    return load_clip(ckpt_path, CLIP_L, dtype, device, disable_mmap, config, transform)
+    source = ckpt_path if state_dict is None else state_dict
+    return load_clip(source, CLIP_L, dtype, device, disable_mmap, config, transform)
 
 
 def load_clip(
-    path: str | os.PathLike,
+    path: Source,
     slot: ClipSlot,
     dtype: torch.dtype | None,
     device: torch.device | str,
@@ -274,8 +278,10 @@ def inspect_t5xxl(path: str | os.PathLike, config: Mapping[str, Any] | None = No
     return _open_t5(path, config)[2]
 
 
-def _open_t5(path: str | os.PathLike, config: Mapping[str, Any] | None) -> tuple[Any, str, dict[str, Any]]:
-    source = open_checkpoint(path, "text_encoder_2")
+def _open_t5(path: Source, config: Mapping[str, Any] | None) -> tuple[Any, str, dict[str, Any]]:
+    # in a pipeline folder T5 is the last of two or three text encoders
+    third = not isinstance(path, Mapping) and os.path.isdir(os.path.join(path, "text_encoder_3"))
+    source = open_checkpoint(path, "text_encoder_3" if third else "text_encoder_2")
     prefix = find_prefix(source.shapes, T5_PREFIXES, T5_ROOTS, source.path, "T5 encoder")
     shapes = strip_prefix(source.shapes, prefix)
     attention = "encoder.block.0.layer.0.SelfAttention."
@@ -304,28 +310,32 @@ def _open_t5(path: str | os.PathLike, config: Mapping[str, Any] | None) -> tuple
         "eps": 1e-6,
     }
     folder = {ours: source.config[theirs] for theirs, ours in _T5_FOLDER_NAMES.items() if theirs in source.config}
-    return source, prefix, {**inferred, **folder, **source.model_config, **(config or {})}
+    own = source.model_config.get("t5xxl", source.model_config)
+    return source, prefix, {**inferred, **folder, **own, **(config or {})}
 
 
 _T5_FOLDER_NAMES = {"relative_attention_max_distance": "max_distance", "layer_norm_epsilon": "eps"}
 
 
 def load_t5xxl(
-    ckpt_path: str | os.PathLike,
+    ckpt_path: str | os.PathLike | None,
     dtype: torch.dtype | None,
     device: torch.device | str,
     disable_mmap: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *,
     config: Mapping[str, Any] | None = None,
     transform: Transform | None = None,
 ) -> T5EncoderModel:
-    """Load the encoder of T5 v1.1 XXL from a file (any known prefix) or a transformers folder; dropout is off.
+    """Load the encoder of T5 v1.1 XXL from a file (any known prefix) or a transformers folder, or from the tensors of
+    one, `state_dict`, instead; dropout is off.
 
     8-bit files are widened. `config` overrides the names of `inspect_t5xxl`. CheckpointError when the file does not
     fit.
     """
     from transformers import T5Config, T5EncoderModel
 
-    source, prefix, values = _open_t5(ckpt_path, config)
+    source, prefix, values = _open_t5(ckpt_path if state_dict is None else state_dict, config)
     model_config = T5Config(
         vocab_size=values["vocab_size"],
         d_model=values["d_model"],

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.checkpoints.identity import combined_identity
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
+    from library.dataset.latent_cache import LatentCache
+    from library.dataset.text_cache import TextCache
     from library.dataset.text_cache_io import TextLayout
+    from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
 
 Conditioning = dict[str, "Tensor"]
 """what the denoiser is given beside latents and times: name of a TextKey -> [B, ...]"""
@@ -33,10 +37,10 @@ Texts = dict["str | NegativeText", Conditioning]
 class StrategySet:
     """The strategies of one run, made by the family and handed to dataset and step. A cache that is None is off."""
 
-    tokenize: Any
-    text_encoding: Any
-    latents_caching: Any | None = None
-    text_encoder_outputs_caching: Any | None = None
+    tokenize: TokenizeStrategy
+    text_encoding: TextEncodingStrategy
+    latents_caching: LatentCache | None = None
+    text_encoder_outputs_caching: TextCache | None = None
     text_layout: TextLayout | None = None
     """what the text encoding gives; None: that of the cache"""
 
@@ -49,7 +53,7 @@ class StrategySet:
         return NegativeText(text) if getattr(self.tokenize, "negative_differs", False) else text
 
     def encode(
-        self, models: Sequence[Any | None], tokens: list[Tensor], weights: list[Tensor] | None = None
+        self, models: Sequence[Module | None], tokens: list[Tensor], weights: list[Tensor] | None = None
     ) -> Conditioning:
         """The conditioning that the models make; keys of models that are None are not there."""
         outputs = encoded(self.text_encoding, self.tokenize, models, tokens, weights)
@@ -64,7 +68,8 @@ class StrategySet:
 
 
 def encoded(
-    text_encoding: Any, tokenize: Any, models: Sequence[Any | None], tokens: list[Tensor], weights: list[Tensor] | None
+    text_encoding: TextEncodingStrategy, tokenize: TokenizeStrategy, models: Sequence[Module | None],
+    tokens: list[Tensor], weights: list[Tensor] | None,
 ) -> list[Tensor | None]:
     """What a text encoding strategy gives for tokens and, where captions carry them, their weights: the list of its
     family."""

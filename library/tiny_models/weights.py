@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints.loading import prefixed  # noqa: F401: what files of tiny models are put together with
 from library.safetensors_utils import save_file_atomic
 
 
@@ -32,10 +33,6 @@ def random_weight(key: str, shape: tuple[int, ...], generator: torch.Generator) 
     if len(shape) > 1:
         return values / torch.Size(shape[1:]).numel() ** 0.5
     return 1 + 0.1 * values if key.endswith((".scale", ".weight")) else 0.05 * values
-
-
-def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + key: tensor for key, tensor in state.items()}
 
 
 def clip_state(

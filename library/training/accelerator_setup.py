@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -17,7 +17,12 @@ from library.core.errors import ConfigError, TrainingError
 from library.core.options import Config
 from library.training.option_groups import DdpOptions, ModelOptions, PrecisionOptions
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.utils import KwargsHandler
+
 logger = logging.getLogger(__name__)
+Value = TypeVar("Value")
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -30,7 +35,7 @@ class Runtime:
     held (float8_e4m3fn with --fp8_base); `vae_dtype`: float32 with --no_half_vae.
     """
 
-    accelerator: Any
+    accelerator: Accelerator
     device: torch.device
     weight_dtype: torch.dtype
     denoiser_dtype: torch.dtype
@@ -87,7 +92,7 @@ class Runtime:
         torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.SUM)
         return total
 
-    def from_main(self, value: Any) -> Any:
+    def from_main(self, value: Value) -> Value:
         """The main process's value, on every rank."""
         if self.num_processes == 1:
             return value
@@ -122,14 +127,14 @@ def prepare_runtime(config: Config) -> Runtime:
     return _runtime_of(start_accelerator(config[PrecisionOptions], config[DdpOptions]), config)
 
 
-def start_accelerator(precision: PrecisionOptions, ddp: DdpOptions, **further: Any) -> Any:
+def start_accelerator(precision: PrecisionOptions, ddp: DdpOptions, **further: object) -> Accelerator:
     """accelerate's Accelerator; `further` are arguments of its own that our loop has no use for."""
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
     check_torchvision()
     has_accelerator = torch.cuda.is_available() or _has("mps") or _has("xpu")
-    handlers: list[Any] = []
+    handlers: list[KwargsHandler] = []
     if ddp.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=ddp.ddp_timeout)))
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
@@ -147,7 +152,7 @@ def start_accelerator(precision: PrecisionOptions, ddp: DdpOptions, **further: A
     return accelerator
 
 
-def allow_fp16_gradients(scaler: Any) -> None:
+def allow_fp16_gradients(scaler: torch.amp.GradScaler) -> None:
     """Let the gradient scaler unscale float16 gradients, which torch refuses by default: --full_fp16 trains in
     float16."""
     unscale = scaler._unscale_grads_
@@ -164,7 +169,7 @@ def shared_seed(given: int | None, num_processes: int) -> int:
     return box[0]
 
 
-def _runtime_of(accelerator: Any, config: Config) -> Runtime:
+def _runtime_of(accelerator: Accelerator, config: Config) -> Runtime:
     from library.training.state import seed_of
 
     precision, given_seed = config[PrecisionOptions], seed_of(config)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from traceback import format_exc
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +22,9 @@ from library.dataset.plan import BatchRequest, StepPlan, requests_of_epoch
 from library.training.failures import failure_of
 from library.training.option_groups import LoopOptions
 from library.training.stopping import leave_signals_to_the_run
+
+if TYPE_CHECKING:
+    from library.training.protocols import BatchSource
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +104,7 @@ class Failure:
 class Guarded:
     """A dataset group whose errors are values."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: BatchSource) -> None:
         self.group = group
 
     def __getitem__(self, request: BatchRequest) -> Batch | Failure:
@@ -118,7 +121,7 @@ class BatchLoader:
     """Loads requests in their order. A dataset group takes requests for indices and is a pure function of them, so any
     worker may serve any request."""
 
-    def __init__(self, group: Any, loading: Loading) -> None:
+    def __init__(self, group: BatchSource, loading: Loading) -> None:
         self.sampler = RequestSampler()
         self.loader = torch.utils.data.DataLoader(
             Guarded(group),
@@ -148,8 +151,8 @@ class TrainingData:
     """
 
     def __init__(
-        self, train: Any, validation: Any | None, *, seed: int, accumulation: int, rank: int, num_processes: int,
-        loading: Loading,
+        self, train: BatchSource, validation: BatchSource | None, *, seed: int, accumulation: int, rank: int,
+        num_processes: int, loading: Loading,
     ) -> None:
         self.train, self.validation = train, validation
         self.seed, self.accumulation = seed, accumulation

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
-from library.config_util import ScriptRules
+from library.config_util import Blueprint, ScriptRules
 from library.core.errors import ConfigError
 from library.core.options import Config
 from library.dataset import CachingOptions, DatasetOptions
@@ -25,6 +25,10 @@ from library.dataset.text_caching import warn_overlong_captions
 from library.training.accelerator_setup import Runtime
 from library.training.option_groups import LoopOptions
 
+if TYPE_CHECKING:
+    from library.training.protocols import BatchSource
+
+Loaded = TypeVar("Loaded")
 SHEETS = ("dataset.png", "dataset_validation.png")
 
 
@@ -32,7 +36,7 @@ SHEETS = ("dataset.png", "dataset_validation.png")
 class FoundData:
     """What the configuration names and the disk holds; nothing of it is decoded yet. None for --dataset_class."""
 
-    blueprint: Any | None
+    blueprint: Blueprint | None
     scan: ScanResult | None
 
 
@@ -40,14 +44,14 @@ class FoundData:
 class DataGroups:
     """The images of a run, for training and, when some are held out, for validation."""
 
-    train: Any
-    validation: Any | None
+    train: BatchSource
+    validation: BatchSource | None
     used_config_file: bool = False
     index: CacheIndex = field(default_factory=CacheIndex, repr=False)
     """of cache files, for the phases that fill caches; released after them"""
 
     @property
-    def groups(self) -> list[Any]:
+    def groups(self) -> list[BatchSource]:
         return [group for group in (self.train, self.validation) if group is not None]
 
     def set_strategies(self, strategies: StrategySet) -> None:
@@ -103,14 +107,14 @@ def group_data(config: Config, found: FoundData, architecture: DataArchitecture,
     return DataGroups(train, validation, found.blueprint.used_config_file, index=found.scan.index)
 
 
-class KeptModels:
+class KeptModels(Generic[Loaded]):
     """Loads a part of the model when it is first asked for, and keeps it for whoever needs it after."""
 
-    def __init__(self, load: Callable[[], Any]) -> None:
+    def __init__(self, load: Callable[[], Loaded]) -> None:
         self._load = load
-        self.value: Any = None
+        self.value: Loaded | None = None
 
-    def __call__(self) -> Any:
+    def __call__(self) -> Loaded:
         if self.value is None:
             self.value = self._load()
         return self.value
@@ -138,16 +142,18 @@ def prepare_text(
     *,
     load: Callable[[], list[torch.nn.Module | None]],
     encode_prompts: Callable[[list[torch.nn.Module | None]], Texts] | None,
+    fill: Callable[..., object] = fill_text_cache,
 ) -> TextPhase:
     """Encode captions and sample prompts, then keep only the text encoders that the step needs.
 
-    `encode_prompts` turns the encoders into the conditioning of the sample prompts; None: there are none.
+    `encode_prompts` turns the encoders into the conditioning of the sample prompts; None: there are none. `fill` is
+    called as `fill_text_cache`.
     """
     caches = strategies.text_encoder_outputs_caching is not None
     encoders, phase = KeptModels(load), TextPhase()
     with torch.no_grad(), runtime.autocast():
         if caches:
-            fill_text_cache(data.groups, strategies, encoders, runtime, index=data.index)
+            fill(data.groups, strategies, encoders, runtime, index=data.index)
         data.index.release()
         if encode_prompts is not None:
             phase.sample_conditioning = encode_prompts(encoders())

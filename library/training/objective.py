@@ -7,13 +7,17 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from library.core.keyed_random import StepDraws
 from library.training import timesteps as levels
+
+if TYPE_CHECKING:
+    from library.training.option_groups import NoiseOptions
+    from library.training.timestep_samplers import TimestepOptions
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +36,12 @@ class NoisyLatents:
     timesteps: torch.Tensor  # [B], [B, F] or [B, tokens] float32, 0..1000
     sigmas: torch.Tensor  # as timesteps
     target: torch.Tensor  # [B, C, ...]
+
+    @property
+    def noisiest_timesteps(self) -> torch.Tensor:
+        """One per sample [B], where frames or tokens have times of their own that of the noisiest: for what depends on how
+        much of a sample can be seen (ranks of T-LoRA)."""
+        return self.timesteps if self.timesteps.ndim == 1 else self.timesteps.flatten(1).amax(dim=1)
 
     def rows(self, rows: torch.Tensor) -> NoisyLatents:
         """The samples of these numbers."""
@@ -110,7 +120,8 @@ class FlowMatchingObjective(Objective):
     prediction_type = "velocity"
 
     def __init__(
-        self, timestep_options: Any, noise_options: Any = None, *, target: str = "velocity", weigh: bool = False
+        self, timestep_options: TimestepOptions, noise_options: NoiseOptions | None = None, *,
+        target: str = "velocity", weigh: bool = False,
     ) -> None:
         if target not in FLOW_TARGETS:
             raise ValueError(f"target is '{target}'; known: {', '.join(FLOW_TARGETS)}")
@@ -154,8 +165,8 @@ class DdpmObjective(Objective):
     is_flow = False
 
     def __init__(
-        self, timestep_options: Any, noise_options: Any = None, *, prediction_type: str = "epsilon",
-        zero_terminal_snr: bool | None = None,
+        self, timestep_options: TimestepOptions, noise_options: NoiseOptions | None = None, *,
+        prediction_type: str = "epsilon", zero_terminal_snr: bool | None = None,
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type is '{prediction_type}'; known: {', '.join(PREDICTION_TYPES)}")
@@ -166,10 +177,15 @@ class DdpmObjective(Objective):
             zero_terminal_snr = noise_options is not None and noise_options.zero_terminal_snr
         self.zero_terminal_snr = zero_terminal_snr
         self.alphas_cumprod = ddpm_alphas_cumprod(zero_terminal_snr)  # [1000] float64
-        self._tables = {
-            "signal": self.alphas_cumprod.sqrt().float(),
-            "noise": (1 - self.alphas_cumprod).sqrt().float(),
-            "snr": (self.alphas_cumprod / (1 - self.alphas_cumprod)).float(),
+        self._tables = self.tables_of(self.alphas_cumprod)
+
+    @staticmethod
+    def tables_of(alphas_cumprod: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is looked up at timesteps, each [1000] float32."""
+        return {
+            "signal": alphas_cumprod.sqrt().float(),
+            "noise": (1 - alphas_cumprod).sqrt().float(),
+            "snr": (alphas_cumprod / (1 - alphas_cumprod)).float(),
         }
 
     def corrupt(
@@ -254,7 +270,9 @@ def ddpm_alphas_cumprod(zero_terminal_snr: bool) -> torch.Tensor:
     return alphas_cumprod
 
 
-def with_noise_offset(noise: torch.Tensor, latents: torch.Tensor, options: Any, draws: StepDraws) -> torch.Tensor:
+def with_noise_offset(
+    noise: torch.Tensor, latents: torch.Tensor, options: NoiseOptions | None, draws: StepDraws
+) -> torch.Tensor:
     """noise [B, C, ...] plus one normal number per sample and channel, scaled by `--noise_offset`.
 
     `noise_offset_random_strength` scales the offset by one uniform number of the global batch; `adaptive_noise_scale` a
@@ -273,7 +291,7 @@ def with_noise_offset(noise: torch.Tensor, latents: torch.Tensor, options: Any, 
     return noise + strength * offset
 
 
-def with_multires_noise(noise: torch.Tensor, options: Any, draws: StepDraws) -> torch.Tensor:
+def with_multires_noise(noise: torch.Tensor, options: NoiseOptions | None, draws: StepDraws) -> torch.Tensor:
     """noise [B, C, ..., H, W] plus coarser noise: level i has sides divided by r^i, r = 2..4, and the weight
     discount^i.
 
@@ -294,7 +312,7 @@ def with_multires_noise(noise: torch.Tensor, options: Any, draws: StepDraws) -> 
     return noise / expand_like(noise.flatten(1).std(dim=1), noise)
 
 
-def with_ip_noise(noise: torch.Tensor, options: Any, draws: StepDraws) -> torch.Tensor:
+def with_ip_noise(noise: torch.Tensor, options: NoiseOptions | None, draws: StepDraws) -> torch.Tensor:
     """The noise that goes into the model's input: `noise` plus `--ip_noise_gamma` times fresh noise.
 
     `ip_noise_gamma_random_strength` scales gamma by one uniform number of the global batch.

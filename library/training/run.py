@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,8 +19,10 @@ from library.training.updaters.ordinary import OrdinaryUpdater
 
 if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
+    from library.training.data import TrainingData
     from library.training.hooks.base import HookList
     from library.training.progress import Progress
+    from library.training.protocols import Logs, LrSchedule
     from library.training.step import TrainStep
     from library.training.trainables.base import Trainable
     from library.training.wiring.base import ModelFamily
@@ -36,6 +38,11 @@ class Models:
     denoiser: torch.nn.Module | None = None
     extra: dict[str, torch.nn.Module] = field(default_factory=dict)
     """further parts by name (a vision encoder, a second expert, a ControlNet); see `ModelFamily.load_parts`"""
+
+    @property
+    def of_step(self) -> list[torch.nn.Module]:
+        """The denoiser and the further parts, which are armed and put into evaluation mode like it."""
+        return [self.denoiser, *self.extra.values()]
 
     @contextmanager
     def used(self, name: str, device: torch.device | str):
@@ -55,7 +62,7 @@ class DiTOutput:
 
     pred: torch.Tensor
     target: torch.Tensor
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -66,7 +73,7 @@ class StepOutput:
     loss: torch.Tensor
     loss_sum: torch.Tensor
     count: int
-    logs: dict[str, torch.Tensor | float] = field(default_factory=dict)
+    logs: Logs = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,9 +87,9 @@ class Run:
     models: Models
     strategies: StrategySet
     step: TrainStep
-    data: Any
+    data: TrainingData
     optimizer: torch.optim.Optimizer
-    lr_scheduler: Any
+    lr_scheduler: LrSchedule
     progress: Progress
     hooks: HookList
     max_grad_norm: float = 0.0
@@ -96,7 +103,7 @@ class Run:
         """Inside, the trained weights are those to save, sample and validate with: modules are in evaluation mode,
         schedule-free optimizers switch and, unless `averaged` is False, every hook puts in place what it wants (the
         average of --ema, say)."""
-        learned = [*self.trainable.modules().values(), *self.hooks.all_modules().values(), self.models.denoiser]
+        learned = [*self.trainable.modules().values(), *self.hooks.all_modules().values(), *self.models.of_step]
         with ExitStack() as stack:
             stack.enter_context(schedule_free_weights(self.optimizer))
             stack.enter_context(evaluation_mode(learned))

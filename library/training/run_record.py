@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from library.core.keyed_random import key_seed
 from library.sai_model_spec import source_date
@@ -14,6 +14,9 @@ from library.training.data_phase import DataGroups
 from library.training.metadata import BaseModelHashes, MetadataInputs, at_save, build_metadata
 from library.training.optimizers import OptimizerBuild
 from library.training.run import Run
+
+if TYPE_CHECKING:
+    from library.training.protocols import Plain
 
 
 class RunRecord:
@@ -44,7 +47,7 @@ class RunRecord:
 
     def _inputs(self, run: Run) -> MetadataInputs:
         train, validation, progress = self.data.train, self.data.validation, run.progress
-        extra: dict[str, Any] = {}
+        extra: dict[str, Plain] = {}
         for values in run.hooks.extra_metadata(run):
             extra.update(values)
         if run.settings.history:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from library.training.optimizers import OptimizerBuild
+    from library.training.protocols import Plain
     from library.training.trainables.base import Trainable
     from library.training.wiring.base import ModelFamily
 
@@ -60,11 +61,11 @@ class RunSettings:
     `groups`: name, settings and parameter names of each optimizer group as it was built; `history`: what earlier
     resumes changed, [{"step", "changed": {name: [old, new]}}]. Plain values, as JSON gives them back."""
 
-    fixed: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-    schedule: dict[str, Any] = field(default_factory=dict)
-    groups: list[dict[str, Any]] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
+    fixed: dict[str, Plain] = field(default_factory=dict)
+    options: dict[str, Plain] = field(default_factory=dict)
+    schedule: dict[str, Plain] = field(default_factory=dict)
+    groups: list[dict[str, Plain]] = field(default_factory=list)
+    history: list[dict[str, Plain]] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -82,7 +83,7 @@ def read_settings(folder: str | Path) -> RunSettings | None:
         raise CheckpointError(f"{path} cannot be read ({error}); the state folder is damaged") from None
 
 
-def fixed_settings(config: Config, family: ModelFamily, trainable: Trainable) -> dict[str, Any]:
+def fixed_settings(config: Config, family: ModelFamily, trainable: Trainable) -> dict[str, Plain]:
     """What a state is bound to, by option; the seed is in train_state.json."""
     return plain({**trainable.fixed_settings(family), "optimizer_type": choose(config[OptimizerOptions]).class_path})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from library.core.options import option_fields
 from library.dataset import CachingOptions
@@ -25,6 +25,10 @@ from library.training.run import Run
 from library.training.sampling_prompts import unreached_interval
 from library.training.schedulers import SchedulerOptions
 from library.training.summary import BucketSummary, DatasetSummary, StartSummary, start_summary
+
+if TYPE_CHECKING:
+    from library.dataset.custom import CustomDataset
+    from library.dataset.dataset import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +124,7 @@ def _precision(run: Run) -> str:
     return f"{text}, trained weights in {str(runtime.trained_dtype).removeprefix('torch.')}"
 
 
-def _dataset(dataset: Any, data: DataGroups) -> DatasetSummary:
+def _dataset(dataset: Dataset | CustomDataset, data: DataGroups) -> DatasetSummary:
     params = getattr(dataset, "params", None)
     if params is None:  # a class of the user's
         return DatasetSummary(

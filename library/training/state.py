@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,6 +147,22 @@ def content_problems(folder: Path) -> list[str]:
     except CheckpointError as error:
         problems.append(f"--resume: {error}")
     return problems
+
+
+def check_hook_weights(folder: Path, names: Iterable[str]) -> None:
+    """ConfigError when a state holds weights of hooks that a run with hooks of these names (`HookList.by_key`) does not
+    have. From the header alone, before models are loaded."""
+    from library.safetensors_utils import read_header
+
+    own = "|".join(re.escape(name) for name in names)
+    known = re.compile(rf"{re.escape(HOOK_PREFIX)}({own})( \d+)?\.")  # one that comes twice has a number
+    keys = read_header(folder / WEIGHTS_FILE)[0]
+    unknown = [key for key in keys if key.startswith(HOOK_PREFIX) and not (own and known.match(key))]
+    if unknown:
+        raise ConfigError(
+            f"--resume is {folder}, which holds weights of hooks that this run does not have (first: {unknown[0]});"
+            " resume with each --hook of the interrupted run"
+        )
 
 
 def resume(run: Run, folder: Path | None) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +20,8 @@ from library.training.run import DiTOutput, Models, StepOutput
 if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
     from library.training.hooks.base import Hook
+    from library.training.protocols import LossBody, Logs, SampleLoss, StepBody
+    from library.training.timestep_samplers import TimestepSampler
     from library.training.trainables.base import Trainable
     from library.training.wiring.base import ModelFamily
 
@@ -39,9 +41,8 @@ class TrainStep:
     models: Models
     strategies: StrategySet
     objective: Objective
-    timestep_sampler: Any
-    loss: Any
-    """per-sample loss: (output, sample, batch) -> [B]"""
+    timestep_sampler: TimestepSampler
+    loss: SampleLoss
     seed: int
     validation_seed: int
     trained_text_encoders: list[bool] = field(default_factory=list)
@@ -95,7 +96,8 @@ class TrainStep:
         return self.timestep_sampler.sample(tuple(latents.shape), draws).to(self.runtime.device)
 
     def predict(
-        self, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, *, untouched: bool = False, **inputs: Any
+        self, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, *, untouched: bool = False,
+        **inputs: object,
     ) -> DiTOutput:
         """One forward of the denoiser in the run's precision, with what the trainable adds to its inputs. `untouched`:
         as if nothing had been learned. `inputs` go to the family's `predict`."""
@@ -103,14 +105,14 @@ class TrainStep:
             own = {} if untouched else self.trainable.inputs(batch, sample, conditioning)
             return self.family.predict(self.models, sample, conditioning, batch, **{**own, **inputs})
 
-    def loss_of(self, output: DiTOutput, sample: NoisyLatents, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
+    def loss_of(self, output: DiTOutput, sample: NoisyLatents, batch: Batch) -> tuple[torch.Tensor, Logs]:
         """Losses per sample [B], and values for the log; by the hook that replaces `compute_loss`, where there is
         one."""
         compute = self._compute_loss or type(self).compute_loss
         return compute(self, output, sample, batch)
 
     @staticmethod
-    def result(per_sample: torch.Tensor, logs: dict[str, Any], batch: Batch) -> StepOutput:
+    def result(per_sample: torch.Tensor, logs: Logs, batch: Batch) -> StepOutput:
         """The output of the step from losses per sample [B]."""
         return StepOutput(
             loss=per_sample.sum() / batch.request.group_size,
@@ -121,7 +123,7 @@ class TrainStep:
 
     def compute_loss(
         self, output: DiTOutput, sample: NoisyLatents, batch: Batch
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
+    ) -> tuple[torch.Tensor, Logs]:
         """From the prediction to one weighted loss per sample [B]; one hook may replace it."""
         return self.loss(output, sample, batch), {}
 
@@ -147,6 +149,10 @@ class TrainStep:
         """Scaled latents."""
         return self.family.scale_latents(self.with_latents(batch).latents.to(self.runtime.device, torch.float32))
 
+    def text_models(self) -> Sequence[torch.nn.Module | None]:
+        """What encodes captions in the step."""
+        return self.models.text_encoders
+
     def conditioning_of(self, batch: Batch) -> Conditioning:
         """Cached outputs, and those of the text encoders in memory (the ones that learn, or all) in the place of
         theirs."""
@@ -155,7 +161,7 @@ class TrainStep:
             learns = any(self.trained_text_encoders) and batch.request.is_training
             with torch.set_grad_enabled(learns and torch.is_grad_enabled()), self.runtime.autocast():
                 conditioning |= self.strategies.encode(
-                    self.models.text_encoders, batch.input_ids_list, batch.token_weights_list
+                    self.text_models(), batch.input_ids_list, batch.token_weights_list
                 )
         self.strategies.layout.check_complete(
             conditioning, "the cache" if batch.input_ids_list is None else "cache and text encoders"
@@ -196,7 +202,7 @@ def check_replacements(hooks: Iterable[Hook]) -> None:
             raise ConfigError(f"{', '.join(writers)} all write files that end in {ending}; only one hook may")
 
 
-def replacement_of(hooks: list[Hook], name: str) -> Any | None:
+def replacement_of(hooks: list[Hook], name: str) -> StepBody | LossBody | None:
     """The one hook method that replaces a part of the step; a second one is a start-up error."""
     found = [hook for hook in hooks if getattr(hook, name) is not None]
     if len(found) > 1:

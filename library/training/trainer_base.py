@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 
 from library.core.errors import ConfigError, Problems, RunInterrupted
 from library.core.options import Config, option_fields
 from library.dataset import CachingOptions, DatasetOptions
+from library.dataset.fill_caches import fill_text_cache
 from library.dataset.strategies import StrategySet, Texts
 from library.device_utils import clean_memory_on_device
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
@@ -49,10 +50,10 @@ from library.training.run import Models, Run
 from library.training.run_lock import claimed_output
 from library.training.run_record import RunRecord
 from library.training.run_settings import settings_of
-from library.training.sampling_prompts import holds_no_prompt, load_prompts
+from library.training.sampling_prompts import SamplePrompt, holds_no_prompt, load_prompts
 from library.training.schedulers import SchedulerOptions
 from library.training.start_page import print_start
-from library.training.state import local_state_folder, resume
+from library.training.state import check_hook_weights, local_state_folder, resume
 from library.training.state_files import read_train_state
 from library.training.step import TrainStep, check_replacements
 from library.training.stopping import command_going_on, exit_code_of_signal
@@ -69,6 +70,10 @@ class Trainer:
     `prepare` goes through the phases in the order in which memory is needed: text encoders and denoiser meet only when
     the text encoders run in the step. `run` is prepare and fit.
     """
+
+    step_class: ClassVar[type[TrainStep]] = TrainStep
+    fill_text: Callable[..., object] = staticmethod(fill_text_cache)
+    """what encodes captions for the cache"""
 
     def __init__(
         self, config: Config, family: ModelFamily, trainable: Trainable, hooks: list[Hook] | None = None
@@ -120,6 +125,8 @@ class Trainer:
             data.show(runtime.seed, self.config[SavingOptions].output_dir or ".")
             return None
         state = local_state_folder(self.config, runtime)
+        if state is not None:
+            check_hook_weights(state, self.added_hooks.by_key())
         self.check_length(data, runtime, state)
         self.on_main(runtime, self.take_output)
         self.family.transform = self.trainable.transform(self.family)
@@ -157,7 +164,7 @@ class Trainer:
         if problem is not None:
             raise ConfigError(problem)
 
-    def check(self) -> tuple[FoundData, list[Any]]:
+    def check(self) -> tuple[FoundData, list[SamplePrompt]]:
         """Everything that can be wrong before models are loaded, in one error; the images and the sample prompts."""
         if is_main_process() and not self.config[DatasetOptions].debug_dataset:
             clean_up(self.config)
@@ -174,7 +181,7 @@ class Trainer:
         path, wants = sampling.sample_prompts, checks.wants_samples(sampling)
         return found, self._sample_prompts(path) if path and wants and not holds_no_prompt(path) else []
 
-    def _sample_prompts(self, path: str) -> list[Any]:
+    def _sample_prompts(self, path: str) -> list[SamplePrompt]:
         """The prompts that can be read and that the family has the sizes and samplers for: another one does not cost
         the training."""
         left_out: list[str] = []
@@ -223,7 +230,7 @@ class Trainer:
         return {name: self._frozen(part) for name, part in self.family.load_parts(runtime, beside).items()}
 
     def text_phase(
-        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[Any]
+        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[SamplePrompt]
     ) -> TextPhase:
         """Encode captions and sample prompts; afterwards only encoders that the step needs are in memory."""
 
@@ -233,7 +240,9 @@ class Trainer:
         def encode(encoders: list[torch.nn.Module | None]) -> Texts:
             return encode_sample_prompts(self.family, strategies, encoders, prompts)
 
-        phase = prepare_text(data, strategies, runtime, load=load, encode_prompts=encode if prompts else None)
+        phase = prepare_text(
+            data, strategies, runtime, load=load, encode_prompts=encode if prompts else None, fill=self.fill_text
+        )
         clean_memory_on_device()
         return phase
 
@@ -249,24 +258,29 @@ class Trainer:
         return module.requires_grad_(False).eval()
 
     def arm(self, models: Models, trained: list[bool]) -> None:
-        """Gradient checkpointing and compilation, after adapters are in place. Checkpointing works in train mode only;
-        the models have no dropout of their own that it would switch on."""
+        """Gradient checkpointing and compilation, after adapters are in place, of the denoiser and of further parts that
+        can do it. Checkpointing works in train mode only; the models have no dropout of their own that it would switch
+        on."""
         memory = self.config[MemoryOptions]
         if memory.gradient_checkpointing:
-            models.denoiser.enable_gradient_checkpointing(cpu_offload=memory.cpu_offload_checkpointing)
-            models.denoiser.train()
+            for part in models.of_step:
+                if hasattr(part, "enable_gradient_checkpointing"):
+                    part.enable_gradient_checkpointing(cpu_offload=memory.cpu_offload_checkpointing)
+                    part.train()
             for encoder, learns in zip(models.text_encoders, trained):
                 if encoder is not None and learns:
                     checkpoint_activations(encoder)
                     encoder.train()
         if memory.compiles:
-            compile_blocks(models.denoiser, memory.dynamo_backend)
+            for part in models.of_step:
+                if hasattr(part, "repeated_blocks"):
+                    compile_blocks(part, memory.dynamo_backend)
 
     # ---- the Run -----------------------------------------------------------------------------------------------------
 
     def assemble(
         self, runtime: Runtime, data: DataGroups, models: Models, strategies: StrategySet, trained: list[bool],
-        prompts: list[Any], text: TextPhase, state: Path | None,
+        prompts: list[SamplePrompt], text: TextPhase, state: Path | None,
     ) -> Run:
         """Optimizer, schedule, loaders, hooks and step; resume; the complete Run."""
         batches = self.loader(data, runtime)
@@ -337,7 +351,7 @@ class Trainer:
             objective, data.masked_loss,
         )
         validation_seed = runtime.seed if data.validation_seed is None else data.validation_seed
-        return TrainStep(
+        return self.step_class(
             runtime, self.family, self.trainable, models, strategies, objective,
             timestep_samplers.build(self.config[TimestepOptions], is_flow=objective.is_flow), loss,
             seed=runtime.seed, validation_seed=validation_seed, trained_text_encoders=trained, hooks=list(hooks),

@@ -1,18 +1,21 @@
 """FLUX.1 and Anima by their known calls, against our own objects."""
 
 import argparse
+import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from library import anima_utils, flux_train_utils, flux_utils
-from library.core.errors import ConfigError
+from library.core.errors import CheckpointError, ConfigError
 from library.safetensors_utils import load_safetensors, read_header
 from library.training.objective import clean_estimate
 from library.training.timesteps import density, flow_weights, shift_sigmas
 from library.utils import str_to_dtype
+from tests.library.test_flux_train_utils import tiny_denoiser
 from tests.tiny import build_tiny_anima, build_tiny_flux
 
 
@@ -154,3 +157,70 @@ def test_text_side_of_anima(anima):
     tokenizer = anima_utils.load_qwen3_tokenizer(str(anima.qwen3_tokenizer))
     assert anima_utils.load_t5_tokenizer(str(anima.t5_tokenizer))("a cat").input_ids
     assert tokenizer("a cat").input_ids
+
+
+def test_text_encoders_of_tensors_that_were_read_already(flux):
+    for load, path in ((flux_utils.load_clip_l, flux.clip_l), (flux_utils.load_t5xxl, flux.t5xxl)):
+        state, sizes = load_safetensors(path), json.loads(read_header(path)[1].get("model_config", "{}"))
+        model = load(None, torch.float32, "cpu", state_dict=state, config=sizes)
+        assert same(model, load(path, torch.float32, "cpu")) and model.dtype == torch.float32
+        state = {f"further.{key}": tensor for key, tensor in state.items()}
+        with pytest.raises(CheckpointError, match="the state dict"):
+            load("not read", None, "cpu", False, state)
+
+
+def test_guided_steps_on_packed_latents():
+    model, generator = tiny_denoiser(), torch.Generator().manual_seed(4)
+    img, txt, other = (torch.randn(1, length, width, generator=generator) for length, width in ((6, 64), (5, 12), (3, 12)))
+    vec, ids = torch.randn(1, 8, generator=generator), flux_utils.prepare_img_ids(1, 2, 3)
+    about = (model, img, ids, txt, torch.zeros(1, 5, 3), vec)
+
+    def velocity(text, pooled):
+        return model(
+            img, ids, text, torch.zeros(1, text.shape[1], 3), torch.tensor([1.0]), pooled, torch.tensor([2.0])
+        )
+
+    made = flux_train_utils.denoise(*about, [1.0, 0.5], 2.0, neg_txt=other, neg_vec=-vec, cfg_scale=3.0)
+    negative = velocity(other, -vec)
+    torch.testing.assert_close(made, img - 0.5 * (negative + 3 * (velocity(txt, vec) - negative)))
+    plain = flux_train_utils.denoise(*about, [1.0, 0.5], 2.0, neg_txt=other, cfg_scale=1.0)
+    assert torch.equal(plain, flux_train_utils.denoise(*about, [1.0, 0.5], 2.0))
+    with pytest.raises(ConfigError, match="ControlNets of FLUX.1 are not there"):
+        flux_train_utils.denoise(*about, [1.0, 0.5], controlnet=object())
+
+
+@pytest.fixture(scope="module")
+def qwen3(anima, tmp_path_factory):
+    """A folder with the text encoder of Anima and its tokenizer."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    shutil.copytree(anima.qwen3_tokenizer, folder, dirs_exist_ok=True)
+    shutil.copy(anima.qwen3, folder / "model.safetensors")
+    return str(folder)
+
+
+def test_the_text_encoder_of_anima(anima, qwen3):
+    from library.components.llm_encoder_utils import load_qwen3
+
+    model, tokenizer = anima_utils.load_qwen3_text_encoder(qwen3, torch.float32, "cpu")
+    assert same(model, load_qwen3(anima.qwen3, torch.float32, "cpu"))
+    assert next(anima_utils.load_qwen3_text_encoder(qwen3)[0].parameters()).dtype == torch.bfloat16
+    rows = model.get_input_embeddings().num_embeddings
+    assert max(tokenizer("a cat").input_ids) < rows
+
+
+def test_adapters_merged_into_the_text_encoder_of_anima(anima, qwen3):
+    from networks.lora import create_network
+
+    own = anima_utils.load_qwen3_text_encoder(qwen3, torch.float32)[0]
+    denoiser = anima_utils.load_anima(anima.anima, torch.float32, "cpu")
+    network = create_network(1.0, 2, 2.0, None, [own], denoiser)
+    for number, module in enumerate(network.loras):
+        torch.nn.init.normal_(module.lora_up.weight, generator=torch.Generator().manual_seed(number))
+    merged = anima_utils.load_qwen3_text_encoder(
+        qwen3, torch.float32, lora_weights=[network.file_state_dict()], lora_multipliers=[0.5]
+    )[0]
+    assert not same(merged, own)
+    network.set_multiplier(0.5)
+    network.merge_to([own], denoiser)
+    for (name, tensor), (_, other) in zip(own.state_dict().items(), merged.state_dict().items(), strict=True):
+        torch.testing.assert_close(other, tensor, msg=lambda text, name=name: f"{name}: {text}")

@@ -11,6 +11,8 @@ NAMES = """
 library.train_util
 BaseDataset
 BucketManager(no_upscale, max_reso, min_size, max_size, reso_steps)
+ControlNetDataset(subsets, batch_size, resolution, network_multiplier, enable_bucket, min_bucket_reso, max_bucket_reso, bucket_reso_steps, bucket_no_upscale, debug_dataset, validation_split, validation_seed, resize_interpolation)
+ControlNetSubset(image_dir, conditioning_data_dir, caption_extension, cache_info, num_repeats, shuffle_caption, caption_separator, keep_tokens, keep_tokens_separator, secondary_separator, enable_wildcard, color_aug, flip_aug, face_crop_aug_range, random_crop, caption_dropout_rate, caption_dropout_every_n_epochs, caption_tag_dropout_rate, caption_prefix, caption_suffix, token_warmup_min, token_warmup_step, custom_attributes, validation_seed, validation_split, resize_interpolation)
 DatasetGroup(datasets)
 DreamBoothDataset(subsets, is_training_dataset, batch_size, resolution, network_multiplier, enable_bucket, min_bucket_reso, max_bucket_reso, bucket_reso_steps, bucket_no_upscale, prior_loss_weight, debug_dataset, validation_split, validation_seed, resize_interpolation, skip_image_resolution)
 DreamBoothSubset(image_dir, is_reg, class_tokens, caption_extension, cache_info, alpha_mask, num_repeats, shuffle_caption, caption_separator, keep_tokens, keep_tokens_separator, secondary_separator, enable_wildcard, color_aug, flip_aug, face_crop_aug_range, random_crop, caption_dropout_rate, caption_dropout_every_n_epochs, caption_tag_dropout_rate, caption_prefix, caption_suffix, token_warmup_min, token_warmup_step, custom_attributes, validation_seed, validation_split, resize_interpolation)
@@ -82,6 +84,8 @@ generate_dreambooth_subsets_config_by_subdirs(train_data_dir, reg_data_dir)
 load_user_config(file)
 
 library.model_util
+convert_controlnet_state_dict_to_diffusers(controlnet_state_dict)
+convert_controlnet_state_dict_to_sd(controlnet_state_dict)
 convert_ldm_clip_checkpoint_v1(checkpoint)
 convert_ldm_clip_checkpoint_v2(checkpoint, max_length)
 convert_ldm_unet_checkpoint(v2, checkpoint, config)
@@ -137,13 +141,13 @@ prepare_deepspeed_plugin(args)
 
 library.flux_utils
 analyze_checkpoint_state(ckpt_path)
-convert_diffusers_sd_to_bfl
+convert_diffusers_sd_to_bfl(diffusers_sd, num_double_blocks, num_single_blocks)
 get_t5xxl_actual_dtype(t5xxl)
 load_ae(ckpt_path, dtype, device, disable_mmap)
-load_clip_l(ckpt_path, dtype, device, disable_mmap)
+load_clip_l(ckpt_path, dtype, device, disable_mmap, state_dict)
 load_controlnet(ckpt_path, is_schnell, dtype, device, disable_mmap)
 load_flow_model(ckpt_path, dtype, device, disable_mmap, model_type)
-load_t5xxl(ckpt_path, dtype, device, disable_mmap)
+load_t5xxl(ckpt_path, dtype, device, disable_mmap, state_dict)
 pack_latents(x)
 prepare_img_ids(batch_size, packed_latent_height, packed_latent_width)
 unpack_latents(x, packed_latent_height, packed_latent_width)
@@ -153,7 +157,7 @@ add_flux_train_arguments(parser)
 apply_model_prediction_type(args, model_pred, noisy_model_input, sigmas)
 compute_density_for_timestep_sampling(weighting_scheme, batch_size, logit_mean, logit_std, mode_scale)
 compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
-denoise(model, img, img_ids, txt, txt_ids, vec, timesteps, guidance, t5_attn_mask)
+denoise(model, img, img_ids, txt, txt_ids, vec, timesteps, guidance, t5_attn_mask, controlnet, controlnet_img, neg_txt, neg_vec, neg_t5_attn_mask, cfg_scale)
 get_lin_function(x1, y1, x2, y2)
 get_noisy_model_input_and_timesteps(args, noise_scheduler, latents, noise, device, dtype)
 get_schedule(num_steps, image_seq_len, base_shift, max_shift, shift)
@@ -220,6 +224,7 @@ create_network_from_weights(multiplier, file, vae, text_encoder, unet, weights_s
 
 train_network
 NetworkTrainer()
+VideoDialect()
 setup_parser()
 
 sdxl_train_network
@@ -235,18 +240,35 @@ AnimaNetworkTrainer()
 setup_parser()
 """
 TRAINER = """
+all_reduce_network(accelerator, network)
 assert_extra_args(args, train_dataset_group, val_dataset_group)
+cache_text_encoder_outputs_if_needed(args, accelerator, unet, vae, text_encoders, dataset, weight_dtype)
 call_unet(args, accelerator, unet, noisy_latents, timesteps, text_conds, batch, weight_dtype)
+cast_text_encoder(args)
+cast_unet(args)
+cast_vae(args)
 compute_loss(args, output, timesteps, noise_scheduler, dit_dtype, network_dtype, global_step)
+encode_images_to_latents(args, vae, images)
+epoch_logging(accelerator, logs, global_step, epoch)
 extra_metadata(args)
 extra_step_logs(args, logs)
 extra_trainable_params(args, accelerator, network, transformer, trainable_params)
+generate_step_logs(args, current_loss, avr_loss, lr_scheduler, lr_descriptions, optimizer, keys_scaled, mean_norm, maximum_norm, mean_grad_norm, mean_combined_norm)
 get_latents_caching_strategy(args)
 get_model_version(args)
+get_models_for_text_encoding(args, accelerator, text_encoders)
+get_noise_pred_and_target(args, accelerator, noise_scheduler, latents, batch, text_encoder_conds, unet, network, weight_dtype, train_unet, is_train)
+get_noise_scheduler(args, device)
+get_sai_model_spec(args)
 get_text_encoder_outputs_caching_strategy(args)
+get_text_encoders_train_flags(args, text_encoders)
 get_text_encoding_strategy(args)
 get_tokenize_strategy(args)
+get_tokenizers(tokenize_strategy)
+is_text_encoder_not_needed_for_training(args)
+is_train_text_encoder(args)
 load_target_model(args, weight_dtype, accelerator)
+load_unet_lazily(args, weight_dtype, accelerator, text_encoders)
 on_after_sample_images(accelerator, args, epoch, steps, vae, transformer, network, sample_parameters, dit_dtype)
 on_before_sample_images(accelerator, args, epoch, steps, vae, transformer, network, sample_parameters, dit_dtype)
 on_post_optimizer_step(args, accelerator, network, transformer, sync_gradients, global_step)
@@ -254,11 +276,25 @@ on_post_save(args, accelerator, network, transformer, ckpt_name, save_dtype, met
 on_step_start(args, accelerator, network, text_encoders, unet, batch, weight_dtype, is_train)
 on_train_start(args, accelerator, network, transformer, optimizer)
 on_transformer_loaded(args, accelerator, transformer)
+on_validation_step_end(args, accelerator, network, text_encoders, unet, batch, weight_dtype)
+post_process_loss(loss, args, timesteps, noise_scheduler)
 post_process_network(args, accelerator, network, text_encoders, unet)
+prepare_text_encoder_fp8(index, text_encoder, te_weight_dtype, weight_dtype)
+prepare_text_encoder_grad_ckpt_workaround(index, text_encoder)
+prepare_unet_with_accelerator(args, accelerator, unet)
 process_batch(batch, text_encoders, unet, network, vae, noise_scheduler, vae_dtype, weight_dtype, accelerator, args, text_encoding_strategy, tokenize_strategy, is_train, train_text_encoder, train_unet)
 sample_images(accelerator, args, epoch, global_step, device, vae, tokenizers, text_encoder, unet)
+shift_scale_latents(args, latents)
+step_logging(accelerator, logs, global_step, epoch)
 train(args)
 update_metadata(metadata, args)
+val_logging(accelerator, logs, global_step, epoch, val_step)
+"""
+VIDEO = """
+call_dit(args, accelerator, transformer, latents, batch, noise, noisy_model_input, timesteps, network_dtype)
+get_noisy_model_input_and_timesteps(args, noise, latents, timesteps, noise_scheduler, device, dtype)
+process_batch(args, accelerator, transformer, network, batch, latents, noise, noise_scheduler, dit_dtype, network_dtype, vae, global_step)
+scale_shift_latents(latents)
 """
 PASSES_ARGUMENTS_ON = {"fire_in_thread"}
 """what takes any arguments by its nature"""
@@ -306,11 +342,24 @@ def test_a_trainer_has_its_methods(path, name, known):
     check(getattr(AnimaNetworkTrainer(), name), name, known)
 
 
-def test_the_page_lists_them_all():
+@pytest.mark.parametrize(
+    ("path", "name", "known"),
+    listed("library.compat\n" + VIDEO.strip()),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_dialect_of_video_trainers_has_its_methods(path, name, known):
+    from train_network import VideoDialect
+
+    check(getattr(VideoDialect(), name), name, known)
+
+
+def test_the_page_lists_them_all_with_their_parameters():
     text = (Path(__file__).parents[2] / "docs" / "public_names.md").read_text(encoding="utf-8")
-    missing = [f"{path}.{name}" for path, name, _ in [*listed(NAMES), *listed(TRAINER)] if f"`{name}`" not in text]
-    assert not missing
-    assert not [path for path in {path for path, _, _ in listed(NAMES)} if f"`{path}`" not in text]
+    sections = {part.partition("\n")[0].strip("` "): part for part in text.split("\n## ")}
+    own = "A trainer of one's own"
+    wanted = [*listed(NAMES), *((own, name, known) for _, name, known in [*listed(TRAINER), *listed(VIDEO)])]
+    rows = [(path, name, f"| `{name}` | {'`' + ', '.join(known) + '`' if known else ''} |") for path, name, known in wanted]
+    assert not [f"{path}.{name}" for path, name, row in rows if row.replace("|  |", "| |") not in sections[path].replace("|  |", "| |")]
 
 
 def test_all_that_train_util_hands_on_is_listed():

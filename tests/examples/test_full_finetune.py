@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def argv(work: Work, out: str, *more: str) -> list[str]:
 
 
 def train(work: Work, out: str, *more: str) -> Path:
-    cli.run("flux", TRAINABLE, argv(work, out, *more))
+    cli.run(work.case.family, TRAINABLE, argv(work, out, *more))
     return work.folder / out / "lora.safetensors"
 
 
@@ -67,6 +68,25 @@ def test_layers_have_rates_of_their_own(work: Work) -> None:
     assert step["img_in.weight"] == pytest.approx(1e-3, rel=0.2) and step["final_layer.linear.weight"] == pytest.approx(
         1e-2, rel=0.2
     )
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_models_in_one_file_keep_what_has_not_learned(
+    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The U-Net is another, everything else the base's to the bit, also where it is computed with in 16 bits."""
+    work = Tinies(tmp_path_factory).work(name, tmp_path)
+    words = ("--mixed_precision=bf16", "--max_train_steps=1")
+    final = train(work, "out", *words)
+    before, after = load_safetensors(work.tiny.model), load_safetensors(final)
+    assert {key: (t.shape, t.dtype) for key, t in before.items()} == {key: (t.shape, t.dtype) for key, t in after.items()}
+    changed = {key for key, tensor in before.items() if not torch.equal(tensor, after[key])}
+    own = {key for key in before if key.startswith("model.diffusion_model.")}
+    assert changed <= own and len(changed) > 0.9 * len(own)
+    small = load_safetensors(train(work, "small", *words, "--save_precision=fp16"))
+    assert {tensor.dtype for tensor in small.values() if tensor.is_floating_point()} == {torch.float16}
+    work.tiny = dataclasses.replace(work.tiny, model=final)
+    assert train(work, "again", *words).is_file()
 
 
 def test_self_flow_joins_it(work: Work) -> None:

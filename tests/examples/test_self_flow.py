@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -81,6 +82,38 @@ def test_the_parts_of_a_step(work: Work) -> None:
     assert torch.equal(student.target, teacher.target) and torch.equal(student.noise, teacher.noise)
 
 
+def test_the_teacher_may_be_told_the_noisier_time(work: Work) -> None:
+    """In steps that are drawn, for tokens that the student sees at the cleaner level; what it sees stays the same."""
+    run = work.trainer("out", *HOOK, "--mask_ratio=0.5").prepare()
+    hook, options = run.hooks.find(SelfFlow), SelfFlowOptions(mask_ratio=0.5, self_flow_teacher_coupling_prob=1.0)
+    batch = next(iter(run.data.batches(1, 0)))
+    latents, draws = run.step.latents_of(batch), run.step.draws_of(batch, None)
+    student, plain = hook.views(run.step, latents, draws)
+    hook.options = options
+    _, told = hook.views(run.step, latents, draws)
+    assert torch.equal(told.noisy_latents, plain.noisy_latents)
+    for of_student, of_teacher, cleaner in zip(student.sigmas, told.sigmas, plain.sigmas, strict=True):
+        wanted = torch.where(of_student == cleaner, of_student.max(), cleaner)
+        assert torch.equal(of_teacher, wanted) and torch.equal(told.timesteps, told.sigmas * 1000)
+    hook.options = dataclasses.replace(options, self_flow_teacher_mismatch_ratio=0.0)
+    assert (hook.views(run.step, latents, draws)[1].sigmas == plain.sigmas[:, None]).all()
+    hook.options = options
+    hook.on_train_start(run)
+    assert math.isfinite(run.step(batch).loss_sum)
+
+
+@pytest.mark.parametrize(("decay", "shares"), [
+    ("constant", [0.5, 0.5, 0.5]), ("linear", [0.5, 0.25, 0]), ("cosine", [0.5, 0.25, 0]), ("rex", [0.5, 0.25 / 0.55, 0]),
+])  # fmt: skip
+def test_the_share_of_such_steps_falls(decay: str, shares: list[float]) -> None:
+    hook = SelfFlow(
+        SelfFlowOptions(self_flow_teacher_coupling_prob=0.5, self_flow_teacher_coupling_decay=decay)
+    )
+    hook.decay_steps = 8
+    assert [hook.coupling(step) for step in (0, 4, 8)] == pytest.approx(shares)
+    assert hook.coupling(20) == pytest.approx(shares[-1])
+
+
 def test_the_weight_grows_and_gamma_0_is_the_plain_run(work: Work) -> None:
     hook = SelfFlow(SelfFlowOptions(self_flow_gamma=0.5, self_flow_gamma_warmup_steps=4))
     assert [hook.gamma(step) for step in (0, 2, 4, 9)] == [0, 0.25, 0.5, 0.5]
@@ -102,6 +135,8 @@ def test_the_teacher_follows_the_network(work: Work) -> None:
 
 
 @pytest.mark.parametrize(("words", "told"), [
+    (["--self_flow_teacher_coupling_prob=2"], "needed: a number from 0 to 1"),
+    (["--self_flow_teacher_coupling_decay=fast"], "needed: one of constant, cosine, linear, rex"),
     (["--mask_ratio=0.6"], "--mask_ratio is 0.6"), (["--ema"], "Self-Flow keeps an average of its own"),
     (["--teacher_feature_layer=0"], "the teacher's must be the later one"),
     (["--self_flow_gamma=-1"], "--self_flow_gamma is -1"),

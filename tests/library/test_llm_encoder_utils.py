@@ -1,4 +1,5 @@
-"""Qwen3 as a text encoder: sizes from shapes, every prefix, and the model of transformers."""
+"""Qwen3 and the text tower of Qwen2.5-VL as text encoders: sizes from shapes, every prefix, and the model of
+transformers."""
 
 from __future__ import annotations
 
@@ -60,3 +61,55 @@ def test_another_language_model_is_an_error(tmp_path: Path) -> None:
     save_file_atomic({"model.embed_tokens.weight": torch.zeros(2, 2)}, tmp_path / "q.safetensors")
     with pytest.raises(CheckpointError, match="holds no Qwen3 text encoder"):
         llm_encoder_utils.load_qwen3(tmp_path / "q.safetensors", None, "cpu")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "model.", "model.language_model.", "text_encoders.qwen25_7b.transformer.model.", "folder"]
+)
+def test_the_text_tower_of_a_model_that_sees_pictures(tmp_path: Path, prefix: str) -> None:
+    """Its layers give what transformers' model gives for a text; a folder of transformers 5 has them under
+    language_model."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(3)
+    text = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}, "bos_token_id": 0,
+        "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "out_hidden_size": 16, "num_heads": 2, "intermediate_size": 16}
+    reference = (
+        Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+        .eval()
+        .requires_grad_(False)
+    )
+    tower, path = reference.model.language_model, tmp_path / "q.safetensors"
+    if prefix == "folder":
+        reference.save_pretrained(tmp_path / "text_encoder")
+        path = tmp_path
+    else:
+        state = {f"{prefix}{key}": tensor for key, tensor in tower.state_dict().items()}
+        save_file_atomic(
+            {**state, "visual.patch_embed.proj.weight": torch.zeros(1), "lm_head.weight": torch.zeros(40, 16)}, path
+        )
+    model = llm_encoder_utils.load_qwen25_vl(path, torch.float32, "cpu", config={"num_attention_heads": 2})
+    ids = torch.tensor([[3, 4, 5, 9]])
+    expected = reference(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True).hidden_states
+    found = model(ids, output_hidden_states=True).hidden_states
+    assert len(found) == len(expected) == 4
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, expected))
+
+
+@pytest.mark.parametrize(
+    ("load", "name"), [(llm_encoder_utils.load_qwen3, "qwen25"), (llm_encoder_utils.load_qwen25_vl, "qwen3")]
+)
+def test_the_two_kinds_are_told_apart(tmp_path: Path, load, name: str) -> None:
+    attention = "model.layers.0.self_attn."
+    marks = {
+        "qwen25": {f"{attention}q_proj.bias": torch.zeros(2)},
+        "qwen3": {f"{attention}q_norm.weight": torch.zeros(2)},
+    }
+    save_file_atomic({"model.embed_tokens.weight": torch.zeros(2, 2), **marks[name]}, tmp_path / "q.safetensors")
+    with pytest.raises(CheckpointError, match="text encoder"):
+        load(tmp_path / "q.safetensors", None, "cpu")

@@ -3,15 +3,21 @@ built in."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from library.core.errors import ConfigError
+from library.safetensors_utils import load_safetensors
 from library.training import cli
 from library.training.loop import fit
+from library.training.state_files import WEIGHTS_FILE
+from library.training.wiring.flux import FluxFamily
 from tests.runs import own_hooks
-from tests.runs.conftest import Work, fingerprint, read_parts
+from tests.runs.conftest import Work, draw_pictures, fingerprint, largest_difference, read_parts
 from tests.runs.test_exactness import Stopped, stop_after
+from tests.runs.test_processes import LAUNCHERS, OPTIONS, start
 
 PULL, PLAIN = "--hook=tests.runs.own_hooks:Pull", "--hook=tests.runs.own_hooks:Plain"
 
@@ -55,6 +61,36 @@ def test_its_module_is_resumed_exactly(work: Work) -> None:
     resumed = work.train("parts", PULL, "--resume=latest")
     assert torch.equal(own_hooks.Pull.made[-1].scale.weight, wanted)
     assert fingerprint(resumed) == fingerprint(work.folder / "whole" / "lora.safetensors")
+
+
+def test_a_state_with_weights_of_a_hook_needs_it_before_models_are_loaded(work: Work, monkeypatch) -> None:
+    work.train("out", PULL, "--max_train_steps=1", "--save_state")
+    state = next((work.folder / "out").glob("*-state"))
+    words = [f"--resume={state}", "--max_train_steps=2"]
+    with monkeypatch.context() as patch:
+        for name in ("load_vae", "load_text_encoders", "load_denoiser"):
+            patch.setattr(FluxFamily, name, lambda *_: pytest.fail("a model is loaded"))
+        with pytest.raises(ConfigError, match=r"hooks that this run does not have \(first: hook:Pull.scale.weight\)"):
+            work.train("other", *words, PLAIN)
+    assert not (work.folder / "other").exists()
+    assert work.train("other", *words, PULL, PLAIN).is_file()
+
+
+def test_its_module_learns_alike_in_two_processes(work: Work) -> None:
+    """The number that is learned is the one of a single process with twice the batch."""
+    work.images = draw_pictures(work.folder / "square", 3)
+    words = [PULL, "--t5xxl_max_token_length=32", "--save_state_on_train_end"]
+    small = work.dataset(batch_size=1, name="small.toml")
+    two = start(work, "two", LAUNCHERS["torchrun"], *words, dataset=small)
+    assert two.returncode == 0, two.stderr
+    work.train("one", *OPTIONS, *words, dataset=work.dataset(batch_size=2, name="large.toml"))
+    one_number, two_numbers = (number_in(work.folder / out / "lora-state") for out in ("one", "two"))
+    assert one_number != 0 and two_numbers == pytest.approx(one_number, rel=1e-5)
+    assert largest_difference(work.folder / "one" / "lora.safetensors", work.folder / "two" / "lora.safetensors") < 1e-5
+
+
+def number_in(state: Path) -> float:
+    return load_safetensors(state / WEIGHTS_FILE)["hook:Pull.scale.weight"].item()
 
 
 def test_a_step_that_raises_closes_it(work: Work) -> None:

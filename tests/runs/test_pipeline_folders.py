@@ -12,13 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from library.core.errors import UnsupportedCombination
 from library.training import cli
+from library.training.run import Models
 from tests.runs.conftest import draw_pictures, largest_difference, read_parts
 from tests.families import CASES
 from tests.runs.families import FamilyWork, refused_run, without
 from tests.tiny import KINDS, write_clip_tokenizer
 
 diffusers = pytest.importorskip("diffusers")
+LEFT_AS_IT_WAS = 20
+"""most tensors of a text encoder that are in the file and in no module: a layer that is not used, the logit scale"""
 PIPELINES = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
 
@@ -156,6 +160,31 @@ def test_a_folder_a_file_and_a_ckpt_train_the_same_adapter(model: tuple[str, Pat
     named = read_parts(from_folder)[0]
     assert named["ss_sd_model_name"] == kind and named["ss_sd_model_hash"] == "IsADirectory"
     assert read_parts(trained)[0]["ss_sd_model_name"] == "renamed.ckpt"
+
+
+def test_a_model_that_has_learned_is_one_file(model: tuple[str, Path], work: FamilyWork) -> None:
+    """Of a folder in the original layout, of a file in its own; parts that have not learned are those of the base."""
+    kind, folder = model
+    single = write_single_file(folder, kind, work.folder / "single.safetensors")
+    whole = load_file(single)
+    for path in (folder, single):
+        work.tiny = replace(work.tiny, model=path)
+        family = work.trainer("out").family
+        models = Models(None, family.base_text_encoders(), family.base_denoiser().requires_grad_(False))
+        for part in (models.denoiser, *models.text_encoders):
+            for parameter in part.parameters():
+                parameter.data += 1
+        for parts, prefixes in (
+            (("denoiser",), ("model.",)), (("denoiser", "text_encoders"), ("model.", "cond", "text_projection")),
+        ):
+            family.save_model(models, str(work.folder / "made.safetensors"), None, {"a": "b"}, parts)
+            made = load_file(work.folder / "made.safetensors")
+            assert made.keys() == whole.keys()
+            changed = {key for key in made if not torch.equal(made[key], whole[key])}
+            own = {key for key in made if key.startswith(prefixes) and made[key].is_floating_point()}
+            assert changed <= own and len(changed) >= len(own) - LEFT_AS_IT_WAS, (path, parts, sorted(changed ^ own))
+    with pytest.raises(UnsupportedCombination, match="vision cannot"):
+        family.save_model(models, str(work.folder / "made.safetensors"), None, {}, ("denoiser", "vision"))
 
 
 def test_a_folder_of_pickles(model: tuple[str, Path], work: FamilyWork) -> None:

@@ -118,3 +118,27 @@ def test_bad_arguments_are_refused(tinies, tmp_path, pairs, message) -> None:
         tinies.work("flux", tmp_path).train(
             "out", "--network_module=tlora", f"--network_dim={RANK}", "--max_train_steps=1", "--network_args", *pairs
         )
+
+
+class TokenTimes:
+    """A time for every token: uniform, and half of the tokens at most at half of the noise."""
+
+    def __init__(self, options) -> None: ...
+
+    def sample(self, latent_shape, draws):
+        tokens = latent_shape[-1] * latent_shape[-2] // 4
+        times = draws.uniform("times of tokens", (tokens,))
+        return torch.cat([times[:, : tokens // 2] / 2, times[:, tokens // 2 :]], dim=1)
+
+
+def test_of_times_per_token_the_noisiest_counts(tinies, tmp_path, monkeypatch) -> None:
+    work = tinies.work("flux", tmp_path)
+    steps = watched_run(work, monkeypatch, "--max_train_steps=2", f"--timestep_sampling={__name__}:TokenTimes")
+    checked = 0
+    for times, layers in steps:
+        for used in layers.values():
+            for row, of_tokens in zip(used, times, strict=True):
+                assert len(of_tokens) > 1
+                assert row.sum() == ranks_at(max(of_tokens))
+                checked += 1
+    assert checked

@@ -174,3 +174,30 @@ def test_samples_have_their_frames(work):
     sheets = sorted(path.name for path in (work.folder / "out" / "sample").glob("*sheet.png"))
     grids = list((work.folder / "out" / "sample").glob("*_grid.png"))
     assert sheets == ["lora_sheet.png"] and len(grids) == 1
+
+
+def test_further_parts_are_armed_and_evaluated_like_the_denoiser(work, monkeypatch):
+    from library.training import trainer_base
+    from tests.toy_video.models import ToyVideoDit
+
+    class Expert(ToyVideoDit):
+        checkpointed = None
+
+        def enable_gradient_checkpointing(self, cpu_offload: bool = False) -> None:
+            self.checkpointed = cpu_offload
+
+    class WithExpert(import_target(FAMILY.family)):
+        def load_parts(self, runtime, beside):
+            return {"expert": Expert()} if beside == "denoiser" else super().load_parts(runtime, beside)
+
+    compiled = []
+    monkeypatch.setattr(trainer_base, "compile_blocks", lambda part, backend: compiled.append(part))
+    words = ["--network_train_unet_only", "--gradient_checkpointing", "--cpu_offload_checkpointing", "--torch_compile"]
+    config = parser_common.parse_command(work.argv("out", *words), "toy_video", "network").config
+    run = Trainer(config, WithExpert(config), NetworkTrainable(config)).prepare()
+    expert, vae = run.models.extra["expert"], run.models.extra["first_frame_vae"]
+    assert expert.checkpointed is True and expert.training and run.models.denoiser.training and not vae.training
+    assert compiled == [run.models.denoiser, expert]
+    with run.weights_for_eval():
+        assert not expert.training and not run.models.denoiser.training
+    assert expert.training and run.models.denoiser.training and not vae.training

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
     from library.core.options import Config
+    from library.dataset.batch import Batch
+    from library.training.protocols import LossBody, ParamGroup, Plain, StateValue, StepBody
     from library.training.run import Run, StepOutput
+    from library.training.trainables.base import Trainable
+    from library.training.wiring.base import ModelFamily
 
 logger = logging.getLogger(__name__)
+H = TypeVar("H", bound="Hook")
 
 
 class Hook:
@@ -31,12 +36,10 @@ class Hook:
     companions: ClassVar[tuple[str, ...]] = ()
     """endings of the files that it writes beside each model file: `-ema` for `<name>-ema.safetensors`. See
     `save_companion`"""
-    process_batch = None
-    """(step: TrainStep, batch, times) -> StepOutput"""
-    compute_loss = None
-    """(step: TrainStep, output: DiTOutput, sample: NoisyLatents, batch) -> (per-sample loss [B], logs)"""
+    process_batch: StepBody | None = None
+    compute_loss: LossBody | None = None
 
-    def check(self, config: Config, family: Any, trainable: Any) -> None:
+    def check(self, config: Config, family: ModelFamily, trainable: Trainable) -> None:
         """Before models are loaded; raises ConfigError when the run cannot be what this hook needs."""
 
     def on_transformer_loaded(self, denoiser: torch.nn.Module) -> None:
@@ -48,7 +51,7 @@ class Hook:
         processes, clipped and trained like the rest (see `extra_trainable_params`)."""
         return {}
 
-    def extra_trainable_params(self) -> list[dict[str, Any]]:
+    def extra_trainable_params(self) -> list[ParamGroup]:
         """Further optimizer groups ({"params", "name"} and, unless it is --learning_rate, "lr"): one for each of
         `modules`."""
         found = []
@@ -61,7 +64,7 @@ class Hook:
 
     def on_epoch_start(self, run: Run) -> None: ...
 
-    def on_step_start(self, run: Run, batch: Any) -> None:
+    def on_step_start(self, run: Run, batch: Batch) -> None:
         """Before each micro-batch."""
 
     def on_gradients_ready(self, run: Run) -> None:
@@ -72,7 +75,7 @@ class Hook:
     def on_step_end(self, run: Run, output: StepOutput) -> None:
         """After each optimizer step; `run.progress.global_step` counts it already."""
 
-    def weights_for_eval(self, run: Run) -> AbstractContextManager[Any]:
+    def weights_for_eval(self, run: Run) -> AbstractContextManager[object]:
         """Inside, the trained weights are those that this hook wants samples and validation to be made with."""
         return nullcontext()
 
@@ -98,7 +101,7 @@ class Hook:
     def close(self, run: Run, error: BaseException | None) -> None:
         """The last call of all: after on_train_end, or when something raised `error`, wherever it was."""
 
-    def extra_metadata(self, run: Run) -> dict[str, Any]:
+    def extra_metadata(self, run: Run) -> dict[str, Plain]:
         return {}
 
     def extra_step_logs(self, run: Run) -> dict[str, float]:
@@ -113,12 +116,12 @@ class Hook:
         """Files and folders that it has written and not removed again, for the last lines of the log."""
         return []
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, StateValue]:
         """What this hook needs to go on after a resume, beside its modules; tensors, numbers, texts, lists and dicts
         only."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, StateValue]) -> None: ...
 
 
 class HookList:
@@ -134,7 +137,7 @@ class HookList:
         if not hasattr(Hook, name):
             raise AttributeError(name)
 
-        def call_all(*args: Any) -> list[Any]:
+        def call_all(*args: object) -> list[object]:
             return [getattr(hook, name)(*args) for hook in self.hooks]
 
         return call_all
@@ -170,5 +173,5 @@ class HookList:
             f"{key}.{name}": module for key, hook in self.by_key().items() for name, module in hook.modules().items()
         }
 
-    def find(self, hook_class: type) -> Any | None:
+    def find(self, hook_class: type[H]) -> H | None:
         return next((hook for hook in self.hooks if isinstance(hook, hook_class)), None)

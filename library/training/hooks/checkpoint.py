@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.checkpoints.number_formats import clamping
 from library.core.atomic_file import remove_file, remove_folder
@@ -17,6 +17,7 @@ from library.training.option_groups import HubOptions, SavingOptions
 from library.training.state import save_state
 
 if TYPE_CHECKING:
+    from library.huggingface_util import Uploader
     from library.training.run import Run, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class CheckpointHook(Hook):
     `metadata`: makes the metadata of a file from the run as it stands; `upload`: a huggingface_util.Uploader or None.
     """
 
-    def __init__(self, metadata: MetadataMaker, upload: Any | None = None) -> None:
+    def __init__(self, metadata: MetadataMaker, upload: Uploader | None = None) -> None:
         self._metadata = metadata
         self._upload = upload
         self._files: dict[str, None] = {}

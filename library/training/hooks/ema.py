@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.training.averaging import WeightAverage
 from library.training.checkpoint import AVERAGED
@@ -15,6 +15,7 @@ from library.training.option_groups import EmaOptions
 if TYPE_CHECKING:
     import torch
 
+    from library.training.protocols import Plain, StateValue
     from library.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -70,16 +71,16 @@ class EmaHook(Hook):
         with run.weights_for_eval():
             run.trainable.save(path, dtype, metadata)
 
-    def extra_metadata(self, run: Run) -> dict[str, Any]:
+    def extra_metadata(self, run: Run) -> dict[str, Plain]:
         return {
             "ss_ema_decay": self.options.ema_decay,
             "ss_ema_power": self.options.ema_power,
             "ss_ema_updates": self.updates,
         }
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, StateValue]:
         return {"updates": self.updates, "average": self.average.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, StateValue]) -> None:
         self.average.load_state_dict(state["average"])
         self.updates = int(state["updates"])

@@ -16,7 +16,7 @@ from library.training.option_groups import LoggingOptions
 
 if TYPE_CHECKING:
     from library.generation.picture_files import Picture
-
+    from library.training.protocols import StateValue
     from library.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -181,11 +181,11 @@ class LoggingHook(Hook):
         self._end_bar()
         self._to_trackers(lambda tracker: tracker.close())
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, StateValue]:
         """The window as of the last reading; a save reads first (NonFiniteGuard.check_before_save)."""
         return self.window.state()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, StateValue]) -> None:
         self.window = LossWindow.of_state(state)
 
     def _refresh_bar(self, step: int | None) -> None:

@@ -17,6 +17,7 @@ from library.training.hooks.losses import LossReader, StepLoss
 from library.training.option_groups import SavingOptions
 
 if TYPE_CHECKING:
+    from library.training.protocols import StateValue
     from library.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class LossCurveHook(Hook):
     def written_files(self) -> list[str]:
         return [str(path) for path in self._paths]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, StateValue]:
         return {
             "steps": list(self.steps),
             "losses": list(self.losses),
@@ -97,7 +98,7 @@ class LossCurveHook(Hook):
             "levels": [[step, losses] for step, losses in self.levels.items()],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, StateValue]) -> None:
         self._is_restored = True
         self.steps = [int(step) for step in state.get("steps", [])]
         self.losses = [float(loss) for loss in state.get("losses", [])]

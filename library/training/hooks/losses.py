@@ -17,6 +17,7 @@ import torch
 from library.training.hooks.base import Hook
 
 if TYPE_CHECKING:
+    from library.dataset.batch import Batch
     from library.training.accelerator_setup import Runtime
     from library.training.run import Run, StepOutput
 
@@ -73,7 +74,7 @@ class LossReader(Hook):
         if self.every is None:  # on the CPU a reading waits for nothing
             self.every = 1 if torch.device(run.runtime.device).type == "cpu" else STEPS_BETWEEN_READINGS
 
-    def on_step_start(self, run: Run, batch: Any) -> None:
+    def on_step_start(self, run: Run, batch: Batch) -> None:
         self._files.extend(batch.image_keys)
         self._rates = learning_rates(run)  # the scheduler has moved on when the step is over
 

@@ -62,7 +62,8 @@ def texts_of(family: ModelFamily, prompts: Sequence[SamplePrompt]) -> list[str]:
 
 @torch.no_grad()
 def encode_sample_prompts(
-    family: ModelFamily, strategies: StrategySet, text_encoders: list[Any], prompts: Sequence[SamplePrompt]
+    family: ModelFamily, strategies: StrategySet, text_encoders: list[torch.nn.Module | None],
+    prompts: Sequence[SamplePrompt],
 ) -> Texts:
     """Conditioning of one sample (tensors [1, ...] on the CPU) for every text that sampling needs; negative prompts
     stand under `StrategySet.negative_key`.

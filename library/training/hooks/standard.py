@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.core.options import Config
 from library.dataset import DatasetOptions
@@ -21,12 +21,14 @@ from library.training.option_groups import EmaOptions, HubOptions
 
 if TYPE_CHECKING:
     from library.dataset.strategies import Texts
+    from library.huggingface_util import Uploader
     from library.training.accelerator_setup import Runtime
+    from library.training.sampling_prompts import SamplePrompt
     from library.training.trainables.base import Trainable
 
 
 def standard_hooks(
-    config: Config, runtime: Runtime, *, prompts: list[Any], conditioning: Texts,
+    config: Config, runtime: Runtime, *, prompts: list[SamplePrompt], conditioning: Texts,
     trainable: Trainable,
     of_trainable: Sequence[Hook], own: Sequence[Hook], metadata: MetadataMaker,
 ) -> list[Hook]:
@@ -49,7 +51,7 @@ def standard_hooks(
     ]
 
 
-def uploader_of(options: HubOptions) -> Any | None:
+def uploader_of(options: HubOptions) -> Uploader | None:
     """Uploads files to the hub, when a repository is named."""
     if options.huggingface_repo_id is None:
         return None

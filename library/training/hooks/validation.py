@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +15,7 @@ from library.training.hooks.losses import LossReader
 from library.training.option_groups import ValidationOptions
 
 if TYPE_CHECKING:
+    from library.training.protocols import StateValue
     from library.training.run import Run, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -65,10 +66,10 @@ class ValidationHook(Hook):
         epoch = (step - 1) // run.progress.steps_per_epoch + 1
         return f"{loss:.5f} in epoch {epoch} (after step {step})"
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, StateValue]:
         return {} if self.lowest is None else {"lowest": list(self.lowest)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, StateValue]) -> None:
         if "lowest" in state:
             loss, step = state["lowest"]
             self.lowest = float(loss), int(step)

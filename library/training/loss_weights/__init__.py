@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from library.training.objective import Objective
 
-    LossFactor = Callable[[torch.Tensor, Objective], torch.Tensor]
-    """(timesteps [B] on the 0..1000 scale, objective) -> factor [B]"""
+LossFactor = Callable[["torch.Tensor", "Objective"], "torch.Tensor"]
+"""(timesteps [B] on the 0..1000 scale, objective) -> factor [B]"""
 
 LOSS_WEIGHTS: Registry[Callable] = Registry(
     "loss weight", option="loss_weight", group="loss_weights", takes=("snr", "value", "is_v"),

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from library.training.objective import Objective
 
-    ElementLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Objective], torch.Tensor]
-    """(prediction, target [B, C, ...], timesteps [B] on the 0..1000 scale, objective) -> loss [B, C, ...]"""
+ElementLoss = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor", "Objective"], "torch.Tensor"]
+"""(prediction, target [B, C, ...], timesteps [B] on the 0..1000 scale, objective) -> loss [B, C, ...]"""
 
 LOSSES: Registry[Callable] = Registry(
     "loss", option="loss_type", group="losses", takes=("options", "prediction", "target", "timesteps", "objective"),

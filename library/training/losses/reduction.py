@@ -19,14 +19,17 @@ def per_sample_loss(
     """Losses [B] from element-wise ones [B, C, ...], in the order: flow weight, mask, mean over all but the batch,
     sample weights [B] (prior_loss_weight), factors of the DDPM options.
 
-    Flow weight and factors are [B], or one per frame or token (`expand_like`); such factors act before the mean. `mask`
+    Flow weight and factors are [B], or one per frame or token (`expand_like`); such factors act before the mean. A flow
+    weight with as many dimensions as the elements broadcasts to them. `mask`
     broadcasts to `elementwise` (see `loss_mask`). The mean divides by all elements, so a small mask makes a small loss.
     Works for B = 0.
     """
     if factors is not None and factors.ndim > 1:
         elementwise, factors = elementwise * expand_like(factors.to(elementwise), elementwise), None
     if flow_weight is not None:
-        elementwise = elementwise * expand_like(flow_weight.to(elementwise), elementwise)
+        flow_weight = flow_weight.to(elementwise)
+        is_elementwise = flow_weight.ndim == elementwise.ndim
+        elementwise = elementwise * (flow_weight if is_elementwise else expand_like(flow_weight, elementwise))
     if mask is not None:
         elementwise = elementwise * mask.to(elementwise)
     losses = elementwise.flatten(1).mean(dim=1)  # [B]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from library.training.optimizers import OptimizerBuild
+    from library.training.protocols import LrSchedule
 
     Curve = Callable[[int], float]
     """multiplier of a group's own rate at optimizer step k"""
@@ -379,7 +380,9 @@ def idle(options: SchedulerOptions, optimizer: OptimizerOptions) -> list[Ignored
     return without_effect(unused, reason)
 
 
-def build(options: SchedulerOptions, optimizer: OptimizerBuild, *, learning_rate: float, max_train_steps: int) -> Any:
+def build(
+    options: SchedulerOptions, optimizer: OptimizerBuild, *, learning_rate: float, max_train_steps: int
+) -> LrSchedule:
     """The scheduler of a run: `step()` once per optimizer step, `get_last_lr()`; see `schedulers/factory.py`."""
     from library.training.schedulers.factory import build_scheduler
 

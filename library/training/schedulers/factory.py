@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.optim import lr_scheduler as torch_schedulers
@@ -17,6 +17,7 @@ from library.training.optimizers import OptimizerBuild
 from library.training.schedulers.adafactor import AdafactorRates
 
 if TYPE_CHECKING:
+    from library.training.protocols import LrSchedule
     from library.training.schedulers import SchedulerOptions
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class FixedRates:
 def build_scheduler(
     options: SchedulerOptions, optimizer: OptimizerBuild, make_curve: Callable[[], Callable[[int], float]], *,
     learning_rate: float
-) -> Any:
+) -> LrSchedule:
     """A torch scheduler, or one of our two stand-ins that have no state. `make_curve` gives the multipliers of
     --lr_scheduler."""
     if optimizer.schedule_free:

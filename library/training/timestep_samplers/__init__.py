@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from library.core.errors import ConfigError, Problems, did_you_mean, foreign_errors
 from library.core.options import Ignored, option, without_effect
@@ -91,7 +91,7 @@ class TimestepOptions:
         problems.raise_if_any()
 
 
-def build(options: TimestepOptions, *, is_flow: bool = True) -> Any:
+def build(options: TimestepOptions, *, is_flow: bool = True) -> TimestepSampler:
     """The sampler of a run. DDPM has one way of drawing, whole timesteps uniform in the range."""
     if not is_flow:
         from library.training.timestep_samplers.baseline import DdpmTimestepSampler

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from library.core.options import Config, Ignored
 from library.families.registry import script_name
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from library.checkpoints.loading import Transform
     from library.config_util import ScriptRules
     from library.core.keyed_random import StepDraws
+    from library.dataset.batch import Batch
     from library.dataset.strategies import Conditioning, StrategySet
     from library.training.accelerator_setup import Runtime
     from library.training.hooks.base import Hook
     from library.training.objective import NoisyLatents
+    from library.training.protocols import ParamGroup, Plain
     from library.training.run import Models
     from library.training.wiring.base import ModelFamily
 
@@ -49,7 +51,7 @@ class Trainable(ABC):
         """Options about what is learned that have no effect in this run."""
         return []
 
-    def fixed_settings(self, family: ModelFamily) -> dict[str, Any]:
+    def fixed_settings(self, family: ModelFamily) -> dict[str, Plain]:
         """Options on which the shape of what is learned hangs, by name: a run that resumes must have the same."""
         return {}
 
@@ -83,14 +85,14 @@ class Trainable(ABC):
     def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None: ...
 
     @abstractmethod
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[ParamGroup]:
         """Optimizer groups with `params` (list), `lr` and `name` (for the log)."""
 
     @abstractmethod
     def modules(self) -> dict[str, torch.nn.Module]:
         """Name -> trained module."""
 
-    def inputs(self, batch: Any, sample: Any, conditioning: Conditioning) -> dict[str, Any]:
+    def inputs(self, batch: Batch, sample: NoisyLatents, conditioning: Conditioning) -> dict[str, object]:
         """Further arguments of the family's `predict`."""
         return {}
 
@@ -125,4 +127,4 @@ class Trainable(ABC):
     def load(self, path: str) -> None: ...
 
     @abstractmethod
-    def metadata(self) -> dict[str, Any]: ...
+    def metadata(self) -> dict[str, Plain]: ...

@@ -41,9 +41,11 @@ from networks.kinds.targets import targets_of_family
 
 if TYPE_CHECKING:
     from library.checkpoints.loading import Transform
+    from library.dataset.batch import Batch
     from library.dataset.strategies import Conditioning
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents
+    from library.training.protocols import ParamGroup, Plain
     from library.training.run import Models
     from library.training.wiring.base import ModelFamily
 
@@ -179,7 +181,7 @@ class NetworkTrainable(Trainable):
                 " give the same number, or add --dim_from_weights"
             )
 
-    def fixed_settings(self, family: ModelFamily) -> dict[str, Any]:
+    def fixed_settings(self, family: ModelFamily) -> dict[str, Plain]:
         options = self.opts
         return {
             "network_module": options.module_path,
@@ -434,7 +436,7 @@ class NetworkTrainable(Trainable):
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[ParamGroup]:
         """Groups with `params`, `lr` and `name`. Parameters of groups without rate are frozen: they would collect
         gradients that nobody uses."""
         default = self.config[OptimizerOptions].learning_rate
@@ -478,11 +480,11 @@ class NetworkTrainable(Trainable):
     def modules(self) -> dict[str, torch.nn.Module]:
         return {"network": self.network}
 
-    def inputs(self, batch: Any, sample: Any, conditioning: Conditioning) -> dict[str, Any]:
+    def inputs(self, batch: Batch, sample: NoisyLatents, conditioning: Conditioning) -> dict[str, object]:
         self.use_multipliers(batch)
         return {}
 
-    def use_multipliers(self, batch: Any) -> None:
+    def use_multipliers(self, batch: Batch) -> None:
         """`network_multiplier` of the dataset: the strength of the network for this batch (all of one dataset)."""
         values = {float(value) for value in batch.network_multipliers.tolist()}
         if len(values) > 1:
@@ -504,7 +506,7 @@ class NetworkTrainable(Trainable):
 
     def on_sample(self, sample: NoisyLatents) -> None:
         if hasattr(self.network, "set_step_times"):
-            self.network.set_step_times(sample.timesteps / NUM_TIMESTEPS)
+            self.network.set_step_times(sample.noisiest_timesteps / NUM_TIMESTEPS)
 
     @contextmanager
     def disabled(self):
@@ -562,7 +564,7 @@ class NetworkTrainable(Trainable):
     def load(self, path: str) -> None:
         self.network.load_weights(path)
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Plain]:
         """ss_network_* keys, plain values; the pair `dropout` that is added for LyCORIS is not the user's."""
         options = self.opts
         values = {

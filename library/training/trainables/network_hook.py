@@ -9,6 +9,8 @@ from library.core.keyed_random import StepDraws
 from library.training.hooks.base import Hook
 
 if TYPE_CHECKING:
+    from library.dataset.batch import Batch
+    from library.training.protocols import StateValue
     from library.training.run import Run
     from library.training.trainables.network import NetworkTrainable
 
@@ -26,7 +28,7 @@ class NetworkHook(Hook):
     def on_epoch_start(self, run: Run) -> None:
         self.trainable.network.on_epoch_start(run.models.text_encoders, run.models.denoiser)
 
-    def on_step_start(self, run: Run, batch: Any) -> None:
+    def on_step_start(self, run: Run, batch: Batch) -> None:
         self.trainable.use_multipliers(batch)
         if (
             len(batch) == 0
@@ -37,11 +39,11 @@ class NetworkHook(Hook):
         loras = getattr(self.trainable.network, "loras", [])
         return {lora.lora_name: lora.ggpo for lora in loras if getattr(lora, "ggpo", None) is not None}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, StateValue]:
         kept = sorted(self.trainable.kept.layers) if self.trainable.kept.are_written else []
         return {**{name: ggpo.state() for name, ggpo in self._ggpo().items()}, **({KEPT: kept} if kept else {})}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, StateValue]) -> None:
         kept = self.trainable.kept
         if state.get(KEPT) and not (kept.are_written and sorted(kept.layers) == state[KEPT]):
             raise CheckpointError(

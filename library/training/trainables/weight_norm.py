@@ -8,6 +8,7 @@ from library.training.hooks.base import Hook
 
 if TYPE_CHECKING:
     from library.training.run import Run
+    from library.training.trainables.network import NetworkTrainable
 
 
 class WeightNormHook(Hook):
@@ -16,7 +17,7 @@ class WeightNormHook(Hook):
 
     `trainable`: whose `network` it is, once there is one."""
 
-    def __init__(self, trainable: Any, max_norm: float | None) -> None:
+    def __init__(self, trainable: NetworkTrainable, max_norm: float | None) -> None:
         self.trainable = trainable
         self.max_norm = max_norm
         self._logs: dict[str, float] = {}

@@ -20,7 +20,7 @@ class OrdinaryUpdater(Updater):
 
     def update(self, run: Run) -> None:
         parameters = trained_parameters(run.optimizer)
-        run.runtime.reduce_gradients(parameters)
+        self.reduce(run, parameters)
         if run.max_grad_norm:
             run.runtime.clip_gradients(parameters, run.max_grad_norm)
         else:
@@ -30,3 +30,7 @@ class OrdinaryUpdater(Updater):
         if not getattr(run.optimizer, "step_was_skipped", False):
             run.lr_scheduler.step()
         run.optimizer.zero_grad(set_to_none=True)
+
+    def reduce(self, run: Run, parameters: list[torch.nn.Parameter]) -> None:
+        """Sum the gradients over ranks."""
+        run.runtime.reduce_gradients(parameters)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.core.errors import CheckpointError, Problems
 from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, option, without_effect
@@ -18,17 +18,20 @@ from library.training.inference_samplers import SamplerOptions, check_flow_sampl
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.sampling_prompts import with_defaults
 from library.training.timestep_samplers import TimestepOptions
-from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
+from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, tokenizer_problems
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from library.anima_models import AdapterParams
     from library.anima_utils import AnimaInfo
+    from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
-    from library.dataset.strategies import StrategySet
+    from library.dataset.strategies import Conditioning, StrategySet
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
+    from library.training.protocols import Plain
     from library.training.run import DiTOutput, Models
     from library.training.sampling_prompts import SamplePrompt
 
@@ -168,7 +171,7 @@ class AnimaFamily(FlowFamily):
         ]
 
     @cached_property
-    def _qwen3_tokenizer(self) -> Any:
+    def _qwen3_tokenizer(self) -> PreTrainedTokenizerBase:
         from library.components.tokenizers import load_qwen3_tokenizer
 
         return load_qwen3_tokenizer(
@@ -176,7 +179,7 @@ class AnimaFamily(FlowFamily):
         )
 
     @cached_property
-    def _t5_tokenizer(self) -> Any:
+    def _t5_tokenizer(self) -> PreTrainedTokenizerBase:
         from library.components.tokenizers import load_t5_tokenizer
 
         cache_dir = self.config[ModelOptions].tokenizer_cache_dir
@@ -264,7 +267,7 @@ class AnimaFamily(FlowFamily):
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_anima
-        from library.dataset.strategies import StrategySet
+        from library.dataset.strategies import Conditioning, StrategySet
         from library.dataset.text_cache_io import TEXT_LAYOUTS
 
         # the number of T5 tokens is part of what was encoded, and the record has one length only
@@ -334,7 +337,7 @@ class AnimaFamily(FlowFamily):
         )
 
     def predict(
-        self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
+        self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
         from library.anima_train_utils import predict_velocity
         from library.training.run import DiTOutput
@@ -343,9 +346,14 @@ class AnimaFamily(FlowFamily):
         velocity, extra = self.with_side_outputs(velocity)
         return DiTOutput(velocity, sample.target, extra)
 
-    def save_model(self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+    def save_model(
+        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
+        parts: Collection[str] = DENOISER,
+    ) -> None:
+        """The denoiser, which has a file of its own."""
         from library.anima_utils import save_anima
 
+        self.check_parts(parts)
         save_anima(models.denoiser, path, dtype, metadata)
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
@@ -357,7 +365,7 @@ class AnimaFamily(FlowFamily):
     def needs_negative(self, prompt: SamplePrompt) -> bool:
         return prompt.scale is not None and prompt.scale > 1.0
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Plain]:
         times = self.config[TimestepOptions]
         return {
             "ss_base_model_version": "anima",

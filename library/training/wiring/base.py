@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from library.core.errors import CheckpointError, ConfigError, Problems, UnsupportedCombination
 from library.core.options import Config, Ignored
@@ -23,18 +23,23 @@ from library.training.sampling_prompts import (
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from library.checkpoints.loading import Transform
+    from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache, LatentEncoder
-    from library.dataset.strategies import StrategySet
+    from library.dataset.strategies import Conditioning, StrategySet
     from library.dataset.text_cache import TextCache
     from library.families.record import DataArchitecture, FamilyRecord, SampleDefaults
     from library.generation.pipeline import PicturePipeline
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
+    from library.training.protocols import Plain
     from library.training.run import DiTOutput, Models
 
 logger = logging.getLogger(__name__)
+
+DENOISER = ("denoiser",)
 
 
 def ignored_by_flow(model: str) -> dict[str, str]:
@@ -73,7 +78,8 @@ def foreign_to_ddpm(model: str) -> dict[str, str]:
 
 
 def tokenizer_problems(
-    load: Callable[[], Any], rows: Callable[[], int] | None, name: str, option: str, place: str | None = None
+    load: Callable[[], PreTrainedTokenizerBase], rows: Callable[[], int] | None, name: str, option: str,
+    place: str | None = None,
 ) -> list[str]:
     """A tokenizer that cannot be found or read, or whose ids the model does not have. `load` gives the tokenizer,
     `rows` the number of embeddings of `place` (None: not compared), `option` names another tokenizer."""
@@ -106,17 +112,17 @@ class ModelFamily(ABC):
     """shared options that the known script of the family takes and does nothing with: name -> reason"""
     foreign: ClassVar[Mapping[str, str]] = {}
     """shared options that the known script of the family does not have: name -> reason"""
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     """values of such options that ask for what happens anyway, where they differ from those of
     known_options.ALSO_NEUTRAL"""
-    stands_for: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    stands_for: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """own switches that are another spelling of shared options: name -> those options with their values"""
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    defaults: ClassVar[Mapping[str, object]] = {}
     """shared options whose default differs here: name -> default"""
     part_options: ClassVar[Mapping[str, frozenset[str]]] = {}
     """own options that a part needs, for tools that load one part alone: "vae" and "text_encoders" -> names"""
 
-    def __init_subclass__(cls, **settings: Any) -> None:
+    def __init_subclass__(cls, **settings: object) -> None:
         super().__init_subclass__(**settings)
         if "record" in vars(cls):
             cls.name, cls.architecture, cls.sampling = cls.record.name, cls.record.architecture, cls.record.samples
@@ -158,7 +164,7 @@ class ModelFamily(ABC):
         )
 
     def text_cache(
-        self, trained: Sequence[bool], files: Sequence[str | Path], more: Sequence[str] = (), **facts: Any
+        self, trained: Sequence[bool], files: Sequence[str | Path], more: Sequence[str] = (), **facts: object
     ) -> TextCache | None:
         """The text cache of this run, None without one. `files`: those of the text encoders; `more`: what else their
         outputs hang on, in words; `facts`: see TextCache."""
@@ -195,7 +201,8 @@ class ModelFamily(ABC):
     def load_parts(self, runtime: Runtime, beside: str) -> dict[str, torch.nn.Module]:
         """Further parts by name. `beside` "vae": those that encode images while latents are cached or in the step, and
         live as long as the VAE (a vision encoder); "denoiser": those that run in the step (a second expert, a
-        ControlNet)."""
+        ControlNet). A part with `enable_gradient_checkpointing` or `repeated_blocks`, as the denoiser has them, is
+        checkpointed and compiled like it."""
         return {}
 
     @abstractmethod
@@ -208,7 +215,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def predict(
-        self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
+        self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
         """One forward of the denoiser; `pred` and `target` have the shape of the latents."""
 
@@ -219,7 +226,7 @@ class ModelFamily(ABC):
 
         return pipeline_class(self.name)(models.denoiser, models.vae, **self.pipeline_settings())
 
-    def pipeline_settings(self) -> Mapping[str, Any]:
+    def pipeline_settings(self) -> Mapping[str, object]:
         """Fields of the pipeline beside the models: what the options say of them."""
         return {}
 
@@ -256,17 +263,32 @@ class ModelFamily(ABC):
         return VIDEO_LINE_OPTIONS if cls.architecture.latents.clips else IMAGE_LINE_OPTIONS
 
     @abstractmethod
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Plain]:
         """ss_* keys of this family, `ss_base_model_version` among them; plain values."""
 
     @abstractmethod
     def modelspec(self) -> dict[str, str | None]:
         """architecture, implementation (and prediction_type where it applies) for modelspec.* metadata."""
 
-    def save_model(self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+    def save_model(
+        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
+        parts: Collection[str] = DENOISER,
+    ) -> None:
         """Write the base model as it is now, in the layout that its files have; safely. Families without it cannot be
-        fine-tuned whole."""
+        fine-tuned whole.
+
+        `parts`: what has learned, "denoiser", "text_encoders" or names of `Models.extra`. Where one file holds all parts,
+        the others are those of the base, as they were; UnsupportedCombination for parts that the family does not write.
+        """
         raise UnsupportedCombination(f"{self.name} models cannot be written whole")
+
+    def check_parts(self, parts: Collection[str], known: Collection[str] = DENOISER) -> None:
+        """For `save_model`: UnsupportedCombination for parts that are not `known`."""
+        others = sorted(set(parts) - set(known))
+        if others:
+            raise UnsupportedCombination(
+                f"of {self.name} models {', '.join(known)} can be written; {', '.join(others)} cannot"
+            )
 
     def new_control_net(self, models: Models) -> torch.nn.Module:
         raise UnsupportedCombination(f"{self.name} has no ControlNet training")
@@ -312,7 +334,9 @@ class FlowFamily(ModelFamily):
             return [*found, str(error)]
 
     @staticmethod
-    def with_side_outputs(output: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def with_side_outputs(
+        output: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What a denoiser gave as prediction and side outputs for DiTOutput."""
         return (output[0], {"features": output[1]}) if isinstance(output, tuple) else (output, {})
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.core.errors import Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, refused_option, without_effect
@@ -16,16 +16,19 @@ from library.dataset import CachingOptions
 from library.families.flux import FAMILY
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
-from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
+from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, tokenizer_problems
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
+    from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
-    from library.dataset.strategies import StrategySet
+    from library.dataset.strategies import Conditioning, StrategySet
     from library.flux_utils import FlowModelInfo
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
+    from library.training.protocols import Plain
     from library.training.run import DiTOutput, Models
 
 logger = logging.getLogger(__name__)
@@ -146,13 +149,13 @@ class FluxFamily(FlowFamily):
         ]
 
     @cached_property
-    def _clip_l_tokenizer(self) -> Any:
+    def _clip_l_tokenizer(self) -> PreTrainedTokenizerBase:
         from library.components.tokenizers import load_clip_tokenizer
 
         return load_clip_tokenizer(self.opts.clip_l_tokenizer, self.config[ModelOptions].tokenizer_cache_dir)
 
     @cached_property
-    def _t5xxl_tokenizer(self) -> Any:
+    def _t5xxl_tokenizer(self) -> PreTrainedTokenizerBase:
         from library.components.tokenizers import load_t5_tokenizer
 
         return load_t5_tokenizer(
@@ -227,7 +230,7 @@ class FluxFamily(FlowFamily):
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_flux
-        from library.dataset.strategies import StrategySet
+        from library.dataset.strategies import Conditioning, StrategySet
         from library.dataset.text_cache_io import TEXT_LAYOUTS
 
         text = self.text_cache(
@@ -296,7 +299,7 @@ class FluxFamily(FlowFamily):
         )
 
     def predict(
-        self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
+        self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
         from library.flux_train_utils import predict_velocity
         from library.training.objective import clean_estimate
@@ -311,15 +314,20 @@ class FluxFamily(FlowFamily):
             prediction = clean_estimate(prediction.float(), sample.noisy_latents, sample.sigmas)
         return DiTOutput(prediction, sample.target, extra)
 
-    def save_model(self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+    def save_model(
+        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
+        parts: Collection[str] = DENOISER,
+    ) -> None:
+        """The denoiser, which has a file of its own."""
         from library.flux_utils import save_flow_model
 
+        self.check_parts(parts)
         save_flow_model(models.denoiser, path, dtype, metadata)
 
-    def pipeline_settings(self) -> Mapping[str, Any]:
+    def pipeline_settings(self) -> Mapping[str, object]:
         return {"use_t5_mask": self.opts.apply_t5_attn_mask}
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Plain]:
         times = self.config[TimestepOptions]
         return {
             "ss_base_model_version": "flux1",

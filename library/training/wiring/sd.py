@@ -3,10 +3,10 @@ strategy_sd."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.core.errors import CheckpointError
 from library.core.options import option
@@ -17,12 +17,15 @@ from library.training.wiring.unet import UNetFamily, about_slot, foreign_to_unet
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from library.components.ldm_utils import AutoEncoderInfo
     from library.components.unet_utils import UNetInfo
-    from library.dataset.strategies import StrategySet
+    from library.dataset.batch import Batch
+    from library.dataset.strategies import Conditioning, StrategySet
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents
+    from library.training.protocols import Plain
     from library.training.run import DiTOutput, Models
 
 _NO_TEXT_CACHE = "captions of Stable Diffusion are encoded in the step; its text encoder is small"
@@ -98,7 +101,7 @@ class SdFamily(UNetFamily):
         return self.config[ModelOptions].v2
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         from library.components.tokenizers import load_clip_tokenizer
         from library.strategy_sd import V2_PAD
 
@@ -108,7 +111,7 @@ class SdFamily(UNetFamily):
         )
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
-        from library.dataset.strategies import StrategySet
+        from library.dataset.strategies import Conditioning, StrategySet
         from library.dataset.text_cache_io import TEXT_LAYOUTS
         from library.strategy_sd import SdTextEncodingStrategy, SdTokenizeStrategy
 
@@ -133,12 +136,30 @@ class SdFamily(UNetFamily):
         from library.sd_utils import load_unet_sd
 
         denoiser = load_unet_sd(
-            self.base_path, runtime.weight_dtype, runtime.device, self.disable_mmap, transform=self.transform
+            self.base_path, self.reading_dtype(runtime), runtime.device, self.disable_mmap, transform=self.transform
         )
         return self.stored_small(denoiser, runtime)
 
+    def base_denoiser(self) -> torch.nn.Module:
+        from library.sd_utils import load_unet_sd
+
+        return load_unet_sd(self.base_path, None, "cpu", self.disable_mmap)
+
+    def base_text_encoders(self) -> list[torch.nn.Module]:
+        from library.sd_utils import load_text_encoder_sd
+
+        return [load_text_encoder_sd(self.base_path, self.is_v2, None, "cpu", self.disable_mmap)]
+
+    def file_tensors(
+        self, denoiser: torch.nn.Module | None, text_encoders: Sequence[torch.nn.Module] | None,
+        vae: torch.nn.Module | None,
+    ) -> dict[str, torch.Tensor]:
+        from library.sd_utils import checkpoint_state
+
+        return checkpoint_state(denoiser, text_encoders and text_encoders[0], vae, self.is_v2)
+
     def predict(
-        self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
+        self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
         from library.sd_train_utils import predict_noise
         from library.training.run import DiTOutput
@@ -148,7 +169,7 @@ class SdFamily(UNetFamily):
             sample.target,
         )
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Plain]:
         return {"ss_base_model_version": f"sd_v{2 if self.is_v2 else 1}{'_v' if self.is_v else ''}"}
 
     def modelspec(self) -> dict[str, str | None]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.core.errors import CheckpointError
 from library.core.options import option
@@ -18,12 +18,15 @@ from library.training.wiring.unet import UNetFamily, about_slot, foreign_to_unet
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from library.components.ldm_utils import AutoEncoderInfo
     from library.components.unet_utils import UNetInfo
-    from library.dataset.strategies import StrategySet
+    from library.dataset.batch import Batch
+    from library.dataset.strategies import Conditioning, StrategySet
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents
+    from library.training.protocols import Plain
     from library.training.run import DiTOutput, Models
 
 
@@ -86,7 +89,7 @@ class SdxlFamily(UNetFamily):
         return [*found, width] if width else found
 
     @cached_property
-    def _tokenizers(self) -> tuple[Any, Any]:
+    def _tokenizers(self) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
         """The same vocabulary twice; the second one pads with its first entry."""
         from library.components.tokenizers import load_clip_tokenizer
         from library.strategy_sdxl import SECOND_PAD
@@ -99,7 +102,7 @@ class SdxlFamily(UNetFamily):
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_sdxl
-        from library.dataset.strategies import StrategySet
+        from library.dataset.strategies import Conditioning, StrategySet
         from library.dataset.text_cache_io import TEXT_LAYOUTS
 
         model = self.config[ModelOptions]
@@ -127,12 +130,30 @@ class SdxlFamily(UNetFamily):
         from library.sdxl_utils import load_unet_sdxl
 
         denoiser = load_unet_sdxl(
-            self.base_path, runtime.weight_dtype, runtime.device, self.disable_mmap, transform=self.transform
+            self.base_path, self.reading_dtype(runtime), runtime.device, self.disable_mmap, transform=self.transform
         )
         return self.stored_small(denoiser, runtime)
 
+    def base_denoiser(self) -> torch.nn.Module:
+        from library.sdxl_utils import load_unet_sdxl
+
+        return load_unet_sdxl(self.base_path, None, "cpu", self.disable_mmap)
+
+    def base_text_encoders(self) -> list[torch.nn.Module]:
+        from library.sdxl_utils import load_text_encoders_sdxl
+
+        return list(load_text_encoders_sdxl(self.base_path, None, "cpu", self.disable_mmap))
+
+    def file_tensors(
+        self, denoiser: torch.nn.Module | None, text_encoders: Sequence[torch.nn.Module] | None,
+        vae: torch.nn.Module | None,
+    ) -> dict[str, torch.Tensor]:
+        from library.sdxl_utils import checkpoint_state
+
+        return checkpoint_state(denoiser, text_encoders, vae)
+
     def predict(
-        self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
+        self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
         from library.sdxl_train_utils import predict_noise
         from library.training.run import DiTOutput
@@ -143,7 +164,7 @@ class SdxlFamily(UNetFamily):
         )
         return DiTOutput(prediction, sample.target)
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Plain]:
         return {"ss_base_model_version": "sdxl_base_v1-0"}
 
     def modelspec(self) -> dict[str, str | None]:

@@ -6,10 +6,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from library.core.errors import CheckpointError, Problems
 from library.dataset import CachingOptions
@@ -17,7 +17,7 @@ from library.training.inference_samplers import SamplerOptions, check_sampler, s
 from library.training.option_groups import ModelOptions, NoiseOptions, SamplingOptions
 from library.training.sampling_prompts import SamplePrompt, with_defaults
 from library.training.timestep_samplers import TimestepOptions
-from library.training.wiring.base import ModelFamily, foreign_to_ddpm
+from library.training.wiring.base import DENOISER, ModelFamily, foreign_to_ddpm
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from library.dataset.latent_cache import LatentCache
     from library.training.accelerator_setup import Runtime
     from library.training.objective import Objective
+    from library.training.run import Models
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +151,14 @@ class UNetFamily(ModelFamily):
         return load_autoencoder(self.vae_info, runtime.vae_dtype, runtime.device, self.disable_mmap)
 
     @staticmethod
+    def reading_dtype(runtime: Runtime) -> torch.dtype:
+        """In what the U-Net is read; one that is stored in 8 bits is read in the type of the computation first."""
+        return runtime.weight_dtype if runtime.denoiser_dtype.itemsize == 1 else runtime.denoiser_dtype
+
+    @staticmethod
     def stored_small(denoiser: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
         """The U-Net as --fp8_base stores it: linear layers and convolutions in 8 bits."""
-        if runtime.denoiser_dtype != runtime.weight_dtype:
+        if runtime.denoiser_dtype.itemsize == 1:
             from library.fp8_optimization_utils import shrink_to_fp8
 
             shrink_to_fp8(denoiser)
@@ -167,6 +173,53 @@ class UNetFamily(ModelFamily):
             for encoder in encoders:
                 shrink_linears_to_fp8(encoder)
         return encoders
+
+    @abstractmethod
+    def file_tensors(
+        self, denoiser: torch.nn.Module | None, text_encoders: Sequence[torch.nn.Module] | None,
+        vae: torch.nn.Module | None,
+    ) -> dict[str, torch.Tensor]:
+        """Weights of the parts that are given, under their names in a file of the original layout."""
+
+    @abstractmethod
+    def base_denoiser(self) -> torch.nn.Module:
+        """That of the base as its file has it, on the CPU; the same for the text encoders below."""
+
+    @abstractmethod
+    def base_text_encoders(self) -> list[torch.nn.Module]: ...
+
+    def save_model(
+        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
+        parts: Collection[str] = DENOISER,
+    ) -> None:
+        """One file: that of the base, with what has learned, and the autoencoder of --vae, in the place of its own. A
+        base in the layout of diffusers becomes a file in the original layout. What has not learned is read again: in
+        memory it may be rounded, or gone."""
+        import torch
+
+        from library.checkpoints.rewriting import holds_all, write_replaced
+        from library.safetensors_utils import cast_all, save_file_atomic
+
+        self.check_parts(parts, ("denoiser", "text_encoders"))
+        denoiser = models.denoiser if "denoiser" in parts else None
+        text_encoders = models.text_encoders if "text_encoders" in parts else None
+        other_vae = self._base_vae() if self.config[ModelOptions].vae else None
+        changed = self.file_tensors(denoiser, text_encoders, other_vae)
+        if holds_all(self.info.source, changed):
+            write_replaced(self.info.source, changed, path, dtype, metadata)
+            return
+        whole = self.file_tensors(
+            denoiser or self.base_denoiser(), text_encoders or self.base_text_encoders(), other_vae or self._base_vae()
+        )
+        is_zero_snr = self.config[NoiseOptions].zero_terminal_snr or self.info.zero_terminal_snr
+        marks = {"v_pred": self.is_v, "ztsnr": is_zero_snr}
+        whole |= {mark: torch.zeros(0) for mark, is_set in marks.items() if is_set}
+        save_file_atomic({key: tensor.contiguous() for key, tensor in cast_all(whole, dtype).items()}, path, metadata)
+
+    def _base_vae(self) -> torch.nn.Module:
+        from library.components.ldm_utils import load_autoencoder
+
+        return load_autoencoder(self.vae_info, None, "cpu", self.disable_mmap)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         return latents * self.vae_info.params.scaling_factor
@@ -189,7 +242,7 @@ class UNetFamily(ModelFamily):
     def _check_sampler(name: str, what: str) -> None:
         check_sampler(name, what)
 
-    def pipeline_settings(self) -> Mapping[str, Any]:
+    def pipeline_settings(self) -> Mapping[str, object]:
         objective = self.objective()
         return {"prediction_type": objective.prediction_type, "zero_terminal_snr": objective.zero_terminal_snr}
 

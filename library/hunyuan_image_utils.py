@@ -1,0 +1,248 @@
+"""HunyuanImage 2.1 checkpoints: what a file holds, loading and saving it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.checkpoints.loading import (
+    CheckpointFiles,
+    Transform,
+    assign_state,
+    build_on_meta,
+    build_params,
+    check_state,
+    count_blocks,
+    find_prefix,
+    open_checkpoint,
+    part_of,
+    strip_prefix,
+)
+from library.components.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
+from library.components.llm_encoder_utils import inspect_qwen25_vl
+from library.components.text_encoder_utils import inspect_t5xxl
+from library.core.errors import CheckpointError
+from library.fp8_optimization_utils import FP8_STORAGE, scaled_fp8, store_linears_in_fp8, use_scales
+from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
+from library.hunyuan_image_vae import LATENT_SCALING_FACTOR, HunyuanVAE2D
+from library.safetensors_utils import cast_all, save_file_atomic
+
+logger = logging.getLogger(__name__)
+
+VAE_WANTED = Wanted(
+    "HunyuanImage 2.1", "hunyuan_image_2.1_vae_fp16.safetensors", quant_conv=False,
+    scaling={"scaling_factor": LATENT_SCALING_FACTOR, "shift_factor": 0.0},
+)  # fmt: skip
+DENOISER_PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "model.model.",
+    "model.",
+    "net.",
+    "module.",
+    "transformer.",
+)
+DENOISER_ROOTS = (
+    "byt5_in", "img_in", "txt_in", "time_in", "time_r_in", "guidance_in", "double_blocks", "single_blocks",
+    "final_layer", "vision_in",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HYImageInfo:
+    """What the headers of a denoiser checkpoint tell. `dtypes`: types of the stored weights."""
+
+    source: CheckpointFiles
+    prefix: str
+    params: HYImageParams
+    dtypes: frozenset[torch.dtype]
+
+
+def inspect_hunyuan_image(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> HYImageInfo:
+    """Recognise a HunyuanImage 2.1 denoiser from headers alone; `config` overrides hyper-parameters by the names of
+    HYImageParams.
+
+    CheckpointError when the file is damaged or no such denoiser.
+    """
+    source = open_checkpoint(path, "transformer")
+    prefix = find_prefix(source.shapes, DENOISER_PREFIXES, DENOISER_ROOTS, source.path, "denoiser")
+    shapes = strip_prefix(source.shapes, prefix)
+    if "byt5_in.fc1.weight" not in shapes or "double_blocks.0.img_attn_qkv.weight" not in shapes:
+        some = ", ".join(list(shapes)[:3]) or "no tensors"
+        raise CheckpointError(
+            f"{source.path} holds no HunyuanImage 2.1 denoiser"
+            f" (byt5_in.* and double_blocks.*.img_attn_qkv are not there; it begins with {some})"
+        )
+    given = {**source.model_config, **(config or {})}
+    params = build_params(HYImageParams, _infer(shapes, given, source.path), given, source.path)
+    dtypes = frozenset(tensor.dtype for key, tensor in shapes.items() if key.endswith(".weight"))
+    return HYImageInfo(source, prefix, params, dtypes)
+
+
+def _infer(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Hyper-parameters from shapes; head size h gives the rotary axes (h/2, h/2)."""
+
+    def size(key: str, dim: int) -> int:
+        if key not in shapes or shapes[key].ndim <= dim:
+            raise CheckpointError(
+                f"{path} does not fit HYImageDiffusionTransformer: {key} is missing or has too few dimensions"
+            )
+        return shapes[key].shape[dim]
+
+    hidden, head_dim = size("img_in.proj.weight", 0), size("double_blocks.0.img_attn_q_norm.weight", 0)
+    inferred: dict[str, Any] = {
+        "in_channels": size("img_in.proj.weight", 1),
+        "hidden_size": hidden,
+        "num_heads": hidden // head_dim,
+        "depth": count_blocks(shapes, "double_blocks."),
+        "depth_single": count_blocks(shapes, "single_blocks."),
+        "refiner_depth": count_blocks(shapes, "txt_in.individual_token_refiner.blocks."),
+        "mlp_ratio": size("double_blocks.0.img_mlp.fc1.weight", 0) / hidden,
+        "text_dim": size("txt_in.input_embedder.weight", 1),
+        "byt5_dim": size("byt5_in.fc1.weight", 1),
+        "byt5_mid": size("byt5_in.fc1.weight", 0),
+        "time_embed_dim": size("time_in.mlp.0.weight", 1),
+        "guidance_embed": any(key.startswith("guidance_in.") for key in shapes),
+        "mean_flow": any(key.startswith("time_r_in.") for key in shapes),
+    }
+    if "rope_dim_list" not in given:
+        inferred["rope_dim_list"] = (head_dim // 2, head_dim // 2)
+    return inferred
+
+
+def load_hunyuan_image(
+    path: str | os.PathLike,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+    *,
+    fp8_scaled: bool = False,
+    transform: Transform | None = None,
+) -> HYImageDiffusionTransformer:
+    """Load a denoiser; its sizes come from the file.
+
+    `fp8_scaled` keeps the large matrices of the blocks in 8 bits, each row with a scale of its own; `dtype`
+    float8_e4m3fn the weights of all linear layers, without scales, and the rest in bfloat16; None keeps the file's own
+    types. `transform` may change the tensors as they are read. CheckpointError when the file does not fit.
+    """
+    info = inspect_hunyuan_image(path, config)
+    params = info.params
+    logger.info(
+        "loading HunyuanImage 2.1%s from %s (%d double and %d single blocks)",
+        " (distilled)" if params.guidance_embed or params.mean_flow else "", path, params.depth, params.depth_single,
+    )  # fmt: skip
+    keys = [
+        key
+        for key in info.source.shapes
+        if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in DENOISER_ROOTS
+    ]
+    store = info.source.storing(torch.bfloat16 if fp8_scaled and dtype == FP8_STORAGE else dtype, keys)
+    scales: dict[str, Tensor] = {}
+
+    def cast(key: str, tensor: Tensor) -> Tensor:
+        name = key[len(info.prefix) :]
+        if fp8_scaled and takes_scale(name.removesuffix(".weight")) and name.endswith(".weight"):
+            weight, scales[name.removesuffix(".weight")] = scaled_fp8(tensor)
+            return weight
+        return store(key, tensor)
+
+    state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, cast), info.prefix)
+    model = build_on_meta(lambda: HYImageDiffusionTransformer(params))
+    check_state(model, state, os.fspath(path))
+    assign_state(model, state)
+    store_linears_in_fp8(model)
+    for name, scale in scales.items():
+        use_scales(model.get_submodule(name), scale)
+    return model
+
+
+def takes_scale(path: str) -> bool:
+    """Whether the layer of this path is stored in scaled 8 bits: the matrices of the double and single blocks."""
+    return path.startswith(("double_blocks.", "single_blocks.")) and not path.endswith("_norm")
+
+
+def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The denoiser's entries of a checkpoint's state under the names of the module tree."""
+    return part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS)
+
+
+def fitting_problems(
+    params: HYImageParams,
+    *,
+    text_encoder: tuple[str, str],
+    byt5: tuple[str, str],
+    vae: tuple[str, str] | None,
+    model: str,
+) -> list[str]:
+    """Sizes of text encoders and autoencoder against the denoiser's, from headers. Each is (option, path), no vae = not
+    checked. CheckpointError when a file is no such part."""
+    sizes = [
+        (*text_encoder, "its width", inspect_qwen25_vl(text_encoder[1])["hidden_size"], params.text_dim),
+        (*byt5, "its width", inspect_t5xxl(byt5[1])["d_model"], params.byt5_dim),
+    ]
+    if vae is not None:
+        sizes.append((*vae, "its number of latent channels", inspect_vae(vae[1]).params.z_channels, params.in_channels))
+    return [
+        f"--{option} is {path}: {what} is {size}, the denoiser {model} takes {needed};"
+        " use the files that belong together"
+        for option, path, what, size, needed in sizes
+        if size != needed
+    ]
+
+
+def save_hunyuan_image(
+    model: HYImageDiffusionTransformer,
+    path: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a denoiser in the original layout. Hyper-parameters that its shapes do not tell go into `model_config`."""
+    state = cast_all({key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}, dtype)
+    save_file_atomic(state, path, {"format": "pt", **(metadata or {}), **model_config_metadata(model)})
+
+
+def model_config_metadata(model: HYImageDiffusionTransformer) -> dict[str, str]:
+    """{"model_config": JSON} for a model whose hyper-parameters do not follow from its shapes, else nothing."""
+    try:
+        params = build_params(HYImageParams, _infer(model.state_dict(), {}, ""), {}, "")
+    except CheckpointError:
+        params = None
+    return {} if params == model.params else {"model_config": json.dumps(asdict(model.params), sort_keys=True)}
+
+
+def inspect_vae(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:
+    """Recognise the 32x autoencoder from headers alone; `config` overrides by the names of AutoEncoderParams.
+    CheckpointError when it is another one."""
+    info = inspect_autoencoder(path, config, wanted=VAE_WANTED)
+    names = {key[len(info.prefix) :] for key in info.source.shapes}
+    if info.is_diffusers or "decoder.up.0.upsample.conv.weight" not in names:
+        raise CheckpointError(
+            f"{info.source.path} is an autoencoder of latent diffusion"
+            f" ({info.params.z_channels} latent channels at 1/{info.params.spatial_stride});"
+            f" {VAE_WANTED.owner} needs its own, {VAE_WANTED.usual_name}"
+        )
+    return info
+
+
+def load_vae(
+    vae_path: str | os.PathLike,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+    *,
+    chunk_size: int | None = None,
+) -> HunyuanVAE2D:
+    """Load the autoencoder; `chunk_size`: rows that its convolutions compute at once. CheckpointError when the file
+    does not fit."""
+    vae = load_autoencoder(inspect_vae(vae_path, config), dtype, device, disable_mmap, model_class=HunyuanVAE2D)
+    vae.set_chunk_rows(chunk_size)
+    return vae

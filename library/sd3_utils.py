@@ -1,0 +1,288 @@
+"""SD3 and SD3.5 checkpoints: what a file holds, loading its parts, saving the denoiser."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from library.checkpoints.loading import (
+    CheckpointFiles,
+    Transform,
+    assign_state,
+    build_on_meta,
+    build_params,
+    check_state,
+    count_blocks,
+    find_prefix,
+    open_checkpoint,
+    part_of,
+    strip_prefix,
+)
+from library.checkpoints.sd3_convert import convert_diffusers_to_sd3, convert_sd3_to_diffusers, is_diffusers_denoiser
+from library.components.ldm_models import AutoEncoder
+from library.components.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
+from library.components.text_encoder_utils import (
+    CLIP_G,
+    CLIP_L,
+    inspect_clip,
+    inspect_t5xxl,
+    load_clip,
+    load_t5xxl,
+)
+from library.core.errors import CheckpointError
+from library.fp8_optimization_utils import store_linears_in_fp8
+from library.safetensors_utils import cast_all, save_file_atomic
+from library.sd3_models import MMDiT, SD3Params, get_2d_sincos_pos_embed
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModelWithProjection
+
+__all__ = [
+    "convert_diffusers_to_sd3", "convert_sd3_to_diffusers", "inspect_sd3", "inspect_vae_sd3", "load_clip_g",
+    "load_clip_l", "load_sd3", "load_t5xxl", "load_vae_sd3", "save_sd3",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+VAE_WANTED = Wanted(
+    "SD3",
+    "the one of an SD3 file or its vae folder",
+    quant_conv=False,
+    scaling={"scaling_factor": 1.5305, "shift_factor": 0.0609},
+)
+FILE_PREFIX = "model.diffusion_model."
+DENOISER_PREFIXES = (FILE_PREFIX, "diffusion_model.", "model.", "net.", "module.", "transformer.")
+DENOISER_ROOTS = (
+    "x_embedder", "t_embedder", "y_embedder", "context_embedder", "pos_embed", "joint_blocks", "final_layer",
+    "time_text_embed", "transformer_blocks", "norm_out", "proj_out",
+)  # fmt: skip
+ENCODER_SLOTS = ("clip_l", "clip_g", "t5xxl")
+"""text encoders in the order of the family"""
+
+
+@dataclass(frozen=True)
+class Sd3Info:
+    """What the headers of a denoiser checkpoint tell."""
+
+    source: CheckpointFiles
+    prefix: str
+    is_diffusers: bool
+    params: SD3Params
+
+    @property
+    def version(self) -> str:
+        """As metadata call it: medium, 5-medium or 5-large."""
+        if self.params.qk_norm is None:
+            return "medium"
+        return "5-medium" if self.params.x_block_self_attn_layers else "5-large"
+
+
+def inspect_sd3(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> Sd3Info:
+    """Recognise an SD3 denoiser from headers alone; `config` overrides hyper-parameters by the names of SD3Params.
+
+    CheckpointError when the file is damaged or no SD3 denoiser.
+    """
+    source = open_checkpoint(path, "transformer")
+    prefix = find_prefix(source.shapes, DENOISER_PREFIXES, DENOISER_ROOTS, source.path, "denoiser")
+    stripped = _denoiser_part(source.shapes, prefix)
+    is_diffusers = is_diffusers_denoiser(stripped)
+    shapes = convert_diffusers_to_sd3(stripped) if is_diffusers else stripped
+    if "joint_blocks.0.x_block.attn.qkv.weight" not in shapes or "x_embedder.proj.weight" not in shapes:
+        some = ", ".join(list(source.shapes)[:3]) or "no tensors"
+        raise CheckpointError(
+            f"{source.path} holds no SD3 denoiser (joint_blocks.* and x_embedder are not there; it begins with {some})"
+        )
+    given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
+    params = build_params(SD3Params, _inferred(shapes, source.path), given, source.path)
+    return Sd3Info(source, prefix, is_diffusers, params)
+
+
+def _denoiser_part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in strip_prefix(state, prefix).items() if key.split(".")[0] in DENOISER_ROOTS}
+
+
+def _diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Names of a diffusers config.json that SD3Params knows under other ones."""
+    return {"num_heads": config["num_attention_heads"]} if "num_attention_heads" in config else {}
+
+
+def _inferred(shapes: Mapping[str, Tensor], path: str) -> dict[str, Any]:
+    """Hyper-parameters from shapes. Heads have 64 channels where no norm over them tells it."""
+
+    def size(key: str, dim: int) -> int:
+        if key not in shapes or shapes[key].ndim <= dim:
+            raise CheckpointError(f"{path} does not fit MMDiT: {key} is missing or has too few dimensions")
+        return shapes[key].shape[dim]
+
+    hidden, patch = size("x_embedder.proj.weight", 0), size("x_embedder.proj.weight", 2)
+    depth = count_blocks(shapes, "joint_blocks.")
+    norm = "joint_blocks.0.x_block.attn.ln_q.weight"
+    heads = (
+        {"num_heads": hidden // size(norm, 0)}
+        if norm in shapes
+        else {"num_heads": hidden // 64}
+        if hidden % 64 == 0
+        else {}
+    )
+    second = tuple(number for number in range(depth) if f"joint_blocks.{number}.x_block.attn2.qkv.weight" in shapes)
+    table = round(size("pos_embed", 1) ** 0.5) if "pos_embed" in shapes else 384 if second else 192
+    return {
+        **heads,
+        "depth": depth,
+        "hidden_size": hidden,
+        "patch_size": patch,
+        "in_channels": size("x_embedder.proj.weight", 1),
+        "out_channels": size("final_layer.linear.weight", 0) // patch**2,
+        "mlp_ratio": size("joint_blocks.0.x_block.mlp.fc1.weight", 0) / hidden,
+        "qk_norm": "rms" if norm in shapes else None,
+        "x_block_self_attn_layers": second,
+        "pos_embed_max_size": table,
+        "adm_in_channels": size("y_embedder.mlp.0.weight", 1),
+        "context_in": size("context_embedder.weight", 1),
+        "time_embed_dim": size("t_embedder.mlp.0.weight", 1),
+    }
+
+
+def load_sd3(
+    path: str | os.PathLike,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+    transform: Transform | None = None,
+) -> MMDiT:
+    """Load an SD3 denoiser: alone or in a file with the other parts, in either layout, or a diffusers folder.
+
+    `dtype` float8_e4m3fn keeps the weights of linear layers in 8 bits and the rest in bfloat16; None keeps the file's
+    own types; the position table is float32 in any case. `transform` may change the tensors as they are read.
+    CheckpointError when the file does not fit.
+    """
+    info = inspect_sd3(path, config)
+    logger.info(
+        "loading SD3 %s from %s (%s layout, %d joint blocks of width %d)", info.version, path,
+        "diffusers" if info.is_diffusers else "original", info.params.depth, info.params.hidden_size,
+    )  # fmt: skip
+    keys = [
+        key
+        for key in info.source.shapes
+        if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in DENOISER_ROOTS
+    ]
+    store = info.source.storing(dtype, keys)
+
+    def cast(key: str, tensor: Tensor) -> Tensor:
+        return tensor.float() if key.endswith("pos_embed") else store(key, tensor)
+
+    state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, cast), info.prefix)
+    if info.is_diffusers:
+        state = convert_diffusers_to_sd3(state)
+    if "pos_embed" not in state:  # some exports leave it out, as it is not learned
+        state["pos_embed"] = _new_table(info.params).to(device)
+    model = build_on_meta(lambda: MMDiT(info.params))
+    check_state(model, state, os.fspath(path))
+    assign_state(model, state)
+    store_linears_in_fp8(model)
+    return model
+
+
+def _new_table(params: SD3Params) -> Tensor:
+    return get_2d_sincos_pos_embed(params.hidden_size, params.pos_embed_max_size)[None]
+
+
+def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The denoiser's entries of a checkpoint's state under the names of the module tree."""
+    part = part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS)
+    return convert_diffusers_to_sd3(part) if is_diffusers_denoiser(part) else part
+
+
+def save_sd3(
+    model: MMDiT, path: str | os.PathLike, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a denoiser in the original layout. Hyper-parameters that its shapes do not tell go into `model_config`."""
+    state = cast_all({FILE_PREFIX + key: tensor for key, tensor in model.state_dict().items()}, dtype)
+    save_file_atomic(state, path, {**(metadata or {}), **model_config_metadata(model)})
+
+
+def model_config_metadata(model: MMDiT) -> dict[str, str]:
+    """{"model_config": JSON} for a model whose hyper-parameters do not follow from its shapes, else nothing."""
+    try:
+        params = build_params(SD3Params, _inferred(model.state_dict(), ""), {}, "")
+    except CheckpointError:
+        params = None
+    return {} if params == model.params else {"model_config": json.dumps(asdict(model.params), sort_keys=True)}
+
+
+# -- the other parts ---------------------------------------------------------------------------------------------------
+
+
+def inspect_vae_sd3(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:
+    return inspect_autoencoder(path, config, wanted=VAE_WANTED)
+
+
+def load_vae_sd3(
+    path: str | os.PathLike,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> AutoEncoder:
+    """The autoencoder of SD3, alone, in a file with the other parts, or a diffusers folder."""
+    return load_autoencoder(inspect_vae_sd3(path, config), dtype, device, disable_mmap)
+
+
+def load_clip_l(
+    path: str | os.PathLike,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    transform: Transform | None = None,
+) -> CLIPTextModelWithProjection:
+    """CLIP-L with its projection; a file without one gets the identity."""
+    return load_clip(path, CLIP_L, dtype, device, disable_mmap, transform=transform)
+
+
+def load_clip_g(
+    path: str | os.PathLike,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    transform: Transform | None = None,
+) -> CLIPTextModelWithProjection:
+    """CLIP bigG with its projection."""
+    return load_clip(path, CLIP_G, dtype, device, disable_mmap, transform=transform)
+
+
+ENCODER_LOADERS = {"clip_l": load_clip_l, "clip_g": load_clip_g, "t5xxl": load_t5xxl}
+
+
+def inspect_encoder(slot: str, path: str | os.PathLike) -> dict[str, Any]:
+    """Hyper-parameters of the text encoder `slot` in a file or folder, from headers. CheckpointError when it is not
+    there."""
+    if slot == "t5xxl":
+        return inspect_t5xxl(path)
+    return inspect_clip(path, CLIP_L if slot == "clip_l" else CLIP_G).values
+
+
+def encoders_in(path: str | os.PathLike) -> tuple[str, ...]:
+    """The text encoders that a whole model, one file or a diffusers folder, holds beside the denoiser."""
+    folder = Path(path)
+    if folder.is_dir():
+        places = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
+        return tuple(slot for slot in ENCODER_SLOTS if (folder / places[slot]).is_dir())
+    shapes = open_checkpoint(path).shapes
+    return tuple(slot for slot in ENCODER_SLOTS if any(key.startswith(f"text_encoders.{slot}.") for key in shapes))
+
+
+def has_vae(path: str | os.PathLike) -> bool:
+    """Whether a whole model holds its autoencoder."""
+    folder = Path(path)
+    if folder.is_dir():
+        return (folder / "vae").is_dir()
+    return any(key.startswith(("first_stage_model.", "vae.")) for key in open_checkpoint(path).shapes)
