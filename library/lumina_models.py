@@ -1,7 +1,8 @@
 """Lumina-Image 2.0: the denoiser, a single-stream transformer (NextDiT) with refiners for text and image before it.
 
 Module paths are the key names of the original files; leaf layers are plain nn.Linear, so that adapters find them by
-name and class. """
+name and class.
+"""
 
 from __future__ import annotations
 
@@ -209,7 +210,8 @@ class NextDiT(BlockStackMixin, nn.Module):
         x [B, C, H, W] of any size: what is no whole patch is filled up from the other side, and cut off again. t [B]
         with 0 = noise and 1 = data, or [B, L] for a time per patch; cap_feats [B, T, cap_feat_dim]; cap_mask [B, T], 1
         = token, tokens first, None = all. Returns the shape of x; with `feature_layer` also the image tokens [B, L,
-        dim] after that main layer, from 0. ValueError for more text or patches than the model has positions for. """
+        dim] after that main layer, from 0. ValueError for more text or patches than the model has positions for.
+        """
         self.prepare_block_swap_before_forward()
         height, width = x.shape[-2:]
         patches, grid = self._patches(x)

@@ -22,7 +22,8 @@ def predict_velocity(
 
     `timesteps` [B], or [B, L] for a time per patch, are on the 0..1000 scale, float32, with 1000 = noise; the model's
     own time runs from 0 (noise) to 1 (data). `conditioning` has the keys of the family. With `feature_layer` among
-    `inputs` the result is (velocity, tokens [B, L, dim] after that layer). """
+    `inputs` the result is (velocity, tokens [B, L, dim] after that layer).
+    """
     device = noisy_latents.device
     return denoiser(
         noisy_latents,

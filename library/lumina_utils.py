@@ -135,7 +135,8 @@ def load_lumina(
 
     `dtype` float8_e4m3fn keeps the weights of linear layers in 8 bits and the rest in bfloat16; None keeps the file's
     own types. `config` overrides hyper-parameters; `transform` may change the tensors as they are read. CheckpointError
-    when the file does not fit. """
+    when the file does not fit.
+    """
     info = inspect_lumina(path, config)
     logger.info(
         "loading Lumina-Image 2.0 from %s (%s layout, %d layers of width %d)",

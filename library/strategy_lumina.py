@@ -28,7 +28,8 @@ class LuminaTokenizeStrategy(TokenizeStrategy):
     one there is no marker either. Negative prompts have none, unless `system_prompt_for_negative`.
 
     The tokenizer comes ready, or from the folder `gemma2_tokenizer`, `tokenizer_cache_dir`, the text encoder
-    `gemma2_path`, or the hub. ConfigError when it cannot be found. """
+    `gemma2_path`, or the hub. ConfigError when it cannot be found.
+    """
 
     def __init__(
         self,

@@ -80,7 +80,8 @@ class CheckpointFiles:
         """The `cast` of `tensors` for a model, with these keys, whose matrices may stay in 8 bits.
 
         `dtype` float8_e4m3fn keeps those of linear layers in it and the rest in bfloat16; None keeps the file's own
-        types. CheckpointError when they are to be kept and are in 8-bit numbers of another kind. """
+        types. CheckpointError when they are to be kept and are in 8-bit numbers of another kind.
+        """
         kinds = {self.shapes[key].dtype for key in keys if key.endswith(".weight")}
         other = sorted(str(kind).removeprefix("torch.") for kind in kinds & set(FP8_DTYPES) - {FP8_STORAGE})
         if dtype == FP8_STORAGE and other:

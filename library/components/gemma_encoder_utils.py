@@ -112,7 +112,8 @@ def load_gemma2(
     left out.
 
     `config` overrides the names of `inspect_gemma2`. 8-bit files are widened. CheckpointError when the file does not
-    fit. """
+    fit.
+    """
     from transformers import Gemma2Config, Gemma2Model
 
     source, prefix, values = _open_gemma2(path, config)
