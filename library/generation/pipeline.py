@@ -88,7 +88,10 @@ class PicturePipeline(ABC, Generic[Request]):
         """Those of complete prompts that differ in texts and seeds alone; conditioning [B, ...]."""
         names = VIDEO_SAMPLE_NAMES if self.latent_spec.clips else SAMPLE_NAMES
         requests = [request_of(self.request_class, prompt, names) for prompt in prompts]
-        latents = self.latents_together(requests, conditioning, negative)
+        if len(requests) == 1:
+            latents = self.latents(requests[0], conditioning, negative)
+        else:
+            latents = self.latents_together(requests, conditioning, negative)
         made = [self.frames(latents[number : number + 1]) for number in range(len(requests))]
         return [frames if len(frames) > 1 else frames[0] for frames in made]
 

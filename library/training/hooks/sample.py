@@ -250,11 +250,7 @@ class SampleHook(Hook):
         keys = [run.strategies.negative_key(prompt.negative_prompt or "") for prompt in prompts]
         positive = joined([texts[prompt.prompt] for prompt in prompts])
         negative = joined([texts[key] for key in keys]) if run.family.needs_negative(prompts[0]) else None
-        pipeline = run.family.pipeline(run.models)
-        if len(prompts) == 1:
-            made = [pipeline.sample(prompts[0], positive, negative)]
-        else:
-            made = pipeline.samples(prompts, positive, negative)
+        made = run.family.pipeline(run.models).samples(prompts, positive, negative)
         return [self._write(run, at, *each) for each in zip(numbers, prompts, made, strict=True)]
 
     def _complete(self, run: Run, number: int) -> SamplePrompt:
