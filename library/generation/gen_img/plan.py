@@ -150,9 +150,13 @@ class Planner:
         seed = given[min(index, len(given) - 1)] if given else None
         if seed is None:
             seed = self._drawn_seed(round_number, index)
-        for request in self._requests(line, seed, index):
-            yield request
-            self.number += 1
+        try:
+            for request in self._requests(line, seed, index):
+                yield request
+                self.number += 1
+        except ConfigError:
+            self.number += 1  # the next picture has a seed of its own
+            raise
 
     def _requests(self, line: PromptLine, seed: int, index: int) -> Iterator[ImageRequest]:
         """One request for each combination, made when it is asked for: its number is that of the picture then."""
