@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.components.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer, vocabulary_problem
 from library.core.errors import ConfigError
@@ -78,7 +78,7 @@ class AnimaTextEncodingStrategy(TextEncodingStrategy):
     """Qwen3's last hidden state, after its final norm, with 0 where there is no token."""
 
     def encode_tokens(
-        self, tokenize_strategy: AnimaTokenizeStrategy, models: list[Any], tokens: list[Tensor]
+        self, tokenize_strategy: AnimaTokenizeStrategy, models: list[nn.Module | None], tokens: list[Tensor]
     ) -> list[Tensor | None]:
         """[states [B, L, D], their mask [B, L], T5 ids [B, M], T5 mask [B, M]]; states None without the model.
 
@@ -111,7 +111,7 @@ def _check_ids(ids: Tensor, qwen3: Any, tokenizer: Any) -> None:
 class AnimaLatentEncoder(LatentEncoder):
     """Normalised latents of the Qwen-Image autoencoder; the mode of the posterior, so nothing is drawn."""
 
-    def encode(self, vae: Any, images: Tensor, seeds: Sequence[int]) -> Tensor:
+    def encode(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return vae.encode(images)
 
 

@@ -24,6 +24,8 @@ from library.dataset.strategies import StrategySet
 from library.dataset.text_cache import TextCache
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from library.dataset.cache_index import CacheIndex
     from library.dataset.items import ImageItem
 
@@ -84,8 +86,9 @@ class TokenizeStrategy(PluginSlot, ABC):
         return False
 
     def _load_tokenizer(
-        self, model_class: Any, model_id: str, subfolder: str | None = None, tokenizer_cache_dir: str | None = None
-    ) -> Any:
+        self, model_class: type[PreTrainedTokenizerBase], model_id: str, subfolder: str | None = None,
+        tokenizer_cache_dir: str | None = None,
+    ) -> PreTrainedTokenizerBase:
         """A tokenizer from `<tokenizer_cache_dir>/<model id with _ for />` when it is there, else from the hub; in that
         case it is stored there for the next run."""
         from library.huggingface_util import is_hub_reachable
@@ -101,7 +104,7 @@ class TokenizeStrategy(PluginSlot, ABC):
         return tokenizer
 
     def _get_input_ids(
-        self, tokenizer: Any, text: str, max_length: int | None = None, weighted: bool = False
+        self, tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None, weighted: bool = False
     ) -> torch.Tensor:
         """Padded ids [1, max_length] of one text; the tokenizer's own length without `max_length`."""
         if weighted:
@@ -117,12 +120,12 @@ class TextEncodingStrategy(PluginSlot, ABC):
 
     @abstractmethod
     def encode_tokens(
-        self, tokenize_strategy: TokenizeStrategy, models: list[Any], tokens: list[torch.Tensor]
+        self, tokenize_strategy: TokenizeStrategy, models: list[torch.nn.Module | None], tokens: list[torch.Tensor]
     ) -> list[torch.Tensor | None]:
         """One entry per output, in the family's order. `models` may hold None; outputs that need it are None then."""
 
     def encode_tokens_with_weights(
-        self, tokenize_strategy: TokenizeStrategy, models: list[Any], tokens: list[torch.Tensor],
+        self, tokenize_strategy: TokenizeStrategy, models: list[torch.nn.Module | None], tokens: list[torch.Tensor],
         weights: list[torch.Tensor]
     ) -> list[torch.Tensor | None]:
         raise UnsupportedCombination(f"{type(self).__name__} does not use token weights; leave --weighted_captions out")
@@ -179,7 +182,7 @@ class LatentsCachingStrategy(PluginSlot, LatentCache, LatentEncoder, ABC):
         cache_io.save_latents(npz_path, key_reso_suffix, arrays)
 
     def cache_batch_latents(
-        self, vae: Any, infos: list[ImageItem], flip_aug: bool, alpha_mask: bool, random_crop: bool
+        self, vae: torch.nn.Module, infos: list[ImageItem], flip_aug: bool, alpha_mask: bool, random_crop: bool
     ) -> None:
         """Read, encode and store one batch of equal bucket size."""
         if random_crop:
@@ -247,7 +250,7 @@ class TextEncoderOutputsCachingStrategy(PluginSlot, TextCache):
     def cache_batch_outputs(
         self,
         tokenize_strategy: TokenizeStrategy,
-        models: list[Any],
+        models: list[torch.nn.Module | None],
         text_encoding_strategy: TextEncodingStrategy,
         infos: list[ImageItem],
     ) -> None:
@@ -290,7 +293,7 @@ class _FamilyLatents(LatentsCachingStrategy):
     def __init__(self, cache: LatentCache) -> None:
         self.__dict__.update(cache.__dict__)
 
-    def encode(self, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+    def encode(self, vae: torch.nn.Module, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
         return self.encoder.encode(vae, images, seeds)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.components import text_encoder_utils
 from library.components.tokenizers import load_clip_tokenizer, load_t5_tokenizer, vocabulary_problem
@@ -76,7 +76,7 @@ class FluxTextEncodingStrategy(TextEncodingStrategy):
         self.apply_t5_attn_mask = apply_t5_attn_mask
 
     def encode_tokens(
-        self, tokenize_strategy: FluxTokenizeStrategy, models: list[Any], tokens: list[Tensor]
+        self, tokenize_strategy: FluxTokenizeStrategy, models: list[nn.Module | None], tokens: list[Tensor]
     ) -> list[Tensor | None]:
         """[pooled [B, D], T5 states [B, L, D], text ids [B, L, 3] of zeros, T5 mask [B, L]]; None where a model is
         absent.
@@ -99,7 +99,7 @@ class FluxTextEncodingStrategy(TextEncodingStrategy):
         return [pooled, t5_states, text_ids, mask]
 
 
-def pool_at_first_eos(clip_l: Any, ids: Tensor, eos_id: int) -> Tensor:
+def pool_at_first_eos(clip_l: nn.Module, ids: Tensor, eos_id: int) -> Tensor:
     """The final-normed state at the first end token of each row, [B, D], without projection.
 
     A row without an end token (which tokenizers do not make) is pooled at its first place.
@@ -110,11 +110,11 @@ def pool_at_first_eos(clip_l: Any, ids: Tensor, eos_id: int) -> Tensor:
     return text_encoder_utils.pool_at_first_eos(states, ids, eos_id)
 
 
-def _device(model: Any) -> torch.device:
+def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _check_ids(ids: Tensor, model: Any, tokenizer: Any, name: str) -> None:
+def _check_ids(ids: Tensor, model: nn.Module, tokenizer: Any, name: str) -> None:
     """An id past the embedding would be an unreadable device error; looked at only when it happens to be needed."""
     rows = model.get_input_embeddings().weight.shape[0]
     if int(ids.max()) >= rows:
@@ -127,7 +127,7 @@ def _check_ids(ids: Tensor, model: Any, tokenizer: Any, name: str) -> None:
 class FluxLatentEncoder(LatentEncoder):
     """Latents of the FLUX.1 autoencoder, shifted and scaled, one posterior draw per image and size."""
 
-    def encode(self, vae: Any, images: Tensor, seeds: Sequence[int]) -> Tensor:
+    def encode(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return vae.encode(images, seeds)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.dataset.architectures import ARCHITECTURES
 from library.dataset.latent_cache import LatentEncoder
@@ -15,7 +14,7 @@ from library.strategy_base import LatentsCachingStrategy
 class LdmLatentEncoder(LatentEncoder):
     """Posterior draws of the 4-channel autoencoder, stored without the scale."""
 
-    def encode(self, vae: Any, images: Tensor, seeds: Sequence[int]) -> Tensor:
+    def encode(self, vae: nn.Module, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return vae.encode_raw(images, seeds)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.components.clip_prompt_utils import num_tokens, tokenize_prompt_rows, tokenize_rows
 from library.components.tokenizers import load_clip_tokenizer
@@ -62,7 +62,7 @@ class SdTextEncodingStrategy(TextEncodingStrategy):
         self.clip_skip = clip_skip
 
     def encode_tokens(
-        self, tokenize_strategy: SdTokenizeStrategy, models: list[Any], tokens: list[Tensor]
+        self, tokenize_strategy: SdTokenizeStrategy, models: list[nn.Module | None], tokens: list[Tensor]
     ) -> list[Tensor | None]:
         """[states [B, 75 N + 2, D]]; None when the model is absent."""
         encoder = models[0]
@@ -73,13 +73,14 @@ class SdTextEncodingStrategy(TextEncodingStrategy):
         return [joined(states.unflatten(0, ids.shape[:2]))]
 
     def encode_tokens_with_weights(
-        self, tokenize_strategy: SdTokenizeStrategy, models: list[Any], tokens: list[Tensor], weights: list[Tensor]
+        self, tokenize_strategy: SdTokenizeStrategy, models: list[nn.Module | None], tokens: list[Tensor],
+        weights: list[Tensor],
     ) -> list[Tensor | None]:
         """The same, each state times the weight of its token."""
         (states,) = self.encode_tokens(tokenize_strategy, models, tokens)
         return [None if states is None else apply_weights(states, joined(weights[0]))]
 
-    def _states(self, encoder: Any, ids: Tensor) -> Tensor:
+    def _states(self, encoder: nn.Module, ids: Tensor) -> Tensor:
         """[R, 77, D] of rows [R, 77]."""
         if self.clip_skip is None:
             return encoder.text_model(input_ids=ids).last_hidden_state

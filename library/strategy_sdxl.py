@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.components.clip_prompt_utils import num_tokens, tokenize_prompt_rows, tokenize_rows
 from library.components.text_encoder_utils import pool_at_first_eos
@@ -73,7 +73,7 @@ class SdxlTextEncodingStrategy(TextEncodingStrategy):
     """The last but one layer of both encoders without the final norm; bigG pooled at the end token of the first row."""
 
     def encode_tokens(
-        self, tokenize_strategy: SdxlTokenizeStrategy, models: list[Any], tokens: list[Tensor]
+        self, tokenize_strategy: SdxlTokenizeStrategy, models: list[nn.Module | None], tokens: list[Tensor]
     ) -> list[Tensor | None]:
         """[states of CLIP-L [B, 75 N + 2, 768], of bigG [B, 75 N + 2, 1280], pooled [B, 1280]]; None where a model is
         absent."""
@@ -82,14 +82,15 @@ class SdxlTextEncodingStrategy(TextEncodingStrategy):
         return [first, second, pooled]
 
     def encode_tokens_with_weights(
-        self, tokenize_strategy: SdxlTokenizeStrategy, models: list[Any], tokens: list[Tensor], weights: list[Tensor]
+        self, tokenize_strategy: SdxlTokenizeStrategy, models: list[nn.Module | None], tokens: list[Tensor],
+        weights: list[Tensor],
     ) -> list[Tensor | None]:
         """The same, each state times the weight of its token; the pooled one is not weighted."""
         *states, pooled = self.encode_tokens(tokenize_strategy, models, tokens)
         weighted = [None if s is None else apply_weights(s, joined(w)) for s, w in zip(states, weights, strict=True)]
         return [*weighted, pooled]
 
-    def _encoded(self, encoder: Any, ids: Tensor, eos_id: int | None) -> tuple[Tensor | None, Tensor | None]:
+    def _encoded(self, encoder: nn.Module, ids: Tensor, eos_id: int | None) -> tuple[Tensor | None, Tensor | None]:
         """(joined states, pooled state of the first row where `eos_id` asks for it)."""
         if encoder is None:
             return None, None

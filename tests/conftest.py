@@ -4,6 +4,7 @@ no handler of the log that a run has set up stays for the next test."""
 import logging
 import os
 import signal
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,6 +33,35 @@ def pytest_collection_modifyitems(config, items):
         kept = pairwise.chosen(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sketched_curves(request):
+    """The picture of the losses is a quarter of a tiny run. It is drawn by whatever asks for `drawn_curves`, by runs in processes
+    of their own and under --full; elsewhere a file of one point stands for it."""
+    if request.config.getoption("full") or "torch" not in sys.modules:  # without torch, nothing trains in this process
+        yield None
+        return
+    from PIL import Image
+
+    from library.core.atomic_file import atomic_path
+    from library.training.hooks import loss_curve
+
+    def sketch(path, steps, losses, averages, validation):
+        with atomic_path(path) as temporary:
+            Image.new("L", (1, 1)).save(temporary, format="png")
+
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = loss_curve.plot_losses
+        patch.setattr(loss_curve, "plot_losses", sketch)
+        yield drawn
+
+
+@pytest.fixture
+def drawn_curves(sketched_curves, monkeypatch):
+    """The picture of the losses is really drawn."""
+    if sketched_curves is not None:
+        monkeypatch.setattr("library.training.hooks.loss_curve.plot_losses", sketched_curves)
 
 
 @pytest.fixture(autouse=True)

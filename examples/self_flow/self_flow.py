@@ -74,10 +74,6 @@ class SelfFlowOptions:
         for name in ("self_flow_teacher_coupling_prob", "self_flow_teacher_mismatch_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 problems.add(f"--{name} is {getattr(self, name)}; needed: a number from 0 to 1")
-        if self.self_flow_teacher_coupling_decay not in DECAYS:
-            problems.add(
-                f"--self_flow_teacher_coupling_decay is {self.self_flow_teacher_coupling_decay}; needed: {', '.join(DECAYS)}"
-            )
         if (self.self_flow_teacher_coupling_decay_steps or 1) < 1:
             problems.add("--self_flow_teacher_coupling_decay_steps is below 1; needed: 1 or more")
         if not 0 <= self.mask_ratio <= 0.5:

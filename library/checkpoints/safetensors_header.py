@@ -6,6 +6,7 @@ trusted, its tensors follow each other without a hole, and all of them are there
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -32,6 +33,7 @@ DTYPES: dict[str, torch.dtype] = {
 """names in a header -> types that this torch has"""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
+_REMEMBERED_BYTES = 4_000_000  # more than any model's header
 _LARGEST = 2**63 - 1
 _DAMAGED = "is not a safetensors file: its header is damaged"
 
@@ -93,16 +95,10 @@ def header_bytes(start: bytes) -> int:
     return length if 2 <= length <= MAX_HEADER_BYTES and start[8] in b"{ \t\r\n" else 0
 
 
-def _parse_header(
-    path: str | os.PathLike, text: bytes, data_bytes: int
-) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _parse_header(path: str | os.PathLike, text: bytes, data_bytes: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
-        header = json.loads(text.decode("utf-8"))  # without decode, json would guess other encodings
-        if not isinstance(header, dict):
-            raise ValueError("it is no object")
-        metadata = _checked_metadata(header.pop("__metadata__", None))
-        infos = {name: _checked_entry(name, entry) for name, entry in header.items()}
-        needed = _checked_places(infos)
+        read = _checked_header if len(text) <= _REMEMBERED_BYTES else _checked_header.__wrapped__
+        infos, metadata, needed = read(text)
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from None
     except RecursionError:
@@ -110,14 +106,24 @@ def _parse_header(
     except ValueError as error:
         raise CheckpointError(f"{path} {_DAMAGED} ({str(error)[:300]})") from error
     if needed > data_bytes:
-        raise CheckpointError(
-            f"{path} is truncated: {data_bytes} of {needed} bytes of tensors are there; fetch it again"
-        )
+        raise CheckpointError(f"{path} is truncated: {data_bytes} of {needed} bytes of tensors are there; fetch it again")
     if needed < data_bytes:
         raise CheckpointError(
             f"{path} is damaged: {data_bytes - needed} bytes follow its last tensor that belong to none; fetch it again"
         )
-    return infos, metadata
+    return dict(infos), dict(metadata)  # callers may change theirs
+
+
+@functools.lru_cache(maxsize=32)
+def _checked_header(text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
+    """Entries, metadata and the end of the last tensor. Remembered by content: a start reads the header of each of its files
+    in many places, and a file that has changed in between is read anew."""
+    header = json.loads(text.decode("utf-8"))  # without decode, json would guess other encodings
+    if not isinstance(header, dict):
+        raise ValueError("it is no object")
+    metadata = _checked_metadata(header.pop("__metadata__", None))
+    infos = {name: _checked_entry(name, entry) for name, entry in header.items()}
+    return infos, metadata, _checked_places(infos)
 
 
 def _checked_metadata(metadata: Any) -> dict[str, str]:

@@ -33,7 +33,7 @@ class Batch:
     target_sizes_hw: torch.Tensor  # [B, 2] int64
     flippeds: list[bool]
     network_multipliers: torch.Tensor  # [B] float32
-    custom_attributes: list[dict[str, Any]]
+    custom_attributes: list[dict[str, object]]
     images: torch.Tensor | None = None  # [B, 3, H, W] or [B, 3, F, H, W] in -1..1
     latents: torch.Tensor | None = None  # [B, C, h, w] or [B, C, F, h, w]
     latent_seeds: list[int] = field(default_factory=list)

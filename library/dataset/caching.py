@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -154,12 +154,12 @@ def _conflicts(items: Iterable[ImageItem]) -> list[str]:
 def encode_latents(
     jobs: Sequence[LatentsJob],
     strategy: LatentCache,
-    vae: Any,
+    vae: torch.nn.Module,
     *,
     num_threads: int | None = None,
     skip_bad_images: bool = False,
     show_progress: bool = True,
-    parts: Mapping[str, Any] | None = None,
+    parts: Mapping[str, torch.nn.Module] | None = None,
 ) -> list[ImageItem]:
     """Encode the jobs and store the results: files in the background, memory on the items. The VAE, and the `parts`
     that the family has beside it, run where they are, in their own dtype.
@@ -191,7 +191,9 @@ def encode_latents(
     return [item for job, _ in bad for item in job.items]
 
 
-def _store_by_plugin(jobs: Sequence[LatentsJob], strategy: LatentCache, vae: Any, show_progress: bool) -> None:
+def _store_by_plugin(
+    jobs: Sequence[LatentsJob], strategy: LatentCache, vae: torch.nn.Module, show_progress: bool
+) -> None:
     """Batches go to the `cache_batch_latents` of a user's class, with every item of their images."""
     for batch in tqdm(
         list(_batches(jobs, strategy.batch_size)), desc="caching latents", unit="batch", disable=not show_progress
@@ -228,7 +230,8 @@ def _batches(entries: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def encode_batch(
-    strategy: LatentCache, vae: Any, batch: Sequence[Decoded], parts: Mapping[str, Any] | None = None
+    strategy: LatentCache, vae: torch.nn.Module, batch: Sequence[Decoded],
+    parts: Mapping[str, torch.nn.Module] | None = None,
 ) -> list[Encoded]:
     """Latents and conditions of decoded images of one size. Raises TrainingError naming the images for which they are
     not finite."""
@@ -247,7 +250,8 @@ def _row(tensors: Mapping[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]
 
 
 def _encode(
-    strategy: LatentCache, vae: Any, batch: Sequence[Decoded], parts: Mapping[str, Any] | None, is_flipped: bool
+    strategy: LatentCache, vae: torch.nn.Module, batch: Sequence[Decoded],
+    parts: Mapping[str, torch.nn.Module] | None, is_flipped: bool,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     images = torch.stack(
         [image_tensor(entry.pixels.image, is_flipped) for entry in batch]
@@ -303,7 +307,7 @@ def unusable_items(
 
 
 def cache_one_batch(
-    strategy: LatentCache, vae: Any, items: Sequence[ImageItem], *, flip_aug: bool, alpha_mask: bool
+    strategy: LatentCache, vae: torch.nn.Module, items: Sequence[ImageItem], *, flip_aug: bool, alpha_mask: bool
 ) -> None:
     """Decode, encode and store exactly these items, which have one bucket size."""
     batch = []

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from library.dataset.batch import CONDITIONING_IMAGES, Batch
 from library.dataset.plan import BatchRequest
+
+if TYPE_CHECKING:
+    from library.strategy_base import TokenizeStrategy
 
 
 @dataclass
@@ -25,7 +28,7 @@ class Sample:
     crop_top_left: tuple[int, int]
     target_size_hw: tuple[int, int]
     flipped: bool
-    custom_attributes: dict[str, Any] = field(default_factory=dict)
+    custom_attributes: dict[str, object] = field(default_factory=dict)
     image: torch.Tensor | None = None  # [3, H, W] or [3, F, H, W]
     latents: torch.Tensor | None = None  # [C, h, w] or [C, F, h, w]
     latent_seed: int | None = None
@@ -44,7 +47,8 @@ class Sample:
 
 
 def collate(
-    request: BatchRequest, samples: Sequence[Sample], tokenize: Any | None, network_multiplier: float = 1.0,
+    request: BatchRequest, samples: Sequence[Sample], tokenize: TokenizeStrategy | None,
+    network_multiplier: float = 1.0,
     conditioning_keys: tuple[str, ...] = ()
 ) -> Batch:
     """The batch of these samples; with `tokenize` (a TokenizeStrategy) it has the tokens of the captions. No samples

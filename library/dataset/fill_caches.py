@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from library.dataset.cache_index import CacheIndex
 from library.dataset.caching import check_jobs, encode_latents, plan_latents, unusable_items
@@ -13,6 +13,9 @@ from library.dataset.dataset import DatasetGroup
 from library.dataset.items import ImageItem
 from library.dataset.strategies import StrategySet
 from library.dataset.text_caching import empty_caption_item, encode_text, finish_text, plan_text
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 
 class Processes(Protocol):
@@ -27,13 +30,13 @@ class Processes(Protocol):
 def fill_latent_cache(
     groups: list[DatasetGroup],
     strategies: StrategySet,
-    load_vae: Callable[[], Any],
+    load_vae: Callable[[], Module],
     processes: Processes,
     *,
     num_threads: int | None = None,
     skip_bad_images: bool = False,
     index: CacheIndex | None = None,
-    load_parts: Callable[[], Mapping[str, Any]] = dict,
+    load_parts: Callable[[], Mapping[str, Module]] = dict,
 ) -> int:
     """Give every image of the groups (training and validation) its latents, in memory or on disk.
 
@@ -80,7 +83,7 @@ def _save_in_turn(index: CacheIndex, processes: Processes) -> None:
 def fill_text_cache(
     groups: list[DatasetGroup],
     strategies: StrategySet,
-    load_text_encoders: Callable[[], list[Any]],
+    load_text_encoders: Callable[[], list[Module | None]],
     processes: Processes,
     *,
     index: CacheIndex | None = None,

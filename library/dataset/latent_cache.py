@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class LatentEncoder(ABC):
     """From pictures to latents, as a family writes it. Objects travel to loader workers, so they must pickle."""
 
     @abstractmethod
-    def encode(self, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+    def encode(self, vae: torch.nn.Module, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
         """Images [B, 3, H, W] in -1..1 -> latents [B, C, h, w] as the cache stores them; a VAE with frames leaves out
         the axis of the one frame, which `ModelFamily.scale_latents` puts back. Clips [B, 3, F, H, W] -> [B, C, F', h,
         w], for families that learn from them. Callers use `LatentCache.encode_images`.
@@ -42,7 +42,7 @@ class LatentEncoder(ABC):
         return {}
 
     def encode_conditions(
-        self, vae: Any, parts: Mapping[str, Any], images: torch.Tensor, seeds: Sequence[int]
+        self, vae: torch.nn.Module, parts: Mapping[str, torch.nn.Module], images: torch.Tensor, seeds: Sequence[int]
     ) -> Mapping[str, torch.Tensor]:
         """The tensors of `condition_shapes` [B, ...] from images or clips as `encode` gets them. `parts`: what the
         family loads beside the VAE (`ModelFamily.load_parts`)."""
@@ -74,7 +74,7 @@ class LatentCache:
         return False
 
     @torch.no_grad()
-    def encode_images(self, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+    def encode_images(self, vae: torch.nn.Module, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
         """`LatentEncoder.encode` where the VAE is and in its own dtype, for caches and steps alike; float32 [B, C, h,
         w] or [B, C, F, h, w].
 
@@ -92,7 +92,7 @@ class LatentCache:
 
     @torch.no_grad()
     def encode_samples(
-        self, vae: Any, parts: Mapping[str, Any], images: torch.Tensor, seeds: Sequence[int]
+        self, vae: torch.nn.Module, parts: Mapping[str, torch.nn.Module], images: torch.Tensor, seeds: Sequence[int]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Latents (`encode_images`) and conditions by name, float32: what a cache holds of samples, and a step without
         one makes."""
@@ -185,7 +185,9 @@ class LatentCache:
         )
 
 
-def encode_apart(encoder: LatentEncoder, vae: Any, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+def encode_apart(
+    encoder: LatentEncoder, vae: torch.nn.Module, images: torch.Tensor, seeds: Sequence[int]
+) -> torch.Tensor:
     """`encoder.encode`, in which no image depends on its neighbours: a cache holds what live encoding gives.
 
     Seeds take care of the draws. On the CPU, convolutions in float32 also round differently with the number of images,

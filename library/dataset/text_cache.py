@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -122,7 +122,9 @@ class TextCache:
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
 
-    def encode(self, strategies: StrategySet, models: Sequence[Any | None], captions: list[str]) -> Conditioning:
+    def encode(
+        self, strategies: StrategySet, models: Sequence[torch.nn.Module | None], captions: list[str]
+    ) -> Conditioning:
         """Conditioning [B, ...] of some captions, by name, without what is not cached."""
         tokenize, length = strategies.tokenize, len(captions)
         with torch.no_grad():

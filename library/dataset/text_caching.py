@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -26,6 +26,9 @@ from library.dataset.captions import deterministic_caption
 from library.dataset.items import ImageItem
 from library.dataset.strategies import Conditioning, StrategySet
 from library.dataset.text_cache import TextCache, as_stored
+
+if TYPE_CHECKING:
+    from library.strategy_base import TokenizeStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +149,7 @@ def _jobs_of(items) -> list[TextJob]:
 
 
 def encode_text(
-    plan: TextPlan, strategies: StrategySet, text_encoders: list[Any], *, batch_size: int = 1,
+    plan: TextPlan, strategies: StrategySet, text_encoders: list[torch.nn.Module | None], *, batch_size: int = 1,
     show_progress: bool = True
 ) -> None:
     """Encode the captions of a plan in batches and store them: files in the background, memory on the items.
@@ -174,7 +177,9 @@ def encode_text(
             bar.update(len(jobs))
 
 
-def _store_by_plugin(jobs: Sequence[TextJob], strategies: StrategySet, text_encoders: list[Any]) -> None:
+def _store_by_plugin(
+    jobs: Sequence[TextJob], strategies: StrategySet, text_encoders: list[torch.nn.Module | None]
+) -> None:
     """A batch goes to the `cache_batch_outputs` of a user's class, with every item of its captions. In memory it leaves
     lists."""
     strategy, items = strategies.text_encoder_outputs_caching, [item for job in jobs for item in job.items]
@@ -185,7 +190,9 @@ def _store_by_plugin(jobs: Sequence[TextJob], strategies: StrategySet, text_enco
             item.text_encoder_outputs = strategy.layout.named(outputs, type(strategy).__name__, has_batch=False)
 
 
-def _encode_batch(jobs: Sequence[TextJob], strategies: StrategySet, text_encoders: list[Any]) -> list[Conditioning]:
+def _encode_batch(
+    jobs: Sequence[TextJob], strategies: StrategySet, text_encoders: list[torch.nn.Module | None]
+) -> list[Conditioning]:
     """Outputs of each job, in the dtypes of the cache."""
     strategy = strategies.text_encoder_outputs_caching
     captions = [job.caption for job in jobs]
@@ -241,7 +248,7 @@ def finish_text(
         )
 
 
-def warn_overlong(captions: Sequence[str], tokenize: Any) -> int:
+def warn_overlong(captions: Sequence[str], tokenize: TokenizeStrategy) -> int:
     """Count the captions that the tokenizers cut off; one warning for all. Returns the count."""
     overlong = getattr(tokenize, "overlong", None)
     cut = [caption for caption in dict.fromkeys(captions) if overlong is not None and overlong(caption)]
@@ -253,13 +260,13 @@ def warn_overlong(captions: Sequence[str], tokenize: Any) -> int:
     return len(cut)
 
 
-def warn_overlong_captions(items: Sequence[ImageItem], tokenize: Any) -> int:
+def warn_overlong_captions(items: Sequence[ImageItem], tokenize: TokenizeStrategy) -> int:
     """The same for the captions of items that are tokenized during training, without their random parts."""
     return warn_overlong([cached_caption(item) for item in items], tokenize)
 
 
 def cache_one_batch(
-    strategy: TextCache, strategies: StrategySet, models: list[Any], items: Sequence[ImageItem]
+    strategy: TextCache, strategies: StrategySet, models: list[torch.nn.Module | None], items: Sequence[ImageItem]
 ) -> None:
     """Encode and store exactly these items in one batch; their paths are set when they are not."""
     for item in items:

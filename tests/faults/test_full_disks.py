@@ -29,6 +29,7 @@ from networks.files.network_files import write_adapter_file
 from tests.runs.conftest import Work
 
 BRIEF = "--t5xxl_max_token_length=32"
+pytestmark = pytest.mark.usefixtures("drawn_curves")
 KILOBYTES = 256
 
 

@@ -154,7 +154,9 @@ def test_all_faults_of_all_datasets_and_subsets_at_once(tmp_path):
 def test_the_sanitizer_of_other_trainers_has_the_same_schema():
     content = {
         "general": {"flip_aug": "yes", "enable_buckt": True},
-        "datasets": [{"resolution": [64], "subsets": [{"image_dir": "", "resize_interpolation": "lanczo"}, {"is_reg": 1}]}],
+        "datasets": [
+            {"resolution": [64], "subsets": [{"image_dir": "", "resize_interpolation": "lanczo"}, {"is_reg": 1}]}
+        ],
     }
     with pytest.raises(DatasetConfigError) as own:
         load_blueprint(DatasetOptions(), architecture=FLUX, content=content)

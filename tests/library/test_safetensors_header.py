@@ -199,3 +199,21 @@ def test_the_verdict_is_that_of_the_library(tmp_path):
         assert found == wanted, (number, text)
         passed += found is not None
     assert 100 < passed < 2900
+
+
+def test_a_changed_file_is_read_anew_and_what_a_caller_changes_is_its_own(tmp_path: Path) -> None:
+    """Headers are remembered by their content; here size and times of the file stay as they were."""
+    path = write(tmp_path / "x.safetensors", {"__metadata__": {"x": "1"}, "a": A, "b": B})
+    times = os.stat(path)
+    infos, metadata = read_header(path)
+    infos.clear(), metadata.clear()
+    infos, metadata = read_header(path)
+    assert list(infos) == ["a", "b"] and metadata == {"x": "1"}
+    write(path, {"__metadata__": {"x": "2"}, "c": A, "b": B})
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert os.stat(path).st_size == times.st_size
+    infos, metadata = read_header(path)
+    assert list(infos) == ["c", "b"] and metadata == {"x": "2"}
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="is truncated"):
+        read_header(path)

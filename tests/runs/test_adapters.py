@@ -14,6 +14,7 @@ from library.tiny_models import build_tiny
 from library.training import cli, loop
 from networks.kinds.targets import targets_of_family
 from networks.lora import create_network_from_weights
+from tests.families import CASES
 from tests.networks.adapter_table import ADAPTERS, Adapter, kind_of_adapter
 from tests.pairwise import denoiser
 from tests.runs.conftest import draw_pictures, read_parts
@@ -38,7 +39,7 @@ def family(request, tmp_path_factory) -> tuple[str, Path, list[str]]:
     tiny = build_tiny(FAMILIES[request.param], folder / "models")
     images = draw_pictures(folder / "images", 3)
     (folder / "data.toml").write_text(DATASET.format(images=images), encoding="utf-8")
-    return request.param, folder, tiny.arguments()
+    return request.param, folder, [*tiny.arguments(), *CASES[FAMILIES[request.param]].brief]
 
 
 def options_of(adapter: Adapter, family: str) -> list[str]:
@@ -76,10 +77,10 @@ def train(family: tuple[str, Path, list[str]], out: Path, *more: str) -> tuple[A
     return runs[-1], batches
 
 
-def loss_of(run: Any, batches: list[Any]) -> float:
-    """The loss of these batches at the noise and times of their steps, with the weights for making images."""
+def losses_of(run: Any, batches: list[Any]) -> list[float]:
+    """The losses of these batches at the noise and times of their steps, with the weights for making images."""
     with torch.no_grad(), run.weights_for_eval():
-        return sum(float(run.step(batch.to(run.runtime.device)).loss) for batch in batches)
+        return [float(run.step(batch.to(run.runtime.device)).loss) for batch in batches]
 
 
 FIRST_OF_KIND = {adapter.module: name for name, adapter in reversed(ADAPTERS.items())}
@@ -95,10 +96,10 @@ def test_an_adapter_trains_and_its_file_gives_the_same_output(name: str, family,
     adapter = ADAPTERS[name]
     run, batches = train(family, tmp_path, *options_of(adapter, family[0]))
     run.trainable.network.set_enabled(False)
-    before = loss_of(run, batches)
+    before = losses_of(run, batches)
     run.trainable.network.set_enabled(True)
-    after = loss_of(run, batches)
-    assert after < before * 0.999, (before, after)
+    after, few = losses_of(run, batches), batches[:2]  # every weight takes part in the loss of any batch
+    assert sum(after) < sum(before) * 0.999, (before, after)
 
     file = tmp_path / "lora.safetensors"
     metadata = read_parts(file)[0]
@@ -107,7 +108,7 @@ def test_an_adapter_trains_and_its_file_gives_the_same_output(name: str, family,
     trained = {module.lora_name for module in run.trainable.network.loras}
     for module in run.trainable.network.loras:
         module.remove_from()
-    assert loss_of(run, batches) == pytest.approx(before, rel=1e-6)
+    assert losses_of(run, few) == pytest.approx(before[:2], rel=1e-6)
 
     encoders = list(run.models.text_encoders)
     network, tensors = create_network_from_weights(
@@ -120,7 +121,7 @@ def test_an_adapter_trains_and_its_file_gives_the_same_output(name: str, family,
     network.apply_to(encoders, run.models.denoiser)
     assert network.load_weights(str(file)) == {"missing": [], "unexpected": []}
     network.eval()
-    assert loss_of(run, batches) == pytest.approx(after, rel=1e-6)
+    assert losses_of(run, few) == pytest.approx(after[:2], rel=1e-6)
     network.remove_from()
     network.merge_to(encoders, run.models.denoiser, tensors)
-    assert loss_of(run, batches) == pytest.approx(after, rel=1e-4)
+    assert losses_of(run, few) == pytest.approx(after[:2], rel=1e-4)

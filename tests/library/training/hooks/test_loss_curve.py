@@ -13,7 +13,7 @@ from library.training.loop import fit
 from tests.library.training.hooks.small_run import small_run
 
 
-def test_picture_and_table_are_written_at_the_end(tmp_path):
+def test_picture_and_table_are_written_at_the_end(tmp_path, drawn_curves):
     curve = LossCurveHook()
     run = small_run(
         [LossReader(every=5), LoggingHook(show_progress=False), curve], output_dir=str(tmp_path), output_name="line"
