@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from library.core.errors import CheckpointError
 from library.core.text_files import parse_json, read_json
@@ -306,9 +307,21 @@ def build_params(params_class: Callable[..., P], inferred: Mapping[str, Any], gi
         ) from error
 
 
+class WithoutStartValues(TorchFunctionMode):
+    """Inside, the functions of `torch.nn.init` pass tensors without storage by: there is nothing to fill."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            tensor = args[0] if args else given["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **given)
+
+
 def build_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
     """Construct a module without allocating its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutStartValues():
         return factory()
 
 

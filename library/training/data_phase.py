@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from library.training.protocols import BatchSource
 
 Loaded = TypeVar("Loaded")
+logger = logging.getLogger(__name__)
+
 SHEETS = ("dataset.png", "dataset_validation.png")
 
 
@@ -58,10 +61,12 @@ class DataGroups:
         for group in self.groups:
             group.set_strategies(strategies)
 
-    def show(self, seed: int, folder: str) -> None:
-        """--debug_dataset: a line for every sample, and sheets of the pictures in `folder`."""
+    def show(self, seed: int, folder: str | None) -> None:
+        """--debug_dataset: a line for every sample, and in `folder`, if there is one, sheets of the pictures."""
         for group, name in zip(self.groups, SHEETS):
-            debug_dataset(group, seed=seed, sheet=os.path.join(folder, name))
+            debug_dataset(group, seed=seed, sheet=os.path.join(folder, name) if folder else None)
+        if not folder:
+            logger.info("no picture is drawn without --output_dir, which is where the sheets of the samples go")
 
 
 @dataclass

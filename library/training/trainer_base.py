@@ -122,7 +122,7 @@ class Trainer:
         data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)
         if self.config[DatasetOptions].debug_dataset:
-            data.show(runtime.seed, self.config[SavingOptions].output_dir or ".")
+            data.show(runtime.seed, self.config[SavingOptions].output_dir)
             return None
         state = local_state_folder(self.config, runtime)
         if state is not None:
