@@ -197,8 +197,6 @@ class MergeOnLoad:
         for label, count in merge.matched_of.items():
             self._matched_of[label] += count
         self._num_merged += len(merge.matched)
-        if merge.matched:
-            logger.info("%s: adapters are merged into %d layers", files.path, len(merge.matched))
         return merge.stream(items)
 
     def plan(self, files: CheckpointFiles) -> CheckpointMerge:
@@ -219,7 +217,9 @@ class MergeOnLoad:
         self.report()
 
     def report(self) -> None:
-        """Warn of layers that the parts that were read do not have."""
+        """When all parts were read: say how many layers are merged, and warn of those that no part has."""
+        if self._num_merged:
+            logger.info("adapters are merged into %d layers", self._num_merged)
         for label, names in self._left_out.items():
             logger.warning(
                 "%s: %d layers are in no model that was loaded and are left out (first: %s)",

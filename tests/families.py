@@ -58,5 +58,6 @@ CASES = {
             "chroma", "chroma", ("lora_te3_",), text_options=("--network_args", "train_t5xxl=True"),
             brief=("--t5xxl_max_token_length=64",),
         ),
+        FamilyCase("lumina", "lumina2", ("lora_te_",)),
     )
 }

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from library.core.errors import CheckpointError
 from library.core.text_files import parse_json, read_json
@@ -79,14 +80,15 @@ class CheckpointFiles:
     def storing(self, dtype: torch.dtype | None, keys: Iterable[str]) -> Callable[[str, Tensor], Tensor]:
         """The `cast` of `tensors` for a model, with these keys, whose matrices may stay in 8 bits.
 
-        `dtype` float8_e4m3fn keeps those of linear layers in it and the rest in bfloat16; None keeps the file's own types.
-        CheckpointError when they are to be kept and are in 8-bit numbers of another kind.
+        `dtype` float8_e4m3fn keeps those of linear layers in it and the rest in bfloat16; None keeps the file's own
+        types. CheckpointError when they are to be kept and are in 8-bit numbers of another kind.
         """
         kinds = {self.shapes[key].dtype for key in keys if key.endswith(".weight")}
         other = sorted(str(kind).removeprefix("torch.") for kind in kinds & set(FP8_DTYPES) - {FP8_STORAGE})
         if dtype == FP8_STORAGE and other:
-            stored = ", ".join(other)
-            raise CheckpointError(f"{self.path} stores weights as {stored}; 8-bit storage needs float8_e4m3fn or a wider file")
+            raise CheckpointError(
+                f"{self.path} stores weights as {', '.join(other)}; 8-bit storage needs float8_e4m3fn or a wider file"
+            )
         wide = torch.bfloat16 if dtype is None or dtype == FP8_STORAGE else dtype
 
         def cast(key: str, tensor: Tensor) -> Tensor:
@@ -305,9 +307,21 @@ def build_params(params_class: Callable[..., P], inferred: Mapping[str, Any], gi
         ) from error
 
 
+class WithoutStartValues(TorchFunctionMode):
+    """Inside, the functions of `torch.nn.init` pass tensors without storage by: there is nothing to fill."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            tensor = args[0] if args else given["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **given)
+
+
 def build_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
     """Construct a module without allocating its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutStartValues():
         return factory()
 
 

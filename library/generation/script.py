@@ -15,10 +15,12 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
+from library.core.console import utf8_text
 from library.core.errors import AtelierError, ConfigError, Problems
 from library.core.options import Config, add_options, option_fields
 from library.core.registry import import_target
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LARGEST_DRAWN_SEED = 2**32 - 1
+PROMPTS = frozenset({"prompt", "negative_prompt"})
+"""options that models read as text; other ones may be names of files, in any encoding"""
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
@@ -56,6 +60,10 @@ def script_parser(description: str, classes: Sequence[type]) -> argparse.Argumen
 def read_command(argv: Sequence[str] | None, parser: argparse.ArgumentParser, classes: Sequence[type]) -> Config:
     """Every group, with all problems of all groups at once, and the log set up. ConfigError."""
     values = vars(parser.parse_args(argv))
+    problems = Problems()
+    for name in PROMPTS & values.keys():
+        values[name] = problems.attempt(lambda name=name: values[name] and utf8_text(values[name], f"--{name}"))
+    problems.raise_if_any()
     config = Config.read(values, classes)
     cli.set_up_logging(config[ConsoleOptions])
     return config
@@ -157,7 +165,7 @@ class LineReader:
             if not line.strip():
                 return
             try:
-                request = self.read(line, default)
+                request = self.read(utf8_text(line, "what was typed"), default)
             except ConfigError as error:
                 print(f"error: {error}", file=sys.stderr)
             else:
@@ -208,25 +216,43 @@ def picture_texts(request: PictureRequest, **more: Any) -> dict[str, str]:
     )  # fmt: skip
 
 
+class Failures:
+    """Pictures that could not be made: each is told, and the run goes on to its end."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.last: AtelierError | None = None
+
+    @contextmanager
+    def told(self, what: str) -> Iterator[None]:
+        """Inside, an AtelierError is a line of the log that begins with `what`."""
+        try:
+            yield
+        except AtelierError as error:
+            self.count, self.last = self.count + 1, error
+            logger.error("%s: %s", what, error)
+
+    def raise_if_any(self, made: int) -> None:
+        """AtelierError after the last picture; the reason itself where it was the only one."""
+        if self.last is not None and not made and self.count == 1:
+            raise self.last
+        if self.count:
+            raise AtelierError(
+                f"{self.count} of {self.count + made} pictures could not be made; the reasons stand above, the others are"
+                " written"
+            )
+
+
 def make_each(requests: Iterable[Request], make: Callable[[Request, int], Path]) -> list[Path]:
     """`make(request, number)` for each; one log line per file. A picture that cannot be made is told, and the others
     are; AtelierError at the end."""
-    paths, failed, last = [], 0, None
+    paths, failures = [], Failures()
     for index, request in enumerate(requests):
         started = time.perf_counter()
-        try:
+        with failures.told(f"picture {index}"):
             paths.append(make(request, index))
-        except AtelierError as error:
-            failed, last = failed + 1, error
-            logger.error("picture %d: %s", index, error)
-            continue
-        logger.info("%s: %.1f s", paths[-1], time.perf_counter() - started)
-    if last is not None and not paths and failed == 1:
-        raise last
-    if failed:
-        raise AtelierError(
-            f"{failed} of {failed + len(paths)} pictures could not be made; the reasons stand above, the others are written"
-        )
+            logger.info("%s: %.1f s", paths[-1], time.perf_counter() - started)
+    failures.raise_if_any(len(paths))
     return paths
 
 

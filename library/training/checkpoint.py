@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,8 @@ class Saving:
     state: str | None
     remove: tuple[str, ...] = ()
     remove_states: tuple[str, ...] = ()
+    stopped_until: int = 0
+    """states that a signal left at this step or before go too; see `SaveRules.stopped_states`"""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class SaveRules:
 
     options: Any
     num_epochs: int
+    steps_per_epoch: int = 0
+    """0: not known; states that a signal left are then not told by their epoch"""
 
     @property
     def names(self) -> CheckpointNames:
@@ -92,7 +97,8 @@ class SaveRules:
             return None
         keep, keep_state = options.save_last_n_steps, _or(options.save_last_n_steps_state, options.save_last_n_steps)
         file, state = (None if kept is None else outdated_step(step, interval, kept) for kept in (keep, keep_state))
-        return self._saving("step", step, self.names.step, file, state)
+        until = 0 if keep_state is None else step - keep_state - 1
+        return self._saving("step", step, self.names.step, file, state, until)
 
     def after_epoch(self, epoch: int) -> Saving | None:
         """At every multiple of the interval before the last epoch, which has the final file only. `epoch` from 1."""
@@ -101,24 +107,47 @@ class SaveRules:
             return None
         keep, keep_state = options.save_last_n_epochs, _or(options.save_last_n_epochs_state, options.save_last_n_epochs)
         file, state = (None if kept is None else outdated_epoch(epoch, interval, kept) for kept in (keep, keep_state))
-        return self._saving("epoch", epoch, self.names.epoch, file, state)
+        return self._saving("epoch", epoch, self.names.epoch, file, state, (state or 0) * self.steps_per_epoch)
 
     def at_end(self, step: int) -> Saving:
         name = self.names.last()
         with_state = self.options.save_state or self.options.save_state_on_train_end
-        return Saving("end", step, self.names.file(name), self.names.state(name) if with_state else None)
+        state = self.names.state(name) if with_state else None
+        return Saving("end", step, self.names.file(name), state, stopped_until=self._stopped_until(step))
 
     def at_stop(self, step: int) -> Saving:
         """When a signal ends the run before its last step: file and state, whatever the options say of states."""
         name = self.names.step(step)
-        return Saving("stop", step, self.names.file(name), self.names.state(name))
+        return Saving(
+            "stop", step, self.names.file(name), self.names.state(name), stopped_until=self._stopped_until(step)
+        )
 
-    def _saving(self, at: str, number: int, name_of: Any, old_file: int | None, old_state: int | None) -> Saving:
+    def _stopped_until(self, step: int) -> int:
+        """The last step whose state is no longer kept at this one, when neither is a multiple of an interval."""
+        options = self.options
+        steps = _or(options.save_last_n_steps_state, options.save_last_n_steps)
+        epochs = _or(options.save_last_n_epochs_state, options.save_last_n_epochs)
+        if steps is not None:
+            return max(0, step - steps - 1)
+        return 0 if epochs is None or not self.steps_per_epoch else max(0, step - max(1, epochs) * self.steps_per_epoch)
+
+    def stopped_states(self, names: Iterable[str], until: int) -> list[str]:
+        """Of these names, the states that a signal left at step `until` or before: not those of --save_every_n_steps,
+        which have their own time."""
+        interval = self.options.save_every_n_steps if self.options.save_state else None
+        pattern = re.compile(re.escape(self.names.step(0)[:-8]) + r"(\d{8,})" + re.escape(STATE_ENDING))
+        found = {name: int(match[1]) for name in names if (match := pattern.fullmatch(name))}
+        return sorted(name for name, step in found.items() if step <= until and not (interval and step % interval == 0))
+
+    def _saving(
+        self, at: str, number: int, name_of: Any, old_file: int | None, old_state: int | None, stopped_until: int
+    ) -> Saving:
         names, saves_state = self.names, self.options.save_state
         return Saving(
             at, number, names.file(name_of(number)), names.state(name_of(number)) if saves_state else None,
             remove=() if old_file is None else (names.file(name_of(old_file)),),
             remove_states=() if old_state is None or not saves_state else (names.state(name_of(old_state)),),
+            stopped_until=max(0, stopped_until) if saves_state else 0,
         )
 
 

@@ -141,8 +141,7 @@ def name_problems(config: Config) -> list[str]:
         f"{names.last()}-loss.csv",
         f"{names.last()}-loss.png",
     ]
-    if saving.save_state or saving.save_state_on_train_end:
-        written.append(names.state(stem))
+    written.append(names.state(names.step(0)))  # a signal at any step leaves one
     if config[SamplingOptions].sample_prompts:
         written.append(
             Path(sample_file_name(saving.output_name, "epoch", 0, enum=0, seed=0xFFFFFFFF, timestamp="0" * 14)).name

@@ -174,6 +174,11 @@ class TrainingData:
         )
         return self._loader.load(list(requests))
 
+    @property
+    def holds_out(self) -> bool:
+        """There are images for validation."""
+        return self.validation is not None
+
     def validation_batches(self, limit: int | None = None) -> Iterator[Batch]:
         """Validation batches in fixed order, at most `limit` global ones. Positions number the images through, so that
         an image keeps its noise whatever the batch size and the number of processes."""

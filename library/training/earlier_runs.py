@@ -10,6 +10,7 @@ from pathlib import Path
 
 from library.core.atomic_file import move
 from library.core.errors import ConfigError
+from library.core.file_limits import name_length, name_limit
 from library.core.file_owners import clean_leftovers
 from library.core.options import Config
 from library.dataset import DatasetOptions
@@ -103,7 +104,7 @@ def existing_problems(config: Config) -> list[str]:
             f"{target} is a folder, and the file of this run goes there; rename or remove it, or choose another --output_name"
         ]
     if what != "refuse":
-        return []
+        return backup_problems(config)
     earlier = [path for path in earlier_files(config) if path.parent.name != SAMPLES]
     if not earlier:
         return []
@@ -114,18 +115,37 @@ def existing_problems(config: Config) -> list[str]:
     ]
 
 
-def keep_earlier_files(config: Config) -> dict[Path, Path]:
-    """--on_existing backup: rename the files, states and samples of an earlier run of this name, as if it had been
-    called NAME-backupN; overwrite: its states alone, which `--resume latest` would take for those of the new run.
-    Returns old -> new. ConfigError when one cannot be renamed."""
+def backup_problems(config: Config) -> list[str]:
+    """The names under which files of an earlier run would be kept are no longer than the file system takes."""
+    folder = Path(config[SavingOptions].output_dir or ".")
+    longest = max((target.name for target in _backups(config).values()), key=name_length, default="")
+    surplus = name_length(longest) - name_limit(folder)
+    if surplus <= 0:
+        return []
+    return [
+        f"{folder} holds an earlier run of this name, and the names of its kept files would be {surplus} too long for the"
+        " file system; choose another --output_name or --output_dir, or move them away"
+    ]
+
+
+def _backups(config: Config) -> dict[Path, Path]:
+    """Files of an earlier run that make room -> their names afterwards; states alone with --overwrite."""
     saving = config[SavingOptions]
     earlier = earlier_files(config) if saving.what_of_existing != "refuse" else []
     if saving.what_of_existing == "overwrite":
         earlier = [path for path in earlier if path.is_dir() and path.name.endswith(STATE_ENDING)]
-    if not earlier:
+    name = _free_name(saving) if earlier else ""
+    return {path: path.with_name(_renamed(path, saving, name)) for path in earlier}
+
+
+def keep_earlier_files(config: Config) -> dict[Path, Path]:
+    """--on_existing backup: rename the files, states and samples of an earlier run of this name, as if it had been
+    called NAME-backupN; overwrite: its states alone, which `--resume latest` would take for those of the new run.
+    Returns old -> new. ConfigError when one cannot be renamed."""
+    saving, moves = config[SavingOptions], _backups(config)
+    if not moves:
         return {}
     name = _free_name(saving)
-    moves = {path: path.with_name(_renamed(path, saving, name)) for path in earlier}
     for source, target in moves.items():
         try:
             move(source, target)

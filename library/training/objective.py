@@ -58,7 +58,9 @@ class Objective(ABC):
     """"velocity" for flow matching, "epsilon" or "v" for DDPM"""
 
     @abstractmethod
-    def corrupt(self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, draws: StepDraws) -> NoisyLatents:
+    def corrupt(
+        self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, draws: StepDraws
+    ) -> NoisyLatents:
         """Noise the latents [B, C, ...] to `times`, one per sample [B], per frame [B, F] or per token (see
         `expand_like`); `draws` feeds options that need more random numbers."""
 
@@ -130,7 +132,9 @@ class FlowMatchingObjective(Objective):
         self.target = target
         self.weigh = weigh
 
-    def corrupt(self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, draws: StepDraws) -> NoisyLatents:
+    def corrupt(
+        self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, draws: StepDraws
+    ) -> NoisyLatents:
         sigmas = times.to(device=latents.device, dtype=torch.float32)
         input_noise = with_ip_noise(noise, self.noise_options, draws)
         noisy = flow_noisy_latents(latents, input_noise, sigmas)

@@ -3,7 +3,7 @@ Annotations name them; nothing heavy is imported for that."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypedDict, Union, runtime_checkable
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ Plain = Union[None, bool, int, float, str, Sequence["Plain"], Mapping[str, "Plai
 """what metadata and recorded settings hold: values as JSON gives them back"""
 StateValue = Union[Plain, "torch.Tensor", Sequence["StateValue"], Mapping[str, "StateValue"]]
 """what states hold"""
+TextEncoders = Union["torch.nn.Module", Sequence["torch.nn.Module | None"]]
+"""as network modules take them: a family's only one bare, else a list"""
 Logs = dict[str, Union[float, "torch.Tensor"]]
 """values of a step for the log, by name"""
 
@@ -93,3 +95,58 @@ class BatchSource(Protocol):
 
     def metadata(self) -> list[dict[str, Plain]]:
         """A record of each dataset."""
+
+
+class AdapterNetwork(Protocol):
+    """What a network module makes, the user's own too: a torch module that changes layers of a model. Further calls
+    (rates of several text encoders, steps, norms) are made where a network has them."""
+
+    multiplier: float
+
+    def apply_to(
+        self, text_encoder: TextEncoders, unet: torch.nn.Module, apply_text_encoder: bool = True,
+        apply_unet: bool = True,
+    ) -> None:
+        """Change the layers of the sides that are applied."""
+
+    def enable_gradient_checkpointing(self) -> None: ...
+
+    def prepare_grad_etc(self, text_encoder: TextEncoders, unet: torch.nn.Module) -> None:
+        """Its parameters learn from here on."""
+
+    def prepare_optimizer_params(
+        self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None
+    ) -> list[ParamGroup] | tuple[list[ParamGroup], list[str]]:
+        """Groups, or groups and their names; older modules take no `default_lr`."""
+
+    def on_epoch_start(self, text_encoder: TextEncoders, unet: torch.nn.Module) -> None: ...
+
+    def set_multiplier(self, multiplier: float) -> None: ...
+
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None: ...
+
+    def load_weights(self, file: str) -> object:
+        """Returns what it tells of the file, for the log."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> AdapterNetwork: ...
+
+    def train(self, mode: bool = True) -> AdapterNetwork: ...
+
+
+class NetworkModule(Protocol):
+    """What --network_module names: a module that makes networks."""
+
+    def create_network(
+        self, multiplier: float, network_dim: int | None, network_alpha: float | None, vae: torch.nn.Module | None,
+        text_encoder: TextEncoders, unet: torch.nn.Module, neuron_dropout: float | None = None, **kwargs: object,
+    ) -> AdapterNetwork | None:
+        """A new network; `kwargs` are the pairs of --network_args, as texts."""
+
+    def create_network_from_weights(
+        self, multiplier: float, file: str | None, vae: torch.nn.Module | None, text_encoder: TextEncoders,
+        unet: torch.nn.Module, weights_sd: Mapping[str, torch.Tensor] | None = None, for_inference: bool = False,
+        **kwargs: object,
+    ) -> tuple[AdapterNetwork, Mapping[str, torch.Tensor]]:
+        """A network with the layers of a file, and the file's tensors."""

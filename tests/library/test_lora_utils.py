@@ -216,3 +216,16 @@ def test_rows_at_a_time_give_what_the_whole_gives(dtype, is_dora, monkeypatch):
     merged = lora_utils._merge_rows(change, weight.clone(), dtype)
     assert merged.dtype == dtype
     torch.testing.assert_close(merged, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
+def test_merged_layers_are_told_once_for_all_parts(case, caplog):
+    family, loaders, _, lora = case
+    targets = targets_of_family(family)
+    transform = MergeOnLoad(targets, [read_adapter(lora, targets, 1.0)])
+    with caplog.at_level("INFO", logger="library.lora_utils"):
+        for load in loaders.values():
+            load(transform=transform)
+        transform.finish()
+    told = [record.getMessage() for record in caplog.records if "merged" in record.getMessage()]
+    names = {key.partition(".")[0] for key in load_safetensors(lora)}
+    assert told == [f"adapters are merged into {len(names)} layers"]

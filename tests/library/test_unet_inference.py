@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.core.errors import CheckpointError, ConfigError
+from library.core.errors import AtelierError, CheckpointError, ConfigError
 from library.generation.gen_img import script as unet_inference
 from library.safetensors_utils import load_safetensors, save_file_atomic
 from library.training.inference_samplers import SAMPLER_NAMES
@@ -398,6 +398,48 @@ def test_one_bad_line_does_not_end_the_run(tiny, tmp_path, caplog):
     assert len(pictures) == 2 and "prompts.txt line 2: unknown option --zz" in caplog.text and "left out" in caplog.text
     texts = [Image.open(picture).info["prompt"] for picture in pictures]
     assert texts == ["a cat", "a -- b"]
+
+
+def test_what_is_wrong_with_one_picture_of_a_batch_does_not_end_the_run(tiny, tmp_path, monkeypatch, caplog):
+    from library.generation.gen_img.batches import PictureBatches
+
+    file, generate, sizes = tmp_path / "prompts.txt", PictureBatches.generate, []
+    file.write_text("a cat\na broken dog\na cow\na sheep\n")
+
+    def failing(self, batch):
+        sizes.append(len(batch))
+        if any("broken" in request.prompt for request in batch):
+            raise ConfigError("it is broken")
+        return generate(self, batch)
+
+    plain = made(tiny["sd1"], tmp_path / "plain", "--from_file", str(file), "--steps=1", "--seed=3", "--batch_size=3")
+    monkeypatch.setattr(PictureBatches, "generate", failing)
+    with pytest.raises(AtelierError, match="1 of 4 pictures could not be made"):
+        made(tiny["sd1"], tmp_path / "out", "--from_file", str(file), "--steps=1", "--seed=3", "--batch_size=3")
+    assert sizes == [3, 1, 1, 1, 1] and "picture 1: it is broken" in caplog.text
+    files = sorted((tmp_path / "out").iterdir())
+    wanted = [path for path in plain if "_001_" not in path.name]
+    assert [path.name.split("_")[2:] for path in files] == [path.name.split("_")[2:] for path in wanted]
+    assert all(numpy.abs(pixels(path) - pixels(other)).max() <= 1 for path, other in zip(files, wanted))
+
+
+def test_a_drawn_choice_that_cannot_be_made_does_not_end_the_run(tiny, tmp_path, caplog):
+    argv = ["--prompt=a {cat --w 3|cat}", "--images_per_prompt=6", "--steps=1", "--seed=8"]
+    with pytest.raises(AtelierError, match="pictures could not be made"):
+        made(tiny["sd1"], tmp_path / "out", *argv)
+    assert list((tmp_path / "out").iterdir()) and "--prompt" in caplog.text
+
+
+def test_prompts_in_the_bytes_of_another_locale(tiny, tmp_path, monkeypatch, capsys):
+    """Under LC_ALL=C the letters of a prompt come as single bytes."""
+    carried = "caf\u00e9".encode().decode("ascii", "surrogateescape")
+    picture = made(tiny["sd1"], tmp_path / "out", f"--prompt={carried}", "--steps=1")[0]
+    assert Image.open(picture).text["prompt"] == "caf\u00e9"
+    with pytest.raises(ConfigError, match=r"--prompt is not UTF-8 text \(caf.udce9\)"):
+        made(tiny["sd1"], tmp_path / "out", "--prompt=caf\udce9", "--steps=1")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"caf\udce9\n{carried}\n\n"))
+    picture = made(tiny["sd1"], tmp_path / "typed", "--interactive", "--steps=1")[0]
+    assert Image.open(picture).text["prompt"] == "caf\u00e9" and "is not UTF-8" in capsys.readouterr().err
 
 
 def test_metadata_of_networks_is_shown(tiny, network, tmp_path, capsys):

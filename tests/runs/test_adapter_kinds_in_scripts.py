@@ -3,14 +3,13 @@ recognised."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from library.core.registry import import_target
-from library.generation import anima_inference, flux_inference, sdxl_inference
-from library.generation.gen_img import script as unet_inference
 from networks.kinds.targets import targets_of_family
 from tests.library import test_anima_inference, test_flux_inference, test_sdxl_inference, test_unet_inference
 from tests.networks.adapter_table import ADAPTERS, kind_of_adapter
@@ -54,34 +53,47 @@ def made(request, tmp_path_factory) -> Start:
     return start(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def pictures(made: Start, folder: Path, file: str) -> dict[str, list[bytes]]:
-    """script -> pixels without the adapter, with it hooked and merged, at multiplier 0.6."""
-    tiny, weights = made.tiny, ("--lora_weights", f"{file};0.6")
-    if made.family == "flux":
-        return {"flux": [test_flux_inference.pixels_of(flux_inference.run(test_flux_inference.arguments(tiny, folder, *more)))[0]
-                         for more in ((), weights, (*weights, "--merge_lora_weights"))]}  # fmt: skip
-    if made.family == "anima":
-        weights = ("--lora_weight", file, "--lora_multiplier", "0.6")
-        return {"anima": [test_anima_inference.pixels(anima_inference.run(test_anima_inference.arguments(tiny, folder, *more)))[0]
-                          for more in ((), weights, (*weights, "--merge_lora_weights"))]}  # fmt: skip
-    found = {}
-    hooked = ("--network_module", "networks.lora", "--network_weights", file, "--network_mul", "0.6")
-    found["gen_img"] = [
-        test_unet_inference.pixels(unet_inference.run(test_unet_inference.arguments(tiny, folder / str(number), "--prompt=a cat --d 5", *more))[0])
-        .astype("uint8").tobytes()
-        for number, more in enumerate(((), hooked, (*hooked, "--network_merge")))
-    ]  # fmt: skip
-    if made.family == "sdxl":
-        found["sdxl"] = [test_sdxl_inference.pixels(sdxl_inference.run(test_sdxl_inference.arguments(tiny, folder, *more)))[0]
-                         for more in ((), weights, (*weights, "--merge_lora_weights"))]  # fmt: skip
-    return found
+LORA, MERGED = ("--lora_weights", "{file};0.6"), "--merge_lora_weights"
+NETWORK = ("--network_module", "networks.lora", "--network_weights", "{file}", "--network_mul", "0.6")
+WAYS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
+    "flux": {"flux": (LORA, MERGED)},
+    "anima": {"anima": (("--lora_weight", "{file}", "--lora_multiplier", "0.6"), MERGED)},
+    "sd": {"gen_img": (NETWORK, "--network_merge")},
+    "sdxl": {"gen_img": (NETWORK, "--network_merge"), "sdxl": (LORA, MERGED)},
+}
+"""family -> its image scripts -> (options that hook a file at multiplier 0.6, the one that merges it)"""
+
+
+def paint(script: str, made: Start, folder: Path, *more: str) -> bytes:
+    """The pixels of one picture."""
+    tiny = made.tiny
+    if script == "flux":
+        return test_flux_inference.picture(tiny, folder, *more)
+    if script == "anima":
+        return test_anima_inference.picture(tiny, folder, *more)
+    if script == "sdxl":
+        return test_sdxl_inference.picture(tiny, folder, *more)
+    (path,) = test_unet_inference.made(tiny, folder, "--prompt=a cat --d 5", *more)
+    return test_unet_inference.pixels(path).astype("uint8").tobytes()
+
+
+def pictures(made: Start, folder: Path, file: str) -> Iterator[tuple[str, bytes, bytes, bytes]]:
+    """(script, its picture without the adapter, with it hooked, with it merged); the first is painted once for all files."""
+    for script, (options, merged) in WAYS[made.family].items():
+        if script not in made.pictures:
+            made.pictures[script] = paint(script, made, folder / "plain")
+        hooked = [word.format(file=file) for word in options]
+        yield (
+            script, made.pictures[script], paint(script, made, folder / "hooked", *hooked),
+            paint(script, made, folder / "merged", *hooked, merged),
+        )  # fmt: skip
 
 
 @pytest.mark.cross_product("name", denoiser("made"))
 @pytest.mark.parametrize("name", KINDS)
 def test_hooked_and_merged_pictures_are_the_same(name: str, made: Start, tmp_path: Path) -> None:
     file = write(tmp_path / "adapter.safetensors", made.family, model_file(made), name)
-    for script, (plain, hooked, merged) in pictures(made, tmp_path, file).items():
+    for script, plain, hooked, merged in pictures(made, tmp_path, file):
         assert test_sdxl_inference.largest_difference(plain, hooked) > 2, script
         assert test_sdxl_inference.largest_difference(hooked, merged) <= 1, script
 

@@ -16,6 +16,7 @@ from library.core.errors import ConfigError
 from library.safetensors_utils import save_file_atomic
 from library.training import cli
 from networks.files.lora_conversion import to_diffusers, to_dotted
+from tests.families import CASES
 from tests.runs.conftest import draw_pictures
 from tests.runs.test_anima import losses_of
 from tests.tiny import build_tiny_flux
@@ -33,7 +34,7 @@ FAMILIES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "sd1": ("sd", lambda folder: build_tiny_sd(folder, "sd1", num_res_blocks=2)),
     "sdxl": ("sdxl", lambda folder: build_tiny_sd(folder, "sdxl", num_res_blocks=2)),
 }
-"""name -> (family, maker of its tiny models)"""
+"""name of the case -> (family, maker of its tiny models)"""
 
 
 @dataclass
@@ -43,7 +44,10 @@ class Start:
     family: str
     tiny: Any
     folder: Path
+    brief: tuple[str, ...] = ()
     losses: dict[tuple[str, ...], float] = field(default_factory=dict)
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    """script -> pixels of its picture without any adapter"""
 
     @property
     def file(self) -> Path:
@@ -56,7 +60,7 @@ class Start:
             draw_pictures(images, 4)
             data.write_text(DATASET.format(images=images), encoding="utf-8")
         cli.run(self.family, "network", [
-            *self.tiny.arguments(), f"--dataset_config={data}", f"--output_dir={self.folder / out}",
+            *self.tiny.arguments(), *self.brief, f"--dataset_config={data}", f"--output_dir={self.folder / out}",
             "--output_name=lora",
             "--network_module=networks.lora", "--max_train_steps=1", "--seed=5", "--learning_rate=1e-2",
             "--max_data_loader_n_workers=0", "--console_log_level=WARNING", *more,
@@ -72,7 +76,7 @@ class Start:
 
 def start(name: str, folder: Path) -> Start:
     family, make = FAMILIES[name]
-    return Start(family, make(folder / "model"), folder)
+    return Start(family, make(folder / "model"), folder, CASES[name].brief)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -141,14 +141,22 @@ class Planner:
 
     def requests(self, line: PromptLine, round_number: int) -> Iterator[ImageRequest]:
         """The pictures of a line in one round: --images_per_prompt, each with the combinations of `{e$$...}`."""
-        given = _given_seeds(line)
         for index in range(self.prompts.images_per_prompt):
-            seed = given[min(index, len(given) - 1)] if given else None
-            if seed is None:
-                seed = self._drawn_seed(round_number, index)
+            yield from self.requests_at(line, round_number, index)
+
+    def requests_at(self, line: PromptLine, round_number: int, index: int) -> Iterator[ImageRequest]:
+        """Those of one of the --images_per_prompt. ConfigError when its draw of the choices cannot be made."""
+        given = _given_seeds(line)
+        seed = given[min(index, len(given) - 1)] if given else None
+        if seed is None:
+            seed = self._drawn_seed(round_number, index)
+        try:
             for request in self._requests(line, seed, index):
                 yield request
                 self.number += 1
+        except ConfigError:
+            self.number += 1  # the next picture has a seed of its own
+            raise
 
     def _requests(self, line: PromptLine, seed: int, index: int) -> Iterator[ImageRequest]:
         """One request for each combination, made when it is asked for: its number is that of the picture then."""

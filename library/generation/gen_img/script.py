@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.core.errors import CheckpointError, ConfigError, Problems
+from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems
 from library.core.options import Config
 from library.dataset.architectures import ARCHITECTURES
 from library.families.registry import record_of
@@ -25,6 +25,7 @@ from library.generation.gen_img.options import (
 )
 from library.generation.gen_img.plan import Planner, PromptLine, batches, first_stage, round_of
 from library.generation.script import (
+    Failures,
     format_problems,
     read_command,
     refused_problems,
@@ -99,15 +100,35 @@ def run(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> list[Path]:
     warn_of_signed_mean(config[GenerationPromptOptions].emb_normalize_mode)
     maker = load_batches(config)
     add_pictures(maker, config)
-    files = PictureFiles(config)
+    files, failures = PictureFiles(config), Failures()
     size = config[GenerationPromptOptions].batch_size
-    for requests in groups_of(config, planner, lines or [], maker):
+    for requests in groups_of(config, planner, lines or [], maker, failures):
         for batch in batches(requests, size):
             started = time.perf_counter()
+            make_batch(maker, files, batch, failures)
+            logger.info("%d pictures in %.1f s", len(batch), time.perf_counter() - started)
+    failures.raise_if_any(len(files.written))
+    return files.written
+
+
+def make_batch(maker: PictureBatches, files: PictureFiles, batch: Sequence[ImageRequest], failures: Failures) -> None:
+    """Make and write pictures. Where they cannot be made together each is made alone, so that none is lost but those at
+    fault."""
+    if len(batch) == 1:
+        with failures.told(f"picture {batch[0].number}"):
             for made in maker.generate(batch):
                 files.write(made)
-            logger.info("%d pictures in %.1f s", len(batch), time.perf_counter() - started)
-    return files.written
+        return
+    try:
+        together = maker.generate(batch)
+    except AtelierError as error:
+        logger.warning("%d pictures cannot be made together (%s); each is made alone", len(batch), error)
+        for request in batch:
+            make_batch(maker, files, [request], failures)
+        return
+    for made in together:
+        with failures.told(f"picture {made.request.number}"):
+            files.write(made)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
@@ -269,17 +290,23 @@ def start_notices(config: Config) -> list[str]:
 
 
 def groups_of(
-    config: Config, planner: Planner, lines: list[PromptLine], maker: PictureBatches
+    config: Config, planner: Planner, lines: list[PromptLine], maker: PictureBatches, failures: Failures
 ) -> Iterator[Iterator[ImageRequest]]:
     """The pictures of the run in order: of all rounds or, with --interactive, of each line as it is typed."""
 
     def check(line: PromptLine) -> None:
         check_line(planner, line, config)
 
+    def requests_of(line: PromptLine, number: int) -> Iterator[ImageRequest]:
+        """A line is checked with one draw of its choices; another draw may be wrong."""
+        for index in range(config[GenerationPromptOptions].images_per_prompt):
+            with failures.told(line.where):
+                yield from planner.requests_at(line, number, index)
+
     options = config[GenerationPromptOptions]
     if options.interactive:
         for line in typed_lines(check):
-            yield planner.requests(line, 0)
+            yield requests_of(line, 0)
         return
     prompter: Any = None
     if options.from_module:
@@ -295,7 +322,7 @@ def groups_of(
         request
         for number in range(options.n_iter)
         for line in lines_of(number)
-        for request in planner.requests(line, number)
+        for request in requests_of(line, number)
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.core.console import utf8_text
 from library.core.errors import ConfigError, Problems
 from library.core.text_files import read_text
 from library.generation.gen_img.options import GenerationPromptOptions
@@ -59,8 +60,8 @@ def typed_lines(check: Callable[[PromptLine], None]) -> Iterator[PromptLine]:
             return
         if not text.strip():
             return
-        line = PromptLine(text.strip(), "prompt")
         try:
+            line = PromptLine(utf8_text(text.strip(), "what was typed"), "prompt")
             check(line)
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,7 +110,7 @@ class CheckpointHook(Hook):
 
     @staticmethod
     def _rules(run: Run) -> SaveRules:
-        return SaveRules(run.config[SavingOptions], run.progress.num_epochs)
+        return SaveRules(run.config[SavingOptions], run.progress.num_epochs, run.progress.steps_per_epoch)
 
     def _write(self, run: Run, saving: Saving | None, is_last: bool = False) -> None:
         """File, state, then removal of what is outdated: a kill at any time leaves the newest or the one before."""
@@ -194,7 +195,10 @@ class CheckpointHook(Hook):
                 if path.is_file() and remove_file(path):
                     self._files.pop(str(path), None)
                     logger.info("removed the outdated %s", path)
-        for name in saving.remove_states:
+        stopped: list[str] = []
+        if saving.state is not None and saving.stopped_until:
+            stopped = self._rules(run).stopped_states(os.listdir(folder), saving.stopped_until)
+        for name in (*saving.remove_states, *stopped):
             if (folder / name).is_dir() and remove_folder(folder / name):
                 self._files.pop(str(folder / name), None)
                 logger.info("removed the outdated state %s", folder / name)

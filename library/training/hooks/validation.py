@@ -77,6 +77,8 @@ class ValidationHook(Hook):
     def validate(self, run: Run) -> float | None:
         """Mean loss over all held-out samples and the four noise levels, and in `level_losses` that of each level; None
         without held-out images."""
+        if not run.data.holds_out:  # nor are weights put in place for evaluation, which can mean copies of all of them
+            return None
         limit = run.config[ValidationOptions].max_validation_steps
         times = run.step.objective.validation_times()
         device = torch.device(run.runtime.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.checkpoints.identity import combined_identity, model_identity
 from library.checkpoints.kinds import preferred_subfolders
@@ -18,6 +18,7 @@ from networks.kinds.targets import NetworkTargets, targets_of_family
 
 if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
+    from library.training.protocols import NetworkModule
     from library.training.run import Models
     from library.training.wiring.base import ModelFamily
 
@@ -77,7 +78,7 @@ class BaseWeights:
                 parts.append(f"{model_identity(path)} times {multiplier:g}")
         return combined_identity(parts) if parts else ""
 
-    def finish(self, module: Any, models: Models, runtime: Runtime, targets: NetworkTargets) -> None:
+    def finish(self, module: NetworkModule, models: Models, runtime: Runtime, targets: NetworkTargets) -> None:
         """After loading: say what fitted nowhere; files of kinds that only the user's network module knows are merged
         by it."""
         if self._merge is not None:

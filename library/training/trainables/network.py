@@ -10,17 +10,19 @@ import logging
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from library.core.atomic_file import atomic_path, scratch_path
 from library.core.errors import CheckpointError, ConfigError, Problems, TrainingError, foreign_errors
 from library.core.keyed_random import StepDraws, isolated_rng, key_seed
+from library.core.learning_rates import rate
 from library.core.options import Config, Ignored, parse_bool, without_effect
+from library.core.patterns import pattern_values
 from library.dataset import CachingOptions
 from library.families.registry import record_of
 from library.safetensors_utils import load_safetensors, read_header
@@ -36,7 +38,7 @@ from library.training.trainables.network_hook import NetworkHook
 from library.training.trainables.weight_norm import WeightNormHook
 from networks.files.network_files import by_module, match_names, read_adapter_file, write_adapter_file
 from networks.kinds.description import describe_network, is_scaled_by_rank
-from networks.kinds.network_args import pattern_values, rate, selected_blocks, selection, shapes_nothing
+from networks.kinds.network_args import selected_blocks, selection, shapes_nothing
 from networks.kinds.targets import targets_of_family
 
 if TYPE_CHECKING:
@@ -45,9 +47,10 @@ if TYPE_CHECKING:
     from library.dataset.strategies import Conditioning
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents
-    from library.training.protocols import ParamGroup, Plain
+    from library.training.protocols import AdapterNetwork, NetworkModule, ParamGroup, Plain, TextEncoders
     from library.training.run import Models
     from library.training.wiring.base import ModelFamily
+    from networks.kinds.additional_network import AdditionalNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -321,7 +324,9 @@ class NetworkTrainable(Trainable):
             f"look at --network_args: the network of --network_module {self.opts.network_module} cannot be made with {' '.join(words) or 'no arguments'}",
         )
 
-    def _finish(self, network: Any, text_encoders: Any, models: Models, runtime: Runtime) -> None:
+    def _finish(
+        self, network: AdapterNetwork, text_encoders: TextEncoders, models: Models, runtime: Runtime
+    ) -> None:
         if self.opts.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
             raise ConfigError(
                 f"--scale_weight_norms is set; {self.opts.network_module} has no apply_max_norm_regularization. Leave it out"
@@ -331,7 +336,7 @@ class NetworkTrainable(Trainable):
         network.prepare_grad_etc(text_encoders, models.denoiser)
         network.train()
 
-    def _pairs(self, family: ModelFamily) -> dict[str, Any]:
+    def _pairs(self, family: ModelFamily) -> dict[str, object]:
         """--network_args as the module gets them. Rates of the family's options stand behind those of network_reg_lrs.
 
         `dropout` is passed as well because LyCORIS reads no neuron_dropout. ConfigError when rates of parts are given
@@ -351,7 +356,9 @@ class NetworkTrainable(Trainable):
             pairs["network_reg_lrs"] = {**written, **others}  # the first pattern that fits a layer counts
         return pairs
 
-    def _make_network(self, module: Any, models: Models, text_encoders: Any, pairs: dict[str, Any]) -> Any:
+    def _make_network(
+        self, module: NetworkModule, models: Models, text_encoders: TextEncoders, pairs: dict[str, object]
+    ) -> AdapterNetwork | None:
         """The contract call."""
         options = self.opts
         if options.dim_from_weights:
@@ -366,7 +373,7 @@ class NetworkTrainable(Trainable):
             neuron_dropout=options.network_dropout, **pairs,
         )
 
-    def _text_encoders(self, models: Models) -> Any:
+    def _text_encoders(self, models: Models) -> TextEncoders:
         """As the family's convention wants them: a bare model where files say `lora_te_`, else a list. Other packages'
         modules cannot take None for an encoder that is not loaded."""
         encoders = list(models.text_encoders)
@@ -394,7 +401,7 @@ class NetworkTrainable(Trainable):
 
     # -- files to start from -----------------------------------------------------------------------------------------
 
-    def _load_start_weights(self, network: Any) -> None:
+    def _load_start_weights(self, network: AdapterNetwork) -> None:
         path = self.opts.network_weights
         if self._is_own:
             self._refuse_other_alphas(network, path)
@@ -418,7 +425,7 @@ class NetworkTrainable(Trainable):
                 f"--network_weights is {path}; none of its modules belongs to a layer that this network trains"
             )
 
-    def _refuse_other_alphas(self, network: Any, path: str) -> None:
+    def _refuse_other_alphas(self, network: AdditionalNetwork, path: str) -> None:
         """An alpha that the user wrote must be the file's; otherwise the file's alphas count."""
         if "network_alpha" not in self.config.explicit or self.opts.dim_from_weights:
             return
@@ -455,7 +462,7 @@ class NetworkTrainable(Trainable):
             raise ConfigError(NO_RATE)
         return groups
 
-    def _described_groups(self, default: float | None) -> list[tuple[dict[str, Any], str | None]]:
+    def _described_groups(self, default: float | None) -> list[tuple[ParamGroup, str | None]]:
         rates = list(self.opts.text_encoder_lr or [])[: max(len(self._targets.text_encoders), 1)]
         several = getattr(self.network, "prepare_optimizer_params_with_multiple_te_lrs", None)
         if several is not None:
@@ -598,7 +605,7 @@ def _is_on(text: str | None) -> bool:
         return False
 
 
-def _positional_count(method: Any) -> int:
+def _positional_count(method: Callable) -> int:
     """How many arguments a bound method takes by position, 3 at most."""
     parameters = inspect.signature(method).parameters.values()
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
@@ -609,7 +616,7 @@ def _positional_count(method: Any) -> int:
     )
 
 
-def _summary(report: Any) -> str:
+def _summary(report: object) -> str:
     if isinstance(report, dict):
         return (
             ", ".join(f"{len(value)} {key}" for key, value in report.items() if isinstance(value, Sequence)) or "done"

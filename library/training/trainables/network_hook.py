@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.core.errors import CheckpointError
 from library.core.keyed_random import StepDraws
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from library.training.protocols import StateValue
     from library.training.run import Run
     from library.training.trainables.network import NetworkTrainable
+    from networks.kinds.ggpo import Ggpo
 
 
 KEPT = "untrained layers"
@@ -35,7 +36,7 @@ class NetworkHook(Hook):
         ):  # the step leaves such a batch out, and this rank has to know which parameters the others train
             self.trainable.on_step_start(StepDraws(run.step.seed, batch.request.step, ()))
 
-    def _ggpo(self) -> dict[str, Any]:
+    def _ggpo(self) -> dict[str, Ggpo]:
         loras = getattr(self.trainable.network, "loras", [])
         return {lora.lora_name: lora.ggpo for lora in loras if getattr(lora, "ggpo", None) is not None}
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from library.training.hooks.base import Hook
 
 if TYPE_CHECKING:
+    import torch
+
     from library.training.run import Run
     from library.training.trainables.network import NetworkTrainable
 
@@ -59,6 +62,6 @@ class WeightNormHook(Hook):
         return self._logs
 
 
-def _called(norms: Any) -> Any:
+def _called(norms: torch.Tensor | Callable[[], torch.Tensor | None] | None) -> torch.Tensor | None:
     """Networks offer their norms as a tensor or as a method that returns one (None when there is nothing yet)."""
     return norms() if callable(norms) else norms

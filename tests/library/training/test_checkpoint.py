@@ -54,3 +54,24 @@ def test_a_finished_run_says_what_to_raise():
 @pytest.mark.parametrize(("step", "epoch"), [(0, 1), (1, 1), (10, 1), (11, 2), (20, 2), (21, 3)])
 def test_a_state_at_the_border_belongs_to_the_finished_epoch(step, epoch):
     assert train_state(step, 10) == {"current_epoch": epoch, "current_step": step}
+
+
+def test_states_that_a_signal_left_go_with_the_others():
+    names = [f"lora-step{step:08d}-state" for step in (3, 5, 10, 13, 14)] + ["lora-step3-state", "other-step00000003-state"]
+    rules = SaveRules(
+        SavingOptions(output_name="lora", save_every_n_steps=5, save_last_n_steps_state=1, save_state=True), 4, 10
+    )
+    saving = rules.after_step(15)
+    assert saving.stopped_until == 13 and saving.remove_states == ("lora-step00000010-state",)
+    assert rules.stopped_states(names, 13) == ["lora-step00000003-state", "lora-step00000013-state"]
+    assert rules.at_stop(14).stopped_until == 12 and rules.at_end(40).stopped_until == 38
+    by_epoch = SaveRules(
+        SavingOptions(output_name="lora", save_every_n_epochs=1, save_last_n_epochs=2, save_state=True), 9, 10
+    )
+    assert by_epoch.after_epoch(4).stopped_until == 20 and by_epoch.at_stop(47).stopped_until == 27
+    assert by_epoch.stopped_states(names, 5) == ["lora-step00000003-state", "lora-step00000005-state"]
+
+
+@pytest.mark.parametrize("options", [{"save_state": True}, {"save_last_n_steps_state": 1}])
+def test_without_states_or_a_number_of_them_those_of_a_signal_stay(options):
+    assert SaveRules(SavingOptions(save_every_n_steps=5, **options), 4, 10).after_step(15).stopped_until == 0

@@ -83,3 +83,16 @@ def test_names_of_scripts() -> None:
     assert {f"{script_name(family)}.py" for family in FAMILIES} == {
         path.name for path in root.glob("*train_network.py")
     }
+
+
+def test_sheets_of_samples_are_drawn_where_there_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = config(tmp_path)
+    found = data_phase.find_data(options, ARCHITECTURES["flux"])
+    data = data_phase.group_data(options, found, ARCHITECTURES["flux"], 5)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    data.show(5, None)
+    assert not list(empty.iterdir())
+    data.show(5, str(tmp_path / "out"))
+    assert (tmp_path / "out" / "dataset.png").is_file()

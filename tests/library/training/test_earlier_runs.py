@@ -160,3 +160,15 @@ def test_a_state_from_elsewhere_does_not_let_a_run_replace_others(tmp_path: Path
 def test_overwrite_and_another_choice_contradict_each_other(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--overwrite is set with --on_existing backup"):
         config_of(tmp_path, overwrite=True, on_existing="backup")
+
+
+@pytest.mark.parametrize("choice", [{}, {"overwrite": True}])
+def test_names_of_kept_files_that_would_be_too_long_are_told_before_the_training(tmp_path: Path, choice: dict) -> None:
+    limit = earlier_runs.name_limit(tmp_path)
+    for length, is_told in ((limit - len("-backup1-step00000005-state"), False), (limit - len("-step00000005-state"), True)):
+        folder, name = tmp_path / str(length), "x" * length
+        (folder / f"{name}-step00000005-state").mkdir(parents=True)
+        problems = earlier_runs.existing_problems(config_of(folder, output_name=name, **choice))
+        assert len(problems) == is_told
+        if is_told:
+            assert "8 too long" in problems[0] and "another --output_name" in problems[0]

@@ -31,7 +31,15 @@ from library.training.hooks.base import Hook
 from library.training.loss import LossFunction
 from library.training.objective import NoisyLatents, Objective
 from library.training.optimizers import OptimizerOptions
-from library.training.protocols import BatchSource, LossBody, LrSchedule, SampleLoss, StepBody
+from library.training.protocols import (
+    AdapterNetwork,
+    BatchSource,
+    LossBody,
+    LrSchedule,
+    NetworkModule,
+    SampleLoss,
+    StepBody,
+)
 from library.training.run import DiTOutput, Models, Run, StepOutput
 from library.training.run_settings import RunSettings
 from library.training.schedulers import SchedulerOptions
@@ -39,7 +47,10 @@ from library.training.step import TrainStep
 from library.training.timestep_samplers import FLOW_MODES, TIMESTEP_SAMPLERS, TimestepOptions, TimestepSampler
 from library.training.trainables.base import Trainable
 from library.training.trainables.network import NetworkTrainable
+from library.training.trainables.network_hook import NetworkHook
 from library.training.wiring.base import FlowFamily, ModelFamily
+from networks.kinds.additional_network import AdditionalNetwork
+from networks.kinds.network_base import NetworkFunctions
 
 RECORDS = (
     Run, Models, DiTOutput, StepOutput, TrainStep, StrategySet, Runtime, NoisyLatents, RunSettings, LossFunction,
@@ -48,14 +59,14 @@ RECORDS = (
 CONTRACTS = (
     Hook, Trainable, NetworkTrainable, ModelFamily, FlowFamily, TrainStep, StrategySet, Objective,
     objective.FlowMatchingObjective, objective.DdpmObjective, TrainingData, Runtime, LossFunction, LatentCache,
-    LatentEncoder, TextCache, TokenizeStrategy, TextEncodingStrategy,
+    LatentEncoder, TextCache, TokenizeStrategy, TextEncodingStrategy, NetworkHook,
     *(import_target(record_of(name).family) for name in FAMILIES),
 )  # fmt: skip
 
 
 def names_for(thing: type) -> dict[str, object]:
-    """What annotations of its module may name: its globals, what it imports for type checkers alone, and the names of the
-    recursive types."""
+    """What annotations of its module may name: its globals, what it imports for type checkers alone, and the names of
+    the recursive types."""
     module = sys.modules[thing.__module__]
     names = {**vars(protocols), **vars(module)}
     for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body:
@@ -157,3 +168,10 @@ def test_functions_and_groups_take_what_the_protocols_say() -> None:
     for group in (DatasetGroup, CustomDatasetGroup):
         for name in ("__len__", "__getitem__", "load", "plan", "set_strategies", "set_max_train_steps", "metadata"):
             assert taken_by(getattr(group, name)) == taken_by(getattr(BatchSource, name)), f"{group.__name__}.{name}"
+
+
+def test_networks_and_their_modules_take_what_the_protocols_say() -> None:
+    for protocol, own in ((AdapterNetwork, AdditionalNetwork), (NetworkModule, NetworkFunctions)):
+        calls = [name for name, value in vars(protocol).items() if inspect.isfunction(value) and name[0] != "_"]
+        for name in set(calls) - {"to", "train", "parameters"}:  # those of torch
+            assert taken_by(getattr(own, name)) == taken_by(getattr(protocol, name)), name

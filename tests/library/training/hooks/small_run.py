@@ -104,6 +104,10 @@ class LineData:
             inputs = inputs * float("nan")
         return PointBatch(request, inputs, torch.zeros(2, 1), [f"{2 * index}.png", f"{2 * index + 1}.png"])
 
+    @property
+    def holds_out(self) -> bool:
+        return bool(self.validation)
+
     def validation_batches(self, limit: int | None = None) -> list[PointBatch]:
         return self.validation[:limit]
 

@@ -56,3 +56,11 @@ def test_a_run_that_goes_on_lists_what_is_still_to_come(tmp_path):
     run.progress.global_step = 4
     planned = [line for lines in run.hooks.planned_files(run) for line in lines]
     assert planned[1:] == ["lora-000002.safetensors", "lora.safetensors"]
+
+
+def test_the_state_of_a_stopped_run_is_removed_in_its_turn(tmp_path):
+    run = run_with_files(tmp_path, save_every_n_steps=4, save_last_n_steps_state=2, save_state=True)
+    for step in (3, 7):
+        (tmp_path / f"lora-step{step:08d}-state").mkdir()
+    fit(run)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"lora-step00000012-state", "lora-state"}

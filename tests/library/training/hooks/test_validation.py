@@ -11,6 +11,7 @@ from library.training.hooks.loss_curve import LossCurveHook
 from library.training.hooks.losses import LossReader
 from library.training.hooks.validation import ValidationHook
 from library.training.loop import fit
+from library.training.run import Run
 from tests.library.training.hooks.small_run import LineData, LineStep, small_run
 
 
@@ -89,7 +90,8 @@ def test_curves_start_at_the_base_and_have_the_known_names():
     assert curve.validation[-1][1] < curve.validation[0][1] or curve.validation[0][1] < 0.5
 
 
-def test_without_held_out_data_nothing_happens():
+def test_without_held_out_data_nothing_happens(monkeypatch):
+    monkeypatch.setattr(Run, "weights_for_eval", lambda *_: pytest.fail("weights are put in place"))
     hook = ValidationHook(seed=3)
     run = small_run(hooks_of(hook))
     fit(run)
@@ -140,6 +142,10 @@ class RisingData(LineData):
     def __init__(self) -> None:
         super().__init__()
         self.passes = 0
+
+    @property
+    def holds_out(self) -> bool:
+        return True
 
     def validation_batches(self, limit=None):
         self.passes += 1
