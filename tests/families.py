@@ -53,6 +53,7 @@ CASES = {
         FamilyCase("sd1", "sd_v1", ("lora_te_",), caches_text=False),
         FamilyCase("sd2", "sd_v2_v", ("lora_te_",), caches_text=False),
         FamilyCase("sdxl", "sdxl_base_v1-0", ("lora_te1_", "lora_te2_")),
+        FamilyCase("sd3", "5-medium", ("lora_te1_", "lora_te2_")),
         FamilyCase("anima", "anima", ("lora_te_",)),
         FamilyCase(
             "chroma", "chroma", ("lora_te3_",), text_options=("--network_args", "train_t5xxl=True"),

@@ -356,3 +356,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
 
 class LuminaNetworkTrainer(NetworkTrainer):
     family = "lumina"
+
+
+class Sd3NetworkTrainer(NetworkTrainer):
+    family = "sd3"
