@@ -60,16 +60,16 @@ class PicturePipeline(ABC, Generic[Request]):
         """What is decoded from latents; a picture is one frame."""
         return decode_to_frames(self.vae, latents)
 
-    def decode(self, latents: Tensor) -> Image.Image:
-        """The picture of latents: of a clip the first frame."""
-        return self.frames(latents)[0]
+    def decode(self, latents: Tensor) -> Picture:
+        """The picture of latents, or the frames of a clip."""
+        made = self.frames(latents)
+        return made if len(made) > 1 else made[0]
 
     @torch.no_grad()
     def sample(self, prompt: SamplePrompt, conditioning: Conditioning, negative: Conditioning | None) -> Picture:
         """The picture, or the frames, of a complete sample prompt."""
         names = VIDEO_SAMPLE_NAMES if self.latent_spec.clips else SAMPLE_NAMES
-        made = self.frames(self.latents(request_of(self.request_class, prompt, names), conditioning, negative))
-        return made if len(made) > 1 else made[0]
+        return self.decode(self.latents(request_of(self.request_class, prompt, names), conditioning, negative))
 
 
 @dataclass
@@ -98,7 +98,7 @@ class PictureMaker(Generic[Request]):
         with self._at_work([self.pipeline.denoiser], self.device, self.denoiser_waits), self.computing():
             return self.pipeline.latents(request, conditioning, negative)
 
-    def decode(self, latents: Tensor) -> Image.Image:
+    def decode(self, latents: Tensor) -> Picture:
         return self.pipeline.decode(latents)
 
     def _encoded(self, texts: Sequence[str]) -> Conditioning:
