@@ -52,5 +52,6 @@ CASES = {
         FamilyCase("sd2", "sd_v2_v", ("lora_te_",), caches_text=False),
         FamilyCase("sdxl", "sdxl_base_v1-0", ("lora_te1_", "lora_te2_")),
         FamilyCase("anima", "anima", ("lora_te_",)),
+        FamilyCase("lumina", "lumina2", ("lora_te_",)),
     )
 }
