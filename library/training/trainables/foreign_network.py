@@ -14,10 +14,11 @@ from library.core.keyed_random import isolated_rng
 
 
 def try_arguments(
-    make: Callable[[torch.nn.Module, bool], Any], class_names: Iterable[str], told: Callable[[], AbstractContextManager[None]]
+    make: Callable[[torch.nn.Module, bool], Any], class_names: Iterable[str],
+    told: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    """Let a module make a network of a stand-in for the model: `make(model, with_arguments)`. What it raises goes through
-    `told`. A module that makes none without arguments either says nothing of them."""
+    """Let a module make a network of a stand-in for the model: `make(model, with_arguments)`. What it raises goes
+    through `told`. A module that makes none without arguments either says nothing of them."""
     names = list(class_names)
 
     def attempt(with_arguments: bool) -> None:

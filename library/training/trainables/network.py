@@ -138,8 +138,8 @@ class NetworkTrainable(Trainable):
 
         def make(model: torch.nn.Module, with_arguments: bool) -> None:
             module.create_network(
-                1.0, options.network_dim, options.network_alpha, None, [], model, neuron_dropout=options.network_dropout,
-                **(pairs if with_arguments else {}),
+                1.0, options.network_dim, options.network_alpha, None, [], model,
+                neuron_dropout=options.network_dropout, **(pairs if with_arguments else {}),
             )
 
         try_arguments(make, targets_of_family(family.name).classes, self._told)
