@@ -29,7 +29,14 @@ from library.families.registry import record_of
 from library.generation.adapter_files import multiplier_problems
 from library.generation.picture_files import settings_texts, write_picture
 from library.generation.requests import PictureRequest, Request, SessionOptions
-from library.scripts.command_line import read_command, refused_problems, run_to_exit, script_parser, tell_equivalent
+from library.scripts.command_line import (
+    read_command,
+    refused_problems,
+    run_to_exit,
+    script_parser,
+    tell_equivalent,
+    tell_ignored,
+)
 from library.training.parser_common import chosen_variant
 from library.training.sampling_prompts import DRAWN, LineOption, good_lines, parse_pieces
 
@@ -253,6 +260,7 @@ class ImageScript(ABC, Generic[Request]):
         script = self.chosen(argv)
         config = read_command(argv, script.build_parser(), script.groups)
         tell_equivalent(config)
+        tell_ignored(config)
         return script.make_all(config)
 
     def make_all(self, config: Config) -> list[Path]:

@@ -52,6 +52,13 @@ def tell_equivalent(config: Config) -> None:
             logger.info(spec.reason)
 
 
+def tell_ignored(config: Config) -> None:
+    """One log line for each option that means nothing here."""
+    for name, value, spec in _unusual(config):
+        if spec.status == "ignored":
+            logger.warning("--%s %s is ignored: %s", name, value, spec.reason)
+
+
 def _unusual(config: Config) -> Iterator[tuple[str, Any, Any]]:
     """(name, value, spec) of options that differ from their defaults."""
     for group in config.classes():
