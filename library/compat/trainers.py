@@ -352,3 +352,7 @@ class FluxNetworkTrainer(NetworkTrainer):
 
 class AnimaNetworkTrainer(NetworkTrainer):
     family = "anima"
+
+
+class HunyuanImageNetworkTrainer(NetworkTrainer):
+    family = "hunyuan_image"

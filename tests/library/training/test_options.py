@@ -22,6 +22,7 @@ OWN_OPTIONS = {
     "sd_network": {"clip_tokenizer"},
     "sdxl_network": {"clip_tokenizer"},
     "anima_network": {"qwen3_tokenizer"},
+    "hunyuan_image_network": {"text_encoder_tokenizer"},
 }
 OWN_OF_ALL = {
     "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_image_resolution", "skip_bad_images",
