@@ -112,7 +112,8 @@ def plain_norm(width: int) -> nn.LayerNorm:
 
 
 def never_empty(mask: Tensor) -> Tensor:
-    """A mask [B, L] of keys as booleans; a row without any attends to its first, as softmax over nothing is no number."""
+    """A mask [B, L] of keys as booleans; a row without any attends to its first, as softmax over nothing is no
+    number."""
     mask = mask.bool()
     first = torch.zeros_like(mask)
     first[:, 0] = ~mask.any(dim=1)

@@ -1,6 +1,7 @@
 """Lumina-Image 2.0: the denoiser, a single-stream transformer (NextDiT) with refiners for text and image before it.
 
-Module paths are the key names of the original files; leaf layers are plain nn.Linear, so that adapters find them by name and class.
+Module paths are the key names of the original files; leaf layers are plain nn.Linear, so that adapters find them by
+name and class.
 """
 
 from __future__ import annotations
@@ -58,8 +59,10 @@ class LuminaParams:
             raise ValueError(f"n_heads is {self.n_heads}; it must divide dim {self.dim}")
         if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads {self.n_heads}")
-        if len(self.axes_dims) != 3 or sum(self.axes_dims) != self.head_dim or any(width % 2 for width in self.axes_dims):
-            raise ValueError(f"axes_dims is {self.axes_dims}; it needs three even numbers that sum to the head size {self.head_dim}")
+        axes = self.axes_dims
+        if len(axes) != 3 or sum(axes) != self.head_dim or any(width % 2 for width in axes):
+            needed = f"three even numbers that sum to the head size {self.head_dim}"
+            raise ValueError(f"axes_dims is {axes}; it needs {needed}")
         if len(self.axes_lens) != 3:
             raise ValueError(f"axes_lens is {self.axes_lens}; needed: three numbers of positions (text, rows, columns)")
 
@@ -94,9 +97,8 @@ class JointAttention(nn.Module):
         self.k_norm = RMSNorm(params.head_dim, eps=params.qk_norm_eps)
 
     def forward(self, x: Tensor, rope: Rope, key_mask: Tensor | None) -> Tensor:
-        query, key, value = (
-            rearrange(states, "b l (h d) -> b h l d", d=self.head_dim) for states in self.qkv(x).split(self.rows, dim=-1)
-        )
+        parts = self.qkv(x).split(self.rows, dim=-1)
+        query, key, value = (rearrange(part, "b l (h d) -> b h l d", d=self.head_dim) for part in parts)
         query, key = rotate_pairs(self.q_norm(query), rope), rotate_pairs(self.k_norm(key), rope)
         key, value = (states.repeat_interleave(self.group_size, dim=1) for states in (key, value))  # [B, heads, L, D]
         return self.out(scaled_attention(query, key, value, key_mask))
@@ -166,7 +168,8 @@ class FinalLayer(nn.Module):
 
 
 class NextDiT(BlockStackMixin, nn.Module):
-    """The rectified-flow transformer of Lumina-Image 2.0. Its time runs from 0 (noise) to 1 (data), and it predicts data - noise."""
+    """The rectified-flow transformer of Lumina-Image 2.0. Its time runs from 0 (noise) to 1 (data), and it predicts
+    data - noise."""
 
     def __init__(self, params: LuminaParams) -> None:
         super().__init__()
@@ -204,10 +207,10 @@ class NextDiT(BlockStackMixin, nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity (data - noise) of latents.
 
-        x [B, C, H, W] of any size: what is no whole patch is filled up from the other side, and cut off again. t [B] with 0 = noise and
-        1 = data, or [B, L] for a time per patch; cap_feats [B, T, cap_feat_dim]; cap_mask [B, T], 1 = token, tokens first, None = all.
-        Returns the shape of x; with `feature_layer` also the image tokens [B, L, dim] after that main layer, from 0. ValueError for more
-        text or patches than the model has positions for.
+        x [B, C, H, W] of any size: what is no whole patch is filled up from the other side, and cut off again. t [B]
+        with 0 = noise and 1 = data, or [B, L] for a time per patch; cap_feats [B, T, cap_feat_dim]; cap_mask [B, T], 1
+        = token, tokens first, None = all. Returns the shape of x; with `feature_layer` also the image tokens [B, L,
+        dim] after that main layer, from 0. ValueError for more text or patches than the model has positions for.
         """
         self.prepare_block_swap_before_forward()
         height, width = x.shape[-2:]
@@ -228,7 +231,7 @@ class NextDiT(BlockStackMixin, nn.Module):
 
         num_text = text.shape[1]
         joint = torch.cat((text, image), dim=1)  # [B, T + L, dim]
-        rope = tuple(torch.cat((ours.expand(len(theirs), -1, -1), theirs), dim=1) for ours, theirs in zip(text_rope, image_rope))
+        rope = tuple(torch.cat((a.expand(len(b), -1, -1), b), dim=1) for a, b in zip(text_rope, image_rope))
         key_mask = None if mask is None else F.pad(mask, (0, image.shape[1]), value=True)
         (offloader,), features = self.offloaders, []
         joint_emb = of_joined_tokens(emb, num_text)
@@ -242,7 +245,8 @@ class NextDiT(BlockStackMixin, nn.Module):
         return [*self.context_refiner, *self.noise_refiner, *self.layers]
 
     def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:
-        """Keep the weights of some main layers on the CPU while others compute; the refiners stay. On a CPU `device` nothing moves.
+        """Keep the weights of some main layers on the CPU while others compute; the refiners stay. On a CPU `device`
+        nothing moves.
 
         ValueError when more layers are asked for than `row_swap_problem` allows.
         """
@@ -269,7 +273,8 @@ class NextDiT(BlockStackMixin, nn.Module):
         if num_text > p.max_text_tokens:
             raise ValueError(f"the text has {num_text} tokens; the model has positions for {p.max_text_tokens}")
         if grid[0] > p.axes_lens[1] or grid[1] > p.axes_lens[2]:
-            raise ValueError(f"the image has {grid[0]} x {grid[1]} patches; the model has positions for {p.axes_lens[1]} x {p.axes_lens[2]}")
+            most = f"{p.axes_lens[1]} x {p.axes_lens[2]}"
+            raise ValueError(f"the image has {grid[0]} x {grid[1]} patches; the model has positions for {most}")
 
     def _ropes(
         self, text_shape: tuple[int, int], mask: Tensor | None, grid: tuple[int, int], device: torch.device
@@ -285,7 +290,8 @@ class NextDiT(BlockStackMixin, nn.Module):
         lengths = torch.full((batch,), num_text, device=device) if mask is None else mask.sum(dim=1)
         behind_text = [table[0, lengths, :first].unsqueeze(1).expand(-1, grid[0] * grid[1], -1) for table in text]
         in_image = [table[..., first:].expand(batch, -1, -1) for table in image]
-        return tuple(table[:, :num_text] for table in text), tuple(torch.cat(pair, dim=-1) for pair in zip(behind_text, in_image))
+        of_image = tuple(torch.cat(pair, dim=-1) for pair in zip(behind_text, in_image))
+        return tuple(table[:, :num_text] for table in text), of_image
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rope_cos_sin(positions, self.params.axes_dims, self.params.theta)

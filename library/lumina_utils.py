@@ -1,4 +1,5 @@
-"""Lumina-Image 2.0 checkpoints: what a file holds, loading and saving the denoiser; its other parts are shared with other families."""
+"""Lumina-Image 2.0 checkpoints: what a file holds, loading and saving the denoiser; its other parts are shared with
+other families."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints import lumina_convert
+from library.checkpoints.kinds import check_slot, describe_checkpoint
 from library.checkpoints.loading import (
     CheckpointFiles,
     Transform,
@@ -26,6 +28,8 @@ from library.checkpoints.loading import (
     part_of,
     strip_prefix,
 )
+from library.components.gemma_encoder_utils import inspect_gemma2
+from library.components.ldm_models import AutoEncoder
 from library.components.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
 from library.core.errors import CheckpointError
 from library.fp8_optimization_utils import store_linears_in_fp8
@@ -37,8 +41,8 @@ logger = logging.getLogger(__name__)
 AE_WANTED = Wanted("Lumina-Image 2.0", "ae.safetensors", quant_conv=False, scaling={})
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.", "transformer.")
 DENOISER_ROOTS = (
-    "x_embedder", "t_embedder", "cap_embedder", "noise_refiner", "context_refiner", "layers", "norm_final", "final_layer",
-    "time_caption_embed", "norm_out",
+    "x_embedder", "t_embedder", "cap_embedder", "noise_refiner", "context_refiner", "layers", "norm_final",
+    "final_layer", "time_caption_embed", "norm_out",
 )  # fmt: skip
 MARK = "noise_refiner.0.attention.qkv.weight"
 UNUSED = lumina_convert.UNUSED
@@ -56,8 +60,8 @@ class LuminaInfo:
     @property
     def keys(self) -> list[str]:
         """Those of the denoiser, as the file has them."""
-        start = len(self.prefix)
-        return [key for key in self.source.shapes if key.startswith(self.prefix) and key[start:].split(".")[0] in DENOISER_ROOTS]
+        named = [key for key in self.source.shapes if key.startswith(self.prefix)]
+        return [key for key in named if key[len(self.prefix) :].split(".")[0] in DENOISER_ROOTS]
 
 
 def inspect_lumina(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> LuminaInfo:
@@ -72,9 +76,12 @@ def inspect_lumina(path: str | os.PathLike, config: Mapping[str, Any] | None = N
     shapes = lumina_convert.to_original(stripped) if is_diffusers else stripped
     if MARK not in shapes or "cap_embedder.1.weight" not in shapes:
         some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(f"{source.path} holds no Lumina-Image 2.0 denoiser (noise_refiner.* is not there; it begins with {some})")
+        raise CheckpointError(
+            f"{source.path} holds no Lumina-Image 2.0 denoiser (noise_refiner.* is not there; it begins with {some})"
+        )
     given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
-    return LuminaInfo(source, prefix, is_diffusers, build_params(LuminaParams, _infer(shapes, given, source.path), given, source.path))
+    params = build_params(LuminaParams, _infer(shapes, given, source.path), given, source.path)
+    return LuminaInfo(source, prefix, is_diffusers, params)
 
 
 def _diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +110,8 @@ def _infer(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) ->
             "time_embed_dim": time_embed_dim,
         }
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} does not fit Lumina-Image 2.0: {error.args[0]} is missing or has another rank") from error
+        what = f"{error.args[0]} is missing or has another rank"
+        raise CheckpointError(f"{path} does not fit Lumina-Image 2.0: {what}") from error
     if "axes_dims" not in given:
         if head_dim % 6:
             raise CheckpointError(
@@ -122,10 +130,12 @@ def load_lumina(
     config: Mapping[str, Any] | None = None,
     transform: Transform | None = None,
 ) -> NextDiT:
-    """Load a denoiser: a file alone or with text encoder and autoencoder inside, in either layout, one of a split set, or a folder.
+    """Load a denoiser: a file alone or with text encoder and autoencoder inside, in either layout, one of a split set,
+    or a folder.
 
-    `dtype` float8_e4m3fn keeps the weights of linear layers in 8 bits and the rest in bfloat16; None keeps the file's own types. `config`
-    overrides hyper-parameters; `transform` may change the tensors as they are read. CheckpointError when the file does not fit.
+    `dtype` float8_e4m3fn keeps the weights of linear layers in 8 bits and the rest in bfloat16; None keeps the file's
+    own types. `config` overrides hyper-parameters; `transform` may change the tensors as they are read. CheckpointError
+    when the file does not fit.
     """
     info = inspect_lumina(path, config)
     logger.info(
@@ -147,7 +157,8 @@ def load_lumina(
 
 
 def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The denoiser's entries of a checkpoint's state under the names of the module tree; nothing when it is not there."""
+    """The denoiser's entries of a checkpoint's state under the names of the module tree; nothing when it is not
+    there."""
     part = part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS)
     part = lumina_convert.to_original(part) if lumina_convert.is_diffusers_denoiser(part) else part
     return part if MARK in part else {}  # a language model has names that begin with the same words
@@ -174,6 +185,55 @@ def inspect_ae(path: str | os.PathLike, config: Mapping[str, Any] | None = None)
     return inspect_autoencoder(path, config, wanted=AE_WANTED)
 
 
-def load_ae(path: str | os.PathLike, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False) -> torch.nn.Module:
-    """Load the autoencoder, which is that of FLUX.1: a file alone or inside a larger one, in either layout, or a folder."""
+def load_ae(
+    path: str | os.PathLike, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False
+) -> AutoEncoder:
+    """Load the autoencoder, which is that of FLUX.1: a file alone or inside a larger one, in either layout, or a
+    folder."""
     return load_autoencoder(inspect_ae(path), dtype, device, disable_mmap)
+
+
+def holds_part(path: str | os.PathLike | None, kind: str) -> bool:
+    """Whether this is a file of several parts, the denoiser among them, and a part of this kind (gemma2, vae_flux) is
+    in it."""
+    if not path or not os.path.isfile(path) or describe_checkpoint(path).kind != "lumina2":
+        return False
+    try:
+        inspect_gemma2(path) if kind == "gemma2" else inspect_ae(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def part_problem(
+    path: str | None, slot: str, kind: str, model: str | None, *, for_pictures: bool = False
+) -> str | None:
+    """A message when the file of `--{slot}` is missing or something else; None when it fits. Not given, the part may be
+    in the file or the pipeline folder of the model."""
+    if holds_part(path or model, kind):
+        return None
+    if not path and model and os.path.isdir(model) and check_slot(model, slot, {kind}) is None:
+        return None
+    return check_slot(path, slot, {kind}, for_pictures=for_pictures)
+
+
+def fitting_problems(
+    params: LuminaParams, model: str, *, gemma2: tuple[str, str], ae: tuple[str, str], tokens: int
+) -> list[str]:
+    """Sizes of text encoder, autoencoder and captions against the denoiser's, from headers. `gemma2` and `ae` are
+    (option, path). CheckpointError when a file is no such part."""
+    sizes = (
+        (*gemma2, "its width", inspect_gemma2(gemma2[1])["hidden_size"], params.cap_feat_dim),
+        (*ae, "its number of latent channels", inspect_ae(ae[1]).params.z_channels, params.in_channels),
+    )
+    problems = [
+        f"--{slot} is {path}: {what} is {size}, the denoiser {model} takes {needed}; use the files that belong together"
+        for slot, path, what, size, needed in sizes
+        if size != needed
+    ]
+    if tokens > params.max_text_tokens:
+        problems.append(
+            f"--gemma2_max_token_length is {tokens}; the denoiser {model} has positions for {params.max_text_tokens} tokens"
+            " of text"
+        )
+    return problems

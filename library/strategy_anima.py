@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.components.tokenizers import load_qwen3_tokenizer, load_t5_tokenizer, vocabulary_problem
-from library.core.errors import ConfigError
+from library.components.tokenizers import check_ids, load_qwen3_tokenizer, load_t5_tokenizer
 from library.dataset.latent_cache import LatentEncoder
 from library.families.anima import FAMILY
 from library.strategy_base import (
@@ -89,23 +88,13 @@ class AnimaTextEncodingStrategy(TextEncodingStrategy):
         if qwen3 is None:
             return [None, mask, t5_ids, t5_mask]
         device = next(qwen3.parameters()).device
-        _check_ids(ids, qwen3, tokenize_strategy.qwen3)
+        check_ids(ids, qwen3, tokenize_strategy.qwen3, "Qwen3", "the text encoder")
         ids, mask = ids.to(device), mask.to(device)
         attended = mask.clone()
         attended[:, 0] = 1  # an empty caption attends to one position, whose state is set to 0 below
         states = qwen3(input_ids=ids, attention_mask=attended).last_hidden_state
         states = states * mask[..., None].to(states.dtype)
         return [states, mask, t5_ids.to(device), t5_mask.to(device)]
-
-
-def _check_ids(ids: Tensor, qwen3: Any, tokenizer: Any) -> None:
-    """An id past the embedding would be an unreadable device error."""
-    rows = qwen3.get_input_embeddings().weight.shape[0]
-    if int(ids.max()) >= rows:
-        raise ConfigError(
-            vocabulary_problem(tokenizer, rows, "Qwen3", "the text encoder")
-            or f"the Qwen3 tokens hold the id {int(ids.max())}, the embedding has {rows} rows"
-        )
 
 
 class AnimaLatentEncoder(LatentEncoder):

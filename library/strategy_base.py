@@ -61,6 +61,8 @@ class TokenizeStrategy(PluginSlot, ABC):
 
     is_weighted = False
     """whether captions carry weights (--weighted_captions), so that a run reads them with `tokenize_with_weights`"""
+    negative_differs = False
+    """whether negative prompts are read otherwise than prompts, by `tokenize_negative`"""
 
     @abstractmethod
     def tokenize(self, text: str | list[str]) -> list[torch.Tensor]:
@@ -80,6 +82,10 @@ class TokenizeStrategy(PluginSlot, ABC):
         """Tokens of one sample prompt and their weights; some families read prompts otherwise than captions (longer,
         with weights)."""
         return self.tokens_of(text)
+
+    def tokenize_negative(self, text: str) -> list[torch.Tensor]:
+        """Tokens of a negative prompt."""
+        return self.tokenize(text)
 
     def overlong(self, text: str) -> bool:
         """Whether tokenize() cuts this text off; families override it. False = not known to."""

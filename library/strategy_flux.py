@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.components import text_encoder_utils
-from library.components.tokenizers import load_clip_tokenizer, load_t5_tokenizer, vocabulary_problem
-from library.core.errors import ConfigError
+from library.components.tokenizers import check_ids, load_clip_tokenizer, load_t5_tokenizer
 from library.dataset.latent_cache import LatentEncoder
 from library.families.flux import FAMILY
 from library.strategy_base import (
@@ -87,10 +86,10 @@ class FluxTextEncodingStrategy(TextEncodingStrategy):
         clip_ids, t5_ids, t5_mask = tokens
         pooled = t5_states = text_ids = mask = None
         if clip_l is not None and clip_ids is not None:
-            _check_ids(clip_ids, clip_l, tokenize_strategy.clip_l, "CLIP-L")
+            check_ids(clip_ids, clip_l, tokenize_strategy.clip_l, "CLIP-L")
             pooled = pool_at_first_eos(clip_l, clip_ids, tokenize_strategy.clip_l.eos_token_id)
         if t5xxl is not None and t5_ids is not None:
-            _check_ids(t5_ids, t5xxl, tokenize_strategy.t5xxl, "T5")
+            check_ids(t5_ids, t5xxl, tokenize_strategy.t5xxl, "T5")
             device = _device(t5xxl)
             attention_mask = t5_mask.to(device) if self.apply_t5_attn_mask else None
             t5_states = t5xxl(t5_ids.to(device), attention_mask=attention_mask).last_hidden_state
@@ -112,16 +111,6 @@ def pool_at_first_eos(clip_l: nn.Module, ids: Tensor, eos_id: int) -> Tensor:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _check_ids(ids: Tensor, model: nn.Module, tokenizer: Any, name: str) -> None:
-    """An id past the embedding would be an unreadable device error; looked at only when it happens to be needed."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if int(ids.max()) >= rows:
-        raise ConfigError(
-            vocabulary_problem(tokenizer, rows, name, f"the {name} text encoder")
-            or f"the {name} tokens hold the id {int(ids.max())}, the embedding has {rows} rows"
-        )
 
 
 class FluxLatentEncoder(LatentEncoder):

@@ -54,5 +54,6 @@ CASES = {
         FamilyCase("sdxl", "sdxl_base_v1-0", ("lora_te1_", "lora_te2_")),
         FamilyCase("anima", "anima", ("lora_te_",)),
         FamilyCase("hunyuan_image", "hunyuan-image-2.1", ()),
+        FamilyCase("lumina", "lumina2", ("lora_te_",)),
     )
 }

@@ -4,19 +4,20 @@ base."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.core.errors import Problems
+from library.core.learning_rates import parse_block_curves, parse_rates, rate_groups
 from library.core.options import option
 from library.training.optimizers import OptimizerOptions
 from library.training.option_groups import MemoryOptions, PrecisionOptions
-from library.training.rates import parse_rates, rate_groups
 from library.training.trainables.base import Trainable
 
 if TYPE_CHECKING:
     import torch
 
     from library.training.accelerator_setup import Runtime
+    from library.training.protocols import ParamGroup, Plain
     from library.training.run import Models
     from library.training.wiring.base import ModelFamily
 
@@ -28,6 +29,9 @@ class FullFinetuneOptions:
     layer_lrs: str | None = option(
         None, help="learning rates of layers by their path, as regex=rate,regex=rate; 0 = not trained"
     )
+    block_lr_curves: str | None = option(
+        None, help="factors of the rate of numbered blocks, as regex=curve: the group of the regex is the number"
+    )
 
 
 class FullFinetune(Trainable):
@@ -36,6 +40,7 @@ class FullFinetune(Trainable):
     def check(self, family: ModelFamily) -> None:
         problems, precision = Problems(), self.config[PrecisionOptions]
         problems.attempt(lambda: parse_rates(self.opts.layer_lrs, "layer_lrs"))
+        problems.attempt(lambda: parse_block_curves(self.opts.block_lr_curves, "block_lr_curves"))
         if precision.fp8_base or precision.fp8_base_unet:
             problems.add("--fp8_base holds weights in 8 bits, in which nothing can be learned; leave it out")
         if self.config[MemoryOptions].blocks_to_swap:
@@ -52,11 +57,11 @@ class FullFinetune(Trainable):
                 encoder.requires_grad_(False)
         models.denoiser.train()
 
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[ParamGroup]:
         rates = parse_rates(self.opts.layer_lrs, "layer_lrs")
-        return rate_groups(
-            self.models.denoiser.named_parameters(), self.config[OptimizerOptions].learning_rate, rates, name="denoiser"
-        )
+        curves = parse_block_curves(self.opts.block_lr_curves, "block_lr_curves")
+        named, rate = self.models.denoiser.named_parameters(), self.config[OptimizerOptions].learning_rate
+        return rate_groups(named, rate, rates, curves, name="denoiser")
 
     def modules(self) -> dict[str, torch.nn.Module]:
         return {"denoiser": self.models.denoiser}
@@ -67,5 +72,6 @@ class FullFinetune(Trainable):
     def load(self, path: str) -> None:
         raise NotImplementedError("a fine-tuned model is loaded as --pretrained_model_name_or_path")
 
-    def metadata(self) -> dict[str, Any]:
-        return {"ss_layer_lrs": self.opts.layer_lrs} if self.opts.layer_lrs else {}
+    def metadata(self) -> dict[str, Plain]:
+        given = {"ss_layer_lrs": self.opts.layer_lrs, "ss_block_lr_curves": self.opts.block_lr_curves}
+        return {name: value for name, value in given.items() if value}

@@ -80,14 +80,15 @@ class CheckpointFiles:
     def storing(self, dtype: torch.dtype | None, keys: Iterable[str]) -> Callable[[str, Tensor], Tensor]:
         """The `cast` of `tensors` for a model, with these keys, whose matrices may stay in 8 bits.
 
-        `dtype` float8_e4m3fn keeps those of linear layers in it and the rest in bfloat16; None keeps the file's own types.
-        CheckpointError when they are to be kept and are in 8-bit numbers of another kind.
+        `dtype` float8_e4m3fn keeps those of linear layers in it and the rest in bfloat16; None keeps the file's own
+        types. CheckpointError when they are to be kept and are in 8-bit numbers of another kind.
         """
         kinds = {self.shapes[key].dtype for key in keys if key.endswith(".weight")}
         other = sorted(str(kind).removeprefix("torch.") for kind in kinds & set(FP8_DTYPES) - {FP8_STORAGE})
         if dtype == FP8_STORAGE and other:
-            stored = ", ".join(other)
-            raise CheckpointError(f"{self.path} stores weights as {stored}; 8-bit storage needs float8_e4m3fn or a wider file")
+            raise CheckpointError(
+                f"{self.path} stores weights as {', '.join(other)}; 8-bit storage needs float8_e4m3fn or a wider file"
+            )
         wide = torch.bfloat16 if dtype is None or dtype == FP8_STORAGE else dtype
 
         def cast(key: str, tensor: Tensor) -> Tensor:

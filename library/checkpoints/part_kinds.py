@@ -105,6 +105,7 @@ PART_KINDS: tuple[ModelKind, ...] = (
     ),
     ModelKind(
         name="gemma2", role="text_encoder",
+        wanted="a Gemma-2-2B text encoder (gemma_2_2b_fp16.safetensors, or its folder)", subfolder="text_encoder",
         signatures=(Signature(title="a Gemma 2 text encoder", has=("layers.0.pre_feedforward_layernorm.weight",)),),
     ),
     ModelKind(

@@ -115,29 +115,23 @@ def _sample(
             texts = {text: strategies.layout.named(tensors) for text, tensors in (outputs or {}).items()}
             texts |= encode_sample_prompts(family, strategies, models.text_encoders, prompts) if not texts else {}
             for number, given in enumerate(prompts):
-                _write(
-                    config[SavingOptions],
-                    family,
-                    models,
-                    given,
-                    texts,
-                    at,
-                    number,
-                    epoch if at == "epoch" else steps,
-                    seed,
-                )
+                when = epoch if at == "epoch" else steps
+                _write(config[SavingOptions], family, strategies, models, given, texts, at, number, when, seed)
     finally:
         models.denoiser.train(mode)
 
 
 def _write(
-    saving: SavingOptions, family: Any, models: Models, given: SamplePrompt, texts: Mapping[str, Any], at: str,
-    number: int, when: int, seed: int
+    saving: SavingOptions, family: Any, strategies: StrategySet, models: Models, given: SamplePrompt,
+    texts: Mapping[Any, Any], at: str, number: int, when: int, seed: int,
 ) -> None:
     prompt = family.sample_defaults(given)
     if prompt.seed is None:
         prompt = dataclasses.replace(prompt, seed=key_seed(seed, "sample without a seed", when, number) % 2**32)
-    negative = texts[prompt.negative_prompt or ""] if family.needs_negative(prompt) else None
+    negative = None
+    if family.needs_negative(prompt):
+        text = prompt.negative_prompt or ""
+        negative = texts.get(strategies.negative_key(text)) or texts[text]  # outputs that callers give have texts alone
     image = family.pipeline(models).sample(prompt, texts[prompt.prompt], negative)
     name = sample_file_name(
         saving.output_name, at, when, enum=number if given.enum is None else given.enum, seed=given.seed,

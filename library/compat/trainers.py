@@ -356,3 +356,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
 
 class HunyuanImageNetworkTrainer(NetworkTrainer):
     family = "hunyuan_image"
+
+
+class LuminaNetworkTrainer(NetworkTrainer):
+    family = "lumina"

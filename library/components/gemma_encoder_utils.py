@@ -52,13 +52,16 @@ def _open_gemma2(
     shapes = strip_prefix(source.shapes, prefix)
     if _MARK not in shapes or "embed_tokens.weight" not in shapes:
         some = ", ".join(list(source.shapes)[:3]) or "no tensors"
-        raise CheckpointError(f"{source.path} holds no Gemma 2 text encoder ({_MARK} is not there; it begins with {some})")
+        raise CheckpointError(
+            f"{source.path} holds no Gemma 2 text encoder ({_MARK} is not there; it begins with {some})"
+        )
     given = {**_folder_config(source.config), **_own_config(source.model_config), **(config or {})}
     return source, prefix, {**NOT_IN_SHAPES, **_inferred(shapes, given, source.path), **given}
 
 
 def _own_config(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a whole file's `model_config` that is about its text encoder; a file of its own has it without a level."""
+    """The part of a whole file's `model_config` that is about its text encoder; a file of its own has it without a
+    level."""
     return model_config.get("gemma2", model_config)
 
 
@@ -105,14 +108,19 @@ def load_gemma2(
     config: Mapping[str, Any] | None = None,
     transform: Transform | None = None,
 ) -> Gemma2Model:
-    """Load Gemma 2 as an encoder from a file, alone or beside other parts, or a transformers folder; an output head is left out.
+    """Load Gemma 2 as an encoder from a file, alone or beside other parts, or a transformers folder; an output head is
+    left out.
 
-    `config` overrides the names of `inspect_gemma2`. 8-bit files are widened. CheckpointError when the file does not fit.
+    `config` overrides the names of `inspect_gemma2`. 8-bit files are widened. CheckpointError when the file does not
+    fit.
     """
     from transformers import Gemma2Config, Gemma2Model
 
     source, prefix, values = _open_gemma2(path, config)
-    known = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    known = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads",
+    )  # fmt: skip
     given = {name: values[name] for name in (*known, *NOT_IN_SHAPES) if name != "rope_theta"}
     model_config = Gemma2Config(
         **given,

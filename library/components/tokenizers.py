@@ -21,6 +21,7 @@ from library.core.errors import CheckpointError, ConfigError, foreign_errors
 from library.core.text_files import read_json, read_text
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
 R = TypeVar("R")
@@ -53,12 +54,12 @@ def load_clip_tokenizer(
 
     ConfigError naming every way to provide one when none is there.
     """
-    tokenizer = _first_found(
+    tokenizer = first_found(
         [
-            lambda: _from_option(folder, option, read_clip_folder),
-            lambda: _from_cache(cache_dir, hub_id, read_clip_folder),
+            lambda: from_option(folder, option, read_clip_folder),
+            lambda: from_cache(cache_dir, hub_id, read_clip_folder),
             _clip_from_installed_package,
-            lambda: _from_hub(hub_id, hub_subfolder, cache_dir, read_clip_folder),
+            lambda: from_hub(hub_id, hub_subfolder, cache_dir, read_clip_folder),
         ],
         f"no CLIP tokenizer: give its folder with {option}, or put it under --tokenizer_cache_dir as {hub_id.replace('/', '_')},"
         f" or pip install --no-deps open-clip-torch (its vocabulary file is read), or allow access to the hub ({hub_id})",
@@ -82,12 +83,12 @@ def load_t5_tokenizer(
     ConfigError naming every way to provide one when none is there.
     """
     hub_id = T5_XXL_HUB_ID
-    tokenizer = _first_found(
+    tokenizer = first_found(
         [
-            lambda: _from_option(folder, option, read_t5_folder),
-            lambda: _from_cache(cache_dir, hub_id, read_t5_folder),
+            lambda: from_option(folder, option, read_t5_folder),
+            lambda: from_cache(cache_dir, hub_id, read_t5_folder),
             lambda: _t5_from_model(model_path),
-            lambda: _from_hub(hub_id, None, cache_dir, read_t5_folder),
+            lambda: from_hub(hub_id, None, cache_dir, read_t5_folder),
         ],
         f"no T5 tokenizer: give a folder with tokenizer.json or spiece.model with {option}, or put it under --tokenizer_cache_dir"
         f" as {hub_id.replace('/', '_')}, or use a T5 file that carries it (an entry spiece_model), or allow access to the hub ({hub_id})",
@@ -151,12 +152,12 @@ def _find_qwen(
 ) -> PreTrainedTokenizerFast:
     model = Path(model_path) if model_path else None
     beside = [model, model / "tokenizer"] if model is not None and model.is_dir() else []
-    return _first_found(
+    return first_found(
         [
-            lambda: _from_option(folder, option, read),
-            lambda: _from_cache(cache_dir, hub_id, read),
+            lambda: from_option(folder, option, read),
+            lambda: from_cache(cache_dir, hub_id, read),
             lambda: next(filter(None, map(read, beside)), None),
-            lambda: _from_hub(hub_id, None, cache_dir, read),
+            lambda: from_hub(hub_id, None, cache_dir, read),
         ],
         problem,
     )
@@ -180,7 +181,17 @@ def vocabulary_problem(
     )
 
 
-def _first_found(ways: list[Callable[[], Any]], problem: str) -> Any:
+def check_ids(ids: Tensor, model: Any, tokenizer: Any, name: str, model_name: str | None = None) -> None:
+    """ConfigError when an id has no row in the embedding of a text encoder: it would be an unreadable device error."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if int(ids.max()) >= rows:
+        raise ConfigError(
+            vocabulary_problem(tokenizer, rows, name, model_name or f"the {name} text encoder")
+            or f"the {name} tokens hold the id {int(ids.max())}, the embedding has {rows} rows"
+        )
+
+
+def first_found(ways: list[Callable[[], Any]], problem: str) -> Any:
     for way in ways:
         tokenizer = way()
         if tokenizer is not None:
@@ -188,7 +199,7 @@ def _first_found(ways: list[Callable[[], Any]], problem: str) -> Any:
     raise ConfigError(problem)
 
 
-def _from_option(folder: str | None, option: str, read: Callable[[Path], Any]) -> Any:
+def from_option(folder: str | None, option: str, read: Callable[[Path], Any]) -> Any:
     if not folder:
         return None
     if not os.path.exists(folder):
@@ -208,13 +219,13 @@ def _cache_folder(cache_dir: str, hub_id: str) -> Path:
     return Path(cache_dir) / hub_id.replace("/", "_")
 
 
-def _from_cache(cache_dir: str | None, hub_id: str, read: Callable[[Path], Any]) -> Any:
+def from_cache(cache_dir: str | None, hub_id: str, read: Callable[[Path], Any]) -> Any:
     if not cache_dir or not _cache_folder(cache_dir, hub_id).is_dir():
         return None
     return read(_cache_folder(cache_dir, hub_id))
 
 
-def _from_hub(hub_id: str, subfolder: str | None, cache_dir: str | None, read: Callable[[Path], Any]) -> Any:
+def from_hub(hub_id: str, subfolder: str | None, cache_dir: str | None, read: Callable[[Path], Any]) -> Any:
     """Fetch the tokenizer files of a hub model and keep them in the cache folder; None when the hub cannot be
     reached."""
     from huggingface_hub import snapshot_download
@@ -247,7 +258,7 @@ def _from_hub(hub_id: str, subfolder: str | None, cache_dir: str | None, read: C
     return tokenizer
 
 
-def _reader(read: Callable[[Path], R]) -> Callable[[Path], R]:
+def reader(read: Callable[[Path], R]) -> Callable[[Path], R]:
     """A reader of files whose every failure is one message: the packages raise bare exceptions, and panic in native
     code."""
 
@@ -259,12 +270,12 @@ def _reader(read: Callable[[Path], R]) -> Callable[[Path], R]:
     return guarded
 
 
-@_reader
+@reader
 def read_clip_folder(path: Path) -> PreTrainedTokenizerFast | None:
     """From a folder with tokenizer.json or with vocab.json and merges.txt (or one that has it in `tokenizer`)."""
-    tokenizer_json = _tokenizer_json(path, "tokenizer")
-    if tokenizer_json is not None:
-        return _from_tokenizer_json(tokenizer_json, eos=_CLIP_EOS, pad=_CLIP_EOS, bos=_CLIP_BOS)
+    found = tokenizer_json(path, "tokenizer")
+    if found is not None:
+        return from_tokenizer_json(found, eos=_CLIP_EOS, pad=_CLIP_EOS, bos=_CLIP_BOS)
     folder = path if (path / "vocab.json").exists() else path / "tokenizer"
     if not (folder / "vocab.json").exists() or not (folder / "merges.txt").exists():
         return None
@@ -311,23 +322,23 @@ def _clip_tokenizer(
     return tokenizer
 
 
-@_reader
+@reader
 def read_qwen_folder(path: Path) -> PreTrainedTokenizerFast | None:
     """From a folder with tokenizer.json or vocab.json and merges.txt (or one that has it in `tokenizer`), or from such
     a file."""
     return _read_qwen(path)
 
 
-@_reader
+@reader
 def read_qwen_chat_folder(path: Path) -> PreTrainedTokenizerFast | None:
     """The same of a model that chats: vocab.json does not name the marks of a chat, which follow its last entry."""
     return _read_qwen(path, _CHAT_MARKS)
 
 
 def _read_qwen(path: Path, marks: tuple[str, ...] = ()) -> PreTrainedTokenizerFast | None:
-    tokenizer_json = _tokenizer_json(path, "tokenizer")
-    if tokenizer_json is not None:
-        return _from_tokenizer_json(tokenizer_json, eos=_QWEN_PAD, pad=_QWEN_PAD, bos=None, ends_texts=False)
+    found = tokenizer_json(path, "tokenizer")
+    if found is not None:
+        return from_tokenizer_json(found, eos=_QWEN_PAD, pad=_QWEN_PAD, bos=None, ends_texts=False)
     for folder in (path, path / "tokenizer"):
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             tokenizer = _qwen_tokenizer(folder)
@@ -348,19 +359,19 @@ def _qwen_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@_reader
+@reader
 def read_t5_folder(path: Path) -> PreTrainedTokenizerFast | None:
     """From a folder with tokenizer.json or spiece.model (or one that has it in `tokenizer_2`), or from such a file."""
-    tokenizer_json = _tokenizer_json(path, "tokenizer_2")
-    if tokenizer_json is not None:
-        return _from_tokenizer_json(tokenizer_json, eos=_T5_EOS, pad=_T5_PAD, bos=None)
+    found = tokenizer_json(path, "tokenizer_2")
+    if found is not None:
+        return from_tokenizer_json(found, eos=_T5_EOS, pad=_T5_PAD, bos=None)
     for candidate in (path, path / "spiece.model", path / "tokenizer_2" / "spiece.model"):
         if candidate.is_file():
             return t5_tokenizer_from_sentencepiece(candidate.read_bytes(), str(candidate))
     return None
 
 
-def _tokenizer_json(path: Path, subfolder: str) -> Path | None:
+def tokenizer_json(path: Path, subfolder: str) -> Path | None:
     candidates = (path, path / "tokenizer.json", path / subfolder / "tokenizer.json")
     return next(
         (candidate for candidate in candidates if candidate.name.endswith(".json") and candidate.is_file()), None
@@ -380,7 +391,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     return found
 
 
-def _from_tokenizer_json(
+def from_tokenizer_json(
     path: Path, *, eos: str, pad: str, bos: str | None, ends_texts: bool = True
 ) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer
@@ -404,23 +415,27 @@ def _from_tokenizer_json(
 
 
 def _t5_from_model(model_path: str | None) -> PreTrainedTokenizerFast | None:
-    """The `spiece_model` bytes inside the model file, or the tokenizer in or beside the model's folder."""
+    """From inside the model file, or the tokenizer in or beside the model's folder."""
+    if model_path and os.path.isdir(model_path):
+        path = Path(model_path)
+        return next(filter(None, map(read_t5_folder, (path, path.parent / "tokenizer_2"))), None)
+    return from_entry(model_path, t5_tokenizer_from_sentencepiece)
+
+
+def from_entry(model_path: str | None, make: Callable[[bytes, str], Any]) -> Any:
+    """The tokenizer that a safetensors file of a model carries as `spiece_model`, made of its bytes and their source; None
+    without one."""
     from library.safetensors_utils import MemoryEfficientSafeOpen
 
-    if not model_path or not os.path.exists(model_path):
+    if not model_path or Path(model_path).suffix != ".safetensors" or not os.path.exists(model_path):
         return None
-    path = Path(model_path)
-    if path.is_dir():
-        return next(filter(None, map(read_t5_folder, (path, path.parent / "tokenizer_2"))), None)
-    if path.suffix != ".safetensors":
-        return None
-    with MemoryEfficientSafeOpen(path) as file:
+    with MemoryEfficientSafeOpen(model_path) as file:
         name = next((key for key in file.keys() if key.split(".")[-1] == "spiece_model"), None)
         blob = None if name is None else file.get_tensor(name).numpy().tobytes()
     if blob is None:
         return None
     with foreign_errors(CheckpointError, f"the entry {name} of {model_path} cannot be read as a tokenizer"):
-        return t5_tokenizer_from_sentencepiece(blob, f"{model_path} (entry {name})")
+        return make(blob, f"{model_path} (entry {name})")
 
 
 def t5_tokenizer_from_sentencepiece(model: bytes, source: str) -> PreTrainedTokenizerFast:

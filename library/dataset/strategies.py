@@ -23,6 +23,17 @@ Conditioning = dict[str, "Tensor"]
 
 
 @dataclass(frozen=True)
+class NegativeText:
+    """The name of a negative prompt's conditioning where such texts are read otherwise than prompts."""
+
+    text: str
+
+
+Texts = dict["str | NegativeText", Conditioning]
+"""conditioning of the texts of sample prompts"""
+
+
+@dataclass(frozen=True)
 class StrategySet:
     """The strategies of one run, made by the family and handed to dataset and step. A cache that is None is off."""
 
@@ -36,6 +47,10 @@ class StrategySet:
     @property
     def layout(self) -> TextLayout:
         return self.text_layout or self.text_encoder_outputs_caching.layout
+
+    def negative_key(self, text: str) -> str | NegativeText:
+        """The name of a negative prompt among `Texts`."""
+        return NegativeText(text) if getattr(self.tokenize, "negative_differs", False) else text
 
     def encode(
         self, models: Sequence[Module | None], tokens: list[Tensor], weights: list[Tensor] | None = None

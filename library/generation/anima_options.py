@@ -22,6 +22,7 @@ from library.generation.requests import (
     SampledRequest,
     SessionOptions,
     dtype_problem,
+    read_shift,
     too_small_problems,
 )
 from library.training.inference_samplers import FLOW_SAMPLER_NAMES, SAMPLER_HELP, check_flow_sampler
@@ -213,13 +214,6 @@ class AnimaRequest(SampledRequest):
     """A picture of Anima."""
 
     flow_shift: float
-
-
-def read_shift(text: str) -> float:
-    shift = read_number(text)
-    if shift <= 0:
-        raise ValueError("a number above 0 is needed")
-    return shift
 
 
 LINE_OPTIONS: Mapping[str, LineOption] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from library.generation.pipeline import PicturePipeline
 from library.generation.requests import Request, SampledRequest
-from library.generation.sampling_utils import Conditioning, guided_velocity, start_noise
+from library.generation.sampling_utils import Conditioning, guided, guided_velocity, start_noise
 from library.training.inference_samplers.common import noise_of
 from library.training.inference_samplers.flow import flow_sampler, flow_schedule
 
@@ -32,21 +32,34 @@ class FlowPipeline(PicturePipeline[Request]):
         return flow_schedule(request.steps)
 
     def latents(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
-        start = start_noise(request.seed, *self.latent_shape(request)).to(self.denoiser.device)
-        generator = torch.Generator("cpu").manual_seed(
-            request.seed + 1
-        )  # samplers with noise of their own draw from here
+        return self.latents_together([request], conditioning, negative)
+
+    def latents_together(
+        self, requests: Sequence[Request], conditioning: Conditioning, negative: Conditioning | None
+    ) -> Tensor:
+        start = torch.cat([start_noise(one.seed, *self.latent_shape(one)) for one in requests]).to(self.denoiser.device)
+        # samplers with noise of their own draw from here
+        generators = [torch.Generator("cpu").manual_seed(one.seed + 1) for one in requests]
+        request = requests[0]
         sampler = flow_sampler(request.sampler if isinstance(request, SampledRequest) else DEFAULT_SAMPLER)
-        guided = self.guided(request, conditioning, negative)
-        return sampler(guided, start, self.sigmas(request).to(start.device), noise_of([generator], start))
+        velocity = self.guided(request, conditioning, negative)
+        return sampler(velocity, start, self.sigmas(request).to(start.device), noise_of(generators, start))
 
     def guided(
         self, request: Request, conditioning: Conditioning, negative: Conditioning | None
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """A function (latents [1, ...], sigma []) -> velocity, guided away from `negative` where `cfg_scale` is not
+        """A function (latents [B, ...], sigma []) -> velocity, guided away from `negative` where `cfg_scale` is not
         1."""
 
         def predict(latents: Tensor, times: Tensor, given: Conditioning) -> Tensor:
             return self.velocity(latents, times, given, request)
 
-        return guided_velocity(predict, conditioning, negative if request.cfg_scale != 1.0 else None, request.cfg_scale)
+        def combine(negative_part: Tensor, positive_part: Tensor) -> Tensor:
+            return self.combined(negative_part, positive_part, request)
+
+        scale = request.cfg_scale
+        return guided_velocity(predict, conditioning, negative if scale != 1.0 else None, scale, combine)
+
+    def combined(self, negative: Tensor, positive: Tensor, request: Request) -> Tensor:
+        """The guided velocity [B, ...], from those of both prompts."""
+        return guided(negative, positive, request.cfg_scale)

@@ -64,12 +64,36 @@ class PicturePipeline(ABC, Generic[Request]):
         """The picture of latents: of a clip the first frame."""
         return self.frames(latents)[0]
 
+    def latents_together(
+        self, requests: Sequence[Request], conditioning: Conditioning, negative: Conditioning | None
+    ) -> Tensor:
+        """The same [B, C, ...] of several requests that differ in texts and seeds alone, as one batch; conditioning of
+        all [B, ...]. Pipelines that cannot do so make them one by one."""
+
+        def row(given: Conditioning | None, number: int) -> Conditioning | None:
+            return None if given is None else {name: tensor[number : number + 1] for name, tensor in given.items()}
+
+        made = [self.latents(one, row(conditioning, n), row(negative, n)) for n, one in enumerate(requests)]
+        return torch.cat(made)
+
     @torch.no_grad()
     def sample(self, prompt: SamplePrompt, conditioning: Conditioning, negative: Conditioning | None) -> Picture:
         """The picture, or the frames, of a complete sample prompt."""
+        return self.samples([prompt], conditioning, negative)[0]
+
+    @torch.no_grad()
+    def samples(
+        self, prompts: Sequence[SamplePrompt], conditioning: Conditioning, negative: Conditioning | None
+    ) -> list[Picture]:
+        """Those of complete prompts that differ in texts and seeds alone; conditioning [B, ...]."""
         names = VIDEO_SAMPLE_NAMES if self.latent_spec.clips else SAMPLE_NAMES
-        made = self.frames(self.latents(request_of(self.request_class, prompt, names), conditioning, negative))
-        return made if len(made) > 1 else made[0]
+        requests = [request_of(self.request_class, prompt, names) for prompt in prompts]
+        if len(requests) == 1:
+            latents = self.latents(requests[0], conditioning, negative)
+        else:
+            latents = self.latents_together(requests, conditioning, negative)
+        made = [self.frames(latents[number : number + 1]) for number in range(len(requests))]
+        return [frames if len(frames) > 1 else frames[0] for frames in made]
 
 
 @dataclass
@@ -93,16 +117,17 @@ class PictureMaker(Generic[Request]):
         """Latents of one picture; `request` is complete."""
         self.adapters.set_multipliers(request.multipliers)
         with self._at_work(self.text_encoders, self.text_device, self.text_waits):
-            conditioning = self._encoded(request.texts)
-            negative = None if request.negative_text is None else self._encoded((request.negative_text,))
+            conditioning = self._encoded(request.texts, self.strategies.tokenize.tokenize)
+            text = request.negative_text
+            negative = None if text is None else self._encoded((text,), self.strategies.tokenize.tokenize_negative)
         with self._at_work([self.pipeline.denoiser], self.device, self.denoiser_waits), self.computing():
             return self.pipeline.latents(request, conditioning, negative)
 
     def decode(self, latents: Tensor) -> Image.Image:
         return self.pipeline.decode(latents)
 
-    def _encoded(self, texts: Sequence[str]) -> Conditioning:
-        tokens = [self.strategies.tokenize.tokenize(text) for text in texts]
+    def _encoded(self, texts: Sequence[str], tokenize: Callable[[str], list[Tensor]]) -> Conditioning:
+        tokens = [tokenize(text) for text in texts]
         # where each tokenizer has a text of its own, each one's tokens are those of its text
         own = tokens[0] if len(tokens) == 1 else [made[place] for place, made in enumerate(tokens)]
         return self.strategies.encode(self.text_encoders, own)

@@ -101,6 +101,13 @@ def read_negative(text: str) -> str:
     return "" if text == "-" else text
 
 
+def read_shift(text: str) -> float:
+    shift = read_number(text)
+    if shift <= 0:
+        raise ValueError("a number above 0 is needed")
+    return shift
+
+
 def read_multipliers(text: str) -> tuple[float, ...]:
     return tuple(read_number(part.strip()) for part in text.split(","))
 

@@ -24,24 +24,31 @@ def start_noise(seed: int, *shape: int) -> Tensor:
     return torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed))
 
 
+def guided(negative: Tensor, positive: Tensor, cfg_scale: float) -> Tensor:
+    """Of the velocities for both prompts the one that goes `cfg_scale` times as far from the negative one."""
+    return negative + cfg_scale * (positive - negative)
+
+
 def guided_velocity(
-    predict: Callable[[Tensor, Tensor, Conditioning], Tensor], conditioning: Conditioning,
-    negative: Conditioning | None, cfg_scale: float
+    predict: Callable[[Tensor, Tensor, Conditioning], Tensor],
+    conditioning: Conditioning,
+    negative: Conditioning | None,
+    cfg_scale: float,
+    combine: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (latents [1, C, ...], sigma []) -> velocity, float32. `predict` takes latents, times on the 0..1000
-    scale and conditioning. With a negative prompt both run as one batch, negative first: v = v_neg + cfg_scale * (v_pos
-    - v_neg)."""
+    """A function (latents [B, C, ...], sigma []) -> velocity, float32. `predict` takes latents, times on the 0..1000
+    scale and conditioning. With a negative prompt both run as one batch, negative first, and `combine` makes one
+    velocity of (v_neg, v_pos): `guided` by the scale when None."""
     if negative is not None:
         conditioning = {name: torch.cat((negative[name], conditioning[name])) for name in conditioning}
-    rows = 1 if negative is None else 2
+    copies = 1 if negative is None else 2
+    combine = combine or (lambda negative_part, positive_part: guided(negative_part, positive_part, cfg_scale))
 
     def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        rows = copies * len(latents)
         times = torch.full((rows,), float(sigma) * NUM_TRAIN_TIMESTEPS, device=latents.device, dtype=torch.float32)
-        predicted = predict(torch.cat([latents] * rows), times, conditioning).float()
-        if negative is None:
-            return predicted
-        negative_part, positive_part = predicted.chunk(2)
-        return negative_part + cfg_scale * (positive_part - negative_part)
+        predicted = predict(torch.cat([latents] * copies), times, conditioning).float()
+        return predicted if negative is None else combine(*predicted.chunk(2))
 
     return velocity
 

@@ -1,4 +1,5 @@
-"""Small vocabularies in the files of real tokenizers: byte pairs as CLIP and Qwen have them, pieces as T5 has them.
+"""Small vocabularies in the files of real tokenizers: byte pairs as CLIP and Qwen have them, pieces as T5 and Gemma
+have them.
 
 All fall back to single characters, so that any caption can be read.
 """
@@ -15,7 +16,7 @@ from library.core.atomic_file import atomic_path, write_text_atomically
 WORDS = ("a", "the", "of", "red", "blue", "green", "cat", "dog", "photo", "circle", "square", "girl")
 CHAT_MARKS = ("<|im_start|>", "<|im_end|>")
 """of Qwen, which follow the last entry of its vocabulary"""
-NORMAL_PIECE, UNKNOWN_PIECE, CONTROL_PIECE = 1, 2, 3  # sentencepiece's piece types
+NORMAL_PIECE, UNKNOWN_PIECE, CONTROL_PIECE, BYTE_PIECE = 1, 2, 3, 6  # sentencepiece's piece types
 T5_ROWS = 160
 """rows of an embedding that holds the ids of `t5_pieces` and some more"""
 
@@ -74,9 +75,21 @@ def t5_pieces() -> list[tuple[str, float, int]]:
     return pieces + [("▁" + word, -4.0 - number / 16, NORMAL_PIECE) for number, word in enumerate(WORDS)]
 
 
-def sentencepiece_model() -> bytes:
-    """A unigram model of `t5_pieces` as the bytes of a sentencepiece file."""
-    return b"".join(_protobuf_bytes(1, _piece(*piece)) for piece in t5_pieces())
+def gemma_pieces() -> list[tuple[str, float, int]]:
+    """(text, score, type) of byte pairs as Gemma has them: single characters, the words letter by letter, all bytes."""
+    characters = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"()-_<>/"
+    words = [start + word for word in WORDS for start in ("", "▁")]
+    starts = _unique(word[:count] for word in words for count in range(1, len(word) + 1))
+    pieces = [(token, 0.0, CONTROL_PIECE) for token in ("<pad>", "<eos>", "<bos>")] + [("<unk>", 0.0, UNKNOWN_PIECE)]
+    pieces += [(f"<0x{byte:02X}>", 0.0, BYTE_PIECE) for byte in range(256)]
+    joined = [text for text in starts if len(text) > 1]
+    pieces += [(text, -float(number), NORMAL_PIECE) for number, text in enumerate(joined)]
+    return pieces + [(character, -float(len(joined)), NORMAL_PIECE) for character in characters]
+
+
+def sentencepiece_model(pieces: list[tuple[str, float, int]] | None = None) -> bytes:
+    """A model of these pieces as the bytes of a sentencepiece file; a unigram model of `t5_pieces` when None."""
+    return b"".join(_protobuf_bytes(1, _piece(*piece)) for piece in (t5_pieces() if pieces is None else pieces))
 
 
 def _piece(text: str, score: float, kind: int) -> bytes:

@@ -21,7 +21,7 @@ from library.dataset.custom import load_custom_dataset
 from library.dataset.datasources import ScanResult, load_datasets
 from library.dataset.debug import debug_dataset
 from library.dataset.fill_caches import fill_latent_cache, fill_text_cache
-from library.dataset.strategies import Conditioning, StrategySet
+from library.dataset.strategies import StrategySet, Texts
 from library.dataset.text_caching import warn_overlong_captions
 from library.training.accelerator_setup import Runtime
 from library.training.option_groups import LoopOptions
@@ -75,7 +75,7 @@ class TextPhase:
     conditioning of the sample prompts, text -> tensors [1, ...] by name."""
 
     text_encoders: list[torch.nn.Module | None] = field(default_factory=list)
-    sample_conditioning: dict[str, Conditioning] = field(default_factory=dict)
+    sample_conditioning: Texts = field(default_factory=dict)
 
 
 def find_data(config: Config, architecture: DataArchitecture, script: str | ScriptRules = "train_network") -> FoundData:
@@ -146,7 +146,7 @@ def prepare_text(
     runtime: Runtime,
     *,
     load: Callable[[], list[torch.nn.Module | None]],
-    encode_prompts: Callable[[list[torch.nn.Module | None]], dict[str, Conditioning]] | None,
+    encode_prompts: Callable[[list[torch.nn.Module | None]], Texts] | None,
     fill: Callable[..., object] = fill_text_cache,
 ) -> TextPhase:
     """Encode captions and sample prompts, then keep only the text encoders that the step needs.

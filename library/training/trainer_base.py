@@ -17,7 +17,7 @@ from library.core.errors import ConfigError, Problems, RunInterrupted
 from library.core.options import Config, option_fields
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.fill_caches import fill_text_cache
-from library.dataset.strategies import Conditioning, StrategySet
+from library.dataset.strategies import StrategySet, Texts
 from library.device_utils import clean_memory_on_device
 from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
 from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime
@@ -237,7 +237,7 @@ class Trainer:
         def load() -> list[torch.nn.Module | None]:
             return [e if e is None else self._frozen(e) for e in self.family.load_text_encoders(runtime)]
 
-        def encode(encoders: list[torch.nn.Module | None]) -> dict[str, Conditioning]:
+        def encode(encoders: list[torch.nn.Module | None]) -> Texts:
             return encode_sample_prompts(self.family, strategies, encoders, prompts)
 
         phase = prepare_text(

@@ -40,9 +40,10 @@ class LayerNames:
     """One layer, or one per block where `{i}` stands for the block: its path in our module tree and its parts in
     diffusers.
 
-    `rows` says how many output rows the parts have: "equal", or "linear1" (the input width three times, then the rest);
-    "swapped": there is one part, whose halves stand the other way round. `model` is the diffusers model that holds it;
-    `original` its path in original checkpoints, where our tree differs.
+    `rows` says how many output rows the parts have: "equal", "linear1" (the input width three times, then the rest) or
+    "queries_first" (the input width, then parts that are equal); "swapped": there is one part, whose halves stand the
+    other way round. `model` is the diffusers model that holds it; `original` its path in original checkpoints, where our
+    tree differs.
     """
 
     path: str

@@ -34,6 +34,7 @@ from networks.files.file_names import (
     is_kohya_name,
     names_of_family,
 )
+from networks.files.fused_rows import rows_of_parts, with_missing_rows
 from networks.files.layer_tensors import alpha_of, problem_of, scale_from
 from networks.files.parameter_names import DOWN, MID, PARAMETERS, UP, ending_of
 from networks.files.stacked import ROWS, parts_of, stacked
@@ -132,12 +133,7 @@ def _joined(name: str, parts: Sequence[Module | None], layer: LayerNames) -> Mod
         )
     shapes = [None if part is None else _shape_of(name, part) for part in parts]
     width = next(shape[1] for shape in shapes if shape)
-    known = next(shape[0] for shape in shapes if shape)
-    if layer.rows == "linear1":
-        rows = [shape[0] if shape else width * (4 if number == 3 else 1) for number, shape in enumerate(shapes)]
-    else:
-        rows = [shape[0] if shape else known for shape in shapes]
-    return stacked(parts, rows)
+    return stacked(parts, with_missing_rows(layer, [shape and shape[0] for shape in shapes], width))
 
 
 def _shape_of(name: str, part: Module) -> tuple[int, ...]:
@@ -194,7 +190,8 @@ def to_diffusers(family: str, tensors: Tensors, fold: str | None = "up") -> dict
         lora = _lora_of(name, module, "an adapter")
         if place.layer is not None and place.layer.rows == "swapped":
             lora = _swapped(lora)
-        rows = _rows(place.layer, lora) if len(keys) > 1 else [lora.up.shape[0]]
+        whole, width = lora.up.shape[0], lora.down.shape[1]
+        rows = rows_of_parts(place.layer, whole, width) if len(keys) > 1 else [whole]
         pairs = [(lora.down, lora.up)] if len(rows) == 1 else split_pair(lora.down, lora.up, rows)
         if pairs is None:
             pairs = [(lora.down, part) for part in lora.up.split(rows)]
@@ -397,10 +394,7 @@ def _fused(loras: Sequence[_Lora | None], layer: LayerNames) -> _Lora:
         return _swapped(loras[0])
     present = [lora for lora in loras if lora is not None]
     width = present[0].down.shape[1]
-    rows = [
-        lora.up.shape[0] if lora else width * (4 if layer.rows == "linear1" and i == 3 else 1)
-        for i, lora in enumerate(loras)
-    ]
+    rows = with_missing_rows(layer, [lora and lora.up.shape[0] for lora in loras], width)
     first = present[0]
     same_scale = all(lora.scale == first.scale for lora in present)
     if same_scale and all(torch.equal(lora.down, first.down) for lora in present):
@@ -418,19 +412,6 @@ def _fused(loras: Sequence[_Lora | None], layer: LayerNames) -> _Lora:
 def _swapped(lora: _Lora) -> _Lora:
     """The two halves of the output change places."""
     return replace(lora, up=torch.cat(lora.up.chunk(2)[::-1]))
-
-
-def _rows(layer: LayerNames, lora: _Lora) -> list[int]:
-    rows, width, count = lora.up.shape[0], lora.down.shape[1], len(layer.parts)
-    if layer.rows == "linear1":
-        if rows <= 3 * width:
-            raise CheckpointError(f"{layer.path} has {rows} rows; needed: more than three times its {width} inputs")
-        return [width] * 3 + [rows - 3 * width]
-    if rows % count:
-        raise CheckpointError(
-            f"{layer.path} has {rows} rows, which do not divide into {count} parts; the file is for another model, or damaged"
-        )
-    return [rows // count] * count
 
 
 def _magnitudes(name: str, scale: torch.Tensor, lora: _Lora) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 
 from library.core.errors import CheckpointError, ConfigError
 from library.core.keyed_random import StepDraws, keyed_generator
+from library.core.learning_rates import Member, optimizer_groups
 from networks.files.network_files import (
     by_module,
     check_finite,
@@ -161,15 +162,14 @@ class AdditionalNetwork(nn.Module):
         Rates that are None become `default_lr`; groups with rate 0 or None are left out.
         """
         groups: list[dict[str, Any]] = []
-        names: list[str] = []
         rates = self._text_encoder_rates(text_encoder_lr, default_lr)
         for position, rate in enumerate(rates):
             modules = [m for m in self.text_encoder_loras if self.targets.encoder_of(m.lora_name) == position]
             label = f"textencoder {position + 1}" if len(rates) > 1 else "textencoder"
-            self._add_groups(groups, names, modules, rate, self.loraplus_text_encoder_lr_ratio, label)
+            groups += self._groups(modules, rate, self.loraplus_text_encoder_lr_ratio, label)
         rate = unet_lr if unet_lr is not None else default_lr
-        self._add_groups(groups, names, self.unet_loras, rate, self.loraplus_unet_lr_ratio, "unet")
-        return groups, names
+        groups += self._groups(self.unet_loras, rate, self.loraplus_unet_lr_ratio, "unet")
+        return groups, [group.pop("name") for group in groups]
 
     def _text_encoder_rates(self, rates: float | Sequence[float] | None, default: float | None) -> list[float | None]:
         count = len(self.targets.text_encoders)
@@ -184,35 +184,16 @@ class AdditionalNetwork(nn.Module):
             return values * count
         return values + [values[-1]] * (count - len(values))
 
-    def _rate_key(self, module: AdapterModule) -> tuple[int, float]:
-        """What the learning rate of a module hangs on: (number of its rate pattern, else -1; its block, else -1)."""
-        if module.rate is not None:
-            return module.rate[0], -1
-        return -1, -1 if self.block_lr_weight is None or module.block is None else module.block
-
-    def _add_groups(
-        self, groups: list[dict[str, Any]], names: list[str], modules: list[AdapterModule],
-        rate: float | None, ratio: float | None, label: str,
-    ) -> None:
-        """Append the groups of one part: by rate pattern, else by block, each split into ordinary and LoRA+
-        parameters."""
-        for key in sorted({self._rate_key(module) for module in modules}):
-            own = [module for module in modules if self._rate_key(module) == key]
-            pattern, block = key
-            if pattern >= 0:
-                base, name = own[0].rate[1], f"{label} reg_lr_{pattern}"
-            elif block >= 0:
-                base, name = None if rate is None else rate * self.get_lr_weight(block), f"{label}_block{block}"
-            else:
-                base, name = rate, label
-            named = [(n, p, module) for module in own for n, p in module.named_parameters()]
-            plus = [p for n, p, module in named if ratio is not None and any(part in n for part in module.plus_names)]
-            chosen = {id(p) for p in plus}
-            plain = [p for _, p, _ in named if id(p) not in chosen]
-            for params, lr, suffix in ((plain, base, ""), (plus, base * ratio if base and ratio else base, " plus")):
-                if params and lr:
-                    groups.append({"params": params, "lr": lr})
-                    names.append(name + suffix)
+    def _groups(
+        self, modules: list[AdapterModule], rate: float | None, ratio: float | None, label: str
+    ) -> list[dict[str, Any]]:
+        """The groups of one part: by rate pattern, by block, ordinary and LoRA+ parameters."""
+        members = [
+            Member(p, module.rate, module.block, ratio is not None and any(part in n for part in module.plus_names))
+            for module in modules
+            for n, p in module.named_parameters()
+        ]
+        return optimizer_groups(members, rate, name=label, factors=self.block_lr_weight, ratio=ratio)
 
     # -- norms -----------------------------------------------------------------------------------------------------
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from library.core.errors import ConfigError, Problems, did_you_mean
-from library.core.options import LARGEST_RANK, number_problem, parse_bool
-from library.core.text_files import parse_toml
+from library.core.learning_rates import rate
+from library.core.options import LARGEST_RANK, parse_bool
+from library.core.patterns import number, pattern_values, patterns
 from library.families.registry import FAMILIES
 from networks.kinds.block_rates import block_parsers, check_block_rates
 from networks.kinds.targets import NetworkTargets, targets_of_family
@@ -139,28 +138,10 @@ def argument_parsers(targets: NetworkTargets) -> dict[str, Callable[[Any], Any]]
     return parsers
 
 
-def number(value: Any) -> float:
-    try:
-        result = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError("a number is needed") from None
-    needed = number_problem(result, is_whole=False)
-    if needed is not None:
-        raise ValueError(f"{needed} is needed")
-    return result
-
-
 def positive_number(value: Any) -> float:
     result = number(value)
     if not result > 0:
         raise ValueError("a number above 0 is needed")
-    return result
-
-
-def rate(value: Any) -> float:
-    result = number(value)
-    if not result >= 0:
-        raise ValueError("a learning rate of 0 or more is needed")
     return result
 
 
@@ -247,56 +228,3 @@ def selected_blocks(text: str, count: int, arg: str) -> set[int]:
             f"--network_args {arg}={text}: block {max(chosen)} does not exist; this model has blocks 0-{count - 1}"
         )
     return chosen
-
-
-def patterns(value: Any) -> tuple[re.Pattern[str], ...]:
-    """A Python or JSON list of regular expressions, or one expression."""
-    if isinstance(value, str):
-        try:
-            parsed = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            parsed = value
-        value = parsed if isinstance(parsed, (list, tuple, str)) else value
-    return tuple(_compiled(item) for item in ([value] if isinstance(value, str) else value))
-
-
-def pattern_values(value: Any, parse: Callable[[Any], Any]) -> tuple[tuple[re.Pattern[str], Any], ...]:
-    """`regex=value,regex=value`, or a JSON object or TOML table for expressions with commas or equal signs; order is
-    kept."""
-    if isinstance(value, Mapping):
-        pairs = list(value.items())
-    elif str(value).strip().startswith("{"):
-        pairs = list(_mapping(str(value)).items())
-    else:
-        pairs = _pairs(str(value))
-    return tuple((_compiled(str(pattern)), parse(item)) for pattern, item in pairs)
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        try:
-            return parse_toml(f"value = {text}", "the table")["value"]
-        except (ConfigError, KeyError) as error:
-            raise ValueError(f"it is neither JSON nor a TOML table ({error})") from None
-
-
-def _pairs(text: str) -> list[tuple[str, str]]:
-    pairs, pending = [], ""
-    for piece in text.split(","):
-        pending = f"{pending},{piece}" if pending else piece
-        match = re.fullmatch(r"\s*(.+?)\s*=\s*([-+.\deE]+)\s*", pending)
-        if match:  # a comma inside an expression does not end with =number
-            pairs.append((match[1], match[2]))
-            pending = ""
-    if pending.strip():
-        raise ValueError(f"'{pending.strip()}' is not of the form expression=value")
-    return pairs
-
-
-def _compiled(pattern: Any) -> re.Pattern[str]:
-    try:
-        return re.compile(str(pattern))
-    except re.error as error:
-        raise ValueError(f"'{pattern}' is not a regular expression ({error})") from None

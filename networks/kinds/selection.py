@@ -77,9 +77,10 @@ def all_layers(
             if part is not None
             for layer in weighted_layers(part, position, targets)
         ]
-    classes = targets.classes
+    classes, paths = targets.classes, None
     if targets.choice:
-        classes = targets.choice.classes[settings.get(targets.choice.arg, next(iter(targets.choice.classes)))]
+        choice = settings.get(targets.choice.arg, next(iter(targets.choice.classes)))
+        classes, paths = targets.choice.classes[choice], targets.choice.paths.get(choice)
     if settings.get("conv_dim") or settings.get("conv_block_dims"):
         classes = (*classes, *targets.conv_classes)
     for arg, added in targets.optional_classes.items():
@@ -88,6 +89,8 @@ def all_layers(
     if settings.get("train_norm"):
         targets = replace(targets, leaf_classes=(*targets.leaf_classes, *NORM_CLASSES))
     layers = denoiser_layers(denoiser, targets, classes)
+    if paths is not None:
+        layers = [layer for layer in layers if re.fullmatch(paths, layer.path)]
     if targets.entries and settings.get(targets.entries.arg):
         layers += entry_layers(denoiser, targets)
     for position, encoder in encoders:

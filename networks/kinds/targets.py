@@ -79,10 +79,12 @@ class IndexRule:
 
 @dataclass(frozen=True)
 class ChoiceRule:
-    """`arg=<choice>` narrows the target classes."""
+    """`arg=<choice>` narrows the target classes, and within them to the layers whose path matches (whole path) where
+    `paths` has an expression for the choice."""
 
     arg: str
     classes: Mapping[str, tuple[str, ...]]
+    paths: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def test_the_table_tells_which_family_has_an_argument(name: str) -> None:
 
 
 def test_sizes_and_presets_are_told() -> None:
-    from networks.kinds.block_rates import CURVES
+    from library.core.learning_rates import CURVES
 
     section = SECTIONS["Which layers"] + SECTIONS["Learning rates"]
     assert all(f"`{name}`" in section for name in CURVES)

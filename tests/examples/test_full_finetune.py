@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from library.core.errors import ConfigError
+from library.core.learning_rates import parse_block_curves, parse_rates, rate_groups
 from library.flux_utils import load_flux
 from library.safetensors_utils import load_safetensors
 from library.training import cli
-from library.training.rates import parse_rates, rate_groups
 from tests.docs.commands import ROOT
 from tests.runs.conftest import Stopped, Work, fingerprint, stop_after
 from tests.runs.families import Tinies
@@ -104,6 +104,8 @@ def test_self_flow_joins_it(work: Work) -> None:
 
 
 @pytest.mark.parametrize(("words", "told"), [
+    (["--block_lr_curves=double_blocks=sine"], "has no group for the number of a block"),
+    (["--block_lr_curves=b(.)=sin"], "there is no curve 'sin'; did you mean 'sine'"),
     (["--layer_lrs=double_blocks"], "--layer_lrs is double_blocks"),
     (["--fp8_base", "--mixed_precision=bf16"], "--fp8_base holds weights in 8 bits"),
     (["--network_dim=4"], "unknown option --network_dim|--network_dim is an option of other scripts"),
@@ -132,3 +134,27 @@ def test_the_first_pattern_in_a_path_counts_and_rate_0_freezes() -> None:
         ("it b", 0.2, 1),
     ]
     assert not module["a"].weight.requires_grad and not module["a"].bias.requires_grad
+
+
+def test_numbered_blocks_follow_a_curve_and_patterns_win() -> None:
+    module = torch.nn.ModuleDict(
+        {name: torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(3)) for name in ("a", "b")}
+        | {"out": torch.nn.Linear(1, 1)}
+    )
+    rates = parse_rates(r"^b\.2\.bias=7", "layer_lrs")
+    curves = parse_block_curves(r"a\.(\d+)=linear+0.25,b\.(\d+)=0.5", "block_lr_curves")
+    groups = rate_groups(module.named_parameters(), 4.0, rates, curves, name="it")
+    assert [(group["name"], group["lr"], len(group["params"])) for group in groups] == [
+        ("it", 4.0, 2), ("it_block0", 1.0, 2), ("it_block1", 3.0, 2), ("it_block2", 5.0, 2),
+        *((f"it_block{block}", 2.0, 1 if block == 5 else 2) for block in (3, 4, 5)), (r"it ^b\.2\.bias", 7.0, 1),
+    ]  # fmt: skip
+    frozen = rate_groups(module.named_parameters(), 4.0, (), parse_block_curves(r"a\.(\d+)=linear", "x"), name="it")
+    assert len(frozen) == 3 and not module["a"][0].weight.requires_grad and module["a"][1].weight.requires_grad
+
+
+def test_a_model_learns_along_a_curve(work: Work) -> None:
+    final = train(work, "out", r"--block_lr_curves=single_blocks\.(\d+)\.=linear", "--max_train_steps=1")
+    before, after = load_safetensors(work.tiny.flux), load_safetensors(final)
+    step = {name: (after[name].float() - tensor.float()).abs().max().item() for name, tensor in before.items()}
+    blocks = [max(size for name, size in step.items() if name.startswith(f"single_blocks.{i}.")) for i in (0, 1)]
+    assert blocks == [0, pytest.approx(1e-3, rel=0.2)]

@@ -1,4 +1,5 @@
-"""The denoiser of Lumina-Image 2.0: sizes from shapes, the key table, layouts, ragged captions, and the model of diffusers."""
+"""The denoiser of Lumina-Image 2.0: sizes from shapes, the key table, layouts, ragged captions, and the model of
+diffusers."""
 
 from __future__ import annotations
 
@@ -100,8 +101,8 @@ def diffusers_model(layers: int = 2, refiners: int = 2) -> torch.nn.Module:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(3)
     model = diffusers.Lumina2Transformer2DModel(
-        in_channels=4, hidden_size=48, num_layers=layers, num_refiner_layers=refiners, num_attention_heads=4, num_kv_heads=2,
-        multiple_of=16, axes_dim_rope=(4, 4, 4), axes_lens=(40, 30, 30), cap_feat_dim=20,
+        in_channels=4, hidden_size=48, num_layers=layers, num_refiner_layers=refiners, num_attention_heads=4,
+        num_kv_heads=2, multiple_of=16, axes_dim_rope=(4, 4, 4), axes_lens=(40, 30, 30), cap_feat_dim=20,
     )  # fmt: skip
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.15)
@@ -111,7 +112,7 @@ def diffusers_model(layers: int = 2, refiners: int = 2) -> torch.nn.Module:
 @torch.no_grad()
 @pytest.mark.parametrize("mask", [[7, 7], [5, 2], [1, 1]])
 @pytest.mark.parametrize("size", [(6, 10), (2, 4)])
-def test_denoiser_from_a_sharded_folder_agrees_with_diffusers(tmp_path: Path, mask: list[int], size: tuple[int, int]) -> None:
+def test_a_sharded_folder_agrees_with_diffusers(tmp_path: Path, mask: list[int], size: tuple[int, int]) -> None:
     """Ragged captions, and those of one token."""
     reference = diffusers_model()
     reference.save_pretrained(tmp_path / "transformer", max_shard_size="60KB")
@@ -207,7 +208,8 @@ def test_checkpointing_changes_no_gradient_and_two_layers_stay() -> None:
             model.train()
             model.enable_gradient_checkpointing()
         model(latents, times, states, mask).square().mean().backward()
-        grads.append([model.layers[0].attention.qkv.weight.grad.clone(), model.context_refiner[0].attention.out.weight.grad.clone()])
+        weights = (model.layers[0].attention.qkv.weight, model.context_refiner[0].attention.out.weight)
+        grads.append([weight.grad.clone() for weight in weights])
     torch.testing.assert_close(*grads)
     model.enable_block_swap(1, torch.device("cpu"))
     with pytest.raises(ValueError, match="at most 1 can be swapped"):
@@ -229,9 +231,11 @@ def test_eight_bit_storage_and_scaled_files(tmp_path: Path) -> None:
     for key, tensor in tiny_state().items():
         if tensor.ndim == 2:
             scale = tensor.abs().max() / 448
-            scaled |= {key: (tensor / scale).to(torch.float8_e4m3fn), key.removesuffix("weight") + "scale_weight": scale[None]}
+            scaled[key] = (tensor / scale).to(torch.float8_e4m3fn)
+            scaled[f"{key.removesuffix('weight')}scale_weight"] = scale[None]
         else:
             scaled[key] = tensor
-    save_file_atomic({f"model.diffusion_model.{key}": tensor for key, tensor in scaled.items()}, tmp_path / "s.safetensors")
+    named = {f"model.diffusion_model.{key}": tensor for key, tensor in scaled.items()}
+    save_file_atomic(named, tmp_path / "s.safetensors")
     model = lumina_utils.load_lumina(tmp_path / "s.safetensors", torch.float32, "cpu")
     assert relative(model(latents, times, states, mask), expected) < 0.1

@@ -266,5 +266,5 @@ def test_nothing_given_names_every_needed_option(work: FamilyWork, monkeypatch, 
     needed = {slot for slot in SLOTS[work.family] if work.family not in ("sd", "sdxl") or slot == MODEL}
     for name in (*needed, "output_dir", "network_module", "train_data_dir"):
         assert f"--{name}" in message
-    modules = {"flux": "lora_flux", "sd": "lora_sd", "sdxl": "lora_sdxl", "anima": "lora_anima"}
+    modules = {"flux": "lora_flux", "sd": "lora_sd", "sdxl": "lora_sdxl", "anima": "lora_anima", "lumina": "lora_lumina"}
     assert f"--network_module networks.{modules[work.family]}" in message

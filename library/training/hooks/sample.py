@@ -6,14 +6,15 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from library.core.keyed_random import isolated_rng, key_seed
 from library.core.options import shortened
+from library.dataset.strategies import NegativeText
 from library.device_utils import clean_memory_on_device
 from library.generation.image_grid import GridCell, image_grid
 from library.generation.picture_files import read_frames, settings_texts, write_picture
@@ -32,7 +33,8 @@ from library.training.sampling_prompts import (
 )
 
 if TYPE_CHECKING:
-    from library.dataset.strategies import Conditioning, StrategySet
+    from library.dataset.strategies import Conditioning, StrategySet, Texts
+    from library.generation.picture_files import Picture
     from library.training.progress import Progress
     from library.training.run import Run, StepOutput
     from library.training.wiring.base import ModelFamily
@@ -42,32 +44,49 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def texts_of(family: ModelFamily, prompts: Sequence[SamplePrompt]) -> list[str]:
-    """Every different text to encode, in order: the prompts and, where CFG is on, the negative ones ("" when not
-    given)."""
-    texts: dict[str, None] = {}
+def sample_texts(family: ModelFamily, prompts: Sequence[SamplePrompt]) -> list[tuple[str, bool]]:
+    """Every different (text, whether it is a negative prompt) to encode, in order: the prompts and, where CFG is on,
+    the negative ones ("" when not given)."""
+    texts: dict[tuple[str, bool], None] = {}
     for prompt in map(family.sample_defaults, prompts):
-        texts.setdefault(prompt.prompt)
+        texts.setdefault((prompt.prompt, False))
         if family.needs_negative(prompt):
-            texts.setdefault(prompt.negative_prompt or "")
+            texts.setdefault((prompt.negative_prompt or "", True))
     return list(texts)
+
+
+def texts_of(family: ModelFamily, prompts: Sequence[SamplePrompt]) -> list[str]:
+    """The different texts alone."""
+    return list(dict.fromkeys(text for text, _ in sample_texts(family, prompts)))
 
 
 @torch.no_grad()
 def encode_sample_prompts(
     family: ModelFamily, strategies: StrategySet, text_encoders: list[torch.nn.Module | None],
     prompts: Sequence[SamplePrompt],
-) -> dict[str, Conditioning]:
-    """Text -> conditioning of one sample (tensors [1, ...] on the CPU) for every text that sampling needs.
+) -> Texts:
+    """Conditioning of one sample (tensors [1, ...] on the CPU) for every text that sampling needs; negative prompts
+    stand under `StrategySet.negative_key`.
 
     Made once while the text encoders are in memory. What an encoder that is None would make is not there.
     """
-    encoded: dict[str, Conditioning] = {}
-    for text in texts_of(family, prompts):
-        tokens, weights = strategies.tokenize.tokenize_prompt(text)
+    encoded: Texts = {}
+    for text, is_negative in sample_texts(family, prompts):
+        key = strategies.negative_key(text) if is_negative else text
+        if key in encoded:
+            continue
+        if isinstance(key, NegativeText):
+            tokens, weights = strategies.tokenize.tokenize_negative(text), None
+        else:
+            tokens, weights = strategies.tokenize.tokenize_prompt(text)
         outputs = strategies.encode(text_encoders, tokens, weights)
-        encoded[text] = {name: tensor.detach().cpu() for name, tensor in outputs.items()}
+        encoded[key] = {name: tensor.detach().cpu() for name, tensor in outputs.items()}
     return encoded
+
+
+def joined(conditioning: Sequence[Conditioning]) -> Conditioning:
+    """That of several samples [1, ...] as one batch."""
+    return {name: torch.cat([one[name] for one in conditioning]) for name in conditioning[0]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +107,7 @@ class SampleHook(Hook):
     repeated run shows the same pictures. When the interval is longer than the run, the pictures are made at its end.
     """
 
-    def __init__(self, prompts: Sequence[SamplePrompt], conditioning: dict[str, Conditioning], seed: int) -> None:
+    def __init__(self, prompts: Sequence[SamplePrompt], conditioning: Texts, seed: int) -> None:
         self.prompts = list(prompts)
         self.conditioning = conditioning
         self.seed = seed
@@ -183,14 +202,12 @@ class SampleHook(Hook):
         with run.weights_for_eval(), isolated_rng(self.seed), torch.no_grad(), runtime.autocast():
             texts = self._tried("the sample texts could not be encoded", lambda: self._current_conditioning(run))
             if texts is not None:
-                for number in range(runtime.rank, len(self.prompts), runtime.num_processes):
+                for numbers in self._groups(run, range(runtime.rank, len(self.prompts), runtime.num_processes)):
                     if run.stop.is_wanted:  # a run that is to end makes no further pictures
                         break
-                    what = (
-                        f"the sample of prompt {number} ('{shortened(self.prompts[number].prompt)}') could not be made"
-                    )
-                    file = self._tried(what, lambda: self._make(run, at, number, texts))
-                    mine += [] if file is None else [file]
+                    told = " and ".join(f"{number} ('{shortened(self.prompts[number].prompt)}')" for number in numbers)
+                    what = f"the sample of prompt {told} could not be made"
+                    mine += self._tried(what, lambda: self._make(run, at, numbers, texts)) or []
         made = [file for part in gather_objects(mine) for file in part]
         made.sort(key=lambda file: file.enum)
         if runtime.is_main_process:
@@ -209,22 +226,42 @@ class SampleHook(Hook):
         clean_memory_on_device()  # here, where the error holds no tensors any more
         return None
 
-    def _current_conditioning(self, run: Run) -> dict[str, Conditioning]:
+    def _current_conditioning(self, run: Run) -> Texts:
         """Encoded texts; parts that come from text encoders in training are made from their present weights."""
         if not any(run.step.trained_text_encoders):
             return self.conditioning
         fresh = encode_sample_prompts(run.family, run.strategies, run.models.text_encoders, self.prompts)
         return {text: {**self.conditioning.get(text, {}), **outputs} for text, outputs in fresh.items()}
 
-    def _make(self, run: Run, at: str, number: int, texts: dict[str, Conditioning]) -> SampleFile:
-        given = self.prompts[number]
-        prompt = run.family.sample_defaults(given)
-        if prompt.seed is None:
-            drawn = key_seed(self.seed, "sample without a seed", run.progress.global_step, number) % 2**32
-            prompt = dataclasses.replace(prompt, seed=drawn)
-        negative = texts[prompt.negative_prompt or ""] if run.family.needs_negative(prompt) else None
-        made = run.family.pipeline(run.models).sample(prompt, texts[prompt.prompt], negative)
-        saving, progress = run.config[SavingOptions], run.progress
+    def _groups(self, run: Run, numbers: Iterable[int]) -> list[list[int]]:
+        """Prompts that are made as one batch: at most `sample_batch_size` of the family, equal but for texts and
+        seeds."""
+        alike: dict[Any, list[int]] = {}
+        for number in numbers:
+            prompt = run.family.sample_defaults(self.prompts[number])
+            plain = dataclasses.replace(prompt, prompt="", negative_prompt=None, seed=None, enum=None)
+            alike.setdefault((plain, run.family.needs_negative(prompt)), []).append(number)
+        size = run.family.sample_batch_size
+        groups = [group[start : start + size] for group in alike.values() for start in range(0, len(group), size)]
+        return sorted(groups)
+
+    def _make(self, run: Run, at: str, numbers: Sequence[int], texts: Texts) -> list[SampleFile]:
+        prompts = [self._complete(run, number) for number in numbers]
+        keys = [run.strategies.negative_key(prompt.negative_prompt or "") for prompt in prompts]
+        positive = joined([texts[prompt.prompt] for prompt in prompts])
+        negative = joined([texts[key] for key in keys]) if run.family.needs_negative(prompts[0]) else None
+        made = run.family.pipeline(run.models).samples(prompts, positive, negative)
+        return [self._write(run, at, *each) for each in zip(numbers, prompts, made, strict=True)]
+
+    def _complete(self, run: Run, number: int) -> SamplePrompt:
+        prompt = run.family.sample_defaults(self.prompts[number])
+        if prompt.seed is not None:
+            return prompt
+        drawn = key_seed(self.seed, "sample without a seed", run.progress.global_step, number) % 2**32
+        return dataclasses.replace(prompt, seed=drawn)
+
+    def _write(self, run: Run, at: str, number: int, prompt: SamplePrompt, made: Picture) -> SampleFile:
+        given, saving, progress = self.prompts[number], run.config[SavingOptions], run.progress
         name = sample_file_name(
             saving.output_name, at, progress.epoch if at == "epoch" else progress.global_step,
             enum=number if given.enum is None else given.enum, seed=given.seed, timestamp=time.strftime("%Y%m%d%H%M%S"),

@@ -20,7 +20,7 @@ from library.training.hooks.validation import ValidationHook
 from library.training.option_groups import EmaOptions, HubOptions
 
 if TYPE_CHECKING:
-    from library.dataset.strategies import Conditioning
+    from library.dataset.strategies import Texts
     from library.huggingface_util import Uploader
     from library.training.accelerator_setup import Runtime
     from library.training.sampling_prompts import SamplePrompt
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def standard_hooks(
-    config: Config, runtime: Runtime, *, prompts: list[SamplePrompt], conditioning: dict[str, Conditioning],
+    config: Config, runtime: Runtime, *, prompts: list[SamplePrompt], conditioning: Texts,
     trainable: Trainable,
     of_trainable: Sequence[Hook], own: Sequence[Hook], metadata: MetadataMaker,
 ) -> list[Hook]:

@@ -20,7 +20,9 @@ import torch
 from library.core.atomic_file import atomic_path, scratch_path
 from library.core.errors import CheckpointError, ConfigError, Problems, TrainingError, foreign_errors
 from library.core.keyed_random import StepDraws, isolated_rng, key_seed
+from library.core.learning_rates import rate
 from library.core.options import Config, Ignored, parse_bool, without_effect
+from library.core.patterns import pattern_values
 from library.dataset import CachingOptions
 from library.families.registry import record_of
 from library.safetensors_utils import load_safetensors, read_header
@@ -36,7 +38,7 @@ from library.training.trainables.network_hook import NetworkHook
 from library.training.trainables.weight_norm import WeightNormHook
 from networks.files.network_files import by_module, match_names, read_adapter_file, write_adapter_file
 from networks.kinds.description import describe_network, is_scaled_by_rank
-from networks.kinds.network_args import pattern_values, rate, selected_blocks, selection, shapes_nothing
+from networks.kinds.network_args import selected_blocks, selection, shapes_nothing
 from networks.kinds.targets import targets_of_family
 
 if TYPE_CHECKING:

@@ -252,6 +252,11 @@ class ModelFamily(ABC):
         scale = prompt.cfg_scale if self.architecture.latents.clips else prompt.scale
         return scale not in (None, 1.0)
 
+    @property
+    def sample_batch_size(self) -> int:
+        """How many samples with equal settings are made as one batch."""
+        return 1
+
     @classmethod
     def prompt_options(cls) -> Mapping[str, LineOption]:
         """Options of a line of --sample_prompts: those of pictures, or of videos."""

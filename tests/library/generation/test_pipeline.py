@@ -5,7 +5,7 @@ from PIL import Image
 
 from library.core.registry import import_target
 from library.families.registry import record_of
-from library.generation import anima_inference, flux_inference, pipeline_class, sdxl_inference
+from library.generation import anima_inference, flux_inference, lumina_inference, pipeline_class, sdxl_inference
 from library.generation.flux_options import FluxRequest
 from library.generation.gen_img import script as gen_img
 from library.generation.pipeline import PicturePipeline
@@ -30,7 +30,8 @@ def sample_of(family_name: str, tiny, *options: str) -> bytes:
     prompt = family.sample_defaults(PROMPT)
     texts = encode_sample_prompts(family, strategies, family.load_text_encoders(runtime), [prompt])
     models = Models(vae=family.load_vae(runtime), denoiser=family.load_denoiser(runtime))
-    return family.pipeline(models).sample(prompt, texts[prompt.prompt], texts[prompt.negative_prompt]).tobytes()
+    negative = texts[strategies.negative_key(prompt.negative_prompt)]
+    return family.pipeline(models).sample(prompt, texts[prompt.prompt], negative).tobytes()
 
 
 def picture_of(paths) -> bytes:
@@ -68,6 +69,17 @@ def test_anima(tmp_path):
     assert picture_of(made) == sample_of("anima", tiny, "--sample_sampler=euler")
 
 
+def test_lumina(tmp_path):
+    tiny = build_tiny("lumina", tmp_path / "tiny")
+    system = "--system_prompt=the dog"
+    made = lumina_inference.run([
+        f"--pretrained_model_name_or_path={tiny.lumina}", f"--ae_path={tiny.ae}", f"--gemma2_path={tiny.gemma2}",
+        "--gemma2_max_token_length=32", system, *PICTURE, "--gemma2_dtype=float32", "--ae_dtype=float32", "--steps=3",
+        "--image_width=96", "--image_height=64", "--guidance_scale=4", f"--output_dir={tmp_path}",
+    ])  # fmt: skip
+    assert picture_of(made) == sample_of("lumina", tiny, system)
+
+
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_a_unet(tmp_path, kind):
     tiny, family = build_tiny(kind, tmp_path / "tiny"), "sdxl" if kind == "sdxl" else "sd"
@@ -85,7 +97,7 @@ def test_a_unet(tmp_path, kind):
         assert picture_of(sdxl_inference.run([*files, *PICTURE, *SIZE, "--sampler=euler_a"])) == sample
 
 
-@pytest.mark.parametrize("name", ["flux", "sd", "sdxl", "anima"])
+@pytest.mark.parametrize("name", ["flux", "sd", "sdxl", "anima", "lumina"])
 def test_the_record_names_the_pipeline(name):
     assert issubclass(pipeline_class(name), PicturePipeline)
     assert record_of(name).pipeline == f"library.generation.{name}_pipeline:{pipeline_class(name).__name__}"

@@ -23,6 +23,7 @@ OWN_OPTIONS = {
     "sdxl_network": {"clip_tokenizer"},
     "anima_network": {"qwen3_tokenizer"},
     "hunyuan_image_network": {"text_encoder_tokenizer"},
+    "lumina_network": {"gemma2_tokenizer"},
 }
 OWN_OF_ALL = {
     "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_image_resolution", "skip_bad_images",

@@ -1,0 +1,34 @@
+"""Numerics that only Lumina-Image 2.0 has: the forward that training and sampling share, with the time turned round in
+float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
+
+if TYPE_CHECKING:
+    from library.lumina_models import NextDiT
+
+
+def predict_velocity(
+    denoiser: NextDiT, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], **inputs: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Velocity towards data (data - noise) [B, C, H, W] of noisy latents [B, C, H, W]: the sign of this model, not of
+    the others.
+
+    `timesteps` [B], or [B, L] for a time per patch, are on the 0..1000 scale, float32, with 1000 = noise; the model's
+    own time runs from 0 (noise) to 1 (data). `conditioning` has the keys of the family. With `feature_layer` among
+    `inputs` the result is (velocity, tokens [B, L, dim] after that layer).
+    """
+    device = noisy_latents.device
+    return denoiser(
+        noisy_latents,
+        1 - timesteps.float() / NUM_TRAIN_TIMESTEPS,
+        cap_feats=conditioning["hidden_state"].to(device),
+        cap_mask=conditioning["attention_mask"].to(device),
+        **inputs,
+    )
