@@ -12,7 +12,8 @@ from library.tiny_models import TinyEntry, tiny_entry
 @dataclass(frozen=True)
 class FamilyCase:
     """`name`: of the tiny set; `version`: ss_base_model_version of its adapters; `text_parts`: beginnings of the keys
-    of text encoders that learn by default, none where they never do; `caches_text`: their outputs can be cached;
+    of text encoders that learn, none where they never do; `text_options`: without which none does; `caches_text`: their
+    outputs can be cached;
     `brief`: options that make prompts as short as those of the tests, where the family computes with all places of a
     long prompt."""
 
@@ -20,6 +21,7 @@ class FamilyCase:
     version: str
     text_parts: tuple[str, ...]
     caches_text: bool = True
+    text_options: tuple[str, ...] = ()
     brief: tuple[str, ...] = ()
 
     @property
@@ -54,6 +56,10 @@ CASES = {
         FamilyCase("sdxl", "sdxl_base_v1-0", ("lora_te1_", "lora_te2_")),
         FamilyCase("anima", "anima", ("lora_te_",)),
         FamilyCase("hunyuan_image", "hunyuan-image-2.1", ()),
+        FamilyCase(
+            "chroma", "chroma", ("lora_te3_",), text_options=("--network_args", "train_t5xxl=True"),
+            brief=("--t5xxl_max_token_length=64",),
+        ),
         FamilyCase("lumina", "lumina2", ("lora_te_",)),
     )
 }

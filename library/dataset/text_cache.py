@@ -117,7 +117,8 @@ class TextCache:
 
     def read(self, npz_path: str, suffix: str) -> Conditioning:
         """The outputs of one caption, dtypes as stored. CheckpointError when the file is damaged."""
-        arrays = text_cache_io.load_text(npz_path, self.layout, suffix, self.live)
+        constants = {key.name for key in self.layout.keys if key.constant is not None}  # which nobody reads
+        arrays = text_cache_io.load_text(npz_path, self.layout, suffix, self.live | constants)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     # ---- encoding ----------------------------------------------------------------------------------------------------

@@ -81,6 +81,13 @@ def tell_equivalent(config: Config) -> None:
             logger.info(spec.reason)
 
 
+def tell_ignored(config: Config) -> None:
+    """One log line for each option that means nothing here."""
+    for name, value, spec in _unusual(config):
+        if spec.status == "ignored":
+            logger.warning("--%s %s is ignored: %s", name, value, spec.reason)
+
+
 def _unusual(config: Config) -> Iterator[tuple[str, Any, Any]]:
     """(name, value, spec) of options that differ from their defaults."""
     for group in config.classes():
@@ -303,6 +310,7 @@ class ImageScript(ABC, Generic[Request]):
         script = self.chosen(argv)
         config = read_command(argv, script.build_parser(), script.groups)
         tell_equivalent(config)
+        tell_ignored(config)
         return script.make_all(config)
 
     def make_all(self, config: Config) -> list[Path]:
