@@ -354,5 +354,9 @@ class AnimaNetworkTrainer(NetworkTrainer):
     family = "anima"
 
 
+class HunyuanImageNetworkTrainer(NetworkTrainer):
+    family = "hunyuan_image"
+
+
 class LuminaNetworkTrainer(NetworkTrainer):
     family = "lumina"
