@@ -116,8 +116,8 @@ def denoise(
     neg_t5_attn_mask: Tensor | None = None, cfg_scale: float | None = None,
 ) -> Tensor:
     """Euler steps on packed latents [B, L, 4C] along `timesteps` (1 = noise, 0 = data), for callers that pack
-    themselves. With `neg_txt` and a `cfg_scale` other than 1 the velocity is neg + cfg_scale * (pos - neg), `neg_vec` None
-    standing for `vec`. UnsupportedCombination with a `controlnet`, which the denoiser has no inputs for.
+    themselves. With `neg_txt` and a `cfg_scale` other than 1 the velocity is neg + cfg_scale * (pos - neg), `neg_vec`
+    None standing for `vec`. UnsupportedCombination with a `controlnet`, which the denoiser has no inputs for.
     """
     if controlnet is not None:
         raise UnsupportedCombination("denoise: ControlNets of FLUX.1 are not there; leave controlnet out")
