@@ -3,9 +3,6 @@ a condition beside the latents, a named part beside the VAE."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +14,12 @@ from library.core.registry import import_target
 from library.training import cli, parser_common
 from library.training.trainables.network import NetworkTrainable
 from library.training.trainer_base import Trainer
+from tests.forked import run_ranks
 from tests.planted import plant
 from tests.runs.conftest import DATASET, fingerprint, largest_difference, sample_pictures
 from tests.toy_video.clips import draw_clips
 from tests.toy_video.record import FAMILY
-from tests.waiting import PATIENCE
 
-ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (5, 6, 3, 1, 5, 5, 5)
 """frames of the files: four of five, one that is cut to five, one of three, and a picture"""
 CACHES = {
@@ -58,19 +54,8 @@ class VideoWork:
 
     def start(self, out: str, *more: str, **data) -> Path:
         """Train in two processes."""
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "MASTER_PORT": str(20000 + os.getpid() % 20000),
-        }
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        script = str(ROOT / "tests" / "toy_video" / "train.py")
-        done = subprocess.run(
-            [*launcher, script, *self.argv(out, *more, **data)], env=environment, cwd=ROOT, capture_output=True,
-            text=True, timeout=PATIENCE
-        )
-        assert done.returncode == 0, done.stderr
+        argv = self.argv(out, *more, **data)
+        run_ranks(2, lambda: cli.run("toy_video", "network", argv), self.folder / f"told-{out}")
         return self.folder / out / "lora.safetensors"
 
 
