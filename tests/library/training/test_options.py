@@ -24,6 +24,7 @@ OWN_OPTIONS = {
     "sd_network": {"clip_tokenizer"},
     "sdxl_network": {"clip_tokenizer"},
     "anima_network": {"qwen3_tokenizer"},
+    "hunyuan_image_network": {"text_encoder_tokenizer"},
     "lumina_network": {"gemma2_tokenizer"},
     "sd3_network": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer"},
 }
