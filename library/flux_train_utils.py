@@ -72,7 +72,7 @@ def predict_velocity(
     *,
     guidance: float,
     use_t5_mask: bool = False,
-    **inputs: Any,
+    **inputs: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Velocity (noise - data) [B, C, H, W] of noisy latents [B, C, H, W]; H and W must be even.
 
@@ -92,7 +92,7 @@ def predict_velocity(
 
 
 def on_packed_latents(
-    denoiser: StreamTransformer, noisy_latents: Tensor, timesteps: Tensor, text: Tensor, **inputs: Any
+    denoiser: StreamTransformer, noisy_latents: Tensor, timesteps: Tensor, text: Tensor, **inputs: object
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Call a denoiser of these blocks on latents [B, C, H, W] and text [B, T, context]; its velocity unpacked again."""
     height, width = (side // 2 for side in noisy_latents.shape[-2:])

@@ -162,7 +162,7 @@ def picture_texts(request: PictureRequest, **more: Any) -> dict[str, str]:
     """Text entries of a request's picture file."""
     return settings_texts(
         prompt=request.prompt, negative_prompt=request.negative_prompt, seed=request.seed, steps=request.steps,
-        scale=request.cfg_scale, **more,
+        scale=request.cfg_scale, frames=request.frames if request.frames > 1 else None, **more,
     )  # fmt: skip
 
 
@@ -288,7 +288,7 @@ class ImageScript(ABC, Generic[Request]):
         )
 
     def make_picture(self, maker: PictureMaker[Request], config: Config, request: Request, index: int) -> Path:
-        """Make and write one picture: `{YYYYmmdd_HHMMSS}_{seed}_{index}.png`."""
+        """Make and write one picture, or all frames of a clip: `{YYYYmmdd_HHMMSS}_{seed}_{index}.png`."""
         request = self.completed(request, maker)
         latents = maker.generate(request)
         more = {entry: getattr(request, field) for entry, field in self.texts.items()}

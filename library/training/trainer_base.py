@@ -121,6 +121,8 @@ class Trainer:
         strategies.mark_text_models(self.trainable.transform_identity(self.family))
         data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)
+        for group in data.groups:
+            strategies.latents_caching.check_pictures(group.items)
         if self.config[DatasetOptions].debug_dataset:
             data.show(runtime.seed, self.config[SavingOptions].output_dir)
             return None
