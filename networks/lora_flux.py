@@ -16,6 +16,8 @@ from networks.kinds.targets import (
     PartRule,
     SplitRule,
     TextEncoderTargets,
+    linear1_rows,
+    qkv_rows,
 )
 from networks.lora import check_network_args, create_network, create_network_from_weights
 
@@ -29,16 +31,6 @@ __getattr__, __dir__ = lazy_names(
 )
 
 DOUBLE, SINGLE = ("DoubleStreamBlock",), ("SingleStreamBlock",)
-
-
-def qkv_rows(out_features: int, in_features: int) -> list[int]:
-    """Rows of q, k and v in a fused projection."""
-    return [out_features // 3] * 3
-
-
-def linear1_rows(out_features: int, in_features: int) -> list[int]:
-    """Rows of q, k, v and the feed-forward in the first layer of a single block."""
-    return [in_features] * 3 + [out_features - 3 * in_features]
 
 
 def file_layers() -> tuple[LayerNames, ...]:

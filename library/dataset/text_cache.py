@@ -139,6 +139,23 @@ class TextCache:
         return {name: found[name] for name in self.needed}
 
 
+def row_as_stored(batch: Conditioning, index: int, layout: TextLayout) -> Conditioning:
+    """The outputs of one caption of a batch, each in the dtype and the length that the cache gives it. A caption
+    without any token keeps one row."""
+    row = {key.name: as_stored(batch[key.name][index], key) for key in layout.keys if key.name in batch}
+    lengths = {key.mask: _num_rows(row[key.mask]) for key in layout.keys if key.mask in row}
+    return {
+        key.name: row[key.name][: lengths[key.mask]] if key.mask in lengths else row[key.name]
+        for key in layout.keys
+        if key.name in row
+    }
+
+
+def _num_rows(mask: torch.Tensor) -> int:
+    """Up to its last 1, at least one."""
+    return max(1, int(mask.nonzero().max()) + 1 if mask.any() else 0)
+
+
 def as_stored(output: torch.Tensor, key: TextKey) -> torch.Tensor:
     """One output of one caption in the dtype that the cache gives it: bfloat16 becomes float32, masks and ids
     integers."""

@@ -24,6 +24,7 @@ OWN_OPTIONS = {
     "sd_network": {"clip_tokenizer"},
     "sdxl_network": {"clip_tokenizer"},
     "anima_network": {"qwen3_tokenizer"},
+    "hunyuan_image_network": {"text_encoder_tokenizer"},
     "lumina_network": {"gemma2_tokenizer"},
 }
 OWN_OF_ALL = {
