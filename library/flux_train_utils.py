@@ -72,7 +72,7 @@ def predict_velocity(
     *,
     guidance: float,
     use_t5_mask: bool = False,
-    **inputs: Any,
+    **inputs: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Velocity (noise - data) [B, C, H, W] of noisy latents [B, C, H, W]; H and W must be even.
 
@@ -92,7 +92,7 @@ def predict_velocity(
 
 
 def on_packed_latents(
-    denoiser: StreamTransformer, noisy_latents: Tensor, timesteps: Tensor, text: Tensor, **inputs: Any
+    denoiser: StreamTransformer, noisy_latents: Tensor, timesteps: Tensor, text: Tensor, **inputs: object
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Call a denoiser of these blocks on latents [B, C, H, W] and text [B, T, context]; its velocity unpacked again."""
     height, width = (side // 2 for side in noisy_latents.shape[-2:])
@@ -116,8 +116,8 @@ def denoise(
     neg_t5_attn_mask: Tensor | None = None, cfg_scale: float | None = None,
 ) -> Tensor:
     """Euler steps on packed latents [B, L, 4C] along `timesteps` (1 = noise, 0 = data), for callers that pack
-    themselves. With `neg_txt` and a `cfg_scale` other than 1 the velocity is neg + cfg_scale * (pos - neg), `neg_vec` None
-    standing for `vec`. UnsupportedCombination with a `controlnet`, which the denoiser has no inputs for.
+    themselves. With `neg_txt` and a `cfg_scale` other than 1 the velocity is neg + cfg_scale * (pos - neg), `neg_vec`
+    None standing for `vec`. UnsupportedCombination with a `controlnet`, which the denoiser has no inputs for.
     """
     if controlnet is not None:
         raise UnsupportedCombination("denoise: ControlNets of FLUX.1 are not there; leave controlnet out")
