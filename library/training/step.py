@@ -103,6 +103,8 @@ class TrainStep:
         as if nothing had been learned. `inputs` go to the family's `predict`."""
         with self.trainable.disabled() if untouched else nullcontext(), self.runtime.autocast():
             own = {} if untouched else self.trainable.inputs(batch, sample, conditioning)
+            if batch.request.is_training:
+                own = {**self.family.training_inputs(self.models, sample, self.draws_of(batch, None)), **own}
             return self.family.predict(self.models, sample, conditioning, batch, **{**own, **inputs})
 
     def loss_of(self, output: DiTOutput, sample: NoisyLatents, batch: Batch) -> tuple[torch.Tensor, Logs]:
@@ -140,10 +142,13 @@ class TrainStep:
         dtype."""
         if batch.latents is not None:
             return batch
-        latents, conditions = self.strategies.latents_caching.encode_samples(
-            self.models.vae, self.models.extra, batch.images, batch.latent_seeds
+        caching = self.strategies.latents_caching
+        latents, made = caching.encode_samples(
+            self.models.vae, self.models.extra, batch.images, batch.latent_seeds, batch.conditions
         )
-        return dataclasses.replace(batch, latents=latents, conditions={**batch.conditions, **conditions})
+        read = caching.encoder.condition_pictures
+        kept = {name: condition for name, condition in batch.conditions.items() if name not in read}
+        return dataclasses.replace(batch, latents=latents, conditions={**kept, **made})
 
     def latents_of(self, batch: Batch) -> torch.Tensor:
         """Scaled latents."""
@@ -166,6 +171,8 @@ class TrainStep:
         self.strategies.layout.check_complete(
             conditioning, "the cache" if batch.input_ids_list is None else "cache and text encoders"
         )
+        if batch.request.is_training:
+            conditioning = self.family.varied(conditioning, self.draws_of(batch, None))
         return conditioning
 
     def with_preserved_targets(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from library.core.registry import import_target
 from library.training import cli, parser_common
@@ -186,3 +186,17 @@ def test_further_parts_are_armed_and_evaluated_like_the_denoiser(work, monkeypat
     with run.weights_for_eval():
         assert not expert.training and not run.models.denoiser.training
     assert expert.training and run.models.denoiser.training and not vae.training
+
+
+def test_image_scripts_write_every_frame(work):
+    from tests.toy_video.script import ToyVideoScript
+
+    lines = work.folder / "lines.txt"
+    lines.write_text("a red cat --d 7\na red cat --d 7 --f 1\n", encoding="utf-8")
+    clip, picture = ToyVideoScript().run([f"--from_file={lines}", f"--output_dir={work.folder / 'made'}"])
+    with Image.open(clip) as image:
+        assert (image.format, image.n_frames, image.size) == ("PNG", 5, (32, 32)) and image.text["frames"] == "5"
+        frames = [np.asarray(frame.convert("RGB")).copy() for frame in ImageSequence.Iterator(image)]
+    assert len(frames) == 5 and not np.array_equal(frames[0], frames[4])
+    with Image.open(picture) as image:
+        assert getattr(image, "n_frames", 1) == 1 and "frames" not in image.text

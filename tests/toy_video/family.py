@@ -62,7 +62,7 @@ class ToyLatentsCaching(LatentsCachingStrategy):
     def condition_shapes(self, bucket: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
         return {FIRST_FRAME: self.architecture.latents.latent_shape(bucket[:2])}
 
-    def encode_conditions(self, vae, parts, images, seeds):
+    def encode_conditions(self, vae, parts, images, seeds, pictures):
         first = images if images.ndim == 4 else images[:, :, 0]
         return {FIRST_FRAME: self.encode(parts["first_frame_vae"], first, seeds)}
 
