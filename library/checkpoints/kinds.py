@@ -9,8 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.checkpoints.loading import names_of_index
-from library.checkpoints.recognition import KeyTable, adapter_family, denoiser_kinds, model_kinds, recognise,
-told_by_metadata
+from library.checkpoints.recognition import (
+    KeyTable,
+    adapter_family,
+    denoiser_kinds,
+    model_kinds,
+    recognise,
+    told_by_metadata,
+)
 from library.core.errors import AtelierError, CheckpointError, did_you_mean
 from library.core.text_files import open_file, read_json
 from library.families.registry import options_away_from, records, script_of_kind
