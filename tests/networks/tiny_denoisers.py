@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from library.anima_models import Anima, AnimaParams
+from library.chroma_models import Chroma, ChromaParams
 from library.flux_models import Flux, FluxParams
 from library.flux_utils import prepare_img_ids
 from library.sd3_models import MMDiT, SD3Params
@@ -35,6 +36,11 @@ def _anima() -> nn.Module:
 def _sd3() -> nn.Module:
     sizes = {"hidden_size": 32, "num_heads": 2, "mlp_ratio": 2.0, "context_in": 24, "adm_in_channels": 16}
     return MMDiT(SD3Params(depth=2, qk_norm="rms", x_block_self_attn_layers=(0,), pos_embed_max_size=8, **sizes))
+def _chroma() -> nn.Module:
+    sizes = {"context_in_dim": 24, "hidden_size": 32, "num_heads": 2, "axes_dim": (4, 6, 6), "approximator_in_dim": 32}
+    return Chroma(ChromaParams(
+        depth=1, depth_single_blocks=1, approximator_hidden_size=24, approximator_depth=1, **sizes
+    ))  # fmt: skip
 
 
 def _normal(*shape: int) -> torch.Tensor:
@@ -56,6 +62,14 @@ def _flux_inputs(model: nn.Module) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def _chroma_inputs(model: nn.Module) -> tuple[Any, ...]:
+    params = model.params
+    return (
+        _normal(BATCH, 6, params.in_channels), prepare_img_ids(BATCH, 2, 3), _normal(BATCH, 3, params.context_in_dim),
+        torch.zeros(BATCH, 3, 3), torch.tensor([0.3, 0.8]), torch.ones(BATCH, 3),
+    )  # fmt: skip
+
+
 def _anima_inputs(model: nn.Module) -> tuple[Any, ...]:
     return _normal(BATCH, 16, 1, 6, 4), torch.tensor([0.3, 0.8]), _normal(BATCH, 5, model.params.context_dim)
 
@@ -72,6 +86,7 @@ DENOISERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], tuple[
     "sd3": (_sd3, _sd3_inputs),
     "flux": (_flux, _flux_inputs),
     "anima": (_anima, _anima_inputs),
+    "chroma": (_chroma, _chroma_inputs),
 }
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.core.errors import CheckpointError, Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, without_effect
@@ -18,6 +18,7 @@ from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, 
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from library.core.keyed_random import StepDraws
     from library.dataset.batch import Batch
@@ -197,11 +198,11 @@ class Sd3Family(FlowFamily):
                 )  # fmt: skip
         return found
 
-    def _tokenizer(self, slot: str) -> Any:
+    def _tokenizer(self, slot: str) -> PreTrainedTokenizerBase:
         return self._tokenizers[slot]()
 
     @cached_property
-    def _tokenizers(self) -> dict[str, Any]:
+    def _tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
         """Slot -> function that gives the tokenizer, which is loaded once."""
         import functools
 
