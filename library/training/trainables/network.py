@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -130,7 +130,11 @@ class NetworkTrainable(Trainable):
                 if name in self.config.explicit
             }
             check({"dropout": self.opts.network_dropout, **self.opts.pairs}, family.name, explicit)
-            return
+        else:
+            self._try_arguments(module, family)
+
+    def _try_arguments(self, module: ModuleType, family: ModelFamily) -> None:
+        """What a module that is not ours says of its arguments, and that it can have the rates of the family's options."""
         self._is_own, options = False, self.opts
         pairs = self._pairs(family)
         if not options.pairs or options.dim_from_weights:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.core.errors import Problems
 from library.core.options import Ignored, equivalent_option, option, without_effect
@@ -19,12 +19,15 @@ from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
+    from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
-    from library.dataset.strategies import StrategySet
+    from library.dataset.strategies import Conditioning, StrategySet
     from library.hunyuan_image_utils import HYImageInfo
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
+    from library.training.protocols import Plain
     from library.training.run import DiTOutput, Models
     from library.training.sampling_prompts import SamplePrompt
 
@@ -135,7 +138,7 @@ class HunyuanImageFamily(FlowFamily):
         )  # fmt: skip
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         from library.components.tokenizers import load_qwen25_vl_tokenizer
 
         cache_dir = self.config[ModelOptions].tokenizer_cache_dir
@@ -264,7 +267,7 @@ class HunyuanImageFamily(FlowFamily):
         )
 
     def predict(
-        self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
+        self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
         from library.hunyuan_image_train_utils import predict_velocity
         from library.training.objective import clean_estimate
@@ -283,7 +286,7 @@ class HunyuanImageFamily(FlowFamily):
         """Distilled models follow their embedded guidance alone."""
         return not self.is_distilled and super().needs_negative(prompt)
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Plain]:
         times = self.config[TimestepOptions]
         more = {"ss_guidance_scale": self.opts.guidance_scale} if self.is_distilled else {}
         return {
