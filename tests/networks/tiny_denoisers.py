@@ -36,6 +36,8 @@ def _anima() -> nn.Module:
 def _sd3() -> nn.Module:
     sizes = {"hidden_size": 32, "num_heads": 2, "mlp_ratio": 2.0, "context_in": 24, "adm_in_channels": 16}
     return MMDiT(SD3Params(depth=2, qk_norm="rms", x_block_self_attn_layers=(0,), pos_embed_max_size=8, **sizes))
+
+
 def _chroma() -> nn.Module:
     sizes = {"context_in_dim": 24, "hidden_size": 32, "num_heads": 2, "axes_dim": (4, 6, 6), "approximator_in_dim": 32}
     return Chroma(ChromaParams(

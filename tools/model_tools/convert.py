@@ -98,13 +98,17 @@ def check(config: Config, source: str, target: str) -> None:
 
 
 def kind_of_model(source: str) -> str:
-    """sd1, sd2, sdxl or flux. CheckpointError for others."""
+    """sd1, sd2, sdxl, sd3 or flux. CheckpointError for others."""
     from library.checkpoints.flux_convert import is_diffusers_denoiser
     from library.checkpoints.loading import open_checkpoint, strip_prefix
+    from library.checkpoints.recognition import recognise
     from library.components.unet_utils import inspect_unet
 
     has_transformer = os.path.isdir(source) and (Path(source) / "transformer").is_dir()
     files = open_checkpoint(source, "transformer" if has_transformer else "unet")
+    found = recognise({key: tuple(tensor.shape) for key, tensor in files.shapes.items()})
+    if found is not None and found.kind == "sd3":
+        return "sd3"
     is_flux = is_diffusers_denoiser(files.shapes) or is_diffusers_denoiser(strip_prefix(files.shapes, "transformer."))
     if is_flux or any("double_blocks.0.img_attn.norm.query_norm.scale" in key for key in files.shapes):
         return "flux"
@@ -120,13 +124,10 @@ def _dtype(config: Config):
 
 
 def _to_single(config: Config, kind: str, source: str, target: str) -> None:
-    from tools.model_tools import flux_single, ldm_folder
+    from tools.model_tools import flux_single, ldm_folder, sd3_folder
 
-    plan = (
-        flux_single.plan(source, _dtype(config))
-        if kind == "flux"
-        else ldm_folder.single_plan(source, kind, _dtype(config))
-    )
+    plans = {"flux": flux_single.plan, "sd3": sd3_folder.single_plan}
+    plan = plans[kind](source, _dtype(config)) if kind in plans else ldm_folder.single_plan(source, kind, _dtype(config))
     if config[OutputOptions].dry_run:
         return
     plan.write(target)
@@ -134,16 +135,22 @@ def _to_single(config: Config, kind: str, source: str, target: str) -> None:
 
 
 def _to_folder(config: Config, kind: str, source: str, target: str) -> None:
-    from tools.model_tools import ldm_folder
+    from tools.model_tools import ldm_folder, sd3_folder
 
     if kind == "flux":
         raise CheckpointError(
-            f"{source} is FLUX.1; folders are written for Stable Diffusion 1, 2 and SDXL. diffusers reads the one file "
+            f"{source} is FLUX.1; folders are written for Stable Diffusion 1, 2, 3 and SDXL. diffusers reads the one file "
             "(from_single_file)"
         )
     if os.path.isdir(source):
         raise CheckpointError(f"{source} is a folder; --to diffusers takes one file in the original layout")
     options = config[ModelOptions]
+    if kind == "sd3":
+        plan = sd3_folder.folder_plan(source, _dtype(config), options.tokenizer, options.tokenizer_cache_dir)
+        if not config[OutputOptions].dry_run:
+            plan.write(target, options.variant)
+            logger.info("wrote %s", target)
+        return
     folder = ldm_folder.read_single(source, kind, options.prediction_type)
     tokenizer = ldm_folder.tokenizer_of(options.tokenizer, options.tokenizer_cache_dir)
     if config[OutputOptions].dry_run:
