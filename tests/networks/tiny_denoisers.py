@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from library.anima_models import Anima, AnimaParams
+from library.chroma_models import Chroma, ChromaParams
 from library.flux_models import Flux, FluxParams
 from library.flux_utils import prepare_img_ids
+from library.sd3_models import MMDiT, SD3Params
 from library.sd_models import UNet2DConditionModel
 from library.sdxl_models import SdxlUNet2DConditionModel
 from networks.kinds.targets import targets_of_denoiser
@@ -29,6 +31,16 @@ def _anima() -> nn.Module:
     return Anima(
         AnimaParams(model_channels=48, num_blocks=2, num_heads=2, mlp_ratio=2.0, context_dim=24, adaln_lora_dim=8)
     )
+
+
+def _sd3() -> nn.Module:
+    sizes = {"hidden_size": 32, "num_heads": 2, "mlp_ratio": 2.0, "context_in": 24, "adm_in_channels": 16}
+    return MMDiT(SD3Params(depth=2, qk_norm="rms", x_block_self_attn_layers=(0,), pos_embed_max_size=8, **sizes))
+def _chroma() -> nn.Module:
+    sizes = {"context_in_dim": 24, "hidden_size": 32, "num_heads": 2, "axes_dim": (4, 6, 6), "approximator_in_dim": 32}
+    return Chroma(ChromaParams(
+        depth=1, depth_single_blocks=1, approximator_hidden_size=24, approximator_depth=1, **sizes
+    ))  # fmt: skip
 
 
 def _normal(*shape: int) -> torch.Tensor:
@@ -50,15 +62,31 @@ def _flux_inputs(model: nn.Module) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def _chroma_inputs(model: nn.Module) -> tuple[Any, ...]:
+    params = model.params
+    return (
+        _normal(BATCH, 6, params.in_channels), prepare_img_ids(BATCH, 2, 3), _normal(BATCH, 3, params.context_in_dim),
+        torch.zeros(BATCH, 3, 3), torch.tensor([0.3, 0.8]), torch.ones(BATCH, 3),
+    )  # fmt: skip
+
+
 def _anima_inputs(model: nn.Module) -> tuple[Any, ...]:
     return _normal(BATCH, 16, 1, 6, 4), torch.tensor([0.3, 0.8]), _normal(BATCH, 5, model.params.context_dim)
+
+
+def _sd3_inputs(model: nn.Module) -> tuple[Any, ...]:
+    params = model.params
+    text = _normal(BATCH, 5, params.context_in)
+    return _normal(BATCH, 16, 6, 4), torch.tensor([300.0, 800.0]), _normal(BATCH, params.adm_in_channels), text
 
 
 DENOISERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], tuple[Any, ...]]]] = {
     "sd": (lambda: UNet2DConditionModel(tiny_params("sd1")), _unet_inputs),
     "sdxl": (lambda: SdxlUNet2DConditionModel(tiny_params("sdxl")), _unet_inputs),
+    "sd3": (_sd3, _sd3_inputs),
     "flux": (_flux, _flux_inputs),
     "anima": (_anima, _anima_inputs),
+    "chroma": (_chroma, _chroma_inputs),
 }
 
 

@@ -138,7 +138,8 @@ def _to_folder(config: Config, kind: str, source: str, target: str) -> None:
 
     if kind == "flux":
         raise CheckpointError(
-            f"{source} is FLUX.1; folders are written for Stable Diffusion 1, 2 and SDXL. diffusers reads the one file (from_single_file)"
+            f"{source} is FLUX.1; folders are written for Stable Diffusion 1, 2 and SDXL. diffusers reads the one file "
+            "(from_single_file)"
         )
     if os.path.isdir(source):
         raise CheckpointError(f"{source} is a folder; --to diffusers takes one file in the original layout")
