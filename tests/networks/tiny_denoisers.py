@@ -11,6 +11,7 @@ from torch import nn
 from library.anima_models import Anima, AnimaParams
 from library.flux_models import Flux, FluxParams
 from library.flux_utils import prepare_img_ids
+from library.lumina_models import LuminaParams, NextDiT
 from library.sd_models import UNet2DConditionModel
 from library.sdxl_models import SdxlUNet2DConditionModel
 from networks.kinds.targets import targets_of_denoiser
@@ -29,6 +30,14 @@ def _anima() -> nn.Module:
     return Anima(
         AnimaParams(model_channels=48, num_blocks=2, num_heads=2, mlp_ratio=2.0, context_dim=24, adaln_lora_dim=8)
     )
+
+
+def _lumina() -> nn.Module:
+    """Its q/k norms have the eps of diffusers."""
+    return NextDiT(LuminaParams(
+        dim=48, n_layers=2, n_refiner_layers=1, n_heads=4, n_kv_heads=2, ffn_hidden=192, axes_dims=(4, 4, 4),
+        cap_feat_dim=24, time_dim=48, qk_norm_eps=1e-5,
+    ))  # fmt: skip
 
 
 def _normal(*shape: int) -> torch.Tensor:
@@ -54,11 +63,17 @@ def _anima_inputs(model: nn.Module) -> tuple[Any, ...]:
     return _normal(BATCH, 16, 1, 6, 4), torch.tensor([0.3, 0.8]), _normal(BATCH, 5, model.params.context_dim)
 
 
+def _lumina_inputs(model: nn.Module) -> tuple[Any, ...]:
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    return _normal(BATCH, 16, 6, 4), torch.tensor([0.3, 0.8]), _normal(BATCH, 5, model.params.cap_feat_dim), mask
+
+
 DENOISERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], tuple[Any, ...]]]] = {
     "sd": (lambda: UNet2DConditionModel(tiny_params("sd1")), _unet_inputs),
     "sdxl": (lambda: SdxlUNet2DConditionModel(tiny_params("sdxl")), _unet_inputs),
     "flux": (_flux, _flux_inputs),
     "anima": (_anima, _anima_inputs),
+    "lumina": (_lumina, _lumina_inputs),
 }
 
 
