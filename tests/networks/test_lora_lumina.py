@@ -1,5 +1,5 @@
-"""Layers of Lumina-Image 2.0 that an adapter trains, at real size on the meta device, their names elsewhere, and files there
-and back."""
+"""Layers of Lumina-Image 2.0 that an adapter trains, at real size on the meta device, their names elsewhere, and files
+there and back."""
 
 from __future__ import annotations
 
