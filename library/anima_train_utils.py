@@ -5,7 +5,7 @@ sinusoid of the model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def predict_velocity(
-    denoiser: Anima, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], **inputs: Any
+    denoiser: Anima, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], **inputs: object
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Velocity (noise - data) [B, C, H, W] of noisy latents [B, C, H, W]; H and W must be even.
 

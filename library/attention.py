@@ -111,10 +111,6 @@ def plain_norm(width: int) -> nn.LayerNorm:
     return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return (1 + scale) * x + shift
-
-
 def never_empty(mask: Tensor) -> Tensor:
     """A mask [B, L] of keys as booleans; a row without any attends to its first, as softmax over nothing is no
     number."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class Blueprint:
     warnings: tuple[str, ...] = ()
     """to be logged once, by the main process; a scan hands them on"""
     is_partial: bool = False
+    shadowed: frozenset[str] = frozenset()
+    """options that mean nothing, because every dataset or subset has the setting itself"""
 
 
 class DatasetConfigError(ConfigError):
@@ -153,7 +155,9 @@ def load_blueprint(
         warnings.append(
             "--masked_loss is on, and no dataset has conditioning_data_dir or alpha_mask: the loss is not masked"
         )
-    blueprint = Blueprint(datasets, has_file, options.dataset_config, tuple(warnings), bool(problems.items))
+    blueprint = Blueprint(
+        datasets, has_file, options.dataset_config, tuple(warnings), bool(problems.items), resolver.shadowed()
+    )
     if problems.items:
         raise DatasetConfigError(problems.items, blueprint)
     for line in notices(datasets):
@@ -172,6 +176,16 @@ class _Resolver:
     rules: ScriptRules
     problems: ProblemList
     warnings: list[str]
+    scopes: list[tuple[Sequence[str], Scope]] = field(default_factory=list)
+    """names and where they were looked up, of every dataset and subset"""
+
+    def shadowed(self) -> frozenset[str]:
+        """Options that no dataset and no subset took."""
+        names = {(name, KEYS[name].option) for keys, _ in self.scopes for name in keys if KEYS[name].option}
+        taken = {option for name, option in names if any(
+            name in keys and not scope.written_at(name) for keys, scope in self.scopes
+        )}
+        return frozenset(str(option) for _, option in names) - taken
 
     def dataset(self, tables: ConfigTables, dataset: DatasetTables) -> DatasetParams:
         scope = Scope(self.options, dataset.table, tables.general)
@@ -179,6 +193,7 @@ class _Resolver:
         kind = kinds[0] if len(set(kinds)) == 1 else "DB"
         check_resolution(scope, self.architecture, self.problems)
         values = {name: scope.get(name) for name in DATASET_FIELDS}
+        self.scopes.append((DATASET_FIELDS, scope))
         follows = checked_limits(scope, self.explicit, self.problems)
         if follows is not None:
             values["max_bucket_reso"] = follows
@@ -202,6 +217,7 @@ class _Resolver:
 
     def _subset(self, scope: Scope, dataset: DatasetParams, kind: str) -> SubsetParams:
         table = scope.tables[0]
+        self.scopes.append((SUBSET_FIELDS, scope))
         self._check_keys(table, kind)
         for name in REQUIRED[kind]:
             if name not in table.values:

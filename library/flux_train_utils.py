@@ -25,7 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from library.flux_models import Flux
+    from library.flux_models import Flux, StreamTransformer
 
 __getattr__, __dir__ = lazy_names(__name__, {
     **homes(
@@ -72,7 +72,7 @@ def predict_velocity(
     *,
     guidance: float,
     use_t5_mask: bool = False,
-    **inputs: Any,
+    **inputs: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Velocity (noise - data) [B, C, H, W] of noisy latents [B, C, H, W]; H and W must be even.
 
@@ -81,24 +81,32 @@ def predict_velocity(
     `guidance` is the embedded scale, one float32 number per sample; a model without that embedding (schnell) ignores
     it. With `feature_layer` among `inputs` the result is (velocity, tokens [B, L, hidden] after that block).
     """
-    batch_size, _, height, width = noisy_latents.shape
-    t5_out = conditioning["t5_out"]
     device = noisy_latents.device
-    packed = pack_latents(noisy_latents)  # [B, (H/2)(W/2), 4C]
-    velocity = denoiser(
-        img=packed,
-        img_ids=prepare_img_ids(1, height // 2, width // 2),
-        txt=t5_out.to(device),
-        txt_ids=torch.zeros(1, t5_out.shape[1], 3),  # as those of every text, here on the CPU, where positions are read
-        timesteps=timesteps.float() / NUM_TRAIN_TIMESTEPS,
+    return on_packed_latents(
+        denoiser, noisy_latents, timesteps, conditioning["t5_out"],
         y=conditioning["l_pooled"].to(device),
-        guidance=torch.full((batch_size,), float(guidance), device=device, dtype=torch.float32),
+        guidance=torch.full((len(noisy_latents),), float(guidance), device=device, dtype=torch.float32),
         txt_attention_mask=conditioning["t5_attn_mask"].to(device) if use_t5_mask else None,
         **inputs,
     )
+
+
+def on_packed_latents(
+    denoiser: StreamTransformer, noisy_latents: Tensor, timesteps: Tensor, text: Tensor, **inputs: object
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Call a denoiser of these blocks on latents [B, C, H, W] and text [B, T, context]; its velocity unpacked again."""
+    height, width = (side // 2 for side in noisy_latents.shape[-2:])
+    velocity = denoiser(
+        img=pack_latents(noisy_latents),  # [B, (H/2)(W/2), 4C]
+        img_ids=prepare_img_ids(1, height, width),
+        txt=text.to(noisy_latents.device),
+        txt_ids=torch.zeros(1, text.shape[1], 3),  # as those of every text, on the CPU, where positions are read
+        timesteps=timesteps.float() / NUM_TRAIN_TIMESTEPS,
+        **inputs,
+    )
     if isinstance(velocity, tuple):
-        return unpack_latents(velocity[0], height // 2, width // 2), velocity[1]
-    return unpack_latents(velocity, height // 2, width // 2)  # [B, C, H, W]
+        return unpack_latents(velocity[0], height, width), velocity[1]
+    return unpack_latents(velocity, height, width)  # [B, C, H, W]
 
 
 def denoise(
@@ -108,8 +116,8 @@ def denoise(
     neg_t5_attn_mask: Tensor | None = None, cfg_scale: float | None = None,
 ) -> Tensor:
     """Euler steps on packed latents [B, L, 4C] along `timesteps` (1 = noise, 0 = data), for callers that pack
-    themselves. With `neg_txt` and a `cfg_scale` other than 1 the velocity is neg + cfg_scale * (pos - neg), `neg_vec` None
-    standing for `vec`. UnsupportedCombination with a `controlnet`, which the denoiser has no inputs for.
+    themselves. With `neg_txt` and a `cfg_scale` other than 1 the velocity is neg + cfg_scale * (pos - neg), `neg_vec`
+    None standing for `vec`. UnsupportedCombination with a `controlnet`, which the denoiser has no inputs for.
     """
     if controlnet is not None:
         raise UnsupportedCombination("denoise: ControlNets of FLUX.1 are not there; leave controlnet out")

@@ -149,7 +149,7 @@ class IndividualTokenRefinerBlock(nn.Module):
         self.mlp = MLP(hidden, params.mlp_hidden, nn.SiLU())
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
-    def forward(self, x: Tensor, vec: Tensor, key_mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, key_mask: Tensor | None = None) -> Tensor:
         attention_gate, mlp_gate = per_token(self.adaLN_modulation(vec)).chunk(2, dim=-1)
         query, key, value = rearrange(
             self.self_attn_qkv(self.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=self.num_heads
@@ -176,12 +176,12 @@ class SingleTokenRefiner(nn.Module):
         self.c_embedder = TextProjection(params.text_dim, hidden)
         self.individual_token_refiner = IndividualTokenRefiner(params)
 
-    def forward(self, states: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
-        """timestep [B], or [B, L] of the image tokens; mask [B, T], true for tokens."""
-        valid = mask[..., None].float()
+    def forward(self, states: Tensor, timestep: Tensor, mask: Tensor | None) -> Tensor:
+        """timestep [B], or [B, L] of the image tokens; mask [B, T], true for tokens, None = all are."""
+        valid = states.new_ones((*states.shape[:2], 1)).float() if mask is None else mask[..., None].float()
         caption = (states.float() * valid).sum(dim=1) / valid.sum(dim=1).clamp_min(1)  # [B, text_dim]
         vec = of_text(self.t_embedder(timestep)) + self.c_embedder(caption.to(states.dtype))
-        visible = never_empty(mask)
+        visible = None if mask is None else never_empty(mask)
         x = self.input_embedder(states)
         for block in self.individual_token_refiner.blocks:
             x = block(x, vec, visible)
@@ -243,7 +243,9 @@ class MMDoubleStreamBlock(nn.Module):
             self.add_module(f"{side}_norm2", plain_norm(hidden))
             self.add_module(f"{side}_mlp", MLP(hidden, params.mlp_hidden, nn.GELU(approximate="tanh")))
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """img [B, L, hidden], txt [B, T, hidden], vec [B, hidden] or [B, L, hidden]; rope over the L image tokens,
         key_mask [B, L + T]."""
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
@@ -284,7 +286,7 @@ class MMSingleStreamBlock(nn.Module):
         self.mlp_act = nn.GELU(approximate="tanh")
         self.modulation = ModulateDiT(hidden, 3)
 
-    def forward(self, x: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor | None = None) -> Tensor:
         """x [B, L + T, hidden], image tokens first; vec [B, hidden] or [B, L + T, hidden]."""
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split_sizes, dim=-1)
@@ -345,7 +347,7 @@ class HYImageDiffusionTransformer(BlockStackMixin, nn.Module):
         hidden_states: Tensor,
         timestep: Tensor,
         text_states: Tensor,
-        encoder_attention_mask: Tensor,
+        encoder_attention_mask: Tensor | None = None,
         byt5_text_states: Tensor | None = None,
         byt5_text_mask: Tensor | None = None,
         *,
@@ -356,7 +358,8 @@ class HYImageDiffusionTransformer(BlockStackMixin, nn.Module):
         """Velocity (noise - data) of latents [B, C, H, W].
 
         timestep [B] on the 0..1000 scale, or [B, H * W] for a time per token; text_states [B, T, text_dim] and
-        byt5_text_states [B, G, byt5_dim] with masks [B, T] and [B, G], 1 = token; without glyphs both may be None.
+        byt5_text_states [B, G, byt5_dim] with masks [B, T] and [B, G], 1 = token; without a mask all are, and without
+        glyphs their states are None.
         timestep_r: the earlier time that a mean-flow model steps to (None = `timestep`); guidance [B]: the embedded
         scale times 1000. With `feature_layer` the result is (velocity, image tokens [B, H * W, hidden] after that
         block, counted from 0 over the double, then the single blocks). ValueError when a guidance-distilled model gets
@@ -368,7 +371,7 @@ class HYImageDiffusionTransformer(BlockStackMixin, nn.Module):
         rope = self._rope(height, width, hidden_states.device)  # [1, L, D/2] each
         img = self.img_in(hidden_states.to(self.dtype))  # [B, L, hidden]
         txt, mask = self._text_tokens(timestep, text_states, encoder_attention_mask, byt5_text_states, byt5_text_mask)
-        key_mask = F.pad(mask, (img.shape[1], 0), value=True)  # [B, L + T]
+        key_mask = None if mask is None else F.pad(mask, (img.shape[1], 0), value=True)  # [B, L + T]
 
         features: list[Tensor] = []
         double, single = self.offloaders
@@ -397,15 +400,19 @@ class HYImageDiffusionTransformer(BlockStackMixin, nn.Module):
         return vec
 
     def _text_tokens(
-        self, timestep: Tensor, states: Tensor, mask: Tensor, glyphs: Tensor | None, glyph_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, timestep: Tensor, states: Tensor, mask: Tensor | None, glyphs: Tensor | None, glyph_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, G + T, hidden] of glyphs and text, and their mask. Without positions their order does not
         matter."""
-        mask = mask.bool()
-        txt = self.txt_in(states.to(self.dtype), timestep, mask)
-        if glyphs is None or glyph_mask is None:
-            return txt, mask
-        return torch.cat((self.byt5_in(glyphs.to(self.dtype)), txt), dim=1), torch.cat((glyph_mask.bool(), mask), dim=1)
+        txt = self.txt_in(states.to(self.dtype), timestep, None if mask is None else mask.bool())
+        if glyphs is None:
+            return txt, None if mask is None else mask.bool()
+        tokens = torch.cat((self.byt5_in(glyphs.to(self.dtype)), txt), dim=1)
+        if mask is None and glyph_mask is None:
+            return tokens, None
+        given = ((glyph_mask, glyphs), (mask, states))
+        masks = [one.new_ones(one.shape[:2], dtype=torch.bool) if part is None else part.bool() for part, one in given]
+        return tokens, torch.cat(masks, dim=1)
 
     def _rope(self, height: int, width: int, device: torch.device) -> Rope:
         """Cosines and sines of the places of an image, computed once for each size."""

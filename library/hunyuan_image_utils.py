@@ -26,10 +26,16 @@ from library.checkpoints.loading import (
     strip_prefix,
 )
 from library.components.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
-from library.components.llm_encoder_utils import inspect_qwen25_vl
-from library.components.text_encoder_utils import inspect_t5xxl
+from library.components.llm_encoder_utils import inspect_qwen25_vl, load_qwen25_vl
+from library.components.text_encoder_utils import inspect_t5xxl, load_t5xxl
 from library.core.errors import CheckpointError
-from library.fp8_optimization_utils import FP8_STORAGE, scaled_fp8, store_linears_in_fp8, use_scales
+from library.fp8_optimization_utils import (
+    FP8_STORAGE,
+    scaled_fp8,
+    shrink_linears_to_fp8,
+    store_linears_in_fp8,
+    use_scales,
+)
 from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
 from library.hunyuan_image_vae import LATENT_SCALING_FACTOR, HunyuanVAE2D
 from library.safetensors_utils import cast_all, save_file_atomic
@@ -74,6 +80,11 @@ def inspect_hunyuan_image(path: str | os.PathLike, config: Mapping[str, Any] | N
     source = open_checkpoint(path, "transformer")
     prefix = find_prefix(source.shapes, DENOISER_PREFIXES, DENOISER_ROOTS, source.path, "denoiser")
     shapes = strip_prefix(source.shapes, prefix)
+    if "context_embedder_2.linear_1.weight" in shapes:
+        raise CheckpointError(
+            f"{source.path} is a HunyuanImage 2.1 denoiser in the layout of diffusers, from which nothing converts;"
+            " use the original file (hunyuanimage2.1_bf16.safetensors)"
+        )
     if "byt5_in.fc1.weight" not in shapes or "double_blocks.0.img_attn_qkv.weight" not in shapes:
         some = ", ".join(list(shapes)[:3]) or "no tensors"
         raise CheckpointError(
@@ -164,6 +175,25 @@ def load_hunyuan_image(
     return model
 
 
+def load_encoders(
+    text_encoder: str | os.PathLike,
+    byt5: str | os.PathLike,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    *,
+    fp8_vl: bool = False,
+) -> list[torch.nn.Module]:
+    """[Qwen2.5-VL, ByT5]. On a CPU they compute in bfloat16 instead of float16; `fp8_vl` keeps the matrices of the
+    first in 8 bits. CheckpointError when a file does not fit."""
+    if torch.device(device).type == "cpu" and dtype == torch.float16:
+        dtype = torch.bfloat16
+    vlm = load_qwen25_vl(text_encoder, dtype, device, disable_mmap)
+    if fp8_vl:
+        shrink_linears_to_fp8(vlm)
+    return [vlm, load_t5xxl(byt5, dtype, device, disable_mmap)]
+
+
 def takes_scale(path: str) -> bool:
     """Whether the layer of this path is stored in scaled 8 bits: the matrices of the double and single blocks."""
     return path.startswith(("double_blocks.", "single_blocks.")) and not path.endswith("_norm")
@@ -221,6 +251,11 @@ def model_config_metadata(model: HYImageDiffusionTransformer) -> dict[str, str]:
 def inspect_vae(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:
     """Recognise the 32x autoencoder from headers alone; `config` overrides by the names of AutoEncoderParams.
     CheckpointError when it is another one."""
+    if "encoder.down_blocks.0.conv1.weight" in open_checkpoint(path, "vae").shapes:
+        raise CheckpointError(
+            f"{path} is a HunyuanImage 2.1 autoencoder in the layout of diffusers, from which nothing converts;"
+            f" use the original file ({VAE_WANTED.usual_name})"
+        )
     info = inspect_autoencoder(path, config, wanted=VAE_WANTED)
     names = {key[len(info.prefix) :] for key in info.source.shapes}
     if info.is_diffusers or "decoder.up.0.upsample.conv.weight" not in names:

@@ -4,7 +4,7 @@ float32."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def predict_velocity(
-    denoiser: NextDiT, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], **inputs: Any
+    denoiser: NextDiT, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], **inputs: object
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Velocity towards data (data - noise) [B, C, H, W] of noisy latents [B, C, H, W]: the sign of this model, not of
     the others.

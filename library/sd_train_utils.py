@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ def predict_noise(
     noisy_latents: Tensor,
     timesteps: Tensor,
     conditioning: Mapping[str, Tensor],
-    **inputs: Any,
+    **inputs: object,
 ) -> Tensor:
     """Prediction (noise or v) [B, 4, H, W] at timesteps [B] 0..999; `conditioning` has the keys of the family."""
     return unet(noisy_latents, timesteps, conditioning["hidden_state"].to(noisy_latents.device), **inputs)

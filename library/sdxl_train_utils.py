@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def get_size_embeddings(
 
 def predict_noise(
     unet: SdxlUNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor],
-    sizes: tuple[Tensor, Tensor, Tensor], **inputs: Any,
+    sizes: tuple[Tensor, Tensor, Tensor], **inputs: object,
 ) -> Tensor:
     """Prediction (noise or v) [B, 4, H, W] at timesteps [B] 0..999.
 

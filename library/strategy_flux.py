@@ -55,17 +55,23 @@ class FluxTokenizeStrategy(TokenizeStrategy):
     def tokenize(self, text: str | list[str]) -> list[Tensor]:
         """[CLIP ids [B, 77], T5 ids [B, L], T5 mask [B, L] with 1 = token]."""
         texts = [text] if isinstance(text, str) else list(text)
-        clip = self._encode(self.clip_l, texts, CLIP_L_MAX_LENGTH)
-        t5 = self._encode(self.t5xxl, texts, self.t5xxl_max_length)
+        clip = padded_tokens(self.clip_l, texts, CLIP_L_MAX_LENGTH)
+        t5 = padded_tokens(self.t5xxl, texts, self.t5xxl_max_length)
         return [clip["input_ids"], t5["input_ids"], t5["attention_mask"]]
 
     def overlong(self, text: str) -> bool:
         """Whether T5, which carries the text in this family, does not see all of it."""
-        return len(self.t5xxl(text, verbose=False).input_ids) > self.t5xxl_max_length
+        return is_overlong(self.t5xxl, text, self.t5xxl_max_length)
 
-    @staticmethod
-    def _encode(tokenizer: Any, texts: list[str], length: int) -> Any:
-        return tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+
+def padded_tokens(tokenizer: Any, texts: list[str], length: int) -> Any:
+    """Ids and mask [B, length] of some texts."""
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+
+
+def is_overlong(tokenizer: Any, text: str, length: int) -> bool:
+    """Whether a text has more tokens than are read."""
+    return len(tokenizer(text, verbose=False).input_ids) > length
 
 
 class FluxTextEncodingStrategy(TextEncodingStrategy):
@@ -84,18 +90,23 @@ class FluxTextEncodingStrategy(TextEncodingStrategy):
         """
         clip_l, t5xxl = models[0], models[1] if len(models) > 1 else None
         clip_ids, t5_ids, t5_mask = tokens
-        pooled = t5_states = text_ids = mask = None
+        pooled, of_t5 = None, [None, None, None]
         if clip_l is not None and clip_ids is not None:
             check_ids(clip_ids, clip_l, tokenize_strategy.clip_l, "CLIP-L")
             pooled = pool_at_first_eos(clip_l, clip_ids, tokenize_strategy.clip_l.eos_token_id)
         if t5xxl is not None and t5_ids is not None:
-            check_ids(t5_ids, t5xxl, tokenize_strategy.t5xxl, "T5")
-            device = _device(t5xxl)
-            attention_mask = t5_mask.to(device) if self.apply_t5_attn_mask else None
-            t5_states = t5xxl(t5_ids.to(device), attention_mask=attention_mask).last_hidden_state
-            text_ids = torch.zeros(*t5_ids.shape, 3, device=device)
-            mask = t5_mask.to(device)
-        return [pooled, t5_states, text_ids, mask]
+            of_t5 = t5_outputs(t5xxl, tokenize_strategy.t5xxl, t5_ids, t5_mask, masked=self.apply_t5_attn_mask)
+        return [pooled, *of_t5]
+
+
+def t5_outputs(t5xxl: Any, tokenizer: Any, ids: Tensor, mask: Tensor, *, masked: bool) -> list[Tensor]:
+    """[T5 states [B, L, D], text ids [B, L, 3] of zeros, mask [B, L]] of tokens [B, L]; `masked`: T5 does not attend to
+    padding. ConfigError when an id has no embedding row."""
+    check_ids(ids, t5xxl, tokenizer, "T5")
+    device = _device(t5xxl)
+    mask = mask.to(device)
+    states = t5xxl(ids.to(device), attention_mask=mask if masked else None).last_hidden_state
+    return [states, torch.zeros(*ids.shape, 3, device=device), mask]
 
 
 def pool_at_first_eos(clip_l: nn.Module, ids: Tensor, eos_id: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""FLUX.1: the layers that adapters train. Chroma shares the table; layers that it lacks are simply not found."""
+"""FLUX.1: the layers that adapters train. Files of Chroma have the same names; what it lacks is not in its table."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from library.core.lazy_names import lazy_names
@@ -15,29 +16,21 @@ from networks.kinds.targets import (
     PartRule,
     SplitRule,
     TextEncoderTargets,
+    linear1_rows,
+    qkv_rows,
 )
 from networks.lora import check_network_args, create_network, create_network_from_weights
 
 if TYPE_CHECKING:
     from networks.files.file_names import LayerNames
 
-__all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
+__all__ = ["CHROMA_TARGETS", "TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
 
 __getattr__, __dir__ = lazy_names(
     __name__, {"LoRANetwork": "library.compat.networks:FluxLoRANetwork", "LoRAModule": "networks.lora:LoRAModule"}
 )
 
 DOUBLE, SINGLE = ("DoubleStreamBlock",), ("SingleStreamBlock",)
-
-
-def qkv_rows(out_features: int, in_features: int) -> list[int]:
-    """Rows of q, k and v in a fused projection."""
-    return [out_features // 3] * 3
-
-
-def linear1_rows(out_features: int, in_features: int) -> list[int]:
-    """Rows of q, k, v and the feed-forward in the first layer of a single block."""
-    return [in_features] * 3 + [out_features - 3 * in_features]
 
 
 def file_layers() -> tuple[LayerNames, ...]:
@@ -105,3 +98,11 @@ TARGETS = NetworkTargets(
         SplitRule(r"single_blocks\.\d+\.linear1", linear1_rows),
     ),
 )
+
+CHROMA_TARGETS = dataclasses.replace(
+    TARGETS,
+    family="chroma",
+    text_encoders=tuple(encoder for encoder in TARGETS.text_encoders if encoder.switch == "train_t5xxl"),
+    parts=tuple(part for part in TARGETS.parts if "mod" not in part.arg),
+)
+"""one text encoder, and no layers that modulate; of `in_dims` only the first and the last find their layer"""

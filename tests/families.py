@@ -12,13 +12,16 @@ from library.tiny_models import TinyEntry, tiny_entry
 @dataclass(frozen=True)
 class FamilyCase:
     """`name`: of the tiny set; `version`: ss_base_model_version of its adapters; `text_parts`: beginnings of the keys
-    of text encoders that learn by default; `caches_text`: their outputs can be cached; `brief`: options that make prompts as short
-    as those of the tests, where the family computes with all places of a long prompt."""
+    of text encoders that learn, none where they never do; `text_options`: without which none does; `caches_text`: their
+    outputs can be cached;
+    `brief`: options that make prompts as short as those of the tests, where the family computes with all places of a
+    long prompt."""
 
     name: str
     version: str
     text_parts: tuple[str, ...]
     caches_text: bool = True
+    text_options: tuple[str, ...] = ()
     brief: tuple[str, ...] = ()
 
     @property
@@ -52,6 +55,11 @@ CASES = {
         FamilyCase("sd2", "sd_v2_v", ("lora_te_",), caches_text=False),
         FamilyCase("sdxl", "sdxl_base_v1-0", ("lora_te1_", "lora_te2_")),
         FamilyCase("anima", "anima", ("lora_te_",)),
+        FamilyCase("hunyuan_image", "hunyuan-image-2.1", ()),
+        FamilyCase(
+            "chroma", "chroma", ("lora_te3_",), text_options=("--network_args", "train_t5xxl=True"),
+            brief=("--t5xxl_max_token_length=64",),
+        ),
         FamilyCase("lumina", "lumina2", ("lora_te_",)),
     )
 }

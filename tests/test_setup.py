@@ -56,6 +56,22 @@ def test_every_listed_package_has_one_version_within_its_range(python):
     assert {"opencv-python-headless", "open-clip-torch"} <= set(versions)
 
 
+IMPORT_NAMES = {"opencv-python": "cv2", "Pillow": "PIL", "lycoris-lora": "lycoris"}  # where they differ
+
+
+def never_imported(packages: list[str]) -> list[str]:
+    """Those that no file of the project imports, nor a registry by its text "package.module:name"."""
+    files = [path for folder in ("library", "networks", "tools") for path in (ROOT / folder).rglob("*.py")]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    statement = r"(?m)^\s*(?:import|from) (?:\w+\.)*{0}\b|[\"']{0}[.:]"
+    return [name for name in packages if not re.search(statement.format(IMPORT_NAMES.get(name, name)), source)]
+
+
+def test_every_required_package_is_used():
+    """What nothing imports need not be installed; a package that is only loaded by choice is an extra."""
+    assert never_imported([Requirement(line).name for line in lines("requirements.txt")] + ["nowhere"]) == ["nowhere"]
+
+
 def test_what_the_tests_run_with_agrees():
     """The constrained environment compares with every third party; make test-newest may hold two that disagree, and
     says so."""

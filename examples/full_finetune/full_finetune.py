@@ -4,7 +4,7 @@ base."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.core.errors import Problems
 from library.core.learning_rates import parse_block_curves, parse_rates, rate_groups
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from library.training.accelerator_setup import Runtime
+    from library.training.protocols import ParamGroup, Plain
     from library.training.run import Models
     from library.training.wiring.base import ModelFamily
 
@@ -56,7 +57,7 @@ class FullFinetune(Trainable):
                 encoder.requires_grad_(False)
         models.denoiser.train()
 
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[ParamGroup]:
         rates = parse_rates(self.opts.layer_lrs, "layer_lrs")
         curves = parse_block_curves(self.opts.block_lr_curves, "block_lr_curves")
         named, rate = self.models.denoiser.named_parameters(), self.config[OptimizerOptions].learning_rate
@@ -71,6 +72,6 @@ class FullFinetune(Trainable):
     def load(self, path: str) -> None:
         raise NotImplementedError("a fine-tuned model is loaded as --pretrained_model_name_or_path")
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Plain]:
         given = {"ss_layer_lrs": self.opts.layer_lrs, "ss_block_lr_curves": self.opts.block_lr_curves}
         return {name: value for name, value in given.items() if value}

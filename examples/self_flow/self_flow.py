@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,15 @@ from library.training.run import StepOutput, evaluation_mode
 from library.training.timesteps import NUM_TIMESTEPS
 
 if TYPE_CHECKING:
+    from library.core.options import Config
+    from library.dataset.batch import Batch
+    from library.dataset.strategies import Conditioning
     from library.training.objective import NoisyLatents
+    from library.training.protocols import Plain, StateValue
     from library.training.run import Run
     from library.training.step import TrainStep
+    from library.training.trainables.base import Trainable
+    from library.training.wiring.base import ModelFamily
 
 
 DECAYS: Mapping[str, Callable[[float], float]] = {
@@ -104,7 +110,7 @@ class SelfFlow(Hook):
         self.layers = (0, 0)
         self.decay_steps = 1
 
-    def check(self, config: Any, family: Any, trainable: Any) -> None:
+    def check(self, config: Config, family: ModelFamily, trainable: Trainable) -> None:
         problems = Problems()
         if not family.gives_features:
             problems.add(
@@ -121,7 +127,7 @@ class SelfFlow(Hook):
         problems.raise_if_any()
         self.teacher = WeightAverage(trainable.modules, what="the teacher of Self-Flow")
 
-    def on_transformer_loaded(self, denoiser: Any) -> None:
+    def on_transformer_loaded(self, denoiser: torch.nn.Module) -> None:
         depth, width = len(denoiser.repeated_blocks()), denoiser.feature_width
         student, teacher = self.options.student_feature_layer, self.options.teacher_feature_layer
         student = int(0.3 * depth) if student is None else student
@@ -145,7 +151,7 @@ class SelfFlow(Hook):
         if not self.teacher.tensors:
             self.teacher.begin()
 
-    def process_batch(self, step: TrainStep, batch: Any, times: torch.Tensor | None) -> StepOutput:
+    def process_batch(self, step: TrainStep, batch: Batch, times: torch.Tensor | None) -> StepOutput:
         gamma = self.gamma(batch.request.step)
         if not batch.request.is_training or not self.options.self_flow_gamma:
             return step.process_batch(batch, times)
@@ -192,7 +198,9 @@ class SelfFlow(Hook):
         return options.self_flow_teacher_coupling_prob * DECAYS[options.self_flow_teacher_coupling_decay](place)
 
     @torch.no_grad()
-    def features_of_teacher(self, step: TrainStep, sample: NoisyLatents, conditioning: Any, batch: Any) -> torch.Tensor:
+    def features_of_teacher(
+        self, step: TrainStep, sample: NoisyLatents, conditioning: Conditioning, batch: Batch
+    ) -> torch.Tensor:
         """With the average in the place of the weights and without dropouts."""
         step.trainable.on_sample(sample)
         with evaluation_mode(step.trainable.modules().values()), self.teacher.applied():
@@ -217,7 +225,7 @@ class SelfFlow(Hook):
         with run.weights_for_eval():
             run.trainable.save(path, dtype, metadata)
 
-    def extra_metadata(self, run: Run) -> dict[str, Any]:
+    def extra_metadata(self, run: Run) -> dict[str, Plain]:
         options = self.options
         return {
             "ss_self_flow": True,
@@ -232,8 +240,8 @@ class SelfFlow(Hook):
             "ss_self_flow_teacher_layer": self.layers[1],
         }
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, StateValue]:
         return {"teacher": self.teacher.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, StateValue]) -> None:
         self.teacher.load_state_dict(state["teacher"])

@@ -30,7 +30,7 @@ def control_net_to_original(state: Mapping[str, T]) -> dict[str, T]:
 
 
 def _diffusers_name(key: str, last: int) -> str:
-    """Every second entry of the hint block is an activation: convolution n stands at 2n, the first and the last apart."""
+    """Every second entry of the hint block is an activation, so that convolution n stands at 2n."""
     if match := re.match(r"input_hint_block\.(\d+)\.(.*)$", key):
         number = int(match[1])
         place = "conv_in" if number == 0 else "conv_out" if number == last else f"blocks.{number // 2 - 1}"

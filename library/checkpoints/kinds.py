@@ -12,7 +12,7 @@ from library.checkpoints.loading import names_of_index
 from library.checkpoints.recognition import KeyTable, adapter_family, denoiser_kinds, model_kinds, recognise
 from library.core.errors import AtelierError, CheckpointError, did_you_mean
 from library.core.text_files import open_file, read_json
-from library.families.registry import records, script_of_kind
+from library.families.registry import options_away_from, records, script_of_kind
 from library.safetensors_utils import header_bytes, is_pickle_name, load_pickled_tensors, read_header
 
 NOT_A_MODEL = frozenset({"missing", "empty", "truncated", "damaged", "pickle", "gguf", "text", "folder", "other"})
@@ -165,6 +165,7 @@ def _way_out(path: str | os.PathLike, found: CheckpointKind, wanted: set[str], f
     if found.kind not in denoisers or found.kind in wanted:
         return ""
     script = script_of_kind(found.kind, for_pictures=for_pictures) or "no script here"
+    script += "".join(f" without --{option}" for option in options_away_from(found.kind, wanted))
     return f"; {script} {'makes images with' if for_pictures else 'trains'} such a model"
 
 

@@ -69,7 +69,8 @@ PART_KINDS: tuple[ModelKind, ...] = (
         ),
     ),
     ModelKind(
-        name="byt5", role="text_encoder",
+        name="byt5", role="text_encoder", wanted="a ByT5 glyph encoder (byt5_small_glyphxl_fp16.safetensors)",
+        subfolder="text_encoder_2",
         signatures=(
             Signature(
                 title="a ByT5 text encoder", contains=("encoder.block.0.layer.0.SelfAttention.q.weight",),
@@ -90,7 +91,12 @@ PART_KINDS: tuple[ModelKind, ...] = (
     ),
     ModelKind(
         name="qwen25_vl", role="text_encoder",
-        signatures=(Signature(title="a Qwen2.5-VL model", contains=("visual.blocks.0.", "layers.0.self_attn.q_proj.bias")),),
+        wanted="a Qwen2.5-VL text encoder (qwen_2.5_vl_7b.safetensors, or its folder)",
+        subfolder="text_encoder",
+        signatures=(
+            Signature(title="a Qwen2.5-VL model", contains=("visual.blocks.0.", "layers.0.self_attn.q_proj.bias")),
+            Signature(title="the text tower of a Qwen2.5-VL model", has=("layers.0.self_attn.q_proj.bias",)),
+        ),
     ),
     ModelKind(
         name="qwen3", role="text_encoder", wanted="a Qwen3 text encoder (qwen_3_06b_base.safetensors, or its folder)",

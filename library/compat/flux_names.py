@@ -13,7 +13,7 @@ from library.compat.arguments import add_groups
 from library.compat.draws import GlobalDraws
 from library.compat.namespace import options_of
 from library.core.errors import ConfigError, UnsupportedCombination
-from library.flux_models import Flux
+from library.flux_models import StreamTransformer
 from library.flux_utils import load_flux
 from library.training import timestep_samplers
 from library.training.objective import FlowMatchingObjective, clean_estimate, expand_like
@@ -25,11 +25,15 @@ from library.training.timesteps import flow_weights
 def load_flow_model(
     ckpt_path: str | os.PathLike, dtype: torch.dtype | None, device: str | torch.device, disable_mmap: bool = False,
     model_type: str = "flux"
-) -> tuple[bool, Flux]:
-    """(whether it is schnell, the denoiser). Other values of `model_type` are other families."""
+) -> tuple[bool, StreamTransformer]:
+    """(whether it is schnell, the denoiser). `model_type`: flux or chroma."""
+    if model_type == "chroma":
+        from library.chroma_utils import load_chroma
+
+        return False, load_chroma(ckpt_path, dtype, device, disable_mmap)
     if model_type != "flux":
         raise UnsupportedCombination(
-            f"model_type is {model_type}; this call loads FLUX.1, another model is a family of its own"
+            f"model_type is {model_type}; this call loads flux and chroma, another model is a family of its own"
         )
     model = load_flux(ckpt_path, dtype, device, disable_mmap)
     return not model.params.guidance_embed, model

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from library.compat.namespace import config_of
+from library.core.errors import UnsupportedCombination
 from library.core.keyed_random import isolated_rng, key_seed
 from library.core.registry import import_target
 from library.dataset.strategies import StrategySet
@@ -49,6 +50,7 @@ def sample_images_sd(
     """The samples of Stable Diffusion 1 and 2 where they are due: step 0 with --sample_at_first, else by step, or by
     epoch where one is given. `tokenizer` may be a TokenizeStrategy; else that of set_strategy or of the options
     counts."""
+    _refuse_control_net(controlnet)
     _sample("sd", accelerator, args, epoch, steps, vae, unet_wrapped, text_encoder, tokenizer, None, prompt_replacement)
 
 
@@ -58,6 +60,7 @@ def sample_images_sdxl(
     prompt_replacement: Replacement | None = None, controlnet: Any = None,
 ) -> None:
     """The samples of SDXL, as those of Stable Diffusion; `text_encoder` is the list of both."""
+    _refuse_control_net(controlnet)
     _sample(
         "sdxl", accelerator, args, epoch, steps, vae, unet_wrapped, text_encoder, tokenizer, None, prompt_replacement
     )
@@ -69,6 +72,7 @@ def sample_images_flux(
     controlnet: Any = None,
 ) -> None:
     """The samples of FLUX.1; `sample_prompts_te_outputs` (text -> list of outputs) spares the text encoders."""
+    _refuse_control_net(controlnet)
     _sample(
         "flux",
         accelerator,
@@ -82,6 +86,11 @@ def sample_images_flux(
         sample_prompts_te_outputs,
         prompt_replacement,
     )
+
+
+def _refuse_control_net(controlnet: Any) -> None:
+    if controlnet is not None:
+        raise UnsupportedCombination("sample_images: samples with a ControlNet are not there; leave controlnet out")
 
 
 @torch.no_grad()

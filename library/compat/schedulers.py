@@ -14,12 +14,13 @@ from library.training.timesteps import NUM_TIMESTEPS
 
 
 class NoiseScheduler:
-    """What methods of a NetworkTrainer get as `noise_scheduler`. `objective` is ours; `alphas_cumprod` [1000] is there where it has
-    a table of noise levels, not for a flow."""
+    """What methods of a NetworkTrainer get as `noise_scheduler`. `objective` is ours; `alphas_cumprod` [1000] is there
+    where it has a table of noise levels, not for a flow."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
-        kind = {"v": "v_prediction", "velocity": "flow_prediction"}.get(objective.prediction_type, objective.prediction_type)
+        kind = objective.prediction_type
+        kind = {"v": "v_prediction", "velocity": "flow_prediction"}.get(kind, kind)
         self.config = SimpleNamespace(num_train_timesteps=NUM_TIMESTEPS, prediction_type=kind)
         if not objective.is_flow:
             self.alphas_cumprod = objective.alphas_cumprod.float()
@@ -48,7 +49,8 @@ class TableObjective(DdpmObjective):
 
     def __init__(self, own: DdpmObjective, alphas_cumprod: Tensor, prediction_type: str) -> None:
         super().__init__(
-            own.timestep_options, own.noise_options, prediction_type=prediction_type, zero_terminal_snr=float(alphas_cumprod[-1]) == 0
+            own.timestep_options, own.noise_options, prediction_type=prediction_type,
+            zero_terminal_snr=float(alphas_cumprod[-1]) == 0,
         )
         self.alphas_cumprod = alphas_cumprod.detach().cpu().double()
         self._tables = self.tables_of(self.alphas_cumprod)
@@ -59,12 +61,15 @@ def objective_of(scheduler: Any, own: Objective) -> Objective:
     if isinstance(scheduler, Objective):
         return scheduler
     table = getattr(scheduler, "alphas_cumprod", None)
-    if isinstance(scheduler, NoiseScheduler) and (table is None or torch.equal(table, scheduler.objective.alphas_cumprod.float())):
-        return scheduler.objective
+    if isinstance(scheduler, NoiseScheduler):
+        objective = scheduler.objective
+        if objective.is_flow or torch.equal(table, objective.alphas_cumprod.float()):
+            return objective
     if own.is_flow and table is None:
         return own  # a flow has no table
     if own.is_flow or not isinstance(table, torch.Tensor) or table.shape != (NUM_TIMESTEPS,):
-        needed = "a scheduler of a flow, which has no alphas_cumprod" if own.is_flow else f"one with alphas_cumprod [{NUM_TIMESTEPS}]"
+        needed = f"one with alphas_cumprod [{NUM_TIMESTEPS}]"
+        needed = "a scheduler of a flow, which has no alphas_cumprod" if own.is_flow else needed
         raise ConfigError(f"get_noise_scheduler gave a {type(scheduler).__name__}; needed: {needed}")
     kind = getattr(getattr(scheduler, "config", None), "prediction_type", None)
     return TableObjective(own, table, {"v_prediction": "v", "epsilon": "epsilon"}.get(kind, own.prediction_type))

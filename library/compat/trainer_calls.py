@@ -1,4 +1,4 @@
-"""What the methods of a NetworkTrainer need of its run: the objects, and our own way of doing what they may override."""
+"""What the methods of a NetworkTrainer need of its run: the objects, and our own ways of what they may override."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Calls:
     def learns_denoiser(self) -> bool:
         return not getattr(self.args, "network_train_text_encoder_only", False)
 
-    # -- before the step ---------------------------------------------------------------------------------------------------
+    # -- before the step -----------------------------------------------------------------------------------------------
 
     def own_load(self, method: str, runtime: Any) -> Any:
         """A model of the family, in the number format of its file where the owner does not want it cast."""
@@ -102,10 +102,11 @@ class Calls:
     def noise_scheduler(self) -> Any:
         """What methods get: the owner's, or ours."""
         if self.scheduler is None:
-            self.scheduler = self.owner.get_noise_scheduler(self.args, None if self.runtime is None else self.runtime.device)
+            device = None if self.runtime is None else self.runtime.device
+            self.scheduler = self.owner.get_noise_scheduler(self.args, device)
         return self.scheduler
 
-    # -- the step ----------------------------------------------------------------------------------------------------------
+    # -- the step ------------------------------------------------------------------------------------------------------
 
     def own_loss(self, batch: Any) -> Tensor:
         output = self.step.process_batch(batch, self.times)
@@ -116,7 +117,7 @@ class Calls:
         return self.step.strategies.latents_caching.encode_images(vae, images, self.batch.latent_seeds)
 
     def noised(self, latents: Tensor, noise: Tensor | None = None, times: Tensor | None = None) -> NoisyLatents:
-        """The batch's sample, made once for the same latents; noise and noise levels are drawn unless they are given."""
+        """The batch's sample, made once for the same latents; noise and its levels are drawn unless they are given."""
         if self.sample is not None and self.sample.latents is latents and noise is None and times is None:
             return self.sample
         step = self.step
@@ -135,7 +136,8 @@ class Calls:
         if timesteps is sample.timesteps:
             return dataclasses.replace(sample, **tensors)
         timesteps = timesteps.to(sample.timesteps)
-        return dataclasses.replace(sample, timesteps=timesteps, sigmas=levels(self.step.objective, timesteps), **tensors)
+        sigmas = levels(self.step.objective, timesteps)
+        return dataclasses.replace(sample, timesteps=timesteps, sigmas=sigmas, **tensors)
 
     def own_prediction_and_target(
         self, latents: Tensor, batch: Any, text_conds: Sequence[Tensor | None], unet: Any
@@ -165,7 +167,10 @@ class Calls:
         if factors is None:
             return loss
         if timesteps.ndim > 1:
-            raise ConfigError("post_process_loss has one noise level for each sample, and this run has several; leave the weights by it out")
+            raise ConfigError(
+                "post_process_loss has one noise level for each sample, and this run has several; leave the weights by"
+                " it out"
+            )
         return loss * factors(timesteps.float(), self.step.objective).to(loss)
 
     def step_with(self, denoiser: Any) -> Any:
@@ -204,7 +209,7 @@ class Calls:
         output = step.predict(sample, self.conditioning, batch, **inputs)
         return step.with_preserved_targets(output, sample, batch, self.conditioning)
 
-    # -- samples, files, logs ----------------------------------------------------------------------------------------------
+    # -- samples, files, logs ------------------------------------------------------------------------------------------
 
     def own_samples(self, at: str) -> None:
         if self.sample_images is not None:

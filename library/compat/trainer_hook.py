@@ -1,4 +1,4 @@
-"""The hooks of a NetworkTrainer, called as those of a run. What replaces a part of the step is there only when overridden."""
+"""The hooks of a NetworkTrainer, called as those of a run. What replaces a part of the step is there if overridden."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class CallingHook(Hook):
         calls, runtime = self.calls, self.calls.runtime
         step.begin(batch, times)
         loss = self.owner.process_batch(
-            batch, step.models.text_encoders, step.models.denoiser, calls.network, step.models.vae, calls.noise_scheduler(),
-            runtime.vae_dtype, runtime.weight_dtype, runtime.accelerator, self.args, step.strategies.text_encoding,
-            step.strategies.tokenize, is_train=batch.request.is_training,
+            batch, step.models.text_encoders, step.models.denoiser, calls.network, step.models.vae,
+            calls.noise_scheduler(), runtime.vae_dtype, runtime.weight_dtype, runtime.accelerator, self.args,
+            step.strategies.text_encoding, step.strategies.tokenize, is_train=batch.request.is_training,
             train_text_encoder=any(step.trained_text_encoders), train_unet=calls.learns_denoiser,
         )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -91,7 +91,8 @@ class CallingHook(Hook):
         )
         if any(all(group is not kept for kept in all_groups) for group in groups):
             raise ConfigError(
-                f"{type(self.owner).__name__}.extra_trainable_params left out groups that it was given; it may only add some"
+                f"{type(self.owner).__name__}.extra_trainable_params left out groups that it was given; it may only add"
+                " some"
             )
         return [group for group in all_groups if all(group is not own for own in groups)]
 

@@ -1,4 +1,4 @@
-"""A run whose parts are the overridden methods of a NetworkTrainer: a family, a trainable and a Trainer that call them."""
+"""A run whose parts are the overridden methods of a NetworkTrainer: a family, a trainable, a Trainer that call them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ def check_parameters(owner: NetworkTrainer) -> None:
             inspect.signature(getattr(owner, name)).bind(*given, **named)
         except TypeError as error:
             words = [*given, *(f"{word}=..." for word in named)]
-            problems.add(f"{type(owner).__name__}.{name} is called with ({', '.join(words)}), which it does not take: {error}{_hint(owner, name)}")
+            problems.add(
+                f"{type(owner).__name__}.{name} is called with ({', '.join(words)}), which it does not take:"
+                f" {error}{_hint(owner, name)}"
+            )
     problems.raise_if_any()
 
 
@@ -76,7 +79,8 @@ def _hint(owner: NetworkTrainer, name: str) -> str:
 
 
 def called_family(base: type) -> type:
-    """The class of a family whose loading, strategies and forward are those of its NetworkTrainer where it overrides them."""
+    """The class of a family whose loading, strategies and forward are those of its NetworkTrainer where it overrides
+    them."""
 
     class CalledFamily(base):  # type: ignore[misc, valid-type]
         calls: Calls
@@ -95,7 +99,9 @@ def called_family(base: type) -> type:
             calls = self.calls
             calls.strategies = super().strategies(trained)
             changed = {
-                field: getattr(calls.owner, name)(calls.args) for name, field in STRATEGIES.items() if calls.overrides(name)
+                field: getattr(calls.owner, name)(calls.args)
+                for name, field in STRATEGIES.items()
+                if calls.overrides(name)
             }
             if own := changed.get("text_encoder_outputs_caching"):
                 own.trained = trained
@@ -110,8 +116,8 @@ def called_family(base: type) -> type:
             return strategy
 
         def objective(self) -> Any:
-            own = super().objective()
-            return objective_of(self.calls.noise_scheduler(), own) if self.calls.overrides("get_noise_scheduler") else own
+            own, calls = super().objective(), self.calls
+            return objective_of(calls.noise_scheduler(), own) if calls.overrides("get_noise_scheduler") else own
 
         def scale_latents(self, latents: Tensor) -> Tensor:
             calls = self.calls
@@ -141,16 +147,18 @@ def called_family(base: type) -> type:
             loaded = self._loaded("load_text_encoders", runtime)
             encoders = list(loaded) if isinstance(loaded, (list, tuple)) else [loaded]
             calls = self.calls
-            if runtime.text_encoder_dtype != runtime.weight_dtype and calls.overrides("prepare_text_encoder_fp8"):
+            stored, computed = runtime.text_encoder_dtype, runtime.weight_dtype
+            if stored != computed and calls.overrides("prepare_text_encoder_fp8"):
                 for index, encoder in enumerate(encoders):
-                    calls.owner.prepare_text_encoder_fp8(index, encoder, runtime.text_encoder_dtype, runtime.weight_dtype)
+                    calls.owner.prepare_text_encoder_fp8(index, encoder, stored, computed)
             return encoders
 
         def load_denoiser(self, runtime: Any) -> Any:
             return self._loaded("load_denoiser", runtime)
 
         def _loaded(self, method: str, runtime: Any) -> Any:
-            """A model: of load_target_model, which hands each out once, so that it can be released; of load_unet_lazily; or our own."""
+            """A model: of load_target_model, which hands each out once, so that it can be released; of
+            load_unet_lazily; or our own."""
             calls, is_lazy = self.calls, False
             if calls.overrides("load_target_model"):
                 parts = self.__dict__.setdefault("_parts", {})
@@ -162,8 +170,8 @@ def called_family(base: type) -> type:
                 if not is_lazy:
                     return model
             if method == "load_denoiser" and (is_lazy or calls.overrides("load_unet_lazily")):
-                encoders = list(calls.text_encoders or [])
-                return calls.owner.load_unet_lazily(calls.args, calls.runtime.weight_dtype, runtime.accelerator, encoders)[0]
+                encoders, dtype = list(calls.text_encoders or []), calls.runtime.weight_dtype
+                return calls.owner.load_unet_lazily(calls.args, dtype, runtime.accelerator, encoders)[0]
             return calls.own_load(method, runtime)
 
     CalledFamily.__name__, CalledFamily.__qualname__ = base.__name__, base.__qualname__
@@ -186,8 +194,9 @@ def called_trainable(base: type) -> type:
             flags = list(calls.owner.get_text_encoders_train_flags(calls.args, [None] * len(own)))
             if len(flags) != len(own) or any(flag and not is_own for flag, is_own in zip(flags, own)):
                 raise ConfigError(
-                    f"{type(calls.owner).__name__}.get_text_encoders_train_flags gave {flags}; the options train {own}, and a method"
-                    " may only leave some of these out. Look at --network_train_unet_only and --network_args"
+                    f"{type(calls.owner).__name__}.get_text_encoders_train_flags gave {flags}; the options train {own},"
+                    " and a method may only leave some of these out. Look at --network_train_unet_only and"
+                    " --network_args"
                 )
             return flags
 
@@ -202,12 +211,14 @@ class CalledUpdater(OrdinaryUpdater):
         self.calls = calls
 
     def reduce(self, run: Run, parameters: list[Any]) -> None:
-        """The loss of a process is a share of that of all, so that its gradients are summed; for the method it is a whole one."""
+        """The loss of a process is a share of that of all, so that its gradients are summed; for the method it is a
+        whole one."""
         calls, count = self.calls, run.runtime.num_processes
         of_network = {id(parameter) for parameter in calls.network.parameters()}
         for parameter in parameters if count > 1 else ():
             if id(parameter) in of_network and parameter.requires_grad:
-                parameter.grad = parameter.new_zeros(parameter.shape) if parameter.grad is None else parameter.grad * count
+                grad = parameter.grad
+                parameter.grad = parameter.new_zeros(parameter.shape) if grad is None else grad * count
         calls.owner.all_reduce_network(calls.accelerator, calls.network)
         super().reduce(run, [parameter for parameter in parameters if id(parameter) not in of_network])
 
@@ -238,21 +249,27 @@ class CalledTrainer(Trainer):
         name = "is_text_encoder_not_needed_for_training"
         if calls.overrides(name) and getattr(calls.owner, name)(calls.args):
             if any(self.trainable.trains_text_encoders(self.family)):
-                raise ConfigError(f"{type(calls.owner).__name__}.{name} says yes, and a text encoder learns; add --network_train_unet_only")
+                raise ConfigError(
+                    f"{type(calls.owner).__name__}.{name} says yes, and a text encoder learns; add"
+                    " --network_train_unet_only"
+                )
             phase.text_encoders = [None] * len(phase.text_encoders)
         calls.text_encoders = phase.text_encoders
         return phase
 
     def arm(self, models: Models, trained: list[bool]) -> None:
-        calls = self.family.calls
+        calls, owner = self.family.calls, self.family.calls.owner
         calls.denoiser = models.denoiser
-        calls.owner.post_process_network(calls.args, calls.accelerator, calls.network, models.text_encoders, models.denoiser)
+        owner.post_process_network(
+            calls.args, calls.accelerator, calls.network, models.text_encoders, models.denoiser
+        )
         super().arm(models, trained)
         if self.config[MemoryOptions].gradient_checkpointing:
             for index, (encoder, learns) in enumerate(zip(models.text_encoders, trained)):
                 if encoder is not None and learns:
-                    calls.owner.prepare_text_encoder_grad_ckpt_workaround(index, encoder)
-        calls.denoiser = models.denoiser = calls.owner.prepare_unet_with_accelerator(calls.args, calls.accelerator, models.denoiser)
+                    owner.prepare_text_encoder_grad_ckpt_workaround(index, encoder)
+        models.denoiser = owner.prepare_unet_with_accelerator(calls.args, calls.accelerator, models.denoiser)
+        calls.denoiser = models.denoiser
 
     def new_step(self, *parts: Any) -> CalledStep:
         step = super().new_step(*parts)
@@ -280,8 +297,8 @@ def with_spec(calls: Calls, run: Run) -> dict[str, str]:
 
 
 def send(
-    calls: Calls, log: LoggingHook, run: Run, values: Mapping[str, float | None], *, axis: str = "step", step: int | None = None,
-    epoch: int | None = None,
+    calls: Calls, log: LoggingHook, run: Run, values: Mapping[str, float | None], *, axis: str = "step",
+    step: int | None = None, epoch: int | None = None,
 ) -> None:
     """Values for the log by the methods that trainers have for it: of a step, of an epoch, of a validation."""
     step = run.progress.global_step if step is None else step
@@ -292,8 +309,8 @@ def send(
         calls.step_values, norms = values, of_network(values)
         values = owner.generate_step_logs(
             calls.args, values["loss/current"], values["loss/average"], run.lr_scheduler, descriptions(run.optimizer),
-            optimizer=run.optimizer, keys_scaled=norms.keys_scaled, mean_norm=norms.mean_norm, maximum_norm=norms.maximum_norm,
-            mean_grad_norm=None, mean_combined_norm=None,
+            optimizer=run.optimizer, keys_scaled=norms.keys_scaled, mean_norm=norms.mean_norm,
+            maximum_norm=norms.maximum_norm, mean_grad_norm=None, mean_combined_norm=None,
         )
     if any(name.startswith("loss/validation/") for name in values):
         owner.val_logging(calls.accelerator, values, step, epoch, step)

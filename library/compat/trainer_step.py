@@ -35,7 +35,8 @@ class CalledStep(TrainStep):
     def _about(self, batch: Any) -> tuple[Any, ...]:
         calls, models = self.calls, self.models
         return (
-            calls.args, calls.accelerator, calls.network, models.text_encoders, models.denoiser, batch, self.runtime.weight_dtype,
+            calls.args, calls.accelerator, calls.network, models.text_encoders, models.denoiser, batch,
+            self.runtime.weight_dtype,
         )
 
     def begin(self, batch: Any, times: Tensor | None = None) -> StepDraws:
@@ -67,7 +68,8 @@ class CalledStep(TrainStep):
             raise calls.wrong("get_noise_pred_and_target", found, needed)
         prediction, target, timesteps, weights = found
         if prediction.shape != target.shape:
-            raise calls.wrong("get_noise_pred_and_target", prediction, f"a prediction of the shape of the target, {list(target.shape)}")
+            needed = f"a prediction of the shape of the target, {list(target.shape)}"
+            raise calls.wrong("get_noise_pred_and_target", prediction, needed)
         if timesteps.ndim == 0 or len(timesteps) != len(latents):
             raise calls.wrong("get_noise_pred_and_target", timesteps, f"timesteps of {len(latents)} samples")
         calls.weights, calls.is_weighted = weights, True

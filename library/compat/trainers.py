@@ -1,7 +1,7 @@
 """Trainers as classes to derive from: `train(args)` with methods that a script or notebook overrides.
 
-A method that nobody overrides is not called: the run is then that of the script, byte for byte. What an override gives is
-put in the place of our own object by `library/compat/trainer_run.py`; what `super()` does is in `trainer_calls.py`.
+A method that nobody overrides is not called: the run is then that of the script, byte for byte. What an override gives
+is put in the place of our own object by `library/compat/trainer_run.py`; what `super()` does is in `trainer_calls.py`.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ class NetworkTrainer:
         return text_strategy_of(self.run.strategies.text_encoder_outputs_caching)
 
     def get_noise_scheduler(self, args: Any, device: torch.device) -> Any:
-        """What `noise_scheduler` is everywhere else: a table `alphas_cumprod` [1000], or an object without one for a flow."""
+        """What `noise_scheduler` is elsewhere: it has a table `alphas_cumprod` [1000], or none for a flow."""
         return self.run.own_scheduler()
 
-    # -- text encoders ---------------------------------------------------------------------------------------------------
+    # -- text encoders -------------------------------------------------------------------------------------------------
 
     def is_train_text_encoder(self, args: Any) -> bool:
         """False: no text encoder learns, whatever the options say."""
@@ -100,7 +100,7 @@ class NetworkTrainer:
     def get_models_for_text_encoding(
         self, args: Any, accelerator: Any, text_encoders: list[Any]
     ) -> list[Any] | None:
-        """What encodes captions in the step, None in the place of one that is not needed; None: cached outputs are all."""
+        """What encodes captions in the step, None in the place of one that is not needed; None: the cache has all."""
         return text_encoders
 
     def is_text_encoder_not_needed_for_training(self, args: Any) -> bool:
@@ -120,8 +120,8 @@ class NetworkTrainer:
     def load_target_model(
         self, args: Any, weight_dtype: torch.dtype, accelerator: Any
     ) -> tuple[str, Any, nn.Module, nn.Module | None]:
-        """(version, text encoder or list of them, VAE, denoiser). An override of it has all of them in memory at once; with None for
-        the denoiser `load_unet_lazily` is asked when captions are encoded."""
+        """(version, text encoder or list of them, VAE, denoiser). An override of it has all of them in memory at once;
+        with None for the denoiser `load_unet_lazily` is asked when captions are encoded."""
         load, runtime = self.run.own_load, self.run.runtime
         encoders = load("load_text_encoders", runtime)
         text = encoders[0] if len(encoders) == 1 else encoders
@@ -240,7 +240,7 @@ class NetworkTrainer:
         self, accelerator: Any, args: Any, epoch: int | None, global_step: int, device: Any, vae: nn.Module | None,
         tokenizers: Any, text_encoder: Any, unet: nn.Module,
     ) -> None:
-        """Called at the start (epoch 0, step 0), after every step (epoch None) and every epoch; makes pictures when due."""
+        """Called at the start (epoch 0, step 0), after every step (epoch None) and every epoch; makes what is due."""
         self.run.own_samples("first" if global_step == 0 else "step" if epoch is None else "epoch")
 
     def on_before_sample_images(
@@ -295,8 +295,8 @@ class NetworkTrainer:
 
 
 class VideoDialect:
-    """Mixed into a trainer (`class Mine(VideoDialect, FluxNetworkTrainer)`): the step has the methods and parameters that trainers
-    of video models know."""
+    """Mixed into a trainer (`class Mine(VideoDialect, FluxNetworkTrainer)`): the step has the methods and parameters
+    that trainers of video models know."""
 
     is_video = True
     run: Any
@@ -352,6 +352,10 @@ class FluxNetworkTrainer(NetworkTrainer):
 
 class AnimaNetworkTrainer(NetworkTrainer):
     family = "anima"
+
+
+class HunyuanImageNetworkTrainer(NetworkTrainer):
+    family = "hunyuan_image"
 
 
 class LuminaNetworkTrainer(NetworkTrainer):

@@ -1,4 +1,4 @@
-"""Tokenizers of CLIP, T5 and Qwen3 from what is at hand: a folder, a cache folder, the model file, an installed
+"""Tokenizers of CLIP, T5 and Qwen from what is at hand: a folder, a cache folder, the model file, an installed
 package, the hub.
 
 All of them come out as fast tokenizers of transformers that pad on the right and know their own end and padding ids;
@@ -31,11 +31,13 @@ logger = logging.getLogger(__name__)
 CLIP_L_HUB_ID = "openai/clip-vit-large-patch14"
 T5_XXL_HUB_ID = "google/t5-v1_1-xxl"
 QWEN3_HUB_ID = "Qwen/Qwen3-0.6B-Base"
+QWEN25_VL_HUB_ID = "Qwen/Qwen2.5-VL-7B-Instruct"
 CLIP_MAX_LENGTH = 77
 _NUM_CLIP_MERGES = 48894
 _CLIP_BOS, _CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
 _T5_PAD, _T5_EOS, _T5_UNK = "<pad>", "</s>", "<unk>"
 _QWEN_PAD = "<|endoftext|>"
+_CHAT_MARKS = ("<|im_start|>", "<|im_end|>")
 
 
 def load_clip_tokenizer(
@@ -108,21 +110,62 @@ def load_qwen3_tokenizer(
 
     ConfigError naming every way to provide one when none is there.
     """
-    hub_id = QWEN3_HUB_ID
-    model = Path(model_path) if model_path else None
-    beside = [model, model / "tokenizer"] if model is not None and model.is_dir() else []
-    tokenizer = first_found(
-        [
-            lambda: from_option(folder, option, read_qwen_folder),
-            lambda: from_cache(cache_dir, hub_id, read_qwen_folder),
-            lambda: next(filter(None, map(read_qwen_folder, beside)), None),
-            lambda: from_hub(hub_id, None, cache_dir, read_qwen_folder),
-        ],
-        f"no Qwen3 tokenizer: give a folder with tokenizer.json (or vocab.json with merges.txt) with {option}, or give --qwen3 as a"
-        f" folder that holds it, or put it under --tokenizer_cache_dir as {hub_id.replace('/', '_')}, or allow access to the hub ({hub_id})",
+    problem = (
+        f"no Qwen3 tokenizer: give a folder with tokenizer.json (or vocab.json with merges.txt) with {option},"
+        f" or give --qwen3 as a folder that holds it, or put it under --tokenizer_cache_dir"
+        f" as {QWEN3_HUB_ID.replace('/', '_')}, or allow access to the hub ({QWEN3_HUB_ID})"
     )
+    tokenizer = _find_qwen(QWEN3_HUB_ID, read_qwen_folder, folder, cache_dir, model_path, option, problem)
     tokenizer.model_max_length = max_length
     return tokenizer
+
+
+def load_qwen25_vl_tokenizer(
+    folder: str | None = None,
+    cache_dir: str | None = None,
+    model_path: str | None = None,
+    *,
+    option: str = "--text_encoder_tokenizer",
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of Qwen2.5-VL, with the marks of its chats; `model_path` is the text encoder, a folder of which may
+    hold it.
+
+    ConfigError naming every way to provide one when none is there.
+    """
+    hub_id = QWEN25_VL_HUB_ID
+    problem = (
+        f"no Qwen2.5-VL tokenizer: fetch it (hf download {hub_id} --include 'tokenizer*' --local-dir FOLDER) and give"
+        f" FOLDER with {option}, or give --text_encoder as a folder that holds it,"
+        f" or put it under --tokenizer_cache_dir as {hub_id.replace('/', '_')}, or allow access to the hub ({hub_id})"
+    )
+    return _find_qwen(hub_id, read_qwen_chat_folder, folder, cache_dir, model_path, option, problem)
+
+
+def _find_qwen(
+    hub_id: str,
+    read: Callable[[Path], Any],
+    folder: str | None,
+    cache_dir: str | None,
+    model_path: str | None,
+    option: str,
+    problem: str,
+) -> PreTrainedTokenizerFast:
+    model = Path(model_path) if model_path else None
+    beside = [model, model / "tokenizer"] if model is not None and model.is_dir() else []
+    return first_found(
+        [
+            lambda: from_option(folder, option, read),
+            lambda: from_cache(cache_dir, hub_id, read),
+            lambda: next(filter(None, map(read, beside)), None),
+            lambda: from_hub(hub_id, None, cache_dir, read),
+        ],
+        problem,
+    )
+
+
+def byt5_ids(text: str, max_length: int) -> list[int]:
+    """What ByT5 reads of a text, which needs no files: its bytes plus 3, cut to make room for the end token, 1."""
+    return [byte + 3 for byte in text.encode("utf-8", "surrogatepass")[: max_length - 1]] + [1]
 
 
 def vocabulary_problem(
@@ -283,12 +326,25 @@ def _clip_tokenizer(
 def read_qwen_folder(path: Path) -> PreTrainedTokenizerFast | None:
     """From a folder with tokenizer.json or vocab.json and merges.txt (or one that has it in `tokenizer`), or from such
     a file."""
+    return _read_qwen(path)
+
+
+@reader
+def read_qwen_chat_folder(path: Path) -> PreTrainedTokenizerFast | None:
+    """The same of a model that chats: vocab.json does not name the marks of a chat, which follow its last entry."""
+    return _read_qwen(path, _CHAT_MARKS)
+
+
+def _read_qwen(path: Path, marks: tuple[str, ...] = ()) -> PreTrainedTokenizerFast | None:
     found = tokenizer_json(path, "tokenizer")
     if found is not None:
         return from_tokenizer_json(found, eos=_QWEN_PAD, pad=_QWEN_PAD, bos=None, ends_texts=False)
     for folder in (path, path / "tokenizer"):
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return _qwen_tokenizer(folder)
+            tokenizer = _qwen_tokenizer(folder)
+            if marks:
+                tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
+            return tokenizer
     return None
 
 

@@ -23,11 +23,13 @@ def storable(text: str) -> str:
 
 
 def utf8_text(text: str, what: str) -> str:
-    """A text from the command line or the keyboard as what its bytes are in UTF-8, whatever the locale says: under LC_ALL=C
-    Python carries every letter beyond ASCII as half surrogate pairs. ConfigError when they are in another encoding."""
+    """A text from the command line or the keyboard as what its bytes are in UTF-8, whatever the locale says: under
+    LC_ALL=C Python carries every letter beyond ASCII as half surrogate pairs. ConfigError when they are no UTF-8."""
     if not any("\udc80" <= letter <= "\udcff" for letter in text):
         return text
     try:
         return os.fsencode(text).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{what} is not UTF-8 text ({storable(text)}); set the terminal to UTF-8, or use a file") from error
+        raise ConfigError(
+            f"{what} is not UTF-8 text ({storable(text)}); set the terminal to UTF-8, or use a file"
+        ) from error

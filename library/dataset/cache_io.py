@@ -117,6 +117,8 @@ class LatentsRecord:
     resized: tuple[int, int]
     interpolation: str | None
     image: ImageIdentity | None = None
+    pictures: Mapping[str, ImageIdentity] = field(default_factory=dict)
+    """those beside the image that conditions were made of; not in files of families without"""
     exif: str = EXIF_POLICY
     version: int = FORMAT_VERSION
     checksums: Mapping[str, int] = field(default_factory=dict)
@@ -245,6 +247,7 @@ def latents_problem(
     expected: LatentsRecord | None = None,
     image_path: str | None = None,
     conditions: Mapping[str, tuple[int, ...]] | None = None,
+    picture_paths: Mapping[str, str] = {},
 ) -> str | None:
     """Why the file cannot serve this size, or None when it can. A damaged file is a problem like another, with a
     warning.
@@ -274,7 +277,7 @@ def latents_problem(
     stored = read_record(path, headers, RECORD_KEY + suffix)
     if stored is None or expected is None:
         return None
-    return _latents_record_problem(stored, expected, image_path)
+    return _latents_record_problem(stored, expected, image_path) or _pictures_problem(stored, picture_paths)
 
 
 def _has_latents(
@@ -300,6 +303,17 @@ def _latents_record_problem(stored: Mapping[str, Any], expected: LatentsRecord, 
     image = ImageIdentity.from_record(stored.get("image"))
     if image is not None and image_path is not None and not image.is_still(image_path):
         return "the image has changed"
+    return None
+
+
+def _pictures_problem(stored: Mapping[str, Any], paths: Mapping[str, str]) -> str | None:
+    """Of the pictures beside the image, which must be those that the file was made of."""
+    recorded = stored.get("pictures")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    for name, path in paths.items():
+        picture = ImageIdentity.from_record(recorded.get(name))
+        if picture is None or not picture.is_still(path):
+            return f"{name} has changed"
     return None
 
 
@@ -333,7 +347,8 @@ def existing_arrays(path: str) -> dict[str, np.ndarray]:
 
 def record_array(record: Any) -> np.ndarray:
     """A record (a dataclass) as an array of one JSON text."""
-    return np.asarray(json.dumps(asdict(record), sort_keys=True))
+    values = {name: value for name, value in asdict(record).items() if value or name != "pictures"}
+    return np.asarray(json.dumps(values, sort_keys=True))
 
 
 def read_record(path: str, headers: Mapping[str, ArrayHeader], key: str) -> dict[str, Any] | None:

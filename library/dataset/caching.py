@@ -6,6 +6,7 @@ file appears complete or not at all, so an interrupted run leaves what it finish
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections import Counter
@@ -23,9 +24,9 @@ from library.dataset.cache_checks import cache_paths, check_cache_folders, check
 from library.dataset.cache_index import CacheIndex
 from library.dataset.cache_io import ImageIdentity, LatentArrays
 from library.dataset.items import ImageItem
-from library.dataset.latent_cache import LatentCache, posterior_seed
+from library.dataset.latent_cache import LatentCache, condition_paths, posterior_seed
 from library.dataset.media_utils import ImageFileError
-from library.dataset.samples import Geometry, Pixels, image_tensor, read_pixels
+from library.dataset.samples import Geometry, Pixels, image_tensor, read_conditioning, read_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class Decoded:
     job: LatentsJob
     pixels: Pixels
     identity: ImageIdentity
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)
+    """of conditions that the family encodes, [H, W, 3]"""
 
     @property
     def batch_key(self) -> tuple:
@@ -94,18 +97,19 @@ def plan_latents(
     when one image would be needed in two ways under one key, or a folder cannot be written.
     """
     items = list(items)
+    strategy.check_pictures(items)
     check_caching({id(item.subset): item.subset for item in items}.values(), latents=True, text=False)
     if not strategy.cache_to_disk:
-        return _sorted(_jobs_of(item for item in items if item.latents is None))
+        return _sorted(_jobs_of((item for item in items if item.latents is None), strategy))
     for item, path in zip(
         items, cache_paths(items, lambda item, image: strategy.get_latents_npz_path(image, item.image_size))
     ):
         item.latents_npz = path
-    if problems := _conflicts(items):
+    if problems := _conflicts(items, strategy):
         raise ConfigError(problems)
     files = sorted({item.latents_npz for item in items})
     mine = set(files[process_index::num_processes])
-    jobs = [job for job in _jobs_of(items) if job.item.latents_npz in mine]
+    jobs = [job for job in _jobs_of(items, strategy) if job.item.latents_npz in mine]
     reasons = check_jobs(jobs, strategy, index)
     missing = [job for job, reason in zip(jobs, reasons) if reason is not None]
     counts = dict(Counter(reason for reason in reasons if reason is not None))
@@ -122,10 +126,11 @@ def check_jobs(jobs: Sequence[LatentsJob], strategy: LatentCache, index: CacheIn
     )
 
 
-def _jobs_of(items: Iterable[ImageItem]) -> list[LatentsJob]:
+def _jobs_of(items: Iterable[ImageItem], strategy: LatentCache) -> list[LatentsJob]:
     jobs: dict[tuple, LatentsJob] = {}
     for item in items:
-        key = (item.absolute_path, item.bucket, item.resized_size, item.subset.resize_interpolation)
+        beside = tuple(condition_paths(item, strategy.encoder.condition_pictures).values())
+        key = (item.absolute_path, item.bucket, item.resized_size, item.subset.resize_interpolation, beside)
         jobs.setdefault(key, LatentsJob()).add(item)
     return list(jobs.values())
 
@@ -134,8 +139,10 @@ def _sorted(jobs: Iterable[LatentsJob]) -> list[LatentsJob]:
     return sorted(jobs, key=lambda job: (job.batch_key, job.item.absolute_path))
 
 
-def _conflicts(items: Iterable[ImageItem]) -> list[str]:
-    """Images that two subsets want at one size with different resampling: a file has room for one."""
+def _conflicts(items: Iterable[ImageItem], strategy: LatentCache) -> list[str]:
+    """Images that two subsets want at one size with different resampling, or with different pictures that the family
+    caches with them: a file has room for one."""
+    names = strategy.encoder.condition_pictures
     wanted: dict[tuple, ImageItem] = {}
     problems = []
     for item in items:
@@ -145,6 +152,11 @@ def _conflicts(items: Iterable[ImageItem]) -> list[str]:
                 f"{item.absolute_path} is used at {'x'.join(map(str, item.bucket.key))} with resize_interpolation"
                 f" {other.subset.resize_interpolation} ({other.subset.label}) and {item.subset.resize_interpolation}"
                 f" ({item.subset.label}); its cache file has room for one of them"
+            )
+        elif condition_paths(other, names) != condition_paths(item, names):
+            problems.append(
+                f"{item.absolute_path} is used at {'x'.join(map(str, item.bucket.key))} with {', '.join(names)} of"
+                f" {other.subset.label} and of {item.subset.label}; its cache file has room for one of them"
             )
     return problems
 
@@ -175,7 +187,7 @@ def encode_latents(
     threads = num_threads or min(os.cpu_count() or 1, 8)
     bar = tqdm(total=len(jobs), desc="caching latents", unit="image", disable=not show_progress)
     with bar, BackgroundWriter() as writer:
-        for batch in _batches(_decoded(jobs, threads, strategy.batch_size, bad), strategy.batch_size):
+        for batch in _batches(_decoded(jobs, threads, strategy, bad), strategy.batch_size):
             for decoded, encoded in zip(batch, encode_batch(strategy, vae, batch, parts)):
                 if strategy.cache_to_disk:
                     writer.submit(_store_on_disk, strategy, decoded, encoded)
@@ -202,8 +214,9 @@ def _store_by_plugin(
         strategy.cache_batch_latents(vae, items, batch[0].flip_aug, batch[0].alpha_mask, False)
 
 
-def _decoded(jobs: Sequence[LatentsJob], threads: int, batch_size: int, bad: list) -> Iterator[Decoded]:
-    for job, result in map_ahead(decode, jobs, num_threads=threads, ahead=max(threads, batch_size) * 2):
+def _decoded(jobs: Sequence[LatentsJob], threads: int, strategy: LatentCache, bad: list) -> Iterator[Decoded]:
+    read = functools.partial(decode, pictures=strategy.encoder.condition_pictures)
+    for job, result in map_ahead(read, jobs, num_threads=threads, ahead=max(threads, strategy.batch_size) * 2):
         if isinstance(result, ImageFileError):
             bad.append((job, result))
         elif isinstance(result, BaseException):
@@ -212,9 +225,12 @@ def _decoded(jobs: Sequence[LatentsJob], threads: int, batch_size: int, bad: lis
             yield result
 
 
-def decode(job: LatentsJob) -> Decoded:
-    identity = ImageIdentity.of(job.item.absolute_path, with_content=True)
-    return Decoded(job, read_pixels(job.item, Geometry.centred(job.item), with_alpha=job.alpha_mask), identity)
+def decode(job: LatentsJob, pictures: Sequence[str] = ()) -> Decoded:
+    """`pictures`: conditions that the family encodes with the image."""
+    identity, geometry = ImageIdentity.of(job.item.absolute_path, with_content=True), Geometry.centred(job.item)
+    pixels = read_pixels(job.item, geometry, with_alpha=job.alpha_mask)
+    beside = {name: read_conditioning(job.item, geometry) for name in condition_paths(job.item, pictures)}
+    return Decoded(job, pixels, identity, beside)
 
 
 def _batches(entries: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -257,7 +273,11 @@ def _encode(
         [image_tensor(entry.pixels.image, is_flipped) for entry in batch]
     )  # [B, 3, H, W] or [B, 3, F, H, W]
     seeds = [posterior_seed(entry.identity.content, entry.job.item.bucket.key, is_flipped) for entry in batch]
-    latents, conditions = strategy.encode_samples(vae, parts or {}, images, seeds)
+    pictures = {
+        name: torch.stack([image_tensor(entry.pictures[name], is_flipped) for entry in batch])  # [B, 3, H, W]
+        for name in batch[0].pictures
+    }
+    latents, conditions = strategy.encode_samples(vae, parts or {}, images, seeds, pictures)
     latents, conditions = latents.cpu(), {name: tensor.cpu() for name, tensor in conditions.items()}
     finite = torch.stack(
         [torch.isfinite(tensor).flatten(1).all(dim=1) for tensor in (latents, *conditions.values())]
@@ -281,7 +301,9 @@ def _store_on_disk(strategy: LatentCache, decoded: Decoded, encoded: Encoded) ->
         conditions_flipped={name: tensor.numpy() for name, tensor in encoded.conditions_flipped.items()},
     )
     suffix = cache_io.size_suffix(strategy.architecture, item.bucket)
-    cache_io.save_latents(item.latents_npz, suffix, arrays, strategy.record_of(item, decoded.identity))
+    paths = condition_paths(item, decoded.pictures)
+    pictures = {name: ImageIdentity.of(path, with_content=True) for name, path in paths.items()}
+    cache_io.save_latents(item.latents_npz, suffix, arrays, strategy.record_of(item, decoded.identity, pictures))
 
 
 def _store_in_memory(decoded: Decoded, encoded: Encoded) -> None:
@@ -300,7 +322,7 @@ def unusable_items(
     """After all processes have encoded their part: items that still have no latents, the same list on every process."""
     if not strategy.cache_to_disk:
         return [item for item in items if item.latents is None]
-    jobs = _jobs_of(items)
+    jobs = _jobs_of(items, strategy)
     return [
         item for job, reason in zip(jobs, check_jobs(jobs, strategy, index)) if reason is not None for item in job.items
     ]

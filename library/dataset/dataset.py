@@ -17,7 +17,7 @@ import torch
 from library.core.errors import ConfigError
 from library.core.keyed_random import keyed_random
 from library.dataset.architectures import DataArchitecture
-from library.dataset.batch import Batch
+from library.dataset.batch import CONDITIONING_IMAGES, Batch
 from library.dataset.bucket import BucketAssignment, assign_buckets, effective_limits
 from library.dataset.cache_io import file_content_id
 from library.dataset.captions import is_dropped, process_caption, tags_of_folders
@@ -186,10 +186,16 @@ class Dataset:
             self._add_latents(sample, item)
         else:
             self._add_pixels(sample, item, geometry, request, position)
-        if item.cond_path is not None:
+        if item.cond_path is not None and not (sample.latents is not None and self._caches_pictures):
             sample.conditioning = conditioning_tensor(item, geometry, flipped)
         self._warn_empty_mask(sample)
         return sample
+
+    @property
+    def _caches_pictures(self) -> bool:
+        """Whether what is made of control pictures lies in the cache, in their place."""
+        caching = self.strategies.latents_caching if self.strategies is not None else None
+        return caching is not None and CONDITIONING_IMAGES in caching.encoder.condition_pictures
 
     def _add_latents(self, sample: Sample, item: ImageItem) -> None:
         if item.latents is not None:

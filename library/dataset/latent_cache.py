@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from library.core.errors import CheckpointError
+from library.core.errors import CheckpointError, ConfigError
 from library.core.keyed_random import key_seed
 from library.dataset import cache_io
+from library.dataset.batch import CONDITIONING_IMAGES
 from library.dataset.cache_io import ImageIdentity, LatentsRecord
 from library.families.latents import Bucket
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from library.dataset.cache_index import CacheIndex
     from library.dataset.items import ImageItem
     from library.families.record import DataArchitecture
+
+
+LISTED = 3
+"""images named in a message"""
 
 
 class LatentEncoder(ABC):
@@ -36,16 +41,22 @@ class LatentEncoder(ABC):
         and live encoding agree whatever the batches are. Families that take the mode ignore it.
         """
 
+    condition_pictures: tuple[str, ...] = ()
+    """conditions that are pictures (CONDITIONING_IMAGES: control pictures) and that `encode_conditions` reads: caches
+    hold what is made of them, and the step gets that in their place"""
+
     def condition_shapes(self, bucket: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
         """What the family needs of a sample beside its latents and caches with them (first-frame latents, the embedding
         of a vision encoder), for a sample of this size (a Bucket or its key): name -> shape. Nothing by default."""
         return {}
 
     def encode_conditions(
-        self, vae: torch.nn.Module, parts: Mapping[str, torch.nn.Module], images: torch.Tensor, seeds: Sequence[int]
+        self, vae: torch.nn.Module, parts: Mapping[str, torch.nn.Module], images: torch.Tensor, seeds: Sequence[int],
+        pictures: Mapping[str, torch.Tensor],
     ) -> Mapping[str, torch.Tensor]:
         """The tensors of `condition_shapes` [B, ...] from images or clips as `encode` gets them. `parts`: what the
-        family loads beside the VAE (`ModelFamily.load_parts`)."""
+        family loads beside the VAE (`ModelFamily.load_parts`); `pictures`: those that `condition_pictures` names,
+        [B, 3, H, W] in -1..1, scaled, cropped and mirrored like the images."""
         return {}
 
 
@@ -92,17 +103,24 @@ class LatentCache:
 
     @torch.no_grad()
     def encode_samples(
-        self, vae: torch.nn.Module, parts: Mapping[str, torch.nn.Module], images: torch.Tensor, seeds: Sequence[int]
+        self, vae: torch.nn.Module, parts: Mapping[str, torch.nn.Module], images: torch.Tensor, seeds: Sequence[int],
+        pictures: Mapping[str, torch.Tensor] = {},
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Latents (`encode_images`) and conditions by name, float32: what a cache holds of samples, and a step without
-        one makes."""
+        one makes. `pictures`: conditions of the samples; those that the family reads must be among them."""
         latents = self.encode_images(vae, images, seeds)
         shapes = self.encoder.condition_shapes(bucket_of(images))
         if not shapes:
             return latents, {}
         parameter = next(vae.parameters())
         images = images.to(parameter.device, parameter.dtype)
-        rows = [self.encoder.encode_conditions(vae, parts, images[part], seeds[part]) for part in parts_apart(images)]
+        read = {name: self._picture(name, pictures).to(images) for name in self.encoder.condition_pictures}
+        rows = [
+            self.encoder.encode_conditions(
+                vae, parts, images[part], seeds[part], {name: picture[part] for name, picture in read.items()}
+            )
+            for part in parts_apart(images)
+        ]
         conditions = {name: torch.cat([row[name] for row in rows]).float() for name in shapes}
         for name, shape in shapes.items():
             if tuple(conditions[name].shape[1:]) != tuple(shape):
@@ -110,6 +128,22 @@ class LatentCache:
                     f"{name} has shape {list(conditions[name].shape[1:])}; that of {self.architecture.name} is {list(shape)}"
                 )
         return latents, conditions
+
+    def _picture(self, name: str, pictures: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if pictures.get(name) is None:
+            raise ConfigError(f"{self.architecture.name} learns from pictures beside the images; a batch has no {name}")
+        return pictures[name]
+
+    def check_pictures(self, items: Iterable[ImageItem]) -> None:
+        """ConfigError that names images without the pictures that the family reads beside them."""
+        names = self.encoder.condition_pictures
+        lacking = [item.absolute_path for item in items if condition_paths(item, names).keys() != set(names)]
+        if lacking:
+            more = f" and {len(lacking) - LISTED} more" if len(lacking) > LISTED else ""
+            raise ConfigError(
+                f"{self.architecture.name} learns from {', '.join(names)} beside the images, which"
+                f" {', '.join(lacking[:LISTED])}{more} do not have: give their folder a conditioning_data_dir"
+            )
 
     def get_latents_npz_path(self, absolute_path: str, image_size: tuple[int, int]) -> str:
         return cache_io.latents_npz_path(self.architecture, absolute_path, image_size)
@@ -123,11 +157,12 @@ class LatentCache:
             path, self.architecture, item.bucket.key, flip_aug=flip_aug, alpha_mask=alpha_mask,
             expected=self.record_of(item), image_path=item.absolute_path,
             conditions=self.encoder.condition_shapes(item.bucket.key),
+            picture_paths=condition_paths(item, self.encoder.condition_pictures),
         )
 
     def problem_with(self, index: CacheIndex) -> Callable[[ImageItem, bool, bool], str | None]:
         """`problem_of`, which an index may know without reading the file; for many items, with the settings of now."""
-        if self.skip_disk_cache_validity_check:
+        if self.skip_disk_cache_validity_check or self.encoder.condition_pictures:  # the index knows of one source
             return self.problem_of
         questions: dict[tuple, str] = {}  # many images ask the same
 
@@ -154,10 +189,12 @@ class LatentCache:
 
         return problem_of
 
-    def record_of(self, item: ImageItem, image: ImageIdentity | None = None) -> LatentsRecord:
+    def record_of(
+        self, item: ImageItem, image: ImageIdentity | None = None, pictures: Mapping[str, ImageIdentity] = {}
+    ) -> LatentsRecord:
         return LatentsRecord(
             model=self.model_identity, latent_space=self.architecture.latents.fingerprint, image=image,
-            resized=tuple(item.resized_size), interpolation=item.subset.resize_interpolation,
+            pictures=pictures, resized=tuple(item.resized_size), interpolation=item.subset.resize_interpolation,
         )
 
     def load_conditions_from_disk(
@@ -183,6 +220,12 @@ class LatentCache:
             arrays.latents_flipped,
             arrays.alpha_mask,
         )
+
+
+def condition_paths(item: ImageItem, names: Iterable[str]) -> dict[str, str]:
+    """Where the pictures of these conditions lie, of those that an item has."""
+    known = {CONDITIONING_IMAGES: item.cond_path}
+    return {name: known[name] for name in names if known.get(name) is not None}
 
 
 def encode_apart(

@@ -87,8 +87,12 @@ def mask_tensor(mask: np.ndarray | torch.Tensor, flipped: bool = False) -> torch
 def conditioning_tensor(item: ImageItem, geometry: Geometry, flipped: bool = False) -> torch.Tensor:
     """The mask or control image of a sample, [3, H, W] in -1..1: scaled, cropped and mirrored exactly like its
     image."""
-    image = read_conditioning_image(
+    return image_tensor(read_conditioning(item, geometry), flipped)
+
+
+def read_conditioning(item: ImageItem, geometry: Geometry) -> np.ndarray:
+    """The mask or control image [H, W, 3] uint8, not mirrored."""
+    return read_conditioning_image(
         item.cond_path, item.image_size, geometry.resized, geometry.bucket, geometry.offset,
         item.subset.resize_interpolation
     )
-    return image_tensor(image, flipped)

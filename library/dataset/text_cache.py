@@ -117,7 +117,8 @@ class TextCache:
 
     def read(self, npz_path: str, suffix: str) -> Conditioning:
         """The outputs of one caption, dtypes as stored. CheckpointError when the file is damaged."""
-        arrays = text_cache_io.load_text(npz_path, self.layout, suffix, self.live)
+        constants = {key.name for key in self.layout.keys if key.constant is not None}  # which nobody reads
+        arrays = text_cache_io.load_text(npz_path, self.layout, suffix, self.live | constants)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
@@ -136,6 +137,23 @@ class TextCache:
         if missing := [name for name in self.needed if name not in found]:
             raise TrainingError(f"{type(strategies.text_encoding).__name__} gave no {', '.join(missing)} to cache")
         return {name: found[name] for name in self.needed}
+
+
+def row_as_stored(batch: Conditioning, index: int, layout: TextLayout) -> Conditioning:
+    """The outputs of one caption of a batch, each in the dtype and the length that the cache gives it. A caption
+    without any token keeps one row."""
+    row = {key.name: as_stored(batch[key.name][index], key) for key in layout.keys if key.name in batch}
+    lengths = {key.mask: _num_rows(row[key.mask]) for key in layout.keys if key.mask in row}
+    return {
+        key.name: row[key.name][: lengths[key.mask]] if key.mask in lengths else row[key.name]
+        for key in layout.keys
+        if key.name in row
+    }
+
+
+def _num_rows(mask: torch.Tensor) -> int:
+    """Up to its last 1, at least one."""
+    return max(1, int(mask.nonzero().max()) + 1 if mask.any() else 0)
 
 
 def as_stored(output: torch.Tensor, key: TextKey) -> torch.Tensor:

@@ -25,7 +25,7 @@ from library.dataset.cache_index import CacheIndex
 from library.dataset.captions import deterministic_caption
 from library.dataset.items import ImageItem
 from library.dataset.strategies import Conditioning, StrategySet
-from library.dataset.text_cache import TextCache, as_stored
+from library.dataset.text_cache import TextCache, row_as_stored
 
 if TYPE_CHECKING:
     from library.strategy_base import TokenizeStrategy
@@ -199,9 +199,7 @@ def _encode_batch(
     batch = strategy.encode(strategies, text_encoders, captions)  # name -> [B, ...]
     results = []
     for index, job in enumerate(jobs):
-        outputs = {
-            key.name: as_stored(batch[key.name][index], key) for key in strategy.layout.keys if key.name in batch
-        }
+        outputs = row_as_stored(batch, index, strategy.layout)
         _check_finite(outputs, job)
         results.append({name: output.clone() for name, output in outputs.items()})
     return results

@@ -42,7 +42,8 @@ class TextKey:
     `rank`: its dimensions without the batch; `dtype`: float (bfloat16 becomes float32, float16 stays), or the one it
     always has. `encoders`: places of the text encoders that make it, none for what comes from the tokens alone.
     `is_sized`: the first dimension is the family's maximum token length. `constant`: a number that files of known
-    trainers carry and nothing reads; no encoder gives it.
+    trainers carry and nothing reads; no encoder gives it. `mask`: the key, this one itself perhaps, whose last 1 ends
+    what is stored; what follows is padding, which hangs on the captions that it was encoded with.
     """
 
     name: str
@@ -51,6 +52,7 @@ class TextKey:
     encoders: tuple[int, ...] = ()
     is_sized: bool = False
     constant: float | None = None
+    mask: str = ""
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,6 @@ class FamilyRecord:
     """class names of the denoiser, by which a network module recognises the family"""
     targets: str = ""
     """the table of layers that adapters train, in a module that makes LoRAs for the family"""
-    layer_names: str = ""
-    """module with `names()`, of a family whose adapter files can be renamed though nothing trains it"""
     pipeline: str = ""
     """class of library/generation that makes pictures: the samples while training, and those of its image scripts"""
     pictures: str = ""

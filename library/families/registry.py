@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from library import families
@@ -99,6 +99,13 @@ def script_of_kind(kind: str, *, for_pictures: bool = False) -> str | None:
             chosen_by = f" --{record.variant_of[1]} {record.variant_of[2]}" if script and record.variant_of else ""
             return f"{script}{chosen_by}"
     return None
+
+
+def options_away_from(kind: str, wanted: Collection[str]) -> list[str]:
+    """The options that chose the variant which needs one of the `wanted` kinds of model files, where its family has
+    this kind."""
+    chosen = [record for record in FAMILIES.values() if record.variant_of and not set(record.kinds).isdisjoint(wanted)]
+    return [record.variant_of[1] for record in chosen if kind in record_of(record.variant_of[0]).kinds]
 
 
 def variants_of(family: str) -> list[FamilyRecord]:

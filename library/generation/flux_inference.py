@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from library.core.errors import ConfigError
@@ -35,6 +36,24 @@ def complete(request: FluxRequest, is_schnell: bool) -> FluxRequest:
     return dataclasses.replace(request, steps=request.steps or (STEPS_SCHNELL if is_schnell else STEPS_DEV))
 
 
+def raise_file_problems(
+    options: InferenceModelOptions, family: str, slots: Mapping[str, str], formats: Sequence[str]
+) -> None:
+    """ConfigError with every file that is missing or of another kind than its slot needs, every number format that the
+    device does not have, and every adapter that does not fit."""
+    from library.checkpoints.kinds import check_slot
+
+    found: list[str | None] = [
+        check_slot(getattr(options, slot), slot, {kind}, for_pictures=True) for slot, kind in slots.items()
+    ]
+    found += format_problems(
+        {f"--{name if getattr(options, name) else 'dtype'}": options.dtype_of(name) for name in formats}
+    )
+    problems = [problem for problem in [*found, *adapter_problems(options.lora_weights, family)] if problem]
+    if problems:
+        raise ConfigError(problems)
+
+
 class FluxScript(ImageScript[FluxRequest]):
     family = "flux"
     title = "FLUX.1"
@@ -46,19 +65,9 @@ class FluxScript(ImageScript[FluxRequest]):
     texts = {"guidance": "guidance"}
 
     def check(self, config: Config) -> None:
-        from library.checkpoints.kinds import check_slot
-
-        options = config[InferenceModelOptions]
-        found: list[str | None] = []
-        for slot, kind in (("ckpt_path", "flux"), ("clip_l", "clip_l"), ("t5xxl", "t5"), ("ae", "vae_flux")):
-            found.append(check_slot(getattr(options, slot), slot, {kind}, for_pictures=True))
-        names = ("clip_l_dtype", "ae_dtype", "t5xxl_dtype", "flux_dtype")
-        found += format_problems(
-            {f"--{name if getattr(options, name) else 'dtype'}": options.dtype_of(name) for name in names}
-        )
-        problems = [problem for problem in [*found, *adapter_problems(options.lora_weights, "flux")] if problem]
-        if problems:
-            raise ConfigError(problems)
+        slots = {"ckpt_path": "flux", "clip_l": "clip_l", "t5xxl": "t5", "ae": "vae_flux"}
+        formats = ("clip_l_dtype", "ae_dtype", "t5xxl_dtype", "flux_dtype")
+        raise_file_problems(config[InferenceModelOptions], self.family, slots, formats)
 
     def load(self, config: Config) -> PictureMaker[FluxRequest]:
         from library.generation.flux_pipeline import load_pipeline

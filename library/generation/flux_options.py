@@ -12,7 +12,6 @@ from library.core.options import (
     LARGEST_STEPS,
     LARGEST_TOKENS,
     option,
-    refused_option,
 )
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import AdapterChoice, parse_adapter_argument
@@ -30,6 +29,8 @@ from library.training.sampling_prompts import DRAWN, LineOption, read_number
 
 SIZE_STEP = 16
 STEPS_SCHNELL, STEPS_DEV = 4, 50
+MODEL_TYPES = ("flux", "chroma")
+"""what --model_type chooses: this family or a variant"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +38,7 @@ class InferenceModelOptions:
     """Models"""
 
     ckpt_path: str | None = option(None, help="file or diffusers folder of the FLUX.1 denoiser")
-    model_type: str = refused_option(
-        "flux", help="flux or chroma", choices=("flux", "chroma"),
-        reason="Chroma is a model family of its own that is not there yet; only flux is"
-    )
+    model_type: str = option("flux", help="flux, or chroma, a variant with options of its own", choices=MODEL_TYPES)
     clip_l: str | None = option(None, help="file of the CLIP-L text encoder")
     t5xxl: str | None = option(None, help="file of the T5-XXL text encoder")
     ae: str | None = option(None, help="file of the autoencoder (ae.safetensors)")

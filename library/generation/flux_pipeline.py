@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from library.generation.adapters import load_with_adapters
 from library.generation.flow_pipeline import FlowPipeline
 from library.generation.flux_options import FluxRequest, InferenceModelOptions
 from library.generation.pipeline import PictureMaker
+from library.generation.requests import PictureRequest
 from library.generation.sampling_utils import Conditioning
 from library.strategy_flux import FluxTextEncodingStrategy, FluxTokenizeStrategy
 
@@ -42,8 +46,13 @@ class FluxPipeline(FlowPipeline[FluxRequest]):
         )
 
     def sigmas(self, request: FluxRequest) -> Tensor:
-        height, width = (side // self.latent_spec.patch for side in self.latent_shape(request)[-2:])
-        return torch.tensor(get_schedule(request.steps, height * width, shift=not self.is_schnell))
+        return sigmas_of_tokens(self, request, shift=not self.is_schnell)
+
+
+def sigmas_of_tokens(pipeline: FlowPipeline[Any], request: PictureRequest, shift: bool = True) -> Tensor:
+    """[steps + 1] from 1 to 0, moved towards noise by the number of tokens of the picture."""
+    height, width = (side // pipeline.latent_spec.patch for side in pipeline.latent_shape(request)[-2:])
+    return torch.tensor(get_schedule(request.steps, height * width, shift=shift))
 
 
 def load_pipeline(options: InferenceModelOptions) -> PictureMaker[FluxRequest]:
@@ -53,13 +62,13 @@ def load_pipeline(options: InferenceModelOptions) -> PictureMaker[FluxRequest]:
 
     def load(transform: Transform | None) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
         encoders = [
-            load_clip_l(options.clip_l, _dtype(options, "clip_l_dtype"), place, transform=transform),
-            load_t5xxl(options.t5xxl, _dtype(options, "t5xxl_dtype"), place, transform=transform),
+            load_clip_l(options.clip_l, dtype_of(options, "clip_l_dtype"), place, transform=transform),
+            load_t5xxl(options.t5xxl, dtype_of(options, "t5xxl_dtype"), place, transform=transform),
         ]
-        return load_flux(options.ckpt_path, _dtype(options, "flux_dtype"), place, transform=transform), encoders
+        return load_flux(options.ckpt_path, dtype_of(options, "flux_dtype"), place, transform=transform), encoders
 
     denoiser, encoders, adapters = load_with_adapters("flux", options.adapters, load)
-    vae = load_ae(options.ae, _dtype(options, "ae_dtype"), place)
+    vae = load_ae(options.ae, dtype_of(options, "ae_dtype"), place)
     pipeline = FluxPipeline(denoiser, vae, options.apply_t5_attn_mask)
     tokenize = FluxTokenizeStrategy(
         options.t5xxl_max_token_length or (TOKEN_LENGTH_SCHNELL if pipeline.is_schnell else TOKEN_LENGTH_DEV),
@@ -69,16 +78,18 @@ def load_pipeline(options: InferenceModelOptions) -> PictureMaker[FluxRequest]:
     strategies = StrategySet(
         tokenize, FluxTextEncodingStrategy(options.apply_t5_attn_mask), text_layout=TEXT_LAYOUTS["flux"]
     )
-    maker = PictureMaker(
+    return PictureMaker(
         pipeline, strategies, encoders, adapters, device, device,
-        text_waits=options.offload, denoiser_waits=options.offload,
+        text_waits=options.offload, denoiser_waits=options.offload, computing=computing_of(denoiser, device),
     )  # fmt: skip
+
+
+def computing_of(denoiser: torch.nn.Module, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """What forwards run inside: weights of 8 bits compute in bfloat16."""
     if any(parameter.dtype == torch.float8_e4m3fn for parameter in denoiser.parameters()):
-        maker.computing = functools.partial(
-            torch.autocast, device.type, torch.bfloat16
-        )  # weights of 8 bits compute in it
-    return maker
+        return functools.partial(torch.autocast, device.type, torch.bfloat16)
+    return nullcontext
 
 
-def _dtype(options: InferenceModelOptions, name: str) -> torch.dtype:
+def dtype_of(options: InferenceModelOptions, name: str) -> torch.dtype:
     return getattr(torch, options.dtype_of(name))

@@ -60,9 +60,10 @@ class PicturePipeline(ABC, Generic[Request]):
         """What is decoded from latents; a picture is one frame."""
         return decode_to_frames(self.vae, latents)
 
-    def decode(self, latents: Tensor) -> Image.Image:
-        """The picture of latents: of a clip the first frame."""
-        return self.frames(latents)[0]
+    def decode(self, latents: Tensor) -> Picture:
+        """The picture of latents, or the frames of a clip."""
+        made = self.frames(latents)
+        return made if len(made) > 1 else made[0]
 
     def latents_together(
         self, requests: Sequence[Request], conditioning: Conditioning, negative: Conditioning | None
@@ -92,8 +93,7 @@ class PicturePipeline(ABC, Generic[Request]):
             latents = self.latents(requests[0], conditioning, negative)
         else:
             latents = self.latents_together(requests, conditioning, negative)
-        made = [self.frames(latents[number : number + 1]) for number in range(len(requests))]
-        return [frames if len(frames) > 1 else frames[0] for frames in made]
+        return [self.decode(latents[number : number + 1]) for number in range(len(requests))]
 
 
 @dataclass
@@ -123,7 +123,7 @@ class PictureMaker(Generic[Request]):
         with self._at_work([self.pipeline.denoiser], self.device, self.denoiser_waits), self.computing():
             return self.pipeline.latents(request, conditioning, negative)
 
-    def decode(self, latents: Tensor) -> Image.Image:
+    def decode(self, latents: Tensor) -> Picture:
         return self.pipeline.decode(latents)
 
     def _encoded(self, texts: Sequence[str], tokenize: Callable[[str], list[Tensor]]) -> Conditioning:

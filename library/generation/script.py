@@ -22,16 +22,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from library.core.console import utf8_text
 from library.core.errors import AtelierError, ConfigError, Problems
-from library.core.options import Config, add_options, option_fields
+from library.core.options import Config
 from library.core.registry import import_target
 from library.core.text_files import read_text
 from library.families.registry import record_of
 from library.generation.adapter_files import multiplier_problems
 from library.generation.picture_files import settings_texts, write_picture
 from library.generation.requests import PictureRequest, Request, SessionOptions
-from library.training import cli
-from library.training.option_groups import ConsoleOptions
-from library.training.option_reader import OptionParser
+from library.scripts.command_line import (
+    read_command,
+    refused_problems,
+    run_to_exit,
+    script_parser,
+    tell_equivalent,
+    tell_ignored,
+)
 from library.training.parser_common import chosen_variant
 from library.training.sampling_prompts import DRAWN, LineOption, good_lines, parse_pieces
 
@@ -43,50 +48,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LARGEST_DRAWN_SEED = 2**32 - 1
-PROMPTS = frozenset({"prompt", "negative_prompt"})
-"""options that models read as text; other ones may be names of files, in any encoding"""
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
-
-
-def script_parser(description: str, classes: Sequence[type]) -> argparse.ArgumentParser:
-    parser = OptionParser(description=description, allow_abbrev=False, usage="%(prog)s [options]")
-    for options_class in classes:
-        add_options(parser, options_class)
-    return parser
-
-
-def read_command(argv: Sequence[str] | None, parser: argparse.ArgumentParser, classes: Sequence[type]) -> Config:
-    """Every group, with all problems of all groups at once, and the log set up. ConfigError."""
-    values = vars(parser.parse_args(argv))
-    problems = Problems()
-    for name in PROMPTS & values.keys():
-        values[name] = problems.attempt(lambda name=name: values[name] and utf8_text(values[name], f"--{name}"))
-    problems.raise_if_any()
-    config = Config.read(values, classes)
-    cli.set_up_logging(config[ConsoleOptions])
-    return config
-
-
-def refused_problems(config: Config) -> list[str]:
-    """Options of other scripts that ask for something which this one does not have."""
-    return [f"--{name} is {value}: {spec.reason}" for name, value, spec in _unusual(config) if spec.status == "refused"]
-
-
-def tell_equivalent(config: Config) -> None:
-    """One log line for each option that chooses among ways with equal results."""
-    for _, _, spec in _unusual(config):
-        if spec.status == "equivalent":
-            logger.info(spec.reason)
-
-
-def _unusual(config: Config) -> Iterator[tuple[str, Any, Any]]:
-    """(name, value, spec) of options that differ from their defaults."""
-    for group in config.classes():
-        for name, (field, spec) in option_fields(group).items():
-            if config.value(name) != field.default:
-                yield name, config.value(name), spec
 
 
 def format_problems(names: Mapping[str, str], device: str | None = None) -> list[str]:
@@ -95,13 +59,6 @@ def format_problems(names: Mapping[str, str], device: str | None = None) -> list
 
     instead = "choose another format: float32 works everywhere"
     return [problem for flag, dtype in names.items() if (problem := format_problem(flag, dtype, device, instead))]
-
-
-def run_to_exit(run: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | None) -> None:
-    """Call `run(argv)`; an error ends the process with its exit code and one message."""
-    code = cli.exit_code(lambda: run(argv))
-    if code:
-        sys.exit(code)
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
@@ -205,7 +162,7 @@ def picture_texts(request: PictureRequest, **more: Any) -> dict[str, str]:
     """Text entries of a request's picture file."""
     return settings_texts(
         prompt=request.prompt, negative_prompt=request.negative_prompt, seed=request.seed, steps=request.steps,
-        scale=request.cfg_scale, **more,
+        scale=request.cfg_scale, frames=request.frames if request.frames > 1 else None, **more,
     )  # fmt: skip
 
 
@@ -231,8 +188,8 @@ class Failures:
             raise self.last
         if self.count:
             raise AtelierError(
-                f"{self.count} of {self.count + made} pictures could not be made; the reasons stand above, the others are"
-                " written"
+                f"{self.count} of {self.count + made} pictures could not be made; the reasons stand above, the others"
+                " are written"
             )
 
 
@@ -303,6 +260,7 @@ class ImageScript(ABC, Generic[Request]):
         script = self.chosen(argv)
         config = read_command(argv, script.build_parser(), script.groups)
         tell_equivalent(config)
+        tell_ignored(config)
         return script.make_all(config)
 
     def make_all(self, config: Config) -> list[Path]:
@@ -330,7 +288,7 @@ class ImageScript(ABC, Generic[Request]):
         )
 
     def make_picture(self, maker: PictureMaker[Request], config: Config, request: Request, index: int) -> Path:
-        """Make and write one picture: `{YYYYmmdd_HHMMSS}_{seed}_{index}.png`."""
+        """Make and write one picture, or all frames of a clip: `{YYYYmmdd_HHMMSS}_{seed}_{index}.png`."""
         request = self.completed(request, maker)
         latents = maker.generate(request)
         more = {entry: getattr(request, field) for entry, field in self.texts.items()}

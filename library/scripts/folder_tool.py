@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from library.core.errors import AtelierError, ConfigError, Problems
 from library.core.options import FALSE_TEXTS, TRUE_TEXTS, Config, add_options, is_bool_option, option, option_fields
 from library.core.text_files import read_text
-from library.generation.script import read_command, refused_problems, tell_equivalent
+from library.scripts.command_line import read_command, refused_problems, tell_equivalent
 from library.training.option_reader import OptionParser
 
 logger = logging.getLogger("atelier")

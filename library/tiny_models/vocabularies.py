@@ -14,6 +14,8 @@ from pathlib import Path
 from library.core.atomic_file import atomic_path, write_text_atomically
 
 WORDS = ("a", "the", "of", "red", "blue", "green", "cat", "dog", "photo", "circle", "square", "girl")
+CHAT_MARKS = ("<|im_start|>", "<|im_end|>")
+"""of Qwen, which follow the last entry of its vocabulary"""
 NORMAL_PIECE, UNKNOWN_PIECE, CONTROL_PIECE, BYTE_PIECE = 1, 2, 3, 6  # sentencepiece's piece types
 T5_ROWS = 160
 """rows of an embedding that holds the ids of `t5_pieces` and some more"""
@@ -34,10 +36,12 @@ def write_clip_tokenizer(folder: Path) -> int:
     return _write_byte_pairs(folder, [*_unique(words), "<|startoftext|>", "<|endoftext|>"], merges)
 
 
-def write_qwen_tokenizer(folder: Path) -> int:
-    """The same with words that carry the space before them, as Qwen has them, and the padding token."""
+def write_qwen_tokenizer(folder: Path, more: Iterable[str] = ()) -> int:
+    """The same with words that carry the space before them, as Qwen has them, and the padding token. `more`: further
+    texts that are one token each, a space before them included."""
     space = chr(256 + 32)  # stands for the space
     merges = _unique(pair for word in WORDS for pair in (*_merges_of(list(word)), (space, word)))
+    merges = _unique([*merges, *(pair for text in more for pair in _merges_of(list(text.replace(" ", space))))])
     return _write_byte_pairs(
         folder, _unique([*byte_characters(), *("".join(pair) for pair in merges), "<|endoftext|>"]), merges
     )

@@ -162,7 +162,11 @@ def _names_used(words: Sequence[str], config_file: str | None) -> set[str]:
 
 def _families_with(names: set[str]) -> set[str]:
     """Families that have one of these options for themselves."""
-    own = {name: set(option_fields(import_target(entry.family).options)) for name, entry in FAMILIES.items()}
+    own = {
+        name: set(option_fields(import_target(entry.family).options))
+        for name, entry in FAMILIES.items()
+        if entry.variant_of is None  # an option chooses it in the place of its family
+    }
     return {name for name, options in own.items() if names & options}
 
 

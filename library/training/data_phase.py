@@ -50,6 +50,8 @@ class DataGroups:
     train: BatchSource
     validation: BatchSource | None
     used_config_file: bool = False
+    shadowed: frozenset[str] = frozenset()
+    """see Blueprint"""
     index: CacheIndex = field(default_factory=CacheIndex, repr=False)
     """of cache files, for the phases that fill caches; released after them"""
 
@@ -109,7 +111,8 @@ def group_data(config: Config, found: FoundData, architecture: DataArchitecture,
     train, validation = build_dataset_groups(
         found.blueprint, data, architecture=architecture, seed=seed, scan=found.scan
     )
-    return DataGroups(train, validation, found.blueprint.used_config_file, index=found.scan.index)
+    blueprint = found.blueprint
+    return DataGroups(train, validation, blueprint.used_config_file, blueprint.shadowed, found.scan.index)
 
 
 class KeptModels(Generic[Loaded]):

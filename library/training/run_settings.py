@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -91,10 +91,12 @@ def fixed_settings(config: Config, family: ModelFamily, trainable: Trainable) ->
 def settings_of(
     config: Config, family: ModelFamily, trainable: Trainable, built: OptimizerBuild, max_train_steps: int,
     hook_modules: Mapping[str, torch.nn.Module] = MappingProxyType({}),
+    left_out: Collection[str] = (),
 ) -> RunSettings:
-    """Of a run whose optimizer was just built; the schedule must not have touched it yet."""
+    """Of a run whose optimizer was just built; the schedule must not have touched it yet. `left_out`: options that
+    mean nothing in it."""
     fixed = fixed_settings(config, family, trainable)
-    options = {**_option_values(config, fixed), "max_train_steps": max_train_steps}
+    options = {**_option_values(config, fixed, left_out), "max_train_steps": max_train_steps}
     modules = {**trainable.modules(), **hook_modules}
     names = {id(p): f"{part}.{name}" for part, module in modules.items() for name, p in module.named_parameters()}
     groups = [
@@ -119,7 +121,7 @@ def group_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def _option_values(config: Config, fixed: Mapping[str, Any]) -> dict[str, Any]:
+def _option_values(config: Config, fixed: Mapping[str, Any], left_out: Collection[str]) -> dict[str, Any]:
     """Options that may change, by name; arguments written as key=value each by their own. Of paths the last part."""
     values: dict[str, Any] = {}
     for options_class in config.classes():
@@ -137,7 +139,7 @@ def _option_values(config: Config, fixed: Mapping[str, Any]) -> dict[str, Any]:
                         if key not in fixed.get(name, {})
                     }
                 )
-            elif name not in fixed and name not in NOT_COMPARED and not spec.secret and spec.status == "works":
+            elif name not in {*fixed, *NOT_COMPARED, *left_out} and not spec.secret and spec.status == "works":
                 values[name] = (
                     [_without_folder(part) for part in value] if isinstance(value, list) else _without_folder(value)
                 )

@@ -37,6 +37,7 @@ from library.training.state_files import (
 
 if TYPE_CHECKING:
     from library.core.options import Config
+    from library.training.accelerator_setup import Runtime
     from library.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -230,7 +231,7 @@ def seed_of(config: Config) -> int | None:
     return None if state is None else read_train_state(state).get("seed")
 
 
-def local_state_folder(config: Any, runtime: Any) -> Path | None:
+def local_state_folder(config: Config, runtime: Runtime) -> Path | None:
     """The folder of --resume, the same for every process; with --resume_from_huggingface the main process fetches it
     for all, and it is looked at here, before models are loaded."""
     options: ResumeOptions = config[ResumeOptions]

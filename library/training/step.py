@@ -140,10 +140,13 @@ class TrainStep:
         dtype."""
         if batch.latents is not None:
             return batch
-        latents, conditions = self.strategies.latents_caching.encode_samples(
-            self.models.vae, self.models.extra, batch.images, batch.latent_seeds
+        caching = self.strategies.latents_caching
+        latents, made = caching.encode_samples(
+            self.models.vae, self.models.extra, batch.images, batch.latent_seeds, batch.conditions
         )
-        return dataclasses.replace(batch, latents=latents, conditions={**batch.conditions, **conditions})
+        read = caching.encoder.condition_pictures
+        kept = {name: condition for name, condition in batch.conditions.items() if name not in read}
+        return dataclasses.replace(batch, latents=latents, conditions={**kept, **made})
 
     def latents_of(self, batch: Batch) -> torch.Tensor:
         """Scaled latents."""

@@ -121,6 +121,8 @@ class Trainer:
         strategies.mark_text_models(self.trainable.transform_identity(self.family))
         data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)
+        for group in data.groups:
+            strategies.latents_caching.check_pictures(group.items)
         if self.config[DatasetOptions].debug_dataset:
             data.show(runtime.seed, self.config[SavingOptions].output_dir)
             return None
@@ -292,7 +294,9 @@ class Trainer:
             module.to(runtime.device, runtime.trained_dtype)
         extra = [group for groups in self.added_hooks.extra_trainable_params() for group in groups]
         built = optimizers.build(self.config[OptimizerOptions], [*self.trainable.param_groups(), *extra])
-        settings = settings_of(self.config, self.family, self.trainable, built, progress.max_train_steps, hook_modules)
+        settings = settings_of(
+            self.config, self.family, self.trainable, built, progress.max_train_steps, hook_modules, data.shadowed
+        )
         scheduler = schedulers.build(
             self.config[SchedulerOptions], built, learning_rate=self.config[OptimizerOptions].learning_rate,
             max_train_steps=progress.max_train_steps,

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from library.families.registry import FAMILIES, by_family, record_of
+from library.families.registry import FAMILIES, record_of
 from networks.kinds.targets import NetworkTargets, TextEncoderTargets, targets_of_family
 
 KOHYA_PREFIX = "lora_unet_"
@@ -30,8 +30,6 @@ OFT_PREFIX = "oft_unet_"
 DENOISER_PREFIXES = (KOHYA_PREFIX, LYCORIS_PREFIX, "lora_transformer_")
 """of names with underscores: of kohya files, of LyCORIS outside trainers, of OneTrainer"""
 KOHYA_STARTS = ("lora_", LYCORIS_PREFIX, OFT_PREFIX)
-NAME_TABLES: Mapping[str, str] = by_family(lambda record: record.layer_names or None)
-"""families whose adapter files can be renamed, though nothing here trains or runs them -> module with `names()`"""
 DENOISER_MODELS = ("unet", "transformer")
 
 _NUMBERS = re.compile(r"\d+|\{i\}")
@@ -103,8 +101,6 @@ class FileNames:
 
     targets: NetworkTargets
     layers: tuple[LayerNames, ...]
-    comfy_is_kohya: bool = False
-    """ComfyUI reads these files under kohya names of the original paths"""
     _entries: dict[str, list[tuple[re.Pattern[str], Place]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,8 +148,6 @@ def names_of_family(family: str, names: Iterable[str] = ()) -> FileNames:
 @lru_cache(maxsize=None)
 def _tables(family: str) -> tuple[FileNames, ...]:
     """That of released models first."""
-    if family not in FAMILIES and family in NAME_TABLES:
-        return (importlib.import_module(NAME_TABLES[family]).names(),)
     module = importlib.import_module(record_of(family).targets.partition(":")[0])
     layers = [getattr(module, "file_layers", tuple)(), *getattr(module, "other_file_layers", tuple)()]
     return tuple(FileNames(targets_of_family(family), own) for own in layers)

@@ -216,8 +216,8 @@ def to_dotted(
 
     `prefix` stands in front of the denoiser's paths; `fold`: see fold_factors. A text encoder that has no dotted name
     keeps its kohya names, which ComfyUI reads in the same file. So do all layers of families that ComfyUI reads under
-    kohya names of the original paths alone (`FileNames.comfy_is_kohya`). Tensors come in the form that ComfyUI reads
-    (comfy_forms); where its result differs all the same, the log tells.
+    kohya names of the original paths alone (`NetworkTargets.comfy_is_kohya`). Tensors come in the form that ComfyUI
+    reads (comfy_forms); where its result differs all the same, the log tells.
     """
     from networks.files.comfy_forms import difference, for_comfy
 
@@ -231,7 +231,7 @@ def to_dotted(
             different.setdefault(reason, []).append(name)
         if fold is not None and DOWN in module:
             module = _without_alpha(name, _lora_of(name, module, "an adapter"), module, fold)
-        if names_of_family(family).comfy_is_kohya:
+        if names_of_family(family).targets.comfy_is_kohya:
             _put(result, place.original_kohya, module)
         elif place.dotted:
             path = place.dotted

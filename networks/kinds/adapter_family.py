@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from library.checkpoints.recognition import KeyTable, adapter_family, adapter_record
 from library.core.errors import CheckpointError, ConfigError, did_you_mean
 from library.families.registry import FAMILIES, adapter_family_of, records
-from networks.files.file_names import NAME_TABLES
 
 if TYPE_CHECKING:
     import torch
@@ -93,17 +92,3 @@ def _told_by_metadata(metadata: Mapping[str, str]) -> str | None:
         if found:
             return found
     return None
-
-
-def family_of_names(
-    shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], label: str, given: str | None = None
-) -> str:
-    """As family_of_adapter, families included that have names alone (networks/files/file_names.py: NAME_TABLES)."""
-    if given in NAME_TABLES:
-        return given
-    if given is None:
-        record = adapter_record(KeyTable(shapes))
-        for name in (_told_by_metadata(metadata), record.name if record is not None else None):
-            if name in NAME_TABLES:
-                return name
-    return family_of_adapter(shapes, metadata, label, given)

@@ -108,6 +108,16 @@ class SplitRule:
     sizes: Callable[[int, int], list[int]]
 
 
+def qkv_rows(out_features: int, in_features: int) -> list[int]:
+    """Rows of q, k and v in a fused projection."""
+    return [out_features // 3] * 3
+
+
+def linear1_rows(out_features: int, in_features: int) -> list[int]:
+    """Rows of q, k, v and the feed-forward in the first layer of a single block."""
+    return [in_features] * 3 + [out_features - 3 * in_features]
+
+
 @dataclass(frozen=True)
 class NetworkTargets:
     """Everything an adapter needs to know of a family."""
@@ -138,6 +148,8 @@ class NetworkTargets:
     encoder_excludes: tuple[str, ...] = ()
     leaf_classes: tuple[str, ...] = LEAF_CLASSES
     """classes of the layers inside the target classes that take an adapter"""
+    comfy_is_kohya: bool = False
+    """ComfyUI reads adapters of the family under kohya names of the original paths alone"""
     regex_on_path: bool = False
     """rank and rate patterns: True = the whole dotted path; False = a search in the layer's name or dotted path"""
 

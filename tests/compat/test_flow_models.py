@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from library import anima_utils, flux_train_utils, flux_utils
+from library.chroma_utils import load_chroma
 from library.core.errors import CheckpointError, ConfigError
 from library.safetensors_utils import load_safetensors, read_header
+from library.tiny_models.chroma_tiny import build_tiny_chroma
 from library.training.objective import clean_estimate
 from library.training.timesteps import density, flow_weights, shift_sigmas
 from library.utils import str_to_dtype
@@ -44,10 +46,16 @@ def test_loading_flux(flux):
     clip_l = flux_utils.load_clip_l(ckpt_path=str(flux.clip_l), dtype=torch.float32, device="cpu")
     t5xxl = flux_utils.load_t5xxl(ckpt_path=str(flux.t5xxl), dtype=torch.bfloat16, device="cpu")
     assert flux_utils.get_t5xxl_actual_dtype(t5xxl) == torch.bfloat16 and vae is not None and clip_l is not None
-    with pytest.raises(ConfigError, match="model_type is chroma"):
-        flux_utils.load_flow_model(str(flux.flux), None, "cpu", model_type="chroma")
+    with pytest.raises(ConfigError, match="model_type is sd3"):
+        flux_utils.load_flow_model(str(flux.flux), None, "cpu", model_type="sd3")
     with pytest.raises(ConfigError, match="load_flow_model"):
         flux_utils.load_controlnet("c.safetensors", False, None, "cpu")
+
+
+def test_loading_chroma(tmp_path):
+    tiny = build_tiny_chroma(tmp_path)
+    is_schnell, model = flux_utils.load_flow_model(str(tiny.chroma), torch.float32, "cpu", model_type="chroma")
+    assert not is_schnell and same(model, load_chroma(tiny.chroma, torch.float32, "cpu"))
 
 
 def test_packing(flux):

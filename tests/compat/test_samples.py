@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from library import flux_train_utils, flux_utils, model_util, sdxl_model_util, sdxl_train_util, train_util
+from library.core.errors import ConfigError
 from library.training.hooks.sample import encode_sample_prompts
 from tests.runs.families import Tinies
 
@@ -92,3 +93,11 @@ def test_outputs_of_text_encoders_may_be_given(tmp_path, tmp_path_factory):
 
 def test_prompts_are_dictionaries():
     assert train_util.line_to_prompt_dict("a ball --w 64 --d 3") == {"prompt": "a ball", "width": 64, "seed": 3}
+
+
+def test_a_control_net_is_refused():
+    for known in (train_util, sdxl_train_util):
+        with pytest.raises(ConfigError, match="leave controlnet out"):
+            known.sample_images(None, None, None, 1, "cpu", None, None, None, None, controlnet=object())
+    with pytest.raises(ConfigError, match="leave controlnet out"):
+        flux_train_utils.sample_images(None, None, None, 1, None, None, None, None, controlnet=object())

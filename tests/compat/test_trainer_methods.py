@@ -1,5 +1,6 @@
 """Methods that forks of known trainers override, one by one: what they give is what the run computes with."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -241,3 +242,80 @@ def test_a_method_put_on_an_object_counts(flux, plain):
     trainer = trainer_class("flux")()
     trainer.post_process_loss = lambda loss, args, timesteps, noise_scheduler: loss * 0
     assert tensors(train(trainer, flux, "object")) != plain
+
+
+def test_what_methods_around_the_step_give_is_used(flux):
+    seen: dict[str, list] = {"train": [], "scaled": [], "tokenizers": [], "dtypes": set(), "models": []}
+
+    def on_step_start(self, args, accelerator, network, text_encoders, unet, batch, dtype, is_train=True):
+        seen["train"].append(is_train)
+        assert unet.is_mine
+
+    def prepare_unet_with_accelerator(self, args, accelerator, unet):
+        other = copy.copy(unet)
+        other.is_mine = True
+        return other
+
+    def shift_scale_latents(self, args, latents):
+        seen["scaled"].append(float(latents.abs().max()))
+        return self.base.shift_scale_latents(self, args, latents)
+
+    def get_models_for_text_encoding(self, args, accelerator, text_encoders):
+        seen["models"].append(len(text_encoders))
+        return text_encoders
+
+    def sample_images(self, accelerator, args, epoch, global_step, device, vae, tokenizers, text_encoder, unet):
+        seen["tokenizers"].append(tokenizers)
+
+    methods = {
+        "on_step_start": on_step_start, "prepare_unet_with_accelerator": prepare_unet_with_accelerator,
+        "shift_scale_latents": shift_scale_latents, "get_models_for_text_encoding": get_models_for_text_encoding,
+        "sample_images": sample_images, "get_tokenizers": lambda self, strategy: ["mine"],
+        "encode_images_to_latents": lambda self, args, vae, images: self.base.encode_images_to_latents(
+            self, args, vae, images) * 0 + 7,
+        "cast_unet": lambda self, args: False,
+        "on_transformer_loaded": lambda self, args, accelerator, transformer: seen["dtypes"].add(transformer.dtype),
+    }
+    made(flux, "around", methods, "--mixed_precision=bf16", "--validation_split=0.5", "--validation_seed=1")
+    assert set(seen["train"]) == {True, False} and set(seen["scaled"]) == {7.0} and set(seen["models"]) == {2}
+    assert seen["tokenizers"] and all(tokenizers == ["mine"] for tokenizers in seen["tokenizers"])
+    assert seen["dtypes"] == {torch.float32}  # as in the file
+
+
+def test_the_denoiser_may_be_loaded_after_the_captions(flux, plain):
+    order = []
+
+    def load_target_model(self, args, weight_dtype, accelerator):
+        order.append("models")
+        return *self.base.load_target_model(self, args, weight_dtype, accelerator)[:3], None
+
+    def load_unet_lazily(self, args, weight_dtype, accelerator, text_encoders):
+        order.append(len(text_encoders))
+        return self.base.load_unet_lazily(self, args, weight_dtype, accelerator, text_encoders)
+
+    methods = {"load_target_model": load_target_model, "load_unet_lazily": load_unet_lazily}
+    assert tensors(made(flux, "lazy", methods)) == plain and order == ["models", 2]
+
+
+def test_a_mean_over_processes_is_the_gradient_of_all_of_them():
+    """The loss of a process is divided by the samples of all, so that a mean of it would be too small."""
+    from types import SimpleNamespace
+
+    from library.compat.trainer_calls import Calls
+    from library.compat.trainer_run import CalledUpdater
+
+    network, other = torch.nn.Linear(2, 1), torch.nn.Parameter(torch.ones(2))
+    parameters = [*network.parameters(), other]
+
+    def summed(of):
+        for parameter in of:
+            parameter.grad = parameter.grad * 2  # as if the other process had the same
+
+    runtime = SimpleNamespace(num_processes=2, reduce_gradients=summed, accelerator=None)
+    owner = trainer_class("sd")()
+    owner.run = calls = Calls(owner, None, None, SimpleNamespace(modules=lambda: {"network": network}))
+    calls.runtime = runtime
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    CalledUpdater(calls).reduce(SimpleNamespace(runtime=runtime), parameters)
+    assert all(torch.equal(parameter.grad, torch.full_like(parameter, 2.0)) for parameter in parameters)

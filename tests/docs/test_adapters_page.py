@@ -22,6 +22,7 @@ SCRIPTS = {
     "sdxl_train_network.py": "sdxl",
     "flux_train_network.py": "flux",
     "anima_train_network.py": "anima",
+    "hunyuan_image_train_network.py": "hunyuan_image",
 }
 SECTIONS = {part.split("\n", 1)[0]: part for part in PAGE.split("\n## ")[1:]}
 ALL = set().union(*(argument_parsers(targets_of_family(family)) for family in FAMILIES))

@@ -29,7 +29,8 @@ def adapter(tiny: TinyLumina) -> Path:
     """A LoRA with weights that show, in denoiser and text encoder."""
     generator, tensors = torch.Generator().manual_seed(4), {}
     layers = (
-        ("unet_layers_0_attention_qkv", 48, 96), ("unet_final_layer_linear", 48, 64), ("te_layers_0_mlp_up_proj", 24, 40),
+        ("unet_layers_0_attention_qkv", 48, 96), ("unet_final_layer_linear", 48, 64),
+        ("te_layers_0_mlp_up_proj", 24, 40),
     )  # fmt: skip
     for name, size_in, size_out in layers:
         tensors[f"lora_{name}.lora_down.weight"] = torch.randn(4, size_in, generator=generator)

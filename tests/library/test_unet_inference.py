@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from library.safetensors_utils import load_safetensors, save_file_atomic
 from library.training.inference_samplers import SAMPLER_NAMES
 from tests.library.test_sdxl_inference import write_adapter
 from tests.tiny_sd import KINDS, TinySd, build_tiny_sd
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 KNOWN_OPTIONS = """
@@ -440,6 +442,22 @@ def test_prompts_in_the_bytes_of_another_locale(tiny, tmp_path, monkeypatch, cap
     monkeypatch.setattr("sys.stdin", io.StringIO(f"caf\udce9\n{carried}\n\n"))
     picture = made(tiny["sd1"], tmp_path / "typed", "--interactive", "--steps=1")[0]
     assert Image.open(picture).text["prompt"] == "caf\u00e9" and "is not UTF-8" in capsys.readouterr().err
+
+
+def test_names_and_prompts_under_a_locale_of_plain_letters(tiny, tmp_path):
+    """LC_ALL=C without Python's own ways around it; one name is UTF-8, the other is not."""
+    prompts = os.fsencode(tmp_path) + b"/\xc3\xbc.txt"
+    with open(prompts, "wb") as file:
+        file.write("caf\u00e9 --d 3\n".encode())
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    plain = [os.fsencode(word) for word in arguments(tiny["sd1"], tmp_path / "out", "--steps=1")]
+    for more, folder in ((b"--prompt=caf\xc3\xa9 --d 3", b"caf\xe9"), (b"--from_file=" + prompts, b"\xc3\xbc")):
+        out = os.fsencode(tmp_path) + b"/" + folder
+        argv = [os.fsencode(sys.executable), b"gen_img.py", *plain, b"--outdir=" + out, more]
+        done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, timeout=PATIENCE)
+        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+        (name,) = os.listdir(out)
+        assert Image.open(out + b"/" + name).text["prompt"] == "caf\u00e9"
 
 
 def test_metadata_of_networks_is_shown(tiny, network, tmp_path, capsys):

@@ -28,6 +28,7 @@ SLOTS: dict[str, dict[str, set[str]]] = {
         "vae": {"vae_ldm4", "sd15_checkpoint", "sd21_checkpoint"},
     },
     "sdxl": {MODEL: {"sdxl_checkpoint", "sdxl_unet"}, "vae": {"vae_ldm4", "sdxl_checkpoint"}},
+    "chroma": {MODEL: {"chroma"}, "t5xxl": {"t5xxl"}, "ae": {"vae_ldm16"}},
     "lumina": {MODEL: {"lumina2"}, "gemma2": {"gemma2_2b"}, "ae": {"vae_ldm16"}},
     "anima": {MODEL: {"anima"}, "qwen3": {"qwen3_0_6b"}, "vae": {"vae_wan", "vae_qwen_image_diffusers"}},
 }

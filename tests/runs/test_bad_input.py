@@ -121,7 +121,7 @@ OPTIONS: list[tuple[str, list[str]]] = [
         ["--min_snr_gamma 5: FLUX.1 learns by flow matching", "--clip_skip 2: ", "(--strict"],
     ),
     ("--weighted_captions", ["--weighted_captions is True; it is not available here"]),
-    ("--model_type=chroma", ["--model_type is chroma"]),
+    ("--model_type=chroma", [": this is a FLUX.1 denoiser", "needed: a Chroma denoiser"]),
     ("--config_file=/nope.toml", ["there is no file /nope.toml"]),
     ("--dataset_class=json.JSONDecoder", ["--dataset_class", "--dataset_config"]),
     ("--clip_l_tokenizer=/nope", ["--clip_l_tokenizer is /nope, which does not exist"]),

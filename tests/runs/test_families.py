@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from library.core.errors import ConfigError
 from library.families.registry import FAMILIES
 from library.tiny_models import TINY_SETS, TinySet, build_tiny
 from library.tiny_models.pictures import draw_pictures as draw_shapes
@@ -141,10 +142,14 @@ def test_the_adapter_reloads_to_the_same_output(work: Work) -> None:
 
 
 def test_denoiser_and_text_encoders_learn_alone_and_together(work: Work) -> None:
-    parts = set(work.case.text_parts)
-    assert moved_parts(work.train("both", "--max_train_steps=1")) == {"lora_unet_", *parts}
-    assert moved_parts(work.train("unet", "--max_train_steps=1", "--network_train_unet_only")) == {"lora_unet_"}
-    assert moved_parts(work.train("text", "--max_train_steps=1", "--network_train_text_encoder_only")) == parts
+    parts, options = set(work.case.text_parts), ["--max_train_steps=1", *work.case.text_options]
+    assert moved_parts(work.train("both", *options)) == {"lora_unet_", *parts}
+    assert moved_parts(work.train("unet", *options, "--network_train_unet_only")) == {"lora_unet_"}
+    if not parts:  # there is nothing to learn in text encoders that never do
+        with pytest.raises(ConfigError, match="--network_train_text_encoder_only leaves nothing to train"):
+            work.train("text", *options, "--network_train_text_encoder_only")
+        return
+    assert moved_parts(work.train("text", *options, "--network_train_text_encoder_only")) == parts
 
 
 def moved_parts(path: Path) -> set[str]:

@@ -133,7 +133,9 @@ def test_samples_with_equal_settings_are_made_together(work: Work, monkeypatch) 
     from library.generation.lumina_pipeline import LuminaPipeline
 
     prompts, sizes = work.folder / "prompts.txt", []
-    lines = ("a cat --d 1", "the dog --d 2", "a girl --d 3 --n blue", "blue --d 4 --ctr 0.6", "red --d 5", "a cat --d 6")
+    lines = (
+        "a cat --d 1", "the dog --d 2", "a girl --d 3 --n blue", "blue --d 4 --ctr 0.6", "red --d 5", "a cat --d 6",
+    )  # fmt: skip
     prompts.write_text("\n".join(f"{line} --w 40 --h 32 --s 2 --l 3" for line in lines), encoding="utf-8")
     together = LuminaPipeline.latents_together
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from library.dataset.plan import BucketList, plan_epoch, requests_of_epoch
+from library.training import cli
+from tests.forked import run_ranks
 from tests.runs.conftest import Work, draw_pictures, fingerprint, largest_difference
 from tests.waiting import PATIENCE
 
@@ -33,6 +35,14 @@ def start(work: Work, out: str, launcher: list[str], *more: str, dataset: Path) 
     return subprocess.run(
         [*launcher, str(SCRIPT), *argv], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
+
+
+def train_in_two(work: Work, out: str, *more: str, dataset: Path) -> Path:
+    """Two processes without a launcher; the written file."""
+    argv = work.argv(out, *OPTIONS, *more, dataset=dataset)
+    caches = {"XDG_CACHE_HOME": str(work.folder / "cache")}
+    run_ranks(2, lambda: cli.run("flux", "network", argv), work.folder / f"told-{out}", caches)
+    return work.folder / out / "lora.safetensors"
 
 
 LAUNCHERS = {
@@ -64,22 +74,17 @@ def test_a_process_without_images_and_a_resumed_run(work: Work) -> None:
     """Three images for two processes: one of them has none in the last batch. Resumed, the same bytes."""
     work.images = draw_pictures(work.folder / "square", 3)
     small, brief = work.dataset(batch_size=1, name="small.toml"), "--t5xxl_max_token_length=32"
-    two = start(work, "two", LAUNCHERS["torchrun"], brief, "--save_every_n_steps=3", "--save_state", dataset=small)
-    assert two.returncode == 0, two.stderr
-    whole = work.folder / "two" / "lora.safetensors"
+    whole = train_in_two(work, "two", brief, "--save_every_n_steps=3", "--save_state", dataset=small)
     one = work.train("one", *OPTIONS, brief, dataset=work.dataset(batch_size=2, name="large.toml"))
     assert largest_difference(one, whole) < 1e-5
     state = whole.with_name("lora-step00000003-state")
-    resumed = start(work, "resumed", LAUNCHERS["torchrun"], brief, f"--resume={state}", dataset=small)
-    assert resumed.returncode == 0, resumed.stderr
-    assert fingerprint(work.folder / "resumed" / "lora.safetensors") == fingerprint(whole)
+    resumed = train_in_two(work, "resumed", brief, f"--resume={state}", dataset=small)
+    assert fingerprint(resumed) == fingerprint(whole)
 
 
 def test_caches_made_by_two_processes_are_whole(work: Work) -> None:
     caching = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--network_train_unet_only"]
-    data = work.dataset()
-    done = start(work, "two", LAUNCHERS["torchrun"], *caching, dataset=data)
-    assert done.returncode == 0, done.stderr
+    train_in_two(work, "two", *caching, dataset=work.dataset())
     assert len(list(work.images.glob("*_flux.npz"))) == len(list(work.images.glob("*_flux_te.npz"))) == 9
 
 

@@ -249,3 +249,12 @@ def test_weights_to_begin_with_are_no_change_of_a_run_that_goes_on(
             "third", *BRIEF, f"--resume={state}", f"--network_weights={work.folder / 'first' / 'lora.safetensors'}"
         )
     assert fingerprint(other) == fingerprint(plain) and "network_weights " not in caplog.text
+
+
+def test_an_option_that_the_configuration_shadows_has_not_changed(work: Work, caplog: pytest.LogCaptureFixture) -> None:
+    """data.toml has a batch size; a resolution or a dropout of captions on the command line would count."""
+    state = interrupted(work)
+    with caplog.at_level(logging.INFO):
+        go_on(work, state, "--train_batch_size=7", "--caption_dropout_rate=0.5", "--console_log_level=INFO")
+    told = [record.getMessage() for record in caplog.records if "settings that changed" in record.getMessage()]
+    assert len(told) == 1 and "caption_dropout_rate" in told[0] and "batch_size" not in told[0]

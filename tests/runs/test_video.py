@@ -3,27 +3,23 @@ a condition beside the latents, a named part beside the VAE."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from library.core.registry import import_target
 from library.training import cli, parser_common
 from library.training.trainables.network import NetworkTrainable
 from library.training.trainer_base import Trainer
+from tests.forked import run_ranks
 from tests.planted import plant
 from tests.runs.conftest import DATASET, fingerprint, largest_difference, sample_pictures
 from tests.toy_video.clips import draw_clips
 from tests.toy_video.record import FAMILY
-from tests.waiting import PATIENCE
 
-ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (5, 6, 3, 1, 5, 5, 5)
 """frames of the files: four of five, one that is cut to five, one of three, and a picture"""
 CACHES = {
@@ -58,19 +54,8 @@ class VideoWork:
 
     def start(self, out: str, *more: str, **data) -> Path:
         """Train in two processes."""
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "MASTER_PORT": str(20000 + os.getpid() % 20000),
-        }
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        script = str(ROOT / "tests" / "toy_video" / "train.py")
-        done = subprocess.run(
-            [*launcher, script, *self.argv(out, *more, **data)], env=environment, cwd=ROOT, capture_output=True,
-            text=True, timeout=PATIENCE
-        )
-        assert done.returncode == 0, done.stderr
+        argv = self.argv(out, *more, **data)
+        run_ranks(2, lambda: cli.run("toy_video", "network", argv), self.folder / f"told-{out}")
         return self.folder / out / "lora.safetensors"
 
 
@@ -201,3 +186,17 @@ def test_further_parts_are_armed_and_evaluated_like_the_denoiser(work, monkeypat
     with run.weights_for_eval():
         assert not expert.training and not run.models.denoiser.training
     assert expert.training and run.models.denoiser.training and not vae.training
+
+
+def test_image_scripts_write_every_frame(work):
+    from tests.toy_video.script import ToyVideoScript
+
+    lines = work.folder / "lines.txt"
+    lines.write_text("a red cat --d 7\na red cat --d 7 --f 1\n", encoding="utf-8")
+    clip, picture = ToyVideoScript().run([f"--from_file={lines}", f"--output_dir={work.folder / 'made'}"])
+    with Image.open(clip) as image:
+        assert (image.format, image.n_frames, image.size) == ("PNG", 5, (32, 32)) and image.text["frames"] == "5"
+        frames = [np.asarray(frame.convert("RGB")).copy() for frame in ImageSequence.Iterator(image)]
+    assert len(frames) == 5 and not np.array_equal(frames[0], frames[4])
+    with Image.open(picture) as image:
+        assert getattr(image, "n_frames", 1) == 1 and "frames" not in image.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -63,7 +62,7 @@ class ToyLatentsCaching(LatentsCachingStrategy):
     def condition_shapes(self, bucket: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
         return {FIRST_FRAME: self.architecture.latents.latent_shape(bucket[:2])}
 
-    def encode_conditions(self, vae, parts, images, seeds):
+    def encode_conditions(self, vae, parts, images, seeds, pictures):
         first = images if images.ndim == 4 else images[:, :, 0]
         return {FIRST_FRAME: self.encode(parts["first_frame_vae"], first, seeds)}
 
@@ -122,7 +121,7 @@ class ToyVideoFamily(ModelFamily):
         """A picture is a clip of one frame."""
         return latents.unsqueeze(2) if latents.ndim == 4 else latents
 
-    def predict(self, models, sample, conditioning, batch, **inputs: Any):
+    def predict(self, models, sample, conditioning, batch, **inputs: object):
         from library.training.run import DiTOutput
 
         first = batch.conditions[FIRST_FRAME].to(sample.noisy_latents)
@@ -131,7 +130,7 @@ class ToyVideoFamily(ModelFamily):
             models.denoiser(sample.noisy_latents, first, times, conditioning["states"], **inputs), sample.target
         )
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, object]:
         return {"ss_base_model_version": "toy_video"}
 
     def modelspec(self) -> dict[str, str | None]:

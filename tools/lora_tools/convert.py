@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.options import Config, option
 from library.core.plugins import PluginOptions
-from library.generation.script import read_command, script_parser
+from library.scripts.command_line import read_command, script_parser
 from library.scripts.tool_script import OutputOptions, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
 
@@ -141,12 +141,12 @@ def read_file(path: str, given: str | None) -> tuple[str, AdapterFile]:
     from networks.files.lora_layouts import AdapterFile
     from networks.files.peft_config import configs_of
     from networks.files.xlabs_names import is_xlabs
-    from networks.kinds.adapter_family import family_of_names
+    from networks.kinds.adapter_family import family_of_adapter
 
     pickled = is_pickled(path)
     metadata = {} if pickled else read_header(path)[1]
     tensors = load_pickled_tensors(path) if pickled else load_safetensors(path, device="cpu")
-    family = family_of_names({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata, path, given)
+    family = family_of_adapter({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata, path, given)
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise CheckpointError(

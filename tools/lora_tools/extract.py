@@ -15,7 +15,7 @@ from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.options import LARGEST_RANK, Config, option
 from library.families.record import ModelKind
 from library.families.registry import FAMILIES, adapter_family_of, records
-from library.generation.script import read_command, script_parser
+from library.scripts.command_line import read_command, script_parser
 from library.scripts.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
 from tools.lora_tools.adapter_input import ending_problem

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.options import option
 from library.core.plugins import PluginOptions
-from library.generation.script import script_parser
+from library.scripts.command_line import script_parser
 from library.scripts.tool_script import OutputOptions, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions
 from tools.lora_tools.adapter_input import add_files, read_with_files

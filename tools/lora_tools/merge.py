@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.options import LARGEST_RANK, LARGEST_SEED, Config, equivalent_option, option
 from library.core.plugins import PluginOptions
-from library.generation.script import read_command, script_parser
+from library.scripts.command_line import read_command, script_parser
 from library.scripts.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
 from tools.lora_tools.ema import AveragingOptions, average_files

@@ -11,7 +11,7 @@ from typing import Any
 
 from library.core.errors import ConfigError
 from library.core.options import option
-from library.generation.script import script_parser
+from library.scripts.command_line import script_parser
 from library.scripts.tool_script import tool_exit_code
 from library.training.option_groups import ConsoleOptions
 from tools.lora_tools.adapter_input import add_files, read_with_files

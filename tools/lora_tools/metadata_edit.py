@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from library.core.errors import ConfigError, Problems
 from library.core.options import Config, option
-from library.generation.script import script_parser
+from library.scripts.command_line import script_parser
 from library.scripts.tool_script import OutputOptions, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions
 from tools.lora_tools.adapter_input import add_files, read_with_files

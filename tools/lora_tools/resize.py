@@ -14,7 +14,7 @@ from library.core.errors import CheckpointError, Problems
 from library.core.options import LARGEST_RANK, Config, option
 from library.core.plugins import PluginOptions
 from library.core.text_files import parse_json
-from library.generation.script import read_command, script_parser
+from library.scripts.command_line import read_command, script_parser
 from library.scripts.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
 from tools.lora_tools.adapter_input import (

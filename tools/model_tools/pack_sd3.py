@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from library.core.errors import CheckpointError, Problems
 from library.core.options import Config, equivalent_option, option
-from library.generation.script import read_command, script_parser
+from library.scripts.command_line import read_command, script_parser
 from library.scripts.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
 

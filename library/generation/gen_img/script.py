@@ -24,16 +24,6 @@ from library.generation.gen_img.options import (
     GenerationSourceOptions,
 )
 from library.generation.gen_img.plan import Planner, PromptLine, batches, first_stage, round_of
-from library.generation.script import (
-    Failures,
-    format_problems,
-    read_command,
-    refused_problems,
-    run_to_exit,
-    script_parser,
-    tell_equivalent,
-    write_picture,
-)
 from library.generation.gen_img.sources import (
     checked,
     lines_of_pictures,
@@ -44,6 +34,9 @@ from library.generation.gen_img.sources import (
     typed_lines,
     written_lines,
 )
+from library.generation.picture_files import write_picture
+from library.generation.script import Failures, format_problems
+from library.scripts.command_line import read_command, refused_problems, run_to_exit, script_parser, tell_equivalent
 from library.training.inference_samplers import sampler_notices
 from library.training.option_groups import ConsoleOptions
 from library.training.wiring.unet import about_slot, slot_problem

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +33,7 @@ from library.training.option_groups import ModelOptions, PrecisionOptions
 from library.training.timesteps import NUM_TIMESTEPS
 from library.training.trainables.base import Trainable
 from library.training.trainables.base_weights import BaseWeights
+from library.training.trainables.foreign_network import try_arguments
 from library.training.trainables.kept_layers import KeptLayers, kept_layers
 from library.training.trainables.network_hook import NetworkHook
 from library.training.trainables.weight_norm import WeightNormHook
@@ -129,6 +130,23 @@ class NetworkTrainable(Trainable):
                 if name in self.config.explicit
             }
             check({"dropout": self.opts.network_dropout, **self.opts.pairs}, family.name, explicit)
+        else:
+            self._try_arguments(module, family)
+
+    def _try_arguments(self, module: ModuleType, family: ModelFamily) -> None:
+        """What a module that is not ours says of its arguments, and that it can have the rates of the family's options."""
+        self._is_own, options = False, self.opts
+        pairs = self._pairs(family)
+        if not options.pairs or options.dim_from_weights:
+            return
+
+        def make(model: torch.nn.Module, with_arguments: bool) -> None:
+            module.create_network(
+                1.0, options.network_dim, options.network_alpha, None, [], model,
+                neuron_dropout=options.network_dropout, **(pairs if with_arguments else {}),
+            )
+
+        try_arguments(make, targets_of_family(family.name).classes, self._told)
 
     def _check_blocks(self, family: ModelFamily) -> None:
         """Selected blocks exist in the model file, as far as its names tell."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from library.core.errors import Problems
-from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, refused_option, without_effect
+from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, without_effect
 from library.dataset import CachingOptions
 from library.families.flux import FAMILY
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
     from library.dataset.strategies import Conditioning, StrategySet
+    from library.flux_models import StreamTransformer
     from library.flux_utils import FlowModelInfo
+    from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
     from library.training.protocols import Plain
@@ -33,13 +35,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MODEL_TYPES = ("flux", "chroma")
+"""what --model_type chooses: this family or a variant"""
 PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
 TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr")
 SPLIT_MODE_BLOCKS = 18
 """what the old --split_mode amounts to"""
 TOKEN_LENGTH_DEV, TOKEN_LENGTH_SCHNELL = 512, 256
 
-_SD_MODELS = "it belongs to Stable Diffusion; FLUX.1 has no such variant"
+
+def ignored_options(model: str, clip_skip: str) -> dict[str, str]:
+    """Shared options that this script takes and does nothing with: name -> reason; `model` is the name in messages."""
+    return {
+        **ignored_by_flow(model),
+        "v2": f"it belongs to Stable Diffusion; {model} has no such variant",
+        "v_parameterization": f"{model} predicts the velocity of its flow in any case",
+        "clip_skip": clip_skip,
+        "max_token_length": f"it counts CLIP tokens; {model} reads captions through T5: see --t5xxl_max_token_length",
+        "vae": f"the autoencoder of {model} is given with --ae",
+        "sample_sampler": f"{model} samples with Euler steps along its own schedule",
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +79,7 @@ class FluxOptions:
         "raw", choices=PREDICTION_TYPES,
         help="raw: compare velocities; sigma_scaled: compare the clean estimate, weighted by --weighting_scheme",
     )
-    model_type: str = refused_option(
-        "flux", help="flux or chroma", choices=("flux", "chroma"),
-        reason="Chroma is a model family of its own that is not there yet; only flux is"
-    )
+    model_type: str = option("flux", help="flux, or chroma, a variant with options of its own", choices=MODEL_TYPES)
     split_mode: bool = option(False, help=f"deprecated: the same as --blocks_to_swap {SPLIT_MODE_BLOCKS}")
     controlnet_model_name_or_path: str | None = ignored_option(
         None, help="ControlNet to train with", reason="a ControlNet takes no part in the training of a network"
@@ -103,21 +115,20 @@ class FluxFamily(FlowFamily):
         ),
     }
     refused = {"weighted_captions": "FLUX.1 has no way to weigh words"}
-    ignored = {
-        **ignored_by_flow("FLUX.1"),
-        "v2": _SD_MODELS,
-        "v_parameterization": "FLUX.1 predicts the velocity of its flow in any case",
-        "clip_skip": "FLUX.1 takes the last layer of both text encoders",
-        "max_token_length": "it counts CLIP tokens; FLUX.1 reads captions through T5: see --t5xxl_max_token_length",
-        "vae": "the autoencoder of FLUX.1 is given with --ae",
-        "sample_sampler": "FLUX.1 samples with Euler steps along its own schedule",
-    }
+    ignored = ignored_options("FLUX.1", "FLUX.1 takes the last layer of both text encoders")
+    text_slots: ClassVar[Mapping[str, str]] = {"clip_l": "clip_l", "t5xxl": "t5"}
+    """options of text encoders, in the order of the encoders -> kinds of files"""
+    length_hangs_on_denoiser: ClassVar[bool] = True
+    """whether the number of tokens of a caption is told by the denoiser"""
 
     def part_problems(self, part: str) -> list[str]:
         found = self._slot_problems(part)
-        if part == "text_encoders" and not found:
+        if part != "text_encoders":
+            return found
+        if not found:
             found += self._tokenizer_problems()
-        if part == "text_encoders" and not self._denoiser_path and self.opts.t5xxl_max_token_length is None:
+        is_told = self._denoiser_path or self.opts.t5xxl_max_token_length is not None
+        if self.length_hangs_on_denoiser and not is_told:
             found.append(
                 "neither --pretrained_model_name_or_path nor --t5xxl_max_token_length is given; needed: one of them, to know how"
                 f" many tokens captions have ({TOKEN_LENGTH_DEV} for dev, {TOKEN_LENGTH_SCHNELL} for schnell)"
@@ -128,25 +139,29 @@ class FluxFamily(FlowFamily):
         """Files of a part that are missing or something else."""
         from library.checkpoints.kinds import check_slot
 
-        slots = {"vae": {"ae": "vae_flux"}, "text_encoders": {"clip_l": "clip_l", "t5xxl": "t5"}}[part]
+        slots = {"vae": {"ae": "vae_flux"}, "text_encoders": self.text_slots}[part]
         found = [check_slot(getattr(self.opts, slot), slot, {kind}) for slot, kind in slots.items()]
         return [problem for problem in found if problem]
 
     def _tokenizer_problems(self) -> list[str]:
         """Tokenizers that cannot be found or read, or whose ids the text encoders do not have."""
-        from library.components.text_encoder_utils import inspect_clip_l, inspect_t5xxl
+        from library.components.text_encoder_utils import inspect_clip_l
 
-        clip_l, t5xxl = self.opts.clip_l, self.opts.t5xxl
-        return [
-            *tokenizer_problems(
-                lambda: self._clip_l_tokenizer, lambda: inspect_clip_l(clip_l)["vocab"], "CLIP-L", "--clip_l_tokenizer",
-                f"--clip_l {clip_l}"
-            ),
-            *tokenizer_problems(
-                lambda: self._t5xxl_tokenizer, lambda: inspect_t5xxl(t5xxl)["vocab_size"], "T5", "--t5xxl_tokenizer",
-                f"--t5xxl {t5xxl}"
-            ),
-        ]
+        clip_l = self.opts.clip_l
+        found = tokenizer_problems(
+            lambda: self._clip_l_tokenizer, lambda: inspect_clip_l(clip_l)["vocab"], "CLIP-L", "--clip_l_tokenizer",
+            f"--clip_l {clip_l}",
+        )
+        return [*found, *self._t5_tokenizer_problems()]
+
+    def _t5_tokenizer_problems(self) -> list[str]:
+        from library.components.text_encoder_utils import inspect_t5xxl
+
+        t5xxl = self.opts.t5xxl
+        return tokenizer_problems(
+            lambda: self._t5xxl_tokenizer, lambda: inspect_t5xxl(t5xxl)["vocab_size"], "T5", "--t5xxl_tokenizer",
+            f"--t5xxl {t5xxl}",
+        )
 
     @cached_property
     def _clip_l_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -163,25 +178,35 @@ class FluxFamily(FlowFamily):
         )
 
     def _size_problems(self) -> list[str]:
-        """Sizes of the four files against each other; headers only."""
-        from library.components.text_encoder_utils import inspect_clip_l, inspect_t5xxl
+        """Sizes of the files against each other; headers only."""
         from library.flux_models import block_swap_problem
-        from library.flux_utils import inspect_ae
 
         params = self._denoiser_info.params
-        sizes = (
-            ("clip_l", "its width", inspect_clip_l(self.opts.clip_l)["width"], params.vec_in_dim),
-            ("t5xxl", "its width", inspect_t5xxl(self.opts.t5xxl)["d_model"], params.context_in_dim),
-            ("ae", "4 x its latent channels", 4 * inspect_ae(self.opts.ae).params.z_channels, params.in_channels),
-        )
         problems = [
             f"--{slot} is {getattr(self.opts, slot)}: {what} is {size}, the denoiser {self._denoiser_path} takes {needed};"
             " use the files that belong together"
-            for slot, what, size, needed in sizes
+            for slot, what, size, needed in self._sizes()
             if size != needed
         ]
         swap = block_swap_problem(self._blocks_to_swap, params.depth, params.depth_single_blocks)
         return [*problems, swap] if swap else problems
+
+    def _sizes(self) -> list[tuple[str, str, int, int]]:
+        """(option, what is compared, its size, what the denoiser takes)."""
+        from library.components.text_encoder_utils import inspect_clip_l
+
+        width = inspect_clip_l(self.opts.clip_l)["width"]
+        return [("clip_l", "its width", width, self._denoiser_info.params.vec_in_dim), *self._sizes_beside_clip()]
+
+    def _sizes_beside_clip(self) -> list[tuple[str, str, int, int]]:
+        from library.components.text_encoder_utils import inspect_t5xxl
+        from library.flux_utils import inspect_ae
+
+        params, channels = self._denoiser_info.params, inspect_ae(self.opts.ae).params.z_channels
+        return [
+            ("t5xxl", "its width", inspect_t5xxl(self.opts.t5xxl)["d_model"], params.context_in_dim),
+            ("ae", "4 x its latent channels", 4 * channels, params.in_channels),
+        ]
 
     def _notices(self) -> list[str]:
         """Lines for the log where a setting has no effect or numbers differ from what people know."""
@@ -195,9 +220,11 @@ class FluxFamily(FlowFamily):
             lines.append("--model_prediction_type is raw by default here (sigma_scaled in known trainers)")
         if self.opts.split_mode:
             lines.append(f"--split_mode is deprecated; it stands for --blocks_to_swap {SPLIT_MODE_BLOCKS}")
-        lines.append(
-            "CLIP-L computes with quick_gelu, as it was trained (known trainers compute with gelu here: other pooled captions and caches)"
-        )
+        if "clip_l" in self.text_slots:
+            lines.append(
+                "CLIP-L computes with quick_gelu, as it was trained (known trainers compute with gelu here: other pooled"
+                " captions and caches)"
+            )
         return lines
 
     def idle(self) -> list[Ignored]:
@@ -229,19 +256,27 @@ class FluxFamily(FlowFamily):
         return self.opts.t5xxl_max_token_length or (TOKEN_LENGTH_SCHNELL if self.is_schnell else TOKEN_LENGTH_DEV)
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
-        from library import strategy_flux
-        from library.dataset.strategies import Conditioning, StrategySet
+        from library.dataset.strategies import StrategySet
         from library.dataset.text_cache_io import TEXT_LAYOUTS
 
         text = self.text_cache(
-            trained, [self.opts.clip_l, self.opts.t5xxl], max_token_length=self.max_token_length,
-            flags={"apply_t5_attn_mask": self.opts.apply_t5_attn_mask},
+            trained, [getattr(self.opts, slot) for slot in self.text_slots], max_token_length=self.max_token_length,
+            flags={"apply_t5_attn_mask": self.masks_text},
         )
-        tokenize = strategy_flux.FluxTokenizeStrategy(
+        return StrategySet(*self._text_strategies(), self.latents_caching(), text, TEXT_LAYOUTS[self.name])
+
+    @property
+    def masks_text(self) -> bool:
+        """Whether T5 and the denoiser leave padding out."""
+        return self.opts.apply_t5_attn_mask
+
+    def _text_strategies(self) -> tuple[TokenizeStrategy, TextEncodingStrategy]:
+        from library.strategy_flux import FluxTextEncodingStrategy, FluxTokenizeStrategy
+
+        tokenize = FluxTokenizeStrategy(
             self.max_token_length, clip_l_tokenizer=self._clip_l_tokenizer, t5xxl_tokenizer=self._t5xxl_tokenizer
         )
-        encoding = strategy_flux.FluxTextEncodingStrategy(self.opts.apply_t5_attn_mask)
-        return StrategySet(tokenize, encoding, self.latents_caching(), text, TEXT_LAYOUTS["flux"])
+        return tokenize, FluxTextEncodingStrategy(self.masks_text)
 
     def latents_caching(self) -> LatentCache:
         from library.strategy_flux import FluxLatentEncoder
@@ -258,13 +293,17 @@ class FluxFamily(FlowFamily):
         return load_ae(self.opts.ae, runtime.vae_dtype, runtime.device, self._disable_mmap)
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
-        """[CLIP-L, T5]. With 8-bit storage they are read in the compute type first, because only their linear layers
-        shrink."""
+        """Those of `text_slots`. With 8-bit storage they are read in the compute type first, because only their linear
+        layers shrink."""
         from library.flux_utils import load_clip_l, load_t5xxl
 
+        load = {"clip_l": load_clip_l, "t5xxl": load_t5xxl}
         encoders = [
-            load(path, runtime.weight_dtype, runtime.device, self._disable_mmap, transform=self.transform)
-            for load, path in ((load_clip_l, self.opts.clip_l), (load_t5xxl, self.opts.t5xxl))
+            load[slot](
+                getattr(self.opts, slot), runtime.weight_dtype, runtime.device, self._disable_mmap,
+                transform=self.transform,
+            )
+            for slot in self.text_slots
         ]
         if runtime.text_encoder_dtype != runtime.weight_dtype:
             from library.fp8_optimization_utils import shrink_linears_to_fp8
@@ -276,17 +315,21 @@ class FluxFamily(FlowFamily):
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory."""
-        from library.flux_utils import load_flux
-
         swap = self._blocks_to_swap
         device = "cpu" if swap else runtime.device
-        denoiser = load_flux(
+        denoiser = self._loader(
             self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, transform=self.transform
         )
         if swap:
             denoiser.enable_block_swap(swap, runtime.device)
             denoiser.move_to_device_except_swap_blocks(runtime.device)
         return denoiser
+
+    @property
+    def _loader(self) -> Callable[..., StreamTransformer]:
+        from library.flux_utils import load_flux
+
+        return load_flux
 
     def objective(self) -> Objective:
         """Velocity; with sigma_scaled the clean latents, weighted by `--weighting_scheme`."""
@@ -301,18 +344,25 @@ class FluxFamily(FlowFamily):
     def predict(
         self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
-        from library.flux_train_utils import predict_velocity
         from library.training.objective import clean_estimate
         from library.training.run import DiTOutput
 
-        prediction = predict_velocity(
-            models.denoiser, sample.noisy_latents, sample.timesteps, conditioning,
-            guidance=self.opts.guidance_scale, use_t5_mask=self.opts.apply_t5_attn_mask, **inputs,
-        )
-        prediction, extra = self.with_side_outputs(prediction)
+        velocity = self._velocity(models.denoiser, sample, conditioning, **inputs)
+        prediction, extra = self.with_side_outputs(velocity)
         if self.opts.model_prediction_type == "sigma_scaled":
             prediction = clean_estimate(prediction.float(), sample.noisy_latents, sample.sigmas)
         return DiTOutput(prediction, sample.target, extra)
+
+    def _velocity(
+        self, denoiser: torch.nn.Module, sample: NoisyLatents, conditioning: Conditioning, **inputs: object
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """What the denoiser predicts, with its side outputs where `inputs` ask for them."""
+        from library.flux_train_utils import predict_velocity
+
+        return predict_velocity(
+            denoiser, sample.noisy_latents, sample.timesteps, conditioning,
+            guidance=self.opts.guidance_scale, use_t5_mask=self.masks_text, **inputs,
+        )
 
     def save_model(
         self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
@@ -325,14 +375,14 @@ class FluxFamily(FlowFamily):
         save_flow_model(models.denoiser, path, dtype, metadata)
 
     def pipeline_settings(self) -> Mapping[str, object]:
-        return {"use_t5_mask": self.opts.apply_t5_attn_mask}
+        return {"use_t5_mask": self.masks_text}
 
     def metadata(self) -> dict[str, Plain]:
         times = self.config[TimestepOptions]
         return {
             "ss_base_model_version": "flux1",
             "ss_model_type": self.opts.model_type,
-            "ss_apply_t5_attn_mask": self.opts.apply_t5_attn_mask,
+            "ss_apply_t5_attn_mask": self.masks_text,
             "ss_weighting_scheme": times.weighting_scheme,
             "ss_logit_mean": times.logit_mean,
             "ss_logit_std": times.logit_std,

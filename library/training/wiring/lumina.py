@@ -3,10 +3,10 @@ strategy_lumina."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.core.errors import Problems
 from library.core.options import LARGEST_BATCH, LARGEST_TOKENS, equivalent_option, option
@@ -14,16 +14,19 @@ from library.dataset import DatasetOptions
 from library.families.lumina import FAMILY
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
-from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
+from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, tokenizer_problems
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
+    from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
-    from library.dataset.strategies import StrategySet
+    from library.dataset.strategies import Conditioning, StrategySet
     from library.lumina_utils import LuminaInfo
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
+    from library.training.protocols import Plain
     from library.training.run import DiTOutput, Models
 
 PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
@@ -130,7 +133,7 @@ class LuminaFamily(FlowFamily):
         )
 
     @cached_property
-    def _gemma2_tokenizer(self) -> Any:
+    def _gemma2_tokenizer(self) -> PreTrainedTokenizerBase:
         from library.components.gemma_tokenizer import load_gemma2_tokenizer
 
         cache_dir = self.config[ModelOptions].tokenizer_cache_dir
@@ -256,7 +259,7 @@ class LuminaFamily(FlowFamily):
         )  # fmt: skip
 
     def predict(
-        self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
+        self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
         from library.lumina_train_utils import predict_velocity
         from library.training.objective import clean_estimate
@@ -268,12 +271,17 @@ class LuminaFamily(FlowFamily):
             prediction = clean_estimate(-prediction.float(), sample.noisy_latents, sample.sigmas)
         return DiTOutput(prediction, sample.target, extra)
 
-    def save_model(self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+    def save_model(
+        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
+        parts: Collection[str] = DENOISER,
+    ) -> None:
+        """The denoiser, which has a file of its own."""
         from library.lumina_utils import save_lumina
 
+        self.check_parts(parts)
         save_lumina(models.denoiser, path, dtype, metadata)
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Plain]:
         times = self.config[TimestepOptions]
         return {
             "ss_base_model_version": "lumina2",

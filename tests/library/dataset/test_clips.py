@@ -145,7 +145,7 @@ def test_latents_that_others_wrote_anew_have_no_older_conditions_beside_them(tmp
 
 def test_wrong_shapes_of_conditions_are_told_before_they_are_stored(tmp_path):
     class Wrong(ToyLatentsCaching):
-        def encode_conditions(self, vae, parts, images, seeds):
+        def encode_conditions(self, vae, parts, images, seeds, pictures):
             return {FIRST_FRAME: torch.zeros(len(images), 4, 1, 1)}
 
     strategy = Wrong(True, 2, False)

@@ -1,0 +1,27 @@
+"""The forward of Chroma that training and sampling share; schedules and packing are those of FLUX.1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from library.flux_train_utils import on_packed_latents
+
+if TYPE_CHECKING:
+    from library.chroma_models import Chroma
+
+
+def predict_velocity(
+    denoiser: Chroma, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], **inputs: object
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Velocity (noise - data) [B, C, H, W] of noisy latents [B, C, H, W]; H and W must be even.
+
+    `timesteps` [B] are on the 0..1000 scale, float32. `conditioning` has the keys of the family. With `feature_layer`
+    among `inputs` the result is (velocity, tokens [B, L, hidden] after that block).
+    """
+    mask = conditioning["t5_attn_mask"].to(noisy_latents.device)
+    return on_packed_latents(
+        denoiser, noisy_latents, timesteps, conditioning["t5_out"], txt_attention_mask=mask, **inputs
+    )

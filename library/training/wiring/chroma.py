@@ -1,0 +1,136 @@
+"""Chroma: options and wiring, a variant of FLUX.1 in the scripts of that family. Numerics are in chroma_train_utils,
+loading in chroma_utils, text in strategy_chroma."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from library.core.errors import ConfigError
+from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, ignored_option, option
+from library.families.chroma import FAMILY
+from library.training.wiring.base import DENOISER
+from library.training.wiring.flux import MODEL_TYPES, TOKEN_LENGTH_DEV, FluxFamily, FluxOptions, ignored_options
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.dataset.strategies import Conditioning
+    from library.flux_models import StreamTransformer
+    from library.flux_utils import StreamModelInfo
+    from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
+    from library.training.objective import NoisyLatents
+    from library.training.protocols import Plain
+    from library.training.run import Models
+
+TOKEN_LENGTH = TOKEN_LENGTH_DEV
+T5_ALONE = "Chroma reads captions through T5 alone"
+ALWAYS_MASKED = (
+    "--apply_t5_attn_mask: Chroma never attends to padding, but for the one token with which it was trained"
+)
+NO_GUIDANCE = "Chroma has no embedded guidance; what stands in its place is always 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChromaOptions(FluxOptions):
+    """Chroma"""
+
+    clip_l: str | None = ignored_option(None, help="file of the CLIP-L text encoder", reason=T5_ALONE)
+    clip_l_tokenizer: str | None = option(None, help="folder of the CLIP-L tokenizer")
+    t5xxl_max_token_length: int | None = option(
+        None, help=f"longest caption in T5 tokens; {TOKEN_LENGTH} when not given", most=LARGEST_TOKENS
+    )
+    apply_t5_attn_mask: bool = equivalent_option(
+        False, help="keep T5 and the denoiser from attending to padding", reason=ALWAYS_MASKED
+    )
+    guidance_scale: float = ignored_option(0.0, help="embedded guidance while training", reason=NO_GUIDANCE)
+    model_type: str = option("chroma", help="chroma, or flux, whose options differ", choices=MODEL_TYPES)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model_type != FAMILY.name:
+            raise ConfigError(f"--model_type is {self.model_type}; needed for Chroma: {FAMILY.name}, or leave it out")
+
+
+class ChromaFamily(FluxFamily):
+    """The wiring of Chroma."""
+
+    record = FAMILY
+    denoiser_kinds = ("chroma",)
+    options = ChromaOptions
+    gives_features = False
+    """its approximator makes the vectors of all blocks for one time per sample; one per token would need hundreds of
+    vectors for each"""
+    part_options = {
+        "vae": frozenset({"ae"}),
+        "text_encoders": frozenset({
+            "t5xxl", "t5xxl_tokenizer", "t5xxl_max_token_length", "apply_t5_attn_mask", "clip_l", "clip_l_tokenizer",
+        }),
+    }
+    refused = {"weighted_captions": "Chroma has no way to weigh words"}
+    ignored = ignored_options("Chroma", "Chroma takes the last layer of T5")
+    foreign = {"clip_l_tokenizer": T5_ALONE}
+    text_slots = {"t5xxl": "t5"}
+    length_hangs_on_denoiser = False
+
+    def _tokenizer_problems(self) -> list[str]:
+        return self._t5_tokenizer_problems()
+
+    def _sizes(self) -> list[tuple[str, str, int, int]]:
+        return self._sizes_beside_clip()
+
+    def idle(self) -> list[Ignored]:
+        return []
+
+    @cached_property
+    def _denoiser_info(self) -> StreamModelInfo:
+        from library.chroma_utils import inspect_chroma
+
+        return inspect_chroma(self._denoiser_path)
+
+    @property
+    def max_token_length(self) -> int:
+        return self.opts.t5xxl_max_token_length or TOKEN_LENGTH
+
+    @property
+    def masks_text(self) -> bool:
+        return True
+
+    def _text_strategies(self) -> tuple[TokenizeStrategy, TextEncodingStrategy]:
+        from library.strategy_chroma import ChromaTextEncodingStrategy, ChromaTokenizeStrategy
+
+        tokenize = ChromaTokenizeStrategy(self.max_token_length, t5xxl_tokenizer=self._t5xxl_tokenizer)
+        return tokenize, ChromaTextEncodingStrategy()
+
+    @property
+    def _loader(self) -> Callable[..., StreamTransformer]:
+        from library.chroma_utils import load_chroma
+
+        return load_chroma
+
+    def _velocity(
+        self, denoiser: torch.nn.Module, sample: NoisyLatents, conditioning: Conditioning, **inputs: object
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        from library.chroma_train_utils import predict_velocity
+
+        return predict_velocity(denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
+
+    def save_model(
+        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
+        parts: Collection[str] = DENOISER,
+    ) -> None:
+        from library.chroma_utils import save_chroma
+
+        self.check_parts(parts)
+        save_chroma(models.denoiser, path, dtype, metadata)
+
+    def pipeline_settings(self) -> Mapping[str, object]:
+        return {}
+
+    def metadata(self) -> dict[str, Plain]:
+        return {**super().metadata(), "ss_base_model_version": FAMILY.name, "ss_guidance_scale": 0.0}
+
+    def modelspec(self) -> dict[str, str | None]:
+        return {"architecture": "chroma", "implementation": "https://huggingface.co/lodestones/Chroma"}

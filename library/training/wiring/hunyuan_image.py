@@ -1,0 +1,309 @@
+"""HunyuanImage 2.1: options and wiring. Numerics are in hunyuan_image_train_utils, loading in hunyuan_image_utils, text
+in strategy_hunyuan_image."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from library.core.errors import Problems
+from library.core.options import Ignored, equivalent_option, option, without_effect
+from library.families.hunyuan_image import FAMILY
+from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions, PrecisionOptions
+from library.training.timestep_samplers import TimestepOptions
+from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from library.dataset.batch import Batch
+    from library.dataset.latent_cache import LatentCache
+    from library.dataset.strategies import Conditioning, StrategySet
+    from library.hunyuan_image_utils import HYImageInfo
+    from library.training.accelerator_setup import Runtime
+    from library.training.objective import NoisyLatents, Objective
+    from library.training.protocols import Plain
+    from library.training.run import DiTOutput, Models
+    from library.training.sampling_prompts import SamplePrompt
+
+logger = logging.getLogger(__name__)
+
+PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
+TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr")
+ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")
+
+_SD_MODELS = "it belongs to Stable Diffusion; HunyuanImage has no such variant"
+_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
+_STILL = "the text encoders of HunyuanImage are never trained"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HunyuanImageOptions:
+    """HunyuanImage 2.1"""
+
+    text_encoder: str | None = option(None, help="file or folder of the Qwen2.5-VL-7B text encoder")
+    byt5: str | None = option(None, help="file of the ByT5 glyph encoder (byt5_small_glyphxl_fp16.safetensors)")
+    text_encoder_tokenizer: str | None = option(None, help="folder of the Qwen2.5-VL tokenizer")
+    guidance_scale: float = option(
+        3.5, help="embedded guidance while training, of distilled models; the others have none"
+    )
+    model_prediction_type: str = option(
+        "raw",
+        choices=PREDICTION_TYPES,
+        help="raw: compare velocities; sigma_scaled: compare the clean estimate, weighted by --weighting_scheme",
+    )
+    fp8_scaled: bool = option(
+        False, help="keep the large matrices of the denoiser in 8 bits, each row scaled to the whole range"
+    )
+    fp8_vl: bool = option(False, help="keep the matrices of the Qwen2.5-VL text encoder in 8 bits")
+    text_encoder_cpu: bool = option(False, help="let the text encoders compute on the CPU")
+    vae_chunk_size: int | None = option(
+        None, help="rows that the VAE computes at once: less memory, equal results; all when not given"
+    )
+    attn_mode: str | None = equivalent_option(
+        None,
+        help="which package computes the attention",
+        choices=(None, *ATTENTION_MODES),
+        reason=f"--attn_mode: {_ATTENTION}",
+    )
+    split_attn: bool = equivalent_option(
+        False, help="one attention call for each sample", reason=f"--split_attn: {_ATTENTION}, which needs no splitting"
+    )
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        if self.model_prediction_type == "additive":
+            problems.add(
+                "--model_prediction_type is additive,"
+                " which compares a sum of velocity and noisy latents with a velocity;"
+                " use raw (the same model output, compared with what it stands for)"
+            )
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            problems.add(f"--guidance_scale is {self.guidance_scale}; needed: 0 or more, e.g. 3.5")
+        if self.vae_chunk_size is not None and self.vae_chunk_size < 1:
+            problems.add(f"--vae_chunk_size is {self.vae_chunk_size}; needed: 1 or more, e.g. 64")
+        problems.raise_if_any()
+
+
+class HunyuanImageFamily(FlowFamily):
+    """The wiring of HunyuanImage 2.1."""
+
+    record = FAMILY
+    timestep_modes = TIMESTEP_MODES
+    denoiser_kinds = ("hunyuan_image",)
+    options = HunyuanImageOptions
+    defaults = {"discrete_flow_shift": 5.0}
+    part_options = {
+        "vae": frozenset({"vae_chunk_size"}),
+        "text_encoders": frozenset({"text_encoder", "byt5", "text_encoder_tokenizer", "fp8_vl", "text_encoder_cpu"}),
+    }
+    refused = {"weighted_captions": "HunyuanImage has no way to weigh words"}
+    ignored = {
+        **ignored_by_flow("HunyuanImage"),
+        "v2": _SD_MODELS,
+        "v_parameterization": "HunyuanImage predicts the velocity of its flow in any case",
+        "clip_skip": "HunyuanImage takes a fixed layer of its text encoder",
+        "max_token_length": "it counts CLIP tokens; HunyuanImage reads 1024 tokens of a caption",
+        "sample_sampler": "HunyuanImage samples with Euler steps along its own schedule",
+    }
+
+    def part_problems(self, part: str) -> list[str]:
+        found = self._slot_problems(part)
+        return found + (self._tokenizer_problems() if part == "text_encoders" and not found else [])
+
+    def _slot_problems(self, part: str) -> list[str]:
+        """Files of a part that are missing or something else."""
+        from library.checkpoints.kinds import check_slot
+
+        if part == "vae":
+            found = [check_slot(self._vae_path, "vae", {"vae_hunyuan_image"})]
+        else:
+            slots = {"text_encoder": "qwen25_vl", "byt5": "byt5"}
+            found = [check_slot(getattr(self.opts, slot), slot, {kind}) for slot, kind in slots.items()]
+        return [problem for problem in found if problem]
+
+    def _tokenizer_problems(self) -> list[str]:
+        """A tokenizer that cannot be found or read, or whose ids the model does not have."""
+        from library.components.llm_encoder_utils import inspect_qwen25_vl
+
+        path = self.opts.text_encoder
+        return tokenizer_problems(
+            lambda: self._tokenizer, lambda: inspect_qwen25_vl(path)["vocab_size"], "Qwen2.5-VL",
+            "--text_encoder_tokenizer", f"--text_encoder {path}",
+        )  # fmt: skip
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        from library.components.tokenizers import load_qwen25_vl_tokenizer
+
+        cache_dir = self.config[ModelOptions].tokenizer_cache_dir
+        return load_qwen25_vl_tokenizer(self.opts.text_encoder_tokenizer, cache_dir, self.opts.text_encoder)
+
+    def _size_problems(self) -> list[str]:
+        """Sizes of the files against each other; headers only."""
+        from library.custom_offloading_utils import stream_swap_problem
+        from library.hunyuan_image_utils import fitting_problems
+
+        params = self._denoiser_info.params
+        problems = fitting_problems(
+            params, text_encoder=("text_encoder", self.opts.text_encoder), byt5=("byt5", self.opts.byt5),
+            vae=("vae", self._vae_path), model=self._denoiser_path,
+        )  # fmt: skip
+        swap = stream_swap_problem(self._blocks_to_swap, params.depth, params.depth_single)
+        return [*problems, swap] if swap else problems
+
+    def _notices(self) -> list[str]:
+        """Lines for the log where a setting has no effect or numbers differ from what people know."""
+        lines = ["the time reaches the network in float32 (known trainers cut it to a whole number)"]
+        params, precision = self._denoiser_info.params, self.config[PrecisionOptions]
+        if params.mean_flow:
+            lines.append(
+                "a distilled model that learned average velocities: it is trained on those of a single time (r = t)"
+            )
+        elif params.guidance_embed:
+            lines.append("a distilled model, trained with its embedded guidance (--guidance_scale)")
+        if (precision.fp8_base or precision.fp8_base_unet) and not self.opts.fp8_scaled:
+            lines.append(
+                "--fp8_base stores the denoiser as --fp8_scaled does: without scales its small rows would be lost"
+            )
+        return lines
+
+    def idle(self) -> list[Ignored]:
+        given = ["guidance_scale"] if not self.is_distilled and "guidance_scale" in self.config.explicit else []
+        return without_effect(given, "only distilled models have embedded guidance, and this file is none")
+
+    @property
+    def _denoiser_path(self) -> str | None:
+        return self.config[ModelOptions].pretrained_model_name_or_path
+
+    @property
+    def _vae_path(self) -> str | None:
+        return self.config[ModelOptions].vae
+
+    @property
+    def _blocks_to_swap(self) -> int:
+        return self.config[MemoryOptions].blocks_to_swap or 0
+
+    @cached_property
+    def _denoiser_info(self) -> HYImageInfo:
+        from library.hunyuan_image_utils import inspect_hunyuan_image
+
+        return inspect_hunyuan_image(self._denoiser_path)
+
+    @property
+    def is_distilled(self) -> bool:
+        """By the file: it follows an embedded guidance."""
+        return self._denoiser_info.params.guidance_embed
+
+    def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
+        from library import strategy_hunyuan_image
+        from library.dataset.strategies import StrategySet
+        from library.dataset.text_cache_io import TEXT_LAYOUTS
+
+        text = self.text_cache(trained, [self.opts.text_encoder, self.opts.byt5])
+        tokenize = strategy_hunyuan_image.HunyuanImageTokenizeStrategy(tokenizer=self._tokenizer)
+        encoding = strategy_hunyuan_image.HunyuanImageTextEncodingStrategy()
+        return StrategySet(tokenize, encoding, self.latents_caching(), text, TEXT_LAYOUTS["hunyuan_image"])
+
+    def latents_caching(self) -> LatentCache:
+        from library.strategy_hunyuan_image import HunyuanImageLatentEncoder
+
+        return self.latent_cache(HunyuanImageLatentEncoder(), self._vae_path)
+
+    @property
+    def _disable_mmap(self) -> bool:
+        return self.config[ModelOptions].disable_mmap_load_safetensors
+
+    def load_vae(self, runtime: Runtime) -> torch.nn.Module:
+        from library.hunyuan_image_utils import load_vae
+
+        chunk = self.opts.vae_chunk_size
+        return load_vae(self._vae_path, runtime.vae_dtype, runtime.device, self._disable_mmap, chunk_size=chunk)
+
+    def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
+        """[Qwen2.5-VL, ByT5]. In 8 bits are the linear layers of the first, which is read in the compute type."""
+        from library.hunyuan_image_utils import load_encoders
+
+        device = "cpu" if self.opts.text_encoder_cpu else runtime.device
+        return load_encoders(
+            self.opts.text_encoder, self.opts.byt5, runtime.weight_dtype, device, self._disable_mmap,
+            fp8_vl=self.opts.fp8_vl or runtime.text_encoder_dtype != runtime.weight_dtype,
+        )  # fmt: skip
+
+    def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
+        """On the device, or with block swap spread over device and main memory."""
+        from library.hunyuan_image_utils import load_hunyuan_image
+
+        swap = self._blocks_to_swap
+        device = "cpu" if swap else runtime.device
+        scaled = self.opts.fp8_scaled or runtime.denoiser_dtype.itemsize == 1
+        denoiser = load_hunyuan_image(
+            self._denoiser_path, runtime.weight_dtype if scaled else runtime.denoiser_dtype, device, self._disable_mmap,
+            fp8_scaled=scaled, transform=self.transform,
+        )  # fmt: skip
+        if swap:
+            denoiser.enable_block_swap(swap, runtime.device)
+            denoiser.move_to_device_except_swap_blocks(runtime.device)
+        return denoiser
+
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        from library.hunyuan_image_vae import LATENT_SCALING_FACTOR
+
+        return latents * LATENT_SCALING_FACTOR
+
+    def objective(self) -> Objective:
+        """Velocity; with sigma_scaled the clean latents, weighted by `--weighting_scheme`."""
+        from library.training.objective import FlowMatchingObjective
+
+        is_scaled = self.opts.model_prediction_type == "sigma_scaled"
+        target = "latents" if is_scaled else "velocity"
+        return FlowMatchingObjective(
+            self.config[TimestepOptions], self.config[NoiseOptions], target=target, weigh=is_scaled
+        )
+
+    def predict(
+        self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
+    ) -> DiTOutput:
+        from library.hunyuan_image_train_utils import predict_velocity
+        from library.training.objective import clean_estimate
+        from library.training.run import DiTOutput
+
+        prediction = predict_velocity(
+            models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, guidance=self.opts.guidance_scale,
+            **inputs,
+        )  # fmt: skip
+        prediction, extra = self.with_side_outputs(prediction)
+        if self.opts.model_prediction_type == "sigma_scaled":
+            prediction = clean_estimate(prediction.float(), sample.noisy_latents, sample.sigmas)
+        return DiTOutput(prediction, sample.target, extra)
+
+    def needs_negative(self, prompt: SamplePrompt) -> bool:
+        """Distilled models follow their embedded guidance alone."""
+        return not self.is_distilled and super().needs_negative(prompt)
+
+    def metadata(self) -> dict[str, Plain]:
+        times = self.config[TimestepOptions]
+        more = {"ss_guidance_scale": self.opts.guidance_scale} if self.is_distilled else {}
+        return {
+            "ss_base_model_version": "hunyuan-image-2.1",
+            "ss_logit_mean": times.logit_mean,
+            "ss_logit_std": times.logit_std,
+            "ss_mode_scale": times.mode_scale,
+            "ss_timestep_sampling": times.timestep_sampling,
+            "ss_sigmoid_scale": times.sigmoid_scale,
+            "ss_model_prediction_type": self.opts.model_prediction_type,
+            "ss_discrete_flow_shift": times.discrete_flow_shift,
+            **more,
+        }
+
+    def modelspec(self) -> dict[str, str | None]:
+        """No prediction_type: readers know flow models by their architecture."""
+        return {
+            "architecture": "hunyuan-image-2.1",
+            "implementation": "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
+        }

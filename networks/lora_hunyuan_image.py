@@ -1,0 +1,65 @@
+"""HunyuanImage 2.1: the layers that adapters train, all of them in the double and single blocks. Its text encoders are
+never trained.
+
+sd-scripts names the layers after this module tree (`img_mlp_fc1`, `img_mod_linear`, `modulation_linear`); ComfyUI after
+its own (`img_mlp_0`, `img_mod_lin`, `modulation_lin`), with the same prefix and parameters.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from networks.kinds.targets import NetworkTargets, SplitRule, linear1_rows, qkv_rows
+from networks.lora import check_network_args, create_network, create_network_from_weights
+
+if TYPE_CHECKING:
+    from networks.files.file_names import LayerNames
+
+__all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights", "file_layers"]
+
+SIDES = (
+    ("img", ("to_q", "to_k", "to_v"), "to_out.0", "ff", "norm1"),
+    ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "ff_context", "norm1_context"),
+)
+"""(side of a double block; in diffusers its q, k and v, its output, its feed-forward, its modulation)"""
+
+
+def file_layers() -> tuple[LayerNames, ...]:
+    """The layers under their names in files of other programs."""
+    from networks.files.file_names import LayerNames
+
+    double, layers = "double_blocks.{i}.", []
+    theirs = "transformer_blocks.{i}."
+    for side, qkv, out, mlp, norm in SIDES:
+        layers += [
+            LayerNames(f"{double}{side}_attn_qkv", tuple(f"{theirs}attn.{name}" for name in qkv)),
+            LayerNames(f"{double}{side}_attn_proj", (f"{theirs}attn.{out}",)),
+            LayerNames(f"{double}{side}_mlp.fc1", (f"{theirs}{mlp}.net.0.proj",), original=f"{double}{side}_mlp.0"),
+            LayerNames(f"{double}{side}_mlp.fc2", (f"{theirs}{mlp}.net.2",), original=f"{double}{side}_mlp.2"),
+            LayerNames(f"{double}{side}_mod.linear", (f"{theirs}{norm}.linear",), original=f"{double}{side}_mod.lin"),
+        ]
+        added = "added_" if side == "txt" else ""
+        layers += [
+            LayerNames(f"{double}{side}_attn_{name}_norm", (f"{theirs}attn.norm_{added}{name}",)) for name in "qk"
+        ]
+    single, theirs = "single_blocks.{i}.", "single_transformer_blocks.{i}."
+    parts = tuple(f"{theirs}{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
+    layers += [
+        LayerNames(f"{single}linear1", parts, "linear1"),
+        LayerNames(f"{single}linear2", (f"{theirs}proj_out",)),
+        LayerNames(f"{single}modulation.linear", (f"{theirs}norm.linear",), original=f"{single}modulation.lin"),
+        *(LayerNames(f"{single}{name}_norm", (f"{theirs}attn.norm_{name}",)) for name in "qk"),
+    ]
+    return tuple(layers)
+
+
+TARGETS = NetworkTargets(
+    family="hunyuan_image",
+    file_state="library.hunyuan_image_utils:denoiser_state",
+    classes=("MMDoubleStreamBlock", "MMSingleStreamBlock"),
+    splits=(
+        SplitRule(r"double_blocks\.\d+\.(img|txt)_attn_qkv", qkv_rows),
+        SplitRule(r"single_blocks\.\d+\.linear1", linear1_rows),
+    ),
+    comfy_is_kohya=True,
+)
