@@ -305,6 +305,11 @@ class MMDiT(BlockStackMixin, nn.Module):
         side = self._table_side(grid)
         return max(side - grid[0], 0), max(side - grid[1], 0)
 
+    def middle_corner(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Row and column of the table where the patches of a picture [h, w] in its middle begin."""
+        side = self._table_side(grid)
+        return (side - grid[0]) // 2, (side - grid[1]) // 2
+
     def _table_side(self, grid: tuple[int, int]) -> int:
         if self.uses_scaled_pos_embed:
             return int(sample_side(grid) * POS_EMBED_MAX_RATIO)
@@ -313,8 +318,7 @@ class MMDiT(BlockStackMixin, nn.Module):
     def _positions(self, grid: tuple[int, int], corners: Tensor | None, device: torch.device) -> Tensor:
         """[1 or B, h * w, hidden] float32. ValueError for a picture that the stored table cannot hold."""
         side = self._table_side(grid)
-        middle = ((side - grid[0]) // 2, (side - grid[1]) // 2)
-        places = [middle] if corners is None else [tuple(corner) for corner in corners.tolist()]
+        places = [self.middle_corner(grid)] if corners is None else [tuple(corner) for corner in corners.tolist()]
         if not self.uses_scaled_pos_embed and max(grid) > side:
             raise ValueError(
                 f"the picture has {grid[0]} x {grid[1]} patches; the position table of the model holds {side} x {side}"

@@ -7,12 +7,12 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from library.checkpoints.ldm_convert import convert_diffusers_vae_to_ldm, is_diffusers_autoencoder
 from library.checkpoints.loading import (
     CheckpointFiles,
     Transform,
@@ -28,14 +28,24 @@ from library.checkpoints.loading import (
 )
 from library.checkpoints.sd3_convert import convert_diffusers_to_sd3, convert_sd3_to_diffusers, is_diffusers_denoiser
 from library.components.ldm_models import AutoEncoder
-from library.components.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
+from library.components.ldm_utils import (
+    AE_PREFIXES,
+    AE_ROOTS,
+    AutoEncoderInfo,
+    Wanted,
+    inspect_autoencoder,
+    load_autoencoder,
+)
 from library.components.text_encoder_utils import (
     CLIP_G,
     CLIP_L,
+    clip_g_state,
+    clip_l_state,
     inspect_clip,
     inspect_t5xxl,
     load_clip,
     load_t5xxl,
+    t5_state,
 )
 from library.core.errors import CheckpointError
 from library.fp8_optimization_utils import store_linears_in_fp8
@@ -270,19 +280,127 @@ def inspect_encoder(slot: str, path: str | os.PathLike) -> dict[str, Any]:
     return inspect_clip(path, CLIP_L if slot == "clip_l" else CLIP_G).values
 
 
-def encoders_in(path: str | os.PathLike) -> tuple[str, ...]:
-    """The text encoders that a whole model, one file or a diffusers folder, holds beside the denoiser."""
-    folder = Path(path)
-    if folder.is_dir():
-        places = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
-        return tuple(slot for slot in ENCODER_SLOTS if (folder / places[slot]).is_dir())
-    shapes = open_checkpoint(path).shapes
-    return tuple(slot for slot in ENCODER_SLOTS if any(key.startswith(f"text_encoders.{slot}.") for key in shapes))
+SUBFOLDERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3", "vae": "vae"}
+"""where a diffusers folder has the other parts"""
+FILE_PREFIXES = {**{slot: f"text_encoders.{slot}.transformer." for slot in ENCODER_SLOTS}, "vae": AE_PREFIXES[0]}
+"""what stands before the names of the other parts in a file that holds them too"""
+_TITLES = {"clip_l": "CLIP-L text encoder", "clip_g": "CLIP-G text encoder", "vae": "autoencoder"}
 
 
-def has_vae(path: str | os.PathLike) -> bool:
-    """Whether a whole model holds its autoencoder."""
-    folder = Path(path)
-    if folder.is_dir():
-        return (folder / "vae").is_dir()
-    return any(key.startswith(("first_stage_model.", "vae.")) for key in open_checkpoint(path).shapes)
+def parts_in(path: str | os.PathLike) -> tuple[str, ...]:
+    """What a model, one file or a diffusers folder, holds beside the denoiser: clip_l, clip_g, t5xxl, vae."""
+    if os.path.isdir(path):
+        return tuple(part for part, folder in SUBFOLDERS.items() if os.path.isdir(os.path.join(path, folder)))
+    prefixes = {**{slot: (f"text_encoders.{slot}.",) for slot in ENCODER_SLOTS}, "vae": AE_PREFIXES}
+    keys = open_checkpoint(path).shapes
+    return tuple(part for part, known in prefixes.items() if any(key.startswith(known) for key in keys))
+
+
+def part_paths(base: str | os.PathLike, given: Mapping[str, str | None]) -> dict[str, str]:
+    """Where each part (a key of `given`) lies: the file that is given for it, else the model's own; without those that
+    are nowhere."""
+    base, own = os.fspath(base), parts_in(base)
+
+    def own_place(part: str) -> str:
+        return os.path.join(base, SUBFOLDERS[part]) if os.path.isdir(base) else base
+
+    return {part: path or own_place(part) for part, path in given.items() if path or part in own}
+
+
+def file_problems(
+    slot: str, base: str | None, given: Mapping[str, str | None], *, for_pictures: bool = False
+) -> list[str]:
+    """What is missing, something else, or does not fit together, from headers. `slot`: the option that names the model;
+    `given`: what the options of the parts (clip_l, clip_g, t5xxl, vae, or some of them) name."""
+    from library.checkpoints.kinds import check_slot
+
+    wrong = check_slot(base, slot, {"sd3"}, for_pictures=for_pictures)
+    found = [problem for part, path in given.items() if path and (problem := _slot_problem(part, path, for_pictures))]
+    if wrong is None:
+        own = parts_in(base)
+        found += [
+            f"--{part} is not given, and {base} holds no {_TITLES[part]}; needed: a file of it"
+            for part, path in given.items()
+            if not path and part not in own and part in _TITLES
+        ]
+    if wrong or found:
+        return [*([wrong] if wrong else []), *found]
+    try:
+        return size_problems(base, given)
+    except CheckpointError as error:
+        return [str(error)]
+
+
+def _slot_problem(part: str, path: str, for_pictures: bool) -> str | None:
+    from library.checkpoints.kinds import check_slot, describe_checkpoint
+
+    kinds = {"vae": "vae_flux", "t5xxl": "t5"}
+    problem = check_slot(path, part, {kinds.get(part, part)}, for_pictures=for_pictures)
+    if problem and part == "clip_g" and describe_checkpoint(path).kind == "clip_l":
+        # files of no released width are told apart by the sizes of both
+        return None if inspect_encoder("clip_g", path)["width"] != 768 else problem
+    return problem
+
+
+def size_problems(base: str, given: Mapping[str, str | None]) -> list[str]:
+    """Sizes of the parts against each other, from headers. CheckpointError when one is no such part."""
+    params, paths = inspect_sd3(base).params, part_paths(base, given)
+
+    def named(part: str) -> str:
+        return f"--{part} is {given[part]}" if given[part] else f"the {_TITLES.get(part, 'T5')} in {base}"
+
+    problems = []
+    if "clip_l" in paths and "clip_g" in paths:
+        first, second = (inspect_encoder(slot, paths[slot])["width"] for slot in ("clip_l", "clip_g"))
+        if first > second:
+            problems.append(f"{named('clip_l')}: its width is {first}, that of CLIP-G {second}; are they exchanged?")
+        elif first + second != params.adm_in_channels:
+            problems.append(
+                f"{named('clip_l')}, {named('clip_g')}: their widths are {first} and {second}, the denoiser {base}"
+                f" takes {params.adm_in_channels} together; use the files that belong together"
+            )
+    if "t5xxl" in paths:
+        width = inspect_encoder("t5xxl", paths["t5xxl"])["d_model"]
+        if width != params.context_in:
+            problems.append(
+                f"{named('t5xxl')}: its width is {width}, the denoiser {base} takes {params.context_in}; use T5-XXL"
+            )
+    if "vae" in paths:
+        channels = inspect_vae_sd3(paths["vae"]).params.z_channels
+        if channels != params.in_channels:
+            problems.append(
+                f"{named('vae')}: it has {channels} latent channels, the denoiser {base} takes {params.in_channels}"
+            )
+    return problems
+
+
+def save_whole_sd3(
+    model: MMDiT,
+    path: str | os.PathLike,
+    beside: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a denoiser and other parts as one file in the original layout. `beside`: part -> the file or folder that
+    holds it; its tensors are those of the base, in the type of the file or in `dtype`."""
+    state = {FILE_PREFIX + key: tensor for key, tensor in model.state_dict().items()}
+    config = json.loads(model_config_metadata(model).get("model_config", "{}"))
+    for part, source in beside.items():
+        tensors, own = _part_of_file(part, source)
+        state |= {FILE_PREFIXES[part] + key: tensor for key, tensor in tensors.items()}
+        config |= {part: own} if own else {}
+    told = {"model_config": json.dumps(config, sort_keys=True)} if config else {}
+    cast = {key: tensor.contiguous() for key, tensor in cast_all(state, dtype).items()}
+    save_file_atomic(cast, path, {**(metadata or {}), **told})
+
+
+def _part_of_file(part: str, path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a part under the names of its single file, and what its shapes do not tell."""
+    source = open_checkpoint(path)
+    state = source.tensors("cpu", False, source.shapes, cast=source.casting(None))
+    own = source.model_config.get(part, source.model_config)
+    if part == "vae":
+        tensors = part_of(state, AE_PREFIXES, AE_ROOTS)
+        return (convert_diffusers_vae_to_ldm(tensors) if is_diffusers_autoencoder(tensors) else tensors), own
+    states = {"clip_l": clip_l_state, "clip_g": clip_g_state, "t5xxl": t5_state}
+    return states[part](state), own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from networks.kinds.targets import CLIP_PATHS, BlockTable, NetworkTargets, TextEncoderTargets
+from networks.kinds.targets import CLIP_CLASSES, CLIP_PATHS, BlockTable, NetworkTargets, TextEncoderTargets
 from networks.lora import check_network_args, create_network, create_network_from_weights
 
 if TYPE_CHECKING:
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
 
 NUM_BLOCKS = 25
-CLIP_CLASSES = ("CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2", "CLIPMLP")
 
 
 def block_index(path: str) -> int | None:

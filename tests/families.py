@@ -54,6 +54,7 @@ CASES = {
         FamilyCase("sd1", "sd_v1", ("lora_te_",), caches_text=False),
         FamilyCase("sd2", "sd_v2_v", ("lora_te_",), caches_text=False),
         FamilyCase("sdxl", "sdxl_base_v1-0", ("lora_te1_", "lora_te2_")),
+        FamilyCase("sd3", "5-medium", ("lora_te1_", "lora_te2_")),
         FamilyCase("anima", "anima", ("lora_te_",)),
         FamilyCase("hunyuan_image", "hunyuan-image-2.1", ()),
         FamilyCase(

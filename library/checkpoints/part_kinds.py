@@ -37,7 +37,7 @@ PART_KINDS: tuple[ModelKind, ...] = (
         ),
     ),
     ModelKind(
-        name="clip_g", role="text_encoder",
+        name="clip_g", role="text_encoder", wanted="a CLIP-G text encoder (clip_g.safetensors)", subfolder="text_encoder_2",
         signatures=(
             *_clip("a CLIP-G text encoder", 1280),
             Signature(

@@ -360,3 +360,7 @@ class HunyuanImageNetworkTrainer(NetworkTrainer):
 
 class LuminaNetworkTrainer(NetworkTrainer):
     family = "lumina"
+
+
+class Sd3NetworkTrainer(NetworkTrainer):
+    family = "sd3"

@@ -418,7 +418,8 @@ def _t5_from_model(model_path: str | None) -> PreTrainedTokenizerFast | None:
     """From inside the model file, or the tokenizer in or beside the model's folder."""
     if model_path and os.path.isdir(model_path):
         path = Path(model_path)
-        return next(filter(None, map(read_t5_folder, (path, path.parent / "tokenizer_2"))), None)
+        beside = path.parent / ("tokenizer_3" if path.name == "text_encoder_3" else "tokenizer_2")
+        return next(filter(None, map(read_t5_folder, (path, beside))), None)
     return from_entry(model_path, t5_tokenizer_from_sentencepiece)
 
 

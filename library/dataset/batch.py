@@ -76,15 +76,18 @@ class Batch:
         return getattr(self, key, default)
 
     def rows(self, rows: Sequence[int]) -> Batch:
-        """A batch of the samples of these numbers; `request` stays that of the whole."""
+        """A batch of the samples of these numbers; of `request` items and positions are theirs, the rest is of the
+        whole."""
 
         def listed(values: list[Any]) -> list[Any]:
             return [values[i] for i in rows] if len(values) == len(self) else values
 
         names = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "request"}
+        places = {name: tuple(listed(list(getattr(self.request, name)))) for name in ("items", "positions")}
         of_samples = ("image_keys", "captions", "flippeds", "custom_attributes", "latent_seeds")
         return dataclasses.replace(
             self,
+            request=dataclasses.replace(self.request, **places),
             **{name: listed(value) if name in of_samples else rows_of(value, rows) for name, value in names.items()}
         )
 

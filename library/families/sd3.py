@@ -8,17 +8,33 @@ from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
     CacheNames,
+    EncoderFile,
     FamilyRecord,
     ModelKind,
     SampleDefaults,
     Signature,
     TextKey,
+    TinyModel,
 )
 
 FAMILY = FamilyRecord(
     name="sd3",
     title="Stable Diffusion 3",
+    prefix="sd3_",
+    page="docs/sd3_train_network.md",
     place=50,
+    family="library.training.wiring.sd3:Sd3Family",
+    denoisers=("MMDiT",),
+    targets="networks.lora_sd3:TARGETS",
+    pipeline="library.generation.sd3_pipeline:Sd3Pipeline",
+    pictures="sd3_minimal_inference.py",
+    image_script="library.generation.sd3_inference:SCRIPT",
+    tiny=(
+        TinyModel(
+            name="sd3", title="Stable Diffusion 3.5 medium", build="library.tiny_models.sd3_tiny:build_tiny_sd3",
+            network_module="networks.lora_sd3", options=("--t5xxl_max_token_length=48",),
+        ),
+    ),
     latents=LatentSpec(channels=16, spatial_stride=8, patch=2, fingerprint="ldm-f8c16"),
     bucket_step=16,
     caches=CacheNames(latents="_sd3.npz", text="_sd3_te.npz"),
@@ -36,6 +52,10 @@ FAMILY = FamilyRecord(
     model_kinds=(
         ModelKind(
             name="sd3",
+            wanted="an SD3 or SD3.5 model (sd3.5_medium.safetensors, or a diffusers folder)",
+            subfolder="transformer",
+            base_version="5-medium",
+            modelspec="stable-diffusion-3-5-medium",
             signatures=(
                 Signature(
                     title="a Stable Diffusion 3 checkpoint",
@@ -50,7 +70,17 @@ FAMILY = FamilyRecord(
             ),
         ),
     ),
-    adapters=AdapterFacts(title="Stable Diffusion 3", parts=("joint_blocks",), priority=40),
+    encoder_files=(
+        EncoderFile(option="clip_l", title="CLIP-L"), EncoderFile(option="clip_g", title="CLIP-G"),
+        EncoderFile(option="t5xxl", title="T5-XXL"),
+    ),
+    adapters=AdapterFacts(
+        title="Stable Diffusion 3",
+        parts=("joint_blocks",),
+        priority=40,
+        base_versions=("medium", "5-medium", "5-large"),
+        modelspec=("stable-diffusion-3-",),
+    ),
 )
 
 

@@ -54,6 +54,12 @@ class CacheToolOptions:
     skip_existing: bool = equivalent_option(
         False, help="deprecated", reason="--skip_existing: cache files that are valid are never made again anyway"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5FormatOptions:
+    """Format of T5"""
+
     t5xxl_dtype: str | None = refused_option(
         None, help="number format of T5", reason="all text encoders run in the format of --mixed_precision"
     )
@@ -109,6 +115,8 @@ def tool_script(family: str, what: str) -> option_reader.Script:
         f"cache of {what}",
         classes=(
             CacheToolOptions,
+            # of families without an option of this name in their own scripts
+            *(() if "t5xxl_dtype" in option_fields(family_class.options) else (T5FormatOptions,)),
             family_switches(),
             ConfigFileOptions,
             ModelOptions,

@@ -51,7 +51,7 @@ class Script:
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """values of options without meaning that ask for what happens anyway"""
     stands_for: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """switches that are another spelling of other options"""
+    """options that are another spelling of others: name -> these with their values, or functions of its own value"""
     shares_file: bool = False
     """a tool that reads the --config_file of a training: keys that are the training's alone are passed over"""
 
@@ -294,7 +294,9 @@ class OptionReader:
     def config(self, values: dict[str, Any]) -> Config:
         """Read every group; OptionsError with all problems."""
         for name, meant in self.what.stands_for.items():
-            values = {**values, **meant} if values.get(name) else values
+            if values.get(name):
+                said = {other: value(values[name]) if callable(value) else value for other, value in meant.items()}
+                values = {**values, **said}
         everything = {
             **self.what.defaults,
             **{name: value for name, value in values.items() if name not in self.failed},

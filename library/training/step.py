@@ -103,6 +103,8 @@ class TrainStep:
         as if nothing had been learned. `inputs` go to the family's `predict`."""
         with self.trainable.disabled() if untouched else nullcontext(), self.runtime.autocast():
             own = {} if untouched else self.trainable.inputs(batch, sample, conditioning)
+            if batch.request.is_training:
+                own = {**self.family.training_inputs(self.models, sample, self.draws_of(batch, None)), **own}
             return self.family.predict(self.models, sample, conditioning, batch, **{**own, **inputs})
 
     def loss_of(self, output: DiTOutput, sample: NoisyLatents, batch: Batch) -> tuple[torch.Tensor, Logs]:
@@ -169,6 +171,8 @@ class TrainStep:
         self.strategies.layout.check_complete(
             conditioning, "the cache" if batch.input_ids_list is None else "cache and text encoders"
         )
+        if batch.request.is_training:
+            conditioning = self.family.varied(conditioning, self.draws_of(batch, None))
         return conditioning
 
     def with_preserved_targets(

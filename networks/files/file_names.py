@@ -137,12 +137,21 @@ class FileNames:
 
 def names_of_family(family: str, names: Iterable[str] = ()) -> FileNames:
     """The table of a family; its denoiser part is empty while the family has no `file_layers`. `names`: of the layers
-    of a file, which tell the table where models of the family number their blocks in several ways."""
+    of a file, which tell the table where models of the family number their blocks in several ways (`file_layers_of`,
+    `other_file_layers`)."""
     tables = _tables(family)
+    module = importlib.import_module(record_of(family).targets.partition(":")[0]) if family in FAMILIES else None
+    if hasattr(module, "file_layers_of"):
+        return _table_of(family, module.file_layers_of(list(names)))
     if len(tables) == 1:
         return tables[0]
     names = [name.replace(OFT_PREFIX, KOHYA_PREFIX, 1) if name.startswith(OFT_PREFIX) else name for name in names]
     return max(tables, key=lambda table: sum(table.find(name) is not None for name in names))
+
+
+@lru_cache(maxsize=None)
+def _table_of(family: str, layers: tuple[LayerNames, ...]) -> FileNames:
+    return FileNames(targets_of_family(family), layers)
 
 
 @lru_cache(maxsize=None)

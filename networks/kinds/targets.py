@@ -23,6 +23,7 @@ NORM_CLASSES = ("LayerNorm", "GroupNorm", "RMSNorm", "Qwen3RMSNorm", "T5LayerNor
 """norm layers whose output is proportional to their weight (and bias)"""
 
 
+CLIP_CLASSES = ("CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2", "CLIPMLP")
 CLIP_PATHS = tuple(
     f"text_model.encoder.layers.{{i}}.{leaf}"
     for leaf in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")

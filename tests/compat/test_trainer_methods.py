@@ -319,3 +319,14 @@ def test_a_mean_over_processes_is_the_gradient_of_all_of_them():
         parameter.grad = torch.ones_like(parameter)
     CalledUpdater(calls).reduce(SimpleNamespace(runtime=runtime), parameters)
     assert all(torch.equal(parameter.grad, torch.full_like(parameter, 2.0)) for parameter in parameters)
+
+
+def test_own_draws_of_a_step_are_the_same_in_a_resumed_run(sd):
+    class Own:
+        get_noise_pred_and_target = own_prediction
+        weights, seen = None, []
+
+    save = ["--save_every_n_steps=1", "--save_state"]
+    whole = tensors(made(sd, "whole", {}, *save, bases=(Own,)))
+    state = sd.folder / "whole" / "lora-step00000001-state"
+    assert tensors(made(sd, "resumed", {}, f"--resume={state}", bases=(Own,))) == whole

@@ -60,7 +60,7 @@ def test_the_layout_of_diffusers_at_real_size(name: str) -> None:
 def test_the_parts_of_a_real_whole_file(tmp_path) -> None:
     path = empty_checkpoint(tmp_path / "sd3.safetensors", key_table("sd3_medium_checkpoint"))
     assert sd3_utils.inspect_sd3(path).params == SD3Params()
-    assert sd3_utils.encoders_in(path) == ("clip_l", "clip_g", "t5xxl") and sd3_utils.has_vae(path)
+    assert sd3_utils.parts_in(path) == ("clip_l", "clip_g", "t5xxl", "vae")
     assert sd3_utils.inspect_vae_sd3(path).params.scaling_factor == 1.5305
     clips = [inspect_clip(path, slot).values for slot in (CLIP_L, CLIP_G)]
     assert [(values["width"], values["layers"], values["projection"]) for values in clips] == [
@@ -73,7 +73,7 @@ def test_the_parts_of_a_real_whole_file(tmp_path) -> None:
 
 def test_a_file_without_other_parts(tmp_path) -> None:
     path = empty_checkpoint(tmp_path / "sd3.safetensors", key_table("sd35_medium"))
-    assert sd3_utils.encoders_in(path) == () and not sd3_utils.has_vae(path)
+    assert sd3_utils.parts_in(path) == ()
 
 
 def test_other_models_are_refused(tmp_path) -> None:

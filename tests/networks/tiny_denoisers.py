@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from library.anima_models import Anima, AnimaParams
+from library.chroma_models import Chroma, ChromaParams
 from library.flux_models import Flux, FluxParams
 from library.flux_utils import prepare_img_ids
 from library.lumina_models import LuminaParams, NextDiT
@@ -40,6 +41,13 @@ def _lumina() -> nn.Module:
     ))  # fmt: skip
 
 
+def _chroma() -> nn.Module:
+    sizes = {"context_in_dim": 24, "hidden_size": 32, "num_heads": 2, "axes_dim": (4, 6, 6), "approximator_in_dim": 32}
+    return Chroma(ChromaParams(
+        depth=1, depth_single_blocks=1, approximator_hidden_size=24, approximator_depth=1, **sizes
+    ))  # fmt: skip
+
+
 def _normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -59,6 +67,14 @@ def _flux_inputs(model: nn.Module) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def _chroma_inputs(model: nn.Module) -> tuple[Any, ...]:
+    params = model.params
+    return (
+        _normal(BATCH, 6, params.in_channels), prepare_img_ids(BATCH, 2, 3), _normal(BATCH, 3, params.context_in_dim),
+        torch.zeros(BATCH, 3, 3), torch.tensor([0.3, 0.8]), torch.ones(BATCH, 3),
+    )  # fmt: skip
+
+
 def _anima_inputs(model: nn.Module) -> tuple[Any, ...]:
     return _normal(BATCH, 16, 1, 6, 4), torch.tensor([0.3, 0.8]), _normal(BATCH, 5, model.params.context_dim)
 
@@ -73,6 +89,7 @@ DENOISERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], tuple[
     "sdxl": (lambda: SdxlUNet2DConditionModel(tiny_params("sdxl")), _unet_inputs),
     "flux": (_flux, _flux_inputs),
     "anima": (_anima, _anima_inputs),
+    "chroma": (_chroma, _chroma_inputs),
     "lumina": (_lumina, _lumina_inputs),
 }
 

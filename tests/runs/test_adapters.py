@@ -19,7 +19,7 @@ from tests.networks.adapter_table import ADAPTERS, Adapter, kind_of_adapter
 from tests.pairwise import denoiser
 from tests.runs.conftest import draw_pictures, read_parts
 
-FAMILIES = {"flux": "flux", "sd": "sd1", "sdxl": "sdxl", "anima": "anima", "lumina": "lumina"}
+FAMILIES = {"flux": "flux", "sd": "sd1", "sdxl": "sdxl", "anima": "anima", "chroma": "chroma", "lumina": "lumina"}
 """family -> its set of tiny models"""
 DATASET = """
 [[datasets]]
@@ -39,7 +39,8 @@ def family(request, tmp_path_factory) -> tuple[str, Path, list[str]]:
     tiny = build_tiny(FAMILIES[request.param], folder / "models")
     images = draw_pictures(folder / "images", 3)
     (folder / "data.toml").write_text(DATASET.format(images=images), encoding="utf-8")
-    return request.param, folder, [*tiny.arguments(), *CASES[FAMILIES[request.param]].brief]
+    case = CASES[FAMILIES[request.param]]
+    return request.param, folder, [*tiny.arguments(), *case.entry.options, *case.brief]
 
 
 def options_of(adapter: Adapter, family: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from library.core.errors import ConfigError, Problems, did_you_mean, foreign_errors
 from library.core.options import Ignored, option, without_effect
 from library.core.registry import Registry
-from library.training.timestep_samplers.modes import FLOW_MODES, SIGMOID_MODES
+from library.training.timestep_samplers.modes import DENSITY_MODES, FLOW_MODES, SIGMOID_MODES
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
@@ -46,7 +46,8 @@ class TimestepOptions:
 
     timestep_sampling: str = option(
         "sigma", help="how sigmas are drawn: " + ", ".join(TIMESTEP_SAMPLERS.names())
-        + ", or a path package.module:class. sigma follows the density of --weighting_scheme",
+        + ", or a path package.module:class. sigma and whole follow the density of --weighting_scheme, whole at whole"
+        " timesteps",
     )
     sigmoid_scale: float = option(1.0, help="factor of the normal number in sigmoid, shift and the *_shift modes")
     weighting_scheme: str = option(
@@ -103,12 +104,13 @@ def build(options: TimestepOptions, *, is_flow: bool = True) -> TimestepSampler:
 def notices(options: TimestepOptions) -> list[str]:
     """Lines for the log at start: where numbers differ from what people know."""
     lines = []
+    is_whole = options.timestep_sampling == "whole"
     if options.timestep_sampling == "sigma" and options.weighting_scheme in ("logit_normal", "mode"):
         lines.append(
             f"--timestep_sampling sigma with --weighting_scheme {options.weighting_scheme}: a larger number is a noisier"
             " sample, as in the paper (known trainers mirror the distribution)"
         )
-    if (options.min_timestep or 0, options.max_timestep or 1000) != (0, 1000):
+    if (options.min_timestep or 0, options.max_timestep or 1000) != (0, 1000) and not is_whole:
         lines.append(
             "--min_timestep/--max_timestep: the sigmas of every mode are squeezed into the range"
             " (known trainers ignore the range for flow models)"
@@ -126,10 +128,10 @@ def idle(options: TimestepOptions, explicit: Container[str] | None = None) -> li
         return []  # a sampler from outside may read them all
     used = {
         "sigmoid_scale": mode in SIGMOID_MODES,
-        "discrete_flow_shift": mode in ("sigma", "shift"),
-        "logit_mean": mode == "logsnr" or (mode == "sigma" and scheme == "logit_normal"),
-        "logit_std": mode == "logsnr" or (mode == "sigma" and scheme == "logit_normal"),
-        "mode_scale": mode == "sigma" and scheme == "mode",
+        "discrete_flow_shift": mode in (*DENSITY_MODES, "shift"),
+        "logit_mean": mode == "logsnr" or (mode in DENSITY_MODES and scheme == "logit_normal"),
+        "logit_std": mode == "logsnr" or (mode in DENSITY_MODES and scheme == "logit_normal"),
+        "mode_scale": mode in DENSITY_MODES and scheme == "mode",
     }
     changed = [
         name
@@ -138,7 +140,7 @@ def idle(options: TimestepOptions, explicit: Container[str] | None = None) -> li
     ]
     how = f"neither --timestep_sampling {mode} nor --weighting_scheme {scheme} uses it"
     found = without_effect([name for name in changed if not used[name]], how)
-    if mode != "sigma" and scheme in ("logit_normal", "mode"):
+    if mode not in DENSITY_MODES and scheme in ("logit_normal", "mode"):
         found += without_effect(["weighting_scheme"], f"{scheme} shapes the sigmas only with --timestep_sampling sigma")
     return found
 

@@ -9,7 +9,7 @@ import torch
 
 from library.core.keyed_random import StepDraws
 from library.training import timesteps
-from library.training.timestep_samplers.modes import SIGMOID_MODES
+from library.training.timestep_samplers.modes import DENSITY_MODES, SIGMOID_MODES
 
 if TYPE_CHECKING:
     from library.training.timestep_samplers import TimestepOptions
@@ -28,11 +28,14 @@ def sigmas_from_draws(options: TimestepOptions, numbers: torch.Tensor, latent_hw
     `latent_hw` is the height and width of the latents; only the resolution-dependent modes look at it.
     """
     mode, numbers = options.timestep_sampling, numbers.double()
-    if mode == "sigma":
+    if mode in DENSITY_MODES:
         u = timesteps.density(
             options.weighting_scheme, numbers,
             logit_mean=options.logit_mean, logit_std=options.logit_std, mode_scale=options.mode_scale,
         )
+        if mode == "whole":
+            limits = (options.min_timestep, options.max_timestep)
+            return timesteps.whole_flow_timesteps(u, options.discrete_flow_shift, *limits) / timesteps.NUM_TIMESTEPS
         sigmas = timesteps.table_sigmas(u, options.discrete_flow_shift)
     elif mode == "logsnr":
         sigmas = timesteps.logsnr_sigmas(numbers, options.logit_mean, options.logit_std)

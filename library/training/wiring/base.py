@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from library.checkpoints.loading import Transform
+    from library.core.keyed_random import StepDraws
     from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache, LatentEncoder
     from library.dataset.strategies import Conditioning, StrategySet
@@ -116,7 +117,8 @@ class ModelFamily(ABC):
     """values of such options that ask for what happens anyway, where they differ from those of
     known_options.ALSO_NEUTRAL"""
     stands_for: ClassVar[Mapping[str, Mapping[str, object]]] = {}
-    """own switches that are another spelling of shared options: name -> those options with their values"""
+    """own options that are another spelling of shared ones: name -> those with their values, or functions of its own
+    value"""
     defaults: ClassVar[Mapping[str, object]] = {}
     """shared options whose default differs here: name -> default"""
     part_options: ClassVar[Mapping[str, frozenset[str]]] = {}
@@ -212,6 +214,15 @@ class ModelFamily(ABC):
         """From what the cache stores, [B, C, h, w] or [B, C, F, h, w], to what the denoiser sees; of any rank, [B, C,
         1, h, w] say."""
         return latents
+
+    def varied(self, conditioning: Conditioning, draws: StepDraws) -> Conditioning:
+        """What training makes of the conditioning of its samples, cached and live alike: parts left out at random,
+        say."""
+        return conditioning
+
+    def training_inputs(self, models: Models, sample: NoisyLatents, draws: StepDraws) -> Mapping[str, Any]:
+        """What `predict` is given in training beside its usual inputs, by name: what is random about a forward."""
+        return {}
 
     @abstractmethod
     def predict(

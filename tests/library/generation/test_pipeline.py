@@ -57,6 +57,13 @@ def test_flux(tmp_path):
     assert picture_of(made) == sample_of("flux", tiny, length)
 
 
+def test_chroma(tmp_path):
+    tiny, length = build_tiny("chroma", tmp_path / "tiny"), "--t5xxl_max_token_length=16"
+    files = ("--model_type=chroma", f"--ckpt_path={tiny.chroma}", f"--ae={tiny.ae}", f"--t5xxl={tiny.t5xxl}")
+    made = flux_inference.run([*files, *PICTURE, *SIZE, length, f"--output_dir={tmp_path}"])
+    assert picture_of(made) == sample_of("chroma", tiny, length)
+
+
 def test_anima(tmp_path):
     tiny = build_tiny("anima", tmp_path / "tiny")
     made = anima_inference.run([

@@ -1,0 +1,51 @@
+"""The image script of SD3: what its files must be, and what a request leaves to the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from library.core.errors import ConfigError
+from library.core.options import Config
+from library.generation.adapter_files import adapter_problems
+from library.generation.script import ImageScript, format_problems
+from library.generation.sd3_options import (
+    GROUPS,
+    LINE_OPTIONS,
+    SIZE_STEP,
+    Sd3ModelOptions,
+    Sd3PromptOptions,
+    Sd3Request,
+)
+
+if TYPE_CHECKING:
+    from library.generation.pipeline import PictureMaker
+
+
+class Sd3Script(ImageScript[Sd3Request]):
+    family = "sd3"
+    title = "SD3"
+    adapters = Sd3ModelOptions
+    pictures = Sd3PromptOptions
+    groups = GROUPS
+    line_options = LINE_OPTIONS
+    size_step = SIZE_STEP
+
+    def check(self, config: Config) -> None:
+        from library.sd3_utils import file_problems
+
+        options = config[Sd3ModelOptions]
+        parts = {slot: getattr(options, slot) for slot in ("clip_l", "clip_g", "t5xxl", "vae")}
+        found = file_problems("ckpt_path", options.ckpt_path, parts, for_pictures=True)
+        found += format_problems({f"--{'fp16' if options.fp16 else 'bf16'}": options.dtype_name})
+        problems = [problem for problem in [*found, *adapter_problems(options.lora_weights, "sd3")] if problem]
+        if problems:
+            raise ConfigError(problems)
+
+    def load(self, config: Config) -> PictureMaker[Sd3Request]:
+        from library.generation.sd3_pipeline import load_pipeline
+
+        return load_pipeline(config[Sd3ModelOptions])
+
+
+SCRIPT = Sd3Script()
+build_parser, main, run = SCRIPT.build_parser, SCRIPT.main, SCRIPT.run

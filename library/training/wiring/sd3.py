@@ -1,0 +1,418 @@
+"""SD3 and SD3.5: options and wiring. Numerics are in sd3_train_utils, loading in sd3_utils, text in strategy_sd3."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from library.core.errors import CheckpointError, Problems
+from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, without_effect
+from library.families.sd3 import FAMILY
+from library.training.adapters import NetworkOptions
+from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
+from library.training.timestep_samplers import TimestepOptions
+from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, tokenizer_problems
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.core.keyed_random import StepDraws
+    from library.dataset.latent_cache import LatentCache
+    from library.dataset.strategies import Conditioning, StrategySet
+    from library.sd3_utils import Sd3Info
+    from library.training.accelerator_setup import Runtime
+    from library.training.objective import NoisyLatents, Objective
+    from library.training.run import DiTOutput, Models
+
+logger = logging.getLogger(__name__)
+
+TOKEN_LENGTH = 256
+_SD_MODELS = "it belongs to Stable Diffusion 1 and 2; SD3 has no such variant"
+_TIMES = "SD3 draws whole timesteps by --weighting_scheme and --training_shift"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sd3Options:
+    """SD3"""
+
+    clip_l: str | None = option(None, help="file of the CLIP-L text encoder; the model's own when not given")
+    clip_g: str | None = option(None, help="file of the CLIP-G text encoder; the model's own when not given")
+    t5xxl: str | None = option(
+        None, help="file of the T5-XXL text encoder; the model's own when not given, and none where it has none"
+    )
+    clip_l_tokenizer: str | None = option(
+        None, help="folder of the CLIP-L tokenizer, for models with a vocabulary of their own"
+    )
+    clip_g_tokenizer: str | None = option(None, help="folder of the CLIP-G tokenizer; that of CLIP-L when not given")
+    t5xxl_tokenizer: str | None = option(None, help="folder or spiece.model file of the T5 tokenizer")
+    t5xxl_max_token_length: int = option(TOKEN_LENGTH, help="longest caption in T5 tokens", most=LARGEST_TOKENS)
+    apply_lg_attn_mask: bool = option(False, help="keep both CLIPs from attending to padding")
+    apply_t5_attn_mask: bool = option(False, help="keep T5 from attending to padding")
+    clip_l_dropout_rate: float = option(0.0, help="share of the samples that learn without what CLIP-L says, 0 to 1")
+    clip_g_dropout_rate: float = option(0.0, help="share of the samples that learn without what CLIP-G says, 0 to 1")
+    t5_dropout_rate: float = option(0.0, help="share of the samples that learn without what T5 says, 0 to 1")
+    pos_emb_random_crop_rate: float = option(
+        0.0, help="share of the samples whose positions are cut out anywhere in the table, in place of its middle"
+    )
+    enable_scaled_pos_embed: bool = option(
+        False, help="positions that count a picture of any size as the trained one (for SD3.5 medium)"
+    )
+    training_shift: float = option(1.0, help="shift of the timesteps; above 1 for noisier samples")
+    save_clip: bool = option(False, help="write both CLIPs into model files; an adapter file holds none")
+    save_t5xxl: bool = option(False, help="write T5 into model files; an adapter file holds none")
+    t5xxl_device: str | None = ignored_option(
+        None,
+        help="where T5 computes",
+        reason="T5 is in memory only while captions are encoded, and computes on the GPU",
+    )
+    t5xxl_dtype: str | None = ignored_option(
+        None, help="number format of T5",
+        reason="all text encoders run in the format of --mixed_precision, or in 8 bits with --fp8_base",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        for name in ("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate", "pos_emb_random_crop_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                problems.add(f"--{name} is {getattr(self, name)}; needed: a share from 0 to 1, e.g. 0.1")
+        if not 0 < self.training_shift < float("inf"):
+            problems.add(f"--training_shift is {self.training_shift}; needed: a number above 0, e.g. 1.0 or 3.0")
+        if self.t5xxl_max_token_length < 1:
+            problems.add(f"--t5xxl_max_token_length is {self.t5xxl_max_token_length}; needed: 1 or more, usually 256")
+        problems.raise_if_any()
+
+    @property
+    def dropout_rates(self) -> dict[str, float]:
+        return {
+            "clip_l": self.clip_l_dropout_rate, "clip_g": self.clip_g_dropout_rate, "t5": self.t5_dropout_rate,
+        }  # fmt: skip
+
+
+class Sd3Family(FlowFamily):
+    """The wiring of SD3 medium, SD3.5 medium and large."""
+
+    record = FAMILY
+    timestep_modes = ("whole",)
+    denoiser_kinds = ("sd3",)
+    options = Sd3Options
+    defaults = {"timestep_sampling": "whole", "discrete_flow_shift": 1.0}
+    stands_for = {"training_shift": {"discrete_flow_shift": float}}
+    part_options = {
+        "vae": frozenset(),
+        "text_encoders": frozenset(
+            {
+                "clip_l", "clip_g", "t5xxl", "clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer",
+                "t5xxl_max_token_length", "apply_lg_attn_mask", "apply_t5_attn_mask", "t5xxl_device", "t5xxl_dtype",
+            }
+        ),
+    }  # fmt: skip
+    refused = {"weighted_captions": "SD3 has no way to weigh words"}
+    foreign = {"timestep_sampling": _TIMES, "sigmoid_scale": _TIMES, "discrete_flow_shift": "SD3 has --training_shift"}
+    ignored = {
+        **ignored_by_flow("SD3"),
+        "v2": _SD_MODELS,
+        "v_parameterization": "SD3 predicts the velocity of its flow in any case",
+        "clip_skip": "SD3 takes the last but one layer of both CLIPs, which is 2",
+        "max_token_length": "it counts CLIP tokens; SD3 reads long captions through T5: see --t5xxl_max_token_length",
+        "sample_sampler": "SD3 samples with Euler steps along its own schedule",
+    }
+    neutral = {"clip_skip": (2,)}
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _denoiser_path(self) -> str | None:
+        return self.config[ModelOptions].pretrained_model_name_or_path
+
+    def _given(self, *parts: str) -> dict[str, str | None]:
+        """What options name for some parts, all when none is named."""
+        opts = self.opts
+        named = {
+            "clip_l": opts.clip_l, "clip_g": opts.clip_g, "t5xxl": opts.t5xxl, "vae": self.config[ModelOptions].vae,
+        }  # fmt: skip
+        return {part: named[part] for part in parts or named}
+
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        """Where each part lies; without T5 where there is none."""
+        from library.sd3_utils import part_paths
+
+        return part_paths(self._denoiser_path, self._given())
+
+    @property
+    def has_t5(self) -> bool:
+        return "t5xxl" in self._paths
+
+    @cached_property
+    def info(self) -> Sd3Info:
+        from library.sd3_utils import inspect_sd3
+
+        return inspect_sd3(self._denoiser_path)
+
+    def _file_problems(self) -> list[str]:
+        from library.custom_offloading_utils import row_swap_problem
+        from library.sd3_utils import file_problems
+
+        found = file_problems("pretrained_model_name_or_path", self._denoiser_path, self._given())
+        if found:
+            return found
+        swap = row_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, self.info.params.depth)
+        return [*self._tokenizer_problems(), *([swap] if swap else [])]
+
+    def part_problems(self, part: str) -> list[str]:
+        found = self._slot_problems(part)
+        return found + (self._tokenizer_problems() if part == "text_encoders" and not found else [])
+
+    def _slot_problems(self, part: str) -> list[str]:
+        from library.sd3_utils import ENCODER_SLOTS, file_problems
+
+        given = self._given("vae") if part == "vae" else self._given(*ENCODER_SLOTS)
+        return file_problems("pretrained_model_name_or_path", self._denoiser_path, given)
+
+    def _size_problems(self) -> list[str]:
+        from library.sd3_utils import size_problems
+
+        return size_problems(self._denoiser_path, self._given())
+
+    def _tokenizer_problems(self) -> list[str]:
+        """Tokenizers that cannot be found or read, or whose ids the text encoders do not have."""
+        from library.sd3_utils import inspect_encoder
+
+        found: list[str] = []
+        for slot, title, rows in (
+            ("clip_l", "CLIP-L", "vocab"),
+            ("clip_g", "CLIP-G", "vocab"),
+            ("t5xxl", "T5", "vocab_size"),
+        ):
+            if slot in self._paths:
+                found += tokenizer_problems(
+                    lambda slot=slot: self._tokenizer(slot),
+                    lambda slot=slot, rows=rows: inspect_encoder(slot, self._paths[slot])[rows],
+                    title, f"--{slot}_tokenizer", f"--{slot} {self._paths[slot]}",
+                )  # fmt: skip
+        return found
+
+    def _tokenizer(self, slot: str) -> Any:
+        return self._tokenizers[slot]()
+
+    @cached_property
+    def _tokenizers(self) -> dict[str, Any]:
+        """Slot -> function that gives the tokenizer, which is loaded once."""
+        import functools
+
+        from library.components.tokenizers import load_clip_tokenizer, load_t5_tokenizer
+        from library.strategy_sd3 import CLIP_G_PAD
+
+        opts, cache = self.opts, self.config[ModelOptions].tokenizer_cache_dir
+        second = opts.clip_g_tokenizer or opts.clip_l_tokenizer
+        loaders = {
+            "clip_l": lambda: load_clip_tokenizer(opts.clip_l_tokenizer, cache),
+            "clip_g": lambda: load_clip_tokenizer(second, cache, pad_token=CLIP_G_PAD, option="--clip_g_tokenizer"),
+            "t5xxl": lambda: load_t5_tokenizer(opts.t5xxl_tokenizer, cache, self._paths.get("t5xxl")),
+        }
+        return {slot: functools.cache(load) for slot, load in loaders.items()}
+
+    def _notices(self) -> list[str]:
+        lines: list[str] = []
+        if any(self._flags.values()):
+            lines.append("attention masks act in captions, caches and samples alike (known trainers: in caches alone)")
+        if not self.has_t5:
+            lines.append(
+                f"there is no T5: --t5xxl is not given and {self._denoiser_path} has none; both CLIPs alone read captions,"
+                " 77 tokens, and zeros stand for T5"
+            )
+        if self.info.version == "5-medium":
+            lines.append(
+                "the second attention of SD3.5 medium has heads of the size of its weights (known trainers: others)"
+            )
+        return lines
+
+    def idle(self) -> list[Ignored]:
+        opts, found = self.opts, []
+        if NetworkOptions in self.config:
+            given = [name for name in ("save_clip", "save_t5xxl") if getattr(opts, name)]
+            found += without_effect(given, "an adapter file holds what was learned, and no text encoders of the model")
+        try:
+            without_t5 = self._denoiser_path is not None and not self.has_t5
+        except (CheckpointError, OSError):
+            return found  # reported by the check
+        if without_t5:
+            given = [
+                name for name in ("t5_dropout_rate", "apply_t5_attn_mask", "t5xxl_tokenizer") if getattr(opts, name)
+            ]
+            found += without_effect(given, "there is no T5")
+        return found
+
+    # -- captions and latents ------------------------------------------------------------------------------------------
+
+    @property
+    def _flags(self) -> dict[str, bool]:
+        return {"apply_lg_attn_mask": self.opts.apply_lg_attn_mask, "apply_t5_attn_mask": self.opts.apply_t5_attn_mask}
+
+    def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
+        from library import strategy_sd3
+        from library.dataset.strategies import StrategySet
+        from library.dataset.text_cache_io import TEXT_LAYOUTS
+        from library.sd3_utils import ENCODER_SLOTS
+
+        tokenize = strategy_sd3.Sd3TokenizeStrategy(
+            self.opts.t5xxl_max_token_length, clip_l_tokenizer=self._tokenizer("clip_l"),
+            clip_g_tokenizer=self._tokenizer("clip_g"), has_t5=self.has_t5,
+            t5xxl_tokenizer=self._tokenizer("t5xxl") if self.has_t5 else None,
+        )  # fmt: skip
+        files = [self._paths[slot] for slot in ENCODER_SLOTS if slot in self._paths]
+        text = self.text_cache(trained, files, max_token_length=tokenize.t5xxl_max_length, flags=self._flags)
+        width = None if self.has_t5 else self.info.params.context_in
+        encoding = strategy_sd3.Sd3TextEncodingStrategy(**self._flags, t5_width=width)
+        return StrategySet(tokenize, encoding, self.latents_caching(), text, TEXT_LAYOUTS["sd3"])
+
+    def latents_caching(self) -> LatentCache:
+        from library.strategy_sd3 import Sd3LatentEncoder
+
+        return self.latent_cache(Sd3LatentEncoder(), self._paths["vae"])
+
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        scale, shift = self._scaling
+        return (latents - shift) * scale
+
+    @cached_property
+    def _scaling(self) -> tuple[float, float]:
+        from library.sd3_utils import inspect_vae_sd3
+
+        params = inspect_vae_sd3(self._paths["vae"]).params
+        return params.scaling_factor, params.shift_factor
+
+    # -- models --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _disable_mmap(self) -> bool:
+        return self.config[ModelOptions].disable_mmap_load_safetensors
+
+    def load_vae(self, runtime: Runtime) -> torch.nn.Module:
+        from library.sd3_utils import load_vae_sd3
+
+        return load_vae_sd3(self._paths["vae"], runtime.vae_dtype, runtime.device, self._disable_mmap)
+
+    def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
+        """[CLIP-L, CLIP-G, T5 or None]. With 8-bit storage they are read in the compute type first, because only their
+        linear layers shrink."""
+        from library.fp8_optimization_utils import shrink_linears_to_fp8
+        from library.sd3_utils import ENCODER_LOADERS
+
+        encoders: list[torch.nn.Module | None] = []
+        for slot, load in ENCODER_LOADERS.items():
+            path = self._paths.get(slot)
+            encoder = None if path is None else load(
+                path, runtime.weight_dtype, runtime.device, self._disable_mmap, transform=self.transform
+            )  # fmt: skip
+            if encoder is not None and runtime.text_encoder_dtype != runtime.weight_dtype:
+                # transformers casts the input of T5's `wo` to the type of its weight, which must not be 8 bits
+                shrink_linears_to_fp8(encoder, keep=("wo",))
+            encoders.append(encoder)
+        return encoders
+
+    def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
+        """On the device, or with block swap spread over device and main memory."""
+        from library.sd3_utils import load_sd3
+
+        swap = self.config[MemoryOptions].blocks_to_swap or 0
+        denoiser = load_sd3(
+            self._denoiser_path, runtime.denoiser_dtype, "cpu" if swap else runtime.device, self._disable_mmap,
+            transform=self.transform,
+        )  # fmt: skip
+        if self.opts.enable_scaled_pos_embed:
+            denoiser.enable_scaled_pos_embed()
+        if swap:
+            denoiser.enable_block_swap(swap, runtime.device)
+            denoiser.move_to_device_except_swap_blocks(runtime.device)
+        return denoiser
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    def objective(self) -> Objective:
+        """The clean latents, compared with the clean estimate, weighted by `--weighting_scheme`."""
+        from library.training.objective import FlowMatchingObjective
+
+        return FlowMatchingObjective(
+            self.config[TimestepOptions], self.config[NoiseOptions], target="latents", weigh=True
+        )
+
+    def varied(self, conditioning: Conditioning, draws: StepDraws) -> Conditioning:
+        from library.sd3_train_utils import without_dropped_parts
+
+        rates = self.opts.dropout_rates
+        return (
+            without_dropped_parts(conditioning, rates, self._clip_l_width, draws)
+            if any(rates.values())
+            else conditioning
+        )
+
+    @cached_property
+    def _clip_l_width(self) -> int:
+        from library.sd3_utils import inspect_encoder
+
+        return inspect_encoder("clip_l", self._paths["clip_l"])["width"]
+
+    def training_inputs(self, models: Models, sample: NoisyLatents, draws: StepDraws) -> Mapping[str, Any]:
+        from library.sd3_train_utils import random_corners
+
+        rate, size = self.opts.pos_emb_random_crop_rate, tuple(sample.noisy_latents.shape[-2:])
+        return {"crop_corners": random_corners(models.denoiser, size, rate, draws)} if rate else {}
+
+    def predict(
+        self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
+    ) -> DiTOutput:
+        from library.sd3_train_utils import predict_velocity
+        from library.training.objective import clean_estimate
+        from library.training.run import DiTOutput
+
+        velocity = predict_velocity(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
+        velocity, extra = self.with_side_outputs(velocity)
+        return DiTOutput(clean_estimate(velocity.float(), sample.noisy_latents, sample.sigmas), sample.target, extra)
+
+    # -- files of the run ----------------------------------------------------------------------------------------------
+
+    def save_model(
+        self,
+        models: Models,
+        path: str,
+        dtype: torch.dtype | None,
+        metadata: dict[str, str],
+        parts: Collection[str] = DENOISER,
+    ) -> None:
+        """The denoiser with the autoencoder of the base in one file; with --save_clip and --save_t5xxl the text
+        encoders of the base too."""
+        from library.sd3_utils import save_whole_sd3
+
+        self.check_parts(parts)
+        wanted = {
+            "vae": True,
+            "clip_l": self.opts.save_clip,
+            "clip_g": self.opts.save_clip,
+            "t5xxl": self.opts.save_t5xxl,
+        }
+        beside = {part: self._paths[part] for part, is_wanted in wanted.items() if is_wanted and part in self._paths}
+        save_whole_sd3(models.denoiser, path, beside, dtype, metadata)
+
+    def metadata(self) -> dict[str, Any]:
+        times = self.config[TimestepOptions]
+        return {
+            "ss_base_model_version": self.info.version,
+            "ss_apply_lg_attn_mask": self.opts.apply_lg_attn_mask,
+            "ss_apply_t5_attn_mask": self.opts.apply_t5_attn_mask,
+            "ss_weighting_scheme": times.weighting_scheme,
+            "ss_logit_mean": times.logit_mean,
+            "ss_logit_std": times.logit_std,
+            "ss_mode_scale": times.mode_scale,
+            "ss_training_shift": self.opts.training_shift,
+        }
+
+    def modelspec(self) -> dict[str, str | None]:
+        """No prediction_type: readers know flow models by their architecture."""
+        return {
+            "architecture": f"stable-diffusion-3-{self.info.version}",
+            "implementation": "https://github.com/Stability-AI/generative-models",
+        }
