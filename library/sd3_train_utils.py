@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ SAMPLE_SHIFT = 3.0
 
 
 def predict_velocity(
-    denoiser: MMDiT, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], **inputs: Any
+    denoiser: MMDiT, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], **inputs: object
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Velocity (noise - data) [B, C, H, W] of noisy latents [B, C, H, W].
 

@@ -1,6 +1,7 @@
 """Settings of every test: one thread (so that runs on any machine give the same bytes), nothing fetched from a hub, and
 no handler of the log that a run has set up stays for the next test."""
 
+import gc
 import logging
 import os
 import signal
@@ -33,6 +34,19 @@ def pytest_collection_modifyitems(config, items):
         kept = pairwise.chosen(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
+
+
+_looked_through = {"modules": 0}
+
+
+@pytest.fixture(autouse=True)
+def quick_collections():
+    """Runs and image scripts collect garbage after each part of a model, which would take most of their time here: all tests and all
+    modules that were ever imported are looked at. What exists when something new was imported is left out from then on."""
+    if len(sys.modules) != _looked_through["modules"]:
+        gc.collect()
+        gc.freeze()
+        _looked_through["modules"] = len(sys.modules)
 
 
 @pytest.fixture(scope="session", autouse=True)

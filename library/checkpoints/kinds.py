@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.checkpoints.loading import names_of_index
-from library.checkpoints.recognition import KeyTable, adapter_family, denoiser_kinds, model_kinds, recognise
+from library.checkpoints.recognition import (
+    KeyTable,
+    adapter_family,
+    denoiser_kinds,
+    model_kinds,
+    recognise,
+    told_by_metadata,
+)
 from library.core.errors import AtelierError, CheckpointError, did_you_mean
 from library.core.text_files import open_file, read_json
 from library.families.registry import options_away_from, records, script_of_kind
@@ -175,7 +182,11 @@ def check_adapter(path: str | os.PathLike, slot: str, owner: str) -> str | None:
     place = Path(path)
     if place.suffix != ".safetensors" or not place.is_file():
         return None
-    made_for = adapter_family(KeyTable(_shapes(place)))
+    infos, metadata = read_header(place)
+    told = told_by_metadata(metadata)
+    if told is not None and told.adapters.title == owner:
+        return None  # the names of some layers are those of several families
+    made_for = adapter_family(KeyTable({name: tuple(info.shape) for name, info in infos.items()}))
     if made_for in (None, owner):
         return None
     return f"--{slot} is {path}: this is a LoRA-type adapter for {made_for}; needed: one for {owner}"

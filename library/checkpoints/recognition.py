@@ -122,6 +122,23 @@ def adapter_record(table: KeyTable) -> FamilyRecord | None:
     return next((record for record in known if any(table.contains(part) for part in record.adapters.parts)), None)
 
 
+def told_by_metadata(metadata: Mapping[str, str]) -> FamilyRecord | None:
+    """The record of the family that an adapter file says it was made for (ss_base_model_version, then
+    modelspec.architecture); the longest beginning counts."""
+    for key, facts in (("ss_base_model_version", "base_versions"), ("modelspec.architecture", "modelspec")):
+        value = metadata.get(key, "").lower()
+        found = [
+            (len(start), record)
+            for record in records().values()
+            if record.adapters is not None
+            for start in getattr(record.adapters, facts)
+            if value.startswith(start)
+        ]
+        if found:
+            return max(found, key=lambda pair: pair[0])[1]
+    return None
+
+
 def adapter_family(table: KeyTable) -> str | None:
     """Whom an adapter file was made for, in words."""
     record = adapter_record(table)

@@ -11,7 +11,7 @@ from library.core.errors import ConfigError
 from library.custom_train_functions import apply_masked_loss
 from library.safetensors_utils import read_header
 from tests.compat.test_trainers import train, trainer_class
-from tests.runs.conftest import quick_collections, read_parts  # noqa: F401
+from tests.runs.conftest import read_parts
 from tests.runs.families import FamilyWork, Tinies
 from train_network import VideoDialect
 

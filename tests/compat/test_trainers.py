@@ -12,7 +12,7 @@ import torch
 
 from library.core.errors import ConfigError
 from library.safetensors_utils import read_header
-from tests.runs.conftest import quick_collections, read_parts  # noqa: F401
+from tests.runs.conftest import read_parts
 from tests.runs.families import Tinies
 from tests.waiting import PATIENCE
 

@@ -1,3 +1,3 @@
 """The same tiny runs as in tests/runs."""
 
-from tests.runs.conftest import quick_collections, tiny, work  # noqa: F401
+from tests.runs.conftest import tiny, work  # noqa: F401

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gc
 import hashlib
 import json
 import struct
@@ -48,13 +47,6 @@ image_dir = '{images}'
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> TinyFlux:
     return build_tiny_flux(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def quick_collections() -> None:
-    """A run collects garbage twice, which would take most of its time here: all modules that were ever imported are
-    looked at. What exists before a test is left out."""
-    gc.freeze()
 
 
 def draw_pictures(folder: Path, count: int, size: tuple[int, int] = (64, 64)) -> Path:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,15 +34,12 @@ def root_logger_as_before():
 
 
 @pytest.fixture(scope="module")
-def base(tiny: TinyFlux, tmp_path_factory) -> Iterator[Work]:
+def base(tiny: TinyFlux, tmp_path_factory) -> Work:
     """A folder of six pictures, with the result of one plain step under the name `base`."""
     folder = tmp_path_factory.mktemp("options")
     work = Work(folder, tiny, draw_pictures(folder / "images", 6))
     work.train("base", "--max_train_steps=1")
-    gc.collect()
-    gc.freeze()  # what the imports left need not be looked through after each phase of each run
-    yield work
-    gc.unfreeze()
+    return work
 
 
 def run(work: Work, name: str, *options: str, steps: int = 1, **settings: str) -> Path:

@@ -3,7 +3,6 @@ accident."""
 
 from __future__ import annotations
 
-import gc
 import logging
 import runpy
 import shlex
@@ -26,10 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def as_before():
-    """A run sets up the log; what the imports left need not be looked through after each phase."""
+    """A run sets up the log."""
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
-    gc.freeze()
     yield
     root.setLevel(level)
     root.handlers[:] = handlers

@@ -220,7 +220,7 @@ class ModelFamily(ABC):
         say."""
         return conditioning
 
-    def training_inputs(self, models: Models, sample: NoisyLatents, draws: StepDraws) -> Mapping[str, Any]:
+    def training_inputs(self, models: Models, sample: NoisyLatents, draws: StepDraws) -> Mapping[str, object]:
         """What `predict` is given in training beside its usual inputs, by name: what is random about a forward."""
         return {}
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.core.errors import CheckpointError, Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, without_effect
@@ -18,13 +18,16 @@ from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, 
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from library.core.keyed_random import StepDraws
+    from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
     from library.dataset.strategies import Conditioning, StrategySet
     from library.sd3_utils import Sd3Info
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
+    from library.training.protocols import Plain
     from library.training.run import DiTOutput, Models
 
 logger = logging.getLogger(__name__)
@@ -195,11 +198,11 @@ class Sd3Family(FlowFamily):
                 )  # fmt: skip
         return found
 
-    def _tokenizer(self, slot: str) -> Any:
+    def _tokenizer(self, slot: str) -> PreTrainedTokenizerBase:
         return self._tokenizers[slot]()
 
     @cached_property
-    def _tokenizers(self) -> dict[str, Any]:
+    def _tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
         """Slot -> function that gives the tokenizer, which is loaded once."""
         import functools
 
@@ -356,14 +359,14 @@ class Sd3Family(FlowFamily):
 
         return inspect_encoder("clip_l", self._paths["clip_l"])["width"]
 
-    def training_inputs(self, models: Models, sample: NoisyLatents, draws: StepDraws) -> Mapping[str, Any]:
+    def training_inputs(self, models: Models, sample: NoisyLatents, draws: StepDraws) -> Mapping[str, object]:
         from library.sd3_train_utils import random_corners
 
         rate, size = self.opts.pos_emb_random_crop_rate, tuple(sample.noisy_latents.shape[-2:])
         return {"crop_corners": random_corners(models.denoiser, size, rate, draws)} if rate else {}
 
     def predict(
-        self, models: Models, sample: NoisyLatents, conditioning: Mapping[str, torch.Tensor], batch: Any, **inputs: Any
+        self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
         from library.sd3_train_utils import predict_velocity
         from library.training.objective import clean_estimate
@@ -397,7 +400,7 @@ class Sd3Family(FlowFamily):
         beside = {part: self._paths[part] for part, is_wanted in wanted.items() if is_wanted and part in self._paths}
         save_whole_sd3(models.denoiser, path, beside, dtype, metadata)
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Plain]:
         times = self.config[TimestepOptions]
         return {
             "ss_base_model_version": self.info.version,

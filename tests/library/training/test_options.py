@@ -4,6 +4,7 @@ reason."""
 from __future__ import annotations
 
 import ast
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,6 +184,11 @@ def names_read(tree: ast.AST) -> Iterator[str]:
             yield node.value
 
 
+@functools.lru_cache(maxsize=None)
+def names_in(path: Path) -> frozenset[str]:
+    return frozenset(names_read(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 @pytest.mark.parametrize("which", WHAT)
 def test_every_option_that_works_is_read_somewhere(which: str) -> None:
     """In a file that a run of this family uses: those of other families do not count."""
@@ -193,7 +199,7 @@ def test_every_option_that_works_is_read_somewhere(which: str) -> None:
     for folder in ("library", "networks"):
         for path in (ROOT / folder).rglob("*.py"):
             if path.name not in not_use and not others & set(path.stem.split("_")):
-                read |= set(names_read(ast.parse(path.read_text(encoding="utf-8"))))
+                read |= names_in(path)
     metadata = {name for name in what.owners if name.startswith("metadata_")} if "metadata_" in read else set()
     assert [name for name in what.owners if status(what, name) == "works" and name not in read | metadata] == []
 
