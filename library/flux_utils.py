@@ -134,7 +134,8 @@ def _refuse_other_models(shapes: Mapping[str, Tensor], path: str) -> None:
                 width // out_width, "a control variant"
             )
             raise CheckpointError(
-                f"{path} is {variant} of FLUX.1 (img_in takes {width} values, {out_width} come out); plain FLUX.1 dev or schnell is needed"
+                f"{path} is {variant} of FLUX.1 (img_in takes {width} values, {out_width} come out); plain FLUX.1 dev "
+                "or schnell is needed"
             )
 
 

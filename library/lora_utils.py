@@ -126,7 +126,8 @@ class CheckpointMerge:
             label, names = next(iter(self.unmatched.items()))
             more = " ..." if len(names) > LISTED else ""
             raise CheckpointError(
-                f"{label}: {len(names)} layers are not in this model: {', '.join(names[:LISTED])}{more}. {len(self.matched)} are;"
+                f"{label}: {len(names)} layers are not in this model: {', '.join(names[:LISTED])}{more}. "
+                f"{len(self.matched)} are;"
                 " use the model that the adapter was trained on, or --allow_partial to merge what fits"
             )
 
@@ -212,7 +213,8 @@ class MergeOnLoad:
             raise CheckpointError(nothing_fits(foreign.label, foreign.layers, self.targets.family))
         if not self._num_merged:
             raise ConfigError(
-                f"--include_patterns and --exclude_patterns leave none of the {sum(self._matched_of.values())} layers of the adapters"
+                f"--include_patterns and --exclude_patterns leave none of the {sum(self._matched_of.values())} layers "
+                "of the adapters"
             )
         self.report()
 
@@ -308,7 +310,8 @@ def _delta(layer: LayerParameter, tensors: Tensors, parameter: torch.Tensor, mul
     except (RuntimeError, ValueError) as error:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if tensor.ndim)
         raise CheckpointError(
-            f"{layer.lora_name}: the model's {layer.parameter} has shape {list(parameter.shape)}, to which {shapes} of the adapter do not fit"
+            f"{layer.lora_name}: the model's {layer.parameter} has shape {list(parameter.shape)}, to which {shapes} of "
+            "the adapter do not fit"
         ) from error
 
 

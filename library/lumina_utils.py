@@ -255,7 +255,8 @@ def fitting_problems(
     ]
     if tokens > params.max_text_tokens:
         problems.append(
-            f"--gemma2_max_token_length is {tokens}; the denoiser {model} has positions for {params.max_text_tokens} tokens"
+            f"--gemma2_max_token_length is {tokens}; the denoiser {model} has positions for {params.max_text_tokens} "
+            "tokens"
             " of text"
         )
     return problems

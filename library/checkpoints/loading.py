@@ -303,7 +303,8 @@ def build_params(params_class: Callable[..., P], inferred: Mapping[str, Any], gi
         return params_class(**{**inferred, **overrides})
     except (ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: {error}. Shapes alone do not tell; give it as an argument or under model_config in the file's metadata"
+            f"{path}: {error}. Shapes alone do not tell; give it as an argument or under model_config in the file's "
+            "metadata"
         ) from error
 
 

@@ -183,7 +183,8 @@ def build_parser(what: str, family: str = FIRST_FAMILY) -> argparse.ArgumentPars
     script = tool_script(family, what)
     parser = option_reader.parser_of(script)
     parser.description = (
-        f"Fill the {'latent' if what == 'latents' else 'text encoder output'} cache of a data set. Options of the family {family};"
+        f"Fill the {'latent' if what == 'latents' else 'text encoder output'} cache of a data set. Options of the "
+        f"family {family};"
         f" families: {', '.join(FAMILIES)}."
     )
     return parser

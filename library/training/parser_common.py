@@ -126,6 +126,7 @@ def script(family: str, trainable: str) -> Script:
         defaults=family_class.defaults,
         ignored={**family_class.ignored, **ignored},
         foreign=family_class.foreign,
+        read_values=family_class.read_values,
         neutral=family_class.neutral,
         stands_for=family_class.stands_for,
     )

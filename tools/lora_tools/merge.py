@@ -354,7 +354,8 @@ def _refuse_scaled(files: CheckpointFiles) -> None:
     scaled = next((key for key in files.shapes if is_blob(key) and "scale" in key), None)
     if scaled is not None:
         raise CheckpointError(
-            f"{files.path} is stored in scaled 8-bit numbers ({scaled}), into which nothing can be merged without loss; take the"
+            f"{files.path} is stored in scaled 8-bit numbers ({scaled}), into which nothing can be merged without "
+            "loss; take the"
             " bf16 or fp16 file"
         )
 

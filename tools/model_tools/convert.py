@@ -160,7 +160,8 @@ def _to_folder(config: Config, kind: Kind, source: str, target: str) -> None:
     options, dtype = config[ModelOptions], _dtype(config)
     if kind.name == "flux":
         raise CheckpointError(
-            f"{source} is FLUX.1, which diffusers reads from the one file (from_single_file); no folder is written of it"
+            f"{source} is FLUX.1, which diffusers reads from the one file (from_single_file); no folder is written of "
+            "it"
         )
     if os.path.isdir(source):
         raise CheckpointError(f"{source} is a folder; --to diffusers takes one file in the original layout")

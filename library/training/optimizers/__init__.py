@@ -271,7 +271,8 @@ def check_rates(options: OptimizerOptions, rates: Sequence[float]) -> None:
         built.optimizer.step()
     except RuntimeError as error:
         raise ConfigError(
-            f"--optimizer_type {built.choice.name} takes one learning rate for all parts, or 0; --learning_rate, --unet_lr and"
+            f"--optimizer_type {built.choice.name} takes one learning rate for all parts, or 0; --learning_rate, "
+            "--unet_lr and"
             f" --text_encoder_lr ask for {' and '.join(map(str, different))} ({error}). Give one rate, usually 1"
         ) from error
 
@@ -290,8 +291,10 @@ def check_float16(options: OptimizerOptions) -> None:
         return
     if not bool(weight.isfinite().all()):
         raise ConfigError(
-            f"--full_fp16 with --optimizer_type {built.choice.name}: weights without gradient become not-a-number, because its eps"
-            " is 0 in float16; add --optimizer_args eps=1e-4, or leave --full_fp16 out (--mixed_precision fp16 alone keeps the"
+            f"--full_fp16 with --optimizer_type {built.choice.name}: weights without gradient become not-a-number, "
+            "because its eps"
+            " is 0 in float16; add --optimizer_args eps=1e-4, or leave --full_fp16 out (--mixed_precision fp16 alone "
+            "keeps the"
             " trained weights in float32)"
         )
 
@@ -320,7 +323,8 @@ def build(options: OptimizerOptions, param_groups: Sequence[Mapping[str, Any]]) 
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{key}={value}" for key, value in choice.kwargs.items())
         raise ConfigError(
-            f"--optimizer_args is {given}, which {choice.name} refuses: {error}; needed: values of the form that it documents"
+            f"--optimizer_args is {given}, which {choice.name} refuses: {error}; needed: values of the form that it "
+            "documents"
         ) from error
     if switches_weights(optimizer):
         optimizer.train()
@@ -337,7 +341,8 @@ def log_lines(choice: OptimizerChoice) -> list[str]:
         )
     if choice.finds_own_rate:
         lines.append(
-            "AdaFactor with relative_step finds its own learning rates; --learning_rate, --unet_lr and --text_encoder_lr"
+            "AdaFactor with relative_step finds its own learning rates; --learning_rate, --unet_lr and "
+            "--text_encoder_lr"
             " are not used (relative_step=False uses them)"
         )
     return lines
