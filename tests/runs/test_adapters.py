@@ -19,7 +19,7 @@ from tests.networks.adapter_table import ADAPTERS, Adapter, kind_of_adapter
 from tests.pairwise import denoiser
 from tests.runs.conftest import draw_pictures, read_parts
 
-FAMILIES = {"flux": "flux", "sd": "sd1", "sdxl": "sdxl", "anima": "anima", "chroma": "chroma"}
+FAMILIES = {"flux": "flux", "sd": "sd1", "sdxl": "sdxl", "anima": "anima", "chroma": "chroma", "lumina": "lumina"}
 """family -> its set of tiny models"""
 DATASET = """
 [[datasets]]
