@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.checkpoints.loading import names_of_index
+from library.checkpoints.loading import INDEX_SUFFIX, files_of_split_model, names_of_index
 from library.checkpoints.recognition import (
     KeyTable,
     adapter_family,
@@ -29,7 +29,6 @@ PICKLED_NAMES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """owner/name"""
-INDEX_SUFFIX = ".safetensors.index.json"
 
 
 def wanted_texts() -> dict[str, str]:
@@ -71,6 +70,8 @@ def describe_checkpoint(path: str | os.PathLike, with_pickles: bool = False) -> 
         return _describe_folder(place, with_pickles)
     if not place.exists():
         return CheckpointKind("missing", f"there is no such file or folder{_nearest_file(place)}")
+    if place.name.endswith(INDEX_SUFFIX):
+        return _describe_shards(place.parent, place)
     broken = _what_is_not_safetensors(place)
     read = (
         _pickled_shapes
@@ -80,6 +81,9 @@ def describe_checkpoint(path: str | os.PathLike, with_pickles: bool = False) -> 
     if broken is not None and read is _shapes:
         return broken
     try:
+        parts = files_of_split_model(place)
+        if parts is not None:
+            return _describe_files([Path(part) for part in parts])
         shapes = read(place)
     except CheckpointError as error:
         return CheckpointKind("truncated" if "truncated" in str(error) else "damaged", str(error))
@@ -285,16 +289,21 @@ def _describe_shards(folder: Path, index: Path) -> CheckpointKind:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         return CheckpointKind("damaged", f"{', '.join(missing)} of {len(names)} files of the model are missing")
+    return _describe_files([folder / name for name in names], folder=True)
+
+
+def _describe_files(files: Sequence[Path], folder: bool = False) -> CheckpointKind:
+    """A model in files that are all there. `folder`: it is given as a folder, or by its index."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in names:
-        broken = _what_is_not_safetensors(folder / name)
+    for file in files:
+        broken = _what_is_not_safetensors(file)
         if broken is not None:
-            return CheckpointKind(broken.kind, f"{name} is {broken.detail}")
+            return CheckpointKind(broken.kind, f"{file.name} is {broken.detail}")
         try:
-            shapes.update(_shapes(folder / name))
+            shapes.update(_shapes(file))
         except CheckpointError as error:
             return CheckpointKind("truncated" if "truncated" in str(error) else "damaged", str(error))
-    return _kind_of(shapes, folder=True)
+    return _kind_of(shapes, folder=folder)
 
 
 def _as_folder(kind: CheckpointKind) -> CheckpointKind:

@@ -431,17 +431,21 @@ def _t5_from_model(model_path: str | None) -> PreTrainedTokenizerFast | None:
 def from_entry(model_path: str | None, make: Callable[[bytes, str], Any]) -> Any:
     """The tokenizer that a safetensors file of a model carries as `spiece_model`, made of its bytes and their source; None
     without one."""
+    from library.checkpoints.loading import files_of_split_model
     from library.safetensors_utils import MemoryEfficientSafeOpen
 
-    if not model_path or Path(model_path).suffix != ".safetensors" or not os.path.exists(model_path):
+    if not model_path or not os.path.exists(model_path):
         return None
-    with MemoryEfficientSafeOpen(model_path) as file:
-        name = next((key for key in file.keys() if key.split(".")[-1] == "spiece_model"), None)
-        blob = None if name is None else file.get_tensor(name).numpy().tobytes()
-    if blob is None:
-        return None
-    with foreign_errors(CheckpointError, f"the entry {name} of {model_path} cannot be read as a tokenizer"):
-        return make(blob, f"{model_path} (entry {name})")
+    for part in files_of_split_model(model_path) or [model_path]:
+        if Path(part).suffix != ".safetensors":
+            continue
+        with MemoryEfficientSafeOpen(part) as file:
+            name = next((key for key in file.keys() if key.split(".")[-1] == "spiece_model"), None)
+            blob = None if name is None else file.get_tensor(name).numpy().tobytes()
+        if blob is not None:
+            with foreign_errors(CheckpointError, f"the entry {name} of {part} cannot be read as a tokenizer"):
+                return make(blob, f"{part} (entry {name})")
+    return None
 
 
 def t5_tokenizer_from_sentencepiece(model: bytes, source: str) -> PreTrainedTokenizerFast:

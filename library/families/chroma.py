@@ -67,6 +67,7 @@ FAMILY = FamilyRecord(
         ),
     ),
     encoder_files=(EncoderFile(option="t5xxl", title="T5-XXL"),),
+    layouts="library.chroma_utils:LAYOUTS",
     adapters=AdapterFacts(title="FLUX.1 or Chroma", base_versions=("chroma",), modelspec=("chroma",)),
     adapters_of="flux",
     variant_of=("flux", "model_type", "chroma"),

@@ -6,6 +6,8 @@ import struct
 import pytest
 
 from library.checkpoints.kinds import check_slot, describe_checkpoint
+from library.checkpoints.loading import open_checkpoint
+from library.core.errors import CheckpointError
 
 FLUX = {
     "double_blocks.0.img_attn.norm.query_norm.scale": (16,),
@@ -206,6 +208,34 @@ def test_a_sharded_folder_is_read_through_its_index(tmp_path):
     (tmp_path / "m-00002-of-00002.safetensors").unlink()
     found = describe_checkpoint(tmp_path)
     assert found.kind == "damaged" and "m-00002-of-00002.safetensors" in found.detail
+
+
+@pytest.mark.parametrize(
+    "given", ["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors", "m.safetensors.index.json"]
+)
+def test_any_file_of_a_split_model_and_its_index_name_all_of_it(tmp_path, given):
+    names = list(FLUX)
+    write_file(tmp_path / "m-00001-of-00002.safetensors", {names[0]: FLUX[names[0]]})
+    write_file(tmp_path / "m-00002-of-00002.safetensors", {name: FLUX[name] for name in names[1:]})
+    weight_map = {name: f"m-0000{1 if name == names[0] else 2}-of-00002.safetensors" for name in names}
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert describe_checkpoint(tmp_path / given).kind == "flux"
+    assert sorted(open_checkpoint(tmp_path / given).shapes) == sorted(names)
+    (tmp_path / "m-00001-of-00002.safetensors").write_bytes(b"GGUF\x03\0\0\0")
+    found = describe_checkpoint(tmp_path / given)
+    of_which = "" if given == "m-00001-of-00002.safetensors" else "m-00001-of-00002.safetensors is "
+    assert found.kind == "gguf" and f"{of_which}a quantised GGUF file" in found.detail
+    (tmp_path / "m-00001-of-00002.safetensors").unlink()
+    if given != "m-00001-of-00002.safetensors":
+        found = describe_checkpoint(tmp_path / given)
+        assert found.kind == "damaged" and "m-00001-of-00002.safetensors" in found.detail
+        with pytest.raises(CheckpointError, match="m-00001-of-00002.safetensors"):
+            open_checkpoint(tmp_path / given)
+
+
+def test_an_index_that_lists_nothing_is_named(tmp_path):
+    (tmp_path / "m.safetensors.index.json").write_text("{}")
+    assert "no weight_map" in check_slot(tmp_path / "m.safetensors.index.json", "ae", {"vae_flux"})
 
 
 def test_a_pipeline_folder_fits_by_the_part_that_is_needed(tmp_path):

@@ -44,11 +44,11 @@ from library.sd3_utils import (
     parts_in,
 )
 from library.strategy_sd3 import CLIP_G_PAD
-from tools.model_tools.joined import Infos, infos_of, joined_items, rules_of_file
+from tools.model_tools.denoiser_folder import Infos, SinglePlan, infos_of, joined
+from tools.model_tools.ldm_folder import REST
 
 logger = logging.getLogger("atelier")
 
-REST = "original_rest.safetensors"
 TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5xxl": "tokenizer_3"}
 CLASSES = {
     "transformer": ["diffusers", "SD3Transformer2DModel"], "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -62,19 +62,15 @@ Items = Callable[[], Iterable[tuple[str, Tensor]]]
 _WITHOUT_PLACE = ("position_ids", "logit_scale", "spiece_model")
 
 
+def _infos(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> Infos:
+    """Types and shapes of tensors that are cast to `dtype` (None: as they are)."""
+    return {
+        key: (dtype if dtype and tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+        for key, tensor in state.items()
+    }
+
+
 # -- from a folder -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SinglePlan:
-    """What is written for a folder: `infos` as stream_file_atomic takes them."""
-
-    infos: Infos
-    items: Items
-    metadata: dict[str, str]
-
-    def write(self, target: str) -> None:
-        stream_file_atomic(self.infos, self.items(), target, self.metadata or None)
 
 
 def single_plan(source: str, dtype: torch.dtype | None) -> SinglePlan:
@@ -84,7 +80,10 @@ def single_plan(source: str, dtype: torch.dtype | None) -> SinglePlan:
     if not info.is_diffusers:
         raise CheckpointError(f"{source} is SD3 in the original layout already; nothing is to be rewritten")
     shapes = strip_prefix(info.source.shapes, info.prefix)
-    rules = rules_of_file(denoiser_rules(info.params.depth), shapes, source)
+    rules = [rule for rule in denoiser_rules(info.params.depth) if any(part in shapes for part in rule.parts)]
+    lacking = [part for rule in rules for part in rule.parts if part not in shapes]
+    if lacking:
+        raise CheckpointError(f"{source} lacks {len(lacking)} tensors, the first is {lacking[0]}; are all parts there?")
     denoiser = convert_diffusers_to_sd3(shapes)
     rest = Path(source) / REST
     small, metadata = (load_safetensors(rest, "cpu"), read_header(rest)[1]) if rest.is_file() else ({}, {})
@@ -99,13 +98,14 @@ def single_plan(source: str, dtype: torch.dtype | None) -> SinglePlan:
             names = {key: FILE_PREFIXES[part] + key for key in files.shapes if not key.endswith(_WITHOUT_PLACE)}
             streams.append((files, names))
     small = cast_all(small, dtype)
-    infos = infos_of({FILE_PREFIX + key: tensor for key, tensor in denoiser.items()}, dtype) | infos_of(small, None)
+    infos = _infos({FILE_PREFIX + key: tensor for key, tensor in denoiser.items()}, dtype) | infos_of(small)
     for files, names in streams:
-        infos |= infos_of({name: files.shapes[key] for key, name in names.items()}, dtype)
+        infos |= _infos({name: files.shapes[key] for key, name in names.items()}, dtype)
 
     def items() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in joined_items(info.source, denoiser, rules, info.prefix):
-            yield FILE_PREFIX + name, tensor
+        own = [info.prefix + name for name in shapes]
+        parts = ((key[len(info.prefix) :], tensor) for key, tensor in info.source.stream("cpu", True, own))
+        yield from ((FILE_PREFIX + name, tensor) for name, tensor in joined(parts, rules))
         yield from small.items()
         for files, names in streams:
             yield from ((names[key], tensor) for key, tensor in files.stream("cpu", True, names))
@@ -186,7 +186,7 @@ def _denoiser(
     files: CheckpointFiles, keys: list[str], prefix: str, params: SD3Params, dtype: torch.dtype | None
 ) -> tuple[Infos, Items]:
     """One original tensor in memory at a time, with all that is made of it."""
-    infos = infos_of(convert_sd3_to_diffusers({key[len(prefix) :]: files.shapes[key] for key in keys}), dtype)
+    infos = _infos(convert_sd3_to_diffusers({key[len(prefix) :]: files.shapes[key] for key in keys}), dtype)
     rules: Mapping[str, Rule] = {rule.original: rule for rule in denoiser_rules(params.depth)}
 
     def items() -> Iterator[tuple[str, Tensor]]:
@@ -202,7 +202,7 @@ def _part(
     part: str, files: CheckpointFiles, names: Mapping[str, str], dtype: torch.dtype | None
 ) -> tuple[Infos, Items]:
     if part == "t5xxl":  # the largest part, under the same names in both layouts
-        infos = infos_of({name: files.shapes[key] for key, name in names.items()}, dtype)
+        infos = _infos({name: files.shapes[key] for key, name in names.items()}, dtype)
         return infos, lambda: ((names[key], tensor) for key, tensor in files.stream("cpu", True, names))
     state = {names[key]: tensor for key, tensor in files.stream("cpu", True, names)}
     if part == "vae":
@@ -211,7 +211,7 @@ def _part(
         norm = state["text_model.final_layer_norm.weight"]
         state["text_projection.weight"] = torch.eye(len(norm), dtype=norm.dtype)
     state = {key: tensor.contiguous() for key, tensor in cast_all(state, dtype).items()}
-    return infos_of(state, None), state.items
+    return infos_of(state), state.items
 
 
 def _config_of(part: str, source: str) -> dict[str, Any]:
