@@ -36,6 +36,8 @@ class Trainable(ABC):
     TRAINABLES"""
     script: ClassVar[str] = "train_network"
     """name of its scripts without .py and without what a family puts before it"""
+    keeps_text_still: ClassVar[str] = ""
+    """what to do to keep text encoders from learning, for messages: "add --network_train_unet_only", say"""
     spec_kind: ClassVar[str] = ""
     """what modelspec.architecture ends in: lora, textual-inversion, controlnet; "" for a full model"""
 

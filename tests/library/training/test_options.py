@@ -18,7 +18,8 @@ from library.training.parser_common import parse, parse_command, script
 from tests.option_sets import SCRIPTS, frozen_path, option_set, reason, status
 
 ROOT = Path(__file__).resolve().parents[3]
-WHAT = {f"{family}_{trainable}": script(family, trainable) for family, trainable in SCRIPTS}
+NAMES = {f"{family}_{trainable}": (family, trainable) for family, trainable in SCRIPTS}
+WHAT = {which: script(*names) for which, names in NAMES.items()}
 OWN_OPTIONS = {
     "flux_network": {"clip_l_tokenizer", "t5xxl_tokenizer"},
     "chroma_network": {"clip_l_tokenizer", "t5xxl_tokenizer"},
@@ -50,7 +51,7 @@ def family_of_script(family: str) -> str:
 
 def known(which: str) -> list[list]:
     """[name, type, nargs, default, choices] of every option that the known script of this name has."""
-    family, trainable = which.rsplit("_", 1)
+    family, trainable = NAMES[which]
     path = Path(__file__).parent / f"{family_of_script(family)}_{trainable}_options.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -66,7 +67,7 @@ def each(*wanted: str) -> list:
 @pytest.mark.parametrize("which", WHAT)
 def test_the_options_are_the_frozen_ones(which: str) -> None:
     """A change that is meant: `python -m tests.option_sets`, and look at the difference."""
-    frozen = json.loads(frozen_path(*which.rsplit("_", 1)).read_text(encoding="utf-8"))
+    frozen = json.loads(frozen_path(*NAMES[which]).read_text(encoding="utf-8"))
     found = option_set(WHAT[which])
     assert found.keys() == frozen.keys()
     for name, entry in frozen.items():
