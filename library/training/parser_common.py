@@ -48,6 +48,8 @@ PATH_OPTIONS: tuple[str, ...] = (
 """never recorded with the curves, and named in the log when W&B would record the command line"""
 
 
+NEW_WORDS_LEARN = "the text encoders read the vectors that learn in every step, so that their outputs are new each time"
+
 TRAINABLES: Registry[type] = Registry(
     "trainable",
     group="trainables",
@@ -69,6 +71,19 @@ TRAINABLES.add(
     ignored={
         "fused_backward_pass": "gradients of a network are few, are averaged over processes and clipped by their common norm, which"
         " needs all of them at once; the option saves memory in full fine-tuning only",
+    },
+)
+
+
+TRAINABLES.add(
+    "textual_inversion",
+    "library.training.trainables.textual_inversion:TextualInversion",
+    options="library.training.new_words:TextualInversionOptions",
+    defaults={"save_model_as": "pt"},
+    refused={
+        "cache_text_encoder_outputs": NEW_WORDS_LEARN,
+        "cache_text_encoder_outputs_to_disk": NEW_WORDS_LEARN,
+        "fused_backward_pass": "a few vectors learn, whose gradients take no memory that it could save",
     },
 )
 

@@ -29,6 +29,8 @@ OWN_OPTIONS = {
     "hunyuan_image_network": {"text_encoder_tokenizer"},
     "lumina_network": {"gemma2_tokenizer"},
     "sd3_network": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer"},
+    "sd_textual_inversion": {"clip_tokenizer"},
+    "sdxl_textual_inversion": {"clip_tokenizer"},
 }
 OWN_OF_ALL = {
     "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_image_resolution", "skip_bad_images",
