@@ -79,6 +79,7 @@ TRAINABLES.add(
     "textual_inversion",
     "library.training.trainables.textual_inversion:TextualInversion",
     options="library.training.new_words:TextualInversionOptions",
+    foreign="library.training.new_words:foreign_options",
     defaults={"save_model_as": "pt"},
     refused={
         "cache_text_encoder_outputs": NEW_WORDS_LEARN,

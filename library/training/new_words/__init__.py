@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from library.core.errors import Problems
 from library.core.options import option
+from library.families.record import FamilyRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,12 @@ class TextualInversionOptions:
     def words(self) -> list[str]:
         """The words of the vectors: `zyx zyx1 zyx2`."""
         return words_of(self.token_string or "", self.num_vectors_per_token)
+
+
+def foreign_options(record: FamilyRecord, trainable: str) -> dict[str, str]:
+    """Shared options that the known scripts do not have: name -> reason."""
+    names = ("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate")
+    return dict.fromkeys(names, "a caption without the new word teaches nothing about it")
 
 
 def words_of(token: str, count: int) -> list[str]:
