@@ -40,7 +40,7 @@ PREFIXES: tuple[str, ...] = (
 )
 """what may stand before the names of a part, in files as they are passed around"""
 
-WHOLE_FILE_PREFIXES = ("first_stage_model.", "cond_stage_model.", "conditioner.embedders.", "text_encoders.")
+WHOLE_FILE_PREFIXES = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.embedders.", "text_encoders.")
 
 
 class KeyTable:

@@ -29,6 +29,18 @@ def prefixed(prefix, shapes):
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
+MARKS = {"scaled_fp8": (2,), "encoder.block.0.layer.0.SelfAttention.q.scale_weight": (1,)}
+CHROMA = {"distilled_guidance_layer.in_proj.weight": (8, 8)}
+
+
+def bundle(denoiser):
+    """Model, autoencoder and text encoders in one file of scaled 8-bit numbers, as ComfyUI writes it."""
+    marks = {"scaled_fp8": (2,), **{f"{name.removesuffix('.weight')}.scale_weight": () for name in denoiser}}
+    encoders = prefixed("text_encoders.clip_l.transformer.", {CLIP: (49408, 768)})
+    encoders |= prefixed("text_encoders.t5xxl.transformer.", T5 | MARKS)
+    return prefixed("vae.", VAE) | encoders | prefixed("model.diffusion_model.", denoiser | marks)
+
+
 KINDS = [
     ("sdxl", SDXL, "SDXL checkpoint"),
     ("sdxl", prefixed("model.diffusion_model.", SDXL) | {"conditioner.embedders.1.model.logit_scale": ()}, "one file"),
@@ -56,7 +68,23 @@ KINDS = [
         },
         "SD3.5 medium",
     ),
-    ("chroma", FLUX | {"distilled_guidance_layer.in_proj.weight": (8, 8)}, "Chroma"),
+    ("chroma", FLUX | CHROMA, "Chroma denoiser (2 double and 1 single blocks)"),
+    (
+        "chroma",
+        CHROMA
+        | {
+            "transformer_blocks.0.attn.add_k_proj.weight": (8, 8),
+            "single_transformer_blocks.1.proj_mlp.weight": (8, 8),
+        },
+        "Chroma denoiser (1 double and 2 single blocks, diffusers names)",
+    ),
+    (
+        "chroma",
+        bundle(FLUX | CHROMA),
+        "Chroma denoiser (2 double and 1 single blocks, with its VAE or text encoders in one file)",
+    ),
+    ("flux", bundle(FLUX), "2 double and 1 single blocks, with its VAE or text encoders in one file"),
+    ("t5", T5 | MARKS, "T5 text encoder"),
     ("flux", FLUX, "schnell type, 2 double and 1 single blocks"),
     ("flux", FLUX | {"guidance_in.in_layer.weight": (8, 8)}, "dev type"),
     ("flux", prefixed("model.diffusion_model.", FLUX | {"img_in.weight": (8, 384)}), "fill model"),
