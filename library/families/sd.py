@@ -10,6 +10,7 @@ from library.families.record import (
     CacheNames,
     FamilyRecord,
     ModelKind,
+    OtherScript,
     SampleDefaults,
     Signature,
     TextKey,
@@ -23,6 +24,18 @@ FAMILY = FamilyRecord(
     name="sd",
     title="Stable Diffusion 1 and 2",
     page="docs/train_network.md",
+    scripts={
+        "dreambooth": OtherScript(
+            name="train_db",
+            options=frozenset({"learning_rate_te", "stop_text_encoder_training", "no_token_padding"}),
+        ),
+        "full": OtherScript(
+            name="fine_tune",
+            options=frozenset(
+                {"train_text_encoder", "learning_rate_te", "stop_text_encoder_training", "diffusers_xformers"}
+            ),
+        ),
+    },
     place=20,
     family="library.training.wiring.sd:SdFamily",
     denoisers=("UNet2DConditionModel",),

@@ -8,6 +8,7 @@ from library.families.record import (
     CacheNames,
     FamilyRecord,
     ModelKind,
+    OtherScript,
     SampleDefaults,
     Signature,
     TextKey,
@@ -19,6 +20,17 @@ FAMILY = FamilyRecord(
     title="SDXL",
     prefix="sdxl_",
     page="docs/sdxl_train_network.md",
+    scripts={
+        "full": OtherScript(
+            name="sdxl_train",
+            options=frozenset(
+                {
+                    "train_text_encoder", "learning_rate_te1", "learning_rate_te2", "stop_text_encoder_training",
+                    "block_lr", "fused_optimizer_groups", "diffusers_xformers",
+                }
+            ),
+        ),
+    },
     place=30,
     family="library.training.wiring.sdxl:SdxlFamily",
     denoisers=("SdxlUNet2DConditionModel",),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from library.training.objective import NoisyLatents
     from library.training.protocols import ParamGroup, Plain
     from library.training.run import Models
+    from library.training.updaters.base import Updater
     from library.training.wiring.base import ModelFamily
 
 
@@ -36,6 +37,8 @@ class Trainable(ABC):
     TRAINABLES"""
     script: ClassVar[str] = "train_network"
     """name of its scripts without .py and without what a family puts before it"""
+    keeps_text_still: ClassVar[str] = ""
+    """what to do to keep text encoders from learning, for messages: "add --network_train_unet_only", say"""
     spec_kind: ClassVar[str] = ""
     """what modelspec.architecture ends in: lora, textual-inversion, controlnet; "" for a full model"""
 
@@ -67,6 +70,16 @@ class Trainable(ABC):
 
     def prepare_tokenizers(self, family: ModelFamily, strategies: StrategySet) -> None:
         """Before captions are encoded and text encoders loaded: new tokens join the tokenizers here."""
+
+    def updater(self) -> Updater:
+        """How gradients become changed weights."""
+        from library.training.updaters.ordinary import OrdinaryUpdater
+
+        return OrdinaryUpdater()
+
+    def text_encoder_dtype(self, family: ModelFamily, runtime: Runtime) -> torch.dtype | None:
+        """In what the text encoders' weights are held; None: as frozen ones are."""
+        return None
 
     def denoiser_dtype(self, runtime: Runtime) -> torch.dtype:
         """In what the denoiser's weights are held: that of frozen ones, unless they are what is learned."""

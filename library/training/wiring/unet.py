@@ -202,7 +202,7 @@ class UNetFamily(ModelFamily):
 
         self.check_parts(parts, ("denoiser", "text_encoders"))
         denoiser = models.denoiser if "denoiser" in parts else None
-        text_encoders = models.text_encoders if "text_encoders" in parts else None
+        text_encoders = self._text_of_file(models, parts)
         other_vae = self._base_vae() if self.config[ModelOptions].vae else None
         changed = self.file_tensors(denoiser, text_encoders, other_vae)
         if holds_all(self.info.source, changed):
@@ -215,6 +215,15 @@ class UNetFamily(ModelFamily):
         marks = {"v_pred": self.is_v, "ztsnr": is_zero_snr}
         whole |= {mark: torch.zeros(0) for mark, is_set in marks.items() if is_set}
         save_file_atomic({key: tensor.contiguous() for key, tensor in cast_all(whole, dtype).items()}, path, metadata)
+
+    def _text_of_file(self, models: Models, parts: Collection[str]) -> list[torch.nn.Module] | None:
+        """The text encoders that have learned, with the others as the base has them; None when none has."""
+        own = models.text_encoders
+        learned = [i for i in range(len(own)) if {"text_encoders", f"text_encoders.{i}"} & set(parts)]
+        if not learned:
+            return None
+        base = self.base_text_encoders() if len(learned) < len(own) else own
+        return [own[i] if i in learned else base[i] for i in range(len(own))]
 
     def _base_vae(self) -> torch.nn.Module:
         from library.components.ldm_utils import load_autoencoder
