@@ -16,7 +16,9 @@ from library.training.option_reader import Script
 from library.training.parser_common import script
 
 FOLDER = Path(__file__).parent / "golden" / "options"
-SCRIPTS = tuple((family, "network") for family in FAMILIES)
+SCRIPTS = tuple(
+    (family, trainable) for family, record in FAMILIES.items() for trainable in ("network", *record.scripts)
+)
 
 
 def status(what: Script, name: str) -> str:

@@ -18,7 +18,14 @@ from library.families.registry import FAMILIES  # noqa: E402
 from library.training.option_reader import Script  # noqa: E402
 from library.training.parser_common import script  # noqa: E402
 
-PAGES: dict[tuple[str, str], str] = {(name, "network"): record.page for name, record in FAMILIES.items() if record.page}
+PAGES: dict[tuple[str, str], str] = {
+    (name, trainable): page
+    for name, record in FAMILIES.items()
+    for trainable, page in (
+        ("network", record.page), *((other, script.page) for other, script in record.scripts.items())
+    )
+    if page
+}
 """(family, trainable) -> the page of the script"""
 
 GENERATION_PAGE = "docs/gen_img.md"

@@ -120,12 +120,13 @@ def _dtype(config: Config):
 
 
 def _to_single(config: Config, kind: str, source: str, target: str) -> None:
-    from tools.model_tools import flux_single, ldm_folder
+    from library.components import ldm_folder_files
+    from tools.model_tools import flux_single
 
     plan = (
         flux_single.plan(source, _dtype(config))
         if kind == "flux"
-        else ldm_folder.single_plan(source, kind, _dtype(config))
+        else ldm_folder_files.single_plan(source, kind, _dtype(config))
     )
     if config[OutputOptions].dry_run:
         return
@@ -134,7 +135,7 @@ def _to_single(config: Config, kind: str, source: str, target: str) -> None:
 
 
 def _to_folder(config: Config, kind: str, source: str, target: str) -> None:
-    from tools.model_tools import ldm_folder
+    from library.components import ldm_folder_files
 
     if kind == "flux":
         raise CheckpointError(
@@ -143,9 +144,9 @@ def _to_folder(config: Config, kind: str, source: str, target: str) -> None:
     if os.path.isdir(source):
         raise CheckpointError(f"{source} is a folder; --to diffusers takes one file in the original layout")
     options = config[ModelOptions]
-    folder = ldm_folder.read_single(source, kind, options.prediction_type)
-    tokenizer = ldm_folder.tokenizer_of(options.tokenizer, options.tokenizer_cache_dir)
+    folder = ldm_folder_files.read_single(source, kind, options.prediction_type)
+    tokenizer = ldm_folder_files.tokenizer_of(options.tokenizer, options.tokenizer_cache_dir)
     if config[OutputOptions].dry_run:
         return
-    ldm_folder.write_folder(folder, tokenizer, target, _dtype(config), options.variant)
+    ldm_folder_files.write_folder(folder, tokenizer, target, _dtype(config), options.variant)
     logger.info("wrote %s", target)

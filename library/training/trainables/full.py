@@ -14,6 +14,7 @@ from library.core.errors import ConfigError, Problems, TrainingError
 from library.core.learning_rates import Rates, parse_rates, rate_groups
 from library.core.options import Config, Ignored, without_effect
 from library.families.registry import record_of
+from library.training.checkpoint import FOLDER_FORMATS
 from library.training.hooks.base import Hook
 from library.training.optimizers import OptimizerOptions, check_rates
 from library.training.option_groups import LoopOptions, MemoryOptions, PrecisionOptions, SavingOptions
@@ -57,7 +58,7 @@ class FullTrainable(Trainable):
         if self.name not in record_of(family.name).scripts:
             raise ConfigError(f"whole models of {record_of(family.name).title} are not trained here; adapters of them are")
         rates = problems.attempt(lambda: self._denoiser_rates(family))
-        for check in (self._text_problems(family), self._memory_problems(), self._fused_problems(), self._format_problems()):
+        for check in (self._text_problems(family), self._memory_problems(), self._fused_problems(), self._format_problems(family)):
             for message in check:
                 problems.add(message)
         if rates is not None:
@@ -154,7 +155,7 @@ class FullTrainable(Trainable):
         except ConfigError:
             return None  # told by the check of the optimizer
 
-    def _format_problems(self) -> Iterator[str]:
+    def _format_problems(self, family: ModelFamily) -> Iterator[str]:
         from library.training import optimizers
 
         if self.config[PrecisionOptions].full_bf16:
@@ -167,7 +168,13 @@ class FullTrainable(Trainable):
                     f"--full_bf16 with --optimizer_type {choice.name}, which moves between two sets of weights that bfloat16"
                     " cannot tell apart; leave one of them out"
                 )
-        if self.config[SavingOptions].save_model_as == "pt":
+        layout = self.config[SavingOptions].save_model_as
+        if layout in FOLDER_FORMATS and not family.writes_folders:
+            yield (
+                f"--save_model_as is {layout}; models of {record_of(family.name).title} are not written as folders, use"
+                " safetensors"
+            )
+        if layout == "pt":
             yield "--save_model_as is pt, in which no program looks for a model; use safetensors or ckpt"
 
     # -- the models --------------------------------------------------------------------------------------------------
@@ -261,6 +268,11 @@ class FullTrainable(Trainable):
     def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
         parts = {"denoiser"} if self._denoiser_learns(self.family) else set()
         parts |= {f"text_encoders.{number}" for number in self._text}
+        layout = self.config[SavingOptions].save_model_as
+        if layout in FOLDER_FORMATS:
+            is_pickled = layout == "diffusers"
+            self.family.save_folder(self.models, path, dtype, metadata, parts, pickled=is_pickled)
+            return
         if not path.endswith(".ckpt"):
             self.family.save_model(self.models, path, dtype, metadata, parts)
             return

@@ -298,6 +298,16 @@ class ModelFamily(ABC):
         """
         raise UnsupportedCombination(f"{self.name} models cannot be written whole")
 
+    writes_folders: ClassVar[bool] = False
+    """whether `save_folder` writes models in the layout of diffusers"""
+
+    def save_folder(
+        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
+        parts: Collection[str] = DENOISER, *, pickled: bool = False,
+    ) -> None:
+        """`save_model` as a folder in the layout of diffusers. `pickled`: with .bin files."""
+        raise UnsupportedCombination(f"{self.name} models are not written as folders in the layout of diffusers")
+
     def check_parts(self, parts: Collection[str], known: Collection[str] = DENOISER) -> None:
         """For `save_model`: UnsupportedCombination for parts that are not `known`."""
         others = sorted({part for part in parts if part not in known and part.partition(".")[0] not in known})

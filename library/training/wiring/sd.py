@@ -146,6 +146,13 @@ class SdFamily(UNetFamily):
         )
         return self.stored_small(denoiser, runtime)
 
+    @property
+    def file_kind(self) -> str:
+        return "sd2" if self.is_v2 else "sd1"
+
+    def folder_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
     def base_denoiser(self) -> torch.nn.Module:
         from library.sd_utils import load_unet_sd
 

@@ -168,6 +168,13 @@ class SdxlFamily(UNetFamily):
         )
         return self.stored_small(denoiser, runtime)
 
+    @property
+    def file_kind(self) -> str:
+        return FAMILY.name
+
+    def folder_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizers[0]
+
     def base_denoiser(self) -> torch.nn.Module:
         from library.sdxl_utils import load_unet_sdxl
 

@@ -24,6 +24,9 @@ OWN_OPTIONS = {
     "chroma_network": {"clip_l_tokenizer", "t5xxl_tokenizer"},
     "sd_network": {"clip_tokenizer"},
     "sdxl_network": {"clip_tokenizer"},
+    "sd_dreambooth": {"clip_tokenizer", "layer_lrs"},
+    "sd_full": {"clip_tokenizer", "layer_lrs"},
+    "sdxl_full": {"clip_tokenizer", "layer_lrs"},
     "anima_network": {"qwen3_tokenizer"},
     "hunyuan_image_network": {"text_encoder_tokenizer"},
     "lumina_network": {"gemma2_tokenizer"},
@@ -32,7 +35,7 @@ OWN_OPTIONS = {
 OWN_OF_ALL = {
     "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_image_resolution", "skip_bad_images",
     "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
-    "drop_untrained", "plugins", "loss_weight", "hook",
+    "plugins", "loss_weight", "hook",
 }
 """options that only this project has; extend the sets together with the documentation"""
 OTHER_DEFAULTS = {
@@ -79,7 +82,8 @@ def test_the_set_of_options_is_the_known_one_and_our_own(which: str) -> None:
     names, of_script = {entry[0] for entry in known(which)}, set(WHAT[which].owners)
     assert names - of_script == set()
     elsewhere = {entry[0] for other in WHAT for entry in known(other)}
-    assert of_script - names - elsewhere == OWN_OPTIONS[which] | OWN_OF_ALL
+    of_networks = {"drop_untrained"} if which.endswith("_network") else set()
+    assert of_script - names - elsewhere == OWN_OPTIONS[which] | OWN_OF_ALL | of_networks
     assert {name for name in of_script - names & elsewhere if status(WHAT[which], name) == "equivalent"} <= names
 
 
