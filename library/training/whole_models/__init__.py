@@ -12,6 +12,8 @@ from library.families.record import FamilyRecord
 
 TEXT_RATES = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2")
 """learning rates of text encoders: of the only one, or of each"""
+OF_ADAPTERS = {"skip_until_initial_step": "a run that resumes goes on at its step and reads no image before it"}
+"""shared options that only scripts of adapters have"""
 OF_EVERY_SCRIPT = ("layer_lrs",)
 
 
@@ -65,10 +67,10 @@ class WholeModelOptions:
 
 
 def foreign_options(record: FamilyRecord, trainable: str) -> Mapping[str, str]:
-    """Options of the group that the family's script of this trainable does not have: name -> reason."""
+    """Options, most of them of the group, that the family's script of this trainable does not have: name -> reason."""
     script = record.scripts.get(trainable)
     own = {*(script.options if script else ()), *OF_EVERY_SCRIPT}
     others = [name for name in option_fields(WholeModelOptions) if name not in own]
     named = " and ".join(f"--{name}" for name in option_fields(WholeModelOptions) if name in own)
     where = script.name if script else f"training of whole {record.title} models"
-    return dict.fromkeys(others, f"{where} has {named} in its place")
+    return {**dict.fromkeys(others, f"{where} has {named} in its place"), **OF_ADAPTERS}
