@@ -171,7 +171,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         free, needed = shutil.disk_usage(folder).free, size * (1 if args.sparse else 2)
         if free < needed * 1.1:
             raise SystemExit(
-                f"{folder} has {free / 1e9:.1f} GB free; needed are {needed * 1.1 / 1e9:.1f} GB: give a smaller --gigabytes"
+                f"{folder} has {free / 1e9:.1f} GB free; needed are {needed * 1.1 / 1e9:.1f} GB: give a smaller "
+                "--gigabytes"
             )
         model, lora = folder / "model.safetensors", folder / "lora.safetensors"
         write_model(model, shapes, args.sparse)
@@ -185,11 +186,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         f"model            {size / 1e9:8.2f} GB, {size / 2e9:.1f} billion parameters{', sparse' if args.sparse else ''}"
     )
     print(
-        f"peak memory      {above / 1e9:8.2f} GB above {merged['before'] / 1e9:.2f} GB with torch loaded = {above / size:.1%} of the model"
+        f"peak memory      {above / 1e9:8.2f} GB above {merged['before'] / 1e9:.2f} GB with torch loaded = "
+        f"{above / size:.1%} of the model"
     )
     print(f"merge            {merged['seconds']:8.1f} s = {size / merged['seconds'] / 1e6:.0f} MB/s")
     print(
-        f"copy             {copy:8.1f} s = {size / copy / 1e6:.0f} MB/s; merging takes {merged['seconds'] / copy:.2f} times as long"
+        f"copy             {copy:8.1f} s = {size / copy / 1e6:.0f} MB/s; merging takes {merged['seconds'] / copy:.2f} "
+        "times as long"
     )
     return {"size": size, "above": above, "merge": merged["seconds"], "copy": copy}
 

@@ -198,7 +198,8 @@ class Case:
         for name, start in (("first", self.first), *(("second", start) for start in self.seconds)):
             opened = " ".join(f"{start.opened[kind]:>8}" for kind in KINDS.values())
             print(
-                f"{self.count:>9} {name:>8} {start.seconds:>8.1f} {start.cpu:>7.2f} {start.memory_mb:>6.0f} {start.decoded:>8}          {opened}"
+                f"{self.count:>9} {name:>8} {start.seconds:>8.1f} {start.cpu:>7.2f} {start.memory_mb:>6.0f} "
+                f"{start.decoded:>8}          {opened}"
             )
         print(f"{self.count:>9} {'baseline':>8} {'':>8} {min(self.baselines):>7.2f}", flush=True)
 
@@ -222,7 +223,8 @@ def main() -> None:
         place = Path(options.folder or temporary)
         print(f"{options.family}, latents{' and text encoder outputs' if caches_text else ''} on disk")
         print(
-            f"{'pictures':>9} {'start':>8} {'seconds':>8} {'CPU s':>7} {'MB':>6} {'decoded':>8}  opened: pictures captions caches",
+            f"{'pictures':>9} {'start':>8} {'seconds':>8} {'CPU s':>7} {'MB':>6} {'decoded':>8}  opened: pictures "
+            "captions caches",
             flush=True,
         )
         cases = [
@@ -238,7 +240,8 @@ def main() -> None:
         if few is not many:
             beyond, least = many.least.cpu - few.least.cpu, min(many.baselines)
             print(
-                f"second start: {beyond:.2f} CPU s beyond {few.count} pictures, {beyond / least:.2f} times the baseline (at most 2)"
+                f"second start: {beyond:.2f} CPU s beyond {few.count} pictures, {beyond / least:.2f} times the "
+                "baseline (at most 2)"
             )
 
 

@@ -86,7 +86,8 @@ def main() -> None:
                     times[name].append(time.perf_counter() - started)
         bare, ours = statistics.median(times["bare"]), statistics.median(times["ours"])
         print(
-            f"\nbare loop {bare * 1e3:.2f} ms, ours {ours * 1e3:.2f} ms: {(ours - bare) * 1e3:.2f} ms per step for everything else"
+            f"\nbare loop {bare * 1e3:.2f} ms, ours {ours * 1e3:.2f} ms: {(ours - bare) * 1e3:.2f} ms per step for "
+            "everything else"
         )
 
 

@@ -37,7 +37,8 @@ class AdapterParams:
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.model_dim % (2 * self.num_heads):
             raise ValueError(
-                f"num_heads of the adapter is {self.num_heads}; model_dim {self.model_dim} must be an even multiple of it"
+                f"num_heads of the adapter is {self.num_heads}; model_dim {self.model_dim} must be an even multiple of "
+                "it"
             )
 
 
@@ -430,7 +431,8 @@ class Anima(BlockStackMixin, nn.Module):
             )
         if frames > p.max_frames or height > p.max_img_h or width > p.max_img_w:
             raise ValueError(
-                f"latents are {frames} x {height} x {width}; the model takes up to {p.max_frames} x {p.max_img_h} x {p.max_img_w}"
+                f"latents are {frames} x {height} x {width}; the model takes up to {p.max_frames} x {p.max_img_h} x "
+                f"{p.max_img_w}"
             )
 
     def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:

@@ -271,7 +271,8 @@ class _Resolver:
             self.problems.add(
                 where,
                 "conflict",
-                "subsets with and without metadata_file cannot be mixed in the same dataset; put each kind in its own [[datasets]]",
+                "subsets with and without metadata_file cannot be mixed in the same dataset; put each kind in its own "
+                "[[datasets]]",
             )
         if "FT" not in self.rules.kinds:
             return ["DB"] * len(listed)

@@ -183,6 +183,7 @@ def _hub_api(token: str | None) -> tuple[Any, Any]:
         from huggingface_hub import errors
     except ImportError as error:
         raise ConfigError(
-            f"the Hugging Face options need the package huggingface_hub ({error}); install it with: pip install huggingface_hub"
+            f"the Hugging Face options need the package huggingface_hub ({error}); install it with: pip install "
+            "huggingface_hub"
         ) from error
     return huggingface_hub.HfApi(token=token), errors

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from library.checkpoints import lumina_convert
 from library.checkpoints.kinds import check_slot, describe_checkpoint
+from library.checkpoints.layout_rules import DenoiserLayouts
 from library.checkpoints.loading import (
     CheckpointFiles,
     Transform,
@@ -147,8 +148,8 @@ def load_lumina(
     state = strip_prefix(tensors, info.prefix)
     if info.is_diffusers:
         state = lumina_convert.to_original(state)
-    if UNUSED not in state:  # diffusers leaves it out
-        state[UNUSED] = torch.ones_like(state["noise_refiner.0.ffn_norm1.weight"])
+    for name, like in LAYOUTS.unused.items():  # diffusers leaves it out
+        state.setdefault(name, torch.ones_like(state[like]))
     model = build_on_meta(lambda: NextDiT(info.params))
     check_state(model, state, os.fspath(path))
     assign_state(model, state)
@@ -178,6 +179,27 @@ def model_config_metadata(model: NextDiT) -> dict[str, str]:
     except CheckpointError:
         params = None
     return {} if params == model.params else {"model_config": json.dumps(asdict(model.params), sort_keys=True)}
+
+
+def _config_of_diffusers(params: LuminaParams) -> dict[str, Any]:
+    """config.json of diffusers' Lumina2Transformer2DModel; there the feed-forward width follows from two numbers."""
+    usual = params.ffn_hidden == 256 * -(-4 * params.dim // 256)
+    return {
+        "_class_name": "Lumina2Transformer2DModel",
+        "patch_size": params.patch_size, "in_channels": params.in_channels, "hidden_size": params.dim,
+        "num_layers": params.n_layers, "num_refiner_layers": params.n_refiner_layers,
+        "num_attention_heads": params.n_heads, "num_kv_heads": params.n_kv_heads,
+        "multiple_of": 256 if usual else 1,
+        "ffn_dim_multiplier": None if usual else (params.ffn_hidden + 0.5) / (4 * params.dim),  # rounded down there
+        "norm_eps": params.norm_eps, "axes_dim_rope": list(params.axes_dims), "axes_lens": list(params.axes_lens),
+        "cap_feat_dim": params.cap_feat_dim,
+    }  # fmt: skip
+
+
+LAYOUTS = DenoiserLayouts(
+    inspect_lumina, lumina_convert.denoiser_rules, _config_of_diffusers,
+    rows_of=lambda params: lumina_convert.rows_of(params.dim), unused={UNUSED: "noise_refiner.0.ffn_norm1.weight"},
+)  # fmt: skip
 
 
 def inspect_ae(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:
@@ -233,7 +255,8 @@ def fitting_problems(
     ]
     if tokens > params.max_text_tokens:
         problems.append(
-            f"--gemma2_max_token_length is {tokens}; the denoiser {model} has positions for {params.max_text_tokens} tokens"
+            f"--gemma2_max_token_length is {tokens}; the denoiser {model} has positions for {params.max_text_tokens} "
+            "tokens"
             " of text"
         )
     return problems

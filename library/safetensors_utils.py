@@ -125,7 +125,8 @@ def _mapped_tensors(
         if not is_mapping_failure(error):
             raise
         logger.warning(
-            "%s cannot be mapped into memory (%s), so it is read without mapping; --disable_mmap_load_safetensors does so from the"
+            "%s cannot be mapped into memory (%s), so it is read without mapping; --disable_mmap_load_safetensors does "
+            "so from the"
             " start. On Windows a larger page file lets it be mapped", path, _first_line(error),
         )  # fmt: skip
     yield from iterate_tensors(path, device, disable_mmap=True, keys=left)

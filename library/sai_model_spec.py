@@ -85,7 +85,8 @@ def source_date() -> int | None:
         return None
     if not (text.isascii() and text.isdigit() and int(text[:20]) <= LATEST_DATE):
         raise ConfigError(
-            f"the environment variable {SOURCE_DATE} is '{text}'; needed: seconds since 1970 as a whole number, or unset it"
+            f"the environment variable {SOURCE_DATE} is '{text}'; needed: seconds since 1970 as a whole number, or "
+            "unset it"
         )
     return int(text)
 

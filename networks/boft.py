@@ -44,7 +44,8 @@ class BOFTModule(RotationModule):
             smallest = next((size for size in range(2, rows + 1, 2) if power_of_two_blocks(rows, size)), None)
             advice = f"use --network_dim {smallest} or more" if smallest else "exclude this layer"
             raise ConfigError(
-                f"{self.lora_name}: {rows} rows are no even block of up to {self.lora_dim} rows times a power of two; {advice}"
+                f"{self.lora_name}: {rows} rows are no even block of up to {self.lora_dim} rows times a power of two; "
+                f"{advice}"
             )
         size, count = found
         return bin(count - 1).count("1") + 1, count, size, size

@@ -28,7 +28,8 @@ class DiagOFTModule(OFTModule):
             fitting = next((number for number in divisors(rows) if number > 1 and number * number <= rows), None)
             advice = f"use --network_dim {fitting} or more" if fitting else "exclude this layer"
             raise ConfigError(
-                f"{self.lora_name}: blocks of up to {self.lora_dim} rows cut {rows} rows into single ones, which cannot be rotated; {advice}"
+                f"{self.lora_name}: blocks of up to {self.lora_dim} rows cut {rows} rows into single ones, which "
+                f"cannot be rotated; {advice}"
             )
         return count, size, size
 

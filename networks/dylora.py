@@ -50,7 +50,8 @@ class DyLoRAModule(AdapterModule):
         """Make pieces of `unit` ranks. ConfigError when the rank is no multiple of it."""
         if self.lora_dim % unit:
             raise ConfigError(
-                f"{self.lora_name} has rank {self.lora_dim}, which is no multiple of unit={unit} (--network_args); change one of them"
+                f"{self.lora_name} has rank {self.lora_dim}, which is no multiple of unit={unit} (--network_args); "
+                "change one of them"
             )
         weight = self.org_module.weight
         kernel = weight.shape[2:]
@@ -111,12 +112,14 @@ class DyLoRAModule(AdapterModule):
     def load_file_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         if any(name not in tensors for name in self.weight_keys):
             raise CheckpointError(
-                f"{self.lora_name}: the file has {', '.join(sorted(tensors))}; this network needs {', '.join(self.weight_keys)}"
+                f"{self.lora_name}: the file has {', '.join(sorted(tensors))}; this network needs "
+                f"{', '.join(self.weight_keys)}"
             )
         down, up = (tensors[name] for name in self.weight_keys)
         if down.shape[0] != self.lora_dim or up.ndim < 2 or up.shape[1] != self.lora_dim:
             raise CheckpointError(
-                f"{self.lora_name}: the file has down {list(down.shape)} and up {list(up.shape)}; this network needs rank {self.lora_dim}"
+                f"{self.lora_name}: the file has down {list(down.shape)} and up {list(up.shape)}; this network needs "
+                f"rank {self.lora_dim}"
             )
         others = {name: tensor for name, tensor in tensors.items() if name not in self.weight_keys}
         downs, ups = down.split(self.unit), up.split(self.unit, dim=1)

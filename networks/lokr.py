@@ -227,7 +227,8 @@ def prepare(network: AdditionalNetwork) -> None:
     full = [module for module in network.loras if isinstance(module, LoKrModule) and hasattr(module, "lokr_w2")]
     if full:
         logger.warning(
-            "LoKr: %d of %d layers train their second half as a plain matrix, as rank %d is no saving there (first: %s);"
+            "LoKr: %d of %d layers train their second half as a plain matrix, as rank %d is no saving there (first: "
+            "%s);"
             " where the first half is plain too, alpha has no effect",
             len(full),
             len(network.loras),

@@ -195,7 +195,8 @@ class LoRAModule(AdapterModule):
         pairs = split_pair(down, up, self.split)
         if pairs is None:
             raise CheckpointError(
-                f"{self.lora_name}: up {list(up.shape)} of the file is one pair for all parts; it was trained without split_qkv."
+                f"{self.lora_name}: up {list(up.shape)} of the file is one pair for all parts; it was trained without "
+                "split_qkv."
                 " Leave split_qkv out"
             )
         parts = {f"lora_down.{i}.weight": pair[0] for i, pair in enumerate(pairs)}

@@ -157,7 +157,8 @@ class OFTModule(RotationModule):
         if rows % self.lora_dim:
             known = ", ".join(map(str, divisors(rows)[:12]))
             raise ConfigError(
-                f"{self.lora_name}: {rows} rows do not divide into {self.lora_dim} blocks; --network_dim is the number of blocks"
+                f"{self.lora_name}: {rows} rows do not divide into {self.lora_dim} blocks; --network_dim is the number "
+                "of blocks"
                 f" for OFT, use a divisor of the rows ({known}{', ...' if len(divisors(rows)) > 12 else ''})"
             )
         return self.lora_dim, rows // self.lora_dim, rows // self.lora_dim
@@ -219,7 +220,8 @@ def tell_constraint(network: AdditionalNetwork) -> None:
     alphas = sorted({float(module.alpha) for module in network.loras if isinstance(module, RotationModule)})
     if alphas:
         logger.info(
-            "rotations: alpha is no scale; the norm of a layer's rotation is limited to alpha * rows, with alpha %s (0 = no limit;"
+            "rotations: alpha is no scale; the norm of a layer's rotation is limited to alpha * rows, with alpha %s (0 "
+            "= no limit;"
             " values above 0.01 hardly limit anything)",
             ", ".join(f"{alpha:g}" for alpha in alphas),
         )

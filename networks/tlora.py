@@ -88,7 +88,8 @@ def prepare(network: AdditionalNetwork) -> None:
         module.least_rank, module.power = settings["least_rank"], settings["power"]
     if own and settings["least_rank"] > 1 and all(module.lora_dim <= settings["least_rank"] for module in own):
         raise ConfigError(
-            f"--network_args tlora_min_rank is {settings['least_rank']}; the layers have rank {max(module.lora_dim for module in own)}"
+            f"--network_args tlora_min_rank is {settings['least_rank']}; the layers have rank "
+            f"{max(module.lora_dim for module in own)}"
             " at most, so that no rank would depend on time. Lower it, or raise --network_dim"
         )
 

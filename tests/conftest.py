@@ -41,8 +41,9 @@ _looked_through = {"modules": 0}
 
 @pytest.fixture(autouse=True)
 def quick_collections():
-    """Runs and image scripts collect garbage after each part of a model, which would take most of their time here: all tests and all
-    modules that were ever imported are looked at. What exists when something new was imported is left out from then on."""
+    """Runs and image scripts collect garbage after each part of a model, which would take most of their time here: all
+    tests and all modules that were ever imported are looked at. What exists when something new was imported is left out
+    from then on."""
     if len(sys.modules) != _looked_through["modules"]:
         gc.collect()
         gc.freeze()
@@ -51,8 +52,8 @@ def quick_collections():
 
 @pytest.fixture(scope="session", autouse=True)
 def sketched_curves(request):
-    """The picture of the losses is a quarter of a tiny run. It is drawn by whatever asks for `drawn_curves`, by runs in processes
-    of their own and under --full; elsewhere a file of one point stands for it."""
+    """The picture of the losses is a fifth of a tiny run. It is drawn by whatever asks for `drawn_curves`, by runs in
+    processes of their own and under --full; elsewhere a file of one point stands for it."""
     if request.config.getoption("full") or "torch" not in sys.modules:  # without torch, nothing trains in this process
         yield None
         return

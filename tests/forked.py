@@ -1,5 +1,6 @@
-"""Several processes of one run, forked from the process of the tests: all that it has imported is theirs, which is most of the
-time that a start of a process takes. What a launcher does is tested with the launchers (tests/runs/test_processes.py)."""
+"""Several processes of one run, forked from the process of the tests: all that it has imported is theirs, which is most
+of the time that a start of a process takes. What a launcher does is tested with launchers (tests/runs/test_processes.py).
+"""
 
 from __future__ import annotations
 
@@ -24,11 +25,11 @@ def free_port() -> int:
 
 
 def run_ranks(count: int, action: Callable[[], object], notes: Path, environment: Mapping[str, str] = {}) -> None:
-    """Call `action` in `count` processes with the variables that launchers set; AssertionError with what they wrote to stderr,
-    which is kept under `notes`, unless each one comes to its end."""
+    """Call `action` in `count` processes with the variables that launchers set; AssertionError with what they wrote to
+    stderr, which is kept under `notes`, unless each one comes to its end."""
     shared = {
-        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1", **environment,
+        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **environment,
     }  # fmt: skip
     notes.mkdir(parents=True, exist_ok=True)
     paths = [notes / f"rank{rank}.txt" for rank in range(count)]

@@ -1,7 +1,7 @@
 """Cross products of settings run pairwise: every value of one axis meets every value of each other axis, in few cases.
 
-An axis is a parameter, a tuple of parameters, or a `Sort`: a parameter whose values count as one when they are of one
-sort.
+An axis is a parameter, a tuple of parameters, a `Sort`: a parameter whose values count as one when they are of one sort,
+or an `Each`: a parameter each of whose values is met by some case, whatever else that holds.
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ class Sort:
     of: Callable[[Any], Any]
 
 
+@dataclass(frozen=True)
+class Each:
+    """Every value of parameter `name`."""
+
+    name: str
+
+
 def denoiser(name: str) -> Sort:
     """Families by what their denoiser is built of, which is all that an adapter sees of them."""
     return Sort(name, lambda family: "U-Net" if family in U_NETS else "transformer")
@@ -38,9 +45,10 @@ def value_of(item: pytest.Item, axis: Any) -> tuple:
 
 
 def pairs_of(item: pytest.Item, axes: tuple) -> set[tuple]:
-    """The pairs of values that a case holds."""
-    values = [(axis, value_of(item, axis)) for axis in axes]
-    return {(item.function.__module__, item.originalname, *pair) for pair in combinations(values, 2)}
+    """The pairs of values that a case holds, and its values of `Each` axes."""
+    values = [(axis, value_of(item, axis)) for axis in axes if not isinstance(axis, Each)]
+    alone = [((axis, value_of(item, axis.name)),) for axis in axes if isinstance(axis, Each)]
+    return {(item.function.__module__, item.originalname, *held) for held in (*combinations(values, 2), *alone)}
 
 
 def chosen(items: list[pytest.Item]) -> set[pytest.Item]:

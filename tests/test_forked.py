@@ -13,7 +13,8 @@ from tests.waiting import PATIENCE
 
 def test_each_process_has_its_rank_and_what_they_share(tmp_path) -> None:
     def note() -> None:
-        (tmp_path / os.environ["RANK"]).write_text(" ".join(os.environ[n] for n in ("LOCAL_RANK", "WORLD_SIZE", "MORE")))
+        told = (os.environ[name] for name in ("LOCAL_RANK", "WORLD_SIZE", "MORE"))
+        (tmp_path / os.environ["RANK"]).write_text(" ".join(told))
 
     run_ranks(2, note, tmp_path / "told", {"MORE": "x"})
     assert [(tmp_path / rank).read_text() for rank in ("0", "1")] == ["0 2 x", "1 2 x"]

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     # 6: wiring and scripts, found by name, never imported by shared code
     ("library/training/wiring/base.py", 5), ("library/training/wiring/unet.py", 5),
     ("library/training/wiring/*.py", 6), ("library/training/cli.py", 6),
-    ("library/generation/*_inference.py", 6), ("library/generation/script.py", 6),
+    ("library/generation/*_inference.py", 6), ("library/generation/*script.py", 6),
     ("library/generation/gen_img/script.py", 6),
     ("library/scripts/*.py", 6), ("library/train_util.py", 6),
     ("tools/*.py", 6), ("finetune/*.py", 6), ("*.py", 6),

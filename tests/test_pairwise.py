@@ -14,6 +14,7 @@ from tests.waiting import PATIENCE
 ROOT = Path(__file__).resolve().parent.parent
 CASES = """
 import pytest
+from tests.pairwise import Each, Sort
 
 @pytest.mark.cross_product("a", ("b", "c"), "d")
 @pytest.mark.parametrize("a", range(4))
@@ -21,6 +22,12 @@ import pytest
 @pytest.mark.parametrize("d", "xy")
 def test_product(a, b, c, d):
     print("case", a, b, c, d)
+
+@pytest.mark.cross_product("a", Sort("b", lambda b: b > 2), Each("b"))
+@pytest.mark.parametrize("a", range(3))
+@pytest.mark.parametrize("b", range(6))
+def test_sorts(a, b):
+    print("sorts", a, b)
 
 @pytest.mark.parametrize("a", range(5))
 def test_other(a):
@@ -32,7 +39,7 @@ def test_other(a):
 def cases(tmp_path):
     (tmp_path / "test_cases.py").write_text(CASES, encoding="utf-8")
 
-    def run(*words: str, name: str = "test_cases.py") -> list[tuple[str, ...]]:
+    def run(*words: str, name: str = "test_cases.py", kind: str = "case") -> list[tuple[str, ...]]:
         command = [
             sys.executable,
             "-m",
@@ -52,7 +59,7 @@ def cases(tmp_path):
         assert result.returncode == 0, result.stdout + result.stderr
         lines = [line.lstrip(".") for line in result.stdout.splitlines()]
         assert sum(line == "other" for line in lines) == (0 if "::" in name else 5)
-        return [tuple(line.split()[1:]) for line in lines if line.startswith("case ")]
+        return [tuple(line.split()[1:]) for line in lines if line.startswith(f"{kind} ")]
 
     return run
 
@@ -71,3 +78,10 @@ def test_every_pair_is_met_in_half_of_the_cases(cases):
 def test_in_full_and_by_name(cases):
     assert len(set(cases("--full"))) == 24
     assert cases(name="test_cases.py::test_product[x-0-0-3]") == [("3", "0", "0", "x")]
+
+
+def test_a_sort_stands_for_its_values_and_each_of_them_is_met_all_the_same(cases):
+    found = cases(kind="sorts")
+    assert len(found) < 10 < 18
+    assert {(a, int(b) > 2) for a, b in found} == set(product("012", (False, True)))
+    assert {b for _, b in found} == set("012345")

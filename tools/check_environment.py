@@ -36,7 +36,8 @@ def torchvision_problem() -> str | None:
         importlib.import_module("torchvision")
     except Exception as error:  # a build for another torch fails with RuntimeError, OSError or ImportError
         return (
-            f"torchvision {_version('torchvision')} does not fit torch {_version('torch')} ({error}); transformers cannot be"
+            f"torchvision {_version('torchvision')} does not fit torch {_version('torch')} ({error}); transformers "
+            "cannot be"
             " imported beside it. Atelier does not use it: pip uninstall torchvision"
         )
     return None
@@ -88,8 +89,10 @@ def unused_gpu_warning() -> str | None:
     found = gpu_names()
     if found and torch.version.cuda is None:
         return (
-            f"{found[0]} is there, and torch {torch.__version__} is built without CUDA, so everything runs on the CPU. Install the CUDA"
-            " build: the line that PyTorch's installation page shows for your system, which is `pip install torch` with --index-url and"
+            f"{found[0]} is there, and torch {torch.__version__} is built without CUDA, so everything runs on the CPU. "
+            "Install the CUDA"
+            " build: the line that PyTorch's installation page shows for your system, which is `pip install torch` "
+            "with --index-url and"
             " an address of PyTorch's own index; add --force-reinstall"
         )
     if found:

@@ -88,7 +88,8 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"--output is {folder}, which is a file; name a folder")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
-            f"--output is {folder}, which has files in it; name another folder, or add --overwrite to replace files there"
+            f"--output is {folder}, which has files in it; name another folder, or add --overwrite to replace files "
+            "there"
         )
 
 

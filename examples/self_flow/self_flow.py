@@ -118,7 +118,8 @@ class SelfFlow(Hook):
             )
         if config[EmaOptions].ema:
             problems.add(
-                "--ema is set; Self-Flow keeps an average of its own (--self_flow_ema_decay) and writes it as <name>-ema: leave --ema out"
+                "--ema is set; Self-Flow keeps an average of its own (--self_flow_ema_decay) and writes it as "
+                "<name>-ema: leave --ema out"
             )
         if config[SavingOptions].save_model_as not in (None, "safetensors"):
             problems.add(
@@ -134,7 +135,8 @@ class SelfFlow(Hook):
         teacher = min(depth - 1, int(0.7 * depth)) if teacher is None else teacher
         if not student < teacher < depth:
             raise ConfigError(
-                f"--student_feature_layer is {student} and --teacher_feature_layer {teacher} of {depth} blocks (0 to {depth - 1});"
+                f"--student_feature_layer is {student} and --teacher_feature_layer {teacher} of {depth} blocks (0 to "
+                f"{depth - 1});"
                 " the teacher's must be the later one"
             )
         self.layers = student, teacher

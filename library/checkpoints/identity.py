@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
+from library.core.errors import CheckpointError
 from library.core.text_files import open_file
 
 BLOCK_BYTES = 64 * 1024
@@ -16,7 +17,7 @@ MAX_HEADER_BYTES = 100 * 1024 * 1024
 
 
 def model_identity(path: str | os.PathLike[str] | None) -> str:
-    """32 hex digits that stand for the content of a model file, or of all model files of a folder.
+    """32 hex digits that stand for the content of a model file, of all files of a split one, or of a folder.
 
     sha256 over the safetensors header, the file size and 16 evenly spaced blocks of 64 KiB: about a megabyte is read,
     whatever the size of the file. Name, place and time of the file play no part, so that a copy has the same identity.
@@ -28,7 +29,20 @@ def model_identity(path: str | os.PathLike[str] | None) -> str:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin", ".json") and p.is_file())
         return combined_identity(f"{p.relative_to(path).as_posix()}={_file_identity(p)}" for p in files)
+    parts = _parts_of(path)
+    if parts:
+        return combined_identity(_file_identity(Path(part)) for part in parts)
     return _file_identity(path)
+
+
+def _parts_of(path: Path) -> list[str] | None:
+    """The files of a model in several, where `path` is one of them or their index, and all are there."""
+    from library.checkpoints.loading import files_of_split_model
+
+    try:
+        return files_of_split_model(path)
+    except CheckpointError:  # told when the model is read
+        return None
 
 
 def combined_identity(parts: Iterable[str]) -> str:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.checkpoints.loading import names_of_index
-from library.checkpoints.recognition import KeyTable, adapter_family, denoiser_kinds, model_kinds, recognise
+from library.checkpoints.loading import INDEX_SUFFIX, files_of_split_model, names_of_index
+from library.checkpoints.recognition import (
+    KeyTable,
+    adapter_family,
+    denoiser_kinds,
+    model_kinds,
+    recognise,
+    told_by_metadata,
+)
 from library.core.errors import AtelierError, CheckpointError, did_you_mean
 from library.core.text_files import open_file, read_json
 from library.families.registry import options_away_from, records, script_of_kind
@@ -22,7 +29,6 @@ PICKLED_NAMES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """owner/name"""
-INDEX_SUFFIX = ".safetensors.index.json"
 
 
 def wanted_texts() -> dict[str, str]:
@@ -64,6 +70,8 @@ def describe_checkpoint(path: str | os.PathLike, with_pickles: bool = False) -> 
         return _describe_folder(place, with_pickles)
     if not place.exists():
         return CheckpointKind("missing", f"there is no such file or folder{_nearest_file(place)}")
+    if place.name.endswith(INDEX_SUFFIX):
+        return _describe_shards(place.parent, place)
     broken = _what_is_not_safetensors(place)
     read = (
         _pickled_shapes
@@ -73,6 +81,9 @@ def describe_checkpoint(path: str | os.PathLike, with_pickles: bool = False) -> 
     if broken is not None and read is _shapes:
         return broken
     try:
+        parts = files_of_split_model(place)
+        if parts is not None:
+            return _describe_files([Path(part) for part in parts])
         shapes = read(place)
     except CheckpointError as error:
         return CheckpointKind("truncated" if "truncated" in str(error) else "damaged", str(error))
@@ -175,7 +186,11 @@ def check_adapter(path: str | os.PathLike, slot: str, owner: str) -> str | None:
     place = Path(path)
     if place.suffix != ".safetensors" or not place.is_file():
         return None
-    made_for = adapter_family(KeyTable(_shapes(place)))
+    infos, metadata = read_header(place)
+    told = told_by_metadata(metadata)
+    if told is not None and told.adapters.title == owner:
+        return None  # the names of some layers are those of several families
+    made_for = adapter_family(KeyTable({name: tuple(info.shape) for name, info in infos.items()}))
     if made_for in (None, owner):
         return None
     return f"--{slot} is {path}: this is a LoRA-type adapter for {made_for}; needed: one for {owner}"
@@ -274,16 +289,21 @@ def _describe_shards(folder: Path, index: Path) -> CheckpointKind:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         return CheckpointKind("damaged", f"{', '.join(missing)} of {len(names)} files of the model are missing")
+    return _describe_files([folder / name for name in names], folder=True)
+
+
+def _describe_files(files: Sequence[Path], folder: bool = False) -> CheckpointKind:
+    """A model in files that are all there. `folder`: it is given as a folder, or by its index."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in names:
-        broken = _what_is_not_safetensors(folder / name)
+    for file in files:
+        broken = _what_is_not_safetensors(file)
         if broken is not None:
-            return CheckpointKind(broken.kind, f"{name} is {broken.detail}")
+            return CheckpointKind(broken.kind, f"{file.name} is {broken.detail}")
         try:
-            shapes.update(_shapes(folder / name))
+            shapes.update(_shapes(file))
         except CheckpointError as error:
             return CheckpointKind("truncated" if "truncated" in str(error) else "damaged", str(error))
-    return _kind_of(shapes, folder=True)
+    return _kind_of(shapes, folder=folder)
 
 
 def _as_folder(kind: CheckpointKind) -> CheckpointKind:

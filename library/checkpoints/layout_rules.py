@@ -4,7 +4,8 @@ ways."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,3 +74,20 @@ def from_original(
 def swapped_halves(tensor: Tensor) -> Tensor:
     first, second = tensor.chunk(2)
     return torch.cat((second, first))
+
+
+@dataclass(frozen=True)
+class DenoiserLayouts:
+    """The two layouts of a family's denoiser, for the tool that rewrites model files.
+
+    `inspect`: path -> what its headers tell (source, prefix, is_diffusers, params, keys); `rules`: names in either
+    layout -> every rule; `config`: hyper-parameters -> config.json of a diffusers folder; `rows_of`: hyper-parameters
+    -> what `from_original` takes; `unused`: a name that diffusers leaves out and nothing computes with -> one whose
+    shape and type it has, in the original layout.
+    """
+
+    inspect: Callable[[str], Any]
+    rules: Callable[[Mapping[str, object]], Iterable[Rule]]
+    config: Callable[[Any], dict[str, Any]]
+    rows_of: Callable[[Any], Callable[[Rule, int], list[int]]] = lambda params: equal_rows
+    unused: Mapping[str, str] = field(default_factory=dict)

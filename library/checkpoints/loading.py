@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 P = TypeVar("P")
 T = TypeVar("T")
 
+INDEX_SUFFIX = ".safetensors.index.json"
+"""of the file that tells which tensor of a split model is in which file"""
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 _BLOB_NAMES = {"spiece_model", "tokenizer", "tekken_model", "scaled_fp8"}
 _BLOB_SUFFIXES = (".scale_input", ".input_scale", ".comfy_quant", ".scaled_fp8", ".spiece_model", *SCALE_SUFFIXES)
@@ -47,6 +49,8 @@ class CheckpointFiles:
     shapes: dict[str, Tensor]
     config: dict[str, Any]
     model_config: dict[str, Any]
+    part: str = field(default="", kw_only=True)
+    """what is read of them where names may not tell, by its folder in a pipeline (text_encoder_2, say)"""
 
     def tensors(
         self, device: torch.device | str, disable_mmap: bool, keys: Iterable[str], transform: Transform | None = None,
@@ -169,6 +173,19 @@ def names_of_index(index: Path) -> list[str]:
     return sorted(names)
 
 
+def files_of_split_model(path: str | os.PathLike) -> list[str] | None:
+    """All files of a model in several, of which `path` is one, or their index; None for other files. CheckpointError
+    when some are missing."""
+    place = Path(path)
+    if not place.name.endswith(INDEX_SUFFIX):
+        return get_split_weight_filenames(place)
+    names = names_of_index(place)
+    missing = [name for name in names if not (place.parent / name).exists()]
+    if missing:
+        raise CheckpointError(f"{place.parent}: {place.name} lists files that are missing: {', '.join(missing)}")
+    return [str(place.parent / name) for name in names]
+
+
 def _keys_of(file: str) -> list[str]:
     if is_pickled(file):
         return list(load_pickled_tensors(file))
@@ -190,19 +207,12 @@ def _find_files(path: Path, subfolder: str | None) -> tuple[list[str], dict[str,
     if not path.is_dir():
         if not path.exists():
             raise CheckpointError(f"{path} does not exist")
-        return get_split_weight_filenames(path) or [str(path)], {}
+        is_index = path.name.endswith(INDEX_SUFFIX)
+        return files_of_split_model(path) or [str(path)], _config_in(path.parent) if is_index else {}
     folder = path / subfolder if subfolder and (path / subfolder).is_dir() else path
-    config = (
-        read_json(folder / "config.json", error=CheckpointError, needed=dict)
-        if (folder / "config.json").exists()
-        else {}
-    )
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        names = names_of_index(index)
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing:
-            raise CheckpointError(f"{folder}: {index.name} lists files that are missing: {', '.join(missing)}")
-        return [str(folder / name) for name in names], config
+    config = _config_in(folder)
+    for index in sorted(folder.glob(f"*{INDEX_SUFFIX}")):
+        return files_of_split_model(index) or [], config
     for stem in ("diffusion_pytorch_model", "model"):
         for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{stem}.bf16.safetensors"):
             if (folder / name).exists():
@@ -214,6 +224,12 @@ def _find_files(path: Path, subfolder: str | None) -> tuple[list[str], dict[str,
     raise CheckpointError(
         f"{looked} holds no model: expected diffusion_pytorch_model.safetensors or model.safetensors in it"
     )
+
+
+def _config_in(folder: Path) -> dict[str, Any]:
+    """What a config.json says of the model in its folder; nothing without one."""
+    file = folder / "config.json"
+    return read_json(file, error=CheckpointError, needed=dict) if file.exists() else {}
 
 
 def find_prefix(keys: Iterable[str], prefixes: Sequence[str], roots: Sequence[str], path: str, what: str) -> str:
@@ -303,7 +319,8 @@ def build_params(params_class: Callable[..., P], inferred: Mapping[str, Any], gi
         return params_class(**{**inferred, **overrides})
     except (ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: {error}. Shapes alone do not tell; give it as an argument or under model_config in the file's metadata"
+            f"{path}: {error}. Shapes alone do not tell; give it as an argument or under model_config in the file's "
+            "metadata"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -59,10 +59,10 @@ def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Denoiser weights from the original names to those of diffusers, without the norm that nothing uses."""
-    queries = state["x_embedder.weight"].shape[0]
-
-    def rows_of(rule: Rule, rows: int) -> list[int]:
-        return [queries, *[(rows - queries) // 2] * 2]
-
     kept = {key: tensor for key, tensor in state.items() if key != UNUSED}
-    return layout_rules.from_original(kept, denoiser_rules(state), rows_of)
+    return layout_rules.from_original(kept, denoiser_rules(state), rows_of(state["x_embedder.weight"].shape[0]))
+
+
+def rows_of(width: int) -> Callable[[Rule, int], list[int]]:
+    """(rule, rows of its tensor) -> rows of each part, in a denoiser of this width: as many queries as it is wide."""
+    return lambda rule, rows: [width, *[(rows - width) // 2] * 2]

@@ -40,7 +40,7 @@ PREFIXES: tuple[str, ...] = (
 )
 """what may stand before the names of a part, in files as they are passed around"""
 
-WHOLE_FILE_PREFIXES = ("first_stage_model.", "cond_stage_model.", "conditioner.embedders.", "text_encoders.")
+WHOLE_FILE_PREFIXES = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.embedders.", "text_encoders.")
 
 
 class KeyTable:
@@ -120,6 +120,23 @@ def adapter_record(table: KeyTable) -> FamilyRecord | None:
             return record
     known.sort(key=lambda record: -record.adapters.priority)
     return next((record for record in known if any(table.contains(part) for part in record.adapters.parts)), None)
+
+
+def told_by_metadata(metadata: Mapping[str, str]) -> FamilyRecord | None:
+    """The record of the family that an adapter file says it was made for (ss_base_model_version, then
+    modelspec.architecture); the longest beginning counts."""
+    for key, facts in (("ss_base_model_version", "base_versions"), ("modelspec.architecture", "modelspec")):
+        value = metadata.get(key, "").lower()
+        found = [
+            (len(start), record)
+            for record in records().values()
+            if record.adapters is not None
+            for start in getattr(record.adapters, facts)
+            if value.startswith(start)
+        ]
+        if found:
+            return max(found, key=lambda pair: pair[0])[1]
+    return None
 
 
 def adapter_family(table: KeyTable) -> str | None:

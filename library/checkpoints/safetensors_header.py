@@ -95,7 +95,9 @@ def header_bytes(start: bytes) -> int:
     return length if 2 <= length <= MAX_HEADER_BYTES and start[8] in b"{ \t\r\n" else 0
 
 
-def _parse_header(path: str | os.PathLike, text: bytes, data_bytes: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _parse_header(
+    path: str | os.PathLike, text: bytes, data_bytes: int
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         read = _checked_header if len(text) <= _REMEMBERED_BYTES else _checked_header.__wrapped__
         infos, metadata, needed = read(text)
@@ -106,7 +108,9 @@ def _parse_header(path: str | os.PathLike, text: bytes, data_bytes: int) -> tupl
     except ValueError as error:
         raise CheckpointError(f"{path} {_DAMAGED} ({str(error)[:300]})") from error
     if needed > data_bytes:
-        raise CheckpointError(f"{path} is truncated: {data_bytes} of {needed} bytes of tensors are there; fetch it again")
+        raise CheckpointError(
+            f"{path} is truncated: {data_bytes} of {needed} bytes of tensors are there; fetch it again"
+        )
     if needed < data_bytes:
         raise CheckpointError(
             f"{path} is damaged: {data_bytes - needed} bytes follow its last tensor that belong to none; fetch it again"
@@ -116,8 +120,8 @@ def _parse_header(path: str | os.PathLike, text: bytes, data_bytes: int) -> tupl
 
 @functools.lru_cache(maxsize=32)
 def _checked_header(text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
-    """Entries, metadata and the end of the last tensor. Remembered by content: a start reads the header of each of its files
-    in many places, and a file that has changed in between is read anew."""
+    """Entries, metadata and the end of the last tensor. Remembered by content: a start reads the header of each of its
+    files in many places, and a file that has changed in between is read anew."""
     header = json.loads(text.decode("utf-8"))  # without decode, json would guess other encodings
     if not isinstance(header, dict):
         raise ValueError("it is no object")

@@ -101,7 +101,8 @@ def read_single(source: str, kind: str, prediction_type: str | None) -> Folder:
     kind_told = prediction_type or info.prediction_type
     if kind_told is None and kind == "sd2":
         logger.warning(
-            "%s does not say what it predicts; epsilon is written into the scheduler. --prediction_type v is for the 768-pixel models",
+            "%s does not say what it predicts; epsilon is written into the scheduler. --prediction_type v is for the "
+            "768-pixel models",
             source,
         )
     folder.configs["scheduler/scheduler_config.json"] = configs.scheduler_config(

@@ -79,7 +79,8 @@ def inspect_autoencoder(
         channels = shapes["decoder.conv_in.weight"].shape[1]
         kind = "FLUX.1 or SD3 (no quant_conv" if wanted.quant_conv else "SD1, SD2 or SDXL (quant_conv"
         raise CheckpointError(
-            f"{source.path} is the autoencoder of {kind}, {channels} latent channels); {wanted.owner} needs its own, {wanted.usual_name}"
+            f"{source.path} is the autoencoder of {kind}, {channels} latent channels); {wanted.owner} needs its own, "
+            f"{wanted.usual_name}"
         )
     names = {"norm_num_groups": "norm_groups", "scaling_factor": "scaling_factor", "shift_factor": "shift_factor"}
     from_folder = {

@@ -61,8 +61,10 @@ def load_clip_tokenizer(
             _clip_from_installed_package,
             lambda: from_hub(hub_id, hub_subfolder, cache_dir, read_clip_folder),
         ],
-        f"no CLIP tokenizer: give its folder with {option}, or put it under --tokenizer_cache_dir as {hub_id.replace('/', '_')},"
-        f" or pip install --no-deps open-clip-torch (its vocabulary file is read), or allow access to the hub ({hub_id})",
+        f"no CLIP tokenizer: give its folder with {option}, or put it under --tokenizer_cache_dir as "
+        f"{hub_id.replace('/', '_')},"
+        " or pip install --no-deps open-clip-torch (its vocabulary file is read), or allow access to the hub "
+        f"({hub_id})",
     )
     if pad_token is not None:
         tokenizer.pad_token = pad_token
@@ -90,8 +92,10 @@ def load_t5_tokenizer(
             lambda: _t5_from_model(model_path),
             lambda: from_hub(hub_id, None, cache_dir, read_t5_folder),
         ],
-        f"no T5 tokenizer: give a folder with tokenizer.json or spiece.model with {option}, or put it under --tokenizer_cache_dir"
-        f" as {hub_id.replace('/', '_')}, or use a T5 file that carries it (an entry spiece_model), or allow access to the hub ({hub_id})",
+        f"no T5 tokenizer: give a folder with tokenizer.json or spiece.model with {option}, or put it under "
+        "--tokenizer_cache_dir"
+        f" as {hub_id.replace('/', '_')}, or use a T5 file that carries it (an entry spiece_model), or allow access to "
+        f"the hub ({hub_id})",
     )
     tokenizer.model_max_length = max_length
     return tokenizer
@@ -210,7 +214,8 @@ def from_option(folder: str | None, option: str, read: Callable[[Path], Any]) ->
         raise ConfigError(f"{option} is {folder}, whose tokenizer cannot be read: {error}") from error
     if tokenizer is None:
         raise ConfigError(
-            f"{option} is {folder}, which holds no tokenizer (tokenizer.json, vocab.json with merges.txt, or spiece.model)"
+            f"{option} is {folder}, which holds no tokenizer (tokenizer.json, vocab.json with merges.txt, or "
+            "spiece.model)"
         )
     return tokenizer
 
@@ -426,17 +431,21 @@ def _t5_from_model(model_path: str | None) -> PreTrainedTokenizerFast | None:
 def from_entry(model_path: str | None, make: Callable[[bytes, str], Any]) -> Any:
     """The tokenizer that a safetensors file of a model carries as `spiece_model`, made of its bytes and their source; None
     without one."""
+    from library.checkpoints.loading import files_of_split_model
     from library.safetensors_utils import MemoryEfficientSafeOpen
 
-    if not model_path or Path(model_path).suffix != ".safetensors" or not os.path.exists(model_path):
+    if not model_path or not os.path.exists(model_path):
         return None
-    with MemoryEfficientSafeOpen(model_path) as file:
-        name = next((key for key in file.keys() if key.split(".")[-1] == "spiece_model"), None)
-        blob = None if name is None else file.get_tensor(name).numpy().tobytes()
-    if blob is None:
-        return None
-    with foreign_errors(CheckpointError, f"the entry {name} of {model_path} cannot be read as a tokenizer"):
-        return make(blob, f"{model_path} (entry {name})")
+    for part in files_of_split_model(model_path) or [model_path]:
+        if Path(part).suffix != ".safetensors":
+            continue
+        with MemoryEfficientSafeOpen(part) as file:
+            name = next((key for key in file.keys() if key.split(".")[-1] == "spiece_model"), None)
+            blob = None if name is None else file.get_tensor(name).numpy().tobytes()
+        if blob is not None:
+            with foreign_errors(CheckpointError, f"the entry {name} of {part} cannot be read as a tokenizer"):
+                return make(blob, f"{part} (entry {name})")
+    return None
 
 
 def t5_tokenizer_from_sentencepiece(model: bytes, source: str) -> PreTrainedTokenizerFast:

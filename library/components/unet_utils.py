@@ -78,7 +78,8 @@ def inspect_unet(path: str | os.PathLike, config: Mapping[str, Any] | None = Non
     if "down_blocks.0.resnets.0.conv1.weight" not in shapes or "conv_in.weight" not in shapes:
         some = ", ".join(list(source.shapes)[:3]) or "no tensors"
         raise CheckpointError(
-            f"{source.path} holds no Stable Diffusion or SDXL U-Net (input_blocks.* is not there; it begins with {some})"
+            f"{source.path} holds no Stable Diffusion or SDXL U-Net (input_blocks.* is not there; it begins with "
+            f"{some})"
         )
     _refuse_variants(shapes, source.path)
     given = {**_folder_config(source.config), **source.model_config, **(config or {})}
@@ -95,7 +96,8 @@ def _refuse_variants(shapes: Mapping[str, Tensor], path: str) -> None:
     if channels != out_channels:
         kind = _SPECIAL_INPUTS.get(channels, "a model of another task")
         raise CheckpointError(
-            f"{path} is {kind} ({channels} input channels, {out_channels} come out), which is not trained here; a text-to-image model is needed"
+            f"{path} is {kind} ({channels} input channels, {out_channels} come out), which is not trained here; a "
+            "text-to-image model is needed"
         )
     label = shapes.get("add_embedding.linear_1.weight")
     if label is not None and label.shape[1] == _REFINER_WIDTH:
@@ -153,7 +155,8 @@ def _not_in_shapes(inferred: Mapping[str, Any], is_v2: bool, given: Mapping[str,
         widths = inferred["channels"]
         if (is_v2 or is_sdxl) and any(width % _HEAD_SIZE for width in widths):
             raise CheckpointError(
-                f"{path}: the widths {list(widths)} are no multiples of {_HEAD_SIZE}, so the number of heads is not known;"
+                f"{path}: the widths {list(widths)} are no multiples of {_HEAD_SIZE}, so the number of heads is not "
+                "known;"
                 " give heads as an argument or under model_config in the file's metadata"
             )
         values["heads"] = (

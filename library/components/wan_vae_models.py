@@ -308,7 +308,8 @@ class WanVAE(nn.Module):
         frames = videos.shape[2]
         if (frames - FIRST_PIECE) % PIECE:
             raise ValueError(
-                f"the video has {frames} frames; 1 + a multiple of {PIECE} is needed, e.g. {frames // PIECE * PIECE + 1}"
+                f"the video has {frames} frames; 1 + a multiple of {PIECE} is needed, e.g. "
+                f"{frames // PIECE * PIECE + 1}"
             )
         stream = Stream()
         pieces = videos.to(self.dtype).split([FIRST_PIECE, *[PIECE] * ((frames - FIRST_PIECE) // PIECE)], dim=2)

@@ -96,7 +96,8 @@ def inspect_wan_vae(path: str | os.PathLike, config: Mapping[str, Any] | None = 
     if "encoder.downsamples.0.residual.0.gamma" not in shapes:
         some = ", ".join(list(shapes)[:3]) or "no tensors"
         raise CheckpointError(
-            f"{source.path} holds no Wan 2.1 / Qwen-Image autoencoder (encoder.downsamples.* is not there; it begins with {some})"
+            f"{source.path} holds no Wan 2.1 / Qwen-Image autoencoder (encoder.downsamples.* is not there; it begins "
+            f"with {some})"
         )
     from_folder = {name: source.config[name] for name in ("latents_mean", "latents_std") if source.config.get(name)}
     given = {**from_folder, **source.model_config, **(config or {})}

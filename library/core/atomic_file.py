@@ -181,7 +181,8 @@ def _kept(temporary: Path, target: Path, error: OSError) -> HeldFileError:
         except OSError:
             kept = temporary
     return HeldFileError(
-        f"{target} cannot be replaced ({error.strerror or error}): another program holds it open, or there is no permission; what was"
+        f"{target} cannot be replaced ({error.strerror or error}): another program holds it open, or there is no "
+        "permission; what was"
         f" written is {kept}. Close that program and rename it",
         kept,
     )

@@ -230,7 +230,8 @@ class Registry(Generic[T]):
         except TypeError as error:
             if self.takes:
                 raise ConfigError(
-                    f"{where} is {target}, which cannot be called with ({', '.join(self.takes)}): {error}; needed: {self.wanted}"
+                    f"{where} is {target}, which cannot be called with ({', '.join(self.takes)}): {error}; needed: "
+                    f"{self.wanted}"
                 ) from error
         except ValueError:  # made in C: it tells nothing
             return

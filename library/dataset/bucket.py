@@ -261,7 +261,8 @@ def _repeats(
         return repeats, []
     unused = sum(1 for count in balanced if count == 0)
     return repeats, [
-        f"{sum(offered)} regularisation samples are offered for {total} training samples: {unused} regularisation images are not used"
+        f"{sum(offered)} regularisation samples are offered for {total} training samples: {unused} regularisation "
+        "images are not used"
     ]
 
 
@@ -286,7 +287,8 @@ def _small_warnings(items: Sequence[ImageItem], too_small: Sequence[int], params
     )
     more = f" and {len(too_small) - WORST_SHOWN} more" if len(too_small) > WORST_SHOWN else ""
     return [
-        f"images left out: {len(too_small)}, of which one side would be shorter than one bucket step ({params.bucket_reso_steps} px)"
+        f"images left out: {len(too_small)}, of which one side would be shorter than one bucket step "
+        f"({params.bucket_reso_steps} px)"
         f" at the area of {_wh(params.resolution)}, and bucket_no_upscale is on: {shown}{more}"
     ]
 

@@ -28,14 +28,16 @@ def caching_problems(subsets: Iterable[SubsetParams], *, latents: bool, text: bo
         where = subset.label or subset.image_dir or subset.metadata_file
         if latents:
             problems += [
-                f"{where}.{name} is {getattr(subset, name)}, but latents are cached and an image has one cache entry while {why};"
+                f"{where}.{name} is {getattr(subset, name)}, but latents are cached and an image has one cache entry "
+                f"while {why};"
                 f" set {name} to its default or leave --cache_latents and --cache_latents_to_disk out"
                 for name, why in LATENT_BREAKERS.items()
                 if getattr(subset, name)
             ]
         if text:
             problems += [
-                f"{where}.{name} is {getattr(subset, name)}, but text encoder outputs are cached and it gives a caption another"
+                f"{where}.{name} is {getattr(subset, name)}, but text encoder outputs are cached and it gives a "
+                "caption another"
                 f" text at every use; set {name} to its default or leave --cache_text_encoder_outputs out"
                 for name in random_caption_settings(subset)
             ]
@@ -114,7 +116,8 @@ def check_cache_folders(paths: Iterable[str]) -> None:
     that is no file where one belongs. What killed runs left half written there goes."""
     paths = list(paths)
     problems = [
-        f"{path} is where a cache file belongs, and is a {'folder' if os.path.isdir(path) else 'pipe or device'}; remove or rename it"
+        f"{path} is where a cache file belongs, and is a {'folder' if os.path.isdir(path) else 'pipe or device'}; "
+        "remove or rename it"
         for path in sorted(set(paths)) if os.path.exists(path) and not os.path.isfile(path)
     ]  # fmt: skip
     for folder in sorted({os.path.dirname(path) or "." for path in paths}):

@@ -285,7 +285,8 @@ def _encode(
     if not finite.all():
         names = ", ".join(entry.job.item.absolute_path for entry, good in zip(batch, finite.tolist()) if not good)
         raise TrainingError(
-            f"the VAE, running in {str(next(vae.parameters()).dtype).removeprefix('torch.')}, gave latents that are not finite for {names};"
+            f"the VAE, running in {str(next(vae.parameters()).dtype).removeprefix('torch.')}, gave latents that are "
+            f"not finite for {names};"
             " nothing was cached for them. Run the VAE in float32 (--no_half_vae) or bfloat16"
         )
     return latents, conditions

@@ -27,7 +27,8 @@ def check_resolution(scope: Scope, architecture: DataArchitecture, problems: Pro
         problems.add(
             scope.where("resolution"),
             "out_of_range",
-            f"is {resolution[0]}x{resolution[1]}; the sides must be multiples of {step} for {architecture.name}, e.g. {fitting}",
+            f"is {resolution[0]}x{resolution[1]}; the sides must be multiples of {step} for {architecture.name}, e.g. "
+            f"{fitting}",
         )
     steps = scope.get("bucket_reso_steps")
     if steps is not BAD and steps % step:
@@ -63,7 +64,8 @@ def checked_limits(scope: Scope, explicit: frozenset[str], problems: ProblemList
         problems.add(
             scope.where("max_bucket_reso"),
             "conflict",
-            f"is {high}, smaller than the longer side of the resolution ({max(resolution)}); use {max(resolution)} or more",
+            f"is {high}, smaller than the longer side of the resolution ({max(resolution)}); use {max(resolution)} or "
+            "more",
         )
         return None
     return effective_limits(1, max(resolution), steps)[1]
@@ -88,7 +90,8 @@ def check_subset(
             if getattr(subset, name):
                 refuse(
                     name,
-                    "changes the pixels each time and cannot be used with --cache_latents; set it to false or do not cache",
+                    "changes the pixels each time and cannot be used with --cache_latents; set it to false or do not "
+                    "cache",
                 )
     if subset.face_crop_aug_range is not None and (dataset.enable_bucket or caching.caches_latents):
         other = "enable_bucket" if dataset.enable_bucket else "--cache_latents"
@@ -100,7 +103,8 @@ def check_subset(
         for name in random_caption_settings(subset):
             refuse(
                 name,
-                "changes the caption each time and cannot be used with --cache_text_encoder_outputs; switch one of them off",
+                "changes the caption each time and cannot be used with --cache_text_encoder_outputs; switch one of "
+                "them off",
             )
 
 
@@ -128,7 +132,8 @@ def same_sources(
             problems.add(
                 f"{paths[index]}.{name}",
                 "conflict",
-                f"{getattr(subset, name)} is used by {paths[earlier]} of this dataset too, with other settings; keep one of them",
+                f"{getattr(subset, name)} is used by {paths[earlier]} of this dataset too, with other settings; keep "
+                "one of them",
             )
     return repeated
 

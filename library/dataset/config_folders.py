@@ -96,6 +96,7 @@ def _numbered_folders(option: str, parent: str, problems: ProblemList, warnings:
         problems.add(
             option,
             "missing",
-            f"--{option} {parent} has no sub-folders named N_name (N = repeats, e.g. 10_mydog){hint}. A --dataset_config takes any folder",
+            f"--{option} {parent} has no sub-folders named N_name (N = repeats, e.g. 10_mydog){hint}. A "
+            "--dataset_config takes any folder",
         )
     return subsets

@@ -58,7 +58,8 @@ def load_custom_dataset(
         dataset = dataset_class(tokenizer, max_token_length, resolution, debug_dataset)
     except TypeError as error:
         raise ConfigError(
-            f"--dataset_class {path} cannot be called with (None, max_token_length, resolution, debug_dataset): {error};"
+            f"--dataset_class {path} cannot be called with (None, max_token_length, resolution, debug_dataset): "
+            f"{error};"
             " see library/dataset/custom.py for what is needed"
         ) from error
     missing = [
@@ -72,7 +73,8 @@ def load_custom_dataset(
     if len(dataset) != batches or not batches:
         raise ConfigError(
             f"--dataset_class {path} has {len(dataset)} batches of {dataset.batch_size} samples but num_train_images is"
-            f" {dataset.num_train_images}, which makes {batches}; all batches but the last must be full, and one at least is needed"
+            f" {dataset.num_train_images}, which makes {batches}; all batches but the last must be full, and one at "
+            "least is needed"
         )
     return CustomDatasetGroup(dataset)
 

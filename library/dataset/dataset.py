@@ -153,7 +153,8 @@ class Dataset:
             ]
         except ImageFileError as error:  # damage inside a file, which its header does not show
             raise ImageFileError(
-                f"{error}; repair or remove it. --check_images names all such images before training, --skip_bad_images leaves them out"
+                f"{error}; repair or remove it. --check_images names all such images before training, "
+                "--skip_bad_images leaves them out"
             ) from error
         tokenize = self.strategies.tokenize if self.strategies is not None and self._needs_tokens(samples) else None
         caching = self.strategies.text_encoder_outputs_caching if self.strategies is not None else None

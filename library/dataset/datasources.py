@@ -247,7 +247,8 @@ def _leave_out_small(images: list[FoundImage], subset: SubsetParams, dataset: Da
         scanner.too_small.add(subset.label)
     if len(kept) < len(images):
         scanner.warnings.append(
-            f"{subset.label}: {len(images) - len(kept)} of {len(images)} images have no more pixels than skip_image_resolution"
+            f"{subset.label}: {len(images) - len(kept)} of {len(images)} images have no more pixels than "
+            "skip_image_resolution"
             f" {limit[0]}x{limit[1]} and are left out of this dataset"
         )
     images[:] = kept
@@ -283,7 +284,8 @@ def _settle_captions(images: Sequence[FoundImage], subset: SubsetParams, scanner
         )
     else:
         scanner.warnings.append(
-            f"{len(bare)} images in {subset.label} have no caption and train with an empty one: {listed(bare)}{hint or CLASS_TOKENS_HINT}"
+            f"{len(bare)} images in {subset.label} have no caption and train with an empty one: "
+            f"{listed(bare)}{hint or CLASS_TOKENS_HINT}"
         )
 
 
@@ -301,7 +303,8 @@ def _caption_hint(paths: Sequence[str], subset: SubsetParams) -> str:
         return ""
     has = "has" if counts[extension] == 1 else "have"
     return (
-        f"; {counts[extension]} of them {has} a {extension} file, and caption_extension is {dotted(subset.caption_extension)}:"
+        f"; {counts[extension]} of them {has} a {extension} file, and caption_extension is "
+        f"{dotted(subset.caption_extension)}:"
         f' write caption_extension = "{extension}" in the dataset configuration, or --caption_extension {extension}'
     )
 
@@ -408,7 +411,8 @@ def _check_counts(
         samples = sum(item.num_repeats for item in items)
         if samples > MOST_SAMPLES:
             scanner.problems.append(
-                f"{dataset.label}: {len(items)} images with their num_repeats are {samples} samples in an epoch; at most {MOST_SAMPLES} are"
+                f"{dataset.label}: {len(items)} images with their num_repeats are {samples} samples in an epoch; at "
+                f"most {MOST_SAMPLES} are"
                 " possible: lower num_repeats, the run is as long as --max_train_steps or --max_train_epochs says"
             )
         filled = {item.subset.label for item in (*items, *held_out)}
@@ -420,7 +424,8 @@ def _check_counts(
             selector = BucketSelector.of(dataset)
             if all(selector.select(item.image_size) is None for item in items):
                 scanner.problems.append(
-                    f"{dataset.label}: of every image one side would be shorter than one bucket step ({dataset.bucket_reso_steps} px),"
+                    f"{dataset.label}: of every image one side would be shorter than one bucket step "
+                    f"({dataset.bucket_reso_steps} px),"
                     " and bucket_no_upscale is on; switch it off or lower bucket_reso_steps"
                 )
     if scanner.problems:

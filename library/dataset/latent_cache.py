@@ -96,7 +96,8 @@ class LatentCache:
         wanted = self.architecture.latents.latent_shape(bucket_of(images))
         if tuple(latents.shape[1:]) != wanted:
             raise CheckpointError(
-                f"the VAE makes latents of shape {list(latents.shape[1:])} from images of shape {list(images.shape[1:])};"
+                f"the VAE makes latents of shape {list(latents.shape[1:])} from images of shape "
+                f"{list(images.shape[1:])};"
                 f" those of {self.architecture.name} have shape {list(wanted)}: use the VAE that belongs to the model"
             )
         return latents
@@ -125,7 +126,8 @@ class LatentCache:
         for name, shape in shapes.items():
             if tuple(conditions[name].shape[1:]) != tuple(shape):
                 raise CheckpointError(
-                    f"{name} has shape {list(conditions[name].shape[1:])}; that of {self.architecture.name} is {list(shape)}"
+                    f"{name} has shape {list(conditions[name].shape[1:])}; that of {self.architecture.name} is "
+                    f"{list(shape)}"
                 )
         return latents, conditions
 
@@ -169,7 +171,8 @@ class LatentCache:
         def question(item: ImageItem, *needs: bool) -> str:
             made = self.record_of(item)
             return (
-                f"{type(self.encoder).__qualname__} {self.architecture.name} {item.bucket.key} {needs} {made.model} {made.latent_space}"
+                f"{type(self.encoder).__qualname__} {self.architecture.name} {item.bucket.key} {needs} {made.model} "
+                f"{made.latent_space}"
                 f" {made.resized} {made.interpolation} {made.exif} {made.version}"
             )
 

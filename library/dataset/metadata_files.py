@@ -96,7 +96,8 @@ class ImageFinder:
         """The path of the image. Raises ConfigError when there is none."""
         if not os.path.isabs(key) and self.image_dir is None:
             raise ConfigError(
-                f"the key '{key}' is a relative path; the subset needs an image_dir (without a dataset configuration: --train_data_dir)"
+                f"the key '{key}' is a relative path; the subset needs an image_dir (without a dataset configuration: "
+                "--train_data_dir)"
             )
         path = key if os.path.isabs(key) else os.path.join(self.image_dir or "", key)
         if os.path.splitext(path)[1].lower() in self.extensions:

@@ -86,7 +86,8 @@ class TextCache:
         """`find`, which an index may know without reading the file; for many captions, with the settings of now."""
         made = self.record_of("")
         questions = [
-            f"{type(self).__qualname__} {self.architecture.name} {made.model} {made.max_token_length} {made.is_weighted} {made.flags}"
+            f"{type(self).__qualname__} {self.architecture.name} {made.model} {made.max_token_length} "
+            f"{made.is_weighted} {made.flags}"
             f" {made.version} {self.needed} {accept_unrecorded} {self.skip_disk_cache_validity_check}"
             for accept_unrecorded in (False, True)
         ]

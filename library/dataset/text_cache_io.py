@@ -87,7 +87,8 @@ class TextLayout:
                 raise TrainingError(f"{origin} gave {key.name} of shape {list(tensor.shape)}; needed: {needed}")
             if tensor is not None and key.dtype == "float" and not tensor.is_floating_point():
                 raise TrainingError(
-                    f"{origin} gave {key.name} as {str(tensor.dtype).removeprefix('torch.')}; needed: floating-point numbers"
+                    f"{origin} gave {key.name} as {str(tensor.dtype).removeprefix('torch.')}; needed: floating-point "
+                    "numbers"
                 )
 
     def check_complete(self, conditioning: Mapping[str, Any], origin: str) -> None:

@@ -209,7 +209,8 @@ def _check_finite(outputs: Conditioning, job: TextJob) -> None:
     for name, output in outputs.items():
         if output.is_floating_point() and not torch.isfinite(output).all():
             raise TrainingError(
-                f"{name} of the caption of {job.items[0].absolute_path} is not finite; run the text encoders in bfloat16"
+                f"{name} of the caption of {job.items[0].absolute_path} is not finite; run the text encoders in "
+                "bfloat16"
                 " or float32 (--mixed_precision)"
             )
 

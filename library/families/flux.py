@@ -85,7 +85,7 @@ FAMILY = FamilyRecord(
         ModelKind(
             name="vae_flux",
             role="vae",
-            wanted="a FLUX.1 autoencoder (ae.safetensors)",
+            wanted="a FLUX.1 or SD3 autoencoder (ae.safetensors)",
             subfolder="vae",
             signatures=(
                 Signature(

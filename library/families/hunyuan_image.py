@@ -26,6 +26,7 @@ FAMILY = FamilyRecord(
     denoisers=("HYImageDiffusionTransformer",),
     targets="networks.lora_hunyuan_image:TARGETS",
     pipeline="library.generation.hunyuan_image_pipeline:HunyuanImagePipeline",
+    pictures="hunyuan_image_minimal_inference.py",
     tiny=(
         TinyModel(
             name="hunyuan_image",
@@ -94,8 +95,15 @@ FAMILY = FamilyRecord(
     ),
     adapters=AdapterFacts(
         title="HunyuanImage or HunyuanVideo",
-        parts=("double_blocks_0_img_mlp_fc1", "double_blocks.0.img_mlp.fc1"),
+        parts=(
+            *(f"{side}_{part}" for side in ("img", "txt") for part in ("mlp_fc", "mlp.fc", "mod_linear", "mod.linear")),
+            "modulation_linear",
+            "modulation.linear",
+            ".img_attn_",
+            ".txt_attn_",
+        ),
         priority=60,
+        # of the layers that are left, those with underscores are called as in FLUX.1
         base_versions=("hunyuan-image", "hunyuan_image"),
         modelspec=("hunyuan-image", "hunyuan_image"),
     ),

@@ -83,6 +83,7 @@ FAMILY = FamilyRecord(
             ),
         ),
     ),
+    layouts="library.lumina_utils:LAYOUTS",
     encoder_files=(EncoderFile(option="gemma2", title="Gemma 2"),),
     adapters=AdapterFacts(
         title="Lumina-Image 2.0",

@@ -213,6 +213,8 @@ class FamilyRecord:
     model_kinds: tuple[ModelKind, ...] = ()
     wanted_denoiser: str = ""
     """what a slot needs that takes every kind of the family's denoisers, in fewer words than one by one"""
+    layouts: str = ""
+    """the DenoiserLayouts (library/checkpoints/layout_rules) of its denoiser, by which model files are rewritten"""
     encoder_files: tuple[EncoderFile, ...] = ()
     """text encoders that tools for files take beside the denoiser"""
     adapters: AdapterFacts | None = None

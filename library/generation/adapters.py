@@ -114,7 +114,8 @@ class LoadedAdapters:
             network.eval()
         else:
             raise ConfigError(
-                f"--network_pre_calc: {adapter.module} cannot take a network out of the weights again; leave the option out"
+                f"--network_pre_calc: {adapter.module} cannot take a network out of the weights again; leave the "
+                "option out"
             )
         network.to(self.denoiser.device)
         self.networks.append(network)

@@ -15,10 +15,11 @@ from library.core.options import (
     option,
 )
 from library.core.plugins import PluginOptions
-from library.generation.adapter_files import OWN_MODULE, AdapterChoice, AdapterFile, LayerFilter
+from library.generation.adapter_files import ListedAdapterOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     DTYPE_NAMES,
+    OUTPUT_TYPES,
     SampledRequest,
     SessionOptions,
     dtype_problem,
@@ -31,8 +32,6 @@ from library.training.sampling_prompts import DRAWN, LineOption, read_number
 
 SIZE_STEP = 16
 TOKEN_LENGTH = 512
-LYCORIS_MODULE = "lycoris.kohya"
-OUTPUT_TYPES = ("images", "latent", "latent_images")
 _ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
 
 
@@ -94,63 +93,6 @@ class AnimaModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnimaAdapterOptions:
-    """LoRAs"""
-
-    lora_weight: list[str] | None = option(None, nargs="*", help="adapter files")
-    lora_multiplier: list[float] | None = option(
-        None, nargs="*", help="strength of each of the --lora_weight; 1 when not given"
-    )
-    include_patterns: list[str] | None = option(
-        None, nargs="*", help="use only the layers that one of these regular expressions finds"
-    )
-    exclude_patterns: list[str] | None = option(
-        None, nargs="*", help="leave out the layers that one of these regular expressions finds"
-    )
-    lycoris: bool = option(False, help="read the adapter files with the package lycoris-lora")
-    merge_lora_weights: bool = option(False, help="add the adapters to the weights instead of hooking them")
-
-    def __post_init__(self) -> None:
-        problems = self.layer_filter.problems()
-        files, multipliers = len(self.lora_weight or ()), len(self.lora_multiplier or ())
-        if multipliers > 1 and multipliers != files or multipliers and not files:
-            problems.append(
-                f"--lora_multiplier has {multipliers} values for {files} --lora_weight; give one for each file, or one for all"
-            )
-        if (self.include_patterns or self.exclude_patterns) and not files:
-            problems.append(
-                "--include_patterns and --exclude_patterns choose layers of --lora_weight, which is not given"
-            )
-        if self.lycoris and self.merge_lora_weights:
-            problems.append(
-                "--merge_lora_weights: the package lycoris-lora merges without multipliers; leave out it or --lycoris"
-            )
-        if problems:
-            raise ConfigError(problems)
-
-    @property
-    def layer_filter(self) -> LayerFilter:
-        return LayerFilter(tuple(self.include_patterns or ()), tuple(self.exclude_patterns or ()))
-
-    @property
-    def num_adapters(self) -> int:
-        return len(self.lora_weight or ())
-
-    @property
-    def adapters(self) -> AdapterChoice:
-        return AdapterChoice(self.files, self.merge_lora_weights, self.layer_filter)
-
-    @property
-    def files(self) -> list[AdapterFile]:
-        paths, multipliers = self.lora_weight or [], self.lora_multiplier or [1.0]
-        strengths = multipliers * len(paths) if len(multipliers) == 1 else multipliers
-        return [
-            AdapterFile(p, m, LYCORIS_MODULE if self.lycoris else OWN_MODULE)
-            for p, m in zip(paths, strengths, strict=True)
-        ]
-
-
-@dataclass(frozen=True, kw_only=True)
 class AnimaPromptOptions:
     """Pictures"""
 
@@ -206,7 +148,7 @@ class AnimaPromptOptions:
         return self.save_path
 
 
-GROUPS = (PluginOptions, AnimaModelOptions, AnimaAdapterOptions, AnimaPromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, AnimaModelOptions, ListedAdapterOptions, AnimaPromptOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,19 +1,35 @@
-"""The models of HunyuanImage 2.1 put together for making pictures."""
+"""The models of HunyuanImage 2.1 put together for making pictures, and how the image script loads them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from library.checkpoints.loading import Transform
 from library.dataset.collate import stack_padded
+from library.dataset.strategies import StrategySet
+from library.dataset.text_cache_io import TEXT_LAYOUTS
+from library.device_utils import get_preferred_device
+from library.fp8_optimization_utils import FP8_STORAGE
+from library.generation.adapter_files import ListedAdapterOptions
+from library.generation.adapters import load_with_adapters, merging
 from library.generation.flow_pipeline import FlowPipeline
-from library.generation.hunyuan_image_options import HunyuanImageRequest
+from library.generation.hunyuan_image_options import HunyuanImageModelOptions, HunyuanImageRequest
+from library.generation.pipeline import PictureMaker
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, Conditioning
 from library.hunyuan_image_train_utils import ProjectedGuidance, predict_velocity
+from library.hunyuan_image_utils import load_encoders, load_hunyuan_image, load_vae, save_hunyuan_image
+from library.strategy_hunyuan_image import HunyuanImageTextEncodingStrategy, HunyuanImageTokenizeStrategy
 from library.training.inference_samplers.flow import flow_schedule
+
+if TYPE_CHECKING:
+    from library.hunyuan_image_models import HYImageDiffusionTransformer
+    from library.hunyuan_image_vae import HunyuanVAE2D
 
 
 @dataclass
@@ -77,3 +93,61 @@ class HunyuanImagePipeline(FlowPipeline[HunyuanImageRequest]):
 def joined(negative: Conditioning, positive: Conditioning) -> Conditioning:
     """The conditioning of two prompts as one batch; what is shorter is padded, and masked there."""
     return {name: stack_padded([negative[name][0], positive[name][0]]) for name in positive}
+
+
+def device_of(options: HunyuanImageModelOptions) -> torch.device:
+    return get_preferred_device() if options.device is None else torch.device(options.device)
+
+
+def load_decoder(options: HunyuanImageModelOptions) -> HunyuanVAE2D:
+    """The autoencoder, which waits on the CPU and computes where latents are."""
+    return load_vae(options.vae, getattr(torch, options.dtype_name), "cpu", chunk_size=options.vae_chunk_size)
+
+
+def load_pipeline(
+    options: HunyuanImageModelOptions, adapters: ListedAdapterOptions, *, needs_vae: bool
+) -> PictureMaker[HunyuanImageRequest]:
+    """Load every part, and the adapters merged or hooked. CheckpointError when a file does not fit."""
+    device, wide = device_of(options), getattr(torch, options.dtype_name)
+
+    def load(transform: Transform | None) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
+        encoders = load_encoders(options.text_encoder, options.byt5, wide, "cpu")
+        return load_denoiser(options, wide, device, transform), encoders
+
+    denoiser, encoders, loaded = load_with_adapters("hunyuan_image", adapters.adapters, load)
+    tokenize = HunyuanImageTokenizeStrategy(
+        options.tokenizer_cache_dir, options.text_encoder_tokenizer, options.text_encoder
+    )
+    strategies = StrategySet(tokenize, HunyuanImageTextEncodingStrategy(), text_layout=TEXT_LAYOUTS["hunyuan_image"])
+    maker = PictureMaker(
+        HunyuanImagePipeline(denoiser, load_decoder(options) if needs_vae else None), strategies, encoders, loaded,
+        device, torch.device("cpu") if options.text_encoder_cpu else device, text_waits=True,
+    )  # fmt: skip
+    if options.fp8 and not options.fp8_scaled:
+        maker.computing = functools.partial(torch.autocast, device.type, torch.bfloat16)  # 8 bits compute in it
+    return maker
+
+
+def load_denoiser(
+    options: HunyuanImageModelOptions, wide: torch.dtype, device: torch.device, transform: Transform | None = None
+) -> HYImageDiffusionTransformer:
+    """The denoiser in the type that the options ask for, on the device, or with block swap spread over device and main
+    memory."""
+    plain_fp8 = options.fp8 and not options.fp8_scaled
+    denoiser = load_hunyuan_image(
+        options.dit, FP8_STORAGE if plain_fp8 else wide, "cpu" if options.blocks_to_swap else device,
+        fp8_scaled=options.fp8_scaled, transform=transform,
+    )  # fmt: skip
+    if options.blocks_to_swap:
+        denoiser.enable_block_swap(options.blocks_to_swap, device)
+        denoiser.move_to_device_except_swap_blocks(device)
+    return denoiser
+
+
+def save_merged(options: HunyuanImageModelOptions, adapters: ListedAdapterOptions, target: str) -> None:
+    """Write the denoiser with the adapters in it, in the type that the options ask for."""
+    wide = getattr(torch, options.dtype_name)
+    merge = merging("hunyuan_image", adapters.files, adapters.layer_filter)
+    denoiser = load_hunyuan_image(options.dit, wide, "cpu", transform=merge)
+    merge.finish()
+    save_hunyuan_image(denoiser, target, wide)

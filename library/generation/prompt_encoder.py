@@ -104,7 +104,8 @@ class PromptEncoder:
             table = encoder.text_model.embeddings.token_embedding
             if vectors.shape[1] != table.weight.shape[1]:
                 raise CheckpointError(
-                    f"{path} holds vectors of {vectors.shape[1]} values; the text encoder has {table.weight.shape[1]}. It belongs to another model"
+                    f"{path} holds vectors of {vectors.shape[1]} values; the text encoder has {table.weight.shape[1]}. "
+                    "It belongs to another model"
                 )
             first = len(table.weight)
             table.weight = nn.Parameter(torch.cat((table.weight, vectors.to(table.weight))), requires_grad=False)

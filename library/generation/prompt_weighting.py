@@ -139,7 +139,8 @@ def warn_of_signed_mean(mode: str) -> None:
     """One log line at start: "original" divides by a mean that can be near 0."""
     if mode == "original":
         logger.warning(
-            "--emb_normalize_mode original divides by a signed mean, which can be near 0 and then distorts pictures with weighted"
+            "--emb_normalize_mode original divides by a signed mean, which can be near 0 and then distorts pictures "
+            "with weighted"
             " prompts; --emb_normalize_mode abs does not"
         )
 

@@ -21,6 +21,8 @@ DTYPE_NAMES: dict[str, str] = {
     "float8_e4m3fn": "float8_e4m3fn", "fp8": "float8_e4m3fn", "fp8_e4m3fn": "float8_e4m3fn", "e4m3fn": "float8_e4m3fn",
 }  # fmt: skip
 """spellings of a number format -> its name in torch"""
+OUTPUT_TYPES = ("images", "latent", "latent_images")
+"""what scripts write that know files of latents"""
 
 SAMPLE_NAMES: Mapping[str, str] = {
     "frames": "frame_count", "steps": "sample_steps", "cfg_scale": "scale", "guidance": "guidance_scale",

@@ -105,7 +105,8 @@ class LineReader:
     def typed(self, default: Request) -> Iterator[Request]:
         """What is typed, until an empty line or the end of input. A line that is wrong is told and asked for again."""
         print(
-            f"Enter a prompt; options behind it: {' '.join('--' + letter for letter in self.options)}; an empty line ends"
+            f"Enter a prompt; options behind it: {' '.join('--' + letter for letter in self.options)}; an empty line "
+            "ends"
         )
         while True:
             try:

@@ -185,7 +185,8 @@ def growth(
     if ratio < 1:
         raise ConfigError(
             f"gradual latent ends at {ratio:g} of the size after {len(timesteps)} steps; more --steps, a higher"
-            " --gradual_latent_timesteps, a larger --gradual_latent_ratio_step or fewer --gradual_latent_every_n_steps are needed"
+            " --gradual_latent_timesteps, a larger --gradual_latent_ratio_step or fewer --gradual_latent_every_n_steps "
+            "are needed"
         )
     return sizes
 

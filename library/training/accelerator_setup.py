@@ -215,6 +215,7 @@ def check_torchvision() -> None:
         import torchvision  # noqa: F401
     except Exception as error:
         raise ConfigError(
-            f"the installed torchvision does not fit torch {torch.__version__} ({error}); transformers cannot load a model"
+            f"the installed torchvision does not fit torch {torch.__version__} ({error}); transformers cannot load a "
+            "model"
             " beside it. Remove it with: pip uninstall torchvision  (or install the release that belongs to this torch)"
         ) from error

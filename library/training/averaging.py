@@ -74,7 +74,8 @@ class WeightAverage:
         wrong += [name for name in parameters.keys() & state.keys() if parameters[name].shape != state[name].shape]
         if wrong:
             raise CheckpointError(
-                f"{self._what} in the state does not fit this run: {len(wrong)} weights differ (first: {min(wrong)}); resume with the"
+                f"{self._what} in the state does not fit this run: {len(wrong)} weights differ (first: {min(wrong)}); "
+                "resume with the"
                 " network options of the interrupted run"
             )
         self.tensors = {

@@ -152,8 +152,10 @@ def chosen_family(argv: Sequence[str], default: str | None = None) -> str:
     if not named and (default or len(FAMILIES) == 1):
         named = {default or next(iter(FAMILIES))}
     if len(named) != 1:
-        found = "several model families are" if named else "no model family is"
-        raise ConfigError(f"{found} named; needed: --family with one of {', '.join(FAMILIES)}")
+        several = f"several model families are named ({', '.join(sorted(named))})"
+        raise ConfigError(
+            f"{several if named else 'no model family is named'}; needed: --family with one of {', '.join(FAMILIES)}"
+        )
     name = named.pop()
     record_of(name)  # complains about an unknown name
     return parser_common.chosen_variant(name, words)
@@ -169,13 +171,17 @@ def _names_used(words: Sequence[str], config_file: str | None) -> set[str]:
 
 
 def _families_with(names: set[str]) -> set[str]:
-    """Families that have one of these options for themselves."""
+    """Families that have all of these options that are some family's own; those with one of them, when none has
+    all."""
     own = {
         name: set(option_fields(import_target(entry.family).options))
         for name, entry in FAMILIES.items()
         if entry.variant_of is None  # an option chooses it in the place of its family
     }
-    return {name for name, options in own.items() if names & options}
+    used = names & set().union(*own.values())
+    return {name for name, options in own.items() if used and used <= options} or {
+        name for name, options in own.items() if used & options
+    }
 
 
 def build_parser(what: str, family: str = FIRST_FAMILY) -> argparse.ArgumentParser:
@@ -183,7 +189,8 @@ def build_parser(what: str, family: str = FIRST_FAMILY) -> argparse.ArgumentPars
     script = tool_script(family, what)
     parser = option_reader.parser_of(script)
     parser.description = (
-        f"Fill the {'latent' if what == 'latents' else 'text encoder output'} cache of a data set. Options of the family {family};"
+        f"Fill the {'latent' if what == 'latents' else 'text encoder output'} cache of a data set. Options of the "
+        f"family {family};"
         f" families: {', '.join(FAMILIES)}."
     )
     return parser

@@ -218,7 +218,8 @@ def resume_point(
     writes_file = lacks_final_file and state is not None and step == max_train_steps == int(state["current_step"])
     if step >= max_train_steps and not writes_file:
         raise ConfigError(
-            f"{source} {step} leaves nothing to train: the run has {max_train_steps} steps, {-(-max_train_steps // steps_per_epoch)} epochs of"
+            f"{source} {step} leaves nothing to train: the run has {max_train_steps} steps, "
+            f"{-(-max_train_steps // steps_per_epoch)} epochs of"
             f" {steps_per_epoch}; raise --max_train_steps (or --max_train_epochs) above it"
         )
     step_in_epoch = step % steps_per_epoch

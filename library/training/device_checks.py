@@ -33,5 +33,6 @@ def precision_warnings(config: Config) -> list[str]:
     if not imitates_bfloat16(device):
         return []
     return [
-        f"--mixed_precision is bf16, which {described(device)} computes in software, many times slower; fp16 is quick there"
+        f"--mixed_precision is bf16, which {described(device)} computes in software, many times slower; fp16 is quick "
+        "there"
     ]

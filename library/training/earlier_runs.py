@@ -102,7 +102,8 @@ def existing_problems(config: Config) -> list[str]:
     is_folder = CheckpointNames(None, config[SavingOptions].save_model_as).is_folder
     if target.is_dir() and not is_folder and (what == "overwrite" or goes_on(config)):
         return [
-            f"{target} is a folder, and the file of this run goes there; rename or remove it, or choose another --output_name"
+            f"{target} is a folder, and the file of this run goes there; rename or remove it, or choose another "
+            "--output_name"
         ]
     if what != "refuse":
         return backup_problems(config)
@@ -112,7 +113,8 @@ def existing_problems(config: Config) -> list[str]:
     others = f" and {len(earlier) - 1} more" if len(earlier) > 1 else ""
     return [
         f"{earlier[0]}{others} of an earlier run would be replaced; choose another --output_name or --output_dir,"
-        " go on with that run by --resume, keep its files under another name with --on_existing backup, or replace them with --overwrite"
+        " go on with that run by --resume, keep its files under another name with --on_existing backup, or replace "
+        "them with --overwrite"
     ]
 
 
@@ -124,7 +126,8 @@ def backup_problems(config: Config) -> list[str]:
     if surplus <= 0:
         return []
     return [
-        f"{folder} holds an earlier run of this name, and the names of its kept files would be {surplus} too long for the"
+        f"{folder} holds an earlier run of this name, and the names of its kept files would be {surplus} too long for "
+        "the"
         " file system; choose another --output_name or --output_dir, or move them away"
     ]
 
@@ -152,7 +155,8 @@ def keep_earlier_files(config: Config) -> dict[Path, Path]:
             move(source, target)
         except OSError as error:
             raise ConfigError(
-                f"{source} of an earlier run cannot be renamed to {target.name} ({error.strerror or error}); close the program that uses it,"
+                f"{source} of an earlier run cannot be renamed to {target.name} ({error.strerror or error}); close the "
+                "program that uses it,"
                 " or choose another --output_name"
             ) from error
     states = [target for target in moves.values() if target.name.endswith(STATE_ENDING) and target.is_dir()]

@@ -44,7 +44,8 @@ def failure_of(error: BaseException) -> AtelierError | None:
         return TrainingError(f"{name if len(name) <= 200 else f'{name[:197]}...'} cannot be used: {error.strerror}")
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1 and _is_lost_connection(error):
         return TrainingError(
-            "the connection to another process of this run is lost: it ended, and says why where it was not killed; this one cannot go on alone"
+            "the connection to another process of this run is lost: it ended, and says why where it was not killed; "
+            "this one cannot go on alone"
         )
     return None
 

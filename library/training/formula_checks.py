@@ -40,7 +40,8 @@ def _check_optimizer(config: Config) -> None:
     built = optimizers.check(config[OptimizerOptions])
     if EmaOptions in config and config[EmaOptions].ema and built.schedule_free:
         raise ConfigError(
-            f"--ema is set with --optimizer_type {built.choice.name}, which keeps an average of the weights itself (schedule-free);"
+            f"--ema is set with --optimizer_type {built.choice.name}, which keeps an average of the weights itself "
+            "(schedule-free);"
             " leave --ema out, or choose another optimizer"
         )
 

@@ -91,7 +91,8 @@ def parse_keyword_args(items: Sequence[str] | None, option_name: str) -> dict[st
         written = item.partition("=")[2].strip()
         if "=" in written and value == written:
             problems.add(
-                f"--{option_name} has the argument '{item}', with one = too many; key=value is needed, with a value in quotes if it holds ="
+                f"--{option_name} has the argument '{item}', with one = too many; key=value is needed, with a value in "
+                "quotes if it holds ="
             )
         result[key] = value
     problems.raise_if_any()
@@ -125,7 +126,8 @@ def argument_problems(
             )
         elif name in named and (needed := _other_type(value, named[name].default)):
             problems.append(
-                f"--{option_name} sets {name} to {value!r}; {what} needs {needed} there, by default {named[name].default}"
+                f"--{option_name} sets {name} to {value!r}; {what} needs {needed} there, by default "
+                f"{named[name].default}"
             )
     missing = [n for n, p in named.items() if p.default is p.empty and n not in supplied and n not in given]
     if missing:

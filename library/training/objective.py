@@ -226,7 +226,8 @@ class DdpmObjective(Objective):
         lines = []
         if self.zero_terminal_snr:
             lines.append(
-                "--zero_terminal_snr: noise, loss weights and samples all follow the rescaled schedule (known trainers weigh by the"
+                "--zero_terminal_snr: noise, loss weights and samples all follow the rescaled schedule (known trainers "
+                "weigh by the"
                 " signal-to-noise ratios of the plain one)"
             )
         if self.zero_terminal_snr and self.prediction_type != "v":
@@ -235,7 +236,8 @@ class DdpmObjective(Objective):
             )
         if self.noise_options is not None and self.noise_options.multires_noise_iterations:
             lines.append(
-                "--multires_noise_iterations: the noise is scaled to standard deviation 1 per sample, so that a result does"
+                "--multires_noise_iterations: the noise is scaled to standard deviation 1 per sample, so that a result "
+                "does"
                 " not depend on the other samples of the batch (known trainers scale the whole batch)"
             )
         return lines

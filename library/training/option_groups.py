@@ -204,7 +204,8 @@ class PrecisionOptions:
         for name in ("fp8_base", "fp8_base_unet"):
             if getattr(self, name) and self.mixed_precision == "no":
                 problems.append(
-                    f"--{name} is set with --mixed_precision no; float8 weights compute in bf16 or fp16: add --mixed_precision bf16"
+                    f"--{name} is set with --mixed_precision no; float8 weights compute in bf16 or fp16: add "
+                    "--mixed_precision bf16"
                 )
         raise_problems(problems)
 
@@ -340,7 +341,8 @@ class SavingOptions(OverflowOptions):
     on_existing: str | None = option(
         None,
         help="what becomes of the files, states and samples of an earlier run of this name, unless --resume goes on with it: backup (when"
-        " not given) renames them to NAME-backup1, -backup2 and so on; overwrite replaces the files and renames the states alone; refuse stops",
+        " not given) renames them to NAME-backup1, -backup2 and so on; overwrite replaces the files and renames the "
+        "states alone; refuse stops",
         choices=("backup", "overwrite", "refuse"),
     )
     overwrite: bool = option(False, help="short for --on_existing overwrite")

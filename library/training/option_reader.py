@@ -16,7 +16,7 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -48,6 +48,8 @@ class Script:
     ignored: Mapping[str, str] = field(default_factory=dict)
     foreign: Mapping[str, str] = field(default_factory=dict)
     """of the shared options those without meaning here; both: name -> reason"""
+    read_values: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
+    """options of `foreign` of which some values are read all the same: name -> whether a value is one"""
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """values of options without meaning that ask for what happens anyway"""
     stands_for: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -81,6 +83,11 @@ class Script:
         """works, equivalent, ignored, foreign or refused."""
         tables = {"refused": self.refused, "ignored": self.ignored, "foreign": self.foreign}
         return next((status for status, names in tables.items() if name in names), self.spec(name).status)
+
+    def status_of(self, name: str, value: Any) -> str:
+        """The status of an option with this value."""
+        is_read = name in self.read_values and self.read_values[name](value)
+        return "works" if is_read else self.status(name)
 
     def reason(self, name: str) -> str | None:
         """Why an option is refused, ignored or foreign; the line that answers an equivalent one."""
@@ -253,7 +260,7 @@ class OptionReader:
         `replaced` on the command line was looked at there."""
         kept = {}
         for name, value in values.items():
-            status = self.what.status(name)
+            status = self.what.status_of(name, value)
             if status != "ignored" and not (status == "foreign" and path is not None):
                 kept[name] = value
             elif name not in replaced and not self.what.asks_for_nothing(name, value):
@@ -281,7 +288,7 @@ class OptionReader:
         """Complain about refused options that ask for something, note the equivalent ones."""
         kept = {}
         for name, value in values.items():
-            status = self.what.status(name)
+            status = self.what.status_of(name, value)
             if status in ("refused", "foreign"):
                 self.failed.add(name)
                 self.problems.add(f"--{name} is {value}; it is not available here: {self.what.reason(name)}")

@@ -36,7 +36,8 @@ def option_groups_of(names: Iterable[str], present: Iterable[str]) -> tuple[type
         twice = sorted(option_fields(cls.options).keys() & taken)
         if twice:
             problems.add(
-                f"--hook {cls.__name__} declares --{', --'.join(twice)}, which the script has already; the hook needs names of its own"
+                f"--hook {cls.__name__} declares --{', --'.join(twice)}, which the script has already; the hook needs "
+                "names of its own"
             )
         taken |= option_fields(cls.options).keys()
         groups.append(cls.options)

@@ -145,6 +145,7 @@ def script(family: str, trainable: str) -> Script:
         defaults={**family_class.defaults, **(said["defaults"] or {})},
         ignored={**family_class.ignored, **(said["ignored"] or {})},
         foreign={**family_class.foreign, **foreign},
+        read_values=family_class.read_values,
         neutral=family_class.neutral,
         stands_for=family_class.stands_for,
     )

@@ -129,7 +129,8 @@ def _check_kind(before: list[dict[str, Any] | None], now: list[dict[str, Any]], 
         missing = [] if earlier is None else sorted(key for key in given & new.keys() if key not in earlier)
         if missing:
             raise CheckpointError(
-                f"the optimizer state of --resume is that of another optimizer (its groups have no {', '.join(missing)}); resume with the"
+                "the optimizer state of --resume is that of another optimizer (its groups have no "
+                f"{', '.join(missing)}); resume with the"
                 " --optimizer_type of the interrupted run"
             )
 

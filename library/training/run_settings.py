@@ -169,7 +169,8 @@ def fixed_problems(
     problems = []
     if seed is not None and "seed" in state and state["seed"] != seed:
         problems.append(
-            f"--seed is {seed}; the run of --resume {folder} has {state['seed']}, from which the order of its images and every"
+            f"--seed is {seed}; the run of --resume {folder} has {state['seed']}, from which the order of its images "
+            "and every"
             f" random draw follow: give --seed {state['seed']}, or leave it out"
         )
     for name, value in own.items():
@@ -178,7 +179,8 @@ def fixed_problems(
         earlier = recorded.fixed[name]
         if isinstance(value, dict) and isinstance(earlier, dict):
             problems += [
-                f"--{name} has {_written(key, value)}; the run of --resume {folder} has {_written(key, earlier)}, and the layers of a network"
+                f"--{name} has {_written(key, value)}; the run of --resume {folder} has {_written(key, earlier)}, and "
+                "the layers of a network"
                 f" cannot change: {_advice(name)}"
                 for key in dict.fromkeys((*earlier, *value))
                 if earlier.get(key) != value.get(key)

@@ -277,7 +277,8 @@ def _read_toml(name: str, content: str) -> list[tuple[str, Any]]:
     table = document.get("prompt")
     if others or not isinstance(table, dict):
         raise ConfigError(
-            f"{name} has {', '.join(others) or 'no [prompt] table'}; needed: [prompt] with settings for all prompts and one"
+            f"{name} has {', '.join(others) or 'no [prompt] table'}; needed: [prompt] with settings for all prompts "
+            "and one"
             " [[prompt.subset]] per prompt"
         )
     common = {key: value for key, value in table.items() if key != "subset"}
@@ -316,7 +317,8 @@ def _prompt_of_keys(where: str, entry: Mapping[str, Any], options: Mapping[str, 
             continue
         if key not in by_field:
             problems.add(
-                f"{where}: unknown key {key}{did_you_mean(key, [*by_field, 'prompt'])} Known: prompt, {', '.join(by_field)}"
+                f"{where}: unknown key {key}{did_you_mean(key, [*by_field, 'prompt'])} Known: prompt, "
+                f"{', '.join(by_field)}"
             )
             continue
         try:

@@ -212,7 +212,8 @@ def _compare(counters: Mapping[str, Any], run: Run) -> None:
     own = run.progress.steps_per_epoch
     if counters.get("steps_per_epoch", own) != own:
         logger.warning(
-            "steps_per_epoch was %s when the state was saved and is %s now: the images, batch size or number of processes changed; the"
+            "steps_per_epoch was %s when the state was saved and is %s now: the images, batch size or number of "
+            "processes changed; the"
             " position is counted in steps",
             counters["steps_per_epoch"],
             own,
@@ -279,7 +280,8 @@ def load_weights(run: Run, folder: Path) -> None:
     ]
     if unknown:
         raise CheckpointError(
-            f"{path} holds weights of hooks that this run does not have (first: {unknown[0]}); resume with each --hook of the interrupted run"
+            f"{path} holds weights of hooks that this run does not have (first: {unknown[0]}); resume with each --hook "
+            "of the interrupted run"
         )
     for prefix, module in modules.items():
         is_hook = prefix.startswith(HOOK_PREFIX)
@@ -294,6 +296,7 @@ def load_weights(run: Run, folder: Path) -> None:
             raise CheckpointError(
                 f"the weights in {path} do not fit this run: {len(wrong)} of {len(own)} tensors differ"
                 f" (first: {wrong[0] if wrong else sorted(set(part) - set(own))[0]});"
-                f" resume with {'each --hook and its options' if is_hook else 'the network options'} of the interrupted run"
+                f" resume with {'each --hook and its options' if is_hook else 'the network options'} of the "
+                "interrupted run"
             )
         module.load_state_dict(part)

@@ -49,7 +49,8 @@ def state_problems(folder: Path) -> list[str]:
     missing = [name for name in (STATE_FILE, WEIGHTS_FILE, OPTIMIZER_FILE) if not (folder / name).is_file()]
     if missing:
         return [
-            f"--resume is {folder}, in which {_are(missing, 'missing')}; give a whole state folder (its name ends in {STATE_ENDING})"
+            f"--resume is {folder}, in which {_are(missing, 'missing')}; give a whole state folder (its name ends in "
+            f"{STATE_ENDING})"
         ]
     try:
         sums = _read_sums(folder)
@@ -65,7 +66,8 @@ def state_problems(folder: Path) -> list[str]:
     ]
     if said:
         return [
-            f"--resume is {folder}, which is damaged: {'; '.join(said)}. Go on from an earlier state, or copy this one again"
+            f"--resume is {folder}, which is damaged: {'; '.join(said)}. Go on from an earlier state, or copy this one "
+            "again"
         ]
     try:
         read_train_state(folder)
@@ -103,7 +105,8 @@ def read_train_state(folder: str | Path) -> dict[str, Any]:
         return state
     except FileNotFoundError:
         raise CheckpointError(
-            f"--resume is {folder}, which holds no {STATE_FILE}; give a state folder that --save_state wrote (its name ends in {STATE_ENDING})"
+            f"--resume is {folder}, which holds no {STATE_FILE}; give a state folder that --save_state wrote (its name "
+            f"ends in {STATE_ENDING})"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); the state folder is damaged") from None
@@ -137,7 +140,8 @@ def chosen_state(resume: str | None, output_dir: str | None, is_own: Any) -> Pat
     folder = Path(resume)
     if not folder.is_dir():
         raise ConfigError(
-            f"--resume is {resume}; there is no such folder. Needed: a state folder, a folder of states, or {LATEST} for the newest of --output_dir"
+            f"--resume is {resume}; there is no such folder. Needed: a state folder, a folder of states, or {LATEST} "
+            "for the newest of --output_dir"
         )
     if (folder / STATE_FILE).exists() or (folder / WEIGHTS_FILE).exists():
         return folder
@@ -145,7 +149,8 @@ def chosen_state(resume: str | None, output_dir: str | None, is_own: Any) -> Pat
     found = _newest(path for path in states if is_own(path.name)) or _newest(states)
     if found is None:
         raise ConfigError(
-            f"--resume is {folder}, which holds no {STATE_FILE} and no folder with one; give a state folder that --save_state wrote"
+            f"--resume is {folder}, which holds no {STATE_FILE} and no folder with one; give a state folder that "
+            "--save_state wrote"
             f" (its name ends in {STATE_ENDING}), or the folder of such folders"
         )
     return found

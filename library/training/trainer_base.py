@@ -106,7 +106,8 @@ class Trainer:
             Path(self.config[SavingOptions].output_dir) if hook is None or hook.last_state is None else hook.last_state
         )
         return RunInterrupted(
-            f"interrupted after step {run.progress.global_step} of {run.progress.max_train_steps}; saved as {state}. Go on with:\n"
+            f"interrupted after step {run.progress.global_step} of {run.progress.max_train_steps}; saved as {state}. "
+            "Go on with:\n"
             f"  {command_going_on(state, secrets)}",
             code,
         )

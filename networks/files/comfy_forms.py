@@ -54,7 +54,8 @@ def _joined(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
     if wrong:
         sizes = ", ".join(f"{part.shape[0]} x {part.shape[1]}" for part in parts)
         raise CheckpointError(
-            f"{name} is rotated in parts with blocks of {sizes} rows, which cannot be one tensor of equal blocks as ComfyUI reads it; train with a"
+            f"{name} is rotated in parts with blocks of {sizes} rows, which cannot be one tensor of equal blocks as "
+            "ComfyUI reads it; train with a"
             " --network_dim that is a multiple of 4, or merge the file into the model (tools/merge_lora.py --model)"
         )
     grouped = []

@@ -142,7 +142,8 @@ def _shape_of(name: str, part: Module) -> tuple[int, ...]:
     shape = kind.module_class.change_shape({key: tensor for key, tensor in part.items() if key != "dora_scale"})
     if shape is None:
         raise CheckpointError(
-            f"{name} has a part of kind {kind.name}, whose tensors do not tell the size of the layer; only other kinds can be joined"
+            f"{name} has a part of kind {kind.name}, whose tensors do not tell the size of the layer; only other kinds "
+            "can be joined"
         )
     return shape
 
@@ -300,7 +301,8 @@ def refuse_unknown(others: Iterable[str], label: str = "") -> None:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise CheckpointError(
             f"{label}{': ' if label else ''}no known kind of adapter has these tensors: {', '.join(unknown[:5])}{more}."
-            " What they do would be lost; use the file with the program that wrote it, or have that write one without them"
+            " What they do would be lost; use the file with the program that wrote it, or have that write one without "
+            "them"
         )
 
 
@@ -308,7 +310,8 @@ def refuse_parts(name: str, module: Iterable[str]) -> None:
     """CheckpointError for a layer with adapters on its parts, where a layout has no names for these."""
     if ROWS in module:
         raise CheckpointError(
-            f"{name} is one layer here and has an adapter other than plain LoRA on each part of it; no single adapter has that change."
+            f"{name} is one layer here and has an adapter other than plain LoRA on each part of it; no single adapter "
+            "has that change."
             " Merge the file into a model (tools/merge_lora.py --model), or keep its layout, --to diffusers"
         )
 
@@ -419,7 +422,8 @@ def _magnitudes(name: str, scale: torch.Tensor, lora: _Lora) -> torch.Tensor:
     out = lora.up.shape[0]
     if scale.numel() != out or (scale.ndim > 1 and scale.shape[0] != out):
         raise CheckpointError(
-            f"{name}.dora_scale is {list(scale.shape)}, norms of input columns; diffusers needs those of its {out} output rows"
+            f"{name}.dora_scale is {list(scale.shape)}, norms of input columns; diffusers needs those of its {out} "
+            "output rows"
         )
     return scale.reshape(1, out, 1, 1) if lora.down.ndim == 4 else scale.reshape(out)
 

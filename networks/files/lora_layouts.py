@@ -162,7 +162,8 @@ def _only_lora(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor
     for name, module in by_module(tensors).items():
         if not set(module) <= _LORA:
             raise CheckpointError(
-                f"{name} has {', '.join(sorted(module))}; this layout holds LoRA and DoRA only. --to kohya, comfy, lycoris and"
+                f"{name} has {', '.join(sorted(module))}; this layout holds LoRA and DoRA only. --to kohya, comfy, "
+                "lycoris and"
                 " diffusers keep other kinds"
             )
     return tensors
@@ -191,7 +192,8 @@ def _with_config(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], 
         return AdapterFile(kept, {**metadata, METADATA_KEY: json.dumps(flat, sort_keys=True)}, configs)
     if len(configs) != 1:
         raise CheckpointError(
-            f"the adapter has layers of {', '.join(sorted(configs))}; a folder of PEFT holds one model. Write to another file name"
+            f"the adapter has layers of {', '.join(sorted(configs))}; a folder of PEFT holds one model. Write to "
+            "another file name"
             " than adapter_model.safetensors, which diffusers reads for all of them"
         )
     renamed = {PEFT_PREFIX + key.partition(".")[2]: tensor for key, tensor in kept.items()}

@@ -51,7 +51,8 @@ def to_kohya_names(
         beside = [key for key in renamed if is_beside(key)]
         if beside:
             logger.warning(
-                "%s: %d tensors are embeddings of trigger words (%s), which are no part of the adapter; they are left out here and kept by tools that"
+                "%s: %d tensors are embeddings of trigger words (%s), which are no part of the adapter; they are left "
+                "out here and kept by tools that"
                 " write adapter files", label, len(beside),
                 ", ".join(sorted({".".join(key.split(".")[:2]) for key in beside})),
             )  # fmt: skip

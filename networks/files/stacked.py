@@ -113,13 +113,15 @@ class StackedModule(AdapterModule):
 
     def file_tensors(self) -> dict[str, torch.Tensor]:
         raise CheckpointError(
-            f"{self.lora_name} has adapters on parts of it, for which files have no names; take the file that it was loaded from"
+            f"{self.lora_name} has adapters on parts of it, for which files have no names; take the file that it was "
+            "loaded from"
         )
 
     def load_file_tensors(self, tensors: Tensors) -> None:
         if set(tensors) != set(self._names):
             raise CheckpointError(
-                f"{self.lora_name}: the file has {', '.join(sorted(tensors))}; this network needs {', '.join(sorted(self._names))}"
+                f"{self.lora_name}: the file has {', '.join(sorted(tensors))}; this network needs "
+                f"{', '.join(sorted(self._names))}"
             )
         for name, tensor in tensors.items():
             getattr(self, _own_name(name)).copy_(tensor)

@@ -63,7 +63,8 @@ def to_xlabs(modules: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, tor
     foreign = [name for name in modules if _KOHYA.fullmatch(name) is None]
     if foreign:
         raise CheckpointError(
-            f"the layout of XLabs has places for attention layers of FLUX only; {len(foreign)} modules have none: {', '.join(foreign[:5])}"
+            f"the layout of XLabs has places for attention layers of FLUX only; {len(foreign)} modules have none: "
+            f"{', '.join(foreign[:5])}"
         )
     for name, module in modules.items():
         if set(module) != set(_PARAMETERS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from library.checkpoints.recognition import KeyTable, adapter_family, adapter_record
+from library.checkpoints.recognition import KeyTable, adapter_family, adapter_record, told_by_metadata
 from library.core.errors import CheckpointError, ConfigError, did_you_mean
 from library.families.registry import FAMILIES, adapter_family_of, records
 
@@ -21,18 +21,6 @@ def aliases() -> dict[str, str]:
         if family in FAMILIES and record.adapters is not None:
             found |= {alias: family for alias in (*record.adapters.aliases, *([name] if name != family else []))}
     return found
-
-
-def beginnings(key: str) -> list[tuple[str, str]]:
-    """(beginning of a metadata value, family) from the longest to the shortest: of ss_base_model_version
-    (`base_versions`) or of modelspec.architecture (`modelspec`)."""
-    found = [
-        (start, adapter_family_of(record).name)
-        for record in records().values()
-        if record.adapters is not None
-        for start in getattr(record.adapters, key)
-    ]
-    return sorted(found, key=lambda pair: -len(pair[0]))
 
 
 def family_by_name(name: str) -> str:
@@ -68,9 +56,9 @@ def family_of_adapter(
     """
     if given:
         return family_by_name(given)
-    found = _told_by_metadata(metadata)
-    if found in FAMILIES:
-        return found
+    told = told_by_metadata(metadata)
+    if told is not None and adapter_family_of(told).name in FAMILIES:
+        return adapter_family_of(told).name
     record = adapter_record(KeyTable(shapes))
     if record is not None and adapter_family_of(record).name in FAMILIES:
         return adapter_family_of(record).name
@@ -83,12 +71,3 @@ def family_of_adapter(
     raise CheckpointError(
         f"{label}: its names do not tell the model family (it begins with {some}); name it with --family"
     )
-
-
-def _told_by_metadata(metadata: Mapping[str, str]) -> str | None:
-    for key, facts in (("ss_base_model_version", "base_versions"), ("modelspec.architecture", "modelspec")):
-        told = metadata.get(key, "").lower()
-        found = next((family for start, family in beginnings(facts) if told.startswith(start)), None)
-        if found:
-            return found
-    return None

@@ -412,7 +412,8 @@ class AdapterModule(nn.Module):
         CheckpointError for a change of a bias that the layer does not have."""
         if "diff_b" in tensors and getattr(self.org_module, "bias", None) is None:
             raise CheckpointError(
-                f"{self.lora_name} has diff_b, a change of the bias; this model's layer has no bias, so that the file is another model's"
+                f"{self.lora_name} has diff_b, a change of the bias; this model's layer has no bias, so that the file "
+                "is another model's"
             )
         for name in ("dora_scale", "diff_b"):
             if name in tensors and getattr(self, name) is None:

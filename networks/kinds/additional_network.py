@@ -136,7 +136,8 @@ class AdditionalNetwork(nn.Module):
         count = self.targets.blocks.count if self.targets.blocks else 0
         if block_lr_weight is not None and len(block_lr_weight) != count:
             raise ConfigError(
-                f"{len(block_lr_weight)} learning rate factors are given; the denoiser of {self.targets.family} has {count} numbered blocks, needed: one for each"
+                f"{len(block_lr_weight)} learning rate factors are given; the denoiser of {self.targets.family} has "
+                f"{count} numbered blocks, needed: one for each"
             )
         self.block_lr_weight = None if block_lr_weight is None else [float(factor) for factor in block_lr_weight]
 

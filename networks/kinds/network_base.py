@@ -71,7 +71,8 @@ def read_settings(
             and not any(values.get(other) is not None for other in needed)
         ):
             problems.add(
-                f"--network_args {name} is given without {' or '.join(needed)}, which it belongs to; add it, or leave {name} out"
+                f"--network_args {name} is given without {' or '.join(needed)}, which it belongs to; add it, or leave "
+                f"{name} out"
             )
     problems.attempt(lambda: kind.check(values))
     problems.raise_if_any()
@@ -189,7 +190,8 @@ def _check_use(kind: NetworkKind, modules: Sequence[AdapterModule], settings: Ne
         option = "--network_dropout" if name == "dropout" else f"--network_args {name}"
         if without and len(without) == len(modules):
             problems.add(
-                f"{option} is given, and no layer of {label} is of a kind that it does something for (the kinds are those of its"
+                f"{option} is given, and no layer of {label} is of a kind that it does something for (the kinds are "
+                "those of its"
                 " tensors); leave it out"
             )
         elif without:
@@ -213,7 +215,8 @@ def _refuse_parts(modules: Sequence[AdapterModule], label: str) -> None:
     found = next((module.lora_name for module in modules if isinstance(module, StackedModule)), None)
     if found is not None:
         raise CheckpointError(
-            f"{label}: {found} is one layer here and has adapters other than plain LoRA on its parts, which cannot be trained on; merge the file"
+            f"{label}: {found} is one layer here and has adapters other than plain LoRA on its parts, which cannot be "
+            "trained on; merge the file"
             " into the base instead (--base_weights, or tools/merge_lora.py --model) and train a new adapter"
         )
 

@@ -127,18 +127,21 @@ def known_kind_of(tensors: Mapping[str, torch.Tensor], lora_name: str) -> Networ
     if kind is None:
         known = ", ".join(marks[0] if isinstance(marks[0], str) else marks[0][0] for marks in MARKS.values())
         raise CheckpointError(
-            f"{lora_name} has {', '.join(sorted(tensors))}, which is no kind of adapter that is known ({known}; kinds of your own: --plugins MODULE)"
+            f"{lora_name} has {', '.join(sorted(tensors))}, which is no kind of adapter that is known ({known}; kinds "
+            "of your own: --plugins MODULE)"
         )
     missing = kind.module_class.missing_keys(tensors)
     if missing:
         raise CheckpointError(
-            f"{lora_name} has {', '.join(sorted(tensors))} and no {', no '.join(missing)}, needed for {kind.name}; the file is incomplete"
+            f"{lora_name} has {', '.join(sorted(tensors))} and no {', no '.join(missing)}, needed for {kind.name}; the "
+            "file is incomplete"
         )
     unknown = kind.module_class.unknown_keys(tensors)
     if unknown:
         known = sorted({*kind.module_class.weight_keys, *kind.module_class.optional_keys, "alpha"})
         raise CheckpointError(
-            f"{lora_name} has {', '.join(unknown)}, which {kind.name} does not know; known: {', '.join(known)}. What they do would be"
+            f"{lora_name} has {', '.join(unknown)}, which {kind.name} does not know; known: {', '.join(known)}. What "
+            "they do would be"
             " lost; use the file with the program that wrote it, or have that write one without them"
         )
     wrong = problem_of(tensors)

@@ -233,7 +233,8 @@ def _warn_about_idle_settings(targets: NetworkTargets, layers: list[Layer], sett
         for pattern in settings.get(name, ()):
             if not any(pattern.fullmatch(layer.path) for layer in layers):
                 logger.warning(
-                    "--network_args %s: the expression '%s' matches no layer (the whole dotted name is compared, e.g. %s)",
+                    "--network_args %s: the expression '%s' matches no layer (the whole dotted name is compared, e.g. "
+                    "%s)",
                     name,
                     pattern.pattern,
                     layers[0].path if layers else "none",

@@ -91,7 +91,8 @@ def extract(targets: NetworkTargets, original: ModelLayers, tuned: ModelLayers, 
     _complete(result, original, plan.kind)
     if not result.tensors:
         raise CheckpointError(
-            f"{tuned.label} and {original.label} do not differ in any layer that is asked for{_but(result)}; there is nothing to extract"
+            f"{tuned.label} and {original.label} do not differ in any layer that is asked for{_but(result)}; there is "
+            "nothing to extract"
         )
     return result
 
@@ -109,7 +110,8 @@ def _common(original: ModelLayers, tuned: ModelLayers) -> list[Name]:
         missing = [name[0] for name in first if name not in second and name[0].split("_")[1] in parts]
         if missing:
             raise CheckpointError(
-                f"{second.label} lacks {len(missing)} layers of {first.label} (first: {missing[0]}); they are different models"
+                f"{second.label} lacks {len(missing)} layers of {first.label} (first: {missing[0]}); they are "
+                "different models"
             )
     return names
 
@@ -148,7 +150,8 @@ def _difference(name: Name, original: ModelLayers, tuned: ModelLayers) -> tuple[
     before, after = original.read(name), tuned.read(name)
     if [size for size in before.shape if size != 1] != [size for size in after.shape if size != 1]:
         raise CheckpointError(
-            f"{name[0]} is {list(before.shape)} in {original.label} and {list(after.shape)} in {tuned.label}; they are different models"
+            f"{name[0]} is {list(before.shape)} in {original.label} and {list(after.shape)} in {tuned.label}; they are "
+            "different models"
         )
     return before, after.view(before.shape) - before
 

@@ -50,7 +50,8 @@ def concatenated(layers: Mapping[str, Sources], shuffle_seed: int | None = None)
         for tensors, ratio in sources:
             if set(tensors) - LORA_KEYS:
                 raise CheckpointError(
-                    f"{name} is no plain LoRA ({', '.join(sorted(set(tensors) - LORA_KEYS))}), which cannot be put beside others;"
+                    f"{name} is no plain LoRA ({', '.join(sorted(set(tensors) - LORA_KEYS))}), which cannot be put "
+                    "beside others;"
                     " use --mode svd (a LoRA of --new_rank) or --mode full (exact), or merge into a model"
                 )
             down, up = tensors["lora_down.weight"].float(), tensors["lora_up.weight"].float()
@@ -103,7 +104,8 @@ def own_change(name: str, tensors: Tensors, ratio: float) -> torch.Tensor | None
     if shape is None or "dora_scale" in tensors:
         kind = "DoRA" if "dora_scale" in tensors else known_kind_of(tensors, name).name
         raise CheckpointError(
-            f"{name}: the change of {kind} depends on the weights of the model; merge it into a model (--model), of which a"
+            f"{name}: the change of {kind} depends on the weights of the model; merge it into a model (--model), of "
+            "which a"
             " LoRA can be extracted then"
         )
     return module.weight_change(tensors, torch.empty(shape, device="meta"), ratio) if shape else None

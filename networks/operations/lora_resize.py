@@ -82,8 +82,10 @@ def resized_layer(
     if DORA in layer.tensors:
         if report.kept < 1 - LOSSLESS:
             raise CheckpointError(
-                f"{layer.name} is DoRA, trained for the change as it is: at rank {rank} a part of it is lost, and the norms of the"
-                " merged weight with it. Merge the file into the model with tools/merge_lora.py and extract a LoRA of the result with"
+                f"{layer.name} is DoRA, trained for the change as it is: at rank {rank} a part of it is lost, and the "
+                "norms of the"
+                " merged weight with it. Merge the file into the model with tools/merge_lora.py and extract a LoRA of "
+                "the result with"
                 " tools/extract_lora.py"
             )
         kept[layer.keys[DORA]] = layer.tensors[DORA]

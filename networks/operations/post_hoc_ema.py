@@ -82,11 +82,13 @@ def _compare(
     for key, tensor in first.items():
         if tensor.shape != tensors[key].shape:
             raise CheckpointError(
-                f"{key} is {list(tensor.shape)} in {first_label} and {list(tensors[key].shape)} in {label}; only files of one run, with"
+                f"{key} is {list(tensor.shape)} in {first_label} and {list(tensors[key].shape)} in {label}; only files "
+                "of one run, with"
                 " the same ranks, can be averaged"
             )
         if not _is_averaged(key, tensor) and not torch.equal(tensor.float(), tensors[key].float()):
             raise CheckpointError(
-                f"{key} is {tensor.tolist()} in {first_label} and {tensors[key].tolist()} in {label}; the matrices of files with other alphas"
+                f"{key} is {tensor.tolist()} in {first_label} and {tensors[key].tolist()} in {label}; the matrices of "
+                "files with other alphas"
                 " cannot be averaged"
             )

@@ -45,7 +45,8 @@ class RankRule:
         if self.method is None:
             if self.parameter is not None:
                 raise ConfigError(
-                    f"--dynamic_param is {self.parameter:g} without --dynamic_method; name one of {', '.join(METHODS)}, or leave it out"
+                    f"--dynamic_param is {self.parameter:g} without --dynamic_method; name one of "
+                    f"{', '.join(METHODS)}, or leave it out"
                 )
             return
         if self.method not in METHODS:

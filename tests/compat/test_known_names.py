@@ -238,6 +238,10 @@ setup_parser()
 anima_train_network
 AnimaNetworkTrainer()
 setup_parser()
+
+lumina_train_network
+LuminaNetworkTrainer()
+setup_parser()
 """
 TRAINER = """
 all_reduce_network(accelerator, network)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = {
     "sd": ("train_network", "NetworkTrainer"), "sdxl": ("sdxl_train_network", "SdxlNetworkTrainer"),
     "flux": ("flux_train_network", "FluxNetworkTrainer"), "anima": ("anima_train_network", "AnimaNetworkTrainer"),
+    "lumina": ("lumina_train_network", "LuminaNetworkTrainer"),
 }  # fmt: skip
 
 

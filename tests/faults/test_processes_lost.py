@@ -151,8 +151,10 @@ def test_a_low_limit_of_open_files_is_told_at_start(work: Work) -> None:
 def hold_lock(work: Work, seconds: int) -> subprocess.Popen[str]:
     """Another process that writes under the same name."""
     code = (
-        "import sys, time\nfrom library.training import parser_common\nfrom library.training.run_lock import claimed_output\n"
-        "with claimed_output(parser_common.parse(sys.argv[2:], 'flux', 'network')):\n    print('held', flush=True); time.sleep(int(sys.argv[1]))\n"
+        "import sys, time\nfrom library.training import parser_common\nfrom library.training.run_lock import "
+        "claimed_output\n"
+        "with claimed_output(parser_common.parse(sys.argv[2:], 'flux', 'network')):\n    print('held', flush=True); "
+        "time.sleep(int(sys.argv[1]))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(seconds), *work.argv("out")], cwd=ROOT, stdout=subprocess.PIPE, text=True

@@ -6,6 +6,8 @@ import struct
 import pytest
 
 from library.checkpoints.kinds import check_slot, describe_checkpoint
+from library.checkpoints.loading import open_checkpoint
+from library.core.errors import CheckpointError
 
 FLUX = {
     "double_blocks.0.img_attn.norm.query_norm.scale": (16,),
@@ -25,6 +27,18 @@ LLAMA = {"model.layers.0.self_attn.q_proj.weight": (8, 8), "model.layers.0.mlp.g
 
 def prefixed(prefix, shapes):
     return {prefix + name: shape for name, shape in shapes.items()}
+
+
+MARKS = {"scaled_fp8": (2,), "encoder.block.0.layer.0.SelfAttention.q.scale_weight": (1,)}
+CHROMA = {"distilled_guidance_layer.in_proj.weight": (8, 8)}
+
+
+def bundle(denoiser):
+    """Model, autoencoder and text encoders in one file of scaled 8-bit numbers, as ComfyUI writes it."""
+    marks = {"scaled_fp8": (2,), **{f"{name.removesuffix('.weight')}.scale_weight": () for name in denoiser}}
+    encoders = prefixed("text_encoders.clip_l.transformer.", {CLIP: (49408, 768)})
+    encoders |= prefixed("text_encoders.t5xxl.transformer.", T5 | MARKS)
+    return prefixed("vae.", VAE) | encoders | prefixed("model.diffusion_model.", denoiser | marks)
 
 
 KINDS = [
@@ -54,7 +68,23 @@ KINDS = [
         },
         "SD3.5 medium",
     ),
-    ("chroma", FLUX | {"distilled_guidance_layer.in_proj.weight": (8, 8)}, "Chroma"),
+    ("chroma", FLUX | CHROMA, "Chroma denoiser (2 double and 1 single blocks)"),
+    (
+        "chroma",
+        CHROMA
+        | {
+            "transformer_blocks.0.attn.add_k_proj.weight": (8, 8),
+            "single_transformer_blocks.1.proj_mlp.weight": (8, 8),
+        },
+        "Chroma denoiser (1 double and 2 single blocks, diffusers names)",
+    ),
+    (
+        "chroma",
+        bundle(FLUX | CHROMA),
+        "Chroma denoiser (2 double and 1 single blocks, with its VAE or text encoders in one file)",
+    ),
+    ("flux", bundle(FLUX), "2 double and 1 single blocks, with its VAE or text encoders in one file"),
+    ("t5", T5 | MARKS, "T5 text encoder"),
     ("flux", FLUX, "schnell type, 2 double and 1 single blocks"),
     ("flux", FLUX | {"guidance_in.in_layer.weight": (8, 8)}, "dev type"),
     ("flux", prefixed("model.diffusion_model.", FLUX | {"img_in.weight": (8, 384)}), "fill model"),
@@ -206,6 +236,34 @@ def test_a_sharded_folder_is_read_through_its_index(tmp_path):
     (tmp_path / "m-00002-of-00002.safetensors").unlink()
     found = describe_checkpoint(tmp_path)
     assert found.kind == "damaged" and "m-00002-of-00002.safetensors" in found.detail
+
+
+@pytest.mark.parametrize(
+    "given", ["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors", "m.safetensors.index.json"]
+)
+def test_any_file_of_a_split_model_and_its_index_name_all_of_it(tmp_path, given):
+    names = list(FLUX)
+    write_file(tmp_path / "m-00001-of-00002.safetensors", {names[0]: FLUX[names[0]]})
+    write_file(tmp_path / "m-00002-of-00002.safetensors", {name: FLUX[name] for name in names[1:]})
+    weight_map = {name: f"m-0000{1 if name == names[0] else 2}-of-00002.safetensors" for name in names}
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert describe_checkpoint(tmp_path / given).kind == "flux"
+    assert sorted(open_checkpoint(tmp_path / given).shapes) == sorted(names)
+    (tmp_path / "m-00001-of-00002.safetensors").write_bytes(b"GGUF\x03\0\0\0")
+    found = describe_checkpoint(tmp_path / given)
+    of_which = "" if given == "m-00001-of-00002.safetensors" else "m-00001-of-00002.safetensors is "
+    assert found.kind == "gguf" and f"{of_which}a quantised GGUF file" in found.detail
+    (tmp_path / "m-00001-of-00002.safetensors").unlink()
+    if given != "m-00001-of-00002.safetensors":
+        found = describe_checkpoint(tmp_path / given)
+        assert found.kind == "damaged" and "m-00001-of-00002.safetensors" in found.detail
+        with pytest.raises(CheckpointError, match="m-00001-of-00002.safetensors"):
+            open_checkpoint(tmp_path / given)
+
+
+def test_an_index_that_lists_nothing_is_named(tmp_path):
+    (tmp_path / "m.safetensors.index.json").write_text("{}")
+    assert "no weight_map" in check_slot(tmp_path / "m.safetensors.index.json", "ae", {"vae_flux"})
 
 
 def test_a_pipeline_folder_fits_by_the_part_that_is_needed(tmp_path):

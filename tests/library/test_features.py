@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from library import anima_train_utils, flux_train_utils
+from library import anima_train_utils, flux_train_utils, lumina_train_utils
 from library.anima_models import Anima, AnimaParams
 from library.tiny_models.weights import random_state
 from tests.library.test_flux_train_utils import conditioning_of, tiny_denoiser
+from tests.networks import tiny_denoisers
 
 LATENTS = torch.randn(2, 16, 4, 6, generator=torch.Generator().manual_seed(3))
 TOKENS = 6  # patches of 2 x 2
@@ -36,7 +37,13 @@ def of_anima() -> Callable:
     return lambda times, **more: anima_train_utils.predict_velocity(model, LATENTS, times, given, **more)
 
 
-FAMILIES = pytest.mark.parametrize("make", [of_flux, of_anima])
+def of_lumina() -> Callable:
+    model, (_, _, states, mask) = tiny_denoisers.tiny_denoiser("lumina")
+    given = {"hidden_state": states, "attention_mask": mask}
+    return lambda times, **more: lumina_train_utils.predict_velocity(model, LATENTS, times, given, **more)
+
+
+FAMILIES = pytest.mark.parametrize("make", [of_flux, of_anima, of_lumina])
 
 
 @FAMILIES

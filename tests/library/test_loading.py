@@ -21,7 +21,12 @@ def test_start_values_are_given_to_what_has_storage_alone(monkeypatch) -> None:
     filled = []
     for name in ("uniform_", "fill_"):
         method = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, method=method, **k: (filled.append(self.is_meta), method(self, *a, **k))[1])
+
+        def noting(self, *arguments, method=method, **named):
+            filled.append(self.is_meta)
+            return method(self, *arguments, **named)
+
+        monkeypatch.setattr(torch.Tensor, name, noting)
     model = build_on_meta(Layer)
     assert model.layer.weight.is_meta and model.table.tolist() == [7.0, 7.0]
     assert filled == [False]

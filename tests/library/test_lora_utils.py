@@ -6,15 +6,19 @@ import torch
 
 from library.anima_utils import load_anima
 from library.checkpoints.flux_convert import convert_bfl_sd_to_diffusers
+from library.checkpoints.lumina_convert import UNUSED, to_diffusers
 from library.checkpoints.unet_convert import original_to_diffusers
+from library.components.gemma_encoder_utils import load_gemma2
 from library.components.llm_encoder_utils import load_qwen3
 from library.components.text_encoder_utils import load_clip_l, load_t5xxl
 from library.core.errors import CheckpointError
 from library.flux_utils import load_flux
 from library.lora_utils import CheckpointMerge, MergeOnLoad, load_safetensors_with_lora_and_fp8, read_adapter
+from library.lumina_utils import load_lumina
 from library.safetensors_utils import load_safetensors, read_header, save_file_atomic
 from library.sd_utils import load_text_encoder_sd, load_unet_sd
 from library.sdxl_utils import load_text_encoders_sdxl, load_unet_sdxl
+from library.tiny_models.lumina_tiny import build_tiny_lumina
 from networks.kinds.targets import targets_of_family
 from networks.lora import create_network, create_network_from_weights
 from tests.tiny import build_tiny_flux
@@ -71,10 +75,25 @@ def anima_parts(folder):
     return loaders, {}
 
 
+def lumina_parts(folder):
+    """The denoiser in the layout of diffusers too."""
+    model = build_tiny_lumina(folder)
+    path = folder / "transformer.safetensors"
+    whole = load_safetensors(model.lumina)
+    state = to_diffusers(whole) | {UNUSED: whole[UNUSED]}  # which diffusers leaves out
+    save_file_atomic({key: tensor.contiguous() for key, tensor in state.items()}, path)
+    loaders = {
+        "denoiser": lambda **how: load_lumina(model.lumina, *HOW, **how),
+        "gemma2": lambda **how: load_gemma2(model.gemma2, *HOW, **how),
+    }
+    return loaders, {"denoiser": lambda **how: load_lumina(path, *HOW, **how)}
+
+
 FAMILIES = {
     "flux": ("flux", flux_parts), "sd1": ("sd", lambda folder: sd_parts(folder, "sd1")),
     "sd2": ("sd", lambda folder: sd_parts(folder, "sd2")),
     "sdxl": ("sdxl", lambda folder: sd_parts(folder, "sdxl")), "anima": ("anima", anima_parts),
+    "lumina": ("lumina", lumina_parts),
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import torch
@@ -26,6 +27,19 @@ def test_names_in_the_header_count(tmp_path):
     save_file({"a": torch.zeros(4)}, tmp_path / "one.safetensors")
     save_file({"b": torch.zeros(4)}, tmp_path / "two.safetensors")
     assert model_identity(tmp_path / "one.safetensors") != model_identity(tmp_path / "two.safetensors")
+
+
+def test_every_file_of_a_split_model_counts(tmp_path):
+    names = [f"m-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for number, name in enumerate(names):
+        save_file({f"t{number}": torch.zeros(4)}, tmp_path / name)
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {f"t{number}": name for number, name in enumerate(names)}}))
+    first = [model_identity(tmp_path / name) for name in (names[0], index.name)]
+    save_file({"t1": torch.ones(4)}, tmp_path / names[1])
+    assert all(model_identity(tmp_path / name) != before for name, before in zip((names[0], index.name), first))
+    (tmp_path / names[1]).unlink()
+    assert model_identity(tmp_path / names[0]) not in first  # what is missing is told when the model is read
 
 
 def test_both_ends_of_a_large_file_are_read(tmp_path):

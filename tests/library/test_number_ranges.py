@@ -15,7 +15,7 @@ from library.core.errors import ConfigError
 from library.core.options import Config, allows_none, is_bool_option, option_fields, value_type
 from library.dataset.config_schema import KEYS
 from library.families.registry import FAMILIES
-from library.generation import anima_inference, flux_inference, sdxl_inference
+from library.generation import anima_inference, flux_inference, lumina_inference, sdxl_inference
 from library.generation.gen_img import options as generation_options
 from library.generation.gen_img.prompts import GENERATION_LINE_OPTIONS, parse_generation_line
 from library.training import parser_common
@@ -39,7 +39,7 @@ HUGE = 10**40
 
 def option_classes() -> list[type]:
     scripts = [parser_common.script(family, "network").classes for family in FAMILIES]
-    scripts += [anima_inference.GROUPS, flux_inference.GROUPS, sdxl_inference.GROUPS]
+    scripts += [anima_inference.GROUPS, flux_inference.GROUPS, lumina_inference.GROUPS, sdxl_inference.GROUPS]
     scripts += [
         [c for c in vars(generation_options).values() if isinstance(c, type) and c.__name__.endswith("Options")]
     ]
@@ -106,6 +106,7 @@ LINES = {
     "samples": IMAGE_LINE_OPTIONS, "video samples": VIDEO_LINE_OPTIONS, "gen_img": GENERATION_LINE_OPTIONS,
     "flux": flux_inference.LINE_OPTIONS,
     "sdxl": sdxl_inference.LINE_OPTIONS, "anima": anima_inference.LINE_OPTIONS,
+    "lumina": lumina_inference.LINE_OPTIONS,
 }  # fmt: skip
 TEXTS = {
     "negative_prompt",

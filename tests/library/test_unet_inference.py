@@ -260,7 +260,8 @@ def test_a_typed_prompt_is_made_before_the_next_one_is_asked_for(tiny, tmp_path,
 def test_prompts_of_a_module(tiny, tmp_path):
     module = tmp_path / "prompter.py"
     module.write_text(
-        "def get_prompter(options, pipeline, networks):\n    return [options.prompter_module_args + ' --d 3', 'b --d 4']\n"
+        "def get_prompter(options, pipeline, networks):\n    return [options.prompter_module_args + ' --d 3', 'b --d "
+        "4']\n"
     )
     paths = made(tiny["sd1"], tmp_path, "--from_module", str(module), "--prompter_module_args", "a word")
     assert [Image.open(path).text["prompt"] for path in paths] == ["a word", "b"]

@@ -27,7 +27,7 @@ class Adapter:
     tucker: bool = True
     layers: tuple[str, ...] = ("linear", "conv1x1", "conv3x3")
     rate: float = 5e-3
-    families: tuple[str, ...] = ("sd", "sdxl", "flux", "anima", "chroma")
+    families: tuple[str, ...] = ("sd", "sdxl", "flux", "anima", "chroma", "lumina")
     split: tuple[int, ...] = (4, 4, 4)
     fixed: tuple[str, ...] = ()
 

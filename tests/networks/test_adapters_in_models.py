@@ -10,6 +10,7 @@ from networks.kinds.targets import targets_of_family
 from networks.lora import create_network_from_weights as create_any_from_weights
 from tests.networks.adapter_table import ADAPTERS
 from tests.networks.tiny_denoisers import DENOISERS, tiny_denoiser
+from tests.pairwise import Each, denoiser
 
 STEPS = 2
 RATE = 2e-4
@@ -50,6 +51,7 @@ CELLS = [
 ]  # variants of an adapter meet one family: what they change happens inside a layer
 
 
+@pytest.mark.cross_product("name", denoiser("family"), Each("family"))
 @pytest.mark.parametrize(("name", "family"), CELLS)
 def test_trained_saved_and_loaded(name, family, tmp_path):
     model, inputs = tiny_denoiser(family)

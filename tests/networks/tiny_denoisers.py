@@ -12,6 +12,8 @@ from library.anima_models import Anima, AnimaParams
 from library.chroma_models import Chroma, ChromaParams
 from library.flux_models import Flux, FluxParams
 from library.flux_utils import prepare_img_ids
+from library.lumina_models import LuminaParams, NextDiT
+from library.sd3_models import MMDiT, SD3Params
 from library.sd_models import UNet2DConditionModel
 from library.sdxl_models import SdxlUNet2DConditionModel
 from networks.kinds.targets import targets_of_denoiser
@@ -30,6 +32,19 @@ def _anima() -> nn.Module:
     return Anima(
         AnimaParams(model_channels=48, num_blocks=2, num_heads=2, mlp_ratio=2.0, context_dim=24, adaln_lora_dim=8)
     )
+
+
+def _lumina() -> nn.Module:
+    """Its q/k norms have the eps of diffusers."""
+    return NextDiT(LuminaParams(
+        dim=48, n_layers=2, n_refiner_layers=1, n_heads=4, n_kv_heads=2, ffn_hidden=192, axes_dims=(4, 4, 4),
+        cap_feat_dim=24, time_dim=48, qk_norm_eps=1e-5,
+    ))  # fmt: skip
+
+
+def _sd3() -> nn.Module:
+    sizes = {"hidden_size": 32, "num_heads": 2, "mlp_ratio": 2.0, "context_in": 24, "adm_in_channels": 16}
+    return MMDiT(SD3Params(depth=2, qk_norm="rms", x_block_self_attn_layers=(0,), pos_embed_max_size=8, **sizes))
 
 
 def _chroma() -> nn.Module:
@@ -70,12 +85,25 @@ def _anima_inputs(model: nn.Module) -> tuple[Any, ...]:
     return _normal(BATCH, 16, 1, 6, 4), torch.tensor([0.3, 0.8]), _normal(BATCH, 5, model.params.context_dim)
 
 
+def _lumina_inputs(model: nn.Module) -> tuple[Any, ...]:
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    return _normal(BATCH, 16, 6, 4), torch.tensor([0.3, 0.8]), _normal(BATCH, 5, model.params.cap_feat_dim), mask
+
+
+def _sd3_inputs(model: nn.Module) -> tuple[Any, ...]:
+    params = model.params
+    text = _normal(BATCH, 5, params.context_in)
+    return _normal(BATCH, 16, 6, 4), torch.tensor([300.0, 800.0]), _normal(BATCH, params.adm_in_channels), text
+
+
 DENOISERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], tuple[Any, ...]]]] = {
     "sd": (lambda: UNet2DConditionModel(tiny_params("sd1")), _unet_inputs),
     "sdxl": (lambda: SdxlUNet2DConditionModel(tiny_params("sdxl")), _unet_inputs),
+    "sd3": (_sd3, _sd3_inputs),
     "flux": (_flux, _flux_inputs),
     "anima": (_anima, _anima_inputs),
     "chroma": (_chroma, _chroma_inputs),
+    "lumina": (_lumina, _lumina_inputs),
 }
 
 

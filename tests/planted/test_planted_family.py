@@ -139,7 +139,8 @@ def test_tools_tell_what_its_files_are_and_fill_its_caches(site, work, tmp_path)
     code = (
         "from library.checkpoints.kinds import describe_checkpoint, check_slot\n"
         f"print(describe_checkpoint({str(work / 'model' / 'denoiser.safetensors')!r}))\n"
-        f"print(check_slot({str(work / 'model' / 'denoiser.safetensors')!r}, 'pretrained_model_name_or_path', {{'flux'}}))\n"
+        f"print(check_slot({str(work / 'model' / 'denoiser.safetensors')!r}, 'pretrained_model_name_or_path', "
+        f"{{'flux'}}))\n"
     )
     told = command(site, tmp_path, "-c", code)
     assert "a Pastel denoiser (2 strokes)" in told and "pastel_train_network.py trains such a model" in told

@@ -29,6 +29,10 @@ SLOTS: dict[str, dict[str, set[str]]] = {
     },
     "sdxl": {MODEL: {"sdxl_checkpoint", "sdxl_unet"}, "vae": {"vae_ldm4", "sdxl_checkpoint"}},
     "chroma": {MODEL: {"chroma"}, "t5xxl": {"t5xxl"}, "ae": {"vae_ldm16"}},
+    "sd3": {
+        MODEL: {"sd3_medium_checkpoint", "sd35_large"}, "clip_l": {"clip_l"}, "t5xxl": {"t5xxl"}, "vae": {"vae_ldm16"},
+        "clip_g": {"clip_g_hf", "clip_g_open_clip"},
+    },
     "lumina": {MODEL: {"lumina2"}, "gemma2": {"gemma2_2b"}, "ae": {"vae_ldm16"}},
     "anima": {MODEL: {"anima"}, "qwen3": {"qwen3_0_6b"}, "vae": {"vae_wan", "vae_qwen_image_diffusers"}},
 }

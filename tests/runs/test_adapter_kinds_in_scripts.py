@@ -78,7 +78,8 @@ def paint(script: str, made: Start, folder: Path, *more: str) -> bytes:
 
 
 def pictures(made: Start, folder: Path, file: str) -> Iterator[tuple[str, bytes, bytes, bytes]]:
-    """(script, its picture without the adapter, with it hooked, with it merged); the first is painted once for all files."""
+    """(script, its picture without the adapter, with it hooked, with it merged); the first is painted once for all
+    files."""
     for script, (options, merged) in WAYS[made.family].items():
         if script not in made.pictures:
             made.pictures[script] = paint(script, made, folder / "plain")

@@ -16,10 +16,10 @@ from networks.kinds.targets import targets_of_family
 from networks.lora import create_network_from_weights
 from tests.families import CASES
 from tests.networks.adapter_table import ADAPTERS, Adapter, kind_of_adapter
-from tests.pairwise import denoiser
+from tests.pairwise import Each, denoiser
 from tests.runs.conftest import draw_pictures, read_parts
 
-FAMILIES = {"flux": "flux", "sd": "sd1", "sdxl": "sdxl", "anima": "anima", "chroma": "chroma"}
+FAMILIES = {"flux": "flux", "sd": "sd1", "sdxl": "sdxl", "anima": "anima", "chroma": "chroma", "lumina": "lumina"}
 """family -> its set of tiny models"""
 DATASET = """
 [[datasets]]
@@ -91,7 +91,7 @@ CELLS = [
 ]  # variants of a kind differ inside a layer; one family is enough for them
 
 
-@pytest.mark.cross_product("name", denoiser("family"))
+@pytest.mark.cross_product("name", denoiser("family"), Each("family"))
 @pytest.mark.parametrize(("family", "name"), CELLS, indirect=["family"])
 def test_an_adapter_trains_and_its_file_gives_the_same_output(name: str, family, tmp_path: Path) -> None:
     adapter = ADAPTERS[name]

@@ -90,7 +90,7 @@ def test_the_caching_tools_fill_them(work: FamilyWork, words: list[str]) -> None
 
 
 def test_an_option_that_a_variant_has_too_still_tells_the_family(work: FamilyWork) -> None:
-    assert cache_tools.chosen_family(["--clip_l", "a"]) == "flux"
+    assert cache_tools.chosen_family(["--ae", "a", "--clip_l", "b"]) == "flux"
 
 
 def test_files_that_do_not_belong_together_are_named(work: FamilyWork, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -108,7 +108,7 @@ def test_outdated_companions_go_and_none_is_overwritten(work: Work) -> None:
         cli.run("flux", "network", work.argv("out", "--on_existing=refuse"))
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "anima"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "anima", "lumina"])
 def test_other_families(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, family: str) -> None:
     work = Tinies(tmp_path_factory).work(family, tmp_path)
     final = work.train("out", "--ema", "--ema_decay=0.5", "--max_train_steps=3", *EVERY)

@@ -77,9 +77,8 @@ def test_the_held_out_loss_falls(work: Work) -> None:
     it."""
     work.images = draw_shapes(work.folder / "shapes", 8)
     data = work.dataset(dataset_keys="validation_split = 0.25", batch_size=4)
-    losses = losses_of(
-        work.train("out", "--max_train_steps=24", *work.case.caches(on_disk=False), dataset=data), "validation"
-    )
+    options = ["--max_train_steps=24", "--validate_every_n_epochs=12", *work.case.caches(on_disk=False)]
+    losses = losses_of(work.train("out", *options, dataset=data), "validation")
     assert losses[-1] < 0.9 * losses[0], losses
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs.conftest import quick_collections  # noqa: F401
 from tests.runs.families import Tinies, refused_run
 
 MODULE = '''

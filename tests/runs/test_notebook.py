@@ -22,8 +22,10 @@ def test_the_package_imports_nothing_heavy_and_knows_its_names() -> None:
     code = (
         "import sys, library\n"
         "assert 'torch' not in sys.modules\n"
-        "registries = [library.LOSSES, library.LOSS_WEIGHTS, library.TIMESTEP_SAMPLERS, library.INFERENCE_SAMPLERS, library.SCHEDULERS,\n"
-        "              library.OPTIMIZERS, library.TRAINABLES, library.Training, library.Hook, library.register_family, library.option]\n"
+        "registries = [library.LOSSES, library.LOSS_WEIGHTS, library.TIMESTEP_SAMPLERS, library.INFERENCE_SAMPLERS, "
+        "library.SCHEDULERS,\n"
+        "              library.OPTIMIZERS, library.TRAINABLES, library.Training, library.Hook, "
+        "library.register_family, library.option]\n"
         "assert 'torch' not in sys.modules and all(registries)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 import train
+from library.core.keyed_random import StepDraws
 from library.safetensors_utils import load_safetensors
 from networks.files.network_files import by_module, read_adapter_file
 from networks.kinds.registry import MARKS, kind_of, register_kind
@@ -113,6 +114,54 @@ def test_a_timestep_sampler_is_tried_at_start(work: Work, monkeypatch, capsys, s
     monkeypatch.syspath_prepend(str(work.folder))
     message = refused_run("flux", work.argv("out", "--timestep_sampling=users_sampler:Own"), monkeypatch, capsys)
     assert __import__("re").search(told, message)
+
+
+class Steep:
+    """Whole timesteps, the larger ones rarely."""
+
+    def __init__(self, options):
+        self.high = options.max_timestep or 1000
+
+    def sample(self, latent_shape, draws):
+        return (draws.uniform("steep") ** 3 * self.high).floor()
+
+
+class Sigmas(Steep):
+    def sample(self, latent_shape, draws):
+        return draws.uniform("steep")
+
+
+@pytest.mark.parametrize("place", ["line", "file"])
+def test_tables_of_noise_levels_take_a_timestep_sampler_by_its_path(
+    tinies, tmp_path: Path, monkeypatch, place: str
+) -> None:
+    from library.training.objective import DdpmObjective
+
+    seen: list[float] = []
+    corrupt = DdpmObjective.corrupt
+
+    def watched(self, latents, noise, times, draws):
+        seen.extend(times.tolist())
+        return corrupt(self, latents, noise, times, draws)
+
+    monkeypatch.setattr(DdpmObjective, "corrupt", watched)
+    work, words = tinies.work("sd1", tmp_path), [f"--timestep_sampling={__name__}:Steep"]
+    if place == "file":
+        (tmp_path / "own.toml").write_text(f'timestep_sampling = "{__name__}:Steep"\n', encoding="utf-8")
+        words = [f"--config_file={tmp_path / 'own.toml'}"]
+    work.train("out", "--max_train_steps=2", "--max_timestep=500", *words)
+    assert len(set(seen)) > 1 and all(0 <= time < 500 and time == int(time) for time in seen)
+    seed = int(read_parts(tmp_path / "out" / "lora.safetensors")[0]["ss_seed"])
+    wanted = [(float(StepDraws(seed, 0, (i,)).uniform("steep")) ** 3 * 500) // 1 for i in range(len(seen) // 2)]
+    assert seen[: len(wanted)] == pytest.approx(wanted, abs=1)
+
+
+def test_sigmas_are_no_timesteps_of_a_table(tinies, tmp_path: Path, monkeypatch, capsys) -> None:
+    work = tinies.work("sd1", tmp_path)
+    told = refused_run("sd", work.argv("out", f"--timestep_sampling={__name__}:Sigmas"), monkeypatch, capsys)
+    assert "needed: a tensor [2] of whole timesteps from 0 to 999" in told
+    told = refused_run("sd", work.argv("out", "--timestep_sampling=sigmoid"), monkeypatch, capsys)
+    assert "it is not available here" in told and "a sampler of your own can be given by its path" in told
 
 
 def test_a_plugin_that_cannot_be_imported_ends_the_run(work: Work, monkeypatch, capsys) -> None:

@@ -17,7 +17,7 @@ KINDS = {
     "lora": Adapter("networks.lora", {"train_norm": "True"}),
     "lokr": Adapter("networks.lokr", {"factor": "2", "train_norm": "True"}),
 }
-CELLS = [("sd", "lora"), ("flux", "lora"), ("sdxl", "lokr"), ("anima", "lora")]
+CELLS = [("sd", "lora"), ("flux", "lora"), ("sdxl", "lokr"), ("anima", "lora"), ("lumina", "lora")]
 
 
 @pytest.mark.parametrize(("family", "kind"), CELLS, indirect=["family"])

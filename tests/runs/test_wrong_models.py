@@ -29,7 +29,7 @@ DENOISERS: dict[str, tuple[str, str]] = {
     "sd15_checkpoint": SD1, "sd15_unet": SD1, "sd21_checkpoint": SD2, "sd21_unet": SD2, "sdxl_checkpoint": SDXL,
     "sdxl_unet": SDXL,
     "flux_dev": FLUX, "flux_schnell": FLUX, "anima": ("Anima", "anima_train_network.py"), "chroma": ("Chroma", ""),
-    "sd3_medium_checkpoint": ("Stable Diffusion 3", ""), "sd35_large": ("Stable Diffusion 3", ""),
+    "sd3_medium_checkpoint": ("Stable Diffusion 3", "sd3_train_network.py"), "sd35_large": ("Stable Diffusion 3", ""),
     "lumina2": ("Lumina", ""),
     "hunyuan_image": ("HunyuanImage", ""), "hunyuan_video": ("HunyuanVideo", ""), "framepack": ("FramePack", ""),
     "wan_t2v_14b": ("Wan", ""), "wan_i2v_14b": ("Wan", ""),
@@ -271,7 +271,7 @@ def test_network_modules_of_other_families(work: FamilyWork, monkeypatch, capsys
 
 def test_nothing_given_names_every_needed_option(work: FamilyWork, monkeypatch, capsys) -> None:
     message = refused_run(work.family, [], monkeypatch, capsys)
-    needed = {slot for slot in SLOTS[work.family] if work.family not in ("sd", "sdxl") or slot == MODEL}
+    needed = {slot for slot in SLOTS[work.family] if work.family not in ("sd", "sdxl", "sd3") or slot == MODEL}
     for name in (*needed, "output_dir", "network_module", "train_data_dir"):
         assert f"--{name}" in message
     assert f"--network_module {FAMILIES[work.family].network_module}" in message

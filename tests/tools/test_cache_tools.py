@@ -171,14 +171,17 @@ def test_what_the_tool_cannot_do(arguments, message):
 
 
 def test_the_family_may_be_left_out_where_another_option_tells_it(tmp_path):
-    assert cache_tools.chosen_family(["--ae", "x"]) == "flux"
+    assert cache_tools.chosen_family(["--ae", "x", "--clip_l", "y"]) == "flux"
     assert cache_tools.chosen_family(["--qwen3=x"]) == "anima"
+    assert cache_tools.chosen_family(["--gemma2=x", "--ae=y"]) == "lumina"
     (tmp_path / "train.toml").write_text('[model]\nqwen3 = "x"\n', encoding="utf-8")
     assert cache_tools.chosen_family(["--config_file", str(tmp_path / "train.toml")]) == "anima"
     with pytest.raises(ConfigError, match="no model family is named"):
         cache_tools.chosen_family(["--vae", "x"])
     with pytest.raises(ConfigError, match="several model families are named"):
         cache_tools.chosen_family(["--qwen3", "x", "--ae", "y"])
+    with pytest.raises(ConfigError, match=r"several model families are named \(flux, lumina\)"):
+        cache_tools.chosen_family(["--ae", "x"])
     assert cache_tools.chosen_family(["--flux"]) == cache_tools.chosen_family(["--family", "flux"]) == "flux"
 
 

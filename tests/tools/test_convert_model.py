@@ -1,6 +1,7 @@
 """Models between one file and a diffusers folder: diffusers loads what is written and gives our output; the way back is
 exact."""
 
+import dataclasses
 import json
 
 import pytest
@@ -191,3 +192,111 @@ def test_no_model_is_one_message(tmp_path, capsys):
     assert convert_model.main([str(tmp_path / "a.safetensors"), str(tmp_path / "out"), "--to", "diffusers"]) == 2
     assert convert_model.main([str(tmp_path / "none"), str(tmp_path / "b.safetensors"), "--to", "single"]) == 2
     assert "does not exist" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_denoiser_to_a_folder_and_back(whole, tmp_path):
+    """diffusers loads the folder and gives our output; the way back gives the tensors and metadata of the file."""
+    from diffusers import Lumina2Transformer2DModel
+
+    from library.lumina_utils import load_lumina
+    from library.tiny_models.lumina_tiny import PREFIXES, build_tiny_lumina
+
+    tiny = build_tiny_lumina(tmp_path / "tiny", whole=whole)
+    folder, back = tmp_path / "folder", tmp_path / "back.safetensors"
+    assert convert_model.main([str(tiny.lumina), str(folder), "--to", "diffusers"]) == 0
+    other = Lumina2Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+    generator = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(2, 16, 8, 8, generator=generator), torch.randn(2, 5, 24, generator=generator)
+    mask, times = torch.ones(2, 5, dtype=torch.long), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        mine = load_lumina(tiny.lumina, *HOW, config={"qk_norm_eps": 1e-5})(latents, times, text, mask)
+        theirs = other(latents, times, text, mask.bool(), return_dict=False)[0]
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert convert_model.main([str(folder), str(back), "--to", "single"]) == 0
+    before, after = load_file(tiny.lumina), load_file(back)
+    prefix = PREFIXES["denoiser"] if whole else ""
+    before = {key[len(prefix) :]: tensor for key, tensor in before.items() if key.startswith(prefix)}
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert read_header(tiny.lumina)[1] == read_header(back)[1]
+
+
+@pytest.mark.parametrize("start", ["folder", "shard"])
+def test_chroma_to_a_folder_and_back(start, tmp_path, capsys):
+    from diffusers import ChromaTransformer2DModel
+
+    from library.chroma_utils import load_chroma, save_chroma
+    from library.chroma_models import Chroma, ChromaParams
+    from library.flux_utils import prepare_img_ids
+
+    params = ChromaParams(
+        in_channels=16, context_in_dim=24, hidden_size=64, num_heads=2, depth=1, depth_single_blocks=2,
+        axes_dim=(4, 14, 14), approximator_in_dim=32, approximator_hidden_size=24, approximator_depth=2,
+    )
+    torch.manual_seed(0)
+    original, folder, back = tmp_path / "chroma.safetensors", tmp_path / "folder", tmp_path / "back.safetensors"
+    save_chroma(Chroma(params), original, None, {"modelspec.title": "mine"})
+    assert convert_model.main([str(original), str(folder), "--to", "diffusers"]) == 0
+    theirs = ChromaTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+    img, txt, ids = torch.randn(1, 6, 16), torch.randn(1, 3, 24), prepare_img_ids(1, 2, 3)
+    given = {"timestep": torch.tensor([0.3]), "img_ids": ids[0], "txt_ids": torch.zeros(3, 3), "return_dict": False}
+    with torch.no_grad():
+        other = theirs(hidden_states=img, encoder_hidden_states=txt, **given)[0]
+        mine = load_chroma(original, *HOW)(img, ids, txt, torch.zeros(1, 3, 3), given["timestep"], torch.ones(1, 3))
+    torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    source = folder
+    if start == "shard":
+        theirs.save_pretrained(folder / "transformer", max_shard_size="20KB")
+        (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
+        source = min((folder / "transformer").glob("*-of-*.safetensors"))
+    assert convert_model.main([str(source), str(back), "--to", "single"]) == 0
+    before, after = load_file(original), load_file(back)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert read_header(original)[1] == read_header(back)[1]
+    save_chroma(Chroma(dataclasses.replace(params, mlp_ratio=2.0)), original)
+    assert convert_model.main([str(original), str(tmp_path / "no"), "--to", "diffusers"]) == 2
+    assert "mlp_ratio is 2" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_a_denoiser_folder_without_rest(tmp_path, capsys):
+    """In shards, without what an original file has beside: the norm that nothing uses is made up."""
+    from library.tiny_models.lumina_tiny import build_tiny_lumina
+
+    tiny = build_tiny_lumina(tmp_path / "tiny")
+    folder, back = tmp_path / "folder", tmp_path / "back.safetensors"
+    words = [str(tiny.lumina), str(folder), "--to", "diffusers", "--save_precision", "bf16", "--variant", "bf16"]
+    assert convert_model.main([*words, "--tokenizer", str(tmp_path)]) == 2
+    assert "--tokenizer is for Stable Diffusion" in capsys.readouterr().err and not folder.exists()
+    assert convert_model.main([str(tiny.lumina), str(back), "--to", "single"]) == 2  # in this layout already
+    assert convert_model.main(words) == 0
+    (folder / "original_rest.safetensors").unlink()
+    weights = folder / "transformer" / "diffusion_pytorch_model.bf16.safetensors"
+    state, names = load_file(weights), [f"diffusion_pytorch_model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    places = {key: names[number % 3] for number, key in enumerate(state)}
+    for name in names:
+        save_file({key: state[key] for key, place in places.items() if place == name}, weights.with_name(name))
+    index = weights.with_name("diffusion_pytorch_model.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": places}))
+    weights.unlink()
+    assert convert_model.main([str(weights.with_name(names[1])), str(back), "--to", "single"]) == 0
+    before, after = load_file(tiny.lumina), load_file(back)
+    assert before.keys() == after.keys() and {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert all(torch.equal(after[key], before[key].bfloat16()) for key in before if key != "norm_final.weight")
+    assert torch.equal(after["norm_final.weight"], torch.ones_like(after["norm_final.weight"]))
+
+
+def test_a_denoiser_in_scaled_8_bit_numbers_is_multiplied_out(tmp_path):
+    from library.tiny_models.lumina_tiny import build_tiny_lumina
+
+    tiny = build_tiny_lumina(tmp_path / "tiny")
+    name = "layers.0.attention.qkv"
+    state = load_file(tiny.lumina)
+    weight = state[f"{name}.weight"]
+    scale = weight.abs().max() / 448
+    state |= {f"{name}.weight": (weight / scale).to(torch.float8_e4m3fn), f"{name}.scale_weight": scale.reshape(1)}
+    save_file({f"model.diffusion_model.{key}": tensor for key, tensor in state.items()}, tiny.lumina)
+    assert convert_model.main([str(tiny.lumina), str(tmp_path / "folder"), "--to", "diffusers"]) == 0
+    written = load_file(tmp_path / "folder" / "transformer" / "diffusion_pytorch_model.safetensors")
+    joined = torch.cat([written[f"layers.0.attn.to_{part}.weight"] for part in "qkv"])
+    assert joined.dtype == torch.bfloat16 and not any("scale" in key for key in written)
+    torch.testing.assert_close(joined.float(), weight, rtol=0.1, atol=scale.item())

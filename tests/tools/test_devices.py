@@ -8,7 +8,7 @@ import torch
 
 from library import device_utils
 from library.device_utils import can_compute, device_problem, format_problem
-from library.generation import anima_inference, flux_inference, sdxl_inference
+from library.generation import anima_inference, flux_inference, lumina_inference, sdxl_inference
 from library.generation.gen_img import script as unet_inference
 from tests.runs.families import Tinies, refused_run
 from tools import extract_lora, merge_lora, merge_models, resize_lora
@@ -22,6 +22,7 @@ TOOLS = {
     ),
     "merge_models": (merge_models, ["--models", "a.safetensors", "--output", "b.safetensors"]),
     "anima_minimal_inference": (anima_inference, ["--prompt", "x"]),
+    "lumina_minimal_inference": (lumina_inference, ["--prompt", "x"]),
 }
 DEVICES = ["gpu", "cuda:77", "meta", "", "cpu:x", "cuda:-1", "é"] + (
     [] if torch.cuda.is_available() else ["cuda", "cuda:0"]
@@ -61,6 +62,11 @@ SCRIPTS = {
         anima_inference,
         ["--prompt=x", "--save_path=out", "--fp8_scaled"],
         ["--dtype bfloat16 asks", "--fp8_scaled asks for float8_e4m3fn"],
+    ),
+    "lumina": (
+        lumina_inference,
+        ["--prompt=x", "--dtype=fp8"],
+        ["--dtype fp8 asks for float8_e4m3fn", "--ae_dtype bf16 asks for bfloat16"],
     ),
     "sdxl": (sdxl_inference, ["--prompt=x", "--dtype=bf16"], ["--dtype bf16 asks for bfloat16"]),
     "gen_img": (unet_inference, ["--prompt=x", "--bf16"], ["--bf16 asks for bfloat16"]),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from library.families.registry import FAMILIES
 from library.tiny_models import TINY_SETS
+from library.training.parser_common import chosen_variant
 from tests.waiting import PATIENCE
 from tools import make_tiny_checkpoint
 
@@ -128,7 +129,9 @@ def test_wrong_options_are_named(options: str, words: list[str], tmp_path: Path,
 def test_every_family_has_a_set_and_its_script_trains_that_family() -> None:
     assert {entry.family for entry in TINY_SETS.values()} == set(FAMILIES)
     for entry in TINY_SETS.values():
-        assert f'family="{entry.family}"' in (ROOT / entry.script).read_text(encoding="utf-8")
+        family = (FAMILIES[entry.family].variant_of or (entry.family,))[0]
+        assert f'family="{family}"' in (ROOT / entry.script).read_text(encoding="utf-8")
+        assert chosen_variant(family, entry.options) == entry.family
 
 
 def test_the_page_names_every_set_and_option() -> None:

@@ -69,7 +69,8 @@ def model_problem(name: str, model: str | None) -> str | None:
         return f"--{name} is missing; name a folder of a model, or a model of the hub"
     if "://" in model or model.lower().endswith(LEGACY_ENDINGS) or os.path.isfile(model):
         return (
-            f"--{name} is {model}, a single file; needed: the folder of a model in the layout of transformers (config.json, weights,"
+            f"--{name} is {model}, a single file; needed: the folder of a model in the layout of transformers "
+            "(config.json, weights,"
             " tokenizer), or its name on the hub"
         )
     if os.path.isdir(model):

@@ -26,7 +26,8 @@ class CleanOptions:
 
 CLASSES = (CleanOptions, DetailOptions, WriteOptions, ConsoleOptions)
 TOOL = FolderTool(
-    "Clean the tags and captions of a metadata file: contradictions and repetitions among tags, words for people in captions",
+    "Clean the tags and captions of a metadata file: contradictions and repetitions among tags, words for people in "
+    "captions",
     CLASSES,
     ("in_json", "out_json"),
 )

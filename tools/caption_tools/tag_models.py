@@ -77,7 +77,8 @@ def download(repo_id: str, folder: str) -> None:
     layout, subfolder = ("mapping", "/".join(parts[2:])) if len(parts) > 2 else ("list", None)
     if not is_hub_reachable():
         raise ConfigError(
-            f"--repo_id is {repo_id}, which cannot be fetched: the hub does not answer; needed: its files in --model_dir"
+            f"--repo_id is {repo_id}, which cannot be fetched: the hub does not answer; needed: its files in "
+            "--model_dir"
         )
     try:
         for name in FILES[layout]:
@@ -86,7 +87,8 @@ def download(repo_id: str, folder: str) -> None:
     except (HfHubHTTPError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"--repo_id is {repo_id}, which cannot be fetched: {first}; needed: a model of the hub, or its files in --model_dir"
+            f"--repo_id is {repo_id}, which cannot be fetched: {first}; needed: a model of the hub, or its files in "
+            "--model_dir"
         ) from error
 
 

@@ -254,7 +254,8 @@ def tag_images(images: Sequence[str], config: Config, tally: Tally, output: Outp
 def check_outputs(values: Any, tags: Sequence[Tag], folder: str) -> None:
     if values.shape[1] != len(tags):
         raise CheckpointError(
-            f"the model in {folder} gives {values.shape[1]} numbers for {len(tags)} tags; its files belong to two models"
+            f"the model in {folder} gives {values.shape[1]} numbers for {len(tags)} tags; its files belong to two "
+            "models"
         )
 
 

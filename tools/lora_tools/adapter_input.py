@@ -88,7 +88,8 @@ def refuse_shared_config(source: AdapterFile, save_to: str) -> None:
     own."""
     if source.has_config_beside and _folder(save_to) == _folder(source.path):
         raise CheckpointError(
-            f"{source.path} has its rank in the adapter_config.json beside it, which the result needs too; give --save_to in another folder"
+            f"{source.path} has its rank in the adapter_config.json beside it, which the result needs too; give "
+            "--save_to in another folder"
         )
 
 

@@ -97,7 +97,8 @@ def _paths(options: ConvertOptions, words: Sequence[str]) -> tuple[str, str]:
     given = [path for path in (options.input, *words, options.output) if path]
     if len(given) != 2:
         raise ConfigError(
-            f"{len(given)} file names are given ({', '.join(given)}); needed are two: the adapter file, then the file to write"
+            f"{len(given)} file names are given ({', '.join(given)}); needed are two: the adapter file, then the file "
+            "to write"
         )
     return given[0], given[1]
 
@@ -110,7 +111,8 @@ def check(config: Config, source: str, target: str) -> None:
     problems = Problems()
     if bool(options.to) == bool(options.target):
         problems.add(
-            f"--to is {'missing' if not options.to else 'given with --target; leave one of them out'}; the layouts are {', '.join(TARGETS)}"
+            f"--to is {'missing' if not options.to else 'given with --target; leave one of them out'}; the layouts are "
+            f"{', '.join(TARGETS)}"
         )
     if options.diffusers_prefix is not None and not options.target:
         problems.add("--diffusers_prefix belongs to --target; leave it out")

@@ -217,7 +217,7 @@ def sources(models: ExtractModelOptions, side: str) -> list[Source]:
     for name in ENCODERS:
         file = getattr(models, f"{name}_{side}")
         if file:
-            found.append(Source(open_checkpoint(file)))
+            found.append(Source(open_checkpoint(file), name))
     return found
 
 
@@ -230,7 +230,8 @@ def family_of(models: ExtractModelOptions, kind: str | None) -> str:
         given = family_by_name(models.family)
         if told not in (None, given):
             raise CheckpointError(
-                f"--family is {models.family} and the models are {kind}; leave --family out, or name the models that you mean"
+                f"--family is {models.family} and the models are {kind}; leave --family out, or name the models that "
+                "you mean"
             )
         return given
     if told is not None:

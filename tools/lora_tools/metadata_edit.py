@@ -91,7 +91,8 @@ def _tell_lost_config(source: str, before: Mapping[str, str], target: str, after
 
     if configs_of(source, before) != configs_of(target, after):
         logger.warning(
-            "the strength of %s stands in the %s beside it; copy that beside the result and call the result %s, else it acts at another strength",
+            "the strength of %s stands in the %s beside it; copy that beside the result and call the result %s, else "
+            "it acts at another strength",
             source,
             CONFIG_FILE,
             os.path.basename(source),
@@ -150,7 +151,8 @@ def edited(metadata: Mapping[str, str], options: MetadataEditOptions) -> dict[st
         found = [key for key in metadata if fnmatchcase(key, pattern) and key not in NEEDED]
         if not found:
             problems.add(
-                f"--remove has {pattern}; no key of {options.model} is called so ({', '.join(list(metadata)[:LISTED]) or 'it has none'} ...)"
+                f"--remove has {pattern}; no key of {options.model} is called so "
+                f"({', '.join(list(metadata)[:LISTED]) or 'it has none'} ...)"
             )
         for key in found:
             result.pop(key, None)

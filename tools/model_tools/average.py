@@ -104,7 +104,8 @@ def check(config: Config) -> str:
         problems.add(f"--ratios has {len(ratios)} values for {count} --models; give one for each")
     elif ratios and not (all(map(math.isfinite, ratios)) and abs(sum(ratios) - 1) <= 1e-4):
         problems.add(
-            f"--ratios add up to {sum(ratios):g}; needed: 1, or the weights of the result would be larger or smaller than those of the models"
+            f"--ratios add up to {sum(ratios):g}; needed: 1, or the weights of the result would be larger or smaller "
+            "than those of the models"
         )
     for name in ("precision", "saving_precision"):
         found = dtype_problem(name, getattr(config[NumberOptions], name))
@@ -134,7 +135,8 @@ class Model:
         scaled = next((key for key in files.shapes if is_blob(key) and "scale" in key), None)
         if scaled is not None:
             raise CheckpointError(
-                f"{files.path} is stored in scaled 8-bit numbers ({scaled}), which cannot be averaged; take the bf16 or fp16 file"
+                f"{files.path} is stored in scaled 8-bit numbers ({scaled}), which cannot be averaged; take the bf16 "
+                "or fp16 file"
             )
 
     def info(self, key: str) -> torch.Tensor:
@@ -155,7 +157,8 @@ def _compare(options: AverageOptions, models: Sequence[Model]) -> None:
         if wrong:
             key = wrong[0]
             raise CheckpointError(
-                f"{path}: {len(wrong)} tensors have other shapes than in {first.files.path}; {key} is {list(model.info(key).shape)} and"
+                f"{path}: {len(wrong)} tensors have other shapes than in {first.files.path}; {key} is "
+                f"{list(model.info(key).shape)} and"
                 f" {list(first.info(key).shape)} there. Merge models of one architecture"
             )
         lacks, more = sorted(first.keys.keys() - common), sorted(model.keys.keys() - common)
@@ -166,7 +169,8 @@ def _compare(options: AverageOptions, models: Sequence[Model]) -> None:
         if (lacks or more) and not options.allow_partial:
             some = ", ".join((lacks or more)[:3])
             raise CheckpointError(
-                f"{path} lacks {len(lacks)} tensors of {first.files.path} and has {len(more)} others ({some}); use models of one kind,"
+                f"{path} lacks {len(lacks)} tensors of {first.files.path} and has {len(more)} others ({some}); use "
+                "models of one kind,"
                 " --unet_only, or --allow_partial"
             )
         if lacks:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.checkpoints.layout_rules import DenoiserLayouts
 from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.options import Config, option
 from library.scripts.command_line import read_command, script_parser
@@ -70,7 +71,10 @@ def run(argv: Sequence[str] | None = None) -> None:
     source, target = words
     check(config, source, target)
     kind = kind_of_model(source)
-    logger.info("%s: %s -> %s", source, kind, target)
+    logger.info("%s: %s -> %s", source, kind.name, target)
+    for name in () if kind.layouts is None else ("tokenizer", "tokenizer_cache_dir", "prediction_type"):
+        if getattr(config[ModelOptions], name):
+            raise ConfigError(f"--{name} is for Stable Diffusion, and {source} is {kind.name}; leave it out")
     with clamping(config[OverflowOptions].clamp_overflow):
         (_to_single if config[ModelOptions].to == "single" else _to_folder)(config, kind, source, target)
 
@@ -97,19 +101,36 @@ def check(config: Config, source: str, target: str) -> None:
     problems.raise_if_any()
 
 
-def kind_of_model(source: str) -> str:
-    """sd1, sd2, sdxl or flux. CheckpointError for others."""
+@dataclass(frozen=True)
+class Kind:
+    """`name`: sd1, sd2, sdxl, sd3, flux, or the title of a family with `layouts`, whose denoiser alone is rewritten."""
+
+    name: str
+    layouts: DenoiserLayouts | None = None
+
+
+def kind_of_model(source: str) -> Kind:
+    """What is to be rewritten. CheckpointError for models of other kinds."""
     from library.checkpoints.flux_convert import is_diffusers_denoiser
     from library.checkpoints.loading import open_checkpoint, strip_prefix
+    from library.checkpoints.recognition import recognise
     from library.components.unet_utils import inspect_unet
+    from library.core.registry import import_target
+    from library.families.registry import records
 
     has_transformer = os.path.isdir(source) and (Path(source) / "transformer").is_dir()
     files = open_checkpoint(source, "transformer" if has_transformer else "unet")
+    found = recognise({key: tuple(tensor.shape) for key, tensor in files.shapes.items()})
+    if found is not None and found.kind == "sd3":
+        return Kind("sd3")
+    for record in records().values():
+        if found is not None and record.layouts and found.kind in record.kinds:
+            return Kind(record.title, import_target(record.layouts))
     is_flux = is_diffusers_denoiser(files.shapes) or is_diffusers_denoiser(strip_prefix(files.shapes, "transformer."))
     if is_flux or any("double_blocks.0.img_attn.norm.query_norm.scale" in key for key in files.shapes):
-        return "flux"
+        return Kind("flux")
     info = inspect_unet(source)  # its errors name what the file is
-    return "sdxl" if info.is_sdxl else "sd2" if info.is_v2 else "sd1"
+    return Kind("sdxl" if info.is_sdxl else "sd2" if info.is_v2 else "sd1")
 
 
 def _dtype(config: Config):
@@ -119,34 +140,50 @@ def _dtype(config: Config):
     return getattr(torch, DTYPES[word.lower()]) if word else None
 
 
-def _to_single(config: Config, kind: str, source: str, target: str) -> None:
+def _to_single(config: Config, kind: Kind, source: str, target: str) -> None:
     from library.components import ldm_folder_files
-    from tools.model_tools import flux_single
+    from tools.model_tools import denoiser_folder, flux_single, sd3_folder
 
-    plan = (
-        flux_single.plan(source, _dtype(config))
-        if kind == "flux"
-        else ldm_folder_files.single_plan(source, kind, _dtype(config))
-    )
+    dtype = _dtype(config)
+    if kind.layouts is not None:
+        plan = denoiser_folder.single_plan(source, kind.layouts, dtype)
+    elif kind.name == "sd3":
+        plan = sd3_folder.single_plan(source, dtype)
+    elif kind.name == "flux":
+        plan = flux_single.plan(source, dtype)
+    else:
+        plan = ldm_folder_files.single_plan(source, kind.name, dtype)
     if config[OutputOptions].dry_run:
         return
     plan.write(target)
     logger.info("wrote %s, %d tensors", target, len(plan.infos))
 
 
-def _to_folder(config: Config, kind: str, source: str, target: str) -> None:
+def _to_folder(config: Config, kind: Kind, source: str, target: str) -> None:
     from library.components import ldm_folder_files
+    from tools.model_tools import denoiser_folder, sd3_folder
 
-    if kind == "flux":
+    options, dtype = config[ModelOptions], _dtype(config)
+    if kind.name == "flux":
         raise CheckpointError(
-            f"{source} is FLUX.1; folders are written for Stable Diffusion 1, 2 and SDXL. diffusers reads the one file (from_single_file)"
+            f"{source} is FLUX.1, which diffusers reads from the one file (from_single_file); no folder is written of "
+            "it"
         )
     if os.path.isdir(source):
         raise CheckpointError(f"{source} is a folder; --to diffusers takes one file in the original layout")
-    options = config[ModelOptions]
-    folder = ldm_folder_files.read_single(source, kind, options.prediction_type)
+    if kind.layouts is not None or kind.name == "sd3":
+        plan = (
+            denoiser_folder.folder_plan(source, kind.layouts, dtype)
+            if kind.layouts is not None
+            else sd3_folder.folder_plan(source, dtype, options.tokenizer, options.tokenizer_cache_dir)
+        )
+        if not config[OutputOptions].dry_run:
+            plan.write(target, options.variant)
+            logger.info("wrote %s", target)
+        return
+    folder = ldm_folder_files.read_single(source, kind.name, options.prediction_type)
     tokenizer = ldm_folder_files.tokenizer_of(options.tokenizer, options.tokenizer_cache_dir)
     if config[OutputOptions].dry_run:
         return
-    ldm_folder_files.write_folder(folder, tokenizer, target, _dtype(config), options.variant)
+    ldm_folder_files.write_folder(folder, tokenizer, target, dtype, options.variant)
     logger.info("wrote %s", target)

@@ -133,7 +133,8 @@ def part_names(part: str, keys: Sequence[str], path: str) -> dict[str, str]:
     if not any(name.startswith(roots) for name in names.values()):
         some = ", ".join(list(keys)[:3]) or "no tensors"
         raise CheckpointError(
-            f"--{part} is {path}, which does not hold that part: no tensor begins with {' or '.join(ROOTS[part])} (it begins with {some})"
+            f"--{part} is {path}, which does not hold that part: no tensor begins with {' or '.join(ROOTS[part])} (it "
+            f"begins with {some})"
         )
     return names
 

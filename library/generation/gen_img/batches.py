@@ -229,7 +229,8 @@ class PictureBatches:
             pixels = self.vae.decode(part).float()  # [b, 3, H, W]
             if not bool(torch.isfinite(pixels).all()):
                 raise ConfigError(
-                    "a picture has values that are not finite; the autoencoder or the model overflows: use --no_half_vae, or --bf16"
+                    "a picture has values that are not finite; the autoencoder or the model overflows: use "
+                    "--no_half_vae, or --bf16"
                 )
             images += images_of(pixels)
         return images

@@ -43,7 +43,8 @@ def _module(name: str) -> Any:
         ) from error
     if not hasattr(module, "create_network_from_weights"):
         raise ConfigError(
-            f"--network_module is {name}; it has no function create_network_from_weights; name a module that reads adapters, e.g. networks.lora"
+            f"--network_module is {name}; it has no function create_network_from_weights; name a module that reads "
+            "adapters, e.g. networks.lora"
         )
     return module
 

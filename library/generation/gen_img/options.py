@@ -94,11 +94,13 @@ class GenerationModelOptions:
             problems.append("--fp16 and --bf16 are both given; leave one out")
         if self.sdxl and self.clip_skip is not None:
             problems.append(
-                f"--clip_skip is {self.clip_skip}; SDXL takes the last but one layer of both text encoders, leave it out"
+                f"--clip_skip is {self.clip_skip}; SDXL takes the last but one layer of both text encoders, leave it "
+                "out"
             )
         if self.vae_batch_size is not None and self.vae_batch_size <= 0:
             problems.append(
-                f"--vae_batch_size is {self.vae_batch_size}; needed: a number of pictures, or a fraction of --batch_size above 0"
+                f"--vae_batch_size is {self.vae_batch_size}; needed: a number of pictures, or a fraction of "
+                "--batch_size above 0"
             )
         _raise(problems)
 
@@ -169,15 +171,18 @@ class GenerationNetworkOptions:
             given = getattr(self, name)
             if given is not None and len(given) != count or (name == "network_module" and given is None and count):
                 problems.add(
-                    f"--{name} has {len(given or [])} values for {count} files in --network_weights; give one for each file"
+                    f"--{name} has {len(given or [])} values for {count} files in --network_weights; give one for each "
+                    "file"
                 )
         if self.network_merge and self.network_pre_calc:
             problems.add(
-                "--network_merge and --network_pre_calc are both given; the first adds the networks once, the second for each batch: leave one out"
+                "--network_merge and --network_pre_calc are both given; the first adds the networks once, the second "
+                "for each batch: leave one out"
             )
         if self.network_merge_n_models is not None and not 0 <= self.network_merge_n_models <= count:
             problems.add(
-                f"--network_merge_n_models is {self.network_merge_n_models}; there are {count} networks, needed: 0 to {count}"
+                f"--network_merge_n_models is {self.network_merge_n_models}; there are {count} networks, needed: 0 to "
+                f"{count}"
             )
         codes = self.network_regional_mask_max_color_codes
         if codes is not None and not 1 <= codes <= 7:
@@ -238,7 +243,8 @@ class GenerationPromptOptions:
             )
         if self.prompter_module_args is not None and not self.from_module:
             problems.append(
-                "--prompter_module_args is given without --from_module, the module that takes them; add it, or leave it out"
+                "--prompter_module_args is given without --from_module, the module that takes them; add it, or leave "
+                "it out"
             )
         _raise(problems)
 
@@ -347,7 +353,8 @@ class GenerationSourceOptions:
             problems.append("--highres_fix_latents_upscaling and --highres_fix_upscaler are both given; leave one out")
         if self.highres_fix_upscaler_args and not self.highres_fix_upscaler:
             problems.append(
-                "--highres_fix_upscaler_args is given without --highres_fix_upscaler, which takes them; add it, or leave it out"
+                "--highres_fix_upscaler_args is given without --highres_fix_upscaler, which takes them; add it, or "
+                "leave it out"
             )
         _raise([*problems, *_least(self, highres_fix_steps=1)])
 

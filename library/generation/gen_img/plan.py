@@ -215,7 +215,8 @@ class Planner:
         width, height = (side - side % SIZE_STEP for side in asked)
         if min(width, height) < SIZE_STEP:
             raise ConfigError(
-                f"the prompt '{prompt.prompt}' has the size {asked[0]}x{asked[1]}; at least {SIZE_STEP}x{SIZE_STEP} is needed"
+                f"the prompt '{prompt.prompt}' has the size {asked[0]}x{asked[1]}; at least {SIZE_STEP}x{SIZE_STEP} is "
+                "needed"
             )
         if (width, height) != asked:
             self._tell(f"the size is {asked[0]}x{asked[1]}; made {width}x{height}, a multiple of {SIZE_STEP}")
@@ -252,7 +253,8 @@ class Planner:
         if chosen[: self.num_merged] != self.multipliers[: self.num_merged]:
             raise ConfigError(
                 f"{line.where}: --am changes a network that is merged into the weights; its multiplier stays"
-                f" {', '.join(f'{m:g}' for m in self.multipliers[: self.num_merged])}. Use --network_pre_calc instead of merging"
+                f" {', '.join(f'{m:g}' for m in self.multipliers[: self.num_merged])}. Use --network_pre_calc instead "
+                "of merging"
             )
         return chosen
 
@@ -329,7 +331,8 @@ def first_stage(request: ImageRequest, scale: float, steps: int) -> ImageRequest
     )
     if min(width, height) < SOURCE_SIZE_STEP:
         raise ConfigError(
-            f"--highres_fix_scale is {scale}: pictures of {request.width}x{request.height} would begin at {width}x{height};"
+            f"--highres_fix_scale is {scale}: pictures of {request.width}x{request.height} would begin at "
+            f"{width}x{height};"
             f" at least {SOURCE_SIZE_STEP} is needed"
         )
     full, small = (request.height, request.width), (height, width)

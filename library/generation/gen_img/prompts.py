@@ -75,7 +75,8 @@ class GenerationPrompt:
             return tuple(default)
         if len(self.network_multipliers) != num_networks:
             raise ConfigError(
-                f"the prompt '{self.prompt}' has {len(self.network_multipliers)} multipliers (--am) for {num_networks} networks;"
+                f"the prompt '{self.prompt}' has {len(self.network_multipliers)} multipliers (--am) for {num_networks} "
+                "networks;"
                 " give one per network, e.g. --am " + ",".join(["1"] * num_networks)
             )
         return self.network_multipliers

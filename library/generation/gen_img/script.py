@@ -201,7 +201,8 @@ def known_lines(config: Config) -> list[PromptLine]:
     if sources.image_path:
         return lines_of_pictures(source_files(sources.image_path, "image_path"))
     raise ConfigError(
-        "there is no prompt; give --prompt, --from_file, --interactive or --from_module, or --image_path with pictures that hold one"
+        "there is no prompt; give --prompt, --from_file, --interactive or --from_module, or --image_path with pictures "
+        "that hold one"
     )
 
 
@@ -230,7 +231,8 @@ def check_line(planner: Planner, line: PromptLine, config: Config) -> None:
             first_stage(request, sources.highres_fix_scale, sources.highres_fix_steps)
         if request.gradual_latent is not None and sources.mask_path and sources.image_path:
             raise ConfigError(
-                f"{line.where}: gradual latent changes the size of latents, which a mask of --mask_path does not follow; leave one out"
+                f"{line.where}: gradual latent changes the size of latents, which a mask of --mask_path does not "
+                "follow; leave one out"
             )
 
 
@@ -241,7 +243,8 @@ def _check_depths(request: ImageRequest, line: PromptLine, model: GenerationMode
     wrong = next((depth for depth in depths if depth is not None and blocks is not None and depth >= blocks), None)
     if wrong is not None:
         raise ConfigError(
-            f"{line.where}: Deep Shrink is for block {wrong}; the U-Net of {model.ckpt} has {blocks} on the way down, so 0 to {blocks - 1} is needed"
+            f"{line.where}: Deep Shrink is for block {wrong}; the U-Net of {model.ckpt} has {blocks} on the way down, "
+            f"so 0 to {blocks - 1} is needed"
         )
 
 
@@ -260,12 +263,14 @@ def start_notices(config: Config) -> list[str]:
     """Where pictures differ from those of other scripts with the same options, one line each."""
     pictures, sources = config[GenerationPictureOptions], config[GenerationSourceOptions]
     lines = [
-        "noise is drawn on the CPU in float32: a seed means the same picture on every device, and another one than in scripts that draw elsewhere"
+        "noise is drawn on the CPU in float32: a seed means the same picture on every device, and another one than in "
+        "scripts that draw elsewhere"
     ]
     lines += sampler_notices(pictures.sampler)
     if sources.image_path and sources.mask_path:
         lines.append(
-            "inpainting: the kept part has the noise of each step's end and none at the end, where other scripts leave some in it"
+            "inpainting: the kept part has the noise of each step's end and none at the end, where other scripts leave "
+            "some in it"
         )
     if sources.strength is not None and not sources.image_path and sources.highres_fix_scale is None:
         lines.append("--strength has no effect: there is neither --image_path nor --highres_fix_scale")

@@ -51,7 +51,8 @@ def checked(lines: list[PromptLine], check: Callable[[PromptLine], None]) -> lis
 def typed_lines(check: Callable[[PromptLine], None]) -> Iterator[PromptLine]:
     """What is typed, until an empty line or the end of input. A line that is wrong is told and asked for again."""
     print(
-        f"Enter a prompt; options behind it: {' '.join('--' + name for name in GENERATION_LINE_OPTIONS)}; an empty line ends"
+        f"Enter a prompt; options behind it: {' '.join('--' + name for name in GENERATION_LINE_OPTIONS)}; an empty "
+        "line ends"
     )
     while True:
         try:

@@ -79,17 +79,20 @@ class NetworkOptions:
         self._check_numbers(problems)
         if self.network_train_unet_only and self.network_train_text_encoder_only:
             problems.add(
-                "--network_train_unet_only and --network_train_text_encoder_only together leave nothing to train; use one of them"
+                "--network_train_unet_only and --network_train_text_encoder_only together leave nothing to train; use "
+                "one of them"
             )
         if self.drop_untrained and not self.network_weights:
             problems.add(
-                "--drop_untrained is set without --network_weights, whose layers it drops; add it, or leave --drop_untrained out"
+                "--drop_untrained is set without --network_weights, whose layers it drops; add it, or leave "
+                "--drop_untrained out"
             )
         if self.dim_from_weights and not self.network_weights:
             problems.add("--dim_from_weights is set without --network_weights, the file to take the ranks from; add it")
         if self.base_weights_multiplier and len(self.base_weights_multiplier) > len(self.base_weights or ()):
             problems.add(
-                f"--base_weights_multiplier has {len(self.base_weights_multiplier)} values for {len(self.base_weights or ())} --base_weights;"
+                f"--base_weights_multiplier has {len(self.base_weights_multiplier)} values for "
+                f"{len(self.base_weights or ())} --base_weights;"
                 " give at most one for each file"
             )
         try:
@@ -149,7 +152,8 @@ def check_owner(path: str, usual: str) -> None:
     owner = next((record for record in FAMILIES.values() if record.network_module == path), None)
     if owner is not None and path != usual:
         raise ConfigError(
-            f"--network_module is {path}, which is for {owner.adapters.title}; use {usual} or networks.lora, which serves every family"
+            f"--network_module is {path}, which is for {owner.adapters.title}; use {usual} or networks.lora, which "
+            "serves every family"
         )
 
 
@@ -173,10 +177,12 @@ def check_network_module(options: NetworkOptions, usual: str | None = None) -> N
         return
     if path.split(".")[0] == "lycoris":
         raise ConfigError(
-            f"--network_module is {options.network_module}, which needs the package lycoris-lora: pip install lycoris-lora"
+            f"--network_module is {options.network_module}, which needs the package lycoris-lora: pip install "
+            "lycoris-lora"
         )
     known = [*NETWORKS.names(), *OWN_MODULES, "lycoris.kohya"]
     raise ConfigError(
-        f"--network_module is {options.network_module}; there is no such module{did_you_mean(options.network_module, known) or '.'}"
+        f"--network_module is {options.network_module}; there is no such "
+        f"module{did_you_mean(options.network_module, known) or '.'}"
         f" Known: {', '.join(known)}, or any importable module with create_network"
     )

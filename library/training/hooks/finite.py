@@ -67,7 +67,8 @@ class NonFiniteGuard(Hook):
         bad = [] if saving.clamp_overflow else names_of_non_finite(run, SAVE_DTYPES[saving.save_precision])
         if bad:
             raise TrainingError(
-                f"after step {run.progress.global_step} these trained weights are too large for --save_precision {saving.save_precision}:"
+                f"after step {run.progress.global_step} these trained weights are too large for --save_precision "
+                f"{saving.save_precision}:"
                 f" {_listed(bad)}; nothing of them is saved. {self._last_good()} Use --save_precision bf16 or float, or"
                 " --clamp_overflow to bound such numbers"
             )

@@ -168,7 +168,8 @@ class SampleHook(Hook):
             []
             if self._folder is None
             else [
-                f"{self._folder}{os.sep} with {counted(self._made, 'picture')}, {counted(self._grids, 'grid')} and the sheet of all"
+                f"{self._folder}{os.sep} with {counted(self._made, 'picture')}, {counted(self._grids, 'grid')} and the "
+                "sheet of all"
             ]
         )
 

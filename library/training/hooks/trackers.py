@@ -62,7 +62,8 @@ class TensorBoardTracker(Tracker):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError(
-                f"--log_with tensorboard needs the package tensorboard ({error}); install it with: pip install tensorboard"
+                f"--log_with tensorboard needs the package tensorboard ({error}); install it with: pip install "
+                "tensorboard"
             ) from error
         self.folder = folder / project
         self._writer = SummaryWriter(str(self.folder))

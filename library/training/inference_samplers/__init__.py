@@ -73,7 +73,8 @@ def check_flow_sampler(name: str, what: str) -> None:
         return
     if INFERENCE_SAMPLERS.problem(name) is not None:
         raise ConfigError(
-            f"{what} is '{name}'{did_you_mean(name, FLOW_SAMPLER_NAMES) or ';'} flow models have {', '.join(FLOW_SAMPLER_NAMES)}"
+            f"{what} is '{name}'{did_you_mean(name, FLOW_SAMPLER_NAMES) or ';'} flow models have "
+            f"{', '.join(FLOW_SAMPLER_NAMES)}"
         )
     entry = INFERENCE_SAMPLERS.entry(name, what)
     if not entry.info["flow"]:
@@ -107,11 +108,13 @@ def sampler_notices(name: str, *, is_v: bool = False, zero_terminal_snr: bool = 
     lines = []
     if name in CLIPPED_ELSEWHERE:
         lines.append(
-            f"{name}: predicted latents are not clipped to -1..1, so samples have more contrast than those of tools that clip them"
+            f"{name}: predicted latents are not clipped to -1..1, so samples have more contrast than those of tools "
+            "that clip them"
         )
     if name == "pndm" and is_v:
         lines.append(
-            "pndm: predictions of velocity become noise before those of several steps are combined, which known tools do after it"
+            "pndm: predictions of velocity become noise before those of several steps are combined, which known tools "
+            "do after it"
         )
     if zero_terminal_snr:
         lines.append(

@@ -59,7 +59,8 @@ class DiscreteSchedule:
         """The schedule without its first steps (img2img). Start from clean latents plus noise times `start_scale`."""
         if not 0 <= first < len(self.timesteps):
             raise ValueError(
-                f"the first step is {first}; the schedule has {len(self.timesteps)} steps, needed: 0 to {len(self.timesteps) - 1}"
+                f"the first step is {first}; the schedule has {len(self.timesteps)} steps, needed: 0 to "
+                f"{len(self.timesteps) - 1}"
             )
         if first == 0:
             return self
@@ -122,7 +123,8 @@ def make_schedule(
     """
     if not 1 <= num_steps <= NUM_TIMESTEPS or spacing not in SPACINGS or final not in FINAL_SIGMAS:
         raise ValueError(
-            f"num_steps is {num_steps}, spacing {spacing}, final {final}; needed: 1 to {NUM_TIMESTEPS}, one of {', '.join(SPACINGS)}, one of"
+            f"num_steps is {num_steps}, spacing {spacing}, final {final}; needed: 1 to {NUM_TIMESTEPS}, one of "
+            f"{', '.join(SPACINGS)}, one of"
             f" {', '.join(map(str, FINAL_SIGMAS))}"
         )
     table = model_sigmas(zero_terminal_snr)

@@ -108,7 +108,8 @@ def check(options: LossWeightOptions, v_parameterization: bool, zero_terminal_sn
         if getattr(options, name):
             problems.add(
                 f"--{name} is set together with --zero_terminal_snr and without --v_parameterization: it divides by the"
-                " signal-to-noise ratio, which falls to 0 there, so that the last few of 1000 timesteps would have most of all weight;"
+                " signal-to-noise ratio, which falls to 0 there, so that the last few of 1000 timesteps would have "
+                "most of all weight;"
                 f" leave out --{name} or --zero_terminal_snr, or train a v-prediction model with --v_parameterization"
             )
     problems.raise_if_any()

@@ -293,8 +293,10 @@ def check_float16(options: OptimizerOptions) -> None:
         return
     if not bool(weight.isfinite().all()):
         raise ConfigError(
-            f"--full_fp16 with --optimizer_type {built.choice.name}: weights without gradient become not-a-number, because its eps"
-            " is 0 in float16; add --optimizer_args eps=1e-4, or leave --full_fp16 out (--mixed_precision fp16 alone keeps the"
+            f"--full_fp16 with --optimizer_type {built.choice.name}: weights without gradient become not-a-number, "
+            "because its eps"
+            " is 0 in float16; add --optimizer_args eps=1e-4, or leave --full_fp16 out (--mixed_precision fp16 alone "
+            "keeps the"
             " trained weights in float32)"
         )
 
@@ -323,7 +325,8 @@ def build(options: OptimizerOptions, param_groups: Sequence[Mapping[str, Any]]) 
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{key}={value}" for key, value in choice.kwargs.items())
         raise ConfigError(
-            f"--optimizer_args is {given}, which {choice.name} refuses: {error}; needed: values of the form that it documents"
+            f"--optimizer_args is {given}, which {choice.name} refuses: {error}; needed: values of the form that it "
+            "documents"
         ) from error
     if switches_weights(optimizer):
         optimizer.train()
@@ -340,7 +343,8 @@ def log_lines(choice: OptimizerChoice) -> list[str]:
         )
     if choice.finds_own_rate:
         lines.append(
-            "AdaFactor with relative_step finds its own learning rates; --learning_rate, --unet_lr and --text_encoder_lr"
+            "AdaFactor with relative_step finds its own learning rates; --learning_rate, --unet_lr and "
+            "--text_encoder_lr"
             " are not used (relative_step=False uses them)"
         )
     return lines

@@ -290,7 +290,8 @@ def _check_args(name: str, options: SchedulerOptions, problems: Problems) -> Non
             )
     if name == "piecewise_constant" and "step_rules" not in args:
         problems.add(
-            "--lr_scheduler piecewise_constant needs step_rules in --lr_scheduler_args, e.g. step_rules=1:10,0.1:20,0.01"
+            "--lr_scheduler piecewise_constant needs step_rules in --lr_scheduler_args, e.g. "
+            "step_rules=1:10,0.1:20,0.01"
         )
 
 
@@ -302,7 +303,8 @@ def _try_curve(
     if max_train_steps is not None and options.curve == "warmup_stable_decay":
         if settings.warmup + settings.decay > max_train_steps:
             problems.add(
-                f"--lr_warmup_steps and --lr_decay_steps are {settings.warmup} and {settings.decay} of {max_train_steps} steps;"
+                f"--lr_warmup_steps and --lr_decay_steps are {settings.warmup} and {settings.decay} of "
+                f"{max_train_steps} steps;"
                 " together they must not be longer than the run"
             )
     problems.attempt(lambda: curve_of(options, settings))

@@ -115,7 +115,8 @@ def parse_step_rules(rules: Any) -> tuple[list[tuple[int, float]], float]:
         return borders, float(last)
     except ValueError as error:
         raise ConfigError(
-            f"step_rules in --lr_scheduler_args is '{rules}' ({error}); needed: multiplier:step, ... and a last multiplier,"
+            f"step_rules in --lr_scheduler_args is '{rules}' ({error}); needed: multiplier:step, ... and a last "
+            "multiplier,"
             " e.g. 1:10,0.1:20,0.01"
         ) from None
 
@@ -134,7 +135,8 @@ def rex(settings: CurveSettings) -> Curve:
     lowest = 0.01 if "min_lr" not in settings.args else _number(settings, "min_lr", 0.0) / (settings.rate or 1.0)
     if not 0 <= lowest <= 1:
         raise ConfigError(
-            f"min_lr in --lr_scheduler_args is {settings.args['min_lr']}; 0 to --learning_rate {settings.rate} is needed"
+            f"min_lr in --lr_scheduler_args is {settings.args['min_lr']}; 0 to --learning_rate {settings.rate} is "
+            "needed"
         )
 
     def multiplier(k: int) -> float:

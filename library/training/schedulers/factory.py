@@ -74,7 +74,8 @@ def scheduler_class(name: str) -> type:
     if not isinstance(found, type):
         classes = [n for n, value in vars(importlib.import_module(module_name)).items() if isinstance(value, type)]
         raise ConfigError(
-            f"--lr_scheduler_type is '{name}'; {module_name} has no class {class_name}{did_you_mean(class_name, classes)}"
+            f"--lr_scheduler_type is '{name}'; {module_name} has no class "
+            f"{class_name}{did_you_mean(class_name, classes)}"
         )
     if issubclass(found, torch_schedulers.ReduceLROnPlateau):
         raise ConfigError(f"--lr_scheduler_type {name} needs a metric after every step, which training does not have")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from library.core.errors import ConfigError, Problems, did_you_mean, foreign_errors
 from library.core.options import Ignored, option, without_effect
-from library.core.registry import Registry
+from library.core.registry import Registry, is_path
 from library.training.timestep_samplers.modes import DENSITY_MODES, FLOW_MODES, SIGMOID_MODES
 
 if TYPE_CHECKING:
@@ -93,8 +93,9 @@ class TimestepOptions:
 
 
 def build(options: TimestepOptions, *, is_flow: bool = True) -> TimestepSampler:
-    """The sampler of a run. DDPM has one way of drawing, whole timesteps uniform in the range."""
-    if not is_flow:
+    """The sampler of a run. DDPM has one way of drawing, whole timesteps uniform in the range, beside those from
+    outside."""
+    if not is_flow and not is_own(options.timestep_sampling):
         from library.training.timestep_samplers.baseline import DdpmTimestepSampler
 
         return DdpmTimestepSampler(options)
@@ -145,9 +146,14 @@ def idle(options: TimestepOptions, explicit: Container[str] | None = None) -> li
     return found
 
 
-def _try_sampler(options: TimestepOptions) -> None:
-    """Draw once with a sampler from outside: it checks its own settings, and gives one sigma from 0 to 1 for each
-    sample."""
+def is_own(name: Any) -> bool:
+    """Whether this is a sampler from outside: a path, or a name that a plug-in or a package gives."""
+    return isinstance(name, str) and name.lower() not in MODES and (is_path(name) or name in TIMESTEP_SAMPLERS)
+
+
+def _try_sampler(options: TimestepOptions, *, is_flow: bool = True) -> None:
+    """Draw once with a sampler from outside: it checks its own settings, and gives sigmas from 0 to 1 whose first axis
+    is the sample or, for a table of noise levels, one whole timestep for each sample."""
     import torch
 
     from library.core.keyed_random import StepDraws
@@ -155,14 +161,24 @@ def _try_sampler(options: TimestepOptions) -> None:
     where = f"--timestep_sampling is {options.timestep_sampling}"
     cls = TIMESTEP_SAMPLERS.resolve(options.timestep_sampling)
     with foreign_errors(ConfigError, f"{where}, which fails on a batch of two"):
-        sigmas = cls(options).sample((2, 16, 8, 8), StepDraws(0, 0, (0, 1)))
+        times = cls(options).sample((2, 16, 8, 8), StepDraws(0, 0, (0, 1)))
     told = "a tensor with sigmas from 0 to 1, whose first axis is the sample"
-    if not isinstance(sigmas, torch.Tensor) or sigmas.shape[:1] != (2,):
-        raise ConfigError(
-            f"{where}, whose sample() gives {getattr(sigmas, 'shape', type(sigmas).__name__)} for a batch of two; needed: {told}"
-        )
-    if not ((0 <= sigmas) & (sigmas <= 1)).all():
-        raise ConfigError(f"{where}, whose sample() gives {sigmas.tolist()}; needed: {told} (1 = noise)")
+    if not is_flow:
+        told = "a tensor [2] of whole timesteps from 0 to 999"
+    shape = times.shape if isinstance(times, torch.Tensor) else None
+    if shape is None or shape[:1] != (2,) or not (is_flow or len(shape) == 1):
+        given = type(times).__name__ if shape is None else shape
+        raise ConfigError(f"{where}, whose sample() gives {given} for a batch of two; needed: {told}")
+    fits = (0 <= times) & (times <= 1) if is_flow else (0 <= times) & (times <= 999) & (times == times.floor())
+    if not fits.all():
+        noise = 1 if is_flow else 999
+        raise ConfigError(f"{where}, whose sample() gives {times.tolist()}; needed: {told} ({noise} = noise)")
+
+
+def check_table(options: TimestepOptions) -> None:
+    """Raise ConfigError when a family with a table of noise levels cannot use a sampler from outside."""
+    if is_own(options.timestep_sampling):
+        _try_sampler(options, is_flow=False)
 
 
 def check(options: TimestepOptions, known: Sequence[str]) -> None:

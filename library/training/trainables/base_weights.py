@@ -48,7 +48,8 @@ class BaseWeights:
         for path, multiplier in self.files:
             if caches_text and multiplier and _is_foreign(path, targets) and _changes_text(path, targets):
                 raise ConfigError(
-                    f"--base_weights {path} is of a kind that only its network module can merge, and it changes text encoders, whose"
+                    f"--base_weights {path} is of a kind that only its network module can merge, and it changes text "
+                    "encoders, whose"
                     " outputs would be cached before. Leave --cache_text_encoder_outputs out"
                 )
         own = [(path, multiplier) for path, multiplier in self.files if not _is_foreign(path, targets)]
@@ -72,7 +73,8 @@ class BaseWeights:
         for path, multiplier in self.files:
             if multiplier and not _is_foreign(path, targets) and _changes_text(path, targets):
                 logger.info(
-                    "%s changes text encoders; cached outputs are made with it (other trainers cache those of the encoders without it)",
+                    "%s changes text encoders; cached outputs are made with it (other trainers cache those of the "
+                    "encoders without it)",
                     path,
                 )
                 parts.append(f"{model_identity(path)} times {multiplier:g}")

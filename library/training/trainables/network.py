@@ -92,8 +92,10 @@ class NetworkTrainable(Trainable):
         precision = self.config[PrecisionOptions]
         if self.opts.module_path.split(".")[0] == "lycoris" and (precision.fp8_base or precision.fp8_base_unet):
             problems.add(
-                f"--network_module is {self.opts.network_module}, which computes in the number format of the base's weights; that is 8 bits"
-                " with --fp8_base, in which nothing can be computed. Leave --fp8_base out, or use one of the networks here, e.g. networks.loha"
+                f"--network_module is {self.opts.network_module}, which computes in the number format of the base's "
+                "weights; that is 8 bits"
+                " with --fp8_base, in which nothing can be computed. Leave --fp8_base out, or use one of the networks "
+                "here, e.g. networks.loha"
             )
         layout = self.config[SavingOptions].save_model_as
         if layout in FOLDER_FORMATS:
@@ -102,7 +104,8 @@ class NetworkTrainable(Trainable):
             problems.add(NO_RATE)
         if self.opts.network_train_text_encoder_only and not any(self.trains_text_encoders(family)):
             problems.add(
-                f"--network_train_text_encoder_only leaves nothing to train: no text encoder of {family.name} is trained"
+                f"--network_train_text_encoder_only leaves nothing to train: no text encoder of {family.name} is "
+                "trained"
             )
         problems.raise_if_any()
 
@@ -125,7 +128,8 @@ class NetworkTrainable(Trainable):
         if not hasattr(module, needed):
             usual = self._usual_module(family)
             raise ConfigError(
-                f"--network_module is {path}, which has no function {needed}; name a module that makes adapters, e.g. {usual}"
+                f"--network_module is {path}, which has no function {needed}; name a module that makes adapters, e.g. "
+                f"{usual}"
             )
         check = getattr(module, "check_network_args", None)
         if check is not None:
@@ -344,7 +348,8 @@ class NetworkTrainable(Trainable):
         words += [f"--network_args {pairs}"] if pairs else []
         return foreign_errors(
             ConfigError,
-            f"look at --network_args: the network of --network_module {self.opts.network_module} cannot be made with {' '.join(words) or 'no arguments'}",
+            f"look at --network_args: the network of --network_module {self.opts.network_module} cannot be made with "
+            f"{' '.join(words) or 'no arguments'}",
         )
 
     def _finish(
@@ -352,7 +357,8 @@ class NetworkTrainable(Trainable):
     ) -> None:
         if self.opts.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
             raise ConfigError(
-                f"--scale_weight_norms is set; {self.opts.network_module} has no apply_max_norm_regularization. Leave it out"
+                f"--scale_weight_norms is set; {self.opts.network_module} has no apply_max_norm_regularization. Leave "
+                "it out"
             )
         network.to(runtime.device, runtime.trained_dtype)
         network.enable_gradient_checkpointing()
@@ -369,7 +375,8 @@ class NetworkTrainable(Trainable):
         pairs.setdefault("dropout", self.opts.network_dropout)
         if rates and not self._is_own:
             raise ConfigError(
-                f"learning rates for parts of the model are set; {self.opts.network_module} has no network_reg_lrs. Leave them out"
+                f"learning rates for parts of the model are set; {self.opts.network_module} has no network_reg_lrs. "
+                "Leave them out"
             )
         if rates:
             written = {
@@ -417,8 +424,10 @@ class NetworkTrainable(Trainable):
             {type(module).__name__ for module in models.denoiser.modules() if "Block" in type(module).__name__}
         )
         raise ConfigError(
-            f"the network of {self.opts.network_module} has no layer to train. Denoiser {type(models.denoiser).__name__} has blocks"
-            f" {', '.join(blocks) or 'of no known class'}; {self._targets.family} adapters train layers in {', '.join(wanted)}."
+            f"the network of {self.opts.network_module} has no layer to train. Denoiser "
+            f"{type(models.denoiser).__name__} has blocks"
+            f" {', '.join(blocks) or 'of no known class'}; {self._targets.family} adapters train layers in "
+            f"{', '.join(wanted)}."
             " Look at --network_args, --network_train_unet_only and --network_train_text_encoder_only"
         )
 
@@ -460,7 +469,8 @@ class NetworkTrainable(Trainable):
             alpha = float(parts[name].get("alpha", torch.tensor(float(modules[own].lora_dim * split)))) / split
             if abs(alpha - float(modules[own].alpha)) > 1e-6 * max(1.0, abs(alpha)):
                 raise ConfigError(
-                    f"--network_alpha is {self.opts.network_alpha}; {own} of --network_weights {path} has alpha {alpha:g}."
+                    f"--network_alpha is {self.opts.network_alpha}; {own} of --network_weights {path} has alpha "
+                    f"{alpha:g}."
                     " Leave --network_alpha out, or add --dim_from_weights, to go on with the file's"
                 )
 
@@ -523,7 +533,8 @@ class NetworkTrainable(Trainable):
             math.isfinite(min(values)) and min(values)
         ):  # of a dataset class; configurations are checked at start
             raise TrainingError(
-                f"the network multiplier of a batch is {min(values)}; needed: a finite number other than 0, which leaves nothing to learn"
+                f"the network multiplier of a batch is {min(values)}; needed: a finite number other than 0, which "
+                "leaves nothing to learn"
             )
         if values and self.network.multiplier != min(values):
             self.network.set_multiplier(min(values))
@@ -569,7 +580,8 @@ class NetworkTrainable(Trainable):
         if self._is_own and not any(map(is_scaled_by_rank, self.network.loras)) or rank == 1:
             return []
         return [
-            f"--network_alpha is not given and counts as {self.opts.network_alpha:g}: the change is scaled by alpha / rank ="
+            f"--network_alpha is not given and counts as {self.opts.network_alpha:g}: the change is scaled by alpha / "
+            "rank ="
             f" {self.opts.network_alpha:g}/{rank}; --network_alpha {rank} trains at full strength"
         ]
 

@@ -48,7 +48,8 @@ class NetworkHook(Hook):
         kept = self.trainable.kept
         if state.get(KEPT) and not (kept.are_written and sorted(kept.layers) == state[KEPT]):
             raise CheckpointError(
-                f"the run of the state keeps {len(state[KEPT])} untrained layers of its --network_weights (first: {state[KEPT][0]}); resume with the"
+                f"the run of the state keeps {len(state[KEPT])} untrained layers of its --network_weights (first: "
+                f"{state[KEPT][0]}); resume with the"
                 " same --network_weights and without --drop_untrained"
             )
         device = next(self.trainable.network.parameters()).device

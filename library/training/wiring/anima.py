@@ -221,7 +221,8 @@ class AnimaFamily(FlowFamily):
             lines.append("the model file has no LLM adapter: the denoiser attends to the states of Qwen3 directly")
         if self.config[CachingOptions].caches_text and "caption_dropout_rate" not in self.config.explicit:
             lines.append(
-                "caption dropout follows the dataset, also with cached text encoder outputs; rates in old cache files are not read"
+                "caption dropout follows the dataset, also with cached text encoder outputs; rates in old cache files "
+                "are not read"
             )
         return lines
 

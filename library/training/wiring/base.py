@@ -67,7 +67,6 @@ def foreign_to_ddpm(model: str) -> dict[str, str]:
     For `foreign`."""
     reason = f"{model} is trained at whole timesteps, all equally likely; --min_timestep and --max_timestep bound them"
     names = (
-        "timestep_sampling",
         "sigmoid_scale",
         "weighting_scheme",
         "logit_mean",
@@ -75,7 +74,8 @@ def foreign_to_ddpm(model: str) -> dict[str, str]:
         "mode_scale",
         "discrete_flow_shift",
     )
-    return dict.fromkeys(names, reason)
+    own = f"{reason}; a sampler of your own can be given by its path"
+    return {"timestep_sampling": own, **dict.fromkeys(names, reason)}
 
 
 def tokenizer_problems(
@@ -113,6 +113,8 @@ class ModelFamily(ABC):
     """shared options that the known script of the family takes and does nothing with: name -> reason"""
     foreign: ClassVar[Mapping[str, str]] = {}
     """shared options that the known script of the family does not have: name -> reason"""
+    read_values: ClassVar[Mapping[str, Callable[[Any], bool]]] = {}
+    """options of `foreign` of which some values are read all the same: name -> whether a value is one"""
     neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     """values of such options that ask for what happens anyway, where they differ from those of
     known_options.ALSO_NEUTRAL"""

@@ -89,7 +89,8 @@ class FluxOptions:
         problems = Problems()
         if self.model_prediction_type == "additive":
             problems.add(
-                "--model_prediction_type is additive, which compares a sum of velocity and noisy latents with a velocity;"
+                "--model_prediction_type is additive, which compares a sum of velocity and noisy latents with a "
+                "velocity;"
                 " use raw (the same model output, compared with what it stands for)"
             )
         if self.t5xxl_max_token_length is not None and self.t5xxl_max_token_length < 1:
@@ -130,7 +131,8 @@ class FluxFamily(FlowFamily):
         is_told = self._denoiser_path or self.opts.t5xxl_max_token_length is not None
         if self.length_hangs_on_denoiser and not is_told:
             found.append(
-                "neither --pretrained_model_name_or_path nor --t5xxl_max_token_length is given; needed: one of them, to know how"
+                "neither --pretrained_model_name_or_path nor --t5xxl_max_token_length is given; needed: one of them, "
+                "to know how"
                 f" many tokens captions have ({TOKEN_LENGTH_DEV} for dev, {TOKEN_LENGTH_SCHNELL} for schnell)"
             )
         return found
@@ -183,7 +185,8 @@ class FluxFamily(FlowFamily):
 
         params = self._denoiser_info.params
         problems = [
-            f"--{slot} is {getattr(self.opts, slot)}: {what} is {size}, the denoiser {self._denoiser_path} takes {needed};"
+            f"--{slot} is {getattr(self.opts, slot)}: {what} is {size}, the denoiser {self._denoiser_path} takes "
+            f"{needed};"
             " use the files that belong together"
             for slot, what, size, needed in self._sizes()
             if size != needed
@@ -213,7 +216,8 @@ class FluxFamily(FlowFamily):
         lines = []
         if self.opts.model_prediction_type == "sigma_scaled":
             lines.append(
-                "--model_prediction_type sigma_scaled compares the clean estimate with the clean latents (known trainers compare"
+                "--model_prediction_type sigma_scaled compares the clean estimate with the clean latents (known "
+                "trainers compare"
                 " it with the velocity): with --weighting_scheme sigma_sqrt this is the raw loss"
             )
         elif "model_prediction_type" not in self.config.explicit:
@@ -222,7 +226,8 @@ class FluxFamily(FlowFamily):
             lines.append(f"--split_mode is deprecated; it stands for --blocks_to_swap {SPLIT_MODE_BLOCKS}")
         if "clip_l" in self.text_slots:
             lines.append(
-                "CLIP-L computes with quick_gelu, as it was trained (known trainers compute with gelu here: other pooled"
+                "CLIP-L computes with quick_gelu, as it was trained (known trainers compute with gelu here: other "
+                "pooled"
                 " captions and caches)"
             )
         return lines

@@ -92,7 +92,8 @@ class SdFamily(UNetFamily):
         lines = super().notices()
         if self.is_v2 and self.config[ModelOptions].clip_skip:
             lines.append(
-                "--v2 with --clip_skip: Stable Diffusion 2 leaves out its last layer already; layers are counted from there"
+                "--v2 with --clip_skip: Stable Diffusion 2 leaves out its last layer already; layers are counted from "
+                "there"
             )
         return lines
 

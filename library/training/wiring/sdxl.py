@@ -80,10 +80,12 @@ class SdxlFamily(UNetFamily):
         lines = super().notices()
         if os.path.isfile(self.base_path or ""):  # folders hold the matrix the way round in which everybody uses it
             lines.append(
-                "pooled captions go through text_projection as it was trained (known trainers use the transposed matrix of single files)"
+                "pooled captions go through text_projection as it was trained (known trainers use the transposed "
+                "matrix of single files)"
             )
         lines.append(
-            "the crop in the size conditioning is the corner that was cut off the picture (known trainers tell margins on the other axis)"
+            "the crop in the size conditioning is the corner that was cut off the picture (known trainers tell margins "
+            "on the other axis)"
         )
         return lines
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from library.core.errors import CheckpointError, Problems
 from library.dataset import CachingOptions
+from library.training import timestep_samplers
 from library.training.inference_samplers import SamplerOptions, check_sampler, sampler_notices
 from library.training.option_groups import ModelOptions, NoiseOptions, SamplingOptions
 from library.training.sampling_prompts import SamplePrompt, with_defaults
@@ -49,6 +50,7 @@ def foreign_to_unet(model: str) -> dict[str, str]:
 class UNetFamily(ModelFamily):
     """Files, prediction type, latents and sampling. A subclass says what its checkpoints and text encoders are."""
 
+    read_values = {"timestep_sampling": timestep_samplers.is_own}
     kinds: ClassVar[frozenset[str]]
     """kinds of checkpoints (library/checkpoints/kinds.py) that the family trains"""
 
@@ -71,6 +73,7 @@ class UNetFamily(ModelFamily):
         for problem in [*self._denoiser_problems(), *self.part_problems("vae"), *self.part_problems("text_encoders")]:
             if problem not in problems.messages:
                 problems.add(problem)
+        problems.attempt(lambda: timestep_samplers.check_table(self.config[TimestepOptions]))
         problems.attempt(lambda: self._check_sampler(self.config[SamplerOptions].sample_sampler, "--sample_sampler"))
         problems.raise_if_any()
         for line in self.notices():

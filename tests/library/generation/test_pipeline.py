@@ -5,7 +5,14 @@ from PIL import Image
 
 from library.core.registry import import_target
 from library.families.registry import record_of
-from library.generation import anima_inference, flux_inference, lumina_inference, pipeline_class, sdxl_inference
+from library.generation import (
+    anima_inference,
+    flux_inference,
+    hunyuan_image_inference,
+    lumina_inference,
+    pipeline_class,
+    sdxl_inference,
+)
 from library.generation.flux_options import FluxRequest
 from library.generation.gen_img import script as gen_img
 from library.generation.pipeline import PicturePipeline
@@ -87,6 +94,16 @@ def test_lumina(tmp_path):
     assert picture_of(made) == sample_of("lumina", tiny, system)
 
 
+def test_hunyuan_image(tmp_path):
+    tiny = build_tiny("hunyuan_image", tmp_path / "tiny")
+    made = hunyuan_image_inference.run([
+        f"--dit={tiny.denoiser}", f"--vae={tiny.vae}", f"--text_encoder={tiny.text_encoder}", f"--byt5={tiny.byt5}",
+        f"--text_encoder_tokenizer={tiny.tokenizer}", *PICTURE, "--infer_steps=3", "--guidance_scale=4",
+        "--image_size", "64", "96", f"--save_path={tmp_path}",
+    ])  # fmt: skip
+    assert picture_of(made) == sample_of("hunyuan_image", tiny)
+
+
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_a_unet(tmp_path, kind):
     tiny, family = build_tiny(kind, tmp_path / "tiny"), "sdxl" if kind == "sdxl" else "sd"
@@ -104,7 +121,7 @@ def test_a_unet(tmp_path, kind):
         assert picture_of(sdxl_inference.run([*files, *PICTURE, *SIZE, "--sampler=euler_a"])) == sample
 
 
-@pytest.mark.parametrize("name", ["flux", "sd", "sdxl", "anima", "lumina"])
+@pytest.mark.parametrize("name", ["flux", "sd", "sdxl", "anima", "lumina", "hunyuan_image"])
 def test_the_record_names_the_pipeline(name):
     assert issubclass(pipeline_class(name), PicturePipeline)
     assert record_of(name).pipeline == f"library.generation.{name}_pipeline:{pipeline_class(name).__name__}"

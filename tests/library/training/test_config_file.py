@@ -147,7 +147,8 @@ def test_keys_of_other_scripts_that_ask_for_nothing_are_ignored_in_one_line(conf
         'clip_g = ""\nnoise_offset_type = "Original"\nmem_eff_save = false\nepoch = 1\nstop_text_encoder_training = 0\nseed = 1\n'
     )
     assert ignored_in(path) == [
-        "clip_g, epoch, mem_eff_save, noise_offset_type, stop_text_encoder_training: keys of other scripts that ask for nothing"
+        "clip_g, epoch, mem_eff_save, noise_offset_type, stop_text_encoder_training: keys of other scripts that ask "
+        "for nothing"
     ]
 
 

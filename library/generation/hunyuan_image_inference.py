@@ -1,0 +1,164 @@
+"""The image script of HunyuanImage 2.1: what its files must be, and a denoiser that is written with adapters in it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.core.errors import Problems
+from library.core.options import Config
+from library.generation.adapter_files import ListedAdapterOptions
+from library.generation.hunyuan_image_options import (
+    GROUPS,
+    LINE_OPTIONS,
+    SIZE_STEP,
+    HunyuanImageModelOptions,
+    HunyuanImagePromptOptions,
+    HunyuanImageRequest,
+    MergedModelOptions,
+)
+from library.generation.latent_script import LatentScript
+from library.generation.script import format_problems
+from library.training.wiring.base import tokenizer_problems
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.generation.hunyuan_image_pipeline import HunyuanImagePipeline
+    from library.generation.pipeline import PictureMaker
+
+logger = logging.getLogger(__name__)
+
+
+class HunyuanImageScript(LatentScript[HunyuanImageRequest]):
+    """Its pictures can be written as latents, and the denoiser with its adapters as a file."""
+
+    family = "hunyuan_image"
+    title = "HunyuanImage 2.1"
+    adapters = ListedAdapterOptions
+    pictures = HunyuanImagePromptOptions
+    groups = GROUPS
+    line_options = LINE_OPTIONS
+    size_step = SIZE_STEP
+    texts = {"flow-shift": "flow_shift"}
+
+    def check(self, config: Config) -> None:
+        check(config)
+
+    def notices(self, config: Config) -> list[str]:
+        return ["latents are kept in float32 between the steps (known scripts round them to the type of the weights)"]
+
+    def load(self, config: Config) -> PictureMaker[HunyuanImageRequest]:
+        from library.generation.hunyuan_image_pipeline import load_pipeline
+
+        needs_vae = config[HunyuanImagePromptOptions].output_type != "latent"
+        return load_pipeline(config[HunyuanImageModelOptions], config[ListedAdapterOptions], needs_vae=needs_vae)
+
+    def load_decoder(self, config: Config) -> tuple[HunyuanImagePipeline, torch.device]:
+        from library.generation.hunyuan_image_pipeline import HunyuanImagePipeline, device_of, load_decoder
+
+        model = config[HunyuanImageModelOptions]
+        return HunyuanImagePipeline(None, load_decoder(model)), device_of(model)
+
+    def make_all(self, config: Config) -> list[Path]:
+        target = config[MergedModelOptions].save_merged_model
+        if not target:
+            return super().make_all(config)
+        self._check_all(config)
+        from library.generation.hunyuan_image_pipeline import save_merged
+
+        save_merged(config[HunyuanImageModelOptions], config[ListedAdapterOptions], target)
+        logger.info("%s", target)
+        return [Path(target)]
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """Everything that is wrong with options and files, from headers alone; ConfigError."""
+    problems = Problems()
+    merging = bool(config[MergedModelOptions].save_merged_model)
+    for problem in [*(_merge_problems(config) if merging else _prompt_problems(config)), *_file_problems(config)]:
+        problems.add(problem)
+    if not problems.messages and not merging and not config[HunyuanImagePromptOptions].latent_path:
+        for problem in _fitting_problems(config[HunyuanImageModelOptions], problems):
+            problems.add(problem)
+    problems.raise_if_any()
+
+
+def _prompt_problems(config: Config) -> list[str]:
+    model = config[HunyuanImageModelOptions]
+    return SCRIPT.prompt_problems(config, is_fp8=model.fp8 or model.fp8_scaled)
+
+
+def _merge_problems(config: Config) -> list[str]:
+    """What --save_merged_model cannot do."""
+    from library.core.atomic_file import unwritable
+
+    model, adapters = config[HunyuanImageModelOptions], config[ListedAdapterOptions]
+    target, found = Path(config[MergedModelOptions].save_merged_model), []
+    if not adapters.lora_weight:
+        found.append("--save_merged_model writes the denoiser with --lora_weight in it, which is not given")
+    if adapters.lycoris:
+        found.append("--save_merged_model: the package lycoris-lora merges without multipliers; leave out --lycoris")
+    if model.fp8 or model.fp8_scaled:
+        found.append("--save_merged_model writes whole weights; leave out --fp8 and --fp8_scaled")
+    if target.suffix != ".safetensors":
+        found.append(f"--save_merged_model is {target}; needed: a name that ends in .safetensors")
+    elif reason := unwritable(target.parent):
+        found.append(f"--save_merged_model is {target}; it cannot be written there ({reason})")
+    elif target.exists():
+        found.append(f"--save_merged_model is {target}, which exists; give another name, or remove it")
+    return found
+
+
+def _file_problems(config: Config) -> list[str]:
+    from library.checkpoints.kinds import check_slot
+    from library.device_utils import device_problem
+
+    model, pictures = config[HunyuanImageModelOptions], config[HunyuanImagePromptOptions]
+    slots = [("vae", {"vae_hunyuan_image"})] if pictures.output_type != "latent" or model.vae else []
+    if config[MergedModelOptions].save_merged_model:
+        slots = [("dit", {"hunyuan_image"})]
+    elif not pictures.latent_path:
+        encoders = [("text_encoder", {"qwen25_vl"}), ("byt5", {"byt5"})]
+        slots = [("dit", {"hunyuan_image"}), *slots, *encoders]
+    found = [check_slot(getattr(model, slot), slot, kinds, for_pictures=True) for slot, kinds in slots]
+    found += SCRIPT.extra_file_problems(config)
+    asked = {f"--{name}": "float8_e4m3fn" for name in ("fp8", "fp8_scaled") if getattr(model, name)}
+    found += format_problems({f"--dtype {model.dtype}": model.dtype_name, **asked}, model.device)
+    return [problem for problem in (*found, device_problem("device", model.device)) if problem]
+
+
+def _fitting_problems(options: HunyuanImageModelOptions, problems: Problems) -> list[str]:
+    """Sizes of the files against each other, a block swap that the depth does not allow, and a tokenizer that cannot be
+    found or read, or that is of another model."""
+    from library.components.llm_encoder_utils import inspect_qwen25_vl
+    from library.components.tokenizers import load_qwen25_vl_tokenizer
+    from library.custom_offloading_utils import stream_swap_problem
+    from library.hunyuan_image_utils import fitting_problems, inspect_hunyuan_image
+
+    params = problems.attempt(lambda: inspect_hunyuan_image(options.dit).params)
+    encoder = problems.attempt(lambda: inspect_qwen25_vl(options.text_encoder))
+    if problems.messages:
+        return []
+    vae = ("vae", options.vae) if options.vae else None
+    found = problems.attempt(lambda: fitting_problems(
+        params, text_encoder=("text_encoder", options.text_encoder), byt5=("byt5", options.byt5), vae=vae,
+        model=options.dit,
+    )) or []  # fmt: skip
+    swap = stream_swap_problem(options.blocks_to_swap, params.depth, params.depth_single)
+    found += tokenizer_problems(
+        lambda: load_qwen25_vl_tokenizer(
+            options.text_encoder_tokenizer, options.tokenizer_cache_dir, options.text_encoder
+        ),
+        lambda: encoder["vocab_size"], "Qwen2.5-VL", "--text_encoder_tokenizer",
+        f"--text_encoder {options.text_encoder}",
+    )  # fmt: skip
+    return [*found, swap] if swap else found
+
+
+SCRIPT = HunyuanImageScript()
+build_parser, main, run = SCRIPT.build_parser, SCRIPT.main, SCRIPT.run

@@ -1,0 +1,103 @@
+"""Image scripts whose pictures can be written as latents, and that make pictures of latents."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.core.options import Config
+from library.generation.picture_files import write_picture
+from library.generation.requests import Request, SessionOptions
+from library.generation.script import ImageScript, output_name
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from library.generation.pipeline import PictureMaker, PicturePipeline
+
+logger = logging.getLogger(__name__)
+
+
+class LatentScript(ImageScript[Request]):
+    """`pictures` has `prompt`, `save_path`, `output_type` and `latent_path`, `adapters` is a ListedAdapterOptions."""
+
+    @abstractmethod
+    def load_decoder(self, config: Config) -> tuple[PicturePipeline[Any], torch.device]:
+        """A pipeline without a denoiser, and where it computes."""
+
+    def make_all(self, config: Config) -> list[Path]:
+        if not config[self.pictures].latent_path:
+            return super().make_all(config)
+        self._check_all(config)
+        return self.decode_files(config)
+
+    def write(
+        self, maker: PictureMaker[Request], config: Config, latents: Tensor, path: Path, texts: Mapping[str, str]
+    ) -> Path:
+        """The picture, its latents, or both; the path of the picture where there is one."""
+        output_type = config[self.pictures].output_type
+        if output_type != "images":
+            from library.generation.latent_files import save_latents
+
+            written = save_latents(latents, path.with_name(f"{path.stem}_latent.safetensors"), texts)
+            if output_type == "latent":
+                return written
+        return super().write(maker, config, latents, path, texts)
+
+    def decode_files(self, config: Config) -> list[Path]:
+        """Pictures of the files of --latent_path: `{YYYYmmdd_HHMMSS}_{index}_{name of the file}.png`."""
+        from library.generation.latent_files import read_latents
+
+        pictures, paths = config[self.pictures], []
+        pipeline, device = self.load_decoder(config)
+        for index, source in enumerate(pictures.latent_path):
+            latents, texts = read_latents(source, pipeline.latent_spec)
+            name = output_name(None, index, f"_{Path(source).stem.removesuffix('_latent')}.png")
+            texts = {} if config[SessionOptions].no_metadata else texts
+            picture = pipeline.decode(latents.to(device))
+            paths.append(write_picture(picture, Path(pictures.output_dir) / name, texts))
+            logger.info("%s", paths[-1])
+        return paths
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def prompt_problems(self, config: Config, *, is_fp8: bool) -> list[str]:
+        """What contradicts itself or is missing of prompts, latents and adapters. `is_fp8`: the denoiser is kept in 8
+        bits."""
+        pictures, session, adapters, found = config[self.pictures], config[SessionOptions], config[self.adapters], []
+        if not pictures.save_path:
+            found.append("--save_path is not given; needed: the folder for the pictures")
+        from_elsewhere = session.interactive or session.from_file
+        if pictures.latent_path and (from_elsewhere or pictures.prompt):
+            found.append(
+                "--latent_path decodes latents that are there; leave out --prompt, --from_file and --interactive"
+            )
+        if not (pictures.prompt is not None or from_elsewhere or pictures.latent_path):
+            found.append("--prompt is not given; needed: it, --from_file, --interactive or --latent_path")
+        if adapters.lora_weight and is_fp8 and adapters.lycoris:
+            found.append(
+                "--lycoris needs whole weights; with --fp8 or --fp8_scaled leave it out,"
+                " our own modules read the same files"
+            )
+        return found
+
+    def extra_file_problems(self, config: Config) -> list[str | None]:
+        """Files of adapters and latents, and the package that --lycoris asks for."""
+        from importlib.util import find_spec
+
+        from library.generation.adapter_files import file_problem
+
+        adapters, pictures = config[self.adapters], config[self.pictures]
+        found = [file_problem(path, "lora_weight", self.family) for path in adapters.lora_weight or ()]
+        found += [
+            f"--latent_path is {path}: there is no such file"
+            for path in pictures.latent_path or ()
+            if not Path(path).is_file()
+        ]
+        if adapters.lycoris and find_spec("lycoris") is None:
+            found.append("--lycoris needs the package lycoris-lora: pip install lycoris-lora")
+        return found
