@@ -16,8 +16,9 @@ from library.training.option_reader import Script
 from library.training.parser_common import script
 
 FOLDER = Path(__file__).parent / "golden" / "options"
-SCRIPTS = tuple(
-    (family, trainable) for family, record in FAMILIES.items() for trainable in ("network", *record.scripts)
+SCRIPTS = (
+    *((family, "network") for family in FAMILIES),
+    *((family, what) for family, record in FAMILIES.items() for what in record.scripts),
 )
 
 

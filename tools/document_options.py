@@ -19,12 +19,8 @@ from library.training.option_reader import Script  # noqa: E402
 from library.training.parser_common import script  # noqa: E402
 
 PAGES: dict[tuple[str, str], str] = {
-    (name, trainable): page
-    for name, record in FAMILIES.items()
-    for trainable, page in (
-        ("network", record.page), *((other, script.page) for other, script in record.scripts.items())
-    )
-    if page
+    **{(name, "network"): record.page for name, record in FAMILIES.items() if record.page},
+    **{(name, what): other.page for name, record in FAMILIES.items() for what, other in record.scripts.items()},
 }
 """(family, trainable) -> the page of the script"""
 

@@ -204,6 +204,8 @@ class FamilyRecord:
     """in the order of the conditioning list"""
     text_flags: tuple[str, ...] = ()
     """options stored beside cached text outputs that must be equal to use the file"""
+    embedding_keys: tuple[str, ...] = ()
+    """names of the vectors of each text encoder in files of textual inversions; none where no words can be added"""
     learning_encoders: tuple[int, ...] = ()
     """text encoders that can learn while the outputs of the others are cached"""
     foreign_text: str = ""

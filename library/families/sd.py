@@ -35,6 +35,7 @@ FAMILY = FamilyRecord(
                 {"train_text_encoder", "learning_rate_te", "stop_text_encoder_training", "diffusers_xformers"}
             ),
         ),
+        "textual_inversion": OtherScript(name="train_textual_inversion"),
     },
     place=20,
     family="library.training.wiring.sd:SdFamily",
@@ -55,6 +56,7 @@ FAMILY = FamilyRecord(
     bucket_step=64,
     caches=CacheNames(latents="_sd.npz", legacy_keys=True),
     conditioning=(TextKey("hidden_state", encoders=(0,)),),
+    embedding_keys=("emb_params",),
     samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler"})),
     model_kinds=(
         ModelKind(

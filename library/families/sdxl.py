@@ -30,6 +30,7 @@ FAMILY = FamilyRecord(
                 }
             ),
         ),
+        "textual_inversion": OtherScript(name="sdxl_train_textual_inversion"),
     },
     place=30,
     family="library.training.wiring.sdxl:SdxlFamily",
@@ -48,6 +49,7 @@ FAMILY = FamilyRecord(
         TextKey("pool2", rank=1, encoders=(1,)),
     ),
     foreign_text="their pooled captions (pool2) may have gone through the transposed text_projection",
+    embedding_keys=("clip_l", "clip_g"),
     samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler"})),
     model_kinds=(
         ModelKind(

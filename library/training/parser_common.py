@@ -48,6 +48,8 @@ PATH_OPTIONS: tuple[str, ...] = (
 """never recorded with the curves, and named in the log when W&B would record the command line"""
 
 
+NEW_WORDS_LEARN = "the text encoders read the vectors that learn in every step, so that their outputs are new each time"
+
 TRAINABLES: Registry[type] = Registry(
     "trainable",
     group="trainables",
@@ -86,6 +88,19 @@ for _name, _class in (("full", "FullTrainable"), ("dreambooth", "DreamBooth")):
             "no_token_padding": "captions are padded to their length in tokens, as the text encoder was trained",
         },
     )
+
+TRAINABLES.add(
+    "textual_inversion",
+    "library.training.trainables.textual_inversion:TextualInversion",
+    options="library.training.new_words:TextualInversionOptions",
+    foreign="library.training.new_words:foreign_options",
+    defaults={"save_model_as": "pt"},
+    refused={
+        "cache_text_encoder_outputs": NEW_WORDS_LEARN,
+        "cache_text_encoder_outputs_to_disk": NEW_WORDS_LEARN,
+        "fused_backward_pass": "a few vectors learn, whose gradients take no memory that it could save",
+    },
+)
 
 
 def trainable_options(name: str) -> tuple[type, Mapping[str, Any]]:

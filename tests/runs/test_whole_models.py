@@ -198,5 +198,5 @@ def test_what_cannot_be(words: list[str], told: str, tinies: Tinies, tmp_path: P
 
 def test_an_adapter_is_no_folder(tinies: Tinies, tmp_path: Path) -> None:
     work: Any = tinies.work("sd1", tmp_path)
-    with pytest.raises(ConfigError, match="an adapter is one file"):
+    with pytest.raises(ConfigError, match="what is trained here is one file"):
         work.train("out", "--save_model_as=diffusers")

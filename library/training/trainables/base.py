@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from library.dataset.batch import Batch
     from library.dataset.strategies import Conditioning, StrategySet
     from library.training.accelerator_setup import Runtime
+    from library.training.data_phase import DataGroups
     from library.training.hooks.base import Hook
     from library.training.objective import NoisyLatents
-    from library.training.protocols import ParamGroup, Plain
+    from library.training.protocols import ParamGroup, Plain, TextEncoders
     from library.training.run import Models
+    from library.training.sampling_prompts import SamplePrompt
     from library.training.updaters.base import Updater
     from library.training.wiring.base import ModelFamily
 
@@ -39,6 +41,8 @@ class Trainable(ABC):
     """name of its scripts without .py and without what a family puts before it"""
     keeps_text_still: ClassVar[str] = ""
     """what to do to keep text encoders from learning, for messages: "add --network_train_unet_only", say"""
+    writes_folders: ClassVar[bool] = False
+    """whether it can be saved as a folder in the layout of diffusers, where the family has one"""
     spec_kind: ClassVar[str] = ""
     """what modelspec.architecture ends in: lora, textual-inversion, controlnet; "" for a full model"""
 
@@ -80,6 +84,16 @@ class Trainable(ABC):
     def text_encoder_dtype(self, family: ModelFamily, runtime: Runtime) -> torch.dtype | None:
         """In what the text encoders' weights are held; None: as frozen ones are."""
         return None
+
+    def prepare_data(self, data: DataGroups) -> None:
+        """Images are in their buckets, and nothing is encoded yet: what captions say besides is set here."""
+
+    def sample_prompt(self, prompt: SamplePrompt) -> SamplePrompt:
+        """A sample prompt as it is encoded."""
+        return prompt
+
+    def prepare_text_encoders(self, family: ModelFamily, encoders: TextEncoders, runtime: Runtime) -> None:
+        """Text encoders are loaded and frozen, and have encoded nothing yet: new tokens join them here."""
 
     def denoiser_dtype(self, runtime: Runtime) -> torch.dtype:
         """In what the denoiser's weights are held: that of frozen ones, unless they are what is learned."""

@@ -37,6 +37,7 @@ class FullTrainable(Trainable):
 
     name, options, script = "full", WholeModelOptions, "train"
     keeps_text_still = "leave out --train_text_encoder"
+    writes_folders = True
     opts: WholeModelOptions
     rate_options = "--learning_rate, --layer_lrs and the rates of text encoders and blocks"
 
@@ -58,7 +59,7 @@ class FullTrainable(Trainable):
         if self.name not in record_of(family.name).scripts:
             raise ConfigError(f"whole models of {record_of(family.name).title} are not trained here; adapters of them are")
         rates = problems.attempt(lambda: self._denoiser_rates(family))
-        for check in (self._text_problems(family), self._memory_problems(), self._fused_problems(), self._format_problems(family)):
+        for check in (self._text_problems(family), self._memory_problems(), self._fused_problems(), self._format_problems()):
             for message in check:
                 problems.add(message)
         if rates is not None:
@@ -155,7 +156,7 @@ class FullTrainable(Trainable):
         except ConfigError:
             return None  # told by the check of the optimizer
 
-    def _format_problems(self, family: ModelFamily) -> Iterator[str]:
+    def _format_problems(self) -> Iterator[str]:
         from library.training import optimizers
 
         if self.config[PrecisionOptions].full_bf16:
@@ -168,13 +169,7 @@ class FullTrainable(Trainable):
                     f"--full_bf16 with --optimizer_type {choice.name}, which moves between two sets of weights that bfloat16"
                     " cannot tell apart; leave one of them out"
                 )
-        layout = self.config[SavingOptions].save_model_as
-        if layout in FOLDER_FORMATS and not family.writes_folders:
-            yield (
-                f"--save_model_as is {layout}; models of {record_of(family.name).title} are not written as folders, use"
-                " safetensors"
-            )
-        if layout == "pt":
+        if self.config[SavingOptions].save_model_as == "pt":
             yield "--save_model_as is pt, in which no program looks for a model; use safetensors or ckpt"
 
     # -- the models --------------------------------------------------------------------------------------------------

@@ -27,10 +27,9 @@ from library.dataset import CachingOptions
 from library.families.registry import record_of
 from library.safetensors_utils import load_safetensors, read_header
 from library.training.adapters import DENOISER_ONLY, NetworkOptions, check_network_module
-from library.training.checkpoint import FOLDER_FORMATS
 from library.training.hooks.base import Hook
 from library.training.optimizers import OptimizerOptions, check_rates
-from library.training.option_groups import ModelOptions, PrecisionOptions, SavingOptions
+from library.training.option_groups import ModelOptions, PrecisionOptions
 from library.training.timesteps import NUM_TIMESTEPS
 from library.training.trainables.base import Trainable
 from library.training.trainables.base_weights import BaseWeights
@@ -97,9 +96,6 @@ class NetworkTrainable(Trainable):
                 " with --fp8_base, in which nothing can be computed. Leave --fp8_base out, or use one of the networks "
                 "here, e.g. networks.loha"
             )
-        layout = self.config[SavingOptions].save_model_as
-        if layout in FOLDER_FORMATS:
-            problems.add(f"--save_model_as is {layout}, a folder for whole models; an adapter is one file: use safetensors")
         if not self._has_a_rate(family):
             problems.add(NO_RATE)
         if self.opts.network_train_text_encoder_only and not any(self.trains_text_encoders(family)):
