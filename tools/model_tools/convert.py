@@ -116,12 +116,12 @@ def kind_of_model(source: str) -> Kind:
     from library.checkpoints.recognition import recognise
     from library.components.unet_utils import inspect_unet
     from library.core.registry import import_target
-    from library.families.registry import records
+    from library.families.registry import record_of, records
 
     has_transformer = os.path.isdir(source) and (Path(source) / "transformer").is_dir()
     files = open_checkpoint(source, "transformer" if has_transformer else "unet")
     found = recognise({key: tuple(tensor.shape) for key, tensor in files.shapes.items()})
-    if found is not None and found.kind == "sd3":
+    if found is not None and found.kind in record_of("sd3").kinds:
         return Kind("sd3")
     for record in records().values():
         if found is not None and record.layouts and found.kind in record.kinds:
