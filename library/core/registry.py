@@ -182,8 +182,7 @@ class Registry(Generic[T]):
     def _known_beside(self, name: str) -> str:
         known = [*self.names(), *(installed_points(self.group) if self.group else ())]
         path = ", or a path package.module:name" if self.group else ""
-        nearest = did_you_mean(name, known)
-        return f"{nearest}{' Known' if nearest else '; known'}: {', '.join(known)}{path}"
+        return f"{did_you_mean(name, known) or '.'} Known: {', '.join(known)}{path}"
 
     def entry(self, name: str, where: str | None = None) -> Entry:
         """The entry of `name` or of a path; ConfigError with the nearest name when there is none. What is from outside

@@ -55,7 +55,7 @@ class LossOptions:
             problems.add(unknown)
         if self.huber_schedule not in HUBER_SCHEDULES:
             problems.add(
-                f"--huber_schedule is '{self.huber_schedule}'{did_you_mean(self.huber_schedule, HUBER_SCHEDULES)}"
+                f"--huber_schedule is '{self.huber_schedule}'{did_you_mean(self.huber_schedule, HUBER_SCHEDULES) or '.'}"
                 f" Known: {', '.join(HUBER_SCHEDULES)}"
             )
         for name in ("huber_c", "huber_scale"):

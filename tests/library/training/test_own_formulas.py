@@ -7,9 +7,10 @@ import torch
 
 from library.core.errors import ConfigError, TrainingError
 from library.core.registry import Registry, import_outside
-from library.training import loss_weights, losses
+from library.training import loss_weights, losses, optimizers
 from library.training.loss_weights import LossWeightOptions
 from library.training.losses import LossOptions
+from library.training.optimizers import OptimizerOptions
 
 SHAPE = (2, 4, 8, 8)
 
@@ -92,4 +93,23 @@ def test_a_path_of_a_file_is_no_module(path: str) -> None:
 def test_known_names_stand_apart_from_what_is_unlike_all_of_them() -> None:
     registry: Registry = Registry("formula", option="formula_type")
     registry.add("ratio", "fractions:Fraction")
-    assert registry.problem("quartic") == "--formula_type is 'quartic'; known: ratio"
+    assert registry.problem("quartic") == "--formula_type is 'quartic'. Known: ratio"
+
+
+class NoOptimizer:
+    def __init__(self, params, lr):
+        pass
+
+
+class WithoutRate(torch.optim.SGD):
+    def __init__(self, params):
+        super().__init__(params)
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [("NoOptimizer", "has no param_groups, step, zero_grad, state_dict"), ("WithoutRate", "cannot be made of parameter")],
+)
+def test_an_optimizer_is_like_those_of_torch(name: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--optimizer_type {__name__}[.:]{name} {told}.*a class like those of torch"):
+        optimizers.check(OptimizerOptions(optimizer_type=f"{__name__}:{name}"))
