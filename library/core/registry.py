@@ -224,6 +224,9 @@ class Registry(Generic[T]):
             ) from error
 
     def _check_contract(self, target: str, found: Any, where: str) -> None:
+        unwritten = sorted(getattr(found, "__abstractmethods__", ()))
+        if unwritten:
+            raise ConfigError(f"{where} is {target}, which leaves out {', '.join(unwritten)}; needed: {self.wanted}")
         if not self.is_a(found):
             raise ConfigError(
                 f"{where} is {target}, which is {_described(found)}; needed: {self.wanted or 'a ' + self.kind}"
