@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.checkpoints.flux_convert import APPROXIMATOR
+from library.checkpoints.flux_convert import APPROXIMATOR, rows_of, rules_of
+from library.checkpoints.layout_rules import DenoiserLayouts
 from library.checkpoints.loading import Transform, count_blocks
 from library.chroma_models import Chroma, ChromaParams
 from library.core.errors import CheckpointError
@@ -23,6 +24,9 @@ from library.flux_utils import (
     save_stream_model,
     size_of,
 )
+
+FEED_FORWARD, THETA = 4, 10000
+"""of the class of diffusers, which has no settings for them"""
 
 
 def _refuse_other_models(shapes: Mapping[str, Tensor], path: str) -> None:
@@ -50,6 +54,28 @@ def inspect_chroma(path: str | os.PathLike, config: Mapping[str, Any] | None = N
     """Recognise a Chroma denoiser from headers alone; `config` overrides hyper-parameters by the names of ChromaParams.
     CheckpointError when the file is damaged or something else."""
     return inspect_stream_model(path, config, CHROMA)
+
+
+def _config_of_diffusers(params: ChromaParams) -> dict[str, Any]:
+    """config.json of the transformer in a diffusers folder. CheckpointError for what its class does not have."""
+    if params.mlp_ratio != FEED_FORWARD or params.theta != THETA or not params.qkv_bias:
+        raise CheckpointError(
+            f"mlp_ratio is {params.mlp_ratio:g}, theta {params.theta:g}, qkv_bias {params.qkv_bias}; the class of"
+            f" diffusers has {FEED_FORWARD}, {THETA} and True"
+        )
+    return {
+        "_class_name": "ChromaTransformer2DModel", "patch_size": 1, "in_channels": params.in_channels,
+        "num_layers": params.depth, "num_single_layers": params.depth_single_blocks,
+        "attention_head_dim": params.head_dim, "num_attention_heads": params.num_heads,
+        "joint_attention_dim": params.context_in_dim, "axes_dims_rope": list(params.axes_dim),
+        "approximator_num_channels": params.approximator_in_dim,
+        "approximator_hidden_dim": params.approximator_hidden_size, "approximator_layers": params.approximator_depth,
+    }  # fmt: skip
+
+
+LAYOUTS = DenoiserLayouts(
+    inspect_chroma, rules_of, _config_of_diffusers, rows_of=lambda params: rows_of(params.hidden_size)
+)
 
 
 def load_chroma(

@@ -84,6 +84,12 @@ class StreamModelInfo:
     params: Any
     dtypes: frozenset[torch.dtype]
 
+    @property
+    def keys(self) -> list[str]:
+        """Names of the denoiser's tensors in the file."""
+        others = () if self.prefix else _OTHER_PARTS
+        return [key for key in self.source.shapes if key.startswith(self.prefix) and not key.startswith(others)]
+
 
 @dataclass(frozen=True)
 class FlowModelInfo(StreamModelInfo):
@@ -246,11 +252,8 @@ def load_stream_model(
         title, path, "diffusers" if info.is_diffusers else "original", info.params.depth,
         info.params.depth_single_blocks,
     )  # fmt: skip
-    keys = [key for key in info.source.shapes if key.startswith(info.prefix)]
-    if not info.prefix:
-        keys = [key for key in keys if not key.startswith(_OTHER_PARTS)]
-    cast = info.source.storing(dtype, keys)
-    state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, cast), info.prefix)
+    cast = info.source.storing(dtype, info.keys)
+    state = strip_prefix(info.source.tensors(device, disable_mmap, info.keys, transform, cast), info.prefix)
     if info.is_diffusers:
         state = convert_diffusers_sd_to_bfl(state)
     model = build_on_meta(lambda: kind.model(info.params))

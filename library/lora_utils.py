@@ -20,7 +20,7 @@ import torch
 from library.checkpoints.loading import CheckpointFiles, open_checkpoint, unscaled
 from library.checkpoints.number_formats import IN_MEMORY, narrowed
 from library.core.errors import CheckpointError, ConfigError
-from networks.files.checkpoint_layers import LayerParameter, checkpoint_layers
+from networks.files.checkpoint_layers import LayerParameter, checkpoint_layers, prefixes_of_part
 from networks.files.network_files import by_module, check_finite, match_names, read_adapter_file
 from networks.kinds.adapter_family import nothing_fits
 from networks.kinds.adapter_module import change_of
@@ -87,16 +87,17 @@ class CheckpointMerge:
     """Adapters of one family, laid out for the tensors of one checkpoint (all of its files).
 
     `matched`: layers that are changed; `unmatched`: adapter label -> layers that are in no part of the checkpoint that
-    is there; `absent`: the same for parts (a text encoder, say) that the checkpoint does not hold.
+    is there; `absent`: the same for parts (a text encoder, say) that the checkpoint does not hold. `part`: see
+    `prefixes_of_part`.
     """
 
     def __init__(
         self, targets: NetworkTargets, shapes: Mapping[str, tuple[int, ...]], adapters: Sequence[Adapter],
-        accepts: Accepts | None = None
+        accepts: Accepts | None = None, part: str = "",
     ) -> None:
         self._adapters, self._family = tuple(adapters), targets.family
         layers: dict[str, list[LayerParameter]] = {}
-        for layer in checkpoint_layers(targets, shapes):
+        for layer in checkpoint_layers(targets, shapes, prefixes_of_part(targets, part)):
             layers.setdefault(layer.lora_name, []).append(layer)
         self.matched: set[str] = set()
         self.matched_of: dict[str, int] = {}
@@ -187,7 +188,7 @@ class MergeOnLoad:
         self.accepts = accepts
         self._left_out: dict[str, set[str]] = {}
         self._matched_of = {adapter.label: 0 for adapter in self.adapters}
-        self._num_merged = 0
+        self._merged: set[str] = set()
 
     def __call__(
         self, files: CheckpointFiles, items: Iterable[tuple[str, torch.Tensor]]
@@ -197,13 +198,13 @@ class MergeOnLoad:
             self._left_out.setdefault(label, set()).update(names)
         for label, count in merge.matched_of.items():
             self._matched_of[label] += count
-        self._num_merged += len(merge.matched)
+        self._merged |= merge.matched
         return merge.stream(items)
 
     def plan(self, files: CheckpointFiles) -> CheckpointMerge:
         """What would be merged into this file."""
         shapes = {key: tuple(tensor.shape) for key, tensor in files.shapes.items()}
-        return CheckpointMerge(self.targets, shapes, self.adapters, self.accepts)
+        return CheckpointMerge(self.targets, shapes, self.adapters, self.accepts, files.part)
 
     def finish(self) -> None:
         """When the whole model was read: CheckpointError when an adapter has no layer of it or the filter leaves
@@ -211,7 +212,7 @@ class MergeOnLoad:
         foreign = next((adapter for adapter in self.adapters if not self._matched_of[adapter.label]), None)
         if foreign is not None:
             raise CheckpointError(nothing_fits(foreign.label, foreign.layers, self.targets.family))
-        if not self._num_merged:
+        if not self._merged:
             raise ConfigError(
                 f"--include_patterns and --exclude_patterns leave none of the {sum(self._matched_of.values())} layers "
                 "of the adapters"
@@ -220,8 +221,8 @@ class MergeOnLoad:
 
     def report(self) -> None:
         """When all parts were read: say how many layers are merged, and warn of those that no part has."""
-        if self._num_merged:
-            logger.info("adapters are merged into %d layers", self._num_merged)
+        if self._merged:
+            logger.info("adapters are merged into %d layers", len(self._merged))
         for label, names in self._left_out.items():
             logger.warning(
                 "%s: %d layers are in no model that was loaded and are left out (first: %s)",

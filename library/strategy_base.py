@@ -64,6 +64,11 @@ class TokenizeStrategy(PluginSlot, ABC):
     negative_differs = False
     """whether negative prompts are read otherwise than prompts, by `tokenize_negative`"""
 
+    @property
+    def tokenizers(self) -> list[PreTrainedTokenizerBase | None]:
+        """Of each text encoder to which words can be added, in their order; None for one that is left out."""
+        return []
+
     @abstractmethod
     def tokenize(self, text: str | list[str]) -> list[torch.Tensor]:
         """One tensor [B, ...] per tokenizer output, in the order that the text encoding strategy expects."""

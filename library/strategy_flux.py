@@ -52,6 +52,10 @@ class FluxTokenizeStrategy(TokenizeStrategy):
         )
         self.t5xxl.model_max_length = t5xxl_max_length
 
+    @property
+    def tokenizers(self) -> list[Any]:
+        return [self.clip_l, self.t5xxl]
+
     def tokenize(self, text: str | list[str]) -> list[Tensor]:
         """[CLIP ids [B, 77], T5 ids [B, L], T5 mask [B, L] with 1 = token]."""
         texts = [text] if isinstance(text, str) else list(text)

@@ -34,6 +34,10 @@ class SdTokenizeStrategy(TokenizeStrategy):
             tokenizer if callable(tokenizer) else load_clip_tokenizer(tokenizer, tokenizer_cache_dir, pad_token=pad)
         )
 
+    @property
+    def tokenizers(self) -> list[Any]:
+        return [self.tokenizer]
+
     def tokenize(self, text: str | list[str]) -> list[Tensor]:
         """[ids [B, N, 77]]; marks of weights are text."""
         texts = [text] if isinstance(text, str) else list(text)

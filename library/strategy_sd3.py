@@ -60,6 +60,10 @@ class Sd3TokenizeStrategy(TokenizeStrategy):
             )
             self.t5xxl.model_max_length = t5xxl_max_length
 
+    @property
+    def tokenizers(self) -> list[Any]:
+        return [self.clip_l, self.clip_g, self.t5xxl]
+
     def tokenize(self, text: str | list[str]) -> list[Tensor]:
         """[ids of CLIP-L [B, 77], of CLIP-G [B, 77], of T5 [B, L], their masks with 1 = token]."""
         texts = [text] if isinstance(text, str) else list(text)

@@ -42,6 +42,10 @@ class SdxlTokenizeStrategy(TokenizeStrategy):
             load_clip_tokenizer(None, tokenizer_cache_dir, pad_token=SECOND_PAD),
         )
 
+    @property
+    def tokenizers(self) -> list[Any]:
+        return [self.tokenizer1, self.tokenizer2]
+
     def tokenize(self, text: str | list[str]) -> list[Tensor]:
         """[ids of CLIP-L [B, N, 77], ids of bigG]; marks of weights are text."""
         return self._rows(text, False)[0]

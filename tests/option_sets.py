@@ -16,7 +16,10 @@ from library.training.option_reader import Script
 from library.training.parser_common import script
 
 FOLDER = Path(__file__).parent / "golden" / "options"
-SCRIPTS = tuple((family, "network") for family in FAMILIES)
+SCRIPTS = (
+    *((family, "network") for family in FAMILIES),
+    *((family, what) for family, record in FAMILIES.items() for what in record.scripts),
+)
 
 
 def status(what: Script, name: str) -> str:

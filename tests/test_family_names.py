@@ -16,7 +16,7 @@ SHARED_BY_FEW: dict[str, tuple[str, ...]] = {
     "what the families with a U-Net share": (
         "library/components/unet_*.py", "library/components/ldm_*.py", "library/checkpoints/unet_*.py",
         "library/checkpoints/ldm_*.py",
-        "library/generation/unet_*.py", "library/generation/prompt_encoder.py", "library/generation/gen_img/*.py",
+        "library/generation/unet_*.py", "library/generation/gen_img/*.py",
         "library/strategy_ldm.py", "library/tiny_models/unet_*.py",
         "library/training/wiring/unet.py", "networks/files/unet_*.py", "networks/kinds/block_weights.py",
         "tools/caption_tools/buckets.py",

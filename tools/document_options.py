@@ -18,7 +18,10 @@ from library.families.registry import FAMILIES  # noqa: E402
 from library.training.option_reader import Script  # noqa: E402
 from library.training.parser_common import script  # noqa: E402
 
-PAGES: dict[tuple[str, str], str] = {(name, "network"): record.page for name, record in FAMILIES.items() if record.page}
+PAGES: dict[tuple[str, str], str] = {
+    **{(name, "network"): record.page for name, record in FAMILIES.items() if record.page},
+    **{(name, what): other.page for name, record in FAMILIES.items() for what, other in record.scripts.items()},
+}
 """(family, trainable) -> the page of the script"""
 
 GENERATION_PAGE = "docs/gen_img.md"

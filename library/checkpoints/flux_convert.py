@@ -6,7 +6,7 @@ Each rule says how one original tensor is made of one or more others; both direc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -56,12 +56,15 @@ _SINGLE_NORMS = (
 
 APPROXIMATOR = "distilled_guidance_layer."
 """of Chroma, which has it in the place of the modulation of the blocks"""
+_APPROXIMATOR_ENDS = (Rule("in_proj", ("in_proj",)), Rule("out_proj", ("out_proj",)))
 _APPROXIMATOR_LAYER = (Rule("in_layer", ("linear_1",)), Rule("out_layer", ("linear_2",)))
 
 
 def denoiser_rules(depth: int, depth_single_blocks: int, approximator_depth: int = 0) -> Iterator[Rule]:
     """Every rule of a denoiser with these depths; names of weights, biases and scales."""
     yield from with_kinds("", "", _TOP)
+    if approximator_depth:
+        yield from with_kinds(APPROXIMATOR, APPROXIMATOR, _APPROXIMATOR_ENDS)
     for number in range(approximator_depth):
         layer = f"{APPROXIMATOR}layers.{number}."
         yield from with_kinds(layer, layer, _APPROXIMATOR_LAYER)
@@ -80,6 +83,18 @@ def is_diffusers_denoiser(keys: Mapping[str, object]) -> bool:
     return "transformer_blocks.0.attn.add_k_proj.weight" in keys
 
 
+def rules_of(names: Mapping[str, object]) -> Iterator[Rule]:
+    """Every rule of a denoiser with the blocks of these names, in either layout."""
+    prefixes = ("double_blocks.", "transformer_blocks."), ("single_blocks.", "single_transformer_blocks.")
+    depths = (max(count_blocks(names, prefix) for prefix in both) for both in prefixes)
+    return denoiser_rules(*depths, count_blocks(names, f"{APPROXIMATOR}layers."))
+
+
+def rows_of(hidden: int) -> Callable[[Rule, int], list[int]]:
+    """(rule, rows of its tensor) -> rows of each part: query, key, value, and the feed-forward behind them."""
+    return lambda rule, rows: [hidden] * 3 + [rows - 3 * hidden] * (len(rule.parts) == 4)
+
+
 def convert_diffusers_sd_to_bfl(
     diffusers_sd: Mapping[str, Tensor], num_double_blocks: int | None = None, num_single_blocks: int | None = None
 ) -> dict[str, Tensor]:
@@ -96,13 +111,4 @@ def convert_diffusers_sd_to_bfl(
 
 def convert_bfl_sd_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Denoiser weights from the original names to those of diffusers; the inverse of `convert_diffusers_sd_to_bfl`."""
-    hidden = state["img_in.weight"].shape[0]
-
-    def rows_of(rule: Rule, rows: int) -> list[int]:
-        return [hidden] * 3 + [rows - 3 * hidden] * (len(rule.parts) == 4)
-
-    rules = denoiser_rules(
-        count_blocks(state, "double_blocks."), count_blocks(state, "single_blocks."),
-        count_blocks(state, f"{APPROXIMATOR}layers."),
-    )
-    return from_original(state, rules, rows_of)
+    return from_original(state, rules_of(state), rows_of(state["img_in.weight"].shape[0]))

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +49,8 @@ class CheckpointFiles:
     shapes: dict[str, Tensor]
     config: dict[str, Any]
     model_config: dict[str, Any]
+    part: str = field(default="", kw_only=True)
+    """what is read of them where names may not tell, by its folder in a pipeline (text_encoder_2, say)"""
 
     def tensors(
         self, device: torch.device | str, disable_mmap: bool, keys: Iterable[str], transform: Transform | None = None,

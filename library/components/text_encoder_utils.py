@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,7 +91,7 @@ def inspect_clip_l(path: str | os.PathLike, config: Mapping[str, Any] | None = N
 def inspect_clip(path: Source, slot: ClipSlot, config: Mapping[str, Any] | None = None) -> ClipInfo:
     """Recognise a CLIP text encoder from headers alone; `config` overrides values. CheckpointError when there is
     none."""
-    source = open_checkpoint(path, slot.subfolder)
+    source = replace(open_checkpoint(path, slot.subfolder), part=slot.subfolder)
     names = {key: with_text_model(key) for key in source.shapes}
     roots = ("text_model", "text_projection", *(OPEN_CLIP_ROOTS if slot.has_open_clip else ()))
     prefix = find_prefix(names.values(), slot.prefixes, roots, source.path, slot.title)

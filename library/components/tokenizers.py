@@ -187,7 +187,7 @@ def vocabulary_problem(
 
 def check_ids(ids: Tensor, model: Any, tokenizer: Any, name: str, model_name: str | None = None) -> None:
     """ConfigError when an id has no row in the embedding of a text encoder: it would be an unreadable device error."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().num_embeddings
     if int(ids.max()) >= rows:
         raise ConfigError(
             vocabulary_problem(tokenizer, rows, name, model_name or f"the {name} text encoder")

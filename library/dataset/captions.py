@@ -16,6 +16,7 @@ from library.core.file_limits import stem_of
 from library.core.text_files import read_bytes
 from library.dataset.items import ImageItem, SubsetParams
 
+Replacements = Mapping["str | re.Pattern[str]", "str | Sequence[str]"]
 WILDCARD = re.compile(r"\{([^}]+)\}")
 OPEN_BRACE, CLOSE_BRACE = "\x00", "\x01"  # stand for {{ and }} while alternatives are chosen
 
@@ -32,13 +33,14 @@ def process_caption(
     epoch: int,
     step: int,
     max_train_steps: int,
-    replacements: Mapping[str, str | Sequence[str]] | None = None,
+    replacements: Replacements | None = None,
 ) -> str:
     """The caption as one sample uses it: dropout, line, prefix and suffix, alternatives, tags, separators,
     replacements.
 
     `epoch` counts from 1, `step` is the global step of the sample, `rng` belongs to this sample alone. `replacements`
-    are those of textual inversion: text -> text (or a list to choose from), the key "" replaces the whole caption.
+    are those of textual inversion: text or pattern -> text (or a list to choose from), the key "" replaces the whole
+    caption.
     """
     if is_dropped(params, rng, epoch):
         return ""
@@ -69,12 +71,12 @@ class _FixedChoice(random.Random):
 _FIXED_CHOICE = _FixedChoice()
 
 
-def deterministic_caption(caption: str, params: SubsetParams) -> str:
+def deterministic_caption(caption: str, params: SubsetParams, replacements: Replacements | None = None) -> str:
     """The caption without its random parts: what a text cache stores and validation uses.
 
     First line, first alternative, all tags in their order, no dropout; prefix, suffix and separators as always.
     """
-    return _compose(caption, params, _FIXED_CHOICE, step=0, max_train_steps=0, replacements=None, warm_up=False)
+    return _compose(caption, params, _FIXED_CHOICE, step=0, max_train_steps=0, replacements=replacements, warm_up=False)
 
 
 def random_caption_settings(params: SubsetParams) -> list[str]:
@@ -88,7 +90,7 @@ def _compose(
     rng: random.Random,
     step: int,
     max_train_steps: int,
-    replacements: Mapping[str, str | Sequence[str]] | None,
+    replacements: Replacements | None,
     *,
     warm_up: bool = True,
 ) -> str:
@@ -105,9 +107,17 @@ def _compose(
     )
     if params.secondary_separator:
         caption = _with_joint(caption, params.secondary_separator, "," if params.caption_separator == "," else joint)
+    return replaced(caption, replacements, rng)
+
+
+def replaced(caption: str, replacements: Replacements | None, rng: random.Random) -> str:
+    """The caption with the replacements of textual inversion; see `process_caption`."""
     for old, new in (replacements or {}).items():
         text = new if isinstance(new, str) else rng.choice(list(new))
-        caption = text if old == "" else caption.replace(old, text)
+        if isinstance(old, str):
+            caption = text if old == "" else caption.replace(old, text)
+        else:
+            caption = old.sub(lambda _, text=text: text, caption)
     return caption
 
 

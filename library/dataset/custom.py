@@ -25,6 +25,7 @@ from library.core.errors import ConfigError
 from library.core.keyed_random import key_seed, keyed_random
 from library.core.registry import import_target
 from library.dataset.batch import CONDITIONING_IMAGES, Batch, rows_of
+from library.dataset.captions import Replacements, replaced
 from library.dataset.collate import Sample, collate
 from library.dataset.plan import BatchRequest, StepPlan
 from library.dataset.strategies import StrategySet
@@ -97,6 +98,7 @@ class CustomDatasetGroup(torch.utils.data.Dataset):
         self.tag_frequency = getattr(dataset, "tag_frequency", {})
         self.subsets: list[Any] = []
         self.items: list[Any] = []
+        self.replacements: Replacements | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -106,6 +108,9 @@ class CustomDatasetGroup(torch.utils.data.Dataset):
 
     def set_strategies(self, strategies: StrategySet) -> None:
         self.strategies = strategies
+
+    def set_replacements(self, replacements: Replacements) -> None:
+        self.replacements = replacements
 
     def set_max_train_steps(self, max_train_steps: int) -> None:
         return None
@@ -144,6 +149,9 @@ class CustomDatasetGroup(torch.utils.data.Dataset):
         index = request.items[0] // self.batch_size if request.items else None
         content = self.dataset[index] if index is not None else {}
         samples = [self._sample(content, row, request.items[i]) for i, row in enumerate(rows)]
+        for position, sample in zip(request.positions, samples, strict=True):
+            rng = keyed_random(self.seed, "caption", request.step, position)
+            sample.caption = replaced(sample.caption, self.replacements, rng)
         ready = {
             name: rows_of(content[name], rows)
             for name in ("input_ids_list", "conditioning")

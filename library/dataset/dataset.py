@@ -20,7 +20,13 @@ from library.dataset.architectures import DataArchitecture
 from library.dataset.batch import CONDITIONING_IMAGES, Batch
 from library.dataset.bucket import BucketAssignment, assign_buckets, effective_limits
 from library.dataset.cache_io import file_content_id
-from library.dataset.captions import is_dropped, process_caption, tags_of_folders
+from library.dataset.captions import (
+    Replacements,
+    deterministic_caption,
+    is_dropped,
+    process_caption,
+    tags_of_folders,
+)
 from library.dataset.collate import Sample, collate
 from library.dataset.draws import sample_color, sample_flip, sample_geometry
 from library.dataset.items import DatasetParams, ImageItem, SubsetParams
@@ -63,8 +69,8 @@ class Dataset:
         self.prior_loss_weight = prior_loss_weight
         self.strategies: StrategySet | None = None
         self.max_train_steps = 0
-        self.replacements: Mapping[str, str | Sequence[str]] | None = None
-        """of textual inversion: text -> text, applied to every caption that is tokenized"""
+        self.replacements: Replacements | None = None
+        """of textual inversion, applied to every caption that is tokenized"""
         self.empty_caption: ImageItem | None = None
         """carries the cached outputs of "", for captions that are dropped"""
         self.assignment = self._assign()
@@ -230,7 +236,7 @@ class Dataset:
                 return "", caching.outputs_of(self.empty_caption)
             return cached_caption(item), caching.outputs_of(item)
         if not request.is_training:
-            return cached_caption(item), None
+            return deterministic_caption(item.caption, item.subset, self.replacements), None
         caption = process_caption(
             item.caption, item.subset, rng=rng, epoch=request.epoch, step=request.step,
             max_train_steps=self.max_train_steps,
@@ -332,7 +338,7 @@ class DatasetGroup(torch.utils.data.Dataset):
         for dataset in self.datasets:
             dataset.max_train_steps = max_train_steps
 
-    def set_replacements(self, replacements: Mapping[str, str | Sequence[str]]) -> None:
+    def set_replacements(self, replacements: Replacements) -> None:
         for dataset in self.datasets:
             dataset.replacements = replacements
 

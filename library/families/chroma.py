@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
@@ -56,10 +58,14 @@ FAMILY = FamilyRecord(
             base_version="chroma",
             modelspec="chroma",
             signatures=(
-                Signature(title="a Chroma denoiser", has=(_APPROXIMATOR,), priority=60),
+                Signature(
+                    title="a Chroma denoiser", has=(_APPROXIMATOR,), detail="library.families.chroma:detail",
+                    priority=60
+                ),
                 Signature(
                     title="a Chroma denoiser",
                     has=(_APPROXIMATOR, "transformer_blocks.0.attn.add_k_proj.weight"),
+                    detail="library.families.chroma:detail",
                     layout="diffusers",
                     priority=61,
                 ),
@@ -67,7 +73,15 @@ FAMILY = FamilyRecord(
         ),
     ),
     encoder_files=(EncoderFile(option="t5xxl", title="T5-XXL"),),
+    layouts="library.chroma_utils:LAYOUTS",
     adapters=AdapterFacts(title="FLUX.1 or Chroma", base_versions=("chroma",), modelspec=("chroma",)),
     adapters_of="flux",
     variant_of=("flux", "model_type", "chroma"),
 )
+
+
+def detail(table: Any) -> str:
+    """What the names of a denoiser in either layout say, of a KeyTable."""
+    double = table.count("double_blocks.{}.") or table.count("transformer_blocks.{}.attn.add_k_proj")
+    single = table.count("single_blocks.{}.") or table.count("single_transformer_blocks.{}.")
+    return f"{double} double and {single} single blocks"

@@ -122,6 +122,9 @@ class AdapterFacts:
     priority: int = 0
     pattern: str = ""
     text_widths: tuple[int, ...] = ()
+    shared_parts: tuple[str, ...] = ()
+    """parts of keys that another family has too: they tell it with one of these `widths` as inputs of a layer"""
+    widths: tuple[int, ...] = ()
     aliases: tuple[str, ...] = ()
     """further names that --family takes"""
     base_versions: tuple[str, ...] = ()
@@ -153,6 +156,21 @@ class EncoderFile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OtherScript:
+    """A script of a family that trains something else than an adapter. `options`: those that it has of the options of
+    what is trained, where not every script has them all."""
+
+    name: str
+    """without .py"""
+    options: frozenset[str] = frozenset()
+
+    @property
+    def page(self) -> str:
+        """Documentation with the table of its options."""
+        return f"docs/{self.name}.md"
+
+
+@dataclass(frozen=True, kw_only=True)
 class FamilyRecord:
     """One family. Without `family` nothing trains it: the record says how its files are recognised, cached and
     renamed."""
@@ -163,6 +181,8 @@ class FamilyRecord:
     """what the names of its scripts begin with"""
     page: str = ""
     """documentation of that script, with the table of its options"""
+    scripts: Mapping[str, OtherScript] = field(default_factory=dict)
+    """what else is trained, by the name of the trainable, and in which script"""
     place: int = 100
     """where it stands in lists; families of equal place stand by their names"""
 
@@ -187,6 +207,8 @@ class FamilyRecord:
     """in the order of the conditioning list"""
     text_flags: tuple[str, ...] = ()
     """options stored beside cached text outputs that must be equal to use the file"""
+    embedding_keys: tuple[str, ...] = ()
+    """names of the vectors of each text encoder in files of textual inversions; none where no words can be added"""
     learning_encoders: tuple[int, ...] = ()
     """text encoders that can learn while the outputs of the others are cached"""
     foreign_text: str = ""

@@ -10,6 +10,7 @@ from library.families.record import (
     CacheNames,
     FamilyRecord,
     ModelKind,
+    OtherScript,
     SampleDefaults,
     Signature,
     TextKey,
@@ -23,6 +24,7 @@ FAMILY = FamilyRecord(
     name="sd",
     title="Stable Diffusion 1 and 2",
     page="docs/train_network.md",
+    scripts={"textual_inversion": OtherScript(name="train_textual_inversion")},
     place=20,
     family="library.training.wiring.sd:SdFamily",
     denoisers=("UNet2DConditionModel",),
@@ -42,6 +44,7 @@ FAMILY = FamilyRecord(
     bucket_step=64,
     caches=CacheNames(latents="_sd.npz", legacy_keys=True),
     conditioning=(TextKey("hidden_state", encoders=(0,)),),
+    embedding_keys=("emb_params",),
     samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler"})),
     model_kinds=(
         ModelKind(

@@ -8,6 +8,7 @@ from library.families.record import (
     CacheNames,
     FamilyRecord,
     ModelKind,
+    OtherScript,
     SampleDefaults,
     Signature,
     TextKey,
@@ -19,6 +20,7 @@ FAMILY = FamilyRecord(
     title="SDXL",
     prefix="sdxl_",
     page="docs/sdxl_train_network.md",
+    scripts={"textual_inversion": OtherScript(name="sdxl_train_textual_inversion")},
     place=30,
     family="library.training.wiring.sdxl:SdxlFamily",
     denoisers=("SdxlUNet2DConditionModel",),
@@ -36,6 +38,7 @@ FAMILY = FamilyRecord(
         TextKey("pool2", rank=1, encoders=(1,)),
     ),
     foreign_text="their pooled captions (pool2) may have gone through the transposed text_projection",
+    embedding_keys=("clip_l", "clip_g"),
     samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler"})),
     model_kinds=(
         ModelKind(

@@ -12,19 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints.embeddings import read_inversion
 from library.components.tokenizers import vocabulary_problem
 from library.core.errors import AtelierError, CheckpointError, ConfigError
 from library.dataset.strategies import Conditioning
 from library.dataset.text_cache_io import TextLayout
 from library.generation.prompt_weighting import PER_ROW, apply_weights, joined, parse_weights, rows_needed
-from library.safetensors_utils import load_safetensors
 from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
 
 logger = logging.getLogger(__name__)
-
-OLD_KEYS = ("emb_params", "*")
-"""names of the vectors in files for a single text encoder"""
-
 
 @dataclass
 class WordTokenizer:
@@ -57,13 +53,14 @@ class _Encoded:
 @dataclass
 class PromptEncoder:
     """Text encoders and how captions go through them; `layout` names what comes out. `make_tokenize(length)` gives the
-    family's token strategy for prompts of `length` tokens."""
+    family's token strategy for prompts of `length` tokens; `embedding_keys`: see FamilyRecord."""
 
     make_tokenize: Callable[[int], TokenizeStrategy]
     encoding: TextEncodingStrategy
     layout: TextLayout
     encoders: Sequence[nn.Module]
     tokenizers: Sequence[WordTokenizer]
+    embedding_keys: Sequence[str]
     max_rows: int = 1
     normalize_mode: str = "original"
     _told: set[str] = field(default_factory=set)
@@ -99,7 +96,7 @@ class PromptEncoder:
     def add_inversion(self, path: str) -> None:
         """A textual inversion under the name of its file. CheckpointError when its vectors do not fit the encoders."""
         word = Path(path).stem
-        parts = read_inversion(path, len(self.encoders))
+        parts = read_inversion(path, self.embedding_keys)
         for tokenizer, encoder, vectors in zip(self.tokenizers, self.encoders, parts, strict=True):
             table = encoder.text_model.embeddings.token_embedding
             if vectors.shape[1] != table.weight.shape[1]:
@@ -112,47 +109,6 @@ class PromptEncoder:
             table.num_embeddings = len(table.weight)
             tokenizer.words[word] = list(range(first, first + len(vectors)))
         logger.info("textual inversion '%s': %d vectors", word, len(parts[0]))
-
-
-def read_inversion(path: str, num_encoders: int) -> list[Tensor]:
-    """Vectors [n, D] for each text encoder. Files for SDXL hold clip_l and clip_g, others one tensor.
-    CheckpointError."""
-    tensors = load_safetensors(path, device="cpu") if path.endswith(".safetensors") else _pickled_inversion(path)
-    if num_encoders == 2:
-        if not {"clip_l", "clip_g"} <= tensors.keys():
-            raise CheckpointError(
-                f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}; clip_l and clip_g are needed for SDXL"
-            )
-        found = [tensors["clip_l"], tensors["clip_g"]]
-    elif "clip_g" in tensors:
-        raise CheckpointError(
-            f"{path} is a textual inversion for SDXL (clip_l and clip_g); one for Stable Diffusion 1 or 2 is needed"
-        )
-    else:
-        name = next((key for key in OLD_KEYS if key in tensors), None)
-        if name is None and len(tensors) != 1:
-            raise CheckpointError(
-                f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}; one tensor of vectors is needed (emb_params)"
-            )
-        found = [tensors[name] if name else next(iter(tensors.values()))]
-    return [tensor[None] if tensor.ndim == 1 else tensor for tensor in found]
-
-
-def _pickled_inversion(path: str) -> dict[str, Tensor]:
-    """A .pt file: tensors, or the older form with string_to_param around them."""
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a pickle can fail in any way
-        raise CheckpointError(f"{path} cannot be read as tensors alone: {error}") from error
-    if isinstance(content, dict) and "string_to_param" in content:
-        content = dict(content["string_to_param"])
-    return (
-        {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
-        if isinstance(content, dict)
-        else {}
-    )
 
 
 def tokenizer_problems(load: Callable[[], Any], num_rows: int) -> list[str]:

@@ -12,6 +12,7 @@ from library.components.text_encoder_utils import inspect_clip
 from library.components.tokenizers import load_clip_tokenizer
 from library.components.unet_utils import UNetInfo
 from library.dataset.text_cache_io import TEXT_LAYOUTS
+from library.families.sd import FAMILY
 from library.generation.prompt_encoder import PromptEncoder, WordTokenizer, tokenizer_problems
 from library.generation.requests import SampledRequest
 from library.generation.sampling_utils import Conditioning
@@ -78,7 +79,7 @@ class SdPipeline(UNetPipeline[SampledRequest]):
         return PromptEncoder(
             lambda length: SdTokenizeStrategy(options.v2, length, tokenizer=tokenizer),
             SdTextEncodingStrategy(options.clip_skip),
-            TEXT_LAYOUTS["sd"], [encoder], [tokenizer]
+            TEXT_LAYOUTS["sd"], [encoder], [tokenizer], FAMILY.embedding_keys
         )
 
 

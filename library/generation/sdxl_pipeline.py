@@ -15,6 +15,7 @@ from library.components.unet_utils import UNetInfo
 from library.dataset.strategies import StrategySet
 from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.device_utils import get_preferred_device
+from library.families.sdxl import FAMILY
 from library.generation.adapters import load_with_adapters
 from library.generation.pipeline import PictureMaker
 from library.generation.prompt_encoder import PromptEncoder, WordTokenizer, tokenizer_problems
@@ -88,8 +89,7 @@ class SdxlPipeline(UNetPipeline[SdxlRequest]):
         encoders = load_text_encoders_sdxl(options.ckpt, dtype, device)
         return PromptEncoder(
             lambda length: SdxlTokenizeStrategy(length, tokenizers=(first, second)), SdxlTextEncodingStrategy(),
-            TEXT_LAYOUTS["sdxl"],
-            encoders, [first, second]
+            TEXT_LAYOUTS["sdxl"], encoders, [first, second], FAMILY.embedding_keys
         )
 
 

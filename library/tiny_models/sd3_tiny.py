@@ -66,7 +66,7 @@ def build_tiny_sd3(
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator("cpu").manual_seed(seed)
     params = SD3Params(
-        depth=depth, hidden_size=32, num_heads=2, mlp_ratio=2.0, pos_embed_max_size=24, context_in=T5_WIDTH,
+        depth=depth, hidden_size=32, num_heads=2, pos_embed_max_size=24, context_in=T5_WIDTH,
         adm_in_channels=CLIP_L_WIDTH + CLIP_G_WIDTH, **VARIANTS[variant],
     )  # fmt: skip
     tiny = TinySd3(

@@ -164,8 +164,9 @@ def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainab
     beside = {number for number, learns in enumerate(training) if learns} <= set(family.record.learning_encoders)
     if not config[CachingOptions].caches_text or not training or not all(training) or beside:
         return []
+    otherwise = f"{trainable.keeps_text_still} or " if trainable.keeps_text_still else ""
     return [
-        "text encoders are trained and their outputs cached; add --network_train_unet_only or leave out --cache_text_encoder_outputs"
+        f"text encoders are trained and their outputs cached; {otherwise}leave out --cache_text_encoder_outputs"
     ]
 
 

@@ -48,18 +48,22 @@ PATH_OPTIONS: tuple[str, ...] = (
 """never recorded with the curves, and named in the log when W&B would record the command line"""
 
 
+NEW_WORDS_LEARN = "the text encoders read the vectors that learn in every step, so that their outputs are new each time"
+
 TRAINABLES: Registry[type] = Registry(
     "trainable",
     group="trainables",
     takes=("config",),
-    info={"options": None, "ignored": None},
+    info={"options": None, "ignored": None, "refused": None, "foreign": None, "defaults": None},
     wanted="a subclass of library.training.trainables.base.Trainable whose options are a dataclass",
     is_a=lambda found: (
         isinstance(found, type) and all(hasattr(found, name) for name in ("options", "attach", "param_groups", "save"))
     ),
 )
 """What is learned, by the name that a script gives. `options`: its group, importable without torch; `ignored`: shared
-options without meaning for this kind of training, name -> reason. One from outside says both in its class."""
+options without meaning for this kind of training, name -> reason; `refused`: those without which the result would be
+another; `foreign`: a function of the family's record and the name that tells which options of the group the family's
+script lacks; `defaults`: of shared options, where they differ. One from outside says the first two in its class."""
 TRAINABLES.add(
     "network",
     "library.training.trainables.network:NetworkTrainable",
@@ -71,13 +75,27 @@ TRAINABLES.add(
 )
 
 
-def trainable_options(name: str) -> tuple[type, Mapping[str, str]]:
-    """(the group of options of a trainable, the shared options without meaning for it)."""
+TRAINABLES.add(
+    "textual_inversion",
+    "library.training.trainables.textual_inversion:TextualInversion",
+    options="library.training.new_words:TextualInversionOptions",
+    foreign="library.training.new_words:foreign_options",
+    defaults={"save_model_as": "pt"},
+    refused={
+        "cache_text_encoder_outputs": NEW_WORDS_LEARN,
+        "cache_text_encoder_outputs_to_disk": NEW_WORDS_LEARN,
+        "fused_backward_pass": "a few vectors learn, whose gradients take no memory that it could save",
+    },
+)
+
+
+def trainable_options(name: str) -> tuple[type, Mapping[str, Any]]:
+    """(the group of options of a trainable, what the registry says of it)."""
     entry = TRAINABLES.entry(name)
     if entry.info["options"]:
-        return import_target(entry.info["options"]), entry.info["ignored"] or {}
+        return import_target(entry.info["options"]), entry.info
     found = TRAINABLES.resolve(name)
-    return found.options, found.ignored
+    return found.options, {**entry.info, "ignored": found.ignored}
 
 
 @dataclass(frozen=True)
@@ -114,18 +132,20 @@ def chosen_variant(family: str, argv: Sequence[str] | None) -> str:
 
 def script(family: str, trainable: str) -> Script:
     """The options of the script that trains `trainable` of `family`."""
-    family_class = import_target(record_of(family).family)
-    options, ignored = trainable_options(trainable)
+    record = record_of(family)
+    family_class = import_target(record.family)
+    options, said = trainable_options(trainable)
+    foreign = import_target(said["foreign"])(record, trainable) if said["foreign"] else {}
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
     return Script(
         family,
         trainable,
         classes=(*first, family_class.options, options, *packages, *rest),
-        refused=family_class.refused,
-        defaults=family_class.defaults,
-        ignored={**family_class.ignored, **ignored},
-        foreign=family_class.foreign,
+        refused={**family_class.refused, **(said["refused"] or {})},
+        defaults={**family_class.defaults, **(said["defaults"] or {})},
+        ignored={**family_class.ignored, **(said["ignored"] or {})},
+        foreign={**family_class.foreign, **foreign},
         read_values=family_class.read_values,
         neutral=family_class.neutral,
         stands_for=family_class.stands_for,

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from library.dataset.batch import Batch
+    from library.dataset.captions import Replacements
     from library.dataset.items import ImageItem
     from library.dataset.plan import BatchRequest, StepPlan
     from library.dataset.strategies import StrategySet
@@ -92,6 +93,9 @@ class BatchSource(Protocol):
     def set_strategies(self, strategies: StrategySet) -> None: ...
 
     def set_max_train_steps(self, max_train_steps: int) -> None: ...
+
+    def set_replacements(self, replacements: Replacements) -> None:
+        """What takes the place of words of captions, or of whole ones (textual inversion)."""
 
     def metadata(self) -> list[dict[str, Plain]]:
         """A record of each dataset."""

@@ -23,6 +23,7 @@ from library.core.text_files import parse_json, parse_toml
 from library.core.text_files import read_text as read_text_file
 from library.families.record import SampleDefaults
 from library.families.registry import by_family
+from library.training.new_words import words_of
 
 logger = logging.getLogger(__name__)
 
@@ -414,9 +415,14 @@ def sample_file_name(
 def replace_token(prompt: SamplePrompt, token: str, count: int) -> SamplePrompt:
     """`token` of a textual inversion with `count` vectors becomes `token token1 token2 ...`, in the negative prompt
     too."""
-    words = " ".join([token, *(f"{token}{i}" for i in range(1, count))])
-    negative = prompt.negative_prompt
+    words, negative = " ".join(words_of(token, count)), prompt.negative_prompt
+    pattern = whole_word(token)
     return dataclasses.replace(
-        prompt, prompt=prompt.prompt.replace(token, words),
-        negative_prompt=None if negative is None else negative.replace(token, words)
+        prompt, prompt=pattern.sub(lambda _: words, prompt.prompt),
+        negative_prompt=None if negative is None else pattern.sub(lambda _: words, negative)
     )
+
+
+def whole_word(word: str) -> re.Pattern[str]:
+    """Finds a word where it is no part of a longer one."""
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")

@@ -122,6 +122,7 @@ class Trainer:
         strategies.mark_text_models(self.trainable.transform_identity(self.family))
         data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)
+        self.trainable.prepare_data(data)
         for group in data.groups:
             strategies.latents_caching.check_pictures(group.items)
         if self.config[DatasetOptions].debug_dataset:
@@ -192,7 +193,7 @@ class Trainer:
         for prompt in load_prompts(path, self.family.prompt_options(), left_out):
             try:
                 self.family.sample_defaults(prompt)
-                prompts.append(prompt)
+                prompts.append(self.trainable.sample_prompt(prompt))
             except ConfigError as error:
                 left_out += error.problems
         for problem in left_out:
@@ -238,7 +239,9 @@ class Trainer:
         """Encode captions and sample prompts; afterwards only encoders that the step needs are in memory."""
 
         def load() -> list[torch.nn.Module | None]:
-            return [e if e is None else self._frozen(e) for e in self.family.load_text_encoders(runtime)]
+            encoders = [e if e is None else self._frozen(e) for e in self.family.load_text_encoders(runtime)]
+            self.trainable.prepare_text_encoders(self.family, encoders, runtime)
+            return encoders
 
         def encode(encoders: list[torch.nn.Module | None]) -> Texts:
             return encode_sample_prompts(self.family, strategies, encoders, prompts)

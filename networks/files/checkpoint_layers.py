@@ -20,6 +20,9 @@ PARAMETERS = {"weight": "weight", "bias": "bias", "scale": "weight"}
 """name in the model -> name that adapters have for it; some norms call their weight scale"""
 
 
+DENOISER_FOLDERS = ("unet", "transformer")
+
+
 @dataclass(frozen=True)
 class Piece:
     """Rows `start` to `stop` of the tensor `key`; the pieces of a layer stand below one another."""
@@ -58,6 +61,17 @@ def checkpoint_layers(
                     LayerParameter(layer_name(part, module), module, PARAMETERS[parameter], _pieces(rows, keys))
                 )
     return found
+
+
+def prefixes_of_part(targets: NetworkTargets, part: str) -> Collection[str] | None:
+    """For `checkpoint_layers`: the prefix of what a file is said to hold, by its folder in a pipeline or by the name that
+    options have for it (text_encoder_2, clip_g). Files of two CLIPs have the same names. None: all are looked for."""
+    if not part:
+        return None
+    if part in DENOISER_FOLDERS:
+        return (targets.prefix,)
+    meant = [e.prefix for e in targets.text_encoders if e.diffusers_name == part or f".{part}." in e.comfy_name]
+    return meant if meant or part.startswith("text_encoder") else None
 
 
 def _stand_in(number: int, shape: tuple[int, ...]) -> torch.Tensor:

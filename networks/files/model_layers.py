@@ -4,7 +4,7 @@ these."""
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,14 @@ from library.checkpoints.recognition import recognise
 from library.core.errors import CheckpointError
 from library.families.registry import FAMILIES, adapter_family_of, records
 from library.safetensors_utils import MemoryEfficientSafeOpen, is_pickled, load_pickled_tensors, read_header
-from networks.files.checkpoint_layers import LayerParameter, checkpoint_layers
+from networks.files.checkpoint_layers import (
+    DENOISER_FOLDERS,
+    LayerParameter,
+    checkpoint_layers,
+    prefixes_of_part,
+)
 from networks.kinds.targets import NetworkTargets
 
-DENOISER_FOLDERS = ("unet", "transformer")
 Name = tuple[str, str]
 """(name of a layer as adapters have it, weight or bias)"""
 
@@ -67,7 +71,7 @@ class ModelLayers:
         self._readers: dict[str, _Reader] = {}
         for source in sources:
             shapes = {key: tuple(tensor.shape) for key, tensor in source.files.shapes.items()}
-            for layer in checkpoint_layers(targets, shapes, _prefixes(targets, source.part)):
+            for layer in checkpoint_layers(targets, shapes, prefixes_of_part(targets, source.part)):
                 self._layers[layer.lora_name, layer.parameter] = (layer, source.files)
 
     def __enter__(self) -> ModelLayers:
@@ -105,14 +109,6 @@ class ModelLayers:
                 f"{self.label}: {layer.pieces[0].key} has values that are not finite (NaN or infinite)"
             )
         return tensor
-
-
-def _prefixes(targets: NetworkTargets, part: str) -> Collection[str] | None:
-    if not part:
-        return None
-    if part in DENOISER_FOLDERS:
-        return (targets.prefix,)
-    return [encoder.prefix for encoder in targets.text_encoders if encoder.diffusers_name == part]
 
 
 class _Reader:

@@ -29,6 +29,18 @@ def prefixed(prefix, shapes):
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
+MARKS = {"scaled_fp8": (2,), "encoder.block.0.layer.0.SelfAttention.q.scale_weight": (1,)}
+CHROMA = {"distilled_guidance_layer.in_proj.weight": (8, 8)}
+
+
+def bundle(denoiser):
+    """Model, autoencoder and text encoders in one file of scaled 8-bit numbers, as ComfyUI writes it."""
+    marks = {"scaled_fp8": (2,), **{f"{name.removesuffix('.weight')}.scale_weight": () for name in denoiser}}
+    encoders = prefixed("text_encoders.clip_l.transformer.", {CLIP: (49408, 768)})
+    encoders |= prefixed("text_encoders.t5xxl.transformer.", T5 | MARKS)
+    return prefixed("vae.", VAE) | encoders | prefixed("model.diffusion_model.", denoiser | marks)
+
+
 KINDS = [
     ("sdxl", SDXL, "SDXL checkpoint"),
     ("sdxl", prefixed("model.diffusion_model.", SDXL) | {"conditioner.embedders.1.model.logit_scale": ()}, "one file"),
@@ -43,12 +55,12 @@ KINDS = [
     ("sd2", SD1 | {CROSS: (8, 1024)}, "Stable Diffusion 2"),
     ("sd3", {"joint_blocks.0.x_block.attn.qkv.weight": (8, 8)}, "SD3 medium"),
     (
-        "sd3",
+        "sd35_large",
         {"joint_blocks.0.x_block.attn.qkv.weight": (8, 8), "joint_blocks.0.x_block.attn.ln_q.weight": (8,)},
         "SD3.5 large",
     ),
     (
-        "sd3",
+        "sd35_medium",
         {
             "joint_blocks.0.x_block.attn.qkv.weight": (8, 8),
             "joint_blocks.0.x_block.attn.ln_q.weight": (8,),
@@ -56,7 +68,23 @@ KINDS = [
         },
         "SD3.5 medium",
     ),
-    ("chroma", FLUX | {"distilled_guidance_layer.in_proj.weight": (8, 8)}, "Chroma"),
+    ("chroma", FLUX | CHROMA, "Chroma denoiser (2 double and 1 single blocks)"),
+    (
+        "chroma",
+        CHROMA
+        | {
+            "transformer_blocks.0.attn.add_k_proj.weight": (8, 8),
+            "single_transformer_blocks.1.proj_mlp.weight": (8, 8),
+        },
+        "Chroma denoiser (1 double and 2 single blocks, diffusers names)",
+    ),
+    (
+        "chroma",
+        bundle(FLUX | CHROMA),
+        "Chroma denoiser (2 double and 1 single blocks, with its VAE or text encoders in one file)",
+    ),
+    ("flux", bundle(FLUX), "2 double and 1 single blocks, with its VAE or text encoders in one file"),
+    ("t5", T5 | MARKS, "T5 text encoder"),
     ("flux", FLUX, "schnell type, 2 double and 1 single blocks"),
     ("flux", FLUX | {"guidance_in.in_layer.weight": (8, 8)}, "dev type"),
     ("flux", prefixed("model.diffusion_model.", FLUX | {"img_in.weight": (8, 384)}), "fill model"),
@@ -120,6 +148,12 @@ KINDS = [
     ("adapter", {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 8)}, "FLUX.1 or Chroma"),
     ("adapter", {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (4, 8)}, "FLUX.1 or Chroma"),
     ("adapter", {"lora_unet_double_blocks_0_img_mlp_fc1.lora_down.weight": (4, 8)}, "HunyuanImage"),
+    ("adapter", {"lora_unet_single_blocks_0_modulation_linear.lora_down.weight": (4, 8)}, "HunyuanImage"),
+    ("adapter", {"diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight": (4, 8)}, "HunyuanImage"),
+    ("adapter", {"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": (4, 8)}, "FLUX.1 or Chroma"),
+    ("adapter", {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 3584)}, "HunyuanImage"),
+    ("adapter", {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (4, 3584)}, "HunyuanImage"),
+    ("adapter", {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (4, 3072)}, "FLUX.1 or Chroma"),
     ("adapter", {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 8)}, "SDXL"),
     ("adapter", {"unet.down_blocks.1.attentions.1.transformer_blocks.1.attn1.to_q.lora_A.weight": (4, 8)}, "SDXL"),
     (

@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from library.checkpoints.lumina_convert import to_diffusers
 from library.core.errors import ConfigError
 from library.generation import lumina_inference
 from library.generation.lumina_options import LuminaRequest
 from library.generation.lumina_pipeline import LuminaPipeline
-from library.lumina_utils import load_lumina
+from library.generation.sampling_utils import start_noise
+from library.lumina_utils import LAYOUTS, load_lumina
 from library.safetensors_utils import save_file_atomic
 from library.tiny_models.lumina_tiny import TinyLumina, build_tiny_lumina
 
@@ -184,3 +186,29 @@ def test_several_pictures_at_once_are_those_made_alone(tiny: TinyLumina) -> None
     for number, one in enumerate(requests):
         own = [{name: tensor[number : number + 1] for name, tensor in part.items()} for part in given]
         torch.testing.assert_close(together[number : number + 1], pipeline.latents(one, *own), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_steps_are_those_of_the_pipeline_of_diffusers(tiny: TinyLumina) -> None:
+    """Sign of the velocity, the model's time, the shifted schedule and guidance, of captions of different lengths."""
+    diffusers = pytest.importorskip("diffusers")
+    model = load_lumina(tiny.lumina, torch.float32, "cpu", config={"qk_norm_eps": 1e-5})
+    theirs = diffusers.Lumina2Transformer2DModel.from_config(LAYOUTS.config(model.params))
+    theirs.load_state_dict(to_diffusers(model.state_dict()))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
+    other = diffusers.Lumina2Pipeline(theirs.eval(), scheduler, None, None, None)
+    other.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(1)
+    given = [
+        {"hidden_state": torch.randn(1, 6, 24, generator=generator), "attention_mask": torch.tensor([mask])}
+        for mask in ([1] * 6, [1] * 2 + [0] * 4)
+    ]
+    settings = {"width": 64, "height": 32, "steps": 5, "cfg_scale": 3.0, "cfg_trunc_ratio": 1.0, "renorm_cfg": 0.0}
+    mine = LuminaPipeline(model, None).latents(LuminaRequest(prompt="", seed=4, flow_shift=6.0, **settings), *given)
+    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    values = [part[name] for part in given for name in ("hidden_state", "attention_mask")]
+    latents = other(
+        width=64, height=32, num_inference_steps=5, guidance_scale=3.0, latents=start_noise(4, 16, 4, 8),
+        cfg_normalization=False, output_type="latent", **dict(zip(names, values, strict=True)),
+    ).images  # fmt: skip
+    torch.testing.assert_close(mine, latents, rtol=1e-4, atol=1e-4)

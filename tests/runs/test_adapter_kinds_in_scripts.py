@@ -11,7 +11,9 @@ import torch
 
 from library.core.registry import import_target
 from networks.kinds.targets import targets_of_family
-from tests.library import test_anima_inference, test_flux_inference, test_sdxl_inference, test_unet_inference
+from tests.library import (
+    test_anima_inference, test_flux_inference, test_lumina_inference, test_sdxl_inference, test_unet_inference,
+)  # fmt: skip
 from tests.networks.adapter_table import ADAPTERS, kind_of_adapter
 from tests.pairwise import denoiser
 from tests.runs.test_start_files import OTHER, SAME, Start, start
@@ -45,10 +47,10 @@ def write(path: Path, family: str, model: Path, name: str) -> str:
 
 
 def model_file(made: Start) -> Path:
-    return getattr(made.tiny, made.family if made.family in ("flux", "anima") else "model")
+    return getattr(made.tiny, made.family if made.family in ("flux", "anima", "lumina") else "model")
 
 
-@pytest.fixture(scope="module", params=["flux", "anima", "sd1", "sdxl"])
+@pytest.fixture(scope="module", params=["flux", "anima", "lumina", "sd1", "sdxl"])
 def made(request, tmp_path_factory) -> Start:
     return start(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -58,6 +60,7 @@ NETWORK = ("--network_module", "networks.lora", "--network_weights", "{file}", "
 WAYS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "flux": {"flux": (LORA, MERGED)},
     "anima": {"anima": (("--lora_weight", "{file}", "--lora_multiplier", "0.6"), MERGED)},
+    "lumina": {"lumina": (LORA, MERGED)},
     "sd": {"gen_img": (NETWORK, "--network_merge")},
     "sdxl": {"gen_img": (NETWORK, "--network_merge"), "sdxl": (LORA, MERGED)},
 }
@@ -71,6 +74,8 @@ def paint(script: str, made: Start, folder: Path, *more: str) -> bytes:
         return test_flux_inference.picture(tiny, folder, *more)
     if script == "anima":
         return test_anima_inference.picture(tiny, folder, *more)
+    if script == "lumina":
+        return test_lumina_inference.picture(tiny, folder, *more)
     if script == "sdxl":
         return test_sdxl_inference.picture(tiny, folder, *more)
     (path,) = test_unet_inference.made(tiny, folder, "--prompt=a cat --d 5", *more)

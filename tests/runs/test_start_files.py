@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from library.core.errors import ConfigError
 from library.safetensors_utils import save_file_atomic
+from library.tiny_models.lumina_tiny import build_tiny_lumina
 from library.training import cli
 from networks.files.lora_conversion import to_diffusers, to_dotted
 from tests.families import CASES
@@ -31,6 +32,7 @@ SAME, OTHER = 2e-5, 1e-3
 FAMILIES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "flux": ("flux", build_tiny_flux),
     "anima": ("anima", build_tiny_anima),
+    "lumina": ("lumina", lambda folder: build_tiny_lumina(folder, whole=True)),
     "sd1": ("sd", lambda folder: build_tiny_sd(folder, "sd1", num_res_blocks=2)),
     "sdxl": ("sdxl", lambda folder: build_tiny_sd(folder, "sdxl", num_res_blocks=2)),
 }

@@ -1,6 +1,7 @@
 """Models between one file and a diffusers folder: diffusers loads what is written and gives our output; the way back is
 exact."""
 
+import dataclasses
 import json
 
 import pytest
@@ -220,6 +221,43 @@ def test_a_denoiser_to_a_folder_and_back(whole, tmp_path):
     assert read_header(tiny.lumina)[1] == read_header(back)[1]
 
 
+@pytest.mark.parametrize("start", ["folder", "shard"])
+def test_chroma_to_a_folder_and_back(start, tmp_path, capsys):
+    from diffusers import ChromaTransformer2DModel
+
+    from library.chroma_utils import load_chroma, save_chroma
+    from library.chroma_models import Chroma, ChromaParams
+    from library.flux_utils import prepare_img_ids
+
+    params = ChromaParams(
+        in_channels=16, context_in_dim=24, hidden_size=64, num_heads=2, depth=1, depth_single_blocks=2,
+        axes_dim=(4, 14, 14), approximator_in_dim=32, approximator_hidden_size=24, approximator_depth=2,
+    )
+    torch.manual_seed(0)
+    original, folder, back = tmp_path / "chroma.safetensors", tmp_path / "folder", tmp_path / "back.safetensors"
+    save_chroma(Chroma(params), original, None, {"modelspec.title": "mine"})
+    assert convert_model.main([str(original), str(folder), "--to", "diffusers"]) == 0
+    theirs = ChromaTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+    img, txt, ids = torch.randn(1, 6, 16), torch.randn(1, 3, 24), prepare_img_ids(1, 2, 3)
+    given = {"timestep": torch.tensor([0.3]), "img_ids": ids[0], "txt_ids": torch.zeros(3, 3), "return_dict": False}
+    with torch.no_grad():
+        other = theirs(hidden_states=img, encoder_hidden_states=txt, **given)[0]
+        mine = load_chroma(original, *HOW)(img, ids, txt, torch.zeros(1, 3, 3), given["timestep"], torch.ones(1, 3))
+    torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    source = folder
+    if start == "shard":
+        theirs.save_pretrained(folder / "transformer", max_shard_size="20KB")
+        (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
+        source = min((folder / "transformer").glob("*-of-*.safetensors"))
+    assert convert_model.main([str(source), str(back), "--to", "single"]) == 0
+    before, after = load_file(original), load_file(back)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert read_header(original)[1] == read_header(back)[1]
+    save_chroma(Chroma(dataclasses.replace(params, mlp_ratio=2.0)), original)
+    assert convert_model.main([str(original), str(tmp_path / "no"), "--to", "diffusers"]) == 2
+    assert "mlp_ratio is 2" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
 def test_a_denoiser_folder_without_rest(tmp_path, capsys):
     """In shards, without what an original file has beside: the norm that nothing uses is made up."""
     from library.tiny_models.lumina_tiny import build_tiny_lumina
@@ -262,3 +300,36 @@ def test_a_denoiser_in_scaled_8_bit_numbers_is_multiplied_out(tmp_path):
     joined = torch.cat([written[f"layers.0.attn.to_{part}.weight"] for part in "qkv"])
     assert joined.dtype == torch.bfloat16 and not any("scale" in key for key in written)
     torch.testing.assert_close(joined.float(), weight, rtol=0.1, atol=scale.item())
+
+
+def test_a_denoiser_of_another_family_to_a_folder_and_back(tmp_path):
+    """HunyuanImage 2.1, distilled: diffusers loads the folder and gives our output."""
+    from diffusers import HunyuanImageTransformer2DModel
+
+    from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
+    from library.hunyuan_image_utils import load_hunyuan_image, save_hunyuan_image
+    from tests.tiny import random_state
+
+    params = HYImageParams(
+        in_channels=8, hidden_size=72, num_heads=3, depth=1, depth_single=2, refiner_depth=1,
+        text_dim=20, byt5_dim=12, rope_dim_list=(12, 12), guidance_embed=True, mean_flow=True,
+    )  # fmt: skip
+    model = HYImageDiffusionTransformer(params)
+    model.load_state_dict(random_state(model, torch.Generator().manual_seed(2)))
+    source, folder, back = tmp_path / "x.safetensors", tmp_path / "folder", tmp_path / "back.safetensors"
+    save_hunyuan_image(model, source, torch.float32, {"title": "t"})
+    assert convert_model.main([str(source), str(folder), "--to", "diffusers"]) == 0
+    other = HunyuanImageTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+    generator = torch.Generator().manual_seed(0)
+    x, text, glyphs = (torch.randn(2, *size, generator=generator) for size in ((8, 3, 4), (5, 20), (3, 12)))
+    times, ones = torch.tensor([300.0, 800.0]), torch.ones(2, 5, dtype=torch.long)
+    given = {"timestep_r": times - 100, "guidance": torch.tensor([3500.0, 1000.0])}
+    with torch.no_grad():
+        mine = load_hunyuan_image(folder, *HOW)(x, times, text, ones, glyphs, ones[:, :3], **given)
+        theirs = other(x, times, text, ones, encoder_hidden_states_2=glyphs, encoder_attention_mask_2=ones[:, :3],
+                       return_dict=False, **given)[0]  # fmt: skip
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert convert_model.main([str(folder), str(back), "--to", "single"]) == 0
+    before, after = load_file(source), load_file(back)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert read_header(source)[1] == read_header(back)[1]

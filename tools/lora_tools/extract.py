@@ -217,7 +217,7 @@ def sources(models: ExtractModelOptions, side: str) -> list[Source]:
     for name in ENCODERS:
         file = getattr(models, f"{name}_{side}")
         if file:
-            found.append(Source(open_checkpoint(file)))
+            found.append(Source(open_checkpoint(file), name))
     return found
 
 

@@ -317,17 +317,17 @@ def read_adapters(config: Config) -> tuple[NetworkTargets, list[Adapter]]:
 # -- into a model ------------------------------------------------------------------------------------------------------
 
 
-def model_files(files: ModelFileOptions, save_to: str | None) -> Iterator[tuple[str, str]]:
-    """(model file, where its merged form goes)."""
+def model_files(files: ModelFileOptions, save_to: str | None) -> Iterator[tuple[str, str, str]]:
+    """(model file, where its merged form goes, which text encoder it is)."""
     if files.model:
-        yield files.model, save_to
+        yield files.model, save_to, ""
     for name in ENCODERS:
         if getattr(files, name):
-            yield getattr(files, name), getattr(files, f"{name}_save_to")
+            yield getattr(files, name), getattr(files, f"{name}_save_to"), name
 
 
 def merge_into_models(
-    config: Config, targets: NetworkTargets, adapters: list[Adapter], pairs: list[tuple[str, str]]
+    config: Config, targets: NetworkTargets, adapters: list[Adapter], given: list[tuple[str, str, str]]
 ) -> None:
     """Every file read and written a few tensors at a time. CheckpointError when adapters do not fit; nothing is written
     then."""
@@ -335,11 +335,11 @@ def merge_into_models(
     from library.lora_utils import CheckpointMerge
 
     plans = []
-    for source, target in pairs:
+    for source, target, part in given:
         files = open_checkpoint(source)
         _refuse_scaled(files)
         shapes = {key: tuple(tensor.shape) for key, tensor in files.shapes.items()}
-        plans.append((files, target, CheckpointMerge(targets, shapes, adapters)))
+        plans.append((files, target, CheckpointMerge(targets, shapes, adapters, part=part)))
     _check_fit([plan for _, _, plan in plans], config[MergeOptions].allow_partial)
     for files, target, plan in plans:
         logger.info("%s: %d layers change", files.path, len(plan.matched))

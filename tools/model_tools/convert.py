@@ -103,7 +103,7 @@ def check(config: Config, source: str, target: str) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """`name`: sd1, sd2, sdxl, flux, or the title of a family with `layouts`, whose denoiser alone is rewritten."""
+    """`name`: sd1, sd2, sdxl, sd3, flux, or the title of a family with `layouts`, whose denoiser alone is rewritten."""
 
     name: str
     layouts: DenoiserLayouts | None = None
@@ -116,11 +116,13 @@ def kind_of_model(source: str) -> Kind:
     from library.checkpoints.recognition import recognise
     from library.components.unet_utils import inspect_unet
     from library.core.registry import import_target
-    from library.families.registry import records
+    from library.families.registry import record_of, records
 
     has_transformer = os.path.isdir(source) and (Path(source) / "transformer").is_dir()
     files = open_checkpoint(source, "transformer" if has_transformer else "unet")
     found = recognise({key: tuple(tensor.shape) for key, tensor in files.shapes.items()})
+    if found is not None and found.kind in record_of("sd3").kinds:
+        return Kind("sd3")
     for record in records().values():
         if found is not None and record.layouts and found.kind in record.kinds:
             return Kind(record.title, import_target(record.layouts))
@@ -139,11 +141,13 @@ def _dtype(config: Config):
 
 
 def _to_single(config: Config, kind: Kind, source: str, target: str) -> None:
-    from tools.model_tools import denoiser_folder, flux_single, ldm_folder
+    from tools.model_tools import denoiser_folder, flux_single, ldm_folder, sd3_folder
 
     dtype = _dtype(config)
     if kind.layouts is not None:
         plan = denoiser_folder.single_plan(source, kind.layouts, dtype)
+    elif kind.name == "sd3":
+        plan = sd3_folder.single_plan(source, dtype)
     elif kind.name == "flux":
         plan = flux_single.plan(source, dtype)
     else:
@@ -155,7 +159,7 @@ def _to_single(config: Config, kind: Kind, source: str, target: str) -> None:
 
 
 def _to_folder(config: Config, kind: Kind, source: str, target: str) -> None:
-    from tools.model_tools import denoiser_folder, ldm_folder
+    from tools.model_tools import denoiser_folder, ldm_folder, sd3_folder
 
     options, dtype = config[ModelOptions], _dtype(config)
     if kind.name == "flux":
@@ -165,8 +169,12 @@ def _to_folder(config: Config, kind: Kind, source: str, target: str) -> None:
         )
     if os.path.isdir(source):
         raise CheckpointError(f"{source} is a folder; --to diffusers takes one file in the original layout")
-    if kind.layouts is not None:
-        plan = denoiser_folder.folder_plan(source, kind.layouts, dtype)
+    if kind.layouts is not None or kind.name == "sd3":
+        plan = (
+            denoiser_folder.folder_plan(source, kind.layouts, dtype)
+            if kind.layouts is not None
+            else sd3_folder.folder_plan(source, dtype, options.tokenizer, options.tokenizer_cache_dir)
+        )
         if not config[OutputOptions].dry_run:
             plan.write(target, options.variant)
             logger.info("wrote %s", target)

@@ -74,15 +74,15 @@ def single_plan(source: str, layouts: DenoiserLayouts, dtype: torch.dtype | None
         raise CheckpointError(
             f"{source} lacks {len(lacking)} tensors, the first is {lacking[0]}; are all its parts there?"
         )
-    infos = _infos(to_original(metas, rules))
+    infos = infos_of(to_original(metas, rules))
     kept, metadata = _read_rest(info.source.files[0])
     for name, like in layouts.unused.items():
         if name not in kept and name not in infos:
             kept[name] = torch.ones(infos[like][1], dtype=infos[like][0])
-    infos |= _infos({name: _as(tensor, dtype) for name, tensor in kept.items()})
+    infos |= infos_of({name: _as(tensor, dtype) for name, tensor in kept.items()})
 
     def items() -> Iterator[tuple[str, Tensor]]:
-        yield from _joined(_stream(info), rules)
+        yield from joined(_stream(info), rules)
         yield from kept.items()
 
     return SinglePlan(infos, items, metadata)
@@ -108,7 +108,7 @@ def folder_plan(source: str, layouts: DenoiserLayouts, dtype: torch.dtype | None
                 yield from ((part, piece.contiguous()) for part, piece in parts.items())
 
     return FolderPlan(
-        _infos(from_original(placed, rules.values(), rows_of)),
+        infos_of(from_original(placed, rules.values(), rows_of)),
         items,
         {} if is_pickled(info.source.files[0]) else read_header(info.source.files[0])[1],
         layouts.config(info.params),
@@ -128,7 +128,7 @@ def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to("meta").to(dtype) if dtype and tensor.is_floating_point() else tensor.to("meta")
 
 
-def _infos(metas: Mapping[str, Tensor]) -> Infos:
+def infos_of(metas: Mapping[str, Tensor]) -> Infos:
     return {name: (meta.dtype, tuple(meta.shape)) for name, meta in metas.items()}
 
 
@@ -139,7 +139,7 @@ def _stream(info: Any, names: Iterable[str] | None = None) -> Iterator[tuple[str
         yield key[len(info.prefix) :], tensor
 
 
-def _joined(items: Iterable[tuple[str, Tensor]], rules: Iterable[Rule]) -> Iterator[tuple[str, Tensor]]:
+def joined(items: Iterable[tuple[str, Tensor]], rules: Iterable[Rule]) -> Iterator[tuple[str, Tensor]]:
     """Under original names; a tensor waits until those have come that it is joined with."""
     rule_of = {part: rule for rule in rules for part in rule.parts}
     waiting: dict[str, dict[str, Tensor]] = {}

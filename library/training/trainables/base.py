@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from library.dataset.batch import Batch
     from library.dataset.strategies import Conditioning, StrategySet
     from library.training.accelerator_setup import Runtime
+    from library.training.data_phase import DataGroups
     from library.training.hooks.base import Hook
     from library.training.objective import NoisyLatents
-    from library.training.protocols import ParamGroup, Plain
+    from library.training.protocols import ParamGroup, Plain, TextEncoders
     from library.training.run import Models
+    from library.training.sampling_prompts import SamplePrompt
     from library.training.wiring.base import ModelFamily
 
 
@@ -36,6 +38,8 @@ class Trainable(ABC):
     TRAINABLES"""
     script: ClassVar[str] = "train_network"
     """name of its scripts without .py and without what a family puts before it"""
+    keeps_text_still: ClassVar[str] = ""
+    """what to do to keep text encoders from learning, for messages: "add --network_train_unet_only", say"""
     spec_kind: ClassVar[str] = ""
     """what modelspec.architecture ends in: lora, textual-inversion, controlnet; "" for a full model"""
 
@@ -67,6 +71,16 @@ class Trainable(ABC):
 
     def prepare_tokenizers(self, family: ModelFamily, strategies: StrategySet) -> None:
         """Before captions are encoded and text encoders loaded: new tokens join the tokenizers here."""
+
+    def prepare_data(self, data: DataGroups) -> None:
+        """Images are in their buckets, and nothing is encoded yet: what captions say besides is set here."""
+
+    def sample_prompt(self, prompt: SamplePrompt) -> SamplePrompt:
+        """A sample prompt as it is encoded."""
+        return prompt
+
+    def prepare_text_encoders(self, family: ModelFamily, encoders: TextEncoders, runtime: Runtime) -> None:
+        """Text encoders are loaded and frozen, and have encoded nothing yet: new tokens join them here."""
 
     def denoiser_dtype(self, runtime: Runtime) -> torch.dtype:
         """In what the denoiser's weights are held: that of frozen ones, unless they are what is learned."""

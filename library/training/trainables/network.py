@@ -69,6 +69,7 @@ class NetworkTrainable(Trainable):
     name = "network"
     options = NetworkOptions
     spec_kind = "lora"
+    keeps_text_still = "add --network_train_unet_only"
     opts: NetworkOptions
 
     def __init__(self, config: Config) -> None:

@@ -81,6 +81,12 @@ class ChromaFamily(FluxFamily):
     def _sizes(self) -> list[tuple[str, str, int, int]]:
         return self._sizes_beside_clip()
 
+    def _notices(self) -> list[str]:
+        told = (
+            "Chroma gets a guidance of 0, as it was trained (known trainers give it --guidance_scale, 3.5 by default)"
+        )
+        return [*super()._notices(), told]
+
     def idle(self) -> list[Ignored]:
         return []
 

@@ -18,7 +18,8 @@ from library.training.parser_common import parse, parse_command, script
 from tests.option_sets import SCRIPTS, frozen_path, option_set, reason, status
 
 ROOT = Path(__file__).resolve().parents[3]
-WHAT = {f"{family}_{trainable}": script(family, trainable) for family, trainable in SCRIPTS}
+NAMES = {f"{family}_{trainable}": (family, trainable) for family, trainable in SCRIPTS}
+WHAT = {which: script(*names) for which, names in NAMES.items()}
 OWN_OPTIONS = {
     "flux_network": {"clip_l_tokenizer", "t5xxl_tokenizer"},
     "chroma_network": {"clip_l_tokenizer", "t5xxl_tokenizer"},
@@ -28,12 +29,15 @@ OWN_OPTIONS = {
     "hunyuan_image_network": {"text_encoder_tokenizer"},
     "lumina_network": {"gemma2_tokenizer"},
     "sd3_network": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer"},
+    "sd_textual_inversion": {"clip_tokenizer"},
+    "sdxl_textual_inversion": {"clip_tokenizer"},
 }
 OWN_OF_ALL = {
     "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_image_resolution", "skip_bad_images",
     "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
-    "drop_untrained", "plugins", "loss_weight", "hook",
+    "plugins", "loss_weight", "hook",
 }
+OWN_OF_NETWORKS = {"drop_untrained"}
 """options that only this project has; extend the sets together with the documentation"""
 OTHER_DEFAULTS = {
     "flux_network": {"model_prediction_type": "raw"},
@@ -50,7 +54,7 @@ def family_of_script(family: str) -> str:
 
 def known(which: str) -> list[list]:
     """[name, type, nargs, default, choices] of every option that the known script of this name has."""
-    family, trainable = which.rsplit("_", 1)
+    family, trainable = NAMES[which]
     path = Path(__file__).parent / f"{family_of_script(family)}_{trainable}_options.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -66,7 +70,7 @@ def each(*wanted: str) -> list:
 @pytest.mark.parametrize("which", WHAT)
 def test_the_options_are_the_frozen_ones(which: str) -> None:
     """A change that is meant: `python -m tests.option_sets`, and look at the difference."""
-    frozen = json.loads(frozen_path(*which.rsplit("_", 1)).read_text(encoding="utf-8"))
+    frozen = json.loads(frozen_path(*NAMES[which]).read_text(encoding="utf-8"))
     found = option_set(WHAT[which])
     assert found.keys() == frozen.keys()
     for name, entry in frozen.items():
@@ -79,7 +83,8 @@ def test_the_set_of_options_is_the_known_one_and_our_own(which: str) -> None:
     names, of_script = {entry[0] for entry in known(which)}, set(WHAT[which].owners)
     assert names - of_script == set()
     elsewhere = {entry[0] for other in WHAT for entry in known(other)}
-    assert of_script - names - elsewhere == OWN_OPTIONS[which] | OWN_OF_ALL
+    of_networks = OWN_OF_NETWORKS if NAMES[which][1] == "network" else set()
+    assert of_script - names - elsewhere == OWN_OPTIONS[which] | OWN_OF_ALL | of_networks
     assert {name for name in of_script - names & elsewhere if status(WHAT[which], name) == "equivalent"} <= names
 
 

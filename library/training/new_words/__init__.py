@@ -1,0 +1,55 @@
+"""Textual inversion: vectors of words that text encoders did not know are what is learned. Its options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.core.errors import Problems
+from library.core.options import option
+from library.families.record import FamilyRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextualInversionOptions:
+    """New word (textual inversion)"""
+
+    token_string: str | None = option(
+        None, help="the new word, as it stands in captions and prompts; one that no tokenizer has as a single token"
+    )
+    num_vectors_per_token: int = option(1, help="vectors that stand for the word, each like one token", most=1000)
+    init_word: str | None = option(
+        None, help="known word, or several, whose vectors the new ones start from; random ones when not given"
+    )
+    weights: str | None = option(None, help="embedding file to start from: .safetensors, .pt or .bin")
+    use_object_template: bool = option(
+        False, help="replace every caption by one of 27 sentences about a thing, drawn at random; without captions"
+    )
+    use_style_template: bool = option(
+        False, help="replace every caption by one of 19 sentences about a style, drawn at random; without captions"
+    )
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        if self.token_string is not None and len(self.token_string.split()) != 1:
+            problems.add(f"--token_string is '{self.token_string}'; needed: one word without blanks")
+        if self.num_vectors_per_token < 1:
+            problems.add(f"--num_vectors_per_token is {self.num_vectors_per_token}; needed: at least 1")
+        if self.use_object_template and self.use_style_template:
+            problems.add("--use_object_template and --use_style_template are set; give one of the two templates")
+        problems.raise_if_any()
+
+    @property
+    def words(self) -> list[str]:
+        """The words of the vectors: `zyx zyx1 zyx2`."""
+        return words_of(self.token_string or "", self.num_vectors_per_token)
+
+
+def foreign_options(record: FamilyRecord, trainable: str) -> dict[str, str]:
+    """Shared options that the known scripts do not have: name -> reason."""
+    names = ("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate")
+    return dict.fromkeys(names, "a caption without the new word teaches nothing about it")
+
+
+def words_of(token: str, count: int) -> list[str]:
+    """Each vector of a word has a word of its own: the word itself, then with the numbers from 1."""
+    return [token, *(f"{token}{number}" for number in range(1, count))]

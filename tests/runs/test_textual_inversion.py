@@ -1,0 +1,150 @@
+"""Textual inversion through its command line, on every family that has it: what learns, the file, resuming, what goes
+with it, what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.core.registry import import_target
+from library.families.registry import FAMILIES, record_of
+from library.safetensors_utils import load_safetensors, save_file_atomic
+from library.tiny_models import build_tiny
+from library.training import cli, parser_common
+from library.training.loop import fit
+from library.training.run import Run
+from library.training.trainables.textual_inversion import TextualInversion
+from library.training.trainer_base import Trainer
+from tests.families import CASES
+from tests.runs.conftest import Stopped, Work, draw_pictures, fingerprint, read_parts, sample_pictures, stop_after
+
+FAMILIES_WITH_IT = [name for name, case in CASES.items() if FAMILIES[case.family].embedding_keys]
+WORDS = ["--token_string=zyx", "--num_vectors_per_token=2", "--init_word=cat", "--save_model_as=safetensors"]
+
+
+class WordWork(Work):
+    """The short run of a family, with a word in its captions."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return FAMILIES[self.case.family].embedding_keys
+
+    def argv(self, out: str, *more: str, dataset: Path | None = None) -> list[str]:
+        words = super().argv(out, *WORDS, dataset=dataset)
+        return [*(word for word in words if not word.startswith(("--network_module", "--network_dim"))), *more]
+
+    def train(self, out: str, *more: str, dataset: Path | None = None) -> Path:
+        cli.run(self.case.family, "textual_inversion", self.argv(out, *more, dataset=dataset))
+        return self.folder / out / "lora.safetensors"
+
+    def prepare(self, out: str, *more: str) -> Run:
+        config = parser_common.parse_command(self.argv(out, *more), self.case.family, "textual_inversion").config
+        family = import_target(record_of(self.case.family).family)
+        trainer = Trainer(config, family(config), TextualInversion(config))
+        run = trainer.prepare()
+        trainer.release()
+        return run
+
+
+@pytest.fixture(scope="module", params=FAMILIES_WITH_IT)
+def tiny_set(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    return request.param, build_tiny(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def work(tiny_set, tmp_path: Path) -> WordWork:
+    name, tiny = tiny_set
+    images = draw_pictures(tmp_path / "images", 4)
+    for path in images.glob("*.txt"):
+        path.write_text(f"a zyx, {path.stem}", encoding="utf-8")
+    return WordWork(tmp_path, tiny, images, case=CASES[name])
+
+
+def frozen_weights(run: Run) -> dict[str, torch.Tensor]:
+    parts = {"denoiser": run.models.denoiser, **{f"text {i}": e for i, e in enumerate(run.models.text_encoders) if e}}
+    return {f"{part}.{name}": p.detach().clone() for part, module in parts.items() for name, p in module.named_parameters()}
+
+
+def test_the_new_rows_learn_and_nothing_else(work: WordWork) -> None:
+    """The loss of a batch with its own noise falls; all other weights stay to the bit; the file gives the same loss."""
+    run = work.prepare("out", "--max_train_steps=6", "--learning_rate=0.1", "--save_precision=float")
+    batch = next(run.data.batches(1))
+
+    def loss(run: Run, untouched: bool = False) -> float:
+        with torch.no_grad(), run.weights_for_eval():
+            if not untouched:
+                return run.step(batch).loss_sum.item()
+            with run.trainable.disabled():
+                return run.step(batch).loss_sum.item()
+
+    frozen, start = frozen_weights(run), loss(run)
+    assert {key: len(rows) for key, rows in run.trainable.rows.items()} == dict.fromkeys(work.keys, 2)
+    fit(run)
+    end = loss(run)
+    assert end < start and loss(run, untouched=True) == start
+    now = frozen_weights(run)
+    assert now.keys() == frozen.keys() and all(torch.equal(now[name], frozen[name]) for name in now)
+    file = work.folder / "out" / "lora.safetensors"
+    written = load_safetensors(str(file))
+    assert written.keys() == set(work.keys)
+    for key, embedding in zip(work.keys, run.trainable._embeddings, strict=True):
+        assert written[key].shape == (2, embedding.table.embedding_dim)
+        assert not torch.equal(written[key][0], written[key][1])
+    metadata = read_parts(file)[0]
+    assert metadata["modelspec.architecture"].endswith("/textual-inversion") and metadata["ss_token_string"] == "zyx"
+    assert loss(work.prepare("next", f"--weights={file}")) == end
+
+
+def test_the_same_command_writes_the_same_bytes_also_when_resumed(work: WordWork) -> None:
+    """With validation, samples, averages and checkpointed activations around the steps of one of them."""
+    prompts = work.folder / "prompts.txt"
+    prompts.write_text("a zyx --w 64 --h 64 --s 1 --d 1 --l 2 --n no zyx\n", encoding="utf-8")
+    around = [
+        f"--sample_prompts={prompts}", "--sample_every_n_steps=2", "--ema", "--ema_decay=0.5",
+        "--lr_scheduler=cosine", "--max_train_steps=4", "--use_style_template",
+    ]
+    data = work.dataset(dataset_keys="validation_split = 0.25")
+    first = work.train("first", *around, dataset=data)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            work.train("parts", *around, "--save_every_n_steps=2", "--save_state", dataset=data)
+    resumed = work.train("parts", *around, "--resume=latest", dataset=data)
+    assert fingerprint(first) == fingerprint(resumed)
+    assert fingerprint(first.with_name("lora-ema.safetensors")) == fingerprint(resumed.with_name("lora-ema.safetensors"))
+    assert len(sample_pictures(work.folder / "first")) == 2
+    assert read_parts(work.train("captions", "--max_train_steps=1", dataset=data))[1] != read_parts(first)[1]
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--token_string=cat"], "has 'cat' as a token"),
+    (["--token_string="], "--token_string is not given"),
+    (["--init_word= "], "the initial word gives no token"),
+    (["--weights={other}"], "--num_vectors_per_token is 2"),
+    (["--cache_text_encoder_outputs"], "its outputs are new|their outputs are new"),
+    (["--caption_dropout_rate=0.1"], "teaches nothing about it"),
+    (["--network_dim=4"], "--network_dim"),
+    (["--learning_rate=0"], "there is nothing to train"),
+])  # fmt: skip
+def test_what_cannot_be(
+    work: WordWork, words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """One message, before a model is loaded."""
+    other = work.folder / "other.safetensors"
+    save_file_atomic({key: torch.zeros(3, 4) for key in work.keys}, other)
+    family = import_target(record_of(work.case.family).family)
+    for name in ("load_vae", "load_text_encoders", "load_denoiser"):
+        monkeypatch.setattr(family, name, lambda *_: pytest.fail("a model is loaded"))
+    with pytest.raises(SystemExit):
+        cli.main(work.case.family, "textual_inversion", work.argv("out", *(word.format(other=other) for word in words)))
+    message = capsys.readouterr().err
+    assert re.search(told, message) and message.count("error: ") == 1 and "Traceback" not in message
+
+
+def test_a_family_without_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main("anima", "textual_inversion", ["--token_string=zyx", f"--output_dir={tmp_path}"])
+    assert "anima has no textual inversion" in capsys.readouterr().err
