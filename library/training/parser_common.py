@@ -55,7 +55,7 @@ TRAINABLES: Registry[type] = Registry(
     group="trainables",
     takes=("config",),
     info={"options": None, "ignored": None, "refused": None, "foreign": None, "defaults": None},
-    wanted="a subclass of library.training.trainables.base.Trainable",
+    wanted="a subclass of library.training.trainables.base.Trainable whose options are a dataclass",
     is_a=lambda found: (
         isinstance(found, type) and all(hasattr(found, name) for name in ("options", "attach", "param_groups", "save"))
     ),
@@ -74,6 +74,20 @@ TRAINABLES.add(
     },
 )
 
+_EIGHT_BITS = "trained weights are not held in 8 bits, in which nothing can be learned; --full_bf16 halves them"
+for _name, _class in (("full", "FullTrainable"), ("dreambooth", "DreamBooth")):
+    TRAINABLES.add(
+        _name,
+        f"library.training.trainables.full:{_class}",
+        options="library.training.whole_models:WholeModelOptions",
+        foreign="library.training.whole_models:foreign_options",
+        defaults={"save_model_as": None},
+        refused={
+            "fp8_base": _EIGHT_BITS,
+            "fp8_base_unet": _EIGHT_BITS,
+            "no_token_padding": "captions are padded to their length in tokens, as the text encoder was trained",
+        },
+    )
 
 TRAINABLES.add(
     "textual_inversion",
