@@ -275,6 +275,11 @@ def test_a_denoiser_folder_without_rest(tmp_path, capsys):
     places = {key: names[number % 3] for number, key in enumerate(state)}
     for name in names:
         save_file({key: state[key] for key, place in places.items() if place == name}, weights.with_name(name))
+    part, like = tmp_path / "part" / "transformer", "noise_refiner.0.ffn_norm1.weight"
+    shutil.copytree(weights.parent, part, ignore=lambda *_: names)
+    save_file({key: tensor for key, tensor in state.items() if key != like}, part / weights.name)
+    assert convert_model.main([str(part.parent), str(back), "--to", "single"]) == 2 and not back.exists()
+    assert f"lacks {like}" in capsys.readouterr().err
     index = weights.with_name("diffusion_pytorch_model.safetensors.index.json")
     index.write_text(json.dumps({"weight_map": places}))
     weights.unlink()
