@@ -3,6 +3,7 @@ exact."""
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -90,7 +91,6 @@ def test_the_way_back_is_the_same_file(case, tmp_path):
 
 def test_a_folder_without_rest_is_completed_and_comes_back(case, tmp_path):
     """Position ids and logit scale are made; tensors of the parts are those of the folder."""
-    import shutil
 
     kind, tiny, folder = case
     shutil.copytree(folder, tmp_path / "f")
