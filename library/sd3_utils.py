@@ -389,8 +389,8 @@ def save_whole_sd3(
     for part, source in beside.items():
         tensors, own = _part_of_file(part, source)
         state |= {FILE_PREFIXES[part] + key: tensor for key, tensor in tensors.items()}
-        config |= {part: own} if own else {}
-    told = {"model_config": json.dumps(config, sort_keys=True)} if config else {}
+        config[part] = own  # also where it is empty, so that what the denoiser says is not taken for the part's
+    told = {"model_config": json.dumps(config, sort_keys=True)} if any(config.values()) else {}
     cast = {key: tensor.contiguous() for key, tensor in cast_all(state, dtype).items()}
     save_file_atomic(cast, path, {**(metadata or {}), **told})
 

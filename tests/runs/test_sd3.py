@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.core.errors import ConfigError
-from library.sd3_utils import load_sd3
+from library.sd3_utils import ENCODER_SLOTS, inspect_encoder, load_sd3
 from library.tiny_models.sd3_tiny import TinySd3, build_tiny_sd3
 from library.training import cache_tools
 from library.training.wiring.sd3 import Sd3Family
@@ -113,6 +113,9 @@ def test_the_base_is_written_whole_with_what_is_asked_for(work: Work, tiny: Tiny
     assert written.keys() == wanted.keys() - {spiece}
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in written.items())
     assert load_sd3(tmp_path / "whole.safetensors", None, "cpu").params == tiny.params
+    for slot in ENCODER_SLOTS:
+        sizes = [inspect_encoder(slot, path) for path in (tmp_path / "whole.safetensors", getattr(tiny, slot))]
+        assert sizes[0] == sizes[1]
     plain = work.trainer("plain").prepare()
     plain.family.save_model(plain.models, str(tmp_path / "plain.safetensors"), None, {})
     assert load_file(tmp_path / "plain.safetensors").keys() == load_file(tiny.model).keys()
