@@ -11,6 +11,7 @@ from library.families.record import (
     EncoderFile,
     FamilyRecord,
     ModelKind,
+    OtherScript,
     SampleDefaults,
     Signature,
     TextKey,
@@ -22,6 +23,17 @@ FAMILY = FamilyRecord(
     title="FLUX.1",
     prefix="flux_",
     page="docs/flux_train_network.md",
+    scripts={
+        "full": OtherScript(
+            name="flux_train",
+            options=frozenset(
+                {
+                    "fused_optimizer_groups", "blockwise_fused_optimizers", "mem_eff_save",
+                    "skip_latents_validity_check", "double_blocks_to_swap", "single_blocks_to_swap",
+                }
+            ),
+        ),
+    },
     place=10,
     family="library.training.wiring.flux:FluxFamily",
     denoisers=("Flux",),

@@ -12,6 +12,7 @@ from library.families.record import FamilyRecord
 
 TEXT_RATES = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2")
 """learning rates of text encoders: of the only one, or of each"""
+_SWAP = "an old option that no script reads any more; blocks that learn are not swapped"
 OF_ADAPTERS = {"skip_until_initial_step": "a run that resumes goes on at its step and reads no image before it"}
 """shared options that only scripts of adapters have"""
 OF_EVERY_SCRIPT = ("layer_lrs",)
@@ -45,6 +46,21 @@ class WholeModelOptions:
     )
     fused_optimizer_groups: int | None = option(
         None, help="1 or more: the same as --fused_backward_pass, which updates each tensor as soon as its gradient is there"
+    )
+    blockwise_fused_optimizers: bool = option(False, help="the same as --fused_backward_pass")
+    mem_eff_save: bool = equivalent_option(
+        False, help="write files with little memory",
+        reason="--mem_eff_save: files are always written without a second copy in memory",
+    )
+    skip_latents_validity_check: bool = equivalent_option(
+        False, help="old name of --skip_cache_check",
+        reason="--skip_latents_validity_check: an old name; --skip_cache_check takes cached latents as they are",
+    )
+    double_blocks_to_swap: int | None = equivalent_option(
+        None, help="number of double blocks that wait in main memory", reason=f"--double_blocks_to_swap: {_SWAP}"
+    )
+    single_blocks_to_swap: int | None = equivalent_option(
+        None, help="number of single blocks that wait in main memory", reason=f"--single_blocks_to_swap: {_SWAP}"
     )
     diffusers_xformers: bool = equivalent_option(
         False, help="attention of xformers in the text encoder",
