@@ -61,9 +61,10 @@ TRAINABLES: Registry[type] = Registry(
     ),
 )
 """What is learned, by the name that a script gives. `options`: its group, importable without torch; `ignored`: shared
-options without meaning for this kind of training, name -> reason, or a function as `foreign` is; `refused`: those without which the result would be
-another; `foreign`: a function of the family's record and the name that tells which options of the group the family's
-script lacks; `defaults`: of shared options, where they differ. One from outside says the first two in its class."""
+options without meaning for this kind of training, name -> reason, or a function as `foreign` is; `refused`: those
+without which the result would be another; `foreign`: a function of the family's record and the name that tells which
+options of the group the family's script lacks; `defaults`: of shared options, where they differ. One from outside says
+the first two in its class."""
 TRAINABLES.add(
     "network",
     "library.training.trainables.network:NetworkTrainable",
