@@ -48,6 +48,7 @@ from library.components.text_encoder_utils import (
     t5_state,
 )
 from library.core.errors import CheckpointError
+from library.families.sd3 import FAMILY
 from library.fp8_optimization_utils import store_linears_in_fp8
 from library.safetensors_utils import cast_all, save_file_atomic
 from library.sd3_models import MMDiT, SD3Params, get_2d_sincos_pos_embed
@@ -314,7 +315,7 @@ def file_problems(
     `given`: what the options of the parts (clip_l, clip_g, t5xxl, vae, or some of them) name."""
     from library.checkpoints.kinds import check_slot
 
-    wrong = check_slot(base, slot, {"sd3"}, for_pictures=for_pictures)
+    wrong = check_slot(base, slot, set(FAMILY.kinds), for_pictures=for_pictures)
     found = [problem for part, path in given.items() if path and (problem := _slot_problem(part, path, for_pictures))]
     if wrong is None:
         own = parts_in(base)

@@ -18,6 +18,39 @@ from library.families.record import (
     TinyModel,
 )
 
+_QKV, _PATCHES = "joint_blocks.0.x_block.attn.qkv.weight", "pos_embed.proj.weight"
+
+
+def _kind(name: str, version: str, priority: int, own: tuple[str, ...] = ()) -> ModelKind:
+    """One release. `own`: a tensor of the first block in either layout by which a later release is known."""
+    original, other = own or ("", "")
+    return ModelKind(
+        name=name,
+        wanted="an SD3 or SD3.5 model",
+        subfolder="transformer",
+        base_version=version,
+        modelspec=f"stable-diffusion-3-{version}",
+        signatures=(
+            Signature(
+                title="a Stable Diffusion 3 checkpoint",
+                has=(_QKV, *([f"joint_blocks.0.x_block.{original}"] if own else [])),
+                detail="library.families.sd3:detail",
+                priority=priority,
+            ),
+            Signature(
+                title="a Stable Diffusion 3 denoiser",
+                has=(
+                    "transformer_blocks.0.attn.add_k_proj.weight",
+                    _PATCHES,
+                    *([f"transformer_blocks.0.{other}"] if own else []),
+                ),
+                layout="diffusers",
+                priority=priority,
+            ),
+        ),
+    )
+
+
 FAMILY = FamilyRecord(
     name="sd3",
     title="Stable Diffusion 3",
@@ -52,26 +85,11 @@ FAMILY = FamilyRecord(
     learning_encoders=(0, 1),
     embedding_keys=("clip_l", "clip_g", "t5xxl"),
     samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}),
+    wanted_denoiser="an SD3 or SD3.5 model (sd3.5_medium.safetensors, or a diffusers folder)",
     model_kinds=(
-        ModelKind(
-            name="sd3",
-            wanted="an SD3 or SD3.5 model (sd3.5_medium.safetensors, or a diffusers folder)",
-            subfolder="transformer",
-            base_version="5-medium",
-            modelspec="stable-diffusion-3-5-medium",
-            signatures=(
-                Signature(
-                    title="a Stable Diffusion 3 checkpoint",
-                    has=("joint_blocks.0.x_block.attn.qkv.weight",),
-                    detail="library.families.sd3:detail",
-                ),
-                Signature(
-                    title="a Stable Diffusion 3 denoiser",
-                    has=("transformer_blocks.0.attn.add_k_proj.weight", "pos_embed.proj.weight"),
-                    layout="diffusers",
-                ),
-            ),
-        ),
+        _kind("sd3", "medium", 0),
+        _kind("sd35_large", "5-large", 1, ("attn.ln_q.weight", "attn.norm_q.weight")),
+        _kind("sd35_medium", "5-medium", 2, ("attn2.qkv.weight", "attn2.to_q.weight")),
     ),
     encoder_files=(
         EncoderFile(option="clip_l", title="CLIP-L"), EncoderFile(option="clip_g", title="CLIP-G"),

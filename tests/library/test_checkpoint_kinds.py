@@ -55,12 +55,12 @@ KINDS = [
     ("sd2", SD1 | {CROSS: (8, 1024)}, "Stable Diffusion 2"),
     ("sd3", {"joint_blocks.0.x_block.attn.qkv.weight": (8, 8)}, "SD3 medium"),
     (
-        "sd3",
+        "sd35_large",
         {"joint_blocks.0.x_block.attn.qkv.weight": (8, 8), "joint_blocks.0.x_block.attn.ln_q.weight": (8,)},
         "SD3.5 large",
     ),
     (
-        "sd3",
+        "sd35_medium",
         {
             "joint_blocks.0.x_block.attn.qkv.weight": (8, 8),
             "joint_blocks.0.x_block.attn.ln_q.weight": (8,),

@@ -99,7 +99,7 @@ class Sd3Family(FlowFamily):
 
     record = FAMILY
     timestep_modes = ("whole",)
-    denoiser_kinds = ("sd3",)
+    denoiser_kinds = FAMILY.kinds
     options = Sd3Options
     defaults = {"timestep_sampling": "whole", "discrete_flow_shift": 1.0}
     stands_for = {"training_shift": {"discrete_flow_shift": float}}
