@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.checkpoints import hunyuan_image_convert
+from library.checkpoints.layout_rules import DenoiserLayouts, to_original
 from library.checkpoints.loading import (
     CheckpointFiles,
     Transform,
@@ -57,7 +59,7 @@ DENOISER_PREFIXES = (
 )
 DENOISER_ROOTS = (
     "byt5_in", "img_in", "txt_in", "time_in", "time_r_in", "guidance_in", "double_blocks", "single_blocks",
-    "final_layer", "vision_in",
+    "final_layer", "vision_in", *hunyuan_image_convert.ROOTS,
 )  # fmt: skip
 
 
@@ -67,8 +69,15 @@ class HYImageInfo:
 
     source: CheckpointFiles
     prefix: str
+    is_diffusers: bool
     params: HYImageParams
     dtypes: frozenset[torch.dtype]
+
+    @property
+    def keys(self) -> list[str]:
+        """Those of the denoiser, as the file has them."""
+        named = [key for key in self.source.shapes if key.startswith(self.prefix)]
+        return [key for key in named if key[len(self.prefix) :].split(".")[0] in DENOISER_ROOTS]
 
 
 def inspect_hunyuan_image(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> HYImageInfo:
@@ -79,22 +88,25 @@ def inspect_hunyuan_image(path: str | os.PathLike, config: Mapping[str, Any] | N
     """
     source = open_checkpoint(path, "transformer")
     prefix = find_prefix(source.shapes, DENOISER_PREFIXES, DENOISER_ROOTS, source.path, "denoiser")
-    shapes = strip_prefix(source.shapes, prefix)
-    if "context_embedder_2.linear_1.weight" in shapes:
-        raise CheckpointError(
-            f"{source.path} is a HunyuanImage 2.1 denoiser in the layout of diffusers, from which nothing converts;"
-            " use the original file (hunyuanimage2.1_bf16.safetensors)"
-        )
+    stripped = strip_prefix(source.shapes, prefix)
+    is_diffusers = hunyuan_image_convert.is_diffusers_denoiser(stripped)
+    shapes = hunyuan_image_convert.to_original(stripped) if is_diffusers else stripped
     if "byt5_in.fc1.weight" not in shapes or "double_blocks.0.img_attn_qkv.weight" not in shapes:
         some = ", ".join(list(shapes)[:3]) or "no tensors"
         raise CheckpointError(
             f"{source.path} holds no HunyuanImage 2.1 denoiser"
             f" (byt5_in.* and double_blocks.*.img_attn_qkv are not there; it begins with {some})"
         )
-    given = {**source.model_config, **(config or {})}
+    given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
     params = build_params(HYImageParams, _infer(shapes, given, source.path), given, source.path)
     dtypes = frozenset(tensor.dtype for key, tensor in shapes.items() if key.endswith(".weight"))
-    return HYImageInfo(source, prefix, params, dtypes)
+    return HYImageInfo(source, prefix, is_diffusers, params, dtypes)
+
+
+def _diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json of diffusers says that shapes do not."""
+    names = {"rope_axes_dim": "rope_dim_list", "rope_theta": "rope_theta"}
+    return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
 
 
 def _infer(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -138,7 +150,7 @@ def load_hunyuan_image(
     fp8_scaled: bool = False,
     transform: Transform | None = None,
 ) -> HYImageDiffusionTransformer:
-    """Load a denoiser; its sizes come from the file.
+    """Load a denoiser in either layout; its sizes come from the file.
 
     `fp8_scaled` keeps the large matrices of the blocks in 8 bits, each row with a scale of its own; `dtype`
     float8_e4m3fn the weights of all linear layers, without scales, and the rest in bfloat16; None keeps the file's own
@@ -150,28 +162,28 @@ def load_hunyuan_image(
         "loading HunyuanImage 2.1%s from %s (%d double and %d single blocks)",
         " (distilled)" if params.guidance_embed or params.mean_flow else "", path, params.depth, params.depth_single,
     )  # fmt: skip
-    keys = [
-        key
-        for key in info.source.shapes
-        if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in DENOISER_ROOTS
-    ]
-    store = info.source.storing(torch.bfloat16 if fp8_scaled and dtype == FP8_STORAGE else dtype, keys)
+    store = info.source.storing(torch.bfloat16 if fp8_scaled and dtype == FP8_STORAGE else dtype, info.keys)
+    rules = list(hunyuan_image_convert.denoiser_rules(strip_prefix(info.source.shapes, info.prefix)))
+    rule_of = {part: rule for rule in rules for part in rule.parts} if info.is_diffusers else {}
     scales: dict[str, Tensor] = {}
 
     def cast(key: str, tensor: Tensor) -> Tensor:
         name = key[len(info.prefix) :]
-        if fp8_scaled and takes_scale(name.removesuffix(".weight")) and name.endswith(".weight"):
-            weight, scales[name.removesuffix(".weight")] = scaled_fp8(tensor)
+        ours = rule_of[name].original if name in rule_of else name
+        if fp8_scaled and takes_scale(ours.removesuffix(".weight")) and ours.endswith(".weight"):
+            weight, scales[name] = scaled_fp8(tensor)
             return weight
         return store(key, tensor)
 
-    state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, cast), info.prefix)
+    state = strip_prefix(info.source.tensors(device, disable_mmap, info.keys, transform, cast), info.prefix)
+    if info.is_diffusers:
+        state, scales = to_original(state, rules), to_original(scales, rules)
     model = build_on_meta(lambda: HYImageDiffusionTransformer(params))
     check_state(model, state, os.fspath(path))
     assign_state(model, state)
     store_linears_in_fp8(model)
     for name, scale in scales.items():
-        use_scales(model.get_submodule(name), scale)
+        use_scales(model.get_submodule(name.removesuffix(".weight")), scale)
     return model
 
 
@@ -201,7 +213,9 @@ def takes_scale(path: str) -> bool:
 
 def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The denoiser's entries of a checkpoint's state under the names of the module tree."""
-    return part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS)
+    part = part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS)
+    is_diffusers = hunyuan_image_convert.is_diffusers_denoiser(part)
+    return hunyuan_image_convert.to_original(part) if is_diffusers else part
 
 
 def fitting_problems(
@@ -248,12 +262,32 @@ def model_config_metadata(model: HYImageDiffusionTransformer) -> dict[str, str]:
     return {} if params == model.params else {"model_config": json.dumps(asdict(model.params), sort_keys=True)}
 
 
+def _config_of_diffusers(params: HYImageParams) -> dict[str, Any]:
+    """config.json of diffusers' HunyuanImageTransformer2DModel."""
+    return {
+        "_class_name": "HunyuanImageTransformer2DModel",
+        "in_channels": params.in_channels, "out_channels": params.in_channels, "patch_size": [1, 1],
+        "num_attention_heads": params.num_heads, "attention_head_dim": params.hidden_size // params.num_heads,
+        "num_layers": params.depth, "num_single_layers": params.depth_single,
+        "num_refiner_layers": params.refiner_depth, "mlp_ratio": params.mlp_ratio, "qk_norm": "rms_norm",
+        "guidance_embeds": params.guidance_embed, "use_meanflow": params.mean_flow,
+        "text_embed_dim": params.text_dim, "text_embed_2_dim": params.byt5_dim,
+        "rope_theta": params.rope_theta, "rope_axes_dim": list(params.rope_dim_list),
+    }  # fmt: skip
+
+
+LAYOUTS = DenoiserLayouts(
+    inspect_hunyuan_image, hunyuan_image_convert.denoiser_rules, _config_of_diffusers,
+    rows_of=lambda params: hunyuan_image_convert.rows_of(params.hidden_size),
+)  # fmt: skip
+
+
 def inspect_vae(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:
     """Recognise the 32x autoencoder from headers alone; `config` overrides by the names of AutoEncoderParams.
     CheckpointError when it is another one."""
     if "encoder.down_blocks.0.conv1.weight" in open_checkpoint(path, "vae").shapes:
         raise CheckpointError(
-            f"{path} is a HunyuanImage 2.1 autoencoder in the layout of diffusers, from which nothing converts;"
+            f"{path} is a HunyuanImage 2.1 autoencoder in the layout of diffusers, from which nothing converts it;"
             f" use the original file ({VAE_WANTED.usual_name})"
         )
     info = inspect_autoencoder(path, config, wanted=VAE_WANTED)

@@ -57,6 +57,7 @@ TARGETS = NetworkTargets(
     family="hunyuan_image",
     file_state="library.hunyuan_image_utils:denoiser_state",
     classes=("MMDoubleStreamBlock", "MMSingleStreamBlock"),
+    attention_paths=r"double_blocks\.\d+\.(img|txt)_attn_(qkv|proj)",
     splits=(
         SplitRule(r"double_blocks\.\d+\.(img|txt)_attn_qkv", qkv_rows),
         SplitRule(r"single_blocks\.\d+\.linear1", linear1_rows),

@@ -205,6 +205,7 @@ def rotation_targets(targets: NetworkTargets) -> NetworkTargets:
         classes=targets.attention_classes or targets.classes,
         conv_classes=(),
         optional_classes={**targets.optional_classes, **added},
+        narrowed=(targets.attention_paths, "enable_all_linear") if targets.attention_paths else None,
         choice=None,
         text_encoders=tuple(replace(encoder, classes=(), switch=None) for encoder in targets.text_encoders),
     )

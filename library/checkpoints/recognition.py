@@ -13,9 +13,11 @@ from functools import cached_property
 from library.checkpoints.adapter_tensors import holds_adapter
 from library.checkpoints.part_kinds import PART_KINDS
 from library.core.registry import import_target
-from library.families.record import FamilyRecord, ModelKind, Signature
+from library.families.record import AdapterFacts, FamilyRecord, ModelKind, Signature
 from library.families.registry import records
 
+_INPUTS = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "hada_w1_b")
+"""tensors of an adapter's layer that have its inputs as columns"""
 PREFIXES: tuple[str, ...] = (
     "",
     "model.diffusion_model.",
@@ -118,8 +120,20 @@ def adapter_record(table: KeyTable) -> FamilyRecord | None:
         pattern = record.adapters.pattern
         if pattern and any(re.search(pattern, key) for key in table.shapes):
             return record
+    for record in known:
+        if _has_width(table, record.adapters):
+            return record
     known.sort(key=lambda record: -record.adapters.priority)
     return next((record for record in known if any(table.contains(part) for part in record.adapters.parts)), None)
+
+
+def _has_width(table: KeyTable, facts: AdapterFacts) -> bool:
+    """Whether a layer whose name several families have has the inputs of this one."""
+    return bool(facts.widths) and any(
+        len(shape) == 2 and shape[1] in facts.widths and any(part in key for part in facts.shared_parts)
+        for key, shape in table.shapes.items()
+        if key.endswith(_INPUTS)
+    )
 
 
 def told_by_metadata(metadata: Mapping[str, str]) -> FamilyRecord | None:

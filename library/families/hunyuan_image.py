@@ -16,6 +16,10 @@ from library.families.record import (
     TinyModel,
 )
 
+_OWN = ("modulation_linear", "modulation.linear", ".img_attn_", ".txt_attn_")
+_OWN_OF_SIDES = ("mlp_fc", "mlp.fc", "mod_linear", "mod.linear", "attn_q_norm", "attn_k_norm")
+"""parts of names of layers that no other family calls so"""
+
 FAMILY = FamilyRecord(
     name="hunyuan_image",
     title="HunyuanImage 2.1",
@@ -93,17 +97,14 @@ FAMILY = FamilyRecord(
             ),
         ),
     ),
+    layouts="library.hunyuan_image_utils:LAYOUTS",
     adapters=AdapterFacts(
         title="HunyuanImage or HunyuanVideo",
-        parts=(
-            *(f"{side}_{part}" for side in ("img", "txt") for part in ("mlp_fc", "mlp.fc", "mod_linear", "mod.linear")),
-            "modulation_linear",
-            "modulation.linear",
-            ".img_attn_",
-            ".txt_attn_",
-        ),
+        parts=(*_OWN, *(f"{side}_{part}" for side in ("img", "txt") for part in _OWN_OF_SIDES)),
+        # the others are called as in FLUX.1, with underscores or in the names of diffusers
+        shared_parts=("double_blocks", "single_blocks", "transformer_blocks"),
+        widths=(3584,),
         priority=60,
-        # of the layers that are left, those with underscores are called as in FLUX.1
         base_versions=("hunyuan-image", "hunyuan_image"),
         modelspec=("hunyuan-image", "hunyuan_image"),
     ),

@@ -122,6 +122,9 @@ class AdapterFacts:
     priority: int = 0
     pattern: str = ""
     text_widths: tuple[int, ...] = ()
+    shared_parts: tuple[str, ...] = ()
+    """parts of keys that another family has too: they tell it with one of these `widths` as inputs of a layer"""
+    widths: tuple[int, ...] = ()
     aliases: tuple[str, ...] = ()
     """further names that --family takes"""
     base_versions: tuple[str, ...] = ()

@@ -89,6 +89,8 @@ def all_layers(
     if settings.get("train_norm"):
         targets = replace(targets, leaf_classes=(*targets.leaf_classes, *NORM_CLASSES))
     layers = denoiser_layers(denoiser, targets, classes)
+    if targets.narrowed and not settings.get(targets.narrowed[1]):
+        paths = targets.narrowed[0]
     if paths is not None:
         layers = [layer for layer in layers if re.fullmatch(paths, layer.path)]
     if targets.entries and settings.get(targets.entries.arg):

@@ -134,6 +134,10 @@ class NetworkTargets:
     """classes that become targets when `conv_dim` is given"""
     attention_classes: tuple[str, ...] = ()
     """classes of the attention layers, for kinds that train these alone"""
+    attention_paths: str = ""
+    """expression for the paths of attention layers, where these are in no class of their own"""
+    narrowed: tuple[str, str] | None = None
+    """(expression, argument): of the denoiser's layers only those whose whole path matches, but with this argument"""
     part_by_part: bool = False
     """every Linear of the denoiser is trained in parts: a fused one in its own, another in one"""
     optional_classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -148,6 +148,12 @@ KINDS = [
     ("adapter", {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 8)}, "FLUX.1 or Chroma"),
     ("adapter", {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (4, 8)}, "FLUX.1 or Chroma"),
     ("adapter", {"lora_unet_double_blocks_0_img_mlp_fc1.lora_down.weight": (4, 8)}, "HunyuanImage"),
+    ("adapter", {"lora_unet_single_blocks_0_modulation_linear.lora_down.weight": (4, 8)}, "HunyuanImage"),
+    ("adapter", {"diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight": (4, 8)}, "HunyuanImage"),
+    ("adapter", {"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": (4, 8)}, "FLUX.1 or Chroma"),
+    ("adapter", {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 3584)}, "HunyuanImage"),
+    ("adapter", {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (4, 3584)}, "HunyuanImage"),
+    ("adapter", {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (4, 3072)}, "FLUX.1 or Chroma"),
     ("adapter", {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 8)}, "SDXL"),
     ("adapter", {"unet.down_blocks.1.attentions.1.transformer_blocks.1.attn1.to_q.lora_A.weight": (4, 8)}, "SDXL"),
     (

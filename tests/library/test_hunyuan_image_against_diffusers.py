@@ -8,79 +8,12 @@ import re
 import pytest
 import torch
 
+from library.checkpoints.hunyuan_image_convert import to_diffusers, to_original
 from library.components.ldm_models import AutoEncoderParams
 from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
 from library.hunyuan_image_vae import HunyuanVAE2D
 
 diffusers = pytest.importorskip("diffusers")
-
-RENAMED = {
-    "context_embedder.proj_in": "txt_in.input_embedder",
-    "context_embedder.token_refiner.refiner_blocks": "txt_in.individual_token_refiner.blocks",
-    "context_embedder.time_text_embed.timestep_embedder.linear_1": "txt_in.t_embedder.mlp.0",
-    "context_embedder.time_text_embed.timestep_embedder.linear_2": "txt_in.t_embedder.mlp.2",
-    "context_embedder.time_text_embed.text_embedder": "txt_in.c_embedder",
-    "context_embedder_2.norm": "byt5_in.layernorm",
-    "context_embedder_2.linear_": "byt5_in.fc", "x_embedder": "img_in",
-    "time_guidance_embed.timestep_embedder_r.linear_1": "time_r_in.mlp.0",
-    "time_guidance_embed.timestep_embedder_r.linear_2": "time_r_in.mlp.2",
-    "time_guidance_embed.timestep_embedder.linear_1": "time_in.mlp.0",
-    "time_guidance_embed.timestep_embedder.linear_2": "time_in.mlp.2",
-    "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.mlp.0",
-    "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.mlp.2", "single_transformer_blocks": "single_blocks",
-    "transformer_blocks": "double_blocks", "norm1_context.linear": "txt_mod.linear", "norm1.linear": "img_mod.linear",
-    "attn.norm_added_q": "txt_attn_q_norm", "attn.norm_added_k": "txt_attn_k_norm", "attn.to_add_out": "txt_attn_proj",
-    "ff_context.net.0.proj": "txt_mlp.fc1", "ff_context.net.2": "txt_mlp.fc2",
-    "norm_out.linear": "final_layer.adaLN_modulation.1",
-    "proj_out": "final_layer.linear",
-}  # fmt: skip
-"""beginnings and parts of names in diffusers -> ours"""
-INSIDE = {
-    "txt_in.": {
-        "attn.to_out.0": "self_attn_proj", "ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2",
-        "norm_out.linear": "adaLN_modulation.1",
-    },
-    "double_blocks.": {
-        "attn.norm_q": "img_attn_q_norm", "attn.norm_k": "img_attn_k_norm", "attn.to_out.0": "img_attn_proj",
-        "ff.net.0.proj": "img_mlp.fc1",
-        "ff.net.2": "img_mlp.fc2",
-    },
-    "single_blocks.": {
-        "attn.norm_q": "q_norm", "attn.norm_k": "k_norm", "norm.linear": "modulation.linear", "proj_out": "linear2",
-    },
-}  # fmt: skip
-JOINED = {
-    ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"): "linear1",
-    ("attn.to_q", "attn.to_k", "attn.to_v"): "img_attn_qkv",
-    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"): "txt_attn_qkv",
-}  # fmt: skip
-
-
-def our_name(key: str) -> str:
-    for theirs, ours in RENAMED.items():
-        own_out = theirs in ("proj_out", "norm_out.linear") and not key.startswith(theirs)
-        key = key if own_out or theirs not in key else key.replace(theirs, ours, 1)
-    for start, names in INSIDE.items():
-        for theirs, ours in names.items():
-            key = key.replace(theirs, ours, 1) if key.startswith(start) else key
-    return key
-
-
-def our_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    state, found = {our_name(key): tensor for key, tensor in state.items()}, {}
-    for key in list(state):
-        block = re.match(r"(.*blocks\.\d+\.)", key)
-        for parts, fused in JOINED.items():
-            names = [f"{block[1]}{part}" for part in parts] if block else []
-            fused = "self_attn_qkv" if block and block[1].startswith("txt_in.") else fused
-            for end in (".weight", ".bias"):
-                if names and all(name + end in state for name in names):
-                    found[f"{block[1]}{fused}{end}"] = torch.cat([state.pop(name + end) for name in names])
-    for key in [key for key in state if "adaLN_modulation" in key and key.startswith("final_layer")]:
-        scale, shift = state[key].chunk(2)
-        state[key] = torch.cat((shift, scale))
-    return state | found
-
 
 def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
     return ((result - expected).norm() / expected.norm()).item()
@@ -104,7 +37,10 @@ def test_denoiser(guidance: bool, mean_flow: bool, depths: tuple[int, int], size
         rope_dim_list=(12, 12), guidance_embed=guidance, mean_flow=mean_flow,
     )  # fmt: skip
     ours = HYImageDiffusionTransformer(params)
-    ours.load_state_dict(our_state(theirs.state_dict()))
+    ours.load_state_dict(to_original(theirs.state_dict()))
+    again = to_diffusers(ours.state_dict())
+    assert again.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in theirs.state_dict().items())
     generator = torch.Generator().manual_seed(5)
     x, txt, byt5 = (torch.randn(3, *shape, generator=generator) for shape in ((8, *size), (7, 20), (4, 12)))
     text_mask = torch.tensor([[1] * 7, [1] * 3 + [0] * 4, [1] + [0] * 6])

@@ -3,6 +3,7 @@ rows."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from library import hunyuan_image_utils
+from library.checkpoints.hunyuan_image_convert import to_diffusers
 from library.checkpoints.loading import build_on_meta
 from library.components.ldm_models import AutoEncoderParams
 from library.components.llm_encoder_utils import inspect_qwen25_vl
@@ -154,6 +156,42 @@ def test_eight_bits_plain_and_scaled(tmp_path: Path) -> None:
     )
     loaded = hunyuan_image_utils.load_hunyuan_image(tmp_path / "comfy.safetensors", torch.float32, "cpu")
     assert (loaded.single_blocks[0].linear1.weight - weight).abs().max() < 0.07 * weight.abs().max()
+
+
+def test_both_layouts_whole_in_shards_and_in_8_bits(tmp_path: Path) -> None:
+    """The layout of diffusers gives the same model, bit by bit; so do the parts of a split set by their index."""
+    params = replace(PARAMS, guidance_embed=True, mean_flow=True, rope_theta=300, rope_dim_list=(8, 24))
+    state = new_state(params)
+    given = inputs() | {"guidance": torch.tensor([3500.0, 1000.0])}
+    folder = tmp_path / "pipeline" / "transformer"
+    folder.mkdir(parents=True)
+    other, places = to_diffusers(state), {}
+    for number, keys in enumerate((list(other)[::2], list(other)[1::2]), 1):
+        name = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+        save_file_atomic({key: other[key] for key in keys}, folder / name)
+        places |= dict.fromkeys(keys, name)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "config.json").write_text(json.dumps(hunyuan_image_utils.LAYOUTS.config(params)))
+    save_file_atomic(state, tmp_path / "x.safetensors", {"model_config": json.dumps(asdict(params))})
+    told = {"rope_theta": 300, "rope_dim_list": (8, 24)}  # no shape tells it, and one of the parts has no config.json
+    for path, config in ((tmp_path / "pipeline", None), (folder, None), (folder / name, told)):
+        for how in ({}, {"fp8_scaled": True}):
+            model = hunyuan_image_utils.load_hunyuan_image(path, torch.float32, "cpu", config=config, **how)
+            expected = hunyuan_image_utils.load_hunyuan_image(tmp_path / "x.safetensors", torch.float32, "cpu", **how)
+            assert model.params == params and torch.equal(run(model, **given), run(expected, **given))
+    assert hunyuan_image_utils.denoiser_state(other).keys() == state.keys()
+
+
+def test_an_autoencoder_of_diffusers_is_refused(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKLHunyuanImage
+
+    vae = AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, latent_channels=16, block_out_channels=(32,) * 6, layers_per_block=1,
+        spatial_compression_ratio=32, sample_size=64,
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(CheckpointError, match="in the layout of diffusers.*use the original file"):
+        hunyuan_image_utils.inspect_vae(tmp_path / "vae")
 
 
 @pytest.mark.parametrize(("change", "message"), [

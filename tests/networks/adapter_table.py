@@ -27,7 +27,7 @@ class Adapter:
     tucker: bool = True
     layers: tuple[str, ...] = ("linear", "conv1x1", "conv3x3")
     rate: float = 5e-3
-    families: tuple[str, ...] = ("sd", "sdxl", "flux", "anima", "chroma", "lumina")
+    families: tuple[str, ...] = ("sd", "sdxl", "flux", "anima", "chroma", "lumina", "hunyuan_image")
     split: tuple[int, ...] = (4, 4, 4)
     fixed: tuple[str, ...] = ()
 
@@ -38,7 +38,7 @@ ADAPTERS: dict[str, Adapter] = {
     "dora_input": Adapter("networks.lora", {"dora_wd": "True", "wd_on_output": "False"}),
     "rs_lora": Adapter("networks.lora", {"rs_lora": "True"}),
     "ggpo": Adapter("networks.lora", {"ggpo_sigma": "0.03", "ggpo_beta": "0.01"}),
-    "split_qkv": Adapter("networks.lora", {"split_qkv": "True"}, families=("flux",)),
+    "split_qkv": Adapter("networks.lora", {"split_qkv": "True"}, families=("flux", "hunyuan_image")),
     "loha": Adapter("networks.loha"),
     "loha_dora": Adapter("networks.loha", {"dora_wd": "True"}),
     "loha_dora_input": Adapter("networks.loha", {"dora_wd": "True", "wd_on_output": "False"}),

@@ -12,6 +12,7 @@ from library.anima_models import Anima, AnimaParams
 from library.chroma_models import Chroma, ChromaParams
 from library.flux_models import Flux, FluxParams
 from library.flux_utils import prepare_img_ids
+from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
 from library.lumina_models import LuminaParams, NextDiT
 from library.sd3_models import MMDiT, SD3Params
 from library.sd_models import UNet2DConditionModel
@@ -54,6 +55,11 @@ def _chroma() -> nn.Module:
     ))  # fmt: skip
 
 
+def _hunyuan_image() -> nn.Module:
+    sizes = {"hidden_size": 32, "num_heads": 2, "rope_dim_list": (8, 8), "text_dim": 24, "byt5_dim": 16, "byt5_mid": 16}
+    return HYImageDiffusionTransformer(HYImageParams(in_channels=16, depth=1, depth_single=1, refiner_depth=1, **sizes))
+
+
 def _normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -85,6 +91,14 @@ def _anima_inputs(model: nn.Module) -> tuple[Any, ...]:
     return _normal(BATCH, 16, 1, 6, 4), torch.tensor([0.3, 0.8]), _normal(BATCH, 5, model.params.context_dim)
 
 
+def _hunyuan_image_inputs(model: nn.Module) -> tuple[Any, ...]:
+    params = model.params
+    return (
+        _normal(BATCH, params.in_channels, 2, 3), torch.tensor([300.0, 800.0]), _normal(BATCH, 3, params.text_dim),
+        torch.tensor([[1, 1, 1], [1, 1, 0]]), _normal(BATCH, 2, params.byt5_dim), torch.tensor([[1, 0], [0, 0]]),
+    )  # fmt: skip
+
+
 def _lumina_inputs(model: nn.Module) -> tuple[Any, ...]:
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     return _normal(BATCH, 16, 6, 4), torch.tensor([0.3, 0.8]), _normal(BATCH, 5, model.params.cap_feat_dim), mask
@@ -102,6 +116,7 @@ DENOISERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], tuple[
     "sd3": (_sd3, _sd3_inputs),
     "flux": (_flux, _flux_inputs),
     "anima": (_anima, _anima_inputs),
+    "hunyuan_image": (_hunyuan_image, _hunyuan_image_inputs),
     "chroma": (_chroma, _chroma_inputs),
     "lumina": (_lumina, _lumina_inputs),
 }

@@ -34,6 +34,12 @@ SLOTS: dict[str, dict[str, set[str]]] = {
         "clip_g": {"clip_g_hf", "clip_g_open_clip"},
     },
     "lumina": {MODEL: {"lumina2"}, "gemma2": {"gemma2_2b"}, "ae": {"vae_ldm16"}},
+    "hunyuan_image": {
+        MODEL: {"hunyuan_image"},
+        "text_encoder": {"qwen25_vl_7b"},
+        "byt5": {"byt5_glyph"},
+        "vae": {"vae_hunyuan_image"},
+    },
     "anima": {MODEL: {"anima"}, "qwen3": {"qwen3_0_6b"}, "vae": {"vae_wan", "vae_qwen_image_diffusers"}},
 }
 """family -> option that names a model file -> key tables that fit it"""

@@ -19,7 +19,10 @@ from tests.networks.adapter_table import ADAPTERS, Adapter, kind_of_adapter
 from tests.pairwise import Each, denoiser
 from tests.runs.conftest import draw_pictures, read_parts
 
-FAMILIES = {"flux": "flux", "sd": "sd1", "sdxl": "sdxl", "anima": "anima", "chroma": "chroma", "lumina": "lumina"}
+FAMILIES = {
+    "flux": "flux", "sd": "sd1", "sdxl": "sdxl", "anima": "anima", "chroma": "chroma", "lumina": "lumina",
+    "hunyuan_image": "hunyuan_image",
+}  # fmt: skip
 """family -> its set of tiny models"""
 DATASET = """
 [[datasets]]

@@ -247,6 +247,7 @@ OWNERS = {
     "anima": "Anima",
     "sd3": "Stable Diffusion 3", "wan": "Wan",
     "lumina": "Lumina-Image 2.0", "video": "HunyuanImage or HunyuanVideo",
+    "hunyuan_image": "HunyuanImage or HunyuanVideo",
 }  # fmt: skip
 
 

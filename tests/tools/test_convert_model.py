@@ -300,3 +300,36 @@ def test_a_denoiser_in_scaled_8_bit_numbers_is_multiplied_out(tmp_path):
     joined = torch.cat([written[f"layers.0.attn.to_{part}.weight"] for part in "qkv"])
     assert joined.dtype == torch.bfloat16 and not any("scale" in key for key in written)
     torch.testing.assert_close(joined.float(), weight, rtol=0.1, atol=scale.item())
+
+
+def test_a_denoiser_of_another_family_to_a_folder_and_back(tmp_path):
+    """HunyuanImage 2.1, distilled: diffusers loads the folder and gives our output."""
+    from diffusers import HunyuanImageTransformer2DModel
+
+    from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
+    from library.hunyuan_image_utils import load_hunyuan_image, save_hunyuan_image
+    from tests.tiny import random_state
+
+    params = HYImageParams(
+        in_channels=8, hidden_size=72, num_heads=3, depth=1, depth_single=2, refiner_depth=1,
+        text_dim=20, byt5_dim=12, rope_dim_list=(12, 12), guidance_embed=True, mean_flow=True,
+    )  # fmt: skip
+    model = HYImageDiffusionTransformer(params)
+    model.load_state_dict(random_state(model, torch.Generator().manual_seed(2)))
+    source, folder, back = tmp_path / "x.safetensors", tmp_path / "folder", tmp_path / "back.safetensors"
+    save_hunyuan_image(model, source, torch.float32, {"title": "t"})
+    assert convert_model.main([str(source), str(folder), "--to", "diffusers"]) == 0
+    other = HunyuanImageTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+    generator = torch.Generator().manual_seed(0)
+    x, text, glyphs = (torch.randn(2, *size, generator=generator) for size in ((8, 3, 4), (5, 20), (3, 12)))
+    times, ones = torch.tensor([300.0, 800.0]), torch.ones(2, 5, dtype=torch.long)
+    given = {"timestep_r": times - 100, "guidance": torch.tensor([3500.0, 1000.0])}
+    with torch.no_grad():
+        mine = load_hunyuan_image(folder, *HOW)(x, times, text, ones, glyphs, ones[:, :3], **given)
+        theirs = other(x, times, text, ones, encoder_hidden_states_2=glyphs, encoder_attention_mask_2=ones[:, :3],
+                       return_dict=False, **given)[0]  # fmt: skip
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert convert_model.main([str(folder), str(back), "--to", "single"]) == 0
+    before, after = load_file(source), load_file(back)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert read_header(source)[1] == read_header(back)[1]

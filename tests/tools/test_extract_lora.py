@@ -16,7 +16,7 @@ from tests.tools.test_merge_lora import build, models_of
 from tools.lora_tools.extract import main
 from tools.lora_tools.merge import main as merge
 
-FAMILIES = ("flux", "sd1", "sd2", "sdxl", "anima", "lumina")
+FAMILIES = ("flux", "sd1", "sd2", "sdxl", "anima", "lumina", "hunyuan_image")
 CONV = ("sd1", "sdxl")
 
 
@@ -68,9 +68,10 @@ def test_a_change_of_low_rank_comes_back(case, tmp_path, more):
     assert_same_model(tuned, again)
     with safe_open(out, "pt") as file:
         metadata = file.metadata()
-    versions = {"flux": "flux1", "sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "anima": "anima",
-        "lumina": "lumina2",
-    }
+    versions = {
+        "flux": "flux1", "sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "anima": "anima",
+        "lumina": "lumina2", "hunyuan_image": "hunyuan-image-2.1",
+    }  # fmt: skip
     # the tiny Stable Diffusion 2 is too narrow to be told from 1
     assert metadata["ss_base_model_version"] == ("sd_v1" if family == "sd2" else versions[family])
     assert (

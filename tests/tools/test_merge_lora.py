@@ -9,10 +9,12 @@ from safetensors import safe_open
 from library.anima_utils import load_anima
 from library.components.gemma_encoder_utils import load_gemma2
 from library.flux_utils import load_flux
+from library.hunyuan_image_utils import load_hunyuan_image
 from library.lumina_utils import load_lumina
 from library.safetensors_utils import load_safetensors, save_file_atomic
 from library.sd_utils import load_text_encoder_sd, load_unet_sd
 from library.sdxl_utils import load_text_encoders_sdxl, load_unet_sdxl
+from library.tiny_models.hunyuan_image_tiny import build_tiny_hunyuan_image
 from library.tiny_models.lumina_tiny import build_tiny_lumina
 from networks.files.network_files import by_module
 from networks.kinds.block_weights import parse_block_weights, slot_of
@@ -32,6 +34,8 @@ def models_of(family, path):
         return load_flux(path, *HOW), []
     if family == "anima":
         return load_anima(path, *HOW), []
+    if family == "hunyuan_image":
+        return load_hunyuan_image(path, *HOW), []
     if family == "lumina":
         return load_lumina(path, *HOW), [load_gemma2(path, *HOW)]
     if family == "sdxl":
@@ -42,6 +46,8 @@ def models_of(family, path):
 def build(family, folder):
     if family == "flux":
         return build_tiny_flux(folder).flux
+    if family == "hunyuan_image":
+        return build_tiny_hunyuan_image(folder).denoiser
     if family == "lumina":
         return build_tiny_lumina(folder, whole=True).lumina
     return build_tiny_anima(folder).anima if family == "anima" else build_tiny_sd(folder, family).model
@@ -57,7 +63,7 @@ def write_lora(path, denoiser, encoders, seed, rank=2, metadata=None):
     return str(path)
 
 
-@pytest.fixture(scope="module", params=["flux", "sd1", "sd2", "sdxl", "anima", "lumina"])
+@pytest.fixture(scope="module", params=["flux", "sd1", "sd2", "sdxl", "anima", "lumina", "hunyuan_image"])
 def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     model = build(request.param, folder)

@@ -1,0 +1,104 @@
+"""HunyuanImage 2.1 key names of the denoiser: the original layout and the one of diffusers folders, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import Tensor
+
+from library.checkpoints import layout_rules
+from library.checkpoints.layout_rules import Rule, with_kinds
+from library.checkpoints.loading import count_blocks
+
+
+def _embedder(original: str, other: str) -> tuple[Rule, ...]:
+    return tuple(Rule(f"{original}.{mine}", (f"{other}.linear_{theirs}",)) for mine, theirs in (("0", 1), ("2", 2)))
+
+
+_TIME = "time_guidance_embed"
+_TEXT_TIME = "context_embedder.time_text_embed"
+TOP = (
+    Rule("img_in.proj", ("x_embedder.proj",)),
+    *_embedder("time_in.mlp", f"{_TIME}.timestep_embedder"),
+    *_embedder("time_r_in.mlp", f"{_TIME}.timestep_embedder_r"),
+    *_embedder("guidance_in.mlp", f"{_TIME}.guidance_embedder"),
+    Rule("txt_in.input_embedder", ("context_embedder.proj_in",)),
+    *_embedder("txt_in.t_embedder.mlp", f"{_TEXT_TIME}.timestep_embedder"),
+    *(Rule(f"txt_in.c_embedder.linear_{n}", (f"{_TEXT_TIME}.text_embedder.linear_{n}",)) for n in (1, 2)),
+    Rule("byt5_in.layernorm", ("context_embedder_2.norm",)),
+    *(Rule(f"byt5_in.fc{n}", (f"context_embedder_2.linear_{n}",)) for n in (1, 2, 3)),
+    Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
+    Rule("final_layer.linear", ("proj_out",)),
+)
+_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+_REFINER = (
+    Rule("norm1", ("norm1",)),
+    Rule("norm2", ("norm2",)),
+    Rule("self_attn_qkv", _QKV),
+    Rule("self_attn_proj", ("attn.to_out.0",)),
+    Rule("mlp.fc1", ("ff.net.0.proj",)),
+    Rule("mlp.fc2", ("ff.net.2",)),
+    Rule("adaLN_modulation.1", ("norm_out.linear",)),
+)
+_DOUBLE = (
+    Rule("img_mod.linear", ("norm1.linear",)),
+    Rule("img_attn_qkv", _QKV),
+    Rule("img_attn_q_norm", ("attn.norm_q",)),
+    Rule("img_attn_k_norm", ("attn.norm_k",)),
+    Rule("img_attn_proj", ("attn.to_out.0",)),
+    Rule("img_mlp.fc1", ("ff.net.0.proj",)),
+    Rule("img_mlp.fc2", ("ff.net.2",)),
+    Rule("txt_mod.linear", ("norm1_context.linear",)),
+    Rule("txt_attn_qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+    Rule("txt_attn_q_norm", ("attn.norm_added_q",)),
+    Rule("txt_attn_k_norm", ("attn.norm_added_k",)),
+    Rule("txt_attn_proj", ("attn.to_add_out",)),
+    Rule("txt_mlp.fc1", ("ff_context.net.0.proj",)),
+    Rule("txt_mlp.fc2", ("ff_context.net.2",)),
+)
+_SINGLE = (
+    Rule("modulation.linear", ("norm.linear",)),
+    Rule("linear1", (*_QKV, "proj_mlp")),
+    Rule("q_norm", ("attn.norm_q",)),
+    Rule("k_norm", ("attn.norm_k",)),
+    Rule("linear2", ("proj_out",)),
+)
+ROWS = (
+    ("txt_in.individual_token_refiner.blocks", "context_embedder.token_refiner.refiner_blocks", _REFINER),
+    ("double_blocks", "transformer_blocks", _DOUBLE),
+    ("single_blocks", "single_transformer_blocks", _SINGLE),
+)
+"""(a row of blocks, its name in diffusers, what is in a block)"""
+ROOTS = (
+    "x_embedder", "time_guidance_embed", "context_embedder", "context_embedder_2", "transformer_blocks",
+    "single_transformer_blocks", "norm_out", "proj_out",
+)  # fmt: skip
+"""first words of names in diffusers"""
+
+
+def denoiser_rules(keys: Mapping[str, object]) -> Iterator[Rule]:
+    """Every rule of a denoiser with the blocks of these keys, in either layout; names of weights and biases."""
+    yield from with_kinds("", "", TOP)
+    for original, other, rules in ROWS:
+        for number in range(max(count_blocks(keys, f"{row}.") for row in (original, other))):
+            yield from with_kinds(f"{original}.{number}.", f"{other}.{number}.", rules)
+
+
+def is_diffusers_denoiser(keys: Mapping[str, object]) -> bool:
+    return "context_embedder_2.linear_1.weight" in keys
+
+
+def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Denoiser weights from diffusers names to the original ones. Names outside the table stay as they are."""
+    return layout_rules.to_original(state, denoiser_rules(state))
+
+
+def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Denoiser weights from the original names to those of diffusers."""
+    return layout_rules.from_original(state, denoiser_rules(state), rows_of(state["img_in.proj.weight"].shape[0]))
+
+
+def rows_of(width: int) -> Callable[[Rule, int], list[int]]:
+    """(rule, rows of its tensor) -> rows of each part, in a denoiser of this width: queries, keys and values are as
+    wide as it, what a single block has beside them takes the rest."""
+    return lambda rule, rows: [width] * 3 + ([rows - 3 * width] if len(rule.parts) > 3 else [])
