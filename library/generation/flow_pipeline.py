@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ DEFAULT_SAMPLER = "euler"
 class FlowPipeline(PicturePipeline[Request]):
     """A flow model, which predicts velocity (noise - data). A subclass gives one forward of it and, where they are not
     evenly spaced, the times of the steps."""
+
+    split_uncond: bool = field(default=False, kw_only=True)
+    """both prompts of guidance one after the other, not as one batch"""
 
     @abstractmethod
     def velocity(self, latents: Tensor, times: Tensor, conditioning: Conditioning, request: Request) -> Tensor:
@@ -58,7 +61,8 @@ class FlowPipeline(PicturePipeline[Request]):
             return self.combined(negative_part, positive_part, request)
 
         scale = request.cfg_scale
-        return guided_velocity(predict, conditioning, negative if scale != 1.0 else None, scale, combine)
+        negative = negative if scale != 1.0 else None
+        return guided_velocity(predict, conditioning, negative, scale, combine, apart=self.split_uncond)
 
     def combined(self, negative: Tensor, positive: Tensor, request: Request) -> Tensor:
         """The guided velocity [B, ...], from those of both prompts."""

@@ -35,19 +35,23 @@ def guided_velocity(
     negative: Conditioning | None,
     cfg_scale: float,
     combine: Callable[[Tensor, Tensor], Tensor] | None = None,
+    *,
+    apart: bool = False,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A function (latents [B, C, ...], sigma []) -> velocity, float32. `predict` takes latents, times on the 0..1000
     scale and conditioning. With a negative prompt both run as one batch, negative first, and `combine` makes one
-    velocity of (v_neg, v_pos): `guided` by the scale when None."""
-    if negative is not None:
-        conditioning = {name: torch.cat((negative[name], conditioning[name])) for name in conditioning}
-    copies = 1 if negative is None else 2
+    velocity of (v_neg, v_pos): `guided` by the scale when None. `apart`: one after the other, in less memory."""
+    texts = [conditioning] if negative is None else [negative, conditioning]
+    if negative is not None and not apart:
+        texts = [{name: torch.cat((negative[name], conditioning[name])) for name in conditioning}]
+    copies = 2 if negative is not None and not apart else 1
     combine = combine or (lambda negative_part, positive_part: guided(negative_part, positive_part, cfg_scale))
 
     def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
         rows = copies * len(latents)
         times = torch.full((rows,), float(sigma) * NUM_TRAIN_TIMESTEPS, device=latents.device, dtype=torch.float32)
-        predicted = predict(torch.cat([latents] * copies), times, conditioning).float()
+        given = torch.cat([latents] * copies)
+        predicted = torch.cat([predict(given, times, text) for text in texts]).float()
         return predicted if negative is None else combine(*predicted.chunk(2))
 
     return velocity

@@ -46,6 +46,9 @@ class Sd3ModelOptions:
     enable_scaled_pos_embed: bool = option(
         False, help="positions that count a picture of any size as the trained one; for adapters trained so"
     )
+    split_uncond: bool = option(
+        False, help="run both prompts of guidance one after the other: less memory, the same picture up to rounding"
+    )
     fp16: bool = option(False, help="compute in float16; float32 when neither --fp16 nor --bf16 is given")
     bf16: bool = option(False, help="compute in bfloat16")
     offload: bool = option(False, help="keep only the part that computes on the GPU, the others in main memory")

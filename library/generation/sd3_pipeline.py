@@ -63,7 +63,7 @@ def load_pipeline(options: Sd3ModelOptions) -> PictureMaker[Sd3Request]:
     )
     strategies = StrategySet(tokenize, encode, text_layout=TEXT_LAYOUTS["sd3"])
     return PictureMaker(
-        Sd3Pipeline(denoiser, vae), strategies, encoders, adapters, device, device,
+        Sd3Pipeline(denoiser, vae, split_uncond=options.split_uncond), strategies, encoders, adapters, device, device,
         text_waits=options.offload, denoiser_waits=options.offload,
     )  # fmt: skip
 

@@ -82,6 +82,12 @@ def test_equal_options_give_equal_pictures_and_each_option_tells(tiny, tmp_path)
     assert len({base, *others}) == 1 + len(changes)
 
 
+def test_both_prompts_one_after_the_other(tiny, tmp_path) -> None:
+    pair = (picture(tiny, tmp_path, "--negative_prompt=blue", *more) for more in ((), ("--split_uncond",)))
+    one, other = (torch.frombuffer(bytearray(pixels), dtype=torch.uint8).int() for pixels in pair)
+    assert (one - other).abs().max() <= 1
+
+
 def test_a_whole_model_needs_no_other_file_and_t5_may_be_absent(tiny, tmp_path) -> None:
     words = [
         w for w in arguments(tiny, tmp_path) if not w.startswith(("--clip_l=", "--clip_g=", "--t5xxl=", "--ckpt_path"))

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from library.core.errors import ConfigError
 from library.sd3_utils import load_sd3
 from library.tiny_models.sd3_tiny import TinySd3, build_tiny_sd3
+from library.training import cache_tools
+from library.training.wiring.sd3 import Sd3Family
 from tests.families import CASES
 from tests.runs.conftest import Work, draw_pictures, largest_difference, losses_of, read_parts, sample_pictures
 from tests.runs.families import MODEL, refused_run, without
@@ -245,3 +247,21 @@ def test_eight_bit_files_with_scales_load_as_wide_ones(work: Work, tiny: TinySd3
     )
     one, other = (model.joint_blocks[1].x_block.mlp.fc1.weight for model in (wide, loaded))
     assert other.dtype == torch.float32 and not torch.equal(one, other) and (one - other).norm() / one.norm() < 0.05
+
+
+def test_caches_of_the_tools_are_those_of_the_training(work: Work, plain: bytes) -> None:
+    """Filled beforehand, they leave nothing to encode."""
+    files = [word for word in work.tiny.arguments() if "tokenizer" not in word]
+    common = [*files, "--family=sd3", f"--dataset_config={work.dataset()}", "--max_data_loader_n_workers=0"]
+    cache_tools.run("latents", common)
+    text = [f"--clip_l_tokenizer={work.tiny.tokenizer}", "--t5xxl_max_token_length=48", "--clip_l_dropout_rate=0"]
+    cache_tools.run("text", [*common, *text])
+    assert {path.name.split("_", 1)[1] for path in work.images.glob("*.npz")} == {
+        "0064x0064_sd3.npz",
+        "0096x0064_sd3.npz",
+        "sd3_te.npz",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load_vae", "load_text_encoders"):
+            patch.setattr(Sd3Family, name, lambda *_: pytest.fail("something is encoded"))
+        assert read_parts(work.train("out", TWO_STEPS, *ON_DISK))[1] == plain
