@@ -20,7 +20,7 @@ SHARED_BY_FEW: dict[str, tuple[str, ...]] = {
         "library/strategy_ldm.py", "library/tiny_models/unet_*.py",
         "library/training/wiring/unet.py", "networks/files/unet_*.py", "networks/kinds/block_weights.py",
         "tools/caption_tools/buckets.py",
-        "tools/image_tools/upscale.py", "tools/model_tools/ldm_folder.py",
+        "tools/image_tools/upscale.py",
     ),
     "of one family, by another name": (
         "networks/files/xlabs_names.py", "networks/oft_flux.py", "tools/tiny_base/*.py",

@@ -27,7 +27,7 @@ def write_diffusers_folder(
 ) -> None:
     """A folder in the layout of diffusers, by way of one file that `save(path, metadata=...)` writes beside it.
     `encoders`: name of the slot -> text encoder."""
-    from tools.model_tools.ldm_folder import read_single, tokenizer_of, write_folder
+    from library.components.ldm_folder_files import read_single, tokenizer_of, write_folder
 
     parent = os.path.dirname(os.path.abspath(output_dir))
     os.makedirs(parent, exist_ok=True)

@@ -1,11 +1,11 @@
-"""Language models as text encoders (Qwen3, the text tower of Qwen2.5-VL): sizes from shapes, loaded into the classes of
-transformers."""
+"""Language models as text encoders (Qwen3, the text tower of Qwen2.5-VL; Gemma 2 stands on this): sizes from shapes,
+loaded into the classes of transformers."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,13 +35,19 @@ _FIRST = "layers.0.self_attn."
 @dataclass(frozen=True)
 class LanguageModel:
     """A kind of language model. `marks`: names that its files have; `strangers`: names that they do not have;
-    `head_dim`: the size of an attention head, of the shapes without prefix and of what is given beside them."""
+    `head_dim`: the size of an attention head, of the shapes without prefix and of what is given beside them; `others`:
+    more hyper-parameters that shapes do not tell, by their names in transformers, as released; `part`: where they stand
+    in the `model_config` of a whole file; `attention`: what computes it."""
 
     title: str
     prefixes: tuple[str, ...]
     marks: tuple[str, ...]
     strangers: tuple[str, ...]
     head_dim: Callable[[Mapping[str, Tensor], Mapping[str, Any]], int]
+    rope_theta: float = 1e6
+    others: Mapping[str, Any] = field(default_factory=dict)
+    part: str = ""
+    attention: str = "sdpa"
 
 
 def _head_of_qwen25(shapes: Mapping[str, Tensor], given: Mapping[str, Any]) -> int:
@@ -105,17 +111,24 @@ def _open(
         raise CheckpointError(
             f"{source.path} holds no {kind.title} text encoder ({mark} is not there; it begins with {some})"
         )
-    given = {**_folder_config(source.config), **source.model_config, **(config or {})}
+    own = source.model_config.get(kind.part, source.model_config)
+    given = {**_folder_config(kind, source.config), **own, **(config or {})}
     try:
         inferred = _sizes(kind, shapes, given)
     except KeyError as error:
         raise CheckpointError(f"{source.path} does not fit {kind.title}: {error.args[0]} is missing") from error
-    return source, prefix, {**inferred, **given}
+    except ValueError as error:
+        raise CheckpointError(
+            f"{source.path}: {error}; give head_dim as an argument or under model_config in the file's metadata"
+        ) from error
+    return source, prefix, {**kind.others, **inferred, **given}
 
 
 def _sizes(kind: LanguageModel, shapes: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     queries, keys = (shapes[f"{_FIRST}{name}_proj.weight"].shape[0] for name in "qk")
     head_dim = kind.head_dim(shapes, given)
+    if queries % head_dim or keys % head_dim:
+        raise ValueError(f"{queries} rows of queries and {keys} of keys are no multiples of the head size {head_dim}")
     vocab, hidden = shapes["embed_tokens.weight"].shape
     return {
         "vocab_size": vocab,
@@ -125,21 +138,27 @@ def _sizes(kind: LanguageModel, shapes: Mapping[str, Tensor], given: Mapping[str
         "num_attention_heads": queries // head_dim,
         "num_key_value_heads": keys // head_dim,
         "head_dim": head_dim,
-        "rope_theta": 1e6,
+        "rope_theta": kind.rope_theta,
         "eps": 1e-6,
     }
 
 
-def _folder_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _folder_config(kind: LanguageModel, config: Mapping[str, Any]) -> dict[str, Any]:
     config = {**config, **(config.get("text_config") or {})}  # of models that see pictures, the text tower stands below
     theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
-    values = {"rope_theta": theta, "eps": config.get("rms_norm_eps")}
+    others = {name: config.get(name) for name in kind.others}
+    values = {**others, "rope_theta": theta, "eps": config.get("rms_norm_eps")}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def qwen3_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Qwen3's entries of a checkpoint's state under the names of the module tree."""
-    return part_of(state, QWEN3.prefixes, _ROOTS)
+    return language_model_state(QWEN3, state)
+
+
+def language_model_state(kind: LanguageModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same of any kind, without a look at what is there."""
+    return part_of(state, kind.prefixes, _ROOTS)
 
 
 def load_qwen3(
@@ -157,7 +176,7 @@ def load_qwen3(
     """
     from transformers import Qwen3Config, Qwen3Model
 
-    return _load(QWEN3, (Qwen3Config, Qwen3Model), path, dtype, device, disable_mmap, config, transform)
+    return load_language_model(QWEN3, (Qwen3Config, Qwen3Model), path, dtype, device, disable_mmap, config, transform)
 
 
 def load_qwen25_vl(
@@ -175,10 +194,11 @@ def load_qwen25_vl(
     """
     from transformers import Qwen2Config, Qwen2Model
 
-    return _load(QWEN25_VL, (Qwen2Config, Qwen2Model), path, dtype, device, disable_mmap, config, transform)
+    classes = (Qwen2Config, Qwen2Model)
+    return load_language_model(QWEN25_VL, classes, path, dtype, device, disable_mmap, config, transform)
 
 
-def _load(
+def load_language_model(
     kind: LanguageModel,
     classes: tuple[Any, Any],
     path: str | os.PathLike,
@@ -188,11 +208,13 @@ def _load(
     config: Mapping[str, Any] | None,
     transform: Transform | None,
 ) -> Any:
+    """The model of `classes`, which are those of transformers: (configuration, model)."""
     source, prefix, values = _open(kind, path, config)
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads",
         "head_dim",
+        *(name for name in kind.others if name != "head_dim"),
     )  # fmt: skip
     config_class, model_class = classes
     model_config = config_class(
@@ -202,7 +224,7 @@ def _load(
         max_position_embeddings=32768,
         tie_word_embeddings=False,
         use_cache=False,
-        attn_implementation="sdpa",
+        attn_implementation=kind.attention,
     )
     keys = [key for key in source.shapes if key.startswith(prefix) and key[len(prefix) :].split(".")[0] in _ROOTS]
     state = strip_prefix(source.tensors(device, disable_mmap, keys, transform, source.casting(dtype)), prefix)

@@ -24,7 +24,19 @@ FAMILY = FamilyRecord(
     name="sd",
     title="Stable Diffusion 1 and 2",
     page="docs/train_network.md",
-    scripts={"textual_inversion": OtherScript(name="train_textual_inversion")},
+    scripts={
+        "dreambooth": OtherScript(
+            name="train_db",
+            options=frozenset({"learning_rate_te", "stop_text_encoder_training", "no_token_padding"}),
+        ),
+        "full": OtherScript(
+            name="fine_tune",
+            options=frozenset(
+                {"train_text_encoder", "learning_rate_te", "stop_text_encoder_training", "diffusers_xformers"}
+            ),
+        ),
+        "textual_inversion": OtherScript(name="train_textual_inversion"),
+    },
     place=20,
     family="library.training.wiring.sd:SdFamily",
     denoisers=("UNet2DConditionModel",),

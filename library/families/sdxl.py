@@ -20,7 +20,18 @@ FAMILY = FamilyRecord(
     title="SDXL",
     prefix="sdxl_",
     page="docs/sdxl_train_network.md",
-    scripts={"textual_inversion": OtherScript(name="sdxl_train_textual_inversion")},
+    scripts={
+        "full": OtherScript(
+            name="sdxl_train",
+            options=frozenset(
+                {
+                    "train_text_encoder", "learning_rate_te1", "learning_rate_te2", "stop_text_encoder_training",
+                    "block_lr", "fused_optimizer_groups", "diffusers_xformers",
+                }
+            ),
+        ),
+        "textual_inversion": OtherScript(name="sdxl_train_textual_inversion"),
+    },
     place=30,
     family="library.training.wiring.sdxl:SdxlFamily",
     denoisers=("SdxlUNet2DConditionModel",),

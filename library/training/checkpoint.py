@@ -13,13 +13,16 @@ EPOCH_STEM, STEP_STEM, LAST_STEM = "epoch", "at", "last"
 AVERAGED = "-ema"
 """what stands behind the name of a file that holds the moving average of the weights"""
 DEFAULT_FORMAT = "safetensors"
+FOLDER_FORMATS = ("diffusers", "diffusers_safetensors")
+"""values of --save_model_as that write a folder"""
+FILE_ENDINGS = (".safetensors", ".ckpt", ".pt")
 STATE_ENDING = "-state"
 
 
 def companion_name(file: str, ending: str) -> str:
-    """The name of a file beside a model file: `lora-ema.safetensors` of `lora.safetensors`."""
-    stem, dot, extension = file.rpartition(".")
-    return f"{stem}{ending}{dot}{extension}"
+    """The name of a file beside a model file, or of a folder beside one: `lora-ema.safetensors` of `lora.safetensors`."""
+    extension = next((known for known in FILE_ENDINGS if file.endswith(known)), "")
+    return f"{file.removesuffix(extension)}{ending}{extension}"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,12 @@ class CheckpointNames:
 
     @property
     def extension(self) -> str:
-        return "." + (self.save_model_as or DEFAULT_FORMAT)
+        return "" if self.is_folder else "." + (self.save_model_as or DEFAULT_FORMAT)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether a model is a folder, whose name has no extension."""
+        return self.save_model_as in FOLDER_FORMATS
 
     def epoch(self, epoch: int) -> str:
         """Name without extension of the file of a finished epoch (from 1)."""

@@ -20,7 +20,7 @@ from library.core.file_limits import cut_name, name_length, name_limit
 from library.core.options import Config, MissingGroup
 from library.core.text_files import parse_toml, read_text
 from library.dataset import CachingOptions, DatasetOptions
-from library.training.checkpoint import CheckpointNames
+from library.training.checkpoint import FOLDER_FORMATS, CheckpointNames
 from library.training.device_checks import precision_problems, precision_warnings
 from library.training.earlier_runs import existing_problems, final_file, resumed_state
 from library.training.formula_checks import formula_problems
@@ -58,7 +58,7 @@ def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[s
     for check in CHECKS:
         for message in check(config):
             problems.add(message)
-    for check in (cached_text_problems, changed_fixed_problems):
+    for check in (cached_text_problems, changed_fixed_problems, layout_problems):
         for message in check(config, family, trainable):
             problems.add(message)
     for message in sampling_problems(config, family.prompt_options()):
@@ -91,6 +91,7 @@ def all_problems(config: Config, family: type[ModelFamily], trainable: type[Trai
     attempt(lambda: sampling_problems(config, family.prompt_options()))
     attempt(lambda: cached_text_problems(config, family(config), trainable(config)))
     attempt(lambda: changed_fixed_problems(config, family(config), trainable(config)))
+    attempt(lambda: layout_problems(config, family(config), trainable(config)))
     attempt(lambda: family(config).check())
     attempt(lambda: trainable(config).check(family(config)))
     attempt(lambda: find_data(config, family.architecture, trainable.dataset_rules(family)) and None)
@@ -168,6 +169,16 @@ def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainab
     return [
         f"text encoders are trained and their outputs cached; {otherwise}leave out --cache_text_encoder_outputs"
     ]
+
+
+def layout_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
+    """What is trained can be a folder, where one is asked for."""
+    layout = config[SavingOptions].save_model_as
+    if layout not in FOLDER_FORMATS or (trainable.writes_folders and family.writes_folders):
+        return []
+    if trainable.writes_folders:
+        return [f"--save_model_as is {layout}; models of this family are not written as folders, use safetensors"]
+    return [f"--save_model_as is {layout}, a folder for whole models; what is trained here is one file: use safetensors"]
 
 
 def sampling_problems(config: Config, options: Mapping[str, LineOption] = IMAGE_LINE_OPTIONS) -> list[str]:

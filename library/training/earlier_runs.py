@@ -29,7 +29,7 @@ def is_output_of(name: str, saving: SavingOptions, endings: Sequence[str] = (AVE
     """Whether a run with these options could write a file or folder of this name: final, epoch and step files, their
     companions with these endings, states, loss curves."""
     names = CheckpointNames(saving.output_name, saving.save_model_as)
-    number = re.search(rf"-(?:step)?(\d{{6,}})(?:-state|(?:{'|'.join(map(re.escape, endings))})?\.\w+)$", name)
+    number = re.search(rf"-(?:step)?(\d{{6,}})(?:-state|(?:{'|'.join(map(re.escape, endings))})?(?:\.\w+)?)$", name)
     stems = [names.last()]
     if number:
         stems += [names.epoch(int(number.group(1))), names.step(int(number.group(1)))]
@@ -99,7 +99,8 @@ def existing_problems(config: Config) -> list[str]:
     """No folder is where the file of the run goes. --on_existing refuse: no file of an earlier run under the same name
     is there, unless this run goes on with it."""
     what, target = config[SavingOptions].what_of_existing, final_file(config)
-    if target.is_dir() and (what == "overwrite" or goes_on(config)):
+    is_folder = CheckpointNames(None, config[SavingOptions].save_model_as).is_folder
+    if target.is_dir() and not is_folder and (what == "overwrite" or goes_on(config)):
         return [
             f"{target} is a folder, and the file of this run goes there; rename or remove it, or choose another "
             "--output_name"
@@ -158,7 +159,7 @@ def keep_earlier_files(config: Config) -> dict[Path, Path]:
                 "program that uses it,"
                 " or choose another --output_name"
             ) from error
-    states = [target for target in moves.values() if target.is_dir()]
+    states = [target for target in moves.values() if target.name.endswith(STATE_ENDING) and target.is_dir()]
     going_on = (
         f"; go on with it by --output_name {name} --resume {max(states, key=lambda path: path.stat().st_mtime_ns)}"
         if states
@@ -186,7 +187,7 @@ def _renamed(path: Path, saving: SavingOptions, name: str) -> str:
         return name + path.name[len(saving.output_name):]
     if path.parent.name == SAMPLES:
         return f"{name}_{path.name}"
-    return name + re.sub(rf"^({LAST_STEM}|epoch|at)(?=[-.])", "", path.name)
+    return name + re.sub(rf"^({LAST_STEM}|epoch|at)(?=[-.]|$)", "", path.name)
 
 
 def clean_up(config: Config) -> None:

@@ -368,8 +368,9 @@ class SavingOptions(OverflowOptions):
     save_state_on_train_end: bool = option(False, help="write a state folder at the end")
     save_model_as: str | None = option(
         "safetensors",
-        help="format of the files; ckpt and pt are pickles without metadata",
-        choices=(None, "ckpt", "pt", "safetensors"),
+        help="format of the files; ckpt and pt are pickles without metadata; diffusers (with .bin files) and diffusers_safetensors"
+        " write folders of whole models",
+        choices=(None, "ckpt", "pt", "safetensors", "diffusers", "diffusers_safetensors"),
     )
 
     def __post_init__(self) -> None:

@@ -74,6 +74,20 @@ TRAINABLES.add(
     },
 )
 
+_EIGHT_BITS = "trained weights are not held in 8 bits, in which nothing can be learned; --full_bf16 halves them"
+for _name, _class in (("full", "FullTrainable"), ("dreambooth", "DreamBooth")):
+    TRAINABLES.add(
+        _name,
+        f"library.training.trainables.full:{_class}",
+        options="library.training.whole_models:WholeModelOptions",
+        foreign="library.training.whole_models:foreign_options",
+        defaults={"save_model_as": None},
+        refused={
+            "fp8_base": _EIGHT_BITS,
+            "fp8_base_unet": _EIGHT_BITS,
+            "no_token_padding": "captions are padded to their length in tokens, as the text encoder was trained",
+        },
+    )
 
 TRAINABLES.add(
     "textual_inversion",

@@ -39,7 +39,9 @@ def restore(
     before = _recorded_groups(state, recorded, own)
     if recorded is None:
         _check_kind(before, now, given)
-    optimizer.load_state_dict(fitted(state, recorded, own, optimizer))
+    saved = fitted(state, recorded, own, optimizer)
+    optimizer.load_state_dict(saved)
+    keep_number_formats(optimizer, saved)
     changes: dict[str, list[Any]] = {}
     for number, (group, new, built) in enumerate(zip(optimizer.param_groups, now, own.groups, strict=True)):
         earlier = before[number]
@@ -67,6 +69,20 @@ def restore(
     if not replayed and schedule_state is not None:
         schedule.load_state_dict(schedule_state)
     return changes
+
+
+def keep_number_formats(optimizer: Any, saved: Mapping[str, Any]) -> None:
+    """What torch brought to the number format of its parameter gets its own back: float32 moments of weights in
+    bfloat16, say."""
+    wrapped = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it for fp16
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in wrapped.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        now = wrapped.state.get(parameter, {})
+        for key, value in saved["state"].get(number, {}).items():
+            if isinstance(value, torch.Tensor) and isinstance(now.get(key), torch.Tensor):
+                if now[key].dtype != value.dtype and now[key].is_floating_point():
+                    now[key] = value.to(now[key].device)
 
 
 def advance(schedule: Any, steps: int) -> None:

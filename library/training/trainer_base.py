@@ -239,7 +239,11 @@ class Trainer:
         """Encode captions and sample prompts; afterwards only encoders that the step needs are in memory."""
 
         def load() -> list[torch.nn.Module | None]:
-            encoders = [e if e is None else self._frozen(e) for e in self.family.load_text_encoders(runtime)]
+            dtype = self.trainable.text_encoder_dtype(self.family, runtime)
+            held = runtime
+            if dtype is not None:
+                held = dataclasses.replace(runtime, weight_dtype=dtype, text_encoder_dtype=dtype)
+            encoders = [e if e is None else self._frozen(e) for e in self.family.load_text_encoders(held)]
             self.trainable.prepare_text_encoders(self.family, encoders, runtime)
             return encoders
 
@@ -320,6 +324,7 @@ class Trainer:
             strategies=strategies, step=self.new_step(runtime, models, strategies, trained, hooks), data=batches,
             optimizer=optimizer, lr_scheduler=scheduler, progress=progress, hooks=hooks,
             max_grad_norm=self.config[OptimizerOptions].max_grad_norm, settings=settings,
+            updater=self.trainable.updater(),
         )
         resume(run, state)
         if runtime.is_main_process:

@@ -239,6 +239,10 @@ anima_train_network
 AnimaNetworkTrainer()
 setup_parser()
 
+sd3_train_network
+Sd3NetworkTrainer()
+setup_parser()
+
 lumina_train_network
 LuminaNetworkTrainer()
 setup_parser()

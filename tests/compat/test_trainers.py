@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = {
     "sd": ("train_network", "NetworkTrainer"), "sdxl": ("sdxl_train_network", "SdxlNetworkTrainer"),
     "flux": ("flux_train_network", "FluxNetworkTrainer"), "anima": ("anima_train_network", "AnimaNetworkTrainer"),
+    "sd3": ("sd3_train_network", "Sd3NetworkTrainer"),
     "lumina": ("lumina_train_network", "LuminaNetworkTrainer"),
 }  # fmt: skip
 

@@ -180,7 +180,7 @@ def test_files_that_do_not_belong_together_are_named_before_anything_is_loaded(w
     message = refused_run("lumina", [*work.argv("out"), f"--gemma2={without_tokenizer}"], monkeypatch, capsys)
     assert "no Gemma 2 tokenizer" in message and "hf download google/gemma-2-2b" in message
     message = refused_run("lumina", [*work.argv("out"), f"--ae={work.tiny.lumina}"], monkeypatch, capsys)
-    assert f"--ae is {work.tiny.lumina}: this is a Lumina-Image 2.0 denoiser; needed: a FLUX.1 autoencoder" in message
+    assert f"--ae is {work.tiny.lumina}: this is a Lumina-Image 2.0 denoiser; needed: a FLUX.1 or SD3 autoencoder" in message
 
 
 def build_without_tokenizer(work: Work) -> Path:

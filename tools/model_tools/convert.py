@@ -141,7 +141,8 @@ def _dtype(config: Config):
 
 
 def _to_single(config: Config, kind: Kind, source: str, target: str) -> None:
-    from tools.model_tools import denoiser_folder, flux_single, ldm_folder, sd3_folder
+    from library.components import ldm_folder_files
+    from tools.model_tools import denoiser_folder, flux_single, sd3_folder
 
     dtype = _dtype(config)
     if kind.layouts is not None:
@@ -151,7 +152,7 @@ def _to_single(config: Config, kind: Kind, source: str, target: str) -> None:
     elif kind.name == "flux":
         plan = flux_single.plan(source, dtype)
     else:
-        plan = ldm_folder.single_plan(source, kind.name, dtype)
+        plan = ldm_folder_files.single_plan(source, kind.name, dtype)
     if config[OutputOptions].dry_run:
         return
     plan.write(target)
@@ -159,7 +160,8 @@ def _to_single(config: Config, kind: Kind, source: str, target: str) -> None:
 
 
 def _to_folder(config: Config, kind: Kind, source: str, target: str) -> None:
-    from tools.model_tools import denoiser_folder, ldm_folder, sd3_folder
+    from library.components import ldm_folder_files
+    from tools.model_tools import denoiser_folder, sd3_folder
 
     options, dtype = config[ModelOptions], _dtype(config)
     if kind.name == "flux":
@@ -179,9 +181,9 @@ def _to_folder(config: Config, kind: Kind, source: str, target: str) -> None:
             plan.write(target, options.variant)
             logger.info("wrote %s", target)
         return
-    folder = ldm_folder.read_single(source, kind.name, options.prediction_type)
-    tokenizer = ldm_folder.tokenizer_of(options.tokenizer, options.tokenizer_cache_dir)
+    folder = ldm_folder_files.read_single(source, kind.name, options.prediction_type)
+    tokenizer = ldm_folder_files.tokenizer_of(options.tokenizer, options.tokenizer_cache_dir)
     if config[OutputOptions].dry_run:
         return
-    ldm_folder.write_folder(folder, tokenizer, target, dtype, options.variant)
+    ldm_folder_files.write_folder(folder, tokenizer, target, dtype, options.variant)
     logger.info("wrote %s", target)

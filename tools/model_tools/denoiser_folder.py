@@ -19,10 +19,10 @@ from torch import Tensor
 
 from library.checkpoints.layout_rules import DenoiserLayouts, Rule, from_original, to_original
 from library.checkpoints.loading import is_blob, unscaled
+from library.components.ldm_folder_files import REST
 from library.core.atomic_file import atomic_folder
 from library.core.errors import CheckpointError
 from library.safetensors_utils import is_pickled, load_safetensors, read_header, save_file_atomic, stream_file_atomic
-from tools.model_tools.ldm_folder import REST
 
 logger = logging.getLogger("atelier")
 

@@ -27,6 +27,7 @@ from library.checkpoints.ldm_convert import (
 )
 from library.checkpoints.loading import CheckpointFiles, open_checkpoint, strip_prefix
 from library.checkpoints.sd3_convert import convert_diffusers_to_sd3, convert_sd3_to_diffusers, denoiser_rules
+from library.components.ldm_folder_files import REST
 from library.components.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from library.core.atomic_file import atomic_folder
 from library.core.errors import CheckpointError, ConfigError
@@ -45,7 +46,6 @@ from library.sd3_utils import (
 )
 from library.strategy_sd3 import CLIP_G_PAD
 from tools.model_tools.denoiser_folder import Infos, SinglePlan, infos_of, joined
-from tools.model_tools.ldm_folder import REST
 
 logger = logging.getLogger("atelier")
 

@@ -175,7 +175,7 @@ class CheckpointHook(Hook):
         run.hooks.on_post_save(run, str(path), metadata)
         for file in written:
             if self._upload is not None:
-                self._upload(file, wait=is_last)
+                self._upload(file, file.name if file.is_dir() else "", wait=is_last)
 
     def _write_state(self, run: Run, folder: Path, is_last: bool) -> None:
         counters = train_state(run.progress.global_step, run.progress.steps_per_epoch)
@@ -192,7 +192,10 @@ class CheckpointHook(Hook):
                 (AVERAGED, *self._companions(run))
             )  # a run that is resumed without --ema has older averages
             for path in (folder / name, *(companion_path(folder / name, ending) for ending in endings)):
-                if path.is_file() and remove_file(path):
+                is_gone = path.is_file() and remove_file(path)
+                if self._rules(run).names.is_folder and path.is_dir():
+                    is_gone = remove_folder(path)
+                if is_gone:
                     self._files.pop(str(path), None)
                     logger.info("removed the outdated %s", path)
         stopped: list[str] = []

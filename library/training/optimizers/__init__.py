@@ -252,8 +252,11 @@ def check(options: OptimizerOptions) -> OptimizerBuild:
     return build(options, [{"params": [nn.Parameter(zeros(2, 2))], "lr": options.learning_rate, "name": "probe"}])
 
 
-def check_rates(options: OptimizerOptions, rates: Sequence[float]) -> None:
-    """ConfigError when the optimizer refuses groups of these rates, as those that estimate one step size for all groups
+def check_rates(
+    options: OptimizerOptions, rates: Sequence[float],
+    named: str = "--learning_rate, --unet_lr and --text_encoder_lr",
+) -> None:
+    """`named`: the options that set them. ConfigError when the optimizer refuses groups of these rates, as those that estimate one step size for all groups
     do in their first step."""
     different = sorted({rate for rate in rates if rate})
     if len(different) < 2 or not choose(options).one_rate_for_all_groups:
@@ -271,9 +274,8 @@ def check_rates(options: OptimizerOptions, rates: Sequence[float]) -> None:
         built.optimizer.step()
     except RuntimeError as error:
         raise ConfigError(
-            f"--optimizer_type {built.choice.name} takes one learning rate for all parts, or 0; --learning_rate, "
-            "--unet_lr and"
-            f" --text_encoder_lr ask for {' and '.join(map(str, different))} ({error}). Give one rate, usually 1"
+            f"--optimizer_type {built.choice.name} takes one learning rate for all parts, or 0;"
+            f" {named} ask for {' and '.join(map(str, different))} ({error}). Give one rate, usually 1"
         ) from error
 
 

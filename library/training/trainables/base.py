@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from library.training.protocols import ParamGroup, Plain, TextEncoders
     from library.training.run import Models
     from library.training.sampling_prompts import SamplePrompt
+    from library.training.updaters.base import Updater
     from library.training.wiring.base import ModelFamily
 
 
@@ -40,6 +41,8 @@ class Trainable(ABC):
     """name of its scripts without .py and without what a family puts before it"""
     keeps_text_still: ClassVar[str] = ""
     """what to do to keep text encoders from learning, for messages: "add --network_train_unet_only", say"""
+    writes_folders: ClassVar[bool] = False
+    """whether it can be saved as a folder in the layout of diffusers, where the family has one"""
     spec_kind: ClassVar[str] = ""
     """what modelspec.architecture ends in: lora, textual-inversion, controlnet; "" for a full model"""
 
@@ -71,6 +74,16 @@ class Trainable(ABC):
 
     def prepare_tokenizers(self, family: ModelFamily, strategies: StrategySet) -> None:
         """Before captions are encoded and text encoders loaded: new tokens join the tokenizers here."""
+
+    def updater(self) -> Updater:
+        """How gradients become changed weights."""
+        from library.training.updaters.ordinary import OrdinaryUpdater
+
+        return OrdinaryUpdater()
+
+    def text_encoder_dtype(self, family: ModelFamily, runtime: Runtime) -> torch.dtype | None:
+        """In what the text encoders' weights are held; None: as frozen ones are."""
+        return None
 
     def prepare_data(self, data: DataGroups) -> None:
         """Images are in their buckets, and nothing is encoded yet: what captions say besides is set here."""

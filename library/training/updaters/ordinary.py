@@ -26,10 +26,14 @@ class OrdinaryUpdater(Updater):
         else:
             run.runtime.unscale_gradients()
         run.hooks.on_gradients_ready(run)
-        run.optimizer.step()
+        self.step(run)
         if not getattr(run.optimizer, "step_was_skipped", False):
             run.lr_scheduler.step()
         run.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, run: Run) -> None:
+        """Move the weights by their gradients."""
+        run.optimizer.step()
 
     def reduce(self, run: Run, parameters: list[torch.nn.Parameter]) -> None:
         """Sum the gradients over ranks."""

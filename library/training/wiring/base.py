@@ -260,6 +260,10 @@ class ModelFamily(ABC):
         model."""
         return {}
 
+    def unused_text_layers(self, number: int, encoder: torch.nn.Module) -> Sequence[str]:
+        """Beginnings of the names of those parameters of a text encoder whose results nothing reads."""
+        return ()
+
     def needs_negative(self, prompt: SamplePrompt) -> bool:
         """Whether a complete prompt is made with CFG, which takes a second conditioning."""
         scale = prompt.cfg_scale if self.architecture.latents.clips else prompt.scale
@@ -290,14 +294,25 @@ class ModelFamily(ABC):
         """Write the base model as it is now, in the layout that its files have; safely. Families without it cannot be
         fine-tuned whole.
 
-        `parts`: what has learned, "denoiser", "text_encoders" or names of `Models.extra`. Where one file holds all parts,
+        `parts`: what has learned, "denoiser", "text_encoders" (or some of them by their number, "text_encoders.0") or names
+        of `Models.extra`. Where one file holds all parts,
         the others are those of the base, as they were; UnsupportedCombination for parts that the family does not write.
         """
         raise UnsupportedCombination(f"{self.name} models cannot be written whole")
 
+    writes_folders: ClassVar[bool] = False
+    """whether `save_folder` writes models in the layout of diffusers"""
+
+    def save_folder(
+        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
+        parts: Collection[str] = DENOISER, *, pickled: bool = False,
+    ) -> None:
+        """`save_model` as a folder in the layout of diffusers. `pickled`: with .bin files."""
+        raise UnsupportedCombination(f"{self.name} models are not written as folders in the layout of diffusers")
+
     def check_parts(self, parts: Collection[str], known: Collection[str] = DENOISER) -> None:
         """For `save_model`: UnsupportedCombination for parts that are not `known`."""
-        others = sorted(set(parts) - set(known))
+        others = sorted({part for part in parts if part not in known and part.partition(".")[0] not in known})
         if others:
             raise UnsupportedCombination(
                 f"of {self.name} models {', '.join(known)} can be written; {', '.join(others)} cannot"

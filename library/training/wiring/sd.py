@@ -133,6 +133,12 @@ class SdFamily(UNetFamily):
         )
         return self.stored_small_text([encoder], runtime)
 
+    def unused_text_layers(self, number: int, encoder: torch.nn.Module) -> Sequence[str]:
+        """The projection of the pooled state, and with --clip_skip the layers behind."""
+        depth, skip = encoder.config.num_hidden_layers, self.config[ModelOptions].clip_skip or 1
+        last = range(depth - skip + 1, depth)
+        return ("text_projection.", *(f"text_model.encoder.layers.{layer}." for layer in last))
+
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         from library.sd_utils import load_unet_sd
 
@@ -140,6 +146,13 @@ class SdFamily(UNetFamily):
             self.base_path, self.reading_dtype(runtime), runtime.device, self.disable_mmap, transform=self.transform
         )
         return self.stored_small(denoiser, runtime)
+
+    @property
+    def file_kind(self) -> str:
+        return "sd2" if self.is_v2 else "sd1"
+
+    def folder_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
 
     def base_denoiser(self) -> torch.nn.Module:
         from library.sd_utils import load_unet_sd

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from library.core.errors import CheckpointError
+from library.core.errors import CheckpointError, ConfigError
+from library.core.learning_rates import rate
 from library.core.options import option
 from library.dataset import CachingOptions
 from library.families.sdxl import FAMILY
+from library.training.optimizers import OptimizerOptions
 from library.training.option_groups import ModelOptions
+from library.training.whole_models import WholeModelOptions
 from library.training.wiring.base import tokenizer_problems
 from library.training.wiring.unet import UNetFamily, about_slot, foreign_to_unet, part_of
 
@@ -28,6 +31,15 @@ if TYPE_CHECKING:
     from library.training.objective import NoisyLatents
     from library.training.protocols import Plain
     from library.training.run import DiTOutput, Models
+
+BLOCKS = (
+    r"^(time_embed|label_emb)\.",
+    *(rf"^input_blocks\.{block}\." for block in range(9)),
+    *(rf"^middle_block\.{block}\." for block in range(3)),
+    *(rf"^output_blocks\.{block}\." for block in range(9)),
+    r"^out\.",
+)
+"""the blocks of the U-Net in the order of --block_lr"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +140,28 @@ class SdxlFamily(UNetFamily):
         )
         return self.stored_small_text(encoders, runtime)
 
+    def layer_rates(self) -> Mapping[str, float]:
+        """Those of --block_lr, block by block."""
+        text = self.config[WholeModelOptions].block_lr if WholeModelOptions in self.config else None
+        if not text:
+            return {}
+        if not self.config[OptimizerOptions].learning_rate:
+            raise ConfigError("--block_lr is set with --learning_rate 0, which freezes the U-Net; give a rate above 0")
+        try:
+            rates = [rate(part) for part in text.split(",")]
+        except ValueError as error:
+            raise ConfigError(f"--block_lr is {text}; needed: {len(BLOCKS)} numbers with commas ({error})") from error
+        if len(rates) != len(BLOCKS):
+            raise ConfigError(f"--block_lr has {len(rates)} numbers; needed: {len(BLOCKS)}, one for each block")
+        return dict(zip(BLOCKS, rates, strict=True))
+
+    def unused_text_layers(self, number: int, encoder: torch.nn.Module) -> Sequence[str]:
+        """Of the first text encoder only the last layer but one is read; the second one gives its pooled state too."""
+        if number:
+            return ()
+        last = encoder.config.num_hidden_layers - 1
+        return (f"text_model.encoder.layers.{last}.", "text_model.final_layer_norm.", "text_projection.")
+
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         from library.sdxl_utils import load_unet_sdxl
 
@@ -135,6 +169,13 @@ class SdxlFamily(UNetFamily):
             self.base_path, self.reading_dtype(runtime), runtime.device, self.disable_mmap, transform=self.transform
         )
         return self.stored_small(denoiser, runtime)
+
+    @property
+    def file_kind(self) -> str:
+        return FAMILY.name
+
+    def folder_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizers[0]
 
     def base_denoiser(self) -> torch.nn.Module:
         from library.sdxl_utils import load_unet_sdxl

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -22,6 +23,7 @@ from library.training.wiring.base import DENOISER, ModelFamily, foreign_to_ddpm
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from library.components.ldm_utils import AutoEncoderInfo
     from library.components.unet_utils import UNetInfo
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from library.training.run import Models
 
 logger = logging.getLogger(__name__)
+
+POSITION_IDS = ".position_ids"
+"""0, 1, 2 ...: some files hold them and nothing reads them"""
 
 
 def foreign_to_unet(model: str) -> dict[str, str]:
@@ -205,11 +210,13 @@ class UNetFamily(ModelFamily):
 
         self.check_parts(parts, ("denoiser", "text_encoders"))
         denoiser = models.denoiser if "denoiser" in parts else None
-        text_encoders = models.text_encoders if "text_encoders" in parts else None
+        text_encoders = self._text_of_file(models, parts)
         other_vae = self._base_vae() if self.config[ModelOptions].vae else None
         changed = self.file_tensors(denoiser, text_encoders, other_vae)
-        if holds_all(self.info.source, changed):
-            write_replaced(self.info.source, changed, path, dtype, metadata)
+        known = self.info.source.shapes
+        own = {key: tensor for key, tensor in changed.items() if key in known or not key.endswith(POSITION_IDS)}
+        if holds_all(self.info.source, own):
+            write_replaced(self.info.source, own, path, dtype, metadata)
             return
         whole = self.file_tensors(
             denoiser or self.base_denoiser(), text_encoders or self.base_text_encoders(), other_vae or self._base_vae()
@@ -218,6 +225,46 @@ class UNetFamily(ModelFamily):
         marks = {"v_pred": self.is_v, "ztsnr": is_zero_snr}
         whole |= {mark: torch.zeros(0) for mark, is_set in marks.items() if is_set}
         save_file_atomic({key: tensor.contiguous() for key, tensor in cast_all(whole, dtype).items()}, path, metadata)
+
+    writes_folders = True
+
+    @property
+    @abstractmethod
+    def file_kind(self) -> str:
+        """Kind of the base (library/checkpoints/kinds.py)."""
+
+    @abstractmethod
+    def folder_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The CLIP tokenizer that a folder holds."""
+
+    def save_folder(
+        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
+        parts: Collection[str] = DENOISER, *, pickled: bool = False,
+    ) -> None:
+        from library.components.ldm_folder_files import read_single, write_folder
+        from library.core.atomic_file import scratch_path
+
+        prediction = "v" if self.is_v else "epsilon"
+        with scratch_path(path) as place:
+            place.mkdir()
+            try:
+                file = str(place / "model.safetensors")
+                self.save_model(models, file, dtype, metadata, parts)
+                folder = read_single(file, self.file_kind, prediction)
+                if self.config[NoiseOptions].zero_terminal_snr:
+                    folder.configs["scheduler/scheduler_config.json"]["rescale_betas_zero_snr"] = True
+                write_folder(folder, self.folder_tokenizer(), path, None, pickled=pickled)
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
+
+    def _text_of_file(self, models: Models, parts: Collection[str]) -> list[torch.nn.Module] | None:
+        """The text encoders that have learned, with the others as the base has them; None when none has."""
+        own = models.text_encoders
+        learned = [i for i in range(len(own)) if {"text_encoders", f"text_encoders.{i}"} & set(parts)]
+        if not learned:
+            return None
+        base = self.base_text_encoders() if len(learned) < len(own) else own
+        return [own[i] if i in learned else base[i] for i in range(len(own))]
 
     def _base_vae(self) -> torch.nn.Module:
         from library.components.ldm_utils import load_autoencoder

@@ -146,8 +146,11 @@ def tokenizer_of(folder: str | None, cache_dir: str | None) -> Any:
     return load_clip_tokenizer(folder, cache_dir, option="--tokenizer")
 
 
-def write_folder(folder: Folder, tokenizer: Any, target: str, dtype: torch.dtype | None, variant: str | None) -> None:
-    """The folder appears whole or not at all."""
+def write_folder(
+    folder: Folder, tokenizer: Any, target: str, dtype: torch.dtype | None, variant: str | None = None,
+    pickled: bool = False,
+) -> None:
+    """The folder appears whole or not at all. `pickled`: the weights of models in .bin files."""
     ending = f".{variant}.safetensors" if variant else ".safetensors"
     with atomic_folder(os.path.abspath(target)) as work:
         for name, content in folder.configs.items():
@@ -163,6 +166,11 @@ def write_folder(folder: Folder, tokenizer: Any, target: str, dtype: torch.dtype
         _write_unet(folder, work / "unet" / f"diffusion_pytorch_model{ending}", dtype)
         for name in ("tokenizer", "tokenizer_2")[: 2 if "text_encoder_2" in folder.parts else 1]:
             tokenizer.save_pretrained(work / name)
+        for path in sorted(work.glob("*/*.safetensors")) if pickled else ():
+            stem = "pytorch_model" if path.parent.name.startswith("text_encoder") else path.stem
+            with open(path.with_name(f"{stem}.bin"), "wb") as file:  # given a name, torch writes it into the file
+                torch.save(load_safetensors(path, "cpu", disable_mmap=True), file)
+            path.unlink()
         if folder.rest or folder.metadata:
             save_file_atomic(
                 {key: t.contiguous() for key, t in folder.rest.items()}, work / REST, folder.metadata or None

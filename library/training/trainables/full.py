@@ -1,0 +1,315 @@
+"""Training of whole models: the denoiser learns, and the text encoders where the script lets them; the file is a model
+like the base."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from library.core.atomic_file import atomic_path, scratch_path
+from library.core.errors import ConfigError, Problems, TrainingError
+from library.core.learning_rates import Rates, parse_rates, rate_groups
+from library.core.options import Config, Ignored, without_effect
+from library.families.registry import record_of
+from library.training.checkpoint import FOLDER_FORMATS
+from library.training.hooks.base import Hook
+from library.training.optimizers import OptimizerOptions, check_rates
+from library.training.option_groups import LoopOptions, MemoryOptions, PrecisionOptions, SavingOptions
+from library.training.trainables.base import Trainable
+from library.training.updaters.base import Updater
+from library.training.whole_models import TEXT_RATES, WholeModelOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.dataset.batch import Batch
+    from library.training.accelerator_setup import Runtime
+    from library.training.protocols import ParamGroup, Plain
+    from library.training.run import Models, Run
+    from library.training.wiring.base import ModelFamily
+
+
+class FullTrainable(Trainable):
+    """All weights of the denoiser, and with --train_text_encoder those of the text encoders."""
+
+    name, options, script = "full", WholeModelOptions, "train"
+    keeps_text_still = "leave out --train_text_encoder"
+    writes_folders = True
+    opts: WholeModelOptions
+    rate_options = "--learning_rate, --layer_lrs and the rates of text encoders and blocks"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._text: dict[int, torch.nn.Module] = {}
+        """number -> text encoder that learns"""
+
+    # -- before models are loaded ------------------------------------------------------------------------------------
+
+    @classmethod
+    def dataset_rules(cls, family: ModelFamily | type[ModelFamily]) -> str:
+        script = record_of(family.name).scripts.get(cls.name)
+        return super().dataset_rules(family) if script is None else script.name
+
+    def check(self, family: ModelFamily) -> None:
+        """Rates, precision and ways to update."""
+        problems = Problems()
+        if self.name not in record_of(family.name).scripts:
+            raise ConfigError(f"whole models of {record_of(family.name).title} are not trained here; adapters of them are")
+        rates = problems.attempt(lambda: self._denoiser_rates(family))
+        for check in (self._text_problems(family), self._memory_problems(), self._fused_problems(), self._format_problems()):
+            for message in check:
+                problems.add(message)
+        if rates is not None:
+            used = [rate for _, rate in rates] + self._text_rates(family) + [self._rate]
+            if not any(used):
+                problems.add(f"every learning rate is 0: there is nothing to train; look at {self.rate_options}")
+            problems.attempt(lambda: check_rates(self.config[OptimizerOptions], used, self.rate_options))
+        problems.raise_if_any()
+
+    @property
+    def _rate(self) -> float:
+        return self.config[OptimizerOptions].learning_rate
+
+    def _denoiser_rates(self, family: ModelFamily) -> Rates:
+        """Those that the user wrote, before those of the family's own options."""
+        of_family = [(re.compile(pattern), rate) for pattern, rate in family.layer_rates().items()]
+        return [*parse_rates(self.opts.layer_lrs, "layer_lrs"), *of_family]
+
+    def _denoiser_learns(self, family: ModelFamily) -> bool:
+        return bool(self._rate) or any(rate for _, rate in self._denoiser_rates(family))
+
+    @property
+    def _is_text_trained(self) -> bool:
+        return self.opts.train_text_encoder and self.opts.stop_text_encoder_training != -1
+
+    def _text_rates(self, family: ModelFamily) -> list[float]:
+        """Of each text encoder that could learn; 0 = it does not."""
+        script = record_of(family.name).scripts.get(self.name)
+        names = [name for name in TEXT_RATES if script is not None and name in script.options]
+        given = [getattr(self.opts, name) for name in names]
+        return [self._rate if rate is None else rate for rate in given] if self._is_text_trained else [0.0] * len(given)
+
+    def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
+        return [rate > 0 for rate in self._text_rates(family)]
+
+    def _text_problems(self, family: ModelFamily) -> Iterator[str]:
+        if self._is_text_trained:
+            return
+        for name in TEXT_RATES:
+            if getattr(self.opts, name):
+                yield f"--{name} is {getattr(self.opts, name)}, and no text encoder learns; add --train_text_encoder"
+
+    def idle(self, family: ModelFamily) -> list[Ignored]:
+        stop = self.opts.stop_text_encoder_training
+        if stop is None or stop == -1 or any(self.trains_text_encoders(family)):
+            return []
+        return without_effect(["stop_text_encoder_training"], "no text encoder learns")
+
+    def _memory_problems(self) -> Iterator[str]:
+        if self.config[MemoryOptions].blocks_to_swap:
+            yield (
+                "--blocks_to_swap moves weights that are not trained; leave it out"
+                " (--fused_backward_pass and --gradient_checkpointing save memory)"
+            )
+
+    @property
+    def _is_fused(self) -> bool:
+        return self.config[OptimizerOptions].fused_backward_pass or bool(self.opts.fused_optimizer_groups)
+
+    def _fused_problems(self) -> Iterator[str]:
+        """What an update inside the backward pass cannot be combined with."""
+        if not self._is_fused:
+            return
+        option = "--fused_backward_pass"
+        if not self.config[OptimizerOptions].fused_backward_pass:
+            option = f"--fused_optimizer_groups {self.opts.fused_optimizer_groups}"
+        elif self.opts.fused_optimizer_groups:
+            yield f"{option} and --fused_optimizer_groups say the same; use one of them"
+        steps = self.config[LoopOptions].gradient_accumulation_steps
+        if steps > 1:
+            yield (
+                f"{option} is set with --gradient_accumulation_steps {steps}; gradients are gone after each backward"
+                " pass: use a larger --train_batch_size, or leave one of them out"
+            )
+        if self.config[PrecisionOptions].mixed_precision == "fp16":
+            yield (
+                f"{option} is set with --mixed_precision fp16, whose scaled gradients are judged all together; use"
+                " --mixed_precision bf16"
+            )
+        if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
+            yield f"{option} is for one process: gradients of several are summed before the step; leave it out"
+        choice = self._steps_singly()
+        if choice:
+            yield f"{option}: {choice} needs the gradients of all weights at once; use AdamW or AdaFactor, or leave it out"
+
+    def _steps_singly(self) -> str | None:
+        """None, or the name of an optimizer that has to see all weights together."""
+        from library.training.optimizers import choose
+        from library.training.optimizers.single_steps import steps_singly
+
+        options = self.config[OptimizerOptions]
+        try:
+            return None if steps_singly(options) else f"--optimizer_type {choose(options).name}"
+        except ConfigError:
+            return None  # told by the check of the optimizer
+
+    def _format_problems(self) -> Iterator[str]:
+        from library.training import optimizers
+
+        if self.config[PrecisionOptions].full_bf16:
+            try:
+                choice = optimizers.choose(self.config[OptimizerOptions])
+            except ConfigError:
+                return  # told by the check of the optimizer
+            if choice.named_schedule_free:
+                yield (
+                    f"--full_bf16 with --optimizer_type {choice.name}, which moves between two sets of weights that bfloat16"
+                    " cannot tell apart; leave one of them out"
+                )
+        if self.config[SavingOptions].save_model_as == "pt":
+            yield "--save_model_as is pt, in which no program looks for a model; use safetensors or ckpt"
+
+    # -- the models --------------------------------------------------------------------------------------------------
+
+    def denoiser_dtype(self, runtime: Runtime) -> torch.dtype:
+        return runtime.trained_dtype  # float32, unless --full_bf16 or --full_fp16
+
+    def text_encoder_dtype(self, family: ModelFamily, runtime: Runtime) -> torch.dtype | None:
+        return runtime.trained_dtype if any(self.trains_text_encoders(family)) else None
+
+    def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None:
+        self.family, self.models = family, models
+        self._rounds = str(runtime.trained_dtype) == "torch.bfloat16"
+        learns = self.trains_text_encoders(family)
+        for number, encoder in enumerate(models.text_encoders):
+            if encoder is None:
+                continue
+            if number < len(learns) and learns[number]:
+                encoder.train()
+                self._text[number] = encoder
+            elif any(learns):
+                encoder.to(runtime.weight_dtype)
+        models.denoiser.train()
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Parameters of rate 0 are frozen: they would collect gradients that nobody uses."""
+        denoiser, text_rates = self.models.denoiser, self._text_rates(self.family)
+        groups: list[ParamGroup] = rate_groups(
+            denoiser.named_parameters(), self._rate, self._denoiser_rates(self.family), name="denoiser"
+        )
+        for number, encoder in self._text.items():
+            unused = tuple(self.family.unused_text_layers(number, encoder))
+            used = [(name, p) for name, p in encoder.named_parameters() if not (unused and name.startswith(unused))]
+            groups += rate_groups(used, text_rates[number], name=self._text_name(number))
+        return groups
+
+    def _text_name(self, number: int) -> str:
+        return "text_encoder" if len(self.trains_text_encoders(self.family)) == 1 else f"text_encoder_{number + 1}"
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        found = {"denoiser": self.models.denoiser} if self._denoiser_learns(self.family) else {}
+        return {**found, **{self._text_name(number): encoder for number, encoder in self._text.items()}}
+
+    def updater(self) -> Updater:
+        from library.training.updaters.ordinary import OrdinaryUpdater
+        from library.training.updaters.single import FusedUpdater, RoundingUpdater
+
+        if self._is_fused:
+            return FusedUpdater()
+        return RoundingUpdater(singly=self._steps_singly() is None) if self._rounds else OrdinaryUpdater()
+
+    @contextmanager
+    def disabled(self):
+        raise TrainingError(
+            "diff_output_preservation in the dataset configuration needs the model as it was before training, which is"
+            " not kept where the whole model learns; take it out, or train an adapter"
+        )
+        yield
+
+    def hooks(self) -> list[Hook]:
+        stop = self.opts.stop_text_encoder_training
+        return [] if stop is None or stop < 0 else [TextEncoderStop(self, stop)]
+
+    def still_texts(self) -> None:
+        """From here on text encoders stay as they are."""
+        for encoder in self._text.values():
+            encoder.requires_grad_(False)
+            encoder.zero_grad(set_to_none=True)
+
+    def description(self) -> str:
+        parts = ["denoiser"] if self._denoiser_learns(self.family) else []
+        parts += [self._text_name(number).replace("_", " ") for number in self._text]
+        return f"the weights of the model: {', '.join(parts)}"
+
+    def notices(self) -> list[str]:
+        lines = []
+        if self._rounds:
+            lines.append("weights in bfloat16 are rounded stochastically after each step, so that small updates count")
+        if self._is_fused and self.config[OptimizerOptions].max_grad_norm:
+            lines.append(
+                f"--max_grad_norm {self.config[OptimizerOptions].max_grad_norm:g}: each tensor is clipped by its own norm,"
+                " because updates inside the backward pass never see all gradients; 0 clips nothing"
+            )
+        stop = self.opts.stop_text_encoder_training
+        if self._text and stop is not None:
+            lines.append(f"text encoders stay as they are after step {stop}")
+        return lines
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+        parts = {"denoiser"} if self._denoiser_learns(self.family) else set()
+        parts |= {f"text_encoders.{number}" for number in self._text}
+        layout = self.config[SavingOptions].save_model_as
+        if layout in FOLDER_FORMATS:
+            is_pickled = layout == "diffusers"
+            self.family.save_folder(self.models, path, dtype, metadata, parts, pickled=is_pickled)
+            return
+        if not path.endswith(".ckpt"):
+            self.family.save_model(self.models, path, dtype, metadata, parts)
+            return
+        import torch
+
+        from library.safetensors_utils import load_safetensors
+
+        with scratch_path(path) as temporary:
+            self.family.save_model(self.models, str(temporary), dtype, metadata, parts)
+            tensors = load_safetensors(temporary, device="cpu", disable_mmap=True)
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:  # given a name, torch writes it into the file
+            torch.save({"state_dict": tensors}, file)
+
+    def load(self, path: str) -> None:
+        raise ConfigError(f"{path} is a whole model, with which a run begins as --pretrained_model_name_or_path")
+
+    def metadata(self) -> dict[str, Plain]:
+        names = ("layer_lrs", "block_lr", *TEXT_RATES, "stop_text_encoder_training")
+        given = {f"ss_{name}": getattr(self.opts, name) for name in names}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class DreamBooth(FullTrainable):
+    """All weights of denoiser and text encoder, which learns unless it is told not to."""
+
+    name = "dreambooth"
+    keeps_text_still = "add --stop_text_encoder_training -1"
+
+    @property
+    def _is_text_trained(self) -> bool:
+        return self.opts.stop_text_encoder_training != -1
+
+
+class TextEncoderStop(Hook):
+    """`--stop_text_encoder_training`: text encoders stay as they are after so many optimizer steps."""
+
+    def __init__(self, trainable: FullTrainable, steps: int) -> None:
+        self._trainable = trainable
+        self._steps = steps
+        self._is_done = False
+
+    def on_step_start(self, run: Run, batch: Batch) -> None:
+        if not self._is_done and run.progress.global_step >= self._steps:
+            self._is_done = True
+            self._trainable.still_texts()

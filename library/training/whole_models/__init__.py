@@ -1,0 +1,76 @@
+"""Training of whole models: its options, and which of them the script of a family has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from library.core.errors import Problems
+from library.core.options import equivalent_option, option, option_fields
+from library.families.record import FamilyRecord
+
+TEXT_RATES = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2")
+"""learning rates of text encoders: of the only one, or of each"""
+OF_ADAPTERS = {"skip_until_initial_step": "a run that resumes goes on at its step and reads no image before it"}
+"""shared options that only scripts of adapters have"""
+OF_EVERY_SCRIPT = ("layer_lrs",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeModelOptions:
+    """Training of whole models"""
+
+    train_text_encoder: bool = option(False, help="the text encoders learn too")
+    learning_rate_te: float | None = option(
+        None, help="learning rate of the text encoder; --learning_rate when not given; 0 = not trained"
+    )
+    learning_rate_te1: float | None = option(
+        None, help="learning rate of the first text encoder; --learning_rate when not given; 0 = not trained"
+    )
+    learning_rate_te2: float | None = option(
+        None, help="learning rate of the second text encoder; --learning_rate when not given; 0 = not trained"
+    )
+    stop_text_encoder_training: int | None = option(
+        None, help="optimizer step after which text encoders stay as they are; -1 = they do not learn at all"
+    )
+    no_token_padding: bool = option(False, help="captions without padding up to their length in tokens")
+    block_lr: str | None = option(
+        None, metavar="RATES",
+        help="learning rates of the blocks of the U-Net, 23 numbers with commas: 0 embeddings of time and size, 1-9 input"
+        " blocks, 10-12 middle, 13-21 output blocks, 22 output; 0 = not trained",
+    )
+    layer_lrs: str | None = option(
+        None, help="learning rates of layers of the denoiser by their path, as regex=rate,regex=rate; 0 = not trained"
+    )
+    fused_optimizer_groups: int | None = option(
+        None, help="1 or more: the same as --fused_backward_pass, which updates each tensor as soon as its gradient is there"
+    )
+    diffusers_xformers: bool = equivalent_option(
+        False, help="attention of xformers in the text encoder",
+        reason="--diffusers_xformers: attention is computed by torch (scaled_dot_product_attention)",
+    )
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        for name in TEXT_RATES:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                problems.add(f"--{name} is {value}; needed: 0 (not trained) or more")
+        if self.stop_text_encoder_training is not None and self.stop_text_encoder_training < -1:
+            problems.add(
+                f"--stop_text_encoder_training is {self.stop_text_encoder_training}; needed: a number of steps, or -1"
+            )
+        if self.fused_optimizer_groups is not None and self.fused_optimizer_groups < 0:
+            problems.add(f"--fused_optimizer_groups is {self.fused_optimizer_groups}; needed: 1 or more, or 0 for none")
+        problems.raise_if_any()
+
+
+def foreign_options(record: FamilyRecord, trainable: str) -> Mapping[str, str]:
+    """Options, most of them of the group, that the family's script of this trainable does not have: name -> reason."""
+    script = record.scripts.get(trainable)
+    own = {*(script.options if script else ()), *OF_EVERY_SCRIPT}
+    others = [name for name in option_fields(WholeModelOptions) if name not in own]
+    named = " and ".join(f"--{name}" for name in option_fields(WholeModelOptions) if name in own)
+    where = script.name if script else f"training of whole {record.title} models"
+    return {**dict.fromkeys(others, f"{where} has {named} in its place"), **OF_ADAPTERS}

@@ -1,0 +1,202 @@
+"""Whole models learn: every script of the trainable, its files, exact resumes, frozen parts and ways to update."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from library.core.errors import ConfigError
+from library.families.registry import FAMILIES
+from library.safetensors_utils import load_pickled_tensors, load_safetensors
+from library.training import cli
+from tests.families import CASES
+from tests.runs.conftest import Stopped, Work, fingerprint, losses_of, stop_after
+from tests.runs.families import Tinies, without
+
+TEXT = {
+    "sd": ("--train_text_encoder", "--learning_rate_te=2e-3"),
+    "sdxl": ("--train_text_encoder", "--learning_rate_te2=2e-3"),
+}
+"""family -> options with which text encoders learn in its script `full`"""
+UNET, TEXT_PARTS = "model.diffusion_model.", ("cond_stage_model.", "conditioner.embedders.")
+CELLS = [
+    pytest.param(case.name, trainable, id=f"{case.name}-{trainable}")
+    for case in CASES.values() for trainable in FAMILIES[case.family].scripts
+    if trainable in ("full", "dreambooth") and (case.name, trainable) != ("sd2", "dreambooth")
+]
+
+
+@pytest.fixture(scope="module")
+def tinies(tmp_path_factory: pytest.TempPathFactory) -> Tinies:
+    return Tinies(tmp_path_factory)
+
+
+def metadata_file(work: Work) -> Path:
+    """A dataset with a metadata file, which some scripts want."""
+    entries = {str(path): {"caption": "a red cat"} for path in sorted(work.images.glob("*.png"))}
+    (work.folder / "meta.json").write_text(json.dumps(entries), encoding="utf-8")
+    text = work.dataset().read_text(encoding="utf-8") + f"metadata_file = '{work.folder / 'meta.json'}'\n"
+    path = work.folder / "listed.toml"
+    path.write_text(text.replace('caption_extension = ".txt"\n', ""), encoding="utf-8")
+    return path
+
+
+def argv(work: Work, trainable: str, out: str, *more: str) -> list[str]:
+    script = FAMILIES[work.case.family].scripts[trainable].name
+    dataset = metadata_file(work) if script == "fine_tune" else None
+    words = work.argv(out, "--max_train_steps=3", "--learning_rate=1e-3", *more, dataset=dataset)
+    return [word for word in words if not word.startswith("--network")]
+
+
+def train(work: Work, trainable: str, out: str, *more: str) -> Path:
+    cli.run(work.case.family, trainable, argv(work, trainable, out, *more))
+    return work.folder / out / "lora.safetensors"
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """Keys of files of one layout whose values differ."""
+    left, right = load_safetensors(before), load_safetensors(after)
+    assert {key: tensor.shape for key, tensor in left.items()} == {key: tensor.shape for key, tensor in right.items()}
+    return {key for key, tensor in left.items() if not torch.equal(tensor.float(), right[key].float())}
+
+
+@pytest.mark.parametrize("name, trainable", CELLS)
+def test_a_whole_model_learns_and_resumes_in_the_same_bytes(
+    name: str, trainable: str, tinies: Tinies, tmp_path: Path
+) -> None:
+    """Denoiser and text encoders change and nothing else does; the file is a base for another run."""
+    work = tinies.work(name, tmp_path)
+    more = ["--ema", "--ema_decay=0.5", *(TEXT.get(work.case.family, ()) if trainable == "full" else ())]
+    whole = train(work, trainable, "whole", "--max_train_steps=4", *more)
+    losses = losses_of(whole)
+    assert len(losses) == 4 and all(torch.tensor(losses).isfinite())
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            train(work, trainable, "parts", "--max_train_steps=4", "--save_every_n_steps=2", "--save_state", *more)
+    resumed = train(work, trainable, "parts", "--max_train_steps=4", "--resume=latest", *more)
+    for stem in ("lora", "lora-ema"):
+        assert fingerprint(resumed.with_name(f"{stem}.safetensors")) == fingerprint(whole.with_name(f"{stem}.safetensors"))
+    parts = changed(work.tiny.model, whole)
+    assert any(key.startswith(UNET) for key in parts) and any(key.startswith(TEXT_PARTS) for key in parts)
+    assert all(key.startswith((UNET, *TEXT_PARTS)) for key in parts)
+    work.tiny = dataclasses.replace(work.tiny, model=whole)
+    assert train(work, trainable, "again", *more, "--max_train_steps=1").is_file()
+
+
+def test_the_loss_falls(tinies: Tinies, tmp_path: Path) -> None:
+    """The same pictures at one noise level again and again."""
+    work = tinies.work("sd1", tmp_path)
+    words = ["--max_train_steps=16", "--min_timestep=500", "--max_timestep=501", "--learning_rate=3e-3"]
+    losses = losses_of(train(work, "dreambooth", "out", *words))
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+
+
+@pytest.mark.parametrize("more", [
+    ("--optimizer_type=AdamW", "--max_grad_norm=0"),
+    ("--optimizer_type=AdaFactor", "--optimizer_args", "relative_step=False", "scale_parameter=False", "--max_grad_norm=0"),
+    ("--mixed_precision=bf16", "--full_bf16", "--max_grad_norm=0", "--gradient_checkpointing"),
+], ids=["adamw", "adafactor", "bf16"])  # fmt: skip
+def test_updates_inside_the_backward_pass_give_the_same_bytes(
+    more: Sequence[str], tinies: Tinies, tmp_path: Path
+) -> None:
+    """As long as nothing is clipped."""
+    work = tinies.work("sdxl", tmp_path)
+    words = [*more, *TEXT["sdxl"], "--max_train_steps=2"]
+    option = "--fused_optimizer_groups=4" if more[0] == "--optimizer_type=AdamW" else "--fused_backward_pass"
+    plain = train(work, "full", "plain", *words)
+    assert len(changed(work.tiny.model, plain)) > 100
+    assert changed(plain, train(work, "full", "fused", *words, option)) == set()
+
+
+def test_bfloat16_resumes_exactly_with_moments_of_float32(tinies: Tinies, tmp_path: Path) -> None:
+    work = tinies.work("sd1", tmp_path)
+    words = ["--mixed_precision=bf16", "--full_bf16", "--save_every_n_steps=2", "--save_state"]
+    whole = train(work, "dreambooth", "whole", *words)
+    state = whole.with_name("lora-step00000002-state")
+    saved = torch.load(state / "optimizer.bin", weights_only=True)
+    assert {entry["exp_avg"].dtype for entry in saved["state"].values()} == {torch.float32}
+    again = train(work, "dreambooth", "again", *words, f"--resume={state}")
+    assert fingerprint(again) == fingerprint(whole)
+
+
+def test_frozen_blocks_keep_their_bytes(tinies: Tinies, tmp_path: Path) -> None:
+    work = tinies.work("sdxl", tmp_path)
+    rates = ",".join("0" if block in (0, 1, 2, 22) else "1e-3" for block in range(23))
+    final = train(work, "full", "out", f"--block_lr={rates}", "--layer_lrs=middle_block=0", "--max_train_steps=2")
+    parts = {key.removeprefix(UNET) for key in changed(work.tiny.model, final)}
+    frozen = ("time_embed.", "label_emb.", "input_blocks.0.", "input_blocks.1.", "middle_block.", "out.")
+    assert parts and not any(key.startswith(frozen) for key in parts)
+    assert any(key.startswith("input_blocks.2.") for key in parts) and any(key.startswith("output_blocks.") for key in parts)
+
+
+def test_a_text_encoder_stops_and_one_learns_alone(tinies: Tinies, tmp_path: Path) -> None:
+    """With --learning_rate 0 the U-Net keeps its bytes; a stop before the first step is as if nothing learned."""
+    work = tinies.work("sdxl", tmp_path)
+    alone = train(
+        work, "full", "alone", "--learning_rate=0", "--train_text_encoder", "--learning_rate_te1=0",
+        "--learning_rate_te2=1e-3", "--cache_text_encoder_outputs",
+    )
+    parts = changed(work.tiny.model, alone)
+    assert parts and all(key.startswith("conditioner.embedders.1.") for key in parts)
+    stopped = train(work, "full", "stopped", *TEXT["sdxl"], "--stop_text_encoder_training=1", "--save_every_n_steps=1")
+    first = changed(stopped.with_name("lora-step00000001.safetensors"), stopped)
+    assert first and all(key.startswith(UNET) for key in first)
+    assert any(key.startswith(TEXT_PARTS) for key in changed(work.tiny.model, stopped))
+
+
+def test_layouts_of_files(tinies: Tinies, tmp_path: Path) -> None:
+    """A ckpt and a folder hold what the file holds; diffusers reads the folder, which is a base too."""
+    work = tinies.work("sd1", tmp_path)
+    words = ["--max_train_steps=1", "--save_every_n_steps=1", "--save_last_n_steps=0"]
+    file = load_safetensors(train(work, "dreambooth", "file", *words))
+    train(work, "dreambooth", "pickled", *words, "--save_model_as=ckpt")
+    pickled = load_pickled_tensors(work.folder / "pickled" / "lora.ckpt")
+    assert file.keys() == pickled.keys() and all(torch.equal(file[key], pickled[key]) for key in file)
+    for layout, ending in (("diffusers_safetensors", ".safetensors"), ("diffusers", ".bin")):
+        train(work, "dreambooth", layout, *words, f"--save_model_as={layout}")
+        folder = work.folder / layout / "lora"
+        assert (folder / "unet" / f"diffusion_pytorch_model{ending}").is_file()
+        assert (folder / "scheduler" / "scheduler_config.json").is_file() and (folder / "tokenizer").is_dir()
+    from diffusers import UNet2DConditionModel
+
+    read = UNet2DConditionModel.from_pretrained(work.folder / "diffusers_safetensors" / "lora", subfolder="unet")
+    assert torch.equal(read.conv_in.weight, file[f"{UNET}input_blocks.0.0.weight"])
+    work.tiny = dataclasses.replace(work.tiny, model=work.folder / "diffusers_safetensors" / "lora")
+    assert train(work, "dreambooth", "again", *words).is_file()
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--fp8_base"], "--fp8_base is True; it is not available here: trained weights"),
+    (["--block_lr=1e-4,1e-4"], "--block_lr has 2 numbers; needed: 23"),
+    (["--block_lr=1e-4,,1"], "--block_lr is 1e-4,,1; needed: 23 numbers"),
+    (["--learning_rate=0"], "every learning rate is 0"),
+    (["--learning_rate=0", f"--block_lr={','.join(['1'] * 23)}"], "--block_lr is set with --learning_rate 0"),
+    (["--learning_rate_te1=1e-3"], "no text encoder learns; add --train_text_encoder"),
+    (["--train_text_encoder", "--cache_text_encoder_outputs"], "leave out --train_text_encoder or leave out --cache"),
+    (["--fused_backward_pass", "--gradient_accumulation_steps=2"], "gradients are gone after each backward pass"),
+    (["--fused_backward_pass", "--mixed_precision=fp16"], "scaled gradients"),
+    (["--fused_backward_pass", "--fused_optimizer_groups=2"], "say the same"),
+    (["--fused_backward_pass", "--optimizer_type=Prodigy", "--learning_rate=1"], "Prodigy needs the gradients of all"),
+    (["--save_model_as=pt"], "--save_model_as is pt"),
+    (["--network_dim=4"], "--network_dim is an option of other scripts"),
+])  # fmt: skip
+def test_what_cannot_be(words: list[str], told: str, tinies: Tinies, tmp_path: Path) -> None:
+    work = tinies.work("sdxl", tmp_path)
+    given = without(argv(work, "full", "out"), *(word[2:].partition("=")[0] for word in words))
+    if any("Prodigy" in word for word in words):
+        pytest.importorskip("prodigyopt")
+    with pytest.raises(ConfigError, match=told.replace("(", r"\(")):
+        cli.run("sdxl", "full", [*given, *words])
+
+
+def test_an_adapter_is_no_folder(tinies: Tinies, tmp_path: Path) -> None:
+    work: Any = tinies.work("sd1", tmp_path)
+    with pytest.raises(ConfigError, match="what is trained here is one file"):
+        work.train("out", "--save_model_as=diffusers")
