@@ -83,7 +83,7 @@ def str_to_dtype(s: str | None, default_dtype: torch.dtype | None = None) -> tor
         return default_dtype
     known = _DTYPES.get(s.lower().removeprefix("torch."))
     if known is None:
-        raise ConfigError(f"unknown type '{s}'{did_you_mean(s, _DTYPES)} Known: {', '.join(_DTYPES)}")
+        raise ConfigError(f"unknown type '{s}'{did_you_mean(s, _DTYPES) or '.'} Known: {', '.join(_DTYPES)}")
     return getattr(torch, known)
 
 

@@ -124,7 +124,7 @@ def conditional_loss(
         loss = LOSSES.resolve(loss_type)(LossOptions(loss_type=loss_type), model_pred, target, None, None)
     else:
         raise ConfigError(
-            f"loss_type is '{loss_type}'{did_you_mean(loss_type, LOSSES.names())} Known: {', '.join(LOSSES.names())}"
+            f"loss_type is '{loss_type}'{did_you_mean(loss_type, LOSSES.names()) or '.'} Known: {', '.join(LOSSES.names())}"
         )
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction is '{reduction}'; known: none, mean, sum")

@@ -69,7 +69,7 @@ def curve(text: str) -> Curve | None:
     if match[1] not in CURVES:
         known = ", ".join(CURVES)
         raise ValueError(
-            f"there is no curve '{match[1]}'{did_you_mean(match[1], CURVES)} Known: {known}, or numbers with commas"
+            f"there is no curve '{match[1]}'{did_you_mean(match[1], CURVES) or '.'} Known: {known}, or numbers with commas"
         )
     return match[1], float(match[2] or 0)
 

@@ -70,6 +70,9 @@ def import_outside(target: str, what: str) -> Any:
 
 
 def _import_problem(module: str, target: str, error: Exception) -> str:
+    if module.endswith(".py") or "/" in module or "\\" in module:
+        name = os.path.basename(module.replace("\\", "/")).removesuffix(".py")
+        return f"that is a path of a file; write the name of the module, {name}, of the current folder or of PYTHONPATH"
     if (
         isinstance(error, ModuleNotFoundError)
         and error.name
@@ -179,7 +182,7 @@ class Registry(Generic[T]):
     def _known_beside(self, name: str) -> str:
         known = [*self.names(), *(installed_points(self.group) if self.group else ())]
         path = ", or a path package.module:name" if self.group else ""
-        return f"{did_you_mean(name, known)} Known: {', '.join(known)}{path}"
+        return f"{did_you_mean(name, known) or '.'} Known: {', '.join(known)}{path}"
 
     def entry(self, name: str, where: str | None = None) -> Entry:
         """The entry of `name` or of a path; ConfigError with the nearest name when there is none. What is from outside
@@ -221,6 +224,9 @@ class Registry(Generic[T]):
             ) from error
 
     def _check_contract(self, target: str, found: Any, where: str) -> None:
+        unwritten = sorted(getattr(found, "__abstractmethods__", ()))
+        if unwritten:
+            raise ConfigError(f"{where} is {target}, which leaves out {', '.join(unwritten)}; needed: {self.wanted}")
         if not self.is_a(found):
             raise ConfigError(
                 f"{where} is {target}, which is {_described(found)}; needed: {self.wanted or 'a ' + self.kind}"

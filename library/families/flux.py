@@ -33,6 +33,7 @@ FAMILY = FamilyRecord(
                 }
             ),
         ),
+        "textual_inversion": OtherScript(name="flux_train_textual_inversion"),
     },
     place=10,
     family="library.training.wiring.flux:FluxFamily",
@@ -61,6 +62,7 @@ FAMILY = FamilyRecord(
     text_flags=("apply_t5_attn_mask",),
     learning_encoders=(0,),
     foreign_text="their pooled captions (l_pooled) were computed with gelu in the place of quick_gelu",
+    embedding_keys=("clip_l", "t5xxl"),
     samples=SampleDefaults(512, 16, {"sample_steps": 20, "scale": 1.0, "guidance_scale": 3.5}),
     model_kinds=(
         ModelKind(

@@ -36,7 +36,7 @@ def records() -> dict[str, FamilyRecord]:
 def record_of(name: str) -> FamilyRecord:
     """The record of a family that can be trained; ConfigError with the nearest name when there is none."""
     if name not in FAMILIES:
-        raise ConfigError(f"unknown model family '{name}'{did_you_mean(name, FAMILIES)} Known: {', '.join(FAMILIES)}")
+        raise ConfigError(f"unknown model family '{name}'{did_you_mean(name, FAMILIES) or '.'} Known: {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 

@@ -131,7 +131,7 @@ def check_normalize_mode(mode: str) -> None:
     """ConfigError for a mode of --emb_normalize_mode that there is not."""
     if mode not in NORMALIZE_MODES:
         raise ConfigError(
-            f"--emb_normalize_mode is '{mode}'{did_you_mean(mode, NORMALIZE_MODES)} Known: {', '.join(NORMALIZE_MODES)}"
+            f"--emb_normalize_mode is '{mode}'{did_you_mean(mode, NORMALIZE_MODES) or '.'} Known: {', '.join(NORMALIZE_MODES)}"
         )
 
 

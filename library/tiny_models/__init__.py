@@ -55,7 +55,7 @@ TINY_SETS: Mapping[str, TinyEntry] = Derived(_sets_of)
 def tiny_entry(name: str) -> TinyEntry:
     """The record of a set; ConfigError with the nearest name when there is none."""
     if name not in TINY_SETS:
-        raise ConfigError(f"unknown tiny model '{name}'{did_you_mean(name, TINY_SETS)} Known: {', '.join(TINY_SETS)}")
+        raise ConfigError(f"unknown tiny model '{name}'{did_you_mean(name, TINY_SETS) or '.'} Known: {', '.join(TINY_SETS)}")
     return TINY_SETS[name]
 
 

@@ -59,13 +59,14 @@ class Script:
 
     @cached_property
     def owners(self) -> dict[str, type]:
-        """Option name -> group. Raises ValueError when two groups declare the same name."""
+        """Option name -> group. Raises ConfigError when two groups declare the same name."""
         owners: dict[str, type] = {}
         for options_class in self.classes:
             for name in option_fields(options_class):
                 if name in owners:
-                    raise ValueError(
-                        f"option {name} is declared in {owners[name].__name__} and {options_class.__name__}"
+                    raise ConfigError(
+                        f"--{name} is declared in {owners[name].__name__} and {options_class.__name__}; an option has one"
+                        " place, and a trainable names of its own"
                     )
                 owners[name] = options_class
         return owners

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 
 from library.core.errors import ConfigError, Problems
 from library.core.options import Config, option_fields
@@ -23,8 +24,44 @@ def hook_classes(names: Iterable[str]) -> list[type[Hook]]:
     """All of them, each once; one ConfigError with every problem."""
     problems = Problems()
     found = [problems.attempt(lambda name=name: HOOKS.resolve(name)) for name in dict.fromkeys(names)]
+    for cls in dict.fromkeys(filter(None, found)):
+        for problem in _calls_that_fail(cls):
+            problems.add(problem)
     problems.raise_if_any()
     return list(dict.fromkeys(found))
+
+
+REPLACEMENTS = {"process_batch": ("step", "batch", "times"), "compute_loss": ("step", "output", "sample", "batch")}
+"""what is given to the methods that replace a part of the step"""
+
+
+def _calls_that_fail(cls: type[Hook]) -> list[str]:
+    """The methods of the class that a run cannot call with what it gives them."""
+    given = {"__init__": () if cls.options is None else ("options",), **REPLACEMENTS}
+    for name, method in vars(Hook).items():
+        if inspect.isfunction(method) and name != "__init__":
+            given[name] = tuple(inspect.signature(method).parameters)[1:]
+    problems = []
+    for name, words in given.items():
+        own = inspect.getattr_static(cls, name)
+        if own is inspect.getattr_static(Hook, name) or not callable(getattr(cls, name)):
+            continue
+        problem = _refusal(getattr(cls, name), () if isinstance(own, (staticmethod, classmethod)) else ("self",), words)
+        if problem is not None:
+            problems.append(
+                f"--hook {cls.__name__}: {name} is called with ({', '.join(words)}), which it does not take: {problem}"
+            )
+    return problems
+
+
+def _refusal(method: Callable[..., object], bound: Sequence[str], words: Sequence[str]) -> str | None:
+    try:
+        inspect.signature(method).bind(*bound, *words)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # made in C: it tells nothing
+        return None
+    return None
 
 
 def option_groups_of(names: Iterable[str], present: Iterable[str]) -> tuple[type, ...]:

@@ -55,7 +55,7 @@ TRAINABLES: Registry[type] = Registry(
     group="trainables",
     takes=("config",),
     info={"options": None, "ignored": None, "refused": None, "foreign": None, "defaults": None},
-    wanted="a subclass of library.training.trainables.base.Trainable",
+    wanted="a subclass of library.training.trainables.base.Trainable whose options are a dataclass",
     is_a=lambda found: (
         isinstance(found, type) and all(hasattr(found, name) for name in ("options", "attach", "param_groups", "save"))
     ),

@@ -223,7 +223,7 @@ def _checked(field: str, value: Any) -> Any:
         from library.training.inference_samplers import INFERENCE_SAMPLERS, SAMPLER_NAMES
 
         if INFERENCE_SAMPLERS.problem(value) is not None:
-            raise ValueError(f"unknown sampler{did_you_mean(value, SAMPLER_NAMES)} Known: {', '.join(SAMPLER_NAMES)}")
+            raise ValueError(f"unknown sampler{did_you_mean(value, SAMPLER_NAMES) or '.'} Known: {', '.join(SAMPLER_NAMES)}")
     return value
 
 
@@ -318,7 +318,7 @@ def _prompt_of_keys(where: str, entry: Mapping[str, Any], options: Mapping[str, 
             continue
         if key not in by_field:
             problems.add(
-                f"{where}: unknown key {key}{did_you_mean(key, [*by_field, 'prompt'])} Known: prompt, "
+                f"{where}: unknown key {key}{did_you_mean(key, [*by_field, 'prompt']) or '.'} Known: prompt, "
                 f"{', '.join(by_field)}"
             )
             continue

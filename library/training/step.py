@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library.core.errors import ConfigError
+from library.core.errors import ConfigError, TrainingError
 from library.core.keyed_random import StepDraws, key_seed
 from library.dataset.batch import Batch, rows_of
 from library.dataset.strategies import Conditioning, StrategySet
@@ -59,7 +59,12 @@ class TrainStep:
             zero = torch.zeros((), device=self.runtime.device)
             return StepOutput(zero, zero, 0)
         if self._process_batch is not None:
-            return self._process_batch(self, batch, times)
+            result = self._process_batch(self, batch, times)
+            if not isinstance(result, StepOutput):
+                raise TrainingError(
+                    f"process_batch of a hook gave a {type(result).__name__}; needed: a StepOutput, as step.result makes it"
+                )
+            return result
         return self.process_batch(batch, times)
 
     def process_batch(self, batch: Batch, times: torch.Tensor | None = None) -> StepOutput:
@@ -110,8 +115,18 @@ class TrainStep:
     def loss_of(self, output: DiTOutput, sample: NoisyLatents, batch: Batch) -> tuple[torch.Tensor, Logs]:
         """Losses per sample [B], and values for the log; by the hook that replaces `compute_loss`, where there is
         one."""
-        compute = self._compute_loss or type(self).compute_loss
-        return compute(self, output, sample, batch)
+        if self._compute_loss is None:
+            return self.compute_loss(output, sample, batch)
+        found = self._compute_loss(self, output, sample, batch)
+        losses = found[0] if isinstance(found, tuple) and len(found) == 2 else None
+        if not isinstance(losses, torch.Tensor) or losses.shape != (len(batch),):
+            given = f"a tensor {list(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
+            given = given if losses is None else f"losses of the shape {list(getattr(losses, 'shape', ()))}"
+            raise TrainingError(
+                f"compute_loss of a hook gave {given}; needed: (losses, values for the log), one loss for each of the"
+                f" {len(batch)} samples"
+            )
+        return found
 
     @staticmethod
     def result(per_sample: torch.Tensor, logs: Logs, batch: Batch) -> StepOutput:

@@ -74,4 +74,25 @@ class Clashing(Hook):
         network_dim: int = option(1, help="of the script")
 
 
+class Miscalled(Hook):
+    """Methods that do not take what they are given."""
+
+    def __init__(self, rate) -> None:
+        self.rate = rate
+
+    def on_step_start(self) -> None: ...
+
+    def compute_loss(self, output, batch): ...
+
+
+class Brief(Hook):
+    """Options without a word on how they are kept."""
+
+    options = PullOptions
+    seen: list[float] = []
+
+    def on_step_end(self, run, output) -> None:
+        self.seen.append(self.opts.pull_strength)
+
+
 NOT_A_HOOK = 3

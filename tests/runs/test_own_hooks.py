@@ -93,6 +93,11 @@ def number_in(state: Path) -> float:
     return load_safetensors(state / WEIGHTS_FILE)["hook:Pull.scale.weight"].item()
 
 
+def test_its_options_are_its_opts(work: Work) -> None:
+    work.train("out", "--hook=tests.runs.own_hooks:Brief", "--pull_strength=3", "--max_train_steps=1")
+    assert own_hooks.Brief.seen[-1] == 3
+
+
 def test_a_step_that_raises_closes_it(work: Work) -> None:
     with pytest.raises(RuntimeError, match="asked to fail"):
         work.train("out", PULL, "--pull_fails_at=2")
@@ -107,6 +112,7 @@ def test_a_step_that_raises_closes_it(work: Work) -> None:
     ([PULL, "--pull_strenght=1"], "did you mean 'pull_strength'"),
     (["--pull_strength=1"], "unknown option --pull_strength"),
     (["--hook=tests.runs.own_hooks:Picky"], "flux is not what this hook wants"),
+    (["--hook=tests.runs.own_hooks:Miscalled"], r"(?s)__init__ is called with \(\), .*compute_loss is called .*on_step_start is called with \(run, batch\),"),
     (["--hook=tests.runs.own_hooks:Clashing"], "Clashing declares --network_dim, which the script has already"),
 ])  # fmt: skip
 def test_what_is_wrong_is_told_at_start(work: Work, words: list[str], told: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import torch
 from safetensors import safe_open
 
 import train
+from examples.plugins.biases import BiasTrainable
 from library.core.keyed_random import StepDraws
+from library.core.options import option
 from library.safetensors_utils import load_safetensors
+from library.training.trainables.base import Trainable
 from networks.files.network_files import by_module, read_adapter_file
 from networks.kinds.registry import MARKS, kind_of, register_kind
 from tests.runs.conftest import Work, read_parts
@@ -331,10 +335,27 @@ def test_an_own_trainable_trains_and_resumes(work: Work) -> None:
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_safetensors(on, device="cpu").items())
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClashingOptions:
+    """Names that are taken"""
+
+    learning_rate: float = option(1.0, help="of the script")
+
+
+class Clashing(BiasTrainable):
+    options = ClashingOptions
+
+
+class Unwritten(Trainable):
+    """Nothing of what a trainable has to say."""
+
+
 @pytest.mark.parametrize(
     "words, told",
     [
         (["flux", f"{FORMULAS}:charbonnier"], f"the trainable is {FORMULAS}:charbonnier, which is the function charbonnier; needed: a subclass"),
+        (["flux", f"{__name__}:Unwritten"], "Unwritten, which leaves out attach, check, load, metadata, modules, param_groups, save; needed"),
+        (["flux", f"{__name__}:Clashing"], "--learning_rate is declared in ClashingOptions and OptimizerOptions; an option has one place"),
         (["flux", "netwrok"], "unknown trainable 'netwrok'; did you mean 'network'?"),
         (["flex", "network"], "unknown model family 'flex'; did you mean 'flux'?"),
         (["--config_file", "train.toml"], "the following arguments are required: "),

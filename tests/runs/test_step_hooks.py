@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from library.core.errors import ConfigError
+from library.core.errors import ConfigError, TrainingError
 from library.training.hooks.base import Hook
 from library.training.loop import fit
 from library.training.run import StepOutput
@@ -58,6 +58,22 @@ def test_a_hook_replaces_the_whole_body(work: Work) -> None:
     before = sum(p.square().sum().item() for p in network.parameters())
     fit(run)
     assert sum(p.square().sum().item() for p in network.parameters()) < before
+
+
+@pytest.mark.parametrize(
+    "name, found, told",
+    [
+        ("compute_loss", lambda *a: None, r"compute_loss of a hook gave a NoneType; needed: \(losses, values"),
+        ("compute_loss", lambda self, step, output, *a: output.pred.mean(), r"gave a tensor \[\]; needed: \(losses"),
+        ("compute_loss", lambda self, step, output, *a: (output.pred.mean(), {}), r"losses of the shape \[\]; needed"),
+        ("process_batch", lambda *a: None, "process_batch of a hook gave a NoneType; needed: a StepOutput"),
+    ],
+)
+def test_what_a_replacement_gives_is_looked_at(work: Work, name: str, found, told: str) -> None:
+    """A mean in the place of one loss for each sample would be divided by the number of samples once more."""
+    hook = type("Own", (Hook,), {name: found})()
+    with pytest.raises(TrainingError, match=told):
+        work.trainer("out", "--max_train_steps=1", hooks=[hook]).run()
 
 
 @pytest.mark.parametrize("name", ["compute_loss", "process_batch"])

@@ -29,8 +29,8 @@ class Hook:
     """
 
     options: ClassVar[type | None] = None
-    """dataclass of its own options (library.core.options). A class that `--hook` names is made with an object of it, or
-    with nothing when it has none"""
+    """dataclass of its own options (library.core.options). A class that `--hook` names is made with an object of it,
+    which it then has as `opts`, or with nothing when it has none"""
     state_key: str = ""
     """names its part of a state; its class's name when empty"""
     companions: ClassVar[tuple[str, ...]] = ()
@@ -38,6 +38,9 @@ class Hook:
     `save_companion`"""
     process_batch: StepBody | None = None
     compute_loss: LossBody | None = None
+
+    def __init__(self, options: object = None) -> None:
+        self.opts = options
 
     def check(self, config: Config, family: ModelFamily, trainable: Trainable) -> None:
         """Before models are loaded; raises ConfigError when the run cannot be what this hook needs."""

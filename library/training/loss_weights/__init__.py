@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.core.errors import ConfigError, Problems
+from library.core.errors import ConfigError, Problems, foreign_errors
 from library.core.options import option
 from library.core.registry import Registry
 
@@ -97,7 +97,7 @@ def check(options: LossWeightOptions, v_parameterization: bool, zero_terminal_sn
     """Raise ConfigError for weights that the prediction type or the noise schedule excludes."""
     problems = Problems()
     for item in options.loss_weight or ():
-        problems.attempt(lambda item=item: LOSS_WEIGHTS.resolve(parse_loss_weight(item)[0]))
+        problems.attempt(lambda item=item: _try_weight(*parse_loss_weight(item), v_parameterization))
     if options.scale_v_pred_loss_like_noise_pred and not v_parameterization:
         problems.add("--scale_v_pred_loss_like_noise_pred is set; it needs --v_parameterization")
     if options.v_pred_like_loss and v_parameterization:
@@ -113,6 +113,21 @@ def check(options: LossWeightOptions, v_parameterization: bool, zero_terminal_sn
                 f" leave out --{name} or --zero_terminal_snr, or train a v-prediction model with --v_parameterization"
             )
     problems.raise_if_any()
+
+
+def _try_weight(name: str, value: float | None, is_v: bool) -> None:
+    """Call a weight from outside once, for two samples: a factor of another shape would mix them."""
+    import torch
+
+    where, weight = f"--loss_weight has {name}", LOSS_WEIGHTS.resolve(name, "--loss_weight")
+    told = "" if value is not None else f"; a value can be given as {name}=5"
+    with foreign_errors(ConfigError, f"{where}, which fails for two samples{told}"):
+        factor = weight(torch.tensor([0.5, 2.0]), value, is_v)
+    if isinstance(factor, (int, float)):
+        return
+    if not isinstance(factor, torch.Tensor) or factor.shape not in ((), (2,)):
+        given = tuple(factor.shape) if isinstance(factor, torch.Tensor) else type(factor).__name__
+        raise ConfigError(f"{where}, which gives {given} for two samples; needed: a tensor [2], one factor for each")
 
 
 def build(options: LossWeightOptions) -> LossFactor | None:

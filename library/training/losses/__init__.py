@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.core.errors import Problems, did_you_mean
+from library.core.errors import Problems, TrainingError, did_you_mean
 from library.core.options import Ignored, option, without_effect
 from library.core.registry import Registry
 
@@ -55,7 +55,7 @@ class LossOptions:
             problems.add(unknown)
         if self.huber_schedule not in HUBER_SCHEDULES:
             problems.add(
-                f"--huber_schedule is '{self.huber_schedule}'{did_you_mean(self.huber_schedule, HUBER_SCHEDULES)}"
+                f"--huber_schedule is '{self.huber_schedule}'{did_you_mean(self.huber_schedule, HUBER_SCHEDULES) or '.'}"
                 f" Known: {', '.join(HUBER_SCHEDULES)}"
             )
         for name in ("huber_c", "huber_scale"):
@@ -71,8 +71,34 @@ def check(options: LossOptions) -> None:
 
 
 def build(options: LossOptions) -> ElementLoss:
-    """The element loss of a run."""
-    return functools.partial(LOSSES.resolve(options.loss_type), options)
+    """The element loss of a run. What one from outside gives is held against the contract."""
+    loss = functools.partial(LOSSES.resolve(options.loss_type), options)
+    if not LOSSES.entry(options.loss_type).is_outside:
+        return loss
+
+    def checked(
+        prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor, objective: Objective
+    ) -> torch.Tensor:
+        losses = loss(prediction, target, timesteps, objective)
+        problem = _problem_of(losses, prediction)
+        if problem is not None:
+            raise TrainingError(f"--loss_type is {options.loss_type}, which gives {problem}")
+        return losses
+
+    return checked
+
+
+def _problem_of(losses: object, prediction: torch.Tensor) -> str | None:
+    """What keeps `losses` from being the loss of each element of the prediction [B, C, ...]."""
+    shape = tuple(prediction.shape)
+    given = getattr(losses, "shape", None)
+    if given is None:
+        return f"a value of the type {type(losses).__name__}; needed: a tensor {shape}, the loss of each element"
+    if len(given) != len(shape) or given[0] != shape[0]:
+        return f"a tensor {tuple(given)}; needed: {shape}, the loss of each element, without a mean over them"
+    if prediction.requires_grad and not losses.requires_grad:
+        return "a loss without a gradient, from which nothing can be learned; needed: one that follows the prediction"
+    return None
 
 
 def notices(options: LossOptions, is_flow: bool) -> list[str]:

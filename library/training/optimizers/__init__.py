@@ -324,10 +324,20 @@ def build(options: OptimizerOptions, param_groups: Sequence[Mapping[str, Any]]) 
         optimizer = cls(groups, lr=rate, **choice.kwargs)
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{key}={value}" for key, value in choice.kwargs.items())
+        if not given:
+            raise ConfigError(
+                f"--optimizer_type {choice.name} cannot be made of parameter groups and lr: {error}; needed: a class "
+                "like those of torch.optim"
+            ) from error
         raise ConfigError(
             f"--optimizer_args is {given}, which {choice.name} refuses: {error}; needed: values of the form that it "
             "documents"
         ) from error
+    missing = [name for name in ("param_groups", "step", "zero_grad", "state_dict") if not hasattr(optimizer, name)]
+    if missing:
+        raise ConfigError(
+            f"--optimizer_type {choice.name} has no {', '.join(missing)}; needed: a class like those of torch.optim"
+        )
     if switches_weights(optimizer):
         optimizer.train()
     args_text = ",".join(f"{key}={value}" for key, value in choice.recorded.items())

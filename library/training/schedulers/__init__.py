@@ -195,7 +195,7 @@ class SchedulerOptions:
         elif SCHEDULERS.problem(name) is not None:
             known = SCHEDULERS.names()
             problems.add(
-                f"unknown learning rate scheduler '{self.lr_scheduler}' (--lr_scheduler){did_you_mean(name, known)}"
+                f"unknown learning rate scheduler '{self.lr_scheduler}' (--lr_scheduler){did_you_mean(name, known) or '.'}"
                 f" Known: {', '.join(known)}"
             )
         elif name == "cosine_with_min_lr" and self.lr_scheduler_min_lr_ratio is None:

@@ -72,7 +72,7 @@ class TimestepOptions:
         if self.weighting_scheme not in WEIGHTING_SCHEMES:
             problems.add(
                 f"--weighting_scheme is '{self.weighting_scheme}'"
-                f"{did_you_mean(self.weighting_scheme, WEIGHTING_SCHEMES)} Known: {', '.join(WEIGHTING_SCHEMES)}"
+                f"{did_you_mean(self.weighting_scheme, WEIGHTING_SCHEMES) or '.'} Known: {', '.join(WEIGHTING_SCHEMES)}"
             )
         for name in ("sigmoid_scale", "discrete_flow_shift"):
             value = getattr(self, name)
