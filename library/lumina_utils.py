@@ -149,7 +149,8 @@ def load_lumina(
     if info.is_diffusers:
         state = lumina_convert.to_original(state)
     for name, like in LAYOUTS.unused.items():  # diffusers leaves it out
-        state.setdefault(name, torch.ones_like(state[like]))
+        if like in state:  # otherwise check_state tells that it is missing
+            state.setdefault(name, torch.ones_like(state[like]))
     model = build_on_meta(lambda: NextDiT(info.params))
     check_state(model, state, os.fspath(path))
     assign_state(model, state)

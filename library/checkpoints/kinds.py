@@ -96,8 +96,9 @@ def check_slot(
 ) -> str | None:
     """A message when what `--{slot}` names is not one of the wanted kinds, or None when it fits.
 
-    A pipeline folder fits when the part that is needed lies in its usual sub-folder. `for_pictures`: the caller makes
-    images, so a model of another family is sent to the script that makes images with it.
+    A folder fits when the part that is needed lies in its usual sub-folder, where readers look first, whatever lies
+    beside it. `for_pictures`: the caller makes images, so a model of another family is sent to the script that makes
+    images with it.
     """
     needed = _in_words(wanted)
     if not path:
@@ -105,7 +106,7 @@ def check_slot(
     found = describe_checkpoint(path, with_pickles)
     if found.kind in wanted:
         return None
-    if found.kind == "folder":
+    if Path(path).is_dir():
         for kind in sorted(wanted):
             part = Path(path) / preferred_subfolders().get(kind, "")
             if part != Path(path) and part.is_dir() and describe_checkpoint(part, with_pickles).kind == kind:

@@ -281,6 +281,17 @@ def test_a_pipeline_folder_fits_by_the_part_that_is_needed(tmp_path):
     assert "FluxPipeline" in check_slot(tmp_path, "t5xxl", {"t5"})
 
 
+def test_a_folder_without_an_index_fits_by_its_part_whatever_lies_beside_it(tmp_path):
+    """As `tools/convert_model.py` writes Lumina: readers look into `transformer` first."""
+    (tmp_path / "transformer").mkdir()
+    names = {"time_caption_embed.caption_embedder.1.weight": (8, 4), "noise_refiner.0.attn.to_q.weight": (8, 8)}
+    write_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors", names)
+    assert check_slot(tmp_path, "pretrained_model_name_or_path", {"lumina2"}) is None
+    write_file(tmp_path / "original_rest.safetensors", {"norm_final.weight": (8,)})
+    assert check_slot(tmp_path, "pretrained_model_name_or_path", {"lumina2"}) is None
+    assert "not known here" in check_slot(tmp_path, "pretrained_model_name_or_path", {"flux"})
+
+
 def test_the_message_of_a_slot_says_what_the_file_is_and_what_is_needed(tmp_path):
     path = write_file(tmp_path / "sdxl.safetensors", SDXL)
     message = check_slot(path, "clip_l", {"clip_l"})

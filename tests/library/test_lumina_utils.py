@@ -82,12 +82,18 @@ def test_saving_writes_the_names_of_the_file_and_what_shapes_do_not_tell(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [("missing", "are missing"), ("extra", "are unknown"), ("shape", "shapes do not fit")]
-)
+    ("change", "words"),
+    [
+        ("missing", "are missing"), ("norms", "2 keys are missing"), ("extra", "are unknown"),
+        ("shape", "shapes do not fit"),
+    ],
+)  # fmt: skip
 def test_a_file_that_does_not_fit_is_an_error(tmp_path: Path, change: str, words: str) -> None:
     state = tiny_state()
     if change == "missing":
         del state["layers.1.feed_forward.w2.weight"]
+    elif change == "norms":  # the last one is made up where it is lacking, in the size of the first
+        del state["noise_refiner.0.ffn_norm1.weight"], state["norm_final.weight"]
     elif change == "extra":
         state["layers.1.feed_forward.w4.weight"] = torch.zeros(2)
     else:

@@ -17,6 +17,7 @@ from library.training.wiring.sd3 import Sd3Family
 from tests.families import CASES
 from tests.runs.conftest import Work, draw_pictures, largest_difference, losses_of, read_parts, sample_pictures
 from tests.runs.families import MODEL, refused_run, without
+from tools import convert_model
 
 CACHED = ["--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only"]
 ON_DISK = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--network_train_unet_only"]
@@ -68,6 +69,15 @@ def test_encoders_inside_the_model_train_like_those_in_files_of_their_own(work: 
     assert largest_difference(inside, apart) < 1e-5  # the places of tensors in memory differ
     with pytest.raises(ConfigError, match="--vae is .*needed: "):  # a whole model is no autoencoder
         mixed.train("mixed", TWO_STEPS)
+
+
+def test_a_diffusers_folder_trains_like_the_file_it_was_made_of(work: Work, tiny: TinySd3, tmp_path: Path) -> None:
+    folder, options = tmp_path / "folder", [TWO_STEPS, "--optimizer_type=SGDNesterov", *ON_DISK]
+    assert (
+        convert_model.main([str(tiny.whole), str(folder), "--to", "diffusers", "--tokenizer", str(tiny.tokenizer)]) == 0
+    )
+    inside = arranged(work, f"--{MODEL}={tiny.whole}").train("inside", *options)
+    assert largest_difference(arranged(work, f"--{MODEL}={folder}").train("folder", *options), inside) < 1e-5
 
 
 def test_without_t5(work: Work, tiny: TinySd3, capsys) -> None:
@@ -131,13 +141,36 @@ def test_dropout_of_encoders_acts_on_cached_outputs_as_on_live_ones(work: Work, 
     assert plain != read_parts(live)[1]
 
 
+VARYING = [*DROPOUTS, "--pos_emb_random_crop_rate=0.5"]
+
+
+def test_what_varies_hangs_on_the_place_in_the_global_batch(work: Work) -> None:
+    """Four pictures at once, or two and two."""
+    work.images = draw_pictures(work.folder / "square", 4)
+    options = [*VARYING, TWO_STEPS, "--optimizer_type=SGDNesterov"]
+    large, small = work.dataset(batch_size=4, name="large.toml"), work.dataset(batch_size=2, name="small.toml")
+    one = work.train("one", *options, dataset=large)
+    two = work.train("two", *options, "--gradient_accumulation_steps=2", dataset=small)
+    assert largest_difference(one, two) < 1e-5
+
+
+def test_preserved_samples_vary_like_those_that_they_are_compared_with(work: Work) -> None:
+    """A network that does nothing yet gives them no loss, so that the others' is that of the batch."""
+    other = draw_pictures(work.folder / "other", 4)
+    marks = "custom_attributes = {diff_output_preservation = true}"
+    subsets = f"{marks}\n[[datasets.subsets]]\nimage_dir = '{other}'"
+    run = work.trainer("out", *VARYING, dataset=work.dataset(batch_size=6, subset_keys=subsets)).prepare()
+    batch = next(b for b in run.data.batches(1) if 0 < sum(map(bool, b.custom_attributes)) < len(b))
+    rest = [row for row, attributes in enumerate(batch.custom_attributes) if not attributes]
+    alone = run.step(batch.rows(rest)).loss_sum.item()
+    assert run.step(batch).loss_sum.item() == pytest.approx(alone, rel=1e-5) and alone > 0
+
+
 def test_validation_drops_nothing(work: Work) -> None:
     data = work.dataset(dataset_keys="validation_split = 0.5")
     options = [TWO_STEPS, "--learning_rate=0", "--unet_lr=1e-30", *CACHED]
     plain = losses_of(work.train("plain", *options, dataset=data), "validation")
-    dropped = losses_of(
-        work.train("dropped", *options, *DROPOUTS, "--pos_emb_random_crop_rate=1", dataset=data), "validation"
-    )
+    dropped = losses_of(work.train("dropped", *options, *VARYING, dataset=data), "validation")
     assert plain == dropped
 
 

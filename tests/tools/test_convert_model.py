@@ -3,6 +3,7 @@ exact."""
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -90,7 +91,6 @@ def test_the_way_back_is_the_same_file(case, tmp_path):
 
 def test_a_folder_without_rest_is_completed_and_comes_back(case, tmp_path):
     """Position ids and logit scale are made; tensors of the parts are those of the folder."""
-    import shutil
 
     kind, tiny, folder = case
     shutil.copytree(folder, tmp_path / "f")
@@ -275,6 +275,11 @@ def test_a_denoiser_folder_without_rest(tmp_path, capsys):
     places = {key: names[number % 3] for number, key in enumerate(state)}
     for name in names:
         save_file({key: state[key] for key, place in places.items() if place == name}, weights.with_name(name))
+    part, like = tmp_path / "part" / "transformer", "noise_refiner.0.ffn_norm1.weight"
+    shutil.copytree(weights.parent, part, ignore=lambda *_: names)
+    save_file({key: tensor for key, tensor in state.items() if key != like}, part / weights.name)
+    assert convert_model.main([str(part.parent), str(back), "--to", "single"]) == 2 and not back.exists()
+    assert f"lacks {like}" in capsys.readouterr().err
     index = weights.with_name("diffusion_pytorch_model.safetensors.index.json")
     index.write_text(json.dumps({"weight_map": places}))
     weights.unlink()

@@ -78,6 +78,8 @@ def single_plan(source: str, layouts: DenoiserLayouts, dtype: torch.dtype | None
     kept, metadata = _read_rest(info.source.files[0])
     for name, like in layouts.unused.items():
         if name not in kept and name not in infos:
+            if like not in infos:
+                raise CheckpointError(f"{source} lacks {like}; are all its parts there?")
             kept[name] = torch.ones(infos[like][1], dtype=infos[like][0])
     infos |= infos_of({name: _as(tensor, dtype) for name, tensor in kept.items()})
 
