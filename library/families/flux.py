@@ -11,6 +11,7 @@ from library.families.record import (
     EncoderFile,
     FamilyRecord,
     ModelKind,
+    OtherScript,
     SampleDefaults,
     Signature,
     TextKey,
@@ -22,6 +23,18 @@ FAMILY = FamilyRecord(
     title="FLUX.1",
     prefix="flux_",
     page="docs/flux_train_network.md",
+    scripts={
+        "full": OtherScript(
+            name="flux_train",
+            options=frozenset(
+                {
+                    "fused_optimizer_groups", "blockwise_fused_optimizers", "mem_eff_save",
+                    "skip_latents_validity_check", "double_blocks_to_swap", "single_blocks_to_swap",
+                }
+            ),
+        ),
+        "textual_inversion": OtherScript(name="flux_train_textual_inversion"),
+    },
     place=10,
     family="library.training.wiring.flux:FluxFamily",
     denoisers=("Flux",),
@@ -49,6 +62,7 @@ FAMILY = FamilyRecord(
     text_flags=("apply_t5_attn_mask",),
     learning_encoders=(0,),
     foreign_text="their pooled captions (l_pooled) were computed with gelu in the place of quick_gelu",
+    embedding_keys=("clip_l", "t5xxl"),
     samples=SampleDefaults(512, 16, {"sample_steps": 20, "scale": 1.0, "guidance_scale": 3.5}),
     model_kinds=(
         ModelKind(

@@ -11,6 +11,7 @@ from library.families.record import (
     EncoderFile,
     FamilyRecord,
     ModelKind,
+    OtherScript,
     SampleDefaults,
     Signature,
     TextKey,
@@ -55,6 +56,7 @@ FAMILY = FamilyRecord(
     title="Stable Diffusion 3",
     prefix="sd3_",
     page="docs/sd3_train_network.md",
+    scripts={"textual_inversion": OtherScript(name="sd3_train_textual_inversion")},
     place=50,
     family="library.training.wiring.sd3:Sd3Family",
     denoisers=("MMDiT",),
@@ -81,6 +83,7 @@ FAMILY = FamilyRecord(
     ),
     text_flags=("apply_lg_attn_mask", "apply_t5_attn_mask"),
     learning_encoders=(0, 1),
+    embedding_keys=("clip_l", "clip_g", "t5xxl"),
     samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}),
     wanted_denoiser="an SD3 or SD3.5 model (sd3.5_medium.safetensors, or a diffusers folder)",
     model_kinds=(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from library.checkpoints.embeddings import read_inversion
 from library.checkpoints.kinds import describe_checkpoint
 from library.components.tokenizers import load_clip_tokenizer, read_clip_folder, read_qwen_folder, read_t5_folder
 from library.dataset import cache_io, text_cache_io
@@ -20,7 +21,6 @@ from library.dataset.items import SubsetParams
 from library.dataset.media_utils import decode_image, image_size, verify_image
 from library.dataset.metadata_files import read_metadata_file
 from library.dataset.text_cache_io import TEXT_LAYOUTS
-from library.generation.prompt_encoder import read_inversion
 from library.generation.picture_files import read_texts
 from library.safetensors_utils import MemoryEfficientSafeOpen, load_pickled_tensors, load_safetensors, save_file_atomic
 from library.scripts.folder_tool import read_text_file
@@ -302,7 +302,7 @@ def read_pickle(path: Path) -> None:
     try:
         load_pickled_tensors(path)
     finally:
-        read_inversion(str(path), 1)
+        read_inversion(str(path), ("emb_params",))
 
 
 def test_pickles(tmp_path, cases, finds):

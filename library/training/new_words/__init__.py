@@ -47,7 +47,10 @@ class TextualInversionOptions:
 def foreign_options(record: FamilyRecord, trainable: str) -> dict[str, str]:
     """Shared options that the known scripts do not have: name -> reason."""
     names = ("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate")
-    return dict.fromkeys(names, "a caption without the new word teaches nothing about it")
+    return {
+        **dict.fromkeys(names, "a caption without the new word teaches nothing about it"),
+        "skip_until_initial_step": "a run begins at --initial_step without loading what lies before it",
+    }
 
 
 def words_of(token: str, count: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
@@ -59,6 +60,9 @@ def test_deterministic_part():
     )
     assert deterministic_caption("{x|y}, b;;;c, d\nother", params) == "p, x, b,c, d, s"
     assert deterministic_caption("a {b}", SubsetParams()) == "a {b}"
+    word = {re.compile(r"\bzyx\b"): "zyx zyx1"}
+    assert deterministic_caption("zyx, zyxs", SubsetParams(), word) == "zyx zyx1, zyxs"
+    assert deterministic_caption("zyx", SubsetParams(), {"": ["first", "second"]}) == "first"
 
 
 def test_what_makes_a_caption_random():

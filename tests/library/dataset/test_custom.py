@@ -10,6 +10,7 @@ import torch
 from library.core.errors import ConfigError
 from library.dataset.custom import CustomDataset, load_custom_dataset
 from library.dataset.plan import requests_of_epoch
+from library.training.sampling_prompts import whole_word
 from tests.library.dataset.small_family import small_strategies
 
 
@@ -88,3 +89,13 @@ def test_the_order_of_batches_changes_with_the_epoch():
 def test_a_class_that_does_not_fit_is_named(name, message):
     with pytest.raises(ConfigError, match=message):
         load_custom_dataset(name)
+
+
+def test_words_of_captions_are_replaced():
+    """What textual inversion puts in the place of its word holds for a user's own batches too."""
+    data = group()
+    data.set_strategies(small_strategies())
+    data.set_replacements({whole_word("picture"): "new new1"})
+    requests = list(requests_of_epoch(data.plan(1, 0, 1), epoch=1, first_step=0, rank=0, num_processes=1))
+    captions = [caption for request in requests for caption in data.load(request).captions]
+    assert len(captions) == 10 and all(caption.startswith("new new1 ") for caption in captions)

@@ -26,6 +26,8 @@ OWN_OPTIONS = {
     "sd_network": {"clip_tokenizer"},
     "sdxl_network": {"clip_tokenizer"},
     "sd_dreambooth": {"clip_tokenizer", "layer_lrs"},
+    "flux_full": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs"},
+    "anima_full": {"qwen3_tokenizer", "layer_lrs"},
     "sd_full": {"clip_tokenizer", "layer_lrs"},
     "sdxl_full": {"clip_tokenizer", "layer_lrs"},
     "anima_network": {"qwen3_tokenizer"},
@@ -34,6 +36,8 @@ OWN_OPTIONS = {
     "sd3_network": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer"},
     "sd_textual_inversion": {"clip_tokenizer"},
     "sdxl_textual_inversion": {"clip_tokenizer"},
+    "flux_textual_inversion": {"clip_l_tokenizer", "t5xxl_tokenizer"},
+    "sd3_textual_inversion": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer"},
 }
 OWN_OF_ALL = {
     "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_image_resolution", "skip_bad_images",
@@ -44,6 +48,8 @@ OWN_OF_NETWORKS = {"drop_untrained"}
 """options that only this project has; extend the sets together with the documentation"""
 OTHER_DEFAULTS = {
     "flux_network": {"model_prediction_type": "raw"},
+    "flux_full": {"model_prediction_type": "raw"},
+    "flux_textual_inversion": {"model_prediction_type": "raw"},
     "chroma_network": {"model_prediction_type": "raw", "model_type": "chroma", "guidance_scale": 0.0},
 }
 """defaults that differ on purpose (a documented fault of the old one, which the run tells at start; what chooses a variant, and what
@@ -56,7 +62,8 @@ def family_of_script(family: str) -> str:
 
 
 def known(which: str) -> list[list]:
-    """[name, type, nargs, default, choices] of every option that the known script of this name has."""
+    """[name, type, nargs, default, choices] of every option that the known script of this name has; where none is known,
+    those of the family's script for adapters without theirs, and those of the same training of another family."""
     family, trainable = NAMES[which]
     path = Path(__file__).parent / f"{family_of_script(family)}_{trainable}_options.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
