@@ -147,10 +147,12 @@ def _refuse_other_models(shapes: Mapping[str, Tensor], path: str) -> None:
 
 def refuse_unknown_streams(shapes: Mapping[str, Tensor], path: str, title: str) -> None:
     """CheckpointError for a file without the blocks of a denoiser of these kinds."""
-    if "double_blocks.0.img_attn.norm.query_norm.scale" not in shapes or "img_in.weight" not in shapes:
+    needed = ("double_blocks.0.img_attn.norm.query_norm.scale", "img_in.weight")
+    lacking = [name for name in needed if name not in shapes]
+    if lacking:
         some = ", ".join(list(shapes)[:3]) or "no tensors"
         raise CheckpointError(
-            f"{path} holds no {title} denoiser (double_blocks.* and img_in are not there; it begins with {some})"
+            f"{path} holds no {title} denoiser ({' and '.join(lacking)} not there; it begins with {some})"
         )
 
 

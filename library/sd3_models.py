@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from library.attention import DeviceTables, modulate, of_text, per_token, scaled_attention, timestep_embedding
 from library.components.ldm_models import AutoEncoder as SDVAE  # noqa: F401, a name that is imported from here
+from library.core.errors import ConfigError
 from library.custom_offloading_utils import BlockOffloader, BlockStackMixin, row_swap_problem
 
 POS_EMBED_BASE = 16
@@ -316,11 +317,11 @@ class MMDiT(BlockStackMixin, nn.Module):
         return self.params.pos_embed_max_size
 
     def _positions(self, grid: tuple[int, int], corners: Tensor | None, device: torch.device) -> Tensor:
-        """[1 or B, h * w, hidden] float32. ValueError for a picture that the stored table cannot hold."""
+        """[1 or B, h * w, hidden] float32. ConfigError for a picture that the stored table cannot hold."""
         side = self._table_side(grid)
         places = [self.middle_corner(grid)] if corners is None else [tuple(corner) for corner in corners.tolist()]
         if not self.uses_scaled_pos_embed and max(grid) > side:
-            raise ValueError(
+            raise ConfigError(
                 f"the picture has {grid[0]} x {grid[1]} patches; the position table of the model holds {side} x {side}"
                 f" ({16 * side} pixels a side), use smaller pictures or --enable_scaled_pos_embed"
             )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.core.errors import ConfigError
+from library.core.errors import AtelierError, ConfigError
 from library.generation import sd3_inference
 from library.safetensors_utils import save_file_atomic
 from library.tiny_models.sd3_tiny import TinySd3, build_tiny_sd3
@@ -120,6 +120,15 @@ def test_lines_of_a_file_and_typed_ones(tiny, tmp_path, monkeypatch) -> None:
     assert pixels_of(sd3_inference.run(arguments(tiny, tmp_path / "b", "--interactive"))) == pixels_of(from_file)
     assert [Image.open(path).size for path in from_file] == [(80, 64), (64, 64)]
     assert pixels_of(from_file)[1] == picture(tiny, tmp_path, "--seed=6")
+
+
+def test_a_picture_beyond_the_positions_of_the_model_is_told_and_the_others_are_made(tiny, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="24 x 24 .384 pixels a side."):
+        sd3_inference.run(arguments(tiny, tmp_path, "--width=512"))
+    (tmp_path / "lines.txt").write_text("one --w 512\ntwo\n", encoding="utf-8")
+    with pytest.raises(AtelierError):
+        sd3_inference.run(arguments(tiny, tmp_path, f"--from_file={tmp_path / 'lines.txt'}"))
+    assert len(list(tmp_path.glob("*.png"))) == 1
 
 
 def test_wrong_files_are_named_before_anything_is_loaded(tiny, adapter, tmp_path) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from library import sd3_utils
 from library.checkpoints.sd3_convert import convert_diffusers_to_sd3, convert_sd3_to_diffusers
+from library.core.errors import ConfigError
 from library.sd3_models import MMDiT, SD3Params, get_2d_sincos_pos_embed, sample_side
 from tests.tiny import random_state
 
@@ -162,7 +163,7 @@ def test_a_crop_of_the_table_of_each_sample() -> None:
 
 def test_a_picture_beyond_the_table_is_refused_and_the_scaled_table_takes_it() -> None:
     model = model_of()
-    with pytest.raises(ValueError, match=r"13 x 2 patches; .* 12 x 12 .*--enable_scaled_pos_embed"):
+    with pytest.raises(ConfigError, match=r"13 x 2 patches; .* 12 x 12 .*--enable_scaled_pos_embed"):
         model(**inputs(26, 4))
     model.enable_scaled_pos_embed()
     with torch.no_grad():
