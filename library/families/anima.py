@@ -9,6 +9,7 @@ from library.families.record import (
     EncoderFile,
     FamilyRecord,
     ModelKind,
+    OtherScript,
     SampleDefaults,
     Signature,
     TextKey,
@@ -22,6 +23,9 @@ FAMILY = FamilyRecord(
     title="Anima",
     prefix="anima_",
     page="docs/anima_train_network.md",
+    scripts={
+        "full": OtherScript(name="anima_train", options=frozenset({"skip_latents_validity_check"})),
+    },
     place=40,
     family="library.training.wiring.anima:AnimaFamily",
     denoisers=("Anima",),

@@ -23,7 +23,18 @@ FAMILY = FamilyRecord(
     title="FLUX.1",
     prefix="flux_",
     page="docs/flux_train_network.md",
-    scripts={"textual_inversion": OtherScript(name="flux_train_textual_inversion")},
+    scripts={
+        "full": OtherScript(
+            name="flux_train",
+            options=frozenset(
+                {
+                    "fused_optimizer_groups", "blockwise_fused_optimizers", "mem_eff_save",
+                    "skip_latents_validity_check", "double_blocks_to_swap", "single_blocks_to_swap",
+                }
+            ),
+        ),
+        "textual_inversion": OtherScript(name="flux_train_textual_inversion"),
+    },
     place=10,
     family="library.training.wiring.flux:FluxFamily",
     denoisers=("Flux",),

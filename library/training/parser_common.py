@@ -61,9 +61,10 @@ TRAINABLES: Registry[type] = Registry(
     ),
 )
 """What is learned, by the name that a script gives. `options`: its group, importable without torch; `ignored`: shared
-options without meaning for this kind of training, name -> reason; `refused`: those without which the result would be
-another; `foreign`: a function of the family's record and the name that tells which options of the group the family's
-script lacks; `defaults`: of shared options, where they differ. One from outside says the first two in its class."""
+options without meaning for this kind of training, name -> reason, or a function as `foreign` is; `refused`: those
+without which the result would be another; `foreign`: a function of the family's record and the name that tells which
+options of the group the family's script lacks; `defaults`: of shared options, where they differ. One from outside says
+the first two in its class."""
 TRAINABLES.add(
     "network",
     "library.training.trainables.network:NetworkTrainable",
@@ -81,6 +82,7 @@ for _name, _class in (("full", "FullTrainable"), ("dreambooth", "DreamBooth")):
         f"library.training.trainables.full:{_class}",
         options="library.training.whole_models:WholeModelOptions",
         foreign="library.training.whole_models:foreign_options",
+        ignored="library.training.whole_models:ignored_options",
         defaults={"save_model_as": None},
         refused={
             "fp8_base": _EIGHT_BITS,
@@ -150,6 +152,9 @@ def script(family: str, trainable: str) -> Script:
     family_class = import_target(record.family)
     options, said = trainable_options(trainable)
     foreign = import_target(said["foreign"])(record, trainable) if said["foreign"] else {}
+    ignored = said["ignored"] or {}
+    if isinstance(ignored, str):
+        ignored = import_target(ignored)(record, trainable)
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
     return Script(
@@ -158,7 +163,7 @@ def script(family: str, trainable: str) -> Script:
         classes=(*first, family_class.options, options, *packages, *rest),
         refused={**family_class.refused, **(said["refused"] or {})},
         defaults={**family_class.defaults, **(said["defaults"] or {})},
-        ignored={**family_class.ignored, **(said["ignored"] or {})},
+        ignored={**family_class.ignored, **ignored},
         foreign={**family_class.foreign, **foreign},
         read_values=family_class.read_values,
         neutral=family_class.neutral,

@@ -246,6 +246,10 @@ setup_parser()
 lumina_train_network
 LuminaNetworkTrainer()
 setup_parser()
+
+hunyuan_image_train_network
+HunyuanImageNetworkTrainer()
+setup_parser()
 """
 TRAINER = """
 all_reduce_network(accelerator, network)

@@ -22,6 +22,7 @@ SCRIPTS = {
     "flux": ("flux_train_network", "FluxNetworkTrainer"), "anima": ("anima_train_network", "AnimaNetworkTrainer"),
     "sd3": ("sd3_train_network", "Sd3NetworkTrainer"),
     "lumina": ("lumina_train_network", "LuminaNetworkTrainer"),
+    "hunyuan_image": ("hunyuan_image_train_network", "HunyuanImageNetworkTrainer"),
 }  # fmt: skip
 
 

@@ -142,7 +142,7 @@ def test_what_is_refused(work: Work, options: list[str], message: str) -> None:
 
 def test_files_that_do_not_belong_together(work: Work, tmp_path: Path) -> None:
     """A text tower of another width, and the ByT5 of another model, in one message."""
-    from library.safetensors_utils import save_file_atomic
+    from library.safetensors_utils import read_header, save_file_atomic
     from library.tiny_models.weights import t5_state
 
     generator = torch.Generator().manual_seed(1)
@@ -150,7 +150,7 @@ def test_files_that_do_not_belong_together(work: Work, tmp_path: Path) -> None:
         key: torch.cat((tensor, tensor), dim=-1) if tensor.ndim == 2 else tensor
         for key, tensor in load_file(work.tiny.text_encoder).items()
     }
-    save_file_atomic(state, tmp_path / "wide.safetensors")
+    save_file_atomic(state, tmp_path / "wide.safetensors", read_header(work.tiny.text_encoder)[1])
     save_file_atomic(
         t5_state(generator, d_model=8, d_kv=8, heads=2, d_ff=24, layers=1, vocab=384), tmp_path / "b.safetensors"
     )

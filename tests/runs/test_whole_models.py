@@ -83,11 +83,13 @@ def test_a_whole_model_learns_and_resumes_in_the_same_bytes(
     resumed = train(work, trainable, "parts", "--max_train_steps=4", "--resume=latest", *more)
     for stem in ("lora", "lora-ema"):
         assert fingerprint(resumed.with_name(f"{stem}.safetensors")) == fingerprint(whole.with_name(f"{stem}.safetensors"))
-    parts = changed(work.tiny.model, whole)
-    assert any(key.startswith(UNET) for key in parts) and any(key.startswith(TEXT_PARTS) for key in parts)
-    assert all(key.startswith((UNET, *TEXT_PARTS)) for key in parts)
-    work.tiny = dataclasses.replace(work.tiny, model=whole)
-    assert train(work, trainable, "again", *more, "--max_train_steps=1").is_file()
+    if work.case.family in TEXT:
+        parts = changed(work.tiny.model, whole)
+        assert any(key.startswith(UNET) for key in parts) and any(key.startswith(TEXT_PARTS) for key in parts)
+        assert all(key.startswith((UNET, *TEXT_PARTS)) for key in parts)
+    base = f"--pretrained_model_name_or_path={whole}"
+    again = train(work, trainable, "again", *more, base, "--max_train_steps=1")
+    assert len(changed(whole, again)) > 0.5 * len(load_safetensors(whole))
 
 
 def test_the_loss_falls(tinies: Tinies, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from library.families.registry import record_of
 from library.training.checkpoint import FOLDER_FORMATS
 from library.training.hooks.base import Hook
 from library.training.optimizers import OptimizerOptions, check_rates
-from library.training.option_groups import LoopOptions, MemoryOptions, PrecisionOptions, SavingOptions
+from library.training.option_groups import LoopOptions, PrecisionOptions, SavingOptions
 from library.training.trainables.base import Trainable
 from library.training.updaters.base import Updater
 from library.training.whole_models import TEXT_RATES, WholeModelOptions
@@ -59,7 +59,7 @@ class FullTrainable(Trainable):
         if self.name not in record_of(family.name).scripts:
             raise ConfigError(f"whole models of {record_of(family.name).title} are not trained here; adapters of them are")
         rates = problems.attempt(lambda: self._denoiser_rates(family))
-        for check in (self._text_problems(family), self._memory_problems(), self._fused_problems(), self._format_problems()):
+        for check in (self._text_problems(family), self._memory_problems(family), self._fused_problems(), self._format_problems()):
             for message in check:
                 problems.add(message)
         if rates is not None:
@@ -75,7 +75,7 @@ class FullTrainable(Trainable):
 
     def _denoiser_rates(self, family: ModelFamily) -> Rates:
         """Those that the user wrote, before those of the family's own options."""
-        of_family = [(re.compile(pattern), rate) for pattern, rate in family.layer_rates().items()]
+        of_family = [(re.compile(f"^(?:{pattern})"), rate) for pattern, rate in family.layer_rates().items()]
         return [*parse_rates(self.opts.layer_lrs, "layer_lrs"), *of_family]
 
     def _denoiser_learns(self, family: ModelFamily) -> bool:
@@ -108,8 +108,8 @@ class FullTrainable(Trainable):
             return []
         return without_effect(["stop_text_encoder_training"], "no text encoder learns")
 
-    def _memory_problems(self) -> Iterator[str]:
-        if self.config[MemoryOptions].blocks_to_swap:
+    def _memory_problems(self, family: ModelFamily) -> Iterator[str]:
+        if family.swaps_blocks:
             yield (
                 "--blocks_to_swap moves weights that are not trained; leave it out"
                 " (--fused_backward_pass and --gradient_checkpointing save memory)"
@@ -117,17 +117,23 @@ class FullTrainable(Trainable):
 
     @property
     def _is_fused(self) -> bool:
-        return self.config[OptimizerOptions].fused_backward_pass or bool(self.opts.fused_optimizer_groups)
+        return bool(self._fused_options)
+
+    @property
+    def _fused_options(self) -> list[str]:
+        """Those that are given of the options which ask for it."""
+        found = ["--fused_backward_pass"] if self.config[OptimizerOptions].fused_backward_pass else []
+        groups = self.opts.fused_optimizer_groups
+        found += [f"--fused_optimizer_groups {groups}"] if groups else []
+        return found + (["--blockwise_fused_optimizers"] if self.opts.blockwise_fused_optimizers else [])
 
     def _fused_problems(self) -> Iterator[str]:
         """What an update inside the backward pass cannot be combined with."""
         if not self._is_fused:
             return
-        option = "--fused_backward_pass"
-        if not self.config[OptimizerOptions].fused_backward_pass:
-            option = f"--fused_optimizer_groups {self.opts.fused_optimizer_groups}"
-        elif self.opts.fused_optimizer_groups:
-            yield f"{option} and --fused_optimizer_groups say the same; use one of them"
+        option, *others = self._fused_options
+        if others:
+            yield f"{option} and {' and '.join(others)} say the same; use one of them"
         steps = self.config[LoopOptions].gradient_accumulation_steps
         if steps > 1:
             yield (

@@ -12,6 +12,8 @@ from library.families.record import FamilyRecord
 
 TEXT_RATES = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2")
 """learning rates of text encoders: of the only one, or of each"""
+_SWAP = "an old option that no script reads any more; blocks that learn are not swapped"
+OLD = ("double_blocks_to_swap", "single_blocks_to_swap")
 OF_ADAPTERS = {"skip_until_initial_step": "a run that resumes goes on at its step and reads no image before it"}
 """shared options that only scripts of adapters have"""
 OF_EVERY_SCRIPT = ("layer_lrs",)
@@ -46,6 +48,17 @@ class WholeModelOptions:
     fused_optimizer_groups: int | None = option(
         None, help="1 or more: the same as --fused_backward_pass, which updates each tensor as soon as its gradient is there"
     )
+    blockwise_fused_optimizers: bool = option(False, help="the same as --fused_backward_pass")
+    mem_eff_save: bool = equivalent_option(
+        False, help="write files with little memory",
+        reason="--mem_eff_save: files are always written without a second copy in memory",
+    )
+    skip_latents_validity_check: bool = equivalent_option(
+        False, help="old name of --skip_cache_check",
+        reason="--skip_latents_validity_check: an old name; --skip_cache_check takes cached latents as they are",
+    )
+    double_blocks_to_swap: int | None = option(None, help="number of double blocks that wait in main memory")
+    single_blocks_to_swap: int | None = option(None, help="number of single blocks that wait in main memory")
     diffusers_xformers: bool = equivalent_option(
         False, help="attention of xformers in the text encoder",
         reason="--diffusers_xformers: attention is computed by torch (scaled_dot_product_attention)",
@@ -64,6 +77,12 @@ class WholeModelOptions:
         if self.fused_optimizer_groups is not None and self.fused_optimizer_groups < 0:
             problems.add(f"--fused_optimizer_groups is {self.fused_optimizer_groups}; needed: 1 or more, or 0 for none")
         problems.raise_if_any()
+
+
+def ignored_options(record: FamilyRecord, trainable: str) -> Mapping[str, str]:
+    """Options that the family's script of this trainable takes and that mean nothing: name -> reason."""
+    script = record.scripts.get(trainable)
+    return {name: _SWAP for name in OLD if script is not None and name in script.options}
 
 
 def foreign_options(record: FamilyRecord, trainable: str) -> Mapping[str, str]:

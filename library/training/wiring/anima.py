@@ -18,6 +18,7 @@ from library.training.inference_samplers import SamplerOptions, check_flow_sampl
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.sampling_prompts import with_defaults
 from library.training.timestep_samplers import TimestepOptions
+from library.training.whole_models import WholeModelOptions
 from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, tokenizer_problems
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ RATE_PATTERNS = {
     "mod_lr": r"blocks\.\d+\.adaln_modulation.*",
 }
 """options of rates -> the layers they speak of; the first that fits a layer counts"""
+WHOLE_RATE_PATTERNS = {**RATE_PATTERNS, "mod_lr": r"(blocks\.\d+|final_layer)\.adaln_modulation.*"}
+"""the same where the whole model learns: the last layer, which takes no adapter, has a modulation too"""
 RATE_SWITCHES = {"llm_adapter_lr": "train_llm_adapter=True", "mod_lr": "include_patterns=['.*_modulation.*']"}
 """options of rates whose layers learn only with a network argument"""
 
@@ -250,9 +253,10 @@ class AnimaFamily(FlowFamily):
 
     def layer_rates(self) -> Mapping[str, float]:
         """Path pattern -> learning rate, from the options of rates that are given and mean layers that learn."""
+        patterns = WHOLE_RATE_PATTERNS if WholeModelOptions in self.config else RATE_PATTERNS
         given = {
             pattern: getattr(self.opts, name)
-            for name, pattern in RATE_PATTERNS.items()
+            for name, pattern in patterns.items()
             if name not in self._idle_rates()
         }
         return {pattern: rate for pattern, rate in given.items() if rate is not None}

@@ -13,6 +13,7 @@ from library.core.errors import CheckpointError, ConfigError, Problems, Unsuppor
 from library.core.options import Config, Ignored
 from library.dataset import CachingOptions
 from library.training import timestep_samplers
+from library.training.option_groups import MemoryOptions
 from library.training.sampling_prompts import (
     IMAGE_LINE_OPTIONS,
     VIDEO_LINE_OPTIONS,
@@ -299,6 +300,11 @@ class ModelFamily(ABC):
         the others are those of the base, as they were; UnsupportedCombination for parts that the family does not write.
         """
         raise UnsupportedCombination(f"{self.name} models cannot be written whole")
+
+    @property
+    def swaps_blocks(self) -> bool:
+        """Whether blocks of the denoiser wait in main memory."""
+        return bool(self.config[MemoryOptions].blocks_to_swap)
 
     writes_folders: ClassVar[bool] = False
     """whether `save_folder` writes models in the layout of diffusers"""

@@ -252,6 +252,10 @@ class FluxFamily(FlowFamily):
         return self._denoiser_info.is_schnell
 
     @property
+    def swaps_blocks(self) -> bool:
+        return bool(self._blocks_to_swap)
+
+    @property
     def _blocks_to_swap(self) -> int:
         return self.config[MemoryOptions].blocks_to_swap or (SPLIT_MODE_BLOCKS if self.opts.split_mode else 0)
 

@@ -26,6 +26,8 @@ OWN_OPTIONS = {
     "sd_network": {"clip_tokenizer"},
     "sdxl_network": {"clip_tokenizer"},
     "sd_dreambooth": {"clip_tokenizer", "layer_lrs"},
+    "flux_full": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs"},
+    "anima_full": {"qwen3_tokenizer", "layer_lrs"},
     "sd_full": {"clip_tokenizer", "layer_lrs"},
     "sdxl_full": {"clip_tokenizer", "layer_lrs"},
     "anima_network": {"qwen3_tokenizer"},
@@ -46,6 +48,7 @@ OWN_OF_NETWORKS = {"drop_untrained"}
 """options that only this project has; extend the sets together with the documentation"""
 OTHER_DEFAULTS = {
     "flux_network": {"model_prediction_type": "raw"},
+    "flux_full": {"model_prediction_type": "raw"},
     "flux_textual_inversion": {"model_prediction_type": "raw"},
     "chroma_network": {"model_prediction_type": "raw", "model_type": "chroma", "guidance_scale": 0.0},
 }
