@@ -25,8 +25,8 @@ def read_inversion(path: str, keys: Sequence[str], *, partly: bool = False) -> l
         foreign = sorted(several & tensors.keys())
         if foreign:
             raise CheckpointError(
-                f"{path} is a textual inversion for a model with several text encoders ({' and '.join(foreign)}); one for a"
-                " single text encoder is needed"
+                f"{path} is a textual inversion for a model with several text encoders ({' and '.join(foreign)}); one "
+                "for a single text encoder is needed"
             )
         name = next((key for key in OLD_KEYS if key in tensors), None)
         if name is None and len(tensors) != 1:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from library.checkpoints.embeddings import read_inversion
 from library.components.tokenizers import vocabulary_problem

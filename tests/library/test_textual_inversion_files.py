@@ -10,10 +10,12 @@ import torch
 from library.checkpoints.embeddings import read_inversion
 from library.components.tokenizers import load_clip_tokenizer
 from library.core.errors import CheckpointError
+from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.families.registry import FAMILIES
+from library.generation.prompt_encoder import PromptEncoder, WordTokenizer
 from library.safetensors_utils import save_file_atomic
-from library.strategy_sd import SdTextEncodingStrategy, SdTokenizeStrategy
 from library.sd_utils import load_text_encoder_sd
+from library.strategy_sd import SdTextEncodingStrategy, SdTokenizeStrategy
 from library.training.new_words.rows import EmbeddingRows
 from networks.files.network_files import write_adapter_file
 from tests.tiny import build_tiny_sd
@@ -56,8 +58,9 @@ def test_files_for_several_encoders(tmp_path):
             read_inversion(other, SDXL, partly=True)
 
 
-def test_diffusers_loads_it_and_computes_the_same(tmp_path):
-    """`load_textual_inversion` knows the vectors as zyx, zyx_1, zyx_2; its prompt conversion puts them all in."""
+def test_diffusers_and_image_scripts_load_it_and_compute_the_same(tmp_path):
+    """In image scripts the word stands for all vectors. diffusers knows them as zyx, zyx_1, zyx_2; its prompt
+    conversion puts them all in."""
     from diffusers.loaders import TextualInversionLoaderMixin
 
     tiny = build_tiny_sd(tmp_path / "tiny", "sd1")
@@ -77,6 +80,14 @@ def test_diffusers_loads_it_and_computes_the_same(tmp_path):
     tokenize = SdTokenizeStrategy(tokenizer=tokenizer)
     (states,) = SdTextEncodingStrategy().encode_tokens(tokenize, [ours], tokenize.tokenize("a zyx zyx1 zyx2, cat"))
     (known,) = SdTextEncodingStrategy().encode_tokens(tokenize, [ours], tokenize.tokenize("a cat"))
+
+    words_of_files = WordTokenizer(load_clip_tokenizer(str(tiny.tokenizer)))
+    prompts = PromptEncoder(
+        lambda length: SdTokenizeStrategy(tokenizer=words_of_files), SdTextEncodingStrategy(), TEXT_LAYOUTS["sd"],
+        [load_text_encoder_sd(tiny.model, False, torch.float32, "cpu")], [words_of_files], SD,
+    )
+    prompts.add_inversion(str(file))
+    assert torch.equal(prompts.encode("a zyx, cat", 1)["hidden_state"], states)
 
     class Pipeline(TextualInversionLoaderMixin):
         hf_device_map = None

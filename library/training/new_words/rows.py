@@ -50,7 +50,8 @@ class EmbeddingRows(nn.Module):
 
 
 def start_rows(table: nn.Embedding, ids: list[int] | None, count: int, generator: torch.Generator) -> torch.Tensor:
-    """`count` rows [n, D], float32 on the CPU: those of `ids` in turn, or random ones that are spread like the table."""
+    """`count` rows [n, D], float32 on the CPU: those of `ids` in turn, or random ones, spread like those of the
+    table."""
     known = table.weight.detach().float().cpu()
     if ids:
         return known[torch.tensor([ids[number % len(ids)] for number in range(count)])]

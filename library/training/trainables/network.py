@@ -261,6 +261,8 @@ class NetworkTrainable(Trainable):
         rates = self.opts.text_encoder_lr or ()
         if any(rates) and self.opts.module_path in DENOISER_ONLY:
             found += without_effect(["text_encoder_lr"], f"{self.opts.network_module} trains the denoiser alone")
+        elif any(rates) and not encoders:
+            found += without_effect(["text_encoder_lr"], f"{family.name} trains no text encoder")
         elif any(rates) and self.opts.network_train_unet_only:
             found += without_effect(["text_encoder_lr"], "--network_train_unet_only is set")
         elif len(rates) > 1:
@@ -268,7 +270,7 @@ class NetworkTrainable(Trainable):
                 if rate and not learns:
                     reason = f"has no effect: its text encoder learns only with --network_args {encoder.switch}=True"
                     found.append(Ignored(f"--text_encoder_lr {rate}", reason))
-        surplus = [rate for rate in rates[len(encoders) :] if rate != rates[0]]
+        surplus = [rate for rate in rates[len(encoders) :] if rate != rates[0]] if encoders else []
         if surplus:
             number = f"{len(encoders)} text encoder{'s' if len(encoders) > 1 else ''}"
             found.append(
@@ -492,7 +494,7 @@ class NetworkTrainable(Trainable):
         return groups
 
     def _described_groups(self, default: float | None) -> list[tuple[ParamGroup, str | None]]:
-        rates = list(self.opts.text_encoder_lr or [])[: max(len(self._targets.text_encoders), 1)]
+        rates = list(self.opts.text_encoder_lr or [])[: len(self._targets.text_encoders)]
         several = getattr(self.network, "prepare_optimizer_params_with_multiple_te_lrs", None)
         if several is not None:
             result = several(rates or None, self.opts.unet_lr, default)

@@ -82,8 +82,8 @@ class TextualInversion(Trainable):
         for key, rows in found.items():
             if len(rows) != wanted:
                 raise ConfigError(
-                    f"--weights {self.opts.weights} has {len(rows)} vectors in {key}, --num_vectors_per_token is {wanted};"
-                    " give the number of the file"
+                    f"--weights {self.opts.weights} has {len(rows)} vectors in {key}, --num_vectors_per_token is "
+                    f"{wanted}; give the number of the file"
                 )
         return found
 
@@ -118,8 +118,8 @@ class TextualInversion(Trainable):
                 ids = _ids(tokenizer, word)
                 if len(ids) == 1 and ids[0] != tokenizer.unk_token_id or word in tokenizer.get_vocab():
                     problems.add(
-                        f"--token_string: the tokenizer has '{word}' as a token ({ids[0]}) already; needed: a word that "
-                        "it does not know. A known word can be the --init_word"
+                        f"--token_string: the tokenizer has '{word}' as a token ({ids[0]}) already; needed: a word "
+                        "that it does not know. A known word can be the --init_word"
                     )
             if self.opts.init_word is not None:
                 self._init_ids[key] = _ids(tokenizer, self.opts.init_word)
@@ -163,7 +163,10 @@ class TextualInversion(Trainable):
             item.image_key
             for item in data.train.items
             if not item.subset.is_reg
-            and not pattern.search(f"{item.subset.caption_prefix or ''} {item.caption} {item.subset.caption_suffix or ''}")
+            and not any(
+                pattern.search(part or "")
+                for part in (item.caption, item.subset.caption_prefix, item.subset.caption_suffix)
+            )
         ]
         if without and is_main_process():
             more = f" and {len(without) - SHOWN} more" if len(without) > SHOWN else ""
