@@ -22,7 +22,7 @@ from tests.networks.tiny_denoisers import DENOISERS, tiny_denoiser
 
 WAITS = ("_linalg_check_errors", "_local_scalar_dense", "is_nonzero", "equal.")
 POSITIONS = (1, 3)
-"""inputs of FLUX that are read on the CPU"""
+"""inputs of FLUX and Chroma that are read on the CPU"""
 
 
 class OnDevice(TorchDispatchMode):
@@ -50,7 +50,7 @@ class OnDevice(TorchDispatchMode):
 def test_a_denoiser_neither_waits_nor_needs_64_bits(family: str) -> None:
     model, inputs = tiny_denoiser(family)
     model = model.to("meta")
-    moved = [x if family == "flux" and number in POSITIONS else x.to("meta") for number, x in enumerate(inputs)]
+    moved = [x if family in ("flux", "chroma") and number in POSITIONS else x.to("meta") for number, x in enumerate(inputs)]
     with OnDevice() as noted:
         assert model(*moved).device.type == "meta"
     assert noted.found == set()
