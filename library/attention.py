@@ -111,6 +111,21 @@ def plain_norm(width: int) -> nn.LayerNorm:
     return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
+class FinalLayer(nn.Module):
+    """The last layer of a denoiser: a norm that the time modulates, and a projection to what a token holds."""
+
+    def __init__(self, hidden: int, out_width: int) -> None:
+        super().__init__()
+        self.norm_final = plain_norm(hidden)
+        self.linear = nn.Linear(hidden, out_width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        """x [B, L, hidden] -> [B, L, out_width]; vec [B, hidden] or [B, L, hidden]."""
+        shift, scale = per_token(self.adaLN_modulation(vec)).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
 def never_empty(mask: Tensor) -> Tensor:
     """A mask [B, L] of keys as booleans; a row without any attends to its first, as softmax over nothing is no
     number."""

@@ -210,6 +210,30 @@ class BlockStackMixin:
         self.prepare_block_swap_before_forward()
 
 
+class StreamStackMixin(BlockStackMixin):
+    """Block swap of a denoiser with a row of double stream blocks and a row of single stream blocks."""
+
+    double_blocks: nn.ModuleList
+    single_blocks: nn.ModuleList
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        return [*self.double_blocks, *self.single_blocks]
+
+    def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:
+        """Keep the weights of some blocks on the CPU while others compute. On a CPU `device` nothing moves.
+
+        ValueError when more blocks are asked for than `stream_swap_problem` allows.
+        """
+        problem = stream_swap_problem(blocks_to_swap, len(self.double_blocks), len(self.single_blocks))
+        if problem:
+            raise ValueError(problem)
+        num_double, num_single = split_blocks_to_swap(blocks_to_swap)
+        self.offloaders = (
+            BlockOffloader(self.double_blocks, num_double, device) if num_double else None,
+            BlockOffloader(self.single_blocks, num_single, device) if num_single else None,
+        )
+
+
 def split_blocks_to_swap(blocks_to_swap: int) -> tuple[int, int]:
     """(double, single) blocks of a denoiser with both that `--blocks_to_swap` stands for; a double block weighs as much
     as two single ones."""

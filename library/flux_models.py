@@ -30,8 +30,8 @@ from library.attention import (
     timestep_embedding,
 )
 from library.components.ldm_models import AutoEncoder, AutoEncoderParams  # noqa: F401, names that are imported from here
-from library.custom_offloading_utils import BlockOffloader, BlockStackMixin, split_blocks_to_swap
-from library.custom_offloading_utils import stream_swap_problem as block_swap_problem
+from library.custom_offloading_utils import StreamStackMixin, split_blocks_to_swap  # noqa: F401, imported from here too
+from library.custom_offloading_utils import stream_swap_problem as block_swap_problem  # noqa: F401
 
 Rope = tuple[Tensor, Tensor]
 
@@ -245,15 +245,13 @@ class BlockVectors(NamedTuple):
     last: Tensor
 
 
-class StreamTransformer(BlockStackMixin, nn.Module):
+class StreamTransformer(StreamStackMixin, nn.Module):
     """Double stream blocks, then single stream blocks on the joined tokens. A subclass makes the modules `img_in`,
     `txt_in`, `double_blocks`, `single_blocks` and `final_layer`, and the vectors that modulate them."""
 
     params: StreamParams
     img_in: nn.Linear
     txt_in: nn.Linear
-    double_blocks: nn.ModuleList
-    single_blocks: nn.ModuleList
     final_layer: LastLayer
 
     def __init__(self, params: StreamParams) -> None:
@@ -305,23 +303,6 @@ class StreamTransformer(BlockStackMixin, nn.Module):
         key = (tuple(positions.shape), positions.numpy().tobytes())
         return self.rope_tables.get(
             key, device, lambda: rope_cos_sin(positions, self.params.axes_dim, self.params.theta)
-        )
-
-    def repeated_blocks(self) -> list[nn.Module]:
-        return [*self.double_blocks, *self.single_blocks]
-
-    def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:
-        """Keep the weights of some blocks on the CPU while others compute. On a CPU `device` nothing moves.
-
-        ValueError when more blocks are asked for than `block_swap_problem` allows.
-        """
-        problem = block_swap_problem(blocks_to_swap, self.params.depth, self.params.depth_single_blocks)
-        if problem:
-            raise ValueError(problem)
-        num_double, num_single = split_blocks_to_swap(blocks_to_swap)
-        self.offloaders = (
-            BlockOffloader(self.double_blocks, num_double, device) if num_double else None,
-            BlockOffloader(self.single_blocks, num_single, device) if num_single else None,
         )
 
 

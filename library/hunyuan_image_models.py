@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from library.attention import (
     DeviceTables,
+    FinalLayer,
     modulate,
     never_empty,
     of_joined_tokens,
@@ -27,7 +28,7 @@ from library.attention import (
     scaled_attention,
     timestep_embedding,
 )
-from library.custom_offloading_utils import BlockOffloader, BlockStackMixin, split_blocks_to_swap, stream_swap_problem
+from library.custom_offloading_utils import StreamStackMixin
 
 Rope = tuple[Tensor, Tensor]
 
@@ -295,19 +296,7 @@ class MMSingleStreamBlock(nn.Module):
         return x + gate * self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1))
 
 
-class FinalLayer(nn.Module):
-    def __init__(self, hidden: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm_final = plain_norm(hidden)
-        self.linear = nn.Linear(hidden, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
-
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = per_token(self.adaLN_modulation(vec)).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
-
-
-class HYImageDiffusionTransformer(BlockStackMixin, nn.Module):
+class HYImageDiffusionTransformer(StreamStackMixin, nn.Module):
     """The rectified-flow transformer of HunyuanImage 2.1, plain or distilled (`guidance_in`, `time_r_in`)."""
 
     def __init__(self, params: HYImageParams) -> None:
@@ -418,20 +407,3 @@ class HYImageDiffusionTransformer(BlockStackMixin, nn.Module):
         """Cosines and sines of the places of an image, computed once for each size."""
         axes, theta = self.params.rope_dim_list, self.params.rope_theta
         return self.rope_tables.get((height, width), device, lambda: image_rope(height, width, axes, theta))
-
-    def repeated_blocks(self) -> list[nn.Module]:
-        return [*self.double_blocks, *self.single_blocks]
-
-    def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:
-        """Keep the weights of some blocks on the CPU while others compute. On a CPU `device` nothing moves.
-
-        ValueError when more blocks are asked for than `stream_swap_problem` allows.
-        """
-        problem = stream_swap_problem(blocks_to_swap, self.params.depth, self.params.depth_single)
-        if problem:
-            raise ValueError(problem)
-        num_double, num_single = split_blocks_to_swap(blocks_to_swap)
-        self.offloaders = (
-            BlockOffloader(self.double_blocks, num_double, device) if num_double else None,
-            BlockOffloader(self.single_blocks, num_single, device) if num_single else None,
-        )

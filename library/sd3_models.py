@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import DeviceTables, modulate, of_text, per_token, scaled_attention, timestep_embedding
+from library.attention import (
+    DeviceTables,
+    FinalLayer,
+    modulate,
+    of_text,
+    per_token,
+    plain_norm,
+    scaled_attention,
+    timestep_embedding,
+)
 from library.components.ldm_models import AutoEncoder as SDVAE  # noqa: F401, a name that is imported from here
 from library.core.errors import ConfigError
 from library.custom_offloading_utils import BlockOffloader, BlockStackMixin, row_swap_problem
@@ -159,12 +168,12 @@ class SingleDiTBlock(nn.Module):
         hidden = params.hidden_size
         self.pre_only = pre_only
         self.num_chunks = 2 if pre_only else 9 if has_second else 6
-        self.norm1 = _plain_norm(hidden)
+        self.norm1 = plain_norm(hidden)
         self.attn = AttentionLinears(params, pre_only)
         if has_second:
             self.attn2 = AttentionLinears(params)
         if not pre_only:
-            self.norm2 = _plain_norm(hidden)
+            self.norm2 = plain_norm(hidden)
             self.mlp = MLP(hidden, params.mlp_hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, self.num_chunks * hidden))
 
@@ -203,22 +212,6 @@ class MMDiTBlock(nn.Module):
         text_attended, attended = attended.split((context.shape[1], x.shape[1]), dim=1)
         x = picture.after_attention(x, attended, chunks)
         return (x,) if text.pre_only else (text.after_attention(context, text_attended, text_chunks), x)
-
-
-class FinalLayer(nn.Module):
-    def __init__(self, hidden: int, out_width: int) -> None:
-        super().__init__()
-        self.norm_final = _plain_norm(hidden)
-        self.linear = nn.Linear(hidden, out_width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = per_token(self.adaLN_modulation(c)).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
-
-
-def _plain_norm(hidden: int) -> nn.LayerNorm:
-    return nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
 
 
 class MMDiT(BlockStackMixin, nn.Module):
