@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from library.checkpoints.loading import (
     build_on_meta,
     build_params,
     check_state,
+    config_metadata,
     count_blocks,
     find_prefix,
     open_checkpoint,
@@ -273,8 +273,6 @@ def save_anima(
 
 def model_config_metadata(model: Anima) -> dict[str, str]:
     """{"model_config": JSON} for a model whose hyper-parameters do not follow from its shapes, else nothing."""
-    try:
-        params = build_params(AnimaParams, *_inferred_and_given(model.state_dict(), {}, ""), "")
-    except CheckpointError:
-        params = None
-    return {} if params == model.params else {"model_config": json.dumps(asdict(model.params), sort_keys=True)}
+    return config_metadata(
+        model.params, lambda: build_params(AnimaParams, *_inferred_and_given(model.state_dict(), {}, ""), "")
+    )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from library.checkpoints.loading import (
     build_on_meta,
     build_params,
     check_state,
+    config_metadata,
     count_blocks,
     find_prefix,
     open_checkpoint,
@@ -288,11 +288,9 @@ def save_stream_model(
 
 def model_config_metadata(model: StreamTransformer, infer: Callable[..., dict[str, Any]]) -> dict[str, str]:
     """{"model_config": JSON} for a model whose hyper-parameters do not follow from its shapes, else nothing."""
-    try:
-        params = build_params(type(model.params), infer(model.state_dict(), {}, ""), {}, "")
-    except CheckpointError:
-        params = None
-    return {} if params == model.params else {"model_config": json.dumps(asdict(model.params), sort_keys=True)}
+    return config_metadata(
+        model.params, lambda: build_params(type(model.params), infer(model.state_dict(), {}, ""), {}, "")
+    )
 
 
 def inspect_ae(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from library.checkpoints.loading import (
     build_on_meta,
     build_params,
     check_state,
+    config_metadata,
     count_blocks,
     find_prefix,
     open_checkpoint,
@@ -255,11 +255,9 @@ def save_hunyuan_image(
 
 def model_config_metadata(model: HYImageDiffusionTransformer) -> dict[str, str]:
     """{"model_config": JSON} for a model whose hyper-parameters do not follow from its shapes, else nothing."""
-    try:
-        params = build_params(HYImageParams, _infer(model.state_dict(), {}, ""), {}, "")
-    except CheckpointError:
-        params = None
-    return {} if params == model.params else {"model_config": json.dumps(asdict(model.params), sort_keys=True)}
+    return config_metadata(
+        model.params, lambda: build_params(HYImageParams, _infer(model.state_dict(), {}, ""), {}, "")
+    )
 
 
 def _config_of_diffusers(params: HYImageParams) -> dict[str, Any]:

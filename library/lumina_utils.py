@@ -3,11 +3,10 @@ other families."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from library.checkpoints.loading import (
     build_on_meta,
     build_params,
     check_state,
+    config_metadata,
     count_blocks,
     find_prefix,
     open_checkpoint,
@@ -175,11 +175,7 @@ def save_lumina(
 
 def model_config_metadata(model: NextDiT) -> dict[str, str]:
     """{"model_config": JSON} for a model whose hyper-parameters do not follow from its shapes, else nothing."""
-    try:
-        params = build_params(LuminaParams, _infer(model.state_dict(), {}, ""), {}, "")
-    except CheckpointError:
-        params = None
-    return {} if params == model.params else {"model_config": json.dumps(asdict(model.params), sort_keys=True)}
+    return config_metadata(model.params, lambda: build_params(LuminaParams, _infer(model.state_dict(), {}, ""), {}, ""))
 
 
 def _config_of_diffusers(params: LuminaParams) -> dict[str, Any]:

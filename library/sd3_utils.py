@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from library.checkpoints.loading import (
     build_on_meta,
     build_params,
     check_state,
+    config_metadata,
     count_blocks,
     find_prefix,
     open_checkpoint,
@@ -223,11 +224,7 @@ def save_sd3(
 
 def model_config_metadata(model: MMDiT) -> dict[str, str]:
     """{"model_config": JSON} for a model whose hyper-parameters do not follow from its shapes, else nothing."""
-    try:
-        params = build_params(SD3Params, _inferred(model.state_dict(), ""), {}, "")
-    except CheckpointError:
-        params = None
-    return {} if params == model.params else {"model_config": json.dumps(asdict(model.params), sort_keys=True)}
+    return config_metadata(model.params, lambda: build_params(SD3Params, _inferred(model.state_dict(), ""), {}, ""))
 
 
 # -- the other parts ---------------------------------------------------------------------------------------------------

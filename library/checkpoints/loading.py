@@ -3,11 +3,12 @@ assign."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -322,6 +323,16 @@ def build_params(params_class: Callable[..., P], inferred: Mapping[str, Any], gi
             f"{path}: {error}. Shapes alone do not tell; give it as an argument or under model_config in the file's "
             "metadata"
         ) from error
+
+
+def config_metadata(params: Any, inferred: Callable[[], Any]) -> dict[str, str]:
+    """{"model_config": JSON} for hyper-parameters that do not follow from the shapes of a file, else nothing.
+    `inferred` reads them from the shapes; CheckpointError says that they do not tell."""
+    try:
+        found = inferred()
+    except CheckpointError:
+        found = None
+    return {} if found == params else {"model_config": json.dumps(asdict(params), sort_keys=True)}
 
 
 class WithoutStartValues(TorchFunctionMode):
