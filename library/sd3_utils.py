@@ -96,6 +96,11 @@ class Sd3Info:
             return "medium"
         return "5-medium" if self.params.x_block_self_attn_layers else "5-large"
 
+    @property
+    def title(self) -> str:
+        """Its name for people: SD3 medium, SD3.5 medium or SD3.5 large."""
+        return f"SD3.{self.version.replace('-', ' ')}" if self.version != "medium" else "SD3 medium"
+
 
 def inspect_sd3(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> Sd3Info:
     """Recognise an SD3 denoiser from headers alone; `config` overrides hyper-parameters by the names of SD3Params.
@@ -179,7 +184,7 @@ def load_sd3(
     """
     info = inspect_sd3(path, config)
     logger.info(
-        "loading SD3 %s from %s (%s layout, %d joint blocks of width %d)", info.version, path,
+        "loading %s from %s (%s layout, %d joint blocks of width %d)", info.title, path,
         "diffusers" if info.is_diffusers else "original", info.params.depth, info.params.hidden_size,
     )  # fmt: skip
     keys = [
