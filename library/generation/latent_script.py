@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from library.core.options import Config
 from library.generation.picture_files import write_picture
 from library.generation.requests import Request, SessionOptions
-from library.generation.script import ImageScript, output_name
+from library.generation.script import ImageScript, unused_path
 
 if TYPE_CHECKING:
     import torch
@@ -56,10 +56,10 @@ class LatentScript(ImageScript[Request]):
         pipeline, device = self.load_decoder(config)
         for index, source in enumerate(pictures.latent_path):
             latents, texts = read_latents(source, pipeline.latent_spec)
-            name = output_name(None, index, f"_{Path(source).stem.removesuffix('_latent')}.png")
+            ending = f"_{Path(source).stem.removesuffix('_latent')}.png"
             texts = {} if config[SessionOptions].no_metadata else texts
             picture = pipeline.decode(latents.to(device))
-            paths.append(write_picture(picture, Path(pictures.output_dir) / name, texts))
+            paths.append(write_picture(picture, unused_path(pictures.output_dir, None, index, ending), texts))
             logger.info("%s", paths[-1])
         return paths
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import random
 import re
 import sys
@@ -159,6 +160,18 @@ def output_name(seed: int | None, index: int, ending: str = ".png") -> str:
     return f"{time.strftime('%Y%m%d_%H%M%S')}_{'' if seed is None else f'{seed}_'}{index:02d}{ending}"
 
 
+def unused_path(folder: str | os.PathLike[str], seed: int | None, index: int, ending: str = ".png") -> Path:
+    """A file of `output_name` in `folder`. Where another call of the same second has made such a file, or latents of
+    that name, it has a number behind it: `{YYYYmmdd_HHMMSS}_{seed}_{index}_2.png`."""
+    name = output_name(seed, index, "")
+    there = {path.name for path in Path(folder).iterdir()} if Path(folder).is_dir() else set()
+    stem, number = name, 1
+    while any(other.startswith(stem) for other in there):
+        number += 1
+        stem = f"{name}_{number}"
+    return Path(folder) / f"{stem}{ending}"
+
+
 def picture_texts(request: PictureRequest, **more: Any) -> dict[str, str]:
     """Text entries of a request's picture file."""
     return settings_texts(
@@ -294,7 +307,7 @@ class ImageScript(ABC, Generic[Request]):
         latents = maker.generate(request)
         more = {entry: getattr(request, field) for entry, field in self.texts.items()}
         texts = {} if config[SessionOptions].no_metadata else picture_texts(request, **more)
-        path = Path(config[self.pictures].output_dir) / output_name(request.seed, index)
+        path = unused_path(config[self.pictures].output_dir, request.seed, index)
         return self.write(maker, config, latents, path, texts)
 
     def write(

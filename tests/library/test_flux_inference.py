@@ -125,7 +125,7 @@ def test_every_wrong_file_is_named_before_anything_is_loaded(tiny, tmp_path):
         )
     text = str(caught.value)
     assert len(caught.value.problems) == 5
-    assert "--clip_l is not given" in text and "multiplier" in text and "FLUX.1 autoencoder" in text
+    assert "--clip_l is not given" in text and "multiplier" in text and "FLUX.1 or SD3 autoencoder" in text
 
 
 @pytest.mark.parametrize(

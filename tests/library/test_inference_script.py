@@ -11,6 +11,7 @@ from library.generation.script import (
     output_name,
     picture_texts,
     planned_requests,
+    unused_path,
     with_seed_and_size,
     write_picture,
 )
@@ -63,6 +64,17 @@ def test_sides_are_rounded_down_and_a_seed_is_drawn():
     request = with_seed_and_size(PictureRequest(prompt="", width=75, height=47), 16)
     assert (request.width, request.height) == (64, 32) and request.seed is not None
     assert with_seed_and_size(DEFAULT, 16) == DEFAULT
+
+
+def test_pictures_of_one_second_stay_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda form: "20300101_000000")
+    names = []
+    for _ in range(3):
+        path = unused_path(tmp_path, 7, 2)
+        names.append(path.name)
+        path.with_name(f"{path.stem}_latent.safetensors" if names == ["20300101_000000_7_02.png"] else path.name).touch()
+    assert names == ["20300101_000000_7_02.png", "20300101_000000_7_02_2.png", "20300101_000000_7_02_3.png"]
+    assert unused_path(tmp_path / "new", 7, 2).name == names[0]
 
 
 def test_a_picture_carries_its_texts_and_appears_whole(tmp_path):
