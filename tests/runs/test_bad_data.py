@@ -123,14 +123,15 @@ def test_caches_of_another_family_are_never_used(work: FamilyWork, tinies: Tinie
     """Files of another family lie beside the pictures, also under the names of this one: the run encodes anew, and
     leaves those of the other one as they are."""
     clean = losses_of(work.train("clean", "--max_train_steps=2", "--network_train_unet_only"))
-    name = "anima" if work.family == "flux" else "flux"
+    suffix = ARCHITECTURES[work.family].latents_suffix
+    name = "anima" if suffix == ARCHITECTURES["flux"].latents_suffix else "flux"
     other = FamilyWork(work.folder, tinies[name], work.images, case=case_of(name))
     other.train("other", "--max_train_steps=1", CACHE, "--network_train_unet_only")
     theirs = {path: path.read_bytes() for path in work.images.glob("*.npz")}
-    mine, foreign = ARCHITECTURES[work.family], ARCHITECTURES[other.family]
+    foreign = ARCHITECTURES[other.family]
     assert theirs and all(path.name.endswith(foreign.latents_suffix) for path in theirs)
     for path in theirs:
-        shutil.copy(path, path.with_name(path.name.replace(foreign.latents_suffix, mine.latents_suffix)))
+        shutil.copy(path, path.with_name(path.name.replace(foreign.latents_suffix, suffix)))
     cached = losses_of(work.train("cached", "--max_train_steps=2", CACHE, "--network_train_unet_only"))
     assert cached == pytest.approx(clean, rel=1e-5)
     assert theirs == {path: path.read_bytes() for path in theirs}

@@ -253,7 +253,7 @@ def test_tokenizers_that_are_nowhere(work: Work, refused, monkeypatch):
     state = load_file(work.tiny.t5xxl)
     save_file({key: value for key, value in state.items() if key != "spiece_model"}, work.folder / "t5.safetensors")
     monkeypatch.setattr("library.components.tokenizers._clip_from_installed_package", lambda: None)
-    monkeypatch.setattr("library.components.tokenizers._from_hub", lambda *_: None)
+    monkeypatch.setattr("library.components.tokenizers.from_hub", lambda *_: None)
     message = refused(
         [*without(work.argv("out"), "clip_l_tokenizer", "t5xxl"), f"--t5xxl={work.folder / 't5.safetensors'}"]
     )
