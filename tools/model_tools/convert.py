@@ -9,13 +9,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from library.checkpoints.layout_rules import DenoiserLayouts
 from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.options import Config, option
 from library.scripts.command_line import read_command, script_parser
 from library.scripts.tool_script import DTYPES, OutputOptions, dtype_problem, output_problems, tool_exit_code
 from library.training.option_groups import ConsoleOptions, OverflowOptions
+
+if TYPE_CHECKING:
+    from library.checkpoints.layout_rules import DenoiserLayouts
 
 logger = logging.getLogger("atelier")
 
