@@ -26,12 +26,13 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "cross_product(*axes): a parameter or a tuple of parameters each; runs pairwise without --full"
     )
+    config.addinivalue_line("markers", "full: a case much like another one; runs with --full alone")
 
 
 def pytest_collection_modifyitems(config, items):
     chosen = any("[" in word for word in config.args)  # a case that was named runs
     if not config.getoption("full") and not chosen:
-        kept = pairwise.chosen(items)
+        kept = pairwise.chosen([item for item in items if item.get_closest_marker("full") is None])
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
 

@@ -88,10 +88,21 @@ def losses_of(run: Any, batches: list[Any]) -> list[float]:
 
 
 FIRST_OF_KIND = {adapter.module: name for name, adapter in reversed(ADAPTERS.items())}
+
+
+def cell(family: str, name: str) -> Any:
+    """Variants of a kind differ inside a layer: one family is enough for them, the smallest one. Convolutions, which it
+    has not, are those of the kind itself, and of --full."""
+    adapter, is_kind = ADAPTERS[name], FIRST_OF_KIND[ADAPTERS[name].module] == name
+    home = "flux" if "flux" in adapter.families else adapter.families[0]
+    return pytest.param(family, name, marks=() if is_kind or family == home else pytest.mark.full)
+
+
 CELLS = [
-    (family, name) for family in FAMILIES for name, adapter in ADAPTERS.items()
-    if family in adapter.families and (family == adapter.families[0] or FIRST_OF_KIND[adapter.module] == name)
-]  # variants of a kind differ inside a layer; one family is enough for them
+    cell(family, name) for family in FAMILIES for name, adapter in ADAPTERS.items()
+    if family in adapter.families
+    and (family in (adapter.families[0], "flux") or FIRST_OF_KIND[adapter.module] == name)
+]  # fmt: skip
 
 
 @pytest.mark.cross_product("name", denoiser("family"), Each("family"))

@@ -15,7 +15,9 @@ pytest.importorskip("lycoris")
 WAYS = (("lora", "dora_wd=True"), ("loha",), ("lokr", "factor=4"))
 
 
-@pytest.mark.parametrize("family", ["flux", "sd", "sdxl"], indirect=True)
+@pytest.mark.parametrize(
+    "family", ["flux", "sd", pytest.param("sdxl", marks=pytest.mark.full)], indirect=True
+)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way[0])
 def test_a_file_of_the_package_gives_its_output_in_ours(way: tuple[str, ...], family, tmp_path: Path) -> None:
     algo, *more = way

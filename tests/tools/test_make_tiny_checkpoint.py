@@ -45,7 +45,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", TINY_SETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name == "sd2" else ()) for name in TINY_SETS]
+)
 def test_the_printed_command_trains_and_samples(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     python, *argv = make(capsys, "--family", name, "--output", "a model")

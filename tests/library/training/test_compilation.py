@@ -20,7 +20,13 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("family", DENOISERS)
+LIKE_ANOTHER = ("sdxl", "chroma")
+"""families whose blocks are those of Stable Diffusion and FLUX.1"""
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.full if name in LIKE_ANOTHER else ()) for name in DENOISERS]
+)
 def test_every_compiled_block_runs_compiled_and_computes_the_same(family: str):
     model, inputs = tiny_denoiser(family)
     layer = next(module for module in model.repeated_blocks()[-1].modules() if isinstance(module, nn.Linear))
@@ -51,7 +57,7 @@ def test_every_compiled_block_runs_compiled_and_computes_the_same(family: str):
     assert len(compiled) == before
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", [pytest.param("sd", marks=pytest.mark.full), "sdxl"])
 def test_a_run_on_a_compiled_u_net(family: str, tmp_path: Path, tmp_path_factory, monkeypatch: pytest.MonkeyPatch):
     work, numbers = Tinies(tmp_path_factory).work(family, tmp_path), []
     monkeypatch.setattr(trainer_base, "compile_blocks", lambda *words: numbers.append(compile_blocks(*words)))

@@ -98,22 +98,21 @@ def test_the_set_of_options_is_the_known_one_and_our_own(which: str) -> None:
     assert {name for name in of_script - names & elsewhere if status(WHAT[which], name) == "equivalent"} <= names
 
 
-@pytest.mark.parametrize(
-    "which, entry", [pytest.param(which, entry, id=f"{which}-{entry[0]}") for which in WHAT for entry in known(which)]
-)
-def test_an_option_keeps_its_type_default_and_choices(which: str, entry: list) -> None:
-    name, kind, nargs, default, choices = entry
-    what = WHAT[which]
-    owner, spec = what.owners[name], what.spec(name)
-    assert what.default(name) == OTHER_DEFAULTS.get(which, {}).get(name, default)
-    assert is_bool_option(owner, name) == (kind == "bool")
-    if kind in ("int", "float") and spec.convert is None:
-        assert value_type(owner, name).__name__ == kind
-    assert (spec.nargs == "*") == (nargs == "*")
-    if choices:
-        assert spec.choices is None or set(choices) <= set(spec.choices)
-    if default is None:
-        assert allows_none(owner, name)
+@pytest.mark.parametrize("which", WHAT)
+def test_options_keep_their_types_defaults_and_choices(which: str) -> None:
+    what, entries = WHAT[which], known(which)
+    assert entries
+    for name, kind, nargs, default, choices in entries:
+        owner, spec = what.owners[name], what.spec(name)
+        assert what.default(name) == OTHER_DEFAULTS.get(which, {}).get(name, default), name
+        assert is_bool_option(owner, name) == (kind == "bool"), name
+        if kind in ("int", "float") and spec.convert is None:
+            assert value_type(owner, name).__name__ == kind, name
+        assert (spec.nargs == "*") == (nargs == "*"), name
+        if choices:
+            assert spec.choices is None or set(choices) <= set(spec.choices), name
+        if default is None:
+            assert allows_none(owner, name), name
 
 
 def some_value(which: str, name: str) -> str:
