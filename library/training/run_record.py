@@ -36,8 +36,10 @@ class RunRecord:
         """Of the main process; keys and values are texts."""
         if self._common is None:
             self._common = build_metadata(self._inputs(run))
+        # what hooks add may change with each step; with --no_metadata it is not among the keys
+        now = {key: str(value) for key, value in self._added(run).items() if key in self._common}
         return at_save(
-            self._common, steps=run.progress.global_step, epoch=run.progress.finished_epochs,
+            {**self._common, **now}, steps=run.progress.global_step, epoch=run.progress.finished_epochs,
             finished_at=time.time() if self._source_date is None else self._source_date, hashes=self.hashes,
         )
 
@@ -45,11 +47,14 @@ class RunRecord:
         """Of this run alone; with a source date it follows from the seed."""
         return secrets.randbits(32) if self._source_date is None else key_seed(seed, "session id") % 2**32
 
+    @staticmethod
+    def _added(run: Run) -> dict[str, Plain]:
+        """What hooks add, as it is now."""
+        return {key: value for values in run.hooks.extra_metadata(run) for key, value in values.items()}
+
     def _inputs(self, run: Run) -> MetadataInputs:
         train, validation, progress = self.data.train, self.data.validation, run.progress
-        extra: dict[str, Plain] = {}
-        for values in run.hooks.extra_metadata(run):
-            extra.update(values)
+        extra = self._added(run)
         if run.settings.history:
             extra["ss_resume_changes"] = json.dumps(run.settings.history)
         return MetadataInputs(

@@ -54,6 +54,9 @@ def test_the_average_follows_the_weights(work: Work, words: list[str], how: dict
     assert fingerprint(work.folder / "out" / "lora-ema.safetensors") != fingerprint(final)
     metadata = read_parts(work.folder / "out" / "lora-ema.safetensors")[0]
     assert float(metadata["ss_ema_decay"]) == decay
+    assert metadata["ss_ema_updates"] == str(updates)
+    early = read_parts(work.folder / "out" / "lora-step00000001.safetensors")[0]
+    assert early["ss_ema_updates"] == ("0" if start else "1") != metadata["ss_ema_updates"]
 
 
 @pytest.mark.parametrize("more", [[], ["--ema_on_cpu", "--ema_power=0.75"], ["--ema_every_n_steps=2"]])
