@@ -27,7 +27,14 @@ from library.checkpoints.loading import (
     part_of,
     strip_prefix,
 )
-from library.components.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
+from library.components.ldm_models import AutoEncoderParams
+from library.components.ldm_utils import (
+    AutoEncoderInfo,
+    DiffusersNames,
+    Wanted,
+    inspect_autoencoder,
+    load_autoencoder,
+)
 from library.components.llm_encoder_utils import inspect_qwen25_vl, load_qwen25_vl
 from library.components.text_encoder_utils import inspect_t5xxl, load_t5xxl
 from library.core.errors import CheckpointError
@@ -39,7 +46,7 @@ from library.fp8_optimization_utils import (
     use_scales,
 )
 from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
-from library.hunyuan_image_vae import LATENT_SCALING_FACTOR, HunyuanVAE2D
+from library.hunyuan_image_vae import LATENT_SCALING_FACTOR, SAMPLE_SIZE, HunyuanVAE2D
 from library.safetensors_utils import cast_all, save_file_atomic
 
 logger = logging.getLogger(__name__)
@@ -47,6 +54,9 @@ logger = logging.getLogger(__name__)
 VAE_WANTED = Wanted(
     "HunyuanImage 2.1", "hunyuan_image_2.1_vae_fp16.safetensors", quant_conv=False,
     scaling={"scaling_factor": LATENT_SCALING_FACTOR, "shift_factor": 0.0},
+    names=DiffusersNames(
+        hunyuan_image_convert.is_diffusers_autoencoder, hunyuan_image_convert.autoencoder_to_original
+    ),
 )  # fmt: skip
 DENOISER_PREFIXES = (
     "model.diffusion_model.",
@@ -281,16 +291,10 @@ LAYOUTS = DenoiserLayouts(
 
 
 def inspect_vae(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:
-    """Recognise the 32x autoencoder from headers alone; `config` overrides by the names of AutoEncoderParams.
-    CheckpointError when it is another one."""
-    if "encoder.down_blocks.0.conv1.weight" in open_checkpoint(path, "vae").shapes:
-        raise CheckpointError(
-            f"{path} is a HunyuanImage 2.1 autoencoder in the layout of diffusers, from which nothing converts it;"
-            f" use the original file ({VAE_WANTED.usual_name})"
-        )
+    """Recognise the 32x autoencoder, in either layout, from headers alone; `config` overrides by the names of
+    AutoEncoderParams. CheckpointError when it is another one."""
     info = inspect_autoencoder(path, config, wanted=VAE_WANTED)
-    names = {key[len(info.prefix) :] for key in info.source.shapes}
-    if info.is_diffusers or "decoder.up.0.upsample.conv.weight" not in names:
+    if not info.is_diffusers and f"{info.prefix}decoder.up.0.upsample.conv.weight" not in info.source.shapes:
         raise CheckpointError(
             f"{info.source.path} is an autoencoder of latent diffusion"
             f" ({info.params.z_channels} latent channels at 1/{info.params.spatial_stride});"
@@ -313,3 +317,20 @@ def load_vae(
     vae = load_autoencoder(inspect_vae(vae_path, config), dtype, device, disable_mmap, model_class=HunyuanVAE2D)
     vae.set_chunk_rows(chunk_size)
     return vae
+
+
+def _config_of_vae(params: AutoEncoderParams) -> dict[str, Any]:
+    """config.json of diffusers' AutoencoderKLHunyuanImage, whose norms have 32 groups in any case."""
+    groups = {} if params.norm_groups == 32 else {"norm_num_groups": params.norm_groups}
+    return {
+        "_class_name": "AutoencoderKLHunyuanImage",
+        "in_channels": params.in_channels, "out_channels": params.out_ch, "latent_channels": params.z_channels,
+        "block_out_channels": list(params.widths), "layers_per_block": params.num_res_blocks,
+        "spatial_compression_ratio": params.spatial_stride, "sample_size": SAMPLE_SIZE,
+        "scaling_factor": params.scaling_factor, **groups,
+    }  # fmt: skip
+
+
+VAE_LAYOUTS = DenoiserLayouts(
+    inspect_vae, hunyuan_image_convert.autoencoder_rules, _config_of_vae, part="vae",
+)  # fmt: skip

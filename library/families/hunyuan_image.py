@@ -80,6 +80,7 @@ FAMILY = FamilyRecord(
             role="vae",
             wanted="a HunyuanImage 2.1 autoencoder (hunyuan_image_2.1_vae_fp16.safetensors)",
             subfolder="vae",
+            layouts="library.hunyuan_image_utils:VAE_LAYOUTS",
             signatures=(
                 Signature(
                     title="a HunyuanImage autoencoder",

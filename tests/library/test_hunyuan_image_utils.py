@@ -12,6 +12,7 @@ import torch
 
 from library import hunyuan_image_utils
 from library.checkpoints.hunyuan_image_convert import to_diffusers
+from library.checkpoints.kinds import check_slot
 from library.checkpoints.loading import build_on_meta
 from library.components.ldm_models import AutoEncoderParams
 from library.components.llm_encoder_utils import inspect_qwen25_vl
@@ -182,16 +183,24 @@ def test_both_layouts_whole_in_shards_and_in_8_bits(tmp_path: Path) -> None:
     assert hunyuan_image_utils.denoiser_state(other).keys() == state.keys()
 
 
-def test_an_autoencoder_of_diffusers_is_refused(tmp_path: Path) -> None:
+def test_the_real_autoencoder_in_the_layout_of_diffusers(tmp_path: Path) -> None:
+    """Its class makes the names and shapes of the real file, and its folder is that model."""
     from diffusers import AutoencoderKLHunyuanImage
 
-    vae = AutoencoderKLHunyuanImage(
-        in_channels=3, out_channels=3, latent_channels=16, block_out_channels=(32,) * 6, layers_per_block=1,
-        spatial_compression_ratio=32, sample_size=64,
-    )  # fmt: skip
-    vae.save_pretrained(tmp_path / "vae")
-    with pytest.raises(CheckpointError, match="in the layout of diffusers.*use the original file"):
-        hunyuan_image_utils.inspect_vae(tmp_path / "vae")
+    from library.checkpoints.hunyuan_image_convert import autoencoder_to_original
+
+    config = hunyuan_image_utils.VAE_LAYOUTS.config(VAE_PARAMS)
+    vae = build_on_meta(lambda: AutoencoderKLHunyuanImage.from_config(config))
+    shapes = {key: list(tensor.shape) for key, tensor in vae.state_dict().items()}
+    renamed = autoencoder_to_original(vae.state_dict())
+    assert {key: list(tensor.shape) for key, tensor in renamed.items()} == key_table("vae_hunyuan_image")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    empty_checkpoint(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", shapes)
+    assert check_slot(tmp_path, "vae", {"vae_hunyuan_image"}) is None
+    for path in (tmp_path, tmp_path / "vae", tmp_path / "vae" / "diffusion_pytorch_model.safetensors"):
+        info = hunyuan_image_utils.inspect_vae(path)
+        assert info.params == VAE_PARAMS and info.is_diffusers
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -338,3 +338,40 @@ def test_a_denoiser_of_another_family_to_a_folder_and_back(tmp_path):
     before, after = load_file(source), load_file(back)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert read_header(source)[1] == read_header(back)[1]
+
+
+def test_an_autoencoder_alone_to_a_folder_and_back(tmp_path):
+    """That of HunyuanImage 2.1: diffusers loads the folder and gives our output; the norms of another one have another
+    number of groups, which no shape tells and the folder says."""
+    from diffusers import AutoencoderKLHunyuanImage
+
+    from library.components.ldm_models import AutoEncoderParams
+    from library.hunyuan_image_utils import load_vae
+    from library.hunyuan_image_vae import HunyuanVAE2D
+    from tests.tiny import random_state
+
+    sizes = {"ch_mult": (1,) * 6, "num_res_blocks": 2, "z_channels": 16, "scaling_factor": 0.75289, "shift_factor": 0.0}
+    image = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for groups in (32, 4):
+        params = AutoEncoderParams(ch=32, norm_groups=groups, **sizes)
+        state = random_state(HunyuanVAE2D(params), torch.Generator().manual_seed(2))
+        names = ("x.safetensors", "folder", "back.safetensors")
+        source, folder, back = (tmp_path / f"{groups} {name}" for name in names)
+        config = {} if groups == 32 else {"model_config": json.dumps(dataclasses.asdict(params))}
+        save_file({key: tensor.half() for key, tensor in state.items()}, source, {"title": "t", **config})
+        assert convert_model.main([str(source), str(folder), "--to", "diffusers"]) == 0
+        mine, same = load_vae(folder, *HOW), load_vae(source, *HOW)
+        assert mine.params == same.params == params
+        assert all(torch.equal(tensor, same.state_dict()[key]) for key, tensor in mine.state_dict().items())
+        if groups == 32:
+            theirs = AutoencoderKLHunyuanImage.from_pretrained(folder, subfolder="vae").eval()
+            with torch.no_grad():
+                mean, latents = mine.encode_moments(image)[0], theirs.encode(image).latent_dist.mean
+                torch.testing.assert_close(mean, latents, rtol=1e-4, atol=1e-4)
+                assert theirs.config.scaling_factor == mine.params.scaling_factor
+                pictures = mine.decode(mine.scale(mean)), theirs.decode(latents).sample
+                torch.testing.assert_close(*pictures, rtol=1e-4, atol=1e-4)
+        assert convert_model.main([str(folder), str(back), "--to", "single"]) == 0
+        before, after = load_file(source), load_file(back)
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        assert read_header(source)[1] == read_header(back)[1] and after["encoder.conv_in.bias"].dtype == torch.float16

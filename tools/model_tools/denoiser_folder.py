@@ -1,4 +1,5 @@
-"""Denoisers between one file in the original layout and the `transformer` of a diffusers folder, tensor by tensor.
+"""Denoisers between one file in the original layout and the `transformer` of a diffusers folder, tensor by tensor; other
+parts that are rewritten alone, such as autoencoders, likewise.
 
 The rules are those of the family (DenoiserLayouts). What the folder has no place for goes into `REST` beside
 `transformer`, with the file's metadata, from where the way back takes it, so that this gives the same tensors.
@@ -26,7 +27,6 @@ from library.safetensors_utils import is_pickled, load_safetensors, read_header,
 
 logger = logging.getLogger("atelier")
 
-PART = "transformer"
 Infos = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -44,8 +44,10 @@ class SinglePlan:
 
 @dataclass(frozen=True)
 class FolderPlan(SinglePlan):
-    """A folder to be written. `metadata` are those of the file, kept beside the tensors of `rest`."""
+    """A folder to be written, with the sub-folder `part`. `metadata` are those of the file, kept beside the tensors of
+    `rest`."""
 
+    part: str
     config: dict[str, Any]
     rest: dict[str, Tensor] = field(default_factory=dict)
 
@@ -53,7 +55,7 @@ class FolderPlan(SinglePlan):
         """The folder appears whole or not at all."""
         ending = f".{variant}.safetensors" if variant else ".safetensors"
         with atomic_folder(os.path.abspath(target)) as work:
-            part = work / PART
+            part = work / self.part
             part.mkdir()
             (part / "config.json").write_text(f"{json.dumps(self.config, indent=2)}\n", encoding="utf-8")
             weights = part / f"diffusion_pytorch_model{ending}"
@@ -75,7 +77,7 @@ def single_plan(source: str, layouts: DenoiserLayouts, dtype: torch.dtype | None
             f"{source} lacks {len(lacking)} tensors, the first is {lacking[0]}; are all its parts there?"
         )
     infos = infos_of(to_original(metas, rules))
-    kept, metadata = _read_rest(info.source.files[0])
+    kept, metadata = _read_rest(info.source.files[0], layouts.part)
     for name, like in layouts.unused.items():
         if name not in kept and name not in infos:
             if like not in infos:
@@ -97,7 +99,7 @@ def folder_plan(source: str, layouts: DenoiserLayouts, dtype: torch.dtype | None
         raise CheckpointError(f"{source} has the names of diffusers already; --to diffusers takes the original layout")
     others = len(info.source.shapes) - len(info.keys)
     if others:
-        logger.warning("%s has %d tensors of other parts; the folder gets the denoiser alone", source, others)
+        logger.warning("%s has %d tensors of other parts; the folder gets its %s alone", source, others, layouts.part)
     metas = _metas(info, dtype)
     rules = {rule.original: rule for rule in layouts.rules(metas)}
     rows_of = layouts.rows_of(info.params)
@@ -113,6 +115,7 @@ def folder_plan(source: str, layouts: DenoiserLayouts, dtype: torch.dtype | None
         infos_of(from_original(placed, rules.values(), rows_of)),
         items,
         {} if is_pickled(info.source.files[0]) else read_header(info.source.files[0])[1],
+        layouts.part,
         layouts.config(info.params),
         {name: tensor.contiguous() for name, tensor in _stream(info, metas.keys() - placed.keys())},
     )
@@ -156,9 +159,9 @@ def joined(items: Iterable[tuple[str, Tensor]], rules: Iterable[Rule]) -> Iterat
             yield from to_original(waiting.pop(rule.original), [rule]).items()
 
 
-def _read_rest(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) that a conversion has kept beside the folder in which a file lies."""
+def _read_rest(file: str, part: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) that a conversion has kept beside the folder `part` in which a file lies."""
     rest = Path(file).absolute().parent.parent / REST
-    if Path(file).absolute().parent.name != PART or not rest.is_file():
+    if Path(file).absolute().parent.name != part or not rest.is_file():
         return {}, {}
     return load_safetensors(rest, "cpu"), read_header(rest)[1]
