@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints import hunyuan_image_convert
-from library.checkpoints.layout_rules import DenoiserLayouts, to_original
+from library.checkpoints.layout_rules import DenoiserLayouts, Rule, to_original
 from library.checkpoints.loading import (
     CheckpointFiles,
     Transform,
@@ -75,11 +75,13 @@ DENOISER_ROOTS = (
 
 @dataclass(frozen=True)
 class HYImageInfo:
-    """What the headers of a denoiser checkpoint tell. `dtypes`: types of the stored weights."""
+    """What the headers of a denoiser checkpoint tell. `rules`: by which its names become the original ones, none where
+    they are; `dtypes`: types of the stored weights."""
 
     source: CheckpointFiles
     prefix: str
     is_diffusers: bool
+    rules: tuple[Rule, ...]
     params: HYImageParams
     dtypes: frozenset[torch.dtype]
 
@@ -99,8 +101,8 @@ def inspect_hunyuan_image(path: str | os.PathLike, config: Mapping[str, Any] | N
     source = open_checkpoint(path, "transformer")
     prefix = find_prefix(source.shapes, DENOISER_PREFIXES, DENOISER_ROOTS, source.path, "denoiser")
     stripped = strip_prefix(source.shapes, prefix)
-    is_diffusers = hunyuan_image_convert.is_diffusers_denoiser(stripped)
-    shapes = hunyuan_image_convert.to_original(stripped) if is_diffusers else stripped
+    rules = hunyuan_image_convert.rules_of_names(stripped)
+    shapes = to_original(stripped, rules)
     if "byt5_in.fc1.weight" not in shapes or "double_blocks.0.img_attn_qkv.weight" not in shapes:
         some = ", ".join(list(shapes)[:3]) or "no tensors"
         raise CheckpointError(
@@ -110,7 +112,8 @@ def inspect_hunyuan_image(path: str | os.PathLike, config: Mapping[str, Any] | N
     given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
     params = build_params(HYImageParams, _infer(shapes, given, source.path), given, source.path)
     dtypes = frozenset(tensor.dtype for key, tensor in shapes.items() if key.endswith(".weight"))
-    return HYImageInfo(source, prefix, is_diffusers, params, dtypes)
+    is_diffusers = hunyuan_image_convert.is_diffusers_denoiser(stripped)
+    return HYImageInfo(source, prefix, is_diffusers, tuple(rules), params, dtypes)
 
 
 def _diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +163,7 @@ def load_hunyuan_image(
     fp8_scaled: bool = False,
     transform: Transform | None = None,
 ) -> HYImageDiffusionTransformer:
-    """Load a denoiser in either layout; its sizes come from the file.
+    """Load a denoiser in any layout; its sizes come from the file.
 
     `fp8_scaled` keeps the large matrices of the blocks in 8 bits, each row with a scale of its own; `dtype`
     float8_e4m3fn the weights of all linear layers, without scales, and the rest in bfloat16; None keeps the file's own
@@ -173,8 +176,7 @@ def load_hunyuan_image(
         " (distilled)" if params.guidance_embed or params.mean_flow else "", path, params.depth, params.depth_single,
     )  # fmt: skip
     store = info.source.storing(torch.bfloat16 if fp8_scaled and dtype == FP8_STORAGE else dtype, info.keys)
-    rules = list(hunyuan_image_convert.denoiser_rules(strip_prefix(info.source.shapes, info.prefix)))
-    rule_of = {part: rule for rule in rules for part in rule.parts} if info.is_diffusers else {}
+    rule_of = {part: rule for rule in info.rules for part in rule.parts}
     scales: dict[str, Tensor] = {}
 
     def cast(key: str, tensor: Tensor) -> Tensor:
@@ -186,8 +188,7 @@ def load_hunyuan_image(
         return store(key, tensor)
 
     state = strip_prefix(info.source.tensors(device, disable_mmap, info.keys, transform, cast), info.prefix)
-    if info.is_diffusers:
-        state, scales = to_original(state, rules), to_original(scales, rules)
+    state, scales = to_original(state, info.rules), to_original(scales, info.rules)
     model = build_on_meta(lambda: HYImageDiffusionTransformer(params))
     check_state(model, state, os.fspath(path))
     assign_state(model, state)
@@ -223,9 +224,7 @@ def takes_scale(path: str) -> bool:
 
 def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The denoiser's entries of a checkpoint's state under the names of the module tree."""
-    part = part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS)
-    is_diffusers = hunyuan_image_convert.is_diffusers_denoiser(part)
-    return hunyuan_image_convert.to_original(part) if is_diffusers else part
+    return hunyuan_image_convert.to_original(part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS))
 
 
 def fitting_problems(
@@ -287,6 +286,7 @@ def _config_of_diffusers(params: HYImageParams) -> dict[str, Any]:
 LAYOUTS = DenoiserLayouts(
     inspect_hunyuan_image, hunyuan_image_convert.denoiser_rules, _config_of_diffusers,
     rows_of=lambda params: hunyuan_image_convert.rows_of(params.hidden_size),
+    further=hunyuan_image_convert.comfy_rules,
 )  # fmt: skip
 
 

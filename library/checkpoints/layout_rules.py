@@ -84,7 +84,8 @@ class DenoiserLayouts:
     `inspect`: path -> what its headers tell (source, prefix, is_diffusers, params, keys); `rules`: names in either
     layout -> every rule; `config`: hyper-parameters -> config.json of a diffusers folder; `rows_of`: hyper-parameters
     -> what `from_original` takes; `unused`: a name that diffusers leaves out and nothing computes with -> one whose
-    shape and type it has, in the original layout.
+    shape and type it has, in the original layout; `further`: names -> the rules of another layout that is read, whose
+    tensors are the original ones under other names, none for names that are not in it.
     """
 
     inspect: Callable[[str], Any]
@@ -93,3 +94,4 @@ class DenoiserLayouts:
     rows_of: Callable[[Any], Callable[[Rule, int], list[int]]] = lambda params: equal_rows
     unused: Mapping[str, str] = field(default_factory=dict)
     part: str = "transformer"
+    further: Callable[[Mapping[str, object]], Iterable[Rule]] = lambda keys: ()

@@ -23,6 +23,8 @@ PREFIXES: tuple[str, ...] = (
     "model.diffusion_model.",
     "diffusion_model.",
     "net.",
+    "model.model.",
+    "model.net.",
     "model.",
     "module.",
     "first_stage_model.",

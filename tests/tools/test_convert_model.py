@@ -308,11 +308,13 @@ def test_a_denoiser_in_scaled_8_bit_numbers_is_multiplied_out(tmp_path):
 
 
 def test_a_denoiser_of_another_family_to_a_folder_and_back(tmp_path):
-    """HunyuanImage 2.1, distilled: diffusers loads the folder and gives our output."""
+    """HunyuanImage 2.1, distilled: diffusers loads the folder and gives our output. A file that ComfyUI has saved becomes
+    the same file and the same folder."""
     from diffusers import HunyuanImageTransformer2DModel
 
     from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
     from library.hunyuan_image_utils import load_hunyuan_image, save_hunyuan_image
+    from tests.library.test_hunyuan_image_utils import comfy_names
     from tests.tiny import random_state
 
     params = HYImageParams(
@@ -334,10 +336,21 @@ def test_a_denoiser_of_another_family_to_a_folder_and_back(tmp_path):
         theirs = other(x, times, text, ones, encoder_hidden_states_2=glyphs, encoder_attention_mask_2=ones[:, :3],
                        return_dict=False, **given)[0]  # fmt: skip
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    comfy, again = tmp_path / "comfy.safetensors", tmp_path / "again"
+    names = {f"model.model.{key}": tensor for key, tensor in comfy_names(load_file(source)).items()}
+    save_file(names | {"vae.decoder.conv_in.bias": torch.zeros(3)}, comfy, read_header(source)[1])
+    from_comfy = tmp_path / "from_comfy.safetensors"
     assert convert_model.main([str(folder), str(back), "--to", "single"]) == 0
-    before, after = load_file(source), load_file(back)
+    assert convert_model.main([str(comfy), str(from_comfy), "--to", "single"]) == 0
+    before = load_file(source)
+    for file in (back, from_comfy):
+        after = load_file(file)
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        assert read_header(source)[1] == read_header(file)[1]
+    assert convert_model.main([str(comfy), str(again), "--to", "diffusers"]) == 0
+    before, after = (load_file(f / "transformer" / "diffusion_pytorch_model.safetensors") for f in (folder, again))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert read_header(source)[1] == read_header(back)[1]
+    assert convert_model.main([str(source), str(tmp_path / "no.safetensors"), "--to", "single"]) == 2
 
 
 def test_an_autoencoder_alone_to_a_folder_and_back(tmp_path):
