@@ -88,7 +88,7 @@ class Recognised:
     layout: str
 
 
-ROLES = ("denoiser", "vae", "text_encoder")
+ROLES = ("denoiser", "vae", "text_encoder", "other")
 """in the order in which files are asked; a relative of a denoiser stands among these"""
 
 
