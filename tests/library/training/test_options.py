@@ -27,6 +27,10 @@ OWN_OPTIONS = {
     "sdxl_network": {"clip_tokenizer"},
     "sd_dreambooth": {"clip_tokenizer", "layer_lrs"},
     "flux_full": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs"},
+    "chroma_full": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs"},
+    "sd3_full": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer", "layer_lrs"},
+    "lumina_full": {"gemma2_tokenizer", "layer_lrs"},
+    "hunyuan_image_full": {"text_encoder_tokenizer", "layer_lrs"},
     "anima_full": {"qwen3_tokenizer", "layer_lrs"},
     "sd_full": {"clip_tokenizer", "layer_lrs"},
     "sdxl_full": {"clip_tokenizer", "layer_lrs"},
@@ -51,6 +55,7 @@ OTHER_DEFAULTS = {
     "flux_full": {"model_prediction_type": "raw"},
     "flux_textual_inversion": {"model_prediction_type": "raw"},
     "chroma_network": {"model_prediction_type": "raw", "model_type": "chroma", "guidance_scale": 0.0},
+    "chroma_full": {"model_prediction_type": "raw", "model_type": "chroma", "guidance_scale": 0.0},
 }
 """defaults that differ on purpose (a documented fault of the old one, which the run tells at start; what chooses a variant, and what
 means nothing there)"""
