@@ -19,12 +19,14 @@ from library.checkpoints.loading import (
     assign_state,
     build_on_meta,
     build_params,
+    check_marks,
     check_state,
     config_metadata,
     count_blocks,
     find_prefix,
     open_checkpoint,
     part_of,
+    size_of,
     strip_prefix,
 )
 from library.components.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
@@ -91,12 +93,8 @@ def inspect_hunyuan_image(path: str | os.PathLike, config: Mapping[str, Any] | N
     stripped = strip_prefix(source.shapes, prefix)
     is_diffusers = hunyuan_image_convert.is_diffusers_denoiser(stripped)
     shapes = hunyuan_image_convert.to_original(stripped) if is_diffusers else stripped
-    if "byt5_in.fc1.weight" not in shapes or "double_blocks.0.img_attn_qkv.weight" not in shapes:
-        some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{source.path} holds no HunyuanImage 2.1 denoiser"
-            f" (byt5_in.* and double_blocks.*.img_attn_qkv are not there; it begins with {some})"
-        )
+    marks = ("byt5_in.fc1.weight", "double_blocks.0.img_attn_qkv.weight")
+    check_marks(shapes, marks, source.path, "HunyuanImage 2.1 denoiser")
     given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
     params = build_params(HYImageParams, _infer(shapes, given, source.path), given, source.path)
     dtypes = frozenset(tensor.dtype for key, tensor in shapes.items() if key.endswith(".weight"))
@@ -113,11 +111,7 @@ def _infer(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) ->
     """Hyper-parameters from shapes; head size h gives the rotary axes (h/2, h/2)."""
 
     def size(key: str, dim: int) -> int:
-        if key not in shapes or shapes[key].ndim <= dim:
-            raise CheckpointError(
-                f"{path} does not fit HYImageDiffusionTransformer: {key} is missing or has too few dimensions"
-            )
-        return shapes[key].shape[dim]
+        return size_of(shapes, key, dim, path, "HYImageDiffusionTransformer")
 
     hidden, head_dim = size("img_in.proj.weight", 0), size("double_blocks.0.img_attn_q_norm.weight", 0)
     inferred: dict[str, Any] = {

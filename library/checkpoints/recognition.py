@@ -86,7 +86,7 @@ class Recognised:
     layout: str
 
 
-ROLES = ("denoiser", "vae", "text_encoder")
+ROLES = ("denoiser", "vae", "text_encoder", "other")
 """in the order in which files are asked; a relative of a denoiser stands among these"""
 
 

@@ -23,6 +23,7 @@ from library.checkpoints.loading import (
     assign_state,
     build_on_meta,
     build_params,
+    check_marks,
     check_state,
     count_blocks,
     find_prefix,
@@ -37,6 +38,7 @@ Model = TypeVar("Model", bound=AutoEncoder)
 
 AE_PREFIXES = ("first_stage_model.", "vae.")
 AE_ROOTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+MARKS = ("encoder.down.0.block.0.norm1.weight", "decoder.conv_in.weight")
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,7 @@ def inspect_autoencoder(
     stripped = strip_prefix(source.shapes, prefix)
     is_diffusers = is_diffusers_autoencoder(stripped)
     shapes = convert_diffusers_vae_to_ldm(stripped) if is_diffusers else stripped
-    if "encoder.down.0.block.0.norm1.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
-        some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{source.path} holds no {wanted.owner} autoencoder (encoder.down.* is not there; it begins with {some})"
-        )
+    check_marks(shapes, MARKS, source.path, f"{wanted.owner} autoencoder")
     if ("quant_conv.weight" in shapes) != wanted.quant_conv:
         channels = shapes["decoder.conv_in.weight"].shape[1]
         kind = "FLUX.1 or SD3 (no quant_conv" if wanted.quant_conv else "SD1, SD2 or SDXL (quant_conv"
@@ -86,15 +84,9 @@ def inspect_autoencoder(
     from_folder = {
         ours: source.config[theirs] for theirs, ours in names.items() if source.config.get(theirs) is not None
     }
-    given = {**wanted.scaling, **from_folder, **_own_config(source.model_config), **(config or {})}
+    given = {**wanted.scaling, **from_folder, **source.config_of("vae"), **(config or {})}
     params = build_params(AutoEncoderParams, infer_autoencoder(shapes, given, source.path), given, source.path)
     return AutoEncoderInfo(source, prefix, is_diffusers, params)
-
-
-def _own_config(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a whole file's `model_config` that is about its autoencoder; a file of its own has it without a
-    level."""
-    return model_config.get("vae", model_config)
 
 
 def infer_autoencoder(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class ModelKind:
     """One kind of model file, by the name that slots ask for.
 
     `role`: denoiser (the family's scripts take it), relative (stands where a denoiser could, and is none of the
-    family's), vae or text_encoder. `wanted`: what a slot needs, in words; `subfolder`: its place in a pipeline folder
+    family's), vae, text_encoder or other. `wanted`: what a slot needs, in words; `subfolder`: its place in a pipeline folder
     of diffusers; `base_version` and `modelspec`: ss_base_model_version and modelspec.architecture of adapters that are
     made without training, `metadata` what else they say.
     """

@@ -93,6 +93,10 @@ KINDS = [
         {"transformer_blocks.0.attn.add_k_proj.weight": (8, 8), "single_transformer_blocks.0.proj_mlp.weight": (8, 8)},
         "diffusers names",
     ),
+    (
+        "lllite", {"lllite_unet_middle_block_1_transformer_blocks_0_attn1_to_q.conditioning1.0.weight": (16, 3, 4, 4)},
+        "ControlNet-LLLite",
+    ),
     ("flux_controlnet", FLUX | {"controlnet_blocks.0.weight": (8, 8)}, "ControlNet"),
     (
         "framepack",
