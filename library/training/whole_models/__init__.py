@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from library.core.errors import Problems
-from library.core.registry import import_target
 from library.core.options import Config, equivalent_option, option, option_fields
+from library.core.registry import import_target
 from library.families.record import FamilyRecord
 from library.families.registry import FAMILIES
 
@@ -19,10 +19,7 @@ _EIGHT_BITS = "trained weights are not held in 8 bits, in which nothing can be l
 OLD = ("double_blocks_to_swap", "single_blocks_to_swap")
 OF_ADAPTERS = {"skip_until_initial_step": "a run that resumes goes on at its step and reads no image before it"}
 """shared options that only scripts of adapters have"""
-<<<<<<< HEAD
-OF_EVERY_SCRIPT = ("layer_lrs", "use_safetensors")
-=======
-OF_EVERY_SCRIPT = ("layer_lrs", "bf16_update")
+OF_EVERY_SCRIPT = ("layer_lrs", "bf16_update", "use_safetensors")
 BF16_NOTICES = {
     "stochastic": "weights in bfloat16 are rounded stochastically after each step, so that small updates count"
     " (--bf16_update stochastic)",
@@ -30,7 +27,6 @@ BF16_NOTICES = {
     " that small updates count (--bf16_update kahan)",
 }
 """values of --bf16_update, and what the page at start says of them"""
->>>>>>> main
 
 
 @dataclass(frozen=True, kw_only=True)
