@@ -196,6 +196,9 @@ class FamilyRecord:
     """class of library/generation that makes pictures: the samples while training, and those of its image scripts"""
     pictures: str = ""
     """the script that makes images with it"""
+    control_nets: str = ""
+    """the ControlNets object (library/components/control_nets) that makes, reads and writes nets which guide its
+    denoiser; "" = there are none"""
     image_script: str = ""
     """what that script does for it alone: an ImageScript, in library/generation"""
     tiny: tuple[TinyModel, ...] = ()
