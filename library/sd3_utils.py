@@ -19,12 +19,14 @@ from library.checkpoints.loading import (
     assign_state,
     build_on_meta,
     build_params,
+    check_marks,
     check_state,
     config_metadata,
     count_blocks,
     find_prefix,
     open_checkpoint,
     part_of,
+    size_of,
     strip_prefix,
 )
 from library.checkpoints.sd3_convert import convert_diffusers_to_sd3, convert_sd3_to_diffusers, is_diffusers_denoiser
@@ -112,11 +114,8 @@ def inspect_sd3(path: str | os.PathLike, config: Mapping[str, Any] | None = None
     stripped = _denoiser_part(source.shapes, prefix)
     is_diffusers = is_diffusers_denoiser(stripped)
     shapes = convert_diffusers_to_sd3(stripped) if is_diffusers else stripped
-    if "joint_blocks.0.x_block.attn.qkv.weight" not in shapes or "x_embedder.proj.weight" not in shapes:
-        some = ", ".join(list(source.shapes)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{source.path} holds no SD3 denoiser (joint_blocks.* and x_embedder are not there; it begins with {some})"
-        )
+    marks = ("joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight")
+    check_marks(shapes, marks, source.path, "SD3 denoiser")
     given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
     params = build_params(SD3Params, _inferred(shapes, source.path), given, source.path)
     return Sd3Info(source, prefix, is_diffusers, params)
@@ -135,9 +134,7 @@ def _inferred(shapes: Mapping[str, Tensor], path: str) -> dict[str, Any]:
     """Hyper-parameters from shapes. Heads have 64 channels where no norm over them tells it."""
 
     def size(key: str, dim: int) -> int:
-        if key not in shapes or shapes[key].ndim <= dim:
-            raise CheckpointError(f"{path} does not fit MMDiT: {key} is missing or has too few dimensions")
-        return shapes[key].shape[dim]
+        return size_of(shapes, key, dim, path, "MMDiT")
 
     hidden, patch = size("x_embedder.proj.weight", 0), size("x_embedder.proj.weight", 2)
     depth = count_blocks(shapes, "joint_blocks.")
@@ -401,7 +398,7 @@ def _part_of_file(part: str, path: str) -> tuple[dict[str, Tensor], dict[str, An
     """The tensors of a part under the names of its single file, and what its shapes do not tell."""
     source = open_checkpoint(path)
     state = source.tensors("cpu", False, source.shapes, cast=source.casting(None))
-    own = source.model_config.get(part, source.model_config)
+    own = source.config_of(part)
     if part == "vae":
         tensors = part_of(state, AE_PREFIXES, AE_ROOTS)
         return (convert_diffusers_vae_to_ldm(tensors) if is_diffusers_autoencoder(tensors) else tensors), own

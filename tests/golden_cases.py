@@ -90,6 +90,29 @@ def unet_sdxl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tens
 
 
 @torch.no_grad()
+def lllite_sdxl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    """The U-Net without and with the modules at two strengths, and one module alone at the lower one."""
+    from library.components.lllite_utils import load_lllite
+    from library.sdxl_utils import load_unet_sdxl
+
+    parts = {
+        part: {key.removeprefix(f"{part}/"): tensor for key, tensor in weights.items() if key.startswith(f"{part}/")}
+        for part in ("unet", "lllite")
+    }
+    unet = _loaded(load_unet_sdxl, parts["unet"], config["unet"])
+    names = ("sample", "timesteps", "context", "y")
+    found = {"unet_alone": unet(*(inputs[name] for name in names))}
+    net = _loaded(lambda path, dtype, device, **_: load_lllite(path, unet, dtype, device), parts["lllite"], config)
+    net.set_picture(inputs["conditioning_image"])
+    for multiplier in config["multipliers"]:
+        net.state.multiplier = multiplier
+        found[f"unet_scale_{multiplier}"] = unet(*(inputs[name] for name in names))
+    [one] = [part for part in net.parts if part.lllite_name == config["one_module"]]
+    net.state.multiplier = 0.5
+    return {**found, "one_embedding": one.embedding(), "one_scale_0.5": one.layer(inputs["one_input"])}
+
+
+@torch.no_grad()
 def clip_g(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     """What peers make of the projection stored the other way round is not computed."""
     from library.components.text_encoder_utils import CLIP_G, load_clip, pool_at_first_eos
@@ -385,6 +408,7 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "sd15_unet": unet_sd,
     "sd21_unet": unet_sd,
     "sdxl_unet": unet_sdxl,
+    "lllite_sdxl": lllite_sdxl,
     "vae_ldm4": vae_ldm4,
     "clip_g": clip_g,
     "clip_l": clip_l,

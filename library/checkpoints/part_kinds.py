@@ -117,4 +117,8 @@ PART_KINDS: tuple[ModelKind, ...] = (
         ),
     ),
     ModelKind(name="adapter", role="other", wanted="a LoRA-type adapter"),
+    ModelKind(
+        name="lllite", role="other", wanted="a ControlNet-LLLite file",
+        signatures=(Signature(title="a ControlNet-LLLite", contains=("lllite_unet_", ".conditioning1.0.weight")),),
+    ),
 )  # fmt: skip

@@ -23,6 +23,8 @@ PREFIXES: tuple[str, ...] = (
     "model.diffusion_model.",
     "diffusion_model.",
     "net.",
+    "model.model.",
+    "model.net.",
     "model.",
     "module.",
     "first_stage_model.",
@@ -87,7 +89,7 @@ class Recognised:
     layout: str
 
 
-ROLES = ("denoiser", "vae", "text_encoder")
+ROLES = ("denoiser", "vae", "text_encoder", "other")
 """in the order in which files are asked; a relative of a denoiser stands among these"""
 
 

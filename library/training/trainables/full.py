@@ -16,11 +16,11 @@ from library.core.options import Config, Ignored, without_effect
 from library.families.registry import record_of
 from library.training.checkpoint import FOLDER_FORMATS
 from library.training.hooks.base import Hook
-from library.training.optimizers import OptimizerOptions, check_rates
+from library.training.optimizers import OptimizerOptions, check_rates, choose
 from library.training.option_groups import LoopOptions, PrecisionOptions, SavingOptions
 from library.training.trainables.base import Trainable
 from library.training.updaters.base import Updater
-from library.training.whole_models import TEXT_RATES, WholeModelOptions
+from library.training.whole_models import BF16_NOTICES, TEXT_RATES, WholeModelOptions
 
 if TYPE_CHECKING:
     import torch
@@ -103,10 +103,13 @@ class FullTrainable(Trainable):
                 yield f"--{name} is {getattr(self.opts, name)}, and no text encoder learns; add --train_text_encoder"
 
     def idle(self, family: ModelFamily) -> list[Ignored]:
+        found: list[Ignored] = []
         stop = self.opts.stop_text_encoder_training
-        if stop is None or stop == -1 or any(self.trains_text_encoders(family)):
-            return []
-        return without_effect(["stop_text_encoder_training"], "no text encoder learns")
+        if stop is not None and stop != -1 and not any(self.trains_text_encoders(family)):
+            found += without_effect(["stop_text_encoder_training"], "no text encoder learns")
+        if "bf16_update" in self.config.explicit and not self.config[PrecisionOptions].full_bf16:
+            found += without_effect(["bf16_update"], "weights that learn are in bfloat16 with --full_bf16 alone")
+        return found
 
     def _memory_problems(self, family: ModelFamily) -> Iterator[str]:
         if family.swaps_blocks:
@@ -153,7 +156,6 @@ class FullTrainable(Trainable):
 
     def _steps_singly(self) -> str | None:
         """None, or the name of an optimizer that has to see all weights together."""
-        from library.training.optimizers import choose
         from library.training.optimizers.single_steps import steps_singly
 
         options = self.config[OptimizerOptions]
@@ -167,13 +169,13 @@ class FullTrainable(Trainable):
 
         if self.config[PrecisionOptions].full_bf16:
             try:
-                choice = optimizers.choose(self.config[OptimizerOptions])
+                built = optimizers.check(self.config[OptimizerOptions])
             except ConfigError:
                 return  # told by the check of the optimizer
-            if choice.named_schedule_free:
+            if built.schedule_free:
                 yield (
-                    f"--full_bf16 with --optimizer_type {choice.name}, which moves between two sets of weights that bfloat16"
-                    " cannot tell apart; leave one of them out"
+                    f"--full_bf16 with --optimizer_type {built.choice.name}, which moves between two sets of weights that"
+                    " bfloat16 cannot tell apart; leave one of them out"
                 )
         if self.config[SavingOptions].save_model_as == "pt":
             yield "--save_model_as is pt, in which no program looks for a model; use safetensors or ckpt"
@@ -223,9 +225,10 @@ class FullTrainable(Trainable):
         from library.training.updaters.ordinary import OrdinaryUpdater
         from library.training.updaters.single import FusedUpdater, RoundingUpdater
 
+        way = self.opts.bf16_update
         if self._is_fused:
-            return FusedUpdater()
-        return RoundingUpdater(singly=self._steps_singly() is None) if self._rounds else OrdinaryUpdater()
+            return FusedUpdater(way)
+        return RoundingUpdater(self._steps_singly() is None, way) if self._rounds else OrdinaryUpdater()
 
     @contextmanager
     def disabled(self):
@@ -253,7 +256,13 @@ class FullTrainable(Trainable):
     def notices(self) -> list[str]:
         lines = []
         if self._rounds:
-            lines.append("weights in bfloat16 are rounded stochastically after each step, so that small updates count")
+            lines.append(BF16_NOTICES[self.opts.bf16_update])
+            choice = choose(self.config[OptimizerOptions])
+            if choice.one_rate_for_all_groups and self.opts.bf16_update == "stochastic":
+                lines.append(
+                    f"{choice.name} finds its rate by how far weights went, which chance blurs at first; --bf16_update kahan"
+                    " keeps it exact"
+                )
         if self._is_fused and self.config[OptimizerOptions].max_grad_norm:
             lines.append(
                 f"--max_grad_norm {self.config[OptimizerOptions].max_grad_norm:g}: each tensor is clipped by its own norm,"

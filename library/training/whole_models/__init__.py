@@ -16,7 +16,14 @@ _SWAP = "an old option that no script reads any more; blocks that learn are not 
 OLD = ("double_blocks_to_swap", "single_blocks_to_swap")
 OF_ADAPTERS = {"skip_until_initial_step": "a run that resumes goes on at its step and reads no image before it"}
 """shared options that only scripts of adapters have"""
-OF_EVERY_SCRIPT = ("layer_lrs",)
+OF_EVERY_SCRIPT = ("layer_lrs", "bf16_update")
+BF16_NOTICES = {
+    "stochastic": "weights in bfloat16 are rounded stochastically after each step, so that small updates count"
+    " (--bf16_update stochastic)",
+    "kahan": "weights in bfloat16 are summed with what rounding cuts off, 2 bytes per weight in the optimizer's state, so"
+    " that small updates count (--bf16_update kahan)",
+}
+"""values of --bf16_update, and what the page at start says of them"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,12 @@ class WholeModelOptions:
     )
     layer_lrs: str | None = option(
         None, help="learning rates of layers of the denoiser by their path, as regex=rate,regex=rate; 0 = not trained"
+    )
+    bf16_update: str = option(
+        "stochastic", choices=tuple(BF16_NOTICES),
+        help="how weights of --full_bf16 take updates smaller than their last digit: stochastic = rounded to one of two"
+        " neighbours by chance, right on average; kahan = what is cut off is kept for the next update, 2 more bytes per"
+        " weight",
     )
     fused_optimizer_groups: int | None = option(
         None, help="1 or more: the same as --fused_backward_pass, which updates each tensor as soon as its gradient is there"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from library.dataset.latent_cache import LatentCache, LatentEncoder
     from library.dataset.strategies import Conditioning, StrategySet
     from library.dataset.text_cache import TextCache
+    from library.families.latents import SideLimit
     from library.families.record import DataArchitecture, FamilyRecord, SampleDefaults
     from library.generation.pipeline import PicturePipeline
     from library.training.accelerator_setup import Runtime
@@ -243,6 +244,10 @@ class ModelFamily(ABC):
     def pipeline_settings(self) -> Mapping[str, object]:
         """Fields of the pipeline beside the models: what the options say of them."""
         return {}
+
+    def side_limit(self) -> SideLimit | None:
+        """How large pictures may be, from the header of the denoiser's file; None: as large as one likes."""
+        return None
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
         """Fill the settings that a SamplePrompt leaves open (size, steps, scales) and round size and number of

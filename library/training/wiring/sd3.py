@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from library.core.errors import CheckpointError, Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, without_effect
 from library.families.sd3 import FAMILY
+from library.training import timestep_samplers
 from library.training.adapters import NetworkOptions
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
     from library.dataset.strategies import Conditioning, StrategySet
+    from library.families.latents import SideLimit
     from library.sd3_utils import Sd3Info
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
@@ -113,7 +115,12 @@ class Sd3Family(FlowFamily):
         ),
     }  # fmt: skip
     refused = {"weighted_captions": "SD3 has no way to weigh words"}
-    foreign = {"timestep_sampling": _TIMES, "sigmoid_scale": _TIMES, "discrete_flow_shift": "SD3 has --training_shift"}
+    foreign = {
+        "timestep_sampling": f"{_TIMES}; a sampler of your own can be given by its path",
+        "sigmoid_scale": _TIMES,
+        "discrete_flow_shift": "SD3 has --training_shift",
+    }
+    read_values = {"timestep_sampling": timestep_samplers.is_own}
     ignored = {
         **ignored_by_flow("SD3"),
         "v2": _SD_MODELS,
@@ -232,6 +239,10 @@ class Sd3Family(FlowFamily):
                 "the second attention of SD3.5 medium has heads of the size of its weights (known trainers: others)"
             )
         return lines
+
+    def side_limit(self) -> SideLimit | None:
+        patches, lifted_by = self.info.params.pos_embed_max_size, "enable_scaled_pos_embed"
+        return None if self.opts.enable_scaled_pos_embed else self.architecture.latents.side_limit(patches, lifted_by)
 
     def idle(self) -> list[Ignored]:
         opts, found = self.opts, []
