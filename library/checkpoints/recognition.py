@@ -23,6 +23,8 @@ PREFIXES: tuple[str, ...] = (
     "model.diffusion_model.",
     "diffusion_model.",
     "net.",
+    "model.model.",
+    "model.net.",
     "model.",
     "module.",
     "first_stage_model.",
@@ -39,6 +41,7 @@ PREFIXES: tuple[str, ...] = (
     "model.language_model.",
     "transformer.",
     "unet.",
+    "control_model.",
 )
 """what may stand before the names of a part, in files as they are passed around"""
 

@@ -81,6 +81,14 @@ FAMILY = FamilyRecord(
                 ),
                 Signature(
                     title="a HunyuanImage 2.1 denoiser",
+                    has=("byt5_in.fc1.weight", "double_blocks.0.img_attn.qkv.weight"),
+                    ranks=(("img_in.proj.weight", 4),),
+                    detail="library.families.hunyuan_image:detail",
+                    layout="ComfyUI",
+                    priority=21,
+                ),
+                Signature(
+                    title="a HunyuanImage 2.1 denoiser",
                     has=("context_embedder_2.linear_1.weight", "transformer_blocks.0.attn.add_k_proj.weight"),
                     layout="diffusers",
                     priority=20,
@@ -92,6 +100,7 @@ FAMILY = FamilyRecord(
             role="vae",
             wanted="a HunyuanImage 2.1 autoencoder (hunyuan_image_2.1_vae_fp16.safetensors)",
             subfolder="vae",
+            layouts="library.hunyuan_image_utils:VAE_LAYOUTS",
             signatures=(
                 Signature(
                     title="a HunyuanImage autoencoder",
@@ -124,10 +133,10 @@ FAMILY = FamilyRecord(
 
 
 def detail(table: Any) -> str:
-    """What the names say of a denoiser in the original layout, of a KeyTable."""
+    """What the names say of a denoiser in the original layout or under ComfyUI's names, of a KeyTable."""
     kinds = [
-        name for name, key in (("guidance", "guidance_in.mlp.0.weight"), ("mean flow", "time_r_in.mlp.0.weight"))
-        if table.has(key)
+        name for name, part in (("guidance", "guidance_in."), ("mean flow", "time_r_in."))
+        if any(table.has(f"{part}{first}.weight") for first in ("mlp.0", "in_layer"))
     ]  # fmt: skip
     kind = f"distilled ({' and '.join(kinds)}), " if kinds else ""
     return f"{kind}{table.count('double_blocks.{}.')} double and {table.count('single_blocks.{}.')} single blocks"

@@ -94,7 +94,8 @@ class ModelKind:
     `role`: denoiser (the family's scripts take it), relative (stands where a denoiser could, and is none of the
     family's), vae, text_encoder or other. `wanted`: what a slot needs, in words; `subfolder`: its place in a pipeline folder
     of diffusers; `base_version` and `modelspec`: ss_base_model_version and modelspec.architecture of adapters that are
-    made without training, `metadata` what else they say.
+    made without training, `metadata` what else they say. `layouts`: the DenoiserLayouts by which files of a kind that
+    is no denoiser are rewritten, each for itself.
     """
 
     name: str
@@ -105,6 +106,7 @@ class ModelKind:
     base_version: str = ""
     modelspec: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    layouts: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +204,9 @@ class FamilyRecord:
     """class of library/generation that makes pictures: the samples while training, and those of its image scripts"""
     pictures: str = ""
     """the script that makes images with it"""
+    control_nets: str = ""
+    """the ControlNets object (library/components/control_nets) that makes, reads and writes nets which guide its
+    denoiser; "" = there are none"""
     image_script: str = ""
     """what that script does for it alone: an ImageScript, in library/generation"""
     tiny: tuple[TinyModel, ...] = ()
