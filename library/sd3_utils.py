@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.checkpoints.ldm_convert import convert_diffusers_vae_to_ldm, is_diffusers_autoencoder
 from library.checkpoints.loading import (
@@ -380,18 +380,40 @@ def save_whole_sd3(
     beside: Mapping[str, str],
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    learned: Mapping[str, nn.Module] | None = None,
 ) -> None:
     """Write a denoiser and other parts as one file in the original layout. `beside`: part -> the file or folder that
-    holds it; its tensors are those of the base, in the type of the file or in `dtype`."""
+    holds it; its tensors are those of the base, in the type of the file or in `dtype`, but for parts that have
+    `learned`."""
     state = {FILE_PREFIX + key: tensor for key, tensor in model.state_dict().items()}
     config = json.loads(model_config_metadata(model).get("model_config", "{}"))
     for part, source in beside.items():
         tensors, own = _part_of_file(part, source)
+        if learned and part in learned:
+            tensors = _encoder_state(part, learned[part])
         state |= {FILE_PREFIXES[part] + key: tensor for key, tensor in tensors.items()}
         config[part] = own  # also where it is empty, so that what the denoiser says is not taken for the part's
     told = {"model_config": json.dumps(config, sort_keys=True)} if any(config.values()) else {}
     cast = {key: tensor.contiguous() for key, tensor in cast_all(state, dtype).items()}
     save_file_atomic(cast, path, {**(metadata or {}), **told})
+
+
+def save_encoder(
+    model: nn.Module, slot: str, base: str | os.PathLike, path: str | os.PathLike, dtype: torch.dtype | None = None
+) -> None:
+    """Write a text encoder as a file of its own, under the names of transformers. `base`: where it was read, which tells
+    what shapes do not."""
+    source = open_checkpoint(base)
+    own = source.model_config.get(slot, source.model_config)
+    told = {"model_config": json.dumps(own, sort_keys=True)} if own else {}
+    save_file_atomic(cast_all(_encoder_state(slot, model), dtype), path, {"format": "pt", **told})
+
+
+def _encoder_state(slot: str, model: nn.Module) -> dict[str, Tensor]:
+    """Of a model of transformers, with what its file had beside the layers in use; tied tensors once."""
+    state = {**getattr(model, "unused_tensors", {}), **model.state_dict()}
+    state.pop("encoder.embed_tokens.weight", None)  # of T5 the same parameter as `shared`
+    return {key: tensor.contiguous() for key, tensor in _ENCODER_STATES[slot](state).items()}
 
 
 def _part_of_file(part: str, path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -402,5 +424,8 @@ def _part_of_file(part: str, path: str) -> tuple[dict[str, Tensor], dict[str, An
     if part == "vae":
         tensors = part_of(state, AE_PREFIXES, AE_ROOTS)
         return (convert_diffusers_vae_to_ldm(tensors) if is_diffusers_autoencoder(tensors) else tensors), own
-    states = {"clip_l": clip_l_state, "clip_g": clip_g_state, "t5xxl": t5_state}
-    return states[part](state), own
+    return _ENCODER_STATES[part](state), own
+
+
+_ENCODER_STATES = {"clip_l": clip_l_state, "clip_g": clip_g_state, "t5xxl": t5_state}
+"""slot -> its entries in the state of a checkpoint, under the names of transformers"""

@@ -41,6 +41,7 @@ PREFIXES: tuple[str, ...] = (
     "model.language_model.",
     "transformer.",
     "unet.",
+    "control_model.",
 )
 """what may stand before the names of a part, in files as they are passed around"""
 

@@ -168,11 +168,17 @@ class OtherScript:
     name: str
     """without .py"""
     options: frozenset[str] = frozenset()
+    text_switches: Mapping[int, str] = field(default_factory=dict)
+    """text encoders, by their place, that learn only with an option of their own"""
+    text_files: Mapping[int, str] = field(default_factory=dict)
+    """text encoders, by their place, that get a file beside the model's when they learned -> what its name has more"""
+    page_name: str = ""
+    """of its documentation, where it is the script of another family too"""
 
     @property
     def page(self) -> str:
         """Documentation with the table of its options."""
-        return f"docs/{self.name}.md"
+        return f"docs/{self.page_name or self.name}.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +207,9 @@ class FamilyRecord:
     """class of library/generation that makes pictures: the samples while training, and those of its image scripts"""
     pictures: str = ""
     """the script that makes images with it"""
+    control_nets: str = ""
+    """the ControlNets object (library/components/control_nets) that makes, reads and writes nets which guide its
+    denoiser; "" = there are none"""
     image_script: str = ""
     """what that script does for it alone: an ImageScript, in library/generation"""
     tiny: tuple[TinyModel, ...] = ()
