@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.checkpoints.ldm_convert import convert_diffusers_vae_to_ldm, is_diffusers_autoencoder
 from library.checkpoints.loading import (
@@ -20,12 +20,14 @@ from library.checkpoints.loading import (
     assign_state,
     build_on_meta,
     build_params,
+    check_marks,
     check_state,
     config_metadata,
     count_blocks,
     find_prefix,
     open_checkpoint,
     part_of,
+    size_of,
     strip_prefix,
 )
 from library.checkpoints.sd3_convert import convert_diffusers_to_sd3, convert_sd3_to_diffusers, is_diffusers_denoiser
@@ -122,11 +124,8 @@ def inspect_sd3(path: Source, config: Mapping[str, Any] | None = None) -> Sd3Inf
     stripped = _denoiser_part(source.shapes, prefix)
     is_diffusers = is_diffusers_denoiser(stripped)
     shapes = convert_diffusers_to_sd3(stripped) if is_diffusers else stripped
-    if "joint_blocks.0.x_block.attn.qkv.weight" not in shapes or "x_embedder.proj.weight" not in shapes:
-        some = ", ".join(list(source.shapes)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{source.path} holds no SD3 denoiser (joint_blocks.* and x_embedder are not there; it begins with {some})"
-        )
+    marks = ("joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight")
+    check_marks(shapes, marks, source.path, "SD3 denoiser")
     given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
     params = build_params(SD3Params, _inferred(shapes, source.path), given, source.path)
     return Sd3Info(source, prefix, is_diffusers, params)
@@ -145,9 +144,7 @@ def _inferred(shapes: Mapping[str, Tensor], path: str) -> dict[str, Any]:
     """Hyper-parameters from shapes. Heads have 64 channels where no norm over them tells it."""
 
     def size(key: str, dim: int) -> int:
-        if key not in shapes or shapes[key].ndim <= dim:
-            raise CheckpointError(f"{path} does not fit MMDiT: {key} is missing or has too few dimensions")
-        return shapes[key].shape[dim]
+        return size_of(shapes, key, dim, path, "MMDiT")
 
     hidden, patch = size("x_embedder.proj.weight", 0), size("x_embedder.proj.weight", 2)
     depth = count_blocks(shapes, "joint_blocks.")
@@ -412,13 +409,17 @@ def save_whole_sd3(
     beside: Mapping[str, str],
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    learned: Mapping[str, nn.Module] | None = None,
 ) -> None:
     """Write a denoiser and other parts as one file in the original layout. `beside`: part -> the file or folder that
-    holds it; its tensors are those of the base, in the type of the file or in `dtype`."""
+    holds it; its tensors are those of the base, in the type of the file or in `dtype`, but for parts that have
+    `learned`."""
     state = {FILE_PREFIX + key: tensor for key, tensor in model.state_dict().items()}
     config = json.loads(model_config_metadata(model).get("model_config", "{}"))
     for part, source in beside.items():
         tensors, own = _part_of_file(part, source)
+        if learned and part in learned:
+            tensors = _encoder_state(part, learned[part])
         state |= {FILE_PREFIXES[part] + key: tensor for key, tensor in tensors.items()}
         config[part] = own  # also where it is empty, so that what the denoiser says is not taken for the part's
     told = {"model_config": json.dumps(config, sort_keys=True)} if any(config.values()) else {}
@@ -426,13 +427,34 @@ def save_whole_sd3(
     save_file_atomic(cast, path, {**(metadata or {}), **told})
 
 
+def save_encoder(
+    model: nn.Module, slot: str, base: str | os.PathLike, path: str | os.PathLike, dtype: torch.dtype | None = None
+) -> None:
+    """Write a text encoder as a file of its own, under the names of transformers. `base`: where it was read, which tells
+    what shapes do not."""
+    source = open_checkpoint(base)
+    own = source.model_config.get(slot, source.model_config)
+    told = {"model_config": json.dumps(own, sort_keys=True)} if own else {}
+    save_file_atomic(cast_all(_encoder_state(slot, model), dtype), path, {"format": "pt", **told})
+
+
+def _encoder_state(slot: str, model: nn.Module) -> dict[str, Tensor]:
+    """Of a model of transformers, with what its file had beside the layers in use; tied tensors once."""
+    state = {**getattr(model, "unused_tensors", {}), **model.state_dict()}
+    state.pop("encoder.embed_tokens.weight", None)  # of T5 the same parameter as `shared`
+    return {key: tensor.contiguous() for key, tensor in _ENCODER_STATES[slot](state).items()}
+
+
 def _part_of_file(part: str, path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a part under the names of its single file, and what its shapes do not tell."""
     source = open_checkpoint(path)
     state = source.tensors("cpu", False, source.shapes, cast=source.casting(None))
-    own = source.model_config.get(part, source.model_config)
+    own = source.config_of(part)
     if part == "vae":
         tensors = part_of(state, AE_PREFIXES, AE_ROOTS)
         return (convert_diffusers_vae_to_ldm(tensors) if is_diffusers_autoencoder(tensors) else tensors), own
-    states = {"clip_l": clip_l_state, "clip_g": clip_g_state, "t5xxl": t5_state}
-    return states[part](state), own
+    return _ENCODER_STATES[part](state), own
+
+
+_ENCODER_STATES = {"clip_l": clip_l_state, "clip_g": clip_g_state, "t5xxl": t5_state}
+"""slot -> its entries in the state of a checkpoint, under the names of transformers"""

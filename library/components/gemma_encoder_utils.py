@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _MARK = "layers.0.pre_feedforward_layernorm.weight"
 GEMMA2 = LanguageModel(
     title="Gemma 2",
+    part="gemma2",
     prefixes=(
         "text_encoders.gemma2_2b.transformer.model.", "text_encoders.gemma2_2b.transformer.",
         "text_encoders.gemma2_2b.", "transformer.model.", "transformer.", "model.",
@@ -35,7 +36,6 @@ GEMMA2 = LanguageModel(
         "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
-    part="gemma2",
     attention="eager",  # the only one that bounds the attention's logits
 )  # fmt: skip
 

@@ -15,6 +15,7 @@ from library.core.errors import ConfigError
 from library.families.registry import FAMILIES
 from library.safetensors_utils import load_pickled_tensors, load_safetensors
 from library.training import cli
+from library.training.updaters.bf16_weights import COMPENSATION
 from tests.families import CASES
 from tests.runs.conftest import Stopped, Work, fingerprint, losses_of, stop_after
 from tests.runs.families import Tinies, without
@@ -104,7 +105,8 @@ def test_the_loss_falls(tinies: Tinies, tmp_path: Path) -> None:
     ("--optimizer_type=AdamW", "--max_grad_norm=0"),
     ("--optimizer_type=AdaFactor", "--optimizer_args", "relative_step=False", "scale_parameter=False", "--max_grad_norm=0"),
     ("--mixed_precision=bf16", "--full_bf16", "--max_grad_norm=0", "--gradient_checkpointing"),
-], ids=["adamw", "adafactor", "bf16"])  # fmt: skip
+    ("--mixed_precision=bf16", "--full_bf16", "--max_grad_norm=0", "--bf16_update=kahan"),
+], ids=["adamw", "adafactor", "bf16", "kahan"])  # fmt: skip
 def test_updates_inside_the_backward_pass_give_the_same_bytes(
     more: Sequence[str], tinies: Tinies, tmp_path: Path
 ) -> None:
@@ -117,13 +119,16 @@ def test_updates_inside_the_backward_pass_give_the_same_bytes(
     assert changed(plain, train(work, "full", "fused", *words, option)) == set()
 
 
-def test_bfloat16_resumes_exactly_with_moments_of_float32(tinies: Tinies, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["stochastic", "kahan"])
+def test_bfloat16_resumes_exactly_with_moments_of_float32(way: str, tinies: Tinies, tmp_path: Path) -> None:
     work = tinies.work("sd1", tmp_path)
-    words = ["--mixed_precision=bf16", "--full_bf16", "--save_every_n_steps=2", "--save_state"]
+    words = ["--mixed_precision=bf16", "--full_bf16", "--save_every_n_steps=2", "--save_state", f"--bf16_update={way}"]
     whole = train(work, "dreambooth", "whole", *words)
     state = whole.with_name("lora-step00000002-state")
     saved = torch.load(state / "optimizer.bin", weights_only=True)
     assert {entry["exp_avg"].dtype for entry in saved["state"].values()} == {torch.float32}
+    kept = [entry[COMPENSATION] for entry in saved["state"].values() if COMPENSATION in entry]
+    assert len(kept) == (len(saved["state"]) if way == "kahan" else 0) and all(bool(part.any()) for part in kept[:3])
     again = train(work, "dreambooth", "again", *words, f"--resume={state}")
     assert fingerprint(again) == fingerprint(whole)
 
@@ -187,6 +192,8 @@ def test_layouts_of_files(tinies: Tinies, tmp_path: Path) -> None:
     (["--fused_backward_pass", "--fused_optimizer_groups=2"], "say the same"),
     (["--fused_backward_pass", "--optimizer_type=Prodigy", "--learning_rate=1"], "Prodigy needs the gradients of all"),
     (["--save_model_as=pt"], "--save_model_as is pt"),
+    (["--bf16_update=kahn"], "bf16_update"),
+    (["--strict", "--bf16_update=kahan"], "--bf16_update: has no effect"),
     (["--network_dim=4"], "--network_dim is an option of other scripts"),
 ])  # fmt: skip
 def test_what_cannot_be(words: list[str], told: str, tinies: Tinies, tmp_path: Path) -> None:

@@ -25,11 +25,15 @@ OWN_OPTIONS = {
     "chroma_network": {"clip_l_tokenizer", "t5xxl_tokenizer"},
     "sd_network": {"clip_tokenizer"},
     "sdxl_network": {"clip_tokenizer"},
-    "sd_dreambooth": {"clip_tokenizer", "layer_lrs"},
-    "flux_full": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs"},
-    "anima_full": {"qwen3_tokenizer", "layer_lrs"},
-    "sd_full": {"clip_tokenizer", "layer_lrs"},
-    "sdxl_full": {"clip_tokenizer", "layer_lrs"},
+    "sd_dreambooth": {"clip_tokenizer", "layer_lrs", "bf16_update"},
+    "flux_full": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs", "bf16_update"},
+    "chroma_full": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs", "bf16_update"},
+    "sd3_full": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer", "layer_lrs", "bf16_update"},
+    "lumina_full": {"gemma2_tokenizer", "layer_lrs", "bf16_update"},
+    "hunyuan_image_full": {"text_encoder_tokenizer", "layer_lrs", "bf16_update"},
+    "anima_full": {"qwen3_tokenizer", "layer_lrs", "bf16_update"},
+    "sd_full": {"clip_tokenizer", "layer_lrs", "bf16_update"},
+    "sdxl_full": {"clip_tokenizer", "layer_lrs", "bf16_update"},
     "anima_network": {"qwen3_tokenizer"},
     "hunyuan_image_network": {"text_encoder_tokenizer"},
     "lumina_network": {"gemma2_tokenizer"},
@@ -51,6 +55,7 @@ OTHER_DEFAULTS = {
     "flux_full": {"model_prediction_type": "raw"},
     "flux_textual_inversion": {"model_prediction_type": "raw"},
     "chroma_network": {"model_prediction_type": "raw", "model_type": "chroma", "guidance_scale": 0.0},
+    "chroma_full": {"model_prediction_type": "raw", "model_type": "chroma", "guidance_scale": 0.0},
 }
 """defaults that differ on purpose (a documented fault of the old one, which the run tells at start; what chooses a variant, and what
 means nothing there)"""
