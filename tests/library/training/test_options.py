@@ -25,11 +25,11 @@ OWN_OPTIONS = {
     "chroma_network": {"clip_l_tokenizer", "t5xxl_tokenizer"},
     "sd_network": {"clip_tokenizer"},
     "sdxl_network": {"clip_tokenizer"},
-    "sd_dreambooth": {"clip_tokenizer", "layer_lrs", "bf16_update"},
-    "flux_full": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs", "bf16_update"},
-    "anima_full": {"qwen3_tokenizer", "layer_lrs", "bf16_update"},
-    "sd_full": {"clip_tokenizer", "layer_lrs", "bf16_update"},
-    "sdxl_full": {"clip_tokenizer", "layer_lrs", "bf16_update"},
+    "sd_dreambooth": {"clip_tokenizer", "layer_lrs"},
+    "flux_full": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs"},
+    "anima_full": {"qwen3_tokenizer", "layer_lrs"},
+    "sd_full": {"clip_tokenizer", "layer_lrs"},
+    "sdxl_full": {"clip_tokenizer", "layer_lrs"},
     "anima_network": {"qwen3_tokenizer"},
     "hunyuan_image_network": {"text_encoder_tokenizer"},
     "lumina_network": {"gemma2_tokenizer"},
@@ -44,7 +44,7 @@ OWN_OF_ALL = {
     "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
     "plugins", "loss_weight", "hook",
 }
-OWN_OF_NETWORKS = {"drop_untrained"}
+OWN_OF_TRAINABLE = {"network": {"drop_untrained"}, "full": {"bf16_update"}, "dreambooth": {"bf16_update"}}
 """options that only this project has; extend the sets together with the documentation"""
 OTHER_DEFAULTS = {
     "flux_network": {"model_prediction_type": "raw"},
@@ -93,8 +93,8 @@ def test_the_set_of_options_is_the_known_one_and_our_own(which: str) -> None:
     names, of_script = {entry[0] for entry in known(which)}, set(WHAT[which].owners)
     assert names - of_script == set()
     elsewhere = {entry[0] for other in WHAT for entry in known(other)}
-    of_networks = OWN_OF_NETWORKS if NAMES[which][1] == "network" else set()
-    assert of_script - names - elsewhere == OWN_OPTIONS[which] | OWN_OF_ALL | of_networks
+    of_trainable = OWN_OF_TRAINABLE.get(NAMES[which][1], set())
+    assert of_script - names - elsewhere == OWN_OPTIONS[which] | OWN_OF_ALL | of_trainable
     assert {name for name in of_script - names & elsewhere if status(WHAT[which], name) == "equivalent"} <= names
 
 
