@@ -28,6 +28,8 @@ __getattr__, __dir__ = lazy_names(__name__, {"load_vae": "library.hunyuan_image_
 
 VAE_SCALE_FACTOR = 32
 LATENT_SCALING_FACTOR = 0.75289
+SAMPLE_SIZE = 384
+"""pixels of a side that diffusers decodes at once when it does so in tiles"""
 PARAMS = AutoEncoderParams(
     ch=128,
     ch_mult=(1, 2, 4, 4, 8, 8),

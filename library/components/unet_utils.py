@@ -209,14 +209,14 @@ def load_unet(
     )
     if info.is_diffusers != tree_is_diffusers:
         state = original_to_diffusers(state) if tree_is_diffusers else diffusers_to_original(state)
-    state = {key: _fitting_projection(key, tensor, info.params.use_linear_projection) for key, tensor in state.items()}
+    state = {key: fitting_projection(key, tensor, info.params.use_linear_projection) for key, tensor in state.items()}
     model = build_on_meta(lambda: build(info.params))
     check_state(model, state, info.source.path)
     assign_state(model, state)
     return model
 
 
-def _fitting_projection(key: str, tensor: Tensor, is_linear: bool) -> Tensor:
+def fitting_projection(key: str, tensor: Tensor, is_linear: bool) -> Tensor:
     """proj_in and proj_out occur as (C, C) and as (C, C, 1, 1), whatever the model computes with."""
     if not key.endswith(("proj_in.weight", "proj_out.weight")):
         return tensor

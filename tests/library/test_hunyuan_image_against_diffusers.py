@@ -3,12 +3,11 @@ given."""
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 
-from library.checkpoints.hunyuan_image_convert import to_diffusers, to_original
+from library.checkpoints import layout_rules
+from library.checkpoints.hunyuan_image_convert import autoencoder_rules, to_diffusers, to_original
 from library.components.ldm_models import AutoEncoderParams
 from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
 from library.hunyuan_image_vae import HunyuanVAE2D
@@ -63,41 +62,25 @@ def test_denoiser(guidance: bool, mean_flow: bool, depths: tuple[int, int], size
     assert relative(result, expected[0]) < 1e-5
 
 
-@pytest.mark.parametrize("size", [(32, 64), (96, 32)])
-def test_autoencoder(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("size", "blocks"), [((32, 64), 1), ((96, 32), 2)])
+def test_autoencoder(size: tuple[int, int], blocks: int) -> None:
     torch.manual_seed(4)
     widths = (32, 32, 64, 64, 128, 128)
     theirs = diffusers.AutoencoderKLHunyuanImage(
-        in_channels=3, out_channels=3, latent_channels=16, block_out_channels=widths, layers_per_block=1,
+        in_channels=3, out_channels=3, latent_channels=16, block_out_channels=widths, layers_per_block=blocks,
         spatial_compression_ratio=32,
         sample_size=64, scaling_factor=0.75,
     ).eval()  # fmt: skip
     ours = HunyuanVAE2D(
         AutoEncoderParams(
-            ch=32, ch_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=1, z_channels=16, scaling_factor=0.75, shift_factor=0
+            ch=32, ch_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=blocks, z_channels=16, scaling_factor=0.75, shift_factor=0
         )
     )
-    state = {}
-    for key, tensor in theirs.state_dict().items():
-        key = (
-            key.replace("mid_block.resnets.0", "mid.block_1")
-            .replace("mid_block.resnets.1", "mid.block_2")
-            .replace("mid_block.attentions.0", "mid.attn_1")
-        )
-        key = re.sub(r"attn_1\.(to_([qkv])|proj)\.", lambda found: f"attn_1.{found[2] or 'proj_out'}.", key).replace(
-            "conv_shortcut", "nin_shortcut"
-        )
-        for theirs_name, ours_name, sampler, blocks in (
-            ("down_blocks", "down", "downsample", 1),
-            ("up_blocks", "up", "upsample", 2),
-        ):
-            found = re.match(rf"(encoder|decoder)\.{theirs_name}\.(\d+)\.(.*)", key)
-            if found:
-                level, place = divmod(int(found[2]), blocks + 1)
-                middle = f"{sampler}" if place == blocks else f"block.{place}"
-                key = f"{found[1]}.{ours_name}.{level}.{middle}.{found[3]}"
-        state[key] = tensor
-    ours.load_state_dict(state)
+    state = theirs.state_dict()
+    rules = list(autoencoder_rules(state))
+    ours.load_state_dict(layout_rules.to_original(state, rules))
+    again = layout_rules.from_original(ours.state_dict(), autoencoder_rules(ours.state_dict()))
+    assert again.keys() == state.keys() and all(torch.equal(again[key], tensor) for key, tensor in state.items())
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
         posterior = theirs.encode(images).latent_dist

@@ -13,8 +13,9 @@ from library.core.atomic_file import atomic_path, scratch_path
 from library.core.errors import ConfigError, Problems, TrainingError
 from library.core.learning_rates import Rates, parse_rates, rate_groups
 from library.core.options import Config, Ignored, without_effect
+from library.dataset import CachingOptions
 from library.families.registry import record_of
-from library.training.checkpoint import FOLDER_FORMATS
+from library.training.checkpoint import FOLDER_FORMATS, side_name
 from library.training.hooks.base import Hook
 from library.training.optimizers import OptimizerOptions, check_rates, choose
 from library.training.option_groups import LoopOptions, PrecisionOptions, SavingOptions
@@ -88,19 +89,43 @@ class FullTrainable(Trainable):
     def _text_rates(self, family: ModelFamily) -> list[float]:
         """Of each text encoder that could learn; 0 = it does not."""
         script = record_of(family.name).scripts.get(self.name)
-        names = [name for name in TEXT_RATES if script is not None and name in script.options]
-        given = [getattr(self.opts, name) for name in names]
-        return [self._rate if rate is None else rate for rate in given] if self._is_text_trained else [0.0] * len(given)
+        if script is None:
+            return []
+        rates = []
+        for number, name in enumerate(name for name in TEXT_RATES if name in script.options):
+            switch, given = script.text_switches.get(number), getattr(self.opts, name)
+            learns = self._is_text_trained and (switch is None or getattr(self.opts, switch))
+            rates.append((self._rate if given is None else given) if learns else 0.0)
+        return rates
 
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
         return [rate > 0 for rate in self._text_rates(family)]
 
     def _text_problems(self, family: ModelFamily) -> Iterator[str]:
-        if self._is_text_trained:
+        opts, script = self.opts, record_of(family.name).scripts[self.name]
+        switches = list(script.text_switches.values())
+        if not self._is_text_trained:
+            for name in TEXT_RATES:
+                if getattr(opts, name):
+                    yield f"--{name} is {getattr(opts, name)}, and no text encoder learns; add --train_text_encoder"
+            for name in switches:
+                if getattr(opts, name):
+                    yield f"--{name} is given without --train_text_encoder, which lets text encoders learn; add it"
             return
-        for name in TEXT_RATES:
-            if getattr(self.opts, name):
-                yield f"--{name} is {getattr(self.opts, name)}, and no text encoder learns; add --train_text_encoder"
+        named = [name for name in TEXT_RATES if name in script.options]
+        for number, switch in script.text_switches.items():
+            if getattr(opts, named[number]) and not getattr(opts, switch):
+                yield f"--{named[number]} is {getattr(opts, named[number])}, and that encoder learns with --{switch} alone; add it"
+        learn, caching = self.trains_text_encoders(family), self.config[CachingOptions]
+        if "use_t5xxl_cache_only" in script.options and caching.caches_text and any(learn):
+            cached = [name for name in switches if getattr(opts, name)]
+            if cached:
+                yield f"--{cached[0]} with cached outputs of text encoders: what learns is not cached; leave one of them out"
+            elif not opts.use_t5xxl_cache_only:
+                yield (
+                    "--train_text_encoder with --cache_text_encoder_outputs: what learns is not cached; add"
+                    " --use_t5xxl_cache_only, which caches what T5 says alone, or leave one of them out"
+                )
 
     def idle(self, family: ModelFamily) -> list[Ignored]:
         found: list[Ignored] = []
@@ -286,9 +311,22 @@ class FullTrainable(Trainable):
 
     # -- files -------------------------------------------------------------------------------------------------------
 
+    def _learned_parts(self, family: ModelFamily) -> set[str]:
+        """As ModelFamily.save_model names them."""
+        parts = {"denoiser"} if self._denoiser_learns(family) else set()
+        return parts | {f"text_encoders.{number}" for number, learns in enumerate(self.trains_text_encoders(family)) if learns}
+
+    def side_files(self, family: ModelFamily) -> list[str]:
+        return list(family.side_files(self._learned_parts(family)).values())
+
     def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
-        parts = {"denoiser"} if self._denoiser_learns(self.family) else set()
-        parts |= {f"text_encoders.{number}" for number in self._text}
+        """The model, and beside it what the family writes into files of their own."""
+        parts = self._learned_parts(self.family)
+        self._save_model(path, dtype, metadata, parts)
+        for part, ending in self.family.side_files(parts).items():
+            self.family.save_side_file(self.models, part, side_name(path, ending), dtype)
+
+    def _save_model(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str], parts: set[str]) -> None:
         layout = self.config[SavingOptions].save_model_as
         if layout in FOLDER_FORMATS:
             is_pickled = layout == "diffusers"

@@ -25,11 +25,15 @@ OWN_OPTIONS = {
     "chroma_network": {"clip_l_tokenizer", "t5xxl_tokenizer"},
     "sd_network": {"clip_tokenizer"},
     "sdxl_network": {"clip_tokenizer"},
-    "sd_dreambooth": {"clip_tokenizer", "layer_lrs"},
-    "flux_full": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs"},
-    "anima_full": {"qwen3_tokenizer", "layer_lrs"},
-    "sd_full": {"clip_tokenizer", "layer_lrs"},
-    "sdxl_full": {"clip_tokenizer", "layer_lrs"},
+    "sd_dreambooth": {"clip_tokenizer", "layer_lrs", "bf16_update"},
+    "flux_full": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs", "bf16_update"},
+    "chroma_full": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs", "bf16_update"},
+    "sd3_full": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer", "layer_lrs", "bf16_update"},
+    "lumina_full": {"gemma2_tokenizer", "layer_lrs", "bf16_update"},
+    "hunyuan_image_full": {"text_encoder_tokenizer", "layer_lrs", "bf16_update"},
+    "anima_full": {"qwen3_tokenizer", "layer_lrs", "bf16_update"},
+    "sd_full": {"clip_tokenizer", "layer_lrs", "bf16_update"},
+    "sdxl_full": {"clip_tokenizer", "layer_lrs", "bf16_update"},
     "anima_network": {"qwen3_tokenizer"},
     "hunyuan_image_network": {"text_encoder_tokenizer"},
     "lumina_network": {"gemma2_tokenizer"},
@@ -44,13 +48,14 @@ OWN_OF_ALL = {
     "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
     "plugins", "loss_weight", "hook",
 }
-OWN_OF_TRAINABLE = {"network": {"drop_untrained"}, "full": {"bf16_update"}, "dreambooth": {"bf16_update"}}
+OWN_OF_NETWORKS = {"drop_untrained"}
 """options that only this project has; extend the sets together with the documentation"""
 OTHER_DEFAULTS = {
     "flux_network": {"model_prediction_type": "raw"},
     "flux_full": {"model_prediction_type": "raw"},
     "flux_textual_inversion": {"model_prediction_type": "raw"},
     "chroma_network": {"model_prediction_type": "raw", "model_type": "chroma", "guidance_scale": 0.0},
+    "chroma_full": {"model_prediction_type": "raw", "model_type": "chroma", "guidance_scale": 0.0},
 }
 """defaults that differ on purpose (a documented fault of the old one, which the run tells at start; what chooses a variant, and what
 means nothing there)"""
@@ -93,8 +98,8 @@ def test_the_set_of_options_is_the_known_one_and_our_own(which: str) -> None:
     names, of_script = {entry[0] for entry in known(which)}, set(WHAT[which].owners)
     assert names - of_script == set()
     elsewhere = {entry[0] for other in WHAT for entry in known(other)}
-    of_trainable = OWN_OF_TRAINABLE.get(NAMES[which][1], set())
-    assert of_script - names - elsewhere == OWN_OPTIONS[which] | OWN_OF_ALL | of_trainable
+    of_networks = OWN_OF_NETWORKS if NAMES[which][1] == "network" else set()
+    assert of_script - names - elsewhere == OWN_OPTIONS[which] | OWN_OF_ALL | of_networks
     assert {name for name in of_script - names & elsewhere if status(WHAT[which], name) == "equivalent"} <= names
 
 
