@@ -125,6 +125,7 @@ FAMILY = FamilyRecord(
         title="FLUX.1 or Chroma",
         parts=("double_blocks_", "single_blocks_", "double_blocks.", "single_blocks.", "single_transformer_blocks"),
         priority=50,
+        released_widths=(3072,),
         aliases=("flux1",),
         base_versions=("flux",),
         modelspec=("flux-1",),

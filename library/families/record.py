@@ -127,6 +127,9 @@ class AdapterFacts:
     shared_parts: tuple[str, ...] = ()
     """parts of keys that another family has too: they tell it with one of these `widths` as inputs of a layer"""
     widths: tuple[int, ...] = ()
+    released_widths: tuple[int, ...] = ()
+    """inputs of layers in released models: where `parts` tell the family, one of them leaves no doubt, and without one
+    a file may be for any family that calls its layers so (`shared_parts`)"""
     aliases: tuple[str, ...] = ()
     """further names that --family takes"""
     base_versions: tuple[str, ...] = ()
