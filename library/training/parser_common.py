@@ -106,6 +106,14 @@ TRAINABLES.add(
     },
 )
 
+TRAINABLES.add(
+    "lllite",
+    "library.training.trainables.lllite:LLLiteTrainable",
+    options="library.training.lllite:LLLiteOptions",
+    foreign="library.training.lllite:foreign_options",
+    refused={"fused_backward_pass": "a small network learns, whose gradients take no memory that it could save"},
+)
+
 
 def trainable_options(name: str) -> tuple[type, Mapping[str, Any]]:
     """(the group of options of a trainable, what the registry says of it)."""
