@@ -31,6 +31,7 @@ FAMILY = FamilyRecord(
             ),
         ),
         "textual_inversion": OtherScript(name="sdxl_train_textual_inversion"),
+        "lllite": OtherScript(name="sdxl_train_control_net_lllite"),
     },
     place=30,
     family="library.training.wiring.sdxl:SdxlFamily",

@@ -186,8 +186,44 @@ def test_layouts_of_files(tinies: Tinies, tmp_path: Path) -> None:
 
     read = UNet2DConditionModel.from_pretrained(work.folder / "diffusers_safetensors" / "lora", subfolder="unet")
     assert torch.equal(read.conv_in.weight, file[f"{UNET}input_blocks.0.0.weight"])
-    work.tiny = dataclasses.replace(work.tiny, model=work.folder / "diffusers_safetensors" / "lora")
-    assert train(work, "dreambooth", "again", *words).is_file()
+
+
+@pytest.mark.parametrize("name, trainable", [
+    pytest.param("sd2", "full", id="sd2"), pytest.param("sdxl", "full", id="sdxl"),
+])
+def test_a_base_in_a_folder_gives_folders(
+    name: str, trainable: str, tinies: Tinies, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which a pipeline of diffusers loads, with the scheduler of the base; one file holds the same where it is asked for."""
+    from diffusers import DiffusionPipeline, HeunDiscreteScheduler
+
+    from tools import convert_model
+
+    work = tinies.work(name, tmp_path)
+    base = work.folder / "base"
+    words = [str(work.tiny.model), str(base), "--to", "diffusers", "--tokenizer", str(work.tiny.tokenizer)]
+    assert convert_model.main(words) == 0
+    HeunDiscreteScheduler(beta_start=0.001, prediction_type="sample", steps_offset=1).save_pretrained(base / "scheduler")
+    index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+    index["scheduler"] = ["diffusers", "HeunDiscreteScheduler"]
+    (base / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    work.tiny = dataclasses.replace(work.tiny, model=base)
+    words = ["--max_train_steps=2", "--save_every_n_steps=1", "--save_last_n_steps=0", "--ema", *TEXT.get(name, ())]
+    folder = train(work, trainable, "out", *words).with_suffix("")
+    assert sorted(path.name for path in folder.parent.glob("lora*") if path.suffix not in (".csv", ".png")) == [
+        "lora", "lora-ema", "lora-step00000002", "lora-step00000002-ema",
+    ]  # fmt: skip
+    pipeline = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    assert isinstance(pipeline.scheduler, HeunDiscreteScheduler) and pipeline.scheduler.config.beta_start == 0.001
+    assert pipeline.scheduler.config.prediction_type == ("v_prediction" if name == "sd2" else "epsilon")
+    pads = [pipeline.tokenizer.pad_token, *([pipeline.tokenizer_2.pad_token] if name == "sdxl" else [])]
+    assert pads == (["!"] if name == "sd2" else [pipeline.tokenizer.eos_token, "!"])
+    assert not torch.equal(pipeline.unet.conv_in.weight, DiffusionPipeline.from_pretrained(base).unet.conv_in.weight)
+    file = load_safetensors(train(work, trainable, "file", *words, "--save_model_as=safetensors"))
+    assert torch.equal(pipeline.unet.conv_in.weight, file[f"{UNET}input_blocks.0.0.weight"])
+    again = work.folder / "again.safetensors"
+    assert convert_model.main([str(folder), str(again), "--to", "single"]) == 0
+    assert all(torch.equal(tensor, file[key]) for key, tensor in load_safetensors(again).items() if key in file)
 
 
 @pytest.mark.parametrize("words, told", [

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from library.core.errors import Problems
 from library.core.options import Config, equivalent_option, option, option_fields
 from library.core.registry import import_target
 from library.families.record import FamilyRecord
 from library.families.registry import FAMILIES
+
+if TYPE_CHECKING:
+    from library.training.wiring.base import ModelFamily
 
 TEXT_RATES = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2", "learning_rate_te3")
 """learning rates of text encoders: of the only one, or of each"""
@@ -109,6 +114,15 @@ class WholeModelOptions:
         if self.num_last_block_to_freeze is not None and self.num_last_block_to_freeze < 0:
             problems.add(f"--num_last_block_to_freeze is {self.num_last_block_to_freeze}; needed: 0 or more blocks")
         problems.raise_if_any()
+
+
+def following_defaults(family: type[ModelFamily], given: Mapping[str, Any]) -> dict[str, str]:
+    """A base that is a folder of diffusers is saved as one, where the family has that layout and nothing else is asked
+    for."""
+    base = given.get("pretrained_model_name_or_path")
+    is_pipeline = bool(base) and os.path.isfile(os.path.join(str(base), "model_index.json"))
+    asks = given.get("save_model_as") is not None
+    return {"save_model_as": "diffusers_safetensors"} if family.writes_folders and is_pipeline and not asks else {}
 
 
 def side_endings(config: Config) -> list[str]:
