@@ -3,6 +3,8 @@ files are in the original layout (library/checkpoints/unet_convert.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from library.components.unet_models import (
     UNetBase,
     UNetParams,
     Upsample2D,
+    contexts_of,
     residual_block,
     with_skip,
 )
@@ -107,29 +110,30 @@ class UNet2DConditionModel(UNetBase):
         return self.conv_norm_out.weight.dtype
 
     def forward(self, sample: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """sample [B, 4, H, W], timesteps [B] 0..999, encoder_hidden_states [B, L, D] -> [B, 4, H, W]."""
-        context = encoder_hidden_states.to(self.dtype)
+        """sample [B, 4, H, W], timesteps [B] 0..999, encoder_hidden_states [B, L, D] -> [B, 4, H, W]. States may be
+        [B, N, L, D], for each of the N places of `text_layers` its own."""
+        contexts = contexts_of(encoder_hidden_states.to(self.dtype), self.params)
         embedding = self.time_embedding(self.time_vector(timesteps, sample).to(self.dtype))  # [B, time_embed_dim]
         x = self.conv_in(sample.to(self.dtype))
         skips = [x]
         for depth, level in enumerate(self.down_blocks):
             x = self.shrunk(depth, x, timesteps)
             for number in range(len(level.resnets)):
-                x = self._step(level, number, x, embedding, context)
+                x = self._step(level, number, x, embedding, contexts)
                 skips.append(x)
             if hasattr(level, "downsamplers"):
                 x = level.downsamplers[0](x)
                 skips.append(x)
         x = self.run_block(self.mid_block.resnets[0], x, embedding)
-        x = self.run_block(self.mid_block.attentions[0], x, context)
+        x = self.run_block(self.mid_block.attentions[0], x, next(contexts))
         x = self.run_block(self.mid_block.resnets[1], x, embedding)
         for level in self.up_blocks:
             for number in range(len(level.resnets)):
-                x = self._step(level, number, with_skip(x, skips.pop()), embedding, context)
+                x = self._step(level, number, with_skip(x, skips.pop()), embedding, contexts)
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0](x, skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def _step(self, level: nn.Module, number: int, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+    def _step(self, level: nn.Module, number: int, x: Tensor, embedding: Tensor, contexts: Iterator[Tensor]) -> Tensor:
         x = self.run_block(level.resnets[number], x, embedding)
-        return self.run_block(level.attentions[number], x, context) if hasattr(level, "attentions") else x
+        return self.run_block(level.attentions[number], x, next(contexts)) if hasattr(level, "attentions") else x

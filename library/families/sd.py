@@ -36,6 +36,7 @@ FAMILY = FamilyRecord(
             ),
         ),
         "textual_inversion": OtherScript(name="train_textual_inversion"),
+        "textual_inversion_xti": OtherScript(name="train_textual_inversion_XTI"),
     },
     place=20,
     family="library.training.wiring.sd:SdFamily",
