@@ -371,8 +371,9 @@ def file_problems(
 def _slot_problem(part: str, path: str, for_pictures: bool) -> str | None:
     from library.checkpoints.kinds import check_slot, describe_checkpoint
 
-    kinds = {"vae": "vae_flux", "t5xxl": "t5"}
-    problem = check_slot(path, part, {kinds.get(part, part)}, for_pictures=for_pictures)
+    kinds, inside = {"vae": "vae_flux", "t5xxl": "t5"}, FAMILY.autoencoders
+    kind = kinds.get(part, part)
+    problem = check_slot(path, part, {kind}, for_pictures=for_pictures, inside={inside.get(kind, kind)})
     if problem and part == "clip_g" and describe_checkpoint(path).kind == "clip_l":
         # files of no released width are told apart by the sizes of both
         return None if inspect_encoder("clip_g", path)["width"] != 768 else problem
