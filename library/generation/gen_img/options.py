@@ -146,6 +146,11 @@ class GenerationNetworkOptions:
         None, nargs="*",
         help="files of textual inversions; the name of a file without its ending is the word for prompts"
     )
+    XTI_embeddings: list[str] | None = option(
+        None, nargs="*",
+        help="files of textual inversions with vectors for each layer of the U-Net of Stable Diffusion 1 and 2 "
+        "(train_textual_inversion_XTI.py); named as --textual_inversion_embeddings"
+    )
     clip_vision_strength: float | None = refused_option(
         None, help="guidance by a picture through CLIP vision", reason=_NO_GUIDANCE
     )

@@ -39,6 +39,7 @@ OWN_OPTIONS = {
     "lumina_network": {"gemma2_tokenizer"},
     "sd3_network": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer"},
     "sd_textual_inversion": {"clip_tokenizer"},
+    "sd_textual_inversion_xti": {"clip_tokenizer"},
     "sdxl_textual_inversion": {"clip_tokenizer"},
     "sdxl_lllite": {"clip_tokenizer"},
     "flux_textual_inversion": {"clip_l_tokenizer", "t5xxl_tokenizer"},
