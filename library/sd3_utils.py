@@ -336,6 +336,14 @@ def part_paths(base: str | os.PathLike, given: Mapping[str, str | None]) -> dict
     return {part: path or own_place(part) for part, path in given.items() if path or part in own}
 
 
+def embedding_widths(base: str | os.PathLike, given: Mapping[str, str | None]) -> dict[str, int | None]:
+    """Widths of the vectors that the text encoders take, by the names of files of textual inversions; None for T5 that
+    is left out. `given`: as for `part_paths`."""
+    paths = part_paths(base, given)
+    sizes = {slot: inspect_encoder(slot, paths[slot]) for slot in ENCODER_SLOTS if slot in paths}
+    return {slot: sizes[slot].get("width", sizes[slot].get("d_model")) if slot in sizes else None for slot in ENCODER_SLOTS}
+
+
 def file_problems(
     slot: str, base: str | None, given: Mapping[str, str | None], *, for_pictures: bool = False
 ) -> list[str]:
@@ -363,8 +371,9 @@ def file_problems(
 def _slot_problem(part: str, path: str, for_pictures: bool) -> str | None:
     from library.checkpoints.kinds import check_slot, describe_checkpoint
 
-    kinds = {"vae": "vae_flux", "t5xxl": "t5"}
-    problem = check_slot(path, part, {kinds.get(part, part)}, for_pictures=for_pictures)
+    kinds, inside = {"vae": "vae_flux", "t5xxl": "t5"}, FAMILY.autoencoders
+    kind = kinds.get(part, part)
+    problem = check_slot(path, part, {kind}, for_pictures=for_pictures, inside={inside.get(kind, kind)})
     if problem and part == "clip_g" and describe_checkpoint(path).kind == "clip_l":
         # files of no released width are told apart by the sizes of both
         return None if inspect_encoder("clip_g", path)["width"] != 768 else problem
@@ -419,7 +428,7 @@ def save_whole_sd3(
     for part, source in beside.items():
         tensors, own = _part_of_file(part, source)
         if learned and part in learned:
-            tensors = _encoder_state(part, learned[part])
+            tensors = {**tensors, **_encoder_state(part, learned[part])}
         state |= {FILE_PREFIXES[part] + key: tensor for key, tensor in tensors.items()}
         config[part] = own  # also where it is empty, so that what the denoiser says is not taken for the part's
     told = {"model_config": json.dumps(config, sort_keys=True)} if any(config.values()) else {}
@@ -435,7 +444,8 @@ def save_encoder(
     source = open_checkpoint(base)
     own = source.model_config.get(slot, source.model_config)
     told = {"model_config": json.dumps(own, sort_keys=True)} if own else {}
-    save_file_atomic(cast_all(_encoder_state(slot, model), dtype), path, {"format": "pt", **told})
+    state = {**_encoder_state(slot, model), **_tokenizer_blob(slot, source)}
+    save_file_atomic(cast_all(state, dtype), path, {"format": "pt", **told})
 
 
 def _encoder_state(slot: str, model: nn.Module) -> dict[str, Tensor]:
@@ -453,7 +463,13 @@ def _part_of_file(part: str, path: str) -> tuple[dict[str, Tensor], dict[str, An
     if part == "vae":
         tensors = part_of(state, AE_PREFIXES, AE_ROOTS)
         return (convert_diffusers_vae_to_ldm(tensors) if is_diffusers_autoencoder(tensors) else tensors), own
-    return _ENCODER_STATES[part](state), own
+    return {**_ENCODER_STATES[part](state), **_tokenizer_blob(part, source)}, own
+
+
+def _tokenizer_blob(slot: str, source: CheckpointFiles) -> dict[str, Tensor]:
+    """The tokenizer that a file of T5 may carry, by the name that it has in a file of its own."""
+    names = [key for key in source.shapes if key.split(".")[-1] == "spiece_model"] if slot == "t5xxl" else []
+    return {"spiece_model": tensor for _, tensor in source.stream("cpu", False, names[:1])}
 
 
 _ENCODER_STATES = {"clip_l": clip_l_state, "clip_g": clip_g_state, "t5xxl": t5_state}

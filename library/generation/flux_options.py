@@ -14,7 +14,7 @@ from library.core.options import (
     option,
 )
 from library.core.plugins import PluginOptions
-from library.generation.adapter_files import AdapterChoice, parse_adapter_argument
+from library.generation.adapter_files import AdapterChoice, EmbeddingOptions, parse_adapter_argument
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     DTYPE_NAMES,
@@ -133,7 +133,7 @@ class PromptOptions:
         return request_of(FluxRequest, self)
 
 
-GROUPS = (PluginOptions, InferenceModelOptions, PromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, InferenceModelOptions, EmbeddingOptions, PromptOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

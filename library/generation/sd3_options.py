@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from library.core.errors import ConfigError, Problems
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, LARGEST_TOKENS, option
 from library.core.plugins import PluginOptions
-from library.generation.adapter_files import AdapterChoice, parse_adapter_argument
+from library.generation.adapter_files import AdapterChoice, EmbeddingOptions, parse_adapter_argument
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     PictureRequest,
@@ -111,7 +111,7 @@ class Sd3PromptOptions:
         return request_of(Sd3Request, self)
 
 
-GROUPS = (PluginOptions, Sd3ModelOptions, Sd3PromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, Sd3ModelOptions, EmbeddingOptions, Sd3PromptOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from library.core.errors import ConfigError, problems_of
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, option
 from library.core.plugins import PluginOptions
-from library.generation.adapter_files import AdapterChoice, parse_adapter_argument
+from library.generation.adapter_files import AdapterChoice, EmbeddingOptions, parse_adapter_argument
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     DTYPE_NAMES,
@@ -104,7 +104,7 @@ class SdxlPromptOptions:
         return request_of(SdxlRequest, self)
 
 
-GROUPS = (PluginOptions, SdxlModelOptions, SdxlPromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, SdxlModelOptions, EmbeddingOptions, SdxlPromptOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,10 @@ TRAINABLES: Registry[type] = Registry(
     "trainable",
     group="trainables",
     takes=("config",),
-    info={"options": None, "ignored": None, "refused": None, "foreign": None, "defaults": None, "stands_for": None},
+    info={
+        "options": None, "ignored": None, "refused": None, "foreign": None, "defaults": None, "stands_for": None,
+        "following": None,
+    },
     wanted="a subclass of library.training.trainables.base.Trainable whose options are a dataclass",
     is_a=lambda found: (
         isinstance(found, type) and all(hasattr(found, name) for name in ("options", "attach", "param_groups", "save"))
@@ -62,10 +66,10 @@ TRAINABLES: Registry[type] = Registry(
 )
 """What is learned, by the name that a script gives. `options`: its group, importable without torch; `ignored`: shared
 options without meaning for this kind of training, name -> reason, or a function as `foreign` is; `refused`: those
-without which the result would be another, or such a function; `foreign`: a function of the family's record and the name that tells which
-options of the group the family's script lacks; `defaults`: of shared options, where they differ; `stands_for`: as
-ModelFamily has it. One from outside says
-the first two in its class."""
+without which the result would be another, or such a function; `foreign`: a function of the family's record and the
+name that tells which options of the group the family's script lacks; `defaults`: of shared options, where they differ;
+`stands_for`: as ModelFamily has it; `following`: a function of the family's class and the values given, for defaults that
+follow from these. One from outside says the first two in its class."""
 TRAINABLES.add(
     "network",
     "library.training.trainables.network:NetworkTrainable",
@@ -84,21 +88,31 @@ for _name, _class in (("full", "FullTrainable"), ("dreambooth", "DreamBooth")):
         foreign="library.training.whole_models:foreign_options",
         ignored="library.training.whole_models:ignored_options",
         defaults={"save_model_as": None},
+        following="library.training.whole_models:following_defaults",
         refused="library.training.whole_models:refused_options",
         stands_for={"use_t5xxl_cache_only": {"cache_text_encoder_outputs": True}},
     )
 
+for _name, _class in (("textual_inversion", "TextualInversion"), ("textual_inversion_xti", "LayeredTextualInversion")):
+    TRAINABLES.add(
+        _name,
+        f"library.training.trainables.textual_inversion:{_class}",
+        options="library.training.new_words:TextualInversionOptions",
+        foreign="library.training.new_words:foreign_options",
+        defaults={"save_model_as": "pt"},
+        refused={
+            "cache_text_encoder_outputs": NEW_WORDS_LEARN,
+            "cache_text_encoder_outputs_to_disk": NEW_WORDS_LEARN,
+            "fused_backward_pass": "a few vectors learn, whose gradients take no memory that it could save",
+        },
+    )
+
 TRAINABLES.add(
-    "textual_inversion",
-    "library.training.trainables.textual_inversion:TextualInversion",
-    options="library.training.new_words:TextualInversionOptions",
-    foreign="library.training.new_words:foreign_options",
-    defaults={"save_model_as": "pt"},
-    refused={
-        "cache_text_encoder_outputs": NEW_WORDS_LEARN,
-        "cache_text_encoder_outputs_to_disk": NEW_WORDS_LEARN,
-        "fused_backward_pass": "a few vectors learn, whose gradients take no memory that it could save",
-    },
+    "lllite",
+    "library.training.trainables.lllite:LLLiteTrainable",
+    options="library.training.lllite:LLLiteOptions",
+    foreign="library.training.lllite:foreign_options",
+    refused={"fused_backward_pass": "a small network learns, whose gradients take no memory that it could save"},
 )
 
 
@@ -166,6 +180,7 @@ def script(family: str, trainable: str) -> Script:
         read_values=family_class.read_values,
         neutral=family_class.neutral,
         stands_for={**family_class.stands_for, **(said["stands_for"] or {})},
+        following=functools.partial(import_target(said["following"]), family_class) if said["following"] else None,
     )
 
 

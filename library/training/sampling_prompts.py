@@ -23,7 +23,6 @@ from library.core.text_files import parse_json, parse_toml
 from library.core.text_files import read_text as read_text_file
 from library.families.record import SampleDefaults
 from library.families.registry import by_family
-from library.training.new_words import words_of
 
 logger = logging.getLogger(__name__)
 
@@ -433,14 +432,12 @@ def sample_file_name(
     return "sample/" + "_".join(part for part in parts if part is not None) + extension
 
 
-def replace_token(prompt: SamplePrompt, token: str, count: int) -> SamplePrompt:
-    """`token` of a textual inversion with `count` vectors becomes `token token1 token2 ...`, in the negative prompt
-    too."""
-    words, negative = " ".join(words_of(token, count)), prompt.negative_prompt
-    pattern = whole_word(token)
+def replace_words(prompt: SamplePrompt, token: str, words: Sequence[str]) -> SamplePrompt:
+    """`token` of a textual inversion becomes the `words` of its vectors, in the negative prompt too."""
+    text, negative, pattern = " ".join(words), prompt.negative_prompt, whole_word(token)
     return dataclasses.replace(
-        prompt, prompt=pattern.sub(lambda _: words, prompt.prompt),
-        negative_prompt=None if negative is None else pattern.sub(lambda _: words, negative)
+        prompt, prompt=pattern.sub(lambda _: text, prompt.prompt),
+        negative_prompt=None if negative is None else pattern.sub(lambda _: text, negative)
     )
 
 

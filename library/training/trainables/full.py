@@ -137,10 +137,10 @@ class FullTrainable(Trainable):
         return found
 
     def _memory_problems(self, family: ModelFamily) -> Iterator[str]:
-        if family.swaps_blocks:
+        if family.swaps_blocks and not self._is_fused:
             yield (
-                "--blocks_to_swap moves weights that are not trained; leave it out"
-                " (--fused_backward_pass and --gradient_checkpointing save memory)"
+                "--blocks_to_swap sends weights away before an update at the end of the step could reach them; add"
+                " --fused_backward_pass, which updates them while they are there, or leave it out"
             )
 
     @property
@@ -293,10 +293,21 @@ class FullTrainable(Trainable):
                 f"--max_grad_norm {self.config[OptimizerOptions].max_grad_norm:g}: each tensor is clipped by its own norm,"
                 " because updates inside the backward pass never see all gradients; 0 clips nothing"
             )
+        lines += self._layout_notices()
         stop = self.opts.stop_text_encoder_training
         if self._text and stop is not None:
             lines.append(f"text encoders stay as they are after step {stop}")
         return lines
+
+    def _layout_notices(self) -> Iterator[str]:
+        """What a base that is a folder becomes, where no layout was asked for."""
+        base = self.config.value("pretrained_model_name_or_path")
+        if not base or not os.path.isdir(base) or "save_model_as" in self.config.explicit:
+            return
+        if self.config[SavingOptions].save_model_as in FOLDER_FORMATS:
+            yield "models are saved as folders, as the base is one; --save_model_as safetensors writes single files"
+        else:
+            yield "the base is a folder; models are saved as single files in the original layout"
 
     # -- files -------------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from library.core.errors import Problems
 from library.core.options import Config, equivalent_option, option, option_fields
@@ -12,9 +14,12 @@ from library.core.registry import import_target
 from library.families.record import FamilyRecord
 from library.families.registry import FAMILIES
 
+if TYPE_CHECKING:
+    from library.training.wiring.base import ModelFamily
+
 TEXT_RATES = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2", "learning_rate_te3")
 """learning rates of text encoders: of the only one, or of each"""
-_SWAP = "an old option that no script reads any more; blocks that learn are not swapped"
+_SWAP = "an old option that no script reads any more; see --blocks_to_swap"
 _EIGHT_BITS = "trained weights are not held in 8 bits, in which nothing can be learned; --full_bf16 halves them"
 OLD = ("double_blocks_to_swap", "single_blocks_to_swap")
 OF_ADAPTERS = {"skip_until_initial_step": "a run that resumes goes on at its step and reads no image before it"}
@@ -111,6 +116,15 @@ class WholeModelOptions:
         problems.raise_if_any()
 
 
+def following_defaults(family: type[ModelFamily], given: Mapping[str, Any]) -> dict[str, str]:
+    """A base that is a folder of diffusers is saved as one, where the family has that layout and nothing else is asked
+    for."""
+    base = given.get("pretrained_model_name_or_path")
+    is_pipeline = bool(base) and os.path.isfile(os.path.join(str(base), "model_index.json"))
+    asks = given.get("save_model_as") is not None
+    return {"save_model_as": "diffusers_safetensors"} if family.writes_folders and is_pipeline and not asks else {}
+
+
 def side_endings(config: Config) -> list[str]:
     """What stands behind the name of the model in those of files that a run with these options may write beside it."""
     if WholeModelOptions not in config or not config[WholeModelOptions].train_text_encoder:
@@ -140,6 +154,6 @@ def foreign_options(record: FamilyRecord, trainable: str) -> Mapping[str, str]:
     script = record.scripts.get(trainable)
     own = {*(script.options if script else ()), *OF_EVERY_SCRIPT}
     others = [name for name in option_fields(WholeModelOptions) if name not in own]
-    named = " and ".join(f"--{name}" for name in option_fields(WholeModelOptions) if name in own)
+    named = ", ".join(f"--{name}" for name in option_fields(WholeModelOptions) if name in own)
     where = script.name if script else f"training of whole {record.title} models"
-    return {**dict.fromkeys(others, f"{where} has {named} in its place"), **OF_ADAPTERS}
+    return {**dict.fromkeys(others, f"an option of other scripts for whole models; {where} has {named}"), **OF_ADAPTERS}
