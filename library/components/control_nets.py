@@ -34,6 +34,9 @@ class ControlNets(ABC):
     new_rate: ClassVar[float | None] = None
     """learning rate of the new layers where none is given; None = that of the others"""
 
+    new_notice: ClassVar[str] = ""
+    """how a new net differs from that of known trainers, for the log"""
+
     @abstractmethod
     def check(self, path: str | os.PathLike, params: Any) -> None:
         """CheckpointError when a file or folder holds no net for such a denoiser (headers only)."""

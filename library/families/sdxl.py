@@ -31,6 +31,7 @@ FAMILY = FamilyRecord(
             ),
         ),
         "textual_inversion": OtherScript(name="sdxl_train_textual_inversion"),
+        "control_net": OtherScript(name="sdxl_train_control_net"),
     },
     place=30,
     family="library.training.wiring.sdxl:SdxlFamily",

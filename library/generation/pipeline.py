@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 import torch
@@ -21,6 +21,7 @@ from library.generation.sampling_utils import Conditioning, decode_to_frames
 if TYPE_CHECKING:
     from PIL import Image
 
+    from library.components.control_models import Control
     from library.dataset.strategies import StrategySet
     from library.generation.adapters import LoadedAdapters
     from library.generation.picture_files import Picture
@@ -38,6 +39,8 @@ class PicturePipeline(ABC, Generic[Request]):
     denoiser: Any
     vae: Any
     """None where latents are wanted alone"""
+    control: Control | None = field(default=None, kw_only=True)
+    """nets that guide every forward of the denoiser by pictures, in families that have some"""
 
     family: ClassVar[str]
     """whose record tells the shape of the latents"""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.core.errors import ConfigError
-from library.core.options import Config
+from library.core.options import Config, option_fields
 from library.core.registry import Registry, import_target
 from library.families.registry import record_of, variants_of
 from library.training.config_file import read_config_file
@@ -104,6 +104,19 @@ TRAINABLES.add(
     },
 )
 
+TRAINABLES.add(
+    "control_net",
+    "library.training.trainables.control_net:ControlNetTrainable",
+    options="library.training.control_nets:ControlNetOptions",
+    foreign="library.training.control_nets:foreign_options",
+    ignored="library.training.control_nets:ignored_options",
+    defaults={"save_model_as": None},
+    refused={
+        "masked_loss": "the conditioning images are what the ControlNet sees; masks are the alpha channels of the images, with"
+        " alpha_mask = true in the dataset",
+    },
+)
+
 
 def trainable_options(name: str) -> tuple[type, Mapping[str, Any]]:
     """(the group of options of a trainable, what the registry says of it)."""
@@ -157,10 +170,11 @@ def script(family: str, trainable: str) -> Script:
         ignored = import_target(ignored)(record, trainable)
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
+    further = (group for group in family_class.further_options if not {*option_fields(group)} & {*option_fields(options)})
     return Script(
         family,
         trainable,
-        classes=(*first, family_class.options, options, *packages, *rest),
+        classes=(*first, family_class.options, *further, options, *packages, *rest),
         refused={**family_class.refused, **(said["refused"] or {})},
         defaults={**family_class.defaults, **(said["defaults"] or {})},
         ignored={**family_class.ignored, **ignored},
