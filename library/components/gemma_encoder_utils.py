@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.checkpoints.loading import Transform
+from library.checkpoints.loading import Source, Transform
 from library.components.llm_encoder_utils import (
     LanguageModel,
     inspect_language_model,
@@ -52,15 +52,15 @@ def gemma2_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_gemma2(
-    path: str | os.PathLike,
+    path: Source,
     dtype: torch.dtype | None,
     device: torch.device | str,
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
     transform: Transform | None = None,
 ) -> Gemma2Model:
-    """Load Gemma 2 as an encoder from a file, alone or beside other parts, or a transformers folder; an output head is
-    left out.
+    """Load Gemma 2 as an encoder from a file, alone or beside other parts, a transformers folder, or tensors in memory;
+    an output head is left out.
 
     `config` overrides the names of `inspect_gemma2`. 8-bit files are widened. CheckpointError when the file does not
     fit.

@@ -20,6 +20,7 @@ from library.checkpoints.ldm_convert import (
 )
 from library.checkpoints.loading import (
     CheckpointFiles,
+    Source,
     assign_state,
     build_on_meta,
     build_params,
@@ -83,7 +84,7 @@ class Wanted:
 
 
 def inspect_autoencoder(
-    path: str | os.PathLike, config: Mapping[str, Any] | None = None, *, wanted: Wanted
+    path: Source, config: Mapping[str, Any] | None = None, *, wanted: Wanted
 ) -> AutoEncoderInfo:
     """Recognise an autoencoder from headers alone; `config` overrides by the names of AutoEncoderParams.
     CheckpointError when the file is damaged or not of the wanted kind."""

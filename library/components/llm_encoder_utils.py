@@ -13,6 +13,7 @@ from torch import Tensor
 
 from library.checkpoints.loading import (
     CheckpointFiles,
+    Source,
     Transform,
     assign_state,
     build_on_meta,
@@ -101,7 +102,7 @@ def inspect_qwen25_vl(path: str | os.PathLike, config: Mapping[str, Any] | None 
 
 
 def _open(
-    kind: LanguageModel, path: str | os.PathLike, config: Mapping[str, Any] | None
+    kind: LanguageModel, path: Source, config: Mapping[str, Any] | None
 ) -> tuple[CheckpointFiles, str, dict[str, Any]]:
     source = open_checkpoint(path, "text_encoder")
     prefix = find_prefix(source.shapes, kind.prefixes, _ROOTS, source.path, f"{kind.title} text encoder")
@@ -201,7 +202,7 @@ def load_qwen25_vl(
 def load_language_model(
     kind: LanguageModel,
     classes: tuple[Any, Any],
-    path: str | os.PathLike,
+    path: Source,
     dtype: torch.dtype | None,
     device: torch.device | str,
     disable_mmap: bool,

@@ -47,7 +47,7 @@ _HEAD_SIZE = 64
 class ClipSlot:
     """Where a CLIP text encoder lies and what its shapes do not tell. `layers`: how many are used when the file has
     more; `has_open_clip`: files of this encoder may be in the layout of open_clip; `subfolder`: its place in a
-    folder."""
+    folder; `pad`: the token that fills its captions up, where that is not the one that ends them."""
 
     name: str
     title: str
@@ -56,12 +56,13 @@ class ClipSlot:
     act: str
     layers: int | None = None
     has_open_clip: bool = False
+    pad: str | None = None
 
 
 CLIP_L = ClipSlot("clip_l", "CLIP text encoder", "text_encoder", CLIP_PREFIXES, "quick_gelu")
 CLIP_H = ClipSlot(
     "clip_h", "CLIP-H text encoder", "text_encoder", ("cond_stage_model.model.", "text_encoder."), "gelu", layers=23,
-    has_open_clip=True
+    has_open_clip=True, pad="!",
 )
 CLIP_G = ClipSlot(
     "clip_g", "CLIP-G text encoder", "text_encoder_2",
@@ -69,7 +70,7 @@ CLIP_G = ClipSlot(
         "conditioner.embedders.1.model.", "text_encoders.clip_g.transformer.", "text_encoders.clip_g.",
         "clip_g.transformer.", "clip_g.", "text_encoder_2.",
     ),
-    "gelu", has_open_clip=True,
+    "gelu", has_open_clip=True, pad="!",
 )  # fmt: skip
 
 

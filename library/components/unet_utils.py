@@ -13,6 +13,7 @@ from torch import Tensor
 
 from library.checkpoints.loading import (
     CheckpointFiles,
+    Source,
     Transform,
     assign_state,
     build_on_meta,
@@ -68,7 +69,7 @@ class UNetInfo:
         return self.params.adm_in_channels is not None
 
 
-def inspect_unet(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> UNetInfo:
+def inspect_unet(path: Source, config: Mapping[str, Any] | None = None) -> UNetInfo:
     """Recognise a U-Net from headers alone; `config` overrides hyper-parameters by the names of UNetParams.
 
     CheckpointError when the file is damaged, holds no such U-Net, or is an inpainting, editing or refiner model.
@@ -88,7 +89,7 @@ def inspect_unet(path: str | os.PathLike, config: Mapping[str, Any] | None = Non
     is_v2 = _is_v2(source, given, inferred)
     inferred |= _not_in_shapes(inferred, is_v2, given, source.path)
     params = build_params(UNetParams, inferred, given, source.path)
-    return UNetInfo(source, prefix, is_diffusers, params, is_v2, *_declared_schedule(Path(path), source))
+    return UNetInfo(source, prefix, is_diffusers, params, is_v2, *_declared_schedule(Path(source.path), source))
 
 
 def _refuse_variants(shapes: Mapping[str, Tensor], path: str) -> None:
@@ -176,7 +177,7 @@ def _declared_schedule(path: Path, source: CheckpointFiles) -> tuple[str | None,
         return kind, bool(declared.get("rescale_betas_zero_snr", False))
     is_v = "v" if "v_pred" in source.shapes else None
     is_zero = True if "ztsnr" in source.shapes else None
-    if is_v is None and source.files[0].endswith(".safetensors"):
+    if is_v is None and source.files and source.files[0].endswith(".safetensors"):
         is_v = {"v": "v", "epsilon": "epsilon"}.get(
             read_header(source.files[0])[1].get("modelspec.prediction_type", "")
         )

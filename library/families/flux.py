@@ -39,9 +39,10 @@ FAMILY = FamilyRecord(
             options=frozenset(
                 {
                     "fused_optimizer_groups", "blockwise_fused_optimizers", "mem_eff_save",
-                    "skip_latents_validity_check", "double_blocks_to_swap", "single_blocks_to_swap",
+                    "skip_latents_validity_check", "double_blocks_to_swap", "single_blocks_to_swap", "use_safetensors",
                 }
             ),
+            defaults={"save_model_as": None},
         ),
     },
     place=10,
@@ -134,6 +135,7 @@ FAMILY = FamilyRecord(
         title="FLUX.1 or Chroma",
         parts=("double_blocks_", "single_blocks_", "double_blocks.", "single_blocks.", "single_transformer_blocks"),
         priority=50,
+        released_widths=(3072,),
         aliases=("flux1",),
         base_versions=("flux",),
         modelspec=("flux-1",),

@@ -10,6 +10,7 @@ from library.families.record import (
     CacheNames,
     FamilyRecord,
     ModelKind,
+    OtherScript,
     SampleDefaults,
     Signature,
     TextKey,
@@ -25,6 +26,17 @@ FAMILY = FamilyRecord(
     title="HunyuanImage 2.1",
     prefix="hunyuan_image_",
     page="docs/hunyuan_image_train_network.md",
+    scripts={
+        "full": OtherScript(
+            name="hunyuan_image_train",
+            options=frozenset(
+                {
+                    "fused_optimizer_groups", "blockwise_fused_optimizers", "mem_eff_save",
+                    "skip_latents_validity_check", "double_blocks_to_swap", "single_blocks_to_swap",
+                }
+            ),
+        )
+    },
     place=80,
     family="library.training.wiring.hunyuan_image:HunyuanImageFamily",
     denoisers=("HYImageDiffusionTransformer",),

@@ -127,6 +127,9 @@ class AdapterFacts:
     shared_parts: tuple[str, ...] = ()
     """parts of keys that another family has too: they tell it with one of these `widths` as inputs of a layer"""
     widths: tuple[int, ...] = ()
+    released_widths: tuple[int, ...] = ()
+    """inputs of layers in released models: where `parts` tell the family, one of them leaves no doubt, and without one
+    a file may be for any family that calls its layers so (`shared_parts`)"""
     aliases: tuple[str, ...] = ()
     """further names that --family takes"""
     base_versions: tuple[str, ...] = ()
@@ -165,11 +168,19 @@ class OtherScript:
     name: str
     """without .py"""
     options: frozenset[str] = frozenset()
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """options whose default differs here: name -> default"""
+    text_switches: Mapping[int, str] = field(default_factory=dict)
+    """text encoders, by their place, that learn only with an option of their own"""
+    text_files: Mapping[int, str] = field(default_factory=dict)
+    """text encoders, by their place, that get a file beside the model's when they learned -> what its name has more"""
+    page_name: str = ""
+    """of its documentation, where it is the script of another family too"""
 
     @property
     def page(self) -> str:
         """Documentation with the table of its options."""
-        return f"docs/{self.name}.md"
+        return f"docs/{self.page_name or self.name}.md"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,17 +7,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from library.core.errors import Problems
-from library.core.options import option, option_fields
+from library.core.options import option
 from library.families.record import FamilyRecord
-from library.training.whole_models import OF_EVERY_SCRIPT, OLD, WholeModelOptions
+from library.training.trained_weights import OLD, TrainedWeightsOptions
 
 RANGES = ("standard", "legacy")
-OWN = ("controlnet_model_name_or_path", "control_net_lr")
-"""options of the group that every script of a ControlNet has"""
+_FUSED = "--fused_backward_pass does it here"
+_FILES = "files are safetensors unless --save_model_as says otherwise, and are written without a second copy in memory"
+_SWAP = "the blocks of this denoiser are not swapped"
+FOREIGN = {
+    "conditioning_range": "every program gives nets of this model pictures in one range, which is taken here too",
+    "fused_optimizer_groups": _FUSED, "blockwise_fused_optimizers": _FUSED, "use_safetensors": _FILES, "mem_eff_save": _FILES,
+    "skip_latents_validity_check": "--skip_cache_check is its name here", **dict.fromkeys(OLD, _SWAP),
+}  # fmt: skip
+"""options of the group that not every family's script has: name -> reason"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlNetOptions(WholeModelOptions):
+class ControlNetOptions(TrainedWeightsOptions):
     """Training of a ControlNet"""
 
     controlnet_model_name_or_path: str | None = option(
@@ -26,7 +33,7 @@ class ControlNetOptions(WholeModelOptions):
     control_net_lr: float | None = option(
         None,
         help="learning rate of the layers that the base model does not have (those over the picture, and the last ones);"
-        " 1e-4 for SDXL, else --learning_rate when not given; 0 = not trained",
+        " --learning_rate when not given; 0 = not trained",
     )
     conditioning_range: str = option(
         "standard", choices=RANGES,
@@ -53,9 +60,7 @@ def ignored_options(record: FamilyRecord, trainable: str) -> Mapping[str, str]:
 def foreign_options(record: FamilyRecord, trainable: str) -> Mapping[str, str]:
     """Options of the group that the family's script does not have: name -> reason."""
     script = record.scripts.get(trainable)
-    own = {*(script.options if script else ()), *OF_EVERY_SCRIPT, *OWN}
-    others = [name for name in option_fields(ControlNetOptions) if name not in own]
     return {
-        **dict.fromkeys(others, "what learns here is a ControlNet of this base model"),
+        **{name: reason for name, reason in FOREIGN.items() if script is None or name not in script.options},
         "skip_until_initial_step": "a run begins at --initial_step without loading what lies before it",
     }

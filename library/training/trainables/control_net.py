@@ -22,14 +22,12 @@ from library.safetensors_utils import cast_all, save_file_atomic
 from library.training.checkpoint import FOLDER_FORMATS
 from library.training.control_nets import ControlNetOptions
 from library.training.option_groups import ModelOptions, SavingOptions
-from library.training.trainables.base import Trainable
-from library.training.trainables.full import FullTrainable
+from library.training.trainables.weights import WeightsTrainable
 
 if TYPE_CHECKING:
     from library.dataset.batch import Batch
     from library.dataset.strategies import Conditioning
     from library.training.accelerator_setup import Runtime
-    from library.training.hooks.base import Hook
     from library.training.objective import NoisyLatents
     from library.training.protocols import ParamGroup, Plain
     from library.training.run import Models
@@ -41,12 +39,12 @@ PART = "control_net"
 """its name among the parts of the model"""
 
 
-class ControlNetTrainable(FullTrainable):
-    """All weights of a ControlNet, by the rules of whole models; the denoiser stays as it is."""
+class ControlNetTrainable(WeightsTrainable):
+    """All weights of a ControlNet; the denoiser stays as it is."""
 
     name, options, script = "control_net", ControlNetOptions, "train_control_net"
     spec_kind = "controlnet"
-    has_own_folder = True
+    writes_folders = has_own_folder = True
     sample_reads = frozenset({"controlnet_image"})
     opts: ControlNetOptions
     rate_options = "--learning_rate, --control_net_lr and --layer_lrs"
@@ -56,7 +54,11 @@ class ControlNetTrainable(FullTrainable):
     def check(self, family: ModelFamily) -> None:
         """Rates and ways to update, as for whole models; the file to go on with."""
         nets, problems = control_nets_of(family.name), Problems()
-        problems.attempt(lambda: super(ControlNetTrainable, self).check(family))
+        for message in self.update_problems():
+            problems.add(message)
+        rates = problems.attempt(lambda: self._rates(family))
+        if rates is not None:
+            problems.attempt(lambda: self.check_used_rates([rate for _, rate in rates]))
         if self.opts.controlnet_model_name_or_path:
             problems.attempt(lambda: self._check_file(family, nets))
         problems.raise_if_any()
@@ -75,19 +77,11 @@ class ControlNetTrainable(FullTrainable):
         except CheckpointError as error:
             raise ConfigError(f"--controlnet_model_name_or_path: {error}") from error
 
-    def _denoiser_rates(self, family: ModelFamily) -> Rates:
+    def _rates(self, family: ModelFamily) -> Rates:
         """Those that the user wrote, before that of the layers that the base does not have."""
-        new = control_nets_of(family.name)
-        rate = new.new_rate if self.opts.control_net_lr is None else self.opts.control_net_lr
-        own = [] if rate is None else [(re.compile(rf"^(?:{'|'.join(map(re.escape, new.new_layers))})"), rate)]
+        rate, new = self.opts.control_net_lr, "|".join(map(re.escape, control_nets_of(family.name).new_layers))
+        own = [] if rate is None else [(re.compile(f"^(?:{new})"), rate)]
         return [*parse_rates(self.opts.layer_lrs, "layer_lrs"), *own]
-
-    def _text_rates(self, family: ModelFamily) -> list[float]:
-        return []
-
-    def _memory_problems(self, family: ModelFamily) -> Iterator[str]:
-        """Blocks of the denoiser may wait: they do not learn."""
-        return iter(())
 
     def sample_prompt(self, prompt: SamplePrompt) -> SamplePrompt:
         if prompt.controlnet_image:
@@ -96,11 +90,9 @@ class ControlNetTrainable(FullTrainable):
 
     # -- the models --------------------------------------------------------------------------------------------------
 
-    denoiser_dtype = Trainable.denoiser_dtype
-
     def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None:
-        self.family, self.models, self.nets = family, models, control_nets_of(family.name)
-        self._rounds = runtime.trained_dtype == torch.bfloat16
+        super().attach(family, models, runtime)
+        self.nets = control_nets_of(family.name)
         base, mmap = family.base_info(), self.config[ModelOptions].disable_mmap_load_safetensors
         path, place = self.opts.controlnet_model_name_or_path, (runtime.trained_dtype, runtime.device)
         if path:
@@ -113,7 +105,7 @@ class ControlNetTrainable(FullTrainable):
 
     def param_groups(self) -> list[ParamGroup]:
         """Parameters of rate 0 are frozen: they would collect gradients that nobody uses."""
-        return rate_groups(self.net.named_parameters(), self._rate, self._denoiser_rates(self.family), name=PART)
+        return rate_groups(self.net.named_parameters(), self.rate, self._rates(self.family), name=PART)
 
     def modules(self) -> dict[str, torch.nn.Module]:
         return {PART: self.net}
@@ -142,9 +134,6 @@ class ControlNetTrainable(FullTrainable):
             return
         image = open_picture(prompt.controlnet_image, (prompt.width, prompt.height))
         yield {"control": Control((GuidedBy(self.net, picture_tensor(image, self.picture_range)),))}
-
-    def hooks(self) -> list[Hook]:
-        return []
 
     def description(self) -> str:
         start = self.opts.controlnet_model_name_or_path or "the base model"

@@ -329,6 +329,15 @@ class ModelFamily(ABC):
         """`save_model` as a folder in the layout of diffusers. `pickled`: with .bin files."""
         raise UnsupportedCombination(f"{self.name} models are not written as folders in the layout of diffusers")
 
+    def side_files(self, parts: Collection[str]) -> Mapping[str, str]:
+        """Of these parts, those that get a file of their own beside that of `save_model` when they have learned -> what
+        stands behind the name of the model there."""
+        return {}
+
+    def save_side_file(self, models: Models, part: str, path: str, dtype: torch.dtype | None) -> None:
+        """Write one of `side_files`."""
+        raise UnsupportedCombination(f"{part} of {self.name} models has no file of its own")
+
     def check_parts(self, parts: Collection[str], known: Collection[str] = DENOISER) -> None:
         """For `save_model`: UnsupportedCombination for parts that are not `known`."""
         others = sorted({part for part in parts if part not in known and part.partition(".")[0] not in known})

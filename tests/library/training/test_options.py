@@ -27,6 +27,10 @@ OWN_OPTIONS = {
     "sdxl_network": {"clip_tokenizer"},
     "sd_dreambooth": {"clip_tokenizer", "layer_lrs", "bf16_update"},
     "flux_full": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs", "bf16_update"},
+    "chroma_full": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs", "bf16_update"},
+    "sd3_full": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer", "layer_lrs", "bf16_update"},
+    "lumina_full": {"gemma2_tokenizer", "layer_lrs", "bf16_update"},
+    "hunyuan_image_full": {"text_encoder_tokenizer", "layer_lrs", "bf16_update"},
     "anima_full": {"qwen3_tokenizer", "layer_lrs", "bf16_update"},
     "sd_full": {"clip_tokenizer", "layer_lrs", "bf16_update"},
     "sdxl_full": {"clip_tokenizer", "layer_lrs", "bf16_update"},
@@ -36,8 +40,12 @@ OWN_OPTIONS = {
     "sd3_network": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer"},
     "sd_textual_inversion": {"clip_tokenizer"},
     "sdxl_textual_inversion": {"clip_tokenizer"},
+    "sdxl_lllite": {"clip_tokenizer"},
     "flux_textual_inversion": {"clip_l_tokenizer", "t5xxl_tokenizer"},
     "sd3_textual_inversion": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer"},
+    "sd_control_net": {"clip_tokenizer", "layer_lrs", "bf16_update", "conditioning_range"},
+    "sdxl_control_net": {"clip_tokenizer", "layer_lrs", "bf16_update", "conditioning_range"},
+    "flux_control_net": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs", "bf16_update", "conditioning_range"},
 }
 OWN_OF_ALL = {
     "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_image_resolution", "skip_bad_images",
@@ -50,7 +58,9 @@ OTHER_DEFAULTS = {
     "flux_network": {"model_prediction_type": "raw"},
     "flux_full": {"model_prediction_type": "raw"},
     "flux_textual_inversion": {"model_prediction_type": "raw"},
+    "flux_control_net": {"model_prediction_type": "raw"},
     "chroma_network": {"model_prediction_type": "raw", "model_type": "chroma", "guidance_scale": 0.0},
+    "chroma_full": {"model_prediction_type": "raw", "model_type": "chroma", "guidance_scale": 0.0},
 }
 """defaults that differ on purpose (a documented fault of the old one, which the run tells at start; what chooses a variant, and what
 means nothing there)"""
