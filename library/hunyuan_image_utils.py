@@ -48,7 +48,7 @@ from library.fp8_optimization_utils import (
     use_scales,
 )
 from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
-from library.hunyuan_image_vae import LATENT_SCALING_FACTOR, SAMPLE_SIZE, HunyuanVAE2D
+from library.hunyuan_image_vae import LATENT_SCALING_FACTOR, SAMPLE_SIZE, TILES, HunyuanVAE2D
 from library.safetensors_utils import cast_all, save_file_atomic
 
 logger = logging.getLogger(__name__)
@@ -305,11 +305,13 @@ def load_vae(
     config: Mapping[str, Any] | None = None,
     *,
     chunk_size: int | None = None,
+    tiling: bool = False,
 ) -> HunyuanVAE2D:
-    """Load the autoencoder; `chunk_size`: rows that its convolutions compute at once. CheckpointError when the file
-    does not fit."""
+    """Load the autoencoder; `chunk_size`: rows that its convolutions compute at once; `tiling`: larger pictures are
+    computed in tiles. CheckpointError when the file does not fit."""
     vae = load_autoencoder(inspect_vae(vae_path, config), dtype, device, disable_mmap, model_class=HunyuanVAE2D)
     vae.set_chunk_rows(chunk_size)
+    vae.tiles = TILES if tiling else None
     return vae
 
 

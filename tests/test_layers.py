@@ -49,7 +49,8 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/utils.py", 1), ("library/device_utils.py", 1), ("library/attention.py", 1),
     ("library/custom_offloading_utils.py", 1),
     ("library/*_models.py", 1), ("library/*_vae.py", 1),
-    ("library/components/*_models.py", 1), ("library/checkpoints/number_formats.py", 1),
+    ("library/components/*_models.py", 1), ("library/components/tiling.py", 1),
+    ("library/checkpoints/number_formats.py", 1),
     ("library/generation/image_grid.py", 1), ("library/generation/prompt_weighting.py", 1),
     # 4 by name, before the wider pattern of row 2
     ("library/*_train_utils.py", 4), ("library/lora_utils.py", 4),
