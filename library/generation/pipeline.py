@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 import torch
@@ -17,6 +18,7 @@ from library.families.latents import Bucket, LatentSpec
 from library.families.registry import record_of
 from library.generation.requests import SAMPLE_NAMES, VIDEO_SAMPLE_NAMES, PictureRequest, Request, request_of
 from library.generation.sampling_utils import Conditioning, decode_to_frames
+from library.generation.words import PromptWords
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -112,6 +114,12 @@ class PictureMaker(Generic[Request]):
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext
     """what the denoiser's forwards run inside"""
 
+    @cached_property
+    def words(self) -> PromptWords:
+        """Words of embedding files."""
+        keys = record_of(self.pipeline.family).embedding_keys
+        return PromptWords(self.strategies.tokenize.tokenizers, self.text_encoders, keys)
+
     @torch.no_grad()
     def generate(self, request: Request) -> Tensor:
         """Latents of one picture; `request` is complete."""
@@ -127,7 +135,7 @@ class PictureMaker(Generic[Request]):
         return self.pipeline.decode(latents)
 
     def _encoded(self, texts: Sequence[str], tokenize: Callable[[str], list[Tensor]]) -> Conditioning:
-        tokens = [tokenize(text) for text in texts]
+        tokens = [tokenize(self.words.text(text)) for text in texts]
         # where each tokenizer has a text of its own, each one's tokens are those of its text
         own = tokens[0] if len(tokens) == 1 else [made[place] for place, made in enumerate(tokens)]
         return self.strategies.encode(self.text_encoders, own)

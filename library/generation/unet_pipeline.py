@@ -18,6 +18,7 @@ from library.generation.unet_sampling import SamplingRun, guided_predictor
 from library.training.inference_samplers.discrete import Predict
 
 if TYPE_CHECKING:
+    from library.checkpoints.embeddings import Widths
     from library.components.control_models import Control
     from library.components.ldm_utils import AutoEncoderInfo
     from library.components.unet_utils import UNetInfo
@@ -84,6 +85,16 @@ class UNetPipeline(PicturePipeline[Request]):
     @abstractmethod
     def text_problems(options: GenerationModelOptions) -> list[str]:
         """What is wrong with text encoders and tokenizers."""
+
+    @staticmethod
+    @abstractmethod
+    def embedding_widths(options: GenerationModelOptions) -> Widths:
+        """Widths of the vectors that text encoders take, from headers. CheckpointError."""
+
+    @staticmethod
+    def text_layers(options: GenerationModelOptions) -> list[str]:
+        """The layers for each of which a word can have vectors of its own; none where it cannot."""
+        return []
 
     @staticmethod
     @abstractmethod

@@ -93,18 +93,19 @@ for _name, _class in (("full", "FullTrainable"), ("dreambooth", "DreamBooth")):
         stands_for={"use_t5xxl_cache_only": {"cache_text_encoder_outputs": True}},
     )
 
-TRAINABLES.add(
-    "textual_inversion",
-    "library.training.trainables.textual_inversion:TextualInversion",
-    options="library.training.new_words:TextualInversionOptions",
-    foreign="library.training.new_words:foreign_options",
-    defaults={"save_model_as": "pt"},
-    refused={
-        "cache_text_encoder_outputs": NEW_WORDS_LEARN,
-        "cache_text_encoder_outputs_to_disk": NEW_WORDS_LEARN,
-        "fused_backward_pass": "a few vectors learn, whose gradients take no memory that it could save",
-    },
-)
+for _name, _class in (("textual_inversion", "TextualInversion"), ("textual_inversion_xti", "LayeredTextualInversion")):
+    TRAINABLES.add(
+        _name,
+        f"library.training.trainables.textual_inversion:{_class}",
+        options="library.training.new_words:TextualInversionOptions",
+        foreign="library.training.new_words:foreign_options",
+        defaults={"save_model_as": "pt"},
+        refused={
+            "cache_text_encoder_outputs": NEW_WORDS_LEARN,
+            "cache_text_encoder_outputs_to_disk": NEW_WORDS_LEARN,
+            "fused_backward_pass": "a few vectors learn, whose gradients take no memory that it could save",
+        },
+    )
 
 TRAINABLES.add(
     "lllite",

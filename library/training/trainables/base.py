@@ -75,6 +75,10 @@ class Trainable(ABC):
     def prepare_tokenizers(self, family: ModelFamily, strategies: StrategySet) -> None:
         """Before captions are encoded and text encoders loaded: new tokens join the tokenizers here."""
 
+    def text_strategies(self, strategies: StrategySet) -> StrategySet:
+        """How texts of the run are encoded, once the tokenizers know their tokens."""
+        return strategies
+
     def updater(self) -> Updater:
         """How gradients become changed weights."""
         from library.training.updaters.ordinary import OrdinaryUpdater

@@ -137,10 +137,10 @@ class FullTrainable(Trainable):
         return found
 
     def _memory_problems(self, family: ModelFamily) -> Iterator[str]:
-        if family.swaps_blocks:
+        if family.swaps_blocks and not self._is_fused:
             yield (
-                "--blocks_to_swap moves weights that are not trained; leave it out"
-                " (--fused_backward_pass and --gradient_checkpointing save memory)"
+                "--blocks_to_swap sends weights away before an update at the end of the step could reach them; add"
+                " --fused_backward_pass, which updates them while they are there, or leave it out"
             )
 
     @property

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TEXT_RATES = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2", "learning_rate_te3")
 """learning rates of text encoders: of the only one, or of each"""
-_SWAP = "an old option that no script reads any more; blocks that learn are not swapped"
+_SWAP = "an old option that no script reads any more; see --blocks_to_swap"
 _EIGHT_BITS = "trained weights are not held in 8 bits, in which nothing can be learned; --full_bf16 halves them"
 OLD = ("double_blocks_to_swap", "single_blocks_to_swap")
 OF_ADAPTERS = {"skip_until_initial_step": "a run that resumes goes on at its step and reads no image before it"}
@@ -154,6 +154,6 @@ def foreign_options(record: FamilyRecord, trainable: str) -> Mapping[str, str]:
     script = record.scripts.get(trainable)
     own = {*(script.options if script else ()), *OF_EVERY_SCRIPT}
     others = [name for name in option_fields(WholeModelOptions) if name not in own]
-    named = " and ".join(f"--{name}" for name in option_fields(WholeModelOptions) if name in own)
+    named = ", ".join(f"--{name}" for name in option_fields(WholeModelOptions) if name in own)
     where = script.name if script else f"training of whole {record.title} models"
-    return {**dict.fromkeys(others, f"{where} has {named} in its place"), **OF_ADAPTERS}
+    return {**dict.fromkeys(others, f"an option of other scripts for whole models; {where} has {named}"), **OF_ADAPTERS}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from library.checkpoints.embeddings import Widths
     from library.checkpoints.loading import Transform
     from library.core.keyed_random import StepDraws
     from library.dataset.batch import Batch
@@ -341,8 +342,14 @@ class ModelFamily(ABC):
     def new_control_net(self, models: Models) -> torch.nn.Module:
         raise UnsupportedCombination(f"{self.name} has no ControlNet training")
 
-    def embedding_tables(self, models: Models) -> list[torch.nn.Embedding]:
-        raise UnsupportedCombination(f"{self.name} has no textual inversion")
+    def embedding_widths(self) -> Widths:
+        """Widths of the vectors that its text encoders take, from headers, for the `embedding_keys` of its record."""
+        raise UnsupportedCombination(f"{self.name} has no textual inversion: no words can be added to its text")
+
+    def text_layers(self) -> Sequence[str]:
+        """The layers for each of which a word can have vectors of its own, in the order in which they run, from headers;
+        none where it cannot."""
+        return ()
 
 
 class FlowFamily(ModelFamily):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from library.checkpoints.embeddings import Widths
     from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
     from library.dataset.strategies import Conditioning, StrategySet
@@ -300,6 +301,11 @@ class FluxFamily(FlowFamily):
         from library.flux_utils import load_ae
 
         return load_ae(self.opts.ae, runtime.vae_dtype, runtime.device, self._disable_mmap)
+
+    def embedding_widths(self) -> Widths:
+        from library.flux_utils import embedding_widths
+
+        return embedding_widths(self.opts.clip_l, self.opts.t5xxl)
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         """Those of `text_slots`. With 8-bit storage they are read in the compute type first, because only their linear
