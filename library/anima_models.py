@@ -92,6 +92,11 @@ class AnimaParams:
         return self.patch_temporal * self.patch_spatial**2
 
     @property
+    def most_patches(self) -> int:
+        """Along a side of a picture."""
+        return min(self.max_img_h, self.max_img_w) // self.patch_spatial
+
+    @property
     def axes_dim(self) -> tuple[int, int, int]:
         """Widths of the rotary axes (t, h, w): 44, 42, 42 of 128."""
         spatial = self.head_dim // 6 * 2

@@ -18,6 +18,7 @@ from library.checkpoints.loading import (
     assign_state,
     build_on_meta,
     build_params,
+    check_marks,
     check_state,
     config_metadata,
     count_blocks,
@@ -74,11 +75,8 @@ def inspect_anima(path: str | os.PathLike, config: Mapping[str, Any] | None = No
     source = open_checkpoint(path, "transformer")
     prefix = find_prefix(source.shapes, DENOISER_PREFIXES, DENOISER_ROOTS, source.path, "denoiser")
     shapes = strip_prefix(source.shapes, prefix)
-    if "blocks.0.adaln_modulation_self_attn.1.weight" not in shapes or "x_embedder.proj.1.weight" not in shapes:
-        some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{source.path} holds no Anima denoiser (blocks.*.adaln_modulation_* is not there; it begins with {some})"
-        )
+    marks = ("blocks.0.adaln_modulation_self_attn.1.weight", "x_embedder.proj.1.weight")
+    check_marks(shapes, marks, source.path, "Anima denoiser")
     given = {**source.model_config, **(config or {})}
     params = build_params(AnimaParams, *_inferred_and_given(shapes, given, source.path), source.path)
     dtypes = frozenset(tensor.dtype for key, tensor in shapes.items() if key.endswith(".weight"))
@@ -200,10 +198,7 @@ def inspect_llm_adapter(path: str | os.PathLike) -> tuple[CheckpointFiles, str, 
         (key for key in source.shapes if key.endswith("out_proj.weight") and ".blocks." not in f".{key}"), None
     )
     if marker is None:
-        some = ", ".join(list(source.shapes)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{source.path} holds no LLM adapter (llm_adapter.out_proj is not there; it begins with {some})"
-        )
+        check_marks(source.shapes, (f"{ADAPTER}out_proj.weight",), source.path, "LLM adapter")
     prefix = marker.removesuffix("out_proj.weight")
     shapes = {ADAPTER + key: tensor for key, tensor in strip_prefix(source.shapes, prefix).items()}
     try:

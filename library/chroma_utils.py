@@ -11,7 +11,7 @@ from torch import Tensor
 
 from library.checkpoints.flux_convert import APPROXIMATOR, rows_of, rules_of
 from library.checkpoints.layout_rules import DenoiserLayouts
-from library.checkpoints.loading import Transform, count_blocks
+from library.checkpoints.loading import Transform, count_blocks, size_of
 from library.chroma_models import Chroma, ChromaParams
 from library.core.errors import CheckpointError
 from library.flux_utils import (
@@ -22,7 +22,6 @@ from library.flux_utils import (
     load_stream_model,
     refuse_unknown_streams,
     save_stream_model,
-    size_of,
 )
 
 FEED_FORWARD, THETA = 4, 10000

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,9 @@ from library.attention import (
 from library.components.ldm_models import AutoEncoder, AutoEncoderParams  # noqa: F401, names that are imported from here
 from library.custom_offloading_utils import StreamStackMixin, split_blocks_to_swap  # noqa: F401, imported from here too
 from library.custom_offloading_utils import stream_swap_problem as block_swap_problem  # noqa: F401
+
+if TYPE_CHECKING:
+    from library.components.control_models import Control
 
 Rope = tuple[Tensor, Tensor]
 
@@ -276,20 +279,21 @@ class StreamTransformer(StreamStackMixin, nn.Module):
 
     def run_streams(
         self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, vectors: BlockVectors,
-        txt_mask: Tensor | None, feature_layer: int | None = None,
+        txt_mask: Tensor | None, feature_layer: int | None = None, residuals: Sequence[Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """From packed latents [B, L, 4C] and text [B, T, context] to the velocity [B, L, 4C]; with `feature_layer` also
         the image tokens [B, L, hidden] after that block, counted from 0 over the double, then the single blocks.
-        `txt_mask` [B, T]: 1 = attend."""
-        rope = self._rope(torch.cat((txt_ids.cpu(), img_ids.cpu()), dim=1), img.device)  # [B or 1, T + L, D/2] each
+        `txt_mask` [B, T]: 1 = attend; `residuals`: what is added to the image tokens after each double block."""
+        rope = self.rope_of(txt_ids, img_ids, img.device)  # [B or 1, T + L, D/2] each
         img = self.img_in(img.to(self.dtype))  # [B, L, hidden]
         txt = self.txt_in(txt.to(self.dtype))  # [B, T, hidden]
-        key_mask = _joined_key_mask(txt_mask, img.shape[1])
+        key_mask = joined_key_mask(txt_mask, img.shape[1])
         features: list[Tensor] = []
 
         double, single = self.offloaders
         for index, (block, pair) in enumerate(zip(self.double_blocks, vectors.double)):
             img, txt = self.run_block(block, index, double, (img, txt), (*pair, rope, key_mask))
+            img = img if residuals is None else img + residuals[index].to(img.dtype)
             features += [img] if index == feature_layer else []
         joined = torch.cat((txt, img), dim=1)  # [B, T + L, hidden]
         for index, (block, vec) in enumerate(zip(self.single_blocks, vectors.single)):
@@ -298,16 +302,17 @@ class StreamTransformer(StreamStackMixin, nn.Module):
         velocity = self.final_layer(joined[:, txt.shape[1] :], vectors.last)
         return velocity if feature_layer is None else (velocity, features[0])
 
-    def _rope(self, positions: Tensor, device: torch.device) -> tuple[Tensor, ...]:
-        """Cosines and sines for positions [B, T + L, 3], computed once for each bucket."""
+    def rope_of(self, txt_ids: Tensor, img_ids: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+        """Cosines and sines for positions [B, T, 3] and [B, L, 3], computed once for each bucket."""
+        positions = torch.cat((txt_ids.cpu(), img_ids.cpu()), dim=1)  # [B or 1, T + L, 3]
         key = (tuple(positions.shape), positions.numpy().tobytes())
         return self.rope_tables.get(
             key, device, lambda: rope_cos_sin(positions, self.params.axes_dim, self.params.theta)
         )
 
 
-class Flux(StreamTransformer):
-    """The rectified-flow transformer of FLUX.1 dev (with `guidance_in`) and schnell."""
+class FluxInputs(StreamTransformer):
+    """What comes before the blocks, and the double blocks: of the denoiser and of its ControlNets."""
 
     params: FluxParams
 
@@ -320,6 +325,27 @@ class Flux(StreamTransformer):
         self.guidance_in = MLPEmbedder(params.time_embed_dim, hidden) if params.guidance_embed else nn.Identity()
         self.txt_in = nn.Linear(params.context_in_dim, hidden)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(params) for _ in range(params.depth))
+
+    def conditioning_vector(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
+        """Times, pooled text and guidance as one vector [B, hidden], or [B, L, hidden] for a time per token."""
+        width = self.params.time_embed_dim
+        vec = self.time_in(timestep_embedding(timesteps, width).to(self.dtype))
+        alike = (
+            (lambda other: other[:, None]) if timesteps.ndim == 2 else (lambda other: other)
+        )  # what all tokens share
+        if self.params.guidance_embed:
+            if guidance is None:
+                raise ValueError("guidance is None; a guidance-distilled model (FLUX.1 dev) needs one scale per sample")
+            vec = vec + alike(self.guidance_in(timestep_embedding(guidance, width).to(self.dtype)))
+        return vec + alike(self.vector_in(y.to(self.dtype)))
+
+
+class Flux(FluxInputs):
+    """The rectified-flow transformer of FLUX.1 dev (with `guidance_in`) and schnell."""
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__(params)
+        hidden = params.hidden_size
         self.single_blocks = nn.ModuleList(SingleStreamBlock(params) for _ in range(params.depth_single_blocks))
         self.final_layer = LastLayer(hidden, params.in_channels)
 
@@ -334,6 +360,7 @@ class Flux(StreamTransformer):
         guidance: Tensor | None = None,
         txt_attention_mask: Tensor | None = None,
         feature_layer: int | None = None,
+        control: Control | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity (noise - data) of packed latents.
 
@@ -344,27 +371,19 @@ class Flux(StreamTransformer):
         the single blocks. ValueError when a guidance-distilled model gets no guidance.
         """
         self.prepare_block_swap_before_forward()
-        vec = self._conditioning_vector(timesteps, y, guidance)  # [B, hidden] or [B, L, hidden]
+        vec = self.conditioning_vector(timesteps, y, guidance)  # [B, hidden] or [B, L, hidden]
         joined = of_joined_tokens(vec, txt.shape[1])
         vectors = BlockVectors(
             [(vec, of_text(vec))] * self.params.depth, [joined] * self.params.depth_single_blocks, vec
         )
-        return self.run_streams(img, img_ids, txt, txt_ids, vectors, txt_attention_mask, feature_layer)
-
-    def _conditioning_vector(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
-        width = self.params.time_embed_dim
-        vec = self.time_in(timestep_embedding(timesteps, width).to(self.dtype))
-        alike = (
-            (lambda other: other[:, None]) if timesteps.ndim == 2 else (lambda other: other)
-        )  # what all tokens share
-        if self.params.guidance_embed:
-            if guidance is None:
-                raise ValueError("guidance is None; a guidance-distilled model (FLUX.1 dev) needs one scale per sample")
-            vec = vec + alike(self.guidance_in(timestep_embedding(guidance, width).to(self.dtype)))
-        return vec + alike(self.vector_in(y.to(self.dtype)))
+        residuals = None
+        if control is not None:
+            given = (img, img_ids, txt, txt_ids, timesteps, y, guidance, txt_attention_mask)
+            residuals = control.residuals(self.params.depth, *given)
+        return self.run_streams(img, img_ids, txt, txt_ids, vectors, txt_attention_mask, feature_layer, residuals)
 
 
-def _joined_key_mask(txt_attention_mask: Tensor | None, num_img_tokens: int) -> Tensor | None:
+def joined_key_mask(txt_attention_mask: Tensor | None, num_img_tokens: int) -> Tensor | None:
     """Text mask followed by ones for the image tokens, [B, T + L]; None stays None."""
     if txt_attention_mask is None:
         return None

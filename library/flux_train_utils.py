@@ -28,11 +28,8 @@ if TYPE_CHECKING:
     from library.flux_models import Flux, StreamTransformer
 
 __getattr__, __dir__ = lazy_names(__name__, {
-    **homes(
-        "library.compat.flux_names", "add_flux_train_arguments", "apply_model_prediction_type",
-        "get_noisy_model_input_and_timesteps",
-        "get_sigmas",
-    ),
+    **homes("library.compat.flux_names", "add_flux_train_arguments"),
+    **homes("library.compat.flows", "apply_model_prediction_type", "get_noisy_model_input_and_timesteps", "get_sigmas"),
     "sample_images": "library.compat.samples:sample_images_flux",
 })
 

@@ -24,12 +24,14 @@ from library.checkpoints.loading import (
     assign_state,
     build_on_meta,
     build_params,
+    check_marks,
     check_state,
     config_metadata,
     count_blocks,
     find_prefix,
     open_checkpoint,
     part_of,
+    size_of,
     strip_prefix,
 )
 from library.components.ldm_utils import AE_PREFIXES, AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
@@ -147,26 +149,15 @@ def _refuse_other_models(shapes: Mapping[str, Tensor], path: str) -> None:
 
 def refuse_unknown_streams(shapes: Mapping[str, Tensor], path: str, title: str) -> None:
     """CheckpointError for a file without the blocks of a denoiser of these kinds."""
-    needed = ("double_blocks.0.img_attn.norm.query_norm.scale", "img_in.weight")
-    lacking = [name for name in needed if name not in shapes]
-    if lacking:
-        some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{path} holds no {title} denoiser ({' and '.join(lacking)} not there; it begins with {some})"
-        )
+    check_marks(
+        shapes, ("double_blocks.0.img_attn.norm.query_norm.scale", "img_in.weight"), path, f"{title} denoiser"
+    )
 
 
 def _diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Names of a diffusers config.json that the hyper-parameters have under other ones."""
     names = {"axes_dims_rope": "axes_dim", "num_attention_heads": "num_heads"}
     return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
-
-
-def size_of(shapes: Mapping[str, Tensor], key: str, dim: int, path: str, title: str) -> int:
-    """One size of a tensor; CheckpointError when it is not there."""
-    if key not in shapes or shapes[key].ndim <= dim:
-        raise CheckpointError(f"{path} does not fit {title}: {key} is missing or has too few dimensions")
-    return shapes[key].shape[dim]
 
 
 def infer_streams(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str, title: str) -> dict[str, Any]:

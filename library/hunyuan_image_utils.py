@@ -12,22 +12,31 @@ import torch
 from torch import Tensor
 
 from library.checkpoints import hunyuan_image_convert
-from library.checkpoints.layout_rules import DenoiserLayouts, to_original
+from library.checkpoints.layout_rules import DenoiserLayouts, Rule, to_original
 from library.checkpoints.loading import (
     CheckpointFiles,
     Transform,
     assign_state,
     build_on_meta,
     build_params,
+    check_marks,
     check_state,
     config_metadata,
     count_blocks,
     find_prefix,
     open_checkpoint,
     part_of,
+    size_of,
     strip_prefix,
 )
-from library.components.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
+from library.components.ldm_models import AutoEncoderParams
+from library.components.ldm_utils import (
+    AutoEncoderInfo,
+    DiffusersNames,
+    Wanted,
+    inspect_autoencoder,
+    load_autoencoder,
+)
 from library.components.llm_encoder_utils import inspect_qwen25_vl, load_qwen25_vl
 from library.components.text_encoder_utils import inspect_t5xxl, load_t5xxl
 from library.core.errors import CheckpointError
@@ -39,7 +48,7 @@ from library.fp8_optimization_utils import (
     use_scales,
 )
 from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
-from library.hunyuan_image_vae import LATENT_SCALING_FACTOR, HunyuanVAE2D
+from library.hunyuan_image_vae import LATENT_SCALING_FACTOR, SAMPLE_SIZE, TILES, HunyuanVAE2D
 from library.safetensors_utils import cast_all, save_file_atomic
 
 logger = logging.getLogger(__name__)
@@ -47,6 +56,9 @@ logger = logging.getLogger(__name__)
 VAE_WANTED = Wanted(
     "HunyuanImage 2.1", "hunyuan_image_2.1_vae_fp16.safetensors", quant_conv=False,
     scaling={"scaling_factor": LATENT_SCALING_FACTOR, "shift_factor": 0.0},
+    names=DiffusersNames(
+        hunyuan_image_convert.is_diffusers_autoencoder, hunyuan_image_convert.autoencoder_to_original
+    ),
 )  # fmt: skip
 DENOISER_PREFIXES = (
     "model.diffusion_model.",
@@ -65,11 +77,13 @@ DENOISER_ROOTS = (
 
 @dataclass(frozen=True)
 class HYImageInfo:
-    """What the headers of a denoiser checkpoint tell. `dtypes`: types of the stored weights."""
+    """What the headers of a denoiser checkpoint tell. `rules`: by which its names become the original ones, none where
+    they are; `dtypes`: types of the stored weights."""
 
     source: CheckpointFiles
     prefix: str
     is_diffusers: bool
+    rules: tuple[Rule, ...]
     params: HYImageParams
     dtypes: frozenset[torch.dtype]
 
@@ -89,18 +103,15 @@ def inspect_hunyuan_image(path: str | os.PathLike, config: Mapping[str, Any] | N
     source = open_checkpoint(path, "transformer")
     prefix = find_prefix(source.shapes, DENOISER_PREFIXES, DENOISER_ROOTS, source.path, "denoiser")
     stripped = strip_prefix(source.shapes, prefix)
-    is_diffusers = hunyuan_image_convert.is_diffusers_denoiser(stripped)
-    shapes = hunyuan_image_convert.to_original(stripped) if is_diffusers else stripped
-    if "byt5_in.fc1.weight" not in shapes or "double_blocks.0.img_attn_qkv.weight" not in shapes:
-        some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{source.path} holds no HunyuanImage 2.1 denoiser"
-            f" (byt5_in.* and double_blocks.*.img_attn_qkv are not there; it begins with {some})"
-        )
+    rules = hunyuan_image_convert.rules_of_names(stripped)
+    shapes = to_original(stripped, rules)
+    marks = ("byt5_in.fc1.weight", "double_blocks.0.img_attn_qkv.weight")
+    check_marks(shapes, marks, source.path, "HunyuanImage 2.1 denoiser")
     given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
     params = build_params(HYImageParams, _infer(shapes, given, source.path), given, source.path)
     dtypes = frozenset(tensor.dtype for key, tensor in shapes.items() if key.endswith(".weight"))
-    return HYImageInfo(source, prefix, is_diffusers, params, dtypes)
+    is_diffusers = hunyuan_image_convert.is_diffusers_denoiser(stripped)
+    return HYImageInfo(source, prefix, is_diffusers, tuple(rules), params, dtypes)
 
 
 def _diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,11 +124,7 @@ def _infer(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) ->
     """Hyper-parameters from shapes; head size h gives the rotary axes (h/2, h/2)."""
 
     def size(key: str, dim: int) -> int:
-        if key not in shapes or shapes[key].ndim <= dim:
-            raise CheckpointError(
-                f"{path} does not fit HYImageDiffusionTransformer: {key} is missing or has too few dimensions"
-            )
-        return shapes[key].shape[dim]
+        return size_of(shapes, key, dim, path, "HYImageDiffusionTransformer")
 
     hidden, head_dim = size("img_in.proj.weight", 0), size("double_blocks.0.img_attn_q_norm.weight", 0)
     inferred: dict[str, Any] = {
@@ -150,7 +157,7 @@ def load_hunyuan_image(
     fp8_scaled: bool = False,
     transform: Transform | None = None,
 ) -> HYImageDiffusionTransformer:
-    """Load a denoiser in either layout; its sizes come from the file.
+    """Load a denoiser in any layout; its sizes come from the file.
 
     `fp8_scaled` keeps the large matrices of the blocks in 8 bits, each row with a scale of its own; `dtype`
     float8_e4m3fn the weights of all linear layers, without scales, and the rest in bfloat16; None keeps the file's own
@@ -163,8 +170,7 @@ def load_hunyuan_image(
         " (distilled)" if params.guidance_embed or params.mean_flow else "", path, params.depth, params.depth_single,
     )  # fmt: skip
     store = info.source.storing(torch.bfloat16 if fp8_scaled and dtype == FP8_STORAGE else dtype, info.keys)
-    rules = list(hunyuan_image_convert.denoiser_rules(strip_prefix(info.source.shapes, info.prefix)))
-    rule_of = {part: rule for rule in rules for part in rule.parts} if info.is_diffusers else {}
+    rule_of = {part: rule for rule in info.rules for part in rule.parts}
     scales: dict[str, Tensor] = {}
 
     def cast(key: str, tensor: Tensor) -> Tensor:
@@ -176,8 +182,7 @@ def load_hunyuan_image(
         return store(key, tensor)
 
     state = strip_prefix(info.source.tensors(device, disable_mmap, info.keys, transform, cast), info.prefix)
-    if info.is_diffusers:
-        state, scales = to_original(state, rules), to_original(scales, rules)
+    state, scales = to_original(state, info.rules), to_original(scales, info.rules)
     model = build_on_meta(lambda: HYImageDiffusionTransformer(params))
     check_state(model, state, os.fspath(path))
     assign_state(model, state)
@@ -213,9 +218,7 @@ def takes_scale(path: str) -> bool:
 
 def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The denoiser's entries of a checkpoint's state under the names of the module tree."""
-    part = part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS)
-    is_diffusers = hunyuan_image_convert.is_diffusers_denoiser(part)
-    return hunyuan_image_convert.to_original(part) if is_diffusers else part
+    return hunyuan_image_convert.to_original(part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS))
 
 
 def fitting_problems(
@@ -277,20 +280,15 @@ def _config_of_diffusers(params: HYImageParams) -> dict[str, Any]:
 LAYOUTS = DenoiserLayouts(
     inspect_hunyuan_image, hunyuan_image_convert.denoiser_rules, _config_of_diffusers,
     rows_of=lambda params: hunyuan_image_convert.rows_of(params.hidden_size),
+    further=hunyuan_image_convert.comfy_rules,
 )  # fmt: skip
 
 
 def inspect_vae(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:
-    """Recognise the 32x autoencoder from headers alone; `config` overrides by the names of AutoEncoderParams.
-    CheckpointError when it is another one."""
-    if "encoder.down_blocks.0.conv1.weight" in open_checkpoint(path, "vae").shapes:
-        raise CheckpointError(
-            f"{path} is a HunyuanImage 2.1 autoencoder in the layout of diffusers, from which nothing converts it;"
-            f" use the original file ({VAE_WANTED.usual_name})"
-        )
+    """Recognise the 32x autoencoder, in either layout, from headers alone; `config` overrides by the names of
+    AutoEncoderParams. CheckpointError when it is another one."""
     info = inspect_autoencoder(path, config, wanted=VAE_WANTED)
-    names = {key[len(info.prefix) :] for key in info.source.shapes}
-    if info.is_diffusers or "decoder.up.0.upsample.conv.weight" not in names:
+    if not info.is_diffusers and f"{info.prefix}decoder.up.0.upsample.conv.weight" not in info.source.shapes:
         raise CheckpointError(
             f"{info.source.path} is an autoencoder of latent diffusion"
             f" ({info.params.z_channels} latent channels at 1/{info.params.spatial_stride});"
@@ -307,9 +305,28 @@ def load_vae(
     config: Mapping[str, Any] | None = None,
     *,
     chunk_size: int | None = None,
+    tiling: bool = False,
 ) -> HunyuanVAE2D:
-    """Load the autoencoder; `chunk_size`: rows that its convolutions compute at once. CheckpointError when the file
-    does not fit."""
+    """Load the autoencoder; `chunk_size`: rows that its convolutions compute at once; `tiling`: larger pictures are
+    computed in tiles. CheckpointError when the file does not fit."""
     vae = load_autoencoder(inspect_vae(vae_path, config), dtype, device, disable_mmap, model_class=HunyuanVAE2D)
     vae.set_chunk_rows(chunk_size)
+    vae.tiles = TILES if tiling else None
     return vae
+
+
+def _config_of_vae(params: AutoEncoderParams) -> dict[str, Any]:
+    """config.json of diffusers' AutoencoderKLHunyuanImage, whose norms have 32 groups in any case."""
+    groups = {} if params.norm_groups == 32 else {"norm_num_groups": params.norm_groups}
+    return {
+        "_class_name": "AutoencoderKLHunyuanImage",
+        "in_channels": params.in_channels, "out_channels": params.out_ch, "latent_channels": params.z_channels,
+        "block_out_channels": list(params.widths), "layers_per_block": params.num_res_blocks,
+        "spatial_compression_ratio": params.spatial_stride, "sample_size": SAMPLE_SIZE,
+        "scaling_factor": params.scaling_factor, **groups,
+    }  # fmt: skip
+
+
+VAE_LAYOUTS = DenoiserLayouts(
+    inspect_vae, hunyuan_image_convert.autoencoder_rules, _config_of_vae, part="vae",
+)  # fmt: skip

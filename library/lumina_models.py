@@ -71,6 +71,11 @@ class LuminaParams:
         return self.dim // self.n_heads
 
     @property
+    def most_patches(self) -> int:
+        """Along a side of a picture."""
+        return min(self.axes_lens[1:])
+
+    @property
     def max_text_tokens(self) -> int:
         """Image tokens stand at the position behind the last text token, which is one of the text axis too."""
         return self.axes_lens[0] - 1

@@ -21,6 +21,7 @@ from library.checkpoints.loading import (
     assign_state,
     build_on_meta,
     build_params,
+    check_marks,
     check_state,
     config_metadata,
     count_blocks,
@@ -75,11 +76,7 @@ def inspect_lumina(path: str | os.PathLike, config: Mapping[str, Any] | None = N
     stripped = strip_prefix(source.shapes, prefix)
     is_diffusers = lumina_convert.is_diffusers_denoiser(stripped)
     shapes = lumina_convert.to_original(stripped) if is_diffusers else stripped
-    if MARK not in shapes or "cap_embedder.1.weight" not in shapes:
-        some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{source.path} holds no Lumina-Image 2.0 denoiser (noise_refiner.* is not there; it begins with {some})"
-        )
+    check_marks(shapes, (MARK, "cap_embedder.1.weight"), source.path, "Lumina-Image 2.0 denoiser")
     given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
     params = build_params(LuminaParams, _infer(shapes, given, source.path), given, source.path)
     return LuminaInfo(source, prefix, is_diffusers, params)

@@ -27,7 +27,10 @@ from library.attention import (
 )
 from library.components.ldm_models import AutoEncoder as SDVAE  # noqa: F401, a name that is imported from here
 from library.core.errors import ConfigError
+from library.core.lazy_names import homes, lazy_names
 from library.custom_offloading_utils import BlockOffloader, BlockStackMixin, row_swap_problem
+
+__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.sd3_names", "create_sd3_mmdit"))
 
 POS_EMBED_BASE = 16
 """patches that the scaled position table counts along a side of a picture of the trained size"""

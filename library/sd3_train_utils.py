@@ -10,11 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.core.keyed_random import StepDraws
+from library.core.lazy_names import homes, lazy_names
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 from library.training.timesteps import shift_sigmas
 
 if TYPE_CHECKING:
     from library.sd3_models import MMDiT
+
+__getattr__, __dir__ = lazy_names(__name__, {
+    **homes(
+        "library.compat.sd3_names", "add_sd3_training_arguments", "do_sample", "get_all_sigmas",
+        "get_noisy_model_input_and_timesteps", "max_denoise", "sample_images", "save_models",
+    ),
+    **homes("library.flux_train_utils", "compute_density_for_timestep_sampling", "compute_loss_weighting_for_sd3"),
+    **homes("library.compat.flows", "get_sigmas"),
+})
 
 SAMPLE_SHIFT = 3.0
 """shift of the schedule that pictures are made along"""

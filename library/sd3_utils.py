@@ -10,24 +10,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.checkpoints.ldm_convert import convert_diffusers_vae_to_ldm, is_diffusers_autoencoder
 from library.checkpoints.loading import (
     CheckpointFiles,
+    Source,
     Transform,
     assign_state,
     build_on_meta,
     build_params,
+    check_marks,
     check_state,
     config_metadata,
     count_blocks,
     find_prefix,
     open_checkpoint,
     part_of,
+    size_of,
     strip_prefix,
 )
 from library.checkpoints.sd3_convert import convert_diffusers_to_sd3, convert_sd3_to_diffusers, is_diffusers_denoiser
+from library.components import text_encoder_utils
 from library.components.ldm_models import AutoEncoder
 from library.components.ldm_utils import (
     AE_PREFIXES,
@@ -45,17 +49,17 @@ from library.components.text_encoder_utils import (
     inspect_clip,
     inspect_t5xxl,
     load_clip,
-    load_t5xxl,
     t5_state,
 )
 from library.core.errors import CheckpointError
+from library.core.lazy_names import homes, lazy_names
 from library.families.sd3 import FAMILY
 from library.fp8_optimization_utils import store_linears_in_fp8
 from library.safetensors_utils import cast_all, save_file_atomic
 from library.sd3_models import MMDiT, SD3Params, get_2d_sincos_pos_embed
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModelWithProjection
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 __all__ = [
     "convert_diffusers_to_sd3", "convert_sd3_to_diffusers", "inspect_sd3", "inspect_vae_sd3", "load_clip_g",
@@ -63,6 +67,13 @@ __all__ = [
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    homes(
+        "library.compat.sd3_names", "ModelSamplingDiscreteFlow", "analyze_checkpoint_state", "analyze_state_dict_state",
+        "load_mmdit", "load_vae",
+    ),
+)
 
 VAE_WANTED = Wanted(
     "SD3",
@@ -102,21 +113,19 @@ class Sd3Info:
         return f"SD3.{self.version.replace('-', ' ')}" if self.version != "medium" else "SD3 medium"
 
 
-def inspect_sd3(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> Sd3Info:
+def inspect_sd3(path: Source, config: Mapping[str, Any] | None = None) -> Sd3Info:
     """Recognise an SD3 denoiser from headers alone; `config` overrides hyper-parameters by the names of SD3Params.
 
-    CheckpointError when the file is damaged or no SD3 denoiser.
+    `path` may be tensors in memory, here and in the loaders below. CheckpointError when the file is damaged or no SD3
+    denoiser.
     """
     source = open_checkpoint(path, "transformer")
     prefix = find_prefix(source.shapes, DENOISER_PREFIXES, DENOISER_ROOTS, source.path, "denoiser")
     stripped = _denoiser_part(source.shapes, prefix)
     is_diffusers = is_diffusers_denoiser(stripped)
     shapes = convert_diffusers_to_sd3(stripped) if is_diffusers else stripped
-    if "joint_blocks.0.x_block.attn.qkv.weight" not in shapes or "x_embedder.proj.weight" not in shapes:
-        some = ", ".join(list(source.shapes)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{source.path} holds no SD3 denoiser (joint_blocks.* and x_embedder are not there; it begins with {some})"
-        )
+    marks = ("joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight")
+    check_marks(shapes, marks, source.path, "SD3 denoiser")
     given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
     params = build_params(SD3Params, _inferred(shapes, source.path), given, source.path)
     return Sd3Info(source, prefix, is_diffusers, params)
@@ -135,9 +144,7 @@ def _inferred(shapes: Mapping[str, Tensor], path: str) -> dict[str, Any]:
     """Hyper-parameters from shapes. Heads have 64 channels where no norm over them tells it."""
 
     def size(key: str, dim: int) -> int:
-        if key not in shapes or shapes[key].ndim <= dim:
-            raise CheckpointError(f"{path} does not fit MMDiT: {key} is missing or has too few dimensions")
-        return shapes[key].shape[dim]
+        return size_of(shapes, key, dim, path, "MMDiT")
 
     hidden, patch = size("x_embedder.proj.weight", 0), size("x_embedder.proj.weight", 2)
     depth = count_blocks(shapes, "joint_blocks.")
@@ -169,7 +176,7 @@ def _inferred(shapes: Mapping[str, Tensor], path: str) -> dict[str, Any]:
 
 
 def load_sd3(
-    path: str | os.PathLike,
+    path: Source,
     dtype: torch.dtype | None,
     device: torch.device | str,
     disable_mmap: bool = False,
@@ -184,7 +191,7 @@ def load_sd3(
     """
     info = inspect_sd3(path, config)
     logger.info(
-        "loading %s from %s (%s layout, %d joint blocks of width %d)", info.title, path,
+        "loading %s from %s (%s layout, %d joint blocks of width %d)", info.title, info.source.path,
         "diffusers" if info.is_diffusers else "original", info.params.depth, info.params.hidden_size,
     )  # fmt: skip
     keys = [
@@ -203,7 +210,7 @@ def load_sd3(
     if "pos_embed" not in state:  # some exports leave it out, as it is not learned
         state["pos_embed"] = _new_table(info.params).to(device)
     model = build_on_meta(lambda: MMDiT(info.params))
-    check_state(model, state, os.fspath(path))
+    check_state(model, state, info.source.path)
     assign_state(model, state)
     store_linears_in_fp8(model)
     return model
@@ -235,12 +242,12 @@ def model_config_metadata(model: MMDiT) -> dict[str, str]:
 # -- the other parts ---------------------------------------------------------------------------------------------------
 
 
-def inspect_vae_sd3(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:
+def inspect_vae_sd3(path: Source, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:
     return inspect_autoencoder(path, config, wanted=VAE_WANTED)
 
 
 def load_vae_sd3(
-    path: str | os.PathLike,
+    path: Source,
     dtype: torch.dtype | None,
     device: torch.device | str,
     disable_mmap: bool = False,
@@ -251,25 +258,44 @@ def load_vae_sd3(
 
 
 def load_clip_l(
-    path: str | os.PathLike,
+    clip_l_path: str | os.PathLike | None,
     dtype: torch.dtype | None,
     device: torch.device | str,
     disable_mmap: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *,
     transform: Transform | None = None,
 ) -> CLIPTextModelWithProjection:
-    """CLIP-L with its projection; a file without one gets the identity."""
-    return load_clip(path, CLIP_L, dtype, device, disable_mmap, transform=transform)
+    """CLIP-L with its projection; a file without one gets the identity. `state_dict` stands in the place of a file."""
+    source = clip_l_path if state_dict is None else state_dict
+    return load_clip(source, CLIP_L, dtype, device, disable_mmap, transform=transform)
 
 
 def load_clip_g(
-    path: str | os.PathLike,
+    clip_g_path: str | os.PathLike | None,
     dtype: torch.dtype | None,
     device: torch.device | str,
     disable_mmap: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *,
     transform: Transform | None = None,
 ) -> CLIPTextModelWithProjection:
-    """CLIP bigG with its projection."""
-    return load_clip(path, CLIP_G, dtype, device, disable_mmap, transform=transform)
+    """CLIP bigG with its projection. `state_dict` stands in the place of a file."""
+    source = clip_g_path if state_dict is None else state_dict
+    return load_clip(source, CLIP_G, dtype, device, disable_mmap, transform=transform)
+
+
+def load_t5xxl(
+    t5xxl_path: str | os.PathLike | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    transform: Transform | None = None,
+) -> T5EncoderModel:
+    """The encoder of T5-XXL. `state_dict` stands in the place of a file."""
+    return text_encoder_utils.load_t5xxl(t5xxl_path, dtype, device, disable_mmap, state_dict, transform=transform)
 
 
 ENCODER_LOADERS = {"clip_l": load_clip_l, "clip_g": load_clip_g, "t5xxl": load_t5xxl}
@@ -383,13 +409,17 @@ def save_whole_sd3(
     beside: Mapping[str, str],
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    learned: Mapping[str, nn.Module] | None = None,
 ) -> None:
     """Write a denoiser and other parts as one file in the original layout. `beside`: part -> the file or folder that
-    holds it; its tensors are those of the base, in the type of the file or in `dtype`."""
+    holds it; its tensors are those of the base, in the type of the file or in `dtype`, but for parts that have
+    `learned`."""
     state = {FILE_PREFIX + key: tensor for key, tensor in model.state_dict().items()}
     config = json.loads(model_config_metadata(model).get("model_config", "{}"))
     for part, source in beside.items():
         tensors, own = _part_of_file(part, source)
+        if learned and part in learned:
+            tensors = {**tensors, **_encoder_state(part, learned[part])}
         state |= {FILE_PREFIXES[part] + key: tensor for key, tensor in tensors.items()}
         config[part] = own  # also where it is empty, so that what the denoiser says is not taken for the part's
     told = {"model_config": json.dumps(config, sort_keys=True)} if any(config.values()) else {}
@@ -397,13 +427,41 @@ def save_whole_sd3(
     save_file_atomic(cast, path, {**(metadata or {}), **told})
 
 
+def save_encoder(
+    model: nn.Module, slot: str, base: str | os.PathLike, path: str | os.PathLike, dtype: torch.dtype | None = None
+) -> None:
+    """Write a text encoder as a file of its own, under the names of transformers. `base`: where it was read, which tells
+    what shapes do not."""
+    source = open_checkpoint(base)
+    own = source.model_config.get(slot, source.model_config)
+    told = {"model_config": json.dumps(own, sort_keys=True)} if own else {}
+    state = {**_encoder_state(slot, model), **_tokenizer_blob(slot, source)}
+    save_file_atomic(cast_all(state, dtype), path, {"format": "pt", **told})
+
+
+def _encoder_state(slot: str, model: nn.Module) -> dict[str, Tensor]:
+    """Of a model of transformers, with what its file had beside the layers in use; tied tensors once."""
+    state = {**getattr(model, "unused_tensors", {}), **model.state_dict()}
+    state.pop("encoder.embed_tokens.weight", None)  # of T5 the same parameter as `shared`
+    return {key: tensor.contiguous() for key, tensor in _ENCODER_STATES[slot](state).items()}
+
+
 def _part_of_file(part: str, path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a part under the names of its single file, and what its shapes do not tell."""
     source = open_checkpoint(path)
     state = source.tensors("cpu", False, source.shapes, cast=source.casting(None))
-    own = source.model_config.get(part, source.model_config)
+    own = source.config_of(part)
     if part == "vae":
         tensors = part_of(state, AE_PREFIXES, AE_ROOTS)
         return (convert_diffusers_vae_to_ldm(tensors) if is_diffusers_autoencoder(tensors) else tensors), own
-    states = {"clip_l": clip_l_state, "clip_g": clip_g_state, "t5xxl": t5_state}
-    return states[part](state), own
+    return {**_ENCODER_STATES[part](state), **_tokenizer_blob(part, source)}, own
+
+
+def _tokenizer_blob(slot: str, source: CheckpointFiles) -> dict[str, Tensor]:
+    """The tokenizer that a file of T5 may carry, by the name that it has in a file of its own."""
+    names = [key for key in source.shapes if key.split(".")[-1] == "spiece_model"] if slot == "t5xxl" else []
+    return {"spiece_model": tensor for _, tensor in source.stream("cpu", False, names[:1])}
+
+
+_ENCODER_STATES = {"clip_l": clip_l_state, "clip_g": clip_g_state, "t5xxl": t5_state}
+"""slot -> its entries in the state of a checkpoint, under the names of transformers"""

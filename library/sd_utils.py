@@ -14,6 +14,7 @@ from library.checkpoints.open_clip_convert import hf_to_open_clip
 from library.components.ldm_models import AutoEncoder
 from library.components.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
 from library.components.text_encoder_utils import CLIP_H, CLIP_L, ClipSlot, inspect_clip, load_clip
+from library.components.unet_control_net_utils import UNetControlNets
 from library.components.unet_utils import UNetInfo, inspect_unet, load_unet, unet_file_state
 from library.core.errors import CheckpointError
 from library.safetensors_utils import cast_all, save_file_atomic
@@ -29,6 +30,7 @@ VAE_WANTED = Wanted(
     scaling={"scaling_factor": 0.18215, "shift_factor": 0.0},
 )
 _V2_LAYERS_IN_FILE = 24
+CONTROL_NETS = UNetControlNets(frozenset({"sd1_controlnet", "sd2_controlnet"}), is_original=True)
 
 
 def inspect_sd_unet(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> UNetInfo:

@@ -3,6 +3,8 @@ files."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ from library.components.unet_models import (
     residual_block,
     with_skip,
 )
+
+if TYPE_CHECKING:
+    from library.components.control_models import Control
 
 
 class ResnetBlock2D(nn.Module):
@@ -95,8 +100,11 @@ class SdxlUNet2DConditionModel(UNetBase):
         """Of the computation: that of the norms, which 8-bit storage leaves alone."""
         return self.out[0].weight.dtype
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor, control: Control | None = None
+    ) -> Tensor:
         """x [B, 4, H, W], timesteps [B] 0..999, context [B, L, D], y [B, V] (pooled text and sizes) -> [B, 4, H, W]."""
+        given = (x, timesteps, context, y)
         context = context.to(self.dtype)
         embedding = self.time_embed(self.time_vector(timesteps, x).to(self.dtype))  # [B, time_embed_dim]
         embedding = embedding + self.label_emb(y.to(self.dtype))
@@ -106,6 +114,7 @@ class SdxlUNet2DConditionModel(UNetBase):
             x = self._run(block, x, embedding, context)
             skips.append(x)
         x = self._run(self.middle_block, x, embedding, context)
+        x, skips = self.controlled(x, skips, control, *given)
         for block in self.output_blocks:
             x = with_skip(x, skips.pop())
             x = self._run(block, x, embedding, context, skips[-1].shape[2:] if skips else None)

@@ -14,6 +14,7 @@ from library.checkpoints.open_clip_convert import hf_to_open_clip
 from library.components.ldm_models import AutoEncoder
 from library.components.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
 from library.components.text_encoder_utils import CLIP_G, CLIP_L, inspect_clip, load_clip
+from library.components.unet_control_net_utils import UNetControlNets
 from library.components.unet_models import UNetParams
 from library.components.unet_utils import UNetInfo, inspect_unet, load_unet, unet_file_state
 from library.core.errors import CheckpointError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 VAE_WANTED = Wanted(
     "SDXL", "with 4 latent channels", quant_conv=True, scaling={"scaling_factor": 0.13025, "shift_factor": 0.0}
 )
+CONTROL_NETS = UNetControlNets(frozenset({"sdxl_controlnet"}), is_original=False, new_rate=1e-4)
 
 
 def inspect_sdxl_unet(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> UNetInfo:

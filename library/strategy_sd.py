@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from library.components.clip_prompt_utils import num_tokens, tokenize_prompt_rows, tokenize_rows
+from library.components.text_encoder_utils import CLIP_H
 from library.components.tokenizers import load_clip_tokenizer
 from library.generation.prompt_weighting import PER_ROW, apply_weights, joined
 from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
@@ -14,7 +15,7 @@ from library.strategy_ldm import SdSdxlLatentsCachingStrategy
 
 __all__ = ["SdSdxlLatentsCachingStrategy", "SdTextEncodingStrategy", "SdTokenizeStrategy"]
 
-V2_PAD = "!"
+V2_PAD = CLIP_H.pad
 
 
 class SdTokenizeStrategy(TokenizeStrategy):

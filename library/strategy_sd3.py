@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.components.text_encoder_utils import pool_at_first_eos
+from library.components.text_encoder_utils import CLIP_G, pool_at_first_eos
 from library.components.tokenizers import check_ids, load_clip_tokenizer, load_t5_tokenizer
 from library.dataset.latent_cache import LatentEncoder
 from library.families.sd3 import FAMILY
@@ -20,7 +20,7 @@ from library.strategy_base import (
 )
 
 CLIP_MAX_LENGTH = 77
-CLIP_G_PAD = "!"
+CLIP_G_PAD = CLIP_G.pad
 """id 0 of the common vocabulary, with which CLIP-G was trained"""
 LENGTH_WITHOUT_T5 = 77
 """tokens of zeros that stand for T5 where there is none"""

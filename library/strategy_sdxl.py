@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.components.clip_prompt_utils import num_tokens, tokenize_prompt_rows, tokenize_rows
-from library.components.text_encoder_utils import pool_at_first_eos
+from library.components.text_encoder_utils import CLIP_G, pool_at_first_eos
 from library.components.tokenizers import load_clip_tokenizer
 from library.families.sdxl import FAMILY
 from library.generation.prompt_weighting import PER_ROW, apply_weights, joined
@@ -21,7 +21,7 @@ __all__ = [
     "SdxlTokenizeStrategy",
 ]  # fmt: skip
 
-SECOND_PAD = "!"
+SECOND_PAD = CLIP_G.pad
 """id 0 of the common vocabulary, with which the second encoder was trained"""
 
 

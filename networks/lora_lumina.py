@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from library.core.lazy_names import lazy_names
 from networks.kinds.targets import (
     ChoiceRule,
     EntryRule,
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from networks.files.file_names import LayerNames
 
 __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
+
+__getattr__, __dir__ = lazy_names(
+    __name__, {"LoRANetwork": "library.compat.networks:LuminaLoRANetwork", "LoRAModule": "networks.lora:LoRAModule"}
+)
 
 BLOCK, FINAL = ("JointTransformerBlock",), ("FinalLayer",)
 GEMMA2_PATHS = tuple(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from library.core.lazy_names import lazy_names
 from networks.kinds.targets import (
     CLIP_CLASSES,
     CLIP_PATHS,
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from networks.files.file_names import LayerNames
 
 __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
+
+__getattr__, __dir__ = lazy_names(
+    __name__, {"LoRANetwork": "library.compat.networks:Sd3LoRANetwork", "LoRAModule": "networks.lora:LoRAModule"}
+)
 
 _TEXT_OUTPUT = re.compile(r"context_block[._](?:attn[._]proj|mlp)|to_add_out|ff_context")
 _BLOCK = re.compile(r"(?:joint|transformer)_blocks[._](\d+)[._]")

@@ -90,6 +90,29 @@ def unet_sdxl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tens
 
 
 @torch.no_grad()
+def lllite_sdxl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    """The U-Net without and with the modules at two strengths, and one module alone at the lower one."""
+    from library.components.lllite_utils import load_lllite
+    from library.sdxl_utils import load_unet_sdxl
+
+    parts = {
+        part: {key.removeprefix(f"{part}/"): tensor for key, tensor in weights.items() if key.startswith(f"{part}/")}
+        for part in ("unet", "lllite")
+    }
+    unet = _loaded(load_unet_sdxl, parts["unet"], config["unet"])
+    names = ("sample", "timesteps", "context", "y")
+    found = {"unet_alone": unet(*(inputs[name] for name in names))}
+    net = _loaded(lambda path, dtype, device, **_: load_lllite(path, unet, dtype, device), parts["lllite"], config)
+    net.set_picture(inputs["conditioning_image"])
+    for multiplier in config["multipliers"]:
+        net.state.multiplier = multiplier
+        found[f"unet_scale_{multiplier}"] = unet(*(inputs[name] for name in names))
+    [one] = [part for part in net.parts if part.lllite_name == config["one_module"]]
+    net.state.multiplier = 0.5
+    return {**found, "one_embedding": one.embedding(), "one_scale_0.5": one.layer(inputs["one_input"])}
+
+
+@torch.no_grad()
 def clip_g(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     """What peers make of the projection stored the other way round is not computed."""
     from library.components.text_encoder_utils import CLIP_G, load_clip, pool_at_first_eos
@@ -315,6 +338,68 @@ def snr_weights(inputs: Tensors) -> Tensors:
     }
 
 
+def _control_net(
+    load: Callable[..., Any], family: str, unet: str, weights: Tensors, config: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """(the denoiser, the ControlNet) of a file that holds both."""
+    from library.components.control_nets import control_nets_of
+
+    def of(part: str) -> Tensors:
+        return {key.removeprefix(f"{part}/"): value for key, value in weights.items() if key.startswith(f"{part}/")}
+
+    denoiser = _loaded(load, of(unet), config[unet])
+
+    def load_net(path: Path, *rest: Any, config: Mapping[str, Any], **more: Any) -> Any:
+        return control_nets_of(family).load(path, denoiser.params, *rest, **more)
+
+    return denoiser, _loaded(load_net, of("control_net"), {})
+
+
+@torch.no_grad()
+def _control_net_of_unet(
+    load: Callable[..., Any], family: str, weights: Tensors, inputs: Tensors, config: dict[str, Any]
+) -> Tensors:
+    from library.components.control_models import Control, GuidedBy
+
+    unet, net = _control_net(load, family, "unet", weights, config)
+    picture = inputs["conditioning_image"]
+    given = [inputs[name] for name in ("sample", "timesteps", "context", "y") if name in inputs]
+    *down, mid = net(picture, *given)
+    outputs = {f"down_{number}": residual for number, residual in enumerate(down)}
+    for scale in (1.0, 0.5):
+        outputs[f"unet_scale_{scale}"] = unet(*given, control=Control((GuidedBy(net, picture, scale),)))
+    return {**outputs, "mid": mid, "unet_alone": unet(*given)}
+
+
+def control_net_sd(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.sd_utils import load_unet_sd
+
+    return _control_net_of_unet(load_unet_sd, "sd", weights, inputs, config)
+
+
+def control_net_sdxl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.sdxl_utils import load_unet_sdxl
+
+    return _control_net_of_unet(load_unet_sdxl, "sdxl", weights, inputs, config)
+
+
+@torch.no_grad()
+def control_net_flux(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.components.control_models import Control, GuidedBy
+    from library.flux_utils import load_flux
+
+    flux, net = _control_net(load_flux, "flux", "flux", weights, config)
+    given = dict(inputs)
+    picture = given.pop("conditioning_image")
+    outputs = {f"block_{number}": residual for number, residual in enumerate(net(picture, **given))}
+    for name, parts in {
+        "scale_1.0": GuidedBy(net, picture), "scale_0.5": GuidedBy(net, picture, 0.5),
+        "interval_1.0": GuidedBy(net, picture, repeats=False),
+    }.items():  # fmt: skip
+        outputs[f"flux_{name}"] = flux(**given, control=Control((parts,)))
+    return {**outputs, "flux_alone": flux(**given)}
+
+
 CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "flux_dev": flux,
     "flux_schnell": flux,
@@ -323,6 +408,7 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "sd15_unet": unet_sd,
     "sd21_unet": unet_sd,
     "sdxl_unet": unet_sdxl,
+    "lllite_sdxl": lllite_sdxl,
     "vae_ldm4": vae_ldm4,
     "clip_g": clip_g,
     "clip_l": clip_l,
@@ -339,4 +425,7 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "lumina2": lumina2,
     "te_gemma2": te_gemma2,
     "numeric": numeric,
+    "control_net_sd1": control_net_sd,
+    "control_net_sdxl": control_net_sdxl,
+    "control_net_flux": control_net_flux,
 }

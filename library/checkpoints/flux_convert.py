@@ -112,3 +112,29 @@ def convert_diffusers_sd_to_bfl(
 def convert_bfl_sd_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Denoiser weights from the original names to those of diffusers; the inverse of `convert_diffusers_sd_to_bfl`."""
     return from_original(state, rules_of(state), rows_of(state["img_in.weight"].shape[0]))
+
+
+def is_diffusers_control_net(keys: Mapping[str, object]) -> bool:
+    return "controlnet_x_embedder.weight" in keys
+
+
+def control_net_rules(names: Mapping[str, object]) -> Iterator[Rule]:
+    """Every rule of a ControlNet with the blocks of these names, in either layout. Between two convolutions of the
+    original stands an activation, so that convolution n is at 2n."""
+    yield from rules_of(names)
+    rules = [Rule("pos_embed_input", ("controlnet_x_embedder",))]
+    last = max(count_blocks(names, "input_hint_block.") - 1, 2 * (count_blocks(names, "input_hint_block.blocks.") + 1))
+    for number in range(0, last + 2, 2):
+        place = "conv_in" if number == 0 else "conv_out" if number == last else f"blocks.{number // 2 - 1}"
+        rules.append(Rule(f"input_hint_block.{number}", (f"input_hint_block.{place}",)))
+    yield from with_kinds("", "", rules)
+
+
+def control_net_to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a ControlNet from diffusers names to the original ones."""
+    return to_original(state, control_net_rules(state))
+
+
+def control_net_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `control_net_to_original`."""
+    return from_original(state, control_net_rules(state), rows_of(state["img_in.weight"].shape[0]))

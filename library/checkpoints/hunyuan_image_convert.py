@@ -1,4 +1,5 @@
-"""HunyuanImage 2.1 key names of the denoiser: the original layout and the one of diffusers folders, both ways."""
+"""HunyuanImage 2.1 key names of denoiser and autoencoder: the original layouts and those of diffusers folders, both
+ways; the denoiser's names inside of ComfyUI, which files have that were saved there."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import Tensor
 
 from library.checkpoints import layout_rules
-from library.checkpoints.layout_rules import Rule, with_kinds
+from library.checkpoints.layout_rules import Rule, placed, with_kinds
 from library.checkpoints.loading import count_blocks
 
 
@@ -69,6 +70,37 @@ ROWS = (
     ("single_blocks", "single_transformer_blocks", _SINGLE),
 )
 """(a row of blocks, its name in diffusers, what is in a block)"""
+_COMFY_TOP = tuple(
+    Rule(f"{original}.{mine}", (f"{original.removesuffix('.mlp')}.{theirs}_layer",))
+    for original, first, second in (
+        *((f"{name}.mlp", "0", "2") for name in ("time_in", "time_r_in", "guidance_in", "txt_in.t_embedder")),
+        ("txt_in.c_embedder", "linear_1", "linear_2"),
+    )
+    for mine, theirs in ((first, "in"), (second, "out"))
+)
+_COMFY_MLP = (("fc1", "0"), ("fc2", "2"))
+_COMFY_ROWS = (
+    ("txt_in.individual_token_refiner.blocks", (
+        *(Rule(f"self_attn_{name}", (f"self_attn.{name}",)) for name in ("qkv", "proj")),
+        *(Rule(f"mlp.{mine}", (f"mlp.{theirs}",)) for mine, theirs in _COMFY_MLP),
+    )),
+    ("double_blocks", tuple(rule for side in ("img", "txt") for rule in (
+        Rule(f"{side}_mod.linear", (f"{side}_mod.lin",)),
+        *(Rule(f"{side}_attn_{name}", (f"{side}_attn.{name}",)) for name in ("qkv", "proj")),
+        *(Rule(f"{side}_mlp.{mine}", (f"{side}_mlp.{theirs}",)) for mine, theirs in _COMFY_MLP),
+    ))),
+    ("single_blocks", (Rule("modulation.linear", ("modulation.lin",)),)),
+)  # fmt: skip
+"""(a row of blocks, what is called otherwise in a block)"""
+_COMFY_NORMS = (
+    ("double_blocks", tuple(
+        Rule(f"{side}_attn_{short}_norm.weight", (f"{side}_attn.norm.{long}_norm.scale",))
+        for side in ("img", "txt") for short, long in (("q", "query"), ("k", "key"))
+    )),
+    ("single_blocks", tuple(
+        Rule(f"{short}_norm.weight", (f"norm.{long}_norm.scale",)) for short, long in (("q", "query"), ("k", "key"))
+    )),
+)  # fmt: skip
 ROOTS = (
     "x_embedder", "time_guidance_embed", "context_embedder", "context_embedder_2", "transformer_blocks",
     "single_transformer_blocks", "norm_out", "proj_out",
@@ -84,13 +116,38 @@ def denoiser_rules(keys: Mapping[str, object]) -> Iterator[Rule]:
             yield from with_kinds(f"{original}.{number}.", f"{other}.{number}.", rules)
 
 
+def comfy_rules(keys: Mapping[str, object]) -> Iterator[Rule]:
+    """Every tensor of a denoiser under ComfyUI's names that is called otherwise there, of which names alone differ; none
+    of a denoiser in another layout."""
+    if not is_comfy_denoiser(keys):
+        return
+    yield from with_kinds("", "", _COMFY_TOP)
+    for row, rules in _COMFY_ROWS:
+        for place in (f"{row}.{number}." for number in range(count_blocks(keys, f"{row}."))):
+            yield from with_kinds(place, place, rules)
+    for row, rules in _COMFY_NORMS:
+        for place in (f"{row}.{number}." for number in range(count_blocks(keys, f"{row}."))):
+            yield from placed(place, place, rules)
+
+
 def is_diffusers_denoiser(keys: Mapping[str, object]) -> bool:
     return "context_embedder_2.linear_1.weight" in keys
 
 
+def is_comfy_denoiser(keys: Mapping[str, object]) -> bool:
+    return "double_blocks.0.img_attn.qkv.weight" in keys
+
+
+def rules_of_names(keys: Mapping[str, object]) -> list[Rule]:
+    """The rules by which these names become the original ones; none where they are."""
+    if is_diffusers_denoiser(keys):
+        return list(denoiser_rules(keys))
+    return list(comfy_rules(keys))
+
+
 def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Denoiser weights from diffusers names to the original ones. Names outside the table stay as they are."""
-    return layout_rules.to_original(state, denoiser_rules(state))
+    """Denoiser weights of any layout under the original names. Names outside the tables stay as they are."""
+    return layout_rules.to_original(state, rules_of_names(state))
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -102,3 +159,59 @@ def rows_of(width: int) -> Callable[[Rule, int], list[int]]:
     """(rule, rows of its tensor) -> rows of each part, in a denoiser of this width: queries, keys and values are as
     wide as it, what a single block has beside them takes the rest."""
     return lambda rule, rows: [width] * 3 + ([rows - 3 * width] if len(rule.parts) > 3 else [])
+
+
+# -- the autoencoder ---------------------------------------------------------------------------------------------------
+
+_RESNET = (
+    *(Rule(name, (name,)) for name in ("norm1", "conv1", "norm2", "conv2")),
+    Rule("nin_shortcut", ("conv_shortcut",)),
+)
+_ATTENTION = (
+    Rule("norm", ("norm",)),
+    *(Rule(name, (f"to_{name}",)) for name in "qkv"),
+    Rule("proj_out", ("proj",)),
+)
+_ENDS = tuple(Rule(name, (name,)) for name in ("conv_in", "norm_out", "conv_out"))
+_HALVES = (("encoder.", "down", 0), ("decoder.", "up", 1))
+"""(half, which way its levels go, how many blocks more than the encoder's a level has)"""
+
+
+def is_diffusers_autoencoder(keys: Mapping[str, object]) -> bool:
+    return "encoder.down_blocks.0.conv1.weight" in keys
+
+
+def autoencoder_rules(keys: Mapping[str, object]) -> Iterator[Rule]:
+    """Every rule of an autoencoder with the levels of these keys, in either layout; names of weights and biases.
+
+    In diffusers one list holds the blocks of all levels and what changes the size between them.
+    """
+    blocks, levels = _blocks_and_levels(keys)
+    for half, way, more in _HALVES:
+        yield from with_kinds(half, half, _ENDS)
+        for number in (1, 2):
+            yield from with_kinds(f"{half}mid.block_{number}.", f"{half}mid_block.resnets.{number - 1}.", _RESNET)
+        yield from with_kinds(f"{half}mid.attn_1.", f"{half}mid_block.attentions.0.", _ATTENTION)
+        per_level = blocks + more + 1
+        for level in range(levels):
+            ours, theirs = f"{half}{way}.{level}.", f"{half}{way}_blocks."
+            for block in range(per_level - 1):
+                yield from with_kinds(f"{ours}block.{block}.", f"{theirs}{level * per_level + block}.", _RESNET)
+            if level < levels - 1:
+                change = Rule(f"{way}sample.conv", ("conv",))
+                yield from with_kinds(ours, f"{theirs}{(level + 1) * per_level - 1}.", (change,))
+
+
+def _blocks_and_levels(keys: Mapping[str, object]) -> tuple[int, int]:
+    """(residual blocks of a level of the encoder, levels)."""
+    total = count_blocks(keys, "encoder.down_blocks.")
+    if not total:
+        return count_blocks(keys, "encoder.down.0.block."), count_blocks(keys, "encoder.down.")
+    first = (number for number in range(total) if f"encoder.down_blocks.{number}.conv.weight" in keys)
+    blocks = next(first, total)
+    return blocks, (total + 1) // (blocks + 1)
+
+
+def autoencoder_to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Autoencoder weights from diffusers names to the original ones. Names outside the table stay as they are."""
+    return layout_rules.to_original(state, autoencoder_rules(state))

@@ -13,6 +13,7 @@ from library.checkpoints.recognition import (
     KeyTable,
     adapter_family,
     denoiser_kinds,
+    may_be_for,
     model_kinds,
     recognise,
     told_by_metadata,
@@ -191,10 +192,10 @@ def check_adapter(path: str | os.PathLike, slot: str, owner: str) -> str | None:
     told = told_by_metadata(metadata)
     if told is not None and told.adapters.title == owner:
         return None  # the names of some layers are those of several families
-    made_for = adapter_family(KeyTable({name: tuple(info.shape) for name, info in infos.items()}))
-    if made_for in (None, owner):
+    table = KeyTable({name: tuple(info.shape) for name, info in infos.items()})
+    if may_be_for(table, owner):
         return None
-    return f"--{slot} is {path}: this is a LoRA-type adapter for {made_for}; needed: one for {owner}"
+    return f"--{slot} is {path}: this is a LoRA-type adapter for {adapter_family(table)}; needed: one for {owner}"
 
 
 def _kind_of(shapes: Mapping[str, tuple[int, ...]], folder: bool = False) -> CheckpointKind:

@@ -1,5 +1,5 @@
-"""Tables between the key names of two layouts of a denoiser: how one tensor is made of one or more others, read both
-ways."""
+"""Tables between the key names of two layouts of a part of a model: how one tensor is made of one or more others, read
+both ways."""
 
 from __future__ import annotations
 
@@ -78,12 +78,14 @@ def swapped_halves(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DenoiserLayouts:
-    """The two layouts of a family's denoiser, for the tool that rewrites model files.
+    """The two layouts of a family's denoiser, or of another `part` of a pipeline folder, for the tool that rewrites
+    model files.
 
     `inspect`: path -> what its headers tell (source, prefix, is_diffusers, params, keys); `rules`: names in either
     layout -> every rule; `config`: hyper-parameters -> config.json of a diffusers folder; `rows_of`: hyper-parameters
     -> what `from_original` takes; `unused`: a name that diffusers leaves out and nothing computes with -> one whose
-    shape and type it has, in the original layout.
+    shape and type it has, in the original layout; `further`: names -> the rules of another layout that is read, whose
+    tensors are the original ones under other names, none for names that are not in it.
     """
 
     inspect: Callable[[str], Any]
@@ -91,3 +93,5 @@ class DenoiserLayouts:
     config: Callable[[Any], dict[str, Any]]
     rows_of: Callable[[Any], Callable[[Rule, int], list[int]]] = lambda params: equal_rows
     unused: Mapping[str, str] = field(default_factory=dict)
+    part: str = "transformer"
+    further: Callable[[Mapping[str, object]], Iterable[Rule]] = lambda keys: ()

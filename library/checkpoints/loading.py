@@ -53,6 +53,10 @@ class CheckpointFiles:
     part: str = field(default="", kw_only=True)
     """what is read of them where names may not tell, by its folder in a pipeline (text_encoder_2, say)"""
 
+    def config_of(self, part: str) -> Mapping[str, Any]:
+        """What `model_config` says of one part: its entry in a file of several, all of it in a file of its own."""
+        return self.model_config.get(part, self.model_config)
+
     def tensors(
         self, device: torch.device | str, disable_mmap: bool, keys: Iterable[str], transform: Transform | None = None,
         cast: Callable[[str, Tensor], Tensor] | None = None,
@@ -306,6 +310,23 @@ def times_scale(weight: Tensor, scale: Tensor) -> Tensor:
     if scale.ndim == 3:  # [out, blocks, 1]
         return (weight.unflatten(1, (scale.shape[1], -1)) * scale).flatten(1)
     return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def check_marks(shapes: Mapping[str, object], marks: Iterable[str | tuple[str, ...]], path: str, what: str) -> None:
+    """CheckpointError unless every mark, the name of a tensor by which a part is known, is among the names of a file;
+    it names all that are not. Of a tuple one name is enough. `what`: the part, in words."""
+    choices = [(mark,) if isinstance(mark, str) else mark for mark in marks]
+    lacking = [" or ".join(names) for names in choices if not any(name in shapes for name in names)]
+    if lacking:
+        some = ", ".join(list(shapes)[:3]) or "no tensors"
+        raise CheckpointError(f"{path} holds no {what} (it lacks {', '.join(lacking)}; it begins with {some})")
+
+
+def size_of(shapes: Mapping[str, Tensor], key: str, dim: int, path: str, title: str) -> int:
+    """One size of a tensor; CheckpointError when it is not there."""
+    if key not in shapes or shapes[key].ndim <= dim:
+        raise CheckpointError(f"{path} does not fit {title}: {key} is missing or has too few dimensions")
+    return shapes[key].shape[dim]
 
 
 def build_params(params_class: Callable[..., P], inferred: Mapping[str, Any], given: Mapping[str, Any], path: str) -> P:

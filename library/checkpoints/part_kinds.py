@@ -30,13 +30,6 @@ def _clip(title: str, width: int) -> tuple[Signature, ...]:
 # In the order in which they are asked for, within one priority.
 PART_KINDS: tuple[ModelKind, ...] = (
     ModelKind(
-        name="controlnet", role="relative",
-        signatures=(
-            Signature(title="a ControlNet", has=("controlnet_cond_embedding.conv_in.weight",), priority=80),
-            Signature(title="a ControlNet", contains=("control_model.input_hint_block.",), priority=80),
-        ),
-    ),
-    ModelKind(
         name="clip_g", role="text_encoder", wanted="a CLIP-G text encoder (clip_g.safetensors)", subfolder="text_encoder_2",
         signatures=(
             *_clip("a CLIP-G text encoder", 1280),
@@ -124,4 +117,8 @@ PART_KINDS: tuple[ModelKind, ...] = (
         ),
     ),
     ModelKind(name="adapter", role="other", wanted="a LoRA-type adapter"),
+    ModelKind(
+        name="lllite", role="other", wanted="a ControlNet-LLLite file",
+        signatures=(Signature(title="a ControlNet-LLLite", contains=("lllite_unet_", ".conditioning1.0.weight")),),
+    ),
 )  # fmt: skip

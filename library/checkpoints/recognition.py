@@ -6,14 +6,14 @@ What each kind of file is recognised by stands in the records of families and in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from library.checkpoints.adapter_tensors import holds_adapter
 from library.checkpoints.part_kinds import PART_KINDS
 from library.core.registry import import_target
-from library.families.record import AdapterFacts, FamilyRecord, ModelKind, Signature
+from library.families.record import FamilyRecord, ModelKind, Signature
 from library.families.registry import records
 
 _INPUTS = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "hada_w1_b")
@@ -23,6 +23,8 @@ PREFIXES: tuple[str, ...] = (
     "model.diffusion_model.",
     "diffusion_model.",
     "net.",
+    "model.model.",
+    "model.net.",
     "model.",
     "module.",
     "first_stage_model.",
@@ -39,6 +41,7 @@ PREFIXES: tuple[str, ...] = (
     "model.language_model.",
     "transformer.",
     "unet.",
+    "control_model.",
 )
 """what may stand before the names of a part, in files as they are passed around"""
 
@@ -86,7 +89,7 @@ class Recognised:
     layout: str
 
 
-ROLES = ("denoiser", "vae", "text_encoder")
+ROLES = ("denoiser", "vae", "text_encoder", "other")
 """in the order in which files are asked; a relative of a denoiser stands among these"""
 
 
@@ -121,19 +124,36 @@ def adapter_record(table: KeyTable) -> FamilyRecord | None:
         if pattern and any(re.search(pattern, key) for key in table.shapes):
             return record
     for record in known:
-        if _has_width(table, record.adapters):
+        if _has_width(table, record.adapters.shared_parts, record.adapters.widths):
             return record
     known.sort(key=lambda record: -record.adapters.priority)
     return next((record for record in known if any(table.contains(part) for part in record.adapters.parts)), None)
 
 
-def _has_width(table: KeyTable, facts: AdapterFacts) -> bool:
-    """Whether a layer whose name several families have has the inputs of this one."""
-    return bool(facts.widths) and any(
-        len(shape) == 2 and shape[1] in facts.widths and any(part in key for part in facts.shared_parts)
+def _has_width(table: KeyTable, parts: Sequence[str], widths: Sequence[int]) -> bool:
+    """Whether a layer with one of these parts in its name has one of these numbers of inputs."""
+    return bool(widths) and any(
+        len(shape) == 2 and shape[1] in widths and any(part in key for part in parts)
         for key, shape in table.shapes.items()
         if key.endswith(_INPUTS)
     )
+
+
+def may_be_for(table: KeyTable, owner: str) -> bool:
+    """Whether an adapter file can be for the family whose adapters have this title: its names tell that family or none,
+    or they are those of layers that two families call the same, and no width tells which it is."""
+    maker = adapter_record(table)
+    if maker is None or maker.adapters.title == owner:
+        return True
+    facts = maker.adapters
+    if facts.widths or not facts.released_widths or _has_width(table, facts.parts, facts.released_widths):
+        return False
+    told_by = [part for part in facts.parts if table.contains(part)]
+    shared = [
+        part for record in records().values() if record.adapters is not None and record.adapters.title == owner
+        for part in record.adapters.shared_parts
+    ]  # fmt: skip
+    return all(any(part in name for part in shared) for name in told_by)
 
 
 def told_by_metadata(metadata: Mapping[str, str]) -> FamilyRecord | None:

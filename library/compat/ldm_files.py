@@ -27,29 +27,22 @@ def write_diffusers_folder(
 ) -> None:
     """A folder in the layout of diffusers, by way of one file that `save(path, metadata=...)` writes beside it.
     `encoders`: name of the slot -> text encoder."""
-    from library.components.ldm_folder_files import read_single, tokenizer_of, write_folder
+    from library.components.ldm_folder_files import hyper_parameters, read_single, tokenizer_of, write_folder
 
     parent = os.path.dirname(os.path.abspath(output_dir))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".model-", dir=parent) as folder:
         file = os.path.join(folder, "model.safetensors")
-        save(file, metadata={"model_config": json.dumps(_hyper_parameters(unet, vae, encoders))})
+        told = hyper_parameters(unet.params, vae.params, {name: _values(model) for name, model in encoders.items()})
+        save(file, metadata={"model_config": json.dumps(told)})
         content = dataclasses.replace(read_single(file, kind, None), rest={}, metadata={})
         write_folder(content, tokenizer_of(None, None), output_dir, dtype, None)
 
 
-def _hyper_parameters(unet: Any, vae: Any, encoders: Mapping[str, Any]) -> dict[str, Any]:
-    """What the shapes of a file do not tell."""
-    names = ("heads", "norm_groups", "use_linear_projection", "upcast_attention")
-    texts = {
-        name: {
-            "heads": model.config.num_attention_heads, "act": model.config.hidden_act, "eos": model.config.eos_token_id,
-            "layers": model.config.num_hidden_layers,
-        }
-        for name, model in encoders.items()
-    }
+def _values(encoder: Any) -> dict[str, Any]:
+    """What ClipInfo.values has that shapes do not tell."""
+    config = encoder.config
     return {
-        **{name: getattr(unet.params, name) for name in names},
-        "vae": {"norm_groups": vae.params.norm_groups},
-        **texts,
+        "heads": config.num_attention_heads, "act": config.hidden_act, "eos": config.eos_token_id,
+        "layers": config.num_hidden_layers,
     }

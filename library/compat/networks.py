@@ -98,19 +98,81 @@ class FluxLoRANetwork(_Network):
     ) -> None:
         """`type_dims` in the order of PARTS; block indices tell for each block whether it is trained."""
         pairs = {
-            "rank_dropout": rank_dropout, "module_dropout": module_dropout, "conv_dim": conv_lora_dim,
-            "conv_alpha": conv_alpha if conv_lora_dim else None, "train_blocks": train_blocks,
-            "split_qkv": split_qkv or None,
+            **_shared_pairs(rank_dropout, module_dropout, conv_lora_dim, conv_alpha, verbose),
+            "train_blocks": train_blocks, "split_qkv": split_qkv or None,
             "train_t5xxl": train_t5xxl or None, "in_dims": _row(in_dims),
             "train_double_block_indices": _numbers(train_double_block_indices),
             "train_single_block_indices": _numbers(train_single_block_indices), "network_reg_dims": reg_dims,
             "network_reg_lrs": reg_lrs,
-            "ggpo_beta": ggpo_beta, "ggpo_sigma": ggpo_sigma, "verbose": verbose or None,
+            "ggpo_beta": ggpo_beta, "ggpo_sigma": ggpo_sigma,
             **dict(zip(self.PARTS, type_dims or ())),
         }
         self._build(
             text_encoders, unet, multiplier, lora_dim, alpha, dropout, pairs, module_class, modules_dim, modules_alpha
         )
+
+
+class Sd3LoRANetwork(_Network):
+    """LoRA of Stable Diffusion 3."""
+
+    LORA_PREFIX_TEXT_ENCODER_CLIP_L = "lora_te1"
+    LORA_PREFIX_TEXT_ENCODER_CLIP_G = "lora_te2"
+    LORA_PREFIX_TEXT_ENCODER_T5 = "lora_te3"
+    PARTS = ("context_attn_dim", "context_mlp_dim", "context_mod_dim", "x_attn_dim", "x_mlp_dim", "x_mod_dim")
+
+    def __init__(
+        self, text_encoders: Any, unet: nn.Module, multiplier: float = 1.0, lora_dim: int = 4, alpha: float | None = 1,
+        dropout: float | None = None, rank_dropout: float | None = None, module_dropout: float | None = None,
+        conv_lora_dim: int | None = None,
+        conv_alpha: float | None = None, module_class: type = LoRAModule, modules_dim: Mapping[str, int] | None = None,
+        modules_alpha: Mapping[str, float] | None = None, train_t5xxl: bool = False,
+        type_dims: Sequence[int | None] | None = None, emb_dims: Sequence[int] | None = None,
+        train_block_indices: Sequence[bool] | None = None, verbose: bool = False,
+    ) -> None:
+        """`type_dims` in the order of PARTS; `train_block_indices` tells for each block whether it is trained."""
+        pairs = {
+            **_shared_pairs(rank_dropout, module_dropout, conv_lora_dim, conv_alpha, verbose),
+            "train_t5xxl": train_t5xxl or None, "emb_dims": _row(emb_dims),
+            "train_block_indices": _numbers(train_block_indices), **dict(zip(self.PARTS, type_dims or ())),
+        }
+        self._build(
+            text_encoders, unet, multiplier, lora_dim, alpha, dropout, pairs, module_class, modules_dim, modules_alpha
+        )
+
+
+class LuminaLoRANetwork(_Network):
+    """LoRA of Lumina-Image 2.0."""
+
+    PARTS = ("attn_dim", "mlp_dim", "mod_dim", "refiner_dim")
+
+    def __init__(
+        self, text_encoders: Any, unet: nn.Module, multiplier: float = 1.0, lora_dim: int = 4, alpha: float | None = 1,
+        dropout: float | None = None, rank_dropout: float | None = None, module_dropout: float | None = None,
+        conv_lora_dim: int | None = None,
+        conv_alpha: float | None = None, module_class: type = LoRAModule, modules_dim: Mapping[str, int] | None = None,
+        modules_alpha: Mapping[str, float] | None = None, train_blocks: str | None = None,
+        type_dims: Sequence[int | None] | None = None, embedder_dims: Sequence[int] | None = None, verbose: bool = False,
+    ) -> None:
+        """`type_dims` in the order of PARTS."""
+        pairs = {
+            **_shared_pairs(rank_dropout, module_dropout, conv_lora_dim, conv_alpha, verbose),
+            "train_blocks": train_blocks, "embedder_dims": _row(embedder_dims),
+            **dict(zip(self.PARTS, type_dims or ())),
+        }
+        self._build(
+            text_encoders, unet, multiplier, lora_dim, alpha, dropout, pairs, module_class, modules_dim, modules_alpha
+        )
+
+
+def _shared_pairs(
+    rank_dropout: float | None, module_dropout: float | None, conv_lora_dim: int | None, conv_alpha: float | None,
+    verbose: bool,
+) -> dict[str, Any]:
+    """The arguments that networks of all families have."""
+    return {
+        "rank_dropout": rank_dropout, "module_dropout": module_dropout, "conv_dim": conv_lora_dim,
+        "conv_alpha": conv_alpha if conv_lora_dim else None, "verbose": verbose or None,
+    }  # fmt: skip
 
 
 def _row(values: Sequence[Any] | None) -> str | None:

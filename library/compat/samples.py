@@ -50,8 +50,8 @@ def sample_images_sd(
     """The samples of Stable Diffusion 1 and 2 where they are due: step 0 with --sample_at_first, else by step, or by
     epoch where one is given. `tokenizer` may be a TokenizeStrategy; else that of set_strategy or of the options
     counts."""
-    _refuse_control_net(controlnet)
-    _sample("sd", accelerator, args, epoch, steps, vae, unet_wrapped, text_encoder, tokenizer, None, prompt_replacement)
+    refuse_control_net(controlnet)
+    sample_family("sd", accelerator, args, epoch, steps, vae, unet_wrapped, text_encoder, tokenizer, None, prompt_replacement)
 
 
 def sample_images_sdxl(
@@ -60,8 +60,8 @@ def sample_images_sdxl(
     prompt_replacement: Replacement | None = None, controlnet: Any = None,
 ) -> None:
     """The samples of SDXL, as those of Stable Diffusion; `text_encoder` is the list of both."""
-    _refuse_control_net(controlnet)
-    _sample(
+    refuse_control_net(controlnet)
+    sample_family(
         "sdxl", accelerator, args, epoch, steps, vae, unet_wrapped, text_encoder, tokenizer, None, prompt_replacement
     )
 
@@ -72,8 +72,8 @@ def sample_images_flux(
     controlnet: Any = None,
 ) -> None:
     """The samples of FLUX.1; `sample_prompts_te_outputs` (text -> list of outputs) spares the text encoders."""
-    _refuse_control_net(controlnet)
-    _sample(
+    refuse_control_net(controlnet)
+    sample_family(
         "flux",
         accelerator,
         args,
@@ -88,17 +88,18 @@ def sample_images_flux(
     )
 
 
-def _refuse_control_net(controlnet: Any) -> None:
+def refuse_control_net(controlnet: Any) -> None:
     if controlnet is not None:
         raise UnsupportedCombination("sample_images: samples with a ControlNet are not there; leave controlnet out")
 
 
 @torch.no_grad()
-def _sample(
+def sample_family(
     family_name: str, accelerator: Any, args: Any, epoch: int | None, steps: int, vae: Any, denoiser: Any,
     text_encoders: Any, tokenize: Any,
     outputs: Mapping[str, Sequence[Any]] | None, replacement: Replacement | None,
 ) -> None:
+    """The samples of a family where they are due; see `sample_images_sd`."""
     at = "first" if steps == 0 else "step" if epoch is None else "epoch"
     path = getattr(args, "sample_prompts", None)
     config = config_of(args, family_name, "network") if path else None

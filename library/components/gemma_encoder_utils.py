@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.checkpoints.loading import Transform
+from library.checkpoints.loading import Source, Transform
 from library.components.llm_encoder_utils import (
     LanguageModel,
     inspect_language_model,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _MARK = "layers.0.pre_feedforward_layernorm.weight"
 GEMMA2 = LanguageModel(
     title="Gemma 2",
+    part="gemma2",
     prefixes=(
         "text_encoders.gemma2_2b.transformer.model.", "text_encoders.gemma2_2b.transformer.",
         "text_encoders.gemma2_2b.", "transformer.model.", "transformer.", "model.",
@@ -35,7 +36,6 @@ GEMMA2 = LanguageModel(
         "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
-    part="gemma2",
     attention="eager",  # the only one that bounds the attention's logits
 )  # fmt: skip
 
@@ -52,15 +52,15 @@ def gemma2_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_gemma2(
-    path: str | os.PathLike,
+    path: Source,
     dtype: torch.dtype | None,
     device: torch.device | str,
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
     transform: Transform | None = None,
 ) -> Gemma2Model:
-    """Load Gemma 2 as an encoder from a file, alone or beside other parts, or a transformers folder; an output head is
-    left out.
+    """Load Gemma 2 as an encoder from a file, alone or beside other parts, a transformers folder, or tensors in memory;
+    an output head is left out.
 
     `config` overrides the names of `inspect_gemma2`. 8-bit files are widened. CheckpointError when the file does not
     fit.

@@ -7,6 +7,7 @@ beside model_index.json, from where the way back takes it, so that this gives th
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -24,15 +25,18 @@ from library.checkpoints.ldm_convert import (
     convert_diffusers_vae_to_ldm,
     convert_ldm_vae_to_diffusers,
 )
-from library.checkpoints.loading import CheckpointFiles, open_checkpoint
+from library.checkpoints.loading import CheckpointFiles, Source, open_checkpoint
 from library.checkpoints.open_clip_convert import hf_to_open_clip, open_clip_to_hf, with_text_model
 from library.checkpoints.unet_convert import diffusers_to_original, original_to_diffusers
+from library.components.ldm_models import AutoEncoderParams
 from library.components.ldm_utils import inspect_autoencoder
 from library.components.text_encoder_utils import CLIP_G, CLIP_H, CLIP_L, ClipSlot, inspect_clip
+from library.components.unet_models import UNetParams
 from library.components.unet_utils import UNET_ROOTS, inspect_unet
 from library.core.atomic_file import atomic_folder
 from library.core.errors import CheckpointError
 from library.core.registry import import_target
+from library.core.text_files import read_json
 from library.safetensors_utils import (
     cast_all,
     is_pickled,
@@ -46,6 +50,7 @@ logger = logging.getLogger("atelier")
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 REST = "original_rest.safetensors"
+SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
 SLOTS: dict[str, tuple[tuple[ClipSlot, str], ...]] = {
     "sd1": ((CLIP_L, "cond_stage_model.transformer."),),
     "sd2": ((CLIP_H, "cond_stage_model.model."),),
@@ -60,9 +65,10 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class Folder:
-    """A folder to be written. `unet`: name in the folder -> key of the file; `parts`: sub-folder -> tensors; `configs`:
-    file -> its content; `rest`: tensors without a place."""
+    """A folder to be written. `kind`: one of SLOTS; `unet`: name in the folder -> key of the file; `parts`: sub-folder
+    -> tensors; `configs`: file -> its content; `rest`: tensors without a place."""
 
+    kind: str
     files: CheckpointFiles
     unet: dict[str, str]
     parts: dict[str, Tensors] = field(default_factory=dict)
@@ -84,7 +90,7 @@ def read_single(source: str, kind: str, prediction_type: str | None) -> Folder:
     files = info.source
     own = {key for key in files.shapes if key.startswith(UNET) and key[len(UNET) :].split(".")[0] in UNET_ROOTS}
     names = original_to_diffusers({key[len(UNET) :]: key for key in files.shapes if key in own})
-    folder = Folder(files, names, metadata={} if is_pickled(files.files[0]) else read_header(files.files[0])[1])
+    folder = Folder(kind, files, names, metadata={} if is_pickled(files.files[0]) else read_header(files.files[0])[1])
     vae = inspect_autoencoder(source, wanted=import_target(AUTOENCODERS[kind]))
     vae_state = _named(files, {key: key[len(VAE) :] for key in files.shapes if key.startswith(VAE)})
     folder.parts["vae"] = convert_ldm_vae_to_diffusers(vae_state)
@@ -105,10 +111,10 @@ def read_single(source: str, kind: str, prediction_type: str | None) -> Folder:
             "768-pixel models",
             source,
         )
-    folder.configs["scheduler/scheduler_config.json"] = configs.scheduler_config(
+    folder.configs[SCHEDULER] = configs.scheduler_config(
         is_sdxl, kind_told or "epsilon", bool(info.zero_terminal_snr)
     )
-    folder.configs["model_index.json"] = configs.model_index(is_sdxl)
+    folder.configs[INDEX] = configs.model_index(is_sdxl)
     folder.rest = dict(files.stream("cpu", True, [key for key in files.shapes if key not in used]))
     return folder
 
@@ -140,6 +146,48 @@ def _has_no_place(name: str, slot: ClipSlot, layers: int) -> bool:
     )
 
 
+def hyper_parameters(
+    unet: UNetParams, vae: AutoEncoderParams, texts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What shapes do not tell, as `model_config` of one file has it. `texts`: name of the slot -> ClipInfo.values."""
+    return {
+        **{name: getattr(unet, name) for name in ("heads", "norm_groups", "use_linear_projection", "upcast_attention")},
+        "vae": {"norm_groups": vae.norm_groups},
+        **{name: {key: values[key] for key in ("heads", "act", "eos", "layers")} for name, values in texts.items()},
+    }
+
+
+def read_hyper_parameters(source: Source, kind: str, vae: AutoEncoderParams | None = None) -> dict[str, Any]:
+    """Those of a file, a folder or the tensors of one, with another autoencoder perhaps. CheckpointError where they are
+    not told."""
+    texts = {slot.name: inspect_clip(source, slot).values for slot, _ in SLOTS[kind]}
+    vae = vae or inspect_autoencoder(source, wanted=import_target(AUTOENCODERS[kind])).params
+    return hyper_parameters(inspect_unet(source).params, vae, texts)
+
+
+def untold_config(base: str, kind: str, vae: AutoEncoderParams, state: Tensors) -> dict[str, str]:
+    """{"model_config": JSON} of a base folder for one file with the tensors `state`, where these do not tell it."""
+    told = read_hyper_parameters(base, kind, vae)
+    try:
+        read = read_hyper_parameters(state, kind)
+    except CheckpointError:
+        read = None
+    return {} if read == told else {"model_config": json.dumps(told, sort_keys=True)}
+
+
+def keep_scheduler(folder: Folder, base: str) -> None:
+    """The scheduler of a base folder in the place of the usual one: its class and settings, but what the model predicts
+    and whether its last time is pure noise."""
+    path, index = Path(base) / SCHEDULER, Path(base) / INDEX
+    if not (path.is_file() and index.is_file()):
+        return
+    named = read_json(index, error=CheckpointError, needed=dict).get("scheduler")
+    if isinstance(named, list):
+        decided = {key: folder.configs[SCHEDULER][key] for key in ("prediction_type", "rescale_betas_zero_snr")}
+        folder.configs[SCHEDULER] = {**read_json(path, error=CheckpointError, needed=dict), **decided}
+        folder.configs[INDEX]["scheduler"] = named
+
+
 def tokenizer_of(folder: str | None, cache_dir: str | None) -> Any:
     from library.components.tokenizers import load_clip_tokenizer
 
@@ -164,8 +212,10 @@ def write_folder(
                 {"format": "pt"},
             )
         _write_unet(folder, work / "unet" / f"diffusion_pytorch_model{ending}", dtype)
-        for name in ("tokenizer", "tokenizer_2")[: 2 if "text_encoder_2" in folder.parts else 1]:
-            tokenizer.save_pretrained(work / name)
+        for slot, _ in SLOTS[folder.kind]:
+            own = copy.deepcopy(tokenizer)
+            own.pad_token = slot.pad or own.pad_token
+            own.save_pretrained(work / slot.subfolder.replace("text_encoder", "tokenizer"))
         for path in sorted(work.glob("*/*.safetensors")) if pickled else ():
             stem = "pytorch_model" if path.parent.name.startswith("text_encoder") else path.stem
             with open(path.with_name(f"{stem}.bin"), "wb") as file:  # given a name, torch writes it into the file

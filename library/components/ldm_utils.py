@@ -6,7 +6,7 @@ Which autoencoder a family needs, with which scale and shift, is the family's to
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,9 +20,11 @@ from library.checkpoints.ldm_convert import (
 )
 from library.checkpoints.loading import (
     CheckpointFiles,
+    Source,
     assign_state,
     build_on_meta,
     build_params,
+    check_marks,
     check_state,
     count_blocks,
     find_prefix,
@@ -37,6 +39,19 @@ Model = TypeVar("Model", bound=AutoEncoder)
 
 AE_PREFIXES = ("first_stage_model.", "vae.")
 AE_ROOTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+MARKS = ("encoder.down.0.block.0.norm1.weight", "decoder.conv_in.weight")
+
+
+@dataclass(frozen=True)
+class DiffusersNames:
+    """How diffusers names the tensors of a kind of autoencoder: `holds`: whether these are such names; `to_original`:
+    its tensors under the original ones."""
+
+    holds: Callable[[Mapping[str, object]], bool]
+    to_original: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+LDM_NAMES = DiffusersNames(is_diffusers_autoencoder, convert_diffusers_vae_to_ldm)
 
 
 @dataclass(frozen=True)
@@ -47,34 +62,38 @@ class AutoEncoderInfo:
     prefix: str
     is_diffusers: bool
     params: AutoEncoderParams
+    names: DiffusersNames
+
+    @property
+    def keys(self) -> list[str]:
+        """Those of the autoencoder, as the file has them."""
+        named = [key for key in self.source.shapes if key.startswith(self.prefix)]
+        return [key for key in named if key[len(self.prefix) :].split(".")[0] in AE_ROOTS]
 
 
 @dataclass(frozen=True)
 class Wanted:
     """The autoencoder that a family needs: by `quant_conv` known from others, with its scale and shift; `owner` and
-    `usual_name` are for messages."""
+    `usual_name` are for messages, `names` those of diffusers."""
 
     owner: str
     usual_name: str
     quant_conv: bool
     scaling: Mapping[str, float]
+    names: DiffusersNames = LDM_NAMES
 
 
 def inspect_autoencoder(
-    path: str | os.PathLike, config: Mapping[str, Any] | None = None, *, wanted: Wanted
+    path: Source, config: Mapping[str, Any] | None = None, *, wanted: Wanted
 ) -> AutoEncoderInfo:
     """Recognise an autoencoder from headers alone; `config` overrides by the names of AutoEncoderParams.
     CheckpointError when the file is damaged or not of the wanted kind."""
     source = open_checkpoint(path, "vae")
     prefix = find_prefix(source.shapes, AE_PREFIXES, AE_ROOTS, source.path, "autoencoder")
     stripped = strip_prefix(source.shapes, prefix)
-    is_diffusers = is_diffusers_autoencoder(stripped)
-    shapes = convert_diffusers_vae_to_ldm(stripped) if is_diffusers else stripped
-    if "encoder.down.0.block.0.norm1.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
-        some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{source.path} holds no {wanted.owner} autoencoder (encoder.down.* is not there; it begins with {some})"
-        )
+    is_diffusers = wanted.names.holds(stripped)
+    shapes = wanted.names.to_original(stripped) if is_diffusers else stripped
+    check_marks(shapes, MARKS, source.path, f"{wanted.owner} autoencoder")
     if ("quant_conv.weight" in shapes) != wanted.quant_conv:
         channels = shapes["decoder.conv_in.weight"].shape[1]
         kind = "FLUX.1 or SD3 (no quant_conv" if wanted.quant_conv else "SD1, SD2 or SDXL (quant_conv"
@@ -86,15 +105,9 @@ def inspect_autoencoder(
     from_folder = {
         ours: source.config[theirs] for theirs, ours in names.items() if source.config.get(theirs) is not None
     }
-    given = {**wanted.scaling, **from_folder, **_own_config(source.model_config), **(config or {})}
+    given = {**wanted.scaling, **from_folder, **source.config_of("vae"), **(config or {})}
     params = build_params(AutoEncoderParams, infer_autoencoder(shapes, given, source.path), given, source.path)
-    return AutoEncoderInfo(source, prefix, is_diffusers, params)
-
-
-def _own_config(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a whole file's `model_config` that is about its autoencoder; a file of its own has it without a
-    level."""
-    return model_config.get("vae", model_config)
+    return AutoEncoderInfo(source, prefix, is_diffusers, params, wanted.names)
 
 
 def infer_autoencoder(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -127,13 +140,8 @@ def load_autoencoder(
 ) -> Model:
     """The weights of an inspected autoencoder, as a module of `model_class`. CheckpointError when the file does not
     fit."""
-    keys = [
-        key
-        for key in info.source.shapes
-        if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in AE_ROOTS
-    ]
-    state = strip_prefix(info.source.tensors(device, disable_mmap, keys), info.prefix)
-    state = attention_as_convolution(convert_diffusers_vae_to_ldm(state) if info.is_diffusers else state)
+    state = strip_prefix(info.source.tensors(device, disable_mmap, info.keys), info.prefix)
+    state = attention_as_convolution(info.names.to_original(state) if info.is_diffusers else state)
     model = build_on_meta(lambda: model_class(info.params))
     check_state(model, state, info.source.path)
     assign_state(model, {key: cast_floats(tensor, dtype, key).contiguous() for key, tensor in state.items()})

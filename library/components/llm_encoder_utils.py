@@ -13,9 +13,11 @@ from torch import Tensor
 
 from library.checkpoints.loading import (
     CheckpointFiles,
+    Source,
     Transform,
     assign_state,
     build_on_meta,
+    check_marks,
     check_state,
     count_blocks,
     find_prefix,
@@ -34,19 +36,19 @@ _FIRST = "layers.0.self_attn."
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A kind of language model. `marks`: names that its files have; `strangers`: names that they do not have;
-    `head_dim`: the size of an attention head, of the shapes without prefix and of what is given beside them; `others`:
-    more hyper-parameters that shapes do not tell, by their names in transformers, as released; `part`: where they stand
-    in the `model_config` of a whole file; `attention`: what computes it."""
+    """A kind of language model. `part`: its entry in the `model_config` of a file of several parts; `marks`: names that
+    its files have; `strangers`: names that they do not have; `head_dim`: the size of an attention head, of the shapes
+    without prefix and of what is given beside them; `others`: more hyper-parameters that shapes do not tell, by their
+    names in transformers, as released; `attention`: what computes it."""
 
     title: str
+    part: str
     prefixes: tuple[str, ...]
     marks: tuple[str, ...]
     strangers: tuple[str, ...]
     head_dim: Callable[[Mapping[str, Tensor], Mapping[str, Any]], int]
     rope_theta: float = 1e6
     others: Mapping[str, Any] = field(default_factory=dict)
-    part: str = ""
     attention: str = "sdpa"
 
 
@@ -62,6 +64,7 @@ QWEN3_PREFIXES = (
 )  # fmt: skip
 QWEN3 = LanguageModel(
     title="Qwen3",
+    part="qwen3",
     prefixes=QWEN3_PREFIXES,
     marks=(f"{_FIRST}q_norm.weight",),
     strangers=(f"{_FIRST}q_proj.bias",),
@@ -69,6 +72,7 @@ QWEN3 = LanguageModel(
 )
 QWEN25_VL = LanguageModel(
     title="Qwen2.5-VL",
+    part="qwen25_vl",
     prefixes=(
         "text_encoders.qwen25_7b.transformer.model.", "text_encoders.qwen25_7b.model.", "text_encoders.qwen25_7b.",
         "model.language_model.", "language_model.model.", "language_model.", "transformer.model.", "transformer.",
@@ -98,21 +102,18 @@ def inspect_qwen25_vl(path: str | os.PathLike, config: Mapping[str, Any] | None 
 
 
 def _open(
-    kind: LanguageModel, path: str | os.PathLike, config: Mapping[str, Any] | None
+    kind: LanguageModel, path: Source, config: Mapping[str, Any] | None
 ) -> tuple[CheckpointFiles, str, dict[str, Any]]:
     source = open_checkpoint(path, "text_encoder")
     prefix = find_prefix(source.shapes, kind.prefixes, _ROOTS, source.path, f"{kind.title} text encoder")
     shapes = strip_prefix(source.shapes, prefix)
-    if any(name not in shapes for name in ("embed_tokens.weight", *kind.marks)) or any(
-        name in shapes for name in kind.strangers
-    ):
-        some = ", ".join(list(source.shapes)[:3]) or "no tensors"
-        mark = kind.marks[0].removesuffix(".weight").replace(".0.", ".*.")
+    check_marks(shapes, ("embed_tokens.weight", *kind.marks), source.path, f"{kind.title} text encoder")
+    strange = [name for name in kind.strangers if name in shapes]
+    if strange:
         raise CheckpointError(
-            f"{source.path} holds no {kind.title} text encoder ({mark} is not there; it begins with {some})"
+            f"{source.path} holds no {kind.title} text encoder (it has {', '.join(strange)}, which that has not)"
         )
-    own = source.model_config.get(kind.part, source.model_config)
-    given = {**_folder_config(kind, source.config), **own, **(config or {})}
+    given = {**_folder_config(kind, source.config), **source.config_of(kind.part), **(config or {})}
     try:
         inferred = _sizes(kind, shapes, given)
     except KeyError as error:
@@ -201,7 +202,7 @@ def load_qwen25_vl(
 def load_language_model(
     kind: LanguageModel,
     classes: tuple[Any, Any],
-    path: str | os.PathLike,
+    path: Source,
     dtype: torch.dtype | None,
     device: torch.device | str,
     disable_mmap: bool,

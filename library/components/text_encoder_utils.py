@@ -16,6 +16,7 @@ from library.checkpoints.loading import (
     Transform,
     assign_state,
     build_on_meta,
+    check_marks,
     check_state,
     count_blocks,
     find_prefix,
@@ -46,7 +47,7 @@ _HEAD_SIZE = 64
 class ClipSlot:
     """Where a CLIP text encoder lies and what its shapes do not tell. `layers`: how many are used when the file has
     more; `has_open_clip`: files of this encoder may be in the layout of open_clip; `subfolder`: its place in a
-    folder."""
+    folder; `pad`: the token that fills its captions up, where that is not the one that ends them."""
 
     name: str
     title: str
@@ -55,12 +56,13 @@ class ClipSlot:
     act: str
     layers: int | None = None
     has_open_clip: bool = False
+    pad: str | None = None
 
 
 CLIP_L = ClipSlot("clip_l", "CLIP text encoder", "text_encoder", CLIP_PREFIXES, "quick_gelu")
 CLIP_H = ClipSlot(
     "clip_h", "CLIP-H text encoder", "text_encoder", ("cond_stage_model.model.", "text_encoder."), "gelu", layers=23,
-    has_open_clip=True
+    has_open_clip=True, pad="!",
 )
 CLIP_G = ClipSlot(
     "clip_g", "CLIP-G text encoder", "text_encoder_2",
@@ -68,7 +70,7 @@ CLIP_G = ClipSlot(
         "conditioner.embedders.1.model.", "text_encoders.clip_g.transformer.", "text_encoders.clip_g.",
         "clip_g.transformer.", "clip_g.", "text_encoder_2.",
     ),
-    "gelu", has_open_clip=True,
+    "gelu", has_open_clip=True, pad="!",
 )  # fmt: skip
 
 
@@ -99,9 +101,8 @@ def inspect_clip(path: Source, slot: ClipSlot, config: Mapping[str, Any] | None 
     is_open_clip = slot.has_open_clip and is_open_clip_text(shapes)
     shapes = open_clip_to_hf(shapes) if is_open_clip else shapes
     tokens, first = "text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.mlp.fc1.weight"
-    if tokens not in shapes or first not in shapes:
-        some = ", ".join(list(source.shapes)[:3]) or "no tensors"
-        raise CheckpointError(f"{source.path} holds no {slot.title} (text_model.* is not there; it begins with {some})")
+    positions = "text_model.embeddings.position_embedding.weight"
+    check_marks(shapes, (tokens, positions, first), source.path, slot.title)
     vocab, width = shapes[tokens].shape
     layers = count_blocks(shapes, "text_model.encoder.layers.")
     inferred = {
@@ -109,13 +110,14 @@ def inspect_clip(path: Source, slot: ClipSlot, config: Mapping[str, Any] | None 
         "layers": min(layers, slot.layers or layers),
         "vocab": vocab,
         "ff": shapes[first].shape[0],
-        "max_len": shapes["text_model.embeddings.position_embedding.weight"].shape[0],
+        "max_len": shapes[positions].shape[0],
         "act": slot.act,
         "eos": vocab - 1,
         "projection": shapes["text_projection.weight"].shape[0] if "text_projection.weight" in shapes else None,
     }
-    own = source.model_config.get(slot.name, source.model_config)
-    values = {**inferred, **_folder_clip_config(source.config), **own, **(config or {})}
+    values = {
+        **inferred, **_folder_clip_config(source.config), **source.config_of(slot.name), **(config or {}),
+    }  # fmt: skip
     return ClipInfo(source, prefix, is_open_clip, _with_heads(values, source.path))
 
 
@@ -286,13 +288,10 @@ def _open_t5(path: Source, config: Mapping[str, Any] | None) -> tuple[Any, str, 
     shapes = strip_prefix(source.shapes, prefix)
     attention = "encoder.block.0.layer.0.SelfAttention."
     feed_forward = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
-    embedding = next((key for key in ("shared.weight", "encoder.embed_tokens.weight") if key in shapes), None)
+    embeddings = ("shared.weight", "encoder.embed_tokens.weight")
     needed = (attention + "q.weight", attention + "relative_attention_bias.weight", feed_forward)
-    if embedding is None or any(key not in shapes for key in needed):
-        some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{source.path} holds no T5 v1.1 encoder (shared and encoder.block.* are not there; it begins with {some})"
-        )
+    check_marks(shapes, (embeddings, *needed), source.path, "T5 v1.1 encoder")
+    embedding = next(key for key in embeddings if key in shapes)
     if "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in shapes:
         raise CheckpointError(
             f"{source.path} is an umT5 encoder (a position bias in every block); T5 v1.1 XXL is needed"
@@ -310,8 +309,7 @@ def _open_t5(path: Source, config: Mapping[str, Any] | None) -> tuple[Any, str, 
         "eps": 1e-6,
     }
     folder = {ours: source.config[theirs] for theirs, ours in _T5_FOLDER_NAMES.items() if theirs in source.config}
-    own = source.model_config.get("t5xxl", source.model_config)
-    return source, prefix, {**inferred, **folder, **own, **(config or {})}
+    return source, prefix, {**inferred, **folder, **source.config_of("t5xxl"), **(config or {})}
 
 
 _T5_FOLDER_NAMES = {"relative_attention_max_distance": "max_distance", "layer_norm_epsilon": "eps"}

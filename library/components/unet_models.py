@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from library.attention import scaled_attention, timestep_embedding
 from library.custom_offloading_utils import run_checkpointed
+
+if TYPE_CHECKING:
+    from library.components.control_models import Control
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +248,21 @@ class UNetBase(nn.Module):
     def shrunk(self, depth: int, x: Tensor, timesteps: Tensor) -> Tensor:
         """x as it goes into block number `depth` of the way down."""
         return x if self.deep_shrink is None else self.deep_shrink.apply(depth, x, timesteps)
+
+    @staticmethod
+    def controlled(
+        x: Tensor, skips: list[Tensor], control: Control | None, *inputs: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The features of the middle and the skip connections with what `control` adds to them: one residual for each
+        skip connection in their order, then that of the middle. `inputs`: what the U-Net was called with."""
+        if control is None:
+            return x, skips
+        places = [*skips, x]
+        added = [
+            place + fitted(residual, place.shape[2:]).to(place.dtype)
+            for place, residual in zip(places, control.residuals(len(places), *inputs), strict=True)
+        ]
+        return added[-1], added[:-1]
 
     def repeated_blocks(self) -> list[nn.Module]:
         """The blocks of both kinds that `run_block` gets; the transformers of a place one by one, as there may be

@@ -13,15 +13,18 @@ from torch import Tensor
 
 from library.checkpoints.loading import (
     CheckpointFiles,
+    Source,
     Transform,
     assign_state,
     build_on_meta,
     build_params,
+    check_marks,
     check_state,
     count_blocks,
     find_prefix,
     open_checkpoint,
     part_of,
+    size_of,
     strip_prefix,
 )
 from library.checkpoints.unet_convert import diffusers_to_original, is_diffusers_unet, original_to_diffusers
@@ -39,6 +42,9 @@ UNET_ROOTS = (
     "add_embedding",
     "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out",
 )  # fmt: skip
+MARKS = ("input_blocks.0.0.weight", "input_blocks.1.0.in_layers.2.weight")
+DIFFUSERS_MARKS = ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight")
+"""the same tensors in a folder"""
 _HEAD_SIZE = 64
 _SD1_HEADS = 8
 _SPECIAL_INPUTS = {9: "an inpainting model", 8: "an image editing (instruct) model"}
@@ -63,7 +69,7 @@ class UNetInfo:
         return self.params.adm_in_channels is not None
 
 
-def inspect_unet(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> UNetInfo:
+def inspect_unet(path: Source, config: Mapping[str, Any] | None = None) -> UNetInfo:
     """Recognise a U-Net from headers alone; `config` overrides hyper-parameters by the names of UNetParams.
 
     CheckpointError when the file is damaged, holds no such U-Net, or is an inpainting, editing or refiner model.
@@ -75,19 +81,15 @@ def inspect_unet(path: str | os.PathLike, config: Mapping[str, Any] | None = Non
     }
     is_diffusers = is_diffusers_unet(stripped)
     shapes = stripped if is_diffusers else original_to_diffusers(stripped)
-    if "down_blocks.0.resnets.0.conv1.weight" not in shapes or "conv_in.weight" not in shapes:
-        some = ", ".join(list(source.shapes)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{source.path} holds no Stable Diffusion or SDXL U-Net (input_blocks.* is not there; it begins with "
-            f"{some})"
-        )
+    marks = DIFFUSERS_MARKS if is_diffusers else MARKS
+    check_marks(stripped, marks, source.path, "Stable Diffusion or SDXL U-Net")
     _refuse_variants(shapes, source.path)
     given = {**_folder_config(source.config), **source.model_config, **(config or {})}
     inferred = _infer(shapes, source.path)
     is_v2 = _is_v2(source, given, inferred)
     inferred |= _not_in_shapes(inferred, is_v2, given, source.path)
     params = build_params(UNetParams, inferred, given, source.path)
-    return UNetInfo(source, prefix, is_diffusers, params, is_v2, *_declared_schedule(Path(path), source))
+    return UNetInfo(source, prefix, is_diffusers, params, is_v2, *_declared_schedule(Path(source.path), source))
 
 
 def _refuse_variants(shapes: Mapping[str, Tensor], path: str) -> None:
@@ -117,9 +119,7 @@ def _infer(shapes: Mapping[str, Tensor], path: str) -> dict[str, Any]:
     """Hyper-parameters that shapes (diffusers names) tell."""
 
     def size(key: str, dim: int) -> int:
-        if key not in shapes or shapes[key].ndim <= dim:
-            raise CheckpointError(f"{path} does not fit a U-Net: {key} is missing or has too few dimensions")
-        return shapes[key].shape[dim]
+        return size_of(shapes, key, dim, path, "a U-Net")
 
     levels = count_blocks(shapes, "down_blocks.")
     depths = tuple(
@@ -177,7 +177,7 @@ def _declared_schedule(path: Path, source: CheckpointFiles) -> tuple[str | None,
         return kind, bool(declared.get("rescale_betas_zero_snr", False))
     is_v = "v" if "v_pred" in source.shapes else None
     is_zero = True if "ztsnr" in source.shapes else None
-    if is_v is None and source.files[0].endswith(".safetensors"):
+    if is_v is None and source.files and source.files[0].endswith(".safetensors"):
         is_v = {"v": "v", "epsilon": "epsilon"}.get(
             read_header(source.files[0])[1].get("modelspec.prediction_type", "")
         )
@@ -209,14 +209,14 @@ def load_unet(
     )
     if info.is_diffusers != tree_is_diffusers:
         state = original_to_diffusers(state) if tree_is_diffusers else diffusers_to_original(state)
-    state = {key: _fitting_projection(key, tensor, info.params.use_linear_projection) for key, tensor in state.items()}
+    state = {key: fitting_projection(key, tensor, info.params.use_linear_projection) for key, tensor in state.items()}
     model = build_on_meta(lambda: build(info.params))
     check_state(model, state, info.source.path)
     assign_state(model, state)
     return model
 
 
-def _fitting_projection(key: str, tensor: Tensor, is_linear: bool) -> Tensor:
+def fitting_projection(key: str, tensor: Tensor, is_linear: bool) -> Tensor:
     """proj_in and proj_out occur as (C, C) and as (C, C, 1, 1), whatever the model computes with."""
     if not key.endswith(("proj_in.weight", "proj_out.weight")):
         return tensor

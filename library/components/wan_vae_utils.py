@@ -16,6 +16,7 @@ from library.checkpoints.loading import (
     assign_state,
     build_on_meta,
     build_params,
+    check_marks,
     check_state,
     count_blocks,
     find_prefix,
@@ -28,6 +29,7 @@ from library.safetensors_utils import cast_floats
 
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 VAE_ROOTS = ("encoder", "decoder", "conv1", "conv2", "quant_conv", "post_quant_conv")
+MARKS = ("encoder.conv1.weight", "encoder.downsamples.0.residual.0.gamma", "conv2.weight")
 
 _RESIDUAL = {
     "norm1": "residual.0",
@@ -93,14 +95,9 @@ def inspect_wan_vae(path: str | os.PathLike, config: Mapping[str, Any] | None = 
     stripped = strip_prefix(source.shapes, prefix)
     is_diffusers = is_diffusers_naming(stripped)
     shapes = convert_diffusers_vae_to_wan(stripped) if is_diffusers else stripped
-    if "encoder.downsamples.0.residual.0.gamma" not in shapes:
-        some = ", ".join(list(shapes)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{source.path} holds no Wan 2.1 / Qwen-Image autoencoder (encoder.downsamples.* is not there; it begins "
-            f"with {some})"
-        )
+    check_marks(shapes, MARKS, source.path, "Wan 2.1 / Qwen-Image autoencoder")
     from_folder = {name: source.config[name] for name in ("latents_mean", "latents_std") if source.config.get(name)}
-    given = {**from_folder, **source.model_config, **(config or {})}
+    given = {**from_folder, **source.config_of("vae"), **(config or {})}
     params = build_params(WanVAEParams, _infer(shapes, given, source.path), given, source.path)
     return WanVAEInfo(source, prefix, is_diffusers, params)
 

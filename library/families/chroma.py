@@ -11,6 +11,7 @@ from library.families.record import (
     EncoderFile,
     FamilyRecord,
     ModelKind,
+    OtherScript,
     SampleDefaults,
     Signature,
     TextKey,
@@ -23,6 +24,18 @@ FAMILY = FamilyRecord(
     name="chroma",
     title="Chroma",
     page="docs/chroma_train_network.md",
+    scripts={
+        "full": OtherScript(
+            name="flux_train",
+            page_name="chroma_train",
+            options=frozenset(
+                {
+                    "fused_optimizer_groups", "blockwise_fused_optimizers", "mem_eff_save",
+                    "skip_latents_validity_check", "double_blocks_to_swap", "single_blocks_to_swap",
+                }
+            ),
+        )
+    },
     place=60,
     family="library.training.wiring.chroma:ChromaFamily",
     denoisers=("Chroma",),

@@ -40,6 +40,7 @@ FAMILY = FamilyRecord(
     denoisers=("Flux",),
     targets="networks.lora_flux:TARGETS",
     pipeline="library.generation.flux_pipeline:FluxPipeline",
+    control_nets="library.flux_control_net_utils:CONTROL_NETS",
     pictures="flux_minimal_inference.py",
     image_script="library.generation.flux_inference:SCRIPT",
     tiny=(
@@ -89,11 +90,14 @@ FAMILY = FamilyRecord(
             name="flux_controlnet",
             role="relative",
             wanted="a FLUX.1 ControlNet",
+            subfolder="controlnet",
             signatures=(
                 Signature(
                     title="a FLUX.1 ControlNet", contains=("controlnet_blocks.0.", "double_blocks.0."), priority=90
                 ),
-                Signature(title="a FLUX.1 ControlNet", has=("controlnet_x_embedder.weight",), priority=90),
+                Signature(
+                    title="a FLUX.1 ControlNet", has=("controlnet_x_embedder.weight",), layout="diffusers", priority=90
+                ),
             ),
         ),
         ModelKind(
@@ -121,6 +125,7 @@ FAMILY = FamilyRecord(
         title="FLUX.1 or Chroma",
         parts=("double_blocks_", "single_blocks_", "double_blocks.", "single_blocks.", "single_transformer_blocks"),
         priority=50,
+        released_widths=(3072,),
         aliases=("flux1",),
         base_versions=("flux",),
         modelspec=("flux-1",),

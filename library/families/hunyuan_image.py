@@ -10,6 +10,7 @@ from library.families.record import (
     CacheNames,
     FamilyRecord,
     ModelKind,
+    OtherScript,
     SampleDefaults,
     Signature,
     TextKey,
@@ -25,6 +26,17 @@ FAMILY = FamilyRecord(
     title="HunyuanImage 2.1",
     prefix="hunyuan_image_",
     page="docs/hunyuan_image_train_network.md",
+    scripts={
+        "full": OtherScript(
+            name="hunyuan_image_train",
+            options=frozenset(
+                {
+                    "fused_optimizer_groups", "blockwise_fused_optimizers", "mem_eff_save",
+                    "skip_latents_validity_check", "double_blocks_to_swap", "single_blocks_to_swap",
+                }
+            ),
+        )
+    },
     place=80,
     family="library.training.wiring.hunyuan_image:HunyuanImageFamily",
     denoisers=("HYImageDiffusionTransformer",),
@@ -69,6 +81,14 @@ FAMILY = FamilyRecord(
                 ),
                 Signature(
                     title="a HunyuanImage 2.1 denoiser",
+                    has=("byt5_in.fc1.weight", "double_blocks.0.img_attn.qkv.weight"),
+                    ranks=(("img_in.proj.weight", 4),),
+                    detail="library.families.hunyuan_image:detail",
+                    layout="ComfyUI",
+                    priority=21,
+                ),
+                Signature(
+                    title="a HunyuanImage 2.1 denoiser",
                     has=("context_embedder_2.linear_1.weight", "transformer_blocks.0.attn.add_k_proj.weight"),
                     layout="diffusers",
                     priority=20,
@@ -80,6 +100,7 @@ FAMILY = FamilyRecord(
             role="vae",
             wanted="a HunyuanImage 2.1 autoencoder (hunyuan_image_2.1_vae_fp16.safetensors)",
             subfolder="vae",
+            layouts="library.hunyuan_image_utils:VAE_LAYOUTS",
             signatures=(
                 Signature(
                     title="a HunyuanImage autoencoder",
@@ -112,10 +133,10 @@ FAMILY = FamilyRecord(
 
 
 def detail(table: Any) -> str:
-    """What the names say of a denoiser in the original layout, of a KeyTable."""
+    """What the names say of a denoiser in the original layout or under ComfyUI's names, of a KeyTable."""
     kinds = [
-        name for name, key in (("guidance", "guidance_in.mlp.0.weight"), ("mean flow", "time_r_in.mlp.0.weight"))
-        if table.has(key)
+        name for name, part in (("guidance", "guidance_in."), ("mean flow", "time_r_in."))
+        if any(table.has(f"{part}{first}.weight") for first in ("mlp.0", "in_layer"))
     ]  # fmt: skip
     kind = f"distilled ({' and '.join(kinds)}), " if kinds else ""
     return f"{kind}{table.count('double_blocks.{}.')} double and {table.count('single_blocks.{}.')} single blocks"

@@ -22,6 +22,25 @@ class Bucket(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SideLimit:
+    """Pixels along a side of a picture that a denoiser has positions for. `lifted_by`: the option that makes positions
+    for any size, where there is one."""
+
+    pixels: int
+    lifted_by: str = ""
+
+    def problem(self, width: int, height: int, what: str = "the picture", otherwise: str = "") -> str | None:
+        """A message for a size that is too large, else None. `otherwise`: how to make it smaller."""
+        if max(width, height) <= self.pixels:
+            return None
+        ways = [way for way in (otherwise, self.lifted_by and f"--{self.lifted_by}") if way]
+        return (
+            f"{what} is {width}x{height}; the model has positions for {self.pixels} pixels a side: needed: at most"
+            f" {self.pixels}{''.join(f', or {way}' for way in ways)}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatentSpec:
     """Latents of a family. `fingerprint` names the latent space, so that caches of another space are never mixed up.
 
@@ -45,6 +64,10 @@ class LatentSpec:
         if frames == 1:
             return picture
         return (self.channels, 1 + (frames - 1) // (self.temporal_stride or 1), *picture[1:])
+
+    def side_limit(self, patches: int, lifted_by: str = "") -> SideLimit:
+        """That of a denoiser with positions for this many patches along a side."""
+        return SideLimit(pixels=patches * self.patch * self.spatial_stride, lifted_by=lifted_by)
 
     def usable_frames(self, frames: int) -> int:
         """How many of a file's frames a sample has: as many as the VAE takes, and one where a family makes pictures."""

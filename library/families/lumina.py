@@ -11,6 +11,7 @@ from library.families.record import (
     EncoderFile,
     FamilyRecord,
     ModelKind,
+    OtherScript,
     SampleDefaults,
     Signature,
     TextKey,
@@ -26,6 +27,17 @@ FAMILY = FamilyRecord(
     title="Lumina-Image 2.0",
     prefix="lumina_",
     page="docs/lumina_train_network.md",
+    scripts={
+        "full": OtherScript(
+            name="lumina_train",
+            options=frozenset(
+                {
+                    "fused_optimizer_groups", "blockwise_fused_optimizers", "mem_eff_save",
+                    "skip_latents_validity_check",
+                }
+            ),
+        )
+    },
     place=70,
     family="library.training.wiring.lumina:LuminaFamily",
     denoisers=("NextDiT",),

@@ -92,9 +92,10 @@ class ModelKind:
     """One kind of model file, by the name that slots ask for.
 
     `role`: denoiser (the family's scripts take it), relative (stands where a denoiser could, and is none of the
-    family's), vae or text_encoder. `wanted`: what a slot needs, in words; `subfolder`: its place in a pipeline folder
+    family's), vae, text_encoder or other. `wanted`: what a slot needs, in words; `subfolder`: its place in a pipeline folder
     of diffusers; `base_version` and `modelspec`: ss_base_model_version and modelspec.architecture of adapters that are
-    made without training, `metadata` what else they say.
+    made without training, `metadata` what else they say. `layouts`: the DenoiserLayouts by which files of a kind that
+    is no denoiser are rewritten, each for itself.
     """
 
     name: str
@@ -105,6 +106,7 @@ class ModelKind:
     base_version: str = ""
     modelspec: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    layouts: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,9 @@ class AdapterFacts:
     shared_parts: tuple[str, ...] = ()
     """parts of keys that another family has too: they tell it with one of these `widths` as inputs of a layer"""
     widths: tuple[int, ...] = ()
+    released_widths: tuple[int, ...] = ()
+    """inputs of layers in released models: where `parts` tell the family, one of them leaves no doubt, and without one
+    a file may be for any family that calls its layers so (`shared_parts`)"""
     aliases: tuple[str, ...] = ()
     """further names that --family takes"""
     base_versions: tuple[str, ...] = ()
@@ -163,11 +168,17 @@ class OtherScript:
     name: str
     """without .py"""
     options: frozenset[str] = frozenset()
+    text_switches: Mapping[int, str] = field(default_factory=dict)
+    """text encoders, by their place, that learn only with an option of their own"""
+    text_files: Mapping[int, str] = field(default_factory=dict)
+    """text encoders, by their place, that get a file beside the model's when they learned -> what its name has more"""
+    page_name: str = ""
+    """of its documentation, where it is the script of another family too"""
 
     @property
     def page(self) -> str:
         """Documentation with the table of its options."""
-        return f"docs/{self.name}.md"
+        return f"docs/{self.page_name or self.name}.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +207,9 @@ class FamilyRecord:
     """class of library/generation that makes pictures: the samples while training, and those of its image scripts"""
     pictures: str = ""
     """the script that makes images with it"""
+    control_nets: str = ""
+    """the ControlNets object (library/components/control_nets) that makes, reads and writes nets which guide its
+    denoiser; "" = there are none"""
     image_script: str = ""
     """what that script does for it alone: an ImageScript, in library/generation"""
     tiny: tuple[TinyModel, ...] = ()

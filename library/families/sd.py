@@ -20,6 +20,24 @@ from library.families.record import (
 _CROSS_ATTENTION = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 _DIFFUSERS_CROSS = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 
+
+def _control_net(title: str, text_width: int | None = None) -> tuple[Signature, ...]:
+    """In both layouts; `text_width` tells one version from the other."""
+    return tuple(
+        Signature(
+            title=title,
+            has=has,
+            sizes=((cross, 1, (text_width,)),) if text_width else (),
+            layout=layout,
+            priority=85 if text_width else 80,
+        )
+        for layout, cross, has in (
+            ("original", _CROSS_ATTENTION, ("input_hint_block.0.weight", "zero_convs.0.0.weight")),
+            ("diffusers", _DIFFUSERS_CROSS, ("controlnet_cond_embedding.conv_in.weight",)),
+        )
+    )
+
+
 FAMILY = FamilyRecord(
     name="sd",
     title="Stable Diffusion 1 and 2",
@@ -42,6 +60,7 @@ FAMILY = FamilyRecord(
     denoisers=("UNet2DConditionModel",),
     targets="networks.lora_sd:TARGETS",
     pipeline="library.generation.sd_pipeline:SdPipeline",
+    control_nets="library.sd_utils:CONTROL_NETS",
     pictures="gen_img.py",
     tiny=(
         TinyModel(name="sd1", title="Stable Diffusion 1", build="library.tiny_models.sd_tiny:build_tiny_sd1"),
@@ -96,6 +115,20 @@ FAMILY = FamilyRecord(
                     priority=10,
                 ),
             ),
+        ),
+        ModelKind(
+            name="sd1_controlnet",
+            role="relative",
+            wanted="a ControlNet of Stable Diffusion 1",
+            subfolder="controlnet",
+            signatures=_control_net("a ControlNet of Stable Diffusion 1"),
+        ),
+        ModelKind(
+            name="sd2_controlnet",
+            role="relative",
+            wanted="a ControlNet of Stable Diffusion 2",
+            subfolder="controlnet",
+            signatures=_control_net("a ControlNet of Stable Diffusion 2", text_width=1024),
         ),
         ModelKind(
             name="vae_sd",

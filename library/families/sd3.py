@@ -56,7 +56,21 @@ FAMILY = FamilyRecord(
     title="Stable Diffusion 3",
     prefix="sd3_",
     page="docs/sd3_train_network.md",
-    scripts={"textual_inversion": OtherScript(name="sd3_train_textual_inversion")},
+    scripts={
+        "full": OtherScript(
+            name="sd3_train",
+            options=frozenset(
+                {
+                    "train_text_encoder", "train_t5xxl", "use_t5xxl_cache_only", "learning_rate_te1", "learning_rate_te2",
+                    "learning_rate_te3", "stop_text_encoder_training", "num_last_block_to_freeze",
+                    "fused_optimizer_groups", "blockwise_fused_optimizers", "skip_latents_validity_check",
+                }
+            ),
+            text_switches={2: "train_t5xxl"},
+            text_files={0: "_clip_l", 1: "_clip_g", 2: "_t5xxl"},
+        ),
+        "textual_inversion": OtherScript(name="sd3_train_textual_inversion"),
+    },
     place=50,
     family="library.training.wiring.sd3:Sd3Family",
     denoisers=("MMDiT",),

@@ -31,12 +31,14 @@ FAMILY = FamilyRecord(
             ),
         ),
         "textual_inversion": OtherScript(name="sdxl_train_textual_inversion"),
+        "lllite": OtherScript(name="sdxl_train_control_net_lllite"),
     },
     place=30,
     family="library.training.wiring.sdxl:SdxlFamily",
     denoisers=("SdxlUNet2DConditionModel",),
     targets="networks.lora_sdxl:TARGETS",
     pipeline="library.generation.sdxl_pipeline:SdxlPipeline",
+    control_nets="library.sdxl_utils:CONTROL_NETS",
     pictures="sdxl_gen_img.py",
     image_script="library.generation.sdxl_inference:SCRIPT",
     tiny=(TinyModel(name="sdxl", title="SDXL", build="library.tiny_models.sdxl_tiny:build_tiny_sdxl"),),
@@ -64,6 +66,22 @@ FAMILY = FamilyRecord(
                     title="an SDXL U-Net",
                     has=("down_blocks.0.resnets.0.conv1.weight", "add_embedding.linear_1.weight"), layout="diffusers",
                     priority=20,
+                ),
+            ),
+        ),
+        ModelKind(
+            name="sdxl_controlnet",
+            role="relative",
+            wanted="a ControlNet of SDXL",
+            subfolder="controlnet",
+            signatures=(
+                Signature(
+                    title="a ControlNet of SDXL", has=("input_hint_block.0.weight", "label_emb.0.0.weight"), priority=88
+                ),
+                Signature(
+                    title="a ControlNet of SDXL",
+                    has=("controlnet_cond_embedding.conv_in.weight", "add_embedding.linear_1.weight"), layout="diffusers",
+                    priority=88,
                 ),
             ),
         ),

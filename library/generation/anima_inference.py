@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from library.core.errors import Problems
 from library.core.options import Config
+from library.families.anima import FAMILY
 from library.generation.adapter_files import ListedAdapterOptions
 from library.generation.anima_options import (
     GROUPS,
@@ -22,6 +23,7 @@ from library.training.wiring.base import tokenizer_problems
 if TYPE_CHECKING:
     import torch
 
+    from library.families.latents import SideLimit
     from library.generation.anima_pipeline import AnimaPipeline
     from library.generation.pipeline import PictureMaker
 
@@ -43,6 +45,12 @@ class AnimaScript(LatentScript[AnimaRequest]):
 
     def notices(self, config: Config) -> list[str]:
         return ["latents are kept in float32 between the steps (known scripts round them to the type of the weights)"]
+
+    def side_limit(self, config: Config) -> SideLimit | None:
+        from library.anima_utils import inspect_anima
+
+        path = config[AnimaModelOptions].dit
+        return FAMILY.latents.side_limit(inspect_anima(path).params.most_patches) if path else None
 
     def load(self, config: Config) -> PictureMaker[AnimaRequest]:
         from library.generation.anima_pipeline import load_pipeline

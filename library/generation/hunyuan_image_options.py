@@ -57,6 +57,9 @@ class HunyuanImageModelOptions:
         reason=f"--attn_mode: {_ATTENTION}",
     )  # fmt: skip
     vae_chunk_size: int | None = option(None, help="rows that the VAE computes at once: less memory, equal results")
+    vae_tiling: bool = option(
+        False, help="let the VAE compute pictures larger than 384 pixels in tiles: little memory, close results"
+    )
     blocks_to_swap: int = option(
         0, help="blocks whose weights wait in main memory; a double block counts as one, two single blocks as one"
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from library.core.errors import CheckpointError, ConfigError
 from library.core.options import Config
+from library.families.lumina import FAMILY
 from library.generation.adapter_files import adapter_problems
 from library.generation.lumina_options import (
     GROUPS,
@@ -19,6 +20,7 @@ from library.generation.script import ImageScript, format_problems
 from library.training.wiring.base import tokenizer_problems
 
 if TYPE_CHECKING:
+    from library.families.latents import SideLimit
     from library.generation.pipeline import PictureMaker
 
 
@@ -43,6 +45,12 @@ class LuminaScript(ImageScript[LuminaRequest]):
         problems += [*_format_problems(options), *adapter_problems(options.lora_weights, "lumina")]
         if problems:
             raise ConfigError(problems)
+
+    def side_limit(self, config: Config) -> SideLimit | None:
+        from library.lumina_utils import inspect_lumina
+
+        path = config[LuminaModelOptions].pretrained_model_name_or_path
+        return FAMILY.latents.side_limit(inspect_lumina(path).params.most_patches) if path else None
 
     def load(self, config: Config) -> PictureMaker[LuminaRequest]:
         from library.generation.lumina_pipeline import load_pipeline

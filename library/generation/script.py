@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import logging
 import os
 import random
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from library.core.console import utf8_text
-from library.core.errors import AtelierError, ConfigError, Problems
+from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems
 from library.core.options import Config
 from library.core.registry import import_target
 from library.core.text_files import read_text
@@ -44,6 +45,7 @@ from library.training.sampling_prompts import DRAWN, LineOption, good_lines, par
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from library.families.latents import SideLimit
     from library.generation.pipeline import PictureMaker
 
 logger = logging.getLogger(__name__)
@@ -141,9 +143,14 @@ def planned_requests(
     return requests
 
 
+def rounded_sides(request: PictureRequest, size_step: int) -> tuple[int, int]:
+    """Width and height of the picture that is made."""
+    return request.width - request.width % size_step, request.height - request.height % size_step
+
+
 def with_seed_and_size(request: Request, size_step: int) -> Request:
     """Sides rounded down to a multiple of `size_step`, and a drawn seed where none is given."""
-    width, height = (side - side % size_step for side in (request.width, request.height))
+    width, height = rounded_sides(request, size_step)
     if (width, height) != (request.width, request.height):
         logger.warning(
             "the size is %dx%d; made %dx%d, a multiple of %d", request.width, request.height, width, height, size_step
@@ -292,14 +299,28 @@ class ImageScript(ABC, Generic[Request]):
         problems.attempt(lambda: self.check(config))
         problems.raise_if_any()
 
+    def side_limit(self, config: Config) -> SideLimit | None:
+        """How large pictures may be, from the header of the model; None: as large as one likes. CheckpointError."""
+        return None
+
     def line_reader(self, config: Config) -> LineReader:
         adapters = config[self.adapters]
         count, merged = adapters.num_adapters, adapters.merge_lora_weights
-        return LineReader(
-            self.line_options,
-            self.size_step,
-            lambda request: multiplier_problems(request.multipliers, count, merged=merged),
-        )
+
+        @functools.cache
+        def limit() -> SideLimit | None:
+            try:
+                return self.side_limit(config)
+            except (CheckpointError, OSError):
+                return None  # `check` tells of the file
+
+        def problems(request: Request) -> list[str]:
+            width, height = rounded_sides(request, self.size_step)
+            too_large = limit() and limit().problem(width, height)
+            found = multiplier_problems(request.multipliers, count, merged=merged)
+            return [*found, too_large] if too_large else found
+
+        return LineReader(self.line_options, self.size_step, problems)
 
     def make_picture(self, maker: PictureMaker[Request], config: Config, request: Request, index: int) -> Path:
         """Make and write one picture, or all frames of a clip: `{YYYYmmdd_HHMMSS}_{seed}_{index}.png`."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from library.core.errors import ConfigError
 from library.core.options import Config
+from library.families.sd3 import FAMILY
 from library.generation.adapter_files import adapter_problems
 from library.generation.script import ImageScript, format_problems
 from library.generation.sd3_options import (
@@ -18,6 +19,7 @@ from library.generation.sd3_options import (
 )
 
 if TYPE_CHECKING:
+    from library.families.latents import SideLimit
     from library.generation.pipeline import PictureMaker
 
 
@@ -40,6 +42,15 @@ class Sd3Script(ImageScript[Sd3Request]):
         problems = [problem for problem in [*found, *adapter_problems(options.lora_weights, "sd3")] if problem]
         if problems:
             raise ConfigError(problems)
+
+    def side_limit(self, config: Config) -> SideLimit | None:
+        from library.sd3_utils import inspect_sd3
+
+        options = config[Sd3ModelOptions]
+        if not options.ckpt_path or options.enable_scaled_pos_embed:
+            return None
+        patches = inspect_sd3(options.ckpt_path).params.pos_embed_max_size
+        return FAMILY.latents.side_limit(patches, "enable_scaled_pos_embed")
 
     def load(self, config: Config) -> PictureMaker[Sd3Request]:
         from library.generation.sd3_pipeline import load_pipeline

@@ -28,7 +28,6 @@ from library.sd_utils import (
     text_slot,
 )
 from library.strategy_sd import V2_PAD, SdTextEncodingStrategy, SdTokenizeStrategy
-from library.training.inference_samplers.discrete import Predict
 
 if TYPE_CHECKING:
     from library.generation.gen_img.options import GenerationModelOptions
@@ -45,10 +44,10 @@ class SdPipeline(UNetPipeline[SampledRequest]):
 
     def predictor(
         self, conditioning: Conditioning, sizes: Sequence[Sequence[int]], target_hw: tuple[int, int]
-    ) -> Predict:
+    ) -> ControlledPredict:
         """Sizes mean nothing to these models."""
-        return lambda latents, timestep: predict_noise(
-            self.denoiser, latents, timestep.expand(len(latents)), conditioning
+        return lambda latents, timestep, control=None: predict_noise(
+            self.denoiser, latents, timestep.expand(len(latents)), conditioning, control=control
         ).float()
 
     @staticmethod

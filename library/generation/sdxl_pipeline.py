@@ -21,7 +21,7 @@ from library.generation.pipeline import PictureMaker
 from library.generation.prompt_encoder import PromptEncoder, WordTokenizer, tokenizer_problems
 from library.generation.sampling_utils import Conditioning
 from library.generation.sdxl_options import SdxlModelOptions, SdxlRequest
-from library.generation.unet_pipeline import UNetPipeline
+from library.generation.unet_pipeline import ControlledPredict, UNetPipeline
 from library.sdxl_train_utils import predict_noise
 from library.sdxl_utils import (
     inspect_sdxl_unet,
@@ -33,7 +33,6 @@ from library.sdxl_utils import (
     text_width_problem,
 )
 from library.strategy_sdxl import SECOND_PAD, SdxlTextEncodingStrategy, SdxlTokenizeStrategy
-from library.training.inference_samplers.discrete import Predict
 
 if TYPE_CHECKING:
     from library.checkpoints.loading import Transform
@@ -54,12 +53,13 @@ class SdxlPipeline(UNetPipeline[SdxlRequest]):
 
     def predictor(
         self, conditioning: Conditioning, sizes: Sequence[Sequence[int]], target_hw: tuple[int, int]
-    ) -> Predict:
+    ) -> ControlledPredict:
         original = torch.tensor([size[:2] for size in sizes])  # [R, 2]
         crop = torch.tensor([size[2:] for size in sizes])
         target = torch.tensor([target_hw] * len(sizes))
-        return lambda latents, timestep: predict_noise(
-            self.denoiser, latents, timestep.expand(len(latents)), conditioning, (original, crop, target)
+        return lambda latents, timestep, control=None: predict_noise(
+            self.denoiser, latents, timestep.expand(len(latents)), conditioning, (original, crop, target),
+            control=control,
         ).float()
 
     @staticmethod

@@ -21,8 +21,17 @@ STATE_ENDING = "-state"
 
 def companion_name(file: str, ending: str) -> str:
     """The name of a file beside a model file, or of a folder beside one: `lora-ema.safetensors` of `lora.safetensors`."""
-    extension = next((known for known in FILE_ENDINGS if file.endswith(known)), "")
+    extension = _extension(file)
     return f"{file.removesuffix(extension)}{ending}{extension}"
+
+
+def side_name(file: str, ending: str) -> str:
+    """The name of a part that has a file of its own beside a model: `model_clip_l.safetensors` of `model.ckpt`."""
+    return f"{file.removesuffix(_extension(file))}{ending}.{DEFAULT_FORMAT}"
+
+
+def _extension(file: str) -> str:
+    return next((known for known in FILE_ENDINGS if file.endswith(known)), "")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from library.training.sampling_prompts import (
     sample_file_name,
 )
 from library.training.schedulers import SchedulerOptions, parse_step_count
+from library.training.whole_models import side_endings
 
 if TYPE_CHECKING:
     from library.training.trainables.base import Trainable
@@ -138,7 +139,7 @@ def name_problems(config: Config) -> list[str]:
         else names.last()
     )
     written = [
-        *(names.companion(stem, ending) for ending in companion_endings(config)),
+        *(names.companion(stem, f"{ending}{side}") for ending in companion_endings(config) for side in ("", *side_endings(config))),
         f"{names.last()}-loss.csv",
         f"{names.last()}-loss.png",
     ]

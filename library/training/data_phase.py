@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -15,6 +16,7 @@ from library.core.errors import ConfigError
 from library.core.options import Config
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
+from library.dataset.bucket import BucketSelector
 from library.dataset.build import build_dataset_groups
 from library.dataset.cache_index import CacheIndex
 from library.dataset.custom import load_custom_dataset
@@ -27,6 +29,7 @@ from library.training.accelerator_setup import Runtime
 from library.training.option_groups import LoopOptions
 
 if TYPE_CHECKING:
+    from library.families.latents import SideLimit
     from library.training.protocols import BatchSource
 
 Loaded = TypeVar("Loaded")
@@ -100,6 +103,22 @@ def find_data(config: Config, architecture: DataArchitecture, script: str | Scri
             seed=config[LoopOptions].seed
         )
     )
+
+
+def side_problems(found: FoundData, limit: SideLimit | None) -> list[str]:
+    """A message for every bucket that is larger than the pictures that the model has positions for."""
+    if found.scan is None or limit is None:
+        return []
+    problems = []
+    for params, train, held_out in zip(found.blueprint.datasets, found.scan.train, found.scan.validation, strict=True):
+        selector = BucketSelector.of(params)
+        choices = [selector.select(item.image_size) for item in (*train, *held_out)]
+        counts = Counter(choice.bucket_reso for choice in choices if choice is not None)
+        for size, count in sorted(counts.items()):
+            what = f"{params.label}: the bucket of {count} {'image' if count == 1 else 'images'}"
+            problem = limit.problem(*size, what, "a lower resolution or max_bucket_reso")
+            problems += [problem] if problem else []
+    return problems
 
 
 def group_data(config: Config, found: FoundData, architecture: DataArchitecture, seed: int) -> DataGroups:

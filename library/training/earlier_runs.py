@@ -14,10 +14,11 @@ from library.core.file_limits import name_length, name_limit
 from library.core.file_owners import clean_leftovers
 from library.core.options import Config
 from library.dataset import DatasetOptions
-from library.training.checkpoint import AVERAGED, LAST_STEM, STATE_ENDING, CheckpointNames
+from library.training.checkpoint import AVERAGED, DEFAULT_FORMAT, LAST_STEM, STATE_ENDING, CheckpointNames
 from library.training.own_hooks import companion_endings
 from library.training.option_groups import ResumeOptions, SavingOptions
 from library.training.state_files import LATEST, chosen_state
+from library.training.whole_models import side_endings
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +26,16 @@ SAMPLES = "sample"
 _SAMPLE = re.compile(r"(?:e?\d{6,}_(?:\d{2,}_\d{14}(?:_\d+)?|grid)|sheet)\.png")
 
 
-def is_output_of(name: str, saving: SavingOptions, endings: Sequence[str] = (AVERAGED,)) -> bool:
+def is_output_of(
+    name: str, saving: SavingOptions, endings: Sequence[str] = (AVERAGED,), sides: Sequence[str] = ()
+) -> bool:
     """Whether a run with these options could write a file or folder of this name: final, epoch and step files, their
-    companions with these endings, states, loss curves."""
+    companions with these endings, parts beside either with the endings `sides`, states, loss curves."""
+    for side in sides:
+        model = name.removesuffix(f"{side}.{DEFAULT_FORMAT}")
+        if model != name:
+            extension = CheckpointNames(None, saving.save_model_as).extension
+            return is_output_of(f"{model}{extension}", saving, endings)
     names = CheckpointNames(saving.output_name, saving.save_model_as)
     number = re.search(rf"-(?:step)?(\d{{6,}})(?:-state|(?:{'|'.join(map(re.escape, endings))})?(?:\.\w+)?)$", name)
     stems = [names.last()]
@@ -84,7 +92,8 @@ def earlier_files(config: Config) -> list[Path]:
     if not saving.output_dir or config[DatasetOptions].debug_dataset or goes_on(config):
         return []
     folder, endings = Path(saving.output_dir), companion_endings(config)
-    found = [folder / name for name in _names_in(folder) if is_output_of(name, saving, endings)]
+    sides = side_endings(config)
+    found = [folder / name for name in _names_in(folder) if is_output_of(name, saving, endings, sides)]
     return found + [folder / SAMPLES / name for name in _names_in(folder / SAMPLES) if is_sample_of(name, saving)]
 
 

@@ -53,7 +53,7 @@ FRONT_END_KEYS: dict[str, tuple[list[Any], str]] = {
 """keys that front ends write for all families alike -> their neutral values, and why they are ignored"""
 
 OLD_OPTIONS: dict[str, str] = {
-    "use_safetensors": "files are safetensors unless --save_model_as says otherwise",
+    "use_safetensors": "files, and those of folders, are safetensors unless --save_model_as says otherwise",
 }
 """options that old guides give to every script -> why they are ignored, on the command line too"""
 

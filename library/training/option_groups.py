@@ -369,7 +369,7 @@ class SavingOptions(OverflowOptions):
     save_model_as: str | None = option(
         "safetensors",
         help="format of the files; ckpt and pt are pickles without metadata; diffusers (with .bin files) and diffusers_safetensors"
-        " write folders of whole models",
+        " write folders of whole models, which have the layout of their base when it is not given",
         choices=(None, "ckpt", "pt", "safetensors", "diffusers", "diffusers_safetensors"),
     )
 

@@ -54,6 +54,8 @@ class Script:
     """values of options without meaning that ask for what happens anyway"""
     stands_for: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """options that are another spelling of others: name -> these with their values, or functions of its own value"""
+    following: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    """defaults that follow from what was given: a function of the values by name"""
     shares_file: bool = False
     """a tool that reads the --config_file of a training: keys that are the training's alone are passed over"""
 
@@ -307,6 +309,7 @@ class OptionReader:
                 values = {**values, **said}
         everything = {
             **self.what.defaults,
+            **(self.what.following(values) if self.what.following else {}),
             **{name: value for name, value in values.items() if name not in self.failed},
         }
         groups = {}

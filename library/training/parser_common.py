@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,10 @@ TRAINABLES: Registry[type] = Registry(
     "trainable",
     group="trainables",
     takes=("config",),
-    info={"options": None, "ignored": None, "refused": None, "foreign": None, "defaults": None},
+    info={
+        "options": None, "ignored": None, "refused": None, "foreign": None, "defaults": None, "stands_for": None,
+        "following": None,
+    },
     wanted="a subclass of library.training.trainables.base.Trainable whose options are a dataclass",
     is_a=lambda found: (
         isinstance(found, type) and all(hasattr(found, name) for name in ("options", "attach", "param_groups", "save"))
@@ -62,9 +66,10 @@ TRAINABLES: Registry[type] = Registry(
 )
 """What is learned, by the name that a script gives. `options`: its group, importable without torch; `ignored`: shared
 options without meaning for this kind of training, name -> reason, or a function as `foreign` is; `refused`: those
-without which the result would be another; `foreign`: a function of the family's record and the name that tells which
-options of the group the family's script lacks; `defaults`: of shared options, where they differ. One from outside says
-the first two in its class."""
+without which the result would be another, or such a function; `foreign`: a function of the family's record and the
+name that tells which options of the group the family's script lacks; `defaults`: of shared options, where they differ;
+`stands_for`: as ModelFamily has it; `following`: a function of the family's class and the values given, for defaults that
+follow from these. One from outside says the first two in its class."""
 TRAINABLES.add(
     "network",
     "library.training.trainables.network:NetworkTrainable",
@@ -75,7 +80,6 @@ TRAINABLES.add(
     },
 )
 
-_EIGHT_BITS = "trained weights are not held in 8 bits, in which nothing can be learned; --full_bf16 halves them"
 for _name, _class in (("full", "FullTrainable"), ("dreambooth", "DreamBooth")):
     TRAINABLES.add(
         _name,
@@ -84,11 +88,9 @@ for _name, _class in (("full", "FullTrainable"), ("dreambooth", "DreamBooth")):
         foreign="library.training.whole_models:foreign_options",
         ignored="library.training.whole_models:ignored_options",
         defaults={"save_model_as": None},
-        refused={
-            "fp8_base": _EIGHT_BITS,
-            "fp8_base_unet": _EIGHT_BITS,
-            "no_token_padding": "captions are padded to their length in tokens, as the text encoder was trained",
-        },
+        following="library.training.whole_models:following_defaults",
+        refused="library.training.whole_models:refused_options",
+        stands_for={"use_t5xxl_cache_only": {"cache_text_encoder_outputs": True}},
     )
 
 TRAINABLES.add(
@@ -102,6 +104,14 @@ TRAINABLES.add(
         "cache_text_encoder_outputs_to_disk": NEW_WORDS_LEARN,
         "fused_backward_pass": "a few vectors learn, whose gradients take no memory that it could save",
     },
+)
+
+TRAINABLES.add(
+    "lllite",
+    "library.training.trainables.lllite:LLLiteTrainable",
+    options="library.training.lllite:LLLiteOptions",
+    foreign="library.training.lllite:foreign_options",
+    refused={"fused_backward_pass": "a small network learns, whose gradients take no memory that it could save"},
 )
 
 
@@ -152,22 +162,24 @@ def script(family: str, trainable: str) -> Script:
     family_class = import_target(record.family)
     options, said = trainable_options(trainable)
     foreign = import_target(said["foreign"])(record, trainable) if said["foreign"] else {}
-    ignored = said["ignored"] or {}
-    if isinstance(ignored, str):
-        ignored = import_target(ignored)(record, trainable)
+    ignored, refused = (
+        import_target(table)(record, trainable) if isinstance(table, str) else table or {}
+        for table in (said["ignored"], said["refused"])
+    )
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
     return Script(
         family,
         trainable,
         classes=(*first, family_class.options, options, *packages, *rest),
-        refused={**family_class.refused, **(said["refused"] or {})},
+        refused={**family_class.refused, **refused},
         defaults={**family_class.defaults, **(said["defaults"] or {})},
         ignored={**family_class.ignored, **ignored},
         foreign={**family_class.foreign, **foreign},
         read_values=family_class.read_values,
         neutral=family_class.neutral,
-        stands_for=family_class.stands_for,
+        stands_for={**family_class.stands_for, **(said["stands_for"] or {})},
+        following=functools.partial(import_target(said["following"]), family_class) if said["following"] else None,
     )
 
 

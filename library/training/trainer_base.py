@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import torch
 
-from library.core.errors import ConfigError, Problems, RunInterrupted
-from library.core.options import Config, option_fields
+from library.core.errors import CheckpointError, ConfigError, Problems, RunInterrupted
+from library.core.options import Config, option_fields, shortened
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.fill_caches import fill_text_cache
 from library.dataset.strategies import StrategySet, Texts
@@ -33,6 +33,7 @@ from library.training.data_phase import (
     find_data,
     group_data,
     prepare_text,
+    side_problems,
 )
 from library.training.earlier_runs import clean_up, final_file, keep_earlier_files
 from library.training.hooks.base import Hook, HookList
@@ -180,6 +181,12 @@ class Trainer:
             problems.attempt(lambda hook=hook: hook.check(self.config, self.family, self.trainable))
         rules = self.trainable.dataset_rules(self.family)
         found = problems.attempt(lambda: find_data(self.config, self.family.architecture, rules))
+        try:
+            too_large = side_problems(found, self.family.side_limit()) if found is not None else []
+        except (CheckpointError, OSError):  # the family's check has told of the file
+            too_large = []
+        for message in too_large:
+            problems.add(message)
         problems.raise_if_any()
         sampling = self.config[SamplingOptions]
         path, wants = sampling.sample_prompts, checks.wants_samples(sampling)
@@ -189,13 +196,19 @@ class Trainer:
         """The prompts that can be read and that the family has the sizes and samplers for: another one does not cost
         the training."""
         left_out: list[str] = []
-        prompts = []
+        prompts, limit = [], self.family.side_limit()
         for prompt in load_prompts(path, self.family.prompt_options(), left_out):
             try:
-                self.family.sample_defaults(prompt)
-                prompts.append(self.trainable.sample_prompt(prompt))
+                complete = self.family.sample_defaults(prompt)
+                prompt = self.trainable.sample_prompt(prompt)
             except ConfigError as error:
                 left_out += error.problems
+                continue
+            too_large = limit and limit.problem(complete.width, complete.height)
+            if too_large:
+                left_out.append(f"'{shortened(prompt.prompt)}': {too_large}")
+            else:
+                prompts.append(prompt)
         for problem in left_out:
             logger.warning("%s; this sample prompt is left out", problem)
         return prompts

@@ -165,6 +165,59 @@ get_sigmas(noise_scheduler, timesteps, device, n_dim, dtype)
 sample_images(accelerator, args, epoch, steps, flux, ae, text_encoders, sample_prompts_te_outputs, prompt_replacement, controlnet)
 time_shift(mu, sigma, t)
 
+library.sd3_utils
+ModelSamplingDiscreteFlow(shift)
+analyze_checkpoint_state(ckpt_path)
+analyze_state_dict_state(state_dict, prefix)
+load_clip_g(clip_g_path, dtype, device, disable_mmap, state_dict)
+load_clip_l(clip_l_path, dtype, device, disable_mmap, state_dict)
+load_mmdit(state_dict, dtype, device, attn_mode)
+load_t5xxl(t5xxl_path, dtype, device, disable_mmap, state_dict)
+load_vae(vae_path, vae_dtype, device, disable_mmap, state_dict)
+
+library.sd3_train_utils
+add_sd3_training_arguments(parser)
+compute_density_for_timestep_sampling(weighting_scheme, batch_size, logit_mean, logit_std, mode_scale)
+compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
+do_sample(height, width, initial_latent, seed, cond, neg_cond, mmdit, steps, guidance_scale, dtype, device)
+get_all_sigmas(sampling, steps)
+get_noisy_model_input_and_timesteps(args, latents, noise, device, dtype)
+get_sigmas(noise_scheduler, timesteps, device, n_dim, dtype)
+max_denoise(model_sampling, sigmas)
+sample_images(accelerator, args, epoch, steps, mmdit, vae, text_encoders, sample_prompts_te_outputs, prompt_replacement)
+save_models(ckpt_path, mmdit, vae, clip_l, clip_g, t5xxl, sai_metadata, save_dtype)
+
+library.sd3_models
+MMDiT(params)
+SD3Params()
+create_sd3_mmdit(params, attn_mode)
+
+library.lumina_util
+convert_diffusers_sd_to_alpha_vllm(sd, num_double_blocks)
+load_ae(ckpt_path, dtype, device, disable_mmap)
+load_gemma2(ckpt_path, dtype, device, disable_mmap, state_dict)
+load_lumina_model(ckpt_path, dtype, device, disable_mmap, use_flash_attn, use_sage_attn)
+pack_latents(x)
+unpack_latents(x, packed_latent_height, packed_latent_width)
+
+library.lumina_train_util
+add_lumina_train_arguments(parser)
+apply_model_prediction_type(args, model_pred, noisy_model_input, sigmas)
+compute_density_for_timestep_sampling(weighting_scheme, batch_size, logit_mean, logit_std, mode_scale)
+compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
+denoise(scheduler, model, img, txt, txt_mask, neg_txt, neg_txt_mask, timesteps, guidance_scale, cfg_trunc_ratio, renorm_cfg)
+get_lin_function(x1, x2, y1, y2)
+get_noisy_model_input_and_timesteps(args, noise_scheduler, latents, noise, device, dtype)
+get_schedule(num_steps, image_seq_len, base_shift, max_shift, shift)
+get_sigmas(noise_scheduler, timesteps, device, n_dim, dtype)
+sample_images(accelerator, args, epoch, global_step, nextdit, vae, gemma2_model, sample_prompts_gemma2_outputs, prompt_replacement, controlnet)
+save_models(ckpt_path, lumina, sai_metadata, save_dtype, use_mem_eff_save)
+time_shift(mu, sigma, t)
+
+library.chroma_models
+Chroma(params)
+ChromaParams()
+
 library.anima_utils
 load_anima_model(device, dit_path, attn_mode, split_attn, loading_device, dit_weight_dtype, fp8_scaled, lora_weights_list, lora_multipliers)
 load_qwen3_text_encoder(qwen3_path, dtype, device, lora_weights, lora_multipliers)
@@ -219,6 +272,18 @@ create_network_from_weights(multiplier, file, vae, text_encoder, unet, weights_s
 networks.lora_flux
 LoRAModule(lora_name, org_module, multiplier, lora_dim, alpha, dropout, rank_dropout, module_dropout)
 LoRANetwork(text_encoders, unet, multiplier, lora_dim, alpha, dropout, rank_dropout, module_dropout, conv_lora_dim, conv_alpha, module_class, modules_dim, modules_alpha, train_blocks, split_qkv, train_t5xxl, type_dims, in_dims, train_double_block_indices, train_single_block_indices, reg_dims, ggpo_beta, ggpo_sigma, reg_lrs, verbose)
+create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet)
+create_network_from_weights(multiplier, file, vae, text_encoder, unet, weights_sd, for_inference)
+
+networks.lora_sd3
+LoRAModule(lora_name, org_module, multiplier, lora_dim, alpha, dropout, rank_dropout, module_dropout)
+LoRANetwork(text_encoders, unet, multiplier, lora_dim, alpha, dropout, rank_dropout, module_dropout, conv_lora_dim, conv_alpha, module_class, modules_dim, modules_alpha, train_t5xxl, type_dims, emb_dims, train_block_indices, verbose)
+create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet)
+create_network_from_weights(multiplier, file, vae, text_encoder, unet, weights_sd, for_inference)
+
+networks.lora_lumina
+LoRAModule(lora_name, org_module, multiplier, lora_dim, alpha, dropout, rank_dropout, module_dropout)
+LoRANetwork(text_encoders, unet, multiplier, lora_dim, alpha, dropout, rank_dropout, module_dropout, conv_lora_dim, conv_alpha, module_class, modules_dim, modules_alpha, train_blocks, type_dims, embedder_dims, verbose)
 create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet)
 create_network_from_weights(multiplier, file, vae, text_encoder, unet, weights_sd, for_inference)
 

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library import flux_train_utils, flux_utils, model_util, sdxl_model_util, sdxl_train_util, train_util
+from library import (
+    flux_train_utils,
+    flux_utils,
+    lumina_train_util,
+    lumina_util,
+    model_util,
+    sd3_train_utils,
+    sd3_utils,
+    sdxl_model_util,
+    sdxl_train_util,
+    train_util,
+)
 from library.core.errors import ConfigError
 from library.training.hooks.sample import encode_sample_prompts
 from tests.runs.families import Tinies
@@ -15,6 +26,8 @@ CALLS = {
     "sd": ("train_network", train_util),
     "sdxl": ("sdxl_train_network", sdxl_train_util),
     "flux": ("flux_train_network", flux_train_utils),
+    "sd3": ("sd3_train_network", sd3_train_utils),
+    "lumina": ("lumina_train_network", lumina_train_util),
 }
 
 
@@ -33,7 +46,19 @@ def test_the_pictures_of_a_run(family, tmp_path, tmp_path_factory):
     args = importlib.import_module(script).setup_parser().parse_args(work.argv("mine", *sampling))
     accelerator = train_util.prepare_accelerator(args)
     model = args.pretrained_model_name_or_path
-    if family == "flux":
+    if family == "sd3":
+        encoders = [load(getattr(args, name), None, "cpu") for name, load in sd3_utils.ENCODER_LOADERS.items()]
+        models = [sd3_utils.load_sd3(model, None, "cpu"), sd3_utils.load_vae(model, None, "cpu"), encoders, None]
+
+        def call(epoch, step):
+            known.sample_images(accelerator, args, epoch, step, *models)
+    elif family == "lumina":
+        encoder = lumina_util.load_gemma2(args.gemma2, None, "cpu")
+        models = [lumina_util.load_lumina_model(model, None, "cpu"), lumina_util.load_ae(args.ae, None, "cpu"), encoder]
+
+        def call(epoch, step):
+            known.sample_images(accelerator, args, epoch, step, *models, None)
+    elif family == "flux":
         encoders = [flux_utils.load_clip_l(args.clip_l, None, "cpu"), flux_utils.load_t5xxl(args.t5xxl, None, "cpu")]
         models = [
             flux_utils.load_flow_model(model, None, "cpu")[1],

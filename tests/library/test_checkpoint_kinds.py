@@ -1,5 +1,6 @@
 """Recognition of model files by their headers: one tiny file for each kind of model, and for each kind of accident."""
 
+import importlib
 import json
 import struct
 
@@ -7,7 +8,9 @@ import pytest
 
 from library.checkpoints.kinds import check_slot, describe_checkpoint
 from library.checkpoints.loading import open_checkpoint
+from library.checkpoints.recognition import PREFIXES
 from library.core.errors import CheckpointError
+from library.families.registry import records
 
 FLUX = {
     "double_blocks.0.img_attn.norm.query_norm.scale": (16,),
@@ -92,6 +95,10 @@ KINDS = [
         "flux",
         {"transformer_blocks.0.attn.add_k_proj.weight": (8, 8), "single_transformer_blocks.0.proj_mlp.weight": (8, 8)},
         "diffusers names",
+    ),
+    (
+        "lllite", {"lllite_unet_middle_block_1_transformer_blocks_0_attn1_to_q.conditioning1.0.weight": (16, 3, 4, 4)},
+        "ControlNet-LLLite",
     ),
     ("flux_controlnet", FLUX | {"controlnet_blocks.0.weight": (8, 8)}, "ControlNet"),
     (
@@ -333,3 +340,12 @@ def test_ids_of_the_hub_are_refused_with_the_command_that_fetches_them(tmp_path,
     (tmp_path / "models").mkdir()
     for path in ("models/base", "owner/base.safetensors", "owner/group/base", "base"):
         assert "hf download" not in check_slot(path, "ckpt", {"sd1"})
+
+
+def test_what_a_loader_reads_is_recognised_at_start():
+    """Prefixes of denoisers, which stand in both places."""
+    for record in records().values():
+        if record.targets:
+            readers = importlib.import_module(f"library.{record.name}_utils")
+            missing = set(getattr(readers, "DENOISER_PREFIXES", ())) - set(PREFIXES)
+            assert not missing, f"{record.name}: {missing}"

@@ -210,7 +210,7 @@ def test_each_kind_is_sent_to_the_other(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no Chroma denoiser"):
         chroma_utils.load_chroma(tmp_path / "no.safetensors", torch.float32, "cpu")
     headless = {key: tensor for key, tensor in state_of().items() if key != "img_in.weight"}
-    with pytest.raises(CheckpointError, match=r"holds no Chroma denoiser \(img_in.weight not there"):
+    with pytest.raises(CheckpointError, match=r"holds no Chroma denoiser \(it lacks img_in.weight;"):
         chroma_utils.load_chroma(written(tmp_path, headless), torch.float32, "cpu")
     short = {
         key: tensor for key, tensor in state_of().items() if not key.startswith("distilled_guidance_layer.norms.1")

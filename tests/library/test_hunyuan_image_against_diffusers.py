@@ -3,15 +3,19 @@ given."""
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 
-from library.checkpoints.hunyuan_image_convert import to_diffusers, to_original
+from library.checkpoints import layout_rules
+from library.checkpoints.hunyuan_image_convert import (
+    autoencoder_rules,
+    autoencoder_to_original,
+    to_diffusers,
+    to_original,
+)
 from library.components.ldm_models import AutoEncoderParams
 from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
-from library.hunyuan_image_vae import HunyuanVAE2D
+from library.hunyuan_image_vae import TILES, HunyuanVAE2D
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -63,44 +67,56 @@ def test_denoiser(guidance: bool, mean_flow: bool, depths: tuple[int, int], size
     assert relative(result, expected[0]) < 1e-5
 
 
-@pytest.mark.parametrize("size", [(32, 64), (96, 32)])
-def test_autoencoder(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("size", "blocks"), [((32, 64), 1), ((96, 32), 2)])
+def test_autoencoder(size: tuple[int, int], blocks: int) -> None:
     torch.manual_seed(4)
     widths = (32, 32, 64, 64, 128, 128)
     theirs = diffusers.AutoencoderKLHunyuanImage(
-        in_channels=3, out_channels=3, latent_channels=16, block_out_channels=widths, layers_per_block=1,
+        in_channels=3, out_channels=3, latent_channels=16, block_out_channels=widths, layers_per_block=blocks,
         spatial_compression_ratio=32,
         sample_size=64, scaling_factor=0.75,
     ).eval()  # fmt: skip
     ours = HunyuanVAE2D(
         AutoEncoderParams(
-            ch=32, ch_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=1, z_channels=16, scaling_factor=0.75, shift_factor=0
+            ch=32, ch_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=blocks, z_channels=16, scaling_factor=0.75, shift_factor=0
         )
     )
-    state = {}
-    for key, tensor in theirs.state_dict().items():
-        key = (
-            key.replace("mid_block.resnets.0", "mid.block_1")
-            .replace("mid_block.resnets.1", "mid.block_2")
-            .replace("mid_block.attentions.0", "mid.attn_1")
-        )
-        key = re.sub(r"attn_1\.(to_([qkv])|proj)\.", lambda found: f"attn_1.{found[2] or 'proj_out'}.", key).replace(
-            "conv_shortcut", "nin_shortcut"
-        )
-        for theirs_name, ours_name, sampler, blocks in (
-            ("down_blocks", "down", "downsample", 1),
-            ("up_blocks", "up", "upsample", 2),
-        ):
-            found = re.match(rf"(encoder|decoder)\.{theirs_name}\.(\d+)\.(.*)", key)
-            if found:
-                level, place = divmod(int(found[2]), blocks + 1)
-                middle = f"{sampler}" if place == blocks else f"block.{place}"
-                key = f"{found[1]}.{ours_name}.{level}.{middle}.{found[3]}"
-        state[key] = tensor
-    ours.load_state_dict(state)
+    state = theirs.state_dict()
+    rules = list(autoencoder_rules(state))
+    ours.load_state_dict(layout_rules.to_original(state, rules))
+    again = layout_rules.from_original(ours.state_dict(), autoencoder_rules(ours.state_dict()))
+    assert again.keys() == state.keys() and all(torch.equal(again[key], tensor) for key, tensor in state.items())
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
         posterior = theirs.encode(images).latent_dist
         mean, logvar = ours.encode_moments(images)
         assert relative(mean, posterior.mean) < 1e-5 and relative(logvar, posterior.logvar) < 1e-5
         assert relative(ours.decode(ours.scale(mean)), theirs.decode(mean).sample) < 1e-5
+
+
+def test_tiles_of_the_autoencoder() -> None:
+    """Two tiles in a row are decoded as by diffusers, which begins a third one behind them, of the latents that the second
+    has already; what is no larger than a tile is what it is without."""
+    torch.manual_seed(4)
+    sizes = {"block_out_channels": (32,) * 6, "layers_per_block": 1, "latent_channels": 16}
+    theirs = diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, spatial_compression_ratio=32, sample_size=384, scaling_factor=0.75, **sizes
+    ).eval()  # fmt: skip
+    ours = HunyuanVAE2D(
+        AutoEncoderParams(
+            ch=32, ch_mult=(1,) * 6, num_res_blocks=1, z_channels=16, scaling_factor=0.75, shift_factor=0
+        )
+    )
+    ours.load_state_dict(autoencoder_to_original(theirs.state_dict()))
+    latents = torch.randn(1, 16, 1, 21, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole, small = ours.decode(latents), ours.decode(latents[..., :12])
+        ours.tiles = TILES
+        theirs.enable_tiling()
+        tiled = ours.decode(latents)
+        before_third = theirs.decode(latents / 0.75).sample[..., : 18 * 32]
+        assert relative(tiled[..., : 18 * 32], before_third) < 1e-5
+        assert 1e-4 < relative(tiled, whole) < 0.5
+        assert torch.equal(ours.decode(latents[..., :12]), small)
+        mean, logvar = ours.encode_moments(tiled)
+        assert mean.shape == logvar.shape == latents.shape and logvar.min() >= -30

@@ -4,6 +4,7 @@ rows."""
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from library import hunyuan_image_utils
 from library.checkpoints.hunyuan_image_convert import to_diffusers
+from library.checkpoints.kinds import check_slot, describe_checkpoint
 from library.checkpoints.loading import build_on_meta
 from library.components.ldm_models import AutoEncoderParams
 from library.components.llm_encoder_utils import inspect_qwen25_vl
@@ -182,16 +184,72 @@ def test_both_layouts_whole_in_shards_and_in_8_bits(tmp_path: Path) -> None:
     assert hunyuan_image_utils.denoiser_state(other).keys() == state.keys()
 
 
-def test_an_autoencoder_of_diffusers_is_refused(tmp_path: Path) -> None:
+def test_the_real_autoencoder_in_the_layout_of_diffusers(tmp_path: Path) -> None:
+    """Its class makes the names and shapes of the real file, and its folder is that model."""
     from diffusers import AutoencoderKLHunyuanImage
 
-    vae = AutoencoderKLHunyuanImage(
-        in_channels=3, out_channels=3, latent_channels=16, block_out_channels=(32,) * 6, layers_per_block=1,
-        spatial_compression_ratio=32, sample_size=64,
+    from library.checkpoints.hunyuan_image_convert import autoencoder_to_original
+
+    config = hunyuan_image_utils.VAE_LAYOUTS.config(VAE_PARAMS)
+    vae = build_on_meta(lambda: AutoencoderKLHunyuanImage.from_config(config))
+    shapes = {key: list(tensor.shape) for key, tensor in vae.state_dict().items()}
+    renamed = autoencoder_to_original(vae.state_dict())
+    assert {key: list(tensor.shape) for key, tensor in renamed.items()} == key_table("vae_hunyuan_image")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    empty_checkpoint(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", shapes)
+    assert check_slot(tmp_path, "vae", {"vae_hunyuan_image"}) is None
+    for path in (tmp_path, tmp_path / "vae", tmp_path / "vae" / "diffusion_pytorch_model.safetensors"):
+        info = hunyuan_image_utils.inspect_vae(path)
+        assert info.params == VAE_PARAMS and info.is_diffusers
+
+
+def comfy_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state as ComfyUI saves it: its blocks are those of FLUX.1, its embedders too."""
+    words = (
+        ("txt_in.c_embedder.linear_1", "txt_in.c_embedder.in_layer"), ("c_embedder.linear_2", "c_embedder.out_layer"),
+        ("t_embedder.mlp.0", "t_embedder.in_layer"), ("t_embedder.mlp.2", "t_embedder.out_layer"),
+        ("_in.mlp.0", "_in.in_layer"), ("_in.mlp.2", "_in.out_layer"), ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.2"),
+        ("_mod.linear", "_mod.lin"), ("modulation.linear", "modulation.lin"), ("attn_qkv", "attn.qkv"),
+        ("attn_proj", "attn.proj"), ("attn_q_norm.weight", "attn.norm.query_norm.scale"),
+        ("attn_k_norm.weight", "attn.norm.key_norm.scale"), (".q_norm.weight", ".norm.query_norm.scale"),
+        (".k_norm.weight", ".norm.key_norm.scale"),
     )  # fmt: skip
-    vae.save_pretrained(tmp_path / "vae")
-    with pytest.raises(CheckpointError, match="in the layout of diffusers.*use the original file"):
-        hunyuan_image_utils.inspect_vae(tmp_path / "vae")
+    renamed = {}
+    for key, tensor in state.items():
+        for ours, theirs in words:
+            key = key.replace(ours, theirs)
+        renamed[key] = tensor
+    return renamed
+
+
+def test_the_names_inside_of_comfy_ui(tmp_path: Path) -> None:
+    """The same model, bit by bit, also in 8 bits with and without scales, recognised by its own names."""
+    flux = {key for key in key_table("flux_dev") if re.match(r"(double|single)_blocks\.0\.", key)}
+    params = replace(PARAMS, guidance_embed=True, mean_flow=True)
+    state = new_state(params)
+    theirs = comfy_names(state)
+    assert {key for key in theirs if re.match(r"(double|single)_blocks\.0\.", key)} == flux
+    save_file_atomic(state, tmp_path / "x.safetensors")
+    for prefix in ("model.model.", ""):
+        save_file_atomic({prefix + key: tensor for key, tensor in theirs.items()}, tmp_path / "comfy.safetensors")
+        found = describe_checkpoint(tmp_path / "comfy.safetensors")
+        assert (found.kind, found.layout) == ("hunyuan_image", "ComfyUI") and "guidance and mean flow" in found.detail
+        given = inputs() | {"guidance": torch.tensor([3500.0, 1000.0])}
+        for dtype, how in ((torch.float32, {}), (torch.float32, {"fp8_scaled": True}), (torch.float8_e4m3fn, {})):
+            mine, other = (
+                hunyuan_image_utils.load_hunyuan_image(tmp_path / f"{name}.safetensors", dtype, "cpu", **how)
+                for name in ("x", "comfy")
+            )
+            assert mine.params == other.params == params
+            assert all(torch.equal(tensor, other.state_dict()[key]) for key, tensor in mine.state_dict().items())
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+                assert torch.equal(run(mine, **given), run(other, **given))
+    assert hunyuan_image_utils.denoiser_state(theirs).keys() == state.keys()
+    del theirs["double_blocks.1.txt_attn.proj.weight"]
+    save_file_atomic(theirs, tmp_path / "comfy.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 keys are missing: double_blocks\.1\.txt_attn_proj\.weight"):
+        hunyuan_image_utils.load_hunyuan_image(tmp_path / "comfy.safetensors", torch.float32, "cpu")
 
 
 @pytest.mark.parametrize(("change", "message"), [

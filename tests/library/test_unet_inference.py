@@ -212,8 +212,8 @@ def test_wrong_lines_are_told_together_with_their_numbers(tiny, tmp_path):
 
 
 def test_refused_options_say_why(tiny, tmp_path):
-    with pytest.raises(ConfigError, match="ControlNet and its relatives"):
-        made(tiny["sd1"], tmp_path, "--prompt", "a", "--control_net_models", "x.safetensors")
+    with pytest.raises(ConfigError, match="--clip_vision_strength .*CLIP or VGG"):
+        made(tiny["sd1"], tmp_path, "--prompt", "a", "--clip_vision_strength=0.5")
     with pytest.raises(ConfigError, match="leave --v2 out"):
         made(tiny["sd1"], tmp_path, "--prompt", "a", "--v2")
     with pytest.raises(ConfigError, match="CLIP guidance"):

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from library.checkpoints.flux_convert import convert_bfl_sd_to_diffusers
+from library.checkpoints.recognition import KeyTable, adapter_family, may_be_for
 from library.core.errors import CheckpointError
+from library.families.registry import records
 from library.flux_utils import load_flux
 from library.lora_utils import CheckpointMerge, MergeOnLoad, read_adapter
 from library.safetensors_utils import load_safetensors, read_header, save_file_atomic
@@ -208,9 +210,25 @@ def test_another_family_is_named_only_where_it_is_known():
     assert "in no sd model that is known" in nothing_fits(
         "x", {"lora_unet_something": parts["lora_unet_single_blocks_0_linear2"]}, "sd"
     )
-    from library.checkpoints.recognition import KeyTable, adapter_family
 
     cross = "input_blocks{0}1{0}1{0}transformer_blocks{0}0{0}attn2{0}to_k"
     for start, dot in (("lora_unet_", "_"), ("diffusion_model.", "."), ("unet.", ".")):
         for width, told in ((768, "Stable Diffusion 1 or 2"), (2048, "SDXL")):
             assert adapter_family(KeyTable({f"{start}{cross.format(dot)}.lora_down.weight": (4, width)})) == told
+
+
+@pytest.mark.parametrize(
+    ("names", "inputs", "for_flux", "for_hunyuan"),
+    [
+        (("double_blocks_0_img_attn_qkv",), 3072, True, False),
+        (("double_blocks_0_img_attn_qkv",), 3584, False, True),
+        (("double_blocks_0_img_attn_qkv",), 32, True, True),  # called so in both, as wide as neither
+        (("double_blocks_0_img_attn_qkv", "double_blocks_0_img_mlp_fc1"), 32, False, True),
+        (("double_blocks_0_img_attn_qkv", "double_blocks_0_img_mlp_fc1"), 3072, False, True),  # HunyuanVideo
+        (("joint_blocks_0_x_block_attn_qkv",), 32, False, False),
+    ],
+)
+def test_names_that_two_families_have_are_told_by_width_or_not_at_all(names, inputs, for_flux, for_hunyuan):
+    table = KeyTable({f"lora_unet_{name}.lora_down.weight": (4, inputs) for name in names})
+    owners = (records()[family].adapters.title for family in ("flux", "hunyuan_image"))
+    assert [may_be_for(table, owner) for owner in owners] == [for_flux, for_hunyuan]

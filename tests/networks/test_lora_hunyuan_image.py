@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from library.checkpoints.hunyuan_image_convert import to_original
 from library.checkpoints.loading import build_on_meta
 from library.core.registry import import_target
-from library.checkpoints.hunyuan_image_convert import to_original
+from library.generation.adapter_files import AdapterFile
+from library.generation.adapters import merging
 from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
+from library.hunyuan_image_utils import load_hunyuan_image
+from library.safetensors_utils import save_file_atomic
 from networks.files.file_names import names_of_family
-from networks.files.lora_conversion import to_diffusers, to_dotted
+from networks.files.lora_conversion import to_diffusers, to_dotted, to_kohya
 from networks.lora import create_network
+from tests.library.test_hunyuan_image_utils import comfy_names
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -135,3 +142,37 @@ def test_comfy_reads_names_of_its_own_module_tree() -> None:
     names = {key.partition(".")[0] for key in tensors}
     assert "lora_unet_double_blocks_1_txt_mlp_2" in names and "lora_unet_single_blocks_0_modulation_lin" in names
     assert len(names) == 2 * 10 + 2 * 3
+
+
+def test_adapters_and_models_under_the_names_inside_of_comfy_ui(tmp_path: Path) -> None:
+    """An adapter file is read by them, norms too, and merged into a model file that has them."""
+    _, ours = twin_models()
+    network = hooked(ours)
+    kohya = network.file_state_dict()
+    names = names_of_family("hunyuan_image")
+    dotted = {}
+    for key, tensor in kohya.items():
+        name, _, rest = key.partition(".")
+        words = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+        dotted[f"{names.find(name).dotted}.{words.get(rest, rest)}"] = tensor
+    assert "diffusion_model.double_blocks.1.txt_attn.qkv.lora_A.weight" in dotted
+    back = to_kohya("hunyuan_image", dotted)
+    assert back.keys() == kohya.keys() and all(torch.equal(back[key], tensor) for key, tensor in kohya.items())
+    norm = names.find("diffusion_model.single_blocks.1.norm.query_norm.scale")
+    assert norm.kohya == "lora_unet_single_blocks_1_q_norm"
+    assert names.find("diffusion_model.double_blocks.0.img_attn.norm.key_norm").kohya.endswith("0_img_attn_k_norm")
+
+    state = {key: tensor for key, tensor in twin_models()[1].state_dict().items()}
+    save_file_atomic(state, tmp_path / "x.safetensors")
+    save_file_atomic({f"model.model.{key}": t for key, t in comfy_names(state).items()}, tmp_path / "comfy.safetensors")
+    save_file_atomic(dotted, tmp_path / "lora.safetensors")
+    adapters = [AdapterFile(str(tmp_path / "lora.safetensors"), 0.7)]
+    loaded = []
+    for name in ("x", "comfy"):
+        merge = merging("hunyuan_image", adapters)
+        loaded.append(load_hunyuan_image(tmp_path / f"{name}.safetensors", torch.float32, "cpu", transform=merge))
+        merge.finish()
+    network.set_multiplier(0.7)
+    with_adapter = outputs(twin_models()[0], ours)[1]
+    for model in loaded:
+        torch.testing.assert_close(outputs(twin_models()[0], model)[1], with_adapter, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,8 @@ import torch
 from library.core.registry import import_target
 from networks.kinds.targets import targets_of_family
 from tests.library import (
-    test_anima_inference, test_flux_inference, test_lumina_inference, test_sdxl_inference, test_unet_inference,
+    test_anima_inference, test_flux_inference, test_hunyuan_image_inference, test_lumina_inference,
+    test_sdxl_inference, test_unet_inference,
 )  # fmt: skip
 from tests.networks.adapter_table import ADAPTERS, kind_of_adapter
 from tests.pairwise import denoiser
@@ -47,19 +48,23 @@ def write(path: Path, family: str, model: Path, name: str) -> str:
 
 
 def model_file(made: Start) -> Path:
+    if made.family == "hunyuan_image":
+        return made.tiny.denoiser
     return getattr(made.tiny, made.family if made.family in ("flux", "anima", "lumina") else "model")
 
 
-@pytest.fixture(scope="module", params=["flux", "anima", "lumina", "sd1", "sdxl"])
+@pytest.fixture(scope="module", params=["flux", "anima", "lumina", "hunyuan_image", "sd1", "sdxl"])
 def made(request, tmp_path_factory) -> Start:
     return start(request.param, tmp_path_factory.mktemp(request.param))
 
 
 LORA, MERGED = ("--lora_weights", "{file};0.6"), "--merge_lora_weights"
+LISTED = ("--lora_weight", "{file}", "--lora_multiplier", "0.6")
 NETWORK = ("--network_module", "networks.lora", "--network_weights", "{file}", "--network_mul", "0.6")
 WAYS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "flux": {"flux": (LORA, MERGED)},
-    "anima": {"anima": (("--lora_weight", "{file}", "--lora_multiplier", "0.6"), MERGED)},
+    "anima": {"anima": (LISTED, MERGED)},
+    "hunyuan_image": {"hunyuan_image": (LISTED, MERGED)},
     "lumina": {"lumina": (LORA, MERGED)},
     "sd": {"gen_img": (NETWORK, "--network_merge")},
     "sdxl": {"gen_img": (NETWORK, "--network_merge"), "sdxl": (LORA, MERGED)},
@@ -74,6 +79,8 @@ def paint(script: str, made: Start, folder: Path, *more: str) -> bytes:
         return test_flux_inference.picture(tiny, folder, *more)
     if script == "anima":
         return test_anima_inference.picture(tiny, folder, *more)
+    if script == "hunyuan_image":
+        return test_hunyuan_image_inference.picture(tiny, folder, *more)
     if script == "lumina":
         return test_lumina_inference.picture(tiny, folder, *more)
     if script == "sdxl":

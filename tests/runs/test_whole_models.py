@@ -15,6 +15,7 @@ from library.core.errors import ConfigError
 from library.families.registry import FAMILIES
 from library.safetensors_utils import load_pickled_tensors, load_safetensors
 from library.training import cli
+from library.training.updaters.bf16_weights import COMPENSATION
 from tests.families import CASES
 from tests.runs.conftest import Stopped, Work, fingerprint, losses_of, stop_after
 from tests.runs.families import Tinies, without
@@ -22,8 +23,10 @@ from tests.runs.families import Tinies, without
 TEXT = {
     "sd": ("--train_text_encoder", "--learning_rate_te=2e-3"),
     "sdxl": ("--train_text_encoder", "--learning_rate_te2=2e-3"),
+    "sd3": ("--train_text_encoder", "--learning_rate_te1=2e-3", "--learning_rate_te2=0", "--train_t5xxl", "--learning_rate_te3=2e-3"),
 }
 """family -> options with which text encoders learn in its script `full`"""
+VALIDATED = ("--validation_split=0.5", "--validate_every_n_steps=4")
 UNET, TEXT_PARTS = "model.diffusion_model.", ("cond_stage_model.", "conditioner.embedders.")
 CELLS = [
     pytest.param(case.name, trainable, id=f"{case.name}-{trainable}")
@@ -66,13 +69,19 @@ def changed(before: Path, after: Path) -> set[str]:
     return {key for key, tensor in left.items() if not torch.equal(tensor.float(), right[key].float())}
 
 
+def side_files(model: Path) -> list[str]:
+    """Options that name the text encoders beside a model's file."""
+    return [f"--{path.stem.removeprefix(f'{model.stem}_')}={path}" for path in sorted(model.parent.glob(f"{model.stem}_*.safetensors"))]
+
+
 @pytest.mark.parametrize("name, trainable", CELLS)
 def test_a_whole_model_learns_and_resumes_in_the_same_bytes(
     name: str, trainable: str, tinies: Tinies, tmp_path: Path
 ) -> None:
-    """Denoiser and text encoders change and nothing else does; the file is a base for another run."""
+    """Denoiser and text encoders change and nothing else does; a run that begins with the file begins where this one
+    ended: what it predicts is the same."""
     work = tinies.work(name, tmp_path)
-    more = ["--ema", "--ema_decay=0.5", *(TEXT.get(work.case.family, ()) if trainable == "full" else ())]
+    more = ["--ema", "--ema_decay=0.5", *(TEXT.get(work.case.family, ()) if trainable == "full" else ()), *VALIDATED]
     whole = train(work, trainable, "whole", "--max_train_steps=4", *more)
     losses = losses_of(whole)
     assert len(losses) == 4 and all(torch.tensor(losses).isfinite())
@@ -85,11 +94,14 @@ def test_a_whole_model_learns_and_resumes_in_the_same_bytes(
         assert fingerprint(resumed.with_name(f"{stem}.safetensors")) == fingerprint(whole.with_name(f"{stem}.safetensors"))
     if work.case.family in TEXT:
         parts = changed(work.tiny.model, whole)
-        assert any(key.startswith(UNET) for key in parts) and any(key.startswith(TEXT_PARTS) for key in parts)
+        assert any(key.startswith(UNET) for key in parts)
+        assert any(key.startswith(TEXT_PARTS) for key in parts) or side_files(whole)
         assert all(key.startswith((UNET, *TEXT_PARTS)) for key in parts)
-    base = f"--pretrained_model_name_or_path={whole}"
-    again = train(work, trainable, "again", *more, base, "--max_train_steps=1")
-    assert len(changed(whole, again)) > 0.5 * len(load_safetensors(whole))
+    averaged = whole.with_name("lora-ema.safetensors")  # with which the held-out loss was computed
+    base = [f"--pretrained_model_name_or_path={averaged}", *side_files(averaged)]
+    still = [word.replace("=2e-3", "=1e-12") for word in (*more, *base, "--max_train_steps=1", "--learning_rate=2e-3")]
+    again = train(work, trainable, "again", *still)
+    assert losses_of(again, "validation")[-1] == pytest.approx(losses_of(whole, "validation")[-1], rel=1e-5)
 
 
 def test_the_loss_falls(tinies: Tinies, tmp_path: Path) -> None:
@@ -104,7 +116,8 @@ def test_the_loss_falls(tinies: Tinies, tmp_path: Path) -> None:
     ("--optimizer_type=AdamW", "--max_grad_norm=0"),
     ("--optimizer_type=AdaFactor", "--optimizer_args", "relative_step=False", "scale_parameter=False", "--max_grad_norm=0"),
     ("--mixed_precision=bf16", "--full_bf16", "--max_grad_norm=0", "--gradient_checkpointing"),
-], ids=["adamw", "adafactor", "bf16"])  # fmt: skip
+    ("--mixed_precision=bf16", "--full_bf16", "--max_grad_norm=0", "--bf16_update=kahan"),
+], ids=["adamw", "adafactor", "bf16", "kahan"])  # fmt: skip
 def test_updates_inside_the_backward_pass_give_the_same_bytes(
     more: Sequence[str], tinies: Tinies, tmp_path: Path
 ) -> None:
@@ -117,13 +130,16 @@ def test_updates_inside_the_backward_pass_give_the_same_bytes(
     assert changed(plain, train(work, "full", "fused", *words, option)) == set()
 
 
-def test_bfloat16_resumes_exactly_with_moments_of_float32(tinies: Tinies, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["stochastic", "kahan"])
+def test_bfloat16_resumes_exactly_with_moments_of_float32(way: str, tinies: Tinies, tmp_path: Path) -> None:
     work = tinies.work("sd1", tmp_path)
-    words = ["--mixed_precision=bf16", "--full_bf16", "--save_every_n_steps=2", "--save_state"]
+    words = ["--mixed_precision=bf16", "--full_bf16", "--save_every_n_steps=2", "--save_state", f"--bf16_update={way}"]
     whole = train(work, "dreambooth", "whole", *words)
     state = whole.with_name("lora-step00000002-state")
     saved = torch.load(state / "optimizer.bin", weights_only=True)
     assert {entry["exp_avg"].dtype for entry in saved["state"].values()} == {torch.float32}
+    kept = [entry[COMPENSATION] for entry in saved["state"].values() if COMPENSATION in entry]
+    assert len(kept) == (len(saved["state"]) if way == "kahan" else 0) and all(bool(part.any()) for part in kept[:3])
     again = train(work, "dreambooth", "again", *words, f"--resume={state}")
     assert fingerprint(again) == fingerprint(whole)
 
@@ -170,8 +186,44 @@ def test_layouts_of_files(tinies: Tinies, tmp_path: Path) -> None:
 
     read = UNet2DConditionModel.from_pretrained(work.folder / "diffusers_safetensors" / "lora", subfolder="unet")
     assert torch.equal(read.conv_in.weight, file[f"{UNET}input_blocks.0.0.weight"])
-    work.tiny = dataclasses.replace(work.tiny, model=work.folder / "diffusers_safetensors" / "lora")
-    assert train(work, "dreambooth", "again", *words).is_file()
+
+
+@pytest.mark.parametrize("name, trainable", [
+    pytest.param("sd2", "full", id="sd2"), pytest.param("sdxl", "full", id="sdxl"),
+])
+def test_a_base_in_a_folder_gives_folders(
+    name: str, trainable: str, tinies: Tinies, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which a pipeline of diffusers loads, with the scheduler of the base; one file holds the same where it is asked for."""
+    from diffusers import DiffusionPipeline, HeunDiscreteScheduler
+
+    from tools import convert_model
+
+    work = tinies.work(name, tmp_path)
+    base = work.folder / "base"
+    words = [str(work.tiny.model), str(base), "--to", "diffusers", "--tokenizer", str(work.tiny.tokenizer)]
+    assert convert_model.main(words) == 0
+    HeunDiscreteScheduler(beta_start=0.001, prediction_type="sample", steps_offset=1).save_pretrained(base / "scheduler")
+    index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+    index["scheduler"] = ["diffusers", "HeunDiscreteScheduler"]
+    (base / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    work.tiny = dataclasses.replace(work.tiny, model=base)
+    words = ["--max_train_steps=2", "--save_every_n_steps=1", "--save_last_n_steps=0", "--ema", *TEXT.get(name, ())]
+    folder = train(work, trainable, "out", *words).with_suffix("")
+    assert sorted(path.name for path in folder.parent.glob("lora*") if path.suffix not in (".csv", ".png")) == [
+        "lora", "lora-ema", "lora-step00000002", "lora-step00000002-ema",
+    ]  # fmt: skip
+    pipeline = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    assert isinstance(pipeline.scheduler, HeunDiscreteScheduler) and pipeline.scheduler.config.beta_start == 0.001
+    assert pipeline.scheduler.config.prediction_type == ("v_prediction" if name == "sd2" else "epsilon")
+    pads = [pipeline.tokenizer.pad_token, *([pipeline.tokenizer_2.pad_token] if name == "sdxl" else [])]
+    assert pads == (["!"] if name == "sd2" else [pipeline.tokenizer.eos_token, "!"])
+    assert not torch.equal(pipeline.unet.conv_in.weight, DiffusionPipeline.from_pretrained(base).unet.conv_in.weight)
+    file = load_safetensors(train(work, trainable, "file", *words, "--save_model_as=safetensors"))
+    assert torch.equal(pipeline.unet.conv_in.weight, file[f"{UNET}input_blocks.0.0.weight"])
+    again = work.folder / "again.safetensors"
+    assert convert_model.main([str(folder), str(again), "--to", "single"]) == 0
+    assert all(torch.equal(tensor, file[key]) for key, tensor in load_safetensors(again).items() if key in file)
 
 
 @pytest.mark.parametrize("words, told", [
@@ -187,6 +239,8 @@ def test_layouts_of_files(tinies: Tinies, tmp_path: Path) -> None:
     (["--fused_backward_pass", "--fused_optimizer_groups=2"], "say the same"),
     (["--fused_backward_pass", "--optimizer_type=Prodigy", "--learning_rate=1"], "Prodigy needs the gradients of all"),
     (["--save_model_as=pt"], "--save_model_as is pt"),
+    (["--bf16_update=kahn"], "bf16_update"),
+    (["--strict", "--bf16_update=kahan"], "--bf16_update: has no effect"),
     (["--network_dim=4"], "--network_dim is an option of other scripts"),
 ])  # fmt: skip
 def test_what_cannot_be(words: list[str], told: str, tinies: Tinies, tmp_path: Path) -> None:

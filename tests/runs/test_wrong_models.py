@@ -255,7 +255,9 @@ OWNERS = {
 def test_adapters_of_other_families(work: FamilyWork, slot: str, monkeypatch, capsys) -> None:
     for maker in {maker for maker in ADAPTERS if OWNERS[maker] != OWNERS[work.family]}:
         path, stem = work.folder / f"{maker}.safetensors", ADAPTERS[maker]
-        save_file({f"{stem}.lora_down.weight": torch.zeros(4, 8), f"{stem}.lora_up.weight": torch.zeros(8, 4)}, path)
+        width = 3072 if maker == "flux" else 8  # the name alone could be that of HunyuanImage
+        state = {f"{stem}.lora_down.weight": torch.zeros(4, width), f"{stem}.lora_up.weight": torch.zeros(width, 4)}
+        save_file(state, path)
         message = refused_run(work.family, [*work.argv("out"), f"--{slot}={path}"], monkeypatch, capsys)
         assert (
             f"--{slot} is {path}: this is a LoRA-type adapter for {OWNERS[maker]}; needed: one for {OWNERS[work.family]}"

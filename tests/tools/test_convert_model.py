@@ -308,11 +308,13 @@ def test_a_denoiser_in_scaled_8_bit_numbers_is_multiplied_out(tmp_path):
 
 
 def test_a_denoiser_of_another_family_to_a_folder_and_back(tmp_path):
-    """HunyuanImage 2.1, distilled: diffusers loads the folder and gives our output."""
+    """HunyuanImage 2.1, distilled: diffusers loads the folder and gives our output. A file that ComfyUI has saved becomes
+    the same file and the same folder."""
     from diffusers import HunyuanImageTransformer2DModel
 
     from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
     from library.hunyuan_image_utils import load_hunyuan_image, save_hunyuan_image
+    from tests.library.test_hunyuan_image_utils import comfy_names
     from tests.tiny import random_state
 
     params = HYImageParams(
@@ -334,7 +336,55 @@ def test_a_denoiser_of_another_family_to_a_folder_and_back(tmp_path):
         theirs = other(x, times, text, ones, encoder_hidden_states_2=glyphs, encoder_attention_mask_2=ones[:, :3],
                        return_dict=False, **given)[0]  # fmt: skip
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    comfy, again = tmp_path / "comfy.safetensors", tmp_path / "again"
+    names = {f"model.model.{key}": tensor for key, tensor in comfy_names(load_file(source)).items()}
+    save_file(names | {"vae.decoder.conv_in.bias": torch.zeros(3)}, comfy, read_header(source)[1])
+    from_comfy = tmp_path / "from_comfy.safetensors"
     assert convert_model.main([str(folder), str(back), "--to", "single"]) == 0
-    before, after = load_file(source), load_file(back)
+    assert convert_model.main([str(comfy), str(from_comfy), "--to", "single"]) == 0
+    before = load_file(source)
+    for file in (back, from_comfy):
+        after = load_file(file)
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        assert read_header(source)[1] == read_header(file)[1]
+    assert convert_model.main([str(comfy), str(again), "--to", "diffusers"]) == 0
+    before, after = (load_file(f / "transformer" / "diffusion_pytorch_model.safetensors") for f in (folder, again))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert read_header(source)[1] == read_header(back)[1]
+    assert convert_model.main([str(source), str(tmp_path / "no.safetensors"), "--to", "single"]) == 2
+
+
+def test_an_autoencoder_alone_to_a_folder_and_back(tmp_path):
+    """That of HunyuanImage 2.1: diffusers loads the folder and gives our output; the norms of another one have another
+    number of groups, which no shape tells and the folder says."""
+    from diffusers import AutoencoderKLHunyuanImage
+
+    from library.components.ldm_models import AutoEncoderParams
+    from library.hunyuan_image_utils import load_vae
+    from library.hunyuan_image_vae import HunyuanVAE2D
+    from tests.tiny import random_state
+
+    sizes = {"ch_mult": (1,) * 6, "num_res_blocks": 2, "z_channels": 16, "scaling_factor": 0.75289, "shift_factor": 0.0}
+    image = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for groups in (32, 4):
+        params = AutoEncoderParams(ch=32, norm_groups=groups, **sizes)
+        state = random_state(HunyuanVAE2D(params), torch.Generator().manual_seed(2))
+        names = ("x.safetensors", "folder", "back.safetensors")
+        source, folder, back = (tmp_path / f"{groups} {name}" for name in names)
+        config = {} if groups == 32 else {"model_config": json.dumps(dataclasses.asdict(params))}
+        save_file({key: tensor.half() for key, tensor in state.items()}, source, {"title": "t", **config})
+        assert convert_model.main([str(source), str(folder), "--to", "diffusers"]) == 0
+        mine, same = load_vae(folder, *HOW), load_vae(source, *HOW)
+        assert mine.params == same.params == params
+        assert all(torch.equal(tensor, same.state_dict()[key]) for key, tensor in mine.state_dict().items())
+        if groups == 32:
+            theirs = AutoencoderKLHunyuanImage.from_pretrained(folder, subfolder="vae").eval()
+            with torch.no_grad():
+                mean, latents = mine.encode_moments(image)[0], theirs.encode(image).latent_dist.mean
+                torch.testing.assert_close(mean, latents, rtol=1e-4, atol=1e-4)
+                assert theirs.config.scaling_factor == mine.params.scaling_factor
+                pictures = mine.decode(mine.scale(mean)), theirs.decode(latents).sample
+                torch.testing.assert_close(*pictures, rtol=1e-4, atol=1e-4)
+        assert convert_model.main([str(folder), str(back), "--to", "single"]) == 0
+        before, after = load_file(source), load_file(back)
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        assert read_header(source)[1] == read_header(back)[1] and after["encoder.conv_in.bias"].dtype == torch.float16

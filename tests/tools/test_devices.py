@@ -8,7 +8,13 @@ import torch
 
 from library import device_utils
 from library.device_utils import can_compute, device_problem, format_problem
-from library.generation import anima_inference, flux_inference, lumina_inference, sdxl_inference
+from library.generation import (
+    anima_inference,
+    flux_inference,
+    hunyuan_image_inference,
+    lumina_inference,
+    sdxl_inference,
+)
 from library.generation.gen_img import script as unet_inference
 from tests.runs.families import Tinies, refused_run
 from tools import extract_lora, merge_lora, merge_models, resize_lora
@@ -23,6 +29,7 @@ TOOLS = {
     "merge_models": (merge_models, ["--models", "a.safetensors", "--output", "b.safetensors"]),
     "anima_minimal_inference": (anima_inference, ["--prompt", "x"]),
     "lumina_minimal_inference": (lumina_inference, ["--prompt", "x"]),
+    "hunyuan_image_minimal_inference": (hunyuan_image_inference, ["--prompt", "x"]),
 }
 DEVICES = ["gpu", "cuda:77", "meta", "", "cpu:x", "cuda:-1", "é"] + (
     [] if torch.cuda.is_available() else ["cuda", "cuda:0"]
@@ -67,6 +74,11 @@ SCRIPTS = {
         lumina_inference,
         ["--prompt=x", "--dtype=fp8"],
         ["--dtype fp8 asks for float8_e4m3fn", "--ae_dtype bf16 asks for bfloat16"],
+    ),
+    "hunyuan_image": (
+        hunyuan_image_inference,
+        ["--prompt=x", "--save_path=out", "--fp8"],
+        ["--dtype bfloat16 asks", "--fp8 asks for float8_e4m3fn"],
     ),
     "sdxl": (sdxl_inference, ["--prompt=x", "--dtype=bf16"], ["--dtype bf16 asks for bfloat16"]),
     "gen_img": (unet_inference, ["--prompt=x", "--bf16"], ["--bf16 asks for bfloat16"]),

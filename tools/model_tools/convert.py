@@ -106,7 +106,8 @@ def check(config: Config, source: str, target: str) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """`name`: sd1, sd2, sdxl, sd3, flux, or the title of a family with `layouts`, whose denoiser alone is rewritten."""
+    """`name`: sd1, sd2, sdxl, sd3, flux, or the title of a family with `layouts`, of which one part, the denoiser say,
+    is rewritten alone."""
 
     name: str
     layouts: DenoiserLayouts | None = None
@@ -121,14 +122,17 @@ def kind_of_model(source: str) -> Kind:
     from library.core.registry import import_target
     from library.families.registry import record_of, records
 
-    has_transformer = os.path.isdir(source) and (Path(source) / "transformer").is_dir()
-    files = open_checkpoint(source, "transformer" if has_transformer else "unet")
+    part = next((name for name in ("transformer", "unet", "vae") if (Path(source) / name).is_dir()), "unet")
+    files = open_checkpoint(source, part)
     found = recognise({key: tuple(tensor.shape) for key, tensor in files.shapes.items()})
     if found is not None and found.kind in record_of("sd3").kinds:
         return Kind("sd3")
     for record in records().values():
         if found is not None and record.layouts and found.kind in record.kinds:
             return Kind(record.title, import_target(record.layouts))
+        for kind in record.model_kinds:
+            if found is not None and kind.layouts and found.kind == kind.name:
+                return Kind(f"the {kind.subfolder} of {record.title}", import_target(kind.layouts))
     is_flux = is_diffusers_denoiser(files.shapes) or is_diffusers_denoiser(strip_prefix(files.shapes, "transformer."))
     if is_flux or any("double_blocks.0.img_attn.norm.query_norm.scale" in key for key in files.shapes):
         return Kind("flux")

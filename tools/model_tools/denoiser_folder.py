@@ -1,4 +1,5 @@
-"""Denoisers between one file in the original layout and the `transformer` of a diffusers folder, tensor by tensor.
+"""Denoisers between one file in the original layout and the `transformer` of a diffusers folder, tensor by tensor; other
+parts that are rewritten alone, such as autoencoders, likewise.
 
 The rules are those of the family (DenoiserLayouts). What the folder has no place for goes into `REST` beside
 `transformer`, with the file's metadata, from where the way back takes it, so that this gives the same tensors.
@@ -26,7 +27,6 @@ from library.safetensors_utils import is_pickled, load_safetensors, read_header,
 
 logger = logging.getLogger("atelier")
 
-PART = "transformer"
 Infos = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -44,8 +44,10 @@ class SinglePlan:
 
 @dataclass(frozen=True)
 class FolderPlan(SinglePlan):
-    """A folder to be written. `metadata` are those of the file, kept beside the tensors of `rest`."""
+    """A folder to be written, with the sub-folder `part`. `metadata` are those of the file, kept beside the tensors of
+    `rest`."""
 
+    part: str
     config: dict[str, Any]
     rest: dict[str, Tensor] = field(default_factory=dict)
 
@@ -53,7 +55,7 @@ class FolderPlan(SinglePlan):
         """The folder appears whole or not at all."""
         ending = f".{variant}.safetensors" if variant else ".safetensors"
         with atomic_folder(os.path.abspath(target)) as work:
-            part = work / PART
+            part = work / self.part
             part.mkdir()
             (part / "config.json").write_text(f"{json.dumps(self.config, indent=2)}\n", encoding="utf-8")
             weights = part / f"diffusion_pytorch_model{ending}"
@@ -63,19 +65,24 @@ class FolderPlan(SinglePlan):
 
 
 def single_plan(source: str, layouts: DenoiserLayouts, dtype: torch.dtype | None) -> SinglePlan:
-    """From a folder, its `transformer`, one of the shards or a file. CheckpointError when tensors are missing."""
+    """From a folder, its `transformer`, one of the shards or a file, or from a file in a further layout.
+    CheckpointError when tensors are missing."""
     info = layouts.inspect(source)
-    if not info.is_diffusers:
-        raise CheckpointError(f"{source} is in the original layout already; nothing is to be rewritten")
     metas = _metas(info, dtype)
-    rules = [rule for rule in layouts.rules(metas) if any(part in metas for part in rule.parts)]
+    further = list(layouts.further(metas))
+    if not info.is_diffusers and not further:
+        raise CheckpointError(f"{source} is in the original layout already; nothing is to be rewritten")
+    rules = [rule for rule in further or layouts.rules(metas) if any(part in metas for part in rule.parts)]
     lacking = [part for rule in rules for part in rule.parts if part not in metas]
     if lacking:
         raise CheckpointError(
             f"{source} lacks {len(lacking)} tensors, the first is {lacking[0]}; are all its parts there?"
         )
     infos = infos_of(to_original(metas, rules))
-    kept, metadata = _read_rest(info.source.files[0])
+    file = info.source.files[0]
+    if further:
+        _tell_of_others(info, "the file gets", layouts.part)
+    kept, metadata = ({}, _metadata_of(file)) if further else _read_rest(file, layouts.part)
     for name, like in layouts.unused.items():
         if name not in kept and name not in infos:
             if like not in infos:
@@ -95,16 +102,16 @@ def folder_plan(source: str, layouts: DenoiserLayouts, dtype: torch.dtype | None
     info = layouts.inspect(source)
     if info.is_diffusers:
         raise CheckpointError(f"{source} has the names of diffusers already; --to diffusers takes the original layout")
-    others = len(info.source.shapes) - len(info.keys)
-    if others:
-        logger.warning("%s has %d tensors of other parts; the folder gets the denoiser alone", source, others)
+    _tell_of_others(info, "the folder gets", layouts.part)
     metas = _metas(info, dtype)
+    further = list(layouts.further(metas))
+    metas = to_original(metas, further)
     rules = {rule.original: rule for rule in layouts.rules(metas)}
     rows_of = layouts.rows_of(info.params)
     placed = {name: meta for name, meta in metas.items() if name in rules}
 
     def items() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in _stream(info):
+        for name, tensor in joined(_stream(info), further):
             if name in placed:
                 parts = from_original({name: tensor}, [rules[name]], rows_of)
                 yield from ((part, piece.contiguous()) for part, piece in parts.items())
@@ -112,10 +119,21 @@ def folder_plan(source: str, layouts: DenoiserLayouts, dtype: torch.dtype | None
     return FolderPlan(
         infos_of(from_original(placed, rules.values(), rows_of)),
         items,
-        {} if is_pickled(info.source.files[0]) else read_header(info.source.files[0])[1],
+        _metadata_of(info.source.files[0]),
+        layouts.part,
         layouts.config(info.params),
         {name: tensor.contiguous() for name, tensor in _stream(info, metas.keys() - placed.keys())},
     )
+
+
+def _tell_of_others(info: Any, target: str, part: str) -> None:
+    others = len(info.source.shapes) - len(info.keys)
+    if others:
+        logger.warning("%s has %d tensors of other parts; %s its %s alone", info.source.path, others, target, part)
+
+
+def _metadata_of(file: str) -> dict[str, str]:
+    return {} if is_pickled(file) else read_header(file)[1]
 
 
 def _metas(info: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -156,9 +174,9 @@ def joined(items: Iterable[tuple[str, Tensor]], rules: Iterable[Rule]) -> Iterat
             yield from to_original(waiting.pop(rule.original), [rule]).items()
 
 
-def _read_rest(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) that a conversion has kept beside the folder in which a file lies."""
+def _read_rest(file: str, part: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) that a conversion has kept beside the folder `part` in which a file lies."""
     rest = Path(file).absolute().parent.parent / REST
-    if Path(file).absolute().parent.name != PART or not rest.is_file():
+    if Path(file).absolute().parent.name != part or not rest.is_file():
         return {}, {}
     return load_safetensors(rest, "cpu"), read_header(rest)[1]

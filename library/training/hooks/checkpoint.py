@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from library.checkpoints.number_formats import clamping
 from library.core.atomic_file import remove_file, remove_folder
 from library.core.write_errors import HeldFileError, WriteError
-from library.training.checkpoint import AVERAGED, SaveRules, Saving, companion_name, train_state
+from library.training.checkpoint import AVERAGED, SaveRules, Saving, companion_name, side_name, train_state
 from library.training.hooks.base import Hook
 from library.training.hooks.finite import SAVE_DTYPES, NonFiniteGuard
 from library.training.option_groups import HubOptions, SavingOptions
@@ -29,13 +29,19 @@ def companion_path(path: Path, ending: str) -> Path:
     return path.with_name(companion_name(path.name, ending))
 
 
-def planned_lines(savings: Sequence[Saving], companions: Sequence[str]) -> list[str]:
+def side_path(path: Path, ending: str) -> Path:
+    """Where a part of a model is that has a file of its own (Trainable.side_files)."""
+    return path.with_name(side_name(path.name, ending))
+
+
+def planned_lines(savings: Sequence[Saving], companions: Sequence[str], sides: Sequence[str] = ()) -> list[str]:
     """What the start page says of the files of several occasions: the first, the last and how many; those removed later
     too."""
     if not savings:
         return []
     names = [saving.file for saving in savings]
-    lines = [names, *([companion_name(name, ending) for name in names] for ending in companions)]
+    models = [names, *([companion_name(name, ending) for name in names] for ending in companions)]
+    lines = [*models, *([side_name(name, ending) for name in model] for model in models for ending in sides)]
     lines.append([f"{saving.state}/" for saving in savings if saving.state is not None])
     removed = sum(bool(saving.remove) for saving in savings)
     note = f", {removed} of them removed again" if removed else ""
@@ -83,7 +89,8 @@ class CheckpointHook(Hook):
         at_steps = [saving for saving in at_steps if saving.number > progress.global_step]
         last = rules.at_end(progress.max_train_steps)
         return [
-            line for savings in (at_epochs, at_steps, [last]) for line in planned_lines(savings, self._companions(run))
+            line for savings in (at_epochs, at_steps, [last])
+            for line in planned_lines(savings, self._companions(run), self._sides(run))
         ]
 
     def written_files(self) -> list[str]:
@@ -107,6 +114,10 @@ class CheckpointHook(Hook):
     @staticmethod
     def _companions(run: Run) -> list[str]:
         return [ending for hook in run.hooks for ending in hook.companions]
+
+    @staticmethod
+    def _sides(run: Run) -> list[str]:
+        return run.trainable.side_files(run.family)
 
     @staticmethod
     def _rules(run: Run) -> SaveRules:
@@ -170,6 +181,7 @@ class CheckpointHook(Hook):
                 written.append(companion_path(path, ending))
                 with clamping(clamp):
                     hook.save_companion(run, ending, str(written[-1]), dtype, metadata)
+        written += [side_path(model, ending) for model in written for ending in self._sides(run)]
         self._files.update(dict.fromkeys(map(str, written)))
         logger.info("saved %s", " and ".join(map(str, written)))
         run.hooks.on_post_save(run, str(path), metadata)
@@ -191,7 +203,8 @@ class CheckpointHook(Hook):
             endings = dict.fromkeys(
                 (AVERAGED, *self._companions(run))
             )  # a run that is resumed without --ema has older averages
-            for path in (folder / name, *(companion_path(folder / name, ending) for ending in endings)):
+            models = [folder / name, *(companion_path(folder / name, ending) for ending in endings)]
+            for path in (*models, *(side_path(model, ending) for model in models for ending in self._sides(run))):
                 is_gone = path.is_file() and remove_file(path)
                 if self._rules(run).names.is_folder and path.is_dir():
                     is_gone = remove_folder(path)

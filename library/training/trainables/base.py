@@ -134,6 +134,11 @@ class Trainable(ABC):
         """Inside, the model predicts as if nothing had been learned."""
         yield
 
+    def side_files(self, family: ModelFamily) -> list[str]:
+        """What stands behind the name of the model in those of the files that `save` writes beside it; see
+        checkpoint.side_name."""
+        return []
+
     def hooks(self) -> list[Hook]:
         """Called once, before models are loaded."""
         return []

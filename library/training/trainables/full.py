@@ -13,14 +13,15 @@ from library.core.atomic_file import atomic_path, scratch_path
 from library.core.errors import ConfigError, Problems, TrainingError
 from library.core.learning_rates import Rates, parse_rates, rate_groups
 from library.core.options import Config, Ignored, without_effect
+from library.dataset import CachingOptions
 from library.families.registry import record_of
-from library.training.checkpoint import FOLDER_FORMATS
+from library.training.checkpoint import FOLDER_FORMATS, side_name
 from library.training.hooks.base import Hook
-from library.training.optimizers import OptimizerOptions, check_rates
+from library.training.optimizers import OptimizerOptions, check_rates, choose
 from library.training.option_groups import LoopOptions, PrecisionOptions, SavingOptions
 from library.training.trainables.base import Trainable
 from library.training.updaters.base import Updater
-from library.training.whole_models import TEXT_RATES, WholeModelOptions
+from library.training.whole_models import BF16_NOTICES, TEXT_RATES, WholeModelOptions
 
 if TYPE_CHECKING:
     import torch
@@ -88,25 +89,52 @@ class FullTrainable(Trainable):
     def _text_rates(self, family: ModelFamily) -> list[float]:
         """Of each text encoder that could learn; 0 = it does not."""
         script = record_of(family.name).scripts.get(self.name)
-        names = [name for name in TEXT_RATES if script is not None and name in script.options]
-        given = [getattr(self.opts, name) for name in names]
-        return [self._rate if rate is None else rate for rate in given] if self._is_text_trained else [0.0] * len(given)
+        if script is None:
+            return []
+        rates = []
+        for number, name in enumerate(name for name in TEXT_RATES if name in script.options):
+            switch, given = script.text_switches.get(number), getattr(self.opts, name)
+            learns = self._is_text_trained and (switch is None or getattr(self.opts, switch))
+            rates.append((self._rate if given is None else given) if learns else 0.0)
+        return rates
 
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
         return [rate > 0 for rate in self._text_rates(family)]
 
     def _text_problems(self, family: ModelFamily) -> Iterator[str]:
-        if self._is_text_trained:
+        opts, script = self.opts, record_of(family.name).scripts[self.name]
+        switches = list(script.text_switches.values())
+        if not self._is_text_trained:
+            for name in TEXT_RATES:
+                if getattr(opts, name):
+                    yield f"--{name} is {getattr(opts, name)}, and no text encoder learns; add --train_text_encoder"
+            for name in switches:
+                if getattr(opts, name):
+                    yield f"--{name} is given without --train_text_encoder, which lets text encoders learn; add it"
             return
-        for name in TEXT_RATES:
-            if getattr(self.opts, name):
-                yield f"--{name} is {getattr(self.opts, name)}, and no text encoder learns; add --train_text_encoder"
+        named = [name for name in TEXT_RATES if name in script.options]
+        for number, switch in script.text_switches.items():
+            if getattr(opts, named[number]) and not getattr(opts, switch):
+                yield f"--{named[number]} is {getattr(opts, named[number])}, and that encoder learns with --{switch} alone; add it"
+        learn, caching = self.trains_text_encoders(family), self.config[CachingOptions]
+        if "use_t5xxl_cache_only" in script.options and caching.caches_text and any(learn):
+            cached = [name for name in switches if getattr(opts, name)]
+            if cached:
+                yield f"--{cached[0]} with cached outputs of text encoders: what learns is not cached; leave one of them out"
+            elif not opts.use_t5xxl_cache_only:
+                yield (
+                    "--train_text_encoder with --cache_text_encoder_outputs: what learns is not cached; add"
+                    " --use_t5xxl_cache_only, which caches what T5 says alone, or leave one of them out"
+                )
 
     def idle(self, family: ModelFamily) -> list[Ignored]:
+        found: list[Ignored] = []
         stop = self.opts.stop_text_encoder_training
-        if stop is None or stop == -1 or any(self.trains_text_encoders(family)):
-            return []
-        return without_effect(["stop_text_encoder_training"], "no text encoder learns")
+        if stop is not None and stop != -1 and not any(self.trains_text_encoders(family)):
+            found += without_effect(["stop_text_encoder_training"], "no text encoder learns")
+        if "bf16_update" in self.config.explicit and not self.config[PrecisionOptions].full_bf16:
+            found += without_effect(["bf16_update"], "weights that learn are in bfloat16 with --full_bf16 alone")
+        return found
 
     def _memory_problems(self, family: ModelFamily) -> Iterator[str]:
         if family.swaps_blocks:
@@ -153,7 +181,6 @@ class FullTrainable(Trainable):
 
     def _steps_singly(self) -> str | None:
         """None, or the name of an optimizer that has to see all weights together."""
-        from library.training.optimizers import choose
         from library.training.optimizers.single_steps import steps_singly
 
         options = self.config[OptimizerOptions]
@@ -167,13 +194,13 @@ class FullTrainable(Trainable):
 
         if self.config[PrecisionOptions].full_bf16:
             try:
-                choice = optimizers.choose(self.config[OptimizerOptions])
+                built = optimizers.check(self.config[OptimizerOptions])
             except ConfigError:
                 return  # told by the check of the optimizer
-            if choice.named_schedule_free:
+            if built.schedule_free:
                 yield (
-                    f"--full_bf16 with --optimizer_type {choice.name}, which moves between two sets of weights that bfloat16"
-                    " cannot tell apart; leave one of them out"
+                    f"--full_bf16 with --optimizer_type {built.choice.name}, which moves between two sets of weights that"
+                    " bfloat16 cannot tell apart; leave one of them out"
                 )
         if self.config[SavingOptions].save_model_as == "pt":
             yield "--save_model_as is pt, in which no program looks for a model; use safetensors or ckpt"
@@ -223,9 +250,10 @@ class FullTrainable(Trainable):
         from library.training.updaters.ordinary import OrdinaryUpdater
         from library.training.updaters.single import FusedUpdater, RoundingUpdater
 
+        way = self.opts.bf16_update
         if self._is_fused:
-            return FusedUpdater()
-        return RoundingUpdater(singly=self._steps_singly() is None) if self._rounds else OrdinaryUpdater()
+            return FusedUpdater(way)
+        return RoundingUpdater(self._steps_singly() is None, way) if self._rounds else OrdinaryUpdater()
 
     @contextmanager
     def disabled(self):
@@ -253,22 +281,52 @@ class FullTrainable(Trainable):
     def notices(self) -> list[str]:
         lines = []
         if self._rounds:
-            lines.append("weights in bfloat16 are rounded stochastically after each step, so that small updates count")
+            lines.append(BF16_NOTICES[self.opts.bf16_update])
+            choice = choose(self.config[OptimizerOptions])
+            if choice.one_rate_for_all_groups and self.opts.bf16_update == "stochastic":
+                lines.append(
+                    f"{choice.name} finds its rate by how far weights went, which chance blurs at first; --bf16_update kahan"
+                    " keeps it exact"
+                )
         if self._is_fused and self.config[OptimizerOptions].max_grad_norm:
             lines.append(
                 f"--max_grad_norm {self.config[OptimizerOptions].max_grad_norm:g}: each tensor is clipped by its own norm,"
                 " because updates inside the backward pass never see all gradients; 0 clips nothing"
             )
+        lines += self._layout_notices()
         stop = self.opts.stop_text_encoder_training
         if self._text and stop is not None:
             lines.append(f"text encoders stay as they are after step {stop}")
         return lines
 
+    def _layout_notices(self) -> Iterator[str]:
+        """What a base that is a folder becomes, where no layout was asked for."""
+        base = self.config.value("pretrained_model_name_or_path")
+        if not base or not os.path.isdir(base) or "save_model_as" in self.config.explicit:
+            return
+        if self.config[SavingOptions].save_model_as in FOLDER_FORMATS:
+            yield "models are saved as folders, as the base is one; --save_model_as safetensors writes single files"
+        else:
+            yield "the base is a folder; models are saved as single files in the original layout"
+
     # -- files -------------------------------------------------------------------------------------------------------
 
+    def _learned_parts(self, family: ModelFamily) -> set[str]:
+        """As ModelFamily.save_model names them."""
+        parts = {"denoiser"} if self._denoiser_learns(family) else set()
+        return parts | {f"text_encoders.{number}" for number, learns in enumerate(self.trains_text_encoders(family)) if learns}
+
+    def side_files(self, family: ModelFamily) -> list[str]:
+        return list(family.side_files(self._learned_parts(family)).values())
+
     def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
-        parts = {"denoiser"} if self._denoiser_learns(self.family) else set()
-        parts |= {f"text_encoders.{number}" for number in self._text}
+        """The model, and beside it what the family writes into files of their own."""
+        parts = self._learned_parts(self.family)
+        self._save_model(path, dtype, metadata, parts)
+        for part, ending in self.family.side_files(parts).items():
+            self.family.save_side_file(self.models, part, side_name(path, ending), dtype)
+
+    def _save_model(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str], parts: set[str]) -> None:
         layout = self.config[SavingOptions].save_model_as
         if layout in FOLDER_FORMATS:
             is_pickled = layout == "diffusers"

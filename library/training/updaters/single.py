@@ -1,4 +1,4 @@
-"""Updates tensor by tensor: weights in bfloat16 with stochastic rounding, and updates inside the backward pass."""
+"""Updates tensor by tensor: weights in bfloat16 through float32 copies, and updates inside the backward pass."""
 
 from __future__ import annotations
 
@@ -7,82 +7,71 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.core.keyed_random import key_seed
 from library.training.optimizers.single_steps import only
 from library.training.updaters.base import Updater, trained_parameters
+from library.training.updaters.bf16_weights import BF16_UPDATES, COMPENSATION, exact_value
 from library.training.updaters.ordinary import OrdinaryUpdater
 
 if TYPE_CHECKING:
     from library.training.run import Run
 
-LOW_BITS = 16
-"""bits of a float32 that bfloat16 does not have"""
-
-
-def stochastically_rounded(values: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
-    """float32 -> bfloat16. `random`: whole numbers from 0 to 65535, as many. Each value becomes one of its two
-    neighbours, the nearer the likelier: the mean over the random numbers is the value itself."""
-    bits = values.contiguous().view(torch.int32) + random
-    cut = torch.bitwise_and(bits, -(1 << LOW_BITS)).view(torch.float32)
-    return torch.where(values.isfinite(), cut, values).to(torch.bfloat16)
-
-
 class SingleSteps:
     """Steps the optimizer of a run for some of its parameters. Those in bfloat16 are stepped as float32 copies, whose
-    gradients and moments are float32 too, and rounded stochastically with draws that hang on the seed, the step and the
-    place of the parameter alone: the order of the updates does not matter."""
+    gradients and moments are float32 too; `bf16_update` names in BF16_UPDATES how they take the copies' values."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, bf16_update: str) -> None:
         self._run = run
+        self._write = BF16_UPDATES[bf16_update]
         places = [(group, p) for group in run.optimizer.param_groups for p in group["params"]]
         self._places = {p: (number, group) for number, (group, p) in enumerate(places)}
 
     @torch.no_grad()
     def step(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Those with a gradient change; gradients stay."""
-        optimizer = self._run.optimizer
-        copies = {p: self._copied(p) for p in parameters if p.dtype == torch.bfloat16 and p.grad is not None}
-        for p, copy in copies.items():
-            if p in optimizer.state:
-                optimizer.state[copy] = optimizer.state.pop(p)
-        groups: dict[int, tuple[dict[str, Any], list[torch.nn.Parameter]]] = {}
+        state = self._run.optimizer.state
+        kept: dict[torch.nn.Parameter, torch.Tensor | None] = {}
+        copies: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
         for p in parameters:
-            group = self._places[p][1]
-            groups.setdefault(id(group), (group, []))[1].append(copies.get(p, p))
-        with only(optimizer, groups.values()):
-            optimizer.step()
+            if p.dtype != torch.bfloat16 or p.grad is None:
+                continue
+            entry = state.pop(p, {})
+            kept[p] = entry.pop(COMPENSATION, None)
+            copies[p] = torch.nn.Parameter(exact_value(p, kept[p]))
+            copies[p].grad = p.grad.float()
+            if entry:
+                state[copies[p]] = entry
+        self._step_optimizer([copies.get(p, p) for p in parameters], parameters)
         for p, copy in copies.items():
-            if copy in optimizer.state:
-                optimizer.state[p] = optimizer.state.pop(copy)
-            p.copy_(stochastically_rounded(copy, self._random_bits(p)))
+            if copy in state:
+                state[p] = state.pop(copy)
+            key = (self._run.step.seed, self._run.progress.global_step, self._places[p][0])
+            remainder = self._write(p, copy, kept[p], key)
+            if remainder is not None:
+                state[p][COMPENSATION] = remainder
 
-    @staticmethod
-    def _copied(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-        copy = torch.nn.Parameter(parameter.detach().float())
-        copy.grad = parameter.grad.float()
-        return copy
-
-    def _random_bits(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """Drawn where the parameter is: a large model has too many of them for the CPU."""
-        seed = key_seed(
-            self._run.step.seed, "stochastic rounding", self._run.progress.global_step, self._places[parameter][0]
-        )
-        generator = torch.Generator(parameter.device).manual_seed(seed)
-        return torch.randint(
-            0, 1 << LOW_BITS, parameter.shape, generator=generator, device=parameter.device, dtype=torch.int32
-        )
+    def _step_optimizer(
+        self, stepped: Sequence[torch.nn.Parameter], parameters: Sequence[torch.nn.Parameter]
+    ) -> None:
+        """`stepped` stand in the places of `parameters`."""
+        groups: dict[int, tuple[dict[str, Any], list[torch.nn.Parameter]]] = {}
+        for parameter, place in zip(stepped, parameters, strict=True):
+            group = self._places[place][1]
+            groups.setdefault(id(group), (group, []))[1].append(parameter)
+        with only(self._run.optimizer, groups.values()):
+            self._run.optimizer.step()
 
 
 class RoundingUpdater(OrdinaryUpdater):
     """The ordinary way for weights in bfloat16. `singly`: one parameter after the other, which needs no second copy of
     all weights; otherwise all at once, for optimizers that want to see them together."""
 
-    def __init__(self, singly: bool) -> None:
+    def __init__(self, singly: bool, bf16_update: str = "stochastic") -> None:
         self._singly = singly
+        self._bf16_update = bf16_update
         self._steps: SingleSteps | None = None
 
     def begin(self, run: Run) -> None:
-        self._steps = SingleSteps(run)
+        self._steps = SingleSteps(run, self._bf16_update)
 
     def step(self, run: Run) -> None:
         parameters = trained_parameters(run.optimizer)
@@ -96,11 +85,12 @@ class FusedUpdater(Updater):
 
     gathers_gradients = False
 
-    def __init__(self) -> None:
+    def __init__(self, bf16_update: str = "stochastic") -> None:
+        self._bf16_update = bf16_update
         self._handles: list[Any] = []
 
     def begin(self, run: Run) -> None:
-        steps = SingleSteps(run)
+        steps = SingleSteps(run, self._bf16_update)
 
         def update(parameter: torch.nn.Parameter) -> None:
             if run.max_grad_norm:

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from library.core.errors import Problems
-from library.core.options import equivalent_option, option, option_fields
+from library.core.options import Config, equivalent_option, option, option_fields
+from library.core.registry import import_target
 from library.families.record import FamilyRecord
+from library.families.registry import FAMILIES
 
-TEXT_RATES = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2")
+if TYPE_CHECKING:
+    from library.training.wiring.base import ModelFamily
+
+TEXT_RATES = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2", "learning_rate_te3")
 """learning rates of text encoders: of the only one, or of each"""
 _SWAP = "an old option that no script reads any more; blocks that learn are not swapped"
+_EIGHT_BITS = "trained weights are not held in 8 bits, in which nothing can be learned; --full_bf16 halves them"
 OLD = ("double_blocks_to_swap", "single_blocks_to_swap")
 OF_ADAPTERS = {"skip_until_initial_step": "a run that resumes goes on at its step and reads no image before it"}
 """shared options that only scripts of adapters have"""
-OF_EVERY_SCRIPT = ("layer_lrs",)
+OF_EVERY_SCRIPT = ("layer_lrs", "bf16_update", "use_safetensors")
+BF16_NOTICES = {
+    "stochastic": "weights in bfloat16 are rounded stochastically after each step, so that small updates count"
+    " (--bf16_update stochastic)",
+    "kahan": "weights in bfloat16 are summed with what rounding cuts off, 2 bytes per weight in the optimizer's state, so"
+    " that small updates count (--bf16_update kahan)",
+}
+"""values of --bf16_update, and what the page at start says of them"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +48,16 @@ class WholeModelOptions:
     learning_rate_te2: float | None = option(
         None, help="learning rate of the second text encoder; --learning_rate when not given; 0 = not trained"
     )
+    learning_rate_te3: float | None = option(
+        None, help="learning rate of the third text encoder; --learning_rate when not given; 0 = not trained"
+    )
+    train_t5xxl: bool = option(False, help="T5 learns too, where --train_text_encoder lets text encoders learn")
+    use_t5xxl_cache_only: bool = option(
+        False, help="cache what T5 says, as --cache_text_encoder_outputs does, while both CLIPs learn or run in every step"
+    )
+    num_last_block_to_freeze: int | None = option(
+        None, help="number of blocks, counted from the last, that stay as they are"
+    )
     stop_text_encoder_training: int | None = option(
         None, help="optimizer step after which text encoders stay as they are; -1 = they do not learn at all"
     )
@@ -45,10 +70,20 @@ class WholeModelOptions:
     layer_lrs: str | None = option(
         None, help="learning rates of layers of the denoiser by their path, as regex=rate,regex=rate; 0 = not trained"
     )
+    bf16_update: str = option(
+        "stochastic", choices=tuple(BF16_NOTICES),
+        help="how weights of --full_bf16 take updates smaller than their last digit: stochastic = rounded to one of two"
+        " neighbours by chance, right on average; kahan = what is cut off is kept for the next update, 2 more bytes per"
+        " weight",
+    )
     fused_optimizer_groups: int | None = option(
         None, help="1 or more: the same as --fused_backward_pass, which updates each tensor as soon as its gradient is there"
     )
     blockwise_fused_optimizers: bool = option(False, help="the same as --fused_backward_pass")
+    use_safetensors: bool = equivalent_option(
+        False, help="write safetensors files",
+        reason="--use_safetensors: files are safetensors unless --save_model_as says otherwise",
+    )
     mem_eff_save: bool = equivalent_option(
         False, help="write files with little memory",
         reason="--mem_eff_save: files are always written without a second copy in memory",
@@ -76,7 +111,36 @@ class WholeModelOptions:
             )
         if self.fused_optimizer_groups is not None and self.fused_optimizer_groups < 0:
             problems.add(f"--fused_optimizer_groups is {self.fused_optimizer_groups}; needed: 1 or more, or 0 for none")
+        if self.num_last_block_to_freeze is not None and self.num_last_block_to_freeze < 0:
+            problems.add(f"--num_last_block_to_freeze is {self.num_last_block_to_freeze}; needed: 0 or more blocks")
         problems.raise_if_any()
+
+
+def following_defaults(family: type[ModelFamily], given: Mapping[str, Any]) -> dict[str, str]:
+    """A base that is a folder of diffusers is saved as one, where the family has that layout and nothing else is asked
+    for."""
+    base = given.get("pretrained_model_name_or_path")
+    is_pipeline = bool(base) and os.path.isfile(os.path.join(str(base), "model_index.json"))
+    asks = given.get("save_model_as") is not None
+    return {"save_model_as": "diffusers_safetensors"} if family.writes_folders and is_pipeline and not asks else {}
+
+
+def side_endings(config: Config) -> list[str]:
+    """What stands behind the name of the model in those of files that a run with these options may write beside it."""
+    if WholeModelOptions not in config or not config[WholeModelOptions].train_text_encoder:
+        return []
+    scripts = [script for record in FAMILIES.values() for script in record.scripts.values()]
+    return list(dict.fromkeys(ending for script in scripts for ending in script.text_files.values()))
+
+
+def refused_options(record: FamilyRecord, trainable: str) -> Mapping[str, str]:
+    """Options of a script without which the result would be another: name -> reason."""
+    in_eight_bits = ["fp8_base", "fp8_base_unet"]
+    in_eight_bits += [name for name in ("fp8_scaled",) if name in option_fields(import_target(record.family).options)]
+    return {
+        **dict.fromkeys(in_eight_bits, _EIGHT_BITS),
+        "no_token_padding": "captions are padded to their length in tokens, as the text encoder was trained",
+    }
 
 
 def ignored_options(record: FamilyRecord, trainable: str) -> Mapping[str, str]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
     from library.dataset.strategies import Conditioning, StrategySet
+    from library.families.latents import SideLimit
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
     from library.training.protocols import Plain
@@ -269,6 +270,9 @@ class AnimaFamily(FlowFamily):
         given = [name for name in RATE_SWITCHES if getattr(self.opts, name) is not None]
         pairs = self.config[NetworkOptions].pairs
         return {name: RATE_SWITCHES[name] for name in given if RATE_SWITCHES[name].split("=")[0] not in pairs}
+
+    def side_limit(self) -> SideLimit:
+        return self.architecture.latents.side_limit(self._denoiser_info.params.most_patches)
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_anima

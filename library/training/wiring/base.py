@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from library.dataset.latent_cache import LatentCache, LatentEncoder
     from library.dataset.strategies import Conditioning, StrategySet
     from library.dataset.text_cache import TextCache
+    from library.families.latents import SideLimit
     from library.families.record import DataArchitecture, FamilyRecord, SampleDefaults
     from library.generation.pipeline import PicturePipeline
     from library.training.accelerator_setup import Runtime
@@ -244,6 +245,10 @@ class ModelFamily(ABC):
         """Fields of the pipeline beside the models: what the options say of them."""
         return {}
 
+    def side_limit(self) -> SideLimit | None:
+        """How large pictures may be, from the header of the denoiser's file; None: as large as one likes."""
+        return None
+
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
         """Fill the settings that a SamplePrompt leaves open (size, steps, scales) and round size and number of
         frames."""
@@ -315,6 +320,15 @@ class ModelFamily(ABC):
     ) -> None:
         """`save_model` as a folder in the layout of diffusers. `pickled`: with .bin files."""
         raise UnsupportedCombination(f"{self.name} models are not written as folders in the layout of diffusers")
+
+    def side_files(self, parts: Collection[str]) -> Mapping[str, str]:
+        """Of these parts, those that get a file of their own beside that of `save_model` when they have learned -> what
+        stands behind the name of the model there."""
+        return {}
+
+    def save_side_file(self, models: Models, part: str, path: str, dtype: torch.dtype | None) -> None:
+        """Write one of `side_files`."""
+        raise UnsupportedCombination(f"{part} of {self.name} models has no file of its own")
 
     def check_parts(self, parts: Collection[str], known: Collection[str] = DENOISER) -> None:
         """For `save_model`: UnsupportedCombination for parts that are not `known`."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from library.core.errors import ConfigError
 from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, ignored_option, option
 from library.families.chroma import FAMILY
+from library.training.whole_models import WholeModelOptions
 from library.training.wiring.base import DENOISER
 from library.training.wiring.flux import MODEL_TYPES, TOKEN_LENGTH_DEV, FluxFamily, FluxOptions, ignored_options
 
@@ -30,6 +31,7 @@ T5_ALONE = "Chroma reads captions through T5 alone"
 ALWAYS_MASKED = (
     "--apply_t5_attn_mask: Chroma never attends to padding, but for the one token with which it was trained"
 )
+APPROXIMATOR = r"distilled_guidance_layer\."
 NO_GUIDANCE = "Chroma has no embedded guidance; what stands in its place is always 0"
 
 
@@ -85,10 +87,19 @@ class ChromaFamily(FluxFamily):
         told = (
             "Chroma gets a guidance of 0, as it was trained (known trainers give it --guidance_scale, 3.5 by default)"
         )
-        return [*super()._notices(), told]
+        frozen = (
+            "the approximator, which makes the modulations of all blocks, stays as it is unless --layer_lrs has a rate for"
+            f" it: {APPROXIMATOR}=1e-6, say"
+        )
+        return [*super()._notices(), told, *([frozen] if WholeModelOptions in self.config else [])]
 
     def idle(self) -> list[Ignored]:
         return []
+
+    def layer_rates(self) -> Mapping[str, float]:
+        """The approximator was distilled from the modulations of a larger model, and is no part of what known trainers
+        train: it stays as it is."""
+        return {APPROXIMATOR: 0.0}
 
     @cached_property
     def _denoiser_info(self) -> StreamModelInfo:

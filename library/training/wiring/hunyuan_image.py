@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from library.core.options import Ignored, equivalent_option, option, without_eff
 from library.families.hunyuan_image import FAMILY
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions, PrecisionOptions
 from library.training.timestep_samplers import TimestepOptions
-from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
+from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, tokenizer_problems
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +65,9 @@ class HunyuanImageOptions:
     vae_chunk_size: int | None = option(
         None, help="rows that the VAE computes at once: less memory, equal results; all when not given"
     )
+    vae_tiling: bool = option(
+        False, help="let the VAE compute pictures larger than 384 pixels in tiles: little memory, close results"
+    )
     attn_mode: str | None = equivalent_option(
         None,
         help="which package computes the attention",
@@ -99,7 +102,7 @@ class HunyuanImageFamily(FlowFamily):
     options = HunyuanImageOptions
     defaults = {"discrete_flow_shift": 5.0}
     part_options = {
-        "vae": frozenset({"vae_chunk_size"}),
+        "vae": frozenset({"vae_chunk_size", "vae_tiling"}),
         "text_encoders": frozenset({"text_encoder", "byt5", "text_encoder_tokenizer", "fp8_vl", "text_encoder_cpu"}),
     }
     refused = {"weighted_captions": "HunyuanImage has no way to weigh words"}
@@ -213,7 +216,9 @@ class HunyuanImageFamily(FlowFamily):
     def latents_caching(self) -> LatentCache:
         from library.strategy_hunyuan_image import HunyuanImageLatentEncoder
 
-        return self.latent_cache(HunyuanImageLatentEncoder(), self._vae_path)
+        encoder = HunyuanImageLatentEncoder()
+        encoder.tiling = self.opts.vae_tiling
+        return self.latent_cache(encoder, self._vae_path)
 
     @property
     def _disable_mmap(self) -> bool:
@@ -222,8 +227,10 @@ class HunyuanImageFamily(FlowFamily):
     def load_vae(self, runtime: Runtime) -> torch.nn.Module:
         from library.hunyuan_image_utils import load_vae
 
-        chunk = self.opts.vae_chunk_size
-        return load_vae(self._vae_path, runtime.vae_dtype, runtime.device, self._disable_mmap, chunk_size=chunk)
+        return load_vae(
+            self._vae_path, runtime.vae_dtype, runtime.device, self._disable_mmap,
+            chunk_size=self.opts.vae_chunk_size, tiling=self.opts.vae_tiling,
+        )  # fmt: skip
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         """[Qwen2.5-VL, ByT5]. In 8 bits are the linear layers of the first, which is read in the compute type."""
@@ -285,6 +292,16 @@ class HunyuanImageFamily(FlowFamily):
     def needs_negative(self, prompt: SamplePrompt) -> bool:
         """Distilled models follow their embedded guidance alone."""
         return not self.is_distilled and super().needs_negative(prompt)
+
+    def save_model(
+        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
+        parts: Collection[str] = DENOISER,
+    ) -> None:
+        """The denoiser, which has a file of its own."""
+        from library.hunyuan_image_utils import save_hunyuan_image
+
+        self.check_parts(parts)
+        save_hunyuan_image(models.denoiser, path, dtype, metadata)
 
     def metadata(self) -> dict[str, Plain]:
         times = self.config[TimestepOptions]

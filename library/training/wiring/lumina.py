@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
     from library.dataset.strategies import Conditioning, StrategySet
+    from library.families.latents import SideLimit
     from library.lumina_utils import LuminaInfo
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
@@ -190,6 +191,9 @@ class LuminaFamily(FlowFamily):
     @property
     def sample_batch_size(self) -> int:
         return self.opts.sample_batch_size or self.config[DatasetOptions].train_batch_size
+
+    def side_limit(self) -> SideLimit:
+        return self.architecture.latents.side_limit(self._denoiser_info.params.most_patches)
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_lumina

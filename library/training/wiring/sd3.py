@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from library.core.errors import CheckpointError, Problems
+from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, without_effect
 from library.families.sd3 import FAMILY
+from library.training import timestep_samplers
 from library.training.adapters import NetworkOptions
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
+from library.training.whole_models import WholeModelOptions
 from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, tokenizer_problems
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
     from library.dataset.strategies import Conditioning, StrategySet
+    from library.families.latents import SideLimit
     from library.sd3_utils import Sd3Info
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
@@ -113,7 +116,12 @@ class Sd3Family(FlowFamily):
         ),
     }  # fmt: skip
     refused = {"weighted_captions": "SD3 has no way to weigh words"}
-    foreign = {"timestep_sampling": _TIMES, "sigmoid_scale": _TIMES, "discrete_flow_shift": "SD3 has --training_shift"}
+    foreign = {
+        "timestep_sampling": f"{_TIMES}; a sampler of your own can be given by its path",
+        "sigmoid_scale": _TIMES,
+        "discrete_flow_shift": "SD3 has --training_shift",
+    }
+    read_values = {"timestep_sampling": timestep_samplers.is_own}
     ignored = {
         **ignored_by_flow("SD3"),
         "v2": _SD_MODELS,
@@ -163,7 +171,9 @@ class Sd3Family(FlowFamily):
         if found:
             return found
         swap = row_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, self.info.params.depth)
-        return [*self._tokenizer_problems(), *([swap] if swap else [])]
+        if WholeModelOptions in self.config and self.config[WholeModelOptions].train_t5xxl and not self.has_t5:
+            found.append(f"--train_t5xxl is given, and there is no T5: {self._denoiser_path} has none; give it with --t5xxl")
+        return [*found, *self._tokenizer_problems(), *([swap] if swap else [])]
 
     def part_problems(self, part: str) -> list[str]:
         found = self._slot_problems(part)
@@ -220,6 +230,9 @@ class Sd3Family(FlowFamily):
 
     def _notices(self) -> list[str]:
         lines: list[str] = []
+        frozen = self.config[WholeModelOptions].num_last_block_to_freeze if WholeModelOptions in self.config else None
+        if frozen:
+            lines.append(f"--num_last_block_to_freeze {frozen} freezes the last {frozen} blocks (known trainers: as many tensors)")
         if any(self._flags.values()):
             lines.append("attention masks act in captions, caches and samples alike (known trainers: in caches alone)")
         if not self.has_t5:
@@ -232,6 +245,10 @@ class Sd3Family(FlowFamily):
                 "the second attention of SD3.5 medium has heads of the size of its weights (known trainers: others)"
             )
         return lines
+
+    def side_limit(self) -> SideLimit | None:
+        patches, lifted_by = self.info.params.pos_embed_max_size, "enable_scaled_pos_embed"
+        return None if self.opts.enable_scaled_pos_embed else self.architecture.latents.side_limit(patches, lifted_by)
 
     def idle(self) -> list[Ignored]:
         opts, found = self.opts, []
@@ -387,18 +404,55 @@ class Sd3Family(FlowFamily):
         parts: Collection[str] = DENOISER,
     ) -> None:
         """The denoiser with the autoencoder of the base in one file; with --save_clip and --save_t5xxl the text
-        encoders of the base too."""
-        from library.sd3_utils import save_whole_sd3
+        encoders too. What has not learned is read again: in memory it may be rounded, or gone."""
+        from library.sd3_utils import ENCODER_SLOTS, load_sd3, save_whole_sd3
 
-        self.check_parts(parts)
-        wanted = {
-            "vae": True,
-            "clip_l": self.opts.save_clip,
-            "clip_g": self.opts.save_clip,
-            "t5xxl": self.opts.save_t5xxl,
-        }
-        beside = {part: self._paths[part] for part, is_wanted in wanted.items() if is_wanted and part in self._paths}
-        save_whole_sd3(models.denoiser, path, beside, dtype, metadata)
+        self.check_parts(parts, (*DENOISER, "text_encoders"))
+        bundled = {"vae", *(slot for slot in ENCODER_SLOTS if self._is_bundled(slot))}
+        beside = {part: file for part, file in self._paths.items() if part in bundled}
+        encoders = dict(zip(ENCODER_SLOTS, models.text_encoders))
+        learned = {slot: encoders[slot] for slot in self._learned_slots(parts) if slot in bundled}
+        denoiser = models.denoiser if set(DENOISER) <= set(parts) else load_sd3(self._denoiser_path, None, "cpu")
+        save_whole_sd3(denoiser, path, beside, dtype, metadata, learned)
+
+    def _is_bundled(self, slot: str) -> bool:
+        """Whether a text encoder is written into the model's file."""
+        return self.opts.save_t5xxl if slot == "t5xxl" else self.opts.save_clip
+
+    @staticmethod
+    def _learned_slots(parts: Collection[str]) -> list[str]:
+        from library.sd3_utils import ENCODER_SLOTS
+
+        given = set(parts)
+        return [slot for i, slot in enumerate(ENCODER_SLOTS) if {"text_encoders", f"text_encoders.{i}"} & given]
+
+    def side_files(self, parts: Collection[str]) -> Mapping[str, str]:
+        """Text encoders that have learned, unless the model's file holds them."""
+        from library.sd3_utils import ENCODER_SLOTS
+
+        endings = FAMILY.scripts["full"].text_files
+        numbers = {slot: number for number, slot in enumerate(ENCODER_SLOTS)}
+        return {
+            f"text_encoders.{numbers[slot]}": endings[numbers[slot]]
+            for slot in self._learned_slots(parts) if not self._is_bundled(slot)
+        }  # fmt: skip
+
+    def save_side_file(self, models: Models, part: str, path: str, dtype: torch.dtype | None) -> None:
+        from library.sd3_utils import ENCODER_SLOTS, save_encoder
+
+        number = int(part.rpartition(".")[2])
+        slot = ENCODER_SLOTS[number]
+        save_encoder(models.text_encoders[number], slot, self._paths[slot], path, dtype)
+
+    def layer_rates(self) -> Mapping[str, float]:
+        """The last blocks stay as they are, with --num_last_block_to_freeze."""
+        count = self.config[WholeModelOptions].num_last_block_to_freeze if WholeModelOptions in self.config else None
+        if not count:
+            return {}
+        depth = self.info.params.depth
+        if count > depth:
+            raise ConfigError(f"--num_last_block_to_freeze is {count}; the model has {depth} blocks")
+        return {rf"joint_blocks\.({'|'.join(map(str, range(depth - count, depth)))})\.": 0.0}
 
     def metadata(self) -> dict[str, Plain]:
         times = self.config[TimestepOptions]

@@ -206,6 +206,7 @@ class UNetFamily(ModelFamily):
         import torch
 
         from library.checkpoints.rewriting import holds_all, write_replaced
+        from library.components.ldm_folder_files import untold_config
         from library.safetensors_utils import cast_all, save_file_atomic
 
         self.check_parts(parts, ("denoiser", "text_encoders"))
@@ -224,7 +225,9 @@ class UNetFamily(ModelFamily):
         is_zero_snr = self.config[NoiseOptions].zero_terminal_snr or self.info.zero_terminal_snr
         marks = {"v_pred": self.is_v, "ztsnr": is_zero_snr}
         whole |= {mark: torch.zeros(0) for mark, is_set in marks.items() if is_set}
-        save_file_atomic({key: tensor.contiguous() for key, tensor in cast_all(whole, dtype).items()}, path, metadata)
+        config = untold_config(self.base_path, self.file_kind, self.vae_info.params, whole)
+        whole = {key: tensor.contiguous() for key, tensor in cast_all(whole, dtype).items()}
+        save_file_atomic(whole, path, {**metadata, **config})
 
     writes_folders = True
 
@@ -241,7 +244,7 @@ class UNetFamily(ModelFamily):
         self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
         parts: Collection[str] = DENOISER, *, pickled: bool = False,
     ) -> None:
-        from library.components.ldm_folder_files import read_single, write_folder
+        from library.components.ldm_folder_files import SCHEDULER, keep_scheduler, read_single, write_folder
         from library.core.atomic_file import scratch_path
 
         prediction = "v" if self.is_v else "epsilon"
@@ -252,7 +255,8 @@ class UNetFamily(ModelFamily):
                 self.save_model(models, file, dtype, metadata, parts)
                 folder = read_single(file, self.file_kind, prediction)
                 if self.config[NoiseOptions].zero_terminal_snr:
-                    folder.configs["scheduler/scheduler_config.json"]["rescale_betas_zero_snr"] = True
+                    folder.configs[SCHEDULER]["rescale_betas_zero_snr"] = True
+                keep_scheduler(folder, self.base_path)
                 write_folder(folder, self.folder_tokenizer(), path, None, pickled=pickled)
             finally:
                 shutil.rmtree(place, ignore_errors=True)
