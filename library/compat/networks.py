@@ -1,4 +1,4 @@
-"""LoRA networks made by their classes' constructors, as other code makes them."""
+"""LoRA networks made by their classes' constructors, as other code makes them, and merged as tensors in memory."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from library.checkpoints.loading import Transform
+from library.lora_utils import Adapter, MergeOnLoad
+from networks.files.network_files import by_module, to_kohya_names
 from networks.kinds.additional_network import AdditionalNetwork
 from networks.kinds.network_base import build_module, build_network, encoder_list, read_settings
 from networks.kinds.selection import plan_network
-from networks.kinds.targets import targets_of_denoiser
+from networks.kinds.targets import NetworkTargets, targets_of_denoiser
 from networks.lora import KIND, LoRAModule
 
 
@@ -162,6 +165,47 @@ class LuminaLoRANetwork(_Network):
         self._build(
             text_encoders, unet, multiplier, lora_dim, alpha, dropout, pairs, module_class, modules_dim, modules_alpha
         )
+
+
+class HunyuanImageLoRANetwork(_Network):
+    """LoRA of HunyuanImage 2.1."""
+
+    def __init__(
+        self, text_encoders: Any, unet: nn.Module, multiplier: float = 1.0, lora_dim: int = 4, alpha: float | None = 1,
+        dropout: float | None = None, rank_dropout: float | None = None, module_dropout: float | None = None,
+        conv_lora_dim: int | None = None,
+        conv_alpha: float | None = None, module_class: type = LoRAModule, modules_dim: Mapping[str, int] | None = None,
+        modules_alpha: Mapping[str, float] | None = None, split_qkv: bool = False,
+        reg_dims: Mapping[str, int] | None = None, ggpo_beta: float | None = None, ggpo_sigma: float | None = None,
+        reg_lrs: Mapping[str, float] | None = None, verbose: bool = False,
+    ) -> None:
+        pairs = {
+            **_shared_pairs(rank_dropout, module_dropout, conv_lora_dim, conv_alpha, verbose),
+            "split_qkv": split_qkv or None, "network_reg_dims": reg_dims, "network_reg_lrs": reg_lrs,
+            "ggpo_beta": ggpo_beta, "ggpo_sigma": ggpo_sigma,
+        }
+        self._build(
+            text_encoders, unet, multiplier, lora_dim, alpha, dropout, pairs, module_class, modules_dim, modules_alpha
+        )
+
+
+def merging(
+    targets: NetworkTargets, weights: Sequence[Mapping[str, Tensor]] | None, multipliers: Sequence[float] | None
+) -> Transform | None:
+    """Adapters as tensors under the names of a file, merged while the model is read; 1 where a multiplier is
+    missing."""
+    if not weights:
+        return None
+    strengths = [*(multipliers or ()), *[1.0] * len(weights)]
+    adapters = [
+        Adapter(
+            f"adapter {number}",
+            by_module(to_kohya_names(tensors, targets, f"adapter {number}")),
+            lambda name, strength=strength: float(strength),
+        )
+        for number, (tensors, strength) in enumerate(zip(weights, strengths), 1)
+    ]
+    return MergeOnLoad(targets, adapters)
 
 
 def _shared_pairs(

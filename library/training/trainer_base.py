@@ -120,6 +120,7 @@ class Trainer:
         trained = self.trainable.trains_text_encoders(self.family)
         strategies = self.family.strategies(trained)
         self.trainable.prepare_tokenizers(self.family, strategies)
+        strategies = self.trainable.text_strategies(strategies)
         strategies.mark_text_models(self.trainable.transform_identity(self.family))
         data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)

@@ -515,7 +515,7 @@ def test_textual_inversions(tiny, tmp_path):
         )
         [without] = made(tiny[kind], tmp_path / "c", "--prompt", "a myword here --d 1")
         assert distance(words, inverted) == 0 and distance(words, without) > 0
-    with pytest.raises(CheckpointError, match="clip_l and clip_g are needed"):
+    with pytest.raises(ConfigError, match="clip_l and clip_g are needed"):
         made(tiny["sdxl"], tmp_path, "--prompt", "a", "--textual_inversion_embeddings", str(path))
 
 

@@ -92,7 +92,7 @@ def test_the_new_rows_learn_and_nothing_else(work: WordWork) -> None:
     file = work.folder / "out" / "lora.safetensors"
     written = load_safetensors(str(file))
     assert written.keys() == set(work.keys)
-    for key, embedding in zip(work.keys, run.trainable._embeddings, strict=True):
+    for key, embedding in zip(work.keys, run.trainable.word._embeddings, strict=True):
         assert written[key].shape == (2, embedding.table.embedding_dim)
         assert not torch.equal(written[key][0], written[key][1])
     metadata = read_parts(file)[0]

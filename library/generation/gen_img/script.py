@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems
+from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems, problems_of
 from library.core.options import Config
 from library.dataset.architectures import ARCHITECTURES
 from library.families.registry import record_of
@@ -130,22 +130,18 @@ def make_batch(maker: PictureBatches, files: PictureFiles, batch: Sequence[Image
 
 def all_problems(config: Config) -> list[str]:
     """Everything that can be told without loading a model."""
-    from library.generation.prompt_encoder import checked_inversions
     from library.generation.gen_img.guides import guide_problems
     from library.generation.gen_img.networks import network_problems
 
     networks, sources = config[GenerationNetworkOptions], config[GenerationSourceOptions]
-    found = [
-        *refused_problems(config),
-        *model_problems(config[GenerationModelOptions]),
-        *network_problems(networks, config[GenerationModelOptions].family),
-    ]
     model = config[GenerationModelOptions]
+    model_found = model_problems(model)
+    found = [*refused_problems(config), *model_found, *network_problems(networks, model.family)]
     found += guide_problems(
         config[GenerationControlOptions], model.family, lambda: pipeline_class(model.family).inspect(model)[0]
     )
     found += format_problems({"--fp16" if model.fp16 else "--bf16": model.dtype})
-    found += checked_inversions(networks.textual_inversion_embeddings or [])
+    found += word_problems(model, networks, has_model=not model_found)
     if config[GenerationPictureOptions].use_original_file_name and not sources.image_path:
         found.append("--use_original_file_name is given without --image_path; there are no names to use")
     is_regional = bool(sources.mask_path) and not sources.image_path
@@ -158,6 +154,18 @@ def all_problems(config: Config) -> list[str]:
             "--network_pre_calc adds networks to the weights, and regions of --mask_path need them apart; leave it out"
         )
     return found
+
+
+def word_problems(model: GenerationModelOptions, networks: GenerationNetworkOptions, has_model: bool) -> list[str]:
+    """What is wrong with files of textual inversions, and with words in files of networks; for the text encoders where
+    there are such."""
+    from library.generation.gen_img.networks import layered_words_of, words_of
+    from library.generation.words import missing_files
+
+    if not has_model:
+        names = ("textual_inversion_embeddings", "XTI_embeddings")
+        return [problem for name in names for problem in missing_files(getattr(networks, name) or (), name)]
+    return [*problems_of(lambda: words_of(model, networks)), *problems_of(lambda: layered_words_of(model, networks))]
 
 
 def model_problems(options: GenerationModelOptions) -> list[str]:

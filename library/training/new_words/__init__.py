@@ -47,7 +47,9 @@ class TextualInversionOptions:
 def foreign_options(record: FamilyRecord, trainable: str) -> dict[str, str]:
     """Shared options that the known scripts do not have: name -> reason."""
     names = ("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate")
+    vae = "the VAE stays in the format of --mixed_precision, as in the known script"
     return {
+        **({"no_half_vae": vae} if trainable == "textual_inversion_xti" else {}),
         **dict.fromkeys(names, "a caption without the new word teaches nothing about it"),
         "skip_until_initial_step": "a run begins at --initial_step without loading what lies before it",
     }

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from library.checkpoints.embeddings import Widths
     from library.core.keyed_random import StepDraws
     from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
@@ -315,6 +316,11 @@ class Sd3Family(FlowFamily):
         from library.sd3_utils import load_vae_sd3
 
         return load_vae_sd3(self._paths["vae"], runtime.vae_dtype, runtime.device, self._disable_mmap)
+
+    def embedding_widths(self) -> Widths:
+        from library.sd3_utils import ENCODER_SLOTS, embedding_widths
+
+        return embedding_widths(self._denoiser_path, self._given(*ENCODER_SLOTS))
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         """[CLIP-L, CLIP-G, T5 or None]. With 8-bit storage they are read in the compute type first, because only their
