@@ -197,3 +197,28 @@ def test_files_that_do_not_belong_together(work: Work, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--text_encoder .*width is 48.*takes 24") as caught:
         work.train("out", f"--text_encoder={tmp_path / 'wide.safetensors'}", f"--byt5={tmp_path / 'b.safetensors'}")
     assert "--byt5" in str(caught.value) and "its width is 8" in str(caught.value)
+
+
+def test_files_that_lack_tensors_are_told_at_start(work: Work, tmp_path: Path) -> None:
+    """In one message, with what else is wrong; in both layouts of the autoencoder."""
+    from library.safetensors_utils import read_header, save_file_atomic
+
+    folder = tmp_path / "folder"
+    assert convert_model.main([str(work.tiny.vae), str(folder), "--to", "diffusers"]) == 0
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    cases = {
+        "denoiser": (work.tiny.denoiser, "double_blocks.0.img_mlp.fc2.bias"),
+        "vae": (work.tiny.vae, "encoder.mid.attn_1.proj_out.bias"), "folder": (weights, "decoder.up_blocks.3.conv1.bias"),
+    }  # fmt: skip
+    for name, (path, key) in cases.items():
+        state = load_file(path)
+        del state[key]
+        target = path if name == "folder" else tmp_path / f"{name}.safetensors"
+        save_file_atomic(state, target, read_header(path)[1])
+    found = f"--pretrained_model_name_or_path={tmp_path / 'denoiser.safetensors'}"
+    for vae, missing in ((tmp_path / "vae.safetensors", cases["vae"][1]), (folder, "decoder.up.1.block.0.conv1.bias")):
+        with pytest.raises(ConfigError) as caught:
+            work.train("out", found, f"--vae={vae}")
+        assert f"1 keys are missing: {cases['denoiser'][1]}" in str(caught.value)
+        assert f"1 keys are missing: {missing}" in str(caught.value)
+    assert not (tmp_path / "out").exists()
