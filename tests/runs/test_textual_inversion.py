@@ -4,10 +4,13 @@ with it, what is refused."""
 from __future__ import annotations
 
 import re
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from library.components.unet_models import text_layers
 from library.core.registry import import_target
@@ -175,3 +178,40 @@ def test_a_family_without_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixtu
         with pytest.raises(SystemExit):
             cli.main(family, trainable, ["--token_string=zyx", f"--output_dir={tmp_path}"])
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["flux", "sd1"])
+def test_sample_prompts_know_words_of_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A word whose vectors are those of a known one makes the picture of that: beside cached captions, and beside a word
+    that learns. Captions do not know it."""
+    case, tiny = CASES[name], build_tiny(name, tmp_path / "tiny")
+    work = (Work if name == "flux" else WordWork)(tmp_path, tiny, draw_pictures(tmp_path / "images", 2), case=case)
+    family = import_target(record_of(case.family).family)
+    config = parser_common.parse_command(work.argv("out"), case.family, work_kind(work)).config
+    loaded = family(config)
+    runtime = SimpleNamespace(weight_dtype=torch.float32, text_encoder_dtype=torch.float32, device="cpu")
+    vectors = {}
+    for key, tokenizer, encoder in zip(
+        FAMILIES[case.family].embedding_keys, loaded.strategies().tokenize.tokenizers, loaded.load_text_encoders(runtime)
+    ):  # fmt: skip
+        (number,) = tokenizer("cat", add_special_tokens=False).input_ids
+        vectors[key] = encoder.get_input_embeddings().weight[number][None].detach().clone()
+    save_file_atomic(vectors, tmp_path / "qux.safetensors")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a {word} --w 64 --h 64 --s 1 --d 1 --l 1\n" for word in ("cat", "qux", "dog")))
+    words = [f"--textual_inversion_embeddings={tmp_path / 'qux.safetensors'}", f"--sample_prompts={prompts}"]
+    more = ["--network_train_unet_only", "--cache_text_encoder_outputs"] if name == "flux" else []
+    work.train("out", *words, *more, "--max_train_steps=1", "--sample_at_first")
+    pictures = [path.read_bytes() for path in sample_pictures(tmp_path / "out") if "000000" in path.name]
+    cat, qux, dog = (Image.open(BytesIO(data)).tobytes() for data in pictures)
+    assert cat == qux != dog
+    with pytest.raises(SystemExit):
+        cli.main(case.family, work_kind(work), work.argv("out", *words, "--strict"))
+    assert "its words are for sample images, and none are made" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main("anima", "network", ["--textual_inversion_embeddings=a.safetensors", f"--output_dir={tmp_path}"])
+    assert "--textual_inversion_embeddings: anima has no textual inversion" in capsys.readouterr().err
+
+
+def work_kind(work: Work) -> str:
+    return work.trainable.name if isinstance(work, WordWork) else "network"
