@@ -117,6 +117,8 @@ class LLLiteModule(nn.Module):
     def change(self, x: Tensor) -> Tensor:
         """What is added to x [R, L, D] at a multiplier of 1."""
         condition = self.embedding()
+        if len(x) % len(condition):
+            raise ValueError(f"{self.lllite_name} sees {len(x)} rows for {len(condition)} pictures; needed: a multiple")
         condition = condition.repeat(len(x) // len(condition), 1, 1)  # [R, L, cond_dim]
         inner = self.mid(torch.cat((condition, self.down(x.to(condition.dtype))), dim=2))  # [R, L, mlp_dim]
         if self.dropout and self.training:

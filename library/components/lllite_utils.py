@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -21,10 +21,17 @@ SHOWN = 3
 
 def read_shapes(path: str | os.PathLike[str]) -> dict[str, LLLiteShape]:
     """The modules of a file by name, from its header. CheckpointError when it is damaged or something else."""
-    if is_pickled(path):
-        shapes = {key: tuple(tensor.shape) for key, tensor in load_pickled_tensors(path).items()}
-    else:
-        shapes = {key: tuple(info.shape) for key, info in read_header(path)[0].items()}
+    found = load_pickled_tensors(path) if is_pickled(path) else read_header(path)[0]
+    return shapes_of({key: tuple(entry.shape) for key, entry in found.items()}, path)
+
+
+def is_lllite(keys: Iterable[str]) -> bool:
+    """Whether these are names of tensors of a file."""
+    return any(key.startswith(PREFIX) and ".conditioning1." in key for key in keys)
+
+
+def shapes_of(shapes: Mapping[str, tuple[int, ...]], path: str | os.PathLike[str]) -> dict[str, LLLiteShape]:
+    """The modules of tensors with these shapes. CheckpointError when there is another tensor, or one too few."""
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in shapes.items():
         name, _, parameter = key.partition(".")

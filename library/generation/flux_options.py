@@ -21,11 +21,12 @@ from library.generation.requests import (
     PictureRequest,
     SessionOptions,
     dtype_problem,
+    guidance_letters,
     request_of,
     too_small_problems,
 )
 from library.training.option_groups import ConsoleOptions
-from library.training.sampling_prompts import DRAWN, LineOption, read_number
+from library.training.sampling_prompts import DRAWN, LineOption, read_not_negative
 
 SIZE_STEP = 16
 STEPS_SCHNELL, STEPS_DEV = 4, 50
@@ -116,7 +117,7 @@ class PromptOptions:
     steps: int | None = option(
         None, help=f"steps; {STEPS_SCHNELL} for schnell, {STEPS_DEV} for dev when not given", most=LARGEST_STEPS
     )
-    guidance: float = option(3.5, help="embedded guidance (dev)")
+    guidance: float = option(3.5, least=0, help="embedded guidance (dev)")
     cfg_scale: float = option(
         1.0, help="classifier-free guidance with --negative_prompt; 1 = off, else two forwards per step"
     )
@@ -149,6 +150,5 @@ class FluxRequest(PictureRequest):
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
-    "g": LineOption("guidance", read_number),
-    "c": LineOption("cfg_scale", read_number),
+    **guidance_letters(LineOption("guidance", read_not_negative)),
 }

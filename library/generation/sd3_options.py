@@ -13,11 +13,12 @@ from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     PictureRequest,
     SessionOptions,
+    guidance_letters,
     request_of,
     too_small_problems,
 )
 from library.training.option_groups import ConsoleOptions
-from library.training.sampling_prompts import DRAWN, LineOption, read_number
+from library.training.sampling_prompts import DRAWN, LineOption
 
 SIZE_STEP = 8
 TOKEN_LENGTH = 256
@@ -120,6 +121,5 @@ class Sd3Request(PictureRequest):
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
-    "c": LineOption("cfg_scale", read_number),
-    "l": LineOption("cfg_scale", read_number),
+    **guidance_letters(),
 }

@@ -15,13 +15,14 @@ from library.generation.requests import (
     SampledRequest,
     SessionOptions,
     dtype_problem,
+    guidance_letters,
     read_negative,
     request_of,
     too_small_problems,
 )
 from library.training.inference_samplers import SAMPLER_HELP, SAMPLER_NAMES, check_sampler
 from library.training.option_groups import ConsoleOptions
-from library.training.sampling_prompts import DRAWN, LineOption, read_number
+from library.training.sampling_prompts import DRAWN, LineOption
 
 SIZE_STEP = 8
 LARGEST_STEPS = 1000
@@ -127,5 +128,5 @@ LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
     "s": LineOption("steps", read_steps),
     "p2": LineOption("prompt2", read_negative),
-    "l": LineOption("cfg_scale", read_number),
+    **guidance_letters(),
 }

@@ -163,6 +163,15 @@ def test_gradients_with_dropout_that_is_drawn_by_sample(unet, checkpointed):
     assert all(gradient.abs().sum() > 0 for gradient in made[3])
 
 
+def test_each_module_drops_other_values(unet):
+    net = LLLite(unet, new_shapes(unet, COND, MLP), dropout=0.4)
+    net.remove()
+    net.state.draws = StepDraws(1, 2, (0, 1))
+    first, second, *_ = (part._dropped(torch.ones(2, 24, MLP)) for part in net.parts)
+    assert not torch.equal(first, second) and not torch.equal(first[0], first[1])
+    assert {round(value, 4) for value in first.unique().tolist()} == {0.0, round(1 / 0.6, 4)}
+
+
 # -- files ---------------------------------------------------------------------------------------------------------------
 
 
