@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 VAE_WANTED = Wanted(
     "SDXL", "with 4 latent channels", quant_conv=True, scaling={"scaling_factor": 0.13025, "shift_factor": 0.0}
 )
-CONTROL_NETS = UNetControlNets(frozenset({"sdxl_controlnet"}), is_original=False, new_rate=1e-4)
+CONTROL_NETS = UNetControlNets(frozenset({"sdxl_controlnet"}), is_original=False)
 
 
 def inspect_sdxl_unet(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> UNetInfo:

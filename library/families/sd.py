@@ -54,6 +54,7 @@ FAMILY = FamilyRecord(
             ),
         ),
         "textual_inversion": OtherScript(name="train_textual_inversion"),
+        "control_net": OtherScript(name="train_control_net", options=frozenset({"conditioning_range"})),
         "textual_inversion_xti": OtherScript(name="train_textual_inversion_XTI"),
     },
     place=20,

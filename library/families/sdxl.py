@@ -31,6 +31,7 @@ FAMILY = FamilyRecord(
             ),
         ),
         "textual_inversion": OtherScript(name="sdxl_train_textual_inversion"),
+        "control_net": OtherScript(name="sdxl_train_control_net", defaults={"control_net_lr": 1e-4}),
         "lllite": OtherScript(name="sdxl_train_control_net_lllite"),
     },
     place=30,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
@@ -23,6 +23,7 @@ from library.generation.words import PromptWords
 if TYPE_CHECKING:
     from PIL import Image
 
+    from library.components.control_models import Control
     from library.dataset.strategies import StrategySet
     from library.generation.adapters import LoadedAdapters
     from library.generation.picture_files import Picture
@@ -40,6 +41,8 @@ class PicturePipeline(ABC, Generic[Request]):
     denoiser: Any
     vae: Any
     """None where latents are wanted alone"""
+    control: Control | None = field(default=None, kw_only=True)
+    """nets that guide every forward of the denoiser by pictures, in families that have some"""
 
     family: ClassVar[str]
     """whose record tells the shape of the latents"""

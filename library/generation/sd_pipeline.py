@@ -17,7 +17,7 @@ from library.families.sd import FAMILY
 from library.generation.prompt_encoder import PromptEncoder, tokenizer_problems
 from library.generation.requests import SampledRequest
 from library.generation.sampling_utils import Conditioning
-from library.generation.unet_pipeline import UNetPipeline
+from library.generation.unet_pipeline import ControlledPredict, UNetPipeline
 from library.sd_train_utils import predict_noise
 from library.sd_utils import (
     clip_skip_problem,

@@ -63,7 +63,8 @@ class UNetPipeline(PicturePipeline[Request]):
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             parts = latents.split(rows)
-            return torch.cat([predictor(part, timestep) for predictor, part in zip(predictors, parts, strict=True)])
+            made = [predictor(part, timestep, self.control) for predictor, part in zip(predictors, parts, strict=True)]
+            return torch.cat(made)
 
         return guided_predictor(
             predict, ("negative", "positive") if with_cfg else ("positive",), request.cfg_scale, None

@@ -175,7 +175,8 @@ def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainab
 def layout_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
     """What is trained can be a folder, where one is asked for."""
     layout = config[SavingOptions].save_model_as
-    if layout not in FOLDER_FORMATS or (trainable.writes_folders and family.writes_folders):
+    can = trainable.writes_folders and (family.writes_folders or trainable.has_own_folder)
+    if layout not in FOLDER_FORMATS or can:
         return []
     if trainable.writes_folders:
         return [f"--save_model_as is {layout}; models of this family are not written as folders, use safetensors"]

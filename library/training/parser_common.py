@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.core.errors import ConfigError
-from library.core.options import Config
+from library.core.options import Config, option_fields
 from library.core.registry import Registry, import_target
 from library.families.registry import record_of, variants_of
 from library.training.config_file import read_config_file
@@ -108,6 +108,18 @@ for _name, _class in (("textual_inversion", "TextualInversion"), ("textual_inver
     )
 
 TRAINABLES.add(
+    "control_net",
+    "library.training.trainables.control_net:ControlNetTrainable",
+    options="library.training.control_nets:ControlNetOptions",
+    foreign="library.training.control_nets:foreign_options",
+    ignored="library.training.control_nets:ignored_options",
+    refused={
+        "masked_loss": "the conditioning images are what the ControlNet sees; masks are the alpha channels of the images, with"
+        " alpha_mask = true in the dataset",
+    },
+)
+
+TRAINABLES.add(
     "lllite",
     "library.training.trainables.lllite:LLLiteTrainable",
     options="library.training.lllite:LLLiteOptions",
@@ -160,6 +172,7 @@ def chosen_variant(family: str, argv: Sequence[str] | None) -> str:
 def script(family: str, trainable: str) -> Script:
     """The options of the script that trains `trainable` of `family`."""
     record = record_of(family)
+    own = record.scripts.get(trainable)
     family_class = import_target(record.family)
     options, said = trainable_options(trainable)
     foreign = import_target(said["foreign"])(record, trainable) if said["foreign"] else {}
@@ -169,12 +182,13 @@ def script(family: str, trainable: str) -> Script:
     )
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
+    further = (group for group in family_class.further_options if not {*option_fields(group)} & {*option_fields(options)})
     return Script(
         family,
         trainable,
-        classes=(*first, family_class.options, options, *packages, *rest),
+        classes=(*first, family_class.options, *further, options, *packages, *rest),
         refused={**family_class.refused, **refused},
-        defaults={**family_class.defaults, **(said["defaults"] or {})},
+        defaults={**family_class.defaults, **(said["defaults"] or {}), **(own.defaults if own else {})},
         ignored={**family_class.ignored, **ignored},
         foreign={**family_class.foreign, **foreign},
         read_values=family_class.read_values,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -388,9 +388,11 @@ def with_defaults(prompt: SamplePrompt, defaults: SampleDefaults) -> SamplePromp
     return dataclasses.replace(prompt, **values)
 
 
-def unused_settings(prompts: Sequence[SamplePrompt], defaults: SampleDefaults) -> list[str]:
-    """Settings that prompts give and a family does not read, for one warning at start."""
-    used = {"prompt", "enum", "negative_prompt", "width", "height", "seed", *defaults.settings, *defaults.reads}
+def unused_settings(
+    prompts: Sequence[SamplePrompt], defaults: SampleDefaults, more: Collection[str] = ()
+) -> list[str]:
+    """Settings that prompts give and neither a family reads nor who reads `more`, for one warning at start."""
+    used = {"prompt", "enum", "negative_prompt", "width", "height", "seed", *defaults.settings, *defaults.reads, *more}
     return sorted({key for prompt in prompts for key in prompt.to_dict()} - used)
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from library.generation.pipeline import PicturePipeline
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
-    from library.training.protocols import Plain
+    from library.training.protocols import BaseInfo, Plain
     from library.training.run import DiTOutput, Models
 
 logger = logging.getLogger(__name__)
@@ -212,6 +212,11 @@ class ModelFamily(ABC):
         checkpointed and compiled like it."""
         return {}
 
+    def base_info(self) -> BaseInfo:
+        """What the header of the denoiser's file tells, for nets that are made of it. CheckpointError when it is
+        something else."""
+        raise UnsupportedCombination(f"{self.name} has no nets that are made of its denoiser")
+
     @abstractmethod
     def objective(self) -> Objective: ...
 
@@ -261,6 +266,9 @@ class ModelFamily(ABC):
     def idle(self) -> list[Ignored]:
         """Options of the family, or read by it, that have no effect in this run."""
         return []
+
+    further_options: ClassVar[tuple[type, ...]] = ()
+    """groups of options that its scripts take beside `options`, unless what is trained declares one of them"""
 
     def layer_rates(self) -> Mapping[str, float]:
         """Pattern of layer paths of the denoiser -> learning rate, where the family has options for parts of its

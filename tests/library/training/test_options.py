@@ -44,6 +44,9 @@ OWN_OPTIONS = {
     "sdxl_lllite": {"clip_tokenizer"},
     "flux_textual_inversion": {"clip_l_tokenizer", "t5xxl_tokenizer"},
     "sd3_textual_inversion": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer"},
+    "sd_control_net": {"clip_tokenizer", "layer_lrs", "bf16_update", "conditioning_range"},
+    "sdxl_control_net": {"clip_tokenizer", "layer_lrs", "bf16_update", "conditioning_range"},
+    "flux_control_net": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs", "bf16_update", "conditioning_range"},
 }
 OWN_OF_ALL = {
     "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_image_resolution", "skip_bad_images",
@@ -56,6 +59,7 @@ OTHER_DEFAULTS = {
     "flux_network": {"model_prediction_type": "raw"},
     "flux_full": {"model_prediction_type": "raw"},
     "flux_textual_inversion": {"model_prediction_type": "raw"},
+    "flux_control_net": {"model_prediction_type": "raw"},
     "chroma_network": {"model_prediction_type": "raw", "model_type": "chroma", "guidance_scale": 0.0},
     "chroma_full": {"model_prediction_type": "raw", "model_type": "chroma", "guidance_scale": 0.0},
 }
