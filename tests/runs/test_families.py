@@ -37,12 +37,23 @@ SCHEDULE = ["--lr_scheduler=cosine", "--lr_warmup_steps=2", "--max_train_steps=5
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests of what data and loop do run with --full alone for cases that are like another one."""
+    """Tests of what data and loop do run for a U-Net, for a transformer and for others in turn; for all with --full."""
     if "case" in metafunc.fixturenames:
-        of_the_loop = any(mark.name == "of_the_loop" for mark in getattr(metafunc.function, "pytestmark", ()))
-        marks = {name: [pytest.mark.full] if of_the_loop and case.like else [] for name, case in CASES.items()}
-        cases = [pytest.param(name, marks=marks[name]) for name in CASES]
+        test = metafunc.function
+        chosen = {"sd1", "flux", *others_of(test)} if is_of_the_loop(test) else set(CASES)
+        cases = [pytest.param(name, marks=() if name in chosen else pytest.mark.full) for name in CASES]
         metafunc.parametrize("case", cases, indirect=True, scope="module")
+
+
+def is_of_the_loop(thing: object) -> bool:
+    return any(mark.name == "of_the_loop" for mark in getattr(thing, "pytestmark", ()))
+
+
+def others_of(test: object) -> list[str]:
+    """Two further cases with models of their own, so that together the tests marked `of_the_loop` meet each of them."""
+    own = [name for name, case in CASES.items() if not case.like and name not in ("sd1", "flux")]
+    place = list(filter(is_of_the_loop, globals().values())).index(test)
+    return [own[(2 * place + more) % len(own)] for more in (0, 1)]
 
 
 @pytest.fixture(scope="module")
