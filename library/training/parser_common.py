@@ -51,6 +51,11 @@ PATH_OPTIONS: tuple[str, ...] = (
 
 NEW_WORDS_LEARN = "the text encoders read the vectors that learn in every step, so that their outputs are new each time"
 
+CONTROL_IS_NO_MASK = (
+    "the conditioning images are what the net sees; masks are the alpha channels of the images, with alpha_mask = true in"
+    " the dataset"
+)
+
 TRAINABLES: Registry[type] = Registry(
     "trainable",
     group="trainables",
@@ -113,10 +118,7 @@ TRAINABLES.add(
     options="library.training.control_nets:ControlNetOptions",
     foreign="library.training.control_nets:foreign_options",
     ignored="library.training.control_nets:ignored_options",
-    refused={
-        "masked_loss": "the conditioning images are what the ControlNet sees; masks are the alpha channels of the images, with"
-        " alpha_mask = true in the dataset",
-    },
+    refused={"masked_loss": CONTROL_IS_NO_MASK},
 )
 
 TRAINABLES.add(
@@ -124,7 +126,10 @@ TRAINABLES.add(
     "library.training.trainables.lllite:LLLiteTrainable",
     options="library.training.lllite:LLLiteOptions",
     foreign="library.training.lllite:foreign_options",
-    refused={"fused_backward_pass": "a small network learns, whose gradients take no memory that it could save"},
+    refused={
+        "masked_loss": CONTROL_IS_NO_MASK,
+        "fused_backward_pass": "a small network learns, whose gradients take no memory that it could save",
+    },
 )
 
 
