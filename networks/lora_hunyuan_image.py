@@ -22,7 +22,7 @@ __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_fr
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "HunyuanImageLoRANetwork": "library.compat.networks:HunyuanImageLoRANetwork",
+        "HunyuanImageLoRANetwork": "library.compat.hunyuan_image_names:HunyuanImageLoRANetwork",
         "LoRAModule": "networks.lora:LoRAModule",
     },
 )

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library import strategy_hunyuan_image as texts
 from library.checkpoints.loading import build_on_meta
-from library.compat.networks import merging
+from library.compat.networks import KnownNetwork, merging, shared_pairs
 from library.compat.samples import Replacement, sample_family
 from library.components.llm_encoder_utils import load_qwen25_vl
 from library.components.text_encoder_utils import load_t5xxl
@@ -22,6 +22,7 @@ from library.hunyuan_image_utils import load_hunyuan_image
 from library.hunyuan_image_utils import load_vae as load_own_vae
 from library.hunyuan_image_vae import HunyuanVAE2D
 from library.training.inference_samplers.flow import flow_schedule
+from networks.lora import LoRAModule
 from networks.lora_hunyuan_image import TARGETS
 
 MODEL_VERSION_2_1 = "hunyuan-image-2.1"
@@ -161,6 +162,28 @@ def get_timesteps_sigmas(sampling_steps: int, shift: float, device: torch.device
 def step(latents: Tensor, noise_pred: Tensor, sigmas: Tensor, step_i: int) -> Tensor:
     """Latents at sigmas[step_i + 1], float32, of those at sigmas[step_i] and the velocity there."""
     return latents.float() - (sigmas[step_i] - sigmas[step_i + 1]) * noise_pred.float()
+
+
+class HunyuanImageLoRANetwork(KnownNetwork):
+    """LoRA of HunyuanImage 2.1."""
+
+    def __init__(
+        self, text_encoders: Any, unet: nn.Module, multiplier: float = 1.0, lora_dim: int = 4, alpha: float | None = 1,
+        dropout: float | None = None, rank_dropout: float | None = None, module_dropout: float | None = None,
+        conv_lora_dim: int | None = None,
+        conv_alpha: float | None = None, module_class: type = LoRAModule, modules_dim: Mapping[str, int] | None = None,
+        modules_alpha: Mapping[str, float] | None = None, split_qkv: bool = False,
+        reg_dims: Mapping[str, int] | None = None, ggpo_beta: float | None = None, ggpo_sigma: float | None = None,
+        reg_lrs: Mapping[str, float] | None = None, verbose: bool = False,
+    ) -> None:
+        pairs = {
+            **shared_pairs(rank_dropout, module_dropout, conv_lora_dim, conv_alpha, verbose),
+            "split_qkv": split_qkv or None, "network_reg_dims": reg_dims, "network_reg_lrs": reg_lrs,
+            "ggpo_beta": ggpo_beta, "ggpo_sigma": ggpo_sigma,
+        }
+        self.build(
+            text_encoders, unet, multiplier, lora_dim, alpha, dropout, pairs, module_class, modules_dim, modules_alpha
+        )
 
 
 def sample_images(
