@@ -33,6 +33,7 @@ class FluxControlNets(ControlNets):
     picture_range = (-1.0, 1.0)
     new_layers = ("controlnet_blocks.", "pos_embed_input.", _HINT)
     zero_layers = ("controlnet_blocks.", f"{_HINT}14.")
+    new_notice = "a new ControlNet has the blocks and input layers of the base (known trainers start from random ones)"
 
     def check(self, path: str | os.PathLike, params: FluxParams) -> None:
         self._empty(open_checkpoint(path, FOLDER), params)

@@ -35,7 +35,7 @@ from library.checkpoints.loading import (
     strip_prefix,
 )
 from library.components.ldm_utils import AE_PREFIXES, AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
-from library.components.text_encoder_utils import load_clip_l, load_t5xxl
+from library.components.text_encoder_utils import inspect_clip_l, inspect_t5xxl, load_clip_l, load_t5xxl
 from library.core.errors import CheckpointError
 from library.core.lazy_names import homes, lazy_names
 from library.flux_models import AutoEncoder, Flux, FluxParams, StreamParams, StreamTransformer
@@ -282,6 +282,11 @@ def model_config_metadata(model: StreamTransformer, infer: Callable[..., dict[st
     return config_metadata(
         model.params, lambda: build_params(type(model.params), infer(model.state_dict(), {}, ""), {}, "")
     )
+
+
+def embedding_widths(clip_l: str | os.PathLike, t5xxl: str | os.PathLike) -> dict[str, int | None]:
+    """Widths of the vectors that the text encoders take, by the names of files of textual inversions."""
+    return {"clip_l": inspect_clip_l(clip_l)["width"], "t5xxl": inspect_t5xxl(t5xxl)["d_model"]}
 
 
 def inspect_ae(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:

@@ -40,6 +40,7 @@ from library.components.ldm_utils import (
 from library.components.llm_encoder_utils import inspect_qwen25_vl, load_qwen25_vl
 from library.components.text_encoder_utils import inspect_t5xxl, load_t5xxl
 from library.core.errors import CheckpointError
+from library.core.lazy_names import homes, lazy_names
 from library.fp8_optimization_utils import (
     FP8_STORAGE,
     scaled_fp8,
@@ -48,10 +49,13 @@ from library.fp8_optimization_utils import (
     use_scales,
 )
 from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
-from library.hunyuan_image_vae import LATENT_SCALING_FACTOR, SAMPLE_SIZE, HunyuanVAE2D
+from library.hunyuan_image_vae import LATENT_SCALING_FACTOR, SAMPLE_SIZE, TILES, HunyuanVAE2D
 from library.safetensors_utils import cast_all, save_file_atomic
 
 logger = logging.getLogger(__name__)
+__getattr__, __dir__ = lazy_names(__name__, homes(
+    "library.compat.hunyuan_image_names", "MODEL_VERSION_2_1", "get_timesteps_sigmas", "step",
+))
 
 VAE_WANTED = Wanted(
     "HunyuanImage 2.1", "hunyuan_image_2.1_vae_fp16.safetensors", quant_conv=False,
@@ -305,11 +309,13 @@ def load_vae(
     config: Mapping[str, Any] | None = None,
     *,
     chunk_size: int | None = None,
+    tiling: bool = False,
 ) -> HunyuanVAE2D:
-    """Load the autoencoder; `chunk_size`: rows that its convolutions compute at once. CheckpointError when the file
-    does not fit."""
+    """Load the autoencoder; `chunk_size`: rows that its convolutions compute at once; `tiling`: larger pictures are
+    computed in tiles. CheckpointError when the file does not fit."""
     vae = load_autoencoder(inspect_vae(vae_path, config), dtype, device, disable_mmap, model_class=HunyuanVAE2D)
     vae.set_chunk_rows(chunk_size)
+    vae.tiles = TILES if tiling else None
     return vae
 
 

@@ -22,14 +22,16 @@ from library.components.ldm_models import (
     middle_blocks,
     run_middle,
 )
-from library.core.lazy_names import lazy_names
+from library.components.tiling import Tiles
+from library.core.lazy_names import homes, lazy_names
 
-__getattr__, __dir__ = lazy_names(__name__, {"load_vae": "library.hunyuan_image_utils:load_vae"})
+__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.hunyuan_image_names", "load_vae"))
 
 VAE_SCALE_FACTOR = 32
 LATENT_SCALING_FACTOR = 0.75289
 SAMPLE_SIZE = 384
-"""pixels of a side that diffusers decodes at once when it does so in tiles"""
+"""pixels of a side that the autoencoder computes at once when it does so in tiles"""
+TILES = Tiles(SAMPLE_SIZE // VAE_SCALE_FACTOR, SAMPLE_SIZE // VAE_SCALE_FACTOR // 4)
 PARAMS = AutoEncoderParams(
     ch=128,
     ch_mult=(1, 2, 4, 4, 8, 8),
@@ -142,6 +144,21 @@ class HunyuanVAE2D(AutoEncoder):
 
     encoder_class = Encoder
     decoder_class = Decoder
+    tiles: Tiles | None = None
+    """in which it computes larger pictures; None = in one piece"""
+
+    def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if self.tiles is None:
+            return super().encode_moments(images)
+        whole = super().encode_moments
+        steps = (self.params.spatial_stride, 1)
+        mean, logvar = self.tiles.run(lambda tile: torch.cat(whole(tile), dim=1), images, steps).chunk(2, dim=1)
+        return mean, logvar
+
+    def decode(self, latents: Tensor) -> Tensor:
+        if self.tiles is None:
+            return super().decode(latents)
+        return self.tiles.run(super().decode, latents, (1, self.params.spatial_stride))
 
     def set_chunk_rows(self, rows: int | None) -> None:
         """Let the convolutions compute that many rows at a time: less memory, equal results. None = all at once."""

@@ -209,26 +209,12 @@ def load_ae(
     return load_autoencoder(inspect_ae(path), dtype, device, disable_mmap)
 
 
-def holds_part(path: str | os.PathLike | None, kind: str) -> bool:
-    """Whether this is a file of several parts, the denoiser among them, and a part of this kind (gemma2, vae_flux) is
-    in it."""
-    if not path or not os.path.isfile(path) or describe_checkpoint(path).kind != "lumina2":
-        return False
-    try:
-        inspect_gemma2(path) if kind == "gemma2" else inspect_ae(path)
-    except CheckpointError:
-        return False
-    return True
-
-
 def part_problem(
     path: str | None, slot: str, kind: str, model: str | None, *, for_pictures: bool = False
 ) -> str | None:
     """A message when the file of `--{slot}` is missing or something else; None when it fits. Not given, the part may be
     in the file or the pipeline folder of the model."""
-    if holds_part(path or model, kind):
-        return None
-    if not path and model and os.path.isdir(model) and check_slot(model, slot, {kind}) is None:
+    if not path and model and check_slot(model, slot, {kind}) is None and describe_checkpoint(model).kind != kind:
         return None
     return check_slot(path, slot, {kind}, for_pictures=for_pictures)
 

@@ -336,6 +336,14 @@ def part_paths(base: str | os.PathLike, given: Mapping[str, str | None]) -> dict
     return {part: path or own_place(part) for part, path in given.items() if path or part in own}
 
 
+def embedding_widths(base: str | os.PathLike, given: Mapping[str, str | None]) -> dict[str, int | None]:
+    """Widths of the vectors that the text encoders take, by the names of files of textual inversions; None for T5 that
+    is left out. `given`: as for `part_paths`."""
+    paths = part_paths(base, given)
+    sizes = {slot: inspect_encoder(slot, paths[slot]) for slot in ENCODER_SLOTS if slot in paths}
+    return {slot: sizes[slot].get("width", sizes[slot].get("d_model")) if slot in sizes else None for slot in ENCODER_SLOTS}
+
+
 def file_problems(
     slot: str, base: str | None, given: Mapping[str, str | None], *, for_pictures: bool = False
 ) -> list[str]:
@@ -363,8 +371,9 @@ def file_problems(
 def _slot_problem(part: str, path: str, for_pictures: bool) -> str | None:
     from library.checkpoints.kinds import check_slot, describe_checkpoint
 
-    kinds = {"vae": "vae_flux", "t5xxl": "t5"}
-    problem = check_slot(path, part, {kinds.get(part, part)}, for_pictures=for_pictures)
+    kinds, inside = {"vae": "vae_flux", "t5xxl": "t5"}, FAMILY.autoencoders
+    kind = kinds.get(part, part)
+    problem = check_slot(path, part, {kind}, for_pictures=for_pictures, inside={inside.get(kind, kind)})
     if problem and part == "clip_g" and describe_checkpoint(path).kind == "clip_l":
         # files of no released width are told apart by the sizes of both
         return None if inspect_encoder("clip_g", path)["width"] != 768 else problem

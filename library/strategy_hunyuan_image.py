@@ -17,6 +17,7 @@ from library.components.tokenizers import byt5_ids, load_qwen25_vl_tokenizer, vo
 from library.core.errors import ConfigError
 from library.dataset.latent_cache import LatentEncoder
 from library.families.hunyuan_image import FAMILY
+from library.hunyuan_image_vae import SAMPLE_SIZE
 from library.strategy_base import (
     LatentsCachingStrategy,
     TextEncoderOutputsCachingStrategy,
@@ -134,6 +135,12 @@ def _check_ids(ids: Tensor, model: Any, tokenizer: Any) -> None:
 
 class HunyuanImageLatentEncoder(LatentEncoder):
     """Latents of the 32x autoencoder, one posterior draw per image and size, stored without the scale."""
+
+    tiling = False
+    """whether the autoencoder was loaded to compute larger pictures in tiles"""
+
+    def manner(self, bucket: Sequence[int]) -> str:
+        return "in tiles" if self.tiling and max(bucket[:2]) > SAMPLE_SIZE else ""
 
     def encode(self, vae: Any, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return vae.encode_raw(images, seeds)

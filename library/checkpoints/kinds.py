@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from library.checkpoints.loading import INDEX_SUFFIX, files_of_split_model, names_of_index
@@ -50,11 +50,13 @@ def preferred_subfolders() -> dict[str, str]:
 @dataclass(frozen=True)
 class CheckpointKind:
     """`kind`: name of a ModelKind (clip_l, t5, ...), adapter, embedding, one of NOT_A_MODEL, or unknown;
-    `detail`: in words, "a T5 text encoder (...)"; `layout`: original, diffusers, whole file, adapter, folder."""
+    `detail`: in words, "a T5 text encoder (...)"; `layout`: original, diffusers, whole file, adapter, folder; `parts`:
+    kinds of what a file of several parts holds beside it."""
 
     kind: str
     detail: str
     layout: str = ""
+    parts: frozenset[str] = frozenset()
 
     @property
     def is_model(self) -> bool:
@@ -93,19 +95,20 @@ def describe_checkpoint(path: str | os.PathLike, with_pickles: bool = False) -> 
 
 def check_slot(
     path: str | os.PathLike | None, slot: str, wanted: set[str], with_pickles: bool = False, *,
-    for_pictures: bool = False
+    for_pictures: bool = False, inside: set[str] | None = None,
 ) -> str | None:
     """A message when what `--{slot}` names is not one of the wanted kinds, or None when it fits.
 
     A folder fits when the part that is needed lies in its usual sub-folder, where readers look first, whatever lies
-    beside it. `for_pictures`: the caller makes images, so a model of another family is sent to the script that makes
+    beside it; a file of several parts when one of them is of these kinds, or of those of `inside` where the file tells
+    more than shapes do. `for_pictures`: the caller makes images, so a model of another family is sent to the script that makes
     images with it.
     """
     needed = _in_words(wanted)
     if not path:
         return f"--{slot} is not given; needed: {needed}"
     found = describe_checkpoint(path, with_pickles)
-    if found.kind in wanted:
+    if found.kind in wanted or found.parts & (inside or wanted):
         return None
     if Path(path).is_dir():
         for kind in sorted(wanted):
@@ -115,7 +118,14 @@ def check_slot(
     told = found.detail if found.kind in ("missing", "truncated", "damaged") else f"this is {found.detail}"
     told = f"it {told.removeprefix(f'{path} ')}" if told.startswith(f"{path} ") else told
     told += _about_parts(Path(path), wanted, with_pickles) if found.kind == "folder" else ""
+    told += ", with an autoencoder of its own" if found.parts and _holds_another(found, wanted) else ""
     return f"--{slot} is {path}: {told}; needed: {needed}{_strength(path, slot, found)}{_way_out(path, found, wanted, for_pictures)}"
+
+
+def _holds_another(found: CheckpointKind, wanted: set[str]) -> bool:
+    """Whether a file of several parts has an autoencoder of the shapes that are needed, and it is another model's."""
+    same = {kind for record in records().values() for kind, own in record.autoencoders.items() if own in found.parts}
+    return bool((same | found.parts) & wanted)
 
 
 STRENGTHS = {
@@ -201,9 +211,8 @@ def check_adapter(path: str | os.PathLike, slot: str, owner: str) -> str | None:
 def _kind_of(shapes: Mapping[str, tuple[int, ...]], folder: bool = False) -> CheckpointKind:
     found = recognise(shapes)
     if found is not None:
-        return CheckpointKind(
-            found.kind, found.title, "diffusers folder" if folder and found.layout == "diffusers" else found.layout
-        )
+        layout = "diffusers folder" if folder and found.layout == "diffusers" else found.layout
+        return CheckpointKind(found.kind, found.title, layout, found.parts)
     if not shapes:
         return CheckpointKind("empty", "a safetensors file without tensors")
     examples = ", ".join(list(shapes)[:3])
@@ -309,7 +318,7 @@ def _describe_files(files: Sequence[Path], folder: bool = False) -> CheckpointKi
 
 
 def _as_folder(kind: CheckpointKind) -> CheckpointKind:
-    return CheckpointKind(kind.kind, kind.detail, "diffusers folder") if kind.layout == "diffusers" else kind
+    return replace(kind, layout="diffusers folder") if kind.layout == "diffusers" else kind
 
 
 def _has_usual_name(file: Path) -> bool:

@@ -241,11 +241,14 @@ def find_prefix(keys: Iterable[str], prefixes: Sequence[str], roots: Sequence[st
     """The prefix that every key of this part carries; "" for none.
 
     `roots` are the first words of the part's own keys; a key belongs to the part when it starts with one of them after
-    the longest fitting prefix is taken away. CheckpointError when such keys carry different prefixes.
+    the longest fitting prefix is taken away. What is no weight tells nothing. CheckpointError when such keys carry
+    different prefixes.
     """
     ordered = sorted(prefixes, key=len, reverse=True)
     found: dict[str, str] = {}
     for key in keys:
+        if is_blob(key):
+            continue
         prefix = next((p for p in ordered if key.startswith(p) and key[len(p) :].split(".")[0] in roots), None)
         if prefix is None and key.split(".")[0] in roots:
             prefix = ""

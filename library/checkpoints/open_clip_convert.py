@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-OPEN_CLIP_ROOTS = ("positional_embedding", "token_embedding", "transformer", "ln_final", "logit_scale")
+OPEN_CLIP_ROOTS = ("positional_embedding", "token_embedding", "transformer", "ln_final")
+"""what tells where the encoder stands in a file; `logit_scale` may stand elsewhere, above the encoder"""
 _WITHOUT_ROOT = re.compile(
     r"(cond_stage_model\.transformer\.|text_encoder\.|^)(embeddings\.(?:token|position)_embedding|encoder\.layers|final_layer_norm)\."
 )

@@ -9,6 +9,7 @@ from library.families.record import ModelKind, Signature
 
 CLIP_EMBEDDINGS = ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight")
 """of a CLIP text encoder in the names of transformers; version 5 leaves `text_model.` out"""
+_IN_BUNDLE = "text_encoders.clip_g."
 _OPEN_CLIP = "transformer.resblocks.0.attn.in_proj_weight"
 
 
@@ -33,6 +34,9 @@ PART_KINDS: tuple[ModelKind, ...] = (
         name="clip_g", role="text_encoder", wanted="a CLIP-G text encoder (clip_g.safetensors)", subfolder="text_encoder_2",
         signatures=(
             *_clip("a CLIP-G text encoder", 1280),
+            Signature(
+                title="a CLIP-G text encoder", contains=(_IN_BUNDLE,), has=CLIP_EMBEDDINGS[:1], priority=11,
+            ),
             Signature(
                 title="a CLIP-G text encoder", contains=(_OPEN_CLIP,), sizes=(("token_embedding.weight", 1, (1280,)),),
                 layout="open_clip",

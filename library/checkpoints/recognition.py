@@ -33,10 +33,6 @@ PREFIXES: tuple[str, ...] = (
     "cond_stage_model.model.",
     "conditioner.embedders.0.transformer.",
     "conditioner.embedders.1.model.",
-    "text_encoders.clip_l.transformer.",
-    "text_encoders.clip_g.transformer.",
-    "text_encoders.t5xxl.transformer.",
-    "text_encoders.gemma2_2b.transformer.model.",
     "language_model.model.",
     "model.language_model.",
     "transformer.",
@@ -45,6 +41,11 @@ PREFIXES: tuple[str, ...] = (
 )
 """what may stand before the names of a part, in files as they are passed around"""
 
+PART = re.compile(r"text_encoders\.[^.]+\.|first_stage_model\.|vae\.")
+"""the beginning of a name in a file of several parts, which is that of its part: as ComfyUI writes them"""
+_ENCODER = re.compile(r"text_encoders\.[^.]+\.")
+_ENCODER_ENDINGS = ("", "model.", "transformer.", "transformer.model.")
+"""what may stand behind the name of a text encoder there"""
 WHOLE_FILE_PREFIXES = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.embedders.", "text_encoders.")
 
 
@@ -56,7 +57,13 @@ class KeyTable:
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of the tensor with this name under any known prefix, or None."""
-        return next((self.shapes[p + name] for p in PREFIXES if p + name in self.shapes), None)
+        return next((self.shapes[p + name] for p in self.prefixes if p + name in self.shapes), None)
+
+    @cached_property
+    def prefixes(self) -> tuple[str, ...]:
+        """Those that are known, and those of the text encoders that are named in the file."""
+        named = dict.fromkeys(match[0] for key in self.shapes if (match := _ENCODER.match(key)))
+        return (*PREFIXES, *(start + ending for start in named for ending in _ENCODER_ENDINGS))
 
     def has(self, *names: str) -> bool:
         return all(self.shape(name) is not None for name in names)
@@ -84,9 +91,12 @@ class KeyTable:
 
 @dataclass(frozen=True)
 class Recognised:
+    """`parts`: kinds of what a file of several parts holds beside this one."""
+
     kind: str
     title: str
     layout: str
+    parts: frozenset[str] = frozenset()
 
 
 ROLES = ("denoiser", "vae", "text_encoder", "other")
@@ -230,6 +240,21 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Recognised | None:
             told = ", ".join(part for part in parts if part)
             return Recognised(
                 kind.name, f"{signature.title} ({told})" if told else signature.title,
-                "whole file" if whole else signature.layout
-            )
+                "whole file" if whole else signature.layout, parts_of(shapes, kind),
+            )  # fmt: skip
     return None
+
+
+def parts_of(shapes: Mapping[str, tuple[int, ...]], main: ModelKind) -> frozenset[str]:
+    """Kinds of the parts of a file that stand under names of their own, as ComfyUI writes them. `main`: what the file
+    as a whole is, which tells autoencoders of the same shapes apart."""
+    groups: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in shapes.items():
+        if match := PART.match(key):
+            groups.setdefault(match[0], {})[key] = shape
+    if not groups or len(groups) == 1 and len(next(iter(groups.values()))) == len(shapes):
+        return frozenset()  # one part with its prefix
+    found = {recognised.kind for group in groups.values() if (recognised := recognise(group)) is not None}
+    owner = next((record for record in records().values() if main.name in record.kinds), None)
+    same = owner.autoencoders if owner is not None else {}
+    return frozenset(same.get(kind, kind) for kind in found)

@@ -31,8 +31,9 @@ class ControlNets(ABC):
     """beginnings of the names of what a net has that its base has not"""
     zero_layers: ClassVar[tuple[str, ...]] = ()
     """those of them that start at 0, so that a new net changes nothing"""
-    new_rate: ClassVar[float | None] = None
-    """learning rate of the new layers where none is given; None = that of the others"""
+
+    new_notice: ClassVar[str] = ""
+    """how a new net differs from that of known trainers, for the log"""
 
     @abstractmethod
     def check(self, path: str | os.PathLike, params: Any) -> None:

@@ -35,8 +35,8 @@ CLIP_PREFIXES = (
     "conditioner.embedders.0.transformer.", "clip_l.transformer.", "clip_l.", "text_encoder.",
 )  # fmt: skip
 T5_PREFIXES = (
-    "text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.", "t5xxl.transformer.", "t5xxl.", "text_encoder_3.",
-    "text_encoder_2.",
+    "text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.", "text_encoders.byt5_small.transformer.",
+    "text_encoders.byt5_small.", "t5xxl.transformer.", "t5xxl.", "text_encoder_3.", "text_encoder_2.",
 )  # fmt: skip
 T5_ROOTS = ("encoder", "shared")
 _CLIP_TOLERATED = ("position_ids", "logit_scale", "visual_projection.weight")

@@ -28,8 +28,8 @@ class UNetControlNets(ControlNets):
     new_layers = ("controlnet_",)
     zero_layers = ("controlnet_down_blocks.", "controlnet_mid_block.", f"{_HINT}conv_out.")
 
-    def __init__(self, kinds: frozenset[str], *, is_original: bool, new_rate: float | None = None) -> None:
-        self.kinds, self.is_original, self.new_rate = kinds, is_original, new_rate
+    def __init__(self, kinds: frozenset[str], *, is_original: bool) -> None:
+        self.kinds, self.is_original = kinds, is_original
 
     def check(self, path: str | os.PathLike, params: UNetParams) -> None:
         self._empty(open_checkpoint(path, FOLDER), params)

@@ -119,6 +119,8 @@ class LatentsRecord:
     image: ImageIdentity | None = None
     pictures: Mapping[str, ImageIdentity] = field(default_factory=dict)
     """those beside the image that conditions were made of; not in files of families without"""
+    manner: str = ""
+    """what the latents hang on beside the VAE's file, in words; not in files where that is nothing"""
     exif: str = EXIF_POLICY
     version: int = FORMAT_VERSION
     checksums: Mapping[str, int] = field(default_factory=dict)
@@ -296,6 +298,8 @@ def _latents_record_problem(stored: Mapping[str, Any], expected: LatentsRecord, 
         return f"record version {stored.get('version')}"
     if differ(stored.get("model"), expected.model) or differ(stored.get("latent_space"), expected.latent_space):
         return "made with another VAE"
+    if stored.get("manner", "") != expected.manner:
+        return f"encoded {stored.get('manner') or 'in one piece'}, and now {expected.manner or 'in one piece'}"
     if stored.get("resized") != list(expected.resized) or stored.get("interpolation") != expected.interpolation:
         return "made with other resize settings"
     if stored.get("exif") != expected.exif:
@@ -347,7 +351,7 @@ def existing_arrays(path: str) -> dict[str, np.ndarray]:
 
 def record_array(record: Any) -> np.ndarray:
     """A record (a dataclass) as an array of one JSON text."""
-    values = {name: value for name, value in asdict(record).items() if value or name != "pictures"}
+    values = {name: value for name, value in asdict(record).items() if value or name not in ("pictures", "manner")}
     return np.asarray(json.dumps(values, sort_keys=True))
 
 

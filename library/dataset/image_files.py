@@ -42,3 +42,10 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
     for an extension that no format has."""
     with atomic_path(path) as temporary:
         Image.fromarray(image).save(temporary, quality=JPEG_QUALITY, subsampling=0)
+
+
+def edges(image: np.ndarray, lower: int, upper: int) -> np.ndarray:
+    """[H, W] of [H, W, 3] RGB: 255 on edges of the grey image, 0 elsewhere."""
+    import cv2
+
+    return cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), lower, upper)

@@ -41,6 +41,11 @@ class LatentEncoder(ABC):
         and live encoding agree whatever the batches are. Families that take the mode ignore it.
         """
 
+    def manner(self, bucket: Sequence[int]) -> str:
+        """What latents of pictures of this size hang on beside the VAE's file, in words that a cache file keeps ("in
+        tiles"); "" where they are made in one piece."""
+        return ""
+
     condition_pictures: tuple[str, ...] = ()
     """conditions that are pictures (CONDITIONING_IMAGES: control pictures) and that `encode_conditions` reads: caches
     hold what is made of them, and the step gets that in their place"""
@@ -172,7 +177,7 @@ class LatentCache:
             made = self.record_of(item)
             return (
                 f"{type(self.encoder).__qualname__} {self.architecture.name} {item.bucket.key} {needs} {made.model} "
-                f"{made.latent_space}"
+                f"{made.latent_space} {made.manner}"
                 f" {made.resized} {made.interpolation} {made.exif} {made.version}"
             )
 
@@ -198,6 +203,7 @@ class LatentCache:
         return LatentsRecord(
             model=self.model_identity, latent_space=self.architecture.latents.fingerprint, image=image,
             pictures=pictures, resized=tuple(item.resized_size), interpolation=item.subset.resize_interpolation,
+            manner=self.encoder.manner(item.bucket.key),
         )
 
     def load_conditions_from_disk(

@@ -34,6 +34,16 @@ FAMILY = FamilyRecord(
             ),
         ),
         "textual_inversion": OtherScript(name="flux_train_textual_inversion"),
+        "control_net": OtherScript(
+            name="flux_train_control_net",
+            options=frozenset(
+                {
+                    "fused_optimizer_groups", "blockwise_fused_optimizers", "mem_eff_save",
+                    "skip_latents_validity_check", "double_blocks_to_swap", "single_blocks_to_swap", "use_safetensors",
+                }
+            ),
+            defaults={"save_model_as": None},
+        ),
     },
     place=10,
     family="library.training.wiring.flux:FluxFamily",

@@ -168,6 +168,8 @@ class OtherScript:
     name: str
     """without .py"""
     options: frozenset[str] = frozenset()
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """options whose default differs here: name -> default"""
     text_switches: Mapping[int, str] = field(default_factory=dict)
     """text encoders, by their place, that learn only with an option of their own"""
     text_files: Mapping[int, str] = field(default_factory=dict)
@@ -230,6 +232,9 @@ class FamilyRecord:
     samples: SampleDefaults | None = None
 
     model_kinds: tuple[ModelKind, ...] = ()
+    autoencoders: Mapping[str, str] = field(default_factory=dict)
+    """kind of autoencoder, by its shapes -> the name of the family's own, where others have another one of these shapes;
+    only a file with the denoiser in it tells them apart"""
     wanted_denoiser: str = ""
     """what a slot needs that takes every kind of the family's denoisers, in fewer words than one by one"""
     layouts: str = ""

@@ -54,6 +54,8 @@ FAMILY = FamilyRecord(
             ),
         ),
         "textual_inversion": OtherScript(name="train_textual_inversion"),
+        "control_net": OtherScript(name="train_control_net", options=frozenset({"conditioning_range"})),
+        "textual_inversion_xti": OtherScript(name="train_textual_inversion_XTI"),
     },
     place=20,
     family="library.training.wiring.sd:SdFamily",
@@ -77,6 +79,7 @@ FAMILY = FamilyRecord(
     conditioning=(TextKey("hidden_state", encoders=(0,)),),
     embedding_keys=("emb_params",),
     samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler"})),
+    autoencoders={"vae_sd": "vae_sd1"},
     model_kinds=(
         ModelKind(
             name="sd1",

@@ -31,6 +31,8 @@ FAMILY = FamilyRecord(
             ),
         ),
         "textual_inversion": OtherScript(name="sdxl_train_textual_inversion"),
+        "control_net": OtherScript(name="sdxl_train_control_net", defaults={"control_net_lr": 1e-4}),
+        "lllite": OtherScript(name="sdxl_train_control_net_lllite"),
     },
     place=30,
     family="library.training.wiring.sdxl:SdxlFamily",
@@ -52,6 +54,7 @@ FAMILY = FamilyRecord(
     foreign_text="their pooled captions (pool2) may have gone through the transposed text_projection",
     embedding_keys=("clip_l", "clip_g"),
     samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler"})),
+    autoencoders={"vae_sd": "vae_sdxl"},
     model_kinds=(
         ModelKind(
             name="sdxl",

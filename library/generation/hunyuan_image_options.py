@@ -17,11 +17,11 @@ from library.generation.requests import (
     PictureRequest,
     SessionOptions,
     dtype_problem,
-    read_shift,
+    guidance_letters,
     too_small_problems,
 )
 from library.training.option_groups import ConsoleOptions
-from library.training.sampling_prompts import DRAWN, LineOption, read_number
+from library.training.sampling_prompts import DRAWN, LineOption, read_shift
 
 SIZE_STEP = 32
 APG_START_TEXT, APG_START = 38, 5
@@ -57,6 +57,9 @@ class HunyuanImageModelOptions:
         reason=f"--attn_mode: {_ATTENTION}",
     )  # fmt: skip
     vae_chunk_size: int | None = option(None, help="rows that the VAE computes at once: less memory, equal results")
+    vae_tiling: bool = option(
+        False, help="let the VAE compute pictures larger than 384 pixels in tiles: little memory, close results"
+    )
     blocks_to_swap: int = option(
         0, help="blocks whose weights wait in main memory; a double block counts as one, two single blocks as one"
     )
@@ -178,7 +181,6 @@ class HunyuanImageRequest(PictureRequest):
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
-    "g": LineOption("cfg_scale", read_number),
-    "l": LineOption("cfg_scale", read_number),
+    **guidance_letters(),
     "fs": LineOption("flow_shift", read_shift),
 }

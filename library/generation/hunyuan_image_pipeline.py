@@ -101,7 +101,10 @@ def device_of(options: HunyuanImageModelOptions) -> torch.device:
 
 def load_decoder(options: HunyuanImageModelOptions) -> HunyuanVAE2D:
     """The autoencoder, which waits on the CPU and computes where latents are."""
-    return load_vae(options.vae, getattr(torch, options.dtype_name), "cpu", chunk_size=options.vae_chunk_size)
+    return load_vae(
+        options.vae, getattr(torch, options.dtype_name), "cpu", chunk_size=options.vae_chunk_size,
+        tiling=options.vae_tiling,
+    )  # fmt: skip
 
 
 def load_pipeline(

@@ -91,11 +91,24 @@ class SamplingRun:
     strength: float = 1.0
     gradual: GradualLatentSettings | None = None
 
-    def sample(self, predict: Predict, device: torch.device) -> Tensor:
-        """Clean latents [B, 4, h, w] of the network's scale."""
-        schedule = schedule_of(
+    def _schedule(self) -> DiscreteSchedule:
+        return schedule_of(
             self.sampler, self.steps, zero_terminal_snr=self.zero_terminal_snr, steps_offset=self.steps_offset
         )
+
+    def _first_step(self) -> tuple[int, int]:
+        """As `first_step`; everything is made without a source."""
+        if self.source is None:
+            return 0, 0
+        return first_step(self.steps, self.strength, 0 if self.sampler in NO_STEPS_OFFSET else self.steps_offset)
+
+    def timesteps(self) -> list[float]:
+        """Of the steps that are made, downwards."""
+        return self._schedule().timesteps[self._first_step()[1] :].tolist()
+
+    def sample(self, predict: Predict, device: torch.device) -> Tensor:
+        """Clean latents [B, 4, h, w] of the network's scale."""
+        schedule = self._schedule()
         start, first = self._start(schedule, device)
         if first >= self.steps:
             assert self.source is not None
@@ -120,9 +133,7 @@ class SamplingRun:
         if self.source is None:
             noise = torch.cat([self.noise.start(seed, height, width) for seed in self.seeds])
             return noise.to(device) * schedule.start_scale, 0
-        level, first = first_step(
-            self.steps, self.strength, 0 if self.sampler in NO_STEPS_OFFSET else self.steps_offset
-        )
+        level, first = self._first_step()
         source = self.source.to(device).float()
         if (height, width) != tuple(source.shape[2:]):
             source = F.interpolate(source, size=(height, width), mode="bicubic", align_corners=False)

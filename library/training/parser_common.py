@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.core.errors import ConfigError
-from library.core.options import Config
+from library.core.options import Config, option_fields
 from library.core.registry import Registry, import_target
 from library.families.registry import record_of, variants_of
 from library.training.config_file import read_config_file
@@ -51,6 +51,11 @@ PATH_OPTIONS: tuple[str, ...] = (
 
 NEW_WORDS_LEARN = "the text encoders read the vectors that learn in every step, so that their outputs are new each time"
 
+CONTROL_IS_NO_MASK = (
+    "the conditioning images are what the net sees; masks are the alpha channels of the images, with alpha_mask = true in"
+    " the dataset"
+)
+
 TRAINABLES: Registry[type] = Registry(
     "trainable",
     group="trainables",
@@ -64,7 +69,8 @@ TRAINABLES: Registry[type] = Registry(
         isinstance(found, type) and all(hasattr(found, name) for name in ("options", "attach", "param_groups", "save"))
     ),
 )
-"""What is learned, by the name that a script gives. `options`: its group, importable without torch; `ignored`: shared
+"""What is learned, by the name that a script gives. `options`: its group, importable without torch; `beside`: a function
+of the family's record that gives further groups; `ignored`: shared
 options without meaning for this kind of training, name -> reason, or a function as `foreign` is; `refused`: those
 without which the result would be another, or such a function; `foreign`: a function of the family's record and the
 name that tells which options of the group the family's script lacks; `defaults`: of shared options, where they differ;
@@ -72,8 +78,9 @@ name that tells which options of the group the family's script lacks; `defaults`
 follow from these. One from outside says the first two in its class."""
 TRAINABLES.add(
     "network",
-    "library.training.trainables.network:NetworkTrainable",
+    "library.training.trainables.network_words:NetworkWithWords",
     options="library.training.adapters:NetworkOptions",
+    beside="library.training.new_words:groups_beside_adapter",
     ignored={
         "fused_backward_pass": "gradients of a network are few, are averaged over processes and clipped by their common norm, which"
         " needs all of them at once; the option saves memory in full fine-tuning only",
@@ -93,16 +100,37 @@ for _name, _class in (("full", "FullTrainable"), ("dreambooth", "DreamBooth")):
         stands_for={"use_t5xxl_cache_only": {"cache_text_encoder_outputs": True}},
     )
 
+for _name, _class in (("textual_inversion", "TextualInversion"), ("textual_inversion_xti", "LayeredTextualInversion")):
+    TRAINABLES.add(
+        _name,
+        f"library.training.trainables.textual_inversion:{_class}",
+        options="library.training.new_words:TextualInversionOptions",
+        foreign="library.training.new_words:foreign_options",
+        defaults={"save_model_as": "pt"},
+        refused={
+            "cache_text_encoder_outputs": NEW_WORDS_LEARN,
+            "cache_text_encoder_outputs_to_disk": NEW_WORDS_LEARN,
+            "fused_backward_pass": "a few vectors learn, whose gradients take no memory that it could save",
+        },
+    )
+
 TRAINABLES.add(
-    "textual_inversion",
-    "library.training.trainables.textual_inversion:TextualInversion",
-    options="library.training.new_words:TextualInversionOptions",
-    foreign="library.training.new_words:foreign_options",
-    defaults={"save_model_as": "pt"},
+    "control_net",
+    "library.training.trainables.control_net:ControlNetTrainable",
+    options="library.training.control_nets:ControlNetOptions",
+    foreign="library.training.control_nets:foreign_options",
+    ignored="library.training.control_nets:ignored_options",
+    refused={"masked_loss": CONTROL_IS_NO_MASK},
+)
+
+TRAINABLES.add(
+    "lllite",
+    "library.training.trainables.lllite:LLLiteTrainable",
+    options="library.training.lllite:LLLiteOptions",
+    foreign="library.training.lllite:foreign_options",
     refused={
-        "cache_text_encoder_outputs": NEW_WORDS_LEARN,
-        "cache_text_encoder_outputs_to_disk": NEW_WORDS_LEARN,
-        "fused_backward_pass": "a few vectors learn, whose gradients take no memory that it could save",
+        "masked_loss": CONTROL_IS_NO_MASK,
+        "fused_backward_pass": "a small network learns, whose gradients take no memory that it could save",
     },
 )
 
@@ -151,6 +179,7 @@ def chosen_variant(family: str, argv: Sequence[str] | None) -> str:
 def script(family: str, trainable: str) -> Script:
     """The options of the script that trains `trainable` of `family`."""
     record = record_of(family)
+    own = record.scripts.get(trainable)
     family_class = import_target(record.family)
     options, said = trainable_options(trainable)
     foreign = import_target(said["foreign"])(record, trainable) if said["foreign"] else {}
@@ -158,14 +187,16 @@ def script(family: str, trainable: str) -> Script:
         import_target(table)(record, trainable) if isinstance(table, str) else table or {}
         for table in (said["ignored"], said["refused"])
     )
+    beside = import_target(said["beside"])(record) if said.get("beside") else ()
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
+    further = (group for group in family_class.further_options if not {*option_fields(group)} & {*option_fields(options)})
     return Script(
         family,
         trainable,
-        classes=(*first, family_class.options, options, *packages, *rest),
+        classes=(*first, family_class.options, *further, options, *beside, *packages, *rest),
         refused={**family_class.refused, **refused},
-        defaults={**family_class.defaults, **(said["defaults"] or {})},
+        defaults={**family_class.defaults, **(said["defaults"] or {}), **(own.defaults if own else {})},
         ignored={**family_class.ignored, **ignored},
         foreign={**family_class.foreign, **foreign},
         read_values=family_class.read_values,

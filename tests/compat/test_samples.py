@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import hunyuan_image_train_network
 from library import (
     flux_train_utils,
     flux_utils,
+    hunyuan_image_models,
+    hunyuan_image_utils,
+    hunyuan_image_vae,
     lumina_train_util,
     lumina_util,
     model_util,
@@ -28,6 +32,7 @@ CALLS = {
     "flux": ("flux_train_network", flux_train_utils),
     "sd3": ("sd3_train_network", sd3_train_utils),
     "lumina": ("lumina_train_network", lumina_train_util),
+    "hunyuan_image": ("hunyuan_image_train_network", hunyuan_image_train_network),
 }
 
 
@@ -58,6 +63,13 @@ def test_the_pictures_of_a_run(family, tmp_path, tmp_path_factory):
 
         def call(epoch, step):
             known.sample_images(accelerator, args, epoch, step, *models, None)
+    elif family == "hunyuan_image":
+        encoders = hunyuan_image_utils.load_encoders(args.text_encoder, args.byt5, None, "cpu")
+        dit = hunyuan_image_models.load_hunyuan_image_model("cpu", model, "torch", False, "cpu", None)
+        models = [dit, hunyuan_image_vae.load_vae(args.vae, "cpu"), encoders, None]
+
+        def call(epoch, step):
+            known.sample_images(accelerator, args, epoch, step, *models)
     elif family == "flux":
         encoders = [flux_utils.load_clip_l(args.clip_l, None, "cpu"), flux_utils.load_t5xxl(args.t5xxl, None, "cpu")]
         models = [

@@ -7,10 +7,15 @@ import pytest
 import torch
 
 from library.checkpoints import layout_rules
-from library.checkpoints.hunyuan_image_convert import autoencoder_rules, to_diffusers, to_original
+from library.checkpoints.hunyuan_image_convert import (
+    autoencoder_rules,
+    autoencoder_to_original,
+    to_diffusers,
+    to_original,
+)
 from library.components.ldm_models import AutoEncoderParams
 from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
-from library.hunyuan_image_vae import HunyuanVAE2D
+from library.hunyuan_image_vae import TILES, HunyuanVAE2D
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -87,3 +92,31 @@ def test_autoencoder(size: tuple[int, int], blocks: int) -> None:
         mean, logvar = ours.encode_moments(images)
         assert relative(mean, posterior.mean) < 1e-5 and relative(logvar, posterior.logvar) < 1e-5
         assert relative(ours.decode(ours.scale(mean)), theirs.decode(mean).sample) < 1e-5
+
+
+def test_tiles_of_the_autoencoder() -> None:
+    """Two tiles in a row are decoded as by diffusers, which begins a third one behind them, of the latents that the second
+    has already; what is no larger than a tile is what it is without."""
+    torch.manual_seed(4)
+    sizes = {"block_out_channels": (32,) * 6, "layers_per_block": 1, "latent_channels": 16}
+    theirs = diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, spatial_compression_ratio=32, sample_size=384, scaling_factor=0.75, **sizes
+    ).eval()  # fmt: skip
+    ours = HunyuanVAE2D(
+        AutoEncoderParams(
+            ch=32, ch_mult=(1,) * 6, num_res_blocks=1, z_channels=16, scaling_factor=0.75, shift_factor=0
+        )
+    )
+    ours.load_state_dict(autoencoder_to_original(theirs.state_dict()))
+    latents = torch.randn(1, 16, 1, 21, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole, small = ours.decode(latents), ours.decode(latents[..., :12])
+        ours.tiles = TILES
+        theirs.enable_tiling()
+        tiled = ours.decode(latents)
+        before_third = theirs.decode(latents / 0.75).sample[..., : 18 * 32]
+        assert relative(tiled[..., : 18 * 32], before_third) < 1e-5
+        assert 1e-4 < relative(tiled, whole) < 0.5
+        assert torch.equal(ours.decode(latents[..., :12]), small)
+        mean, logvar = ours.encode_moments(tiled)
+        assert mean.shape == logvar.shape == latents.shape and logvar.min() >= -30

@@ -22,16 +22,20 @@ from tests.runs.conftest import Work, draw_pictures
 KEY_TABLES = Path(__file__).parents[1] / "golden" / "checkpoints"
 MODEL = "pretrained_model_name_or_path"
 SLOTS: dict[str, dict[str, set[str]]] = {
-    "flux": {MODEL: {"flux_dev", "flux_schnell"}, "clip_l": {"clip_l"}, "t5xxl": {"t5xxl"}, "ae": {"vae_ldm16"}},
+    "flux": {
+        MODEL: {"flux_dev", "flux_schnell"}, "clip_l": {"clip_l", "sd3_medium_checkpoint"},
+        "t5xxl": {"t5xxl", "sd3_medium_checkpoint"}, "ae": {"vae_ldm16"},
+    },
     "sd": {
         MODEL: {"sd15_checkpoint", "sd15_unet", "sd21_checkpoint", "sd21_unet"},
         "vae": {"vae_ldm4", "sd15_checkpoint", "sd21_checkpoint"},
     },
     "sdxl": {MODEL: {"sdxl_checkpoint", "sdxl_unet"}, "vae": {"vae_ldm4", "sdxl_checkpoint"}},
-    "chroma": {MODEL: {"chroma"}, "t5xxl": {"t5xxl"}, "ae": {"vae_ldm16"}},
+    "chroma": {MODEL: {"chroma"}, "t5xxl": {"t5xxl", "sd3_medium_checkpoint"}, "ae": {"vae_ldm16"}},
     "sd3": {
-        MODEL: {"sd3_medium_checkpoint", "sd35_large"}, "clip_l": {"clip_l"}, "t5xxl": {"t5xxl"}, "vae": {"vae_ldm16"},
-        "clip_g": {"clip_g_hf", "clip_g_open_clip"},
+        MODEL: {"sd3_medium_checkpoint", "sd35_large"}, "clip_l": {"clip_l", "sd3_medium_checkpoint"},
+        "t5xxl": {"t5xxl", "sd3_medium_checkpoint"}, "vae": {"vae_ldm16", "sd3_medium_checkpoint"},
+        "clip_g": {"clip_g_hf", "clip_g_open_clip", "sd3_medium_checkpoint"},
     },
     "lumina": {MODEL: {"lumina2"}, "gemma2": {"gemma2_2b"}, "ae": {"vae_ldm16"}},
     "hunyuan_image": {

@@ -67,7 +67,7 @@ CHANGING = [
 EQUAL = [
     "--attn_mode=flash", "--split_attn", "--gradient_checkpointing", "--text_encoder_cpu",
     "--network_train_unet_only", "--text_encoder_lr 1e-4 2e-4", "--guidance_scale=1", "--blocks_to_swap=0",
-    "--gradient_checkpointing --cpu_offload_checkpointing",
+    "--gradient_checkpointing --cpu_offload_checkpointing", "--vae_tiling",
 ]  # fmt: skip
 
 
@@ -92,6 +92,30 @@ def test_what_an_option_does_to_the_result(plain, options: str) -> None:
 def test_an_autoencoder_by_rows_gives_the_same_losses(work: Work) -> None:
     losses = [losses_of(work.train(f"r{rows}", f"--vae_chunk_size={rows}", "--max_train_steps=3")) for rows in (4, 999)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_larger_pictures_in_tiles(tmp_path: Path, tiny: TinyHunyuanImage, caplog: pytest.LogCaptureFixture) -> None:
+    """Live and cached are the same; a cache that was made the other way is made again, and says why; a sample is
+    decoded in tiles too."""
+    work = Work(tmp_path, tiny, draw_pictures(tmp_path / "images", 2, (416, 416)), case=CASE)
+    data, prompts = tmp_path / "large.toml", tmp_path / "prompts.txt"
+    data.write_text(f"[[datasets]]\nresolution = 416\n[[datasets.subsets]]\nimage_dir = '{work.images}'\n")
+    prompts.write_text("a cat --w 416 --h 64 --s 1 --d 1 --l 1\n", encoding="utf-8")
+    options = ["--max_train_steps=1", f"--sample_prompts={prompts}", "--sample_at_first", "--console_log_level=INFO"]
+    disk = CASE.caches(on_disk=True)
+
+    def result(name: str, *more: str) -> tuple[dict, bytes]:
+        tensors = read_parts(work.train(name, *options, *more, dataset=data))[1]
+        return tensors, sample_pictures(tmp_path / name)[0].read_bytes()
+
+    whole, tiled = result("whole", *disk), result("live", "--vae_tiling")
+    assert whole[0] != tiled[0] and whole[1] != tiled[1]
+    caplog.clear()
+    assert result("cached", "--vae_tiling", *disk) == tiled
+    assert "encoded in one piece, and now in tiles" in caplog.text
+    caplog.clear()
+    assert result("again", "--vae_tiling", *disk) == tiled and "encoded in" not in caplog.text
+    assert result("whole again", *disk) == whole and "encoded in tiles, and now in one piece" in caplog.text
 
 
 @pytest.mark.parametrize("mean_flow", [False, True])

@@ -1,5 +1,5 @@
-"""Model files as other programs pass them around: in several parts, and in scaled 8-bit numbers. A run from them is the
-run from one plain file with the same weights."""
+"""Model files as other programs pass them around: in several parts, all models in one, and in scaled 8-bit numbers. A
+run from them is the run from one plain file for each model with the same weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,21 @@ from safetensors.torch import save_file
 from library.checkpoints.kinds import describe_checkpoint
 from tests.families import CASES
 from tests.runs.conftest import losses_of
-from tests.runs.families import FamilyWork, Tinies
+from tests.runs.families import MODEL, FamilyWork, Tinies
 
 LARGEST = 448.0
 """of float8_e4m3fn"""
+PLACES = {
+    MODEL: ("model.diffusion_model.", ""), "ae": ("vae.", "vae"), "vae": ("vae.", "vae"),
+    "clip_l": ("text_encoders.clip_l.transformer.", "clip_l"),
+    "clip_g": ("text_encoders.clip_g.transformer.", "clip_g"),
+    "t5xxl": ("text_encoders.t5xxl.transformer.", "t5xxl"),
+    "byt5": ("text_encoders.byt5_small.transformer.", "t5xxl"),
+    "gemma2": ("text_encoders.gemma2_2b.transformer.", "gemma2"),
+    "text_encoder": ("text_encoders.qwen25_7b.transformer.", "qwen25_vl"),
+    "qwen3": ("text_encoders.qwen3_06b.transformer.", "qwen3"),
+}
+"""option -> (what stands before the names of the model in a file of all, its entry in what shapes do not tell)"""
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +78,29 @@ def write_parts(state: dict[str, torch.Tensor], metadata: dict[str, str], folder
     return {"index": index, "part": folder / names[1], "folder": folder}
 
 
+class Bundle:
+    """A file of all models of a set, as ComfyUI writes them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.state, self.config = path, {}, {}
+        self.options: list[str] = []
+
+    def add(self, option: str, stored: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        prefix, entry = PLACES[option.removeprefix("--")]
+        config = json.loads(metadata.get("model_config", "{}"))
+        self.config |= {entry: config} if entry else config
+        for key, tensor in stored.items():
+            is_placed = key.startswith(("model.diffusion_model.", "first_stage_model."))
+            self.state[key if is_placed else prefix + key.removeprefix("net.")] = tensor
+        if prefix.startswith("text_encoders."):
+            self.state[prefix.removesuffix("transformer.") + "logit_scale"] = torch.tensor(4.6)
+        self.options.append(f"{option}={self.path}")
+
+    def written(self) -> Bundle:
+        save_file(self.state, self.path, {"model_config": json.dumps(self.config)})
+        return self
+
+
 def model_files(work: FamilyWork) -> Iterator[tuple[str, Path]]:
     """(option, file) of the models of a set."""
     for word in work.tiny.arguments():
@@ -76,10 +110,11 @@ def model_files(work: FamilyWork) -> Iterator[tuple[str, Path]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_scaled_numbers_in_several_files_train_as_the_weights_that_they_stand_for(
+def test_scaled_numbers_in_files_of_other_forms_train_as_the_weights_that_they_stand_for(
     name: str, tinies: Tinies, tmp_path: Path
 ) -> None:
     work, plain, given = tinies.work(name, tmp_path), [], []
+    bundle = Bundle(tmp_path / "all.safetensors")
     for number, (option, path) in enumerate(model_files(work)):
         state, metadata = read(path)
         kind = describe_checkpoint(path)
@@ -94,6 +129,11 @@ def test_scaled_numbers_in_several_files_train_as_the_weights_that_they_stand_fo
         save_file(state, tmp_path / f"plain{number}.safetensors", metadata)
         plain.append(f"{option}={tmp_path / f'plain{number}.safetensors'}")
         given.append(f"{option}={ways['index' if number % 2 else 'part']}")
+        bundle.add(option, stored, metadata)
     options = ["--network_train_unet_only", "--max_train_steps=2"]
-    losses = [losses_of(work.train(out, *options, *files)) for out, files in (("parts", given), ("plain", plain))]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # weights at another place in memory may add up differently
+    forms = {"plain": plain, "parts": given}
+    if len(plain) > 1:  # otherwise the model is one file of all anyway
+        forms["bundle"] = bundle.written().options
+    losses = {form: losses_of(work.train(form, *options, *files)) for form, files in forms.items()}
+    for form in forms.keys() - {"plain"}:  # weights at another place in memory may add up differently
+        assert losses[form] == pytest.approx(losses["plain"], rel=1e-5), form

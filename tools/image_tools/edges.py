@@ -5,15 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from library.core.options import Config, option
 from library.scripts.folder_tool import FolderTool, Tally, WriteOptions, images_of, read_ahead
 from library.scripts.tool_script import tool_exit_code
 from library.training.option_groups import ConsoleOptions
-
-if TYPE_CHECKING:
-    import numpy as np
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -66,7 +62,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     config = TOOL.read(argv, problems_of)
     options, tally = config[EdgeOptions], Tally()
     if os.path.isfile(options.input):
-        from library.dataset.image_files import read_on_white, write_image
+        from library.dataset.image_files import edges, read_on_white, write_image
 
         write_image(options.output, edges(read_on_white(options.input), options.thres1, options.thres2))
         tally.done = 1
@@ -76,7 +72,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 
 def draw_folder(config: Config, tally: Tally) -> None:
-    from library.dataset.image_files import read_on_white, write_image
+    from library.dataset.image_files import edges, read_on_white, write_image
 
     options, wanted, taken = config[EdgeOptions], {}, set()
     for path in images_of(options.input):
@@ -91,10 +87,3 @@ def draw_folder(config: Config, tally: Tally) -> None:
     for path, image in read_ahead(read_on_white, list(wanted), tally, what="edges"):
         write_image(wanted[path], edges(image, options.thres1, options.thres2))
         tally.done += 1
-
-
-def edges(image: np.ndarray, lower: int, upper: int) -> np.ndarray:
-    """[H, W] of [H, W, 3] RGB: 255 on edges of the grey image, 0 elsewhere."""
-    import cv2
-
-    return cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), lower, upper)

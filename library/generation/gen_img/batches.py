@@ -7,7 +7,7 @@ import importlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -20,8 +20,10 @@ from library.core.options import Config
 from library.device_utils import get_preferred_device
 from library.generation import pipeline_class
 from library.generation.adapters import LoadedAdapters
-from library.generation.gen_img.networks import load_networks
+from library.generation.gen_img.guides import Guides, Steer, load_guides
+from library.generation.gen_img.networks import layered_words_of, load_networks, words_of
 from library.generation.gen_img.options import (
+    GenerationControlOptions,
     GenerationModelOptions,
     GenerationNetworkOptions,
     GenerationPictureOptions,
@@ -76,6 +78,7 @@ class PictureBatches:
     masks: Sequence[Image.Image] = ()
     regions: Tensor | None = None
     upscaler: Any = None
+    guides: Guides = field(default_factory=Guides)
 
     @property
     def unet(self) -> Any:
@@ -126,13 +129,17 @@ class PictureBatches:
         source = self._enlarged(latents, images, requests[0])
         # another seed, as the noise of the first stage would shine through
         second = [dataclasses.replace(request, seed=request.seed + 1, gradual_latent=None) for request in requests]
-        images = self._decoded(self._latents(second, rows, parts, source))
+        guides = Guides() if options.highres_fix_disable_control_net else self.guides
+        images = self._decoded(self._latents(second, rows, parts, source, guides))
         yield [Made(request, image, 1) for request, image in zip(requests, images)]
 
     # -- latents -------------------------------------------------------------------------------------------------------
 
-    def _latents(self, requests: Sequence[ImageRequest], rows: int, parts: int, source: Tensor | None) -> Tensor:
-        """Clean latents [B, 4, h, w]."""
+    def _latents(
+        self, requests: Sequence[ImageRequest], rows: int, parts: int, source: Tensor | None,
+        guides: Guides | None = None,
+    ) -> Tensor:
+        """Clean latents [B, 4, h, w]. `guides`: the nets that steer; those of the run when not given."""
         first = requests[0]
         picture, sources = self.config[GenerationPictureOptions], self.config[GenerationSourceOptions]
         size = self.pipeline.latent_spec.latent_shape((first.width, first.height))[-2:]
@@ -148,24 +155,29 @@ class PictureBatches:
             if shrink.depth_2 is not None:
                 depths.append((shrink.depth_2, float(shrink.timesteps_1), float(shrink.timesteps_2)))
             self.unet.deep_shrink = DeepShrink(tuple(depths), shrink.ratio)
+        guides = self.guides if guides is None else guides
         try:
-            return run.sample(self._predictor(requests, rows, parts), self.device)
+            with guides.over(requests, run.timesteps(), self.pipeline.latent_spec.spatial_stride) as steer:
+                return run.sample(self._predictor(requests, rows, parts, steer), self.device)
         finally:
             self.unet.deep_shrink = None
 
-    def _predictor(self, requests: Sequence[ImageRequest], rows: int, parts: int) -> Predict:
+    def _predictor(self, requests: Sequence[ImageRequest], rows: int, parts: int, steer: Steer) -> Predict:
         if self.regions is None:
-            return self._part_predictor(requests, [request.prompt for request in requests], rows)
+            return self._part_predictor(requests, [request.prompt for request in requests], rows, steer)
         texts = [self._parts(request) for request in requests]
         predictors = [
-            self._region_predictor(requests, [text[place] for text in texts], rows, place) for place in range(parts)
+            self._region_predictor(requests, [text[place] for text in texts], rows, place, steer)
+            for place in range(parts)
         ]
         return blended(predictors, regions_of(self.regions, parts))
 
-    def _region_predictor(self, requests: Sequence[ImageRequest], prompts: list[str], rows: int, place: int) -> Predict:
+    def _region_predictor(
+        self, requests: Sequence[ImageRequest], prompts: list[str], rows: int, place: int, steer: Steer
+    ) -> Predict:
         """The prediction of one part of the prompts, with the network of the same place alone."""
         with self.networks.only(place):
-            predict = self._part_predictor(requests, prompts, rows)
+            predict = self._part_predictor(requests, prompts, rows, steer)
 
         def alone(latents: Tensor, timestep: Tensor) -> Tensor:
             with self.networks.only(place):
@@ -173,7 +185,9 @@ class PictureBatches:
 
         return alone
 
-    def _part_predictor(self, requests: Sequence[ImageRequest], prompts: list[str], rows: int) -> Predict:
+    def _part_predictor(
+        self, requests: Sequence[ImageRequest], prompts: list[str], rows: int, steer: Steer
+    ) -> Predict:
         first = requests[0]
         branches = branches_of(first.scale, first.negative_scale)
         texts = {
@@ -187,7 +201,7 @@ class PictureBatches:
             for branch in branches
             for request in requests
         ]
-        predict = self.pipeline.predictor(conditioning, sizes, (first.height, first.width))
+        predict = steer(self.pipeline.predictor(conditioning, sizes, (first.height, first.width)))
         return guided_predictor(predict, branches, first.scale, first.negative_scale)
 
     # -- pictures ------------------------------------------------------------------------------------------------------
@@ -316,14 +330,18 @@ def load_batches(config: Config) -> PictureBatches:
     prompts = family.load_prompt_encoder(options, dtype, device)
     given = config[GenerationPromptOptions]
     prompts.max_rows, prompts.normalize_mode = given.max_embeddings_multiples or 1, given.emb_normalize_mode
-    for path in networks.textual_inversion_embeddings or []:
-        prompts.add_inversion(path)
+    for word in words_of(options, networks):
+        prompts.words.add(word)
+    layered = layered_words_of(options, networks)
+    if layered:
+        prompts.add_layered(layered)
     unet = family.load_denoiser(options.ckpt, dtype, device).eval()
     if options.opt_channels_last:
         unet.to(memory_format=torch.channels_last)
     vae = family.load_vae(options.vae or options.ckpt, torch.float32 if options.no_half_vae else dtype, device).eval()
     held = load_networks(networks, unet, prompts.encoders)
+    guides = load_guides(config[GenerationControlOptions], options.family, unet, dtype, device)
     upscaler = load_upscaler(config[GenerationSourceOptions], device, dtype)
     is_v = options.v_parameterization or info.prediction_type == "v"
     pipeline = family(unet, vae, "v" if is_v else "epsilon", options.zero_terminal_snr or bool(info.zero_terminal_snr))
-    return PictureBatches(config, pipeline, prompts, held, device, upscaler=upscaler)
+    return PictureBatches(config, pipeline, prompts, held, device, upscaler=upscaler, guides=guides)

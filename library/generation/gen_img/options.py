@@ -20,8 +20,10 @@ from library.training.inference_samplers import DEFAULT_SAMPLER, SAMPLER_HELP, S
 from library.training.sampling_prompts import DRAWN
 
 DEFAULT_STRENGTH = 0.8
+MODELS, LLLITE_MODELS = "control_net_models", "control_net_lllite_models"
+EDGES = (32, 224)
+"""thresholds of the Canny filter, as those of tools/canny.py"""
 _TORCH_ATTENTION = "attention of torch is used, which chooses a fast kernel by itself; the pictures are the same"
-_NO_CONTROL = "ControlNet and its relatives are not there yet in this script"
 _NO_GUIDANCE = "guidance by CLIP or VGG features of a picture is not there; --image_path (img2img) follows a picture"
 
 
@@ -144,21 +146,10 @@ class GenerationNetworkOptions:
         None, nargs="*",
         help="files of textual inversions; the name of a file without its ending is the word for prompts"
     )
-    control_net_lllite_models: list[str] | None = refused_option(
-        None, nargs="*", help="ControlNet-LLLite files", reason=_NO_CONTROL
-    )
-    control_net_models: list[str] | None = refused_option(None, nargs="*", help="ControlNet files", reason=_NO_CONTROL)
-    control_net_preps: list[str] | None = refused_option(
-        None, nargs="*", help="preprocessors of ControlNets", reason=_NO_CONTROL
-    )
-    control_net_multipliers: list[float] | None = refused_option(
-        None, nargs="*", help="strengths of ControlNets", reason=_NO_CONTROL
-    )
-    control_net_ratios: list[float] | None = refused_option(
-        None, nargs="*", help="part of the steps with ControlNet", reason=_NO_CONTROL
-    )
-    guide_image_path: list[str] | None = refused_option(
-        None, nargs="*", help="pictures for ControlNet or CLIP guidance", reason=_NO_CONTROL
+    XTI_embeddings: list[str] | None = option(
+        None, nargs="*",
+        help="files of textual inversions with vectors for each layer of the U-Net of Stable Diffusion 1 and 2 "
+        "(train_textual_inversion_XTI.py); named as --textual_inversion_embeddings"
     )
     clip_vision_strength: float | None = refused_option(
         None, help="guidance by a picture through CLIP vision", reason=_NO_GUIDANCE
@@ -192,6 +183,103 @@ class GenerationNetworkOptions:
     @property
     def num_merged(self) -> int:
         return len(self.network_weights or []) if self.network_merge else self.network_merge_n_models or 0
+
+
+@dataclass(frozen=True)
+class GuideFile:
+    """A net that follows guide pictures, as the options name it. `option`: the one that its file stands in; `ratio`: the
+    part of the steps, from the first one, in which it works; `edges`: thresholds of the Canny filter that the picture goes
+    through before, None = it is taken as it is."""
+
+    path: str
+    option: str
+    multiplier: float
+    ratio: float
+    edges: tuple[int, int] | None
+
+    @property
+    def is_lllite(self) -> bool:
+        return self.option == LLLITE_MODELS
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationControlOptions:
+    """ControlNet and LLLite"""
+
+    control_net_models: list[str] | None = option(
+        None, nargs="*", help="files or folders of ControlNets, in original or diffusers names"
+    )
+    control_net_lllite_models: list[str] | None = option(None, nargs="*", help="files of ControlNet-LLLites; SDXL")
+    guide_image_path: list[str] | None = option(
+        None, nargs="*",
+        help="pictures, or folders of pictures, that the nets follow: one for each net, and in turn for the pictures that"
+        " are made; a single one is for all nets",
+    )
+    control_net_preps: list[str] | None = option(
+        None, nargs="*",
+        help=f"what is done to the guide picture of each net: none, or canny_LOW_HIGH, its edges (canny alone:"
+        f" canny_{EDGES[0]}_{EDGES[1]}); none when not given",
+    )
+    control_net_multipliers: list[float] | None = option(
+        None, nargs="*", help="strength of each net, those of --control_net_models first; 1 when not given"
+    )
+    control_net_ratios: list[float] | None = option(
+        None, nargs="*", help="part of the steps, from the first one, in which each net works; 1 when not given"
+    )
+
+    def __post_init__(self) -> None:
+        problems, count = Problems(), len(self._files)
+        for name in ("control_net_preps", "control_net_multipliers", "control_net_ratios", "guide_image_path"):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            if not count:
+                problems.add(
+                    f"--{name} is given without a net; name one with --control_net_models or --control_net_lllite_models,"
+                    " or leave it out"
+                )
+            elif name != "guide_image_path" and len(given) != count:
+                problems.add(f"--{name} has {len(given)} values for {count} nets; give one for each net")
+        for ratio in self.control_net_ratios or []:
+            if not 0 <= ratio <= 1:
+                problems.add(f"--control_net_ratios has {ratio:g}; needed: a part of the steps, from 0 to 1")
+        for prep in self.control_net_preps or []:
+            problems.attempt(lambda: _edges_of(prep))
+        if count and not self.guide_image_path:
+            problems.add(f"--{self._files[0][0]} is given without --guide_image_path, the pictures that nets follow")
+        problems.raise_if_any()
+
+    @property
+    def _files(self) -> list[tuple[str, str]]:
+        """(option, file) of all nets in their order."""
+        return [(name, path) for name in (MODELS, LLLITE_MODELS) for path in getattr(self, name) or []]
+
+    @property
+    def guides(self) -> list[GuideFile]:
+        """The nets in their order, with their settings."""
+        files = self._files
+        multipliers, ratios = (
+            given or [1.0] * len(files) for given in (self.control_net_multipliers, self.control_net_ratios)
+        )
+        preps = self.control_net_preps or ["none"] * len(files)
+        return [
+            GuideFile(path, name, multiplier, ratio, _edges_of(prep))
+            for (name, path), multiplier, ratio, prep in zip(files, multipliers, ratios, preps, strict=True)
+        ]
+
+
+def _edges_of(prep: str) -> tuple[int, int] | None:
+    """Thresholds of a preprocessor; None = none. ConfigError for another one."""
+    if prep == "none":
+        return None
+    name, *numbers = prep.split("_")
+    if name == "canny" and len(numbers) in (0, 2) and all(number.isascii() and number.isdigit() for number in numbers):
+        lower, upper = map(int, numbers) if numbers else EDGES
+        if lower <= upper:
+            return lower, upper
+    raise ConfigError(
+        f"--control_net_preps has '{prep}'; needed: none, canny, or canny_LOW_HIGH with two thresholds, e.g. canny_63_191"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,13 +365,16 @@ class GenerationPictureOptions:
     original_width_negative: int | None = option(None, help="SDXL: original width for the negative prompt")
     crop_top: int | None = option(None, help="SDXL: rows cropped above; 0 when not given")
     crop_left: int | None = option(None, help="SDXL: columns cropped on the left; 0 when not given")
-    pyramid_noise_prob: float | None = option(None, help="part of the pictures that start from pyramid noise")
+    pyramid_noise_prob: float | None = option(None, least=0, most=1, help="part of the pictures that start from pyramid noise")
     pyramid_noise_discount_range: list[float] | None = option(
-        None, nargs=2, help="least and largest weight of its next coarser level; 0.5 0.9 when not given"
+        None, nargs=2, least=0, most=1,
+        help="least and largest weight of its next coarser level; 0.5 0.9 when not given",
     )
-    noise_offset_prob: float | None = option(None, help="part of the pictures whose start noise gets an offset")
+    noise_offset_prob: float | None = option(
+        None, least=0, most=1, help="part of the pictures whose start noise gets an offset"
+    )
     noise_offset_range: list[float] | None = option(
-        None, nargs=2, help="least and largest offset; 0.01 0.2 when not given"
+        None, nargs=2, least=0, help="least and largest offset; 0.01 0.2 when not given"
     )
 
     def __post_init__(self) -> None:
@@ -295,13 +386,9 @@ class GenerationPictureOptions:
         problems += problems_of(lambda: check_sampler(self.sampler, "--sampler"))
         if self.steps > 1000:
             problems.append(f"--steps is {self.steps}; the noise schedule has 1000, needed: as many or fewer")
-        for name in ("pyramid_noise_prob", "noise_offset_prob"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                problems.append(f"--{name} is {value}; needed: from 0 to 1")
         for name in ("pyramid_noise_discount_range", "noise_offset_range"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value[0] <= value[1]:
+            if value is not None and value[0] > value[1]:
                 problems.append(f"--{name} is {value[0]} {value[1]}; needed: the least value, then the largest")
         _raise(problems)
 
@@ -330,8 +417,8 @@ class GenerationSourceOptions:
     highres_fix_latents_upscaling: bool = option(False, help="enlarge latents (bicubic) instead of pictures")
     highres_fix_upscaler: str | None = option(None, help="module that enlarges, with create_upscaler(**arguments)")
     highres_fix_upscaler_args: str | None = option(None, help='its arguments: "key=value;key=value"')
-    highres_fix_disable_control_net: bool = refused_option(
-        False, help="no ControlNet while refining", reason=_NO_CONTROL
+    highres_fix_disable_control_net: bool = option(
+        False, help="ControlNets and LLLites guide the small picture alone, not what refines it"
     )
 
     def __post_init__(self) -> None:
@@ -343,7 +430,7 @@ class GenerationSourceOptions:
         if self.highres_fix_scale is None:
             given = [
                 name
-                for name in ("strength", "save_1st", "latents_upscaling", "upscaler")
+                for name in ("strength", "save_1st", "latents_upscaling", "upscaler", "disable_control_net")
                 if getattr(self, f"highres_fix_{name}") not in (None, False)
             ]
             problems += [f"--highres_fix_{name} is given without --highres_fix_scale" for name in given]
@@ -366,12 +453,12 @@ class GenerationShrinkOptions:
     ds_depth_1: int | None = option(
         None, help="Deep Shrink: block of the way down before which the features are made smaller; off when not given"
     )
-    ds_timesteps_1: int = option(650, help="from the first timestep down to this one")
+    ds_timesteps_1: int = option(650, least=0, most=1000, help="from the first timestep down to this one")
     ds_depth_2: int | None = option(None, help="second block, for the timesteps after that")
-    ds_timesteps_2: int = option(650, help="down to this one")
+    ds_timesteps_2: int = option(650, least=0, most=1000, help="down to this one")
     ds_ratio: float = option(0.5, help="factor of the sides")
     gradual_latent_timesteps: int | None = option(
-        None,
+        None, least=0, most=1000,
         help="gradual latent (with --sampler euler_a): latents begin smaller and grow below this timestep; off when not given",
     )
     gradual_latent_ratio: float = option(0.5, help="factor of the sides at the beginning")
@@ -406,6 +493,6 @@ class GenerationShrinkOptions:
 GENERATION_CLASSES = (
     PluginOptions,
     GenerationModelOptions, GenerationPromptOptions, GenerationPictureOptions, GenerationSourceOptions,
-    GenerationNetworkOptions,
+    GenerationNetworkOptions, GenerationControlOptions,
     GenerationShrinkOptions,
 )

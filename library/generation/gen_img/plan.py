@@ -94,11 +94,14 @@ class ImageRequest:
     gradual_latent: GradualLatentSettings | None
     source: int | None = None
     """which picture of --image_path"""
+    guide: int | None = None
+    """which set of pictures of --guide_image_path"""
 
     @property
     def batch_key(self) -> ImageRequest:
         return dataclasses.replace(
-            self, prompt="", negative_prompt="", raw_prompt="", seed=0, number=0, index=0, file_name=None, source=None
+            self, prompt="", negative_prompt="", raw_prompt="", seed=0, number=0, index=0, file_name=None, source=None,
+            guide=None,
         )
 
 
@@ -113,11 +116,12 @@ def round_of(
 
 
 class Planner:
-    """Makes complete requests. `source_sizes` are (width, height) of the pictures of --image_path; `is_alone`: there is
-    one picture in the run, which takes --seed itself."""
+    """Makes complete requests. `source_sizes` are (width, height) of the pictures of --image_path; `guide_turns`: how
+    many sets of guide pictures there are; `is_alone`: there is one picture in the run, which takes --seed itself."""
 
     def __init__(
-        self, config: Config, *, default_size: int, source_sizes: Sequence[tuple[int, int]] = (), is_alone: bool = False
+        self, config: Config, *, default_size: int, source_sizes: Sequence[tuple[int, int]] = (), guide_turns: int = 0,
+        is_alone: bool = False,
     ) -> None:
         self.prompts = config[GenerationPromptOptions]
         self.pictures = config[GenerationPictureOptions]
@@ -128,6 +132,7 @@ class Planner:
         self.num_merged = networks.num_merged
         self.default_size = default_size
         self.source_sizes = source_sizes
+        self.guide_turns = guide_turns
         self.is_alone = is_alone
         given = self.prompts.seed
         self.base_seed = random.SystemRandom().randint(0, LARGEST_SEED) if given in (None, DRAWN) else given
@@ -200,7 +205,7 @@ class Planner:
             strength=strength, first_strength=_first(self.sources.highres_fix_strength, strength),
             multipliers=self._multipliers(prompt, line), sizes=sizes, sizes_negative=sizes_negative,
             deep_shrink=self._deep_shrink(prompt), gradual_latent=self._gradual_latent(prompt, line),
-            source=self._source(line),
+            source=self._source(line), guide=self.number % self.guide_turns if self.guide_turns else None,
         )  # fmt: skip
 
     def _size(self, prompt: GenerationPrompt, line: PromptLine) -> tuple[int, int]:

@@ -10,13 +10,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems
+from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems, problems_of
 from library.core.options import Config
 from library.dataset.architectures import ARCHITECTURES
 from library.families.registry import record_of
 from library.generation import pipeline_class
 from library.generation.gen_img.options import (
     GENERATION_CLASSES,
+    GenerationControlOptions,
     GenerationModelOptions,
     GenerationNetworkOptions,
     GenerationPictureOptions,
@@ -129,18 +130,18 @@ def make_batch(maker: PictureBatches, files: PictureFiles, batch: Sequence[Image
 
 def all_problems(config: Config) -> list[str]:
     """Everything that can be told without loading a model."""
-    from library.generation.prompt_encoder import checked_inversions
+    from library.generation.gen_img.guides import guide_problems
     from library.generation.gen_img.networks import network_problems
 
     networks, sources = config[GenerationNetworkOptions], config[GenerationSourceOptions]
-    found = [
-        *refused_problems(config),
-        *model_problems(config[GenerationModelOptions]),
-        *network_problems(networks, config[GenerationModelOptions].family),
-    ]
     model = config[GenerationModelOptions]
+    model_found = model_problems(model)
+    found = [*refused_problems(config), *model_found, *network_problems(networks, model.family)]
+    found += guide_problems(
+        config[GenerationControlOptions], model.family, lambda: pipeline_class(model.family).inspect(model)[0]
+    )
     found += format_problems({"--fp16" if model.fp16 else "--bf16": model.dtype})
-    found += checked_inversions(networks.textual_inversion_embeddings or [])
+    found += word_problems(model, networks, has_model=not model_found)
     if config[GenerationPictureOptions].use_original_file_name and not sources.image_path:
         found.append("--use_original_file_name is given without --image_path; there are no names to use")
     is_regional = bool(sources.mask_path) and not sources.image_path
@@ -153,6 +154,18 @@ def all_problems(config: Config) -> list[str]:
             "--network_pre_calc adds networks to the weights, and regions of --mask_path need them apart; leave it out"
         )
     return found
+
+
+def word_problems(model: GenerationModelOptions, networks: GenerationNetworkOptions, has_model: bool) -> list[str]:
+    """What is wrong with files of textual inversions, and with words in files of networks; for the text encoders where
+    there are such."""
+    from library.generation.gen_img.networks import layered_words_of, words_of
+    from library.generation.words import missing_files
+
+    if not has_model:
+        names = ("textual_inversion_embeddings", "XTI_embeddings")
+        return [problem for name in names for problem in missing_files(getattr(networks, name) or (), name)]
+    return [*problems_of(lambda: words_of(model, networks)), *problems_of(lambda: layered_words_of(model, networks))]
 
 
 def model_problems(options: GenerationModelOptions) -> list[str]:
@@ -208,6 +221,8 @@ def known_lines(config: Config) -> list[PromptLine]:
 
 def make_planner(config: Config, lines: Sequence[PromptLine]) -> Planner:
     """ConfigError when pictures of --image_path or --mask_path cannot be read."""
+    from library.generation.gen_img.guides import num_turns
+
     sources, prompts = config[GenerationSourceOptions], config[GenerationPromptOptions]
     sizes = []
     if sources.image_path:
@@ -219,7 +234,10 @@ def make_planner(config: Config, lines: Sequence[PromptLine]) -> Planner:
             open_picture(file, "L", "mask_path")
     is_alone = len(lines) == 1 and prompts.n_iter == prompts.images_per_prompt == 1
     default = DEFAULT_SIZES[config[GenerationModelOptions].family]
-    return Planner(config, default_size=default, source_sizes=sizes, is_alone=is_alone)
+    return Planner(
+        config, default_size=default, source_sizes=sizes, guide_turns=num_turns(config[GenerationControlOptions]),
+        is_alone=is_alone,
+    )
 
 
 def check_line(planner: Planner, line: PromptLine, config: Config) -> None:
@@ -227,6 +245,11 @@ def check_line(planner: Planner, line: PromptLine, config: Config) -> None:
     sources = config[GenerationSourceOptions]
     for request in planner.check(line):
         _check_depths(request, line, config[GenerationModelOptions])
+        if request.deep_shrink is not None and config[GenerationControlOptions].control_net_lllite_models:
+            raise ConfigError(
+                f"{line.where}: Deep Shrink makes the features smaller that --control_net_lllite_models changes by the"
+                " places of a picture; leave one of them out"
+            )
         if sources.highres_fix_scale is not None:
             first_stage(request, sources.highres_fix_scale, sources.highres_fix_steps)
         if request.gradual_latent is not None and sources.mask_path and sources.image_path:
@@ -278,6 +301,11 @@ def start_notices(config: Config) -> list[str]:
     if sizes and not config[GenerationModelOptions].sdxl:
         lines.append(
             f"{', '.join(f'--{name}' for name in sizes)}: sizes mean nothing to Stable Diffusion 1 and 2; no effect"
+        )
+    if len(config[GenerationControlOptions].guides) > 1:
+        lines.append(
+            "several ControlNets and LLLites: all of them work in each step of their --control_net_ratios, and what they"
+            " add is summed"
         )
     if config[GenerationModelOptions].sdxl and pictures.negative_scale is not None:
         lines.append("--negative_scale: three branches (negative, positive, empty prompt), for SDXL too")

@@ -82,6 +82,16 @@ class RoundingUpdater(OrdinaryUpdater):
             self._steps.step(chosen)
 
 
+def bring_states(run: Run) -> None:
+    """What was resumed for weights that wait in main memory (block swap) goes to the device, where they are when they are
+    updated. Paged states of bitsandbytes travel by themselves."""
+    for parameter in trained_parameters(run.optimizer):
+        entry = run.optimizer.state.get(parameter, {}) if parameter.device.type == "cpu" else {}
+        for key, value in entry.items():
+            if isinstance(value, torch.Tensor) and value.ndim and not getattr(value, "is_paged", False):
+                entry[key] = value.to(run.runtime.device)
+
+
 class FusedUpdater(Updater):
     """Each parameter is clipped by its own norm, stepped and freed of its gradient as soon as that is complete, inside
     the backward pass: never are all gradients in memory. For one micro-batch per step, one process and no scaling."""
@@ -94,6 +104,7 @@ class FusedUpdater(Updater):
 
     def begin(self, run: Run) -> None:
         steps = SingleSteps(run, self._bf16_update)
+        bring_states(run)
 
         def update(parameter: torch.nn.Parameter) -> None:
             if run.max_grad_norm:
@@ -107,6 +118,9 @@ class FusedUpdater(Updater):
         run.runtime.backward(loss)
 
     def update(self, run: Run) -> None:
+        for part in run.models.of_step:
+            if hasattr(part, "prepare_block_swap_before_forward"):
+                part.prepare_block_swap_before_forward()  # hooks find every weight in its place, and none on its way
         run.lr_scheduler.step()
 
     def end(self, run: Run) -> None:

@@ -65,6 +65,9 @@ class HunyuanImageOptions:
     vae_chunk_size: int | None = option(
         None, help="rows that the VAE computes at once: less memory, equal results; all when not given"
     )
+    vae_tiling: bool = option(
+        False, help="let the VAE compute pictures larger than 384 pixels in tiles: little memory, close results"
+    )
     attn_mode: str | None = equivalent_option(
         None,
         help="which package computes the attention",
@@ -99,7 +102,7 @@ class HunyuanImageFamily(FlowFamily):
     options = HunyuanImageOptions
     defaults = {"discrete_flow_shift": 5.0}
     part_options = {
-        "vae": frozenset({"vae_chunk_size"}),
+        "vae": frozenset({"vae_chunk_size", "vae_tiling"}),
         "text_encoders": frozenset({"text_encoder", "byt5", "text_encoder_tokenizer", "fp8_vl", "text_encoder_cpu"}),
     }
     refused = {"weighted_captions": "HunyuanImage has no way to weigh words"}
@@ -213,7 +216,9 @@ class HunyuanImageFamily(FlowFamily):
     def latents_caching(self) -> LatentCache:
         from library.strategy_hunyuan_image import HunyuanImageLatentEncoder
 
-        return self.latent_cache(HunyuanImageLatentEncoder(), self._vae_path)
+        encoder = HunyuanImageLatentEncoder()
+        encoder.tiling = self.opts.vae_tiling
+        return self.latent_cache(encoder, self._vae_path)
 
     @property
     def _disable_mmap(self) -> bool:
@@ -222,8 +227,10 @@ class HunyuanImageFamily(FlowFamily):
     def load_vae(self, runtime: Runtime) -> torch.nn.Module:
         from library.hunyuan_image_utils import load_vae
 
-        chunk = self.opts.vae_chunk_size
-        return load_vae(self._vae_path, runtime.vae_dtype, runtime.device, self._disable_mmap, chunk_size=chunk)
+        return load_vae(
+            self._vae_path, runtime.vae_dtype, runtime.device, self._disable_mmap,
+            chunk_size=self.opts.vae_chunk_size, tiling=self.opts.vae_tiling,
+        )  # fmt: skip
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         """[Qwen2.5-VL, ByT5]. In 8 bits are the linear layers of the first, which is read in the compute type."""

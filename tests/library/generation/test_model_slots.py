@@ -1,4 +1,5 @@
-"""Every image script names what is no model, or another one, in each of its slots, before anything is loaded."""
+"""Every image script names what is no model, or another one, in each of its slots, before anything is loaded, and takes
+one file of all models in each."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from library import generation
+from library.checkpoints.kinds import check_slot
 from library.core.errors import ConfigError
 from tests.runs.families import key_table, write_header_only
 
@@ -26,6 +28,27 @@ SCRIPTS = {"chroma": "flux"}
 """a variant -> whose script it is in"""
 OUT = dict.fromkeys(("anima", "hunyuan_image"), "save_path")
 """family -> the option of the folder of pictures, where it has another name than output_dir"""
+_T5, _CLIP_L = {"text_encoders.t5xxl.transformer.": "t5xxl"}, {"text_encoders.clip_l.transformer.": "clip_l"}
+_AE = {"vae.": "vae_ldm16"}
+BUNDLES: dict[str, dict[str, str]] = {
+    "flux": {"model.diffusion_model.": "flux_dev", **_AE, **_T5, **_CLIP_L},
+    "chroma": {"model.diffusion_model.": "chroma", **_AE, **_T5},
+    "sdxl": {"": "sdxl_checkpoint"},
+    "sd3": {"": "sd3_medium_checkpoint"},
+    "lumina": {
+        "model.diffusion_model.": "lumina2", **_AE, "text_encoders.gemma2_2b.transformer.": "gemma2_2b",
+    },
+    "anima": {
+        "model.diffusion_model.": "anima", "vae.": "vae_wan", "text_encoders.qwen3_06b.transformer.": "qwen3_0_6b",
+    },
+    "hunyuan_image": {
+        "model.diffusion_model.": "hunyuan_image", "vae.": "vae_hunyuan_image",
+        "text_encoders.qwen25_7b.transformer.": "qwen25_vl_7b", "text_encoders.byt5_small.transformer.": "byt5_glyph",
+    },
+}  # fmt: skip
+"""family -> what its file of all models holds: what stands before the names of a model -> key table"""
+ADAPTER = dict.fromkeys(OUT, "lora_weight")
+"""family -> the option of adapters, where it has another name than lora_weights"""
 GGUF = b"GGUF\x03\0\0\0" + bytes(64)
 
 
@@ -51,6 +74,10 @@ def image_encoder(folder: Path) -> Path:
 FILES = [(quantised, "a quantised GGUF file"), (quantised_in_parts, "GGUF"), (image_encoder, "a SigLIP image encoder")]
 
 
+def script_of(family: str):
+    return importlib.import_module(f"library.generation.{SCRIPTS.get(family, family)}_inference").SCRIPT
+
+
 def test_every_image_script_takes_part() -> None:
     folder = Path(generation.__file__).parent
     assert {path.stem.removesuffix("_inference") for path in folder.glob("*_inference.py")} == set(SLOTS)
@@ -59,13 +86,35 @@ def test_every_image_script_takes_part() -> None:
 @pytest.mark.parametrize("family", SLOTS)
 @pytest.mark.parametrize(("make", "word"), FILES, ids=[make.__name__ for make, _ in FILES])
 def test_a_wrong_file_is_named_in_every_slot(family: str, make, word: str, tmp_path: Path) -> None:
-    module = importlib.import_module(f"library.generation.{SCRIPTS.get(family, family)}_inference")
+    script = script_of(family)
     chosen, slots = SLOTS[family]
     path = make(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        module.SCRIPT.run(
+        script.run(
             [*chosen, *(f"--{slot}={path}" for slot in slots), f"--{OUT.get(family, 'output_dir')}={tmp_path}"]
         )
     for slot in slots:
         (told,) = [text for text in caught.value.problems if text.startswith(f"--{slot} is {path}")]
         assert word in told and "needed" in told or slot == "vae" and "holds no" in told, told
+
+
+@pytest.mark.parametrize("family", SLOTS)
+def test_a_file_of_all_models_is_taken_in_every_slot(family: str, tmp_path: Path) -> None:
+    script, (chosen, slots), path = script_of(family), SLOTS[family], tmp_path / "all.safetensors"
+    tables = BUNDLES[family].items()
+    shapes = {p + name.removeprefix("net."): shape for p, table in tables for name, shape in key_table(table).items()}
+    write_header_only(path, shapes)
+    options = [f"--{OUT.get(family, 'output_dir')}={tmp_path}", f"--{ADAPTER.get(family, 'lora_weights')}=none.safetensors"]
+    with pytest.raises(ConfigError) as caught:  # the adapter ends it before anything is loaded
+        script.run([*chosen, *(f"--{slot}={path}" for slot in slots), *options, "--prompt=a"])
+    problems = [text for text in caught.value.problems if "none.safetensors" not in text]
+    assert len(problems) < len(caught.value.problems)
+    assert all("tokenizer" in problem for problem in problems), problems  # none is here for models of this size
+
+
+def test_an_autoencoder_in_a_file_of_another_model_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "all.safetensors"
+    write_header_only(path, key_table("sd3_medium_checkpoint"))
+    told = check_slot(path, "ae", {"vae_flux"})
+    assert "a Stable Diffusion 3 checkpoint" in told and "with an autoencoder of its own; needed: " in told
+    assert check_slot(path, "t5xxl", {"t5"}) is None and check_slot(path, "clip_g", {"clip_g"}) is None
