@@ -44,6 +44,7 @@ class ControlNetTrainable(WeightsTrainable):
 
     name, options, script = "control_net", ControlNetOptions, "train_control_net"
     spec_kind = "controlnet"
+    begins_with = "--controlnet_model_name_or_path"
     writes_folders = has_own_folder = True
     sample_reads = frozenset({"controlnet_image"})
     opts: ControlNetOptions
