@@ -43,8 +43,8 @@ def shapes_of(shapes: Mapping[str, tuple[int, ...]], path: str | os.PathLike[str
     found = {}
     for name, tensors in parts.items():
         try:
-            found[name] = shape_of_tensors(name, tensors)
-        except (KeyError, ValueError, IndexError) as error:
+            found[name] = shape_of_tensors(tensors)
+        except ValueError as error:
             raise CheckpointError(f"{path}: {name} is incomplete, or none of a ControlNet-LLLite ({error})") from error
     return found
 
@@ -65,8 +65,8 @@ def misfit(path: str | os.PathLike[str], info: UNetInfo) -> str | None:
     other = [name for name, shape in modules.items() if name in widths and widths[name] != shape.width]
     if lacking:
         return (
-            f"it changes {len(lacking)} layers that {info.source.path} does not have ({_some(lacking)}): it was made for"
-            " another model"
+            f"it changes {len(lacking)} layers that {info.source.path} does not have ({_some(lacking)}): it was made"
+            " for another model"
         )
     if other:
         name = other[0]
@@ -86,8 +86,12 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 
 def load_tensors(net: LLLite, tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
-    """Copy the tensors of a file into a network of the same modules and sizes."""
+    """Copy the tensors of a file into a network of the same modules and sizes. CheckpointError for other ones, and for
+    values that would make every output NaN."""
     check_state(net, tensors, str(path))
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise CheckpointError(f"{path}: {key} has values that are not finite; the training of this file failed")
     net.load_state_dict(dict(tensors))
 
 

@@ -324,12 +324,12 @@ class ImageScript(ABC, Generic[Request]):
 
     def _words(self, config: Config) -> list[WordVectors]:
         """The words of --textual_inversion_embeddings and those in the files of adapters. ConfigError."""
-        from library.checkpoints.embeddings import bundled_names
+        from library.checkpoints.embeddings import bundled_rows
         from library.generation.words import read_words
 
         files = config[EmbeddingOptions].textual_inversion_embeddings or []
         adapters = [file.path for file in config[self.adapters].adapters.files]
-        if not files and not any(map(bundled_names, adapters)):
+        if not files and not any(map(bundled_rows, adapters)):
             return []
         bundles = [("lora_weights", path) for path in adapters]
         return read_words(files, bundles, self.embedding_widths(config), "textual_inversion_embeddings")

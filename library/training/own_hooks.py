@@ -11,6 +11,7 @@ from library.core.options import Config, option_fields
 from library.core.registry import Registry
 from library.training.checkpoint import AVERAGED
 from library.training.hooks.base import Hook
+from library.training.new_words import AddedWordOptions
 from library.training.option_groups import HookOptions
 
 
@@ -118,4 +119,6 @@ def companion_endings(config: Config) -> Sequence[str]:
         classes = hook_classes((config[HookOptions].hook if HookOptions in config else None) or ())
     except ConfigError:
         classes = []  # told where the options are read
-    return list(dict.fromkeys([AVERAGED, *(ending for cls in classes for ending in cls.companions)]))
+    words = config[AddedWordOptions].companions if AddedWordOptions in config else ()
+    words = [*words, *(f"{ending}{AVERAGED}" for ending in words)]
+    return list(dict.fromkeys([AVERAGED, *words, *(ending for cls in classes for ending in cls.companions)]))

@@ -52,6 +52,11 @@ PATH_OPTIONS: tuple[str, ...] = (
 
 NEW_WORDS_LEARN = "the text encoders read the vectors that learn in every step, so that their outputs are new each time"
 
+CONTROL_IS_NO_MASK = (
+    "the conditioning images are what the net sees; masks are the alpha channels of the images, with alpha_mask = true in"
+    " the dataset"
+)
+
 TRAINABLES: Registry[type] = Registry(
     "trainable",
     group="trainables",
@@ -65,7 +70,8 @@ TRAINABLES: Registry[type] = Registry(
         isinstance(found, type) and all(hasattr(found, name) for name in ("options", "attach", "param_groups", "save"))
     ),
 )
-"""What is learned, by the name that a script gives. `options`: its group, importable without torch; `ignored`: shared
+"""What is learned, by the name that a script gives. `options`: its group, importable without torch; `beside`: a function
+of the family's record that gives further groups; `ignored`: shared
 options without meaning for this kind of training, name -> reason, or a function as `foreign` is; `refused`: those
 without which the result would be another, or such a function; `foreign`: a function of the family's record and the
 name that tells which options of the group the family's script lacks; `defaults`: of shared options, where they differ;
@@ -73,8 +79,9 @@ name that tells which options of the group the family's script lacks; `defaults`
 follow from these. One from outside says the first two in its class."""
 TRAINABLES.add(
     "network",
-    "library.training.trainables.network:NetworkTrainable",
+    "library.training.trainables.network_words:NetworkWithWords",
     options="library.training.adapters:NetworkOptions",
+    beside="library.training.new_words:groups_beside_adapter",
     ignored={
         "fused_backward_pass": "gradients of a network are few, are averaged over processes and clipped by their common norm, which"
         " needs all of them at once; the option saves memory in full fine-tuning only",
@@ -114,10 +121,7 @@ TRAINABLES.add(
     options="library.training.control_nets:ControlNetOptions",
     foreign="library.training.control_nets:foreign_options",
     ignored="library.training.control_nets:ignored_options",
-    refused={
-        "masked_loss": "the conditioning images are what the ControlNet sees; masks are the alpha channels of the images, with"
-        " alpha_mask = true in the dataset",
-    },
+    refused={"masked_loss": CONTROL_IS_NO_MASK},
 )
 
 TRAINABLES.add(
@@ -125,7 +129,10 @@ TRAINABLES.add(
     "library.training.trainables.lllite:LLLiteTrainable",
     options="library.training.lllite:LLLiteOptions",
     foreign="library.training.lllite:foreign_options",
-    refused={"fused_backward_pass": "a small network learns, whose gradients take no memory that it could save"},
+    refused={
+        "masked_loss": CONTROL_IS_NO_MASK,
+        "fused_backward_pass": "a small network learns, whose gradients take no memory that it could save",
+    },
 )
 
 
@@ -200,13 +207,14 @@ def script(family: str, trainable: str) -> Script:
         import_target(table)(record, trainable) if isinstance(table, str) else table or {}
         for table in (said["ignored"], said["refused"])
     )
+    beside = import_target(said["beside"])(record) if said.get("beside") else ()
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
     further = (group for group in family_class.further_options if not {*option_fields(group)} & {*option_fields(options)})
     return Script(
         family,
         trainable,
-        classes=(*first, family_class.options, *further, options, *packages, *rest),
+        classes=(*first, family_class.options, *further, options, *beside, *packages, *rest),
         refused={**family_class.refused, **refused},
         defaults={**family_class.defaults, **(said["defaults"] or {}), **(own.defaults if own else {})},
         ignored={**family_class.ignored, **ignored},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from library.core.errors import ConfigError
+from library.families.registry import FAMILIES
 from library.safetensors_utils import load_pickled_tensors, load_safetensors
 from library.training import cli
 from library.training.checkpoint import DEFAULT_FORMAT
@@ -135,6 +136,25 @@ def test_what_cannot_be(name: str, words: list[str], told: str, tinies: Tinies, 
         cli.run(work.case.family, "full", [*given, *words])
     assert told in str(caught.value)
     assert not (work.folder / "out").exists()
+
+
+@pytest.mark.parametrize("which", sorted({(family, what) for family, record in FAMILIES.items() for what in ("network", *record.scripts)}), ids="_".join)
+def test_a_model_that_is_not_given(which: tuple[str, str], tinies: Tinies, tmp_path: Path) -> None:
+    """Beside pictures that are there."""
+    work = tinies.work("chroma", tmp_path)
+    words = [f"--dataset_config={work.dataset()}", f"--output_dir={work.folder / 'out'}"]
+    words += ["--num_last_block_to_freeze=1"] if which == ("sd3", "full") else []
+    with pytest.raises(ConfigError, match="--pretrained_model_name_or_path is not given"):
+        cli.run(*which, words)
+
+
+def test_a_state_in_which_other_text_encoders_learned(tinies: Tinies, tmp_path: Path) -> None:
+    work = tinies.work("sd3", tmp_path)
+    learned_text(work, "out", "--save_state", "--max_train_steps=1")
+    state = f"--resume={work.folder / 'out' / 'lora-step00000001-state'}"
+    told = "--train_text_encoder has text_encoder_1=False; .* has text_encoder_1=True, and what learns cannot change: .* with --pretrained"
+    with pytest.raises(ConfigError, match=told):
+        learned_text(work, "other", state, "--learning_rate_te1=0")
 
 
 def test_a_t5_that_is_not_there_does_not_learn(tinies: Tinies, tmp_path: Path) -> None:

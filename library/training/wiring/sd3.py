@@ -248,8 +248,9 @@ class Sd3Family(FlowFamily):
         return lines
 
     def side_limit(self) -> SideLimit | None:
-        patches, lifted_by = self.info.params.pos_embed_max_size, "enable_scaled_pos_embed"
-        return None if self.opts.enable_scaled_pos_embed else self.architecture.latents.side_limit(patches, lifted_by)
+        if self._denoiser_path is None or self.opts.enable_scaled_pos_embed:
+            return None  # a model that is not given is told by the check
+        return self.architecture.latents.side_limit(self.info.params.pos_embed_max_size, "enable_scaled_pos_embed")
 
     def idle(self) -> list[Ignored]:
         opts, found = self.opts, []
@@ -453,9 +454,12 @@ class Sd3Family(FlowFamily):
     def layer_rates(self) -> Mapping[str, float]:
         """The last blocks stay as they are, with --num_last_block_to_freeze."""
         count = self.config[WholeModelOptions].num_last_block_to_freeze if WholeModelOptions in self.config else None
-        if not count:
+        if not count or self._denoiser_path is None:
             return {}
-        depth = self.info.params.depth
+        try:
+            depth = self.info.params.depth
+        except CheckpointError:
+            return {}  # told by the check of the files
         if count > depth:
             raise ConfigError(f"--num_last_block_to_freeze is {count}; the model has {depth} blocks")
         return {rf"joint_blocks\.({'|'.join(map(str, range(depth - count, depth)))})\.": 0.0}
