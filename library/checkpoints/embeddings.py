@@ -11,7 +11,7 @@ from torch import Tensor
 
 from library.core.errors import CheckpointError
 from library.families.registry import FAMILIES
-from library.safetensors_utils import load_safetensors
+from library.safetensors_utils import load_pickled_tensors, load_safetensors, read_header
 
 OLD_KEYS = ("emb_params", "*")
 """names of the vectors in files for a single text encoder"""
@@ -100,27 +100,44 @@ def bundled_words(path: str, widths: Widths, option: str) -> list[WordVectors]:
     ]
 
 
-def bundled_names(path: str) -> list[str]:
-    """The words that an adapter file was trained with."""
-    return list(_bundles(path))
+def bundled_rows(path: str, keys: Sequence[str] | None = None) -> dict[str, dict[str, Tensor]]:
+    """word -> key -> vectors of the words that an adapter file was trained with: those of `keys`, as far as they are
+    there (None: all as they are). CheckpointError."""
+    words = _bundles(path)
+    if keys is None:
+        return words
+    found = {}
+    for word, tensors in words.items():
+        rows = _by_encoder(tensors, f"the word '{word}' in {path}", keys, partly=True)
+        found[word] = {key: own for key, own in zip(keys, rows, strict=True) if own is not None}
+    return found
 
 
 def _bundles(path: str) -> dict[str, dict[str, Tensor]]:
     """word -> key -> vectors. A file that cannot be read has none: those who read its layers tell what is wrong."""
-    if not path.endswith(".safetensors") or not Path(path).is_file():
-        return {}  # bundles are safetensors files
-    from safetensors import SafetensorError, safe_open
-
     words: dict[str, dict[str, Tensor]] = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                if name.startswith(BUNDLED):
-                    word, _, key = name.removeprefix(BUNDLED).partition(".")
-                    words.setdefault(word, {})[_own_key(key)] = file.get_tensor(name)
-    except (OSError, SafetensorError):
-        return {}
+        tensors = bundled_tensors(path) if Path(path).is_file() else {}
+    except (CheckpointError, OSError):
+        return words
+    for name, tensor in tensors.items():
+        word, _, key = name.removeprefix(BUNDLED).partition(".")
+        words.setdefault(word, {})[_own_key(key)] = tensor
     return words
+
+
+def bundled_tensors(path: str) -> dict[str, Tensor]:
+    """The vectors of words in an adapter file, under its own names. CheckpointError."""
+    if not path.endswith(".safetensors"):
+        tensors = load_pickled_tensors(path)
+        return {name: tensor for name, tensor in tensors.items() if name.startswith(BUNDLED)}
+    names = [name for name in read_header(path)[0] if name.startswith(BUNDLED)]
+    if not names:
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).clone() for name in names}
 
 
 def _word_of(tensors: Mapping[str, Tensor], path: str, word: str, widths: Widths, source: str) -> WordVectors:

@@ -43,6 +43,12 @@ class PromptWords:
             if tokenizer is not None and encoder is not None:
                 self._extend(key, tokenizer, encoder, tokens, word.vectors[key])
 
+    def join(self, encoders: Sequence[nn.Module | None], words: Iterable[WordVectors]) -> None:
+        """Text encoders that were not there yet, and their words."""
+        self.encoders = encoders
+        for word in words:
+            self.add(word)
+
     def add_layered(self, word: WordVectors) -> None:
         """A word with vectors for each layer, of the only text encoder; rows are in the order of the layers."""
         first_layer = self._register(word)

@@ -539,6 +539,11 @@ class SamplingOptions:
     )
     sample_at_first: bool = option(False, help="make sample images before the first step")
     sample_prompts: str | None = option(None, help="file of prompts (.txt, .toml or .json)")
+    textual_inversion_embeddings: list[str] | None = option(
+        None, nargs="*",
+        help="files of textual inversions whose words sample prompts may have; the name of a file without its ending is "
+        "the word. Captions do not know them"
+    )
 
     def __post_init__(self) -> None:
         raise_problems(too_small(self, 1, "sample_every_n_steps", "sample_every_n_epochs"))

@@ -67,7 +67,10 @@ def report(tensors: Mapping[str, torch.Tensor], family: str | None) -> FileRepor
     for key, tensor in tensors.items():
         found = named_parameter(key, tensors)
         if found is None and is_beside(key):
-            result.notes.append(f"{key} is an embedding that was trained with the adapter; it is no part of it")
+            result.notes.append(
+                f"{key} holds {tensor.shape[0] if tensor.ndim > 1 else 1} vectors of a word that was trained with the "
+                "adapter: --network_weights with --token_string, and image scripts, read them"
+            )
             continue
         if found is None:
             result.problems.append(f"{key} belongs to no adapter that is known")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.embeddings import WordVectors, bundled_names
+from library.checkpoints.embeddings import WordVectors, bundled_rows
 from library.core.errors import ConfigError, Problems
 from library.families.registry import record_of
 from library.generation import pipeline_class
@@ -40,7 +40,7 @@ def network_problems(options: GenerationNetworkOptions, family: str) -> list[str
 def words_of(model: GenerationModelOptions, options: GenerationNetworkOptions) -> list[WordVectors]:
     """The words of --textual_inversion_embeddings and those in the files of networks. ConfigError."""
     files, networks = options.textual_inversion_embeddings or [], options.network_weights or []
-    if not files and not any(map(bundled_names, networks)):
+    if not files and not any(map(bundled_rows, networks)):
         return []
     widths = pipeline_class(model.family).embedding_widths(model)
     return read_words(files, [("network_weights", path) for path in networks], widths, "textual_inversion_embeddings")

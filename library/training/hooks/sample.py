@@ -80,9 +80,9 @@ def encode_sample_prompts(
         if key in encoded:
             continue
         if isinstance(key, NegativeText):
-            tokens, weights = strategies.tokenize.tokenize_negative(text), None
+            tokens, weights = strategies.tokenize.tokenize_negative(strategies.prompt_text(text)), None
         else:
-            tokens, weights = strategies.tokenize.tokenize_prompt(text)
+            tokens, weights = strategies.tokenize.tokenize_prompt(strategies.prompt_text(text))
         outputs = strategies.encode(text_encoders, tokens, weights)
         encoded[key] = {name: tensor.detach().cpu() for name, tensor in outputs.items()}
     return encoded

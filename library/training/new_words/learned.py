@@ -58,7 +58,7 @@ class LearnedWord:
             problems.add("--token_string is not given; needed: the new word, as it stands in the captions")
         if self.opts.init_word is not None and not self.opts.init_word.strip():
             problems.add("--init_word is empty, the initial word gives no token; leave it out for random vectors")
-        if self.opts.weights:
+        if self.start_file:
             problems.attempt(lambda: self.check_start(family))
         return problems.messages
 
