@@ -121,7 +121,7 @@ class Trainer:
         """Every phase up to the complete Run; None when there is nothing to train (--debug_dataset)."""
         found, prompts = self.check()
         runtime = prepare_runtime(self.config)
-        trained = self.trainable.trains_text_encoders(self.family)
+        trained = self.trainable.follows_text_encoders(self.family)
         strategies = self.family.strategies(trained)
         self.trainable.prepare_tokenizers(self.family, strategies)
         strategies = self.trainable.text_strategies(strategies)
