@@ -77,8 +77,7 @@ class WeightAverage:
         if wrong:
             raise CheckpointError(
                 f"{self._what} in the state does not fit this run: {len(wrong)} weights differ (first: {min(wrong)}); "
-                "resume with the"
-                " network options of the interrupted run"
+                "resume with the options of the interrupted run"
             )
         self.tensors = {
             name: state[name].to("cpu" if self._on_cpu else p.device, torch.float32) for name, p in parameters.items()

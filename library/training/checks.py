@@ -287,7 +287,7 @@ def changed_fixed_problems(config: Config, family: ModelFamily, trainable: Train
         return []  # told by the check of --resume
     except AtelierError as error:
         return [str(error)]
-    return fixed_problems(folder, state, recorded, config[LoopOptions].seed, own)
+    return fixed_problems(folder, state, recorded, config[LoopOptions].seed, own, trainable.begins_with)
 
 
 def logging_problems(config: Config) -> list[str]:

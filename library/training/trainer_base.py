@@ -45,7 +45,7 @@ from library.training.loss import LossFunction
 from library.training.metadata import BaseModelHashes
 from library.training.optimizers import OptimizerOptions
 from library.training.option_groups import LoopOptions, MemoryOptions, ResumeOptions, SamplingOptions, SavingOptions
-from library.training.own_hooks import make_hooks
+from library.training.own_hooks import make_hooks, names_never_called
 from library.training.progress import Progress
 from library.training.run import Models, Run
 from library.training.run_lock import claimed_output
@@ -186,6 +186,8 @@ class Trainer:
         problems.attempt(lambda: check_replacements(self.added_hooks))
         for hook in self.added_hooks:
             problems.attempt(lambda hook=hook: hook.check(self.config, self.family, self.trainable))
+            for line in names_never_called(type(hook)) if is_main_process() else ():
+                logger.warning(line)
         rules = self.trainable.dataset_rules(self.family)
         found = problems.attempt(lambda: find_data(self.config, self.family.architecture, rules))
         try:

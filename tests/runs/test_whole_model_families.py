@@ -148,6 +148,15 @@ def test_a_model_that_is_not_given(which: tuple[str, str], tinies: Tinies, tmp_p
         cli.run(*which, words)
 
 
+def test_a_state_in_which_other_text_encoders_learned(tinies: Tinies, tmp_path: Path) -> None:
+    work = tinies.work("sd3", tmp_path)
+    learned_text(work, "out", "--save_state", "--max_train_steps=1")
+    state = f"--resume={work.folder / 'out' / 'lora-step00000001-state'}"
+    told = "--train_text_encoder has text_encoder_1=False; .* has text_encoder_1=True, and what learns cannot change: .* with --pretrained"
+    with pytest.raises(ConfigError, match=told):
+        learned_text(work, "other", state, "--learning_rate_te1=0")
+
+
 def test_a_t5_that_is_not_there_does_not_learn(tinies: Tinies, tmp_path: Path) -> None:
     work = tinies.work("sd3", tmp_path)
     given = without(argv(work, "full", "out"), "t5xxl", "t5xxl_tokenizer")

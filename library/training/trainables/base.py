@@ -41,6 +41,8 @@ class Trainable(ABC):
     """name of its scripts without .py and without what a family puts before it"""
     keeps_text_still: ClassVar[str] = ""
     """what to do to keep text encoders from learning, for messages: "add --network_train_unet_only", say"""
+    begins_with: ClassVar[str] = "--network_weights"
+    """the option that names a file of it with which a new run begins"""
     writes_folders: ClassVar[bool] = False
     """whether it can be saved as a folder in the layout of diffusers, where the family has one"""
     has_own_folder: ClassVar[bool] = False

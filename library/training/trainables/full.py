@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ class FullTrainable(WeightsTrainable):
 
     name, options, script = "full", WholeModelOptions, "train"
     keeps_text_still = "leave out --train_text_encoder"
+    begins_with = "--pretrained_model_name_or_path"
     writes_folders = True
     opts: WholeModelOptions
     rate_options = "--learning_rate, --layer_lrs and the rates of text encoders and blocks"
@@ -82,6 +83,10 @@ class FullTrainable(WeightsTrainable):
             learns = self._is_text_trained and (switch is None or getattr(self.opts, switch))
             rates.append((self.rate if given is None else given) if learns else 0.0)
         return rates
+
+    def fixed_settings(self, family: ModelFamily) -> dict[str, Plain]:
+        learn = self.trains_text_encoders(family)
+        return {"train_text_encoder": {_text_name(i, learn): learns for i, learns in enumerate(learn)}} if learn else {}
 
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
         return [rate > 0 for rate in self._text_rates(family)]
@@ -160,7 +165,7 @@ class FullTrainable(WeightsTrainable):
         return groups
 
     def _text_name(self, number: int) -> str:
-        return "text_encoder" if len(self.trains_text_encoders(self.family)) == 1 else f"text_encoder_{number + 1}"
+        return _text_name(number, self.trains_text_encoders(self.family))
 
     def modules(self) -> dict[str, torch.nn.Module]:
         found = {"denoiser": self.models.denoiser} if self._denoiser_learns(self.family) else {}
@@ -250,6 +255,11 @@ class FullTrainable(WeightsTrainable):
         names = ("layer_lrs", "block_lr", *TEXT_RATES, "stop_text_encoder_training")
         given = {f"ss_{name}": getattr(self.opts, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}
+
+
+def _text_name(number: int, learn: Sequence[bool]) -> str:
+    """Of one among as many text encoders as `learn` tells of."""
+    return "text_encoder" if len(learn) == 1 else f"text_encoder_{number + 1}"
 
 
 class DreamBooth(FullTrainable):

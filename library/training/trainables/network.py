@@ -34,6 +34,7 @@ from library.training.timesteps import NUM_TIMESTEPS
 from library.training.trainables.base import Trainable
 from library.training.trainables.base_weights import BaseWeights
 from library.training.trainables.foreign_network import try_arguments
+from library.training.trainables.fresh_network import changed_layer
 from library.training.trainables.kept_layers import KeptLayers, kept_layers
 from library.training.trainables.network_hook import NetworkHook
 from library.training.trainables.weight_norm import WeightNormHook
@@ -76,6 +77,7 @@ class NetworkTrainable(Trainable):
         super().__init__(config)
         self._base_weights = BaseWeights(self.opts)
         self.kept: KeptLayers = KeptLayers()
+        self._changed_at_start: tuple[str, float] | None = None
 
     def check(self, family: ModelFamily) -> None:
         """Module, network arguments and files, as far as they can be judged without models."""
@@ -361,6 +363,10 @@ class NetworkTrainable(Trainable):
         network.to(runtime.device, runtime.trained_dtype)
         network.enable_gradient_checkpointing()
         network.prepare_grad_etc(text_encoders, models.denoiser)
+        if not self.opts.network_weights:
+            half = runtime.weight_dtype != torch.float32
+            with torch.autocast(runtime.device.type, runtime.weight_dtype if half else None, enabled=half):
+                self._changed_at_start = changed_layer(network, (models.denoiser, *models.text_encoders))
         network.train()
 
     def _pairs(self, family: ModelFamily) -> dict[str, object]:
@@ -567,7 +573,16 @@ class NetworkTrainable(Trainable):
 
     def notices(self) -> list[str]:
         kept = self.kept.message()
-        return [*self._alpha_notice(), *([] if kept is None else [kept])]
+        return [*self._alpha_notice(), *self._start_notice(), *([] if kept is None else [kept])]
+
+    def _start_notice(self) -> list[str]:
+        if self._changed_at_start is None:
+            return []
+        layer, share = self._changed_at_start
+        return [
+            f"a new adapter of {self.opts.network_module} changes the model before it has learned (the output of {layer}"
+            f" by {share:.0%}): the first losses and samples are not those of the base model"
+        ]
 
     def _alpha_notice(self) -> list[str]:
         """A missing --network_alpha is 1, as the known scripts have it: people who do not know train at a fraction of

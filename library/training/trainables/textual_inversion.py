@@ -33,7 +33,7 @@ class TextualInversion(Trainable):
 
     name = "textual_inversion"
     options = TextualInversionOptions
-    script = "train_textual_inversion"
+    script, begins_with = "train_textual_inversion", "--weights"
     spec_kind = "textual-inversion"
     opts: TextualInversionOptions
     word_class: type[LearnedWord] = LearnedWord
