@@ -115,7 +115,7 @@ def inspect_stream_model(
     is_diffusers = is_diffusers_denoiser(stripped)
     shapes = convert_diffusers_sd_to_bfl(stripped) if is_diffusers else stripped
     kind.refuse(shapes, source.path)
-    given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
+    given = {**diffusers_config(source.config), **source.model_config, **(config or {})}
     params = build_params(kind.params, kind.infer(shapes, given, source.path), given, source.path)
     dtypes = frozenset(tensor.dtype for key, tensor in stripped.items() if key.endswith(".weight"))
     return StreamModelInfo(source, prefix, is_diffusers, params, dtypes)
@@ -154,7 +154,7 @@ def refuse_unknown_streams(shapes: Mapping[str, Tensor], path: str, title: str) 
     )
 
 
-def _diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Names of a diffusers config.json that the hyper-parameters have under other ones."""
     names = {"axes_dims_rope": "axes_dim", "num_attention_heads": "num_heads"}
     return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
@@ -188,7 +188,8 @@ def infer_streams(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: 
     return inferred
 
 
-def _infer_flux(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
+def infer_flux(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """FluxParams from shapes in original names."""
     return {
         **infer_streams(shapes, given, path, "Flux"),
         "vec_in_dim": size_of(shapes, "vector_in.in_layer.weight", 1, path, "Flux"),
@@ -197,7 +198,7 @@ def _infer_flux(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: st
     }
 
 
-FLUX = StreamKind("FLUX.1", Flux, FluxParams, _refuse_other_models, _infer_flux)
+FLUX = StreamKind("FLUX.1", Flux, FluxParams, _refuse_other_models, infer_flux)
 
 
 class CheckpointState(NamedTuple):

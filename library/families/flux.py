@@ -101,6 +101,7 @@ FAMILY = FamilyRecord(
             role="relative",
             wanted="a FLUX.1 ControlNet",
             subfolder="controlnet",
+            layouts="library.flux_control_net_utils:LAYOUTS",
             signatures=(
                 Signature(
                     title="a FLUX.1 ControlNet", contains=("controlnet_blocks.0.", "double_blocks.0."), priority=90

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.training.optimizers.single_steps import only
+from library.training.optimizers.single_steps import GroupCounts, only
 from library.training.updaters.base import Updater, trained_parameters
 from library.training.updaters.bf16_weights import BF16_UPDATES, COMPENSATION, exact_value
 from library.training.updaters.ordinary import OrdinaryUpdater
@@ -22,6 +22,7 @@ class SingleSteps:
     def __init__(self, run: Run, bf16_update: str) -> None:
         self._run = run
         self._write = BF16_UPDATES[bf16_update]
+        self._counts = GroupCounts()
         places = [(group, p) for group in run.optimizer.param_groups for p in group["params"]]
         self._places = {p: (number, group) for number, (group, p) in enumerate(places)}
 
@@ -57,6 +58,8 @@ class SingleSteps:
         for parameter, place in zip(stepped, parameters, strict=True):
             group = self._places[place][1]
             groups.setdefault(id(group), (group, []))[1].append(parameter)
+        for group, _ in groups.values():
+            self._counts.begin(group, self._run.progress.global_step)
         with only(self._run.optimizer, groups.values()):
             self._run.optimizer.step()
 
